@@ -1,0 +1,45 @@
+"""Blocks: each run of `block_size` neighbouring weights shares one constant, its largest magnitude.
+
+In: a weight of any shape. Out: blocks, (n_blocks, block_size) float32, and absmax, (n_blocks,) float32.
+Source: QLoRA section 2, "Block-wise k-bit quantization". The weight is flattened row by row first, so a block can
+straddle two rows, and the last block may be partial: it is filled up with zeros, which change no maximum.
+
+Not here: what happens to absmax (double_quant.py).
+"""
+
+import torch
+
+MIN_BLOCK, MAX_BLOCK = 16, 4096
+TINY = 1e-38  # a block of zeros, or of denormals, is scaled by 1/TINY, not by infinity; so does bitsandbytes on the CPU
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise TypeError or ValueError unless `block_size` is a whole number from 16 to 4096."""
+    if isinstance(block_size, bool) or not isinstance(block_size, int):
+        raise TypeError(f"block_size={block_size!r} must be a whole number, such as 64")
+    if not MIN_BLOCK <= block_size <= MAX_BLOCK:
+        raise ValueError(f"block_size={block_size} is not allowed: choose from {MIN_BLOCK} to {MAX_BLOCK}, usually 64")
+
+
+def to_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
+    """(any shape) -> (n_blocks, block_size) float32, row-major, the last block filled up with zeros.
+
+    >>> to_blocks(torch.arange(18.0), 16).shape
+    torch.Size([2, 16])
+    """
+    flat = weight.reshape(-1).float()  # (numel,)
+    missing = -len(flat) % block_size
+    return torch.nn.functional.pad(flat, (0, missing)).view(-1, block_size)  # (n_blocks, block_size)
+
+
+def block_absmax(blocks: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each block: (n_blocks, block_size) -> (n_blocks,) float32."""
+    return blocks.abs().amax(dim=1)
+
+
+def scale_blocks(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    """Each block over its absmax, so that it spans [-1, 1]: (n_blocks, block_size) float32.
+
+    Multiplies by the reciprocal, as bitsandbytes does: its bytes can only be matched that way.
+    """
+    return (blocks * absmax.clamp(min=TINY).reciprocal()[:, None]).clamp(-1, 1)

@@ -1,0 +1,174 @@
+"""The 16 levels: a codebook is a small float32 table, and a 4-bit code is an index into it.
+
+In: a name ("nf4") or a recipe (bits, offset). Out: levels, (2^bits,) float32, within [-1, 1].
+Sources: QLoRA (arXiv 2305.14314) section 3 for NormalFloat; the published NF4 values come from the authors' code,
+not from the paper's equation 4, which divides by zero density at the tails: its outermost quantile is Q(0) = -infinity.
+
+NormalFloat, derived. Weights look normal, so put the levels at quantiles of a normal distribution:
+  1. Quantiles 0 and 1 are infinite, so stop short of them, at `offset`. A code with k bits splits the probability into
+     2^k - 1 or 2^k equal bins; the half-bin offsets are 1 - 1/(2 (2^k - 1)) and 1 - 1/(2 * 2^k); take their mean.
+     For k = 4 that is (29/30 + 31/32) / 2 = 0.96770833..., which the authors wrote with seven digits: 0.9677083.
+     (The digits matter: with more of them 12 of the 16 float32 levels move by one unit in the last place.)
+  2. Zero must be exact, because padding and dead weights are zero. So build the two sides apart and share one zero:
+     2^(k-1) positive levels and 2^(k-1) - 1 negative ones. NF4 has 8 positive, 7 negative and 0.
+  3. Divide by the largest, so that levels span exactly [-1, 1] and absmax scaling wastes nothing.
+
+But: "each bin is used equally often" is false after absmax scaling and rounding to nearest; notebook 01 measures it.
+Not here: blocks and their scale (blocks.py), bytes (packing.py).
+"""
+
+from functools import lru_cache
+
+import torch
+
+NF_DIGITS = 7  # the published offset has seven decimals; NF2 and NF3 follow the same rule
+
+# |level| of FP4 exactly as bitsandbytes stores it, in twelfths, ordered by the three low bits of the code. Its source
+# calls this E2M1; it is not: E2M1's smallest step would be 0.5, not 0.0625 (see fp4 against e2m1 in notebook 06).
+_FP4_TWELFTHS = (0, 0.0625, 8, 12, 4, 6, 2, 3)
+
+
+def normal_float(bits: int = 4, offset: float | None = None, symmetric: bool = False) -> torch.Tensor:
+    """NormalFloat levels for `bits` bits, ascending.
+
+    offset: outermost quantile, between 0.5 and 1; None takes the rule of the module docstring (0.9677083 for 4 bits).
+    symmetric: as many positive levels as negative ones, 2^bits - 1 in all; one code is then never used.
+    Returns (2^bits,) float32, or (2^bits - 1,) when symmetric. Raises ValueError for other bits or offsets.
+
+    >>> normal_float(2).tolist()
+    [-1.0, 0.0, 0.43581822514533997, 1.0]
+    """
+    from scipy.stats import norm  # here, because scipy.stats alone takes over a second to import
+
+    if bits not in range(2, 9):
+        raise ValueError(f"bits={bits!r} is not supported: choose a whole number from 2 to 8")
+    offset = normal_offset(bits) if offset is None else offset
+    if not 0.5 < offset < 1:
+        raise ValueError(f"offset={offset!r} must lie between 0.5 and 1, both excluded: it is a probability")
+    n_negative = 2 ** (bits - 1) - 1
+    n_positive = n_negative if symmetric else n_negative + 1
+
+    def side(n: int) -> torch.Tensor:  # n quantiles from `offset` down to, but without, the median
+        probabilities = torch.linspace(offset, 0.5, n + 1)[:-1]  # (n,) float32: numpy's linspace gives other last bits
+        return torch.from_numpy(norm.ppf(probabilities.numpy())).float()  # cast before dividing, or 6 of 16 levels move
+
+    levels = torch.cat([-side(n_negative), torch.zeros(1), side(n_positive)]).sort().values
+    return levels / levels.abs().max()
+
+
+def normal_offset(bits: int) -> float:
+    """The outermost quantile of NF-`bits`: mean of two half-bin offsets, to seven digits (module docstring, step 1).
+
+    >>> normal_offset(4)
+    0.9677083
+    """
+    half_bins = 1 - 1 / (2 * (2**bits - 1)), 1 - 1 / (2 * 2**bits)
+    return round(sum(half_bins) / 2, NF_DIGITS)
+
+
+def integer_levels(bits: int) -> torch.Tensor:
+    """INT-k: two's complement integers over the largest positive one, (2^bits,) float32, ascending.
+
+    The lowest code lies beyond -1, so absmax scaling never reaches it: 4 bits give 15 levels in use.
+
+    >>> integer_levels(2).tolist()
+    [-2.0, -1.0, 0.0, 1.0]
+    """
+    if bits not in range(2, 9):
+        raise ValueError(f"bits={bits!r} is not supported: choose a whole number from 2 to 8")
+    top = 2 ** (bits - 1) - 1
+    return torch.arange(-top - 1, top + 1, dtype=torch.float32) / top
+
+
+def float_levels(exponent_bits: int, mantissa_bits: int) -> torch.Tensor:
+    """A small float with sign, exponent and mantissa, over its largest value; index = bit pattern, as in hardware.
+
+    Exponent 0 holds the subnormals, and nothing is spent on infinity or NaN (OCP microscaling formats, version 1.0).
+    Returns (2^(1 + exponent_bits + mantissa_bits),) float32: the positive half, then its mirror, -0 included.
+
+    >>> (6 * float_levels(2, 1))[:8].tolist()
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    """
+    steps = 2**mantissa_bits
+    # the exponent's bias drops out when everything is divided by the largest value
+    subnormal = [m / steps for m in range(steps)]
+    normal = [2.0**e * (1 + m / steps) for e in range(2**exponent_bits - 1) for m in range(steps)]
+    return _mirror(torch.tensor(subnormal + normal, dtype=torch.float64))
+
+
+def _mirror(half: torch.Tensor) -> torch.Tensor:
+    half = half / half.max()
+    return torch.cat([half, -half]).float()  # the last half has the sign bit set; its first entry is -0.0
+
+
+_RECIPES = {
+    "nf4": lambda: normal_float(4),
+    "nf3": lambda: normal_float(3),
+    "nf2": lambda: normal_float(2),
+    "fp4": lambda: _mirror(torch.tensor(_FP4_TWELFTHS, dtype=torch.float64)),
+    "e2m1": lambda: float_levels(2, 1),
+    "e3m0": lambda: float_levels(3, 0),
+    **{f"int{k}": (lambda k=k: integer_levels(k)) for k in range(2, 9)},
+}
+CODEBOOKS = tuple(_RECIPES)
+
+
+def codebook(name: str) -> torch.Tensor:
+    """Levels of a named data type: (2^bits,) float32; entry i is what code i stands for.
+
+    Names: nf4, nf3, nf2 and int2 to int8 (ascending); fp4 (as bitsandbytes stores it), e2m1, e3m0 (by bit pattern).
+    Raises ValueError for any other name. The tensor is yours: changing it changes nothing else.
+
+    >>> codebook("nf4")[[0, 7, 15]].tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    if name not in _RECIPES:
+        raise ValueError(f"codebook {name!r} is not known: choose one of {', '.join(CODEBOOKS)}")
+    return _table(name).clone()
+
+
+@lru_cache
+def _table(name: str) -> torch.Tensor:
+    return _RECIPES[name]()
+
+
+def bits_of(levels: torch.Tensor) -> int:
+    """How many bits an index into `levels` takes: 4 for 16 levels, and 4 for the 15 of a symmetric table.
+
+    >>> bits_of(codebook("nf3"))
+    3
+    """
+    return (len(levels) - 1).bit_length()
+
+
+def midpoints(levels: torch.Tensor) -> torch.Tensor:
+    """Where rounding turns from one level to the next: (n - 1,) float32, for `levels` in ascending order.
+
+    >>> midpoints(torch.tensor([-1.0, 0.0, 0.5])).tolist()
+    [-0.5, 0.25]
+    """
+    return (levels[:-1] + levels[1:]) / 2
+
+
+def nearest_codes(scaled: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Code of the level nearest to each value; a tie goes to the lower level, as in bitsandbytes.
+
+    scaled: any shape, float32. levels: (n,) float32 in code order, n <= 256. Returns uint8 of the shape of `scaled`.
+    A NaN gets the code of zero. fp4 has two zeros: values in (0, first midpoint] get -0, all others that round to zero
+    get +0, again as in bitsandbytes on the CPU (on CUDA it is the other way round; the values are equal).
+
+    >>> nearest_codes(torch.tensor([-1.0, 0.0, 0.01, 0.9]), codebook("nf4")).tolist()
+    [0, 7, 7, 15]
+    """
+    order = torch.argsort(levels, stable=True)  # identity for nf4; undoes the bit patterns of fp4
+    rank = torch.bucketize(scaled.nan_to_num(nan=0.0), midpoints(levels[order]), out_int32=True)
+    return order.to(torch.uint8)[rank]
+
+
+def zero_code(levels: torch.Tensor) -> int:
+    """The code that stands for 0: what padding is filled with.
+
+    >>> zero_code(codebook("nf4"))
+    7
+    """
+    return int(nearest_codes(torch.zeros(1), levels.cpu()))

@@ -1,0 +1,206 @@
+"""Quantise and dequantise: codebook, blocks, packing and double quantization, composed.
+
+In: a weight of any shape, float32, bf16 or fp16. Out: a QuantizedTensor, and back to a weight.
+Source: QLoRA section 3; bytes and float32 values equal bitsandbytes 0.50 (tests/quant/test_bitsandbytes.py lists where
+they legitimately differ).
+
+The whole of it, for one block, is
+    absmax = max |w|;   code = nearest(w / absmax, levels);   w' = levels[code] * absmax.
+"""
+
+from dataclasses import dataclass, replace
+from math import lcm
+
+import torch
+
+from qlora_lab.quant.blocks import block_absmax, check_block_size, scale_blocks, to_blocks
+from qlora_lab.quant.codebook import bits_of, codebook as named_codebook, nearest_codes, zero_code
+from qlora_lab.quant.double_quant import DoubleQuantized, double_dequantize, double_quantize
+from qlora_lab.quant.packing import group_of, pack, unpack
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PIECE = 2**20  # weights quantised at a time: temporaries stay in cache, and the peak is the result, not five copies
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A quantised weight: plain tensors and what is needed to read them. Nothing in it is ever changed.
+
+    packed: (ceil(numel * bits / 8),) uint8, first code in the high bits, rounded up to whole groups (packing.py).
+    constants: absmax, (n_blocks,) float32, or its DoubleQuantized form.
+    levels: (2^bits,) float32, what each code stands for. codebook: its name. shape, dtype: of the original weight.
+    """
+
+    packed: torch.Tensor
+    constants: torch.Tensor | DoubleQuantized
+    levels: torch.Tensor
+    codebook: str
+    block_size: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the constants are quantised as well."""
+        return isinstance(self.constants, DoubleQuantized)
+
+    @property
+    def absmax(self) -> torch.Tensor:
+        """Block constants, (n_blocks,) float32, double quantization undone."""
+        return double_dequantize(self.constants) if self.double_quant else self.constants
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """One code per weight, (numel,) uint8."""
+        return unpack(self.packed, self.numel, self.bits)
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        return bits_of(self.levels)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights (not of bytes)."""
+        return self.shape.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and constants. The levels are not counted: they are the same for every tensor of a model."""
+        return self.packed.nbytes + self.constants.nbytes
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits stored per weight: 4.5 for NF4 at block size 64, about 4.127 with double quantization."""
+        return 8 * self.nbytes / self.numel
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def to(self, device: torch.device | str) -> "QuantizedTensor":
+        """The same tensor on another device."""
+        constants = self.constants
+        if self.double_quant:
+            parts = constants.absmax_codes, constants.absmax_scale, constants.absmax_offset
+            constants = DoubleQuantized(*(part.to(device) for part in parts))
+        else:
+            constants = constants.to(device)
+        return replace(self, packed=self.packed.to(device), constants=constants, levels=self.levels.to(device))
+
+    def __repr__(self) -> str:
+        double = ", double_quant" if self.double_quant else ""
+        return (
+            f"QuantizedTensor({self.codebook}, shape={tuple(self.shape)}, block_size={self.block_size}{double}, "
+            f"{self.nbytes:,} bytes, {self.bits_per_parameter:.3f} bits per parameter)"
+        )
+
+
+def quantize(
+    weight: torch.Tensor,
+    codebook: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = False,
+    *,
+    name: str = "weight",
+    keep_non_finite: bool = False,
+) -> QuantizedTensor:
+    """Quantise `weight`, any shape with at least one element, float32, bf16 or fp16, block by block.
+
+    codebook: a name that qlora_lab.codebook knows. block_size: 16 to 4096 weights per constant.
+    double_quant: quantise the constants too. name: what an error calls this tensor.
+    keep_non_finite: let a NaN or infinity stay; its whole block, and no other, then dequantises to NaN. Without it,
+    and always with double_quant, whose constants share a mean, such a value is an error.
+    Raises TypeError for other dtypes, ValueError for everything else that is not allowed.
+
+    >>> q = quantize(torch.linspace(-1, 1, 128), "nf4", block_size=64)
+    >>> q.bits_per_parameter, q.codes[[0, 127]].tolist()
+    (4.5, [0, 15])
+    """
+    _check_weight(weight, name)
+    levels = named_codebook(codebook).to(weight.device)
+    check_block_size(block_size)
+    if not keep_non_finite or double_quant:
+        _check_finite(weight, name)
+    pieces = weight.detach().reshape(-1).split(_piece_length(block_size, bits_of(levels)))
+    packed, absmax = zip(*(_quantize_piece(piece, levels, block_size) for piece in pieces), strict=True)
+    absmax = torch.cat(absmax)  # (n_blocks,)
+    return QuantizedTensor(
+        packed=torch.cat(packed),
+        constants=double_quantize(absmax) if double_quant else absmax,
+        levels=levels,
+        codebook=codebook,
+        block_size=block_size,
+        shape=weight.shape,
+        dtype=weight.dtype,
+    )
+
+
+def _quantize_piece(piece: torch.Tensor, levels: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = to_blocks(piece, block_size)  # (n_blocks, block_size)
+    absmax = block_absmax(blocks)
+    absmax = absmax.where(absmax.isfinite(), torch.nan)  # an infinite constant would turn zeros into NaN, others not
+    codes = nearest_codes(scale_blocks(blocks, absmax), levels).view(-1)[: len(piece)]
+    return pack(codes, bits_of(levels), fill=zero_code(levels)), absmax
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight that `q` stands for, of shape `q.shape`: float32 products, rounded once to `dtype`.
+
+    dtype: float32, bf16 or fp16; None takes that of the original weight. out: a contiguous tensor of `q.numel` elements
+    to write into instead of a fresh one; its dtype then decides.
+    Raises TypeError for another dtype, ValueError for an `out` of another size or layout.
+
+    >>> dequantize(quantize(torch.linspace(-1, 1, 64)))[[0, 63]].tolist()
+    [-1.0, 1.0]
+    """
+    out = _output(q, dtype, out)
+    flat, absmax, step = out.view(-1), q.absmax, _piece_length(q.block_size, q.bits)
+    n_codes, n_bytes = group_of(q.bits)
+    for start in range(0, q.numel, step):
+        stop = min(start + step, q.numel)
+        packed = q.packed[start // n_codes * n_bytes : -(-stop // n_codes) * n_bytes]
+        values = q.levels.index_select(0, unpack(packed, stop - start, q.bits).int())  # (stop - start,) float32
+        blocks = to_blocks(values, q.block_size)
+        blocks *= absmax[start // q.block_size : start // q.block_size + len(blocks), None]
+        flat[start:stop] = blocks.view(-1)[: stop - start]
+    return out.view(q.shape)
+
+
+def _piece_length(block_size: int, bits: int) -> int:
+    unit = lcm(block_size, group_of(bits)[0])  # a piece ends where a block and a whole group of codes end
+    return max(1, PIECE // unit) * unit
+
+
+def _output(q: QuantizedTensor, dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
+    dtype = (dtype or q.dtype) if out is None else out.dtype
+    if dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"dtype {dtype} is not supported: weights are {_names(WEIGHT_DTYPES)}")
+    if out is None:
+        return torch.empty(q.shape, dtype=dtype, device=q.device)
+    if out.numel() != q.numel or not out.is_contiguous():
+        layout = "contiguous" if out.is_contiguous() else "not contiguous"
+        raise ValueError(f"out has {out.numel()} elements and is {layout}: it needs {q.numel}, contiguous")
+    return out
+
+
+def _check_weight(weight: torch.Tensor, name: str) -> None:
+    if not isinstance(weight, torch.Tensor) or weight.dtype not in WEIGHT_DTYPES:
+        given = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise TypeError(f"{name} is {given}: it must be a tensor of {_names(WEIGHT_DTYPES)}")
+    if not weight.numel():
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}, so there is nothing to quantise")
+
+
+def _check_finite(weight: torch.Tensor, name: str) -> None:
+    if torch.isfinite(weight).all():
+        return
+    index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
+    raise ValueError(
+        f"{name} holds {weight[index].item()} at index {index}: repair it (for example with torch.nan_to_num), "
+        "or pass keep_non_finite=True, without double_quant, to let it turn its block into NaN"
+    )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)

@@ -1,0 +1,119 @@
+"""The tables: NF4 against the published float32 values, the rule for the others, nearest codes against brute force."""
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from qlora_lab.quant.codebook import (
+    CODEBOOKS,
+    bits_of,
+    codebook,
+    float_levels,
+    integer_levels,
+    midpoints,
+    nearest_codes,
+    normal_float,
+    normal_offset,
+    zero_code,
+)
+
+# Source: bitsandbytes 0.50, functional.get_4bit_type("nf4"); the same 16 numbers as in the QLoRA paper, appendix E
+PUBLISHED_NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+
+
+def test_nf4_is_the_published_table_bit_for_bit():
+    equal = torch.tensor(PUBLISHED_NF4).view(torch.int32) == codebook("nf4").view(torch.int32)
+    assert int(equal.sum()) == 16
+
+
+def test_seven_digits_of_the_offset_matter():
+    rule = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
+    assert normal_offset(4) == 0.9677083 != rule
+    assert int((normal_float(4, offset=rule) == torch.tensor(PUBLISHED_NF4)).sum()) == 4
+
+
+def test_nf3_and_nf2_follow_the_rule():
+    """Worked from the rule with the standard library's normal distribution, an implementation apart from scipy's."""
+    from statistics import NormalDist
+
+    for bits in (2, 3):
+        offset = round(((1 - 1 / (2 * (2**bits - 1))) + (1 - 1 / 2 ** (bits + 1))) / 2, 7)
+        q = NormalDist().inv_cdf
+        n = 2 ** (bits - 1)
+        positive = [q(offset + (0.5 - offset) * i / n) / q(offset) for i in range(n)]
+        negative = [-q(offset + (0.5 - offset) * i / (n - 1)) / q(offset) for i in range(n - 1)]
+        want = torch.tensor(sorted([*negative, 0.0, *positive]))
+        torch.testing.assert_close(codebook(f"nf{bits}"), want, rtol=0, atol=1e-6)  # float32 quantiles
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_every_table(name):
+    levels = codebook(name)
+    assert levels.dtype == torch.float32 and len(levels) == 2 ** bits_of(levels)
+    assert levels.max() == 1 and levels[zero_code(levels)] == 0
+    assert name.startswith("int") or levels.min() == -1
+    ascending = torch.equal(levels, levels.sort().values)
+    assert ascending == (name not in ("fp4", "e2m1", "e3m0"))
+
+
+def test_symmetric_table_leaves_one_code_unused():
+    levels = normal_float(4, symmetric=True)
+    assert len(levels) == 15 and torch.equal(levels, -levels.flip(0)) and bits_of(levels) == 4
+
+
+def test_relative_error_of_each_type_on_normal_weights():
+    """Relative mean square error at block size 64, as computed by independent code for the project's facts."""
+    from qlora_lab.quant.quantize import dequantize, quantize
+
+    weight = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    known = {"nf4": 0.00846, "fp4": 0.01486, "int4": 0.01158, "e2m1": 0.01116, "e3m0": 0.03541}
+    for name, want in known.items():
+        error = (dequantize(quantize(weight, name)) - weight).square().mean() / weight.square().mean()
+        assert error.item() == pytest.approx(want, rel=0.01), name
+
+
+@given(
+    name=st.sampled_from(CODEBOOKS),
+    values=st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=1, max_size=50),
+)
+def test_nearest_is_nearest(name, values):
+    x, levels = torch.tensor(values), codebook(name).double()
+    chosen = (levels[nearest_codes(x, codebook(name)).int()] - x).abs()
+    best = (levels - x[:, None].double()).abs().min(dim=1).values
+    assert (chosen <= best + 1e-7).all()  # float32 midpoints are off by at most half a unit in the last place
+
+
+def test_ties_go_to_the_lower_level():
+    levels = codebook("nf4")
+    assert nearest_codes(midpoints(levels), levels).tolist() == list(range(15))
+    above = torch.nextafter(midpoints(levels), torch.tensor(2.0))
+    assert nearest_codes(above, levels).tolist() == list(range(1, 16))
+
+
+def test_table_is_a_copy():
+    codebook("nf4").zero_()
+    assert codebook("nf4")[15] == 1
+
+
+def test_float_levels_are_the_formats():
+    assert (float_levels(2, 1) * 6)[:8].tolist() == pytest.approx([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    assert float_levels(3, 0)[:8].tolist() == [0, *(2.0**-i for i in range(6, -1, -1))]
+    assert torch.signbit(float_levels(2, 1)[8:]).all()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: codebook("nf5"), "'nf5' is not known: choose one of nf4, nf3"),
+        (lambda: normal_float(1), "bits=1 is not supported: choose a whole number from 2 to 8"),
+        (lambda: normal_float(4, offset=1.0), "offset=1.0 must lie between 0.5 and 1"),
+        (lambda: integer_levels(9), "bits=9 is not supported"),
+    ],
+)
+def test_errors_teach(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
