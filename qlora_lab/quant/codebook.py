@@ -50,7 +50,7 @@ def normal_float(bits: int = 4, offset: float | None = None, symmetric: bool = F
 
     def side(n: int) -> torch.Tensor:  # n quantiles from `offset` down to, but without, the median
         probabilities = torch.linspace(offset, 0.5, n + 1)[:-1]  # (n,) float32: numpy's linspace gives other last bits
-        return torch.from_numpy(norm.ppf(probabilities.numpy())).float()  # cast before dividing, or 6 of 16 levels move
+        return torch.from_numpy(norm.ppf(probabilities.numpy())).float()
 
     levels = torch.cat([-side(n_negative), torch.zeros(1), side(n_positive)]).sort().values
     return levels / levels.abs().max()

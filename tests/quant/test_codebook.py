@@ -1,5 +1,8 @@
 """The tables: NF4 against the published float32 values, the rule for the others, nearest codes against brute force."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -17,12 +20,7 @@ from qlora_lab.quant.codebook import (
     zero_code,
 )
 
-# Source: bitsandbytes 0.50, functional.get_4bit_type("nf4"); the same 16 numbers as in the QLoRA paper, appendix E
-PUBLISHED_NF4 = [
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-]  # fmt: skip
+PUBLISHED_NF4 = json.loads((Path(__file__).parents[2] / "data" / "nf4_published.json").read_text())["levels"]
 
 
 def test_nf4_is_the_published_table_bit_for_bit():

@@ -1,0 +1,56 @@
+"""qlora_lab: see how QLoRA works, down to the byte, then use it.
+
+The names below are the whole public face. Each is loaded when it is first used, so that `import qlora_lab` is instant:
+torch alone takes two seconds. The rooms, in the direction of the data: quant -> finetune -> measure -> show -> cli.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "codebook": "quant.codebook",
+    "normal_float": "quant.codebook",
+    "quantize": "quant.quantize",
+    "dequantize": "quant.quantize",
+    "QuantizedTensor": "quant.quantize",
+    "fetch": "finetune.fetch",
+    "load": "finetune.models",
+    "Linear4bit": "finetune.linear4bit",
+    "quantize_linears": "finetune.linear4bit",
+    "add_lora": "finetune.lora",
+    "LoRALinear": "finetune.lora",
+    "load_data": "finetune.data",
+    "finetune": "finetune.trainer",
+    "save_adapter": "finetune.checkpoint",
+    "load_adapter": "finetune.checkpoint",
+    "generate": "measure.held_out",
+    "held_out": "measure.held_out",
+    "perplexity": "measure.perplexity",
+    "topics_text": "measure.perplexity",
+    "rouge_l": "measure.rouge",
+    "code_use": "measure.code_use",
+    "machine": "measure.machine",
+    "show_labels": "finetune.data",
+    "LabelView": "show.labels",
+    "published_nf4": "measure.published",
+    "NormalFloatExplorer": "show.normal_float",
+    "check": "show.check",
+    "picture": "show.figure",
+    "show_source": "show.source",
+}
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"qlora_lab.{_HOME[name]}"), name)
+        globals()[name] = value  # the next use does not come here; a room of the same name does not shadow it either
+        return value
+    if name in ("quant", "measure", "show", "cli"):
+        return import_module(f"qlora_lab.{name}")
+    raise AttributeError(f"qlora_lab has no {name!r}: its public names are {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

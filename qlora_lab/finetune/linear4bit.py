@@ -1,0 +1,109 @@
+"""A linear layer whose frozen weight stays packed: y = x dequantize(W)^T + bias.
+
+In: x, (..., in_features) float32, bf16 or fp16. Out: y, (..., out_features), same dtype.
+Source: QLoRA section 3, equation 5. The weight is dequantised to the dtype of x, used, and dropped; backward
+dequantises it once more instead of keeping it: 0.5 byte a weight stays for backward, not 2 or 4. The frozen weight has
+no gradient, so x is not kept at all.
+
+But: no inference mode that repacks anything. What a layer computes and what it saves never depend on train() or eval().
+Not here: adapters (lora.py), reading checkpoints (models.py).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
+from qlora_lab.quant.serialize import from_tensors, to_tensors
+
+
+class _MatMul4bit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
+        ctx.weight = weight  # packed bytes, shared with the layer: nothing is copied
+        return x @ dequantize(weight, x.dtype).t()  # (..., in) @ (in, out) -> (..., out)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad @ dequantize(ctx.weight, grad.dtype), None  # (..., out) @ (out, in) -> (..., in)
+
+
+class Linear4bit(nn.Module):
+    """`nn.Linear` over a QuantizedTensor.
+
+    weight: quantised (out_features, in_features); frozen, and no Parameter, so no optimizer ever sees it.
+    bias: (out_features,) or None. Raises ValueError for a weight that is not a matrix.
+    Moving the module moves the weight; casting it (.half(), .bfloat16()) casts only the bias: bytes have no dtype.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None):
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}, but a linear layer takes (out_features, in_features)"
+            )
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype not in WEIGHT_DTYPES:
+            raise TypeError(f"input is {x.dtype}: Linear4bit computes in float32, bfloat16 or float16")
+        y = _MatMul4bit.apply(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return repr(self.weight)
+
+    def _apply(self, fn, recurse: bool = True):
+        probe = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device))  # .to(dtype) leaves integers alone
+        if probe.device != self.weight.device:
+            self.weight = self.weight.to(probe.device)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(to_tensors(self.weight, prefix + "weight"))
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        key = prefix + "weight"
+        ours = [k for k in state_dict if k == key or k.startswith(key + ".")]
+        try:
+            weight = from_tensors(state_dict, key)
+            if weight.shape != self.weight.shape:
+                raise ValueError(f"{key} has shape {tuple(weight.shape)}, the layer {tuple(self.weight.shape)}")
+            self.weight = weight.to(self.weight.device)
+        except (KeyError, ValueError) as error:
+            errors.append(str(error.args[0]))
+        rest = {k: v for k, v in state_dict.items() if k not in ours}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def quantize_linears(
+    model: nn.Module,
+    codebook: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    skip: Iterable[str] = ("lm_head",),
+) -> nn.Module:
+    """Replace every `nn.Linear` of `model` by a Linear4bit, in place, except those whose last name is in `skip`.
+
+    The head keeps its precision, as in the paper. Raises what quantize raises, with the layer's name, and ValueError
+    when there is nothing to replace. Returns `model`.
+    """
+    targets = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n.split(".")[-1] not in set(skip)]
+    if not targets:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {', '.join(skip)}")
+    for name, linear in targets:
+        weight = quantize(linear.weight, codebook, block_size, double_quant, name=f"{name}.weight")
+        model.set_submodule(name, Linear4bit(weight, linear.bias))
+    return model

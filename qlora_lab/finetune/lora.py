@@ -1,0 +1,116 @@
+"""LoRA: a frozen linear layer plus a trainable product of two thin matrices.
+
+    y = base(x) + scaling * dropout(x) A^T B^T,   scaling = alpha / r
+
+In: x, (..., in_features). Out: y, (..., out_features). lora_A: (r, in_features), lora_B: (out_features, r), float32.
+Source: LoRA (arXiv 2106.09685) section 4.1; A and B start as in PEFT and in the authors' code: A uniform within
+1/sqrt(in_features), B zero, so that the adapted model first equals the base exactly. (The paper says A is Gaussian.)
+
+The adapter is stored in float32 whatever the model computes in: at lr 2e-4 an update is smaller than one unit in the
+last place of a bf16 weight, and would be lost. The two products run in the dtype of x.
+
+Not here: variants such as rsLoRA or DoRA; files (checkpoint.py).
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from qlora_lab.finetune.linear4bit import Linear4bit
+
+HEAD = "lm_head"  # "all-linear" leaves the head alone, as PEFT does
+
+
+class LoRALinear(nn.Module):
+    """`base`, an nn.Linear or Linear4bit, with an adapter of rank r beside it. The base is frozen.
+
+    r: 1 to min(in_features, out_features). alpha: strength; the product is scaled by alpha / r.
+    dropout: on the adapter's input while training, 0 to below 1. Raises ValueError outside these ranges.
+    """
+
+    def __init__(self, base: nn.Module, r: int = 16, alpha: float = 16, dropout: float = 0.0):
+        super().__init__()
+        _check(base, r, dropout)
+        self.base = base.requires_grad_(False)
+        self.r, self.alpha, self.scaling = r, alpha, alpha / r
+        self.dropout = nn.Dropout(dropout)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # a = sqrt(5) makes the bound 1 / sqrt(in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        low = self.dropout(x) @ A.t() * self.scaling  # (..., in) @ (in, r) -> (..., r): scaled where it is thinnest
+        return self.base(x) + low @ B.t()  # (..., r) @ (r, out) -> (..., out)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, alpha={self.alpha}"
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for parameter in (self.lora_A, self.lora_B):  # follow to another device, but stay float32
+            parameter.data = parameter.data.float()
+        return self
+
+
+def add_lora(
+    model: nn.Module,
+    r: int = 16,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: str | Iterable[str] = "all-linear",
+    *,
+    seed: int = 0,
+) -> nn.Module:
+    """Put an adapter beside the linear layers of `model`, in place, and freeze everything else.
+
+    targets: "all-linear" (all but lm_head; what the QLoRA paper found necessary), or layer names: last names such as
+    "q_proj", or whole paths. seed: of lora_A. Raises ValueError for a name that matches nothing, an adapter that is
+    already there, or a rank or dropout that is not allowed. Returns `model`.
+    """
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise ValueError("this model has adapters already: load a fresh one")
+    chosen = choose_targets(model, targets)
+    for layer in chosen.values():
+        _check(layer, r, dropout)
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, layer in chosen.items():
+            model.set_submodule(name, LoRALinear(layer, r, alpha, dropout).train(layer.training))
+    return model
+
+
+def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
+    """The linear layers that `targets` names (see add_lora): path -> layer, in the model's order."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Linear4bit))}
+    last_names = sorted({name.split(".")[-1] for name in linears})
+    if targets == "all-linear":
+        return {name: m for name, m in linears.items() if name.split(".")[-1] != HEAD}
+    wanted = {targets} if isinstance(targets, str) else set(targets)
+    unknown = wanted - set(linears) - set(last_names)
+    if unknown or not wanted:
+        raise ValueError(
+            f"targets {sorted(unknown) or 'none'} match no linear layer: "
+            f"choose 'all-linear' or from {', '.join(last_names)}"
+        )
+    return {name: m for name, m in linears.items() if name in wanted or name.split(".")[-1] in wanted}
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers of `model`: path -> layer. Raises ValueError when there is none."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not found:
+        raise ValueError("this model has no adapter: call qlora_lab.add_lora(model) first")
+    return found
+
+
+def _check(base: nn.Module, r: int, dropout: float) -> None:
+    largest = min(base.in_features, base.out_features)
+    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= largest:
+        raise ValueError(f"r={r!r} is not allowed: a rank is a whole number from 1 to {largest} here, usually 16")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r} is not allowed: choose from 0 to below 1, usually 0 to 0.1")

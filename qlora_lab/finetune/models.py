@@ -1,0 +1,193 @@
+"""Load a model of transformers with its linear layers quantised on arrival, one tensor at a time.
+
+In: a known name, a local folder, or a hub id. Out: (model, tokenizer), the model frozen and in evaluation mode.
+Peak memory is the quantised model plus the largest tensor, never the full-precision model: the model is built on the
+meta device, where tensors have shapes and no bytes, and each weight is read, quantised and dropped before the next.
+
+Embeddings, lm_head and norms keep their precision. Buffers that no checkpoint holds (rotary frequencies) are computed.
+Not here: finding and fetching the folder (fetch.py), adapters (lora.py).
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm.auto import tqdm
+
+from qlora_lab.finetune.fetch import resolve
+from qlora_lab.finetune.linear4bit import Linear4bit
+from qlora_lab.finetune.lora import HEAD
+from qlora_lab.quant.blocks import check_block_size
+from qlora_lab.quant.codebook import codebook as named_codebook
+from qlora_lab.quant.quantize import WEIGHT_DTYPES, quantize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(
+    name_or_path: str | Path = "smollm2-135m",
+    codebook: str | None = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A quantised model and its tokenizer.
+
+    codebook: a name that qlora_lab.codebook knows, or None for no quantisation. block_size, double_quant: see quantize.
+    dtype: of everything that is not quantised, and of the computation; None takes bf16 where the machine multiplies it
+    fast, else float32 (fp16 on an older GPU). device: None takes a CUDA GPU if there is one.
+    Raises ValueError for a name or option that is not known, FileNotFoundError for a folder without a model, and
+    RuntimeError for a tensor that is missing, extra, mis-shaped or cut off: each names it.
+    """
+    if codebook is not None:  # before anything is fetched or read
+        named_codebook(codebook)
+        check_block_size(block_size)
+    folder = resolve(name_or_path, progress=progress)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or fast_dtype(device)
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype={dtype} is not supported: choose float32, bfloat16 or float16 of torch")
+    model = _empty_model(folder, dtype)
+    expected, absent = _expected(model), _missing_is_fine(model)
+    for name, tensor in _read(folder, expected, absent, progress):
+        _place(model, name, tensor.to(device), codebook, block_size, double_quant, dtype)
+    _compute_buffers(model, device)
+    model.tie_weights()
+    return model.requires_grad_(False).eval(), _tokenizer(folder)
+
+
+@lru_cache
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where `device` multiplies it faster than float32 (fp16 on a GPU without bf16), else float32.
+
+    On a CPU this is raced, in about 0.1 s, and not read off its features: with AVX512-BF16, bf16 products took a
+    quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire Rapids without AMX.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type != "cpu":
+        return torch.float32
+    rounds = [(_product_seconds(torch.float32), _product_seconds(torch.bfloat16)) for _ in range(9)]  # in turn
+    float32, bfloat16 = (min(times) for times in zip(*rounds, strict=True))
+    return torch.bfloat16 if bfloat16 < 0.9 * float32 else torch.float32
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    start = perf_counter()
+    a @ b.t()
+    return perf_counter() - start
+
+
+def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # tokenizer.json is the whole truth. AutoTokenizer rebuilds some classes from their parts and loses a rule: with
+    # transformers 5.23 a GPT2Tokenizer folder no longer splits digits one by one, as SmolLM2 was trained to see them.
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else AutoTokenizer
+    return kind.from_pretrained(folder)
+
+
+def _empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.config._name_or_path = model.name_or_path = str(folder)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _expected(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _missing_is_fine(model: "PreTrainedModel") -> set[str]:
+    """A tied head is the embedding; files hold it twice or once."""
+    return {f"{HEAD}.weight"} if model.config.tie_word_embeddings else set()
+
+
+def _read(
+    folder: Path, expected: dict[str, torch.Size], absent: set[str], progress: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    files = _files_of(folder)
+    _check_names(folder, set(files), set(expected), absent)
+    names = [name for name in files if name in expected and name not in absent]
+    bar = tqdm(names, "loading", unit="tensor", disable=not progress)
+    for name in bar:
+        bar.set_postfix_str(name.removeprefix("model."), refresh=False)
+        # Opened anew for each tensor: closing is what gives the pages of the last one back.
+        with _opened(files[name]) as stored:
+            tensor = stored.get_tensor(name)
+            if tensor.shape != expected[name]:
+                given, wanted = tuple(tensor.shape), tuple(expected[name])
+                raise RuntimeError(f"{files[name]}: {name} has shape {given}, but config.json asks for {wanted}")
+            yield name, tensor
+            del tensor
+
+
+def _files_of(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it, in the files' order."""
+    index = folder / "model.safetensors.index.json"
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+    files = {}
+    for path in [folder / shard for shard in shards] or sorted(folder.glob("*.safetensors")):
+        with _opened(path) as stored:
+            files |= dict.fromkeys(stored.keys(), path)
+    return files
+
+
+def _check_names(folder: Path, found: set[str], expected: set[str], absent: set[str]) -> None:
+    missing = sorted(expected - absent - found)
+    extra = sorted(n for n in found - expected if not n.endswith("rotary_emb.inv_freq"))  # old exports hold this buffer
+    for names, what in ((missing, "missing from"), (extra, "not part of the model, but in")):
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            raise RuntimeError(f"{names[0]}{more}: {what} {folder}; config.json and weights do not belong together")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise RuntimeError(
+            f"{path} is cut off or no safetensors file ({error}): delete it and fetch it again"
+        ) from None
+
+
+def _place(model, name, tensor, codebook, block_size, double_quant, dtype) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    is_linear = type(module) is nn.Linear and leaf == "weight" and path.split(".")[-1] != HEAD
+    if codebook is not None and is_linear:
+        weight = quantize(tensor, codebook, block_size, double_quant, name=name)
+        model.set_submodule(path, Linear4bit(weight, module.bias))
+    else:
+        # a copy, because the tensor is a view of the file; clone() would keep its dtype
+        setattr(module, leaf, nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False))
+
+
+def _compute_buffers(model: nn.Module, device: torch.device) -> None:
+    """Rotary frequencies and their like depend on the configuration alone: build their module again, off meta."""
+    for name, module in model.named_modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            try:
+                fresh = type(module)(config=model.config)
+            except TypeError:
+                raise RuntimeError(f"{name} ({type(module).__name__}) has buffers that no file holds") from None
+            model.set_submodule(name, fresh.to(device))

@@ -1,0 +1,48 @@
+"""Perplexity: among how many tokens, on average, is the model undecided?
+
+In: a model of transformers, its tokenizer and a text. Out: exp of the mean cross entropy, a number of at least 1.
+
+The first `windows` x `length` tokens are cut into windows that do not overlap, and each token is predicted from its own
+window only; the first token of a window is predicted from nothing and does not count. No BOS token is added. Longer
+windows give more context and a lower number: perplexities compare only at equal text, tokenizer, length and windows.
+
+Not here: the loss on answers (held_out.py).
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from qlora_lab.measure.held_out import mean_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+def topics_text() -> str:
+    """The help topics of this Python, by sorted key, joined by blank lines: English prose that needs no download.
+
+    465,126 characters on Python 3.11; other versions of Python have other texts, so their perplexities differ.
+    """
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def perplexity(model: torch.nn.Module, tokenizer: "Tokenizer", text: str, length: int = 512, windows: int = 8) -> float:
+    """Perplexity of the first `windows` windows of `length` tokens of `text`.
+
+    Raises ValueError if `text` has fewer tokens than that, or if a window has no token to predict.
+    """
+    if length < 2 or windows < 1:
+        raise ValueError(f"length={length}, windows={windows}: at least one window of at least two tokens is needed")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < length * windows:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, fewer than {windows} windows of {length}: "
+            f"take windows={len(ids) // length} or a longer text"
+        )
+    rows = torch.tensor(ids[: length * windows]).view(windows, 1, length)  # batches of one window
+    batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows]
+    return math.exp(mean_loss(model, batches, "perplexity"))

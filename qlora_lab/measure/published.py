@@ -1,0 +1,31 @@
+"""Figures that others have published, as data with their source: read from the repository's folder data/.
+
+Not here: anything measured by this library.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+DATA = Path(__file__).parents[2] / "data"
+
+
+def published_nf4() -> torch.Tensor:
+    """The 16 NF4 levels as bitsandbytes ships them: (16,) float32, ascending.
+
+    Raises FileNotFoundError where the library was installed without the repository around it.
+
+    >>> published_nf4()[[0, 7, 15]].tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    return torch.tensor(_read("nf4_published.json")["levels"])
+
+
+def _read(name: str) -> dict:
+    path = DATA / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not here: published figures come with a clone of the repository, not with pip"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

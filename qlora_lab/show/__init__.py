@@ -1,0 +1,10 @@
+"""Pictures and controls: data in, something to look at out. No maths lives here.
+
+slider.py    named controls: `Slider`, `Toggle`, `Button`
+figure.py    matplotlib -> `<img alt=...>`: `new_figure`, `picture`, `Blit`
+source.py    a function -> its highlighted source: `show_source`
+explorer.py  controls + figure + one sentence of numbers: `Explorer`
+check.py     a student's answer -> "correct" or a hint: `check`
+
+Not here: anything that computes a number a reader might want to use; that belongs to the rooms before this one.
+"""

@@ -1,0 +1,118 @@
+"""An explorer: a few named controls, one picture, one sentence of numbers. It holds no maths.
+
+Enters: a state (a plain dict, one value per control). Leaves: a live widget, a PNG, and a sentence that nbval compares.
+
+A subclass writes five short methods and nothing about widgets or browsers: `controls`, `compute`, `draw`, `update` and
+`describe`. `Explorer(**state)` is reproducible: the same state gives the same bytes, and `.code()` is the line to copy.
+
+Not here: how a figure becomes pixels (figure.py), how a control works in the browser (slider.py).
+"""
+
+import base64
+import html
+from abc import ABC, abstractmethod
+
+import ipywidgets as W
+
+from qlora_lab.show.figure import Blit, img
+from qlora_lab.show.slider import Button
+from qlora_lab.show.source import called_functions, details_html, source_html
+
+
+class Explorer(ABC):
+    """Controls, a picture and a sentence that follow one state; works without a browser too.
+
+    explorer.set(bits=3); explorer.reset(); explorer.state; explorer.result; explorer.summary(); explorer.png
+    """
+
+    @abstractmethod
+    def controls(self):
+        """{field: Slider or Toggle}, start values included."""
+
+    @staticmethod
+    @abstractmethod
+    def compute(state):
+        """State -> result. Pure: it is tested without a browser, and "Show source" shows it."""
+
+    @abstractmethod
+    def draw(self):
+        """The figure and the list of artists that move, in drawing order. Called once."""
+
+    @abstractmethod
+    def update(self, result):
+        """Give the moving artists their data. Called on each change, so nothing is created here."""
+
+    @staticmethod
+    @abstractmethod
+    def describe(state, result):
+        """One sentence with the key numbers."""
+
+    def __init__(self, **state):
+        self._controls = self.controls()
+        self._start = self.state
+        self._blit = Blit(*self.draw())
+        self._pane = W.HTML()
+        self._paused = False
+        self.set(**state)
+        for control in self._controls.values():
+            control.observe(self._redraw, "value")
+        self.widget = self._layout()
+
+    @property
+    def state(self):
+        """The controls' values now: {field: value}."""
+        return {field: control.value for field, control in self._controls.items()}
+
+    def set(self, **state):
+        """Change some controls and redraw once. ValueError names the field, what is allowed and the fix."""
+        unknown = [field for field in state if field not in self._controls]
+        if unknown:
+            raise ValueError(f"{type(self).__name__} has no field {unknown[0]!r}: use {', '.join(self._controls)}.")
+        checked = {field: self._controls[field].allowed(value, field) for field, value in state.items()}
+        self._paused = True  # nothing changes before all is checked, and nothing is drawn half way
+        for field, value in checked.items():
+            self._controls[field].value = value
+        self._paused = False
+        self._redraw()
+
+    def reset(self):
+        """Back to the start values."""
+        self.set(**self._start)
+
+    def summary(self):
+        """One sentence with the key numbers: alt text, caption, and what nbval compares."""
+        return self.describe(self.state, self.result)
+
+    def code(self):
+        """The line that makes this explorer again, as it is now."""
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state.items())})"
+
+    def _redraw(self, _change=None):
+        if self._paused:
+            return
+        self.result = self.compute(self.state)
+        self.update(self.result)
+        self.png = self._blit.frame()
+        caption = f'<div aria-hidden="true">{html.escape(self.summary())}</div>'  # spoken once, as the alt text
+        self._pane.value = f"{img(self.png, self.summary())}{caption}<code>{html.escape(self.code())}</code>"
+
+    def _layout(self):
+        """Controls beside the picture, or above it where the window is narrow (a wrapping flex box, measured best)."""
+        reset = Button("Reset")
+        reset.observe(lambda _: self.reset(), "clicks")
+        panel = W.VBox([*self._controls.values(), reset], layout=W.Layout(flex="1 1 240px", min_width="240px"))
+        figure = W.Box([self._pane], layout=W.Layout(flex="3 1 420px", min_width="0"))
+        row = W.Box([panel, figure], layout=W.Layout(flex_flow="row wrap", grid_gap="8px 24px"))
+        source = details_html("Show source", source_html(self.compute, *called_functions(self.compute)))
+        whole = W.VBox([row, W.HTML(source)])
+        whole.add_class("qlora-explorer")
+        return whole
+
+    def __repr__(self):
+        return self.summary()
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        """Live view for Lab, PNG for a page not running, the sentence for nbval."""
+        view = self.widget._repr_mimebundle_()  # only the view is kept: the text in it is a truncated widget tree
+        view = {key: value for key, value in view.items() if key.endswith("widget-view+json")}
+        return {**view, "image/png": base64.b64encode(self.png).decode(), "text/plain": self.summary()}

@@ -1,0 +1,104 @@
+"""matplotlib figures as `<img alt=...>`: for a page that reads on paper, on a code host and in a screen reader.
+
+Enters: a `matplotlib.figure.Figure` and one sentence that carries its key numbers (the alt text, required).
+Leaves: `picture` -> an object Jupyter shows; `Blit` -> PNG bytes of the same figure again and again, fast.
+
+nbval compares the alt text but never the pixels: so the numbers in the alt text are what guards a stored figure.
+pyplot is never imported: it keeps each figure alive and would print them twice. A white panel is kept on purpose, since
+black ink on a transparent one cannot be read in Lab's dark theme.
+
+Not here: what the figure shows (one file a picture), and controls (slider.py).
+"""
+
+import base64
+import html
+import io
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+# Okabe and Ito's eight colours, told apart with any colour vision; matplotlib holds the values. Black is kept for ink,
+# and yellow is too pale for a line on white.
+_NAMES = ("black", "orange", "sky", "green", "yellow", "blue", "red", "purple")
+COLOURS = dict(zip(_NAMES, matplotlib.color_sequences["okabe_ito"], strict=True))
+_CYCLE = [COLOURS[name] for name in ("blue", "orange", "green", "red", "purple", "sky")]
+
+
+def new_figure(columns=1, *, width=6.5, height=2.8):
+    """A white figure of `width` x `height` inches and its axes (one, or an array of `columns`), without pyplot.
+
+    6.5 inches at 144 dots fill a notebook's column, and beside an explorer's controls the text still reads.
+    """
+    fig = Figure(figsize=(width, height), dpi=144, facecolor="white", layout="constrained")
+    axes = fig.subplots(1, columns)
+    for ax in np.atleast_1d(axes):
+        ax.set_prop_cycle(color=_CYCLE)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, axes
+
+
+def img(png, alt):
+    """The HTML of one picture: PNG bytes and their alt text."""
+    if not alt.strip():
+        raise ValueError("alt is empty: say in one sentence what the picture shows, with its key numbers.")
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(alt)}" style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
+
+
+class Picture:
+    """A static figure: HTML with alt text, a PNG for code hosts, and the alt text itself for nbval and terminals."""
+
+    def __init__(self, png, alt):
+        self.png, self.alt = png, alt
+        self._html = img(png, alt)
+
+    def __repr__(self):
+        return self.alt
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"text/html": self._html, "image/png": base64.b64encode(self.png).decode(), "text/plain": self.alt}
+
+
+def picture(fig, alt):
+    """Show `fig` in a notebook: put `picture(fig, alt)` on the last line of a cell.
+
+    The PNG carries no Software field: with it, each matplotlib release would change every stored picture.
+    """
+    out = io.BytesIO()
+    fig.savefig(out, format="png", metadata={"Software": None})
+    return Picture(out.getvalue(), alt)
+
+
+class Blit:
+    """Redraw a few artists of a figure, fast (about 20 ms; a full draw with constrained layout takes 200).
+
+    The rest of the figure is drawn once and kept as pixels. It is drawn again only when an axis limit changes, so: what
+    moves goes into `moving`, in drawing order, and everything else stays as it is after the first frame.
+    """
+
+    def __init__(self, fig, moving):
+        self.fig, self.moving = fig, list(moving)
+        self.canvas = FigureCanvasAgg(fig)
+        self._background = self._limits = None
+        for artist in self.moving:
+            artist.set_animated(True)  # leaves it out of canvas.draw()
+
+    def frame(self):
+        """PNG bytes of the figure as its artists are now."""
+        limits = [(ax.get_xlim(), ax.get_ylim()) for ax in self.fig.axes]
+        if limits != self._limits:
+            self.canvas.draw()
+            self._background, self._limits = self.canvas.copy_from_bbox(self.fig.bbox), limits
+        self.canvas.restore_region(self._background)
+        for artist in self.moving:
+            self.fig.draw_artist(artist)
+        return self._png()
+
+    def _png(self):
+        rgb = np.asarray(self.canvas.buffer_rgba())[..., :3]
+        out = io.BytesIO()
+        Image.fromarray(rgb).save(out, "png")
+        return out.getvalue()

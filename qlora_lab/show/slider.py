@@ -1,0 +1,214 @@
+"""Named controls for notebooks: `Slider`, `Toggle` and `Button`.
+
+Enters: a name, a start value, the allowed values. Leaves: an ipywidgets widget whose `.value` can be observed.
+
+But: why not ipywidgets' own? Its sliders have no accessible name, and while any of its controls has the focus, typing
+"a" or "b" inserts cells in JupyterLab (measured). Here each control is a native HTML input: it has a name, the slider
+speaks its unit, and Lab's shortcuts are off on the input itself (on a wrapper the attribute has no effect).
+
+A slider is a list of allowed values and a position in it; the browser moves the position only. So integers, floats,
+powers of two and words are one case, and no float is ever rounded on its way through JavaScript.
+
+Not here: layout and drawing (explorer.py).
+"""
+
+import math
+
+import anywidget
+import traitlets as T
+
+_FOCUS = "outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px;"
+
+
+class Slider(anywidget.AnyWidget):
+    """A named slider over `choices`, or over `low` to `high` in steps of `step` (int or float).
+
+    A start value between two steps becomes a step of its own: Slider("Offset", 0.9677083, low=0.9, high=1.0, step=0.01)
+    has the paper's exact value between 0.96 and 0.97.
+
+    >>> Slider("Block size", 64, choices=[16, 32, 64, 128], unit="weights")
+    Slider('Block size', 64, unit='weights')
+    """
+
+    description = T.Unicode().tag(sync=True)
+    unit = T.Unicode().tag(sync=True)
+    labels = T.List(T.Unicode()).tag(sync=True)
+    position = T.Int().tag(sync=True)
+    value = T.Any()
+    value.allow_none = False  # Any ignores this argument, and would let None past the check below
+
+    _esm = """
+    export default { render({ model, el }) {
+      const label = document.createElement("label"), input = document.createElement("input");
+      const shown = document.createElement("span"), labels = model.get("labels"), unit = model.get("unit");
+      el.classList.add("qlora-slider");
+      input.type = "range"; input.min = 0; input.max = labels.length - 1; input.step = 1;
+      input.id = "qlora-" + Math.random().toString(36).slice(2);
+      input.dataset.lmSuppressShortcuts = "true";
+      label.htmlFor = input.id; label.textContent = model.get("description");
+      shown.ariaHidden = "true";                                     // spoken once, as the input's value text
+      el.append(label, shown, input);
+      const show = () => {
+        input.value = model.get("position");
+        shown.textContent = unit ? `${labels[input.value]} ${unit}` : labels[input.value];
+        input.setAttribute("aria-valuetext", shown.textContent);
+      };
+      input.addEventListener("input", () => { model.set("position", +input.value); model.save_changes(); show(); });
+      model.on("change:position", show); show();
+    } };
+    """
+    _css = f"""
+    .qlora-slider {{ display: grid; grid-template-columns: 1fr auto; column-gap: 12px; margin: 2px 0 10px;
+                     font-size: var(--jp-ui-font-size1, 13px); color: var(--jp-ui-font-color1, inherit); }}
+    .qlora-slider label {{ font-weight: 600; }}
+    .qlora-slider span {{ font-variant-numeric: tabular-nums; }}
+    .qlora-slider input {{ grid-column: 1 / -1; width: 100%; margin: 4px 0 0; }}
+    .qlora-slider input:focus-visible {{ {_FOCUS} }}
+    """
+
+    def __init__(self, description, value, *, low=None, high=None, step=1, choices=None, unit=""):
+        if (choices is None) == (low is None or high is None):
+            raise TypeError(f"Slider {description!r}: give either choices=[...] or both low= and high=.")
+        self.choices = tuple(choices) if choices is not None else _steps(description, value, low, high, step)
+        self._rule = f"from {low} to {high} in steps of {step}" if choices is None else _listed(self.choices)
+        start = self._find(description, value)
+        labels = [f"{c:.7g}" if isinstance(c, float) else str(c) for c in self.choices]
+        super().__init__(description=description, unit=unit, labels=labels, position=start, value=self.choices[start])
+
+    def allowed(self, value, name=None):
+        """The choice equal to `value`; ValueError with the rule and the fix where there is none."""
+        return self.choices[self._find(name or self.description, value)]
+
+    def _find(self, name, value):
+        for i, choice in enumerate(self.choices):
+            if _same(value, choice):
+                return i
+        raise ValueError(f"{name}={value!r} is not allowed: {self._rule}. {_nearest(value, self.choices)}")
+
+    @T.validate("position")
+    def _clamp_position(self, proposal):
+        return min(max(proposal["value"], 0), len(self.labels) - 1)
+
+    @T.validate("value")
+    def _check_value(self, proposal):
+        return self.allowed(proposal["value"])
+
+    @T.observe("position")
+    def _position_moved(self, change):
+        self.value = self.choices[change["new"]]
+
+    @T.observe("value")
+    def _value_moved(self, change):
+        self.position = self._find(self.description, change["new"])
+
+    def __repr__(self):
+        unit = f", unit={self.unit!r}" if self.unit else ""
+        return f"Slider({self.description!r}, {self.value!r}{unit})"
+
+
+class Toggle(anywidget.AnyWidget):
+    """A named checkbox; `.value` is True or False.
+
+    >>> Toggle("Symmetric", True)
+    Toggle('Symmetric', True)
+    """
+
+    description = T.Unicode().tag(sync=True)
+    value = T.Bool().tag(sync=True)
+
+    _esm = """
+    export default { render({ model, el }) {
+      const label = document.createElement("label"), input = document.createElement("input");
+      el.classList.add("qlora-toggle");
+      input.type = "checkbox"; input.dataset.lmSuppressShortcuts = "true";
+      label.append(input, model.get("description")); el.append(label);
+      const show = () => { input.checked = model.get("value"); };
+      input.addEventListener("change", () => { model.set("value", input.checked); model.save_changes(); });
+      model.on("change:value", show); show();
+    } };
+    """
+    _css = f"""
+    .qlora-toggle {{ margin: 2px 0 10px; font-size: var(--jp-ui-font-size1, 13px);
+                     color: var(--jp-ui-font-color1, inherit); }}
+    .qlora-toggle label {{ display: flex; align-items: center; gap: 6px; font-weight: 600; }}
+    .qlora-toggle input {{ margin: 0; }}
+    .qlora-toggle input:focus-visible {{ {_FOCUS} }}
+    """
+
+    def __init__(self, description, value=False):
+        super().__init__(description=description, value=self.allowed(value, description))
+
+    def allowed(self, value, name=None):
+        """`value` itself if it is a bool; ValueError with the rule and the fix otherwise."""
+        if not isinstance(value, bool):
+            raise ValueError(f"{name or self.description}={value!r} is not allowed: it is a switch. Use True or False.")
+        return value
+
+    def __repr__(self):
+        return f"Toggle({self.description!r}, {self.value!r})"
+
+
+class Button(anywidget.AnyWidget):
+    """A button; `.clicks` counts the presses, so `observe(..., "clicks")` is its event.
+
+    >>> Button("Reset")
+    Button('Reset')
+    """
+
+    description = T.Unicode().tag(sync=True)
+    clicks = T.Int(0).tag(sync=True)
+
+    _esm = """
+    export default { render({ model, el }) {
+      const button = document.createElement("button");
+      el.classList.add("qlora-button");
+      button.type = "button"; button.dataset.lmSuppressShortcuts = "true";
+      button.textContent = model.get("description");
+      button.addEventListener("click", () => { model.set("clicks", model.get("clicks") + 1); model.save_changes(); });
+      el.append(button);
+    } };
+    """
+    _css = f"""
+    .qlora-button button {{ padding: 4px 12px; font: inherit; color: var(--jp-ui-font-color1, inherit); cursor: pointer;
+                            background: var(--jp-layout-color2, #eee); border: 1px solid var(--jp-border-color1, #999);
+                            border-radius: 3px; }}
+    .qlora-button button:focus-visible {{ {_FOCUS} }}
+    """
+
+    def __init__(self, description):
+        super().__init__(description=description)
+
+    def __repr__(self):
+        return f"Button({self.description!r})"
+
+
+def _steps(name, value, low, high, step):
+    """The allowed values from `low` to `high`, with the start value among them."""
+    if not (low < high and step > 0):
+        raise ValueError(f"Slider {name!r}: low={low}, high={high}, step={step}: need low < high and step > 0.")
+    count = math.floor((high - low) / step + 1e-9) + 1
+    digits = 0 if isinstance(step, int) else max(0, 9 - math.floor(math.log10(step)))
+    grid = [low + i * step if isinstance(step, int) else round(low + i * step, digits) for i in range(count)]
+    inside = isinstance(value, float) and low < value < high
+    return tuple(grid if not inside or any(_same(value, g) for g in grid) else sorted([*grid, value]))
+
+
+def _same(value, choice):
+    """Equality that forgives a float's last bits, and knows that True is not 1 and "4" is not 4."""
+    if isinstance(choice, (bool, str)) or isinstance(value, (bool, str)):
+        return type(value) is type(choice) and value == choice
+    try:
+        return math.isclose(value, choice, rel_tol=1e-9, abs_tol=1e-12)
+    except TypeError:
+        return value == choice
+
+
+def _nearest(value, choices):
+    try:
+        return f"Nearest: {min(choices, key=lambda c: abs(c - value))!r}."
+    except TypeError:
+        return f"Try {choices[0]!r}."
+
+
+def _listed(choices):
+    return "one of " + ", ".join(repr(c) for c in choices)

@@ -1,0 +1,84 @@
+"""A function's source, shown where the reader stands, so that the notebook stays thin and the code stays visible.
+
+Enters: Python functions. Leaves: `show_source` -> an object Jupyter shows as highlighted code; `source_html` -> HTML
+for a widget; `called_functions` -> the library functions that a function calls, read from its syntax tree.
+
+`show_source` is Markdown, not HTML: Lab and code hosts highlight it in the reader's own theme, and what is stored and
+compared is the source alone, so a new release of pygments changes no notebook.
+
+Not here: explorers (explorer.py).
+"""
+
+import ast
+import html
+import inspect
+import textwrap
+from types import FunctionType
+
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+_LIBRARY = __name__.split(".")[0]
+
+
+class Source:
+    """Source text with its headline, shown as Markdown."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __repr__(self):
+        return self.text
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {"text/markdown": f"```python\n{self.text}\n```", "text/plain": self.text}
+
+
+def show_source(*functions):
+    """Show the source of each function, under the name of the file it lives in.
+
+    Raises TypeError for what has no Python source (a builtin, a C function), naming it.
+    """
+    return Source("\n\n\n".join(_source(f) for f in functions))
+
+
+def source_html(*functions):
+    """The same as HTML with inline styles on a white panel, readable in both of Lab's themes."""
+    code = "\n\n\n".join(_source(f) for f in functions)
+    style = "padding:8px;overflow-x:auto;background:#fff;color:#111"
+    return highlight(code, PythonLexer(), HtmlFormatter(noclasses=True, nobackground=True, prestyles=style))
+
+
+def called_functions(function):
+    """Functions of this library that `function` calls by name, in order of appearance, each once."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    names = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    names.sort(key=lambda n: (n.lineno, n.col_offset))
+    found = [_resolve(n, function.__globals__) for n in names]
+    return list(dict.fromkeys(f for f in found if isinstance(f, FunctionType) and _in_library(f) and f is not function))
+
+
+def _in_library(function):
+    return function.__module__.split(".")[0] == _LIBRARY
+
+
+def _resolve(node, names):
+    """What `a` or `a.b.c` stands for, or None."""
+    if isinstance(node, ast.Attribute):
+        return getattr(_resolve(node.value, names), node.attr, None)
+    return names.get(node.id) if isinstance(node, ast.Name) else None
+
+
+def _source(function):
+    try:
+        text = inspect.getsource(function)
+    except (TypeError, OSError) as err:
+        raise TypeError(f"{function!r} has no Python source to show: pass a function written in Python.") from err
+    return f"# {function.__module__.replace('.', '/')}.py\n" + textwrap.dedent(text).rstrip()
+
+
+def details_html(summary, body):
+    """A native disclosure: keyboard and screen reader know it, and Lab's shortcuts are off on its handle."""
+    handle = f'<summary data-lm-suppress-shortcuts="true" style="cursor:pointer">{html.escape(summary)}</summary>'
+    return f"<details>{handle}{body}</details>"

@@ -1,0 +1,47 @@
+"""A chat tokenizer and a LLaMA, both small enough to be made on the spot."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+VOCABULARY = 280  # 256 bytes, 3 special tokens, 21 merges
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a few merges and the ChatML template; as SmolLM2's, its pad token is its end token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    bpe.train_from_iterator(["the sum of the two numbers\n\n", "assistant\nuser\nsystem\n"] * 9, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        extra_special_tokens=["<|endoftext|>"],
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """Two layers, hidden size 16, float32, the vocabulary of `tokenizer`; drawn with seed 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        # A wide draw, so that logits differ clearly, and small embeddings, so that attention decides and not the last
+        # token: answers then depend on the question.
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=1.0, **shape))
+        model.model.embed_tokens.weight.data *= 0.1
+        return model

@@ -1,0 +1,265 @@
+"""What the user brings is read or refused by name; answers and their end tokens are learned, nothing else."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from qlora_lab.finetune.data import (
+    IGNORED,
+    Batches,
+    Encoded,
+    collate,
+    encode,
+    encode_all,
+    end_token_id,
+    load_data,
+    pad_token_id,
+    prompt_ids,
+    show_labels,
+)
+from qlora_lab.finetune.examples import Example, to_example
+
+QUESTION = ("user", "Add 2 and 2.")
+EXAMPLE = Example((QUESTION, ("assistant", "The sum is 4.")))
+FORMS = {
+    "alpaca": {"instruction": "Add.", "input": "2 and 2", "output": "4"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Add.\n\n2 and 2"}, {"from": "gpt", "value": "4"}]},
+    "openai": {
+        "messages": [{"role": "user", "content": "Add.\n\n2 and 2"}, {"role": "assistant", "content": " 4\n"}],
+    },
+}
+# Surrogates are no text; leading and trailing white space is dropped by to_example before anything is encoded.
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).map(str.strip)
+same_tokenizer = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def learned_texts(encoded: Encoded, tokenizer) -> list[str]:
+    """Each unbroken run of labels, decoded."""
+    runs = "".join("x" if label == IGNORED else "L" for label in encoded.labels)
+    starts = [i for i in range(1, len(runs)) if runs[i - 1 : i + 1] == "xL"]
+    stops = [runs.find("x", start) if "x" in runs[start:] else len(runs) for start in starts]
+    return [tokenizer.decode(encoded.labels[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_gives_the_same_example(form):
+    assert to_example(FORMS[form]) == Example((("user", "Add.\n\n2 and 2"), ("assistant", "4")))
+
+
+def test_a_file_may_mix_forms_and_be_lines_or_a_list(tmp_path):
+    lines, array = tmp_path / "data.jsonl", tmp_path / "data.json"
+    lines.write_text("\ufeff" + "\n\n".join(json.dumps(record) for record in FORMS.values()), encoding="utf-8")
+    array.write_text(json.dumps(list(FORMS.values()), indent=2), encoding="utf-8")
+    assert load_data(lines) == load_data(str(array)) == [to_example(FORMS["openai"])] * 3
+
+
+def test_alpaca_without_input_is_the_instruction_alone():
+    for record in ({"instruction": "Hi", "output": "Ho"}, {"instruction": "Hi", "input": None, "output": "Ho"}):
+        assert to_example(record).messages == (("user", "Hi"), ("assistant", "Ho"))
+
+
+def test_answers_before_the_first_question_and_turns_after_the_last_answer_are_dropped():
+    turns = [("gpt", "Hello"), ("human", "a"), ("gpt", "b"), ("human", "c")]
+    record = {"conversations": [{"from": role, "value": value} for role, value in turns]}
+    assert to_example(record).messages == (("user", "a"), ("assistant", "b"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no examples"),
+        ("\n \n", "holds no examples"),
+        ("[]", "holds no examples"),
+        (json.dumps(FORMS["alpaca"]) + "\n{'instruction': 1}", "line 2, column 2: not JSON .*one JSON object a line"),
+        ('[{"instruction": "a",\n "output": }]', "line 2, column 12: not JSON .*a JSON list"),
+        ('{"question": "a", "answer": "b"}', "line 1: the record has the keys question, answer; expected Alpaca"),
+        ("{}", r"line 1: the record has the keys \(none\)"),
+        ('["a"]', "record 1: expected a JSON object.*found str"),
+        ('{"instruction": "a", "output": 4}', "line 1: 'output' must be a text, found 4"),
+        ('{"messages": "a"}', "line 1: a conversation must be a list of turns with the keys role and content"),
+        ('{"messages": [{"role": "user"}]}', "line 1: 'content' must be a text, found null"),
+        ('{"messages": [{"role": "tool", "content": "a"}]}', "line 1: unknown role 'tool': a role is one of human"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "line 1: no answer to learn from"),
+        ('{"conversations": []}', "line 1: no answer to learn from"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_named_with_file_and_line(tmp_path, text, message):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"mine.jsonl.*{message}"):
+        load_data(path)
+
+
+def test_a_file_that_is_missing_or_not_text_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no data file at .*nowhere.jsonl.*or "docstrings"'):
+        load_data(tmp_path / "nowhere.jsonl")
+    binary = tmp_path / "model.bin"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="model.bin is not UTF-8"):
+        load_data(binary)
+
+
+@pytest.mark.parametrize("source", ["docstrings", "data.jsonl"])
+def test_an_unknown_split_is_named(source):
+    with pytest.raises(ValueError, match="unknown split 'validation'"):
+        load_data(source, split="validation")
+
+
+def test_an_example_opens_with_a_question_and_ends_with_an_answer():
+    with pytest.raises(ValueError, match="unknown role 'human'"):
+        Example((("human", "a"), ("assistant", "b")))
+    with pytest.raises(ValueError, match="the assistant speaks first"):
+        Example((("assistant", "b"),))
+    with pytest.raises(ValueError, match="no answer to learn from"):
+        Example((QUESTION,))
+
+
+# --- tokens and labels
+
+
+def test_the_labels_are_the_answer_and_its_end_token(tokenizer):
+    encoded = encode(EXAMPLE, tokenizer)
+    assert learned_texts(encoded, tokenizer) == ["The sum is 4.<|im_end|>"]
+    assert all(label in (token, IGNORED) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
+
+
+def test_the_tokens_before_the_first_label_are_what_generation_is_given(tokenizer):
+    encoded, prompt = encode(EXAMPLE, tokenizer), prompt_ids(EXAMPLE.prompt, tokenizer)
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert encoded.labels[: len(prompt)] == [IGNORED] * len(prompt)
+    assert encoded.labels[len(prompt)] != IGNORED
+
+
+@same_tokenizer
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), st.sampled_from(["chatml", "plain"]))
+def test_every_answer_of_a_conversation_is_learned_whatever_it_says(tokenizer, turns, template):
+    if template == "plain":
+        tokenizer.chat_template = None
+    messages = (("system", "Be brief."), *(m for q, a in turns for m in (("user", q), ("assistant", a))))
+    encoded = encode(Example(messages), tokenizer)
+    assert learned_texts(encoded, tokenizer) == [answer + "<|im_end|>" for _, answer in turns]
+
+
+def test_a_tokenizer_without_chat_template_gets_the_plain_one(tokenizer):
+    tokenizer.chat_template = None
+    messages = (("system", "Be brief."), QUESTION, ("assistant", "4"), ("user", "And 3?"), ("assistant", "7"))
+    text = tokenizer.decode(encode(Example(messages), tokenizer).input_ids)
+    assert text == (
+        "<|im_start|>Be brief.\n\n### Instruction:\nAdd 2 and 2.\n\n### Response:\n4<|im_end|>"
+        "\n\n### Instruction:\nAnd 3?\n\n### Response:\n7<|im_end|>"
+    )
+    assert tokenizer.decode(prompt_ids((QUESTION,), tokenizer)).endswith("Add 2 and 2.\n\n### Response:\n")
+
+
+def test_the_end_token_is_the_templates_and_not_eos(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    assert end_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>") != tokenizer.eos_token_id
+    assert learned_texts(encode(EXAMPLE, tokenizer), tokenizer) == ["The sum is 4.<|endoftext|>"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("<|im_end|>", ""), "ends 'The sum is 4.' by no special token"),
+        (("message.content", "messages|length ~ message.content"), "does not extend a conversation token by token"),
+        (("{% for", "{{ raise_exception('roles must alternate') }}{% for"), "refuses .*user: 'Add 2 .*must alternate"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_learned_from_is_refused(tokenizer, change, message):
+    tokenizer.chat_template = tokenizer.chat_template.replace(*change)
+    with pytest.raises(ValueError, match=message):
+        encode(EXAMPLE, tokenizer)
+
+
+def test_an_answer_that_melts_into_the_prompt_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="the answer melts into the prompt's last token"):
+        encode(Example((QUESTION, ("assistant", "\n\nThe sum is 4."))), tokenizer)
+
+
+def test_without_template_and_eos_nothing_can_end_an_answer(tokenizer):
+    tokenizer.chat_template = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a chat template nor an eos token"):
+        encode(EXAMPLE, tokenizer)
+
+
+def test_examples_that_are_too_long_are_left_out_and_counted(tokenizer):
+    long = Example((QUESTION, ("assistant", "word " * 50)))
+    short = encode(EXAMPLE, tokenizer)
+    kept, report = encode_all([EXAMPLE, long, EXAMPLE], tokenizer, max_length=len(short.input_ids))
+    assert kept == [short, short]
+    assert (report.kept, report.too_long) == (2, 1)
+    assert report.longest == len(encode(long, tokenizer).input_ids)
+    assert report.tokens == 2 * len(short.input_ids)
+    assert report.learned_tokens == 2 * sum(label != IGNORED for label in short.labels)
+    with pytest.raises(ValueError, match="no example has at most 3 tokens .*raise max_length"):
+        encode_all([EXAMPLE], tokenizer, max_length=3)
+
+
+def test_show_labels_spells_out_the_conversation(tokenizer):
+    view = show_labels(encode(EXAMPLE, tokenizer), tokenizer)
+    assert "".join(text for text, learned in view if learned) == "The sum is 4.<|im_end|>"
+    assert "".join(text for text, _ in view) == (
+        "<|im_start|>user\nAdd 2 and 2.<|im_end|>\n<|im_start|>assistant\nThe sum is 4.<|im_end|>\n"
+    )
+
+
+# --- batches
+
+
+def test_padding_hides_no_end_token_when_both_are_one(tokenizer):
+    assert pad_token_id(tokenizer) == tokenizer.eos_token_id == end_token_id(tokenizer)
+    short, long = (
+        encode(EXAMPLE, tokenizer),
+        encode(Example((QUESTION, ("assistant", "The sum is 4. " * 3))), tokenizer),
+    )
+    batch = collate([short, long], pad_token_id(tokenizer))
+    n = len(short.input_ids)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, len(long.labels))
+    assert batch["input_ids"][0].tolist() == short.input_ids + [tokenizer.eos_token_id] * (len(long.labels) - n)
+    assert batch["attention_mask"].sum(dim=1).tolist() == [n, len(long.labels)]
+    assert batch["attention_mask"][0, :n].all()
+    assert batch["labels"][0].tolist() == short.labels + [IGNORED] * (len(long.labels) - n)
+    assert (batch["labels"] == tokenizer.eos_token_id).sum(dim=1).tolist() == [1, 1]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_a_tokenizer_without_pad_token_pads_with_the_end_token(tokenizer):
+    tokenizer.pad_token = None
+    assert pad_token_id(tokenizer) == tokenizer.eos_token_id
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32))
+def test_an_epoch_holds_each_example_once(size, batch_size, seed):
+    batches = Batches(size, batch_size, seed)
+    for _ in range(2):
+        epoch = [next(batches) for _ in range(-(-size // batch_size))]
+        assert sorted(sum(epoch, [])) == list(range(size))
+        assert all(len(batch) == batch_size for batch in epoch[:-1])
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 30))
+def test_restored_batches_go_on_where_they_were(size, batch_size, steps):
+    batches = Batches(size, batch_size, seed=7)
+    for _ in range(steps):
+        next(batches)
+    resumed = Batches(size, batch_size, seed=0)
+    resumed.restore(json.loads(json.dumps(batches.state())))
+    assert [next(batches) for _ in range(9)] == [next(resumed) for _ in range(9)]
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    first, other = Batches(100, 100, seed=0), Batches(100, 100, seed=1)
+    assert next(first) != next(first)
+    assert next(Batches(100, 100, seed=0)) != next(other)
+
+
+def test_batches_refuse_nothing_and_another_data_set():
+    with pytest.raises(ValueError, match="0 examples in batches of 8"):
+        Batches(0, 8, seed=0)
+    with pytest.raises(ValueError, match="saved with size=5, resumed with size=6"):
+        Batches(6, 2, seed=0).restore(Batches(5, 2, seed=0).state())

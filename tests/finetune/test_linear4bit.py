@@ -1,0 +1,119 @@
+"""The layer against its definition: products, gradients, dtypes, moves, files, and no difference between modes."""
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
+from qlora_lab.quant.quantize import dequantize, quantize
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def layer(bias: bool = True, double_quant: bool = True) -> Linear4bit:
+    g = torch.Generator().manual_seed(0)
+    weight = quantize(torch.randn(24, 40, generator=g), block_size=32, double_quant=double_quant)
+    return Linear4bit(weight, nn.Parameter(torch.randn(24, generator=g)) if bias else None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_backward_equal_a_plain_linear(dtype, bias):
+    ours = layer(bias)
+    x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    same = x.detach().clone().requires_grad_()
+    y = ours(x)
+    want = same @ dequantize(ours.weight, dtype).t()
+    want = want + ours.bias.to(dtype) if bias else want
+    assert y.dtype == dtype and torch.equal(y, want)
+    y.square().sum().backward()
+    want.square().sum().backward()
+    assert torch.equal(x.grad, same.grad)
+
+
+def test_gradient_is_the_derivative():
+    ours = layer().requires_grad_(False)
+    x = torch.randn(1, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    step = torch.zeros(1, 40)
+    step[0, 7] = 0.5
+    ours(x).sum().backward()
+    torch.testing.assert_close(
+        (ours(x + step) - ours(x - step)).sum().item(), x.grad[0, 7].item(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_backward_keeps_only_packed_bytes():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        y = layer(bias=False)(torch.randn(8, 40, requires_grad=True))
+    assert saved == [] and y.requires_grad
+
+
+def test_the_weight_is_no_parameter():
+    names = [n for n, _ in layer().named_parameters()]
+    assert names == ["bias"]
+
+
+def test_casting_leaves_bytes_and_constants_alone():
+    ours = layer()
+    before = dequantize(ours.weight, torch.float32)
+    for cast in (ours.half, ours.bfloat16, ours.double, ours.float):
+        cast()
+        assert torch.equal(dequantize(ours.weight, torch.float32), before)
+    assert ours.to("meta").weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_state_dict_round_trip(double_quant):
+    ours, other = layer(double_quant=double_quant), layer(double_quant=double_quant)
+    other.weight = quantize(torch.zeros(24, 40), block_size=32)
+    other.load_state_dict(ours.state_dict())
+    x = torch.ones(1, 40)
+    assert torch.equal(other(x), ours(x))
+    assert any("quant_state.bitsandbytes__nf4" in k for k in ours.state_dict())
+
+
+def test_damaged_state_is_named():
+    ours, state = layer(), layer().state_dict()
+    with pytest.raises(RuntimeError, match="weight.absmax is missing"):
+        ours.load_state_dict({k: v for k, v in state.items() if k != "weight.absmax"})
+    with pytest.raises(RuntimeError, match="Unexpected key.*stray"):
+        ours.load_state_dict(state | {"stray": torch.ones(1)})
+    small = Linear4bit(quantize(torch.ones(2, 40)))
+    with pytest.raises(RuntimeError, match=r"weight has shape \(2, 40\), the layer \(24, 40\)"):
+        ours.load_state_dict(small.state_dict() | {"bias": torch.ones(24)})
+
+
+def test_using_a_layer_changes_nothing():
+    """bitsandbytes repacks its weight in eval() where a CPU has AVX512-BF16, and then saves something else."""
+    ours = layer()
+    x = torch.ones(1, 40, dtype=torch.bfloat16)
+    before, first = {k: v.clone() for k, v in ours.state_dict().items()}, ours(x)
+    for mode in (True, False, True):
+        ours.train(mode)
+        with torch.inference_mode():
+            assert torch.equal(ours(x), first)
+        ours(x.clone().requires_grad_()).sum().backward()
+    after = ours.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_quantize_linears_replaces_all_but_the_head():
+    model = nn.Sequential()
+    model.add_module("up", nn.Linear(64, 32))
+    model.add_module("lm_head", nn.Linear(32, 64))
+    quantize_linears(model)
+    assert type(model.up) is Linear4bit and type(model.lm_head) is nn.Linear and model.up.bias is not None
+
+
+def test_errors_teach():
+    with pytest.raises(ValueError, match=r"shape \(4,\), but a linear layer takes"):
+        Linear4bit(quantize(torch.ones(4)))
+    with pytest.raises(TypeError, match="input is torch.int64"):
+        layer()(torch.ones(40, dtype=torch.int64))
+    with pytest.raises(ValueError, match="no nn.Linear to quantise besides lm_head"):
+        quantize_linears(nn.Sequential(nn.ReLU()))
+    broken = nn.Sequential(nn.Linear(8, 8))
+    broken[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"0.weight holds nan at index \(0, 0\)"):
+        quantize_linears(broken)

@@ -1,0 +1,118 @@
+"""The adapter: zero at the start, PEFT's start values, the right layers, the right gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from qlora_lab.finetune.linear4bit import Linear4bit
+from qlora_lab.finetune.lora import LoRALinear, adapters, add_lora
+from qlora_lab.quant.quantize import quantize
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    block = lambda: nn.ModuleDict({"q_proj": nn.Linear(16, 16), "v_proj": nn.Linear(16, 8), "norm": nn.LayerNorm(16)})  # noqa: E731
+    return nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "lm_head": nn.Linear(16, 32)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_starts_exactly_as_the_base(quantised, dtype):
+    base = nn.Linear(32, 16).to(dtype)
+    base = Linear4bit(quantize(base.weight), base.bias) if quantised else base
+    x = torch.randn(4, 32).to(dtype)
+    assert torch.equal(LoRALinear(base, r=4)(x), base(x))
+
+
+def test_computes_its_definition():
+    base = nn.Linear(32, 16)
+    lora = LoRALinear(base, r=4, alpha=10)
+    nn.init.normal_(lora.lora_B)
+    x = torch.randn(5, 32)
+    want = x @ (base.weight + 10 / 4 * lora.lora_B @ lora.lora_A).t() + base.bias
+    torch.testing.assert_close(lora(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_A_starts_within_one_over_root_in_features():
+    A = LoRALinear(nn.Linear(256, 64), r=16).lora_A
+    assert A.shape == (16, 256) and 0.95 / 16 < A.abs().max() <= 1 / 16
+
+
+def test_only_the_adapter_trains():
+    m = add_lora(model(), r=2)
+    assert {n.split(".")[-1] for n, p in m.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert len(adapters(m)) == 4 and type(m["lm_head"]) is nn.Linear
+
+
+def test_every_adapter_moves_in_two_steps():
+    """B gets a gradient at once; A only after B has left zero."""
+    m = add_lora(model(), r=2)
+    opt = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)
+    before = {n: p.clone() for n, p in m.named_parameters()}
+    for _ in range(2):
+        opt.zero_grad()
+        x = torch.ones(1, 16)
+        for block in m["layers"]:
+            x = block["norm"](block["q_proj"](x)) + block["v_proj"](x).repeat(1, 2)
+        (x - torch.arange(16.0)).square().sum().backward()
+        opt.step()
+    moved = {n for n, p in m.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if "lora_" in n}
+
+
+@pytest.mark.parametrize(
+    "targets, n",
+    [("all-linear", 4), ("q_proj", 2), (["q_proj", "v_proj"], 4), (["layers.1.v_proj"], 1), ("lm_head", 1)],
+)
+def test_targets(targets, n):
+    assert len(adapters(add_lora(model(), r=2, targets=targets))) == n
+
+
+def test_same_seed_same_start_and_no_trace_in_the_global_generator():
+    a, b, base = add_lora(model(), r=2), add_lora(model(), r=2), model()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    state = torch.get_rng_state()
+    add_lora(base, r=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_acts_only_on_the_adapter_and_only_in_training():
+    lora = LoRALinear(nn.Linear(32, 32), r=4, dropout=0.5)
+    nn.init.ones_(lora.lora_B)
+    x = torch.ones(1, 32)
+    assert not torch.equal(lora.train()(x), lora(x))
+    assert torch.equal(lora.eval()(x), lora(x))
+
+
+def test_adapter_stays_float32():
+    lora = LoRALinear(nn.Linear(8, 8), r=2).bfloat16()
+    assert lora.lora_A.dtype == lora.lora_B.dtype == torch.float32 and lora.base.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"r": 0}, "r=0 is not allowed: a rank is a whole number from 1 to"),
+        ({"r": 17}, "r=17 is not allowed.*from 1 to 16"),
+        ({"r": 2.0}, "r=2.0 is not allowed"),
+        ({"dropout": 1.0}, "dropout=1.0 is not allowed: choose from 0 to below 1"),
+        (
+            {"targets": ["qproj"]},
+            "targets \\['qproj'\\] match no linear layer: choose 'all-linear' or from lm_head, q_proj, v_proj",
+        ),
+        ({"targets": []}, "targets none match"),
+    ],
+)
+def test_errors_teach_and_leave_the_model_alone(kwargs, message):
+    m = model()
+    with pytest.raises(ValueError, match=message):
+        add_lora(m, **{"r": 2, **kwargs})
+    assert not any(isinstance(x, LoRALinear) for x in m.modules()) and all(p.requires_grad for p in m.parameters())
+
+
+def test_adapters_are_added_once():
+    m = add_lora(model(), r=2)
+    with pytest.raises(ValueError, match="has adapters already"):
+        add_lora(m)
+    with pytest.raises(ValueError, match="no adapter: call qlora_lab.add_lora"):
+        adapters(model())

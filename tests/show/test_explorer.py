@@ -1,0 +1,98 @@
+"""The explorer protocol, on the toy: no browser, no front end."""
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from toy import RoundingExplorer
+
+from qlora_lab.show.explorer import Explorer
+from qlora_lab.show.slider import Button
+
+START = {"bits": 4, "offset": 0.25, "mode": "round", "clip": True}
+STATES = st.fixed_dictionaries(
+    {
+        "bits": st.integers(1, 8),
+        "offset": st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5]),
+        "mode": st.sampled_from(["round", "floor"]),
+        "clip": st.booleans(),
+    }
+)
+shared = RoundingExplorer()
+
+
+@given(STATES)
+@settings(max_examples=20, deadline=None)
+def test_a_state_and_its_explorer_are_one(state):
+    fresh = RoundingExplorer(**state)
+    shared.set(**state)
+    assert fresh.state == shared.state == state
+    assert fresh.png == shared.png
+    assert fresh.result["rmse"] == RoundingExplorer.compute(state)["rmse"]
+    assert fresh.summary() == shared.summary() == RoundingExplorer.describe(state, RoundingExplorer.compute(state))
+    assert eval(fresh.code()).state == state  # the line to copy really makes it again
+
+
+def test_a_control_moves_picture_alt_text_and_code():
+    explorer = RoundingExplorer()
+    before = explorer.png
+    explorer._controls["bits"].set_state({"position": 0})  # what a browser sends
+    assert explorer.png != before
+    assert 'alt="Rounding explorer: 2 steps, RMSE' in explorer._pane.value
+    assert "RoundingExplorer(bits=1, offset=0.25" in explorer._pane.value
+
+
+def test_reset_returns_to_the_first_picture_not_to_the_first_arguments():
+    explorer = RoundingExplorer(bits=1, clip=False)
+    explorer.reset()
+    assert explorer.state == START
+    assert explorer.png == RoundingExplorer().png
+
+
+def test_the_reset_button_resets():
+    explorer = RoundingExplorer(bits=1)
+    panel = explorer.widget.children[0].children[0]
+    (button,) = [child for child in panel.children if isinstance(child, Button)]
+    button.set_state({"clicks": 1})
+    assert explorer.state == START
+
+
+def test_several_fields_at_once_draw_once(monkeypatch):
+    explorer, drawn = RoundingExplorer(), []
+    monkeypatch.setattr(explorer, "update", drawn.append)
+    explorer.set(bits=2, clip=False, mode="floor")
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"bits": 9}, r"^bits=9 is not allowed: from 1 to 8 in steps of 1\. Nearest: 8\."),
+        ({"offset": 0.26}, r"^offset=0.26 is not allowed: from 0.0 to 0.5 in steps of 0.1\. Nearest: 0.25\."),
+        ({"mode": "up"}, r"^mode='up' is not allowed: one of 'round', 'floor'\."),
+        ({"clip": 1}, r"^clip=1 is not allowed: it is a switch\."),
+        ({"bit": 3}, r"^RoundingExplorer has no field 'bit': use bits, offset, mode, clip\."),
+    ],
+)
+def test_a_bad_state_is_refused_whole(state, message):
+    with pytest.raises(ValueError, match=message):
+        RoundingExplorer(**state)
+    explorer = RoundingExplorer()
+    with pytest.raises(ValueError, match=message):
+        explorer.set(bits=2, **state) if "bits" not in state else explorer.set(**state)
+    assert explorer.state == START
+
+
+def test_the_stored_bundle_is_live_view_png_and_sentence():
+    explorer = RoundingExplorer()
+    bundle = explorer._repr_mimebundle_()
+    assert sorted(bundle) == ["application/vnd.jupyter.widget-view+json", "image/png", "text/plain"]
+    assert bundle["text/plain"] == repr(explorer) == "Rounding explorer: 16 steps, RMSE 0.1157"
+
+
+def test_show_source_holds_compute():
+    source = RoundingExplorer().widget.children[1].value
+    assert source.startswith("<details><summary") and "compute" in source
+
+
+def test_the_protocol_is_enforced():
+    with pytest.raises(TypeError, match="abstract"):
+        type("Half", (Explorer,), {"controls": lambda self: {}})()

@@ -1,0 +1,117 @@
+"""The house keeps its shape: direction of imports, a light front door, documented names, one environment."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import qlora_lab as ql
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ["quant", "finetune", "measure", "show", "cli"]  # each may import those before it
+HEAVY = ["torch", "triton", "numba", "matplotlib", "ipywidgets", "anywidget", "scipy", "transformers", "numpy"]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names of qlora_lab that a file imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return {name for name in found if name.split(".")[0] == "qlora_lab"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "qlora_lab").rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_one_way(path):
+    room = path.relative_to(ROOT / "qlora_lab").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    allowed = ROOMS[: ROOMS.index(room) + 1]
+    for name in imports_of(path):
+        part = name.split(".")[1] if "." in name else None
+        assert part in allowed or (part is None and room == "cli"), f"{path.name} imports {name}"
+
+
+def test_the_quant_room_needs_torch_and_scipy_only():
+    outside = set()
+    for path in (ROOT / "qlora_lab" / "quant").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                outside |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                outside.add(node.module.split(".")[0])
+    assert outside - set(sys.stdlib_module_names) == {"torch", "scipy", "qlora_lab"}
+
+
+def test_witnesses_are_never_imported_by_the_library():
+    for path in (ROOT / "qlora_lab").rglob("*.py"):
+        words = {w.split(".")[0] for node in ast.walk(ast.parse(path.read_text("utf-8"))) for w in _modules(node)}
+        assert not words & {"bitsandbytes", "peft", "torchao", "playwright"}, path
+
+
+def _modules(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+def test_importing_the_library_is_light():
+    code = f"import sys, qlora_lab; print([m for m in {HEAVY} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_finetune_is_verb_and_room():
+    """Whichever is touched first: the folder of that name must not hide the function."""
+    for first in ("qlora_lab.finetune.lora", "qlora_lab.quant.packing"):
+        code = f"import {first}, qlora_lab as ql, inspect; print('steps' in inspect.signature(ql.finetune).parameters)"
+        assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "True"
+
+
+@pytest.mark.parametrize("name", ql.__all__)
+def test_public_names_exist_and_are_documented(name):
+    assert getattr(ql, name).__doc__, f"{name} has no docstring"
+    assert f"`{name}" in (ROOT / "README.md").read_text("utf-8"), f"{name} is not in the README's table"
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(AttributeError, match="no 'quantise': its public names are .*quantize"):
+        _ = ql.quantise
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def test_conda_environment_installs_this_project():
+    import yaml
+
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
+    conda = [d for d in environment["dependencies"] if isinstance(d, str)]
+    assert f"python{project()['requires-python']}" in conda
+    (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert pip == ["-c constraints.txt", "-e .[test]"] and '-c constraints.txt -e ".[test]"' in makefile
+    assert "test" in project()["optional-dependencies"]
+
+
+def test_constraints_pin_every_dependency_and_name_no_host():
+    from packaging.requirements import Requirement
+
+    text = (ROOT / "constraints.txt").read_text("utf-8")
+    assert "://" not in text and "@" not in text
+    pins = {Requirement(line).name.lower(): Requirement(line) for line in text.splitlines() if not line.startswith("#")}
+    wanted = project()["dependencies"] + project()["optional-dependencies"]["test"]
+    for requirement in map(Requirement, wanted):
+        pin = pins[requirement.name.lower()]
+        version = next(iter(pin.specifier)).version
+        assert requirement.specifier.contains(version), f"{requirement} does not admit the tested {version}"
+
+
+def test_version_is_said_once_more():
+    assert ql.__version__ == project()["version"]
+    assert f"## {ql.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")

@@ -1,0 +1,106 @@
+"""The command line: every mistake is one line and exit code 2; the commands do what the library does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from qlora_lab import cli
+
+TRAIN = '{"instruction": "double %d", "output": "%d"}\n'
+
+
+@pytest.fixture
+def model(tmp_path, tiny_llama, tokenizer):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(TRAIN % (i, 2 * i) for i in range(12)))
+    return path
+
+
+def run(capsys, *argv):
+    code = cli.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_finetune_then_generate(capsys, tmp_path, model, data):
+    out = tmp_path / "run"
+    common = ["--model", model, "--quiet", "--json"]
+    options = ["--data", data, "--test-data", data, "--held-out", 2, "--steps", 2, "--r", 2, "--out", out]
+    code, text, _ = run(capsys, "finetune", *common, *options)
+    figures = json.loads(text)
+    assert code == 0 and figures["steps"] == 2 and {"rouge_l_before", "held_out_loss_after"} <= figures.keys()
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    code, text, _ = run(capsys, "generate", "double 3", *common, "--adapter", out / "adapter", "--max-new-tokens", 3)
+    assert code == 0 and json.loads(text)["question"] == "double 3"
+
+
+def test_plain_report(capsys, tmp_path, model, data):
+    options = ["--data", data, "--test-data", data, "--held-out", 2, "--steps", 1, "--r", 2, "--out", tmp_path / "run"]
+    code, text, _ = run(capsys, "finetune", "--model", model, "--quiet", *options)
+    assert code == 0 and "written by a person" in text and "loss last" in text
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["fetch", "gpt-5"], "unknown model 'gpt-5': fetchable by name: smollm2-135m"),
+        (["finetune", "--data", "no.jsonl"], "no.jsonl"),
+        (["finetune", "--data", "EMPTY"], "empty.jsonl"),
+        (["finetune", "--data", "BROKEN"], "broken.jsonl, line 2"),
+        (["finetune", "--data", "DATA", "--model", "MODEL", "--r", "0"], "r=0 is not allowed"),
+        (["finetune", "--data", "DATA", "--model", "MODEL", "--block-size", "7"], "block_size=7 is not allowed"),
+        (["finetune", "--data", "DATA", "--model", "MODEL", "--codebook", "nf9"], "codebook 'nf9' is not known"),
+        (["finetune", "--data", "DATA", "--model", "MODEL", "--steps", "0"], "steps=0 is not allowed"),
+        (["finetune", "--data", "DATA", "--model", "MODEL", "--targets", "qq"], "match no linear layer"),
+        (["finetune", "--data", "DATA", "--model", "nowhere"], "unknown model 'nowhere'"),
+        (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "has no adapter_config.json"),
+        (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, model, data, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text(TRAIN % (1, 2) + '{"instruction": \n')
+    names = {"DATA": data, "MODEL": model, "EMPTY": "empty.jsonl", "BROKEN": "broken.jsonl"}
+    code, out, err = run(capsys, *(names.get(a, a) for a in argv))
+    assert code == 2 and message in err and not out
+    assert len([line for line in err.splitlines() if line.startswith("qlora-lab ")]) == 1 and "Traceback" not in err
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("adapter"))
+
+
+def test_a_damaged_model_file_is_named(capsys, model, data):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    code, _, err = run(capsys, "finetune", "--model", model, "--data", data)
+    assert code == 2 and "model.safetensors" in err
+
+
+def test_an_earlier_run_is_refused_before_the_model_is_loaded(capsys, tmp_path, data):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("{}")
+    code, _, err = run(capsys, "finetune", "--model", "nowhere", "--data", data, "--out", tmp_path / "run")
+    assert code == 2 and "holds an earlier run" in err
+
+
+@pytest.mark.parametrize("command", ["fetch", "finetune", "generate", "open"])
+def test_help_shows_an_example(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0 and f"example: qlora-lab {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_is_quick_and_argparse_errors_are_code_2():
+    code = "import sys, qlora_lab.cli; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["dance"])
+    assert stop.value.code == 2

@@ -1,0 +1,111 @@
+"""What every notebook of the course keeps to: a stored notebook (as JSON) -> the rules it breaks, as sentences.
+
+Enters: the notebook's dict. Leaves: a list of "cell N: what is wrong, what to do".
+
+The first rule closes nbval's silent gaps (nbval 0.11.0): it compares nothing in a cell that was never run, and it
+cannot compare what goes through an Output widget. The others are the course's own shape.
+
+Not here: running notebooks (tools/notebooks.py) and comparing their outputs (nbval).
+"""
+
+import ast
+import re
+
+LONGEST_CELL = 10
+OPENING = ("You need", "Runs in", "Paper section", "After this you can")
+TAIL = ["Check yourself", "Exercises", "What we left out", "Next"]
+_NOT_COMPARED = re.compile(r"\bOutput\(|\binteract(ive_output|_manual)?\(|@interact\b|clear_output\(|display_id=")
+_BANNED = re.compile(r"^\s*[%!]\s*(pip|conda)\b|%autoreload|%load_ext autoreload|filterwarnings|simplefilter", re.M)
+_ALT = re.compile(r"\balt\s*=\s*(\"[^\"]*[^\"\s][^\"]*\"|'[^']*[^'\s][^']*')")
+
+
+def problems(notebook):
+    """Every rule the notebook breaks, in the order of its cells."""
+    cells = [(i, c, "".join(c["source"])) for i, c in enumerate(notebook["cells"])]
+    rules = (_runs, _code, _images, _headings, _opening)
+    return [sentence for rule in rules for sentence in rule(cells)]
+
+
+def unsolved(notebook):
+    """Checks of a solution notebook that do not say "correct": each check must be proved to accept its solution."""
+    for i, cell in enumerate(notebook["cells"]):
+        said = "".join("".join(output.get("text", "")) for output in cell.get("outputs", []))
+        if "check(" in "".join(cell["source"]) and re.search(r": not (yet|answered yet)\b", said):
+            yield f"cell {i}: the solution does not pass its own check. Mend the answer or the check."
+
+
+def _code_cells(cells):
+    return [(i, c, source) for i, c, source in cells if c["cell_type"] == "code" and source.strip()]
+
+
+def _runs(cells):
+    for want, (i, cell, source) in enumerate(_code_cells(cells), 1):
+        tags = cell["metadata"].get("tags", [])
+        if cell["execution_count"] != want:
+            number = cell["execution_count"]
+            yield f"cell {i}: run number {number}, not {want}; nbval would compare nothing. Run `make notebooks`."
+        if "raises-exception" not in tags and any(o["output_type"] == "error" for o in cell["outputs"]):
+            yield f"cell {i}: an error is stored. Mend the cell, or tag it raises-exception if the error is the lesson."
+        if _NOT_COMPARED.search(source):
+            yield f"cell {i}: nbval cannot compare Output, interact, clear_output, display_id. Use an Explorer."
+
+
+def _code(cells):
+    for number, (i, _, source) in enumerate(_code_cells(cells)):
+        lines = source.rstrip().splitlines()
+        if len(lines) > LONGEST_CELL:
+            yield f"cell {i}: {len(lines)} lines, at most {LONGEST_CELL}. Split it, or move code into the library."
+        if _BANNED.search(source):
+            yield f"cell {i}: installs, warning filters and autoreload stay out of notebooks."
+        if number and any(isinstance(s, (ast.Import, ast.ImportFrom)) for s in _statements(source)):
+            yield f"cell {i}: imports belong in the first code cell, and only there."
+
+
+def _images(cells):
+    for i, cell, source in cells:
+        pages = [source] if cell["cell_type"] == "markdown" else []
+        pages += ["".join(o.get("data", {}).get("text/html", "")) for o in cell.get("outputs", [])]
+        tags = [tag for page in pages for tag in re.findall(r"<img\b[^>]*>", page)]
+        if any(not _ALT.search(tag) for tag in tags) or any(re.search(r"!\[\s*\]\(", page) for page in pages):
+            yield f"cell {i}: an image has no alt text. Say what it shows, with its key numbers."
+
+
+def _headings(cells):
+    found = [(i, level, text) for i, c, s in cells if c["cell_type"] == "markdown" for level, text in headings(s)]
+    titles = [text for _, level, text in found if level == 1]
+    if len(titles) != 1 or not titles[0].endswith("?"):
+        yield f"the notebook needs exactly one H1, a question (ending in '?'); it has {titles}."
+    for (_, before, _), (i, level, text) in zip(found, found[1:], strict=False):
+        if level > before + 1:
+            yield f"cell {i}: heading {text!r} jumps from level {before} to {level}."
+    if [text for _, level, text in found if level == 2][-len(TAIL) :] != TAIL:
+        yield f"the last four H2 headings are {', '.join(TAIL)}, in this order."
+
+
+def _opening(cells):
+    codes = _code_cells(cells)
+    first = codes[0][0] if codes else len(cells)
+    opening = "\n".join(source for i, _, source in cells if i < first)
+    for label in OPENING:
+        if label not in opening:
+            yield f"the opening, before the first code cell, needs a line {label!r}."
+    if not cells or not cells[0][2].startswith("# "):
+        yield "cell 0: the notebook starts with its H1."
+    statements = _statements(codes[0][2]) if codes else []
+    if not all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements) or not statements:
+        yield f"cell {first}: the first code cell holds the imports and nothing else."
+
+
+def headings(markdown):
+    """[(level, text)] of the # headings outside fenced code."""
+    prose = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.M | re.S)
+    return [(len(marks), text.strip()) for marks, text in re.findall(r"^(#{1,6})\s+(.*)$", prose, re.M)]
+
+
+def _statements(source):
+    """Top-level statements; a line of IPython magic counts as no statement."""
+    plain = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.M)
+    try:
+        return ast.parse(plain).body
+    except SyntaxError:
+        return []

@@ -1,0 +1,218 @@
+"""Run every notebook and store it so that a second run leaves no diff: `make notebooks`.
+
+Enters: notebooks/NN_*.ipynb and notebooks/solutions/NN_*.ipynb. Leaves: the same files, executed top to bottom and
+normalised: fixed cell ids, counts 1, 2, 3, ..., no timestamps, no widget state, one kernel name. A file is replaced in
+one step or not at all.
+
+Where a notebook has a solution beside it, the solution is the source: the student's notebook is generated. In a cell
+tagged `exercise`, the lines
+
+    # solution
+    levels = torch.cat([negative, positive])
+    # end solution
+
+become `levels = ...`: the target of the region's last line where that is an assignment, so that the name exists, and
+`...` alone where it is not, as in a function that returns.
+
+    python tools/notebooks.py                                run all
+    python tools/notebooks.py notebooks/01_codebook.ipynb    run one (and its solution)
+    python tools/notebooks.py --check                        no kernel: exit 1 if anything would change
+
+Not here: what a good notebook looks like (notebook_rules.py), and comparing outputs (nbval).
+"""
+
+import argparse
+import ast
+import os
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+START, END = "# solution", "# end solution"
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+_VIEW = "application/vnd.jupyter.widget-view+json"
+_METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def normalise(notebook):
+    """Everything that differs between two runs, removed in place; returns the notebook."""
+    notebook.metadata = nbformat.from_dict(_METADATA)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    count = 0
+    for i, cell in enumerate(notebook.cells):
+        cell["id"] = f"{cell.cell_type}-{i:03d}"
+        kept = {key: value for key, value in cell.metadata.items() if key in ("tags", "jupyter")}
+        cell.metadata = nbformat.from_dict(kept)
+        if cell.cell_type == "code":
+            count += cell.execution_count is not None
+            _normalise_outputs(cell, count)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def _normalise_outputs(cell, count):
+    if cell.execution_count is not None:
+        cell.execution_count = count
+    for output in cell.outputs:
+        if "execution_count" in output:
+            output.execution_count = cell.execution_count
+        if len(output.get("data", {})) > 1:  # a widget's id is random; alone it is kept, an empty output is invalid
+            output.data.pop(_VIEW, None)
+        if "metadata" in output:
+            output.metadata.pop(_VIEW, None)
+
+
+def student_version(solution):
+    """The notebook with each solution region replaced by its stub, and no outputs. ValueError names a bad cell."""
+    student = nbformat.from_dict(solution)
+    for i, cell in enumerate(student.cells):
+        tagged = "exercise" in cell.metadata.get("tags", [])
+        marked = any(line.strip() in (START, END) for line in cell.source.splitlines())
+        if tagged != marked:
+            rule = f"a cell tagged 'exercise' holds '{START}' ... '{END}', and no other cell does"
+            raise ValueError(f"cell {i}: {rule}; {'add the region' if tagged else 'add the tag'}.")
+        if marked:
+            cell.source = _stub(cell.source, i)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return student
+
+
+def _stub(source, i):
+    out, region = [], None
+    for line in source.splitlines():
+        mark = line.strip()
+        if mark == (END if region is None else START):
+            raise ValueError(f"cell {i}: '{mark}' does not pair up; write '{START}', the answer, '{END}'.")
+        if mark == START:
+            region, indent = [], line[: len(line) - len(line.lstrip())]
+        elif mark == END:
+            out.append(indent + _left_open(region))
+            region = None
+        else:
+            (out if region is None else region).append(line)
+    if region is not None:
+        raise ValueError(f"cell {i}: '{START}' has no '{END}'; add it after the answer.")
+    return "\n".join(out)
+
+
+def _left_open(region):
+    """The one line that stands for an answer: `name = ...` or `...`."""
+    body = textwrap.indent(textwrap.dedent("\n".join(region)), " ")  # inside a function, where `return` parses
+    last = [None, *ast.parse(f"def answer():\n{body}\n pass").body[0].body[:-1]][-1]
+    if not isinstance(last, ast.Assign):
+        return "..."
+    target = last.targets[0]
+    names = target.elts if isinstance(target, ast.Tuple) else [target]
+    return " = ".join(ast.unparse(name) for name in names) + " = ..."
+
+
+def execute(notebook, folder):
+    """Run all cells in a fresh kernel started in `folder`; outputs land in the notebook."""
+    client = NotebookClient(
+        notebook,
+        timeout=1200,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute()
+    return notebook
+
+
+def text_of(notebook):
+    return nbformat.writes(notebook) + "\n"
+
+
+def write_atomically(path, text):
+    """Replace `path` in one step: an interrupted run leaves the old file whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def solution_of(path):
+    """Where the solution of a student's notebook lies, if it has one."""
+    return path.parent / "solutions" / path.name
+
+
+def check(path):
+    """What `make notebooks` would change about one notebook without running it: a list of sentences."""
+    if not path.exists():
+        return ["is missing, though it has a solution"]
+    text = path.read_text("utf-8")
+    notebook = nbformat.reads(text, 4)
+    problems = [] if text_of(normalise(nbformat.reads(text, 4))) == text else ["is not normalised"]
+    if solution_of(path).exists():
+        wanted = student_version(normalise(nbformat.read(solution_of(path), 4)))
+        if _sources(notebook) != _sources(wanted):
+            problems.append(f"differs from what solutions/{path.name} generates; edit the solution, not this file")
+    elif path.parent.name != "solutions" and any("exercise" in c.metadata.get("tags", []) for c in notebook.cells):
+        problems.append(f"has exercises but no solutions/{path.name}")
+    return problems
+
+
+def _sources(notebook):
+    return [(c.cell_type, c.source, c.metadata.get("tags", [])) for c in notebook.cells]
+
+
+def run(path):
+    """Execute one notebook, generated from its solution where it has one, and store it. True if the file changed."""
+    source = solution_of(path) if solution_of(path).exists() else path
+    notebook = nbformat.read(source, 4)
+    if source != path:
+        notebook = student_version(notebook)
+    text = text_of(normalise(execute(notebook, path.parent)))
+    changed = not path.exists() or path.read_text("utf-8") != text
+    if changed:
+        write_atomically(path, text)
+    return changed
+
+
+def find(paths):
+    """The notebooks meant by `paths` (all of them if none), each solution before its student's notebook."""
+    paths = paths or [*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("solutions/*.ipynb")]
+    students = sorted({p.parent.parent / p.name if p.parent.name == "solutions" else p for p in paths})
+    return [p for s in students for p in (solution_of(s), s) if p.exists() or solution_of(p).exists()]
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Run and store the notebooks so that a second run leaves no diff.")
+    parser.add_argument("paths", nargs="*", type=Path, help="notebooks (default: all in notebooks/)")
+    parser.add_argument("--check", action="store_true", help="start no kernel; exit 1 if anything would change")
+    args = parser.parse_args(arguments)
+    for path in args.paths:
+        if not (path.exists() or solution_of(path).exists()):
+            parser.error(f"{path} does not exist.")
+    paths = find(args.paths)
+    failed = sum(_report(path, f"[{n}/{len(paths)}] {path}", args.check) for n, path in enumerate(paths, 1))
+    return 1 if failed else 0
+
+
+def _report(path, label, check_only):
+    """Check or run one notebook, print one line, and say whether it failed."""
+    print(label, end=" ", flush=True)
+    start = time.monotonic()
+    try:
+        problems = check(path) if check_only else []
+        news = "" if check_only else "changed" if run(path) else "unchanged"
+    except (CellExecutionError, nbformat.ValidationError, ValueError) as err:
+        problems = [f"failed, the file is untouched:\n{err}"]
+    print("; ".join(problems) or f"{news or 'ok'} ({time.monotonic() - start:.0f} s)")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
