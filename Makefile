@@ -28,6 +28,7 @@ fast: $(READY)
 notebooks: $(READY)
 	$(BIN)/qlora-lab fetch smollm2-135m
 	$(BIN)/python tools/notebooks.py
+	$(BIN)/python -c "import qlora_lab as ql; open('notebooks/explorer.png', 'wb').write(ql.NormalFloatExplorer().png)"
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

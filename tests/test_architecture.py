@@ -101,13 +101,15 @@ def test_conda_environment_installs_this_project():
 
 def test_constraints_pin_every_dependency_and_name_no_host():
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     text = (ROOT / "constraints.txt").read_text("utf-8")
     assert "://" not in text and "@" not in text
-    pins = {Requirement(line).name.lower(): Requirement(line) for line in text.splitlines() if not line.startswith("#")}
+    lines = map(Requirement, (line for line in text.splitlines() if not line.startswith("#")))
+    pins = {canonicalize_name(pin.name): pin for pin in lines}
     wanted = project()["dependencies"] + project()["optional-dependencies"]["test"]
     for requirement in map(Requirement, wanted):
-        pin = pins[requirement.name.lower()]
+        pin = pins[canonicalize_name(requirement.name)]
         version = next(iter(pin.specifier)).version
         assert requirement.specifier.contains(version), f"{requirement} does not admit the tested {version}"
 
