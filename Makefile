@@ -1,19 +1,18 @@
 # Two commands do everything on a machine with Python 3.11 or newer and make:
 #   make lab    install, fetch the default model, open the course
 #   make test   install, then run all tests and all notebooks
-.PHONY: lab test fast browser notebooks lint clean
+.PHONY: lab test fast notebooks lint clean chromium
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CHROMIUM := $(or $(wildcard /usr/bin/chromium),$(VENV)/.chromium)
 
 lab: $(READY)
 	$(BIN)/qlora-lab fetch smollm2-135m
 	$(BIN)/qlora-lab open
 
-test: $(READY) $(CHROMIUM)
+test: $(READY) chromium
 	$(BIN)/python tools/notebooks.py --check
 	$(BIN)/pytest tests qlora_lab --ignore=tests/browser -m "not slow"
 	$(BIN)/qlora-lab fetch smollm2-135m
@@ -33,21 +32,21 @@ notebooks: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# one file says that the environment is complete; it is older than what it was made from when that has changed
+# .ready says that the environment is complete; it is made again when what it was made from has changed
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+		{ echo "the venv module is incomplete; on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	$(BIN)/python -c "import matplotlib.font_manager"
 	touch $@
 
-# the browser tests use Debian's Chromium; where it may not be installed they are skipped, and say so
-$(CHROMIUM): | $(READY)
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
-	else \
-		echo "Chromium is not installed, so the browser tests are skipped: sudo apt-get install chromium"; \
-	fi
-	@touch $(VENV)/.chromium
+# the browser tests use Debian's Chromium; where it cannot be installed they are skipped, and say so
+chromium: | $(READY)
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \
+		echo "Chromium is not installed, so the browser tests are skipped: sudo apt-get install chromium"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -13,6 +13,8 @@ _HOME = {
     "quantize": "quant.quantize",
     "dequantize": "quant.quantize",
     "QuantizedTensor": "quant.quantize",
+    "to_tensors": "quant.serialize",
+    "from_tensors": "quant.serialize",
     "fetch": "finetune.fetch",
     "load": "finetune.models",
     "Linear4bit": "finetune.linear4bit",
@@ -20,7 +22,6 @@ _HOME = {
     "add_lora": "finetune.lora",
     "LoRALinear": "finetune.lora",
     "load_data": "finetune.data",
-    "finetune": "finetune.trainer",
     "save_adapter": "finetune.checkpoint",
     "load_adapter": "finetune.checkpoint",
     "generate": "measure.held_out",
@@ -38,16 +39,17 @@ _HOME = {
     "picture": "show.figure",
     "show_source": "show.source",
 }
-__all__ = sorted(_HOME)
+_ROOMS = ("quant", "finetune", "measure", "show", "cli")  # the finetune room can be called: ql.finetune(model, ...)
+__all__ = sorted([*_HOME, "finetune"])
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(import_module(f"qlora_lab.{_HOME[name]}"), name)
-        globals()[name] = value  # the next use does not come here; a room of the same name does not shadow it either
+        globals()[name] = value  # the next use does not come here
         return value
-    if name in ("quant", "measure", "show", "cli"):
+    if name in _ROOMS:
         return import_module(f"qlora_lab.{name}")
     raise AttributeError(f"qlora_lab has no {name!r}: its public names are {', '.join(__all__)}")
 

@@ -5,28 +5,39 @@ Exit codes: 0 done; 2 a mistake in what was asked, told in one line; 130 interru
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import qlora_lab as ql
 
-MISTAKES = (ValueError, TypeError, FloatingPointError, RuntimeError, OSError)  # what the library raises on purpose
+MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, and ModelError
 PREVIEW = 3  # answers shown before and after training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = build_parser().parse_args(argv)
+    if getattr(arguments, "quiet", False):
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which is later than this
     try:
         arguments.run(arguments)
-    except MISTAKES as error:
-        print(f"qlora-lab {arguments.command}: {_one_line(str(error))}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"qlora-lab {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not _is_mistake(error):
+            raise
+        print(f"qlora-lab {arguments.command}: {_one_line(str(error))}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _is_mistake(error: Exception) -> bool:
+    from qlora_lab.finetune.fetch import ModelError
+
+    return isinstance(error, (*MISTAKES, ModelError))
 
 
 def _one_line(text: str) -> str:
@@ -51,11 +62,18 @@ def generate(a: argparse.Namespace) -> None:
 
 
 def finetune(a: argparse.Namespace) -> None:
+    from qlora_lab.finetune.lora import check_strength
     from qlora_lab.finetune.trainer import Settings, check_free
+    from qlora_lab.quant.blocks import check_block_size
 
     # before the model is loaded: a mistyped word should not cost a minute
     Settings(*(getattr(a, name) for name in ("steps", "batch_size", "lr", "clip", "max_length", "seed")))
     check_free(a.out, a.overwrite)
+    check_strength(a.alpha, a.dropout)
+    check_block_size(a.block_size)
+    if a.r < 1 or a.held_out < 0:
+        name, least = ("r", 1) if a.r < 1 else ("held-out", 0)
+        raise ValueError(f"{name}={getattr(a, name.replace('-', '_'))} is not allowed: it is at least {least}")
     train = ql.load_data(a.data)
     test = _held_out_examples(a)
     targets = a.targets[0] if len(a.targets) == 1 else a.targets  # "all-linear" is one word
@@ -72,8 +90,6 @@ def finetune(a: argparse.Namespace) -> None:
 
 def open_lab(a: argparse.Namespace) -> None:
     """Replace this process by JupyterLab on the first notebook; its token stays on."""
-    import os
-
     notebook = Path(a.notebook)
     if not notebook.is_file():
         raise FileNotFoundError(f"{notebook} is not here: run this where the course is, or name a notebook")
@@ -88,7 +104,12 @@ def open_lab(a: argparse.Namespace) -> None:
 
 def _load(a: argparse.Namespace):
     codebook = None if a.codebook == "none" else a.codebook
-    return ql.load(a.model, codebook, a.block_size, not a.no_double_quant, progress=not a.quiet)
+    dtype = None
+    if a.dtype != "auto":
+        import torch
+
+        dtype = getattr(torch, a.dtype)
+    return ql.load(a.model, codebook, a.block_size, not a.no_double_quant, dtype=dtype, progress=not a.quiet)
 
 
 def _held_out_examples(a: argparse.Namespace) -> list:
@@ -200,7 +221,7 @@ def _command(commands, name, run, summary, example) -> argparse.ArgumentParser:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars while loading and training")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -211,4 +232,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "--codebook", default="nf4", help="type of the weights: nf4, fp4, int4, ..., none (%(default)s)"
     )
     parser.add_argument("--block-size", type=int, default=64, help="weights that share a constant (%(default)s)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument(
+        "--dtype", default="auto", choices=dtypes, help="what to compute in; auto: what is fastest here"
+    )
     parser.add_argument("--no-double-quant", action="store_true", help="leave the constants in float32")

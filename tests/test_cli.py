@@ -59,6 +59,8 @@ def test_plain_report(capsys, tmp_path, model, data):
         (["finetune", "--data", "DATA", "--model", "MODEL", "--r", "0"], "r=0 is not allowed"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--block-size", "7"], "block_size=7 is not allowed"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--codebook", "nf9"], "codebook 'nf9' is not known"),
+        (["finetune", "--data", "DATA", "--model", "MODEL", "--held-out", "-1"], "held-out=-1 is not allowed"),
+        (["finetune", "--data", "DATA", "--model", "MODEL", "--alpha", "0"], "alpha=0.0 is not allowed"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--steps", "0"], "steps=0 is not allowed"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--targets", "qq"], "match no linear layer"),
         (["finetune", "--data", "DATA", "--model", "nowhere"], "unknown model 'nowhere'"),
@@ -86,9 +88,15 @@ def test_a_damaged_model_file_is_named(capsys, model, data):
 
 def test_an_earlier_run_is_refused_before_the_model_is_loaded(capsys, tmp_path, data):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.jsonl").write_text("{}")
+    (tmp_path / "run" / "adapter").mkdir()
     code, _, err = run(capsys, "finetune", "--model", "nowhere", "--data", data, "--out", tmp_path / "run")
     assert code == 2 and "holds an earlier run" in err
+
+
+def test_a_bug_is_not_blamed_on_the_user(monkeypatch):
+    monkeypatch.setattr("qlora_lab.cli.ql.fetch", lambda *a, **k: 1 + "1", raising=False)
+    with pytest.raises(TypeError):
+        cli.main(["fetch", "smollm2-135m"])
 
 
 @pytest.mark.parametrize("command", ["fetch", "finetune", "generate", "open"])

@@ -10,7 +10,7 @@ import ctypes
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST = 2**31 - 1
+LARGEST, DOCUMENTED_LARGEST = 2**31 - 1, 32 * 2**20  # older glibc refuses a mmap threshold above 32 MiB
 
 
 def recycle_memory() -> bool:
@@ -18,4 +18,6 @@ def recycle_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(option, LARGEST) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+    trim = mallopt(M_TRIM_THRESHOLD, LARGEST)
+    mmap = mallopt(M_MMAP_THRESHOLD, LARGEST) or mallopt(M_MMAP_THRESHOLD, DOCUMENTED_LARGEST)
+    return bool(trim and mmap)

@@ -20,6 +20,7 @@ from qlora_lab.finetune.files import replacing_folder
 from qlora_lab.finetune.lora import adapters, add_lora, choose_targets
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG, WEIGHTS, "README.md")  # PEFT adds a model card
 PREFIX = "base_model.model."
 VARIANTS = ("use_rslora", "use_dora", "use_qalora", "alora_invocation_tokens", "rank_pattern", "alpha_pattern")
 
@@ -27,9 +28,12 @@ VARIANTS = ("use_rslora", "use_dora", "use_qalora", "alora_invocation_tokens", "
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Write the adapter of `model` to `folder`, replacing it as a whole if it is there. Returns the folder.
 
-    Raises ValueError if the model has no adapter, or if its layers differ in rank, strength or dropout.
+    Raises ValueError if the model has no adapter, if its layers differ in rank, strength or dropout, or if `folder`
+    holds anything that is not an adapter's.
     """
     layers = adapters(model)
+    if Path(folder).exists() and (others := [p.name for p in Path(folder).iterdir() if p.name not in ADAPTER_FILES]):
+        raise ValueError(f"{folder} holds {others[0]!r}, which is no part of an adapter: choose a folder of its own")
     settings = {(layer.r, layer.alpha, layer.dropout.p) for layer in layers.values()}
     if len(settings) > 1:
         raise ValueError(f"adapters of different (r, alpha, dropout) {sorted(settings)} do not fit into one folder")
@@ -69,6 +73,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     _compare({k: v.shape for k, v in stored.items()}, {k: v.shape for k, v in expected.items()}, folder)
     if not any(key.endswith("lora_A") for key, _ in model.named_parameters()):
         add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"])
+    for layer in adapters(model).values():
+        layer.set_strength(config["lora_alpha"], config["lora_dropout"])
     with torch.no_grad():
         for key, tensor in adapter_tensors(model).items():
             tensor.copy_(stored[key])
@@ -100,6 +106,12 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         config, stored = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"an adapter file in {folder} cannot be read ({error}): save or copy it again") from None
+    if not isinstance(config, dict) or (
+        missing := [k for k in ("r", "lora_alpha", "target_modules") if k not in config]
+    ):
+        what = missing[0] if isinstance(config, dict) else "a JSON object"
+        raise ValueError(f"{folder / CONFIG} lacks {what}: it is no adapter configuration of PEFT")
+    config.setdefault("lora_dropout", 0.0)
     variants = [name for name in VARIANTS if config.get(name)]
     if config.get("peft_type") != "LORA" or variants:
         what = ", ".join(variants) or config.get("peft_type")

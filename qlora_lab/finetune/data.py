@@ -97,19 +97,28 @@ def encode(example: Example, tokenizer: "Tokenizer") -> Encoded:
     return Encoded(ids, labels)
 
 
-def encode_all(examples: list[Example], tokenizer: "Tokenizer", max_length: int) -> tuple[list[Encoded], EncodeReport]:
-    """All examples of at most `max_length` tokens, in their order, and a count of the others.
+def encode_all(
+    examples: list[Example], tokenizer: "Tokenizer", max_length: int, enough: int | None = None
+) -> tuple[list[Encoded], EncodeReport]:
+    """The first `enough` examples of at most `max_length` tokens, in their order, and a count of those passed over.
 
-    About 1 ms an example: pass only as many as the training will see. Raises ValueError if none is left.
+    About 1 ms an example, so ask for as many as the training will see; None asks for all. Raises ValueError if none
+    is short enough.
     """
-    everything = [encode(example, tokenizer) for example in tqdm(examples, "tokens", unit="example", leave=False)]
-    longest = max((len(encoded.input_ids) for encoded in everything), default=0)
-    kept = [encoded for encoded in everything if len(encoded.input_ids) <= max_length]
+    kept, lengths = [], []
+    for example in tqdm(examples, "tokens", unit="example", leave=False):
+        encoded = encode(example, tokenizer)
+        lengths.append(len(encoded.input_ids))
+        if lengths[-1] <= max_length:
+            kept.append(encoded)
+        if len(kept) == enough:
+            break
+    longest = max(lengths, default=0)
     if not kept:
-        raise ValueError(f"no example has at most {max_length} tokens (the longest has {longest}): raise max_length")
+        raise ValueError(f"no example has at most {max_length} tokens (the longest has {longest}): allow more of them")
     learned = sum(label != IGNORED for encoded in kept for label in encoded.labels)
     tokens = sum(len(encoded.input_ids) for encoded in kept)
-    return kept, EncodeReport(len(kept), len(everything) - len(kept), longest, tokens, learned)
+    return kept, EncodeReport(len(kept), len(lengths) - len(kept), longest, tokens, learned)
 
 
 def end_token_id(tokenizer: "Tokenizer") -> int:

@@ -127,7 +127,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in their files are not our user's business
             tree = ast.parse(text)
-    except (SyntaxError, UnicodeDecodeError):  # templates and samples that only end in .py
+    except (SyntaxError, ValueError):  # templates and samples that only end in .py
         return
     lines = text.split("\n")  # as ast counts them; splitlines() would also split at form feeds
     for function in _functions(tree.body):

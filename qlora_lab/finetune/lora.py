@@ -18,28 +18,39 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from qlora_lab.finetune.linear4bit import Linear4bit
-
-HEAD = "lm_head"  # "all-linear" leaves the head alone, as PEFT does
+from qlora_lab.finetune.linear4bit import HEAD, Linear4bit
 
 
 class LoRALinear(nn.Module):
     """`base`, an nn.Linear or Linear4bit, with an adapter of rank r beside it. The base is frozen.
 
-    r: 1 to min(in_features, out_features). alpha: strength; the product is scaled by alpha / r.
-    dropout: on the adapter's input while training, 0 to below 1. Raises ValueError outside these ranges.
+    r: 1 to min(in_features, out_features). alpha: strength, above 0; the product is scaled by alpha / r.
+    dropout: on the adapter's input while training, 0 to below 1. generator: draws lora_A.
+    Raises ValueError outside these ranges.
     """
 
-    def __init__(self, base: nn.Module, r: int = 16, alpha: float = 16, dropout: float = 0.0):
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int = 16,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__()
-        _check(base, r, dropout)
-        self.base = base.requires_grad_(False)
-        self.r, self.alpha, self.scaling = r, alpha, alpha / r
-        self.dropout = nn.Dropout(dropout)
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # a = sqrt(5) makes the bound 1 / sqrt(in_features)
+        _check_rank(base, r)
+        self.base, self.r = base.requires_grad_(False), r
+        self.dropout = nn.Dropout()
+        self.set_strength(alpha, dropout)
+        bound = 1 / math.sqrt(base.in_features)
+        A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)  # on the CPU: one seed, one A
+        self.lora_A = nn.Parameter(A.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
+
+    def set_strength(self, alpha: float, dropout: float) -> None:
+        """Set alpha, and with it the scaling, and dropout."""
+        check_strength(alpha, dropout)
+        self.alpha, self.scaling, self.dropout.p = alpha, alpha / self.r, dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
@@ -50,9 +61,12 @@ class LoRALinear(nn.Module):
         return f"r={self.r}, alpha={self.alpha}"
 
     def _apply(self, fn, recurse: bool = True):
+        exact = [(p, p.data, None if p.grad is None else p.grad.data) for p in (self.lora_A, self.lora_B)]
         super()._apply(fn, recurse)
-        for parameter in (self.lora_A, self.lora_B):  # follow to another device, but stay float32
-            parameter.data = parameter.data.float()
+        for parameter, data, grad in exact:  # follow to another device, but stay float32, to the bit
+            if not data.is_meta:
+                parameter.grad, parameter.data = None, data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
 
 
@@ -67,20 +81,21 @@ def add_lora(
 ) -> nn.Module:
     """Put an adapter beside the linear layers of `model`, in place, and freeze everything else.
 
-    targets: "all-linear" (all but lm_head; what the QLoRA paper found necessary), or layer names: last names such as
-    "q_proj", or whole paths. seed: of lora_A. Raises ValueError for a name that matches nothing, an adapter that is
-    already there, or a rank or dropout that is not allowed. Returns `model`.
+    targets: "all-linear" (all but lm_head, as in PEFT; what the QLoRA paper found necessary), or layer names: last
+    names such as "q_proj", or whole paths. seed: of lora_A. Returns `model`.
+    Raises ValueError for a name that matches nothing, an adapter that is already there, or a rank, alpha or dropout
+    that is not allowed.
     """
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("this model has adapters already: load a fresh one")
     chosen = choose_targets(model, targets)
+    check_strength(alpha, dropout)
     for layer in chosen.values():
-        _check(layer, r, dropout)
+        _check_rank(layer, r)
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name, layer in chosen.items():
-            model.set_submodule(name, LoRALinear(layer, r, alpha, dropout).train(layer.training))
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in chosen.items():
+        model.set_submodule(name, LoRALinear(layer, r, alpha, dropout, generator).train(layer.training))
     return model
 
 
@@ -108,9 +123,15 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return found
 
 
-def _check(base: nn.Module, r: int, dropout: float) -> None:
+def _check_rank(base: nn.Module, r: int) -> None:
     largest = min(base.in_features, base.out_features)
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= largest:
         raise ValueError(f"r={r!r} is not allowed: a rank is a whole number from 1 to {largest} here, usually 16")
-    if not 0 <= dropout < 1:
+
+
+def check_strength(alpha: float, dropout: float) -> None:
+    """Raise ValueError unless alpha is a finite number above 0 and dropout lies from 0 to below 1."""
+    if not isinstance(alpha, (int, float)) or not (alpha > 0 and math.isfinite(alpha)):
+        raise ValueError(f"alpha={alpha!r} is not allowed: it is a number above 0, usually r or 16")
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r} is not allowed: choose from 0 to below 1, usually 0 to 0.1")

@@ -21,9 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.fetch import resolve
-from qlora_lab.finetune.linear4bit import Linear4bit
-from qlora_lab.finetune.lora import HEAD
+from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, resolve
+from qlora_lab.finetune.linear4bit import HEAD, Linear4bit
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, quantize
@@ -48,7 +47,7 @@ def load(
     dtype: of everything that is not quantised, and of the computation; None takes bf16 where the machine multiplies it
     fast, else float32 (fp16 on an older GPU). device: None takes a CUDA GPU if there is one.
     Raises ValueError for a name or option that is not known, FileNotFoundError for a folder without a model, and
-    RuntimeError for a tensor that is missing, extra, mis-shaped or cut off: each names it.
+    ModelError for a tensor that is missing, extra, mis-shaped or cut off: each names it.
     """
     if codebook is not None:  # before anything is fetched or read
         named_codebook(codebook)
@@ -59,6 +58,7 @@ def load(
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype={dtype} is not supported: choose float32, bfloat16 or float16 of torch")
     model = _empty_model(folder, dtype)
+    model.config._name_or_path = model.name_or_path = _public_name(name_or_path)
     expected, absent = _expected(model), _missing_is_fine(model)
     for name, tensor in _read(folder, expected, absent, progress):
         _place(model, name, tensor.to(device), codebook, block_size, double_quant, dtype)
@@ -75,7 +75,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire Rapids without AMX.
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type != "cpu":
         return torch.float32
     rounds = [(_product_seconds(torch.float32), _product_seconds(torch.bfloat16)) for _ in range(9)]  # in turn
@@ -88,6 +88,12 @@ def _product_seconds(dtype: torch.dtype) -> float:
     start = perf_counter()
     a @ b.t()
     return perf_counter() - start
+
+
+def _public_name(name_or_path: str | Path) -> str:
+    """What an adapter says its base is: a hub id where there is one, and no path of a cache."""
+    known = KNOWN_MODELS.get(str(name_or_path))
+    return known.hub_id if known else str(name_or_path)
 
 
 def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
@@ -103,9 +109,12 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"{folder} holds a model that is quantised already: load the original, which is quantised here"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.config._name_or_path = model.name_or_path = str(folder)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
@@ -134,7 +143,7 @@ def _read(
             tensor = stored.get_tensor(name)
             if tensor.shape != expected[name]:
                 given, wanted = tuple(tensor.shape), tuple(expected[name])
-                raise RuntimeError(f"{files[name]}: {name} has shape {given}, but config.json asks for {wanted}")
+                raise ModelError(f"{files[name]}: {name} has shape {given}, but config.json asks for {wanted}")
             yield name, tensor
             del tensor
 
@@ -146,7 +155,9 @@ def _files_of(folder: Path) -> dict[str, Path]:
     files = {}
     for path in [folder / shard for shard in shards] or sorted(folder.glob("*.safetensors")):
         with _opened(path) as stored:
-            files |= dict.fromkeys(stored.keys(), path)
+            for name in stored.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
+                if files.setdefault(name, path) != path:
+                    raise ModelError(f"{name} is in {files[name].name} and in {path.name}: keep one of the two files")
     return files
 
 
@@ -156,7 +167,7 @@ def _check_names(folder: Path, found: set[str], expected: set[str], absent: set[
     for names, what in ((missing, "missing from"), (extra, "not part of the model, but in")):
         if names:
             more = f" and {len(names) - 1} more" if names[1:] else ""
-            raise RuntimeError(f"{names[0]}{more}: {what} {folder}; config.json and weights do not belong together")
+            raise ModelError(f"{names[0]}{more}: {what} {folder}; config.json and weights do not belong together")
 
 
 @contextmanager
@@ -165,9 +176,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as stored:
             yield stored
     except (SafetensorError, OSError) as error:
-        raise RuntimeError(
-            f"{path} is cut off or no safetensors file ({error}): delete it and fetch it again"
-        ) from None
+        raise ModelError(f"{path} is cut off or no safetensors file ({error}): delete it and fetch it again") from None
 
 
 def _place(model, name, tensor, codebook, block_size, double_quant, dtype) -> None:
@@ -189,5 +198,5 @@ def _compute_buffers(model: nn.Module, device: torch.device) -> None:
             try:
                 fresh = type(module)(config=model.config)
             except TypeError:
-                raise RuntimeError(f"{name} ({type(module).__name__}) has buffers that no file holds") from None
+                raise ModelError(f"{name} ({type(module).__name__}) has buffers that no file holds") from None
             model.set_submodule(name, fresh.to(device))

@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import torch
 
+from qlora_lab.quant.blocks import block_absmax, scale_blocks, to_blocks
 from qlora_lab.quant.codebook import nearest_codes
 
 GROUP_SIZE = 256
@@ -66,11 +67,9 @@ def double_quantize(absmax: torch.Tensor) -> DoubleQuantized:
         )
     offset = absmax.mean()
     centred = absmax - offset
-    groups = torch.nn.functional.pad(centred, (0, -len(absmax) % GROUP_SIZE)).view(-1, GROUP_SIZE)
-    scale = groups.abs().amax(dim=1)  # (n_groups,)
-    # All constants equal: the scale is 0, and 0 * 1/TINY stays 0
-    scaled = groups * scale.clamp(min=1e-38).reciprocal()[:, None]
-    codes = nearest_codes(scaled, dynamic_map().to(absmax.device))
+    groups = to_blocks(centred, GROUP_SIZE)  # (n_groups, 256): the same scheme once more
+    scale = block_absmax(groups)  # (n_groups,)
+    codes = nearest_codes(scale_blocks(groups, scale), dynamic_map().to(absmax.device))
     return DoubleQuantized(codes.view(-1)[: len(absmax)].clone(), scale, offset)
 
 

@@ -22,7 +22,7 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIECE = 2**20  # weights quantised at a time: temporaries stay in cache, and the peak is the result, not five copies
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two of them are the same only if they are one: == on tensors has no single answer
 class QuantizedTensor:
     """A quantised weight: plain tensors and what is needed to read them. Nothing in it is ever changed.
 

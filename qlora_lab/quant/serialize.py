@@ -59,6 +59,10 @@ def from_tensors(tensors: dict[str, torch.Tensor], key: str) -> QuantizedTensor:
     absmax = _part(tensors, f"{key}.absmax")
     if "nested_offset" in state:
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
+        if not torch.equal(tensors.get(f"{key}.nested_quant_map", dynamic_map()).cpu(), dynamic_map()):
+            raise ValueError(
+                f"{key}.nested_quant_map is another table than bitsandbytes' dynamic map: it cannot be read"
+            )
         if state["nested_blocksize"] != GROUP_SIZE:
             raise ValueError(f"{key} groups constants by {state['nested_blocksize']}, but only {GROUP_SIZE} is known")
         absmax = DoubleQuantized(absmax, _part(tensors, f"{key}.nested_absmax"), offset)

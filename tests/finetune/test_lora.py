@@ -85,8 +85,13 @@ def test_dropout_acts_only_on_the_adapter_and_only_in_training():
 
 
 def test_adapter_stays_float32():
-    lora = LoRALinear(nn.Linear(8, 8), r=2).bfloat16()
-    assert lora.lora_A.dtype == lora.lora_B.dtype == torch.float32 and lora.base.weight.dtype == torch.bfloat16
+    lora = LoRALinear(nn.Linear(8, 8), r=2)
+    lora(torch.ones(1, 8)).sum().backward()
+    exact, gradient = lora.lora_A.detach().clone(), lora.lora_B.grad.clone()
+    lora.bfloat16()
+    assert torch.equal(lora.lora_A, exact) and torch.equal(lora.lora_B.grad, gradient)
+    assert lora.lora_A.dtype == torch.float32 and lora.base.weight.dtype == torch.bfloat16
+    assert lora.to("meta").lora_A.is_meta
 
 
 @pytest.mark.parametrize(
@@ -95,6 +100,9 @@ def test_adapter_stays_float32():
         ({"r": 0}, "r=0 is not allowed: a rank is a whole number from 1 to"),
         ({"r": 17}, "r=17 is not allowed.*from 1 to 16"),
         ({"r": 2.0}, "r=2.0 is not allowed"),
+        ({"alpha": 0}, "alpha=0 is not allowed: it is a number above 0"),
+        ({"alpha": float("nan")}, "alpha=nan is not allowed"),
+        ({"alpha": "16"}, "alpha='16' is not allowed"),
         ({"dropout": 1.0}, "dropout=1.0 is not allowed: choose from 0 to below 1"),
         (
             {"targets": ["qproj"]},

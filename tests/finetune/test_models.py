@@ -141,6 +141,25 @@ def test_options_are_checked_before_anything_is_read(folder, kwargs, message):
         quiet(folder, **kwargs)
 
 
+def test_a_model_that_is_quantised_already_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="quantised already: load the original"):
+        quiet(folder)
+
+
+def test_a_tensor_in_two_files_is_named(folder):
+    shutil.copy(folder / "model.safetensors", folder / "again.safetensors")
+    with pytest.raises(RuntimeError, match="is in again.safetensors and in model.safetensors: keep one"):
+        quiet(folder)
+
+
+def test_an_adapter_will_name_its_base_by_hub_id():
+    assert models._public_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert models._public_name("some/folder") == "some/folder"
+
+
 def test_cpu_dtype_is_the_faster_one(monkeypatch):
     for seconds, want in (((1.0, 0.5), torch.bfloat16), ((1.0, 2.0), torch.float32), ((1.0, 0.95), torch.float32)):
         times = dict(zip((torch.float32, torch.bfloat16), seconds, strict=True))

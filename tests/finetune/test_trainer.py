@@ -78,7 +78,8 @@ def test_what_a_run_leaves_behind(model, tokenizer, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in lines] == run.losses
     assert sum(line["tokens"] for line in lines) == run.tokens
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["lr"] == 2e-2
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert (settings["lr"], settings["dtype"], settings["adapter"]["r"]) == (2e-2, "float32", 4)
     assert sorted(p.name for p in run.adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -104,6 +105,66 @@ def test_an_earlier_run_is_not_overwritten_unasked(model, tokenizer, tmp_path):
     with pytest.raises(FileExistsError, match="holds an earlier run: choose another folder, or overwrite it"):
         train(model, tokenizer, tmp_path / "run")
     train(model, tokenizer, tmp_path / "run", overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["adapter", "log.jsonl", "settings.json"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is a file: name a folder"):
+        train(model, tokenizer, tmp_path / "file")
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_failing_run_leaves_the_earlier_one_as_it_was(model, tokenizer, tmp_path):
+    train(model, tokenizer, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    next(iter(adapters(model).values())).lora_B.data.fill_(torch.inf)
+    with pytest.raises(FloatingPointError):
+        train(model, tokenizer, tmp_path / "run", overwrite=True)
+    assert contents(tmp_path / "run") == before
+
+
+def test_an_interrupt_saves_what_was_learned(model, tokenizer, tmp_path, monkeypatch):
+    from qlora_lab.finetune import trainer
+
+    step, done = trainer._step, []
+
+    def interrupted(*args):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(step(*args))
+        return done[-1]
+
+    monkeypatch.setattr(trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tokenizer, tmp_path / "run")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_left_behind_are_not_added(tiny_llama, tokenizer, tmp_path):
+    from copy import deepcopy
+
+    clean, dirty = (add_lora(deepcopy(tiny_llama), r=4) for _ in range(2))
+    for parameter in dirty.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, torch.nan)
+    assert train(clean, tokenizer, tmp_path / "a").losses == train(dirty, tokenizer, tmp_path / "b").losses
+
+
+def test_short_examples_are_found_among_long_ones(model, tokenizer, tmp_path):
+    long = [Example((("user", "word " * 300), ("assistant", "no"))) for _ in range(40)]
+    run = train(model, tokenizer, tmp_path / "run", data=long + EXAMPLES[:3] + long, steps=1, batch_size=3)
+    assert (run.data.kept, run.data.too_long > 0) == (3, True)
+
+
+def test_memory_is_recycled_where_the_c_library_can():
+    import platform
+
+    from qlora_lab.finetune.allocator import recycle_memory
+
+    assert recycle_memory() == (platform.libc_ver()[0] == "glibc")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model, tokenizer, tmp_path):
@@ -111,6 +172,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, tokenizer, tmp_path):
     with pytest.raises(FloatingPointError, match="step 1: loss nan"):
         train(model, tokenizer, tmp_path / "run")
     assert not (tmp_path / "run" / "adapter").exists()
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_differences_in_partial_blocks_are_rare():
         len(differing(quantize(w, "nf4", b).packed, bnb.quantize_4bit(w, blocksize=b, quant_type="nf4")[0]))
         for w, b in map(draw, range(200))
     )
-    assert differ <= 1, f"{differ} bytes differ in 200 tensors; none did when this was written"
+    assert differ == 0, f"{differ} bytes differ in 200 tensors: look at each before this number is changed"
 
 
 @pytest.mark.parametrize("seed", range(0, 40, 3))
