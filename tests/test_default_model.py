@@ -66,14 +66,17 @@ def test_it_answers(codebook, answer):
 
 
 def test_peft_reads_the_adapter_on_the_dequantised_base(tmp_path):
-    """Equal to bf16 rounding: PEFT multiplies its float32 adapter in float32, this library in bf16."""
+    """Equal to bf16 rounding: no farther apart than the same model is when it computes in bf16 and in float32.
+
+    PEFT multiplies its float32 adapter in float32, this library in bf16.
+    """
     from peft import PeftModel
 
     model, tokenizer = ql.load("smollm2-135m", dtype=torch.bfloat16, progress=False)
     ql.add_lora(model, r=16, alpha=16)
     g = torch.Generator().manual_seed(0)
     for layer in adapters(model).values():
-        layer.lora_B.data.normal_(std=0.05, generator=g)
+        layer.lora_B.data.normal_(std=0.5, generator=g)
     ql.save_adapter(model, tmp_path / "adapter")
 
     plain, _ = ql.load("smollm2-135m", dtype=torch.bfloat16, progress=False)
@@ -85,10 +88,9 @@ def test_peft_reads_the_adapter_on_the_dequantised_base(tmp_path):
             plain.set_submodule(name, linear)
     with torch.no_grad():
         base = plain(ids).logits.float()
-        theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter")(ids).logits.float()
+        adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+        theirs = adapted(ids).logits.float()
+        exact = adapted.float()(ids).logits
         ours = model(ids).logits.float()
-    rounding = (ours - theirs).norm() / theirs.norm()
-    moved = (base - theirs).norm() / theirs.norm()
-    assert rounding < 2**-6 and moved > 10 * rounding, (
-        f"differ by {rounding:.4f}; the adapter moves logits by {moved:.4f}"
-    )
+    rounding, moved, floor = ((x - theirs).norm() / theirs.norm() for x in (ours, base, exact))
+    assert rounding < 1.5 * floor and moved > 10 * rounding, f"{rounding=:.4f} {floor=:.4f} {moved=:.4f}"
