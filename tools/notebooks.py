@@ -123,6 +123,7 @@ def execute(notebook, folder):
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],  # not a warning about local sockets for each kernel
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute()
@@ -197,7 +198,7 @@ def main(arguments=None):
         if not (path.exists() or solution_of(path).exists()):
             parser.error(f"{path} does not exist.")
     paths = find(args.paths)
-    failed = sum(_report(path, f"[{n}/{len(paths)}] {path}", args.check) for n, path in enumerate(paths, 1))
+    failed = sum(_report(path, f"[{n}/{len(paths)}] {os.path.relpath(path)}", args.check) for n, path in enumerate(paths, 1))
     return 1 if failed else 0
 
 

@@ -24,12 +24,15 @@ def check_block_size(block_size: int) -> None:
 def to_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
     """(any shape) -> (n_blocks, block_size) float32, row-major, the last block filled up with zeros.
 
+    Shares the memory of `weight` where it can.
+
     >>> to_blocks(torch.arange(18.0), 16).shape
     torch.Size([2, 16])
     """
     flat = weight.reshape(-1).float()  # (numel,)
-    missing = -len(flat) % block_size
-    return torch.nn.functional.pad(flat, (0, missing)).view(-1, block_size)  # (n_blocks, block_size)
+    if missing := -len(flat) % block_size:  # pad() copies even where there is nothing to add
+        flat = torch.nn.functional.pad(flat, (0, missing))
+    return flat.view(-1, block_size)  # (n_blocks, block_size)
 
 
 def block_absmax(blocks: torch.Tensor) -> torch.Tensor:
