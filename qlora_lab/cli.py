@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import qlora_lab as ql
@@ -67,21 +68,21 @@ def finetune(a: argparse.Namespace) -> None:
     from qlora_lab.quant.blocks import check_block_size
 
     # before the model is loaded: a mistyped word should not cost a minute
-    Settings(*(getattr(a, name) for name in ("steps", "batch_size", "lr", "clip", "max_length", "seed")))
+    settings = Settings(**{field.name: getattr(a, field.name) for field in fields(Settings)})
     check_free(a.out, a.overwrite)
     check_strength(a.alpha, a.dropout)
     check_block_size(a.block_size)
-    if a.r < 1 or a.held_out < 0:
-        name, least = ("r", 1) if a.r < 1 else ("held-out", 0)
-        raise ValueError(f"{name}={getattr(a, name.replace('-', '_'))} is not allowed: it is at least {least}")
+    for name, value, least in (("r", a.r, 1), ("held-out", a.held_out, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value} is not allowed: it is at least {least}")
     train = ql.load_data(a.data)
     test = _held_out_examples(a)
     targets = a.targets[0] if len(a.targets) == 1 else a.targets  # "all-linear" is one word
     model, tokenizer = _load(a)
     ql.add_lora(model, a.r, a.alpha, a.dropout, targets, seed=a.seed)
     before = ql.held_out(model, tokenizer, test) if test else None
-    settings = {name: getattr(a, name) for name in ("batch_size", "lr", "clip", "max_length", "seed", "overwrite")}
-    run = ql.finetune(model, tokenizer, train, a.steps, a.out, progress=not a.quiet, **settings)
+    options = asdict(settings) | {"overwrite": a.overwrite, "progress": not a.quiet}
+    run = ql.finetune(model, tokenizer, train, out=a.out, **options)
     after = ql.held_out(model, tokenizer, test) if test else None
     if not a.json and test:
         _show_answers(test, before.answers, after.answers)

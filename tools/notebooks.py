@@ -198,7 +198,9 @@ def main(arguments=None):
         if not (path.exists() or solution_of(path).exists()):
             parser.error(f"{path} does not exist.")
     paths = find(args.paths)
-    failed = sum(_report(path, f"[{n}/{len(paths)}] {os.path.relpath(path)}", args.check) for n, path in enumerate(paths, 1))
+    failed = sum(
+        _report(path, f"[{n}/{len(paths)}] {os.path.relpath(path)}", args.check) for n, path in enumerate(paths, 1)
+    )
     return 1 if failed else 0
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_lab.finetune.files import replacing_folder
-from qlora_lab.finetune.lora import adapters, add_lora, choose_targets
+from qlora_lab.finetune.lora import adapters, add_lora, choose_targets, has_adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG, WEIGHTS, "README.md")  # PEFT adds a model card
@@ -66,12 +66,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     config, stored = _read(folder)
-    try:
-        expected = adapter_tensors(model)
-    except ValueError:  # no adapter yet: check on the meta device what it would be
-        expected = _planned_tensors(model, config)
-    _compare({k: v.shape for k, v in stored.items()}, {k: v.shape for k, v in expected.items()}, folder)
-    if not any(key.endswith("lora_A") for key, _ in model.named_parameters()):
+    adapted = has_adapters(model)
+    expected = {k: v.shape for k, v in adapter_tensors(model).items()} if adapted else _planned_shapes(model, config)
+    _compare({k: v.shape for k, v in stored.items()}, expected, folder)
+    if not adapted:
         add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"])
     for layer in adapters(model).values():
         layer.set_strength(config["lora_alpha"], config["lora_dropout"])
@@ -119,10 +117,11 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     return config, stored
 
 
-def _planned_tensors(model: nn.Module, config: dict) -> dict[str, torch.Tensor]:
+def _planned_shapes(model: nn.Module, config: dict) -> dict[str, torch.Size]:
+    """What adapter_tensors would hold, had the model this adapter."""
     r, targets = config["r"], config["target_modules"]
     return {
-        f"{PREFIX}{path}.{name}.weight": torch.empty(shape, device="meta")
+        f"{PREFIX}{path}.{name}.weight": torch.Size(shape)
         for path, layer in choose_targets(model, targets).items()
         for name, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r)))
     }

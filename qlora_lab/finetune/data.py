@@ -147,6 +147,12 @@ def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
     }
 
 
+def to_device(batch: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The batch on the device of the model's parameters."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 def pad_token_id(tokenizer: "Tokenizer") -> int:
     """An id to fill rows with: the pad token, else the end token. It is masked, so its choice changes no result."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

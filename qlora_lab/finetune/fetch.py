@@ -136,7 +136,7 @@ def _checked(folder: Path) -> Path:
     """`folder`, if a model can be loaded from it; opening a safetensors file proves its header and its length."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: a model folder holds config.json and *.safetensors")
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="numpy"):
                 pass
@@ -145,7 +145,8 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: those its index names, else all. Raises as `resolve` does."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:

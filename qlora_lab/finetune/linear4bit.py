@@ -87,6 +87,11 @@ class Linear4bit(nn.Module):
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
 
 
+def is_quantisable(path: str, module: nn.Module) -> bool:
+    """Whether the layer at `path` of a model is one to quantise: a plain nn.Linear that is not the head."""
+    return type(module) is nn.Linear and path.split(".")[-1] != HEAD
+
+
 def quantize_linears(
     model: nn.Module,
     codebook: str = "nf4",
@@ -98,7 +103,7 @@ def quantize_linears(
     Raises what quantize raises, with the layer's name, and ValueError when there is nothing to replace.
     Returns `model`.
     """
-    targets = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and n.split(".")[-1] != HEAD]
+    targets = [(name, module) for name, module in model.named_modules() if is_quantisable(name, module)]
     if not targets:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}")
     for name, linear in targets:

@@ -86,7 +86,7 @@ def add_lora(
     Raises ValueError for a name that matches nothing, an adapter that is already there, or a rank, alpha or dropout
     that is not allowed.
     """
-    if any(isinstance(m, LoRALinear) for m in model.modules()):
+    if has_adapters(model):
         raise ValueError("this model has adapters already: load a fresh one")
     chosen = choose_targets(model, targets)
     check_strength(alpha, dropout)
@@ -113,6 +113,11 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
             f"choose 'all-linear' or from {', '.join(last_names)}"
         )
     return {name: m for name, m in linears.items() if name in wanted or name.split(".")[-1] in wanted}
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether any layer of `model` is adapted."""
+    return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:

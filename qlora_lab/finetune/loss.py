@@ -10,11 +10,12 @@ and the head holds a fifth of SmolLM2's multiplications and, over a vocabulary o
 import torch
 from torch.nn.functional import cross_entropy
 
-from qlora_lab.finetune.data import IGNORED
+from qlora_lab.finetune.data import IGNORED, to_device
 
 
 def answer_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """(sum of cross entropies, () float32 with its graph; number of labels) of a batch on the model's device."""
+    """(sum of cross entropies, () float32 with its graph; number of labels) of a batch on any device."""
+    batch = to_device(batch, model)
     targets = batch["labels"][:, 1:]  # position i predicts token i + 1: (batch, longest - 1)
     learned = targets != IGNORED
     # A hook and not a call of the decoder and the head in turn: some models scale or cap their logits after the head.

@@ -8,7 +8,6 @@ Embeddings, lm_head and norms keep their precision. Buffers that no checkpoint h
 Not here: finding and fetching the folder (fetch.py), adapters (lora.py).
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, resolve
-from qlora_lab.finetune.linear4bit import HEAD, Linear4bit
+from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, resolve, weight_files
+from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, is_quantisable
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, quantize
@@ -150,10 +149,8 @@ def _read(
 
 def _files_of(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it, in the files' order."""
-    index = folder / "model.safetensors.index.json"
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
     files = {}
-    for path in [folder / shard for shard in shards] or sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with _opened(path) as stored:
             for name in stored.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
                 if files.setdefault(name, path) != path:
@@ -182,8 +179,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def _place(model, name, tensor, codebook, block_size, double_quant, dtype) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    is_linear = type(module) is nn.Linear and leaf == "weight" and path.split(".")[-1] != HEAD
-    if codebook is not None and is_linear:
+    if codebook is not None and leaf == "weight" and is_quantisable(path, module):
         weight = quantize(tensor, codebook, block_size, double_quant, name=name)
         model.set_submodule(path, Linear4bit(weight, module.bias))
     else:

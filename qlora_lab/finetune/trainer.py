@@ -48,9 +48,7 @@ class Settings:
     batch_size: int = 8
     lr: float = 2e-4  # the paper's, for 7B and 13B
     clip: float = 0.3  # the paper's largest gradient norm
-    max_length: int = (
-        256  # tokens an example may have; longer ones are left out, and counted: memory follows the longest
-    )
+    max_length: int = 256  # tokens; longer examples are left out, and counted: memory follows the longest
     seed: int = 0
 
     def __post_init__(self):
@@ -154,9 +152,8 @@ def _train(model, encoded, pad_id, settings: Settings, progress: bool) -> Iterat
 def _step(model, batch, parameters, optimizer, settings: Settings, step: int) -> dict[str, float]:
     start = time.perf_counter()
     tokens = int(batch["attention_mask"].sum())
-    device = parameters[0].device
     optimizer.zero_grad(set_to_none=True)
-    summed, count = answer_loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
+    summed, count = answer_loss(model, batch)
     loss = summed / count
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -206,12 +203,12 @@ def _replacing_run(folder: Path) -> Iterator[Path]:
 def _record(model, settings: Settings, report: EncodeReport) -> dict:
     """All that decided the run, for settings.json."""
     layers = adapters(model)
-    layer, base = next(iter(layers.values())), next(iter(layers.values())).base
+    layer = next(iter(layers.values()))
     return asdict(settings) | {
         "model": getattr(model, "name_or_path", None),
         "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
         "device": str(layer.lora_A.device),
-        "weights": str(base.weight) if isinstance(base, Linear4bit) else "not quantised",
+        "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
         "adapter": {"r": layer.r, "alpha": layer.alpha, "dropout": layer.dropout.p, "layers": len(layers)},
         "data": asdict(report),
     }

@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.data import Encoded, collate, encode_all, end_token_id, pad_token_id, prompt_ids
+from qlora_lab.finetune.data import Encoded, collate, encode_all, end_token_id, pad_token_id, prompt_ids, to_device
 from qlora_lab.finetune.examples import Example, Turns
 from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.modes import mode
@@ -77,7 +77,7 @@ def mean_loss(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], ti
     loss, labels = 0.0, 0
     with measuring(model):
         for batch in tqdm(batches, title, unit="batch", leave=False):
-            summed, count = answer_loss(model, _to_device(batch, model))
+            summed, count = answer_loss(model, batch)
             loss, labels = loss + summed.item(), labels + count
     return loss / labels
 
@@ -108,7 +108,7 @@ def _answers(model: torch.nn.Module, tokenizer: "Tokenizer", prompts: list[Turns
     with measuring(model):
         for start in tqdm(range(0, len(rows), ANSWERS_AT_ONCE), "answers", unit="batch", leave=False):
             chosen = order[start : start + ANSWERS_AT_ONCE]
-            batch = _to_device(_left_padded([rows[i] for i in chosen], pad), model)
+            batch = to_device(_left_padded([rows[i] for i in chosen], pad), model)
             generated = model.generate(**batch, generation_config=config)
             new = generated[:, batch["input_ids"].shape[1] :]  # (batch, at most max_new_tokens)
             answers |= zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
@@ -130,8 +130,3 @@ def _left_padded(prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
         "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left"),
         "attention_mask": pad_sequence(masks, batch_first=True, padding_side="left"),
     }
-
-
-def _to_device(batch: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -123,7 +123,8 @@ def quantize(
     if not keep_non_finite or double_quant:
         _check_finite(weight, name)
     pieces = weight.detach().reshape(-1).split(_piece_length(block_size, bits_of(levels)))
-    packed, absmax = zip(*(_quantize_piece(piece, levels, block_size) for piece in pieces), strict=True)
+    fill = zero_code(levels)
+    packed, absmax = zip(*(_quantize_piece(piece, levels, block_size, fill) for piece in pieces), strict=True)
     absmax = torch.cat(absmax)  # (n_blocks,)
     return QuantizedTensor(
         packed=torch.cat(packed),
@@ -136,12 +137,14 @@ def quantize(
     )
 
 
-def _quantize_piece(piece: torch.Tensor, levels: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_piece(
+    piece: torch.Tensor, levels: torch.Tensor, block_size: int, fill: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     blocks = to_blocks(piece, block_size)  # (n_blocks, block_size)
     absmax = block_absmax(blocks)
     absmax = absmax.where(absmax.isfinite(), torch.nan)  # an infinite constant would turn zeros into NaN, others not
     codes = nearest_codes(scale_blocks(blocks, absmax), levels).view(-1)[: len(piece)]
-    return pack(codes, bits_of(levels), fill=zero_code(levels)), absmax
+    return pack(codes, bits_of(levels), fill), absmax
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
