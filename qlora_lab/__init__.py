@@ -39,7 +39,7 @@ _HOME = {
     "picture": "show.figure",
     "show_source": "show.source",
 }
-_ROOMS = ("quant", "finetune", "measure", "show", "cli")  # the finetune room can be called: ql.finetune(model, ...)
+_ROOMS = ("kernels", "quant", "finetune", "measure", "show", "cli")  # ql.finetune(model, ...): that room can be called
 __all__ = sorted([*_HOME, "finetune"])
 __version__ = "0.1.0"
 

@@ -3,7 +3,8 @@
 In: x, (..., in_features) float32, bf16 or fp16. Out: y, (..., out_features), same dtype.
 Source: QLoRA section 3, equation 5. The weight is dequantised to the dtype of x, used, and dropped; backward
 dequantises it once more instead of keeping it: 0.5 byte a weight stays for backward, not 2 or 4. The frozen weight has
-no gradient, so x is not kept at all.
+no gradient, so x is not kept at all. On the CPU not even that copy is made: kernels/product.py decodes a panel of rows
+at a time.
 
 But: no inference mode that repacks anything. What a layer computes and what it saves never depend on train() or eval().
 Not here: adapters (lora.py), reading checkpoints (models.py).
@@ -12,6 +13,7 @@ Not here: adapters (lora.py), reading checkpoints (models.py).
 import torch
 from torch import nn
 
+from qlora_lab.kernels import choose
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
 
@@ -22,10 +24,17 @@ class _MatMul4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
         ctx.weight = weight  # packed bytes, shared with the layer: nothing is copied
+        if product := choose(x.device.type).product:
+            rows, columns = weight.shape
+            return product.forward(x.reshape(-1, columns), weight.plain, rows).view(*x.shape[:-1], rows)
         return x @ dequantize(weight, x.dtype).t()  # (..., in) @ (in, out) -> (..., out)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
+        if product := choose(grad.device.type).product:
+            rows, columns = ctx.weight.shape
+            dx = product.backward(grad.reshape(-1, rows), ctx.weight.plain, columns)
+            return dx.view(*grad.shape[:-1], columns), None
         return grad @ dequantize(ctx.weight, grad.dtype), None  # (..., out) @ (out, in) -> (..., in)
 
 
@@ -57,6 +66,8 @@ class Linear4bit(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype not in WEIGHT_DTYPES:
             raise TypeError(f"input is {x.dtype}: Linear4bit computes in float32, bfloat16 or float16")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input has shape {tuple(x.shape)}, but its last size must be {self.in_features}")
         y = _MatMul4bit.apply(x, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

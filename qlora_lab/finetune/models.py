@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,23 +69,15 @@ def load(
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bf16 where `device` multiplies it faster than float32 (fp16 on a GPU without bf16), else float32.
 
-    On a CPU this is raced, in about 0.1 s, and not read off its features: with AVX512-BF16, bf16 products took a
-    quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire Rapids without AMX.
+    On a CPU this is raced, in about 0.1 s, and not read off its features.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type != "cpu":
         return torch.float32
-    rounds = [(_product_seconds(torch.float32), _product_seconds(torch.bfloat16)) for _ in range(9)]  # in turn
-    float32, bfloat16 = (min(times) for times in zip(*rounds, strict=True))
-    return torch.bfloat16 if bfloat16 < 0.9 * float32 else torch.float32
+    from qlora_lab.kernels.product import race
 
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    start = perf_counter()
-    a @ b.t()
-    return perf_counter() - start
+    return torch.bfloat16 if race().use_bfloat16 else torch.float32
 
 
 def _public_name(name_or_path: str | Path) -> str:

@@ -160,9 +160,21 @@ def nearest_codes(scaled: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     >>> nearest_codes(torch.tensor([-1.0, 0.0, 0.01, 0.9]), codebook("nf4")).tolist()
     [0, 7, 7, 15]
     """
-    order = torch.argsort(levels, stable=True)  # identity for nf4; undoes the bit patterns of fp4
-    rank = torch.bucketize(scaled.nan_to_num(nan=0.0), midpoints(levels[order]), out_int32=True)
-    return order.to(torch.uint8)[rank]
+    thresholds, order = rounding(levels)
+    return order[torch.bucketize(scaled.nan_to_num(nan=0.0), thresholds, out_int32=True)]
+
+
+def rounding(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How to round to `levels`: thresholds (n - 1,) float32 ascending, and order (n,) uint8.
+
+    The code of a value is order[number of thresholds below it]. order is 0, 1, 2 ... for nf4; it undoes the bit
+    patterns of fp4.
+
+    >>> rounding(torch.tensor([0.0, 1.0, -1.0]))
+    (tensor([-0.5000,  0.5000]), tensor([2, 0, 1], dtype=torch.uint8))
+    """
+    order = torch.argsort(levels, stable=True)
+    return midpoints(levels[order]), order.to(torch.uint8)
 
 
 def zero_code(levels: torch.Tensor) -> int:

@@ -14,13 +14,15 @@ But: bitsandbytes' CPU path finds the 8-bit code through a table of 65,536 entri
 
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 
-from qlora_lab.quant.blocks import block_absmax, scale_blocks, to_blocks
-from qlora_lab.quant.codebook import nearest_codes
+from qlora_lab.quant.blocks import TINY, block_absmax, scale_blocks, to_blocks
+from qlora_lab.quant.codebook import nearest_codes, rounding
 
 GROUP_SIZE = 256
+MEAN_PIECE = 2**14  # constants that torch adds up in one thread
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class DoubleQuantized:
     absmax_codes: torch.Tensor
     absmax_scale: torch.Tensor
     absmax_offset: torch.Tensor
+
+    @property
+    def plain(self) -> tuple:
+        """What kernels take: codes, scale, offset, the table of the codes, and how many codes share a scale."""
+        return self.absmax_codes, self.absmax_scale, self.absmax_offset, _dynamic_map(), GROUP_SIZE
 
     @property
     def nbytes(self) -> int:
@@ -59,22 +66,47 @@ def double_quantize(absmax: torch.Tensor) -> DoubleQuantized:
 
     Raises ValueError for a constant that is not finite: it would spoil the mean, and so every other block.
     """
-    if not torch.isfinite(absmax).all():
-        block = int((~torch.isfinite(absmax)).nonzero()[0])
+    offset = _mean(absmax)
+    if not torch.isfinite(offset):
         raise ValueError(
-            f"block {block} has no finite constant, and double quantization would spread that to all blocks: "
+            f"{_culprit(absmax)}, and double quantization would spread that to all blocks: "
             "repair the weight, or use double_quant=False"
         )
-    offset = absmax.mean()
     centred = absmax - offset
+    if kernels := _kernels(absmax):
+        codes, scale = kernels.quantize_blocks(centred, *rounding(_dynamic_map()), GROUP_SIZE, 1, TINY)
+        return DoubleQuantized(codes, scale, offset)
     groups = to_blocks(centred, GROUP_SIZE)  # (n_groups, 256): the same scheme once more
     scale = block_absmax(groups)  # (n_groups,)
     codes = nearest_codes(scale_blocks(groups, scale), dynamic_map().to(absmax.device))
     return DoubleQuantized(codes.view(-1)[: len(absmax)].clone(), scale, offset)
 
 
+def _culprit(absmax: torch.Tensor) -> str:
+    bad = (~torch.isfinite(absmax)).nonzero()
+    if len(bad):
+        return f"block {int(bad[0])} has no finite constant"
+    return f"the constants, up to {absmax.max().item():.3g}, have no finite mean"
+
+
+def _mean(absmax: torch.Tensor) -> torch.Tensor:
+    """() float32, the same for every number of threads; torch's own mean of 32,768 values or more is not."""
+    sums = torch.stack([piece.sum() for piece in absmax.split(MEAN_PIECE)])
+    return sums.sum() / len(absmax)
+
+
 def double_dequantize(constants: DoubleQuantized) -> torch.Tensor:
     """The inverse, to within 8-bit rounding: absmax, (n_blocks,) float32."""
     codes, scale = constants.absmax_codes, constants.absmax_scale
+    if kernels := _kernels(codes):
+        values = torch.empty(len(codes))
+        kernels.dequantize_blocks((codes, scale, _dynamic_map(), GROUP_SIZE), values)
+        return values.add_(constants.absmax_offset)
     values = dynamic_map().to(codes.device)[codes.int()]  # (n_blocks,)
     return values * scale.repeat_interleave(GROUP_SIZE)[: len(codes)] + constants.absmax_offset
+
+
+def _kernels(tensor: torch.Tensor) -> ModuleType | None:
+    from qlora_lab.kernels import choose
+
+    return choose(tensor.device.type).blocks

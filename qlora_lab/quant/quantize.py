@@ -9,17 +9,22 @@ The whole of it, for one block, is
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import lcm
 
 import torch
 
-from qlora_lab.quant.blocks import block_absmax, check_block_size, scale_blocks, to_blocks
-from qlora_lab.quant.codebook import bits_of, codebook as named_codebook, nearest_codes, zero_code
+from qlora_lab.quant.blocks import TINY, block_absmax, check_block_size, scale_blocks, to_blocks
+from qlora_lab.quant.codebook import bits_of, codebook as named_codebook, nearest_codes, rounding, zero_code
 from qlora_lab.quant.double_quant import DoubleQuantized, double_dequantize, double_quantize
 from qlora_lab.quant.packing import group_of, pack, unpack
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIECE = 2**20  # weights quantised at a time: temporaries stay in cache, and the peak is the result, not five copies
+
+
+class Plain(tuple):
+    """(packed, constants, levels, block_size). A kernel may keep its own view of them in the attribute `prepared`."""
 
 
 @dataclass(frozen=True, eq=False)  # two of them are the same only if they are one: == on tensors has no single answer
@@ -48,6 +53,15 @@ class QuantizedTensor:
     def absmax(self) -> torch.Tensor:
         """Block constants, (n_blocks,) float32, double quantization undone."""
         return double_dequantize(self.constants) if self.double_quant else self.constants
+
+    @cached_property
+    def plain(self) -> "Plain":
+        """What kernels take: packed, constants, levels, block size; nothing that only this library knows."""
+        constants = self.constants.plain if self.double_quant else self.constants
+        return Plain((self.packed, constants, self.levels, self.block_size))
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "plain"}  # a copy makes its own
 
     @property
     def codes(self) -> torch.Tensor:
@@ -117,17 +131,21 @@ def quantize(
     >>> q.bits_per_parameter, q.codes[[0, 127]].tolist()
     (4.5, [0, 15])
     """
+    from qlora_lab.kernels import choose
+
     _check_weight(weight, name)
     levels = named_codebook(codebook).to(weight.device)
     check_block_size(block_size)
+    flat = weight.detach().reshape(-1).contiguous()  # (numel,); reshape alone can leave gaps
+    if kernels := choose(weight.device.type).blocks:
+        group = group_of(bits_of(levels))[0]
+        packed, absmax = kernels.quantize_blocks(flat, *rounding(levels), block_size, group, TINY)
+    else:
+        packed, absmax = quantize_blocks(flat, levels, block_size)
     if not keep_non_finite or double_quant:
-        _check_finite(weight, name)
-    pieces = weight.detach().reshape(-1).split(_piece_length(block_size, bits_of(levels)))
-    fill = zero_code(levels)
-    packed, absmax = zip(*(_quantize_piece(piece, levels, block_size, fill) for piece in pieces), strict=True)
-    absmax = torch.cat(absmax)  # (n_blocks,)
+        _check_finite(absmax, weight, name)
     return QuantizedTensor(
-        packed=torch.cat(packed),
+        packed=packed,
         constants=double_quantize(absmax) if double_quant else absmax,
         levels=levels,
         codebook=codebook,
@@ -137,14 +155,18 @@ def quantize(
     )
 
 
-def _quantize_piece(
-    piece: torch.Tensor, levels: torch.Tensor, block_size: int, fill: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    blocks = to_blocks(piece, block_size)  # (n_blocks, block_size)
-    absmax = block_absmax(blocks)
-    absmax = absmax.where(absmax.isfinite(), torch.nan)  # an infinite constant would turn zeros into NaN, others not
-    codes = nearest_codes(scale_blocks(blocks, absmax), levels).view(-1)[: len(piece)]
-    return pack(codes, bits_of(levels), fill), absmax
+def quantize_blocks(weight: torch.Tensor, levels: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(numel,) weights -> packed, uint8, and absmax, (n_blocks,) float32: NaN where a block is not finite."""
+    fill = zero_code(levels)
+    packed, absmax = [], []
+    for piece in weight.split(_piece_length(block_size, bits_of(levels))):
+        blocks = to_blocks(piece, block_size)  # (n_blocks, block_size)
+        constants = block_absmax(blocks)
+        constants = constants.where(constants.isfinite(), torch.nan)  # infinity would turn zeros alone into NaN
+        codes = nearest_codes(scale_blocks(blocks, constants), levels).view(-1)[: len(piece)]
+        packed.append(pack(codes, bits_of(levels), fill))
+        absmax.append(constants)
+    return torch.cat(packed), torch.cat(absmax)
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -157,17 +179,30 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: torch.
     >>> dequantize(quantize(torch.linspace(-1, 1, 64)))[[0, 63]].tolist()
     [-1.0, 1.0]
     """
+    from qlora_lab.kernels import choose
+
     out = _output(q, dtype, out)
-    flat, absmax, step = out.view(-1), q.absmax, _piece_length(q.block_size, q.bits)
-    n_codes, n_bytes = group_of(q.bits)
-    for start in range(0, q.numel, step):
-        stop = min(start + step, q.numel)
-        packed = q.packed[start // n_codes * n_bytes : -(-stop // n_codes) * n_bytes]
-        values = q.levels.index_select(0, unpack(packed, stop - start, q.bits).int())  # (stop - start,) float32
-        blocks = to_blocks(values, q.block_size)
-        blocks *= absmax[start // q.block_size : start // q.block_size + len(blocks), None]
-        flat[start:stop] = blocks.view(-1)[: stop - start]
+    if kernels := choose(q.device.type).blocks:
+        kernels.dequantize_blocks(q.plain, out)
+    else:
+        dequantize_blocks(q.packed, q.absmax, q.levels, q.block_size, out.view(-1))
     return out.view(q.shape)
+
+
+def dequantize_blocks(
+    packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, block_size: int, out: torch.Tensor
+) -> None:
+    """Fill `out`, (numel,) float32, bf16 or fp16, with levels[code] * absmax of the block."""
+    bits = bits_of(levels)
+    n_codes, n_bytes = group_of(bits)
+    step = _piece_length(block_size, bits)
+    for start in range(0, len(out), step):
+        stop = min(start + step, len(out))
+        some = packed[start // n_codes * n_bytes : -(-stop // n_codes) * n_bytes]
+        values = levels.index_select(0, unpack(some, stop - start, bits).int())  # (stop - start,) float32
+        blocks = to_blocks(values, block_size)
+        blocks *= absmax[start // block_size : start // block_size + len(blocks), None]
+        out[start:stop] = blocks.view(-1)[: stop - start]
 
 
 def _piece_length(block_size: int, bits: int) -> int:
@@ -195,8 +230,8 @@ def _check_weight(weight: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, so there is nothing to quantise")
 
 
-def _check_finite(weight: torch.Tensor, name: str) -> None:
-    if torch.isfinite(weight).all():
+def _check_finite(absmax: torch.Tensor, weight: torch.Tensor, name: str) -> None:
+    if not absmax.isnan().any():
         return
     index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
     raise ValueError(

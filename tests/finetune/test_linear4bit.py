@@ -21,14 +21,41 @@ def layer(bias: bool = True, double_quant: bool = True) -> Linear4bit:
 def test_forward_and_backward_equal_a_plain_linear(dtype, bias):
     ours = layer(bias)
     x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
-    same = x.detach().clone().requires_grad_()
+    plain = nn.Linear(40, 24, bias, dtype=torch.float64)
+    plain.weight.data = dequantize(ours.weight, torch.float32).double()
+    if bias:
+        plain.bias.data = ours.bias.data.double()
+    same = x.detach().double().requires_grad_()
+    y, want = ours(x), plain(same)
+    assert y.dtype == dtype and x.dtype == dtype
+    # sums of 40 and 24 products, rounded at most three times: product, bias, and in bf16 perhaps the weight
+    near = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 20 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(y.double(), want, **near)
+    y.sum().backward()  # a gradient that is one number, expanded: stride 0
+    want.sum().backward()
+    torch.testing.assert_close(x.grad.double(), same.grad, **near)
+
+
+def test_without_kernels_it_is_the_definition(monkeypatch):
+    monkeypatch.setenv("QLORA_LAB_KERNELS", "reference")
+    ours = layer(bias=False)
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).requires_grad_()
     y = ours(x)
-    want = same @ dequantize(ours.weight, dtype).t()
-    want = want + ours.bias.to(dtype) if bias else want
-    assert y.dtype == dtype and torch.equal(y, want)
-    y.square().sum().backward()
-    want.square().sum().backward()
-    assert torch.equal(x.grad, same.grad)
+    assert torch.equal(y, x @ dequantize(ours.weight).t())
+    y.backward(torch.ones(5, 24))
+    assert torch.equal(x.grad, torch.ones(5, 24) @ dequantize(ours.weight))
+
+
+def test_a_wrong_input_is_named():
+    for wrong in (torch.ones(3, 41), torch.ones(2, 3, 24), torch.ones(0)):
+        with pytest.raises(ValueError, match=r"input has shape \(.*\), but its last size must be 40"):
+            layer()(wrong)
+
+
+def test_no_tokens_and_no_batch():
+    ours = layer()
+    assert ours(torch.ones(0, 40)).shape == (0, 24) and ours(torch.ones(40)).shape == (24,)
+    assert torch.equal(ours(torch.ones(2, 0, 40)), torch.ones(2, 0, 24))
 
 
 def test_gradient_is_the_derivative():

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qlora_lab.finetune import models
 from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.finetune.models import fast_dtype, load
+from qlora_lab.kernels import product
 
 
 @pytest.fixture
@@ -161,9 +162,8 @@ def test_an_adapter_will_name_its_base_by_hub_id():
 
 
 def test_cpu_dtype_is_the_faster_one(monkeypatch):
-    for seconds, want in (((1.0, 0.5), torch.bfloat16), ((1.0, 2.0), torch.float32), ((1.0, 0.95), torch.float32)):
-        times = dict(zip((torch.float32, torch.bfloat16), seconds, strict=True))
-        monkeypatch.setattr(models, "_product_seconds", times.get)
+    for bfloat16, want in ((0.5, torch.bfloat16), (2.0, torch.float32), (0.95, torch.float32)):
+        monkeypatch.setattr(product, "race", lambda seconds=bfloat16: product.Race(1.0, 1.0, seconds))
         fast_dtype.cache_clear()
         assert fast_dtype(torch.device("cpu")) == want
     fast_dtype.cache_clear()

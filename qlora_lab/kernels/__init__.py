@@ -1,0 +1,61 @@
+"""The kernels room: fast twins of the quant room's functions, and which one runs.
+
+A twin takes and returns what the readable function does, and is tested to give the same bits. A reader who never opens
+this room has understood everything. It imports nothing else of the library.
+
+Set the environment variable QLORA_LAB_KERNELS=reference to run the readable functions everywhere.
+"""
+
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple
+
+OVERRIDE = "QLORA_LAB_KERNELS"
+
+
+class Choice(NamedTuple):
+    """Which implementation runs, and why. Without modules the readable functions run."""
+
+    name: str
+    why: str
+    blocks: ModuleType | None = None  # quantize_blocks and dequantize_blocks
+    product: ModuleType | None = None  # forward and backward of a linear layer
+
+
+def choose(device: str = "cpu") -> Choice:
+    """The implementation for tensors on `device`, such as "cpu" or "cuda". Raises ValueError for an unknown override.
+
+    >>> choose("meta").name
+    'reference'
+    """
+    return _choose(device, os.environ.get(OVERRIDE, ""))
+
+
+@lru_cache
+def _choose(device: str, override: str) -> Choice:
+    if override not in ("", "reference"):
+        raise ValueError(f"{OVERRIDE}={override!r} is not known: leave it unset, or set it to 'reference'")
+    if override:
+        return Choice("reference", f"{OVERRIDE} asks for it")
+    if device != "cpu":
+        return Choice("reference", f"there is no kernel for {device}")
+    if _forked:
+        return Choice("reference", "a forked process cannot use its parent's threads")
+    from qlora_lab.kernels import cpu, product
+
+    look_up = "with 16 look-ups at once" if cpu.FAST else "with plain loops: no AVX2 or AVX-512 here"
+    return Choice("cpu", look_up, cpu, product)
+
+
+_forked = False
+
+
+def _in_child() -> None:
+    global _forked
+    _forked = True
+    _choose.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,138 @@
+"""x W^T and g W for a packed W on the CPU, without ever holding W: a panel is decoded, multiplied while hot, reused.
+
+In: x (tokens, columns), or g (tokens, rows); float32, bf16 or fp16; W (rows, columns) as what dequantize_blocks takes.
+Out: (tokens, rows), or (tokens, columns), same dtype. Twin of x @ dequantize(W).t() and g @ dequantize(W), up to the
+order of the sums: every output is one sum over all rows or columns, in float32, rounded once.
+
+The panel is the only weight in memory: PANEL elements, one for each Python thread, allocated once. Few tokens do not
+need it (cpu.multiply_blocks). Which routine multiplies is raced once a process, because no CPU flag tells: with
+AVX512-BF16, bf16 products took a quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire
+Rapids without AMX. Where float32 is faster, bf16 is widened, a tile of tokens at a time, and rounded at the end.
+"""
+
+import threading
+from functools import lru_cache
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+from qlora_lab.kernels import cpu
+
+PANEL = 2**21  # 8 MiB of float32: BLAS is slower on narrower panels, and larger ones leave the cache
+TILE = 2**23  # elements of x or g that are widened to float32 at a time
+_local = threading.local()
+
+
+class Race(NamedTuple):
+    """Seconds that the same product took, the best of several tries in turn."""
+
+    float32: float
+    onednn: float  # float32 by oneDNN's linear, infinity where torch does not offer it
+    bfloat16: float
+
+    @property
+    def use_onednn(self) -> bool:
+        """It takes two thirds of the time or less: a race near a tie would make results depend on luck."""
+        return self.onednn < self.float32 / 1.5
+
+    @property
+    def use_bfloat16(self) -> bool:
+        return self.bfloat16 < 0.9 * min(self.float32, self.onednn)
+
+
+@lru_cache
+def race() -> Race:
+    """Time 512 x 1024 by 1024 x 1024, nine rounds, about 0.1 s; once a process."""
+    contenders = {
+        "float32": (torch.float32, _blas),
+        "onednn": (torch.float32, _onednn if _has_onednn() else None),
+        "bfloat16": (torch.bfloat16, _blas),
+    }
+    best = dict.fromkeys(contenders, float("inf"))
+    for _ in range(9):
+        for name, (dtype, routine) in contenders.items():
+            if routine:
+                best[name] = min(best[name], _seconds(routine, dtype))
+    return Race(**best)
+
+
+def _seconds(routine, dtype: torch.dtype) -> float:
+    x, panel, out = (torch.ones(shape, dtype=dtype) for shape in ((512, 1024), (1024, 1024), (512, 1024)))
+    start = perf_counter()
+    routine(x, panel, out)
+    return perf_counter() - start
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _blas(x: torch.Tensor, panel: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mm(x, panel.t(), out=out)
+
+
+def _onednn(x: torch.Tensor, panel: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(torch.ops.mkldnn._linear_pointwise(x, panel, None, "none", [], ""))
+
+
+def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """A matrix over memory that this thread keeps, so that no step pays for fresh pages."""
+    numel = shape[0] * shape[1]
+    kept = getattr(_local, name, None)
+    if kept is None or kept.nbytes < numel * dtype.itemsize:
+        kept = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
+        setattr(_local, name, kept)
+    return kept[: numel * dtype.itemsize].view(dtype).view(shape)
+
+
+def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
+    """(tokens, columns) -> x W^T, (tokens, rows). weight: packed, constants, levels, block_size."""
+    columns, block_size = x.shape[1], weight[3]
+    if len(x) <= cpu.MAX_TOKENS and cpu.can_multiply(columns, weight):
+        return cpu.multiply_blocks(x, weight)
+    height = max(1, PANEL // columns)
+    if height > block_size:
+        height -= height % block_size  # the next panel starts where a block does
+
+    def panel_of(first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        panel = _buffer("panel", (stop - first, columns), dtype)
+        cpu.dequantize_blocks(weight, panel, first * columns)
+        return panel
+
+    return _by_panels(x, rows, height, panel_of)
+
+
+def backward(grad: torch.Tensor, weight: tuple, columns: int) -> torch.Tensor:
+    """(tokens, rows) -> g W, (tokens, columns). weight: packed, constants, levels, block_size."""
+    block_size, rows = weight[3], grad.shape[1]
+    width = columns if rows * columns <= PANEL else max(block_size, PANEL // rows // block_size * block_size)
+
+    def panel_of(first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        panel = _buffer("panel", (rows, stop - first), dtype)
+        cpu.dequantize_blocks(weight, panel, first, columns)
+        return panel.t()
+
+    return _by_panels(grad, columns, width, panel_of)
+
+
+def _by_panels(x: torch.Tensor, size: int, step: int, panel_of) -> torch.Tensor:
+    """x times each panel_of(first, stop), (step, x.shape[1]), side by side: (len(x), size)."""
+    out = torch.empty(len(x), size, dtype=x.dtype)
+    narrow = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and race().use_bfloat16)
+    multiply = _onednn if x.dtype == torch.float32 and race().use_onednn else _blas
+    if narrow:
+        for first in range(0, size, step):
+            stop = min(first + step, size)
+            multiply(x, panel_of(first, stop, x.dtype), out[:, first:stop])
+        return out
+    tile = max(1, TILE // x.shape[1])
+    for start in range(0, len(x), tile):
+        some = x[start : start + tile]
+        wide = _buffer("wide", some.shape, torch.float32).copy_(some)
+        for first in range(0, size, step):
+            stop = min(first + step, size)
+            product = _buffer("product", (len(some), stop - first), torch.float32)
+            multiply(wide, panel_of(first, stop, torch.float32), product)
+            out[start : start + tile, first:stop] = product
+    return out

@@ -1,0 +1,315 @@
+"""Sixteen lanes at once, for numba: the few vector operations that cpu.py is written in.
+
+A table of 16 entries fits into one 512-bit register, and one instruction looks up 16 codes in it. numba has no name for
+that, so this file gives it one: a vector type, + * & | << >> between vectors, and permute(), the look-up: one
+instruction with AVX-512, four a half with AVX2. All else is plain LLVM vector code, which any CPU runs. On a CPU where
+is_fast() is false, permute() and half_bits() compile to nothing that may be called, and cpu.py calls its plain loops.
+
+Not here: what the lanes mean.
+"""
+
+import operator
+from functools import lru_cache
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, codegen
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+LANES = 16
+
+
+class Vector(types.Type):
+    """LANES numbers of one type in one register."""
+
+    def __init__(self, element: types.Type):
+        self.element = element
+        super().__init__(name=f"vector({element})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, ir.VectorType(manager.lookup(vector.element).get_value_type(), LANES))
+
+
+FLOATS, INTS = Vector(types.float32), Vector(types.int32)
+_I32 = ir.VectorType(ir.IntType(32), LANES)
+_F32 = ir.VectorType(ir.FloatType(), LANES)
+
+
+def host_features() -> set[str]:
+    """What this CPU can do, in LLVM's words, as numba compiles for it (NUMBA_CPU_FEATURES included)."""
+    listed = numba.config.CPU_FEATURES
+    listed = codegen.get_host_cpu_features() if listed is None else listed
+    return {name[1:] for name in listed.split(",") if name.startswith("+")}
+
+
+@lru_cache
+def is_fast() -> bool:
+    """Whether this CPU has instructions for permute() and half_bits(). Elsewhere they are not to be called."""
+    features = host_features()
+    return "f16c" in features and bool(features & {"avx512f", "avx2"})
+
+
+_EMIT = {  # operator -> (for floats, for ints)
+    operator.add: ("fadd", "add"),
+    operator.mul: ("fmul", "mul"),
+    operator.or_: (None, "or_"),
+    operator.and_: (None, "and_"),
+    operator.lshift: (None, "shl"),
+    operator.rshift: (None, "lshr"),
+}
+
+
+def _binary(operation):
+    @infer_global(operation)
+    class _Typed(AbstractTemplate):
+        def generic(self, args, kws):
+            if len(args) == 2 and args[0] == args[1] and isinstance(args[0], Vector):
+                return signature(args[0], *args)
+            return None
+
+    @lower_builtin(operation, Vector, Vector)
+    def _lower(context, builder, sig, args):
+        for_floats, for_ints = _EMIT[operation]
+        return getattr(builder, for_floats if sig.return_type == FLOATS else for_ints)(*args)
+
+
+for _operation in _EMIT:
+    _binary(_operation)
+
+
+def _pointer(context, builder, array_type, array, index, vector):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), ir.PointerType(vector))
+
+
+def _align(array_type) -> int:
+    assert array_type.layout == "C", f"{array_type}: vectors are read from neighbouring elements"
+    return array_type.dtype.bitwidth // 8  # arrays promise no more than the alignment of one element
+
+
+@intrinsic
+def load(typing, array, index):
+    """16 elements of `array` from `index`: float32 as they are, uint8 and uint16 widened to int32."""
+    result = FLOATS if array.dtype == types.float32 else INTS
+
+    def emit(context, builder, sig, args):
+        memory = ir.VectorType(context.get_value_type(array.dtype), LANES)
+        value = builder.load(_pointer(context, builder, array, *args, memory), align=_align(array))
+        return value if memory in (_F32, _I32) else builder.zext(value, _I32)
+
+    return result(array, types.intp), emit
+
+
+@intrinsic
+def store(typing, array, index, vector):
+    """Write 16 lanes over 64 bytes of `array` from `index`; int32 lanes into a uint8 array keep their low byte."""
+
+    def emit(context, builder, sig, args):
+        value = args[2]
+        if array.dtype == types.uint8:
+            value = builder.trunc(value, ir.VectorType(ir.IntType(8), LANES))
+        builder.store(value, _pointer(context, builder, array, *args[:2], value.type), align=_align(array))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), emit
+
+
+def _splat(builder, scalar):
+    vector = ir.VectorType(scalar.type, LANES)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(_I32, [0] * LANES))
+
+
+@intrinsic
+def splat(typing, number):
+    """The same number, float32 or int32, in every lane; integers of other sizes become int32."""
+    result = FLOATS if number == types.float32 else INTS
+
+    def emit(context, builder, sig, args):
+        return _splat(builder, context.cast(builder, args[0], number, result.element))
+
+    return result(number), emit
+
+
+@intrinsic
+def as_ints(typing, value):
+    """The bits of a float32, or of 16, as int32."""
+
+    def emit(context, builder, sig, args):
+        return builder.bitcast(args[0], context.get_value_type(sig.return_type))
+
+    return (INTS if value == FLOATS else types.int32)(value), emit
+
+
+@intrinsic
+def as_floats(typing, value):
+    """The float32, or 16 of them, whose bits these int32 are; of a wider integer, which numba makes, the low 32."""
+
+    def emit(context, builder, sig, args):
+        bits = args[0] if value == INTS else context.cast(builder, args[0], value, types.int32)
+        return builder.bitcast(bits, context.get_value_type(sig.return_type))
+
+    return (FLOATS if value == INTS else types.float32)(value), emit
+
+
+@intrinsic
+def half_bits(typing, vector):
+    """16 float32 rounded to fp16, as the low 16 bits of int32."""
+
+    def emit(context, builder, sig, args):
+        if not is_fast():
+            return ir.Constant(_I32, ir.Undefined)
+        halves = builder.fptrunc(args[0], ir.VectorType(ir.HalfType(), LANES))
+        return builder.zext(builder.bitcast(halves, ir.VectorType(ir.IntType(16), LANES)), _I32)
+
+    return INTS(FLOATS), emit
+
+
+@intrinsic
+def where_greater(typing, left, right, value):
+    """`value` where left > right, 0 elsewhere: (floats, floats, ints) -> ints. Never true for a NaN."""
+
+    def emit(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[2], ir.Constant(_I32, [0] * LANES))
+
+    return INTS(FLOATS, FLOATS, INTS), emit
+
+
+@intrinsic
+def larger(typing, left, right):
+    """The larger of two int32, lane by lane."""
+
+    def emit(context, builder, sig, args):
+        return builder.select(builder.icmp_signed(">", *args), *args)
+
+    return INTS(INTS, INTS), emit
+
+
+@intrinsic
+def largest(typing, vector):
+    """The largest of 16 int32."""
+
+    def emit(context, builder, sig, args):
+        return _call(builder, "llvm.vector.reduce.smax.v16i32", ir.IntType(32), args)
+
+    return types.int32(INTS), emit
+
+
+@intrinsic
+def clamp(typing, vector, low, high):
+    """Lanes of `vector` no lower than `low` and no higher than `high`; float32, none of them NaN."""
+
+    def emit(context, builder, sig, args):
+        value, low, high = args
+        value = builder.select(builder.fcmp_ordered("<", value, low), low, value)
+        return builder.select(builder.fcmp_ordered(">", value, high), high, value)
+
+    return FLOATS(FLOATS, FLOATS, FLOATS), emit
+
+
+def _zip(which):
+    @intrinsic
+    def zipped(typing, left, right):
+        def emit(context, builder, sig, args):
+            return builder.shuffle_vector(*args, ir.Constant(_I32, list(which)))
+
+        return left(left, right), emit
+
+    return zipped
+
+
+@intrinsic
+def splat_each(typing, numbers):
+    """A tuple of float32 as a tuple of vectors."""
+
+    def emit(context, builder, sig, args):
+        values = [_splat(builder, number) for number in cgutils.unpack_tuple(builder, args[0])]
+        return context.make_tuple(builder, sig.return_type, values)
+
+    return types.UniTuple(FLOATS, len(numbers))(numbers), emit
+
+
+def _row_pointer(context, builder, array_type, array, row, column):
+    made = context.make_array(array_type)(context, builder, array)
+    width = cgutils.unpack_tuple(builder, made.shape)[1]
+    return builder.gep(made.data, [builder.add(builder.mul(width, context.get_constant(types.intp, row)), column)])
+
+
+@intrinsic
+def fma_each(typing, sums, factor, array, column):
+    """sums[t] + factor * array[t, column : column + 16] for each t, rounded once; array (len(sums), n), contiguous."""
+
+    def emit(context, builder, sig, args):
+        updated = []
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            pointer = builder.bitcast(_row_pointer(context, builder, array, args[2], t, args[3]), ir.PointerType(_F32))
+            operand = builder.load(pointer, align=_align(array))
+            updated.append(_call(builder, "llvm.fma.v16f32", _F32, [args[1], operand, value]))
+        return context.make_tuple(builder, sums, updated)
+
+    return sums(sums, FLOATS, array, types.intp), emit
+
+
+@intrinsic
+def store_totals(typing, sums, array, column):
+    """array[t, column] = the 16 lanes of sums[t] added up, i to i + 8, then i to i + 4 ..., for each t."""
+
+    def emit(context, builder, sig, args):
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            for width in (8, 4, 2, 1):
+                lanes = ir.Constant(_I32, [(i + width) % LANES for i in range(LANES)])
+                value = builder.fadd(value, builder.shuffle_vector(value, value, lanes))
+            total = builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+            builder.store(total, _row_pointer(context, builder, array, args[1], t, args[2]))
+        return context.get_dummy_value()
+
+    return types.void(sums, array, types.intp), emit
+
+
+lower_half = _zip([i // 2 + LANES * (i % 2) for i in range(LANES)])  # l0 r0 l1 r1 ... of left and right
+upper_half = _zip([LANES // 2 + i // 2 + LANES * (i % 2) for i in range(LANES)])
+evens = _zip(range(0, 2 * LANES, 2))  # lanes 0, 2, 4 ... of left, then of right
+odds = _zip(range(1, 2 * LANES, 2))
+
+
+@intrinsic
+def permute(typing, table, indices):
+    """table[index & 15] for each lane: the 16-entry look-up. `table` holds int32 or float32, `indices` int32."""
+
+    def emit(context, builder, sig, args):
+        bits = builder.bitcast(args[0], _I32)
+        if not is_fast():
+            return ir.Constant(args[0].type, ir.Undefined)
+        if "avx512f" in host_features():
+            looked_up = _call(builder, "llvm.x86.avx512.permvar.si.512", _I32, [bits, args[1]])
+        else:
+            looked_up = _permute_avx2(builder, bits, args[1])
+        return builder.bitcast(looked_up, args[0].type)
+
+    return table(table, INTS), emit
+
+
+def _call(builder, name, result, args):
+    function = builder.module.declare_intrinsic(name, (), ir.FunctionType(result, [a.type for a in args]))
+    return builder.call(function, args)
+
+
+def _permute_avx2(builder, table, indices):
+    eight = ir.VectorType(ir.IntType(32), 8)
+    halves = [ir.Constant(eight, list(range(start, start + 8))) for start in (0, 8)]
+    looked_up = []
+    for lanes in halves:  # a register has 8 lanes and looks up in 8 entries: both halves of the table, then choose
+        index = builder.shuffle_vector(indices, indices, lanes)
+        low, high = (
+            _call(builder, "llvm.x86.avx2.permd", eight, [builder.shuffle_vector(table, table, half), index])
+            for half in halves
+        )
+        bit = builder.and_(index, ir.Constant(eight, [8] * 8))
+        is_high = builder.icmp_signed("!=", bit, ir.Constant(eight, [0] * 8))
+        looked_up.append(builder.select(is_high, high, low))
+    return builder.shuffle_vector(*looked_up, ir.Constant(_I32, list(range(LANES))))

@@ -1,0 +1,118 @@
+"""x W^T and g W by panels: against float64, at odd shapes, by each routine, with nothing allocated but the result."""
+
+import math
+
+import pytest
+import torch
+
+from qlora_lab.kernels import cpu, product
+from qlora_lab.kernels.product import Race
+from qlora_lab.quant.quantize import dequantize, quantize
+
+# Largest error over sum(|x| |w|). float32: up to 1100 products of 24 bits, summed in any order. bf16 and fp16: float32
+# sums, rounded once, to 8 and 11 bits; where torch multiplies bf16 itself, the weight is rounded as well.
+BOUND = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-8 * 1.01, torch.float16: 2.0**-11 * 1.01}
+TORCH_BFLOAT16 = 2 * BOUND[torch.bfloat16]
+SHAPES = [(96, 384), (275, 96), (33, 100), (64, 64), (1, 64), (70, 1100)]
+RACES = {
+    "blas": Race(float32=1, onednn=math.inf, bfloat16=2),
+    "onednn": Race(float32=2, onednn=1, bfloat16=2),
+    "bfloat16": Race(float32=2, onednn=math.inf, bfloat16=1),
+}
+
+
+@pytest.fixture(params=RACES)
+def winner(request, monkeypatch):
+    monkeypatch.setattr(product, "race", lambda: RACES[request.param])
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Panels and tiles so small that each of these weights takes several."""
+    monkeypatch.setattr(product, "PANEL", 5000)
+    monkeypatch.setattr(product, "TILE", 2000)
+
+
+def poison() -> None:
+    """Fill the kept buffers with NaN: a result that reads what it has not written shows it."""
+    for kept in vars(product._local).values():
+        kept.fill_(0xFF)
+
+
+def assert_near(result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    bound = TORCH_BFLOAT16 if x.dtype == torch.bfloat16 and product.race().use_bfloat16 else BOUND[x.dtype]
+    exact, size = x.double() @ weight.double(), x.double().abs() @ weight.double().abs()
+    assert result.dtype == x.dtype and result.shape == exact.shape
+    tiny = torch.finfo(x.dtype).smallest_normal
+    worst = ((result.double() - exact).abs() / (size + tiny)).max().item()
+    assert worst <= bound, f"error {worst:.2e} of the sum of magnitudes, allowed {bound:.2e}"
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_right(shape, dtype, winner, narrow):
+    rows, columns = shape
+    g = torch.Generator().manual_seed(rows)
+    for name, block_size, double_quant in (("nf4", 64, True), ("nf4", 4096, False), ("int3", 32, True)):
+        q = quantize(0.02 * torch.randn(shape, generator=g), name, block_size, double_quant)
+        weight = dequantize(q, torch.float32)
+        for tokens in (1, 3, 40):
+            x, grad = (torch.randn(tokens, n, generator=g).to(dtype) for n in (columns, rows))
+            poison()
+            assert_near(product.forward(x, q.plain, rows), x, weight.t())
+            poison()
+            assert_near(product.backward(grad, q.plain, columns), grad, weight)
+
+
+@pytest.mark.parametrize("tokens", range(1, cpu.MAX_TOKENS + 1))
+@pytest.mark.skipif(not cpu.FAST, reason="multiply_blocks needs AVX2 or AVX-512")
+def test_a_few_tokens(tokens):
+    """A token's result depends on nothing beside it: not on its neighbours, not on the number of threads."""
+    g = torch.Generator().manual_seed(0)
+    q = quantize(torch.randn(33, 192, generator=g), double_quant=True)  # an odd number of rows: the last has no partner
+    x = torch.randn(tokens, 192, generator=g)
+    before = torch.get_num_threads()
+    y = cpu.multiply_blocks(x, q.plain)
+    assert_near(y, x, dequantize(q).t())
+    assert torch.equal(torch.cat([cpu.multiply_blocks(row, q.plain) for row in x.split(1)]), y)
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(cpu.multiply_blocks(x, q.plain), y)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_nan_stays_in_its_row():
+    weight = torch.ones(4, 64)
+    weight[2, 5] = torch.nan
+    q = quantize(weight, keep_non_finite=True)
+    for tokens in (1, 20):
+        y = product.forward(torch.ones(tokens, 64), q.plain, 4)
+        assert y[:, 2].isnan().all() and torch.equal(y[:, [0, 1, 3]], torch.full((tokens, 3), 64.0))
+
+
+def allocated(function, *args) -> int:
+    """Bytes that torch allocates in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function(*args)
+    return sum(e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage > 0)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_nothing_is_allocated_but_the_result(dtype, monkeypatch):
+    monkeypatch.setattr(product, "race", lambda: RACES["blas"])
+    q = quantize(torch.randn(600, 2048, generator=torch.Generator().manual_seed(0)), double_quant=True)
+    monkeypatch.setattr(product, "PANEL", 2**17)
+    x, grad = torch.ones(50, 2048, dtype=dtype), torch.ones(50, 600, dtype=dtype)
+    for step in (lambda: product.forward(x, q.plain, 600), lambda: product.backward(grad, q.plain, 2048)):
+        result = step()
+        assert allocated(step) == result.nbytes
+
+
+def test_the_race_is_not_close():
+    assert not Race(float32=1.0, onednn=0.7, bfloat16=0.8).use_onednn  # near a tie luck would decide between runs
+    assert Race(float32=1.0, onednn=0.5, bfloat16=0.8).use_onednn
+    assert not Race(float32=1.0, onednn=0.5, bfloat16=0.8).use_bfloat16
+    assert Race(float32=1.0, onednn=0.9, bfloat16=0.7).use_bfloat16
+    measured = product.race()
+    assert 0 < measured.float32 < 1 and 0 < measured.bfloat16 < 10 and product.race() is measured
