@@ -1,7 +1,7 @@
 # Two commands do everything on a machine with Python 3.11 or newer and make:
 #   make lab    install, fetch the default model, open the course
 #   make test   install, then run all tests and all notebooks
-.PHONY: lab test fast notebooks lint clean chromium
+.PHONY: lab test fast notebooks bench lint clean chromium
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +28,11 @@ notebooks: $(READY)
 	$(BIN)/qlora-lab fetch smollm2-135m
 	$(BIN)/python tools/notebooks.py
 	$(BIN)/python -c "import qlora_lab as ql; open('notebooks/explorer.png', 'wb').write(ql.NormalFloatExplorer().png)"
+
+# speed beside bitsandbytes and torchao on this machine: bench/cpu.json, its picture, the README's section
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python bench/cpu.py
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -13,6 +13,8 @@ Not here: which implementation runs (kernels/__init__.py), layers (finetune/line
 import warnings
 from functools import lru_cache
 from math import gcd
+from pathlib import Path
+from zlib import crc32
 
 import numba
 import numpy as np
@@ -23,6 +25,7 @@ from numba.extending import overload
 from qlora_lab.kernels import vector as v
 
 PIECE = 2**13  # weights a thread takes at a time: 32 KiB of float32 stay in the first-level cache between two readings
+AHEAD = PIECE  # how far in front of the encoder memory is asked for: a third off the time of a large weight
 TILE = 16  # rows of a product that a thread takes at a time
 MAX_TOKENS = 16  # up to here multiply_blocks beats decoding a panel and calling BLAS
 _TOKENS_AT_ONCE = 8  # two rows of 8 sums fill half of the 32 vector registers
@@ -38,6 +41,7 @@ _NAN = np.float32(np.nan)
 
 def _parallel(function):
     """Compile for all cores and keep the machine code on disk, where there is a place for it."""
+    function.__qualname__ += f"_{crc32(Path(v.__file__).read_bytes()):08x}"  # numba's cache looks at this file alone
     try:
         return njit(parallel=True, cache=True)(function)
     except RuntimeError:  # numba found no folder that it can write to
@@ -69,7 +73,7 @@ def _run(kernel, *args):
 
 
 def _view(tensor):
-    return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).view(-1).numpy()
+    return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).numpy().reshape(-1)
 
 
 def _read(array, i, form):
@@ -201,9 +205,29 @@ def _encode16(weight, form, first, last, block_size, tree, order, fill, tiny, ab
         for i in range(start, start + block_size, 32):
             left = _rank16(_read16(weight, i, form) * scale, tree)
             right = _rank16(_read16(weight, i + 16, form) * scale, tree)
+            v.prefetch(weight, i + AHEAD)
+            v.prefetch(weight, i + AHEAD + 16)
             high = v.permute(codes, v.evens(left, right))
             low = v.permute(codes, v.odds(left, right))
             v.store(packed, i // 2, high << v.splat(4) | low)
+
+
+@njit(forceinline=True)
+def _encode_bytes(weight, form, first, last, block_size, thresholds, order, fill, tiny, absmax, packed):
+    """8-bit codes of whole blocks, each a multiple of 16 long: eight levels of halving, 16 weights at once."""
+    low, high = v.splat(np.float32(-1)), v.splat(np.float32(1))
+    for start in range(first, last, block_size):
+        constant = absmax[start // block_size]
+        if np.isnan(constant):
+            packed[start : start + block_size] = fill
+            continue
+        scale = v.splat(np.float32(1) / max(constant, tiny))
+        for i in range(start, start + block_size, 16):
+            values, rank = v.clamp(_read16(weight, i, form) * scale, low, high), v.splat(0)
+            for level in range(8):
+                step = 128 >> level
+                rank = rank + v.where_greater(values, v.gather(thresholds, rank + v.splat(step - 1)), v.splat(step))
+            v.store(packed, i, v.gather(order, rank))
 
 
 @njit(forceinline=True)
@@ -260,7 +284,10 @@ def _quantize(
         first, last = p * piece, min(p * piece + piece, n)
         if vector and (last - first) % block_size == 0:
             _absmax16(weight, form, first, last, block_size, absmax)
-            _encode16(weight, form, first, last, block_size, tree, order, fill, tiny, absmax, packed)
+            if bits == 8:
+                _encode_bytes(weight, form, first, last, block_size, thresholds, order, fill, tiny, absmax, packed)
+            else:
+                _encode16(weight, form, first, last, block_size, tree, order, fill, tiny, absmax, packed)
         else:
             values = np.empty(block_size, np.float32)
             codes = np.full((last - first + group - 1) // group * group, np.uint8(fill))
@@ -292,7 +319,7 @@ def quantize_blocks(
     fill = int(codes[np.searchsorted(ranks, 0)])
     packed = torch.empty(-(-n // group) * group * bits // 8, dtype=torch.uint8)
     absmax = torch.empty(-(-n // block_size))
-    vector = bits == 4 and block_size % 32 == 0 and FAST
+    vector = bits in (4, 8) and block_size % 32 == 0 and FAST
     tables = ranks, tree.ravel(), codes, bits, fill, group, block_size, piece, np.float32(tiny)
     _run(_quantize, _view(weight), _FORM[weight.dtype], *tables, packed.numpy(), absmax.numpy(), vector)
     return packed, absmax
@@ -307,9 +334,16 @@ def _undouble(constants, first, n):
     absmax, codes, scale, offset, table, group_shift = constants
     if len(codes) == 0:
         return absmax[first : first + n]
-    values = np.empty(n, np.float32)
-    for i in range(n):
-        values[i] = table[codes[first + i]] * scale[(first + i) >> group_shift] + offset
+    values, i = np.empty(n, np.float32), 0
+    while i < n:
+        block = first + i
+        if i + 16 <= n and block >> group_shift == (block + 15) >> group_shift:
+            factor = v.splat(scale[block >> group_shift])
+            v.store(values, i, v.gather(table, v.load(codes, block)) * factor + v.splat(offset))
+            i += 16
+        else:
+            values[i] = table[codes[block]] * scale[block >> group_shift] + offset
+            i += 1
     return values
 
 
@@ -439,8 +473,15 @@ def dequantize_blocks(weight: tuple, out: torch.Tensor, first: int = 0, stride: 
 
 @_parallel
 def _multiply(x, zeros, packed, levels, constants, block_size, columns, out):
-    """out (tokens, rows) = x W^T, two rows at a time; of each 32 columns, x holds the even ones first."""
+    """out (len(zeros), rows) = x W^T, two rows at a time."""
     blocks, rows = columns // block_size, out.shape[1]
+    halves = np.zeros((len(zeros), columns), np.float32)  # of each 32 columns the even ones first, as codes are read
+    for token in range(len(x)):
+        given, sorted_ = x[token], halves[token]
+        for i in range(0, columns, 32):
+            left, right = v.load(given, i), v.load(given, i + 16)
+            v.store(sorted_, i, v.evens(left, right))
+            v.store(sorted_, i + 16, v.odds(left, right))
     for tile in prange((rows + TILE - 1) // TILE):
         first, last = tile * TILE, min(tile * TILE + TILE, rows)
         scales = _undouble(constants, first * blocks, (last - first) * blocks)
@@ -456,10 +497,10 @@ def _multiply(x, zeros, packed, levels, constants, block_size, columns, out):
                 for _ in range(block_size // 32):
                     codes, other_codes = v.load(bytes_, at), v.load(other_bytes, at)
                     high, other_high = codes >> v.splat(4), other_codes >> v.splat(4)
-                    sums = v.fma_each(sums, v.permute(table, high), x, 2 * at)
-                    other_sums = v.fma_each(other_sums, v.permute(other_table, other_high), x, 2 * at)
-                    sums = v.fma_each(sums, v.permute(table, codes), x, 2 * at + 16)
-                    other_sums = v.fma_each(other_sums, v.permute(other_table, other_codes), x, 2 * at + 16)
+                    sums = v.fma_each(sums, v.permute(table, high), halves, 2 * at)
+                    other_sums = v.fma_each(other_sums, v.permute(other_table, other_high), halves, 2 * at)
+                    sums = v.fma_each(sums, v.permute(table, codes), halves, 2 * at + 16)
+                    other_sums = v.fma_each(other_sums, v.permute(other_table, other_codes), halves, 2 * at + 16)
                     at += 16
             v.store_totals(sums, out, row)
             v.store_totals(other_sums, out, other)
@@ -479,16 +520,11 @@ def multiply_blocks(x: torch.Tensor, weight: tuple) -> torch.Tensor:
     """
     columns = x.shape[1]
     packed, _, table, constants = _prepared(weight)
-    rows = 2 * len(packed) // columns
-    out = torch.empty(len(x), rows, dtype=x.dtype)
-    for first in range(0, len(x), _TOKENS_AT_ONCE):
-        some = x[first : first + _TOKENS_AT_ONCE]
+    results = []
+    for some in x.detach().float().contiguous().split(_TOKENS_AT_ONCE):
         tokens = 1 << (len(some) - 1).bit_length()  # 1, 2, 4 or 8: one compiled kernel each
-        halves = torch.empty(tokens, columns // 32, 2, 16)
-        halves[: len(some)] = some.reshape(-1, columns // 32, 16, 2).transpose(2, 3)
-        halves[len(some) :] = 0
-        sums, zeros = torch.empty(tokens, rows), (np.float32(0),) * tokens
-        arrays = halves.view(tokens, columns).numpy(), zeros, packed, table, constants
-        _run(_multiply, *arrays, weight[3], columns, sums.numpy())
-        out[first : first + len(some)] = sums[: len(some)]
-    return out
+        out = torch.empty(tokens, 2 * len(packed) // columns)
+        zeros = (np.float32(0),) * tokens
+        _run(_multiply, some.numpy(), zeros, packed, table, constants, weight[3], columns, out.numpy())
+        results.append(out[: len(some)])
+    return (results[0] if len(results) == 1 else torch.cat(results)).to(x.dtype)

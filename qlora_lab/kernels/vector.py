@@ -119,6 +119,44 @@ def store(typing, array, index, vector):
     return types.void(array, types.intp, vector), emit
 
 
+@intrinsic
+def gather(typing, array, indices):
+    """array[indices[lane]] for each lane; the array holds float32 or int32, and every index lies inside."""
+    result = FLOATS if array.dtype == types.float32 else INTS
+
+    def emit(context, builder, sig, args):
+        first = context.make_array(array)(context, builder, args[0]).data
+        value = ir.Constant(_I32 if result == INTS else _F32, ir.Undefined)
+        if "avx512f" in host_features():
+            name = f"llvm.x86.avx512.mask.gather.dp{'i' if result == INTS else 's'}.512"
+            every = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
+            base, scale = builder.bitcast(first, ir.PointerType(ir.IntType(8))), ir.Constant(ir.IntType(32), 4)
+            return _call(builder, name, value.type, [value, base, args[1], every, scale])
+        for lane in range(LANES):
+            at = ir.Constant(ir.IntType(32), lane)
+            index = builder.zext(builder.extract_element(args[1], at), ir.IntType(64))
+            value = builder.insert_element(value, builder.load(builder.gep(first, [index])), at)
+        return value
+
+    return result(array, INTS), emit
+
+
+@intrinsic
+def prefetch(typing, array, index):
+    """Ask for the 64 bytes around array[index] ahead of time; an index beyond the end does no harm."""
+
+    def emit(context, builder, sig, args):
+        data = context.make_array(array)(context, builder, args[0]).data
+        pointer = builder.bitcast(builder.gep(data, [args[1]]), ir.PointerType(ir.IntType(8)))
+        i32 = ir.IntType(32)
+        function = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+        declared = builder.module.declare_intrinsic("llvm.prefetch.p0", (), function)
+        builder.call(declared, [pointer, ir.Constant(i32, 0), ir.Constant(i32, 2), ir.Constant(i32, 1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), emit
+
+
 def _splat(builder, scalar):
     vector = ir.VectorType(scalar.type, LANES)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))

@@ -186,7 +186,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: torch.
         kernels.dequantize_blocks(q.plain, out)
     else:
         dequantize_blocks(q.packed, q.absmax, q.levels, q.block_size, out.view(-1))
-    return out.view(q.shape)
+    return out if out.shape == q.shape else out.view(q.shape)
 
 
 def dequantize_blocks(
@@ -231,7 +231,7 @@ def _check_weight(weight: torch.Tensor, name: str) -> None:
 
 
 def _check_finite(absmax: torch.Tensor, weight: torch.Tensor, name: str) -> None:
-    if not absmax.isnan().any():
+    if not absmax.sum().isnan():
         return
     index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
     raise ValueError(

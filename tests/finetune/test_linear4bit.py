@@ -46,6 +46,18 @@ def test_without_kernels_it_is_the_definition(monkeypatch):
     assert torch.equal(x.grad, torch.ones(5, 24) @ dequantize(ours.weight))
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 30])
+def test_whole_blocks_train_too(tokens):
+    """Rows of whole blocks, which the product of a few tokens takes; a strided x; a gradient as in training."""
+    ours = Linear4bit(quantize(torch.randn(48, 128, generator=torch.Generator().manual_seed(0)), double_quant=True))
+    weight = dequantize(ours.weight).double()
+    x = torch.randn(128, tokens, generator=torch.Generator().manual_seed(1)).t().requires_grad_()
+    y = ours(x)
+    torch.testing.assert_close(y.double(), x.double() @ weight.t(), rtol=1e-5, atol=1e-4)
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad.double(), 2 * y.detach().double() @ weight, rtol=1e-5, atol=1e-3)
+
+
 def test_a_wrong_input_is_named():
     for wrong in (torch.ones(3, 41), torch.ones(2, 3, 24), torch.ones(0)):
         with pytest.raises(ValueError, match=r"input has shape \(.*\), but its last size must be 40"):

@@ -1,0 +1,175 @@
+"""From the JSON of bench/cpu.py: a table for the terminal, a picture, and the README's section. Nothing is typed."""
+
+import json
+import re
+from pathlib import Path
+
+from qlora_lab.show.figure import COLOURS, new_figure
+
+BEGIN, END = "<!-- made by bench/cpu.py -->", "<!-- end -->"
+PEER = "bitsandbytes"
+# README row -> how to find it: work, shape, dtype, tokens, whom to compare with
+ROWS = {
+    "quantise 4096 x 4096, float32": ("quantise", (4096, 4096), "float32", None, PEER),
+    "dequantise 576 x 1536 into a buffer, float32": ("dequantise", (576, 1536), "float32", None, PEER),
+    "dequantise 576 x 1536 into a buffer, bf16": ("dequantise", (576, 1536), "bfloat16", None, PEER),
+    "dequantise 4096 x 4096 into a buffer, float32": ("dequantise", (4096, 4096), "float32", None, PEER),
+    "dequantise 4096 x 4096 into a buffer, bf16": ("dequantise", (4096, 4096), "bfloat16", None, PEER),
+    "layer 4096 x 4096, 1 token, bf16, its packed inference path": (
+        "forward", (4096, 4096), "bfloat16", 1, f"{PEER}, eval"),
+    "layer 4096 x 4096, 8 tokens, bf16, its packed inference path": (
+        "forward", (4096, 4096), "bfloat16", 8, f"{PEER}, eval"),
+    "layer 4096 x 4096, forward and backward, 256 tokens, bf16": (
+        "forward and backward", (4096, 4096), "bfloat16", 256, PEER),
+    "the same, 2048 tokens, bf16": ("forward and backward", (4096, 4096), "bfloat16", 2048, PEER),
+    "the same, 256 tokens, float32": ("forward and backward", (4096, 4096), "float32", 256, PEER),
+    "the same, 2048 tokens, float32": ("forward and backward", (4096, 4096), "float32", 2048, PEER),
+    "LoRA step of a LLaMA-7B layer, 256 tokens, bf16": ("LoRA layer step", (4096, 11008), "bfloat16", 256, PEER),
+    "LoRA step of a LLaMA-7B layer, 256 tokens, float32": ("LoRA layer step", (4096, 11008), "float32", 256, PEER),
+}  # fmt: skip
+
+
+def find(rows: list[dict], work: str, shape: tuple, dtype: str, tokens: int | None) -> dict | None:
+    wanted = {"work": work, "shape": list(shape), "dtype": dtype, "tokens": tokens}
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
+def ratio(row: dict, name: str) -> float:
+    return row["seconds"][name]["median"] / row["seconds"]["ours"]["median"]
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+def table(result: dict) -> str:
+    """Every row, every contender: median with quartiles, and its time over ours."""
+    lines = [f"{result['processor']}, {result['date']}"]
+    for allocator, rows in result["allocators"].items():
+        lines.append(f"\n{allocator} allocator")
+        for row in rows:
+            facts = ", ".join(str(row[key]) for key in ("dtype", "tokens") if key in row)
+            lines.append(f"{row['work']}, {' x '.join(map(str, row['shape']))}, {facts}")
+            for name, s in row["seconds"].items():
+                spread = f"{seconds(s['low'])} to {seconds(s['high'])}"
+                peak = row.get("peak_bytes", {}).get(name)
+                memory = f"  peak +{peak / 2**20:.0f} MiB" if peak is not None else ""
+                lines.append(f"  {name:20} {seconds(s['median']):>9}  ({spread})  x {ratio(row, name):.2f}{memory}")
+    lines.append("\ncold start")
+    for name, value in result["cold_start"].items():
+        shown = seconds(value) if isinstance(value, float) else f"{seconds(value[0])}, cached {seconds(value[1])}"
+        lines.append(f"  {name:30} {shown}")
+    return "\n".join(lines)
+
+
+def _mentioned(result: dict) -> list[tuple[str, list[dict | None], str]]:
+    found = []
+    for label, (work, shape, dtype, tokens, peer) in ROWS.items():
+        rows = [find(result["allocators"][name], work, shape, dtype, tokens) for name in ("stock", "recycling")]
+        if any(rows):
+            found.append((label, rows, peer))
+    return found
+
+
+def section(result: dict) -> str:
+    """The README's section, in Markdown."""
+    versions = result["versions"]
+    lines = [
+        f"Measured on {result['date']}: {result['processor']}, torch {versions['torch']}, {PEER} {versions[PEER]}, "
+        f"torchao {versions['torchao']}, in turn in one process; medians, NF4, block size 64, double quantization. "
+        "A ratio is their time over ours. Much of a ratio under the stock allocator is fresh memory that theirs asks "
+        "for and ours does not; the last column is what is left when the C library recycles memory, which "
+        "`qlora-lab finetune` switches on.",
+        "",
+        f"| work | ours | {PEER} | ratio | ratio, recycling |",
+        "|---|---|---|---|---|",
+    ]
+    for label, (stock, recycling), peer in _mentioned(result):
+        times = [seconds(stock["seconds"][name]["median"]) for name in ("ours", peer)]
+        lines.append(f"| {label} | {times[0]} | {times[1]} | {ratio(stock, peer):.2f} | {ratio(recycling, peer):.2f} |")
+    lines += ["", *_floors(result), "", f"![{alt(result)}](bench/cpu.png)", "", _cold(result)]
+    return "\n".join(lines)
+
+
+def _floors(result: dict) -> list[str]:
+    stock = result["allocators"]["stock"]
+    said = []
+    for dtype in ("float32", "bfloat16"):
+        if row := find(stock, "dequantise", (4096, 4096), dtype, None):
+            said.append(f"a {dtype} dequantise takes {1 / ratio(row, 'fill'):.2f} times a fill of the same buffer")
+        if row := find(stock, "forward", (4096, 4096), dtype, 256):
+            said.append(
+                f"a {dtype} forward of 256 tokens {1 / ratio(row, 'ready weight'):.2f} times one with a ready weight"
+            )
+        if row := find(stock, "LoRA layer step", (4096, 11008), dtype, 256):
+            said.append(f"the {dtype} layer step {1 / ratio(row, 'unquantised'):.2f} times the unquantised layer's")
+    text = "Against the floor, stock allocator: " + "; ".join(said) + "." if said else ""
+    row = find(stock, "forward and backward", (11008, 4096), "bfloat16", 256)
+    if row and all((row.get("peak_bytes") or {}).values()):
+        mine, theirs = (row["peak_bytes"][name] / 2**20 for name in ("ours", PEER))
+        text += f" Peak memory above resident, 11008 x 4096, 256 tokens, bf16: {mine:.0f} MiB, theirs {theirs:.0f} MiB."
+    return [text]
+
+
+def _cold(result: dict) -> str:
+    cold = result["cold_start"]
+    first = {name: value for name, value in cold.items() if isinstance(value, list)}
+    compiling, cached = (sum(value[i] for value in first.values()) for i in (0, 1))
+    return (
+        f"Cold start: the kernels compile at their first use, {compiling:.0f} s in all for the four commonest, and are "
+        f"kept on disk: {cached:.1f} s at the next start. After torch ({cold['import torch']:.1f} s), importing numba "
+        f"takes {cold['import numba, after torch']:.1f} s, {PEER} {cold['import bitsandbytes, after torch']:.1f} s. "
+        "Everything measured: `bench/cpu.json`."
+    )
+
+
+def alt(result: dict) -> str:
+    bars = "; ".join(f"{label}: {ratio(rows[0], peer):.1f}" for label, rows, peer in _mentioned(result) if rows[0])
+    return f"Left: time against number of weights on logarithmic axes. Right: their time over ours. {bars}"
+
+
+def picture(result: dict, path: Path) -> None:
+    """Cost against size, log-log, and ratio bars for both allocators."""
+    fig, (left, right) = new_figure(2, width=11, height=4.6)
+    names = {"ours": "blue", PEER: "orange", "torchao": "green", "fill": "grey"}
+    stock = result["allocators"]["stock"]
+    for work, style in (("quantise, growth", "-"), ("dequantise, growth", "--")):
+        rows = [row for row in stock if row["work"] == work]
+        for name, colour in names.items():
+            points = [(row["shape"][0], row["seconds"][name]["median"]) for row in rows if name in row["seconds"]]
+            if points:
+                label = f"{name}, {work.split(',')[0]}"
+                left.loglog(
+                    *zip(*points, strict=True), style, color=COLOURS.get(colour, "0.6"), label=label, marker="."
+                )
+    left.set(xlabel="weights", ylabel="seconds", title="float32, stock allocator")
+    if left.has_data():
+        left.legend(fontsize=7, frameon=False)
+    found = _mentioned(result)
+    for offset, index, colour, label in ((-0.2, 0, "blue", "stock allocator"), (0.2, 1, "sky", "recycling")):
+        values = [ratio(rows[index], peer) if rows[index] else 0 for _, rows, peer in found]
+        right.barh([i + offset for i in range(len(values))], values, 0.4, color=COLOURS[colour], label=label)
+    right.axvline(1, color="black", linewidth=0.8)
+    right.set(xscale="log", title=f"{PEER}' time over ours", yticks=range(len(found)))
+    right.set_yticklabels([label for label, *_ in found], fontsize=7)
+    right.invert_yaxis()
+    right.legend(fontsize=7, frameon=False)
+    fig.savefig(path, metadata={"Software": None})
+
+
+def in_readme(text: str, result: dict) -> str:
+    """`text` with the section between its two marks renewed. Raises ValueError where they are missing."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the README needs one line {BEGIN} and one {END}")
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{section(result)}\n{END}", text, flags=re.DOTALL)
+
+
+def render(json_file: Path, readme: Path | None) -> None:
+    result = json.loads(json_file.read_text())
+    print(table(result))
+    picture(result, json_file.with_suffix(".png"))
+    if readme:
+        renewed = in_readme(readme.read_text("utf-8"), result)
+        unfinished = readme.with_suffix(".tmp")
+        unfinished.write_text(renewed, "utf-8")
+        unfinished.replace(readme)

@@ -1,0 +1,63 @@
+"""Time contenders in turn, and say how sure the figure is."""
+
+import gc
+import os
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+SAMPLE = 5e-3  # seconds that one sample lasts at least: a shorter call is repeated
+
+
+def in_turn(contenders: dict[str, Callable[[], object]], rounds: int, sample: float = SAMPLE) -> dict[str, dict]:
+    """name -> {median, low, high (quartiles), in seconds a call; calls a sample; rounds}.
+
+    Each round runs every contender once, beginning with another each time, so that whatever the machine does
+    meanwhile happens to all of them.
+    """
+    calls, samples = {}, {name: [] for name in contenders}
+    for name, function in contenders.items():
+        for _ in range(2):
+            calls[name] = max(1, int(sample / _seconds(function, 1)))
+    names = list(contenders)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            samples[name].append(_seconds(contenders[name], calls[name]))
+    return {name: {**_summary(times), "calls": calls[name], "rounds": rounds} for name, times in samples.items()}
+
+
+def _seconds(function: Callable[[], object], calls: int) -> float:
+    start = perf_counter()
+    for _ in range(calls):
+        function()
+    return (perf_counter() - start) / calls
+
+
+def _summary(times: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return {"median": median, "low": low, "high": high}
+
+
+def peak_bytes(function: Callable[[], object]) -> int | None:
+    """How far resident memory rises above its level before the call, in bytes; None where Linux does not tell."""
+    try:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = _status("VmRSS")
+        function()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def cpu_name() -> str:
+    """The processor's own name, or what the platform calls it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else 'processor'}, {os.cpu_count()} cores"

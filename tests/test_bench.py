@@ -1,0 +1,66 @@
+"""The bench runs from end to end, and the README says what its JSON says. No test asserts a time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.render import BEGIN, END, ROWS, find, in_readme, table
+from bench.timing import in_turn, peak_bytes
+
+ROOT = Path(__file__).parent.parent
+RESULT = json.loads((ROOT / "bench" / "cpu.json").read_text("utf-8"))
+
+
+def test_the_readme_is_made_from_the_json():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert in_readme(readme, RESULT) == readme, "run: python bench/cpu.py --render"
+    assert (ROOT / "bench" / "cpu.png").stat().st_size > 10_000
+
+
+def test_every_row_of_the_readme_was_measured():
+    for label, (*key, peer) in ROWS.items():
+        for rows in RESULT["allocators"].values():
+            row = find(rows, *key)
+            assert row and {"ours", peer} <= set(row["seconds"]), label
+            assert all(s["rounds"] >= 9 and s["low"] <= s["median"] <= s["high"] for s in row["seconds"].values())
+
+
+def test_the_table_has_every_contender():
+    text = table(RESULT)
+    rows = [row for rows in RESULT["allocators"].values() for row in rows]
+    assert text.count(" x 1.00") >= len(rows) and text.count("torchao") > 5 and RESULT["processor"] in text
+
+
+def test_a_readme_without_the_marks_is_refused():
+    with pytest.raises(ValueError, match="the README needs one line"):
+        in_readme(f"{BEGIN} {BEGIN} {END}", RESULT)
+
+
+def test_contenders_run_in_turn():
+    order = []
+    result = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, sample=0)
+    assert "".join(order) == "aabb" + "ab" + "ba" + "ab"
+    assert result["a"]["rounds"] == 3 and result["a"]["calls"] == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells")
+def test_peak_memory_sees_what_is_allocated():
+    peak = peak_bytes(lambda: bytearray(b"1") * 2**26)
+    assert 2**26 <= peak < 2**27
+
+
+@pytest.mark.slow
+def test_it_runs_from_end_to_end(tmp_path):
+    out = tmp_path / "quick.json"
+    command = [sys.executable, "-W", "ignore", str(ROOT / "bench" / "cpu.py"), "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert set(result["allocators"]) == {"stock", "recycling"} and out.with_suffix(".png").exists()
+    works = {row["work"] for row in result["allocators"]["stock"]}
+    assert works >= {"quantise", "dequantise", "forward", "forward and backward", "LoRA layer step", "quantise, growth"}
+    assert "cold start" in done.stdout and "bitsandbytes" in done.stdout
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
