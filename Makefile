@@ -29,10 +29,12 @@ notebooks: $(READY)
 	$(BIN)/python tools/notebooks.py
 	$(BIN)/python -c "import qlora_lab as ql; open('notebooks/explorer.png', 'wb').write(ql.NormalFloatExplorer().png)"
 
-# speed beside bitsandbytes and torchao on this machine: bench/cpu.json, its picture, the README's section
+# speed beside bitsandbytes and torchao on this machine: bench/cpu.json, its picture, the README's section.
+# torchao lies apart: where it is installed, transformers imports it, and notebooks print its warnings
 bench: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	$(BIN)/python bench/cpu.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+		--target $(VENV)/bench torchao
+	PYTHONPATH=$(VENV)/bench $(BIN)/python bench/cpu.py
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
