@@ -1,4 +1,4 @@
-"""From the JSON of bench/cpu.py: a table for the terminal, a picture, and the README's section. Nothing is typed."""
+"""From the JSON of bench/cpu.py: a table for the terminal, a picture, and the README's section; no figure is typed."""
 
 import json
 import re
@@ -116,9 +116,10 @@ def _cold(result: dict) -> str:
     first = {name: value for name, value in cold.items() if isinstance(value, list)}
     compiling, cached = (sum(value[i] for value in first.values()) for i in (0, 1))
     return (
-        f"Cold start: the kernels compile at their first use, {compiling:.0f} s in all for the four commonest, and are "
-        f"kept on disk: {cached:.1f} s at the next start. After torch ({cold['import torch']:.1f} s), importing numba "
-        f"takes {cold['import numba, after torch']:.1f} s, {PEER} {cold['import bitsandbytes, after torch']:.1f} s. "
+        f"Cold start: the first calls of four common kernels take {compiling:.0f} s in all, importing and compiling "
+        f"included, and {cached:.1f} s at the next start, from the disk. Importing torch takes "
+        f"{cold['import torch']:.1f} s; after it, numba {cold['import numba, after torch']:.1f} s, {PEER} "
+        f"{cold['import bitsandbytes, after torch']:.1f} s. "
         "Everything measured: `bench/cpu.json`."
     )
 
@@ -144,7 +145,7 @@ def picture(result: dict, path: Path) -> None:
                 )
     left.set(xlabel="weights", ylabel="seconds", title="float32, stock allocator")
     if left.has_data():
-        left.legend(fontsize=7, frameon=False)
+        left.legend(fontsize=7, frameon=False, handlelength=4)
     found = _mentioned(result)
     for offset, index, colour, label in ((-0.2, 0, "blue", "stock allocator"), (0.2, 1, "sky", "recycling")):
         values = [ratio(rows[index], peer) if rows[index] else 0 for _, rows, peer in found]

@@ -1,26 +1,27 @@
 """Time contenders in turn, and say how sure the figure is."""
 
+import ctypes
 import gc
 import os
+import platform
 import re
 import statistics
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from time import perf_counter
 
-SAMPLE = 5e-3  # seconds that one sample lasts at least: a shorter call is repeated
 
-
-def in_turn(contenders: dict[str, Callable[[], object]], rounds: int, sample: float = SAMPLE) -> dict[str, dict]:
+def in_turn(contenders: dict[str, Callable[[], object]], rounds: int, sample: float) -> dict[str, dict]:
     """name -> {median, low, high (quartiles), in seconds a call; calls a sample; rounds}.
 
-    Each round runs every contender once, beginning with another each time, so that whatever the machine does
-    meanwhile happens to all of them.
+    sample: seconds that one sample lasts at least; a shorter call is repeated. Each round runs every contender once,
+    beginning with another each time, so that whatever the machine does meanwhile happens to all of them.
     """
     calls, samples = {}, {name: [] for name in contenders}
     for name, function in contenders.items():
         for _ in range(2):
-            calls[name] = max(1, int(sample / _seconds(function, 1)))
+            calls[name] = max(1, ceil(sample / _seconds(function, 1)))
     names = list(contenders)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
@@ -44,6 +45,8 @@ def peak_bytes(function: Callable[[], object]) -> int | None:
     """How far resident memory rises above its level before the call, in bytes; None where Linux does not tell."""
     try:
         gc.collect()
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # free memory that malloc keeps would hide what the call needs
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         before = _status("VmRSS")
         function()

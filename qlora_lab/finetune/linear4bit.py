@@ -1,10 +1,10 @@
 """A linear layer whose frozen weight stays packed: y = x dequantize(W)^T + bias.
 
 In: x, (..., in_features) float32, bf16 or fp16. Out: y, (..., out_features), same dtype.
-Source: QLoRA section 3, equation 5. The weight is dequantised to the dtype of x, used, and dropped; backward
-dequantises it once more instead of keeping it: 0.5 byte a weight stays for backward, not 2 or 4. The frozen weight has
-no gradient, so x is not kept at all. On the CPU not even that copy is made: kernels/product.py decodes a panel of rows
-at a time.
+Source: QLoRA section 3, equation 5. The weight is dequantised, used, and dropped; backward dequantises it once more
+instead of keeping it: 0.5 byte a weight stays for backward, not 2 or 4. The frozen weight has no gradient, so x is not
+kept at all. On the CPU not even that copy is made: kernels/product.py decodes a panel at a time. There is no second
+derivative.
 
 But: no inference mode that repacks anything. What a layer computes and what it saves never depend on train() or eval().
 Not here: adapters (lora.py), reading checkpoints (models.py).
@@ -12,6 +12,7 @@ Not here: adapters (lora.py), reading checkpoints (models.py).
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from qlora_lab.kernels import choose
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
@@ -20,22 +21,24 @@ from qlora_lab.quant.serialize import from_tensors, to_tensors
 HEAD = "lm_head"  # the output layer's name in models of transformers; it is neither quantised nor adapted
 
 
+def _matmul_4bit(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
+    if product := choose(x.device.type).product:
+        return product.forward(x, weight.plain, weight.shape[0])
+    return x @ dequantize(weight, x.dtype).t()  # (tokens, in) @ (in, out) -> (tokens, out)
+
+
 class _MatMul4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
         ctx.weight = weight  # packed bytes, shared with the layer: nothing is copied
-        if product := choose(x.device.type).product:
-            rows, columns = weight.shape
-            return product.forward(x.reshape(-1, columns), weight.plain, rows).view(*x.shape[:-1], rows)
-        return x @ dequantize(weight, x.dtype).t()  # (..., in) @ (in, out) -> (..., out)
+        return _matmul_4bit(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         if product := choose(grad.device.type).product:
-            rows, columns = ctx.weight.shape
-            dx = product.backward(grad.reshape(-1, rows), ctx.weight.plain, columns)
-            return dx.view(*grad.shape[:-1], columns), None
-        return grad @ dequantize(ctx.weight, grad.dtype), None  # (..., out) @ (out, in) -> (..., in)
+            return product.backward(grad, ctx.weight.plain, ctx.weight.shape[1]), None
+        return grad @ dequantize(ctx.weight, grad.dtype), None  # (tokens, out) @ (out, in) -> (tokens, in)
 
 
 class Linear4bit(nn.Module):
@@ -68,7 +71,12 @@ class Linear4bit(nn.Module):
             raise TypeError(f"input is {x.dtype}: Linear4bit computes in float32, bfloat16 or float16")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(x.shape)}, but its last size must be {self.in_features}")
-        y = _MatMul4bit.apply(x, self.weight)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        tokens = x.reshape(-1, self.in_features)
+        learning = x.requires_grad and torch.is_grad_enabled()
+        y = _MatMul4bit.apply(tokens, self.weight) if learning else _matmul_4bit(tokens, self.weight)
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
 """The kernels room: fast twins of the quant room's functions, and which one runs.
 
-A twin takes and returns what the readable function does, and is tested to give the same bits. A reader who never opens
-this room has understood everything. It imports nothing else of the library.
+A twin returns what the readable function does, from plain tensors and tables that it is given, and is tested to give
+the same bits. A reader who never opens this room has understood everything. It imports nothing else of the library.
 
 Set the environment variable QLORA_LAB_KERNELS=reference to run the readable functions everywhere.
 """

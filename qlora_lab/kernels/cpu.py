@@ -58,7 +58,16 @@ def _warn_uncached(reason):
     )
 
 
+@lru_cache  # once
+def _start_threads():
+    """numba's OpenMP threads are torch's own where both find one library, and starting them sets torch's number."""
+    threads = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(threads)
+
+
 def _run(kernel, *args):
+    _start_threads()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     if numba.get_num_threads() != threads:
         numba.set_num_threads(threads)
@@ -73,6 +82,7 @@ def _run(kernel, *args):
 
 
 def _view(tensor):
+    tensor = tensor.detach()
     return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).numpy().reshape(-1)
 
 
@@ -317,8 +327,8 @@ def quantize_blocks(
     for level, step in enumerate((4, 2, 1), start=1):
         tree[level, : 16 - step] = ranks[step - 1 : 15]  # entry r: the next threshold to try after rank r
     fill = int(codes[np.searchsorted(ranks, 0)])
-    packed = torch.empty(-(-n // group) * group * bits // 8, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size))
+    packed = torch.empty(-(-n // group) * group * bits // 8, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device="cpu")
     vector = bits in (4, 8) and block_size % 32 == 0 and FAST
     tables = ranks, tree.ravel(), codes, bits, fill, group, block_size, piece, np.float32(tiny)
     _run(_quantize, _view(weight), _FORM[weight.dtype], *tables, packed.numpy(), absmax.numpy(), vector)
@@ -427,23 +437,50 @@ def _dequantize(packed, bits, levels, constants, block_size, first, stride, leng
 
 
 def _prepared(weight):
-    """Bits, levels up to a whole power of two, packed and constants as numpy's; kept where `weight` has room for it."""
-    prepared = getattr(weight, "prepared", None)
-    if prepared is None:
-        packed, constants, levels, _ = weight
-        bits = (len(levels) - 1).bit_length()
-        table = np.zeros(1 << bits, np.float32)
-        table[: len(levels)] = levels.numpy()
-        if isinstance(constants, torch.Tensor):
-            constants = constants.numpy(), np.empty(0, np.uint8), _NONE, np.float32(0), _NONE, 0
-        else:
-            codes, scale, offset, map_, group_size = constants
-            shift = group_size.bit_length() - 1
-            constants = _NONE, codes.numpy(), scale.numpy(), np.float32(offset.item()), map_.numpy(), shift
-        prepared = packed.numpy(), bits, table, constants
-        if hasattr(weight, "__dict__"):
-            weight.prepared = prepared
+    """Bits, levels up to a whole power of two, packed and constants as numpy's; kept where `weight` has room for it.
+
+    Raises ValueError for tensors that a kernel would misread: it does not look where it reads.
+    """
+    packed, constants, levels, _ = weight
+    parts = (packed, constants) if isinstance(constants, torch.Tensor) else (packed, *constants[:2])
+    where = [part.data_ptr() for part in parts]  # a storage that is shared between processes moves
+    kept = getattr(weight, "prepared", None)
+    if kept and kept[0] == where:
+        return kept[1]
+    for part, dtype in zip(parts, [torch.uint8] * (len(parts) - 1) + [torch.float32], strict=True):
+        if part.dtype != dtype or part.dim() != 1 or not part.is_contiguous():
+            layout = "contiguous" if part.is_contiguous() else "not contiguous"
+            raise ValueError(
+                f"a part of a quantised weight is {part.dtype}, {part.dim()}-dimensional and {layout}: "
+                f"kernels read {dtype}, 1-dimensional and contiguous"
+            )
+    bits = (len(levels) - 1).bit_length()
+    table = np.zeros(1 << bits, np.float32)
+    table[: len(levels)] = levels.numpy()
+    if isinstance(constants, torch.Tensor):
+        arrays = constants.numpy(), np.empty(0, np.uint8), _NONE, np.float32(0), _NONE, 0
+    else:
+        codes, scale, offset, map_, group_size = constants
+        shift = group_size.bit_length() - 1
+        arrays = _NONE, codes.numpy(), scale.numpy(), np.float32(offset.item()), map_.numpy(), shift
+    prepared = packed.numpy(), bits, table, arrays
+    if hasattr(weight, "__dict__"):
+        weight.prepared = where, prepared
     return prepared
+
+
+def _check_length(weight, bits, numel):
+    """Raise ValueError where `weight` has fewer codes or constants than `numel` weights need."""
+    packed, constants, _, block_size = weight
+    n_blocks, n_groups = -(-numel // block_size), 0
+    have = constants if isinstance(constants, torch.Tensor) else constants[0]
+    if have is not constants:
+        n_groups = -(-n_blocks // constants[-1]) - len(constants[1])
+    if 8 * len(packed) < numel * bits or len(have) < n_blocks or n_groups > 0:
+        raise ValueError(
+            f"{numel} weights need {-(-numel * bits // 8)} bytes and {n_blocks} constants, "
+            f"but there are {len(packed)} and {len(have)}"
+        )
 
 
 _NONE = np.empty(0, np.float32)
@@ -463,6 +500,7 @@ def dequantize_blocks(weight: tuple, out: torch.Tensor, first: int = 0, stride: 
     else:
         stride = length = block_size * max(1, PIECE // block_size)
         limit = first + out.numel()
+    _check_length(weight, bits, limit)
     vector = bits == 4 and block_size % 32 == 0 and FAST
     runs = block_size, first, stride, length, limit
     _run(_dequantize, packed, bits, table, constants, *runs, _view(out), _FORM[out.dtype], vector)
@@ -512,19 +550,20 @@ def can_multiply(columns: int, weight: tuple) -> bool:
     return 8 < len(levels) <= 16 and block_size % 32 == 0 and columns % block_size == 0 and FAST
 
 
-def multiply_blocks(x: torch.Tensor, weight: tuple) -> torch.Tensor:
+def multiply_blocks(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
     """x W^T: (tokens, columns) float32, bf16 or fp16 -> (tokens, rows), same dtype; decoded weights stay in registers.
 
     Products and sums are float32 and the weights are not rounded to the dtype of x, so an output depends on its row of
     x and its row of W alone. Needs can_multiply. weight: as in dequantize_blocks.
     """
     columns = x.shape[1]
-    packed, _, table, constants = _prepared(weight)
+    packed, bits, table, constants = _prepared(weight)
+    _check_length(weight, bits, rows * columns)
     results = []
     for some in x.detach().float().contiguous().split(_TOKENS_AT_ONCE):
         tokens = 1 << (len(some) - 1).bit_length()  # 1, 2, 4 or 8: one compiled kernel each
-        out = torch.empty(tokens, 2 * len(packed) // columns)
+        out = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
         zeros = (np.float32(0),) * tokens
         _run(_multiply, some.numpy(), zeros, packed, table, constants, weight[3], columns, out.numpy())
-        results.append(out[: len(some)])
+        results.append(out if len(some) == tokens else out[: len(some)].clone())  # no view: callers may change it
     return (results[0] if len(results) == 1 else torch.cat(results)).to(x.dtype)

@@ -1,17 +1,21 @@
-"""x W^T and g W for a packed W on the CPU, without ever holding W: a panel is decoded, multiplied while hot, reused.
+"""x W^T and g W for a packed W on the CPU: a panel of W is decoded, multiplied while hot, and its memory used again.
 
 In: x (tokens, columns), or g (tokens, rows); float32, bf16 or fp16; W (rows, columns) as what dequantize_blocks takes.
 Out: (tokens, rows), or (tokens, columns), same dtype. Twin of x @ dequantize(W).t() and g @ dequantize(W), up to the
-order of the sums: every output is one sum over all rows or columns, in float32, rounded once.
+order of the sums: every output is one float32 sum, rounded once. The weight is rounded to bf16 only where bf16 products
+are the faster ones.
 
-The panel is the only weight in memory: PANEL elements, one for each Python thread, allocated once. Few tokens do not
-need it (cpu.multiply_blocks). Which routine multiplies is raced once a process, because no CPU flag tells: with
-AVX512-BF16, bf16 products took a quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire
-Rapids without AMX. Where float32 is faster, bf16 is widened, a tile of tokens at a time, and rounded at the end.
+The panel is the only decoded weight in memory: PANEL elements, for each Python thread, allocated once; nothing else is
+allocated but the result, and what oneDNN returns for a panel. Few tokens need no panel (cpu.multiply_blocks).
+
+Which routine multiplies is raced once a process, because no CPU flag tells: with AVX512-BF16, bf16 products took a
+quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire Rapids without AMX. Where float32 is
+faster, bf16 is widened, a tile of tokens at a time, and rounded at the end.
 """
 
 import threading
 from functools import lru_cache
+from math import gcd
 from time import perf_counter
 from typing import NamedTuple
 
@@ -33,17 +37,18 @@ class Race(NamedTuple):
 
     @property
     def use_onednn(self) -> bool:
-        """It takes two thirds of the time or less: a race near a tie would make results depend on luck."""
+        """It takes two thirds of the time or less: near a tie, results would depend on luck."""
         return self.onednn < self.float32 / 1.5
 
     @property
     def use_bfloat16(self) -> bool:
-        return self.bfloat16 < 0.9 * min(self.float32, self.onednn)
+        """As use_onednn, against the faster of the float32 routines."""
+        return self.bfloat16 < min(self.float32, self.onednn) / 1.5
 
 
 @lru_cache
 def race() -> Race:
-    """Time 512 x 1024 by 1024 x 1024, nine rounds, about 0.1 s; once a process."""
+    """Time 512 x 1024 by 1024 x 1024 in up to nine rounds, in a fraction of a second; once a process."""
     contenders = {
         "float32": (torch.float32, _blas),
         "onednn": (torch.float32, _onednn if _has_onednn() else None),
@@ -52,13 +57,14 @@ def race() -> Race:
     best = dict.fromkeys(contenders, float("inf"))
     for _ in range(9):
         for name, (dtype, routine) in contenders.items():
-            if routine:
+            if routine and (best[name] == float("inf") or best[name] < 5 * best["float32"]):  # bf16 can be that slow
                 best[name] = min(best[name], _seconds(routine, dtype))
     return Race(**best)
 
 
 def _seconds(routine, dtype: torch.dtype) -> float:
-    x, panel, out = (torch.ones(shape, dtype=dtype) for shape in ((512, 1024), (1024, 1024), (512, 1024)))
+    shapes = (512, 1024), (1024, 1024), (512, 1024)
+    x, panel, out = (torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes)
     start = perf_counter()
     routine(x, panel, out)
     return perf_counter() - start
@@ -81,7 +87,8 @@ def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tens
     numel = shape[0] * shape[1]
     kept = getattr(_local, name, None)
     if kept is None or kept.nbytes < numel * dtype.itemsize:
-        kept = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
+        with torch.inference_mode(False):  # what is made inside could not be written to outside
+            kept = torch.empty(numel * dtype.itemsize, dtype=torch.uint8, device="cpu")
         setattr(_local, name, kept)
     return kept[: numel * dtype.itemsize].view(dtype).view(shape)
 
@@ -90,10 +97,11 @@ def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
     """(tokens, columns) -> x W^T, (tokens, rows). weight: packed, constants, levels, block_size."""
     columns, block_size = x.shape[1], weight[3]
     if len(x) <= cpu.MAX_TOKENS and cpu.can_multiply(columns, weight):
-        return cpu.multiply_blocks(x, weight)
+        return cpu.multiply_blocks(x, weight, rows)
     height = max(1, PANEL // columns)
-    if height > block_size:
-        height -= height % block_size  # the next panel starts where a block does
+    unit = block_size // gcd(block_size, columns)  # rows after which a block starts again
+    if height > unit:
+        height -= height % unit
 
     def panel_of(first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         panel = _buffer("panel", (stop - first, columns), dtype)
@@ -106,7 +114,9 @@ def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
 def backward(grad: torch.Tensor, weight: tuple, columns: int) -> torch.Tensor:
     """(tokens, rows) -> g W, (tokens, columns). weight: packed, constants, levels, block_size."""
     block_size, rows = weight[3], grad.shape[1]
-    width = columns if rows * columns <= PANEL else max(block_size, PANEL // rows // block_size * block_size)
+    width = columns if rows * columns <= PANEL else max(1, PANEL // rows)
+    if width > block_size:
+        width -= width % block_size
 
     def panel_of(first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         panel = _buffer("panel", (rows, stop - first), dtype)
@@ -118,7 +128,7 @@ def backward(grad: torch.Tensor, weight: tuple, columns: int) -> torch.Tensor:
 
 def _by_panels(x: torch.Tensor, size: int, step: int, panel_of) -> torch.Tensor:
     """x times each panel_of(first, stop), (step, x.shape[1]), side by side: (len(x), size)."""
-    out = torch.empty(len(x), size, dtype=x.dtype)
+    out = torch.empty(len(x), size, dtype=x.dtype, device="cpu")
     narrow = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and race().use_bfloat16)
     multiply = _onednn if x.dtype == torch.float32 and race().use_onednn else _blas
     if narrow:
@@ -126,7 +136,7 @@ def _by_panels(x: torch.Tensor, size: int, step: int, panel_of) -> torch.Tensor:
             stop = min(first + step, size)
             multiply(x, panel_of(first, stop, x.dtype), out[:, first:stop])
         return out
-    tile = max(1, TILE // x.shape[1])
+    tile = max(1, TILE // max(x.shape[1], min(step, size)))
     for start in range(0, len(x), tile):
         some = x[start : start + tile]
         wide = _buffer("wide", some.shape, torch.float32).copy_(some)

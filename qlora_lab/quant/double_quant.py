@@ -66,6 +66,7 @@ def double_quantize(absmax: torch.Tensor) -> DoubleQuantized:
 
     Raises ValueError for a constant that is not finite: it would spoil the mean, and so every other block.
     """
+    absmax = absmax.float()
     offset = _mean(absmax)
     if not torch.isfinite(offset):
         raise ValueError(
@@ -99,7 +100,7 @@ def double_dequantize(constants: DoubleQuantized) -> torch.Tensor:
     """The inverse, to within 8-bit rounding: absmax, (n_blocks,) float32."""
     codes, scale = constants.absmax_codes, constants.absmax_scale
     if kernels := _kernels(codes):
-        values = torch.empty(len(codes))
+        values = torch.empty(len(codes), dtype=torch.float32, device="cpu")
         kernels.dequantize_blocks((codes, scale, _dynamic_map(), GROUP_SIZE), values)
         return values.add_(constants.absmax_offset)
     values = dynamic_map().to(codes.device)[codes.int()]  # (n_blocks,)

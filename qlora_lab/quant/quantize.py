@@ -55,7 +55,7 @@ class QuantizedTensor:
         return double_dequantize(self.constants) if self.double_quant else self.constants
 
     @cached_property
-    def plain(self) -> "Plain":
+    def plain(self) -> Plain:
         """What kernels take: packed, constants, levels, block size; nothing that only this library knows."""
         constants = self.constants.plain if self.double_quant else self.constants
         return Plain((self.packed, constants, self.levels, self.block_size))
@@ -216,6 +216,8 @@ def _output(q: QuantizedTensor, dtype: torch.dtype | None, out: torch.Tensor | N
         raise TypeError(f"dtype {dtype} is not supported: weights are {_names(WEIGHT_DTYPES)}")
     if out is None:
         return torch.empty(q.shape, dtype=dtype, device=q.device)
+    if out.device != q.device:
+        raise ValueError(f"out is on {out.device}, but the quantised weight on {q.device}: move one of them with .to()")
     if out.numel() != q.numel or not out.is_contiguous():
         layout = "contiguous" if out.is_contiguous() else "not contiguous"
         raise ValueError(f"out has {out.numel()} elements and is {layout}: it needs {q.numel}, contiguous")

@@ -57,7 +57,11 @@ def from_tensors(tensors: dict[str, torch.Tensor], key: str) -> QuantizedTensor:
     """
     state = _read_state(tensors, key)
     absmax = _part(tensors, f"{key}.absmax")
-    if "nested_offset" in state:
+    nested = "nested_offset" in state
+    if nested != (absmax.dtype == torch.uint8):
+        raise ValueError(f"{key}.absmax is {absmax.dtype}, but constants are torch.uint8 if, and only if, nested")
+    absmax = absmax.reshape(-1).contiguous() if nested else absmax.reshape(-1).float().contiguous()
+    if nested:
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
         if not torch.equal(tensors.get(f"{key}.nested_quant_map", dynamic_map()).cpu(), dynamic_map()):
             raise ValueError(
@@ -65,9 +69,13 @@ def from_tensors(tensors: dict[str, torch.Tensor], key: str) -> QuantizedTensor:
             )
         if state["nested_blocksize"] != GROUP_SIZE:
             raise ValueError(f"{key} groups constants by {state['nested_blocksize']}, but only {GROUP_SIZE} is known")
-        absmax = DoubleQuantized(absmax, _part(tensors, f"{key}.nested_absmax"), offset)
+        scale = _part(tensors, f"{key}.nested_absmax").reshape(-1).float().contiguous()
+        absmax = DoubleQuantized(absmax, scale, offset)
     q = QuantizedTensor(
-        packed=_part(tensors, key).reshape(-1).view(torch.uint8),  # bitsandbytes may store the bytes as another dtype
+        packed=_part(tensors, key)
+        .reshape(-1)
+        .contiguous()
+        .view(torch.uint8),  # bitsandbytes may store the bytes as another dtype
         constants=absmax,
         levels=_part(tensors, f"{key}.quant_map"),
         codebook=state["quant_type"],

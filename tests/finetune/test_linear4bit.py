@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
-from qlora_lab.quant.quantize import dequantize, quantize
+from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,6 +58,23 @@ def test_whole_blocks_train_too(tokens):
     torch.testing.assert_close(x.grad.double(), 2 * y.detach().double() @ weight, rtol=1e-5, atol=1e-3)
 
 
+def test_the_result_may_be_changed_in_place():
+    for ours in (layer(bias=False), Linear4bit(quantize(torch.ones(48, 128)))):
+        for tokens in (1, 5, 30):
+            x = torch.ones(tokens, ours.in_features, requires_grad=True)
+            y = ours(x)
+            y += 1
+            nn.ReLU(inplace=True)(y).sum().backward()
+            assert x.grad is not None
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+def test_autocast_decides_the_dtype(kernels, monkeypatch):
+    monkeypatch.setenv("QLORA_LAB_KERNELS", kernels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer()(torch.ones(3, 40)).dtype == torch.bfloat16
+
+
 def test_a_wrong_input_is_named():
     for wrong in (torch.ones(3, 41), torch.ones(2, 3, 24), torch.ones(0)):
         with pytest.raises(ValueError, match=r"input has shape \(.*\), but its last size must be 40"):
@@ -86,6 +103,8 @@ def test_backward_keeps_only_packed_bytes():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
         y = layer(bias=False)(torch.randn(8, 40, requires_grad=True))
     assert saved == [] and y.requires_grad
+    function = y.grad_fn.next_functions[0][0]  # below the view that gives y its shape
+    assert set(vars(function)) == {"weight"} and isinstance(function.weight, QuantizedTensor)
 
 
 def test_the_weight_is_no_parameter():

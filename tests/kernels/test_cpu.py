@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from qlora_lab.kernels import OVERRIDE, choose, cpu
+from qlora_lab.kernels import OVERRIDE, choose, cpu, product
 from qlora_lab.quant.codebook import CODEBOOKS, codebook, midpoints
 from qlora_lab.quant.double_quant import DoubleQuantized, double_dequantize, double_quantize
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
@@ -91,9 +91,9 @@ def test_every_tie_and_its_neighbours(form, reference, name, dtype):
     """All midpoints in a block whose constant is 1, and the float32 values next to them."""
     ties = midpoints(codebook(name).sort().values).clamp(-1, 1)
     weight = torch.cat([ties, ties.nextafter(torch.tensor(2.0)), ties.nextafter(torch.tensor(-2.0)), torch.ones(1)])
-    weight = weight.clamp(-1, 1).to(dtype)
-    q = quantize(weight, name, block_size=1024)
-    assert same(q, reference(quantize, weight, name, block_size=1024))
+    for filled in (len(weight), 1024):  # a partial block takes the plain loops, a whole one the vectors
+        block = torch.nn.functional.pad(weight.clamp(-1, 1), (0, filled - len(weight))).to(dtype)
+        assert same(quantize(block, name, block_size=1024), reference(quantize, block, name, block_size=1024))
 
 
 def test_every_fp16_and_bf16_value(form, reference):
@@ -124,13 +124,14 @@ def test_double_quantization_equals_the_twin(reference, absmax, extra):
 
 
 def test_threads_change_nothing(form):
-    weight = torch.randn(700, 1500, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(700, 1536, generator=torch.Generator().manual_seed(0))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             q = quantize(weight, double_quant=True)
-            assert numba.get_num_threads() == threads
+            assert numba.get_num_threads() == min(threads, numba.config.NUMBA_NUM_THREADS)
+            assert torch.get_num_threads() == threads
             results.append([q.packed, *_constants(q.constants), dequantize(q, torch.bfloat16), q.absmax])
     finally:
         torch.set_num_threads(before)
@@ -173,6 +174,78 @@ def test_a_copy_of_a_tensor_has_its_own_view():
     assert dequantize(twice)[0] == 2 and dequantize(other)[0] == -1 and dequantize(q)[0] == 1
 
 
+def test_tensors_that_a_kernel_would_misread_are_refused():
+    import dataclasses
+
+    q, nested = quantize(torch.ones(128)), quantize(torch.ones(128), double_quant=True)
+    codes = nested.constants
+    for bad, message in (
+        (
+            dataclasses.replace(q, shape=torch.Size([4096])),
+            "4096 weights need 2048 bytes and 64 constants, but .* 64 and 2",
+        ),
+        (
+            dataclasses.replace(q, constants=q.constants[:1]),
+            "128 weights need 64 bytes and 2 constants, but .* 64 and 1",
+        ),
+        (dataclasses.replace(q, constants=q.constants.double()), "is torch.float64, 1-dimensional and contiguous"),
+        (dataclasses.replace(q, packed=q.packed.repeat(2)[::2]), "is torch.uint8, 1-dimensional and not contiguous"),
+        (
+            dataclasses.replace(nested, constants=dataclasses.replace(codes, absmax_codes=codes.absmax_codes.int())),
+            "int32",
+        ),
+        (
+            dataclasses.replace(nested, constants=dataclasses.replace(codes, absmax_scale=torch.ones(0))),
+            "128 weights need",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dequantize(bad)
+    with pytest.raises(ValueError, match="8192 weights need"):
+        cpu.multiply_blocks(torch.ones(1, 128), q.plain, 64)
+
+
+def test_defaults_of_torch_do_not_matter():
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    q = quantize(weight, double_quant=True)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            again = quantize(weight, double_quant=True)
+            assert same(again, q) and again.absmax.dtype == torch.float32
+            assert dequantize(again).dtype == torch.float32
+            assert product.forward(weight[:3], q.plain, 64).dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_a_tensor_that_moves_to_shared_memory():
+    q = quantize(torch.ones(64))
+    dequantize(q)
+    q.packed.share_memory_()
+    assert torch.equal(dequantize(q), torch.ones(64))
+
+
+def test_into_a_parameter():
+    layer = torch.nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        dequantize(quantize(torch.ones(8, 8)), out=layer.weight)
+    assert torch.equal(layer.weight.detach(), torch.ones(8, 8))
+    with pytest.raises(ValueError, match="out is on meta, but the quantised weight on cpu"):
+        dequantize(quantize(torch.ones(8)), out=torch.ones(8, device="meta"))
+
+
+def test_the_first_kernel_leaves_torchs_threads_alone():
+    code = """
+import torch
+from qlora_lab.quant.quantize import quantize
+torch.set_num_threads(1)
+quantize(torch.ones(64))
+print(torch.get_num_threads())
+"""
+    assert run(code).strip() == "1"
+
+
 def test_what_runs_and_why(monkeypatch):
     assert choose("cpu").name == "cpu" and choose("cpu").blocks is cpu and "look-ups" in choose("cpu").why
     assert choose("cuda") == ("reference", "there is no kernel for cuda", None, None)
@@ -194,8 +267,8 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     from qlora_lab.kernels import cpu
     x = torch.eye(128)[:2]
-    assert torch.equal(cpu.multiply_blocks(x, q.plain), want.t()[:2])
-    assert torch.equal(cpu.multiply_blocks(x, q.plain), want.t()[:2])
+    assert torch.equal(cpu.multiply_blocks(x, q.plain, 64), want.t()[:2])
+    assert torch.equal(cpu.multiply_blocks(x, q.plain, 64), want.t()[:2])
 print([str(w.message) for w in caught])
 """
 
@@ -257,13 +330,14 @@ import hashlib, torch
 from qlora_lab.kernels import cpu, product
 from qlora_lab.quant.quantize import dequantize, quantize
 print(cpu.FAST)
-weight = torch.randn(70, 1024, generator=torch.Generator().manual_seed(0))
-for name in ("nf4", "fp4", "nf3"):
+weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))  # 8192 constants: whole pieces of them
+for name in ("fp4", "nf3", "nf4"):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         q = quantize(weight.to(dtype), name, 64, True)
         for t in (q.packed, q.absmax, dequantize(q).float()):
             print(hashlib.sha256(t.numpy().tobytes()).hexdigest())
-y = product.forward(weight[:3], q.plain, 70)
+assert cpu.can_multiply(1024, q.plain) == cpu.FAST
+y = product.forward(weight[:3], q.plain, 512)
 assert (y.double() - weight[:3].double() @ dequantize(q, torch.float32).double().t()).abs().max() < 1e-2
 """
     name, features, fast = OTHER_CPUS[cpu_name]

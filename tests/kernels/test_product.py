@@ -72,12 +72,12 @@ def test_a_few_tokens(tokens):
     q = quantize(torch.randn(33, 192, generator=g), double_quant=True)  # an odd number of rows: the last has no partner
     x = torch.randn(tokens, 192, generator=g)
     before = torch.get_num_threads()
-    y = cpu.multiply_blocks(x, q.plain)
+    y = cpu.multiply_blocks(x, q.plain, 33)
     assert_near(y, x, dequantize(q).t())
-    assert torch.equal(torch.cat([cpu.multiply_blocks(row, q.plain) for row in x.split(1)]), y)
+    assert torch.equal(torch.cat([cpu.multiply_blocks(row, q.plain, 33) for row in x.split(1)]), y)
     try:
         torch.set_num_threads(1)
-        assert torch.equal(cpu.multiply_blocks(x, q.plain), y)
+        assert torch.equal(cpu.multiply_blocks(x, q.plain, 33), y)
     finally:
         torch.set_num_threads(before)
 
@@ -98,9 +98,10 @@ def allocated(function, *args) -> int:
     return sum(e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage > 0)
 
 
+@pytest.mark.parametrize("routine", ["blas", "bfloat16"])
 @pytest.mark.parametrize("dtype", BOUND)
-def test_nothing_is_allocated_but_the_result(dtype, monkeypatch):
-    monkeypatch.setattr(product, "race", lambda: RACES["blas"])
+def test_nothing_is_allocated_but_the_result(dtype, routine, monkeypatch):
+    monkeypatch.setattr(product, "race", lambda: RACES[routine])
     q = quantize(torch.randn(600, 2048, generator=torch.Generator().manual_seed(0)), double_quant=True)
     monkeypatch.setattr(product, "PANEL", 2**17)
     x, grad = torch.ones(50, 2048, dtype=dtype), torch.ones(50, 600, dtype=dtype)
@@ -109,10 +110,32 @@ def test_nothing_is_allocated_but_the_result(dtype, monkeypatch):
         assert allocated(step) == result.nbytes
 
 
+@pytest.mark.parametrize("block_size", [64, 4096])
+def test_the_panel_stays_small(block_size, monkeypatch):
+    monkeypatch.setattr(product, "PANEL", 2**15)
+    monkeypatch.setattr(product, "race", lambda: RACES["blas"])
+    q = quantize(torch.ones(512, 4096), block_size=block_size)
+    vars(product._local).clear()
+    product.forward(torch.ones(20, 4096), q.plain, 512)
+    product.backward(torch.ones(20, 512), q.plain, 4096)
+    assert product._local.panel.nbytes <= 4 * 2**15
+
+
+def test_learning_after_inference_mode():
+    """The kept memory is first made inside, where a careless tensor could never be written to outside."""
+    vars(product._local).clear()
+    q = quantize(torch.ones(64, 100))
+    x = torch.ones(20, 100, dtype=torch.float16)
+    with torch.inference_mode():
+        inside = product.forward(x, q.plain, 64)
+    assert torch.equal(product.forward(x, q.plain, 64), inside)
+
+
 def test_the_race_is_not_close():
     assert not Race(float32=1.0, onednn=0.7, bfloat16=0.8).use_onednn  # near a tie luck would decide between runs
     assert Race(float32=1.0, onednn=0.5, bfloat16=0.8).use_onednn
     assert not Race(float32=1.0, onednn=0.5, bfloat16=0.8).use_bfloat16
-    assert Race(float32=1.0, onednn=0.9, bfloat16=0.7).use_bfloat16
+    assert not Race(float32=1.0, onednn=0.9, bfloat16=0.7).use_bfloat16
+    assert Race(float32=1.0, onednn=0.9, bfloat16=0.5).use_bfloat16
     measured = product.race()
-    assert 0 < measured.float32 < 1 and 0 < measured.bfloat16 < 10 and product.race() is measured
+    assert min(measured) > 0 and product.race() is measured
