@@ -1,4 +1,4 @@
-"""Ours, bitsandbytes and torchao on the CPU, in turn in one process: `make bench`, about half an hour.
+"""Ours, bitsandbytes and torchao on the CPU, in turn in one process: `make bench`, about a quarter of an hour.
 
     python bench/cpu.py              measure with both allocators, write cpu.json, cpu.png and the README's section
     python bench/cpu.py --quick      toy sizes, two rounds, writes to --out only: to see that it runs
@@ -165,7 +165,7 @@ class Bench:
             position = LlamaRotaryEmbedding(config)(x, torch.arange(tokens)[None])
             steps = {}
             for name, layer in layers.items():
-                adapt(layer)
+                add_lora(layer, 16)  # whichever library its linear layers are of
                 optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-4)
                 steps[name] = partial(train_step, layer, optimizer, x, position)
             self.row("LoRA layer step", steps, (hidden, inner), dtype=NAMES[dtype], tokens=tokens)
@@ -227,11 +227,6 @@ def peaks(steps: dict) -> dict[str, int | None]:
         step()
     vars(product._local).clear()  # the panel is part of what a step needs
     return {name: peak_bytes(step) for name, step in steps.items()}
-
-
-def adapt(layer: nn.Module) -> None:
-    """LoRA of rank 16 beside each linear layer, whichever library it is of; the same adapters for all."""
-    add_lora(layer, 16, targets="all-linear")
 
 
 def train_step(layer: nn.Module, optimizer, x: torch.Tensor, position) -> None:

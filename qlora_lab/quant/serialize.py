@@ -71,11 +71,9 @@ def from_tensors(tensors: dict[str, torch.Tensor], key: str) -> QuantizedTensor:
             raise ValueError(f"{key} groups constants by {state['nested_blocksize']}, but only {GROUP_SIZE} is known")
         scale = _part(tensors, f"{key}.nested_absmax").reshape(-1).float().contiguous()
         absmax = DoubleQuantized(absmax, scale, offset)
+    packed = _part(tensors, key).reshape(-1).contiguous().view(torch.uint8)  # bitsandbytes: perhaps another dtype
     q = QuantizedTensor(
-        packed=_part(tensors, key)
-        .reshape(-1)
-        .contiguous()
-        .view(torch.uint8),  # bitsandbytes may store the bytes as another dtype
+        packed=packed,
         constants=absmax,
         levels=_part(tensors, f"{key}.quant_map"),
         codebook=state["quant_type"],
