@@ -73,10 +73,10 @@ class Linear4bit(nn.Module):
             raise ValueError(f"input has shape {tuple(x.shape)}, but its last size must be {self.in_features}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        tokens = x.reshape(-1, self.in_features)
+        tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         learning = x.requires_grad and torch.is_grad_enabled()
         y = _MatMul4bit.apply(tokens, self.weight) if learning else _matmul_4bit(tokens, self.weight)
-        y = y.view(*x.shape[:-1], self.out_features)
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

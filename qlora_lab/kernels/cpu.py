@@ -10,6 +10,7 @@ dequantize_blocks reads 0.56 and writes 4 or 2; multiply_blocks reads 0.56 and w
 Not here: which implementation runs (kernels/__init__.py), layers (finetune/linear4bit.py).
 """
 
+import threading
 import warnings
 from functools import lru_cache
 from math import gcd
@@ -27,8 +28,10 @@ from qlora_lab.kernels import vector as v
 PIECE = 2**13  # weights a thread takes at a time: 32 KiB of float32 stay in the first-level cache between two readings
 AHEAD = PIECE  # how far in front of the encoder memory is asked for: a third off the time of a large weight
 TILE = 16  # rows of a product that a thread takes at a time
+BYTES_AHEAD = 2**12  # as AHEAD, for the packed bytes of a product
 MAX_TOKENS = 16  # up to here multiply_blocks beats decoding a panel and calling BLAS
 _TOKENS_AT_ONCE = 8  # two rows of 8 sums fill half of the 32 vector registers
+_ZEROS = [(np.float32(0),) * tokens for tokens in (1, 2, 4, 8)]  # one compiled product each
 
 FAST = v.is_fast()
 
@@ -37,6 +40,7 @@ _FORM = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 _INFINITY, _MAGNITUDE = np.int32(0x7F800000), np.int32(0x7FFFFFFF)
 _HALF_BIAS, _HALF_MAX = np.float32(2.0**112), np.float32(65504)  # float32's exponent bias less fp16's; largest fp16
 _NAN = np.float32(np.nan)
+_local = threading.local()
 
 
 def _parallel(function):
@@ -68,9 +72,10 @@ def _start_threads():
 
 def _run(kernel, *args):
     _start_threads()
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != threads:
-        numba.set_num_threads(threads)
+    threads = torch.get_num_threads()
+    if getattr(_local, "threads", None) != threads:  # numba counts them for each Python thread, too
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        _local.threads = threads
     try:
         kernel(*args)
     except OSError as error:  # compiled, but the disk is full or has become read-only
@@ -82,7 +87,8 @@ def _run(kernel, *args):
 
 
 def _view(tensor):
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).numpy().reshape(-1)
 
 
@@ -437,11 +443,12 @@ def _dequantize(packed, bits, levels, constants, block_size, first, stride, leng
 
 
 def _prepared(weight):
-    """Bits, levels up to a whole power of two, packed and constants as numpy's; kept where `weight` has room for it.
+    """Packed, bits, levels up to a whole power of two, constants, all as numpy's, and how many weights they are enough
+    for; kept where `weight` has room for it.
 
     Raises ValueError for tensors that a kernel would misread: it does not look where it reads.
     """
-    packed, constants, levels, _ = weight
+    packed, constants, levels, block_size = weight
     parts = (packed, constants) if isinstance(constants, torch.Tensor) else (packed, *constants[:2])
     where = [part.data_ptr() for part in parts]  # a storage that is shared between processes moves
     kept = getattr(weight, "prepared", None)
@@ -458,28 +465,26 @@ def _prepared(weight):
     table = np.zeros(1 << bits, np.float32)
     table[: len(levels)] = levels.numpy()
     if isinstance(constants, torch.Tensor):
+        n_blocks = len(constants)
         arrays = constants.numpy(), np.empty(0, np.uint8), _NONE, np.float32(0), _NONE, 0
     else:
         codes, scale, offset, map_, group_size = constants
-        shift = group_size.bit_length() - 1
+        n_blocks, shift = min(len(codes), len(scale) * group_size), group_size.bit_length() - 1
         arrays = _NONE, codes.numpy(), scale.numpy(), np.float32(offset.item()), map_.numpy(), shift
-    prepared = packed.numpy(), bits, table, arrays
+    prepared = packed.numpy(), bits, table, arrays, min(8 * len(packed) // bits, n_blocks * block_size)
     if hasattr(weight, "__dict__"):
         weight.prepared = where, prepared
     return prepared
 
 
-def _check_length(weight, bits, numel):
+def _check_length(weight, numel, limit):
     """Raise ValueError where `weight` has fewer codes or constants than `numel` weights need."""
-    packed, constants, _, block_size = weight
-    n_blocks, n_groups = -(-numel // block_size), 0
-    have = constants if isinstance(constants, torch.Tensor) else constants[0]
-    if have is not constants:
-        n_groups = -(-n_blocks // constants[-1]) - len(constants[1])
-    if 8 * len(packed) < numel * bits or len(have) < n_blocks or n_groups > 0:
+    if numel > limit:
+        packed, constants, levels, block_size = weight
+        have = constants if isinstance(constants, torch.Tensor) else constants[0]
         raise ValueError(
-            f"{numel} weights need {-(-numel * bits // 8)} bytes and {n_blocks} constants, "
-            f"but there are {len(packed)} and {len(have)}"
+            f"{numel} weights need {-(-numel * (len(levels) - 1).bit_length() // 8)} bytes and "
+            f"{-(-numel // block_size)} constants, but there are {len(packed)} and {len(have)}"
         )
 
 
@@ -493,14 +498,14 @@ def dequantize_blocks(weight: tuple, out: torch.Tensor, first: int = 0, stride: 
     weight: packed, constants, levels, block_size; constants are absmax, or (absmax_codes, absmax_scale, absmax_offset,
     map, group_size).
     """
-    packed, bits, table, constants = _prepared(weight)
+    packed, bits, table, constants, have = _prepared(weight)
     block_size = weight[3]
     if stride:
         length, limit = out.shape[1], first + (len(out) - 1) * stride + out.shape[1]
     else:
         stride = length = block_size * max(1, PIECE // block_size)
         limit = first + out.numel()
-    _check_length(weight, bits, limit)
+    _check_length(weight, limit, have)
     vector = bits == 4 and block_size % 32 == 0 and FAST
     runs = block_size, first, stride, length, limit
     _run(_dequantize, packed, bits, table, constants, *runs, _view(out), _FORM[out.dtype], vector)
@@ -510,19 +515,20 @@ def dequantize_blocks(weight: tuple, out: torch.Tensor, first: int = 0, stride: 
 
 
 @_parallel
-def _multiply(x, zeros, packed, levels, constants, block_size, columns, out):
-    """out (len(zeros), rows) = x W^T, two rows at a time."""
-    blocks, rows = columns // block_size, out.shape[1]
+def _multiply(x, form, zeros, packed, levels, constants, block_size, columns, rows, out):
+    """out (tokens, rows) = x W^T for at most len(zeros) tokens, two rows of W at a time. x and out are flat."""
+    blocks, tokens = columns // block_size, len(x) // columns
     halves = np.zeros((len(zeros), columns), np.float32)  # of each 32 columns the even ones first, as codes are read
-    for token in range(len(x)):
-        given, sorted_ = x[token], halves[token]
+    for token in range(tokens):
+        sorted_, start = halves[token], token * columns
         for i in range(0, columns, 32):
-            left, right = v.load(given, i), v.load(given, i + 16)
+            left, right = _read16(x, start + i, form), _read16(x, start + i + 16, form)
             v.store(sorted_, i, v.evens(left, right))
             v.store(sorted_, i + 16, v.odds(left, right))
     for tile in prange((rows + TILE - 1) // TILE):
         first, last = tile * TILE, min(tile * TILE + TILE, rows)
         scales = _undouble(constants, first * blocks, (last - first) * blocks)
+        totals = np.empty((len(zeros), TILE), np.float32)
         for row in range(first, last, 2):
             other = min(row + 1, last - 1)
             bytes_, other_bytes = packed[row * columns // 2 :], packed[other * columns // 2 :]
@@ -532,6 +538,8 @@ def _multiply(x, zeros, packed, levels, constants, block_size, columns, out):
             for block in range(blocks):
                 table = v.load(levels, 0) * v.splat(scale[block])
                 other_table = v.load(levels, 0) * v.splat(other_scale[block])
+                v.prefetch(bytes_, at + BYTES_AHEAD)
+                v.prefetch(other_bytes, at + BYTES_AHEAD)
                 for _ in range(block_size // 32):
                     codes, other_codes = v.load(bytes_, at), v.load(other_bytes, at)
                     high, other_high = codes >> v.splat(4), other_codes >> v.splat(4)
@@ -540,8 +548,11 @@ def _multiply(x, zeros, packed, levels, constants, block_size, columns, out):
                     sums = v.fma_each(sums, v.permute(table, codes), halves, 2 * at + 16)
                     other_sums = v.fma_each(other_sums, v.permute(other_table, other_codes), halves, 2 * at + 16)
                     at += 16
-            v.store_totals(sums, out, row)
-            v.store_totals(other_sums, out, other)
+            v.store_totals(sums, totals, row - first)
+            v.store_totals(other_sums, totals, other - first)
+        for token in range(tokens):
+            for row in range(first, last):
+                _write(out, token * rows + row, totals[token, row - first], form)
 
 
 def can_multiply(columns: int, weight: tuple) -> bool:
@@ -556,14 +567,14 @@ def multiply_blocks(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
     Products and sums are float32 and the weights are not rounded to the dtype of x, so an output depends on its row of
     x and its row of W alone. Needs can_multiply. weight: as in dequantize_blocks.
     """
-    columns = x.shape[1]
-    packed, bits, table, constants = _prepared(weight)
-    _check_length(weight, bits, rows * columns)
-    results = []
-    for some in x.detach().float().contiguous().split(_TOKENS_AT_ONCE):
-        tokens = 1 << (len(some) - 1).bit_length()  # 1, 2, 4 or 8: one compiled kernel each
-        out = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
-        zeros = (np.float32(0),) * tokens
-        _run(_multiply, some.numpy(), zeros, packed, table, constants, weight[3], columns, out.numpy())
-        results.append(out if len(some) == tokens else out[: len(some)].clone())  # no view: callers may change it
-    return (results[0] if len(results) == 1 else torch.cat(results)).to(x.dtype)
+    tokens, columns = x.shape
+    packed, _, table, constants, have = _prepared(weight)
+    _check_length(weight, rows * columns, have)
+    out = torch.empty(tokens, rows, dtype=x.dtype, device="cpu")
+    given, result, form = _view(x.contiguous()), _view(out), _FORM[x.dtype]
+    for first in range(0, tokens, _TOKENS_AT_ONCE):
+        last = min(first + _TOKENS_AT_ONCE, tokens)
+        zeros = _ZEROS[(last - first - 1).bit_length()]
+        part, to = given[first * columns : last * columns], result[first * rows : last * rows]
+        _run(_multiply, part, form, zeros, packed, table, constants, weight[3], columns, rows, to)
+    return out
