@@ -1,10 +1,14 @@
 """A chat tokenizer and a LLaMA, both small enough to be made on the spot."""
 
-import pytest
-import torch
-from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, exactly
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 settings.register_profile("project", deadline=None)  # the first call may compile a kernel; no test asserts a time
 settings.load_profile("project")

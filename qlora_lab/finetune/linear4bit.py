@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora_lab.kernels import choose
+from qlora_lab.kernels import product_for
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
 
@@ -22,7 +22,7 @@ HEAD = "lm_head"  # the output layer's name in models of transformers; it is nei
 
 
 def _matmul_4bit(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
-    if product := choose(x.device.type).product:
+    if product := product_for(x.device.type, len(weight.levels), weight.block_size):
         return product.forward(x, weight.plain, weight.shape[0])
     return x @ dequantize(weight, x.dtype).t()  # (tokens, in) @ (in, out) -> (tokens, out)
 
@@ -36,9 +36,10 @@ class _MatMul4bit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        if product := choose(grad.device.type).product:
-            return product.backward(grad, ctx.weight.plain, ctx.weight.shape[1]), None
-        return grad @ dequantize(ctx.weight, grad.dtype), None  # (tokens, out) @ (out, in) -> (tokens, in)
+        weight = ctx.weight
+        if product := product_for(grad.device.type, len(weight.levels), weight.block_size):
+            return product.backward(grad, weight.plain, weight.shape[1]), None
+        return grad @ dequantize(weight, grad.dtype), None  # (tokens, out) @ (out, in) -> (tokens, in)
 
 
 class Linear4bit(nn.Module):

@@ -8,6 +8,7 @@ Set the environment variable QLORA_LAB_KERNELS=reference to run the readable fun
 
 import os
 from functools import lru_cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ class Choice(NamedTuple):
 
     name: str
     why: str
-    blocks: ModuleType | None = None  # quantize_blocks and dequantize_blocks
+    blocks: ModuleType | None = None  # takes, quantize_blocks and dequantize_blocks
     product: ModuleType | None = None  # forward and backward of a linear layer
 
 
@@ -32,12 +33,30 @@ def choose(device: str = "cpu") -> Choice:
     return _choose(device, os.environ[OVERRIDE] if OVERRIDE in os.environ else "")  # noqa: SIM401 - twice as fast
 
 
+def blocks_for(device: str, n_levels: int, block_size: int) -> ModuleType | None:
+    """Its functions on blocks, where it has them for such codes and blocks; None where the readable ones run."""
+    module = choose(device).blocks
+    return module if module and module.takes(n_levels, block_size) else None
+
+
+def product_for(device: str, n_levels: int, block_size: int) -> ModuleType | None:
+    """As blocks_for, its products."""
+    chosen = choose(device)
+    return chosen.product if chosen.product and chosen.blocks.takes(n_levels, block_size) else None
+
+
 @lru_cache
 def _choose(device: str, override: str) -> Choice:
     if override not in ("", "reference"):
         raise ValueError(f"{OVERRIDE}={override!r} is not known: leave it unset, or set it to 'reference'")
     if override:
         return Choice("reference", f"{OVERRIDE} asks for it")
+    if device == "cuda":
+        if find_spec("triton") is None:
+            return Choice("reference", "Triton is not installed: it exists for Linux")
+        from qlora_lab.kernels.triton import product
+
+        return Choice("triton", "the device is a GPU", product, product)
     if device != "cpu":
         return Choice("reference", f"there is no kernel for {device}")
     if _forked:

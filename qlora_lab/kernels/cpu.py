@@ -83,6 +83,11 @@ def _run(kernel, *args):
         kernel(*args)
 
 
+def takes(n_levels: int, block_size: int) -> bool:
+    """Every table of up to 256 levels, every block size."""
+    return True
+
+
 # --- weights in and out: float32, or bf16 and fp16 as uint16 bits -----------------------------------------------------
 
 

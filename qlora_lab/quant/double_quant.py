@@ -36,7 +36,7 @@ class DoubleQuantized:
     @property
     def plain(self) -> tuple:
         """What kernels take: codes, scale, offset, the table of the codes, and how many codes share a scale."""
-        return self.absmax_codes, self.absmax_scale, self.absmax_offset, _dynamic_map(), GROUP_SIZE
+        return self.absmax_codes, self.absmax_scale, self.absmax_offset, _map_on(self.absmax_codes.device), GROUP_SIZE
 
     @property
     def nbytes(self) -> int:
@@ -44,21 +44,28 @@ class DoubleQuantized:
 
 
 @lru_cache
-def _dynamic_map() -> torch.Tensor:
+def _dynamic_map(signed: bool = True) -> torch.Tensor:
     positive = []
     for i in range(7):  # 7 decades: 10^-6 to 10^0; decade i has 2^i values, the middles of equal steps from 0.1 to 1
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float32)
         positive += (10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
-    return torch.tensor([-p for p in positive] + [0.0, 1.0] + positive).sort().values
+    negative = [-p for p in positive] if signed else []
+    return torch.tensor(negative + [0.0, 1.0] + positive).sort().values
 
 
-def dynamic_map() -> torch.Tensor:
-    """The signed dynamic 8-bit table: (256,) float32 ascending; 127 negative values, 0, 128 positive, no -1.
+def _map_on(device: torch.device) -> torch.Tensor:
+    return _dynamic_map().to(device)
+
+
+def dynamic_map(signed: bool = True) -> torch.Tensor:
+    """The dynamic 8-bit table: (256,) float32 ascending; 127 negative values, 0, 128 positive, no -1.
+
+    Unsigned: 0 and 255 positive values, twice as many in a decade, for what is never negative.
 
     >>> dynamic_map()[[0, 127, 255]].tolist()
     [-0.992968738079071, 0.0, 1.0]
     """
-    return _dynamic_map().clone()
+    return _dynamic_map(signed).clone()
 
 
 def double_quantize(absmax: torch.Tensor) -> DoubleQuantized:
@@ -75,7 +82,8 @@ def double_quantize(absmax: torch.Tensor) -> DoubleQuantized:
         )
     centred = absmax - offset
     if kernels := _kernels(absmax):
-        codes, scale = kernels.quantize_blocks(centred, *rounding(_dynamic_map()), GROUP_SIZE, 1, TINY)
+        tables = rounding(_map_on(absmax.device))
+        codes, scale = kernels.quantize_blocks(centred, *tables, GROUP_SIZE, 1, TINY)
         return DoubleQuantized(codes, scale, offset)
     groups = to_blocks(centred, GROUP_SIZE)  # (n_groups, 256): the same scheme once more
     scale = block_absmax(groups)  # (n_groups,)
@@ -100,14 +108,14 @@ def double_dequantize(constants: DoubleQuantized) -> torch.Tensor:
     """The inverse, to within 8-bit rounding: absmax, (n_blocks,) float32."""
     codes, scale = constants.absmax_codes, constants.absmax_scale
     if kernels := _kernels(codes):
-        values = torch.empty(len(codes), dtype=torch.float32, device="cpu")
-        kernels.dequantize_blocks((codes, scale, _dynamic_map(), GROUP_SIZE), values)
+        values = torch.empty_like(codes, dtype=torch.float32)
+        kernels.dequantize_blocks((codes, scale, _map_on(codes.device), GROUP_SIZE), values)
         return values.add_(constants.absmax_offset)
     values = dynamic_map().to(codes.device)[codes.int()]  # (n_blocks,)
     return values * scale.repeat_interleave(GROUP_SIZE)[: len(codes)] + constants.absmax_offset
 
 
 def _kernels(tensor: torch.Tensor) -> ModuleType | None:
-    from qlora_lab.kernels import choose
+    from qlora_lab.kernels import blocks_for
 
-    return choose(tensor.device.type).blocks
+    return blocks_for(tensor.device.type, 256, GROUP_SIZE)

@@ -131,13 +131,13 @@ def quantize(
     >>> q.bits_per_parameter, q.codes[[0, 127]].tolist()
     (4.5, [0, 15])
     """
-    from qlora_lab.kernels import choose
+    from qlora_lab.kernels import blocks_for
 
     _check_weight(weight, name)
     levels = named_codebook(codebook).to(weight.device)
     check_block_size(block_size)
     flat = weight.detach().reshape(-1).contiguous()  # (numel,); reshape alone can leave gaps
-    if kernels := choose(weight.device.type).blocks:
+    if kernels := blocks_for(weight.device.type, len(levels), block_size):
         group = group_of(bits_of(levels))[0]
         packed, absmax = kernels.quantize_blocks(flat, *rounding(levels), block_size, group, TINY)
     else:
@@ -179,10 +179,10 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: torch.
     >>> dequantize(quantize(torch.linspace(-1, 1, 64)))[[0, 63]].tolist()
     [-1.0, 1.0]
     """
-    from qlora_lab.kernels import choose
+    from qlora_lab.kernels import blocks_for
 
     out = _output(q, dtype, out)
-    if kernels := choose(q.device.type).blocks:
+    if kernels := blocks_for(q.device.type, len(q.levels), q.block_size):
         kernels.dequantize_blocks(q.plain, out)
     else:
         dequantize_blocks(q.packed, q.absmax, q.levels, q.block_size, out.view(-1))

@@ -1,0 +1,84 @@
+"""Rung 8. Twin of qlora_lab.finetune.adamw_8bit.adamw_8bit: one step of AdamW over a page of optimizer state.
+
+Both moments are undone, moved, used, and quantised again without leaving the program. Moved for each parameter: 4 bytes
+of it and 4 of its gradient (2 and 2 in bf16) and 2 of its moments are read, 4 and 2 are written; a step that goes over
+memory for each operation moves about 80.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora_lab.kernels.triton.double_quantize import nearest_of
+from qlora_lab.kernels.triton.launch import NO_FUSION, check_device, check_dtype, check_length, check_numel
+from qlora_lab.kernels.triton.quantize_nf4 import absmax_of
+
+BLOCK, BLOCKS = 256, 4  # parameters that share a constant; such blocks in a program
+
+
+@triton.jit
+def _adamw_8bit_kernel(
+    param, grad, codes1, scale1, codes2, scale2, table1, limits1, table2, limits2, numel, tiny,
+    beta1, beta2, rest1, rest2, decay, size, correction, eps, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = at < numel
+    held = block * BLOCK < numel
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(table1 + tl.load(codes1 + at, mask=inside, other=0)) * tl.load(scale1 + block, mask=held)[:, None]
+    v = tl.load(table2 + tl.load(codes2 + at, mask=inside, other=0)) * tl.load(scale2 + block, mask=held)[:, None]
+    m = tl.where(inside, m * beta1 + g * rest1, 0.0)
+    v = tl.where(inside, v * beta2 + g * g * rest2, 0.0)
+    p = p * decay - tl.div_rn(m, tl.sqrt_rn(v) * correction + eps) * size
+    tl.store(param + at, p.to(param.dtype.element_ty), mask=inside)
+
+    top = absmax_of(m)
+    x = m * tl.div_rn(1.0, tl.where(top > tiny, top, tiny))[:, None]
+    tl.store(scale1 + block, top, mask=held)
+    tl.store(codes1 + at, nearest_of(x, limits1), mask=inside)
+    top = absmax_of(v)
+    x = v * tl.div_rn(1.0, tl.where(top > tiny, top, tiny))[:, None]
+    tl.store(scale2 + block, top, mask=held)
+    tl.store(codes2 + at, nearest_of(x, limits2), mask=inside)
+
+
+def adamw_8bit(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    codes1: torch.Tensor,
+    scale1: torch.Tensor,
+    codes2: torch.Tensor,
+    scale2: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    scalars: tuple[float, float, float, float, float, float],
+    tiny: float,
+) -> None:
+    """Change all but `grad` in place. param, grad: (numel,) float32, bf16 or fp16, contiguous.
+
+    codes1, codes2: (numel,) uint8. scale1, scale2: (ceil(numel / 256),) float32. tables: levels (256,) and thresholds
+    (255,) of the first moment, then of the second, ascending. scalars: beta1, beta2, what is left of a parameter, the
+    step size, the second moment's correction, eps. Raises ValueError before any launch for what does not match.
+    """
+    check_device(param=param, grad=grad, codes1=codes1, scale1=scale1, codes2=codes2, scale2=scale2, tables=tables[0])
+    numel = param.numel()
+    check_numel(numel)
+    for name, tensor in (("param", param), ("grad", grad)):
+        check_dtype(name, tensor)
+        check_length(name, tensor, numel)
+    for name, tensor in (("codes1", codes1), ("codes2", codes2)):
+        check_dtype(name, tensor, torch.uint8)
+        check_length(name, tensor, numel)
+    for name, tensor in (("scale1", scale1), ("scale2", scale2)):
+        check_dtype(name, tensor, torch.float32)
+        check_length(name, tensor, -(-numel // BLOCK))
+    if [len(table) for table in tables] != [256, 255, 256, 255]:
+        lengths = ", ".join(str(len(table)) for table in tables)
+        raise ValueError(f"tables have {lengths} entries: each moment needs 256 levels and 255 thresholds")
+    beta1, beta2, *others = scalars
+    grid = (triton.cdiv(numel, BLOCK * BLOCKS),)
+    _adamw_8bit_kernel[grid](
+        param, grad, codes1, scale1, codes2, scale2, *tables, numel, tiny,
+        beta1, beta2, 1 - beta1, 1 - beta2, *others, BLOCK, BLOCKS, **NO_FUSION,
+    )  # fmt: skip

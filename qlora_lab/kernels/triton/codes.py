@@ -1,0 +1,77 @@
+"""What the rungs share inside a kernel: four packed bytes to eight levels, blocks to their constants.
+
+The table of 16 levels is read from memory once a program and lies in shared memory from then on. Its 16 entries lie in
+16 banks, so a warp's 32 look-ups never wait for one another: one LDS a weight. (A table of 256 pairs halves the loads,
+but its look-ups collide.) Two forms of the same look-up differ in where a word's eight weights end up: levels_of()
+leaves that to whoever stores them, levels_in_place() keeps them in the thread that holds the word.
+
+Not here: launches and checks (launch.py).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def levels_of(words, levels):
+    """(n,) int32, four packed bytes each -> (n, 8) float32 in the order of the weights; `levels` points to 16."""
+    halves = words[:, None] >> (tl.arange(0, 2) * 16)[None, :]
+    i = tl.arange(0, 4)
+    shifts = (i // 2) * 8 + 4 - (i % 2) * 4  # in a byte, the first weight is the high half
+    codes = (halves[:, :, None] >> shifts[None, None, :]) & 15
+    table = tl.load(levels + tl.arange(0, 16))
+    return tl.reshape(tl.gather(table, tl.reshape(codes, (words.numel * 8,)), 0), (words.numel, 8))
+
+
+@triton.jit
+def levels_in_place(words, levels):
+    """(n,) int32 -> (n, 2, 2, 2) float32, weight 4 a + 2 b + c at [:, a, b, c]."""
+    first = tl.join(tl.join(words >> 4, words >> 20), tl.join(words >> 12, words >> 28))  # weights 0 4, 2 6
+    second = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))  # weights 1 5, 3 7
+    codes = tl.join(first, second) & 15
+    table = tl.load(levels + tl.arange(0, 16))
+    return tl.reshape(tl.gather(table, tl.reshape(codes, (words.numel * 8,)), 0), (words.numel, 2, 2, 2))
+
+
+@triton.jit
+def split8(x):
+    """(..., 2, 2, 2) -> its eight parts, in the order of the weights."""
+    even, odd = tl.split(x)
+    x04, x26 = tl.split(even)
+    x15, x37 = tl.split(odd)
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def constants_of(blocks, mask, absmax, scale, offset, table, GROUP: tl.constexpr):
+    """Constants of the given blocks, float32. `absmax` points to them if GROUP is 0, or to codes, GROUP to a scale."""
+    if GROUP == 0:
+        return tl.load(absmax + blocks, mask=mask, other=0.0)
+    values = tl.load(table + tl.load(absmax + blocks, mask=mask, other=0))
+    return values * tl.load(scale + blocks // GROUP, mask=mask, other=0.0) + tl.load(offset)
+
+
+@triton.jit
+def weights_of(
+    words, rows, n_rows, column, n_words, levels, absmax, scale, offset, table,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """(rows, WIDTH) float32: WIDTH columns from `column` on of some rows, zeros beyond the last.
+
+    n_words: words in a row, which is a whole number of blocks.
+    """
+    SPAN: tl.constexpr = BLOCK if BLOCK < WIDTH else WIDTH
+    word = column // 8 + tl.arange(0, WIDTH // 8)
+    inside = (rows < n_rows)[:, None] & (word < n_words)[None, :]
+    packed = tl.load(words + rows[:, None] * n_words + word[None, :], mask=inside, other=0)
+    first = column + tl.arange(0, WIDTH // SPAN) * SPAN  # columns where a constant may change
+    known = (rows < n_rows)[:, None] & (first < n_words * 8)[None, :]
+    blocks = rows[:, None] * (n_words * 8 // BLOCK) + first[None, :] // BLOCK
+    constants = tl.where(known, constants_of(blocks, known, absmax, scale, offset, table, GROUP), 0.0)
+    values = levels_in_place(tl.reshape(packed, (packed.numel,)), levels)
+    values = tl.reshape(values, (rows.numel, WIDTH // SPAN, SPAN)) * constants[:, :, None]
+    return tl.reshape(values, (rows.numel, WIDTH))

@@ -1,0 +1,53 @@
+"""Rung 3. Twin of qlora_lab.quant: dequantize_blocks(packed, double_dequantize(constants), ...), in one launch.
+
+The constants are undone on the way: code -> table -> times the group's scale -> plus the offset, each rounded like the
+twin's (no fused multiply-add). Moved for each weight at block size 64: half a byte of codes and 1 / 64 byte of
+constants' codes are read, 2 or 4 bytes are written; two launches would write and read 4 / 64 byte more.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora_lab.kernels.triton.codes import constants_of, levels_of
+from qlora_lab.kernels.triton.dequantize_nf4 import TILE
+from qlora_lab.kernels.triton.launch import (
+    NO_FUSION,
+    check_block_size,
+    check_device,
+    check_output,
+    constants_of as checked_constants,
+    table_of,
+    words_of,
+)
+
+
+@triton.jit
+def _dequantize_double_kernel(
+    words, codes, scale, offset, table, levels, out, n_words, numel,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * (TILE // 8) + tl.arange(0, TILE // 8)  # words
+    packed = tl.load(words + at, mask=at < n_words, other=0)
+    constants = constants_of(at // (BLOCK // 8), at < n_words, codes, scale, offset, table, GROUP)
+    values = levels_of(packed, levels) * constants[:, None]
+    to = at[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(out + to, values.to(out.dtype.element_ty), mask=to < numel)
+
+
+def dequantize_double(
+    packed: torch.Tensor, constants: tuple, levels: torch.Tensor, block_size: int, out: torch.Tensor
+) -> None:
+    """Fill `out`, contiguous float32, bf16 or fp16. Raises ValueError before any launch for what does not match.
+
+    constants: absmax_codes, absmax_scale, absmax_offset, the table they index (256,), how many share a scale.
+    """
+    check_device(packed=packed, absmax_codes=constants[0], levels=levels, out=out)
+    check_block_size(block_size)
+    check_output(out)
+    numel = out.numel()
+    words, parts = words_of(packed, numel), checked_constants(constants, -(-numel // block_size))
+    grid, levels = (triton.cdiv(numel, TILE),), table_of(levels)
+    _dequantize_double_kernel[grid](
+        words, *parts[:4], levels, out, len(words), numel, block_size, parts.group, TILE, **NO_FUSION
+    )

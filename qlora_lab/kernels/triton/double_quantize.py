@@ -1,0 +1,89 @@
+"""Rung 4. Twin of qlora_lab.quant.double_quant.double_quantize: block constants -> 8-bit codes and group scales.
+
+A code is found by halving the table of 255 thresholds eight times. The same codes and scales as the twin's, bit for
+bit; the mean of all constants is one reduction over the device's own library and is handed in. Moved for each constant:
+4 bytes are read, 1 byte and 4 / 256 byte are written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora_lab.kernels.triton.codes import constants_of
+from qlora_lab.kernels.triton.launch import (
+    NO_FUSION,
+    check_block_size,
+    check_device,
+    check_dtype,
+    check_length,
+    check_numel,
+    constants_of as checked,
+)
+from qlora_lab.kernels.triton.quantize_nf4 import absmax_of
+
+GROUPS = 4  # groups a program takes
+TILE = 1024  # constants a program undoes
+
+
+@triton.jit
+def nearest_of(x, thresholds):
+    """How many of 255 ascending thresholds lie below float32 values: their codes in an ascending table of 256."""
+    rank = tl.zeros(x.shape, tl.int32)
+    for level in tl.static_range(8):
+        rank += tl.where(x > tl.load(thresholds + rank + ((128 >> level) - 1)), 128 >> level, 0)
+    return rank.to(tl.uint8)
+
+
+@triton.jit
+def _double_quantize_kernel(
+    absmax, offset, thresholds, codes, scales, n_blocks, tiny, GROUP: tl.constexpr, GROUPS: tl.constexpr
+):
+    groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    at = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (groups, constants of a group)
+    given = tl.load(absmax + at, mask=at < n_blocks, other=0.0)
+    centred = tl.where(at < n_blocks, given - tl.load(offset), 0.0)
+    scale = absmax_of(centred)
+    tl.store(scales + groups, scale, mask=groups * GROUP < n_blocks)
+    x = centred * tl.div_rn(1.0, tl.where(scale > tiny, scale, tiny))[:, None]
+    tl.store(codes + at, nearest_of(x, thresholds), mask=at < n_blocks)
+
+
+def double_quantize(
+    absmax: torch.Tensor, offset: torch.Tensor, thresholds: torch.Tensor, group: int, tiny: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n_blocks,) float32 -> absmax_codes (n_blocks,) uint8 and absmax_scale (ceil(n_blocks / group),) float32.
+
+    offset: () float32, subtracted first. thresholds: (255,) float32, between 256 levels in ascending order.
+    Raises ValueError before any launch for what does not match.
+    """
+    check_device(absmax=absmax, offset=offset, thresholds=thresholds)
+    check_dtype("absmax", absmax, torch.float32)
+    check_length("absmax", absmax, 1)
+    check_numel(len(absmax))
+    check_dtype("thresholds", thresholds, torch.float32)
+    if len(thresholds) != 255:
+        raise ValueError(f"{len(thresholds)} thresholds are given: 8-bit codes have 255 between them")
+    check_block_size(group)
+    codes = torch.empty(len(absmax), dtype=torch.uint8, device=absmax.device)
+    scale = torch.empty(-(-len(absmax) // group), dtype=torch.float32, device=absmax.device)
+    grid = (triton.cdiv(len(scale), GROUPS),)
+    arguments = absmax, offset, thresholds, codes, scale, len(absmax), tiny, group, GROUPS
+    _double_quantize_kernel[grid](*arguments, **NO_FUSION)
+    return codes, scale
+
+
+@triton.jit
+def _double_dequantize_kernel(codes, scale, offset, table, out, n_blocks, GROUP: tl.constexpr, TILE: tl.constexpr):
+    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tl.store(out + at, constants_of(at, at < n_blocks, codes, scale, offset, table, GROUP), mask=at < n_blocks)
+
+
+def double_dequantize(constants: tuple) -> torch.Tensor:
+    """absmax_codes, absmax_scale, absmax_offset, table (256,), group size -> absmax, (n_blocks,) float32."""
+    n_blocks = len(constants[0])
+    check_device(absmax_codes=constants[0], absmax_scale=constants[1])
+    check_numel(n_blocks)
+    out = torch.empty(n_blocks, dtype=torch.float32, device=constants[0].device)
+    *parts, group = checked(constants, n_blocks)
+    _double_dequantize_kernel[(triton.cdiv(n_blocks, TILE),)](*parts, out, n_blocks, group, TILE, **NO_FUSION)
+    return out

@@ -1,0 +1,63 @@
+"""Rung 5. Twin of x @ dequantize(W).t() for 1 to 8 tokens: W is read once and its weights never leave registers.
+
+A level is multiplied by x first; eight of these share one multiplication by the block's constant. Products and sums are
+float32. Moved for each weight: half a byte and its share of the constants; x and y are small beside W.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora_lab.kernels.triton.codes import constants_of, levels_in_place, split8
+from qlora_lab.kernels.triton.launch import DTYPES, check_product
+
+MAX_TOKENS = 8
+TILES = {1: (8, 128), 2: (8, 128), 4: (8, 64), 8: (16, 32)}  # tokens: rows of W, words of each row; fewer spill
+
+
+@triton.jit
+def _gemv_nf4_kernel(
+    x, words, absmax, scale, offset, table, levels, y, n_tokens, n_rows, n_words,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tokens = tl.arange(0, TOKENS)
+    sums = tl.zeros((TOKENS, ROWS, WORDS), tl.float32)
+    for first in range(0, n_words, WORDS):
+        word = first + tl.arange(0, WORDS)
+        inside = (rows < n_rows)[:, None] & (word < n_words)[None, :]
+        packed = tl.load(words + rows[:, None] * n_words + word[None, :], mask=inside, other=0)
+        blocks = rows[:, None] * (n_words * 8 // BLOCK) + (word // (BLOCK // 8))[None, :]
+        constants = constants_of(blocks, inside, absmax, scale, offset, table, GROUP)
+        levels8 = levels_in_place(tl.reshape(packed, (ROWS * WORDS,)), levels)
+        w0, w1, w2, w3, w4, w5, w6, w7 = split8(tl.reshape(levels8, (1, ROWS, WORDS, 2, 2, 2)))
+        known = (tokens < n_tokens)[:, None, None] & (word < n_words)[None, :, None]
+        at = tokens[:, None, None] * (n_words * 8) + word[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+        given = tl.load(x + at, mask=known, other=0.0).to(tl.float32)
+        x0, x1, x2, x3, x4, x5, x6, x7 = split8(tl.reshape(given, (TOKENS, 1, WORDS, 2, 2, 2)))
+        products = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3 + x4 * w4 + x5 * w5 + x6 * w6 + x7 * w7
+        sums += products * constants[None, :, :]
+    to = y + tokens[:, None] * n_rows + rows[None, :]
+    inside = (tokens < n_tokens)[:, None] & (rows < n_rows)[None, :]
+    tl.store(to, tl.sum(sums, axis=2).to(y.dtype.element_ty), mask=inside)
+
+
+def gemv_nf4(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
+    """(tokens, columns) float32, bf16 or fp16, at most 8 tokens -> (tokens, rows), same dtype.
+
+    weight: packed, constants, levels, block_size, as dequantize_blocks takes them; a row is a whole number of blocks.
+    Raises ValueError before any launch for what does not match.
+    """
+    words, parts, levels = check_product(x, x.shape[-1], rows, weight, DTYPES)
+    tokens, columns = x.shape
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"x has {tokens} tokens: gemv_nf4 takes at most {MAX_TOKENS}, matmul_nf4 any number")
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    padded = triton.next_power_of_2(tokens)
+    height, width = TILES[padded]
+    grid = (triton.cdiv(rows, height),)
+    _gemv_nf4_kernel[grid](
+        x.contiguous(), words, *parts[:4], levels, y, tokens, rows, columns // 8,
+        weight[3], parts.group, padded, height, width,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,141 @@
+"""What the rungs' launchers share: checks before any launch, and how words and constants are handed over.
+
+Every check raises ValueError with what was given and what is allowed. A kernel looks at nothing: a wrong length would
+read the memory of somebody else.
+"""
+
+from typing import NamedTuple
+
+import torch
+from triton import knobs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_BLOCK, MAX_BLOCK = 32, 4096
+MAX_NUMEL = 2**31 - 2**13  # so that the last program's indices fit, too
+CODES = 16  # entries in the table of a 4-bit code; shorter tables are filled up
+NO_FUSION = {"enable_fp_fusion": False}  # a product and a sum are rounded apart, as the twins round
+
+
+def check_device(**tensors: torch.Tensor) -> None:
+    """All on one CUDA device, or on the CPU if Triton interprets."""
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{listed}: the tensors of one launch lie on one device")
+    name, device = next(iter(devices.items()))
+    wanted = "cpu" if knobs.runtime.interpret else "cuda"
+    if device.type != wanted:
+        hint = "because TRITON_INTERPRET is set" if wanted == "cpu" else "or TRITON_INTERPRET=1 from the start"
+        raise ValueError(f"{name} is on {device}: Triton needs {wanted} here, {hint}")
+
+
+def check_block_size(block_size: int) -> None:
+    """A power of two from 32 to 4096: whole words, whole tiles."""
+    if not MIN_BLOCK <= block_size <= MAX_BLOCK or block_size & (block_size - 1):
+        allowed = f"a power of two, {MIN_BLOCK} to {MAX_BLOCK}"
+        raise ValueError(f"block_size={block_size} is not allowed: kernels take {allowed}")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
+    """One of `allowed`, by default what a weight can be."""
+    allowed = allowed or DTYPES
+    if tensor.dtype not in allowed:
+        listed = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}: it must be {listed}")
+
+
+def check_length(name: str, tensor: torch.Tensor, least: int) -> None:
+    """Flat, contiguous, and long enough."""
+    if tensor.dim() != 1 or not tensor.is_contiguous() or len(tensor) < least:
+        layout = "" if tensor.is_contiguous() else ", not contiguous"
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}{layout}: it must be flat, with {least} entries")
+
+
+def check_numel(numel: int) -> None:
+    """Kernels count in 32 bits."""
+    if not 0 < numel < MAX_NUMEL:
+        raise ValueError(f"{numel} weights are given: kernels take 1 to {MAX_NUMEL - 1} at a time")
+
+
+def table_of(levels: torch.Tensor) -> torch.Tensor:
+    """(n,) float32 levels, n <= 16, filled up to 16."""
+    check_dtype("levels", levels, torch.float32)
+    if levels.dim() != 1 or not 2 <= len(levels) <= CODES:
+        raise ValueError(f"levels has shape {tuple(levels.shape)}: a 4-bit code has 2 to {CODES} of them")
+    return torch.nn.functional.pad(levels, (0, CODES - len(levels))) if len(levels) < CODES else levels.contiguous()
+
+
+def words_of(packed: torch.Tensor, numel: int) -> torch.Tensor:
+    """Packed uint8 as int32 words of eight codes; copied only if its length, or its address, is odd."""
+    check_numel(numel)
+    check_dtype("packed", packed, torch.uint8)
+    check_length("packed", packed, -(-numel // 2))
+    if len(packed) % 4:
+        packed = torch.nn.functional.pad(packed, (0, -len(packed) % 4))
+    if packed.data_ptr() % 16:
+        packed = packed.clone()
+    return packed.view(torch.int32)
+
+
+class Constants(NamedTuple):
+    """Arguments of codes.constants_of, after `blocks` and `mask`."""
+
+    absmax: torch.Tensor
+    scale: torch.Tensor | None
+    offset: torch.Tensor | None
+    table: torch.Tensor | None
+    group: int
+
+
+def constants_of(constants: torch.Tensor | tuple, n_blocks: int) -> Constants:
+    """absmax (n_blocks,) float32, or (codes uint8, scale, offset, table of 256, group size), checked."""
+    if isinstance(constants, torch.Tensor):
+        check_dtype("absmax", constants, torch.float32)
+        check_length("absmax", constants, n_blocks)
+        return Constants(constants, None, None, None, 0)
+    codes, scale, offset, table, group = constants
+    check_dtype("absmax_codes", codes, torch.uint8)
+    check_length("absmax_codes", codes, n_blocks)
+    for name, tensor, least in (("absmax_scale", scale, -(-n_blocks // group)), ("table of constants", table, 256)):
+        check_dtype(name, tensor, torch.float32)
+        check_length(name, tensor, least)
+    check_dtype("absmax_offset", offset, torch.float32)
+    return Constants(codes, scale, offset, table, group)
+
+
+def check_output(out: torch.Tensor, numel: int | None = None) -> None:
+    """Contiguous, of a weight's dtype, with `numel` elements if that is given."""
+    check_dtype("out", out)
+    if not out.is_contiguous() or (numel is not None and out.numel() != numel):
+        layout = "contiguous" if out.is_contiguous() else "not contiguous"
+        raise ValueError(f"out has {out.numel()} elements and is {layout}: it needs {numel or out.numel()}, contiguous")
+
+
+def check_product(
+    x: torch.Tensor, columns: int, rows: int, weight: tuple, dtypes: tuple[torch.dtype, ...]
+) -> tuple[torch.Tensor, Constants, torch.Tensor]:
+    """Words, constants and levels of a weight (rows, columns) that is to be multiplied by the matrix x."""
+    packed, constants, levels, block_size = weight
+    check_device(x=x, packed=packed, levels=levels)
+    check_dtype("x", x, *dtypes)
+    check_block_size(block_size)
+    if x.dim() != 2 or not len(x):
+        raise ValueError(f"x has shape {tuple(x.shape)}: it must be a matrix of at least one token")
+    if columns % block_size:
+        raise ValueError(f"a row of {columns} columns is not whole blocks of {block_size}: dequantise the weight first")
+    return words_of(packed, rows * columns), constants_of(constants, rows * columns // block_size), table_of(levels)
+
+
+def check_adapter(x: torch.Tensor, rows: int, lora_A: torch.Tensor | None, lora_B: torch.Tensor | None) -> int:
+    """The rank r of lora_A (r, columns) and lora_B (rows, r), 0 where there is none."""
+    if lora_A is None and lora_B is None:
+        return 0
+    if lora_A is None or lora_B is None:
+        raise ValueError("only one of lora_A and lora_B is given: an adapter is both")
+    check_device(x=x, lora_A=lora_A, lora_B=lora_B)
+    rank = len(lora_A)
+    for name, matrix, shape in (("lora_A", lora_A, (rank, x.shape[1])), ("lora_B", lora_B, (rows, rank))):
+        check_dtype(name, matrix, x.dtype)
+        if tuple(matrix.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(matrix.shape)}: it must be {shape}")
+    return rank

@@ -1,0 +1,80 @@
+"""Rung 6. Twin of x @ dequantize(W).t() + scaling * (x @ lora_A.t()) @ lora_B.t(): many tokens, W never in memory.
+
+A tile of W is decoded, rounded to the dtype of x and multiplied by the tensor cores, with float32 sums; the adapter's
+second, thin product is added to the same sums at the end. Moved for each weight and each tile of tokens: half a byte
+and its share of the constants, instead of the 2 bytes of a ready weight. So it wins while it waits for weights (few
+tokens), and loses to a separate dequantisation once the tensor cores are the limit: each tile of tokens decodes W anew.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora_lab.kernels.triton.codes import weights_of
+from qlora_lab.kernels.triton.launch import check_adapter, check_product
+
+# A tile is x (TOKENS, COLUMNS) times W (ROWS, COLUMNS). One SM of an H100 decodes it (8 instructions a weight,
+# 128 lanes a cycle) in about the time that its tensor cores take for 128 tokens (2 operations a weight and token, some
+# 4,400 a cycle); with half the tokens it would decode for twice as long as it multiplies.
+TOKENS, ROWS, COLUMNS = 128, 128, 64
+WARPS = 8
+
+
+@triton.jit
+def _matmul_nf4_kernel(
+    x, words, absmax, scale, offset, table, levels, u, lora_B, y, n_tokens, n_rows, n_words, scaling,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sums = tl.zeros((TOKENS, ROWS), tl.float32)
+    n_columns = n_words * 8
+    for column in range(0, n_columns, COLUMNS):
+        at = column + tl.arange(0, COLUMNS)
+        inside = (tokens < n_tokens)[:, None] & (at < n_columns)[None, :]
+        given = tl.load(x + tokens[:, None] * n_columns + at[None, :], mask=inside, other=0.0)
+        weights = weights_of(
+            words, rows, n_rows, column, n_words, levels, absmax, scale, offset, table, BLOCK, GROUP, COLUMNS
+        )
+        sums = tl.dot(given, tl.trans(weights.to(x.dtype.element_ty)), sums)
+    if RANK > 0:
+        r = tl.arange(0, PADDED)
+        left = tl.load(
+            u + tokens[:, None] * RANK + r[None, :], mask=(tokens < n_tokens)[:, None] & (r < RANK)[None, :], other=0.0
+        )
+        right = tl.load(
+            lora_B + rows[:, None] * RANK + r[None, :], mask=(rows < n_rows)[:, None] & (r < RANK)[None, :], other=0.0
+        )
+        sums += scaling * tl.dot(left, tl.trans(right))
+    to = y + tokens[:, None] * n_rows + rows[None, :]
+    tl.store(to, sums.to(y.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & (rows < n_rows)[None, :])
+
+
+def matmul_nf4(
+    x: torch.Tensor,
+    weight: tuple,
+    rows: int,
+    lora_A: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """(tokens, columns) bf16 or fp16 -> (tokens, rows), same dtype.
+
+    weight: packed, constants, levels, block_size, as dequantize_blocks takes them; a row is a whole number of blocks.
+    lora_A: (r, columns), lora_B: (rows, r), of the dtype of x. Raises ValueError before any launch for what does not
+    match.
+    """
+    words, parts, levels = check_product(x, x.shape[-1], rows, weight, (torch.bfloat16, torch.float16))
+    rank = check_adapter(x, rows, lora_A, lora_B)
+    tokens, columns = x.shape
+    x = x.contiguous()
+    u, lora_B = (x @ lora_A.t(), lora_B.contiguous()) if rank else (None, None)
+    y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS))
+    padded = max(16, triton.next_power_of_2(rank))
+    _matmul_nf4_kernel[grid](
+        x, words, *parts[:4], levels, u, lora_B, y, tokens, rows, columns // 8, scaling,
+        weight[3], parts.group, rank, padded, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,173 @@
+"""The rungs as operations of torch: torch.ops.qlora_lab.quantize_nf4 and so on, for torch.compile and autograd.
+
+Each has its kernel, a function that tells the shapes without computing, and, where x, lora_A and lora_B have gradients,
+their formula. A quantised weight is frozen. Constants travel as a list of one tensor, absmax, or of four: absmax_codes,
+absmax_scale, absmax_offset and the table of the codes; then `group` is how many of them share a scale, otherwise 0.
+"""
+
+import torch
+from torch.library import custom_op
+
+from qlora_lab.kernels.triton import (
+    adamw_8bit as rung8,
+    dequantize_double as rung3,
+    dequantize_nf4 as rung2,
+    double_quantize as rung4,
+    gemv_nf4 as rung5,
+    matmul_nf4 as rung6,
+    matmul_nf4_backward as rung7,
+    quantize_nf4 as rung1,
+)
+
+Tensor = torch.Tensor
+
+
+@custom_op("qlora_lab::quantize_nf4", mutates_args=())
+def quantize_nf4(weight: Tensor, thresholds: Tensor, order: Tensor, block_size: int, tiny: float) -> list[Tensor]:
+    return list(rung1.quantize_nf4(weight, thresholds, order, block_size, tiny))
+
+
+@quantize_nf4.register_fake
+def _(weight, thresholds, order, block_size, tiny):
+    packed = weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8)
+    return [packed, weight.new_empty((weight.numel() + block_size - 1) // block_size, dtype=torch.float32)]
+
+
+@custom_op("qlora_lab::dequantize_nf4", mutates_args=())
+def dequantize_nf4(
+    packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, numel: int, dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(numel, dtype=dtype, device=packed.device)
+    dequantize_into(packed, constants, group, levels, block_size, out)
+    return out
+
+
+@dequantize_nf4.register_fake
+def _(packed, constants, group, levels, block_size, numel, dtype):
+    return packed.new_empty(numel, dtype=dtype)
+
+
+@custom_op("qlora_lab::dequantize_into", mutates_args=("out",))
+def dequantize_into(
+    packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, out: Tensor
+) -> None:
+    if len(constants) == 1:
+        rung2.dequantize_nf4(packed, constants[0], levels, block_size, out)
+    else:
+        rung3.dequantize_double(packed, (*constants, group), levels, block_size, out)
+
+
+@dequantize_into.register_fake
+def _(packed, constants, group, levels, block_size, out):
+    return None
+
+
+@custom_op("qlora_lab::double_quantize", mutates_args=())
+def double_quantize(absmax: Tensor, offset: Tensor, thresholds: Tensor, group: int, tiny: float) -> list[Tensor]:
+    return list(rung4.double_quantize(absmax, offset, thresholds, group, tiny))
+
+
+@double_quantize.register_fake
+def _(absmax, offset, thresholds, group, tiny):
+    codes = absmax.new_empty(absmax.shape, dtype=torch.uint8)
+    return [codes, absmax.new_empty((len(absmax) + group - 1) // group, dtype=torch.float32)]
+
+
+@custom_op("qlora_lab::double_dequantize", mutates_args=())
+def double_dequantize(constants: list[Tensor], group: int) -> Tensor:
+    return rung4.double_dequantize((*constants, group))
+
+
+@double_dequantize.register_fake
+def _(constants, group):
+    return constants[0].new_empty(constants[0].shape, dtype=torch.float32)
+
+
+@custom_op("qlora_lab::gemv_nf4", mutates_args=())
+def gemv_nf4(
+    x: Tensor, packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, rows: int
+) -> Tensor:
+    return rung5.gemv_nf4(x, _weight(packed, constants, group, levels, block_size), rows)
+
+
+@gemv_nf4.register_fake
+def _(x, packed, constants, group, levels, block_size, rows):
+    return x.new_empty(len(x), rows)
+
+
+@custom_op("qlora_lab::matmul_nf4", mutates_args=())
+def matmul_nf4(
+    x: Tensor,
+    packed: Tensor,
+    constants: list[Tensor],
+    group: int,
+    levels: Tensor,
+    block_size: int,
+    rows: int,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    return rung6.matmul_nf4(x, _weight(packed, constants, group, levels, block_size), rows, lora_A, lora_B, scaling)
+
+
+@matmul_nf4.register_fake
+def _(x, packed, constants, group, levels, block_size, rows, lora_A=None, lora_B=None, scaling=1.0):
+    return x.new_empty(len(x), rows)
+
+
+@custom_op("qlora_lab::matmul_nf4_backward", mutates_args=())
+def matmul_nf4_backward(
+    grad: Tensor, packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, columns: int
+) -> Tensor:
+    return rung7.matmul_nf4_backward(grad, _weight(packed, constants, group, levels, block_size), columns)
+
+
+@matmul_nf4_backward.register_fake
+def _(grad, packed, constants, group, levels, block_size, columns):
+    return grad.new_empty(len(grad), columns)
+
+
+@custom_op("qlora_lab::adamw_8bit", mutates_args=("param", "codes1", "scale1", "codes2", "scale2"))
+def adamw_8bit(
+    param: Tensor,
+    grad: Tensor,
+    codes1: Tensor,
+    scale1: Tensor,
+    codes2: Tensor,
+    scale2: Tensor,
+    tables: list[Tensor],
+    scalars: list[float],
+    tiny: float,
+) -> None:
+    rung8.adamw_8bit(param, grad, codes1, scale1, codes2, scale2, tuple(tables), tuple(scalars), tiny)
+
+
+@adamw_8bit.register_fake
+def _(param, grad, codes1, scale1, codes2, scale2, tables, scalars, tiny):
+    return None
+
+
+def _weight(packed, constants, group, levels, block_size) -> tuple:
+    return packed, constants[0] if len(constants) == 1 else (*constants, group), levels, block_size
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, packed, constants, group, levels, block_size, _, lora_A, lora_B, scaling = inputs
+    ctx.save_for_backward(x if lora_A is not None else None, lora_A, lora_B, packed, levels, *constants)
+    ctx.columns, ctx.group, ctx.block_size, ctx.scaling = x.shape[1], group, block_size, scaling
+
+
+def _gradients(ctx, grad):
+    x, lora_A, lora_B, packed, levels, *constants = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = matmul_nf4_backward(grad, packed, constants, ctx.group, levels, ctx.block_size, ctx.columns)
+    grad_A = grad_B = None
+    if lora_A is not None:
+        through = grad @ lora_B * ctx.scaling  # (tokens, r)
+        grad_x = grad_x + through @ lora_A
+        grad_A, grad_B = through.t() @ x, grad.t() @ (x @ lora_A.t()) * ctx.scaling
+    return grad_x, None, [None] * len(constants), None, None, None, None, grad_A, grad_B, None
+
+
+matmul_nf4.register_autograd(_gradients, setup_context=_keep)

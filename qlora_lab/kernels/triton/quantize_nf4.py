@@ -1,0 +1,94 @@
+"""Rung 1. Twin of qlora_lab.quant.quantize.quantize_blocks: weights -> packed bytes and block constants.
+
+A code is found by four comparisons in a tree of 15 thresholds, and eight codes leave as one word. The same bytes and
+constants as the twin's, bit for bit. Moved for each weight at block size 64: 4 or 2 bytes are read, half a byte of
+codes and 4 / 64 byte of constants are written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora_lab.kernels.triton.launch import (
+    CODES,
+    check_block_size,
+    check_device,
+    check_dtype,
+    check_length,
+    check_numel,
+)
+
+TILE = 4096  # weights a program takes, in whole blocks
+
+
+@triton.jit
+def absmax_of(values, INFINITY: tl.constexpr = 0x7F800000):
+    """(blocks, n) float32 -> (blocks,) largest magnitudes, NaN where one is not finite: as bits, which order alike."""
+    magnitude = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    return tl.where(magnitude < INFINITY, magnitude.to(tl.float32, bitcast=True), float("nan"))
+
+
+@triton.jit
+def _rank_of(x, tree):
+    """How many of 15 thresholds lie below x, (n,) float32: four comparisons, each with the one the last ones leave.
+
+    tree: (4, 16) float32; level by level, entry r is the threshold to try next for who has rank r so far.
+    """
+    i = tl.arange(0, 16)
+    rank = tl.where(x > tl.load(tree), 8, 0)
+    rank += tl.where(x > tl.gather(tl.load(tree + 16 + i), rank, 0), 4, 0)
+    rank += tl.where(x > tl.gather(tl.load(tree + 32 + i), rank, 0), 2, 0)
+    return rank + tl.where(x > tl.gather(tl.load(tree + 48 + i), rank, 0), 1, 0)
+
+
+@triton.jit
+def _quantize_nf4_kernel(
+    weight, tree, order, words, absmax, numel, n_words, tiny, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    blocks = tl.program_id(0) * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
+    at = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # (blocks, weights of a block)
+    values = tl.load(weight + at, mask=at < numel, other=0.0).to(tl.float32)
+    constants = absmax_of(values)
+    tl.store(absmax + blocks, constants, mask=blocks * BLOCK < numel)
+    scale = tl.div_rn(1.0, tl.where(constants > tiny, constants, tiny))
+    x = tl.where((constants == constants)[:, None], values * scale[:, None], 0.0)  # all of a NaN block counts as 0
+    codes = tl.gather(tl.load(order + tl.arange(0, 16)), _rank_of(tl.reshape(x, (TILE,)), tree), 0)
+
+    first, second = tl.split(tl.reshape(codes, (TILE // 8, 2, 2, 2)))  # the first of two neighbours: the high half
+    byte0, byte1 = tl.split(first * 16 + second)
+    low, high = tl.split(byte0 + byte1 * 256)
+    to = tl.program_id(0) * (TILE // 8) + tl.arange(0, TILE // 8)
+    tl.store(words + to, low + high * 65536, mask=to < n_words)
+
+
+def quantize_nf4(
+    weight: torch.Tensor, thresholds: torch.Tensor, order: torch.Tensor, block_size: int, tiny: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(numel,) float32, bf16 or fp16 -> packed (ceil(numel / 2),) uint8 and absmax (n_blocks,) float32.
+
+    thresholds: (n - 1,) float32 ascending; order: (n,) uint8, the code of each rank; n <= 16. tiny: the least constant
+    that is divided by. Raises ValueError before any launch for what does not match.
+    """
+    check_device(weight=weight, thresholds=thresholds, order=order)
+    check_block_size(block_size)
+    check_dtype("weight", weight)
+    numel = weight.numel()
+    check_numel(numel)
+    check_length("weight", weight, numel)
+    check_dtype("thresholds", thresholds, torch.float32)
+    if len(order) > CODES or len(thresholds) != len(order) - 1:
+        raise ValueError(
+            f"{len(thresholds)} thresholds and {len(order)} codes do not match: "
+            f"n - 1 thresholds lie between n codes, n at most {CODES}"
+        )
+    ranks = thresholds.new_full((CODES - 1,), torch.inf)
+    ranks[: len(thresholds)] = thresholds
+    tree = thresholds.new_full((4, CODES), torch.inf)
+    for level, step in enumerate((8, 4, 2, 1)):
+        tree[level, : CODES - step] = ranks[step - 1 :]
+    codes = torch.nn.functional.pad(order.int(), (0, CODES - len(order)))
+    words = torch.empty(-(-numel // 8), dtype=torch.int32, device=weight.device)
+    absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
+    grid = (triton.cdiv(numel, TILE),)
+    _quantize_nf4_kernel[grid](weight, tree, codes, words, absmax, numel, len(words), tiny, block_size, TILE)
+    return words.view(torch.uint8)[: -(-numel // 2)], absmax

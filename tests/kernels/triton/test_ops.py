@@ -1,0 +1,223 @@
+"""The rungs as operations of torch, what choose() makes of them, and what their launchers refuse."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import qlora_lab as ql
+from qlora_lab import kernels
+from qlora_lab.kernels import OVERRIDE, choose
+from qlora_lab.kernels.triton import ops, product
+from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
+from qlora_lab.kernels.triton.dequantize_double import dequantize_double
+from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4
+from qlora_lab.kernels.triton.double_quantize import double_quantize
+from qlora_lab.kernels.triton.gemv_nf4 import gemv_nf4
+from qlora_lab.kernels.triton.launch import MAX_NUMEL, check_numel
+from qlora_lab.kernels.triton.matmul_nf4 import TOKENS, matmul_nf4
+from qlora_lab.kernels.triton.quantize_nf4 import quantize_nf4
+from qlora_lab.quant.blocks import TINY
+from qlora_lab.quant.codebook import codebook, midpoints, rounding
+from qlora_lab.quant.double_quant import dynamic_map
+from qlora_lab.quant.quantize import dequantize, quantize
+
+ROWS, COLUMNS, RANK = 6, 64, 3
+bf16 = torch.bfloat16
+
+
+def weight(double: bool = True, columns: int = COLUMNS, block_size: int = 32):
+    return quantize(torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(0)), "nf4", block_size, double)
+
+
+def parts(q) -> tuple:
+    return q.packed, *product._parts(q.plain[1]), q.levels, q.block_size
+
+
+def leaf(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype).requires_grad_()
+
+
+def samples() -> dict:
+    q, plain, absmax = weight(), weight(double=False), torch.rand(300)
+    map_, x = dynamic_map(), torch.randn(5, COLUMNS)
+    state = [t.clone() for t in [torch.zeros(300, dtype=torch.uint8), torch.zeros(2)] * 2]
+    tables = [map_, midpoints(map_)] * 2
+    return {
+        "quantize_nf4": (torch.randn(99), *rounding(codebook("nf4")), 32, TINY),
+        "dequantize_nf4": (*parts(plain), ROWS * COLUMNS, bf16),
+        "dequantize_into": (*parts(q), torch.empty(ROWS * COLUMNS)),
+        "double_quantize": (absmax, absmax.mean(), midpoints(map_), 256, TINY),
+        "double_dequantize": (parts(q)[1], 256),
+        "gemv_nf4": (x, *parts(q), ROWS),
+        "matmul_nf4": (leaf(5, COLUMNS), *parts(q), ROWS, leaf(RANK, COLUMNS), leaf(ROWS, RANK), 2.0),
+        "matmul_nf4_backward": (torch.randn(5, ROWS).to(bf16), *parts(plain), COLUMNS),
+        "adamw_8bit": (torch.randn(300), torch.randn(300), *state, tables, [0.9, 0.99, 1, 1, 1, 1], TINY),
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", samples())
+def test_torch_finds_nothing_wrong_with_the_operation(name):
+    torch.library.opcheck(getattr(torch.ops.qlora_lab, name).default, samples()[name], rtol=0.02, atol=0.02)
+
+
+def test_gradients_are_those_of_the_formula_in_float64():
+    q, x = weight(), leaf(5, COLUMNS)
+    lora_A, lora_B, grad = leaf(RANK, COLUMNS), leaf(ROWS, RANK), leaf(5, ROWS).detach()
+    ops.matmul_nf4(x, *parts(q), ROWS, lora_A, lora_B, 0.5).backward(grad)
+    exact = [t.detach().double().requires_grad_() for t in (x, lora_A, lora_B)]
+    ready = dequantize(q, bf16).double()
+    (exact[0] @ ready.t() + 0.5 * exact[0] @ exact[1].t() @ exact[2].t()).backward(grad.double())
+    for ours, theirs in zip((x, lora_A, lora_B), exact, strict=True):
+        distance = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert distance < 2**-7, distance  # two bf16 roundings on the way, each at most 2^-8 of a term
+
+
+def test_compiled_and_eager_are_the_same():
+    q, x = weight(), leaf(5, COLUMNS).detach()
+    compiled = torch.compile(lambda x: ops.matmul_nf4(x, *parts(q), ROWS).float().relu(), backend="aot_eager")
+    assert torch.equal(compiled(x), ops.matmul_nf4(x, *parts(q), ROWS).float().relu())
+
+
+# ------------------------------------------------------------------------------------------------------- choose()
+
+
+@pytest.fixture
+def on_the_gpu(monkeypatch):
+    """choose() as on a machine with CUDA; the interpreter takes CPU tensors."""
+    monkeypatch.setattr(kernels, "choose", lambda device="cpu": choose("cuda"))
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4", "int8"])
+def test_the_library_on_a_gpu_gives_the_same_bytes(name, double, on_the_gpu, monkeypatch):
+    given = torch.randn(50, 100, generator=torch.Generator().manual_seed(1))
+    q, value = quantize(given, name, 64, double), None
+    value = dequantize(q, bf16)
+    monkeypatch.setattr(kernels, "choose", choose)
+    twin = quantize(given, name, 64, double)
+    assert torch.equal(q.packed, twin.packed) and torch.equal(q.absmax, twin.absmax)
+    assert torch.equal(value, dequantize(twin, bf16))
+
+
+@pytest.mark.parametrize("tokens", [1, 20, TOKENS + 1])
+@pytest.mark.parametrize("columns", [64, 72])  # whole blocks in a row, and not
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "nf4"), (bf16, "nf4"), (bf16, "int8")])
+def test_a_layer_on_a_gpu(tokens, columns, dtype, name, on_the_gpu):
+    layer = ql.Linear4bit(quantize(torch.randn(ROWS, columns), name, 32, True))
+    x, grad = leaf(tokens, columns, dtype=dtype), torch.ones(tokens, ROWS, dtype=dtype)
+    y = layer(x)
+    y.backward(grad)
+    ready = dequantize(layer.weight, dtype)
+    near = {"rtol": 2**-7, "atol": 2**-5} if dtype == bf16 else {"rtol": 1e-5, "atol": 1e-5}
+    assert torch.allclose(y, x @ ready.t(), **near) and torch.allclose(x.grad, grad @ ready, **near)
+
+
+@pytest.mark.parametrize(("name", "block_size"), [("nf3", 64), ("int5", 64), ("nf4", 100), ("nf4", 16)])
+def test_what_no_rung_takes_is_left_to_the_readable_functions(name, block_size, on_the_gpu):
+    given = torch.randn(10, 100)
+    q = quantize(given, name, block_size)
+    assert kernels.blocks_for("cuda", len(q.levels), block_size) is None
+    assert (dequantize(q) - given).abs().max() < 1.5
+
+
+def test_choose():
+    assert choose("cuda").name == "triton" and choose("cuda").blocks is product
+
+
+def test_without_triton_everything_else_works(monkeypatch):
+    code = (
+        "import sys; sys.modules['triton'] = None; import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "from qlora_lab.kernels import choose; import qlora_lab as ql, torch\n"
+        "print(choose('cuda').why); print(ql.dequantize(ql.quantize(torch.ones(64)))[0].item())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == ["Triton is not installed: it exists for Linux", "1.0"]
+
+
+def test_the_override_holds_on_a_gpu(monkeypatch):
+    monkeypatch.setenv(OVERRIDE, "reference")
+    assert choose("cuda").name == "reference"
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(message: str):
+    return pytest.raises(ValueError, match=message)
+
+
+def test_launchers_refuse_what_does_not_match(monkeypatch):
+    q, out = weight(double=False), torch.empty(ROWS * COLUMNS)
+    packed, absmax, levels = q.packed, q.constants, q.levels
+    th, order = rounding(levels)
+    with refused("packed has shape .*: it must be flat, with 192 entries"):
+        dequantize_nf4(packed[:-1], absmax, levels, 32, out)
+    with refused("absmax has shape .*: it must be flat, with 12 entries"):
+        dequantize_nf4(packed, absmax[:-1], levels, 32, out)
+    with refused("packed is int32: it must be uint8"):
+        dequantize_nf4(packed.int(), absmax, levels, 32, out)
+    with refused("levels has shape .*: a 4-bit code has 2 to 16"):
+        dequantize_nf4(packed, absmax, torch.ones(17), 32, out)
+    with refused("block_size=48 is not allowed: kernels take a power of two, 32 to 4096"):
+        dequantize_nf4(packed, absmax, levels, 48, out)
+    with refused("block_size=8192 is not allowed"):
+        quantize_nf4(torch.ones(9), th, order, 8192, TINY)
+    with refused("out is int64: it must be float32, bfloat16, float16"):
+        dequantize_nf4(packed, absmax, levels, 32, out.long())
+    with refused("not contiguous"):
+        dequantize_nf4(packed, absmax, levels, 32, out.view(ROWS, COLUMNS).t())
+    with refused("absmax_scale has shape .*: it must be flat, with 1 entries"):
+        dequantize_double(packed, (packed, torch.ones(0), torch.ones(()), dynamic_map(), 256), levels, 32, out)
+    with refused("weight is float64"):
+        quantize_nf4(torch.ones(9, dtype=torch.float64), th, order, 64, TINY)
+    with refused("0 weights are given: kernels take 1 to"):
+        quantize_nf4(torch.ones(0), th, order, 64, TINY)
+    with refused(f"{MAX_NUMEL} weights are given"):
+        check_numel(MAX_NUMEL)
+    with refused("15 thresholds and 15 codes do not match"):
+        quantize_nf4(torch.ones(9), th, order[:-1], 64, TINY)
+    with refused("9 thresholds are given: 8-bit codes have 255"):
+        double_quantize(torch.ones(9), torch.ones(()), torch.ones(9), 256, TINY)
+
+
+def test_products_refuse_what_does_not_match():
+    q = weight()
+    x = torch.ones(3, COLUMNS, dtype=bf16)
+    with refused("x has 9 tokens: gemv_nf4 takes at most 8"):
+        gemv_nf4(torch.ones(9, COLUMNS), q.plain, ROWS)
+    with refused("a row of 40 columns is not whole blocks of 32"):
+        gemv_nf4(torch.ones(1, 40), q.plain, ROWS)
+    with refused("packed has shape .*: it must be flat, with 224 entries"):
+        gemv_nf4(x, q.plain, ROWS + 1)
+    with refused("x has shape .*: it must be a matrix"):
+        gemv_nf4(x[0], q.plain, ROWS)
+    with refused("x is float32: it must be bfloat16, float16"):
+        matmul_nf4(x.float(), q.plain, ROWS)
+    with refused("only one of lora_A and lora_B is given"):
+        matmul_nf4(x, q.plain, ROWS, lora_A=x)
+    with refused(r"lora_B has shape \(2, 3\): it must be \(6, 3\)"):
+        matmul_nf4(x, q.plain, ROWS, torch.ones(3, COLUMNS, dtype=bf16), torch.ones(2, 3, dtype=bf16))
+
+
+def test_adamw_refuses_what_does_not_match():
+    p, c, s = torch.ones(300), torch.zeros(300, dtype=torch.uint8), torch.zeros(2)
+    tables = (torch.ones(256), torch.ones(255)) * 2
+    with refused("scale2 has shape .*: it must be flat, with 2 entries"):
+        adamw_8bit(p, p, c, s, c, s[:1], tables, (0.9,) * 6, TINY)
+    with refused("tables have 256, 255, 256, 1 entries"):
+        adamw_8bit(p, p, c, s, c, s, (*tables[:3], s[:1]), (0.9,) * 6, TINY)
+
+
+def test_tensors_of_another_device_are_refused(monkeypatch):
+    q, out = weight(double=False), torch.empty(ROWS * COLUMNS)
+    with refused("packed on cpu, absmax on meta, .*: the tensors of one launch lie on one device"):
+        dequantize_nf4(q.packed, q.constants.to("meta"), q.levels, 32, out)
+    with refused("weight is on meta: Triton needs cpu here, because TRITON_INTERPRET is set"):
+        quantize_nf4(*(t.to("meta") for t in (torch.ones(9), *rounding(q.levels))), 64, TINY)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with refused("packed is on cpu: Triton needs cuda here, or TRITON_INTERPRET=1 from the start"):
+        dequantize_nf4(q.packed, q.constants, q.levels, 32, out)
