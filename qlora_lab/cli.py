@@ -89,6 +89,40 @@ def finetune(a: argparse.Namespace) -> None:
     _report(a, _summary(run, before, after))
 
 
+def kernels(a: argparse.Namespace) -> None:
+    from qlora_lab.kernels import aot
+
+    archs = list(dict.fromkeys(a.arch or [90]))
+    for name, code in ((a.sass, aot.sass), (a.ptx, aot.ptx)):
+        if name:
+            print("\n".join(code(name, arch, a.dtype) for arch in archs))
+            return
+    ours = aot.report(a.rungs or None, archs, a.dtype, progress=not a.quiet)
+    theirs, notes = [], []
+    for arch in archs if a.compare else []:
+        found, note = aot.bitsandbytes_report(arch, a.dtype)
+        theirs += found or []
+        notes.append(note)
+    rows = []  # each of ours, and theirs that do the same work
+    for one in ours:
+        peers = [peer for peer in theirs if (peer.rung, peer.arch) == (one.rung, one.arch)]
+        rows += [(one.rung, one), *((f"  {peer.kernel.split('<')[0]}", peer) for peer in peers)]
+    roofs = [aot.roofline(one, tuple(a.shape), a.tokens) for _, one in rows]
+    if a.json:
+        cards = [[asdict(roof) | {"seconds": roof.seconds, "bound": roof.bound} for roof in found] for found in roofs]
+        records = [asdict(one) | {"roofline": found} for (_, one), found in zip(rows, cards, strict=True)]
+        print(json.dumps({"kernels": records, "notes": notes}))
+        return
+    print(_table([_kernel(name, one, found) for (name, one), found in zip(rows, roofs, strict=True)]), end="\n\n")
+    print(
+        f"{a.dtype}. Instructions for each weight, by kind and in sum: what a thread executes in a full tile, counted\n"
+        "in machine code. Bytes for each weight: asked for, and the least. Bits: of global loads and stores.\n"
+        "Microseconds: the least time on a card by its data sheet, a model and no measurement, for "
+        f"{a.shape[0]} x {a.shape[1]} weights\nand {a.tokens} tokens."
+    )
+    print(*(f"Indented: {note}." if theirs else f"{note}." for note in notes), sep="\n")
+
+
 def open_lab(a: argparse.Namespace) -> None:
     """Replace this process by JupyterLab on the first notebook; its token stays on."""
     notebook = Path(a.notebook)
@@ -143,6 +177,39 @@ def _summary(run, before, after) -> dict:
         if result:
             figures |= {f"held_out_loss_{name}": result.loss, f"rouge_l_{name}": result.rouge_l}
     return figures
+
+
+def _kernel(name: str, one, roofs: list) -> dict[str, str]:
+    """One line of the table: an aot.Report and its roofs on cards."""
+    from qlora_lab.kernels.machine_code import KINDS, Instruction
+
+    names = "tensor", "load", "store", "shared", "local", "convert", "float", "integer", "other"
+    bits = [(i.kind, 8 * i.access) for i in map(Instruction, one.accesses)]
+    widest_first = [sorted({n for kind, n in bits if kind == side}, reverse=True) for side in KINDS[1:3]]
+    return {
+        "rung": name,
+        "sm": str(one.arch),
+        "registers": str(one.registers),
+        "shared bytes": str(one.shared),
+        "spills": str(one.spills),
+        "occupancy": f"{one.occupancy:.0%}",
+        **{name: f"{one.mix[kind]:.2f}" for name, kind in zip(names, KINDS, strict=True)},
+        "sum": f"{one.per_weight:.2f}",
+        "bytes": f"{one.moved:.2f} / {one.least:.2f}",
+        "bits": " / ".join(" ".join(map(str, side)) for side in widest_first),
+        "microseconds": ", ".join(f"{r.card} {r.seconds * 1e6:.3g} {r.bound}" for r in roofs if r.seconds),
+    }
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    """Columns as wide as their widest entry; numbers to the right, the first and the last column to the left."""
+    wide = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    first, *_, last = wide
+    lines = [{name: name for name in wide}, *rows]
+    return "\n".join(
+        "  ".join(f"{row[name]:{'<' if name in (first, last) else '>'}{wide[name]}}" for name in wide).rstrip()
+        for row in lines
+    )
 
 
 def _report(a: argparse.Namespace, figures: dict) -> None:
@@ -207,6 +274,25 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(c)
     c.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format")
     c.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    _common(c)
+
+    c = _command(
+        commands,
+        "kernels",
+        kernels,
+        "what the GPU kernels are compiled to, without a GPU",
+        "qlora-lab kernels dequantize_nf4 --arch 80 --arch 90 --compare",
+    )
+    c.add_argument("rungs", nargs="*", metavar="RUNG", help="such as dequantize_nf4; none: all that take the dtype")
+    c.add_argument("--arch", type=int, action="append", metavar="SM", help="80, 90 or 100; may be repeated (90)")
+    c.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16 (%(default)s)")
+    c.add_argument("--compare", action="store_true", help="show kernels of bitsandbytes that do the same work")
+    c.add_argument("--sass", metavar="RUNG", help="print its machine code instead")
+    c.add_argument("--ptx", metavar="RUNG", help="print its PTX instead")
+    c.add_argument(
+        "--shape", nargs=2, type=int, default=(4096, 4096), metavar=("ROWS", "COLUMNS"), help="of a weight (4096 4096)"
+    )
+    c.add_argument("--tokens", type=int, default=256, metavar="N", help="of a product (%(default)s)")
     _common(c)
 
     c = _command(commands, "open", open_lab, "open the course in JupyterLab", "qlora-lab open")

@@ -1,0 +1,134 @@
+"""What the GPU kernels are compiled to, beside those of bitsandbytes; no GPU is needed and no time is measured.
+
+python bench/kernels.py              compile, count, write kernels.json and the README's section; a minute
+python bench/kernels.py --render     only the README's section, from kernels.json
+"""
+
+import argparse
+import datetime
+import json
+import re
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from bench.render import PEER  # noqa: E402
+from qlora_lab.kernels import aot  # noqa: E402
+from qlora_lab.kernels.machine_code import Instruction  # noqa: E402
+
+BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
+ARCH, DTYPES = 90, ("bfloat16", "float32")  # what the README shows
+
+
+def count() -> dict:
+    """Versions, date, and a record of every rung and peer for each architecture and dtype."""
+    ours, theirs = [], []
+    for dtype in aot.DTYPES:
+        ours += aot.report(None, aot.ARCHS, dtype, progress=True)
+        for arch in aot.ARCHS:
+            found, why = aot.bitsandbytes_report(arch, dtype)
+            if found is None:
+                sys.exit(why)
+            theirs += found
+    return {
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: version(name) for name in ("triton", PEER)},
+        "ours": records(ours),
+        PEER: records(theirs),
+    }
+
+
+def records(reports: list[aot.Report]) -> list[dict]:
+    """Each kernel once (those of constants are float32, whatever was asked for), as plain data."""
+    once = {(one.rung, one.kernel, one.arch, one.dtype): one for one in reports}
+    return [{key: _rounded(value) for key, value in asdict(one).items()} for one in once.values()]
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items() if part}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def find(rows: list[dict], rung: str, dtype: str) -> dict | None:
+    """The first record of a rung that is for ARCH."""
+    only = aot.RUNGS[rung].dtypes
+    dtype = only[0] if len(only) == 1 else dtype
+    return next((row for row in rows if (row["rung"], row["arch"], row["dtype"]) == (rung, ARCH, dtype)), None)
+
+
+def bits(row: dict) -> str:
+    found = [(i.kind, 8 * i.access) for i in map(Instruction, row["accesses"])]
+    sides = [sorted({n for kind, n in found if kind == side}, reverse=True) for side in ("global load", "global store")]
+    return " / ".join(", ".join(map(str, side)) for side in sides)
+
+
+def section(result: dict) -> str:
+    """The README's section, in Markdown."""
+    versions = result["versions"]
+    lines = [
+        "These are counts of instructions in compiled code; no GPU ran and no GPU time is claimed. On "
+        f"{result['date']} Triton {versions['triton']} compiled the kernels for sm_{ARCH} (H100), and {PEER} "
+        f"{versions[PEER]} was taken apart as it is installed. A figure is what one thread executes for each weight in "
+        "a full tile, in a loop in one pass of it; where threads of a warp part, the shorter side is counted, for both "
+        "libraries. Registers, spills and bits (of global loads / stores) belong to the first figure of a row.",
+        "",
+        f"| kernel | bf16 | {PEER} | float32 | {PEER} | registers | spills | bits | {PEER} |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for rung in aot.RUNGS:
+        pairs = [(find(result["ours"], rung, dtype), find(result[PEER], rung, dtype)) for dtype in DTYPES]
+        one, peer = pairs[0]
+        if len(aot.RUNGS[rung].dtypes) == 1:  # float32, which is said once
+            pairs[0] = None, None
+        figures = [f"{row['per_weight']:.1f}" if row else "" for pair in pairs for row in pair]
+        cells = [f"`{rung}`", *figures, one["registers"], one["spills"], bits(one), bits(peer) if peer else ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        "`double_quantize` and `double_dequantize` count for each constant, `adamw_8bit` for each parameter; "
+        f"`gemv_nf4` multiplies one token. {PEER} undoes quantised constants with another launch, which is not counted "
+        "beside `dequantize_double`. All figures, for sm_80, sm_90 and sm_100 and three dtypes: `bench/kernels.json`, "
+        "or `qlora-lab kernels --compare`.",
+    ]
+    return "\n".join(lines)
+
+
+def in_readme(text: str, result: dict) -> str:
+    """`text` with the section between its two marks renewed. Raises ValueError where they are missing."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the README needs one line {BEGIN} and one {END}")
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{section(result)}\n{END}", text, flags=re.DOTALL)
+
+
+def write(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(text, "utf-8")
+    unfinished.replace(path)
+
+
+def as_json(result: dict) -> str:
+    """One record a line."""
+    parts = [f'"{key}": {json.dumps(result[key])}' for key in ("date", "versions")]
+    for key in ("ours", PEER):
+        parts.append(f'"{key}": [\n' + ",\n".join(map(json.dumps, result[key])) + "\n]")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", action="store_true", help="do not compile: read kernels.json")
+    file, readme = HERE / "kernels.json", HERE.parent / "README.md"
+    if not parser.parse_args().render:
+        write(file, as_json(count()))
+    result = json.loads(file.read_text("utf-8"))
+    print(section(result))
+    write(readme, in_readme(readme.read_text("utf-8"), result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Machine code as nvdisasm prints it: instructions, their kinds, loops, and what one thread executes of it.
+
+    text of one kernel -> list[Instruction] -> the way through a full tile -> how many of each kind, how many bytes
+
+A kernel's text holds more than a thread executes: edges of a matrix, rare cases, padding. Counted is one way through:
+of those that reach the end, one that moves the most bytes of global memory (a full tile, no early exit), of these one
+with the most products of matrices (which one thread may start for all), and of these the shortest. In a loop it is the
+way through one pass. Instructions whose predicate is off are issued too, so they count; NOPs and the endless branch
+behind EXIT do not. Where the threads of a warp part at a branch, both sides are issued but one is counted: for such
+code the count is a lower bound. Subroutines, such as a division's rare cases, are left out.
+
+Not here: where the text comes from (aot.py).
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+NAMES = """
+tensor core: HMMA IMMA DMMA BMMA OMMA QMMA HGMMA IGMMA QGMMA BGMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA
+global load: LDG LD LDGSTS UBLKCP UTMALDG
+global store: STG ST RED REDG ATOM ATOMG UTMASTG UTMAREDG
+shared memory: LDS STS LDSM STSM ATOMS SHFL UTCCP LDTM STTM
+local memory: LDL STL
+conversion: F2F F2FP F2I F2IP I2F I2FP I2I I2IP FRND
+float: FADD FADD2 FMUL FMUL2 FFMA FFMA2 FSETP FSEL FSET FMNMX FMNMX3 FCHK FSWZADD MUFU
+float: HADD2 HMUL2 HFMA2 HSETP2 HSET2 HMNMX2 DADD DMUL DFMA DSETP
+integer: IADD IADD3 IADD32I IMAD IMUL LOP LOP3 LEA SHF SHL SHR ISETP IABS IMNMX PRMT SGXT BMSK BREV FLO POPC IDP
+integer: VIADD VIMNMX VIMNMX3 VIADDMNMX
+"""  # shared memory: and what else stays on the chip, shuffles and tensor memory
+OTHER = "other"  # branches, barriers, moves, constants, numbers of threads
+KIND_OF = {name: row.split(": ")[0] for row in NAMES.strip().splitlines() for name in row.split(": ")[1].split()}
+KINDS = (*dict.fromkeys(KIND_OF.values()), OTHER)
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}  # bytes; without a suffix 4
+LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)")
+LABEL = re.compile(r"(\.L_\w+):")
+TARGET = re.compile(r"`\((\.L_\w+)\)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """opcode such as LDG.E.128; predicate such as @!P0, or none; target: index of the instruction a branch goes to."""
+
+    opcode: str
+    predicate: str = ""
+    operands: str = ""
+    target: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def kind(self) -> str:
+        return KIND_OF.get(self.name) or KIND_OF.get(self.name.removeprefix("U"), OTHER)
+
+    @property
+    def access(self) -> int:
+        """Bytes of global memory that a thread asks for; 0 for a bulk copy, whose size is not in its name."""
+        if self.kind not in ("global load", "global store") or self.name.startswith("U"):
+            return 0
+        return next((WIDTHS[part] for part in self.opcode.split(".") if part in WIDTHS), 4)
+
+    @property
+    def conditional(self) -> bool:
+        return bool(self.predicate) or bool(TARGET.split(self.operands)[0].strip())
+
+
+def parse(text: str) -> list[Instruction]:
+    """One kernel's text, without NOPs and without a branch to itself. Raises ValueError for text without code."""
+    rows, labels = [], {}
+    for line in text.splitlines():
+        if label := LABEL.match(line.strip()):
+            labels[label[1]] = len(rows)
+        elif (found := LINE.match(line)) and found[2] != "NOP":
+            rows.append(((found[1] or "").strip(), found[2], found[3].strip()))
+    if not rows:
+        raise ValueError("the text holds no instruction: one kernel's section of nvdisasm -c is wanted")
+    code = []
+    for predicate, opcode, operands in rows:
+        goal = TARGET.search(operands) if opcode.startswith(("BRA", "CALL")) else None
+        code.append(Instruction(opcode, predicate, operands, labels.get(goal[1]) if goal else None))
+    if code[-1].target == len(code) - 1:
+        code.pop()  # the endless branch
+    return code
+
+
+def loops(code: list[Instruction]) -> list[tuple[int, int]]:
+    """(first, last instruction) of each loop that holds no other, in order."""
+    found = [
+        (to.target, i)
+        for i, to in enumerate(code)
+        if to.target is not None and to.target <= i and way(code, to.target, i)
+    ]
+    return [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+
+
+def main_loop(code: list[Instruction]) -> list[Instruction]:
+    """The way through one pass of the longest of loops(code); empty without a loop."""
+    return max((way(code, *ends) for ends in loops(code)), key=len, default=[])
+
+
+def way(code: list[Instruction], first: int = 0, last: int | None = None) -> list[Instruction]:
+    """The way from `first` to `last` (None: to an EXIT) that is counted; empty where none leads there.
+
+    Backward branches are not followed: a loop on the way is passed once.
+    """
+    best: dict[int, tuple[int, int, int, int | None]] = {}  # index -> bytes, products, minus instructions, next index
+    for i in range(len(code) - 1 if last is None else last, first - 1, -1):
+        ends = code[i].name == "EXIT" if last is None else i == last
+        ways = [(0, 0, 0, None)] if ends else []
+        ways += [(*best[j][:3], j) for j in _next(code, i) if j > i and j in best]
+        if ways:
+            moved, products, length, j = max(ways, key=lambda way: way[:3])
+            best[i] = moved + code[i].access, products + (code[i].kind == KINDS[0]), length - 1, j
+    found, i = [], first if first in best else None
+    while i is not None:
+        found.append(code[i])
+        i = best[i][3]
+    return found
+
+
+def _next(code: list[Instruction], i: int) -> list[int]:
+    at = code[i]
+    if at.target is not None:
+        return [at.target, i + 1] if at.conditional or at.name == "CALL" else [at.target]
+    ends = at.name in ("EXIT", "RET") and not at.predicate
+    return [] if ends else [i + 1]
+
+
+def mix(code: list[Instruction]) -> dict[str, int]:
+    """Kind -> how many; every kind is there."""
+    found = Counter(instruction.kind for instruction in code)
+    return {kind: found[kind] for kind in KINDS}
+
+
+def accesses(code: list[Instruction]) -> dict[str, int]:
+    """Opcode of each access to global memory -> how many, without hints for caches: LDG.E.128, STG.E.U16, ..."""
+    found = Counter()
+    for instruction in code:
+        if instruction.kind in ("global load", "global store"):
+            parts = instruction.opcode.split(".")
+            found[".".join(p for p in parts if p in ("E", "BYPASS", parts[0]) or p in WIDTHS)] += 1
+    return dict(sorted(found.items()))
+
+
+def sections(text: str) -> dict[str, str]:
+    """nvdisasm's output -> kernel's name (mangled) -> its text."""
+    parts = re.split(r"^//-+ \.text\.(\S+) +-+$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
