@@ -263,6 +263,9 @@ ARCHS = tuple(LIMITS)
 WIDE = {
     "dequantize_nf4": ("LDG.E.128", "STG.E.128"),
     "dequantize_double": ("LDG.E.128", "STG.E.128"),
+    "gemv_nf4": ("LDG.E.128", "STG.E.128"),
+    "matmul_nf4": ("LDGSTS.E.BYPASS.128", "STG.E.128"),
+    "matmul_nf4_backward": ("LDGSTS.E.BYPASS.128", "STG.E.128"),
 }
 
 
@@ -303,14 +306,55 @@ def test_nothing_is_spilled(compiled, rung, arch):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("rung", WIDE)
+@pytest.mark.parametrize(("rung", "dtype"), [(rung, dtype) for rung in WIDE for dtype in aot.RUNGS[rung].dtypes])
 def test_packed_weights_and_results_move_in_128_bits(compiled, rung, arch, dtype):
     load, store = WIDE[rung]
     found = compiled[rung, arch, dtype].accesses
     assert load in found, found
     assert {name for name in found if name.startswith("ST")} == {store}, found
+
+
+OTHER_LAUNCHES = """
+import json, sys
+from dataclasses import replace
+from qlora_lab.kernels import aot
+plain = {"GROUP": 0, "scale": None, "offset": None, "table": None}
+changes = [plain, plain | {"RANK": 0, "PADDED": 16, "u": None, "lora_B": None}]
+changes += [{"n_tokens": 3, "TOKENS": tokens} for tokens in (2, 4, 8)] + [{"BLOCK": size} for size in (32, 4096)]
+name, number = sys.argv[2], int(sys.argv[3])
+change, rung = changes[number], aot.RUNGS[name]
+if "TOKENS" in change:
+    from qlora_lab.kernels.triton.gemv_nf4 import TILES
+    change |= dict(zip(("ROWS", "WORDS"), TILES[change["TOKENS"]]))
+if change.get("GROUP") == 0:
+    double = "absmax:*u8 scale:*fp32 offset:*fp32 table:*fp32"
+    rung = replace(rung, signature=rung.signature.replace(double, "absmax:*fp32"))
+if "RANK" in change:
+    rung = replace(rung, signature=rung.signature.replace(" u:*T lora_B:*T", ""))
+aot.RUNGS[name] = replace(rung, launch=lambda m: rung.launch(m) | change)
+aot._main(sys.argv[1], json.dumps([[name, arch, "bfloat16"] for arch in (80, 90)]))
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rung", "number"),
+    [("gemv_nf4", 0), ("matmul_nf4", 0), ("matmul_nf4", 1), ("matmul_nf4_backward", 0)]
+    + [("gemv_nf4", number) for number in (2, 3, 4, 5, 6)]
+    + [("matmul_nf4", 5), ("matmul_nf4", 6), ("quantize_nf4", 5), ("quantize_nf4", 6), ("dequantize_double", 6)],
+)
+def test_other_launches_compile_without_spills(rung, number, tmp_path, monkeypatch):
+    """Constants that are not quantised, no adapter, more tokens, the smallest and the largest blocks."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    command = [sys.executable, "-W", "ignore", "-c", OTHER_LAUNCHES, str(tmp_path), rung, str(number)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    cubins = sorted(tmp_path.glob("*.cubin"))
+    assert len(cubins) == 2
+    for cubin in cubins:
+        (used,) = aot._resources(cubin).values()
+        assert used["local"] == 0
 
 
 @needs_triton
