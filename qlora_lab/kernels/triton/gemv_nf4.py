@@ -37,8 +37,8 @@ def _gemv_nf4_kernel(
         x0, x1, x2, x3, x4, x5, x6, x7 = split8(tl.reshape(given, (TOKENS, 1, WORDS, 2, 2, 2)))
         products = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3 + x4 * w4 + x5 * w5 + x6 * w6 + x7 * w7
         sums += products * constants[None, :, :]
-    # A store is as wide as the tile gives each thread elements. So the tile is one of copies, eight elements for each of
-    # 128 threads, and the first copy alone is written: 16 bytes at once.
+    # A store is as wide as the tile gives each thread elements. So the tile is one of copies, eight elements for each
+    # of 128 threads, and the first copy alone is written: 16 bytes at once.
     COPIES: tl.constexpr = 1024 // (TOKENS * ROWS)
     results = tl.broadcast_to(tl.sum(sums, axis=2)[None, :, :], (COPIES, TOKENS, ROWS))
     first_copy = (tl.arange(0, COPIES) == 0)[:, None, None]
