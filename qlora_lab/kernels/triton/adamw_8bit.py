@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from qlora_lab.kernels.triton.double_quantize import nearest_of
-from qlora_lab.kernels.triton.launch import NO_FUSION, check_device, check_dtype, check_length, check_numel
+from qlora_lab.kernels.triton.launch import NO_FUSION, check_device, check_dtype, check_length, check_numel, on
 from qlora_lab.kernels.triton.quantize_nf4 import absmax_of
 
 BLOCK, BLOCKS = 256, 4  # parameters that share a constant; such blocks in a program
@@ -78,7 +78,8 @@ def adamw_8bit(
         raise ValueError(f"tables have {lengths} entries: each moment needs 256 levels and 255 thresholds")
     beta1, beta2, *others = scalars
     grid = (triton.cdiv(numel, BLOCK * BLOCKS),)
-    _adamw_8bit_kernel[grid](
-        param, grad, codes1, scale1, codes2, scale2, *tables, numel, tiny,
-        beta1, beta2, 1 - beta1, 1 - beta2, *others, BLOCK, BLOCKS, **NO_FUSION,
-    )  # fmt: skip
+    with on(param):
+        _adamw_8bit_kernel[grid](
+            param, grad, codes1, scale1, codes2, scale2, *tables, numel, tiny,
+            beta1, beta2, 1 - beta1, 1 - beta2, *others, BLOCK, BLOCKS, **NO_FUSION,
+        )  # fmt: skip

@@ -17,6 +17,7 @@ from qlora_lab.kernels.triton.launch import (
     check_device,
     check_output,
     constants_of as checked_constants,
+    on,
     table_of,
     words_of,
 )
@@ -48,6 +49,7 @@ def dequantize_double(
     numel = out.numel()
     words, parts = words_of(packed, numel), checked_constants(constants, -(-numel // block_size))
     grid, levels = (triton.cdiv(numel, TILE),), table_of(levels)
-    _dequantize_double_kernel[grid](
-        words, *parts[:4], levels, out, len(words), numel, block_size, parts.group, TILE, **NO_FUSION
-    )
+    with on(out):
+        _dequantize_double_kernel[grid](
+            words, *parts[:4], levels, out, len(words), numel, block_size, parts.group, TILE, **NO_FUSION
+        )

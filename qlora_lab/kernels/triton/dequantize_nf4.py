@@ -14,6 +14,7 @@ from qlora_lab.kernels.triton.launch import (
     check_device,
     check_output,
     constants_of,
+    on,
     table_of,
     words_of,
 )
@@ -41,4 +42,5 @@ def dequantize_nf4(
     numel = out.numel()
     words, constants = words_of(packed, numel), constants_of(absmax, -(-numel // block_size))
     grid, levels = (triton.cdiv(numel, TILE),), table_of(levels)
-    _dequantize_nf4_kernel[grid](words, constants.absmax, levels, out, len(words), numel, block_size, TILE)
+    with on(out):
+        _dequantize_nf4_kernel[grid](words, constants.absmax, levels, out, len(words), numel, block_size, TILE)

@@ -18,6 +18,7 @@ from qlora_lab.kernels.triton.launch import (
     check_length,
     check_numel,
     constants_of as checked,
+    on,
 )
 from qlora_lab.kernels.triton.quantize_nf4 import absmax_of
 
@@ -68,7 +69,8 @@ def double_quantize(
     scale = torch.empty(-(-len(absmax) // group), dtype=torch.float32, device=absmax.device)
     grid = (triton.cdiv(len(scale), GROUPS),)
     arguments = absmax, offset, thresholds, codes, scale, len(absmax), tiny, group, GROUPS
-    _double_quantize_kernel[grid](*arguments, **NO_FUSION)
+    with on(absmax):
+        _double_quantize_kernel[grid](*arguments, **NO_FUSION)
     return codes, scale
 
 
@@ -85,5 +87,6 @@ def double_dequantize(constants: tuple) -> torch.Tensor:
     check_numel(n_blocks)
     out = torch.empty(n_blocks, dtype=torch.float32, device=constants[0].device)
     *parts, group = checked(constants, n_blocks)
-    _double_dequantize_kernel[(triton.cdiv(n_blocks, TILE),)](*parts, out, n_blocks, group, TILE, **NO_FUSION)
+    with on(out):
+        _double_dequantize_kernel[(triton.cdiv(n_blocks, TILE),)](*parts, out, n_blocks, group, TILE, **NO_FUSION)
     return out

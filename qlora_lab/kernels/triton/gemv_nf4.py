@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qlora_lab.kernels.triton.codes import constants_of, levels_in_place, split8
-from qlora_lab.kernels.triton.launch import DTYPES, check_product
+from qlora_lab.kernels.triton.launch import DTYPES, check_product, on
 
 MAX_TOKENS = 8
 TILES = {1: (8, 128), 2: (8, 128), 4: (8, 64), 8: (16, 32)}  # tokens: rows of W, words of each row; fewer spill
@@ -61,8 +61,9 @@ def gemv_nf4(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
     padded = triton.next_power_of_2(tokens)
     height, width = TILES[padded]
     grid = (triton.cdiv(rows, height),)
-    _gemv_nf4_kernel[grid](
-        x.contiguous(), words, *parts[:4], levels, y, tokens, rows, columns // 8,
-        weight[3], parts.group, padded, height, width,
-    )  # fmt: skip
+    with on(x):
+        _gemv_nf4_kernel[grid](
+            x.contiguous(), words, *parts[:4], levels, y, tokens, rows, columns // 8,
+            weight[3], parts.group, padded, height, width,
+        )  # fmt: skip
     return y

@@ -4,6 +4,7 @@ Every check raises ValueError with what was given and what is allowed. A kernel 
 read the memory of somebody else.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,11 @@ def check_device(**tensors: torch.Tensor) -> None:
     if device.type != wanted:
         hint = "because TRITON_INTERPRET is set" if wanted == "cpu" else "or TRITON_INTERPRET=1 from the start"
         raise ValueError(f"{name} is on {device}: Triton needs {wanted} here, {hint}")
+
+
+def on(tensor: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device; within this, it is the one of `tensor`."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def check_block_size(block_size: int) -> None:
@@ -54,7 +60,7 @@ def check_length(name: str, tensor: torch.Tensor, least: int) -> None:
 def check_numel(numel: int) -> None:
     """Kernels count in 32 bits."""
     if not 0 < numel < MAX_NUMEL:
-        raise ValueError(f"{numel} weights are given: kernels take 1 to {MAX_NUMEL - 1} at a time")
+        raise ValueError(f"a tensor has {numel} elements: kernels take 1 to {MAX_NUMEL - 1} at a time")
 
 
 def table_of(levels: torch.Tensor) -> torch.Tensor:
@@ -121,6 +127,7 @@ def check_product(
     check_block_size(block_size)
     if x.dim() != 2 or not len(x):
         raise ValueError(f"x has shape {tuple(x.shape)}: it must be a matrix of at least one token")
+    check_numel(max(x.numel(), len(x) * rows, len(x) * columns))
     if columns % block_size:
         raise ValueError(f"a row of {columns} columns is not whole blocks of {block_size}: dequantise the weight first")
     return words_of(packed, rows * columns), constants_of(constants, rows * columns // block_size), table_of(levels)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from qlora_lab.kernels.triton.codes import weights_of
-from qlora_lab.kernels.triton.launch import check_adapter, check_product
+from qlora_lab.kernels.triton.launch import check_adapter, check_product, on
 
 # A tile is x (TOKENS, COLUMNS) times W (ROWS, COLUMNS). One SM of an H100 decodes it (8 instructions a weight,
 # 128 lanes a cycle) in about the time that its tensor cores take for 128 tokens (2 operations a weight and token, some
@@ -73,8 +73,9 @@ def matmul_nf4(
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS))
     padded = max(16, triton.next_power_of_2(rank))
-    _matmul_nf4_kernel[grid](
-        x, words, *parts[:4], levels, u, lora_B, y, tokens, rows, columns // 8, scaling,
-        weight[3], parts.group, rank, padded, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
-    )  # fmt: skip
+    with on(x):
+        _matmul_nf4_kernel[grid](
+            x, words, *parts[:4], levels, u, lora_B, y, tokens, rows, columns // 8, scaling,
+            weight[3], parts.group, rank, padded, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
     return y

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qlora_lab.kernels.triton.codes import weights_of
-from qlora_lab.kernels.triton.launch import check_product
+from qlora_lab.kernels.triton.launch import check_product, on
 from qlora_lab.kernels.triton.matmul_nf4 import TOKENS, WARPS
 
 ROWS, COLUMNS = 64, 128  # of W in a tile: rows are what is summed over
@@ -48,8 +48,9 @@ def matmul_nf4_backward(grad: torch.Tensor, weight: tuple, columns: int) -> torc
     tokens, rows = grad.shape
     out = torch.empty(tokens, columns, dtype=grad.dtype, device=grad.device)
     grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(tokens, TOKENS))
-    _matmul_nf4_backward_kernel[grid](
-        grad.contiguous(), words, *parts[:4], levels, out, tokens, rows, columns // 8,
-        weight[3], parts.group, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
-    )  # fmt: skip
+    with on(grad):
+        _matmul_nf4_backward_kernel[grid](
+            grad.contiguous(), words, *parts[:4], levels, out, tokens, rows, columns // 8,
+            weight[3], parts.group, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
     return out

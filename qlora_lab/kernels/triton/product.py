@@ -9,8 +9,6 @@ from qlora_lab.kernels.triton import launch, ops
 from qlora_lab.kernels.triton.gemv_nf4 import MAX_TOKENS
 from qlora_lab.kernels.triton.matmul_nf4 import TOKENS
 
-HALVES = torch.bfloat16, torch.float16
-
 
 def takes(n_levels: int, block_size: int) -> bool:
     """4-bit codes, or 8-bit ones in ascending order, in blocks whose size is a power of two from 32 to 4096."""
@@ -49,10 +47,10 @@ def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
     packed, constants, levels, block_size = weight
     tokens, columns = x.shape
     parts = packed, *_parts(constants), levels, block_size, rows
-    if tokens and _is_fused(levels, columns, block_size):
+    if tokens and _is_whole(levels, columns, block_size):
         if tokens <= MAX_TOKENS:
             return ops.gemv_nf4(x, *parts)
-        if tokens <= TOKENS and x.dtype in HALVES:
+        if tokens <= TOKENS and _has_tensor_cores(x):
             return ops.matmul_nf4(x, *parts)
     return x @ _decoded(weight, (rows, columns), x.dtype).t()
 
@@ -61,13 +59,19 @@ def backward(grad: torch.Tensor, weight: tuple, columns: int) -> torch.Tensor:
     """(tokens, rows) -> g W, (tokens, columns); as forward."""
     packed, constants, levels, block_size = weight
     tokens, rows = grad.shape
-    if 0 < tokens <= TOKENS and grad.dtype in HALVES and _is_fused(levels, columns, block_size):
+    if 0 < tokens <= TOKENS and _has_tensor_cores(grad) and _is_whole(levels, columns, block_size):
         return ops.matmul_nf4_backward(grad, packed, *_parts(constants), levels, block_size, columns)
     return grad @ _decoded(weight, (rows, columns), grad.dtype)
 
 
-def _is_fused(levels: torch.Tensor, columns: int, block_size: int) -> bool:
+def _is_whole(levels: torch.Tensor, columns: int, block_size: int) -> bool:
     return len(levels) <= launch.CODES and columns % block_size == 0
+
+
+def _has_tensor_cores(x: torch.Tensor) -> bool:
+    """Those that Triton compiles for, on this GPU for this dtype: for a T4 it would multiply number by number."""
+    new = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return new and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _decoded(weight: tuple, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

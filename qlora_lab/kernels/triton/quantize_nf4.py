@@ -16,6 +16,7 @@ from qlora_lab.kernels.triton.launch import (
     check_dtype,
     check_length,
     check_numel,
+    on,
 )
 
 TILE = 4096  # weights a program takes, in whole blocks
@@ -90,5 +91,6 @@ def quantize_nf4(
     words = torch.empty(-(-numel // 8), dtype=torch.int32, device=weight.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
     grid = (triton.cdiv(numel, TILE),)
-    _quantize_nf4_kernel[grid](weight, tree, codes, words, absmax, numel, len(words), tiny, block_size, TILE)
+    with on(weight):
+        _quantize_nf4_kernel[grid](weight, tree, codes, words, absmax, numel, len(words), tiny, block_size, TILE)
     return words.view(torch.uint8)[: -(-numel // 2)], absmax

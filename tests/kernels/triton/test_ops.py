@@ -174,9 +174,9 @@ def test_launchers_refuse_what_does_not_match(monkeypatch):
         dequantize_double(packed, (packed, torch.ones(0), torch.ones(()), dynamic_map(), 256), levels, 32, out)
     with refused("weight is float64"):
         quantize_nf4(torch.ones(9, dtype=torch.float64), th, order, 64, TINY)
-    with refused("0 weights are given: kernels take 1 to"):
+    with refused("a tensor has 0 elements: kernels take 1 to"):
         quantize_nf4(torch.ones(0), th, order, 64, TINY)
-    with refused(f"{MAX_NUMEL} weights are given"):
+    with refused(f"a tensor has {MAX_NUMEL} elements"):
         check_numel(MAX_NUMEL)
     with refused("15 thresholds and 15 codes do not match"):
         quantize_nf4(torch.ones(9), th, order[:-1], 64, TINY)
