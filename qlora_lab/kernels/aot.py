@@ -64,17 +64,17 @@ QUANTISED = {"BLOCK": BLOCK, "GROUP": GROUP}
 RUNGS = {
     "quantize_nf4": Rung(
         "weight:*T tree:*fp32 order:*i32 words:*i32 absmax:*fp32 numel:i32 n_words:i32 tiny:fp32",
-        lambda m: {"BLOCK": BLOCK, "TILE": m.TILE},
+        lambda m: {"BLOCK": BLOCK, "TILE": m.TILE, "num_warps": 1},
         tile=("TILE",), least=(0.5 + 4 / BLOCK, 1),
     ),
     "dequantize_nf4": Rung(
         "words:*i32 absmax:*fp32 levels:*fp32 out:*T n_words:i32 numel:i32",
-        lambda m: {"BLOCK": BLOCK, "TILE": m.TILE},
+        lambda m: {"BLOCK": BLOCK, "TILE": m.TILE, "num_warps": 1},
         tile=("TILE",), least=(0.5 + 4 / BLOCK, 1),
     ),
     "dequantize_double": Rung(
         "words:*i32 codes:*u8 scale:*fp32 offset:*fp32 table:*fp32 levels:*fp32 out:*T n_words:i32 numel:i32",
-        lambda m: QUANTISED | {"TILE": m.TILE} | m.NO_FUSION,
+        lambda m: QUANTISED | {"TILE": m.TILE, "num_warps": 1} | m.NO_FUSION,
         tile=("TILE",), least=(PACKED, 1),
     ),
     "double_quantize": Rung(

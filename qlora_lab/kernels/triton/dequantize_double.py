@@ -51,5 +51,5 @@ def dequantize_double(
     grid, levels = (triton.cdiv(numel, TILE),), table_of(levels)
     with on(out):
         _dequantize_double_kernel[grid](
-            words, *parts[:4], levels, out, len(words), numel, block_size, parts.group, TILE, **NO_FUSION
+            words, *parts[:4], levels, out, len(words), numel, block_size, parts.group, TILE, num_warps=1, **NO_FUSION
         )

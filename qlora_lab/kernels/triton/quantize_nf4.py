@@ -19,7 +19,7 @@ from qlora_lab.kernels.triton.launch import (
     on,
 )
 
-TILE = 4096  # weights a program takes, in whole blocks
+TILE = 1024  # weights a warp takes; a program takes a whole block at least, so for larger blocks it is more warps
 
 
 @triton.jit
@@ -90,7 +90,10 @@ def quantize_nf4(
     codes = torch.nn.functional.pad(order.int(), (0, CODES - len(order)))
     words = torch.empty(-(-numel // 8), dtype=torch.int32, device=weight.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
-    grid = (triton.cdiv(numel, TILE),)
+    tile = max(TILE, block_size)
+    grid, warps = (triton.cdiv(numel, tile),), tile // TILE
     with on(weight):
-        _quantize_nf4_kernel[grid](weight, tree, codes, words, absmax, numel, len(words), tiny, block_size, TILE)
+        _quantize_nf4_kernel[grid](
+            weight, tree, codes, words, absmax, numel, len(words), tiny, block_size, tile, num_warps=warps
+        )
     return words.view(torch.uint8)[: -(-numel // 2)], absmax

@@ -322,6 +322,7 @@ from qlora_lab.kernels import aot
 plain = {"GROUP": 0, "scale": None, "offset": None, "table": None}
 changes = [plain, plain | {"RANK": 0, "PADDED": 16, "u": None, "lora_B": None}]
 changes += [{"n_tokens": 3, "TOKENS": tokens} for tokens in (2, 4, 8)] + [{"BLOCK": size} for size in (32, 4096)]
+changes += [{"BLOCK": 4096, "TILE": 4096, "num_warps": 4}]
 name, number = sys.argv[2], int(sys.argv[3])
 change, rung = changes[number], aot.RUNGS[name]
 if "TOKENS" in change:
@@ -343,7 +344,7 @@ aot._main(sys.argv[1], json.dumps([[name, arch, "bfloat16"] for arch in (80, 90)
     ("rung", "number"),
     [("gemv_nf4", 0), ("matmul_nf4", 0), ("matmul_nf4", 1), ("matmul_nf4_backward", 0)]
     + [("gemv_nf4", number) for number in (2, 3, 4, 5, 6)]
-    + [("matmul_nf4", 5), ("matmul_nf4", 6), ("quantize_nf4", 5), ("quantize_nf4", 6), ("dequantize_double", 6)],
+    + [("matmul_nf4", 5), ("matmul_nf4", 6), ("quantize_nf4", 5), ("quantize_nf4", 7), ("dequantize_double", 6)],
 )
 def test_other_launches_compile_without_spills(rung, number, tmp_path, monkeypatch):
     """Constants that are not quantised, no adapter, more tokens, the smallest and the largest blocks."""
