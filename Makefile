@@ -1,7 +1,7 @@
 # Two commands do everything on a machine with Python 3.11 or newer and make:
 #   make lab    install, fetch the default model, open the course
 #   make test   install, then run all tests and all notebooks
-.PHONY: lab test fast notebooks bench lint clean chromium
+.PHONY: lab test fast notebooks bench bench-gpu lint clean chromium
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,6 +35,12 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
 		--target $(VENV)/bench torchao
 	PYTHONPATH=$(VENV)/bench $(BIN)/python bench/cpu.py
+
+# the same on a GPU, checked first: bench/gpu-<device>.json and the table of bench/README.md
+bench-gpu: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+		--target $(VENV)/bench torchao
+	PYTHONPATH=$(VENV)/bench $(BIN)/python bench/gpu.py
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -54,6 +54,10 @@ def _choose(device: str, override: str) -> Choice:
     if device == "cuda":
         if find_spec("triton") is None:
             return Choice("reference", "Triton is not installed: it exists for Linux")
+        from qlora_lab.kernels import triton
+
+        if why := triton.refusal():
+            return Choice("reference", why)
         from qlora_lab.kernels.triton import product
 
         return Choice("triton", "the device is a GPU", product, product)

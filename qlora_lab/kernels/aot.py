@@ -94,7 +94,7 @@ RUNGS = {
     ),
     "matmul_nf4": Rung(
         f"x:*T {WEIGHT} u:*T lora_B:*T y:*T n_tokens:i32 n_rows:i32 n_words:i32 scaling:fp32",
-        lambda m: QUANTISED | _tile(m) | {"RANK": RANK, "PADDED": RANK, "num_warps": m.WARPS},
+        lambda m: QUANTISED | _tile(m) | {"RANK": RANK, "WIDTH": RANK, "num_warps": m.WARPS},
         tile=("ROWS", "COLUMNS"), least=(PACKED, 0), loop=True, tokens="TOKENS", dtypes=HALVES,
     ),
     "matmul_nf4_backward": Rung(

@@ -53,6 +53,7 @@ def _dynamic_map(signed: bool = True) -> torch.Tensor:
     return torch.tensor(negative + [0.0, 1.0] + positive).sort().values
 
 
+@lru_cache
 def _map_on(device: torch.device) -> torch.Tensor:
     return _dynamic_map().to(device)
 

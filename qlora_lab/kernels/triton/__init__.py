@@ -6,7 +6,24 @@
 With TRITON_INTERPRET=1 in the environment before Python starts, they run on CPU tensors, slowly and exactly.
 """
 
+from subprocess import CalledProcessError
+
 from triton import knobs
+from triton.runtime import driver
+
+
+def refusal() -> str | None:
+    """Why the rungs cannot run on this machine's GPU; None if they can."""
+    if knobs.runtime.interpret:
+        return None
+    try:
+        target = driver.active.get_current_target()
+    except (RuntimeError, OSError, CalledProcessError) as error:  # such as no C compiler, which Triton starts with
+        return f"Triton does not start: {str(error).splitlines()[0]}"
+    if target.backend != "cuda" or target.arch < 75:
+        return f"the kernels are written for NVIDIA GPUs from sm_75 on, this is {target.backend} {target.arch}"
+    return None
+
 
 if knobs.runtime.interpret:
     from qlora_lab.kernels.triton import interpreter

@@ -61,7 +61,8 @@ def adamw_8bit(
     (255,) of the first moment, then of the second, ascending. scalars: beta1, beta2, what is left of a parameter, the
     step size, the second moment's correction, eps. Raises ValueError before any launch for what does not match.
     """
-    check_device(param=param, grad=grad, codes1=codes1, scale1=scale1, codes2=codes2, scale2=scale2, tables=tables[0])
+    named_tables = {f"table {i}": table for i, table in enumerate(tables, start=1)}
+    check_device(param=param, grad=grad, codes1=codes1, scale1=scale1, codes2=codes2, scale2=scale2, **named_tables)
     numel = param.numel()
     check_numel(numel)
     for name, tensor in (("param", param), ("grad", grad)):

@@ -17,6 +17,7 @@ from qlora_lab.kernels.triton.launch import (
     check_device,
     check_output,
     constants_of as checked_constants,
+    named,
     on,
     table_of,
     words_of,
@@ -43,7 +44,7 @@ def dequantize_double(
 
     constants: absmax_codes, absmax_scale, absmax_offset, the table they index (256,), how many share a scale.
     """
-    check_device(packed=packed, absmax_codes=constants[0], levels=levels, out=out)
+    check_device(packed=packed, levels=levels, out=out, **named(constants))
     check_block_size(block_size)
     check_output(out)
     numel = out.numel()

@@ -14,6 +14,7 @@ from qlora_lab.kernels.triton.launch import (
     check_device,
     check_output,
     constants_of,
+    named,
     on,
     table_of,
     words_of,
@@ -36,7 +37,7 @@ def dequantize_nf4(
     packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, block_size: int, out: torch.Tensor
 ) -> None:
     """Fill `out`, contiguous float32, bf16 or fp16. Raises ValueError before any launch for what does not match."""
-    check_device(packed=packed, absmax=absmax, levels=levels, out=out)
+    check_device(packed=packed, levels=levels, out=out, **named(absmax))
     check_block_size(block_size)
     check_output(out)
     numel = out.numel()

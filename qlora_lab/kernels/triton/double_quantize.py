@@ -18,6 +18,7 @@ from qlora_lab.kernels.triton.launch import (
     check_length,
     check_numel,
     constants_of as checked,
+    named,
     on,
 )
 from qlora_lab.kernels.triton.quantize_nf4 import absmax_of
@@ -83,7 +84,7 @@ def _double_dequantize_kernel(codes, scale, offset, table, out, n_blocks, GROUP:
 def double_dequantize(constants: tuple) -> torch.Tensor:
     """absmax_codes, absmax_scale, absmax_offset, table (256,), group size -> absmax, (n_blocks,) float32."""
     n_blocks = len(constants[0])
-    check_device(absmax_codes=constants[0], absmax_scale=constants[1])
+    check_device(**named(constants))
     check_numel(n_blocks)
     out = torch.empty(n_blocks, dtype=torch.float32, device=constants[0].device)
     *parts, group = checked(constants, n_blocks)

@@ -12,6 +12,7 @@ from triton import knobs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_BLOCK, MAX_BLOCK = 32, 4096
+MAX_TOKENS = 65535 * 128  # the second dimension of a grid ends at 65535, a tile has 128 tokens
 MAX_NUMEL = 2**31 - 2**13  # so that the last program's indices fit, too
 CODES = 16  # entries in the table of a 4-bit code; shorter tables are filled up
 NO_FUSION = {"enable_fp_fusion": False}  # a product and a sum are rounded apart, as the twins round
@@ -93,6 +94,14 @@ class Constants(NamedTuple):
     group: int
 
 
+def named(constants: torch.Tensor | tuple) -> dict[str, torch.Tensor]:
+    """The tensors of constants by what an error calls them."""
+    if isinstance(constants, torch.Tensor):
+        return {"absmax": constants}
+    names = "absmax_codes", "absmax_scale", "absmax_offset", "table of constants"
+    return dict(zip(names, constants, strict=False))
+
+
 def constants_of(constants: torch.Tensor | tuple, n_blocks: int) -> Constants:
     """absmax (n_blocks,) float32, or (codes uint8, scale, offset, table of 256, group size), checked."""
     if isinstance(constants, torch.Tensor):
@@ -102,7 +111,9 @@ def constants_of(constants: torch.Tensor | tuple, n_blocks: int) -> Constants:
     codes, scale, offset, table, group = constants
     check_dtype("absmax_codes", codes, torch.uint8)
     check_length("absmax_codes", codes, n_blocks)
-    for name, tensor, least in (("absmax_scale", scale, -(-n_blocks // group)), ("table of constants", table, 256)):
+    parts = named(constants)
+    for name, least in (("absmax_scale", -(-n_blocks // group)), ("table of constants", 256)):
+        tensor = parts[name]
         check_dtype(name, tensor, torch.float32)
         check_length(name, tensor, least)
     check_dtype("absmax_offset", offset, torch.float32)
@@ -122,12 +133,14 @@ def check_product(
 ) -> tuple[torch.Tensor, Constants, torch.Tensor]:
     """Words, constants and levels of a weight (rows, columns) that is to be multiplied by the matrix x."""
     packed, constants, levels, block_size = weight
-    check_device(x=x, packed=packed, levels=levels)
+    check_device(x=x, packed=packed, levels=levels, **named(constants))
     check_dtype("x", x, *dtypes)
     check_block_size(block_size)
     if x.dim() != 2 or not len(x):
         raise ValueError(f"x has shape {tuple(x.shape)}: it must be a matrix of at least one token")
     check_numel(max(x.numel(), len(x) * rows, len(x) * columns))
+    if len(x) > MAX_TOKENS:
+        raise ValueError(f"x has {len(x)} tokens: kernels take at most {MAX_TOKENS} at a time")
     if columns % block_size:
         raise ValueError(f"a row of {columns} columns is not whole blocks of {block_size}: dequantise the weight first")
     return words_of(packed, rows * columns), constants_of(constants, rows * columns // block_size), table_of(levels)

@@ -23,7 +23,7 @@ WARPS = 8
 @triton.jit
 def _matmul_nf4_kernel(
     x, words, absmax, scale, offset, table, levels, u, lora_B, y, n_tokens, n_rows, n_words, scaling,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -38,14 +38,12 @@ def _matmul_nf4_kernel(
             words, rows, n_rows, column, n_words, levels, absmax, scale, offset, table, BLOCK, GROUP, COLUMNS
         )
         sums = tl.dot(given, tl.trans(weights.to(x.dtype.element_ty)), sums)
-    if RANK > 0:
-        r = tl.arange(0, PADDED)
-        left = tl.load(
-            u + tokens[:, None] * RANK + r[None, :], mask=(tokens < n_tokens)[:, None] & (r < RANK)[None, :], other=0.0
-        )
-        right = tl.load(
-            lora_B + rows[:, None] * RANK + r[None, :], mask=(rows < n_rows)[:, None] & (r < RANK)[None, :], other=0.0
-        )
+    for first in range(0, RANK, WIDTH):
+        r = first + tl.arange(0, WIDTH)
+        inside = (tokens < n_tokens)[:, None] & (r < RANK)[None, :]
+        left = tl.load(u + tokens[:, None] * RANK + r[None, :], mask=inside, other=0.0)
+        inside = (rows < n_rows)[:, None] & (r < RANK)[None, :]
+        right = tl.load(lora_B + rows[:, None] * RANK + r[None, :], mask=inside, other=0.0)
         sums += scaling * tl.dot(left, tl.trans(right))
     to = y + tokens[:, None] * n_rows + rows[None, :]
     tl.store(to, sums.to(y.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & (rows < n_rows)[None, :])
@@ -72,10 +70,10 @@ def matmul_nf4(
     u, lora_B = (x @ lora_A.t(), lora_B.contiguous()) if rank else (None, None)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS))
-    padded = max(16, triton.next_power_of_2(rank))
+    width = min(64, max(16, triton.next_power_of_2(rank)))  # of the adapter, at a time: the tensor cores' least is 16
     with on(x):
         _matmul_nf4_kernel[grid](
             x, words, *parts[:4], levels, u, lora_B, y, tokens, rows, columns // 8, scaling,
-            weight[3], parts.group, rank, padded, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
+            weight[3], parts.group, rank, width, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return y

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import kernels as bench
+from bench import machine_code as bench
 from qlora_lab import cli
 from qlora_lab.kernels import aot
 from qlora_lab.kernels.cards import CARDS, LIMITS, occupancy, roof
@@ -245,12 +245,12 @@ def test_importing_is_light():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-RESULT = json.loads((ROOT / "bench" / "kernels.json").read_text("utf-8"))
+RESULT = json.loads((ROOT / "bench" / "machine_code.json").read_text("utf-8"))
 
 
 def test_the_readme_is_made_from_the_json():
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert bench.in_readme(readme, RESULT) == readme, "run: python bench/kernels.py --render"
+    assert bench.in_readme(readme, RESULT) == readme, "run: python bench/machine_code.py --render"
     with pytest.raises(ValueError, match="the README needs one line"):
         bench.in_readme(f"{bench.BEGIN} {bench.BEGIN} {bench.END}", RESULT)
 
@@ -320,9 +320,9 @@ import json, sys
 from dataclasses import replace
 from qlora_lab.kernels import aot
 plain = {"GROUP": 0, "scale": None, "offset": None, "table": None}
-changes = [plain, plain | {"RANK": 0, "PADDED": 16, "u": None, "lora_B": None}]
+changes = [plain, plain | {"RANK": 0, "WIDTH": 16, "u": None, "lora_B": None}]
 changes += [{"n_tokens": 3, "TOKENS": tokens} for tokens in (2, 4, 8)] + [{"BLOCK": size} for size in (32, 4096)]
-changes += [{"BLOCK": 4096, "TILE": 4096, "num_warps": 4}]
+changes += [{"BLOCK": 4096, "TILE": 4096, "num_warps": 4}, {"RANK": 256, "WIDTH": 64}]
 name, number = sys.argv[2], int(sys.argv[3])
 change, rung = changes[number], aot.RUNGS[name]
 if "TOKENS" in change:
@@ -344,7 +344,14 @@ aot._main(sys.argv[1], json.dumps([[name, arch, "bfloat16"] for arch in (80, 90)
     ("rung", "number"),
     [("gemv_nf4", 0), ("matmul_nf4", 0), ("matmul_nf4", 1), ("matmul_nf4_backward", 0)]
     + [("gemv_nf4", number) for number in (2, 3, 4, 5, 6)]
-    + [("matmul_nf4", 5), ("matmul_nf4", 6), ("quantize_nf4", 5), ("quantize_nf4", 7), ("dequantize_double", 6)],
+    + [
+        ("matmul_nf4", 5),
+        ("matmul_nf4", 6),
+        ("matmul_nf4", 8),
+        ("quantize_nf4", 5),
+        ("quantize_nf4", 7),
+        ("dequantize_double", 6),
+    ],
 )
 def test_other_launches_compile_without_spills(rung, number, tmp_path, monkeypatch):
     """Constants that are not quantised, no adapter, more tokens, the smallest and the largest blocks."""
@@ -391,7 +398,7 @@ def test_the_json_is_of_these_kernels(compiled):
     }
     if version("triton") == RESULT["versions"]["triton"]:
         key = itemgetter("rung", "arch", "dtype")
-        assert sorted(new, key=key) == sorted(RESULT["ours"], key=key), "run: python bench/kernels.py"
+        assert sorted(new, key=key) == sorted(RESULT["ours"], key=key), "run: python bench/machine_code.py"
 
 
 @needs_triton

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 import qlora_lab as ql
 from qlora_lab import kernels
@@ -127,6 +129,26 @@ def test_choose():
     assert choose("cuda").name == "triton" and choose("cuda").blocks is product
 
 
+def test_where_triton_does_not_start_the_readable_functions_run(monkeypatch):
+    class NoCompiler:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    class OtherMaker:
+        def get_current_target(self):
+            return GPUTarget("hip", "gfx942", 64)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for active, why in (
+        (NoCompiler(), "Triton does not start: Failed to find C compiler."),
+        (OtherMaker(), "the kernels are written for NVIDIA GPUs from sm_75 on, this is hip gfx942"),
+    ):
+        monkeypatch.setattr(driver, "_active", active)
+        kernels._choose.cache_clear()
+        assert choose("cuda") == ("reference", why, None, None)
+    kernels._choose.cache_clear()
+
+
 def test_without_triton_everything_else_works(monkeypatch):
     code = (
         "import sys; sys.modules['triton'] = None; import importlib.util as u; find = u.find_spec\n"
@@ -214,7 +236,7 @@ def test_adamw_refuses_what_does_not_match():
 
 def test_tensors_of_another_device_are_refused(monkeypatch):
     q, out = weight(double=False), torch.empty(ROWS * COLUMNS)
-    with refused("packed on cpu, absmax on meta, .*: the tensors of one launch lie on one device"):
+    with refused("packed on cpu, .*, absmax on meta: the tensors of one launch lie on one device"):
         dequantize_nf4(q.packed, q.constants.to("meta"), q.levels, 32, out)
     with refused("weight is on meta: Triton needs cpu here, because TRITON_INTERPRET is set"):
         quantize_nf4(*(t.to("meta") for t in (torch.ones(9), *rounding(q.levels))), 64, TINY)

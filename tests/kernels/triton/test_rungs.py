@@ -188,7 +188,7 @@ def test_backward(shape, more, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rank", [1, 8, 20])
+@pytest.mark.parametrize("rank", [1, 8, 20, 70])
 def test_the_adapter_is_added_to_the_same_sums(rank, dtype):
     q, x, _ = case(40, 128, 64, True, 9, dtype)
     g = torch.Generator().manual_seed(rank)

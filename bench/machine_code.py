@@ -1,7 +1,7 @@
 """What the GPU kernels are compiled to, beside those of bitsandbytes; no GPU is needed and no time is measured.
 
-python bench/kernels.py              compile, count, write kernels.json and the README's section; a minute
-python bench/kernels.py --render     only the README's section, from kernels.json
+python bench/machine_code.py              compile, count, write machine_code.json and the README's section; a minute
+python bench/machine_code.py --render     only the README's section, from machine_code.json
 """
 
 import argparse
@@ -92,8 +92,8 @@ def section(result: dict) -> str:
         "",
         "`double_quantize` and `double_dequantize` count for each constant, `adamw_8bit` for each parameter; "
         f"`gemv_nf4` multiplies one token. {PEER} undoes quantised constants with another launch, which is not counted "
-        "beside `dequantize_double`. All figures, for sm_80, sm_90 and sm_100 and three dtypes: `bench/kernels.json`, "
-        "or `qlora-lab kernels --compare`.",
+        "beside `dequantize_double`. All figures, for sm_80, sm_90 and sm_100 and three dtypes: "
+        "`bench/machine_code.json`, or `qlora-lab kernels --compare`.",
     ]
     return "\n".join(lines)
 
@@ -121,8 +121,8 @@ def as_json(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--render", action="store_true", help="do not compile: read kernels.json")
-    file, readme = HERE / "kernels.json", HERE.parent / "README.md"
+    parser.add_argument("--render", action="store_true", help="do not compile: read machine_code.json")
+    file, readme = HERE / "machine_code.json", HERE.parent / "README.md"
     if not parser.parse_args().render:
         write(file, as_json(count()))
     result = json.loads(file.read_text("utf-8"))

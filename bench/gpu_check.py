@@ -1,0 +1,187 @@
+"""Is every rung what its readable twin is, on this GPU? Bit for bit, or within a bound that a docstring derives.
+
+The first difference is raised as Differs, with the case, the entry and both values. Twins run on the CPU where bits are
+compared, and on the device where a float64 product is.
+"""
+
+import os
+from collections.abc import Callable
+from math import ceil
+
+import torch
+
+from qlora_lab import kernels
+from qlora_lab.finetune import adamw_8bit as readable_adamw
+from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
+from qlora_lab.kernels.triton.dequantize_double import dequantize_double
+from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4
+from qlora_lab.kernels.triton.double_quantize import double_dequantize, double_quantize
+from qlora_lab.kernels.triton.gemv_nf4 import MAX_TOKENS, gemv_nf4
+from qlora_lab.kernels.triton.launch import DTYPES
+from qlora_lab.kernels.triton.matmul_nf4 import matmul_nf4
+from qlora_lab.kernels.triton.matmul_nf4_backward import matmul_nf4_backward
+from qlora_lab.kernels.triton.quantize_nf4 import quantize_nf4
+from qlora_lab.quant import double_quant
+from qlora_lab.quant.blocks import TINY
+from qlora_lab.quant.codebook import codebook, midpoints, rounding
+from qlora_lab.quant.quantize import dequantize, dequantize_blocks, quantize, quantize_blocks
+
+HALVES = torch.bfloat16, torch.float16
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a step at 1
+NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+
+
+def readable(function: Callable, *arguments: object) -> object:
+    """What the readable functions give, whichever device the tensors are on."""
+    os.environ[kernels.OVERRIDE] = "reference"
+    try:
+        return function(*arguments)
+    finally:
+        del os.environ[kernels.OVERRIDE]
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class Differs(Exception):
+    """A rung is not what its twin is, or did not run."""
+
+
+def ran(case: str, rung: Callable, *arguments: object) -> object:
+    try:
+        result, (first, *_) = rung(*arguments), arguments
+        device = (first if isinstance(first, torch.Tensor) else first[0]).device
+        if device.type == "cuda":  # an error of the device belongs to who made it
+            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
+        return result
+    except Exception as error:
+        raise Differs(f"{rung.__name__} did not run, {case}: {first_line(error)}") from error
+
+
+def _no_difference(case: str, rung: Callable, wrong: torch.Tensor, ours: torch.Tensor, twin: torch.Tensor) -> None:
+    if wrong.any():
+        i = int(wrong.reshape(-1).nonzero()[0])
+        values = f"{ours.reshape(-1)[i].item():.9g}, its twin's is {twin.reshape(-1)[i].item():.9g}"
+        many = f"{int(wrong.sum())} of {wrong.numel()} differ"
+        raise Differs(f"{rung.__name__} differs from its twin, {case}: entry {i} is {values}; {many}")
+
+
+def same(case: str, rung: Callable, ours: torch.Tensor, twin: torch.Tensor) -> None:
+    ours = ours.cpu()
+    _no_difference(case, rung, (ours != twin) & ~(ours.isnan() & twin.isnan()), ours, twin)
+
+
+def near(case: str, rung: Callable, ours: torch.Tensor, exact: torch.Tensor, limit: torch.Tensor) -> None:
+    _no_difference(case, rung, ~((ours.double() - exact).abs() <= limit), ours, exact)
+
+
+def hard(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal weights with zeros, ties, denormals and outliers among them."""
+    weight = 0.02 * torch.randn(n, generator=torch.Generator().manual_seed(n))
+    weight[n // 4 : n // 4 + 71] = 0
+    weight[n // 2 : n // 2 + 64] *= 2.0**-120
+    ties = torch.cat([midpoints(codebook("nf4")), midpoints(codebook("fp4").sort().values), torch.ones(1)])
+    weight[n // 3 : n // 3 + len(ties)] = ties[: n - n // 3]
+    weight[-3:] *= 50
+    return weight.to(dtype)
+
+
+def check_blocks(device: torch.device, n: int, block_size: int, name: str) -> None:
+    """Rungs 1 to 4, bit for bit; the twins run on the CPU."""
+    levels, thresholds = codebook(name), midpoints(double_quant.dynamic_map())
+    there = [t.to(device) for t in (levels, thresholds, *rounding(levels))]
+    for dtype in DTYPES:
+        weight, case = hard(n, dtype), f"{n} weights, {name}, block size {block_size}, {NAMES[dtype]}, {device}"
+        packed, absmax = quantize_blocks(weight, levels, block_size)
+        ours = ran(case, quantize_nf4, weight.to(device), *there[2:], block_size, TINY)
+        for part, twin in zip(ours, (packed, absmax), strict=True):
+            same(case, quantize_nf4, part, twin)
+        constants = readable(double_quant.double_quantize, absmax)
+        given = absmax.to(device), constants.absmax_offset.to(device), there[1]
+        ours = ran(case, double_quantize, *given, double_quant.GROUP_SIZE, TINY)
+        for part, twin in zip(ours, (constants.absmax_codes, constants.absmax_scale), strict=True):
+            same(case, double_quantize, part, twin)
+        plain = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in constants.plain)
+        undone = readable(double_quant.double_dequantize, constants)
+        same(case, double_dequantize, ran(case, double_dequantize, plain), undone)
+        for rung, stored, twin in ((dequantize_nf4, given[0], absmax), (dequantize_double, plain, undone)):
+            out, want = torch.full((n,), -777.0, dtype=dtype, device=device), torch.empty(n, dtype=dtype)
+            dequantize_blocks(packed, twin, levels, block_size, want)
+            ran(case, rung, packed.to(device), stored, there[0], block_size, out)
+            same(case, rung, out, want)
+
+
+def bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far a float32 sum of products may lie from the exact one, rounded once; as in tests/kernels/triton.
+
+    A product and a partial sum are off by half a step each (Higham, section 3.1), by a step where tensor cores cut off.
+    """
+    sums, result = x.double().abs() @ weight.double().abs(), (x.double() @ weight.double()).abs()
+    return 2 * len(weight) * 2.0**-24 * sums + UNIT[dtype] * (1.01 * result + torch.finfo(dtype).tiny)
+
+
+def check_products(device: torch.device, rows: int, columns: int, tokens: int, double: bool) -> None:
+    """Rungs 5 to 7, within the bound; x and grad have the memory of transposed matrices."""
+    g = torch.Generator().manual_seed(rows + tokens)
+    q = readable(quantize, 0.02 * torch.randn(rows, columns, generator=g), "nf4", 64, double).to(device)
+    for dtype in DTYPES:
+        case = f"{rows} x {columns}, {tokens} tokens, {'double, ' * double}{NAMES[dtype]}"
+        x, grad = (torch.randn(n, tokens, generator=g).to(device, dtype).t() for n in (columns, rows))
+        if tokens <= MAX_TOKENS:
+            weight = readable(dequantize, q, torch.float32).t()
+            y = ran(case, gemv_nf4, x, q.plain, rows)
+            near(case, gemv_nf4, y, x.double() @ weight.double(), bound(x, weight, dtype))
+        if dtype in HALVES:
+            weight = readable(dequantize, q, dtype)
+            A, B = (torch.randn(s, generator=g).to(device, dtype) for s in ((20, columns), (rows, 20)))
+            y, thin = ran(case, matmul_nf4, x, q.plain, rows, A, B, 2.0), x.contiguous() @ A.t()
+            whole, both = torch.cat([x, 2 * thin], 1), torch.cat([weight.t(), B.t()])
+            near(case, matmul_nf4, y, whole.double() @ both.double(), bound(whole, both, dtype))
+            y = ran(case, matmul_nf4_backward, grad, q.plain, columns)
+            near(case, matmul_nf4_backward, y, grad.double() @ weight.double(), bound(grad, weight, dtype))
+
+
+def adamw_tables() -> tuple[torch.Tensor, ...]:
+    first, second = double_quant.dynamic_map(), double_quant.dynamic_map(signed=False)
+    return first, midpoints(first), second, midpoints(second)
+
+
+def check_adamw(device: torch.device, n: int) -> None:
+    """Rung 8: the state bit for bit, the parameter within the rounding of a square root."""
+    g = torch.Generator().manual_seed(n)
+    tables = tuple(t.to(device) for t in adamw_tables())
+    for dtype in DTYPES:
+        state = [torch.zeros(n, dtype=torch.uint8), torch.zeros(ceil(n / readable_adamw.BLOCK))] * 2
+        twin = [torch.randn(n, generator=g).to(dtype), *(t.clone() for t in state)]
+        ours = [t.to(device, copy=True) for t in twin]
+        for step in (1, 2, 3):
+            case = f"{n} parameters, {NAMES[dtype]}, step {step}"
+            how = readable_adamw.AdamW(step, lr=1e-2, weight_decay=0.1)
+            grad, before = torch.randn(n, generator=g).to(dtype), ours[0].to("cpu", copy=True)
+            twin[0].copy_(before)
+            ran(case, adamw_8bit, ours[0], grad.to(device), *ours[1:], tables, how.scalars, TINY)
+            readable_adamw.adamw_8bit(twin[0], grad, *twin[1:], how)
+            for part, want in zip(ours[1:], twin[1:], strict=True):
+                same(case, adamw_8bit, part, want)
+            want, before = twin[0].double(), before.double()
+            limit = 4 * UNIT[torch.float32] * ((want - before).abs() + before.abs()) + 2 * UNIT[dtype] * want.abs()
+            near(case, adamw_8bit, ours[0].cpu(), want, limit)
+
+
+def check(device: torch.device, quick: bool) -> None:
+    """Every rung against its twin. Raises Differs at the first difference."""
+    blocks = [(1, 64, "nf4"), (999, 32, "fp4")]
+    products = [(3, 64, 1, False), (40, 128, 5, True), (70, 192, 20, True)]
+    if not quick:
+        blocks += [(77, 128, "int4"), (8197, 4096, "nf4"), (4096 * 4096 + 7, 64, "nf4")]
+        products += [(4096, 4096, 1, True), (576, 1536, 8, True), (4096, 4096, 130, True), (576, 1536, 2048, False)]
+    for case in blocks:
+        check_blocks(device, *case)
+    for case in products:
+        check_products(device, *case)
+    for n in (1, 2600) if quick else (1, 2600, 2**20 + 5):
+        check_adamw(device, n)
+    if device.type == "cuda" and torch.cuda.device_count() > 1:  # launched while another device is the current one
+        check_blocks(torch.device("cuda", torch.cuda.device_count() - 1), 999, 64, "nf4")
