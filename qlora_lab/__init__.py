@@ -35,6 +35,7 @@ _HOME = {
     "LabelView": "show.labels",
     "published_nf4": "measure.published",
     "NormalFloatExplorer": "show.normal_float",
+    "KernelMapExplorer": "show.kernel_map",
     "check": "show.check",
     "picture": "show.figure",
     "show_source": "show.source",

@@ -92,8 +92,15 @@ def _opening(cells):
     if not cells or not cells[0][2].startswith("# "):
         yield "cell 0: the notebook starts with its H1."
     statements = _statements(codes[0][2]) if codes else []
-    if not all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements) or not statements:
-        yield f"cell {first}: the first code cell holds the imports and nothing else."
+    others = [s for s in statements if not isinstance(s, (ast.Import, ast.ImportFrom))]
+    if len(others) == len(statements) or not all(map(_sets_environment, others)):
+        yield f"cell {first}: the first code cell holds the imports, environment variables for them, and nothing else."
+
+
+def _sets_environment(statement):
+    """os.environ["NAME"] = "text": some libraries read a switch when they are imported."""
+    name = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0])
+    return bool(name) and name.startswith("os.environ[") and isinstance(statement.value, ast.Constant)
 
 
 def headings(markdown):

@@ -75,6 +75,7 @@ def test_code_that_is_fine(stored, source):
         (0, "Hello\n# What?\n", "cell 0: the notebook starts with its H1"),
         (1, "import math\nx = 1", "cell 1: the first code cell holds the imports"),
         (1, "x = 1", "cell 1: the first code cell holds the imports"),
+        (1, "import os\nos.environ['A'] = str(1)", "cell 1: the first code cell holds the imports"),
         (2, "## A\n![](a.png)", "cell 2: an image has no alt text"),
         (2, "## A\n<img src='a.png'>", "cell 2: an image has no alt text"),
         (2, "## A\n<img alt=' ' src='a.png'>", "cell 2: an image has no alt text"),
@@ -83,6 +84,11 @@ def test_code_that_is_fine(stored, source):
 def test_shape_rules(stored, cell, text, message):
     stored.cells[cell].source = text
     assert any(message in sentence for sentence in broken(stored))
+
+
+def test_a_switch_that_is_read_at_import_may_stand_before_it(stored):
+    stored.cells[1].source = "import os\nos.environ['TRITON_INTERPRET'] = '1'  # before Triton\nimport triton"
+    assert broken(stored) == []
 
 
 def test_stored_pictures_need_alt_text(stored):

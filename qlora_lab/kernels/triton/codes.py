@@ -1,8 +1,9 @@
 """What the rungs share inside a kernel: four packed bytes to eight levels, blocks to their constants.
 
-The table of 16 levels is read from memory once a program and lies in shared memory from then on. Its 16 entries lie in
-16 banks, so a warp's 32 look-ups never wait for one another: one LDS a weight. (A table of 256 pairs halves the loads,
-but its look-ups collide.) Two forms of the same look-up differ in where a word's eight weights end up: levels_of()
+The table of 16 levels is read from memory once a program. tl.gather() then costs one instruction a weight: where a
+program is one warp, lanes hold the levels, and a lane asks the one that its code names (SHFL); where it is more, the
+table lies in shared memory, 16 entries in 16 banks, so that 32 look-ups never wait for one another (LDS). A table of
+256 pairs would halve the look-ups, but they would collide. Two forms of the same look-up differ in where a word's eight weights end up: levels_of()
 leaves that to whoever stores them, levels_in_place() keeps them in the thread that holds the word.
 
 Not here: launches and checks (launch.py).
