@@ -89,6 +89,7 @@ def test_a_broken_rung_stops_it(rung, body, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_without_a_gpu_and_the_interpreter_it_says_so():
     done = python("bench/gpu.py", interpret=False)
     assert done.returncode == 2 and done.stdout == ""

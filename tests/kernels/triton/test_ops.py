@@ -149,6 +149,7 @@ def test_where_triton_does_not_start_the_readable_functions_run(monkeypatch):
     kernels._choose.cache_clear()
 
 
+@pytest.mark.slow
 def test_without_triton_everything_else_works(monkeypatch):
     code = (
         "import sys; sys.modules['triton'] = None; import importlib.util as u; find = u.find_spec\n"
