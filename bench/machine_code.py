@@ -93,7 +93,7 @@ def section(result: dict) -> str:
         "`double_quantize` and `double_dequantize` count for each constant, `adamw_8bit` for each parameter; "
         f"`gemv_nf4` multiplies one token. {PEER} undoes quantised constants with another launch, which is not counted "
         "beside `dequantize_double`. All figures, for sm_80, sm_90 and sm_100 and three dtypes: "
-        "`bench/machine_code.json`, or `qlora-lab kernels --compare`.",
+        "`bench/machine_code.json`; one at a time: `qlora-lab kernels --compare`.",
     ]
     return "\n".join(lines)
 

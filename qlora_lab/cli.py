@@ -93,10 +93,13 @@ def kernels(a: argparse.Namespace) -> None:
     from qlora_lab.kernels import aot
 
     archs = list(dict.fromkeys(a.arch or [90]))
-    for name, code in ((a.sass, aot.sass), (a.ptx, aot.ptx)):
-        if name:
-            print("\n".join(code(name, arch, a.dtype) for arch in archs))
-            return
+    if a.sass or a.ptx:
+        if a.rungs or a.json or a.compare:
+            raise ValueError("--sass and --ptx print the code of the one rung that they name: leave out all else")
+        code, name = (aot.sass, a.sass) if a.sass else (aot.ptx, a.ptx)
+        print("\n".join(code(name, arch, a.dtype) for arch in archs))
+        return
+    aot.check_product(a.shape, a.tokens)
     ours = aot.report(a.rungs or None, archs, a.dtype, progress=not a.quiet)
     theirs, notes = [], []
     for arch in archs if a.compare else []:
@@ -113,14 +116,15 @@ def kernels(a: argparse.Namespace) -> None:
         records = [asdict(one) | {"roofline": found} for (_, one), found in zip(rows, cards, strict=True)]
         print(json.dumps({"kernels": records, "notes": notes}))
         return
-    print(_table([_kernel(name, one, found) for (name, one), found in zip(rows, roofs, strict=True)]), end="\n\n")
-    print(
-        f"{a.dtype}. Instructions for each weight, by kind and in sum: what a thread executes in a full tile, counted\n"
-        "in machine code. Bytes for each weight: asked for, and the least. Bits: of global loads and stores.\n"
-        "Microseconds: the least time on a card by its data sheet, a model and no measurement, for "
-        f"{a.shape[0]} x {a.shape[1]} weights\nand {a.tokens} tokens."
-    )
-    print(*(f"Indented: {note}." if theirs else f"{note}." for note in notes), sep="\n")
+    print(f"Instructions for each weight ({a.dtype}): what a thread executes in a full tile, counted in machine code")
+    print(_table([_mix(*row) for row in rows]))
+    print("\nResources; bytes for each weight, asked for and the least; bits of global loads and stores")
+    print(_table([_resources(*row) for row in rows]))
+    product = f"{a.shape[0]} x {a.shape[1]} weights and {a.tokens} tokens"
+    print(f"\nLeast microseconds by data sheet, and what is waited for: a model, no measurement; {product}")
+    print(_table([_roofs(name, one, found) for (name, one), found in zip(rows, roofs, strict=True)]))
+    if notes:
+        print("", *(f"Indented: {note}." if theirs else f"{note}." for note in notes), sep="\n")
 
 
 def open_lab(a: argparse.Namespace) -> None:
@@ -179,11 +183,17 @@ def _summary(run, before, after) -> dict:
     return figures
 
 
-def _kernel(name: str, one, roofs: list) -> dict[str, str]:
-    """One line of the table: an aot.Report and its roofs on cards."""
-    from qlora_lab.kernels.machine_code import KINDS, Instruction
+def _mix(name: str, one) -> dict[str, str]:
+    from qlora_lab.kernels.machine_code import KINDS
 
     names = "tensor", "load", "store", "shared", "local", "convert", "float", "integer", "other"
+    counts = {name: f"{one.mix[kind]:.2f}" for name, kind in zip(names, KINDS, strict=True)}
+    return {"rung": name, "sm": str(one.arch), **counts, "sum": f"{one.per_weight:.2f}"}
+
+
+def _resources(name: str, one) -> dict[str, str]:
+    from qlora_lab.kernels.machine_code import KINDS, Instruction
+
     bits = [(i.kind, 8 * i.access) for i in map(Instruction, one.accesses)]
     widest_first = [sorted({n for kind, n in bits if kind == side}, reverse=True) for side in KINDS[1:3]]
     return {
@@ -193,12 +203,15 @@ def _kernel(name: str, one, roofs: list) -> dict[str, str]:
         "shared bytes": str(one.shared),
         "spills": str(one.spills),
         "occupancy": f"{one.occupancy:.0%}",
-        **{name: f"{one.mix[kind]:.2f}" for name, kind in zip(names, KINDS, strict=True)},
-        "sum": f"{one.per_weight:.2f}",
         "bytes": f"{one.moved:.2f} / {one.least:.2f}",
         "bits": " / ".join(" ".join(map(str, side)) for side in widest_first),
-        "microseconds": ", ".join(f"{r.card} {r.seconds * 1e6:.3g} {r.bound}" for r in roofs if r.seconds),
     }
+
+
+def _roofs(name: str, one, roofs: list) -> dict[str, str]:
+    """A card that has no unit for the dtype says so."""
+    times = [f"{r.card} {r.seconds * 1e6:.3g} {r.bound}" if r.seconds else f"{r.card} no {one.dtype}" for r in roofs]
+    return {"rung": name, "sm": str(one.arch), "cards": ", ".join(times)}
 
 
 def _table(rows: list[dict[str, str]]) -> str:

@@ -1,6 +1,7 @@
 """A chat tokenizer and a LLaMA, both small enough to be made on the spot."""
 
 import os
+from importlib.util import find_spec
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, exactly
 
@@ -9,6 +10,15 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+NEED_TRITON = ["test_bench_gpu.py", "show/test_kernel_map.py", "kernels/triton/test_interpreter.py"]
+NEED_TRITON += ["kernels/triton/test_ops.py", "kernels/triton/test_rungs.py"]
+collect_ignore = NEED_TRITON if find_spec("triton") is None else []  # it exists for Linux
+
+
+def pytest_report_header() -> str | None:
+    return f"Triton is not installed, so these do not run: {', '.join(collect_ignore)}" if collect_ignore else None
+
 
 settings.register_profile("project", deadline=None)  # the first call may compile a kernel; no test asserts a time
 settings.load_profile("project")

@@ -55,6 +55,7 @@ def quantize_moment(values: torch.Tensor, table: torch.Tensor) -> tuple[torch.Te
     """(numel,) float32 -> codes (numel,) uint8, and constants (ceil(numel / 256),) float32."""
     blocks = to_blocks(values, BLOCK)  # (n_blocks, 256)
     scale = block_absmax(blocks)
+    scale = scale.where(scale.isfinite(), torch.nan)  # as for a weight: the whole block is lost, and no other
     return nearest_codes(scale_blocks(blocks, scale), table).view(-1)[: len(values)], scale
 
 

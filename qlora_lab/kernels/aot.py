@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -94,7 +94,7 @@ RUNGS = {
     ),
     "matmul_nf4": Rung(
         f"x:*T {WEIGHT} u:*T lora_B:*T y:*T n_tokens:i32 n_rows:i32 n_words:i32 scaling:fp32",
-        lambda m: QUANTISED | _tile(m) | {"RANK": RANK, "WIDTH": RANK, "num_warps": m.WARPS},
+        lambda m: QUANTISED | _tile(m) | {"RANK": RANK, "WIDTH": m.WIDTH, "num_warps": m.WARPS},
         tile=("ROWS", "COLUMNS"), least=(PACKED, 0), loop=True, tokens="TOKENS", dtypes=HALVES,
     ),
     "matmul_nf4_backward": Rung(
@@ -188,6 +188,12 @@ def ptx(rung: str, arch: int = 90, dtype: str = "bfloat16") -> str:
     return _compile([(rung, arch, _dtype(rung, dtype))])[0].ptx
 
 
+def check_product(shape: Sequence[int], tokens: int) -> None:
+    """Raise ValueError for a side or a number of tokens below 1."""
+    if min(*shape, tokens) < 1:
+        raise ValueError(f"shape={tuple(shape)} and tokens={tokens} are not allowed: each is at least 1")
+
+
 def roofline(one: Report, shape: tuple[int, int] = (4096, 4096), tokens: int = 256) -> list[Roof]:
     """The least time on each card whose code `one` is, for a weight of this shape: a model, not a measurement.
 
@@ -195,8 +201,7 @@ def roofline(one: Report, shape: tuple[int, int] = (4096, 4096), tokens: int = 2
     once, x and y once. Instructions are per_weight for each weight and each tile of tokens. Raises ValueError for a
     side or a number of tokens below 1.
     """
-    if min(*shape, tokens) < 1:
-        raise ValueError(f"shape={tuple(shape)} and tokens={tokens} are not allowed: each is at least 1")
+    check_product(shape, tokens)
     weights, size = prod(shape) * RUNGS[one.rung].share, DTYPES[one.dtype][1]
     tensor_cores = one.mix["tensor core"] > 0
     if one.tokens and not tensor_cores:

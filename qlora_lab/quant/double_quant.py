@@ -44,6 +44,7 @@ class DoubleQuantized:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _dynamic_map(signed: bool = True) -> torch.Tensor:
     positive = []
     for i in range(7):  # 7 decades: 10^-6 to 10^0; decade i has 2^i values, the middles of equal steps from 0.1 to 1
@@ -55,7 +56,8 @@ def _dynamic_map(signed: bool = True) -> torch.Tensor:
 
 @lru_cache
 def _map_on(device: torch.device) -> torch.Tensor:
-    return _dynamic_map().to(device)
+    with torch.inference_mode(False):  # what is made inside could not be kept for a gradient
+        return _dynamic_map().to(device)
 
 
 def dynamic_map(signed: bool = True) -> torch.Tensor:

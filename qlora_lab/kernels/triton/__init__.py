@@ -19,7 +19,7 @@ def refusal() -> str | None:
     try:
         target = driver.active.get_current_target()
     except (RuntimeError, OSError, CalledProcessError) as error:  # such as no C compiler, which Triton starts with
-        return f"Triton does not start: {str(error).splitlines()[0]}"
+        return f"Triton does not start: {(str(error).splitlines() or [type(error).__name__])[0]}"
     if target.backend != "cuda" or target.arch < 75:
         return f"the kernels are written for NVIDIA GPUs from sm_75 on, this is {target.backend} {target.arch}"
     return None

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from qlora_lab.kernels.triton.double_quantize import nearest_of
 from qlora_lab.kernels.triton.launch import NO_FUSION, check_device, check_dtype, check_length, check_numel, on
-from qlora_lab.kernels.triton.quantize_nf4 import absmax_of
+from qlora_lab.kernels.triton.quantize_nf4 import absmax_of, scaled
 
 BLOCK, BLOCKS = 256, 4  # parameters that share a constant; such blocks in a program
 
@@ -35,13 +35,11 @@ def _adamw_8bit_kernel(
     tl.store(param + at, p.to(param.dtype.element_ty), mask=inside)
 
     top = absmax_of(m)
-    x = m * tl.div_rn(1.0, tl.where(top > tiny, top, tiny))[:, None]
     tl.store(scale1 + block, top, mask=held)
-    tl.store(codes1 + at, nearest_of(x, limits1), mask=inside)
+    tl.store(codes1 + at, nearest_of(scaled(m, top, tiny), limits1), mask=inside)
     top = absmax_of(v)
-    x = v * tl.div_rn(1.0, tl.where(top > tiny, top, tiny))[:, None]
     tl.store(scale2 + block, top, mask=held)
-    tl.store(codes2 + at, nearest_of(x, limits2), mask=inside)
+    tl.store(codes2 + at, nearest_of(scaled(v, top, tiny), limits2), mask=inside)
 
 
 def adamw_8bit(
@@ -74,9 +72,11 @@ def adamw_8bit(
     for name, tensor in (("scale1", scale1), ("scale2", scale2)):
         check_dtype(name, tensor, torch.float32)
         check_length(name, tensor, -(-numel // BLOCK))
-    if [len(table) for table in tables] != [256, 255, 256, 255]:
-        lengths = ", ".join(str(len(table)) for table in tables)
-        raise ValueError(f"tables have {lengths} entries: each moment needs 256 levels and 255 thresholds")
+    for (name, table), length in zip(named_tables.items(), (256, 255, 256, 255), strict=True):
+        check_dtype(name, table, torch.float32)
+        check_length(name, table, length)
+    if len(scalars) != 6:
+        raise ValueError(f"{len(scalars)} scalars are given: a step takes 6")
     beta1, beta2, *others = scalars
     grid = (triton.cdiv(numel, BLOCK * BLOCKS),)
     with on(param):

@@ -3,8 +3,8 @@
 The table of 16 levels is read from memory once a program. tl.gather() then costs one instruction a weight: where a
 program is one warp, lanes hold the levels, and a lane asks the one that its code names (SHFL); where it is more, the
 table lies in shared memory, 16 entries in 16 banks, so that 32 look-ups never wait for one another (LDS). A table of
-256 pairs would halve the look-ups, but they would collide. Two forms of the same look-up differ in where a word's eight weights end up: levels_of()
-leaves that to whoever stores them, levels_in_place() keeps them in the thread that holds the word.
+256 pairs would halve the look-ups, but they would collide. Two forms of the same look-up differ in where a word's eight
+weights end up: levels_of() leaves that to whoever stores them, levels_in_place() keeps them in the word's thread.
 
 Not here: launches and checks (launch.py).
 """

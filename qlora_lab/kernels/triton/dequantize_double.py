@@ -16,7 +16,7 @@ from qlora_lab.kernels.triton.launch import (
     check_block_size,
     check_device,
     check_output,
-    constants_of as checked_constants,
+    checked_constants,
     named,
     on,
     table_of,

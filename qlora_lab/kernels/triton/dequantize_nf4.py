@@ -13,7 +13,7 @@ from qlora_lab.kernels.triton.launch import (
     check_block_size,
     check_device,
     check_output,
-    constants_of,
+    checked_constants,
     named,
     on,
     table_of,
@@ -41,7 +41,7 @@ def dequantize_nf4(
     check_block_size(block_size)
     check_output(out)
     numel = out.numel()
-    words, constants = words_of(packed, numel), constants_of(absmax, -(-numel // block_size))
+    words, constants = words_of(packed, numel), checked_constants(absmax, -(-numel // block_size))
     grid, levels = (triton.cdiv(numel, TILE),), table_of(levels)
     with on(out):
         _dequantize_nf4_kernel[grid](

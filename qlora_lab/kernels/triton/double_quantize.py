@@ -17,11 +17,12 @@ from qlora_lab.kernels.triton.launch import (
     check_dtype,
     check_length,
     check_numel,
-    constants_of as checked,
+    check_offset,
+    checked_constants,
     named,
     on,
 )
-from qlora_lab.kernels.triton.quantize_nf4 import absmax_of
+from qlora_lab.kernels.triton.quantize_nf4 import absmax_of, scaled
 
 GROUPS = 4  # groups a program takes
 TILE = 1024  # constants a program undoes
@@ -42,30 +43,30 @@ def _double_quantize_kernel(
 ):
     groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     at = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (groups, constants of a group)
-    given = tl.load(absmax + at, mask=at < n_blocks, other=0.0)
+    given = tl.load(absmax + at, mask=at < n_blocks, other=0.0).to(tl.float32)
     centred = tl.where(at < n_blocks, given - tl.load(offset), 0.0)
     scale = absmax_of(centred)
     tl.store(scales + groups, scale, mask=groups * GROUP < n_blocks)
-    x = centred * tl.div_rn(1.0, tl.where(scale > tiny, scale, tiny))[:, None]
-    tl.store(codes + at, nearest_of(x, thresholds), mask=at < n_blocks)
+    tl.store(codes + at, nearest_of(scaled(centred, scale, tiny), thresholds), mask=at < n_blocks)
 
 
 def double_quantize(
     absmax: torch.Tensor, offset: torch.Tensor, thresholds: torch.Tensor, group: int, tiny: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n_blocks,) float32 -> absmax_codes (n_blocks,) uint8 and absmax_scale (ceil(n_blocks / group),) float32.
+    """(n_blocks,) -> absmax_codes (n_blocks,) uint8 and absmax_scale (ceil(n_blocks / group),) float32.
 
-    offset: () float32, subtracted first. thresholds: (255,) float32, between 256 levels in ascending order.
-    Raises ValueError before any launch for what does not match.
+    absmax: float32; weights that are to have 8-bit codes may be bf16 or fp16. offset: () float32, subtracted first.
+    thresholds: (255,) float32, between 256 levels in ascending order. Raises ValueError before any launch for what does
+    not match.
     """
     check_device(absmax=absmax, offset=offset, thresholds=thresholds)
-    check_dtype("absmax", absmax, torch.float32)
-    check_length("absmax", absmax, 1)
+    check_dtype("absmax", absmax)
+    check_length("absmax", absmax, absmax.numel())
     check_numel(len(absmax))
+    check_offset(offset)
     check_dtype("thresholds", thresholds, torch.float32)
-    if len(thresholds) != 255:
-        raise ValueError(f"{len(thresholds)} thresholds are given: 8-bit codes have 255 between them")
-    check_block_size(group)
+    check_length("thresholds", thresholds, 255)
+    check_block_size(group, "group")
     codes = torch.empty(len(absmax), dtype=torch.uint8, device=absmax.device)
     scale = torch.empty(-(-len(absmax) // group), dtype=torch.float32, device=absmax.device)
     grid = (triton.cdiv(len(scale), GROUPS),)
@@ -87,7 +88,7 @@ def double_dequantize(constants: tuple) -> torch.Tensor:
     check_device(**named(constants))
     check_numel(n_blocks)
     out = torch.empty(n_blocks, dtype=torch.float32, device=constants[0].device)
-    *parts, group = checked(constants, n_blocks)
+    *parts, group = checked_constants(constants, n_blocks)
     with on(out):
         _double_dequantize_kernel[(triton.cdiv(n_blocks, TILE),)](*parts, out, n_blocks, group, TILE, **NO_FUSION)
     return out

@@ -33,6 +33,8 @@ def _cast_rightly(self, source: TensorHandle, to: tl.dtype) -> TensorHandle:
 
 
 def _dot_of_floats(self, a, b, d, input_precision, max_num_imprecise_acc):
+    if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
+        return _dot(self, a, b, d, input_precision, max_num_imprecise_acc)
     product = np.matmul(_to_float32(a), _to_float32(b), dtype=d.data.dtype)
     return TensorHandle(product + d.data, d.dtype.scalar)
 

@@ -36,11 +36,11 @@ def on(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def check_block_size(block_size: int) -> None:
+def check_block_size(block_size: int, name: str = "block_size") -> None:
     """A power of two from 32 to 4096: whole words, whole tiles."""
     if not MIN_BLOCK <= block_size <= MAX_BLOCK or block_size & (block_size - 1):
         allowed = f"a power of two, {MIN_BLOCK} to {MAX_BLOCK}"
-        raise ValueError(f"block_size={block_size} is not allowed: kernels take {allowed}")
+        raise ValueError(f"{name}={block_size} is not allowed: kernels take {allowed}")
 
 
 def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
@@ -51,11 +51,18 @@ def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
         raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}: it must be {listed}")
 
 
-def check_length(name: str, tensor: torch.Tensor, least: int) -> None:
-    """Flat, contiguous, and long enough."""
-    if tensor.dim() != 1 or not tensor.is_contiguous() or len(tensor) < least:
+def check_length(name: str, tensor: torch.Tensor, length: int) -> None:
+    """Flat, contiguous, of this length."""
+    if tensor.dim() != 1 or not tensor.is_contiguous() or len(tensor) != length:
         layout = "" if tensor.is_contiguous() else ", not contiguous"
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}{layout}: it must be flat, with {least} entries")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}{layout}: it must be flat, with {length} entries")
+
+
+def check_offset(offset: torch.Tensor) -> None:
+    """One float32."""
+    check_dtype("absmax_offset", offset, torch.float32)
+    if offset.numel() != 1:
+        raise ValueError(f"absmax_offset has shape {tuple(offset.shape)}: it must be one number")
 
 
 def check_numel(numel: int) -> None:
@@ -102,21 +109,21 @@ def named(constants: torch.Tensor | tuple) -> dict[str, torch.Tensor]:
     return dict(zip(names, constants, strict=False))
 
 
-def constants_of(constants: torch.Tensor | tuple, n_blocks: int) -> Constants:
+def checked_constants(constants: torch.Tensor | tuple, n_blocks: int) -> Constants:
     """absmax (n_blocks,) float32, or (codes uint8, scale, offset, table of 256, group size), checked."""
     if isinstance(constants, torch.Tensor):
         check_dtype("absmax", constants, torch.float32)
         check_length("absmax", constants, n_blocks)
         return Constants(constants, None, None, None, 0)
     codes, scale, offset, table, group = constants
+    check_block_size(group, "group")
     check_dtype("absmax_codes", codes, torch.uint8)
     check_length("absmax_codes", codes, n_blocks)
-    parts = named(constants)
-    for name, least in (("absmax_scale", -(-n_blocks // group)), ("table of constants", 256)):
-        tensor = parts[name]
+    for name, length in (("absmax_scale", -(-n_blocks // group)), ("table of constants", 256)):
+        tensor = named(constants)[name]
         check_dtype(name, tensor, torch.float32)
-        check_length(name, tensor, least)
-    check_dtype("absmax_offset", offset, torch.float32)
+        check_length(name, tensor, length)
+    check_offset(offset)
     return Constants(codes, scale, offset, table, group)
 
 
@@ -136,14 +143,18 @@ def check_product(
     check_device(x=x, packed=packed, levels=levels, **named(constants))
     check_dtype("x", x, *dtypes)
     check_block_size(block_size)
-    if x.dim() != 2 or not len(x):
+    if x.dim() != 2 or not len(x) or x.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: it must be a matrix of at least one token")
     check_numel(max(x.numel(), len(x) * rows, len(x) * columns))
     if len(x) > MAX_TOKENS:
         raise ValueError(f"x has {len(x)} tokens: kernels take at most {MAX_TOKENS} at a time")
     if columns % block_size:
         raise ValueError(f"a row of {columns} columns is not whole blocks of {block_size}: dequantise the weight first")
-    return words_of(packed, rows * columns), constants_of(constants, rows * columns // block_size), table_of(levels)
+    return (
+        words_of(packed, rows * columns),
+        checked_constants(constants, rows * columns // block_size),
+        table_of(levels),
+    )
 
 
 def check_adapter(x: torch.Tensor, rows: int, lora_A: torch.Tensor | None, lora_B: torch.Tensor | None) -> int:

@@ -15,9 +15,10 @@ from qlora_lab.kernels.triton.launch import check_adapter, check_product, on
 
 # A tile is x (TOKENS, COLUMNS) times W (ROWS, COLUMNS). One SM of an H100 decodes it (8 instructions a weight,
 # 128 lanes a cycle) in about the time that its tensor cores take for 128 tokens (2 operations a weight and token, some
-# 4,400 a cycle); with half the tokens it would decode for twice as long as it multiplies.
+# 3,800 a cycle); with half the tokens it would decode for twice as long as it multiplies.
 TOKENS, ROWS, COLUMNS = 128, 128, 64
 WARPS = 8
+WIDTH = 16  # of the adapter's rank, at a time: the tensor cores' least, and with more of it sm_80 spills registers
 
 
 @triton.jit
@@ -38,13 +39,14 @@ def _matmul_nf4_kernel(
             words, rows, n_rows, column, n_words, levels, absmax, scale, offset, table, BLOCK, GROUP, COLUMNS
         )
         sums = tl.dot(given, tl.trans(weights.to(x.dtype.element_ty)), sums)
-    for first in range(0, RANK, WIDTH):
-        r = first + tl.arange(0, WIDTH)
-        inside = (tokens < n_tokens)[:, None] & (r < RANK)[None, :]
-        left = tl.load(u + tokens[:, None] * RANK + r[None, :], mask=inside, other=0.0)
-        inside = (rows < n_rows)[:, None] & (r < RANK)[None, :]
-        right = tl.load(lora_B + rows[:, None] * RANK + r[None, :], mask=inside, other=0.0)
-        sums += scaling * tl.dot(left, tl.trans(right))
+    if RANK > 0:
+        for first in tl.range(0, RANK, WIDTH, num_stages=1):  # not loaded ahead, which would spill, too
+            r = first + tl.arange(0, WIDTH)
+            inside = (tokens < n_tokens)[:, None] & (r < RANK)[None, :]
+            left = tl.load(u + tokens[:, None] * RANK + r[None, :], mask=inside, other=0.0)
+            inside = (rows < n_rows)[:, None] & (r < RANK)[None, :]
+            right = tl.load(lora_B + rows[:, None] * RANK + r[None, :], mask=inside, other=0.0)
+            sums += scaling * tl.dot(left, tl.trans(right))
     to = y + tokens[:, None] * n_rows + rows[None, :]
     tl.store(to, sums.to(y.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & (rows < n_rows)[None, :])
 
@@ -70,10 +72,9 @@ def matmul_nf4(
     u, lora_B = (x @ lora_A.t(), lora_B.contiguous()) if rank else (None, None)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS))
-    width = min(64, max(16, triton.next_power_of_2(rank)))  # of the adapter, at a time: the tensor cores' least is 16
     with on(x):
         _matmul_nf4_kernel[grid](
             x, words, *parts[:4], levels, u, lora_B, y, tokens, rows, columns // 8, scaling,
-            weight[3], parts.group, rank, width, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
+            weight[3], parts.group, rank, WIDTH, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return y

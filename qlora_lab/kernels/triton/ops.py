@@ -70,7 +70,7 @@ def double_quantize(absmax: Tensor, offset: Tensor, thresholds: Tensor, group: i
 @double_quantize.register_fake
 def _(absmax, offset, thresholds, group, tiny):
     codes = absmax.new_empty(absmax.shape, dtype=torch.uint8)
-    return [codes, absmax.new_empty((len(absmax) + group - 1) // group, dtype=torch.float32)]
+    return [codes, absmax.new_empty((absmax.shape[0] + group - 1) // group, dtype=torch.float32)]
 
 
 @custom_op("qlora_lab::double_dequantize", mutates_args=())
@@ -92,7 +92,23 @@ def gemv_nf4(
 
 @gemv_nf4.register_fake
 def _(x, packed, constants, group, levels, block_size, rows):
-    return x.new_empty(len(x), rows)
+    return x.new_empty(x.shape[0], rows)
+
+
+def _keep_gemv(ctx, inputs, output) -> None:
+    x, packed, constants, group, levels, block_size, rows = inputs
+    ctx.save_for_backward(packed, levels, *constants)
+    ctx.shape, ctx.group, ctx.block_size = (rows, x.shape[1]), group, block_size
+
+
+def _gemv_gradient(ctx, grad):
+    packed, levels, *constants = ctx.saved_tensors
+    rows, columns = ctx.shape
+    weight = dequantize_nf4(packed, constants, ctx.group, levels, ctx.block_size, rows * columns, grad.dtype)
+    return grad @ weight.view(rows, columns), None, [None] * len(constants), None, None, None, None
+
+
+gemv_nf4.register_autograd(_gemv_gradient, setup_context=_keep_gemv)
 
 
 @custom_op("qlora_lab::matmul_nf4", mutates_args=())
@@ -104,16 +120,16 @@ def matmul_nf4(
     levels: Tensor,
     block_size: int,
     rows: int,
-    lora_A: Tensor | None = None,
-    lora_B: Tensor | None = None,
-    scaling: float = 1.0,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
 ) -> Tensor:
     return rung6.matmul_nf4(x, _weight(packed, constants, group, levels, block_size), rows, lora_A, lora_B, scaling)
 
 
 @matmul_nf4.register_fake
-def _(x, packed, constants, group, levels, block_size, rows, lora_A=None, lora_B=None, scaling=1.0):
-    return x.new_empty(len(x), rows)
+def _(x, packed, constants, group, levels, block_size, rows, lora_A, lora_B, scaling):
+    return x.new_empty(x.shape[0], rows)
 
 
 @custom_op("qlora_lab::matmul_nf4_backward", mutates_args=())
@@ -125,7 +141,7 @@ def matmul_nf4_backward(
 
 @matmul_nf4_backward.register_fake
 def _(grad, packed, constants, group, levels, block_size, columns):
-    return grad.new_empty(len(grad), columns)
+    return grad.new_empty(grad.shape[0], columns)
 
 
 @custom_op("qlora_lab::adamw_8bit", mutates_args=("param", "codes1", "scale1", "codes2", "scale2"))

@@ -21,7 +21,7 @@ def quantize_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of quant.quantize.quantize_blocks: (numel,) weights -> packed uint8, absmax (n_blocks,) float32."""
     if len(order) == 256:
-        codes, scale = ops.double_quantize(weight, weight.new_zeros(()), thresholds, block_size, tiny)
+        codes, scale = ops.double_quantize(weight, thresholds.new_zeros(()), thresholds, block_size, tiny)
         return codes, scale
     packed, absmax = ops.quantize_nf4(weight, thresholds, order, block_size, tiny)
     return packed, absmax
@@ -51,7 +51,7 @@ def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
         if tokens <= MAX_TOKENS:
             return ops.gemv_nf4(x, *parts)
         if tokens <= TOKENS and _has_tensor_cores(x):
-            return ops.matmul_nf4(x, *parts)
+            return ops.matmul_nf4(x, *parts, None, None, 1.0)
     return x @ _decoded(weight, (rows, columns), x.dtype).t()
 
 

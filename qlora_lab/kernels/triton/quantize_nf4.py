@@ -30,6 +30,13 @@ def absmax_of(values, INFINITY: tl.constexpr = 0x7F800000):
 
 
 @triton.jit
+def scaled(values, constants, tiny):
+    """(blocks, n) values over the constants of their blocks; all of a block whose constant is NaN counts as 0."""
+    scale = tl.div_rn(1.0, tl.where(constants > tiny, constants, tiny))
+    return tl.where((constants == constants)[:, None], values * scale[:, None], 0.0)
+
+
+@triton.jit
 def _rank_of(x, tree):
     """How many of 15 thresholds lie below x, (n,) float32: four comparisons, each with the one the last ones leave.
 
@@ -51,9 +58,8 @@ def _quantize_nf4_kernel(
     values = tl.load(weight + at, mask=at < numel, other=0.0).to(tl.float32)
     constants = absmax_of(values)
     tl.store(absmax + blocks, constants, mask=blocks * BLOCK < numel)
-    scale = tl.div_rn(1.0, tl.where(constants > tiny, constants, tiny))
-    x = tl.where((constants == constants)[:, None], values * scale[:, None], 0.0)  # all of a NaN block counts as 0
-    codes = tl.gather(tl.load(order + tl.arange(0, 16)), _rank_of(tl.reshape(x, (TILE,)), tree), 0)
+    x = tl.reshape(scaled(values, constants, tiny), (TILE,))
+    codes = tl.gather(tl.load(order + tl.arange(0, 16)), _rank_of(x, tree), 0)
 
     first, second = tl.split(tl.reshape(codes, (TILE // 8, 2, 2, 2)))  # the first of two neighbours: the high half
     byte0, byte1 = tl.split(first * 16 + second)

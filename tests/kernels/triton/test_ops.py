@@ -20,6 +20,7 @@ from qlora_lab.kernels.triton.gemv_nf4 import gemv_nf4
 from qlora_lab.kernels.triton.launch import MAX_NUMEL, check_numel
 from qlora_lab.kernels.triton.matmul_nf4 import TOKENS, matmul_nf4
 from qlora_lab.kernels.triton.quantize_nf4 import quantize_nf4
+from qlora_lab.quant import double_quant
 from qlora_lab.quant.blocks import TINY
 from qlora_lab.quant.codebook import codebook, midpoints, rounding
 from qlora_lab.quant.double_quant import dynamic_map
@@ -77,10 +78,44 @@ def test_gradients_are_those_of_the_formula_in_float64():
         assert distance < 2**-7, distance  # two bf16 roundings on the way, each at most 2^-8 of a term
 
 
+@pytest.mark.parametrize("operation", ["gemv_nf4", "matmul_nf4"])
+def test_gradients_without_an_adapter(operation):
+    q, x, grad = weight(), leaf(5, COLUMNS), leaf(5, ROWS).detach()
+    no_adapter = (None, None, 1.0) if operation == "matmul_nf4" else ()
+    getattr(ops, operation)(x, *parts(q), ROWS, *no_adapter).backward(grad)
+    exact = grad.double() @ dequantize(q, bf16).double()
+    assert (x.grad.double() - exact).norm() < 2**-8 * exact.norm()  # one rounding to bf16
+
+
+def test_one_graph_serves_every_number_of_tokens():
+    q, graphs = weight(), []
+    torch._dynamo.reset()
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    arguments = *parts(q), ROWS, None, None, 1.0
+    compiled = torch.compile(lambda x: ops.matmul_nf4(x, *arguments) * 2, backend=backend, dynamic=True)
+    for tokens in (3, 5, 7, 9):
+        assert compiled(torch.ones(tokens, COLUMNS, dtype=bf16)).shape == (tokens, ROWS)
+    assert len(graphs) == 1
+
+
+def test_a_table_first_used_in_inference_mode_serves_training():
+    double_quant._map_on.cache_clear()
+    with torch.inference_mode():
+        dequantize(weight())
+    x = leaf(5, COLUMNS)
+    ops.matmul_nf4(x, *parts(weight()), ROWS, None, None, 1.0).sum().backward()
+    assert x.grad is not None
+
+
 def test_compiled_and_eager_are_the_same():
     q, x = weight(), leaf(5, COLUMNS).detach()
-    compiled = torch.compile(lambda x: ops.matmul_nf4(x, *parts(q), ROWS).float().relu(), backend="aot_eager")
-    assert torch.equal(compiled(x), ops.matmul_nf4(x, *parts(q), ROWS).float().relu())
+    arguments = *parts(q), ROWS, None, None, 1.0
+    compiled = torch.compile(lambda x: ops.matmul_nf4(x, *arguments).float().relu(), backend="aot_eager")
+    assert torch.equal(compiled(x), ops.matmul_nf4(x, *arguments).float().relu())
 
 
 # ------------------------------------------------------------------------------------------------------- choose()
@@ -93,15 +128,29 @@ def on_the_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("name", ["nf4", "fp4", "int4", "int8"])
-def test_the_library_on_a_gpu_gives_the_same_bytes(name, double, on_the_gpu, monkeypatch):
-    given = torch.randn(50, 100, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("nf4", bf16), ("fp4", torch.float32), ("int4", torch.float16), ("int8", torch.float32), ("int8", bf16)],
+)
+def test_the_library_on_a_gpu_gives_the_same_bytes(name, dtype, double, on_the_gpu, monkeypatch):
+    given = torch.randn(50, 100, generator=torch.Generator().manual_seed(1)).to(dtype)
     q, value = quantize(given, name, 64, double), None
     value = dequantize(q, bf16)
     monkeypatch.setattr(kernels, "choose", choose)
     twin = quantize(given, name, 64, double)
     assert torch.equal(q.packed, twin.packed) and torch.equal(q.absmax, twin.absmax)
     assert torch.equal(value, dequantize(twin, bf16))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, for NaN
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_block_that_is_not_finite_on_a_gpu(name, on_the_gpu, monkeypatch):
+    given = torch.randn(300)
+    given[100] = torch.nan
+    q = quantize(given, name, 64, keep_non_finite=True)
+    monkeypatch.setattr(kernels, "choose", choose)
+    twin = quantize(given, name, 64, keep_non_finite=True)
+    assert torch.equal(q.packed, twin.packed) and torch.equal(q.absmax.isnan(), twin.absmax.isnan())
 
 
 @pytest.mark.parametrize("tokens", [1, 20, TOKENS + 1])
@@ -193,8 +242,9 @@ def test_launchers_refuse_what_does_not_match(monkeypatch):
         dequantize_nf4(packed, absmax, levels, 32, out.long())
     with refused("not contiguous"):
         dequantize_nf4(packed, absmax, levels, 32, out.view(ROWS, COLUMNS).t())
+    twelve = torch.zeros(12, dtype=torch.uint8)
     with refused("absmax_scale has shape .*: it must be flat, with 1 entries"):
-        dequantize_double(packed, (packed, torch.ones(0), torch.ones(()), dynamic_map(), 256), levels, 32, out)
+        dequantize_double(packed, (twelve, torch.ones(0), torch.ones(()), dynamic_map(), 256), levels, 32, out)
     with refused("weight is float64"):
         quantize_nf4(torch.ones(9, dtype=torch.float64), th, order, 64, TINY)
     with refused("a tensor has 0 elements: kernels take 1 to"):
@@ -203,8 +253,20 @@ def test_launchers_refuse_what_does_not_match(monkeypatch):
         check_numel(MAX_NUMEL)
     with refused("15 thresholds and 15 codes do not match"):
         quantize_nf4(torch.ones(9), th, order[:-1], 64, TINY)
-    with refused("9 thresholds are given: 8-bit codes have 255"):
+    with refused(r"thresholds has shape \(9,\): it must be flat, with 255 entries"):
         double_quantize(torch.ones(9), torch.ones(()), torch.ones(9), 256, TINY)
+    with refused(r"thresholds has shape \(255,\), not contiguous"):
+        double_quantize(torch.ones(9), torch.ones(()), torch.ones(510)[::2], 256, TINY)
+    with refused(r"absmax_offset has shape \(0,\): it must be one number"):
+        double_quantize(torch.ones(9), torch.ones(0), torch.ones(255), 256, TINY)
+    for group in (0, -256, 100):
+        with refused(f"group={group} is not allowed: kernels take a power of two"):
+            double_quantize(torch.ones(9), torch.ones(()), torch.ones(255), group, TINY)
+    codes, scale, offset, table, group = weight().plain[1]
+    with refused(r"absmax_offset has shape \(0,\)"):
+        dequantize_double(packed, (codes, scale, offset.new_empty(0), table, group), levels, 32, out)
+    with refused("group=-256 is not allowed"):
+        dequantize_double(packed, (codes, scale, offset, table, -256), levels, 32, out)
 
 
 def test_products_refuse_what_does_not_match():
@@ -216,6 +278,8 @@ def test_products_refuse_what_does_not_match():
         gemv_nf4(torch.ones(1, 40), q.plain, ROWS)
     with refused("packed has shape .*: it must be flat, with 224 entries"):
         gemv_nf4(x, q.plain, ROWS + 1)
+    with refused("packed has shape .*: it must be flat, with 96 entries"):
+        gemv_nf4(x[:, :32], q.plain, ROWS)
     with refused("x has shape .*: it must be a matrix"):
         gemv_nf4(x[0], q.plain, ROWS)
     with refused("x is float32: it must be bfloat16, float16"):
@@ -231,8 +295,12 @@ def test_adamw_refuses_what_does_not_match():
     tables = (torch.ones(256), torch.ones(255)) * 2
     with refused("scale2 has shape .*: it must be flat, with 2 entries"):
         adamw_8bit(p, p, c, s, c, s[:1], tables, (0.9,) * 6, TINY)
-    with refused("tables have 256, 255, 256, 1 entries"):
+    with refused(r"table 4 has shape \(1,\): it must be flat, with 255 entries"):
         adamw_8bit(p, p, c, s, c, s, (*tables[:3], s[:1]), (0.9,) * 6, TINY)
+    with refused("table 1 is int64: it must be float32"):
+        adamw_8bit(p, p, c, s, c, s, (tables[0].long(), *tables[1:]), (0.9,) * 6, TINY)
+    with refused("5 scalars are given: a step takes 6"):
+        adamw_8bit(p, p, c, s, c, s, tables, (0.9,) * 5, TINY)
 
 
 def test_tensors_of_another_device_are_refused(monkeypatch):

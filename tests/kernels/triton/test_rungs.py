@@ -21,7 +21,9 @@ from qlora_lab.quant.packing import pack
 from qlora_lab.quant.quantize import dequantize, dequantize_blocks, quantize, quantize_blocks
 from tests.kernels.conftest import weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, for 1e38 / 1e-38
+pytestmark = pytest.mark.filterwarnings(  # numpy's, for 1e38 / 1e-38 and for inf / inf
+    "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning"
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -187,6 +189,23 @@ def test_backward(shape, more, dtype):
     assert ((out.double() - grad.double() @ weight.double()).abs() <= bound(grad, weight, rows, dtype)).all()
 
 
+@pytest.mark.parametrize("name", SIXTEEN)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_products_take_every_table_and_block_size(block_size, name):
+    g = torch.Generator().manual_seed(block_size)
+    columns = 3 * block_size if block_size <= 128 else block_size
+    q = quantize(0.02 * torch.randn(3, columns, generator=g), name, block_size, True)
+    x, grad = torch.randn(2, columns, generator=g).bfloat16(), torch.randn(2, 3, generator=g).bfloat16()
+    exact, rounded = (dequantize(q, dtype) for dtype in (torch.float32, torch.bfloat16))
+    for result, left, right in (
+        (gemv_nf4(x, q.plain, 3), x, exact.t()),
+        (matmul_nf4(x, q.plain, 3), x, rounded.t()),
+        (matmul_nf4_backward(grad, q.plain, columns), grad, rounded),
+    ):
+        limit = bound(left, right, len(right), torch.bfloat16)
+        assert ((result.double() - left.double() @ right.double()).abs() <= limit).all()
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rank", [1, 8, 20, 70])
 def test_the_adapter_is_added_to_the_same_sums(rank, dtype):
@@ -206,6 +225,22 @@ def test_a_token_does_not_depend_on_those_beside_it():
 
 
 # ---------------------------------------------------------------------------------------------------------- AdamW
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])  # the square of the last is infinite
+def test_a_bad_gradient_spoils_its_block_alone(bad):
+    first, second = double_quant.dynamic_map(), double_quant.dynamic_map(signed=False)
+    tables = first, midpoints(first), second, midpoints(second)
+    state = [torch.zeros(600, dtype=torch.uint8), torch.zeros(3)] * 2
+    ours, twin = ([torch.ones(600), *(t.clone() for t in state)] for _ in range(2))
+    grad = torch.ones(600)
+    grad[300] = bad
+    how = readable.AdamW(step=1, lr=1e-2)
+    adamw_8bit(ours[0], grad, *ours[1:], tables, how.scalars, TINY)
+    readable.adamw_8bit(twin[0], grad, *twin[1:], how)
+    for a, b in zip(ours[1:], twin[1:], strict=True):
+        assert torch.equal(a.float().nan_to_num(-1), b.float().nan_to_num(-1))
+    assert ours[4].isnan().tolist() == [False, True, False]
 
 
 @few
