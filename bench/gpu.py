@@ -32,6 +32,10 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+if __name__ == "__main__" and find_spec("triton") is None:
+    print("Triton is not installed, and the GPU kernels are written in it: it exists for Linux.", file=sys.stderr)
+    sys.exit(2)
+
 import triton  # noqa: E402
 from triton import knobs  # noqa: E402
 
