@@ -58,9 +58,9 @@ def _choose(device: str, override: str) -> Choice:
 
         if why := triton.refusal():
             return Choice("reference", why)
-        from qlora_lab.kernels.triton import product
+        from qlora_lab.kernels.triton import dispatch
 
-        return Choice("triton", "the device is a GPU", product, product)
+        return Choice("triton", "the device is a GPU", dispatch, dispatch)
     if device != "cpu":
         return Choice("reference", f"there is no kernel for {device}")
     if _forked:

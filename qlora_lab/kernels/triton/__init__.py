@@ -1,4 +1,4 @@
-"""The Triton rungs, one kernel a file, in the order of the ladder; what choose() returns for CUDA is product.py.
+"""The Triton rungs, one kernel a file, in the order of the ladder; what choose() returns for CUDA is dispatch.py.
 
 1 quantize_nf4, 2 dequantize_nf4, 3 dequantize_double, 4 double_quantize, 5 gemv_nf4, 6 matmul_nf4,
 7 matmul_nf4_backward, 8 adamw_8bit. Tables are arguments, so NF4, NF3 and NF2 in 4-bit codes, FP4 and INT4 share them.

@@ -3,6 +3,7 @@
 Each has its kernel, a function that tells the shapes without computing, and, where x, lora_A and lora_B have gradients,
 their formula. A quantised weight is frozen. Constants travel as a list of one tensor, absmax, or of four: absmax_codes,
 absmax_scale, absmax_offset and the table of the codes; then `group` is how many of them share a scale, otherwise 0.
+The launchers' docstrings give shapes and dtypes in full, and raise ValueError.
 """
 
 import torch
@@ -24,6 +25,7 @@ Tensor = torch.Tensor
 
 @custom_op("qlora_lab::quantize_nf4", mutates_args=())
 def quantize_nf4(weight: Tensor, thresholds: Tensor, order: Tensor, block_size: int, tiny: float) -> list[Tensor]:
+    """(numel,) weights -> packed uint8, absmax float32. As the launcher of rung 1."""
     return list(rung1.quantize_nf4(weight, thresholds, order, block_size, tiny))
 
 
@@ -37,6 +39,7 @@ def _(weight, thresholds, order, block_size, tiny):
 def dequantize_nf4(
     packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, numel: int, dtype: torch.dtype
 ) -> Tensor:
+    """Packed codes and constants -> (numel,) weights of `dtype`. Rung 2, or 3 where constants are quantised."""
     out = torch.empty(numel, dtype=dtype, device=packed.device)
     dequantize_into(packed, constants, group, levels, block_size, out)
     return out
@@ -51,6 +54,7 @@ def _(packed, constants, group, levels, block_size, numel, dtype):
 def dequantize_into(
     packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, out: Tensor
 ) -> None:
+    """As dequantize_nf4, into a given contiguous tensor."""
     if len(constants) == 1:
         rung2.dequantize_nf4(packed, constants[0], levels, block_size, out)
     else:
@@ -64,6 +68,7 @@ def _(packed, constants, group, levels, block_size, out):
 
 @custom_op("qlora_lab::double_quantize", mutates_args=())
 def double_quantize(absmax: Tensor, offset: Tensor, thresholds: Tensor, group: int, tiny: float) -> list[Tensor]:
+    """(n_blocks,) constants -> their codes uint8 and scales float32. As the launcher of rung 4."""
     return list(rung4.double_quantize(absmax, offset, thresholds, group, tiny))
 
 
@@ -75,6 +80,7 @@ def _(absmax, offset, thresholds, group, tiny):
 
 @custom_op("qlora_lab::double_dequantize", mutates_args=())
 def double_dequantize(constants: list[Tensor], group: int) -> Tensor:
+    """The inverse: codes, scales, offset and table -> (n_blocks,) float32."""
     return rung4.double_dequantize((*constants, group))
 
 
@@ -87,6 +93,7 @@ def _(constants, group):
 def gemv_nf4(
     x: Tensor, packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, rows: int
 ) -> Tensor:
+    """x (tokens, columns), at most 8 tokens -> x W^T (tokens, rows), same dtype. Rung 5."""
     return rung5.gemv_nf4(x, _weight(packed, constants, group, levels, block_size), rows)
 
 
@@ -124,6 +131,7 @@ def matmul_nf4(
     lora_B: Tensor | None,
     scaling: float,
 ) -> Tensor:
+    """x (tokens, columns) bf16 or fp16 -> x W^T + scaling (x A^T) B^T, (tokens, rows). Rung 6."""
     return rung6.matmul_nf4(x, _weight(packed, constants, group, levels, block_size), rows, lora_A, lora_B, scaling)
 
 
@@ -136,6 +144,7 @@ def _(x, packed, constants, group, levels, block_size, rows, lora_A, lora_B, sca
 def matmul_nf4_backward(
     grad: Tensor, packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, columns: int
 ) -> Tensor:
+    """grad (tokens, rows) bf16 or fp16 -> grad W, (tokens, columns). Rung 7."""
     return rung7.matmul_nf4_backward(grad, _weight(packed, constants, group, levels, block_size), columns)
 
 
@@ -156,6 +165,7 @@ def adamw_8bit(
     scalars: list[float],
     tiny: float,
 ) -> None:
+    """One step of AdamW over flat parameters and 8-bit moments, in place. Rung 8."""
     rung8.adamw_8bit(param, grad, codes1, scale1, codes2, scale2, tuple(tables), tuple(scalars), tiny)
 
 

@@ -11,7 +11,7 @@ from triton.runtime import driver
 import qlora_lab as ql
 from qlora_lab import kernels
 from qlora_lab.kernels import OVERRIDE, choose
-from qlora_lab.kernels.triton import ops, product
+from qlora_lab.kernels.triton import dispatch, ops
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
 from qlora_lab.kernels.triton.dequantize_double import dequantize_double
 from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4
@@ -35,7 +35,7 @@ def weight(double: bool = True, columns: int = COLUMNS, block_size: int = 32):
 
 
 def parts(q) -> tuple:
-    return q.packed, *product._parts(q.plain[1]), q.levels, q.block_size
+    return q.packed, *dispatch._parts(q.plain[1]), q.levels, q.block_size
 
 
 def leaf(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
@@ -175,7 +175,7 @@ def test_what_no_rung_takes_is_left_to_the_readable_functions(name, block_size, 
 
 
 def test_choose():
-    assert choose("cuda").name == "triton" and choose("cuda").blocks is product
+    assert choose("cuda").name == "triton" and choose("cuda").blocks is dispatch
 
 
 def test_where_triton_does_not_start_the_readable_functions_run(monkeypatch):

@@ -1,4 +1,4 @@
-"""What choose() returns for CUDA: the functions of kernels/cpu.py and kernels/product.py, by the rungs.
+"""Which rung does what: the functions of kernels/cpu.py and kernels/product.py for CUDA.
 
 A weight is packed, constants, levels, block_size. takes() says which; for others the readable functions run.
 """
