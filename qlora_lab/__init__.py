@@ -21,6 +21,7 @@ _HOME = {
     "quantize_linears": "finetune.linear4bit",
     "add_lora": "finetune.lora",
     "LoRALinear": "finetune.lora",
+    "PagedAdamW": "finetune.paged_adamw",
     "load_data": "finetune.data",
     "save_adapter": "finetune.checkpoint",
     "load_adapter": "finetune.checkpoint",

@@ -1,0 +1,155 @@
+"""PagedAdamW is torch.optim.AdamW, bit for bit, for every page size and budget."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_lab.finetune.paged_adamw import PagedAdamW
+
+SHAPES = [(3, 5), (1,), (64, 33), (7,), (40, 1000)]
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=g).to(dtype) for shape in SHAPES]
+    made[2] = made[2].t()  # not contiguous
+    return [torch.nn.Parameter(t) for t in made]
+
+
+def groups(params: list) -> list[dict]:
+    return [{"params": params[:2], "lr": 1e-2}, {"params": params[2:], "weight_decay": 0.3, "betas": (0.8, 0.95)}]
+
+
+def run(optimizer: torch.optim.Optimizer, params: list, steps: range) -> None:
+    for step in steps:
+        g = torch.Generator().manual_seed(step)
+        for i, p in enumerate(params):
+            grad = torch.randn(p.shape, generator=g).to(p.dtype)
+            p.grad = None if (step, i) == (1, 3) else grad  # one parameter misses a step
+        optimizer.step()
+
+
+@pytest.mark.parametrize("budget", ["one page", "a quarter", "all"])
+@pytest.mark.parametrize("page_size", [8, 72, 4096, 2**21])
+def test_it_is_adamw_bit_for_bit(page_size, budget):
+    ours, theirs = parameters(), parameters()
+    state = 8 * sum(p.numel() for p in ours)
+    if page_size == 8:  # a page for each element: a smaller model will do
+        ours, theirs = ours[:3], theirs[:3]
+    size = {"one page": page_size, "a quarter": max(page_size, state // 4), "all": None}[budget]
+    paged = PagedAdamW(groups(ours), page_size=page_size, budget=size)
+    torch_s = torch.optim.AdamW(groups(theirs))
+    run(paged, ours, range(4))
+    run(torch_s, theirs, range(4))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len(paged.pages.resident) <= len(paged.pages.frames)
+
+
+def test_either_goes_on_where_the_other_stopped():
+    ours, theirs, straight = parameters(), parameters(), parameters()
+    paged, torch_s, whole = (
+        PagedAdamW(ours, page_size=4096, budget=8192),
+        torch.optim.AdamW(theirs),
+        torch.optim.AdamW(straight),
+    )
+    run(paged, ours, range(2))
+    run(torch_s, theirs, range(2))
+    for a, b in ((paged.state_dict(), torch_s.state_dict()), (torch_s.state_dict(), paged.state_dict())):
+        assert a["state"].keys() == b["state"].keys()
+    first, second = copy.deepcopy(paged.state_dict()), copy.deepcopy(torch_s.state_dict())
+    paged.load_state_dict(second)
+    torch_s.load_state_dict({"state": first["state"], "param_groups": second["param_groups"]})
+    run(paged, ours, range(2, 4))
+    run(torch_s, theirs, range(2, 4))
+    run(whole, straight, range(4))
+    for a, b, c in zip(ours, theirs, straight, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, c)
+
+
+def test_moments_of_bf16_parameters_stay_float32():
+    params = parameters(torch.bfloat16)
+    paged = PagedAdamW(params, lr=1e-2, page_size=4096, budget=4096)
+    run(paged, params, range(3))
+    state = copy.deepcopy(paged.state_dict())
+    assert state["state"][0]["exp_avg"].dtype == torch.float32 and params[0].dtype == torch.bfloat16
+    paged.load_state_dict(state)
+    again = paged.state_dict()["state"]
+    assert all(torch.equal(again[i]["exp_avg_sq"], state["state"][i]["exp_avg_sq"]) for i in again)
+
+
+def test_a_closure_is_called_with_gradients():
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = PagedAdamW([p], lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3 and optimizer.step(closure).item() < 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr": -1}, "lr=-1 is not allowed"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) are not allowed"),
+        ({"page_size": 12}, "page_size=12 is not allowed: it is a multiple of 8"),
+        ({"page_size": 16, "budget": 8}, "budget=8 is not enough"),
+    ],
+)
+def test_errors_name_the_value(given, message):
+    with pytest.raises(ValueError, match=message):
+        PagedAdamW([torch.nn.Parameter(torch.ones(3))], **given)
+
+
+def test_what_does_not_fit_is_refused_whole():
+    small, large = (PagedAdamW([torch.nn.Parameter(torch.ones(n))]) for n in (3, 4))
+    for optimizer in (small, large):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones_like(optimizer.param_groups[0]["params"][0])
+        optimizer.step()
+    before = copy.deepcopy(small.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(4,\), the parameter \(3,\)"):
+        small.load_state_dict(large.state_dict())
+    after = small.state_dict()
+    assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+    with pytest.raises(ValueError, match="a group is added after the pages were laid out"):
+        small.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
+RESIDENT = """
+import re, sys, torch
+from pathlib import Path
+from qlora_lab.finetune.paged_adamw import PagedAdamW
+
+def resident():
+    return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def train(numel, budget):
+    p = torch.nn.Parameter(torch.ones(numel))
+    p.grad = torch.ones(numel)
+    before = resident()
+    optimizer = PagedAdamW([p], budget=budget, folder=sys.argv[2])
+    for _ in range(2):
+        optimizer.step()
+    return resident() - before
+
+train(2**20, 2**21)  # what the first step loads is not the state's
+print(train(2**24, int(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory is resident")
+def test_a_quarter_of_the_state_is_a_quarter_of_the_memory(tmp_path):
+    state = 8 * 2**24
+    used = []
+    for budget in (state, state // 4):
+        command = [sys.executable, "-c", RESIDENT, str(budget), str(tmp_path)]
+        used.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert used[0] > 0.95 * state and used[1] < 0.3 * used[0], used
