@@ -64,3 +64,16 @@ def test_it_runs_from_end_to_end(tmp_path):
     assert works >= {"quantise", "dequantise", "forward", "forward and backward", "LoRA layer step", "quantise, growth"}
     assert "cold start" in done.stdout and "bitsandbytes" in done.stdout
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
+
+
+@pytest.mark.slow
+def test_the_bench_of_paging_runs(tmp_path):
+    command = [sys.executable, "bench/paging.py", "--quick", "--out", str(tmp_path / "paging.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = json.loads((tmp_path / "paging.json").read_text())
+    assert result["state_bytes"] == 8 * 2**12 and set(result["seconds"]) == {
+        "torch.optim.AdamW", "all in memory", "a quarter", "a tenth", "copy",
+    }  # fmt: skip
+    assert result["events_of_a_step"]["all in memory"] == {}  # every page stays
+    assert result["events_of_a_step"]["a tenth"] == {"write back": 8, "evict": 8, "fault": 8}  # eight pages, one frame
+    assert "a tenth" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["paging.json"]

@@ -26,7 +26,8 @@ class PagedAdamW(torch.optim.Optimizer):
     """As torch.optim.AdamW, with `page_size` and `budget` in bytes and `folder` for the pages' file (see Pages).
 
     state_dict() and load_state_dict() speak torch.optim.AdamW's form, so either can go on where the other stopped.
-    Raises ValueError for a hyperparameter out of range, a page too small for one element, and what Pages raises.
+    Raises ValueError for a hyperparameter out of range, a page size that is no multiple of 8 bytes, a parameter that is
+    not on the CPU, and what Pages raises.
     """
 
     def __init__(
@@ -49,6 +50,11 @@ class PagedAdamW(torch.optim.Optimizer):
         if page_size < BYTES or page_size % BYTES:
             raise ValueError(f"page_size={page_size} is not allowed: it is a multiple of {BYTES} bytes, one element's")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        for number, p in enumerate(self._parameters()):
+            if p.device.type != "cpu":
+                raise ValueError(
+                    f"parameter {number} is on {p.device}: pages are in the CPU's memory, and so must it be"
+                )
         self._first, elements = {}, 0  # parameter -> its first element in the pages
         for p in self._parameters():
             self._first[p], elements = elements, elements + p.numel()

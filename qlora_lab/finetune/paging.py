@@ -14,13 +14,14 @@ Not here: what is in the bytes (paged_adamw.py).
 import mmap
 import os
 import tempfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 PAGE_SIZE = 2**21  # bytes; as CUDA's managed memory moves at most
+EVENTS = 2**16  # that are remembered: a long run has millions
 
 
 class Event(NamedTuple):
@@ -35,7 +36,7 @@ class Pages:
     """`nbytes` bytes, zero at first.
 
     page_size: bytes of a page. budget: bytes for frames, None for all pages. folder: where the file lies, on a disk and
-    not in memory; None for the system's temporary one. events: what happened so far; clear it as you like.
+    not in memory; None for the system's temporary one. events: what happened last, oldest first; clear it as you like.
     Raises ValueError for a size that is not at least 1, or a budget below one page, and OSError for a full disk.
     """
 
@@ -49,7 +50,7 @@ class Pages:
         self.page_size, self.count = page_size, -(-nbytes // page_size)
         frames = self.count if budget is None else min(self.count, budget // page_size)
         self.frames = torch.zeros(frames, page_size, dtype=torch.uint8)
-        self.events: list[Event] = []
+        self.events: deque[Event] = deque(maxlen=EVENTS)
         self._free = list(range(frames - 1, -1, -1))
         self._frame_of: OrderedDict[int, int] = OrderedDict()  # page -> frame, least recently used first
         self._written: set[int] = set()  # pages that the file holds; all others are zero

@@ -108,6 +108,11 @@ def test_errors_name_the_value(given, message):
         PagedAdamW([torch.nn.Parameter(torch.ones(3))], **given)
 
 
+def test_parameters_of_another_device_are_refused():
+    with pytest.raises(ValueError, match="parameter 0 is on meta: pages are in the CPU's memory"):
+        PagedAdamW([torch.nn.Parameter(torch.ones(3, device="meta"))])
+
+
 def test_what_does_not_fit_is_refused_whole():
     small, large = (PagedAdamW([torch.nn.Parameter(torch.ones(n))]) for n in (3, 4))
     for optimizer in (small, large):

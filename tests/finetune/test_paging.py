@@ -27,7 +27,7 @@ def test_the_least_recently_used_page_is_evicted():
     pages = Pages(5 * 4096, 4096, 3 * 4096)
     for number in (0, 1, 2, 0, 3, 1):
         pages.page(number)
-    assert pages.events == [
+    assert list(pages.events) == [
         Event("fault", 0, 0), Event("fault", 1, 1), Event("fault", 2, 2),
         Event("write back", 1, 1), Event("evict", 1, 1), Event("fault", 3, 1),
         Event("write back", 2, 2), Event("evict", 2, 2), Event("fault", 1, 2),
