@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from bench.cpu import versions  # noqa: E402
 from bench.timing import cpu_name, in_turn  # noqa: E402
-from qlora_lab.finetune.paged_adamw import BYTES, PagedAdamW  # noqa: E402
+from qlora_lab.finetune.paged_adamw import UNIT, PagedAdamW  # noqa: E402
 from qlora_lab.finetune.paging import PAGE_SIZE  # noqa: E402
 
 SHARES = {"all in memory": 1, "a quarter": 4, "a tenth": 10}
@@ -45,7 +45,7 @@ def copy(file: int, page: bytearray, pages: int) -> None:
 
 def measure(numel: int, page_size: int, rounds: int) -> dict:
     """seconds of a step for each contender, and what happened to pages in one step."""
-    state = BYTES * numel
+    state = UNIT[32][1] * numel
     paged = {
         name: optimizer(numel, partial(PagedAdamW, page_size=page_size, budget=max(page_size, state // share)))
         for name, share in SHARES.items()

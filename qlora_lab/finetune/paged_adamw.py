@@ -3,12 +3,14 @@
 In: parameters with gradients. Changed: the parameters, in place, and the pages.
 Source: "Decoupled Weight Decay Regularization", algorithm 2; QLoRA section 3, "Paged Optimizers".
 
-All parameters lie one after another in the pages, so that small ones, such as an adapter's, are paged as well; a page
-holds the first moments of its elements and then the second ones, float32. A step goes over the parameters in order and
-asks for their pages one by one. Every operation is one element's own, so the order of pages changes no bit.
+All parameters lie one after another in the pages, so that small ones, such as an adapter's, are paged as well. With 32
+bits a page holds the first moments of its elements and then the second ones, float32, 8 bytes an element; with 8 bits
+the codes of both and then their constants, 520 bytes for each block of 256 (adamw_8bit.py). A step goes over the
+parameters in order and asks for their pages one by one. Every element, or block, is changed by itself, so the order of
+pages changes no bit.
 
-But: no amsgrad, no maximize, no sparse gradients; moments are float32, 8 bytes a parameter, whatever its dtype.
-Not here: pages (paging.py), moments of 8 bits (adamw_8bit.py).
+But: no amsgrad, no maximize, no sparse gradients; 32-bit moments are float32, whatever the dtype of a parameter.
+Not here: pages (paging.py), the arithmetic of 8 bits (adamw_8bit.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,17 +19,26 @@ from typing import Any
 
 import torch
 
+from qlora_lab.finetune.adamw_8bit import BLOCK, AdamW, adamw_8bit
 from qlora_lab.finetune.paging import PAGE_SIZE, Pages
+from qlora_lab.quant.double_quant import dynamic_map
 
-BYTES = 8  # of state for each element: two float32
+UNIT = {32: (1, 8), 8: (BLOCK, 2 * BLOCK + 8)}  # bits: elements that stay together, and bytes of their state
+NAMES = {  # bits: what torch.optim.AdamW, and bitsandbytes, call the parts of a state
+    32: ("exp_avg", "exp_avg_sq"),
+    8: ("state1", "state2", "absmax1", "absmax2"),
+}
+WRAPPED = "__bnb_optimizer_quant_state__"  # under which bitsandbytes keeps them
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """As torch.optim.AdamW, with `page_size` and `budget` in bytes and `folder` for the pages' file (see Pages).
+    """As torch.optim.AdamW, with moments of `bits` 32 or 8, `page_size` and `budget` in bytes, and `folder` for the
+    pages' file (see Pages).
 
-    state_dict() and load_state_dict() speak torch.optim.AdamW's form, so either can go on where the other stopped.
-    Raises ValueError for a hyperparameter out of range, a page size that is no multiple of 8 bytes, a parameter that is
-    not on the CPU, and what Pages raises.
+    state_dict() has torch.optim.AdamW's form, so either can go on where the other stopped; with 8 bits its parts are
+    those of bitsandbytes' AdamW8bit, whose state_dict() can be loaded.
+    Raises ValueError for a hyperparameter out of range, a page size that does not hold whole elements or blocks, a
+    parameter that is not on the CPU, and what Pages raises.
     """
 
     def __init__(
@@ -38,6 +49,7 @@ class PagedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        bits: int = 32,
         page_size: int = PAGE_SIZE,
         budget: int | None = None,
         folder: str | Path | None = None,
@@ -47,18 +59,21 @@ class PagedAdamW(torch.optim.Optimizer):
                 raise ValueError(f"{name}={value} is not allowed: it is at least 0")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas} are not allowed: each is at least 0 and less than 1")
-        if page_size < BYTES or page_size % BYTES:
-            raise ValueError(f"page_size={page_size} is not allowed: it is a multiple of {BYTES} bytes, one element's")
+        if bits not in UNIT:
+            raise ValueError(f"bits={bits} is not allowed: moments have 32 or 8")
+        together, nbytes = UNIT[bits]
+        if page_size < nbytes or page_size % 8:
+            allowed = f"a multiple of 8, at least {nbytes} with {bits} bits"
+            raise ValueError(f"page_size={page_size} is not allowed: {allowed}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         for number, p in enumerate(self._parameters()):
             if p.device.type != "cpu":
-                raise ValueError(
-                    f"parameter {number} is on {p.device}: pages are in the CPU's memory, and so must it be"
-                )
-        self._first, elements = {}, 0  # parameter -> its first element in the pages
+                raise ValueError(f"parameter {number} is on {p.device}: pages are in the CPU's memory, as it must be")
+        self.bits, self._first, units = bits, {}, 0  # parameter -> its first unit in the pages
         for p in self._parameters():
-            self._first[p], elements = elements, elements + p.numel()
-        self.pages = Pages(elements * BYTES, page_size, budget, folder)
+            self._first[p], units = units, units - (-p.numel() // together)
+        self._units = page_size // nbytes  # of a page
+        self.pages = Pages(-(-units // self._units) * page_size, page_size, budget, folder)
 
     def add_param_group(self, param_group: dict) -> None:
         if hasattr(self, "pages"):
@@ -81,63 +96,78 @@ class PagedAdamW(torch.optim.Optimizer):
     def _step(self, p: torch.Tensor, group: dict) -> None:
         state = self.state[p]
         state["step"] = state.get("step", torch.tensor(0.0)) + 1
-        step, (beta1, beta2) = state["step"].item(), group["betas"]
-        size = group["lr"] / (1 - beta1**step)
-        correction = (1 - beta2**step) ** 0.5
+        how = AdamW(int(state["step"].item()), group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         flat, grad = p.reshape(-1), p.grad.reshape(-1)  # (numel,); a copy where p is not contiguous, or not float32
         values = flat.float()
-        for m, v, part in self._moments(p):
-            g = grad[part].float()
-            values[part].mul_(1 - group["lr"] * group["weight_decay"])
-            m.lerp_(g, 1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            values[part].addcdiv_(m, (v.sqrt() / correction).add_(group["eps"]), value=-size)
+        for parts, where in self._pieces(p):
+            if self.bits == 32:
+                _adamw(values[where], grad[where].float(), *parts, how)
+            else:
+                codes1, codes2, scale1, scale2 = parts
+                adamw_8bit(values[where], grad[where], codes1, scale1, codes2, scale2, how)
         if values.data_ptr() != p.data_ptr():
             p.copy_(values.view(p.shape))
 
-    def _moments(self, p: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
-        """First and second moments of p page by page, to change in place, and where in p they belong."""
-        each, done, first = self.pages.page_size // BYTES, 0, self._first[p]
-        while done < p.numel():
-            page, at = divmod(first + done, each)
-            n = min(each - at, p.numel() - done)
-            m, v = self.pages.page(page).view(torch.float32).view(2, each)[:, at : at + n]
-            yield m, v, slice(done, done + n)
-            done += n
+    def _pieces(self, p: torch.Tensor) -> Iterator[tuple[tuple[torch.Tensor, ...], slice]]:
+        """The parts of the state of p (see NAMES), page by page, to change in place, and where in p they belong."""
+        together, done, n_units = UNIT[self.bits][0], 0, -(-p.numel() // UNIT[self.bits][0])
+        while done < n_units:
+            page, at = divmod(self._first[p] + done, self._units)
+            end = min(self._units, at + n_units - done)
+            where = slice(done * together, min((done + end - at) * together, p.numel()))
+            bytes_ = self.pages.page(page)
+            if self.bits == 32:
+                yield bytes_.view(torch.float32)[: 2 * self._units].view(2, -1)[:, at:end].unbind(), where
+            else:
+                codes = bytes_[: 2 * BLOCK * self._units].view(2, -1)
+                scales = bytes_[2 * BLOCK * self._units :][: 8 * self._units].view(torch.float32).view(2, -1)
+                first = at * BLOCK
+                yield (*codes[:, first : first + where.stop - where.start], *scales[:, at:end]), where
+            done += end - at
 
     def _parameters(self) -> Iterator[torch.Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim.AdamW's: step, exp_avg and exp_avg_sq (float32) of each parameter by its number."""
-        whole = super().state_dict()
+        """Of each parameter by its number: step, and exp_avg and exp_avg_sq, float32, as torch.optim.AdamW has them.
+
+        With 8 bits state1, state2 (codes), absmax1, absmax2, and their tables qmap1, qmap2, as bitsandbytes has them.
+        """
         state = {}
         for number, p in enumerate(self._parameters()):
             if p in self.state:
-                moments = torch.empty(2, p.numel())
-                for m, v, part in self._moments(p):
-                    moments[0, part], moments[1, part] = m, v
-                averages = {name: half.view(p.shape) for name, half in zip(AVERAGES, moments, strict=True)}
-                state[number] = {"step": self.state[p]["step"], **averages}
-        return whole | {"state": state}
+                pieces = [[part.clone() for part in parts] for parts, _ in self._pieces(p)]
+                whole = dict(zip(NAMES[self.bits], map(torch.cat, zip(*pieces, strict=True)), strict=True))
+                shaped = {k: v if k.startswith("absmax") else v.view(p.shape) for k, v in whole.items()}
+                maps = {"qmap1": dynamic_map(), "qmap2": dynamic_map(signed=False)} if self.bits == 8 else {}
+                state[number] = {"step": self.state[p]["step"], **shaped, **maps}
+        return super().state_dict() | {"state": state}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of either optimizer. Raises ValueError, and changes nothing, where groups or shapes differ."""
-        given = state_dict["state"]
+        """Of either optimizer. Raises ValueError, and changes nothing, where groups, names or shapes differ."""
+        given = {number: one | one.get(WRAPPED, {}) for number, one in state_dict["state"].items()}
         for number, p in enumerate(self._parameters()):
-            for name in AVERAGES if number in given else ():
-                if given[number][name].shape != p.shape:
-                    found = tuple(given[number][name].shape)
-                    raise ValueError(f"{name} of parameter {number} has shape {found}, the parameter {tuple(p.shape)}")
-        steps = {number: {"step": one["step"]} for number, one in given.items()}
+            for name in NAMES[self.bits] if number in given else ():
+                shape = (-(-p.numel() // BLOCK),) if name.startswith("absmax") else tuple(p.shape)
+                found = tuple(given[number][name].shape) if name in given[number] else None
+                if found != shape:
+                    raise ValueError(f"{name} of parameter {number} has shape {found}, it must be {shape}")
+        steps = {number: {"step": torch.tensor(float(one["step"]))} for number, one in given.items()}
         super().load_state_dict(state_dict | {"state": steps})
         for number, p in enumerate(self._parameters()):
             if number in given:
-                halves = [given[number][name].reshape(-1) for name in AVERAGES]
-                for m, v, part in self._moments(p):
-                    m.copy_(halves[0][part])
-                    v.copy_(halves[1][part])
+                whole, done = [given[number][name].reshape(-1) for name in NAMES[self.bits]], [0] * 4
+                for parts, _ in self._pieces(p):
+                    for i, part in enumerate(parts):
+                        part.copy_(whole[i][done[i] : done[i] + len(part)])
+                        done[i] += len(part)
 
 
-AVERAGES = "exp_avg", "exp_avg_sq"  # torch's names of the two moments
+def _adamw(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, how: AdamW) -> None:
+    """Change p, m and v, all (n,) float32, in the order of operations that torch.optim.AdamW has."""
+    p.mul_(1 - how.lr * how.weight_decay)
+    m.lerp_(g, 1 - how.beta1)
+    v.mul_(how.beta2).addcmul_(g, g, value=1 - how.beta2)
+    spread = (v.sqrt() / (1 - how.beta2**how.step) ** 0.5).add_(how.eps)
+    p.addcdiv_(m, spread, value=-how.lr / (1 - how.beta1**how.step))

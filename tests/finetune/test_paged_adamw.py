@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_lab.finetune.adamw_8bit import AdamW, adamw_8bit
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 
 SHAPES = [(3, 5), (1,), (64, 33), (7,), (40, 1000)]
@@ -70,6 +71,59 @@ def test_either_goes_on_where_the_other_stopped():
         assert torch.equal(a, c) and torch.equal(b, c)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("page_size", [520, 4096, 2**21])
+def test_8_bits_in_pages_are_8_bits_in_memory(page_size, dtype):
+    ours, whole = parameters(dtype)[:4], parameters(dtype)[:4]
+    paged = PagedAdamW(ours, lr=1e-2, weight_decay=0.3, bits=8, page_size=page_size, budget=page_size)
+    states = []
+    for p in whole:
+        sizes = 2 * [(p.numel(), torch.uint8), (-(-p.numel() // 256), torch.float32)]
+        states.append([torch.zeros(n, dtype=kind) for n, kind in sizes])
+    for step in range(1, 4):
+        g = torch.Generator().manual_seed(step)
+        for p, q, state in zip(ours, whole, states, strict=True):
+            p.grad = torch.randn(p.shape, generator=g).to(dtype)
+            values = q.detach().reshape(-1).float()
+            adamw_8bit(values, p.grad.reshape(-1), *state, AdamW(step, 1e-2, weight_decay=0.3))
+            q.data.copy_(values.view(q.shape))
+        paged.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, whole, strict=True))
+    saved = paged.state_dict()["state"]
+    assert all(torch.equal(saved[i]["state2"].reshape(-1), state[2]) for i, state in enumerate(states))
+    assert len(paged.pages.frames) == 1
+
+
+def test_8_bits_follow_bitsandbytes_and_go_on_from_its_state():
+    """Both round moments to 8 bits, and bitsandbytes misses the nearest code now and then: they stay closer to each
+    other than either is to 32 bits."""
+    optim = pytest.importorskip("bitsandbytes.optim")
+    start = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    ours, theirs, exact = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    paged = PagedAdamW([ours], bits=8, page_size=2080, budget=4160, **settings)
+    bnb, full = optim.AdamW8bit([theirs], min_8bit_size=1, **settings), torch.optim.AdamW([exact], **settings)
+
+    def run(first: int, last: int) -> None:
+        for step in range(first, last):
+            grad = 0.1 * torch.randn(5000, generator=torch.Generator().manual_seed(step))
+            for p, optimizer in ((ours, paged), (theirs, bnb), (exact, full)):
+                p.grad = grad.clone()
+                optimizer.step()
+
+    run(1, 40)
+    assert (ours - theirs).norm() < (theirs - exact).norm() and (ours - theirs).norm() < (ours - exact).norm()
+    ours.data.copy_(theirs)
+    state = copy.deepcopy(bnb.state_dict()["state"])
+    paged.load_state_dict({"state": state, "param_groups": paged.state_dict()["param_groups"]})
+    for name in ("state1", "state2", "absmax1", "absmax2"):
+        assert torch.equal(paged.state_dict()["state"][0][name], bnb.state[theirs][name])
+    run(40, 41)
+    assert torch.allclose(
+        ours, theirs, rtol=0, atol=1e-6
+    )  # one step from the same state: only sums are ordered otherwise
+
+
 def test_moments_of_bf16_parameters_stay_float32():
     params = parameters(torch.bfloat16)
     paged = PagedAdamW(params, lr=1e-2, page_size=4096, budget=4096)
@@ -99,7 +153,9 @@ def test_a_closure_is_called_with_gradients():
     [
         ({"lr": -1}, "lr=-1 is not allowed"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) are not allowed"),
-        ({"page_size": 12}, "page_size=12 is not allowed: it is a multiple of 8"),
+        ({"page_size": 12}, "page_size=12 is not allowed: a multiple of 8, at least 8 with 32 bits"),
+        ({"page_size": 512, "bits": 8}, "page_size=512 is not allowed: a multiple of 8, at least 520 with 8 bits"),
+        ({"bits": 16}, "bits=16 is not allowed: moments have 32 or 8"),
         ({"page_size": 16, "budget": 8}, "budget=8 is not enough"),
     ],
 )
@@ -119,7 +175,7 @@ def test_what_does_not_fit_is_refused_whole():
         optimizer.param_groups[0]["params"][0].grad = torch.ones_like(optimizer.param_groups[0]["params"][0])
         optimizer.step()
     before = copy.deepcopy(small.state_dict())
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(4,\), the parameter \(3,\)"):
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(4,\), it must be \(3,\)"):
         small.load_state_dict(large.state_dict())
     after = small.state_dict()
     assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
