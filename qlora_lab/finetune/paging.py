@@ -4,16 +4,16 @@ In: a number of bytes, a page size, a budget. Out: the page that is asked for, a
 Source: QLoRA section 3, "Paged Optimizers"; the words are those of operating systems: a page that is asked for and is
 not in a frame is a fault; if no frame is free, the page that was used least recently is evicted, and written back.
 
-The frames are all the memory that is held: the file is mapped, and its pages are given back to the system as soon as
-they are copied. The file has no name: it is gone with the process, however that ends.
+The frames are all the memory that is held: pages are read from the file and written to it, not mapped, which would add
+a fault of the system's own for each 4 KiB. The file has no name: it is gone with the process, however that ends.
 
 But: no thread reads ahead yet, and GPUs have no frames here.
 Not here: what is in the bytes (paged_adamw.py).
 """
 
-import mmap
-import os
+import errno
 import tempfile
+import weakref
 from collections import OrderedDict, deque
 from pathlib import Path
 from typing import NamedTuple
@@ -54,11 +54,10 @@ class Pages:
         self._free = list(range(frames - 1, -1, -1))
         self._frame_of: OrderedDict[int, int] = OrderedDict()  # page -> frame, least recently used first
         self._written: set[int] = set()  # pages that the file holds; all others are zero
-        self._map = None
+        self._file = None
         if frames < self.count:
-            with tempfile.TemporaryFile(dir=folder) as file:  # the map keeps it
-                _reserve(file.fileno(), self.count * page_size)
-                self._map = mmap.mmap(file.fileno(), self.count * page_size)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - as long as self
+            weakref.finalize(self, self._file.close)
 
     @property
     def resident(self) -> list[int]:
@@ -82,10 +81,10 @@ class Pages:
 
     def _evict(self) -> int:
         number, frame = next(iter(self._frame_of.items()))
-        start = number * self.page_size
-        self._map[start : start + self.page_size] = self.frames[frame].numpy().data  # kept, if this fails
+        self._file.seek(number * self.page_size)
+        if self._file.write(self.frames[frame].numpy().data) != self.page_size:  # the page stays where it is
+            raise OSError(errno.ENOSPC, f"no space to write back page {number} of {self.page_size} bytes")
         self._written.add(number)
-        self._give_back(start)
         del self._frame_of[number]
         self.events += [Event("write back", number, frame), Event("evict", number, frame)]
         return frame
@@ -94,20 +93,6 @@ class Pages:
         if number not in self._written:
             self.frames[frame].zero_()
             return
-        start = number * self.page_size
-        with memoryview(self._map) as bytes_, bytes_[start : start + self.page_size] as piece:
-            self.frames[frame].numpy()[:] = piece
-        self._give_back(start)
-
-    def _give_back(self, start: int) -> None:
-        """Let go of mapped memory; the system keeps the bytes in the file."""
-        if hasattr(mmap, "MADV_DONTNEED") and start % mmap.PAGESIZE == 0 and self.page_size % mmap.PAGESIZE == 0:
-            self._map.madvise(mmap.MADV_DONTNEED, start, self.page_size)
-
-
-def _reserve(file: int, nbytes: int) -> None:
-    """Take the space now: a disk that is full later would end the process, without an error to catch."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, nbytes)
-    else:
-        os.truncate(file, nbytes)
+        self._file.seek(number * self.page_size)
+        if self._file.readinto(self.frames[frame].numpy().data) != self.page_size:
+            raise OSError(errno.EIO, f"page {number} cannot be read back whole")
