@@ -28,6 +28,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from bench.files import write  # noqa: E402
 from bench.render import render  # noqa: E402
 from bench.timing import cpu_name, in_turn, peak_bytes  # noqa: E402
 from qlora_lab.finetune.allocator import recycle_memory  # noqa: E402
@@ -314,9 +315,7 @@ def main() -> None:
             "cold_start": cold_start(),
             "allocators": {name: _half(args, name) for name in ALLOCATORS},
         }
-        unfinished = args.out.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        unfinished.replace(args.out)
+        write(args.out, json.dumps(result, indent=1) + "\n")
     render(args.out, None if args.quick else HERE.parent / "README.md")
 
 

@@ -40,6 +40,7 @@ import triton  # noqa: E402
 from triton import knobs  # noqa: E402
 
 from bench.cpu import bitsandbytes, forward_backward, to_nf4, versions  # noqa: E402
+from bench.files import between, write  # noqa: E402
 from bench.gpu_check import HALVES, NAMES, Differs, adamw_tables, check, first_line, readable  # noqa: E402
 from bench.render import PEER, find, seconds as shown  # noqa: E402
 from qlora_lab import kernels  # noqa: E402
@@ -427,19 +428,11 @@ def _cell(times: dict[str, dict]) -> str:
 
 def in_readme(text: str, results: list[dict]) -> str:
     """`text` with the table between its two marks renewed. Raises ValueError where they are missing."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"bench/README.md needs one line {BEGIN} and one {END}")
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{section(results)}{END}", text, flags=re.DOTALL)
+    return between(text, BEGIN, END, section(results), "bench/README.md")
 
 
 def stored() -> list[dict]:
     return [json.loads(file.read_text("utf-8")) for file in sorted(HERE.glob("gpu-*.json"))]
-
-
-def write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, "utf-8")
-    unfinished.replace(path)
 
 
 def render() -> None:

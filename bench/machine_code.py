@@ -7,7 +7,6 @@ python bench/machine_code.py --render     only the README's section, from machin
 import argparse
 import datetime
 import json
-import re
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
@@ -16,9 +15,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from bench.files import between, write  # noqa: E402
 from bench.render import PEER  # noqa: E402
 from qlora_lab.kernels import aot  # noqa: E402
-from qlora_lab.kernels.machine_code import Instruction  # noqa: E402
+from qlora_lab.kernels.machine_code import widths  # noqa: E402
 
 BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
 ARCH, DTYPES = 90, ("bfloat16", "float32")  # what the README shows
@@ -62,9 +62,7 @@ def find(rows: list[dict], rung: str, dtype: str) -> dict | None:
 
 
 def bits(row: dict) -> str:
-    found = [(i.kind, 8 * i.access) for i in map(Instruction, row["accesses"])]
-    sides = [sorted({n for kind, n in found if kind == side}, reverse=True) for side in ("global load", "global store")]
-    return " / ".join(", ".join(map(str, side)) for side in sides)
+    return " / ".join(", ".join(map(str, side)) for side in widths(row["accesses"]))
 
 
 def section(result: dict) -> str:
@@ -100,15 +98,7 @@ def section(result: dict) -> str:
 
 def in_readme(text: str, result: dict) -> str:
     """`text` with the section between its two marks renewed. Raises ValueError where they are missing."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README needs one line {BEGIN} and one {END}")
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{section(result)}\n{END}", text, flags=re.DOTALL)
-
-
-def write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, "utf-8")
-    unfinished.replace(path)
+    return between(text, BEGIN, END, section(result) + "\n", "the README")
 
 
 def as_json(result: dict) -> str:

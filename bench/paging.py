@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from bench.cpu import versions  # noqa: E402
+from bench.files import write  # noqa: E402
 from bench.timing import cpu_name, in_turn  # noqa: E402
 from qlora_lab.finetune.paged_adamw import UNIT, PagedAdamW  # noqa: E402
 from qlora_lab.finetune.paging import PAGE_SIZE  # noqa: E402
@@ -86,9 +87,7 @@ def main() -> None:
     measured = measure(2**12, 4096, 2) if args.quick else measure(2**24, PAGE_SIZE, 9)
     facts = {"date": datetime.date.today().isoformat(), "processor": cpu_name(), "versions": versions()}
     result = facts | {"threads": torch.get_num_threads()} | measured
-    unfinished = args.out.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    unfinished.replace(args.out)
+    write(args.out, json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 

@@ -1,9 +1,9 @@
 """From the JSON of bench/cpu.py: a table for the terminal, a picture, and the README's section; no figure is typed."""
 
 import json
-import re
 from pathlib import Path
 
+from bench.files import between, write
 from qlora_lab.show.figure import COLOURS, new_figure
 
 BEGIN, END = "<!-- made by bench/cpu.py -->", "<!-- end -->"
@@ -160,9 +160,7 @@ def picture(result: dict, path: Path) -> None:
 
 def in_readme(text: str, result: dict) -> str:
     """`text` with the section between its two marks renewed. Raises ValueError where they are missing."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"the README needs one line {BEGIN} and one {END}")
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{section(result)}\n{END}", text, flags=re.DOTALL)
+    return between(text, BEGIN, END, section(result) + "\n", "the README")
 
 
 def render(json_file: Path, readme: Path | None) -> None:
@@ -170,7 +168,4 @@ def render(json_file: Path, readme: Path | None) -> None:
     print(table(result))
     picture(result, json_file.with_suffix(".png"))
     if readme:
-        renewed = in_readme(readme.read_text("utf-8"), result)
-        unfinished = readme.with_suffix(".tmp")
-        unfinished.write_text(renewed, "utf-8")
-        unfinished.replace(readme)
+        write(readme, in_readme(readme.read_text("utf-8"), result))

@@ -192,10 +192,8 @@ def _mix(name: str, one) -> dict[str, str]:
 
 
 def _resources(name: str, one) -> dict[str, str]:
-    from qlora_lab.kernels.machine_code import KINDS, Instruction
+    from qlora_lab.kernels.machine_code import widths
 
-    bits = [(i.kind, 8 * i.access) for i in map(Instruction, one.accesses)]
-    widest_first = [sorted({n for kind, n in bits if kind == side}, reverse=True) for side in KINDS[1:3]]
     return {
         "rung": name,
         "sm": str(one.arch),
@@ -204,7 +202,7 @@ def _resources(name: str, one) -> dict[str, str]:
         "spills": str(one.spills),
         "occupancy": f"{one.occupancy:.0%}",
         "bytes": f"{one.moved:.2f} / {one.least:.2f}",
-        "bits": " / ".join(" ".join(map(str, side)) for side in widest_first),
+        "bits": " / ".join(" ".join(map(str, side)) for side in widths(one.accesses)),
     }
 
 

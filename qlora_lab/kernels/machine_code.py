@@ -144,6 +144,12 @@ def accesses(code: list[Instruction]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def widths(found: dict[str, int]) -> list[list[int]]:
+    """Bits of the loads, and of the stores, among accesses(); the widest first."""
+    ways = [(Instruction(opcode).kind, 8 * Instruction(opcode).access) for opcode in found]
+    return [sorted({n for kind, n in ways if kind == side}, reverse=True) for side in ("global load", "global store")]
+
+
 def sections(text: str) -> dict[str, str]:
     """nvdisasm's output -> kernel's name (mangled) -> its text."""
     parts = re.split(r"^//-+ \.text\.(\S+) +-+$", text, flags=re.MULTILINE)

@@ -12,8 +12,7 @@ from qlora_lab.kernels.triton.matmul_nf4 import TOKENS
 
 def takes(n_levels: int, block_size: int) -> bool:
     """4-bit codes, or 8-bit ones in ascending order, in blocks whose size is a power of two from 32 to 4096."""
-    whole = launch.MIN_BLOCK <= block_size <= launch.MAX_BLOCK and not block_size & (block_size - 1)
-    return whole and (8 < n_levels <= launch.CODES or n_levels == 256)
+    return launch.is_block_size(block_size) and (8 < n_levels <= launch.CODES or n_levels == 256)
 
 
 def quantize_blocks(

@@ -36,9 +36,14 @@ def on(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def check_block_size(block_size: int, name: str = "block_size") -> None:
+def is_block_size(block_size: int) -> bool:
     """A power of two from 32 to 4096: whole words, whole tiles."""
-    if not MIN_BLOCK <= block_size <= MAX_BLOCK or block_size & (block_size - 1):
+    return MIN_BLOCK <= block_size <= MAX_BLOCK and not block_size & (block_size - 1)
+
+
+def check_block_size(block_size: int, name: str = "block_size") -> None:
+    """As is_block_size asks."""
+    if not is_block_size(block_size):
         allowed = f"a power of two, {MIN_BLOCK} to {MAX_BLOCK}"
         raise ValueError(f"{name}={block_size} is not allowed: kernels take {allowed}")
 
@@ -127,12 +132,11 @@ def checked_constants(constants: torch.Tensor | tuple, n_blocks: int) -> Constan
     return Constants(codes, scale, offset, table, group)
 
 
-def check_output(out: torch.Tensor, numel: int | None = None) -> None:
-    """Contiguous, of a weight's dtype, with `numel` elements if that is given."""
+def check_output(out: torch.Tensor) -> None:
+    """Contiguous, of a weight's dtype."""
     check_dtype("out", out)
-    if not out.is_contiguous() or (numel is not None and out.numel() != numel):
-        layout = "contiguous" if out.is_contiguous() else "not contiguous"
-        raise ValueError(f"out has {out.numel()} elements and is {layout}: it needs {numel or out.numel()}, contiguous")
+    if not out.is_contiguous():
+        raise ValueError(f"out of shape {tuple(out.shape)} is not contiguous: it must be")
 
 
 def check_product(
