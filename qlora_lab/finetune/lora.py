@@ -9,7 +9,7 @@ Source: LoRA (arXiv 2106.09685) section 4.1; A and B start as in PEFT and in the
 The adapter is stored in float32 whatever the model computes in: at lr 2e-4 an update is smaller than one unit in the
 last place of a bf16 weight, and would be lost. The two products run in the dtype of x.
 
-Not here: variants such as rsLoRA or DoRA; files (checkpoint.py).
+Not here: variants such as rsLoRA or DoRA; files (peft_format.py).
 """
 
 import math

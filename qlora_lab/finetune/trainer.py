@@ -26,7 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.allocator import recycle_memory
-from qlora_lab.finetune.checkpoint import save_adapter
+from qlora_lab.finetune.peft_format import save_adapter
 from qlora_lab.finetune.data import Batches, EncodeReport, collate, encode_all, load_data, pad_token_id
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.linear4bit import Linear4bit

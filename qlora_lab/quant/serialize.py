@@ -9,7 +9,7 @@ In: a QuantizedTensor and its key, such as "model.layers.0.mlp.up_proj.weight". 
 Source: bitsandbytes 0.50, QuantState.as_dict. Codebooks it does not know (all but nf4 and fp4) carry `qlora_lab__NAME`
 in the last key, so that it refuses them instead of misreading them.
 
-Not here: files (finetune/checkpoint.py).
+Not here: files (finetune/peft_format.py).
 """
 
 import json

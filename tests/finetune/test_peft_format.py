@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_lab.finetune.checkpoint import load_adapter, save_adapter
+from qlora_lab.finetune.peft_format import load_adapter, save_adapter
 from qlora_lab.finetune.files import replacing_folder
 from qlora_lab.finetune.linear4bit import quantize_linears
 from qlora_lab.finetune.lora import adapters, add_lora
@@ -140,7 +140,7 @@ def test_other_errors(saved, tiny_llama, tmp_path):
 
 def test_a_failed_save_leaves_the_old_folder(saved, monkeypatch, tiny_llama):
     before = (saved / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr("qlora_lab.finetune.checkpoint.save_file", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("qlora_lab.finetune.peft_format.save_file", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_adapter(trained(tiny_llama, alpha=1), saved)
     assert (saved / "adapter_model.safetensors").read_bytes() == before
