@@ -3,21 +3,20 @@
 In: "docstrings" or a file of the user's, and the model's tokenizer. Out: batches of input_ids, attention_mask and
 labels, each (batch, longest) int64, a label being the token itself where it is learned and -100 where it is not.
 
-    load_data -> [Example] -> encode -> Encoded -> collate -> batch        and Batches says which examples come next
+    load_data -> [Example] -> encode -> Encoded -> collate -> batch        Batches (batches.py) says which come next
 
 Learned are the answers and the token that ends each answer, nothing else: a model that never sees the end token as a
 label never stops. Padding is masked by position and not by id, so a pad token that equals the end token hides nothing.
 Examples that are too long are left out whole and counted: a cut answer loses its end token, a cut prompt asks about
 half a function.
 
-Not here: several examples packed into one row, and batches sorted by length, which turn the loss curve into a saw.
+Not here: which examples make a batch, and several examples in one row (batches.py).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
@@ -156,47 +155,6 @@ def to_device(batch: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[st
 def pad_token_id(tokenizer: "Tokenizer") -> int:
     """An id to fill rows with: the pad token, else the end token. It is masked, so its choice changes no result."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-class Batches:
-    """Endless lists of example numbers: each epoch a new shuffle of all `size` examples, its last batch may be smaller.
-
-    The order follows from (seed, epoch) alone, so three numbers are the whole state and a resumed run sees the very
-    examples that the interrupted one would have seen.
-
-    >>> batches = Batches(5, batch_size=2, seed=0)
-    >>> sorted(next(batches) + next(batches) + next(batches))
-    [0, 1, 2, 3, 4]
-    """
-
-    def __init__(self, size: int, batch_size: int, seed: int) -> None:
-        if size < 1 or batch_size < 1:
-            raise ValueError(f"{size} examples in batches of {batch_size}: both must be at least 1")
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.epoch, self.position = 0, 0  # position: examples of this epoch already handed out
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> list[int]:
-        if self.position >= self.size:
-            self.epoch, self.position = self.epoch + 1, 0
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        batch = order[self.position : self.position + self.batch_size].tolist()
-        self.position += len(batch)
-        return batch
-
-    def state(self) -> dict[str, int]:
-        """Everything that decides what comes next, as plain numbers for a checkpoint."""
-        return {name: getattr(self, name) for name in ("size", "batch_size", "seed", "epoch", "position")}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Go on where state() was taken. Raises ValueError if that was another data set or batch size."""
-        for name in ("size", "batch_size"):
-            if state[name] != getattr(self, name):
-                message = f"saved with {name}={state[name]}, resumed with {name}={getattr(self, name)}"
-                raise ValueError(f"{message}: resume with the same data and batch size, or start a new run")
-        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
 
 
 def _render(messages: Turns, tokenizer: "Tokenizer", opens_answer: bool) -> list[int]:

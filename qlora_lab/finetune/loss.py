@@ -1,7 +1,8 @@
 """The loss of a language model on the answers of a batch, and on nothing else.
 
-In: a causal model of transformers and a batch as data.collate makes it. Out: a summed cross entropy in nats, and over
-how many tokens. Summed, not averaged, so that whoever adds up batches divides once, by all tokens.
+In: a causal model of transformers and a batch as data.collate or batches.collate_rows makes it. Out: a summed cross
+entropy in nats, and over how many tokens. Summed, not averaged, so that whoever adds up batches divides once, by all
+tokens.
 
 Only rows that have a label go through the head: of a prompt of 150 tokens and an answer of 15 that is one in eleven,
 and the head holds a fifth of SmolLM2's multiplications and, over a vocabulary of 49,152, most of its memory.
@@ -9,8 +10,12 @@ and the head holds a fifth of SmolLM2's multiplications and, over a vocabulary o
 
 import torch
 from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 
-from qlora_lab.finetune.data import IGNORED, to_device
+from qlora_lab.finetune.data import IGNORED, Encoded, collate, to_device
+from qlora_lab.finetune.modes import measuring
+
+BATCH_SIZE = 8  # of an evaluation
 
 
 def answer_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -21,8 +26,30 @@ def answer_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple
     # A hook and not a call of the decoder and the head in turn: some models scale or cap their logits after the head.
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][learned],))
     try:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        output = model(**{name: batch[name] for name in batch if name != "labels"}, use_cache=False)
     finally:
         hook.remove()
     logits = output.logits.float()  # (n_learned, vocabulary)
     return cross_entropy(logits, targets[learned], reduction="sum"), int(learned.sum())
+
+
+def held_out_loss(model: torch.nn.Module, encoded: list[Encoded]) -> float:
+    """Mean cross entropy in nats over all answer tokens of all examples, each token counting once.
+
+    Raises ValueError for an empty list.
+    """
+    if not encoded:
+        raise ValueError("no held-out examples: the loss needs at least one")
+    by_length = sorted(encoded, key=lambda one: len(one.input_ids))  # little padding; a sum does not mind the order
+    parts = [by_length[start : start + BATCH_SIZE] for start in range(0, len(by_length), BATCH_SIZE)]
+    return mean_loss(model, [collate(part, pad_id=0) for part in parts], "held-out loss")
+
+
+def mean_loss(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str) -> float:
+    """Mean cross entropy in nats over all labels of all batches; `title` stands before the progress bar."""
+    loss, labels = 0.0, 0
+    with measuring(model):
+        for batch in tqdm(batches, title, unit="batch", leave=False):
+            summed, count = answer_loss(model, batch)
+            loss, labels = loss + summed.item(), labels + count
+    return loss / labels

@@ -19,3 +19,11 @@ def mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def measuring(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module has its own training flag again."""
+    # no_grad and not inference_mode: a buffer first made there could never serve a backward pass
+    with mode(model, training=False), torch.no_grad():
+        yield

@@ -26,13 +26,14 @@ import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.allocator import recycle_memory
-from qlora_lab.finetune.peft_format import save_adapter
-from qlora_lab.finetune.data import Batches, EncodeReport, collate, encode_all, load_data, pad_token_id
+from qlora_lab.finetune.batches import Batches
+from qlora_lab.finetune.data import EncodeReport, collate, encode_all, load_data, pad_token_id
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.modes import mode
+from qlora_lab.finetune.peft_format import save_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -3,13 +3,11 @@
 In: a model of transformers, and examples or their tokens. Out: a mean loss in nats per answer token, or texts.
 
 Measuring changes nothing: no weight, no gradient, no random state, no training flag. (There are libraries where it
-does.) `measuring` is that promise in one place.
+does.)
 
-Not here: the loss on running text (perplexity.py).
+Not here: the loss itself (finetune/loss.py), the loss on running text (perplexity.py).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -18,10 +16,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.data import Encoded, collate, encode_all, end_token_id, pad_token_id, prompt_ids, to_device
+from qlora_lab.finetune.data import encode_all, end_token_id, pad_token_id, prompt_ids, to_device
 from qlora_lab.finetune.examples import Example, Turns
-from qlora_lab.finetune.loss import answer_loss
-from qlora_lab.finetune.modes import mode
+from qlora_lab.finetune.loss import held_out_loss
+from qlora_lab.finetune.modes import measuring
 from qlora_lab.measure.rouge import rouge_l
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 512  # tokens of prompt and answer: 99 % of the held-out docstrings
 ANSWER_TOKENS = 40  # 99 % of their summaries have at most 37
-BATCH_SIZE = 8
 ANSWERS_AT_ONCE = 25  # each new token unpacks every weight once, whether for one answer or for many
 # Each is said because what is left out comes from the model's own configuration: Llama 2 samples at temperature 0.6.
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -60,41 +57,11 @@ def generate(model: torch.nn.Module, tokenizer: "Tokenizer", question: str, max_
     return _answers(model, tokenizer, [(("user", question),)], max_new_tokens)[0]
 
 
-def held_out_loss(model: torch.nn.Module, encoded: list[Encoded]) -> float:
-    """Mean cross entropy in nats over all answer tokens of all examples, each token counting once.
-
-    Raises ValueError for an empty list.
-    """
-    if not encoded:
-        raise ValueError("no held-out examples: the loss needs at least one")
-    by_length = sorted(encoded, key=lambda one: len(one.input_ids))  # little padding; a sum does not mind the order
-    parts = [by_length[start : start + BATCH_SIZE] for start in range(0, len(by_length), BATCH_SIZE)]
-    return mean_loss(model, [collate(part, pad_id=0) for part in parts], "held-out loss")
-
-
-def mean_loss(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str) -> float:
-    """Mean cross entropy in nats over all labels of all batches; `title` stands before the progress bar."""
-    loss, labels = 0.0, 0
-    with measuring(model):
-        for batch in tqdm(batches, title, unit="batch", leave=False):
-            summed, count = answer_loss(model, batch)
-            loss, labels = loss + summed.item(), labels + count
-    return loss / labels
-
-
 def generate_answers(
     model: torch.nn.Module, tokenizer: "Tokenizer", examples: list[Example], max_new_tokens: int = ANSWER_TOKENS
 ) -> list[str]:
     """The model's own greedy answers to the prompts of `examples`, without special tokens and outer white space."""
     return _answers(model, tokenizer, [example.prompt for example in examples], max_new_tokens)
-
-
-@contextmanager
-def measuring(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module has its own training flag again."""
-    # no_grad and not inference_mode: a buffer first made there could never serve a backward pass
-    with mode(model, training=False), torch.no_grad():
-        yield
 
 
 def _answers(model: torch.nn.Module, tokenizer: "Tokenizer", prompts: list[Turns], max_new_tokens: int) -> list[str]:

@@ -6,7 +6,7 @@ The first `windows` x `length` tokens are cut into windows that do not overlap, 
 window only; the first token of a window is predicted from nothing and does not count. No BOS token is added. Longer
 windows give more context and a lower number: perplexities compare only at equal text, tokenizer, length and windows.
 
-Not here: the loss on answers (held_out.py).
+Not here: the loss on answers (finetune/loss.py).
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_lab.measure.held_out import mean_loss
+from qlora_lab.finetune.loss import mean_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

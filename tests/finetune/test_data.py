@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from qlora_lab.finetune.data import (
     IGNORED,
-    Batches,
     Encoded,
     collate,
     encode,
@@ -231,35 +230,3 @@ def test_padding_hides_no_end_token_when_both_are_one(tokenizer):
 def test_a_tokenizer_without_pad_token_pads_with_the_end_token(tokenizer):
     tokenizer.pad_token = None
     assert pad_token_id(tokenizer) == tokenizer.eos_token_id
-
-
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32))
-def test_an_epoch_holds_each_example_once(size, batch_size, seed):
-    batches = Batches(size, batch_size, seed)
-    for _ in range(2):
-        epoch = [next(batches) for _ in range(-(-size // batch_size))]
-        assert sorted(sum(epoch, [])) == list(range(size))
-        assert all(len(batch) == batch_size for batch in epoch[:-1])
-
-
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 30))
-def test_restored_batches_go_on_where_they_were(size, batch_size, steps):
-    batches = Batches(size, batch_size, seed=7)
-    for _ in range(steps):
-        next(batches)
-    resumed = Batches(size, batch_size, seed=0)
-    resumed.restore(json.loads(json.dumps(batches.state())))
-    assert [next(batches) for _ in range(9)] == [next(resumed) for _ in range(9)]
-
-
-def test_epochs_and_seeds_shuffle_differently():
-    first, other = Batches(100, 100, seed=0), Batches(100, 100, seed=1)
-    assert next(first) != next(first)
-    assert next(Batches(100, 100, seed=0)) != next(other)
-
-
-def test_batches_refuse_nothing_and_another_data_set():
-    with pytest.raises(ValueError, match="0 examples in batches of 8"):
-        Batches(0, 8, seed=0)
-    with pytest.raises(ValueError, match="saved with size=5, resumed with size=6"):
-        Batches(6, 2, seed=0).restore(Batches(5, 2, seed=0).state())

@@ -7,7 +7,9 @@ import torch
 
 from qlora_lab.finetune.data import encode, encode_all, end_token_id, prompt_ids
 from qlora_lab.finetune.examples import Example
-from qlora_lab.measure.held_out import generate, generate_answers, held_out, held_out_loss, measuring
+from qlora_lab.finetune.loss import held_out_loss
+from qlora_lab.finetune.modes import measuring
+from qlora_lab.measure.held_out import generate, generate_answers, held_out
 from qlora_lab.measure.rouge import rouge_l
 
 EXAMPLES = [

@@ -1,0 +1,82 @@
+"""What a run is asked to do, and the learning rate that follows from it.
+
+In: numbers and names of the user's. Out: one frozen Settings; every field decides the result but those in FREE.
+Source: QLoRA section 4 and appendix B for rate, clipping and schedule.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+SCHEDULES = ("constant", "cosine")
+FREE = ("save_every", "keep", "optimizer_budget")  # may differ when a run is resumed: they change no bit of it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do; each default with its reason. Raises ValueError for a value that is not allowed."""
+
+    steps: int = 60  # four to seven minutes for SmolLM2-135M on two cores
+    batch_size: int = 8  # examples a step, however they are cut into rows and shared by processes
+    micro_batch_size: int | None = None  # rows at once; fewer need less memory for the same step. None: all
+    lr: float = 2e-4  # the paper's, for 7B and 13B
+    schedule: str = "constant"  # the paper's; cosine falls to 0 at the last step
+    warmup_steps: int = 0  # in which the rate rises from lr / (warmup_steps + 1) to lr
+    clip: float = 0.3  # the paper's largest gradient norm
+    max_length: int = 256  # tokens; longer examples are left out, and counted: memory follows the longest
+    packing: bool = False  # several examples in one row of max_length tokens: less padding, the same loss
+    group_by_length: bool = False  # batches of examples that are alike in length: less padding, other batches
+    gradient_checkpointing: bool = False  # keep one activation a layer and compute the others again: less memory
+    optimizer_bits: int = 32  # of each moment of AdamW; 8: a quarter of the memory
+    optimizer_budget: int | None = None  # bytes of the optimizer's state in memory, the rest is paged. None: all
+    eval_every: int = 0  # steps between evaluations on held-out examples. 0: none
+    patience: int = 0  # evaluations in a row without a new best after which a run stops. 0: it never does
+    save_every: int = 50  # steps between checkpoints. 0: only when interrupted
+    keep: int = 2  # checkpoints, the newest; two, so that one is left should the other be damaged
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "max_length", "keep"):
+            self._check_whole(name, 1)
+        for name in ("warmup_steps", "eval_every", "patience", "save_every"):
+            self._check_whole(name, 0)
+        for name in ("micro_batch_size", "optimizer_budget"):
+            if getattr(self, name) is not None:
+                self._check_whole(name, 1)
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value!r} is not allowed: it is a number above 0")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r} is not known: choose {' or '.join(SCHEDULES)}")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} leaves no step of {self.steps} at the full rate")
+        if self.optimizer_bits not in (32, 8):
+            raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8")
+        if self.patience and not self.eval_every:
+            raise ValueError(f"patience={self.patience} needs evaluations: set eval_every as well")
+        if self.packing and self.group_by_length:
+            raise ValueError("packing and group_by_length both save padding, and exclude each other: choose one")
+
+    def _check_whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} is not allowed: it is a whole number of at least {least}")
+
+
+FIELDS = tuple(field.name for field in fields(Settings))
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """The rate of a step, which counts from 1.
+
+    >>> cosine = Settings(steps=9, lr=1.0, schedule="cosine", warmup_steps=1)
+    >>> [round(learning_rate(cosine, step), 2) for step in (1, 2, 6, 9)]
+    [0.5, 1.0, 0.5, 0.04]
+    """
+    warmup = settings.warmup_steps
+    if step <= warmup:
+        return settings.lr * step / (warmup + 1)
+    if settings.schedule == "constant":
+        return settings.lr
+    done = (step - warmup - 1) / (settings.steps - warmup)  # from 0 to just below 1: the last step still learns
+    return settings.lr * (1 + math.cos(math.pi * done)) / 2
