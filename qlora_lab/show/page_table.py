@@ -1,0 +1,166 @@
+"""The page table explorer: which pages of an adapter's AdamW state are in a frame, at any time of three steps.
+
+State: budget, page_size, r, bits, time. The picture: on the left every page of the state of LLaMA-7B's adapter, in the
+order in which a step asks for them; on the right the frames, coloured by when their page was last asked for.
+
+It shows what Pages does when nothing is fetched ahead; tests/show/test_page_table.py compares the two.
+
+Not here: counting (measure/paging_trace.py), and bytes.
+"""
+
+import math
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap
+from matplotlib.lines import Line2D
+
+from qlora_lab.measure.paging_trace import (
+    LLAMA_7B,
+    adapter,
+    faults_of_a_step,
+    pageable_share,
+    replay,
+    state_bytes,
+    state_pages,
+)
+from qlora_lab.show.explorer import Explorer
+from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.slider import Slider
+
+MIB = 2**20
+KINDS = {  # of pages: colour and mark
+    "zero, not asked for yet": ("#ffffff", ""),
+    "in the file": ("#cccccc", ""),
+    "in a frame": (COLOURS["sky"], ""),
+    "asked for, in a frame": (COLOURS["green"], "o"),
+    "asked for, a fault": (COLOURS["orange"], "P"),
+    "leaves for it": (COLOURS["red"], "X"),
+}
+ZERO, FILE, FRAME, HIT, FAULT, LEAVES = range(len(KINDS))
+AGES = matplotlib.colormaps["cividis"]  # of frames: 0 leaves next, 1 was asked for last
+
+
+class Grid:
+    """Cells in reading order that fill a panel, however many they are: an image, lines around cells, a title."""
+
+    def __init__(self, ax: Axes, colours: matplotlib.colors.Colormap, most: float):
+        ax.set(xlim=(0, 1), ylim=(1, 0))
+        ax.set_axis_off()
+        how = {"cmap": colours, "vmin": 0, "vmax": most, "interpolation": "nearest", "aspect": "auto"}
+        self.image = ax.imshow([[0]], extent=(0, 1, 1, 0), **how)
+        self.lines = ax.add_collection(LineCollection([], colors="#777777"))
+        self.title = ax.text(0, 1.02, "", transform=ax.transAxes, va="bottom", fontsize=11)
+        self.artists = [self.image, self.lines, self.title]
+
+    def show(self, values: np.ndarray, title: str) -> None:
+        """One cell for each value; a masked one is white. Few cells stay small ones."""
+        count = len(values)
+        self.columns = max(10, math.ceil(math.sqrt(1.3 * count)))  # the panel is wider than high
+        self.rows = max(8, -(-count // self.columns))
+        cells = np.ma.masked_all((self.rows, self.columns))
+        cells.flat[:count] = values
+        self.image.set_data(cells)
+        full, rest = divmod(count, self.columns)
+        high = [full + (column <= rest and rest > 0) for column in range(self.columns + 1)]
+        wide = [rest if row > full else self.columns if full else rest for row in range(full + (rest > 0) + 1)]
+        upright = [[(x / self.columns, 0), (x / self.columns, y / self.rows)] for x, y in enumerate(high)]
+        level = [[(0, y / self.rows), (x / self.columns, y / self.rows)] for y, x in enumerate(wide)]
+        self.lines.set_segments(upright + level)
+        self.lines.set_linewidth(0.8 if count < 400 else 0.2)
+        self.title.set_text(title)
+
+    def centre(self, cell: int) -> tuple[list[float], list[float]]:
+        return [(cell % self.columns + 0.5) / self.columns], [(cell // self.columns + 0.5) / self.rows]
+
+
+class PageTableExplorer(Explorer):
+    """Budget, page size, r, bits and time: where each page of LLaMA-7B's adapter state is. See Explorer."""
+
+    def controls(self):
+        return {
+            "budget": Slider("Budget", 256, low=16, high=1280, step=16, unit="MiB"),
+            "page_size": Slider("Page size", 2, choices=[0.5, 1, 2, 4, 8], unit="MiB"),
+            "r": Slider("r", 16, low=1, high=64),
+            "bits": Slider("Moments", 32, choices=[8, 32], unit="bits"),
+            "time": Slider("Time", 1.4, low=0.0, high=3.0, step=0.05, unit="steps"),
+        }
+
+    @staticmethod
+    def compute(state):
+        numels, page_size = adapter(LLAMA_7B, state["r"]), int(state["page_size"] * MIB)
+        count = state_pages(numels, state["bits"], page_size)
+        frames = min(count, state["budget"] * MIB // page_size)
+        asked = [i % count for i in range(round(state["time"] * count))]
+        accesses, table = replay(asked, frames)
+        faults = faults_of_a_step(range(count), frames)
+        return {
+            "bytes": state_bytes(numels, state["bits"]),
+            "pages": count,
+            "frames": frames,
+            "asked": len(set(asked)),
+            "last": accesses[-1] if accesses else None,
+            "table": table,
+            "faults": faults,
+            "moved": 2 * faults * page_size,  # each fault writes one page back and fetches one
+            "pageable": pageable_share(numels),
+        }
+
+    def draw(self):
+        fig, (left, right) = new_figure(2, width=8.5, height=4.4)
+        self.pages = Grid(left, ListedColormap([colour for colour, _ in KINDS.values()]), len(KINDS) - 1)
+        self.frames = Grid(right, AGES, 1)
+        mark = {"ls": "", "ms": 7, "mfc": COLOURS["black"], "mec": "#ffffff"}
+        self.marks = {HIT: "o", FAULT: "P", LEAVES: "X"}
+        self.marks = {kind: left.plot([], [], marker=marker, **mark)[0] for kind, marker in self.marks.items()}
+        (self.used,) = right.plot([], [], marker="P", **mark)
+        square = {"ls": "", "marker": "s", "ms": 9, "mec": "#777777"}
+        kinds = [
+            (Line2D([], [], mfc=colour, **square), Line2D([], [], marker=marker, ls="", ms=5, color="k"))
+            for colour, marker in KINDS.values()
+        ]
+        ages = [Line2D([], [], mfc=colour, **square) for colour in (AGES(1.0), AGES(0.0), "#ffffff")]
+        ages[0] = (ages[0], kinds[FAULT][1])
+        below = {"loc": "upper left", "bbox_to_anchor": (0, 0), "frameon": False, "fontsize": 9, "borderaxespad": 0.3}
+        left.legend(kinds, KINDS, ncols=2, handletextpad=0.3, columnspacing=1.0, **below)
+        right.legend(ages, ["asked for last", "leaves next", "free"], handletextpad=0.3, **below)
+        return fig, [*self.pages.artists, *self.frames.artists, *self.marks.values(), self.used]
+
+    def update(self, result):
+        table, last = result["table"], result["last"]
+        kinds = np.full(result["pages"], ZERO)
+        kinds[: result["asked"]] = FILE
+        kinds[list(table)] = FRAME
+        now = {} if last is None else {FAULT if last.fault else HIT: last.page}
+        if last is not None and last.evicted is not None:
+            now[LEAVES] = last.evicted
+        for kind, page in now.items():
+            kinds[page] = kind
+        self.pages.show(kinds, f"{_number(result['pages'], 'page')}, {len(table)} of them in frames")
+        for kind, mark in self.marks.items():
+            mark.set_data(*self.pages.centre(now[kind]) if kind in now else ([], []))
+        ages = np.ma.masked_all(result["frames"])
+        ages[list(table.values())] = 1 - np.linspace(0, 1, len(table))[::-1]  # one page alone is the last one
+        self.frames.show(ages, _number(result["frames"], "frame"))
+        self.used.set_data(*([], []) if last is None else self.frames.centre(last.frame))
+
+    @staticmethod
+    def describe(state, result):
+        last = result["last"]
+        now = "nothing has been asked for"
+        if last is not None:
+            left = "" if last.evicted is None else f", and page {last.evicted} leaves"
+            now = f"page {last.page} is asked for{', a fault' if last.fault else ', in a frame'}{left}"
+        return (
+            f"LLaMA-7B, r={state['r']}, moments of {state['bits']} bits: {result['bytes'] / MIB:.1f} MiB of state in "
+            f"{_number(result['pages'], 'page')} of {state['page_size']:g} MiB, a budget of {state['budget']} MiB with "
+            f"{_number(result['frames'], 'frame')}: {result['faults']} faults in each step after the first, "
+            f"{result['moved'] / MIB:g} MiB moved; at time {state['time']:g} {now}; peers can page "
+            f"{100 * result['pageable']:.0f} % of the state"
+        )
+
+
+def _number(count: int, name: str) -> str:
+    return f"{count} {name}{'s' * (count != 1)}"
