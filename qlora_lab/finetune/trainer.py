@@ -1,83 +1,82 @@
 """The training loop: examples in, a trained adapter and its log out.
 
 In: a model with adapters, its tokenizer, and data (a name, a file, or examples). Out: a Run, and in the folder `out`:
-    adapter/      the adapter in PEFT's format          log.jsonl   one line a step: loss, tokens, speed, gradient norm
-    settings.json what decided the run
+    adapter/      the adapter in PEFT's format           log.jsonl     one line a step: loss, rate, tokens, speed
+    best/         the one with the lowest held-out loss  checkpoints/  all that is needed to go on (checkpoint.py)
+    settings.json what decided the run                   result.json   how it ended; there once it has
 Source: QLoRA section 4 and appendix B: AdamW, constant learning rate 2e-4, gradient norm clipped at 0.3.
 
-The loss of a step is the mean over all answer tokens of its batch. The same seed, dtype and machine give the same run.
-An interrupt (Ctrl-C) saves what was learned so far; a run that fails leaves an earlier run in its folder as it was.
-Not here: resuming, accumulation, schedules, evaluation (the measure room).
+The loss of a step is the mean over all answer tokens of its batch, however the batch is cut into rows, micro-batches
+and processes. What a step draws at random follows from (seed, step, process) alone. So the same seed, dtype and machine
+give the same run, and a run that was killed and resumed is the same run, bit for bit.
+Not here: what a batch is (batches.py), more processes (distributed.py), what answers are worth (the measure room).
 """
 
+import hashlib
 import json
 import math
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.allocator import recycle_memory
-from qlora_lab.finetune.batches import Batches
-from qlora_lab.finetune.data import EncodeReport, collate, encode_all, load_data, pad_token_id
+from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
+from qlora_lab.finetune.checkpoint import FOLDER, differences, load_checkpoint, save_checkpoint, saved_steps
+from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data, pad_token_id
+from qlora_lab.finetune.distributed import OneProcess
 from qlora_lab.finetune.examples import Example
+from qlora_lab.finetune.files import replacing_file, sync
+from qlora_lab.finetune.interrupt import Interrupt, waiting_interrupt
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
-from qlora_lab.finetune.loss import answer_loss
-from qlora_lab.finetune.modes import mode
-from qlora_lab.finetune.peft_format import save_adapter
+from qlora_lab.finetune.loss import answer_loss, held_out_loss
+from qlora_lab.finetune.modes import checkpointing, mode
+from qlora_lab.finetune.nonfinite import first_nonfinite
+from qlora_lab.finetune.paged_adamw import PagedAdamW
+from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
+from qlora_lab.finetune.settings import FREE, Settings, learning_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RUN_FILES = ("adapter", "log.jsonl", "settings.json")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is asked to do; each default with its reason."""
-
-    steps: int = 60  # four to seven minutes for SmolLM2-135M on two cores
-    batch_size: int = 8
-    lr: float = 2e-4  # the paper's, for 7B and 13B
-    clip: float = 0.3  # the paper's largest gradient norm
-    max_length: int = 256  # tokens; longer examples are left out, and counted: memory follows the longest
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "max_length"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not allowed: it is a whole number of at least 1")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value!r} is not allowed: it is a number above 0")
+LOG, RECORD, RESULT, ADAPTER, BEST = "log.jsonl", "settings.json", "result.json", "adapter", "best"
+STOPPED = "asked to stop"
+RUN_FILES = (ADAPTER, BEST, FOLDER, LOG, RECORD, RESULT)
+PROBE = 2**12  # elements of each base weight that tell one model from another
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run did. losses: nats per answer token, one a step."""
+    """What a run did. losses: nats per answer token, one a step. held_out: (step, loss) of each evaluation."""
 
     folder: Path
     settings: Settings
     data: EncodeReport
     losses: list[float] = field(repr=False)
-    seconds: float
+    held_out: list[tuple[int, float]] = field(repr=False)
+    seconds: float  # of all steps; a resumed run counts those before as well
     tokens: int
+    ended: str  # "all steps", "no better for a while" (early stopping), or STOPPED: it can be resumed
 
     @property
     def adapter(self) -> Path:
         """The folder of the trained adapter."""
-        return self.folder / "adapter"
+        return self.folder / ADAPTER
+
+    @property
+    def best(self) -> Path:
+        """The folder of the adapter with the lowest held-out loss; the last one's, had the run no evaluation."""
+        return self.folder / BEST if self.held_out else self.adapter
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,125 +90,375 @@ def finetune(
     steps: int = Settings.steps,
     out: str | Path = "runs/first",
     *,
-    batch_size: int = Settings.batch_size,
-    lr: float = Settings.lr,
-    clip: float = Settings.clip,
-    max_length: int = Settings.max_length,
-    seed: int = Settings.seed,
+    held_out: Sequence[Example] = (),
+    resume: bool | int = False,
     overwrite: bool = False,
     progress: bool = True,
+    **settings: Any,
 ) -> Run:
     """Train the adapters of `model` for `steps` steps and save them to `out`/adapter.
 
-    data: "docstrings", a JSONL file (Alpaca, ShareGPT or OpenAI messages), or examples. lr: of AdamW, constant.
-    clip: largest gradient norm. max_length: in tokens; longer examples are left out. overwrite: replace an earlier run
-    in `out`; without it such a run is an error. Training flags and the random state are left as they were.
-    Raises ValueError for a setting that is not allowed or data without an example, FileExistsError for an earlier run,
-    FloatingPointError for a loss or gradient that is not finite, with the step.
+    data: "docstrings", a JSONL file (Alpaca, ShareGPT or OpenAI messages), or examples. settings: fields of Settings,
+    such as lr=1e-4 or batch_size=16. held_out: examples for evaluations, every `eval_every` steps.
+    resume: go on from the newest checkpoint in `out`, or from that of a step; where no run was begun, begin.
+    overwrite: replace an earlier run in `out`; without either such a run is an error. Training flags and the random
+    state are left as they were.
+    Raises ValueError for a setting that is not allowed, data without an example, or a resume with other settings, data,
+    model or adapter; FileExistsError for an earlier run; FloatingPointError for a loss or gradient that is not finite,
+    with step, layer and dtype; OSError for a full disk; KeyboardInterrupt for Ctrl-C, when all is saved.
     """
-    settings = Settings(steps, batch_size, lr, clip, max_length, seed)
-    adapters(model)  # raises before any work if there is none
-    check_free(out, overwrite)
-    examples = load_data(data) if isinstance(data, (str, Path)) else list(data)
-    order = np.random.default_rng(seed).permutation(len(examples))  # a fair sample, should not all be needed
-    shuffled = [examples[i] for i in order]
-    encoded, report = encode_all(shuffled, tokenizer, max_length, enough=steps * batch_size)
-    recycle_memory()
-    start, lines = time.perf_counter(), []
-    with _replacing_run(Path(out)) as folder:
-        (folder / "settings.json").write_text(json.dumps(_record(model, settings, report), indent=2) + "\n")
+    options = {"held_out": held_out, "resume": resume, "overwrite": overwrite, "progress": progress}
+    return Training(model, tokenizer, data, out, Settings(steps=steps, **settings), **options).run()
+
+
+class Training:
+    """A run that is made step by step: iterate over it, each item is a step's line of the log; `run` does it all.
+
+    Arguments and errors are those of `finetune`. After the last step `result` is the Run. stop() ends it after the step
+    that is being made; what was learned is saved, and a resume goes on from there.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        data: str | Path | Sequence[Example] = "docstrings",
+        out: str | Path = "runs/first",
+        settings: Settings = Settings(),  # noqa: B008 - frozen
+        *,
+        held_out: Sequence[Example] = (),
+        resume: bool | int = False,
+        overwrite: bool = False,
+        progress: bool = True,
+    ):
+        adapters(model)  # raises before any work if there is none
+        check_free(out, overwrite, resume)
+        if settings.eval_every and not held_out:
+            raise ValueError(f"eval_every={settings.eval_every} needs examples to evaluate on: pass held_out")
+        self.model, self.settings, self.folder = model, settings, Path(out)
+        self.resume, self.progress, self.result = resume, progress, None
+        examples = load_data(data) if isinstance(data, (str, Path)) else list(data)
+        order = np.random.default_rng(settings.seed).permutation(len(examples))  # a fair sample, if not all are needed
+        shuffled, enough = [examples[i] for i in order], settings.steps * settings.batch_size
+        self._encoded, self.report = encode_all(shuffled, tokenizer, settings.max_length, enough)
+        self._held_out = encode_all(held_out, tokenizer, settings.max_length)[0] if settings.eval_every else []
+        self._pad_id = pad_token_id(tokenizer)
+        self._lengths = [len(one.input_ids) for one in self._encoded] if settings.group_by_length else None
+        self._interrupt = Interrupt()
+
+    def run(self) -> Run:
+        """Make all steps that are left. Raises KeyboardInterrupt, when all is saved, if one came."""
+        for _ in self:
+            pass
+        if self.result.ended == STOPPED:
+            raise KeyboardInterrupt(
+                f"stopped after step {len(self.result.losses)} of {self.settings.steps}, all of it saved in "
+                f"{self.folder}: go on with resume=True (--resume on the command line)"
+            )
+        return self.result
+
+    def stop(self) -> None:
+        """End the run after the step that is being made."""
+        self._interrupt.asked = True
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        recycle_memory()
+        with (
+            _replacing_run(self.folder, self.resume is not False),
+            checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
+            waiting_interrupt() as self._interrupt,
+        ):
+            yield from self._lines()
+
+    def _lines(self) -> Iterator[dict[str, float]]:
+        self._begin()
+        total, done = self.settings.steps, len(self.lines)
+        bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=not self._leads(self.progress))
         try:
-            with mode(model, training=True), torch.random.fork_rng(), (folder / "log.jsonl").open("w") as log:
-                torch.manual_seed(seed)  # dropout draws from it
-                for line in _train(model, encoded, pad_token_id(tokenizer), settings, progress):
-                    lines.append(line)
-                    log.write(json.dumps(line) + "\n")
-                    log.flush()  # a run that is killed keeps the log of every step it made
-        except KeyboardInterrupt:
-            if lines:
-                save_adapter(model, folder / "adapter")  # what was learned until then
-            raise
-        save_adapter(model, folder / "adapter")
-    losses, tokens = [line["loss"] for line in lines], sum(line["tokens"] for line in lines)
-    return Run(folder, settings, report, losses, time.perf_counter() - start, tokens)
+            with bar, (self.folder / LOG).open("a") if self._leads() else nullcontext() as log:
+                ended = None
+                while ended is None:
+                    line = self._line(len(self.lines) + 1)
+                    self.lines.append(line)
+                    if log:
+                        log.write(json.dumps(line) + "\n")
+                        log.flush()  # a run that is killed keeps the log of every step it made
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{line['tokens_per_second']:.0f}")
+                    bar.update()
+                    yield line
+                    ended = self._ended()
+                    every = self.settings.save_every
+                    if ended == STOPPED or (ended is None and every and line["step"] % every == 0):
+                        self._save()
+            self._finish(ended)
+        finally:  # also after an error in mid-step: the next run must not add to these gradients
+            self._optimizer.zero_grad(set_to_none=True)
 
+    # ---------------------------------------------------------------------------------------------- begin, save, finish
 
-def _train(model, encoded, pad_id, settings: Settings, progress: bool) -> Iterator[dict[str, float]]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    # no weight decay: it would pull the product B A, not the weight, towards zero
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    batches = Batches(len(encoded), settings.batch_size, settings.seed)
-    bar = tqdm(range(1, settings.steps + 1), "training", unit="step", disable=not progress)
-    try:
-        for step in bar:
-            batch = collate([encoded[i] for i in next(batches)], pad_id)
-            line = {"step": step} | _step(model, batch, parameters, optimizer, settings, step)
-            bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{line['tokens_per_second']:.0f}")
-            yield line
-    finally:  # also after an interrupt in mid-step: the next run must not add to these gradients
-        optimizer.zero_grad(set_to_none=True)
+    def _begin(self) -> None:
+        """Everything as it is before the first step, or as a checkpoint has it."""
+        settings = self.settings
+        self._engine = OneProcess(self.model)
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = _optimizer(self._parameters, settings)
+        device = self._parameters[0].device.type
+        # float16 ends at 65,504 and loses what is below 6e-8: gradients are computed on a scaled loss
+        self._scaler = torch.amp.GradScaler(device, enabled=_computes_in(self.model) == torch.float16)
+        self._batches = Batches(len(self._encoded), settings.batch_size, settings.seed, self._lengths)
+        self._record = _record(self.model, settings, self.report, self._encoded)
+        self.lines, self._best = [], {"loss": math.inf, "step": 0, "since": 0}
+        if self.resume is not False and (steps := saved_steps(self.folder)):
+            self._restore(steps[-1] if self.resume is True else self.resume)
+        elif self.resume is not False and self.resume is not True:
+            load_checkpoint(self.folder, self.resume)  # raises: there is none
+        if self._leads():
+            with replacing_file(self.folder / RECORD) as new:
+                new.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
+            with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
+                new.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            (self.folder / RESULT).unlink(missing_ok=True)
+        self._engine.wait()
 
+    def _restore(self, step: int) -> None:
+        tensors, facts = load_checkpoint(self.folder, step)
+        if lines := differences(facts["run"], _comparable(self._record)):
+            raise ValueError(
+                f"{self.folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "
+                "Ask for what it was begun with, or choose another folder"
+            )
+        log = (self.folder / LOG).read_text(encoding="utf-8").splitlines()[:step]
+        try:
+            self.lines = [json.loads(line) for line in log]
+        except ValueError:
+            self.lines = []
+        if [line["step"] for line in self.lines] != list(range(1, step + 1)):
+            raise ValueError(f"{self.folder / LOG} lacks a line of the first {step} steps: it was changed by hand")
+        with torch.no_grad():
+            for key, tensor in adapter_tensors(self.model).items():
+                tensor.copy_(tensors[f"adapter.{key}"])
+        state = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, number, name = key.split(".")
+                state.setdefault(int(number), {})[name] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._batches.restore(facts["batches"])
+        self._scaler.load_state_dict(facts["scaler"])
+        self._best = facts["best"]
 
-def _step(model, batch, parameters, optimizer, settings: Settings, step: int) -> dict[str, float]:
-    start = time.perf_counter()
-    tokens = int(batch["attention_mask"].sum())
-    optimizer.zero_grad(set_to_none=True)
-    summed, count = answer_loss(model, batch)
-    loss = summed / count
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+    def _save(self) -> None:
+        if self._leads():
+            sync(self.folder / LOG)
+            tensors = {f"adapter.{key}": tensor for key, tensor in adapter_tensors(self.model).items()}
+            for number, state in self._optimizer.state_dict()["state"].items():
+                parts = {k: v for k, v in state.items() if not k.startswith("qmap")}  # tables, not state
+                tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in parts.items()}
+            facts = {
+                "run": _comparable(self._record),
+                "batches": self._batches.state(),
+                "scaler": self._scaler.state_dict(),
+                "best": self._best,
+            }
+            save_checkpoint(self.folder, len(self.lines), tensors, facts, self.settings.keep)
+        self._engine.wait()
+
+    def _finish(self, ended: str) -> None:
+        losses, tokens = [line["loss"] for line in self.lines], sum(line["tokens"] for line in self.lines)
+        seconds = sum(line["seconds"] for line in self.lines)
+        held_out = [(line["step"], line["held_out_loss"]) for line in self.lines if "held_out_loss" in line]
+        if self._leads():
+            save_adapter(self.model, self.folder / ADAPTER)
+            result = {"ended": ended, "steps": len(losses), "tokens": tokens, "seconds": seconds, "loss": losses[-1]}
+            if ended != STOPPED:
+                with replacing_file(self.folder / RESULT) as new:
+                    new.write_text(json.dumps(result | {"best": self._best}, indent=2) + "\n", encoding="utf-8")
+        self._engine.wait()
+        self.result = Run(self.folder, self.settings, self.report, losses, held_out, seconds, tokens, ended)
+
+    # ----------------------------------------------------------------------------------------------------------- a step
+
+    def _line(self, step: int) -> dict[str, float]:
+        """One step, and what the log says of it."""
+        start, settings = time.perf_counter(), self.settings
+        examples = [self._encoded[i] for i in next(self._batches)]
+        micro_batches, answer_tokens = self._micro_batches(examples), sum(map(_learned, examples))
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        with mode(self.model, training=True), torch.random.fork_rng():
+            # for dropout: what a step draws does not depend on how the run came here
+            torch.manual_seed(np.random.SeedSequence([settings.seed, step, self._engine.rank]).generate_state(1)[0])
+            for number, batch in enumerate(micro_batches, 1):
+                with self._engine.gradients(last=number == len(micro_batches)):
+                    summed, _ = answer_loss(self._engine.model, batch)
+                    part = summed / answer_tokens
+                    self._scaler.scale(part).backward()
+                loss += part.item()
+        self._engine.finish(self._parameters)
+        (loss,) = self._engine.sum(loss)
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, settings.clip).item()
+        overflow = self._scaler.is_enabled() and not math.isfinite(norm) and self._scaler.get_scale() > 1
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            self._not_finite(step, loss, norm, micro_batches)
+        self._scaler.step(self._optimizer)  # after an overflow it does nothing, and the scale is halved
+        self._scaler.update()
+        tokens, seconds = sum(len(one.input_ids) for one in examples), time.perf_counter() - start
+        line = {
+            "step": step,
+            "loss": loss,
+            "lr": self._optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm if math.isfinite(norm) else None,  # JSON has no infinity
+            "tokens": tokens,
+            "answer_tokens": answer_tokens,
+            "mean_length": tokens / len(examples),
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        if settings.eval_every and (step % settings.eval_every == 0 or step == settings.steps):
+            line["held_out_loss"] = self._evaluate(step)
+        return line
+
+    def _micro_batches(self, examples: list[Encoded]) -> list[dict[str, torch.Tensor]]:
+        """The rows of this process, at most micro_batch_size at once; every process has as many batches."""
+        settings, rank, size = self.settings, self._engine.rank, self._engine.size
+        rows = to_rows(examples, settings.max_length if settings.packing else None)
+        rows += [[_silent(rows[0][0])]] * (-len(rows) % size)
+        mine = rows[rank::size]
+        at_once = settings.micro_batch_size or len(mine)
+        parts = [mine[start : start + at_once] for start in range(0, len(mine), at_once)]
+        return [collate_rows(part, self._pad_id) for part in parts]
+
+    def _evaluate(self, step: int) -> float:
+        loss = held_out_loss(self.model, self._held_out)
+        if loss < self._best["loss"]:
+            self._best = {"loss": loss, "step": step, "since": 0}
+            if self._leads():
+                save_adapter(self.model, self.folder / BEST)
+        else:
+            self._best = self._best | {"since": self._best["since"] + 1}
+        return loss
+
+    def _ended(self) -> str | None:
+        """Why the run is over after this step; None if it is not."""
+        if len(self.lines) == self.settings.steps:
+            return "all steps"
+        (asked,) = self._engine.sum(float(self._interrupt.asked))  # one process that is asked is all of them
+        if asked:
+            return STOPPED
+        early = self.settings.patience and self._best["since"] >= self.settings.patience
+        return "no better for a while" if early else None
+
+    def _not_finite(self, step: int, loss: float, norm: float, batches: list[dict[str, torch.Tensor]]) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        with mode(self.model, training=True):
+            where = next((found for batch in batches if (found := first_nonfinite(self.model, batch))), None)
+        steps = saved_steps(self.folder)
+        saved = f"the last checkpoint is step {steps[-1]} in {self.folder}" if steps else "there is no checkpoint yet"
         raise FloatingPointError(
-            f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; nothing was updated by this step. "
-            f"Try dtype float32 or bf16 instead of fp16, or lr below {settings.lr}"
+            f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated by this step, {saved}. "
+            f"First that is not finite: {where or 'not found again, so it was drawn (dropout) or is in the sum'}. "
+            f"Try dtype float32 or bf16 instead of fp16, or lr below {self.settings.lr}"
         )
-    optimizer.step()
-    seconds = time.perf_counter() - start
-    return {
-        "loss": loss.item(),
-        "gradient_norm": norm.item(),
-        "tokens": tokens,
-        "answer_tokens": count,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-    }
+
+    def _leads(self, also: bool = True) -> bool:
+        """Whether this process writes files and shows progress."""
+        return also and self._engine.rank == 0
 
 
-def check_free(out: str | Path, overwrite: bool = False) -> None:
-    """Raise FileExistsError if `out` holds a run that may not be overwritten, or is a file."""
-    if Path(out).is_file():
+def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = False) -> None:
+    """Raise FileExistsError if `out` holds a run that may not be overwritten or resumed, or is a file."""
+    out = Path(out)
+    if out.is_file():
         raise FileExistsError(f"{out} is a file: name a folder for the run")
-    if (Path(out) / "adapter").exists() and not overwrite:
+    if overwrite and resume is not False:
+        raise ValueError("overwrite and resume exclude each other: choose one")
+    if resume is not False and (out / RESULT).exists():
+        raise FileExistsError(f"{out} holds a run that is complete: there is nothing to resume")
+    if overwrite or resume is not False:
+        return
+    if steps := saved_steps(out):
+        raise FileExistsError(
+            f"{out} holds an earlier run, saved at step {steps[-1]}: go on with it (resume=True; --resume on the "
+            "command line), choose another folder, or overwrite it (overwrite=True; --overwrite)"
+        )
+    if (out / ADAPTER).exists():
         message = "choose another folder, or overwrite it (overwrite=True; --overwrite on the command line)"
         raise FileExistsError(f"{out} holds an earlier run: {message}")
 
 
 @contextmanager
-def _replacing_run(folder: Path) -> Iterator[Path]:
-    """Yields `folder`; an earlier run in it is set aside, and put back if the new one saves no adapter."""
+def _replacing_run(folder: Path, resume: bool) -> Iterator[Path]:
+    """Yields `folder`; an earlier run in it is set aside, and put back if the new one saves nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".earlier-", dir=folder))
-    earlier = [name for name in RUN_FILES if (folder / name).exists()]
+    earlier = [] if resume else [name for name in RUN_FILES if (folder / name).exists()]
+    aside = Path(tempfile.mkdtemp(prefix=".earlier-", dir=folder)) if earlier else None
     for name in earlier:
         (folder / name).rename(aside / name)
     try:
         yield folder
     finally:
-        if "adapter" in earlier and not (folder / "adapter").exists():
+        if aside and not ((folder / ADAPTER).exists() or saved_steps(folder)):
             for name in earlier:
                 (aside / name).replace(folder / name)
-        shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(aside)
+        if (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens to this one
+            for old in folder.glob(".earlier-*"):
+                shutil.rmtree(old, ignore_errors=True)
 
 
-def _record(model, settings: Settings, report: EncodeReport) -> dict:
-    """All that decided the run, for settings.json."""
+def _optimizer(parameters: list[torch.nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    # no weight decay: it would pull the product B A, not the weight, towards zero
+    make = torch.optim.AdamW
+    if settings.optimizer_bits != 32 or settings.optimizer_budget is not None:
+        make = partial(PagedAdamW, bits=settings.optimizer_bits, budget=settings.optimizer_budget)
+    return make(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+
+
+def _learned(example: Encoded) -> int:
+    return sum(label != IGNORED for label in example.labels[1:])
+
+
+def _silent(example: Encoded) -> Encoded:
+    """The example with nothing to learn: a row for a process that would have none."""
+    return Encoded(example.input_ids, [IGNORED] * len(example.labels))
+
+
+def _computes_in(model) -> torch.dtype:
+    return getattr(model, "dtype", torch.float32)
+
+
+def _comparable(record: dict) -> dict:
+    """What must be the same when a run is resumed."""
+    return {name: value for name, value in json.loads(json.dumps(record)).items() if name not in FREE}
+
+
+def _record(model, settings: Settings, report: EncodeReport, encoded: list[Encoded]) -> dict:
+    """All that decided the run, for settings.json and for whoever resumes it."""
     layers = adapters(model)
     layer = next(iter(layers.values()))
+    ids = hashlib.sha256(repr([(one.input_ids, one.labels) for one in encoded]).encode())
     return asdict(settings) | {
         "model": getattr(model, "name_or_path", None),
-        "dtype": str(getattr(model, "dtype", None)).removeprefix("torch."),
-        "device": str(layer.lora_A.device),
+        "base_sha256": _base_checksum(model),
+        "dtype": str(_computes_in(model)).removeprefix("torch."),
+        "device": layer.lora_A.device.type,
         "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
         "adapter": {"r": layer.r, "alpha": layer.alpha, "dropout": layer.dropout.p, "layers": len(layers)},
-        "data": asdict(report),
+        "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
+        "data": asdict(report) | {"sha256": ids.hexdigest()},
     }
+
+
+def _base_checksum(model) -> str:
+    """Of names, shapes and the first elements of everything that is not trained."""
+    digest = hashlib.sha256()
+    parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    packed = {f"{n}.packed": m.weight.packed for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    for name, tensor in (parameters | packed).items():
+        first = tensor.detach().reshape(-1)[:PROBE].contiguous().cpu().view(torch.uint8)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + first.numpy().tobytes())
+    return digest.hexdigest()

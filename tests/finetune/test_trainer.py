@@ -1,16 +1,22 @@
 """The loop: it learns, it repeats itself, it logs every step, it leaves the base and the surroundings alone."""
 
 import json
+import os
+import signal
+from copy import deepcopy
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import qlora_lab as ql
+from qlora_lab.finetune.checkpoint import saved_steps
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.linear4bit import quantize_linears
 from qlora_lab.finetune.lora import adapters, add_lora
 from qlora_lab.finetune.loss import answer_loss
-from qlora_lab.finetune.trainer import finetune
+from qlora_lab.finetune.settings import Settings, learning_rate
+from qlora_lab.finetune.trainer import Training, finetune
 
 EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "two" if i % 2 else "too"))) for i in range(12)]
 
@@ -36,8 +42,6 @@ def test_it_learns_and_only_the_adapter_moves(model, tokenizer, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_run(tiny_llama, tokenizer, tmp_path):
-    from copy import deepcopy
-
     runs = []
     for i in range(2):
         torch.manual_seed(i)  # whatever was drawn before
@@ -50,8 +54,6 @@ def test_the_same_seed_gives_the_same_run(tiny_llama, tokenizer, tmp_path):
 
 def test_measuring_in_between_changes_nothing(tiny_llama, tokenizer, tmp_path):
     """Evaluating and generating before, between and after training: no weight, no result, no byte differs."""
-    from copy import deepcopy
-
     results = []
     for measures in (True, False):
         model = add_lora(quantize_linears(deepcopy(tiny_llama)), r=4, dropout=0.1)
@@ -105,7 +107,12 @@ def test_an_earlier_run_is_not_overwritten_unasked(model, tokenizer, tmp_path):
     with pytest.raises(FileExistsError, match="holds an earlier run: choose another folder, or overwrite it"):
         train(model, tokenizer, tmp_path / "run")
     train(model, tokenizer, tmp_path / "run", overwrite=True)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["adapter", "log.jsonl", "settings.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "adapter",
+        "log.jsonl",
+        "result.json",
+        "settings.json",
+    ]
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file: name a folder"):
         train(model, tokenizer, tmp_path / "file")
@@ -124,28 +131,45 @@ def test_a_failing_run_leaves_the_earlier_one_as_it_was(model, tokenizer, tmp_pa
     assert contents(tmp_path / "run") == before
 
 
-def test_an_interrupt_saves_what_was_learned(model, tokenizer, tmp_path, monkeypatch):
-    from qlora_lab.finetune import trainer
+def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(model, tokenizer, tmp_path):
+    def interrupt_in(step):
+        for line in training:
+            if line["step"] == step - 1:  # a signal in the middle of the next forward
+                hook = model.model.norm.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            elif line["step"] == step:
+                hook.remove()
 
-    step, done = trainer._step, []
+    before = signal.getsignal(signal.SIGINT)
+    training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=6, batch_size=4), progress=False)
+    interrupt_in(3)
+    assert training.result.ended == "asked to stop" and len(training.result.losses) == 3
+    assert saved_steps(tmp_path / "run") == [3] and training.result.adapter.is_dir()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(FileExistsError, match="saved at step 3: go on with it"):
+        train(model, tokenizer, tmp_path / "run")
 
-    def interrupted(*args):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(step(*args))
-        return done[-1]
 
-    monkeypatch.setattr(trainer, "_step", interrupted)
+def test_an_interrupt_reaches_who_called(model, tokenizer, tmp_path):
+    hook = model.model.norm.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 1 of 6, all of it saved in .*run: go on with res"):
+        train(model, tokenizer, tmp_path / "run")
+    hook.remove()
+    assert train(model, tokenizer, tmp_path / "run", resume=True).ended == "all steps"
+
+
+def test_a_second_interrupt_stops_at_once(model, tokenizer, tmp_path):
+    def twice(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    model.model.norm.register_forward_hook(twice)
     with pytest.raises(KeyboardInterrupt):
         train(model, tokenizer, tmp_path / "run")
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
-    assert all(p.grad is None for p in model.parameters())
+    assert (tmp_path / "run" / "log.jsonl").read_text() == ""
 
 
 def test_gradients_left_behind_are_not_added(tiny_llama, tokenizer, tmp_path):
-    from copy import deepcopy
-
     clean, dirty = (add_lora(deepcopy(tiny_llama), r=4) for _ in range(2))
     for parameter in dirty.parameters():
         if parameter.requires_grad:
@@ -178,6 +202,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
+        ({"schedule": "linear"}, "schedule='linear' is not known: choose constant or cosine"),
+        ({"warmup_steps": 6}, "warmup_steps=6 leaves no step of 6 at the full rate"),
+        ({"optimizer_bits": 16}, "optimizer_bits=16 is not allowed: moments have 32 or 8"),
+        ({"patience": 2}, "patience=2 needs evaluations: set eval_every as well"),
+        ({"packing": True, "group_by_length": True}, "exclude each other: choose one"),
+        ({"eval_every": 2}, "eval_every=2 needs examples to evaluate on: pass held_out"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 is not allowed: it is a whole number of at least 1"),
+        ({"overwrite": True, "resume": True}, "overwrite and resume exclude each other"),
         ({"steps": 0}, "steps=0 is not allowed: it is a whole number of at least 1"),
         ({"batch_size": 2.5}, "batch_size=2.5 is not allowed"),
         ({"lr": 0}, "lr=0 is not allowed: it is a number above 0"),
@@ -195,3 +227,142 @@ def test_a_model_without_adapter_is_refused(tiny_llama, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no adapter: call qlora_lab.add_lora"):
         train(tiny_llama, tokenizer, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def gradients(model, tokenizer, **kwargs):
+    """Of one step, before clipping: the gradient that the optimizer sees at a clip that cuts nothing off."""
+    kept = {}
+
+    def keep(optimizer, *_):
+        numbers = range(len(optimizer.param_groups[0]["params"]))
+        kept.update(zip(numbers, (p.grad.clone() for p in optimizer.param_groups[0]["params"]), strict=True))
+
+    training = Training(
+        model, tokenizer, EXAMPLES, kwargs.pop("out"), Settings(steps=1, clip=1e9, **kwargs), progress=False
+    )
+    hook = register_optimizer_step_pre_hook(keep)
+    try:
+        loss = training.run().losses[0]
+    finally:
+        hook.remove()
+    return loss, kept
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"packing": True}, {"gradient_checkpointing": True}]
+)
+def test_a_step_is_the_same_however_it_is_cut(tiny_llama, tokenizer, tmp_path, kwargs):
+    """Batch 8 equals 8 times batch 1, packed rows and gradient checkpointing: normalised by tokens, once."""
+    models = [add_lora(quantize_linears(deepcopy(tiny_llama)), r=4) for _ in range(2)]
+    for model in models:
+        for layer in adapters(model).values():
+            layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(0))
+    want, whole = gradients(models[0], tokenizer, batch_size=8, out=tmp_path / "a")
+    loss, cut = gradients(models[1], tokenizer, batch_size=8, out=tmp_path / "b", **kwargs)
+    assert loss == pytest.approx(want, rel=1e-6)
+    assert whole.keys() == cut.keys() and len(whole) == 28
+    for number, gradient in whole.items():
+        torch.testing.assert_close(cut[number], gradient, rtol=1e-4, atol=2e-5 * gradient.abs().max().item())
+
+
+def test_a_mean_of_means_would_be_another_loss(tiny_llama, tokenizer, tmp_path):
+    """So the test above can fail: these answers differ in length."""
+    model = add_lora(tiny_llama, r=4)
+    mixed = [Example((("user", "?"), ("assistant", "x" * n))) for n in (1, 30)]
+    alone = [
+        train(model, tokenizer, tmp_path / str(n), data=[one], steps=1, batch_size=1, lr=1e-30).losses[0]
+        for n, one in enumerate(mixed)
+    ]
+    tokens = [json.loads((tmp_path / str(n) / "log.jsonl").read_text())["answer_tokens"] for n in (0, 1)]
+    run = train(model, tokenizer, tmp_path / "run", data=mixed, steps=1, batch_size=2, micro_batch_size=1)
+    weighted = sum(loss * n for loss, n in zip(alone, tokens, strict=True)) / sum(tokens)
+    assert abs(weighted - sum(alone) / 2) > 0.01
+    assert run.losses[0] == pytest.approx(weighted, rel=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_after_one_step_every_lora_B_has_moved(tiny_llama, tokenizer, tmp_path, checkpointing):
+    model = add_lora(quantize_linears(tiny_llama), r=4)
+    train(model, tokenizer, tmp_path / "run", steps=1, gradient_checkpointing=checkpointing)
+    assert all(layer.lora_B.any() for layer in adapters(model).values())
+    assert not model.is_gradient_checkpointing
+
+
+def test_gradient_checkpointing_computes_layers_again(tiny_llama, tokenizer, tmp_path):
+    model, calls = add_lora(tiny_llama, r=4), []
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # recomputing ends within
+    train(model, tokenizer, tmp_path / "a", steps=1)
+    train(model, tokenizer, tmp_path / "b", steps=1, gradient_checkpointing=True)
+    assert len(calls) == 1 + 2
+
+
+def test_the_rate_of_each_step_is_the_schedules(model, tokenizer, tmp_path):
+    run = train(model, tokenizer, tmp_path / "run", schedule="cosine", warmup_steps=2, lr=1e-3)
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [learning_rate(run.settings, step) for step in range(1, 7)]
+    assert lines[0]["lr"] < lines[1]["lr"] < lines[2]["lr"] == 1e-3 > lines[3]["lr"] > lines[5]["lr"] > 0
+
+
+def test_the_rate_moves_the_optimizer(tiny_llama, tokenizer, tmp_path):
+    """AdamW's first step is the rate, for every element with a gradient well above eps."""
+    model = add_lora(tiny_llama, r=4)
+    train(model, tokenizer, tmp_path / "run", steps=4, warmup_steps=3, lr=0.4, max_length=250)
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert first["lr"] == pytest.approx(0.1)
+
+
+def test_evaluations_find_the_best_adapter(model, tokenizer, tmp_path):
+    run = train(model, tokenizer, tmp_path / "run", steps=7, eval_every=3, held_out=EXAMPLES[:4], lr=5e-2)
+    assert [step for step, _ in run.held_out] == [3, 6, 7]  # the last step is always evaluated
+    best = min(run.held_out, key=lambda one: one[1])
+    assert json.loads((run.folder / "result.json").read_text())["best"] == {
+        "loss": best[1],
+        "step": best[0],
+        "since": [step for step, _ in run.held_out if step > best[0]].__len__(),
+    }
+    ql.load_adapter(model, run.best)
+    assert ql.held_out(model, tokenizer, EXAMPLES[:4]).loss == pytest.approx(best[1], rel=1e-5)
+
+
+def test_a_run_that_gets_no_better_stops_early(model, tokenizer, tmp_path):
+    wrong = [Example((("user", f"{i} and {i}"), ("assistant", "two"[::-1]))) for i in range(4)]  # of what is learned
+    run = train(model, tokenizer, tmp_path / "run", steps=40, eval_every=1, patience=2, held_out=wrong, lr=5e-2)
+    losses = [loss for _, loss in run.held_out]
+    best = losses.index(min(losses))
+    assert run.ended == "no better for a while" and len(run.losses) == best + 3 < 40
+    assert (run.folder / "result.json").is_file()
+
+
+@pytest.mark.parametrize("options", [{"optimizer_budget": 2**21}, {"optimizer_bits": 8}])
+def test_paged_and_8_bit_optimizers_train(tiny_llama, tokenizer, tmp_path, options):
+    a, b = (add_lora(deepcopy(tiny_llama), r=4) for _ in range(2))
+    run = train(a, tokenizer, tmp_path / "a", steps=20, **options)
+    plain = train(b, tokenizer, tmp_path / "b", steps=20)
+    if "optimizer_budget" in options:
+        assert run.losses == plain.losses
+    else:
+        assert run.losses != plain.losses and run.losses[-1] < 0.7 * run.losses[0]
+
+
+def test_float16_is_scaled_and_an_overflow_skips_a_step(tiny_llama, tokenizer, tmp_path):
+    model = add_lora(tiny_llama.half(), r=4)
+    training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=12, lr=2e-2), progress=False)
+    scales = []
+    for line in training:
+        scales.append((training._scaler.get_scale(), line["gradient_norm"]))
+        moved = any(layer.lora_B.any() for layer in adapters(model).values())
+        assert moved == any(norm is not None for _, norm in scales)
+    skipped = [norm is None for _, norm in scales]
+    assert skipped[0] and not skipped[-1]  # it begins at 65,536, too much for these gradients, and is halved until fine
+    assert [a[0] / b[0] for a, b in zip(scales, scales[1:], strict=False)] == [2.0 if s else 1.0 for s in skipped[1:]]
+    losses = training.result.losses
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_is_made_step_by_step_and_stopped(model, tokenizer, tmp_path):
+    training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=9, batch_size=4), progress=False)
+    for line in training:
+        if line["step"] == 2:
+            training.stop()
+    assert training.result.ended == "asked to stop" and len(training.result.losses) == 2
+    assert saved_steps(tmp_path / "run") == [2]

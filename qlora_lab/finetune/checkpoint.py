@@ -1,0 +1,100 @@
+"""Checkpoints: the whole state of a run on disk, so that a run that was killed goes on as if nothing had happened.
+
+In: tensors by name, and facts that JSON can hold. Out: one folder a step,
+    checkpoints/step-00000040/   state.safetensors   state.json   SHA256SUMS (`sha256sum -c` reads it)
+Source: what users of other trainers lost: resumes without the optimizer, and files cut off by a full disk.
+
+A checkpoint is written under another name, flushed to the disk and renamed: whatever happens, a folder with its name is
+whole. What happens to it later is found by its checksums; it is then refused by name, never used silently.
+Not here: what is in a state (trainer.py), adapters for others to read (peft_format.py).
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qlora_lab.finetune.files import replacing_folder
+
+FOLDER, TENSORS, FACTS, SUMS = "checkpoints", "state.safetensors", "state.json", "SHA256SUMS"
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps that the run in folder `run` has a checkpoint of, in rising order."""
+    names = [path.name for path in (run / FOLDER).glob("step-*")]
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name)))
+
+
+def save_checkpoint(run: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
+    """Write the state after `step`, and then remove all checkpoints but the newest `keep`. Returns its folder.
+
+    Raises OSError, with what is left, if it cannot be written; earlier checkpoints are as they were then.
+    """
+    target = _folder(run, step)
+    for stale in target.parent.glob(".step-*"):  # of a process that was killed as it wrote
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        with replacing_folder(target) as new:
+            save_file(tensors, new / TENSORS)
+            shutil.copymode(run, new)
+            (new / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            sums = [f"{_sha256(new / name)}  {name}\n" for name in (TENSORS, FACTS)]
+            (new / SUMS).write_text("".join(sums), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+        kept = saved_steps(run)
+        left = f"the checkpoint of step {kept[-1]} is whole" if kept else "there is no earlier checkpoint"
+        raise OSError(
+            f"step {step} could not be saved in {run} ({error}); {left}. Free {size:,.0f} MiB there, then resume"
+        ) from error
+    for old in saved_steps(run)[:-keep]:
+        shutil.rmtree(_folder(run, old))
+    return target
+
+
+def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and facts of the state after `step`.
+
+    Raises FileNotFoundError if there is none, and ValueError, naming the file, if it is not what was written.
+    """
+    folder, steps = _folder(run, step), saved_steps(run)
+    if step not in steps:
+        there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+        raise FileNotFoundError(f"{run} has no checkpoint of step {step}: {there}")
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+        damaged = [name for name in (TENSORS, FACTS) if _sha256(folder / name) != sums.get(name)]
+    except (OSError, ValueError):
+        damaged = [SUMS]
+    if damaged:
+        earlier = [s for s in steps if s < step]
+        remedy = f"go on from the one before it: resume={earlier[-1]}" if earlier else "there is none before it"
+        raise ValueError(f"{folder / damaged[0]} is not what was written, it was cut off or changed; {remedy}")
+    return load_file(folder / TENSORS), json.loads((folder / FACTS).read_text(encoding="utf-8"))
+
+
+def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+    """What differs, one line each: "adapter.r: 16 in the checkpoint, 8 now"."""
+    lines = []
+    for name in dict.fromkeys([*saved, *now]):
+        a, b = saved.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            lines.append(f"{prefix}{name}: {a} in the checkpoint, {b} now")
+    return lines
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step:08}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,36 @@
+"""Ctrl-C that waits for the end of a step, so that what is saved is a state between two steps.
+
+The first SIGINT (or SIGTERM, which a launcher sends) only sets a mark; a second one stops at once, as without this.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Interrupt:
+    """asked: whether the user wants the run to stop."""
+
+    def __init__(self):
+        self.asked = False
+
+    def ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextmanager
+def waiting_interrupt() -> Iterator[Interrupt]:
+    """Inside the `with` block an interrupt is a mark. In another thread than the main one no signal arrives."""
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    before = {number: signal.signal(number, interrupt.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set by Python
