@@ -37,6 +37,7 @@ _HOME = {
     "published_nf4": "measure.published",
     "NormalFloatExplorer": "show.normal_float",
     "KernelMapExplorer": "show.kernel_map",
+    "LowRankExplorer": "show.low_rank",
     "PageTableExplorer": "show.page_table",
     "check": "show.check",
     "picture": "show.figure",
