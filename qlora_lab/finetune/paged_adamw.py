@@ -6,14 +6,16 @@ Source: "Decoupled Weight Decay Regularization", algorithm 2; QLoRA section 3, "
 All parameters lie one after another in the pages, so that small ones, such as an adapter's, are paged as well. With 32
 bits a page holds the first moments of its elements and then the second ones, float32, 8 bytes an element; with 8 bits
 the codes of both and then their constants, 520 bytes for each block of 256 (adamw_8bit.py). A step goes over the
-parameters in order and asks for their pages one by one. Every element, or block, is changed by itself, so the order of
-pages changes no bit.
+parameters in order, asks for their pages one by one, and has the next one brought while it computes on one. Every
+element, or block, is changed by itself, so the order of pages changes no bit.
 
 But: no amsgrad, no maximize, no sparse gradients; 32-bit moments are float32, whatever the dtype of a parameter.
 Not here: pages (paging.py), the arithmetic of 8 bits (adamw_8bit.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ NAMES = {  # bits: what torch.optim.AdamW, and bitsandbytes, call the parts of a
     32: ("exp_avg", "exp_avg_sq"),
     8: ("state1", "state2", "absmax1", "absmax2"),
 }
+Piece = tuple[int, tuple[torch.Tensor, ...], slice]  # which parameter, parts of its state to change, where they belong
 WRAPPED = "__bnb_optimizer_quant_state__"  # under which bitsandbytes keeps them
 
 
@@ -87,43 +90,57 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, group)
+        todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for number, pieces in groupby(self._pieces([p for p, _ in todo]), key=itemgetter(0)):
+            self._step(*todo[number], pieces)
         return loss
 
-    def _step(self, p: torch.Tensor, group: dict) -> None:
+    def _step(self, p: torch.Tensor, group: dict, pieces: Iterable[Piece]) -> None:
         state = self.state[p]
         state["step"] = state.get("step", torch.tensor(0.0)) + 1
         how = AdamW(int(state["step"].item()), group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        flat, grad = p.reshape(-1), p.grad.reshape(-1)  # (numel,); a copy where p is not contiguous, or not float32
-        values = flat.float()
-        for parts, where in self._pieces(p):
+        flat, grad = p.reshape(-1), p.grad.reshape(-1)  # (numel,); a copy where p is not contiguous
+        for _, parts, where in pieces:
+            values = flat[where].float()  # a copy where p is not float32
             if self.bits == 32:
-                _adamw(values[where], grad[where].float(), *parts, how)
+                _adamw(values, grad[where].float(), *parts, how)
             else:
                 codes1, codes2, scale1, scale2 = parts
-                adamw_8bit(values[where], grad[where], codes1, scale1, codes2, scale2, how)
-        if values.data_ptr() != p.data_ptr():
-            p.copy_(values.view(p.shape))
+                adamw_8bit(values, grad[where], codes1, scale1, codes2, scale2, how)
+            if values.dtype != flat.dtype:
+                flat[where] = values
+        if flat.data_ptr() != p.data_ptr():
+            p.copy_(flat.view(p.shape))
 
-    def _pieces(self, p: torch.Tensor) -> Iterator[tuple[tuple[torch.Tensor, ...], slice]]:
-        """The parts of the state of p (see NAMES), page by page, to change in place, and where in p they belong."""
-        together, done, n_units = UNIT[self.bits][0], 0, -(-p.numel() // UNIT[self.bits][0])
-        while done < n_units:
-            page, at = divmod(self._first[p] + done, self._units)
-            end = min(self._units, at + n_units - done)
-            where = slice(done * together, min((done + end - at) * together, p.numel()))
+    def _pieces(self, params: list[torch.Tensor]) -> Iterator[Piece]:
+        """Page by page, while the next page that is needed comes already."""
+        spans = list(self._spans(params))
+        order = [page for page, _ in groupby(spans, key=itemgetter(0))]
+        for (page, here), following in zip_longest(groupby(spans, key=itemgetter(0)), order[1:]):
             bytes_ = self.pages.page(page)
-            if self.bits == 32:
-                yield bytes_.view(torch.float32)[: 2 * self._units].view(2, -1)[:, at:end].unbind(), where
-            else:
-                codes = bytes_[: 2 * BLOCK * self._units].view(2, -1)
-                scales = bytes_[2 * BLOCK * self._units :][: 8 * self._units].view(torch.float32).view(2, -1)
-                first = at * BLOCK
-                yield (*codes[:, first : first + where.stop - where.start], *scales[:, at:end]), where
-            done += end - at
+            if following is not None:
+                self.pages.prefetch(following)
+            for _, number, at, end, where in here:
+                yield number, self._parts(bytes_, at, end, where.stop - where.start), where
+
+    def _spans(self, params: list[torch.Tensor]) -> Iterator[tuple[int, int, int, int, slice]]:
+        """Page, which of `params` has units of it, from which to which, and the elements of the parameter in them."""
+        together = UNIT[self.bits][0]
+        for number, p in enumerate(params):
+            done, n_units = 0, -(-p.numel() // together)
+            while done < n_units:
+                page, at = divmod(self._first[p] + done, self._units)
+                end = min(self._units, at + n_units - done)
+                first, done = done, done + end - at
+                yield page, number, at, end, slice(first * together, min(done * together, p.numel()))
+
+    def _parts(self, page: torch.Tensor, at: int, end: int, numel: int) -> tuple[torch.Tensor, ...]:
+        """What lies in a page for its units from `at` to `end`, in the order of NAMES."""
+        if self.bits == 32:
+            return page.view(torch.float32)[: 2 * self._units].view(2, -1)[:, at:end].unbind()
+        codes = page[: 2 * BLOCK * self._units].view(2, -1)
+        scales = page[2 * BLOCK * self._units :][: 8 * self._units].view(torch.float32).view(2, -1)
+        return *codes[:, at * BLOCK : at * BLOCK + numel], *scales[:, at:end]
 
     def _parameters(self) -> Iterator[torch.Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -136,7 +153,7 @@ class PagedAdamW(torch.optim.Optimizer):
         state = {}
         for number, p in enumerate(self._parameters()):
             if p in self.state:
-                pieces = [[part.clone() for part in parts] for parts, _ in self._pieces(p)]
+                pieces = [[part.clone() for part in parts] for _, parts, _ in self._pieces([p])]
                 whole = dict(zip(NAMES[self.bits], map(torch.cat, zip(*pieces, strict=True)), strict=True))
                 shaped = {k: v if k.startswith("absmax") else v.view(p.shape) for k, v in whole.items()}
                 maps = {"qmap1": dynamic_map(), "qmap2": dynamic_map(signed=False)} if self.bits == 8 else {}
@@ -158,7 +175,7 @@ class PagedAdamW(torch.optim.Optimizer):
         for number, p in enumerate(self._parameters()):
             if number in given:
                 whole, done = [given[number][name].reshape(-1) for name in NAMES[self.bits]], [0] * 4
-                for parts, _ in self._pieces(p):
+                for _, parts, _ in self._pieces([p]):
                     for i, part in enumerate(parts):
                         part.copy_(whole[i][done[i] : done[i] + len(part)])
                         done[i] += len(part)

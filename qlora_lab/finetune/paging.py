@@ -2,34 +2,44 @@
 
 In: a number of bytes, a page size, a budget. Out: the page that is asked for, as bytes that may be changed in place.
 Source: QLoRA section 3, "Paged Optimizers"; the words are those of operating systems: a page that is asked for and is
-not in a frame is a fault; if no frame is free, the page that was used least recently is evicted, and written back.
+not in a frame is a fault; if no frame is free, the page that was used least recently is evicted, and written back. A
+page that is known to be needed next is prefetched: it comes while the one before it is used, and is no fault then.
 
-The frames are all the memory that is held: pages are read from the file and written to it, not mapped, which would add
-a fault of the system's own for each 4 KiB. The file has no name: it is gone with the process, however that ends.
+The page table and who is evicted are the same everywhere; where frames and all other pages lie is a store's affair.
 
-But: no thread reads ahead yet, and GPUs have no frames here.
-Not here: what is in the bytes (paged_adamw.py).
+Not here: frames, files and devices (stores.py), what is in the bytes (paged_adamw.py).
 """
 
-import errno
-import tempfile
-import weakref
 from collections import OrderedDict, deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from qlora_lab.finetune.stores import FileStore, Wait
 
 PAGE_SIZE = 2**21  # bytes; as CUDA's managed memory moves at most
 EVENTS = 2**16  # that are remembered: a long run has millions
 
 
 class Event(NamedTuple):
-    """What happened to a page: "fault" (it came into a frame), "evict" (it lost it), "write back" (to the file)."""
+    """What happened to a page: "fault" or "prefetch" (it came into a frame), "evict" (it lost it), "write back"."""
 
     kind: str
     page: int
     frame: int
+
+
+@dataclass
+class _Move:
+    """A page on its way into a frame, and the one that leaves it for that."""
+
+    kind: str
+    page: int
+    frame: int
+    leaves: int | None
+    written: bool = False  # the one that leaves is in the store: its frame may be used
 
 
 class Pages:
@@ -49,15 +59,14 @@ class Pages:
             raise ValueError(f"budget={budget} is not enough: it holds one page of {page_size} bytes at least")
         self.page_size, self.count = page_size, -(-nbytes // page_size)
         frames = self.count if budget is None else min(self.count, budget // page_size)
-        self.frames = torch.zeros(frames, page_size, dtype=torch.uint8)
+        self._store = FileStore(self.count, page_size, frames, folder)
+        self.frames = self._store.frames
         self.events: deque[Event] = deque(maxlen=EVENTS)
         self._free = list(range(frames - 1, -1, -1))
         self._frame_of: OrderedDict[int, int] = OrderedDict()  # page -> frame, least recently used first
-        self._written: set[int] = set()  # pages that the file holds; all others are zero
-        self._file = None
-        if frames < self.count:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - as long as self
-            weakref.finalize(self, self._file.close)
+        self._written: set[int] = set()  # pages that the store holds; all others are zero
+        self._in_use: int | None = None  # the page that was handed out last
+        self._coming: tuple[_Move, Wait] | None = None  # the page on its way, and how to wait for it
 
     @property
     def resident(self) -> list[int]:
@@ -67,32 +76,71 @@ class Pages:
     def page(self, number: int) -> torch.Tensor:
         """The bytes of a page, (page_size,) uint8, to read and to change until the next call.
 
-        Raises IndexError for a page that is not there.
+        Raises IndexError for a page that is not there, and OSError for a disk that failed, now or in a prefetch: no
+        page is lost by that, and the call may be repeated.
         """
+        self._check(number)
+        if not self._is_settled(number):
+            self._settle()
+        if number not in self._frame_of:
+            self._begin("fault", number)
+            self._settle()
+        self._frame_of.move_to_end(number)
+        self._in_use = number
+        return self._store.bytes(number, self._frame_of[number])
+
+    def prefetch(self, number: int) -> None:
+        """Begin to bring a page that will be asked for, into the frame of any page but the one handed out last.
+
+        Does nothing for a page that is in a frame or on its way, or where there is one frame. Raises as page() does.
+        """
+        self._check(number)
+        on_its_way = self._coming is not None and self._coming[0].page == number
+        if len(self.frames) == 1 or on_its_way or self._is_settled(number):
+            return
+        self._settle()
+        if number not in self._frame_of:
+            self._begin("prefetch", number)
+
+    def _check(self, number: int) -> None:
         if not 0 <= number < self.count:
             raise IndexError(f"page {number} is asked for, there are {self.count}")
-        if number not in self._frame_of:
-            frame = self._free.pop() if self._free else self._evict()
-            self._read(number, frame)
-            self._frame_of[number] = frame
-            self.events.append(Event("fault", number, frame))
-        self._frame_of.move_to_end(number)
-        return self.frames[self._frame_of[number]]
 
-    def _evict(self) -> int:
-        number, frame = next(iter(self._frame_of.items()))
-        self._file.seek(number * self.page_size)
-        if self._file.write(self.frames[frame].numpy().data) != self.page_size:  # the page stays where it is
-            raise OSError(errno.ENOSPC, f"no space to write back page {number} of {self.page_size} bytes")
-        self._written.add(number)
-        del self._frame_of[number]
-        self.events += [Event("write back", number, frame), Event("evict", number, frame)]
-        return frame
+    def _is_settled(self, number: int) -> bool:
+        """Whether a page is in a frame, and no prefetch takes that from it."""
+        return number in self._frame_of and (self._coming is None or self._coming[0].leaves != number)
 
-    def _read(self, number: int, frame: int) -> None:
-        if number not in self._written:
-            self.frames[frame].zero_()
+    def _begin(self, kind: str, number: int) -> None:
+        if self._free:
+            move = _Move(kind, number, self._free.pop(), None)
+        else:
+            spared = self._in_use if kind == "prefetch" else None  # its bytes may be changed until the next page()
+            leaves = next(page for page in self._frame_of if page != spared)
+            move = _Move(kind, number, self._frame_of[leaves], leaves)
+        self._coming = move, self._store.start(lambda: self._carry_out(move))
+
+    def _carry_out(self, move: _Move) -> None:
+        """Beside everything else: touches the store and `move`, and only reads which pages have been written."""
+        if move.leaves is not None:
+            self._store.write(move.leaves, move.frame)
+            move.written = True
+        (self._store.read if move.page in self._written else self._store.clear)(move.page, move.frame)
+
+    def _settle(self) -> None:
+        """Wait for the page that is on its way, if any, and bring the table up to what has happened of its move."""
+        if self._coming is None:
             return
-        self._file.seek(number * self.page_size)
-        if self._file.readinto(self.frames[frame].numpy().data) != self.page_size:
-            raise OSError(errno.EIO, f"page {number} cannot be read back whole")
+        move, wait = self._coming
+        error = wait()  # an interruption leaves it on its way
+        self._coming = None
+        if move.written:
+            self._written.add(move.leaves)
+            del self._frame_of[move.leaves]
+            self.events += [Event("write back", move.leaves, move.frame), Event("evict", move.leaves, move.frame)]
+        if error is None:
+            self._frame_of[move.page] = move.frame
+            self.events.append(Event(move.kind, move.page, move.frame))
+            return
+        if move.written or move.leaves is None:
+            self._free.append(move.frame)
+        raise error
