@@ -156,8 +156,8 @@ class PageTableExplorer(Explorer):
         return (
             f"LLaMA-7B, r={state['r']}, moments of {state['bits']} bits: {result['bytes'] / MIB:.1f} MiB of state in "
             f"{_number(result['pages'], 'page')} of {state['page_size']:g} MiB, a budget of {state['budget']} MiB with "
-            f"{_number(result['frames'], 'frame')}: {result['faults']} faults in each step after the first, "
-            f"{result['moved'] / MIB:g} MiB moved; at time {state['time']:g} {now}; peers can page "
+            f"{_number(result['frames'], 'frame')}: in each step after the first {result['faults']} faults, unless "
+            f"fetched ahead, and {result['moved'] / MIB:g} MiB moved; at time {state['time']:g} {now}; peers can page "
             f"{100 * result['pageable']:.0f} % of the state"
         )
 

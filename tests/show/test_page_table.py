@@ -50,8 +50,8 @@ def test_one_frame_less_is_as_bad_as_half():
 def test_the_sentence():
     assert PageTableExplorer().summary() == (
         "LLaMA-7B, r=16, moments of 32 bits: 305.0 MiB of state in 153 pages of 2 MiB, a budget of 256 MiB with 128 "
-        "frames: 153 faults in each step after the first, 612 MiB moved; at time 1.4 page 60 is asked for, a fault, "
-        "and page 85 leaves; peers can page 42 % of the state"
+        "frames: in each step after the first 153 faults, unless fetched ahead, and 612 MiB moved; at time 1.4 page 60 "
+        "is asked for, a fault, and page 85 leaves; peers can page 42 % of the state"
     )
     assert 8 * sum(adapter(LLAMA_7B, 16)) == 305 * 2**20
 
@@ -65,7 +65,10 @@ def test_nothing_has_happened_at_time_0():
 
 def test_a_single_page():
     explorer = PageTableExplorer(r=1, bits=8, page_size=8)
-    assert "in 1 page of 8 MiB, a budget of 256 MiB with 1 frame: 0 faults" in explorer.summary()
+    assert (
+        "in 1 page of 8 MiB, a budget of 256 MiB with 1 frame: in each step after the first 0 faults"
+        in explorer.summary()
+    )
     assert explorer.frames.image.get_array().compressed().tolist() == [1]
 
 
