@@ -66,12 +66,10 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
     if step not in steps:
         there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
         raise FileNotFoundError(f"{run} has no checkpoint of step {step}: {there}")
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
-        damaged = [name for name in (TENSORS, FACTS) if _sha256(folder / name) != sums.get(name)]
-    except (OSError, ValueError):
-        damaged = [SUMS]
+    damaged = [name for name in (SUMS, TENSORS, FACTS) if not (folder / name).is_file()]
+    if not damaged:
+        sums = set((folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines())
+        damaged = [name for name in (TENSORS, FACTS) if f"{_sha256(folder / name)}  {name}" not in sums]
     if damaged:
         earlier = [s for s in steps if s < step]
         remedy = f"go on from the one before it: resume={earlier[-1]}" if earlier else "there is none before it"

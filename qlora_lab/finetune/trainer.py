@@ -213,10 +213,10 @@ class Training:
         elif self.resume is not False and self.resume is not True:
             load_checkpoint(self.folder, self.resume)  # raises: there is none
         if self._leads():
-            with replacing_file(self.folder / RECORD) as new:
-                new.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
             with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
                 new.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            with replacing_file(self.folder / RECORD) as new:
+                new.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
             (self.folder / RESULT).unlink(missing_ok=True)
         self._engine.wait()
 
