@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 a mistake in what was asked, told in one line; 130 interru
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -24,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which is later than this
     try:
         arguments.run(arguments)
-    except KeyboardInterrupt:
-        print(f"qlora-lab {arguments.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # one from training says what is saved, and how to go on
+        print(f"qlora-lab {arguments.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as error:
         if not _is_mistake(error):
@@ -64,12 +65,13 @@ def generate(a: argparse.Namespace) -> None:
 
 def finetune(a: argparse.Namespace) -> None:
     from qlora_lab.finetune.lora import check_strength
-    from qlora_lab.finetune.trainer import Settings, check_free
+    from qlora_lab.finetune.settings import Settings, check_held_out
+    from qlora_lab.finetune.trainer import check_free
     from qlora_lab.quant.blocks import check_block_size
 
     # before the model is loaded: a mistyped word should not cost a minute
     settings = Settings(**{field.name: getattr(a, field.name) for field in fields(Settings)})
-    check_free(a.out, a.overwrite)
+    check_free(a.out, a.overwrite, a.resume)
     check_strength(a.alpha, a.dropout)
     check_block_size(a.block_size)
     for name, value, least in (("r", a.r, 1), ("held-out", a.held_out, 0)):
@@ -77,12 +79,13 @@ def finetune(a: argparse.Namespace) -> None:
             raise ValueError(f"{name}={value} is not allowed: it is at least {least}")
     train = ql.load_data(a.data)
     test = _held_out_examples(a)
+    check_held_out(settings, test)
     targets = a.targets[0] if len(a.targets) == 1 else a.targets  # "all-linear" is one word
     model, tokenizer = _load(a)
     ql.add_lora(model, a.r, a.alpha, a.dropout, targets, seed=a.seed)
     before = ql.held_out(model, tokenizer, test) if test else None
-    options = asdict(settings) | {"overwrite": a.overwrite, "progress": not a.quiet}
-    run = ql.finetune(model, tokenizer, train, out=a.out, **options)
+    options = {"held_out": test, "resume": a.resume, "overwrite": a.overwrite, "progress": not a.quiet}
+    run = ql.finetune(model, tokenizer, train, out=a.out, **options, **asdict(settings))
     after = ql.held_out(model, tokenizer, test) if test else None
     if not a.json and test:
         _show_answers(test, before.answers, after.answers)
@@ -169,7 +172,8 @@ def _show_answers(examples: list, before: list[str], after: list[str]) -> None:
 def _summary(run, before, after) -> dict:
     figures = {
         "adapter": str(run.adapter),
-        "steps": run.settings.steps,
+        "ended": run.ended,
+        "steps": len(run.losses),
         "loss_first": run.losses[0],
         "loss_last": run.losses[-1],
         "tokens_per_second": run.tokens_per_second,
@@ -177,6 +181,9 @@ def _summary(run, before, after) -> dict:
         "examples_used": run.data.kept,
         "examples_too_long": run.data.too_long,
     }
+    if run.held_out:
+        step, loss = min(run.held_out, key=lambda one: one[1])
+        figures |= {"best_adapter": str(run.best), "best_step": step, "best_held_out_loss": loss}
     for name, result in (("before", before), ("after", after)):
         if result:
             figures |= {f"held_out_loss_{name}": result.loss, f"rouge_l_{name}": result.rouge_l}
@@ -262,11 +269,37 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("--out", default="runs/first", help="folder for adapter, log and settings (%(default)s)")
     c.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+    c.add_argument(
+        "--resume",
+        nargs="?",
+        type=int,
+        const=True,
+        default=False,
+        metavar="STEP",
+        help="go on with the run in --out, from its newest checkpoint or that of STEP; begin where there is none",
+    )
     c.add_argument("--steps", type=int, default=60, help="(%(default)s)")
     c.add_argument("--batch-size", type=int, default=8, help="examples a step (%(default)s)")
     c.add_argument("--lr", type=float, default=2e-4, help="learning rate of AdamW (%(default)s)")
+    c.add_argument("--schedule", default="constant", help="of the learning rate: constant or cosine (%(default)s)")
+    c.add_argument("--warmup-steps", type=int, default=0, help="in which the rate rises (%(default)s)")
     c.add_argument("--clip", type=float, default=0.3, help="largest gradient norm (%(default)s)")
     c.add_argument("--max-length", type=int, default=256, help="tokens; longer examples are left out (%(default)s)")
+    c.add_argument("--packing", action="store_true", help="several examples in a row of --max-length tokens")
+    c.add_argument("--group-by-length", action="store_true", help="batches of examples that are alike in length")
+    c.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps between evaluations, 0 for none")
+    c.add_argument("--patience", type=int, default=0, metavar="N", help="evaluations without a new best, then it stops")
+    c.add_argument("--save-every", type=int, default=50, metavar="N", help="steps between checkpoints (%(default)s)")
+    c.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints that are kept (%(default)s)")
+    c.add_argument("--micro-batch-size", type=int, metavar="N", help="rows at once, for less memory; default: all")
+    c.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again, for less memory")
+    c.add_argument("--optimizer-bits", type=int, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
+    c.add_argument(
+        "--optimizer-budget",
+        type=_size,
+        metavar="BYTES",
+        help="of AdamW's state in memory, such as 64MiB; the rest is paged. Default: all of it",
+    )
     c.add_argument("--r", type=int, default=16, help="rank of the adapters (%(default)s)")
     c.add_argument("--alpha", type=float, default=16, help="strength: the adapter is scaled by alpha / r (%(default)s)")
     c.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input (%(default)s)")
@@ -309,6 +342,13 @@ def build_parser() -> argparse.ArgumentParser:
     c = _command(commands, "open", open_lab, "open the course in JupyterLab", "qlora-lab open")
     c.add_argument("notebook", nargs="?", default="notebooks/00_start_here.ipynb", help="(%(default)s)")
     return parser
+
+
+def _size(text: str) -> int:
+    """Bytes: "4096", "64KiB", "64MiB" or "2GiB"."""
+    if not (match := re.fullmatch(r"(\d+) ?(|KiB|MiB|GiB)", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write bytes, or a number with KiB, MiB or GiB")
+    return int(match[1]) * 1024 ** ("", "KiB", "MiB", "GiB").index(match[2])
 
 
 def _command(commands, name, run, summary, example) -> argparse.ArgumentParser:

@@ -1,6 +1,8 @@
 """The command line: every mistake is one line and exit code 2; the commands do what the library does."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -49,6 +51,39 @@ def test_plain_report(capsys, tmp_path, model, data):
     assert code == 0 and "written by a person" in text and "loss last" in text
 
 
+def test_an_interrupted_run_is_resumed(capsys, tmp_path, model, data, monkeypatch):
+    from qlora_lab.finetune import trainer
+
+    common = ["finetune", "--model", model, "--quiet", "--json", "--r", 2, "--data", data, "--test-data", data]
+    options = ["--held-out", 2, "--steps", 3, "--eval-every", 2, "--optimizer-budget", "2MiB", "--packing"]
+    make = trainer.answer_loss
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return make(*args)
+
+    monkeypatch.setattr(trainer, "answer_loss", interrupted)
+    code, out, err = run(capsys, *common, *options, "--out", tmp_path / "run")
+    assert code == 130 and out == ""
+    assert "qlora-lab finetune: stopped after step 1 of 3" in err and "(--resume on the command line)" in err
+    monkeypatch.undo()
+    code, out, _ = run(capsys, *common, *options, "--out", tmp_path / "run", "--resume")
+    figures = json.loads(out)
+    assert code == 0 and figures["steps"] == 3 and figures["best_step"] in (2, 3)
+    assert figures["best_adapter"] == str(tmp_path / "run" / "best")
+
+
+@pytest.mark.parametrize("text, size", [("4096", 4096), ("64KiB", 2**16), ("3 MiB", 3 * 2**20), ("2GiB", 2**31)])
+def test_sizes(text, size):
+    assert cli._size(text) == size
+
+
+def test_a_size_that_is_none_is_a_mistake(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["finetune", "--optimizer-budget", "much"])
+    assert exit_.value.code == 2 and "'much' is no size: write bytes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -64,6 +99,9 @@ def test_plain_report(capsys, tmp_path, model, data):
         (["finetune", "--data", "DATA", "--model", "MODEL", "--steps", "0"], "steps=0 is not allowed"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--targets", "qq"], "match no linear layer"),
         (["finetune", "--data", "DATA", "--model", "nowhere"], "unknown model 'nowhere'"),
+        (["finetune", "--data", "DATA", "--model", "MODEL", "--schedule", "linear"], "schedule='linear' is not known"),
+        (["finetune", "--data", "DATA", "--model", "MODEL", "--eval-every", "2"], "needs held-out examples"),
+        (["finetune", "--data", "DATA", "--model", "MODEL", "--resume", "--overwrite"], "exclude each other"),
         (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "has no adapter_config.json"),
         (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
     ],

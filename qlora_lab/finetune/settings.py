@@ -5,7 +5,10 @@ Source: QLoRA section 4 and appendix B for rate, clipping and schedule.
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_lab.finetune.examples import Example
 
 SCHEDULES = ("constant", "cosine")
 FREE = ("save_every", "keep", "optimizer_budget")  # may differ when a run is resumed: they change no bit of it
@@ -63,7 +66,10 @@ class Settings:
             raise ValueError(f"{name}={value!r} is not allowed: it is a whole number of at least {least}")
 
 
-FIELDS = tuple(field.name for field in fields(Settings))
+def check_held_out(settings: Settings, examples: Sequence[Example]) -> None:
+    """Raise ValueError if evaluations are asked for and there is nothing to evaluate on."""
+    if settings.eval_every and not examples:
+        raise ValueError(f"eval_every={settings.eval_every} needs held-out examples: there are none")
 
 
 def learning_rate(settings: Settings, step: int) -> float:

@@ -44,7 +44,7 @@ from qlora_lab.finetune.modes import checkpointing, mode
 from qlora_lab.finetune.nonfinite import first_nonfinite
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
-from qlora_lab.finetune.settings import FREE, Settings, learning_rate
+from qlora_lab.finetune.settings import FREE, Settings, check_held_out, learning_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,8 +133,7 @@ class Training:
     ):
         adapters(model)  # raises before any work if there is none
         check_free(out, overwrite, resume)
-        if settings.eval_every and not held_out:
-            raise ValueError(f"eval_every={settings.eval_every} needs examples to evaluate on: pass held_out")
+        check_held_out(settings, held_out)
         self.model, self.settings, self.folder = model, settings, Path(out)
         self.resume, self.progress, self.result = resume, progress, None
         examples = load_data(data) if isinstance(data, (str, Path)) else list(data)
@@ -201,7 +200,7 @@ class Training:
         settings = self.settings
         self._engine = OneProcess(self.model)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._optimizer = _optimizer(self._parameters, settings)
+        self._optimizer = _optimizer(self._parameters, settings, self.folder)
         device = self._parameters[0].device.type
         # float16 ends at 65,504 and loses what is below 6e-8: gradients are computed on a scaled loss
         self._scaler = torch.amp.GradScaler(device, enabled=_computes_in(self.model) == torch.float16)
@@ -410,11 +409,12 @@ def _replacing_run(folder: Path, resume: bool) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[torch.nn.Parameter], settings: Settings, folder: Path) -> torch.optim.Optimizer:
     # no weight decay: it would pull the product B A, not the weight, towards zero
     make = torch.optim.AdamW
     if settings.optimizer_bits != 32 or settings.optimizer_budget is not None:
-        make = partial(PagedAdamW, bits=settings.optimizer_bits, budget=settings.optimizer_budget)
+        # pages go to the run's own disk: the system's temporary folder is often in memory
+        make = partial(PagedAdamW, bits=settings.optimizer_bits, budget=settings.optimizer_budget, folder=folder)
     return make(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
 
 

@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(model, tokenizer, tmp_path):
         ({"optimizer_bits": 16}, "optimizer_bits=16 is not allowed: moments have 32 or 8"),
         ({"patience": 2}, "patience=2 needs evaluations: set eval_every as well"),
         ({"packing": True, "group_by_length": True}, "exclude each other: choose one"),
-        ({"eval_every": 2}, "eval_every=2 needs examples to evaluate on: pass held_out"),
+        ({"eval_every": 2}, "eval_every=2 needs held-out examples: there are none"),
         ({"micro_batch_size": 0}, "micro_batch_size=0 is not allowed: it is a whole number of at least 1"),
         ({"overwrite": True, "resume": True}, "overwrite and resume exclude each other"),
         ({"steps": 0}, "steps=0 is not allowed: it is a whole number of at least 1"),
