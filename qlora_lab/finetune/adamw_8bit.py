@@ -7,15 +7,17 @@ Regularization", algorithm 2. The first moment takes the signed dynamic table, t
 
 A moment is quantised as a weight is: absmax, code of the nearest level. What is new is that it is done at every step.
 
-Not here: pages and devices.
+Not here: pages; kernels, which adamw_8bit's callers get from change_8bit (kernels/adamw.py, triton/adamw_8bit.py).
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from qlora_lab.quant.blocks import block_absmax, scale_blocks, to_blocks
-from qlora_lab.quant.codebook import nearest_codes
+from qlora_lab.kernels import choose
+from qlora_lab.quant.blocks import TINY, block_absmax, scale_blocks, to_blocks
+from qlora_lab.quant.codebook import midpoints, nearest_codes
 from qlora_lab.quant.double_quant import dynamic_map
 
 BLOCK = 256  # values that share a constant, as in bitsandbytes
@@ -44,6 +46,14 @@ class AdamW:
         """beta1, beta2, what is left of a parameter, the step size, 1 / sqrt(1 - beta2^step), eps."""
         decay, size = 1 - self.lr * self.weight_decay, self.lr / (1 - self.beta1**self.step)
         return self.beta1, self.beta2, decay, size, (1 - self.beta2**self.step) ** -0.5, self.eps
+
+
+@lru_cache
+def tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Levels (256,) and thresholds (255,) of the first moment, then of the second; not to be changed."""
+    with torch.inference_mode(False):  # what is made inside could not be used outside
+        maps = dynamic_map().to(device), dynamic_map(signed=False).to(device)
+        return maps[0], midpoints(maps[0]), maps[1], midpoints(maps[1])
 
 
 def dequantize_moment(codes: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -75,12 +85,30 @@ def adamw_8bit(
     0.9
     """
     beta1, beta2, decay, size, correction, eps = how.scalars
-    first, second = dynamic_map().to(param.device), dynamic_map(signed=False).to(param.device)
+    first, _, second, _ = tables(param.device)
     g = grad.float()
     m = dequantize_moment(codes1, scale1, first) * beta1 + g * (1 - beta1)
     v = dequantize_moment(codes2, scale2, second) * beta2 + g * g * (1 - beta2)
-    param.copy_(param.float() * decay - m / (v.sqrt() * correction + eps) * size)
+    root = v.double().sqrt().float()  # the nearest: torch's float32 root on a CPU is often one step off
+    param.copy_(param.float() * decay - m / (root * correction + eps) * size)
     for moment, table, codes, scale in ((m, first, codes1, scale1), (v, second, codes2, scale2)):
         new_codes, new_scale = quantize_moment(moment, table)
         codes.copy_(new_codes)
         scale.copy_(new_scale)
+
+
+def change_8bit(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    codes1: torch.Tensor,
+    scale1: torch.Tensor,
+    codes2: torch.Tensor,
+    scale2: torch.Tensor,
+    how: AdamW,
+) -> None:
+    """adamw_8bit, by the kernel that kernels.choose has for the device of `param`, if any: the same bits, faster."""
+    state = codes1, scale1, codes2, scale2
+    if kernels := choose(param.device.type).adamw:
+        kernels.adamw_8bit(param, grad, *state, list(tables(param.device)), list(how.scalars), TINY)
+    else:
+        adamw_8bit(param, grad, *state, how)

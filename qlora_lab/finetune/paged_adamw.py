@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from qlora_lab.finetune.adamw_8bit import BLOCK, AdamW, adamw_8bit
+from qlora_lab.finetune.adamw_8bit import BLOCK, AdamW, change_8bit
 from qlora_lab.finetune.paging import PAGE_SIZE, Pages
 from qlora_lab.quant.double_quant import dynamic_map
 
@@ -101,12 +101,12 @@ class PagedAdamW(torch.optim.Optimizer):
         how = AdamW(int(state["step"].item()), group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         flat, grad = p.reshape(-1), p.grad.reshape(-1)  # (numel,); a copy where p is not contiguous
         for _, parts, where in pieces:
-            values = flat[where].float()  # a copy where p is not float32
+            values, g = flat[where].float(), grad[where].float()  # copies where they are not float32
             if self.bits == 32:
-                _adamw(values, grad[where].float(), *parts, how)
+                _adamw(values, g, *parts, how)
             else:
                 codes1, codes2, scale1, scale2 = parts
-                adamw_8bit(values, grad[where], codes1, scale1, codes2, scale2, how)
+                change_8bit(values, g, codes1, scale1, codes2, scale2, how)
             if values.dtype != flat.dtype:
                 flat[where] = values
         if flat.data_ptr() != p.data_ptr():

@@ -22,6 +22,7 @@ class Choice(NamedTuple):
     why: str
     blocks: ModuleType | None = None  # takes, quantize_blocks and dequantize_blocks
     product: ModuleType | None = None  # forward and backward of a linear layer
+    adamw: ModuleType | None = None  # adamw_8bit
 
 
 def choose(device: str = "cpu") -> Choice:
@@ -58,17 +59,17 @@ def _choose(device: str, override: str) -> Choice:
 
         if why := triton.refusal():
             return Choice("reference", why)
-        from qlora_lab.kernels.triton import dispatch
+        from qlora_lab.kernels.triton import dispatch, ops
 
-        return Choice("triton", "the device is a GPU", dispatch, dispatch)
+        return Choice("triton", "the device is a GPU", dispatch, dispatch, ops)
     if device != "cpu":
         return Choice("reference", f"there is no kernel for {device}")
     if _forked:
         return Choice("reference", "a forked process cannot use its parent's threads")
-    from qlora_lab.kernels import cpu, product
+    from qlora_lab.kernels import adamw, cpu, product
 
     look_up = "with 16 look-ups at once" if cpu.FAST else "with plain loops: no AVX2 or AVX-512 here"
-    return Choice("cpu", look_up, cpu, product)
+    return Choice("cpu", look_up, cpu, product, adamw)
 
 
 _forked = False

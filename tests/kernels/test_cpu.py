@@ -248,7 +248,7 @@ print(torch.get_num_threads())
 
 def test_what_runs_and_why(monkeypatch):
     assert choose("cpu").name == "cpu" and choose("cpu").blocks is cpu and "look-ups" in choose("cpu").why
-    assert choose("mps") == ("reference", "there is no kernel for mps", None, None)
+    assert choose("mps") == ("reference", "there is no kernel for mps", None, None, None)
     monkeypatch.setenv(OVERRIDE, "reference")
     assert choose("cpu").blocks is None and OVERRIDE in choose("cpu").why
     monkeypatch.setenv(OVERRIDE, "fastest")

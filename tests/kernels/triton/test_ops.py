@@ -194,7 +194,7 @@ def test_where_triton_does_not_start_the_readable_functions_run(monkeypatch):
     ):
         monkeypatch.setattr(driver, "_active", active)
         kernels._choose.cache_clear()
-        assert choose("cuda") == ("reference", why, None, None)
+        assert choose("cuda") == ("reference", why, None, None, None)
     kernels._choose.cache_clear()
 
 

@@ -1,0 +1,151 @@
+"""The CPU twin of finetune/adamw_8bit.py: one step of AdamW over 8-bit moments, the same bits, in one pass over memory.
+
+In and out: contiguous CPU tensors, as in the Triton rung of the same name. A block of 256 is undone, moved, used and
+quantised again while it lies in the first-level cache. Moved for each float32 parameter: 4 bytes of it, 4 of its
+gradient and 2 of its moments are read, 4 and 2 are written.
+
+Not here: which implementation runs (kernels/__init__.py), pages (finetune/paged_adamw.py).
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from qlora_lab.kernels import cpu, vector as v
+
+BLOCK = 256  # parameters that share a constant
+PIECE = 32  # blocks that a thread takes at a time
+_INFINITY = np.float32(np.inf)
+_read, _read16, _write = cpu._read, cpu._read16, cpu._write
+
+
+@njit(forceinline=True)
+def _undo(codes, scale, levels, beta, moment):
+    """moment (256,) = beta times what the codes stand for."""
+    factor, keep = v.splat(scale), v.splat(beta)
+    for i in range(0, BLOCK, 16):
+        v.store(moment, i, v.gather(levels, v.load(codes, i)) * factor * keep)
+
+
+@njit(forceinline=True)
+def _add(grad, form, rest1, rest2, first, second):
+    for i in range(0, BLOCK, 16):
+        g = _read16(grad, i, form)
+        v.store(first, i, v.load(first, i) + g * v.splat(rest1))
+        v.store(second, i, v.load(second, i) + g * g * v.splat(rest2))
+
+
+@njit(error_model="numpy")  # with eps 0 a moment of 0 divides by 0, which Python's own model looks for at every element
+def _use(param, form, first, second, decay, size, correction, eps):
+    for i in range(len(param)):
+        change = first[i] / (np.sqrt(second[i]) * correction + eps) * size
+        _write(param, i, _read(param, i, form) * decay - change, form)
+
+
+@njit(forceinline=True)
+def _redo(moment, table, tiny, scale, codes):
+    """codes (256,) and scale[0] = those of a moment. Its upper 16 bits nearly tell the code of a value."""
+    _, limits, ranks, more, fill = table
+    cpu._absmax16(moment, cpu.FLOAT32, 0, BLOCK, BLOCK, scale)
+    if np.isnan(scale[0]):
+        codes[:] = fill
+        return
+    factor = v.splat(np.float32(1) / max(scale[0], tiny))
+    for i in range(0, BLOCK, 16):
+        values = v.load(moment, i) * factor
+        rank = v.gather(ranks, v.as_ints(values) >> v.splat(16))
+        for _ in range(more):
+            rank = rank + v.where_greater(values, v.gather(limits, rank), v.splat(1))
+        v.store(codes, i, rank)
+
+
+def _adamw(
+    param, param_form, grad, grad_form, codes1, scale1, codes2, scale2, first_table, second_table, scalars, tiny
+):
+    beta1, beta2, rest1, rest2, decay, size, correction, eps = scalars
+    n_blocks = len(scale1)
+    for piece in prange((n_blocks + PIECE - 1) // PIECE):
+        first, second = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+        for block in range(piece * PIECE, min(piece * PIECE + PIECE, n_blocks)):
+            start = block * BLOCK
+            stop = min(start + BLOCK, len(param))
+            g, c1, c2 = grad[start:stop], codes1[start:stop], codes2[start:stop]
+            if stop - start < BLOCK:  # the last block, filled up
+                g, c1, c2 = np.zeros(BLOCK, g.dtype), np.zeros(BLOCK, np.uint8), np.zeros(BLOCK, np.uint8)
+                g[: stop - start] = grad[start:stop]
+                c1[: stop - start], c2[: stop - start] = codes1[start:stop], codes2[start:stop]
+            _undo(c1, scale1[block], first_table[0], beta1, first)
+            _undo(c2, scale2[block], second_table[0], beta2, second)
+            _add(g, grad_form, rest1, rest2, first, second)
+            first[stop - start :], second[stop - start :] = 0, 0
+            _use(param[start:stop], param_form, first, second, decay, size, correction, eps)
+            _redo(first, first_table, tiny, scale1[block:], c1)
+            _redo(second, second_table, tiny, scale2[block:], c2)
+            if stop - start < BLOCK:
+                codes1[start:stop], codes2[start:stop] = c1[: stop - start], c2[: stop - start]
+
+
+_adamw.__qualname__ += f"_{crc32(Path(cpu.__file__).read_bytes()):08x}"  # numba's cache looks at this file alone
+_adamw = cpu._parallel(_adamw)
+
+
+@lru_cache(maxsize=4)
+def _prepared(levels, thresholds):
+    """What the kernel needs of a table, kept for the tensors that are given again.
+
+    Levels; thresholds and one that nothing exceeds; how many thresholds lie below the least float32 with each upper 16
+    bits; how many more lie below the greatest, at most; the code of zero.
+    """
+    limits = thresholds.numpy()
+    upper = np.arange(2**16, dtype=np.uint32) << 16
+    toward_zero, from_zero = upper.view(np.float32), (upper | 0xFFFF).view(np.float32)
+    negative = upper >= 2**31
+    least, greatest = np.where(negative, from_zero, toward_zero), np.where(negative, toward_zero, from_zero)
+    ranks = np.searchsorted(limits, least)
+    more = np.max(np.searchsorted(limits, greatest) - ranks)
+    return levels.numpy(), np.append(limits, _INFINITY), ranks.astype(np.int32), more, np.searchsorted(limits, 0)
+
+
+def adamw_8bit(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    codes1: torch.Tensor,
+    scale1: torch.Tensor,
+    codes2: torch.Tensor,
+    scale2: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    scalars: tuple[float, float, float, float, float, float],
+    tiny: float,
+) -> None:
+    """Change all but `grad` in place: arguments as in kernels/triton/adamw_8bit.py.
+
+    tables: levels (256,) and thresholds (255,) of the first moment, then of the second, ascending. Raises ValueError
+    for tensors that the kernel would misread: it does not look where it reads.
+    """
+    numel, floats = param.numel(), tuple(cpu._FORM)
+    _check(numel, floats, param=param, grad=grad)
+    _check(numel, (torch.uint8,), codes1=codes1, codes2=codes2)
+    _check(-(-numel // BLOCK), (torch.float32,), scale1=scale1, scale2=scale2)
+    _check(256, (torch.float32,), levels1=tables[0], levels2=tables[2])
+    _check(255, (torch.float32,), thresholds1=tables[1], thresholds2=tables[3])
+    beta1, beta2, *others = scalars
+    numbers = tuple(np.float32(number) for number in (beta1, beta2, 1 - beta1, 1 - beta2, *others))
+    cpu._run(
+        _adamw, cpu._view(param), cpu._FORM[param.dtype], cpu._view(grad), cpu._FORM[grad.dtype],
+        codes1.numpy(), scale1.numpy(), codes2.numpy(), scale2.numpy(),
+        _prepared(*tables[:2]), _prepared(*tables[2:]), numbers, np.float32(tiny),
+    )  # fmt: skip
+
+
+def _check(length, dtypes, **tensors):
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes or tensor.shape != (length,) or not tensor.is_contiguous():
+            layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+            raise ValueError(
+                f"{name} is {tensor.dtype}, {tuple(tensor.shape)} and {layout}: "
+                f"it must be {' or '.join(map(str, dtypes))}, {(length,)} and contiguous"
+            )
