@@ -22,7 +22,8 @@ from qlora_lab.finetune.linear4bit import HEAD, Linear4bit
 from qlora_lab.finetune.lora import LoRALinear
 from qlora_lab.finetune.paged_adamw import UNIT
 
-WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "base weights", "adapters", "gradients", "moments"
+WEIGHTS, ADAPTERS, OTHER_TRAINED = "base weights", "adapters", "other trained weights"
+GRADIENTS, MOMENTS = "gradients", "moments"
 COLUMNS = ("what", "dtype", "elements", "bytes", "bits each")
 
 
@@ -141,7 +142,7 @@ def _tensors(model: nn.Module) -> Iterator[_Tensor]:
                 kinds.append(kind)
     for tensor, kinds in sorted(seen.items(), key=lambda item: ADAPTERS in item[1]):
         trained = tensor if tensor.requires_grad else None
-        what = " and ".join(kinds) if trained is None or kinds == [ADAPTERS] else "other trained weights"
+        what = " and ".join(kinds) if trained is None or kinds == [ADAPTERS] else OTHER_TRAINED
         yield _Tensor(what, _name(tensor.dtype), tensor.numel(), tensor.nbytes, tensor.numel(), trained)
 
 

@@ -1,0 +1,358 @@
+"""What goes wrong silently in a training run: each check looks for one of it, and names users who met it.
+
+In: a model, encoded examples, batches. Out: a Finding, "ok", "warning" or "problem".
+Source: the threads in THREADS. A check runs the real thing on real examples and compares; none reads settings.
+
+    tokens:  end_tokens, learned_tokens, left_out, new_tokens        weights:  trained_share, memory
+    steps:   finite_values, live_adapters, accumulation
+
+Parameters, gradients, training flags and the random state are left as they were.
+Not here: which checks run on what (doctor.py).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, collate, end_token_id, pad_token_id
+from qlora_lab.finetune.dtype_policy import GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
+from qlora_lab.finetune.linear4bit import Linear4bit
+from qlora_lab.finetune.lora import adapters
+from qlora_lab.finetune.loss import answer_loss
+from qlora_lab.finetune.modes import mode
+from qlora_lab.finetune.nonfinite import first_nonfinite
+from qlora_lab.finetune.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+Batch = dict[str, torch.Tensor]
+FUNCTION = "_gradient_checkpointing_func"  # the attribute of a layer of transformers
+LEFT_OUT = 0.5  # share of examples: if more are too long, the rest is no longer the user's data
+TIGHT = 0.8  # share of the free memory: an estimate is not exact
+BLANK = 0.01  # of the usual size: an embedding that is nearer to zero, or to the mean of all, was never trained
+
+END, LEARNED, LENGTH, NEW = "end token in labels", "learned tokens", "examples left out", "new tokens"
+FINITE, LIVE, ACCUMULATION = "finite values", "adapters learn", "gradient accumulation"
+CHECKPOINTED, SHARE, MEMORY = f"{LIVE} with gradient checkpointing", "trained share", "memory"
+THREADS = {  # on github.com
+    END: ("huggingface/trl/issues/696", "unslothai/unsloth/issues/416"),
+    LEARNED: ("mlabonne/llm-course/issues/33", "huggingface/blog/issues/1302"),
+    LENGTH: ("huggingface/trl/pull/6025",),
+    NEW: ("artidoro/qlora/issues/214", "huggingface/peft/issues/2368"),
+    FINITE: ("huggingface/trl/issues/618", "hiyouga/LlamaFactory/issues/3353"),
+    LIVE: ("huggingface/peft/issues/137", "locuslab/open-unlearning/issues/178"),
+    CHECKPOINTED: ("huggingface/peft/issues/1142", "huggingface/transformers/issues/42489"),
+    ACCUMULATION: ("huggingface/transformers/pull/34191", "huggingface/trl/issues/2175"),
+    SHARE: ("huggingface/peft/pull/733", "artidoro/qlora/issues/260"),
+    MEMORY: ("bitsandbytes-foundation/bitsandbytes/issues/1569", "huggingface/peft/issues/1149"),
+}
+Status = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found. threads: addresses of users' reports that it answers."""
+
+    name: str
+    status: Status
+    message: str
+    threads: tuple[str, ...]
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def end_tokens(encoded: list[Encoded], tokenizer: "Tokenizer") -> Finding:
+    """Whether every example, in a batch, teaches the token that ends an answer, also where it is the pad token."""
+    end, pad = end_token_id(tokenizer), pad_token_id(tokenizer)
+    batch = collate(encoded, pad)
+    text, of = tokenizer.decode([end]), f"of {len(encoded)} examples"
+    masked = batch["attention_mask"].sum(1) != torch.tensor([len(one.input_ids) for one in encoded])  # (examples,)
+    if masked.any():
+        return _finding(END, "problem", f"padding is masked by its id, and with it real tokens in {masked.sum()} {of}")
+    lacking = (~(batch["labels"] == end).any(1)).nonzero().flatten().tolist()  # padding is no label, so it cannot help
+    if lacking:
+        begins = tokenizer.decode(encoded[lacking[0]].input_ids[:16])
+        what = f"{text} is not among the labels in {len(lacking)} {of}; the first begins {begins!r}"
+        return _finding(END, "problem", f"{what}. A model that never learns it never stops")
+    same = "; it is the pad token as well, and padding is masked by position" if end == pad else ""
+    return _finding(END, "ok", f"{text} in {len(encoded)} {of}{same}")
+
+
+def learned_tokens(encoded: list[Encoded]) -> Finding:
+    """How many tokens are learned, and whether any prompt is."""
+    asked, tokens = sum(map(learned, encoded)), sum(len(one.input_ids) for one in encoded)
+    silent = sum(learned(one) == 0 for one in encoded)
+    whole = sum(learned(one) >= len(one.input_ids) - 1 for one in encoded)  # the first token is never predicted
+    if silent:
+        return _finding(LEARNED, "problem", f"{silent} of {len(encoded)} examples have no label: nothing to learn")
+    if whole:
+        return _finding(LEARNED, "warning", f"{whole} of {len(encoded)} examples teach their prompt too: mask it")
+    share = asked / tokens
+    return _finding(LEARNED, "ok", f"{asked:,} of {tokens:,}, {share:.0%}; the others are prompts, and masked")
+
+
+def left_out(counts: EncodeReport, max_length: int) -> Finding:
+    """How many examples are longer than `max_length`, and so left out."""
+    seen, limit = counts.kept + counts.too_long, f"more than {max_length} tokens"
+    message = f"{counts.too_long} of {seen} have {limit}, the longest {counts.longest}"
+    if counts.too_long > LEFT_OUT * seen:
+        return _finding(LENGTH, "warning", f"{message}: most of the data is never seen, allow longer ones")
+    return _finding(LENGTH, "ok", message)
+
+
+def new_tokens(model: nn.Module, tokenizer: "Tokenizer", encoded: list[Encoded]) -> Finding:
+    """Whether every token has an embedding, and one that was trained.
+
+    New rows that were drawn at random, and not zero or near the mean, cannot be told from trained ones.
+    """
+    weight = model.get_input_embeddings().weight  # (rows, hidden)
+    used = sorted({token for one in encoded for token in one.input_ids})
+    highest = max(used[-1], len(tokenizer) - 1)
+    if highest >= len(weight):
+        token = tokenizer.convert_ids_to_tokens(highest)
+        message = (
+            f"{token!r} has id {highest}, but the embedding has {len(weight):,} rows: call "
+            "model.resize_token_embeddings(len(tokenizer)) and train the embedding, or use the tokens that there are"
+        )
+        return _finding(NEW, "problem" if used[-1] >= len(weight) else "warning", message)
+    blank = [] if weight.requires_grad else [used[i] for i in _blank(weight.detach(), used)]
+    if blank:
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(blank[:3])))
+        message = (
+            f"{len(blank)} of {len(used)} tokens in use, {names}, have an embedding that was never trained, and it is "
+            "frozen: a template of trained tokens, or training the embedding, would make them differ"
+        )
+        return _finding(NEW, "warning", message)
+    return _finding(NEW, "ok", f"none: all {len(used):,} in use have a trained row among {len(weight):,}")
+
+
+def _blank(weight: torch.Tensor, used: list[int]) -> list[int]:
+    """Positions in `used` of rows that are zero, or the mean of all: so do libraries start new ones."""
+    rows = weight[used].float()  # (used, hidden)
+    size, distance = rows.norm(dim=1), (rows - weight.mean(0, dtype=torch.float32)).norm(dim=1)  # (used,)
+    blank = (size < BLANK * size.median()) | (distance < BLANK * distance.median())
+    return blank.nonzero().flatten().tolist()
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def finite_values(model: nn.Module, batch: Batch) -> Finding:
+    """Whether every parameter, activation and gradient of a step is finite."""
+    with mode(model, training=True):
+        found = first_nonfinite(model, batch)
+    if found:
+        return _finding(FINITE, "problem", str(found))
+    return _finding(FINITE, "ok", "parameters, activations and gradients of a step")
+
+
+def live_adapters(model: nn.Module, batch: Batch, name: str = LIVE) -> Finding:
+    """Whether one step of AdamW moves every lora_B, and nothing that is frozen."""
+    frozen = _checksums(model)
+    with _borrowed(model, training=True) as trained:
+        before = {path: layer.lora_B.clone() for path, layer in adapters(model).items()}
+        _accumulate(model, [batch])
+        if trained:
+            torch.optim.AdamW(trained, lr=Settings.lr).step()
+        dead = [path for path, layer in adapters(model).items() if torch.equal(layer.lora_B, before[path])]
+    changed = [key for key, value in _checksums(model).items() if frozen[key] != value]
+    if changed:
+        return _finding(name, "problem", f"a step changed {_some(changed)} of the base, which is frozen")
+    if dead:
+        message = f"{len(dead)} of {len(before)} do not move in a step, no gradient reaches them: {_some(dead)}"
+        return _finding(name, "problem", message)
+    return _finding(name, "ok", f"one step moves all {len(before)}, and none of {len(frozen)} tensors of the base")
+
+
+def accumulation(
+    model: nn.Module,
+    examples: list[Encoded],
+    pad_id: int,
+    accumulate: Callable[[nn.Module, list[Batch]], None] | None = None,
+) -> Finding:
+    """Whether a batch at once and one example after another give the same gradients.
+
+    accumulate: a loop of your own, which adds the gradients of batches up in `.grad`; None for this library's.
+    They differ by rounding only: see `tolerance`.
+    """
+    if len(examples) < 2:
+        return _finding(ACCUMULATION, "warning", "not checked: one example is too few to compare")
+    runs = []
+    for parts in ([examples], [[one] for one in examples]):
+        with _borrowed(model, training=False) as trained:  # without dropout, which would draw differently
+            (accumulate or _accumulate)(model, [collate(part, pad_id) for part in parts])
+            runs.append(
+                torch.cat([p.grad.flatten().double() for p in trained if p.grad is not None] or [torch.zeros(1)])
+            )
+    once, added = runs
+    if not once.any():
+        return _finding(ACCUMULATION, "problem", "there is no gradient at all")
+    difference, allowed = ((once - added).norm() / once.norm()).item(), tolerance(model)
+    message = f"{len(examples)} at once and {len(examples)} times 1 differ by {difference:.1e} of the gradient"
+    if difference <= allowed:
+        return _finding(ACCUMULATION, "ok", f"{message}, rounding is up to {allowed:.1e}")
+    advice = "divide by the answer tokens of the whole batch, once"
+    return _finding(ACCUMULATION, "problem", f"{message}, rounding only up to {allowed:.1e}: {advice}")
+
+
+def tolerance(model: nn.Module) -> float:
+    """By how much two orders of the same sums may differ in norm, relative to the gradient.
+
+    A rounding changes a value by u / sqrt(3) in the mean square, u being half the dtype's eps. It happens after each of
+    n modules, forward and backward, in both runs, and adds up as a random walk: sqrt(4 n / 3) u. In float32 the sums
+    inside a product are rounded as well, once for each of their `hidden` terms; 16-bit types add up in float32.
+    """
+    dtype = getattr(model, "dtype", torch.float32)
+    n = sum(not any(m.children()) and not isinstance(m, nn.Dropout) for m in model.modules())
+    terms = model.get_input_embeddings().weight.shape[1] if dtype == torch.float32 else 1
+    return (4 * n / 3 * terms) ** 0.5 * torch.finfo(dtype).eps / 2
+
+
+def _accumulate(model: nn.Module, batches: list[Batch]) -> None:
+    """Add up the gradients of the mean loss over all answer tokens of all batches, as a step of the trainer does."""
+    tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+    for batch in batches:
+        loss = answer_loss(model, batch)[0] / max(tokens, 1)
+        if loss.requires_grad:  # it has none where no adapter is reached, which is a finding and no error
+            loss.backward()
+
+
+@contextmanager
+def _borrowed(model: nn.Module, training: bool) -> Iterator[list[nn.Parameter]]:
+    """The parameters that train, as copies without gradients: a step on them leaves nothing behind."""
+    kept = [(p, p.data, p.grad) for p in model.parameters()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with mode(model, training=training), torch.random.fork_rng(), torch.enable_grad():
+            for p, _, _ in kept:
+                p.grad = None
+            for p in trained:
+                p.data = p.data.clone()
+            yield trained
+    finally:
+        for p, data, grad in kept:
+            p.data, p.grad = data, grad
+
+
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing, non-reentrant, for a while; afterwards the model's own again.
+
+    By the flags that layers of transformers read, because switching it on and off again by its methods leaves a hook on
+    the embedding behind, after which the first layer keeps more for its backward pass.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer that transformers can checkpoint")
+    own = [(layer, layer.gradient_checkpointing, getattr(layer, FUNCTION, None)) for layer in layers]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        setattr(layer, FUNCTION, partial(checkpoint, use_reentrant=False))
+    try:
+        yield
+    finally:
+        for layer, flag, function in own:
+            layer.gradient_checkpointing = flag
+            setattr(layer, FUNCTION, function)
+
+
+def _checksums(model: nn.Module) -> dict[str, int]:
+    """Name -> sum of bytes, of everything that is not trained: a copy of a large model would not fit beside it."""
+    tensors = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    for path, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            tensors |= {f"{path}.weight.packed": module.weight.packed, f"{path}.weight.absmax": module.weight.absmax}
+    return {name: int(t.reshape(-1).view(torch.uint8).sum()) for name, t in tensors.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def trained_share(policy: DtypePolicy) -> Finding:
+    """How much of the model trains, and whether anything but adapters does."""
+    message = f"{policy.trained:,} of {policy.weights:,} weights, {policy.share:.2%}"
+    if policy.stored != policy.weights:
+        message += f" (counting packed bytes as weights would say {policy.trained / policy.stored:.2%})"
+    others = sum(row.elements for row in policy.rows if row.what == OTHER_TRAINED)
+    if others:
+        return _finding(SHARE, "warning", f"{message}; {others:,} of them are no adapter's, and are not saved with it")
+    return _finding(SHARE, "ok", message)
+
+
+def memory(policy: DtypePolicy, full: int, checkpointed: int, free: int | None, tokens: int) -> Finding:
+    """Whether gradients, moments and activations fit beside the weights, which are there already.
+
+    full, checkpointed: bytes of activations for `tokens` tokens at once, without and with gradient checkpointing.
+    """
+    extra = sum(row.nbytes for row in policy.rows if row.what in (GRADIENTS, MOMENTS))
+    message = (
+        f"{_mib(extra)} of gradients and moments, {_mib(full)} of activations for {tokens:,} tokens at once "
+        f"({_mib(checkpointed)} with gradient checkpointing; measured on short examples and scaled)"
+    )
+    if free is None:
+        return _finding(MEMORY, "ok", f"{message}; this system does not say how much is free")
+    message += f"; {_mib(free)} are free"
+    if extra + checkpointed > free:
+        return _finding(MEMORY, "problem", f"{message}: take fewer examples at once, shorter ones, or 8-bit moments")
+    if extra + full > free:
+        return _finding(MEMORY, "problem", f"{message}: switch gradient checkpointing on, or take fewer at once")
+    status = "warning" if extra + full > TIGHT * free else "ok"
+    return _finding(MEMORY, status, f"{message}{', which is tight' if status == 'warning' else ''}")
+
+
+def activations(model: nn.Module, batch: Batch, tokens: int) -> tuple[int, int]:
+    """Bytes kept for the backward pass of `tokens` tokens, without and with gradient checkpointing."""
+    full = _kept(model, batch)
+    with checkpointed(model):
+        # and one layer, which is computed again in the backward pass
+        less = _kept(model, batch) + full // max(1, getattr(model.config, "num_hidden_layers", 1))
+    measured = batch["input_ids"].numel()
+    return full * tokens // measured, min(full, less) * tokens // measured
+
+
+def _kept(model: nn.Module, batch: Batch) -> int:
+    """Bytes of all tensors that a forward pass keeps for its backward pass, weights not counted, each storage once."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        _borrowed(model, training=True),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        loss = answer_loss(model, batch)[0]  # while it lives, so does what it keeps, and no address is used twice
+        size = sum(nbytes for address, nbytes in kept.items() if address not in weights)
+        del loss
+    return size
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _finding(name: str, status: Status, message: str) -> Finding:
+    return Finding(name, status, message, tuple(f"https://github.com/{thread}" for thread in THREADS[name]))
+
+
+def learned(example: Encoded) -> int:
+    """Labels that a model is asked for: the first token of all has nothing before it."""
+    return sum(label != IGNORED for label in example.labels[1:])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.0f} MiB"

@@ -1,0 +1,43 @@
+"""How many bytes can still be allocated on a device.
+
+In: a device. Out: bytes, or None where the system does not say. On a GPU what the driver has left and what torch keeps
+for later use; on Linux what the kernel calls available, or what the container's limit leaves if that is less; elsewhere
+free pages, where the C library counts them.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on `device`."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    bounds = [bound for bound in (_available(), _container()) if bound is not None]
+    return min(bounds, default=None)
+
+
+def _available() -> int | None:
+    if MEMINFO.exists():
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows has no sysconf, macOS not this name
+        return None
+
+
+def _container() -> int | None:
+    """What the limit of this control group (version 2) leaves; None without a limit."""
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    # Not memory.current: it counts cached files as well, which give way.
+    return None if limit == "max" else max(0, int(limit) - int(stat["anon"]))
