@@ -77,3 +77,20 @@ def test_the_bench_of_paging_runs(tmp_path):
     assert result["events_of_a_step"]["all in memory"] == {}  # every page stays
     assert result["events_of_a_step"]["a tenth"] == {"write back": 8, "evict": 8, "fault": 8}  # eight pages, one frame
     assert "a tenth" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["paging.json"]
+
+
+@pytest.mark.slow
+def test_the_bench_of_a_training_step_runs(tmp_path):
+    command = [sys.executable, "bench/train_step.py", "--quick", "--out", str(tmp_path / "step.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads((tmp_path / "step.json").read_text())["cases"]
+    contenders = {"ours", "unquantised"} | {
+        f"PEFT, {model}, {allocator}" for model in ("prepared", "as loaded") for allocator in ("stock", "recycled")
+    }
+    for found in ("seconds", "ratio", "peak_bytes", "loss_of_third_step", "profile"):
+        assert set(case[found]) == contenders, found
+    losses = case["loss_of_third_step"].values()  # all of them did the same work
+    assert max(losses) - min(losses) < 0.05 * min(losses), losses
+    assert {"base products", "LoRA products", "decoding", "attention", "head and loss"} <= set(case["profile"]["ours"])
+    assert "PEFT, prepared, stock" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["step.json"]

@@ -1,0 +1,320 @@
+"""A training step of SmolLM2-135M on the CPU: ours, PEFT with bitsandbytes, and the same step without quantisation.
+
+    python bench/train_step.py                     measure and write train_step.json, a quarter of an hour
+    python bench/train_step.py --quick --out FILE  a toy model, two rounds: to see that it runs
+
+A step is forward, backward, clipping at 0.3 and AdamW, in bf16: 4 rows of 256 random tokens, LoRA r=16 on all linear
+layers, NF4 with double quantization. Contenders:
+
+    ours                  load, add_lora, answer_loss; memory is recycled, as the trainer does
+    unquantised           the same on a bf16 model, the floor of what decoding and narrow weights may cost
+    PEFT, prepared        PEFT + bitsandbytes with prepare_model_for_kbit_training, as their guides say: what is not
+                          quantised becomes float32
+    PEFT, as loaded       the same without that call: what is not quantised stays bf16
+
+The peers run twice, with the allocator as it is ("stock") and with one that recycles memory ("recycled"). Each
+contender is a process of its own that waits for its turn, because how memory is handed out cannot be changed back. A
+figure is the median of `rounds` steps, low and high are quartiles, and a ratio is theirs over ours in the same round.
+Peak memory is the highest resident set of the first two steps above the one after loading. Nothing asserts a time.
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from bench.cpu import versions  # noqa: E402
+from bench.files import write  # noqa: E402
+from bench.timing import cpu_name, in_turn, peak_bytes  # noqa: E402
+from qlora_lab.finetune.allocator import recycle_memory  # noqa: E402
+from qlora_lab.finetune.data import IGNORED  # noqa: E402
+from qlora_lab.finetune.loss import answer_loss  # noqa: E402
+
+R, CLIP, LR = 16, 0.3, 2e-4
+OURS = "ours"
+# name -> (who, whether memory is recycled)
+CONTENDERS = {
+    OURS: ("ours", True),
+    "unquantised": ("unquantised", True),
+    "PEFT, prepared, stock": ("prepared", False),
+    "PEFT, prepared, recycled": ("prepared", True),
+    "PEFT, as loaded, stock": ("as loaded", False),
+    "PEFT, as loaded, recycled": ("as loaded", True),
+}
+
+
+class Case(NamedTuple):
+    """What the steps of one comparison share."""
+
+    folder: str
+    rows: int
+    length: int
+    labels: int  # of each row, at its end: an eighth is what docstrings have (LOG.md), all is pretraining
+    checkpointing: bool
+
+
+def batch_of(case: Case) -> dict[str, torch.Tensor]:
+    from transformers import AutoConfig
+
+    size = AutoConfig.from_pretrained(case.folder).vocab_size
+    ids = torch.randint(size, (case.rows, case.length), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, : case.length - case.labels] = IGNORED
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def build_ours(case: Case, codebook: str | None) -> torch.nn.Module:
+    import qlora_lab as ql
+
+    model, _ = ql.load(case.folder, codebook, dtype=torch.bfloat16, device="cpu", progress=False)
+    ql.add_lora(model, R)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def build_peft(case: Case, prepared: bool) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        case.folder, quantization_config=four_bit, dtype=torch.bfloat16, device_map="cpu"
+    )
+    if prepared:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = LoraConfig(r=R, lora_alpha=R, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def our_loss(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    summed, count = answer_loss(model, batch)
+    return summed / count
+
+
+def peft_loss(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    return model(**batch, use_cache=False).loss
+
+
+WHO = {
+    "ours": (partial(build_ours, codebook="nf4"), our_loss),
+    "unquantised": (partial(build_ours, codebook=None), our_loss),
+    "prepared": (partial(build_peft, prepared=True), peft_loss),
+    "as loaded": (partial(build_peft, prepared=False), peft_loss),
+}
+
+
+def train_step(model: torch.nn.Module, optimizer, batch: dict, loss_of) -> float:
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(model, batch)
+    loss.backward()
+    with torch.profiler.record_function("optimizer"):
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+    return loss.item()
+
+
+def serve(pipe, who: str, recycled: bool, case: Case) -> None:
+    """A child's life: load, then do what the pipe asks for until it closes."""
+    if recycled and not recycle_memory():
+        sys.exit("this C library cannot be told to recycle memory: only glibc can")
+    build, loss_of = WHO[who]
+    model, batch = build(case).train(), batch_of(case)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    step = partial(train_step, model, optimizer, batch, loss_of)
+    answers = {
+        "step": step,
+        "peak": lambda: peak_bytes(lambda: [step(), step()]),
+        "profile": lambda: profile(step, model.config.vocab_size),
+    }
+    pipe.send("ready")
+    while (question := pipe.recv()) != "end":
+        pipe.send(answers[question]())
+
+
+class Child:
+    """A contender in a process of its own."""
+
+    def __init__(self, who: str, recycled: bool, case: Case):
+        context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, who, recycled, case), daemon=True)
+        self.process.start()
+        theirs.close()  # so that a child that dies is an EOFError here, and no wait without end
+        self.steps: list[tuple[float, float]] = []  # (seconds, loss), one a step
+        self.pipe.recv()
+
+    def ask(self, question: str):
+        self.pipe.send(question)
+        return self.pipe.recv()
+
+    def step(self) -> None:
+        start = perf_counter()
+        loss = self.ask("step")
+        self.steps.append((perf_counter() - start, loss))
+
+
+@contextmanager
+def child(name: str, case: Case):
+    one = Child(*CONTENDERS[name], case)
+    try:
+        yield one
+    finally:
+        if one.process.is_alive():
+            one.pipe.send("end")
+        one.process.join()
+
+
+def measure(case: Case, rounds: int, profiled: bool) -> dict:
+    """seconds, ratios, peaks and, if asked for, where the time goes, for each contender."""
+    with ExitStack() as stack:
+        children, peaks = {}, {}
+        for name in CONTENDERS:
+            children[name] = stack.enter_context(child(name, case))
+            peaks[name] = children[name].ask("peak")
+        seconds = in_turn({name: one.step for name, one in children.items()}, rounds, 0.0)
+        ours = [s for s, _ in children[OURS].steps[-rounds:]]
+        found = {
+            "checkpointing": case.checkpointing,
+            "tokens": case.rows * case.length,
+            "labels": case.rows * case.labels,
+            "seconds": seconds,
+            "tokens_per_second": {n: case.rows * case.length / s["median"] for n, s in seconds.items()},
+            "ratio": {
+                name: quartiles([s / our for (s, _), our in zip(one.steps[-rounds:], ours, strict=True)])
+                for name, one in children.items()
+            },
+            "peak_bytes": peaks,
+            "loss_of_third_step": {name: one.steps[0][1] for name, one in children.items()},  # two were for the peak
+        }
+        if profiled:
+            found["profile"] = {name: one.ask("profile") for name, one in children.items()}
+    return found
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+def profile(step, vocabulary: int) -> dict[str, float]:
+    """group -> seconds that its operations took themselves in one step, largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as recorded:
+        step()
+    total = Counter()
+    for event in recorded.events():
+        total[group_of(event, vocabulary)] += event.self_cpu_time_total / 1e6
+    return dict(total.most_common())
+
+
+def group_of(event, vocabulary: int) -> str:
+    """What an operation is for, from its name, its shapes, and the operations that called it."""
+    sizes = {size for shape in event.input_shapes if shape for size in shape if isinstance(size, int)}
+    if vocabulary in sizes:
+        return "head and loss"
+    if event.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"):
+        return "LoRA products" if R in sizes else "base products"
+    own_time_of_a_layer = "MatMul4bit" in event.name  # numba's kernels show as time of their caller
+    while event:
+        if "scaled_dot_product" in event.name:
+            return "attention"
+        if event.name == "optimizer":
+            return "clipping and AdamW"
+        if "dequantize_4bit" in event.name or own_time_of_a_layer:
+            return "decoding"
+        if "MatMul4bit" in event.name:
+            return "casts in the layers"
+        event = event.cpu_parent
+    return "norms, rotary, activations, sums, casts"
+
+
+def table(result: dict) -> str:
+    lines = [f"{result['processor']}, {result['threads']} threads, {result['date']}; ratio: its time over ours"]
+    for case in result["cases"]:
+        checkpointing = "on" if case["checkpointing"] else "off"
+        lines.append(f"\ngradient checkpointing {checkpointing}, {case['labels']} labels of {case['tokens']} tokens")
+        for name, s in case["seconds"].items():
+            ratio, peak = case["ratio"][name], case["peak_bytes"][name]
+            memory = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
+            lines.append(
+                f"  {name:26} {case['tokens_per_second'][name]:6.0f} tokens/s  {s['median']:6.2f} s  "
+                f"x {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})  peak +{memory}"
+            )
+        for name, groups in case.get("profile", {}).items():
+            whole = sum(groups.values())
+            lines.append(f"  {name}: " + ", ".join(f"{g} {s / whole:.0%}" for g, s in groups.items()))
+    return "\n".join(lines)
+
+
+def toy(folder: str) -> None:
+    """Save a model and a tokenizer that are too small to learn."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    words = WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(folder)
+
+
+def cases(folder: str, rows: int, length: int) -> list[Case]:
+    eighth = length // 8
+    return [Case(folder, rows, length, *rest) for rest in ((eighth, False), (eighth, True), (length, False))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a toy model, two rounds, the first case only")
+    parser.add_argument("--out", type=Path, default=HERE / "train_step.json", help="default: bench/train_step.json")
+    args = parser.parse_args()
+    if args.quick and args.out == HERE / "train_step.json":
+        parser.error("--quick measures nothing worth keeping: give --out FILE")
+    if args.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            toy(folder)
+            measured = [measure(cases(folder, 2, 24)[0], 2, profiled=True)]
+    else:
+        from qlora_lab.finetune.fetch import resolve
+
+        chosen = cases(str(resolve("smollm2-135m")), 4, 256)
+        measured = [measure(case, 7, profiled=case is chosen[0]) for case in chosen]
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "processor": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions() | {"peft": version("peft")},
+        "cases": measured,
+    }
+    write(args.out, json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
