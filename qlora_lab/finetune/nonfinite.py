@@ -115,7 +115,8 @@ def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
     """Hooks on all modules, for the forward pass only: checkpointed layers run again in the backward pass."""
     handles = []
     for path, module in model.named_modules():
-        name = path or type(model).__name__
+        # A 4-bit layer can add its adapter's product itself, so its output is the adapted layer's.
+        name = path.removesuffix(".base") or type(model).__name__
 
         # Only the first argument: attention masks, which follow it, may hold -inf on purpose.
         def before(_, inputs, name=name):
