@@ -1,0 +1,195 @@
+"""The live plot of a run: watch it, and stop it, in the notebook that trains.
+
+Enters: a Training. Leaves: its Run. While it trains there are a picture of the losses, a line of text and a button;
+when it ends, the picture and one sentence of numbers, which is what a stored notebook keeps and nbval compares.
+
+    run = await live(Training(model, tokenizer, "docstrings", "runs/first", Settings(steps=60)))
+
+With `await` the kernel serves widgets between two steps: the button, and the sliders of other cells. A thread would
+serve them in mid-step too, but what a slider computes would then run beside the step, in numba's threads as well, and
+not every threading layer of numba survives two callers.
+
+The thin grey curve is the mean length of a step's examples: with group_by_length it is a saw, and so is the loss.
+
+Not here: the loop (finetune/trainer.py).
+"""
+
+import asyncio
+import html
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+import ipywidgets as W
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from tqdm.auto import tqdm
+
+from qlora_lab.finetune.trainer import STOPPED, Run, Training
+from qlora_lab.show.figure import COLOURS, Blit, Picture, img, new_figure
+from qlora_lab.show.slider import Button
+
+WINDOW = 10  # steps of the smoothed line, of the speed, and of the first and the last mean in the sentence
+REDRAW_EVERY = 0.5  # seconds
+PAUSE = 0.01  # of a step's time, and not sleep(0): a press takes five turns of the kernel's loop, so it took five steps
+
+
+async def live(training: Training) -> Run:
+    """Make all steps of `training` that are left, with a live plot where a notebook shows one.
+
+    The button ends the run after the step that is being made; the Run then says ended == "asked to stop", and a
+    Training with resume=True goes on. Raises what `finetune` raises: an interrupt of the kernel, as training.stop(), is
+    a KeyboardInterrupt, when all is saved. Where no notebook shows widgets it trains with the progress bar alone.
+
+    >>> asyncio.iscoroutinefunction(live)
+    True
+    """
+    display = _notebook_display()
+    plot = LivePlot(training) if display else None
+    if plot:
+        training.progress = False  # a second bar would say the same
+        display(plot)
+    try:
+        await _train(training, plot)
+    finally:
+        if plot:
+            plot.widget.close()
+        if plot and plot.lines:  # after an error too: what came before it
+            plot.redraw()
+            display(Picture(plot.png, plot.summary()))
+    if training.result.ended == STOPPED and not (plot and plot.button.clicks):
+        raise KeyboardInterrupt(
+            f"stopped after step {len(training.lines)} of {training.settings.steps}, all of it saved in "
+            f"{training.folder}: go on with resume=True"
+        )
+    return training.result
+
+
+async def _train(training: Training, plot: "LivePlot | None") -> None:
+    with closing(iter(training)) as steps:
+        for line in steps:
+            if plot:
+                plot.follow()
+            try:
+                await asyncio.sleep(PAUSE * line["seconds"])
+            except asyncio.CancelledError:  # whoever waited has given up: what was learned is saved
+                training.stop()
+                next(steps, None)
+                raise
+
+
+class LivePlot:
+    """The picture of a run so far (`png`), its sentence (`summary()`), and `widget`, which shows them with a button."""
+
+    def __init__(self, training: Training):
+        self.training, self.lines, self.png = training, [], b""
+        self._blit = Blit(*self._draw())
+        self._pane, self._text, self._due = W.HTML(), W.HTML(), 0.0
+        self.button = Button("Stop after this step")
+        self.button.observe(lambda _: training.stop(), "clicks")
+        row = W.Box([self.button, self._text], layout=W.Layout(flex_flow="row wrap", grid_gap="2px 16px"))
+        self.widget = W.VBox([self._pane, row])
+        self.widget.add_class("qlora-live")
+
+    def follow(self) -> None:
+        """Show the steps made until now, at most twice a second."""
+        self.lines = self.training.lines
+        if time.perf_counter() < self._due:
+            return
+        self.redraw()
+        self._pane.value = img(self.png, self.summary())
+        self._text.value = f"<div>{html.escape(self.progress())}</div>"
+        self._due = time.perf_counter() + REDRAW_EVERY
+
+    def redraw(self) -> None:
+        """`png` from the lines. The limits of the loss widen from tick to tick, so that a full draw is rare."""
+        steps, losses = [line["step"] for line in self.lines], [line["loss"] for line in self.lines]
+        held_out = self.held_out()
+        self.points.set_data(steps, losses)
+        self.mean.set_data(steps, running_mean(losses))
+        self.held.set_data([step for step, _ in held_out], [loss for _, loss in held_out])
+        self.lengths.set_data(steps, [line["mean_length"] for line in self.lines])
+        drawn = losses + [loss for _, loss in held_out]
+        ticks = MaxNLocator(5).tick_values(min(drawn), max(drawn))
+        self.left.set_ylim(ticks[0], ticks[-1])
+        self.png = self._blit.frame()
+
+    def _draw(self) -> tuple[Figure, list[Line2D]]:
+        settings = self.training.settings
+        fig, self.left = new_figure(height=3.2)
+        right = self.left.twinx()
+        self.left.set(xlim=(0, settings.steps + 1), xlabel="step", ylabel="loss, nats per answer token")
+        right.set(ylim=(0, settings.max_length), ylabel="mean length, tokens")
+        right.spines["top"].set_visible(False)
+        styles = {
+            "lengths": (right, "-", "#999999", 0.8, "mean length"),
+            "points": (self.left, ".", COLOURS["sky"], 1, "each step"),
+            "mean": (self.left, "-", COLOURS["blue"], 2, f"mean of {WINDOW} steps"),
+            "held": (self.left, "D", COLOURS["orange"], 1, "held out"),
+        }
+        for name, (ax, form, colour, width, label) in styles.items():
+            setattr(self, name, ax.plot([], [], form, color=colour, lw=width, label=label)[0])
+        moving = [getattr(self, name) for name in styles]
+        shown = moving if settings.eval_every else moving[:-1]
+        fig.legend(handles=shown, loc="outside upper left", ncols=len(shown), frameon=False)
+        return fig, moving
+
+    def held_out(self) -> list[tuple[int, float]]:
+        """(step, loss) of each evaluation."""
+        return [(line["step"], line["held_out_loss"]) for line in self.lines if "held_out_loss" in line]
+
+    def progress(self) -> str:
+        """Where the run is, with its speed: for now, and not for a stored notebook."""
+        last = self.lines[-WINDOW:]
+        seconds, tokens = sum(line["seconds"] for line in last), sum(line["tokens"] for line in last)
+        left = (self.training.settings.steps - len(self.lines)) * seconds / len(last)
+        return (
+            f"step {len(self.lines)} of {self.training.settings.steps}, loss {last[-1]['loss']:.3f}, "
+            f"{tokens / seconds:.0f} tokens per second, {tqdm.format_interval(left)} left"
+        )
+
+    def summary(self) -> str:
+        """One sentence with the numbers that the same run gives again: alt text, and what nbval compares."""
+        losses, run = [line["loss"] for line in self.lines], self.training.result
+        few, held_out = min(WINDOW, len(losses)), self.held_out()
+        text = (
+            f"Training loss over {len(losses)} of {self.training.settings.steps} steps: "
+            f"mean of the first {few} {np.mean(losses[:few]):.2f}, of the last {few} {np.mean(losses[-few:]):.2f}"
+        )
+        if held_out:
+            step, loss = min(held_out, key=lambda one: one[1])
+            text += f"; lowest held-out loss {loss:.2f} at step {step}"
+        if run:
+            text += f". Ended: {run.ended}" + ("; resume=True goes on" if run.ended == STOPPED else "")
+        return text
+
+    def __repr__(self) -> str:
+        return f"training: {self.training.settings.steps} steps of {self.training.settings.batch_size} examples"
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, object]:
+        """The live panel; a stored notebook keeps the sentence. The picture comes as an output of its own at the end,
+        because nbval cannot compare an output that is changed after it was shown."""
+        view = self.widget._repr_mimebundle_()
+        return {k: v for k, v in view.items() if k.endswith("widget-view+json")} | {"text/plain": repr(self)}
+
+
+def running_mean(values: list[float]) -> np.ndarray:
+    """The mean of the last WINDOW values at each position, of fewer at the start.
+
+    >>> running_mean([1.0, 2.0, 6.0]).tolist()
+    [1.0, 1.5, 3.0]
+    """
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    end = np.arange(1, len(total))
+    start = np.maximum(end - WINDOW, 0)
+    return (total[end] - total[start]) / (end - start)
+
+
+def _notebook_display() -> Callable[[object], None] | None:
+    """IPython's `display` if a kernel runs this, else None: in a plain process there is nobody to press a button."""
+    ipython = sys.modules["IPython"]  # ipywidgets has imported it
+    shell = ipython.get_ipython()
+    return ipython.display.display if getattr(shell, "kernel", None) else None
