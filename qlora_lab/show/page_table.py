@@ -52,14 +52,14 @@ class Grid:
         how = {"cmap": colours, "vmin": 0, "vmax": most, "interpolation": "nearest", "aspect": "auto"}
         self.image = ax.imshow([[0]], extent=(0, 1, 1, 0), **how)
         self.lines = ax.add_collection(LineCollection([], colors="#777777"))
-        self.title = ax.text(0, 1.02, "", transform=ax.transAxes, va="bottom", fontsize=11)
+        self.title = ax.text(0, 1.02, "", transform=ax.transAxes, va="bottom", fontsize=13)
         self.artists = [self.image, self.lines, self.title]
 
     def show(self, values: np.ndarray, title: str) -> None:
         """One cell for each value; a masked one is white. Few cells stay small ones."""
         count = len(values)
-        self.columns = max(10, math.ceil(math.sqrt(1.3 * count)))  # the panel is wider than high
-        self.rows = max(8, -(-count // self.columns))
+        self.columns = max(10, math.ceil(math.sqrt(count)))
+        self.rows = max(10, -(-count // self.columns))
         cells = np.ma.masked_all((self.rows, self.columns))
         cells.flat[:count] = values
         self.image.set_data(cells)
@@ -109,23 +109,29 @@ class PageTableExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (left, right) = new_figure(2, width=8.5, height=4.4)
+        fig, (left, right) = new_figure(2, width=8.5, height=4.8)
         self.pages = Grid(left, ListedColormap([colour for colour, _ in KINDS.values()]), len(KINDS) - 1)
         self.frames = Grid(right, AGES, 1)
         mark = {"ls": "", "ms": 7, "mfc": COLOURS["black"], "mec": "#ffffff"}
-        self.marks = {HIT: "o", FAULT: "P", LEAVES: "X"}
-        self.marks = {kind: left.plot([], [], marker=marker, **mark)[0] for kind, marker in self.marks.items()}
-        (self.used,) = right.plot([], [], marker="P", **mark)
-        square = {"ls": "", "marker": "s", "ms": 9, "mec": "#777777"}
+        markers = [marker for _, marker in KINDS.values()]
+        self.marks = {kind: left.plot([], [], marker=markers[kind], **mark)[0] for kind in (HIT, FAULT, LEAVES)}
+        (self.used,) = right.plot([], [], marker=markers[FAULT], **mark)
+        square = {"ls": "", "marker": "s", "ms": 11, "mec": "#777777"}
         kinds = [
-            (Line2D([], [], mfc=colour, **square), Line2D([], [], marker=marker, ls="", ms=5, color="k"))
+            (Line2D([], [], mfc=colour, **square), Line2D([], [], marker=marker, **mark))
             for colour, marker in KINDS.values()
         ]
         ages = [Line2D([], [], mfc=colour, **square) for colour in (AGES(1.0), AGES(0.0), "#ffffff")]
         ages[0] = (ages[0], kinds[FAULT][1])
-        below = {"loc": "upper left", "bbox_to_anchor": (0, 0), "frameon": False, "fontsize": 9, "borderaxespad": 0.3}
-        left.legend(kinds, KINDS, ncols=2, handletextpad=0.3, columnspacing=1.0, **below)
-        right.legend(ages, ["asked for last", "leaves next", "free"], handletextpad=0.3, **below)
+        below = {
+            "loc": "upper left",
+            "bbox_to_anchor": (0, 0),
+            "frameon": False,
+            "fontsize": 11.5,
+            "borderaxespad": 0.2,
+        }
+        left.legend(kinds, KINDS, ncols=2, handletextpad=0.2, columnspacing=0.6, **below)
+        right.legend(ages, ["asked for last", "leaves next", "free"], handletextpad=0.2, **below)
         return fig, [*self.pages.artists, *self.frames.artists, *self.marks.values(), self.used]
 
     def update(self, result):
