@@ -21,17 +21,20 @@ PREVIEW = 3  # answers shown before and after training
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = build_parser().parse_args(argv)
-    if getattr(arguments, "quiet", False):
+    process = int(os.environ.get("RANK", 0))  # set by torchrun
+    if getattr(arguments, "quiet", False) or process > 0:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which is later than this
     try:
         arguments.run(arguments)
     except KeyboardInterrupt as interrupt:  # one from training says what is saved, and how to go on
-        print(f"qlora-lab {arguments.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if process == 0:
+            print(f"qlora-lab {arguments.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as error:
         if not _is_mistake(error):
             raise
-        print(f"qlora-lab {arguments.command}: {_one_line(str(error))}", file=sys.stderr)
+        which = f" (process {process})" if process else ""
+        print(f"qlora-lab {arguments.command}{which}: {_one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -64,6 +67,8 @@ def generate(a: argparse.Namespace) -> None:
 
 
 def finetune(a: argparse.Namespace) -> None:
+    from qlora_lab.finetune.distributed import first_on_node, processes
+    from qlora_lab.finetune.fetch import resolve
     from qlora_lab.finetune.lora import check_strength
     from qlora_lab.finetune.settings import Settings, check_held_out
     from qlora_lab.finetune.trainer import check_free
@@ -81,15 +86,18 @@ def finetune(a: argparse.Namespace) -> None:
     test = _held_out_examples(a)
     check_held_out(settings, test)
     targets = a.targets[0] if len(a.targets) == 1 else a.targets  # "all-linear" is one word
-    model, tokenizer = _load(a)
-    ql.add_lora(model, a.r, a.alpha, a.dropout, targets, seed=a.seed)
-    before = ql.held_out(model, tokenizer, test) if test else None
-    options = {"held_out": test, "resume": a.resume, "overwrite": a.overwrite, "progress": not a.quiet}
-    run = ql.finetune(model, tokenizer, train, out=a.out, **options, **asdict(settings))
-    after = ql.held_out(model, tokenizer, test) if test else None
-    if not a.json and test:
-        _show_answers(test, before.answers, after.answers)
-    _report(a, _summary(run, before, after))
+    with processes() as rank:
+        first_on_node(lambda: resolve(a.model, progress=not a.quiet))
+        model, tokenizer = _load(a)
+        ql.add_lora(model, a.r, a.alpha, a.dropout, targets, seed=a.seed)
+        before = ql.held_out(model, tokenizer, test) if test and rank == 0 else None
+        options = {"held_out": test, "resume": a.resume, "overwrite": a.overwrite, "progress": not a.quiet}
+        run = ql.finetune(model, tokenizer, train, out=a.out, **options, **asdict(settings))
+        after = ql.held_out(model, tokenizer, test) if test and rank == 0 else None
+        if rank == 0:  # the only one that tests and prints
+            if not a.json and test:
+                _show_answers(test, before.answers, after.answers)
+            _report(a, _summary(run, before, after))
 
 
 def kernels(a: argparse.Namespace) -> None:
@@ -293,6 +301,9 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints that are kept (%(default)s)")
     c.add_argument("--micro-batch-size", type=int, metavar="N", help="rows at once, for less memory; default: all")
     c.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again, for less memory")
+    c.add_argument(
+        "--shard", action="store_true", help="under torchrun: spread the base over all processes, for less memory"
+    )
     c.add_argument("--optimizer-bits", type=int, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
     c.add_argument(
         "--optimizer-budget",
@@ -375,3 +386,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=dtypes, help="what to compute in; auto: what is fastest here"
     )
     parser.add_argument("--no-double-quant", action="store_true", help="leave the constants in float32")
+
+
+if __name__ == "__main__":  # for `torchrun -m qlora_lab.cli`
+    sys.exit(main())

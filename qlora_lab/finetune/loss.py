@@ -40,16 +40,27 @@ def held_out_loss(model: torch.nn.Module, encoded: list[Encoded]) -> float:
     """
     if not encoded:
         raise ValueError("no held-out examples: the loss needs at least one")
+    loss, labels = summed_loss(model, encoded)
+    return loss / labels
+
+
+def summed_loss(model: torch.nn.Module, encoded: list[Encoded]) -> tuple[float, int]:
+    """(sum of cross entropies in nats, number of answer tokens) of held-out examples."""
     by_length = sorted(encoded, key=lambda one: len(one.input_ids))  # little padding; a sum does not mind the order
     parts = [by_length[start : start + BATCH_SIZE] for start in range(0, len(by_length), BATCH_SIZE)]
-    return mean_loss(model, [collate(part, pad_id=0) for part in parts], "held-out loss")
+    return _sums(model, [collate(part, pad_id=0) for part in parts], "held-out loss")
 
 
 def mean_loss(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str) -> float:
     """Mean cross entropy in nats over all labels of all batches; `title` stands before the progress bar."""
+    loss, labels = _sums(model, batches, title)
+    return loss / labels
+
+
+def _sums(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str) -> tuple[float, int]:
     loss, labels = 0.0, 0
     with measuring(model):
         for batch in tqdm(batches, title, unit="batch", leave=False):
             summed, count = answer_loss(model, batch)
             loss, labels = loss + summed.item(), labels + count
-    return loss / labels
+    return loss, labels

@@ -29,6 +29,7 @@ class Settings:
     packing: bool = False  # several examples in one row of max_length tokens: less padding, the same loss
     group_by_length: bool = False  # batches of examples that are alike in length: less padding, other batches
     gradient_checkpointing: bool = False  # keep one activation a layer and compute the others again: less memory
+    shard: bool = False  # base weights spread over the processes, not whole on each: less memory, more traffic
     optimizer_bits: int = 32  # of each moment of AdamW; 8: a quarter of the memory
     optimizer_budget: int | None = None  # bytes of the optimizer's state in memory, the rest is paged. None: all
     eval_every: int = 0  # steps between evaluations on held-out examples. 0: none

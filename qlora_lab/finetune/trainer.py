@@ -33,13 +33,13 @@ from qlora_lab.finetune.allocator import recycle_memory
 from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
 from qlora_lab.finetune.checkpoint import FOLDER, differences, load_checkpoint, save_checkpoint, saved_steps
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data, pad_token_id
-from qlora_lab.finetune.distributed import OneProcess
+from qlora_lab.finetune.distributed import engine_for, together
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.files import replacing_file, sync
 from qlora_lab.finetune.interrupt import Interrupt, waiting_interrupt
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
-from qlora_lab.finetune.loss import answer_loss, held_out_loss
+from qlora_lab.finetune.loss import answer_loss, summed_loss
 from qlora_lab.finetune.modes import checkpointing, mode
 from qlora_lab.finetune.nonfinite import first_nonfinite
 from qlora_lab.finetune.paged_adamw import PagedAdamW
@@ -143,7 +143,7 @@ class Training:
         self._held_out = encode_all(held_out, tokenizer, settings.max_length)[0] if settings.eval_every else []
         self._pad_id = pad_token_id(tokenizer)
         self._lengths = [len(one.input_ids) for one in self._encoded] if settings.group_by_length else None
-        self._interrupt = Interrupt()
+        self._interrupt, self._begun = Interrupt(), False
 
     def run(self) -> Run:
         """Make all steps that are left. Raises KeyboardInterrupt, when all is saved, if one came."""
@@ -161,10 +161,16 @@ class Training:
         self._interrupt.asked = True
 
     def __iter__(self) -> Iterator[dict[str, float]]:
+        if self._begun:
+            raise ValueError("this Training was run before: make a new one, with resume=True to go on")
+        self._begun = True
         recycle_memory()
+        # before the engine: it may leave this process a part of the base only
+        self._record = _record(self.model, self.settings, self.report, self._encoded)
         with (
-            _replacing_run(self.folder, self.resume is not False),
             checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
+            engine_for(self.model, self.settings.shard) as self._engine,
+            _replacing_run(self.folder, self.resume is not False) if self._leads() else nullcontext(),
             waiting_interrupt() as self._interrupt,
         ):
             yield from self._lines()
@@ -198,26 +204,28 @@ class Training:
     def _begin(self) -> None:
         """Everything as it is before the first step, or as a checkpoint has it."""
         settings = self.settings
-        self._engine = OneProcess(self.model)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = _optimizer(self._parameters, settings, self.folder)
         device = self._parameters[0].device.type
         # float16 ends at 65,504 and loses what is below 6e-8: gradients are computed on a scaled loss
         self._scaler = torch.amp.GradScaler(device, enabled=_computes_in(self.model) == torch.float16)
         self._batches = Batches(len(self._encoded), settings.batch_size, settings.seed, self._lengths)
-        self._record = _record(self.model, settings, self.report, self._encoded)
+        self._record |= {"processes": self._engine.size}  # in another number of parts sums are rounded otherwise
         self.lines, self._best = [], {"loss": math.inf, "step": 0, "since": 0}
-        if self.resume is not False and (steps := saved_steps(self.folder)):
-            self._restore(steps[-1] if self.resume is True else self.resume)
-        elif self.resume is not False and self.resume is not True:
-            load_checkpoint(self.folder, self.resume)  # raises: there is none
-        if self._leads():
-            with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
-                new.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-            with replacing_file(self.folder / RECORD) as new:
-                new.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
-            (self.folder / RESULT).unlink(missing_ok=True)
-        self._engine.wait()
+        with together():
+            if self.resume is not False and (steps := saved_steps(self.folder)):
+                self._restore(steps[-1] if self.resume is True else self.resume)
+            elif self.resume is not False and self.resume is not True:
+                load_checkpoint(self.folder, self.resume)  # raises: there is none
+        self._engine.agree(_comparable(self._record) | {"the step to resume at": len(self.lines)})
+        with together():
+            if self._leads():
+                with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
+                    new.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+                with replacing_file(self.folder / RECORD) as new:
+                    new.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
+                (self.folder / RESULT).unlink(missing_ok=True)
 
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
@@ -248,32 +256,33 @@ class Training:
         self._best = facts["best"]
 
     def _save(self) -> None:
-        if self._leads():
-            sync(self.folder / LOG)
-            tensors = {f"adapter.{key}": tensor for key, tensor in adapter_tensors(self.model).items()}
-            for number, state in self._optimizer.state_dict()["state"].items():
-                parts = {k: v for k, v in state.items() if not k.startswith("qmap")}  # tables, not state
-                tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in parts.items()}
-            facts = {
-                "run": _comparable(self._record),
-                "batches": self._batches.state(),
-                "scaler": self._scaler.state_dict(),
-                "best": self._best,
-            }
-            save_checkpoint(self.folder, len(self.lines), tensors, facts, self.settings.keep)
-        self._engine.wait()
+        with together():
+            if self._leads():
+                sync(self.folder / LOG)
+                tensors = {f"adapter.{key}": tensor for key, tensor in adapter_tensors(self.model).items()}
+                for number, state in self._optimizer.state_dict()["state"].items():
+                    parts = {k: v for k, v in state.items() if not k.startswith("qmap")}  # tables, not state
+                    tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in parts.items()}
+                facts = {
+                    "run": _comparable(self._record),
+                    "batches": self._batches.state(),
+                    "scaler": self._scaler.state_dict(),
+                    "best": self._best,
+                }
+                save_checkpoint(self.folder, len(self.lines), tensors, facts, self.settings.keep)
 
     def _finish(self, ended: str) -> None:
         losses, tokens = [line["loss"] for line in self.lines], sum(line["tokens"] for line in self.lines)
         seconds = sum(line["seconds"] for line in self.lines)
         held_out = [(line["step"], line["held_out_loss"]) for line in self.lines if "held_out_loss" in line]
-        if self._leads():
-            save_adapter(self.model, self.folder / ADAPTER)
-            result = {"ended": ended, "steps": len(losses), "tokens": tokens, "seconds": seconds, "loss": losses[-1]}
-            if ended != STOPPED:
-                with replacing_file(self.folder / RESULT) as new:
-                    new.write_text(json.dumps(result | {"best": self._best}, indent=2) + "\n", encoding="utf-8")
-        self._engine.wait()
+        with together():
+            if self._leads():
+                save_adapter(self.model, self.folder / ADAPTER)
+                result = {"ended": ended, "steps": len(losses), "tokens": tokens, "seconds": seconds}
+                result |= {"loss": losses[-1], "best": self._best}
+                if ended != STOPPED:
+                    with replacing_file(self.folder / RESULT) as new:
+                        new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         self.result = Run(self.folder, self.settings, self.report, losses, held_out, seconds, tokens, ended)
 
     # ----------------------------------------------------------------------------------------------------------- a step
@@ -287,7 +296,8 @@ class Training:
             group["lr"] = learning_rate(settings, step)
         self._optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        with mode(self.model, training=True), torch.random.fork_rng():
+        device = self._parameters[0].device
+        with mode(self._engine.model, training=True), torch.random.fork_rng([device] if device.type == "cuda" else []):
             # for dropout: what a step draws does not depend on how the run came here
             torch.manual_seed(np.random.SeedSequence([settings.seed, step, self._engine.rank]).generate_state(1)[0])
             for number, batch in enumerate(micro_batches, 1):
@@ -332,14 +342,23 @@ class Training:
         return [collate_rows(part, self._pad_id) for part in parts]
 
     def _evaluate(self, step: int) -> float:
-        loss = held_out_loss(self.model, self._held_out)
+        loss = self._held_out_loss()
         if loss < self._best["loss"]:
             self._best = {"loss": loss, "step": step, "since": 0}
-            if self._leads():
-                save_adapter(self.model, self.folder / BEST)
+            with together():
+                if self._leads():
+                    save_adapter(self.model, self.folder / BEST)
         else:
             self._best = self._best | {"since": self._best["since"] + 1}
         return loss
+
+    def _held_out_loss(self) -> float:
+        """Mean over all answer tokens; each process takes its share of the examples, in as many batches."""
+        rank, size, examples = self._engine.rank, self._engine.size, self._held_out
+        mine = examples[rank::size] + [_silent(examples[0])] * (rank >= len(examples) % size > 0)
+        loss, labels = summed_loss(self._engine.model, mine)
+        loss, labels = self._engine.sum(loss, labels)
+        return loss / labels
 
     def _ended(self) -> str | None:
         """Why the run is over after this step; None if it is not."""
@@ -353,6 +372,7 @@ class Training:
 
     def _not_finite(self, step: int, loss: float, norm: float, batches: list[dict[str, torch.Tensor]]) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+        self._engine.close()  # from here on each process looks for itself
         with mode(self.model, training=True):
             where = next((found for batch in batches if (found := first_nonfinite(self.model, batch))), None)
         steps = saved_steps(self.folder)
@@ -377,9 +397,14 @@ def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = Fa
         raise ValueError("overwrite and resume exclude each other: choose one")
     if resume is not False and (out / RESULT).exists():
         raise FileExistsError(f"{out} holds a run that is complete: there is nothing to resume")
-    if overwrite or resume is not False:
+    if overwrite:
         return
-    if steps := saved_steps(out):
+    steps = saved_steps(out)
+    if resume is not False:
+        if (out / ADAPTER).exists() and not steps:
+            raise FileExistsError(f"{out} holds an adapter and no checkpoint to resume from: choose another folder")
+        return
+    if steps:
         raise FileExistsError(
             f"{out} holds an earlier run, saved at step {steps[-1]}: go on with it (resume=True; --resume on the "
             "command line), choose another folder, or overwrite it (overwrite=True; --overwrite)"
