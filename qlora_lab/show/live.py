@@ -18,8 +18,9 @@ import asyncio
 import html
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from typing import Any
 
 import ipywidgets as W
 import numpy as np
@@ -47,13 +48,14 @@ async def live(training: Training) -> Run:
     >>> asyncio.iscoroutinefunction(live)
     True
     """
-    display = _notebook_display()
-    plot = LivePlot(training) if display else None
+    kernel, display = _notebook()
+    plot = LivePlot(training) if kernel else None
     if plot:
         training.progress = False  # a second bar would say the same
         display(plot)
     try:
-        await _train(training, plot)
+        with _reporting_widgets(kernel) if kernel else nullcontext():
+            await _train(training, plot)
     finally:
         if plot:
             plot.widget.close()
@@ -188,8 +190,30 @@ def running_mean(values: list[float]) -> np.ndarray:
     return (total[end] - total[start]) / (end - start)
 
 
-def _notebook_display() -> Callable[[object], None] | None:
-    """IPython's `display` if a kernel runs this, else None: in a plain process there is nobody to press a button."""
+def _notebook() -> tuple[Any, Callable[[object], None]]:
+    """The kernel that runs this (None in a plain process: there nobody can press a button), and IPython's `display`."""
     ipython = sys.modules["IPython"]  # ipywidgets has imported it
-    shell = ipython.get_ipython()
-    return ipython.display.display if getattr(shell, "kernel", None) else None
+    return getattr(ipython.get_ipython(), "kernel", None), ipython.display.display
+
+
+@contextmanager
+def _reporting_widgets(kernel: Any) -> Iterator[None]:
+    """Reports the end of each message of a widget, for which the widget waits before it sends its next.
+
+    ipykernel 7.4 serves such messages while a cell awaits, but reports the end only of those between two cells: a
+    slider that was moved once during training would be dead from then on, after the cell as well.
+    """
+    handle, cell = kernel.shell_handlers["comm_msg"], kernel.get_parent("shell")
+
+    def handle_and_report(stream: Any, ident: Any, message: dict) -> None:
+        try:
+            handle(stream, ident, message)
+        finally:
+            for state, parent in (("idle", message), ("busy", cell)):  # the cell itself still runs
+                kernel.session.send(kernel.iopub_socket, "status", {"execution_state": state}, parent=parent)
+
+    kernel.shell_handlers["comm_msg"] = handle_and_report
+    try:
+        yield
+    finally:
+        kernel.shell_handlers["comm_msg"] = handle
