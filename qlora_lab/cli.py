@@ -1,6 +1,6 @@
 """The command line: parses, calls the library, prints. `qlora-lab COMMAND --help` shows an example of each.
 
-Exit codes: 0 done; 2 a mistake in what was asked, told in one line; 130 interrupted.
+Exit codes: 0 done; 1 the doctor found a problem; 2 a mistake in what was asked, told in one line; 130 interrupted.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "quiet", False) or process > 0:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which is later than this
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except KeyboardInterrupt as interrupt:  # one from training says what is saved, and how to go on
         if process == 0:
             print(f"qlora-lab {arguments.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         which = f" (process {process})" if process else ""
         print(f"qlora-lab {arguments.command}{which}: {_one_line(str(error))}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _is_mistake(error: Exception) -> bool:
@@ -98,6 +97,21 @@ def finetune(a: argparse.Namespace) -> None:
             if not a.json and test:
                 _show_answers(test, before.answers, after.answers)
             _report(a, _summary(run, before, after))
+
+
+def doctor(a: argparse.Namespace) -> int:
+    """Returns 1 if there is a problem."""
+    from qlora_lab.finetune.doctor import diagnose
+    from qlora_lab.finetune.settings import Settings
+
+    options = {name: getattr(a, name) for name in ("max_length", "batch_size", "optimizer_bits", "seed")}
+    Settings(**options)  # before the model is loaded, as for finetune
+    data = ql.load_data(a.data)
+    model, tokenizer = _load(a)
+    ql.add_lora(model, a.r, targets=a.targets[0] if len(a.targets) == 1 else a.targets, seed=a.seed)
+    report = diagnose(model, tokenizer, data, **options, progress=not a.quiet)
+    print(json.dumps(report.to_dict()) if a.json else f"{report}\n\n{report.dtypes}")
+    return 0 if report.ok else 1
 
 
 def kernels(a: argparse.Namespace) -> None:
@@ -329,6 +343,23 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(c)
     c.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format")
     c.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    _common(c)
+
+    c = _command(
+        commands,
+        "doctor",
+        doctor,
+        "look for what goes wrong silently, before a run",
+        "qlora-lab doctor --model smollm2-135m --data docstrings",
+    )
+    _model_options(c)
+    c.add_argument("--data", default="docstrings", help="docstrings, or a JSONL file: Alpaca, ShareGPT or messages")
+    c.add_argument("--batch-size", type=int, default=8, help="rows at once in the run that is meant (%(default)s)")
+    c.add_argument("--max-length", type=int, default=256, help="tokens; longer examples are left out (%(default)s)")
+    c.add_argument("--optimizer-bits", type=int, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
+    c.add_argument("--r", type=int, default=16, help="rank of the adapters (%(default)s)")
+    c.add_argument("--targets", nargs="+", default=["all-linear"], help="all-linear, or layer names such as q_proj")
+    c.add_argument("--seed", type=int, default=0, help="of the sample and the adapters (%(default)s)")
     _common(c)
 
     c = _command(

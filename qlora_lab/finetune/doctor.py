@@ -93,7 +93,7 @@ def diagnose(
     seed: int = Settings.seed,
     progress: bool = True,
 ) -> Report:
-    """Examine a run before it starts: about as long as ten of its steps, on short examples.
+    """Examine a run before it starts: as long as about six of its steps on short examples.
 
     data: as finetune takes it, or examples that you encoded yourself. max_length, batch_size (rows at once) and
     optimizer_bits: of the run that is meant. seed: of the sample.
@@ -107,7 +107,7 @@ def diagnose(
     findings += [trained_share(policy), new_tokens(model, tokenizer, encoded)]
     few, pad_id = _few(encoded), pad_token_id(tokenizer)
     batch, tokens = collate(few, pad_id), batch_size * max_length
-    device = next(model.parameters()).device
+    free = free_memory(next(model.parameters()).device)  # before the steps below take some
 
     def live_checkpointed() -> Finding:
         with checkpointed(model):
@@ -118,7 +118,7 @@ def diagnose(
         LIVE: lambda: live_adapters(model, batch),
         CHECKPOINTED: live_checkpointed,
         ACCUMULATION: lambda: accumulation(model, few, pad_id),
-        MEMORY: lambda: memory(policy, *activations(model, batch, tokens), free_memory(device), tokens),
+        MEMORY: lambda: memory(policy, *activations(model, batch, tokens), free, tokens),
     }
     if findings[-1].status != "problem":  # a token without an embedding: no step can be made
         bar = tqdm(list(steps), "doctor", unit="check", leave=False, disable=not progress)

@@ -135,6 +135,8 @@ def test_learned_tokens(encoded):
     assert found.status == "ok" and found.message.startswith(f"{asked} of {tokens}, {asked / tokens:.0%}; ")
     silent = learned_tokens([with_labels(encoded[0], lambda label: IGNORED), *encoded[1:]])
     assert silent.status == "problem" and silent.message.startswith("1 of 12 examples have no label")
+    shifted = learned_tokens([replace(encoded[0], labels=[*encoded[0].labels[1:], IGNORED]), *encoded[1:]])
+    assert shifted.status == "problem" and shifted.message.startswith("1 of 12 examples have labels that are not their")
     whole = learned_tokens([replace(encoded[0], labels=encoded[0].input_ids), *encoded[1:]])
     assert whole.status == "warning" and whole.message.startswith("1 of 12 examples teach their prompt too")
 
