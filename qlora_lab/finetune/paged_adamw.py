@@ -35,13 +35,13 @@ WRAPPED = "__bnb_optimizer_quant_state__"  # under which bitsandbytes keeps them
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """As torch.optim.AdamW, with moments of `bits` 32 or 8, `page_size` and `budget` in bytes, and `folder` for the
-    pages' file (see Pages).
+    """As torch.optim.AdamW, with moments of `bits` 32 or 8; `page_size` and `budget` in bytes, `folder` and `store` as
+    Pages has them, on the device of the parameters.
 
     state_dict() has torch.optim.AdamW's form, so either can go on where the other stopped; with 8 bits its parts are
     those of bitsandbytes' AdamW8bit, whose state_dict() can be loaded.
     Raises ValueError for a hyperparameter out of range, a page size that does not hold whole elements or blocks, a
-    parameter that is not on the CPU, and what Pages raises.
+    parameter that is not where the others are, on the CPU or a CUDA GPU, and what Pages raises.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class PagedAdamW(torch.optim.Optimizer):
         page_size: int = PAGE_SIZE,
         budget: int | None = None,
         folder: str | Path | None = None,
+        store: str | None = None,
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if value < 0:
@@ -69,14 +70,16 @@ class PagedAdamW(torch.optim.Optimizer):
             allowed = f"a multiple of 8, at least {nbytes} with {bits} bits"
             raise ValueError(f"page_size={page_size} is not allowed: {allowed}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        device = next((p.device for p in self._parameters()), torch.device("cpu"))
         for number, p in enumerate(self._parameters()):
-            if p.device.type != "cpu":
-                raise ValueError(f"parameter {number} is on {p.device}: pages are in the CPU's memory, as it must be")
+            if p.device != device or device.type not in ("cpu", "cuda"):
+                where = "the CPU or one CUDA GPU, where all parameters must be"
+                raise ValueError(f"parameter {number} is on {p.device}: pages are on {where}")
         self.bits, self._first, units = bits, {}, 0  # parameter -> its first unit in the pages
         for p in self._parameters():
             self._first[p], units = units, units - (-p.numel() // together)
         self._units = page_size // nbytes  # of a page
-        self.pages = Pages(-(-units // self._units) * page_size, page_size, budget, folder)
+        self.pages = Pages(-(-units // self._units) * page_size, page_size, budget, folder, device, store)
 
     def add_param_group(self, param_group: dict) -> None:
         if hasattr(self, "pages"):
@@ -146,14 +149,16 @@ class PagedAdamW(torch.optim.Optimizer):
         return (p for group in self.param_groups for p in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Of each parameter by its number: step, and exp_avg and exp_avg_sq, float32, as torch.optim.AdamW has them.
+        """Of each parameter by its number: step, and exp_avg and exp_avg_sq, float32, as torch.optim.AdamW has them,
+        but always on the CPU.
 
         With 8 bits state1, state2 (codes), absmax1, absmax2, and their tables qmap1, qmap2, as bitsandbytes has them.
         """
         state = {}
         for number, p in enumerate(self._parameters()):
             if p in self.state:
-                pieces = [[part.clone() for part in parts] for _, parts, _ in self._pieces([p])]
+                # to the CPU, whatever the device: there need not be room for all of it where the parameters are
+                pieces = [[part.to("cpu", copy=True) for part in parts] for _, parts, _ in self._pieces([p])]
                 whole = dict(zip(NAMES[self.bits], map(torch.cat, zip(*pieces, strict=True)), strict=True))
                 shaped = {k: v if k.startswith("absmax") else v.view(p.shape) for k, v in whole.items()}
                 maps = {"qmap1": dynamic_map(), "qmap2": dynamic_map(signed=False)} if self.bits == 8 else {}

@@ -1,4 +1,4 @@
-"""Pages: one flat space of bytes in pieces of one size, of which a few are in memory and all others in a file.
+"""Pages: one flat space of bytes in pieces of one size, of which a few are in fast memory and all others elsewhere.
 
 In: a number of bytes, a page size, a budget. Out: the page that is asked for, as bytes that may be changed in place.
 Source: QLoRA section 3, "Paged Optimizers"; the words are those of operating systems: a page that is asked for and is
@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import torch
 
-from qlora_lab.finetune.stores import FileStore, Wait
+from qlora_lab.finetune.stores import FileStore, HostStore, ManagedStore, Wait
 
 PAGE_SIZE = 2**21  # bytes; as CUDA's managed memory moves at most
+ALLOWED = "it is 'file' on the CPU, 'host' on any device, 'managed' on a CUDA GPU"
 EVENTS = 2**16  # that are remembered: a long run has millions
 
 
@@ -45,13 +46,21 @@ class _Move:
 class Pages:
     """`nbytes` bytes, zero at first.
 
-    page_size: bytes of a page. budget: bytes for frames, None for all pages. folder: where the file lies, on a disk and
-    not in memory; None for the system's temporary one. events: what happened last, oldest first; clear it as you like.
-    Raises ValueError for a size that is not at least 1, or a budget below one page, and OSError for a full disk.
+    page_size: bytes of a page. budget: bytes for frames, None for all pages. device: where frames are. store: what
+    holds the other pages (stores.py), "file", the CPU's; "host", a GPU's; "managed", CUDA's own. folder: where the file
+    lies, on a disk and not in memory; None for the system's temporary one. events: what happened last, oldest first;
+    clear it as you like. Raises ValueError for a size that is not at least 1, a budget below one page, or a store that
+    is not the device's, and what the store raises.
     """
 
     def __init__(
-        self, nbytes: int, page_size: int = PAGE_SIZE, budget: int | None = None, folder: str | Path | None = None
+        self,
+        nbytes: int,
+        page_size: int = PAGE_SIZE,
+        budget: int | None = None,
+        folder: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        store: str | None = None,
     ):
         if nbytes < 1 or page_size < 1:
             raise ValueError(f"nbytes={nbytes} and page_size={page_size} are not allowed: each is at least 1")
@@ -59,10 +68,18 @@ class Pages:
             raise ValueError(f"budget={budget} is not enough: it holds one page of {page_size} bytes at least")
         self.page_size, self.count = page_size, -(-nbytes // page_size)
         frames = self.count if budget is None else min(self.count, budget // page_size)
-        self._store = FileStore(self.count, page_size, frames, folder)
+        device = torch.device(device)
+        store = store or ("file" if device.type == "cpu" else "host")
+        if store not in ("file", "host", "managed") or (store == "file" and device.type != "cpu"):
+            raise ValueError(f"store={store!r} is not allowed on {device}: {ALLOWED}")
+        if store == "file":
+            self._store = FileStore(self.count, page_size, frames, folder)
+        else:
+            kind = HostStore if store == "host" else ManagedStore
+            self._store = kind(self.count, page_size, frames, device)
         self.frames = self._store.frames
         self.events: deque[Event] = deque(maxlen=EVENTS)
-        self._free = list(range(frames - 1, -1, -1))
+        self._free = list(range(len(self.frames) - 1, -1, -1))
         self._frame_of: OrderedDict[int, int] = OrderedDict()  # page -> frame, least recently used first
         self._written: set[int] = set()  # pages that the store holds; all others are zero
         self._in_use: int | None = None  # the page that was handed out last

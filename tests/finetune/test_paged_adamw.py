@@ -35,14 +35,16 @@ def run(optimizer: torch.optim.Optimizer, params: list, steps: range) -> None:
 
 
 @pytest.mark.parametrize("budget", ["one page", "a quarter", "all"])
-@pytest.mark.parametrize("page_size", [8, 72, 4096, 2**21])
-def test_it_is_adamw_bit_for_bit(page_size, budget):
+@pytest.mark.parametrize(
+    ("page_size", "store"), [(8, "file"), (72, "file"), (72, "host"), (4096, "file"), (4096, "host"), (2**21, "file")]
+)
+def test_it_is_adamw_bit_for_bit(page_size, store, budget):
     ours, theirs = parameters(), parameters()
     state = 8 * sum(p.numel() for p in ours)
     if page_size < 100:  # a page for each element, or for nine: a smaller model will do
         ours, theirs = ours[:3], theirs[:3]
     size = {"one page": page_size, "a quarter": max(page_size, state // 4), "all": None}[budget]
-    paged = PagedAdamW(groups(ours), page_size=page_size, budget=size)
+    paged = PagedAdamW(groups(ours), page_size=page_size, budget=size, store=store)
     torch_s = torch.optim.AdamW(groups(theirs))
     run(paged, ours, range(4))
     run(torch_s, theirs, range(4))
@@ -165,8 +167,20 @@ def test_errors_name_the_value(given, message):
 
 
 def test_parameters_of_another_device_are_refused():
-    with pytest.raises(ValueError, match="parameter 0 is on meta: pages are in the CPU's memory"):
-        PagedAdamW([torch.nn.Parameter(torch.ones(3, device="meta"))])
+    somewhere = torch.nn.Parameter(torch.ones(3, device="meta"))
+    with pytest.raises(ValueError, match="parameter 0 is on meta: pages are on the CPU or one CUDA GPU"):
+        PagedAdamW([somewhere])
+    with pytest.raises(ValueError, match="parameter 1 is on meta: .*, where all parameters must be"):
+        PagedAdamW([torch.nn.Parameter(torch.ones(3)), somewhere])
+
+
+def test_the_next_page_is_on_its_way():
+    p, q, none = (torch.nn.Parameter(torch.ones(n)) for n in (5, 4, 4))
+    paged = PagedAdamW([p, none, q], page_size=32, budget=64)  # 4 elements a page: p 0 and 1, none 1 and 2, q 2 and 3
+    p.grad, q.grad = torch.ones(5), torch.ones(4)
+    paged.step()
+    came = [(event.kind, event.page) for event in paged.pages.events if event.kind in ("fault", "prefetch")]
+    assert came == [("fault", 0), ("prefetch", 1), ("prefetch", 2), ("prefetch", 3)]
 
 
 def test_what_does_not_fit_is_refused_whole():
