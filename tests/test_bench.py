@@ -76,6 +76,8 @@ def test_the_bench_of_paging_runs(tmp_path):
     }  # fmt: skip
     assert result["events_of_a_step"]["all in memory"] == {}  # every page stays
     assert result["events_of_a_step"]["a tenth"] == {"write back": 8, "evict": 8, "fault": 8}  # eight pages, one frame
+    assert {"a tenth", "a tenth, no prefetch"} < set(result["prefetch"]["1"])
+    assert {"8 bits", "8 bits, readable code", "32 bits"} < set(result["eight_bits"]["seconds"])
     assert "a tenth" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["paging.json"]
 
 
