@@ -5,9 +5,8 @@ when it ends, the picture and one sentence of numbers, which is what a stored no
 
     run = await live(Training(model, tokenizer, "docstrings", "runs/first", Settings(steps=60)))
 
-With `await` the kernel serves widgets between two steps: the button, and the sliders of other cells. A thread would
-serve them in mid-step too, but what a slider computes would then run beside the step, in numba's threads as well, and
-not every threading layer of numba survives two callers.
+With `await` the kernel serves widgets between two steps: the button, and the sliders of other cells. A cell that does
+not await serves none before its end.
 
 The thin grey curve is the mean length of a step's examples: with group_by_length it is a saw, and so is the loss.
 
@@ -16,7 +15,9 @@ Not here: the loop (finetune/trainer.py).
 
 import asyncio
 import html
+import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -58,7 +59,7 @@ async def live(training: Training) -> Run:
             await _train(training, plot)
     finally:
         if plot:
-            plot.widget.close()
+            plot.close()
         if plot and plot.lines:  # after an error too: what came before it
             plot.redraw()
             display(Picture(plot.png, plot.summary()))
@@ -93,21 +94,27 @@ class LivePlot:
         self.button = Button("Stop after this step")
         self.button.observe(lambda _: training.stop(), "clicks")
         row = W.Box([self.button, self._text], layout=W.Layout(flex_flow="row wrap", grid_gap="2px 16px"))
-        self.widget = W.VBox([self._pane, row])
+        self.widget = W.VBox([row, self._pane])
         self.widget.add_class("qlora-live")
 
     def follow(self) -> None:
-        """Show the steps made until now, at most twice a second."""
-        self.lines = self.training.lines
-        if time.perf_counter() < self._due:
+        """Show the steps made until now, at most twice a second and for at most a tenth of the time."""
+        self.lines, start = self.training.lines, time.perf_counter()
+        if start < self._due:
             return
         self.redraw()
         self._pane.value = img(self.png, self.summary())
         self._text.value = f"<div>{html.escape(self.progress())}</div>"
-        self._due = time.perf_counter() + REDRAW_EVERY
+        end = time.perf_counter()
+        self._due = end + max(REDRAW_EVERY, 9 * (end - start))
+
+    def close(self) -> None:
+        """Take the panel off the page."""
+        for widget in (self.widget, *self.widget.children, self.button, self._text):
+            widget.close()
 
     def redraw(self) -> None:
-        """`png` from the lines. The limits of the loss widen from tick to tick, so that a full draw is rare."""
+        """`png` from the lines. The limits widen in strides, so that a full draw is rare."""
         steps, losses = [line["step"] for line in self.lines], [line["loss"] for line in self.lines]
         held_out = self.held_out()
         self.points.set_data(steps, losses)
@@ -116,14 +123,15 @@ class LivePlot:
         self.lengths.set_data(steps, [line["mean_length"] for line in self.lines])
         drawn = losses + [loss for _, loss in held_out]
         ticks = MaxNLocator(5).tick_values(min(drawn), max(drawn))
-        self.left.set_ylim(ticks[0], ticks[-1])
+        shown = min(self.training.settings.steps, max(32, 2 ** math.ceil(math.log2(len(steps)))))
+        self.left.set(xlim=(0, shown + 1), ylim=(ticks[0], ticks[-1]))
         self.png = self._blit.frame()
 
     def _draw(self) -> tuple[Figure, list[Line2D]]:
         settings = self.training.settings
-        fig, self.left = new_figure(height=3.2)
+        fig, self.left = new_figure(width=8.5, height=3)
         right = self.left.twinx()
-        self.left.set(xlim=(0, settings.steps + 1), xlabel="step", ylabel="loss, nats per answer token")
+        self.left.set(xlabel="step", ylabel="loss, nats per answer token")
         right.set(ylim=(0, settings.max_length), ylabel="mean length, tokens")
         right.spines["top"].set_visible(False)
         styles = {
@@ -200,15 +208,14 @@ def _notebook() -> tuple[Any, Callable[[object], None]]:
 def _reporting_widgets(kernel: Any) -> Iterator[None]:
     """Reports the end of each message of a widget, for which the widget waits before it sends its next.
 
-    ipykernel 7.4 serves such messages while a cell awaits, but reports the end only of those between two cells: a
-    slider that was moved once during training would be dead from then on, after the cell as well.
+    ipykernel 7.4 serves such messages while a cell awaits, but does not report the end of those that it serves in the
+    cell's own thread: a slider that was moved once during training would be dead from then on, after the cell as well.
     """
-    handle, cell = kernel.shell_handlers["comm_msg"], kernel.get_parent("shell")
+    handle, cell, thread = kernel.shell_handlers["comm_msg"], kernel.get_parent("shell"), threading.current_thread()
 
     def handle_and_report(stream: Any, ident: Any, message: dict) -> None:
-        try:
-            handle(stream, ident, message)
-        finally:
+        handle(stream, ident, message)
+        if threading.current_thread() is thread:
             for state, parent in (("idle", message), ("busy", cell)):  # the cell itself still runs
                 kernel.session.send(kernel.iopub_socket, "status", {"execution_state": state}, parent=parent)
 
