@@ -66,7 +66,7 @@ def generate(a: argparse.Namespace) -> None:
 
 
 def finetune(a: argparse.Namespace) -> None:
-    from qlora_lab.finetune.distributed import first_on_node, processes
+    from qlora_lab.finetune.distributed import check_shard, first_on_node, processes
     from qlora_lab.finetune.fetch import resolve
     from qlora_lab.finetune.lora import check_strength
     from qlora_lab.finetune.settings import Settings, check_held_out
@@ -86,6 +86,7 @@ def finetune(a: argparse.Namespace) -> None:
     check_held_out(settings, test)
     targets = a.targets[0] if len(a.targets) == 1 else a.targets  # "all-linear" is one word
     with processes() as rank:
+        check_shard(a.shard)
         first_on_node(lambda: resolve(a.model, progress=not a.quiet))
         model, tokenizer = _load(a)
         ql.add_lora(model, a.r, a.alpha, a.dropout, targets, seed=a.seed)

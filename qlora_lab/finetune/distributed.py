@@ -55,7 +55,7 @@ class OneProcess:
         """Raise ValueError, on all processes, unless all have the same facts."""
 
     def close(self) -> None:
-        """Leave the model as it was before the run. Nothing is computed with this engine afterwards."""
+        """Leave the model as it was before the run; `model` is then that one, and nothing is shared any more."""
 
 
 class _Several(OneProcess):
@@ -63,6 +63,7 @@ class _Several(OneProcess):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
+        self._original = model
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         learned = [p.data for p in model.parameters() if p.requires_grad]
         flat = torch.cat([p.reshape(-1) for p in learned])
@@ -75,16 +76,19 @@ class _Several(OneProcess):
     def agree(self, facts: dict[str, Any]) -> None:
         everyone: list[dict[str, Any]] = [{}] * self.size
         dist.all_gather_object(everyone, facts)
+        first = everyone[0]
         for rank, theirs in enumerate(everyone):
-            if lines := [
-                f"{name}: {everyone[0][name]!r} and {theirs[name]!r}"
-                for name in facts
-                if theirs[name] != everyone[0][name]
-            ]:
+            lines = [
+                f"{name}: {first[name]!r:.80} and {theirs[name]!r:.80}" for name in facts if theirs[name] != first[name]
+            ]
+            if lines:
                 raise ValueError(
                     f"processes 0 and {rank} do not work on the same run, {'; '.join(lines)}: "
                     "give all of them the same model, dtype, data, options and folder"
                 )
+
+    def close(self) -> None:
+        self.model = self._original
 
 
 class _Replica(nn.parallel.DistributedDataParallel):
@@ -99,8 +103,8 @@ class DataParallel(_Several):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        # Unused parameters are looked for because DDP otherwise forms other buckets after the
-        # first step, and a resumed run would add up in another order than one that was not interrupted.
+        # Without a search for unused parameters DDP forms other buckets after its first step: from three processes on a
+        # resumed run would add up in another order than one that was not interrupted.
         self.model = _Replica(model, init_sync=False, find_unused_parameters=True)
         self.model.broadcast_buffers = False  # they are constants; the argument of this name is deprecated
         self.model.register_comm_hook(None, _summed)
@@ -129,7 +133,7 @@ class _Gathered(QuantizedTensor):
 
 
 class _Linear4bitShard(Linear4bit):
-    """A Linear4bit whose packed bytes are a frozen Parameter: FSDP2 spreads nothing else.
+    """A Linear4bit whose packed bytes are a frozen Parameter, as FSDP2 spreads Parameters only.
 
     Constants stay whole: 1/32 of the packed bytes with double quantization at block size 64, 1/8 without it.
     """
@@ -199,7 +203,7 @@ class Sharded(_Several):
                 "load the model again"
             ) from error
         finally:
-            self._whole = []
+            self.model, self._whole = self._original, []
             dist.destroy_process_group(self._apart)
 
     def _gather(self, shard: torch.Tensor) -> torch.Tensor:
@@ -219,13 +223,8 @@ def engine_for(model: nn.Module, shard: bool = False) -> Iterator[OneProcess]:
     shard: spread the frozen weights over the processes. Afterwards, also after an error, the model is as it was.
     Raises ValueError for shard with one process.
     """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if shard and not several:
-        raise ValueError(
-            "shard spreads the weights over processes, but this is the only one: start several with "
-            "`torchrun --nproc-per-node N -m qlora_lab.cli finetune ... --shard`, or leave it out"
-        )
-    engine = (Sharded if shard else DataParallel)(model) if several else OneProcess(model)
+    check_shard(shard)
+    engine = (Sharded if shard else DataParallel)(model) if _joined() else OneProcess(model)
     try:
         yield engine
     except BaseException as error:
@@ -235,6 +234,15 @@ def engine_for(model: nn.Module, shard: bool = False) -> Iterator[OneProcess]:
             error.add_note(str(left))
         raise
     engine.close()
+
+
+def check_shard(shard: bool) -> None:
+    """Raise ValueError for `shard` in a single process."""
+    if shard and not _joined():
+        raise ValueError(
+            "shard spreads the weights over processes, but this is the only one: start several with "
+            "`torchrun --nproc-per-node N -m qlora_lab.cli finetune ... --shard`, or leave it out"
+        )
 
 
 @contextmanager
@@ -265,7 +273,7 @@ def together() -> Iterator[None]:
 
     Raises what the block raises, and ConnectionAbortedError where another process raised.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _joined():
         yield
         return
     try:
@@ -283,6 +291,11 @@ def first_on_node(work: Callable[[], T]) -> T:
     with together():
         result = work() if leads else None
     return result if leads else work()
+
+
+def _joined() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _sum(*numbers: float) -> tuple[float, ...]:

@@ -218,7 +218,7 @@ class Training:
                 self._restore(steps[-1] if self.resume is True else self.resume)
             elif self.resume is not False and self.resume is not True:
                 load_checkpoint(self.folder, self.resume)  # raises: there is none
-        self._engine.agree(_comparable(self._record) | {"the step to resume at": len(self.lines)})
+        self._engine.agree(self._record | {"the step to resume at": len(self.lines)})
         with together():
             if self._leads():
                 with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
