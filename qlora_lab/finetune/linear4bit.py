@@ -3,12 +3,14 @@
 In: x, (..., in_features) float32, bf16 or fp16. Out: y, (..., out_features), same dtype.
 Source: QLoRA section 3, equation 5. The weight is dequantised, used, and dropped; backward dequantises it once more
 instead of keeping it: 0.5 byte a weight stays for backward, not 2 or 4. The frozen weight has no gradient, so x is not
-kept at all. On the CPU not even that copy is made: kernels/product.py decodes a panel at a time. There is no second
-derivative.
+kept at all, unless an adapter (lora.py) comes with it. On the CPU not even that copy is made: kernels/product.py
+decodes a panel at a time. There is no second derivative.
 
 But: no inference mode that repacks anything. What a layer computes and what it saves never depend on train() or eval().
 Not here: adapters (lora.py), reading checkpoints (models.py).
 """
+
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -21,8 +23,12 @@ from qlora_lab.quant.serialize import from_tensors, to_tensors
 HEAD = "lm_head"  # the output layer's name in models of transformers; it is neither quantised nor adapted
 
 
+def _product_for(weight: QuantizedTensor) -> ModuleType | None:
+    return product_for(weight.device.type, len(weight.levels), weight.block_size)
+
+
 def _matmul_4bit(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
-    if product := product_for(x.device.type, len(weight.levels), weight.block_size):
+    if product := _product_for(weight):
         return product.forward(x, weight.plain, weight.shape[0])
     return x @ dequantize(weight, x.dtype).t()  # (tokens, in) @ (in, out) -> (tokens, out)
 
@@ -37,9 +43,36 @@ class _MatMul4bit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         weight = ctx.weight
-        if product := product_for(grad.device.type, len(weight.levels), weight.block_size):
+        if product := _product_for(weight):
             return product.backward(grad, weight.plain, weight.shape[1]), None
         return grad @ dequantize(weight, grad.dtype), None  # (tokens, out) @ (out, in) -> (tokens, in)
+
+
+class _AdaptedMatMul4bit(torch.autograd.Function):
+    """x W^T + scaling (x A^T) B^T in one pass over x on the CPU. Kept for backward: x as it came, and x A^T."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: QuantizedTensor, A: torch.Tensor, B: torch.Tensor, scaling: float):
+        product = _product_for(weight)
+        thin = product.Thin(A.t(), scaling * B.t(), A.new_empty(len(x), len(A)))
+        ctx.weight, ctx.scaling = weight, scaling
+        y = product.forward(x, weight.plain, weight.shape[0], thin)
+        ctx.save_for_backward(x, thin.low, A, B)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        (x, low, A, B), weight, scaling = ctx.saved_tensors, ctx.weight, ctx.scaling
+        product = _product_for(weight)
+        thin = product.Thin(scaling * B, A, torch.empty_like(low))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product.backward(grad, weight.plain, weight.shape[1], thin)
+        else:  # a layer right after the frozen embedding
+            torch.mm(grad.to(B.dtype), thin.down, out=thin.low)
+        grad_B = product.outer(low, grad).t() * scaling  # (r, out) -> (out, r)
+        return grad_x, None, product.outer(thin.low, x), grad_B, None
 
 
 class Linear4bit(nn.Module):
@@ -67,7 +100,13 @@ class Linear4bit(nn.Module):
     def in_features(self) -> int:
         return self.weight.shape[1]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def takes_adapter(self) -> bool:
+        """Whether forward can add an adapter by itself: the CPU's product can."""
+        return self.weight.device.type == "cpu" and _product_for(self.weight) is not None
+
+    def forward(self, x: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None) -> torch.Tensor:
+        """adapter: (lora_A, lora_B, scaling) of lora.py, added to the product; only where `takes_adapter`."""
         if x.dtype not in WEIGHT_DTYPES:
             raise TypeError(f"input is {x.dtype}: Linear4bit computes in float32, bfloat16 or float16")
         if x.shape[-1] != self.in_features:
@@ -75,8 +114,12 @@ class Linear4bit(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        learning = x.requires_grad and torch.is_grad_enabled()
-        y = _MatMul4bit.apply(tokens, self.weight) if learning else _matmul_4bit(tokens, self.weight)
+        if adapter is not None:
+            y = _AdaptedMatMul4bit.apply(tokens, self.weight, *adapter)
+        elif x.requires_grad and torch.is_grad_enabled():
+            y = _MatMul4bit.apply(tokens, self.weight)
+        else:
+            y = _matmul_4bit(tokens, self.weight)
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

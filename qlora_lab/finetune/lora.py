@@ -7,7 +7,8 @@ Source: LoRA (arXiv 2106.09685) section 4.1; A and B start as in PEFT and in the
 1/sqrt(in_features), B zero, so that the adapted model first equals the base exactly. (The paper says A is Gaussian.)
 
 The adapter is stored in float32 whatever the model computes in: at lr 2e-4 an update is smaller than one unit in the
-last place of a bf16 weight, and would be lost. The two products run in the dtype of x.
+last place of a bf16 weight, and would be lost. The two products run in the dtype of x; beside a Linear4bit on the CPU
+they run in float32 and are added before the layer's one rounding (kernels/product.py), unless there is dropout.
 
 Not here: variants such as rsLoRA or DoRA; files (peft_format.py).
 """
@@ -53,6 +54,9 @@ class LoRALinear(nn.Module):
         self.alpha, self.scaling, self.dropout.p = alpha, alpha / self.r, dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropping = self.training and self.dropout.p > 0  # then base and adapter do not read the same x
+        if isinstance(self.base, Linear4bit) and self.base.takes_adapter and not dropping:
+            return self.base(x, (self.lora_A, self.lora_B, self.scaling))  # the same as below, in one pass over x
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         low = self.dropout(x) @ A.t() * self.scaling  # (..., in) @ (in, r) -> (..., r): scaled where it is thinnest
         return self.base(x) + low @ B.t()  # (..., r) @ (r, out) -> (..., out)

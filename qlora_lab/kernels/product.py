@@ -5,6 +5,10 @@ Out: (tokens, rows), or (tokens, columns), same dtype. Twin of x @ dequantize(W)
 order of the sums: every output is one float32 sum, rounded once. The weight is rounded to bf16 only where bf16 products
 are the faster ones.
 
+Either takes a product of two thin matrices to add to the weight, as an adapter is one: x (W^T + down up), twin
+x @ dequantize(W).t() + x @ down @ up. Where x is widened it is widened once for both, and their float32 sums are added
+before they are rounded.
+
 The panel is the only decoded weight in memory: PANEL elements, for each Python thread, allocated once; nothing else is
 allocated but the result, and what oneDNN returns for a panel. Few tokens need no panel (cpu.multiply_blocks).
 
@@ -26,6 +30,14 @@ from qlora_lab.kernels import cpu
 PANEL = 2**22  # 16 MiB of float32: BLAS loses an eighth of its speed on panels half as large
 TILE = 2**21  # elements of x or g that are widened to float32 at a time: 8 MiB; 32 was not faster
 _local = threading.local()
+
+
+class Thin(NamedTuple):
+    """What is added to the weight that x is multiplied by: down up, float32. low: takes x down, for `outer`."""
+
+    down: torch.Tensor  # (x.shape[1], r)
+    up: torch.Tensor  # (r, size of the result)
+    low: torch.Tensor  # (tokens, r), written
 
 
 class Race(NamedTuple):
@@ -93,11 +105,11 @@ def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tens
     return kept[: numel * dtype.itemsize].view(dtype).view(shape)
 
 
-def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
+def forward(x: torch.Tensor, weight: tuple, rows: int, thin: Thin | None = None) -> torch.Tensor:
     """(tokens, columns) -> x W^T, (tokens, rows). weight: packed, constants, levels, block_size."""
     columns, block_size = x.shape[1], weight[3]
     if len(x) <= cpu.MAX_TOKENS and cpu.can_multiply(columns, weight):
-        return cpu.multiply_blocks(x, weight, rows)
+        return _add_thin(cpu.multiply_blocks(x, weight, rows), x, thin)
     height = max(1, PANEL // columns)
     unit = block_size // gcd(block_size, columns)  # rows after which a block starts again
     if height > unit:
@@ -108,10 +120,10 @@ def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
         cpu.dequantize_blocks(weight, panel, first * columns)
         return panel
 
-    return _by_panels(x, rows, height, panel_of)
+    return _by_panels(x, rows, height, panel_of, thin)
 
 
-def backward(grad: torch.Tensor, weight: tuple, columns: int) -> torch.Tensor:
+def backward(grad: torch.Tensor, weight: tuple, columns: int, thin: Thin | None = None) -> torch.Tensor:
     """(tokens, rows) -> g W, (tokens, columns). weight: packed, constants, levels, block_size."""
     block_size, rows = weight[3], grad.shape[1]
     width = columns if rows * columns <= PANEL else max(1, PANEL // rows)
@@ -123,11 +135,32 @@ def backward(grad: torch.Tensor, weight: tuple, columns: int) -> torch.Tensor:
         cpu.dequantize_blocks(weight, panel, first, columns)
         return panel.t()
 
-    return _by_panels(grad, columns, width, panel_of)
+    return _by_panels(grad, columns, width, panel_of, thin)
 
 
-def _by_panels(x: torch.Tensor, size: int, step: int, panel_of) -> torch.Tensor:
-    """x times each panel_of(first, stop), (step, x.shape[1]), side by side: (len(x), size)."""
+def outer(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """low^T x in float32, (r, columns), from low (tokens, r) float32 and x (tokens, columns): an adapter's gradient."""
+    total = low.new_zeros(low.shape[1], x.shape[1])
+    tile = max(1, TILE // x.shape[1])
+    for some_low, some in zip(low.split(tile), x.split(tile), strict=True):
+        total.addmm_(some_low.t(), _widened(some))
+    return total
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float32 else _buffer("wide", x.shape, torch.float32).copy_(x)
+
+
+def _add_thin(out: torch.Tensor, x: torch.Tensor, thin: Thin | None) -> torch.Tensor:
+    if thin is None:
+        return out
+    low = x @ thin.down.to(x.dtype)  # (tokens, r)
+    thin.low.copy_(low)
+    return out.addmm_(low, thin.up.to(x.dtype))
+
+
+def _by_panels(x: torch.Tensor, size: int, step: int, panel_of, thin: Thin | None) -> torch.Tensor:
+    """x times each panel_of(first, stop), (step, x.shape[1]), side by side, and x down up added: (len(x), size)."""
     out = torch.empty(len(x), size, dtype=x.dtype, device="cpu")
     narrow = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and race().use_bfloat16)
     multiply = _onednn if x.dtype == torch.float32 and race().use_onednn else _blas
@@ -135,14 +168,18 @@ def _by_panels(x: torch.Tensor, size: int, step: int, panel_of) -> torch.Tensor:
         for first in range(0, size, step):
             stop = min(first + step, size)
             multiply(x, panel_of(first, stop, x.dtype), out[:, first:stop])
-        return out
+        return _add_thin(out, x, thin)
     tile = max(1, TILE // max(x.shape[1], min(step, size)))
     for start in range(0, len(x), tile):
         some = x[start : start + tile]
-        wide = _buffer("wide", some.shape, torch.float32).copy_(some)
+        wide = _widened(some)
+        if thin is not None:
+            low = torch.mm(wide, thin.down, out=thin.low[start : start + tile])
         for first in range(0, size, step):
             stop = min(first + step, size)
             product = _buffer("product", (len(some), stop - first), torch.float32)
             multiply(wide, panel_of(first, stop, torch.float32), product)
+            if thin is not None:
+                product.addmm_(low, thin.up[:, first:stop])
             out[start : start + tile, first:stop] = product
     return out

@@ -6,7 +6,7 @@ from torch import nn
 
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapters, add_lora
-from qlora_lab.quant.quantize import quantize
+from qlora_lab.quant.quantize import dequantize, quantize
 
 
 def model() -> nn.Module:
@@ -31,6 +31,60 @@ def test_computes_its_definition():
     x = torch.randn(5, 32)
     want = x @ (base.weight + 10 / 4 * lora.lora_B @ lora.lora_A).t() + base.bias
     torch.testing.assert_close(lora(x), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])  # with dropout the formula runs, without it one pass over x
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 40])  # few tokens have a product of their own
+def test_gradients_are_those_of_the_definition(tokens, dtype, dropout, kernels, monkeypatch):
+    monkeypatch.setenv("QLORA_LAB_KERNELS", kernels)
+    g = torch.Generator().manual_seed(0)
+    base = Linear4bit(quantize(torch.randn(24, 128, generator=g)), nn.Parameter(torch.randn(24, generator=g)))
+    lora = LoRALinear(base, r=4, alpha=10, dropout=dropout, generator=g)
+    nn.init.normal_(lora.lora_B, generator=g)
+    x = torch.randn(2, tokens, 128, generator=g).to(dtype).requires_grad_()
+    y = lora(x)
+    up = torch.randn(y.shape, generator=g).to(dtype)
+    y.backward(up)
+
+    exact, A, B = (p.detach().double().requires_grad_() for p in (x, lora.lora_A, lora.lora_B))
+    W = dequantize(base.weight, torch.float32).double()
+    want = exact @ (W + 10 / 4 * B @ A).t() + base.bias.double()
+    want.backward(up.double())
+    assert (y.dtype, x.grad.dtype, lora.lora_A.grad.dtype, lora.lora_B.grad.dtype) == (
+        dtype,
+        dtype,
+        *[torch.float32] * 2,
+    )
+    for ours, theirs in ((y, want), (x.grad, exact.grad), (lora.lora_A.grad, A.grad), (lora.lora_B.grad, B.grad)):
+        # a few roundings of sums whose terms cancel: against the largest value, since bf16 has 8 bits
+        assert (ours.double() - theirs).abs().max() < 4 * torch.finfo(dtype).eps * theirs.abs().max()
+
+
+def test_x_is_kept_once_and_the_first_layer_needs_no_gradient():
+    lora = LoRALinear(Linear4bit(quantize(torch.ones(64, 128))), r=4)
+    nn.init.ones_(lora.lora_B)
+    kept = []
+    x = torch.ones(40, 128, dtype=torch.bfloat16)  # as an embedding gives it: frozen
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = lora(x)
+    assert sum(t.nbytes for t in kept) == x.nbytes + 4 * (40 * 4 + 4 * 128 + 64 * 4)  # x A^T, A and B in float32
+    y.backward(torch.ones_like(y))
+    assert torch.allclose(lora.lora_A.grad, torch.full((4, 128), 64 * 40 * 4.0)), "scaling is 16 / 4"
+    assert torch.allclose(lora.lora_B.grad, 40 * 4.0 * lora.lora_A.detach().sum(1).expand(64, 4), rtol=1e-4)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_keeps_the_adapter_float32(enabled):
+    lora = LoRALinear(Linear4bit(quantize(torch.ones(64, 128))), r=4)
+    nn.init.ones_(lora.lora_B)
+    x = torch.ones(40, 128, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        y = lora(x)
+    y.sum().backward()
+    assert y.dtype == (torch.bfloat16 if enabled else torch.float32)
+    assert x.grad.dtype == lora.lora_A.grad.dtype == lora.lora_B.grad.dtype == torch.float32
 
 
 def test_lora_A_starts_within_one_over_root_in_features():

@@ -64,6 +64,31 @@ def test_products_are_right(shape, dtype, winner, narrow):
             assert_near(product.backward(grad, q.plain, columns), grad, weight)
 
 
+@pytest.mark.parametrize("dtype", BOUND)
+def test_two_thin_matrices_are_added_to_the_weight(dtype, winner, narrow):
+    g = torch.Generator().manual_seed(0)
+    q = quantize(0.02 * torch.randn(96, 384, generator=g), double_quant=True)
+    W, A, B = dequantize(q, torch.float32), *(0.1 * torch.randn(s, generator=g) for s in ((4, 384), (96, 4)))
+    bound = max(4 * torch.finfo(dtype).eps, 2.0**-19)  # of the largest: a few roundings, or float32 sums of 384 terms
+
+    def check(result, exact):
+        assert (result.double() - exact).abs().max() < bound * exact.abs().max()
+
+    for tokens in (1, 3, 40):
+        x, grad = (torch.randn(tokens, n, generator=g).to(dtype) for n in (384, 96))
+        for run, base, left, down, up in (
+            (lambda thin, x=x: product.forward(x, q.plain, 96, thin), W.t(), x, A.t(), B.t()),
+            (lambda thin, grad=grad: product.backward(grad, q.plain, 384, thin), W, grad, B, A),
+        ):
+            low = torch.full((tokens, 4), torch.nan)
+            poison()
+            check(run(product.Thin(down, up, low)), left.double() @ (base.double() + down.double() @ up.double()))
+            check(low, left.double() @ down.double())
+            assert torch.equal(run(product.Thin(down, 0 * up, low)), run(None)), "an adapter of zero changed the result"
+            poison()
+            check(product.outer(low, left), low.double().t() @ left.double())
+
+
 @pytest.mark.parametrize("tokens", range(1, cpu.MAX_TOKENS + 1))
 @pytest.mark.skipif(not cpu.FAST, reason="multiply_blocks needs AVX2 or AVX-512")
 def test_a_few_tokens(tokens):
