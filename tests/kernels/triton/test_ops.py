@@ -10,6 +10,7 @@ from triton.runtime import driver
 
 import qlora_lab as ql
 from qlora_lab import kernels
+from qlora_lab.finetune import adamw_8bit as readable_adamw
 from qlora_lab.kernels import OVERRIDE, choose
 from qlora_lab.kernels.triton import dispatch, ops
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
@@ -151,6 +152,17 @@ def test_a_block_that_is_not_finite_on_a_gpu(name, on_the_gpu, monkeypatch):
     monkeypatch.setattr(kernels, "choose", choose)
     twin = quantize(given, name, 64, keep_non_finite=True)
     assert torch.equal(q.packed, twin.packed) and torch.equal(q.absmax.isnan(), twin.absmax.isnan())
+
+
+def test_a_step_of_adamw_on_a_gpu(monkeypatch):
+    grad, state = torch.randn(600), [torch.zeros(n, dtype=t) for n, t in 2 * [(600, torch.uint8), (3, torch.float32)]]
+    ours, twin = ([torch.ones(600), *(t.clone() for t in state)] for _ in range(2))
+    how = readable_adamw.AdamW(1, lr=1e-2)
+    readable_adamw.adamw_8bit(twin[0], grad, *twin[1:], how)
+    monkeypatch.setattr(readable_adamw, "choose", lambda device: choose("cuda"))
+    readable_adamw.change_8bit(ours[0], grad, *ours[1:], how)
+    assert all(torch.equal(a, b) for a, b in zip(ours, twin, strict=True))
+    assert choose("cuda").adamw is ops
 
 
 @pytest.mark.parametrize("tokens", [1, 20, TOKENS + 1])

@@ -251,16 +251,11 @@ def test_adamw(n, dtype, size):
     tables = first, midpoints(first), second, midpoints(second)
     n_blocks = -(-n // readable.BLOCK)
     state = [torch.zeros(n, dtype=torch.uint8), torch.zeros(n_blocks)] * 2
-    ours, twin = ([torch.randn(n, generator=g).to(dtype), *(t.clone() for t in state)] for _ in range(2))
+    given = torch.randn(n, generator=g).to(dtype)
+    ours, twin = ([given.clone(), *(t.clone() for t in state)] for _ in range(2))
     for step in (1, 2, 3):
         how = readable.AdamW(step=step, lr=1e-2, weight_decay=0.1)
-        grad, before = (size * torch.randn(n, generator=g)).to(dtype), ours[0].double()
-        twin[0].copy_(ours[0])
+        grad = (size * torch.randn(n, generator=g)).to(dtype)
         adamw_8bit(ours[0], grad, *ours[1:], tables, how.scalars, TINY)
         readable.adamw_8bit(twin[0], grad, *twin[1:], how)
-        assert all(torch.equal(a, b) for a, b in zip(ours[1:], twin[1:], strict=True)), step
-        # torch's float32 square root is off by one step for 58 of 10,000 values, the kernel's is the nearest: that
-        # reaches the parameter as a few steps of its change, and one of its own where it rounds the other way
-        change = (twin[0].double() - before).abs()
-        limit = 4 * UNIT[torch.float32] * (change + before.abs()) + 2 * UNIT[dtype] * twin[0].double().abs()
-        assert ((ours[0].double() - twin[0].double()).abs() <= limit).all(), step
+        assert all(torch.equal(a, b) for a, b in zip(ours, twin, strict=True)), step
