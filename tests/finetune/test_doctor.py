@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qlora_lab.finetune import doctor_checks
+import qlora_lab as ql
+from qlora_lab.finetune import doctor, doctor_checks
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, collate, encode_all, pad_token_id
 from qlora_lab.finetune.doctor import diagnose
 from qlora_lab.finetune.doctor_checks import (
@@ -90,6 +91,18 @@ def state(model):
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     flags = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in model.modules()]
     return tensors, hooks, flags, torch.get_rng_state().tolist()
+
+
+@pytest.mark.slow
+def test_the_default_model():
+    """In bf16, whose rounding is nearest to a wrong average."""
+    model, tokenizer = ql.load("smollm2-135m", dtype=torch.bfloat16, progress=False)
+    ql.add_lora(model)
+    report = diagnose(model, tokenizer, progress=False)
+    assert report.ok and {f.status for f in report.findings} == {"ok"}, str(report)
+    encoded = encode_all(ql.load_data("docstrings"), tokenizer, 256, doctor.SAMPLED)[0]
+    found = accumulation(model, doctor._few(encoded), pad_token_id(tokenizer), averages)
+    assert found.status == "problem", found.message
 
 
 @pytest.mark.parametrize("name", sorted(THREADS))
@@ -234,12 +247,14 @@ def test_a_base_that_is_changed(model, batch):
     assert f"a step changed {BROKEN}.base.weight.packed of the base" in live_adapters(model, batch).message
 
 
-def test_accumulation_that_averages_averages(model, encoded, tokenizer):
-    def averages(model, batches):
-        for one in batches:
-            summed, count = answer_loss(model, one)
-            (summed / count / len(batches)).backward()
+def averages(model, batches):
+    """The mean of each batch's mean, which is not the mean over all tokens."""
+    for one in batches:
+        summed, count = answer_loss(model, one)
+        (summed / count / len(batches)).backward()
 
+
+def test_accumulation_that_averages_averages(model, encoded, tokenizer):
     pad = pad_token_id(tokenizer)
     sound, faulty = accumulation(model, encoded[:8], pad), accumulation(model, encoded[:8], pad, averages)
     assert sound.status == "ok" and sound.message.startswith("8 at once and 8 times 1 differ by ")

@@ -152,5 +152,11 @@ def test_nothing_is_left_behind_by_an_error(model, batch):
     assert hooks == hook_counts(model)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_each_kind_of_bad_value(tiny_llama, batch, bad):
+    tiny_llama.model.norm.weight.data[5] = bad
+    assert first_nonfinite(tiny_llama, batch).name == "model.norm.weight"
+
+
 def test_a_model_without_anything_to_train(tiny_llama, batch):
     assert first_nonfinite(tiny_llama.requires_grad_(False), batch) is None
