@@ -14,7 +14,7 @@ CELLS = [
 TRAINING = "run = await ql.live(toy_training('run', steps=100_000, save_every=0))"
 ADD_CELL = "() => window.jupyterapp.commands.execute('notebook:insert-cell-below')"
 EDIT = "() => window.jupyterapp.commands.execute('notebook:enter-edit-mode')"
-RUN = "() => { window.ran = window.jupyterapp.commands.execute('notebook:run-cell').then(() => window.ended = true) }"
+RUN = "() => { window.jupyterapp.commands.execute('notebook:run-cell').then(() => window.ended = true) }"
 STEPS = re.compile(r"Training loss over (\d+) of 100000 steps")
 
 
@@ -46,6 +46,7 @@ def test_widgets_work_while_a_cell_trains(open_notebook, tmp_path):
     expect(picture).not_to_have_attribute("src", pixels, timeout=10_000)
     assert step_of(picture) > before
     expect(panel).to_contain_text(re.compile(r"step \d+ of 100000, loss \d\.\d+, \d+ tokens per second, .* left"))
+    panel.scroll_into_view_if_needed()
     page.screenshot(path=tmp_path / "training.png")
     assert page.evaluate("window.ended") is None  # all of this while the cell was running
 
@@ -56,4 +57,6 @@ def test_widgets_work_while_a_cell_trains(open_notebook, tmp_path):
     expect(ended).to_have_count(1)
     run_cell(page, "print(run.ended, len(run.losses), run.adapter.exists())")
     expect(page.locator(".jp-OutputArea-output").last).to_have_text(f"asked to stop {step_of(ended)} True")
+    assert "2 steps" in lab.move("Bits", "Home")  # and sliders work on after it
+    ended.scroll_into_view_if_needed()
     page.screenshot(path=tmp_path / "stopped.png")

@@ -3,11 +3,15 @@
 import asyncio
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -18,6 +22,7 @@ from qlora_lab.finetune.checkpoint import saved_steps
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.show import live as module
 from qlora_lab.show.live import LivePlot, live
+from tools.notebooks import execute, normalise, text_of
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +226,7 @@ def test_the_interrupt_button_of_a_real_kernel(kernel):
     """It raises no CancelledError, as it does in other cells that await; the kernel lives, and goes on by resume."""
     here = str(Path(__file__).parent)
     setup = f"import sys, time; sys.path.insert(0, {here!r})\nfrom toy_training import *\nimport qlora_lab as ql"
-    slow = "training.model.register_forward_hook(lambda *_: (print('in a step'), time.sleep(0.3)))"
+    slow = "training.model.register_forward_hook(lambda *_: print('in a step') or time.sleep(0.3))"
     kernel.texts(kernel.start(setup))
     cell = kernel.start(f"training = toy_training('run', 100)\n{slow}\nawait ql.live(training)")
     kernel.texts(cell, until="in a step")
@@ -235,3 +240,21 @@ def test_the_interrupt_button_of_a_real_kernel(kernel):
     assert text == f"{steps} asked to stop\n"
     rest = "(await ql.live(toy_training('run', 100, resume=True))).ended"
     assert kernel.texts(kernel.start(f"print({rest})"))[-1] == "all steps\n"
+
+
+@pytest.mark.slow
+def test_what_a_notebook_stores_passes_nbval(tmp_path):
+    cells = ["from toy_training import *\nimport qlora_lab as ql", "run = await ql.live(toy_training('run', 20))"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    shutil.copy(Path(__file__).parent / "toy_training.py", tmp_path)
+    stored = normalise(execute(notebook, tmp_path))
+    texts = [output.data["text/plain"] for output in stored.cells[1].outputs]
+    assert texts[-2] == "training: 20 steps of 4 examples" and "over 20 of 20 steps: mean of" in texts[-1]
+    assert "<img alt=" in stored.cells[1].outputs[-1].data["text/html"]
+    (tmp_path / "live.ipynb").write_text(text_of(stored))
+    shutil.rmtree(tmp_path / "run")
+    options = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=120", "-p", "no:cacheprovider"]
+    rules = Path(__file__).parents[2] / "nbval_sanitize.cfg"
+    command = [sys.executable, "-m", "pytest", *options, f"--nbval-sanitize-with={rules}", f"--rootdir={tmp_path}"]
+    done = subprocess.run([*command, "live.ipynb"], cwd=tmp_path, capture_output=True, text=True)
+    assert "2 passed" in done.stdout, done.stdout[-3000:]
