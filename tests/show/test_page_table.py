@@ -78,7 +78,10 @@ def test_marks_lie_in_their_cells():
     for kind in (FAULT, LEAVES):
         (x,), (y,) = explorer.marks[kind].get_data()
         assert explorer.pages.image.get_array()[int(y * rows), int(x * columns)] == kind
+        assert (x * columns % 1, y * rows % 1) == pytest.approx((0.5, 0.5))
     assert len(explorer.marks[HIT].get_xdata()) == 0
+    ages, last = explorer.frames.image.get_array().compressed(), explorer.result["last"]
+    assert ages[last.frame] == 1 and ages[explorer.result["table"][last.evicted + 1]] == 0  # which leaves next
 
 
 def test_each_kind_has_its_number():
