@@ -55,9 +55,9 @@ class LowRankExplorer(Explorer):
 
     def controls(self):
         return {
-            "r": Slider("Rank r", 8, low=1, high=SIZES[0], unit="columns of B"),
+            "r": Slider("Rank r", 8, low=1, high=SIZES[0]),
             "size": Slider("Size d", 64, choices=SIZES, unit="rows and columns"),
-            "decay": Slider("Decay", 1.0, low=0.0, high=3.0, step=0.25, unit="power of 1/k"),
+            "decay": Slider("Decay", 1.0, low=0.0, high=3.0, step=0.25),
         }
 
     @staticmethod
@@ -74,7 +74,7 @@ class LowRankExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (*squares, right) = new_figure(4, width=8.5, height=2.5)
+        fig, (*squares, right) = new_figure(4, width=7.2, height=2.3)
         self.images = [ax.imshow([[0]], extent=(0, 1, 0, 1), cmap="RdBu", interpolation="nearest") for ax in squares]
         for ax in squares:
             ax.set(xticks=[], yticks=[])
