@@ -4,12 +4,14 @@ In: a known name, a local folder, or a hub id. Out: (model, tokenizer), the mode
 Peak memory is the quantised model plus the largest tensor, never the full-precision model: the model is built on the
 meta device, where tensors have shapes and no bytes, and each weight is read, quantised and dropped before the next.
 
+A folder that is in 4 bits already (quantized_folder.py) is mapped: no tensor is read before it is used.
 Embeddings, lm_head and norms keep their precision. Buffers that no checkpoint holds (rotary frequencies) are computed.
 Not here: finding and fetching the folder (fetch.py), adapters (lora.py).
 """
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, is_quantisable
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, quantize
+from qlora_lab.quant.serialize import from_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +45,7 @@ def load(
     """A quantised model and its tokenizer.
 
     codebook: a name that qlora_lab.codebook knows, or None for no quantisation. block_size, double_quant: see quantize.
+    A folder that is quantised already has its own.
     dtype: of everything that is not quantised, and of the computation; None takes bf16 where the machine multiplies it
     fast, else float32 (fp16 on an older GPU). device: None takes a CUDA GPU if there is one.
     Raises ValueError for a name or option that is not known, FileNotFoundError for a folder without a model, and
@@ -55,11 +59,18 @@ def load(
     dtype = dtype or fast_dtype(device)
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype={dtype} is not supported: choose float32, bfloat16 or float16 of torch")
-    model = _empty_model(folder, dtype)
+    model = empty_model(folder, dtype)
     model.config._name_or_path = model.name_or_path = _public_name(name_or_path)
-    expected, absent = _expected(model), _missing_is_fine(model)
-    for name, tensor in _read(folder, expected, absent, progress):
-        _place(model, name, tensor.to(device), codebook, block_size, double_quant, dtype)
+    if stored := stored_options(folder):
+        asked = codebook, block_size, double_quant
+        if asked not in (("nf4", 64, True), stored):
+            raise ValueError(
+                f"{folder} is quantised as {stored}, not as {asked}: leave the options out, or load the original"
+            )
+        _map(model, folder, device, dtype, progress)
+    else:
+        for name, tensor in _read(folder, expected_shapes(model), may_lack(model), progress):
+            _place(model, name, tensor.to(device), codebook, block_size, double_quant, dtype)
     _compute_buffers(model, device)
     model.tie_weights()
     return model.requires_grad_(False).eval(), _tokenizer(folder)
@@ -95,14 +106,13 @@ def _tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return kind.from_pretrained(folder)
 
 
-def _empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(
-            f"{folder} holds a model that is quantised already: load the original, which is quantised here"
-        )
+    stored_options(folder)  # raises
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # it is for transformers' own loader
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if (folder / "generation_config.json").exists():
@@ -110,46 +120,101 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     return model
 
 
-def _expected(model: nn.Module) -> dict[str, torch.Size]:
+def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _missing_is_fine(model: "PreTrainedModel") -> set[str]:
+def may_lack(model: "PreTrainedModel") -> set[str]:
     """A tied head is the embedding; files hold it twice or once."""
     return {f"{HEAD}.weight"} if model.config.tie_word_embeddings else set()
+
+
+def stored_options(folder: Path) -> tuple[str, int, bool] | None:
+    """(codebook, block size, double quantization) of a folder in 4 bits (quantized_folder.py); None for an original.
+
+    Raises ModelError for a model that is quantised by anything else.
+    """
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if not found:
+        return None
+    if found.get("quant_method") not in ("bitsandbytes", "qlora_lab") or not found.get("load_in_4bit"):
+        method = found.get("quant_method", "an unknown method")
+        raise ModelError(f"{folder} holds a model quantised by {method}: load the original, which is quantised here")
+    return (
+        found.get("bnb_4bit_quant_type", "fp4"),  # what is left out has bitsandbytes' default
+        found.get("block_size", 64),
+        found.get("bnb_4bit_use_double_quant", False),
+    )
+
+
+def _map(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype, progress: bool) -> None:
+    """Place what a folder in 4 bits holds. On the CPU nothing is read before it is used: tensors are views of files."""
+    files, expected = files_of(folder), expected_shapes(model)
+    parts: dict[str, list[str]] = {}
+    for key in files:
+        name, dot, _ = key.partition(".weight.")
+        parts.setdefault(f"{name}.weight" if dot else key, []).append(key)
+    check_names(folder, set(parts), set(expected), may_lack(model))
+    names = [name for name in parts if name in expected and name not in may_lack(model)]
+    if not any(len(parts[name]) > 1 for name in names):
+        raise ModelError(f"{folder} is quantised by its config.json, but not its tensors: mend one of the two")
+    with ExitStack() as stack:
+        stored = {path: stack.enter_context(opened(path)) for path in set(files.values())}
+        for name in tqdm(names, "mapping", unit="tensor", disable=not progress):
+            tensors = {key: stored[files[key]].get_tensor(key) for key in parts[name]}
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            if len(tensors) == 1:
+                tensor = tensors[name]
+            else:
+                try:
+                    tensor = from_tensors(tensors, name)
+                except (KeyError, ValueError) as error:
+                    raise ModelError(f"{files[name]}: {error.args[0]}") from None
+            _check_shape(files[name], name, tensor.shape, expected[name])
+            if len(tensors) == 1:
+                setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+            else:
+                model.set_submodule(path, Linear4bit(tensor.to(device), module.bias))
 
 
 def _read(
     folder: Path, expected: dict[str, torch.Size], absent: set[str], progress: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    files = _files_of(folder)
-    _check_names(folder, set(files), set(expected), absent)
+    files = files_of(folder)
+    check_names(folder, set(files), set(expected), absent)
     names = [name for name in files if name in expected and name not in absent]
     bar = tqdm(names, "loading", unit="tensor", disable=not progress)
     for name in bar:
         bar.set_postfix_str(name.removeprefix("model."), refresh=False)
-        # Opened anew for each tensor: closing is what gives the pages of the last one back.
-        with _opened(files[name]) as stored:
-            tensor = stored.get_tensor(name)
-            if tensor.shape != expected[name]:
-                given, wanted = tuple(tensor.shape), tuple(expected[name])
-                raise ModelError(f"{files[name]}: {name} has shape {given}, but config.json asks for {wanted}")
-            yield name, tensor
-            del tensor
+        yield name, read_tensor(files[name], name, expected[name])
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
+def read_tensor(file: Path, name: str, shape: torch.Size) -> torch.Tensor:
+    """A view of the file, which is opened anew for each tensor: dropping it is what gives its pages back."""
+    with opened(file) as stored:
+        tensor = stored.get_tensor(name)
+    _check_shape(file, name, tensor.shape, shape)
+    return tensor
+
+
+def _check_shape(file: Path, name: str, given: torch.Size, wanted: torch.Size) -> None:
+    if given != wanted:
+        raise ModelError(f"{file}: {name} has shape {tuple(given)}, but config.json asks for {tuple(wanted)}")
+
+
+def files_of(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it, in the files' order."""
     files = {}
     for path in weight_files(folder):
-        with _opened(path) as stored:
+        with opened(path) as stored:
             for name in stored.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
                 if files.setdefault(name, path) != path:
                     raise ModelError(f"{name} is in {files[name].name} and in {path.name}: keep one of the two files")
     return files
 
 
-def _check_names(folder: Path, found: set[str], expected: set[str], absent: set[str]) -> None:
+def check_names(folder: Path, found: set[str], expected: set[str], absent: set[str]) -> None:
     missing = sorted(expected - absent - found)
     extra = sorted(n for n in found - expected if not n.endswith("rotary_emb.inv_freq"))  # old exports hold this buffer
     for names, what in ((missing, "missing from"), (extra, "not part of the model, but in")):
@@ -159,7 +224,7 @@ def _check_names(folder: Path, found: set[str], expected: set[str], absent: set[
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+def opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as stored:
             yield stored
@@ -167,10 +232,16 @@ def _opened(path: Path) -> Iterator[safe_open]:
         raise ModelError(f"{path} is cut off or no safetensors file ({error}): delete it and fetch it again") from None
 
 
+def is_linear_weight(model: nn.Module, name: str) -> bool:
+    """Whether `name` is the weight of a layer to quantise."""
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and is_quantisable(path, model.get_submodule(path))
+
+
 def _place(model, name, tensor, codebook, block_size, double_quant, dtype) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if codebook is not None and leaf == "weight" and is_quantisable(path, module):
+    if codebook is not None and is_linear_weight(model, name):
         weight = quantize(tensor, codebook, block_size, double_quant, name=name)
         model.set_submodule(path, Linear4bit(weight, module.bias))
     else:

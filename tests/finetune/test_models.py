@@ -142,11 +142,29 @@ def test_options_are_checked_before_anything_is_read(folder, kwargs, message):
         quiet(folder, **kwargs)
 
 
-def test_a_model_that_is_quantised_already_is_refused(folder):
+@pytest.mark.parametrize(
+    "quantised, message",
+    [
+        ({"quant_method": "gptq", "bits": 4}, "holds a model quantised by gptq: load the original"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised by bitsandbytes: load the original"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "not as .*leave",
+        ),
+    ],
+)
+def test_a_model_that_is_quantised_otherwise_is_refused(folder, quantised, message):
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match="quantised already: load the original"):
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        quiet(folder, "fp4")
+
+
+def test_tensors_that_are_not_what_config_json_says(folder):
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(RuntimeError, match="is quantised by its config.json, but not its tensors"):
         quiet(folder)
 
 

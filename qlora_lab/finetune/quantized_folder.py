@@ -1,0 +1,156 @@
+"""A model folder whose linear layers are quantised on disk: made once, piece by piece, and then mapped in seconds.
+
+In: whatever `load` takes. Out: a folder with config.json, the tokenizer and safetensors by bitsandbytes' key names:
+`load` maps it, and for nf4 and fp4 transformers with bitsandbytes reads it too.
+Source: quant/serialize.py has the names; transformers' BitsAndBytesConfig those in config.json.
+
+The work is cut into pieces of at most PIECE bytes, each written beside its place and renamed. An interrupted call
+goes on behind its last whole piece when it is repeated, and the folder is the same to the byte. config.json comes last:
+without it the folder is no model yet.
+Peak memory: one piece, quantised, and the largest tensor.
+Not here: reading it (models.py).
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from qlora_lab.finetune.fetch import HUB_FILES, resolve
+from qlora_lab.finetune.files import replacing_file
+from qlora_lab.finetune.linear4bit import HEAD
+from qlora_lab.finetune.models import (
+    check_names,
+    empty_model,
+    expected_shapes,
+    files_of,
+    is_linear_weight,
+    may_lack,
+    opened,
+    read_tensor,
+)
+from qlora_lab.quant.blocks import check_block_size
+from qlora_lab.quant.codebook import codebook as named_codebook
+from qlora_lab.quant.quantize import quantize
+from qlora_lab.quant.serialize import BITSANDBYTES_READS, to_tensors
+
+PIECE = 2**30  # bytes of the original's tensors in a file: a quarter of that in memory, a few seconds of work
+CONFIG, INDEX, UNFINISHED = "config.json", "model.safetensors.index.json", "quantizing.json"
+COPIED = [name for name in HUB_FILES if "model" not in name.split(".")[0] and name != CONFIG] + ["source.json"]
+
+
+def quantize_folder(
+    name_or_path: str | Path,
+    out: str | Path,
+    codebook: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    progress: bool = True,
+) -> Path:
+    """Write a quantised copy of a model to the folder `out`, or finish one that was interrupted. Returns `out`.
+
+    Raises what `load` raises, FileExistsError for a folder that holds anything else, and ValueError for one that was
+    begun from another model or with other options.
+    """
+    named_codebook(codebook)
+    check_block_size(block_size)
+    out, source = Path(out), resolve(name_or_path, progress=progress)
+    model = empty_model(source, torch.float32)
+    shapes, files = expected_shapes(model), files_of(source)
+    check_names(source, set(files), set(shapes), may_lack(model))
+    names = [name for name in files if name in shapes and name not in may_lack(model)]
+    plan = {"codebook": codebook, "block_size": block_size, "double_quant": double_quant}
+    pieces = _pieces(names, files)
+    _begin(out, plan | {"pieces": pieces, "source": _identity(source, files)})
+    weight_map, total = {}, len(pieces)
+    bar = tqdm(total=len(names), desc="quantising", unit="tensor", disable=not progress)
+    for number, piece in enumerate(pieces, 1):
+        file = out / f"model-{number:05}-of-{total:05}.safetensors"
+        if not file.exists():  # else it was finished by an earlier call: a file only gets its name when it is whole
+            tensors = {}
+            for name in piece:
+                bar.set_postfix_str(name.removeprefix("model."), refresh=False)
+                tensor = read_tensor(files[name], name, shapes[name])
+                if is_linear_weight(model, name):
+                    tensors |= to_tensors(quantize(tensor, codebook, block_size, double_quant, name=name), name)
+                else:
+                    tensors[name] = tensor.clone()  # off the file
+                bar.update()
+            with replacing_file(file) as new:
+                # tables are shared by all weights, and safetensors stores no tensor under two names
+                save_file({key: _own(key, value) for key, value in tensors.items()}, new, metadata={"format": "pt"})
+        else:
+            bar.update(len(piece))
+        with opened(file) as stored:
+            weight_map |= dict.fromkeys(stored.keys(), file.name)
+    bar.close()
+    _finish(out, source, plan, weight_map)
+    return out
+
+
+def _own(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if key.endswith("quant_map") else tensor
+
+
+def _pieces(names: list[str], files: dict[str, Path]) -> list[list[str]]:
+    """The names in their order, cut into lists of at most PIECE bytes."""
+    pieces, room = [], 0
+    for name in names:
+        with opened(files[name]) as stored:
+            piece = stored.get_slice(name)
+        nbytes = torch.Size(piece.get_shape()).numel() * (4 if piece.get_dtype() == "F32" else 2)
+        if not pieces or nbytes > room:
+            pieces.append([])
+            room = PIECE
+        pieces[-1].append(name)
+        room -= nbytes
+    return pieces
+
+
+def _identity(source: Path, files: dict[str, Path]) -> dict:
+    """What tells a source from another, without reading all of it."""
+    stored = {path.name: path.stat() for path in sorted(set(files.values()))}
+    return {"folder": str(source.resolve()), "files": {n: [s.st_size, s.st_mtime_ns] for n, s in stored.items()}}
+
+
+def _begin(out: Path, plan: dict) -> None:
+    if (out / CONFIG).exists():
+        raise FileExistsError(f"{out} holds a model already: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / UNFINISHED).exists():
+        begun = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+        if differing := [name for name in plan if begun.get(name) != plan[name]]:
+            name = differing[-1]
+            raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
+    elif any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: choose a folder of its own")
+    else:
+        with replacing_file(out / UNFINISHED) as new:
+            new.write_text(json.dumps(plan) + "\n", encoding="utf-8")
+
+
+def _finish(out: Path, source: Path, plan: dict, weight_map: dict[str, str]) -> None:
+    """All that is small; config.json, which makes a model of the folder, last."""
+    size = sum((out / name).stat().st_size for name in set(weight_map.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes" if plan["codebook"] in BITSANDBYTES_READS else "qlora_lab",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": plan["codebook"],
+        "bnb_4bit_use_double_quant": plan["double_quant"],
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "llm_int8_skip_modules": [HEAD],
+        "block_size": plan["block_size"],
+    }
+    for name in COPIED:
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
+    for name, content in ((INDEX, index), (CONFIG, config)):
+        with replacing_file(out / name) as new:
+            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (out / UNFINISHED).unlink()
