@@ -96,3 +96,23 @@ def test_the_bench_of_a_training_step_runs(tmp_path):
     assert max(losses) - min(losses) < 0.01, losses
     assert {"base products", "LoRA products", "decoding", "attention", "head and loss"} <= set(case["profile"]["ours"])
     assert "PEFT, prepared, stock" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["step.json"]
+
+
+@pytest.mark.slow
+def test_the_bench_of_a_7b_model_runs(tmp_path):
+    command = [
+        sys.executable,
+        "bench/seven_b.py",
+        "--quick",
+        "--scratch",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "7b.json"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    stages = json.loads((tmp_path / "7b.json").read_text())["stages"]
+    assert list(stages) == ["load", "quantise", "map_again", "step", "answer"]
+    assert stages["step"]["tokens"] == 512 and stages["step"]["learned_tokens"] == 64
+    assert stages["map_again"]["folder_bytes"] < 0.75 * 2 * 157_696  # of all parameters in bf16, a third in embeddings
+    assert [p.name for p in tmp_path.iterdir()] == ["7b.json"]  # 14 GB of scratch would be missed
