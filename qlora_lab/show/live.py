@@ -36,7 +36,8 @@ from qlora_lab.show.slider import Button
 
 WINDOW = 10  # steps of the smoothed line, of the speed, and of the first and the last mean in the sentence
 REDRAW_EVERY = 0.5  # seconds
-PAUSE = 0.01  # of a step's time, and not sleep(0): a press takes five turns of the kernel's loop, so it took five steps
+TURNS = 10  # of the kernel's loop after a step: a press needs five, so with one its answer came four steps later
+PAUSE = 0.01  # of a step's time for them, so that what waits in a socket arrives
 
 
 async def live(training: Training) -> Run:
@@ -62,7 +63,7 @@ async def live(training: Training) -> Run:
             plot.close()
         if plot and plot.lines:  # after an error too: what came before it
             plot.redraw()
-            display(Picture(plot.png, plot.summary()))
+            display(WithSentence(plot.png, plot.summary()))
     if training.result.ended == STOPPED and not (plot and plot.button.clicks):
         raise KeyboardInterrupt(
             f"stopped after step {len(training.lines)} of {training.settings.steps}, all of it saved in "
@@ -77,11 +78,21 @@ async def _train(training: Training, plot: "LivePlot | None") -> None:
             if plot:
                 plot.follow()
             try:
-                await asyncio.sleep(PAUSE * line["seconds"])
+                for _ in range(TURNS):
+                    await asyncio.sleep(PAUSE / TURNS * line["seconds"])
             except asyncio.CancelledError:  # whoever waited has given up: what was learned is saved
                 training.stop()
                 next(steps, None)
                 raise
+
+
+class WithSentence(Picture):
+    """A picture with its alt text underneath, for those who see it: that a stopped run goes on is said there alone."""
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
+        bundle = super()._repr_mimebundle_()
+        bundle["text/html"] += f'<div aria-hidden="true">{html.escape(self.alt)}</div>'  # spoken once, as the alt text
+        return bundle
 
 
 class LivePlot:

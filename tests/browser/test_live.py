@@ -55,6 +55,7 @@ def test_widgets_work_while_a_cell_trains(open_notebook, tmp_path):
     expect(panel).to_have_count(0)
     ended = page.get_by_role("img", name=re.compile("Ended: asked to stop; resume=True goes on$"))
     expect(ended).to_have_count(1)
+    expect(page.get_by_text("resume=True goes on")).to_be_visible()
     run_cell(page, "print(run.ended, len(run.losses), run.adapter.exists())")
     expect(page.locator(".jp-OutputArea-output").last).to_have_text(f"asked to stop {step_of(ended)} True")
     assert "2 steps" in lab.move("Bits", "Home")  # and sliders work on after it

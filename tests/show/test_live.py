@@ -35,6 +35,12 @@ def one_thread():
 
 
 @pytest.fixture
+def no_pixels(monkeypatch):
+    """A full draw takes 0.2 s."""
+    monkeypatch.setattr(module.Blit, "frame", lambda blit: b"png")
+
+
+@pytest.fixture
 def notebook(monkeypatch):
     """A kernel that records what is shown, stored and sent; `handled` are the widgets' messages it has served."""
     shown, stored, sent, handled = [], [], [], []
@@ -112,6 +118,7 @@ def test_the_curves_are_the_log(tmp_path):
     assert plot.left.get_xlim()[1] == 41
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_it_redraws_at_most_now_and_then(notebook, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "REDRAW_EVERY", 1e9)
     drawn, redraw = [], LivePlot.redraw
@@ -120,17 +127,19 @@ def test_it_redraws_at_most_now_and_then(notebook, tmp_path, monkeypatch):
     assert drawn == [1, 6]  # the first step, and the picture that stays
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_the_button_ends_the_run_after_the_step_and_it_can_be_resumed(notebook, tmp_path):
     whole = toy_training(tmp_path / "whole").run()
     training = toy_training(tmp_path / "run")
     run = asyncio.run(beside(training, lambda: notebook.shown[0].button.set_state({"clicks": 1})))
     assert (run.ended, run.losses) == ("asked to stop", whole.losses[:3])
-    assert notebook.shown[1].alt.endswith(". Ended: asked to stop; resume=True goes on")
+    assert "Ended: asked to stop; resume=True goes on</div>" in notebook.stored[1]["text/html"]  # seen, not only read
     rest = asyncio.run(live(toy_training(tmp_path / "run", resume=True)))
     assert rest.ended == "all steps" and rest.losses == whole.losses
     assert notebook.shown[3].alt.startswith("Training loss over 6 of 6 steps")  # the resumed run shows all of it
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_an_interrupt_ends_the_step_saves_and_is_a_keyboard_interrupt(notebook, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     training = toy_training(tmp_path / "run")
@@ -141,6 +150,7 @@ def test_an_interrupt_ends_the_step_saves_and_is_a_keyboard_interrupt(notebook, 
     assert "Training loss over 3 of 6 steps" in notebook.shown[1].alt
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_a_cancelled_run_is_saved(notebook, tmp_path):
     async def give_up():
         task = asyncio.current_task()
@@ -151,6 +161,7 @@ def test_a_cancelled_run_is_saved(notebook, tmp_path):
     assert saved_steps(tmp_path / "run") == [3]
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_an_error_surfaces_under_the_picture_of_what_came_before(notebook, tmp_path):
     training = toy_training(tmp_path / "run")
     spoil = next(iter(adapters(training.model).values())).lora_B.data.fill_
@@ -161,6 +172,7 @@ def test_an_error_surfaces_under_the_picture_of_what_came_before(notebook, tmp_p
     assert notebook.kernel.shell_handlers == before
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_an_error_before_the_first_step_leaves_no_picture(notebook, tmp_path):
     asyncio.run(live(toy_training(tmp_path / "run", steps=2)))
     training = toy_training(tmp_path / "run", overwrite=True)
@@ -170,6 +182,7 @@ def test_an_error_before_the_first_step_leaves_no_picture(notebook, tmp_path):
     assert len(notebook.shown) == 3  # panel and picture of the first run, the panel of the second
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_the_end_of_a_widgets_message_is_reported_once(notebook, tmp_path):
     handlers = notebook.kernel.shell_handlers
 
@@ -184,12 +197,18 @@ def test_the_end_of_a_widgets_message_is_reported_once(notebook, tmp_path):
     assert notebook.sent == [("idle", "moved"), ("busy", "cell")]  # a subshell's thread reports its own
 
 
+HERE = str(Path(__file__).parent)
+SETUP = f"import sys, time; sys.path.insert(0, {HERE!r})\nfrom toy_training import *\nimport qlora_lab as ql"
+SLOW = "training.model.register_forward_hook(lambda *_: print('in a step') or time.sleep(0.3))"
+
+
 class Kernel:
     """A real one, driven as a notebook does."""
 
     def __init__(self, folder):
         quiet = ["--log-level=ERROR"]
         self.manager, self.client = start_new_kernel(kernel_name="python3", cwd=str(folder), extra_arguments=quiet)
+        self.buttons = {}  # description -> id of its comm
 
     def start(self, source):
         return self.client.execute(source)
@@ -200,6 +219,8 @@ class Kernel:
         while True:
             message = self.client.get_iopub_msg(timeout=60)
             kind, content = message["msg_type"], message["content"]
+            if kind == "comm_open":
+                self.buttons[content["data"]["state"].get("description")] = content["comm_id"]
             if message["parent_header"].get("msg_id") != cell:
                 continue
             if kind == "status" and content["execution_state"] == "idle":
@@ -208,6 +229,11 @@ class Kernel:
                 texts.append(content.get("text") or content.get("evalue") or content["data"]["text/plain"])
                 if until and re.search(until, texts[-1]):
                     return texts
+
+    def press(self, button):
+        update = {"method": "update", "state": {"clicks": 1}, "buffer_paths": []}
+        content = {"comm_id": self.buttons[button], "data": update}
+        self.client.shell_channel.send(self.client.session.msg("comm_msg", content))
 
     def stop(self):
         self.client.stop_channels()
@@ -224,11 +250,8 @@ def kernel(tmp_path):
 @pytest.mark.slow
 def test_the_interrupt_button_of_a_real_kernel(kernel):
     """It raises no CancelledError, as it does in other cells that await; the kernel lives, and goes on by resume."""
-    here = str(Path(__file__).parent)
-    setup = f"import sys, time; sys.path.insert(0, {here!r})\nfrom toy_training import *\nimport qlora_lab as ql"
-    slow = "training.model.register_forward_hook(lambda *_: print('in a step') or time.sleep(0.3))"
-    kernel.texts(kernel.start(setup))
-    cell = kernel.start(f"training = toy_training('run', 100)\n{slow}\nawait ql.live(training)")
+    kernel.texts(kernel.start(SETUP))
+    cell = kernel.start(f"training = toy_training('run', 100)\n{SLOW}\nawait ql.live(training)")
     kernel.texts(cell, until="in a step")
     kernel.manager.interrupt_kernel()
     texts = kernel.texts(cell)
@@ -238,8 +261,16 @@ def test_the_interrupt_button_of_a_real_kernel(kernel):
         kernel.manager.interrupt_kernel()
     (text,) = kernel.texts(kernel.start("print(len(training.lines), training.result.ended)"))
     assert text == f"{steps} asked to stop\n"
-    rest = "(await ql.live(toy_training('run', 100, resume=True))).ended"
-    assert kernel.texts(kernel.start(f"print({rest})"))[-1] == "all steps\n"
+
+
+@pytest.mark.slow
+def test_a_real_kernel_serves_a_press_in_the_pause_after_the_step(kernel):
+    kernel.texts(kernel.start(SETUP))
+    cell = kernel.start(f"training = toy_training('run', 100)\n{SLOW}\nrun = await ql.live(training)")
+    kernel.texts(cell, until="in a step")
+    kernel.press("Stop after this step")
+    texts = kernel.texts(cell)
+    assert re.search(r"over [123] of 100 steps: .* Ended: asked to stop", texts[-1])  # with one turn of the loop: 5
 
 
 @pytest.mark.slow
