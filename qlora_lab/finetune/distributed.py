@@ -12,6 +12,7 @@ checkpoints need no second form. The sums run over all rows of a step, so gradie
 Not here: the loop (trainer.py). Not covered: tensor and pipeline parallelism, adapters or optimizer state in shards.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -204,6 +205,7 @@ class Sharded(_Several):
             ) from error
         finally:
             self.model, self._whole = self._original, []
+            gc.collect()  # FSDP2's objects hold each other, and with them the shards
             dist.destroy_process_group(self._apart)
 
     def _gather(self, shard: torch.Tensor) -> torch.Tensor:
@@ -213,7 +215,7 @@ class Sharded(_Several):
         part[: len(mine)] = mine
         whole = torch.empty(length * self.size, *shard.shape[1:], dtype=shard.dtype)
         dist.all_gather(list(_bytes(whole).split(part.nbytes)), _bytes(part), group=self._apart)
-        return whole[: len(shard)].to(mine.device)
+        return whole[: len(shard)].to(mine.device, copy=True)  # without the padding
 
 
 @contextmanager
@@ -256,9 +258,9 @@ def processes() -> Iterator[int]:
         yield 0
         return
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if gpus and int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
-        raise ValueError(f"--nproc-per-node is {os.environ['LOCAL_WORLD_SIZE']}, but here are {gpus} GPUs: one each")
     if gpus:
+        if local >= gpus:
+            raise ValueError(f"process {local} of this node has no GPU, there are {gpus}: --nproc-per-node {gpus}")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if gpus else "gloo", timeout=WAIT)
     try:
