@@ -1,6 +1,6 @@
 """A training step of SmolLM2-135M on the CPU: ours, PEFT with bitsandbytes, and the same step without quantisation.
 
-    python bench/train_step.py                     measure and write train_step.json, a quarter of an hour
+    python bench/train_step.py                     measure and write train_step.json, half an hour
     python bench/train_step.py --quick --out FILE  a toy model, two rounds: to see that it runs
 
 A step is forward, backward, clipping at 0.3 and AdamW, in bf16: 4 rows of 256 random tokens, LoRA r=16 on all linear

@@ -84,7 +84,7 @@ def test_the_bench_of_paging_runs(tmp_path):
 @pytest.mark.slow
 def test_the_bench_of_a_training_step_runs(tmp_path):
     command = [sys.executable, "bench/train_step.py", "--quick", "--out", str(tmp_path / "step.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     (case,) = json.loads((tmp_path / "step.json").read_text())["cases"]
     contenders = {"ours", "unquantised"} | {
@@ -109,7 +109,7 @@ def test_the_bench_of_a_7b_model_runs(tmp_path):
         "--out",
         str(tmp_path / "7b.json"),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     stages = json.loads((tmp_path / "7b.json").read_text())["stages"]
     assert list(stages) == ["load", "quantise", "map_again", "step", "answer"]
