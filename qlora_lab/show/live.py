@@ -5,8 +5,8 @@ when it ends, the picture and one sentence of numbers, which is what a stored no
 
     run = await live(Training(model, tokenizer, "docstrings", "runs/first", Settings(steps=60)))
 
-With `await` the kernel serves widgets between two steps: the button, and the sliders of other cells. A cell that does
-not await serves none before its end.
+With `await` the kernel (ipykernel 7.4 or newer) serves widgets between two steps: the button, and the sliders of other
+cells. A cell that does not await serves none before its end, and an older kernel never does; an interrupt always works.
 
 The thin grey curve is the mean length of a step's examples: with group_by_length it is a saw, and so is the loss.
 
