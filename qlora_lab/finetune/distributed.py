@@ -1,10 +1,10 @@
 """Who computes what in a run: one process, or several that share the rows of each step and, if asked, the base.
 
-In: a model with adapters. Out: an engine, whose `model` the loop calls for a loss. With several processes each has
+In: a model with adapters. Out: an engine, whose `model` the loop calls for a loss. What a process has:
     OneProcess    all rows, all weights
-    DataParallel  its own rows, all weights; torch's DDP adds up the adapters' gradients, once a step
-    Sharded       its own rows, and one in `size` of the bytes of each frozen weight; torch's FSDP2 gathers a decoder
-                  layer when it is needed, forward and backward, and frees it again; gradients as above
+    DataParallel  its share of the rows, all weights; torch's DDP adds up the adapters' gradients, once a step
+    Sharded       its share of the rows, and of the bytes of each frozen weight; torch's FSDP2 gathers a decoder layer
+                  when it is needed, forward and backward of each micro-batch, and frees it again (torch 2.7)
 Adapters, their gradients and their optimizer are whole on each process: they are small, and clipping, paging and
 checkpoints need no second form. The sums run over all rows of a step, so gradients are summed and never averaged.
 
