@@ -69,8 +69,8 @@ def finetune(a: argparse.Namespace) -> None:
     from qlora_lab.finetune.distributed import check_shard, first_on_node, processes
     from qlora_lab.finetune.fetch import resolve
     from qlora_lab.finetune.lora import check_strength
+    from qlora_lab.finetune.run_folder import check_free
     from qlora_lab.finetune.settings import Settings, check_held_out
-    from qlora_lab.finetune.trainer import check_free
     from qlora_lab.quant.blocks import check_block_size
 
     # before the model is loaded: a mistyped word should not cost a minute

@@ -77,18 +77,6 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
     return load_file(folder / TENSORS), json.loads((folder / FACTS).read_text(encoding="utf-8"))
 
 
-def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
-    """What differs, one line each: "adapter.r: 16 in the checkpoint, 8 now"."""
-    lines = []
-    for name in dict.fromkeys([*saved, *now]):
-        a, b = saved.get(name), now.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            lines.append(f"{prefix}{name}: {a} in the checkpoint, {b} now")
-    return lines
-
-
 def _folder(run: Path, step: int) -> Path:
     return run / FOLDER / f"step-{step:08}"
 

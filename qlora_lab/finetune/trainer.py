@@ -1,9 +1,7 @@
 """The training loop: examples in, a trained adapter and its log out.
 
-In: a model with adapters, its tokenizer, and data (a name, a file, or examples). Out: a Run, and in the folder `out`:
-    adapter/      the adapter in PEFT's format           log.jsonl     one line a step: loss, rate, tokens, speed
-    best/         the one with the lowest held-out loss  checkpoints/  all that is needed to go on (checkpoint.py)
-    settings.json what decided the run                   result.json   how it ended; there once it has
+In: a model with adapters, its tokenizer, and data (a name, a file, or examples). Out: a Run, and a folder with the
+adapter, a log and checkpoints (run_folder.py).
 Source: QLoRA section 4 and appendix B: AdamW, constant learning rate 2e-4, gradient norm clipped at 0.3.
 
 The loss of a step is the mean over all answer tokens of its batch, however the batch is cut into rows, micro-batches
@@ -12,15 +10,12 @@ give the same run, and a run that was killed and resumed is the same run, bit fo
 Not here: what a batch is (batches.py), more processes (distributed.py), what answers are worth (the measure room).
 """
 
-import hashlib
 import json
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,28 +26,26 @@ from tqdm.auto import tqdm
 
 from qlora_lab.finetune.allocator import recycle_memory
 from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
-from qlora_lab.finetune.checkpoint import FOLDER, differences, load_checkpoint, save_checkpoint, saved_steps
+from qlora_lab.finetune.checkpoint import load_checkpoint, save_checkpoint, saved_steps
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data, pad_token_id
 from qlora_lab.finetune.distributed import engine_for, together
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.files import replacing_file, sync
 from qlora_lab.finetune.interrupt import Interrupt, waiting_interrupt
-from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.loss import answer_loss, summed_loss
 from qlora_lab.finetune.modes import checkpointing, mode
 from qlora_lab.finetune.nonfinite import first_nonfinite
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
-from qlora_lab.finetune.settings import FREE, Settings, check_held_out, learning_rate
+from qlora_lab.finetune.run_folder import ADAPTER, BEST, LOG, RECORD, RESULT, check_free, replacing_run
+from qlora_lab.finetune.run_record import comparable, computes_in, differences, record
+from qlora_lab.finetune.settings import Settings, check_held_out, learning_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOG, RECORD, RESULT, ADAPTER, BEST = "log.jsonl", "settings.json", "result.json", "adapter", "best"
 STOPPED = "asked to stop"
-RUN_FILES = (ADAPTER, BEST, FOLDER, LOG, RECORD, RESULT)
-PROBE = 2**12  # elements of each base weight that tell one model from another
 
 
 @dataclass(frozen=True)
@@ -166,11 +159,11 @@ class Training:
         self._begun = True
         recycle_memory()
         # before the engine: it may leave this process a part of the base only
-        self._record = _record(self.model, self.settings, self.report, self._encoded)
+        self._record = record(self.model, self.settings, self.report, self._encoded)
         with (
             checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
             engine_for(self.model, self.settings.shard) as self._engine,
-            _replacing_run(self.folder, self.resume is not False) if self._leads() else nullcontext(),
+            replacing_run(self.folder, self.resume is not False) if self._leads() else nullcontext(),
             waiting_interrupt() as self._interrupt,
         ):
             yield from self._lines()
@@ -209,7 +202,7 @@ class Training:
         self._optimizer = _optimizer(self._parameters, settings, self.folder)
         device = self._parameters[0].device.type
         # float16 ends at 65,504 and loses what is below 6e-8: gradients are computed on a scaled loss
-        self._scaler = torch.amp.GradScaler(device, enabled=_computes_in(self.model) == torch.float16)
+        self._scaler = torch.amp.GradScaler(device, enabled=computes_in(self.model) == torch.float16)
         self._batches = Batches(len(self._encoded), settings.batch_size, settings.seed, self._lengths)
         self._record |= {"processes": self._engine.size}  # in another number of parts sums are rounded otherwise
         self.lines, self._best = [], {"loss": math.inf, "step": 0, "since": 0}
@@ -229,7 +222,7 @@ class Training:
 
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
-        if lines := differences(facts["run"], _comparable(self._record)):
+        if lines := differences(facts["run"], comparable(self._record)):
             raise ValueError(
                 f"{self.folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "
                 "Ask for what it was begun with, or choose another folder"
@@ -264,7 +257,7 @@ class Training:
                     parts = {k: v for k, v in state.items() if not k.startswith("qmap")}  # tables, not state
                     tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in parts.items()}
                 facts = {
-                    "run": _comparable(self._record),
+                    "run": comparable(self._record),
                     "batches": self._batches.state(),
                     "scaler": self._scaler.state_dict(),
                     "best": self._best,
@@ -388,52 +381,6 @@ class Training:
         return also and self._engine.rank == 0
 
 
-def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = False) -> None:
-    """Raise FileExistsError if `out` holds a run that may not be overwritten or resumed, or is a file."""
-    out = Path(out)
-    if out.is_file():
-        raise FileExistsError(f"{out} is a file: name a folder for the run")
-    if overwrite and resume is not False:
-        raise ValueError("overwrite and resume exclude each other: choose one")
-    if resume is not False and (out / RESULT).exists():
-        raise FileExistsError(f"{out} holds a run that is complete: there is nothing to resume")
-    if overwrite:
-        return
-    steps = saved_steps(out)
-    if resume is not False:
-        if (out / ADAPTER).exists() and not steps:
-            raise FileExistsError(f"{out} holds an adapter and no checkpoint to resume from: choose another folder")
-        return
-    if steps:
-        raise FileExistsError(
-            f"{out} holds an earlier run, saved at step {steps[-1]}: go on with it (resume=True; --resume on the "
-            "command line), choose another folder, or overwrite it (overwrite=True; --overwrite)"
-        )
-    if (out / ADAPTER).exists():
-        message = "choose another folder, or overwrite it (overwrite=True; --overwrite on the command line)"
-        raise FileExistsError(f"{out} holds an earlier run: {message}")
-
-
-@contextmanager
-def _replacing_run(folder: Path, resume: bool) -> Iterator[Path]:
-    """Yields `folder`; an earlier run in it is set aside, and put back if the new one saves nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    earlier = [] if resume else [name for name in RUN_FILES if (folder / name).exists()]
-    aside = Path(tempfile.mkdtemp(prefix=".earlier-", dir=folder)) if earlier else None
-    for name in earlier:
-        (folder / name).rename(aside / name)
-    try:
-        yield folder
-    finally:
-        if aside and not ((folder / ADAPTER).exists() or saved_steps(folder)):
-            for name in earlier:
-                (aside / name).replace(folder / name)
-            shutil.rmtree(aside)
-        if (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens to this one
-            for old in folder.glob(".earlier-*"):
-                shutil.rmtree(old, ignore_errors=True)
-
-
 def _optimizer(parameters: list[torch.nn.Parameter], settings: Settings, folder: Path) -> torch.optim.Optimizer:
     # no weight decay: it would pull the product B A, not the weight, towards zero
     make = torch.optim.AdamW
@@ -450,40 +397,3 @@ def _learned(example: Encoded) -> int:
 def _silent(example: Encoded) -> Encoded:
     """The example with nothing to learn: a row for a process that would have none."""
     return Encoded(example.input_ids, [IGNORED] * len(example.labels))
-
-
-def _computes_in(model) -> torch.dtype:
-    return getattr(model, "dtype", torch.float32)
-
-
-def _comparable(record: dict) -> dict:
-    """What must be the same when a run is resumed."""
-    return {name: value for name, value in json.loads(json.dumps(record)).items() if name not in FREE}
-
-
-def _record(model, settings: Settings, report: EncodeReport, encoded: list[Encoded]) -> dict:
-    """All that decided the run, for settings.json and for whoever resumes it."""
-    layers = adapters(model)
-    layer = next(iter(layers.values()))
-    ids = hashlib.sha256(repr([(one.input_ids, one.labels) for one in encoded]).encode())
-    return asdict(settings) | {
-        "model": getattr(model, "name_or_path", None),
-        "base_sha256": _base_checksum(model),
-        "dtype": str(_computes_in(model)).removeprefix("torch."),
-        "device": layer.lora_A.device.type,
-        "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
-        "adapter": {"r": layer.r, "alpha": layer.alpha, "dropout": layer.dropout.p, "layers": len(layers)},
-        "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
-        "data": asdict(report) | {"sha256": ids.hexdigest()},
-    }
-
-
-def _base_checksum(model) -> str:
-    """Of names, shapes and the first elements of everything that is not trained."""
-    digest = hashlib.sha256()
-    parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    packed = {f"{n}.packed": m.weight.packed for n, m in model.named_modules() if isinstance(m, Linear4bit)}
-    for name, tensor in (parameters | packed).items():
-        first = tensor.detach().reshape(-1)[:PROBE].contiguous().cpu().view(torch.uint8)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + first.numpy().tobytes())
-    return digest.hexdigest()

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import qlora_lab as ql
 from qlora_lab.finetune import checkpoint, files
-from qlora_lab.finetune.checkpoint import differences, load_checkpoint, save_checkpoint, saved_steps
+from qlora_lab.finetune.checkpoint import load_checkpoint, save_checkpoint, saved_steps
 from qlora_lab.finetune.examples import Example
+from qlora_lab.finetune.run_record import differences
 from qlora_lab.finetune.settings import Settings
 from qlora_lab.finetune.trainer import Training, finetune
 

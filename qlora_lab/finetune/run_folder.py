@@ -1,0 +1,63 @@
+"""The folder of a run: what lies in it, when a new run may have it, and where an earlier one goes meanwhile.
+
+adapter/      the adapter in PEFT's format           log.jsonl     one line a step: loss, rate, tokens, speed
+best/         the one with the lowest held-out loss  checkpoints/  all that is needed to go on (checkpoint.py)
+settings.json what decided the run                   result.json   how it ended; there once it has
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_lab.finetune.checkpoint import FOLDER, saved_steps
+
+LOG, RECORD, RESULT, ADAPTER, BEST = "log.jsonl", "settings.json", "result.json", "adapter", "best"
+RUN_FILES = (ADAPTER, BEST, FOLDER, LOG, RECORD, RESULT)
+
+
+def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = False) -> None:
+    """Raise FileExistsError if `out` holds a run that may not be overwritten or resumed, or is a file."""
+    out = Path(out)
+    if out.is_file():
+        raise FileExistsError(f"{out} is a file: name a folder for the run")
+    if overwrite and resume is not False:
+        raise ValueError("overwrite and resume exclude each other: choose one")
+    if resume is not False and (out / RESULT).exists():
+        raise FileExistsError(f"{out} holds a run that is complete: there is nothing to resume")
+    if overwrite:
+        return
+    steps = saved_steps(out)
+    if resume is not False:
+        if (out / ADAPTER).exists() and not steps:
+            raise FileExistsError(f"{out} holds an adapter and no checkpoint to resume from: choose another folder")
+        return
+    if steps:
+        raise FileExistsError(
+            f"{out} holds an earlier run, saved at step {steps[-1]}: go on with it (resume=True; --resume on the "
+            "command line), choose another folder, or overwrite it (overwrite=True; --overwrite)"
+        )
+    if (out / ADAPTER).exists():
+        message = "choose another folder, or overwrite it (overwrite=True; --overwrite on the command line)"
+        raise FileExistsError(f"{out} holds an earlier run: {message}")
+
+
+@contextmanager
+def replacing_run(folder: Path, resume: bool) -> Iterator[Path]:
+    """Yields `folder`; an earlier run in it is set aside, and put back if the new one saves nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = [] if resume else [name for name in RUN_FILES if (folder / name).exists()]
+    aside = Path(tempfile.mkdtemp(prefix=".earlier-", dir=folder)) if earlier else None
+    for name in earlier:
+        (folder / name).rename(aside / name)
+    try:
+        yield folder
+    finally:
+        if aside and not ((folder / ADAPTER).exists() or saved_steps(folder)):
+            for name in earlier:
+                (aside / name).replace(folder / name)
+            shutil.rmtree(aside)
+        if (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens to this one
+            for old in folder.glob(".earlier-*"):
+                shutil.rmtree(old, ignore_errors=True)

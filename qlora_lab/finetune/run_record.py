@@ -1,0 +1,68 @@
+"""All that decided a run: what settings.json holds, and what a resume compares before it goes on.
+
+In: the model, settings and encoded examples of a run. Out: a dict that JSON can hold.
+Not here: the run's state (checkpoint.py).
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import torch
+
+from qlora_lab.finetune.data import Encoded, EncodeReport
+from qlora_lab.finetune.linear4bit import Linear4bit
+from qlora_lab.finetune.lora import adapters
+from qlora_lab.finetune.settings import FREE, Settings
+
+PROBE = 2**12  # elements of each base weight that tell one model from another
+
+
+def record(model, settings: Settings, report: EncodeReport, encoded: list[Encoded]) -> dict:
+    """All that decided the run, for settings.json and for whoever resumes it."""
+    layers = adapters(model)
+    layer = next(iter(layers.values()))
+    ids = hashlib.sha256(repr([(one.input_ids, one.labels) for one in encoded]).encode())
+    return asdict(settings) | {
+        "model": getattr(model, "name_or_path", None),
+        "base_sha256": _base_checksum(model),
+        "dtype": str(computes_in(model)).removeprefix("torch."),
+        "device": layer.lora_A.device.type,
+        "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
+        "adapter": {"r": layer.r, "alpha": layer.alpha, "dropout": layer.dropout.p, "layers": len(layers)},
+        "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
+        "data": asdict(report) | {"sha256": ids.hexdigest()},
+    }
+
+
+def comparable(record: dict) -> dict:
+    """What must be the same when a run is resumed."""
+    return {name: value for name, value in json.loads(json.dumps(record)).items() if name not in FREE}
+
+
+def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+    """What differs, one line each: "adapter.r: 16 in the checkpoint, 8 now"."""
+    lines = []
+    for name in dict.fromkeys([*saved, *now]):
+        a, b = saved.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            lines.append(f"{prefix}{name}: {a} in the checkpoint, {b} now")
+    return lines
+
+
+def computes_in(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of the model's own computation, whatever its 4-bit weights and adapters are stored in."""
+    return getattr(model, "dtype", torch.float32)
+
+
+def _base_checksum(model) -> str:
+    """Of names, shapes and the first elements of everything that is not trained."""
+    digest = hashlib.sha256()
+    parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    packed = {f"{n}.packed": m.weight.packed for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    for name, tensor in (parameters | packed).items():
+        first = tensor.detach().reshape(-1)[:PROBE].contiguous().cpu().view(torch.uint8)
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + first.numpy().tobytes())
+    return digest.hexdigest()
