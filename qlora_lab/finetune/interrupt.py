@@ -22,15 +22,14 @@ class Interrupt:
 
 
 @contextmanager
-def waiting_interrupt() -> Iterator[Interrupt]:
-    """Inside the `with` block an interrupt is a mark. In another thread than the main one no signal arrives."""
-    interrupt = Interrupt()
+def waiting(interrupt: Interrupt) -> Iterator[None]:
+    """Inside the `with` block a signal marks `interrupt`. In another thread than the main one no signal arrives."""
     if threading.current_thread() is not threading.main_thread():
-        yield interrupt
+        yield
         return
     before = {number: signal.signal(number, interrupt.ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield interrupt
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set by Python

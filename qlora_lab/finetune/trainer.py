@@ -31,7 +31,7 @@ from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, 
 from qlora_lab.finetune.distributed import engine_for, together
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.files import replacing_file, sync
-from qlora_lab.finetune.interrupt import Interrupt, waiting_interrupt
+from qlora_lab.finetune.interrupt import Interrupt, waiting
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.loss import answer_loss, summed_loss
 from qlora_lab.finetune.modes import checkpointing, mode
@@ -164,7 +164,7 @@ class Training:
             checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
             engine_for(self.model, self.settings.shard) as self._engine,
             replacing_run(self.folder, self.resume is not False) if self._leads() else nullcontext(),
-            waiting_interrupt() as self._interrupt,
+            waiting(self._interrupt),
         ):
             yield from self._lines()
 

@@ -375,3 +375,22 @@ def test_a_run_is_made_step_by_step_and_stopped(model, tokenizer, tmp_path):
             training.stop()
     assert training.result.ended == "asked to stop" and len(training.result.losses) == 2
     assert saved_steps(tmp_path / "run") == [2]
+
+
+def test_a_training_is_run_once(model, tokenizer, tmp_path):
+    training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=1), progress=False)
+    training.run()
+    with pytest.raises(ValueError, match="this Training was run before: make a new one"):
+        training.run()
+
+
+def test_an_adapter_without_a_checkpoint_is_not_overwritten_by_a_resume(model, tokenizer, tmp_path):
+    ql.save_adapter(model, tmp_path / "run" / "adapter")
+    with pytest.raises(FileExistsError, match="holds an adapter and no checkpoint to resume from"):
+        train(model, tokenizer, tmp_path / "run", resume=True)
+
+
+def test_a_stop_before_the_first_step_ends_after_it(model, tokenizer, tmp_path):
+    training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=3), progress=False)
+    training.stop()
+    assert [line["step"] for line in training] == [1] and training.result.ended == "asked to stop"
