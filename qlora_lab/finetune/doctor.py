@@ -25,7 +25,6 @@ from qlora_lab.finetune.doctor_checks import (
     Finding,
     accumulation,
     activations,
-    checkpointed,
     end_tokens,
     finite_values,
     learned,
@@ -40,6 +39,7 @@ from qlora_lab.finetune.dtype_policy import DtypePolicy, dtype_policy
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.free_memory import free_memory
 from qlora_lab.finetune.lora import adapters
+from qlora_lab.finetune.modes import checkpointing
 from qlora_lab.finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def diagnose(
     free = free_memory(next(model.parameters()).device)  # before the steps below take some
 
     def live_checkpointed() -> Finding:
-        with checkpointed(model):
+        with checkpointing(model):
             return live_adapters(model, batch, CHECKPOINTED)
 
     steps = {

@@ -13,19 +13,17 @@ Not here: which checks run on what (doctor.py).
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, collate, end_token_id, pad_token_id
 from qlora_lab.finetune.dtype_policy import GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.loss import answer_loss
-from qlora_lab.finetune.modes import mode
+from qlora_lab.finetune.modes import checkpointing, mode, own_draws
 from qlora_lab.finetune.nonfinite import first_nonfinite
 from qlora_lab.finetune.settings import Settings
 
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Batch = dict[str, torch.Tensor]
-FUNCTION = "_gradient_checkpointing_func"  # the attribute of a layer of transformers
 LEFT_OUT = 0.5  # share of examples: if more are too long, the rest is no longer the user's data
 TIGHT = 0.75  # share of the free memory: a step of SmolLM2 on 2,040 tokens peaked at 1.27 times what it keeps
 BLANK = 0.01  # of the usual size: an embedding that is nearer to zero, or to the mean of all, was never trained
@@ -234,7 +231,7 @@ def _borrowed(model: nn.Module, training: bool) -> Iterator[list[nn.Parameter]]:
     kept = [(p, p.data, p.grad) for p in model.parameters()]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        with mode(model, training=training), torch.random.fork_rng(), torch.enable_grad():
+        with mode(model, training=training), own_draws(model), torch.enable_grad():
             for p, _, _ in kept:
                 p.grad = None
             for p in trained:
@@ -243,28 +240,6 @@ def _borrowed(model: nn.Module, training: bool) -> Iterator[list[nn.Parameter]]:
     finally:
         for p, data, grad in kept:
             p.data, p.grad = data, grad
-
-
-@contextmanager
-def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing, non-reentrant, for a while; afterwards the model's own again.
-
-    By the flags that layers of transformers read, because switching it on and off again by its methods leaves a hook on
-    the embedding behind, after which the first layer keeps more for its backward pass.
-    """
-    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no layer that transformers can checkpoint")
-    own = [(layer, layer.gradient_checkpointing, getattr(layer, FUNCTION, None)) for layer in layers]
-    for layer in layers:
-        layer.gradient_checkpointing = True
-        setattr(layer, FUNCTION, partial(checkpoint, use_reentrant=False))
-    try:
-        yield
-    finally:
-        for layer, flag, function in own:
-            layer.gradient_checkpointing = flag
-            setattr(layer, FUNCTION, function)
 
 
 def _checksums(model: nn.Module) -> dict[str, int]:
@@ -314,7 +289,7 @@ def memory(policy: DtypePolicy, full: int, checkpointed: int, free: int | None, 
 def activations(model: nn.Module, batch: Batch, tokens: int) -> tuple[int, int]:
     """Bytes kept for the backward pass of `tokens` tokens, without and with gradient checkpointing."""
     full = _kept(model, batch)
-    with checkpointed(model):
+    with checkpointing(model):
         # and one layer, which is computed again in the backward pass
         less = _kept(model, batch) + full // max(1, getattr(model.config, "num_hidden_layers", 1))
     measured = batch["input_ids"].numel()

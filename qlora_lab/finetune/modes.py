@@ -5,8 +5,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
+
+FUNCTION = "_gradient_checkpointing_func"  # what transformers' layers call
 
 
 @contextmanager
@@ -31,14 +35,31 @@ def measuring(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointing(model: torch.nn.Module) -> Iterator[None]:
-    """Gradient checkpointing for a while: each layer keeps its input only, and is computed again in backward.
+    """Gradient checkpointing: each layer keeps its input only and is computed again in backward. Then the model's own.
 
-    Non-reentrant, which needs no input with a gradient: frozen embeddings starve no adapter.
+    Non-reentrant, which needs no input with a gradient: frozen embeddings starve no adapter. By the flags that layers
+    of transformers read, because switching it on and off by its methods leaves a hook on the embedding behind, after
+    which the first layer keeps more for its backward pass.
+    Raises ValueError for a model without such layers.
     """
-    new = hasattr(model, "activation_checkpointing_enable")  # its name since transformers 5.2x; the older one warns
-    name = "activation_checkpointing" if new else "gradient_checkpointing"
-    getattr(model, f"{name}_enable")({"use_reentrant": False})
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer that transformers can checkpoint")
+    own = [(layer, layer.gradient_checkpointing, getattr(layer, FUNCTION, None)) for layer in layers]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        setattr(layer, FUNCTION, partial(checkpoint, use_reentrant=False))
     try:
         yield
     finally:
-        getattr(model, f"{name}_disable")()
+        for layer, flag, function in own:
+            layer.gradient_checkpointing = flag
+            setattr(layer, FUNCTION, function)
+
+
+@contextmanager
+def own_draws(model: torch.nn.Module) -> Iterator[None]:
+    """What is drawn inside the `with` block, on the CPU or the model's device, changes nothing after it."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

@@ -20,6 +20,7 @@ from torch import nn
 
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.loss import answer_loss
+from qlora_lab.finetune.modes import own_draws
 
 LARGEST_HALF = torch.finfo(torch.float16).max
 WHAT = {
@@ -64,7 +65,7 @@ def first_nonfinite(model: nn.Module, batch: dict[str, torch.Tensor]) -> NonFini
         return found
     watch, gradients = _Watch(), [(p, p.grad) for p in model.parameters()]
     try:
-        with torch.random.fork_rng(), torch.enable_grad():
+        with own_draws(model), torch.enable_grad():
             with _watched(model, watch):
                 summed, count = answer_loss(model, batch)
                 loss = summed / max(count, 1)

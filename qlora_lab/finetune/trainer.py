@@ -34,7 +34,7 @@ from qlora_lab.finetune.files import replacing_file, sync
 from qlora_lab.finetune.interrupt import Interrupt, waiting
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.loss import answer_loss, summed_loss
-from qlora_lab.finetune.modes import checkpointing, mode
+from qlora_lab.finetune.modes import checkpointing, mode, own_draws
 from qlora_lab.finetune.nonfinite import first_nonfinite
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
@@ -289,8 +289,7 @@ class Training:
             group["lr"] = learning_rate(settings, step)
         self._optimizer.zero_grad(set_to_none=True)
         loss = 0.0
-        device = self._parameters[0].device
-        with mode(self._engine.model, training=True), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with mode(self._engine.model, training=True), own_draws(self.model):
             # for dropout: what a step draws does not depend on how the run came here
             torch.manual_seed(np.random.SeedSequence([settings.seed, step, self._engine.rank]).generate_state(1)[0])
             for number, batch in enumerate(micro_batches, 1):

@@ -14,7 +14,6 @@ from qlora_lab.finetune.doctor_checks import (
     THREADS,
     accumulation,
     activations,
-    checkpointed,
     end_tokens,
     finite_values,
     learned_tokens,
@@ -30,7 +29,7 @@ from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.linear4bit import quantize_linears
 from qlora_lab.finetune.lora import add_lora
 from qlora_lab.finetune.loss import answer_loss
-from qlora_lab.finetune.modes import mode
+from qlora_lab.finetune.modes import checkpointing, mode
 
 DATA = [Example((("user", f"the sum of {i} and {i}"), ("assistant", "two " * (1 + i % 5)))) for i in range(12)]
 BROKEN = "model.layers.1.mlp.up_proj"
@@ -218,7 +217,7 @@ def test_live_adapters(model, batch):
 @pytest.mark.parametrize("again", [False, True], ids=["", "checkpointed"])
 def test_an_adapter_that_is_detached(model, batch, again):
     model.get_submodule(BROKEN).register_forward_hook(lambda layer, inputs, output: layer.base(*inputs))
-    with checkpointed(model) if again else mode(model, training=False):
+    with checkpointing(model) if again else mode(model, training=False):
         found = live_adapters(model, batch)
     assert found.status == "problem" and found.message.startswith("1 of 14 do not move in a step")
     assert found.message.endswith(BROKEN)
@@ -290,16 +289,16 @@ def test_checkpointing_comes_and_goes(model, batch):
             answer_loss(model, batch)[0].backward()
         return len(calls)
 
-    with checkpointed(model):
+    with checkpointing(model):
         assert step() == 2
     assert step() == 1
     model.activation_checkpointing_enable()
-    with checkpointed(model):
+    with checkpointing(model):
         pass
     assert step() == 2
     with (
         pytest.raises(ValueError, match="Linear has no layer that transformers can checkpoint"),
-        checkpointed(model.lm_head),
+        checkpointing(model.lm_head),
     ):
         pass
 
