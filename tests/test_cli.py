@@ -45,6 +45,18 @@ def test_finetune_then_generate(capsys, tmp_path, model, data):
     assert code == 0 and json.loads(text)["question"] == "double 3"
 
 
+def test_quantize_then_generate(capsys, tmp_path, model):
+    code, text, _ = run(
+        capsys, "quantize", model, "--out", tmp_path / "small", "--quiet", "--json", "--codebook", "fp4"
+    )
+    figures = json.loads(text)
+    assert code == 0 and figures["folder"] == str(tmp_path / "small") and figures["bytes_of_weights"] > 0
+    options = ["--model", tmp_path / "small", "--quiet", "--max-new-tokens", 2]
+    assert run(capsys, "generate", "double 3", *options)[0] == 0
+    code, _, err = run(capsys, "quantize", model, "--out", tmp_path / "small", "--quiet")
+    assert code == 2 and "holds a model already: choose another folder" in err
+
+
 def test_plain_report(capsys, tmp_path, model, data):
     options = ["--data", data, "--test-data", data, "--held-out", 2, "--steps", 1, "--r", 2, "--out", tmp_path / "run"]
     code, text, _ = run(capsys, "finetune", "--model", model, "--quiet", *options)

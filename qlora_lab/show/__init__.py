@@ -4,6 +4,7 @@ slider.py    named controls: `Slider`, `Toggle`, `Button`
 figure.py    matplotlib -> `<img alt=...>`: `new_figure`, `picture`, `Blit`
 source.py    a function -> its highlighted source: `show_source`
 explorer.py  controls + figure + one sentence of numbers: `Explorer`
+live.py      a Training -> its Run, watched and stopped in a notebook: `live`
 check.py     a student's answer -> "correct" or a hint: `check`
 
 Not here: anything that computes a number a reader might want to use; that belongs to the rooms before this one.

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_lab.finetune.peft_format import load_adapter, save_adapter
 from qlora_lab.finetune.files import replacing_folder
 from qlora_lab.finetune.linear4bit import quantize_linears
 from qlora_lab.finetune.lora import adapters, add_lora
+from qlora_lab.finetune.peft_format import load_adapter, save_adapter
 from qlora_lab.quant.quantize import dequantize
 
 IDS = torch.arange(3, 30)[None]
