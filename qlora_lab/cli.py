@@ -96,6 +96,8 @@ def finetune(a: argparse.Namespace) -> None:
         first_on_node(lambda: resolve(a.model, progress=not a.quiet))
         model, tokenizer = _load(a)
         ql.add_lora(model, a.r, a.alpha, a.dropout, targets, seed=a.seed)
+        if rank == 0 and not (a.json or a.quiet):
+            print(f"{ql.dtype_policy(model, a.optimizer_bits)}\n")
         before = ql.held_out(model, tokenizer, test) if test and rank == 0 else None
         options = {"held_out": test, "resume": a.resume, "overwrite": a.overwrite, "progress": not a.quiet}
         run = ql.finetune(model, tokenizer, train, out=a.out, **options, **asdict(settings))

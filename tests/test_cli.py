@@ -59,8 +59,9 @@ def test_quantize_then_generate(capsys, tmp_path, model):
 
 def test_plain_report(capsys, tmp_path, model, data):
     options = ["--data", data, "--test-data", data, "--held-out", 2, "--steps", 1, "--r", 2, "--out", tmp_path / "run"]
-    code, text, _ = run(capsys, "finetune", "--model", model, "--quiet", *options)
+    code, text, _ = run(capsys, "finetune", "--model", model, *options)
     assert code == 0 and "written by a person" in text and "loss last" in text
+    assert "moments" in text and "float32" in text  # which bytes have which dtype, before the first step
 
 
 def test_an_interrupted_run_is_resumed(capsys, tmp_path, model, data, monkeypatch):
