@@ -19,10 +19,11 @@ def published_nf4() -> torch.Tensor:
     >>> published_nf4()[[0, 7, 15]].tolist()
     [-1.0, 0.0, 1.0]
     """
-    return torch.tensor(_read("nf4_published.json")["levels"])
+    return torch.tensor(read_data("nf4_published.json")["levels"])
 
 
-def _read(name: str) -> dict:
+def read_data(name: str) -> dict:
+    """A file of data/. Raises FileNotFoundError where the library was installed without the repository around it."""
     path = DATA / name
     if not path.is_file():
         raise FileNotFoundError(
