@@ -67,7 +67,7 @@ def _layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
     if flows:
         yield from _attention(shape, setup)
     # Attention's result is o_proj's input: there already, unless it was computed in another dtype.
-    yield from _linears(setup, adapted, ("o_proj",), q, flows, there=flows and not _narrowed(setup))
+    yield from _linears(setup, adapted, ("o_proj",), q, flows, there=flows and not setup.widens)
     flows |= "o_proj" in adapted
     if flows:
         yield from _norm(setup, d)
@@ -107,16 +107,13 @@ def _linears(
             yield _kept(ADAPTER, setup.r * (one.out_features + flows * one.in_features), setup.dtype, "r (in + out)")
 
 
-def _narrowed(setup: Setup) -> bool:
-    return setup.wide_attention and setup.dtype != "float32"
-
-
 def _attention(shape: Shape, setup: Setup) -> Iterator[Kept]:
     """torch's fused attention keeps queries, keys, values, its result and one sum a token and head; no scores."""
     T, q, kv = setup.tokens, shape.query, shape.key_value
-    dtype = "float32" if setup.wide_attention else setup.dtype
-    # With a mask transformers repeats keys and values for each query head, without it torch does, and keeps less.
-    keys, letter = (q, "q") if setup.masked else (kv, "kv")
+    dtype = "float32" if setup.widens else setup.dtype
+    # With a mask transformers repeats keys and values for each query head, and a single one by a view; without a mask
+    # torch repeats them, and keeps none of that.
+    keys, letter = (q, "q") if setup.masked and shape.key_value_heads > 1 else (kv, "kv")
     yield _kept(ATTENTION, T * (2 * q + 2 * keys), dtype, f"T (2 q + 2 {letter})")
     yield _kept(ATTENTION, T * shape.heads, "float32", "T h")
     if setup.masked:  # torch turns booleans into numbers to add, anew in each layer

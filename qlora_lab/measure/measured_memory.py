@@ -70,9 +70,9 @@ def measure_memory(
     ledger = ledger_of(shape, setup_of(model, shape, optimizer, batch))
     found = _walk(model)
     if optimizer is not None:
-        found += _moments(optimizer)
+        found.update(_moments(optimizer))
     if batch is not None:
-        found += _watched(model, batch, shape)
+        found.update(_watched(model, batch, shape))
         if any(isinstance(m, Linear4bit) and m.takes_adapter for m in model.modules()):
             found["decoded weight"] = sum(kept.nbytes for kept in vars(product._local).values())
     return replace(ledger, rows=tuple(_filled(ledger.rows, found)))
@@ -112,11 +112,12 @@ def setup_of(
         names = {path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, LoRALinear)}
         options |= {"r": one.r, "targets": tuple(sorted(names)), "dropout": one.dropout.p}
         options |= {"adapter_dtype": one.lora_A.dtype}
-        options["fused_adapter"] = bool(packed) and one.base.takes_adapter and not one.dropout.p
         if len(layers) != len(names) * shape.layers:
             raise ValueError(f"{len(layers)} adapters with {len(names)} names in {shape.layers} layers: some lack one")
     if packed and len(packed) != len(shape.linears) * shape.layers:
         raise ValueError(f"{len(packed)} of {len(shape.linears) * shape.layers} linear layers are quantised: not all")
+    if layers:
+        options["fused_adapter"] = bool(packed) and one.base.takes_adapter and not one.dropout.p
     options |= {"dtype": model.dtype, "device": model.device.type, "wide_attention": _is_wide(model)}
     options["gradient_checkpointing"] = _recomputes(model)
     return Setup(**options, **_optimizer_options(optimizer), **_batch_options(batch))
@@ -127,8 +128,7 @@ def _is_wide(model: "PreTrainedModel") -> bool:
 
 
 def _recomputes(model: "PreTrainedModel") -> bool:
-    new = hasattr(model, "is_activation_checkpointing")  # its name since transformers 5.2x; the older one warns
-    return model.is_activation_checkpointing if new else model.is_gradient_checkpointing
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _optimizer_options(optimizer: torch.optim.Optimizer | None) -> dict:

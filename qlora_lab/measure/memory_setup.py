@@ -12,6 +12,7 @@ from functools import cached_property
 
 from qlora_lab.finetune.paged_adamw import UNIT
 from qlora_lab.finetune.settings import Settings
+from qlora_lab.kernels.product import race
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 
@@ -29,7 +30,7 @@ class Setup:
     labels; only their rows go through the head. padded: rows differ in length, so attention takes a mask.
     mean_length: tokens of an example, None for `length`; with packing it decides how many rows a batch needs.
     fused_adapter: one product for weight and adapter, as on the CPU; None: as the device has it. wide_attention: it is
-    computed in float32 (attention.py).
+    computed in float32 (attention.py); None: as `load` decides on this machine.
     """
 
     method: str = "qlora"
@@ -54,7 +55,7 @@ class Setup:
     paged: bool = False  # 32-bit moments in pages are float32, those of torch's AdamW have the parameter's dtype
     device: str = "cuda"
     fused_adapter: bool | None = None
-    wide_attention: bool = False
+    wide_attention: bool | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", _name(self.dtype))  # torch.bfloat16 is as good as its name
@@ -125,6 +126,15 @@ class Setup:
         if self.fused_adapter is not None:
             return self.fused_adapter
         return self.device == "cpu" and self.method == "qlora" and not self.dropout
+
+    @property
+    def widens(self) -> bool:
+        """Whether attention is computed in float32 though the model is not."""
+        if self.dtype == "float32":
+            return False
+        if self.wide_attention is not None:
+            return self.wide_attention
+        return self.device == "cpu" and not race().use_bfloat16
 
     @property
     def in_pages(self) -> bool:
