@@ -63,3 +63,12 @@ def tiny_llama() -> LlamaForCausalLM:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=1.0, **shape))
         model.model.embed_tokens.weight.data *= 0.1
         return model
+
+
+@pytest.fixture
+def one_thread():
+    """Layers of 16 x 16 are no work for two, who would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -20,6 +20,8 @@ from qlora_lab.finetune.run_record import differences
 from qlora_lab.finetune.settings import Settings
 from qlora_lab.finetune.trainer import Training, finetune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "two" * (i % 3 + 1)))) for i in range(21)]
 SETTINGS = {"steps": 12, "batch_size": 4, "lr": 2e-2, "save_every": 2, "max_length": 40}
 VARIANTS = {
@@ -56,15 +58,6 @@ def same_result(out, other):
         a, b = (load_file(run / name / "adapter_model.safetensors") for run in (out, other))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert lines(out) == lines(other)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers of 16 x 16 are no work for two, who would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -18,16 +18,9 @@ from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.settings import Settings, learning_rate
 from qlora_lab.finetune.trainer import Training, finetune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "two" if i % 2 else "too"))) for i in range(12)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers of 16 x 16 are no work for two, who would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -24,14 +24,7 @@ from qlora_lab.show import live as module
 from qlora_lab.show.live import LivePlot, live
 from tools.notebooks import execute, normalise, text_of
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers of 16 x 16 are no work for two, who would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
