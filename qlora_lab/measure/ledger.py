@@ -56,11 +56,6 @@ class Ledger:
         """The most bytes that are predicted at once."""
         return self.at(self.phase)
 
-    @property
-    def resident(self) -> int:
-        """Predicted bytes that are there in all phases: what paging, checkpointing and shorter rows do not change."""
-        return sum(row.predicted for row in self.rows if row.when == PHASES)
-
     def group(self, name: str) -> int:
         """Predicted bytes of a group. Raises ValueError for one that has no row."""
         if name not in self.groups:

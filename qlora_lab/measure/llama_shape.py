@@ -9,7 +9,7 @@ Not here: bytes (memory.py).
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +138,8 @@ def _from_name(name: str) -> Shape:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not readable as JSON ({error}): get it again") from error
-    return _from_config(config, str(path))
+    shape = _from_config(config, str(path))
+    return replace(shape, name=name) if name in KNOWN_MODELS else shape
 
 
 def _from_config(config: dict, where: str) -> Shape:

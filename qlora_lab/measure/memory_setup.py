@@ -117,8 +117,8 @@ class Setup:
 
     @property
     def masked(self) -> bool:
-        """Whether attention takes a mask: transformers leaves it out where every row is full."""
-        return self.padded or self.packing
+        """Whether attention takes a mask: transformers leaves it out where every row is full, as a row alone is."""
+        return self.packing or (self.padded and self.rows > 1)
 
     @property
     def fused(self) -> bool:
