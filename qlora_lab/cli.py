@@ -123,6 +123,20 @@ def doctor(a: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def memory(a: argparse.Namespace) -> int:
+    """Returns 1 if it does not fit on the card, whatever is switched on."""
+    names = "codebook block_size dtype adapter_dtype r batch_size micro_batch_size mean_length packing learned"
+    names += " gradient_checkpointing optimizer_bits optimizer_budget device"
+    setup = {name: getattr(a, name) for name in names.split()}
+    setup |= {"length": a.max_length, "double_quant": not a.no_double_quant}
+    setup["targets"] = a.targets[0] if len(a.targets) == 1 else a.targets
+    found = (
+        ql.predict_memory(a.model, a.method, **setup) if a.gpu is None else ql.plan(a.model, a.gpu, a.method, **setup)
+    )
+    print(json.dumps(found.to_dict()) if a.json else found)
+    return 0 if a.gpu is None or found.fits else 1
+
+
 def kernels(a: argparse.Namespace) -> None:
     from qlora_lab.kernels import aot
 
@@ -400,6 +414,35 @@ def build_parser() -> argparse.ArgumentParser:
         "--shape", nargs=2, type=int, default=(4096, 4096), metavar=("ROWS", "COLUMNS"), help="of a weight (4096 4096)"
     )
     c.add_argument("--tokens", type=int, default=256, metavar="N", help="of a product (%(default)s)")
+    _common(c)
+
+    c = _command(
+        commands,
+        "memory",
+        memory,
+        "where every byte of a training step goes, and what fits on a card; no weights are needed",
+        "qlora-lab memory llama-7b --gpu 24 --r 64 --max-length 1024",
+    )
+    c.add_argument("model", help="a known name, llama-7b to llama-2-70b, a folder, or a config.json")
+    c.add_argument("--gpu", type=float, metavar="GB", help="memory of the card: advise settings for it, and its limits")
+    c.add_argument("--method", default="qlora", help="qlora, lora or full (%(default)s)")
+    c.add_argument("--codebook", default="nf4", help="type of the weights (%(default)s)")
+    c.add_argument("--block-size", type=int, default=64, help="weights that share a constant (%(default)s)")
+    c.add_argument("--no-double-quant", action="store_true", help="leave the constants in float32")
+    c.add_argument("--dtype", default="bfloat16", help="of what is not quantised (%(default)s)")
+    c.add_argument("--adapter-dtype", default="float32", help="float32 as here and in PEFT, bfloat16 as in TRL")
+    c.add_argument("--r", type=int, default=16, help="rank of the adapters (%(default)s)")
+    c.add_argument("--targets", nargs="+", default=["all-linear"], help="all-linear, or layer names such as q_proj")
+    c.add_argument("--batch-size", type=int, default=8, help="examples a step (%(default)s)")
+    c.add_argument("--micro-batch-size", type=int, metavar="N", help="rows at once; default: all")
+    c.add_argument("--max-length", type=int, default=256, help="tokens of a row (%(default)s)")
+    c.add_argument("--mean-length", type=int, metavar="N", help="tokens of an example, for --packing")
+    c.add_argument("--packing", action="store_true", help="several examples in a row")
+    c.add_argument("--learned", type=float, default=0.25, help="share of tokens that are labels (%(default)s)")
+    c.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again")
+    c.add_argument("--optimizer-bits", type=int, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
+    c.add_argument("--optimizer-budget", type=_size, metavar="BYTES", help="of AdamW's state in memory, such as 64MiB")
+    c.add_argument("--device", default="cuda", help="cuda, or cpu (%(default)s)")
     _common(c)
 
     c = _command(commands, "open", open_lab, "open the course in JupyterLab", "qlora-lab open")
