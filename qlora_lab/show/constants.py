@@ -1,0 +1,154 @@
+"""The constants explorer: bytes of constants beside the weights they belong to, and the error of storing them smaller.
+
+State: block_size, group_size, outlier, mean_offset. The picture: on the left the bytes of 2,048 weights, before and
+after double quantization, one cell a byte and 32 in a column, so that the axis reads bits per parameter; on the right
+how far each table of 8 bits moves the weights, as a share of the squared error of NF4 itself.
+
+Not here: rounding and errors (measure/constants.py), the formula of bits (measure/published_memory.py).
+"""
+
+from functools import lru_cache
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.patches import Patch
+
+from qlora_lab.measure.constants import TABLES, squared_error, stored_constants
+from qlora_lab.measure.published_memory import constant_bits
+from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
+from qlora_lab.show.explorer import Explorer
+from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.slider import Slider, Toggle
+
+SIZES = [16, 32, 64, 128, 256, 512]
+CODES = 4  # bits of a weight's own code
+ROWS, PER_BIT = 32, 8  # 2,048 weights: 32 bytes in a column, 8 columns a bit
+WIDEST = CODES + 32 // SIZES[0]  # bits, with float32 constants of the smallest blocks
+N_WEIGHTS = 2**18  # so that the largest group of the largest blocks is full
+OUTLIER_EVERY = 2**14  # weights: at block size 64 one constant of 256, that is one in each group
+NAMES = {"dynamic": "dynamic", "int8": "int8", "e4m3": "E4M3", "e5m2": "E5M2"}
+LEAST, MOST = 1e-3, 1e3  # % of NF4's error, on a logarithmic axis
+
+
+@lru_cache(maxsize=4)  # for a slider that goes back and forth; each holds 1 MB
+def quantised(block_size: int, outlier: int) -> tuple[QuantizedTensor, torch.Tensor, float, float]:
+    """NF4 of 2^18 normal weights, one in 16,384 of them `outlier`: itself, dequantised, its squared error, the squares.
+
+    The weights are always the same.
+    """
+    weight = torch.randn(N_WEIGHTS, generator=torch.Generator().manual_seed(0))
+    weight[::OUTLIER_EVERY] = outlier
+    q = quantize(weight, block_size=block_size)
+    return q, dequantize(q), squared_error(weight, q), weight.square().sum().item()
+
+
+def cells(start: float, stop: float) -> list[list[tuple[float, float]]]:
+    """Outlines of the bytes from number `start` to `stop`, fractions too, filled column by column; x in bits.
+
+    >>> cells(0, 0.5)
+    [[(0.0, 0), (0.125, 0), (0.125, 0.5), (0.0, 0.5)]]
+    """
+    outlines = []
+    while start < stop:
+        column, top = divmod(start, ROWS)
+        bottom = min(ROWS, top + stop - start)
+        left, right = column / PER_BIT, (column + 1) / PER_BIT
+        outlines.append([(left, top), (right, top), (right, bottom), (left, bottom)])
+        start += bottom - top
+    return outlines
+
+
+class Bytes:
+    """The bytes of 2,048 weights on an axis of bits per parameter: codes, then constants, then scales of constants."""
+
+    def __init__(self, ax: Axes):
+        byte_lines = [[(x / PER_BIT, 0), (x / PER_BIT, ROWS - 0.5)] for x in range(WIDEST * PER_BIT)]
+        byte_lines += [[(0, y), (WIDEST, y)] for y in range(ROWS)]
+        ax.set(xlim=(0, WIDEST), ylim=(ROWS, 0), yticks=[], xticks=range(WIDEST + 1))
+        ax.spines["left"].set_visible(False)
+        codes = PolyCollection(cells(0, CODES * PER_BIT * ROWS), facecolors=COLOURS["sky"])
+        self.constants = ax.add_collection(PolyCollection([], facecolors=COLOURS["orange"]))
+        self.scales = ax.add_collection(PolyCollection([], facecolors=COLOURS["red"]))
+        self.title = ax.text(0, 1.03, "", transform=ax.transAxes, va="bottom", fontsize=12)
+        lines = LineCollection(byte_lines, colors="#ffffff", lw=0.6)
+        self.artists = [ax.add_collection(codes), self.constants, self.scales, ax.add_collection(lines), self.title]
+
+    def show(self, constants: float, scales: float, title: str) -> None:
+        """constants, scales: bits per parameter. A scale that is less than a byte fills a part of its cell."""
+        ends = [PER_BIT * ROWS * bits for bits in (CODES, CODES + constants, CODES + constants + scales)]
+        self.constants.set_verts(cells(*ends[:2]))
+        self.scales.set_verts(cells(*ends[1:]))
+        self.title.set_text(title)
+
+
+class ConstantsExplorer(Explorer):
+    """Both block sizes, outliers and the mean: what constants cost in bits and in error. See Explorer."""
+
+    def controls(self):
+        return {
+            "block_size": Slider("Block size", 64, choices=SIZES, unit="weights"),
+            "group_size": Slider("Group size", 256, choices=SIZES, unit="constants"),
+            "outlier": Slider("Outlier", 0, choices=[0, 5, 10, 20, 40, 80], unit="standard deviations"),
+            "mean_offset": Toggle("Mean offset", True),
+        }
+
+    @staticmethod
+    def compute(state):
+        before, after = constant_bits(state["block_size"], state["group_size"])
+        q, nf4, error, squares = quantised(state["block_size"], state["outlier"])
+        moved = {}
+        for table in TABLES:
+            absmax = stored_constants(q.absmax, table, state["group_size"], state["mean_offset"])
+            moved[table] = squared_error(nf4, q, absmax) / error
+        return {
+            "before": before,
+            "after": after,
+            "codes": before / 4,  # 8 bits for 32
+            "relative_error": error / squares,
+            "moved": moved,
+        }
+
+    def draw(self):
+        fig, (before, right) = new_figure(2, width=9, height=3.7)
+        grid = right.get_gridspec()
+        grid.set_width_ratios([1.5, 1])
+        before.remove()
+        left = grid[0].subgridspec(2, 1).subplots()
+        for ax in left:
+            ax.spines[["top", "right"]].set_visible(False)
+        self.before, self.after = map(Bytes, left)
+        left[1].set_xlabel("bits per parameter")
+        kinds = [Patch(color=COLOURS[name]) for name in ("sky", "orange", "red")]
+        left[1].legend(kinds, ["codes", "constants", "their scales"], loc="upper right", frameon=False, fontsize=11)
+        right.set(
+            yscale="log", ylim=(LEAST, MOST), xlim=(-0.6, len(TABLES) - 0.4), ylabel="error added, % of NF4's own"
+        )
+        right.set_xticks(range(len(TABLES)), NAMES.values())
+        right.axhline(100, color=COLOURS["black"], lw=1, ls="--")
+        self.bars = right.add_collection(LineCollection([], colors=COLOURS["orange"], lw=22, capstyle="butt"))
+        self.values = [right.text(i, 1, "", ha="center", va="bottom", fontsize=11) for i in range(len(TABLES))]
+        self.note = right.text(0, 1.03, "", transform=right.transAxes, va="bottom", fontsize=12)
+        return fig, [*self.before.artists, *self.after.artists, self.bars, *self.values, self.note]
+
+    def update(self, result):
+        before, codes, scales = result["before"], result["codes"], result["after"] - result["codes"]
+        self.before.show(before, 0, f"float32 constants: {CODES} + {before:.4g} bits")
+        self.after.show(codes, scales, f"8 bits, and scales: {CODES} + {codes:.4g} + {scales:.3g} bits")
+        moved = [100 * share for share in result["moved"].values()]
+        self.bars.set_segments([[(i, LEAST), (i, value)] for i, value in enumerate(moved)])
+        for text, value in zip(self.values, moved, strict=True):
+            text.set_y(1.15 * value)
+            text.set_text(f"{value:.2g}")
+        self.note.set_text(f"NF4's relative error: {100 * result['relative_error']:.3g} %")
+
+    @staticmethod
+    def describe(state, result):
+        moved = ", ".join(f"{NAMES[table]} {100 * share:.2g} %" for table, share in result["moved"].items())
+        mean = "the mean taken off" if state["mean_offset"] else "the mean left in"
+        return (
+            f"Block size {state['block_size']}, groups of {state['group_size']}: constants cost {result['before']:.4g} "
+            f"bits per parameter in float32 and {result['after']:.4g} in 8 bits; relative error of NF4 "
+            f"{100 * result['relative_error']:.3g} %; outliers of {state['outlier']}, {mean}: double quantization adds "
+            f"{moved} of that error"
+        )
