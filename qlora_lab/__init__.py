@@ -49,6 +49,7 @@ _HOME = {
     "KernelMapExplorer": "show.kernel_map",
     "LowRankExplorer": "show.low_rank",
     "PageTableExplorer": "show.page_table",
+    "ConstantsExplorer": "show.constants",
     "check": "show.check",
     "picture": "show.figure",
     "show_source": "show.source",
