@@ -34,10 +34,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All rows of one model in one setup; `setup` says which, in words. notes: what was assumed."""
+    """All rows of one model in one setup; `setup` says which, in words. tokens: at once. notes: what was assumed."""
 
     rows: tuple[Row, ...]
     setup: str
+    tokens: int
     notes: tuple[str, ...] = ()
 
     def at(self, phase: str) -> int:
@@ -55,6 +56,12 @@ class Ledger:
     def peak(self) -> int:
         """The most bytes that are predicted at once."""
         return self.at(self.phase)
+
+    @property
+    def per_token(self) -> float:
+        """Predicted bytes of activations that a token keeps from the forward to the backward pass."""
+        kept = sum(row.predicted for row in self.rows if row.group == "activations" and "loss" in row.when)
+        return kept / self.tokens
 
     def group(self, name: str) -> int:
         """Predicted bytes of a group. Raises ValueError for one that has no row."""
@@ -81,7 +88,13 @@ class Ledger:
         """Everything, as plain values for JSON."""
         rows = [asdict(row) for row in self.rows]
         phases = {phase: self.at(phase) for phase in PHASES}
-        sums = {"groups": self.groups, "phases": phases, "peak": self.peak, "peak_phase": self.phase}
+        sums = {
+            "groups": self.groups,
+            "phases": phases,
+            "peak": self.peak,
+            "peak_phase": self.phase,
+            "per_token": self.per_token,
+        }
         return {"setup": self.setup, "rows": rows, **sums, "notes": list(self.notes)}
 
     def __str__(self) -> str:
@@ -99,7 +112,8 @@ class Ledger:
             "  ".join(f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(line)).rstrip()
             for line in lines
         ]
-        return "\n".join([self.setup, *text, *self.notes])
+        token = f"a token keeps {self.per_token:,.0f} bytes of activations from the forward to the backward pass"
+        return "\n".join([self.setup, *text, token, *self.notes])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -53,7 +53,8 @@ def ledger_of(shape: Shape, setup: Setup) -> Ledger:
     _check_rank(shape, setup)
     rows = [*_weights(shape, setup), *_adapters(shape, setup), *_gradients(shape, setup), *_moments(shape, setup)]
     rows += [*_activations(shape, setup), *_loss(shape, setup), *_workspace(shape, setup), *_runtime(setup)]
-    return Ledger(tuple(rows), f"{shape.name}, {shape.parameters:,} weights: {setup}", _notes(setup))
+    words = f"{shape.name}, {shape.parameters:,} weights: {setup}"
+    return Ledger(tuple(rows), words, setup.tokens, _notes(setup))
 
 
 def _notes(setup: Setup) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ what is computed, and are turned on in the order of their price until it fits:
     gradient checkpointing   one more forward pass a step, a third of its arithmetic
     paged optimizer          of its state, what does not fit leaves the card and comes back, every step
 
-8-bit moments are compared, and never chosen: they change numbers, and 32-bit ones in pages need less still. Packing is
-no switch of a plan: it depends on the data. Setup has it.
+8-bit moments are compared, and never chosen: they change numbers, and 32-bit ones in pages need less still. So is
+packing, if mean_length says how long examples are: how well they fill rows depends on the data.
 Not here: bytes (memory.py). On a CPU the card is the machine's memory.
 """
 
@@ -28,7 +28,7 @@ from qlora_lab.measure.memory_setup import Setup
 GIB = 2**30
 MOST_TOKENS, MOST_ROWS = 2**20, 2**12  # beyond them a limit is not looked for
 ORDER = ("micro-batches", "gradient checkpointing", "paged optimizer")
-EIGHT = "8-bit moments"
+EIGHT, PACKING = "8-bit moments", "packing"
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def plan(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> Plan
         if _peak(shape, advised) < _peak(shape, before):
             switched.append(name)
     chosen = ledger_of(shape, advised)
+    compared = (*ORDER, EIGHT, *(PACKING,) * (wanted.mean_length is not None))
     return Plan(
         nbytes=nbytes,
         fits=chosen.peak <= nbytes,
@@ -116,7 +117,7 @@ def plan(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> Plan
         chosen=chosen,
         settings=_settings(advised),
         switched=tuple(switched),
-        switches=tuple(_alone(name, shape, wanted, nbytes, asked.peak) for name in (*ORDER, EIGHT)),
+        switches=tuple(_alone(name, shape, wanted, nbytes, asked.peak) for name in compared),
         longest=_longest(shape, advised, nbytes),
         rows=_most(MOST_ROWS, lambda n: _peak(shape, _rows(advised, n)) <= nbytes),
         rank=_largest_rank(shape, advised, nbytes),
@@ -151,6 +152,7 @@ def _alone(name: str, shape: Shape, wanted: Setup, nbytes: int, peak: int) -> Sw
         "gradient checkpointing": {"gradient_checkpointing": True},
         "paged optimizer": {"optimizer_budget": PAGE_SIZE},
         EIGHT: {"optimizer_bits": 8},
+        PACKING: {"packing": True},
     }
     setup = replace(wanted, **changes[name])
     less = _peak(shape, setup)

@@ -226,6 +226,13 @@ def test_adapter_dtypes_of_peers_cost_16_12_and_8_bytes_a_weight():
     assert each(adapter_dtype="bfloat16", paged=True) == pytest.approx(12, rel=0.02)  # pages of 2 MiB
 
 
+def test_a_token_keeps_less_where_its_layers_are_recomputed():
+    """A layer's input for each of 32 layers, and after them a norm; what does not grow with tokens is a rest."""
+    kept = predict_memory("llama-7b", length=4096, gradient_checkpointing=True)
+    assert kept.per_token == pytest.approx(32 * 4096 * 2 + 4097 * 4, rel=0.01)
+    assert predict_memory("llama-7b", length=4096).per_token > 20 * kept.per_token
+
+
 def test_the_peak_is_the_largest_phase_and_rows_add_up():
     ledger = predict_memory("llama-7b", gradient_checkpointing=True)
     assert ledger.peak == max(ledger.at(phase) for phase in PHASES) == ledger.at(ledger.phase)

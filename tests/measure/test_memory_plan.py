@@ -61,6 +61,12 @@ def test_each_switch_alone_saves_what_it_says():
     assert alone["gradient checkpointing"].longest > alone["micro-batches"].longest
 
 
+def test_packing_is_compared_where_the_data_are_known():
+    """8 examples of 128 tokens fill 2 rows of 512."""
+    found = plan("llama-7b", 24, **WANTED, mean_length=128)
+    assert found.switches[-1].name == "packing" and found.switches[-1].peak == peak(batch_size=2, packing=True)
+
+
 def test_pages_leave_only_as_far_as_they_must():
     found, how = plan("llama-7b", 6, **WANTED), {"micro_batch_size": 1, "gradient_checkpointing": True}
     budget = found.settings["optimizer_budget"]
