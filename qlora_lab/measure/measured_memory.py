@@ -26,7 +26,7 @@ from qlora_lab.finetune.data import IGNORED
 from qlora_lab.finetune.linear4bit import HEAD, Linear4bit
 from qlora_lab.finetune.lora import LoRALinear
 from qlora_lab.finetune.loss import answer_loss
-from qlora_lab.finetune.modes import mode
+from qlora_lab.finetune.modes import mode, own_draws
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.kernels import product
 from qlora_lab.measure.activations import (
@@ -160,10 +160,9 @@ class _Storages:
     seen: set[int] = field(default_factory=set)
 
     def add(self, what: str, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        new = storage.data_ptr() not in self.seen
-        self.sums[what] += storage.nbytes() if new else 0
-        self.seen.add(storage.data_ptr())
+        new = _address(tensor) not in self.seen
+        self.sums[what] += tensor.untyped_storage().nbytes() if new else 0
+        self.seen.add(_address(tensor))
 
 
 def _walk(model: nn.Module) -> Counter:
@@ -224,30 +223,39 @@ def _moments(optimizer: torch.optim.Optimizer) -> Counter:
 
 def _watched(model: "PreTrainedModel", batch: dict[str, torch.Tensor], shape: Shape) -> Counter:
     """Bytes that a forward pass keeps for its backward pass, by kind; weights are not counted."""
-    storages, inside = _Storages(), []
+    storages, rotary, inside = _Storages(), set(), []
     for tensor in (*model.parameters(), *model.buffers()):
-        storages.seen.add(tensor.untyped_storage().data_ptr())
+        storages.seen.add(_address(tensor))
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         path, module = inside[-1] if inside else ("", None)
-        storages.add(_kind(path, module, tensor, shape), tensor)
+        kind = ROTARY if _address(tensor) in rotary else _kind(path, module, tensor, shape)
+        storages.add(kind, tensor)
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with mode(model, training=True), _following(model, inside), torch.enable_grad(), hooks:
+    following = _following(model, inside, rotary)
+    with mode(model, training=True), own_draws(model), following, torch.enable_grad(), hooks:
         loss = answer_loss(model, batch)[0]  # while it lives, so does what it keeps, and no address is used twice
         del loss
     return storages.sums
 
 
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 @contextmanager
-def _following(model: nn.Module, inside: list[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Keep in `inside` the modules whose forward is running, the innermost last."""
+def _following(model: nn.Module, inside: list[tuple[str, nn.Module]], rotary: set[int]) -> Iterator[None]:
+    """Keep in `inside` the modules whose forward is running, the innermost last, and in `rotary` where their tables
+    are: every layer gets the same."""
     hooks = []
     for path, module in model.named_modules():
         enter = lambda m, args, path=path: inside.append((path, m))  # noqa: E731
         leave = lambda m, args, output: inside.pop() and None  # noqa: E731 - pop is a tuple; None changes no output
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        if path.endswith("rotary_emb"):
+            hooks.append(module.register_forward_hook(lambda m, args, output: rotary.update(map(_address, output))))
     try:
         yield
     finally:
@@ -265,10 +273,8 @@ def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shap
     if "norm" in names[-1]:
         return NORM
     if names[-1] == "self_attn":
-        if tensor.dim() == 4 and tensor.shape[1] == 1:  # neither has heads
-            square = tensor.shape[-1] == tensor.shape[-2]
-            return MASK if square and tensor.shape[-1] != shape.head_dim else ROTARY
-        return ATTENTION
+        of_no_head = tensor.dim() == 4 and tensor.shape[1] == 1 and tensor.shape[-1] == tensor.shape[-2]
+        return MASK if of_no_head else ATTENTION
     if names[-1] in ("mlp", "act_fn"):
         return SWIGLU
     if names[-1].isdigit():

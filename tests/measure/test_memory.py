@@ -26,6 +26,7 @@ SHAPES = {
     "grouped queries, tied": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "all heads, own head": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
     "wide head_dim, own head": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 1, "head_dim": 24}),
+    "rows as long as heads": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 2, "head_dim": 12}),
     "qwen2's biases, tied": (Qwen2Config, Qwen2ForCausalLM, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
 }
 UNSEEN = {"loss workspace", "gradients of activations", "the update's temporaries", "a layer computed again"}
@@ -107,6 +108,7 @@ def test_a_recomputed_layer_keeps_its_input():
 
 
 CASES = {
+    "one key for all queries, no mask": ({"shape": "wide head_dim, own head"}, {"padded": False}, {}),
     "bf16": ({"dtype": torch.bfloat16}, {}, {}),
     "bf16, no quantisation": ({"dtype": torch.bfloat16, "method": "lora"}, {}, {}),
     "bf16, all trained": ({"dtype": torch.bfloat16, "method": "full"}, {}, {}),
@@ -149,10 +151,11 @@ def test_a_ledger_of_a_model_alone_has_no_activations_measured():
 
 
 def test_watching_changes_nothing():
-    model, batch = build(), batch_of()
+    model, batch = build(dropout=0.1), batch_of()
     model.eval()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before, drawn = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
     measure_memory(model, batch=batch)
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert not model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -310,7 +313,7 @@ print(json.dumps({"peak": peak, "ledger": ledger.to_dict()}))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process's peak is read from /proc")
-@pytest.mark.parametrize(("recompute", "rows"), [(False, 2), (True, 8)])
+@pytest.mark.parametrize(("recompute", "rows"), [(False, 2), (True, 4)])
 def test_peak_of_a_step_of_smollm2(recompute, rows, tmp_path, tiny_llama, tokenizer):
     """Within 10 % of what the system counted, and activations within 5 %; all else to the byte.
 
