@@ -120,9 +120,10 @@ class ConstantsExplorer(Explorer):
         self.before, self.after = map(Bytes, left)
         left[1].set_xlabel("bits per parameter")
         kinds = [Patch(color=COLOURS[name]) for name in ("sky", "orange", "red")]
-        left[1].legend(kinds, ["codes", "constants", "their scales"], loc="upper right", frameon=False, fontsize=11)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.4), "ncols": 3, "frameon": False, "fontsize": 11}
+        left[1].legend(kinds, ["codes", "constants", "their scales"], **below)
         right.set(
-            yscale="log", ylim=(LEAST, MOST), xlim=(-0.6, len(TABLES) - 0.4), ylabel="error added, % of NF4's own"
+            yscale="log", ylim=(LEAST, MOST), xlim=(-0.6, len(TABLES) - 0.4), ylabel="squared shift, % of NF4's error"
         )
         right.set_xticks(range(len(TABLES)), NAMES.values())
         right.axhline(100, color=COLOURS["black"], lw=1, ls="--")
@@ -149,6 +150,6 @@ class ConstantsExplorer(Explorer):
         return (
             f"Block size {state['block_size']}, groups of {state['group_size']}: constants cost {result['before']:.4g} "
             f"bits per parameter in float32 and {result['after']:.4g} in 8 bits; relative error of NF4 "
-            f"{100 * result['relative_error']:.3g} %; outliers of {state['outlier']}, {mean}: double quantization adds "
-            f"{moved} of that error"
+            f"{100 * result['relative_error']:.3g} %; outliers of {state['outlier']}, {mean}: 8 bits move the "
+            f"weights by {moved} of that error"
         )
