@@ -26,21 +26,27 @@ def widen_attention(model: "PreTrainedModel") -> bool:
     Returns whether it now does.
     """
     narrow = model.dtype in (torch.bfloat16, torch.float16) and model.device.type == "cpu"
-    if not narrow or race().use_bfloat16 or model.config._attn_implementation != TORCH:
+    can = getattr(model, "_can_set_attn_implementation", lambda: True)()
+    if not (narrow and can) or model.config._attn_implementation not in (TORCH, NAME):
         return False
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, _in_float32)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # booleans, which need no widening
-    model.set_attn_implementation(NAME)
-    return True
+    model.set_attn_implementation(TORCH if race().use_bfloat16 else NAME)
+    return model.config._attn_implementation == NAME
 
 
 def _in_float32(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
     """transformers' function over torch's attention, (batch, heads, tokens, head_dim), called with wide tensors."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    # One token looks at all keys once: widening them takes longer than narrow products do.
+    if query.shape[2] == 1 or query.dtype not in (torch.bfloat16, torch.float16):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
     wide = (tensor.float() for tensor in (query, key, value))
     attended, weights = sdpa_attention_forward(module, *wide, attention_mask, **options)
     return attended.to(query.dtype), weights

@@ -1,7 +1,7 @@
 """Checkpoints: the whole state of a run on disk, so that a run that was killed goes on as if nothing had happened.
 
 In: tensors by name, and facts that JSON can hold. Out: one folder a step,
-    checkpoints/step-00000040/   state.safetensors   state.json   SHA256SUMS (`sha256sum -c` reads it)
+    checkpoints/step-00000040/   state.safetensors   state.json   best/   SHA256SUMS (`sha256sum -c` reads it)
 Source: what users of other trainers lost: resumes without the optimizer, and files cut off by a full disk.
 
 A checkpoint is written under another name, flushed to the disk and renamed: whatever happens, a folder with its name is
@@ -19,9 +19,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qlora_lab.finetune.files import replacing_folder
+from qlora_lab.finetune.files import replacing_folder, sync
 
 FOLDER, TENSORS, FACTS, SUMS = "checkpoints", "state.safetensors", "state.json", "SHA256SUMS"
+BEST = "best"  # the adapter with the lowest held-out loss, if there was an evaluation
 
 
 def saved_steps(run: Path) -> list[int]:
@@ -30,20 +31,28 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name)))
 
 
-def save_checkpoint(run: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
+def save_checkpoint(
+    run: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int, best: Path | None = None
+) -> Path:
     """Write the state after `step`, and then remove all checkpoints but the newest `keep`. Returns its folder.
 
+    best: a folder to copy along, the adapter with the lowest held-out loss so far.
     Raises OSError, with what is left, if it cannot be written; earlier checkpoints are as they were then.
     """
     target = _folder(run, step)
-    for stale in target.parent.glob(".step-*"):  # of a process that was killed as it wrote
+    target.parent.mkdir(exist_ok=True)
+    sync(run)
+    for stale in target.parent.glob(".step-*"):  # of a process that was killed as it wrote, or removed
         shutil.rmtree(stale, ignore_errors=True)
     try:
         with replacing_folder(target) as new:
             save_file(tensors, new / TENSORS)
             shutil.copymode(run, new)
-            (new / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            sums = [f"{_sha256(new / name)}  {name}\n" for name in (TENSORS, FACTS)]
+            (new / FACTS).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            if best:
+                shutil.copytree(best, new / BEST)
+            files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
+            sums = [f"{_sha256(new / name)}  {name}\n" for name in files]
             (new / SUMS).write_text("".join(sums), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
@@ -52,9 +61,16 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, torch.Tensor], fact
         raise OSError(
             f"step {step} could not be saved in {run} ({error}); {left}. Free {size:,.0f} MiB there, then resume"
         ) from error
-    for old in saved_steps(run)[:-keep]:
-        shutil.rmtree(_folder(run, old))
+    forget(run, saved_steps(run)[:-keep])
     return target
+
+
+def forget(run: Path, steps: list[int]) -> None:
+    """Remove the checkpoints of `steps`. Each loses its name first: what has one is whole."""
+    for step in steps:
+        aside = _folder(run, step).with_name(f".step-{step}-removed")
+        _folder(run, step).rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
@@ -66,15 +82,34 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
     if step not in steps:
         there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
         raise FileNotFoundError(f"{run} has no checkpoint of step {step}: {there}")
-    damaged = [name for name in (SUMS, TENSORS, FACTS) if not (folder / name).is_file()]
-    if not damaged:
-        sums = set((folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines())
-        damaged = [name for name in (TENSORS, FACTS) if f"{_sha256(folder / name)}  {name}" not in sums]
-    if damaged:
+    if damaged := _damaged(folder):
         earlier = [s for s in steps if s < step]
         remedy = f"go on from the one before it: resume={earlier[-1]}" if earlier else "there is none before it"
-        raise ValueError(f"{folder / damaged[0]} is not what was written, it was cut off or changed; {remedy}")
-    return load_file(folder / TENSORS), json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        raise ValueError(f"{folder / damaged} is not what was written, it was cut off or changed; {remedy}")
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}  # no view of the file
+    return tensors, json.loads((folder / FACTS).read_text(encoding="utf-8"))
+
+
+def restore_best(run: Path, step: int, best: Path) -> None:
+    """Make the folder `best` what it was when `step` was saved; nothing, if there was none."""
+    stored = _folder(run, step) / BEST
+    if stored.is_dir():
+        with replacing_folder(best) as new:
+            shutil.copytree(stored, new, dirs_exist_ok=True)
+    elif best.exists():
+        shutil.rmtree(best)
+
+
+def _damaged(folder: Path) -> str | None:
+    """The first file that is not as its checksum says."""
+    if not (folder / SUMS).is_file():
+        return SUMS
+    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    sums = {line[66:]: line[:64] for line in lines}  # 64 digits, two spaces, a name
+    if not {TENSORS, FACTS} <= sums.keys():
+        return SUMS
+    wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or _sha256(folder / n) != digest)
+    return next(wrong, None)
 
 
 def _folder(run: Path, step: int) -> Path:

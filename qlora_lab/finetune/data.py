@@ -97,7 +97,7 @@ def encode(example: Example, tokenizer: "Tokenizer") -> Encoded:
 
 
 def encode_all(
-    examples: list[Example], tokenizer: "Tokenizer", max_length: int, enough: int | None = None
+    examples: list[Example], tokenizer: "Tokenizer", max_length: int, enough: int | None = None, progress: bool = True
 ) -> tuple[list[Encoded], EncodeReport]:
     """The first `enough` examples of at most `max_length` tokens, in their order, and a count of those passed over.
 
@@ -105,7 +105,7 @@ def encode_all(
     is short enough.
     """
     kept, lengths = [], []
-    for example in tqdm(examples, "tokens", unit="example", leave=False):
+    for example in tqdm(examples, "tokens", unit="example", leave=False, disable=not progress):
         encoded = encode(example, tokenizer)
         lengths.append(len(encoded.input_ids))
         if lengths[-1] <= max_length:

@@ -160,9 +160,6 @@ class Sharded(_Several):
     """
 
     def __init__(self, model: nn.Module):
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import DTensor
-
         super().__init__(model)
         # Its own connections, so that the end of a run never meets what an error left under way on the others.
         self._apart = dist.new_group(backend="gloo", timeout=WAIT)
@@ -170,6 +167,16 @@ class Sharded(_Several):
         self._closed = False
         mesh = dist.device_mesh.init_device_mesh(next(model.parameters()).device.type, (self.size,))
         self.model = _copy_of_modules(model)
+        try:
+            self._spread(model, mesh)
+        except BaseException:
+            self.close()
+            raise
+
+    def _spread(self, model: nn.Module, mesh: dist.DeviceMesh) -> None:
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor
+
         stay = {p for p in model.parameters() if p.requires_grad or not p.dim()}  # FSDP2 takes no scalars
         for path in [*_layers(model), ""]:  # the last is all that is in no layer: embeddings, the last norm, the head
             original, copy = model.get_submodule(path), self.model.get_submodule(path)

@@ -22,7 +22,7 @@ from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, collate, end
 from qlora_lab.finetune.dtype_policy import GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
-from qlora_lab.finetune.loss import answer_loss
+from qlora_lab.finetune.loss import accumulate, answer_loss
 from qlora_lab.finetune.modes import checkpointing, mode, own_draws
 from qlora_lab.finetune.nonfinite import first_nonfinite
 from qlora_lab.finetune.settings import Settings
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Batch = dict[str, torch.Tensor]
 LEFT_OUT = 0.5  # share of examples: if more are too long, the rest is no longer the user's data
 TIGHT = 0.75  # share of the free memory: a step of SmolLM2 on 2,040 tokens peaked at 1.27 times what it keeps
+HALF_SCALE = 1024  # of the loss in float16, whose least number is 6e-8; the trainer looks for its own
 BLANK = 0.01  # of the usual size: an embedding that is nearer to zero, or to the mean of all, was never trained
 
 END, LEARNED, LENGTH, NEW = "end token in labels", "learned tokens", "examples left out", "new tokens"
@@ -217,12 +218,13 @@ def tolerance(model: nn.Module) -> float:
 
 
 def _accumulate(model: nn.Module, batches: list[Batch]) -> None:
-    """Add up the gradients of the mean loss over all answer tokens of all batches, as a step of the trainer does."""
+    """As a step of the trainer does; in float16 on a scaled loss, without which small gradients vanish."""
     tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
-    for batch in batches:
-        loss = answer_loss(model, batch)[0] / max(tokens, 1)
-        if loss.requires_grad:  # it has none where no adapter is reached, which is a finding and no error
-            loss.backward()
+    factor = HALF_SCALE if getattr(model, "dtype", None) == torch.float16 else 1
+    accumulate(model, batches, max(tokens, 1), lambda loss: loss * factor)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad /= factor
 
 
 @contextmanager

@@ -13,10 +13,11 @@ class Interrupt:
     """asked: whether the user wants the run to stop."""
 
     def __init__(self):
-        self.asked = False
+        self.asked, self._signals = False, 0
 
     def ask(self, *_: object) -> None:
-        if self.asked:
+        self._signals += 1
+        if self._signals > 1:
             raise KeyboardInterrupt
         self.asked = True
 

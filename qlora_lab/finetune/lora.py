@@ -55,7 +55,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dropping = self.training and self.dropout.p > 0  # then base and adapter do not read the same x
-        if isinstance(self.base, Linear4bit) and self.base.takes_adapter and not dropping:
+        exact = self.lora_A.dtype == self.lora_B.dtype == torch.float32  # unless somebody set their data
+        if isinstance(self.base, Linear4bit) and self.base.takes_adapter and exact and not dropping:
             return self.base(x, (self.lora_A, self.lora_B, self.scaling))  # the same as below, in one pass over x
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         low = self.dropout(x) @ A.t() * self.scaling  # (..., in) @ (in, r) -> (..., r): scaled where it is thinnest

@@ -8,6 +8,9 @@ Only rows that have a label go through the head: of a prompt of 150 tokens and a
 and the head holds a fifth of SmolLM2's multiplications and, over a vocabulary of 49,152, most of its memory.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -33,6 +36,27 @@ def answer_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple
     return cross_entropy(logits, targets[learned], reduction="sum"), int(learned.sum())
 
 
+def accumulate(
+    model: torch.nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    answer_tokens: int,
+    scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+    around: Callable[[bool], AbstractContextManager] = lambda last: nullcontext(),
+) -> float:
+    """Add the gradients of the mean loss over `answer_tokens`, those of all batches, to `.grad`. Returns that loss.
+
+    scale: of what is differentiated. around: what each forward and backward runs in, given whether it is the last.
+    """
+    loss = 0.0
+    for number, batch in enumerate(batches, 1):
+        with around(number == len(batches)):
+            part = answer_loss(model, batch)[0] / answer_tokens
+            if part.requires_grad:  # else nothing that is trained was reached, and nothing gets a gradient
+                scale(part).backward()
+        loss += part.item()
+    return loss
+
+
 def held_out_loss(model: torch.nn.Module, encoded: list[Encoded]) -> float:
     """Mean cross entropy in nats over all answer tokens of all examples, each token counting once.
 
@@ -44,23 +68,25 @@ def held_out_loss(model: torch.nn.Module, encoded: list[Encoded]) -> float:
     return loss / labels
 
 
-def summed_loss(model: torch.nn.Module, encoded: list[Encoded]) -> tuple[float, int]:
+def summed_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool = True) -> tuple[float, int]:
     """(sum of cross entropies in nats, number of answer tokens) of held-out examples."""
     by_length = sorted(encoded, key=lambda one: len(one.input_ids))  # little padding; a sum does not mind the order
     parts = [by_length[start : start + BATCH_SIZE] for start in range(0, len(by_length), BATCH_SIZE)]
-    return _sums(model, [collate(part, pad_id=0) for part in parts], "held-out loss")
+    return _sums(model, [collate(part, pad_id=0) for part in parts], "held-out loss", progress)
 
 
 def mean_loss(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str) -> float:
     """Mean cross entropy in nats over all labels of all batches; `title` stands before the progress bar."""
-    loss, labels = _sums(model, batches, title)
+    loss, labels = _sums(model, batches, title, progress=True)
     return loss / labels
 
 
-def _sums(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str) -> tuple[float, int]:
+def _sums(
+    model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str, progress: bool
+) -> tuple[float, int]:
     loss, labels = 0.0, 0
     with measuring(model):
-        for batch in tqdm(batches, title, unit="batch", leave=False):
+        for batch in tqdm(batches, title, unit="batch", leave=False, disable=not progress):
             summed, count = answer_loss(model, batch)
             loss, labels = loss + summed.item(), labels + count
     return loss, labels

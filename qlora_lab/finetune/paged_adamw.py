@@ -177,9 +177,14 @@ class PagedAdamW(torch.optim.Optimizer):
                 if found != shape:
                     raise ValueError(f"{name} of parameter {number} has shape {found}, it must be {shape}")
         steps = {number: {"step": torch.tensor(float(one["step"]))} for number, one in given.items()}
+        had = {p for p in self._parameters() if p in self.state}
         super().load_state_dict(state_dict | {"state": steps})
         for number, p in enumerate(self._parameters()):
-            if number in given:
+            if number not in given and p in had:
+                for _, parts, _ in self._pieces([p]):
+                    for part in parts:
+                        part.zero_()
+            elif number in given:
                 whole, done = [given[number][name].reshape(-1) for name in NAMES[self.bits]], [0] * 4
                 for _, parts, _ in self._pieces([p]):
                     for i, part in enumerate(parts):

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.fetch import HUB_FILES, resolve
+from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
 from qlora_lab.finetune.files import replacing_file
 from qlora_lab.finetune.linear4bit import HEAD
 from qlora_lab.finetune.models import (
@@ -31,6 +31,7 @@ from qlora_lab.finetune.models import (
     may_lack,
     opened,
     read_tensor,
+    stored_options,
 )
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
@@ -59,6 +60,8 @@ def quantize_folder(
     named_codebook(codebook)
     check_block_size(block_size)
     out, source = Path(out), resolve(name_or_path, progress=progress)
+    if stored := stored_options(source):
+        raise ModelError(f"{source} is in 4 bits already, as {stored}: load it, or quantise its original")
     model = empty_model(source, torch.float32)
     shapes, files = expected_shapes(model), files_of(source)
     check_names(source, set(files), set(shapes), may_lack(model))
@@ -121,6 +124,8 @@ def _begin(out: Path, plan: dict) -> None:
     if (out / CONFIG).exists():
         raise FileExistsError(f"{out} holds a model already: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
+    for stale in out.glob(".model-*"):  # of a process that was killed as it wrote
+        shutil.rmtree(stale, ignore_errors=True)
     if (out / UNFINISHED).exists():
         begun = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
         if differing := [name for name in plan if begun.get(name) != plan[name]]:

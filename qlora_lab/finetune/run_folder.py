@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_lab.finetune.checkpoint import FOLDER, saved_steps
+from qlora_lab.finetune.checkpoint import BEST, FOLDER, saved_steps
 
-LOG, RECORD, RESULT, ADAPTER, BEST = "log.jsonl", "settings.json", "result.json", "adapter", "best"
+LOG, RECORD, RESULT, ADAPTER = "log.jsonl", "settings.json", "result.json", "adapter"
 RUN_FILES = (ADAPTER, BEST, FOLDER, LOG, RECORD, RESULT)
 
 
@@ -47,17 +47,29 @@ def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = Fa
 def replacing_run(folder: Path, resume: bool) -> Iterator[Path]:
     """Yields `folder`; an earlier run in it is set aside, and put back if the new one saves nothing."""
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in (path for name in RUN_FILES for path in folder.glob(f".{name}-*")):  # of a process that was killed
+        _remove(stale)
     earlier = [] if resume else [name for name in RUN_FILES if (folder / name).exists()]
     aside = Path(tempfile.mkdtemp(prefix=".earlier-", dir=folder)) if earlier else None
-    for name in earlier:
-        (folder / name).rename(aside / name)
     try:
+        for name in earlier:
+            (folder / name).rename(aside / name)
         yield folder
     finally:
-        if aside and not ((folder / ADAPTER).exists() or saved_steps(folder)):
-            for name in earlier:
-                (aside / name).replace(folder / name)
+        moved = [name for name in earlier if (aside / name).exists()]
+        if aside and not (len(moved) == len(earlier) and ((folder / ADAPTER).exists() or saved_steps(folder))):
+            for name in RUN_FILES if len(moved) == len(earlier) else moved:  # what the new run left, if it began
+                _remove(folder / name)
+            for name in moved:
+                (aside / name).rename(folder / name)
             shutil.rmtree(aside)
-        if (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens to this one
+        elif (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens to this one
             for old in folder.glob(".earlier-*"):
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

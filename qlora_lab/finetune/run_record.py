@@ -10,10 +10,12 @@ from dataclasses import asdict
 
 import torch
 
+from qlora_lab.finetune.attention import widen_attention
 from qlora_lab.finetune.data import Encoded, EncodeReport
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.settings import FREE, Settings
+from qlora_lab.kernels import product
 
 PROBE = 2**12  # elements of each base weight that tell one model from another
 
@@ -50,6 +52,19 @@ def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
         elif a != b:
             lines.append(f"{prefix}{name}: {a} in the checkpoint, {b} now")
     return lines
+
+
+def arithmetic(model: torch.nn.Module) -> dict:
+    """What a race on this machine decided and sums depend on: how products and attention are computed."""
+    race = list(product.race()) if next(model.parameters()).device.type == "cpu" else None
+    return {"race": race, "attention": getattr(model.config, "_attn_implementation", None)}
+
+
+def adopt_arithmetic(model: torch.nn.Module, saved: dict) -> None:
+    """Go on with what the run began with, also where this process's own race ended otherwise."""
+    if saved["race"] is not None and next(model.parameters()).device.type == "cpu":
+        product.keep(product.Race(*saved["race"]))
+        widen_attention(model)
 
 
 def computes_in(model: torch.nn.Module) -> torch.dtype:

@@ -31,7 +31,8 @@ class Settings:
     gradient_checkpointing: bool = False  # keep one activation a layer and compute the others again: less memory
     shard: bool = False  # base weights spread over the processes, not whole on each: less memory, more traffic
     optimizer_bits: int = 32  # of each moment of AdamW; 8: a quarter of the memory
-    optimizer_budget: int | None = None  # bytes of the optimizer's state in memory, the rest is paged. None: all
+    optimizer_budget: int | None = None  # bytes of the optimizer's state in memory, the rest is paged; a checkpoint
+    #                                      takes all of it into memory for a moment. None: all, always
     eval_every: int = 0  # steps between evaluations on held-out examples. 0: none
     patience: int = 0  # evaluations in a row without a new best after which a run stops. 0: it never does
     save_every: int = 50  # steps between checkpoints. 0: only when interrupted

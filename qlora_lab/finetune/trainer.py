@@ -26,20 +26,20 @@ from tqdm.auto import tqdm
 
 from qlora_lab.finetune.allocator import recycle_memory
 from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
-from qlora_lab.finetune.checkpoint import load_checkpoint, save_checkpoint, saved_steps
+from qlora_lab.finetune.checkpoint import BEST, forget, load_checkpoint, restore_best, save_checkpoint, saved_steps
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data, pad_token_id
 from qlora_lab.finetune.distributed import engine_for, together
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.files import replacing_file, sync
 from qlora_lab.finetune.interrupt import Interrupt, waiting
 from qlora_lab.finetune.lora import adapters
-from qlora_lab.finetune.loss import answer_loss, summed_loss
+from qlora_lab.finetune.loss import accumulate, summed_loss
 from qlora_lab.finetune.modes import checkpointing, mode, own_draws
 from qlora_lab.finetune.nonfinite import first_nonfinite
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
-from qlora_lab.finetune.run_folder import ADAPTER, BEST, LOG, RECORD, RESULT, check_free, replacing_run
-from qlora_lab.finetune.run_record import comparable, computes_in, differences, record
+from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, check_free, replacing_run
+from qlora_lab.finetune.run_record import adopt_arithmetic, arithmetic, comparable, computes_in, differences, record
 from qlora_lab.finetune.settings import Settings, check_held_out, learning_rate
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Training:
         overwrite: bool = False,
         progress: bool = True,
     ):
-        adapters(model)  # raises before any work if there is none
+        _check_trained(model)
         check_free(out, overwrite, resume)
         check_held_out(settings, held_out)
         self.model, self.settings, self.folder = model, settings, Path(out)
@@ -132,8 +132,10 @@ class Training:
         examples = load_data(data) if isinstance(data, (str, Path)) else list(data)
         order = np.random.default_rng(settings.seed).permutation(len(examples))  # a fair sample, if not all are needed
         shuffled, enough = [examples[i] for i in order], settings.steps * settings.batch_size
-        self._encoded, self.report = encode_all(shuffled, tokenizer, settings.max_length, enough)
-        self._held_out = encode_all(held_out, tokenizer, settings.max_length)[0] if settings.eval_every else []
+        self._encoded, self.report = encode_all(shuffled, tokenizer, settings.max_length, enough, progress)
+        self._held_out = []
+        if settings.eval_every:
+            self._held_out, _ = encode_all(held_out, tokenizer, settings.max_length, progress=progress)
         self._pad_id = pad_token_id(tokenizer)
         self._lengths = [len(one.input_ids) for one in self._encoded] if settings.group_by_length else None
         self._interrupt, self._begun = Interrupt(), False
@@ -179,7 +181,7 @@ class Training:
                     line = self._line(len(self.lines) + 1)
                     self.lines.append(line)
                     if log:
-                        log.write(json.dumps(line) + "\n")
+                        log.write(json.dumps(line, allow_nan=False) + "\n")
                         log.flush()  # a run that is killed keeps the log of every step it made
                     bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{line['tokens_per_second']:.0f}")
                     bar.update()
@@ -205,7 +207,7 @@ class Training:
         self._scaler = torch.amp.GradScaler(device, enabled=computes_in(self.model) == torch.float16)
         self._batches = Batches(len(self._encoded), settings.batch_size, settings.seed, self._lengths)
         self._record |= {"processes": self._engine.size}  # in another number of parts sums are rounded otherwise
-        self.lines, self._best = [], {"loss": math.inf, "step": 0, "since": 0}
+        self.lines, self._best = [], {"loss": None, "step": 0, "since": 0}
         with together():
             if self.resume is not False and (steps := saved_steps(self.folder)):
                 self._restore(steps[-1] if self.resume is True else self.resume)
@@ -214,8 +216,15 @@ class Training:
         self._engine.agree(self._record | {"the step to resume at": len(self.lines)})
         with together():
             if self._leads():
+                step, steps = len(self.lines), saved_steps(self.folder)
+                if step:
+                    restore_best(self.folder, step, self.folder / BEST)
+                # newer ones would outlive the log that belongs to them
+                forget(self.folder, [newer for newer in steps if newer > step])
                 with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
-                    new.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+                    new.write_text(
+                        "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines), encoding="utf-8"
+                    )
                 with replacing_file(self.folder / RECORD) as new:
                     new.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
                 (self.folder / RESULT).unlink(missing_ok=True)
@@ -234,6 +243,7 @@ class Training:
             self.lines = []
         if [line["step"] for line in self.lines] != list(range(1, step + 1)):
             raise ValueError(f"{self.folder / LOG} lacks a line of the first {step} steps: it was changed by hand")
+        adopt_arithmetic(self.model, facts["arithmetic"])
         with torch.no_grad():
             for key, tensor in adapter_tensors(self.model).items():
                 tensor.copy_(tensors[f"adapter.{key}"])
@@ -261,8 +271,10 @@ class Training:
                     "batches": self._batches.state(),
                     "scaler": self._scaler.state_dict(),
                     "best": self._best,
+                    "arithmetic": arithmetic(self.model),
                 }
-                save_checkpoint(self.folder, len(self.lines), tensors, facts, self.settings.keep)
+                best = self.folder / BEST if self._best["step"] else None
+                save_checkpoint(self.folder, len(self.lines), tensors, facts, self.settings.keep, best)
 
     def _finish(self, ended: str) -> None:
         losses, tokens = [line["loss"] for line in self.lines], sum(line["tokens"] for line in self.lines)
@@ -275,7 +287,7 @@ class Training:
                 result |= {"loss": losses[-1], "best": self._best}
                 if ended != STOPPED:
                     with replacing_file(self.folder / RESULT) as new:
-                        new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                        new.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         self.result = Run(self.folder, self.settings, self.report, losses, held_out, seconds, tokens, ended)
 
     # ----------------------------------------------------------------------------------------------------------- a step
@@ -288,18 +300,15 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         self._optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
         with mode(self._engine.model, training=True), own_draws(self.model):
             # for dropout: what a step draws does not depend on how the run came here
             torch.manual_seed(np.random.SeedSequence([settings.seed, step, self._engine.rank]).generate_state(1)[0])
-            for number, batch in enumerate(micro_batches, 1):
-                with self._engine.gradients(last=number == len(micro_batches)):
-                    summed, _ = answer_loss(self._engine.model, batch)
-                    part = summed / answer_tokens
-                    self._scaler.scale(part).backward()
-                loss += part.item()
+            around = self._engine.gradients
+            loss = accumulate(self._engine.model, micro_batches, answer_tokens, self._scaler.scale, around)
         self._engine.finish(self._parameters)
         (loss,) = self._engine.sum(loss)
+        if all(p.grad is None for p in self._parameters):
+            raise ValueError("no adapter got a gradient, so nothing would be learned: `qlora-lab doctor` says why")
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, settings.clip).item()
         overflow = self._scaler.is_enabled() and not math.isfinite(norm) and self._scaler.get_scale() > 1
@@ -335,7 +344,9 @@ class Training:
 
     def _evaluate(self, step: int) -> float:
         loss = self._held_out_loss()
-        if loss < self._best["loss"]:
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step}: the held-out loss is {loss}; {self._last_saved()}")
+        if self._best["loss"] is None or loss < self._best["loss"]:
             self._best = {"loss": loss, "step": step, "since": 0}
             with together():
                 if self._leads():
@@ -348,7 +359,7 @@ class Training:
         """Mean over all answer tokens; each process takes its share of the examples, in as many batches."""
         rank, size, examples = self._engine.rank, self._engine.size, self._held_out
         mine = examples[rank::size] + [_silent(examples[0])] * (rank >= len(examples) % size > 0)
-        loss, labels = summed_loss(self._engine.model, mine)
+        loss, labels = summed_loss(self._engine.model, mine, self.progress)
         loss, labels = self._engine.sum(loss, labels)
         return loss / labels
 
@@ -356,28 +367,38 @@ class Training:
         """Why the run is over after this step; None if it is not."""
         if len(self.lines) == self.settings.steps:
             return "all steps"
+        if self.settings.patience and self._best["since"] >= self.settings.patience:
+            return "no better for a while"
         (asked,) = self._engine.sum(float(self._interrupt.asked))  # one process that is asked is all of them
-        if asked:
-            return STOPPED
-        early = self.settings.patience and self._best["since"] >= self.settings.patience
-        return "no better for a while" if early else None
+        return STOPPED if asked else None
 
     def _not_finite(self, step: int, loss: float, norm: float, batches: list[dict[str, torch.Tensor]]) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         self._engine.close()  # from here on each process looks for itself
         with mode(self.model, training=True):
             where = next((found for batch in batches if (found := first_nonfinite(self.model, batch))), None)
-        steps = saved_steps(self.folder)
-        saved = f"the last checkpoint is step {steps[-1]} in {self.folder}" if steps else "there is no checkpoint yet"
         raise FloatingPointError(
-            f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated by this step, {saved}. "
+            f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated by this step, {self._last_saved()}. "
             f"First that is not finite: {where or 'not found again, so it was drawn (dropout) or is in the sum'}. "
             f"Try dtype float32 or bf16 instead of fp16, or lr below {self.settings.lr}"
         )
 
+    def _last_saved(self) -> str:
+        steps = saved_steps(self.folder)
+        return f"the last checkpoint is step {steps[-1]} in {self.folder}" if steps else "there is no checkpoint yet"
+
     def _leads(self, also: bool = True) -> bool:
         """Whether this process writes files and shows progress."""
         return also and self._engine.rank == 0
+
+
+def _check_trained(model: torch.nn.Module) -> None:
+    """Raise ValueError for a model without adapters, or one that trains anything else, which would not be saved."""
+    learned = {id(p) for layer in adapters(model).values() for p in (layer.lora_A, layer.lora_B)}
+    if others := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in learned]:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        message = "adapters alone are trained and saved: requires_grad_(False) freezes it"
+        raise ValueError(f"{others[0]}{more} would be trained as well, but {message}")
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], settings: Settings, folder: Path) -> torch.optim.Optimizer:

@@ -47,5 +47,20 @@ def test_it_is_left_alone_where_it_would_not_pay(tiny_llama, monkeypatch):
 
 
 def test_widening_twice_is_widening_once(tiny_llama, slow_bfloat16):
-    assert widen_attention(tiny_llama.bfloat16()) and not widen_attention(tiny_llama)
+    assert widen_attention(tiny_llama.bfloat16()) and widen_attention(tiny_llama)
     assert tiny_llama.config._attn_implementation == NAME
+
+
+def test_it_is_taken_back_where_the_race_says_so(tiny_llama, monkeypatch):
+    """As a resume does, on a machine whose own race ends otherwise."""
+    monkeypatch.setattr(attention, "race", lambda: SLOW_BFLOAT16)
+    widen_attention(tiny_llama.bfloat16())
+    monkeypatch.setattr(attention, "race", lambda: FAST_BFLOAT16)
+    assert not widen_attention(tiny_llama) and tiny_llama.config._attn_implementation == "sdpa"
+
+
+def test_a_mask_of_numbers_is_widened_too(tiny_llama, slow_bfloat16):
+    ids = torch.arange(3, 9)[None]
+    mask = torch.full((1, 1, 6, 6), float("-inf")).triu(1).bfloat16()
+    widen_attention(tiny_llama.bfloat16())
+    assert torch.equal(tiny_llama(ids, attention_mask=mask).logits, tiny_llama(ids).logits)

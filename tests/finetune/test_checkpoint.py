@@ -7,27 +7,32 @@ import random
 import resource
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import qlora_lab as ql
-from qlora_lab.finetune import checkpoint, files
+from qlora_lab.finetune import checkpoint, files, trainer
 from qlora_lab.finetune.checkpoint import load_checkpoint, save_checkpoint, saved_steps
 from qlora_lab.finetune.examples import Example
+from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.run_record import differences
 from qlora_lab.finetune.settings import Settings
 from qlora_lab.finetune.trainer import Training, finetune
+from qlora_lab.kernels import product
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "two" * (i % 3 + 1)))) for i in range(21)]
 SETTINGS = {"steps": 12, "batch_size": 4, "lr": 2e-2, "save_every": 2, "max_length": 40}
+PAGE, FRAMES = 1040, 2  # the state of the tiny model is 17 pages of 1040 bytes, or 14 with 8 bits
 VARIANTS = {
     "plain": {},
     "8 bits": {"optimizer_bits": 8},
-    "paged": {"optimizer_budget": 2**21},
+    "paged": {"optimizer_budget": FRAMES * PAGE},
+    "paged, 8 bits": {"optimizer_bits": 8, "optimizer_budget": FRAMES * PAGE},
     "cosine, packed": {"schedule": "cosine", "warmup_steps": 3, "packing": True, "micro_batch_size": 1},
     "grouped, checkpointing": {"group_by_length": True, "gradient_checkpointing": True},
     "evaluated": {"eval_every": 2, "patience": 9},
@@ -60,6 +65,11 @@ def same_result(out, other):
     assert lines(out) == lines(other)
 
 
+@pytest.fixture(autouse=True)
+def small_pages(monkeypatch):
+    monkeypatch.setattr(trainer, "PagedAdamW", partial(PagedAdamW, page_size=PAGE))
+
+
 @pytest.fixture
 def folder(tmp_path, tiny_llama, tokenizer):
     tiny_llama.save_pretrained(tmp_path / "model")
@@ -83,6 +93,8 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, variant):
     a, b = (load_checkpoint(tmp_path / name, 10) for name in ("parts", "whole"))
     assert a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])  # both moments as well
     assert a[1] == b[1] and any(name.startswith("optimizer.27.") for name in a[0])
+    if "paged" in variant:
+        assert second._optimizer.pages.count > 2 * len(second._optimizer.pages.frames) == 2 * FRAMES
 
 
 @pytest.mark.slow
@@ -107,6 +119,73 @@ def test_it_keeps_the_newest_and_resumes_from_the_one_that_is_asked_for(folder, 
     same_result(tmp_path / "run", tmp_path / "whole")
     with pytest.raises(FileExistsError, match="holds a run that is complete: there is nothing to resume"):
         training(folder, tmp_path / "run", resume=True)
+
+
+def stop_at(step, *args, **kwargs):
+    """A run that is stopped after `step`."""
+    for line in (run := training(*args, **kwargs)):
+        if line["step"] == step:
+            run.stop()
+    return run.result
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_resume_from_an_older_step_takes_the_newer_ones_back(folder, tmp_path, keep):
+    """Else they would outlive the log that belongs to them, and no later resume would find a whole state."""
+    training(folder, tmp_path / "whole").run()
+    stop_at(9, folder, tmp_path / "run", keep=3)
+    stop_at(7, folder, tmp_path / "run", keep=keep, resume=6)
+    assert saved_steps(tmp_path / "run") == [6, 7][-keep:]
+    training(folder, tmp_path / "run", resume=True).run()
+    same_result(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_best_adapter_is_that_of_the_step_that_is_resumed(folder, tmp_path):
+    options = {"eval_every": 2, "save_every": 2, "keep": 9}
+    run = stop_at(9, folder, tmp_path / "run", **options)
+    best = min(run.held_out, key=lambda one: one[1])
+    assert best[0] > 4  # or the test shows nothing
+    stored = (tmp_path / "run" / "checkpoints" / "step-00000004" / "best" / "adapter_model.safetensors").read_bytes()
+    early = stop_at(5, folder, tmp_path / "run", resume=4, **options)
+    assert (early.best / "adapter_model.safetensors").read_bytes() == stored
+    training(folder, tmp_path / "run", resume=True, **options).run()
+    training(folder, tmp_path / "whole", **options).run()
+    same_result(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_stop_at_the_step_that_ends_a_run_early_changes_nothing(folder, tmp_path):
+    options = {"eval_every": 1, "patience": 2, "steps": 40, "lr": 5e-2}
+    training(folder, tmp_path / "whole", **options).run()
+    last = len(lines(tmp_path / "whole"))
+    assert last < 40
+    assert stop_at(last, folder, tmp_path / "run", **options).ended == "no better for a while"
+    same_result(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_resume_goes_on_with_the_arithmetic_that_the_run_began_with(folder, tmp_path, monkeypatch):
+    """bf16 products may win the race in one process and lose it in the next: both give a run, but not the same one."""
+    monkeypatch.setattr(product, "_kept", [])
+    slow, fast = product.Race(1.0, 1.0, 9.0), product.Race(9.0, 9.0, 1.0)
+    finals = {}
+    for name, races in {"slow": (slow, slow), "fast": (fast, fast), "slow, then fast": (slow, fast)}.items():
+        for race, resume in zip(races, (False, True), strict=True):
+            product._kept[:] = [race]
+            out = tmp_path / name
+            if resume:
+                training(folder, out, dtype=torch.bfloat16, resume=True).run()
+            else:
+                stop_at(4, folder, out, dtype=torch.bfloat16)
+        finals[name] = lines(out)[-1]["loss"]
+    assert finals["slow, then fast"] == finals["slow"] != finals["fast"]
+
+
+def test_a_checkpoint_that_is_removed_loses_its_name_first(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: 1 / 0)  # as if killed here
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.forget(tmp_path, [1])
+    assert saved_steps(tmp_path) == [2]
 
 
 @pytest.mark.slow
@@ -150,7 +229,7 @@ def test_another_base_model_is_not_resumed(folder, stopped, tiny_llama):
 
 def test_what_changes_no_bit_may_change(folder, stopped, tmp_path):
     training(folder, tmp_path / "whole").run()
-    training(folder, stopped, resume=True, keep=1, save_every=3, optimizer_budget=2**21).run()
+    training(folder, stopped, resume=True, keep=1, save_every=3, optimizer_budget=FRAMES * PAGE).run()
     same_result(stopped, tmp_path / "whole")
 
 
@@ -207,6 +286,7 @@ def in_child(target, *args, **kwargs):
 
 def train_on(folder, out, **options):
     torch.set_num_threads(1)
+    trainer.PagedAdamW = partial(PagedAdamW, page_size=PAGE)
     training(folder, out, resume=True, **options).run()
 
 
@@ -224,7 +304,7 @@ def started(out):
 @pytest.mark.slow
 def test_twenty_kills_change_no_bit(folder, tmp_path):
     """kill -9 at random moments: in a forward pass, an update, a line of the log, a save."""
-    options = {"steps": 90, "save_every": 3, "optimizer_budget": 2**21}
+    options = {"steps": 90, "save_every": 3, "optimizer_budget": FRAMES * PAGE}
     child = in_child(train_on, folder, tmp_path / "whole", **options)
     child.join()
     assert child.exitcode == 0

@@ -228,3 +228,21 @@ def test_a_quarter_of_the_state_is_a_quarter_of_the_memory(tmp_path):
         command = [sys.executable, "-c", RESIDENT, str(budget), str(tmp_path)]
         used.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert used[0] > 0.95 * state and used[1] < 0.3 * used[0], used
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_state_without_a_parameter_leaves_nothing_of_the_old_one(bits):
+    """As torch: what is loaded is all there is."""
+    results = []
+    for steps_before in (0, 3):
+        p = torch.nn.Parameter(torch.ones(600))
+        optimizer = PagedAdamW([p], lr=0.1, bits=bits)
+        fresh = optimizer.state_dict()
+        p.grad = torch.linspace(-1, 1, 600)
+        for _ in range(steps_before):
+            optimizer.step()
+        optimizer.load_state_dict(fresh)
+        p.data.fill_(1.0)
+        optimizer.step()
+        results.append(p.detach().clone())
+    assert torch.equal(*results)

@@ -306,11 +306,14 @@ def test_the_rate_of_each_step_is_the_schedules(model, tokenizer, tmp_path):
 
 
 def test_the_rate_moves_the_optimizer(tiny_llama, tokenizer, tmp_path):
-    """AdamW's first step is the rate, for every element with a gradient well above eps."""
+    """AdamW's first step is the rate, for every element whose gradient is well above eps."""
     model = add_lora(tiny_llama, r=4)
-    train(model, tokenizer, tmp_path / "run", steps=4, warmup_steps=3, lr=0.4, max_length=250)
-    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    assert first["lr"] == pytest.approx(0.1)
+    for line in Training(
+        model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=4, warmup_steps=3, lr=0.4), progress=False
+    ):
+        moved = max(layer.lora_B.abs().max().item() for layer in adapters(model).values())
+        assert line["lr"] == pytest.approx(0.1) and moved == pytest.approx(0.1, rel=1e-4)
+        break
 
 
 def test_evaluations_find_the_best_adapter(model, tokenizer, tmp_path):
@@ -387,3 +390,63 @@ def test_a_stop_before_the_first_step_ends_after_it(model, tokenizer, tmp_path):
     training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=3), progress=False)
     training.stop()
     assert [line["step"] for line in training] == [1] and training.result.ended == "asked to stop"
+
+
+def test_a_failed_overwrite_puts_the_earlier_run_back_whole(tiny_llama, tokenizer, tmp_path):
+    """Both runs have a best/; of the failed one nothing may be left among the earlier one's files."""
+    model = add_lora(tiny_llama, r=4)
+    options = {"eval_every": 1, "held_out": EXAMPLES[:2]}
+    train(model, tokenizer, tmp_path / "run", steps=2, save_every=1, **options)
+    before = contents(tmp_path / "run")
+    training = Training(
+        model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=3, eval_every=1), held_out=EXAMPLES[:2],
+        overwrite=True, progress=False,
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError):
+        for _ in training:
+            next(iter(adapters(model).values())).lora_B.data.fill_(torch.inf)
+    assert contents(tmp_path / "run") == before
+
+
+def test_what_would_be_trained_and_not_saved_is_refused(model, tokenizer, tmp_path):
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="model.norm.weight would be trained as well, but adapters alone"):
+        train(model, tokenizer, tmp_path / "run")
+
+
+def test_adapters_that_get_no_gradient_stop_the_run(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: (x @ self.weight.t()).detach())  # the head
+    with pytest.raises(ValueError, match="no adapter got a gradient, so nothing would be learned"):
+        train(model, tokenizer, tmp_path / "run")
+
+
+def test_a_stop_and_then_one_interrupt_is_still_a_stop(model, tokenizer, tmp_path):
+    training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=5), progress=False)
+    for line in training:
+        if line["step"] == 2:
+            training.stop()
+            os.kill(os.getpid(), signal.SIGINT)
+    assert training.result.ended == "asked to stop" and saved_steps(tmp_path / "run") == [2]
+
+
+def test_all_that_is_written_is_json(model, tokenizer, tmp_path):
+    def strict(text):
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    train(model, tokenizer, tmp_path / "run", steps=2, save_every=1)
+    for path in (tmp_path / "run").rglob("*.json"):
+        strict(path.read_text())
+    assert strict((tmp_path / "run" / "result.json").read_text())["best"]["loss"] is None
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_lab.finetune.trainer.summed_loss", lambda *_: (float("nan"), 3))
+    with pytest.raises(FloatingPointError, match="step 2: the held-out loss is nan; the last checkpoint is step 1 in"):
+        train(model, tokenizer, tmp_path / "run", eval_every=2, save_every=1, held_out=EXAMPLES[:2])
+
+
+def test_what_a_killed_process_left_is_swept(model, tokenizer, tmp_path):
+    (tmp_path / "run" / ".best-abc" / "new").mkdir(parents=True)
+    (tmp_path / "run" / ".log.jsonl-abc").mkdir()
+    train(model, tokenizer, tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*"))
