@@ -117,7 +117,8 @@ def setup_of(
     if packed and len(packed) != len(shape.linears) * shape.layers:
         raise ValueError(f"{len(packed)} of {len(shape.linears) * shape.layers} linear layers are quantised: not all")
     if layers:
-        options["fused_adapter"] = bool(packed) and one.base.takes_adapter and not one.dropout.p
+        exact = one.lora_A.dtype == torch.float32
+        options["fused_adapter"] = bool(packed) and one.base.takes_adapter and exact and not one.dropout.p
     options |= {"dtype": model.dtype, "device": model.device.type, "wide_attention": _is_wide(model)}
     options["gradient_checkpointing"] = _recomputes(model)
     return Setup(**options, **_optimizer_options(optimizer), **_batch_options(batch))

@@ -125,7 +125,8 @@ class Setup:
         """Whether the adapter is part of the weight's product, as Linear4bit has it on the CPU."""
         if self.fused_adapter is not None:
             return self.fused_adapter
-        return self.device == "cpu" and self.method == "qlora" and not self.dropout
+        exact = self.adapter_dtype == "float32"
+        return self.device == "cpu" and self.method == "qlora" and exact and not self.dropout
 
     @property
     def widens(self) -> bool:

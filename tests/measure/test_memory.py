@@ -144,6 +144,15 @@ def test_attention_in_float32_keeps_twice_as_much(monkeypatch):
     assert not differences(ledger) and ledger.row("attention").dtype == "float32"
 
 
+def test_adapters_in_bf16_are_cast_for_every_product():
+    model = build(dtype=torch.float16)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    ledger = measured(model, batch_of())
+    assert not differences(ledger) and ledger.row("moments").dtype == "bfloat16"
+
+
 def test_a_ledger_of_a_model_alone_has_no_activations_measured():
     ledger = measure_memory(build())
     seen = {row.group for row in ledger.rows if row.measured is not None}
