@@ -71,7 +71,7 @@ class Bytes:
         self.constants = ax.add_collection(PolyCollection([], facecolors=COLOURS["orange"]))
         self.scales = ax.add_collection(PolyCollection([], facecolors=COLOURS["red"]))
         self.title = ax.text(0, 1.03, "", transform=ax.transAxes, va="bottom", fontsize=12)
-        lines = LineCollection(byte_lines, colors="#ffffff", lw=0.6)
+        lines = LineCollection(byte_lines, colors="#ffffff", lw=0.4)
         self.artists = [ax.add_collection(codes), self.constants, self.scales, ax.add_collection(lines), self.title]
 
     def show(self, constants: float, scales: float, title: str) -> None:
@@ -110,9 +110,9 @@ class ConstantsExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (before, right) = new_figure(2, width=9, height=3.7)
+        fig, (before, right) = new_figure(2, width=7.2, height=3.5)
         grid = right.get_gridspec()
-        grid.set_width_ratios([1.5, 1])
+        grid.set_width_ratios([1.4, 1])
         before.remove()
         left = grid[0].subgridspec(2, 1).subplots()
         for ax in left:
@@ -120,28 +120,28 @@ class ConstantsExplorer(Explorer):
         self.before, self.after = map(Bytes, left)
         left[1].set_xlabel("bits per parameter")
         kinds = [Patch(color=COLOURS[name]) for name in ("sky", "orange", "red")]
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.4), "ncols": 3, "frameon": False, "fontsize": 11}
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.4), "ncols": 3, "frameon": False, "columnspacing": 1}
         left[1].legend(kinds, ["codes", "constants", "their scales"], **below)
         right.set(
             yscale="log", ylim=(LEAST, MOST), xlim=(-0.6, len(TABLES) - 0.4), ylabel="squared shift, % of NF4's error"
         )
         right.set_xticks(range(len(TABLES)), NAMES.values())
         right.axhline(100, color=COLOURS["black"], lw=1, ls="--")
-        self.bars = right.add_collection(LineCollection([], colors=COLOURS["orange"], lw=22, capstyle="butt"))
+        self.bars = right.add_collection(LineCollection([], colors=COLOURS["orange"], lw=20, capstyle="butt"))
         self.values = [right.text(i, 1, "", ha="center", va="bottom", fontsize=11) for i in range(len(TABLES))]
         self.note = right.text(0, 1.03, "", transform=right.transAxes, va="bottom", fontsize=12)
         return fig, [*self.before.artists, *self.after.artists, self.bars, *self.values, self.note]
 
     def update(self, result):
         before, codes, scales = result["before"], result["codes"], result["after"] - result["codes"]
-        self.before.show(before, 0, f"float32 constants: {CODES} + {before:.4g} bits")
-        self.after.show(codes, scales, f"8 bits, and scales: {CODES} + {codes:.4g} + {scales:.3g} bits")
+        self.before.show(before, 0, f"in float32: {CODES} + {before:.4g} bits")
+        self.after.show(codes, scales, f"in 8 bits: {CODES} + {codes:.4g} + {scales:.3g} bits")
         moved = [100 * share for share in result["moved"].values()]
         self.bars.set_segments([[(i, LEAST), (i, value)] for i, value in enumerate(moved)])
         for text, value in zip(self.values, moved, strict=True):
             text.set_y(1.15 * value)
             text.set_text(f"{value:.2g}")
-        self.note.set_text(f"NF4's relative error: {100 * result['relative_error']:.3g} %")
+        self.note.set_text(f"NF4's error: {100 * result['relative_error']:.3g} %")
 
     @staticmethod
     def describe(state, result):
