@@ -1,6 +1,7 @@
 """The finetune room: a model in, an adapter out. Read it in this order:
 
-fetch -> gguf_convert -> linear4bit -> models -> lora -> examples, docstrings, data -> loss -> trainer -> peft_format
+fetch -> gguf_convert -> linear4bit -> models -> lora -> examples, docstrings, data, batches -> loss ->
+settings -> trainer -> checkpoint, peft_format
 
 The room can be called: `qlora_lab.finetune(model, tokenizer, ...)` is `finetune.trainer.finetune`. The library's main
 verb and this folder share a name, and importing anything from the folder would otherwise hide the verb.
