@@ -285,6 +285,7 @@ CHILD = """
 import json, sys
 from contextlib import nullcontext
 import torch
+from transformers import PreTrainedTokenizerFast
 import qlora_lab as ql
 from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.modes import checkpointing
@@ -307,7 +308,8 @@ def prepare(name):
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
 recompute, rows, length, small = sys.argv[1] == "True", int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-step(*prepare(small), 2, 16)  # libraries, kernels and a tokenizer are in memory now
+step(*prepare(small), 2, 16)  # libraries and kernels are in memory now
+tokenizer = PreTrainedTokenizerFast.from_pretrained(ql.fetch("smollm2-135m"))  # 49,152 words are no bytes of a step
 bare = resident()
 model, optimizer = prepare("smollm2-135m")
 with checkpointing(model) if recompute else nullcontext():
@@ -334,7 +336,7 @@ def test_peak_of_a_step_of_smollm2(recompute, rows, tmp_path, tiny_llama, tokeni
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found = json.loads(subprocess.check_output(command, env=environment, text=True))
     ledger, peak = found["ledger"], found["peak"]
-    assert ledger["peak"] == pytest.approx(peak, rel=0.1)
+    assert ledger["peak"] == pytest.approx(peak, rel=0.1), f"{ledger['peak'] / peak:.3f} of the measured peak"
     rows = {
         row["what"]: row for row in ledger["rows"] if row["group"] in ("weights", "adapters", "gradients", "optimizer")
     }
