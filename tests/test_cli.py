@@ -65,17 +65,17 @@ def test_plain_report(capsys, tmp_path, model, data):
 
 
 def test_an_interrupted_run_is_resumed(capsys, tmp_path, model, data, monkeypatch):
-    from qlora_lab.finetune import loss
+    from qlora_lab.finetune import trainer
 
     common = ["finetune", "--model", model, "--quiet", "--json", "--r", 2, "--data", data, "--test-data", data]
     options = ["--held-out", 2, "--steps", 3, "--eval-every", 2, "--optimizer-budget", "2MiB", "--packing"]
-    make = loss.answer_loss
+    make = trainer.accumulate
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
         return make(*args)
 
-    monkeypatch.setattr(loss, "answer_loss", interrupted)
+    monkeypatch.setattr(trainer, "accumulate", interrupted)
     code, out, err = run(capsys, *common, *options, "--out", tmp_path / "run")
     assert code == 130 and out == ""
     assert "qlora-lab finetune: stopped after step 1 of 3" in err and "(--resume on the command line)" in err

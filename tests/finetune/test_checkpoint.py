@@ -140,6 +140,7 @@ def test_a_resume_from_an_older_step_takes_the_newer_ones_back(folder, tmp_path,
     same_result(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_that_of_the_step_that_is_resumed(folder, tmp_path):
     options = {"eval_every": 2, "save_every": 2, "keep": 9}
     run = stop_at(9, folder, tmp_path / "run", **options)
@@ -153,6 +154,7 @@ def test_the_best_adapter_is_that_of_the_step_that_is_resumed(folder, tmp_path):
     same_result(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_stop_at_the_step_that_ends_a_run_early_changes_nothing(folder, tmp_path):
     options = {"eval_every": 1, "patience": 2, "steps": 40, "lr": 5e-2}
     training(folder, tmp_path / "whole", **options).run()
@@ -162,6 +164,7 @@ def test_a_stop_at_the_step_that_ends_a_run_early_changes_nothing(folder, tmp_pa
     same_result(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on_with_the_arithmetic_that_the_run_began_with(folder, tmp_path, monkeypatch):
     """bf16 products may win the race in one process and lose it in the next: both give a run, but not the same one."""
     monkeypatch.setattr(product, "_kept", [])

@@ -235,6 +235,7 @@ def test_into_a_parameter():
         dequantize(quantize(torch.ones(8)), out=torch.ones(8, device="meta"))
 
 
+@pytest.mark.slow
 def test_the_first_kernel_leaves_torchs_threads_alone():
     code = """
 import torch

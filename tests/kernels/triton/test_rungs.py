@@ -190,7 +190,9 @@ def test_backward(shape, more, dtype):
 
 
 @pytest.mark.parametrize("name", SIXTEEN)
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize(
+    "block_size", [pytest.param(b, marks=pytest.mark.slow if b > 1024 else ()) for b in BLOCK_SIZES]
+)
 def test_products_take_every_table_and_block_size(block_size, name):
     g = torch.Generator().manual_seed(block_size)
     columns = 3 * block_size if block_size <= 128 else block_size
