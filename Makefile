@@ -17,7 +17,7 @@ test: $(READY) chromium
 	$(BIN)/pytest tests qlora_lab --ignore=tests/browser -m "not slow"
 	$(BIN)/qlora-lab fetch smollm2-135m
 	$(BIN)/pytest tests --ignore=tests/browser -m slow
-	$(BIN)/pytest tests/browser --browser-runs 5
+	$(BIN)/pytest tests/browser --browser-runs 3
 	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=1200 --nbval-sanitize-with=nbval_sanitize.cfg notebooks
 
 fast: $(READY)
