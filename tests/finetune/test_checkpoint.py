@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "two" * (i % 3 + 1)))) for i in range(21)]
 SETTINGS = {"steps": 12, "batch_size": 4, "lr": 2e-2, "save_every": 2, "max_length": 40}
+slow = partial(pytest.param, marks=pytest.mark.slow)
 PAGE, FRAMES = 1040, 2  # the state of the tiny model is 17 pages of 1040 bytes, or 14 with 8 bits
 VARIANTS = {
     "plain": {},
@@ -109,6 +110,7 @@ def test_float16_resumes_with_its_loss_scale(folder, tmp_path):
     same_result(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_it_keeps_the_newest_and_resumes_from_the_one_that_is_asked_for(folder, tmp_path):
     training(folder, tmp_path / "whole").run()
     for line in (first := training(folder, tmp_path / "run", keep=3)):
@@ -129,7 +131,7 @@ def stop_at(step, *args, **kwargs):
     return run.result
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [slow(1), 2])
 def test_a_resume_from_an_older_step_takes_the_newer_ones_back(folder, tmp_path, keep):
     """Else they would outlive the log that belongs to them, and no later resume would find a whole state."""
     training(folder, tmp_path / "whole").run()
@@ -213,9 +215,12 @@ def stopped(folder, tmp_path):
     [
         ({"r": 8}, r"adapter\.r: 4 in the checkpoint, 8 now"),
         ({"examples": EXAMPLES[1:]}, r"data\.\w+: .* in the checkpoint, .* now"),
-        ({"codebook": "fp4"}, r"weights: QuantizedTensor\(.*nf4.*\) in the checkpoint, QuantizedTensor\(.*fp4.*\) now"),
-        ({"lr": 1e-3, "seed": 3}, r"lr: 0\.02 in the checkpoint, 0\.001 now; seed: 0 in the checkpoint, 3 now"),
-        ({"dtype": torch.bfloat16}, r"dtype: float32 in the checkpoint, bfloat16 now"),
+        slow({"codebook": "fp4"}, r"weights: Quantized\S+\(.*nf4.*\) in the checkpoint, Quantized\S+\(.*fp4.*\) now"),
+            {"codebook": "fp4"},
+            r"weights: QuantizedTensor\(.*nf4.*\) in the checkpoint, QuantizedTensor\(.*fp4.*\) now",
+        ),
+        slow({"lr": 1e-3, "seed": 3}, r"lr: 0\.02 in the checkpoint, 0\.001 now; seed: 0 in the checkpoint, 3 now"),
+        slow({"dtype": torch.bfloat16}, r"dtype: float32 in the checkpoint, bfloat16 now"),
     ],
 )
 def test_another_run_is_not_resumed_and_the_difference_is_told(folder, stopped, change, message):
@@ -223,6 +228,7 @@ def test_another_run_is_not_resumed_and_the_difference_is_told(folder, stopped, 
         training(folder, stopped, resume=True, **change).run()
 
 
+@pytest.mark.slow
 def test_another_base_model_is_not_resumed(folder, stopped, tiny_llama):
     tiny_llama.model.layers[1].mlp.up_proj.weight.data[0, 0] *= -1
     tiny_llama.save_pretrained(folder)
@@ -230,6 +236,7 @@ def test_another_base_model_is_not_resumed(folder, stopped, tiny_llama):
         training(folder, stopped, resume=True).run()
 
 
+@pytest.mark.slow
 def test_what_changes_no_bit_may_change(folder, stopped, tmp_path):
     training(folder, tmp_path / "whole").run()
     training(folder, stopped, resume=True, keep=1, save_every=3, optimizer_budget=FRAMES * PAGE).run()
@@ -243,8 +250,14 @@ def test_a_log_that_lost_a_line_is_refused(folder, stopped):
         training(folder, stopped, resume=True).run()
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "SHA256SUMS"])
-@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "missing"])
+FILES, DAMAGES = ["state.safetensors", "state.json", "SHA256SUMS"], ["bit flipped", "truncated", "missing"]
+SOME = set(zip(FILES, DAMAGES, strict=True))  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [pytest.param(n, d, marks=() if (n, d) in SOME else pytest.mark.slow) for n in FILES for d in DAMAGES],
+)
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used_when_asked(
     folder, stopped, tmp_path, name, damage
 ):
