@@ -485,3 +485,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="auto", choices=dtypes, help="what to compute in; auto: what is fastest here"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -92,8 +92,10 @@ def test_the_bench_of_a_training_step_runs(tmp_path):
     }
     for found in ("seconds", "ratio", "peak_bytes", "loss_of_third_step", "profile"):
         assert set(case[found]) == contenders, found
-    losses = case["loss_of_third_step"].values()  # all of them did the same work
-    assert max(losses) - min(losses) < 0.01, losses
+    losses = dict(case["loss_of_third_step"])
+    exact = losses.pop("unquantised")  # the same work on other weights: NF4's error is between them
+    assert max(losses.values()) - min(losses.values()) < 0.01, losses
+    assert all(abs(loss - exact) < 0.1 for loss in losses.values()), (exact, losses)
     assert {"base products", "LoRA products", "decoding", "attention", "head and loss"} <= set(case["profile"]["ours"])
     assert "PEFT, prepared, stock" in done.stdout and [p.name for p in tmp_path.iterdir()] == ["step.json"]
 
