@@ -34,6 +34,10 @@ NAMES = {  # bits: what torch.optim.AdamW, and bitsandbytes, call the parts of a
 Piece = tuple[int, tuple[torch.Tensor, ...], slice]  # which parameter, parts of its state to change, where they belong
 WRAPPED = "__bnb_optimizer_quant_state__"  # under which bitsandbytes keeps them
 
+# MKL, which takes torch's square roots, settles on its code in the first call. If two threads share that call, one may
+# take another code and round otherwise, and a step is not the same in the next process. One thread settles it here.
+torch.ones(1).sqrt()
+
 
 class PagedAdamW(torch.optim.Optimizer):
     """As torch.optim.AdamW, with moments of `bits` 32 or 8; `page_size` and `budget` in bytes, `folder` and `store` as
