@@ -17,7 +17,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+from qlora_lab.measure.measured_memory import peak_resident, reset_peak, resident  # noqa: E402
 
 SHAPE = {
     "hidden_size": 4096,
@@ -143,7 +144,7 @@ def step(folder: Path, scratch: Path, quick: bool) -> dict:
     example = Example((("user", text[: -short or None]), ("assistant", text[:63])))
     options = {"steps": 1, "batch_size": 1, "max_length": TOKENS, "gradient_checkpointing": True, "progress": False}
     run = ql.finetune(model, tokenizer, [example], out=scratch / "run", **options)
-    peak, floor = _peak(), _floor(model, TOKENS, run.data.learned_tokens, r)
+    peak, floor = peak_resident(), _floor(model, TOKENS, run.data.learned_tokens, r)
     return {
         "seconds": run.seconds,
         "peak_bytes": peak,
@@ -164,7 +165,7 @@ def answer(folder: Path, scratch: Path, quick: bool) -> dict:
     ql.load_adapter(model, scratch / "run" / "adapter")
     start = time.perf_counter()
     ql.generate(model, tokenizer, "What is NF4?", ANSWER)
-    return {"seconds": time.perf_counter() - start, "peak_bytes": _peak(), "most_tokens": ANSWER}
+    return {"seconds": time.perf_counter() - start, "peak_bytes": peak_resident(), "most_tokens": ANSWER}
 
 
 STAGES = {function.__name__: function for function in (load, quantise, map_again, step, answer)}
@@ -188,11 +189,11 @@ def _warm_up(scratch: Path) -> None:
 
 
 def _measured(work) -> dict:
-    before, start, cpu = _status("VmRSS"), time.perf_counter(), time.process_time()
-    _reset_peak()
+    before, start, cpu = resident(), time.perf_counter(), time.process_time()
+    reset_peak()
     work()
     seconds, core_seconds = time.perf_counter() - start, time.process_time() - cpu
-    return {"seconds": seconds, "core_seconds": core_seconds, "peak_bytes_above_import": _peak() - before}
+    return {"seconds": seconds, "core_seconds": core_seconds, "peak_bytes_above_import": peak_resident() - before}
 
 
 def _floor(model, tokens: int, learned: int, r: int) -> float:
@@ -225,18 +226,6 @@ def _product(m: int, k: int, n: int) -> float:
             torch.mm(a, b.t(), out=out)
             best = min(best, time.perf_counter() - start)
     return best
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 # ------------------------------------------------------------------------------------------------------------------ run

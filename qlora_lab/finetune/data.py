@@ -52,6 +52,11 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def answer_tokens(self) -> int:
+        """Labels that a model is asked for: the first token of all has nothing before it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
 
 @dataclass(frozen=True)
 class EncodeReport:

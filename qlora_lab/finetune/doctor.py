@@ -27,7 +27,6 @@ from qlora_lab.finetune.doctor_checks import (
     activations,
     end_tokens,
     finite_values,
-    learned,
     learned_tokens,
     left_out,
     live_adapters,
@@ -141,7 +140,7 @@ def _sample(data, tokenizer, max_length: int, seed: int) -> tuple[list[Encoded],
     kept = [one for one in shuffled if len(one.input_ids) <= max_length]
     if not kept:
         raise ValueError(f"no example has at most {max_length} tokens (the longest has {max(lengths)}): allow more")
-    counts = sum(len(one.input_ids) for one in kept), sum(map(learned, kept))
+    counts = sum(len(one.input_ids) for one in kept), sum(one.answer_tokens for one in kept)
     return kept[:SAMPLED], EncodeReport(len(kept), len(shuffled) - len(kept), max(lengths), *counts)
 
 
@@ -150,7 +149,7 @@ def _few(encoded: list[Encoded]) -> list[Encoded]:
     short = sorted(encoded, key=lambda one: len(one.input_ids))[: 2 * STEPPED]
     if len(short) <= STEPPED:
         return short
-    short.sort(key=learned)
+    short.sort(key=lambda one: one.answer_tokens)
     return short[: STEPPED // 2] + short[-STEPPED // 2 :]
 
 

@@ -86,9 +86,9 @@ def end_tokens(encoded: list[Encoded], tokenizer: "Tokenizer") -> Finding:
 
 def learned_tokens(encoded: list[Encoded]) -> Finding:
     """How many tokens are learned, and whether any prompt is."""
-    asked, tokens = sum(map(learned, encoded)), sum(len(one.input_ids) for one in encoded)
-    silent = sum(learned(one) == 0 for one in encoded)
-    whole = sum(learned(one) >= len(one.input_ids) - 1 for one in encoded)  # the first token is never predicted
+    asked, tokens = sum(one.answer_tokens for one in encoded), sum(len(one.input_ids) for one in encoded)
+    silent = sum(one.answer_tokens == 0 for one in encoded)
+    whole = sum(one.answer_tokens >= len(one.input_ids) - 1 for one in encoded)  # the first token is never predicted
     moved = sum(any(x not in (y, IGNORED) for x, y in zip(one.labels, one.input_ids, strict=True)) for one in encoded)
     if moved:
         message = f"{moved} of {len(encoded)} examples have labels that are not their tokens: models shift them by one"
@@ -323,11 +323,6 @@ def _kept(model: nn.Module, batch: Batch) -> int:
 
 def _finding(name: str, status: Status, message: str) -> Finding:
     return Finding(name, status, message, tuple(f"https://github.com/{thread}" for thread in THREADS[name]))
-
-
-def learned(example: Encoded) -> int:
-    """Labels that a model is asked for: the first token of all has nothing before it."""
-    return sum(label != IGNORED for label in example.labels[1:])
 
 
 def _some(names: list[str]) -> str:

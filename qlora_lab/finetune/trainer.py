@@ -145,11 +145,14 @@ class Training:
         for _ in self:
             pass
         if self.result.ended == STOPPED:
-            raise KeyboardInterrupt(
-                f"stopped after step {len(self.result.losses)} of {self.settings.steps}, all of it saved in "
-                f"{self.folder}: go on with resume=True (--resume on the command line)"
-            )
+            raise KeyboardInterrupt(f"{self.stopped} (--resume on the command line)")
         return self.result
+
+    @property
+    def stopped(self) -> str:
+        """What to tell whoever stopped the run."""
+        done = f"stopped after step {len(self.lines)} of {self.settings.steps}"
+        return f"{done}, all of it saved in {self.folder}: go on with resume=True"
 
     def stop(self) -> None:
         """End the run after the step that is being made."""
@@ -296,7 +299,7 @@ class Training:
         """One step, and what the log says of it."""
         start, settings = time.perf_counter(), self.settings
         examples = [self._encoded[i] for i in next(self._batches)]
-        micro_batches, answer_tokens = self._micro_batches(examples), sum(map(_learned, examples))
+        micro_batches, answer_tokens = self._micro_batches(examples), sum(one.answer_tokens for one in examples)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         self._optimizer.zero_grad(set_to_none=True)
@@ -408,10 +411,6 @@ def _optimizer(parameters: list[torch.nn.Parameter], settings: Settings, folder:
         # pages go to the run's own disk: the system's temporary folder is often in memory
         make = partial(PagedAdamW, bits=settings.optimizer_bits, budget=settings.optimizer_budget, folder=folder)
     return make(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
-
-
-def _learned(example: Encoded) -> int:
-    return sum(label != IGNORED for label in example.labels[1:])
 
 
 def _silent(example: Encoded) -> Encoded:

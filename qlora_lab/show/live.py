@@ -65,10 +65,7 @@ async def live(training: Training) -> Run:
             plot.redraw()
             display(WithSentence(plot.png, plot.summary()))
     if training.result.ended == STOPPED and not (plot and plot.button.clicks):
-        raise KeyboardInterrupt(
-            f"stopped after step {len(training.lines)} of {training.settings.steps}, all of it saved in "
-            f"{training.folder}: go on with resume=True"
-        )
+        raise KeyboardInterrupt(training.stopped)
     return training.result
 
 
