@@ -201,6 +201,7 @@ def measure(case: Case, rounds: int, profiled: bool) -> dict:
         seconds = in_turn({name: partial(one.step, bar) for name, one in children.items()}, rounds, 0.0)
         ours = [s for s, _ in children[OURS].steps[-rounds:]]
         found = {
+            "date": datetime.date.today().isoformat(),
             "checkpointing": case.checkpointing,
             "tokens": case.rows * case.length,
             "labels": case.rows * case.labels,
@@ -255,10 +256,10 @@ def group_of(event, vocabulary: int) -> str:
 
 
 def table(result: dict) -> str:
-    lines = [f"{result['processor']}, {result['threads']} threads, {result['date']}; ratio: its time over ours"]
+    lines = [f"{result['processor']}, {result['threads']} threads; ratio: its time over ours"]
     for case in result["cases"]:
         checkpointing = "on" if case["checkpointing"] else "off"
-        lines.append(f"\ngradient checkpointing {checkpointing}, {case['labels']} labels of {case['tokens']} tokens")
+        lines.append(f"\ngradient checkpointing {checkpointing}, {case['labels']} labels of {case['tokens']} tokens, {case['date']}")
         for name, s in case["seconds"].items():
             ratio, peak = case["ratio"][name], case["peak_bytes"][name]
             memory = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
@@ -295,6 +296,7 @@ def cases(folder: str, rows: int, length: int) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a toy model, two rounds, the first case only")
+    parser.add_argument("--case", type=int, choices=range(3), help="measure this one anew and keep the others in FILE")
     parser.add_argument("--out", type=Path, default=HERE / "train_step.json", help="default: bench/train_step.json")
     args = parser.parse_args()
     if args.quick and args.out == HERE / "train_step.json":
@@ -307,9 +309,11 @@ def main() -> None:
         from qlora_lab.finetune.fetch import resolve
 
         chosen = cases(str(resolve("smollm2-135m")), 4, 256)
-        measured = [measure(case, 7, profiled=case is chosen[0]) for case in chosen]
+        measured = [] if args.case is None else json.loads(args.out.read_text())["cases"]
+        for number, case in enumerate(chosen):
+            if args.case in (None, number):
+                measured[number : number + 1] = [measure(case, 7, profiled=number == 0)]
     result = {
-        "date": datetime.date.today().isoformat(),
         "processor": cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions() | {"peft": version("peft")},

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.attention import widen_attention
 from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, resolve, weight_files
 from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, is_quantisable
+from qlora_lab.finetune.wide import widen
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, quantize
@@ -74,7 +74,7 @@ def load(
             _place(model, name, tensor.to(device), codebook, block_size, double_quant, dtype)
     _compute_buffers(model, device)
     model.tie_weights()
-    widen_attention(model)
+    widen(model)
     return model.requires_grad_(False).eval(), _tokenizer(folder)
 
 

@@ -10,11 +10,11 @@ from dataclasses import asdict
 
 import torch
 
-from qlora_lab.finetune.attention import widen_attention
 from qlora_lab.finetune.data import Encoded, EncodeReport
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.settings import FREE, Settings
+from qlora_lab.finetune.wide import widen
 from qlora_lab.kernels import product
 
 PROBE = 2**12  # elements of each base weight that tell one model from another
@@ -64,7 +64,7 @@ def adopt_arithmetic(model: torch.nn.Module, saved: dict) -> None:
     """Go on with what the run began with, also where this process's own race ended otherwise."""
     if saved["race"] is not None and next(model.parameters()).device.type == "cpu":
         product.keep(product.Race(*saved["race"]))
-        widen_attention(model)
+        widen(model)
 
 
 def computes_in(model: torch.nn.Module) -> torch.dtype:

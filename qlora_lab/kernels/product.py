@@ -18,7 +18,7 @@ faster, bf16 is widened, a tile of tokens at a time, and rounded at the end.
 """
 
 import threading
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import gcd
 from time import perf_counter
 from typing import NamedTuple
@@ -149,6 +149,31 @@ def backward(grad: torch.Tensor, weight: tuple, columns: int, thin: Thin | None 
         return panel.t()
 
     return _by_panels(grad, columns, width, panel_of, thin)
+
+
+def forward_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T in float32, (tokens, rows), for a bf16 or fp16 weight (rows, columns) that is not packed.
+
+    A panel of W is widened, multiplied while hot, and its memory used again: W never stands in float32 in memory.
+    """
+    return _by_panels(x.float(), len(weight), _height(weight), partial(_widened_panel, weight), None)
+
+
+def backward_unpacked(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """g W in float32, (tokens, columns), from g (tokens, rows) float32; see forward_unpacked."""
+    total, height = grad.new_zeros(len(grad), weight.shape[1]), _height(weight)
+    for first in range(0, len(weight), height):
+        stop = min(first + height, len(weight))
+        total.addmm_(grad[:, first:stop], _widened_panel(weight, first, stop, torch.float32))
+    return total
+
+
+def _height(weight: torch.Tensor) -> int:
+    return max(1, PANEL // weight.shape[1])
+
+
+def _widened_panel(weight: torch.Tensor, first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    return _buffer("panel", (stop - first, weight.shape[1]), dtype).copy_(weight[first:stop])
 
 
 def outer(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

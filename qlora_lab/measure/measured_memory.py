@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qlora_lab.finetune.attention import NAME as WIDE
 from qlora_lab.finetune.data import IGNORED
 from qlora_lab.finetune.linear4bit import HEAD, Linear4bit
 from qlora_lab.finetune.lora import LoRALinear
 from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.modes import mode, own_draws
 from qlora_lab.finetune.paged_adamw import PagedAdamW
+from qlora_lab.finetune.wide import NAME as WIDE
 from qlora_lab.kernels import product
 from qlora_lab.measure.activations import (
     ADAPTER,

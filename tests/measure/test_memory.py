@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import qlora_lab as ql
-from qlora_lab.finetune.attention import NAME as WIDE, widen_attention
 from qlora_lab.finetune.dtype_policy import dtype_policy
 from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.modes import checkpointing
+from qlora_lab.finetune.wide import NAME as WIDE, widen
 from qlora_lab.measure.ledger import PHASES
 from qlora_lab.measure.measured_memory import measure_memory
 from qlora_lab.measure.memory import predict_memory
@@ -134,12 +134,12 @@ def test_so_is_every_row_of_other_setups(case):
 
 
 def test_attention_in_float32_keeps_twice_as_much(monkeypatch):
-    from qlora_lab.finetune import attention
+    from qlora_lab.kernels import product
 
-    slow = attention.race()._replace(float32=1.0, bfloat16=9.0)
-    monkeypatch.setattr(attention, "race", lambda: slow)
+    slow = product.race()._replace(float32=1.0, bfloat16=9.0)
+    monkeypatch.setattr(product, "race", lambda: slow)
     model = build(dtype=torch.bfloat16)
-    assert widen_attention(model) and model.config._attn_implementation == WIDE
+    assert widen(model) and model.config._attn_implementation == WIDE
     ledger = measured(model, batch_of())
     assert not differences(ledger) and ledger.row("attention").dtype == "float32"
 

@@ -1,0 +1,104 @@
+"""Attention and the head of a bf16 model in float32, on a CPU that multiplies float32 faster.
+
+In: a model of transformers. Out: the same model; its queries, keys and values are widened for attention alone, and the
+result rounded back; its head gives logits in float32. Everything else, what is kept for other layers too, stays as it
+was.
+
+torch multiplies what it is given. On a CPU whose bf16 products are slow (kernels/product.py races them) attention's
+backward in bf16 takes three times as long as in float32, and the head's products twice as long.
+The price: what attention keeps for backward is twice as large, 3 MiB a layer for SmolLM2-135M at 4 x 256 tokens. The
+head's is none: logits become float32 for the loss anyway, and its weight is widened a panel at a time.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from qlora_lab.kernels import product
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NARROW = torch.bfloat16, torch.float16
+NAME, TORCH = "qlora_lab_float32", "sdpa"  # in transformers' table of attention functions
+FEW = 48  # rows of a batch up to which widening the head's weight takes longer than it saves
+
+
+def widen(model: "PreTrainedModel") -> bool:
+    """Let `model` attend and read its head in float32 where that is faster: a bf16 or fp16 model on the CPU.
+
+    Returns whether it now attends so. It leaves attention alone that is not torch's, and heads that are not plain.
+    """
+    if model.dtype not in NARROW or model.device.type != "cpu":
+        return False
+    wide = not product.race().use_bfloat16
+    _widen_head(model, wide)
+    return _widen_attention(model, wide)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+def _widen_attention(model: "PreTrainedModel", wide: bool) -> bool:
+    can = getattr(model, "_can_set_attn_implementation", lambda: True)()
+    if not can or model.config._attn_implementation not in (TORCH, NAME):
+        return False
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _in_float32)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # booleans, which need no widening
+    model.set_attn_implementation(NAME if wide else TORCH)
+    return wide
+
+
+def _in_float32(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
+    """transformers' function over torch's attention, (batch, heads, tokens, head_dim), called with wide tensors."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # One token looks at all keys once: widening them takes longer than narrow products do.
+    if query.shape[2] == 1 or query.dtype not in NARROW:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    wide = (tensor.float() for tensor in (query, key, value))
+    attended, weights = sdpa_attention_forward(module, *wide, attention_mask, **options)
+    return attended.to(query.dtype), weights
+
+
+# ----------------------------------------------------------------------------------------------------------------- head
+
+
+class _Product(torch.autograd.Function):
+    """x W^T in float32 for a frozen W, of which nothing but W is kept."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(weight)
+        return product.forward_unpacked(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        return product.backward_unpacked(grad, *ctx.saved_tensors).to(ctx.dtype), None
+
+
+class WideHead(nn.Linear):
+    """A head without bias whose logits are float32; of many rows they are multiplied as such too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) <= FEW or self.weight.requires_grad or x.dtype != self.weight.dtype:
+            return super().forward(x).float()
+        return _Product.apply(rows, self.weight).view(*x.shape[:-1], self.out_features)
+
+
+def _widen_head(model: "PreTrainedModel", wide: bool) -> None:
+    head, kind = model.get_output_embeddings(), WideHead if wide else nn.Linear
+    if type(head) in (nn.Linear, WideHead) and type(head) is not kind and head.bias is None:
+        new = kind(head.in_features, head.out_features, bias=False, device="meta")
+        new.weight, new.training = head.weight, head.training
+        model.set_output_embeddings(new)
