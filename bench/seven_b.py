@@ -27,6 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from bench.steps import SEVEN_B, render  # noqa: E402
 from qlora_lab.measure.measured_memory import peak_resident, reset_peak, resident  # noqa: E402
 
 SHAPE = {
@@ -44,6 +45,7 @@ TOY |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 SHARD = 5 * 10**9  # bytes
 R, TOKENS, ANSWER = 64, 512, 16
 GIB = 2**30
+OUT = HERE / SEVEN_B
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoint
@@ -255,14 +257,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="a model folder instead of random weights")
     parser.add_argument("--scratch", type=Path, help="where some 20 GB may lie; default: a temporary folder")
-    parser.add_argument("--out", type=Path, default=HERE / "seven_b.json")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="a toy model")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.stage:
         print(json.dumps(STAGES[a.stage](a.folder, a.scratch, a.quick)))
         return
-    if a.quick and a.out == HERE / "seven_b.json":
+    if a.quick and a.out == OUT:
         parser.error("--quick needs --out: its figures mean nothing")
     scratch = Path(tempfile.mkdtemp(prefix="seven-b-", dir=a.scratch))
     try:
@@ -281,6 +283,8 @@ def main() -> None:
     head = {"date": datetime.date.today().isoformat(), "machine": cpu_name(), "versions": versions()}
     head |= {"memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "model": weights}
     write(a.out, json.dumps(head | {"stages": results}, indent=1) + "\n")
+    if a.out == OUT:
+        render()
 
 
 if __name__ == "__main__":

@@ -41,12 +41,14 @@ sys.path.insert(0, str(HERE.parent))
 
 from bench.cpu import versions  # noqa: E402
 from bench.files import write  # noqa: E402
+from bench.steps import TRAIN_STEP, render  # noqa: E402
 from bench.timing import cpu_name, in_turn, peak_bytes  # noqa: E402
 from qlora_lab.finetune.allocator import recycle_memory  # noqa: E402
 from qlora_lab.finetune.data import IGNORED  # noqa: E402
 from qlora_lab.finetune.loss import answer_loss  # noqa: E402
 from qlora_lab.finetune.modes import checkpointing  # noqa: E402
 
+OUT = HERE / TRAIN_STEP
 R, CLIP, LR = 16, 0.3, 2e-4
 OURS = "ours"
 # name -> (who, whether memory is recycled)
@@ -259,7 +261,9 @@ def table(result: dict) -> str:
     lines = [f"{result['processor']}, {result['threads']} threads; ratio: its time over ours"]
     for case in result["cases"]:
         checkpointing = "on" if case["checkpointing"] else "off"
-        lines.append(f"\ngradient checkpointing {checkpointing}, {case['labels']} labels of {case['tokens']} tokens, {case['date']}")
+        lines.append(
+            f"\ngradient checkpointing {checkpointing}, {case['labels']} labels of {case['tokens']} tokens, {case['date']}"
+        )
         for name, s in case["seconds"].items():
             ratio, peak = case["ratio"][name], case["peak_bytes"][name]
             memory = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
@@ -297,9 +301,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a toy model, two rounds, the first case only")
     parser.add_argument("--case", type=int, choices=range(3), help="measure this one anew and keep the others in FILE")
-    parser.add_argument("--out", type=Path, default=HERE / "train_step.json", help="default: bench/train_step.json")
+    parser.add_argument("--out", type=Path, default=OUT, help="default: bench/train_step.json")
     args = parser.parse_args()
-    if args.quick and args.out == HERE / "train_step.json":
+    if args.quick and args.out == OUT:
         parser.error("--quick measures nothing worth keeping: give --out FILE")
     if args.quick:
         with tempfile.TemporaryDirectory() as folder:
@@ -321,6 +325,8 @@ def main() -> None:
     }
     write(args.out, json.dumps(result, indent=1) + "\n")
     print(table(result))
+    if args.out == OUT:
+        render()
 
 
 if __name__ == "__main__":

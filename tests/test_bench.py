@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import steps
 from bench.render import BEGIN, END, ROWS, find, in_readme, table
 from bench.timing import in_turn, peak_bytes
 
@@ -18,6 +19,12 @@ def test_the_readme_is_made_from_the_json():
     readme = (ROOT / "README.md").read_text("utf-8")
     assert in_readme(readme, RESULT) == readme, "run: python bench/cpu.py --render"
     assert (ROOT / "bench" / "cpu.png").stat().st_size > 10_000
+
+
+def test_so_is_its_section_on_steps():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    found = [json.loads((ROOT / "bench" / name).read_text("utf-8")) for name in (steps.TRAIN_STEP, steps.SEVEN_B)]
+    assert steps.in_readme(readme, *found) == readme, "run: python bench/steps.py"
 
 
 def test_every_row_of_the_readme_was_measured():

@@ -1,0 +1,83 @@
+"""From train_step.json and seven_b.json to the README's section on steps; no figure is typed.
+
+python bench/steps.py      renew the section, as both benches do when they have written their JSON
+"""
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from bench.files import between, write  # noqa: E402
+
+BEGIN, END = "<!-- made by bench/steps.py -->", "<!-- end of steps -->"
+README = HERE.parent / "README.md"
+TRAIN_STEP, SEVEN_B = "train_step.json", "seven_b.json"
+MIB, GIB = 2**20, 2**30
+
+
+def section(step: dict, seven_b: dict) -> str:
+    """The README's section, in Markdown."""
+    return "\n".join([*_steps(step), "", *_seven_b(seven_b), ""])
+
+
+def _steps(result: dict) -> list[str]:
+    dates = sorted({case["date"] for case in result["cases"]})
+    versions = result["versions"]
+    lines = [
+        f"Measured on {' and '.join(dates)}: {result['processor']}, torch {versions['torch']}, PEFT {versions['peft']} "
+        f"over bitsandbytes {versions['bitsandbytes']}. A step of SmolLM2-135M in bf16, 4 x 256 tokens, LoRA r = 16 on "
+        "all linear layers, in turn, each in a process of its own; medians. A ratio is their time over ours; peak "
+        "memory is above that of the loaded model.",
+        "",
+        "| step | | tokens/s | ratio | peak MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for case in result["cases"]:
+        label = f"{case['labels']} of {case['tokens']} tokens learned" + ", checkpointing" * case["checkpointing"]
+        for name, ratio in case["ratio"].items():
+            peak = case["peak_bytes"][name]
+            memory = "" if peak is None else f"{peak / MIB:.0f}"
+            speed = case["tokens_per_second"][name]
+            lines.append(f"| {label} | {name} | {speed:.0f} | {ratio['median']:.2f} | {memory} |")
+            label = ""
+    (groups,) = [case["profile"]["ours"] for case in result["cases"] if "profile" in case]
+    shares = ", ".join(f"{name} {seconds / sum(groups.values()):.0%}" for name, seconds in groups.items())
+    words = (
+        'PEFT is "prepared" by its own function, which makes float32 of what is not quantised, or used "as loaded"; '
+        '"recycled" is with memory recycled by the C library, as `qlora-lab finetune` asks for. "unquantised" is our '
+        f"step on a bf16 model. Where the time of our first step goes: {shares}."
+    )
+    return [*lines, "", words]
+
+
+def _seven_b(result: dict) -> list[str]:
+    s = result["stages"]
+    load, step, mapped, answer = s["load"], s["step"], s["map_again"], s["answer"]
+    return [
+        f"A LLaMA of 7B parameters on the same machine ({result['model']}, {result['date']}, `bench/seven_b.py`): "
+        f"loading and quantising its {load['MB per core-second'] * load['core_seconds'] / 1e3:.1f} GB takes {load['seconds']:.0f} s and at most "
+        f"{load['peak_bytes_above_import'] / GIB:.2f} GiB above the imports ({load['MB per core-second']:.0f} MB a "
+        f"core-second); quantising it onto the disk {s['quantise']['seconds']:.0f} s and "
+        f"{s['quantise']['peak_bytes_above_import'] / GIB:.2f} GiB; mapping that folder "
+        f"({mapped['folder_bytes'] / GIB:.2f} GiB) {mapped['seconds']:.2f} s. One training step of {step['tokens']} "
+        f"tokens, r = {step['r']}, gradient checkpointing: {step['seconds']:.0f} s, {step['over_floor']:.2f} times the "
+        f"matrix products that it cannot avoid, {step['peak_bytes'] / GIB:.2f} GiB at most. "
+        f"{answer['most_tokens']} tokens of an answer: {answer['seconds']:.0f} s."
+    ]
+
+
+def in_readme(text: str, step: dict, seven_b: dict) -> str:
+    return between(text, BEGIN, END, section(step, seven_b), "the README")
+
+
+def render() -> None:
+    """Renew the README from the two files."""
+    found = [json.loads((HERE / name).read_text("utf-8")) for name in (TRAIN_STEP, SEVEN_B)]
+    write(README, in_readme(README.read_text("utf-8"), *found))
+
+
+if __name__ == "__main__":
+    render()
