@@ -56,9 +56,10 @@ def _steps(result: dict) -> list[str]:
 def _seven_b(result: dict) -> list[str]:
     s = result["stages"]
     load, step, mapped, answer = s["load"], s["step"], s["map_again"], s["answer"]
+    original = load["MB per core-second"] * load["core_seconds"] / 1e3
     return [
         f"A LLaMA of 7B parameters on the same machine ({result['model']}, {result['date']}, `bench/seven_b.py`): "
-        f"loading and quantising its {load['MB per core-second'] * load['core_seconds'] / 1e3:.1f} GB takes {load['seconds']:.0f} s and at most "
+        f"loading and quantising its {original:.1f} GB takes {load['seconds']:.0f} s and at most "
         f"{load['peak_bytes_above_import'] / GIB:.2f} GiB above the imports ({load['MB per core-second']:.0f} MB a "
         f"core-second); quantising it onto the disk {s['quantise']['seconds']:.0f} s and "
         f"{s['quantise']['peak_bytes_above_import'] / GIB:.2f} GiB; mapping that folder "

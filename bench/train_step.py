@@ -261,9 +261,8 @@ def table(result: dict) -> str:
     lines = [f"{result['processor']}, {result['threads']} threads; ratio: its time over ours"]
     for case in result["cases"]:
         checkpointing = "on" if case["checkpointing"] else "off"
-        lines.append(
-            f"\ngradient checkpointing {checkpointing}, {case['labels']} labels of {case['tokens']} tokens, {case['date']}"
-        )
+        labels = f"{case['labels']} labels of {case['tokens']} tokens"
+        lines.append(f"\ngradient checkpointing {checkpointing}, {labels}, {case['date']}")
         for name, s in case["seconds"].items():
             ratio, peak = case["ratio"][name], case["peak_bytes"][name]
             memory = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
