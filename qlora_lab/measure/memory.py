@@ -62,7 +62,7 @@ def _notes(setup: Setup) -> tuple[str, ...]:
     if setup.device == "cuda":
         more = "CUDA's context and the allocator's rounding are assumptions: no GPU has been measured here"
     else:
-        more = "this is what is asked for: glibc holds up to twice as much, in gaps that it cannot use; jemalloc does not"
+        more = "this is what is asked for: glibc can hold twice as much, in gaps it cannot use; jemalloc does not"
     return LETTERS, labels, more
 
 

@@ -30,7 +30,7 @@ class Setup:
     labels; only their rows go through the head. padded: rows differ in length, so attention takes a mask.
     mean_length: tokens of an example, None for `length`; with packing it decides how many rows a batch needs.
     fused_adapter: one product for weight and adapter, as on the CPU; None: as the device has it. wide_attention: it is
-    computed in float32 (attention.py); None: as `load` decides on this machine.
+    computed in float32 (wide.py); None: as `load` decides on this machine.
     """
 
     method: str = "qlora"

@@ -19,36 +19,20 @@ import torch
 
 from qlora_lab.finetune.paged_adamw import UNIT
 from qlora_lab.finetune.paging import PAGE_SIZE, Pages
+from qlora_lab.measure.llama_shape import Shape, shape_of
 
 PEERS_LEAST = 100_000  # elements that a tensor needs in bitsandbytes, or its moments stay where the GPU is
 PCIE = {3: 8e9, 4: 16e9, 5: 32e9}  # generation: bits a second on one lane, each way
 PCIE_CODING = 128 / 130  # bits that are data
 
 
-class Llama(NamedTuple):
-    """Sizes of a model of the LLaMA family; key_value: rows of k_proj and of v_proj."""
-
-    layers: int
-    hidden: int
-    inner: int
-    key_value: int
-    vocabulary: int
-    heads_table: bool  # whether lm_head has a table of its own, or shares that of the embeddings
+LLAMA_7B = shape_of("llama-7b")
+SMOLLM2_135M = Shape("smollm2-135m", "llama", 30, 576, 1536, 9, 3, 64, 49152, tied=True)
 
 
-LLAMA_7B = Llama(32, 4096, 11008, 4096, 32000, True)
-SMOLLM2_135M = Llama(30, 576, 1536, 192, 49152, False)
-
-
-def linears(model: Llama) -> list[tuple[int, int]]:
-    """(out_features, in_features) of the linear layers of one layer: q, k, v, o, gate, up, down."""
-    d, f, kv = model.hidden, model.inner, model.key_value
-    return [(d, d), (kv, d), (kv, d), (d, d), (f, d), (f, d), (d, f)]
-
-
-def adapter(model: Llama, r: int) -> list[int]:
+def adapter(model: Shape, r: int) -> list[int]:
     """Elements of lora_A and lora_B of all linear layers, in the order of the model's parameters."""
-    return [size for out, in_ in linears(model) for size in (r * in_, out * r)] * model.layers
+    return [size for one in model.linears for size in (r * one.in_features, one.out_features * r)] * model.layers
 
 
 def pageable_share(numels: Sequence[int], least: int = PEERS_LEAST) -> float:
@@ -126,18 +110,18 @@ def pcie_bandwidth(generation: int, lanes: int = 16) -> float:
     return PCIE[generation] * lanes * PCIE_CODING / 8
 
 
-def fixed_bytes(model: Llama, r: int, bits_per_weight: float) -> int:
+def fixed_bytes(model: Shape, r: int, bits_per_weight: float) -> int:
     """What stays on a device while an adapter of rank r is trained, all but the optimizer's state.
 
     Linear layers at `bits_per_weight`, embeddings and head in bf16, adapters and their gradients in float32. Norms, a
     hundredth of a percent, are left out, and so is what drivers and libraries take for themselves.
     """
-    weights = model.layers * sum(out * in_ for out, in_ in linears(model))
-    tables = (1 + model.heads_table) * model.vocabulary * model.hidden
+    weights = model.layers * sum(one.numel for one in model.linears)
+    tables = (2 - model.tied) * model.table
     return round(weights * bits_per_weight / 8) + 2 * tables + 8 * sum(adapter(model, r))
 
 
-def activation_bytes(model: Llama, tokens: int) -> int:
+def activation_bytes(model: Shape, tokens: int) -> int:
     """The most that activations need at once in a step with gradient checkpointing, in bf16, for this many tokens.
 
     The input of each layer is kept. On top comes either the head: logits and their gradient, float32; or, later, one

@@ -1,5 +1,6 @@
 """Counted pages are those of the real optimizer and the real Pages; sizes are those of real models, by their names."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,28 +12,28 @@ from qlora_lab.finetune.lora import add_lora
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.paging import Pages
 from qlora_lab.measure import paging_trace as T
+from qlora_lab.measure.llama_shape import Shape
 
 MODELS = {"LLaMA-7B": T.LLAMA_7B, "SmolLM2-135M": T.SMOLLM2_135M}
-TOY = T.Llama(2, 4, 8, 2, 10, True)
+TOY = Shape("toy", "llama", 2, 4, 8, 2, 1, 2, 10, tied=False)
 SIZES = st.lists(st.integers(1, 800), min_size=1, max_size=4)
 BITS_AND_PAGE = st.tuples(st.sampled_from([32, 8]), st.sampled_from([520, 1000, 4096]))
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_sizes_are_those_of_add_lora(model):
-    heads = model.hidden // 64
     config = LlamaConfig(
         vocab_size=8,
         hidden_size=model.hidden,
         intermediate_size=model.inner,
         num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=heads * model.key_value // model.hidden,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.key_value_heads,
     )
     with torch.device("meta"):
         real = LlamaForCausalLM(config)
     trained = [p.numel() for p in add_lora(real, r=3).parameters() if p.requires_grad]
-    assert trained == T.adapter(model._replace(layers=2), 3)
+    assert trained == T.adapter(replace(model, layers=2), 3)
 
 
 def test_llama_7b_has_its_published_number_of_parameters():
@@ -120,10 +121,10 @@ def test_bytes_of_a_toy_by_hand():
     weights = 2 * (4 * 4 + 2 * 4 + 2 * 4 + 4 * 4 + 8 * 4 + 8 * 4 + 4 * 8)  # q, k, v, o, gate, up, down
     lora = 2 * 3 * (8 + 6 + 6 + 8 + 12 + 12 + 12)  # r times in + out
     assert T.fixed_bytes(TOY, 3, 4.5) == weights * 4.5 / 8 + 2 * 2 * 10 * 4 + 8 * lora
-    assert T.fixed_bytes(TOY._replace(heads_table=False), 3, 4.5) == T.fixed_bytes(TOY, 3, 4.5) - 2 * 10 * 4
+    assert T.fixed_bytes(replace(TOY, tied=True), 3, 4.5) == T.fixed_bytes(TOY, 3, 4.5) - 2 * 10 * 4
     layer = 2 * (5 * 4 + 2 * 2 + 4 * 8)  # more than the head's 8 * 10
     assert T.activation_bytes(TOY, 5) == 5 * (2 * 2 * 4 + layer)
-    assert T.activation_bytes(TOY._replace(vocabulary=100), 5) == 5 * (2 * 2 * 4 + 8 * 100)
+    assert T.activation_bytes(replace(TOY, vocabulary=100), 5) == 5 * (2 * 2 * 4 + 8 * 100)
 
 
 def test_a_long_batch_moves_what_it_needs_and_no_more():
