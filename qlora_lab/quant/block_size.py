@@ -1,0 +1,292 @@
+"""Which data type and block size for which layer: the mix of least damage under a budget of bits, exactly.
+
+In: Choices, two tables of (layers, candidates): the expected damage of each, and its bits, constants included.
+Out: a Plan, one candidate a layer, which load, quantize_linears and quantize_folder take, and which is a JSON file.
+
+The problem is a multiple-choice knapsack: x is 1 for the chosen candidate of a layer and 0 for all others,
+    minimise  sum error x   with   sum over candidates of x = 1 for each layer   and   sum bits x <= budget,
+solved by branch and bound to optimality (HiGHS, through scipy.optimize.milp).
+QLoRA itself has one block size for a whole model (section 3); that it tunes them layer by layer is often said and is in
+no release of it. What that would gain, notebook 03 measures.
+
+Not here: where the errors come from (measure/sensitivity.py).
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from qlora_lab.quant.blocks import check_block_size
+from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
+from qlora_lab.quant.double_quant import GROUP_SIZE
+from qlora_lab.quant.packing import group_of
+
+ABSMAX_BITS, ABSMAX_CODE_BITS = 32, 8  # of a constant: float32, or its code (double_quant.py)
+SHOWN_AFTER = 2  # seconds before a progress bar appears
+
+
+class Candidate(NamedTuple):
+    """What a layer can be quantised as: the options of quantize."""
+
+    codebook: str
+    block_size: int
+    double_quant: bool
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What each layer can become, and what that costs.
+
+    layers: paths of the linear layers. numel: their weights. candidates: the same for all layers.
+    error, bits: (layers, candidates) float64; error is the expected damage, in whatever unit makes a sum of layers
+    meaningful; bits are those of codes and constants (stored_bits). model: what they are of, for plans to say.
+    """
+
+    layers: tuple[str, ...]
+    numel: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+    error: np.ndarray
+    bits: np.ndarray
+    model: str = "model"
+
+    def __post_init__(self):
+        shape = len(self.layers), len(self.candidates)
+        for name, table in (("error", self.error), ("bits", self.bits)):
+            if table.shape != shape:
+                raise ValueError(
+                    f"{name} has shape {table.shape}: {shape[0]} layers x {shape[1]} candidates need a row each"
+                )
+        if not np.isfinite(self.error).all():
+            layer = self.layers[int(np.argwhere(~np.isfinite(self.error))[0][0])]
+            raise ValueError(
+                f"the error of {layer} is not finite: look for NaN or infinity in its weight or its inputs"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One candidate for each linear layer of `model`.
+
+    error: sum of the chosen errors. bits_per_parameter: of the quantised layers, constants included. numel: weights of
+    each layer, by which a plan for a model of another shape is told.
+    """
+
+    model: str
+    chosen: dict[str, Candidate]
+    error: float
+    bits_per_parameter: float
+    numel: dict[str, int]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, under a temporary name first. Returns its path."""
+        path = Path(path)
+        layers = {name: one._asdict() | {"numel": self.numel[name]} for name, one in self.chosen.items()}
+        lines = [f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in layers.items()]  # a line a layer
+        head = {"model": self.model, "error": self.error, "bits_per_parameter": self.bits_per_parameter}
+        body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
+        new = path.with_name(f".{path.name}.new")
+        new.write_text(f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
+        new.replace(path)
+        return path
+
+    def check(self, numel: dict[str, int]) -> None:
+        """Raise ValueError for the first layer in which this plan and a model differ. numel: layer -> its weights."""
+        for name, weights in numel.items():
+            if name not in self.chosen:
+                raise ValueError(f"the plan, for {self.model}, has no {name}, which the model has: {_REMEDY}")
+            if self.numel[name] != weights:
+                given = f"{name} of {self.numel[name]:,} weights, but the model's has {weights:,}"
+                raise ValueError(f"the plan is for {self.model} with {given}: {_REMEDY}")
+        for name in self.chosen:
+            if name not in numel:
+                raise ValueError(f"the plan, for {self.model}, has {name}, which is no linear layer here: {_REMEDY}")
+
+
+_REMEDY = "make a plan for this model"
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan. Raises ValueError for a file that is none, with what is wrong in it."""
+    path = Path(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        layers = found["layers"]
+        chosen = {name: Candidate(*(one[key] for key in Candidate._fields)) for name, one in layers.items()}
+        numel = {name: int(one["numel"]) for name, one in layers.items()}
+        plan = Plan(found["model"], chosen, float(found["error"]), float(found["bits_per_parameter"]), numel)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no plan, or is cut off: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no plan: {error.args[0]!r} is missing or misplaced") from None
+    for name, one in chosen.items():
+        try:
+            check_candidate(one)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {name}: {error}") from None
+    return plan
+
+
+def check_candidate(candidate: Candidate) -> None:
+    """Raise what quantize raises for such options."""
+    named_codebook(candidate.codebook)
+    check_block_size(candidate.block_size)
+
+
+def stored_bits(numel: int, candidate: Candidate) -> int:
+    """Bits of a quantised tensor of `numel` weights: packed codes and constants, as QuantizedTensor.nbytes has them.
+
+    >>> stored_bits(6400, Candidate("nf4", 64, False)) / 6400
+    4.5
+    """
+    n_codes, n_bytes = group_of(bits_of(named_codebook(candidate.codebook)))
+    return -(-numel // n_codes) * n_bytes * 8 + constant_bits(numel, candidate)
+
+
+def constant_bits(numel: int, candidate: Candidate) -> int:
+    """The constants' part of stored_bits: a float32 a block; or a code a block, a float32 a group, and one offset."""
+    n_blocks = -(-numel // candidate.block_size)
+    if not candidate.double_quant:
+        return ABSMAX_BITS * n_blocks
+    return ABSMAX_CODE_BITS * n_blocks + ABSMAX_BITS * (-(-n_blocks // GROUP_SIZE) + 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- choose
+
+
+def best_plan(
+    choices: Choices,
+    bits_per_parameter: float = math.inf,
+    *,
+    constants_share: float | None = None,
+    groups: Sequence[Sequence[str]] = (),
+) -> Plan:
+    """The plan of least error with at most `bits_per_parameter` on average over all weights.
+
+    constants_share: constants take at most this share of the bits of the codes, over the whole model: 0.05 for the
+    rule of thumb of 5 %. groups: layers that must share one choice, such as small ones that are stored together
+    (small_layers finds them). The optimum is exact; which of several equal ones is taken is not said.
+    Raises ValueError for a budget below the smallest plan's, which it names, and for groups that overlap or name a
+    layer that there is not.
+    """
+    members = _members(choices, groups)
+    bits = np.stack([choices.bits[rows].sum(0) for rows in members])  # (groups, candidates)
+    constants = _constants(choices, members)
+    weights = sum(choices.numel)
+    limits = [] if constants_share is None else [_share_limit(bits, constants, constants_share)]
+    if math.isfinite(bits_per_parameter):
+        # a budget that was printed, or computed as bits / weights, may have lost its last digit
+        limits.append((bits, math.floor(bits_per_parameter * weights + 1e-6)))
+    picked = _solve(np.stack([choices.error[rows].sum(0) for rows in members]), limits)
+    if picked is None:
+        raise ValueError(_too_small(bits, constants, weights, bits_per_parameter, constants_share))
+    of_layer = {row: candidate for rows, candidate in zip(members, picked, strict=True) for row in rows}
+    return _plan(choices, [of_layer[row] for row in range(len(choices.layers))])
+
+
+def uniform(choices: Choices, candidate: Candidate) -> Plan:
+    """The plan that gives every layer the same candidate. Raises ValueError for one that is not among the choices."""
+    if candidate not in choices.candidates:
+        raise ValueError(f"{candidate} is no candidate: choose from {', '.join(map(str, choices.candidates))}")
+    return _plan(choices, [choices.candidates.index(candidate)] * len(choices.layers))
+
+
+def frontier(choices: Choices, budgets: Iterable[float]) -> list[Plan]:
+    """The best plan for each budget, bits per parameter. Raises what best_plan raises."""
+    return [best_plan(choices, budget) for budget in tqdm(list(budgets), "plans", delay=SHOWN_AFTER, leave=False)]
+
+
+def small_layers(choices: Choices, fewer_than: int) -> tuple[tuple[str, ...], ...]:
+    """Groups for best_plan: layers of fewer than `fewer_than` weights that belong to one module, such as k_proj and
+    v_proj of one attention."""
+    found: dict[str, list[str]] = {}
+    for name, weights in zip(choices.layers, choices.numel, strict=True):
+        if weights < fewer_than:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+    return tuple(tuple(names) for names in found.values() if len(names) > 1)
+
+
+def _members(choices: Choices, groups: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Rows of the layers that share a choice; a layer of no group is one of its own."""
+    row = {name: number for number, name in enumerate(choices.layers)}
+    members, taken = [], set()
+    for group in groups:
+        for name in group:
+            if name not in row:
+                raise ValueError(f"a group names {name}, which is no layer here")
+            if name in taken:
+                raise ValueError(f"{name} is in two groups: a layer takes one choice only")
+            taken.add(name)
+        members.append([row[name] for name in group])
+    return [rows for rows in members if rows] + [[number] for name, number in row.items() if name not in taken]
+
+
+def _solve(error: np.ndarray, limits: list[tuple[np.ndarray, float]]) -> list[int] | None:
+    """The candidate of each row of `error`, (rows, candidates), of least sum; None if no choice keeps the limits.
+
+    limits: (cost, the most that the sum of its chosen entries may be), in bits.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # here, because it takes a quarter of a second to import
+    from scipy.sparse import coo_array
+
+    rows, n = len(error), error.size
+    one_each = coo_array((np.ones(n), (np.repeat(np.arange(rows), n // rows), np.arange(n))), shape=(rows, n))
+    found = milp(
+        error.reshape(n) / max(np.abs(error).max(), np.finfo(float).tiny),  # the solver's tolerances are absolute
+        integrality=np.ones(n),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1)]
+        + [LinearConstraint(cost.reshape(1, n) / 8, ub=most / 8) for cost, most in limits],  # bytes: whole numbers
+        options={"mip_rel_gap": 0},  # its default stops within 0.01 %
+    )
+    if found.x is None:
+        return None
+    picked = found.x.reshape(error.shape).argmax(1)  # (rows,)
+    for cost, most in limits:
+        assert _picked(cost, picked) <= most + 1e-6 * abs(most), (_picked(cost, picked), most)
+    return picked.tolist()
+
+
+def _picked(table: np.ndarray, chosen: Sequence[int]) -> float:
+    """Sum of one entry a row."""
+    return float(table[np.arange(len(table)), chosen].sum())
+
+
+def _constants(choices: Choices, members: list[list[int]]) -> np.ndarray:
+    """Bits of constants, (groups, candidates)."""
+    table = [[constant_bits(weights, one) for one in choices.candidates] for weights in choices.numel]
+    return np.stack([np.array(table, float)[rows].sum(0) for rows in members])
+
+
+def _too_small(bits: np.ndarray, constants: np.ndarray, weights: int, asked: float, share: float | None) -> str:
+    """Why there is no plan, with the smallest limit for which there is one. Tables: (groups, candidates)."""
+    fewest = bits.argmin(1) if share is None else _solve(bits, [_share_limit(bits, constants, share)])
+    if fewest is None:
+        least, chosen = math.inf, constants.argmin(1)
+        # the least quotient of two sums, by Dinkelbach's iteration: a handful of steps
+        while (lower := _picked(constants, chosen) / _picked(bits - constants, chosen)) < least:
+            least, chosen = lower, (constants - lower * (bits - constants)).argmin(1)
+        return f"constants_share={share:g} is too small: constants take at least {_up(least)} of the codes"
+    smallest = _picked(bits, fewest) / weights
+    return f"a budget of {asked:g} bits per parameter is too small: the smallest plan takes {_up(smallest)}"
+
+
+def _share_limit(bits: np.ndarray, constants: np.ndarray, share: float) -> tuple[np.ndarray, float]:
+    return constants - share * (bits - constants), 0.0
+
+
+def _up(value: float) -> str:
+    return f"{math.ceil(value * 1e4) / 1e4:.4f}"  # up, so that what is shown can be asked for
+
+
+def _plan(choices: Choices, picked: list[int]) -> Plan:
+    rows = range(len(choices.layers))
+    chosen = {name: choices.candidates[c] for name, c in zip(choices.layers, picked, strict=True)}
+    bits = choices.bits[rows, picked].sum() / sum(choices.numel)
+    numel = dict(zip(choices.layers, choices.numel, strict=True))
+    return Plan(choices.model, chosen, float(choices.error[rows, picked].sum()), float(bits), numel)
