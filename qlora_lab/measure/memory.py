@@ -194,7 +194,8 @@ def _workspace(shape: Shape, setup: Setup) -> Iterator[Row]:
     all_of_them = sum(n * times for n, times in _trained(shape, setup))
     # On a GPU torch's AdamW works on all parameters at once, and needs them once more: torch's documentation says so.
     at_once = all_of_them if setup.device == "cuda" and not setup.in_pages else 2 * largest
-    yield _row(WORKSPACE, "the update's temporaries", at_once, "float32", "trained weights at once", ("update",))
+    dtype = "float32" if setup.in_pages else _trained_dtype(setup)  # a root of the second moments, in their dtype
+    yield _row(WORKSPACE, "the update's temporaries", at_once, dtype, "trained weights at once", ("update",))
 
 
 def _buffer(shape: Shape, setup: Setup) -> Row:

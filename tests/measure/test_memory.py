@@ -238,6 +238,17 @@ def test_adapter_dtypes_of_peers_cost_16_12_and_8_bytes_a_weight():
     assert each(adapter_dtype="bfloat16", paged=True) == pytest.approx(12, rel=0.02)  # pages of 2 MiB
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_of_all_weights_at_once_takes_their_size_once_more(monkeypatch, dtype):
+    """torch's own list of roots, as it makes it on a GPU, is as large as the ledger's row: in the weights' dtype."""
+    model, made, roots = build(method="full", dtype=dtype), [], torch._foreach_sqrt
+    monkeypatch.setattr(torch, "_foreach_sqrt", lambda tensors: made.append(roots(tensors)) or made[-1])
+    answer_loss(model, batch_of())[0].backward()
+    torch.optim.AdamW(model.parameters(), foreach=True).step()
+    row = predict_memory(model, "full", dtype=dtype).row("the update's temporaries")
+    assert sum(tensor.nbytes for tensor in made[0]) == row.predicted == sum(p.nbytes for p in model.parameters())
+
+
 def test_a_token_keeps_less_where_its_layers_are_recomputed():
     """A layer's input for each of 32 layers, and after them a norm; what does not grow with tokens is a rest."""
     kept = predict_memory("llama-7b", length=4096, gradient_checkpointing=True)
