@@ -91,9 +91,10 @@ class WideHead(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        if len(rows) <= FEW or self.weight.requires_grad or x.dtype != self.weight.dtype:
-            return super().forward(x).float()
-        return _Product.apply(rows, self.weight).view(*x.shape[:-1], self.out_features)
+        frozen_and_narrow = not self.weight.requires_grad and x.dtype == self.weight.dtype and x.dtype in NARROW
+        if len(rows) > FEW and frozen_and_narrow and x.device.type == "cpu":  # a model can have been moved or cast
+            return _Product.apply(rows, self.weight).view(*x.shape[:-1], self.out_features)
+        return super().forward(x).float()
 
 
 def _widen_head(model: "PreTrainedModel", wide: bool) -> None:

@@ -97,6 +97,15 @@ def test_the_head_shares_its_weight_and_is_plain_again_where_the_race_says_so(ti
     assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_model_that_is_cast_afterwards_has_its_own_products(tiny_llama, slow_bfloat16, monkeypatch):
+    model = tiny_llama.bfloat16().requires_grad_(False)
+    widen(model)
+    monkeypatch.setattr(product, "forward_unpacked", lambda *_: pytest.fail("nothing is left to widen"))
+    x = torch.ones(FEW + 1, 16)
+    assert torch.equal(model.float().lm_head(x), torch.nn.functional.linear(x, model.lm_head.weight))
+    assert model.bfloat16().to("meta").lm_head(x.bfloat16().to("meta")).dtype == torch.float32
+
+
 def test_a_head_that_is_trained_has_its_gradient(tiny_llama, slow_bfloat16):
     model = tiny_llama.bfloat16()
     widen(model)
