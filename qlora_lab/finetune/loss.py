@@ -72,21 +72,14 @@ def summed_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool =
     """(sum of cross entropies in nats, number of answer tokens) of held-out examples."""
     by_length = sorted(encoded, key=lambda one: len(one.input_ids))  # little padding; a sum does not mind the order
     parts = [by_length[start : start + BATCH_SIZE] for start in range(0, len(by_length), BATCH_SIZE)]
-    return _sums(model, [collate(part, pad_id=0) for part in parts], "held-out loss", progress)
+    losses = batch_losses(model, [collate(part, pad_id=0) for part in parts], "held-out loss", progress)
+    return sum(loss for loss, _ in losses), sum(labels for _, labels in losses)
 
 
-def mean_loss(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str) -> float:
-    """Mean cross entropy in nats over all labels of all batches; `title` stands before the progress bar."""
-    loss, labels = _sums(model, batches, title, progress=True)
-    return loss / labels
-
-
-def _sums(
-    model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str, progress: bool
-) -> tuple[float, int]:
-    loss, labels = 0.0, 0
+def batch_losses(
+    model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str, progress: bool = True
+) -> list[tuple[float, int]]:
+    """(sum of cross entropies in nats, number of labels) of each batch; `title` stands before the progress bar."""
     with measuring(model):
-        for batch in tqdm(batches, title, unit="batch", leave=False, disable=not progress):
-            summed, count = answer_loss(model, batch)
-            loss, labels = loss + summed.item(), labels + count
-    return loss, labels
+        bar = tqdm(batches, title, unit="batch", leave=False, disable=not progress)
+        return [(loss.item(), labels) for loss, labels in (answer_loss(model, batch) for batch in bar)]

@@ -10,11 +10,12 @@ Not here: the loss on answers (finetune/loss.py).
 """
 
 import math
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_lab.finetune.loss import mean_loss
+from qlora_lab.finetune.loss import batch_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -35,6 +36,11 @@ def perplexity(model: torch.nn.Module, tokenizer: "Tokenizer", text: str, length
 
     Raises ValueError if `text` has fewer tokens than that, or if a window has no token to predict.
     """
+    return math.exp(fmean(window_losses(model, text_windows(tokenizer, text, length, windows))))
+
+
+def text_windows(tokenizer: "Tokenizer", text: str, length: int = 512, windows: int = 8) -> torch.Tensor:
+    """The first `windows` x `length` tokens of `text`: (windows, length) int64. Raises as perplexity does."""
     if length < 2 or windows < 1:
         raise ValueError(f"length={length}, windows={windows}: at least one window of at least two tokens is needed")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -43,6 +49,13 @@ def perplexity(model: torch.nn.Module, tokenizer: "Tokenizer", text: str, length
             f"the text has {len(ids)} tokens, fewer than {windows} windows of {length}: "
             f"take windows={len(ids) // length} or a longer text"
         )
-    rows = torch.tensor(ids[: length * windows]).view(windows, 1, length)  # batches of one window
-    batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows]
-    return math.exp(mean_loss(model, batches, "perplexity"))
+    return torch.tensor(ids[: length * windows]).view(windows, length)
+
+
+def window_losses(model: torch.nn.Module, rows: torch.Tensor, progress: bool = True) -> list[float]:
+    """Mean cross entropy of each window, (windows, length) int64, in nats a predicted token.
+
+    exp of their mean is the perplexity: each window predicts as many tokens. Their spread is what it can be trusted by.
+    """
+    batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows[:, None]]
+    return [loss / labels for loss, labels in batch_losses(model, batches, "perplexity", progress)]

@@ -111,6 +111,7 @@ _RECIPES = {
     **{f"int{k}": (lambda k=k: integer_levels(k)) for k in range(2, 9)},
 }
 CODEBOOKS = tuple(_RECIPES)
+CUSTOM = "custom"  # what a table of levels made by hand, or fitted, is called where a name is asked for
 
 
 def codebook(name: str) -> torch.Tensor:
@@ -130,6 +131,34 @@ def codebook(name: str) -> torch.Tensor:
 @lru_cache
 def _table(name: str) -> torch.Tensor:
     return _RECIPES[name]()
+
+
+def check_levels(levels: torch.Tensor) -> torch.Tensor:
+    """A table made by hand or fitted, if it can serve as a codebook: (n,) float32, a copy.
+
+    levels: 2 to 256 finite numbers in [-1, 1], each larger than the one before. They need not reach -1 or 1, and 0 need
+    not be among them: what that costs is worth a look. Raises ValueError that names the first level that is not
+    allowed, TypeError for what is no table of numbers.
+
+    >>> check_levels(torch.tensor([-1.0, 0.0, 0.5]))
+    tensor([-1.0000,  0.0000,  0.5000])
+    """
+    if not isinstance(levels, torch.Tensor) or levels.dim() != 1 or not levels.is_floating_point():
+        given = f"a tensor {tuple(levels.shape)} of {levels.dtype}" if isinstance(levels, torch.Tensor) else levels
+        raise TypeError(f"levels are {given!r}: give a name, such as 'nf4', or a float tensor of one dimension")
+    if not 2 <= len(levels) <= 256:
+        raise ValueError(f"{len(levels)} levels are given: a codebook has 2 to 256, as a code has at most 8 bits")
+    table = levels.detach().float().cpu().clone()  # two levels that float32 cannot tell apart are one
+    values = table.tolist()
+    for i, value in enumerate(values):
+        if not -1 <= value <= 1:  # nor is NaN
+            raise ValueError(
+                f"level {i} is {value:g}: levels are finite and lie in [-1, 1], where blocks are scaled to"
+            )
+        if i and value <= values[i - 1]:
+            wrong = "is repeated" if value == values[i - 1] else f"comes after {values[i - 1]:g}"
+            raise ValueError(f"level {i}, {value:g}, {wrong}: sort the levels in ascending order, each once")
+    return table
 
 
 def bits_of(levels: torch.Tensor) -> int:

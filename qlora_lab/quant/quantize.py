@@ -15,7 +15,15 @@ from math import lcm
 import torch
 
 from qlora_lab.quant.blocks import TINY, block_absmax, check_block_size, scale_blocks, to_blocks
-from qlora_lab.quant.codebook import bits_of, codebook as named_codebook, nearest_codes, rounding, zero_code
+from qlora_lab.quant.codebook import (
+    CUSTOM,
+    bits_of,
+    check_levels,
+    codebook as named_codebook,
+    nearest_codes,
+    rounding,
+    zero_code,
+)
 from qlora_lab.quant.double_quant import DoubleQuantized, double_dequantize, double_quantize
 from qlora_lab.quant.packing import group_of, pack, unpack
 
@@ -33,7 +41,8 @@ class QuantizedTensor:
 
     packed: (ceil(numel * bits / 8),) uint8, first code in the high bits, rounded up to whole groups (packing.py).
     constants: absmax, (n_blocks,) float32, or its DoubleQuantized form.
-    levels: (2^bits,) float32, what each code stands for. codebook: its name. shape, dtype: of the original weight.
+    levels: (at most 2^bits,) float32, what each code stands for. codebook: its name, "custom" for a table made by hand.
+    shape, dtype: of the original weight.
     """
 
     packed: torch.Tensor
@@ -112,7 +121,7 @@ class QuantizedTensor:
 
 def quantize(
     weight: torch.Tensor,
-    codebook: str = "nf4",
+    codebook: str | torch.Tensor = "nf4",
     block_size: int = 64,
     double_quant: bool = False,
     *,
@@ -121,7 +130,8 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantise `weight`, any shape with at least one element, float32, bf16 or fp16, block by block.
 
-    codebook: a name that qlora_lab.codebook knows. block_size: 16 to 4096 weights per constant.
+    codebook: a name that qlora_lab.codebook knows, or levels of your own (codebook.check_levels says which serve).
+    block_size: 16 to 4096 weights per constant.
     double_quant: quantise the constants too. name: what an error calls this tensor.
     keep_non_finite: let a NaN or infinity stay; its whole block, and no other, then dequantises to NaN. Without it,
     and always with double_quant, whose constants share a mean, such a value is an error.
@@ -134,7 +144,8 @@ def quantize(
     from qlora_lab.kernels import blocks_for
 
     _check_weight(weight, name)
-    levels = named_codebook(codebook).to(weight.device)
+    named = isinstance(codebook, str)
+    levels = (named_codebook(codebook) if named else check_levels(codebook)).to(weight.device)
     check_block_size(block_size)
     flat = weight.detach().reshape(-1).contiguous()  # (numel,); reshape alone can leave gaps
     if kernels := blocks_for(weight.device.type, len(levels), block_size):
@@ -148,7 +159,7 @@ def quantize(
         packed=packed,
         constants=double_quantize(absmax) if double_quant else absmax,
         levels=levels,
-        codebook=codebook,
+        codebook=codebook if named else CUSTOM,
         block_size=block_size,
         shape=weight.shape,
         dtype=weight.dtype,

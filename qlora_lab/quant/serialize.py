@@ -7,7 +7,8 @@ In: a QuantizedTensor and its key, such as "model.layers.0.mlp.up_proj.weight". 
     KEY.nested_absmax, KEY.nested_quant_map                          only with double quantization
     KEY.quant_state.bitsandbytes__nf4      uint8                     JSON: block size, shape, dtype, offset
 Source: bitsandbytes 0.50, QuantState.as_dict. Codebooks it does not know (all but nf4 and fp4) carry `qlora_lab__NAME`
-in the last key, so that it refuses them instead of misreading them.
+in the last key, so that it refuses them instead of misreading them. The table itself is always stored, so one made by
+hand comes back too, as `custom`.
 
 Not here: files (finetune/peft_format.py).
 """
@@ -16,7 +17,7 @@ import json
 
 import torch
 
-from qlora_lab.quant.codebook import CODEBOOKS
+from qlora_lab.quant.codebook import CODEBOOKS, CUSTOM, check_levels
 from qlora_lab.quant.double_quant import GROUP_SIZE, DoubleQuantized, dynamic_map
 from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor
@@ -81,6 +82,8 @@ def from_tensors(tensors: dict[str, torch.Tensor], key: str) -> QuantizedTensor:
         shape=torch.Size(state["shape"]),
         dtype=_DTYPES[state["dtype"]],
     )
+    if q.codebook == CUSTOM:  # nothing but its own table says what its codes mean
+        check_levels(q.levels)
     _check_sizes(q, key)
     return q
 
@@ -91,7 +94,7 @@ def _read_state(tensors: dict[str, torch.Tensor], key: str) -> dict:
     if len(found) != 1:
         raise KeyError(f"{key}: expected one key that starts with {prefix!r}, found {found or 'none'}")
     state = json.loads(bytes(tensors[found[0]].tolist()))
-    if state["quant_type"] not in CODEBOOKS or state["dtype"] not in _DTYPES:
+    if state["quant_type"] not in (*CODEBOOKS, CUSTOM) or state["dtype"] not in _DTYPES:
         raise ValueError(
             f"{key} is stored as {state['quant_type']!r} of {state['dtype']!r}, which is not known here: "
             f"data types are {', '.join(CODEBOOKS)}, weights {', '.join(_DTYPES)}"
