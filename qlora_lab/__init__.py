@@ -50,6 +50,7 @@ _HOME = {
     "LowRankExplorer": "show.low_rank",
     "PageTableExplorer": "show.page_table",
     "ConstantsExplorer": "show.constants",
+    "MemoryExplorer": "show.memory",
     "check": "show.check",
     "picture": "show.figure",
     "show_source": "show.source",

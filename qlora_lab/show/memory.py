@@ -1,0 +1,185 @@
+"""The memory explorer: every byte of a training step, for full fine-tuning, LoRA and QLoRA, beside the cards on sale.
+
+State: model, codebook, block_size, double_quant, r, length, rows, gradient_checkpointing, optimizer. The picture: above
+the groups of the ledger at the peak of a step, a bar for each method, with lines where a card ends; a bar that runs out
+of the picture has its number at the edge. Below the bar of QLoRA alone, stretched to 100 %.
+
+Cards are counted in GiB, which their makers call GB. Not here: bytes (measure/memory.py), and what to change so that
+it fits (measure/memory_plan.py).
+"""
+
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.text import Text
+
+from qlora_lab.finetune.paging import PAGE_SIZE
+from qlora_lab.measure.ledger import Ledger
+from qlora_lab.measure.llama_shape import PUBLISHED, shape_of
+from qlora_lab.measure.memory import predict_memory
+from qlora_lab.show.explorer import Explorer
+from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.slider import Slider, Toggle
+
+GIB = 2**30
+CARDS = (8, 16, 24, 48, 80)  # GiB
+WIDEST = 96  # GiB: the largest card, and room for a number behind it
+METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+GROUPS = {  # of the ledger, in its order
+    "weights": COLOURS["sky"],
+    "adapters": COLOURS["green"],
+    "gradients": COLOURS["yellow"],
+    "optimizer": COLOURS["blue"],
+    "activations": COLOURS["orange"],
+    "loss": COLOURS["red"],
+    "workspace": COLOURS["purple"],
+    "runtime": "#999999",
+}
+OPTIMIZERS = {  # paged as far as it goes: one page in memory
+    "AdamW": {},
+    "8-bit AdamW": {"optimizer_bits": 8},
+    "paged AdamW": {"optimizer_budget": PAGE_SIZE},
+    "paged 8-bit AdamW": {"optimizer_bits": 8, "optimizer_budget": PAGE_SIZE},
+}
+LEAST_LABELLED = 0.06  # of the stretched bar: a percentage needs so much room
+Rectangle = list[tuple[float, float]]
+
+
+def at_peak(ledger: Ledger, phase: str | None = None) -> dict[str, int]:
+    """Predicted bytes of each group in a phase, that of the peak unless another is named; zeros included.
+
+    >>> sum(at_peak(predict_memory("llama-7b")).values()) == predict_memory("llama-7b").peak
+    True
+    """
+    sums = dict.fromkeys(GROUPS, 0)
+    for row in ledger.rows:
+        sums[row.group] += row.predicted * ((phase or ledger.phase) in row.when)
+    return sums
+
+
+def card_for(nbytes: int) -> int | None:
+    """GiB of the smallest card that has so many bytes, None if there is none."""
+    return next((card for card in CARDS if nbytes <= card * GIB), None)
+
+
+def rectangles(bars: list[dict[str, float]], height: float = 0.62) -> list[Rectangle]:
+    """Outlines of stacked horizontal bars, bar after bar: one for each of GROUPS, empty ones too."""
+    outlines = []
+    for y, sizes in enumerate(bars):
+        left, low, high = 0.0, y - height / 2, y + height / 2
+        for group in GROUPS:
+            right = left + sizes[group]
+            outlines.append([(left, low), (right, low), (right, high), (left, high)])
+            left = right
+    return outlines
+
+
+def stacked(ax: Axes, names: list[str]) -> PolyCollection:
+    """An axis of horizontal bars with these names, from above; their outlines come later, by set_verts."""
+    ax.set(ylim=(len(names) - 0.5, -0.5))
+    ax.set_yticks(range(len(names)), names)
+    ax.tick_params(axis="y", length=0)
+    colours = list(GROUPS.values()) * len(names)
+    return ax.add_collection(PolyCollection([], facecolors=colours, edgecolors="#ffffff", lw=0.5))
+
+
+def key(ax: Axes, columns: int = 4) -> list[Text]:
+    """An axis of its own with the colours of groups, and beside each a text to be filled in."""
+    places = [(i % columns, i // columns) for i in range(len(GROUPS))]
+    ax.set(xlim=(0, columns), ylim=(1.6, -0.6))
+    ax.set_axis_off()
+    ax.scatter(*zip(*places, strict=True), s=90, marker="s", c=list(GROUPS.values()), clip_on=False)
+    return [ax.text(x + 0.07, y, "", va="center", fontsize=10) for x, y in places]
+
+
+class MemoryExplorer(Explorer):
+    """Model, data type, adapter, rows and optimizer: where every byte of a step goes. See Explorer."""
+
+    def controls(self):
+        return {
+            "model": Slider("Model", "llama-7b", choices=sorted(PUBLISHED, key=lambda name: shape_of(name).parameters)),
+            "codebook": Slider("Codebook", "nf4", choices=["nf2", "nf3", "nf4"]),
+            "block_size": Slider("Block size", 64, choices=[16, 32, 64, 128, 256, 512], unit="weights"),
+            "double_quant": Toggle("Double quantization", True),
+            "r": Slider("r", 64, choices=[1, 2, 4, 8, 16, 32, 64, 128, 256]),
+            "length": Slider("Sequence length", 512, choices=[2**i for i in range(7, 17)], unit="tokens"),
+            "rows": Slider("Rows at once", 1, choices=[1, 2, 4, 8, 16]),
+            "gradient_checkpointing": Toggle("Gradient checkpointing", True),
+            "optimizer": Slider("Optimizer", "AdamW", choices=list(OPTIMIZERS)),
+        }
+
+    @staticmethod
+    def compute(state):
+        setup = {name: value for name, value in state.items() if name not in ("model", "rows", "optimizer")}
+        setup |= {"batch_size": state["rows"], **OPTIMIZERS[state["optimizer"]]}
+        ledgers = {method: predict_memory(state["model"], method, **setup) for method in METHODS}
+        return {
+            "groups": {method: at_peak(ledger) for method, ledger in ledgers.items()},
+            "peak": {method: ledger.peak for method, ledger in ledgers.items()},
+            "phase": {method: ledger.phase for method, ledger in ledgers.items()},
+            "card": {method: card_for(ledger.peak) for method, ledger in ledgers.items()},
+        }
+
+    def draw(self):
+        fig, ax = new_figure(width=7.4, height=4.6)
+        ax.remove()
+        upper, lower, names = fig.subplots(3, 1, height_ratios=[3, 0.7, 0.6])
+        for one in (upper, lower):
+            one.spines[["top", "right", "left"]].set_visible(False)
+        upper.set(xlim=(0, WIDEST), xlabel="GiB at the peak of a step")
+        upper.set_xticks([0, *CARDS], ["0", *(f"{card} GB" for card in CARDS)])
+        lower.set(xlim=(0, 100), xlabel="% of QLoRA's peak")
+        self.bars, self.strip = stacked(upper, list(METHODS.values())), stacked(lower, ["QLoRA"])
+        ends = [[(card, -0.5), (card, len(METHODS) - 0.5)] for card in CARDS]
+        cards = upper.add_collection(LineCollection(ends, colors=COLOURS["black"], lw=1, ls="--"))
+        box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.5}
+        self.peaks = [upper.text(0, y, "", va="center", fontsize=11, bbox=box) for y in range(len(METHODS))]
+        self.shares = [lower.text(0, 0, "", ha="center", va="center", fontsize=10) for _ in GROUPS]
+        self.shares[list(GROUPS).index("optimizer")].set_color("#ffffff")  # black on dark blue is hard to read
+        self.title = upper.text(0, 1.02, "", transform=upper.transAxes, va="bottom", fontsize=12)
+        self.names = key(names)
+        return fig, [self.bars, cards, *self.peaks, self.strip, *self.shares, *self.names, self.title]
+
+    def update(self, result):
+        sizes = {method: {g: n / GIB for g, n in groups.items()} for method, groups in result["groups"].items()}
+        self.bars.set_verts(rectangles(list(sizes.values())))
+        for text, nbytes in zip(self.peaks, result["peak"].values(), strict=True):
+            inside = nbytes < 0.88 * WIDEST * GIB
+            text.set_x(nbytes / GIB + 0.8 if inside else WIDEST)
+            text.set_ha("left" if inside else "right")
+            text.set_text(f"{_gib(nbytes)}{'' if nbytes < WIDEST * GIB else ' →'}")
+        mine, peak = result["groups"]["qlora"], result["peak"]["qlora"]
+        outlines = rectangles([{group: 100 * n / peak for group, n in mine.items()}])
+        self.strip.set_verts(outlines)
+        for text, outline, n in zip(self.shares, outlines, mine.values(), strict=True):
+            text.set_x((outline[0][0] + outline[1][0]) / 2)
+            text.set_text(f"{100 * n / peak:.0f} %" if n >= LEAST_LABELLED * peak else "")
+        for text, (group, n) in zip(self.names, mine.items(), strict=True):
+            text.set_text(f"{group} {_gib(n)}")
+        self.title.set_text(f"QLoRA: {_gib(peak)} {_when(result['phase']['qlora'])}, {_fits(result['card']['qlora'])}")
+
+    @staticmethod
+    def describe(state, result):
+        double = " + double quantization" if state["double_quant"] else ""
+        again = ", gradient checkpointing" if state["gradient_checkpointing"] else ""
+        parts = ", ".join(f"{group} {_gib(n)}" for group, n in result["groups"]["qlora"].items())
+        peaks = {method: f"{_gib(result['peak'][method])}, {_fits(result['card'][method])}" for method in METHODS}
+        return (
+            f"{state['model']}, {state['codebook']}/{state['block_size']}{double}, r={state['r']}, "
+            f"{state['rows']} x {state['length']} tokens at once{again}, {state['optimizer']}: QLoRA needs "
+            f"{peaks['qlora']}; its peak is {_when(result['phase']['qlora'])}: {parts}; LoRA {peaks['lora']}; "
+            f"full fine-tuning {peaks['full']}"
+        )
+
+
+def _gib(nbytes: int) -> str:
+    size = nbytes / GIB
+    return f"{size:.{2 if size < 10 else 1 if size < 100 else 0}f} GiB"
+
+
+def _fits(card: int | None) -> str:
+    return f"fits on {card} GB" if card else f"too large for {CARDS[-1]} GB"
+
+
+def _when(phase: str) -> str:
+    places = {"loss": "at the loss", "backward": "as the backward pass begins", "end": "as the backward pass ends"}
+    return places.get(phase, "in the update")
