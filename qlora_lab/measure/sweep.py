@@ -1,0 +1,365 @@
+"""A sweep: what each data type and block size makes of one model, a row of a results file for each.
+
+In: a model, variants of its quantisation, a results file. Out: the rows, as dicts; the file holds one as JSON a line.
+Source: QLoRA table 2 compares data types by mean perplexity; here it is the perplexity of one model on one text.
+
+One model is in memory, unquantised. For each variant every linear layer's weight but the head's is overwritten by
+dequantize(quantize(weight)), and afterwards read again from the checkpoint, which is mapped and not copied: it comes
+back to the bit, after an exception and Ctrl-C too.
+
+A row is written as soon as it is known. A variant that has one, by the same model, data, configuration and versions, is
+not run again: a sweep that was stopped goes on when it is called again, and one that is done costs nothing.
+Not here: plots, and which block size for which layer (quant/block_size.py).
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from platform import python_version
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from qlora_lab.finetune.fetch import resolve, weight_files
+from qlora_lab.finetune.files import replacing_file, sync
+from qlora_lab.finetune.models import fast_dtype, files_of, is_linear_weight, load, read_tensor, stored_options
+from qlora_lab.measure.code_use import CodeUse
+from qlora_lab.measure.constants import squared_error
+from qlora_lab.measure.machine import machine
+from qlora_lab.measure.perplexity import text_windows, topics_text, window_losses
+from qlora_lab.quant.blocks import check_block_size
+from qlora_lab.quant.codebook import CODEBOOKS, check_levels, codebook as named_codebook
+from qlora_lab.quant.lloyd_max import lloyd_max, scaled_sample
+from qlora_lab.quant.quantize import dequantize, quantize
+
+LLOYD_MAX = re.compile(r"lloyd-max([2-8]?)")  # a codebook that is fitted to the model; a digit for other than 4 bits
+SAMPLE = 2**20  # weights that it is fitted to, from all layers: a fit to twice as many moves no level by 0.002
+# What decides a row's figures. The library's commit is in a row too, but does not: most commits change no figure.
+IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "versions")
+
+
+class Variant(NamedTuple):
+    """One way to quantise a model; the plain tuple serves as well.
+
+    codebook: a name that qlora_lab.codebook knows, "lloyd-max" (or "lloyd-max3" and so on, by bits) for levels fitted
+    to the model in such blocks, a name of your own if `levels` are given, or None for the model as it is, whatever the
+    rest says. levels: ascending, in [-1, 1].
+    """
+
+    codebook: str | None = "nf4"
+    block_size: int = 64
+    double_quant: bool = False
+    levels: Sequence[float] | torch.Tensor | None = None
+
+    def __str__(self) -> str:
+        if self.codebook is None:
+            return "not quantised"
+        return f"{self.codebook}, blocks of {self.block_size}{', double quantization' * self.double_quant}"
+
+
+def variants(
+    codebooks: Iterable[str], block_sizes: Iterable[int] = (64,), double_quant: Iterable[bool] = (False,)
+) -> list[Variant]:
+    """The model as it is, and every combination.
+
+    >>> print(*variants(["nf4"], [64], [False, True]), sep="; ")
+    not quantised; nf4, blocks of 64; nf4, blocks of 64, double quantization
+    """
+    return [Variant(None), *(Variant(*one) for one in product(codebooks, block_sizes, double_quant))]
+
+
+def sweep(
+    name_or_path: str | Path,
+    settings: Iterable[Variant | tuple],
+    results: str | Path,
+    *,
+    windows: int = 8,
+    length: int = 512,
+    text: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict]:
+    """Rows of `settings`, Variants, in their order; those that the file `results` lacks are measured and appended.
+
+    windows, length, text: see perplexity; None takes topics_text. dtype: of the computation, None float32 on the CPU
+    and what load takes on a GPU. device: as for load. seed: of the sample that Lloyd-Max levels are fitted to.
+    A row has model, data, config, codebook, levels (of a table that has no name in qlora_lab.codebook), block_size,
+    double_quant; perplexity, window_losses (mean nats a token), bits_per_parameter (of the quantised weights, constants
+    included), relative_error (squared, over all of them), layer_errors (the same by kind of layer, a list each, first
+    layer first), entropy and code_share (code_use.py); versions, commit, machine, seconds, date.
+
+    A last line that was torn off is removed, with a warning. An interrupt says how much is done.
+    Raises what load, quantize and perplexity raise, and ValueError for a results file that holds anything else.
+    """
+    settings = [_checked(Variant(*one)) for one in settings]  # before anything is loaded
+    results = Path(results)
+    done = {_identity(row): row for row in read_results(results)}
+    folder = resolve(name_or_path, progress=progress)
+    if stored := stored_options(folder):
+        raise ValueError(f"{folder} is quantised already, as {stored}: a sweep starts from the original")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else fast_dtype(device))
+    model, tokenizer = load(name_or_path, None, dtype=dtype, device=device, progress=progress)
+    source = Source(model, folder)
+    rows = text_windows(tokenizer, topics_text() if text is None else text, length, windows)
+    shared = {
+        "model": _model_record(name_or_path, folder),
+        "data": {
+            "name": f"help topics of Python {python_version()}" if text is None else "text of the caller",
+            "tokens_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+        },
+        "config": {
+            "windows": windows,
+            "length": length,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device.type,
+            "seed": seed,
+        },
+        "versions": {name: version(name) for name in ("qlora-lab", "torch", "transformers")},
+    }
+    found, bar = [], tqdm(settings, "sweep", unit="setting", disable=not progress)
+    try:
+        for variant in bar:
+            bar.set_postfix_str(str(variant))
+            variant = _fitted(variant, source, seed)
+            row = shared | _variant_record(variant)
+            if (identity := _identity(row)) not in done:
+                done[identity] = row | _measured(variant, source, rows, progress)
+                append_result(results, done[identity])
+            found.append(done[identity])
+    except KeyboardInterrupt:
+        said = f"{len(found)} of {len(settings)} settings are in {results}; the same call goes on from there"
+        raise KeyboardInterrupt(said) from None
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+class Source:
+    """A model and the files that its weights come from. linears: the quantised weights' names, in the model's order."""
+
+    def __init__(self, model: torch.nn.Module, folder: Path):
+        self.model, self._files = model, files_of(folder)
+        self.linears = [name for name, _ in model.named_parameters() if is_linear_weight(model, name)]
+        if not self.linears:
+            raise ValueError(f"{folder} has no linear layer to quantise besides the head")
+
+    def read(self, name: str) -> torch.Tensor:
+        """The weight as it is stored: a view of the mapped file on the CPU."""
+        parameter = self.model.get_parameter(name)
+        return read_tensor(self._files[name], name, parameter.shape).to(parameter.device)
+
+
+@dataclass
+class Figures:
+    """What quantising the weights costs, summed and by layer: squares of errors and weights, bits, codes counted."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    squares: dict[str, float] = field(default_factory=dict)
+    bits: int = 0
+    weights: int = 0
+    counts: torch.Tensor | None = None  # (2^bits,) int64
+
+    def record(self) -> dict:
+        """As fields of a row. Layers of one kind share a list, as 210 names would be most of the file."""
+        layers: dict[str, list[float]] = {}
+        for name, error in self.errors.items():
+            kind = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))
+            layers.setdefault(kind, []).append(_short(error / self.squares[name] if error else 0.0))
+        figures = {
+            "bits_per_parameter": self.bits / self.weights,
+            "relative_error": sum(self.errors.values()) / sum(self.squares.values()),
+            "layer_errors": layers,
+        }
+        if self.counts is None:
+            return figures | {"entropy": None, "code_share": None}
+        use = CodeUse(self.counts.double() / self.counts.sum(), figures["relative_error"])
+        return figures | {"entropy": use.entropy, "code_share": [_short(share) for share in use.share.tolist()]}
+
+
+@contextmanager
+def quantised_in_place(source: Source, variant: Variant) -> Iterator[Figures]:
+    """The model of `source` computes with quantised weights inside the `with` block; then with its own again."""
+    try:
+        yield _overwrite(source, variant)
+    finally:
+        if variant.codebook is not None:
+            for name in source.linears:
+                source.model.get_parameter(name).data.copy_(source.read(name))
+
+
+def _overwrite(source: Source, variant: Variant) -> Figures:
+    figures = Figures()
+    for name in source.linears:
+        weight, parameter = source.read(name), source.model.get_parameter(name)
+        figures.weights += weight.numel()
+        figures.squares[name] = weight.float().square().sum().item()
+        if variant.codebook is None:
+            figures.bits += 8 * weight.nbytes
+            figures.errors[name] = 0.0
+            continue
+        # from the precision of the file, as load does, straight into the model's memory
+        table = variant.codebook if variant.levels is None else variant.levels
+        q = quantize(weight, table, variant.block_size, variant.double_quant, name=name)
+        dequantize(q, out=parameter.data)
+        figures.bits += 8 * q.nbytes
+        figures.errors[name] = squared_error(weight.float(), q)
+        counts = torch.bincount(q.codes, minlength=2**q.bits).cpu()
+        figures.counts = counts if figures.counts is None else figures.counts + counts
+    return figures
+
+
+def _fitted(variant: Variant, source: Source, seed: int) -> Variant:
+    """A variant with levels where it had only the name of a fit."""
+    if variant.levels is not None or not (match := LLOYD_MAX.fullmatch(variant.codebook or "")):
+        return variant
+    generator = torch.Generator().manual_seed(seed)
+    share = SAMPLE / sum(source.model.get_parameter(name).numel() for name in source.linears)
+    parts = (scaled_sample(source.read(name), variant.block_size, share, generator) for name in source.linears)
+    return variant._replace(levels=lloyd_max(torch.cat([part.cpu() for part in parts]), int(match[1] or 4)))
+
+
+def _measured(variant: Variant, source: Source, rows: torch.Tensor, progress: bool) -> dict:
+    start = time.perf_counter()
+    with quantised_in_place(source, variant) as figures:
+        losses = window_losses(source.model, rows, progress)
+    if not all(map(math.isfinite, losses)):
+        raise FloatingPointError(f"{variant}: the losses of the windows are {losses}: try dtype=torch.float32")
+    return {
+        "perplexity": math.exp(fmean(losses)),
+        "window_losses": losses,
+        **figures.record(),
+        "commit": _commit(),
+        "machine": machine(),
+        "seconds": round(time.perf_counter() - start, 2),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def _checked(variant: Variant) -> Variant:
+    if variant.codebook is None:
+        return Variant(None)
+    check_block_size(variant.block_size)
+    known = variant.codebook in CODEBOOKS or LLOYD_MAX.fullmatch(variant.codebook)
+    if variant.levels is None:
+        if not known:
+            named_codebook(variant.codebook)  # says which are known
+        return variant
+    if known:
+        raise ValueError(f"levels are given under the name {variant.codebook!r}, which stands for others: rename them")
+    try:
+        return variant._replace(levels=check_levels(torch.as_tensor(variant.levels, dtype=torch.float32)))
+    except ValueError as error:
+        raise ValueError(f"{variant.codebook}: {error}") from None
+
+
+def _variant_record(variant: Variant) -> dict:
+    if variant.codebook is None:
+        return {"codebook": None, "levels": None, "block_size": None, "double_quant": None}
+    levels = None if variant.levels is None else variant.levels.tolist()
+    return variant._asdict() | {"levels": levels}
+
+
+def _model_record(name_or_path: str | Path, folder: Path) -> dict:
+    """Its name, where it came from, and a checksum of its weights, which alone decides whether it is the same."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    record = {"name": str(name_or_path), "source": "a local folder", "weights_sha256": digest.hexdigest()}
+    note = folder / "source.json"
+    if note.exists():
+        record["source"] = json.loads(note.read_text("utf-8"))["source"]
+    elif folder.parent.name == "snapshots":  # the hub's cache: models--ORG--NAME/snapshots/COMMIT
+        hub_id = folder.parents[1].name.removeprefix("models--").replace("--", "/")
+        record["source"] = f"hub {hub_id}, commit {folder.name}"
+    return record
+
+
+def _identity(row: dict) -> str:
+    decides = {name: row[name] for name in IDENTITY}
+    decides |= {"model": row["model"]["weights_sha256"], "data": row["data"]["tokens_sha256"]}
+    return json.dumps(decides, sort_keys=True)
+
+
+def _commit() -> str | None:
+    """Of the library's own checkout, "-dirty" behind it if files were changed; None where it is installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return None
+    return done.stdout.strip() or None
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.5g}")
+
+
+# ----------------------------------------------------------------------------------------------------- the results file
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """The rows of a results file; none where there is no file yet.
+
+    A last line that was torn off is taken out of the file, with a warning that quotes it. Raises ValueError for any
+    other line that is no row, and leaves the file as it is.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
+    if not last:  # what is written whole ends with a new line
+        return rows
+    with replacing_file(path) as new:  # never half a file, even if this is interrupted too
+        new.write_bytes(b"".join(line + b"\n" for line in lines))
+    start = last[:60].decode("utf-8", "replace")
+    warnings.warn(
+        f"{path}: line {len(rows) + 1} was torn off and is removed, its setting will be run again; it began {start!r}",
+        stacklevel=2,
+    )
+    return rows
+
+
+def append_result(path: Path, row: dict) -> None:
+    """Add one line, and wait until it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
+def _row(path: Path, number: int, line: bytes) -> dict:
+    try:
+        row = json.loads(line)
+        _identity(row)
+    except (ValueError, LookupError, TypeError) as error:
+        what = f"line {number} is no row of a sweep ({type(error).__name__}: {error})"
+        raise ValueError(f"{path}: {what}: mend it, or name another file") from None
+    return row
