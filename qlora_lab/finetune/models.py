@@ -61,7 +61,7 @@ def load(
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype={dtype} is not supported: choose float32, bfloat16 or float16 of torch")
     model = empty_model(folder, dtype)
-    model.config._name_or_path = model.name_or_path = _public_name(name_or_path)
+    model.config._name_or_path = model.name_or_path = public_name(name_or_path)
     if stored := stored_options(folder):
         asked = codebook, block_size, double_quant
         if asked not in (("nf4", 64, True), stored):
@@ -93,7 +93,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if race().use_bfloat16 else torch.float32
 
 
-def _public_name(name_or_path: str | Path) -> str:
+def public_name(name_or_path: str | Path) -> str:
     """What an adapter says its base is: a hub id where there is one, and no path of a cache."""
     known = KNOWN_MODELS.get(str(name_or_path))
     return known.hub_id if known else str(name_or_path)

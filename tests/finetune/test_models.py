@@ -175,8 +175,8 @@ def test_a_tensor_in_two_files_is_named(folder):
 
 
 def test_an_adapter_will_name_its_base_by_hub_id():
-    assert models._public_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert models._public_name("some/folder") == "some/folder"
+    assert models.public_name("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert models.public_name("some/folder") == "some/folder"
 
 
 def test_cpu_dtype_is_the_faster_one(monkeypatch):
