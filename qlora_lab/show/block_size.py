@@ -1,0 +1,189 @@
+"""The block size explorer: a budget of bits, the block size that each layer gets for it, and what the mix is worth.
+
+Enters: Choices, the errors and bits of each candidate in each layer. State: budget. The picture: on the left a map of
+the model, a row for each block of layers and a column for each projection, coloured by the candidate that was chosen,
+and how many layers took it; on the right bits against error of the best mix for every budget, and of one candidate for
+all layers.
+
+The mixes for all budgets are computed once, when the explorer is made; a move of the slider looks one up.
+
+Not here: errors (measure/sensitivity.py), and how a mix is found (quant/block_size.py).
+"""
+
+import math
+import re
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+
+from qlora_lab.quant.block_size import Candidate, Choices, frontier, uniform
+from qlora_lab.show.explorer import Explorer
+from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.slider import Slider
+
+BETWEEN = 4  # budgets from the bits of one uniform plan to those of the next
+DOUBLE = ", double"
+DIGITS = 5  # of a budget: the bits of block size 1024, 4.03125, are exact
+
+
+def stops(choices: Choices) -> list[float]:
+    """Budgets for a slider, bits per parameter, ascending: what each uniform plan needs, and three steps between two.
+
+    Even steps of bits would leave one or two for the large blocks, whose bits lie close together.
+    """
+    needed = sorted({uniform(choices, candidate).bits_per_parameter for candidate in choices.candidates})
+    cheapest, dearest = (take(choices.bits, axis=1).sum() / sum(choices.numel) for take in (np.min, np.max))
+    edges = [round_up(bits) for bits in sorted({cheapest, *needed, dearest})]
+    steps = [a + (b - a) * i / BETWEEN for a, b in zip(edges, edges[1:], strict=False) for i in range(BETWEEN)]
+    return sorted({round(step, DIGITS) for step in (*steps, edges[-1])})
+
+
+def round_up(bits: float) -> float:
+    """To DIGITS digits, never below `bits`: a budget must pay for the plan it is named after."""
+    return math.ceil(bits * 10**DIGITS) / 10**DIGITS
+
+
+def places(layers: tuple[str, ...]) -> tuple[list[int], list[str], dict[str, tuple[int, int]]]:
+    """Block numbers, projections, and the (row, column) of each layer. Raises ValueError if two layers share a cell.
+
+    >>> places(("model.layers.0.mlp.up_proj", "model.layers.3.self_attn.q_proj"))[:2]
+    ([0, 3], ['up', 'q'])
+    """
+    number = {layer: int((re.findall(r"\.(\d+)\.", layer) or [0])[0]) for layer in layers}
+    leaf = {layer: layer.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj") for layer in layers}
+    rows, columns = sorted(set(number.values())), list(dict.fromkeys(leaf.values()))
+    cells = {layer: (rows.index(number[layer]), columns.index(leaf[layer])) for layer in layers}
+    taken: dict[tuple[int, int], str] = {}
+    for layer, cell in cells.items():
+        if taken.setdefault(cell, layer) != layer:
+            raise ValueError(
+                f"{taken[cell]} and {layer} have one place on the map, block {number[layer]}, {leaf[layer]}: "
+                "leave one of them out of the choices"
+            )
+    return rows, columns, cells
+
+
+def names_of(candidates: tuple[Candidate, ...]) -> dict[Candidate, str]:
+    """As short as tells them apart.
+
+    >>> list(names_of((Candidate("nf4", 64, False), Candidate("nf4", 64, True))).values())
+    ['64', '64, double']
+    """
+    several = len({c.codebook for c in candidates}) > 1
+    return {
+        c: f"{c.codebook + ' ' if several else ''}{c.block_size}{DOUBLE if c.double_quant else ''}" for c in candidates
+    }
+
+
+class BlockSizeExplorer(Explorer):
+    """A budget, the block size of each layer, and the frontier of bits and error. See Explorer.
+
+    >>> BlockSizeExplorer(choices, budget=4.5)  # doctest: +SKIP
+    """
+
+    def __init__(self, choices: Choices, **state):
+        self.choices = choices
+        budgets = stops(choices)
+        self.plans = dict(zip(budgets, frontier(choices, budgets), strict=True))
+        # in order of their bits, which is the order of colours
+        self.uniform = sorted(
+            ((c, uniform(choices, c)) for c in choices.candidates), key=lambda pair: pair[1].bits_per_parameter
+        )
+        self.names = names_of(choices.candidates)
+        super().__init__(**state)
+
+    def controls(self):
+        budgets = list(self.plans)
+        return {"budget": Slider("Budget", budgets[len(budgets) // 2], choices=budgets, unit="bits per parameter")}
+
+    def compute(self, state):
+        plan = self.plans[state["budget"]]
+        payable = [pair for pair in self.uniform if pair[1].bits_per_parameter <= state["budget"]]
+        chosen = list(plan.chosen.values())
+        return {
+            "plan": plan,
+            "uniform": min(payable, key=lambda pair: pair[1].error, default=None),
+            "counts": {candidate: chosen.count(candidate) for candidate, _ in self.uniform},
+        }
+
+    def draw(self):
+        fig, (left, middle, right) = new_figure(3, width=8.2, height=4.4)
+        left.get_gridspec().set_width_ratios([1, 0.62, 1.9])
+        ranks = [candidate for candidate, _ in self.uniform]
+        colours = matplotlib.colormaps["cividis"](np.linspace(0, 1, max(2, len(ranks))))
+        self.image = self._draw_map(left, colours)
+        middle.set(xlim=(0, 1), ylim=(max(10, len(ranks)), 0))
+        middle.set_axis_off()
+        square = {"marker": "s", "ms": 13, "mec": "#777777"}
+        for i in range(len(ranks)):
+            middle.plot([0.1], [i + 0.5], color=colours[i], **square)
+        self.texts = [middle.text(0.24, i + 0.5, "", va="center", fontsize=12) for i in range(len(ranks))]
+        self._draw_frontier(right)
+        (self.line,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")
+        (self.point,) = right.plot([], [], "o", ms=11, color=COLOURS["blue"], mec="#ffffff")
+        self.note = right.text(0, 1.03, "", transform=right.transAxes, va="bottom", fontsize=12)
+        return fig, [self.image, *self.texts, self.line, self.point, self.note]
+
+    def _draw_map(self, ax: Axes, colours: np.ndarray):
+        rows, columns, self._cells = places(self.choices.layers)
+        self._map = np.ma.masked_all((len(rows), len(columns)))
+        how = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(colours) - 0.5}
+        ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=12)
+        ax.set_yticks(range(0, len(rows), max(1, len(rows) // 6)))
+        ax.set_yticklabels([rows[i] for i in ax.get_yticks()], fontsize=12)
+        ax.set_ylabel("block of layers", fontsize=12)
+        ax.tick_params(length=0)
+        return ax.imshow(self._map, aspect="auto", interpolation="nearest", **how)
+
+    def _draw_frontier(self, ax: Axes) -> None:
+        plans = list(self.plans.values())
+        ax.plot(
+            [p.bits_per_parameter for p in plans],
+            [p.error for p in plans],
+            color=COLOURS["blue"],
+            lw=2,
+            label="best mix",
+        )
+        kinds = {False: ("s", "one size for all"), True: ("D", "the same, double")}
+        for double in sorted({candidate.double_quant for candidate, _ in self.uniform}):
+            plans = [pair for pair in self.uniform if pair[0].double_quant == double]
+            at = [(plan.bits_per_parameter, plan.error) for _, plan in plans]
+            marker, label = kinds[double]
+            fill = "#ffffff" if double else COLOURS["orange"]
+            ax.plot(*zip(*at, strict=True), marker, color=COLOURS["orange"], mfc=fill, ms=7, label=label)
+            for (candidate, _), place in zip(plans, at, strict=True):
+                name = self.names[candidate].removesuffix(DOUBLE)  # the marker says it
+                ax.annotate(name, place, (6, 3), textcoords="offset points", fontsize=11)
+        ax.set(xlabel="bits per parameter", ylabel="error")
+        ax.legend(frameon=False, fontsize=12)
+
+    def update(self, result):
+        plan, ranks = result["plan"], {candidate: i for i, (candidate, _) in enumerate(self.uniform)}
+        for layer, candidate in plan.chosen.items():
+            self._map[self._cells[layer]] = ranks[candidate]
+        self.image.set_data(self._map)
+        for text, (candidate, count) in zip(self.texts, result["counts"].items(), strict=True):
+            text.set_text(f"{self.names[candidate]}: {count}")
+        self.point.set_data([plan.bits_per_parameter], [plan.error])
+        self.note.set_text(_gain(self.names, result))
+
+    def describe(self, state, result):
+        plan = result["plan"]
+        counts = ", ".join(f"{self.names[c]} in {count}" for c, count in result["counts"].items() if count)
+        return (
+            f"Budget {state['budget']:.7g} bits per parameter, {plan.bits_per_parameter:.4f} spent on "
+            f"{len(plan.chosen)} layers: error {plan.error:.4g}, {_gain(self.names, result)}; block size {counts}"
+        )
+
+    def code(self):
+        return f"BlockSizeExplorer(choices, budget={self.state['budget']!r})"
+
+
+def _gain(names: dict[Candidate, str], result: dict) -> str:
+    """The mix beside the best uniform plan that the budget pays for."""
+    if result["uniform"] is None:
+        return "no uniform plan is as small"
+    candidate, plan = result["uniform"]
+    return f"{100 * (1 - result['plan'].error / plan.error):.1f} % less than {names[candidate]} for all"

@@ -1,0 +1,104 @@
+"""The block size explorer: its map is the best plan for the budget, and no uniform plan of those bits is better."""
+
+import numpy as np
+import pytest
+
+from qlora_lab.quant.block_size import Candidate, Choices, best_plan, uniform
+from qlora_lab.show.block_size import BlockSizeExplorer, names_of, places, stops
+
+NUMEL = 2**16
+
+
+def choices_of(layers: tuple[str, ...], error: list[list[float]], candidates: tuple[Candidate, ...]) -> Choices:
+    """Layers of equal size; bits are those of codes of 4 bits and constants of 32, or of 8 where they are double."""
+    each = [NUMEL * (4 + (8 if c.double_quant else 32) / c.block_size) for c in candidates]
+    return Choices(layers, (NUMEL,) * len(layers), candidates, np.array(error), np.array([each] * len(layers)))
+
+
+def sizes(*block_sizes: int) -> tuple[Candidate, ...]:
+    return tuple(Candidate("nf4", size, False) for size in block_sizes)
+
+
+# Two layers and two sizes: one of the two layers can have the small blocks for 4.3125 bits, and q gains more by them.
+TWO = choices_of(
+    ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"), [[4.0, 10.0], [1.0, 2.0]], sizes(64, 256)
+)
+SENSITIVITY = np.random.default_rng(0).lognormal(size=12)
+LARGER = choices_of(
+    tuple(f"model.layers.{i}.{part}_proj" for i in range(4) for part in ("self_attn.q", "self_attn.k", "mlp.up")),
+    SENSITIVITY[:, None] * np.array([5.0, 6, 7, 8]),
+    sizes(32, 64, 128, 256),
+)
+EXPLORER = BlockSizeExplorer(LARGER)
+
+
+@pytest.mark.parametrize("budget", stops(LARGER))
+def test_any_state_is_the_best_plan(budget):
+    EXPLORER.set(budget=budget)
+    plan, result = best_plan(LARGER, budget), EXPLORER.result
+    assert result["plan"].error == pytest.approx(plan.error) and plan.bits_per_parameter <= budget
+    ranks = EXPLORER.image.get_array()
+    assert ranks.shape == (4, 3) and ranks.count() == 12
+    order = sizes(256, 128, 64, 32)  # by bits, fewest first
+    drawn = {layer: order[int(ranks[cell])] for layer, cell in places(LARGER.layers)[2].items()}
+    assert drawn == result["plan"].chosen
+    assert sum(result["counts"].values()) == 12
+    name, worth = EXPLORER.texts[0].get_text().split(": ")
+    assert (name, int(worth)) == ("256", result["counts"][order[0]])
+    (x,), (y,) = EXPLORER.point.get_data()
+    assert (x, y) == (result["plan"].bits_per_parameter, result["plan"].error)
+    candidate, same = result["uniform"]
+    assert same == uniform(LARGER, candidate) and same.bits_per_parameter <= budget
+    assert result["plan"].error <= same.error * (1 + 1e-9)
+
+
+def test_the_sentence_by_hand():
+    explorer = BlockSizeExplorer(TWO, budget=4.3125)
+    assert explorer.summary() == (
+        "Budget 4.3125 bits per parameter, 4.3125 spent on 2 layers: error 6, 50.0 % less than 256 for all; "
+        "block size 256 in 1, 64 in 1"
+    )
+    assert explorer.image.get_array().tolist() == [[1, 0]]  # q has 64
+    assert explorer.code() == "BlockSizeExplorer(choices, budget=4.3125)"
+    explorer.set(budget=4.125)
+    assert "error 12, 0.0 % less than 256 for all; block size 256 in 2" in explorer.summary()
+
+
+def test_stops_are_what_uniform_plans_need_and_three_between():
+    assert stops(TWO) == [4.125, 4.21875, 4.3125, 4.40625, 4.5]
+    thirds = Choices(TWO.layers, (3, 3), TWO.candidates, TWO.error, np.array([[13.0, 12.1], [14.0, 12.2]]))
+    assert stops(thirds)[0] == 4.05 and stops(thirds)[-1] == 4.5
+    uneven = Choices(TWO.layers, (7, 7), TWO.candidates, TWO.error, np.array([[32.0, 29.0], [32.0, 29.0]]))
+    assert stops(uneven)[0] == 4.14286 > 29 / 7 and stops(uneven)[-1] == 4.57143 > 32 / 7  # never too small by rounding
+
+
+def test_double_quantization_has_its_own_mark():
+    candidates = (*sizes(64), Candidate("nf4", 64, True))
+    assert list(names_of(candidates).values()) == ["64", "64, double"]
+    several = (*candidates, Candidate("nf3", 64, True))
+    assert list(names_of(several).values()) == ["nf4 64", "nf4 64, double", "nf3 64, double"]
+    explorer = BlockSizeExplorer(choices_of(TWO.layers, [[4.0, 4.1], [1.0, 1.1]], candidates), budget=4.125)
+    assert [text.get_text() for text in explorer.texts] == ["64, double: 2", "64: 0"]
+    labels = [line.get_label() for line in explorer.point.axes.lines]
+    assert labels[:3] == ["best mix", "one size for all", "the same, double"]
+
+
+def test_places_read_names():
+    rows, columns, cells = places(("model.layers.9.mlp.up_proj", "model.layers.10.mlp.up_proj", "lm_head"))
+    assert (rows, columns) == ([0, 9, 10], ["up", "lm_head"])
+    assert cells == {
+        "model.layers.9.mlp.up_proj": (1, 0),
+        "model.layers.10.mlp.up_proj": (2, 0),
+        "lm_head": (0, 1),
+    }
+
+
+def test_two_layers_in_one_cell_are_named():
+    layers = ("model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj")
+    with pytest.raises(ValueError, match=r"experts\.0\.up_proj and .*experts\.1\.up_proj have one place on the map"):
+        BlockSizeExplorer(choices_of(layers, [[1.0, 2.0]] * 2, sizes(64, 256)))
+
+
+def test_a_state_that_is_not_allowed_is_named():
+    with pytest.raises(ValueError, match=r"budget=3 is not allowed: one of 4\.125, .*Nearest: 4\.125"):
+        BlockSizeExplorer(TWO, budget=3)
