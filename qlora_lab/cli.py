@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -137,6 +138,22 @@ def memory(a: argparse.Namespace) -> int:
     return 0 if a.gpu is None or found.fits else 1
 
 
+def sweep(a: argparse.Namespace) -> None:
+    from qlora_lab.measure.sweep import sweep as run, variants
+
+    double_quant = {"off": [False], "on": [True], "both": [False, True]}[a.double_quant]
+    settings = variants(a.codebooks, a.block_sizes, double_quant)
+    options = {"windows": a.windows, "length": a.length, "seed": a.seed, "progress": not a.quiet}
+    with warnings.catch_warnings():  # undone at the end: a repaired results file is told in one line here
+        warnings.showwarning = lambda message, *_: print(f"qlora-lab sweep: {message}", file=sys.stderr)
+        rows = run(a.model, settings, a.out, **options)
+    if a.json:
+        print(json.dumps(rows))
+        return
+    whole = rows[0]["perplexity"]  # of the model as it is
+    print(_table([_swept(row, whole) for row in sorted(rows, key=lambda row: row["perplexity"])]))
+
+
 def kernels(a: argparse.Namespace) -> None:
     from qlora_lab.kernels import aot
 
@@ -233,6 +250,20 @@ def _summary(run, before, after) -> dict:
         if result:
             figures |= {f"held_out_loss_{name}": result.loss, f"rouge_l_{name}": result.rouge_l}
     return figures
+
+
+def _swept(row: dict, whole: float) -> dict[str, str]:
+    quantised = row["codebook"] is not None
+    return {
+        "codebook": row["codebook"] or "none",
+        "block size": str(row["block_size"]) if quantised else "",
+        "double quant": ("yes" if row["double_quant"] else "no") if quantised else "",
+        "bits": f"{row['bits_per_parameter']:.3f}",
+        "perplexity": f"{row['perplexity']:.3f}",
+        "more": f"{row['perplexity'] / whole - 1:.1%}" if quantised else "",
+        "squared error": f"{row['relative_error']:.5f}" if quantised else "",
+        "entropy": f"{row['entropy']:.3f}" if quantised else "",
+    }
 
 
 def _mix(name: str, one) -> dict[str, str]:
@@ -443,6 +474,29 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--optimizer-bits", type=int, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
     c.add_argument("--optimizer-budget", type=_size, metavar="BYTES", help="of AdamW's state in memory, such as 64MiB")
     c.add_argument("--device", default="cuda", help="cuda, or cpu (%(default)s)")
+    _common(c)
+
+    c = _command(
+        commands,
+        "sweep",
+        sweep,
+        "perplexity by data type, block size and double quantization; repeated after an interrupt it goes on",
+        "qlora-lab sweep smollm2-135m --codebooks nf4 fp4 --block-sizes 64 128 --double-quant both --out rows.jsonl",
+    )
+    c.add_argument("model", help="a known name, a local folder, or a hub id org/name")
+    c.add_argument(
+        "--codebooks",
+        nargs="+",
+        default=["nf4", "fp4", "int4"],
+        metavar="NAME",
+        help="nf4, fp4, int4, ..., or lloyd-max, fitted to the model (nf4 fp4 int4)",
+    )
+    c.add_argument("--block-sizes", nargs="+", type=int, default=[64], metavar="N", help="16 to 4096 (64)")
+    c.add_argument("--double-quant", default="off", choices=("off", "on", "both"), help="of constants (%(default)s)")
+    c.add_argument("--out", required=True, metavar="FILE", help="results, one line of JSON each; rows in it are kept")
+    c.add_argument("--windows", type=int, default=8, help="pieces of text to predict (%(default)s)")
+    c.add_argument("--length", type=int, default=512, help="tokens of each (%(default)s)")
+    c.add_argument("--seed", type=int, default=0, help="of the weights that lloyd-max is fitted to (%(default)s)")
     _common(c)
 
     c = _command(commands, "open", open_lab, "open the course in JupyterLab", "qlora-lab open")

@@ -1,6 +1,6 @@
 """How well a table of levels serves: the error it leaves, and how often each code is used.
 
-In: levels, and weights in blocks. Out: a CodeUse.
+In: levels, and weights in blocks; or a quantised tensor. Out: a CodeUse; or its counts.
 Source: QLoRA section 3 argues that quantiles of the normal distribution use all codes equally often. That holds for
 weights scaled by a constant of the distribution; absmax scaling pins one weight of every block to an end instead.
 """
@@ -11,6 +11,8 @@ import torch
 
 from qlora_lab.quant.blocks import block_absmax, scale_blocks
 from qlora_lab.quant.codebook import bits_of, nearest_codes
+from qlora_lab.quant.packing import group_of, unpack
+from qlora_lab.quant.quantize import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,19 @@ def code_use(levels: torch.Tensor, blocks: torch.Tensor) -> CodeUse:
     error = levels[codes.int()] * absmax[:, None] - blocks
     counts = torch.bincount(codes.view(-1).int(), minlength=2 ** bits_of(levels))
     return CodeUse(counts.double() / counts.sum(), float(error.square().sum() / blocks.square().sum()))
+
+
+def code_counts(q: QuantizedTensor) -> torch.Tensor:
+    """How often `q` uses each code: (2^bits,) int64.
+
+    >>> from qlora_lab.quant.quantize import quantize
+    >>> code_counts(quantize(torch.tensor([1.0, 1.0, 0.0]), "nf2")).tolist()
+    [0, 1, 0, 2]
+    """
+    if group_of(q.bits)[1] > 1 or q.numel % group_of(q.bits)[0]:  # codes across bytes, or a last group filled up
+        return torch.bincount(q.codes.int(), minlength=2**q.bits)
+    # whole bytes, so count these, 256 kinds, before taking them apart: 3 times faster
+    every = torch.arange(256, dtype=torch.uint8, device=q.device)
+    codes = unpack(every, 256 * group_of(q.bits)[0], q.bits).view(256, -1)  # (256, codes in a byte)
+    counts = torch.bincount(q.packed.int(), minlength=256)[:, None].expand_as(codes)
+    return counts.new_zeros(2**q.bits).index_add_(0, codes.reshape(-1).int(), counts.reshape(-1))

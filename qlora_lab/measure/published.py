@@ -4,6 +4,7 @@ Not here: anything measured by this library.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,33 @@ def published_nf4() -> torch.Tensor:
     [-1.0, 0.0, 1.0]
     """
     return torch.tensor(read_data("nf4_published.json")["levels"])
+
+
+@dataclass(frozen=True)
+class PublishedDataType:
+    """One published figure of a data type, as printed. codebook: its name here, None for weights of 16 bits.
+
+    erratum: what is wrong with it, or with what is concluded from it; empty where nothing was found.
+    """
+
+    data_type: str
+    codebook: str | None
+    double_quant: bool
+    metric: str
+    value: str
+    source: str
+    erratum: str = ""
+
+
+def published_data_types() -> tuple[PublishedDataType, ...]:
+    """What the QLoRA paper measured of data types: mean perplexity (table 2) and MMLU (table 4).
+
+    Raises FileNotFoundError where the library was installed without the repository around it.
+
+    >>> published_data_types()[0].value
+    '34.34'
+    """
+    return tuple(PublishedDataType(**figure) for figure in read_data("published_data_types.json")["figures"])
 
 
 def read_data(name: str) -> dict:

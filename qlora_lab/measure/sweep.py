@@ -37,8 +37,7 @@ from tqdm.auto import tqdm
 from qlora_lab.finetune.fetch import resolve, weight_files
 from qlora_lab.finetune.files import replacing_file, sync
 from qlora_lab.finetune.models import fast_dtype, files_of, is_linear_weight, load, read_tensor, stored_options
-from qlora_lab.measure.code_use import CodeUse
-from qlora_lab.measure.constants import squared_error
+from qlora_lab.measure.code_use import CodeUse, code_counts
 from qlora_lab.measure.machine import machine
 from qlora_lab.measure.perplexity import text_windows, topics_text, window_losses
 from qlora_lab.quant.blocks import check_block_size
@@ -209,21 +208,27 @@ def _overwrite(source: Source, variant: Variant) -> Figures:
     figures = Figures()
     for name in source.linears:
         weight, parameter = source.read(name), source.model.get_parameter(name)
+        wide = weight.float()
         figures.weights += weight.numel()
-        figures.squares[name] = weight.float().square().sum().item()
+        figures.squares[name] = _sum_of_squares(wide)
         if variant.codebook is None:
             figures.bits += 8 * weight.nbytes
             figures.errors[name] = 0.0
             continue
-        # from the precision of the file, as load does, straight into the model's memory
+        # from the precision of the file, as load does
         table = variant.codebook if variant.levels is None else variant.levels
         q = quantize(weight, table, variant.block_size, variant.double_quant, name=name)
-        dequantize(q, out=parameter.data)
+        stored = dequantize(q, torch.float32)
+        parameter.data.copy_(stored)  # rounded once, if the model computes in 16 bits
         figures.bits += 8 * q.nbytes
-        figures.errors[name] = squared_error(weight.float(), q)
-        counts = torch.bincount(q.codes, minlength=2**q.bits).cpu()
+        figures.errors[name] = _sum_of_squares(stored.sub_(wide))
+        counts = code_counts(q).cpu()
         figures.counts = counts if figures.counts is None else figures.counts + counts
     return figures
+
+
+def _sum_of_squares(tensor: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2  # no third copy of the weight
 
 
 def _fitted(variant: Variant, source: Source, seed: int) -> Variant:
