@@ -10,6 +10,7 @@ But: no inference mode that repacks anything. What a layer computes and what it 
 Not here: adapters (lora.py), reading checkpoints (models.py).
 """
 
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from qlora_lab.kernels import product_for
+from qlora_lab.quant.block_size import Candidate, Plan, of_layers
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
 
@@ -160,16 +162,23 @@ def quantize_linears(
     codebook: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
+    *,
+    plan: Plan | str | Path | None = None,
 ) -> nn.Module:
     """Replace every `nn.Linear` of `model` by a Linear4bit, in place; a head (lm_head) keeps its precision.
 
-    Raises what quantize raises, with the layer's name, and ValueError when there is nothing to replace.
+    plan: or its file, instead of the options, for layers that differ (quant/block_size.py).
+    Raises what quantize raises, with the layer's name, and ValueError when there is nothing to replace, or for a plan
+    of another model.
     Returns `model`.
     """
     targets = [(name, module) for name, module in model.named_modules() if is_quantisable(name, module)]
     if not targets:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}")
+    options = of_layers(
+        Candidate(codebook, block_size, double_quant), plan, {name: linear.weight.numel() for name, linear in targets}
+    )
     for name, linear in targets:
-        weight = quantize(linear.weight, codebook, block_size, double_quant, name=f"{name}.weight")
+        weight = quantize(linear.weight, *options[name], name=f"{name}.weight")
         model.set_submodule(name, Linear4bit(weight, linear.bias))
     return model

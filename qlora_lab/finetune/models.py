@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, resolve, weight_files
 from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, is_quantisable
 from qlora_lab.finetune.wide import widen
+from qlora_lab.quant.block_size import DEFAULT, Candidate, Plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, quantize
@@ -39,6 +40,7 @@ def load(
     block_size: int = 64,
     double_quant: bool = True,
     *,
+    plan: Plan | str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -47,10 +49,11 @@ def load(
 
     codebook: a name that qlora_lab.codebook knows, or None for no quantisation. block_size, double_quant: see quantize.
     A folder that is quantised already has its own.
+    plan: or its file, instead of these options, for layers that differ (quant/block_size.py).
     dtype: of everything that is not quantised, and of the computation; None takes bf16 where the machine multiplies it
     fast, else float32 (fp16 on an older GPU). device: None takes a CUDA GPU if there is one.
-    Raises ValueError for a name or option that is not known, FileNotFoundError for a folder without a model, and
-    ModelError for a tensor that is missing, extra, mis-shaped or cut off: each names it.
+    Raises ValueError for a name or option that is not known, or a plan of another model, FileNotFoundError for a folder
+    without a model, and ModelError for a tensor that is missing, extra, mis-shaped or cut off: each names it.
     """
     if codebook is not None:  # before anything is fetched or read
         named_codebook(codebook)
@@ -62,16 +65,18 @@ def load(
         raise ValueError(f"dtype={dtype} is not supported: choose float32, bfloat16 or float16 of torch")
     model = empty_model(folder, dtype)
     model.config._name_or_path = model.name_or_path = public_name(name_or_path)
+    asked = Candidate(codebook, block_size, double_quant)
     if stored := stored_options(folder):
-        asked = codebook, block_size, double_quant
-        if asked not in (("nf4", 64, True), stored):
+        if plan is not None or asked not in (DEFAULT, stored):
+            given = "by a plan" if plan is not None else f"as {tuple(asked)}"
             raise ValueError(
-                f"{folder} is quantised as {stored}, not as {asked}: leave the options out, or load the original"
+                f"{folder} is quantised as {stored}, not {given}: leave the options out, or load the original"
             )
         _map(model, folder, device, dtype, progress)
     else:
+        options = {} if codebook is None and plan is None else of_layers(asked, plan, layer_sizes(model))
         for name, tensor in _read(folder, expected_shapes(model), may_lack(model), progress):
-            _place(model, name, tensor.to(device), codebook, block_size, double_quant, dtype)
+            _place(model, name, tensor.to(device), options, dtype)
     _compute_buffers(model, device)
     model.tie_weights()
     widen(model)
@@ -126,13 +131,21 @@ def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
 
 
+def layer_sizes(model: nn.Module) -> dict[str, int]:
+    """Path of each layer to quantise -> its weights."""
+    shapes = expected_shapes(model)
+    return {name.removesuffix(".weight"): shapes[name].numel() for name in shapes if is_linear_weight(model, name)}
+
+
 def may_lack(model: "PreTrainedModel") -> set[str]:
     """A tied head is the embedding; files hold it twice or once."""
     return {f"{HEAD}.weight"} if model.config.tie_word_embeddings else set()
 
 
-def stored_options(folder: Path) -> tuple[str, int, bool] | None:
+def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
     """(codebook, block size, double quantization) of a folder in 4 bits (quantized_folder.py); None for an original.
+
+    Where layers differ it is a word that says so: each tensor has its own beside it.
 
     Raises ModelError for a model that is quantised by anything else.
     """
@@ -142,6 +155,8 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | None:
     if found.get("quant_method") not in ("bitsandbytes", "qlora_lab") or not found.get("load_in_4bit"):
         method = found.get("quant_method", "an unknown method")
         raise ModelError(f"{folder} holds a model quantised by {method}: load the original, which is quantised here")
+    if "plan" in found:
+        return f"mixed by its {found['plan']}"
     return (
         found.get("bnb_4bit_quant_type", "fp4"),  # what is left out has bitsandbytes' default
         found.get("block_size", 64),
@@ -240,11 +255,11 @@ def is_linear_weight(model: nn.Module, name: str) -> bool:
     return leaf == "weight" and is_quantisable(path, model.get_submodule(path))
 
 
-def _place(model, name, tensor, codebook, block_size, double_quant, dtype) -> None:
+def _place(model, name, tensor, options: dict[str, Candidate], dtype) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if codebook is not None and is_linear_weight(model, name):
-        weight = quantize(tensor, codebook, block_size, double_quant, name=name)
+    if leaf == "weight" and path in options:
+        weight = quantize(tensor, *options[path], name=name)
         model.set_submodule(path, Linear4bit(weight, module.bias))
     else:
         # a copy, because the tensor is a view of the file; clone() would keep its dtype

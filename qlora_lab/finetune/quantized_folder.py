@@ -27,12 +27,13 @@ from qlora_lab.finetune.models import (
     empty_model,
     expected_shapes,
     files_of,
-    is_linear_weight,
+    layer_sizes,
     may_lack,
     opened,
     read_tensor,
     stored_options,
 )
+from qlora_lab.quant.block_size import Candidate, Plan, load_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.quantize import quantize
@@ -40,6 +41,7 @@ from qlora_lab.quant.serialize import BITSANDBYTES_READS, to_tensors
 
 PIECE = 2**30  # bytes of the original's tensors in a file: a quarter of that in memory, a few seconds of work
 CONFIG, INDEX, UNFINISHED = "config.json", "model.safetensors.index.json", "quantizing.json"
+PLAN = "plan.json"
 COPIED = [name for name in HUB_FILES if "model" not in name.split(".")[0] and name != CONFIG] + ["source.json"]
 
 
@@ -50,12 +52,15 @@ def quantize_folder(
     block_size: int = 64,
     double_quant: bool = True,
     *,
+    plan: Plan | str | Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Write a quantised copy of a model to the folder `out`, or finish one that was interrupted. Returns `out`.
 
+    plan: or its file, instead of the options, for layers that differ (quant/block_size.py); it is kept in the folder,
+    which bitsandbytes then does not read.
     Raises what `load` raises, FileExistsError for a folder that holds anything else, and ValueError for one that was
-    begun from another model or with other options.
+    begun from another model or with other options, and for a plan of another model.
     """
     named_codebook(codebook)
     check_block_size(block_size)
@@ -66,9 +71,12 @@ def quantize_folder(
     shapes, files = expected_shapes(model), files_of(source)
     check_names(source, set(files), set(shapes), may_lack(model))
     names = [name for name in files if name in shapes and name not in may_lack(model)]
-    plan = {"codebook": codebook, "block_size": block_size, "double_quant": double_quant}
+    plan = load_plan(plan) if isinstance(plan, str | Path) else plan
+    options = of_layers(Candidate(codebook, block_size, double_quant), plan, layer_sizes(model))
     pieces = _pieces(names, files)
-    _begin(out, plan | {"pieces": pieces, "source": _identity(source, files)})
+    work = {"codebook": codebook, "block_size": block_size, "double_quant": double_quant, "pieces": pieces}
+    work |= {"source": _identity(source, files), "plan": plan and {name: list(one) for name, one in options.items()}}
+    _begin(out, work)
     weight_map, total = {}, len(pieces)
     bar = tqdm(total=len(names), desc="quantising", unit="tensor", disable=not progress)
     for number, piece in enumerate(pieces, 1):
@@ -78,8 +86,8 @@ def quantize_folder(
             for name in piece:
                 bar.set_postfix_str(name.removeprefix("model."), refresh=False)
                 tensor = read_tensor(files[name], name, shapes[name])
-                if is_linear_weight(model, name):
-                    tensors |= to_tensors(quantize(tensor, codebook, block_size, double_quant, name=name), name)
+                if (layer := name.removesuffix(".weight")) in options:
+                    tensors |= to_tensors(quantize(tensor, *options[layer], name=name), name)
                 else:
                     tensors[name] = tensor.clone()  # off the file
                 bar.update()
@@ -91,7 +99,7 @@ def quantize_folder(
         with opened(file) as stored:
             weight_map |= dict.fromkeys(stored.keys(), file.name)
     bar.close()
-    _finish(out, source, plan, weight_map)
+    _finish(out, source, Candidate(codebook, block_size, double_quant), plan, weight_map)
     return out
 
 
@@ -120,7 +128,23 @@ def _identity(source: Path, files: dict[str, Path]) -> dict:
     return {"folder": str(source.resolve()), "files": {n: [s.st_size, s.st_mtime_ns] for n, s in stored.items()}}
 
 
-def _begin(out: Path, plan: dict) -> None:
+def _described(options: Candidate, plan: Plan | None) -> dict:
+    """The quantization_config. bitsandbytes knows one type and one block size for a whole model."""
+    theirs = not plan and options.codebook in BITSANDBYTES_READS
+    same = {
+        "bnb_4bit_quant_type": options.codebook,
+        "bnb_4bit_use_double_quant": options.double_quant,
+        "block_size": options.block_size,
+    }
+    return {
+        "quant_method": "bitsandbytes" if theirs else "qlora_lab",
+        "load_in_4bit": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "llm_int8_skip_modules": [HEAD],
+    } | ({"plan": PLAN} if plan else same)
+
+
+def _begin(out: Path, work: dict) -> None:
     if (out / CONFIG).exists():
         raise FileExistsError(f"{out} holds a model already: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -128,30 +152,24 @@ def _begin(out: Path, plan: dict) -> None:
         shutil.rmtree(stale, ignore_errors=True)
     if (out / UNFINISHED).exists():
         begun = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
-        if differing := [name for name in plan if begun.get(name) != plan[name]]:
+        if differing := [name for name in work if begun.get(name) != work[name]]:
             name = differing[-1]
             raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
     elif any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose a folder of its own")
     else:
         with replacing_file(out / UNFINISHED) as new:
-            new.write_text(json.dumps(plan) + "\n", encoding="utf-8")
+            new.write_text(json.dumps(work) + "\n", encoding="utf-8")
 
 
-def _finish(out: Path, source: Path, plan: dict, weight_map: dict[str, str]) -> None:
+def _finish(out: Path, source: Path, options: Candidate, plan: Plan | None, weight_map: dict[str, str]) -> None:
     """All that is small; config.json, which makes a model of the folder, last."""
     size = sum((out / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    config["quantization_config"] = {
-        "quant_method": "bitsandbytes" if plan["codebook"] in BITSANDBYTES_READS else "qlora_lab",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": plan["codebook"],
-        "bnb_4bit_use_double_quant": plan["double_quant"],
-        "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_skip_modules": [HEAD],
-        "block_size": plan["block_size"],
-    }
+    config["quantization_config"] = _described(options, plan)
+    if plan:
+        plan.save(out / PLAN)
     for name in COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)

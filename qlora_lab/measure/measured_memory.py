@@ -106,6 +106,11 @@ def setup_of(
     options: dict = {"method": "qlora" if packed else "lora" if layers else "full"}
     if packed:
         q = packed[0]
+        kinds = sorted({(one.codebook, one.block_size, one.double_quant) for one in packed})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"layers are quantised in {len(kinds)} ways, such as {kinds[0]} and {kinds[1]}: a ledger tells of one"
+            )
         options |= {"codebook": q.codebook, "block_size": q.block_size, "double_quant": q.double_quant}
     if layers:
         one = layers[0]

@@ -47,6 +47,9 @@ class Candidate(NamedTuple):
     double_quant: bool
 
 
+DEFAULT = Candidate("nf4", 64, True)  # of load, quantize_linears and quantize_folder: the paper's
+
+
 @dataclass(frozen=True)
 class Choices:
     """What each layer can become, and what that costs.
@@ -117,6 +120,20 @@ class Plan:
 
 
 _REMEDY = "make a plan for this model"
+
+
+def of_layers(options: Candidate, plan: Plan | str | Path | None, numel: dict[str, int]) -> dict[str, Candidate]:
+    """What each layer is quantised as: by `plan`, or its file, where there is one, else all by `options`.
+
+    numel: layer -> its weights. Raises ValueError for a plan that is another model's, or beside options of one's own.
+    """
+    if plan is None:
+        return dict.fromkeys(numel, options)
+    if options != DEFAULT:
+        raise ValueError(f"a plan decides codebook, block size and double quantization: leave out {tuple(options)}")
+    plan = plan if isinstance(plan, Plan) else load_plan(plan)
+    plan.check(numel)
+    return plan.chosen
 
 
 def load_plan(path: str | Path) -> Plan:
