@@ -1,0 +1,286 @@
+"""Two explorers of data types: what one outlier does to its block, and a codebook that the reader bends into shape.
+
+OutlierExplorer. State: codebook, block_size, outlier, position. The picture: 256 normal weights, one of them replaced
+by the outlier, over the levels of their blocks; beside it how the block with the outlier uses its codes.
+
+CodebookExplorer. State: curve, below, ends, zero, block_size. The picture: the levels over a histogram of scaled
+weights, the use of their codes, and the error they leave beside that of other data types.
+
+"Error" is squared error over squared weight. Without weights of your own both are shown on normal ones.
+Not here: rounding (quant/codebook.py), counting codes (measure/code_use.py).
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+
+from qlora_lab.measure.code_use import CodeUse, code_use
+from qlora_lab.quant.blocks import block_absmax, scale_blocks, to_blocks
+from qlora_lab.quant.codebook import codebook
+from qlora_lab.quant.lloyd_max import lloyd_max
+from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
+from qlora_lab.show.explorer import Explorer
+from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.slider import Slider, Toggle
+
+NAMES = {"nf4": "NF4", "fp4": "FP4", "int4": "INT4", "e2m1": "E2M1", "e3m0": "E3M0", "nf3": "NF3", "nf2": "NF2"}
+N_WEIGHTS = 256  # of the outlier's picture: four blocks of 64, and each weight still a dot of its own
+FARTHEST = 12  # standard deviations of the outlier: the axis is fixed, and the others have to be told apart on it
+SAMPLE = 2**15  # weights of a layer that the codebook is tried on, as notebook 01 does
+LARGEST_BLOCK = 1024
+COMPARED = ("nf4", "fp4", "int4")
+BINS = 81  # of the histogram; odd, so that zero is in the middle of one
+LEAST, MOST = 0.5, 30  # % of error, on a logarithmic axis
+MOST_USED = 60  # % of the weights with one code
+
+# --------------------------------------------------------------------------------------------------------- an outlier
+
+
+@lru_cache
+def normal_weights(n: int) -> torch.Tensor:
+    """(n,) float32, standard normal, always the same."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(0))
+
+
+def block_errors(weight: torch.Tensor, q: QuantizedTensor, position: int) -> float:
+    """Error of all weights in the block of number `position`, but that one: squares over squares."""
+    start = position // q.block_size * q.block_size
+    others = [i for i in range(start, start + q.block_size) if i != position]
+    error = (dequantize(q) - weight)[others].square().sum() / weight[others].square().sum()
+    return float(error)
+
+
+class OutlierExplorer(Explorer):
+    """One outlier, its block, and the levels that are left for the others. See Explorer."""
+
+    def controls(self):
+        sizes = [size for size in (16, 32, 64, 128, 256) if size <= N_WEIGHTS]
+        return {
+            "codebook": Slider("Data type", "int4", choices=list(NAMES)),
+            "block_size": Slider("Block size", N_WEIGHTS, choices=sizes, unit="weights"),
+            "outlier": Slider("Outlier", -10, low=-FARTHEST, high=FARTHEST, unit="standard deviations"),
+            "position": Slider("Position", 100, low=0, high=N_WEIGHTS - 1),
+        }
+
+    @staticmethod
+    def compute(state):
+        plain = normal_weights(N_WEIGHTS)
+        weight = plain.clone()
+        weight[state["position"]] = state["outlier"]
+        how = state["codebook"], state["block_size"]
+        q = quantize(weight, *how)
+        start = state["position"] // q.block_size * q.block_size
+        counts = torch.bincount(q.codes[start : start + q.block_size].int(), minlength=len(q.levels))
+        return {
+            "weight": weight,
+            "q": q,
+            "start": start,
+            "counts": counts[q.levels.argsort(stable=True)],  # by size of the level: fp4 is stored by bit pattern
+            "used": int((counts > 0).sum()),
+            "error": block_errors(weight, q, state["position"]),
+            "without": block_errors(plain, quantize(plain, *how), state["position"]),
+        }
+
+    def draw(self):
+        fig, (left, right) = new_figure(2, width=8.4, height=3.6)
+        left.get_gridspec().set_width_ratios([2, 1])
+        left.set(xlim=(-1, N_WEIGHTS), ylim=(-FARTHEST - 0.5, FARTHEST + 0.5), xlabel="number of the weight")
+        left.set_ylabel("weight, and levels of its block")
+        left.set_xticks(range(0, N_WEIGHTS + 1, 64))
+        self.free = left.add_collection(LineCollection([], colors=COLOURS["orange"], lw=0.8))
+        self.levels = left.add_collection(LineCollection([], colors=COLOURS["blue"], lw=1.2))
+        (self.dots,) = left.plot([], [], ".", ms=3, color=COLOURS["black"])
+        (self.outlier,) = left.plot([], [], "o", ms=7, color=COLOURS["red"])
+        right.set(xlim=(-0.8, 15.8), ylim=(0, 100), xlabel="code, by size of its level", ylabel="share of the block, %")
+        self.bars = right.add_collection(LineCollection([], colors=COLOURS["blue"], lw=7))
+        (self.unused,) = right.plot([], [], "x", ms=6, mew=2, color=COLOURS["orange"], clip_on=False)
+        self.note = right.text(0.98, 0.97, "", transform=right.transAxes, ha="right", va="top", fontsize=12)
+        return fig, [self.free, self.levels, self.dots, self.outlier, self.bars, self.unused, self.note]
+
+    def update(self, result):
+        weight, q, counts = result["weight"], result["q"], result["counts"].numpy()
+        used, free = level_lines(q)
+        self.levels.set_segments(used)
+        self.free.set_segments(free)
+        self.dots.set_data(range(len(weight)), weight)
+        far = int((weight - normal_weights(N_WEIGHTS)).abs().argmax())
+        self.outlier.set_data([far], [weight[far]])
+        self.bars.set_segments([[(i, 0), (i, 100 * n / q.block_size)] for i, n in enumerate(counts)])
+        unused = np.flatnonzero(counts == 0)
+        self.unused.set_data(unused, np.full(len(unused), 2))
+        error, without = (f"{100 * result[name]:.3g}" for name in ("error", "without"))
+        note = f"{result['used']} of {len(counts)} codes used\nerror of the others:\nwith it {error} %\nwithout it {without} %"
+        self.note.set_text(note)
+
+    @staticmethod
+    def describe(state, result):
+        errors = f"{100 * result['error']:.3g} %, without the outlier {100 * result['without']:.3g} %"
+        return (
+            f"{NAMES[state['codebook']]}, blocks of {state['block_size']}, an outlier of {state['outlier']} at "
+            f"{state['position']}: its block uses {result['used']} of {len(result['counts'])} codes; error of the "
+            f"block's other weights {errors}"
+        )
+
+
+def level_lines(q: QuantizedTensor) -> tuple[list, list]:
+    """Each level of each block as a line from its first weight to its last: those in use, and those that are not."""
+    lines: tuple[list, list] = ([], [])
+    for number, (codes, absmax) in enumerate(zip(to_blocks(q.codes, q.block_size).int(), q.absmax, strict=True)):
+        left, right = number * q.block_size, (number + 1) * q.block_size - 2
+        for code, level in enumerate((q.levels * absmax).tolist()):
+            if abs(level) <= absmax:  # INT4's lowest level lies beyond every weight
+                lines[int((codes != code).all())].append([(left, level), (right, level)])
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------- a codebook by hand
+
+
+def shaped_levels(curve: float = 1.0, below: int = 7, ends: float = 1.0, zero: bool = True) -> torch.Tensor:
+    """16 levels, ascending, float32: `below` of them negative, 0 if `zero`, the others positive.
+
+    On either side level i of n is ends * (i / n)^curve: evenly spaced at curve 1, dense near zero above. Without a zero
+    the two innermost levels move half a step towards it, so that the gap between them is as wide as the next one.
+
+    >>> shaped_levels(below=7)[[0, 6, 7, 8, 15]].tolist()
+    [-1.0, -0.1428571492433548, 0.0, 0.125, 1.0]
+    """
+    half = 0.0 if zero else 0.5
+
+    def side(n: int) -> torch.Tensor:
+        return ends * ((torch.arange(1, n + 1) - half) / (n - half)) ** curve
+
+    middle = torch.zeros(1) if zero else torch.zeros(0)
+    return torch.cat([-side(below).flip(0), middle, side(16 - below - len(middle))])
+
+
+class CodebookExplorer(Explorer):
+    """Four controls bend 16 levels; their error beside NF4, FP4, INT4 and Lloyd-Max. See Explorer.
+
+    weight: what they are tried on, such as a layer of a model; 32,768 of its weights are taken, from everywhere in it.
+    None: normal weights.
+    """
+
+    def __init__(self, weight: torch.Tensor | None = None, **state):
+        self._own = weight is not None
+        self._runs = some_runs(normal_weights(SAMPLE) if weight is None else weight)
+        self._known: dict[int, dict] = {}  # by block size: what does not depend on the reader's levels
+        super().__init__(**state)
+
+    def controls(self):
+        return {
+            "curve": Slider("Curve", 1.0, low=0.6, high=3.0, step=0.1),
+            "below": Slider("Levels below zero", 7, low=3, high=12),
+            "ends": Slider("Ends", 1.0, low=0.6, high=1.0, step=0.02, unit="of absmax"),
+            "zero": Toggle("Exact zero", True),
+            "block_size": Slider("Block size", 64, choices=[16, 64, 256, LARGEST_BLOCK], unit="weights"),
+        }
+
+    def compute(self, state):
+        shape = {name: state[name] for name in ("curve", "below", "ends", "zero")}
+        levels, known = shaped_levels(**shape), self._compare(state["block_size"])
+        return {"levels": levels, "use": code_use(levels, known["blocks"]), **known}
+
+    def _compare(self, block_size: int) -> dict:
+        """Blocks, the histogram of their scaled weights, and how other data types serve them."""
+        if block_size not in self._known:
+            blocks = self._runs.view(-1, block_size)
+            scaled = scale_blocks(blocks, block_absmax(blocks))
+            tables = {NAMES[name]: codebook(name) for name in COMPARED} | {"Lloyd-Max": lloyd_max(scaled)}
+            self._known[block_size] = {
+                "blocks": blocks,
+                "density": torch.histc(scaled, BINS, -1, 1) / scaled.numel(),
+                "others": {name: code_use(table, blocks) for name, table in tables.items()},
+            }
+        return self._known[block_size]
+
+    def draw(self):
+        fig, (first, right) = new_figure(2, width=8.4, height=4)
+        grid = right.get_gridspec()
+        grid.set_width_ratios([1.7, 1])
+        first.remove()
+        top, bottom = grid[0].subgridspec(2, 1).subplots()
+        for ax in (top, bottom):
+            ax.spines[["top", "right"]].set_visible(False)
+        self._draw_levels(top, bottom)
+        self._draw_errors(right)
+        return fig, [
+            self.density,
+            self.lines,
+            self.bars,
+            self.entropy,
+            self.equal,
+            self.errors,
+            *self.values,
+            self.note,
+        ]
+
+    def _draw_levels(self, top: Axes, bottom: Axes) -> None:
+        top.set(xlim=(-1.04, 1.04), ylim=(0, 1.05), yticks=[], xlabel="weight / absmax", ylabel="weights")
+        self.density = top.add_collection(LineCollection([], colors=COLOURS["sky"], lw=3.5, capstyle="butt"))
+        self.lines = top.add_collection(LineCollection([], colors=COLOURS["blue"], lw=1.8))
+        bottom.set(xlim=(-0.8, 15.8), ylim=(0, MOST_USED), xlabel="code", ylabel="use, %", xticks=range(0, 16, 3))
+        self.bars = bottom.add_collection(LineCollection([], colors=COLOURS["orange"], lw=10, capstyle="butt"))
+        (self.equal,) = bottom.plot([-0.8, 15.8], [100 / 16] * 2, color=COLOURS["black"], lw=1, ls="--")
+        self.entropy = bottom.text(0.99, 0.97, "", transform=bottom.transAxes, ha="right", va="top", fontsize=12)
+
+    def _draw_errors(self, ax: Axes) -> None:
+        names = ["yours", *(NAMES[name] for name in COMPARED), "Lloyd-\nMax"]
+        ax.set(yscale="log", ylim=(LEAST, MOST), xlim=(-0.6, len(names) - 0.4), ylabel="relative error, %")
+        ax.set_xticks(range(len(names)), names, fontsize=11)
+        ax.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+        colours = [COLOURS["blue"], *[COLOURS["orange"]] * (len(names) - 1)]
+        self.errors = ax.add_collection(LineCollection([], colors=colours, lw=18, capstyle="butt"))
+        self.values = [ax.text(i, 1, "", ha="center", va="bottom", fontsize=11) for i in range(len(names))]
+        self.note = ax.text(0, 1.03, "", transform=ax.transAxes, va="bottom", fontsize=12)
+
+    def update(self, result):
+        use, density = result["use"], (result["density"] / result["density"].max()).tolist()
+        middles = ((np.arange(BINS) + 0.5) * 2 / BINS - 1).tolist()
+        self.density.set_segments([[(x, 0), (x, y)] for x, y in zip(middles, density, strict=True)])
+        self.lines.set_segments([[(x, 0), (x, 1)] for x in result["levels"].tolist()])
+        self.bars.set_segments([[(code, 0), (code, s)] for code, s in enumerate(100 * use.share)])
+        self.entropy.set_text(f"{use.entropy:.2f} bits of information in 4")
+        errors = [100 * other.relative_error for other in (use, *result["others"].values())]
+        self.errors.set_segments([[(i, LEAST), (i, error)] for i, error in enumerate(errors)])
+        for text, error in zip(self.values, errors, strict=True):
+            text.set_y(1.05 * error)
+            text.set_text(f"{error:.2f}")
+        self.note.set_text(f"better than {better_than(use, result['others']) or 'none'}")
+
+    def describe(self, state, result):
+        use, share = result["use"], 100 * result["use"].share
+        others = ", ".join(f"{name} {100 * other.relative_error:.3g}" for name, other in result["others"].items())
+        weights = f"{'given' if self._own else 'normal'} weights"
+        return (
+            f"Curve {state['curve']:.7g}, {state['below']} levels below zero, {'an exact' if state['zero'] else 'no'} "
+            f"zero, ends at {state['ends']:.7g}, blocks of {state['block_size']} {weights}: relative error "
+            f"{100 * use.relative_error:.3g} % ({others}), better than "
+            f"{better_than(use, result['others']) or 'none of them'}; codes used {share.min():.1f} to "
+            f"{share.max():.1f} % of the time, {use.entropy:.2f} bits of information in 4"
+        )
+
+    def code(self):
+        weight = "weight, " if self._own else ""
+        return super().code().replace("(", f"({weight}", 1)
+
+
+def some_runs(weight: torch.Tensor) -> torch.Tensor:
+    """32,768 of the weights at most, in runs of 1,024 neighbours spread evenly over all: (n_runs, 1024) float32.
+
+    Raises ValueError for fewer weights than a run: a partial block would be filled up with zeros, which are no weights.
+    """
+    n_runs = weight.numel() // LARGEST_BLOCK
+    if not n_runs:
+        raise ValueError(f"weight has {weight.numel()} elements: give at least {LARGEST_BLOCK}, such as a linear layer")
+    runs = weight.detach().reshape(-1)[: n_runs * LARGEST_BLOCK].view(n_runs, LARGEST_BLOCK)
+    chosen = torch.linspace(0, n_runs - 1, min(n_runs, SAMPLE // LARGEST_BLOCK)).long()
+    return runs[chosen].float()
+
+
+def better_than(use: CodeUse, others: dict[str, CodeUse]) -> str:
+    """Names of the data types that leave a larger error."""
+    return " and ".join(name for name, other in others.items() if use.relative_error < other.relative_error)
