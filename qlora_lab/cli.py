@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -59,7 +60,8 @@ def fetch(a: argparse.Namespace) -> None:
 
 
 def quantize(a: argparse.Namespace) -> None:
-    folder = ql.quantize_folder(a.model, a.out, a.codebook, a.block_size, not a.no_double_quant, progress=not a.quiet)
+    options = a.codebook, a.block_size, not a.no_double_quant
+    folder = ql.quantize_folder(a.model, a.out, *options, plan=a.plan, progress=not a.quiet)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     _report(a, {"model": a.model, "folder": str(folder), "bytes_of_weights": size})
 
@@ -152,6 +154,31 @@ def sweep(a: argparse.Namespace) -> None:
         return
     whole = rows[0]["perplexity"]  # of the model as it is
     print(_table([_swept(row, whole) for row in sorted(rows, key=lambda row: row["perplexity"])]))
+
+
+def block_size(a: argparse.Namespace) -> None:
+    import torch
+
+    from qlora_lab.measure.sensitivity import choices_of, sensitivity
+    from qlora_lab.quant.block_size import Candidate, best_plan, check_candidate, small_layers
+
+    candidates = [Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes]
+    for one in candidates:  # before the model is loaded, as for finetune
+        check_candidate(one)
+    if not Path(a.out).parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {Path(a.out).parent} for the plan: make it first")
+    text = Path(a.text).read_text(encoding="utf-8") if a.text else ql.topics_text()
+    text = text if a.text else text[len(text) // 2 :]  # perplexities are those of its first half
+    model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)
+    s = sensitivity(model, tokenizer, text, windows=a.windows, length=a.length, fisher=True)
+    del model
+    choices = choices_of(a.model, candidates, s, progress=not a.quiet)
+    groups = small_layers(choices, a.share_below)
+    plan = best_plan(choices, a.bits, constants_share=a.constants_share, groups=groups)
+    figures = {"plan": str(plan.save(a.out)), "bits_per_parameter": plan.bits_per_parameter}
+    counts = Counter(plan.chosen.values())
+    layers = {f"layers_{one.codebook}_{one.block_size}": counts[one] for one in candidates if counts[one]}
+    _report(a, figures | {"expected_increase_of_loss": plan.error} | layers)
 
 
 def kernels(a: argparse.Namespace) -> None:
@@ -339,6 +366,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     c.add_argument("model", help="a known name, a local folder, or a hub id org/name")
     c.add_argument("--out", required=True, help="folder for the copy, which --model then takes")
+    c.add_argument("--plan", metavar="FILE", help="of block-size: data type and block size for each layer")
     _quantisation_options(c)
     _common(c)
 
@@ -497,6 +525,29 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--windows", type=int, default=8, help="pieces of text to predict (%(default)s)")
     c.add_argument("--length", type=int, default=512, help="tokens of each (%(default)s)")
     c.add_argument("--seed", type=int, default=0, help="of the weights that lloyd-max is fitted to (%(default)s)")
+    _common(c)
+
+    c = _command(
+        commands,
+        "block-size",
+        block_size,
+        "a plan for quantize: the mix of data types and block sizes that should cost the least loss for its bits",
+        "qlora-lab block-size smollm2-135m --bits 4.5 --out plan.json",
+    )
+    c.add_argument("model", help="a known name, a local folder, or a hub id org/name")
+    c.add_argument("--bits", type=float, required=True, help="bits per parameter at most, constants included")
+    c.add_argument("--out", required=True, metavar="FILE", help="for the plan")
+    c.add_argument("--codebooks", nargs="+", default=["nf4"], metavar="NAME", help="to choose from (nf4)")
+    sizes = [32, 64, 128, 256, 512, 1024]
+    c.add_argument("--block-sizes", nargs="+", type=int, default=sizes, metavar="N", help="to choose from (32 to 1024)")
+    c.add_argument("--double-quant", action="store_true", help="quantise the constants, too")
+    c.add_argument("--constants-share", type=float, metavar="S", help="constants take at most this of the codes: 0.05")
+    c.add_argument(
+        "--share-below", type=int, default=0, metavar="N", help="layers of fewer weights in a module choose as one"
+    )
+    c.add_argument("--text", metavar="FILE", help="to calibrate on; default: half of Python's help topics")
+    c.add_argument("--windows", type=int, default=12, help="pieces of text to calibrate on (%(default)s)")
+    c.add_argument("--length", type=int, default=256, help="tokens of each (%(default)s)")
     _common(c)
 
     c = _command(commands, "open", open_lab, "open the course in JupyterLab", "qlora-lab open")
