@@ -106,7 +106,7 @@ def sweep(
     A last line that was torn off is removed, with a warning. An interrupt says how much is done.
     Raises what load, quantize and perplexity raise, and ValueError for a results file that holds anything else.
     """
-    settings = [_checked(Variant(*one)) for one in settings]  # before anything is loaded
+    settings = [_checked(one) for one in settings]  # before anything is loaded
     results = Path(results)
     done = {_identity(row): row for row in read_results(results)}
     folder = resolve(name_or_path, progress=progress)
@@ -131,6 +131,8 @@ def sweep(
             "seed": seed,
         },
         "versions": {name: version(name) for name in ("qlora-lab", "torch", "transformers")},
+        "commit": _commit(),
+        "machine": machine(),
     }
     found, bar = [], tqdm(settings, "sweep", unit="setting", disable=not progress)
     try:
@@ -251,8 +253,6 @@ def _measured(variant: Variant, source: Source, rows: torch.Tensor, progress: bo
         "perplexity": math.exp(fmean(losses)),
         "window_losses": losses,
         **figures.record(),
-        "commit": _commit(),
-        "machine": machine(),
         "seconds": round(time.perf_counter() - start, 2),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -261,8 +261,13 @@ def _measured(variant: Variant, source: Source, rows: torch.Tensor, progress: bo
 # -------------------------------------------------------------------------------------------------------------- records
 
 
-def _checked(variant: Variant) -> Variant:
+def _checked(setting: Variant | tuple) -> Variant:
+    if not isinstance(setting, tuple) or not isinstance(setting[0], str | None):
+        raise TypeError(f"setting {setting!r}: give a Variant, or a tuple such as ('nf4', 64, True)")
+    variant = Variant(*setting)
     if variant.codebook is None:
+        if variant.levels is not None:
+            raise ValueError("levels are given without a name: put one in the place of codebook")
         return Variant(None)
     check_block_size(variant.block_size)
     known = variant.codebook in CODEBOOKS or LLOYD_MAX.fullmatch(variant.codebook)
@@ -330,8 +335,8 @@ def _short(number: float) -> float:
 def read_results(path: str | Path) -> list[dict]:
     """The rows of a results file; none where there is no file yet.
 
-    A last line that was torn off is taken out of the file, with a warning that quotes it. Raises ValueError for any
-    other line that is no row, and leaves the file as it is.
+    A last line that was torn off is taken out of the file, with a warning that quotes its start; the others keep every
+    byte. Raises ValueError for another line that is no row, and leaves the file as it is.
     """
     path = Path(path)
     if not path.exists():
@@ -340,13 +345,17 @@ def read_results(path: str | Path) -> list[dict]:
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
     if not last:  # what is written whole ends with a new line
         return rows
+    said = f"{path}: line {len(lines) + 1} was torn off"
+    try:
+        rows.append(_row(path, len(lines) + 1, last))
+        lines.append(last)
+        said += " behind its last character: it is kept, and ended"
+    except ValueError:
+        start = last[:60].decode("utf-8", "replace")
+        said += f" and is removed, so that its setting will be run again; it began {start!r}"
     with replacing_file(path) as new:  # never half a file, even if this is interrupted too
         new.write_bytes(b"".join(line + b"\n" for line in lines))
-    start = last[:60].decode("utf-8", "replace")
-    warnings.warn(
-        f"{path}: line {len(rows) + 1} was torn off and is removed, its setting will be run again; it began {start!r}",
-        stacklevel=2,
-    )
+    warnings.warn(said, stacklevel=2)
     return rows
 
 

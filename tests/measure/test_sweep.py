@@ -1,0 +1,283 @@
+"""A sweep: rows that load and perplexity agree with, weights that come back, and a file that survives everything."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_lab.finetune.linear4bit import Linear4bit
+from qlora_lab.finetune.models import load
+from qlora_lab.finetune.quantized_folder import quantize_folder
+from qlora_lab.measure import sweep as module
+from qlora_lab.measure.code_use import code_counts
+from qlora_lab.measure.perplexity import perplexity
+from qlora_lab.measure.sweep import Source, Variant, quantised_in_place, read_results, sweep, variants
+from qlora_lab.quant.quantize import dequantize, quantize
+
+TEXT = "the sum of the two numbers is a number, and nothing else. " * 4
+pytestmark = pytest.mark.usefixtures("one_thread")
+LEVELS = (-1.0, -0.25, 0.0, 0.25, 1.0)
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_llama, tokenizer):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def results(tmp_path):
+    return tmp_path / "there" / "results.jsonl"
+
+
+def quiet(folder, settings, results, **kwargs):
+    options = {"windows": 3, "length": 12, "text": TEXT, "progress": False}
+    return sweep(folder, settings, results, **options | kwargs)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many settings were measured; `at` raises KeyboardInterrupt at that one."""
+    seen, real = {"n": 0, "at": None}, module.window_losses
+
+    def losses(*args):
+        seen["n"] += 1
+        if seen["n"] == seen["at"]:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, "window_losses", losses)
+    return seen
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_says_what_load_and_perplexity_say(folder, results, dtype):
+    settings = [Variant(None), Variant("nf4", 32), ("nf3", 64, True), ("e2m1", 16, False)]
+    rows = quiet(folder, settings, results, dtype=dtype)
+    for (codebook, *how), row in zip(settings, rows, strict=True):
+        options = {"codebook": codebook} | dict(zip(("block_size", "double_quant"), how, strict=False))
+        model, tokenizer = load(folder, **options, dtype=dtype, progress=False)
+        want = perplexity(model, tokenizer, TEXT, 12, 3)
+        assert row["perplexity"] == pytest.approx(want, rel=1e-4 if dtype == torch.float32 else 0.05)
+        assert row["perplexity"] == pytest.approx(math.exp(sum(row["window_losses"]) / 3))
+        layers = [m.weight for m in model.modules() if isinstance(m, Linear4bit)]
+        bits = 8 * sum(q.nbytes for q in layers) / sum(q.numel for q in layers) if layers else 32
+        assert row["bits_per_parameter"] == pytest.approx(bits)
+
+
+def test_errors_and_codes_are_those_of_the_weights(folder, results):
+    (row,) = quiet(folder, [Variant("nf4", 32)], results)
+    stored = load_file(folder / "model.safetensors")
+    weights = {name: stored[name] for name in stored if name.endswith("_proj.weight")}
+    q = {name: quantize(weight, "nf4", 32) for name, weight in weights.items()}
+    square = {name: (dequantize(q[name]) - weight).square().sum() for name, weight in weights.items()}
+    everything = sum(weight.square().sum() for weight in weights.values())
+    assert row["relative_error"] == pytest.approx(float(sum(square.values()) / everything))
+    assert set(row["layer_errors"]) == {re.sub(r"\.\d\.", ".*.", n.removesuffix(".weight")) for n in weights}
+    down = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)]
+    want = [float(square[name] / weights[name].square().sum()) for name in down]
+    assert row["layer_errors"]["model.layers.*.mlp.down_proj"] == pytest.approx(want, rel=1e-4)
+    counts = sum(torch.bincount(one.codes.int(), minlength=16) for one in q.values())
+    share = counts.double() / counts.sum()
+    assert row["code_share"] == pytest.approx(share.tolist(), rel=1e-4)
+    assert row["entropy"] == pytest.approx(-float((share * share.log2()).sum()))
+
+
+@pytest.mark.parametrize("codebook", ["nf2", "nf3", "nf4", "int5", "int8"])
+@pytest.mark.parametrize("n", [64, 65])  # the last byte is full, or filled up
+def test_codes_are_counted_without_the_filling(codebook, n):
+    q = quantize(torch.randn(n, generator=torch.Generator().manual_seed(0)), codebook)
+    assert code_counts(q).tolist() == torch.bincount(q.codes.int(), minlength=2**q.bits).tolist()
+
+
+def test_levels_by_hand_and_levels_fitted(folder, results):
+    settings = [Variant("mine", 32, False, LEVELS), Variant("lloyd-max", 32), Variant("lloyd-max3", 32), ("nf4", 32)]
+    mine, fitted, smaller, nf4 = quiet(folder, settings, results)
+    assert mine["levels"] == list(LEVELS) and mine["codebook"] == "mine" and len(mine["code_share"]) == 8
+    assert (len(fitted["levels"]), len(smaller["levels"]), nf4["levels"]) == (16, 8, None)
+    assert fitted["relative_error"] < nf4["relative_error"] < smaller["relative_error"]
+    other = quiet(folder, [Variant("mine", 32, False, torch.tensor([*LEVELS[:-1], 0.9]))], results)
+    assert other[0]["relative_error"] != mine["relative_error"] and len(read_results(results)) == 5  # not mistaken
+
+
+def test_a_row_says_where_it_comes_from(folder, results):
+    (row,) = quiet(folder, [Variant(None)], results)
+    assert row["model"]["source"] == "a local folder" and row["model"]["name"] == str(folder)
+    assert row["config"] == {"windows": 3, "length": 12, "dtype": "float32", "device": "cpu", "seed": 0}
+    assert row["versions"]["torch"] == torch.__version__ and row["seconds"] > 0
+    assert {"date", "commit", "machine"} <= row.keys()
+    assert json.loads(results.read_text()) == row
+    (folder / "source.json").write_text('{"source": "a wheel"}')
+    assert module._model_record("known", folder)["source"] == "a wheel"
+    cached = folder.parent / "models--org--name" / "snapshots" / "c0ffee"
+    shutil.copytree(folder, cached)
+    (cached / "source.json").unlink()
+    assert module._model_record("org/name", cached)["source"] == "hub org/name, commit c0ffee"
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "qlora_lab" / "measure" / "sweep.py"))
+    assert module._commit() is None
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    who = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", "-C", tmp_path, *who, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert re.fullmatch("[0-9a-f]{40}", module._commit())
+
+
+# -------------------------------------------------------------------------------------------------------------- restore
+
+
+def parameters(model):
+    return {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+
+
+def same(model, before):
+    now = parameters(model)
+    return all(now[name][0] == where and torch.equal(now[name][1], value) for name, (where, value) in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_come_back_to_the_bit_in_the_same_memory(folder, dtype):
+    model, _ = load(folder, None, dtype=dtype, progress=False)
+    source, before = Source(model, folder), parameters(model)
+    with quantised_in_place(source, Variant("nf4", 64)):
+        changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n][1])]
+        assert sorted(changed) == sorted(source.linears) and len(changed) == 14 and "lm_head.weight" not in changed
+        name = source.linears[0]
+        want = dequantize(quantize(load_file(folder / "model.safetensors")[name], "nf4"), dtype)
+        assert torch.equal(model.get_parameter(name), want)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_weights_come_back_after_an_error(folder, error, monkeypatch):
+    model, _ = load(folder, None, dtype=torch.float32, progress=False)
+    source, before = Source(model, folder), parameters(model)
+    with pytest.raises(error), quantised_in_place(source, Variant("nf4", 64)):
+        raise error
+    assert same(model, before)
+    real, calls = module.dequantize, []
+
+    def stopped(*args):  # after five weights
+        calls.append(args)
+        if len(calls) > 5:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(module, "dequantize", stopped)
+    with pytest.raises(error), quantised_in_place(source, Variant("nf4", 64)):
+        raise AssertionError("it was not stopped")
+    assert len(calls) == 6 and same(model, before)
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+FOUR = variants(["nf4"], [32, 64]) + [Variant("fp4", 32)]
+
+
+def test_an_interrupted_sweep_goes_on(folder, results, tmp_path, counted):
+    counted["at"] = 3
+    with pytest.raises(KeyboardInterrupt, match=r"2 of 4 settings are in .*results.jsonl; the same call goes on"):
+        quiet(folder, FOUR, results)
+    first = results.read_bytes()
+    assert len(first.splitlines()) == 2
+    rows = quiet(folder, FOUR, results)
+    assert counted["n"] == 3 + 2 and results.read_bytes().startswith(first)
+    assert quiet(folder, [*FOUR, FOUR[1]], results) == [*rows, rows[1]] and counted["n"] == 5
+    whole = quiet(folder, FOUR, tmp_path / "whole.jsonl")
+    assert [row["window_losses"] for row in rows] == [row["window_losses"] for row in whole]
+
+
+@pytest.mark.parametrize("change", ["text", "length", "dtype", "seed", "weights", "version"])
+def test_a_row_of_something_else_is_not_taken(folder, results, counted, change, monkeypatch):
+    quiet(folder, [Variant(None)], results)
+    options = {"text": {"text": TEXT.upper()}, "length": {"length": 10}, "dtype": {"dtype": torch.bfloat16}}
+    options["seed"] = {"seed": 1}
+    if change == "weights":
+        stored = load_file(folder / "model.safetensors")
+        stored["model.norm.weight"][0] += 1
+        save_file(stored, folder / "model.safetensors")
+    if change == "version":
+        monkeypatch.setattr(module, "version", lambda name: "9")
+    quiet(folder, [Variant(None)], results, **options.get(change, {}))
+    assert counted["n"] == 2 and len(read_results(results)) == 2
+
+
+# ----------------------------------------------------------------------------------------------------- the results file
+
+
+@pytest.mark.parametrize("left", [1, 0.5, -2])  # bytes, or a share, of the last line with its new line
+def test_a_torn_last_line_is_removed_and_run_again(folder, results, counted, left):
+    rows = quiet(folder, FOUR[:2], results)
+    first, last = results.read_bytes().splitlines(keepends=True)
+    results.write_bytes(first + last[: int(left * len(last)) if isinstance(left, float) else left])
+    with pytest.warns(UserWarning, match=r"line 2 was torn off and is removed, .* it began '\{"):
+        assert read_results(results) == rows[:1]
+    assert results.read_bytes() == first and list(results.parent.iterdir()) == [results]
+    again = quiet(folder, FOUR[:2], results)
+    assert counted["n"] == 3 and again[1]["window_losses"] == rows[1]["window_losses"]
+
+
+def test_a_last_line_without_its_end_is_kept(folder, results):
+    quiet(folder, FOUR[:2], results)
+    whole = results.read_bytes()
+    results.write_bytes(whole[:-1])
+    with pytest.warns(UserWarning, match="line 2 was torn off behind its last character: it is kept"):
+        assert len(read_results(results)) == 2
+    assert results.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [b"", b"{}", b"[1]", b'{"codebook": "nf4"', b"\xff"])
+def test_any_other_damage_is_named_and_left(folder, results, line):
+    quiet(folder, [Variant(None)], results)
+    damaged = line + b"\n" + results.read_bytes()
+    results.write_bytes(damaged)
+    with pytest.raises(
+        ValueError, match=r"results.jsonl: line 1 is no row of a sweep \(.*mend it, or name another file"
+    ):
+        quiet("nowhere", [Variant(None)], results)
+    assert results.read_bytes() == damaged
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "setting, error, message",
+    [
+        (("nf5", 64), ValueError, "codebook 'nf5' is not known"),
+        (("lloyd-max9", 64), ValueError, "codebook 'lloyd-max9' is not known"),
+        (("nf4", 8), ValueError, "block_size=8 is not allowed"),
+        (("mine", 64, False, [0.0, 0.0, 1.0]), ValueError, "mine: level 1, 0, is repeated"),
+        (("nf4", 64, False, LEVELS), ValueError, "under the name 'nf4', which stands for others"),
+        ((None, 64, False, LEVELS), ValueError, "levels are given without a name"),
+        ("nf4", TypeError, "setting 'nf4': give a Variant, or a tuple"),
+        ((torch.tensor(LEVELS), 64), TypeError, "give a Variant, or a tuple"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_loaded(results, setting, error, message):
+    with pytest.raises(error, match=message):
+        quiet("nowhere", [Variant(None), setting], results)
+    assert not results.exists()
+
+
+def test_a_quantised_folder_is_no_original(folder, results, tmp_path):
+    quantize_folder(folder, tmp_path / "small", "nf4", 64, True, progress=False)
+    with pytest.raises(ValueError, match="is quantised already, as .*: a sweep starts from the original"):
+        quiet(tmp_path / "small", [Variant(None)], results)
+
+
+def test_a_loss_that_is_no_number_is_no_row(folder, results, monkeypatch):
+    monkeypatch.setattr(module, "window_losses", lambda *args: [1.0, math.nan])
+    with pytest.raises(FloatingPointError, match="nf4, blocks of 64: the losses of the windows are"):
+        quiet(folder, [Variant()], results)
+    assert not results.exists()
