@@ -1,0 +1,94 @@
+"""`qlora-lab sweep`: a table sorted by perplexity or the rows as JSON; a mistake is one line and code 2."""
+
+import json
+
+import pytest
+
+from qlora_lab import cli
+from qlora_lab.measure import sweep as module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def model(tmp_path, tiny_llama, tokenizer, monkeypatch):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(module, "topics_text", lambda: "the sum of the two numbers is a number. " * 4)
+    return tmp_path / "model"
+
+
+def run(capsys, *argv):
+    capsys.readouterr()  # what saving the model said
+    code = cli.main(["sweep", *(str(a) for a in argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+SMALL = ["--windows", 2, "--length", 10, "--quiet"]
+
+
+def test_rows_and_table(capsys, tmp_path, model):
+    out = tmp_path / "rows.jsonl"
+    grid = ["--codebooks", "nf4", "nf2", "--block-sizes", 32, 64, "--double-quant", "both", "--out", out, *SMALL]
+    code, text, _ = run(capsys, model, *grid, "--json")
+    rows = json.loads(text)
+    assert code == 0 and rows == [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["codebook"] for row in rows] == [None] + ["nf4"] * 4 + ["nf2"] * 4
+    before = out.read_bytes()
+    code, text, _ = run(capsys, model, *grid)  # nothing is run again
+    head, *lines = text.splitlines()
+    assert code == 0 and out.read_bytes() == before and len(lines) == 9
+    assert " ".join(head.split()) == "codebook block size double quant bits perplexity more squared error entropy"
+    column = head.index("perplexity") + len("perplexity")
+    shown = [float(line[:column].split()[-1]) for line in lines]
+    assert shown == sorted(shown) and shown == pytest.approx(sorted(row["perplexity"] for row in rows), abs=1e-3)
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_torn_line_is_told_in_one_line(capsys, tmp_path, model):
+    out = tmp_path / "rows.jsonl"
+    options = [model, "--codebooks", "nf4", "--out", out, *SMALL]
+    run(capsys, *options)
+    out.write_bytes(out.read_bytes()[:-20])
+    code, _, err = run(capsys, *options)
+    assert code == 0 and len(out.read_text().splitlines()) == 2
+    assert err.startswith("qlora-lab sweep: ") and "line 2 was torn off and is removed" in err and err.count("\n") == 1
+
+
+def test_an_interrupt_says_what_is_kept(capsys, tmp_path, model, monkeypatch):
+    real, calls = module.window_losses, []
+
+    def losses(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, "window_losses", losses)
+    code, _, err = run(capsys, model, "--codebooks", "nf4", "--out", tmp_path / "rows.jsonl", *SMALL)
+    assert code == 130 and "1 of 2 settings are in" in err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--codebooks", "nf5"], "codebook 'nf5' is not known"),
+        (["--block-sizes", "8"], "block_size=8 is not allowed"),
+        (["--windows", "99"], "fewer than 99 windows of 10: take windows="),
+        (["--out", "."], "Is a directory"),
+        ([], "line 1 is no row of a sweep"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(capsys, tmp_path, model, options, message):
+    out = tmp_path / "rows.jsonl"
+    if not options:
+        out.write_text("nothing\n")
+    code, text, err = run(capsys, model, "--out", out, *SMALL, *options)
+    assert (code, text) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sweep", "--help"])
+    assert stop.value.code == 0 and "example: qlora-lab sweep" in " ".join(capsys.readouterr().out.split())
