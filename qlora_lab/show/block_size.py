@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
-from qlora_lab.quant.block_size import Candidate, Choices, frontier, uniform
+from qlora_lab.quant.block_size import Candidate, Choices, best_plan, uniform
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, new_figure
 from qlora_lab.show.slider import Slider
@@ -85,8 +85,7 @@ class BlockSizeExplorer(Explorer):
 
     def __init__(self, choices: Choices, **state):
         self.choices = choices
-        budgets = stops(choices)
-        self.plans = dict(zip(budgets, frontier(choices, budgets), strict=True))
+        self.plans = {budget: best_plan(choices, budget) for budget in stops(choices)}
         # in order of their bits, which is the order of colours
         self.uniform = sorted(
             ((c, uniform(choices, c)) for c in choices.candidates), key=lambda pair: pair[1].bits_per_parameter
@@ -156,7 +155,9 @@ class BlockSizeExplorer(Explorer):
             for (candidate, _), place in zip(plans, at, strict=True):
                 name = self.names[candidate].removesuffix(DOUBLE)  # the marker says it
                 ax.annotate(name, place, (6, 3), textcoords="offset points", fontsize=11)
-        ax.set(xlabel="bits per parameter", ylabel="error")
+        ax.set_xlabel("bits per parameter", fontsize=12)
+        ax.set_ylabel("error", fontsize=12)
+        ax.tick_params(labelsize=12)
         ax.legend(frameon=False, fontsize=12)
 
     def update(self, result):
