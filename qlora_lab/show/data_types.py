@@ -111,8 +111,10 @@ class OutlierExplorer(Explorer):
         self.bars.set_segments([[(i, 0), (i, 100 * n / q.block_size)] for i, n in enumerate(counts)])
         unused = np.flatnonzero(counts == 0)
         self.unused.set_data(unused, np.full(len(unused), 2))
-        error, without = (f"{100 * result[name]:.3g}" for name in ("error", "without"))
-        note = f"{result['used']} of {len(counts)} codes used\nerror of the others:\nwith it {error} %\nwithout it {without} %"
+        error, without = (f"{100 * result[name]:.3g} %" for name in ("error", "without"))
+        note = (
+            f"{result['used']} of {len(counts)} codes used\nerror of the others:\nwith it {error}\nwithout it {without}"
+        )
         self.note.set_text(note)
 
     @staticmethod
