@@ -1,0 +1,210 @@
+"""The best mix of block sizes is the best of all mixes, keeps every limit, and survives a file."""
+
+import ctypes
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+
+from qlora_lab.quant import block_size
+from qlora_lab.quant.block_size import (
+    Candidate,
+    Choices,
+    Plan,
+    best_plan,
+    constant_bits,
+    frontier,
+    load_plan,
+    small_layers,
+    stored_bits,
+    uniform,
+)
+from qlora_lab.quant.quantize import quantize
+
+CANDIDATES = tuple(Candidate(name, size, False) for name in ("nf4", "nf3") for size in (32, 128, 512))
+NUMEL = (4096, 1024, 1024, 6000)
+
+
+def random_choices(seed=0, numel=NUMEL, candidates=CANDIDATES):
+    """Layers of one block of a LLaMA, errors drawn over two decades: more bits do not always mean less error."""
+    draws = np.random.default_rng(seed)
+    error = 10 ** draws.uniform(-1, 1, (len(numel), len(candidates)))
+    bits = np.array([[stored_bits(n, one) for one in candidates] for n in numel], dtype=float)
+    return Choices(tuple(f"block.{i}" for i in range(len(numel))), numel, candidates, error, bits, "drawn")
+
+
+def brute_force(choices, budget, share=None, together=()):
+    """The least error of every mix that keeps the limits."""
+    rows, least = range(len(choices.layers)), np.inf
+    for picked in product(range(len(choices.candidates)), repeat=len(choices.layers)):
+        bits = sum(choices.bits[row, picked[row]] for row in rows)
+        constants = sum(constant_bits(choices.numel[row], choices.candidates[picked[row]]) for row in rows)
+        if bits > budget * sum(choices.numel) or len({picked[row] for row in together}) > 1:
+            continue
+        if share is None or constants <= share * (bits - constants):
+            least = min(least, sum(choices.error[row, picked[row]] for row in rows))
+    return least
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("budget", "share", "together"), [(3.4, None, ()), (4.2, None, (1, 2)), (4.2, 0.05, ()), (9.0, 0.03, (0, 3))]
+)
+def test_the_optimum_is_that_of_brute_force(seed, budget, share, together):
+    choices = random_choices(seed)
+    groups = [[choices.layers[row] for row in together]]
+    plan = best_plan(choices, budget, constants_share=share, groups=groups)
+    assert plan.error == pytest.approx(brute_force(choices, budget, share, together), rel=1e-9)
+    assert plan.bits_per_parameter <= budget
+    assert len({plan.chosen[name] for name in groups[0]}) <= 1
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "nf3", "int8", "int5"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("numel", "size"), [(64 * 300, 64), (1001, 32), (17, 1024)])
+def test_bits_are_those_that_quantize_stores(codebook, double_quant, numel, size):
+    q = quantize(torch.linspace(-1, 1, numel), codebook, size, double_quant)
+    assert stored_bits(numel, Candidate(codebook, size, double_quant)) == 8 * q.nbytes
+    assert constant_bits(numel, Candidate(codebook, size, double_quant)) == 8 * q.constants.nbytes
+
+
+def test_a_uniform_plan_fits_its_own_bits_and_is_never_better():
+    choices = random_choices()
+    for one in choices.candidates:
+        same = uniform(choices, one)
+        best = best_plan(choices, same.bits_per_parameter)
+        assert set(same.chosen.values()) == {one}
+        assert best.bits_per_parameter <= same.bits_per_parameter and best.error <= same.error
+
+
+def test_more_bits_never_cost_error():
+    choices = random_choices(1)
+    plans = frontier(choices, [3.1, 3.5, 4.0, 4.5, 5.0])
+    errors = [plan.error for plan in plans]
+    assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
+    assert plans[2] == best_plan(choices, 4.0)
+    assert best_plan(choices).error == pytest.approx(choices.error.min(1).sum())  # no limit at all
+
+
+def test_errors_of_very_different_size_are_told_apart():
+    """One layer's worst candidate is 10^9 times what decides here; the solver's own tolerance is 10^-6 of that."""
+    candidates = CANDIDATES[:3]
+    error = np.array([[1.0, 2.0, 1e9], [1.0, 2.5, 1e9]])
+    bits = np.array([[5.0, 4.25, 4.0625]] * 2) * 1024
+    choices = Choices(("a", "b"), (1024, 1024), candidates, error, bits)
+    assert best_plan(choices, 4.625).chosen == {"a": candidates[1], "b": candidates[0]}
+
+
+def test_what_the_solver_prints_from_c_stays_off_standard_output(capfd, monkeypatch):
+    """On large models HiGHS does, and the command line's --json would be none."""
+    solve = scipy.optimize.milp
+    monkeypatch.setattr(scipy.optimize, "milp", lambda *a, **k: ctypes.CDLL(None).puts(b"from C") and solve(*a, **k))
+    best_plan(random_choices(), 4.0)
+    print("after")
+    assert capfd.readouterr() == ("after\n", "")
+
+
+def test_small_layers_of_one_module():
+    names = ("0.attn.q", "0.attn.k", "0.attn.v", "0.mlp.up", "1.attn.k", "1.attn.v")
+    numel = (100, 10, 10, 10, 10, 10)
+    bits = np.ones((6, 1))
+    choices = Choices(names, numel, CANDIDATES[:1], bits, bits)
+    assert small_layers(choices, 50) == (("0.attn.k", "0.attn.v"), ("1.attn.k", "1.attn.v"))
+    assert small_layers(choices, 10) == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits_per_parameter": 3.0}, r"budget of 3 bits per parameter is too small: the smallest plan takes 3\.06"),
+        ({"constants_share": 0.001}, r"constants_share=0.001 is too small: constants take at least 0\.01"),
+        ({"bits_per_parameter": 3.0, "constants_share": 0.05}, r"budget of 3 bits per parameter is too small"),
+        ({"groups": [["block.0", "nosuch"]]}, "a group names nosuch"),
+        ({"groups": [["block.0", "block.1"], ["block.1"]]}, r"block\.1 is in two groups"),
+    ],
+)
+def test_limits_that_cannot_be_kept_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        best_plan(random_choices(), **options)
+
+
+@pytest.mark.parametrize("share", [None, 0.02])
+def test_the_smallest_budget_that_is_named_can_be_asked_for(share):
+    choices = random_choices()
+    with pytest.raises(ValueError, match="smallest plan takes") as error:
+        best_plan(choices, 2.0, constants_share=share)
+    smallest = float(str(error.value).split()[-1])
+    assert best_plan(choices, smallest, constants_share=share).bits_per_parameter <= smallest
+    with pytest.raises(ValueError, match="too small"):
+        best_plan(choices, smallest - 0.001, constants_share=share)
+
+
+def test_tables_are_checked():
+    choices = random_choices()
+    with pytest.raises(ValueError, match=r"bits has shape \(4, 5\): 4 layers x 6 candidates"):
+        Choices(choices.layers, NUMEL, CANDIDATES, choices.error, choices.bits[:, :5])
+    with pytest.raises(ValueError, match=r"error of block\.2 is not finite"):
+        Choices(choices.layers, NUMEL, CANDIDATES, choices.error * [[1], [1], [np.nan], [1]], choices.bits)
+    with pytest.raises(ValueError, match="is no candidate: choose from"):
+        uniform(choices, Candidate("nf4", 64, False))
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_plan_is_the_same_from_its_file(tmp_path):
+    plan = best_plan(random_choices(), 4.0)
+    assert load_plan(plan.save(tmp_path / "plan.json")) == plan
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    first = plan.chosen["block.0"]
+    assert stored["layers"]["block.0"] == first._asdict() | {"numel": 4096} and stored["model"] == "drawn"
+
+
+def test_an_interrupted_save_leaves_the_old_plan(tmp_path, monkeypatch):
+    plan = best_plan(random_choices(), 4.0)
+    plan.save(tmp_path / "plan.json")
+
+    def power_cut(*_):
+        raise OSError("power cut")
+
+    monkeypatch.setattr(block_size.Path, "replace", power_cut)
+    with pytest.raises(OSError, match="power cut"):
+        uniform(random_choices(), CANDIDATES[0]).save(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "is no plan, or is cut off"),
+        (lambda text: text.replace('"model"', '"mode"'), "'model' is missing"),
+        (lambda text: text.replace('"numel": 6000', '"weights": 6000'), "'numel' is missing"),
+        (lambda text: text.replace('"codebook": "nf', '"codebook": "nfx'), r"block\.0: codebook 'nfx\d' is not known"),
+        (lambda text: text.replace('"block_size": ', '"block_size": 9'), r"block\.0: block_size=9512 is not allowed"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, change, message):
+    path = uniform(random_choices(), Candidate("nf4", 512, False)).save(tmp_path / "plan.json")
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("numel", "message"),
+    [
+        ({"a": 64}, "the plan, for tiny, has b, which is no linear layer here"),
+        ({"a": 64, "b": 32, "c": 8}, "the plan, for tiny, has no c, which the model has"),
+        ({"a": 64, "b": 8}, "for tiny with b of 32 weights, but the model's has 8"),
+    ],
+)
+def test_a_plan_for_another_model_names_the_first_difference(numel, message):
+    one = CANDIDATES[0]
+    plan = Plan("tiny", {"a": one, "b": one}, 0.0, 4.5, {"a": 64, "b": 32})
+    plan.check({"b": 32, "a": 64})
+    with pytest.raises(ValueError, match=message):
+        plan.check(numel)
