@@ -80,7 +80,8 @@ def names_of(candidates: tuple[Candidate, ...]) -> dict[Candidate, str]:
 class BlockSizeExplorer(Explorer):
     """A budget, the block size of each layer, and the frontier of bits and error. See Explorer.
 
-    >>> BlockSizeExplorer(choices, budget=4.5)  # doctest: +SKIP
+    BlockSizeExplorer(choices, budget=4.5): choices as measure.sensitivity.choices_of makes them; the budget is one of
+    stops(choices). Raises ValueError where two layers have one place on the map.
     """
 
     def __init__(self, choices: Choices, **state):
@@ -120,10 +121,9 @@ class BlockSizeExplorer(Explorer):
             middle.plot([0.1], [i + 0.5], color=colours[i], **square)
         self.texts = [middle.text(0.24, i + 0.5, "", va="center", fontsize=12) for i in range(len(ranks))]
         self._draw_frontier(right)
-        (self.line,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")
         (self.point,) = right.plot([], [], "o", ms=11, color=COLOURS["blue"], mec="#ffffff")
         self.note = right.text(0, 1.03, "", transform=right.transAxes, va="bottom", fontsize=12)
-        return fig, [self.image, *self.texts, self.line, self.point, self.note]
+        return fig, [self.image, *self.texts, self.point, self.note]
 
     def _draw_map(self, ax: Axes, colours: np.ndarray):
         rows, columns, self._cells = places(self.choices.layers)
@@ -137,14 +137,8 @@ class BlockSizeExplorer(Explorer):
         return ax.imshow(self._map, aspect="auto", interpolation="nearest", **how)
 
     def _draw_frontier(self, ax: Axes) -> None:
-        plans = list(self.plans.values())
-        ax.plot(
-            [p.bits_per_parameter for p in plans],
-            [p.error for p in plans],
-            color=COLOURS["blue"],
-            lw=2,
-            label="best mix",
-        )
+        at = [(plan.bits_per_parameter, plan.error) for plan in self.plans.values()]
+        ax.plot(*zip(*at, strict=True), color=COLOURS["blue"], lw=2, label="best mix")
         kinds = {False: ("s", "one size for all"), True: ("D", "the same, double")}
         for double in sorted({candidate.double_quant for candidate, _ in self.uniform}):
             plans = [pair for pair in self.uniform if pair[0].double_quant == double]
