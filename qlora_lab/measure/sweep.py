@@ -8,18 +8,16 @@ dequantize(quantize(weight)), and afterwards read again from the checkpoint, whi
 back to the bit, after an exception and Ctrl-C too.
 
 A row is written as soon as it is known. A variant that has one, by the same model, data, configuration and versions, is
-not run again: a sweep that was stopped goes on when it is called again, and one that is done costs nothing.
-Not here: plots, and which block size for which layer (quant/block_size.py).
+not run again: a sweep that was stopped goes on when it is called again.
+Not here: the file (results_file.py), plots, and which block size for which layer (quant/block_size.py).
 """
 
 import hashlib
 import json
 import math
-import os
 import re
 import subprocess
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,20 +33,18 @@ import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.fetch import resolve, weight_files
-from qlora_lab.finetune.files import replacing_file, sync
 from qlora_lab.finetune.models import fast_dtype, files_of, is_linear_weight, load, read_tensor, stored_options
 from qlora_lab.measure.code_use import CodeUse, code_counts
 from qlora_lab.measure.machine import machine
 from qlora_lab.measure.perplexity import text_windows, topics_text, window_losses
+from qlora_lab.measure.results_file import append_result, identity, read_results
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import CODEBOOKS, check_levels, codebook as named_codebook
 from qlora_lab.quant.lloyd_max import lloyd_max, scaled_sample
 from qlora_lab.quant.quantize import dequantize, quantize
 
 LLOYD_MAX = re.compile(r"lloyd-max([2-8]?)")  # a codebook that is fitted to the model; a digit for other than 4 bits
-SAMPLE = 2**20  # weights that it is fitted to, from all layers: a fit to twice as many moves no level by 0.002
-# What decides a row's figures. The library's commit is in a row too, but does not: most commits change no figure.
-IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "versions")
+SAMPLE = 2**20  # weights that it is fitted to, from all layers; another million moves no level by more than 0.006
 
 
 class Variant(NamedTuple):
@@ -108,7 +104,7 @@ def sweep(
     """
     settings = [_checked(one) for one in settings]  # before anything is loaded
     results = Path(results)
-    done = {_identity(row): row for row in read_results(results)}
+    done = {identity(row): row for row in read_results(results)}
     folder = resolve(name_or_path, progress=progress)
     if stored := stored_options(folder):
         raise ValueError(f"{folder} is quantised already, as {stored}: a sweep starts from the original")
@@ -140,10 +136,10 @@ def sweep(
             bar.set_postfix_str(str(variant))
             variant = _fitted(variant, source, seed)
             row = shared | _variant_record(variant)
-            if (identity := _identity(row)) not in done:
-                done[identity] = row | _measured(variant, source, rows, progress)
-                append_result(results, done[identity])
-            found.append(done[identity])
+            if (same := identity(row)) not in done:
+                done[same] = row | _measured(variant, source, rows, progress)
+                append_result(results, done[same])
+            found.append(done[same])
     except KeyboardInterrupt:
         said = f"{len(found)} of {len(settings)} settings are in {results}; the same call goes on from there"
         raise KeyboardInterrupt(said) from None
@@ -306,12 +302,6 @@ def _model_record(name_or_path: str | Path, folder: Path) -> dict:
     return record
 
 
-def _identity(row: dict) -> str:
-    decides = {name: row[name] for name in IDENTITY}
-    decides |= {"model": row["model"]["weights_sha256"], "data": row["data"]["tokens_sha256"]}
-    return json.dumps(decides, sort_keys=True)
-
-
 def _commit() -> str | None:
     """Of the library's own checkout, "-dirty" behind it if files were changed; None where it is installed."""
     root = Path(__file__).parents[2]
@@ -327,53 +317,3 @@ def _commit() -> str | None:
 
 def _short(number: float) -> float:
     return float(f"{number:.5g}")
-
-
-# ----------------------------------------------------------------------------------------------------- the results file
-
-
-def read_results(path: str | Path) -> list[dict]:
-    """The rows of a results file; none where there is no file yet.
-
-    A last line that was torn off is taken out of the file, with a warning that quotes its start; the others keep every
-    byte. Raises ValueError for another line that is no row, and leaves the file as it is.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
-    if not last:  # what is written whole ends with a new line
-        return rows
-    said = f"{path}: line {len(lines) + 1} was torn off"
-    try:
-        rows.append(_row(path, len(lines) + 1, last))
-        lines.append(last)
-        said += " behind its last character: it is kept, and ended"
-    except ValueError:
-        start = last[:60].decode("utf-8", "replace")
-        said += f" and is removed, so that its setting will be run again; it began {start!r}"
-    with replacing_file(path) as new:  # never half a file, even if this is interrupted too
-        new.write_bytes(b"".join(line + b"\n" for line in lines))
-    warnings.warn(said, stacklevel=2)
-    return rows
-
-
-def append_result(path: Path, row: dict) -> None:
-    """Add one line, and wait until it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    sync(path.parent)
-
-
-def _row(path: Path, number: int, line: bytes) -> dict:
-    try:
-        row = json.loads(line)
-        _identity(row)
-    except (ValueError, LookupError, TypeError) as error:
-        what = f"line {number} is no row of a sweep ({type(error).__name__}: {error})"
-        raise ValueError(f"{path}: {what}: mend it, or name another file") from None
-    return row

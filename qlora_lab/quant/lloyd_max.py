@@ -14,6 +14,8 @@ they would keep the largest weight of each block exact for 4 % of error, in bloc
 
 But: the error made small is that of scaled values. In the weights' own each counts by its block's absmax squared; a fit
 by that makes 8.09 of 8.11.
+And less error is not a better model: of SmolLM2 (perplexity.py, topics_text, blocks of 64) NF4 makes a perplexity of
+18.75, levels fitted with both ends kept 19.15, with zero alone 19.58. What its largest weights lose weighs more.
 Not here: a table's use (quantize takes it in the place of a name).
 """
 

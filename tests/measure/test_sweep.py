@@ -16,7 +16,8 @@ from qlora_lab.finetune.quantized_folder import quantize_folder
 from qlora_lab.measure import sweep as module
 from qlora_lab.measure.code_use import code_counts
 from qlora_lab.measure.perplexity import perplexity
-from qlora_lab.measure.sweep import Source, Variant, quantised_in_place, read_results, sweep, variants
+from qlora_lab.measure.results_file import read_results
+from qlora_lab.measure.sweep import Source, Variant, quantised_in_place, sweep, variants
 from qlora_lab.quant.quantize import dequantize, quantize
 
 TEXT = "the sum of the two numbers is a number, and nothing else. " * 4
