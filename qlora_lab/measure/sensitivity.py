@@ -73,7 +73,7 @@ def sensitivity(
     sums = {name: torch.zeros(module.in_features, dtype=torch.float64) for name, module in layers.items()}
     draws = torch.Generator().manual_seed(seed)
     tokens = 0
-    with mode(model, training=False), _watched(model, layers, sums, fisher):
+    with mode(model, training=False), _watched(model, layers, sums, fisher) as embedded:
         for batch in tqdm(batches, "sensitivity", unit="batch", leave=False):
             ids = batch["input_ids"]
             tokens += ids.numel() if not fisher else ids[:, 1:].numel()
@@ -81,7 +81,7 @@ def sensitivity(
             with torch.set_grad_enabled(fisher):
                 logits = model(**batch, use_cache=False).logits
                 if fisher:
-                    _drawn_loss(logits, draws).backward()
+                    torch.autograd.grad(_drawn_loss(logits, draws), embedded.pop())  # what counts is what hooks see
     if not tokens:
         raise ValueError("no batches: calibration needs at least one")
     return {name: (total / tokens).float() for name, total in sums.items()}
@@ -169,8 +169,12 @@ def _windows(tokenizer: "Tokenizer", text: str, windows: int, length: int) -> Ba
 @contextmanager
 def _watched(
     model: nn.Module, layers: dict[str, nn.Linear], sums: dict[str, torch.Tensor], fisher: bool
-) -> Iterator[None]:
-    """Add to `sums`, for each token that passes: x_j^2; or, in backward, half the mean over i of (g_i x_j)^2."""
+) -> Iterator[list[torch.Tensor]]:
+    """Add to `sums`, for each token that passes: x_j^2; or, in backward, half the mean over i of (g_i x_j)^2.
+
+    Yields the list of embedded inputs, where backward ends: so no weight gets a gradient, and frozen ones let it pass.
+    """
+    embedded = []
 
     def add(name: str, x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         squares = x.detach().flatten(0, -2).double().square_()  # (tokens, in_features)
@@ -183,11 +187,15 @@ def _watched(
         x = inputs[0]
         output.register_hook(lambda g: add(name, x, g.flatten(0, -2).double().square_().mean(1) / 2))
 
+    def begin(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
     hooks = [module.register_forward_hook(partial(keep, name)) for name, module in layers.items()]
-    if fisher:  # weights are frozen, so gradients have to begin at the embeddings
-        hooks.append(model.get_input_embeddings().register_forward_hook(lambda m, i, output: output.requires_grad_()))
+    if fisher:
+        hooks.append(model.get_input_embeddings().register_forward_hook(begin))
     try:
-        yield
+        yield embedded
     finally:
         for hook in hooks:
             hook.remove()

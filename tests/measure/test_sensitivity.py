@@ -1,0 +1,181 @@
+"""Sensitivities against autograd on a model small enough to do without shortcuts, and the choices made of them."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
+from qlora_lab.finetune.models import load
+from qlora_lab.finetune.quantized_folder import quantize_folder
+from qlora_lab.measure.measured_memory import measure_memory
+from qlora_lab.measure.sensitivity import choices_of, sensitivity
+from qlora_lab.quant.block_size import Candidate, best_plan, load_plan, uniform
+from qlora_lab.quant.quantize import dequantize, quantize
+
+CANDIDATES = [Candidate("nf4", 32, False), Candidate("nf4", 128, False), Candidate("nf3", 64, True)]
+BATCHES = [{"input_ids": torch.arange(start, start + 20).view(2, 10)} for start in (3, 101)]
+IDS = torch.arange(3, 40)[None]
+pytestmark = pytest.mark.usefixtures("one_thread")
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def choices(tiny_llama):
+    return choices_of(tiny_llama, CANDIDATES, sensitivity(tiny_llama, None, BATCHES, fisher=True), progress=False)
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_llama, tokenizer):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_moments_are_those_of_the_inputs(tiny_llama):
+    found = sensitivity(tiny_llama, None, BATCHES)
+    seen = []
+    tiny_llama.get_submodule(UP).register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    for batch in BATCHES:
+        tiny_llama(**batch)
+    x = torch.cat(seen).flatten(0, 1).double()  # (tokens, in_features)
+    assert len(found) == 14 and found[UP].dtype == torch.float32
+    assert torch.allclose(found[UP].double(), (x**2).mean(0), rtol=1e-6)
+
+
+def test_fisher_is_the_squared_gradient_of_each_token(tiny_llama):
+    """Rows of one token to predict: then a row's gradient of W is g x^T, and its square the Fisher's diagonal."""
+    batches = [{"input_ids": torch.tensor([[first, 7]])} for first in (3, 50, 200)]
+    found = sensitivity(tiny_llama, None, batches, fisher=True, seed=1)[UP]
+    draws, total = torch.Generator().manual_seed(1), 0
+    weight = tiny_llama.get_submodule(UP).weight
+    for batch in batches:
+        logits = tiny_llama(**batch).logits[:, 0]
+        label = torch.multinomial(logits.detach().softmax(-1), 1, generator=draws)[:, 0]
+        (grad,) = torch.autograd.grad(cross_entropy(logits, label), weight)
+        total = total + grad.double() ** 2
+    assert torch.allclose(found.double(), total.mean(0) / 2 / len(batches), rtol=1e-4)
+
+
+def test_measuring_changes_nothing(tiny_llama):
+    tiny_llama.train()
+    before, state = copy.deepcopy(tiny_llama.state_dict()), torch.get_rng_state()
+    first = sensitivity(tiny_llama, None, BATCHES, fisher=True)
+    assert all(torch.equal(before[key], value) for key, value in tiny_llama.state_dict().items())
+    assert tiny_llama.training and all(p.requires_grad and p.grad is None for p in tiny_llama.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_hooks for module in tiny_llama.modules())
+    again = sensitivity(tiny_llama, None, BATCHES, fisher=True)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_text_is_cut_into_windows(tiny_llama, tokenizer):
+    text = "the sum of the two numbers, " * 40
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = sensitivity(tiny_llama, tokenizer, text, windows=3, length=16)
+    want = sensitivity(tiny_llama, None, [{"input_ids": torch.tensor(ids[:48]).view(3, 16)}])
+    assert all(torch.allclose(found[name], want[name], rtol=1e-5) for name in want)
+    with pytest.raises(ValueError, match=f"has {len(ids)} tokens, fewer than 900 windows of 16"):
+        sensitivity(tiny_llama, tokenizer, text, windows=900, length=16)
+    with pytest.raises(ValueError, match="at least one window of at least two tokens"):
+        sensitivity(tiny_llama, tokenizer, text, windows=1, length=1)
+    with pytest.raises(ValueError, match="no batches"):
+        sensitivity(tiny_llama, None, [])
+
+
+def test_errors_are_those_of_the_library(tiny_llama, choices):
+    row, weight = choices.layers.index(UP), tiny_llama.get_submodule(UP).weight.detach()
+    s = sensitivity(tiny_llama, None, BATCHES, fisher=True)[UP]
+    for column, one in enumerate(CANDIDATES):
+        q = quantize(weight, *one)
+        want = ((dequantize(q, torch.float32) - weight).double() ** 2 * s.double()).sum()
+        assert choices.error[row, column] == pytest.approx(want.item(), rel=1e-5)
+        assert choices.bits[row, column] == 8 * q.nbytes
+
+
+def test_a_folder_gives_the_choices_of_its_model(folder, tiny_llama, choices):
+    s = sensitivity(tiny_llama, None, BATCHES, fisher=True)
+    found = choices_of(folder, CANDIDATES, s, progress=False)
+    assert found.layers == choices.layers and found.numel == choices.numel
+    assert (found.error == choices.error).all() and (found.bits == choices.bits).all()
+
+
+def test_what_does_not_belong_together_is_named(folder, tiny_llama):
+    s = sensitivity(tiny_llama, None, BATCHES)
+    with pytest.raises(ValueError, match="no candidates"):
+        choices_of(tiny_llama, [], s)
+    with pytest.raises(ValueError, match="block_size=8 is not allowed"):
+        choices_of(tiny_llama, [Candidate("nf4", 8, False)], s)
+    with pytest.raises(ValueError, match=f"sensitivity of {UP} has shape .3,., but 16 inputs"):
+        choices_of(tiny_llama, CANDIDATES, s | {UP: torch.ones(3)}, progress=False)
+    del s[UP]
+    with pytest.raises(ValueError, match=f"sensitivity of {UP} is missing"):
+        choices_of(tiny_llama, CANDIDATES, s, progress=False)
+    with pytest.raises(ValueError, match="has no plain nn.Linear: load it with codebook=None"):
+        sensitivity(quantize_linears(tiny_llama), None, BATCHES)
+
+
+# ----------------------------------------------------------------------------------------------------- a plan, in use
+
+
+def options_of(model):
+    weights = {name: module.weight for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    return {name: Candidate(q.codebook, q.block_size, q.double_quant) for name, q in weights.items()}
+
+
+@pytest.fixture
+def plan(choices):
+    """One that mixes candidates."""
+    found = best_plan(choices, 4.7)  # nf4 takes 5.0 in blocks of 32, 4.25 in blocks of 128
+    assert len(set(found.chosen.values())) > 1
+    return found
+
+
+def test_every_way_to_a_quantised_model_takes_a_plan(folder, tmp_path, tiny_llama, plan):
+    path = plan.save(tmp_path / "plan.json")
+    small = quantize_folder(folder, tmp_path / "small", plan=path, progress=False)
+    assert load_plan(small / "plan.json") == plan
+    mapped, _ = load(small, dtype=torch.float32, progress=False)
+    arrived, _ = load(folder, plan=plan, dtype=torch.float32, progress=False)
+    after = quantize_linears(tiny_llama, plan=str(path)).eval()
+    assert options_of(mapped) == options_of(arrived) == options_of(after) == plan.chosen
+    want = after(IDS).logits
+    assert torch.equal(mapped(IDS).logits, want) and torch.equal(arrived(IDS).logits, want)
+    with pytest.raises(ValueError, match="quantised as mixed by its plan.json, not by a plan: leave the options out"):
+        load(small, plan=plan, progress=False)
+    with pytest.raises(ValueError, match="in 4 bits already, as mixed by its plan.json"):
+        choices_of(small, CANDIDATES, {})
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_any_work(folder, tmp_path, tiny_llama, plan):
+    less = copy.deepcopy(plan)
+    del less.chosen[UP]
+    for use in (
+        lambda **options: load(folder, progress=False, **options),
+        lambda **options: quantize_folder(folder, tmp_path / "small", progress=False, **options),
+        lambda **options: quantize_linears(tiny_llama, **options),
+    ):
+        with pytest.raises(ValueError, match=f"has no {UP}, which the model has"):
+            use(plan=less)
+        with pytest.raises(ValueError, match=r"a plan decides .*: leave out \('nf4', 128, True\)"):
+            use(plan=plan, block_size=128)
+    assert not (tmp_path / "small").exists() and not options_of(tiny_llama)
+
+
+def test_a_folder_begun_by_another_plan_is_refused(folder, tmp_path, choices, plan, monkeypatch):
+    from qlora_lab.finetune import quantized_folder
+
+    monkeypatch.setattr(quantized_folder, "_finish", lambda *_: None)  # as if interrupted just before
+    quantize_folder(folder, tmp_path / "small", plan=plan, progress=False)
+    for other in (None, uniform(choices, CANDIDATES[0])):
+        with pytest.raises(ValueError, match="begun with another plan"):
+            quantize_folder(folder, tmp_path / "small", plan=other, progress=False)
+    monkeypatch.undo()
+    quantize_folder(folder, tmp_path / "small", plan=plan, progress=False)
+    assert options_of(load(tmp_path / "small", progress=False)[0]) == plan.chosen
+
+
+def test_the_ledger_refuses_a_mix(tiny_llama, plan):
+    with pytest.raises(ValueError, match="layers are quantised in . ways, such as"):
+        measure_memory(quantize_linears(tiny_llama, plan=plan))
