@@ -1,11 +1,13 @@
 """Sensitivities against autograd on a model small enough to do without shortcuts, and the choices made of them."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from qlora_lab import cli
 from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.finetune.models import load
 from qlora_lab.finetune.quantized_folder import quantize_folder
@@ -179,3 +181,20 @@ def test_a_folder_begun_by_another_plan_is_refused(folder, tmp_path, choices, pl
 def test_the_ledger_refuses_a_mix(tiny_llama, plan):
     with pytest.raises(ValueError, match="layers are quantised in . ways, such as"):
         measure_memory(quantize_linears(tiny_llama, plan=plan))
+
+
+def test_the_command_line_makes_a_plan_and_uses_it(folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the sum of the two numbers, " * 40)
+    out = tmp_path / "plan.json"
+    command = ["block-size", str(folder), "--out", str(out), "--text", str(text), "--windows", "2", "--length", "16"]
+    assert cli.main([*command, "--bits", "4.7", "--json"]) == 0
+    figures, plan = json.loads(capsys.readouterr().out), load_plan(out)
+    assert figures["bits_per_parameter"] == plan.bits_per_parameter <= 4.7
+    assert sum(count for name, count in figures.items() if name.startswith("layers_")) == len(plan.chosen) == 14
+    small = tmp_path / "small"
+    assert cli.main(["quantize", str(folder), "--out", str(small), "--plan", str(out)]) == 0
+    assert load_plan(small / "plan.json") == plan
+    capsys.readouterr()
+    assert cli.main([*command, "--bits", "4.0"]) == 2
+    assert "budget of 4 bits per parameter is too small: the smallest plan takes 4." in capsys.readouterr().err
