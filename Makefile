@@ -16,8 +16,8 @@ test: $(READY) chromium
 	$(BIN)/python tools/notebooks.py --check
 	$(BIN)/pytest tests qlora_lab --ignore=tests/browser -m "not slow"
 	$(BIN)/qlora-lab fetch smollm2-135m
-	$(BIN)/pytest tests --ignore=tests/browser -m slow
-	$(BIN)/pytest tests/browser --browser-runs 3
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore=tests/browser -m slow -n 2
+	$(BIN)/pytest tests/browser --browser-runs 2
 	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=1200 --nbval-sanitize-with=nbval_sanitize.cfg notebooks
 
 fast: $(READY)

@@ -20,7 +20,7 @@ from matplotlib.colors import ListedColormap
 
 from qlora_lab.quant.block_size import Candidate, Choices, best_plan, uniform
 from qlora_lab.show.explorer import Explorer
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.figure import COLOURS, all_masked, new_figure
 from qlora_lab.show.slider import Slider
 
 BETWEEN = 4  # budgets from the bits of one uniform plan to those of the next
@@ -127,7 +127,7 @@ class BlockSizeExplorer(Explorer):
 
     def _draw_map(self, ax: Axes, colours: np.ndarray):
         rows, columns, self._cells = places(self.choices.layers)
-        self._map = np.ma.masked_all((len(rows), len(columns)))
+        self._map = all_masked((len(rows), len(columns)))
         how = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(colours) - 0.5}
         ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=12)
         ax.set_yticks(range(0, len(rows), max(1, len(rows) // 6)))

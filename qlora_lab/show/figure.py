@@ -40,6 +40,12 @@ def new_figure(columns=1, *, width=6.5, height=2.8):
     return fig, axes
 
 
+def all_masked(shape):
+    """An array of float64 without a value yet, for an image. numpy's masked_all has whatever lay in memory under its
+    mask, and matplotlib computes with it before it looks at the mask: now and then that overflows."""
+    return np.ma.array(np.zeros(shape), mask=True)
+
+
 def img(png, alt):
     """The HTML of one picture: PNG bytes and their alt text."""
     if not alt.strip():

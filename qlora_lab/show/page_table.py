@@ -27,7 +27,7 @@ from qlora_lab.measure.paging_trace import (
     state_pages,
 )
 from qlora_lab.show.explorer import Explorer
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.figure import COLOURS, all_masked, new_figure
 from qlora_lab.show.slider import Slider
 
 MIB = 2**20
@@ -60,7 +60,7 @@ class Grid:
         count = len(values)
         self.columns = max(10, math.ceil(math.sqrt(count)))
         self.rows = max(10, -(-count // self.columns))
-        cells = np.ma.masked_all((self.rows, self.columns))
+        cells = all_masked((self.rows, self.columns))
         cells.flat[:count] = values
         self.image.set_data(cells)
         full, rest = divmod(count, self.columns)
@@ -147,7 +147,7 @@ class PageTableExplorer(Explorer):
         self.pages.show(kinds, f"{_number(result['pages'], 'page')}, {len(table)} of them in frames")
         for kind, mark in self.marks.items():
             mark.set_data(*self.pages.centre(now[kind]) if kind in now else ([], []))
-        ages = np.ma.masked_all(result["frames"])
+        ages = all_masked(result["frames"])
         ages[list(table.values())] = 1 - np.linspace(0, 1, len(table))[::-1]  # one page alone is the last one
         self.frames.show(ages, _number(result["frames"], "frame"))
         self.used.set_data(*([], []) if last is None else self.frames.centre(last.frame))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qlora_lab.show.figure import COLOURS, Blit, img, new_figure, picture
+from qlora_lab.show.figure import COLOURS, Blit, all_masked, img, new_figure, picture
 
 
 def pixels(png):
@@ -82,3 +82,11 @@ def test_panel_is_white_and_colours_are_okabe_and_itos():
 def test_pyplot_stays_out():
     code = "import sys, qlora_lab.show.explorer; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_is_masked_is_zero_beneath():
+    """matplotlib multiplies it: what memory happened to hold has made it overflow."""
+    cells = all_masked((2, 3))
+    assert cells.mask.all() and not cells.data.any()
+    cells.flat[:2] = 5.0
+    assert cells.count() == 2
