@@ -125,3 +125,16 @@ def test_the_bench_of_a_7b_model_runs(tmp_path):
     assert stages["step"]["tokens"] == 512 and stages["step"]["learned_tokens"] == 64
     assert stages["map_again"]["folder_bytes"] < 0.75 * 2 * 157_696  # of all parameters in bf16, a third in embeddings
     assert [p.name for p in tmp_path.iterdir()] == ["7b.json"]  # 14 GB of scratch would be missed
+
+
+@pytest.mark.slow
+def test_the_bench_of_block_sizes_runs(tmp_path):
+    command = [sys.executable, "bench/block_size.py", "--quick", "--out", str(tmp_path / "sizes.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "sizes.json").read_text())
+    models = result["models"]
+    assert models["nf4/64 for all"]["bits"] == 4.5 >= models["nf4, 4.5 bits"]["bits"] > 4.49
+    assert models["any type, 4.5 bits"]["expected_nats"] < models["nf4, 4.5 bits"]["expected_nats"]
+    assert models["nf4, 4.5 bits"]["expected_nats"] < models["nf4/64 for all"]["expected_nats"]
+    assert models["not quantised"]["more_nats"]["mean"] < 0 and [p.name for p in tmp_path.iterdir()] == ["sizes.json"]
