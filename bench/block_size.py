@@ -36,15 +36,15 @@ BUDGETS = {"nf4": (4.5, 4.25), "any type": (4.5, 4.25, 4.0)}
 BETWEEN = {"nf4": (4.25, 4.5), "any type": (4.0, 4.25)}  # budgets on both sides of BASE's loss
 
 
-def plans(calibration: str, windows: int) -> dict[str, Plan]:
+def plans(calibration: str, windows: int, types: tuple[str, ...]) -> dict[str, Plan]:
     """Name -> a plan, the mixes and three uniform ones."""
     model, tokenizer = ql.load(MODEL, None, dtype=torch.float32, progress=False)
     every = text_windows(tokenizer, calibration, LENGTH, 18 * windows)[::18]  # from many topics
     batches = [{"input_ids": row[None]} for row in every]
     s = ql.sensitivity(model, None, batches, fisher=True)
     found = {}
-    for name, types in (("nf4", TYPES[:1]), ("any type", TYPES)):
-        choices: Choices = ql.choices_of(model, [Candidate(t, size, False) for t in types for size in SIZES], s)
+    for name, some in (("nf4", types[:1]), ("any type", types)):
+        choices: Choices = ql.choices_of(model, [Candidate(t, size, False) for t in some for size in SIZES], s)
         found |= {f"{name}, {budget} bits": ql.best_plan(choices, budget) for budget in BUDGETS[name]}
     found |= {f"nf4/{size} for all": uniform(choices, Candidate("nf4", size, False)) for size in (32, 64, 128)}
     return found
@@ -99,14 +99,14 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 windows for calibration, 3 to judge")
+    parser.add_argument("--quick", action="store_true", help="two data types, 2 windows for calibration, 3 to judge")
     parser.add_argument("--out", type=Path, default=HERE / "block_size.json", help="default: bench/block_size.json")
     args = parser.parse_args()
     if args.quick and args.out == HERE / "block_size.json":
         parser.error("--quick needs --out: its figures mean nothing")
     calibrated, judged = (2, 3) if args.quick else (12, 64)
     text = topics_text()
-    chosen = plans(text[len(text) // 2 :], calibrated)
+    chosen = plans(text[len(text) // 2 :], calibrated, TYPES[:2] if args.quick else TYPES)
     found = summary(judge(chosen, text[: len(text) // 2], judged), chosen)
     head = {"date": datetime.date.today().isoformat(), "model": MODEL, "versions": versions()}
     head |= {"calibration_windows": calibrated, "windows": judged, "length": LENGTH}

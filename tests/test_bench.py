@@ -135,6 +135,6 @@ def test_the_bench_of_block_sizes_runs(tmp_path):
     result = json.loads((tmp_path / "sizes.json").read_text())
     models = result["models"]
     assert models["nf4/64 for all"]["bits"] == 4.5 >= models["nf4, 4.5 bits"]["bits"] > 4.49
-    assert models["any type, 4.5 bits"]["expected_nats"] < models["nf4, 4.5 bits"]["expected_nats"]
+    assert models["any type, 4.5 bits"]["expected_nats"] <= models["nf4, 4.5 bits"]["expected_nats"]
     assert models["nf4, 4.5 bits"]["expected_nats"] < models["nf4/64 for all"]["expected_nats"]
     assert models["not quantised"]["more_nats"]["mean"] < 0 and [p.name for p in tmp_path.iterdir()] == ["sizes.json"]

@@ -40,6 +40,7 @@ from qlora_lab.finetune.models import (
     stored_options,
 )
 from qlora_lab.finetune.modes import mode
+from qlora_lab.measure.perplexity import text_windows
 from qlora_lab.quant.block_size import Candidate, Choices, check_candidate, stored_bits
 from qlora_lab.quant.quantize import dequantize, quantize
 
@@ -66,7 +67,10 @@ def sensitivity(
     Calibrate on other text than the one that the result is judged by. Changes no weight, gradient or training flag.
     Raises ValueError for a text that is too short, and for a model without plain linear layers.
     """
-    batches = _windows(tokenizer, text, windows, length) if isinstance(text, str) else text
+    if isinstance(text, str):
+        batches = [{"input_ids": row[None]} for row in text_windows(tokenizer, text, length, windows)]
+    else:
+        batches = text
     layers = {name: module for name, module in model.named_modules() if is_quantisable(name, module)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no plain nn.Linear: load it with codebook=None to calibrate")
@@ -151,19 +155,6 @@ def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[
     names = [name for name in shapes if name in files and is_linear_weight(empty, name)]  # in the model's order
     read = ((name.removesuffix(".weight"), read_tensor(files[name], name, shapes[name])) for name in names)
     return public_name(model), len(names), read
-
-
-def _windows(tokenizer: "Tokenizer", text: str, windows: int, length: int) -> Batches:
-    """`windows` batches of one row, (1, length)."""
-    if length < 2 or windows < 1:
-        raise ValueError(f"length={length}, windows={windows}: at least one window of at least two tokens is needed")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < length * windows:
-        raise ValueError(
-            f"the text has {len(ids)} tokens, fewer than {windows} windows of {length}: "
-            f"take windows={len(ids) // length} or a longer text"
-        )
-    return [{"input_ids": row} for row in torch.tensor(ids[: length * windows]).view(windows, 1, length)]
 
 
 @contextmanager
