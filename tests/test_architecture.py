@@ -66,6 +66,7 @@ def test_importing_the_library_is_light():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+@pytest.mark.slow  # it starts Python twice
 def test_finetune_is_verb_and_room():
     """Whichever is touched first: the folder of that name must not hide the function."""
     for first in ("qlora_lab.finetune.lora", "qlora_lab.quant.packing"):
