@@ -66,6 +66,14 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 @pytest.fixture
+def folder(tmp_path, tiny_llama, tokenizer):
+    """Where `tiny_llama` and `tokenizer` are saved, as `load` reads them."""
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
 def one_thread():
     """Layers of 16 x 16 are no work for two, who would wait for each other."""
     threads = torch.get_num_threads()

@@ -123,7 +123,7 @@ def forward(x: torch.Tensor, weight: tuple, rows: int, thin: Thin | None = None)
     columns, block_size = x.shape[1], weight[3]
     if len(x) <= cpu.MAX_TOKENS and cpu.can_multiply(columns, weight):
         return _add_thin(cpu.multiply_blocks(x, weight, rows), x, thin)
-    height = max(1, PANEL // columns)
+    height = _height(columns)
     unit = block_size // gcd(block_size, columns)  # rows after which a block starts again
     if height > unit:
         height -= height % unit
@@ -156,20 +156,21 @@ def forward_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     A panel of W is widened, multiplied while hot, and its memory used again: W never stands in float32 in memory.
     """
-    return _by_panels(x.float(), len(weight), _height(weight), partial(_widened_panel, weight), None)
+    return _by_panels(x.float(), len(weight), _height(weight.shape[1]), partial(_widened_panel, weight), None)
 
 
 def backward_unpacked(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """g W in float32, (tokens, columns), from g (tokens, rows) float32; see forward_unpacked."""
-    total, height = grad.new_zeros(len(grad), weight.shape[1]), _height(weight)
+    total, height = grad.new_zeros(len(grad), weight.shape[1]), _height(weight.shape[1])
     for first in range(0, len(weight), height):
         stop = min(first + height, len(weight))
         total.addmm_(grad[:, first:stop], _widened_panel(weight, first, stop, torch.float32))
     return total
 
 
-def _height(weight: torch.Tensor) -> int:
-    return max(1, PANEL // weight.shape[1])
+def _height(columns: int) -> int:
+    """Rows of a panel."""
+    return max(1, PANEL // columns)
 
 
 def _widened_panel(weight: torch.Tensor, first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:

@@ -71,13 +71,6 @@ def small_pages(monkeypatch):
     monkeypatch.setattr(trainer, "PagedAdamW", partial(PagedAdamW, page_size=PAGE))
 
 
-@pytest.fixture
-def folder(tmp_path, tiny_llama, tokenizer):
-    tiny_llama.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 @pytest.mark.parametrize(
     "variant", ["evaluated", *(pytest.param(v, marks=pytest.mark.slow) for v in list(VARIANTS)[:-1])]
 )

@@ -14,13 +14,6 @@ from qlora_lab.finetune.models import fast_dtype, load
 from qlora_lab.kernels import product
 
 
-@pytest.fixture
-def folder(tmp_path, tiny_llama, tokenizer):
-    tiny_llama.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def quiet(folder, *args, **kwargs):
     return load(folder, *args, progress=False, dtype=kwargs.pop("dtype", torch.float32), **kwargs)
 

@@ -28,13 +28,6 @@ def choices(tiny_llama):
     return choices_of(tiny_llama, CANDIDATES, sensitivity(tiny_llama, None, BATCHES, fisher=True), progress=False)
 
 
-@pytest.fixture
-def folder(tmp_path, tiny_llama, tokenizer):
-    tiny_llama.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def test_moments_are_those_of_the_inputs(tiny_llama):
     found = sensitivity(tiny_llama, None, BATCHES)
     seen = []

@@ -26,13 +26,6 @@ LEVELS = (-1.0, -0.25, 0.0, 0.25, 1.0)
 
 
 @pytest.fixture
-def folder(tmp_path, tiny_llama, tokenizer):
-    tiny_llama.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def results(tmp_path):
     return tmp_path / "there" / "results.jsonl"
 
