@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# two workers with a thread each are faster than one with two; tests of several threads set their number themselves
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --ignore=tests/browser -n 2
 
 lab: $(READY)
 	$(BIN)/qlora-lab fetch smollm2-135m
@@ -14,14 +16,14 @@ lab: $(READY)
 
 test: $(READY) chromium
 	$(BIN)/python tools/notebooks.py --check
-	$(BIN)/pytest tests qlora_lab --ignore=tests/browser -m "not slow"
+	$(PYTEST) tests qlora_lab -m "not slow"
 	$(BIN)/qlora-lab fetch smollm2-135m
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore=tests/browser -m slow -n 2
+	$(PYTEST) tests -m slow
 	$(BIN)/pytest tests/browser --browser-runs 2
 	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=1200 --nbval-sanitize-with=nbval_sanitize.cfg notebooks
 
 fast: $(READY)
-	$(BIN)/pytest tests qlora_lab --ignore=tests/browser -m "not slow"
+	$(PYTEST) tests qlora_lab -m "not slow"
 
 # run every notebook top to bottom and store its outputs; a second run changes no file
 notebooks: $(READY)
