@@ -190,12 +190,23 @@ def _workspace(shape: Shape, setup: Setup) -> Iterator[Row]:
     yield _row(WORKSPACE, "gradients of activations", flight, setup.dtype, words, ("backward", "end"))
     if setup.method == "qlora":
         yield _buffer(shape, setup)
-    largest = max(n for n, _ in _trained(shape, setup))
-    all_of_them = sum(n * times for n, times in _trained(shape, setup))
-    # On a GPU torch's AdamW works on all parameters at once, and needs them once more: torch's documentation says so.
-    at_once = all_of_them if setup.device == "cuda" and not setup.in_pages else 2 * largest
-    dtype = "float32" if setup.in_pages else _trained_dtype(setup)  # a root of the second moments, in their dtype
-    yield _row(WORKSPACE, "the update's temporaries", at_once, dtype, "trained weights at once", ("update",))
+    yield _temporaries(shape, setup)
+
+
+def _temporaries(shape: Shape, setup: Setup) -> Row:
+    """The most that an update has at once, such as two roots of the second moments."""
+    trained = _trained(shape, setup)
+    largest, dtype = max(n for n, _ in trained), _trained_dtype(setup)
+    if setup.in_pages:  # a page at a time; 8 bits are changed in place, and 16 bits are copied to float32 before that
+        together, nbytes = UNIT[setup.optimizer_bits]
+        copies = 2 * (setup.optimizer_bits == 32) + 2 * (dtype != "float32")
+        count, dtype, words = copies * min(largest, PAGE_SIZE // nbytes * together), "float32", f"{copies} of a page"
+    elif setup.device == "cuda":
+        # torch's AdamW works on all parameters at once there, and needs them once more: its documentation says so
+        count, words = sum(n * times for n, times in trained), "trained weights at once"
+    else:
+        count, words = 2 * largest, "2 of the largest trained tensor"
+    return _row(WORKSPACE, "the update's temporaries", count, dtype, words, ("update",))
 
 
 def _buffer(shape: Shape, setup: Setup) -> Row:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from itertools import accumulate
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from qlora_lab.finetune.dtype_policy import dtype_policy
 from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.modes import checkpointing
 from qlora_lab.finetune.wide import NAME as WIDE, widen
+from qlora_lab.measure import memory
 from qlora_lab.measure.ledger import PHASES
 from qlora_lab.measure.measured_memory import measure_memory
 from qlora_lab.measure.memory import predict_memory
@@ -247,6 +249,30 @@ def test_an_update_of_all_weights_at_once_takes_their_size_once_more(monkeypatch
     torch.optim.AdamW(model.parameters(), foreach=True).step()
     row = predict_memory(model, "full", dtype=dtype).row("the update's temporaries")
     assert sum(tensor.nbytes for tensor in made[0]) == row.predicted == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"paged": True}, {"optimizer_bits": 8}])
+def test_what_an_update_has_at_once_is_what_torch_allocates_in_it(monkeypatch, options, dtype):
+    """The largest tensor is the table of 32,000 elements: with pages of 64 KiB, more than one."""
+    monkeypatch.setattr(memory, "PAGE_SIZE", 2**16)
+    model = build(method="full", dtype=dtype)
+    params = list(model.parameters())
+    bits = options.get("optimizer_bits", 32)
+    made = ql.PagedAdamW(params, bits=bits, page_size=2**16) if options else torch.optim.AdamW(params, foreach=False)
+    answer_loss(model, batch_of())[0].backward()
+    made.step()  # makes the state
+    seen = profiled_peak(made.step)
+    row = predict_memory(model, "full", dtype=dtype, device="cpu", **options).row("the update's temporaries")
+    assert 0 <= seen - row.predicted <= 4 * (len(params) + 4)  # new step counters, and a few single numbers
+
+
+def profiled_peak(step):
+    """Most bytes of torch's own memory that were taken and not given back, from the beginning of `step` on."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = (one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]")
+    return max(accumulate(one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())))
 
 
 def test_a_token_keeps_less_where_its_layers_are_recomputed():
