@@ -8,13 +8,6 @@ from qlora_lab import cli
 
 
 @pytest.fixture
-def model(tmp_path, tiny_llama, tokenizer):
-    tiny_llama.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def data(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text("".join(f'{{"instruction": "double {i}", "output": "{2 * i}"}}\n' for i in range(12)))
@@ -27,28 +20,30 @@ def run(capsys, *argv):
     return code, out, err
 
 
-def test_a_sound_run_is_code_0(capsys, model, data):
-    code, out, _ = run(capsys, "--model", model, "--data", data)
+def test_a_sound_run_is_code_0(capsys, folder, data):
+    code, out, _ = run(capsys, "--model", folder, "--data", data)
     assert code == 0 and out.startswith("ok       end token in labels: <|im_end|> in 12 of 12 examples")
     assert "\n\nwhat  " in out and "computed in " in out
 
 
-def test_a_problem_is_code_1(capsys, tmp_path, model, data, tiny_llama):
+def test_a_problem_is_code_1(capsys, tmp_path, folder, data, tiny_llama):
     """The tokenizer has tokens that the model has no embedding for."""
     tiny_llama.resize_token_embeddings(100)
-    tiny_llama.save_pretrained(model)
-    code, out, _ = run(capsys, "--model", model, "--data", data, "--json")
+    tiny_llama.save_pretrained(folder)
+    code, out, _ = run(capsys, "--model", folder, "--data", data, "--json")
     report = json.loads(out)
     (new,) = [one for one in report["findings"] if one["name"] == "new tokens"]
     assert code == 1 and report["ok"] is False and new["status"] == "problem" and "memory" in report["skipped"]
-    code, out, _ = run(capsys, "--model", model, "--data", data)
+    code, out, _ = run(capsys, "--model", folder, "--data", data)
     assert (
         code == 1 and "problem  new tokens: " in out and "         https://github.com/artidoro/qlora/issues/214" in out
     )
 
 
-def test_json_is_one_line(capsys, model, data):
-    code, out, _ = run(capsys, "--model", model, "--data", data, "--json", "--optimizer-bits", 8, "--targets", "q_proj")
+def test_json_is_one_line(capsys, folder, data):
+    code, out, _ = run(
+        capsys, "--model", folder, "--data", data, "--json", "--optimizer-bits", 8, "--targets", "q_proj"
+    )
     report = json.loads(out)
     assert code == 0 and out.count("\n") == 1 and report["ok"] is True and len(report["findings"]) == 10
     assert report["dtypes"]["rows"][-1]["dtype"] == "8-bit codes, blocks of 256"
@@ -66,8 +61,8 @@ def test_json_is_one_line(capsys, model, data):
         (["--data", "DATA", "--model", "MODEL", "--targets", "qq"], "match no linear layer"),
     ],
 )
-def test_mistakes_are_one_line_and_code_2(capsys, model, data, argv, message):
-    names = {"DATA": data, "MODEL": model}
+def test_mistakes_are_one_line_and_code_2(capsys, folder, data, argv, message):
+    names = {"DATA": data, "MODEL": folder}
     code, out, err = run(capsys, *(names.get(a, a) for a in argv))
     assert code == 2 and message in err and not out
     assert len([line for line in err.splitlines() if line.startswith("qlora-lab doctor: ")]) == 1
