@@ -144,8 +144,14 @@ def sweep(a: argparse.Namespace) -> None:
     from qlora_lab.measure.sweep import sweep as run, variants
 
     double_quant = {"off": [False], "on": [True], "both": [False, True]}[a.double_quant]
-    settings = variants(a.codebooks, a.block_sizes, double_quant)
+    tables = dict(a.levels)
+    if len(tables) < len(a.levels):
+        raise ValueError("--levels: two tables have one name: rename one of them")
+    grid = variants(dict.fromkeys([*a.codebooks, *tables]), a.block_sizes, double_quant)
+    settings = [one._replace(levels=tables.get(one.codebook)) for one in grid]
     options = {"windows": a.windows, "length": a.length, "seed": a.seed, "progress": not a.quiet}
+    if a.text is not None:
+        options["text"] = _text(a.text)
     with warnings.catch_warnings():  # undone at the end: a repaired results file is told in one line here
         warnings.showwarning = lambda message, *_: print(f"qlora-lab sweep: {message}", file=sys.stderr)
         rows = run(a.model, settings, a.out, **options)
@@ -291,6 +297,13 @@ def _swept(row: dict, whole: float) -> dict[str, str]:
         "squared error": f"{row['relative_error']:.5f}" if quantised else "",
         "entropy": f"{row['entropy']:.3f}" if quantised else "",
     }
+
+
+def _text(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8-sig")  # a mark that an editor put at its start is no text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
 
 
 def _mix(name: str, one) -> dict[str, str]:
@@ -519,9 +532,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="nf4, fp4, int4, ..., or lloyd-max, fitted to the model (nf4 fp4 int4)",
     )
+    c.add_argument(
+        "--levels",
+        action="append",
+        type=_levels,
+        default=[],
+        metavar="NAME=V1,V2,...",
+        help="a codebook of your own, from -1 to 1: mine=-1,-0.4,-0.1,0,0.1,0.3,0.6,1; may be repeated",
+    )
     c.add_argument("--block-sizes", nargs="+", type=int, default=[64], metavar="N", help="16 to 4096 (64)")
     c.add_argument("--double-quant", default="off", choices=("off", "on", "both"), help="of constants (%(default)s)")
     c.add_argument("--out", required=True, metavar="FILE", help="results, one line of JSON each; rows in it are kept")
+    c.add_argument("--text", metavar="FILE", help="UTF-8 text to predict; default: Python's help topics")
     c.add_argument("--windows", type=int, default=8, help="pieces of text to predict (%(default)s)")
     c.add_argument("--length", type=int, default=512, help="tokens of each (%(default)s)")
     c.add_argument("--seed", type=int, default=0, help="of the weights that lloyd-max is fitted to (%(default)s)")
@@ -560,6 +582,18 @@ def _size(text: str) -> int:
     if not (match := re.fullmatch(r"(\d+) ?(|KiB|MiB|GiB)", text)):
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write bytes, or a number with KiB, MiB or GiB")
     return int(match[1]) * 1024 ** ("", "KiB", "MiB", "GiB").index(match[2])
+
+
+def _levels(text: str) -> tuple[str, list[float]]:
+    """A name and numbers: "mine=-1,0,1". Whether the numbers can serve is the library's to say."""
+    name, _, numbers = text.partition("=")
+    try:
+        levels = [float(number) for number in numbers.split(",")]
+    except ValueError:
+        levels = []
+    if not (name and levels):
+        raise argparse.ArgumentTypeError(f"{text!r} is no table: write NAME=V1,V2,..., such as mine=-1,-0.5,0,1")
+    return name, levels
 
 
 def _command(commands, name, run, summary, example) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """`qlora-lab sweep`: a table sorted by perplexity or the rows as JSON; a mistake is one line and code 2."""
 
 import json
+from hashlib import sha256
 
 import pytest
 
@@ -45,6 +46,31 @@ def test_rows_and_table(capsys, tmp_path, model):
     assert shown == sorted(shown) and shown == pytest.approx(sorted(row["perplexity"] for row in rows), abs=1e-3)
 
 
+def test_a_text_and_a_codebook_of_ones_own(capsys, tmp_path, model):
+    text = tmp_path / "mein Text é.txt"
+    text.write_bytes("\ufeffthe sum of the two numbers is a number, é. \r\n".encode() * 4)
+    tables = ["--levels", "mine=-1,-0.3,0,0.3,1", "--levels", "other=-1,1"]
+    options = [
+        "--codebooks",
+        "nf4",
+        "mine",
+        *tables,
+        "--text",
+        text,
+        "--out",
+        tmp_path / "rows.jsonl",
+        *SMALL,
+        "--json",
+    ]
+    code, out, _ = run(capsys, model, *options)
+    rows = json.loads(out)
+    assert code == 0 and [row["codebook"] for row in rows] == [None, "nf4", "mine", "other"]
+    assert rows[2]["levels"] == pytest.approx([-1, -0.3, 0, 0.3, 1]) and rows[1]["levels"] is None
+    data = rows[0]["data"]
+    assert data["name"] == "text of the caller"
+    assert data["text_sha256"] == sha256(text.read_text(encoding="utf-8-sig").encode()).hexdigest()
+
+
 @pytest.mark.filterwarnings("always")
 def test_a_torn_line_is_told_in_one_line(capsys, tmp_path, model):
     out = tmp_path / "rows.jsonl"
@@ -53,7 +79,7 @@ def test_a_torn_line_is_told_in_one_line(capsys, tmp_path, model):
     out.write_bytes(out.read_bytes()[:-20])
     code, _, err = run(capsys, *options)
     assert code == 0 and len(out.read_text().splitlines()) == 2
-    assert err.startswith("qlora-lab sweep: ") and "line 2 was torn off and is removed" in err and err.count("\n") == 1
+    assert err.startswith("qlora-lab sweep: ") and "line 2 was torn off and is left out" in err and err.count("\n") == 1
 
 
 def test_an_interrupt_says_what_is_kept(capsys, tmp_path, model, monkeypatch):
@@ -76,16 +102,40 @@ def test_an_interrupt_says_what_is_kept(capsys, tmp_path, model, monkeypatch):
         (["--codebooks", "nf5"], "codebook 'nf5' is not known"),
         (["--block-sizes", "8"], "block_size=8 is not allowed"),
         (["--windows", "99"], "fewer than 99 windows of 10: take windows="),
-        (["--out", "."], "Is a directory"),
+        (["--out", "."], "is a folder or a device"),
+        (["--out", "/dev/full"], "is a folder or a device"),
+        (["--windows", "0"], "windows=0: at least one window"),
+        (["--seed", str(2**64)], "is not allowed: choose a whole number"),
+        (["--text", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
+        (["--text", ""], "Is a directory"),
+        (["--text", "EMPTY"], "the text has 0 tokens, fewer than 2 windows of 10"),
+        (["--text", "LATIN"], "is no UTF-8 text (unexpected end of data at byte 3): save it as UTF-8"),
+        (["--levels", "mine=-1,0,0,1"], "mine: level 2, 0, is repeated: sort the levels"),
+        (["--levels", "mine=-1,1,0"], "mine: level 2, 0, comes after 1: sort the levels"),
+        (["--levels", "mine=-1,0,2"], "mine: level 2 is 2: levels are finite and lie in [-1, 1]"),
+        (["--levels", "mine=nan,0,1"], "mine: level 0 is nan"),
+        (["--levels", "mine=1"], "mine: 1 levels are given: a codebook has 2 to 256"),
+        (["--levels", "nf4=-1,0,1"], "under the name 'nf4', which stands for others"),
+        (["--levels", "a=-1,1", "--levels", "a=-1,0"], "two tables have one name"),
         ([], "line 1 is no row of a sweep"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(capsys, tmp_path, model, options, message):
     out = tmp_path / "rows.jsonl"
+    (tmp_path / "EMPTY").touch()
+    (tmp_path / "LATIN").write_bytes(b"caf\xe9")
+    options = [str(tmp_path / one) if one in ("EMPTY", "LATIN") else one for one in options]
     if not options:
         out.write_text("nothing\n")
     code, text, err = run(capsys, model, "--out", out, *SMALL, *options)
     assert (code, text) == (2, "") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("levels", ["", "mine", "mine=", "=-1,1", "mine=-1,one", "mine=-1,,1"])
+def test_levels_that_cannot_be_read(capsys, levels):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sweep", "model", "--out", "rows.jsonl", "--levels", levels])
+    assert stop.value.code == 2 and "is no table: write NAME=V1,V2,..., such as mine=" in capsys.readouterr().err
 
 
 def test_help_shows_an_example(capsys):

@@ -41,15 +41,20 @@ def perplexity(model: torch.nn.Module, tokenizer: "Tokenizer", text: str, length
 
 def text_windows(tokenizer: "Tokenizer", text: str, length: int = 512, windows: int = 8) -> torch.Tensor:
     """The first `windows` x `length` tokens of `text`: (windows, length) int64. Raises as perplexity does."""
-    if length < 2 or windows < 1:
-        raise ValueError(f"length={length}, windows={windows}: at least one window of at least two tokens is needed")
+    check_windows(length, windows)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < length * windows:
+        fewer = f"windows={len(ids) // length}" if len(ids) >= length else "shorter windows"
         raise ValueError(
-            f"the text has {len(ids)} tokens, fewer than {windows} windows of {length}: "
-            f"take windows={len(ids) // length} or a longer text"
+            f"the text has {len(ids)} tokens, fewer than {windows} windows of {length}: take {fewer} or a longer text"
         )
     return torch.tensor(ids[: length * windows]).view(windows, length)
+
+
+def check_windows(length: int, windows: int) -> None:
+    """Raise ValueError unless each of `windows` windows of `length` tokens has a token to predict, and there is one."""
+    if length < 2 or windows < 1:
+        raise ValueError(f"length={length}, windows={windows}: at least one window of at least two tokens is needed")
 
 
 def window_losses(model: torch.nn.Module, rows: torch.Tensor, progress: bool = True) -> list[float]:

@@ -2,70 +2,149 @@
 
 In: rows, as measure/sweep.py makes them. Out: the same rows again, whatever happened while the last one was written.
 
-A row counts from the moment its new line is on the disk. A last line without one is what a kill or a power cut left.
-Not here: what is in a row (sweep.py).
+A row counts from the moment its new line is on the disk. A last line without one is what a kill, a power cut or a full
+disk left. Reading never changes the file; whoever opens it to append cuts that line off, and holds a lock meanwhile: of
+two sweeps into one file the second is told so, since both would measure, and append, the same rows.
+Not here: how a row is measured (sweep.py).
 """
 
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from qlora_lab.finetune.files import replacing_file, sync
+from qlora_lab.finetune.files import sync
 
-# What decides a row's figures. The library's commit is in a row too, but does not: most commits change no figure.
-IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "versions")
+try:
+    import fcntl
+except ImportError:  # Windows: two sweeps at once are the user's care
+    fcntl = None
+
+# What decides a row's figures. The seed does not: levels that it drew are there themselves. Nor do commit and machine:
+# most commits change no figure, and what the quantiser does is in `quantiser`; threads and the processor's instructions
+# move the order of float sums (sweep.py says how far).
+IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "quantiser", "versions")
+FIGURES = ("perplexity", "window_losses", "bits_per_parameter", "relative_error", "layer_errors", "entropy")
+FIGURES += ("code_share",)
+START = b'{"model": {"'  # of every row that was ever written
 
 
 def identity(row: dict) -> str:
     """The same text for two rows that measure the same. Raises LookupError or TypeError for what is no row."""
     decides = {name: row[name] for name in IDENTITY}
-    decides |= {"model": row["model"]["weights_sha256"], "data": row["data"]["tokens_sha256"]}
+    decides["model"] = [row["model"][name] for name in ("weights_sha256", "config_sha256")]
+    decides["data"] = row["data"]["tokens_sha256"]
     return json.dumps(decides, sort_keys=True)
 
 
 def read_results(path: str | Path) -> list[dict]:
-    """The rows of a results file; none where there is no file yet.
+    """The rows of a results file; none where there is no file yet. The file stays as it is.
 
-    A last line that was torn off is taken out of the file, with a warning that quotes its start; the others keep every
-    byte. Raises ValueError for another line that is no row, and leaves the file as it is.
+    A last line that was torn off is left out, with a warning that quotes its start, and so are rows of an older version
+    that lack something. Raises ValueError for a line that is no row, OSError for what is no file.
     """
     path = Path(path)
-    if not path.exists():
-        return []
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
-    if not last:  # what is written whole ends with a new line
-        return rows
-    said = f"{path}: line {len(lines) + 1} was torn off"
-    try:
-        rows.append(_row(path, len(lines) + 1, last))
-        lines.append(last)
-        said += " behind its last character: it is kept, and ended"
-    except ValueError:
-        start = last[:60].decode("utf-8", "replace")
-        said += f" and is removed, so that its setting will be run again; it began {start!r}"
-    with replacing_file(path) as new:  # never half a file, even if this is interrupted too
-        new.write_bytes(b"".join(line + b"\n" for line in lines))
-    warnings.warn(said, stacklevel=2)
-    return rows
+    _check_kind(path)
+    return _parsed(path, path.read_bytes())[0] if path.exists() else []
 
 
-def append_result(path: Path, row: dict) -> None:
-    """Add one line, and wait until it is on the disk."""
+@contextmanager
+def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
+    """Its rows, and the file itself to append to, which is made if need be. Raises as read_results does.
+
+    What is torn off is cut off here. BlockingIOError says that another sweep has the file.
+    """
+    _check_kind(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        file.flush()
+    with path.open("ab", buffering=0) as file:  # each write is one call of the system, at the end of the file
+        _lock(path, file)
+        content = path.read_bytes()
+        rows, end = _parsed(path, content)
+        file.truncate(end)
+        if end and content[end - 1 : end] != b"\n":
+            file.write(b"\n")
+        sync(path.parent)
+        yield rows, file
+
+
+def append_result(file: BinaryIO, row: dict) -> None:
+    """Add one line, and wait until it is on the disk."""
+    line = json.dumps(row, allow_nan=False).encode() + b"\n"
+    try:
+        whole = file.write(line) == len(line)
         os.fsync(file.fileno())
-    sync(path.parent)
+    except OSError as error:
+        raise OSError(f"{file.name}: a row cannot be written ({error.strerror}); those before it are there") from None
+    if not whole:
+        raise OSError(f"{file.name}: a row cannot be written whole (the disk is full?); those before it are there")
+
+
+def _check_kind(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a device may have no end
+        raise OSError(f"{path} is a folder or a device: name a file for the results")
+
+
+def _lock(path: Path, file: BinaryIO) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back, even after kill -9
+    except BlockingIOError:
+        raise BlockingIOError(f"{path}: another sweep is writing to it: wait for it, or name another file") from None
+    except OSError:  # a file system without locks, as some of clusters are
+        return
+
+
+def _parsed(path: Path, content: bytes) -> tuple[list[dict], int]:
+    """The rows in `content`, and where they end."""
+    *lines, last = content.split(b"\n")
+    rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
+    end = len(content) - len(last)
+    if last:  # what is written whole ends with a new line
+        said = f"{path}: line {len(lines) + 1} was torn off"
+        if _is_torn(last):
+            start = last[:60].decode("utf-8", "replace")
+            said += f" and is left out, so that its setting will be run again; it began {start!r}"
+        else:
+            rows.append(_row(path, len(lines) + 1, last))
+            end = len(content)
+            said += " behind its last character, so nothing is lost"
+        warnings.warn(said, stacklevel=3)
+    whole = [row for row in rows if not _lacks(row)]
+    if len(whole) < len(rows):
+        lacks = next(filter(None, map(_lacks, rows)))
+        said = f"{len(rows) - len(whole)} of {len(rows)} rows lack what is measured today, such as {lacks}"
+        warnings.warn(f"{path}: {said}: they stay in the file, and are left out", stacklevel=3)
+    return whole, end
 
 
 def _row(path: Path, number: int, line: bytes) -> dict:
     try:
         row = json.loads(line)
-        identity(row)
+        row["model"]["weights_sha256"]  # older versions, too, wrote this
     except (ValueError, LookupError, TypeError) as error:
         what = f"line {number} is no row of a sweep ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: {what}: mend it, or name another file") from None
     return row
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether it is a row's beginning. A file of anything else is not ours to cut, even if its one line has no end."""
+    begun = line.rstrip(b"\0")  # what a power cut may leave of bytes that were promised
+    try:
+        json.loads(begun)
+    except ValueError:
+        return begun.startswith(START) or START.startswith(begun)
+    return False
+
+
+def _lacks(row: dict) -> str:
+    """The first thing that a row lacks, or ""."""
+    try:
+        identity(row)
+    except (LookupError, TypeError) as error:
+        return str(error)
+    return next((repr(name) for name in FIGURES if name not in row), "")

@@ -7,8 +7,8 @@ One model is in memory, unquantised. For each variant every linear layer's weigh
 dequantize(quantize(weight)), and afterwards read again from the checkpoint, which is mapped and not copied: it comes
 back to the bit, after an exception and Ctrl-C too.
 
-A row is written as soon as it is known. A variant that has one, by the same model, data, configuration and versions, is
-not run again: a sweep that was stopped goes on when it is called again.
+A row is written as soon as it is known. A variant that has one, by the same model, data, configuration, versions and
+quantiser, is not run again: a sweep that was stopped goes on when it is called again.
 Not here: the file (results_file.py), plots, and which block size for which layer (quant/block_size.py).
 """
 
@@ -17,6 +17,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,15 +37,16 @@ from qlora_lab.finetune.fetch import resolve, weight_files
 from qlora_lab.finetune.models import fast_dtype, files_of, is_linear_weight, load, read_tensor, stored_options
 from qlora_lab.measure.code_use import CodeUse, code_counts
 from qlora_lab.measure.machine import machine
-from qlora_lab.measure.perplexity import text_windows, topics_text, window_losses
-from qlora_lab.measure.results_file import append_result, identity, read_results
+from qlora_lab.measure.perplexity import check_windows, text_windows, topics_text, window_losses
+from qlora_lab.measure.results_file import append_result, identity, open_results
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import CODEBOOKS, check_levels, codebook as named_codebook
 from qlora_lab.quant.lloyd_max import lloyd_max, scaled_sample
-from qlora_lab.quant.quantize import dequantize, quantize
+from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
 LLOYD_MAX = re.compile(r"lloyd-max([2-8]?)")  # a codebook that is fitted to the model; a digit for other than 4 bits
 SAMPLE = 2**20  # weights that it is fitted to, from all layers; another million moves no level by more than 0.006
+LARGEST_LOSS = math.log(sys.float_info.max)  # whose perplexity is a number
 
 
 class Variant(NamedTuple):
@@ -95,16 +97,40 @@ def sweep(
     windows, length, text: see perplexity; None takes topics_text. dtype: of the computation, None float32 on the CPU
     and what load takes on a GPU. device: as for load. seed: of the sample that Lloyd-Max levels are fitted to.
     A row has model, data, config, codebook, levels (of a table that has no name in qlora_lab.codebook), block_size,
-    double_quant; perplexity, window_losses (mean nats a token), bits_per_parameter (of the quantised weights, constants
-    included), relative_error (squared, over all of them), layer_errors (the same by kind of layer, a list each, first
-    layer first), entropy and code_share (code_use.py); versions, commit, machine, seconds, date.
+    double_quant, seed (if levels were fitted), quantiser (a checksum of what it does); perplexity, window_losses (mean
+    nats a token), bits_per_parameter (of the quantised weights, constants included), relative_error (squared, over all
+    of them), layer_errors (the same by kind of layer, a list each, first layer first), entropy and code_share
+    (code_use.py); versions, commit, machine, seconds, date.
 
     A last line that was torn off is removed, with a warning. An interrupt says how much is done.
-    Raises what load, quantize and perplexity raise, and ValueError for a results file that holds anything else.
+    Raises what load, quantize, perplexity and open_results raise.
     """
     settings = [_checked(one) for one in settings]  # before anything is loaded
-    results = Path(results)
-    done = {identity(row): row for row in read_results(results)}
+    check_windows(length, windows)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} is not allowed: choose a whole number from 0 to 2**63 - 1")
+    with open_results(Path(results)) as (rows, file):
+        done = {identity(row): row for row in rows}
+        source, tokens, shared = _prepared(name_or_path, windows, length, text, dtype, device, progress)
+        found, bar = [], tqdm(settings, "sweep", unit="setting", disable=not progress)
+        try:
+            for variant in bar:
+                bar.set_postfix_str(str(variant))
+                fitted = _fitted(variant, source, seed)
+                row = shared | _variant_record(fitted, source) | {"seed": None if fitted is variant else seed}
+                if (same := identity(row)) not in done:
+                    row |= _measured(fitted, source, tokens, progress)
+                    append_result(file, row)
+                    done[same] = row
+                found.append(done[same])
+        except KeyboardInterrupt:
+            said = f"{len(found)} of {len(settings)} settings are in {results}; the same call goes on from there"
+            raise KeyboardInterrupt(said) from None
+    return found
+
+
+def _prepared(name_or_path, windows, length, text, dtype, device, progress) -> "tuple[Source, torch.Tensor, dict]":
+    """The model, the text's windows of tokens, and what all rows have in common."""
     folder = resolve(name_or_path, progress=progress)
     if stored := stored_options(folder):
         raise ValueError(f"{folder} is quantised already, as {stored}: a sweep starts from the original")
@@ -112,38 +138,29 @@ def sweep(
     dtype = dtype or (torch.float32 if device.type == "cpu" else fast_dtype(device))
     model, tokenizer = load(name_or_path, None, dtype=dtype, device=device, progress=progress)
     source = Source(model, folder)
-    rows = text_windows(tokenizer, topics_text() if text is None else text, length, windows)
+    if length > (longest := getattr(model.config, "max_position_embeddings", length)):
+        raise ValueError(f"length={length}: {folder} was made for windows of at most {longest} tokens")
+    own = text is not None
+    text = text if own else topics_text()
+    tokens = text_windows(tokenizer, text, length, windows)
     shared = {
         "model": _model_record(name_or_path, folder),
         "data": {
-            "name": f"help topics of Python {python_version()}" if text is None else "text of the caller",
-            "tokens_sha256": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+            "name": "text of the caller" if own else f"help topics of Python {python_version()}",
+            "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         },
         "config": {
             "windows": windows,
             "length": length,
             "dtype": str(dtype).removeprefix("torch."),
             "device": device.type,
-            "seed": seed,
         },
         "versions": {name: version(name) for name in ("qlora-lab", "torch", "transformers")},
         "commit": _commit(),
         "machine": machine(),
     }
-    found, bar = [], tqdm(settings, "sweep", unit="setting", disable=not progress)
-    try:
-        for variant in bar:
-            bar.set_postfix_str(str(variant))
-            variant = _fitted(variant, source, seed)
-            row = shared | _variant_record(variant)
-            if (same := identity(row)) not in done:
-                done[same] = row | _measured(variant, source, rows, progress)
-                append_result(results, done[same])
-            found.append(done[same])
-    except KeyboardInterrupt:
-        said = f"{len(found)} of {len(settings)} settings are in {results}; the same call goes on from there"
-        raise KeyboardInterrupt(said) from None
-    return found
+    return source, tokens, shared
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -179,10 +196,10 @@ class Figures:
         layers: dict[str, list[float]] = {}
         for name, error in self.errors.items():
             kind = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"))
-            layers.setdefault(kind, []).append(_short(error / self.squares[name] if error else 0.0))
+            layers.setdefault(kind, []).append(_short(_relative(error, self.squares[name])))
         figures = {
             "bits_per_parameter": self.bits / self.weights,
-            "relative_error": sum(self.errors.values()) / sum(self.squares.values()),
+            "relative_error": _relative(sum(self.errors.values()), sum(self.squares.values())),
             "layer_errors": layers,
         }
         if self.counts is None:
@@ -213,9 +230,7 @@ def _overwrite(source: Source, variant: Variant) -> Figures:
             figures.bits += 8 * weight.nbytes
             figures.errors[name] = 0.0
             continue
-        # from the precision of the file, as load does
-        table = variant.codebook if variant.levels is None else variant.levels
-        q = quantize(weight, table, variant.block_size, variant.double_quant, name=name)
+        q = _quantised(weight, variant, name)  # from the precision of the file, as load does
         stored = dequantize(q, torch.float32)
         parameter.data.copy_(stored)  # rounded once, if the model computes in 16 bits
         figures.bits += 8 * q.nbytes
@@ -223,6 +238,11 @@ def _overwrite(source: Source, variant: Variant) -> Figures:
         counts = code_counts(q).cpu()
         figures.counts = counts if figures.counts is None else figures.counts + counts
     return figures
+
+
+def _quantised(weight: torch.Tensor, variant: Variant, name: str = "weight") -> QuantizedTensor:
+    table = variant.codebook if variant.levels is None else variant.levels
+    return quantize(weight, table, variant.block_size, variant.double_quant, name=name)
 
 
 def _sum_of_squares(tensor: torch.Tensor) -> float:
@@ -239,11 +259,11 @@ def _fitted(variant: Variant, source: Source, seed: int) -> Variant:
     return variant._replace(levels=lloyd_max(torch.cat([part.cpu() for part in parts]), int(match[1] or 4)))
 
 
-def _measured(variant: Variant, source: Source, rows: torch.Tensor, progress: bool) -> dict:
+def _measured(variant: Variant, source: Source, tokens: torch.Tensor, progress: bool) -> dict:
     start = time.perf_counter()
     with quantised_in_place(source, variant) as figures:
-        losses = window_losses(source.model, rows, progress)
-    if not all(map(math.isfinite, losses)):
+        losses = window_losses(source.model, tokens, progress)
+    if not fmean(losses) < LARGEST_LOSS:  # nor is NaN
         raise FloatingPointError(f"{variant}: the losses of the windows are {losses}: try dtype=torch.float32")
     return {
         "perplexity": math.exp(fmean(losses)),
@@ -258,9 +278,10 @@ def _measured(variant: Variant, source: Source, rows: torch.Tensor, progress: bo
 
 
 def _checked(setting: Variant | tuple) -> Variant:
-    if not isinstance(setting, tuple) or not isinstance(setting[0], str | None):
+    if not (isinstance(setting, tuple) and setting and isinstance(setting[0], str | None)):
         raise TypeError(f"setting {setting!r}: give a Variant, or a tuple such as ('nf4', 64, True)")
     variant = Variant(*setting)
+    variant = variant._replace(double_quant=bool(variant.double_quant))  # 1 and True are one setting
     if variant.codebook is None:
         if variant.levels is not None:
             raise ValueError("levels are given without a name: put one in the place of codebook")
@@ -279,20 +300,28 @@ def _checked(setting: Variant | tuple) -> Variant:
         raise ValueError(f"{variant.codebook}: {error}") from None
 
 
-def _variant_record(variant: Variant) -> dict:
+def _variant_record(variant: Variant, source: Source) -> dict:
     if variant.codebook is None:
-        return {"codebook": None, "levels": None, "block_size": None, "double_quant": None}
+        return dict.fromkeys((*Variant._fields, "quantiser"))
     levels = None if variant.levels is None else variant.levels.tolist()
-    return variant._asdict() | {"levels": levels}
+    return variant._asdict() | {"levels": levels, "quantiser": _quantiser(variant, source.model.device)}
+
+
+def _quantiser(variant: Variant, device: torch.device) -> str:
+    """A checksum of fixed numbers, quantised: in a checkout that is edited, a version does not tell who made a row."""
+    numbers = torch.arange(2**16, device=device) * 40503 % 65537 - 2**15  # whole: the same on every machine
+    stored = dequantize(_quantised(numbers / 2**15, variant), torch.float32)
+    return hashlib.sha256(stored.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _model_record(name_or_path: str | Path, folder: Path) -> dict:
-    """Its name, where it came from, and a checksum of its weights, which alone decides whether it is the same."""
+    """Its name, where it came from, and checksums of weights and config.json, which decide whether it is the same."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     record = {"name": str(name_or_path), "source": "a local folder", "weights_sha256": digest.hexdigest()}
+    record["config_sha256"] = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     note = folder / "source.json"
     if note.exists():
         record["source"] = json.loads(note.read_text("utf-8"))["source"]
@@ -313,6 +342,10 @@ def _commit() -> str | None:
     except OSError:  # git is not installed
         return None
     return done.stdout.strip() or None
+
+
+def _relative(error: float, square: float) -> float:
+    return error / square if error else 0.0  # weights that are all zero have neither
 
 
 def _short(number: float) -> float:

@@ -1,7 +1,10 @@
 """A sweep: rows that load and perplexity agree with, weights that come back, and a file that survives everything."""
 
+import errno
+import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +19,7 @@ from qlora_lab.finetune.quantized_folder import quantize_folder
 from qlora_lab.measure import sweep as module
 from qlora_lab.measure.code_use import code_counts
 from qlora_lab.measure.perplexity import perplexity
-from qlora_lab.measure.results_file import read_results
+from qlora_lab.measure.results_file import FIGURES, IDENTITY, START, append_result, open_results, read_results
 from qlora_lab.measure.sweep import Source, Variant, quantised_in_place, sweep, variants
 from qlora_lab.quant.quantize import dequantize, quantize
 
@@ -106,10 +109,12 @@ def test_levels_by_hand_and_levels_fitted(folder, results):
 def test_a_row_says_where_it_comes_from(folder, results):
     (row,) = quiet(folder, [Variant(None)], results)
     assert row["model"]["source"] == "a local folder" and row["model"]["name"] == str(folder)
-    assert row["config"] == {"windows": 3, "length": 12, "dtype": "float32", "device": "cpu", "seed": 0}
+    assert row["config"] == {"windows": 3, "length": 12, "dtype": "float32", "device": "cpu"}
+    assert row["data"]["name"] == "text of the caller" and row["seed"] is None
+    assert row["data"]["text_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
     assert row["versions"]["torch"] == torch.__version__ and row["seconds"] > 0
-    assert {"date", "commit", "machine"} <= row.keys()
-    assert json.loads(results.read_text()) == row
+    assert row.keys() == {*IDENTITY, *FIGURES, "seed", "date", "commit", "machine", "seconds"}
+    assert json.loads(results.read_text()) == row and results.read_bytes().startswith(START)
     (folder / "source.json").write_text('{"source": "a wheel"}')
     assert module._model_record("known", folder)["source"] == "a wheel"
     cached = folder.parent / "models--org--name" / "snapshots" / "c0ffee"
@@ -191,19 +196,44 @@ def test_an_interrupted_sweep_goes_on(folder, results, tmp_path, counted):
     assert [row["window_losses"] for row in rows] == [row["window_losses"] for row in whole]
 
 
-@pytest.mark.parametrize("change", ["text", "length", "dtype", "seed", "weights", "version"])
+@pytest.mark.parametrize("change", ["text", "length", "dtype", "weights", "config", "version"])
 def test_a_row_of_something_else_is_not_taken(folder, results, counted, change, monkeypatch):
     quiet(folder, [Variant(None)], results)
     options = {"text": {"text": TEXT.upper()}, "length": {"length": 10}, "dtype": {"dtype": torch.bfloat16}}
-    options["seed"] = {"seed": 1}
     if change == "weights":
         stored = load_file(folder / "model.safetensors")
         stored["model.norm.weight"][0] += 1
         save_file(stored, folder / "model.safetensors")
+    if change == "config":  # the weights stay, and rotate by other angles
+        config = folder / "config.json"
+        config.write_text(config.read_text().replace("10000.0", "20.0"))
     if change == "version":
         monkeypatch.setattr(module, "version", lambda name: "9")
     quiet(folder, [Variant(None)], results, **options.get(change, {}))
-    assert counted["n"] == 2 and len(read_results(results)) == 2
+    first, second = read_results(results)
+    assert counted["n"] == 2
+    assert (first["perplexity"] == second["perplexity"]) == (change == "version")
+
+
+def test_a_row_of_another_quantiser_is_not_taken(folder, results, counted, monkeypatch):
+    quiet(folder, [("nf4", 64)], results)
+    real = module.quantize
+    monkeypatch.setattr(module, "quantize", lambda weight, *args, **kwargs: real(0.999 * weight, *args, **kwargs))
+    quiet(folder, [("nf4", 64), Variant(None)], results)
+    assert counted["n"] == 3 and len({row["quantiser"] for row in read_results(results)}) == 3
+    quiet(folder, [("nf4", 64), Variant(None)], results)
+    assert counted["n"] == 3
+
+
+def test_a_seed_decides_only_where_it_draws(folder, results, counted, monkeypatch):
+    monkeypatch.setattr(module, "SAMPLE", 256)  # a part of the weights
+    settings = [Variant(None), ("nf4", 64, True), ("lloyd-max", 16)]
+    rows = quiet(folder, settings, results)
+    assert [row["seed"] for row in rows] == [None, None, 0]
+    assert quiet(folder, [(None, 99), ("nf4", 64, 1), settings[2]], results, seed=0) == rows and counted["n"] == 3
+    again = quiet(folder, settings, results, seed=1)
+    assert again[:2] == rows[:2] and counted["n"] == 4
+    assert again[2]["seed"] == 1 and again[2]["levels"] != rows[2]["levels"]
 
 
 # ----------------------------------------------------------------------------------------------------- the results file
@@ -214,32 +244,95 @@ def test_a_torn_last_line_is_removed_and_run_again(folder, results, counted, lef
     rows = quiet(folder, FOUR[:2], results)
     first, last = results.read_bytes().splitlines(keepends=True)
     results.write_bytes(first + last[: int(left * len(last)) if isinstance(left, float) else left])
-    with pytest.warns(UserWarning, match=r"line 2 was torn off and is removed, .* it began '\{"):
+    torn = results.read_bytes()
+    with pytest.warns(UserWarning, match=r"line 2 was torn off and is left out, .* it began '\{"):
         assert read_results(results) == rows[:1]
-    assert results.read_bytes() == first and list(results.parent.iterdir()) == [results]
-    again = quiet(folder, FOUR[:2], results)
+    assert results.read_bytes() == torn  # a plot changes nothing
+    with pytest.warns(UserWarning, match="line 2 was torn off"):
+        again = quiet(folder, FOUR[:2], results)
     assert counted["n"] == 3 and again[1]["window_losses"] == rows[1]["window_losses"]
+    assert results.read_bytes().startswith(first) and read_results(results) == again
 
 
 def test_a_last_line_without_its_end_is_kept(folder, results):
     quiet(folder, FOUR[:2], results)
     whole = results.read_bytes()
     results.write_bytes(whole[:-1])
-    with pytest.warns(UserWarning, match="line 2 was torn off behind its last character: it is kept"):
-        assert len(read_results(results)) == 2
+    with pytest.warns(UserWarning, match="line 2 was torn off behind its last character, so nothing is lost"):
+        quiet(folder, FOUR[:2], results)
     assert results.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", [b"", b"{}", b"[1]", b'{"codebook": "nf4"', b"\xff"])
-def test_any_other_damage_is_named_and_left(folder, results, line):
-    quiet(folder, [Variant(None)], results)
-    damaged = line + b"\n" + results.read_bytes()
+@pytest.mark.parametrize("line", [b"", b"{}", b"[1]", b"7", b'{"model": "nf4"}', b'{"codebook": "nf4"', b"\xff"])
+def test_any_other_damage_is_named_and_left(results, line):
+    results.parent.mkdir()
+    damaged = line + b"\n" + b"and more"
     results.write_bytes(damaged)
-    with pytest.raises(
-        ValueError, match=r"results.jsonl: line 1 is no row of a sweep \(.*mend it, or name another file"
-    ):
+    with pytest.raises(ValueError, match=r"line 1 is no row of a sweep \(.*mend it, or name another file"):
         quiet("nowhere", [Variant(None)], results)
     assert results.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("last", [b'["notes of mine"]', b"7", b'{"model": {"name": 1}}', b"notes", b'{"cells": ['])
+def test_a_file_of_something_else_is_not_cut_for_want_of_a_new_line(results, last):
+    results.parent.mkdir()
+    results.write_bytes(last)
+    with pytest.raises(ValueError, match="line 1 is no row of a sweep"):
+        quiet("nowhere", [Variant(None)], results)
+    assert results.read_bytes() == last
+
+
+def test_what_editors_and_power_cuts_do_to_a_file(folder, results, counted):
+    rows = quiet(folder, FOUR[:2], results)
+    lines = results.read_bytes().splitlines()
+    results.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n" + 9 * b"\0")
+    with pytest.warns(UserWarning, match="line 3 was torn off"):
+        assert quiet(folder, FOUR[:2], results) == rows and counted["n"] == 2
+
+
+def test_rows_of_an_older_version_stay_and_are_left_out(folder, results, counted):
+    (row,) = quiet(folder, [Variant(None)], results)
+    for lacking in ("quantiser", "entropy", "config_sha256"):
+        old = json.loads(json.dumps(row))
+        (old["model"] if lacking == "config_sha256" else old).pop(lacking)
+        results.write_text(json.dumps(old) + "\n")
+        with pytest.warns(
+            UserWarning, match=f"1 of 1 rows lack what is measured today, such as '{lacking}': they stay"
+        ):
+            assert read_results(results) == []
+    with pytest.warns(UserWarning, match="config_sha256"):
+        quiet(folder, [Variant(None)], results)
+    first, second = map(json.loads, results.read_text().splitlines())
+    assert counted["n"] == 2 and first == old and second.keys() == row.keys()
+
+
+def test_two_sweeps_do_not_write_to_one_file(folder, results, counted):
+    with open_results(results), pytest.raises(BlockingIOError, match="another sweep is writing to it: wait for it, or"):
+        quiet(folder, [Variant(None)], results)
+    assert not counted["n"] and quiet(folder, [Variant(None)], results) == read_results(results)
+
+
+def test_a_file_system_without_locks_will_do(results, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", none)
+    with open_results(results) as (rows, _):
+        assert rows == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="it is a device of Linux")
+def test_a_full_disk_is_told_with_the_name_of_the_file():
+    said = "/dev/full: a row cannot be written .No space left on device.; those before it are there"
+    with open("/dev/full", "ab", buffering=0) as full, pytest.raises(OSError, match=said):
+        append_result(full, {"codebook": "nf4"})
+
+
+def test_what_is_no_file_is_said_before_anything_is_loaded(tmp_path):
+    for name in (tmp_path, os.devnull):
+        with pytest.raises(OSError, match="is a folder or a device: name a file for the results"):
+            quiet("nowhere", [Variant(None)], name)
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
@@ -256,6 +349,7 @@ def test_any_other_damage_is_named_and_left(folder, results, line):
         ((None, 64, False, LEVELS), ValueError, "levels are given without a name"),
         ("nf4", TypeError, "setting 'nf4': give a Variant, or a tuple"),
         ((torch.tensor(LEVELS), 64), TypeError, "give a Variant, or a tuple"),
+        ((), TypeError, "give a Variant, or a tuple"),
     ],
 )
 def test_settings_are_checked_before_anything_is_loaded(results, setting, error, message):
@@ -264,14 +358,36 @@ def test_settings_are_checked_before_anything_is_loaded(results, setting, error,
     assert not results.exists()
 
 
+@pytest.mark.parametrize("options", [{"windows": 0}, {"length": 1}, {"seed": -1}, {"seed": 2**63}])
+def test_options_are_checked_before_anything_is_loaded(results, options):
+    with pytest.raises(ValueError, match="(seed=|windows=0|length=1)"):
+        quiet("nowhere", [Variant(None)], results, **options)
+    assert not results.exists()
+
+
+def test_windows_are_no_longer_than_those_the_model_was_made_for(folder, results):
+    with pytest.raises(ValueError, match="length=2049: .* was made for windows of at most 2048 tokens"):
+        quiet(folder, [Variant(None)], results, length=2049)
+
+
 def test_a_quantised_folder_is_no_original(folder, results, tmp_path):
     quantize_folder(folder, tmp_path / "small", "nf4", 64, True, progress=False)
     with pytest.raises(ValueError, match="is quantised already, as .*: a sweep starts from the original"):
         quiet(tmp_path / "small", [Variant(None)], results)
 
 
-def test_a_loss_that_is_no_number_is_no_row(folder, results, monkeypatch):
-    monkeypatch.setattr(module, "window_losses", lambda *args: [1.0, math.nan])
+@pytest.mark.parametrize("losses", [[1.0, math.nan], [math.inf, 1.0], [1e3, 1e3]])  # exp(1000) is no float
+def test_a_loss_that_is_no_number_is_no_row(folder, results, monkeypatch, losses):
+    monkeypatch.setattr(module, "window_losses", lambda *args: losses)
     with pytest.raises(FloatingPointError, match="nf4, blocks of 64: the losses of the windows are"):
         quiet(folder, [Variant()], results)
-    assert not results.exists()
+    assert read_results(results) == []
+
+
+def test_weights_that_are_all_zero_have_no_error(tmp_path, tiny_llama, tokenizer, results):
+    for parameter in tiny_llama.parameters():
+        parameter.data.zero_()
+    tiny_llama.save_pretrained(tmp_path / "zero")
+    tokenizer.save_pretrained(tmp_path / "zero")
+    (row,) = quiet(tmp_path / "zero", [("nf4", 64)], results)
+    assert row["relative_error"] == 0 and row["perplexity"] == pytest.approx(280)  # of 280 tokens
