@@ -37,6 +37,7 @@ class Batches:
             raise ValueError(f"{len(lengths)} lengths for {size} examples: one each is needed")
         self.size, self.batch_size, self.seed, self.lengths = size, batch_size, seed, lengths
         self.epoch, self.position = 0, 0  # position: examples of this epoch already handed out
+        self._order = self._sorted = None  # example numbers, and the (seed, epoch) that they are the order of
 
     def __iter__(self) -> "Batches":
         return self
@@ -44,11 +45,13 @@ class Batches:
     def __next__(self) -> list[int]:
         if self.position >= self.size:
             self.epoch, self.position = self.epoch + 1, 0
-        batch = self._order()[self.position : self.position + self.batch_size]
+        if self._sorted != (self.seed, self.epoch):  # a million examples take a third of a second
+            self._order, self._sorted = self._shuffled(), (self.seed, self.epoch)
+        batch = self._order[self.position : self.position + self.batch_size]
         self.position += len(batch)
         return batch.tolist()
 
-    def _order(self) -> np.ndarray:
+    def _shuffled(self) -> np.ndarray:
         """All example numbers in this epoch's order, (size,)."""
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(self.size)
