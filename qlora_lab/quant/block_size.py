@@ -17,6 +17,8 @@ import json
 import math
 import os
 import sys
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 ABSMAX_BITS, ABSMAX_CODE_BITS = 32, 8  # of a constant: float32, or its code (double_quant.py)
 TINY = 1e-300  # no division by zero
+PRECISE = 1e-9  # of the largest error: a relaxed optimum below that would scale the others past what HiGHS takes
+ONE_HUSH = threading.Lock()  # of two at once the second would take the first one's silence for the normal state
+INFEASIBLE = 2  # scipy.optimize.milp's status where no choice keeps the limits
 SHOWN_AFTER = 2  # seconds before a progress bar appears
 
 
@@ -68,6 +73,10 @@ class Choices:
 
     def __post_init__(self):
         shape = len(self.layers), len(self.candidates)
+        if not all(shape):
+            raise ValueError(f"{shape[0]} layers x {shape[1]} candidates: there is nothing to choose from")
+        if len(self.numel) != len(self.layers):
+            raise ValueError(f"numel has {len(self.numel)} entries for {len(self.layers)} layers: one each is needed")
         for name, table in (("error", self.error), ("bits", self.bits)):
             if table.shape != shape:
                 raise ValueError(
@@ -95,15 +104,19 @@ class Plan:
     numel: dict[str, int]
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON, under a temporary name first. Returns its path."""
+        """Write the plan as JSON and return its path, which never holds half a plan, not even after a power cut."""
         path = Path(path)
         layers = {name: one._asdict() | {"numel": self.numel[name]} for name, one in self.chosen.items()}
         lines = [f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in layers.items()]  # a line a layer
         head = {"model": self.model, "error": self.error, "bits_per_parameter": self.bits_per_parameter}
         body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-        new = path.with_name(f".{path.name}.new")
-        new.write_text(f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
-        new.replace(path)
+        with tempfile.TemporaryDirectory(prefix=".plan-", dir=path.parent) as scratch:  # one for each who writes
+            new = Path(scratch) / "plan.json"
+            with new.open("w", encoding="utf-8") as file:
+                file.write(f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
+                file.flush()
+                os.fsync(file.fileno())  # a rename can reach the disk before what is in the file
+            new.replace(path)
         return path
 
     def check(self, numel: dict[str, int]) -> None:
@@ -144,11 +157,11 @@ def load_plan(path: str | Path) -> Plan:
         layers = found["layers"]
         chosen = {name: Candidate(*(one[key] for key in Candidate._fields)) for name, one in layers.items()}
         numel = {name: int(one["numel"]) for name, one in layers.items()}
-        plan = Plan(found["model"], chosen, float(found["error"]), float(found["bits_per_parameter"]), numel)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        plan = Plan(str(found["model"]), chosen, float(found["error"]), float(found["bits_per_parameter"]), numel)
+    except KeyError as error:
+        raise ValueError(f"{path} is no plan: {error} is missing") from None
+    except (ValueError, TypeError, AttributeError) as error:  # no JSON, no text at all, or JSON of something else
         raise ValueError(f"{path} is no plan, or is cut off: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no plan: {error.args[0]!r} is missing or misplaced") from None
     for name, one in chosen.items():
         try:
             check_candidate(one)
@@ -158,9 +171,11 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def check_candidate(candidate: Candidate) -> None:
-    """Raise what quantize raises for such options."""
+    """Raise what quantize raises for such options, and TypeError for a double_quant that is no bool."""
     named_codebook(candidate.codebook)
     check_block_size(candidate.block_size)
+    if not isinstance(candidate.double_quant, bool):  # "no" would count as true
+        raise TypeError(f"double_quant={candidate.double_quant!r} must be True or False")
 
 
 def stored_bits(numel: int, candidate: Candidate) -> int:
@@ -196,17 +211,21 @@ def best_plan(
     constants_share: constants take at most this share of the bits of the codes, over the whole model: 0.05 for the
     rule of thumb of 5 %. groups: layers that must share one choice, such as small ones that are stored together
     (small_layers finds them). The optimum is exact; which of several equal ones is taken is not said.
-    Raises ValueError for a budget below the smallest plan's, which it names, and for groups that overlap or name a
-    layer that there is not.
+    Raises ValueError for a budget below the smallest plan's, which it names, for limits that are none, and for groups
+    that overlap or name a layer that there is not.
     """
+    if not bits_per_parameter > 0:  # nor is NaN
+        raise ValueError(f"bits_per_parameter={bits_per_parameter} is no budget: give a number, such as 4.5")
+    if constants_share is not None and not 0 < constants_share <= 1:
+        raise ValueError(f"constants_share={constants_share} is not allowed: it is above 0 and at most 1, such as 0.05")
     members = _members(choices, groups)
     bits = np.stack([choices.bits[rows].sum(0) for rows in members])  # (groups, candidates)
     constants = _constants(choices, members)
     weights = sum(choices.numel)
     limits = [] if constants_share is None else [_share_limit(bits, constants, constants_share)]
     if math.isfinite(bits_per_parameter):
-        # a budget that was printed, or computed as bits / weights, may have lost its last digit
-        limits.append((bits, math.floor(bits_per_parameter * weights + 1e-6)))
+        # a budget that is computed as bits / weights may have lost its last digit
+        limits.append((bits, math.floor(bits_per_parameter * weights * (1 + 1e-15))))
     picked = _solve(np.stack([choices.error[rows].sum(0) for rows in members]), limits)
     if picked is None:
         raise ValueError(_too_small(bits, constants, weights, bits_per_parameter, constants_share))
@@ -243,7 +262,7 @@ def _members(choices: Choices, groups: Sequence[Sequence[str]]) -> list[list[int
     for group in groups:
         for name in group:
             if name not in row:
-                raise ValueError(f"a group names {name}, which is no layer here")
+                raise ValueError(f"a group names {name!r}, which is no layer here: a group is a list of layers' paths")
             if name in taken:
                 raise ValueError(f"{name} is in two groups: a layer takes one choice only")
             taken.add(name)
@@ -259,11 +278,14 @@ def _solve(error: np.ndarray, limits: list[tuple[np.ndarray, float]]) -> list[in
     extra = error - error.min(1, keepdims=True)  # what a row has at least anyway changes no choice
     relaxed = _milp(extra / max(extra.max(), TINY), limits, whole=False)
     if relaxed.x is None:
+        assert relaxed.status == INFEASIBLE, relaxed.message
         return None
     # The solver stops at a gap of 1e-6, absolute: in units of a thousandth of the relaxed optimum that is nothing,
     # in units of the largest error, that of two bits on the most sensitive layer, it was 0.02 % of the sum.
-    found = _milp(extra / max(relaxed.fun * max(extra.max(), TINY) / 1000, TINY), limits, whole=True)
+    unit = max(relaxed.fun, PRECISE) * max(extra.max(), TINY) / 1000  # a relaxed optimum can be 0, the true one not
+    found = _milp(extra / unit, limits, whole=True)
     if found.x is None:
+        assert found.status == INFEASIBLE, found.message
         return None
     picked = found.x.reshape(error.shape).argmax(1)  # (rows,)
     for cost, most in limits:
@@ -291,21 +313,22 @@ def _milp(error: np.ndarray, limits: list[tuple[np.ndarray, float]], whole: bool
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Nothing from C on standard output: scipy 1.17's HiGHS prints a line there for each solution that it mends."""
-    if os.name == "nt":  # has no libc under this name
+    if os.name == "nt" or sys.stdout is None:  # the one has no libc under this name, the other no standard output
         yield
         return
     libc = ctypes.CDLL(None)
-    sys.stdout.flush()
-    libc.fflush(None)
-    kept = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        libc.fflush(None)  # what C still holds back goes nowhere as well
-        os.dup2(kept, 1)
-        os.close(kept)
+    with ONE_HUSH:
+        sys.stdout.flush()
+        libc.fflush(None)
+        kept = os.dup(1)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            libc.fflush(None)  # what C still holds back goes nowhere as well
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _picked(table: np.ndarray, chosen: Sequence[int]) -> float:

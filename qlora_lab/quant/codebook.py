@@ -123,7 +123,7 @@ def codebook(name: str) -> torch.Tensor:
     >>> codebook("nf4")[[0, 7, 15]].tolist()
     [-1.0, 0.0, 1.0]
     """
-    if name not in _RECIPES:
+    if not isinstance(name, str) or name not in _RECIPES:
         raise ValueError(f"codebook {name!r} is not known: choose one of {', '.join(CODEBOOKS)}")
     return _table(name).clone()
 

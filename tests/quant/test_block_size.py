@@ -2,6 +2,8 @@
 
 import ctypes
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
@@ -98,6 +100,35 @@ def test_errors_of_very_different_size_are_told_apart():
     assert best_plan(choices, 4.625).chosen == {"a": candidates[1], "b": candidates[0]}
 
 
+def test_a_relaxed_optimum_of_zero_can_be_out_of_reach():
+    """Parts of "a"'s last and "b"'s first keep both limits at error 0; of whole ones only "b"'s second does, for 1."""
+    candidates = tuple(
+        Candidate(name, size, size > 32) for name, sizes in (("nf3", (32, 1024)), ("int5", (32, 64))) for size in sizes
+    )
+    numel, error = (5784, 7097), np.array([[166.0, 0, 0, 0], [0, 1, 0, 0]])
+    bits = np.array([[stored_bits(n, one) for one in candidates] for n in numel], dtype=float)
+    choices, budget = Choices(("a", "b"), numel, candidates, error, bits), (17464 + 21432 + 9212) / sum(numel)
+    assert brute_force(choices, budget, 0.13) == 1 == best_plan(choices, budget, constants_share=0.13).error
+
+
+@pytest.mark.parametrize("candidate", [Candidate("nf4", 48, True), Candidate("nf4", 1000, True)])
+def test_a_uniform_plan_of_a_large_model_fits_its_own_bits(candidate):
+    """7e11 weights, as they are in 405B and more: bits / weights * weights may end below bits."""
+    numel = (53248 * 16384 - 3,) * 800
+    bits = np.full((800, 1), float(stored_bits(numel[0], candidate)))
+    choices = Choices(tuple(map(str, range(800))), numel, (candidate,), bits, bits)
+    same = uniform(choices, candidate)
+    assert best_plan(choices, same.bits_per_parameter) == same
+
+
+def test_solvers_in_threads_leave_standard_output_as_it_was(capfd):
+    choices = random_choices()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: best_plan(choices, 4.0), range(20)))
+    os.write(1, b"after")
+    assert capfd.readouterr().out == "after"
+
+
 def test_what_the_solver_prints_from_c_stays_off_standard_output(capfd, monkeypatch):
     """On large models HiGHS does, and the command line's --json would be none."""
     solve = scipy.optimize.milp
@@ -122,7 +153,11 @@ def test_small_layers_of_one_module():
         ({"bits_per_parameter": 3.0}, r"budget of 3 bits per parameter is too small: the smallest plan takes 3\.06"),
         ({"constants_share": 0.001}, r"constants_share=0.001 is too small: constants take at least 0\.01"),
         ({"bits_per_parameter": 3.0, "constants_share": 0.05}, r"budget of 3 bits per parameter is too small"),
-        ({"groups": [["block.0", "nosuch"]]}, "a group names nosuch"),
+        ({"bits_per_parameter": np.nan}, "bits_per_parameter=nan is no budget: give a number, such as 4.5"),
+        ({"bits_per_parameter": -np.inf}, "bits_per_parameter=-inf is no budget"),
+        ({"constants_share": np.nan}, "constants_share=nan is not allowed: it is above 0 and at most 1"),
+        ({"constants_share": np.inf}, "constants_share=inf is not allowed"),
+        ({"groups": [["block.0", "nosuch"]]}, "a group names 'nosuch', which is no layer here: a group is a list"),
         ({"groups": [["block.0", "block.1"], ["block.1"]]}, r"block\.1 is in two groups"),
     ],
 )
@@ -148,6 +183,10 @@ def test_tables_are_checked():
         Choices(choices.layers, NUMEL, CANDIDATES, choices.error, choices.bits[:, :5])
     with pytest.raises(ValueError, match=r"error of block\.2 is not finite"):
         Choices(choices.layers, NUMEL, CANDIDATES, choices.error * [[1], [1], [np.nan], [1]], choices.bits)
+    with pytest.raises(ValueError, match="numel has 3 entries for 4 layers"):
+        Choices(choices.layers, NUMEL[:3], CANDIDATES, choices.error, choices.bits)
+    with pytest.raises(ValueError, match="0 layers x 6 candidates: there is nothing to choose from"):
+        Choices((), (), CANDIDATES, np.array([]), np.array([]))
     with pytest.raises(ValueError, match="is no candidate: choose from"):
         uniform(choices, Candidate("nf4", 64, False))
 
@@ -164,17 +203,39 @@ def test_a_plan_is_the_same_from_its_file(tmp_path):
     assert stored["layers"]["block.0"] == first._asdict() | {"numel": 4096} and stored["model"] == "drawn"
 
 
-def test_an_interrupted_save_leaves_the_old_plan(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_plan_and_nothing_else(tmp_path, monkeypatch):
     plan = best_plan(random_choices(), 4.0)
     plan.save(tmp_path / "plan.json")
 
     def power_cut(*_):
         raise OSError("power cut")
 
-    monkeypatch.setattr(block_size.Path, "replace", power_cut)
-    with pytest.raises(OSError, match="power cut"):
-        uniform(random_choices(), CANDIDATES[0]).save(tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json") == plan
+    for owner, step in ((block_size.os, "fsync"), (block_size.Path, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, power_cut)
+            with pytest.raises(OSError, match="power cut"):
+                uniform(random_choices(), CANDIDATES[0]).save(tmp_path / "plan.json")
+        assert load_plan(tmp_path / "plan.json") == plan
+        assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a power cut could leave an empty file under the name."""
+    path, seen = tmp_path / "größer, mit Leerzeichen.json", []
+
+    def sync(handle):
+        seen.append((os.fstat(handle).st_size, path.exists()))
+
+    monkeypatch.setattr(block_size.os, "fsync", sync)
+    best_plan(random_choices(), 4.0).save(path)
+    assert seen == [(path.stat().st_size, False)]
+
+
+def test_two_who_save_at_once_both_succeed(tmp_path):
+    plans = [uniform(random_choices(), one) for one in CANDIDATES]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda plan: plan.save(tmp_path / "plan.json"), plans * 5))
+    assert load_plan(tmp_path / "plan.json") in plans and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -185,6 +246,11 @@ def test_an_interrupted_save_leaves_the_old_plan(tmp_path, monkeypatch):
         (lambda text: text.replace('"numel": 6000', '"weights": 6000'), "'numel' is missing"),
         (lambda text: text.replace('"codebook": "nf', '"codebook": "nfx'), r"block\.0: codebook 'nfx\d' is not known"),
         (lambda text: text.replace('"block_size": ', '"block_size": 9'), r"block\.0: block_size=9512 is not allowed"),
+        (lambda text: text.replace("false", '"no"'), r"block\.0: double_quant='no' must be True or False"),
+        (lambda text: text.replace('"codebook": "nf4"', '"codebook": ["nf4"]'), r"codebook \['nf4'\] is not known"),
+        (lambda text: text.replace('"error": ', '"error": "much", "of": '), "plan.json is no plan, or .* 'much'"),
+        (lambda text: text.replace('"numel": 6000', '"numel": NaN'), "plan.json is no plan, or is cut off: .*NaN"),
+        (lambda text: "[1, 2]", "plan.json is no plan"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, change, message):
