@@ -591,9 +591,9 @@ def _levels(text: str) -> tuple[str, list[float]]:
         levels = [float(number) for number in numbers.split(",")]
     except ValueError:
         levels = []
-    if not (name and levels):
+    if not (name.strip() and levels):
         raise argparse.ArgumentTypeError(f"{text!r} is no table: write NAME=V1,V2,..., such as mine=-1,-0.5,0,1")
-    return name, levels
+    return name.strip(), levels
 
 
 def _command(commands, name, run, summary, example) -> argparse.ArgumentParser:

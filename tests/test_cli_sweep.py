@@ -130,7 +130,7 @@ def test_a_mistake_is_one_line_and_code_2(capsys, tmp_path, model, options, mess
     assert (code, text) == (2, "") and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("levels", ["", "mine", "mine=", "=-1,1", "mine=-1,one", "mine=-1,,1"])
+@pytest.mark.parametrize("levels", ["", "mine", "mine=", " =-1,1", "mine=-1,one", "mine=-1,,1"])
 def test_levels_that_cannot_be_read(capsys, levels):
     with pytest.raises(SystemExit) as stop:
         cli.main(["sweep", "model", "--out", "rows.jsonl", "--levels", levels])

@@ -20,6 +20,8 @@ from qlora_lab.finetune.loss import batch_losses
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+WORD = 64  # tokens; a text cut within a word has others at its end
+
 
 def topics_text() -> str:
     """The help topics of this Python, by sorted key, joined by blank lines: English prose that needs no download.
@@ -42,13 +44,26 @@ def perplexity(model: torch.nn.Module, tokenizer: "Tokenizer", text: str, length
 def text_windows(tokenizer: "Tokenizer", text: str, length: int = 512, windows: int = 8) -> torch.Tensor:
     """The first `windows` x `length` tokens of `text`: (windows, length) int64. Raises as perplexity does."""
     check_windows(length, windows)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _first_ids(tokenizer, text, length * windows)
     if len(ids) < length * windows:
         fewer = f"windows={len(ids) // length}" if len(ids) >= length else "shorter windows"
         raise ValueError(
             f"the text has {len(ids)} tokens, fewer than {windows} windows of {length}: take {fewer} or a longer text"
         )
     return torch.tensor(ids[: length * windows]).view(windows, length)
+
+
+def _first_ids(tokenizer: "Tokenizer", text: str, needed: int) -> list[int]:
+    """The first `needed` tokens of `text` and some more; all where it has fewer.
+
+    A text of any size may be given, and 10 million characters take 7 s and 1.4 GB: so only a beginning is looked at.
+    """
+    taken = 16 * needed  # characters; 4 or 5 make a token of English
+    while True:
+        ids = tokenizer(text[:taken], add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= needed + WORD or taken >= len(text):
+            return ids
+        taken *= 4
 
 
 def check_windows(length: int, windows: int) -> None:

@@ -24,8 +24,7 @@ except ImportError:  # Windows: two sweeps at once are the user's care
     fcntl = None
 
 # What decides a row's figures. The seed does not: levels that it drew are there themselves. Nor do commit and machine:
-# most commits change no figure, and what the quantiser does is in `quantiser`; threads and the processor's instructions
-# move the order of float sums (sweep.py says how far).
+# most commits change no figure, and what the quantiser does is in `quantiser`; sweep.py says what a processor changes.
 IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "quantiser", "versions")
 FIGURES = ("perplexity", "window_losses", "bits_per_parameter", "relative_error", "layer_errors", "entropy")
 FIGURES += ("code_share",)

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from qlora_lab.finetune.fetch import fetch
 from qlora_lab.finetune.models import load
-from qlora_lab.measure.perplexity import perplexity, topics_text
+from qlora_lab.measure.perplexity import perplexity, text_windows, topics_text
 
 TEXT = "the sum of the two numbers is a number, and nothing else. " * 9
 
@@ -41,6 +41,20 @@ def test_training_mode_comes_back(tiny_llama, tokenizer):
     tiny_llama.train()
     perplexity(tiny_llama, tokenizer, TEXT, length=8, windows=2)
     assert all(module.training for module in tiny_llama.modules())
+
+
+@pytest.mark.parametrize("text", [TEXT * 99, "é" * 9999, "\n" * 9999 + TEXT, "one" * 9999], ids="abcd")
+def test_of_a_long_text_only_a_beginning_is_tokenised(tokenizer, text):
+    seen = []
+
+    def counting(part, **options):
+        seen.append(len(part))
+        return tokenizer(part, **options)
+
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert text_windows(counting, text, length=5, windows=3).flatten().tolist() == whole[:15]
+    assert sum(seen) < len(text) / 5
+    assert text_windows(tokenizer, text, length=len(whole), windows=1).flatten().tolist() == whole
 
 
 def test_a_text_that_is_too_short_says_what_would_fit(tiny_llama, tokenizer):

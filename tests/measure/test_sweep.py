@@ -346,6 +346,7 @@ def test_what_is_no_file_is_said_before_anything_is_loaded(tmp_path):
         (("nf4", 8), ValueError, "block_size=8 is not allowed"),
         (("mine", 64, False, [0.0, 0.0, 1.0]), ValueError, "mine: level 1, 0, is repeated"),
         (("nf4", 64, False, LEVELS), ValueError, "under the name 'nf4', which stands for others"),
+        (("none", 64, False, LEVELS), ValueError, "under the name 'none', which stands for others"),
         ((None, 64, False, LEVELS), ValueError, "levels are given without a name"),
         ("nf4", TypeError, "setting 'nf4': give a Variant, or a tuple"),
         ((torch.tensor(LEVELS), 64), TypeError, "give a Variant, or a tuple"),
