@@ -161,7 +161,7 @@ def _prepared(name_or_path, windows, length, text, dtype, device, progress) -> "
         },
         "versions": {name: version(name) for name in ("qlora-lab", "torch", "transformers")},
         "commit": _commit(),
-        "machine": machine(),
+        "machine": machine() | {"instructions": torch.backends.cpu.get_cpu_capability()},
     }
     return source, tokens, shared
 
