@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from qlora_lab.kernels import product_for
-from qlora_lab.quant.block_size import Candidate, Plan, of_layers
+from qlora_lab.quant.block_size import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
 
@@ -175,9 +175,8 @@ def quantize_linears(
     targets = [(name, module) for name, module in model.named_modules() if is_quantisable(name, module)]
     if not targets:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}")
-    options = of_layers(
-        Candidate(codebook, block_size, double_quant), plan, {name: linear.weight.numel() for name, linear in targets}
-    )
+    numel = {name: linear.weight.numel() for name, linear in targets}
+    options = of_layers(Candidate(codebook, block_size, double_quant), as_plan(plan), numel)
     for name, linear in targets:
         weight = quantize(linear.weight, *options[name], name=f"{name}.weight")
         model.set_submodule(name, Linear4bit(weight, linear.bias))

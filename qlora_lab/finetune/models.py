@@ -10,7 +10,7 @@ Not here: finding and fetching the folder (fetch.py), adapters (lora.py).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, resolve, weight_files
 from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, is_quantisable
 from qlora_lab.finetune.wide import widen
-from qlora_lab.quant.block_size import DEFAULT, Candidate, Plan, of_layers
+from qlora_lab.quant.block_size import DEFAULT, Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, quantize
@@ -52,12 +52,14 @@ def load(
     plan: or its file, instead of these options, for layers that differ (quant/block_size.py).
     dtype: of everything that is not quantised, and of the computation; None takes bf16 where the machine multiplies it
     fast, else float32 (fp16 on an older GPU). device: None takes a CUDA GPU if there is one.
-    Raises ValueError for a name or option that is not known, or a plan of another model, FileNotFoundError for a folder
-    without a model, and ModelError for a tensor that is missing, extra, mis-shaped or cut off: each names it.
+    Raises ValueError for a name or option that is not known, a plan of another model, or a model without linear layers;
+    FileNotFoundError for a folder without a model; ModelError for a tensor that is missing, extra, mis-shaped or cut
+    off: each names it.
     """
     if codebook is not None:  # before anything is fetched or read
         named_codebook(codebook)
         check_block_size(block_size)
+    plan = as_plan(plan)
     folder = resolve(name_or_path, progress=progress)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or fast_dtype(device)
@@ -75,7 +77,7 @@ def load(
         _map(model, folder, device, dtype, progress)
     else:
         options = {} if codebook is None and plan is None else of_layers(asked, plan, layer_sizes(model))
-        for name, tensor in _read(folder, expected_shapes(model), may_lack(model), progress):
+        for name, tensor in _read(folder, model, progress):
             _place(model, name, tensor.to(device), options, dtype)
     _compute_buffers(model, device)
     model.tie_weights()
@@ -132,14 +134,14 @@ def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def layer_sizes(model: nn.Module) -> dict[str, int]:
-    """Path of each layer to quantise -> its weights."""
+    """Path of each layer to quantise -> its weights. Raises ValueError for a model that has none."""
     shapes = expected_shapes(model)
-    return {name.removesuffix(".weight"): shapes[name].numel() for name in shapes if is_linear_weight(model, name)}
-
-
-def may_lack(model: "PreTrainedModel") -> set[str]:
-    """A tied head is the embedding; files hold it twice or once."""
-    return {f"{HEAD}.weight"} if model.config.tie_word_embeddings else set()
+    sizes = {name.removesuffix(".weight"): shapes[name].numel() for name in shapes if is_linear_weight(model, name)}
+    if not sizes:  # GPT-2's are Conv1D
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}: load it with codebook=None"
+        )
+    return sizes
 
 
 def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
@@ -171,8 +173,7 @@ def _map(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtyp
     for key in files:
         name, dot, _ = key.partition(".weight.")
         parts.setdefault(f"{name}.weight" if dot else key, []).append(key)
-    check_names(folder, set(parts), set(expected), may_lack(model))
-    names = [name for name in parts if name in expected and name not in may_lack(model)]
+    names = _check_names(folder, parts, model)
     if not any(len(parts[name]) > 1 for name in names):
         raise ModelError(f"{folder} is quantised by its config.json, but not its tensors: mend one of the two")
     with ExitStack() as stack:
@@ -195,16 +196,12 @@ def _map(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtyp
                 model.set_submodule(path, Linear4bit(tensor.to(device), module.bias))
 
 
-def _read(
-    folder: Path, expected: dict[str, torch.Size], absent: set[str], progress: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
-    files = files_of(folder)
-    check_names(folder, set(files), set(expected), absent)
-    names = [name for name in files if name in expected and name not in absent]
-    bar = tqdm(names, "loading", unit="tensor", disable=not progress)
+def _read(folder: Path, model: "PreTrainedModel", progress: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    files, shapes = files_for(model, folder), expected_shapes(model)
+    bar = tqdm(files, "loading", unit="tensor", disable=not progress)
     for name in bar:
         bar.set_postfix_str(name.removeprefix("model."), refresh=False)
-        yield name, read_tensor(files[name], name, expected[name])
+        yield name, read_tensor(files[name], name, shapes[name])
 
 
 def read_tensor(file: Path, name: str, shape: torch.Size) -> torch.Tensor:
@@ -231,13 +228,24 @@ def files_of(folder: Path) -> dict[str, Path]:
     return files
 
 
-def check_names(folder: Path, found: set[str], expected: set[str], absent: set[str]) -> None:
-    missing = sorted(expected - absent - found)
-    extra = sorted(n for n in found - expected if not n.endswith("rotary_emb.inv_freq"))  # old exports hold this buffer
+def files_for(model: "PreTrainedModel", folder: Path) -> dict[str, Path]:
+    """files_of an original, for the tensors that `model` reads. Raises ModelError for one that is missing or extra."""
+    files = files_of(folder)
+    return {name: files[name] for name in _check_names(folder, files, model)}
+
+
+def _check_names(folder: Path, found: Iterable[str], model: "PreTrainedModel") -> list[str]:
+    """Those of the names `found` in `folder` that the model reads, in their order."""
+    expected, stored = set(expected_shapes(model)), set(found)
+    # a tied head is the embedding; files hold it twice or once
+    absent = {f"{HEAD}.weight"} if model.config.tie_word_embeddings else set()
+    missing = sorted(expected - absent - stored)
+    extra = sorted(n for n in stored - expected if not n.endswith("rotary_emb.inv_freq"))  # old exports have it
     for names, what in ((missing, "missing from"), (extra, "not part of the model, but in")):
         if names:
             more = f" and {len(names) - 1} more" if names[1:] else ""
             raise ModelError(f"{names[0]}{more}: {what} {folder}; config.json and weights do not belong together")
+    return [name for name in found if name in expected - absent]
 
 
 @contextmanager

@@ -23,17 +23,15 @@ from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
 from qlora_lab.finetune.files import replacing_file
 from qlora_lab.finetune.linear4bit import HEAD
 from qlora_lab.finetune.models import (
-    check_names,
     empty_model,
     expected_shapes,
-    files_of,
+    files_for,
     layer_sizes,
-    may_lack,
     opened,
     read_tensor,
     stored_options,
 )
-from qlora_lab.quant.block_size import Candidate, Plan, load_plan, of_layers
+from qlora_lab.quant.block_size import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.quantize import quantize
@@ -64,21 +62,19 @@ def quantize_folder(
     """
     named_codebook(codebook)
     check_block_size(block_size)
-    out, source = Path(out), resolve(name_or_path, progress=progress)
+    out, plan = Path(out), as_plan(plan)
+    source = resolve(name_or_path, progress=progress)
     if stored := stored_options(source):
         raise ModelError(f"{source} is in 4 bits already, as {stored}: load it, or quantise its original")
     model = empty_model(source, torch.float32)
-    shapes, files = expected_shapes(model), files_of(source)
-    check_names(source, set(files), set(shapes), may_lack(model))
-    names = [name for name in files if name in shapes and name not in may_lack(model)]
-    plan = load_plan(plan) if isinstance(plan, str | Path) else plan
+    shapes, files = expected_shapes(model), files_for(model, source)
     options = of_layers(Candidate(codebook, block_size, double_quant), plan, layer_sizes(model))
-    pieces = _pieces(names, files)
+    pieces = _pieces(files)
     work = {"codebook": codebook, "block_size": block_size, "double_quant": double_quant, "pieces": pieces}
     work |= {"source": _identity(source, files), "plan": plan and {name: list(one) for name, one in options.items()}}
     _begin(out, work)
     weight_map, total = {}, len(pieces)
-    bar = tqdm(total=len(names), desc="quantising", unit="tensor", disable=not progress)
+    bar = tqdm(total=len(files), desc="quantising", unit="tensor", disable=not progress)
     for number, piece in enumerate(pieces, 1):
         file = out / f"model-{number:05}-of-{total:05}.safetensors"
         if not file.exists():  # else it was finished by an earlier call: a file only gets its name when it is whole
@@ -107,11 +103,11 @@ def _own(key: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if key.endswith("quant_map") else tensor
 
 
-def _pieces(names: list[str], files: dict[str, Path]) -> list[list[str]]:
+def _pieces(files: dict[str, Path]) -> list[list[str]]:
     """The names in their order, cut into lists of at most PIECE bytes."""
     pieces, room = [], 0
-    for name in names:
-        with opened(files[name]) as stored:
+    for name, file in files.items():
+        with opened(file) as stored:
             piece = stored.get_slice(name)
         nbytes = torch.Size(piece.get_shape()).numel() * (4 if piece.get_dtype() == "F32" else 2)
         if not pieces or nbytes > room:

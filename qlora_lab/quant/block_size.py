@@ -135,8 +135,8 @@ class Plan:
 _REMEDY = "make a plan for this model"
 
 
-def of_layers(options: Candidate, plan: Plan | str | Path | None, numel: dict[str, int]) -> dict[str, Candidate]:
-    """What each layer is quantised as: by `plan`, or its file, where there is one, else all by `options`.
+def of_layers(options: Candidate, plan: Plan | None, numel: dict[str, int]) -> dict[str, Candidate]:
+    """What each layer is quantised as: by `plan` where there is one, else all by `options`.
 
     numel: layer -> its weights. Raises ValueError for a plan that is another model's, or beside options of one's own.
     """
@@ -144,9 +144,13 @@ def of_layers(options: Candidate, plan: Plan | str | Path | None, numel: dict[st
         return dict.fromkeys(numel, options)
     if options != DEFAULT:
         raise ValueError(f"a plan decides codebook, block size and double quantization: leave out {tuple(options)}")
-    plan = plan if isinstance(plan, Plan) else load_plan(plan)
     plan.check(numel)
     return plan.chosen
+
+
+def as_plan(plan: Plan | str | Path | None) -> Plan | None:
+    """The plan, read where its file is given."""
+    return plan if plan is None or isinstance(plan, Plan) else load_plan(plan)
 
 
 def load_plan(path: str | Path) -> Plan:

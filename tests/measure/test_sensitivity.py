@@ -39,18 +39,35 @@ def test_moments_are_those_of_the_inputs(tiny_llama):
     assert torch.allclose(found[UP].double(), (x**2).mean(0), rtol=1e-6)
 
 
-def test_fisher_is_the_squared_gradient_of_each_token(tiny_llama):
-    """Rows of one token to predict: then a row's gradient of W is g x^T, and its square the Fisher's diagonal."""
-    batches = [{"input_ids": torch.tensor([[first, 7]])} for first in (3, 50, 200)]
-    found = sensitivity(tiny_llama, None, batches, fisher=True, seed=1)[UP]
-    draws, total = torch.Generator().manual_seed(1), 0
-    weight = tiny_llama.get_submodule(UP).weight
-    for batch in batches:
-        logits = tiny_llama(**batch).logits[:, 0]
-        label = torch.multinomial(logits.detach().softmax(-1), 1, generator=draws)[:, 0]
-        (grad,) = torch.autograd.grad(cross_entropy(logits, label), weight)
-        total = total + grad.double() ** 2
-    assert torch.allclose(found.double(), total.mean(0) / 2 / len(batches), rtol=1e-4)
+def test_fisher_is_the_squared_gradient_of_each_window(tiny_llama):
+    """Without shortcuts: each row's loss by the same draws, its gradient by autograd, squared."""
+    rows = torch.arange(3, 27).view(4, 6)
+    found = sensitivity(tiny_llama, None, [{"input_ids": rows[:2]}, {"input_ids": rows[2:]}], fisher=True, seed=1)
+    logits = tiny_llama(rows).logits[:, :-1]  # (4, 5, vocabulary)
+    for name in (UP, "model.layers.0.self_attn.v_proj"):
+        total, draws = 0, torch.Generator().manual_seed(1)
+        for row in logits:
+            labels = torch.multinomial(row.detach().softmax(-1), 1, generator=draws)[:, 0]
+            loss = cross_entropy(row, labels, reduction="sum")
+            (grad,) = torch.autograd.grad(loss, tiny_llama.get_submodule(name).weight, retain_graph=True)
+            total = total + grad.double() ** 2
+        assert torch.allclose(found[name].double(), total.mean(0) / 2 / 20, rtol=1e-4)  # 4 x 5 predicted tokens
+
+
+def test_fisher_is_the_expectation_over_all_labels(tiny_llama):
+    """Its definition: sum over tokens and labels of p (d log p / dW)^2, without draws. 400 draws of a window are near;
+    squares summed token by token would be 16 times as much for this k_proj.
+    """
+    ids, name = torch.tensor([[200, 100, 50, 20]]), "model.layers.1.self_attn.k_proj"
+    drawn = sensitivity(tiny_llama, None, [{"input_ids": ids.expand(400, -1)}], fisher=True)[name].double()
+    logs = tiny_llama(ids).logits[0, :-1].log_softmax(-1)  # (3, vocabulary)
+    want = 0
+    for row in logs:
+        each = torch.eye(len(row))
+        weight = tiny_llama.get_submodule(name).weight
+        (grads,) = torch.autograd.grad(row, weight, each, retain_graph=True, is_grads_batched=True)
+        want = want + torch.einsum("v,vij->j", row.detach().exp(), grads**2) / 2 / len(weight) / len(logs)
+    assert drawn.sum().item() == pytest.approx(want.sum().item(), rel=0.2)  # a few labels make most of it
 
 
 def test_measuring_changes_nothing(tiny_llama):
@@ -65,6 +82,58 @@ def test_measuring_changes_nothing(tiny_llama):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("fisher", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(tiny_llama, fisher, side):
+    rows = [torch.arange(3, 10), torch.arange(40, 44), torch.tensor([77])]
+    ids, mask = torch.full((3, 7), 2), torch.zeros(3, 7, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        real = slice(7 - len(row), 7) if side == "left" else slice(len(row))
+        ids[i, real], mask[i, real] = row, 1
+    found = sensitivity(tiny_llama, None, [{"input_ids": ids, "attention_mask": mask, "labels": ids}], fisher=fisher)
+    want = sensitivity(tiny_llama, None, [{"input_ids": row[None]} for row in rows], fisher=fisher)
+    assert all(torch.allclose(found[name], want[name], rtol=1e-5) for name in want)
+
+
+def test_how_a_model_trains_changes_nothing(tiny_llama):
+    """Checkpointing runs each layer's hooks twice, a tied head is a second use of the embedding."""
+    want = sensitivity(tiny_llama, None, BATCHES, fisher=True)
+    tiny_llama.train().requires_grad_(False)
+    tiny_llama.activation_checkpointing_enable()
+    found = sensitivity(tiny_llama, None, BATCHES, fisher=True)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    tiny_llama.lm_head.weight.data.copy_(tiny_llama.get_input_embeddings().weight)
+    want = sensitivity(tiny_llama, None, BATCHES, fisher=True)
+    tiny_llama.config.tie_word_embeddings = True
+    tiny_llama.lm_head.weight = tiny_llama.get_input_embeddings().weight
+    found = sensitivity(tiny_llama, None, BATCHES, fisher=True)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_in_another_precision(tiny_llama, fisher):
+    """float64 inputs are what is squared, and must not be squared in place; bf16 has 8 bits, in every layer."""
+    want = sensitivity(tiny_llama, None, BATCHES, fisher=fisher)
+    wide = sensitivity(copy.deepcopy(tiny_llama).double(), None, BATCHES, fisher=fisher)
+    assert all(torch.allclose(wide[name], want[name], rtol=1e-3) for name in want)
+    narrow = sensitivity(tiny_llama.bfloat16(), None, BATCHES, fisher=fisher)
+    assert narrow[UP].dtype == torch.float32
+    assert narrow[UP].sum().item() == pytest.approx(want[UP].sum().item(), rel=0.1)
+
+
+def test_no_bar_unless_asked_for(tiny_llama, capsys):
+    sensitivity(tiny_llama, None, BATCHES, progress=False)
+    assert capsys.readouterr() == ("", "")
+    sensitivity(tiny_llama, None, BATCHES)
+    assert "sensitivity" in capsys.readouterr().err
+
+
+def test_a_model_that_predicts_nan_is_named(tiny_llama):
+    tiny_llama.get_submodule(UP).weight.data[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the model predicts NaN or infinity: look for them in its weights"):
+        sensitivity(tiny_llama, None, BATCHES, fisher=True)
+
+
 def test_a_text_is_cut_into_windows(tiny_llama, tokenizer):
     text = "the sum of the two numbers, " * 40
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -75,8 +144,9 @@ def test_a_text_is_cut_into_windows(tiny_llama, tokenizer):
         sensitivity(tiny_llama, tokenizer, text, windows=900, length=16)
     with pytest.raises(ValueError, match="at least one window of at least two tokens"):
         sensitivity(tiny_llama, tokenizer, text, windows=1, length=1)
-    with pytest.raises(ValueError, match="no batches"):
-        sensitivity(tiny_llama, None, [])
+    for batches in ([], [{"input_ids": torch.tensor([[5]])}]):
+        with pytest.raises(ValueError, match="no batches with a token to predict"):
+            sensitivity(tiny_llama, None, batches, fisher=True)
 
 
 def test_errors_are_those_of_the_library(tiny_llama, choices):
@@ -156,6 +226,12 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_work(folder, tmp_path, t
         with pytest.raises(ValueError, match=r"a plan decides .*: leave out \('nf4', 128, True\)"):
             use(plan=plan, block_size=128)
     assert not (tmp_path / "small").exists() and not options_of(tiny_llama)
+
+
+def test_a_plan_is_read_before_a_model_is_fetched(tmp_path):
+    for use in (load, lambda model, **options: quantize_folder(model, tmp_path / "small", **options)):
+        with pytest.raises(FileNotFoundError, match=r"plan\.json"):
+            use("org/nowhere", plan=tmp_path / "plan.json")
 
 
 def test_a_folder_begun_by_another_plan_is_refused(folder, tmp_path, choices, plan, monkeypatch):
