@@ -1,21 +1,24 @@
-"""Two explorers of data types: what one outlier does to its block, and a codebook that the reader bends into shape.
+"""Two explorers of data types: what one outlier does to its block, and a codebook that the reader drags into shape.
 
 OutlierExplorer. State: codebook, block_size, outlier, position. The picture: 256 normal weights, one of them replaced
 by the outlier, over the levels of their blocks; beside it how the block with the outlier uses its codes.
 
-CodebookExplorer. State: curve, below, ends, zero, block_size. The picture: the levels over a histogram of scaled
-weights, the use of their codes, and the error they leave beside that of other data types.
+CodebookExplorer. State: levels, block_size. The picture: the levels over a histogram of scaled weights, the use of
+their codes, and the error they leave beside that of other data types. A bar that leaves its axis ends in an arrow.
 
 "Error" is squared error over squared weight. Without weights of your own both are shown on normal ones.
-Not here: rounding (quant/codebook.py), counting codes (measure/code_use.py).
+Not here: the handles (levels.py), rounding (quant/codebook.py), counting codes (measure/code_use.py).
 """
 
+import math
 from functools import lru_cache
 
 import numpy as np
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
 from qlora_lab.measure.code_use import CodeUse, code_use
 from qlora_lab.quant.blocks import block_absmax, scale_blocks, to_blocks
@@ -24,7 +27,8 @@ from qlora_lab.quant.lloyd_max import lloyd_max
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, new_figure
-from qlora_lab.show.slider import Slider, Toggle
+from qlora_lab.show.levels import Levels, shortest
+from qlora_lab.show.slider import Slider
 
 NAMES = {"nf4": "NF4", "fp4": "FP4", "int4": "INT4", "e2m1": "E2M1", "e3m0": "E3M0", "nf3": "NF3", "nf2": "NF2"}
 N_WEIGHTS = 256  # of the outlier's picture: four blocks of 64, and each weight still a dot of its own
@@ -34,7 +38,7 @@ LARGEST_BLOCK = 1024
 COMPARED = ("nf4", "fp4", "int4")
 BINS = 81  # of the histogram; odd, so that zero is in the middle of one
 LEAST, MOST = 0.5, 30  # % of error, on a logarithmic axis
-MOST_USED = 60  # % of the weights with one code
+MOST_USED = 30  # % of the weights with one code: four times an equal share still fits
 
 # --------------------------------------------------------------------------------------------------------- an outlier
 
@@ -141,11 +145,11 @@ def level_lines(q: QuantizedTensor) -> tuple[list, list]:
 # ------------------------------------------------------------------------------------------------- a codebook by hand
 
 
-def shaped_levels(curve: float = 1.0, below: int = 7, ends: float = 1.0, zero: bool = True) -> torch.Tensor:
+def shaped_levels(curve: float = 1.0, below: int = 7, zero: bool = True) -> torch.Tensor:
     """16 levels, ascending, float32: `below` of them negative, 0 if `zero`, the others positive.
 
-    On either side level i of n is ends * (i / n)^curve: evenly spaced at curve 1, dense near zero above. Without a zero
-    the two innermost levels move half a step towards it, so that the gap between them is as wide as the next one.
+    On either side level i of n is (i / n)^curve: evenly spaced at curve 1, dense near zero above. Without a zero the
+    two innermost levels move half a step towards it, so that the gap between them is as wide as the next one.
 
     >>> shaped_levels(below=7)[[0, 6, 7, 8, 15]].tolist()
     [-1.0, -0.1428571492433548, 0.0, 0.125, 1.0]
@@ -153,18 +157,23 @@ def shaped_levels(curve: float = 1.0, below: int = 7, ends: float = 1.0, zero: b
     half = 0.0 if zero else 0.5
 
     def side(n: int) -> torch.Tensor:
-        return ends * ((torch.arange(1, n + 1) - half) / (n - half)) ** curve
+        return ((torch.arange(1, n + 1) - half) / (n - half)) ** curve
 
     middle = torch.zeros(1) if zero else torch.zeros(0)
     return torch.cat([-side(below).flip(0), middle, side(16 - below - len(middle))])
 
 
+STARTS = {"NF4": shortest(codebook("nf4")), "even steps": shortest(shaped_levels())}
+
+
 class CodebookExplorer(Explorer):
-    """Four controls bend 16 levels; their error beside NF4, FP4, INT4 and Lloyd-Max. See Explorer.
+    """16 levels to drag; their error beside NF4, FP4, INT4 and Lloyd-Max. See Explorer.
 
     weight: what they are tried on, such as a layer of a model; 32,768 of its weights are taken, from everywhere in it.
-    None: normal weights.
+    None: normal weights. levels: 16 of your own to start from, ascending, in [-1, 1].
     """
+
+    above = ("levels",)
 
     def __init__(self, weight: torch.Tensor | None = None, **state):
         self._own = weight is not None
@@ -172,18 +181,19 @@ class CodebookExplorer(Explorer):
         self._known: dict[int, dict] = {}  # by block size: what does not depend on the reader's levels
         super().__init__(**state)
 
+    @property
+    def levels(self) -> torch.Tensor:
+        """(16,) float32: for `quantize`, and for a Variant of `sweep`."""
+        return self.result["levels"]
+
     def controls(self):
         return {
-            "curve": Slider("Curve", 1.0, low=0.6, high=3.0, step=0.1),
-            "below": Slider("Levels below zero", 7, low=3, high=12),
-            "ends": Slider("Ends", 1.0, low=0.6, high=1.0, step=0.02, unit="of absmax"),
-            "zero": Toggle("Exact zero", True),
+            "levels": Levels("Levels", STARTS["NF4"], starts=STARTS),
             "block_size": Slider("Block size", 64, choices=[16, 64, 256, LARGEST_BLOCK], unit="weights"),
         }
 
     def compute(self, state):
-        shape = {name: state[name] for name in ("curve", "below", "ends", "zero")}
-        levels, known = shaped_levels(**shape), self._compare(state["block_size"])
+        levels, known = torch.tensor(state["levels"]), self._compare(state["block_size"])
         return {"levels": levels, "use": code_use(levels, known["blocks"]), **known}
 
     def _compare(self, block_size: int) -> dict:
@@ -191,78 +201,82 @@ class CodebookExplorer(Explorer):
         if block_size not in self._known:
             blocks = self._runs.view(-1, block_size)
             scaled = scale_blocks(blocks, block_absmax(blocks))
-            tables = {NAMES[name]: codebook(name) for name in COMPARED} | {"Lloyd-Max": lloyd_max(scaled)}
+            fitted = lloyd_max(scaled)
+            tables = {NAMES[name]: codebook(name) for name in COMPARED} | {"Lloyd-Max": fitted}
             self._known[block_size] = {
                 "blocks": blocks,
                 "density": torch.histc(scaled, BINS, -1, 1) / scaled.numel(),
+                "fitted": shortest(fitted),
                 "others": {name: code_use(table, blocks) for name, table in tables.items()},
             }
         return self._known[block_size]
 
     def draw(self):
-        fig, (first, right) = new_figure(2, width=8.4, height=4)
-        grid = right.get_gridspec()
-        grid.set_width_ratios([1.7, 1])
-        first.remove()
-        top, bottom = grid[0].subgridspec(2, 1).subplots()
-        for ax in (top, bottom):
+        fig, ax = new_figure(width=7.6, height=4.4)
+        ax.remove()
+        grid = fig.add_gridspec(2, 2, height_ratios=[1, 1.3], width_ratios=[1.5, 1])
+        top, left, right = (fig.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
+        for ax in (top, left, right):
             ax.spines[["top", "right"]].set_visible(False)
-        self._draw_levels(top, bottom)
-        self._draw_errors(right)
-        return fig, [
-            self.density,
-            self.lines,
-            self.bars,
-            self.entropy,
-            self.equal,
-            self.errors,
-            *self.values,
-            self.note,
-        ]
+        moving = [*self._draw_levels(top), *self._draw_use(left), *self._draw_errors(right)]
+        fix_layout(fig)
+        ends = top.transData.transform([(-1, 0), (1, 0)])[:, 0] / fig.bbox.width
+        self._controls["levels"].span = tuple(ends.tolist())  # a handle stands over its line
+        return fig, moving
 
-    def _draw_levels(self, top: Axes, bottom: Axes) -> None:
-        top.set(xlim=(-1.04, 1.04), ylim=(0, 1.05), yticks=[], xlabel="weight / absmax", ylabel="weights")
-        self.density = top.add_collection(LineCollection([], colors=COLOURS["sky"], lw=3.5, capstyle="butt"))
-        self.lines = top.add_collection(LineCollection([], colors=COLOURS["blue"], lw=1.8))
-        bottom.set(xlim=(-0.8, 15.8), ylim=(0, MOST_USED), xlabel="code", ylabel="use, %", xticks=range(0, 16, 3))
-        self.bars = bottom.add_collection(LineCollection([], colors=COLOURS["orange"], lw=10, capstyle="butt"))
-        (self.equal,) = bottom.plot([-0.8, 15.8], [100 / 16] * 2, color=COLOURS["black"], lw=1, ls="--")
-        self.entropy = bottom.text(0.99, 0.97, "", transform=bottom.transAxes, ha="right", va="top", fontsize=12)
+    def _draw_levels(self, ax: Axes) -> list[Artist]:
+        ax.set(xlim=(-1.04, 1.04), ylim=(0, 1.05), yticks=[], xlabel="weight / absmax", ylabel="weights")
+        self.density = ax.add_collection(LineCollection([], colors=COLOURS["sky"], lw=6, capstyle="butt"))
+        self.lines = ax.add_collection(LineCollection([], colors=COLOURS["blue"], lw=1.8))
+        return [self.density, self.lines]
 
-    def _draw_errors(self, ax: Axes) -> None:
+    def _draw_use(self, ax: Axes) -> list[Artist]:
+        ax.set(xlim=(-0.8, 15.8), ylim=(0, MOST_USED), xlabel="code", ylabel="use, % of weights")
+        ax.set_xticks(range(0, 16, 3))
+        self.bars = ax.add_collection(LineCollection([], colors=COLOURS["orange"], lw=10, capstyle="butt"))
+        (equal,) = ax.plot([-0.8, 15.8], [100 / 16] * 2, color=COLOURS["black"], lw=1, ls="--")
+        (self.beyond,) = ax.plot([0], [MOST_USED], "^", ms=8, color=COLOURS["orange"], clip_on=False)
+        self.entropy = ax.text(0, 1.06, "0 bits", transform=ax.transAxes, va="bottom", fontsize=12)
+        return [self.bars, equal, self.beyond, self.entropy]
+
+    def _draw_errors(self, ax: Axes) -> list[Artist]:
         names = ["yours", *(NAMES[name] for name in COMPARED), "Lloyd-\nMax"]
-        ax.set(yscale="log", ylim=(LEAST, MOST), xlim=(-0.6, len(names) - 0.4), ylabel="relative error, %")
+        ax.set(yscale="log", ylim=(LEAST, 1.4 * MOST), xlim=(-0.8, len(names) - 0.4), ylabel="relative error, %")
         ax.set_xticks(range(len(names)), names, fontsize=11)
         ax.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
         colours = [COLOURS["blue"], *[COLOURS["orange"]] * (len(names) - 1)]
         self.errors = ax.add_collection(LineCollection([], colors=colours, lw=18, capstyle="butt"))
         self.values = [ax.text(i, 1, "", ha="center", va="bottom", fontsize=11) for i in range(len(names))]
-        self.note = ax.text(0, 1.03, "", transform=ax.transAxes, va="bottom", fontsize=12)
+        self.note = ax.text(1, 1.06, "better", transform=ax.transAxes, ha="right", va="bottom", fontsize=12)
+        return [self.errors, *self.values, self.note]
 
     def update(self, result):
+        self._controls["levels"].starts = STARTS | {"Lloyd-Max": result["fitted"]}
         use, density = result["use"], (result["density"] / result["density"].max()).tolist()
         middles = ((np.arange(BINS) + 0.5) * 2 / BINS - 1).tolist()
         self.density.set_segments([[(x, 0), (x, y)] for x, y in zip(middles, density, strict=True)])
         self.lines.set_segments([[(x, 0), (x, 1)] for x in result["levels"].tolist()])
-        self.bars.set_segments([[(code, 0), (code, s)] for code, s in enumerate(100 * use.share)])
-        self.entropy.set_text(f"{use.entropy:.2f} bits of information in 4")
+        share = 100 * use.share.numpy()
+        self.bars.set_segments([[(code, 0), (code, min(s, MOST_USED))] for code, s in enumerate(share)])
+        over = np.flatnonzero(share > MOST_USED)
+        self.beyond.set_data(over, np.full(len(over), MOST_USED))
+        self.entropy.set_text(f"{use.entropy:z.2f} bits of information in 4")
         errors = [100 * other.relative_error for other in (use, *result["others"].values())]
-        self.errors.set_segments([[(i, LEAST), (i, error)] for i, error in enumerate(errors)])
-        for text, error in zip(self.values, errors, strict=True):
-            text.set_y(1.05 * error)
-            text.set_text(f"{error:.2f}")
+        ends = [min(max(error, LEAST), MOST) for error in errors]
+        self.errors.set_segments([[(i, LEAST), (i, end)] for i, end in enumerate(ends)])
+        for text, error, end in zip(self.values, errors, ends, strict=True):
+            text.set_y(1.05 * end)
+            text.set_text(f"{error:.2f}" if error <= MOST else f"{error:.0f}↑")
         self.note.set_text(f"better than {better_than(use, result['others']) or 'none'}")
 
     def describe(self, state, result):
         use, share = result["use"], 100 * result["use"].share
-        others = ", ".join(f"{name} {100 * other.relative_error:.3g}" for name, other in result["others"].items())
-        weights = f"{'given' if self._own else 'normal'} weights"
+        others = ", ".join(f"{name} {percent(other.relative_error)}" for name, other in result["others"].items())
         return (
-            f"Curve {state['curve']:.7g}, {state['below']} levels below zero, {'an exact' if state['zero'] else 'no'} "
-            f"zero, ends at {state['ends']:.7g}, blocks of {state['block_size']} {weights}: relative error "
-            f"{100 * use.relative_error:.3g} % ({others}), better than "
-            f"{better_than(use, result['others']) or 'none of them'}; codes used {share.min():.1f} to "
-            f"{share.max():.1f} % of the time, {use.entropy:.2f} bits of information in 4"
+            f"Levels {' '.join(f'{level:z.3g}' for level in state['levels'])}, blocks of {state['block_size']} "
+            f"{'given' if self._own else 'normal'} weights: relative error {percent(use.relative_error)} % ({others}), "
+            f"better than {better_than(use, result['others']) or 'none of them'}; codes used {share.min():.1f} to "
+            f"{share.max():.1f} % of the time, {use.entropy:z.2f} bits of information in 4"
         )
 
     def code(self):
@@ -273,16 +287,41 @@ class CodebookExplorer(Explorer):
 def some_runs(weight: torch.Tensor) -> torch.Tensor:
     """32,768 of the weights at most, in runs of 1,024 neighbours spread evenly over all: (n_runs, 1024) float32.
 
-    Raises ValueError for fewer weights than a run: a partial block would be filled up with zeros, which are no weights.
+    They are multiplied by a power of two, which changes no code: squares of very small or large ones leave float32.
+    Raises TypeError for what is no tensor of floats. Raises ValueError for fewer weights than a run (a partial block
+    would be filled up with zeros, which are no weights), for NaN and infinity, and for zeros alone.
     """
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        given = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise TypeError(f"weight is {given}: give a tensor of floats, a layer's weight before it is quantised")
     n_runs = weight.numel() // LARGEST_BLOCK
     if not n_runs:
         raise ValueError(f"weight has {weight.numel()} elements: give at least {LARGEST_BLOCK}, such as a linear layer")
     runs = weight.detach().reshape(-1)[: n_runs * LARGEST_BLOCK].view(n_runs, LARGEST_BLOCK)
-    chosen = torch.linspace(0, n_runs - 1, min(n_runs, SAMPLE // LARGEST_BLOCK)).long()
-    return runs[chosen].float()
+    chosen = runs[torch.linspace(0, n_runs - 1, min(n_runs, SAMPLE // LARGEST_BLOCK)).long()].double().cpu()
+    largest = float(chosen.abs().max())
+    if not 0 < largest < math.inf:  # nor is NaN
+        raise ValueError(f"the largest of the weights is {largest:g}: nothing can be compared on them, give others")
+    return chosen.mul(2.0 ** -math.frexp(largest)[1]).float()
 
 
 def better_than(use: CodeUse, others: dict[str, CodeUse]) -> str:
     """Names of the data types that leave a larger error."""
-    return " and ".join(name for name, other in others.items() if use.relative_error < other.relative_error)
+    names = [name for name, other in others.items() if use.relative_error < other.relative_error]
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def fix_layout(fig: Figure) -> None:
+    """Lay `fig` out as it is now, for good: otherwise what the first state writes would decide where every later one
+    is drawn, and the same state would not give the same bytes."""
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")
+
+
+def percent(share: float) -> str:
+    """Three digits of a share, in %, and never an exponent in front of the point.
+
+    >>> percent(0.00847), percent(28.9)
+    ('0.847', '2890')
+    """
+    return f"{100 * share:.3g}" if share < 9.99 else f"{100 * share:.0f}"

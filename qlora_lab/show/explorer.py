@@ -23,7 +23,10 @@ class Explorer(ABC):
     """Controls, a picture and a sentence that follow one state; works without a browser too.
 
     explorer.set(bits=3); explorer.reset(); explorer.state; explorer.result; explorer.summary(); explorer.png
+    above: fields whose controls are as wide as the picture and stand over it, instead of beside it.
     """
+
+    above: tuple[str, ...] = ()
 
     @abstractmethod
     def controls(self):
@@ -100,8 +103,10 @@ class Explorer(ABC):
         """Controls beside the picture, or above it where the window is narrow (a wrapping flex box, measured best)."""
         reset = Button("Reset")
         reset.observe(lambda _: self.reset(), "clicks")
-        panel = W.VBox([*self._controls.values(), reset], layout=W.Layout(flex="1 1 240px", min_width="240px"))
-        figure = W.Box([self._pane], layout=W.Layout(flex="3 1 420px", min_width="0"))
+        over = [self._controls[field] for field in self.above]
+        beside = [control for control in self._controls.values() if control not in over]
+        panel = W.VBox([*beside, reset], layout=W.Layout(flex="1 1 240px", min_width="240px"))
+        figure = W.VBox([*over, self._pane], layout=W.Layout(flex="3 1 420px", min_width="0"))
         row = W.Box([panel, figure], layout=W.Layout(flex_flow="row wrap", grid_gap="8px 24px"))
         source = details_html("Show source", source_html(self.compute, *called_functions(self.compute)))
         whole = W.VBox([row, W.HTML(source)])

@@ -17,7 +17,7 @@ import math
 import anywidget
 import traitlets as T
 
-_FOCUS = "outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px;"
+FOCUS = "outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px;"
 
 
 class Slider(anywidget.AnyWidget):
@@ -63,7 +63,7 @@ class Slider(anywidget.AnyWidget):
     .qlora-slider label {{ font-weight: 600; }}
     .qlora-slider span {{ font-variant-numeric: tabular-nums; }}
     .qlora-slider input {{ grid-column: 1 / -1; width: 100%; margin: 4px 0 0; }}
-    .qlora-slider input:focus-visible {{ {_FOCUS} }}
+    .qlora-slider input:focus-visible {{ {FOCUS} }}
     """
 
     def __init__(self, description, value, *, low=None, high=None, step=1, choices=None, unit=""):
@@ -132,7 +132,7 @@ class Toggle(anywidget.AnyWidget):
                      color: var(--jp-ui-font-color1, inherit); }}
     .qlora-toggle label {{ display: flex; align-items: center; gap: 6px; font-weight: 600; }}
     .qlora-toggle input {{ margin: 0; }}
-    .qlora-toggle input:focus-visible {{ {_FOCUS} }}
+    .qlora-toggle input:focus-visible {{ {FOCUS} }}
     """
 
     def __init__(self, description, value=False):
@@ -172,7 +172,7 @@ class Button(anywidget.AnyWidget):
     .qlora-button button {{ padding: 4px 12px; font: inherit; color: var(--jp-ui-font-color1, inherit); cursor: pointer;
                             background: var(--jp-layout-color2, #eee); border: 1px solid var(--jp-border-color1, #999);
                             border-radius: 3px; }}
-    .qlora-button button:focus-visible {{ {_FOCUS} }}
+    .qlora-button button:focus-visible {{ {FOCUS} }}
     """
 
     def __init__(self, description):

@@ -1,34 +1,32 @@
 """The explorers of data types: what they show is what quantize stores, and nothing leaves their axes."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.quant.codebook import check_levels, integer_levels
+from qlora_lab.measure.sweep import Variant, _checked
+from qlora_lab.quant.codebook import codebook, integer_levels
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.show.data_types import (
     LEAST,
     MOST,
     MOST_USED,
     N_WEIGHTS,
+    STARTS,
     CodebookExplorer,
     OutlierExplorer,
     normal_weights,
     shaped_levels,
     some_runs,
 )
+from qlora_lab.show.levels import shortest
 
-OUTLIER, BENT = OutlierExplorer(), CodebookExplorer()
+OUTLIER, MINE = OutlierExplorer(), CodebookExplorer()
+LEVELS = st.lists(st.integers(-100, 100), min_size=16, max_size=16, unique=True).map(sorted)
 
 
 def states(explorer):
     return st.fixed_dictionaries({name: st.sampled_from(c.choices) for name, c in explorer._controls.items()})
-
-
-def shapes():
-    sliders = {name: st.sampled_from(BENT._controls[name].choices) for name in ("curve", "below", "ends", "block_size")}
-    return st.fixed_dictionaries({**sliders, "zero": st.booleans()})
 
 
 def test_the_outlier_of_the_slides():
@@ -71,56 +69,130 @@ def test_shaped_levels_are_known_ones():
     levels = shaped_levels(curve=1, below=7)
     assert torch.allclose(levels[:8], integer_levels(4)[1:9])
     assert torch.allclose(shaped_levels(below=8, zero=False), torch.linspace(-1, 1, 16))
-    assert torch.equal(shaped_levels(curve=2, ends=0.5)[[0, 7, 15]], torch.tensor([-0.5, 0.0, 0.5]))
+    assert torch.allclose(shaped_levels(curve=2)[[0, 6, 7, 11]], torch.tensor([-1.0, -1 / 49, 0.0, 0.25]))
 
 
 @settings(max_examples=8, deadline=None)
-@given(shapes())
-def test_any_shape(state):
-    BENT.set(**state)
-    result = BENT.result
-    levels = check_levels(result["levels"])  # a codebook that quantize takes
-    assert len(levels) == 16 and (levels < 0).sum() == state["below"] and (levels == 0).any() == state["zero"]
-    assert levels[15] == torch.tensor(state["ends"])
-    weight = some_runs(normal_weights(2**15))
-    q = quantize(weight, levels, state["block_size"])
+@given(LEVELS, st.sampled_from([16, 64, 256, 1024]))
+def test_any_levels(hundredths, block_size):
+    levels = [n / 100 for n in hundredths]
+    MINE.set(levels=levels, block_size=block_size)
+    use, weight = MINE.result["use"], some_runs(normal_weights(2**15))
+    q = quantize(weight, MINE.levels, block_size)  # a codebook that quantize takes
+    assert MINE.state["levels"] == tuple(levels)
     error = (dequantize(q) - weight).square().sum() / weight.square().sum()
-    assert result["use"].relative_error == pytest.approx(error.item(), rel=1e-4)
-    assert LEAST < 100 * result["use"].relative_error < MOST and 100 * result["use"].share.max() < MOST_USED
-    drawn = np.array([line[1][1] for line in BENT.errors.get_segments()])
-    found = [result["use"], *result["others"].values()]
-    np.testing.assert_allclose(drawn, [100 * use.relative_error for use in found])
+    assert use.relative_error == pytest.approx(error.item(), rel=1e-4)
+    assert [line[0][0] for line in MINE.lines.get_segments()] == pytest.approx(levels)
+    drawn = [line[1][1] for line in MINE.errors.get_segments()]
+    found = [100 * one.relative_error for one in (use, *MINE.result["others"].values())]
+    assert drawn == pytest.approx([min(max(error, LEAST), MOST) for error in found])
+    assert [("↑" in text.get_text()) for text in MINE.values] == [error > MOST for error in found]
+    bars, share = [line[1][1] for line in MINE.bars.get_segments()], 100 * use.share
+    assert bars == pytest.approx(share.clamp(max=MOST_USED).tolist())
+    assert MINE.beyond.get_xdata().tolist() == [i for i, one in enumerate(share) if one > MOST_USED]
 
 
 def test_the_sentence_and_the_line_to_copy():
-    BENT.reset()
-    assert BENT.summary().startswith(
-        "Curve 1, 7 levels below zero, an exact zero, ends at 1, blocks of 64 normal weights: relative error 1.02 % "
-        "(NF4 0.847, FP4 1.49, INT4 1.15, Lloyd-Max 0.768), better than FP4 and INT4; codes used 1.1 to 13.8 % "
+    MINE.reset()
+    assert MINE.summary().startswith(
+        "Levels -1 -0.696 -0.525 -0.395 -0.284 -0.185 -0.0911 0 0.0796 0.161 0.246 0.338 0.441 0.563 0.723 1, "
+        "blocks of 64 normal weights: relative error 0.847 % (NF4 0.847, FP4 1.49, INT4 1.15, Lloyd-Max 0.768), "
+        "better than FP4 and INT4; codes used 1.7 to 9.3 % of the time, "
     )
-    own = CodebookExplorer(3 * normal_weights(2**16).view(256, 256).bfloat16(), curve=2.0)
-    assert own.code() == "CodebookExplorer(weight, curve=2.0, below=7, ends=1.0, zero=True, block_size=64)"
-    assert "blocks of 64 given weights" in own.summary() and "better than FP4;" in own.summary()
+    weight = 3 * normal_weights(2**16).view(256, 256).bfloat16()
+    own = CodebookExplorer(weight, levels=shaped_levels(2.0), block_size=16)
+    assert own.code().startswith("CodebookExplorer(weight, levels=(-1.0, -0.7346939, ")
+    assert "blocks of 16 given weights" in own.summary() and ", better than FP4;" in own.summary()
+    again = eval(own.code())
+    assert again.png == own.png and again.summary() == own.summary()
+    own.reset()
+    assert own.state == MINE.state and torch.equal(own.levels, codebook("nf4"))
+
+
+def test_a_picture_does_not_depend_on_the_one_before_it():
+    """Levels that leave 1000 % of error, with the widest of texts, first or second."""
+    extreme = {"levels": [0.85 + n / 100 for n in range(16)], "block_size": 1024}
+    first = CodebookExplorer(**extreme)
+    MINE.set(**extreme)
+    assert first.png == MINE.png and "relative error 1002 %" in first.summary()
+    first.reset()
+    MINE.reset()
+    assert first.png == MINE.png
+
+
+def test_handles_stand_over_the_lines_of_the_picture():
+    ax = MINE.lines.axes
+    ends = ax.transData.transform([(-1, 0), (1, 0)])[:, 0] / ax.figure.bbox.width
+    assert MINE._controls["levels"].span == pytest.approx(ends)
+
+
+def test_starts_are_tables_and_lloyd_max_fits_the_blocks():
+    starts = {}
+    for size in (16, 1024):
+        MINE.set(block_size=size)
+        starts[size] = MINE._controls["levels"].starts
+        assert starts[size] == {**STARTS, "Lloyd-Max": shortest(torch.tensor(starts[size]["Lloyd-Max"]))}
+        MINE.set(levels=starts[size]["Lloyd-Max"])
+        assert MINE.result["use"].relative_error == MINE.result["others"]["Lloyd-Max"].relative_error
+    assert starts[16] != starts[1024]
+
+
+def test_levels_serve_a_sweep():
+    MINE.reset()
+    for levels in (MINE.levels, MINE.state["levels"]):
+        variant = _checked(Variant("mine", block_size=64, levels=levels))
+        assert torch.equal(variant.levels, codebook("nf4"))
+
+
+@pytest.mark.parametrize("exponent", [-120, 120])
+def test_very_small_and_very_large_weights_are_the_same_ones(exponent):
+    """In float32 their squares are 0 or infinite, and so would be what is compared."""
+    weight = normal_weights(2**12)
+    assert torch.equal(some_runs(weight * 2.0**exponent), some_runs(weight))
+
+
+def test_one_value_alone_leaves_no_error():
+    alone = CodebookExplorer(torch.ones(1024))
+    assert "relative error 0 % (NF4 0, FP4 0, INT4 0, Lloyd-Max 0), better than none of them; " in alone.summary()
+    assert alone.summary().endswith(" 0.00 bits of information in 4")
 
 
 def test_the_sample_comes_from_everywhere():
-    runs = some_runs(torch.arange(2**17).float())
+    runs = some_runs(torch.arange(2**17).float()) * 2**17
     assert runs.shape == (32, 1024) and runs[0, 0] == 0 and runs[-1, -1] == 2**17 - 1
-    assert torch.equal(some_runs(torch.arange(1025)), torch.arange(1024.0)[None])
-    with pytest.raises(ValueError, match="weight has 1023 elements: give at least 1024"):
-        CodebookExplorer(torch.zeros(1023))
+    assert torch.equal(some_runs(torch.arange(1025.0)) * 1024, torch.arange(1024.0)[None])
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (torch.zeros(1023), ValueError, "weight has 1023 elements: give at least 1024"),
+        (torch.zeros(1024), ValueError, "the largest of the weights is 0: nothing can be compared"),
+        (torch.full((1024,), torch.nan), ValueError, "the largest of the weights is nan"),
+        (torch.full((1024,), torch.inf), ValueError, "the largest of the weights is inf"),
+        (torch.zeros(1024, dtype=torch.uint8), TypeError, "weight is torch.uint8: give a tensor of floats"),
+        ([0.5] * 16, TypeError, "weight is list: give a tensor of floats"),
+    ],
+)
+def test_weights_that_cannot_be_compared(weight, error, message):
+    with pytest.raises(error, match=message):
+        CodebookExplorer(weight)
 
 
 def test_states_that_are_not_allowed_are_named():
     with pytest.raises(ValueError, match="outlier=-13 is not allowed: from -12 to 12"):
-        OutlierExplorer(outlier=-13)
+        OUTLIER.set(outlier=-13)
     with pytest.raises(ValueError, match="codebook='nf5' is not allowed: one of 'nf4', "):
-        OutlierExplorer(codebook="nf5")
+        OUTLIER.set(codebook="nf5")
+    with pytest.raises(ValueError, match="levels: level 1, -1, is repeated"):
+        MINE.set(levels=[-1.0] * 16)
+    with pytest.raises(ValueError, match="CodebookExplorer has no field 'curve': use levels, block_size"):
+        MINE.set(curve=1.0)
 
 
 def test_the_compared_types_are_the_library_s():
     q = quantize(some_runs(normal_weights(2**15)), "int4", 64)
     weight = some_runs(normal_weights(2**15))
     error = (dequantize(q) - weight).square().sum() / weight.square().sum()
-    BENT.reset()
-    assert BENT.result["others"]["INT4"].relative_error == pytest.approx(error.item(), rel=1e-4)
+    MINE.reset()
+    assert MINE.result["others"]["INT4"].relative_error == pytest.approx(error.item(), rel=1e-4)
