@@ -37,6 +37,7 @@ import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.fetch import resolve, weight_files
+from qlora_lab.finetune.interrupt import Interrupt, waiting
 from qlora_lab.finetune.models import fast_dtype, files_of, is_linear_weight, load, read_tensor, stored_options
 from qlora_lab.measure.code_use import CodeUse, code_counts
 from qlora_lab.measure.machine import machine
@@ -218,8 +219,12 @@ def quantised_in_place(source: Source, variant: Variant) -> Iterator[Figures]:
         yield _overwrite(source, variant)
     finally:
         if variant.codebook is not None:
-            for name in source.linears:
-                source.model.get_parameter(name).data.copy_(source.read(name))
+            late = Interrupt()
+            with waiting(late):  # a Ctrl-C that comes now waits until all are back
+                for name in source.linears:
+                    source.model.get_parameter(name).data.copy_(source.read(name))
+            if late.asked:
+                raise KeyboardInterrupt
 
 
 def _overwrite(source: Source, variant: Variant) -> Figures:

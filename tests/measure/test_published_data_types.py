@@ -58,7 +58,7 @@ def _order(one):
 
 def test_what_the_errata_say_of_normal_weights():
     blocks = to_blocks(torch.randn(2**20, generator=torch.Generator().manual_seed(1)), 64)
-    use = {name: code_use(codebook(name), blocks) for name in PERPLEXITY}
+    use = {name: code_use(codebook(name), blocks) for name in ("nf4", "e2m1", "e3m0")}
     for name in ("e3m0", "e2m1"):
         assert f"{use[name].relative_error:.4f}" in PERPLEXITY["e3m0"].erratum
     assert use["e3m0"].relative_error > 3 * use["e2m1"].relative_error

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -177,6 +178,21 @@ def test_weights_come_back_after_an_error(folder, error, monkeypatch):
     with pytest.raises(error), quantised_in_place(source, Variant("nf4", 64)):
         raise AssertionError("it was not stopped")
     assert len(calls) == 6 and same(model, before)
+
+
+def test_weights_come_back_though_ctrl_c_comes_while_they_do(folder, monkeypatch):
+    model, _ = load(folder, None, dtype=torch.float32, progress=False)
+    source, before = Source(model, folder), parameters(model)
+    real = source.read
+
+    def pressed(name):
+        if name == source.linears[4]:
+            signal.raise_signal(signal.SIGINT)
+        return real(name)
+
+    with pytest.raises(KeyboardInterrupt), quantised_in_place(source, Variant("nf4", 64)):
+        monkeypatch.setattr(source, "read", pressed)
+    assert same(model, before)
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
