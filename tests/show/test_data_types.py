@@ -144,7 +144,7 @@ def test_levels_serve_a_sweep():
         assert torch.equal(variant.levels, codebook("nf4"))
 
 
-@pytest.mark.parametrize("exponent", [-120, 120])
+@pytest.mark.parametrize("exponent", [-100, 100])
 def test_very_small_and_very_large_weights_are_the_same_ones(exponent):
     """In float32 their squares are 0 or infinite, and so would be what is compared."""
     weight = normal_weights(2**12)
