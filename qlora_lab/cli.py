@@ -165,23 +165,33 @@ def sweep(a: argparse.Namespace) -> None:
 def block_size(a: argparse.Namespace) -> None:
     import torch
 
+    from qlora_lab.finetune.models import layer_sizes
     from qlora_lab.measure.sensitivity import choices_of, sensitivity
-    from qlora_lab.quant.block_size import Candidate, best_plan, check_candidate, small_layers
+    from qlora_lab.quant.block_size import Candidate, Choices, best_plan, bits_table, check_candidate, small_layers
 
-    candidates = [Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes]
+    candidates = tuple(Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes)
     for one in candidates:  # before the model is loaded, as for finetune
         check_candidate(one)
-    if not Path(a.out).parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {Path(a.out).parent} for the plan: make it first")
-    text = Path(a.text).read_text(encoding="utf-8") if a.text else ql.topics_text()
-    text = text if a.text else text[len(text) // 2 :]  # perplexities are those of its first half
+    out = Path(a.out)
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise FileNotFoundError(f"{out.parent} is no folder that the plan can be written to: make one, or name another")
+    if out.exists() and not out.is_file():
+        raise FileExistsError(f"{out} is no file: name one for the plan")
+    text = ql.topics_text()
+    text = _text(a.text) if a.text else text[len(text) // 2 :]  # perplexities are those of its first half
     model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)
-    s = sensitivity(model, tokenizer, text, windows=a.windows, length=a.length, fisher=True)
+
+    def best(choices: Choices):
+        groups = small_layers(choices, a.share_below)
+        return best_plan(choices, a.bits, constants_share=a.constants_share, groups=groups)
+
+    names, numel = zip(*layer_sizes(model).items(), strict=True)
+    bits = bits_table(numel, candidates)
+    best(Choices(names, numel, candidates, error=bits, bits=bits))  # limits that are too small: not after minutes
+    s = sensitivity(model, tokenizer, text, windows=a.windows, length=a.length, fisher=True, progress=not a.quiet)
     del model
-    choices = choices_of(a.model, candidates, s, progress=not a.quiet)
-    groups = small_layers(choices, a.share_below)
-    plan = best_plan(choices, a.bits, constants_share=a.constants_share, groups=groups)
-    figures = {"plan": str(plan.save(a.out)), "bits_per_parameter": plan.bits_per_parameter}
+    plan = best(choices_of(a.model, candidates, s, progress=not a.quiet))
+    figures = {"plan": str(plan.save(out)), "bits_per_parameter": plan.bits_per_parameter}
     counts = Counter(plan.chosen.values())
     layers = {f"layers_{one.codebook}_{one.block_size}": counts[one] for one in candidates if counts[one]}
     _report(a, figures | {"expected_increase_of_loss": plan.error} | layers)

@@ -116,6 +116,13 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["finetune", "--data", "DATA", "--model", "MODEL", "--eval-every", "2"], "needs held-out examples"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--resume", "--overwrite"], "exclude each other"),
         (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "has no adapter_config.json"),
+        (["block-size", "MODEL", "--bits", "4.03", "--out", "p.json"], "too small: the smallest plan takes 4.08"),
+        (["block-size", "MODEL", "--bits", "nan", "--out", "p.json"], "bits_per_parameter=nan is no budget"),
+        (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is no UTF-8 text"),
+        (["block-size", "nowhere", "--bits", "4.5", "--out", "p.json", "--codebooks", "nf9"], "'nf9' is not known"),
+        (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is no folder that the plan can be"),
+        (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is no file: name one for the plan"),
+        (["quantize", "nowhere", "--out", "small", "--plan", "EMPTY"], "empty.jsonl is no plan, or is cut off"),
         (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
     ],
 )
@@ -123,7 +130,8 @@ def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, model, data, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text(TRAIN % (1, 2) + '{"instruction": \n')
-    names = {"DATA": data, "MODEL": model, "EMPTY": "empty.jsonl", "BROKEN": "broken.jsonl"}
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    names = {"DATA": data, "MODEL": model, "EMPTY": "empty.jsonl", "BROKEN": "broken.jsonl", "BYTES": "bytes"}
     code, out, err = run(capsys, *(names.get(a, a) for a in argv))
     assert code == 2 and message in err and not out
     assert len([line for line in err.splitlines() if line.startswith("qlora-lab ")]) == 1 and "Traceback" not in err

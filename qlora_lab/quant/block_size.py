@@ -192,6 +192,11 @@ def stored_bits(numel: int, candidate: Candidate) -> int:
     return -(-numel // n_codes) * n_bytes * 8 + constant_bits(numel, candidate)
 
 
+def bits_table(numel: Iterable[int], candidates: Sequence[Candidate]) -> np.ndarray:
+    """stored_bits of each layer as each candidate: (layers, candidates) float64."""
+    return np.array([[stored_bits(n, one) for one in candidates] for n in numel], dtype=float)
+
+
 def constant_bits(numel: int, candidate: Candidate) -> int:
     """The constants' part of stored_bits: a float32 a block; or a code a block, a float32 a group, and one offset."""
     n_blocks = -(-numel // candidate.block_size)

@@ -252,7 +252,7 @@ def test_the_ledger_refuses_a_mix(tiny_llama, plan):
         measure_memory(quantize_linears(tiny_llama, plan=plan))
 
 
-def test_the_command_line_makes_a_plan_and_uses_it(folder, tmp_path, capsys):
+def test_the_command_line_makes_a_plan_and_uses_it(folder, tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("the sum of the two numbers, " * 40)
     out = tmp_path / "plan.json"
@@ -265,5 +265,6 @@ def test_the_command_line_makes_a_plan_and_uses_it(folder, tmp_path, capsys):
     assert cli.main(["quantize", str(folder), "--out", str(small), "--plan", str(out)]) == 0
     assert load_plan(small / "plan.json") == plan
     capsys.readouterr()
+    monkeypatch.delattr("qlora_lab.measure.sensitivity._watched")  # minutes of calibration come after all checks
     assert cli.main([*command, "--bits", "4.0"]) == 2
     assert "budget of 4 bits per parameter is too small: the smallest plan takes 4." in capsys.readouterr().err
