@@ -181,6 +181,11 @@ class Source:
 
     def read(self, name: str) -> torch.Tensor:
         """The weight as it is stored: a view of the mapped file on the CPU."""
+        with _no_interrupt():  # which safetensors would turn into a ValueError
+            return self.stored(name)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The same, for a caller who sees to interrupts."""
         parameter = self.model.get_parameter(name)
         return read_tensor(self._files[name], name, parameter.shape).to(parameter.device)
 
@@ -213,18 +218,25 @@ class Figures:
 
 
 @contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """A Ctrl-C inside the `with` block is raised at its end; a second one at once."""
+    interrupt = Interrupt()
+    with waiting(interrupt):
+        yield
+    if interrupt.asked:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def quantised_in_place(source: Source, variant: Variant) -> Iterator[Figures]:
     """The model of `source` computes with quantised weights inside the `with` block; then with its own again."""
     try:
         yield _overwrite(source, variant)
     finally:
         if variant.codebook is not None:
-            late = Interrupt()
-            with waiting(late):  # a Ctrl-C that comes now waits until all are back
+            with _no_interrupt():
                 for name in source.linears:
-                    source.model.get_parameter(name).data.copy_(source.read(name))
-            if late.asked:
-                raise KeyboardInterrupt
+                    source.model.get_parameter(name).data.copy_(source.stored(name))
 
 
 def _overwrite(source: Source, variant: Variant) -> Figures:

@@ -180,19 +180,23 @@ def test_weights_come_back_after_an_error(folder, error, monkeypatch):
     assert len(calls) == 6 and same(model, before)
 
 
-def test_weights_come_back_though_ctrl_c_comes_while_they_do(folder, monkeypatch):
+def test_ctrl_c_waits_for_a_tensor_and_for_all_that_come_back(folder, monkeypatch):
     model, _ = load(folder, None, dtype=torch.float32, progress=False)
     source, before = Source(model, folder), parameters(model)
-    real = source.read
+    real, read = source.stored, []
 
     def pressed(name):
         if name == source.linears[4]:
             signal.raise_signal(signal.SIGINT)
+        read.append(name)
         return real(name)
 
     with pytest.raises(KeyboardInterrupt), quantised_in_place(source, Variant("nf4", 64)):
-        monkeypatch.setattr(source, "read", pressed)
-    assert same(model, before)
+        monkeypatch.setattr(source, "stored", pressed)
+    assert read == source.linears and same(model, before)
+    with pytest.raises(KeyboardInterrupt):
+        source.read(source.linears[4])
+    assert read[-1] == source.linears[4]  # not within it
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
