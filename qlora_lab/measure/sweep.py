@@ -342,13 +342,20 @@ def _model_record(name_or_path: str | Path, folder: Path) -> dict:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     record = {"name": str(name_or_path), "source": "a local folder", "weights_sha256": digest.hexdigest()}
     record["config_sha256"] = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-    note = folder / "source.json"
-    if note.exists():
-        record["source"] = json.loads(note.read_text("utf-8"))["source"]
+    if note := _source_note(folder):
+        record["source"] = note
     elif folder.parent.name == "snapshots":  # the hub's cache: models--ORG--NAME/snapshots/COMMIT
         hub_id = folder.parents[1].name.removeprefix("models--").replace("--", "/")
         record["source"] = f"hub {hub_id}, commit {folder.name}"
     return record
+
+
+def _source_note(folder: Path) -> str | None:
+    """What fetch wrote of where the weights come from."""
+    try:
+        return str(json.loads((folder / "source.json").read_text("utf-8"))["source"])
+    except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is somebody else's
+        return None
 
 
 def _commit() -> str | None:

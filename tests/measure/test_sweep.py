@@ -121,6 +121,9 @@ def test_a_row_says_where_it_comes_from(folder, results):
     assert module._model_record("known", folder)["source"] == "a wheel"
     cached = folder.parent / "models--org--name" / "snapshots" / "c0ffee"
     shutil.copytree(folder, cached)
+    for note in ("{}", "[1]", "no JSON"):  # somebody else's file of that name
+        (cached / "source.json").write_text(note)
+        assert module._model_record("org/name", cached)["source"] == "hub org/name, commit c0ffee"
     (cached / "source.json").unlink()
     assert module._model_record("org/name", cached)["source"] == "hub org/name, commit c0ffee"
 
