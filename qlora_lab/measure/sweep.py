@@ -44,7 +44,7 @@ from qlora_lab.measure.machine import machine
 from qlora_lab.measure.perplexity import check_windows, text_windows, topics_text, window_losses
 from qlora_lab.measure.results_file import append_result, identity, open_results
 from qlora_lab.quant.blocks import check_block_size
-from qlora_lab.quant.codebook import CODEBOOKS, check_levels, codebook as named_codebook
+from qlora_lab.quant.codebook import CODEBOOKS, check_levels
 from qlora_lab.quant.lloyd_max import lloyd_max, scaled_sample
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
@@ -310,7 +310,8 @@ def _checked(setting: Variant | tuple) -> Variant:
     known = variant.codebook in CODEBOOKS or LLOYD_MAX.fullmatch(variant.codebook)
     if variant.levels is None:
         if not known:
-            named_codebook(variant.codebook)  # says which are known
+            names = f"{', '.join(CODEBOOKS)}, lloyd-max"
+            raise ValueError(f"codebook {variant.codebook!r} is not known: choose one of {names}, or give its levels")
         return variant
     if known or variant.codebook == "none":  # what tables of rows call the model as it is
         raise ValueError(f"levels are given under the name {variant.codebook!r}, which stands for others: rename them")

@@ -366,7 +366,7 @@ def test_what_is_no_file_is_said_before_anything_is_loaded(tmp_path):
     "setting, error, message",
     [
         (("nf5", 64), ValueError, "codebook 'nf5' is not known"),
-        (("lloyd-max9", 64), ValueError, "codebook 'lloyd-max9' is not known"),
+        (("lloyd-max9", 64), ValueError, "'lloyd-max9' is not known: .* int8, lloyd-max, or give its levels"),
         (("nf4", 8), ValueError, "block_size=8 is not allowed"),
         (("mine", 64, False, [0.0, 0.0, 1.0]), ValueError, "mine: level 1, 0, is repeated"),
         (("nf4", 64, False, LEVELS), ValueError, "under the name 'nf4', which stands for others"),
