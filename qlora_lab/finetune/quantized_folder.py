@@ -144,13 +144,13 @@ def _begin(out: Path, work: dict) -> None:
     if (out / CONFIG).exists():
         raise FileExistsError(f"{out} holds a model already: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob(".model-*"):  # of a process that was killed as it wrote
-        shutil.rmtree(stale, ignore_errors=True)
     if (out / UNFINISHED).exists():
         begun = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
         if differing := [name for name in work if begun.get(name) != work[name]]:
             name = differing[-1]
             raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
+        for stale in out.glob(".*-*"):  # of a process that was killed as it wrote; in a folder that is known to be ours
+            shutil.rmtree(stale, ignore_errors=True)
     elif any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose a folder of its own")
     else:

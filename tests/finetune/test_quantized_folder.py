@@ -100,6 +100,17 @@ def test_an_interrupted_one_goes_on_where_it_stopped(folder, tmp_path, monkeypat
     assert len(saved) - 3 == len(list((tmp_path / "parts").glob("*.safetensors"))) - 2
 
 
+def test_what_a_killed_call_left_behind_is_removed(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(quantized_folder, "_finish", lambda *_: None)
+        quantise(folder, tmp_path / "small")
+    for name in (".model-00003-of-00009.safetensors-x1", ".plan-x2", ".config.json-x3"):
+        (tmp_path / "small" / name).mkdir()
+        (tmp_path / "small" / name / "half").write_text("")
+    quantise(folder, tmp_path / "small")
+    assert not list((tmp_path / "small").glob(".*"))
+
+
 def test_pieces_hold_every_tensor_once(folder, tmp_path):
     quantise(folder, tmp_path / "small")
     weight_map = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())["weight_map"]
@@ -115,9 +126,10 @@ def test_errors_teach(folder, tmp_path):
     with pytest.raises(ValueError, match=r"small is quantised as \('nf4', 64, True\), not as \('fp4', 64, True\)"):
         load(tmp_path / "small", "fp4", progress=False)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("")
+    (tmp_path / "mine" / ".model-notes").mkdir()
     with pytest.raises(FileExistsError, match="mine is not empty: choose a folder of its own"):
         quantise(folder, tmp_path / "mine")
+    assert (tmp_path / "mine" / ".model-notes").is_dir()
     with pytest.raises(ValueError, match="codebook 'nf5' is not known"):
         quantise(folder, tmp_path / "other", "nf5")
 
