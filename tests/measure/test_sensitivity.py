@@ -96,9 +96,11 @@ def test_padding_does_not_count(tiny_llama, fisher, side):
 
 
 def test_how_a_model_trains_changes_nothing(tiny_llama):
-    """Checkpointing runs each layer's hooks twice, a tied head is a second use of the embedding."""
+    """Dropout, frozen weights, checkpointing, and a tied head, the embedding's second use."""
     want = sensitivity(tiny_llama, None, BATCHES, fisher=True)
     tiny_llama.train().requires_grad_(False)
+    for layer in tiny_llama.model.layers:
+        layer.self_attn.attention_dropout = 0.5
     tiny_llama.activation_checkpointing_enable()
     found = sensitivity(tiny_llama, None, BATCHES, fisher=True)
     assert all(torch.equal(found[name], want[name]) for name in want)
