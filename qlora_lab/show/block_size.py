@@ -18,13 +18,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
-from qlora_lab.quant.block_size import Candidate, Choices, best_plan, uniform
-from qlora_lab.show.explorer import Explorer
+from qlora_lab.quant.block_size import Candidate, Choices, Plan, best_plan, uniform
+from qlora_lab.show.explorer import Explorer, fix_layout
 from qlora_lab.show.figure import COLOURS, all_masked, new_figure
 from qlora_lab.show.slider import Slider
 
 BETWEEN = 4  # budgets from the bits of one uniform plan to those of the next
 DOUBLE = ", double"
+NAME_ROOM = 0.04  # of the frontier's height
 DIGITS = 5  # of a budget: the bits of block size 1024, 4.03125, are exact
 
 
@@ -48,21 +49,26 @@ def round_up(bits: float) -> float:
 def places(layers: tuple[str, ...]) -> tuple[list[int], list[str], dict[str, tuple[int, int]]]:
     """Block numbers, projections, and the (row, column) of each layer. Raises ValueError if two layers share a cell.
 
+    A projection is what follows the first number in a name. It is shown by its last word, where no other ends in that.
+
     >>> places(("model.layers.0.mlp.up_proj", "model.layers.3.self_attn.q_proj"))[:2]
     ([0, 3], ['up', 'q'])
     """
-    number = {layer: int((re.findall(r"\.(\d+)\.", layer) or [0])[0]) for layer in layers}
-    leaf = {layer: layer.removesuffix(".weight").rpartition(".")[2].removesuffix("_proj") for layer in layers}
-    rows, columns = sorted(set(number.values())), list(dict.fromkeys(leaf.values()))
-    cells = {layer: (rows.index(number[layer]), columns.index(leaf[layer])) for layer in layers}
+    split = {layer: re.fullmatch(r"(?:.*?\.(\d+)\.)?(.*?)(?:\.weight)?", layer).groups() for layer in layers}
+    number = {layer: int(block or 0) for layer, (block, _) in split.items()}
+    parts = list(dict.fromkeys(part for _, part in split.values()))
+    last = [part.rpartition(".")[2] for part in parts]
+    names = [w.removesuffix("_proj") if last.count(w) == 1 else part for part, w in zip(parts, last, strict=True)]
+    rows = sorted(set(number.values()))
+    cells = {layer: (rows.index(number[layer]), parts.index(part)) for layer, (_, part) in split.items()}
     taken: dict[tuple[int, int], str] = {}
     for layer, cell in cells.items():
         if taken.setdefault(cell, layer) != layer:
             raise ValueError(
-                f"{taken[cell]} and {layer} have one place on the map, block {number[layer]}, {leaf[layer]}: "
+                f"{taken[cell]} and {layer} have one place on the map, block {number[layer]}, {names[cell[1]]}: "
                 "leave one of them out of the choices"
             )
-    return rows, columns, cells
+    return rows, names, cells
 
 
 def names_of(candidates: tuple[Candidate, ...]) -> dict[Candidate, str]:
@@ -116,13 +122,17 @@ class BlockSizeExplorer(Explorer):
         self.image = self._draw_map(left, colours)
         middle.set(xlim=(0, 1), ylim=(max(10, len(ranks)), 0))
         middle.set_axis_off()
-        square = {"marker": "s", "ms": 13, "mec": "#777777"}
+        crowded = len(ranks) > 12
+        square = {"marker": "s", "ms": 7 if crowded else 13, "mec": "#777777"}
         for i in range(len(ranks)):
             middle.plot([0.1], [i + 0.5], color=colours[i], **square)
-        self.texts = [middle.text(0.24, i + 0.5, "", va="center", fontsize=12) for i in range(len(ranks))]
+        longest = [f"{self.names[candidate]}: {len(self.choices.layers)}" for candidate in ranks]  # keeps the room
+        how = {"va": "center", "fontsize": 8 if crowded else 12}
+        self.texts = [middle.text(0.24, i + 0.5, text, **how) for i, text in enumerate(longest)]
         self._draw_frontier(right)
         (self.point,) = right.plot([], [], "o", ms=11, color=COLOURS["blue"], mec="#ffffff")
-        self.note = right.text(0, 1.03, "", transform=right.transAxes, va="bottom", fontsize=12)
+        self.note = right.text(1, 1.03, "less", transform=right.transAxes, ha="right", va="bottom", fontsize=12)
+        fix_layout(fig)
         return fig, [self.image, *self.texts, self.point, self.note]
 
     def _draw_map(self, ax: Axes, colours: np.ndarray):
@@ -139,6 +149,7 @@ class BlockSizeExplorer(Explorer):
     def _draw_frontier(self, ax: Axes) -> None:
         at = [(plan.bits_per_parameter, plan.error) for plan in self.plans.values()]
         ax.plot(*zip(*at, strict=True), color=COLOURS["blue"], lw=2, label="best mix")
+        named = apart([plan for _, plan in self.uniform])
         kinds = {False: ("s", "one size for all"), True: ("D", "the same, double")}
         for double in sorted({candidate.double_quant for candidate, _ in self.uniform}):
             plans = [pair for pair in self.uniform if pair[0].double_quant == double]
@@ -146,11 +157,12 @@ class BlockSizeExplorer(Explorer):
             marker, label = kinds[double]
             fill = "#ffffff" if double else COLOURS["orange"]
             ax.plot(*zip(*at, strict=True), marker, color=COLOURS["orange"], mfc=fill, ms=7, label=label)
-            for (candidate, _), place in zip(plans, at, strict=True):
+            for (candidate, plan), place in zip(plans, at, strict=True):
                 name = self.names[candidate].removesuffix(DOUBLE)  # the marker says it
-                ax.annotate(name, place, (6, 3), textcoords="offset points", fontsize=11)
+                if plan in named:
+                    ax.annotate(name, place, (6, 3), textcoords="offset points", fontsize=11)
         ax.set_xlabel("bits per parameter", fontsize=12)
-        ax.set_ylabel("error", fontsize=12)
+        ax.set_ylabel("error, summed over layers", fontsize=12)
         ax.tick_params(labelsize=12)
         ax.legend(frameon=False, fontsize=12)
 
@@ -167,13 +179,24 @@ class BlockSizeExplorer(Explorer):
     def describe(self, state, result):
         plan = result["plan"]
         counts = ", ".join(f"{self.names[c]} in {count}" for c, count in result["counts"].items() if count)
+        layers = "1 layer" if len(plan.chosen) == 1 else f"{len(plan.chosen)} layers"
         return (
             f"Budget {state['budget']:.7g} bits per parameter, {plan.bits_per_parameter:.4f} spent on "
-            f"{len(plan.chosen)} layers: error {plan.error:.4g}, {_gain(self.names, result)}; block size {counts}"
+            f"{layers}: error {plan.error:.4g}, {_gain(self.names, result)}; block size {counts}"
         )
 
     def code(self):
         return f"BlockSizeExplorer(choices, budget={self.state['budget']!r})"
+
+
+def apart(plans: list[Plan]) -> list[Plan]:
+    """Those of `plans`, ascending in bits, whose names can be read beside their points: the first, and then each that
+    lies lower than the last one named, by NAME_ROOM at least."""
+    room, found = NAME_ROOM * (max(plan.error for plan in plans) - min(plan.error for plan in plans)), []
+    for plan in plans:
+        if not found or plan.error < found[-1].error - room:
+            found.append(plan)
+    return found
 
 
 def _gain(names: dict[Candidate, str], result: dict) -> str:
@@ -181,4 +204,6 @@ def _gain(names: dict[Candidate, str], result: dict) -> str:
     if result["uniform"] is None:
         return "no uniform plan is as small"
     candidate, plan = result["uniform"]
+    if not plan.error:
+        return f"as much as {names[candidate]} for all"
     return f"{100 * (1 - result['plan'].error / plan.error):.1f} % less than {names[candidate]} for all"

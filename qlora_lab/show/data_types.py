@@ -18,14 +18,13 @@ import torch
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
 
 from qlora_lab.measure.code_use import CodeUse, code_use
 from qlora_lab.quant.blocks import block_absmax, scale_blocks, to_blocks
 from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.lloyd_max import lloyd_max
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
-from qlora_lab.show.explorer import Explorer
+from qlora_lab.show.explorer import Explorer, fix_layout
 from qlora_lab.show.figure import COLOURS, new_figure
 from qlora_lab.show.levels import Levels, shortest
 from qlora_lab.show.slider import Slider
@@ -89,19 +88,22 @@ class OutlierExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (left, right) = new_figure(2, width=8.4, height=3.6)
+        fig, (left, right) = new_figure(2, width=8.4, height=3.9)
         left.get_gridspec().set_width_ratios([2, 1])
         left.set(xlim=(-1, N_WEIGHTS), ylim=(-FARTHEST - 0.5, FARTHEST + 0.5), xlabel="number of the weight")
-        left.set_ylabel("weight, and levels of its block")
+        left.set_ylabel("weight and levels, standard deviations")
         left.set_xticks(range(0, N_WEIGHTS + 1, 64))
-        self.free = left.add_collection(LineCollection([], colors=COLOURS["orange"], lw=0.8))
-        self.levels = left.add_collection(LineCollection([], colors=COLOURS["blue"], lw=1.2))
-        (self.dots,) = left.plot([], [], ".", ms=3, color=COLOURS["black"])
-        (self.outlier,) = left.plot([], [], "o", ms=7, color=COLOURS["red"])
-        right.set(xlim=(-0.8, 15.8), ylim=(0, 100), xlabel="code, by size of its level", ylabel="share of the block, %")
+        self.free = left.add_collection(LineCollection([], colors=COLOURS["orange"], lw=0.8, label="level not used"))
+        self.levels = left.add_collection(LineCollection([], colors=COLOURS["blue"], lw=1.2, label="level in use"))
+        (self.dots,) = left.plot([], [], ".", ms=3, color=COLOURS["black"], label="weight")
+        (self.outlier,) = left.plot([0], [0], "o", ms=7, color=COLOURS["red"], clip_on=False, label="outlier")
+        fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
+        right.set(xlim=(-0.8, 15.8), ylim=(0, 140), xlabel="code, by size of its level", ylabel="share of the block, %")
+        right.set_yticks(range(0, 101, 20))  # above them there is room for the note
         self.bars = right.add_collection(LineCollection([], colors=COLOURS["blue"], lw=7))
-        (self.unused,) = right.plot([], [], "x", ms=6, mew=2, color=COLOURS["orange"], clip_on=False)
-        self.note = right.text(0.98, 0.97, "", transform=right.transAxes, ha="right", va="top", fontsize=12)
+        (self.unused,) = right.plot([0], [2], "x", ms=6, mew=2, color=COLOURS["orange"], clip_on=False)
+        self.note = right.text(0.98, 0.99, "", transform=right.transAxes, ha="right", va="top", fontsize=12)
+        fix_layout(fig)
         return fig, [self.free, self.levels, self.dots, self.outlier, self.bars, self.unused, self.note]
 
     def update(self, result):
@@ -309,13 +311,6 @@ def better_than(use: CodeUse, others: dict[str, CodeUse]) -> str:
     """Names of the data types that leave a larger error."""
     names = [name for name, other in others.items() if use.relative_error < other.relative_error]
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
-
-
-def fix_layout(fig: Figure) -> None:
-    """Lay `fig` out as it is now, for good: otherwise what the first state writes would decide where every later one
-    is drawn, and the same state would not give the same bytes."""
-    fig.draw_without_rendering()
-    fig.set_layout_engine("none")
 
 
 def percent(share: float) -> str:

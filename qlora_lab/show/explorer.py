@@ -13,6 +13,7 @@ import html
 from abc import ABC, abstractmethod
 
 import ipywidgets as W
+from matplotlib.figure import Figure
 
 from qlora_lab.show.figure import Blit, img
 from qlora_lab.show.slider import Button
@@ -121,3 +122,10 @@ class Explorer(ABC):
         view = self.widget._repr_mimebundle_()  # only the view is kept: the text in it is a truncated widget tree
         view = {key: value for key, value in view.items() if key.endswith("widget-view+json")}
         return {**view, "image/png": base64.b64encode(self.png).decode(), "text/plain": self.summary()}
+
+
+def fix_layout(fig: Figure) -> None:
+    """Lay `fig` out as it is now, for good: otherwise what the first state writes would decide where every later one
+    is drawn, and the same state would not give the same bytes."""
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")

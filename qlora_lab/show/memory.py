@@ -172,8 +172,8 @@ class MemoryExplorer(Explorer):
 
 
 def _gib(nbytes: int) -> str:
-    size = nbytes / GIB
-    return f"{size:.{2 if size < 10 else 1 if size < 100 else 0}f} GiB"
+    size, unit = (nbytes / GIB, "GiB") if nbytes < 1000 * GIB else (nbytes / GIB / 1024, "TiB")
+    return f"{size:.{2 if size < 9.995 else 1 if size < 99.95 else 0}f} {unit}"
 
 
 def _fits(card: int | None) -> str:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from qlora_lab.quant.block_size import Candidate, Choices, best_plan, uniform
-from qlora_lab.show.block_size import BlockSizeExplorer, names_of, places, stops
+from qlora_lab.quant.block_size import Candidate, Choices, Plan, best_plan, uniform
+from qlora_lab.show.block_size import BlockSizeExplorer, apart, names_of, places, stops
 
 NUMEL = 2**16
 
@@ -93,10 +93,39 @@ def test_places_read_names():
     }
 
 
+def test_words_that_end_two_projections_are_written_out():
+    """GPT-2 has two of c_proj in a block, and a mixture of experts has many of up_proj."""
+    gpt2 = places(("transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"))
+    assert gpt2[1] == ["attn.c_proj", "c_fc", "mlp.c_proj"] and list(gpt2[2].values()) == [(0, 0), (0, 1), (0, 2)]
+    experts = places(tuple(f"model.layers.{i}.experts.{j}.up_proj" for i in (0, 1) for j in (0, 1)))
+    assert experts[:2] == ([0, 1], ["experts.0.up_proj", "experts.1.up_proj"])
+    assert places(("0", "2.fc"))[:2] == ([0], ["0", "fc"])  # of a Sequential
+
+
 def test_two_layers_in_one_cell_are_named():
-    layers = ("model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.up_proj")
-    with pytest.raises(ValueError, match=r"experts\.0\.up_proj and .*experts\.1\.up_proj have one place on the map"):
+    layers = ("vision.layers.0.up_proj", "text.layers.0.up_proj")
+    with pytest.raises(ValueError, match=r"vision\..*_proj and text\..*_proj have one place on the map, block 0, up"):
         BlockSizeExplorer(choices_of(layers, [[1.0, 2.0]] * 2, sizes(64, 256)))
+
+
+def test_one_layer_without_any_error():
+    """As of a weight that is zero everywhere."""
+    explorer = BlockSizeExplorer(choices_of(("lm_head",), [[0.0, 0.0]], sizes(64, 256)), budget=4.125)
+    assert explorer.summary() == (
+        "Budget 4.125 bits per parameter, 4.1250 spent on 1 layer: error 0, as much as 256 for all; block size 256 in 1"
+    )
+
+
+def test_a_picture_does_not_depend_on_the_one_before_it():
+    budget = stops(LARGER)[0]
+    EXPLORER.set(budget=budget)
+    assert BlockSizeExplorer(LARGER, budget=budget).png == EXPLORER.png
+
+
+def test_names_on_the_frontier_are_apart():
+    """Of points at 100, 90, 89, 95 and 0 the third is too near to the second, and the fourth lies above it."""
+    plans = [Plan("", {}, error, bits, {}) for bits, error in enumerate((100.0, 90.0, 89.0, 95.0, 0.0))]
+    assert [plan.error for plan in apart(plans)] == [100, 90, 0]
 
 
 def test_a_state_that_is_not_allowed_is_named():

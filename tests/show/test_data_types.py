@@ -22,6 +22,7 @@ from qlora_lab.show.data_types import (
 from qlora_lab.show.levels import shortest
 
 OUTLIER, MINE = OutlierExplorer(), CodebookExplorer()
+START = OUTLIER.state
 LEVELS = st.lists(st.integers(-100, 100), min_size=16, max_size=16, unique=True).map(sorted)
 
 
@@ -31,11 +32,12 @@ def states(explorer):
 
 def test_the_outlier_of_the_slides():
     """An outlier of -10 leaves about half of the 16 codes of NF4 unused, and more of INT4; only its block suffers."""
-    explorer = OutlierExplorer(codebook="nf4", block_size=64)
-    assert explorer.result["used"] == 8
-    assert OutlierExplorer(codebook="nf4").result["used"] == 9 and OutlierExplorer().result["used"] == 6
+    used = {name: OUTLIER.compute({**START, "codebook": name})["used"] for name in ("nf4", "int4")}
+    assert used == {"nf4": 9, "int4": 6}
+    spoilt = OUTLIER.compute({**START, "codebook": "nf4", "block_size": 64})
+    assert spoilt["used"] == 8
     plain = normal_weights(N_WEIGHTS)
-    changed = (dequantize(explorer.result["q"]) != dequantize(quantize(plain, "nf4", 64))).view(-1, 64).any(dim=1)
+    changed = (dequantize(spoilt["q"]) != dequantize(quantize(plain, "nf4", 64))).view(-1, 64).any(dim=1)
     assert changed.tolist() == [False, True, False, False]  # weight number 100 is in the second block
 
 
@@ -58,9 +60,18 @@ def test_any_outlier(state):
     assert drawn == {round(value, 4) for value in dequantize(q)[block].tolist()}  # lines in use are where weights lie
 
 
+def test_no_bar_reaches_the_note():
+    """INT4 in blocks of 16 gives 13 of them one code beside a far outlier: 81 %, under the third line of the note."""
+    OUTLIER.set(codebook="int4", block_size=16, outlier=-12, position=45)
+    OUTLIER._blit.frame()
+    note, ax = OUTLIER.note.get_window_extent(), OUTLIER.note.axes
+    assert 81 < max(line[1][1] for line in OUTLIER.bars.get_segments()) < 82
+    assert ax.transData.inverted().transform((0, note.y0))[1] > 100
+
+
 def test_fp4_is_shown_by_size_of_its_levels():
     """Bit patterns are another order: the outlier of -10 has the lowest level, and so the first bar."""
-    result = OutlierExplorer(codebook="fp4").result
+    result = OUTLIER.compute({**START, "codebook": "fp4"})
     assert result["counts"][0] == 1 and result["counts"][1:4].sum() == 0
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from qlora_lab.measure.ledger import PHASES
 from qlora_lab.measure.memory import predict_memory
 from qlora_lab.measure.memory_plan import plan
-from qlora_lab.show.memory import CARDS, GIB, GROUPS, METHODS, MemoryExplorer, at_peak, card_for
+from qlora_lab.show.memory import CARDS, GIB, GROUPS, METHODS, MemoryExplorer, _gib, at_peak, card_for
 from qlora_lab.show.slider import Slider
 
 EXPLORER = MemoryExplorer()
@@ -89,6 +89,12 @@ def test_the_sentence():
     assert f"activations {result['groups']['qlora']['activations'] / GIB:.1f} GiB" in EXPLORER.summary()
     assert EXPLORER.summary().endswith("too large for 80 GB")
     assert EXPLORER.peaks[0].get_text().endswith("→")  # the bar leaves the picture
+
+
+def test_sizes_have_three_digits_and_fit_the_key():
+    sizes = [0, 9.994, 9.996, 99.94, 99.96, 999, 1000, 40.3 * 1024, 2**20]
+    written = ["0.00 GiB", "9.99 GiB", "10.0 GiB", "99.9 GiB", "100 GiB", "999 GiB", "0.98 TiB", "40.3 TiB", "1024 TiB"]
+    assert [_gib(size * GIB) for size in sizes] == written
 
 
 def test_a_state_that_is_not_allowed_is_named():
