@@ -401,7 +401,7 @@ def test_a_quantised_folder_is_no_original(folder, results, tmp_path):
         quiet(tmp_path / "small", [Variant(None)], results)
 
 
-@pytest.mark.parametrize("losses", [[1.0, math.nan], [math.inf, 1.0], [1e3, 1e3]])  # exp(1000) is no float
+@pytest.mark.parametrize("losses", [[1.0, math.nan], [1e3, 1e3]])  # exp(1000) is no float
 def test_a_loss_that_is_no_number_is_no_row(folder, results, monkeypatch, losses):
     monkeypatch.setattr(module, "window_losses", lambda *args: losses)
     with pytest.raises(FloatingPointError, match="nf4, blocks of 64: the losses of the windows are"):
@@ -409,10 +409,6 @@ def test_a_loss_that_is_no_number_is_no_row(folder, results, monkeypatch, losses
     assert read_results(results) == []
 
 
-def test_weights_that_are_all_zero_have_no_error(tmp_path, tiny_llama, tokenizer, results):
-    for parameter in tiny_llama.parameters():
-        parameter.data.zero_()
-    tiny_llama.save_pretrained(tmp_path / "zero")
-    tokenizer.save_pretrained(tmp_path / "zero")
-    (row,) = quiet(tmp_path / "zero", [("nf4", 64)], results)
-    assert row["relative_error"] == 0 and row["perplexity"] == pytest.approx(280)  # of 280 tokens
+def test_weights_that_are_all_zero_have_no_error():
+    record = module.Figures({"q.weight": 0.0}, {"q.weight": 0.0}, bits=72, weights=16).record()
+    assert record["relative_error"] == 0 and record["layer_errors"] == {"q": [0.0]}
