@@ -80,6 +80,9 @@ def test_a_uniform_plan_fits_its_own_bits_and_is_never_better():
         best = best_plan(choices, same.bits_per_parameter)
         assert set(same.chosen.values()) == {one}
         assert best.bits_per_parameter <= same.bits_per_parameter and best.error <= same.error
+    only = Choices(choices.layers, NUMEL, (one,), choices.error[:, -1:], choices.bits[:, -1:])
+    with pytest.raises(ValueError, match="too small"):
+        best_plan(only, same.bits_per_parameter - 1e-6)  # less than a bit too little is too little
 
 
 def test_more_bits_never_cost_error():
@@ -92,12 +95,20 @@ def test_more_bits_never_cost_error():
 
 
 def test_errors_of_very_different_size_are_told_apart():
-    """One layer's worst candidate is 10^9 times what decides here; the solver's own tolerance is 10^-6 of that."""
-    candidates = CANDIDATES[:3]
-    error = np.array([[1.0, 2.0, 1e9], [1.0, 2.5, 1e9]])
-    bits = np.array([[5.0, 4.25, 4.0625]] * 2) * 1024
-    choices = Choices(("a", "b"), (1024, 1024), candidates, error, bits)
-    assert best_plan(choices, 4.625).chosen == {"a": candidates[1], "b": candidates[0]}
+    """Two bits cost 10^6 times what four do. The solver stops at 10^-6 of its unit: were that the largest error, the
+    sum would end 10 % above the optimum, which is here found by a table of the least error for each number of bytes.
+    """
+    draws = np.random.default_rng(1)
+    candidates = [Candidate("nf4", 2**k, False) for k in range(5, 11)] + [Candidate("nf2", 64, True)]
+    sensitivities, noise = 10 ** draws.uniform(-1, 1, (20, 1)), draws.uniform(0.95, 1.05, (20, 7))
+    error = sensitivities * [1, 1.1, 1.2, 1.3, 1.4, 1.5, 1e6] * noise
+    bits = np.array([[stored_bits(4096, one) for one in candidates]] * 20, dtype=float)
+    choices = Choices(tuple(map(str, range(20))), (4096,) * 20, tuple(candidates), error, bits)
+    least = np.zeros(20 * 4096 * 9 // 16 + 1)  # [bytes]: 4.5 bits a weight at most
+    for errors, nbytes in zip(error, (bits // 8).astype(int), strict=True):
+        ways = [np.pad(least + e, (n, 0), constant_values=np.inf) for e, n in zip(errors, nbytes, strict=True)]
+        least = np.min([way[: len(least)] for way in ways], axis=0)
+    assert best_plan(choices, 4.5).error == pytest.approx(least[-1], rel=1e-12)
 
 
 def test_a_relaxed_optimum_of_zero_can_be_out_of_reach():
