@@ -117,9 +117,13 @@ def test_one_layer_without_any_error():
 
 
 def test_a_picture_does_not_depend_on_the_one_before_it():
-    budget = stops(LARGER)[0]
-    EXPLORER.set(budget=budget)
-    assert BlockSizeExplorer(LARGER, budget=budget).png == EXPLORER.png
+    """Names so long that the key makes room for them, with one digit behind them or two."""
+    candidates = tuple(Candidate(f"nf{bits}", size, True) for bits in (4, 3) for size in (512, 1024))
+    choices = choices_of(LARGER.layers, SENSITIVITY[:, None] * np.array([5.0, 6, 7, 8]), candidates)
+    explorer = BlockSizeExplorer(choices)
+    for budget in (stops(choices)[0], stops(choices)[-1]):
+        explorer.set(budget=budget)
+        assert BlockSizeExplorer(choices, budget=budget).png == explorer.png
 
 
 def test_names_on_the_frontier_are_apart():
