@@ -96,9 +96,9 @@ def test_more_bits_never_cost_error():
 
 def test_errors_of_very_different_size_are_told_apart():
     """Two bits cost 10^6 times what four do. The solver stops at 10^-6 of its unit: were that the largest error, the
-    sum would end 10 % above the optimum, which is here found by a table of the least error for each number of bytes.
+    sum would end 3 % above the optimum, which is here found by a table of the least error for each number of bytes.
     """
-    draws = np.random.default_rng(1)
+    draws = np.random.default_rng(9)
     candidates = [Candidate("nf4", 2**k, False) for k in range(5, 11)] + [Candidate("nf2", 64, True)]
     sensitivities, noise = 10 ** draws.uniform(-1, 1, (20, 1)), draws.uniform(0.95, 1.05, (20, 7))
     error = sensitivities * [1, 1.1, 1.2, 1.3, 1.4, 1.5, 1e6] * noise
