@@ -203,6 +203,8 @@ def test_every_way_to_a_quantised_model_takes_a_plan(folder, tmp_path, tiny_llam
     path = plan.save(tmp_path / "plan.json")
     small = quantize_folder(folder, tmp_path / "small", plan=path, progress=False)
     assert load_plan(small / "plan.json") == plan
+    described = json.loads((small / "config.json").read_text())["quantization_config"]
+    assert described["quant_method"] == "qlora_lab"  # bitsandbytes would read one block size for all
     mapped, _ = load(small, dtype=torch.float32, progress=False)
     arrived, _ = load(folder, plan=plan, dtype=torch.float32, progress=False)
     after = quantize_linears(tiny_llama, plan=str(path)).eval()
