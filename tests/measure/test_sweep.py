@@ -353,6 +353,19 @@ def test_a_full_disk_is_told_with_the_name_of_the_file():
         append_result(full, {"codebook": "nf4"})
 
 
+def test_a_disk_that_is_full_within_a_row_is_told(tmp_path):
+    resource = pytest.importorskip("resource")  # which Windows has not
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (tmp_path / "rows").open("ab", buffering=0) as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9, before[1]))  # bytes of a file
+        try:
+            with pytest.raises(OSError, match="rows: a row cannot be written whole"):
+                append_result(file, {"codebook": "nf4"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "rows").read_bytes() == b'{"codeboo'
+
+
 def test_what_is_no_file_is_said_before_anything_is_loaded(tmp_path):
     for name in (tmp_path, os.devnull):
         with pytest.raises(OSError, match="is a folder or a device: name a file for the results"):
