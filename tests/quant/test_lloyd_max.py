@@ -27,6 +27,13 @@ def test_by_hand():
     assert torch.allclose(levels, torch.tensor([-0.8, 0.0, 0.6, 1.0]))
 
 
+def test_a_tie_goes_to_the_lower_level_as_in_rounding():
+    """Half of NF2's third level is as near to zero, which takes it; the third then has no value, and stays."""
+    start = codebook("nf2")
+    levels = lloyd_max(torch.tensor([start[2] / 2, 0.9]), bits=2)
+    assert torch.allclose(levels, torch.tensor([-1.0, 0.0, start[2], 0.9]))
+
+
 def test_of_uniform_values_levels_are_even():
     """Below zero a cell [-1, -a] with its level in the middle, -(1 + a) / 2, and -a half of that: a = 1/3. Above it two
     levels x and y, x the mean of x / 2 and (x + y) / 2, y that of (x + y) / 2 and 1: y = 2 x and x = 2/5.
