@@ -24,9 +24,10 @@ class CodeUse:
 
     @property
     def entropy(self) -> float:
-        """Bits of information that a code carries on average; at most the bits it takes."""
+        """Bits of information that a code carries on average; at most the bits it takes. Two codes of one value, as the
+        two zeros of FP4 are, count as two."""
         used = self.share[self.share > 0]
-        return float(-(used * used.log2()).sum())
+        return float((used * -used.log2()).sum())  # so signed, one code alone has 0, not -0
 
 
 def code_use(levels: torch.Tensor, blocks: torch.Tensor) -> CodeUse:

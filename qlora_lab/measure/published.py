@@ -23,6 +23,14 @@ def published_nf4() -> torch.Tensor:
     return torch.tensor(read_data("nf4_published.json")["levels"])
 
 
+def published_af4() -> torch.Tensor:
+    """The 16 levels of AbnormalFloat for blocks of 64 as bitsandbytes lists them: (16,) float32, ascending.
+
+    Raises as published_nf4 does.
+    """
+    return torch.tensor(read_data("af4_published.json")["levels"])
+
+
 @dataclass(frozen=True)
 class PublishedDataType:
     """One published figure of a data type, as printed. codebook: its name here, None for weights of 16 bits.

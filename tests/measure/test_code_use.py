@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from bitsandbytes.functional import get_4bit_type
 
 from qlora_lab.measure.code_use import code_use
-from qlora_lab.measure.published import published_nf4
+from qlora_lab.measure.published import published_af4, published_nf4
 from qlora_lab.quant.blocks import to_blocks
 from qlora_lab.quant.codebook import codebook
 
@@ -25,8 +26,10 @@ def test_nf4_codes_are_not_used_equally():
     assert 0.016 < use.share.min() < 0.019
 
 
-def test_the_published_table():
+def test_the_published_tables():
     assert torch.equal(published_nf4(), codebook("nf4"))
+    listed = get_4bit_type("af4", device="cpu", blocksize=64)
+    assert torch.equal(published_af4(), listed.flip(0)) and listed.diff().max() < 0
 
 
 def test_a_missing_data_folder_is_explained(monkeypatch, tmp_path):
