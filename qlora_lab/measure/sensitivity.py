@@ -12,7 +12,7 @@ first: labels of two tokens are drawn apart, so the products of their gradients 
 expected increase of the loss in nats a token, and adds up over layers.
 
 But: a window's gradient is a sum over its tokens, too, of g_i x_j, g the gradient at the layer's output, and these do
-go together: a sum of their squares is the cheaper one and is not the same. On SmolLM2-135M (12 windows of 256 tokens)
+go together: a sum of their squares takes as long and is not the same. On SmolLM2-135M (12 windows of 256 tokens)
 that makes s 2.2 times too small for the median v_proj and 1.3 times too large for the median k_proj; NF4 in blocks of
 64 is then expected to cost 0.223 nats, with s as it is here 0.270, and costs 0.275 (bench/block_size.py).
 
