@@ -57,6 +57,14 @@ def test_of_a_long_text_only_a_beginning_is_tokenised(tokenizer, text):
     assert text_windows(tokenizer, text, length=len(whole), windows=1).flatten().tolist() == whole
 
 
+def test_a_word_that_the_beginning_cuts_is_not_among_the_tokens():
+    def by_words(text, **options):  # a token each, which is its length
+        return {"input_ids": [len(word) for word in text.split()]}
+
+    # 15 tokens of 17 characters, of which 16 a token are looked at: the last word would be cut
+    assert text_windows(by_words, 999 * ("x" * 16 + " "), length=5, windows=3).unique().tolist() == [16]
+
+
 def test_a_text_that_is_too_short_says_what_would_fit(tiny_llama, tokenizer):
     tokens = len(tokenizer(TEXT)["input_ids"])
     with pytest.raises(ValueError, match=f"{tokens} tokens, fewer than 99 windows of 16: take windows={tokens // 16} "):
