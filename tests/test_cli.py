@@ -2,22 +2,17 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from qlora_lab import cli
 
 TRAIN = '{"instruction": "double %d", "output": "%d"}\n'
-
-
-@pytest.fixture
-def model(tmp_path, tiny_llama, tokenizer):
-    tiny_llama.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.fixture
@@ -33,9 +28,9 @@ def run(capsys, *argv):
     return code, out, err
 
 
-def test_finetune_then_generate(capsys, tmp_path, model, data):
+def test_finetune_then_generate(capsys, tmp_path, folder, data):
     out = tmp_path / "run"
-    common = ["--model", model, "--quiet", "--json"]
+    common = ["--model", folder, "--quiet", "--json"]
     options = ["--data", data, "--test-data", data, "--held-out", 2, "--steps", 2, "--r", 2, "--out", out]
     code, text, _ = run(capsys, "finetune", *common, *options)
     figures = json.loads(text)
@@ -45,29 +40,29 @@ def test_finetune_then_generate(capsys, tmp_path, model, data):
     assert code == 0 and json.loads(text)["question"] == "double 3"
 
 
-def test_quantize_then_generate(capsys, tmp_path, model):
+def test_quantize_then_generate(capsys, tmp_path, folder):
     code, text, _ = run(
-        capsys, "quantize", model, "--out", tmp_path / "small", "--quiet", "--json", "--codebook", "fp4"
+        capsys, "quantize", folder, "--out", tmp_path / "small", "--quiet", "--json", "--codebook", "fp4"
     )
     figures = json.loads(text)
     assert code == 0 and figures["folder"] == str(tmp_path / "small") and figures["bytes_of_weights"] > 0
     options = ["--model", tmp_path / "small", "--quiet", "--max-new-tokens", 2]
     assert run(capsys, "generate", "double 3", *options)[0] == 0
-    code, _, err = run(capsys, "quantize", model, "--out", tmp_path / "small", "--quiet")
+    code, _, err = run(capsys, "quantize", folder, "--out", tmp_path / "small", "--quiet")
     assert code == 2 and "holds a model already: choose another folder" in err
 
 
-def test_plain_report(capsys, tmp_path, model, data):
+def test_plain_report(capsys, tmp_path, folder, data):
     options = ["--data", data, "--test-data", data, "--held-out", 2, "--steps", 1, "--r", 2, "--out", tmp_path / "run"]
-    code, text, _ = run(capsys, "finetune", "--model", model, *options)
+    code, text, _ = run(capsys, "finetune", "--model", folder, *options)
     assert code == 0 and "written by a person" in text and "loss last" in text
     assert "moments" in text and "float32" in text  # which bytes have which dtype, before the first step
 
 
-def test_an_interrupted_run_is_resumed(capsys, tmp_path, model, data, monkeypatch):
+def test_an_interrupted_run_is_resumed(capsys, tmp_path, folder, data, monkeypatch):
     from qlora_lab.finetune import trainer
 
-    common = ["finetune", "--model", model, "--quiet", "--json", "--r", 2, "--data", data, "--test-data", data]
+    common = ["finetune", "--model", folder, "--quiet", "--json", "--r", 2, "--data", data, "--test-data", data]
     options = ["--held-out", 2, "--steps", 3, "--eval-every", 2, "--optimizer-budget", "2MiB", "--packing"]
     make = trainer.accumulate
 
@@ -126,22 +121,22 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, model, data, monkeypatch, argv, message):
+def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, folder, data, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text(TRAIN % (1, 2) + '{"instruction": \n')
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    names = {"DATA": data, "MODEL": model, "EMPTY": "empty.jsonl", "BROKEN": "broken.jsonl", "BYTES": "bytes"}
+    names = {"DATA": data, "MODEL": folder, "EMPTY": "empty.jsonl", "BROKEN": "broken.jsonl", "BYTES": "bytes"}
     code, out, err = run(capsys, *(names.get(a, a) for a in argv))
     assert code == 2 and message in err and not out
     assert len([line for line in err.splitlines() if line.startswith("qlora-lab ")]) == 1 and "Traceback" not in err
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("adapter"))
 
 
-def test_a_damaged_model_file_is_named(capsys, model, data):
-    path = model / "model.safetensors"
+def test_a_damaged_model_file_is_named(capsys, folder, data):
+    path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    code, _, err = run(capsys, "finetune", "--model", model, "--data", data)
+    code, _, err = run(capsys, "finetune", "--model", folder, "--data", data)
     assert code == 2 and "model.safetensors" in err
 
 
@@ -171,3 +166,11 @@ def test_help_is_quick_and_argparse_errors_are_code_2():
     with pytest.raises(SystemExit) as stop:
         cli.main(["dance"])
     assert stop.value.code == 2
+
+
+def test_commands_of_the_readme_are_understood():
+    lines = (Path(__file__).parents[1] / "README.md").read_text("utf-8").splitlines()
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qlora-lab ")]
+    assert len(commands) >= 9
+    for words in commands:
+        cli.build_parser().parse_args(words)  # exits where an argument is missing or unknown

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
@@ -41,7 +40,6 @@ TINY = 1e-300  # no division by zero
 PRECISE = 1e-9  # of the largest error: a relaxed optimum below that would scale the others past what HiGHS takes
 ONE_HUSH = threading.Lock()  # of two at once the second would take the first one's silence for the normal state
 INFEASIBLE = 2  # scipy.optimize.milp's status where no choice keeps the limits
-SHOWN_AFTER = 2  # seconds before a progress bar appears
 
 
 class Candidate(NamedTuple):
@@ -247,11 +245,6 @@ def uniform(choices: Choices, candidate: Candidate) -> Plan:
     if candidate not in choices.candidates:
         raise ValueError(f"{candidate} is no candidate: choose from {', '.join(map(str, choices.candidates))}")
     return _plan(choices, [choices.candidates.index(candidate)] * len(choices.layers))
-
-
-def frontier(choices: Choices, budgets: Iterable[float]) -> list[Plan]:
-    """The best plan for each budget, bits per parameter. Raises what best_plan raises."""
-    return [best_plan(choices, budget) for budget in tqdm(list(budgets), "plans", delay=SHOWN_AFTER, leave=False)]
 
 
 def small_layers(choices: Choices, fewer_than: int) -> tuple[tuple[str, ...], ...]:

@@ -18,7 +18,6 @@ from qlora_lab.quant.block_size import (
     Plan,
     best_plan,
     constant_bits,
-    frontier,
     load_plan,
     small_layers,
     stored_bits,
@@ -87,7 +86,7 @@ def test_a_uniform_plan_fits_its_own_bits_and_is_never_better():
 
 def test_more_bits_never_cost_error():
     choices = random_choices(1)
-    plans = frontier(choices, [3.1, 3.5, 4.0, 4.5, 5.0])
+    plans = [best_plan(choices, budget) for budget in (3.1, 3.5, 4.0, 4.5, 5.0)]
     errors = [plan.error for plan in plans]
     assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
     assert plans[2] == best_plan(choices, 4.0)
