@@ -138,3 +138,18 @@ def test_the_bench_of_block_sizes_runs(tmp_path):
     assert models["any type, 4.5 bits"]["expected_nats"] <= models["nf4, 4.5 bits"]["expected_nats"]
     assert models["nf4, 4.5 bits"]["expected_nats"] < models["nf4/64 for all"]["expected_nats"]
     assert models["not quantised"]["more_nats"]["mean"] < 0 and [p.name for p in tmp_path.iterdir()] == ["sizes.json"]
+
+
+@pytest.mark.slow
+def test_the_bench_of_data_types_runs(tmp_path):
+    command = [sys.executable, "bench/data_types.py", "--quick", "--out", str(tmp_path / "types.json")]
+    done = subprocess.run(
+        [*command, "--results", str(tmp_path / "rows.jsonl")], cwd=ROOT, capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "types.json").read_text())
+    settings = result["settings"]
+    assert settings["nf4, blocks of 64"]["bits_per_parameter"] == 4.5 and len(settings) == 18
+    assert settings["nf4, blocks of 64"]["more_nats_than_nf4"] == {"mean": 0, "low": 0, "high": 0}
+    assert result["more_nats"]["e3m0, blocks of 64 less e2m1, blocks of 64"]["mean"] > 0
+    assert {p.name for p in tmp_path.iterdir()} == {"types.json", "rows.jsonl"}
