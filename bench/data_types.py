@@ -52,7 +52,7 @@ def summary(rows: list[dict]) -> dict:
     losses = {
         str(one._replace(levels=None)): np.array(row["window_losses"]) for one, row in zip(SETTINGS, rows, strict=True)
     }
-    kept = "perplexity", "bits_per_parameter", "relative_error", "entropy", "seconds"
+    kept = "perplexity", "bits_per_parameter", "relative_error", "entropy"
     found = {name: {key: row[key] for key in kept} for name, row in zip(losses, rows, strict=True)}
     for name, loss in losses.items():
         found[name]["more_nats_than_nf4"] = interval(loss - losses[str(BASE)])
