@@ -15,7 +15,8 @@ they would keep the largest weight of each block exact for 4 % of error, in bloc
 But: the error made small is that of scaled values. In the weights' own each counts by its block's absmax squared; a fit
 by that makes 8.09 of 8.11.
 Less error need not be a better model. Perplexity of SmolLM2 (8 x 512 tokens of topics_text, blocks of 64): NF4 18.75,
-fitted with both ends kept 19.15 (2 % more, +- 6 over the windows), with zero alone 19.58 (4 % more, +- 5).
+fitted with both ends kept 19.15 (2 % more, +- 6 over the windows), with zero alone 19.58 (4 % more, +- 5); on 64
+windows the latter is a tie, 0.7 % more, -0.3 to 1.8 (bench/data_types.json).
 Not here: a table's use (quantize takes it in the place of a name).
 """
 
