@@ -37,6 +37,7 @@ _HOME = {
     "rouge_l": "measure.rouge",
     "code_use": "measure.code_use",
     "sweep": "measure.sweep",
+    "read_results": "measure.results_file",
     "variants": "measure.sweep",
     "lloyd_max": "quant.lloyd_max",
     "Candidate": "quant.block_size",

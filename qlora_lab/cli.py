@@ -177,8 +177,8 @@ def block_size(a: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{out.parent} is no folder that the plan can be written to: make one, or name another")
     if out.exists() and not out.is_file():
         raise FileExistsError(f"{out} is no file: name one for the plan")
-    text = ql.topics_text()
-    text = _text(a.text) if a.text else text[len(text) // 2 :]  # perplexities are those of its first half
+    topics = ql.topics_text()
+    text = topics[len(topics) // 2 :] if a.text is None else _text(a.text)  # perplexities are those of its first half
     model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)
 
     def best(choices: Choices):
