@@ -40,6 +40,7 @@ from qlora_lab.quant.serialize import BITSANDBYTES_READS, to_tensors
 PIECE = 2**30  # bytes of the original's tensors in a file: a quarter of that in memory, a few seconds of work
 CONFIG, INDEX, UNFINISHED = "config.json", "model.safetensors.index.json", "quantizing.json"
 PLAN = "plan.json"
+SCRATCH = "model-*.safetensors", INDEX, CONFIG, "plan"  # in which files are written before they get their names
 COPIED = [name for name in HUB_FILES if "model" not in name.split(".")[0] and name != CONFIG] + ["source.json"]
 
 
@@ -149,8 +150,9 @@ def _begin(out: Path, work: dict) -> None:
         if differing := [name for name in work if begun.get(name) != work[name]]:
             name = differing[-1]
             raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
-        for stale in out.glob(".*-*"):  # of a process that was killed as it wrote; in a folder that is known to be ours
-            shutil.rmtree(stale, ignore_errors=True)
+        for name in SCRATCH:  # of a process that was killed as it wrote
+            for stale in out.glob(f".{name}-????????"):
+                shutil.rmtree(stale, ignore_errors=True)
     elif any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose a folder of its own")
     else:

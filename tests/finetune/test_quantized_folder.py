@@ -104,11 +104,11 @@ def test_what_a_killed_call_left_behind_is_removed(folder, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(quantized_folder, "_finish", lambda *_: None)
         quantise(folder, tmp_path / "small")
-    for name in (".model-00003-of-00009.safetensors-x1", ".plan-x2", ".config.json-x3"):
+    for name in (".model-00003-of-00009.safetensors-hkw3_x12", ".plan-a8s0d9f2", ".config.json-q1w2e3r4", ".my-notes"):
         (tmp_path / "small" / name).mkdir()
         (tmp_path / "small" / name / "half").write_text("")
     quantise(folder, tmp_path / "small")
-    assert not list((tmp_path / "small").glob(".*"))
+    assert [path.name for path in (tmp_path / "small").glob(".*")] == [".my-notes"]
 
 
 def test_pieces_hold_every_tensor_once(folder, tmp_path):
