@@ -1,4 +1,4 @@
-"""Figures that others have published, as data with their source: read from the repository's folder data/.
+"""Figures that others have published, as data with their source: read from the repository's folder data/published.
 
 Not here: anything measured by this library.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parents[2] / "data" / "published"
 
 
 def published_nf4() -> torch.Tensor:
@@ -20,7 +20,7 @@ def published_nf4() -> torch.Tensor:
     >>> published_nf4()[[0, 7, 15]].tolist()
     [-1.0, 0.0, 1.0]
     """
-    return torch.tensor(read_data("nf4_published.json")["levels"])
+    return torch.tensor(read_data("nf4.json")["levels"])
 
 
 def published_af4() -> torch.Tensor:
@@ -28,7 +28,7 @@ def published_af4() -> torch.Tensor:
 
     Raises as published_nf4 does.
     """
-    return torch.tensor(read_data("af4_published.json")["levels"])
+    return torch.tensor(read_data("af4.json")["levels"])
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def published_data_types() -> tuple[PublishedDataType, ...]:
     >>> published_data_types()[0].value
     '34.34'
     """
-    return tuple(PublishedDataType(**figure) for figure in read_data("published_data_types.json")["figures"])
+    return tuple(PublishedDataType(**figure) for figure in read_data("data_types.json")["figures"])
 
 
 def read_data(name: str) -> dict:
-    """A file of data/. Raises FileNotFoundError where the library was installed without the repository around it."""
+    """A file of data/published. Raises FileNotFoundError where the library was installed without the repository."""
     path = DATA / name
     if not path.is_file():
         raise FileNotFoundError(

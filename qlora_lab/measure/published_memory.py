@@ -1,6 +1,6 @@
 """Published memory figures, each computed again: reproduced to its last digit, or an erratum with its reason.
 
-    data/published_memory.json -> Replay: what was published, what follows from the sizes, and whether they agree
+    data/published/memory.json -> Replay: what was published, what follows from the sizes, and whether they agree
 
 Source: slides on QLoRA (their table of bits a parameter, and of GB at 70 billion), QLoRA (arXiv 2305.14314) sections 1
 to 3, tables 1 and 6, figure 6; LoRA (arXiv 2106.09685) section 4.2.
@@ -48,8 +48,8 @@ class Replay:
 
 
 def replay_published() -> tuple[Replay, ...]:
-    """Every figure of data/published_memory.json. Raises FileNotFoundError without a clone of the repository."""
-    figures = read_data("published_memory.json")["figures"]
+    """Every figure of data/published/memory.json. Raises FileNotFoundError without a clone of the repository."""
+    figures = read_data("memory.json")["figures"]
     found = {}
     for key, ours, formula, *reason in (*_slides(), *_chatbots(), *_figure(), *_text()):
         figure = figures[key]
@@ -128,7 +128,7 @@ def _chatbots() -> Iterator[Computed]:
 
 
 def _bar(size: str, name: str) -> float:
-    return float(read_data("published_memory.json")["figures"][f"paper.figure6.{size}.{name}"]["value"])
+    return float(read_data("memory.json")["figures"][f"paper.figure6.{size}.{name}"]["value"])
 
 
 def _figure() -> Iterator[Computed]:
@@ -143,9 +143,7 @@ def _figure() -> Iterator[Computed]:
         reason = f"{more:,.0f} MiB more than weights with constants that are not quantised: what they are is not said"
         yield f"paper.figure6.{size}.model", ours, "the ledger's weights, no double quantization", reason
         parts = _bar(size, "model") + _bar(size, "optimizer") + 2 * _bar(size, "adapters")
-        left = (
-            1000 * float(read_data("published_memory.json")["figures"][f"paper.figure6.{size}.total"]["value"]) - parts
-        )
+        left = 1000 * float(read_data("memory.json")["figures"][f"paper.figure6.{size}.total"]["value"]) - parts
         words = "bars, and gradients as large as adapters; 1000 MiB to a GB"
         what = f"{left:,.0f} MiB are left for input gradients"
         reason = what if left > 0 else f"its parts are {-left:,.0f} MiB more than the whole"

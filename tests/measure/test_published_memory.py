@@ -16,7 +16,7 @@ from qlora_lab.measure.published_memory import (
     two_matrix_adapter,
 )
 
-FIGURES = json.loads((DATA / "published_memory.json").read_text("utf-8"))["figures"]
+FIGURES = json.loads((DATA / "memory.json").read_text("utf-8"))["figures"]
 # Figures that do not follow from the sizes, each looked into; the reason is in the record.
 ERRATA = {"slides.qlora.70b", "slides.lora.checkpoint", "paper.text.qlora", "paper.text.inputs", "paper.text.base"}
 ERRATA |= {f"slides.guanaco.{size}" for size in ("65b", "13b", "7b")}

@@ -20,7 +20,7 @@ from qlora_lab.quant.codebook import (
     zero_code,
 )
 
-PUBLISHED_NF4 = json.loads((Path(__file__).parents[2] / "data" / "nf4_published.json").read_text())["levels"]
+PUBLISHED_NF4 = json.loads((Path(__file__).parents[2] / "data" / "published" / "nf4.json").read_text())["levels"]
 
 
 def test_nf4_is_the_published_table_bit_for_bit():
