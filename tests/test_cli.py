@@ -1,7 +1,6 @@
 """The command line: every mistake is one line and exit code 2; the commands do what the library does."""
 
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -67,7 +66,7 @@ def test_an_interrupted_run_is_resumed(capsys, tmp_path, folder, data, monkeypat
     make = trainer.accumulate
 
     def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return make(*args)
 
     monkeypatch.setattr(trainer, "accumulate", interrupted)

@@ -1,7 +1,6 @@
 """The loop: it learns, it repeats itself, it logs every step, it leaves the base and the surroundings alone."""
 
 import json
-import os
 import signal
 from copy import deepcopy
 
@@ -137,7 +136,7 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(model, tokenizer
     def interrupt_in(step):
         for line in training:
             if line["step"] == step - 1:  # a signal in the middle of the next forward
-                hook = model.model.norm.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+                hook = model.model.norm.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
             elif line["step"] == step:
                 hook.remove()
 
@@ -153,7 +152,7 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(model, tokenizer
 
 
 def test_an_interrupt_reaches_who_called(model, tokenizer, tmp_path):
-    hook = model.model.norm.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    hook = model.model.norm.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt, match=r"stopped after step 1 of 6, all of it saved in .*run: go on with res"):
         train(model, tokenizer, tmp_path / "run")
     hook.remove()
@@ -162,8 +161,8 @@ def test_an_interrupt_reaches_who_called(model, tokenizer, tmp_path):
 
 def test_a_second_interrupt_stops_at_once(model, tokenizer, tmp_path):
     def twice(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     model.model.norm.register_forward_hook(twice)
     with pytest.raises(KeyboardInterrupt):
@@ -425,7 +424,7 @@ def test_a_stop_and_then_one_interrupt_is_still_a_stop(model, tokenizer, tmp_pat
     for line in training:
         if line["step"] == 2:
             training.stop()
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert training.result.ended == "asked to stop" and saved_steps(tmp_path / "run") == [2]
 
 

@@ -1,7 +1,6 @@
 """The live run: the same numbers as without, every way to end it, what a notebook keeps; once in a real kernel."""
 
 import asyncio
-import os
 import re
 import shutil
 import signal
@@ -137,7 +136,7 @@ def test_an_interrupt_ends_the_step_saves_and_is_a_keyboard_interrupt(notebook, 
     before = signal.getsignal(signal.SIGINT)
     training = toy_training(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt, match=r"after step 3 of 6, all of it saved in .*run: go on with resume=True"):
-        asyncio.run(beside(training, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        asyncio.run(beside(training, lambda: signal.raise_signal(signal.SIGINT)))
     assert saved_steps(tmp_path / "run") == [3]
     assert signal.getsignal(signal.SIGINT) is before
     assert "Training loss over 3 of 6 steps" in notebook.shown[1].alt
