@@ -93,11 +93,14 @@ def interval(difference: np.ndarray) -> dict[str, float]:
     return {"mean": float(difference.mean()), "low": float(low), "high": float(high)}
 
 
+def text_of(one: dict[str, float]) -> str:
+    return f"{one['mean']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f})"
+
+
 def table(result: dict) -> str:
     lines = []
     for name, row in result["models"].items():
-        d = row["more_nats"]
-        lines.append(f"{name:22} {row['perplexity']:8.3f}  {d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})")
+        lines.append(f"{name:22} {row['perplexity']:8.3f}  {text_of(row['more_nats'])}")
     for name, s in result["bits_saved_at_the_loss_of_64_for_all"].items():
         lines.append(f"bits saved, {name}: {s['bits']:.3f} ({s['low']:.3f} to {s['high']:.3f})")
     return "\n".join(lines)

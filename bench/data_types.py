@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import qlora_lab as ql  # noqa: E402
-from bench.block_size import interval  # noqa: E402
+from bench.block_size import interval, text_of  # noqa: E402
 from bench.cpu import versions  # noqa: E402
 from bench.files import write  # noqa: E402
 from qlora_lab.measure.published import published_af4  # noqa: E402
@@ -66,10 +66,6 @@ def table(result: dict) -> str:
         what = f"{name:38} {row['bits_per_parameter']:7.4f} bits  perplexity {row['perplexity']:8.3f}"
         lines.append(f"{what}  {text_of(row['more_nats_than_nf4'])}")
     return "\n".join(lines + [f"{name}: {text_of(one)}" for name, one in result["more_nats"].items()])
-
-
-def text_of(one: dict[str, float]) -> str:
-    return f"{one['mean']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f})"
 
 
 def main() -> None:

@@ -12,11 +12,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def model(tmp_path, tiny_llama, tokenizer, monkeypatch):
-    tiny_llama.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+def model(folder, monkeypatch):
     monkeypatch.setattr(module, "topics_text", lambda: "the sum of the two numbers is a number. " * 4)
-    return tmp_path / "model"
+    return folder
 
 
 def run(capsys, *argv):
