@@ -64,7 +64,6 @@ class Race(NamedTuple):
         """As use_onednn, against the faster of the float32 routines."""
         return self.bfloat16 < min(self.float32, self.onednn) / 1.5
 
-
     @classmethod
     def won_by(cls, name: str) -> "Race":
         """One that nobody ran, which the routine of this name wins."""
