@@ -7,23 +7,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# two workers with a thread each are faster than one with two; tests of several threads set their number themselves
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --ignore=tests/browser -n 2
 
 lab: $(READY)
 	$(BIN)/qlora-lab fetch smollm2-135m
 	$(BIN)/qlora-lab open
 
+# every stage runs, whichever fails; `make test STAGES="fast slow"` runs these
 test: $(READY) chromium
-	$(BIN)/python tools/notebooks.py --check
-	$(PYTEST) tests qlora_lab -m "not slow"
-	$(BIN)/qlora-lab fetch smollm2-135m
-	$(PYTEST) tests -m slow
-	$(BIN)/pytest tests/browser --browser-runs 2
-	$(BIN)/pytest --nbval --nbval-current-env --nbval-cell-timeout=1200 --nbval-sanitize-with=nbval_sanitize.cfg notebooks
+	$(BIN)/python tools/stages.py $(STAGES)
 
 fast: $(READY)
-	$(PYTEST) tests qlora_lab -m "not slow"
+	$(BIN)/python tools/stages.py fast
 
 # run every notebook top to bottom and store its outputs; a second run changes no file
 notebooks: $(READY)

@@ -46,6 +46,13 @@ def pytest_collect_file(file_path, parent):
     return RulesFile.from_parent(parent, path=file_path) if wanted else None
 
 
+def pytest_collection_modifyitems(items):
+    """A notebook and its solution share results in the temporary folder: one worker of pytest-xdist runs both."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 def pytest_configure(config):
     """nbval drops a sanitize rule with an empty `replace:`, and reports a missing file in each cell: say it once."""
     name = getattr(config.option, "nbval_sanitize_with", None)

@@ -49,11 +49,26 @@ def normal_float(bits: int = 4, offset: float | None = None, symmetric: bool = F
     n_positive = n_negative if symmetric else n_negative + 1
 
     def side(n: int) -> torch.Tensor:  # n quantiles from `offset` down to, but without, the median
-        probabilities = torch.linspace(offset, 0.5, n + 1)[:-1]  # (n,) float32: numpy's linspace gives other last bits
+        probabilities = evenly_spaced(offset, 0.5, n + 1)[:-1]  # (n,)
         return torch.from_numpy(norm.ppf(probabilities.numpy())).float()
 
     levels = torch.cat([-side(n_negative), torch.zeros(1), side(n_positive)]).sort().values
     return levels / levels.abs().max()
+
+
+def evenly_spaced(start: float, end: float, n: int) -> torch.Tensor:
+    """(n,) float32 from `start` to `end`: the values of torch.linspace where the CPU rounds step * i + start once.
+
+    torch.linspace itself rounds it twice on a CPU without AVX2, and numpy's gives other last bits again: tables that
+    are made from them would not be the same on every machine.
+
+    >>> evenly_spaced(0.5, 1, 3).tolist()
+    [0.5, 0.75, 1.0]
+    """
+    first, last = torch.tensor([start, end])
+    step, i = (last - first) / (n - 1), torch.arange(n)
+    # a product of two float32 is exact in float64, so .float() is the one rounding; each half is counted from its end
+    return torch.where(i < n // 2, first + step.double() * i, last - step.double() * (n - 1 - i)).float()
 
 
 def normal_offset(bits: int) -> float:

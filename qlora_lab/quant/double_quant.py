@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 
 from qlora_lab.quant.blocks import TINY, block_absmax, scale_blocks, to_blocks
-from qlora_lab.quant.codebook import nearest_codes, rounding
+from qlora_lab.quant.codebook import evenly_spaced, nearest_codes, rounding
 
 GROUP_SIZE = 256
 MEAN_PIECE = 2**14  # constants that torch adds up in one thread
@@ -48,7 +48,7 @@ class DoubleQuantized:
 def _dynamic_map(signed: bool = True) -> torch.Tensor:
     positive = []
     for i in range(7):  # 7 decades: 10^-6 to 10^0; decade i has 2^i values, the middles of equal steps from 0.1 to 1
-        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float32)
+        edges = evenly_spaced(0.1, 1, 2 ** (i + (not signed)) + 1)
         positive += (10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
     negative = [-p for p in positive] if signed else []
     return torch.tensor(negative + [0.0, 1.0] + positive).sort().values

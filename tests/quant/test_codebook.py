@@ -11,6 +11,7 @@ from qlora_lab.quant.codebook import (
     CODEBOOKS,
     bits_of,
     codebook,
+    evenly_spaced,
     float_levels,
     integer_levels,
     midpoints,
@@ -115,3 +116,10 @@ def test_float_levels_are_the_formats():
 def test_errors_teach(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="there torch.linspace rounds twice")
+@pytest.mark.parametrize("start, end", [(0.1, 1.0), (0.9677083, 0.5), (0.7, 0.5)])
+def test_evenly_spaced_is_torchs_linspace(start, end):
+    for n in (2, 3, 5, 8, 9, 16, 17, 33, 65, 128, 129, 257):
+        assert torch.equal(evenly_spaced(start, end, n), torch.linspace(start, end, n))

@@ -1,0 +1,43 @@
+"""The whole check: every stage runs whichever fails, and the end says which did."""
+
+import sys
+
+import pytest
+
+from tools import stages
+from tools.stages import STAGES, Stage, main
+
+
+def python(code: str, **environment: str) -> Stage:
+    return Stage([sys.executable, "-c", code], environment)
+
+
+@pytest.fixture
+def three(monkeypatch, tmp_path):
+    """One stage that passes, one that fails, one that leaves a file with what it found in its environment."""
+    write = f"import os; open({str(tmp_path / 'ran')!r}, 'w').write(os.environ['PRETENDED'])"
+    known = {"good": python("pass"), "bad": python("raise SystemExit(3)"), "last": python(write, PRETENDED="yes")}
+    monkeypatch.setattr(stages, "STAGES", known)
+    return tmp_path / "ran"
+
+
+def test_a_failure_stops_no_stage_and_is_told_at_the_end(three, capfd):
+    assert main([]) == 1
+    assert three.read_text() == "yes"
+    *_, good, bad, last = capfd.readouterr().out.splitlines()
+    assert good.startswith("good        passed") and last.startswith("last        passed")
+    assert bad.startswith("bad         FAILED (exit code 3)")
+
+
+def test_stages_are_chosen_by_name(three, capfd):
+    assert main(["good"]) == 0
+    assert not three.exists() and "last" not in capfd.readouterr().out
+    assert main(["good", "fats"]) == 2
+    assert "unknown stage 'fats': choose from good, bad, last" in capfd.readouterr().err
+
+
+def test_each_outcome_of_the_race_has_a_stage():
+    from qlora_lab.kernels.product import OVERRIDE, Race
+
+    winners = {stage.environment[OVERRIDE] for stage in STAGES.values() if OVERRIDE in stage.environment}
+    assert winners == set(Race._fields)
