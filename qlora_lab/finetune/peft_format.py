@@ -206,9 +206,9 @@ def _why_strange(key: str, model: nn.Module) -> str:
         return "adapters of embeddings are not read here: merge it into its base with PEFT and load the result"
     if _of_base(key, model) is not None:
         return "this model has other values: they were trained or extended with it, so merge it into its base with PEFT"
-    path = _adapted_path(key)
-    if module := dict(model.named_modules()).get(path or ""):
-        return f"{path} is of type {type(module).__name__} here: only linear layers are adapted"
+    path, modules = _adapted_path(key), dict(model.named_modules())
+    if path in modules:
+        return f"{path} is of type {type(modules[path]).__name__} here: only linear layers are adapted"
     return "this model has no such layer: put it on the model that it was made for"
 
 
