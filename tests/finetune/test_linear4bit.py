@@ -7,6 +7,7 @@ from torch import nn
 from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
+pytestmark = pytest.mark.usefixtures("outcome")  # whichever routine multiplies
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
