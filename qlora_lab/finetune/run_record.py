@@ -24,6 +24,7 @@ def record(model, settings: Settings, report: EncodeReport, encoded: list[Encode
     """All that decided the run, for settings.json and for whoever resumes it."""
     layers = adapters(model)
     layer = next(iter(layers.values()))
+    r, alpha = (_same([getattr(one, name) for one in layers.values()]) for name in ("r", "alpha"))
     ids = hashlib.sha256(repr([(one.input_ids, one.labels) for one in encoded]).encode())
     return asdict(settings) | {
         "model": getattr(model, "name_or_path", None),
@@ -31,10 +32,15 @@ def record(model, settings: Settings, report: EncodeReport, encoded: list[Encode
         "dtype": str(computes_in(model)).removeprefix("torch."),
         "device": layer.lora_A.device.type,
         "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
-        "adapter": {"r": layer.r, "alpha": layer.alpha, "dropout": layer.dropout.p, "layers": len(layers)},
+        "adapter": {"r": r, "alpha": alpha, "dropout": layer.dropout.p, "layers": len(layers)},
         "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
         "data": asdict(report) | {"sha256": ids.hexdigest()},
     }
+
+
+def _same(values: list):
+    """The value that all layers share, or that of each."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def comparable(record: dict) -> dict:

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import qlora_lab as ql
+from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.files import replacing_folder
 from qlora_lab.finetune.linear4bit import quantize_linears
 from qlora_lab.finetune.lora import adapt, adapters, add_lora
@@ -135,6 +137,22 @@ def test_layers_that_differ_are_saved_by_pattern(tmp_path, tiny_llama):
     assert torch.equal(again(IDS).logits, ours(IDS).logits)
     theirs = PeftModel.from_pretrained(deepcopy(tiny_llama), tmp_path / "adapter")
     torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_adapter_with_ranks_of_its_own_is_trained_on_and_saved(tmp_path, tiny_llama, tokenizer):
+    """What was read can be written: it would be a pity to learn of it after the last step."""
+    strengths = {"model.layers.0.mlp.up_proj": (2, 4), "model.layers.1.mlp.up_proj": (5, 8), "lm_head": (3, 4)}
+    save_adapter(adapt(deepcopy(tiny_llama), strengths), tmp_path / "start")
+    model = load_adapter(deepcopy(tiny_llama), tmp_path / "start")
+    examples = [Example((("user", f"{i}?"), ("assistant", f"{i} and {i}"))) for i in range(4)]
+    run = ql.finetune(model, tokenizer, examples, steps=2, out=tmp_path / "run", progress=False)
+    again = load_adapter(deepcopy(tiny_llama), run.adapter)
+    assert torch.equal(again(IDS).logits, model(IDS).logits) and not torch.equal(
+        again(IDS).logits, tiny_llama(IDS).logits
+    )
+    recorded = json.loads((tmp_path / "run" / "settings.json").read_text())["adapter"]
+    assert (recorded["r"], recorded["alpha"]) == ([2, 5, 3], [4, 8, 4])  # what a resume compares
 
 
 def test_layers_with_different_dropout_are_not_saved(tmp_path, tiny_llama):

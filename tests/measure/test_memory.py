@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import qlora_lab as ql
 from qlora_lab.finetune.dtype_policy import dtype_policy
-from qlora_lab.finetune.lora import linear_layers
+from qlora_lab.finetune.lora import adapt, linear_layers
 from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.modes import checkpointing
 from qlora_lab.finetune.wide import NAME as WIDE, widen
@@ -97,6 +97,13 @@ def differences(ledger, unseen=UNSEEN):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_row_is_right_to_the_byte(shape):
     assert not differences(measured(build(shape), batch_of()))
+
+
+def test_a_ledger_tells_of_one_rank():
+    layers = linear_layers(model := build(method="full"))
+    adapt(model, {path: (2 + (path.endswith("q_proj")), 8) for path in layers if path != "lm_head"})
+    with pytest.raises(ValueError, match="adapters have ranks 2, 3: a ledger tells of one"):
+        measure_memory(model)
 
 
 def test_so_it_is_for_a_rank_above_every_layer():
