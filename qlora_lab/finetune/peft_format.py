@@ -21,6 +21,7 @@ from torch import nn
 
 from qlora_lab.finetune.adapter_base import WEIGHTS_KEY, warn_of_base, weights_of
 from qlora_lab.finetune.files import replacing_folder
+from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapt, adapters, check_strength, has_adapters, linear_layers
 from qlora_lab.finetune.peft_config import check_settings, pattern_of, strength_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
@@ -76,7 +77,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     config, tensors, metadata = _read(Path(folder))
     paths = _paths(tensors, model, where)
     strengths = {path: strength_of(config, path) for path in layers if path in paths}  # in the model's order
-    _check_shapes(tensors, strengths, layers, where)
+    _check_tensors(tensors, strengths, layers, where)
     dropout = config.get("lora_dropout") or 0.0
     check_strength(1, dropout)
     if has_adapters(model):
@@ -164,15 +165,12 @@ def _check_files(folder: Path) -> None:
 
 def _paths(tensors: dict[str, torch.Tensor], model: nn.Module, where: str) -> set[str]:
     """The layers that the file adapts. Raises ValueError for keys that are no adapter's of a linear layer."""
-    layers, paths, strange = linear_layers(model), set(), []
-    for key, tensor in tensors.items():
-        path = _adapted_path(key)
-        if path in layers:
-            paths.add(path)
-        elif not _repeats_base(key, tensor, model):
-            strange.append(key)
-    if strange:
-        raise ValueError(f"{where} holds {_some(sorted(strange))}, but {_why_strange(min(strange), model)}")
+    layers = linear_layers(model)
+    modules = dict(model.named_modules()) | layers  # by the paths that a model without adapters has
+    paths = {path for key in tensors if (path := _adapted_path(key)) in layers}
+    others = [key for key in tensors if _adapted_path(key) not in layers]
+    if strange := sorted(key for key in others if not _same_values(tensors[key], _of_base(key, modules))):
+        raise ValueError(f"{where} holds {_some(strange)}, but {_why_strange(strange[0], modules)}")
     if halves := sorted({_key(path, name) for path in paths for name in PAIR} - tensors.keys()):
         raise ValueError(f"{where} is not whole: {_some(halves)} missing from the file; copy or save it again")
     if not paths:
@@ -185,34 +183,34 @@ def _adapted_path(key: str) -> str | None:
     return match[1] if match else None
 
 
-def _repeats_base(key: str, tensor: torch.Tensor, model: nn.Module) -> bool:
-    """Whether it is a copy of the base's own embeddings or head, which PEFT adds to adapters of lm_head."""
-    own = _of_base(key, model)
-    if own is None or own.shape != tensor.shape:
-        return False
-    # either side can have been rounded to bf16 (half of 2^-8) or fp16 (steps of 2^-24 next to zero) since
-    return torch.allclose(tensor.float(), own.detach().cpu().float(), rtol=2**-8, atol=2**-24)
-
-
-def _of_base(key: str, model: nn.Module) -> torch.Tensor | None:
+def _of_base(key: str, modules: dict[str, nn.Module]) -> torch.Tensor | None:
+    """The base's own tensor of that name: PEFT adds embeddings and head to an adapter of lm_head, or when asked to."""
     path, _, leaf = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
-    modules = dict(model.named_modules()) | linear_layers(model)
     own = getattr(modules.get(path), leaf, None)
     return own if isinstance(own, torch.Tensor) else None
 
 
-def _why_strange(key: str, model: nn.Module) -> str:
+def _same_values(stored: torch.Tensor, own: torch.Tensor | None) -> bool:
+    """Whether they are equal, where either can have been rounded since: to bf16 (half of 2^-8) or fp16 (2^-24 at 0)."""
+    if own is None or own.shape != stored.shape:
+        return False
+    return torch.allclose(stored.float(), own.detach().cpu().float(), rtol=2**-8, atol=2**-24)
+
+
+def _why_strange(key: str, modules: dict[str, nn.Module]) -> str:
+    path = key.removeprefix(PREFIX).split(".lora_")[0]
     if "lora_embedding_" in key:
-        return "adapters of embeddings are not read here: merge it into its base with PEFT and load the result"
-    if _of_base(key, model) is not None:
+        return "adapters of embeddings are not read here: use it with PEFT, or merge it there and load the result"
+    if _of_base(key, modules) is not None:
         return "this model has other values: they were trained or extended with it, so merge it into its base with PEFT"
-    path, modules = _adapted_path(key), dict(model.named_modules())
+    if isinstance(modules.get(path), (nn.Linear, Linear4bit)):
+        return f"of a linear layer only {_key('PATH', 'lora_A')} and lora_B are read: save it again with PEFT"
     if path in modules:
         return f"{path} is of type {type(modules[path]).__name__} here: only linear layers are adapted"
     return "this model has no such layer: put it on the model that it was made for"
 
 
-def _check_shapes(
+def _check_tensors(
     tensors: dict[str, torch.Tensor], strengths: dict[str, tuple[int, float]], layers: dict[str, nn.Module], where: str
 ) -> None:
     for path, (r, _) in strengths.items():
@@ -226,6 +224,8 @@ def _check_shapes(
                 )
             if tensor.dtype not in WEIGHT_DTYPES:
                 raise ValueError(f"{where} has {path}.{name} in {tensor.dtype}: save it in float32, bf16 or fp16")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{where} has NaN or infinity in {path}.{name}: take one of an earlier step")
 
 
 def _check_own(own: dict[str, LoRALinear], strengths: dict[str, tuple[int, float]], where: str) -> None:

@@ -88,6 +88,7 @@ def rewrite(folder, change):
 
 
 KEY = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+MAGNITUDE = KEY.replace("lora_A.weight", "lora_magnitude_vector")
 
 
 @pytest.mark.parametrize(
@@ -97,10 +98,11 @@ KEY = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         (lambda t: t.update(stray=torch.ones(1)), "holds stray, but this model has no such layer"),
         (lambda t: t.update({KEY: torch.ones(2, 2)}), r"down_proj.lora_A has shape \(2, 2\), but r=4 and .* \(4, 32\)"),
         (lambda t: t.update({KEY: torch.ones(0)}), r"down_proj.lora_A has shape \(0,\)"),  # shards of ZeRO-3
+        (lambda t: t[KEY][1, 2].fill_(float("nan")), r"has NaN or infinity in model.layers.0.mlp.down_proj.lora_A"),
         (lambda t: t.clear(), "holds no lora_A and lora_B"),
         (
             lambda t: t.update({KEY.replace(".weight", ".default.weight"): t.pop(KEY)}),
-            "lora_A.default.weight, but this",
+            "lora_A.default.weight, but of a linear layer only",
         ),
     ],
 )
