@@ -24,7 +24,6 @@ def record(model, settings: Settings, report: EncodeReport, encoded: list[Encode
     """All that decided the run, for settings.json and for whoever resumes it."""
     layers = adapters(model)
     layer = next(iter(layers.values()))
-    r, alpha = (_same([getattr(one, name) for one in layers.values()]) for name in ("r", "alpha"))
     ids = hashlib.sha256(repr([(one.input_ids, one.labels) for one in encoded]).encode())
     return asdict(settings) | {
         "model": getattr(model, "name_or_path", None),
@@ -32,15 +31,15 @@ def record(model, settings: Settings, report: EncodeReport, encoded: list[Encode
         "dtype": str(computes_in(model)).removeprefix("torch."),
         "device": layer.lora_A.device.type,
         "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
-        "adapter": {"r": r, "alpha": alpha, "dropout": layer.dropout.p, "layers": len(layers)},
+        "adapter": {
+            "r": _of(layers, "r"),
+            "alpha": _of(layers, "alpha"),
+            "dropout": layer.dropout.p,
+            "layers": len(layers),
+        },
         "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
         "data": asdict(report) | {"sha256": ids.hexdigest()},
     }
-
-
-def _same(values: list):
-    """The value that all layers share, or that of each."""
-    return values[0] if len(set(values)) == 1 else values
 
 
 def comparable(record: dict) -> dict:
@@ -87,3 +86,9 @@ def _base_checksum(model) -> str:
         first = tensor.detach().reshape(-1)[:PROBE].contiguous().cpu().view(torch.uint8)
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + first.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _of(layers: dict, name: str):
+    """The value that all adapted layers share, or that of each."""
+    values = [getattr(layer, name) for layer in layers.values()]
+    return values[0] if len(set(values)) == 1 else values
