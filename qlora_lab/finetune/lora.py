@@ -10,7 +10,7 @@ The adapter is stored in float32 whatever the model computes in: at lr 2e-4 an u
 last place of a bf16 weight, and would be lost. The two products run in the dtype of x; beside a Linear4bit on the CPU
 they run in float32 and are added before the layer's one rounding (kernels/product.py), unless there is dropout.
 
-Not here: variants such as rsLoRA or DoRA; files (peft_format.py).
+Not here: variants such as DoRA; files (peft_format.py), where rsLoRA is another alpha.
 """
 
 import math

@@ -5,7 +5,7 @@ Source: PEFT 0.21, tuners/lora/config.py for the fields, layer.py for what each 
 get_pattern_key in utils/other.py for patterns.
 
 The lists name what is known to be harmless. A field or a value that they do not have, such as one of a later PEFT, is
-refused unless it is off: an adapter that is read as something else than it is answers wrongly without a word.
+refused unless it is off: an adapter that is read as something it is not answers wrongly without a word.
 Not here: the tensors, whose keys say which layers are adapted (peft_format.py).
 """
 
@@ -19,15 +19,15 @@ HONOURED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", 
 HONOURED += ("base_model_name_or_path", "revision")  # adapter_base.py compares them
 # The keys of the tensors say which layers these have chosen.
 CHOICES_OF_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# Where the adapter came from, and what it was trained for: keys that match say that it is this model. What is only read
-# together with a setting that is refused. fan_in_fan_out: a linear layer has one layout, and others are not adapted.
+# Where the adapter came from and what it was trained for: the keys say whether it fits. Settings that matter only beside
+# one that is refused. fan_in_fan_out: a linear layer has one layout, and no other kind of layer is adapted.
 WITHOUT_EFFECT = ("auto_mapping", "peft_version", "task_type", "inference_mode", "runtime_config", "fan_in_fan_out")
 WITHOUT_EFFECT += ("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
 ALLOWED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     # These draw A and B and leave the base alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take out of the base what A
-    # and B begin with, and the file does not hold the rest; MiCA trains one of the two alone.
+    # and B begin with, and the file does not hold the rest; MiCA trains only one of the two.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 MUST_BE_OFF = {
@@ -37,7 +37,7 @@ MUST_BE_OFF = {
     "modules_to_save": "whole modules were trained beside the adapter",
     "trainable_token_indices": "rows of the embeddings were trained beside the adapter",
     "ensure_weight_tying": "it ties adapters of the embeddings and the head",
-    "target_parameters": "it adapts parameters that are no linear layers",
+    "target_parameters": "it adapts parameters outside linear layers",
     "lora_bias": "its lora_B has a bias",
     "use_qalora": "QALoRA pools the adapter's input",
     "use_bdlora": "BD-LoRA's matrices are block-diagonal",
@@ -56,7 +56,7 @@ UNKNOWN = "a setting that is not known here"
 
 
 def check_settings(config: dict, where: str) -> None:
-    """Raise ValueError for the first setting that makes of an adapter more than plain LoRA on an unchanged base.
+    """Raise ValueError for the first setting that makes an adapter anything but plain LoRA on an unchanged base.
 
     config: the content of adapter_config.json. where: what an error calls the adapter.
     """
@@ -104,5 +104,7 @@ def _of_layer(patterns: dict | None, path: str, otherwise):
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
         except re.error as error:
-            raise ValueError(f"{pattern!r} in the adapter's configuration is no pattern of layers: {error}") from None
+            raise ValueError(
+                f"{pattern!r} in the adapter's configuration is not a pattern of layers: {error}"
+            ) from None
     return otherwise

@@ -41,7 +41,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """
     layers = adapters(model)
     if Path(folder).exists() and (others := [p.name for p in Path(folder).iterdir() if p.name not in ADAPTER_FILES]):
-        raise ValueError(f"{folder} holds {others[0]!r}, which is no part of an adapter: choose a folder of its own")
+        raise ValueError(f"{folder} holds {others[0]!r}, which is not part of an adapter: choose a folder of its own")
     dropouts = {layer.dropout.p for layer in layers.values()}
     if len(dropouts) > 1:
         raise ValueError(f"adapters with different dropout {sorted(dropouts)} do not fit into one folder: set one")
@@ -138,7 +138,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"an adapter file in {folder} cannot be read ({error}): save or copy it again") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG} holds a {type(config).__name__}: it is no adapter configuration of PEFT")
+        raise ValueError(f"{folder / CONFIG} holds a {type(config).__name__}: it is not a configuration of PEFT")
     check_settings(config, f"the adapter in {folder}")
     return config, tensors, metadata
 
@@ -146,10 +146,12 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
 def _check_files(folder: Path) -> None:
     """Raise FileNotFoundError unless the two files are there, with the reason that the folder's content suggests."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: an adapter is a local folder with {CONFIG} and {WEIGHTS}")
+        raise FileNotFoundError(f"{folder} is not a folder: an adapter is a local folder with {CONFIG} and {WEIGHTS}")
     if not (folder / CONFIG).is_file():
         inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        instead = f"but its subfolders {_some(inner)} have one: name one of them" if inner else "so it is no adapter"
+        instead = (
+            f"but its subfolders {_some(inner)} have one: name one of them" if inner else "so it is not an adapter"
+        )
         raise FileNotFoundError(f"{folder} has no {CONFIG}, {instead}")
     if (folder / WEIGHTS).is_file():
         return
@@ -159,12 +161,12 @@ def _check_files(folder: Path) -> None:
             f"again as {WEIGHTS}"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    instead = f"but {_some(others)}: make that one file of this name" if others else "so it is no adapter"
+    instead = f"but {_some(others)}: make that one file of this name" if others else "so it is not an adapter"
     raise FileNotFoundError(f"{folder} has no {WEIGHTS}, {instead}")
 
 
 def _paths(tensors: dict[str, torch.Tensor], model: nn.Module, where: str) -> set[str]:
-    """The layers that the file adapts. Raises ValueError for keys that are no adapter's of a linear layer."""
+    """The layers that the file adapts. Raises ValueError for a key that belongs to no adapter of a linear layer."""
     layers = linear_layers(model)
     modules = dict(model.named_modules()) | layers  # by the paths that a model without adapters has
     paths = {path for key in tensors if (path := _adapted_path(key)) in layers}
@@ -234,9 +236,9 @@ def _check_own(own: dict[str, LoRALinear], strengths: dict[str, tuple[int, float
     theirs = {path: r for path, (r, _) in strengths.items()}
     for path in [*ours, *theirs]:
         if ours.get(path) != theirs.get(path):
-            a, b = (f"r={ranks[path]}" if path in ranks else "none" for ranks in (theirs, ours))
+            a, b = (f"r={ranks[path]}" if path in ranks else "nothing" for ranks in (theirs, ours))
             raise ValueError(
-                f"{where} has {a} at {path}, but the adapter that this model has {b}: load the model again without one"
+                f"{where} has {a} at {path}, but the model's own adapter has {b} there: load the model without one"
             )
 
 

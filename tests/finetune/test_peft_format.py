@@ -167,9 +167,9 @@ def test_layers_with_different_dropout_are_not_saved(tmp_path, tiny_llama):
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"r": 2}, "has r=4 at .*, but the adapter that this model has r=2: load the model again without one"),
-        ({"targets": "q_proj"}, "has r=4 at .*, but the adapter that this model has none"),
-        ({"targets": ALL}, "has none at lm_head, but the adapter that this model has r=4"),
+        ({"r": 2}, "has r=4 at .*, but the model's own adapter has r=2 there: load the model without"),
+        ({"targets": "q_proj"}, "has r=4 at .*, but the model's own adapter has nothing there"),
+        ({"targets": ALL}, "has nothing at lm_head, but the model's own adapter has r=4 there"),
     ],
 )
 def test_another_adapter_than_the_models_own_is_refused(saved, tiny_llama, own, message):
@@ -191,7 +191,7 @@ def test_names_that_other_modules_share_are_saved_as_paths(tmp_path):
 def test_other_peoples_files_are_not_replaced(tmp_path, tiny_llama):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(ValueError, match="holds 'notes.txt', which is no part of an adapter"):
+    with pytest.raises(ValueError, match="holds 'notes.txt', which is not part of an adapter"):
         save_adapter(trained(tiny_llama), tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
@@ -199,7 +199,7 @@ def test_other_peoples_files_are_not_replaced(tmp_path, tiny_llama):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("[1]", "adapter_config.json holds a list: it is no adapter configuration of PEFT"),
+        ("[1]", "adapter_config.json holds a list: it is not a configuration of PEFT"),
         ("{}", "has peft_type=None"),
         ('{"peft_type": "LORA", "lora_alpha": 8}', "has no r in its configuration"),
         ('{"peft_type": ', "cannot be read"),
@@ -223,7 +223,7 @@ def test_a_folder_without_an_adapter_says_what_it_has_instead(saved, tiny_llama,
         shutil.copytree(saved, tmp_path / name)
     assert "but its subfolders adapter, b, c and 1 more have one" in message()
     folder = saved / "adapter_model.safetensors"
-    assert message().startswith(f"{folder} is no folder: an adapter is a local folder with adapter_config.json and")
+    assert message().startswith(f"{folder} is not a folder: an adapter is a local folder with adapter_config.json and")
     renamed = folder.rename(saved / "model-00001-of-00002.safetensors")
     folder = saved
     assert message().endswith(
@@ -232,9 +232,9 @@ def test_a_folder_without_an_adapter_says_what_it_has_instead(saved, tiny_llama,
     renamed.rename(saved / "adapter_model.bin")
     assert "has adapter_model.bin, a pickle, which can run code and is not read: load it with PEFT, and" in message()
     (saved / "adapter_model.bin").unlink()
-    assert message().endswith("has no adapter_model.safetensors, so it is no adapter")
+    assert message().endswith("has no adapter_model.safetensors, so it is not an adapter")
     (saved / "adapter_config.json").unlink()
-    assert message().endswith("has no adapter_config.json, so it is no adapter")
+    assert message().endswith("has no adapter_config.json, so it is not an adapter")
 
 
 def test_other_errors(saved, tiny_llama, tmp_path):
