@@ -19,7 +19,7 @@ HONOURED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", 
 HONOURED += ("base_model_name_or_path", "revision")  # adapter_base.py compares them
 # The keys of the tensors say which layers these have chosen.
 CHOICES_OF_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# Where the adapter came from and what it was trained for: the keys say whether it fits. Settings that matter only beside
+# Where the adapter came from and what it was trained for: its keys say if it fits. Settings that matter only beside
 # one that is refused. fan_in_fan_out: a linear layer has one layout, and no other kind of layer is adapted.
 WITHOUT_EFFECT = ("auto_mapping", "peft_version", "task_type", "inference_mode", "runtime_config", "fan_in_fan_out")
 WITHOUT_EFFECT += ("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
