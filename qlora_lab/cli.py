@@ -10,7 +10,8 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def quantize(a: argparse.Namespace) -> None:
 def generate(a: argparse.Namespace) -> None:
     model, tokenizer = _load(a)
     if a.adapter:
-        ql.load_adapter(model, a.adapter)
+        with _warnings_as_lines(a.command):  # such as: it was trained on another model
+            ql.load_adapter(model, a.adapter)
     answer = ql.generate(model, tokenizer, a.question, a.max_new_tokens)
     print(json.dumps({"question": a.question, "answer": answer}) if a.json else answer)
 
@@ -152,8 +154,7 @@ def sweep(a: argparse.Namespace) -> None:
     options = {"windows": a.windows, "length": a.length, "seed": a.seed, "progress": not a.quiet}
     if a.text is not None:
         options["text"] = _text(a.text)
-    with warnings.catch_warnings():  # undone at the end: a repaired results file is told in one line here
-        warnings.showwarning = lambda message, *_: print(f"qlora-lab sweep: {message}", file=sys.stderr)
+    with _warnings_as_lines(a.command):  # such as: a results file was repaired
         rows = run(a.model, settings, a.out, **options)
     if a.json:
         print(json.dumps(rows))
@@ -247,6 +248,14 @@ def open_lab(a: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
+
+
+@contextmanager
+def _warnings_as_lines(command: str) -> Iterator[None]:
+    """What the library warns of goes to stderr, one line each, without the code that said it."""
+    with warnings.catch_warnings():  # undone at the end
+        warnings.showwarning = lambda message, *_: print(f"qlora-lab {command}: {message}", file=sys.stderr)
+        yield
 
 
 def _load(a: argparse.Namespace):

@@ -39,6 +39,23 @@ def test_finetune_then_generate(capsys, tmp_path, folder, data):
     assert code == 0 and json.loads(text)["question"] == "double 3"
 
 
+@pytest.mark.filterwarnings("always")
+def test_an_adapter_of_another_model_is_told_in_one_line(capsys, tmp_path, folder):
+    import qlora_lab as ql
+
+    model, _ = ql.load(folder, progress=False)
+    ql.save_adapter(ql.add_lora(model, r=2), tmp_path / "adapter")
+    other = folder.rename(tmp_path / "other")
+    capsys.readouterr()
+    options = ["--model", other, "--adapter", tmp_path / "adapter", "--max-new-tokens", 1, "--quiet"]
+    code, _, err = run(capsys, "generate", "double 3", *options)
+    lines = [line for line in err.splitlines() if line.startswith("qlora-lab ")]
+    assert code == 0 and len(lines) == 1 and "UserWarning" not in err
+    assert lines[0].startswith(
+        f"qlora-lab generate: the adapter in {tmp_path / 'adapter'} was trained on {folder}, but "
+    )
+
+
 def test_quantize_then_generate(capsys, tmp_path, folder):
     code, text, _ = run(
         capsys, "quantize", folder, "--out", tmp_path / "small", "--quiet", "--json", "--codebook", "fp4"
@@ -109,7 +126,7 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["finetune", "--data", "DATA", "--model", "MODEL", "--schedule", "linear"], "schedule='linear' is not known"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--eval-every", "2"], "needs held-out examples"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--resume", "--overwrite"], "exclude each other"),
-        (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "has no adapter_config.json"),
+        (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "nowhere is not a folder: an adapter is"),
         (["block-size", "MODEL", "--bits", "4.03", "--out", "p.json"], "too small: the smallest plan takes 4.08"),
         (["block-size", "MODEL", "--bits", "nan", "--out", "p.json"], "bits_per_parameter=nan is no budget"),
         (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is no UTF-8 text"),

@@ -10,7 +10,7 @@ The adapter is stored in float32 whatever the model computes in: at lr 2e-4 an u
 last place of a bf16 weight, and would be lost. The two products run in the dtype of x; beside a Linear4bit on the CPU
 they run in float32 and are added before the layer's one rounding (kernels/product.py), unless there is dropout.
 
-Not here: variants such as rsLoRA or DoRA; files (peft_format.py).
+Not here: variants such as DoRA; files (peft_format.py), where rsLoRA is another alpha.
 """
 
 import math
@@ -25,7 +25,8 @@ from qlora_lab.finetune.linear4bit import HEAD, Linear4bit
 class LoRALinear(nn.Module):
     """`base`, an nn.Linear or Linear4bit, with an adapter of rank r beside it. The base is frozen.
 
-    r: 1 to min(in_features, out_features). alpha: strength, above 0; the product is scaled by alpha / r.
+    r: at least 1; above min(in_features, out_features) it costs memory and expresses nothing more, as in PEFT.
+    alpha: strength, above 0; the product is scaled by alpha / r.
     dropout: on the adapter's input while training, 0 to below 1. generator: draws lora_A.
     Raises ValueError outside these ranges.
     """
@@ -39,7 +40,7 @@ class LoRALinear(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        _check_rank(base, r)
+        check_rank(r)
         self.base, self.r = base.requires_grad_(False), r
         self.dropout = nn.Dropout()
         self.set_strength(alpha, dropout)
@@ -91,22 +92,30 @@ def add_lora(
     Raises ValueError for a name that matches nothing, an adapter that is already there, or a rank, alpha or dropout
     that is not allowed.
     """
+    return adapt(model, dict.fromkeys(choose_targets(model, targets), (r, alpha)), dropout, seed=seed)
+
+
+def adapt(
+    model: nn.Module, strengths: dict[str, tuple[int, float]], dropout: float = 0.0, *, seed: int = 0
+) -> nn.Module:
+    """As add_lora, from the path of each linear layer to its own (r, alpha)."""
     if has_adapters(model):
         raise ValueError("this model has adapters already: load a fresh one")
-    chosen = choose_targets(model, targets)
-    check_strength(alpha, dropout)
-    for layer in chosen.values():
-        _check_rank(layer, r)
+    layers = linear_layers(model)
+    for r, alpha in strengths.values():
+        check_rank(r)
+        check_strength(alpha, dropout)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in chosen.items():
-        model.set_submodule(name, LoRALinear(layer, r, alpha, dropout, generator).train(layer.training))
+    for path, (r, alpha) in strengths.items():
+        training = layers[path].training
+        model.set_submodule(path, LoRALinear(layers[path], r, alpha, dropout, generator).train(training))
     return model
 
 
 def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
     """The linear layers that `targets` names (see add_lora): path -> layer, in the model's order."""
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Linear4bit))}
+    linears = linear_layers(model)
     last_names = sorted({name.split(".")[-1] for name in linears})
     if targets == "all-linear":
         return {name: m for name, m in linears.items() if name.split(".")[-1] != HEAD}
@@ -118,6 +127,20 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
             f"choose 'all-linear' or from {', '.join(last_names)}"
         )
     return {name: m for name, m in linears.items() if name in wanted or name.split(".")[-1] in wanted}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> linear layer, in the model's order; of an adapted one its base, by the path that both share."""
+    layers, bases = {}, set()
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            bases.add(module.base)  # named_modules comes to it next
+            module = module.base
+        elif module in bases:
+            continue
+        if isinstance(module, (nn.Linear, Linear4bit)):
+            layers[path] = module
+    return layers
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -133,10 +156,10 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return found
 
 
-def _check_rank(base: nn.Module, r: int) -> None:
-    largest = min(base.in_features, base.out_features)
-    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= largest:
-        raise ValueError(f"r={r!r} is not allowed: a rank is a whole number from 1 to {largest} here, usually 16")
+def check_rank(r: int) -> None:
+    """Raise ValueError unless r is a whole number of at least 1."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r={r!r} is not allowed: a rank is a whole number of at least 1, usually 16")
 
 
 def check_strength(alpha: float, dropout: float) -> None:

@@ -3,57 +3,64 @@
 In: an adapted model. Out: a folder that peft.PeftModel.from_pretrained loads, and load_adapter.
 Source: PEFT 0.21, utils/save_and_load.py. Keys are `base_model.model.PATH.lora_A.weight`, PATH being the layer's.
 
-Strict both ways: an adapter loads wholly or not at all, and an error shows which keys differ.
-Not here: merging an adapter into its base.
+Which layers are adapted is read from the keys, not from the patterns that once chose them. Strict: an adapter loads
+wholly or not at all, and an error shows which keys differ.
+Not here: what the configuration may hold (peft_config.py), other bases (adapter_base.py), merging.
 """
 
 import json
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from qlora_lab.finetune.adapter_base import WEIGHTS_KEY, warn_of_base, weights_of
 from qlora_lab.finetune.files import replacing_folder
-from qlora_lab.finetune.lora import adapters, add_lora, choose_targets, has_adapters
+from qlora_lab.finetune.linear4bit import Linear4bit
+from qlora_lab.finetune.lora import LoRALinear, adapt, adapters, check_strength, has_adapters, linear_layers
+from qlora_lab.finetune.peft_config import check_settings, pattern_of, strength_of
+from qlora_lab.quant.quantize import WEIGHT_DTYPES
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ADAPTER_FILES = (CONFIG, WEIGHTS, "README.md")  # PEFT adds a model card
 PREFIX = "base_model.model."
-VARIANTS = ("use_rslora", "use_dora", "use_qalora", "alora_invocation_tokens", "rank_pattern", "alpha_pattern")
+PAIR = ("lora_A", "lora_B")
+SHOWN = 3  # names in an error
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Write the adapter of `model` to `folder`, replacing it as a whole if it is there. Returns the folder.
 
-    Raises ValueError if the model has no adapter, if its layers differ in rank, strength or dropout, or if `folder`
-    holds anything that is not an adapter's.
+    Raises ValueError if the model has no adapter, if its layers differ in dropout, or if `folder` holds anything that
+    is not an adapter's.
     """
     layers = adapters(model)
     if Path(folder).exists() and (others := [p.name for p in Path(folder).iterdir() if p.name not in ADAPTER_FILES]):
-        raise ValueError(f"{folder} holds {others[0]!r}, which is no part of an adapter: choose a folder of its own")
-    settings = {(layer.r, layer.alpha, layer.dropout.p) for layer in layers.values()}
-    if len(settings) > 1:
-        raise ValueError(f"adapters of different (r, alpha, dropout) {sorted(settings)} do not fit into one folder")
-    r, alpha, dropout = settings.pop()
+        raise ValueError(f"{folder} holds {others[0]!r}, which is not part of an adapter: choose a folder of its own")
+    dropouts = {layer.dropout.p for layer in layers.values()}
+    if len(dropouts) > 1:
+        raise ValueError(f"adapters with different dropout {sorted(dropouts)} do not fit into one folder: set one")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(model, "name_or_path", None),
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        **_strengths(layers),
+        "lora_dropout": dropouts.pop(),
         "target_modules": _target_names(model, list(layers)),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    metadata = {"format": "pt", WEIGHTS_KEY: weights_of(layer.base for layer in layers.values())}
     with replacing_folder(folder) as staged:
         (staged / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(adapter_tensors(model), staged / WEIGHTS, metadata={"format": "pt"})
+        save_file(adapter_tensors(model), staged / WEIGHTS, metadata=metadata)
         shutil.copymode(staged / CONFIG, staged / WEIGHTS)  # safetensors writes files that only their owner can read
     return Path(folder)
 
@@ -61,76 +68,180 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Add the adapter in `folder` to `model`, or replace the values of the one it has. Returns `model`.
 
+    Ranks may differ between layers, and values may be float32, bf16 or fp16: they are widened exactly.
     Raises FileNotFoundError for a folder without an adapter, and ValueError for a file that cannot be read, for a
-    variant other than plain LoRA, and for keys or shapes that differ from the model's, which is then left as it was.
+    setting that makes it more than plain LoRA, and for keys or shapes that differ from the model's, which is then left
+    as it was. Warns with UserWarning if the adapter was trained on another base, or on one in another code table.
     """
-    folder = Path(folder)
-    config, stored = _read(folder)
-    adapted = has_adapters(model)
-    expected = {k: v.shape for k, v in adapter_tensors(model).items()} if adapted else _planned_shapes(model, config)
-    _compare({k: v.shape for k, v in stored.items()}, expected, folder)
-    if not adapted:
-        add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], config["target_modules"])
-    for layer in adapters(model).values():
-        layer.set_strength(config["lora_alpha"], config["lora_dropout"])
+    where, layers = f"the adapter in {folder}", linear_layers(model)
+    config, tensors, metadata = _read(Path(folder))
+    paths = _paths(tensors, model, where)
+    strengths = {path: strength_of(config, path) for path in layers if path in paths}  # in the model's order
+    _check_tensors(tensors, strengths, layers, where)
+    dropout = config.get("lora_dropout") or 0.0
+    check_strength(1, dropout)
+    if has_adapters(model):
+        _check_own(adapters(model), strengths, where)
+    warn_of_base(model, [layers[path] for path in strengths], config, metadata, where)
+    if not has_adapters(model):
+        adapt(model, strengths, dropout)
+    for path, layer in adapters(model).items():
+        layer.set_strength(strengths[path][1], dropout)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model).items():
-            tensor.copy_(stored[key])
+            tensor.copy_(tensors[key])
     return model
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """PEFT's key -> lora_A or lora_B, sharing memory with the model."""
+    return {_key(path, name): getattr(layer, name).data for path, layer in adapters(model).items() for name in PAIR}
+
+
+def _key(path: str, name: str) -> str:
+    return f"{PREFIX}{path}.{name}.weight"
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def _strengths(layers: dict[str, LoRALinear]) -> dict:
+    """The settings that say r and alpha: what most layers have, and patterns for the others."""
+    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
     return {
-        f"{PREFIX}{path}.{name}.weight": getattr(layer, name).data
-        for path, layer in adapters(model).items()
-        for name in ("lora_A", "lora_B")
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {pattern_of(path): layer.r for path, layer in layers.items() if layer.r != r},
+        "alpha_pattern": {pattern_of(path): layer.alpha for path, layer in layers.items() if layer.alpha != alpha},
     }
 
 
 def _target_names(model: nn.Module, paths: list[str]) -> list[str]:
     """Last names if they mean just these layers, else whole paths; PEFT takes either."""
     names = sorted({path.split(".")[-1] for path in paths})
-    everywhere = {p.removesuffix(".base") for p in choose_targets(model, "all-linear")}
-    meant = {path for path in everywhere if path.split(".")[-1] in names}
+    meant = {path for path, _ in model.named_modules() if path.split(".")[-1] in names}
     return names if meant <= set(paths) else paths
 
 
-def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: an adapter folder holds {CONFIG} and {WEIGHTS}")
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
+    """Configuration, tensors and metadata."""
+    _check_files(folder)
     try:
-        config, stored = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, framework="pt") as stored:
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  (not a dict)
+            metadata = stored.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"an adapter file in {folder} cannot be read ({error}): save or copy it again") from None
-    if not isinstance(config, dict) or (
-        missing := [k for k in ("r", "lora_alpha", "target_modules") if k not in config]
-    ):
-        what = missing[0] if isinstance(config, dict) else "a JSON object"
-        raise ValueError(f"{folder / CONFIG} lacks {what}: it is no adapter configuration of PEFT")
-    config.setdefault("lora_dropout", 0.0)
-    variants = [name for name in VARIANTS if config.get(name)]
-    if config.get("peft_type") != "LORA" or variants:
-        what = ", ".join(variants) or config.get("peft_type")
-        raise ValueError(f"the adapter in {folder} uses {what}: only plain LoRA is known here")
-    return config, stored
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} holds a {type(config).__name__}: it is not a configuration of PEFT")
+    check_settings(config, f"the adapter in {folder}")
+    return config, tensors, metadata
 
 
-def _planned_shapes(model: nn.Module, config: dict) -> dict[str, torch.Size]:
-    """What adapter_tensors would hold, had the model this adapter."""
-    r, targets = config["r"], config["target_modules"]
-    return {
-        f"{PREFIX}{path}.{name}.weight": torch.Size(shape)
-        for path, layer in choose_targets(model, targets).items()
-        for name, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r)))
-    }
+def _check_files(folder: Path) -> None:
+    """Raise FileNotFoundError unless the two files are there, with the reason that the folder's content suggests."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: an adapter is a local folder with {CONFIG} and {WEIGHTS}")
+    if not (folder / CONFIG).is_file():
+        inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        instead = (
+            f"but its subfolders {_some(inner)} have one: name one of them" if inner else "so it is not an adapter"
+        )
+        raise FileNotFoundError(f"{folder} has no {CONFIG}, {instead}")
+    if (folder / WEIGHTS).is_file():
+        return
+    if (folder / PICKLE).is_file():
+        raise FileNotFoundError(
+            f"{folder} has {PICKLE}, a pickle, which can run code and is not read: load it with PEFT, and save it "
+            f"again as {WEIGHTS}"
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    instead = f"but {_some(others)}: make that one file of this name" if others else "so it is not an adapter"
+    raise FileNotFoundError(f"{folder} has no {WEIGHTS}, {instead}")
 
 
-def _compare(stored: dict[str, torch.Size], expected: dict[str, torch.Size], folder: Path) -> None:
-    missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
-    shapes = [key for key in expected.keys() & stored.keys() if expected[key] != stored[key]]
-    for keys, what in ((missing, "missing from the file"), (extra, "not in the model"), (shapes, "of another shape")):
-        if keys:
-            more = f" and {len(keys) - 1} more" if keys[1:] else ""
-            raise ValueError(f"the adapter in {folder} does not fit this model: {keys[0]}{more} {what}")
+def _paths(tensors: dict[str, torch.Tensor], model: nn.Module, where: str) -> set[str]:
+    """The layers that the file adapts. Raises ValueError for a key that belongs to no adapter of a linear layer."""
+    layers = linear_layers(model)
+    modules = dict(model.named_modules()) | layers  # by the paths that a model without adapters has
+    paths = {path for key in tensors if (path := _adapted_path(key)) in layers}
+    others = [key for key in tensors if _adapted_path(key) not in layers]
+    if strange := sorted(key for key in others if not _same_values(tensors[key], _of_base(key, modules))):
+        raise ValueError(f"{where} holds {_some(strange)}, but {_why_strange(strange[0], modules)}")
+    if halves := sorted({_key(path, name) for path in paths for name in PAIR} - tensors.keys()):
+        raise ValueError(f"{where} is not whole: {_some(halves)} missing from the file; copy or save it again")
+    if not paths:
+        raise ValueError(f"{where} holds no lora_A and lora_B: save it again with PEFT")
+    return paths
+
+
+def _adapted_path(key: str) -> str | None:
+    match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_A|lora_B)\.weight", key)
+    return match[1] if match else None
+
+
+def _of_base(key: str, modules: dict[str, nn.Module]) -> torch.Tensor | None:
+    """The base's own tensor of that name: PEFT adds embeddings and head to an adapter of lm_head, or when asked to."""
+    path, _, leaf = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    own = getattr(modules.get(path), leaf, None)
+    return own if isinstance(own, torch.Tensor) else None
+
+
+def _same_values(stored: torch.Tensor, own: torch.Tensor | None) -> bool:
+    """Whether they are equal, where either can have been rounded since: to bf16 (half of 2^-8) or fp16 (2^-24 at 0)."""
+    if own is None or own.shape != stored.shape:
+        return False
+    return torch.allclose(stored.float(), own.detach().cpu().float(), rtol=2**-8, atol=2**-24)
+
+
+def _why_strange(key: str, modules: dict[str, nn.Module]) -> str:
+    path = key.removeprefix(PREFIX).split(".lora_")[0]
+    if "lora_embedding_" in key:
+        return "adapters of embeddings are not read here: use it with PEFT, or merge it there and load the result"
+    if _of_base(key, modules) is not None:
+        return "this model has other values: they were trained or extended with it, so merge it into its base with PEFT"
+    if isinstance(modules.get(path), (nn.Linear, Linear4bit)):
+        return f"of a linear layer only {_key('PATH', 'lora_A')} and lora_B are read: save it again with PEFT"
+    if path in modules:
+        return f"{path} is of type {type(modules[path]).__name__} here: only linear layers are adapted"
+    return "this model has no such layer: put it on the model that it was made for"
+
+
+def _check_tensors(
+    tensors: dict[str, torch.Tensor], strengths: dict[str, tuple[int, float]], layers: dict[str, nn.Module], where: str
+) -> None:
+    for path, (r, _) in strengths.items():
+        wanted = (r, layers[path].in_features), (layers[path].out_features, r)
+        for name, shape in zip(PAIR, wanted, strict=True):
+            tensor = tensors[_key(path, name)]
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{where} does not fit: {path}.{name} has shape {tuple(tensor.shape)}, but r={r} and this model's "
+                    f"layer ask for {shape}"
+                )
+            if tensor.dtype not in WEIGHT_DTYPES:
+                raise ValueError(f"{where} has {path}.{name} in {tensor.dtype}: save it in float32, bf16 or fp16")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{where} has NaN or infinity in {path}.{name}: take one of an earlier step")
+
+
+def _check_own(own: dict[str, LoRALinear], strengths: dict[str, tuple[int, float]], where: str) -> None:
+    """Raise ValueError unless the adapter that the model has is of the same layers and ranks."""
+    ours = {path: layer.r for path, layer in own.items()}
+    theirs = {path: r for path, (r, _) in strengths.items()}
+    for path in [*ours, *theirs]:
+        if ours.get(path) != theirs.get(path):
+            a, b = (f"r={ranks[path]}" if path in ranks else "nothing" for ranks in (theirs, ours))
+            raise ValueError(
+                f"{where} has {a} at {path}, but the model's own adapter has {b} there: load the model without one"
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -31,7 +31,12 @@ def record(model, settings: Settings, report: EncodeReport, encoded: list[Encode
         "dtype": str(computes_in(model)).removeprefix("torch."),
         "device": layer.lora_A.device.type,
         "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
-        "adapter": {"r": layer.r, "alpha": layer.alpha, "dropout": layer.dropout.p, "layers": len(layers)},
+        "adapter": {
+            "r": _of(layers, "r"),
+            "alpha": _of(layers, "alpha"),
+            "dropout": layer.dropout.p,
+            "layers": len(layers),
+        },
         "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
         "data": asdict(report) | {"sha256": ids.hexdigest()},
     }
@@ -81,3 +86,9 @@ def _base_checksum(model) -> str:
         first = tensor.detach().reshape(-1)[:PROBE].contiguous().cpu().view(torch.uint8)
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + first.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _of(layers: dict, name: str):
+    """The value that all adapted layers share, or that of each."""
+    values = [getattr(layer, name) for layer in layers.values()]
+    return values[0] if len(set(values)) == 1 else values

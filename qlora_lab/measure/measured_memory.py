@@ -119,6 +119,8 @@ def setup_of(
         options |= {"adapter_dtype": one.lora_A.dtype}
         if len(layers) != len(names) * shape.layers:
             raise ValueError(f"{len(layers)} adapters with {len(names)} names in {shape.layers} layers: some lack one")
+        if len(ranks := {layer.r for layer in layers}) > 1:
+            raise ValueError(f"adapters have ranks {', '.join(map(str, sorted(ranks)))}: a ledger tells of one")
     if packed and len(packed) != len(shape.linears) * shape.layers:
         raise ValueError(f"{len(packed)} of {len(shape.linears) * shape.layers} linear layers are quantised: not all")
     if layers:

@@ -40,7 +40,7 @@ def predict_memory(model: Any, method: str = "qlora", **setup: Any) -> Ledger:
 
     model: see shape_of; no weights are needed. method: "qlora", "lora" or "full". setup: fields of Setup, such as
     r=64, length=512, batch_size=1, gradient_checkpointing=True.
-    Raises what shape_of and Setup raise, and ValueError for a rank or a target that the model does not allow.
+    Raises what shape_of and Setup raise, and ValueError for a target that the model does not have.
 
     >>> predict_memory("llama-7b", r=64).row("lora_A").count
     72876032
@@ -50,7 +50,6 @@ def predict_memory(model: Any, method: str = "qlora", **setup: Any) -> Ledger:
 
 def ledger_of(shape: Shape, setup: Setup) -> Ledger:
     """As predict_memory, from its two parts."""
-    _check_rank(shape, setup)
     rows = [*_weights(shape, setup), *_adapters(shape, setup), *_gradients(shape, setup), *_moments(shape, setup)]
     rows += [*_activations(shape, setup), *_loss(shape, setup), *_workspace(shape, setup), *_runtime(setup)]
     words = f"{shape.name}, {shape.parameters:,} weights: {setup}"
@@ -64,13 +63,6 @@ def _notes(setup: Setup) -> tuple[str, ...]:
     else:
         more = "this is what is asked for: glibc can hold twice as much, in gaps it cannot use; jemalloc does not"
     return LETTERS, labels, more
-
-
-def _check_rank(shape: Shape, setup: Setup) -> None:
-    for one in targeted(shape, setup):
-        largest = min(one.out_features, one.in_features)
-        if setup.r > largest:
-            raise ValueError(f"r={setup.r} is not allowed: {one.name} takes a rank up to {largest}")
 
 
 # -------------------------------------------------------------------------------------------------------------- weights

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_lab.finetune.paging import PAGE_SIZE
+from qlora_lab.measure.activations import targeted
 from qlora_lab.measure.ledger import Ledger
 from qlora_lab.measure.llama_shape import Shape, shape_of
 from qlora_lab.measure.memory import ledger_of
@@ -171,7 +172,8 @@ def _longest(shape: Shape, setup: Setup, nbytes: int) -> int:
 def _largest_rank(shape: Shape, setup: Setup, nbytes: int) -> int:
     if setup.method == "full":
         return 0
-    largest = min(shape.hidden, shape.inner, shape.query, shape.key_value)
+    # a product of two matrices has at most the layer's own rank: more memory would express nothing more
+    largest = max(min(one.out_features, one.in_features) for one in targeted(shape, setup))
     return _most(largest, lambda r: _peak(shape, replace(setup, r=r)) <= nbytes)
 
 

@@ -165,6 +165,8 @@ def load_plan(path: str | Path) -> Plan:
     except (ValueError, TypeError, AttributeError) as error:  # no JSON, no text at all, or JSON of something else
         raise ValueError(f"{path} is no plan, or is cut off: {error}") from None
     for name, one in chosen.items():
+        if unknown := sorted(layers[name].keys() - {*Candidate._fields, "numel"}):
+            raise ValueError(f"{path}: {name} has {unknown[0]!r}, which is not known here: {_REMEDY}")
         try:
             check_candidate(one)
         except (ValueError, TypeError) as error:

@@ -23,6 +23,7 @@ from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor
 
 BITSANDBYTES_READS = ("nf4", "fp4")
+_KNOWN = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
 _DTYPES = {str(d).removeprefix("torch."): d for d in WEIGHT_DTYPES}
 
 
@@ -94,6 +95,9 @@ def _read_state(tensors: dict[str, torch.Tensor], key: str) -> dict:
     if len(found) != 1:
         raise KeyError(f"{key}: expected one key that starts with {prefix!r}, found {found or 'none'}")
     state = json.loads(bytes(tensors[found[0]].tolist()))
+    if unknown := sorted(state.keys() - _KNOWN):
+        name = unknown[0]
+        raise ValueError(f"{key} is stored with {name}={state[name]!r}, which is not known here: quantise its original")
     if state["quant_type"] not in (*CODEBOOKS, CUSTOM) or state["dtype"] not in _DTYPES:
         raise ValueError(
             f"{key} is stored as {state['quant_type']!r} of {state['dtype']!r}, which is not known here: "

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import qlora_lab as ql
 from qlora_lab.finetune.dtype_policy import dtype_policy
+from qlora_lab.finetune.lora import adapt, linear_layers
 from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.modes import checkpointing
 from qlora_lab.finetune.wide import NAME as WIDE, widen
@@ -45,7 +46,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def build(shape="grouped queries, tied", method="qlora", dtype=torch.float32, dropout=0.0, targets="all-linear", **how):
+def build(
+    shape="grouped queries, tied", method="qlora", dtype=torch.float32, dropout=0.0, targets="all-linear", r=8, **how
+):
     """A random model as load and add_lora leave it: rotary frequencies stay float32."""
     config, kind, sizes = SHAPES[shape]
     with torch.random.fork_rng():
@@ -56,7 +59,7 @@ def build(shape="grouped queries, tied", method="qlora", dtype=torch.float32, dr
     model.model.rotary_emb = type(frequencies)(config=model.config)
     if method == "qlora":
         ql.quantize_linears(model, **how)
-    return model if method == "full" else ql.add_lora(model, r=8, dropout=dropout, targets=targets)
+    return model if method == "full" else ql.add_lora(model, r=r, dropout=dropout, targets=targets)
 
 
 def batch_of(padded=True, packed=False):
@@ -94,6 +97,19 @@ def differences(ledger, unseen=UNSEEN):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_row_is_right_to_the_byte(shape):
     assert not differences(measured(build(shape), batch_of()))
+
+
+def test_a_ledger_tells_of_one_rank():
+    layers = linear_layers(model := build(method="full"))
+    adapt(model, {path: (2 + (path.endswith("q_proj")), 8) for path in layers if path != "lm_head"})
+    with pytest.raises(ValueError, match="adapters have ranks 2, 3: a ledger tells of one"):
+        measure_memory(model)
+
+
+def test_so_it_is_for_a_rank_above_every_layer():
+    model = build(r=150)
+    assert all(min(layer.in_features, layer.out_features) < 150 for layer in linear_layers(model).values())
+    assert not differences(measured(model, batch_of()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -302,7 +318,6 @@ def test_the_peak_is_the_largest_phase_and_rows_add_up():
         ({"method": "magic"}, "method='magic' is not known: choose from qlora, lora, full"),
         ({"dtype": "int8"}, "dtype='int8' is not known"),
         ({"r": 0}, "r=0 is not allowed"),
-        ({"r": 5000}, "r=5000 is not allowed: q_proj takes a rank up to 4096"),
         ({"targets": ["k_projj"]}, r"targets \['k_projj'\]: choose 'all-linear' or from"),
         ({"length": 8, "mean_length": 9}, "mean_length=9 is more than length=8"),
         ({"learned": 1.5}, "both are shares"),

@@ -9,6 +9,8 @@
    even and no multiple of the block size, it misreads its own bytes. Read as a vector, the same bytes are right.
 """
 
+import json
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -109,6 +111,16 @@ def test_plain_checkpoint_of_bitsandbytes_is_read_exactly(kind, storage):
     packed, state = bnb.quantize_4bit(weight, blocksize=128, quant_type=kind, quant_storage=storage)
     tensors = {"w": packed} | {f"w.{k}": v for k, v in state.as_dict(packed=True).items()}
     assert torch.equal(dequantize(from_tensors(tensors, "w")), bnb.dequantize_4bit(packed, state))
+
+
+def test_a_field_of_a_later_bitsandbytes_is_not_ignored():
+    packed, state = bnb.quantize_4bit(torch.ones(64, 64), quant_type="nf4")
+    tensors = {"w": packed} | {f"w.{k}": v for k, v in state.as_dict(packed=True).items()}
+    key = "w.quant_state.bitsandbytes__nf4"
+    later = json.loads(bytes(tensors[key].tolist())) | {"rotation": "hadamard"}
+    tensors[key] = torch.tensor(list(json.dumps(later).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="w is stored with rotation='hadamard', which is not known here: quantise its"):
+        from_tensors(tensors, "w")
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
