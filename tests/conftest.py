@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from qlora_lab.finetune.models import fast_dtype  # noqa: E402
-from qlora_lab.kernels import product  # noqa: E402
+from qlora_lab.kernels import OVERRIDE, product  # noqa: E402
 
 NEED_TRITON = ["test_bench_gpu.py", "show/test_kernel_map.py", "kernels/triton/test_interpreter.py"]
 NEED_TRITON += ["kernels/triton/test_ops.py", "kernels/triton/test_rungs.py"]
@@ -80,6 +80,12 @@ def folder(tmp_path, tiny_llama, tokenizer):
 def own_race(monkeypatch):
     """What one test keeps of a race is gone in the next one."""
     monkeypatch.setattr(product, "_kept", list(product._kept))
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """Kernels run, also where the environment asks for the readable functions."""
+    monkeypatch.delenv(OVERRIDE, raising=False)
 
 
 @pytest.fixture(params=product.Race._fields)

@@ -65,6 +65,7 @@ def test_gradients_are_those_of_the_definition(tokens, dtype, dropout, kernels, 
         assert (ours.double() - theirs).abs().max() < 4 * torch.finfo(dtype).eps * theirs.abs().max()
 
 
+@pytest.mark.usefixtures("with_kernels")
 def test_x_is_kept_once_and_the_first_layer_needs_no_gradient():
     lora = LoRALinear(Linear4bit(quantize(torch.ones(64, 128))), r=4)
     nn.init.ones_(lora.lora_B)
@@ -78,6 +79,7 @@ def test_x_is_kept_once_and_the_first_layer_needs_no_gradient():
     assert torch.allclose(lora.lora_B.grad, 40 * 4.0 * lora.lora_A.detach().sum(1).expand(64, 4), rtol=1e-4)
 
 
+@pytest.mark.usefixtures("with_kernels")
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_adapter_products_are_float32(tokens):
     """bf16 inputs, exact sums: whatever the base's routine rounds, the adapter's own products and gradients are not."""

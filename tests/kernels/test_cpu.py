@@ -248,7 +248,6 @@ print(torch.get_num_threads())
 
 
 def test_what_runs_and_why(monkeypatch):
-    monkeypatch.delenv(OVERRIDE, raising=False)
     form = "16 look-ups at once" if cpu.FAST else "plain loops"
     assert choose("cpu").name == "cpu" and choose("cpu").blocks is cpu and form in choose("cpu").why
     assert choose("mps") == ("reference", "there is no kernel for mps", None, None, None)

@@ -267,6 +267,7 @@ def test_an_update_of_all_weights_at_once_takes_their_size_once_more(monkeypatch
     assert sum(tensor.nbytes for tensor in made[0]) == row.predicted == sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.usefixtures("with_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"paged": True}, {"optimizer_bits": 8}])
 def test_what_an_update_has_at_once_is_what_torch_allocates_in_it(monkeypatch, options, dtype):
