@@ -16,6 +16,7 @@ import torch
 from numba import njit, prange
 
 from qlora_lab.kernels import cpu, vector as v
+from qlora_lab.kernels.opaque import opaque
 
 BLOCK = 256  # parameters that share a constant
 PIECE = 32  # blocks that a thread takes at a time
@@ -110,6 +111,7 @@ def _prepared(levels, thresholds):
     return levels.numpy(), np.append(limits, _INFINITY), ranks.astype(np.int32), more, np.searchsorted(limits, 0)
 
 
+@opaque
 def adamw_8bit(
     param: torch.Tensor,
     grad: torch.Tensor,

@@ -24,6 +24,7 @@ from numba import njit, prange, types
 from numba.extending import overload
 
 from qlora_lab.kernels import vector as v
+from qlora_lab.kernels.opaque import opaque
 
 PIECE = 2**13  # weights a thread takes at a time: 32 KiB of float32 stay in the first-level cache between two readings
 AHEAD = PIECE  # how far in front of the encoder memory is asked for: a third off the time of a large weight
@@ -322,6 +323,7 @@ def _quantize(
             _pack(codes, bits, packed, first * bits // 8)
 
 
+@opaque
 def quantize_blocks(
     weight: torch.Tensor, thresholds: torch.Tensor, order: torch.Tensor, block_size: int, group: int, tiny: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -496,6 +498,7 @@ def _check_length(weight, numel, limit):
 _NONE = np.empty(0, np.float32)
 
 
+@opaque
 def dequantize_blocks(weight: tuple, out: torch.Tensor, first: int = 0, stride: int = 0) -> None:
     """Twin of quant.quantize.dequantize_blocks: fills `out`, contiguous float32, bf16 or fp16.
 
@@ -566,6 +569,7 @@ def can_multiply(columns: int, weight: tuple) -> bool:
     return 8 < len(levels) <= 16 and block_size % 32 == 0 and columns % block_size == 0 and FAST
 
 
+@opaque
 def multiply_blocks(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
     """x W^T: (tokens, columns) float32, bf16 or fp16 -> (tokens, rows), same dtype; decoded weights stay in registers.
 

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 from qlora_lab.kernels import cpu
+from qlora_lab.kernels.opaque import opaque
 
 OVERRIDE = "QLORA_LAB_PRODUCTS"
 PANEL = 2**22  # 16 MiB of float32: BLAS loses an eighth of its speed on panels half as large
@@ -141,6 +142,7 @@ def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tens
     return kept[: numel * dtype.itemsize].view(dtype).view(shape)
 
 
+@opaque
 def forward(x: torch.Tensor, weight: tuple, rows: int, thin: Thin | None = None) -> torch.Tensor:
     """(tokens, columns) -> x W^T, (tokens, rows). weight: packed, constants, levels, block_size."""
     columns, block_size = x.shape[1], weight[3]
@@ -163,6 +165,7 @@ def forward(x: torch.Tensor, weight: tuple, rows: int, thin: Thin | None = None)
     return _by_panels(x, rows, height, panel_of, thin)
 
 
+@opaque
 def backward(grad: torch.Tensor, weight: tuple, columns: int, thin: Thin | None = None) -> torch.Tensor:
     """(tokens, rows) -> g W, (tokens, columns). weight: packed, constants, levels, block_size."""
     block_size, rows = weight[3], grad.shape[1]
@@ -178,6 +181,7 @@ def backward(grad: torch.Tensor, weight: tuple, columns: int, thin: Thin | None 
     return _by_panels(grad, columns, width, panel_of, thin)
 
 
+@opaque
 def forward_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x W^T in float32, (tokens, rows), for a bf16 or fp16 weight (rows, columns) that is not packed.
 
@@ -186,6 +190,7 @@ def forward_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _by_panels(x.float(), len(weight), _height(weight.shape[1]), partial(_widened_panel, weight), None)
 
 
+@opaque
 def backward_unpacked(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """g W in float32, (tokens, columns), from g (tokens, rows) float32; see forward_unpacked."""
     total, height = grad.new_zeros(len(grad), weight.shape[1]), _height(weight.shape[1])
@@ -204,6 +209,7 @@ def _widened_panel(weight: torch.Tensor, first: int, stop: int, dtype: torch.dty
     return _buffer("panel", (stop - first, weight.shape[1]), dtype).copy_(weight[first:stop])
 
 
+@opaque
 def outer(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """low^T x in float32, (r, columns), from low (tokens, r) float32 and x (tokens, columns): an adapter's gradient."""
     total = low.new_zeros(low.shape[1], x.shape[1])

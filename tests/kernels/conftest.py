@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from qlora_lab.kernels import cpu
 from qlora_lab.quant.codebook import codebook, midpoints
 
+
 @pytest.fixture(autouse=True)
 def kernels(with_kernels):
     """These tests are of the kernels."""

@@ -1,0 +1,19 @@
+"""Keep what torch.compile cannot trace out of its graphs: numba's machine code runs between two of them.
+
+Not here: the GPU's kernels, which are operations of torch (triton/ops.py) and stay in the graph.
+"""
+
+from functools import wraps
+
+import torch
+
+
+def opaque(function):
+    """`function`, called as it is; while torch.compile traces, the graph ends before it and begins anew behind it."""
+    outside = torch._disable_dynamo(function)  # the public decorator imports the compiler at once: 0.9 s for everybody
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        return (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call
