@@ -2,35 +2,46 @@
 
     python -m tools.families
 
-A family is a configuration of transformers at toy size. Each is saved by transformers, loaded here, and compared.
+A family is a configuration of transformers at toy size. Each is made and saved by transformers, loaded here, and
+compared. In: FAMILIES. Out: the page, from what was seen.
 """
 
 import tempfile
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models as tokenizer_models
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import qlora_lab as ql
 from qlora_lab.finetune.fetch import ModelError
+from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.share import in_4_bits
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
-IDS = torch.tensor([[3, 17, 5, 40, 8, 21, 2, 33, 11, 6]])
 WORDS = 64  # in the vocabulary
+IDS = torch.tensor([[3, 17, 5, 40, 8, 21, 2, 33, 11, 6]])
+SEED = 0
+STEPS = 4
 
 
 @dataclass(frozen=True)
 class Family:
-    """name: as the table has it. config: its class in transformers. options: what that class needs besides SMALL."""
+    """name: as in the table. config: its class in transformers. options: what that class needs besides SMALL.
+
+    refused: there is nothing to compare with, and only the reason is shown.
+    """
 
     name: str
     config: str
     options: dict = field(default_factory=dict)
+    refused: bool = False
 
 
 SMALL = {
@@ -97,6 +108,134 @@ FAMILIES = [
     Family("DeepSeek-V3", "DeepseekV3Config", DEEPSEEK),
     Family("GPT-OSS", "GptOssConfig", EXPERTS | {"head_dim": 8} | TWO_KINDS),
     Family("Llama 4, text", "Llama4TextConfig", EXPERTS | {"head_dim": 8, "intermediate_size_mlp": 48}),
-    Family("Gemma 3, with images", "Gemma3Config"),
-    Family("Llava", "LlavaConfig"),
+    Family("Gemma 3, with images", "Gemma3Config", refused=True),
+    Family("Llava", "LlavaConfig", refused=True),
+    Family("T5", "T5Config", refused=True),
 ]
+
+
+def save(family: Family, folder: Path) -> None:
+    """A model of this family with random weights, and a tokenizer of words, as transformers saves them."""
+    config = getattr(transformers, family.config)
+    if family.refused:
+        config().save_pretrained(folder)
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    else:
+        torch.manual_seed(SEED)
+        AutoModelForCausalLM.from_config(config(**(SMALL | family.options)), dtype=torch.float32).save_pretrained(
+            folder
+        )
+    words = Tokenizer(tokenizer_models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+
+
+def theirs(folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it. Frozen as ours: some families multiply otherwise where gradients are due."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+
+
+def ours(folder: Path, **options) -> PreTrainedModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* of the weights outside embeddings and head")  # the table says it
+        return ql.load(folder, dtype=torch.float32, device="cpu", progress=False, **options)[0]
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def page() -> str:
+    """docs/families.md."""
+    opening = f"""# Which families work
+
+This page is written by `python -m tools.families`: it makes a small model of each family with random weights, has \
+transformers {transformers.__version__} save it, and loads it here. *Loads* says whether the logits are those of \
+transformers, *4 bits* the share of the weights outside embeddings and head at this size, *trains* whether the loss \
+falls within {STEPS} steps and every adapter moves, and *PEFT* whether PEFT reads the adapter with the same logits, \
+within 1e-5.
+
+| family | loads | 4 bits | trains | PEFT |
+|---|---|---|---|---|
+"""
+    return opening + "".join(f"| {' | '.join((family.name, *row(family)))} |\n" for family in FAMILIES)
+
+
+def row(family: Family) -> tuple[str, str, str, str]:
+    """The cells after the family's name."""
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        folder = Path(scratch) / family.config
+        save(family, folder)
+        try:
+            same = torch.allclose(logits(ours(folder, codebook=None)), logits(theirs(folder)), rtol=0, atol=1e-5)
+        except ModelError as refusal:
+            return f"no: {_reason(refusal)}", "", "", ""
+        loads = "yes" if same else "no: other logits"
+        try:
+            model = ours(folder, block_size=16)
+        except ValueError as refusal:  # nothing to quantise: what follows is tried with the model as it is
+            loads, model = f"{loads}, but not in 4 bits: {_reason(refusal)}", ours(folder, codebook=None)
+        share = f"{100 * in_4_bits(model).part:.0f} %"
+        return loads, share, _outcome(trains, model), _outcome(peft_agrees, folder)
+
+
+def _outcome(check, subject) -> str:
+    try:
+        return "yes" if check(subject) else "no"
+    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        return f"no: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    """The error without the advice that follows."""
+    return str(error).splitlines()[0].split(": ")[0]
+
+
+def trains(model: PreTrainedModel) -> bool:
+    """Whether the loss falls, and every adapter moves from where it starts."""
+    ql.add_lora(model, r=4)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(STEPS):
+        losses.append(model(input_ids=IDS, labels=IDS, use_cache=False).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = all(layer.lora_B.any() for layer in adapters(model).values())
+    return bool(losses[-1] < losses[0]) and moved
+
+
+def peft_agrees(folder: Path) -> bool:
+    """Whether PEFT, on transformers' model, gives the logits of an adapter that was saved here."""
+    from peft import PeftModel
+
+    model = ql.add_lora(ours(folder, codebook=None), r=4)
+    generator = torch.Generator().manual_seed(SEED)
+    for layer in adapters(model).values():
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
+    ql.save_adapter(model, folder / "adapter")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's remarks on experts; the logits tell
+        other = logits(PeftModel.from_pretrained(theirs(folder), folder / "adapter"))
+        return torch.allclose(logits(model), other, rtol=1e-5, atol=1e-5)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and remarks of transformers."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")
