@@ -10,6 +10,7 @@ Not here: weights (models.py).
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,13 +117,16 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
                 f"{folder} has tokenizer.model and no tokenizer.json, and reading it takes sentencepiece and protobuf: "
                 "install both with pip, or add the tokenizer.json"
             ) from None
+        if not any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "vocab.txt")):
+            raise ModelError(
+                f"{folder} has no tokenizer.json: copy the tokenizer's files of this model there"
+            ) from None
         raise
 
 
 def _lacks_sentencepiece() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("sentencepiece") is None or find_spec("google.protobuf") is None
+    wanted = "sentencepiece", "google", "google.protobuf"  # in this order: looking for a part needs its whole
+    return not all(find_spec(name) for name in wanted)
 
 
 # -------------------------------------------------------------------------------------------------------------- buffers
