@@ -55,10 +55,13 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def _config(folder: Path) -> "PretrainedConfig":
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, **NO_CODE)
+    except StrictDataclassError as error:
+        raise ModelError(f"{folder}/config.json cannot be used: {' '.join(str(error).split())}") from None
     except ValueError as error:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         family = f"this family ({found.get('model_type', 'no model_type in config.json')})"

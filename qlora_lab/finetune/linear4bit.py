@@ -160,7 +160,7 @@ class Linear4bit(nn.Module):
 def head_path(model: nn.Module) -> str | None:
     """Path of the layer that gives logits, lm_head in most models; None where there is none."""
     get = getattr(model, "get_output_embeddings", None)
-    head = get() if get else None
+    head = get() if get else getattr(model, HEAD, None)
     return next((path for path, module in model.named_modules() if module is head), None)
 
 

@@ -98,6 +98,13 @@ def test_a_config_without_a_family_is_told_so(folder):
         empty_model(folder, torch.float32)
 
 
+def test_a_config_with_a_wrong_value_names_it(folder):
+    change(folder / "config.json", hidden_size="wide")
+    with pytest.raises(ModelError, match=r"config.json cannot be used: .*'hidden_size'.*'wide'") as error:
+        empty_model(folder, torch.float32)
+    assert "\n" not in str(error.value)
+
+
 def test_a_sentencepiece_tokenizer_says_what_it_takes(folder, monkeypatch):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
