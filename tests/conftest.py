@@ -11,6 +11,9 @@ from hypothesis import settings  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from qlora_lab.finetune.models import fast_dtype  # noqa: E402
+from qlora_lab.kernels import product  # noqa: E402
+
 NEED_TRITON = ["test_bench_gpu.py", "show/test_kernel_map.py", "kernels/triton/test_interpreter.py"]
 NEED_TRITON += ["kernels/triton/test_ops.py", "kernels/triton/test_rungs.py"]
 collect_ignore = NEED_TRITON if find_spec("triton") is None else []  # it exists for Linux
@@ -71,6 +74,23 @@ def folder(tmp_path, tiny_llama, tokenizer):
     tiny_llama.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def own_race(monkeypatch):
+    """What one test keeps of a race is gone in the next one."""
+    monkeypatch.setattr(product, "_kept", list(product._kept))
+
+
+@pytest.fixture(params=product.Race._fields)
+def outcome(request, own_race):
+    """The race of the CPU's products ends in each way that it can end on some machine."""
+    if request.param == "onednn" and not product._has_onednn():
+        pytest.skip("this build of torch has no oneDNN")
+    product.keep(product.Race.won_by(request.param))
+    fast_dtype.cache_clear()
+    yield request.param
+    fast_dtype.cache_clear()
 
 
 @pytest.fixture

@@ -6,17 +6,20 @@ order of the sums: every output is one float32 sum, rounded once. The weight is 
 are the faster ones.
 
 Either takes a product of two thin matrices to add to the weight, as an adapter is one: x (W^T + down up), twin
-x @ dequantize(W).t() + x @ down @ up. Where x is widened it is widened once for both, and their float32 sums are added
-before they are rounded.
+x @ dequantize(W).t() + x @ down @ up. The thin products run in float32 whichever routine multiplies the weight: what an
+adapter learns is not rounded to bf16 on one maker's processors alone. x is widened once for both, and the float32 sums
+are added before they are rounded. Only where bf16 products win is the base's sum rounded first: torch returns it so.
 
 The panel is the only decoded weight in memory: PANEL elements, for each Python thread, allocated once; nothing else is
 allocated but the result, and what oneDNN returns for a panel. Few tokens need no panel (cpu.multiply_blocks).
 
 Which routine multiplies is raced once a process, because no CPU flag tells: with AVX512-BF16, bf16 products took a
 quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire Rapids without AMX. Where float32 is
-faster, bf16 is widened, a tile of tokens at a time, and rounded at the end.
+faster, bf16 is widened, a tile of tokens at a time, and rounded at the end. The environment variable
+QLORA_LAB_PRODUCTS names the winner (float32, onednn or bfloat16) without a race, so that several machines choose alike.
 """
 
+import os
 import threading
 from functools import lru_cache, partial
 from math import gcd
@@ -27,6 +30,7 @@ import torch
 
 from qlora_lab.kernels import cpu
 
+OVERRIDE = "QLORA_LAB_PRODUCTS"
 PANEL = 2**22  # 16 MiB of float32: BLAS loses an eighth of its speed on panels half as large
 TILE = 2**21  # elements of x or g that are widened to float32 at a time: 8 MiB; 32 was not faster
 _local = threading.local()
@@ -60,15 +64,34 @@ class Race(NamedTuple):
         """As use_onednn, against the faster of the float32 routines."""
         return self.bfloat16 < min(self.float32, self.onednn) / 1.5
 
+    @classmethod
+    def won_by(cls, name: str) -> "Race":
+        """One that nobody ran, which the routine of this name wins."""
+        return cls(**{field: 1.0 if field == name else 9.0 for field in cls._fields})
+
 
 def race() -> Race:
-    """The race of this process, or the one that it was told to keep."""
-    return _kept[-1] if _kept else _timed()
+    """The race of this process, or the one that it was told to keep, or that the environment decides.
+
+    Raises ValueError for a winner in the environment that is unknown, or that torch does not offer here.
+    """
+    if _kept:
+        return _kept[-1]
+    return _decided(os.environ[OVERRIDE]) if os.environ.get(OVERRIDE) else _timed()
 
 
 def keep(race: Race) -> None:
     """Let `race` stand, such as that of the process in which a run was begun."""
     _kept.append(race)
+
+
+@lru_cache
+def _decided(winner: str) -> Race:
+    if winner not in Race._fields:
+        raise ValueError(f"{OVERRIDE}={winner!r} is not known: leave it unset, or choose {', '.join(Race._fields)}")
+    if winner == "onednn" and not _has_onednn():
+        raise ValueError(f"{OVERRIDE}=onednn is not possible here, torch has no oneDNN: choose float32 or bfloat16")
+    return Race.won_by(winner)
 
 
 @lru_cache
@@ -122,7 +145,11 @@ def forward(x: torch.Tensor, weight: tuple, rows: int, thin: Thin | None = None)
     """(tokens, columns) -> x W^T, (tokens, rows). weight: packed, constants, levels, block_size."""
     columns, block_size = x.shape[1], weight[3]
     if len(x) <= cpu.MAX_TOKENS and cpu.can_multiply(columns, weight):
-        return _add_thin(cpu.multiply_blocks(x, weight, rows), x, thin)
+        if thin is None:
+            return cpu.multiply_blocks(x, weight, rows)
+        wide = _widened(x)
+        product = cpu.multiply_blocks(wide, weight, rows)  # the same float32 sums, not rounded yet
+        return product.addmm_(torch.mm(wide, thin.down, out=thin.low), thin.up).to(x.dtype)
     height = _height(columns)
     unit = block_size // gcd(block_size, columns)  # rows after which a block starts again
     if height > unit:
@@ -190,24 +217,28 @@ def _widened(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float32 else _buffer("wide", x.shape, torch.float32).copy_(x)
 
 
-def _add_thin(out: torch.Tensor, x: torch.Tensor, thin: Thin | None) -> torch.Tensor:
-    if thin is None:
-        return out
-    low = x @ thin.down.to(x.dtype)  # (tokens, r)
-    thin.low.copy_(low)
-    return out.addmm_(low, thin.up.to(x.dtype))
+def _add_thin(out: torch.Tensor, x: torch.Tensor, thin: Thin) -> None:
+    """Add x down up, computed in float32, to `out` (tokens, size), a tile of tokens at a time."""
+    tile = max(1, TILE // max(x.shape[1], out.shape[1]))
+    for rows, some, low in zip(out.split(tile), x.split(tile), thin.low.split(tile), strict=True):
+        torch.mm(_widened(some), thin.down, out=low)
+        if rows.dtype == torch.float32:
+            rows.addmm_(low, thin.up)
+        else:
+            rows.copy_(_buffer("product", rows.shape, torch.float32).copy_(rows).addmm_(low, thin.up))
 
 
 def _by_panels(x: torch.Tensor, size: int, step: int, panel_of, thin: Thin | None) -> torch.Tensor:
     """x times each panel_of(first, stop), (step, x.shape[1]), side by side, and x down up added: (len(x), size)."""
     out = torch.empty(len(x), size, dtype=x.dtype, device="cpu")
-    narrow = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and race().use_bfloat16)
     multiply = _onednn if x.dtype == torch.float32 and race().use_onednn else _blas
-    if narrow:
+    if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and race().use_bfloat16):
         for first in range(0, size, step):
             stop = min(first + step, size)
             multiply(x, panel_of(first, stop, x.dtype), out[:, first:stop])
-        return _add_thin(out, x, thin)
+        if thin is not None:
+            _add_thin(out, x, thin)
+        return out
     tile = max(1, TILE // max(x.shape[1], min(step, size)))
     for start in range(0, len(x), tile):
         some = x[start : start + tile]

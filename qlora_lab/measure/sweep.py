@@ -291,7 +291,7 @@ def _measured(variant: Variant, source: Source, tokens: torch.Tensor, progress: 
         "perplexity": math.exp(fmean(losses)),
         "window_losses": losses,
         **figures.record(),
-        "seconds": round(time.perf_counter() - start, 2),
+        "seconds": float(f"{time.perf_counter() - start:.3g}"),  # a fast machine takes milliseconds for a small model
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

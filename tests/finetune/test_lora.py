@@ -8,6 +8,8 @@ from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapters, add_lora
 from qlora_lab.quant.quantize import dequantize, quantize
 
+pytestmark = pytest.mark.usefixtures("outcome")  # whichever routine multiplies the base
+
 
 def model() -> nn.Module:
     torch.manual_seed(0)
@@ -73,6 +75,24 @@ def test_x_is_kept_once_and_the_first_layer_needs_no_gradient():
     y.backward(torch.ones_like(y))
     assert torch.allclose(lora.lora_A.grad, torch.full((4, 128), 64 * 40 * 4.0)), "scaling is 16 / 4"
     assert torch.allclose(lora.lora_B.grad, 40 * 4.0 * lora.lora_A.detach().sum(1).expand(64, 4), rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_adapter_products_are_float32(tokens):
+    """bf16 inputs, exact sums: whatever the base's routine rounds, the adapter's own products and gradients are not."""
+    g = torch.Generator().manual_seed(0)
+    lora = LoRALinear(Linear4bit(quantize(torch.zeros(64, 128))), r=4, alpha=4, generator=g)
+    nn.init.normal_(lora.lora_B, generator=g)
+    x, up = (torch.randn(tokens, n, generator=g).bfloat16() for n in (128, 64))
+    y = lora(x)
+    y.backward(up)
+    A, B = lora.lora_A.detach().double(), lora.lora_B.detach().double()
+    low = x.double() @ A.t()
+    near = {"rtol": 0, "atol": 2.0**-19 * 128}  # float32 sums of at most 128 terms of size 1
+    torch.testing.assert_close(lora.lora_B.grad.double(), up.double().t() @ low, **near)
+    torch.testing.assert_close(lora.lora_A.grad.double(), (up.double() @ B).t() @ x.double(), **near)
+    exact = low @ B.t()  # the base is zero, so y is rounded once
+    assert ((y.double() - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-19).all()
 
 
 @pytest.mark.parametrize("enabled", [True, False])
