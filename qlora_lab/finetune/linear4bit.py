@@ -164,12 +164,17 @@ def head_path(model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if module is head), None)
 
 
-def linears_to_quantise(model: nn.Module) -> dict[str, nn.Linear]:
-    """Path -> layer: every plain nn.Linear that is not the head, and whose weight is used by nothing but the layer."""
-    linears = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
-    left = {HEAD, *_used_directly(frozenset(type(module).__module__ for module in model.modules()))}
+def left_alone(model: nn.Module) -> set[str]:
+    """Paths of modules that are neither quantised nor adapted: the head, and whose weight is used by more than them."""
+    last_names = {HEAD, *_used_directly(frozenset(type(module).__module__ for module in model.modules()))}
     head = head_path(model)
-    return {path: linear for path, linear in linears.items() if path != head and path.split(".")[-1] not in left}
+    return {path for path, _ in model.named_modules() if path == head or path.split(".")[-1] in last_names}
+
+
+def linears_to_quantise(model: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> layer: every plain nn.Linear that is not left alone."""
+    kept = left_alone(model)
+    return {path: m for path, m in model.named_modules() if type(m) is nn.Linear and path not in kept}
 
 
 @lru_cache

@@ -63,7 +63,8 @@ def load(
     A folder that is quantised already has its own.
     plan: or its file, instead of these options, for layers that differ (quant/block_size.py).
     dtype: of everything that is not quantised, and of the computation; None takes bf16 where the machine multiplies it
-    fast, else float32 (fp16 on an older GPU). device: None takes a CUDA GPU if there is one.
+    fast, else float32 (fp16 on an older GPU); what transformers keeps in float32 always, such as DeepSeek's routing
+    bias, stays so. device: None takes a CUDA GPU if there is one.
     Raises ValueError for a name or option that is not known, a plan of another model, or a model without linear layers;
     FileNotFoundError for a folder without a model; ModelError for a tensor that is missing, extra, mis-shaped or cut
     off: each names it, and for a family that is not supported. Warns where less than 90 % of the weights are in 4 bits,

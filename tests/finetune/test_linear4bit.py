@@ -195,7 +195,7 @@ def test_a_head_of_another_name_is_neither_quantised_nor_adapted():
     assert adapted == {path for path, module in theirs.named_modules() if hasattr(module, "lora_A")}
 
 
-def test_a_weight_that_the_family_uses_itself_is_not_packed():
+def test_a_weight_that_the_family_uses_itself_is_neither_packed_nor_adapted():
     """Mamba multiplies by dt_proj.weight, and hands three more to its kernels; RWKV scales two in place."""
     from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
 
@@ -204,4 +204,5 @@ def test_a_weight_that_the_family_uses_itself_is_not_packed():
     for model, packed in ((mamba, {"in_proj"}), (rwkv, {"key", "receptance"})):
         quantize_linears(model, block_size=16)
         layers = {path.split(".")[-1] for path, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+        assert {path.split(".")[-1] for path in adapters(add_lora(model, r=2))} == packed
         assert layers == packed and model.eval()(torch.arange(9)[None]).logits.isfinite().all()
