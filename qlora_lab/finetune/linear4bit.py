@@ -10,6 +10,7 @@ But: no inference mode that repacks anything. What a layer computes and what it 
 Not here: adapters (lora.py), reading checkpoints (models.py).
 """
 
+import inspect
 import re
 import sys
 from functools import lru_cache
@@ -165,16 +166,27 @@ def head_path(model: nn.Module) -> str | None:
 
 
 def left_alone(model: nn.Module) -> set[str]:
-    """Paths of modules that are neither quantised nor adapted: the head, and whose weight is used by more than them."""
+    """Paths of modules that are neither quantised nor adapted: head, routers, and layers whose weight others use."""
     last_names = {HEAD, *_used_directly(frozenset(type(module).__module__ for module in model.modules()))}
     head = head_path(model)
-    return {path for path, _ in model.named_modules() if path == head or path.split(".")[-1] in last_names}
+    return {
+        path
+        for path, module in model.named_modules()
+        if path == head or path.split(".")[-1] in last_names or _gives_more(type(module))
+    }
 
 
 def linears_to_quantise(model: nn.Module) -> dict[str, nn.Linear]:
     """Path -> layer: every plain nn.Linear that is not left alone."""
     kept = left_alone(model)
     return {path: m for path, m in model.named_modules() if type(m) is nn.Linear and path not in kept}
+
+
+@lru_cache
+def _gives_more(kind: type[nn.Module]) -> bool:
+    """Whether it is an nn.Linear with a forward of its own that returns several things, as Llama 4's router is."""
+    own = issubclass(kind, nn.Linear) and kind.forward is not nn.Linear.forward
+    return own and re.search(r"return \w+, ", inspect.getsource(kind.forward)) is not None
 
 
 @lru_cache

@@ -206,3 +206,14 @@ def test_a_weight_that_the_family_uses_itself_is_neither_packed_nor_adapted():
         layers = {path.split(".")[-1] for path, layer in model.named_modules() if isinstance(layer, Linear4bit)}
         assert {path.split(".")[-1] for path in adapters(add_lora(model, r=2))} == packed
         assert layers == packed and model.eval()(torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_a_router_that_is_a_linear_layer_is_not_adapted():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "intermediate_size_mlp": 16, "head_dim": 8}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = Llama4ForCausalLM(Llama4TextConfig(vocab_size=40, pad_token_id=1, **shape))
+    paths = adapters(add_lora(quantize_linears(model, block_size=16), r=2))
+    assert "model.layers.0.self_attn.q_proj" in paths and "model.layers.0.feed_forward.router" not in paths
+    assert model.eval()(torch.arange(9)[None]).logits.isfinite().all()
