@@ -1,12 +1,16 @@
 """No code of a folder is run, whatever the user answers; what is not supported is refused in one line."""
 
+import ast
 import io
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from qlora_lab.finetune import empty_model as empty_model_file
 from qlora_lab.finetune.empty_model import compute_buffers, empty_model, tokenizer_of
 from qlora_lab.finetune.fetch import ModelError
 from qlora_lab.finetune.models import load
@@ -68,6 +72,14 @@ def test_code_of_a_tokenizer_is_not_run(trap, kind):
 def test_code_of_the_generation_config_is_not_run(trap):
     change(trap / "generation_config.json", auto_map={"GenerationConfig": "theirs.Config"}, custom_generate="theirs")
     load(trap, progress=False)
+
+
+def test_no_call_of_the_library_leaves_the_question_to_transformers():
+    room = Path(empty_model_file.__file__).parent.parent
+    calls = [node for path in room.rglob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    calls = [ast.unparse(node) for node in calls if isinstance(node, ast.Call)]
+    calls = [call for call in calls if re.match(r"Auto\w+\.from_(pretrained|config)\(", call)]
+    assert len(calls) >= 3 and [call for call in calls if "**NO_CODE" not in call] == []
 
 
 @pytest.mark.parametrize(
