@@ -14,8 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import qlora_lab as ql
+
+if TYPE_CHECKING:
+    from qlora_lab.finetune.share import Share
 
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, and ModelError
 PREVIEW = 3  # answers shown before and after training
@@ -61,8 +65,11 @@ def fetch(a: argparse.Namespace) -> None:
 
 
 def quantize(a: argparse.Namespace) -> None:
+    from qlora_lab.finetune.quantized_folder import folder_in_4_bits
+
     options = a.codebook, a.block_size, not a.no_double_quant
     folder = ql.quantize_folder(a.model, a.out, *options, plan=a.plan, progress=not a.quiet)
+    _tell(a, folder_in_4_bits(folder))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     _report(a, {"model": a.model, "folder": str(folder), "bytes_of_weights": size})
 
@@ -265,7 +272,18 @@ def _load(a: argparse.Namespace):
         import torch
 
         dtype = getattr(torch, a.dtype)
-    return ql.load(a.model, codebook, a.block_size, not a.no_double_quant, dtype=dtype, progress=not a.quiet)
+    loaded = ql.load(a.model, codebook, a.block_size, not a.no_double_quant, dtype=dtype, progress=not a.quiet)
+    if codebook:
+        from qlora_lab.finetune.share import in_4_bits
+
+        _tell(a, in_4_bits(loaded[0]))
+    return loaded
+
+
+def _tell(a: argparse.Namespace, share: "Share") -> None:
+    """On stderr, which holds progress; stdout holds results."""
+    if share.is_enough and not (a.json or a.quiet) and int(os.environ.get("RANK", 0)) == 0:
+        print(share, file=sys.stderr)  # else load has warned
 
 
 def _held_out_examples(a: argparse.Namespace) -> list:

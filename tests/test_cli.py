@@ -68,9 +68,16 @@ def test_quantize_then_generate(capsys, tmp_path, folder):
     assert code == 2 and "holds a model already: choose another folder" in err
 
 
+def test_quantize_tells_the_share_in_4_bits(capsys, tmp_path, folder):
+    share = "98.5 % of the weights outside embeddings and head are in 4 bits\n"
+    assert share in run(capsys, "quantize", folder, "--out", tmp_path / "told")[2]
+    assert share not in run(capsys, "quantize", folder, "--out", tmp_path / "quiet", "--quiet")[2]
+
+
 def test_plain_report(capsys, tmp_path, folder, data):
     options = ["--data", data, "--test-data", data, "--held-out", 2, "--steps", 1, "--r", 2, "--out", tmp_path / "run"]
-    code, text, _ = run(capsys, "finetune", "--model", folder, *options)
+    code, text, said = run(capsys, "finetune", "--model", folder, *options)
+    assert "98.5 % of the weights outside embeddings and head are in 4 bits\n" in said
     assert code == 0 and "written by a person" in text and "loss last" in text
     assert "moments" in text and "float32" in text  # which bytes have which dtype, before the first step
 

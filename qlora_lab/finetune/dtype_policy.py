@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qlora_lab.finetune.linear4bit import HEAD, Linear4bit
+from qlora_lab.finetune.linear4bit import Linear4bit, head_path
 from qlora_lab.finetune.lora import LoRALinear
 from qlora_lab.finetune.paged_adamw import UNIT
 
@@ -130,6 +130,7 @@ def dtype_policy(model: nn.Module, optimizer_bits: int = 32) -> DtypePolicy:
 def _tensors(model: nn.Module) -> Iterator[_Tensor]:
     """Every tensor of the model once, base before adapters."""
     seen: dict[nn.Parameter | torch.Tensor, list[str]] = {}
+    head = head_path(model)
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):
             q = module.weight
@@ -137,7 +138,7 @@ def _tensors(model: nn.Module) -> Iterator[_Tensor]:
             words = f"{q.codebook}, blocks of {q.block_size}{double}"
             yield _Tensor(WEIGHTS, words, q.numel, q.nbytes, q.packed.numel(), None)
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            kinds, kind = seen.setdefault(tensor, []), _kind(path, module, name)
+            kinds, kind = seen.setdefault(tensor, []), _kind(module, name, path == head)
             if kind not in kinds:
                 kinds.append(kind)
     for tensor, kinds in sorted(seen.items(), key=lambda item: ADAPTERS in item[1]):
@@ -146,13 +147,13 @@ def _tensors(model: nn.Module) -> Iterator[_Tensor]:
         yield _Tensor(what, _name(tensor.dtype), tensor.numel(), tensor.nbytes, tensor.numel(), trained)
 
 
-def _kind(path: str, module: nn.Module, name: str) -> str:
+def _kind(module: nn.Module, name: str, is_head: bool) -> str:
     if isinstance(module, LoRALinear):
         return ADAPTERS
     if isinstance(module, nn.Embedding):
         return "embeddings"
     if isinstance(module, nn.Linear) and name == "weight":
-        return "head" if path.split(".")[-1] == HEAD else WEIGHTS
+        return "head" if is_head else WEIGHTS
     return "norms, biases, buffers"
 
 

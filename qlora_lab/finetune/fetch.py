@@ -146,15 +146,21 @@ def _checked(folder: Path) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those its index names, else all. Raises as `resolve` does."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files of a model folder, chosen as transformers does: model.safetensors, or what the index names.
+
+    Without either, model-*.safetensors, and then any other name but an adapter's. Raises as `resolve` does.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
     if index.is_file():
         try:
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{index} is unreadable ({error!r}): delete {folder} and get it again") from error
         return [folder / shard for shard in sorted(set(shards))]
-    if files := sorted(folder.glob("*.safetensors")):
+    others = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_model"))
+    if files := sorted(folder.glob("model-*.safetensors")) or others:
         return files
     raise FileNotFoundError(
         f"{folder} has no *.safetensors: other weight formats are not read; "

@@ -10,6 +10,10 @@ But: no inference mode that repacks anything. What a layer computes and what it 
 Not here: adapters (lora.py), reading checkpoints (models.py).
 """
 
+import inspect
+import re
+import sys
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +26,9 @@ from qlora_lab.quant.block_size import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
 
-HEAD = "lm_head"  # the output layer's name in models of transformers; it is neither quantised nor adapted
+HEAD = "lm_head"  # the output layer's name in most models of transformers; it is neither quantised nor adapted
+# `self.dt_proj.weight @ x`, `out_proj=self.out_proj.weight,`; a packed weight can be neither multiplied nor handed on
+DIRECT_USE = re.compile(r"^(?!.*\binit\.).*(?<!module)\.(\w+)\.weight(?= @|,$|\)|\.t\(|\.mul_|\.div_)", re.MULTILINE)
 
 
 def _product_for(weight: QuantizedTensor) -> ModuleType | None:
@@ -152,9 +158,43 @@ class Linear4bit(nn.Module):
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
 
 
-def is_quantisable(path: str, module: nn.Module) -> bool:
-    """Whether the layer at `path` of a model is one to quantise: a plain nn.Linear that is not the head."""
-    return type(module) is nn.Linear and path.split(".")[-1] != HEAD
+def head_path(model: nn.Module) -> str | None:
+    """Path of the layer that gives logits, lm_head in most models; None where there is none."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get else getattr(model, HEAD, None)
+    return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def left_alone(model: nn.Module) -> set[str]:
+    """Paths of modules that are neither quantised nor adapted: head, routers, and layers whose weight others use."""
+    last_names = {HEAD, *_used_directly(frozenset(type(module).__module__ for module in model.modules()))}
+    head = head_path(model)
+    return {
+        path
+        for path, module in model.named_modules()
+        if path == head or path.split(".")[-1] in last_names or _gives_more(type(module))
+    }
+
+
+def linears_to_quantise(model: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> layer: every plain nn.Linear that is not left alone."""
+    kept = left_alone(model)
+    return {path: m for path, m in model.named_modules() if type(m) is nn.Linear and path not in kept}
+
+
+@lru_cache
+def _gives_more(kind: type[nn.Module]) -> bool:
+    """Whether it is an nn.Linear with a forward of its own that returns several things, as Llama 4's router is."""
+    own = issubclass(kind, nn.Linear) and kind.forward is not nn.Linear.forward
+    return own and re.search(r"return \w+, ", inspect.getsource(kind.forward)) is not None
+
+
+@lru_cache
+def _used_directly(modules: frozenset[str]) -> frozenset[str]:
+    """Names of layers whose weight a family's own code multiplies or hands on, as Mamba's and RWKV's does."""
+    theirs = (sys.modules[name] for name in modules if name.startswith("transformers.models."))
+    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in theirs]
+    return frozenset(name for text in texts for name in DIRECT_USE.findall(text))
 
 
 def quantize_linears(
@@ -172,12 +212,12 @@ def quantize_linears(
     of another model.
     Returns `model`.
     """
-    targets = [(name, module) for name, module in model.named_modules() if is_quantisable(name, module)]
+    targets = linears_to_quantise(model)
     if not targets:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}")
-    numel = {name: linear.weight.numel() for name, linear in targets}
+    numel = {name: linear.weight.numel() for name, linear in targets.items()}
     options = of_layers(Candidate(codebook, block_size, double_quant), as_plan(plan), numel)
-    for name, linear in targets:
+    for name, linear in targets.items():
         weight = quantize(linear.weight, *options[name], name=f"{name}.weight")
         model.set_submodule(name, Linear4bit(weight, linear.bias))
     return model

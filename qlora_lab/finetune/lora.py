@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from qlora_lab.finetune.linear4bit import HEAD, Linear4bit
+from qlora_lab.finetune.linear4bit import Linear4bit, left_alone
 
 
 class LoRALinear(nn.Module):
@@ -118,7 +118,8 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     linears = linear_layers(model)
     last_names = sorted({name.split(".")[-1] for name in linears})
     if targets == "all-linear":
-        return {name: m for name, m in linears.items() if name.split(".")[-1] != HEAD}
+        kept = left_alone(model)
+        return {name: m for name, m in linears.items() if name not in kept}
     wanted = {targets} if isinstance(targets, str) else set(targets)
     unknown = wanted - set(linears) - set(last_names)
     if unknown or not wanted:

@@ -19,18 +19,13 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from qlora_lab.finetune.empty_model import empty_model, stored_options
 from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
 from qlora_lab.finetune.files import replacing_file
-from qlora_lab.finetune.linear4bit import HEAD
-from qlora_lab.finetune.models import (
-    empty_model,
-    expected_shapes,
-    files_for,
-    layer_sizes,
-    opened,
-    read_tensor,
-    stored_options,
-)
+from qlora_lab.finetune.linear4bit import HEAD, head_path
+from qlora_lab.finetune.models import layer_sizes
+from qlora_lab.finetune.share import Share, in_4_bits
+from qlora_lab.finetune.stored import Stored, opened, stored_tensors
 from qlora_lab.quant.block_size import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
@@ -65,24 +60,24 @@ def quantize_folder(
     check_block_size(block_size)
     out, plan = Path(out), as_plan(plan)
     source = resolve(name_or_path, progress=progress)
-    if stored := stored_options(source):
-        raise ModelError(f"{source} is in 4 bits already, as {stored}: load it, or quantise its original")
+    if already := stored_options(source):
+        raise ModelError(f"{source} is in 4 bits already, as {already}: load it, or quantise its original")
     model = empty_model(source, torch.float32)
-    shapes, files = expected_shapes(model), files_for(model, source)
+    stored = stored_tensors(model, source)
     options = of_layers(Candidate(codebook, block_size, double_quant), plan, layer_sizes(model))
-    pieces = _pieces(files)
+    pieces = _pieces(stored)
     work = {"codebook": codebook, "block_size": block_size, "double_quant": double_quant, "pieces": pieces}
-    work |= {"source": _identity(source, files), "plan": plan and {name: list(one) for name, one in options.items()}}
+    work |= {"source": _identity(source, stored), "plan": plan and {name: list(one) for name, one in options.items()}}
     _begin(out, work)
     weight_map, total = {}, len(pieces)
-    bar = tqdm(total=len(files), desc="quantising", unit="tensor", disable=not progress)
+    bar = tqdm(total=len(stored), desc="quantising", unit="tensor", disable=not progress)
     for number, piece in enumerate(pieces, 1):
         file = out / f"model-{number:05}-of-{total:05}.safetensors"
         if not file.exists():  # else it was finished by an earlier call: a file only gets its name when it is whole
             tensors = {}
             for name in piece:
                 bar.set_postfix_str(name.removeprefix("model."), refresh=False)
-                tensor = read_tensor(files[name], name, shapes[name])
+                tensor = stored[name].read()
                 if (layer := name.removesuffix(".weight")) in options:
                     tensors |= to_tensors(quantize(tensor, *options[layer], name=name), name)
                 else:
@@ -93,24 +88,32 @@ def quantize_folder(
                 save_file({key: _own(key, value) for key, value in tensors.items()}, new, metadata={"format": "pt"})
         else:
             bar.update(len(piece))
-        with opened(file) as stored:
-            weight_map |= dict.fromkeys(stored.keys(), file.name)
+        with opened(file) as whole:
+            weight_map |= dict.fromkeys(whole.keys(), file.name)
     bar.close()
-    _finish(out, source, Candidate(codebook, block_size, double_quant), plan, weight_map)
+    described = _described(Candidate(codebook, block_size, double_quant), plan, head_path(model) or HEAD)
+    _finish(out, source, described, plan, weight_map)
+    in_4_bits(model, options).warn_if_small(stacklevel=2)
     return out
+
+
+def folder_in_4_bits(folder: Path) -> Share:
+    """The Share of a folder that `quantize_folder` made."""
+    model = empty_model(folder, torch.float32)
+    return in_4_bits(model, layer_sizes(model))
 
 
 def _own(key: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if key.endswith("quant_map") else tensor
 
 
-def _pieces(files: dict[str, Path]) -> list[list[str]]:
+def _pieces(tensors: dict[str, Stored]) -> list[list[str]]:
     """The names in their order, cut into lists of at most PIECE bytes."""
     pieces, room = [], 0
-    for name, file in files.items():
-        with opened(file) as stored:
-            piece = stored.get_slice(name)
-        nbytes = torch.Size(piece.get_shape()).numel() * (4 if piece.get_dtype() == "F32" else 2)
+    for name, stored in tensors.items():
+        with opened(stored.file) as file:
+            dtype = file.get_slice(next(iter(stored.files))).get_dtype()
+        nbytes = stored.shape.numel() * (4 if dtype == "F32" else 2)
         if not pieces or nbytes > room:
             pieces.append([])
             room = PIECE
@@ -119,13 +122,14 @@ def _pieces(files: dict[str, Path]) -> list[list[str]]:
     return pieces
 
 
-def _identity(source: Path, files: dict[str, Path]) -> dict:
+def _identity(source: Path, tensors: dict[str, Stored]) -> dict:
     """What tells a source from another, without reading all of it."""
-    stored = {path.name: path.stat() for path in sorted(set(files.values()))}
-    return {"folder": str(source.resolve()), "files": {n: [s.st_size, s.st_mtime_ns] for n, s in stored.items()}}
+    files = sorted({file for stored in tensors.values() for file in stored.files.values()})
+    stats = {file.name: file.stat() for file in files}
+    return {"folder": str(source.resolve()), "files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}}
 
 
-def _described(options: Candidate, plan: Plan | None) -> dict:
+def _described(options: Candidate, plan: Plan | None, head: str) -> dict:
     """The quantization_config. bitsandbytes knows one type and one block size for a whole model."""
     theirs = not plan and options.codebook in BITSANDBYTES_READS
     same = {
@@ -137,7 +141,7 @@ def _described(options: Candidate, plan: Plan | None) -> dict:
         "quant_method": "bitsandbytes" if theirs else "qlora_lab",
         "load_in_4bit": True,
         "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_skip_modules": [HEAD],
+        "llm_int8_skip_modules": [head],
     } | ({"plan": PLAN} if plan else same)
 
 
@@ -160,12 +164,12 @@ def _begin(out: Path, work: dict) -> None:
             new.write_text(json.dumps(work) + "\n", encoding="utf-8")
 
 
-def _finish(out: Path, source: Path, options: Candidate, plan: Plan | None, weight_map: dict[str, str]) -> None:
+def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:
     """All that is small; config.json, which makes a model of the folder, last."""
     size = sum((out / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
-    config["quantization_config"] = _described(options, plan)
+    config["quantization_config"] = described
     if plan:
         plan.save(out / PLAN)
     for name in COPIED:

@@ -31,18 +31,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.data import to_device
+from qlora_lab.finetune.empty_model import empty_model, stored_options
 from qlora_lab.finetune.fetch import resolve
-from qlora_lab.finetune.linear4bit import is_quantisable
-from qlora_lab.finetune.models import (
-    empty_model,
-    expected_shapes,
-    files_for,
-    layer_sizes,
-    public_name,
-    read_tensor,
-    stored_options,
-)
+from qlora_lab.finetune.linear4bit import linears_to_quantise
+from qlora_lab.finetune.models import layer_sizes, public_name
 from qlora_lab.finetune.modes import mode
+from qlora_lab.finetune.stored import stored_tensors
 from qlora_lab.measure.perplexity import text_windows
 from qlora_lab.quant.block_size import Candidate, Choices, bits_table, check_candidate
 from qlora_lab.quant.quantize import dequantize, quantize
@@ -77,7 +71,7 @@ def sensitivity(
         batches = [{"input_ids": row[None]} for row in text_windows(tokenizer, text, length, windows)]
     else:
         batches = text
-    layers = {name: module for name, module in model.named_modules() if is_quantisable(name, module)}
+    layers = linears_to_quantise(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no plain nn.Linear: load it with codebook=None to calibrate")
     sums = {name: torch.zeros(module.in_features, dtype=torch.float64) for name, module in layers.items()}
@@ -157,9 +151,7 @@ def _sensitivity_of(layer: str, weight: torch.Tensor, sensitivity: dict[str, tor
 def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[tuple[str, torch.Tensor]]]:
     """(the model's name, how many layers, their paths and weights)."""
     if isinstance(model, nn.Module):
-        linears = [
-            (name, module.weight.detach()) for name, module in model.named_modules() if is_quantisable(name, module)
-        ]
+        linears = [(name, module.weight.detach()) for name, module in linears_to_quantise(model).items()]
         if not linears:
             raise ValueError(f"{type(model).__name__} has no plain nn.Linear: load it with codebook=None")
         return model.name_or_path or type(model).__name__, len(linears), iter(linears)
@@ -167,10 +159,9 @@ def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[
     if stored := stored_options(folder):
         raise ValueError(f"{folder} is in 4 bits already, as {stored}: choose for its original")
     empty = empty_model(folder, torch.float32)
-    files, shapes = files_for(empty, folder), expected_shapes(empty)
-    names = {layer: f"{layer}.weight" for layer in layer_sizes(empty)}  # in the model's order
-    read = ((layer, read_tensor(files[name], name, shapes[name])) for layer, name in names.items())
-    return public_name(model), len(names), read
+    layers, stored = layer_sizes(empty), stored_tensors(empty, folder)
+    read = ((layer, stored[f"{layer}.weight"].read()) for layer in layers)  # in the model's order
+    return public_name(model), len(layers), read
 
 
 @contextmanager

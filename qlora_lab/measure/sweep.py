@@ -36,9 +36,12 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from qlora_lab.finetune.empty_model import stored_options
 from qlora_lab.finetune.fetch import resolve, weight_files
 from qlora_lab.finetune.interrupt import Interrupt, waiting
-from qlora_lab.finetune.models import fast_dtype, files_of, is_linear_weight, load, read_tensor, stored_options
+from qlora_lab.finetune.linear4bit import linears_to_quantise
+from qlora_lab.finetune.models import fast_dtype, load
+from qlora_lab.finetune.stored import stored_tensors
 from qlora_lab.measure.code_use import CodeUse, code_counts
 from qlora_lab.measure.machine import machine
 from qlora_lab.measure.perplexity import check_windows, text_windows, topics_text, window_losses
@@ -174,8 +177,8 @@ class Source:
     """A model and the files that its weights come from. linears: the quantised weights' names, in the model's order."""
 
     def __init__(self, model: torch.nn.Module, folder: Path):
-        self.model, self._files = model, files_of(folder)
-        self.linears = [name for name, _ in model.named_parameters() if is_linear_weight(model, name)]
+        self.model, self._stored = model, stored_tensors(model, folder)
+        self.linears = [f"{layer}.weight" for layer in linears_to_quantise(model)]
         if not self.linears:
             raise ValueError(f"{folder} has no linear layer to quantise besides the head")
 
@@ -186,8 +189,7 @@ class Source:
 
     def stored(self, name: str) -> torch.Tensor:
         """The same, for a caller who sees to interrupts."""
-        parameter = self.model.get_parameter(name)
-        return read_tensor(self._files[name], name, parameter.shape).to(parameter.device)
+        return self._stored[name].read().to(self.model.get_parameter(name).device)
 
 
 @dataclass

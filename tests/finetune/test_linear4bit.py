@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
+from qlora_lab.finetune.lora import adapters, add_lora
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
 pytestmark = pytest.mark.usefixtures("outcome")  # whichever routine multiplies
@@ -175,3 +176,44 @@ def test_errors_teach():
     broken[0].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"0.weight holds nan at index \(0, 0\)"):
         quantize_linears(broken)
+
+
+def biogpt():
+    from transformers import BioGptConfig, BioGptForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BioGptForCausalLM(BioGptConfig(vocab_size=40, max_position_embeddings=32, **shape))
+
+
+def test_a_head_of_another_name_is_neither_quantised_nor_adapted():
+    from peft import LoraConfig, get_peft_model
+
+    theirs = get_peft_model(biogpt(), LoraConfig(target_modules="all-linear"))
+    model = quantize_linears(biogpt(), block_size=16)
+    assert type(model.output_projection) is nn.Linear
+    adapted = {f"base_model.model.{path}" for path in adapters(add_lora(model, r=2))}
+    assert adapted == {path for path, module in theirs.named_modules() if hasattr(module, "lora_A")}
+
+
+def test_a_weight_that_the_family_uses_itself_is_neither_packed_nor_adapted():
+    """Mamba multiplies by dt_proj.weight, and hands three more to its kernels; RWKV scales two in place."""
+    from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=1))
+    rwkv = RwkvForCausalLM(RwkvConfig(vocab_size=40, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2))
+    for model, packed in ((mamba, {"in_proj"}), (rwkv, {"key", "receptance"})):
+        quantize_linears(model, block_size=16)
+        layers = {path.split(".")[-1] for path, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+        assert {path.split(".")[-1] for path in adapters(add_lora(model, r=2))} == packed
+        assert layers == packed and model.eval()(torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_a_router_that_is_a_linear_layer_is_not_adapted():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "intermediate_size_mlp": 16, "head_dim": 8}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = Llama4ForCausalLM(Llama4TextConfig(vocab_size=40, pad_token_id=1, **shape))
+    paths = adapters(add_lora(quantize_linears(model, block_size=16), r=2))
+    assert "model.layers.0.self_attn.q_proj" in paths and "model.layers.0.feed_forward.router" not in paths
+    assert model.eval()(torch.arange(9)[None]).logits.isfinite().all()

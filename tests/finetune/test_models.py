@@ -12,6 +12,7 @@ from qlora_lab.finetune import models
 from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.finetune.models import fast_dtype, load
 from qlora_lab.kernels import product
+from qlora_lab.quant.quantize import quantize
 
 
 def quiet(folder, *args, **kwargs):
@@ -112,6 +113,7 @@ def test_a_file_cut_off_is_named(folder):
 
 
 def test_a_missing_shard_is_named(folder):
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {NORM: "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises((RuntimeError, ValueError), match="model-00002-of-00002.safetensors"):
@@ -139,7 +141,7 @@ def test_options_are_checked_before_anything_is_read(folder, kwargs, message):
     "quantised, message",
     [
         ({"quant_method": "gptq", "bits": 4}, "holds a model quantised by gptq: load the original"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantised by bitsandbytes: load the original"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "is in 8 bits by bitsandbytes, but 4 bits are what"),
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
             "not as .*leave",
@@ -162,8 +164,40 @@ def test_tensors_that_are_not_what_config_json_says(folder):
 
 
 def test_a_tensor_in_two_files_is_named(folder):
-    shutil.copy(folder / "model.safetensors", folder / "again.safetensors")
-    with pytest.raises(RuntimeError, match="is in again.safetensors and in model.safetensors: keep one"):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(RuntimeError, match="is in model-00001-of-00002.* and in model-00002-of-00002.*: keep one"):
+        quiet(folder)
+
+
+def test_files_beside_the_weights_are_passed_over(folder):
+    want = quiet(folder)[0](IDS).logits
+    for name in ("consolidated", "adapter_model", "model-00001-of-00002"):  # transformers reads model.safetensors alone
+        save_file({"layers.0.wq": torch.ones(2)}, folder / f"{name}.safetensors")
+    assert torch.equal(quiet(folder)[0](IDS).logits, want)
+
+
+def test_a_tensor_that_changes_after_it_was_placed_is_named(folder, monkeypatch):
+    monkeypatch.setattr(models, "widen", lambda model: model.model.norm.weight.fill_(1.0))
+    with pytest.raises(RuntimeError, match=f"^{NORM} is no longer what was read from the files"):
+        quiet(folder)
+    monkeypatch.setattr(models, "widen", lambda model: model.model.layers[0].mlp.up_proj.__init__(ones()))
+    with pytest.raises(RuntimeError, match="^model.layers.0.mlp.up_proj.weight is no longer what was read"):
+        quiet(folder)
+
+
+def ones():
+    return quantize(torch.ones(32, 16), "nf4")
+
+
+def test_what_nothing_gave_a_value_is_named(folder, monkeypatch):
+    monkeypatch.setattr(models, "compute_buffers", lambda *_: None)
+    with pytest.raises(RuntimeError, match="^model.rotary_emb.inv_freq has no value: no file holds it"):
+        quiet(folder)
+    lost = torch.empty(1, device="meta")
+    monkeypatch.undo()
+    monkeypatch.setattr(models, "widen", lambda model: setattr(model.model, "positions", lost))
+    with pytest.raises(RuntimeError, match="^model.positions has no value"):
         quiet(folder)
 
 

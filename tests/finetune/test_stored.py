@@ -1,0 +1,162 @@
+"""What files hold under other names, in other pieces, once or twice: transformers' from_pretrained is the truth."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qlora_lab.finetune.fetch import ModelError
+from qlora_lab.finetune.linear4bit import quantize_linears
+from qlora_lab.finetune.models import load
+from qlora_lab.finetune.quantized_folder import quantize_folder
+from tools.families import FAMILIES, logits, ours, quiet, save, theirs
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def make(name, **options):
+        family = next(family for family in FAMILIES if family.name == name)
+        with quiet():
+            save(type(family)(name, family.config, family.options | options), tmp_path / "model")
+        return tmp_path / "model"
+
+    return make
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_same(folder, **options):
+    with quiet():
+        want = theirs(folder)
+    torch.testing.assert_close(logits(ours(folder, codebook=None)), logits(want), rtol=0, atol=1e-5)
+    return want
+
+
+TIED = [
+    ("Llama", "lm_head.weight", "model.embed_tokens.weight"),
+    ("BioGPT", "output_projection.weight", "biogpt.embed_tokens.weight"),
+    ("RWKV", "head.weight", "rwkv.embeddings.weight"),
+]
+
+
+@pytest.mark.parametrize("family, head, embedding", TIED)
+def test_a_tied_weight_is_stored_under_either_name(saved, tmp_path, family, head, embedding):
+    folder = saved(family, tie_word_embeddings=True)
+    want = logits(ours(folder, codebook=None))
+    rewrite(folder, lambda tensors: tensors.update({head: tensors.pop(embedding)}))
+    assert_same(folder)
+    model = ours(folder, codebook=None)
+    assert torch.equal(logits(model), want)
+    assert model.get_parameter(head) is model.get_parameter(embedding)
+    if family != "RWKV":  # its share in 4 bits is small, which is another test's
+        quantize_folder(folder, tmp_path / "small", "nf4", 16, progress=False)
+        assert torch.equal(logits(ours(tmp_path / "small")), logits(ours(folder, block_size=16)))
+
+
+@pytest.mark.parametrize("family, head, embedding", TIED[:2])
+def test_tied_weights_that_differ_are_two(saved, tmp_path, family, head, embedding):
+    folder = saved(family, tie_word_embeddings=True)
+    other = 2 * load_file(folder / "model.safetensors")[embedding]
+    rewrite(folder, lambda tensors: tensors.update({head: other}))
+    with pytest.warns(UserWarning, match=f"^{head} and {embedding} are tied by config.json, but differ") as warned:
+        want = assert_same(folder)
+    assert torch.equal(want.get_parameter(head), other) and len(warned) == 1
+    with pytest.warns(UserWarning, match="but differ in the files"):
+        quantize_folder(folder, tmp_path / "small", "nf4", 16, progress=False)
+    with pytest.warns(UserWarning, match="but differ in the files"):
+        mapped = ours(tmp_path / "small")
+    assert torch.equal(mapped.get_parameter(head), other)
+
+
+SLOW = "Gemma 3, text", "DeepSeek-V3", "Mamba"
+
+
+@pytest.mark.filterwarnings("ignore:.* of the weights outside embeddings and head")
+@pytest.mark.parametrize(
+    "family",
+    ["GPT-J", "BioGPT", "Mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+)
+def test_quantised_on_arrival_after_loading_and_on_disk_are_the_same(saved, tmp_path, family):
+    folder = saved(family)
+    with quiet():
+        want = logits(quantize_linears(theirs(folder), block_size=16))
+    quantize_folder(folder, tmp_path / "small", "nf4", 16, progress=False)
+    for model in (ours(folder, block_size=16), ours(tmp_path / "small")):
+        torch.testing.assert_close(logits(model), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["GPT-J", "DeepSeek-V3", "Gemma"])
+def test_in_bf16_each_tensor_has_the_dtype_that_transformers_gives_it(saved, family):
+    folder = saved(family)
+    with quiet():
+        want = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    found, _ = load(folder, codebook=None, dtype=torch.bfloat16, device="cpu", progress=False)
+    for name, tensor in (*want.state_dict().items(), *want.named_buffers()):
+        other = found.state_dict().get(name, dict(found.named_buffers()).get(name))
+        assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
+
+
+def test_a_saved_buffer_is_read_and_not_computed(saved):
+    folder = saved("DeepSeek-V3")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    rewrite(folder, lambda tensors: tensors[name].copy_(torch.arange(4.0)))
+    assert torch.equal(assert_same(folder).get_buffer(name), torch.arange(4.0))
+
+
+def test_names_without_the_prefix_are_found(saved):
+    """The hub's gpt2 has `h.0.attn.bias`, without "transformer." and with a mask that is no weight."""
+    folder = saved("GPT-2")
+
+    def as_on_the_hub(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+
+    rewrite(folder, as_on_the_hub)
+    assert_same(folder)
+
+
+def test_experts_are_put_together_in_the_order_of_their_numbers(saved):
+    folder = saved("Mixtral", num_local_experts=12, num_experts=12)
+    assert (
+        len([name for name in load_file(folder / "model.safetensors") if "layers.0" in name and ".w1." in name]) == 12
+    )
+    assert_same(folder)
+
+
+def without(fragment):
+    def change(tensors):
+        for name in [name for name in tensors if fragment in name]:
+            del tensors[name]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "fragment, message",
+    [
+        ("layers.0.block_sparse_moe.experts.3.", r"experts.gate_up_proj has shape \(3, 96, 32\), but .* \(4, 96, 32\)"),
+        ("experts.3.w1.", "experts.0.w1.weight and 6 more cannot be put together as transformers does it"),
+        (".experts.", r"^model.layers.0.mlp.experts.down_proj and 3 more: missing from"),
+    ],
+)
+def test_lost_experts_are_named_in_one_line(saved, fragment, message):
+    folder = saved("Mixtral")
+    rewrite(folder, without(fragment))
+    with pytest.raises(ModelError, match=message) as error:
+        ours(folder, codebook=None)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_tensor_under_an_old_and_a_new_name_is_refused(saved):
+    folder = saved("GPT-2")
+    name = "transformer.wte.weight"
+    rewrite(folder, lambda tensors: tensors.update({"wte.weight": tensors[name] + 1}))
+    with pytest.raises(ModelError, match=re.escape(f"wte.weight and {name} are both {name}: keep one")):
+        ours(folder, codebook=None)

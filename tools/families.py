@@ -1,0 +1,241 @@
+"""Which model families load, train and make adapters that PEFT reads: docs/families.md. Renewed by
+
+    python -m tools.families
+
+A family is a configuration of transformers at toy size. Each is made and saved by transformers, loaded here, and
+compared. In: FAMILIES. Out: the page, from what was seen.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models as tokenizer_models
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import qlora_lab as ql
+from qlora_lab.finetune.fetch import ModelError
+from qlora_lab.finetune.lora import adapters
+from qlora_lab.finetune.share import in_4_bits
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+WORDS = 64  # in the vocabulary
+IDS = torch.tensor([[3, 17, 5, 40, 8, 21, 2, 33, 11, 6]])
+SEED = 0
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Family:
+    """name: as in the table. config: its class in transformers. options: what that class needs besides SMALL.
+
+    refused: there is nothing to compare with, and only the reason is shown.
+    """
+
+    name: str
+    config: str
+    options: dict = field(default_factory=dict)
+    refused: bool = False
+
+
+SMALL = {
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.3,
+}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DEEPSEEK = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16}
+DEEPSEEK |= {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
+DEEPSEEK |= {"num_key_value_heads": 4, "first_k_dense_replace": 1}
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+
+FAMILIES = [
+    Family("Llama", "LlamaConfig"),
+    Family("Mistral", "MistralConfig"),
+    Family("Qwen2", "Qwen2Config"),
+    Family("Qwen3", "Qwen3Config", {"head_dim": 8}),
+    Family("Phi", "PhiConfig"),
+    Family("Phi-3", "Phi3Config"),
+    Family("Gemma", "GemmaConfig", {"head_dim": 8}),
+    Family("Gemma 2", "Gemma2Config", {"head_dim": 8} | TWO_KINDS),
+    Family("Gemma 3, text", "Gemma3TextConfig", {"head_dim": 8} | TWO_KINDS),
+    Family("OLMo", "OlmoConfig"),
+    Family("OLMo 2", "Olmo2Config"),
+    Family("SmolLM3", "SmolLM3Config"),
+    Family("StableLM", "StableLmConfig"),
+    Family("StarCoder2", "Starcoder2Config"),
+    Family("Cohere", "CohereConfig"),
+    Family("Granite", "GraniteConfig"),
+    Family("Nemotron", "NemotronConfig"),
+    Family("GLM", "GlmConfig", {"head_dim": 8}),
+    Family("Ernie 4.5", "Ernie4_5Config", {"head_dim": 8}),
+    Family("Falcon", "FalconConfig"),
+    Family("MPT", "MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
+    Family("BLOOM", "BloomConfig", {"n_layer": 2, "n_head": 4}),
+    Family("OPT", "OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3}),
+    Family("BioGPT", "BioGptConfig"),
+    Family("XGLM", "XGLMConfig", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48}),
+    Family("GPT-2", "GPT2Config", GPT2),
+    Family("GPT-Neo", "GPTNeoConfig", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}),
+    Family("GPT-J", "GPTJConfig", GPT2 | {"rotary_dim": 4}),
+    Family("GPT-NeoX", "GPTNeoXConfig"),
+    Family("GPTBigCode", "GPTBigCodeConfig", GPT2),
+    Family("CodeGen", "CodeGenConfig", GPT2 | {"rotary_dim": 4}),
+    Family("CTRL", "CTRLConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "dff": 48}),
+    Family("RecurrentGemma", "RecurrentGemmaConfig", {"lru_width": 32, "head_dim": 8, "attention_window_size": 16}),
+    Family("Mamba", "MambaConfig", {"state_size": 8}),
+    Family("RWKV", "RwkvConfig", {"attention_hidden_size": 32}),
+    Family("Mixtral", "MixtralConfig", EXPERTS),
+    Family("Qwen2-MoE", "Qwen2MoeConfig", EXPERTS | {"shared_expert_intermediate_size": 48}),
+    Family("Qwen3-MoE", "Qwen3MoeConfig", EXPERTS | {"head_dim": 8}),
+    Family("OLMoE", "OlmoeConfig", EXPERTS),
+    Family("DeepSeek-V2", "DeepseekV2Config", DEEPSEEK),
+    Family("DeepSeek-V3", "DeepseekV3Config", DEEPSEEK),
+    Family("GPT-OSS", "GptOssConfig", EXPERTS | {"head_dim": 8} | TWO_KINDS),
+    Family("Llama 4, text", "Llama4TextConfig", EXPERTS | {"head_dim": 8, "intermediate_size_mlp": 48}),
+    Family("Gemma 3, with images", "Gemma3Config", refused=True),
+    Family("Llava", "LlavaConfig", refused=True),
+    Family("T5", "T5Config", refused=True),
+]
+
+
+def save(family: Family, folder: Path) -> None:
+    """A model of this family with random weights, and a tokenizer of words, as transformers saves them."""
+    config = getattr(transformers, family.config)
+    if family.refused:
+        config().save_pretrained(folder)
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    else:
+        torch.manual_seed(SEED)
+        AutoModelForCausalLM.from_config(config(**(SMALL | family.options)), dtype=torch.float32).save_pretrained(
+            folder
+        )
+    words = Tokenizer(tokenizer_models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+
+
+def theirs(folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it. Frozen as ours: some families multiply otherwise where gradients are due."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+
+
+def ours(folder: Path, **options) -> PreTrainedModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* of the weights outside embeddings and head")  # the table says it
+        return ql.load(folder, dtype=torch.float32, device="cpu", progress=False, **options)[0]
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def page() -> str:
+    """docs/families.md."""
+    opening = f"""# Which families work
+
+This page is written by `python -m tools.families`: it makes a small model of each family with random weights, has \
+transformers {transformers.__version__} save it, and loads it here. *Loads* says whether the logits are those of \
+transformers, *4 bits* the share of the weights outside embeddings and head at this size, *trains* whether the loss \
+falls within {STEPS} steps and every adapter moves, and *PEFT* whether PEFT reads the adapter with the same logits, \
+within 1e-5.
+
+| family | loads | 4 bits | trains | PEFT |
+|---|---|---|---|---|
+"""
+    return opening + "".join(f"| {' | '.join((family.name, *row(family)))} |\n" for family in FAMILIES)
+
+
+def row(family: Family) -> tuple[str, str, str, str]:
+    """The cells after the family's name."""
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        folder = Path(scratch) / family.config
+        save(family, folder)
+        try:
+            same = torch.allclose(logits(ours(folder, codebook=None)), logits(theirs(folder)), rtol=0, atol=1e-5)
+        except ModelError as refusal:
+            return f"no: {_reason(refusal)}", "", "", ""
+        loads = "yes" if same else "no: other logits"
+        try:
+            model = ours(folder, block_size=16)
+        except ValueError as refusal:  # nothing to quantise: what follows is tried with the model as it is
+            loads, model = f"{loads}, but not in 4 bits: {_reason(refusal)}", ours(folder, codebook=None)
+        share = f"{100 * in_4_bits(model).part:.0f} %"
+        return loads, share, _outcome(trains, model), _outcome(peft_agrees, folder)
+
+
+def _outcome(check, subject) -> str:
+    try:
+        return "yes" if check(subject) else "no"
+    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        return f"no: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    """The error without the advice that follows."""
+    return str(error).splitlines()[0].split(": ")[0]
+
+
+def trains(model: PreTrainedModel) -> bool:
+    """Whether the loss falls, and every adapter moves from where it starts."""
+    ql.add_lora(model, r=4)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(STEPS):
+        losses.append(model(input_ids=IDS, labels=IDS, use_cache=False).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = all(layer.lora_B.any() for layer in adapters(model).values())
+    return bool(losses[-1] < losses[0]) and moved
+
+
+def peft_agrees(folder: Path) -> bool:
+    """Whether PEFT, on transformers' model, gives the logits of an adapter that was saved here."""
+    from peft import PeftModel
+
+    model = ql.add_lora(ours(folder, codebook=None), r=4)
+    generator = torch.Generator().manual_seed(SEED)
+    for layer in adapters(model).values():
+        layer.lora_B.data.normal_(std=0.1, generator=generator)
+    ql.save_adapter(model, folder / "adapter")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's remarks on experts; the logits tell
+        other = logits(PeftModel.from_pretrained(theirs(folder), folder / "adapter"))
+        return torch.allclose(logits(model), other, rtol=1e-5, atol=1e-5)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the bars and remarks of transformers."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        transformers.logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")
