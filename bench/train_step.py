@@ -75,7 +75,7 @@ class Case(NamedTuple):
 def batch_of(case: Case) -> dict[str, torch.Tensor]:
     from transformers import AutoConfig
 
-    size = AutoConfig.from_pretrained(case.folder).vocab_size
+    size = AutoConfig.from_pretrained(case.folder, trust_remote_code=False).vocab_size
     ids = torch.randint(size, (case.rows, case.length), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, : case.length - case.labels] = IGNORED
@@ -100,9 +100,8 @@ def build_peft(case: Case, prepared: bool) -> torch.nn.Module:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(
-        case.folder, quantization_config=four_bit, dtype=torch.bfloat16, device_map="cpu"
-    )
+    options = {"quantization_config": four_bit, "dtype": torch.bfloat16, "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(case.folder, trust_remote_code=False, **options)
     if prepared:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if case.checkpointing:

@@ -5,7 +5,7 @@
 
 A stage that fails stops no other one. Exit code 1: at least one failed; 2: there is no stage of that name.
 Two workers of pytest with a thread each are faster than one with two; tests of several threads set their number
-themselves. The stages of one winner run what touches arithmetic as on a machine whose race of products ends so
+themselves, and one stage has two. The stages of one winner run what touches arithmetic as on a machine whose race of products ends so
 (qlora_lab/kernels/product.py), "old" as on a CPU without AVX2, "readable" without kernels.
 """
 
@@ -36,7 +36,7 @@ STAGES = {
     "normalised": Stage([sys.executable, "tools/notebooks.py", "--check"]),
     "fast": Stage([*PYTEST, *WORKERS, *TESTS, "qlora_lab", "-m", "not slow"]),
     "float32": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "float32"}),
-    "onednn": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "onednn"}),
+    "onednn": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "onednn", "OMP_NUM_THREADS": "2"}),
     "bfloat16": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "bfloat16"}),
     "old": Stage(ARITHMETIC, {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
     "readable": Stage(ARITHMETIC, {"QLORA_LAB_KERNELS": "reference"}),
