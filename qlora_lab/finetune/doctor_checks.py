@@ -25,6 +25,8 @@ from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.loss import accumulate, answer_loss
 from qlora_lab.finetune.modes import checkpointing, mode, own_draws
 from qlora_lab.finetune.nonfinite import first_nonfinite
+from qlora_lab.finetune.packed_rows import packing_fault
+from qlora_lab.finetune.rounding import tolerance
 from qlora_lab.finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -202,19 +204,6 @@ def accumulation(
         return _finding(ACCUMULATION, "ok", f"{message}, rounding is up to {allowed:.1e}")
     advice = "divide by the answer tokens of the whole batch, once"
     return _finding(ACCUMULATION, "problem", f"{message}, rounding only up to {allowed:.1e}: {advice}")
-
-
-def tolerance(model: nn.Module) -> float:
-    """By how much two orders of the same sums may differ in norm, relative to the gradient.
-
-    A rounding changes a value by u / sqrt(3) in the mean square, u being half the dtype's eps. It happens after each of
-    n modules, forward and backward, in both runs, and adds up as a random walk: sqrt(4 n / 3) u. In float32 the sums
-    inside a product are rounded as well, once for each of their `hidden` terms; 16-bit types add up in float32.
-    """
-    dtype = getattr(model, "dtype", torch.float32)
-    n = sum(not any(m.children()) and not isinstance(m, nn.Dropout) for m in model.modules())
-    terms = model.get_input_embeddings().weight.shape[1] if dtype == torch.float32 else 1
-    return (4 * n / 3 * terms) ** 0.5 * torch.finfo(dtype).eps / 2
 
 
 def _accumulate(model: nn.Module, batches: list[Batch]) -> None:
