@@ -10,7 +10,7 @@ that is too long is tried itself only where there is no such table: on a GPU a l
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -41,10 +41,9 @@ def embedding_rows(model: nn.Module) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
-def unknown_token(model: nn.Module, tokenizer: "Tokenizer", ids: Iterable[int]) -> str | None:
+def unknown_token(model: nn.Module, tokenizer: "Tokenizer", ids: Collection[int]) -> str | None:
     """What is wrong with a token of `ids` that the model has no embedding for; None if it has one for all."""
-    used = {0, *ids}
-    rows, lowest, highest = embedding_rows(model), min(used), max(used)
+    rows, lowest, highest = embedding_rows(model), min(ids, default=0), max(ids, default=0)
     if lowest < 0:
         return f"a token has id {lowest}, but ids are whole numbers from 0 to {rows - 1:,}: encode the text again"
     if highest < rows:
@@ -55,7 +54,7 @@ def unknown_token(model: nn.Module, tokenizer: "Tokenizer", ids: Iterable[int]) 
     )
 
 
-def check_tokens(model: nn.Module, tokenizer: "Tokenizer", ids: Iterable[int]) -> None:
+def check_tokens(model: nn.Module, tokenizer: "Tokenizer", ids: Collection[int]) -> None:
     """Raise ValueError if the model has no embedding for a token of `ids`."""
     if fault := unknown_token(model, tokenizer, ids):
         raise ValueError(fault)

@@ -247,7 +247,8 @@ class Training:
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
         if step >= self.settings.steps:
-            raise ValueError(f"{self.folder} was saved at step {step}, so steps={self.settings.steps} are made: ask for more")
+            made = f"{self.folder} was saved at step {step}, so steps={self.settings.steps} are made already"
+            raise ValueError(f"{made}: ask for more of them")
         if lines := obstacles(facts["run"], comparable(self._record), self._encoded):
             raise ValueError(
                 f"{self.folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "

@@ -43,7 +43,7 @@ from qlora_lab.finetune.models import (
     stored_options,
 )
 from qlora_lab.finetune.modes import mode
-from qlora_lab.measure.perplexity import text_windows
+from qlora_lab.measure.perplexity import check_windows_fit, text_windows
 from qlora_lab.quant.block_size import Candidate, Choices, bits_table, check_candidate
 from qlora_lab.quant.quantize import dequantize, quantize
 
@@ -74,7 +74,9 @@ def sensitivity(
     one that predicts NaN.
     """
     if isinstance(text, str):
-        batches = [{"input_ids": row[None]} for row in text_windows(tokenizer, text, length, windows)]
+        found = text_windows(tokenizer, text, length, windows)
+        check_windows_fit(model, tokenizer, found)
+        batches = [{"input_ids": row[None]} for row in found]
     else:
         batches = text
     layers = {name: module for name, module in model.named_modules() if is_quantisable(name, module)}
