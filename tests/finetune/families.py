@@ -35,8 +35,8 @@ FAMILIES = {
     "OPT": OPT | {"max_position_embeddings": 64},
     "Phi3": LIKE_LLAMA,
     "Qwen2": LIKE_LLAMA | {"num_key_value_heads": 2},
-    "RecurrentGemma": GROUPED
-    | {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 16, "attention_window_size": 4},
+    "RecurrentGemma": {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    | {"num_key_value_heads": 1, "head_dim": 8, "lru_width": 16, "attention_window_size": 4},
 }
 
 

@@ -221,9 +221,7 @@ def test_an_answer_beyond_the_positions(tokenizer):
     with pytest.raises(ValueError, match="a prompt with its answer has 65 tokens, but OPTForCausalLM stores 64 posi"):
         generate(model, tokenizer, question, max_new_tokens=room + 1)
     model = tiny("Llama", vocab_size=280)
-    with pytest.warns(
-        UserWarning, match="has 65 tokens, but LlamaForCausalLM was made for 64 positions"
-    ):
+    with pytest.warns(UserWarning, match="has 65 tokens, but LlamaForCausalLM was made for 64 positions"):
         generate(model, tokenizer, question, max_new_tokens=room + 1)
     long = Example((("user", "two " * 40), ("assistant", "so")))
     with pytest.raises(ValueError, match=r"a held-out example has \d+ tokens, but OPTForCausalLM stores 64 positions"):
