@@ -98,8 +98,9 @@ def finetune(
     resume: go on from the newest checkpoint in `out`, or from that of a step; where no run was begun, begin.
     overwrite: replace an earlier run in `out`; without either such a run is an error. Training flags and the random
     state are left as they were.
-    Raises ValueError for a setting that is not allowed, data without an example, or a resume with other settings, data,
-    model or adapter; FileExistsError for an earlier run; FloatingPointError for a loss or gradient that is not finite,
+    Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
+    example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other
+    settings, data, model or adapter; FileExistsError for an earlier run; FloatingPointError for a loss or gradient that is not finite,
     with step, layer and dtype; OSError for a full disk; KeyboardInterrupt for Ctrl-C, when all is saved.
     """
     options = {"held_out": held_out, "resume": resume, "overwrite": overwrite, "progress": progress}

@@ -11,6 +11,7 @@ Not here: the loss itself (finetune/loss.py), the loss on running text (perplexi
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from qlora_lab.finetune.examples import Example, Turns
 from qlora_lab.finetune.limits import check_length, check_tokens, fill_id, used_tokens
 from qlora_lab.finetune.loss import held_out_loss
 from qlora_lab.finetune.modes import measuring
+from qlora_lab.finetune.reach import reads_padding
 from qlora_lab.measure.rouge import rouge_l
 
 if TYPE_CHECKING:
@@ -89,18 +91,28 @@ def _answers(
     check_length(model, longest, "a prompt with its answer", "ask less or take fewer max_new_tokens")
     stop, fill = _stop_ids(model, tokenizer), fill_id(model, tokenizer)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=fill)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding
-    starts = tqdm(range(0, len(rows), ANSWERS_AT_ONCE), "answers", unit="batch", leave=False, disable=not progress)
+    batches = _at_once(model, rows, fill)
     answers = {}
     with measuring(model), _own_configuration_aside(model):
-        for start in starts:
-            chosen = order[start : start + ANSWERS_AT_ONCE]
+        for chosen in tqdm(batches, "answers", unit="batch", leave=False, disable=not progress):
             batch = to_device(_left_padded([rows[i] for i in chosen], fill), model)
             generated = model.generate(**batch, generation_config=greedy)
             new = generated[:, batch["input_ids"].shape[1] :].tolist()  # batch lists of at most max_new_tokens
             texts = tokenizer.batch_decode([_until(row, stop) for row in new], skip_special_tokens=True)
             answers |= zip(chosen, texts, strict=True)
     return [answers[i].strip() for i in range(len(rows))]
+
+
+def _at_once(model: torch.nn.Module, rows: list[list[int]], fill: int) -> list[list[int]]:
+    """Numbers of rows that are answered together: alike in length, or equally long where the model reads padding."""
+    lengths = [len(row) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    groups = [order]
+    if min(lengths) < max(lengths) and reads_padding(model, rows[order[0]], fill):
+        groups = [list(group) for _, group in groupby(order, key=lengths.__getitem__)]
+    return [
+        group[start : start + ANSWERS_AT_ONCE] for group in groups for start in range(0, len(group), ANSWERS_AT_ONCE)
+    ]
 
 
 @contextmanager

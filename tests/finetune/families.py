@@ -37,6 +37,7 @@ FAMILIES = {
     "Qwen2": LIKE_LLAMA | {"num_key_value_heads": 2},
     "RecurrentGemma": {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
     | {"num_key_value_heads": 1, "head_dim": 8, "lru_width": 16, "attention_window_size": 4},
+    "Rwkv": {"hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2, "context_length": 64},
 }
 
 

@@ -12,7 +12,8 @@ from qlora_lab.finetune.wide import NAME, widen
 from qlora_lab.kernels import product
 from tests.finetune.families import FAMILIES, tiny
 
-LEAK = ["BioGpt", "Bloom", "Falcon", "GptOss", "Jamba", "Lfm2", "Mamba", "Mamba2", "Mpt", "OPT", "RecurrentGemma"]
+LEAK = ["BioGpt", "Bloom", "Falcon", "GptOss", "Jamba", "Lfm2", "Mamba", "Mamba2", "Mpt", "OPT"]
+LEAK += ["RecurrentGemma", "Rwkv"]
 READS = "an example reads its neighbour in the row"
 FIRST = Encoded(list(range(2, 9)), list(range(2, 9)))
 SECOND = Encoded(list(range(30, 39)), list(range(30, 39)))

@@ -72,6 +72,14 @@ def test_batched_answers_equal_a_greedy_loop(tiny_llama, tokenizer):
     assert generate(tiny_llama, tokenizer, question, max_new_tokens=6) == expected[0]
 
 
+@pytest.mark.parametrize("family", ["Rwkv", "RecurrentGemma", "Mamba", "Bloom"])
+def test_batched_answers_of_other_families(family, tokenizer):
+    """RWKV and RecurrentGemma take in what fills a row, though it is masked: their rows must be of equal length."""
+    model = tiny(family, vocab_size=280)
+    expected = [greedy(model, tokenizer, example, 4) for example in EXAMPLES[:4]]
+    assert generate_answers(model, tokenizer, EXAMPLES[:4], max_new_tokens=4) == expected
+
+
 SUPPRESSED = list(range(200))
 ODD = {  # a value that is not neutral, for each field of GenerationConfig that says how tokens are chosen
     "assistant_confidence_threshold": 0.9,
@@ -236,7 +244,7 @@ def test_an_answer_stops_at_the_templates_end_token(tiny_llama, tokenizer):
         lambda module, inputs, logits: seen.append(len(logits)) or logits.index_fill(-1, torch.tensor([0]), 1e9)
     )
     assert generate_answers(tiny_llama, tokenizer, EXAMPLES[:8]) == [""] * 8
-    assert seen == [8]  # one step, for all eight
+    assert seen == [1, 8]  # a row is tried, and then one step for all eight
 
 
 def test_held_out_joins_loss_and_rouge(tiny_llama, tokenizer):
