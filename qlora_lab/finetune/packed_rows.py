@@ -29,7 +29,7 @@ def check_packing(model: nn.Module, encoded: list[Encoded], capacity: int) -> No
     shortest = sorted(encoded, key=lambda example: len(example.input_ids))[:2]
     share_a_row = len(shortest) == 2 and sum(len(example.input_ids) for example in shortest) <= capacity
     if share_a_row and (fault := packing_fault(model, *shortest)):
-        raise ValueError(f"{type(model).__name__} cannot train on packed rows: {fault}; leave packing off (--packing)")
+        raise ValueError(f"{type(model).__name__} cannot train on packed rows: {fault}; leave out packing (--packing)")
 
 
 def packing_fault(model: nn.Module, first: Encoded, second: Encoded) -> str | None:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from qlora_lab.finetune.batches import collate_rows
 from qlora_lab.finetune.data import Encoded
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.lora import add_lora
+from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.packed_rows import check_packing, packing_fault
 from qlora_lab.finetune.trainer import finetune
 from qlora_lab.finetune.wide import NAME, widen
@@ -39,6 +41,17 @@ def test_a_family_leaks_where_its_logits_differ(family):
     fault = packing_fault(model, FIRST, SECOND)
     assert (fault, difference > 1e-2) == ((READS, True) if family in LEAK else (None, False))
     assert family in LEAK or difference < 1e-5  # float32: 2^-24 for each of a few dozen roundings in a row
+
+
+@pytest.mark.parametrize("family", ["CTRL", "GPT2", "GPTNeoX", "Gemma2", "Llama", "Mistral", "Mixtral", "Qwen2"])
+def test_what_fills_a_packed_row_changes_no_loss(family):
+    """Each token of it is an example of its own, at position 0; the second row is filled by 9 of them."""
+    model = tiny(family)
+    rows = [[FIRST, SECOND], [FIRST]]
+    packed, tokens = answer_loss(model, collate_rows(rows, pad_id=5))
+    alone = [answer_loss(model, collate_rows([[example]], pad_id=5)) for row in rows for example in row]
+    assert tokens == sum(number for _, number in alone) == 20
+    torch.testing.assert_close(packed, sum(loss for loss, _ in alone))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -91,7 +104,7 @@ def test_rows_that_hold_one_example_cannot_leak():
     model = tiny("OPT")
     check_packing(model, [FIRST, SECOND], capacity=15)
     check_packing(model, [FIRST], capacity=64)
-    with pytest.raises(ValueError, match=f"OPTForCausalLM cannot train on packed rows: {READS}; leave packing off"):
+    with pytest.raises(ValueError, match=f"OPTForCausalLM cannot train on packed rows: {READS}; leave out packing"):
         check_packing(model, [FIRST, SECOND], capacity=16)
 
 
