@@ -29,10 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = build_parser().parse_args(argv)
     process = int(os.environ.get("RANK", 0))  # set by torchrun
-    if getattr(arguments, "quiet", False) or process > 0:
-        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which is later than this
+    if process > 0:
+        arguments.quiet = True  # the first process shows progress, and it alone prints
     try:
-        return arguments.run(arguments) or 0
+        with _warnings_as_lines(arguments.command, silent=process > 0):
+            return arguments.run(arguments) or 0
     except KeyboardInterrupt as interrupt:  # one from training says what is saved, and how to go on
         if process == 0:
             print(f"qlora-lab {arguments.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
@@ -43,6 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         which = f" (process {process})" if process else ""
         print(f"qlora-lab {arguments.command}{which}: {_one_line(str(error))}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _warnings_as_lines(command: str, silent: bool) -> Iterator[None]:
+    """What the library warns of goes to stderr, one line each, without the code that said it."""
+
+    def show(message, *_) -> None:
+        if not silent:
+            print(f"qlora-lab {command}: {_one_line(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():  # undone at the end
+        warnings.showwarning = show
+        yield
 
 
 def _is_mistake(error: Exception) -> bool:
@@ -77,9 +91,8 @@ def quantize(a: argparse.Namespace) -> None:
 def generate(a: argparse.Namespace) -> None:
     model, tokenizer = _load(a)
     if a.adapter:
-        with _warnings_as_lines(a.command):  # such as: it was trained on another model
-            ql.load_adapter(model, a.adapter)
-    answer = ql.generate(model, tokenizer, a.question, a.max_new_tokens)
+        ql.load_adapter(model, a.adapter)
+    answer = ql.generate(model, tokenizer, a.question, a.max_new_tokens, progress=not a.quiet)
     print(json.dumps({"question": a.question, "answer": answer}) if a.json else answer)
 
 
@@ -99,7 +112,7 @@ def finetune(a: argparse.Namespace) -> None:
     for name, value, least in (("r", a.r, 1), ("held-out", a.held_out, 0)):
         if value < least:
             raise ValueError(f"{name}={value} is not allowed: it is at least {least}")
-    train = ql.load_data(a.data)
+    train = ql.load_data(a.data, progress=not a.quiet)
     test = _held_out_examples(a)
     check_held_out(settings, test)
     targets = a.targets[0] if len(a.targets) == 1 else a.targets  # "all-linear" is one word
@@ -110,10 +123,10 @@ def finetune(a: argparse.Namespace) -> None:
         ql.add_lora(model, a.r, a.alpha, a.dropout, targets, seed=a.seed)
         if rank == 0 and not (a.json or a.quiet):
             print(f"{ql.dtype_policy(model, a.optimizer_bits)}\n")
-        before = ql.held_out(model, tokenizer, test) if test and rank == 0 else None
+        before = ql.held_out(model, tokenizer, test, progress=not a.quiet) if test and rank == 0 else None
         options = {"held_out": test, "resume": a.resume, "overwrite": a.overwrite, "progress": not a.quiet}
         run = ql.finetune(model, tokenizer, train, out=a.out, **options, **asdict(settings))
-        after = ql.held_out(model, tokenizer, test) if test and rank == 0 else None
+        after = ql.held_out(model, tokenizer, test, progress=not a.quiet) if test and rank == 0 else None
         if rank == 0:  # the only one that tests and prints
             if not a.json and test:
                 _show_answers(test, before.answers, after.answers)
@@ -125,9 +138,9 @@ def doctor(a: argparse.Namespace) -> int:
     from qlora_lab.finetune.doctor import diagnose
     from qlora_lab.finetune.settings import Settings
 
-    options = {name: getattr(a, name) for name in ("max_length", "batch_size", "optimizer_bits", "seed")}
+    options = {name: getattr(a, name) for name in ("max_length", "batch_size", "optimizer_bits", "packing", "seed")}
     Settings(**options)  # before the model is loaded, as for finetune
-    data = ql.load_data(a.data)
+    data = ql.load_data(a.data, progress=not a.quiet)
     model, tokenizer = _load(a)
     ql.add_lora(model, a.r, targets=a.targets[0] if len(a.targets) == 1 else a.targets, seed=a.seed)
     report = diagnose(model, tokenizer, data, **options, progress=not a.quiet)
@@ -161,8 +174,7 @@ def sweep(a: argparse.Namespace) -> None:
     options = {"windows": a.windows, "length": a.length, "seed": a.seed, "progress": not a.quiet}
     if a.text is not None:
         options["text"] = _text(a.text)
-    with _warnings_as_lines(a.command):  # such as: a results file was repaired
-        rows = run(a.model, settings, a.out, **options)
+    rows = run(a.model, settings, a.out, **options)
     if a.json:
         print(json.dumps(rows))
         return
@@ -257,14 +269,6 @@ def open_lab(a: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-@contextmanager
-def _warnings_as_lines(command: str) -> Iterator[None]:
-    """What the library warns of goes to stderr, one line each, without the code that said it."""
-    with warnings.catch_warnings():  # undone at the end
-        warnings.showwarning = lambda message, *_: print(f"qlora-lab {command}: {message}", file=sys.stderr)
-        yield
-
-
 def _load(a: argparse.Namespace):
     codebook = None if a.codebook == "none" else a.codebook
     dtype = None
@@ -291,7 +295,7 @@ def _held_out_examples(a: argparse.Namespace) -> list:
         return []
     if a.test_data:
         return ql.load_data(a.test_data)[: a.held_out]
-    return ql.load_data(a.data, "test")[: a.held_out] if a.data == "docstrings" else []
+    return ql.load_data(a.data, "test", progress=not a.quiet)[: a.held_out] if a.data == "docstrings" else []
 
 
 def _show_answers(examples: list, before: list[str], after: list[str]) -> None:
@@ -500,6 +504,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--data", default="docstrings", help="docstrings, or a JSONL file: Alpaca, ShareGPT or messages")
     c.add_argument("--batch-size", type=int, default=8, help="rows at once in the run that is meant (%(default)s)")
     c.add_argument("--max-length", type=int, default=256, help="tokens; longer examples are left out (%(default)s)")
+    c.add_argument("--packing", action="store_true", help="several examples in a row in the run that is meant")
     c.add_argument("--optimizer-bits", type=int, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
     c.add_argument("--r", type=int, default=16, help="rank of the adapters (%(default)s)")
     c.add_argument("--targets", nargs="+", default=["all-linear"], help="all-linear, or layer names such as q_proj")

@@ -45,7 +45,7 @@ def test_json_is_one_line(capsys, folder, data):
         capsys, "--model", folder, "--data", data, "--json", "--optimizer-bits", 8, "--targets", "q_proj"
     )
     report = json.loads(out)
-    assert code == 0 and out.count("\n") == 1 and report["ok"] is True and len(report["findings"]) == 10
+    assert code == 0 and out.count("\n") == 1 and report["ok"] is True and len(report["findings"]) == 12
     assert report["dtypes"]["rows"][-1]["dtype"] == "8-bit codes, blocks of 256"
     assert report["dtypes"]["trained"] == 2 * 2 * (16 + 16)
 

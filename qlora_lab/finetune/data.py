@@ -69,13 +69,13 @@ class EncodeReport:
     learned_tokens: int
 
 
-def load_data(source: str | Path, split: str = "train") -> list[Example]:
+def load_data(source: str | Path, split: str = "train", *, progress: bool = True) -> list[Example]:
     """The examples of "docstrings" (splits "train" and "test") or of a file (one split, "train").
 
     Raises ValueError for an unknown split, and what read_examples raises for a file.
     """
     if source == "docstrings":
-        return docstring_split(split)
+        return docstring_split(split, progress)
     if split != "train":
         raise ValueError(f'unknown split {split!r} of {source}: a file is all "train"; test on a second file')
     return read_examples(source)

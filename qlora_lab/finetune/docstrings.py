@@ -27,7 +27,6 @@ import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -52,29 +51,31 @@ SENTENCE_END = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])\s+(?=[A-Z`*\"'(])")
 POINTER = re.compile(r"(?i)^(see|refer|same as|equivalent|internal)\b|\b(alias|deprecated)\b")
 MARKUP = re.compile(r"::|>>>|--|\.\.\.|\b(Args|Parameters|Returns|Notes?|Examples?):|\b(TODO|FIXME|XXX)\b")
 
+_READ: dict[str, list[tuple[str, str]]] = {}  # torch takes some 5 s, and a notebook asks for both splits more than once
 
-def docstring_split(split: str) -> list[Example]:
+
+def docstring_split(split: str, progress: bool = True) -> list[Example]:
     """The pairs of TRAIN or of TEST. No function of TEST is in "train", even where a library copied its code.
 
     Raises ValueError for any other split.
     """
     if split not in ("train", "test"):
         raise ValueError(f'unknown split {split!r}: the docstrings have "train" and "test"')
-    test = docstring_pairs(TEST)
+    test = docstring_pairs(TEST, progress)
     if split == "test":
         return test
     held_out = {example.prompt for example in test}
-    return [example for example in docstring_pairs(TRAIN) if example.prompt not in held_out]
+    return [example for example in docstring_pairs(TRAIN, progress) if example.prompt not in held_out]
 
 
-def docstring_pairs(libraries: Iterable[str]) -> list[Example]:
+def docstring_pairs(libraries: Iterable[str], progress: bool = True) -> list[Example]:
     """All pairs of the named libraries ("stdlib" is the standard library), without duplicates, in hash order.
 
     Raises ValueError for a library that is not installed.
     """
     pairs: dict[str, str] = {}
     for library in libraries:
-        for code, summary in _library_pairs(library):
+        for code, summary in _library_pairs(library, progress):
             pairs.setdefault(code, summary)
     examples = [_to_example(code, summary) for code, summary in pairs.items()]
     return sorted(examples, key=lambda example: hashlib.sha256(repr(example.messages).encode()).digest())
@@ -84,12 +85,13 @@ def _to_example(code: str, summary: str) -> Example:
     return Example((("user", f"{INSTRUCTION}\n\n```python\n{code}\n```"), ("assistant", summary)))
 
 
-@cache  # torch takes some 5 s, and a notebook asks for both splits more than once
-def _library_pairs(library: str) -> list[tuple[str, str]]:
-    files = list(_python_files(_folder(library)))
-    bar = tqdm(files, f"docstrings of {library}", unit="file", leave=False)
-    with _paused_collector():
-        return [pair for path in bar for pair in _pairs(path)]
+def _library_pairs(library: str, progress: bool) -> list[tuple[str, str]]:
+    if library not in _READ:
+        files = list(_python_files(_folder(library)))
+        bar = tqdm(files, f"docstrings of {library}", unit="file", leave=False, disable=not progress)
+        with _paused_collector():
+            _READ[library] = [pair for path in bar for pair in _pairs(path)]
+    return _READ[library]
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.data import Encoded, EncodeReport, collate, encode_all, load_data, pad_token_id, show_labels
+from qlora_lab.finetune.data import Encoded, EncodeReport, collate, encode_all, load_data, show_labels
 from qlora_lab.finetune.doctor_checks import (
     ACCUMULATION,
     CHECKPOINTED,
     FINITE,
     LIVE,
     MEMORY,
+    PACKED,
     Finding,
     accumulation,
     activations,
@@ -32,11 +33,14 @@ from qlora_lab.finetune.doctor_checks import (
     live_adapters,
     memory,
     new_tokens,
+    packed_rows,
+    row_lengths,
     trained_share,
 )
 from qlora_lab.finetune.dtype_policy import DtypePolicy, dtype_policy
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.free_memory import free_memory
+from qlora_lab.finetune.limits import fill_id
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.modes import checkpointing
 from qlora_lab.finetune.settings import Settings
@@ -89,22 +93,26 @@ def diagnose(
     max_length: int = Settings.max_length,
     batch_size: int = Settings.batch_size,
     optimizer_bits: int = Settings.optimizer_bits,
+    packing: bool = Settings.packing,
     seed: int = Settings.seed,
     progress: bool = True,
 ) -> Report:
     """Examine a run before it starts: as long as about six of its steps on short examples.
 
-    data: as finetune takes it, or examples that you encoded yourself. max_length, batch_size (rows at once) and
-    optimizer_bits: of the run that is meant. seed: of the sample.
+    data: as finetune takes it, or examples that you encoded yourself. max_length, batch_size (rows at once),
+    optimizer_bits and packing: of the run that is meant. seed: of the sample.
     Raises ValueError for a model without adapters, data without a short enough example, or a setting out of range.
     """
     Settings(max_length=max_length, batch_size=batch_size, optimizer_bits=optimizer_bits)  # raises
     adapters(model)  # raises if there is none
     policy = dtype_policy(model, optimizer_bits)
-    encoded, counts = _sample(data, tokenizer, max_length, seed)
+    encoded, counts = _sample(data, tokenizer, max_length, seed, progress)
     findings = [end_tokens(encoded, tokenizer), learned_tokens(encoded), left_out(counts, max_length)]
     findings += [trained_share(policy), new_tokens(model, tokenizer, encoded)]
-    few, pad_id = _few(encoded), pad_token_id(tokenizer)
+    if readable := findings[-1].status != "problem":  # else no step can be made
+        findings.append(row_lengths(model, encoded))
+        readable = findings[-1].status != "problem"
+    few, pad_id = _few(encoded), fill_id(model, tokenizer)
     batch, tokens = collate(few, pad_id), batch_size * max_length
     free = free_memory(next(model.parameters()).device)  # before the steps below take some
 
@@ -117,9 +125,10 @@ def diagnose(
         LIVE: lambda: live_adapters(model, batch),
         CHECKPOINTED: live_checkpointed,
         ACCUMULATION: lambda: accumulation(model, few, pad_id),
+        PACKED: lambda: packed_rows(model, few, packing),
         MEMORY: lambda: memory(policy, *activations(model, batch, tokens), free, tokens),
     }
-    if findings[-1].status != "problem":  # a token without an embedding: no step can be made
+    if readable:
         bar = tqdm(list(steps), "doctor", unit="check", leave=False, disable=not progress)
         for name in bar:
             bar.set_postfix_str(name)
@@ -129,13 +138,13 @@ def diagnose(
     return Report(tuple(findings), tuple(steps), show_labels(encoded[0], tokenizer), policy)
 
 
-def _sample(data, tokenizer, max_length: int, seed: int) -> tuple[list[Encoded], EncodeReport]:
+def _sample(data, tokenizer, max_length: int, seed: int, progress: bool) -> tuple[list[Encoded], EncodeReport]:
     """Up to SAMPLED short enough examples, drawn as the trainer draws them, and what was passed over."""
     examples = load_data(data) if isinstance(data, (str, Path)) else list(data)
     order = np.random.default_rng(seed).permutation(len(examples))
     shuffled = [examples[i] for i in order]
     if not examples or isinstance(examples[0], Example):
-        return encode_all(shuffled, tokenizer, max_length, SAMPLED)
+        return encode_all(shuffled, tokenizer, max_length, SAMPLED, progress)
     lengths = [len(one.input_ids) for one in shuffled]
     kept = [one for one in shuffled if len(one.input_ids) <= max_length]
     if not kept:

@@ -4,7 +4,7 @@ In: a model, encoded examples, batches. Out: a Finding, "ok", "warning" or "prob
 Source: the threads in THREADS. A check runs the real thing on real examples and compares; none reads settings.
 
     tokens:  end_tokens, learned_tokens, left_out, new_tokens        weights:  trained_share, memory
-    steps:   finite_values, live_adapters, accumulation
+    steps:   finite_values, live_adapters, accumulation, packed_rows        rows:  row_lengths
 
 Parameters, gradients, training flags and the random state are left as they were.
 Not here: which checks run on what (doctor.py).
@@ -20,11 +20,14 @@ from torch import nn
 
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, collate, end_token_id, pad_token_id
 from qlora_lab.finetune.dtype_policy import GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
+from qlora_lab.finetune.limits import position_limit, too_long, unknown_token, used_tokens
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.loss import accumulate, answer_loss
 from qlora_lab.finetune.modes import checkpointing, mode, own_draws
 from qlora_lab.finetune.nonfinite import first_nonfinite
+from qlora_lab.finetune.packed_rows import packing_fault
+from qlora_lab.finetune.rounding import tolerance
 from qlora_lab.finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ BLANK = 0.01  # of the usual size: an embedding that is nearer to zero, or to th
 END, LEARNED, LENGTH, NEW = "end token in labels", "learned tokens", "examples left out", "new tokens"
 FINITE, LIVE, ACCUMULATION = "finite values", "adapters learn", "gradient accumulation"
 CHECKPOINTED, SHARE, MEMORY = f"{LIVE} with gradient checkpointing", "trained share", "memory"
+POSITIONS, PACKED = "row lengths", "packed rows"
 THREADS = {  # on github.com
     END: ("huggingface/trl/issues/696", "unslothai/unsloth/issues/416"),
     LEARNED: ("mlabonne/llm-course/issues/33", "huggingface/blog/issues/1302"),
@@ -49,6 +53,8 @@ THREADS = {  # on github.com
     CHECKPOINTED: ("huggingface/peft/issues/1142", "huggingface/transformers/issues/42489"),
     ACCUMULATION: ("huggingface/transformers/pull/34191", "huggingface/trl/issues/2175"),
     SHARE: ("huggingface/peft/pull/733", "artidoro/qlora/issues/260"),
+    POSITIONS: ("huggingface/transformers/issues/6559", "huggingface/transformers/issues/3902"),
+    PACKED: ("huggingface/trl/issues/1230", "hiyouga/LlamaFactory/issues/2289"),
     MEMORY: ("bitsandbytes-foundation/bitsandbytes/issues/1569", "huggingface/peft/issues/1149"),
 }
 Status = Literal["ok", "warning", "problem"]
@@ -70,7 +76,7 @@ class Finding:
 def end_tokens(encoded: list[Encoded], tokenizer: "Tokenizer") -> Finding:
     """Whether every example, in a batch, teaches the token that ends an answer, also where it is the pad token."""
     end, pad = end_token_id(tokenizer), pad_token_id(tokenizer)
-    batch = collate(encoded, pad)
+    batch = collate(encoded, 0 if pad is None else pad)
     text, of = tokenizer.decode([end]), f"of {len(encoded)} examples"
     masked = batch["attention_mask"].sum(1) != torch.tensor([len(one.input_ids) for one in encoded])  # (examples,)
     if masked.any():
@@ -116,15 +122,11 @@ def new_tokens(model: nn.Module, tokenizer: "Tokenizer", encoded: list[Encoded])
     New rows that were drawn at random, and not zero or near the mean, cannot be told from trained ones.
     """
     weight = model.get_input_embeddings().weight  # (rows, hidden)
-    used = sorted({token for one in encoded for token in one.input_ids})
-    highest = max(used[-1], len(tokenizer) - 1)
-    if highest >= len(weight):
-        token = tokenizer.convert_ids_to_tokens(highest)
-        message = (
-            f"{token!r} has id {highest}, but the embedding has {len(weight):,} rows: call "
-            "model.resize_token_embeddings(len(tokenizer)) and train the embedding, or use the tokens that there are"
-        )
-        return _finding(NEW, "problem" if used[-1] >= len(weight) else "warning", message)
+    used = sorted(used_tokens(encoded))
+    if fault := unknown_token(model, tokenizer, used):
+        return _finding(NEW, "problem", fault)
+    if fault := unknown_token(model, tokenizer, range(len(tokenizer))):
+        return _finding(NEW, "warning", fault)
     blank = [] if weight.requires_grad else [used[i] for i in _blank(weight.detach(), used)]
     if blank:
         names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(blank[:3])))
@@ -134,6 +136,16 @@ def new_tokens(model: nn.Module, tokenizer: "Tokenizer", encoded: list[Encoded])
         )
         return _finding(NEW, "warning", message)
     return _finding(NEW, "ok", f"none: all {len(used):,} in use have a trained row among {len(weight):,}")
+
+
+def row_lengths(model: nn.Module, encoded: list[Encoded]) -> Finding:
+    """Whether the model has a position for each token of the longest example."""
+    longest, limit = max(len(one.input_ids) for one in encoded), position_limit(model)
+    if fault := too_long(model, longest):
+        status, reason = fault
+        return _finding(POSITIONS, status, f"an example has {longest} tokens, but {reason}: take a lower max_length")
+    made_for = "any length" if limit is None else f"{limit}"
+    return _finding(POSITIONS, "ok", f"at most {longest} tokens; the model was made for {made_for}")
 
 
 def _blank(weight: torch.Tensor, used: list[int]) -> list[int]:
@@ -204,17 +216,12 @@ def accumulation(
     return _finding(ACCUMULATION, "problem", f"{message}, rounding only up to {allowed:.1e}: {advice}")
 
 
-def tolerance(model: nn.Module) -> float:
-    """By how much two orders of the same sums may differ in norm, relative to the gradient.
-
-    A rounding changes a value by u / sqrt(3) in the mean square, u being half the dtype's eps. It happens after each of
-    n modules, forward and backward, in both runs, and adds up as a random walk: sqrt(4 n / 3) u. In float32 the sums
-    inside a product are rounded as well, once for each of their `hidden` terms; 16-bit types add up in float32.
-    """
-    dtype = getattr(model, "dtype", torch.float32)
-    n = sum(not any(m.children()) and not isinstance(m, nn.Dropout) for m in model.modules())
-    terms = model.get_input_embeddings().weight.shape[1] if dtype == torch.float32 else 1
-    return (4 * n / 3 * terms) ** 0.5 * torch.finfo(dtype).eps / 2
+def packed_rows(model: nn.Module, examples: list[Encoded], asked: bool) -> Finding:
+    """Whether examples in one row stay apart in this model; a problem only if packing is `asked` for."""
+    fault = packing_fault(model, examples[0], examples[-1])
+    if fault is None:
+        return _finding(PACKED, "ok", "examples in one row stay apart: packing may be used")
+    return _finding(PACKED, "problem" if asked else "ok", f"packing must be left off: {fault}")
 
 
 def _accumulate(model: nn.Module, batches: list[Batch]) -> None:

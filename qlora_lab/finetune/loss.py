@@ -57,14 +57,14 @@ def accumulate(
     return loss
 
 
-def held_out_loss(model: torch.nn.Module, encoded: list[Encoded]) -> float:
+def held_out_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool = True) -> float:
     """Mean cross entropy in nats over all answer tokens of all examples, each token counting once.
 
     Raises ValueError for an empty list.
     """
     if not encoded:
         raise ValueError("no held-out examples: the loss needs at least one")
-    loss, labels = summed_loss(model, encoded)
+    loss, labels = summed_loss(model, encoded, progress)
     return loss / labels
 
 

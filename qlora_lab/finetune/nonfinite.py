@@ -50,7 +50,7 @@ class NonFinite:
     def __str__(self) -> str:
         notes = [f"the largest that entered is {self.largest:.1e}"] if self.largest is not None else []
         if self.dtype == "float16":
-            notes.append(f"float16 ends at {LARGEST_HALF:,.0f}: use bf16 or float32")
+            notes.append(f"float16 ends at {LARGEST_HALF:,.0f}: use bfloat16 or float32")
         of = f"{self.bad:,} of {self.total:,} value{'s' if self.total > 1 else ''}"
         text = f"{WHAT[self.kind].format(self.name)}, {self.dtype}, has {of} not finite"
         return f"{text} ({'; '.join(notes)})" if notes else text

@@ -18,13 +18,13 @@ from qlora_lab.finetune.wide import widen
 from qlora_lab.kernels import product
 
 PROBE = 2**12  # elements of each base weight that tell one model from another
+NUMBER, CHOICE = ("steps", "batch_size"), ("max_length", "seed")  # decide how many examples are encoded, and which
 
 
 def record(model, settings: Settings, report: EncodeReport, encoded: list[Encoded]) -> dict:
     """All that decided the run, for settings.json and for whoever resumes it."""
     layers = adapters(model)
     layer = next(iter(layers.values()))
-    ids = hashlib.sha256(repr([(one.input_ids, one.labels) for one in encoded]).encode())
     return asdict(settings) | {
         "model": getattr(model, "name_or_path", None),
         "base_sha256": _base_checksum(model),
@@ -38,13 +38,42 @@ def record(model, settings: Settings, report: EncodeReport, encoded: list[Encode
             "layers": len(layers),
         },
         "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
-        "data": asdict(report) | {"sha256": ids.hexdigest()},
+        "data": asdict(report) | {"sha256": _examples_checksum(encoded)},
     }
 
 
 def comparable(record: dict) -> dict:
     """What must be the same when a run is resumed."""
     return {name: value for name, value in json.loads(json.dumps(record)).items() if name not in FREE}
+
+
+def obstacles(saved: dict, now: dict, encoded: list[Encoded]) -> list[str]:
+    """Why a run that was saved cannot be resumed with what is asked for now, one line each, causes alone.
+
+    Another number of steps encodes another number of examples: only the number of steps is a cause then. Where it does
+    not, and the learning rate does not follow from it either, the steps made so far are those of the longer run.
+    """
+    free = set()
+    if saved["data"] == now["data"] and saved["schedule"] == now["schedule"] == "constant":
+        free.add("steps")
+    if _data_follow(saved, now, encoded):
+        free.add("data")
+    saved, now = ({name: value for name, value in one.items() if name not in free} for one in (saved, now))
+    return differences(saved, now)
+
+
+def _data_follow(saved: dict, now: dict, encoded: list[Encoded]) -> bool:
+    """Whether the encoded examples differ, if they do, because a setting does."""
+    if any(saved[name] != now[name] for name in CHOICE):
+        return True
+    if all(saved[name] == now[name] for name in NUMBER):
+        return False
+    kept = saved["data"]["kept"]  # in the same order, so that fewer are the first of more
+    return kept > len(encoded) or _examples_checksum(encoded[:kept]) == saved["data"]["sha256"]
+
+
+def _examples_checksum(encoded: list[Encoded]) -> str:
+    return hashlib.sha256(repr([(one.input_ids, one.labels) for one in encoded]).encode()).hexdigest()
 
 
 def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:

@@ -26,7 +26,8 @@ class Settings:
     warmup_steps: int = 0  # in which the rate rises from lr / (warmup_steps + 1) to lr
     clip: float = 0.3  # the paper's largest gradient norm
     max_length: int = 256  # tokens; longer examples are left out, and counted: memory follows the longest
-    packing: bool = False  # several examples in one row of max_length tokens: less padding, the same loss
+    packing: bool = False  # several examples in one row of max_length tokens: less padding, the same loss; the model
+    #                        is asked first whether it keeps them apart (packed_rows.py)
     group_by_length: bool = False  # batches of examples that are alike in length: less padding, other batches
     gradient_checkpointing: bool = False  # keep one activation a layer and compute the others again: less memory
     shard: bool = False  # base weights spread over the processes, not whole on each: less memory, more traffic

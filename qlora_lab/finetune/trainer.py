@@ -27,19 +27,21 @@ from tqdm.auto import tqdm
 from qlora_lab.finetune.allocator import recycle_memory
 from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
 from qlora_lab.finetune.checkpoint import BEST, forget, load_checkpoint, restore_best, save_checkpoint, saved_steps
-from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data, pad_token_id
+from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data
 from qlora_lab.finetune.distributed import engine_for, together
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.files import replacing_file, sync
 from qlora_lab.finetune.interrupt import Interrupt, waiting
+from qlora_lab.finetune.limits import check_length, check_tokens, fill_id, used_tokens
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.loss import accumulate, summed_loss
 from qlora_lab.finetune.modes import checkpointing, mode, own_draws
 from qlora_lab.finetune.nonfinite import first_nonfinite
+from qlora_lab.finetune.packed_rows import check_packing
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
 from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, check_free, replacing_run
-from qlora_lab.finetune.run_record import adopt_arithmetic, arithmetic, comparable, computes_in, differences, record
+from qlora_lab.finetune.run_record import adopt_arithmetic, arithmetic, comparable, computes_in, obstacles, record
 from qlora_lab.finetune.settings import Settings, check_held_out, learning_rate
 
 if TYPE_CHECKING:
@@ -96,9 +98,11 @@ def finetune(
     resume: go on from the newest checkpoint in `out`, or from that of a step; where no run was begun, begin.
     overwrite: replace an earlier run in `out`; without either such a run is an error. Training flags and the random
     state are left as they were.
-    Raises ValueError for a setting that is not allowed, data without an example, or a resume with other settings, data,
-    model or adapter; FileExistsError for an earlier run; FloatingPointError for a loss or gradient that is not finite,
-    with step, layer and dtype; OSError for a full disk; KeyboardInterrupt for Ctrl-C, when all is saved.
+    Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
+    example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other
+    settings, data, model or adapter; FileExistsError for an earlier run; FloatingPointError for a loss or gradient that
+    is not finite, with step, layer and dtype; OSError for a full disk; KeyboardInterrupt for Ctrl-C, when all is saved.
+    Warns of examples longer than a model with computed positions was made for.
     """
     options = {"held_out": held_out, "resume": resume, "overwrite": overwrite, "progress": progress}
     return Training(model, tokenizer, data, out, Settings(steps=steps, **settings), **options).run()
@@ -136,9 +140,19 @@ class Training:
         self._held_out = []
         if settings.eval_every:
             self._held_out, _ = encode_all(held_out, tokenizer, settings.max_length, progress=progress)
-        self._pad_id = pad_token_id(tokenizer)
+        self._check_readable(tokenizer)
+        self._pad_id = fill_id(model, tokenizer)
         self._lengths = [len(one.input_ids) for one in self._encoded] if settings.group_by_length else None
         self._interrupt, self._begun = Interrupt(), False
+
+    def _check_readable(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raise ValueError if the model cannot read the examples, or mixes those that are packed into one row."""
+        everything = [*self._encoded, *self._held_out]
+        check_tokens(self.model, tokenizer, used_tokens(everything))
+        longest = max(len(example.input_ids) for example in everything)
+        check_length(self.model, longest, "an example", "leave it out by a lower max_length (--max-length)")
+        if self.settings.packing:
+            check_packing(self.model, self._encoded, self.settings.max_length)
 
     def run(self) -> Run:
         """Make all steps that are left. Raises KeyboardInterrupt, when all is saved, if one came."""
@@ -234,7 +248,10 @@ class Training:
 
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
-        if lines := differences(facts["run"], comparable(self._record)):
+        if step >= self.settings.steps:
+            made = f"{self.folder} was saved at step {step}, so steps={self.settings.steps} are made already"
+            raise ValueError(f"{made}: ask for more of them")
+        if lines := obstacles(facts["run"], comparable(self._record), self._encoded):
             raise ValueError(
                 f"{self.folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "
                 "Ask for what it was begun with, or choose another folder"
@@ -383,8 +400,14 @@ class Training:
         raise FloatingPointError(
             f"step {step}: loss {loss}, gradient norm {norm}; nothing was updated by this step, {self._last_saved()}. "
             f"First that is not finite: {where or 'not found again, so it was drawn (dropout) or is in the sum'}. "
-            f"Try dtype float32 or bf16 instead of fp16, or lr below {self.settings.lr}"
+            f"{self._remedy()}"
         )
+
+    def _remedy(self) -> str:
+        """What to change after a loss that is not finite, in Python and on the command line."""
+        lower = f"lower lr={self.settings.lr} (--lr)"
+        narrow = computes_in(self.model) != torch.float32
+        return f"Load the model with dtype=torch.float32 (--dtype float32), or {lower}" if narrow else f"Try to {lower}"
 
     def _last_saved(self) -> str:
         steps = saved_steps(self.folder)

@@ -8,7 +8,10 @@ does.)
 Not here: the loss itself (finetune/loss.py), the loss on running text (perplexity.py).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -16,10 +19,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.data import encode_all, end_token_id, pad_token_id, prompt_ids, to_device
+from qlora_lab.finetune.data import encode_all, end_token_id, prompt_ids, to_device
 from qlora_lab.finetune.examples import Example, Turns
+from qlora_lab.finetune.limits import check_length, check_tokens, fill_id, used_tokens
 from qlora_lab.finetune.loss import held_out_loss
 from qlora_lab.finetune.modes import measuring
+from qlora_lab.finetune.reach import reads_padding
 from qlora_lab.measure.rouge import rouge_l
 
 if TYPE_CHECKING:
@@ -28,8 +33,6 @@ if TYPE_CHECKING:
 MAX_LENGTH = 512  # tokens of prompt and answer: 99 % of the held-out docstrings
 ANSWER_TOKENS = 40  # 99 % of their summaries have at most 37
 ANSWERS_AT_ONCE = 25  # each new token unpacks every weight once, whether for one answer or for many
-# Each is said because what is left out comes from the model's own configuration: Llama 2 samples at temperature 0.6.
-GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -41,45 +44,92 @@ class HeldOut:
     answers: list[str]
 
 
-def held_out(model: torch.nn.Module, tokenizer: "Tokenizer", examples: list[Example]) -> HeldOut:
+def held_out(
+    model: torch.nn.Module, tokenizer: "Tokenizer", examples: list[Example], *, progress: bool = True
+) -> HeldOut:
     """Loss and ROUGE-L of the model on `examples`, which must have been kept out of its training.
 
-    Examples of more than MAX_LENGTH tokens count in ROUGE-L but not in the loss.
+    Examples of more than MAX_LENGTH tokens count in ROUGE-L but not in the loss. Raises ValueError for a token that the
+    model has no embedding for, and for a row that is longer than its table of positions.
     """
-    encoded, _ = encode_all(examples, tokenizer, MAX_LENGTH)
-    loss = held_out_loss(model, encoded)
-    answers = generate_answers(model, tokenizer, examples)
+    encoded, _ = encode_all(examples, tokenizer, MAX_LENGTH, progress=progress)
+    check_tokens(model, tokenizer, used_tokens(encoded))
+    longest = max(len(example.input_ids) for example in encoded)
+    check_length(model, longest, "a held-out example", "take shorter ones")
+    loss = held_out_loss(model, encoded, progress)
+    answers = generate_answers(model, tokenizer, examples, progress=progress)
     return HeldOut(loss, fmean(rouge_l(answers, [example.answer for example in examples])), answers)
 
 
-def generate(model: torch.nn.Module, tokenizer: "Tokenizer", question: str, max_new_tokens: int = 128) -> str:
-    """The model's greedy answer to one question of a user, under the tokenizer's chat template."""
-    return _answers(model, tokenizer, [(("user", question),)], max_new_tokens)[0]
+def generate(
+    model: torch.nn.Module, tokenizer: "Tokenizer", question: str, max_new_tokens: int = 128, *, progress: bool = True
+) -> str:
+    """The model's greedy answer to one question of a user, under the tokenizer's chat template. Raises as held_out."""
+    return _answers(model, tokenizer, [(("user", question),)], max_new_tokens, progress)[0]
 
 
 def generate_answers(
-    model: torch.nn.Module, tokenizer: "Tokenizer", examples: list[Example], max_new_tokens: int = ANSWER_TOKENS
+    model: torch.nn.Module,
+    tokenizer: "Tokenizer",
+    examples: list[Example],
+    max_new_tokens: int = ANSWER_TOKENS,
+    *,
+    progress: bool = True,
 ) -> list[str]:
     """The model's own greedy answers to the prompts of `examples`, without special tokens and outer white space."""
-    return _answers(model, tokenizer, [example.prompt for example in examples], max_new_tokens)
+    return _answers(model, tokenizer, [example.prompt for example in examples], max_new_tokens, progress)
 
 
-def _answers(model: torch.nn.Module, tokenizer: "Tokenizer", prompts: list[Turns], max_new_tokens: int) -> list[str]:
+def _answers(
+    model: torch.nn.Module, tokenizer: "Tokenizer", prompts: list[Turns], max_new_tokens: int, progress: bool
+) -> list[str]:
     from transformers import GenerationConfig
 
     rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
-    stop, pad = _stop_ids(model, tokenizer), pad_token_id(tokenizer)
-    config = GenerationConfig(**GREEDY, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=pad)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding
+    check_tokens(model, tokenizer, {token for row in rows for token in row})
+    longest = max(map(len, rows)) + max_new_tokens - 1  # the last token is not read
+    check_length(model, longest, "a prompt with its answer", "take fewer max_new_tokens (--max-new-tokens)")
+    stop, fill = _stop_ids(model, tokenizer), fill_id(model, tokenizer)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=fill)
+    batches = _at_once(model, rows, fill)
     answers = {}
-    with measuring(model):
-        for start in tqdm(range(0, len(rows), ANSWERS_AT_ONCE), "answers", unit="batch", leave=False):
-            chosen = order[start : start + ANSWERS_AT_ONCE]
-            batch = to_device(_left_padded([rows[i] for i in chosen], pad), model)
-            generated = model.generate(**batch, generation_config=config)
-            new = generated[:, batch["input_ids"].shape[1] :]  # (batch, at most max_new_tokens)
-            answers |= zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
+    with measuring(model), _own_configuration_aside(model):
+        for chosen in tqdm(batches, "answers", unit="batch", leave=False, disable=not progress):
+            batch = to_device(_left_padded([rows[i] for i in chosen], fill), model)
+            generated = model.generate(**batch, generation_config=greedy)
+            new = generated[:, batch["input_ids"].shape[1] :].tolist()  # batch lists of at most max_new_tokens
+            texts = tokenizer.batch_decode([_until(row, stop) for row in new], skip_special_tokens=True)
+            answers |= zip(chosen, texts, strict=True)
     return [answers[i].strip() for i in range(len(rows))]
+
+
+def _at_once(model: torch.nn.Module, rows: list[list[int]], fill: int) -> list[list[int]]:
+    """Numbers of rows that are answered together: alike in length, or equally long where the model reads padding."""
+    lengths = [len(row) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    groups = [order]
+    if min(lengths) < max(lengths) and reads_padding(model, rows[order[0]], fill):
+        groups = [list(group) for _, group in groupby(order, key=lengths.__getitem__)]
+    return [
+        group[start : start + ANSWERS_AT_ONCE] for group in groups for start in range(0, len(group), ANSWERS_AT_ONCE)
+    ]
+
+
+@contextmanager
+def _own_configuration_aside(model: torch.nn.Module) -> Iterator[None]:
+    """Generate by what is passed alone.
+
+    transformers fills what is left out of it from the model's own configuration, which may sample, punish repetitions,
+    suppress tokens or search beams. To say the neutral value of each field would miss those that are None when neutral,
+    and those of its next version. With another one in its place all are neutral.
+    """
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _stop_ids(model: torch.nn.Module, tokenizer: "Tokenizer") -> list[int]:
@@ -87,6 +137,11 @@ def _stop_ids(model: torch.nn.Module, tokenizer: "Tokenizer") -> list[int]:
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     return sorted({end_token_id(tokenizer), *own} - {None})
+
+
+def _until(row: list[int], stop: list[int]) -> list[int]:
+    """The row before the first token that ends it. Behind it a row is filled, with any token."""
+    return row[: next((i for i, token in enumerate(row) if token in stop), len(row))]
 
 
 def _left_padded(prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qlora_lab.finetune.limits import check_length, check_tokens
 from qlora_lab.finetune.loss import batch_losses
 
 if TYPE_CHECKING:
@@ -33,12 +34,29 @@ def topics_text() -> str:
     return "\n\n".join(topics[key] for key in sorted(topics))
 
 
-def perplexity(model: torch.nn.Module, tokenizer: "Tokenizer", text: str, length: int = 512, windows: int = 8) -> float:
+def perplexity(
+    model: torch.nn.Module,
+    tokenizer: "Tokenizer",
+    text: str,
+    length: int = 512,
+    windows: int = 8,
+    *,
+    progress: bool = True,
+) -> float:
     """Perplexity of the first `windows` windows of `length` tokens of `text`.
 
-    Raises ValueError if `text` has fewer tokens than that, or if a window has no token to predict.
+    Raises ValueError if `text` has fewer tokens than that, if a window has no token to predict, or if the model has no
+    embedding for a token or no position for a window's last one; warns of windows longer than it was made for.
     """
-    return math.exp(fmean(window_losses(model, text_windows(tokenizer, text, length, windows))))
+    rows = text_windows(tokenizer, text, length, windows)
+    check_windows_fit(model, tokenizer, rows)
+    return math.exp(fmean(window_losses(model, rows, progress)))
+
+
+def check_windows_fit(model: torch.nn.Module, tokenizer: "Tokenizer", rows: torch.Tensor) -> None:
+    """Raise ValueError if the model cannot read windows of tokens, (windows, length) int64; warn if they are long."""
+    check_tokens(model, tokenizer, set(rows.flatten().tolist()))
+    check_length(model, rows.shape[1], "a window", "take a smaller length (--length)")
 
 
 def text_windows(tokenizer: "Tokenizer", text: str, length: int = 512, windows: int = 8) -> torch.Tensor:

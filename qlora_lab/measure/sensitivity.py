@@ -37,7 +37,7 @@ from qlora_lab.finetune.linear4bit import linears_to_quantise
 from qlora_lab.finetune.models import layer_sizes, public_name
 from qlora_lab.finetune.modes import mode
 from qlora_lab.finetune.stored import stored_tensors
-from qlora_lab.measure.perplexity import text_windows
+from qlora_lab.measure.perplexity import check_windows_fit, text_windows
 from qlora_lab.quant.block_size import Candidate, Choices, bits_table, check_candidate
 from qlora_lab.quant.quantize import dequantize, quantize
 
@@ -68,7 +68,9 @@ def sensitivity(
     one that predicts NaN.
     """
     if isinstance(text, str):
-        batches = [{"input_ids": row[None]} for row in text_windows(tokenizer, text, length, windows)]
+        found = text_windows(tokenizer, text, length, windows)
+        check_windows_fit(model, tokenizer, found)
+        batches = [{"input_ids": row[None]} for row in found]
     else:
         batches = text
     layers = linears_to_quantise(model)

@@ -44,7 +44,7 @@ from qlora_lab.finetune.models import fast_dtype, load
 from qlora_lab.finetune.stored import stored_tensors
 from qlora_lab.measure.code_use import CodeUse, code_counts
 from qlora_lab.measure.machine import machine
-from qlora_lab.measure.perplexity import check_windows, text_windows, topics_text, window_losses
+from qlora_lab.measure.perplexity import check_windows, check_windows_fit, text_windows, topics_text, window_losses
 from qlora_lab.measure.results_file import append_result, identity, open_results
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import CODEBOOKS, check_levels
@@ -145,11 +145,10 @@ def _prepared(name_or_path, windows, length, text, dtype, device, progress) -> "
     dtype = dtype or (torch.float32 if device.type == "cpu" else fast_dtype(device))
     model, tokenizer = load(name_or_path, None, dtype=dtype, device=device, progress=progress)
     source = Source(model, folder)
-    if length > (longest := getattr(model.config, "max_position_embeddings", length)):
-        raise ValueError(f"length={length}: {folder} was made for windows of at most {longest} tokens")
     own = text is not None
     text = text if own else topics_text()
     tokens = text_windows(tokenizer, text, length, windows)
+    check_windows_fit(model, tokenizer, tokens)
     shared = {
         "model": _model_record(name_or_path, folder),
         "data": {

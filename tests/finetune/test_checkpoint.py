@@ -26,6 +26,7 @@ from qlora_lab.kernels import product
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "two" * (i % 3 + 1)))) for i in range(21)]
+MANY = EXAMPLES * 4  # more than 12 steps of 4 need
 SETTINGS = {"steps": 12, "batch_size": 4, "lr": 2e-2, "save_every": 2, "max_length": 40}
 slow = partial(pytest.param, marks=pytest.mark.slow)
 PAGE, FRAMES = 1040, 2  # the state of the tiny model is 17 pages of 1040 bytes, or 14 with 8 bits
@@ -216,6 +217,43 @@ def stopped(folder, tmp_path):
 def test_another_run_is_not_resumed_and_the_difference_is_told(folder, stopped, change, message):
     with pytest.raises(ValueError, match=message):
         training(folder, stopped, resume=True, **change).run()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"steps": 14}, r"steps: 12 in the checkpoint, 14 now\. Ask"),  # 56 examples, and no longer 48
+        ({"steps": 8}, r"steps: 12 in the checkpoint, 8 now\. Ask"),
+        slow({"batch_size": 3}, r"batch_size: 4 in the checkpoint, 3 now\. Ask"),
+        slow({"seed": 3}, r"seed: 0 in the checkpoint, 3 now\. Ask"),
+        slow({"max_length": 39}, r"max_length: 40 in the checkpoint, 39 now\. Ask"),
+        ({"steps": 14, "r": 8}, r"steps: 12 in the checkpoint, 14 now; adapter\.r: 4 in the checkpoint, 8 now\. Ask"),
+        ({"steps": 14, "examples": MANY[1:]}, r"steps: 12 in the checkpoint, 14 now; data\.\w+: "),
+        ({"steps": 5}, r"was saved at step 5, so steps=5 are made already: ask for more of them"),
+    ],
+)
+def test_a_cause_is_told_without_what_follows_from_it(folder, tmp_path, change, message):
+    """Which examples are encoded follows from the number of steps, and is no difference of its own."""
+    stop_at(5, folder, tmp_path / "run", examples=MANY)
+    with pytest.raises(ValueError, match=message):
+        training(folder, tmp_path / "run", resume=True, **{"examples": MANY} | change).run()
+
+
+@pytest.mark.parametrize("steps", [14, slow(9)])
+def test_where_nothing_follows_from_the_number_of_steps_it_may_change(folder, tmp_path, steps):
+    """All data are encoded either way and the rate is constant: the steps made so far are those of the other run."""
+    training(folder, tmp_path / "whole", steps=steps, batch_size=8).run()
+    stop_at(5, folder, tmp_path / "run", batch_size=8)
+    training(folder, tmp_path / "run", steps=steps, batch_size=8, resume=True).run()
+    same_result(tmp_path / "run", tmp_path / "whole")
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["steps"] == steps
+
+
+def test_a_rate_that_follows_from_the_number_of_steps(folder, tmp_path):
+    options = {"batch_size": 8, "schedule": "cosine"}
+    stop_at(3, folder, tmp_path / "run", **options)
+    with pytest.raises(ValueError, match=r"resumed: steps: 12 in the checkpoint, 14 now\. Ask"):
+        training(folder, tmp_path / "run", steps=14, resume=True, **options).run()
 
 
 @pytest.mark.slow

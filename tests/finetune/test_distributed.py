@@ -227,7 +227,6 @@ def test_the_command_line_under_torchrun(folder, tmp_path):
 
 def test_other_processes_say_which_they_are(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("TQDM_DISABLE", "1")  # main sets it for them: it should not last
     assert cli.main(["finetune", "--data", "no.jsonl"]) == 2
     assert capsys.readouterr().err.startswith("qlora-lab finetune (process 3): ")
 

@@ -21,7 +21,7 @@ from qlora_lab.finetune.doctor_checks import (
     live_adapters,
     memory,
     new_tokens,
-    tolerance,
+    row_lengths,
     trained_share,
 )
 from qlora_lab.finetune.dtype_policy import dtype_policy
@@ -30,6 +30,8 @@ from qlora_lab.finetune.linear4bit import quantize_linears
 from qlora_lab.finetune.lora import add_lora
 from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.modes import checkpointing, mode
+from qlora_lab.finetune.rounding import tolerance
+from tests.finetune.families import tiny
 
 DATA = [Example((("user", f"the sum of {i} and {i}"), ("assistant", "two " * (1 + i % 5)))) for i in range(12)]
 BROKEN = "model.layers.1.mlp.up_proj"
@@ -181,9 +183,10 @@ def test_tokens_beyond_the_embedding(model, tokenizer, encoded):
     report = diagnose(model, tokenizer, used, progress=False)
     assert not report.ok and report.skipped == ("finite values", "adapters learn", doctor_checks.CHECKPOINTED) + (
         "gradient accumulation",
+        "packed rows",
         "memory",
     )
-    assert str(report).splitlines()[-1].startswith("skipped  finite values, adapters learn, ")
+    assert "\nskipped  finite values, adapters learn, " in str(report)
 
 
 @pytest.mark.parametrize("value", ["zero", "mean"])
@@ -195,6 +198,54 @@ def test_embeddings_that_were_never_trained(model, tokenizer, encoded, value):
     assert found.status == "warning" and "'<|im_start|>', have an embedding that was never trained" in found.message
     weight.requires_grad_(True)
     assert new_tokens(model, tokenizer, encoded).status == "ok"
+
+
+def test_a_pad_token_without_an_embedding_stops_no_step(model, tokenizer):
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    report = diagnose(model, tokenizer, DATA, progress=False)
+    (found,) = [f for f in report.findings if f.name == doctor_checks.NEW]
+    assert found.status == "warning" and found.message.startswith("'[PAD]' has id 280, but the embedding has 280 rows")
+    assert report.ok and report.skipped == ()
+
+
+def test_a_tokenizer_without_pad_and_end_token(model, tokenizer):
+    """Its template ends answers by a token all the same."""
+    tokenizer.pad_token = tokenizer.eos_token = None
+    assert diagnose(model, tokenizer, DATA, progress=False).ok
+
+
+@pytest.mark.parametrize("token", [-1, 280])
+def test_labels_that_no_embedding_has(model, tokenizer, encoded, token):
+    faulty = [with_labels(one, lambda label: label if label == IGNORED else token) for one in encoded]
+    report = diagnose(model, tokenizer, faulty, progress=False)
+    (found,) = [f for f in report.findings if f.name == doctor_checks.NEW]
+    assert found.status == "problem" and f"has id {token}, but" in found.message and "finite values" in report.skipped
+
+
+def test_rows_and_positions(tokenizer, encoded):
+    longest = max(len(one.input_ids) for one in encoded)
+    found = row_lengths(tiny("Llama"), encoded)
+    assert (found.status, found.message) == ("ok", f"at most {longest} tokens; the model was made for 64")
+    assert row_lengths(tiny("Bloom"), encoded).message.endswith("the model was made for any length")
+    assert row_lengths(tiny("Llama", max_position_embeddings=20), encoded).status == "warning"
+    model = add_lora(tiny("OPT", vocab_size=280, max_position_embeddings=20), r=2)
+    report = diagnose(model, tokenizer, encoded, progress=False)
+    (found,) = [f for f in report.findings if f.name == doctor_checks.POSITIONS]
+    reason = f"an example has {longest} tokens, but OPTForCausalLM stores 20 positions: take a lower max_length"
+    assert (found.status, found.message) == ("problem", reason) and "finite values" in report.skipped
+
+
+@pytest.mark.parametrize("packing, status", [(False, "ok"), (True, "problem")])
+def test_packed_rows(tokenizer, packing, status):
+    """Where packing is not asked for, it is still told whether it may be."""
+    sound, leaking = (add_lora(tiny(family, vocab_size=280), r=2) for family in ("Qwen2", "OPT"))
+    words = {sound: "examples in one row stay apart: packing may be used"}
+    words[leaking] = "packing must be left off: an example reads its neighbour in the row"
+    for model, message in words.items():
+        report = diagnose(model, tokenizer, DATA, packing=packing, progress=False)
+        (found,) = [f for f in report.findings if f.name == doctor_checks.PACKED]
+        assert (found.status, found.message) == ("ok" if model is sound else status, message)
+        assert report.ok == (found.status == "ok")
 
 
 # ------------------------------------------------------------------------------------------------------------ steps

@@ -80,7 +80,7 @@ def test_an_overflow_of_float16_in_a_layer(model, batch, checkpointed):
     assert (found.kind, found.name, found.dtype) == ("output", f"{MLP}.down_proj", "float16")
     assert found.largest == entering[0] < 65504 and 0 < found.bad <= found.total == 2 * 10 * 16
     sentence = f"the output of {MLP}.down_proj, float16, has {found.bad} of 320 values not finite"
-    hint = f"(the largest that entered is {entering[0]:.1e}; float16 ends at 65,504: use bf16 or float32)"
+    hint = f"(the largest that entered is {entering[0]:.1e}; float16 ends at 65,504: use bfloat16 or float32)"
     assert str(found) == f"{sentence} {hint}"
 
 

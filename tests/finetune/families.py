@@ -1,0 +1,50 @@
+"""Tiny models of many families of transformers, drawn with seed 0: 64 tokens, 64 positions where there is a limit."""
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+LIKE_LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LIKE_LLAMA |= {"max_position_embeddings": 64}
+LIKE_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+STATE_SPACE = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+GROUPED = LIKE_LLAMA | {"num_key_value_heads": 2, "head_dim": 8}
+OPT = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+FAMILIES = {
+    "BioGpt": LIKE_LLAMA,
+    "Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "CTRL": LIKE_GPT2 | {"dff": 32},
+    "CodeGen": LIKE_GPT2 | {"n_head": 4, "rotary_dim": 4},
+    "Falcon": LIKE_LLAMA,
+    "GPT2": LIKE_GPT2,
+    "GPTBigCode": LIKE_GPT2,
+    "GPTJ": LIKE_GPT2 | {"rotary_dim": 4},
+    "GPTNeoX": LIKE_LLAMA,
+    "Gemma2": GROUPED | {"sliding_window": 4},
+    "GptOss": GROUPED | {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4},
+    "Jamba": LIKE_LLAMA
+    | {"num_key_value_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
+    | {"mamba_d_state": 4, "use_mamba_kernels": False},
+    "Lfm2": GROUPED | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "Llama": LIKE_LLAMA,
+    "Mamba": STATE_SPACE,
+    "Mamba2": STATE_SPACE | {"num_heads": 4, "head_dim": 8, "n_groups": 1},
+    "Mistral": GROUPED | {"sliding_window": 4},
+    "Mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Mpt": {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 64},
+    "OPT": OPT | {"max_position_embeddings": 64},
+    "Phi3": LIKE_LLAMA,
+    "Qwen2": LIKE_LLAMA | {"num_key_value_heads": 2},
+    "RecurrentGemma": {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    | {"num_key_value_heads": 1, "head_dim": 8, "lru_width": 16, "attention_window_size": 4},
+    "Rwkv": {"hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2, "context_length": 64},
+}
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
+    """The causal model of `family`, frozen, drawn wide enough that attention decides."""
+    own = FAMILIES[family] | {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**own | {"initializer_range": 0.5} | options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).eval()
