@@ -5,8 +5,8 @@
 
 A stage that fails stops no other one. Exit code 1: at least one failed; 2: there is no stage of that name.
 Two workers of pytest with a thread each are faster than one with two; tests of several threads set their number
-themselves, and one stage has two. The stages of one winner run what touches arithmetic as on a machine whose race of products ends so
-(qlora_lab/kernels/product.py), "old" as on a CPU without AVX2, "readable" without kernels.
+themselves, and the stage "onednn" has two. Five stages run what touches arithmetic as on another machine: three by the
+winner of the race of products (qlora_lab/kernels/product.py), "old" on a CPU without AVX2, "readable" without kernels.
 """
 
 import os
