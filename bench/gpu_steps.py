@@ -13,12 +13,11 @@ Compared are the packed codes, bit for bit, the first loss of every token, and t
 how far the losses may be apart.
 """
 
-import argparse
 import datetime
 import hashlib
 import json
 import sys
-from math import log
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -49,6 +48,9 @@ TOY = {
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 R, LR, CLIP, IDS = 16, 1e-3, 0.3, 64
+# What multiplies on the CPU, whichever wins there: float32 in float32, and bf16 in bf16, as a GPU does.
+RACES = {"float32": Race(1.0, inf, inf), "bfloat16": Race(inf, inf, 1.0)}
+LIMITS = {"float32": {"tokens": 1e-3, "losses": 2.0**-12}, "bfloat16": {"tokens": 0.1, "losses": 2.0**-9}}
 
 
 class Case(NamedTuple):
@@ -105,14 +107,19 @@ def first_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor], device:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").tolist()
 
 
-def train(case: Case, dtype: torch.dtype, device: torch.device) -> dict:
-    """The first loss of every token, the mean loss, gradient norm and seconds of every step, and digests."""
+def train(case: Case, dtype: torch.dtype, device: torch.device, end: float = inf) -> dict:
+    """The first loss of every token, the mean loss, gradient norm and seconds of every step, and digests.
+
+    After `end` of perf_counter no step is begun but the first.
+    """
     model, digests = build(case, dtype, device)
     batch = batch_of(case)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
     found = digests | {"tokens": first_losses(model, batch, device), "losses": [], "norms": [], "seconds": []}
     for _ in range(case.steps):
+        if found["losses"] and perf_counter() > end:
+            break
         start = perf_counter()
         optimizer.zero_grad(set_to_none=True)
         found["losses"].append(accumulate(model, [batch], case.rows * (case.length - 1)))
@@ -121,3 +128,54 @@ def train(case: Case, dtype: torch.dtype, device: torch.device) -> dict:
         synchronize(device)
         found["seconds"].append(perf_counter() - start)
     return found
+
+
+def apart(found: dict, cpu: dict) -> dict[str, float]:
+    """How far two runs are: of the first losses, root mean square over their spread; of the mean losses, the largest
+    difference over the loss."""
+    tokens, known = torch.tensor(found["tokens"]), torch.tensor(cpu["tokens"])
+    pairs = zip(found["losses"], cpu["losses"], strict=False)  # steps may have been cut off
+    return {
+        "tokens": ((tokens - known).square().mean().sqrt() / known.std()).item(),
+        "losses": max(abs(ours - theirs) / theirs for ours, theirs in pairs),
+    }
+
+
+def compare(found: dict, cpu: dict, dtype: str) -> list[str]:
+    """Put how far it is from the CPU's run into `found`. Returns what is too far."""
+    found |= {"cpu": cpu["losses"], "apart": apart(found, cpu), "limits": LIMITS[dtype]}
+    failures = [f"{dtype}: other {what} than the CPU's" for what in ("weights", "codes") if found[what] != cpu[what]]
+    for what, limit in LIMITS[dtype].items():
+        if not found["apart"][what] <= limit:
+            failures.append(f"{dtype}: {what} are {found['apart'][what]:.3g} from the CPU's, at most {limit:.3g}")
+    return failures
+
+
+def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
+    """Fill `found`. Returns what failed."""
+    name = "toy" if quick else "smollm2-135m"
+    stored, failures = json.loads(STORED.read_text("utf-8")), []
+    found |= {"case": name, **CASES[name]._asdict(), "r": R, "lr": LR, "clip": CLIP, "cpu": stored["processor"]}
+    for dtype in DTYPES:
+        found[dtype] = train(CASES[name], DTYPES[dtype], device, end)
+        failures += compare(found[dtype], stored["cases"][name][dtype], dtype)
+    return failures
+
+
+def main() -> None:
+    """Compute what the CPU learns, and store it."""
+    cases = {}
+    for name, case in CASES.items():
+        cases[name] = {}
+        for dtype, race in RACES.items():
+            print(name, dtype, flush=True)
+            keep(race)
+            one = train(case, DTYPES[dtype], torch.device("cpu"))
+            one["tokens"] = [round(loss, 6) for loss in one["tokens"]]
+            cases[name][dtype] = {key: value for key, value in one.items() if key != "seconds"}
+    facts = {"date": datetime.date.today().isoformat(), "processor": cpu_name(), "versions": versions()}
+    write(STORED, json.dumps(facts | {"cases": cases}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

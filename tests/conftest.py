@@ -11,7 +11,12 @@ from hypothesis import settings  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-NEED_TRITON = ["test_bench_gpu.py", "show/test_kernel_map.py", "kernels/triton/test_interpreter.py"]
+NEED_TRITON = [
+    "test_bench_gpu.py",
+    "test_bench_gpu_day.py",
+    "show/test_kernel_map.py",
+    "kernels/triton/test_interpreter.py",
+]
 NEED_TRITON += ["kernels/triton/test_ops.py", "kernels/triton/test_rungs.py"]
 collect_ignore = NEED_TRITON if find_spec("triton") is None else []  # it exists for Linux
 
