@@ -10,7 +10,7 @@
 set -u
 
 total=540 # seconds
-parts="check:100 kernels:140 steps:70 seven_b:130 paging:70" # a limit in seconds each
+parts="check:100 kernels:130 steps:90 seven_b:130 paging:80" # a limit in seconds each
 margin=10 # a part stops itself so much before its limit
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -50,7 +50,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 R, LR, CLIP, IDS = 16, 1e-3, 0.3, 64
 # What multiplies on the CPU, whichever wins there: float32 in float32, and bf16 in bf16, as a GPU does.
 RACES = {"float32": Race(1.0, inf, inf), "bfloat16": Race(inf, inf, 1.0)}
-LIMITS = {"float32": {"tokens": 1e-3, "losses": 2.0**-12}, "bfloat16": {"tokens": 0.1, "losses": 2.0**-9}}
+LIMITS = {"float32": {"tokens": 1e-3, "losses": 2.0**-13}, "bfloat16": {"tokens": 0.05, "losses": 2.0**-10}}
 
 
 class Case(NamedTuple):

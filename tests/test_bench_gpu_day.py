@@ -357,9 +357,12 @@ from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 import re
 
+def plain(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
 there, todo = set(), ["torch", "triton", "transformers", "numba", "scipy", "peft"]
 while todo:
-    name = re.sub("[-_.]+", "-", todo.pop()).lower()
+    name = plain(todo.pop())
     if name not in there:
         there.add(name)
         try:
@@ -367,16 +370,20 @@ while todo:
         except PackageNotFoundError:
             needed = []
         todo += [re.match("[A-Za-z0-9._-]+", line)[0] for line in needed if "extra ==" not in line]
+there.add("qlora-lab")  # by its folder: that it is installed here does not count
 owners = packages_distributions()
 find = PathFinder.find_spec
 
 class Bare(importlib.abc.MetaPathFinder):
     "Finds what a bare machine has; anything else that is installed here is not there."
     def find_spec(self, name, path=None, target=None):
-        of = {re.sub("[-_.]+", "-", owner).lower() for owner in owners.get(name.split(".")[0], [])}
+        of = {plain(owner) for owner in owners.get(name.split(".")[0], [])}
         return None if of and not of & there else find(name, path, target)
 
-sys.meta_path[:] = [f for f in sys.meta_path if f is not PathFinder] + [Bare()]
+    def find_distributions(self, *context):
+        return (one for one in PathFinder.find_distributions(*context) if plain(one.name) in there)
+
+sys.meta_path[:] = [Bare() if finder is PathFinder else finder for finder in sys.meta_path]
 folder, *parts = sys.argv[1:]
 from bench import gpu_day
 for part in parts:
@@ -432,9 +439,8 @@ def test_what_the_files_hold(day):
     check, kernels, steps, seven_b, paging = (
         json.loads((day[0] / f"gpu-day-interpreter-{part}.json").read_text("utf-8")) for part in gpu_day.PARTS
     )
-    assert (
-        check["checks"] == 54 and check["differences"] == []
-    )  # 2 x 15 of blocks, 3 x 6 of products less 3, 6 of AdamW
+    assert check["differences"] == []
+    assert check["checks"] == 2 * 3 * 5 + (7 + 7 + 4) + 2 * 3  # of blocks, dtypes x rungs; of products; of AdamW
     assert len({row["work"] for row in kernels["rows"]}) == 11 and kernels["left_out"] == []
     assert all(steps[dtype]["apart"].keys() == steps[dtype]["limits"].keys() for dtype in gpu_steps.DTYPES)
     assert len(seven_b["ours"]["steps"]["losses"]) == 5 and seven_b["ours"]["answer"]["seconds_a_token"] > 0
