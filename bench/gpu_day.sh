@@ -9,7 +9,7 @@
 # Exit code 1: a part failed. 2: there is neither a GPU nor TRITON_INTERPRET=1, or an option is wrong.
 set -u
 
-total=540 # seconds
+total=530 # seconds, and 5 to end what does not end itself
 parts="check:100 kernels:130 steps:90 seven_b:130 paging:80" # a limit in seconds each
 margin=10 # a part stops itself so much before its limit
 
