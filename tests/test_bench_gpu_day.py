@@ -268,7 +268,35 @@ def test_nothing_is_run_on_a_card_that_is_too_small(monkeypatch):
     assert failure.endswith("but the card has 1000 free: nothing was run") and "ours" not in found
 
 
+def test_what_a_card_holds_stands_beside_the_ledger(monkeypatch):
+    """The calls of torch.cuda that only a card answers: their names are torch's, their numbers are made up."""
+    numbers = {"memory_allocated": 10, "max_memory_allocated": 40, "memory_reserved": 50, "max_memory_reserved": 60}
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    cuda = torch.device("cuda")
+    gpu_seven_b._reset(cuda)
+    said = gpu_seven_b._bytes(cuda)
+    assert said == {"allocated": 10, "most_allocated": 40, "most_reserved": 60, "outside": 850}
+    run = {"steps": {"bytes": said, "losses": [1.0, 2.0]}}
+    monkeypatch.setattr(gpu_seven_b, "measure", lambda quantise, *rest: run if quantise.__name__[0] == "q" else 1 / 0)
+    monkeypatch.setattr(gpu_seven_b, "find_spec", lambda name: True)
+    monkeypatch.setattr(gpu_seven_b, "free_memory", lambda device: 2**40)
+    found = {}
+    assert gpu_seven_b.part(cuda, True, inf, found) == []
+    assert found["allocated_over_predicted"] == 40 / found["predicted"]["allocated"]
+    assert found["bitsandbytes"] == {"error": "ZeroDivisionError: division by zero"}
+    run["steps"]["losses"] = [1.0, torch.nan]
+    assert gpu_seven_b.part(cuda, True, inf, {}) == ["a loss is not finite: [1.0, nan]"]
+
+
 # --------------------------------------------------------------------------------------------------------------- paging
+
+
+def test_a_card_pages_to_pinned_and_to_managed_memory():
+    assert gpu_paging.stores_of(torch.device("cuda")) == ("host", "managed")
 
 
 def paged(store: str, monkeypatch, numel: int = 2048) -> dict[str, dict]:
