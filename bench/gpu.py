@@ -12,17 +12,13 @@ back to back, with warm caches and with the host's part. Nothing here asserts a 
 """
 
 import argparse
-import datetime
 import json
-import os
-import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from math import ceil, prod
+from math import ceil, inf, prod
 from pathlib import Path
 from time import perf_counter
 
@@ -36,14 +32,11 @@ if __name__ == "__main__" and find_spec("triton") is None:
     print("Triton is not installed, and the GPU kernels are written in it: it exists for Linux.", file=sys.stderr)
     sys.exit(2)
 
-import triton  # noqa: E402
-from triton import knobs  # noqa: E402
-
-from bench.cpu import bitsandbytes, forward_backward, to_nf4, versions  # noqa: E402
+from bench.cpu import bitsandbytes, forward_backward, to_nf4  # noqa: E402
 from bench.files import between, write  # noqa: E402
+from bench.gpu_card import machine, refusal, rungs_on, slug, the_device  # noqa: E402
 from bench.gpu_check import HALVES, NAMES, Differs, adamw_tables, check, first_line, readable  # noqa: E402
 from bench.render import PEER, find, seconds as shown  # noqa: E402
-from qlora_lab import kernels  # noqa: E402
 from qlora_lab.finetune import adamw_8bit as readable_adamw  # noqa: E402
 from qlora_lab.finetune.linear4bit import Linear4bit  # noqa: E402
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit  # noqa: E402
@@ -64,7 +57,9 @@ from qlora_lab.quant.quantize import (  # noqa: E402
     quantize_blocks,
 )
 
-SIZES, TOKENS = [(576, 1536), (4096, 4096), (11008, 4096)], (1, 8, 64, 256, 2048)
+SIZES, TOKENS = [(4096, 4096), (576, 1536), (11008, 4096)], (1, 8, 64, 256, 2048)
+ROWS = 30 * len(SIZES)  # of a bench that is not quick
+LEAST = 3  # rounds of a row, however little time there is
 BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
 SHOWN = {  # column of bench/README.md -> work, shape, tokens
     "dequantise 4096 x 4096": ("dequantize_double", (4096, 4096), None),
@@ -73,21 +68,19 @@ SHOWN = {  # column of bench/README.md -> work, shape, tokens
 }
 
 
-def refusal() -> str | None:
-    if knobs.runtime.interpret or torch.cuda.is_available():
-        return None
-    return "torch finds no CUDA device here; to see that this bench runs: TRITON_INTERPRET=1, --quick --out FILE."
-
-
 # ----------------------------------------------------------------------------------------------------------------- time
 
 
 class Bench:
-    """Measures on one device, and gathers rows."""
+    """Measures on one device, and gathers rows.
 
-    def __init__(self, device: torch.device, quick: bool):
-        self.device, self.quick, self.rows = device, quick, []
-        self.rounds = 2 if quick else 25
+    seconds: what all may take. A row has its share of what is left, and makes fewer rounds if that is short; rows that
+    come too late are left out.
+    """
+
+    def __init__(self, device: torch.device, quick: bool, seconds: float = inf):
+        self.device, self.quick, self.rows, self.left_out = device, quick, [], []
+        self.rounds, self.end, self.row_end = 2 if quick else 25, perf_counter() + seconds, inf
         self.on_gpu = device.type == "cuda"
         bf16 = not self.on_gpu or torch.cuda.get_device_capability(device) >= (8, 0)  # else it is emulated
         self.half = HALVES[not bf16]
@@ -150,6 +143,8 @@ class Bench:
                 found[name] = {"error": first_line(error)}
         names = list(ready)
         for i in range(self.rounds if names else 0):
+            if i >= LEAST and perf_counter() > self.row_end:
+                break
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 function, calls, cold, warm = ready[name]
                 cold.append(self.sample(function))
@@ -157,7 +152,7 @@ class Bench:
         for name, (*_, cold, warm) in ready.items():
             low, median, high = statistics.quantiles(cold, n=4, method="inclusive")
             call = statistics.median(warm)
-            found[name] = {"median": median, "low": low, "high": high, "call": call, "rounds": self.rounds}
+            found[name] = {"median": median, "low": low, "high": high, "call": call, "rounds": len(cold)}
         return found
 
     def row(
@@ -173,6 +168,11 @@ class Bench:
         """Measure, and keep. moved: bytes that must be; products: operations for each weight and token, over two."""
         facts = {"work": work, "shape": list(shape), "dtype": NAMES[dtype]} | ({"tokens": tokens} if tokens else {})
         print(*facts.values(), file=sys.stderr, flush=True)
+        left = self.end - perf_counter()
+        if left <= 0:
+            self.left_out.append(facts)
+            return
+        self.row_end = perf_counter() + left / max(1, ROWS - len(self.rows))
         operations = 2 * products * prod(shape) * tokens
         floor = max(moved / self.bandwidth, operations / self.rate)
         found = self.measure(contenders)
@@ -358,27 +358,6 @@ def linear_nf4(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------- output
 
 
-def driver() -> str:
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"
-
-
-def machine(device: torch.device) -> dict:
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else "interpreter",
-        "capability": list(torch.cuda.get_device_capability(device)) if on_gpu else None,
-        "driver": driver() if on_gpu else None,
-        "cuda": torch.version.cuda or torch.version.hip,
-        "interpreted": not on_gpu,
-        "date": datetime.date.today().isoformat(),
-        "versions": {"triton": triton.__version__} | versions(),
-    }
-
-
 def table(result: dict) -> str:
     """Every row, every contender: median with quartiles, share of its floor, and its time over ours."""
     lines = [
@@ -432,12 +411,23 @@ def in_readme(text: str, results: list[dict]) -> str:
 
 
 def stored() -> list[dict]:
-    return [json.loads(file.read_text("utf-8")) for file in sorted(HERE.glob("gpu-*.json"))]
+    """What this bench has measured, and the kernels' part of device days (gpu_day.py)."""
+    files = [*HERE.glob("gpu-*.json")]
+    files = [file for file in files if not file.name.startswith("gpu-day-") or file.stem.endswith("-kernels")]
+    return [json.loads(file.read_text("utf-8")) for file in sorted(files)]
 
 
 def render() -> None:
     readme = HERE / "README.md"
     write(readme, in_readme(readme.read_text("utf-8"), stored()))
+
+
+def measure_into(found: dict, device: torch.device, quick: bool, seconds: float = inf) -> None:
+    """Put the rates and all rows that `seconds` allow into `found`, each row as it comes."""
+    bench = Bench(device, quick, seconds)
+    found |= {"half": NAMES[bench.half], "bandwidth": bench.bandwidth, "rate": bench.rate}
+    found |= {"rows": bench.rows, "left_out": bench.left_out}
+    bench.run()
 
 
 def main() -> None:
@@ -452,22 +442,18 @@ def main() -> None:
     if why := refusal():
         print(why, file=sys.stderr)
         sys.exit(2)
-    device = torch.device("cpu" if knobs.runtime.interpret else "cuda")
+    device = the_device()
     if (args.quick or device.type == "cpu") and not (args.quick and args.out):
         parser.error("toy sizes measure nothing worth keeping, and the interpreter nothing else: --quick --out FILE")
-    os.environ.pop(kernels.OVERRIDE, None)
-    if device.type == "cpu":  # the interpreter takes CPU tensors, for which choose() would take the CPU's kernels
-        kernels.choose = partial(lambda choose, device="cpu": choose("cuda"), kernels.choose)
-    try:
-        check(device, args.quick)
-    except Differs as difference:
-        sys.exit(f"{difference}. Nothing was measured.")
-    print("Every rung is what its twin is.", file=sys.stderr)
-    bench = Bench(device, args.quick)
-    facts = {"half": NAMES[bench.half], "bandwidth": bench.bandwidth, "rate": bench.rate}
-    result = machine(device) | facts | {"rows": bench.run()}
-    slug = re.sub("[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    write(args.out or HERE / f"gpu-{slug}.json", json.dumps(result, indent=1) + "\n")
+    with rungs_on(device):
+        try:
+            check(device, args.quick)
+        except Differs as difference:
+            sys.exit(f"{difference}. Nothing was measured.")
+        print("Every rung is what its twin is.", file=sys.stderr)
+        result = machine(device)
+        measure_into(result, device, args.quick)
+    write(args.out or HERE / f"gpu-{slug(result['device'])}.json", json.dumps(result, indent=1) + "\n")
     print(table(result))
     if not args.out:
         render()

@@ -1,11 +1,12 @@
 """Is every rung what its readable twin is, on this GPU? Bit for bit, or within a bound that a docstring derives.
 
-The first difference is raised as Differs, with the case, the entry and both values. Twins run on the CPU where bits are
-compared, and on the device where a float64 product is.
+A check raises Differs at its first difference, with the case, the entry and both values. Twins run on the CPU where
+bits are compared, and on the device where a float64 product is.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import ceil
 
 import torch
@@ -88,29 +89,41 @@ def hard(n: int, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype)
 
 
-def check_blocks(device: torch.device, n: int, block_size: int, name: str) -> None:
+Check = Callable[[], None]  # raises Differs
+
+
+def check_blocks(device: torch.device, n: int, block_size: int, name: str) -> Iterator[Check]:
     """Rungs 1 to 4, bit for bit; the twins run on the CPU."""
     levels, thresholds = codebook(name), midpoints(double_quant.dynamic_map())
     there = [t.to(device) for t in (levels, thresholds, *rounding(levels))]
     for dtype in DTYPES:
         weight, case = hard(n, dtype), f"{n} weights, {name}, block size {block_size}, {NAMES[dtype]}, {device}"
         packed, absmax = quantize_blocks(weight, levels, block_size)
-        ours = ran(case, quantize_nf4, weight.to(device), *there[2:], block_size, TINY)
-        for part, twin in zip(ours, (packed, absmax), strict=True):
-            same(case, quantize_nf4, part, twin)
+        arguments = weight.to(device), *there[2:], block_size, TINY
+        yield partial(all_same, case, quantize_nf4, arguments, (packed, absmax))
         constants = readable(double_quant.double_quantize, absmax)
         given = absmax.to(device), constants.absmax_offset.to(device), there[1]
-        ours = ran(case, double_quantize, *given, double_quant.GROUP_SIZE, TINY)
-        for part, twin in zip(ours, (constants.absmax_codes, constants.absmax_scale), strict=True):
-            same(case, double_quantize, part, twin)
+        arguments, twins = (*given, double_quant.GROUP_SIZE, TINY), (constants.absmax_codes, constants.absmax_scale)
+        yield partial(all_same, case, double_quantize, arguments, twins)
         plain = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in constants.plain)
         undone = readable(double_quant.double_dequantize, constants)
-        same(case, double_dequantize, ran(case, double_dequantize, plain), undone)
+        yield partial(all_same, case, double_dequantize, (plain,), (undone,))
         for rung, stored, twin in ((dequantize_nf4, given[0], absmax), (dequantize_double, plain, undone)):
             out, want = torch.full((n,), -777.0, dtype=dtype, device=device), torch.empty(n, dtype=dtype)
             dequantize_blocks(packed, twin, levels, block_size, want)
-            ran(case, rung, packed.to(device), stored, there[0], block_size, out)
-            same(case, rung, out, want)
+            yield partial(filled, case, rung, (packed.to(device), stored, there[0], block_size, out), want)
+
+
+def all_same(case: str, rung: Callable, arguments: tuple, twins: tuple) -> None:
+    ours = ran(case, rung, *arguments)
+    for part, twin in zip(ours if isinstance(ours, tuple) else (ours,), twins, strict=True):
+        same(case, rung, part, twin)
+
+
+def filled(case: str, rung: Callable, arguments: tuple, want: torch.Tensor) -> None:
+    """As all_same, of a rung that fills its last argument."""
+    ran(case, rung, *arguments)
+    same(case, rung, arguments[-1], want)
 
 
 def bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -122,7 +135,7 @@ def bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Te
     return 2 * len(weight) * 2.0**-24 * sums + UNIT[dtype] * (1.01 * result + torch.finfo(dtype).tiny)
 
 
-def check_products(device: torch.device, rows: int, columns: int, tokens: int, double: bool) -> None:
+def check_products(device: torch.device, rows: int, columns: int, tokens: int, double: bool) -> Iterator[Check]:
     """Rungs 5 to 7, within the bound; x and grad have the memory of transposed matrices."""
     g = torch.Generator().manual_seed(rows + tokens)
     q = readable(quantize, 0.02 * torch.randn(rows, columns, generator=g), "nf4", 64, double).to(device)
@@ -131,16 +144,19 @@ def check_products(device: torch.device, rows: int, columns: int, tokens: int, d
         x, grad = (torch.randn(n, tokens, generator=g).to(device, dtype).t() for n in (columns, rows))
         if tokens <= MAX_TOKENS:
             weight = readable(dequantize, q, torch.float32).t()
-            y = ran(case, gemv_nf4, x, q.plain, rows)
-            near(case, gemv_nf4, y, x.double() @ weight.double(), bound(x, weight, dtype))
+            yield partial(multiplied, case, gemv_nf4, (x, q.plain, rows), x, weight)
         if dtype in HALVES:
             weight = readable(dequantize, q, dtype)
             A, B = (torch.randn(s, generator=g).to(device, dtype) for s in ((20, columns), (rows, 20)))
-            y, thin = ran(case, matmul_nf4, x, q.plain, rows, A, B, 2.0), x.contiguous() @ A.t()
+            thin = x.contiguous() @ A.t()
             whole, both = torch.cat([x, 2 * thin], 1), torch.cat([weight.t(), B.t()])
-            near(case, matmul_nf4, y, whole.double() @ both.double(), bound(whole, both, dtype))
-            y = ran(case, matmul_nf4_backward, grad, q.plain, columns)
-            near(case, matmul_nf4_backward, y, grad.double() @ weight.double(), bound(grad, weight, dtype))
+            yield partial(multiplied, case, matmul_nf4, (x, q.plain, rows, A, B, 2.0), whole, both)
+            yield partial(multiplied, case, matmul_nf4_backward, (grad, q.plain, columns), grad, weight)
+
+
+def multiplied(case: str, rung: Callable, arguments: tuple, x: torch.Tensor, weight: torch.Tensor) -> None:
+    y = ran(case, rung, *arguments)
+    near(case, rung, y, x.double() @ weight.double(), bound(x, weight, arguments[0].dtype))
 
 
 def adamw_tables() -> tuple[torch.Tensor, ...]:
@@ -148,40 +164,58 @@ def adamw_tables() -> tuple[torch.Tensor, ...]:
     return first, midpoints(first), second, midpoints(second)
 
 
-def check_adamw(device: torch.device, n: int) -> None:
+def check_adamw(device: torch.device, n: int) -> Iterator[Check]:
     """Rung 8: the state bit for bit, the parameter within the rounding of a square root."""
-    g = torch.Generator().manual_seed(n)
-    tables = tuple(t.to(device) for t in adamw_tables())
-    for dtype in DTYPES:
-        state = [torch.zeros(n, dtype=torch.uint8), torch.zeros(ceil(n / readable_adamw.BLOCK))] * 2
-        twin = [torch.randn(n, generator=g).to(dtype), *(t.clone() for t in state)]
-        ours = [t.to(device, copy=True) for t in twin]
-        for step in (1, 2, 3):
-            case = f"{n} parameters, {NAMES[dtype]}, step {step}"
-            how = readable_adamw.AdamW(step, lr=1e-2, weight_decay=0.1)
-            grad, before = torch.randn(n, generator=g).to(dtype), ours[0].to("cpu", copy=True)
-            twin[0].copy_(before)
-            ran(case, adamw_8bit, ours[0], grad.to(device), *ours[1:], tables, how.scalars, TINY)
-            readable_adamw.adamw_8bit(twin[0], grad, *twin[1:], how)
-            for part, want in zip(ours[1:], twin[1:], strict=True):
-                same(case, adamw_8bit, part, want)
-            want, before = twin[0].double(), before.double()
-            limit = 4 * UNIT[torch.float32] * ((want - before).abs() + before.abs()) + 2 * UNIT[dtype] * want.abs()
-            near(case, adamw_8bit, ours[0].cpu(), want, limit)
+    yield from (partial(stepped, device, n, dtype) for dtype in DTYPES)
+
+
+def stepped(device: torch.device, n: int, dtype: torch.dtype) -> None:
+    """Three steps of both, each from the parameter that the rung made."""
+    g, tables = torch.Generator().manual_seed(n), tuple(t.to(device) for t in adamw_tables())
+    state = [torch.zeros(n, dtype=torch.uint8), torch.zeros(ceil(n / readable_adamw.BLOCK))] * 2
+    twin = [torch.randn(n, generator=g).to(dtype), *(t.clone() for t in state)]
+    ours = [t.to(device, copy=True) for t in twin]
+    for step in (1, 2, 3):
+        case = f"{n} parameters, {NAMES[dtype]}, step {step}"
+        how = readable_adamw.AdamW(step, lr=1e-2, weight_decay=0.1)
+        grad, before = torch.randn(n, generator=g).to(dtype), ours[0].to("cpu", copy=True)
+        twin[0].copy_(before)
+        ran(case, adamw_8bit, ours[0], grad.to(device), *ours[1:], tables, how.scalars, TINY)
+        readable_adamw.adamw_8bit(twin[0], grad, *twin[1:], how)
+        for part, want in zip(ours[1:], twin[1:], strict=True):
+            same(case, adamw_8bit, part, want)
+        want, before = twin[0].double(), before.double()
+        limit = 4 * UNIT[torch.float32] * ((want - before).abs() + before.abs()) + 2 * UNIT[dtype] * want.abs()
+        near(case, adamw_8bit, ours[0].cpu(), want, limit)
+
+
+# blocks as (weights, block size, codebook), products as (rows, columns, tokens, double quantization), parameters
+SMALL = (
+    [(1, 64, "nf4"), (999, 32, "fp4")],
+    [(3, 64, 1, False), (40, 128, 5, True), (70, 192, 20, True)],
+    [1, 2600],
+)
+LARGE = (
+    [(77, 128, "int4"), (8197, 4096, "nf4"), (4096 * 4096 + 7, 64, "nf4")],
+    [(4096, 4096, 1, True), (576, 1536, 8, True), (4096, 4096, 130, True), (576, 1536, 2048, False)],
+    [2**20 + 5],
+)
+
+
+def checks(device: torch.device, quick: bool) -> Iterator[Check]:
+    """Every rung against its twin, small cases first; what a check needs is made just before it is handed out."""
+    for blocks, products, parameters in (SMALL,) if quick else (SMALL, LARGE):
+        for case in blocks:
+            yield from check_blocks(device, *case)
+        for case in products:
+            yield from check_products(device, *case)
+        for n in parameters:
+            yield from check_adamw(device, n)
+    if device.type == "cuda" and torch.cuda.device_count() > 1:  # launched while another device is the current one
+        yield from check_blocks(torch.device("cuda", torch.cuda.device_count() - 1), 999, 64, "nf4")
 
 
 def check(device: torch.device, quick: bool) -> None:
     """Every rung against its twin. Raises Differs at the first difference."""
-    blocks = [(1, 64, "nf4"), (999, 32, "fp4")]
-    products = [(3, 64, 1, False), (40, 128, 5, True), (70, 192, 20, True)]
-    if not quick:
-        blocks += [(77, 128, "int4"), (8197, 4096, "nf4"), (4096 * 4096 + 7, 64, "nf4")]
-        products += [(4096, 4096, 1, True), (576, 1536, 8, True), (4096, 4096, 130, True), (576, 1536, 2048, False)]
-    for case in blocks:
-        check_blocks(device, *case)
-    for case in products:
-        check_products(device, *case)
-    for n in (1, 2600) if quick else (1, 2600, 2**20 + 5):
-        check_adamw(device, n)
-    if device.type == "cuda" and torch.cuda.device_count() > 1:  # launched while another device is the current one
-        check_blocks(torch.device("cuda", torch.cuda.device_count() - 1), 999, 64, "nf4")
+    for one in checks(device, quick):
+        one()

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from bench.files import between, write
-from qlora_lab.show.figure import COLOURS, new_figure
 
 BEGIN, END = "<!-- made by bench/cpu.py -->", "<!-- end -->"
 PEER = "bitsandbytes"
@@ -131,6 +130,8 @@ def alt(result: dict) -> str:
 
 def picture(result: dict, path: Path) -> None:
     """Cost against size, log-log, and ratio bars for both allocators."""
+    from qlora_lab.show.figure import COLOURS, new_figure  # matplotlib: a bare machine that only measures has none
+
     fig, (left, right) = new_figure(2, width=11, height=4.6)
     names = {"ours": "blue", PEER: "orange", "torchao": "green", "fill": "grey"}
     stock = result["allocators"]["stock"]

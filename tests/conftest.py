@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast 
 from qlora_lab.finetune.models import fast_dtype  # noqa: E402
 from qlora_lab.kernels import OVERRIDE, product  # noqa: E402
 
-NEED_TRITON = ["test_bench_gpu.py", "show/test_kernel_map.py", "kernels/triton/test_interpreter.py"]
+NEED_TRITON = ["test_bench_gpu.py", "test_bench_gpu_day.py", "show/test_kernel_map.py"]
+NEED_TRITON += ["kernels/triton/test_interpreter.py"]
 NEED_TRITON += ["kernels/triton/test_ops.py", "kernels/triton/test_rungs.py"]
 collect_ignore = NEED_TRITON if find_spec("triton") is None else []  # it exists for Linux
 

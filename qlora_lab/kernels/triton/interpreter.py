@@ -1,16 +1,18 @@
-"""Three faults of the interpreter of Triton 3.7, mended while TRITON_INTERPRET=1: kernels stay as a GPU runs them.
+"""Four faults of Triton's interpreter, mended while TRITON_INTERPRET=1: kernels stay as a GPU runs them.
 
-It cuts float32 to bf16 off instead of rounding to nearest even, as every GPU does; it reads bf16 denormals wrongly; and
-it multiplies the bit patterns of bf16 matrices as if they were whole numbers. test_interpreter.py tells when it no
-longer does.
+Triton 3.7 cuts float32 to bf16 off instead of rounding to nearest even, as every GPU does; it reads bf16 denormals
+wrongly; and it multiplies the bit patterns of bf16 matrices as if they were whole numbers. test_interpreter.py tells
+when it no longer does. Triton 3.6 cannot loop over a number that a kernel was given, with NumPy from 2.5 on.
 """
 
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter as of_triton
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+_patch_tensor = of_triton._patch_lang_tensor
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -39,8 +41,14 @@ def _dot_of_floats(self, a, b, d, input_precision, max_num_imprecise_acc):
     return TensorHandle(product + d.data, d.dtype.scalar)
 
 
+def _patch_with_index(tensor, *scope) -> None:
+    _patch_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: self.handle.data.astype(np.int64).item()  # (1,) is no scalar for int()
+
+
 def mend() -> None:
     """Put the repaired operations in place of Triton's."""
     InterpreterBuilder.cast_impl = _cast_rightly
     InterpreterBuilder.create_fp_to_fp = lambda self, source, to, rounding: _cast_rightly(self, source, to)
     InterpreterBuilder.create_dot = _dot_of_floats
+    of_triton._patch_lang_tensor = _patch_with_index

@@ -1,5 +1,8 @@
 """The interpreter computes as a GPU does: the faults that interpreter.py mends, and that they are still there."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import triton
@@ -61,6 +64,17 @@ def test_bf16_denormals_are_read():
 def test_bf16_matrices_are_multiplied_as_numbers():
     got, want = multiplied()
     assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_a_number_that_a_kernel_was_given_bounds_a_loop(monkeypatch):
+    """Triton 3.6 makes an int of the array, which NumPy from 2.5 on refuses unless it has no dimension."""
+
+    class Tensor:
+        handle = SimpleNamespace(data=np.array([7], dtype=np.int32))
+
+    monkeypatch.setattr(interpreter, "_patch_tensor", lambda tensor: None)  # that of any version
+    interpreter.of_triton._patch_lang_tensor(Tensor)
+    assert range(Tensor()) == range(7)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

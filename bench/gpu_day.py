@@ -1,0 +1,131 @@
+"""A part of a device day: what a GPU can say of this library in some minutes. bench/gpu_day.sh runs all of them.
+
+    python bench/gpu_day.py PART                      writes gpu-day-<device>-PART.json here
+    python bench/gpu_day.py PART --quick --out DIR    toy sizes: to see that it runs, also with TRITON_INTERPRET=1
+
+Parts: check, every rung against its readable twin; kernels, their times beside what the card can do; steps, 20 QLoRA
+steps beside a CPU's; seven_b, a 7B model; paging, PagedAdamW. --seconds: what the part may take; it measures fewer
+rounds where that is short.
+
+A part that fails, or is stopped, writes what it has, and says why. Exit code 1: it failed. 2: there is nothing to run
+on. Nothing here asserts a time.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from math import inf, isfinite
+from pathlib import Path
+from time import perf_counter
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch  # noqa: E402
+
+from bench.files import write  # noqa: E402
+from bench.gpu_card import machine, refusal, rungs_on, slug, synchronize, the_device  # noqa: E402
+from bench.gpu_check import Differs, checks, first_line  # noqa: E402
+
+Part = Callable[[torch.device, bool, float, dict], list[str]]  # device, quick, end, found -> what failed
+
+
+def check(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
+    """Every rung against its twin. A difference is said, and the other checks are made."""
+    differences: list[str] = []
+    found |= {"checks": 0, "cut": False, "differences": differences}
+    for one in checks(device, quick):
+        if perf_counter() > end:
+            found["cut"] = True
+            break
+        found["checks"] += 1
+        try:
+            one()
+        except Differs as difference:
+            print(difference, file=sys.stderr, flush=True)
+            differences.append(str(difference))
+            synchronize(device)  # where the device itself is lost, so are the checks that would come
+    return differences
+
+
+def kernels(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
+    """Each kernel's time, beside a copy, a product of matrices, the readable functions, and bitsandbytes."""
+    from bench.gpu import measure_into, table
+
+    measure_into(found, device, quick, end - perf_counter())
+    print(table(machine(device) | found))
+    ours = [(row["work"], row["shape"], row["seconds"]["ours"]) for row in found["rows"]]
+    return [f"{work} {shape}: {one['error']}" for work, shape, one in ours if "error" in one]
+
+
+def steps(*arguments) -> list[str]:
+    from bench.gpu_steps import part
+
+    return part(*arguments)
+
+
+def seven_b(*arguments) -> list[str]:
+    from bench.gpu_seven_b import part
+
+    return part(*arguments)
+
+
+def paging(*arguments) -> list[str]:
+    from bench.gpu_paging import part
+
+    return part(*arguments)
+
+
+PARTS: dict[str, Part] = {function.__name__: function for function in (check, kernels, steps, seven_b, paging)}
+
+
+def run(name: str, quick: bool, seconds: float, folder: Path) -> list[str]:
+    """Make a part, write its file, and return what failed."""
+    begin, device, found = perf_counter(), the_device(), {}
+    facts = machine(device)  # a device that is lost later on has no name
+    before = signal.signal(signal.SIGTERM, partial(_stop, name))
+    try:
+        with rungs_on(device):
+            failures = PARTS[name](device, quick, begin + seconds, found)
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # whatever a device or a library raises
+        traceback.print_exc()
+        failures = [*found.get("differences", ()), first_line(error)]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    facts |= {"part": name, "quick": quick, "ok": not failures, "failures": failures}
+    facts |= {"seconds": perf_counter() - begin, "limit": seconds if isfinite(seconds) else None}
+    text = json.dumps(facts | found, indent=1) + "\n"
+    write(folder / f"gpu-day-{slug(facts['device'])}-{name}.json", text)
+    return failures
+
+
+def _stop(name: str, *_: object) -> None:
+    sys.exit(f"{name} was stopped: its time was over")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--quick", action="store_true", help="toy sizes")
+    parser.add_argument("--out", type=Path, help="folder of the JSON file (default: bench)")
+    parser.add_argument("--seconds", type=float, default=inf, help="what the part may take")
+    args = parser.parse_args()
+    if why := refusal():
+        print(why, file=sys.stderr)
+        sys.exit(2)
+    if (args.quick or the_device().type == "cpu") and not (args.quick and args.out):
+        parser.error("toy sizes measure nothing worth keeping, and the interpreter nothing else: --quick --out DIR")
+    folder = args.out or HERE
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = run(args.part, args.quick, args.seconds, folder)
+    for failure in failures:
+        print(f"{args.part}: {failure}", file=sys.stderr)
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

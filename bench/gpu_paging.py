@@ -1,0 +1,129 @@
+"""PagedAdamW on a GPU: is it torch's AdamW there, bit for bit, and what does a step cost with a part of its state?
+
+In: a device. Out: for each store and each share of the state in memory: whether three steps gave the same bits,
+seconds of a step, and what happened to pages in one. Stores: "host" is pinned memory of the host, "managed" is CUDA's
+own; where Triton interprets, "file" and "host" on the CPU, where nothing is pinned.
+
+The bits must be those of torch.optim.AdamW with foreach=False, whose operations PagedAdamW makes in the same order. Its
+two other ways may round otherwise, so it is only recorded how far they are.
+A time is a median of steps one after another, the clock waiting for the device at both ends. One optimizer is in
+memory at a time, and is sized so that all of it fits in what the card has free.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from time import perf_counter
+
+import torch
+
+from bench.gpu_card import synchronize
+from bench.gpu_check import first_line
+from bench.paging import SHARES
+from bench.render import PEER
+from bench.timing import in_turn
+from qlora_lab.finetune.free_memory import free_memory
+from qlora_lab.finetune.paged_adamw import UNIT, PagedAdamW
+from qlora_lab.finetune.paging import PAGE_SIZE
+
+NUMEL, TOY_NUMEL, TOY_PAGE = 2**26, 2**12, 4096  # 512 MiB of state
+BYTES = 64  # of free memory asked for an element: p, its gradient, two moments and three temporaries take 28
+GRADIENTS = 1.0, -0.5, 0.25  # times the first one: powers of two, so that every contender has the same bits
+MANAGED = "managed memory is CUDA's: there is no such device here"
+
+
+def stores_of(device: torch.device) -> tuple[str, ...]:
+    return ("host", "managed") if device.type == "cuda" else ("file", "host")
+
+
+def start(numel: int, device: torch.device, make: Callable) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+    """A parameter with its gradient, from a seed, and an optimizer of it."""
+    generator = torch.Generator(device).manual_seed(0)
+    p, gradient = (torch.randn(numel, device=device, generator=generator) for _ in range(2))
+    p = torch.nn.Parameter(p)
+    p.grad = gradient
+    return p, make([p])
+
+
+def three_steps(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """What p is then, on the CPU."""
+    gradient = p.grad
+    for factor in GRADIENTS:
+        p.grad = gradient * factor
+        optimizer.step()
+    p.grad = gradient
+    return p.detach().cpu()
+
+
+def timed(optimizer: torch.optim.Optimizer, device: torch.device, seconds: float) -> dict:
+    """Seconds of a step, of as many rounds as fit, 3 to 9."""
+
+    def step() -> None:
+        optimizer.step()
+        synchronize(device)
+
+    begin = perf_counter()
+    step()
+    rounds = max(3, int(min(9, seconds / (perf_counter() - begin) - 3)))
+    return in_turn({"step": step}, rounds, 0.0)["step"]
+
+
+def contenders(numel: int, page_size: int, device: torch.device) -> dict[str, Callable]:
+    """Name -> what makes an optimizer of parameters."""
+    found = {f"torch.optim.AdamW, {name}": partial(torch.optim.AdamW, **how) for name, how in TORCH.items()}
+    for store in stores_of(device):
+        for share, parts in SHARES.items():
+            budget = max(page_size, UNIT[32][1] * numel // parts)
+            found[f"{store}, {share}"] = partial(PagedAdamW, page_size=page_size, budget=budget, store=store)
+    found["8 bits, all in memory"] = partial(PagedAdamW, bits=8)
+    if find_spec(PEER):
+        found |= {f"{PEER} {name}": partial(_theirs, name, how) for name, how in THEIRS.items()}
+    return found
+
+
+TORCH = {"one by one": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+THEIRS = {"PagedAdamW32bit": {}, "AdamW8bit": {"min_8bit_size": 1}, "PagedAdamW8bit": {"min_8bit_size": 1}}
+
+
+def _theirs(name: str, how: dict, params: list) -> torch.optim.Optimizer:
+    import bitsandbytes.optim
+
+    return getattr(bitsandbytes.optim, name)(params, **how)
+
+
+def measure(make: Callable, numel: int, device: torch.device, wanted: torch.Tensor, seconds: float) -> dict:
+    p, optimizer = start(numel, device, make)
+    result = three_steps(p, optimizer)
+    found = {"equal": torch.equal(result, wanted), "largest_difference": (result - wanted).abs().max().item()}
+    found["seconds"] = timed(optimizer, device, seconds)
+    if isinstance(optimizer, PagedAdamW):
+        pages = optimizer.pages
+        pages.events.clear()
+        optimizer.step()
+        happened = dict(Counter(event.kind for event in pages.events))
+        found |= {"pages": pages.count, "frames": len(pages.frames), "events_of_a_step": happened}
+    synchronize(device)
+    return found
+
+
+def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
+    """Fill `found`. Returns what failed."""
+    free, page_size = free_memory(device), TOY_PAGE if quick else PAGE_SIZE
+    numel = TOY_NUMEL if quick else min(NUMEL, free // BYTES)
+    found |= {"numel": numel, "state_bytes": UNIT[32][1] * numel, "page_size": page_size, "free_bytes": free}
+    found |= {"pinned": device.type == "cuda", "optimizers": {}}
+    wanted = three_steps(*start(numel, device, partial(torch.optim.AdamW, foreach=False)))
+    todo, failures = contenders(numel, page_size, device), []
+    for number, (name, make) in enumerate(todo.items()):
+        try:
+            share = (end - perf_counter()) / (len(todo) - number)
+            one = measure(make, numel, device, wanted, share)
+        except Exception as error:  # whatever a driver raises
+            one = {"error": first_line(error)}
+        found["optimizers"][name] = one
+        if name.startswith(stores_of(device)) and not one.get("equal"):
+            failures.append(f"{name}: " + one.get("error", f"differs by {one.get('largest_difference')} at most"))
+    if "managed" not in stores_of(device):
+        found["optimizers"]["managed"] = {"skipped": MANAGED}
+    return failures

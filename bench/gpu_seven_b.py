@@ -1,0 +1,176 @@
+"""A LLaMA of 7B parameters on a GPU: quantised there, five QLoRA steps, an answer; with its memory beside the ledger's.
+
+In: a device. Out: seconds and tokens per second, bytes measured and predicted, seconds a token of an answer; the same
+with bitsandbytes' layers where it is installed. Weights are random and made on the device, a layer at a time: a layer
+is in 4 bits before the next is drawn. Of 512 tokens the last 64 are learned; a step checkpoints its layers.
+
+Not here: the same on a CPU, from files (seven_b.py).
+"""
+
+import gc
+import statistics
+from collections.abc import Callable
+from importlib.util import find_spec
+from time import perf_counter
+
+import torch
+from torch import nn
+
+from bench.gpu import bnb_linear
+from bench.gpu_card import synchronize
+from bench.gpu_check import first_line
+from bench.render import PEER
+from bench.seven_b import SHAPE, TOY
+from qlora_lab.finetune.data import IGNORED
+from qlora_lab.finetune.free_memory import free_memory
+from qlora_lab.finetune.linear4bit import quantize_linears
+from qlora_lab.finetune.lora import add_lora
+from qlora_lab.finetune.loss import accumulate
+from qlora_lab.finetune.modes import checkpointing, measuring
+from qlora_lab.measure.ledger import Ledger
+from qlora_lab.measure.memory import predict_memory
+
+R, TOKENS, LABELS, STEPS, ANSWER = 64, 512, 64, 5, 32
+TOY_R, TOY_TOKENS, TOY_LABELS, TOY_ANSWER = 4, 16, 8, 3
+NO_CUDA = "not measured: only CUDA's allocator counts its bytes"
+
+
+def bnb_linears(layer: nn.Module) -> nn.Module:
+    """As quantize_linears, with the layers of bitsandbytes."""
+    for name, module in list(layer.named_modules()):
+        if type(module) is nn.Linear:
+            layer.set_submodule(name, bnb_linear(module))
+    return layer
+
+
+def build(shape: dict, device: torch.device, quantise: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A frozen bf16 model on `device` whose layers went through `quantise` one by one."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    config = LlamaConfig(**shape | {"num_hidden_layers": 0}, tie_word_embeddings=False, attn_implementation="sdpa")
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        for number in range(shape["num_hidden_layers"]):
+            layer = LlamaDecoderLayer(model.config, number).bfloat16()
+            model.model.layers.append(quantise(layer.requires_grad_(False)))
+    model.config.num_hidden_layers = shape["num_hidden_layers"]
+    return model.requires_grad_(False).eval()
+
+
+def ledger(shape: dict, quick: bool) -> Ledger:
+    """What the memory ledger says of these steps on a GPU."""
+    r, tokens, labels = (TOY_R, TOY_TOKENS, TOY_LABELS) if quick else (R, TOKENS, LABELS)
+    return predict_memory(
+        {"model_type": "llama", **shape}, r=r, batch_size=1, length=tokens, learned=labels / tokens,
+        gradient_checkpointing=True, device="cuda",
+    )  # fmt: skip
+
+
+def predicted(one: Ledger) -> dict:
+    """Its bytes; `allocated` is what torch's allocator should hand out, so without CUDA's own."""
+    allocated = one.peak - one.group("runtime")
+    return {"peak": one.peak, "allocated": allocated, "phase": one.phase, "groups": one.groups}
+
+
+def train(model: nn.Module, device: torch.device, quick: bool, end: float) -> dict:
+    """Five steps, the first of which compiles; at least two, however late it is."""
+    r, tokens, labels = (TOY_R, TOY_TOKENS, TOY_LABELS) if quick else (R, TOKENS, LABELS)
+    add_lora(model, r)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    learned = ids.clone()
+    learned[:, :-labels] = IGNORED
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": learned}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
+    found = {"r": r, "tokens": tokens, "learned_tokens": labels, "losses": [], "seconds": []}
+    model.train()
+    for number in range(STEPS):
+        if number > 1 and perf_counter() > end:
+            break
+        start = perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        with checkpointing(model):
+            found["losses"].append(accumulate(model, [batch], labels))
+        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        optimizer.step()
+        synchronize(device)
+        found["seconds"].append(perf_counter() - start)
+    return found | {"tokens_per_second": tokens / statistics.median(found["seconds"][1:])}
+
+
+def answer(model: nn.Module, device: torch.device, quick: bool) -> dict:
+    """Greedy tokens after a prompt of 32; one token more or less is the prompt's time or the answer's."""
+    from transformers import GenerationConfig
+
+    most = TOY_ANSWER if quick else ANSWER
+    prompt = torch.randint(model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(1)).to(device)
+
+    def seconds(tokens: int) -> float:
+        how = {"do_sample": False, "num_beams": 1, "min_new_tokens": tokens, "max_new_tokens": tokens}
+        start = perf_counter()
+        config = GenerationConfig(**how, pad_token_id=0)
+        made = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        synchronize(device)
+        if made.shape[1] != prompt.shape[1] + tokens:
+            raise ValueError(f"{made.shape[1] - prompt.shape[1]} tokens were made, {tokens} were asked for")
+        return perf_counter() - start
+
+    with measuring(model):
+        seconds(2)  # compiles
+        first, whole = seconds(1), seconds(most + 1)
+    return {"tokens": most, "seconds_a_token": (whole - first) / most, "seconds_of_the_first": first}
+
+
+def measure(quantise: Callable, shape: dict, device: torch.device, quick: bool, end: float) -> dict:
+    """Load, train, answer."""
+    start = perf_counter()
+    _reset(device)
+    model = build(shape, device, quantise)
+    synchronize(device)
+    found = {"load": {"seconds": perf_counter() - start, "bytes": _bytes(device)}}
+    _reset(device)
+    found["steps"] = train(model, device, quick, end)
+    found["steps"]["bytes"] = _bytes(device)
+    return found | {"answer": answer(model, device, quick)}
+
+
+def _reset(device: torch.device) -> None:
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _bytes(device: torch.device) -> dict | str:
+    """Of torch's allocator, since _reset; `outside` it is CUDA's context, and whatever else is on the card."""
+    if device.type != "cuda":
+        return NO_CUDA
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "allocated": torch.cuda.memory_allocated(device),
+        "most_allocated": torch.cuda.max_memory_allocated(device),
+        "most_reserved": torch.cuda.max_memory_reserved(device),
+        "outside": total - free - torch.cuda.memory_reserved(device),
+    }
+
+
+def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
+    """Fill `found`. Returns what failed."""
+    shape = TOY if quick else SHAPE
+    one, free = ledger(shape, quick), free_memory(device)
+    found |= {"shape": shape, "predicted": predicted(one), "free_bytes": free}
+    if device.type == "cuda" and free < one.peak:
+        return [f"the ledger predicts {one.peak} bytes, but the card has {free} free: nothing was run"]
+    found["ours"] = measure(quantize_linears, shape, device, quick, end)
+    if device.type == "cuda":
+        most = found["ours"]["steps"]["bytes"]["most_allocated"]
+        found["allocated_over_predicted"] = most / found["predicted"]["allocated"]
+    found[PEER] = {"error": "not installed"}
+    if find_spec(PEER):
+        try:
+            found[PEER] = measure(bnb_linears, shape, device, quick, end)
+        except Exception as error:  # whatever it raises for what it does not take
+            found[PEER] = {"error": first_line(error)}
+    losses = found["ours"]["steps"]["losses"]
+    return [] if torch.tensor(losses).isfinite().all() else [f"a loss is not finite: {losses}"]

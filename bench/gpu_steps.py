@@ -1,0 +1,183 @@
+"""QLoRA steps of a LLaMA whose weights come from a seed: does a device learn what a CPU learns?
+
+    python bench/gpu_steps.py     the CPU's losses anew: gpu_day_cpu.json, some minutes
+
+In: a device. Out: the losses of 20 steps in float32 and in bf16, and how far they are from the CPU's that are stored.
+The model has SmolLM2-135M's shape. Its weights are k / 2^24 - 1/2 over 16, k a whole number that a CPU's generator
+draws, evenly within 1/32 of 0: every operation on the way is exact, so each machine has the same bits, and a digest
+tells. A GPU's generator gives other numbers for the same seed, and randn's logarithms differ between vector paths.
+The data are 4 rows of 128 ids out of 64 that the seed chose, the same rows in every step: the loss can fall from
+ln 49,152 = 10.8 to ln 64 = 4.2 by learning which ids there are, and further by learning the rows.
+
+Compared are the drawn weights and the packed codes, bit for bit, the first loss of every token, and the mean loss of
+every step. LIMITS says how far the losses may be apart.
+"""
+
+import datetime
+import hashlib
+import json
+import sys
+from math import inf
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from bench.cpu import versions  # noqa: E402
+from bench.files import write  # noqa: E402
+from bench.gpu_card import synchronize  # noqa: E402
+from bench.timing import cpu_name  # noqa: E402
+from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears  # noqa: E402
+from qlora_lab.finetune.lora import adapters, add_lora  # noqa: E402
+from qlora_lab.finetune.loss import accumulate  # noqa: E402
+from qlora_lab.finetune.modes import measuring  # noqa: E402
+from qlora_lab.kernels.product import Race, keep  # noqa: E402
+
+STORED = HERE / "gpu_day_cpu.json"
+SMOLLM2 = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+TOY = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+R, LR, CLIP, IDS = 16, 1e-3, 0.3, 64
+# What multiplies on the CPU, whichever wins there: float32 in float32, and bf16 in bf16, as a GPU does.
+RACES = {"float32": Race(1.0, inf, inf), "bfloat16": Race(inf, inf, 1.0)}
+# Where they come from: bench/README.md.
+LIMITS = {"float32": {"tokens": 1e-3, "losses": 2.0**-14}, "bfloat16": {"tokens": 0.05, "losses": 2.0**-10}}
+
+
+class Case(NamedTuple):
+    """A model's shape, a batch's, and how many steps are made."""
+
+    shape: dict
+    rows: int
+    length: int
+    steps: int
+
+
+CASES = {"smollm2-135m": Case(SMOLLM2, 4, 128, 20), "toy": Case(TOY, 2, 16, 6)}
+
+
+def draw(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Evenly within 1/32 of 0, float32, exact: torch.rand is a multiple of 2^-24."""
+    return (torch.rand(shape, generator=generator) - 0.5) / 16
+
+
+def build(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[torch.nn.Module, dict[str, str]]:
+    """The adapted model on `device`, and digests of what was drawn and of the codes that it became there."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    generator, drawn, packed = torch.Generator().manual_seed(0), hashlib.sha256(), hashlib.sha256()
+    model = LlamaForCausalLM(LlamaConfig(**case.shape, attn_implementation="sdpa"))
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data = draw(p.shape, generator)
+            drawn.update(p.data.numpy())
+    quantize_linears(model.to(device))
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            packed.update(module.weight.packed.cpu().numpy())
+    for p in model.parameters():  # not the model: its rotary frequencies stay float32
+        p.data = p.data.to(dtype)
+    add_lora(model, R)
+    for layer in adapters(model).values():
+        layer.lora_A.data = draw(layer.lora_A.shape, generator).to(device)
+    return model.train(), {"weights": drawn.hexdigest(), "codes": packed.hexdigest()}
+
+
+def batch_of(case: Case) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.randint(case.shape["vocab_size"], (IDS,), generator=generator)
+    ids = chosen[torch.randint(IDS, (case.rows, case.length), generator=generator)]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def first_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> list[float]:
+    """Nats of every token, before anything is learned."""
+    ids = batch["input_ids"].to(device)
+    with measuring(model):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").tolist()
+
+
+def train(case: Case, dtype: torch.dtype, device: torch.device, end: float = inf) -> dict:
+    """The first loss of every token, the mean loss, gradient norm and seconds of every step, and digests.
+
+    After `end` of perf_counter no step is begun but the first.
+    """
+    model, digests = build(case, dtype, device)
+    batch = batch_of(case)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+    found = digests | {"tokens": first_losses(model, batch, device), "losses": [], "norms": [], "seconds": []}
+    for _ in range(case.steps):
+        if found["losses"] and perf_counter() > end:
+            break
+        start = perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        found["losses"].append(accumulate(model, [batch], case.rows * (case.length - 1)))
+        found["norms"].append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).item())
+        optimizer.step()
+        synchronize(device)
+        found["seconds"].append(perf_counter() - start)
+    return found
+
+
+def apart(found: dict, cpu: dict) -> dict[str, float]:
+    """How far two runs are: of the first losses, root mean square over their spread; of the mean losses, the largest
+    difference over the loss."""
+    tokens, losses = (torch.tensor(found[what], dtype=torch.float64) for what in ("tokens", "losses"))
+    known_tokens, known = (torch.tensor(cpu[what], dtype=torch.float64) for what in ("tokens", "losses"))
+    known = known[: len(losses)]  # steps may have been cut off
+    return {
+        "tokens": ((tokens - known_tokens).square().mean().sqrt() / known_tokens.std()).item(),
+        "losses": ((losses - known).abs() / known).max().item(),  # NaN if one is
+    }
+
+
+def compare(found: dict, cpu: dict, dtype: str) -> list[str]:
+    """Put how far it is from the CPU's run into `found`. Returns what is too far."""
+    found |= {"cpu": cpu["losses"], "apart": apart(found, cpu), "limits": LIMITS[dtype]}
+    failures = [f"{dtype}: other {what} than the CPU's" for what in ("weights", "codes") if found[what] != cpu[what]]
+    for what, limit in LIMITS[dtype].items():
+        if not found["apart"][what] <= limit:
+            failures.append(f"{dtype}: {what} are {found['apart'][what]:.3g} from the CPU's, at most {limit:.3g}")
+    return failures
+
+
+def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
+    """Fill `found`. Returns what failed."""
+    name = "toy" if quick else "smollm2-135m"
+    stored, failures = json.loads(STORED.read_text("utf-8")), []
+    found |= {"case": name, **CASES[name]._asdict(), "r": R, "lr": LR, "clip": CLIP, "cpu": stored["processor"]}
+    for dtype in DTYPES:
+        found[dtype] = train(CASES[name], DTYPES[dtype], device, end)
+        failures += compare(found[dtype], stored["cases"][name][dtype], dtype)
+    return failures
+
+
+def main() -> None:
+    """Compute what the CPU learns, and store it."""
+    cases = {}
+    for name, case in CASES.items():
+        cases[name] = {}
+        for dtype, race in RACES.items():
+            print(name, dtype, flush=True)
+            keep(race)
+            one = train(case, DTYPES[dtype], torch.device("cpu"))
+            one["tokens"] = [round(loss, 6) for loss in one["tokens"]]
+            cases[name][dtype] = {key: value for key, value in one.items() if key != "seconds"}
+    facts = {"date": datetime.date.today().isoformat(), "processor": cpu_name(), "versions": versions()}
+    write(STORED, json.dumps(facts | {"cases": cases}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
