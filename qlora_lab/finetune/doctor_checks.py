@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, collate, end_token_id, pad_token_id
+from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, collate, pad_token_id
 from qlora_lab.finetune.dtype_policy import GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
+from qlora_lab.finetune.encode import end_token_id
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.loss import accumulate, answer_loss

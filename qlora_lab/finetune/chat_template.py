@@ -1,0 +1,212 @@
+"""Chat templates: a conversation becomes one text, and where each turn stands in that text is found.
+
+In: turns, and the tokenizer whose template writes them. Out: the text; where the content of each turn ends; and the
+span of each answer, from where the prompt for it ends to where its content ends.
+Source: `{% generation %}` blocks and `apply_chat_template` of transformers.
+
+Templates do more than join turns: they drop thoughts of earlier answers (Qwen3), move the system's text into a question
+(Llama 2), trim, open a thought in the prompt (R1), write an end after the whole chat (Phi-3). So nothing is assumed
+about headers. Every content is given a mark of its own, the marked conversation is rendered too, and where the marks
+come out, contents end. If more than the marks differs, the template is refused.
+
+Not here: tokens, and the end token of an answer (encode.py).
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from itertools import accumulate
+from os.path import commonprefix
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from qlora_lab.finetune.examples import Turns, check_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+# For a tokenizer without a chat template, as of a base Llama 2.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{% if message.role == 'user' %}{{ '### Instruction:\\n' }}"
+    "{% elif message.role == 'assistant' %}{{ '### Response:\\n' }}{% endif %}"
+    "{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
+)
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")  # of strftime
+# The clock of a run in place of transformers' own. As a macro, since transformers passes no functions to a template;
+# the last expression is there because a line break after a block would be dropped.
+CLOCK = (
+    "{% macro strftime_now(format) %}{% set written = namespace(text=format) %}"
+    "{% for directive, value in run_clock.items() %}"
+    "{% set written.text = written.text | replace(directive, value) %}{% endfor %}"
+    "{{ written.text }}{% endmacro %}{{ '' }}"
+)
+MARKS = range(0x10FF00, 0x10FFFE)  # characters for private use, of which texts hold none or few
+Span = tuple[int, int]  # first and one-past-last character
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where an answer stands in the text. start: where its prompt ends; stop: where its content ends.
+
+    whole: whether all of its content is shown. generated: its `{% generation %}` block, if the template has them.
+    """
+
+    start: int
+    stop: int
+    whole: bool
+    generated: Span | None = None
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The template of a tokenizer, or PLAIN_TEMPLATE; clock: what it takes for now, None for the time of each call.
+
+    Raises ValueError for a tokenizer that does not say where in a text its tokens are.
+    """
+
+    tokenizer: "Tokenizer"
+    clock: datetime | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            name = type(self.tokenizer).__name__
+            raise ValueError(f"{name} does not say where in a text its tokens are: use one with a tokenizer.json")
+
+    @cached_property
+    def control(self) -> dict[str, int]:
+        """Text -> id of the tokens that steer a model, and that no message may hold as tokens."""
+        added = self.tokenizer.added_tokens_decoder
+        return {token.content: number for number, token in added.items() if token.special}
+
+    @cached_property
+    def control_texts(self) -> re.Pattern:
+        longest_first = sorted(self.control, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!): nowhere
+
+    @cached_property
+    def source(self) -> str:
+        """The template's text. Raises ValueError if nothing could end an answer."""
+        if self.tokenizer.chat_template:
+            return self.tokenizer.get_chat_template()
+        if self.tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a chat template nor an eos token: set tokenizer.eos_token")
+        return PLAIN_TEMPLATE
+
+    @cached_property
+    def is_dated(self) -> bool:
+        """Whether the template asks what time it is."""
+        return "strftime_now" in self.source
+
+    @cached_property
+    def _options(self) -> dict:
+        if self.clock is None or not self.is_dated:
+            return {"chat_template": self.source}
+        written = {directive: self.clock.strftime(directive) for directive in DIRECTIVE.findall(self.source)}
+        return {"chat_template": CLOCK + self.source, "run_clock": written}
+
+    def render(self, turns: Turns, opens_answer: bool = False) -> str:
+        """The conversation as text; opens_answer: with the opening of the next answer.
+
+        Raises ValueError for a text that cannot be encoded, and for a conversation that the template refuses.
+        """
+        for role, content in turns:
+            check_text(content, f"the text of the turn of {role}")
+        return self._render(turns, add_generation_prompt=opens_answer)
+
+    def ends(self, turns: Turns, text: str, opens_answer: bool = False) -> list[tuple[int, int]]:
+        """(turn, where its content ends in `text`, the render of `turns`), in the order of the text.
+
+        White space around a content is not counted as a part of it: some templates keep it, and some do not. A turn
+        whose end the template does not show is left out. Raises ValueError if marks change the render.
+        """
+        mark = next(chr(code) for code in MARKS if chr(code) not in text)
+        for also_empty in (True, False):  # a template may ask whether there is content
+            marks = (f"{mark}{i}{mark}" for i in range(len(turns)))
+            marked = tuple((role, _marked(content, next(marks), also_empty)) for role, content in turns)
+            parts = re.split(f"{mark}([0-9]+){mark}", self._render(marked, add_generation_prompt=opens_answer))
+            if "".join(parts[::2]) == text:
+                ends = accumulate(len(part) for part in parts[::2])
+                return [(int(turn), end) for turn, end in zip(parts[1::2], ends, strict=False)]  # one part more
+        raise ValueError(
+            "the chat template writes a text differently because of its last characters, so turns cannot be found in "
+            "it: use another template"
+        )
+
+    def answers(self, turns: Turns, text: str, ends: list[tuple[int, int]]) -> dict[int, Answer]:
+        """Turn -> where it stands in `text`, for each answer of which the template shows anything.
+
+        An answer starts where a prompt for it ends. What stands between a question and its answer in a prompt is taken
+        from the last answer's: all prompts would take time with the square of the turns.
+        """
+        closed, opening = dict(ends), self._opening(turns[:-1])
+        blocks = self._generated(turns) if GENERATION.search(self.source) else None
+        found = {}
+        for i, (role, content) in enumerate(turns):
+            if role != "assistant":
+                continue
+            start, stop = _span(content.strip(), text, closed.get(i - 1), closed.get(i), opening)
+            if start is None:
+                continue
+            block = next((block for block in blocks or () if block[0] <= stop <= block[1]), None)
+            if blocks is None or block:
+                found[i] = Answer(start, stop, _squeezed(content) in _squeezed(text[start:stop]), block)
+        return found
+
+    def _opening(self, prompt: Turns) -> str | None:
+        """What a prompt holds behind the content of its last turn; None if that cannot be found."""
+        try:
+            text = self.render(prompt, opens_answer=True)
+            ends = dict(self.ends(prompt, text, opens_answer=True))
+        except ValueError:
+            return None
+        end = ends.get(len(prompt) - 1)
+        return None if end is None else text[end:]
+
+    def _generated(self, turns: Turns) -> list[Span]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options = {**self.tokenizer.special_tokens_map, **self._options}
+        _, (blocks,) = render_jinja_template([_messages(turns)], return_assistant_tokens_mask=True, **options)
+        return blocks
+
+    def _render(self, turns: Turns, **options) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options, **self._options)
+        except TemplateError as error:
+            opening = f"{turns[0][0]}: {turns[0][1][:60]!r}"
+            raise ValueError(f"the chat template refuses the conversation that begins {opening}: {error}") from error
+
+
+def _messages(turns: Turns) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def _marked(text: str, mark: str, also_empty: bool) -> str:
+    content = text.rstrip()
+    return text if not (content or also_empty) else content + mark + text[len(content) :]
+
+
+def _span(content: str, text: str, before: int | None, end: int | None, opening: str | None) -> tuple[int | None, int]:
+    """Start and end of an answer. before: where the content of the turn before it ends in `text`."""
+    prompt = before is not None and opening is not None and (end is None or before <= end)
+    if end is None:  # not marked, as it is empty; or not shown
+        end = before + len(opening) if prompt and not content and text.startswith(opening, before) else None
+        return end, end or 0
+    if prompt and text.startswith(opening, before) and before + len(opening) <= end:
+        return before + len(opening), end
+    if text.endswith(content, 0, end):  # history is not written as a prompt is: R1 opens a thought in prompts only
+        return end - len(content), end
+    return before + len(commonprefix([opening, text[before:end]])) if prompt else None, end
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
