@@ -153,7 +153,7 @@ class ChatTemplate:
         for i, (role, content) in enumerate(turns):
             if role != "assistant":
                 continue
-            start, stop = _span(content.strip(), text, closed.get(i - 1), closed.get(i), opening)
+            start, stop = _span(content.rstrip(), text, closed.get(i - 1), closed.get(i), opening)
             if start is None:
                 continue
             block = next((block for block in blocks or () if block[0] <= stop <= block[1]), None)
@@ -203,9 +203,13 @@ def _span(content: str, text: str, before: int | None, end: int | None, opening:
         return end, end or 0
     if prompt and text.startswith(opening, before) and before + len(opening) <= end:
         return before + len(opening), end
-    if text.endswith(content, 0, end):  # history is not written as a prompt is: R1 opens a thought in prompts only
-        return end - len(content), end
-    return before + len(commonprefix([opening, text[before:end]])) if prompt else None, end
+    # history is not written as a prompt is: R1 opens a thought in prompts only
+    header = before + len(commonprefix([opening, text[before:end]])) if prompt else None
+    shown = next((c for c in (content, content.lstrip()) if text.endswith(c, 0, end)), None)
+    if shown is None:
+        return header, end
+    # white space may be the header's, where the template trims: the longest that fits, but no character of the text
+    return max(min(header or 0, end - len(content.lstrip())), end - len(shown)), end
 
 
 def _squeezed(text: str) -> str:

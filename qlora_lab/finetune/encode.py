@@ -78,11 +78,21 @@ class _Tokens:
     starts: list[int]
     stops: list[int]
 
-    def replace(self, first: int, last: int, ids: list[int], start: int, stop: int) -> None:
-        """`ids`, all from `start` to `stop`, in place of the tokens first to last - 1."""
-        self.ids[first:last] = ids
-        self.starts[first:last] = [start] * len(ids)
-        self.stops[first:last] = [stop] * len(ids)
+    def around(self, start: int, stop: int) -> slice:
+        """Positions of the tokens that hold a character from `start` to `stop` - 1."""
+        first, last = bisect_left(self.starts, start), bisect_left(self.starts, stop)
+        while first and self.stops[first - 1] > start:
+            first -= 1
+        return slice(first, last)
+
+    def moved(self, by: int) -> "_Tokens":
+        return _Tokens(self.ids, [start + by for start in self.starts], [stop + by for stop in self.stops])
+
+    def __add__(self, other: "_Tokens") -> "_Tokens":
+        return _Tokens(self.ids + other.ids, self.starts + other.starts, self.stops + other.stops)
+
+    def replace(self, positions: slice, new: "_Tokens") -> None:
+        self.ids[positions], self.starts[positions], self.stops[positions] = new.ids, new.starts, new.stops
 
 
 def prompt_ids(messages: Turns, tokenizer: "Tokenizer", clock: datetime | None = None) -> list[int]:
@@ -142,7 +152,8 @@ def _encode(example: Example, template: ChatTemplate, max_length: int | None) ->
         raise ValueError(f"the chat template does not show the answer {example.answer[:60]!r}: use another template")
     learned = {i: a for i, a in answers.items() if i not in example.not_learned and (a.whole or i == len(turns) - 1)}
     for answer in learned.values():
-        _split_at(tokens, text, answer.generated[0] if answer.generated else answer.start, template.tokenizer)
+        for place in {answer.start, (answer.generated or (answer.start,))[0]}:
+            _end_prompt_at(tokens, text, place, template)
     if max_length is not None and len(tokens.ids) > max_length:
         return len(tokens.ids)
     labels = [IGNORED] * len(tokens.ids)
@@ -221,62 +232,78 @@ def _contents(turns: Turns, text: str, ends: list[tuple[int, int]], template: Ch
 
 
 def _encode_as_text(tokens: _Tokens, text: str, contents: list[Span], template: ChatTemplate) -> int:
-    """Put text in place of the control tokens inside `contents`; returns of how many."""
+    """Encode anew the `contents` that hold control tokens, as text; returns how many those were."""
     control, count = set(template.control.values()), 0
-    for start, stop in sorted(contents, reverse=True):  # from the end: positions before stay as they are
-        first = max(bisect_left(tokens.starts, start) - 1, 0)  # it may begin in white space before the content
-        for i in range(bisect_left(tokens.starts, stop) - 1, first - 1, -1):
-            if tokens.ids[i] in control and tokens.stops[i] > start:
-                a, b = tokens.starts[i], tokens.stops[i]
-                ids = _piece_ids(text[a:b], template.tokenizer, as_text=True)
-                if control & set(ids):
-                    raise ValueError(f"the tokenizer knows {text[a:b].strip()!r} as a control token only: leave it out")
-                tokens.replace(i, i + 1, ids, a, b)
-                count += 1
+    for start, stop in contents:
+        positions = tokens.around(start, stop)
+        found = [token for token in tokens.ids[positions] if token in control]
+        if found:
+            begin, end = tokens.starts[positions.start], tokens.stops[positions.stop - 1]
+            new = _piece(text, begin, end, template.tokenizer, as_text=True)
+            if control & set(new.ids):
+                spelt = template.control_texts.search(text[start:stop])[0]
+                raise ValueError(f"the tokenizer knows {spelt!r} as a control token only: leave it out of the texts")
+            tokens.replace(positions, new)
+            count += len(found)
     return count
 
 
 # --------------------------------------------------------------------------------------------------------- tokens
 
 
-def _tokenise(text: str, tokenizer: "Tokenizer") -> _Tokens:
+def _tokenise(text: str, tokenizer: "Tokenizer", as_text: bool = False) -> _Tokens:
+    """as_text: control tokens are text as well."""
     backend = tokenizer.backend_tokenizer
-    processor = backend.post_processor
+    processor, as_text_before = backend.post_processor, backend.encode_special_tokens
     backend.post_processor = None  # it adds nothing here, and may leave spaces out of where tokens begin
+    options = {"split_special_tokens": True} if as_text else {}
     try:
-        found = tokenizer(text, **AS_IT_IS, return_offsets_mapping=True)
+        # not verbose: texts that are too long are left out later
+        found = tokenizer(
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,
+            **options,
+        )
     finally:
-        backend.post_processor = processor
+        backend.post_processor, backend.encode_special_tokens = processor, as_text_before
     starts, stops = zip(*found["offset_mapping"], strict=True) if found["input_ids"] else ((), ())
     return _Tokens(found["input_ids"], list(starts), list(stops))
 
 
-def _split_at(tokens: _Tokens, text: str, place: int, tokenizer: "Tokenizer") -> None:
-    """Have no token on both sides of the character `place`."""
-    last = bisect_left(tokens.starts, place)
-    first = last
-    while first and tokens.stops[first - 1] > place:  # several tokens of one character have all of its place
+def _end_prompt_at(tokens: _Tokens, text: str, place: int, template: ChatTemplate) -> None:
+    """Have the tokens before the character `place` be those of a prompt that ends there.
+
+    A control token ends what is before it, so that only the tokens from the last one on may be others. (If a text
+    spells one there, only a token on both sides of `place` is looked at: those of the prompt would be others anyway.)
+    """
+    control, across = set(template.control.values()), tokens.around(place, place)
+    first = across.start - 1
+    while first > 0 and tokens.ids[first] not in control:
         first -= 1
-    if first < last:
-        start, stop = tokens.starts[first], tokens.stops[last - 1]
-        tokens.replace(first, last, _piece_ids(text[place:stop], tokenizer), place, stop)
-        # in front of those, which are now from `first` on
-        tokens.replace(first, first, _piece_ids(text[start:place], tokenizer), start, place)
+    if first < 0:
+        return
+    if template.control_texts.search(text, tokens.stops[first], place):
+        if across.start == across.stop:
+            return
+        first = across.start
+    start, stop = tokens.starts[first], max(place, tokens.stops[across.stop - 1])
+    prompt = _tokenise(text[start:place], template.tokenizer).moved(start)
+    if across.start < across.stop or prompt.ids != tokens.ids[first : across.stop]:
+        tokens.replace(slice(first, across.stop), prompt + _piece(text, place, stop, template.tokenizer))
 
 
-def _piece_ids(piece: str, tokenizer: "Tokenizer", as_text: bool = False) -> list[int]:
-    """The tokens of a piece from within a text. as_text: control tokens are text as well.
+def _piece(text: str, start: int, stop: int, tokenizer: "Tokenizer", as_text: bool = False) -> _Tokens:
+    """The tokens of a piece from within `text`. as_text: control tokens are text as well.
 
     Behind a line break, which is removed again: some tokenizers put a space before all that they are given.
     """
-    backend = tokenizer.backend_tokenizer
-    before = backend.encode_special_tokens
-    options = AS_IT_IS | ({"split_special_tokens": True} if as_text else {})
-    try:
-        anchor = tokenizer("\n", **options)["input_ids"]
-        ids = tokenizer("\n" + piece, **options)["input_ids"]
-        if ids[: len(anchor)] == anchor:
-            return ids[len(anchor) :]
-        return tokenizer(piece, **options)["input_ids"]
-    finally:
-        backend.encode_special_tokens = before
+    anchor, piece = "\n", text[start:stop]
+    before, tokens = _tokenise(anchor, tokenizer, as_text).ids, _tokenise(anchor + piece, tokenizer, as_text)
+    skipped = len(before)
+    if tokens.ids[:skipped] != before:  # the line break is one token with what follows
+        anchor, skipped, tokens = "", 0, _tokenise(piece, tokenizer, as_text)
+    kept = _Tokens(tokens.ids[skipped:], tokens.starts[skipped:], tokens.stops[skipped:])
+    return kept.moved(start - len(anchor))
