@@ -172,14 +172,21 @@ def _encode(example: Example, template: ChatTemplate, max_length: int | None) ->
 def _learned_spans(
     learned: dict[int, Answer], turns: Turns, text: str, tokens: _Tokens, ends: dict[int, int], template: ChatTemplate
 ) -> list[Span]:
-    """Of each answer and its end token: what may end an answer is what ends the last one, or what ends a question."""
+    """Of each answer and its end token.
+
+    What ends an answer is what ends the last one, or is followed by the same token as what ends a question: a header's
+    token, where a template ends no turn, is not.
+    """
     control, last = set(template.control.values()), len(turns) - 1
-    allowed = {_end_id(tokens, text, learned[last].stop, control), _first_control(tokens, ends.get(last - 1), control)}
+    (last_end, _), closing = (
+        _ending(tokens, text, place, control) for place in (learned[last].stop, ends.get(last - 1))
+    )
     spans = []
     for i, answer in learned.items():
-        end = _end_position(tokens, text, answer.stop, control)
-        stop = None if end is None or tokens.ids[end] not in allowed else tokens.stops[end]
-        if stop is None or (answer.generated and answer.generated[1] < stop):
+        ending = _ending(tokens, text, answer.stop, control)
+        ends_it = ending[0] is not None and (ending[0] == last_end or (None not in ending and ending == closing))
+        stop = tokens.stops[_next_control(tokens, text, answer.stop, control)] if ends_it else len(text) + 1
+        if not ends_it or (answer.generated and answer.generated[1] < stop):
             within = " in its {% generation %} block" if answer.generated else ""
             raise ValueError(
                 f"the chat template ends {turns[i][1][:60]!r} by no special token{within}: a model would never stop"
@@ -188,24 +195,23 @@ def _learned_spans(
     return spans
 
 
-def _end_position(tokens: _Tokens, text: str, stop: int, control: set[int]) -> int | None:
-    """Position of the control token that follows the content which ends at `stop`, with nothing but space between."""
-    for i in range(bisect_left(tokens.starts, stop), len(tokens.ids)):
+def _ending(tokens: _Tokens, text: str, place: int | None, control: set[int]) -> tuple[int | None, int | None]:
+    """The control token behind the content that ends at `place`, and the one behind that; None: text comes first."""
+    first = None if place is None else _next_control(tokens, text, place, control)
+    if first is None:
+        return None, None
+    second = _next_control(tokens, text, tokens.stops[first], control)
+    return tokens.ids[first], None if second is None else tokens.ids[second]
+
+
+def _next_control(tokens: _Tokens, text: str, place: int, control: set[int]) -> int | None:
+    """Position of the control token behind the character `place`, with nothing but space between."""
+    for i in range(bisect_left(tokens.starts, place), len(tokens.ids)):
         if tokens.ids[i] in control:
             return i
         if text[tokens.starts[i] : tokens.stops[i]].strip():
             return None
     return None
-
-
-def _end_id(tokens: _Tokens, text: str, stop: int, control: set[int]) -> int | None:
-    end = _end_position(tokens, text, stop, control)
-    return None if end is None else tokens.ids[end]
-
-
-def _first_control(tokens: _Tokens, start: int | None, control: set[int]) -> int | None:
-    following = tokens.ids[bisect_left(tokens.starts, start) :] if start is not None else []
-    return next((token for token in following if token in control), None)
 
 
 # ------------------------------------------------------------------------------------------------- control tokens
