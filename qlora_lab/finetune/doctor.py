@@ -6,6 +6,7 @@ On a sample of the data: the tokens of 32 examples, and steps with 8 short ones 
 Not here: the checks (doctor_checks.py), printing (cli.py), tokens in colour (LabelView takes Report.labels).
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.data import Encoded, EncodeReport, collate, encode_all, load_data, pad_token_id, show_labels
+from qlora_lab.finetune.data_checks import asked_for, texts
 from qlora_lab.finetune.doctor_checks import (
     ACCUMULATION,
     CHECKPOINTED,
@@ -101,8 +103,10 @@ def diagnose(
     Settings(max_length=max_length, batch_size=batch_size, optimizer_bits=optimizer_bits)  # raises
     adapters(model)  # raises if there is none
     policy = dtype_policy(model, optimizer_bits)
-    encoded, counts = _sample(data, tokenizer, max_length, seed)
+    examples = load_data(data) if isinstance(data, (str, Path)) else list(data)
+    encoded, counts = _sample(examples, tokenizer, max_length, seed)
     findings = [end_tokens(encoded, tokenizer), learned_tokens(encoded), left_out(counts, max_length)]
+    findings += [asked_for([e for e in examples if isinstance(e, Example)]), texts(counts.notes, len(encoded))]
     findings += [trained_share(policy), new_tokens(model, tokenizer, encoded)]
     few, pad_id = _few(encoded), pad_token_id(tokenizer)
     batch, tokens = collate(few, pad_id), batch_size * max_length
@@ -129,13 +133,14 @@ def diagnose(
     return Report(tuple(findings), tuple(steps), show_labels(encoded[0], tokenizer), policy)
 
 
-def _sample(data, tokenizer, max_length: int, seed: int) -> tuple[list[Encoded], EncodeReport]:
+def _sample(examples: list, tokenizer, max_length: int, seed: int) -> tuple[list[Encoded], EncodeReport]:
     """Up to SAMPLED short enough examples, drawn as the trainer draws them, and what was passed over."""
-    examples = load_data(data) if isinstance(data, (str, Path)) else list(data)
     order = np.random.default_rng(seed).permutation(len(examples))
     shuffled = [examples[i] for i in order]
     if not examples or isinstance(examples[0], Example):
-        return encode_all(shuffled, tokenizer, max_length, SAMPLED)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the findings say the same
+            return encode_all(shuffled, tokenizer, max_length, SAMPLED)
     lengths = [len(one.input_ids) for one in shuffled]
     kept = [one for one in shuffled if len(one.input_ids) <= max_length]
     if not kept:

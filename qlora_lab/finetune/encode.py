@@ -43,13 +43,13 @@ class Notes:
         """What changes a lesson without a word, a line each."""
         lines = []
         if self.empty:
-            lines.append(f"{self.empty} answers are empty: the model learns to say nothing; leave them out")
+            lines.append(f"{_are(self.empty, 'answer')} empty: the model learns to say nothing; leave such records out")
         if self.hidden:
-            lines.append(
-                f"{self.hidden} answers of earlier turns are not shown whole by the chat template, and not learned"
-            )
+            earlier = _are(self.hidden, "earlier answer")
+            lines.append(f"{earlier} not shown whole by the chat template, and not learned")
         if self.shortened:
-            lines.append(f"{self.shortened} last answers are not shown whole by the chat template: the rest is learned")
+            last = _are(self.shortened, "last answer")
+            lines.append(f"{last} not shown whole by the chat template: only what it shows is learned")
         return lines
 
     def __add__(self, other: "Notes") -> "Notes":
@@ -93,6 +93,10 @@ class _Tokens:
 
     def replace(self, positions: slice, new: "_Tokens") -> None:
         self.ids[positions], self.starts[positions], self.stops[positions] = new.ids, new.starts, new.stops
+
+
+def _are(count: int, noun: str) -> str:
+    return f"{count:,} {noun} is" if count == 1 else f"{count:,} {noun}s are"
 
 
 def prompt_ids(messages: Turns, tokenizer: "Tokenizer", clock: datetime | None = None) -> list[int]:

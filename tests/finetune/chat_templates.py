@@ -213,7 +213,7 @@ CASES = {
         "Mistral v0.3", MISTRAL, ("<s>", "</s>", "[INST]", "[/INST]"), "[/INST]", "</s>", **_same(" {}</s>"), bos="<s>",
     ),
     "gemma": Case(
-        "Gemma 1 to 3", GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+        "Gemma 1 and 2", GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
         "<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>", **_same("{}<end_of_turn>"),
         bos="<bos>", eos="<eos>", system=False, trimmed=str.strip,
     ),

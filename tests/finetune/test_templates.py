@@ -13,6 +13,7 @@ from qlora_lab.finetune.data import encode_all
 from qlora_lab.finetune.encode import IGNORED, Encoded, Notes, encode, end_token_id, prompt_ids
 from qlora_lab.finetune.examples import Example
 from tests.finetune.chat_templates import CASES, CONVERSATIONS, LLAMA_2, ONE, QUESTION, SEVERAL, THOUGHTS, tokenizer_of
+from tools.templates_page import COMMAND, PAGE, page
 
 NOON = datetime(2026, 3, 1, 12)
 
@@ -130,15 +131,19 @@ def test_empty_texts_are_located(case):
 
 def test_what_the_template_hides_is_said():
     tokenizer = tokenizer_of(CASES["qwen3"])
-    with pytest.warns(UserWarning, match="^2 answers of earlier turns are not shown whole by the chat template, and n"):
+    with pytest.warns(UserWarning, match="^2 earlier answers are not shown whole by the chat template, and not l"):
         _, report = encode_all([THOUGHTS, ONE, THOUGHTS], tokenizer, 1000)
     assert report.notes == Notes(hidden=2)
     tokenizer = tokenizer_of(CASES["r1-distill"])
     with (
-        pytest.warns(UserWarning, match="1 last answers are not shown whole"),
-        pytest.warns(UserWarning, match="1 answers of earlier turns"),
+        pytest.warns(UserWarning, match="1 last answer is not shown whole"),
+        pytest.warns(UserWarning, match="1 earlier answer is"),
     ):
         encode_all([THOUGHTS], tokenizer, 1000)
+
+
+def test_the_page_of_the_docs_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == page(), f"run `{COMMAND}`"
 
 
 # ------------------------------------------------------------------------------------------------------------- clock
