@@ -65,6 +65,11 @@ class Answer:
     whole: bool
     generated: Span | None = None
 
+    @property
+    def openings(self) -> tuple[int, ...]:
+        """Where prompts end that come before it, and before its block."""
+        return (self.start,) if self.generated is None else (self.generated[0], self.start)
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -86,6 +91,10 @@ class ChatTemplate:
         """Text -> id of the tokens that steer a model, and that no message may hold as tokens."""
         added = self.tokenizer.added_tokens_decoder
         return {token.content: number for number, token in added.items() if token.special}
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        return frozenset(self.control.values())
 
     @cached_property
     def control_texts(self) -> re.Pattern:
@@ -112,6 +121,10 @@ class ChatTemplate:
             return {"chat_template": self.source}
         written = {directive: self.clock.strftime(directive) for directive in DIRECTIVE.findall(self.source)}
         return {"chat_template": CLOCK + self.source, "run_clock": written}
+
+    def is_spelt_in(self, turns: Turns) -> bool:
+        """Whether a text of `turns` spells a control token."""
+        return any(self.control_texts.search(content) for _, content in turns)
 
     def render(self, turns: Turns, opens_answer: bool = False) -> str:
         """The conversation as text; opens_answer: with the opening of the next answer.

@@ -254,7 +254,8 @@ def test_a_long_chat_is_left_out_after_one_tokenisation(tokenizer, monkeypatch):
     )
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **k: tokenised.append(1) or call(*a, **k))
     encode_all([Example(turns), EXAMPLE], tokenizer, max_length=100)
-    assert len(rendered) == 1 + 3 + 1 and len(tokenised) == 1 + 2  # long: one each; short: itself, marks, its prompt
+    # the long one: once; the short one: itself and its prompt, each also with marks
+    assert len(rendered) == 1 + 4 and len(tokenised) == 1 + 2
     rendered.clear()
     encoded = encode(Example(turns), tokenizer)
     assert len(learned_texts(encoded, tokenizer)) == 100 and len(rendered) == 4
