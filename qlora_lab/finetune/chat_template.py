@@ -166,12 +166,14 @@ class ChatTemplate:
         for i, (role, content) in enumerate(turns):
             if role != "assistant":
                 continue
-            start, stop = _span(content.rstrip(), text, closed.get(i - 1), closed.get(i), opening)
+            before = closed.get(i - 1)
+            start, stop = _span(content.rstrip(), text, before, closed.get(i), opening)
             if start is None:
                 continue
+            shown = text[start if before is None else min(before, start) : stop]  # a prompt may open the thought
             block = next((block for block in blocks or () if block[0] <= stop <= block[1]), None)
             if blocks is None or block:
-                found[i] = Answer(start, stop, _squeezed(content) in _squeezed(text[start:stop]), block)
+                found[i] = Answer(start, stop, _squeezed(content) in _squeezed(shown), block)
         return found
 
     def _opening(self, prompt: Turns) -> str | None:

@@ -37,6 +37,7 @@ from qlora_lab.finetune.doctor_checks import (
     trained_share,
 )
 from qlora_lab.finetune.dtype_policy import DtypePolicy, dtype_policy
+from qlora_lab.finetune.encode import Notes
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.free_memory import free_memory
 from qlora_lab.finetune.lora import adapters
@@ -146,7 +147,8 @@ def _sample(examples: list, tokenizer, max_length: int, seed: int) -> tuple[list
     if not kept:
         raise ValueError(f"no example has at most {max_length} tokens (the longest has {max(lengths)}): allow more")
     counts = sum(len(one.input_ids) for one in kept), sum(one.answer_tokens for one in kept)
-    return kept[:SAMPLED], EncodeReport(len(kept), len(shuffled) - len(kept), max(lengths), *counts)
+    notes = sum((one.notes for one in kept[:SAMPLED]), Notes())
+    return kept[:SAMPLED], EncodeReport(len(kept), len(shuffled) - len(kept), max(lengths), *counts, notes)
 
 
 def _few(encoded: list[Encoded]) -> list[Encoded]:

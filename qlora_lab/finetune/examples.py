@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_lab.finetune.fields import is_learned, printable, refuse_unsupported, unused_fields
+from qlora_lab.finetune.fields import SWITCHES, is_learned, printable, refuse_unsupported, unused_fields
 
 FORMS = (
     "Alpaca (instruction, input, output), ShareGPT (conversations: from, value) or OpenAI messages "
@@ -135,7 +135,7 @@ def _alpaca(record: dict, place: str) -> Example:
     parts = _text(record, "instruction"), _text({"input": record.get("input") or ""}, "input")  # some files say null
     question = "\n\n".join(part for part in parts if part)
     turns = [*_system(record), *_history(record), ("user", question), ("assistant", _text(record, "output"))]
-    unused = unused_fields(record, ("instruction", "input", "output", "system", "history"))
+    unused = unused_fields(record, ("instruction", "input", "output", "system", "history", "weight"))
     return Example(tuple(turns), (), unused, place)
 
 
@@ -160,7 +160,7 @@ def _conversation(record: dict, name: str, place: str) -> Example:
     while turns and not (turns[-1][0] == "assistant" and turns[-1][2]):
         turns.pop()
     not_learned = tuple(i for i, (role, _, learned) in enumerate(turns) if role == "assistant" and not learned)
-    unused |= set(unused_fields(record, (name, "system")))
+    unused |= set(unused_fields(record, (name, "system", "weight")))
     return Example(tuple((role, text) for role, text, _ in turns), not_learned, tuple(sorted(unused)), place)
 
 
@@ -176,7 +176,7 @@ def _turns(turns: Any, name: str) -> tuple[list[tuple[str, str, bool]], set[str]
         role = _role(_text(turn, role_key))
         refuse_unsupported(turn, "turn")
         read.append((role, _text(turn, text_key), is_learned(turn, role)))
-        unused |= {f"{field} of a turn" for field in unused_fields(turn, (role_key, text_key))}
+        unused |= {f"{field} of a turn" for field in unused_fields(turn, (role_key, text_key, *SWITCHES))}
     return read, unused
 
 
@@ -216,6 +216,8 @@ def _parse(text: str, path: Path, first_line: int, expected: str) -> Any:
     except json.JSONDecodeError as error:
         place = f"{path}, line {first_line + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{place}: not JSON ({error.msg}); expected {expected}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or lists in lists in lists
+        raise ValueError(f"{path}, from line {first_line} on: not to be read ({error}); expected {expected}") from error
 
 
 def _read(path: Path) -> str:

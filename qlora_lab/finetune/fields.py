@@ -58,7 +58,7 @@ def is_learned(turn: dict, role: str) -> bool:
 def unused_fields(values: dict, used: Iterable[str]) -> tuple[str, ...]:
     """Names, in alphabetical order, of fields that ask for something and are passed over."""
     asked = {name for name, value in values.items() if not _is_empty(value)}
-    return tuple(sorted(printable(name) for name in asked - {*used, *SWITCHES}))
+    return tuple(sorted(printable(name) for name in asked - set(used)))
 
 
 def printable(name: str) -> str:

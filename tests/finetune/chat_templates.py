@@ -131,6 +131,10 @@ QWEN_3 = (
     "{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+QWEN_35 = QWEN_3.replace(
+    "if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}",
+    "if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}",
+)
 R1_DISTILL = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
@@ -226,6 +230,13 @@ CASES = {
         ("<think>\n\n</think>\n\n4<|im_end|>",),
         ("4<|im_end|>", "<think>\n\n</think>\n\n7<|im_end|>"),
         (SECOND_THOUGHT + "<|im_end|>",), hidden=1,
+    ),
+    "qwen3.5": Case(
+        "Qwen3.5 and others that open a thought and show it", QWEN_35, IM,
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n", "<|im_end|>",
+        ("\n</think>\n\n4<|im_end|>",),
+        ("4<|im_end|>", "\n</think>\n\n7<|im_end|>"),
+        (SECOND_THOUGHT.removeprefix("<think>\n") + "<|im_end|>",), hidden=1,
     ),
     "r1-distill": Case(
         "DeepSeek-R1-Distill", R1_DISTILL, DEEPSEEK, "<｜Assistant｜><think>\n", STOP,

@@ -78,6 +78,8 @@ def test_answers_before_the_first_question_and_turns_after_the_last_answer_are_d
         (json.dumps(FORMS["alpaca"]) + "\n{'instruction': 1}", "line 2, column 2: not JSON .*one JSON object a line"),
         ('[{"instruction": "a",\n "output": }]', "line 2, column 12: not JSON .*a JSON list"),
         ('{"question": "a", "answer": "b"}', "line 1: the record has the keys question, answer; expected Alpaca"),
+        (f'{{"instruction": {"9" * 5000}}}', "from line 1 on: not to be read .*digits"),
+        ("[" * 100_000, "from line 1 on: not to be read .*recursion"),
         ("{}", r"line 1: the record has the keys \(none\)"),
         ('["a"]', "record 1: expected a JSON object.*found str"),
         ('{"instruction": "a", "output": 4}', "line 1: 'output' must be a text, found 4"),

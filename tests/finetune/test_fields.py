@@ -130,6 +130,7 @@ def test_empty_fields_ask_for_nothing():
 
 def test_other_fields_are_passed_over_and_named():
     assert to_example(ALPACA | {"source": "me", "id": 7, "note": None}).unused == ("id", "source")
+    assert to_example(ALPACA | {"train": True, "loss": 1.5, "weight": 1}).unused == ("loss", "train")
     example = to_example(chat(("user", "a", {"name": "Ann"}), ("assistant", "b"), **{"k\ud800": 1, "instruction": "c"}))
     assert example.unused == ("instruction", "k\\ud800", "name of a turn")
     assert example == to_example({"messages": TURNS})
