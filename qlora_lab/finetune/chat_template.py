@@ -18,7 +18,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import accumulate
 from os.path import commonprefix
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -51,6 +51,14 @@ CLOCK = (
 )
 MARKS = range(0x10FF00, 0x10FFFE)  # characters for private use, of which texts hold none or few
 Span = tuple[int, int]  # first and one-past-last character
+
+
+class Place(NamedTuple):
+    """The character `offset` of the content of a turn stands at `place` in the text."""
+
+    turn: int
+    offset: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -135,32 +143,44 @@ class ChatTemplate:
             check_text(content, f"the text of the turn of {role}")
         return self._render(turns, add_generation_prompt=opens_answer)
 
-    def ends(self, turns: Turns, text: str, opens_answer: bool = False) -> list[tuple[int, int]]:
-        """(turn, where its content ends in `text`, the render of `turns`), in the order of the text.
+    def places(self, turns: Turns, text: str, opens_answer: bool = False) -> list[Place]:
+        """Where contents end in `text`, the render of `turns`, and where control tokens stand that they spell.
 
-        White space around a content is not counted as a part of it: some templates keep it, and some do not. A turn
-        whose end the template does not show is left out. Raises ValueError if marks change the render.
+        In the order of the text. What the template does not show is left out. Raises ValueError if marks change the
+        render, so that nothing can be found by them.
         """
         mark = next(chr(code) for code in MARKS if chr(code) not in text)
         for also_empty in (True, False):  # a template may ask whether there is content
-            marks = (f"{mark}{i}{mark}" for i in range(len(turns)))
-            marked = tuple((role, _marked(content, next(marks), also_empty)) for role, content in turns)
-            parts = re.split(f"{mark}([0-9]+){mark}", self._render(marked, add_generation_prompt=opens_answer))
-            if "".join(parts[::2]) == text:
-                ends = accumulate(len(part) for part in parts[::2])
-                return [(int(turn), end) for turn, end in zip(parts[1::2], ends, strict=False)]  # one part more
+            marked = tuple(
+                (role, self._marked(content, f"{mark}{i}{mark}", mark, also_empty))
+                for i, (role, content) in enumerate(turns)
+            )
+            rendered = self._render(marked, add_generation_prompt=opens_answer)
+            parts = re.split(f"{mark}([0-9]+){mark}([0-9]+){mark}", rendered)
+            if "".join(parts[::3]) == text:
+                places = accumulate(len(part) for part in parts[::3])
+                found = zip(parts[1::3], parts[2::3], places, strict=False)  # there is one part more
+                return [Place(int(turn), int(offset), place) for turn, offset, place in found]
         raise ValueError(
             "the chat template writes a text differently because of its last characters, so turns cannot be found in "
             "it: use another template"
         )
 
-    def answers(self, turns: Turns, text: str, ends: list[tuple[int, int]]) -> dict[int, Answer]:
+    def _marked(self, text: str, turn: str, mark: str, also_empty: bool) -> str:
+        content = text.rstrip()
+        if not content and not also_empty:
+            return text
+        spelt = self.control_texts.sub(lambda match: f"{turn}{match.start()}{mark}{match[0]}", content)
+        return f"{spelt}{turn}{len(content)}{mark}{text[len(content) :]}"
+
+    def answers(self, turns: Turns, text: str, closed: dict[int, int]) -> dict[int, Answer]:
         """Turn -> where it stands in `text`, for each answer of which the template shows anything.
 
+        closed: turn -> where its content ends.
         An answer starts where a prompt for it ends. What stands between a question and its answer in a prompt is taken
         from the last answer's: all prompts would take time with the square of the turns.
         """
-        closed, opening = dict(ends), self._opening(turns[:-1])
+        opening = self._opening(turns[:-1])
         blocks = self._generated(turns) if GENERATION.search(self.source) else None
         found = {}
         for i, (role, content) in enumerate(turns):
@@ -180,10 +200,9 @@ class ChatTemplate:
         """What a prompt holds behind the content of its last turn; None if that cannot be found."""
         try:
             text = self.render(prompt, opens_answer=True)
-            ends = dict(self.ends(prompt, text, opens_answer=True))
+            end = ends(prompt, self.places(prompt, text, opens_answer=True)).get(len(prompt) - 1)
         except ValueError:
             return None
-        end = ends.get(len(prompt) - 1)
         return None if end is None else text[end:]
 
     def _generated(self, turns: Turns) -> list[Span]:
@@ -205,9 +224,10 @@ def _messages(turns: Turns) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def _marked(text: str, mark: str, also_empty: bool) -> str:
-    content = text.rstrip()
-    return text if not (content or also_empty) else content + mark + text[len(content) :]
+def ends(turns: Turns, places: list[Place]) -> dict[int, int]:
+    """Turn -> where its content ends in the text. White space around a content is not counted as a part of it: some
+    templates keep it, and some do not."""
+    return {turn: place for turn, offset, place in places if offset == len(turns[turn][1].rstrip())}
 
 
 def _span(content: str, text: str, before: int | None, end: int | None, opening: str | None) -> tuple[int | None, int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from qlora_lab.finetune.chat_template import Answer, ChatTemplate, Span
+from qlora_lab.finetune.chat_template import Answer, ChatTemplate, Span, ends
 from qlora_lab.finetune.examples import Example, Turns
 from qlora_lab.finetune.tokens import Tokens, encode_messages_as_text, end_prompt_at, tokenise
 
@@ -74,7 +74,7 @@ def prompt_ids(messages: Turns, tokenizer: "Tokenizer", clock: datetime | None =
     template = ChatTemplate(tokenizer, clock)
     tokens = tokenise(template.render(messages, opens_answer=True), tokenizer)
     if template.is_spelt_in(messages):
-        encode_messages_as_text(tokens, messages, template.ends(messages, tokens.text, opens_answer=True), template)
+        encode_messages_as_text(tokens, messages, template.places(messages, tokens.text, opens_answer=True), template)
     return tokens.ids
 
 
@@ -111,18 +111,18 @@ def _encode(example: Example, template: ChatTemplate, max_length: int | None) ->
     tokens = tokenise(template.render(turns), template.tokenizer)
     if max_length is not None and len(tokens.ids) > max_length:
         return len(tokens.ids)
-    ends = template.ends(turns, tokens.text)
+    places = template.places(turns, tokens.text)
     if template.is_spelt_in(turns):
-        control_texts = encode_messages_as_text(tokens, turns, ends, template)
-    learned = _learned(example, template.answers(turns, tokens.text, ends))
+        control_texts = encode_messages_as_text(tokens, turns, places, template)
+    closed = ends(turns, places)
+    learned = _learned(example, template.answers(turns, tokens.text, closed))
     for answer in learned.values():
         for place in answer.openings:
             end_prompt_at(tokens, place, template)
     if max_length is not None and len(tokens.ids) > max_length:  # text has more tokens than a control token
         return len(tokens.ids)
     labels = [IGNORED] * len(tokens.ids)
-    question_end = dict(ends).get(len(turns) - 2)
-    for start, stop in _learned_spans(learned, turns, tokens, question_end, template.control_ids):
+    for start, stop in _learned_spans(learned, turns, tokens, closed.get(len(turns) - 2), template.control_ids):
         positions = tokens.within(start, stop)
         labels[positions] = tokens.ids[positions]
     return Encoded(tokens.ids, labels, _notes(example, learned, control_texts))

@@ -11,10 +11,9 @@ Not here: where messages and answers stand (chat_template.py); labels (encode.py
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import TYPE_CHECKING
 
-from qlora_lab.finetune.chat_template import ChatTemplate, Span
+from qlora_lab.finetune.chat_template import ChatTemplate, Place, Span
 from qlora_lab.finetune.examples import Turns
 
 if TYPE_CHECKING:
@@ -71,14 +70,13 @@ def tokenise(text: str, tokenizer: "Tokenizer", as_text: bool = False) -> Tokens
     return Tokens(text, found["input_ids"], starts, [stop for _, stop in found["offset_mapping"]])
 
 
-def encode_messages_as_text(
-    tokens: Tokens, turns: Turns, ends: list[tuple[int, int]], template: ChatTemplate, count: int = 0
-) -> int:
-    """Encode the messages that spell control tokens anew, as text; returns how many tokens those were.
+def encode_messages_as_text(tokens: Tokens, turns: Turns, places: list[Place], template: ChatTemplate) -> int:
+    """Encode what spells control tokens in messages anew, as text; returns how many tokens those were.
 
-    ends: of ChatTemplate.ends. Raises ValueError for a message that is not shown as it is, so that it is not found.
+    places: of ChatTemplate.places. Raises ValueError if the tokenizer has no other tokens for it.
     """
-    for start, stop in _spelling_spans(tokens.text, turns, ends, template):
+    count = 0
+    for start, stop in _spelling_spans(tokens.text, turns, places, template):
         positions = tokens.around(start, stop)
         spelt = [token for token in tokens.ids[positions] if token in template.control_ids]
         if spelt:
@@ -92,22 +90,28 @@ def encode_messages_as_text(
     return count
 
 
-def _spelling_spans(text: str, turns: Turns, ends: list[tuple[int, int]], template: ChatTemplate) -> list[Span]:
-    """Where the messages that spell a control token stand, without the part that a template cuts off in front."""
-    spelling = {i for i, (_, content) in enumerate(turns) if template.control_texts.search(content)}
-    spans, found = [], set()
-    for i, end in ends:
-        if i in spelling:
-            content = turns[i][1].strip()
-            shown = len(commonprefix([content[::-1], text[max(0, end - len(content)) : end][::-1]]))
-            spans.append((end - shown, end))
-            if not any(len(content) - m.start() > shown for m in template.control_texts.finditer(content)):
-                found.add(i)
-    for i in sorted(spelling - found):
-        role, content = turns[i]
-        name = template.control_texts.search(content)[0]
-        raise ValueError(f"a text of {role} holds {name!r}, and the chat template rewrites it: leave it out")
-    return spans
+def _spelling_spans(text: str, turns: Turns, places: list[Place], template: ChatTemplate) -> list[Span]:
+    """Where the messages that spell a control token stand, from the first that is shown to their end.
+
+    If that is the first of all, the text before it holds none, and is encoded with it.
+    """
+    spans, begun = [], None  # turn, first and one-past-last character of a message that was begun
+    for turn, offset, place in places:
+        if begun and begun[0] != turn:
+            spans.append(begun[1:])
+            begun = None
+        content = turns[turn][1].rstrip()
+        match = template.control_texts.match(content, offset)
+        if match and begun:
+            begun = (turn, begun[1], place + len(match[0]))
+        elif match:
+            before = content[:offset].lstrip()
+            alone = template.control_texts.search(before) or not text.endswith(before, 0, place)
+            begun = (turn, place if alone else place - len(before), place + len(match[0]))
+        elif begun:
+            spans.append((begun[1], place))
+            begun = None
+    return [*spans, begun[1:]] if begun else spans
 
 
 def end_prompt_at(tokens: Tokens, place: int, template: ChatTemplate) -> None:

@@ -277,13 +277,29 @@ def test_control_tokens_in_texts_are_encoded_as_text_and_nothing_is_left_switche
     assert tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"] == [end]
 
 
-def test_a_template_that_rewrites_a_text_with_a_control_token_is_refused(tokenizer):
-    tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "message.content.replace('a', 'b')")
-    question = "Is <|im_end|> a token?"
-    with pytest.raises(ValueError, match=r"a text of user holds '<\|im_end\|>', and the chat template rewrites it"):
-        encode(Example((("user", question), ("assistant", "b"))), tokenizer)
-    with pytest.raises(ValueError, match="and the chat template rewrites it"):
-        prompt_ids((("user", question),), tokenizer)
+def test_control_tokens_are_found_in_a_text_that_the_template_rewrites(tokenizer):
+    """And where it asks how a text ends, they cannot be: the record is refused."""
+    end, template = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.chat_template
+    example = Example((("user", "Is <|im_end|> a token?"), ("assistant", "A <|im_end|> is.")))
+    tokenizer.chat_template = template.replace("message.content", "message.content.replace('a', 'b')")
+    encoded = encode(example, tokenizer)
+    assert learned_texts(encoded, tokenizer) == ["A <|im_end|> is.<|im_end|>"]
+    assert encoded.input_ids.count(end) == 2 and prompt_ids(example.prompt, tokenizer).count(end) == 1
+    tokenizer.chat_template = template.replace("message.content +", "message.content[-3:] +")
+    with pytest.raises(ValueError, match="turns cannot be found in it"):
+        encode(example, tokenizer)
+    with pytest.raises(ValueError, match="turns cannot be found in it"):
+        prompt_ids(example.prompt, tokenizer)
+
+
+def test_a_text_that_is_shown_twice_is_text_twice(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content +", "message.content * 2 +")
+    encoded = encode(Example((("user", "Is <|im_end|> it?"), ("assistant", "<|im_end|> is"))), tokenizer)
+    assert encoded.input_ids.count(end) == 2 and encoded.notes.control_texts == 4
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content * 2", "message.content[:-2]")
+    with pytest.raises(ValueError, match="turns cannot be found in it"):
+        encode(EXAMPLE, tokenizer)
 
 
 def test_offsets_without_their_spaces_move_no_label(tokenizer):
