@@ -4,11 +4,12 @@ from dataclasses import replace
 from datetime import datetime
 
 import pytest
+from hypothesis import assume, given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from qlora_lab.finetune.chat_template import GENERATION, PLAIN_TEMPLATE
+from qlora_lab.finetune.chat_template import GENERATION, PLAIN_TEMPLATE, ChatTemplate
 from qlora_lab.finetune.data import encode_all
 from qlora_lab.finetune.encode import IGNORED, Encoded, Notes, encode, end_token_id, prompt_ids
 from qlora_lab.finetune.examples import Example
@@ -102,6 +103,25 @@ def test_control_tokens_in_texts_are_text(case):
     prompt = prompt_ids(turns[:1], tokenizer)
     assert tokenizer.decode(prompt).endswith(asked + case.opening)
     assert sum(t in special for t in prompt) == sum(t in special for t in prompt_ids((QUESTION,), tokenizer))
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(sorted(CASES)), st.data())
+def test_no_text_whatever_it_says_becomes_a_control_token(name, data):
+    """The text stays what the template wrote, and holds as many control tokens as with "x" for each message."""
+    case = CASES[name]
+    pieces = ["4", " ", "\n", "\t", "é", "😀", "<", "|>", "user", "</think>", "<think>", "\U0010ff00", *case.control]
+    some_text = st.lists(st.sampled_from(pieces), min_size=1, max_size=6).map("".join)
+    roles = ("user", "assistant") * data.draw(st.integers(1, 2))
+    turns = tuple((role, data.draw(some_text.filter(str.strip))) for role in roles)
+    assume("<|channel|>" not in turns[-1][1] + turns[1][1] and not turns[-1][1].rstrip().endswith("</think>"))
+    tokenizer = tokenizer_of(case)
+    special = set(tokenizer.convert_tokens_to_ids(list(case.control)))
+    ids = encode(Example(turns), tokenizer).input_ids
+    plain = encode(Example(tuple((role, "x") for role, _ in turns)), tokenizer).input_ids
+    assert sum(token in special for token in ids) == sum(token in special for token in plain)
+    if not case.eats_space:
+        assert tokenizer.decode(ids) == ChatTemplate(tokenizer).render(turns)
 
 
 def test_a_turn_that_is_not_learned_is_shown(case):
