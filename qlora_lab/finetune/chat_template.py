@@ -90,7 +90,7 @@ class ChatTemplate:
     clock: datetime | None = None
 
     def __post_init__(self) -> None:
-        if not self.tokenizer.is_fast:
+        if not getattr(self.tokenizer, "is_fast", False):
             name = type(self.tokenizer).__name__
             raise ValueError(f"{name} does not say where in a text its tokens are: use one with a tokenizer.json")
 
@@ -149,7 +149,8 @@ class ChatTemplate:
         In the order of the text. What the template does not show is left out. Raises ValueError if marks change the
         render, so that nothing can be found by them.
         """
-        mark = next(chr(code) for code in MARKS if chr(code) not in text)
+        used = text + "".join(content for _, content in turns)
+        mark = next(chr(code) for code in MARKS if chr(code) not in used)
         for also_empty in (True, False):  # a template may ask whether there is content
             marked = tuple(
                 (role, self._marked(content, f"{mark}{i}{mark}", mark, also_empty))
@@ -162,8 +163,8 @@ class ChatTemplate:
                 found = zip(parts[1::3], parts[2::3], places, strict=False)  # there is one part more
                 return [Place(int(turn), int(offset), place) for turn, offset, place in found]
         raise ValueError(
-            "the chat template writes a text differently because of its last characters, so turns cannot be found in "
-            "it: use another template"
+            "the chat template writes a message differently when a mark follows it, so its turns cannot be located: "
+            "use another template"
         )
 
     def _marked(self, text: str, turn: str, mark: str, also_empty: bool) -> str:

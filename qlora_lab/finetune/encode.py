@@ -4,6 +4,7 @@ In: an example, the tokenizer. Out: input_ids, and labels: the token itself wher
 
 Learned are the answers and the token that ends each answer, nothing else: a model that never sees the end token as a
 label never stops. Where the template marks what is generated, that is learned, as transformers would.
+
 Not here: where an answer stands (chat_template.py); tokens of a text (tokens.py); data sets and batches (data.py).
 """
 

@@ -190,7 +190,7 @@ def test_the_end_token_is_the_templates_and_not_eos(tokenizer):
     ("change", "message"),
     [
         (("<|im_end|>", ""), "ends 'The sum is 4.' by no special token"),
-        (("+ message.content +", "+ message.content[:-1] +"), "turns cannot be found in it"),
+        (("+ message.content +", "+ message.content[:-1] +"), "turns cannot be located"),
         (("+ message.content +", "+"), "does not show the answer 'The sum is 4.'"),
         (("{% for", "{{ raise_exception('roles must alternate') }}{% for"), "refuses .*user: 'Add 2 .*must alternate"),
     ],
@@ -286,9 +286,9 @@ def test_control_tokens_are_found_in_a_text_that_the_template_rewrites(tokenizer
     assert learned_texts(encoded, tokenizer) == ["A <|im_end|> is.<|im_end|>"]
     assert encoded.input_ids.count(end) == 2 and prompt_ids(example.prompt, tokenizer).count(end) == 1
     tokenizer.chat_template = template.replace("message.content +", "message.content[-3:] +")
-    with pytest.raises(ValueError, match="turns cannot be found in it"):
+    with pytest.raises(ValueError, match="turns cannot be located"):
         encode(example, tokenizer)
-    with pytest.raises(ValueError, match="turns cannot be found in it"):
+    with pytest.raises(ValueError, match="turns cannot be located"):
         prompt_ids(example.prompt, tokenizer)
 
 
@@ -298,7 +298,7 @@ def test_a_text_that_is_shown_twice_is_text_twice(tokenizer):
     encoded = encode(Example((("user", "Is <|im_end|> it?"), ("assistant", "<|im_end|> is"))), tokenizer)
     assert encoded.input_ids.count(end) == 2 and encoded.notes.control_texts == 4
     tokenizer.chat_template = tokenizer.chat_template.replace("message.content * 2", "message.content[:-2]")
-    with pytest.raises(ValueError, match="turns cannot be found in it"):
+    with pytest.raises(ValueError, match="turns cannot be located"):
         encode(EXAMPLE, tokenizer)
 
 
