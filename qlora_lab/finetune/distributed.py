@@ -302,6 +302,15 @@ def first_on_node(work: Callable[[], T]) -> T:
     return result if leads else work()
 
 
+def from_process_0(value: T) -> T:
+    """The value that process 0 has, on all of them."""
+    if not _joined():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def _joined() -> bool:
     """Whether this is one of several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

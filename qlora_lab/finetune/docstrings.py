@@ -133,10 +133,15 @@ def _pairs(path: Path) -> Iterator[tuple[str, str]]:
         return
     lines = text.split("\n")  # as ast counts them; splitlines() would also split at form feeds
     for function in _functions(tree.body):
-        summary = first_sentence(ast.get_docstring(function) or "")
+        summary = _encodable(first_sentence(ast.get_docstring(function) or ""))
         code = code_without_docstring(function, lines)
         if is_summary(summary) and SHORTEST_CODE <= len(code) <= LONGEST_CODE and _says_something(function):
             yield code, summary
+
+
+def _encodable(text: str) -> str:
+    """The text, or nothing if it holds half of a surrogate pair, which the source of a string can spell."""
+    return text if text.encode("utf-8", "ignore").decode() == text else ""
 
 
 def _functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -6,6 +6,7 @@ On a sample of the data: the tokens of 32 examples, and steps with 8 short ones 
 Not here: the checks (doctor_checks.py), printing (cli.py), tokens in colour (LabelView takes Report.labels).
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.data import Encoded, EncodeReport, collate, encode_all, load_data, show_labels
+from qlora_lab.finetune.data_checks import asked_for, texts
 from qlora_lab.finetune.doctor_checks import (
     ACCUMULATION,
     CHECKPOINTED,
@@ -38,6 +40,7 @@ from qlora_lab.finetune.doctor_checks import (
     trained_share,
 )
 from qlora_lab.finetune.dtype_policy import DtypePolicy, dtype_policy
+from qlora_lab.finetune.encode import Notes
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.free_memory import free_memory
 from qlora_lab.finetune.limits import fill_id
@@ -106,8 +109,10 @@ def diagnose(
     Settings(max_length=max_length, batch_size=batch_size, optimizer_bits=optimizer_bits)  # raises
     adapters(model)  # raises if there is none
     policy = dtype_policy(model, optimizer_bits)
-    encoded, counts = _sample(data, tokenizer, max_length, seed, progress)
+    examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
+    encoded, counts = _sample(examples, tokenizer, max_length, seed, progress)
     findings = [end_tokens(encoded, tokenizer), learned_tokens(encoded), left_out(counts, max_length)]
+    findings += [asked_for([e for e in examples if isinstance(e, Example)]), texts(counts.notes, len(encoded))]
     findings += [trained_share(policy), new_tokens(model, tokenizer, encoded)]
     if readable := findings[-1].status != "problem":  # else no step can be made
         findings.append(row_lengths(model, encoded))
@@ -138,19 +143,23 @@ def diagnose(
     return Report(tuple(findings), tuple(steps), show_labels(encoded[0], tokenizer), policy)
 
 
-def _sample(data, tokenizer, max_length: int, seed: int, progress: bool) -> tuple[list[Encoded], EncodeReport]:
+def _sample(
+    examples: list, tokenizer, max_length: int, seed: int, progress: bool
+) -> tuple[list[Encoded], EncodeReport]:
     """Up to SAMPLED short enough examples, drawn as the trainer draws them, and what was passed over."""
-    examples = load_data(data) if isinstance(data, (str, Path)) else list(data)
     order = np.random.default_rng(seed).permutation(len(examples))
     shuffled = [examples[i] for i in order]
     if not examples or isinstance(examples[0], Example):
-        return encode_all(shuffled, tokenizer, max_length, SAMPLED, progress)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the findings say the same
+            return encode_all(shuffled, tokenizer, max_length, SAMPLED, progress)
     lengths = [len(one.input_ids) for one in shuffled]
     kept = [one for one in shuffled if len(one.input_ids) <= max_length]
     if not kept:
         raise ValueError(f"no example has at most {max_length} tokens (the longest has {max(lengths)}): allow more")
     counts = sum(len(one.input_ids) for one in kept), sum(one.answer_tokens for one in kept)
-    return kept[:SAMPLED], EncodeReport(len(kept), len(shuffled) - len(kept), max(lengths), *counts)
+    notes = sum((one.notes for one in kept[:SAMPLED]), Notes())
+    return kept[:SAMPLED], EncodeReport(len(kept), len(shuffled) - len(kept), max(lengths), *counts, notes)
 
 
 def _few(encoded: list[Encoded]) -> list[Encoded]:

@@ -4,7 +4,8 @@ In: a model, encoded examples, batches. Out: a Finding, "ok", "warning" or "prob
 Source: the threads in THREADS. A check runs the real thing on real examples and compares; none reads settings.
 
     tokens:  end_tokens, learned_tokens, left_out, new_tokens        weights:  trained_share, memory
-    steps:   finite_values, live_adapters, accumulation, packed_rows        rows:  row_lengths
+    data:    asked_for, texts (data_checks.py)                       rows:     row_lengths
+    steps:   finite_values, live_adapters, accumulation, packed_rows
 
 Parameters, gradients, training flags and the random state are left as they were.
 Not here: which checks run on what (doctor.py).
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, collate, end_token_id, pad_token_id
+from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, collate, pad_token_id
 from qlora_lab.finetune.dtype_policy import GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
+from qlora_lab.finetune.encode import end_token_id
 from qlora_lab.finetune.limits import position_limit, too_long, unknown_token, used_tokens
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
@@ -40,6 +42,7 @@ HALF_SCALE = 1024  # of the loss in float16, whose least number is 6e-8; the tra
 BLANK = 0.01  # of the usual size: an embedding that is nearer to zero, or to the mean of all, was never trained
 
 END, LEARNED, LENGTH, NEW = "end token in labels", "learned tokens", "examples left out", "new tokens"
+ASKED, TEXTS = "turns and fields", "texts under the template"
 FINITE, LIVE, ACCUMULATION = "finite values", "adapters learn", "gradient accumulation"
 CHECKPOINTED, SHARE, MEMORY = f"{LIVE} with gradient checkpointing", "trained share", "memory"
 POSITIONS, PACKED = "row lengths", "packed rows"
@@ -47,6 +50,8 @@ THREADS = {  # on github.com
     END: ("huggingface/trl/issues/696", "unslothai/unsloth/issues/416"),
     LEARNED: ("mlabonne/llm-course/issues/33", "huggingface/blog/issues/1302"),
     LENGTH: ("huggingface/trl/pull/6025",),
+    ASKED: ("axolotl-ai-cloud/axolotl/pull/1703", "NVIDIA-NeMo/Automodel/issues/3143"),
+    TEXTS: ("huggingface/transformers/issues/29279", "modelscope/ms-swift/issues/4939"),
     NEW: ("artidoro/qlora/issues/214", "huggingface/peft/issues/2368"),
     FINITE: ("huggingface/trl/issues/618", "hiyouga/LlamaFactory/issues/3353"),
     LIVE: ("huggingface/peft/issues/137", "locuslab/open-unlearning/issues/178"),

@@ -7,12 +7,17 @@ Not here: the run's state (checkpoint.py).
 import hashlib
 import json
 from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
 
 import torch
 
+from qlora_lab.finetune.chat_template import ChatTemplate
 from qlora_lab.finetune.data import Encoded, EncodeReport
+from qlora_lab.finetune.distributed import from_process_0, together
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
+from qlora_lab.finetune.run_folder import RECORD
 from qlora_lab.finetune.settings import FREE, Settings
 from qlora_lab.finetune.wide import widen
 from qlora_lab.kernels import product
@@ -21,11 +26,32 @@ PROBE = 2**12  # elements of each base weight that tell one model from another
 NUMBER, CHOICE = ("steps", "batch_size"), ("max_length", "seed")  # decide how many examples are encoded, and which
 
 
-def record(model, settings: Settings, report: EncodeReport, encoded: list[Encoded]) -> dict:
+def run_clock(folder: Path, tokenizer, resume: bool | int) -> datetime | None:
+    """What time it is for a template that writes the date: now, or what it was when the run in `folder` began.
+
+    None where the template asks for no time, and for a run of an earlier version, which kept none. The same on all
+    processes.
+    """
+    if not ChatTemplate(tokenizer).is_dated:
+        return None
+    with together():
+        clock = datetime.now()
+        if resume is not False and (folder / RECORD).exists():
+            stored = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("clock")
+            clock = datetime.fromisoformat(stored) if stored else None
+    return from_process_0(clock)
+
+
+def record(
+    model, settings: Settings, report: EncodeReport, encoded: list[Encoded], clock: datetime | None = None
+) -> dict:
     """All that decided the run, for settings.json and for whoever resumes it."""
     layers = adapters(model)
     layer = next(iter(layers.values()))
-    return asdict(settings) | {
+    data = asdict(report)
+    notes = data.pop("notes")
+    dated = {"clock": clock.isoformat()} if clock else {}
+    decided = {
         "model": getattr(model, "name_or_path", None),
         "base_sha256": _base_checksum(model),
         "dtype": str(computes_in(model)).removeprefix("torch."),
@@ -38,8 +64,10 @@ def record(model, settings: Settings, report: EncodeReport, encoded: list[Encode
             "layers": len(layers),
         },
         "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
-        "data": asdict(report) | {"sha256": _examples_checksum(encoded)},
+        "data": data | {"sha256": _examples_checksum(encoded)},
+        "notes": notes,
     }
+    return asdict(settings) | dated | decided
 
 
 def comparable(record: dict) -> dict:

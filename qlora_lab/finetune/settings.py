@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from qlora_lab.finetune.examples import Example
 
 SCHEDULES = ("constant", "cosine")
-FREE = ("save_every", "keep", "optimizer_budget")  # may differ when a run is resumed: they change no bit of it
+# May differ when a run is resumed: they change no bit of it. notes: of the data, whose checksum is compared.
+FREE = ("save_every", "keep", "optimizer_budget", "notes")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,15 @@ from qlora_lab.finetune.packed_rows import check_packing
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
 from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, check_free, replacing_run
-from qlora_lab.finetune.run_record import adopt_arithmetic, arithmetic, comparable, computes_in, obstacles, record
+from qlora_lab.finetune.run_record import (
+    adopt_arithmetic,
+    arithmetic,
+    comparable,
+    computes_in,
+    obstacles,
+    record,
+    run_clock,
+)
 from qlora_lab.finetune.settings import Settings, check_held_out, learning_rate
 
 if TYPE_CHECKING:
@@ -136,10 +144,12 @@ class Training:
         examples = load_data(data) if isinstance(data, (str, Path)) else list(data)
         order = np.random.default_rng(settings.seed).permutation(len(examples))  # a fair sample, if not all are needed
         shuffled, enough = [examples[i] for i in order], settings.steps * settings.batch_size
-        self._encoded, self.report = encode_all(shuffled, tokenizer, settings.max_length, enough, progress)
+        self._clock = run_clock(self.folder, tokenizer, resume)
+        options = {"progress": progress, "clock": self._clock}
+        self._encoded, self.report = encode_all(shuffled, tokenizer, settings.max_length, enough, **options)
         self._held_out = []
         if settings.eval_every:
-            self._held_out, _ = encode_all(held_out, tokenizer, settings.max_length, progress=progress)
+            self._held_out, _ = encode_all(held_out, tokenizer, settings.max_length, **options)
         self._check_readable(tokenizer)
         self._pad_id = fill_id(model, tokenizer)
         self._lengths = [len(one.input_ids) for one in self._encoded] if settings.group_by_length else None
@@ -178,7 +188,7 @@ class Training:
         self._begun = True
         recycle_memory()
         # before the engine: it may leave this process a part of the base only
-        self._record = record(self.model, self.settings, self.report, self._encoded)
+        self._record = record(self.model, self.settings, self.report, self._encoded, self._clock)
         with (
             checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
             engine_for(self.model, self.settings.shard) as self._engine,

@@ -143,6 +143,12 @@ def test_no_function_of_the_test_library_is_trained_on(library, monkeypatch):
     assert [example.answer for example in docstring_split("test")] == ["The copy says otherwise."]
 
 
+def test_a_docstring_with_half_of_a_surrogate_pair_is_no_text(library):
+    files = {"a.py": function("Add two \\ud800 numbers."), "b.py": function("Add two numbers.", body=BODY + "\n")}
+    assert r"\ud800" in files["a.py"]
+    assert [example.answer for example in docstring_pairs([library(files)])] == ["Add two numbers."]
+
+
 def test_a_library_that_is_not_installed_is_named():
     with pytest.raises(ValueError, match="no installed package is called 'not_there'"):
         docstring_pairs(["not_there"])

@@ -9,6 +9,7 @@ import torch
 import qlora_lab as ql
 from qlora_lab.finetune import doctor, doctor_checks
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, collate, encode_all, pad_token_id
+from qlora_lab.finetune.data_checks import asked_for, texts
 from qlora_lab.finetune.doctor import diagnose
 from qlora_lab.finetune.doctor_checks import (
     THREADS,
@@ -25,6 +26,7 @@ from qlora_lab.finetune.doctor_checks import (
     trained_share,
 )
 from qlora_lab.finetune.dtype_policy import dtype_policy
+from qlora_lab.finetune.encode import Notes
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.linear4bit import quantize_linears
 from qlora_lab.finetune.lora import add_lora
@@ -187,6 +189,34 @@ def test_tokens_beyond_the_embedding(model, tokenizer, encoded):
         "memory",
     )
     assert "\nskipped  finite values, adapters learn, " in str(report)
+
+
+def test_what_records_ask_for_is_counted(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    chat = {"messages": turns + [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}], "id": 1}
+    alpaca = {"instruction": "a", "output": "b", "system": "c", "id": 2, "source": "me"}
+    path.write_text("\n".join(map(json.dumps, [chat, alpaca, chat])))
+    found = asked_for(ql.load_data(path))
+    assert found.status == "ok" and found.message == (
+        "3 examples with the turns 1 system, 5 user, 5 assistant; 2 of the answers shown and not learned, as "
+        "their records ask; fields not used: id (3), source (1)"
+    )
+    assert asked_for([]).message == "not seen: the data came as tokens"
+
+
+def test_texts_that_the_template_does_not_show_as_they_are(model, tokenizer):
+    spelt = Example((("user", "What is <|im_end|>?"), ("assistant", "<|im_end|>, the end")))
+    empty = Example((("user", "a"), ("assistant", "")))
+    report = diagnose(model, tokenizer, [spelt, empty, *DATA[:2]], progress=False)
+    (found,) = [f for f in report.findings if f.name == doctor_checks.TEXTS]
+    assert report.ok and found.status == "warning"
+    assert found.message == (
+        "in 4 examples: a control token is spelt 2 times in texts, and encoded as text: if it was to divide turns, "
+        "write turns; 1 answer is empty: the model learns to say nothing; leave such records out"
+    )
+    hidden = texts(Notes(hidden=2, shortened=1), 9)
+    assert hidden.status == "warning" and hidden.message.startswith("in 9 examples: 2 earlier answers are not shown")
 
 
 @pytest.mark.parametrize("value", ["zero", "mean"])

@@ -1,0 +1,70 @@
+"""Fields of a record beside its texts: which are honoured, which are refused, and which are passed over.
+
+In: a record, or a turn of its conversation. Out: whether a turn is learned; the names of what nobody asked for.
+Source: the data formats of OpenAI, Axolotl, LLaMA-Factory, ms-swift and TRL.
+
+A field that one of them gives a meaning is honoured or refused by its name, since passing it over would train another
+model than the one that was asked for. Empty values (null, [], "", {}) ask for nothing.
+
+Not here: the texts (examples.py).
+"""
+
+from collections.abc import Iterable
+
+SWITCHES = ("weight", "train", "training", "loss")  # of a turn: 0 or false is shown and not learned
+TOOLS = "tool calls cannot be learned here"
+MEDIA = "images, sound and video cannot be learned here"
+PREFERENCES = "preferences cannot be learned here"
+PARTS = "a turn is learned as a whole or not at all"
+THOUGHTS = "thoughts are read from the text alone, as <think>...</think>"
+OPTIONS = "a record cannot set options of the template"
+UNSUPPORTED = {
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id", "documents"), TOOLS),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), MEDIA),
+    **dict.fromkeys(("chosen", "rejected", "kto_tag", "rejected_response"), PREFERENCES),
+    **dict.fromkeys(("train_detail", "training_detail", "loss_scale"), PARTS),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs"), OPTIONS),
+}
+UNSUPPORTED_IN_TURNS = UNSUPPORTED | dict.fromkeys(("thinking", "reasoning", "reasoning_content"), THOUGHTS)
+
+
+def refuse_unsupported(values: dict, where: str) -> None:
+    """Raise ValueError for the first field of a "record" or "turn" whose meaning is not done here."""
+    for name, reason in (UNSUPPORTED if where == "record" else UNSUPPORTED_IN_TURNS).items():
+        if not _is_empty(values.get(name)):
+            raise ValueError(f"the {where} has {name!r}, but {reason}: leave it out")
+    if where == "record" and not (_is_empty(values.get("weight")) or values["weight"] == 1):
+        raise ValueError(f"the record has 'weight': {values['weight']!r:.40}, but all count alike: give turns a weight")
+
+
+def is_learned(turn: dict, role: str) -> bool:
+    """Whether the turn of `role` is learned: an answer, unless one of SWITCHES is off.
+
+    Raises ValueError for a switch that is neither on nor off, or that is on for what is no answer.
+    """
+    learned = role == "assistant"
+    for name in SWITCHES:
+        value = turn.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1):  # false and true as well
+            raise ValueError(f"the turn has {name!r}: {value!r:.40}, but a turn is learned (1, true) or not (0, false)")
+        if value and role != "assistant":
+            raise ValueError(f"the turn of {role} has {name!r}: {value!r}, but only answers are learned")
+        learned = learned and bool(value)
+    return learned
+
+
+def unused_fields(values: dict, used: Iterable[str]) -> tuple[str, ...]:
+    """Names, in alphabetical order, of fields that ask for something and are passed over."""
+    asked = {name for name, value in values.items() if not _is_empty(value)}
+    return tuple(sorted(printable(name) for name in asked - set(used)))
+
+
+def printable(name: str) -> str:
+    """The name, halves of surrogate pairs spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
