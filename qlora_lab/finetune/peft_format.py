@@ -61,8 +61,21 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     with replacing_folder(folder) as staged:
         (staged / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(adapter_tensors(model), staged / WEIGHTS, metadata=metadata)
+        _order_metadata(staged / WEIGHTS, metadata)
         shutil.copymode(staged / CONFIG, staged / WEIGHTS)  # safetensors writes files that only their owner can read
     return Path(folder)
+
+
+def _order_metadata(file: Path, metadata: dict[str, str]) -> None:
+    """Write the header anew with the metadata in this order: safetensors takes any, and one adapter has one file."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = metadata
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, f"a header of {size} bytes became {len(text)}"
+        opened.seek(8)
+        opened.write(text)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:

@@ -283,3 +283,12 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
             (staged / content).write_text(content)
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
     assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["second"]
+
+
+def test_one_adapter_has_one_file(tmp_path, tiny_llama):
+    """Byte by byte, as a run that was resumed is compared; safetensors orders its metadata at random."""
+    save_adapter(trained(quantize_linears(tiny_llama)), tmp_path / "adapter")
+    first = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    for _ in range(20):
+        save_adapter(tiny_llama, tmp_path / "adapter")
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == first
