@@ -5,8 +5,8 @@
 
 A stage that fails stops no other one. Exit code 1: at least one failed; 2: there is no stage of that name.
 Two workers of pytest with a thread each are faster than one with two; tests of several threads set their number
-themselves, and the stage "onednn" has two. Five stages run what touches arithmetic as on another machine: three by the
-winner of the race of products (qlora_lab/kernels/product.py), "old" on a CPU without AVX2, "readable" without kernels.
+themselves, and the stage "onednn" has two. Five stages run the fast tests as on another machine: three by the winner of
+the race of products (qlora_lab/kernels/product.py), "old" on a CPU without AVX2, "readable" without kernels.
 """
 
 import os
@@ -20,8 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest"]
 WORKERS = ["-n", "2"]
 TESTS = ["--ignore=tests/browser", "tests"]
-ARITHMETIC = [*PYTEST, *WORKERS, "-m", "not slow", "tests/kernels", "tests/finetune", "tests/measure"]
-ARITHMETIC += ["--ignore=tests/kernels/triton"]  # the interpreter has no race, and takes as long as all else
+FAST = [*PYTEST, *WORKERS, *TESTS, "-m", "not slow"]
+# the interpreter of GPU kernels computes the same on every machine, and takes its time
+ELSEWHERE = [*FAST, "--ignore=tests/kernels/triton", "--ignore=tests/test_bench_gpu_day.py"]
+ARITHMETIC = [*ELSEWHERE, "--ignore=tests/quant", "--ignore=tests/show", "--ignore=tests/tools"]  # no products there
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200", "--nbval-sanitize-with=nbval_sanitize.cfg"]
 
 
@@ -34,12 +36,12 @@ class Stage(NamedTuple):
 
 STAGES = {
     "normalised": Stage([sys.executable, "tools/notebooks.py", "--check"]),
-    "fast": Stage([*PYTEST, *WORKERS, *TESTS, "qlora_lab", "-m", "not slow"]),
+    "fast": Stage([*FAST, "qlora_lab"]),
     "float32": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "float32"}),
     "onednn": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "onednn", "OMP_NUM_THREADS": "2"}),
     "bfloat16": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "bfloat16"}),
-    "old": Stage(ARITHMETIC, {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
-    "readable": Stage(ARITHMETIC, {"QLORA_LAB_KERNELS": "reference"}),
+    "old": Stage(ELSEWHERE, {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
+    "readable": Stage(ELSEWHERE, {"QLORA_LAB_KERNELS": "reference"}),
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
     "slow": Stage([*PYTEST, *WORKERS, *TESTS, "-m", "slow"]),
     "browser": Stage([*PYTEST, "tests/browser", "--browser-runs", "2"]),
