@@ -5,8 +5,8 @@
 
 A stage that fails stops no other one. Exit code 1: at least one failed; 2: there is no stage of that name.
 Two workers of pytest with a thread each are faster than one with two; tests of several threads set their number
-themselves, and the stage "onednn" has two. Five stages run the fast tests as on another machine: three by the winner of
-the race of products (qlora_lab/kernels/product.py), "old" on a CPU without AVX2, "readable" without kernels.
+themselves. Five stages run the fast tests as on another machine: three by the winner of the race of products
+(qlora_lab/kernels/product.py), "old" on a CPU without AVX2, "readable" without kernels.
 """
 
 import os
@@ -38,7 +38,7 @@ STAGES = {
     "normalised": Stage([sys.executable, "tools/notebooks.py", "--check"]),
     "fast": Stage([*FAST, "qlora_lab"]),
     "float32": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "float32"}),
-    "onednn": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "onednn", "OMP_NUM_THREADS": "2"}),
+    "onednn": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "onednn"}),
     "bfloat16": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "bfloat16"}),
     "old": Stage(ELSEWHERE, {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
     "readable": Stage(ELSEWHERE, {"QLORA_LAB_KERNELS": "reference"}),

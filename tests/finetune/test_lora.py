@@ -8,7 +8,7 @@ from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapters, add_lora, linear_layers
 from qlora_lab.quant.quantize import dequantize, quantize
 
-pytestmark = pytest.mark.usefixtures("outcome")  # whichever routine multiplies the base
+pytestmark = pytest.mark.usefixtures("outcome", "threads")  # whichever routine multiplies the base
 
 
 def model() -> nn.Module:
