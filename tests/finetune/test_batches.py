@@ -92,6 +92,7 @@ EXAMPLES = [
 def test_packing_changes_no_loss_and_no_gradient(tiny_llama, tokenizer, attention):
     """Were attention not kept inside each example, or positions not counted anew, the sums would differ."""
     tiny_llama.set_attn_implementation(attention)
+    tiny_llama.double()  # so that the order of sums, which differs between processors, does not count
     encoded = [encode(example, tokenizer) for example in EXAMPLES]
     rows = to_rows(encoded, capacity=max(len(one.input_ids) for one in encoded) + 25)
     assert 1 < len(rows) < len(encoded)
@@ -105,7 +106,7 @@ def test_packing_changes_no_loss_and_no_gradient(tiny_llama, tokenizer, attentio
     assert n == m
     torch.testing.assert_close(packed, alone)
     for one, other in zip(grads, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # logits are rounded to float32 for the loss
 
 
 def test_packed_rows_need_the_positions(tiny_llama, tokenizer):
