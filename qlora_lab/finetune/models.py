@@ -39,7 +39,7 @@ from qlora_lab.finetune.wide import widen
 from qlora_lab.quant.block_size import DEFAULT, Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
-from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, quantize
+from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ def _mapped(
     tensors = by_model_name(model, {name: files[keys[0]] for name, keys in parts.items()})
     check_names(folder, tensors, model)
     tensors = without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
+    layers = linears_to_quantise(model)
     with ExitStack() as stack:
         opened_files = {path: stack.enter_context(opened(path)) for path in set(files.values())}
         for name, stored in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):
@@ -179,8 +180,12 @@ def _mapped(
                 tensor = found[key] if len(found) == 1 else from_tensors(found, key)
             except (KeyError, ValueError) as error:
                 raise ModelError(f"{stored.file}: {error.args[0]}") from None
-            check_shape(stored.file, name, tensor.shape, stored.shape)
-            yield name, tensor
+            if isinstance(tensor, QuantizedTensor):
+                check_shape(stored.file, name, tensor.shape, stored.shape)
+                # bitsandbytes packs more: the family's code may use such a weight itself, which it can decoded only
+                yield name, tensor if name.removesuffix(".weight") in layers else dequantize(tensor, torch.float32)
+            else:
+                yield name, stored.checked(tensor)
 
 
 def _place(

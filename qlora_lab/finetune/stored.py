@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qlora_lab.finetune.fetch import ModelError, weight_files
+from qlora_lab.quant.quantize import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +56,7 @@ class Stored:
     shape: torch.Size
     files: dict[str, Path]
     rule: Rule | None = None
+    is_float: bool = True  # in the model
 
     @property
     def file(self) -> Path:
@@ -63,9 +65,17 @@ class Stored:
     def read(self) -> torch.Tensor:
         """A view of its file where no rule applies; the file is opened anew: dropping it gives its pages back."""
         parts = ((name, _tensor(file, name)) for name, file in self.files.items())
-        tensor = self.rule.apply(parts)[self.name] if self.rule else next(parts)[1]
+        return self.checked(self.rule.apply(parts)[self.name] if self.rule else next(parts)[1])
+
+    def checked(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, float64 as float32. Raises ModelError for another shape than the model's, or for no weights."""
         check_shape(self.file, self.name, tensor.shape, self.shape)
-        return tensor
+        if self.is_float and tensor.dtype not in (*WEIGHT_DTYPES, torch.float64):
+            raise ModelError(
+                f"{self.file}: {self.name} is {tensor.dtype}, but weights are float32, bfloat16 or float16: "
+                "take a copy of the model in one of them"
+            )
+        return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _tensor(file: Path, name: str) -> torch.Tensor:
@@ -135,7 +145,12 @@ def by_model_name(model: "PreTrainedModel", files: dict[str, Path]) -> dict[str,
             continue
         if target in found:
             raise ModelError(f"{name} and {next(iter(found[target].files))} are both {target}: keep one of the two")
-        found[target] = Stored(target, expected[target].shape if target in expected else torch.Size(), {name: file})
+        if target in expected:
+            found[target] = Stored(
+                target, expected[target].shape, {name: file}, None, expected[target].is_floating_point()
+            )
+        else:
+            found[target] = Stored(target, torch.Size(), {name: file})
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     for target, parts in converted.items():
         parts.sort(key=lambda part: _natural(part[0]))
