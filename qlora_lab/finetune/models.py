@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from qlora_lab.finetune.empty_model import compute_buffers, dtypes_of, empty_model, stored_options, tokenizer_of
 from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, resolve
-from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, linears_to_quantise
+from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, head_path, linears_to_quantise
 from qlora_lab.finetune.share import in_4_bits
 from qlora_lab.finetune.stored import (
     by_model_name,
@@ -167,7 +167,7 @@ def _mapped(
     tensors = by_model_name(model, {name: files[keys[0]] for name, keys in parts.items()})
     check_names(folder, tensors, model)
     tensors = without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
-    layers = linears_to_quantise(model)
+    packed = {*linears_to_quantise(model), head_path(model)}
     with ExitStack() as stack:
         opened_files = {path: stack.enter_context(opened(path)) for path in set(files.values())}
         for name, stored in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):
@@ -182,8 +182,8 @@ def _mapped(
                 raise ModelError(f"{stored.file}: {error.args[0]}") from None
             if isinstance(tensor, QuantizedTensor):
                 check_shape(stored.file, name, tensor.shape, stored.shape)
-                # bitsandbytes packs more: the family's code may use such a weight itself, which it can decoded only
-                yield name, tensor if name.removesuffix(".weight") in layers else dequantize(tensor, torch.float32)
+                # bitsandbytes packs others too, whose weight the family's code uses itself: it takes them decoded
+                yield name, tensor if name.removesuffix(".weight") in packed else dequantize(tensor, torch.float32)
             else:
                 yield name, stored.checked(tensor)
 

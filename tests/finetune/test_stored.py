@@ -14,7 +14,7 @@ from qlora_lab.finetune.models import load
 from qlora_lab.finetune.quantized_folder import quantize_folder
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.quant.serialize import to_tensors
-from tools.families import FAMILIES, logits, ours, quiet, save, theirs
+from tools.families import FAMILIES, IDS, logits, ours, quiet, save, theirs
 
 
 @pytest.fixture
@@ -196,16 +196,29 @@ def test_bitsandbytes_is_told_which_layers_are_not_packed(saved, tmp_path, famil
     assert {path for path in linear if should_convert_module(path, kept)} == packed
 
 
-@pytest.mark.filterwarnings("ignore:.* of the weights outside embeddings and head")
-@pytest.mark.parametrize("family, name", [("RWKV", "rwkv.blocks.0.attention.output"), ("Llama", "lm_head")])
-def test_a_packed_layer_that_is_none_here_is_decoded(saved, tmp_path, family, name):
-    """As bitsandbytes packs more than we do."""
-    folder = quantize_folder(saved(family), tmp_path / "small", progress=False)
+def pack(folder, name):
+    """Also this layer of a folder in 4 bits, as bitsandbytes does it."""
     file = folder / "model-00001-of-00001.safetensors"
     tensors = load_file(file)
     packed = quantize(tensors.pop(f"{name}.weight"), double_quant=True)
-    packed_tensors = {key: tensor.clone() for key, tensor in to_tensors(packed, f"{name}.weight").items()}
-    save_file(tensors | packed_tensors, file, metadata={"format": "pt"})
+    tensors |= {key: tensor.clone() for key, tensor in to_tensors(packed, f"{name}.weight").items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return packed
+
+
+@pytest.mark.filterwarnings("ignore:.* of the weights outside embeddings and head")
+def test_a_packed_weight_that_the_family_uses_itself_is_decoded(saved, tmp_path):
+    folder = quantize_folder(saved("RWKV"), tmp_path / "small", progress=False)
+    packed = pack(folder, "rwkv.blocks.0.attention.output")
     model = ours(folder)
-    assert torch.equal(model.get_parameter(f"{name}.weight"), dequantize(packed))
+    assert torch.equal(model.get_parameter("rwkv.blocks.0.attention.output.weight"), dequantize(packed))
     assert logits(model).isfinite().all()
+
+
+def test_a_packed_head_stays_packed(saved, tmp_path):
+    folder = quantize_folder(saved("Llama"), tmp_path / "small", progress=False)
+    packed = pack(folder, "lm_head")
+    model = ours(folder)
+    hidden = model.model(IDS).last_hidden_state
+    assert isinstance(model.lm_head, Linear4bit)
+    torch.testing.assert_close(logits(model), hidden @ dequantize(packed).t(), rtol=1e-5, atol=1e-5)
