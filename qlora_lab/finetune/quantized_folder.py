@@ -159,7 +159,7 @@ def _begin(out: Path, work: dict) -> None:
         raise FileExistsError(f"{out} holds a model already: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     if (out / UNFINISHED).exists():
-        begun = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+        begun = _begun(out / UNFINISHED)
         if differing := [name for name in work if begun.get(name) != work[name]]:
             name = differing[-1]
             raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
@@ -171,6 +171,16 @@ def _begin(out: Path, work: dict) -> None:
     else:
         with replacing_file(out / UNFINISHED) as new:
             new.write_text(json.dumps(work) + "\n", encoding="utf-8")
+
+
+def _begun(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged, and with it what was begun: choose another folder")
+    return found
 
 
 def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:
