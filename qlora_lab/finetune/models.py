@@ -11,7 +11,6 @@ Not here: the folder (fetch.py), the empty model and its buffers (empty_model.py
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +29,7 @@ from qlora_lab.finetune.stored import (
     check_shape,
     expected_shapes,
     files_of,
-    opened,
+    opened_once,
     stored_tensors,
     tie,
     without_copies,
@@ -168,8 +167,7 @@ def _mapped(
     check_names(folder, tensors, model)
     tensors = without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
     packed = {*linears_to_quantise(model), head_path(model)}
-    with ExitStack() as stack:
-        opened_files = {path: stack.enter_context(opened(path)) for path in set(files.values())}
+    with opened_once(files) as opened_files:
         for name, stored in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):
             if stored.rule:
                 yield name, stored.read()
