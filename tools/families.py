@@ -209,8 +209,13 @@ def trains(model: PreTrainedModel) -> bool:
 
 
 def peft_agrees(folder: Path) -> bool:
-    """Whether PEFT, on transformers' model, gives the logits of an adapter that was saved here."""
+    """Whether PEFT, on transformers' model, gives the logits of an adapter that was saved here.
+
+    Raises ValueError for layers that PEFT leaves without one. It renames targets of families whose experts were linear
+    layers once, such as DeepSeek's gate_proj, and does so for other layers of these names, which stay linear.
+    """
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
     model = ql.add_lora(ours(folder, codebook=None), r=4)
     generator = torch.Generator().manual_seed(SEED)
@@ -219,8 +224,11 @@ def peft_agrees(folder: Path) -> bool:
     ql.save_adapter(model, folder / "adapter")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on experts; the logits tell
-        other = logits(PeftModel.from_pretrained(theirs(folder), folder / "adapter"))
-        return torch.allclose(logits(model), other, rtol=1e-5, atol=1e-5)
+        other = PeftModel.from_pretrained(theirs(folder), folder / "adapter")
+        adapted = {path for path, module in other.base_model.model.named_modules() if isinstance(module, LoraLayer)}
+        if left_out := sorted({path.split(".")[-1] for path in adapters(model).keys() - adapted}):
+            raise ValueError(f"PEFT takes {', '.join(left_out)} for the experts, and adapts no linear layer so named")
+        return torch.allclose(logits(model), logits(other), rtol=1e-5, atol=1e-5)
 
 
 @contextmanager
