@@ -99,8 +99,8 @@ class ChatTemplate:
         return {token.content: number for number, token in added.items() if token.special}
 
     @cached_property
-    def control_ids(self) -> frozenset[int]:
-        return frozenset(self.control.values())
+    def control_names(self) -> dict[int, str]:
+        return {number: text for text, number in self.control.items()}
 
     @cached_property
     def control_texts(self) -> re.Pattern:
