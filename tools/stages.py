@@ -3,7 +3,8 @@
     python tools/stages.py              all of them, as `make test` does
     python tools/stages.py fast slow    these
 
-A stage that fails stops no other one. Exit code 1: at least one failed; 2: there is no stage of that name.
+A stage that fails stops no other one, and Ctrl-C all that come after it. Exit code 1: at least one failed; 2: there is
+no stage of that name; 130: Ctrl-C.
 Two workers of pytest with a thread each are faster than one with two; tests of several threads set their number
 themselves. Five stages run the fast tests as on another machine: three by the winner of the race of products
 (qlora_lab/kernels/product.py), "old" on a CPU without AVX2, "readable" without kernels.
@@ -24,6 +25,7 @@ FAST = [*PYTEST, *WORKERS, *TESTS, "-m", "not slow"]
 # the interpreter of GPU kernels computes the same on every machine, and takes its time
 ELSEWHERE = [*FAST, "--ignore=tests/kernels/triton", "--ignore=tests/test_bench_gpu_day.py"]
 ARITHMETIC = [*ELSEWHERE, "--ignore=tests/quant", "--ignore=tests/show", "--ignore=tests/tools"]  # no products there
+INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200", "--nbval-sanitize-with=nbval_sanitize.cfg"]
 
 
@@ -58,15 +60,23 @@ def run(names: list[str]) -> dict[str, tuple[int, float]]:
         stage, start = STAGES[name], time.monotonic()
         threads = {"OMP_NUM_THREADS": "1"} if "-n" in stage.command else {}
         environment = os.environ | threads | stage.environment
-        code = subprocess.run(stage.command, cwd=ROOT, env=environment, check=False).returncode
+        process = subprocess.Popen(stage.command, cwd=ROOT, env=environment)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the terminal sends it to the stage, too, which has something to say
+            process.wait()
+            code = INTERRUPTED
         results[name] = code, time.monotonic() - start
+        if code == INTERRUPTED:
+            break
     return results
 
 
 def summary(results: dict[str, tuple[int, float]]) -> str:
     """A line for each stage: whether it passed, and how long it took."""
+    words = {0: "passed", INTERRUPTED: "interrupted"}
     lines = [
-        f"{name:<12}{'passed' if code == 0 else f'FAILED (exit code {code})':<24}{seconds:6.0f} s"
+        f"{name:<12}{words.get(code, f'FAILED (exit code {code})'):<24}{seconds:6.0f} s"
         for name, (code, seconds) in results.items()
     ]
     return "\n".join(["", "=== all stages", *lines])
@@ -78,7 +88,8 @@ def main(names: list[str]) -> int:
         return 2
     results = run(names or list(STAGES))
     print(summary(results))
-    return int(any(code for code, _ in results.values()))
+    codes = {code for code, _ in results.values()}
+    return INTERRUPTED if INTERRUPTED in codes else int(codes != {0})
 
 
 if __name__ == "__main__":
