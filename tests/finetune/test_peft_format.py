@@ -88,7 +88,6 @@ def rewrite(folder, change):
 
 
 KEY = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
-MAGNITUDE = KEY.replace("lora_A.weight", "lora_magnitude_vector")
 
 
 @pytest.mark.parametrize(
