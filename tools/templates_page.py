@@ -1,6 +1,6 @@
 """docs/templates.md: which parts of a conversation are learned under today's chat templates.
 
-In: the cases of tests/finetune/chat_templates.py. Out: the page, made by encoding their conversations; `main` writes it.
+In: the cases of tests/finetune/chat_templates.py. Out: the page, made by encoding their conversations.
 
 Not here: whether the page is right. test_templates.py compares what is learned with labels that were found by hand.
 """
