@@ -3,7 +3,7 @@
     python tools/stages.py              all of them, as `make test` does
     python tools/stages.py fast slow    these
 
-A stage that fails stops no other one. Exit code 1: at least one failed; 2: there is no stage of that name.
+A stage that fails does not stop the others. Exit code 1: at least one failed; 2: a name is unknown.
 Two workers of pytest with a thread each are faster than one with two; tests of several threads set their number
 themselves, and the stage "onednn" has two. Five stages run what touches arithmetic as on another machine: three by the
 winner of the race of products (qlora_lab/kernels/product.py), "old" on a CPU without AVX2, "readable" without kernels.

@@ -80,7 +80,7 @@ def test_positions_that_are_counted_on():
     model = tiny("GPT2")
     model.transformer.wpe.register_forward_pre_hook(lambda _, inputs: (torch.arange(inputs[0].shape[1])[None],))
     fault = packing_fault(model, FIRST, SECOND)
-    assert fault.startswith("in a row an example's logits differ by ") and ", rounding by " in fault
+    assert fault.startswith("in a row, an example's logits differ by ") and ", rounding by " in fault
 
 
 def test_a_model_without_positions():
