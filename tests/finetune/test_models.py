@@ -177,6 +177,13 @@ def test_files_beside_the_weights_are_passed_over(folder):
     assert torch.equal(quiet(folder)[0](IDS).logits, want)
 
 
+def test_an_adapter_beside_weights_of_another_name_is_passed_over(folder):
+    want = quiet(folder)[0](IDS).logits
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    save_file({"lora_A": torch.ones(2)}, folder / "adapter_model.safetensors")
+    assert torch.equal(quiet(folder)[0](IDS).logits, want)
+
+
 def test_a_tensor_that_changes_after_it_was_placed_is_named(folder, monkeypatch):
     monkeypatch.setattr(models, "widen", lambda model: model.model.norm.weight.fill_(1.0))
     with pytest.raises(RuntimeError, match=f"^{NORM} is no longer what was read from the files"):
