@@ -1,11 +1,11 @@
-"""A part of a device day: what a GPU can say of this library in some minutes. bench/gpu_day.sh runs all of them.
+"""A part of a device day: what a GPU shows about this library in a few minutes. bench/gpu_day.sh runs all of them.
 
     python bench/gpu_day.py PART                      writes gpu-day-<device>-PART.json here
     python bench/gpu_day.py PART --quick --out DIR    toy sizes: to see that it runs, also with TRITON_INTERPRET=1
 
 Parts: check, every rung against its readable twin; kernels, their times beside what the card can do; steps, 20 QLoRA
 steps beside a CPU's; seven_b, a 7B model; paging, PagedAdamW. --seconds: what the part may take; it measures fewer
-rounds where that is short.
+rounds if time is short.
 
 A part that fails, or is stopped, writes what it has, and says why. Exit code 1: it failed. 2: there is nothing to run
 on, or nowhere to write. 130: Ctrl-C. Nothing here asserts a time.
@@ -37,7 +37,7 @@ Part = Callable[[torch.device, bool, float, dict], list[str]]  # device, quick, 
 
 
 def check(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
-    """Every rung against its twin. A difference is said, and the other checks are made."""
+    """Every rung against its twin. A difference is printed, and the other checks go on."""
     differences: list[str] = []
     found |= {"checks": 0, "cut": False, "differences": differences}
     for one in checks(device, quick):
@@ -108,7 +108,7 @@ def run(name: str, quick: bool, seconds: float, folder: Path) -> list[str]:
 
 
 def _stop(name: str, *_: object) -> None:
-    sys.exit(f"{name} was stopped: its time was over")
+    sys.exit(f"{name} was stopped: its time was up")
 
 
 def _interrupt(*_: object) -> None:

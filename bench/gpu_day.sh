@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A device day: all that a machine with an NVIDIA GPU can say of this library, in 9 minutes at most.
+# A device day: what a machine with an NVIDIA GPU shows about this library in at most 9 minutes.
 #
 #   bench/gpu_day.sh                                       writes bench/gpu-day-<device>-<part>.json
 #   TRITON_INTERPRET=1 bench/gpu_day.sh --quick --out DIR  without a GPU, at toy sizes: to see that it runs
@@ -18,7 +18,7 @@ esac
 
 total=530 # seconds, and 5 to end what does not end itself
 parts="check:100 kernels:130 steps:90 seven_b:130 paging:80" # a limit in seconds each
-margin=10 # a part stops itself so much before its limit
+margin=10 # seconds before its limit at which a part stops itself
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -29,7 +29,7 @@ for python in ${PYTHON:-"$root/.venv/bin/python" python3 python3.12 python}; do
     python=
 done
 if [ -z "$python" ]; then
-    echo "no Python with torch, triton and transformers is here: name one, PYTHON=/path/to/python $0" >&2
+    echo "found no Python with torch, triton and transformers: name one, PYTHON=/path/to/python $0" >&2
     exit 2
 fi
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _warnings_as_lines(command: str, silent: bool) -> Iterator[None]:
-    """What the library warns of goes to stderr, one line each, without the code that said it."""
+    """Print each warning to stderr as one line, without the source line that raised it; silent: print none."""
 
     def show(message, *_) -> None:
         if not silent:
@@ -285,7 +285,7 @@ def _load(a: argparse.Namespace):
 
 
 def _tell(a: argparse.Namespace, share: "Share") -> None:
-    """On stderr, which holds progress; stdout holds results."""
+    """Print the share in 4 bits to stderr, where progress goes; stdout holds results."""
     if share.is_enough and not (a.json or a.quiet) and int(os.environ.get("RANK", 0)) == 0:
         print(share, file=sys.stderr)  # else load has warned
 
@@ -502,9 +502,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _model_options(c)
     c.add_argument("--data", default="docstrings", help="docstrings, or a JSONL file: Alpaca, ShareGPT or messages")
-    c.add_argument("--batch-size", type=int, default=8, help="rows at once in the run that is meant (%(default)s)")
+    c.add_argument("--batch-size", type=int, default=8, help="rows at once in the planned run (%(default)s)")
     c.add_argument("--max-length", type=int, default=256, help="tokens; longer examples are left out (%(default)s)")
-    c.add_argument("--packing", action="store_true", help="several examples in a row in the run that is meant")
+    c.add_argument("--packing", action="store_true", help="the planned run packs several examples into a row")
     c.add_argument("--optimizer-bits", type=int, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
     c.add_argument("--r", type=int, default=16, help="rank of the adapters (%(default)s)")
     c.add_argument("--targets", nargs="+", default=["all-linear"], help="all-linear, or layer names such as q_proj")

@@ -20,7 +20,6 @@ from bench import gpu, gpu_check, gpu_day, gpu_paging, gpu_seven_b, gpu_steps
 from bench.gpu_card import rungs_on
 from qlora_lab import kernels
 from qlora_lab.finetune.linear4bit import Linear4bit
-from qlora_lab.kernels import product
 from tests.finetune.test_paging import managed
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +82,7 @@ def test_checks_that_come_too_late_are_left_out(monkeypatch, tmp_path):
     ("stop", "message"),
     [
         (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), "SystemExit: paging was stopped: its time was over"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), "SystemExit: paging was stopped: its time was up"),
         (lambda: signal.raise_signal(signal.SIGINT), "interrupted by Ctrl-C"),
     ],
 )
@@ -197,7 +196,7 @@ def test_help_is_that_of_the_script(tmp_path):
 def test_the_script_needs_a_python_that_can(tmp_path):
     environment = os.environ | {"PYTHON": "/bin/false"}
     done = subprocess.run([SCRIPT], env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "no Python with torch, triton and transformers is here" in done.stderr
+    assert done.returncode == 2 and "found no Python with torch, triton and transformers" in done.stderr
 
 
 def test_nine_minutes_are_enough_for_its_parts():
@@ -213,16 +212,8 @@ STORED = json.loads(gpu_steps.STORED.read_text("utf-8"))["cases"]
 SHORT = gpu_steps.CASES["toy"]
 
 
-@pytest.fixture(params=["float32", "onednn", "bfloat16"])
-def race(request, monkeypatch):
-    """Each outcome of the race between routines."""
-    times = dict.fromkeys(("float32", "onednn", "bfloat16"), inf) | {request.param: 1.0}
-    monkeypatch.setattr(product, "_kept", [product.Race(**times)])
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", gpu_steps.DTYPES)
-def test_the_stored_losses_are_those_of_this_machine(dtype, race, one_thread):
+def test_the_stored_losses_are_those_of_this_machine(dtype, outcome, one_thread):
     found = gpu_steps.train(SHORT, gpu_steps.DTYPES[dtype], CPU)
     assert gpu_steps.compare(found, STORED["toy"][dtype], dtype) == []
     assert len(found["losses"]) == SHORT.steps and found["losses"][-1] < found["losses"][0]

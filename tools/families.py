@@ -1,9 +1,9 @@
-"""Which model families load, train and make adapters that PEFT reads: docs/families.md. Renewed by
+"""Which model families load, train and make adapters that PEFT reads: docs/families.md, which this command writes:
 
     python -m tools.families
 
-A family is a configuration of transformers at toy size. Each is made and saved by transformers, loaded here, and
-compared. In: FAMILIES. Out: the page, from what was seen.
+In: FAMILIES, configurations of transformers at toy size. Out: the page. transformers makes and saves a model of each
+family; it is loaded here and compared.
 """
 
 import tempfile
@@ -33,9 +33,9 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Family:
-    """name: as in the table. config: its class in transformers. options: what that class needs besides SMALL.
+    """name: in the table. config: the name of its configuration's class in transformers. options: beside SMALL.
 
-    refused: there is nothing to compare with, and only the reason is shown.
+    refused: this library does not load it, so the page shows only the reason.
     """
 
     name: str
@@ -147,20 +147,32 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def page() -> str:
-    """docs/families.md."""
-    opening = f"""# Which families work
+OPENING = f"""# Which model families work
 
-This page is written by `python -m tools.families`: it makes a small model of each family with random weights, has \
-transformers {transformers.__version__} save it, and loads it here. *Loads* says whether the logits are those of \
-transformers, *4 bits* the share of the weights outside embeddings and head at this size, *trains* whether the loss \
-falls within {STEPS} steps and every adapter moves, and *PEFT* whether PEFT reads the adapter with the same logits, \
-within 1e-5.
+`python -m tools.families` writes this page. For each family it makes a small model with random weights, saves it with \
+transformers {transformers.__version__}, and loads it with QLoRA Lab. The columns say:
+
+- **loads**: whether the logits are those of the same model in transformers, within 1e-5.
+- **4 bits**: how much of the weights outside the embeddings and the head is in 4 bits. The share depends on the sizes \
+of the layers, so a full-size model has a different one; loading warns where it is below 90 %.
+- **trains**: whether the loss falls within {STEPS} steps and every adapter changes.
+- **PEFT**: whether PEFT reads an adapter that was saved here and gives the same logits, within 1e-5.
 
 | family | loads | 4 bits | trains | PEFT |
 |---|---|---|---|---|
 """
-    return opening + "".join(f"| {' | '.join((family.name, *row(family)))} |\n" for family in FAMILIES)
+NOTES = """
+- Only linear layers are quantised and adapted. Experts that a family keeps in one tensor, as Mixtral does, stay in 16 \
+bits, and so do weights that the family's own code uses directly, as in Mamba and RWKV.
+- **PEFT adapts other layers**: it applies the names `gate_proj`, `up_proj` and `down_proj` to the experts of these \
+families and not to the linear layers of those names. Use such adapters with `load_adapter`, not with PEFT.
+"""
+
+
+def page() -> str:
+    """docs/families.md."""
+    rows = "".join(f"| {' | '.join((family.name, *row(family)))} |\n" for family in FAMILIES)
+    return OPENING + rows + NOTES
 
 
 def row(family: Family) -> tuple[str, str, str, str]:
@@ -189,7 +201,7 @@ def _outcome(check, subject) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The error without the advice that follows."""
+    """The error's first line, without the advice."""
     return str(error).splitlines()[0].split(": ")[0]
 
 

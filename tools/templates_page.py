@@ -1,39 +1,43 @@
-"""docs/templates.md: what is learned under chat templates of today.
+"""docs/templates.md: which parts of a conversation are learned under today's chat templates.
 
-In: the cases of tests/finetune/chat_templates.py. Out: the page, made by encoding their conversations; main writes it.
+In: the cases of tests/finetune/chat_templates.py. Out: the page, made by encoding their conversations.
 
-Not here: what is right, which test_templates.py compares with what was found by hand.
+Not here: whether the page is right. test_templates.py compares what is learned with labels that were found by hand.
 """
 
 from pathlib import Path
 
-from qlora_lab.finetune.data import IGNORED, encode
-from qlora_lab.finetune.encode import Encoded
+from qlora_lab.finetune.encode import IGNORED, Encoded, encode
 from tests.finetune.chat_templates import CASES, CONVERSATIONS, Case, tokenizer_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "templates.md"
 COMMAND = "python -m tools.templates_page"
 HEAD = f"""# What is learned under a chat template
 
-A chat template writes a conversation as one text, and each model family has its own. This page shows which parts of
-that text QLoRA Lab learns: what the model has to write itself, up to the token that ends its answer.
+A chat template writes a conversation as one text, and each model family has its own. From that text the model learns
+what it has to write itself: the answers, each up to and including the token that ends it. This page shows which text
+that is.
 
 `{COMMAND}` writes this page; a test fails when it is out of date.
 
-The conversations: "one turn" asks `2 + 2?` and is answered `4`; "several" goes on with `And 3?` and `7`; in "thoughts"
-both answers begin with a thought in `<think>` and `</think>`. A line break is written ⏎. The templates are reduced to
-what they do to turns.
+There are three conversations. In "one turn" the user asks `2 + 2?` and the answer is `4`. "Several turns" goes on with
+`And 3?` and `7`. In "thoughts", each of these two answers begins with a thought between `<think>` and `</think>`. The
+sign ⏎ is a line break, and … stands for text that is shown to the model but not learned. Each template is reduced to
+what it does to turns.
 
-| template | one turn | several | thoughts |
+| template | one turn | several turns | thoughts |
 |---|---|---|---|
 """
 TAIL = """
-- **An earlier answer is hidden** where a template cuts its thought: the model is never asked to write such a turn as
-  the template shows it, so it is not learned, and counted (`EncodeReport.notes.hidden`, a warning, the doctor).
-- **The last answer is shown in part** where a template cuts its thought too: what is shown is learned, and counted.
-- A template with `{% generation %}` says itself what is generated, and is believed: SmolLM3's names its headers, too.
+- **An earlier answer is hidden**: the template leaves out the thought of an answer that is not the last. The model
+  would never write the turn as the template shows it, so the turn is not learned. Hidden answers are counted in
+  `EncodeReport.notes.hidden`, and a warning and the doctor report them.
+- **The last answer is shown in part**: the template leaves out its thought too. The part that is shown is learned, and
+  such answers are counted in `EncodeReport.notes.shortened`.
+- A template that marks what is generated, with `{% generation %}`, is taken at its word. SmolLM3's marks the headers of
+  its answers too.
 - Text that a template writes after the end token, such as Phi-3's `<|endoftext|>` after the whole chat, is not learned.
-- Control tokens that a text spells are encoded as text under every template.
+- A control token that is spelled out in a message is encoded as ordinary text, under every template.
 """
 
 
@@ -49,14 +53,14 @@ def _row(case: Case) -> str:
 
 
 def _cell(encoded: Encoded, tokenizer) -> str:
-    notes = ["an earlier answer is hidden"] * encoded.notes.hidden + [
-        "the last is shown in part"
-    ] * encoded.notes.shortened
+    notes = ["an earlier answer is hidden"] * encoded.notes.hidden
+    notes += ["the last answer is shown in part"] * encoded.notes.shortened
     texts = " … ".join(f"`{_shown(tokenizer.decode(run))}`" for run in _runs(encoded.labels))
     return f"{texts} ({', '.join(notes)})" if notes else texts
 
 
 def _runs(labels: list[int]) -> list[list[int]]:
+    """The unbroken runs of tokens that are learned."""
     runs = [[]]
     for label in labels:
         if label == IGNORED:

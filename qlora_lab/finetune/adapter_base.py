@@ -1,11 +1,12 @@
-"""Which base an adapter was trained on, and a warning where it is put on another.
+"""Which base model an adapter was trained on, with a warning where it is put on another one.
 
-In: adapter_config.json and the metadata of the tensors' file. Out: warnings; an adapter of another base of the same
-shape loads and answers wrongly, which nothing else says.
+In: adapter_config.json and the metadata of the tensors' file. Out: warnings. An adapter of another base of the same
+shape loads, and the model then answers wrongly; nothing else would say so.
 
-A base has a name, by which PEFT knows it as well, and adapted weights, which were in some code table: an adapter also
-learns to mend what quantisation lost. The table's name stands in the metadata, since PEFT reports unknown settings.
-But: double quantization is left out. It moves weights by a small part of what the table itself does.
+Compared are the name of the base, which PEFT records too, and the code table of the adapted weights, because an adapter
+also learns to make up for what quantisation lost. The table is recorded in the metadata, since PEFT warns of settings
+that it does not know.
+But: double quantization is not compared. It moves weights far less than the table does.
 Not here: other shapes, which are refused (peft_format.py).
 """
 
@@ -33,16 +34,19 @@ def warn_of_base(model: nn.Module, bases: Iterable[nn.Module], config: dict, met
     theirs, ours = config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
     revision = config.get("revision")
     if theirs and ours and not same_model(theirs, ours):
-        _warn(f"{where} was trained on {theirs}, but this model is {ours}: unless they are the same, answers are wrong")
+        _warn(f"{where} was trained on {theirs}, but this model is {ours}: unless they are one model, load {theirs}")
     elif revision not in (None, "", "main"):
         _warn(f"{where} was trained on revision {revision} of {theirs}: make sure that this model is the same")
     stored, own = metadata.get(WEIGHTS_KEY), weights_of(bases)
     if stored and stored != own:
-        _warn(f"{where} was trained beside weights in {stored}, but here they are in {own}: answers differ a little")
+        _warn(
+            f"{where} was trained beside weights in {stored}, but here they are in {own}: load the model as it was, or "
+            "expect slightly different answers"
+        )
 
 
 def same_model(a: str, b: str) -> bool:
-    """Whether two names can mean one model: a hub id, a known name, or a folder of such a name, in hub's cache too.
+    """Whether two names can mean one model. A name is a hub id, a known name, or a folder, also of the hub's cache.
 
     >>> same_model("smollm2-135m", "/models/SmolLM2-135M-Instruct")
     True

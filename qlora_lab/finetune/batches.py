@@ -7,7 +7,7 @@ Source: what users of other trainers met: batches in the order of length turn th
 that are packed into one row without a mask attend to their neighbours.
 
 Nothing here changes the loss of a step: it is a sum over answer tokens, wherever they lie.
-Not here: tokens (data.py), the loss (loss.py).
+Not here: tokens (encode.py), the loss (loss.py).
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Chat templates: a conversation becomes one text, and where each turn stands in that text is found.
+"""Write a conversation as one text with a chat template, and find where each turn stands in that text.
 
 In: turns, and the tokenizer whose template writes them. Out: the text; where the content of each turn ends; and the
 span of each answer, from where the prompt for it ends to where its content ends.
@@ -6,8 +6,8 @@ Source: `{% generation %}` blocks and `apply_chat_template` of transformers.
 
 Templates do more than join turns: they drop thoughts of earlier answers (Qwen3), move the system's text into a question
 (Llama 2), trim, open a thought in the prompt (R1), write an end after the whole chat (Phi-3). So nothing is assumed
-about headers. Every content is given a mark of its own, the marked conversation is rendered too, and where the marks
-come out, contents end. If more than the marks differs, the template is refused.
+about headers. The content of each turn gets a mark at its end, the marked conversation is rendered as well, and the
+marks show where contents end. If the two texts differ in more than the marks, the template is refused.
 
 Not here: tokens, and the end token of an answer (encode.py).
 """
@@ -25,7 +25,7 @@ from qlora_lab.finetune.examples import Turns, check_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-# For a tokenizer without a chat template, as of a base Llama 2.
+# For a tokenizer without a chat template, such as base Llama 2's.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -47,7 +47,7 @@ CLOCK = (
     "{% set written.text = written.text | replace(directive, value) %}{% endfor %}"
     "{{ written.text }}{% endmacro %}{{ '' }}"
 )
-MARKS = range(0x10FF00, 0x10FFFE)  # characters for private use, of which texts hold none or few
+MARKS = range(0x10FF00, 0x10FFFE)  # private-use characters, which hardly any text holds
 Span = tuple[int, int]  # first and one-past-last character
 
 
@@ -73,15 +73,15 @@ class Answer:
 
     @property
     def openings(self) -> tuple[int, ...]:
-        """Where prompts end that come before it, and before its block."""
+        """Where the prompts for it and for its block end."""
         return (self.start,) if self.generated is None else (self.generated[0], self.start)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The template of a tokenizer, or PLAIN_TEMPLATE; clock: what it takes for now, None for the time of each call.
+    """The chat template of a tokenizer, or PLAIN_TEMPLATE. clock: the time that it writes; None for that of each call.
 
-    Raises ValueError for a tokenizer that does not say where in a text its tokens are.
+    Raises ValueError for a slow tokenizer, which gives no offsets.
     """
 
     tokenizer: "Tokenizer"
@@ -90,7 +90,7 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
             name = type(self.tokenizer).__name__
-            raise ValueError(f"{name} does not say where in a text its tokens are: use one with a tokenizer.json")
+            raise ValueError(f"{name} does not say where in a text its tokens are: use a fast one (tokenizer.json)")
 
     @cached_property
     def control(self) -> dict[str, int]:
@@ -173,11 +173,10 @@ class ChatTemplate:
         return f"{spelt}{turn}{len(content)}{mark}{text[len(content) :]}"
 
     def answers(self, turns: Turns, text: str, closed: dict[int, int]) -> dict[int, Answer]:
-        """Turn -> where it stands in `text`, for each answer of which the template shows anything.
+        """Turn -> Answer, for each answer that `text` shows at least in part. closed: turn -> where its content ends.
 
-        closed: turn -> where its content ends.
-        An answer starts where a prompt for it ends. What stands between a question and its answer in a prompt is taken
-        from the last answer's: all prompts would take time with the square of the turns.
+        An answer starts where a prompt for it ends. What a prompt writes between a question and its answer is read
+        once, from the prompt for the last answer: to render one for each turn would take quadratic time.
         """
         opening = self._opening(turns[:-1])
         blocks = self._generated(turns) if GENERATION.search(self.source) else None
@@ -196,7 +195,7 @@ class ChatTemplate:
         return found
 
     def _opening(self, prompt: Turns) -> str | None:
-        """What a prompt holds behind the content of its last turn; None if that cannot be found."""
+        """What a prompt writes after the content of its last turn; None if that cannot be found."""
         try:
             text = self.render(prompt, opens_answer=True)
             end = ends(prompt, self.places(prompt, text, opens_answer=True)).get(len(prompt) - 1)

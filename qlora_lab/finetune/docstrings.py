@@ -14,7 +14,7 @@ The files are parsed with `ast` and never imported. A function becomes a pair if
 The order is that of a hash of each pair: any first N are a fair sample of all libraries, the same on every machine
 with the same versions. Different versions of a library hold different functions, hence different pairs.
 
-Not here: classes and modules, whose "code" would be the whole file; the tokens (data.py).
+Not here: classes and modules, whose "code" would be the whole file; the tokens (encode.py).
 """
 
 import ast

@@ -3,7 +3,8 @@
 In: a model with adapters, its tokenizer, and data. Out: a Report of Findings, with the threads of users who met it.
 On a sample of the data: the tokens of 32 examples, and steps with 8 short ones of them.
 
-Not here: the checks (doctor_checks.py), printing (cli.py), tokens in colour (LabelView takes Report.labels).
+Not here: the checks (doctor_checks.py, data_checks.py), printing (cli.py), tokens in colour (LabelView takes
+Report.labels).
 """
 
 import warnings
@@ -104,7 +105,7 @@ def diagnose(
     """Examine a run before it starts: as long as about six of its steps on short examples.
 
     data: as finetune takes it, or examples that you encoded yourself. max_length, batch_size (rows at once),
-    optimizer_bits and packing: of the run that is meant. seed: of the sample.
+    optimizer_bits and packing: of the planned run. seed: of the sample.
     Raises ValueError for a model without adapters, data without a short enough example, or a setting out of range.
     """
     Settings(max_length=max_length, batch_size=batch_size, optimizer_bits=optimizer_bits)  # raises

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NO_CODE = {"trust_remote_code": False}  # without it transformers asks the user, and a yes runs the folder's code
 WRONG_VALUES = AttributeError, KeyError, TypeError, ZeroDivisionError  # what transformers says of values in a file
+NO_VALUE = "has no value: no file holds it and transformers does not compute it; please report this family"
 OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # parts of a configuration
 
 
@@ -111,7 +112,7 @@ def _config(folder: Path) -> "PretrainedConfig":
 def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
     """(codebook, block size, double quantization) of a folder in 4 bits (quantized_folder.py); None for an original.
 
-    Where layers differ it is a word that says so: each tensor has its own beside it.
+    If layers differ, it is a text that says so; each tensor then has its own options stored with it.
 
     Raises ModelError for a model that is quantised by anything else.
     """
@@ -122,7 +123,7 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
         raise ModelError(f"{folder}/config.json has quantization_config={short(found)}: it must be a JSON object")
     method = found.get("quant_method", "an unknown method")
     if method == "bitsandbytes" and found.get("load_in_8bit"):
-        raise ModelError(f"{folder} is in 8 bits by bitsandbytes, but 4 bits are what is read: load its original")
+        raise ModelError(f"{folder} is in 8 bits by bitsandbytes, but only 4 bits are read: load its original")
     if method not in ("bitsandbytes", "qlora_lab") or not found.get("load_in_4bit"):
         raise ModelError(f"{folder} holds a model quantised by {method}: load the original, which is quantised here")
     if "plan" in found:
@@ -187,7 +188,7 @@ def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
     saved = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name not in saved and buffer.numel() and _is_unset(buffer):
-            raise ModelError(f"{name} has no value: no file holds it and transformers does not compute it")
+            raise ModelError(f"{name} {NO_VALUE}")
 
 
 def _unset(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:

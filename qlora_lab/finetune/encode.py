@@ -3,7 +3,7 @@
 In: an example, the tokenizer. Out: input_ids, and labels: the token itself where it is learned, -100 where it is not.
 
 Learned are the answers and the token that ends each answer, nothing else: a model that never sees the end token as a
-label never stops. Where the template marks what is generated, that is learned, as transformers would.
+label never stops. If the template marks what is generated, just that is learned, as in transformers.
 
 Not here: where an answer stands (chat_template.py); tokens of a text (tokens.py); data sets and batches (data.py).
 """
@@ -25,7 +25,7 @@ PROBE = Example((("user", "2 + 2?"), ("assistant", "4")))  # any conversation sh
 
 @dataclass(frozen=True)
 class Notes:
-    """What was met on the way, in one example or summed over many."""
+    """What encoding met, counted in one example or summed over many."""
 
     empty: int = 0  # answers without text: the end token alone is learned
     hidden: int = 0  # answers of earlier turns that the template does not show whole, and that are not learned
@@ -33,7 +33,7 @@ class Notes:
     control_texts: int = 0  # control tokens in texts, encoded as text
 
     def warnings(self) -> list[str]:
-        """What changes a lesson without a word, a line each."""
+        """A line for each count that says that less is learned than the records hold."""
         lines = []
         if self.empty:
             lines.append(f"{_are(self.empty, 'answer')} empty: the model learns to say nothing; leave such records out")
@@ -83,13 +83,13 @@ def encode(example: Example, tokenizer: "Tokenizer", clock: datetime | None = No
     """The conversation through the tokenizer's chat template (or PLAIN_TEMPLATE), answers and end tokens as labels.
 
     clock: the time that a template writes; None for now. Raises ValueError, with the example's place where it is
-    known, if the template refuses the conversation, does not show its last answer, or ends an answer by no token.
+    known, if the template refuses the conversation, hides its last answer, or ends an answer without a special token.
     """
     return encode_within(example, ChatTemplate(tokenizer, clock), None)
 
 
 def encode_within(example: Example, template: ChatTemplate, max_length: int | None) -> Encoded | int:
-    """As `encode`; but only the number of tokens if it is above `max_length`, which takes far less time."""
+    """As `encode`, but return only the number of tokens if it exceeds `max_length`, which takes far less time."""
     try:
         return _encode(example, template, max_length)
     except ValueError as error:
@@ -146,10 +146,10 @@ def _notes(example: Example, learned: dict[int, Answer], control_texts: int) -> 
 def _learned_spans(
     learned: dict[int, Answer], turns: Turns, tokens: Tokens, question_end: int | None, control: dict[int, str]
 ) -> list[Span]:
-    """Of each answer and its end token.
+    """The span of each answer with its end token.
 
-    What ends an answer is what ends the last one, or is followed by the same token as what ends a question: a header's
-    token, where a template ends no turn, is not.
+    A control token after an answer ends it if the last answer ends with it too, or if it and the token after it are the
+    two that follow a question. The next header's token, in a template that ends no turn, is neither.
     """
     last_end, _ = _ending(tokens, learned[len(turns) - 1].stop, control)
     closing = _ending(tokens, question_end, control)
@@ -161,14 +161,15 @@ def _learned_spans(
         if stop is None or (answer.generated and answer.generated[1] < stop):
             within = " in its {% generation %} block" if answer.generated else ""
             raise ValueError(
-                f"the chat template ends {turns[i][1][:60]!r} by no special token{within}: a model would never stop"
+                f"the chat template ends {turns[i][1][:60]!r} without a special token{within}, so the model would "
+                "never stop: use another template"
             )
         spans.append(answer.generated or (answer.start, stop))
     return spans
 
 
 def _ending(tokens: Tokens, place: int | None, control: dict[int, str]) -> tuple[int | None, int | None]:
-    """The control token behind the content that ends at `place`, and the one behind that; None: text comes first."""
+    """The control token after the content that ends at `place`, and the one after that; None if text comes first."""
     first = None if place is None else tokens.control_after(place, control)
     if first is None:
         return None, None

@@ -7,14 +7,13 @@ Three forms are known, and each record is recognised by its keys:
     ShareGPT         {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
     OpenAI messages  {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
 
-Beside them: `system` (a text), Alpaca's `history` ([[question, answer], ...]), and for a turn `weight`: 0 or `train`:
-false (fields.py): it is shown and not learned. Fields that mean what is not done here are refused by name, as tools
-and images. All others are passed over, and their names kept for the doctor.
+A record may also have `system` (a text) and Alpaca's `history` ([[question, answer], ...]). A turn with `weight`: 0 or
+`train`: false is shown and not learned (fields.py). Fields that ask for what is not supported, such as tools and
+images, are refused by name. All others are ignored, and the doctor lists their names.
 
-White space behind a text is dropped, and so are blank lines or a single space before it; the indentation of its first
-line stays, since in an answer of code it means something. (Templates that trim, as Llama 3's, drop it later; most do
-not trim.) Answers before the first
-question are dropped, since nothing asked for them, and so is what follows the last answer that is learned.
+White space after a text is dropped, and so are blank lines or a single space before it. The indentation of its first
+line is kept, because it has a meaning in code. (Templates that trim, such as Llama 3's, drop it later.) Answers before
+the first question are dropped, since nothing asked for them, and so is what follows the last answer that is learned.
 
 Not here: what fields mean (fields.py); tokens (encode.py).
 """
@@ -34,7 +33,7 @@ FORMS = (
 )
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-# What is dropped before a text: blank lines, and a single space, as files of completions have one. More is indentation.
+# What is dropped before a text: blank lines, and a single space, as in completion files. More is indentation.
 OUTER_SPACE = re.compile(r"\A(?:[^\S\n]*\n)*(?: (?=\S))?")
 Turns = tuple[tuple[str, str], ...]  # (role, content) pairs
 
@@ -45,7 +44,7 @@ class Example:
     answer.
 
     not_learned: positions in `messages` of answers that are shown and not learned; the last one always is learned.
-    unused: names of the record's fields that were passed over. place: where it was read, "data.jsonl, line 3".
+    unused: names of the record's fields that were ignored. place: where it was read, "data.jsonl, line 3".
 
     >>> Example((("user", "2 + 2?"), ("assistant", "4"))).answer
     '4'
@@ -85,14 +84,14 @@ class Example:
 
 
 def check_text(text: Any, name: str) -> None:
-    """Raise ValueError unless `text` can be encoded: half a surrogate pair, which JSON can spell, is no character."""
+    """Raise ValueError unless `text` can be encoded: half a surrogate pair, which JSON can spell, cannot."""
     if not isinstance(text, str):
         raise ValueError(f"{name} must be a text, found {text!r:.60}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])
-        raise ValueError(f"{name} holds {half}, half of a surrogate pair, which is no character: remove it") from error
+        raise ValueError(f"{name} holds {half}, half of a surrogate pair, and so no character: remove it") from error
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -166,7 +165,7 @@ def _conversation(record: dict, name: str, place: str) -> Example:
 
 
 def _turns(turns: Any, name: str) -> tuple[list[tuple[str, str, bool]], set[str]]:
-    """(role, text, learned) of each turn, and the names of fields that were passed over."""
+    """(role, text, learned) of each turn, and the names of fields that were ignored."""
     pairs = [("role", "content"), ("from", "value")]  # either pair under either name, since files mix them
     expected, other = pairs if name == "messages" else pairs[::-1]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -222,7 +221,7 @@ def _parse(text: str, path: Path, first_line: int, expected: str) -> Any:
         place = f"{path}, line {first_line + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{place}: not JSON ({error.msg}); expected {expected}") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits, or lists in lists in lists
-        raise ValueError(f"{path}, from line {first_line} on: not to be read ({error}); expected {expected}") from error
+        raise ValueError(f"{path}, from line {first_line} on: cannot be read ({error}); expected {expected}") from error
 
 
 def _read(path: Path) -> str:

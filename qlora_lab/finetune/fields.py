@@ -1,9 +1,9 @@
-"""Fields of a record beside its texts: which are honoured, which are refused, and which are passed over.
+"""Fields of a record other than its texts: which are honoured, which are refused, and which are ignored.
 
-In: a record, or a turn of its conversation. Out: whether a turn is learned; the names of what nobody asked for.
+In: a record, or a turn of its conversation. Out: whether a turn is learned; the names of the fields that are ignored.
 Source: the data formats of OpenAI, Axolotl, LLaMA-Factory, ms-swift and TRL.
 
-A field that one of them gives a meaning is honoured or refused by its name, since passing it over would train another
+A field that has a meaning in one of them is honoured or refused by its name, since ignoring it would train another
 model than the one that was asked for. Empty values (null, [], "", {}) ask for nothing.
 
 Not here: the texts (examples.py).
@@ -29,7 +29,7 @@ UNSUPPORTED_IN_TURNS = UNSUPPORTED | dict.fromkeys(("thinking", "reasoning", "re
 
 
 def refuse_unsupported(values: dict, where: str) -> None:
-    """Raise ValueError for the first field of a "record" or "turn" whose meaning is not done here."""
+    """Raise ValueError for the first field that asks for what is not supported. where: "record" or "turn"."""
     for name, reason in (UNSUPPORTED if where == "record" else UNSUPPORTED_IN_TURNS).items():
         if not is_empty(values.get(name)):
             raise ValueError(f"the {where} has {name!r}, but {reason}: leave it out")
@@ -49,7 +49,7 @@ def _refuse_switches(record: dict) -> None:
 def is_learned(turn: dict, role: str) -> bool:
     """Whether the turn of `role` is learned: an answer, unless one of SWITCHES is off.
 
-    Raises ValueError for a switch that is neither on nor off, or that is on for what is no answer.
+    Raises ValueError for a switch that is neither on nor off, or that is on for a turn that is not an answer.
     """
     learned = role == "assistant"
     for name in SWITCHES:
@@ -59,13 +59,13 @@ def is_learned(turn: dict, role: str) -> bool:
         if value not in (0, 1):  # false and true as well
             raise ValueError(f"the turn has {name!r}: {value!r:.40}, but a turn is learned (1, true) or not (0, false)")
         if value and role != "assistant":
-            raise ValueError(f"the turn of {role} has {name!r}: {value!r}, but only answers are learned")
+            raise ValueError(f"the turn of {role} has {name!r}: {value!r}, but only answers are learned: leave it out")
         learned = learned and bool(value)
     return learned
 
 
 def unused_fields(values: dict, used: Iterable[str]) -> tuple[str, ...]:
-    """Names, in alphabetical order, of fields that ask for something and are passed over."""
+    """Names, in alphabetical order, of fields that are not empty and are ignored."""
     asked = {name for name, value in values.items() if not is_empty(value)}
     return tuple(sorted(printable(name) for name in asked - set(used)))
 

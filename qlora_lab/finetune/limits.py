@@ -1,12 +1,12 @@
 """What a model can read: tokens that its embedding has a row for, and rows as long as its positions reach.
 
-In: a model, its tokenizer, token ids or the length of a row. Out: what is wrong, in words, or an error that says them.
+In: a model, its tokenizer, token ids or the length of a row. Out: what is wrong, in words, or an error that says so.
 
 A row beyond `max_position_embeddings` is a warning where positions are computed (rotary, ALiBi): the model was trained
-on shorter ones. Where each position has a stored row it is an error: there is none. Which of the two a model does is
-tried on rows of two and of three tokens: a table that is looked up at an index one higher for one token more is a table
-of positions. No list of names or of module types would know the next family, or GPT-J, whose table is a buffer. The row
-that is too long is tried itself only where there is no such table: on a GPU a look-up beyond one ends the process.
+on shorter ones. It is an error where each position has a stored row, since there is none for it. Which of the two holds
+is found with rows of two and of three tokens: a table whose highest look-up rises by one with one token more is a table
+of positions. No list of names or of module types would know the next family, or GPT-J, whose table is a buffer. Only
+without such a table is the long row itself tried, because on a GPU a look-up beyond a table's end ends the process.
 """
 
 import warnings
@@ -50,7 +50,7 @@ def unknown_token(model: nn.Module, tokenizer: "Tokenizer", ids: Collection[int]
         return None
     return (
         f"{tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}, but the embedding has {rows:,} rows: call "
-        "model.resize_token_embeddings(len(tokenizer)) and train the embedding, or use the tokens that there are"
+        "model.resize_token_embeddings(len(tokenizer)) and train the embedding, or use other tokens"
     )
 
 
@@ -132,7 +132,7 @@ def _reads(model: nn.Module, length: int) -> bool:
 
 
 def _looked_up(model: nn.Module, tokens: int) -> dict[int, int]:
-    """Rows of each table that a row of `tokens` times the token 0 looks up -> the highest index."""
+    """Rows of a table -> the highest index into it, for each table that a row of `tokens` zeros looks up."""
     device = next(model.parameters()).device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     with measuring(model), _LookUps() as look_ups:
@@ -141,7 +141,10 @@ def _looked_up(model: nn.Module, tokens: int) -> dict[int, int]:
 
 
 class _LookUps(TorchDispatchMode):
-    """Watches what torch looks up by integer: highest holds, for tables of so many rows, the highest index."""
+    """Watch torch's look-ups by integer. highest: rows of a table -> the highest index into any table of that size.
+
+    torch documents this base class, but has no public name for it.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -166,7 +166,10 @@ def head_path(model: nn.Module) -> str | None:
 
 
 def left_alone(model: nn.Module) -> set[str]:
-    """Paths of modules that are neither quantised nor adapted: head, routers, and layers whose weight others use."""
+    """Paths of modules that are neither quantised nor adapted: head, routers, and layers whose weight is used directly.
+
+    Which those are is read from the source of the model's classes in transformers.
+    """
     last_names = {HEAD, *_used_directly(frozenset(type(module).__module__ for module in model.modules()))}
     head = head_path(model)
     return {
@@ -185,8 +188,13 @@ def linears_to_quantise(model: nn.Module) -> dict[str, nn.Linear]:
 @lru_cache
 def _gives_more(kind: type[nn.Module]) -> bool:
     """Whether it is an nn.Linear with a forward of its own that returns several things, as Llama 4's router is."""
-    own = issubclass(kind, nn.Linear) and kind.forward is not nn.Linear.forward
-    return own and re.search(r"return \w+, ", inspect.getsource(kind.forward)) is not None
+    if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
+        return False
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):  # typed at a prompt, or compiled
+        return False
+    return re.search(r"return \w+, ", source) is not None
 
 
 @lru_cache
@@ -205,7 +213,7 @@ def quantize_linears(
     *,
     plan: Plan | str | Path | None = None,
 ) -> nn.Module:
-    """Replace every `nn.Linear` of `model` by a Linear4bit, in place; a head (lm_head) keeps its precision.
+    """Replace each plain `nn.Linear` of `model` by a Linear4bit, in place, except those of `left_alone`.
 
     plan: or its file, instead of the options, for layers that differ (quant/block_size.py).
     Raises what quantize raises, with the layer's name, and ValueError when there is nothing to replace, or for a plan
@@ -214,7 +222,7 @@ def quantize_linears(
     """
     targets = linears_to_quantise(model)
     if not targets:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}")
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}: leave it as it is")
     numel = {name: linear.weight.numel() for name, linear in targets.items()}
     options = of_layers(Candidate(codebook, block_size, double_quant), as_plan(plan), numel)
     for name, linear in targets.items():

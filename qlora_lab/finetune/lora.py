@@ -87,10 +87,11 @@ def add_lora(
 ) -> nn.Module:
     """Put an adapter beside the linear layers of `model`, in place, and freeze everything else.
 
-    targets: "all-linear" (all but lm_head, as in PEFT; what the QLoRA paper found necessary), or layer names: last
-    names such as "q_proj", or whole paths. seed: of lora_A. Returns `model`.
-    Raises ValueError for a name that matches nothing, an adapter that is already there, or a rank, alpha or dropout
-    that is not allowed.
+    targets: "all-linear" (all but the head, as in PEFT, routers, and layers whose weight the family's own code uses;
+    what the QLoRA paper found necessary), or layer names: last names such as "q_proj", or whole paths. seed: of lora_A.
+    Returns `model`.
+    Raises ValueError for a name that matches nothing, a model without a linear layer to adapt, an adapter that is
+    already there, or a rank, alpha or dropout that is not allowed.
     """
     return adapt(model, dict.fromkeys(choose_targets(model, targets), (r, alpha)), dropout, seed=seed)
 
@@ -98,7 +99,7 @@ def add_lora(
 def adapt(
     model: nn.Module, strengths: dict[str, tuple[int, float]], dropout: float = 0.0, *, seed: int = 0
 ) -> nn.Module:
-    """As add_lora, from the path of each linear layer to its own (r, alpha)."""
+    """As add_lora, with an (r, alpha) of its own for each layer. strengths: path of a linear layer -> (r, alpha)."""
     if has_adapters(model):
         raise ValueError("this model has adapters already: load a fresh one")
     layers = linear_layers(model)
@@ -119,7 +120,12 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     last_names = sorted({name.split(".")[-1] for name in linears})
     if targets == "all-linear":
         kept = left_alone(model)
-        return {name: m for name, m in linears.items() if name not in kept}
+        chosen = {name: m for name, m in linears.items() if name not in kept}
+        if not chosen:  # GPT-2's are Conv1D
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer to adapt besides its head: choose a model that has some"
+            )
+        return chosen
     wanted = {targets} if isinstance(targets, str) else set(targets)
     unknown = wanted - set(linears) - set(last_names)
     if unknown or not wanted:

@@ -19,7 +19,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.empty_model import compute_buffers, dtypes_of, empty_model, stored_options, tokenizer_of
+from qlora_lab.finetune.empty_model import (
+    NO_VALUE,
+    compute_buffers,
+    dtypes_of,
+    empty_model,
+    stored_options,
+    tokenizer_of,
+)
 from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, resolve
 from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, head_path, linears_to_quantise
 from qlora_lab.finetune.share import in_4_bits
@@ -219,7 +226,7 @@ def _check_whole(model: nn.Module, placed: dict[str, tuple[torch.Tensor | Quanti
             raise ModelError(f"{name} is no longer what was read from the files: please report this family")
     for name, tensor in (*model.named_parameters(), *model.named_buffers(), *_plain_tensors(model)):
         if tensor.is_meta:
-            raise ModelError(f"{name} has no value: no file holds it and transformers does not compute it")
+            raise ModelError(f"{name} {NO_VALUE}")
 
 
 def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -5,11 +5,11 @@ A packed row says where its examples begin by position_ids that restart (batches
 them; some read them for positions only, some not at all, and a recurrent state is passed on across the border. No list
 of names tells which, so a row is tried, and asked two questions:
 
-1. Do the logits of one example depend on the tokens of the other? Exactly not, if it is well (reach.py).
-2. Are they what the example gets alone? Positions that were counted on would change them. Both are rounded, so they
-   may differ by twice `tolerance`, which is a root mean square: SmolLM2's differ by 0.6 of it in bf16.
+1. Do the logits of one example depend on the tokens of the other? They must not, exactly (reach.py).
+2. Are they those of the example alone? Positions that run on across the border would change them. Both are rounded, so
+   they may differ by twice `tolerance`, which is a root mean square: SmolLM2's differ by 0.6 of it in bf16.
 
-Adapters may be zero: the base leaks already. Nothing is changed in the model.
+Adapters may be zero, since the base leaks by itself. Nothing is changed in the model.
 """
 
 import inspect
@@ -51,7 +51,7 @@ def packing_fault(model: nn.Module, first: Encoded, second: Encoded) -> str | No
     allowed = 2 * tolerance(model)
     if difference <= allowed:
         return None
-    return f"in a row an example's logits differ by {difference:.1e} from those of it alone, rounding by {allowed:.1e}"
+    return f"in a row, an example's logits differ by {difference:.1e} from its own alone, rounding by {allowed:.1e}"
 
 
 def _takes_positions(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """What adapter_config.json sets, field by field: honoured, known to change no answer, or refused by its name.
 
 In: the file as a dict. Out: (r, alpha) of each layer, or a ValueError that names the setting, its value and the reason.
-Source: PEFT 0.21, tuners/lora/config.py for the fields, layer.py for what each start does to the base, and
+Source: PEFT 0.21, tuners/lora/config.py for the fields, layer.py for what each initialisation does to the base, and
 get_pattern_key in utils/other.py for patterns.
 
 The lists name what is known to be harmless. A field or a value that they do not have, such as one of a later PEFT, is

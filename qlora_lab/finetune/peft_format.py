@@ -174,7 +174,7 @@ def _check_files(folder: Path) -> None:
             f"again as {WEIGHTS}"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    instead = f"but {_some(others)}: make that one file of this name" if others else "so it is not an adapter"
+    instead = f"but {_some(others)}: merge them into one file of this name" if others else "so it is not an adapter"
     raise FileNotFoundError(f"{folder} has no {WEIGHTS}, {instead}")
 
 

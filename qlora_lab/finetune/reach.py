@@ -1,11 +1,11 @@
-"""Which tokens a model's logits depend on, found by trying: the gradient by a token's embedding, exact in any dtype.
+"""Which tokens a model's logits depend on, found by trying: gradients by the embeddings, exact in any dtype.
 
 In: a model and a batch of one row. Out: its logits, and whether those at some places depend on the tokens at others.
-A masked weight of attention is exactly 0, and so is the gradient through it. So what is read is told from what is not
-without a tolerance, and no dependence hides in rounding. Nothing is changed in the model.
+A masked weight of attention is exactly 0, and so is the gradient through it. No tolerance is therefore needed to tell
+what is read from what is not, and no dependence hides in rounding. Nothing is changed in the model.
 
-Source: models that were found so, among 45 families of transformers 5.23: 16 read their neighbour in a packed row
-(packed_rows.py), and RWKV and RecurrentGemma read what fills a row on its left (measure/held_out.py).
+Source: the 24 families of tests/finetune/families.py. 12 of them read their neighbour in a packed row (packed_rows.py),
+and two, RWKV and RecurrentGemma, read what fills a row on its left (measure/held_out.py).
 """
 
 import inspect
@@ -16,8 +16,8 @@ from torch import nn
 from qlora_lab.finetune.data import to_device
 from qlora_lab.finetune.modes import mode, own_draws
 
-TRIED = 16  # tokens of a row: what is read, its first one reads
-FILLED = 3  # tokens that are tried on the left of a row
+TRIED = 16  # tokens of an example: a model that reads beyond its own does so within them
+FILLED = 3  # tokens that fill the tried row on its left
 Places = tuple[slice, slice]  # of logits; of tokens that they may depend on
 
 

@@ -1,4 +1,4 @@
-"""By how much two ways to compute the same sums may differ: by rounding, and by nothing else.
+"""By how much two computations of the same sums may differ through rounding alone.
 
 In: a model. Out: a share of a norm, such as the gradient's.
 Not here: the checks that use it (doctor_checks.py, packed_rows.py).

@@ -84,10 +84,10 @@ def comparable(record: dict) -> dict:
 
 
 def obstacles(saved: dict, now: dict, encoded: list[Encoded]) -> list[str]:
-    """Why a run that was saved cannot be resumed with what is asked for now, one line each, causes alone.
+    """What keeps a saved run from being resumed now: a line for each cause, none for what only follows from one.
 
-    Another number of steps encodes another number of examples: only the number of steps is a cause then. Where it does
-    not, and the learning rate does not follow from it either, the steps made so far are those of the longer run.
+    Another number of steps encodes another number of examples, and then only the number of steps is a cause. If it
+    changes neither the examples nor the learning rate, it is no obstacle: the steps made so far are the longer run's.
     """
     free = set()
     if saved["data"] == now["data"] and saved["schedule"] == now["schedule"] == "constant":
@@ -99,7 +99,7 @@ def obstacles(saved: dict, now: dict, encoded: list[Encoded]) -> list[str]:
 
 
 def _data_follow(saved: dict, now: dict, encoded: list[Encoded]) -> bool:
-    """Whether the encoded examples differ, if they do, because a setting does."""
+    """Whether any difference between the encoded examples follows from a setting."""
     if any(saved[name] != now[name] for name in CHOICE):
         return True
     if all(saved[name] == now[name] for name in NUMBER):

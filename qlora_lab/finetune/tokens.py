@@ -1,6 +1,6 @@
 """A text in tokens, and where each of them stands in it.
 
-In: a text that a chat template wrote. Out: Tokens. Two things are mended in them:
+In: a text that a chat template wrote. Out: Tokens. Two things are corrected in them:
 - A message may spell a control token ("what does <|im_end|> do?"). It is encoded as text: as a token it ends a turn.
 - A token may hold the end of a prompt and the beginning of an answer (a line break and an indentation). It is split
   there, as generation splits it, which is given the prompt alone.
@@ -47,7 +47,7 @@ class Tokens:
         return name is not None and name in self.text[self.starts[position] : self.stops[position]]
 
     def control_after(self, place: int, control: dict[int, str]) -> int | None:
-        """Position of the control token behind the character `place`, if there is nothing but space between."""
+        """Position of the control token after the character `place`, if only white space is between them."""
         for i in range(bisect_left(self.starts, place), len(self.ids)):
             if self.is_control(i, control):
                 return i
@@ -77,7 +77,7 @@ def tokenise(text: str, tokenizer: "Tokenizer", as_text: bool = False) -> Tokens
 
 
 def encode_messages_as_text(tokens: Tokens, turns: Turns, places: list[Place], template: ChatTemplate) -> int:
-    """Encode what spells control tokens in messages anew, as text; returns how many tokens those were.
+    """Encode again, as text, what spells control tokens in messages. Returns how many such tokens there were.
 
     places: of ChatTemplate.places. Raises ValueError if the tokenizer has no other tokens for it.
     """
@@ -121,9 +121,9 @@ def _spelling_spans(text: str, turns: Turns, places: list[Place], template: Chat
 
 
 def end_prompt_at(tokens: Tokens, place: int, template: ChatTemplate) -> None:
-    """Have the tokens before the character `place` be those of a prompt that ends there.
+    """Make the tokens before the character `place` those of a prompt that ends there.
 
-    A control token ends what is before it, so that only the tokens from the last one on may be others. (If a message
+    A control token ends what is before it, so only the tokens from the last one on can differ. (If a message
     spells one there, only a token on both sides of `place` is looked at: those of the prompt were encoded anew.)
     """
     across = tokens.around(place, place)

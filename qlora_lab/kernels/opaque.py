@@ -9,7 +9,7 @@ import torch
 
 
 def opaque(function):
-    """`function`, called as it is; while torch.compile traces, the graph ends before it and begins anew behind it."""
+    """`function` as it is; while torch.compile traces, the graph ends before it and a new one begins after it."""
     outside = torch._disable_dynamo(function)  # the public decorator imports the compiler at once: 0.9 s for everybody
 
     @wraps(function)

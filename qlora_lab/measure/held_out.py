@@ -117,11 +117,11 @@ def _at_once(model: torch.nn.Module, rows: list[list[int]], fill: int) -> list[l
 
 @contextmanager
 def _own_configuration_aside(model: torch.nn.Module) -> Iterator[None]:
-    """Generate by what is passed alone.
+    """Let `generate` follow the configuration that it is passed, and nothing else.
 
-    transformers fills what is left out of it from the model's own configuration, which may sample, punish repetitions,
-    suppress tokens or search beams. To say the neutral value of each field would miss those that are None when neutral,
-    and those of its next version. With another one in its place all are neutral.
+    transformers fills what that leaves out from the model's own configuration, which may sample, punish repetitions,
+    suppress tokens or search beams. Passing a neutral value for each field would miss those for which it is None, and
+    those of later versions; so an empty configuration takes the place of the model's own meanwhile.
     """
     from transformers import GenerationConfig
 
@@ -140,7 +140,7 @@ def _stop_ids(model: torch.nn.Module, tokenizer: "Tokenizer") -> list[int]:
 
 
 def _until(row: list[int], stop: list[int]) -> list[int]:
-    """The row before the first token that ends it. Behind it a row is filled, with any token."""
+    """The row before the first token that ends it. What follows is only filling, with any token."""
     return row[: next((i for i, token in enumerate(row) if token in stop), len(row))]
 
 

@@ -120,7 +120,8 @@ def setup_of(
         if len(layers) != len(names) * shape.layers:
             raise ValueError(f"{len(layers)} adapters with {len(names)} names in {shape.layers} layers: some lack one")
         if len(ranks := {layer.r for layer in layers}) > 1:
-            raise ValueError(f"adapters have ranks {', '.join(map(str, sorted(ranks)))}: a ledger tells of one")
+            found = ", ".join(map(str, sorted(ranks)))
+            raise ValueError(f"adapters have ranks {found}, but a ledger has one: give all the same")
     if packed and len(packed) != len(shape.linears) * shape.layers:
         raise ValueError(f"{len(packed)} of {len(shape.linears) * shape.layers} linear layers are quantised: not all")
     if layers:

@@ -18,7 +18,7 @@ from qlora_lab.finetune import checkpoint, files, trainer
 from qlora_lab.finetune.checkpoint import load_checkpoint, save_checkpoint, saved_steps
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.paged_adamw import PagedAdamW
-from qlora_lab.finetune.run_record import differences
+from qlora_lab.finetune.run_record import comparable, differences
 from qlora_lab.finetune.settings import Settings
 from qlora_lab.finetune.trainer import Training, finetune
 from qlora_lab.kernels import product
@@ -307,6 +307,11 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used_when_as
         training(folder, stopped, resume=4).run()
         training(folder, tmp_path / "whole").run()
         same_result(stopped, tmp_path / "whole")
+
+
+def test_what_was_noted_of_the_data_is_not_compared():
+    """Their checksum is, and an earlier version noted less."""
+    assert comparable({"notes": {"empty": 1}, "steps": 3}) == {"steps": 3}
 
 
 def test_differences_name_the_path():

@@ -78,8 +78,8 @@ def test_answers_before_the_first_question_and_turns_after_the_last_answer_are_d
         (json.dumps(FORMS["alpaca"]) + "\n{'instruction': 1}", "line 2, column 2: not JSON .*one JSON object a line"),
         ('[{"instruction": "a",\n "output": }]', "line 2, column 12: not JSON .*a JSON list"),
         ('{"question": "a", "answer": "b"}', "line 1: the record has the keys question, answer; expected Alpaca"),
-        (f'{{"instruction": {"9" * 5000}}}', "from line 1 on: not to be read .*digits"),
-        ("[" * 100_000, "from line 1 on: not to be read .*recursion"),
+        (f'{{"instruction": {"9" * 5000}}}', "from line 1 on: cannot be read .*digits"),
+        ("[" * 100_000, "from line 1 on: cannot be read .*recursion"),
         ("{}", r"line 1: the record has the keys \(none\)"),
         ('["a"]', "record 1: expected a JSON object.*found str"),
         ('{"instruction": "a", "output": 4}', "line 1: 'output' must be a text, found 4"),
@@ -189,7 +189,7 @@ def test_the_end_token_is_the_templates_and_not_eos(tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("<|im_end|>", ""), "ends 'The sum is 4.' by no special token"),
+        (("<|im_end|>", ""), "ends 'The sum is 4.' without a special token"),
         (("+ message.content +", "+ message.content[:-1] +"), "turns cannot be located"),
         (("+ message.content +", "+"), "does not show the answer 'The sum is 4.'"),
         (("{% for", "{{ raise_exception('roles must alternate') }}{% for"), "refuses .*user: 'Add 2 .*must alternate"),
@@ -220,13 +220,13 @@ def test_turns_without_an_end_of_their_own_are_refused(tokenizer):
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '\\n' }}{% endfor %}{{ '<|im_end|>' }}"
     )
     turns = (QUESTION, ("assistant", "4"), ("user", "And 3?"), ("assistant", "7"))
-    with pytest.raises(ValueError, match="ends '4' by no special token: a model would never stop"):
+    with pytest.raises(ValueError, match="ends '4' without a special token, so the model would never stop"):
         encode(Example(turns), tokenizer)
 
 
 def test_a_tokenizer_that_does_not_say_where_its_tokens_are_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    with pytest.raises(ValueError, match="does not say where in a text its tokens are: use one with a tokenizer.json"):
+    with pytest.raises(ValueError, match="does not say where in a text its tokens are: use a fast one"):
         encode(EXAMPLE, tokenizer)
 
 

@@ -211,6 +211,23 @@ def test_errors_teach_and_leave_the_model_alone(kwargs, message):
     assert not any(isinstance(x, LoRALinear) for x in m.modules()) and all(p.requires_grad for p in m.parameters())
 
 
+def test_a_model_without_a_layer_to_adapt_is_refused_and_left_alone():
+    """GPT-2's layers are Conv1D. It would be frozen, with nothing left to train."""
+    m = nn.ModuleDict({"c_attn": nn.Conv1d(8, 8, 1), "lm_head": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match="ModuleDict has no linear layer to adapt besides its head: choose a model"):
+        add_lora(m, r=2)
+    assert all(p.requires_grad for p in m.parameters())
+    assert list(adapters(add_lora(m, r=2, targets="lm_head"))) == ["lm_head"]
+
+
+def test_a_layer_whose_source_cannot_be_read_is_adapted():
+    """A class typed at Python's prompt has none, and neither has a compiled one."""
+    typed = {"Linear": nn.Linear}
+    exec("class Mine(Linear):\n    def forward(self, x):\n        return super().forward(x)", typed)
+    m = nn.ModuleDict({"proj": typed["Mine"](8, 8)})
+    assert list(adapters(add_lora(m, r=2))) == ["proj"]
+
+
 def test_adapters_are_added_once():
     m = add_lora(model(), r=2)
     with pytest.raises(ValueError, match="has adapters already"):

@@ -141,7 +141,7 @@ def test_options_are_checked_before_anything_is_read(folder, kwargs, message):
     "quantised, message",
     [
         ({"quant_method": "gptq", "bits": 4}, "holds a model quantised by gptq: load the original"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "is in 8 bits by bitsandbytes, but 4 bits are what"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "in 8 bits by bitsandbytes, but only 4 bits are read"),
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
             "not as .*leave",
@@ -174,6 +174,13 @@ def test_files_beside_the_weights_are_passed_over(folder):
     want = quiet(folder)[0](IDS).logits
     for name in ("consolidated", "adapter_model", "model-00001-of-00002"):  # transformers reads model.safetensors alone
         save_file({"layers.0.wq": torch.ones(2)}, folder / f"{name}.safetensors")
+    assert torch.equal(quiet(folder)[0](IDS).logits, want)
+
+
+def test_an_adapter_beside_weights_of_another_name_is_passed_over(folder):
+    want = quiet(folder)[0](IDS).logits
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    save_file({"lora_A": torch.ones(2)}, folder / "adapter_model.safetensors")
     assert torch.equal(quiet(folder)[0](IDS).logits, want)
 
 

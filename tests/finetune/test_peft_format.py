@@ -88,7 +88,6 @@ def rewrite(folder, change):
 
 
 KEY = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
-MAGNITUDE = KEY.replace("lora_A.weight", "lora_magnitude_vector")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +226,7 @@ def test_a_folder_without_an_adapter_says_what_it_has_instead(saved, tiny_llama,
     renamed = folder.rename(saved / "model-00001-of-00002.safetensors")
     folder = saved
     assert message().endswith(
-        "has no adapter_model.safetensors, but model-00001-of-00002.safetensors: make that one file of this name"
+        "has no adapter_model.safetensors, but model-00001-of-00002.safetensors: merge them into one file of this name"
     )
     renamed.rename(saved / "adapter_model.bin")
     assert "has adapter_model.bin, a pickle, which can run code and is not read: load it with PEFT, and" in message()

@@ -30,7 +30,8 @@ def test_fused_experts_are_named_in_a_warning(tmp_path):
     # by hand: hidden 32, 2 layers; q and o 32 x 32, k and v 16 x 32, the router 4 x 32, four experts of 3 x 48 x 32
     attention, router, experts, norms = 2 * 32 * 32 + 2 * 16 * 32, 4 * 32, 4 * 3 * 48 * 32, 2 * 32
     share = 2 * attention / (2 * (attention + router + experts + norms) + 32)
-    message = rf"^{100 * share:.1f} % of the weights .*; not: model.layers.\*.mlp.experts.gate_up_proj, .*down_proj, "
+    names = r"model.layers.\*.mlp.experts.gate_up_proj, .*down_proj, "
+    message = rf"^{100 * share:.1f} % of the weights .*; the largest others: {names}"
     with pytest.warns(UserWarning, match=message) as warned:
         model, _ = load(tmp_path / "model", block_size=16, dtype=torch.float32, progress=False)
     assert in_4_bits(model).part == pytest.approx(share) and "\n" not in str(warned[0].message)
@@ -41,4 +42,4 @@ def test_fused_experts_are_named_in_a_warning(tmp_path):
 
 
 def test_at_most_three_names():
-    assert str(Share(1, 2, ("a", "b", "c", "d"))).endswith("; not: a, b, c and 1 more")
+    assert str(Share(1, 2, ("a", "b", "c", "d"))).endswith("; the largest others: a, b, c and 1 more")

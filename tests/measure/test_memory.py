@@ -99,10 +99,10 @@ def test_every_row_is_right_to_the_byte(shape):
     assert not differences(measured(build(shape), batch_of()))
 
 
-def test_a_ledger_tells_of_one_rank():
+def test_a_ledger_has_one_rank():
     layers = linear_layers(model := build(method="full"))
     adapt(model, {path: (2 + (path.endswith("q_proj")), 8) for path in layers if path != "lm_head"})
-    with pytest.raises(ValueError, match="adapters have ranks 2, 3: a ledger tells of one"):
+    with pytest.raises(ValueError, match="adapters have ranks 2, 3, but a ledger has one: give all"):
         measure_memory(model)
 
 
