@@ -19,8 +19,13 @@ SCRATCH = re.compile(r"\.qlora-lab-[0-9a-f]{32}")
 
 
 def mark(folder: Path, application: str) -> str:
-    """Mark `folder` as ours, unless it is; returns the name of its scratch. Whether it may be ours is the caller's."""
+    """Mark `folder` as ours, unless it is; returns the name of its scratch. Whether it may be ours is the caller's.
+
+    Raises FileExistsError for a mark of anything else.
+    """
     if not is_marked(folder, application):
+        if is_marked_otherwise(folder, application):
+            raise FileExistsError(f"{folder / MARK} was not written by {application}: choose another folder")
         content = {"application": application, "scratch": f".qlora-lab-{secrets.token_hex(16)}"}
         with (folder / MARK).open("w", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")  # one write: a kill leaves all of it or an empty file
@@ -32,6 +37,13 @@ def mark(folder: Path, application: str) -> str:
 def is_marked(folder: Path, application: str) -> bool:
     """Whether `application` wrote `folder`."""
     return scratch_name(folder) is not None and read_object(folder / MARK)["application"] == application
+
+
+def is_marked_otherwise(folder: Path, application: str) -> bool:
+    """Whether anything but `application` left something under the mark's name. A kill leaves an empty file of ours."""
+    file = folder / MARK
+    empty = not os.path.lexists(file) or (file.is_file() and file.stat().st_size == 0)
+    return not empty and not is_marked(folder, application)
 
 
 def scratch_name(folder: Path) -> str | None:

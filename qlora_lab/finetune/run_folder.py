@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qlora_lab.finetune.checkpoint import BEST, CHECKPOINT_FILES, FOLDER, saved_steps, step_folders
-from qlora_lab.finetune.ownership import MARK, RUN, is_marked, mark, read_object
+from qlora_lab.finetune.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object
 from qlora_lab.quant.out_path import out_path
 
 LOG, RECORD, RESULT, ADAPTER = "log.jsonl", "settings.json", "result.json", "adapter"
@@ -58,7 +58,7 @@ def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = Fa
         raise FileExistsError(f"{out} holds an earlier run: {message}")
 
 
-# ------------------------------------------------------------------------------------------------------- what is a run's
+# ------------------------------------------------------------------------------------------------------ what is a run's
 
 
 def check_ours(folder: Path) -> None:
@@ -70,10 +70,9 @@ def check_ours(folder: Path) -> None:
 
 
 def _strangers(folder: Path) -> Iterator[Path]:
-    marked = is_marked(folder, RUN)
-    if not marked and _holds_anything(folder / MARK):
+    if is_marked_otherwise(folder, RUN):
         yield folder / MARK
-    ours = marked or _is_unmarked_run(folder)
+    ours = is_marked(folder, RUN) or _is_unmarked_run(folder)
     for name in (LOG, RECORD, RESULT):
         if os.path.lexists(folder / name) and not (ours and (folder / name).is_file()):
             yield folder / name
@@ -82,9 +81,8 @@ def _strangers(folder: Path) -> Iterator[Path]:
             yield from _others(folder / name, WEIGHTS_FILES) if ours else [folder / name]
     if os.path.lexists(folder / FOLDER):
         # an empty folder, or a link to one, is how a user says where checkpoints are to be: ours from now on
-        inside = [] if ours else _others(folder / FOLDER, ())
-        yield from inside
-        for step in step_folders(folder) if ours else []:
+        yield from [] if ours and (folder / FOLDER).is_dir() else _others(folder / FOLDER, ())
+        for step in step_folders(folder):
             yield from _others(step, CHECKPOINT_FILES)
 
 
@@ -95,17 +93,13 @@ def _others(folder: Path, names: tuple[str, ...]) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name not in names)
 
 
-def _holds_anything(file: Path) -> bool:
-    return os.path.lexists(file) and not (file.is_file() and file.stat().st_size == 0)
-
-
 def _is_unmarked_run(folder: Path) -> bool:
     """Whether a version that wrote no mark began a run here: nobody else writes such settings."""
     settings = read_object(folder / RECORD)
     return isinstance(settings.get("base_sha256"), str) and isinstance(settings.get("adapter"), dict)
 
 
-# ------------------------------------------------------------------------------------------------------- replacing a run
+# ------------------------------------------------------------------------------------------------------ replacing a run
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def test_a_mark_that_a_kill_left_empty_is_written_anew(train, tmp_path):
     assert json.loads((tmp_path / MARK).read_text())["application"] == "qlora_lab run"
 
 
-# ----------------------------------------------------------------------------------------------------- scratch and kills
+# ---------------------------------------------------------------------------------------------------- scratch and kills
 
 
 def test_only_recorded_scratch_of_a_killed_process_is_removed(train, tmp_path):
@@ -201,7 +201,7 @@ def test_an_error_as_files_are_set_aside_puts_them_back(train, tmp_path, monkeyp
     assert contents(tmp_path) == before
 
 
-# -------------------------------------------------------------------------------------------------------------- symlinks
+# ------------------------------------------------------------------------------------------------------------- symlinks
 
 
 @pytest.mark.parametrize("name", ["run", "run/checkpoints", "run/best", "run/adapter"])
@@ -246,7 +246,20 @@ def test_links_to_nothing_are_told_before_the_first_step(tmp_path):
         check_free(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------- empty paths
+# ----------------------------------------------------------------------------------------------------- files of a user
+
+
+@pytest.mark.parametrize("command", ["block-size --bits 4.5", "sweep"])
+@pytest.mark.parametrize("content", [b"notes of mine", b"{}", b"{", 99 * b"\0", b"[1]\n"])
+def test_a_users_file_is_not_replaced_by_results(capsys, tmp_path, command, content):
+    notes = tmp_path / "notes.txt"
+    notes.write_bytes(content)
+    words = command.split()
+    assert str(notes) in refused(capsys, words[0], "nowhere", *words[1:], "--out", notes)
+    assert notes.read_bytes() == content and list(tmp_path.iterdir()) == [notes]
+
+
+# ---------------------------------------------------------------------------------------------------------- empty paths
 
 EMPTY = "the path is empty, as that of a shell variable that is not set: name"
 
