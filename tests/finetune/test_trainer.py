@@ -436,6 +436,7 @@ def test_a_training_is_run_once(model, tokenizer, tmp_path):
 
 def test_an_adapter_without_a_checkpoint_is_not_overwritten_by_a_resume(model, tokenizer, tmp_path):
     ql.save_adapter(model, tmp_path / "run" / "adapter")
+    mark(tmp_path / "run", RUN)
     with pytest.raises(FileExistsError, match="holds an adapter and no checkpoint to resume from"):
         train(model, tokenizer, tmp_path / "run", resume=True)
 
