@@ -58,6 +58,6 @@ def read_object(file: Path) -> dict:
     """The JSON object in `file`; an empty one for a file of anything else, and for none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:  # neither JSON nor UTF-8
+    except (ValueError, RecursionError):  # neither JSON nor UTF-8, or nested too deep for any file of ours
         return {}
     return content if isinstance(content, dict) else {}

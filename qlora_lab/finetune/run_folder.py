@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qlora_lab.finetune.checkpoint import BEST, CHECKPOINT_FILES, FOLDER, saved_steps, step_folders
+from qlora_lab.finetune.files import sync
 from qlora_lab.finetune.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object
 from qlora_lab.quant.out_path import out_path
 
@@ -111,6 +112,7 @@ def replacing_run(folder: Path, resume: bool) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     check_ours(folder)
     scratch = mark(folder, RUN)
+    sync(folder)
     places = {path.resolve().parent for path in _parts(folder)} | {folder.resolve(), (folder / FOLDER).resolve()}
     places = [place / scratch for place in places]
     for stale in (path for place in places for path in place.glob("*")):  # of a process that was killed

@@ -128,7 +128,9 @@ def test_a_run_of_an_earlier_version_is_resumed_and_overwritten(train, tmp_path)
     assert saved_steps(tmp_path / "a") == [] and (tmp_path / "a" / MARK).is_file()
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "3", "half {", '{"base_sha256": 1, "adapter": {}}', "\x00", "é"])
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "3", "half {", '{"base_sha256": 1, "adapter": {}}', "\x00", "é", "[" * 99_999], ids=len
+)
 def test_other_settings_make_no_run(tmp_path, text):
     (tmp_path / "settings.json").write_text(text, "latin-1")
     with pytest.raises(FileExistsError, match="settings.json was not written by a run"):
