@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import qlora_lab as ql
 from qlora_lab import cli
@@ -80,6 +81,28 @@ def test_a_users_files_under_all_other_names_stay_as_they_are(train, tmp_path, m
     assert before.items() <= contents(out).items()
     made = {"adapter", "log.jsonl", "result.json", "settings.json", "checkpoints", MARK}
     assert {path.name for path in out.iterdir()} == made | {name.split("/")[0] for name in before}
+
+
+@pytest.mark.slow
+def test_the_output_folder_of_a_hugging_face_trainer_survives(train, tiny_llama, tokenizer, tmp_path):
+    """As a folder of its own, and where it is a run's checkpoints/."""
+    from transformers import Trainer, TrainingArguments
+
+    ids = torch.tensor([3, 4, 5])
+    for out in (tmp_path / "out", tmp_path / "run" / "checkpoints"):
+        options = {"max_steps": 2, "save_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        Trainer(
+            tiny_llama, TrainingArguments(out, **options), train_dataset=[{"input_ids": ids, "labels": ids}]
+        ).train()
+    before = contents(tmp_path)
+    assert "out/checkpoint-2/optimizer.pt" in before
+    for mode in MODES.values():
+        with pytest.raises(FileExistsError, match="checkpoints/checkpoint-1 was not written by a run"):
+            train(tmp_path / "run", **mode)
+    assert contents(tmp_path) == before
+    train(tmp_path / "out", 2, save_every=1)
+    train(tmp_path / "out", overwrite=True)
+    assert before.items() <= contents(tmp_path).items()
 
 
 @pytest.mark.parametrize("mode", MODES)
