@@ -91,9 +91,8 @@ def test_the_output_folder_of_a_hugging_face_trainer_survives(train, tiny_llama,
     ids = torch.tensor([3, 4, 5])
     for out in (tmp_path / "out", tmp_path / "run" / "checkpoints"):
         options = {"max_steps": 2, "save_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-        Trainer(
-            tiny_llama, TrainingArguments(out, **options), train_dataset=[{"input_ids": ids, "labels": ids}]
-        ).train()
+        arguments = TrainingArguments(out, **options)
+        Trainer(tiny_llama, arguments, train_dataset=[{"input_ids": ids, "labels": ids}]).train()
     before = contents(tmp_path)
     assert "out/checkpoint-2/optimizer.pt" in before
     for mode in MODES.values():
