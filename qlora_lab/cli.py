@@ -187,16 +187,23 @@ def block_size(a: argparse.Namespace) -> None:
 
     from qlora_lab.finetune.models import layer_sizes
     from qlora_lab.measure.sensitivity import choices_of, sensitivity
-    from qlora_lab.quant.block_size import Candidate, Choices, best_plan, bits_table, check_candidate, small_layers
+    from qlora_lab.quant.block_size import (
+        Candidate,
+        Choices,
+        best_plan,
+        bits_table,
+        check_candidate,
+        check_plan_path,
+        small_layers,
+    )
 
     candidates = tuple(Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes)
     for one in candidates:  # before the model is loaded, as for finetune
         check_candidate(one)
-    out = Path(a.out)
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise FileNotFoundError(f"{out.parent} is no folder that the plan can be written to: make one, or name another")
-    if out.exists() and not out.is_file():
-        raise FileExistsError(f"{out} is no file: name one for the plan")
+    out = check_plan_path(a.out)
+    parent = out.resolve().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise FileNotFoundError(f"{parent} is no folder that the plan can be written to: make one, or name another")
     topics = ql.topics_text()
     text = topics[len(topics) // 2 :] if a.text is None else _text(a.text)  # perplexities are those of its first half
     model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lab import cli
+from qlora_lab.finetune.ownership import RUN, mark
 
 TRAIN = '{"instruction": "double %d", "output": "%d"}\n'
 
@@ -167,8 +168,8 @@ def test_a_damaged_model_file_is_named(capsys, folder, data):
 
 
 def test_an_earlier_run_is_refused_before_the_model_is_loaded(capsys, tmp_path, data):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "adapter").mkdir()
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    mark(tmp_path / "run", RUN)
     code, _, err = run(capsys, "finetune", "--model", "nowhere", "--data", data, "--out", tmp_path / "run")
     assert code == 2 and "holds an earlier run" in err
 

@@ -19,16 +19,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qlora_lab.finetune.files import replacing_folder, sync
+from qlora_lab.finetune.files import replacing_folder, scratch_for, sync
 
 FOLDER, TENSORS, FACTS, SUMS = "checkpoints", "state.safetensors", "state.json", "SHA256SUMS"
 BEST = "best"  # the adapter with the lowest held-out loss, if there was an evaluation
+CHECKPOINT_FILES = (TENSORS, FACTS, SUMS, BEST)
 
 
 def saved_steps(run: Path) -> list[int]:
     """Steps that the run in folder `run` has a checkpoint of, in rising order."""
-    names = [path.name for path in (run / FOLDER).glob("step-*")]
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name)))
+    return sorted(int(folder.name.removeprefix("step-")) for folder in step_folders(run))
+
+
+def step_folders(run: Path) -> list[Path]:
+    """What lies under the names of checkpoints; other names in their folder are not ours."""
+    return [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
 
 
 def save_checkpoint(
@@ -42,10 +47,8 @@ def save_checkpoint(
     target = _folder(run, step)
     target.parent.mkdir(exist_ok=True)
     sync(run)
-    for stale in target.parent.glob(".step-*"):  # of a process that was killed as it wrote, or removed
-        shutil.rmtree(stale, ignore_errors=True)
     try:
-        with replacing_folder(target) as new:
+        with replacing_folder(target, owner=run) as new:
             save_file(tensors, new / TENSORS)
             shutil.copymode(run, new)
             (new / FACTS).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -68,9 +71,8 @@ def save_checkpoint(
 def forget(run: Path, steps: list[int]) -> None:
     """Remove the checkpoints of `steps`. Each loses its name first: what has one is whole."""
     for step in steps:
-        aside = _folder(run, step).with_name(f".step-{step}-removed")
-        _folder(run, step).rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        with scratch_for(_folder(run, step), owner=run) as scratch:
+            _folder(run, step).rename(scratch / "old")
 
 
 def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
@@ -97,7 +99,7 @@ def restore_best(run: Path, step: int, best: Path) -> None:
         with replacing_folder(best) as new:
             shutil.copytree(stored, new, dirs_exist_ok=True)
     elif best.exists():
-        shutil.rmtree(best)
+        shutil.rmtree(best.resolve())
 
 
 def _damaged(folder: Path) -> str | None:

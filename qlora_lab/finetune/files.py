@@ -3,25 +3,31 @@ on the disk.
 
 But: a rename over a folder that is not empty does not exist, so the old one is moved aside first, moved back if the new
 one cannot take its place, and removed last.
+Not here: whether `target` may be replaced (run_folder.py, and each writer).
 """
 
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from qlora_lab.finetune.ownership import scratch_name
+from qlora_lab.quant.out_path import out_path
 
 
 @contextmanager
-def replacing_folder(target: str | Path) -> Iterator[Path]:
-    """Yields an empty folder to fill; it becomes `target` on success and vanishes on an error."""
-    target = Path(target)
+def replacing_folder(target: str | Path, owner: Path | None = None) -> Iterator[Path]:
+    """Yields an empty folder to fill; it becomes `target` on success and vanishes on an error.
+
+    owner: as for scratch_for. A link is followed, and stays.
+    """
+    target = out_path(target).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    new, old = scratch / "new", scratch / "old"
-    new.mkdir()
-    try:
+    with scratch_for(target, owner) as scratch:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()
         yield new
         for path in [*new.rglob("*"), new]:
             sync(path)
@@ -34,19 +40,39 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
                 old.rename(target)
             raise
         sync(target.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yields the name of a file to write; it takes the place of `target` on success and vanishes on an error."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        new = Path(scratch) / target.name
+    target = target.resolve()
+    with scratch_for(target) as scratch:
+        new = scratch / target.name
         yield new
         sync(new)
         new.replace(target)
     sync(target.parent)
+
+
+@contextmanager
+def scratch_for(target: Path, owner: Path | None = None) -> Iterator[Path]:
+    """Yields a folder on the disk of `target` for what is not whole yet, or no longer; it vanishes in the end.
+
+    It lies beside the target, in the folder that the mark of `owner` names, if there is one: what a killed process
+    leaves is then found. owner: whose mark it is, by default that of the folder that holds `target`.
+    """
+    home = target.parent
+    if recorded := scratch_name(owner or home):
+        home = home / recorded
+        home.mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=home))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if recorded:
+            with suppress(OSError):  # it holds something else
+                home.rmdir()
 
 
 def sync(path: Path) -> None:

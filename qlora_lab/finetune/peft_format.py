@@ -24,23 +24,25 @@ from qlora_lab.finetune.files import replacing_folder
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapt, adapters, check_strength, has_adapters, linear_layers
 from qlora_lab.finetune.peft_config import check_settings, pattern_of, strength_of
+from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-ADAPTER_FILES = (CONFIG, WEIGHTS, "README.md")  # PEFT adds a model card
+CARD = "README.md"  # PEFT adds one, and users write to it
 PREFIX = "base_model.model."
 PAIR = ("lora_A", "lora_B")
 SHOWN = 3  # names in an error
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
-    """Write the adapter of `model` to `folder`, replacing it as a whole if it is there. Returns the folder.
+    """Write the adapter of `model` to `folder`, replacing one that is there; its README.md stays. Returns the folder.
 
     Raises ValueError if the model has no adapter, if its layers differ in dropout, or if `folder` holds anything that
-    is not an adapter's.
+    is not an adapter's, or the path is empty.
     """
+    folder = out_path(folder)
     layers = adapters(model)
-    if Path(folder).exists() and (others := [p.name for p in Path(folder).iterdir() if p.name not in ADAPTER_FILES]):
+    if folder.exists() and (others := [path.name for path in folder.iterdir() if not _is_an_adapters(path)]):
         raise ValueError(f"{folder} holds {others[0]!r}, which is not part of an adapter: choose a folder of its own")
     dropouts = {layer.dropout.p for layer in layers.values()}
     if len(dropouts) > 1:
@@ -62,8 +64,14 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         (staged / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(adapter_tensors(model), staged / WEIGHTS, metadata=metadata)
         _order_metadata(staged / WEIGHTS, metadata)
+        if (folder / CARD).exists():
+            shutil.copy2(folder / CARD, staged / CARD)
         shutil.copymode(staged / CONFIG, staged / WEIGHTS)  # safetensors writes files that only their owner can read
-    return Path(folder)
+    return folder
+
+
+def _is_an_adapters(path: Path) -> bool:
+    return path.is_file() and path.name in (CONFIG, WEIGHTS, CARD)
 
 
 def _order_metadata(file: Path, metadata: dict[str, str]) -> None:

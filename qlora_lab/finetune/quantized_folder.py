@@ -26,18 +26,19 @@ from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
 from qlora_lab.finetune.files import replacing_file
 from qlora_lab.finetune.linear4bit import HEAD, head_path
 from qlora_lab.finetune.models import layer_sizes
+from qlora_lab.finetune.ownership import MARK, QUANTISED, is_marked, mark, read_object, scratch_name
 from qlora_lab.finetune.share import Share, in_4_bits
 from qlora_lab.finetune.stored import Stored, opened, stored_tensors
 from qlora_lab.quant.block_size import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
+from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.quantize import quantize
 from qlora_lab.quant.serialize import BITSANDBYTES_READS, to_tensors
 
 PIECE = 2**30  # bytes of the original's tensors in a file: a quarter of that in memory, a few seconds of work
 CONFIG, INDEX, UNFINISHED = "config.json", "model.safetensors.index.json", "quantizing.json"
 PLAN = "plan.json"
-SCRATCH = "model-*.safetensors", INDEX, CONFIG, "plan"  # in which files are written before they get their names
 COPIED = [name for name in HUB_FILES if "model" not in name.split(".")[0] and name != CONFIG] + ["source.json"]
 
 
@@ -55,12 +56,13 @@ def quantize_folder(
 
     plan: or its file, instead of the options, for layers that differ (quant/block_size.py); it is kept in the folder,
     which bitsandbytes then does not read.
-    Raises what `load` raises, FileExistsError for a folder that holds anything else, and ValueError for one that was
-    begun from another model or with other options, and for a plan of another model.
+    Raises what `load` raises, FileExistsError for a folder that holds anything else, and ValueError for an empty path,
+    a folder that was begun from another model or with other options, and a plan of another model.
     """
+    out = out_path(out)
     named_codebook(codebook)
     check_block_size(block_size)
-    out, plan = Path(out), as_plan(plan)
+    plan = as_plan(plan)
     source = resolve(name_or_path, progress=progress)
     if already := stored_options(source):
         raise ModelError(f"{source} is in 4 bits already, as {already}: load it, or quantise its original")
@@ -159,28 +161,21 @@ def _begin(out: Path, work: dict) -> None:
         raise FileExistsError(f"{out} holds a model already: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     if (out / UNFINISHED).exists():
-        begun = _begun(out / UNFINISHED)
+        begun = read_object(out / UNFINISHED)
+        if not begun.keys() >= work.keys():
+            raise FileExistsError(f"{out / UNFINISHED} is damaged, or another program's: choose a folder of its own")
         if differing := [name for name in work if begun.get(name) != work[name]]:
             name = differing[-1]
             raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
-        for name in SCRATCH:  # of a process that was killed as it wrote
-            for stale in out.glob(f".{name}-????????"):
-                shutil.rmtree(stale, ignore_errors=True)
-    elif any(out.iterdir()):
+        # that of a process that was killed as it wrote
+        shutil.rmtree(out / mark(out, QUANTISED), ignore_errors=True)
+        return
+    begun_empty = {MARK, scratch_name(out)} if is_marked(out, QUANTISED) else set()
+    if {path.name for path in out.iterdir()} - begun_empty:
         raise FileExistsError(f"{out} is not empty: choose a folder of its own")
-    else:
-        with replacing_file(out / UNFINISHED) as new:
-            new.write_text(json.dumps(work) + "\n", encoding="utf-8")
-
-
-def _begun(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged, and with it what was begun: choose another folder")
-    return found
+    mark(out, QUANTISED)
+    with replacing_file(out / UNFINISHED) as new:
+        new.write_text(json.dumps(work) + "\n", encoding="utf-8")
 
 
 def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:
@@ -190,11 +185,13 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
     config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     config["quantization_config"] = described
     if plan:
-        plan.save(out / PLAN)
+        with replacing_file(out / PLAN) as new:
+            plan.save(new)
     for name in COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
     for name, content in ((INDEX, index), (CONFIG, config)):
         with replacing_file(out / name) as new:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (out / UNFINISHED).unlink()
+    for name in (UNFINISHED, MARK):
+        (out / name).unlink()

@@ -108,8 +108,9 @@ def finetune(
     state are left as they were.
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
     example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other
-    settings, data, model or adapter; FileExistsError for an earlier run; FloatingPointError for a loss or gradient that
-    is not finite, with step, layer and dtype; OSError for a full disk; KeyboardInterrupt for Ctrl-C, when all is saved.
+    settings, data, model or adapter; FileExistsError for an earlier run, and for what no run wrote under one of its
+    names; FloatingPointError for a loss or gradient that is not finite, with step, layer and dtype; OSError for a full
+    disk; KeyboardInterrupt for Ctrl-C, when all is saved.
     Warns of examples longer than a model with computed positions was made for.
     """
     options = {"held_out": held_out, "resume": resume, "overwrite": overwrite, "progress": progress}

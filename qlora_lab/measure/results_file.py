@@ -104,7 +104,7 @@ def _parsed(path: Path, content: bytes) -> tuple[list[dict], int]:
     end = len(content) - len(last)
     if last:  # what is written whole ends with a new line
         said = f"{path}: line {len(lines) + 1} was torn off"
-        if _is_torn(last):
+        if _is_torn(last, first=not lines):
             start = last[:60].decode("utf-8", "replace")
             said += f" and is left out, so that its setting will be run again; it began {start!r}"
         else:
@@ -130,13 +130,16 @@ def _row(path: Path, number: int, line: bytes) -> dict:
     return row
 
 
-def _is_torn(line: bytes) -> bool:
-    """Whether it is a row's beginning. A file of anything else is not ours to cut, even if its one line has no end."""
+def _is_torn(line: bytes, first: bool) -> bool:
+    """Whether it is a row's beginning. A file of anything else is not ours to cut, even if its one line has no end.
+
+    first: no row stands before it to show whose the file is, so a few bytes or zeros show nothing.
+    """
     begun = line.rstrip(b"\0")  # what a power cut may leave of bytes that were promised
     try:
         json.loads(begun)
     except ValueError:
-        return begun.startswith(START) or START.startswith(begun)
+        return begun.startswith(START) or (not first and START.startswith(begun))
     return False
 
 

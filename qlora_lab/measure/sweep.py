@@ -49,6 +49,7 @@ from qlora_lab.measure.results_file import append_result, identity, open_results
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import CODEBOOKS, check_levels
 from qlora_lab.quant.lloyd_max import lloyd_max, scaled_sample
+from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
 LLOYD_MAX = re.compile(r"lloyd-max([2-8]?)")  # a codebook that is fitted to the model; a digit for other than 4 bits
@@ -110,13 +111,14 @@ def sweep(
     (code_use.py); versions, commit, machine, seconds, date.
 
     A last line that was torn off is removed, with a warning. An interrupt says how much is done.
-    Raises what load, quantize, perplexity and open_results raise.
+    Raises what load, quantize, perplexity and open_results raise, and ValueError for an empty path.
     """
-    settings = [_checked(one) for one in settings]  # before anything is loaded
+    results = out_path(results)  # before anything is loaded
+    settings = [_checked(one) for one in settings]
     check_windows(length, windows)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed} is not allowed: choose a whole number from 0 to 2**63 - 1")
-    with open_results(Path(results)) as (rows, file):
+    with open_results(results) as (rows, file):
         done = {identity(row): row for row in rows}
         source, tokens, shared = _prepared(name_or_path, windows, length, text, dtype, device, progress)
         found, bar = [], tqdm(settings, "sweep", unit="setting", disable=not progress)

@@ -30,6 +30,7 @@ import numpy as np
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE
+from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.packing import group_of
 
 if TYPE_CHECKING:
@@ -102,19 +103,24 @@ class Plan:
     numel: dict[str, int]
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON and return its path, which never holds half a plan, not even after a power cut."""
-        path = Path(path)
+        """Write the plan as JSON and return its path, which never holds half a plan, not even after a power cut.
+
+        Another plan there is replaced. Raises as check_plan_path does.
+        """
+        path = check_plan_path(path)
         layers = {name: one._asdict() | {"numel": self.numel[name]} for name, one in self.chosen.items()}
         lines = [f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in layers.items()]  # a line a layer
         head = {"model": self.model, "error": self.error, "bits_per_parameter": self.bits_per_parameter}
         body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-        with tempfile.TemporaryDirectory(prefix=".plan-", dir=path.parent) as scratch:  # one for each who writes
+        with tempfile.TemporaryDirectory(
+            prefix=".plan-", dir=path.resolve().parent
+        ) as scratch:  # one for each who writes
             new = Path(scratch) / "plan.json"
             with new.open("w", encoding="utf-8") as file:
                 file.write(f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
                 file.flush()
                 os.fsync(file.fileno())  # a rename can reach the disk before what is in the file
-            new.replace(path)
+            new.replace(path.resolve())  # a link stays
         return path
 
     def check(self, numel: dict[str, int]) -> None:
@@ -149,6 +155,24 @@ def of_layers(options: Candidate, plan: Plan | None, numel: dict[str, int]) -> d
 def as_plan(plan: Plan | str | Path | None) -> Plan | None:
     """The plan, read where its file is given."""
     return plan if plan is None or isinstance(plan, Plan) else load_plan(plan)
+
+
+def check_plan_path(path: str | Path) -> Path:
+    """The path, if a plan may be written to it.
+
+    Raises FileExistsError for what is there and is no plan, and ValueError for an empty path.
+    """
+    path = out_path(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no file: name one for the plan")
+    if path.exists():
+        try:
+            load_plan(path)
+        except ValueError as error:
+            raise FileExistsError(
+                f"{path} is there and is not replaced, as it is no plan: name another file"
+            ) from error
+    return path
 
 
 def load_plan(path: str | Path) -> Plan:

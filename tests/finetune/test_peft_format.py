@@ -259,6 +259,35 @@ def test_a_failed_save_leaves_the_old_folder(saved, monkeypatch, tiny_llama):
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
 
 
+def test_a_readme_of_the_user_stays(tmp_path, tiny_llama):
+    """Also where it is all that the folder holds."""
+    model = trained(tiny_llama)
+    (tmp_path / "README.md").write_text("what this project is about")
+    for _ in range(2):
+        save_adapter(model, tmp_path)
+        assert (tmp_path / "README.md").read_text() == "what this project is about"
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("name", ["notes.md", "README.md/notes.md", "adapter_config.json/notes.md", ".adapter-old"])
+def test_a_folder_with_files_of_the_user_is_no_place_for_an_adapter(tmp_path, tiny_llama, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds '{name.split('/')[0]}', which is not part of an adapter"):
+        save_adapter(trained(tiny_llama), tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_adapter_follows_a_link(tmp_path, tiny_llama):
+    (tmp_path / "disk" / "adapter").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "adapter")
+    model = trained(tiny_llama)
+    for _ in range(2):
+        save_adapter(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "disk").rglob("*"))) == 3
+
+
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "content").write_text("old")

@@ -102,11 +102,34 @@ def test_what_a_killed_call_left_behind_is_removed(folder, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(quantized_folder, "_finish", lambda *_: None)
         quantise(folder, tmp_path / "small")
-    for name in (".model-00003-of-00009.safetensors-hkw3_x12", ".plan-a8s0d9f2", ".config.json-q1w2e3r4", ".my-notes"):
-        (tmp_path / "small" / name).mkdir()
+    scratch = json.loads((tmp_path / "small" / "qlora-lab.json").read_text())["scratch"]
+    for name in (f"{scratch}/.model-00003-of-00009.safetensors-hkw3_x12", ".plan-personal", ".config.json-q1w2e3r4"):
+        (tmp_path / "small" / name).mkdir(parents=True)
         (tmp_path / "small" / name / "half").write_text("")
     quantise(folder, tmp_path / "small")
-    assert [path.name for path in (tmp_path / "small").glob(".*")] == [".my-notes"]
+    names = {path.name for path in (tmp_path / "small").iterdir()}
+    assert names >= {".plan-personal", ".config.json-q1w2e3r4"} and not names & {scratch, "qlora-lab.json"}
+
+
+def test_one_that_was_killed_before_its_first_piece_is_begun_again(folder, tmp_path, monkeypatch):
+    for moment in ("replacing_file", "_pieces"):  # the mark is there alone; then nothing was
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(quantized_folder, moment, lambda *_: 1 / 0)
+            quantise(folder, tmp_path / "small")
+    quantise(folder, tmp_path / "whole")
+    assert contents(quantise(folder, tmp_path / "small")) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["quantizing.json", "qlora-lab.json"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "null", "no JSON", '{"application": "qlora_lab run", "scratch": ".plan-a8s0d9f2"}']
+)
+def test_a_users_file_under_a_name_of_ours_is_refused(folder, tmp_path, name, text):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text(text)
+    with pytest.raises(FileExistsError, match="choose a folder of its own"):
+        quantise(folder, tmp_path / "mine")
+    assert contents(tmp_path / "mine") == {name: text.encode()}
 
 
 def test_pieces_hold_every_tensor_once(folder, tmp_path):
@@ -130,14 +153,6 @@ def test_errors_teach(folder, tmp_path):
     assert (tmp_path / "mine" / ".model-notes").is_dir()
     with pytest.raises(ValueError, match="codebook 'nf5' is not known"):
         quantise(folder, tmp_path / "other", "nf5")
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
-def test_a_damaged_note_of_an_unfinished_folder_is_named(folder, tmp_path, content):
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "quantizing.json").write_text(content)
-    with pytest.raises(ValueError, match="small/quantizing.json is damaged.*: choose another folder"):
-        quantise(folder, tmp_path / "small")
 
 
 def test_a_model_without_linear_layers_is_refused(tmp_path, tokenizer):

@@ -16,6 +16,7 @@ from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.linear4bit import quantize_linears
 from qlora_lab.finetune.lora import adapters, add_lora
 from qlora_lab.finetune.loss import answer_loss
+from qlora_lab.finetune.ownership import RUN, mark
 from qlora_lab.finetune.settings import Settings, learning_rate
 from qlora_lab.finetune.trainer import Training, finetune
 from tests.finetune.families import tiny
@@ -150,6 +151,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(model, tokenizer, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         "adapter",
         "log.jsonl",
+        "qlora-lab.json",
         "result.json",
         "settings.json",
     ]
@@ -434,6 +436,7 @@ def test_a_training_is_run_once(model, tokenizer, tmp_path):
 
 def test_an_adapter_without_a_checkpoint_is_not_overwritten_by_a_resume(model, tokenizer, tmp_path):
     ql.save_adapter(model, tmp_path / "run" / "adapter")
+    mark(tmp_path / "run", RUN)
     with pytest.raises(FileExistsError, match="holds an adapter and no checkpoint to resume from"):
         train(model, tokenizer, tmp_path / "run", resume=True)
 
@@ -498,7 +501,9 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(model, tokenizer, tmp_
 
 
 def test_what_a_killed_process_left_is_swept(model, tokenizer, tmp_path):
-    (tmp_path / "run" / ".best-abc" / "new").mkdir(parents=True)
-    (tmp_path / "run" / ".log.jsonl-abc").mkdir()
+    (tmp_path / "run").mkdir()
+    scratch = tmp_path / "run" / mark(tmp_path / "run", RUN)
+    (scratch / ".best-abc" / "new").mkdir(parents=True)
+    (scratch / ".log.jsonl-abc").mkdir()
     train(model, tokenizer, tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*"))

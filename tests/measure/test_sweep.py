@@ -297,7 +297,9 @@ def test_any_other_damage_is_named_and_left(results, line):
     assert results.read_bytes() == damaged
 
 
-@pytest.mark.parametrize("last", [b'["notes of mine"]', b"7", b'{"model": {"name": 1}}', b"notes", b'{"cells": ['])
+@pytest.mark.parametrize(
+    "last", [b'["notes of mine"]', b"7", b'{"model": {"name": 1}}', b"notes", b'{"cells": [', b"{", 9 * b"\0"]
+)
 def test_a_file_of_something_else_is_not_cut_for_want_of_a_new_line(results, last):
     results.parent.mkdir()
     results.write_bytes(last)

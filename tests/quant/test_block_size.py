@@ -241,6 +241,22 @@ def test_a_plan_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert seen == [(path.stat().st_size, False)]
 
 
+@pytest.mark.parametrize("content", [b"", b"notes of mine", b"{}", b'{"layers": {}}', b"\xff", b"[1]"])
+def test_a_file_that_is_no_plan_is_not_replaced(tmp_path, content):
+    (tmp_path / "notes.txt").write_bytes(content)
+    with pytest.raises(FileExistsError, match="notes.txt is there and is not replaced, as it is no plan: name another"):
+        best_plan(random_choices(), 4.0).save(tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_plan_follows_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "plan.json").symlink_to(tmp_path / "elsewhere" / "own.json")
+    for plan in (uniform(random_choices(), one) for one in CANDIDATES[:2]):
+        assert load_plan(plan.save(tmp_path / "plan.json")) == plan == load_plan(tmp_path / "elsewhere" / "own.json")
+    assert (tmp_path / "plan.json").is_symlink() and len(list(tmp_path.rglob("*"))) == 3
+
+
 def test_two_who_save_at_once_both_succeed(tmp_path):
     plans = [uniform(random_choices(), one) for one in CANDIDATES]
     with ThreadPoolExecutor(6) as pool:

@@ -1,0 +1,63 @@
+"""The mark of a folder that is ours: a small file that says what wrote the folder, and where its scratch lies.
+
+    qlora-lab.json   {"application": "qlora_lab run", "scratch": ".qlora-lab-0123456789abcdef0123456789abcdef"}
+
+Scratch is what is not whole yet, or about to be removed. Its name has 128 random bits and is on the disk before the
+scratch is: a folder of that name is ours and is removed after a kill; one of any other name is somebody's own.
+Not here: what a run may replace (run_folder.py).
+"""
+
+import json
+import os
+import re
+import secrets
+from pathlib import Path
+
+MARK = "qlora-lab.json"
+RUN, QUANTISED = "qlora_lab run", "qlora_lab quantize"  # what writes a folder
+SCRATCH = re.compile(r"\.qlora-lab-[0-9a-f]{32}")
+
+
+def mark(folder: Path, application: str) -> str:
+    """Mark `folder` as ours, unless it is; returns the name of its scratch. Whether it may be ours is the caller's.
+
+    Raises FileExistsError for a mark of anything else.
+    """
+    if not is_marked(folder, application):
+        if is_marked_otherwise(folder, application):
+            raise FileExistsError(f"{folder / MARK} was not written by {application}: choose another folder")
+        content = {"application": application, "scratch": f".qlora-lab-{secrets.token_hex(16)}"}
+        with (folder / MARK).open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")  # one write: a kill leaves all of it or an empty file
+            file.flush()
+            os.fsync(file.fileno())
+    return scratch_name(folder)
+
+
+def is_marked(folder: Path, application: str) -> bool:
+    """Whether `application` wrote `folder`."""
+    return scratch_name(folder) is not None and read_object(folder / MARK)["application"] == application
+
+
+def is_marked_otherwise(folder: Path, application: str) -> bool:
+    """Whether anything but `application` left something under the mark's name. A kill leaves an empty file of ours."""
+    file = folder / MARK
+    empty = not os.path.lexists(file) or (file.is_file() and file.stat().st_size == 0)
+    return not empty and not is_marked(folder, application)
+
+
+def scratch_name(folder: Path) -> str | None:
+    """The recorded name of the scratch in `folder`; None where the folder has no mark of ours."""
+    content = read_object(folder / MARK)
+    name = content.get("scratch")
+    ours = content.get("application") in (RUN, QUANTISED) and isinstance(name, str) and SCRATCH.fullmatch(name)
+    return name if ours else None
+
+
+def read_object(file: Path) -> dict:
+    """The JSON object in `file`; an empty one for a file of anything else, and for none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError):  # neither JSON nor UTF-8, or nested too deep for any file of ours
+        return {}
+    return content if isinstance(content, dict) else {}
