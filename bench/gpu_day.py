@@ -8,13 +8,14 @@ steps beside a CPU's; seven_b, a 7B model; paging, PagedAdamW. --seconds: what t
 rounds if time is short.
 
 A part that fails, or is stopped, writes what it has, and says why. Exit code 1: it failed. 2: there is nothing to run
-on. Nothing here asserts a time.
+on, or nowhere to write. 130: Ctrl-C. Nothing here asserts a time.
 """
 
 import argparse
 import json
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +32,7 @@ from bench.files import write  # noqa: E402
 from bench.gpu_card import machine, refusal, rungs_on, slug, synchronize, the_device  # noqa: E402
 from bench.gpu_check import Differs, checks, first_line  # noqa: E402
 
+INTERRUPTED = "interrupted by Ctrl-C"
 Part = Callable[[torch.device, bool, float, dict], list[str]]  # device, quick, end, found -> what failed
 
 
@@ -91,7 +93,9 @@ def run(name: str, quick: bool, seconds: float, folder: Path) -> list[str]:
     try:
         with rungs_on(device):
             failures = PARTS[name](device, quick, begin + seconds, found)
-    except (Exception, SystemExit, KeyboardInterrupt) as error:  # whatever a device or a library raises
+    except KeyboardInterrupt:
+        failures = [*found.get("differences", ()), INTERRUPTED]
+    except (Exception, SystemExit) as error:  # whatever a device or a library raises
         traceback.print_exc()
         failures = [*found.get("differences", ()), first_line(error)]
     finally:
@@ -107,6 +111,18 @@ def _stop(name: str, *_: object) -> None:
     sys.exit(f"{name} was stopped: its time was up")
 
 
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and `timeout` once more
+    raise KeyboardInterrupt
+
+
+def ready(folder: Path) -> None:
+    """Make the folder, and see that files can be made in it: before the device works, not after. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
@@ -120,11 +136,15 @@ def main() -> None:
     if (args.quick or the_device().type == "cpu") and not (args.quick and args.out):
         parser.error("toy sizes measure nothing worth keeping, and the interpreter nothing else: --quick --out DIR")
     folder = args.out or HERE
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        ready(folder)
+    except OSError as error:
+        parser.exit(2, f"no file can be written into {folder} ({error.strerror}): --out takes another folder\n")
+    signal.signal(signal.SIGINT, _interrupt)
     failures = run(args.part, args.quick, args.seconds, folder)
     for failure in failures:
         print(f"{args.part}: {failure}", file=sys.stderr)
-    sys.exit(1 if failures else 0)
+    sys.exit(130 if INTERRUPTED in failures else 1 if failures else 0)
 
 
 if __name__ == "__main__":

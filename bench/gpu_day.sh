@@ -6,8 +6,15 @@
 #
 # It needs Python with torch, triton, transformers, numba and scipy, and fetches nothing; the library need not be
 # installed. PYTHON names another interpreter. A part that fails is named at the end, and the parts after it run.
-# Exit code 1: a part failed. 2: there is neither a GPU nor TRITON_INTERPRET=1, or an option is wrong.
+# Exit code 1: a part failed. 2: there is neither a GPU nor TRITON_INTERPRET=1, or an option is wrong, or the folder
+# cannot be written. Ctrl-C ends the day, and the part that ran writes what it has.
 set -u
+
+case " $* " in *" -h "* | *" --help "*)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+esac
 
 total=530 # seconds, and 5 to end what does not end itself
 parts="check:100 kernels:130 steps:90 seven_b:130 paging:80" # a limit in seconds each
@@ -27,6 +34,7 @@ if [ -z "$python" ]; then
 fi
 
 failed=0 summary=""
+trap : INT # the part is told as well, and writes what it has
 for entry in $parts; do
     part=${entry%:*} limit=${entry#*:} begin=$SECONDS
     left=$((total - SECONDS))
@@ -35,12 +43,13 @@ for entry in $parts; do
         code=124
     else
         echo "== $part, $limit s at most" >&2
-        timeout -k 5 "$limit" "$python" -W ignore "$root/bench/gpu_day.py" "$part" --seconds $((limit - margin)) "$@"
+        timeout --foreground -k 5 "$limit" "$python" -W ignore "$root/bench/gpu_day.py" "$part" --seconds $((limit - margin)) "$@"
         code=$?
     fi
     case $code in
         0) result=ok ;;
         2) exit 2 ;;
+        130) exit 130 ;;
         124 | 137 | 143) result="failed: no time" failed=1 ;;
         *) result="failed" failed=1 ;;
     esac

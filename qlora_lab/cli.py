@@ -90,7 +90,7 @@ def quantize(a: argparse.Namespace) -> None:
 
 def generate(a: argparse.Namespace) -> None:
     model, tokenizer = _load(a)
-    if a.adapter:
+    if a.adapter is not None:  # "" is a mistake, such as a shell's variable that is not set
         ql.load_adapter(model, a.adapter)
     answer = ql.generate(model, tokenizer, a.question, a.max_new_tokens, progress=not a.quiet)
     print(json.dumps({"question": a.question, "answer": answer}) if a.json else answer)
@@ -293,7 +293,7 @@ def _tell(a: argparse.Namespace, share: "Share") -> None:
 def _held_out_examples(a: argparse.Namespace) -> list:
     if not a.held_out:
         return []
-    if a.test_data:
+    if a.test_data is not None:
         return ql.load_data(a.test_data)[: a.held_out]
     return ql.load_data(a.data, "test", progress=not a.quiet)[: a.held_out] if a.data == "docstrings" else []
 

@@ -1,6 +1,7 @@
 """A chat tokenizer and a LLaMA, both small enough to be made on the spot."""
 
 import os
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, exactly
@@ -100,10 +101,23 @@ def outcome(request, own_race):
     fast_dtype.cache_clear()
 
 
+@contextmanager
+def _with_threads(number: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_thread():
     """Layers of 16 x 16 are no work for two, who would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with _with_threads(1):
+        yield
+
+
+@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
+def threads(request):
+    """One thread computes, and two share the work."""
+    with _with_threads(request.param):
+        yield

@@ -29,6 +29,14 @@ FACTS = {"device", "capability", "driver", "cuda", "interpreted", "date", "versi
 FACTS |= {"failures", "seconds", "limit"}
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """gpu_day.main says what Ctrl-C does from then on."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(name: str, folder: Path, **how) -> dict:
     """Make a part at toy sizes; what its file says."""
     gpu_day.run(name, True, how.get("seconds", inf), folder)
@@ -75,6 +83,7 @@ def test_checks_that_come_too_late_are_left_out(monkeypatch, tmp_path):
     [
         (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
         (lambda: os.kill(os.getpid(), signal.SIGTERM), "SystemExit: paging was stopped: its time was up"),
+        (lambda: signal.raise_signal(signal.SIGINT), "interrupted by Ctrl-C"),
     ],
 )
 def test_a_part_that_raises_or_is_stopped_writes_what_it_has(stop, message, monkeypatch, tmp_path):
@@ -94,6 +103,7 @@ def test_a_part_that_raises_or_is_stopped_writes_what_it_has(stop, message, monk
         (["check", "--quick", "--out", "OUT"], None, 0),
         (["paging", "--quick", "--out", "OUT"], None, 1),
         (["check", "--quick", "--out", "OUT"], "no GPU", 2),
+        (["kernels", "--quick", "--out", "OUT"], None, 130),
         (["check", "--quick"], None, 2),
         (["check", "--out", "OUT"], None, 2),
         (["repair"], None, 2),
@@ -103,6 +113,7 @@ def test_exit_codes(arguments, refusal, code, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_day, "refusal", lambda: refusal)
     monkeypatch.setitem(gpu_day.PARTS, "check", lambda *arguments: [])
     monkeypatch.setitem(gpu_day.PARTS, "paging", lambda *arguments: ["it differs"])
+    monkeypatch.setitem(gpu_day.PARTS, "kernels", lambda *arguments: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(
         sys, "argv", ["gpu_day.py", *(str(tmp_path / "a" / "b") if a == "OUT" else a for a in arguments)]
     )
@@ -110,7 +121,19 @@ def test_exit_codes(arguments, refusal, code, monkeypatch, tmp_path, capsys):
         gpu_day.main()
     assert stopped.value.code == code
     assert ("paging: it differs" in capsys.readouterr().err) is (code == 1)
-    assert (tmp_path / "a").exists() is (code < 2)
+    assert (tmp_path / "a").exists() is (code != 2)
+    assert (signal.getsignal(signal.SIGINT) == signal.SIG_IGN) is (code == 130)  # it comes twice
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "file" / "folder"
+    folder.parent.touch()
+    monkeypatch.setattr(gpu_day, "refusal", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_day.py", "check", "--quick", "--out", str(folder)])
+    with pytest.raises(SystemExit) as stopped:
+        gpu_day.main()
+    said = f"no file can be written into {folder} (Not a directory): --out takes another folder\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err == said
 
 
 def test_the_library_runs_its_rungs_inside_and_is_as_before_outside(monkeypatch):
@@ -129,13 +152,13 @@ case $4 in {cases} esac
 """
 
 
-def shell(tmp_path: Path, cases: str, *arguments: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+def shell(tmp_path: Path, cases: str, *arguments: str, **how) -> tuple[subprocess.CompletedProcess, list[str]]:
     """Run the script with a Python that only says which part was asked for, and exits as `cases` say."""
     fake, log = tmp_path / "python", tmp_path / "log"
     fake.write_text(FAKE.format(cases=cases))
     fake.chmod(0o755)
     environment = os.environ | {"PYTHON": str(fake), "LOG": str(log), "PYTHONPATH": "mine"}
-    done = subprocess.run([SCRIPT, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([SCRIPT, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, **how)
     return done, log.read_text().splitlines()
 
 
@@ -156,6 +179,18 @@ def test_the_script_ends_well(tmp_path):
 def test_the_script_stops_where_there_is_nothing_to_run_on(tmp_path):
     done, calls = shell(tmp_path, "check) exit 2;;")
     assert done.returncode == 2 and len(calls) == 1
+
+
+def test_ctrl_c_reaches_the_part_and_ends_the_day(tmp_path):
+    press = "check) kill -INT 0; exit 130;;"  # a terminal sends it to the whole process group
+    done, calls = shell(tmp_path, press, start_new_session=True)
+    assert done.returncode == 130 and len(calls) == 1
+
+
+def test_help_is_that_of_the_script(tmp_path):
+    done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("A device day: ") and "set" not in done.stdout.splitlines()
+    assert done.stdout.count("bench/gpu_day.sh") == 2 and done.stderr == ""
 
 
 def test_the_script_needs_a_python_that_can(tmp_path):

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.finetune import docstrings
+from qlora_lab.finetune.lora import add_lora
 
 ROOM = Path(cli.__file__).parent
 SMALL = ["--windows", "2", "--length", "10"]
@@ -76,6 +78,15 @@ def test_reading_docstrings_is_silent_when_asked(capsys, monkeypatch):
     monkeypatch.setattr(docstrings, "_READ", {})
     docstrings.docstring_pairs(["tqdm"], progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_training_on_docstrings_is_silent_when_asked(capsys, monkeypatch, tiny_llama, tokenizer, tmp_path):
+    monkeypatch.setattr(docstrings, "_READ", {})
+    monkeypatch.setattr(docstrings, "TRAIN", ["tqdm"])
+    monkeypatch.setattr(docstrings, "TEST", [])
+    options = {"steps": 1, "batch_size": 1, "max_length": 1024, "progress": False}
+    ql.finetune(add_lora(tiny_llama, r=2), tokenizer, "docstrings", out=tmp_path / "run", **options)
+    assert docstrings._READ and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("path", sorted(ROOM.rglob("*.py")), ids=lambda path: path.stem)

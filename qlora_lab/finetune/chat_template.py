@@ -20,8 +20,6 @@ from itertools import accumulate
 from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
 
-from jinja2 import TemplateError
-
 from qlora_lab.finetune.examples import Turns, check_text
 
 if TYPE_CHECKING:
@@ -101,8 +99,8 @@ class ChatTemplate:
         return {token.content: number for number, token in added.items() if token.special}
 
     @cached_property
-    def control_ids(self) -> frozenset[int]:
-        return frozenset(self.control.values())
+    def control_names(self) -> dict[int, str]:
+        return {number: text for text, number in self.control.items()}
 
     @cached_property
     def control_texts(self) -> re.Pattern:
@@ -215,7 +213,7 @@ class ChatTemplate:
     def _render(self, turns: Turns, **options) -> str:
         try:
             return self.tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options, **self._options)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of others: 1 / 0 and a text + 4 are no TemplateError
             opening = f"{turns[0][0]}: {turns[0][1][:60]!r}"
             raise ValueError(f"the chat template refuses the conversation that begins {opening}: {error}") from error
 

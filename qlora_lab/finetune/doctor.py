@@ -26,6 +26,7 @@ from qlora_lab.finetune.doctor_checks import (
     LIVE,
     MEMORY,
     PACKED,
+    POSITIONS,
     Finding,
     accumulation,
     activations,
@@ -115,9 +116,10 @@ def diagnose(
     findings = [end_tokens(encoded, tokenizer), learned_tokens(encoded), left_out(counts, max_length)]
     findings += [asked_for([e for e in examples if isinstance(e, Example)]), texts(counts.notes, len(encoded))]
     findings += [trained_share(policy), new_tokens(model, tokenizer, encoded)]
+    unseen = [POSITIONS]
     if readable := findings[-1].status != "problem":  # else no step can be made
         findings.append(row_lengths(model, encoded))
-        readable = findings[-1].status != "problem"
+        readable, unseen = findings[-1].status != "problem", []
     few, pad_id = _few(encoded), fill_id(model, tokenizer)
     batch, tokens = collate(few, pad_id), batch_size * max_length
     free = free_memory(next(model.parameters()).device)  # before the steps below take some
@@ -141,7 +143,7 @@ def diagnose(
             findings.append(steps.pop(name)())
             if name == FINITE and findings[-1].status == "problem":
                 break
-    return Report(tuple(findings), tuple(steps), show_labels(encoded[0], tokenizer), policy)
+    return Report(tuple(findings), (*unseen, *steps), show_labels(encoded[0], tokenizer), policy)
 
 
 def _sample(

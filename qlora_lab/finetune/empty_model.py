@@ -12,6 +12,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 NO_CODE = {"trust_remote_code": False}  # without it transformers asks the user, and a yes runs the folder's code
 NO_VALUE = "has no value: no file holds it and transformers does not compute it; please report this family"
+WRONG_VALUES = AttributeError, KeyError, TypeError, ZeroDivisionError  # what transformers says of values in a file
 OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # parts of a configuration
 
 
@@ -32,6 +34,7 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
     stored_options(folder)  # raises
     config = _config(folder)
+    _drop_pad_without_row(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # it is for transformers' own loader
     for part, what in OTHER_SENSES.items():
@@ -50,9 +53,37 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
             f"this family ({config.model_type}) is not supported, because transformers has no causal language model "
             "of it: use one that AutoModelForCausalLM loads"
         ) from None
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (*WRONG_VALUES, AssertionError, ImportError, RuntimeError) as error:
+        raise _unusable(folder / "config.json", error) from None
+    if (file := folder / "generation_config.json").exists():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (*WRONG_VALUES, OSError, ValueError) as error:
+            raise _unusable(file, error) from None
     return model
+
+
+def fields_of(folder: Path) -> dict:
+    """What config.json holds. Raises ModelError for a file that is no JSON object."""
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _unusable(path, error) from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds {short(found)}, but a configuration is a JSON object: fetch the model again")
+    return found
+
+
+def _unusable(path: Path, error: Exception) -> ModelError:
+    return ModelError(f"{path} cannot be used: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _drop_pad_without_row(config: "PretrainedConfig") -> None:
+    """A pad token that was added without a row of the embedding: no model is built with it, and none needs it."""
+    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if pad is not None and rows is not None and pad >= rows:
+        config.pad_token_id = None
 
 
 def _config(folder: Path) -> "PretrainedConfig":
@@ -63,8 +94,10 @@ def _config(folder: Path) -> "PretrainedConfig":
         return AutoConfig.from_pretrained(folder, **NO_CODE)
     except StrictDataclassError as error:
         raise ModelError(f"{folder}/config.json cannot be used: {' '.join(str(error).split())}") from None
+    except WRONG_VALUES as error:
+        raise _unusable(folder / "config.json", error) from None
     except ValueError as error:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = fields_of(folder)
         family = f"this family ({found.get('model_type', 'no model_type in config.json')})"
         if "AutoConfig" in found.get("auto_map", {}):
             raise ModelError(
@@ -83,9 +116,11 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
 
     Raises ModelError for a model that is quantised by anything else.
     """
-    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if not found:
+    found = fields_of(folder).get("quantization_config")
+    if found is None or found == {}:
         return None
+    if not isinstance(found, dict):
+        raise ModelError(f"{folder}/config.json has quantization_config={short(found)}: it must be a JSON object")
     method = found.get("quant_method", "an unknown method")
     if method == "bitsandbytes" and found.get("load_in_8bit"):
         raise ModelError(f"{folder} is in 8 bits by bitsandbytes, but only 4 bits are read: load its original")
@@ -101,13 +136,19 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
 
 
 def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of `folder`. Raises ModelError for one that needs code of the folder, or sentencepiece."""
+    """The tokenizer of `folder`. Raises ModelError where it is unreadable, or needs its code or sentencepiece."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # tokenizer.json is the whole truth. AutoTokenizer rebuilds some classes from their parts and loses a rule: with
     # transformers 5.23 a GPT2Tokenizer folder no longer splits digits one by one, as SmolLM2 was trained to see them.
     if (folder / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        except Exception as error:  # the tokenizers library raises this class itself
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ModelError(
+                f"the tokenizer's files in {folder} cannot be read ({reason}): copy them again, or update tokenizers"
+            ) from None
     try:
         return AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except (ValueError, ImportError) as error:

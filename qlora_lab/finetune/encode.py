@@ -104,7 +104,7 @@ def end_token_id(tokenizer: "Tokenizer") -> int:
     It need not be tokenizer.eos_token_id: a chat template may end turns by a token of its own.
     """
     template = ChatTemplate(tokenizer)
-    return [label for label in encode_within(PROBE, template, None).labels if label in template.control_ids][-1]
+    return [label for label in encode_within(PROBE, template, None).labels if label in template.control_names][-1]
 
 
 def _encode(example: Example, template: ChatTemplate, max_length: int | None) -> Encoded | int:
@@ -123,7 +123,7 @@ def _encode(example: Example, template: ChatTemplate, max_length: int | None) ->
     if max_length is not None and len(tokens.ids) > max_length:  # text has more tokens than a control token
         return len(tokens.ids)
     labels = [IGNORED] * len(tokens.ids)
-    for start, stop in _learned_spans(learned, turns, tokens, closed.get(len(turns) - 2), template.control_ids):
+    for start, stop in _learned_spans(learned, turns, tokens, closed.get(len(turns) - 2), template.control_names):
         positions = tokens.within(start, stop)
         labels[positions] = tokens.ids[positions]
     return Encoded(tokens.ids, labels, _notes(example, learned, control_texts))
@@ -144,7 +144,7 @@ def _notes(example: Example, learned: dict[int, Answer], control_texts: int) -> 
 
 
 def _learned_spans(
-    learned: dict[int, Answer], turns: Turns, tokens: Tokens, question_end: int | None, control: frozenset[int]
+    learned: dict[int, Answer], turns: Turns, tokens: Tokens, question_end: int | None, control: dict[int, str]
 ) -> list[Span]:
     """The span of each answer with its end token.
 
@@ -168,7 +168,7 @@ def _learned_spans(
     return spans
 
 
-def _ending(tokens: Tokens, place: int | None, control: frozenset[int]) -> tuple[int | None, int | None]:
+def _ending(tokens: Tokens, place: int | None, control: dict[int, str]) -> tuple[int | None, int | None]:
     """The control token after the content that ends at `place`, and the one after that; None if text comes first."""
     first = None if place is None else tokens.control_after(place, control)
     if first is None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_lab.finetune.fields import SWITCHES, is_learned, printable, refuse_unsupported, unused_fields
+from qlora_lab.finetune.fields import SWITCHES, is_empty, is_learned, printable, refuse_unsupported, unused_fields
 
 FORMS = (
     "Alpaca (instruction, input, output), ShareGPT (conversations: from, value) or OpenAI messages "
@@ -121,17 +121,18 @@ def to_example(record: Any, place: str = "") -> Example:
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object in the form of {FORMS}, found {type(record).__name__}")
     refuse_unsupported(record, "record")
-    if "messages" in record:
-        return _conversation(record, "messages", place)
-    if "conversations" in record:
-        return _conversation(record, "conversations", place)
-    if "instruction" in record and "output" in record:
+    is_alpaca = "instruction" in record and "output" in record
+    named = [name for name in ("messages", "conversations") if name in record]
+    filled = [name for name in named if not is_empty(record[name])]  # null where a record is in another form
+    if filled or (named and not is_alpaca):
+        return _conversation(record, (filled or named)[0], place)
+    if is_alpaca:
         return _alpaca(record, place)
     raise ValueError(f"the record has the keys {', '.join(map(printable, record)) or '(none)'}; expected {FORMS}")
 
 
 def _alpaca(record: dict, place: str) -> Example:
-    parts = _text(record, "instruction"), _text({"input": record.get("input") or ""}, "input")  # some files say null
+    parts = _text(record, "instruction"), _optional_text(record, "input")
     question = "\n\n".join(part for part in parts if part)
     turns = [*_system(record), *_history(record), ("user", question), ("assistant", _text(record, "output"))]
     unused = unused_fields(record, ("instruction", "input", "output", "system", "history", "weight"))
@@ -139,7 +140,7 @@ def _alpaca(record: dict, place: str) -> Example:
 
 
 def _history(record: dict) -> list[tuple[str, str]]:
-    pairs = record.get("history") or []
+    pairs = [] if is_empty(record.get("history")) else record["history"]
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError("'history' must be a list of [question, answer] pairs")
     texts = [_text({"history": text}, "history") for pair in pairs for text in pair]
@@ -180,7 +181,7 @@ def _turns(turns: Any, name: str) -> tuple[list[tuple[str, str, bool]], set[str]
 
 
 def _system(record: dict) -> list[tuple[str, str]]:
-    text = _text({"system": record.get("system") or ""}, "system")
+    text = _optional_text(record, "system")
     return [("system", text)] if text else []
 
 
@@ -196,6 +197,10 @@ def _text(record: dict, key: str) -> str:
     if not isinstance(record.get(key), str):
         raise ValueError(f"{key!r} must be a text, found {json.dumps(record.get(key))[:60]}")
     return OUTER_SPACE.sub("", record[key].rstrip())
+
+
+def _optional_text(record: dict, key: str) -> str:
+    return "" if is_empty(record.get(key)) else _text(record, key)  # some files say null
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -156,9 +156,9 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, LookupError, TypeError) as error:
+            return [folder / shard for shard in sorted(set(shards))]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is unreadable ({error!r}): delete {folder} and get it again") from error
-        return [folder / shard for shard in sorted(set(shards))]
     others = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_model"))
     if files := sorted(folder.glob("model-*.safetensors")) or others:
         return files

@@ -31,10 +31,19 @@ UNSUPPORTED_IN_TURNS = UNSUPPORTED | dict.fromkeys(("thinking", "reasoning", "re
 def refuse_unsupported(values: dict, where: str) -> None:
     """Raise ValueError for the first field that asks for what is not supported. where: "record" or "turn"."""
     for name, reason in (UNSUPPORTED if where == "record" else UNSUPPORTED_IN_TURNS).items():
-        if not _is_empty(values.get(name)):
+        if not is_empty(values.get(name)):
             raise ValueError(f"the {where} has {name!r}, but {reason}: leave it out")
-    if where == "record" and not (_is_empty(values.get("weight")) or values["weight"] == 1):
-        raise ValueError(f"the record has 'weight': {values['weight']!r:.40}, but all count alike: leave it out")
+    if where == "record":
+        _refuse_switches(values)
+
+
+def _refuse_switches(record: dict) -> None:
+    """Raise ValueError for a record that asks not to be learned, or to count less: turns alone have switches."""
+    for name in SWITCHES:
+        value = record.get(name)
+        off = isinstance(value, int) and value == 0  # false as well; a loss of 0.0 is a result
+        if off or (name == "weight" and not (is_empty(value) or value == 1)):
+            raise ValueError(f"the record has {name!r}: {value!r:.40}, but all count alike: set it on turns")
 
 
 def is_learned(turn: dict, role: str) -> bool:
@@ -57,7 +66,7 @@ def is_learned(turn: dict, role: str) -> bool:
 
 def unused_fields(values: dict, used: Iterable[str]) -> tuple[str, ...]:
     """Names, in alphabetical order, of fields that are not empty and are ignored."""
-    asked = {name for name, value in values.items() if not _is_empty(value)}
+    asked = {name for name, value in values.items() if not is_empty(value)}
     return tuple(sorted(printable(name) for name in asked - set(used)))
 
 
@@ -66,5 +75,6 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _is_empty(value: object) -> bool:
+def is_empty(value: object) -> bool:
+    """Whether a field of this value asks for nothing."""
     return value is None or (isinstance(value, (str, list, dict)) and not value)

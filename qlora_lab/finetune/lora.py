@@ -171,7 +171,7 @@ def check_rank(r: int) -> None:
 
 def check_strength(alpha: float, dropout: float) -> None:
     """Raise ValueError unless alpha is a finite number above 0 and dropout lies from 0 to below 1."""
-    if not isinstance(alpha, (int, float)) or not (alpha > 0 and math.isfinite(alpha)):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha={alpha!r} is not allowed: it is a number above 0, usually r or 16")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r} is not allowed: choose from 0 to below 1, usually 0 to 0.1")

@@ -11,7 +11,6 @@ Not here: the folder (fetch.py), the empty model and its buffers (empty_model.py
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ from qlora_lab.finetune.empty_model import (
     tokenizer_of,
 )
 from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, resolve
-from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, linears_to_quantise
+from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, head_path, linears_to_quantise
 from qlora_lab.finetune.share import in_4_bits
 from qlora_lab.finetune.stored import (
     by_model_name,
@@ -37,7 +36,7 @@ from qlora_lab.finetune.stored import (
     check_shape,
     expected_shapes,
     files_of,
-    opened,
+    opened_once,
     stored_tensors,
     tie,
     without_copies,
@@ -46,7 +45,7 @@ from qlora_lab.finetune.wide import widen
 from qlora_lab.quant.block_size import DEFAULT, Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
-from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, quantize
+from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors
 
 if TYPE_CHECKING:
@@ -174,8 +173,8 @@ def _mapped(
     tensors = by_model_name(model, {name: files[keys[0]] for name, keys in parts.items()})
     check_names(folder, tensors, model)
     tensors = without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
-    with ExitStack() as stack:
-        opened_files = {path: stack.enter_context(opened(path)) for path in set(files.values())}
+    packed = {*linears_to_quantise(model), head_path(model)}
+    with opened_once(files) as opened_files:
         for name, stored in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):
             if stored.rule:
                 yield name, stored.read()
@@ -186,8 +185,12 @@ def _mapped(
                 tensor = found[key] if len(found) == 1 else from_tensors(found, key)
             except (KeyError, ValueError) as error:
                 raise ModelError(f"{stored.file}: {error.args[0]}") from None
-            check_shape(stored.file, name, tensor.shape, stored.shape)
-            yield name, tensor
+            if isinstance(tensor, QuantizedTensor):
+                check_shape(stored.file, name, tensor.shape, stored.shape)
+                # bitsandbytes packs others too, whose weight the family's code uses itself: it takes them decoded
+                yield name, tensor if name.removesuffix(".weight") in packed else dequantize(tensor, torch.float32)
+            else:
+                yield name, stored.checked(tensor)
 
 
 def _place(

@@ -15,7 +15,7 @@ from reprlib import repr as short
 
 from qlora_lab.finetune.lora import check_rank, check_strength
 
-HONOURED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora")
+HONOURED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 HONOURED += ("base_model_name_or_path", "revision")  # adapter_base.py compares them
 # The keys of the tensors say which layers these have chosen.
 CHOICES_OF_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -26,6 +26,7 @@ WITHOUT_EFFECT += ("megatron_core", "qalora_group_size", "loftq_config", "eva_co
 ALLOWED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
+    "use_rslora": (True, False, None),
     # These draw A and B and leave the base alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take out of the base what A
     # and B begin with, and the file does not hold the rest; MiCA trains only one of the two.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
@@ -51,6 +52,7 @@ REASONS = MUST_BE_OFF | {
     "peft_type": "another method",
     "bias": "biases of the base were trained beside the adapter",
     "init_lora_weights": "not known to leave the weights of the base alone",
+    "use_rslora": "neither true nor false",
 }
 UNKNOWN = "a setting that is not known here"
 
@@ -69,6 +71,9 @@ def check_settings(config: dict, where: str) -> None:
             )
     if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
         raise ValueError(f"{where} has no {missing[0]} in its configuration: save it again with PEFT")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise ValueError(f"{where} has {name}={short(config[name])}: it must map names of layers to numbers")
 
 
 def strength_of(config: dict, path: str) -> tuple[int, float]:

@@ -13,10 +13,12 @@ Not here: reading it (models.py).
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.empty_model import empty_model, stored_options
@@ -91,7 +93,7 @@ def quantize_folder(
         with opened(file) as whole:
             weight_map |= dict.fromkeys(whole.keys(), file.name)
     bar.close()
-    described = _described(Candidate(codebook, block_size, double_quant), plan, head_path(model) or HEAD)
+    described = _described(Candidate(codebook, block_size, double_quant), plan, _kept(model, options))
     _finish(out, source, described, plan, weight_map)
     in_4_bits(model, options).warn_if_small(stacklevel=2)
     return out
@@ -129,7 +131,14 @@ def _identity(source: Path, tensors: dict[str, Stored]) -> dict:
     return {"folder": str(source.resolve()), "files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}}
 
 
-def _described(options: Candidate, plan: Plan | None, head: str) -> dict:
+def _kept(model: nn.Module, layers: Collection[str]) -> list[str]:
+    """Paths of the layers that bitsandbytes would take for packed ones, and the head."""
+    head = head_path(model) or HEAD
+    linears = (path for path, module in model.named_modules() if type(module) is nn.Linear)
+    return [head, *(path for path in linears if path != head and path not in layers)]
+
+
+def _described(options: Candidate, plan: Plan | None, kept: list[str]) -> dict:
     """The quantization_config. bitsandbytes knows one type and one block size for a whole model."""
     theirs = not plan and options.codebook in BITSANDBYTES_READS
     same = {
@@ -141,7 +150,7 @@ def _described(options: Candidate, plan: Plan | None, head: str) -> dict:
         "quant_method": "bitsandbytes" if theirs else "qlora_lab",
         "load_in_4bit": True,
         "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_skip_modules": [head],
+        "llm_int8_skip_modules": kept,
     } | ({"plan": PLAN} if plan else same)
 
 
@@ -150,7 +159,7 @@ def _begin(out: Path, work: dict) -> None:
         raise FileExistsError(f"{out} holds a model already: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     if (out / UNFINISHED).exists():
-        begun = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+        begun = _begun(out / UNFINISHED)
         if differing := [name for name in work if begun.get(name) != work[name]]:
             name = differing[-1]
             raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
@@ -162,6 +171,16 @@ def _begin(out: Path, work: dict) -> None:
     else:
         with replacing_file(out / UNFINISHED) as new:
             new.write_text(json.dumps(work) + "\n", encoding="utf-8")
+
+
+def _begun(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged, and with it what was begun: choose another folder")
+    return found
 
 
 def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:

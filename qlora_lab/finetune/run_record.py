@@ -37,9 +37,17 @@ def run_clock(folder: Path, tokenizer, resume: bool | int) -> datetime | None:
     with together():
         clock = datetime.now()
         if resume is not False and (folder / RECORD).exists():
-            stored = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("clock")
-            clock = datetime.fromisoformat(stored) if stored else None
+            clock = _stored_clock(folder / RECORD)
     return from_process_0(clock)
+
+
+def _stored_clock(path: Path) -> datetime | None:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")).get("clock")
+        return datetime.fromisoformat(stored) if stored else None
+    except (ValueError, TypeError, AttributeError) as error:
+        damaged = f"{path} is damaged ({error}), so the time at which the run began is not known"
+        raise ValueError(f"{damaged}: restore the file, or start a new run in another folder") from error
 
 
 def record(

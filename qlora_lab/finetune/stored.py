@@ -11,7 +11,7 @@ Not here: which files a folder has (fetch.py), where a tensor goes (models.py).
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qlora_lab.finetune.fetch import ModelError, weight_files
+from qlora_lab.quant.quantize import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +56,7 @@ class Stored:
     shape: torch.Size
     files: dict[str, Path]
     rule: Rule | None = None
+    is_float: bool = True  # in the model
 
     @property
     def file(self) -> Path:
@@ -62,15 +64,19 @@ class Stored:
 
     def read(self) -> torch.Tensor:
         """A view of its file where no rule applies; the file is opened anew: dropping it gives its pages back."""
-        parts = ((name, _tensor(file, name)) for name, file in self.files.items())
-        tensor = self.rule.apply(parts)[self.name] if self.rule else next(parts)[1]
+        with opened_once(self.files) as files:
+            parts = ((name, files[file].get_tensor(name)) for name, file in self.files.items())
+            return self.checked(self.rule.apply(parts)[self.name] if self.rule else next(parts)[1])
+
+    def checked(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, float64 as float32. Raises ModelError for another shape than the model's, or for no weights."""
         check_shape(self.file, self.name, tensor.shape, self.shape)
-        return tensor
-
-
-def _tensor(file: Path, name: str) -> torch.Tensor:
-    with opened(file) as stored:
-        return stored.get_tensor(name)
+        if self.is_float and tensor.dtype not in (*WEIGHT_DTYPES, torch.float64):
+            raise ModelError(
+                f"{self.file}: {self.name} is {tensor.dtype}, but weights are float32, bfloat16 or float16: "
+                "take a copy of the model in one of them"
+            )
+        return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 @contextmanager
@@ -80,6 +86,13 @@ def opened(path: Path) -> Iterator[safe_open]:
             yield stored
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is cut off or no safetensors file ({error}): delete it and fetch it again") from None
+
+
+@contextmanager
+def opened_once(files: dict[str, Path]) -> Iterator[dict[Path, safe_open]]:
+    """Each of these files, opened: its header names all its tensors, thousands where experts are stored one by one."""
+    with ExitStack() as stack:
+        yield {path: stack.enter_context(opened(path)) for path in set(files.values())}
 
 
 def check_shape(file: Path, name: str, given: torch.Size, wanted: torch.Size) -> None:
@@ -135,7 +148,12 @@ def by_model_name(model: "PreTrainedModel", files: dict[str, Path]) -> dict[str,
             continue
         if target in found:
             raise ModelError(f"{name} and {next(iter(found[target].files))} are both {target}: keep one of the two")
-        found[target] = Stored(target, expected[target].shape if target in expected else torch.Size(), {name: file})
+        if target in expected:
+            found[target] = Stored(
+                target, expected[target].shape, {name: file}, None, expected[target].is_floating_point()
+            )
+        else:
+            found[target] = Stored(target, torch.Size(), {name: file})
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     for target, parts in converted.items():
         parts.sort(key=lambda part: _natural(part[0]))
@@ -151,8 +169,10 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 def _made(rule: Rule, files: dict[str, Path], expected: dict[str, torch.Tensor]) -> dict[str, Stored]:
     """What `rule` makes of these files, found with tensors that have shapes and no bytes."""
+    with opened_once(files) as stored:
+        parts = [(name, _without_bytes(stored[file], name)) for name, file in files.items()]
     try:
-        shapes = rule.apply([(name, _without_bytes(file, name)) for name, file in files.items()])
+        shapes = rule.apply(parts)
     except (RuntimeError, ValueError, IndexError) as error:
         names = f"{next(iter(files))} and {len(files) - 1} more"
         raise ModelError(f"{names} cannot be put together as transformers does it: {_first_line(error)}") from None
@@ -160,9 +180,8 @@ def _made(rule: Rule, files: dict[str, Path], expected: dict[str, torch.Tensor])
     return {name: Stored(name, size, files, rule) for name, size in sizes.items()}
 
 
-def _without_bytes(file: Path, name: str) -> torch.Tensor:
-    with opened(file) as stored:
-        return torch.empty(stored.get_slice(name).get_shape(), device="meta")
+def _without_bytes(stored: safe_open, name: str) -> torch.Tensor:
+    return torch.empty(stored.get_slice(name).get_shape(), device="meta")
 
 
 def _first_line(error: Exception) -> str:

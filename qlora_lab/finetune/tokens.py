@@ -4,7 +4,8 @@ In: a text that a chat template wrote. Out: Tokens. Two things are corrected in 
 - A message may spell a control token ("what does <|im_end|> do?"). It is encoded as text: as a token it ends a turn.
 - A token may hold the end of a prompt and the beginning of an answer (a line break and an indentation). It is split
   there, as generation splits it, which is given the prompt alone.
-Source: tokenizers' offsets; the control tokens are those that the tokenizer calls special.
+Source: tokenizers' offsets. The control tokens are those that the tokenizer calls special, where they stand for their
+own names: it calls the unknown token special too, which stands for any text.
 
 Not here: where messages and answers stand (chat_template.py); labels (encode.py).
 """
@@ -40,10 +41,15 @@ class Tokens:
         """Positions of the tokens that begin from `start` to `stop` - 1."""
         return slice(bisect_left(self.starts, start), bisect_left(self.starts, stop))
 
-    def control_after(self, place: int, control: frozenset[int]) -> int | None:
+    def is_control(self, position: int, control: dict[int, str]) -> bool:
+        """Whether the token is one of `control`, id -> name, and stands for its name."""
+        name = control.get(self.ids[position])
+        return name is not None and name in self.text[self.starts[position] : self.stops[position]]
+
+    def control_after(self, place: int, control: dict[int, str]) -> int | None:
         """Position of the control token after the character `place`, if only white space is between them."""
         for i in range(bisect_left(self.starts, place), len(self.ids)):
-            if self.ids[i] in control:
+            if self.is_control(i, control):
                 return i
             if self.text[self.starts[i] : self.stops[i]].strip():
                 return None
@@ -78,12 +84,12 @@ def encode_messages_as_text(tokens: Tokens, turns: Turns, places: list[Place], t
     count = 0
     for start, stop in _spelling_spans(tokens.text, turns, places, template):
         positions = tokens.around(start, stop)
-        spelt = [token for token in tokens.ids[positions] if token in template.control_ids]
+        spelt = [i for i in range(positions.start, positions.stop) if tokens.is_control(i, template.control_names)]
         if spelt:
             place, end = tokens.starts[positions.start], tokens.stops[positions.stop - 1]
             piece = _piece(tokens.text, place, end, template.tokenizer, as_text=True)
-            if template.control_ids & set(piece.ids):
-                name = template.tokenizer.convert_ids_to_tokens(spelt[0])
+            if any(piece.is_control(i, template.control_names) for i in range(len(piece.ids))):
+                name = template.control_names[tokens.ids[spelt[0]]]
                 raise ValueError(f"the tokenizer knows {name!r} as a control token only: leave it out of the texts")
             tokens.replace(positions, piece)
             count += len(spelt)
@@ -122,7 +128,7 @@ def end_prompt_at(tokens: Tokens, place: int, template: ChatTemplate) -> None:
     """
     across = tokens.around(place, place)
     melts, first = across.start < across.stop, across.start - 1
-    while first > 0 and tokens.ids[first] not in template.control_ids:
+    while first > 0 and not tokens.is_control(first, template.control_names):
         first -= 1
     if first < 0:
         return

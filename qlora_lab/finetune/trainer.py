@@ -141,7 +141,7 @@ class Training:
         check_held_out(settings, held_out)
         self.model, self.settings, self.folder = model, settings, Path(out)
         self.resume, self.progress, self.result = resume, progress, None
-        examples = load_data(data) if isinstance(data, (str, Path)) else list(data)
+        examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
         order = np.random.default_rng(settings.seed).permutation(len(examples))  # a fair sample, if not all are needed
         shuffled, enough = [examples[i] for i in order], settings.steps * settings.batch_size
         self._clock = run_clock(self.folder, tokenizer, resume)

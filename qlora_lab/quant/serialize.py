@@ -17,7 +17,8 @@ import json
 
 import torch
 
-from qlora_lab.quant.codebook import CODEBOOKS, CUSTOM, check_levels
+from qlora_lab.quant.blocks import check_block_size
+from qlora_lab.quant.codebook import CODEBOOKS, CUSTOM, check_levels, codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE, DoubleQuantized, dynamic_map
 from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor
@@ -60,7 +61,7 @@ def from_tensors(tensors: dict[str, torch.Tensor], key: str) -> QuantizedTensor:
     state = _read_state(tensors, key)
     absmax = _part(tensors, f"{key}.absmax")
     nested = "nested_offset" in state
-    if nested != (absmax.dtype == torch.uint8):
+    if nested != (absmax.dtype == torch.uint8) or not (nested or absmax.is_floating_point()):
         raise ValueError(f"{key}.absmax is {absmax.dtype}, but constants are torch.uint8 if, and only if, nested")
     absmax = absmax.reshape(-1).contiguous() if nested else absmax.reshape(-1).float().contiguous()
     if nested:
@@ -69,22 +70,23 @@ def from_tensors(tensors: dict[str, torch.Tensor], key: str) -> QuantizedTensor:
             raise ValueError(
                 f"{key}.nested_quant_map is another table than bitsandbytes' dynamic map: it cannot be read"
             )
-        if state["nested_blocksize"] != GROUP_SIZE:
-            raise ValueError(f"{key} groups constants by {state['nested_blocksize']}, but only {GROUP_SIZE} is known")
+        if state.get("nested_blocksize") != GROUP_SIZE:
+            size = state.get("nested_blocksize")
+            raise ValueError(f"{key} groups constants by {size}, but only {GROUP_SIZE} is known")
         scale = _part(tensors, f"{key}.nested_absmax").reshape(-1).float().contiguous()
+        if not (offset.isfinite() and scale.isfinite().all()):  # they scale every weight
+            raise ValueError(f"{key} has NaN or infinity in its nested constants: quantise its original again")
         absmax = DoubleQuantized(absmax, scale, offset)
     packed = _part(tensors, key).reshape(-1).contiguous().view(torch.uint8)  # bitsandbytes: perhaps another dtype
     q = QuantizedTensor(
         packed=packed,
         constants=absmax,
-        levels=_part(tensors, f"{key}.quant_map"),
+        levels=_levels(tensors, key, state["quant_type"]),
         codebook=state["quant_type"],
         block_size=state["blocksize"],
         shape=torch.Size(state["shape"]),
         dtype=_DTYPES[state["dtype"]],
     )
-    if q.codebook == CUSTOM:  # nothing but its own table says what its codes mean
-        check_levels(q.levels)
     _check_sizes(q, key)
     return q
 
@@ -94,7 +96,9 @@ def _read_state(tensors: dict[str, torch.Tensor], key: str) -> dict:
     found = [k for k in tensors if k.startswith(prefix)]
     if len(found) != 1:
         raise KeyError(f"{key}: expected one key that starts with {prefix!r}, found {found or 'none'}")
-    state = json.loads(bytes(tensors[found[0]].tolist()))
+    state = _state(tensors[found[0]])
+    if state is None:
+        raise ValueError(f"{found[0]} cannot be read: the checkpoint is damaged")
     if unknown := sorted(state.keys() - _KNOWN):
         name = unknown[0]
         raise ValueError(f"{key} is stored with {name}={state[name]!r}, which is not known here: quantise its original")
@@ -103,7 +107,39 @@ def _read_state(tensors: dict[str, torch.Tensor], key: str) -> dict:
             f"{key} is stored as {state['quant_type']!r} of {state['dtype']!r}, which is not known here: "
             f"data types are {', '.join(CODEBOOKS)}, weights {', '.join(_DTYPES)}"
         )
+    try:
+        check_block_size(state["blocksize"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key} is stored with {error}") from None
     return state
+
+
+def _state(encoded: torch.Tensor) -> dict | None:
+    """What bitsandbytes writes: a JSON object with numbers where numbers belong; None for anything else."""
+    try:
+        state = json.loads(bytes(encoded.tolist()))
+        whole = [*state["shape"], state["blocksize"]]
+        numbers = [*whole, state.get("nested_offset", 0)]
+        named = state["quant_type"], state["dtype"]
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+    right = all(isinstance(n, int) and n > 0 for n in whole) and all(isinstance(n, (int, float)) for n in numbers)
+    return state if right and all(isinstance(name, str) for name in named) else None
+
+
+def _levels(tensors: dict[str, torch.Tensor], key: str, name: str) -> torch.Tensor:
+    """The table of the codes. Raises ValueError for one that is none, or not the one of its name."""
+    levels = _part(tensors, f"{key}.quant_map")
+    if name == CUSTOM:  # nothing but its own table says what its codes mean
+        try:
+            check_levels(levels)
+        except TypeError as error:
+            raise ValueError(f"{key}.quant_map: {error}") from None
+        return levels
+    known = codebook(name)
+    if levels.dtype != torch.float32 or levels.shape != known.shape or not torch.allclose(levels.cpu(), known):
+        raise ValueError(f"{key}.quant_map is not the table of {name}: quantise its original again")
+    return levels
 
 
 def _part(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:

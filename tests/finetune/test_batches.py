@@ -10,6 +10,7 @@ from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
 from qlora_lab.finetune.data import IGNORED, Encoded, encode
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.loss import answer_loss
+from qlora_lab.finetune.rounding import tolerance
 
 lengths_ = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
@@ -104,8 +105,8 @@ def test_packing_changes_no_loss_and_no_gradient(tiny_llama, tokenizer, attentio
     (packed, n, grads), (alone, m, want) = results
     assert n == m
     torch.testing.assert_close(packed, alone)
-    for one, other in zip(grads, want, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    grads, want = (torch.cat([grad.flatten() for grad in some]) for some in (grads, want))
+    assert (grads - want).norm() <= tolerance(tiny_llama) * want.norm()  # sums in another order
 
 
 def test_packed_rows_need_the_positions(tiny_llama, tokenizer):

@@ -87,3 +87,11 @@ def test_a_run_of_an_earlier_version_kept_no_clock(tmp_path, tokenizer, set_cloc
     (tmp_path / "settings.json").write_text('{"clock": "2026-12-31T23:59:00"}')
     assert run_clock(tmp_path, tokenizer, resume=3) == BEFORE
     assert run_clock(tmp_path / "new", tokenizer, resume=True) == AFTER
+
+
+@pytest.mark.parametrize("text", ['{"clock": "2026-', "[]", '{"clock": "yesterday"}', '{"clock": 5}', ""])
+def test_a_record_that_was_damaged_is_named(tmp_path, tokenizer, text):
+    tokenizer.chat_template = DATED
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match="settings.json is damaged .*: restore the file, or start a new run"):
+        run_clock(tmp_path, tokenizer, resume=True)

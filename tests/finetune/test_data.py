@@ -193,6 +193,9 @@ def test_the_end_token_is_the_templates_and_not_eos(tokenizer):
         (("+ message.content +", "+ message.content[:-1] +"), "turns cannot be located"),
         (("+ message.content +", "+"), "does not show the answer 'The sum is 4.'"),
         (("{% for", "{{ raise_exception('roles must alternate') }}{% for"), "refuses .*user: 'Add 2 .*must alternate"),
+        (("{% for", "{{ 1 / 0 }}{% for"), "refuses .*user: 'Add 2 .*division by zero"),
+        (("message.content", "message.content + 4"), "refuses .*user: 'Add 2 .*can only concatenate str"),
+        (("{% for", "{{ strftime_now() }}{% for"), "refuses .*user: 'Add 2 .*missing 1 required .* 'format'"),
     ],
 )
 def test_a_chat_template_that_cannot_be_learned_from_is_refused(tokenizer, change, message):

@@ -117,6 +117,64 @@ def test_a_config_with_a_wrong_value_names_it(folder):
     assert "\n" not in str(error.value)
 
 
+WRONG = [
+    ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    ({"num_key_value_heads": 0}, "ZeroDivisionError"),
+    ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+    ({"intermediate_size": -4}, "negative dimension"),
+    ({"vocab_size": -3, "pad_token_id": -1}, "negative dimension|within num_embeddings"),
+    ({"dtype": "float7"}, "no attribute 'float7'"),
+    ({"rope_scaling": {"rope_type": "llama3"}}, "Missing required keys"),
+    ({"rope_scaling": {"type": "nope"}}, "KeyError: 'nope'"),
+    ({"model_type": ["llama"]}, "TypeError"),
+    ({"attn_implementation": "flash_attention_2"}, "FlashAttention2|flash_attn"),
+]
+
+
+@pytest.mark.parametrize("fields, reason", WRONG)
+def test_what_transformers_cannot_build_is_told_in_one_line(folder, fields, reason):
+    change(folder / "config.json", **fields)
+    with pytest.raises(ModelError, match=f"config.json cannot be used: .*({reason})") as error:
+        empty_model(folder, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"model_type": "llama\xe9"}', b"\xef\xbb\xbf{}"])
+def test_a_config_that_is_no_json_object_is_named(folder, content):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ModelError, match="config.json (cannot be used|holds)"):
+        load(folder, progress=False)
+
+
+@pytest.mark.parametrize("value", ["x", [], ["a"], 3])
+def test_a_quantization_config_that_is_no_object_is_named(folder, value):
+    change(folder / "config.json", quantization_config=value)
+    with pytest.raises(ModelError, match="has quantization_config=.*: it must be a JSON object"):
+        load(folder, progress=False)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_a_generation_config_that_cannot_be_read_is_named(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ModelError, match="generation_config.json cannot be used: "):
+        load(folder, progress=False)
+
+
+@pytest.mark.parametrize(
+    "name, content", [("tokenizer.json", "{}"), ("tokenizer.json", "{"), ("tokenizer_config.json", "{")]
+)
+def test_a_tokenizer_that_cannot_be_read_is_named(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ModelError, match="the tokenizer's files in .* cannot be read .*: copy them again"):
+        load(folder, progress=False)
+
+
+def test_a_pad_token_without_a_row_changes_nothing(folder):
+    want = logits(load(folder, dtype=torch.float32, progress=False)[0])
+    change(folder / "config.json", pad_token_id=280)  # as many as there are rows: one behind the last
+    assert torch.equal(logits(load(folder, dtype=torch.float32, progress=False)[0]), want)
+
+
 def test_a_sentencepiece_tokenizer_says_what_it_takes(folder, monkeypatch):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")

@@ -250,7 +250,10 @@ def test_folder_with_a_missing_shard(tmp_path):
         resolve(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+WRONG_MAPS = ['{"weight_map": ["a"]}', '{"weight_map": {"x": null}}', '{"weight_map": {"x": 3, "y": "a"}}']
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", *WRONG_MAPS, '{"weight_map": {"x": ["a"]}}'])
 def test_unreadable_index_is_named(tmp_path, text):
     folder = model_folder(tmp_path / "shards", "a.safetensors")
     (folder / "model.safetensors.index.json").write_text(text)

@@ -95,6 +95,13 @@ def test_a_greeting_is_no_answer_also_behind_a_system_text():
         (ALPACA | {"history": [["a"]]}, "'history' must be a list of .question, answer. pairs"),
         (ALPACA | {"history": [["a", None]]}, "'history' must be a text, found null"),
         (ALPACA | {"system": 4}, "'system' must be a text, found 4"),
+        (ALPACA | {"system": 0}, "'system' must be a text, found 0"),
+        (ALPACA | {"input": 0}, "'input' must be a text, found 0"),  # of which the question may be
+        (ALPACA | {"input": False}, "'input' must be a text, found false"),
+        (ALPACA | {"history": 0}, "'history' must be a list of .question, answer. pairs"),
+        (ALPACA | {"train": False}, "the record has 'train': False, but all count alike"),
+        (ALPACA | {"training": 0}, "the record has 'training': 0, but all count alike"),
+        ({"conversations": TURNS, "loss": False}, "the record has 'loss': False, but all count alike"),
         (
             chat(("user", "a"), ("function_call", "f()"), ("assistant", "b")),
             "a turn of 'function_call' belongs to",
@@ -125,12 +132,22 @@ def test_empty_fields_ask_for_nothing():
     assert to_example(chat(("user", "a"), turn)) == to_example({"messages": TURNS})
 
 
+@pytest.mark.parametrize("empty", [None, []])
+def test_an_empty_form_beside_another_asks_for_nothing(empty):
+    """A table of records in several forms has a column for each, and null where a record is in another."""
+    assert to_example({"messages": empty, "conversations": TURNS}) == to_example({"messages": TURNS})
+    assert to_example({"messages": empty, "conversations": empty} | ALPACA) == to_example(ALPACA)
+    with pytest.raises(ValueError, match="a conversation must be a list of turns|no answer to learn from"):
+        to_example({"messages": empty})
+
+
 # ------------------------------------------------------------------------------------------------------- passed over
 
 
 def test_other_fields_are_passed_over_and_named():
     assert to_example(ALPACA | {"source": "me", "id": 7, "note": None}).unused == ("id", "source")
     assert to_example(ALPACA | {"train": True, "loss": 1.5, "weight": 1}).unused == ("loss", "train")
+    assert to_example(ALPACA | {"loss": 0.0}).unused == ("loss",)
     example = to_example(chat(("user", "a", {"name": "Ann"}), ("assistant", "b"), **{"k\ud800": 1, "instruction": "c"}))
     assert example.unused == ("instruction", "k\\ud800", "name of a turn")
     assert example == to_example({"messages": TURNS})

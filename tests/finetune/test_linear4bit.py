@@ -8,7 +8,7 @@ from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.finetune.lora import adapters, add_lora
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
-pytestmark = pytest.mark.usefixtures("outcome")  # whichever routine multiplies
+pytestmark = pytest.mark.usefixtures("outcome", "threads")  # whichever routine multiplies
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

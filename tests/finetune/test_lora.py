@@ -8,7 +8,7 @@ from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapters, add_lora, linear_layers
 from qlora_lab.quant.quantize import dequantize, quantize
 
-pytestmark = pytest.mark.usefixtures("outcome")  # whichever routine multiplies the base
+pytestmark = pytest.mark.usefixtures("outcome", "threads")  # whichever routine multiplies the base
 
 
 def model() -> nn.Module:
@@ -61,8 +61,9 @@ def test_gradients_are_those_of_the_definition(tokens, dtype, dropout, kernels, 
         *[torch.float32] * 2,
     )
     for ours, theirs in ((y, want), (x.grad, exact.grad), (lora.lora_A.grad, A.grad), (lora.lora_B.grad, B.grad)):
-        # a few roundings of sums whose terms cancel: against the largest value, since bf16 has 8 bits
-        assert (ours.double() - theirs).abs().max() < 4 * torch.finfo(dtype).eps * theirs.abs().max()
+        # a few roundings, and float32 sums of 128 + r terms in any order: against the largest value, as terms cancel
+        bound = 4 * torch.finfo(dtype).eps + (128 + r) * 2.0**-24
+        assert (ours.double() - theirs).abs().max() < bound * theirs.abs().max()
 
 
 @pytest.mark.usefixtures("with_kernels")

@@ -142,6 +142,7 @@ MADE = {
 WRITTEN = {
     "peft_type": "IA3",
     "bias": "lora_only",
+    "use_rslora": "false",
     "megatron_config": {"hidden_size": 16},
     "arrow_config": {"top_k": 3},
     "use_bdlora": {"target_modules_bd_a": ["q_proj"]},
@@ -242,6 +243,7 @@ def test_strength_of_a_layer(settings, path, strength):
     [
         ({"r": 0}, "r=0 is not allowed"),
         ({"lora_alpha": -1}, "alpha=-1 is not allowed"),
+        ({"lora_alpha": True}, "alpha=True is not allowed"),
         ({"rank_pattern": {"q_proj": "4"}}, "r='4' is not allowed"),
         ({"rank_pattern": {"(": 4}}, r"'\(' in the adapter's configuration is not a pattern"),
     ],
@@ -258,6 +260,8 @@ def test_strengths_that_are_none(settings, message):
         ({"peft_type": "LOHA", "alpha": 8}, "has peft_type='LOHA' "),
         ({"peft_type": "LORA", "lora_alpha": 8}, "has no r in its configuration"),
         ({"peft_type": "LORA", "r": 8, "lora_alpha": None}, "has no lora_alpha in its configuration"),
+        ({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "rank_pattern": "x"}, "has rank_pattern='x': it must map"),
+        ({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "alpha_pattern": [1]}, r"has alpha_pattern=\[1\]: it must map"),
     ],
 )
 def test_a_configuration_that_is_none(config, message):

@@ -132,6 +132,14 @@ def test_errors_teach(folder, tmp_path):
         quantise(folder, tmp_path / "other", "nf5")
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_damaged_note_of_an_unfinished_folder_is_named(folder, tmp_path, content):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "quantizing.json").write_text(content)
+    with pytest.raises(ValueError, match="small/quantizing.json is damaged.*: choose another folder"):
+        quantise(folder, tmp_path / "small")
+
+
 def test_a_model_without_linear_layers_is_refused(tmp_path, tokenizer):
     """GPT-2's layers are Conv1D: it came back as it was, and a folder was written that could not be loaded."""
     from transformers import GPT2Config, GPT2LMHeadModel

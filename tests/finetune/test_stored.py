@@ -1,5 +1,6 @@
 """What files hold under other names, in other pieces, once or twice: transformers' from_pretrained is the truth."""
 
+import json
 import re
 
 import pytest
@@ -7,11 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qlora_lab.finetune import stored as stored_file
 from qlora_lab.finetune.fetch import ModelError
-from qlora_lab.finetune.linear4bit import quantize_linears
+from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.finetune.models import load
 from qlora_lab.finetune.quantized_folder import quantize_folder
-from tools.families import FAMILIES, logits, ours, quiet, save, theirs
+from qlora_lab.quant.quantize import dequantize, quantize
+from qlora_lab.quant.serialize import to_tensors
+from tools.families import FAMILIES, IDS, logits, ours, quiet, save, theirs
 
 
 @pytest.fixture
@@ -102,6 +106,24 @@ def test_in_bf16_each_tensor_has_the_dtype_that_transformers_gives_it(saved, fam
         assert other.dtype == tensor.dtype and torch.equal(other, tensor), name
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_what_is_stored_as_no_weights_is_named(saved, tmp_path, name, dtype):
+    folder = saved("Llama")
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    for read in (ours, lambda folder: quantize_folder(folder, tmp_path / "other", progress=False)):
+        with pytest.raises(ModelError, match=rf"{name} is {dtype}, but weights are float32, bfloat16 or float16: "):
+            read(folder)
+
+
+def test_float64_is_read_as_transformers_reads_it(saved, tmp_path):
+    folder = saved("Llama")
+    rewrite(folder, lambda tensors: tensors.update({name: 1.1 * tensor.double() for name, tensor in tensors.items()}))
+    assert_same(folder)
+    quantize_folder(folder, tmp_path / "small", progress=False)
+    assert torch.equal(logits(ours(tmp_path / "small")), logits(ours(folder)))
+
+
 def test_a_saved_buffer_is_read_and_not_computed(saved):
     folder = saved("DeepSeek-V3")
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -138,6 +160,17 @@ def without(fragment):
     return change
 
 
+def test_reading_all_experts_opens_no_file_for_each_of_them(saved, monkeypatch):
+    """A file's header names all its tensors: to read it once for each of 6,000 experts took 160 s."""
+    folder = saved("Mixtral", num_local_experts=40, num_experts=40)
+    opening = []
+    make = stored_file.safe_open
+    monkeypatch.setattr(stored_file, "safe_open", lambda *args, **kwargs: opening.append(1) or make(*args, **kwargs))
+    model = ours(folder, codebook=None)
+    made_or_read = 2 * len(model.state_dict())  # there are 3 x 40 experts in each layer
+    assert len(opening) <= made_or_read
+
+
 @pytest.mark.parametrize(
     "fragment, message",
     [
@@ -160,3 +193,44 @@ def test_a_tensor_under_an_old_and_a_new_name_is_refused(saved):
     rewrite(folder, lambda tensors: tensors.update({"wte.weight": tensors[name] + 1}))
     with pytest.raises(ModelError, match=re.escape(f"wte.weight and {name} are both {name}: keep one")):
         ours(folder, codebook=None)
+
+
+@pytest.mark.filterwarnings("ignore:.* of the weights outside embeddings and head")
+@pytest.mark.parametrize("family", ["Llama", "BioGPT", "CodeGen", "Llama 4, text", "Mamba", "RWKV"])
+def test_bitsandbytes_is_told_which_layers_are_not_packed(saved, tmp_path, family):
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    folder = quantize_folder(saved(family), tmp_path / "small", progress=False)
+    kept = json.loads((folder / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    with quiet():
+        linear = {path for path, m in theirs(tmp_path / "model").named_modules() if type(m) is torch.nn.Linear}
+    packed = {path for path, module in ours(folder).named_modules() if isinstance(module, Linear4bit)}
+    assert {path for path in linear if should_convert_module(path, kept)} == packed
+
+
+def pack(folder, name):
+    """Also this layer of a folder in 4 bits, as bitsandbytes does it."""
+    file = folder / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    packed = quantize(tensors.pop(f"{name}.weight"), double_quant=True)
+    tensors |= {key: tensor.clone() for key, tensor in to_tensors(packed, f"{name}.weight").items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return packed
+
+
+@pytest.mark.filterwarnings("ignore:.* of the weights outside embeddings and head")
+def test_a_packed_weight_that_the_family_uses_itself_is_decoded(saved, tmp_path):
+    folder = quantize_folder(saved("RWKV"), tmp_path / "small", progress=False)
+    packed = pack(folder, "rwkv.blocks.0.attention.output")
+    model = ours(folder)
+    assert torch.equal(model.get_parameter("rwkv.blocks.0.attention.output.weight"), dequantize(packed))
+    assert logits(model).isfinite().all()
+
+
+def test_a_packed_head_stays_packed(saved, tmp_path):
+    folder = quantize_folder(saved("Llama"), tmp_path / "small", progress=False)
+    packed = pack(folder, "lm_head")
+    model = ours(folder)
+    hidden = model.model(IDS).last_hidden_state
+    assert isinstance(model.lm_head, Linear4bit)
+    torch.testing.assert_close(logits(model), hidden @ dequantize(packed).t(), rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ from datetime import datetime
 
 import pytest
 from hypothesis import assume, given, settings, strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -226,3 +226,39 @@ def test_a_prompt_that_ends_with_a_space_is_given_it(sentencepiece):
     assert encoded.input_ids[: len(prompt)] == prompt
     assert sentencepiece.convert_ids_to_tokens(encoded.input_ids[len(prompt) :]) == ["4", "</s>"]
     assert encoded.labels[len(prompt) :] == encoded.input_ids[len(prompt) :]
+
+
+@pytest.fixture(params=["words", "pieces"])
+def without_bytes(request):
+    """Tokenizers to which a character may be unknown, by a token that they call special; "é" and "😀" are."""
+    letters = sorted(set("[UNK]<s>/ Instruction:Response#naive 4?\n▁Why"))
+    if request.param == "words":
+        vocabulary = {piece: i for i, piece in enumerate(["[UNK]", "4", *letters, *(f"##{one}" for one in letters)])}
+        made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    else:
+        made = Tokenizer(models.Unigram([("[UNK]", 0.0), *((one, -1.0) for one in letters)], unk_id=0))
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("question", ["é</s>", "Why </s>😀?", "</s> 4 é"])
+def test_what_a_tokenizer_does_not_know_is_no_control_token(without_bytes, question):
+    """The unknown token stands for a text and steers nothing; what is spelt beside it is text all the same."""
+    encoded = encode(Example((("user", question), ("assistant", "4"))), without_bytes)
+    assert encoded.notes.control_texts == 1
+    assert encoded.input_ids.count(without_bytes.eos_token_id) == 1
+    assert without_bytes.unk_token_id in encoded.input_ids
+
+
+@pytest.mark.parametrize("question", ["naïve", "😀 Why", "Why 😀 4"])
+def test_a_prompt_with_an_unknown_character_is_what_generation_is_given(without_bytes, question):
+    encoded = encode(Example((("user", question), ("assistant", "4"))), without_bytes)
+    prompt = prompt_ids((("user", question),), without_bytes)
+    assert without_bytes.unk_token_id in prompt
+    assert encoded.input_ids[: len(prompt)] == prompt
+
+
+def test_unknown_white_space_behind_an_answer_does_not_end_it(without_bytes):
+    turns = (QUESTION, ("assistant", "4\u3000"), ("user", "Why"), ("assistant", "4"))
+    assert encode(Example(turns), without_bytes).labels.count(without_bytes.eos_token_id) == 2

@@ -77,6 +77,15 @@ def test_two_thin_matrices_are_added_to_the_weight(dtype, outcome, narrow):
             check(product.outer(low, left), low.double().t() @ left.double())
 
 
+@pytest.mark.parametrize("dtype", BOUND)
+def test_products_are_right_with_any_number_of_threads(dtype, outcome, threads):
+    g = torch.Generator().manual_seed(0)
+    q = quantize(0.02 * torch.randn(275, 384, generator=g), double_quant=True)
+    weight, x, grad = dequantize(q, torch.float32), *(torch.randn(40, n, generator=g).to(dtype) for n in (384, 275))
+    assert_near(product.forward(x, q.plain, 275), x, weight.t())
+    assert_near(product.backward(grad, q.plain, 384), grad, weight)
+
+
 @pytest.mark.parametrize("tokens", range(1, cpu.MAX_TOKENS + 1))
 @pytest.mark.skipif(not cpu.FAST, reason="multiply_blocks needs AVX2 or AVX-512")
 def test_a_few_tokens(tokens):

@@ -1,6 +1,8 @@
 """The composed pair: round trips, bounds, edges, and errors that name what is wrong."""
 
 import dataclasses
+import json
+import math
 
 import pytest
 import torch
@@ -174,3 +176,57 @@ def test_damaged_checkpoints_are_named():
     for key in ("w", "w.absmax", "w.nested_absmax"):
         with pytest.raises(ValueError, match=f"{key} has .* entries, but shape \\(64, 64\\) needs"):
             from_tensors(tensors | {key: tensors[key][:0]}, "w")
+
+
+DAMAGED_STATES = [{"quant_type": 3}, {"blocksize": "64"}, {"blocksize": 0}, {"blocksize": 64.0}, {"blocksize": 8}]
+DAMAGED_STATES += [{"shape": "x"}, {"shape": None}, {"shape": [64.0, 2]}, {"shape": [-64, -2]}, {"dtype": None}]
+DAMAGED_STATES += [{"nested_offset": value} for value in ("x", None, math.nan, 1e300)] + [{"nested_blocksize": None}]
+
+
+@pytest.mark.parametrize(
+    "damage", [*DAMAGED_STATES, [], None, "", b"\xff\xfe{", torch.ones(3), torch.ones(1, 3).byte()]
+)
+def test_a_damaged_description_is_named(damage):
+    tensors = to_tensors(quantize(torch.randn(64, 2), double_quant=True), "w")
+    name = "w.quant_state.bitsandbytes__nf4"
+    if isinstance(damage, dict):
+        damage = json.loads(bytes(tensors[name].tolist())) | damage
+    if not isinstance(damage, (bytes, torch.Tensor)):
+        damage = json.dumps(damage).encode()
+    if isinstance(damage, bytes):
+        damage = torch.tensor(list(damage), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"^w[ .].*: |^w groups constants by None|^w is stored with block_size"):
+        from_tensors(tensors | {name: damage}, "w")
+
+
+def test_a_description_that_lacks_a_field_is_named():
+    tensors = to_tensors(quantize(torch.randn(64, 2), double_quant=True), "w")
+    name = "w.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(tensors[name].tolist()))
+    for field in ("quant_type", "blocksize", "shape", "dtype", "nested_blocksize", "nested_offset"):
+        less = json.dumps({key: value for key, value in state.items() if key != field}).encode()
+        with pytest.raises(ValueError, match=r"^w[ .]"):
+            from_tensors(tensors | {name: torch.tensor(list(less), dtype=torch.uint8)}, "w")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table[:-1],
+        lambda table: table[None],
+        lambda table: table.flip(0),
+        lambda table: table.bfloat16(),
+        lambda table: table.int(),
+        lambda table: table * math.nan,
+    ],
+)
+def test_codes_are_not_read_by_another_table_than_their_name_says(change):
+    tensors = to_tensors(quantize(torch.randn(64, 2)), "w")
+    with pytest.raises(ValueError, match="^w.quant_map is not the table of nf4: "):
+        from_tensors(tensors | {"w.quant_map": change(tensors["w.quant_map"])}, "w")
+
+
+def test_nested_constants_that_are_not_finite_are_named():
+    tensors = to_tensors(quantize(torch.randn(64, 2), double_quant=True), "w")
+    with pytest.raises(ValueError, match="^w has NaN or infinity in its nested constants: "):
+        from_tensors(tensors | {"w.nested_absmax": tensors["w.nested_absmax"] * math.inf}, "w")

@@ -29,6 +29,16 @@ def test_a_failure_stops_no_stage_and_is_told_at_the_end(three, capfd):
     assert bad.startswith("bad         FAILED (exit code 3)")
 
 
+def test_ctrl_c_lets_the_stage_end_and_says_what_was_done(monkeypatch, tmp_path, capfd):
+    press = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5)"
+    slow = python(f"{press}; open({str(tmp_path / 'written')!r}, 'w')")  # pytest sums up what it found
+    monkeypatch.setattr(stages, "STAGES", {"good": python("pass"), "slow": slow, "last": python("pass")})
+    assert main([]) == 130
+    assert (tmp_path / "written").exists()
+    *_, good, interrupted = capfd.readouterr().out.splitlines()
+    assert good.startswith("good        passed") and interrupted.startswith("slow        interrupted")
+
+
 def test_stages_are_chosen_by_name(three, capfd):
     assert main(["good"]) == 0
     assert not three.exists() and "last" not in capfd.readouterr().out
