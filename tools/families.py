@@ -164,8 +164,8 @@ of the layers, so a full-size model has a different one; loading warns where it 
 NOTES = """
 - Only linear layers are quantised and adapted. Experts that a family keeps in one tensor, as Mixtral does, stay in 16 \
 bits, and so do weights that the family's own code uses directly, as in Mamba and RWKV.
-- **PEFT adapts other layers**: it applies the names `gate_proj`, `up_proj` and `down_proj` to the experts of these \
-families and not to the linear layers of those names. Use such adapters with `load_adapter`, not with PEFT.
+- **PEFT adapts the experts**: in these families the names were once those of experts, and PEFT still reads them so. \
+Use adapters of these layers with `load_adapter`, not with PEFT.
 """
 
 
@@ -223,8 +223,8 @@ def trains(model: PreTrainedModel) -> bool:
 def peft_agrees(folder: Path) -> bool:
     """Whether PEFT, on transformers' model, gives the logits of an adapter that was saved here.
 
-    Raises ValueError for layers that PEFT leaves without one. It renames targets of families whose experts were linear
-    layers once, such as DeepSeek's gate_proj, and does so for other layers of these names, which stay linear.
+    Raises ValueError for layers that PEFT leaves without one. In families whose experts were once linear layers, as in
+    DeepSeek, it renames targets such as gate_proj, also for other layers of these names, which are still linear.
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
@@ -239,7 +239,7 @@ def peft_agrees(folder: Path) -> bool:
         other = PeftModel.from_pretrained(theirs(folder), folder / "adapter")
         adapted = {path for path, module in other.base_model.model.named_modules() if isinstance(module, LoraLayer)}
         if left_out := sorted({path.split(".")[-1] for path in adapters(model).keys() - adapted}):
-            raise ValueError(f"PEFT takes {', '.join(left_out)} for the experts, and adapts no linear layer so named")
+            raise ValueError(f"PEFT adapts the experts instead of linear layers named {', '.join(left_out)}")
         return torch.allclose(logits(model), logits(other), rtol=1e-5, atol=1e-5)
 
 

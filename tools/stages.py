@@ -3,8 +3,8 @@
     python tools/stages.py              all of them, as `make test` does
     python tools/stages.py fast slow    these
 
-A stage that fails does not stop the others; Ctrl-C stops all that are left. Exit code 1: at least one failed; 2: a name
-is unknown; 130: Ctrl-C.
+A stage that fails does not stop the others; Ctrl-C does. Exit code 1: at least one failed; 2: a name is unknown;
+130: Ctrl-C.
 Two workers of pytest with a thread each are faster than one with two; tests of several threads set their number
 themselves. Five stages run the fast tests as on another machine: three by the winner of the race of products
 (qlora_lab/kernels/product.py), "old" on a CPU without AVX2, "readable" without kernels.

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NO_CODE = {"trust_remote_code": False}  # without it transformers asks the user, and a yes runs the folder's code
-WRONG_VALUES = AttributeError, KeyError, TypeError, ZeroDivisionError  # what transformers says of values in a file
 NO_VALUE = "has no value: no file holds it and transformers does not compute it; please report this family"
+WRONG_VALUES = AttributeError, KeyError, TypeError, ZeroDivisionError  # what transformers says of values in a file
 OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # parts of a configuration
 
 

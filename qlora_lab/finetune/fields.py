@@ -43,7 +43,7 @@ def _refuse_switches(record: dict) -> None:
         value = record.get(name)
         off = isinstance(value, int) and value == 0  # false as well; a loss of 0.0 is a result
         if off or (name == "weight" and not (is_empty(value) or value == 1)):
-            raise ValueError(f"the record has {name!r}: {value!r:.40}, but all count alike: give turns a weight")
+            raise ValueError(f"the record has {name!r}: {value!r:.40}, but all count alike: set it on turns")
 
 
 def is_learned(turn: dict, role: str) -> bool:

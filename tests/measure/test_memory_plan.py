@@ -86,6 +86,11 @@ def test_what_never_fits_says_how_much_is_missing():
     assert "does not fit on a card of 24 GiB" in str(found)
 
 
+def test_the_largest_rank_is_that_of_the_widest_layer():
+    """More than a layer's own rank expresses nothing more: SmolLM2's k_proj is 576 x 192, its q_proj 576 x 576."""
+    assert plan(replace(shape_of("smollm2-135m"), layers=1), 1000).rank == 576
+
+
 def test_full_fine_tuning_has_no_rank():
     assert plan(replace(shape_of("llama-7b"), layers=1), 24, "full").rank == 0
 
