@@ -29,10 +29,10 @@ def asked_for(examples: Sequence[Example]) -> Finding:
     return _finding(ASKED, "ok", message)
 
 
-def texts(notes: Notes, seen: int) -> Finding:
+def texts(notes: Notes, seen: int, as_tokens: bool = False) -> Finding:
     """Whether the template shows all answers as they are, and whether texts spell its control tokens.
 
-    notes: summed over the `seen` examples that were encoded.
+    notes: summed over the `seen` examples that were encoded. as_tokens: they came so, and nobody may have taken notes.
     """
     lines = notes.warnings()
     if spelt := notes.control_texts:
@@ -40,4 +40,6 @@ def texts(notes: Notes, seen: int) -> Finding:
         lines.insert(0, f"{tokens}, and encoded as text: if it was to divide turns, write turns")
     if lines:
         return _finding(TEXTS, "warning", f"in {seen} examples: {'; '.join(lines)}")
+    if as_tokens:
+        return _finding(TEXTS, "ok", "not seen: the data came as tokens")
     return _finding(TEXTS, "ok", f"in {seen} examples all answers are shown whole, and no text spells a control token")

@@ -114,7 +114,8 @@ def diagnose(
     examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
     encoded, counts = _sample(examples, tokenizer, max_length, seed, progress)
     findings = [end_tokens(encoded, tokenizer), learned_tokens(encoded), left_out(counts, max_length)]
-    findings += [asked_for([e for e in examples if isinstance(e, Example)]), texts(counts.notes, len(encoded))]
+    records = [example for example in examples if isinstance(example, Example)]
+    findings += [asked_for(records), texts(counts.notes, len(encoded), as_tokens=not records)]
     findings += [trained_share(policy), new_tokens(model, tokenizer, encoded)]
     unseen = [POSITIONS]
     if readable := findings[-1].status != "problem":  # else no step can be made

@@ -88,7 +88,12 @@ def _answers(
     rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     check_tokens(model, tokenizer, {token for row in rows for token in row})
     longest = max(map(len, rows)) + max_new_tokens - 1  # the last token is not read
-    check_length(model, longest, "a prompt with its answer", "take fewer max_new_tokens (--max-new-tokens)")
+    check_length(
+        model,
+        longest,
+        "a prompt with its answer",
+        "ask a shorter question, or take fewer max_new_tokens (--max-new-tokens)",
+    )
     stop, fill = _stop_ids(model, tokenizer), fill_id(model, tokenizer)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=fill)
     batches = _at_once(model, rows, fill)

@@ -240,6 +240,15 @@ def test_a_pad_token_without_an_embedding_stops_no_step(model, tokenizer):
     assert report.ok and report.skipped == ()
 
 
+def test_of_tokens_no_text_is_seen(model, tokenizer, encoded):
+    """They may be of another library's making, which takes no notes."""
+    for notes, message in ((Notes(), "not seen: the data came as tokens"), (Notes(empty=1), "in 12 examples: 12 ans")):
+        data = [replace(one, notes=notes) for one in encoded]
+        findings = {found.name: found for found in diagnose(model, tokenizer, data, progress=False).findings}
+        assert findings[doctor_checks.ASKED].message == "not seen: the data came as tokens"
+        assert findings[doctor_checks.TEXTS].message.startswith(message)
+
+
 def test_a_tokenizer_without_pad_and_end_token(model, tokenizer):
     """Its template ends answers by a token all the same."""
     tokenizer.pad_token = tokenizer.eos_token = None

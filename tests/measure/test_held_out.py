@@ -231,6 +231,10 @@ def test_an_answer_beyond_the_positions(tokenizer):
     model = tiny("Llama", vocab_size=280)
     with pytest.warns(UserWarning, match="has 65 tokens, but LlamaForCausalLM was made for 64 positions"):
         generate(model, tokenizer, question, max_new_tokens=room + 1)
+    with pytest.raises(
+        ValueError, match=r"stores 64 positions: ask a shorter question, or take fewer max_new_tokens \("
+    ):
+        generate(tiny("OPT", vocab_size=280), tokenizer, "two " * 40, max_new_tokens=1)
     long = Example((("user", "two " * 40), ("assistant", "so")))
     with pytest.raises(ValueError, match=r"a held-out example has \d+ tokens, but OPTForCausalLM stores 64 positions"):
         held_out(tiny("OPT", vocab_size=280), tokenizer, [long])
