@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from qlora_lab.finetune.linear4bit import Linear4bit, left_alone
+from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, left_alone
 
 
 class LoRALinear(nn.Module):
@@ -89,8 +89,8 @@ def add_lora(
 
     targets: "all-linear" (all but lm_head, as in PEFT; what the QLoRA paper found necessary), or layer names: last
     names such as "q_proj", or whole paths. seed: of lora_A. Returns `model`.
-    Raises ValueError for a name that matches nothing, an adapter that is already there, or a rank, alpha or dropout
-    that is not allowed.
+    Raises ValueError for a name that matches nothing, a model without such layers, an adapter that is already there, or
+    a rank, alpha or dropout that is not allowed.
     """
     return adapt(model, dict.fromkeys(choose_targets(model, targets), (r, alpha)), dropout, seed=seed)
 
@@ -119,7 +119,13 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     last_names = sorted({name.split(".")[-1] for name in linears})
     if targets == "all-linear":
         kept = left_alone(model)
-        return {name: m for name, m in linears.items() if name not in kept}
+        chosen = {name: m for name, m in linears.items() if name not in kept}
+        if not chosen:  # GPT-2's are Conv1D
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer besides {HEAD} that can have an adapter: "
+                "choose a model of another family (docs/families.md)"
+            )
+        return chosen
     wanted = {targets} if isinstance(targets, str) else set(targets)
     unknown = wanted - set(linears) - set(last_names)
     if unknown or not wanted:

@@ -210,6 +210,15 @@ def test_errors_teach_and_leave_the_model_alone(kwargs, message):
     assert not any(isinstance(x, LoRALinear) for x in m.modules()) and all(p.requires_grad for p in m.parameters())
 
 
+def test_a_model_without_linear_layers_gets_no_adapter_and_says_so():
+    """GPT-2's layers are Conv1D: it came back frozen whole, and training told to call add_lora first."""
+    head_only = nn.ModuleDict({"wte": nn.Embedding(8, 4), "lm_head": nn.Linear(4, 8)})
+    with pytest.raises(ValueError, match="ModuleDict has no linear layer besides lm_head that can have an adapter: "):
+        add_lora(head_only)
+    assert all(p.requires_grad for p in head_only.parameters())
+    assert list(adapters(add_lora(head_only, targets="lm_head"))) == ["lm_head"]
+
+
 def test_adapters_are_added_once():
     m = add_lora(model(), r=2)
     with pytest.raises(ValueError, match="has adapters already"):
