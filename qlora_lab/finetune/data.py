@@ -80,7 +80,8 @@ def encode_all(
     """
     template = ChatTemplate(tokenizer, clock or datetime.now())  # one date for all, also around midnight
     kept, lengths = [], []
-    for example in tqdm(examples, "tokens", unit="example", leave=False, disable=not progress):
+    bar = tqdm(examples, "tokens", unit="example", leave=False, disable=not progress)
+    for example in bar:
         encoded = encode_within(example, template, max_length)
         if isinstance(encoded, int):
             lengths.append(encoded)
@@ -88,6 +89,7 @@ def encode_all(
             lengths.append(len(encoded.input_ids))
             kept.append(encoded)
         if len(kept) == enough:
+            bar.total = None  # a bar that ends before its total stays in a notebook, in red
             break
     longest = max(lengths, default=0)
     if not kept:

@@ -135,7 +135,8 @@ def layer_sizes(model: nn.Module) -> dict[str, int]:
     sizes = {path: linear.weight.numel() for path, linear in linears_to_quantise(model).items()}
     if not sizes:  # GPT-2's are Conv1D
         raise ValueError(
-            f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}: load it with codebook=None"
+            f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}: load it with codebook=None "
+            "(on the command line: --codebook none)"
         )
     return sizes
 

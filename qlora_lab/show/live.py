@@ -130,7 +130,8 @@ class LivePlot:
         self.held.set_data([step for step, _ in held_out], [loss for _, loss in held_out])
         self.lengths.set_data(steps, [line["mean_length"] for line in self.lines])
         drawn = losses + [loss for _, loss in held_out]
-        ticks = MaxNLocator(5).tick_values(min(drawn), max(drawn))
+        locator = MaxNLocator(5)
+        ticks = locator.tick_values(*locator.nonsingular(min(drawn), max(drawn)))  # one point has no range
         shown = min(self.training.settings.steps, max(32, 2 ** math.ceil(math.log2(len(steps)))))
         self.left.set(xlim=(0, shown + 1), ylim=(ticks[0], ticks[-1]))
         self.png = self._blit.frame()

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tokenizers import processors
+from tqdm import notebook
 
+from qlora_lab.finetune import data
 from qlora_lab.finetune.data import (
     IGNORED,
     Encoded,
@@ -326,6 +328,20 @@ def test_without_template_and_eos_nothing_can_end_an_answer(tokenizer):
     tokenizer.chat_template = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a chat template nor an eos token"):
         encode(EXAMPLE, tokenizer)
+
+
+@pytest.mark.parametrize("enough", [None, 2])
+def test_a_notebook_keeps_no_bar(enough, tokenizer, monkeypatch):
+    """With as many examples as it needs, the run left a red bar, "tokens: 0% 31/7552"."""
+    said = []
+
+    class Bar(notebook.tqdm):
+        def display(self, *arguments, bar_style=None, close=False, **how):
+            said.append("closed" if close else bar_style)
+
+    monkeypatch.setattr(data, "tqdm", Bar)
+    encode_all([EXAMPLE] * 5, tokenizer, 256, enough)
+    assert "closed" in said
 
 
 def test_examples_that_are_too_long_are_left_out_and_counted(tokenizer):

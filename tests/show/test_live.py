@@ -98,6 +98,7 @@ def test_the_curves_are_the_log(tmp_path):
         if line["step"] == 1:
             assert "step 1 of 40, loss " in plot._text.value and "tokens per second" in plot._text.value
             assert 'alt="Training loss over 1 of 40 steps: ' in plot._pane.value
+            assert np.ptp(plot.left.get_ylim()) > 0.01  # it was 1e-12, with ticks such as 1e-13 + 3.997
     plot.redraw()
     lines = training.lines
     assert plot.points.get_ydata() == [line["loss"] for line in lines]
