@@ -46,6 +46,7 @@ def pytest_collect_file(file_path, parent):
     return RulesFile.from_parent(parent, path=file_path) if wanted else None
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """A notebook and its solution share results in the temporary folder: one worker of pytest-xdist runs both."""
     for item in items:
