@@ -46,14 +46,6 @@ def pytest_collect_file(file_path, parent):
     return RulesFile.from_parent(parent, path=file_path) if wanted else None
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items):
-    """A notebook and its solution share results in the temporary folder: one worker of pytest-xdist runs both."""
-    for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 def pytest_configure(config):
     """nbval drops a sanitize rule with an empty `replace:`, and reports a missing file in each cell: say it once."""
     name = getattr(config.option, "nbval_sanitize_with", None)

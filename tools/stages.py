@@ -26,7 +26,8 @@ FAST = [*PYTEST, *WORKERS, *TESTS, "-m", "not slow"]
 ELSEWHERE = [*FAST, "--ignore=tests/kernels/triton", "--ignore=tests/test_bench_gpu_day.py"]
 ARITHMETIC = [*ELSEWHERE, "--ignore=tests/quant", "--ignore=tests/show", "--ignore=tests/tools"]  # no products there
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
-NBVAL = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200", "--nbval-sanitize-with=nbval_sanitize.cfg"]
+NBVAL = [*PYTEST, *WORKERS, "--dist", "loadfile", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200"]
+NBVAL += ["--nbval-sanitize-with=nbval_sanitize.cfg"]
 
 
 class Stage(NamedTuple):
@@ -47,8 +48,9 @@ STAGES = {
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
     "slow": Stage([*PYTEST, *WORKERS, *TESTS, "-m", "slow"]),
     "browser": Stage([*PYTEST, "tests/browser", "--browser-runs", "2"]),
-    # a notebook and its solution share results, so one worker runs both (conftest.py)
-    "notebooks": Stage([*PYTEST, *WORKERS, "--dist", "loadgroup", *NBVAL, "notebooks"]),
+    # one after the other: a notebook and its solution share results in the temporary folder
+    "notebooks": Stage([*NBVAL, "--ignore=notebooks/solutions", "notebooks"]),
+    "solutions": Stage([*NBVAL, "notebooks/solutions"]),
 }
 
 
