@@ -8,7 +8,7 @@ from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.finetune.lora import adapters, add_lora
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
-pytestmark = pytest.mark.usefixtures("outcome", "threads")  # whichever routine multiplies
+pytestmark = pytest.mark.usefixtures("outcome")  # whichever routine multiplies
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,7 +20,7 @@ def layer(bias: bool = True, double_quant: bool = True) -> Linear4bit:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_backward_equal_a_plain_linear(dtype, bias):
+def test_forward_and_backward_equal_a_plain_linear(dtype, bias, threads):
     ours = layer(bias)
     x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     plain = nn.Linear(40, 24, bias, dtype=torch.float64)
@@ -49,7 +49,7 @@ def test_without_kernels_it_is_the_definition(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 30])
-def test_whole_blocks_train_too(tokens):
+def test_whole_blocks_train_too(tokens, threads):
     """Rows of whole blocks, which the product of a few tokens takes; a strided x; a gradient as in training."""
     ours = Linear4bit(quantize(torch.randn(48, 128, generator=torch.Generator().manual_seed(0)), double_quant=True))
     weight = dequantize(ours.weight).double()

@@ -8,7 +8,7 @@ from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapters, add_lora, linear_layers
 from qlora_lab.quant.quantize import dequantize, quantize
 
-pytestmark = pytest.mark.usefixtures("outcome", "threads")  # whichever routine multiplies the base
+pytestmark = pytest.mark.usefixtures("outcome")  # whichever routine multiplies the base
 
 
 def model() -> nn.Module:
@@ -40,7 +40,7 @@ def test_computes_its_definition():
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])  # with dropout the formula runs, without it one pass over x
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [3, 40])  # few tokens have a product of their own
-def test_gradients_are_those_of_the_definition(tokens, dtype, dropout, kernels, r, monkeypatch):
+def test_gradients_are_those_of_the_definition(tokens, dtype, dropout, kernels, r, threads, monkeypatch):
     monkeypatch.setenv("QLORA_LAB_KERNELS", kernels)
     g = torch.Generator().manual_seed(0)
     base = Linear4bit(quantize(torch.randn(24, 128, generator=g)), nn.Parameter(torch.randn(24, generator=g)))
@@ -82,7 +82,7 @@ def test_x_is_kept_once_and_the_first_layer_needs_no_gradient():
 
 @pytest.mark.usefixtures("with_kernels")
 @pytest.mark.parametrize("tokens", [3, 40])
-def test_adapter_products_are_float32(tokens):
+def test_adapter_products_are_float32(tokens, threads):
     """bf16 inputs, exact sums: whatever the base's routine rounds, the adapter's own products and gradients are not."""
     g = torch.Generator().manual_seed(0)
     lora = LoRALinear(Linear4bit(quantize(torch.zeros(64, 128))), r=4, alpha=4, generator=g)
