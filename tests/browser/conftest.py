@@ -42,6 +42,8 @@ SETTINGS = {  # no news popup over the page, and nothing written back behind the
 }
 IDLE = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 RUN_ALL = "() => window.jupyterapp.commands.execute('notebook:run-all-cells')"  # resolves to false when a cell raised
+# What ipykernel says on stderr of encryption, when it starts, reaches JupyterLab without its header at times.
+NOT_OURS = "Kernel message validation error: Unexpected token 's', \"stream.stderr\" is not valid JSON"
 SHUT_DOWN = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.shutdown()"
 NEW_PICTURE_MS = 10_000  # a redraw takes 50; this is a machine that does something else
 
