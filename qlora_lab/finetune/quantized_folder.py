@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.empty_model import empty_model, stored_options
+from qlora_lab.finetune.empty_model import empty_model, fields_of, stored_options
 from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
 from qlora_lab.finetune.files import replacing_file
 from qlora_lab.finetune.linear4bit import HEAD, head_path
@@ -182,7 +182,7 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
     """All that is small; config.json, which makes a model of the folder, last."""
     size = sum((out / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    config = fields_of(source)
     config["quantization_config"] = described
     if plan:
         with replacing_file(out / PLAN) as new:

@@ -19,11 +19,12 @@ from pathlib import Path
 from qlora_lab.finetune.checkpoint import BEST, CHECKPOINT_FILES, FOLDER, saved_steps, step_folders
 from qlora_lab.finetune.files import sync
 from qlora_lab.finetune.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object
+from qlora_lab.finetune.peft_format import CONFIG, WEIGHTS
 from qlora_lab.quant.out_path import out_path
 
 LOG, RECORD, RESULT, ADAPTER = "log.jsonl", "settings.json", "result.json", "adapter"
 RUN_FILES = (ADAPTER, BEST, FOLDER, LOG, RECORD, RESULT)
-WEIGHTS_FILES = ("adapter_config.json", "adapter_model.safetensors")  # all that a run writes to adapter/ and best/
+WEIGHTS_FILES = (CONFIG, WEIGHTS)  # all that a run writes to adapter/ and best/
 EARLIER = "earlier-"  # in scratch: what the files of an earlier run are set aside in
 
 
