@@ -22,6 +22,7 @@ from qlora_lab.quant.codebook import CODEBOOKS, CUSTOM, check_levels, codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE, DoubleQuantized, dynamic_map
 from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor
+from qlora_lab.quant.strict_json import decoded, parse
 
 BITSANDBYTES_READS = ("nf4", "fp4")
 _KNOWN = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
@@ -117,7 +118,7 @@ def _read_state(tensors: dict[str, torch.Tensor], key: str) -> dict:
 def _state(encoded: torch.Tensor) -> dict | None:
     """What bitsandbytes writes: a JSON object with numbers where numbers belong; None for anything else."""
     try:
-        state = json.loads(bytes(encoded.tolist()))
+        state = parse(decoded(bytes(encoded.tolist()), "state"), "state")
         whole = [*state["shape"], state["blocksize"]]
         numbers = [*whole, state.get("nested_offset", 0)]
         named = state["quant_type"], state["dtype"]
