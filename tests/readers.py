@@ -74,7 +74,8 @@ def _toy() -> Path:
     plain = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "</s>"}
-    template = "{% for message in messages %}{{ message.role + ' ' + message.content + ' ' }}{% endfor %}"
+    template = "{% for message in messages %}{{ message.role + ' ' + message.content + '</s>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
     PreTrainedTokenizerFast(tokenizer_object=plain, chat_template=template, **options).save_pretrained(folder)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng():

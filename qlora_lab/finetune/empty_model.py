@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 NO_CODE = {"trust_remote_code": False}  # without it transformers asks the user, and a yes runs the folder's code
 NO_VALUE = "has no value: no file holds it and transformers does not compute it; please report this family"
-WRONG_VALUES = AttributeError, KeyError, TypeError, ZeroDivisionError  # what transformers says of values in a file
+WRONG_VALUES = AttributeError, LookupError, TypeError, ArithmeticError  # what transformers says of values in a file
 QUANTISED_RULES = {"quant_method": TEXT, "plan": TEXT, "bnb_4bit_quant_type": TEXT, "block_size": whole(1)}
 QUANTISED_RULES |= dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant"), SWITCH)
+MOST_BUFFERS = 2**30  # bytes; masks of 8,192 positions have 64 MiB
 OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # parts of a configuration
 
 
@@ -156,7 +157,7 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
         except Exception as error:  # the tokenizers library raises this class itself
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(
-                f"the tokenizer's files in {folder} cannot be read ({reason}): copy them again, or update tokenizers"
+                f"{_at_fault(folder)} cannot be read ({reason}): copy it again, or update tokenizers"
             ) from None
     try:
         return AutoTokenizer.from_pretrained(folder, **NO_CODE)
@@ -178,6 +179,18 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
         raise
 
 
+def _at_fault(folder: Path) -> str:
+    """The file whose content transformers could not use, or those that it may have been."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # as above
+        return str(folder / "tokenizer.json")
+    names = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+    return f"{' or '.join(name for name in names if (folder / name).exists())} in {folder}"
+
+
 def _lacks_sentencepiece() -> bool:
     wanted = "sentencepiece", "google", "google.protobuf"  # in this order: looking for a part needs its whole
     return not all(find_spec(name) for name in wanted)
@@ -187,7 +200,10 @@ def _lacks_sentencepiece() -> bool:
 
 
 def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
-    """Give every buffer of an empty model its value. Raises ModelError for one that nothing computes."""
+    """Give every buffer of an empty model its value. Raises ModelError for one that nothing computes, or too large."""
+    size = sum(buffer.nbytes for buffer in model.buffers())
+    if size > MOST_BUFFERS:
+        raise ModelError(f"config.json asks for buffers of {size / 2**30:,.1f} GiB: is the number of positions right?")
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in model.modules():

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_lab.quant.strict_json import (
     LARGEST,
+    NUMBER,
     TEXT,
     Rule,
     check_regular,
@@ -57,7 +58,11 @@ def _size(most: int) -> Rule:
 
 
 CONFIG_RULES = {"model_type": or_null(TEXT)} | {name: _size(most) for name, most in SIZES.items()}
-TEXTS = ("chat_template.jinja", "merges.txt", "vocab.txt")
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+TEXTS = ("merges.txt", "vocab.txt")
+ELSEWHERE = Rule("left out, because no file of another name is read", lambda value: False)
+CONFIG_RULES["configuration_files"] = ELSEWHERE
+TOKENIZER_RULES = {"fast_tokenizer_files": ELSEWHERE, "model_max_length": or_null(NUMBER)}
 OBJECTS = {
     "generation_config.json": LARGEST,
     "special_tokens_map.json": LARGEST,
@@ -93,12 +98,39 @@ def _check_small_files(folder: Path) -> None:
     """Raise ValueError for a file beside the weights that transformers would read and that is not what it should be."""
     for name, largest in OBJECTS.items():
         if lexists(folder / name):
-            read_json(folder / name, largest=largest)
+            read_json(folder / name, TOKENIZER_RULES, largest=largest)
     for name in TEXTS:
         if lexists(folder / name):
             decoded(read_regular(folder / name), str(folder / name))
+    for template in (path for pattern in TEMPLATES for path in folder.glob(pattern)):
+        _check_template(template)
     if lexists(folder / "tokenizer.model"):
         check_regular(folder / "tokenizer.model")
+
+
+def _check_template(path: Path) -> None:
+    """Raise ValueError for a chat template that is not one: it is empty, or cut off in mid-block."""
+    from jinja2 import Environment, TemplateSyntaxError
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """The block that transformers adds to Jinja."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    text = decoded(read_regular(path), str(path))
+    if not text.strip():
+        raise ValueError(f"{path} is empty: put the template there, or remove the file")
+    try:
+        Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(text)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: no chat template, or one that is cut off ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{path} is no chat template: it nests too deep") from None
 
 
 def weight_files(folder: Path) -> list[Path]:

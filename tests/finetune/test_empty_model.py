@@ -160,7 +160,7 @@ def test_a_generation_config_that_cannot_be_read_is_named(folder, content):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("tokenizer.json", "{}", "the tokenizer's files in .* cannot be read .*: copy them again"),
+        ("tokenizer.json", "{}", "model.tokenizer.json cannot be read .*: copy it again"),
         ("tokenizer.json", "{", "tokenizer.json, line 1, column 2: it ends too early"),
         ("tokenizer_config.json", "{", "tokenizer_config.json, line 1, column 2: it ends too early"),
     ],
