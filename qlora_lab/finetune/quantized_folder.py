@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from qlora_lab.finetune.checksums import write_sums
 from qlora_lab.finetune.empty_model import empty_model, fields_of, stored_options
 from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
 from qlora_lab.finetune.files import replacing_file
@@ -190,8 +191,11 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
     for name in COPIED:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
-    for name, content in ((INDEX, index), (CONFIG, config)):
+    copied = [name for name in COPIED if (out / name).exists()]
+    contents = {name: (json.dumps(one, indent=2) + "\n").encode() for name, one in ((INDEX, index), (CONFIG, config))}
+    write_sums(out, [*set(weight_map.values()), *copied, *([PLAN] if plan else [])], contents)
+    for name, content in contents.items():
         with replacing_file(out / name) as new:
-            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            new.write_bytes(content)
     for name in (UNFINISHED, MARK):
         (out / name).unlink()

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from qlora_lab.finetune.allocator import recycle_memory
 from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
 from qlora_lab.finetune.checkpoint import BEST, forget, load_checkpoint, restore_best, save_checkpoint, saved_steps
+from qlora_lab.finetune.checksums import SUMS, log_sha256, sha256, write_sums
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data
 from qlora_lab.finetune.distributed import engine_for, together
 from qlora_lab.finetune.examples import Example
@@ -40,7 +41,7 @@ from qlora_lab.finetune.nonfinite import first_nonfinite
 from qlora_lab.finetune.packed_rows import check_packing
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
-from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, check_free, replacing_run
+from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, WEIGHTS_FILES, check_free, replacing_run
 from qlora_lab.finetune.run_record import (
     adopt_arithmetic,
     arithmetic,
@@ -249,6 +250,7 @@ class Training:
                     restore_best(self.folder, step, self.folder / BEST)
                 # newer ones would outlive the log that belongs to them
                 forget(self.folder, [newer for newer in steps if newer > step])
+                (self.folder / SUMS).unlink(missing_ok=True)  # of what is replaced now
                 with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
                     new.write_text(
                         "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines), encoding="utf-8"
@@ -256,6 +258,7 @@ class Training:
                 with replacing_file(self.folder / RECORD) as new:
                     new.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
                 (self.folder / RESULT).unlink(missing_ok=True)
+                write_sums(self.folder, [RECORD])
 
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
@@ -274,6 +277,8 @@ class Training:
             self.lines = []
         if [line["step"] for line in self.lines] != list(range(1, step + 1)):
             raise ValueError(f"{self.folder / LOG} lacks a line of the first {step} steps: it was changed by hand")
+        if facts.get("log_sha256", digest := log_sha256(self.folder / LOG, step)) != digest:
+            raise ValueError(f"{self.folder / LOG} is not what step {step} was saved with: restore it, or start anew")
         adopt_arithmetic(self.model, facts["arithmetic"])
         with torch.no_grad():
             for key, tensor in adapter_tensors(self.model).items():
@@ -303,6 +308,7 @@ class Training:
                     "scaler": self._scaler.state_dict(),
                     "best": self._best,
                     "arithmetic": arithmetic(self.model),
+                    "log_sha256": sha256(self.folder / LOG),
                 }
                 best = self.folder / BEST if self._best["step"] else None
                 save_checkpoint(self.folder, len(self.lines), tensors, facts, self.settings.keep, best)
@@ -317,9 +323,16 @@ class Training:
                 result = {"ended": ended, "steps": len(losses), "tokens": tokens, "seconds": seconds}
                 result |= {"loss": losses[-1], "best": self._best}
                 if ended != STOPPED:
-                    with replacing_file(self.folder / RESULT) as new:
-                        new.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+                    self._write_result((json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
         self.result = Run(self.folder, self.settings, self.report, losses, held_out, seconds, tokens, ended)
+
+    def _write_result(self, content: bytes) -> None:
+        """The last file of a run: that it is there says that the run is complete, with checksums of all it made."""
+        files = [self.folder / name / file for name in (ADAPTER, BEST) for file in WEIGHTS_FILES]
+        made = [path.relative_to(self.folder).as_posix() for path in files if path.is_file()]
+        write_sums(self.folder, [RECORD, LOG, *made], {RESULT: content})
+        with replacing_file(self.folder / RESULT) as new:
+            new.write_bytes(content)
 
     # ----------------------------------------------------------------------------------------------------------- a step
 

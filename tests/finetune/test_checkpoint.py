@@ -87,6 +87,7 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, variant):
     same_result(tmp_path / "parts", tmp_path / "whole")
     a, b = (load_checkpoint(tmp_path / name, 10) for name in ("parts", "whole"))
     assert a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])  # both moments as well
+    assert {facts.pop("log_sha256") for _, facts in (a, b)}  # of lines that have seconds
     assert a[1] == b[1] and any(name.startswith("optimizer.27.") for name in a[0])
     if "paged" in variant:
         assert second._optimizer.pages.count > 2 * len(second._optimizer.pages.frames) == 2 * FRAMES

@@ -266,7 +266,7 @@ def test_a_readme_of_the_user_stays(tmp_path, tiny_llama):
     for _ in range(2):
         save_adapter(model, tmp_path)
         assert (tmp_path / "README.md").read_text() == "what this project is about"
-    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora-lab.sha256"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -285,7 +285,7 @@ def test_an_adapter_follows_a_link(tmp_path, tiny_llama):
     model = trained(tiny_llama)
     for _ in range(2):
         save_adapter(model, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "disk").rglob("*"))) == 3
+    assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "disk").rglob("*"))) == 4
 
 
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
