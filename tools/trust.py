@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -92,8 +93,9 @@ def tried(folder: Path, trial: Trial, seed: int, number: int) -> Result:
     folder.mkdir()
     try:
         count = trial.check(folder, random.Random(f"{seed} {number}"))
-    except AssertionError as error:
-        return Result(trial.name, 1, f"{error} (seed {seed}, trial {number})", str(folder))
+    except Exception as error:  # one of an attack's own as well: the others go on
+        said = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
+        return Result(trial.name, 1, f"{said} (seed {seed}, trial {number})", str(folder))
     shutil.rmtree(folder)
     return Result(trial.name, count, "", "")
 

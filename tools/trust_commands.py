@@ -47,7 +47,9 @@ class Case:
         return replace(self, words=self.words + changes.get(command, ""))
 
 
-TRAIN = "finetune --model MODEL --data DATA --steps 8 --save-every 2 --r 2 --batch-size 2 --dropout 0.1 --quiet --out OUT"
+TRAIN = (
+    "finetune --model MODEL --data DATA --steps 8 --save-every 2 --r 2 --batch-size 2 --dropout 0.1 --quiet --out OUT"
+)
 QUICK = f"{TRAIN} --held-out 0"
 MODES = {
     "plain": QUICK,
@@ -67,8 +69,14 @@ OVERWRITE = f"{QUICK} --seed 7 --overwrite"
 CASES += [
     Case("finetune, overwrite", OVERWRITE, earlier=QUICK),
     Case("quantize", "quantize MODEL --quiet --out OUT"),
-    Case("sweep", "sweep MODEL --codebooks nf4 fp4 --text TEXT --windows 2 --length 8 --quiet --out OUT", out="rows.jsonl"),
-    Case("block-size", "block-size MODEL --bits 5 --text TEXT --windows 2 --length 8 --quiet --out OUT", out="plan.json"),
+    Case(
+        "sweep",
+        "sweep MODEL --codebooks nf4 fp4 --text TEXT --windows 2 --length 8 --quiet --out OUT",
+        out="rows.jsonl",
+    ),
+    Case(
+        "block-size", "block-size MODEL --bits 5 --text TEXT --windows 2 --length 8 --quiet --out OUT", out="plan.json"
+    ),
     Case("fetch", "fetch smollm2-135m --quiet"),
 ]
 

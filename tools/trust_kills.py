@@ -48,7 +48,7 @@ class Reference:
         if self.case.earlier:
             shutil.copytree(self.folder.with_name(f"{self.case.name}, earlier"), place)
         else:
-            place.mkdir()
+            place.mkdir(parents=True)
         return place
 
     def kill_and_go_on(self, folder: Path, draws: random.Random) -> int:
