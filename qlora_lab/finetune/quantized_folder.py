@@ -12,23 +12,22 @@ Not here: reading it (models.py).
 """
 
 import json
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.empty_model import empty_model, fields_of, stored_options
 from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
-from qlora_lab.finetune.files import replacing_file
+from qlora_lab.finetune.files import replacing_file, save_tensors
 from qlora_lab.finetune.linear4bit import HEAD, head_path
 from qlora_lab.finetune.models import layer_sizes
 from qlora_lab.finetune.ownership import MARK, QUANTISED, is_marked, mark, read_object, scratch_name
 from qlora_lab.finetune.share import Share, in_4_bits
 from qlora_lab.finetune.stored import Stored, opened, stored_tensors
+from qlora_lab.quant import disk
 from qlora_lab.quant.block_size import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
@@ -89,7 +88,7 @@ def quantize_folder(
                 bar.update()
             with replacing_file(file) as new:
                 # tables are shared by all weights, and safetensors stores no tensor under two names
-                save_file({key: _own(key, value) for key, value in tensors.items()}, new, metadata={"format": "pt"})
+                save_tensors({key: _own(key, value) for key, value in tensors.items()}, new, {"format": "pt"})
         else:
             bar.update(len(piece))
         with opened(file) as whole:
@@ -159,7 +158,7 @@ def _described(options: Candidate, plan: Plan | None, kept: list[str]) -> dict:
 def _begin(out: Path, work: dict) -> None:
     if (out / CONFIG).exists():
         raise FileExistsError(f"{out} holds a model already: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(out)
     if (out / UNFINISHED).exists():
         begun = read_object(out / UNFINISHED)
         if not begun.keys() >= work.keys():
@@ -168,14 +167,14 @@ def _begin(out: Path, work: dict) -> None:
             name = differing[-1]
             raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
         # that of a process that was killed as it wrote
-        shutil.rmtree(out / mark(out, QUANTISED), ignore_errors=True)
+        disk.remove_if_possible(out / mark(out, QUANTISED))
         return
     begun_empty = {MARK, scratch_name(out)} if is_marked(out, QUANTISED) else set()
     if {path.name for path in out.iterdir()} - begun_empty:
         raise FileExistsError(f"{out} is not empty: choose a folder of its own")
     mark(out, QUANTISED)
     with replacing_file(out / UNFINISHED) as new:
-        new.write_text(json.dumps(work) + "\n", encoding="utf-8")
+        disk.write_text(new, json.dumps(work) + "\n")
 
 
 def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:
@@ -189,9 +188,10 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
             plan.save(new)
     for name in COPIED:
         if (source / name).exists():
-            shutil.copyfile(source / name, out / name)
+            with replacing_file(out / name) as new:
+                disk.copy(source / name, new)
     for name, content in ((INDEX, index), (CONFIG, config)):
         with replacing_file(out / name) as new:
-            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            disk.write_text(new, json.dumps(content, indent=2) + "\n")
     for name in (UNFINISHED, MARK):
-        (out / name).unlink()
+        disk.remove(out / name)

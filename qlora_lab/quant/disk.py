@@ -12,6 +12,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -30,6 +32,12 @@ def write_text(path: Path, text: str) -> None:
 def open_for(path: Path, mode: str) -> IO[bytes]:
     """Open a file of bytes to append ("ab") or to change ("r+b"), without a buffer: each write is one call."""
     return open(path, mode, buffering=0)
+
+
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """Write to a file without a buffer, which may take a part: the rest is written next, or the disk says why not."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def sync(path: Path) -> None:
@@ -64,9 +72,14 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def make_scratch(home: Path, prefix: str) -> Path:
-    """Make a folder of an unguessable name in `home`."""
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+@contextmanager
+def scratch(home: Path, prefix: str) -> Iterator[Path]:
+    """Yields a new folder of an unguessable name in `home`; it vanishes in the end, as far as the disk lets it."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+    try:
+        yield folder
+    finally:
+        remove_if_possible(folder)
 
 
 def unnamed_file(folder: str | Path | None) -> IO[bytes]:
