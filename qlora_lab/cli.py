@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 import qlora_lab as ql
 
 if TYPE_CHECKING:
+    from qlora_lab.finetune.settings import Settings
     from qlora_lab.finetune.share import Share
     from qlora_lab.finetune.streams import Patient
+    from qlora_lab.quant.block_size import Candidate
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, and ModelError
@@ -142,6 +144,10 @@ def quantize(a: argparse.Namespace) -> None:
 
 
 def generate(a: argparse.Namespace) -> None:
+    from qlora_lab.finetune.run_folder import find_adapter
+
+    if a.adapter:
+        find_adapter(Path(a.adapter))
     model, tokenizer = _load(a)
     if a.adapter is not None:  # "" is a mistake, such as a shell's variable that is not set
         ql.load_adapter(model, a.adapter)
@@ -150,21 +156,28 @@ def generate(a: argparse.Namespace) -> None:
 
 
 def finetune(a: argparse.Namespace) -> None:
-    from qlora_lab.finetune.distributed import check_shard, first_on_node, processes
-    from qlora_lab.finetune.fetch import resolve
     from qlora_lab.finetune.lora import check_strength
-    from qlora_lab.finetune.run_folder import check_free
-    from qlora_lab.finetune.settings import Settings, check_held_out
+    from qlora_lab.finetune.run_folder import reserved_run
+    from qlora_lab.finetune.settings import Settings
     from qlora_lab.quant.blocks import check_block_size
 
     # before the model is loaded: a mistyped word should not cost a minute
     settings = Settings(**{field.name: getattr(a, field.name) for field in fields(Settings)})
-    check_free(a.out, a.overwrite, a.resume)
     check_strength(a.alpha, a.dropout)
     check_block_size(a.block_size)
     for name, value, least in (("r", a.r, 1), ("held-out", a.held_out, 0)):
         if value < least:
             raise ValueError(f"{name}={value} is not allowed: it is at least {least}")
+    first = int(os.environ.get("RANK", 0)) == 0
+    with reserved_run(a.out, a.overwrite, a.resume) if first else nullcontext():
+        _finetune(a, settings)
+
+
+def _finetune(a: argparse.Namespace, settings: "Settings") -> None:
+    from qlora_lab.finetune.distributed import check_shard, first_on_node, processes
+    from qlora_lab.finetune.fetch import resolve
+    from qlora_lab.finetune.settings import check_held_out
+
     train = ql.load_data(a.data, progress=not a.quiet)
     test = _held_out_examples(a)
     check_held_out(settings, test)
@@ -236,19 +249,8 @@ def sweep(a: argparse.Namespace) -> None:
 
 
 def block_size(a: argparse.Namespace) -> None:
-    import torch
-
-    from qlora_lab.finetune.models import layer_sizes
-    from qlora_lab.measure.sensitivity import choices_of, sensitivity
-    from qlora_lab.quant.block_size import (
-        Candidate,
-        Choices,
-        best_plan,
-        bits_table,
-        check_candidate,
-        check_plan_path,
-        small_layers,
-    )
+    from qlora_lab.quant.block_size import Candidate, check_candidate, check_plan_path
+    from qlora_lab.quant.lock import locked_file
 
     candidates = tuple(Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes)
     for one in candidates:  # before the model is loaded, as for finetune
@@ -257,6 +259,17 @@ def block_size(a: argparse.Namespace) -> None:
     parent = out.resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise FileNotFoundError(f"{parent} is no folder that the plan can be written to: make one, or name another")
+    with locked_file(out, "block-size"):
+        _block_size(a, candidates, out)
+
+
+def _block_size(a: argparse.Namespace, candidates: tuple["Candidate", ...], out: Path) -> None:
+    import torch
+
+    from qlora_lab.finetune.models import layer_sizes
+    from qlora_lab.measure.sensitivity import choices_of, sensitivity
+    from qlora_lab.quant.block_size import Choices, best_plan, bits_table, small_layers
+
     topics = ql.topics_text()
     text = topics[len(topics) // 2 :] if a.text is None else _text(a.text)  # perplexities are those of its first half
     model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)

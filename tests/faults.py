@@ -84,8 +84,10 @@ def disk_faults(
             (os, "remove", "unlink"),
             (os, "rmdir", "rmdir"),
             (os, "fsync", "fsync"),
+            (os, "write", "write"),
         ):
             stack.enter_context(mock.patch.object(module, name, _counted(getattr(module, name), kind, seen)))
+        stack.enter_context(mock.patch.object(os, "open", _made(os.open, seen)))
         opened = _opened(io.open, seen)
         stack.enter_context(mock.patch.object(io, "open", opened))
         stack.enter_context(mock.patch.object(builtins, "open", opened))
@@ -117,6 +119,17 @@ def _counted(real: Callable, kind: str, seen: Seen) -> Callable:
         return real(path, *args, **kwargs, **({} if dir_fd is None else {"dir_fd": dir_fd}))
 
     return asked
+
+
+def _made(real: Callable, seen: Seen) -> Callable:
+    """os.open counts where it makes a file."""
+
+    def open_(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT and not os.path.exists(path):
+            seen.meets("open", path)
+        return real(path, flags, *args, **kwargs)
+
+    return open_
 
 
 def _opened(real: Callable, seen: Seen) -> Callable:

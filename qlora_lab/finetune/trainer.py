@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from qlora_lab.finetune.allocator import recycle_memory
 from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
 from qlora_lab.finetune.checkpoint import BEST, forget, load_checkpoint, restore_best, save_checkpoint, saved_steps
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data
-from qlora_lab.finetune.distributed import engine_for, together
+from qlora_lab.finetune.distributed import engine_for, leads, together
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.files import replacing_file
 from qlora_lab.finetune.interrupt import Interrupt, waiting
@@ -41,7 +41,7 @@ from qlora_lab.finetune.out_of_memory import telling_memory
 from qlora_lab.finetune.packed_rows import check_packing
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
-from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, check_free, replacing_run
+from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, replacing_run, reserved_run
 from qlora_lab.finetune.run_record import (
     adopt_arithmetic,
     arithmetic,
@@ -111,8 +111,9 @@ def finetune(
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
     example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other
     settings, data, model or adapter; FileExistsError for an earlier run, and for what no run wrote under one of its
-    names; FloatingPointError for a loss or gradient that is not finite, with step, layer and dtype; OSError for a full
-    disk and OutOfMemory, with what is saved; KeyboardInterrupt for Ctrl-C, SIGTERM or SIGHUP, when all is saved.
+    names; BlockingIOError while another process writes to `out`; FloatingPointError for a loss or gradient that is not
+    finite, with step, layer and dtype; OSError for a full disk and OutOfMemory, with what is saved; KeyboardInterrupt
+    for Ctrl-C, SIGTERM or SIGHUP, when all is saved.
     Warns of examples longer than a model with computed positions was made for.
     """
     options = {"held_out": held_out, "resume": resume, "overwrite": overwrite, "progress": progress}
@@ -140,10 +141,11 @@ class Training:
         progress: bool = True,
     ):
         _check_trained(model)
-        check_free(out, overwrite, resume)
+        with together(), reserved_run(out, overwrite, resume) if leads() else nullcontext():
+            pass  # it is free, and an earlier run that a kill had moved away is in its place
         check_held_out(settings, held_out)
         self.model, self.settings, self.folder = model, settings, Path(out)
-        self.resume, self.progress, self.result = resume, progress, None
+        self.overwrite, self.resume, self.progress, self.result = overwrite, resume, progress, None
         examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
         order = np.random.default_rng(settings.seed).permutation(len(examples))  # a fair sample, if not all are needed
         shuffled, enough = [examples[i] for i in order], settings.steps * settings.batch_size
@@ -195,9 +197,12 @@ class Training:
         with (
             checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
             engine_for(self.model, self.settings.shard) as self._engine,
-            replacing_run(self.folder, self.resume is not False) if self._leads() else nullcontext(),
+            ExitStack() as folder,
             waiting(self._interrupt),
         ):
+            with together():  # where process 0 must not have the folder, all of them end
+                if self._leads():
+                    folder.enter_context(replacing_run(self.folder, self.overwrite, self.resume))
             yield from self._lines()
 
     def _lines(self) -> Iterator[dict[str, float]]:
