@@ -1,7 +1,7 @@
 """The command line: parses, calls the library, prints. `qlora-lab COMMAND --help` shows an example of each.
 
-Exit codes: 0 done; 1 the doctor found a problem; 2 a mistake in what was asked, or a disk or memory that is full, told
-in one line; 130 interrupted: by Ctrl-C, SIGTERM, or a terminal that was closed (SIGHUP).
+Exit codes: 0 done; 1 the doctor found a problem, or verify a difference; 2 a mistake in what was asked, or a disk or
+memory that is full, told in one line; 130 interrupted: by Ctrl-C, SIGTERM, or a terminal that was closed (SIGHUP).
 What cannot be printed changes no exit code, unless it is the result that was asked for: then it is 2.
 """
 
@@ -326,6 +326,22 @@ def kernels(a: argparse.Namespace) -> None:
     print(_table([_roofs(name, one, found) for (name, one), found in zip(rows, roofs, strict=True)]))
     if notes:
         print("", *(f"Indented: {note}." if theirs else f"{note}." for note in notes), sep="\n")
+
+
+def verify(a: argparse.Namespace) -> int:
+    """Returns 1 if something differs from what was written, or is missing."""
+    from qlora_lab.finetune.verify import verify as check
+    from qlora_lab.measure.results_file import verify_rows
+
+    parts = verify_rows(a.folder) if Path(a.folder).is_file() else check(a.folder, progress=not a.quiet)
+    if a.json:
+        print(json.dumps([asdict(part) for part in parts]))
+    else:
+        width = max(len(part.name) for part in parts)
+        for part in parts:
+            files = [name.removeprefix(part.name) for name in part.files if name != part.name]
+            print(f"{part.name:<{width}}  {part.state}{': ' * bool(any(files))}{', '.join(filter(None, files))}")
+    return 0 if all(part.is_well for part in parts) else 1
 
 
 def open_lab(a: argparse.Namespace) -> None:
@@ -686,6 +702,16 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--text", metavar="FILE", help="to calibrate on; default: half of Python's help topics")
     c.add_argument("--windows", type=int, default=12, help="pieces of text to calibrate on (%(default)s)")
     c.add_argument("--length", type=int, default=256, help="tokens of each (%(default)s)")
+    _common(c)
+
+    c = _command(
+        commands,
+        "verify",
+        verify,
+        "whether a run, an adapter, a quantised copy, a fetched model or a sweep's results are as they were written",
+        "qlora-lab verify runs/first",
+    )
+    c.add_argument("folder", help="what a command of qlora-lab made; the file of a sweep. Nothing is written")
     _common(c)
 
     c = _command(commands, "open", open_lab, "open the course in JupyterLab", "qlora-lab open")

@@ -9,7 +9,6 @@ whole. What happens to it later is found by its checksums; it is then refused by
 Not here: what is in a state (trainer.py), adapters for others to read (peft_format.py).
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -17,7 +16,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from qlora_lab.finetune.files import replacing_folder, save_tensors, scratch_for
+from qlora_lab.finetune.checksums import as_lines, sha256
+from qlora_lab.finetune.files import replacing_folder, scratch_for
+from qlora_lab.finetune.tensor_file import save_tensors
 from qlora_lab.quant import disk
 
 FOLDER, TENSORS, FACTS, SUMS = "checkpoints", "state.safetensors", "state.json", "SHA256SUMS"
@@ -54,8 +55,7 @@ def save_checkpoint(
             if best:
                 disk.copy_folder(best, new / BEST)
             files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
-            sums = [f"{_sha256(new / name)}  {name}\n" for name in files]
-            disk.write_text(new / SUMS, "".join(sums))
+            disk.write_bytes(new / SUMS, as_lines({name: sha256(new / name) for name in files}))
     except OSError as error:
         size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
         kept = saved_steps(run)
@@ -110,14 +110,9 @@ def _damaged(folder: Path) -> str | None:
     sums = {line[66:]: line[:64] for line in lines}  # 64 digits, two spaces, a name
     if not {TENSORS, FACTS} <= sums.keys():
         return SUMS
-    wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or _sha256(folder / n) != digest)
+    wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or sha256(folder / n) != digest)
     return next(wrong, None)
 
 
 def _folder(run: Path, step: int) -> Path:
     return run / FOLDER / f"step-{step:08}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

