@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from qlora_lab.finetune.files import replacing_file
+from qlora_lab.quant import disk
 
 SUMS = "qlora-lab.sha256"
 LARGEST = 2**20  # bytes of such a file: 10,000 lines
@@ -27,7 +28,7 @@ def write_sums(folder: Path, names: Iterable[str], contents: Mapping[str, bytes]
     digests = {name: sha256(folder / name) for name in names}
     digests |= {name: hashlib.sha256(content).hexdigest() for name, content in (contents or {}).items()}
     with replacing_file(folder / SUMS) as new:
-        new.write_bytes(as_lines(digests))
+        disk.write_bytes(new, as_lines(digests))
 
 
 def as_lines(digests: Mapping[str, str]) -> bytes:
