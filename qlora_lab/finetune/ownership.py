@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 
+from qlora_lab.quant import disk
 from qlora_lab.quant.lock import SCRATCH, scratch_name as new_name
 
 MARK = "qlora-lab.json"
@@ -26,10 +27,12 @@ def mark(folder: Path, application: str) -> str:
         if is_marked_otherwise(folder, application):
             raise FileExistsError(f"{folder / MARK} was not written by {application}: choose another folder")
         content = {"application": application, "scratch": new_name()}
-        with (folder / MARK).open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content) + "\n")  # one write: a kill leaves all of it or an empty file
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            disk.write_text(folder / MARK, json.dumps(content) + "\n")  # one write: a kill leaves all or an empty file
+            disk.sync(folder / MARK)
+        except OSError:  # a full disk may leave a part, which would be somebody's own
+            disk.remove(folder / MARK)
+            raise
     return scratch_name(folder)
 
 

@@ -12,23 +12,22 @@ Not here: reading it (models.py).
 """
 
 import json
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.empty_model import empty_model, fields_of, stored_options
 from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
-from qlora_lab.finetune.files import replacing_file
+from qlora_lab.finetune.files import replacing_file, save_tensors
 from qlora_lab.finetune.linear4bit import HEAD, head_path
 from qlora_lab.finetune.models import layer_sizes
 from qlora_lab.finetune.ownership import MARK, QUANTISED, is_marked, mark, read_object, scratch_name
 from qlora_lab.finetune.share import Share, in_4_bits
 from qlora_lab.finetune.stored import Stored, opened, stored_tensors
+from qlora_lab.quant import disk
 from qlora_lab.quant.block_size import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
@@ -98,7 +97,7 @@ def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan
                 bar.update()
             with replacing_file(file) as new:
                 # tables are shared by all weights, and safetensors stores no tensor under two names
-                save_file({key: _own(key, value) for key, value in tensors.items()}, new, metadata={"format": "pt"})
+                save_tensors({key: _own(key, value) for key, value in tensors.items()}, new, {"format": "pt"})
         else:
             bar.update(len(piece))
         with opened(file) as whole:
@@ -180,12 +179,12 @@ def _begin(out: Path, work: dict) -> None:
         raise FileExistsError(f"{out} is not empty: choose a folder of its own")
     _clear(out)
     with replacing_file(out / UNFINISHED) as new:
-        new.write_text(json.dumps(work) + "\n", encoding="utf-8")
+        disk.write_text(new, json.dumps(work) + "\n")
 
 
 def _clear(out: Path) -> None:
     """Mark the folder, and empty the scratch of a process that was killed as it wrote."""
-    shutil.rmtree(out / mark(out, QUANTISED), ignore_errors=True)
+    disk.remove_if_possible(out / mark(out, QUANTISED))
 
 
 def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:
@@ -199,9 +198,10 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
             plan.save(new)
     for name in COPIED:
         if (source / name).exists():
-            shutil.copyfile(source / name, out / name)
+            with replacing_file(out / name) as new:
+                disk.copy(source / name, new)
     for name, content in ((INDEX, index), (CONFIG, config)):
         with replacing_file(out / name) as new:
-            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            disk.write_text(new, json.dumps(content, indent=2) + "\n")
     for name in (MARK, UNFINISHED):  # without the second the folder is a model and nothing else
-        (out / name).unlink()
+        disk.remove(out / name)

@@ -14,16 +14,15 @@ back (restore_earlier).
 """
 
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_lab.finetune.checkpoint import BEST, CHECKPOINT_FILES, FOLDER, saved_steps, step_folders
-from qlora_lab.finetune.files import sync
 from qlora_lab.finetune.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object, scratch_name
 from qlora_lab.finetune.peft_format import CONFIG, WEIGHTS
+from qlora_lab.quant import disk
 from qlora_lab.quant.lock import locked_folder, reserved_folder
 from qlora_lab.quant.out_path import out_path
 
@@ -140,7 +139,7 @@ def replacing_run(folder: Path, overwrite: bool = False, resume: bool | int = Fa
         restore_earlier(folder)
         check_free(folder, overwrite, resume)
         scratch = mark(folder, RUN)
-        sync(folder)
+        disk.sync(folder)
         _clear(folder, scratch)
         with _aside(folder, scratch, set_aside=resume is False):
             yield folder
@@ -154,22 +153,21 @@ def _aside(folder: Path, scratch: str, set_aside: bool) -> Iterator[None]:
     kept = {path: path.parent / scratch / aside / path.name for path in parts}
     try:
         for path in parts:
-            kept[path].parent.mkdir(parents=True, exist_ok=True)
-            path.rename(kept[path])
+            disk.make_folder(kept[path].parent)
+            disk.rename(path, kept[path])
         yield
     finally:
         moved = [path for path in parts if kept[path].exists()]
         began = len(moved) == len(parts)
         if parts and not (began and ((folder / ADAPTER).exists() or saved_steps(folder))):
             for path in reversed(_parts(folder)) if began else ():  # what the new run left; its settings last
-                _remove(path.resolve())
+                disk.remove(path.resolve())
             _put_back(places, scratch, aside)
         elif (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens to this one
             for place in places:
-                shutil.rmtree(place / scratch, ignore_errors=True)
+                disk.remove_if_possible(place / scratch)
         for place in places:
-            with suppress(OSError):  # it is not there, or holds an earlier run
-                (place / scratch).rmdir()
+            disk.remove_if_empty(place / scratch)  # unless it is not there, or holds an earlier run
 
 
 def _places(folder: Path) -> set[Path]:
@@ -182,13 +180,6 @@ def _parts(folder: Path) -> list[Path]:
     """What a run has written: its files and folders, and each checkpoint for itself. Its settings come first."""
     parts = [folder / name for name in RUN_FILES if name != FOLDER]
     return [path for path in parts if path.exists()] + step_folders(folder)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------- after a kill
@@ -242,12 +233,11 @@ def _put_back(places: set[Path], scratch: str, aside: str) -> None:
     paths = [path for place in places for path in (place / scratch / aside).glob("*")]
     for path in sorted(paths, key=lambda path: path.name == RECORD):  # settings last: until then it may be repeated
         target = path.parents[2] / path.name
-        _remove(target)  # of a successor, which wrote its log first
-        path.rename(target)
+        disk.remove(target)  # of a successor, which wrote its log first
+        disk.rename(path, target)
     for place in places:
-        shutil.rmtree(place / scratch / aside, ignore_errors=True)
-        with suppress(OSError):  # it is not there, or holds something else
-            (place / scratch).rmdir()
+        disk.remove_if_possible(place / scratch / aside)
+        disk.remove_if_empty(place / scratch)
 
 
 def _clear(folder: Path, scratch: str) -> None:
@@ -255,4 +245,4 @@ def _clear(folder: Path, scratch: str) -> None:
     for place in _places(folder):
         for stale in (place / scratch).glob("*"):
             if not (stale.name.startswith(EARLIER) and _filled(stale)):
-                shutil.rmtree(stale)
+                disk.remove(stale)

@@ -9,14 +9,13 @@ Not here: how a row is measured (sweep.py).
 """
 
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from qlora_lab.finetune.files import sync
+from qlora_lab.quant import disk
 from qlora_lab.quant.lock import locked_file
 
 # What decides a row's figures. The seed does not: levels that it drew are there themselves. Nor do commit and machine:
@@ -54,13 +53,13 @@ def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
     """
     _check_kind(path)
     # each write is one call of the system, at the end of the file
-    with locked_file(path, "sweep"), path.open("ab", buffering=0) as file:
+    with locked_file(path, "sweep"), disk.open_for(path, "ab") as file:
         content = path.read_bytes()
         rows, end = _parsed(path, content)
         file.truncate(end)
         if end and content[end - 1 : end] != b"\n":
             file.write(b"\n")
-        sync(path.parent)
+        disk.sync(path.parent)
         yield rows, file
 
 
@@ -68,12 +67,10 @@ def append_result(file: BinaryIO, row: dict) -> None:
     """Add one line, and wait until it is on the disk."""
     line = json.dumps(row, allow_nan=False).encode() + b"\n"
     try:
-        whole = file.write(line) == len(line)
-        os.fsync(file.fileno())
+        disk.write_all(file, line)
+        disk.sync(Path(file.name))
     except OSError as error:
         raise OSError(f"{file.name}: a row cannot be written ({error.strerror}); those before it are there") from None
-    if not whole:
-        raise OSError(f"{file.name}: a row cannot be written whole (the disk is full?); those before it are there")
 
 
 def _check_kind(path: Path) -> None:

