@@ -24,6 +24,7 @@ def replacing_folder(target: str | Path, owner: Path | None = None) -> Iterator[
 
     owner: as for scratch_for. A link is followed, and stays.
     """
+    owner = owner or out_path(target).parent  # a link's own folder, not that of what it leads to
     target = out_path(target).resolve()
     disk.make_folder(target.parent)
     with scratch_for(target, owner) as scratch:
@@ -52,8 +53,8 @@ def _take_place(new: Path, target: Path, old: Path) -> None:
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yields the name of a file to write; it takes the place of `target` on success and vanishes on an error."""
-    target = target.resolve()
-    with scratch_for(target) as scratch:
+    owner, target = target.parent, target.resolve()
+    with scratch_for(target, owner) as scratch:
         new = scratch / target.name
         yield new
         sync(new)

@@ -216,8 +216,9 @@ def find_adapter(folder: Path) -> None:
         if not (run / RECORD).exists():
             restore_earlier(run)
             return
-        last = run / scratch_name(run) / _kept_aside(run, scratch_name(run))[-1]
-    raise FileNotFoundError(f"{folder} is not there, as a run was begun anew in {run}: the earlier one is in {last}")
+        aside = folder.resolve().parent / scratch_name(run) / _kept_aside(run, scratch_name(run))[-1]
+    kept = aside / folder.resolve().name
+    raise FileNotFoundError(f"{folder} is not there, as a run was begun anew in {run}: the earlier one is {kept}")
 
 
 def _kept_aside(folder: Path, scratch: str) -> list[str]:
