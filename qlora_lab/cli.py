@@ -1,9 +1,12 @@
 """The command line: parses, calls the library, prints. `qlora-lab COMMAND --help` shows an example of each.
 
-Exit codes: 0 done; 1 the doctor found a problem; 2 a mistake in what was asked, told in one line; 130 interrupted.
+Exit codes: 0 done; 1 the doctor found a problem, or verify a difference; 2 a mistake in what was asked, or a disk or
+memory that is full, told in one line; 130 interrupted: by Ctrl-C, SIGTERM, or a terminal that was closed (SIGHUP).
+What cannot be printed changes no exit code, unless it is the result that was asked for: then it is 2.
 """
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -11,7 +14,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,15 +22,49 @@ from typing import TYPE_CHECKING
 import qlora_lab as ql
 
 if TYPE_CHECKING:
+    from qlora_lab.finetune.settings import Settings
     from qlora_lab.finetune.share import Share
+    from qlora_lab.finetune.streams import Patient
+    from qlora_lab.quant.block_size import Candidate
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, and ModelError
+PRINTING = ("generate", "doctor", "memory", "kernels")  # what they print is all that they do
+LESS_MEMORY = {  # what would help, by command
+    "finetune": "use --micro-batch-size 1, --gradient-checkpointing or a lower --max-length",
+    "generate": "use fewer --max-new-tokens, or the copy that `qlora-lab quantize` makes as --model",
+    "doctor": "use a lower --batch-size or --max-length",
+    "sweep": "use a lower --length; the rows that are in --out are kept",
+    "block-size": "use a lower --length, or fewer --windows",
+    "quantize": "close other programs, then repeat it: it goes on where it stopped",
+}
 PREVIEW = 3  # answers shown before and after training
+INTERRUPTS = """Ctrl-C, SIGTERM and a terminal that is closed end a command alike, with exit code 130: finetune saves
+after the step that it makes, finetune --resume, quantize and sweep go on from there. Under nohup a closed terminal ends
+nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    arguments = build_parser().parse_args(argv)
+    from qlora_lab.finetune.interrupt import ending_like_ctrl_c
+    from qlora_lab.finetune.streams import patient_streams
+
+    with patient_streams() as stdout:
+        try:
+            arguments = build_parser().parse_args(argv)
+        except SystemExit:  # after --help as well
+            if _unprinted(stdout, "qlora-lab"):
+                raise SystemExit(2) from None
+            raise
+        with ending_like_ctrl_c():
+            code = _run(arguments)
+        asked = arguments.json if "json" in arguments else False
+        if code < 2 and (asked or arguments.command in PRINTING):
+            return 2 if _unprinted(stdout, f"qlora-lab {arguments.command}") else code
+        return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
     process = int(os.environ.get("RANK", 0))  # set by torchrun
     if process > 0:
         arguments.quiet = True  # the first process shows progress, and it alone prints
@@ -39,11 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"qlora-lab {arguments.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_mistake(error):
+        said = _said(error, arguments.command)
+        if said is None:
             raise
         which = f" (process {process})" if process else ""
-        print(f"qlora-lab {arguments.command}{which}: {_one_line(str(error))}", file=sys.stderr)
+        print(f"qlora-lab {arguments.command}{which}: {_one_line(said)}", file=sys.stderr)
         return 2
+
+
+def _unprinted(stdout: "Patient", command: str) -> bool:
+    """Whether something could not be printed, which is then said on stderr."""
+    stdout.flush()
+    if stdout.error:
+        reason = getattr(stdout.error, "strerror", None) or stdout.error
+        print(f"{command}: the result could not be printed ({reason})", file=sys.stderr)
+    return stdout.error is not None
 
 
 @contextmanager
@@ -59,10 +106,18 @@ def _warnings_as_lines(command: str, silent: bool) -> Iterator[None]:
         yield
 
 
-def _is_mistake(error: Exception) -> bool:
+def _said(error: Exception, command: str) -> str | None:
+    """What a mistake, a full disk or full memory is told as; None for a bug."""
     from qlora_lab.finetune.fetch import ModelError
+    from qlora_lab.finetune.out_of_memory import OutOfMemory, is_out_of_memory
 
-    return isinstance(error, (*MISTAKES, ModelError))
+    if is_out_of_memory(error):
+        advice = LESS_MEMORY.get(command, "close other programs, or choose a smaller model")
+        return str(error) if isinstance(error, OutOfMemory) else f"out of memory: {advice}"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        room = ": free space there, then repeat it" if error.errno in NO_ROOM else ""
+        return f"{error.strerror}: {str(error.filename)!r}{room}"
+    return str(error) if isinstance(error, (*MISTAKES, ModelError)) else None
 
 
 def _one_line(text: str) -> str:
@@ -89,6 +144,10 @@ def quantize(a: argparse.Namespace) -> None:
 
 
 def generate(a: argparse.Namespace) -> None:
+    from qlora_lab.finetune.run_folder import find_adapter
+
+    if a.adapter:
+        find_adapter(Path(a.adapter))
     model, tokenizer = _load(a)
     if a.adapter is not None:  # "" is a mistake, such as a shell's variable that is not set
         ql.load_adapter(model, a.adapter)
@@ -97,21 +156,28 @@ def generate(a: argparse.Namespace) -> None:
 
 
 def finetune(a: argparse.Namespace) -> None:
-    from qlora_lab.finetune.distributed import check_shard, first_on_node, processes
-    from qlora_lab.finetune.fetch import resolve
     from qlora_lab.finetune.lora import check_strength
-    from qlora_lab.finetune.run_folder import check_free
-    from qlora_lab.finetune.settings import Settings, check_held_out
+    from qlora_lab.finetune.run_folder import reserved_run
+    from qlora_lab.finetune.settings import Settings
     from qlora_lab.quant.blocks import check_block_size
 
     # before the model is loaded: a mistyped word should not cost a minute
     settings = Settings(**{field.name: getattr(a, field.name) for field in fields(Settings)})
-    check_free(a.out, a.overwrite, a.resume)
     check_strength(a.alpha, a.dropout)
     check_block_size(a.block_size)
     for name, value, least in (("r", a.r, 1), ("held-out", a.held_out, 0)):
         if value < least:
             raise ValueError(f"{name}={value} is not allowed: it is at least {least}")
+    first = int(os.environ.get("RANK", 0)) == 0
+    with reserved_run(a.out, a.overwrite, a.resume) if first else nullcontext():
+        _finetune(a, settings)
+
+
+def _finetune(a: argparse.Namespace, settings: "Settings") -> None:
+    from qlora_lab.finetune.distributed import check_shard, first_on_node, processes
+    from qlora_lab.finetune.fetch import resolve
+    from qlora_lab.finetune.settings import check_held_out
+
     train = ql.load_data(a.data, progress=not a.quiet)
     test = _held_out_examples(a)
     check_held_out(settings, test)
@@ -183,19 +249,8 @@ def sweep(a: argparse.Namespace) -> None:
 
 
 def block_size(a: argparse.Namespace) -> None:
-    import torch
-
-    from qlora_lab.finetune.models import layer_sizes
-    from qlora_lab.measure.sensitivity import choices_of, sensitivity
-    from qlora_lab.quant.block_size import (
-        Candidate,
-        Choices,
-        best_plan,
-        bits_table,
-        check_candidate,
-        check_plan_path,
-        small_layers,
-    )
+    from qlora_lab.quant.block_size import Candidate, check_candidate, check_plan_path
+    from qlora_lab.quant.lock import locked_file
 
     candidates = tuple(Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes)
     for one in candidates:  # before the model is loaded, as for finetune
@@ -204,6 +259,17 @@ def block_size(a: argparse.Namespace) -> None:
     parent = out.resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise FileNotFoundError(f"{parent} is no folder that the plan can be written to: make one, or name another")
+    with locked_file(out, "block-size"):
+        _block_size(a, candidates, out)
+
+
+def _block_size(a: argparse.Namespace, candidates: tuple["Candidate", ...], out: Path) -> None:
+    import torch
+
+    from qlora_lab.finetune.models import layer_sizes
+    from qlora_lab.measure.sensitivity import choices_of, sensitivity
+    from qlora_lab.quant.block_size import Choices, best_plan, bits_table, small_layers
+
     topics = ql.topics_text()
     text = topics[len(topics) // 2 :] if a.text is None else _text(a.text)  # perplexities are those of its first half
     model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)
@@ -260,6 +326,22 @@ def kernels(a: argparse.Namespace) -> None:
     print(_table([_roofs(name, one, found) for (name, one), found in zip(rows, roofs, strict=True)]))
     if notes:
         print("", *(f"Indented: {note}." if theirs else f"{note}." for note in notes), sep="\n")
+
+
+def verify(a: argparse.Namespace) -> int:
+    """Returns 1 if something differs from what was written, or is missing."""
+    from qlora_lab.finetune.verify import verify as check
+    from qlora_lab.measure.results_file import verify_rows
+
+    parts = verify_rows(a.folder) if Path(a.folder).is_file() else check(a.folder, progress=not a.quiet)
+    if a.json:
+        print(json.dumps([asdict(part) for part in parts]))
+    else:
+        width = max(len(part.name) for part in parts)
+        for part in parts:
+            files = [name.removeprefix(part.name) for name in part.files if name != part.name]
+            print(f"{part.name:<{width}}  {part.state}{': ' * bool(any(files))}{', '.join(filter(None, files))}")
+    return 0 if all(part.is_well for part in parts) else 1
 
 
 def open_lab(a: argparse.Namespace) -> None:
@@ -410,6 +492,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qlora-lab",
         description="See how QLoRA works, then use it. Each command has its own --help with an example.",
+        epilog=INTERRUPTS,
     )
     parser.add_argument("--version", action="version", version=f"qlora-lab {ql.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -619,6 +702,16 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--text", metavar="FILE", help="to calibrate on; default: half of Python's help topics")
     c.add_argument("--windows", type=int, default=12, help="pieces of text to calibrate on (%(default)s)")
     c.add_argument("--length", type=int, default=256, help="tokens of each (%(default)s)")
+    _common(c)
+
+    c = _command(
+        commands,
+        "verify",
+        verify,
+        "whether a run, an adapter, a quantised copy, a fetched model or a sweep's results are as they were written",
+        "qlora-lab verify runs/first",
+    )
+    c.add_argument("folder", help="what a command of qlora-lab made; the file of a sweep. Nothing is written")
     _common(c)
 
     c = _command(commands, "open", open_lab, "open the course in JupyterLab", "qlora-lab open")

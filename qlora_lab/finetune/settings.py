@@ -12,7 +12,7 @@ from qlora_lab.finetune.examples import Example
 
 SCHEDULES = ("constant", "cosine")
 # May differ when a run is resumed: they change no bit of it. notes: of the data, whose checksum is compared.
-FREE = ("save_every", "keep", "optimizer_budget", "notes")
+FREE = ("save_every", "keep", "optimizer_budget", "gradient_checkpointing", "notes")
 
 
 @dataclass(frozen=True)

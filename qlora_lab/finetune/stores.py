@@ -13,7 +13,6 @@ Not here: which page moves when (paging.py).
 """
 
 import errno
-import tempfile
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from qlora_lab.quant import disk
 
 Wait = Callable[[], BaseException | None]  # returns when a move is over, with what stopped it
 SYSTEM_PAGE = 4096  # bytes: the driver moves managed memory in whole pages of the system
@@ -35,7 +36,7 @@ class FileStore:
         self.frames = torch.zeros(frames, page_size, dtype=torch.uint8)
         self.file = None
         if frames < count:
-            self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - as long as self
+            self.file = disk.unnamed_file(folder)
             weakref.finalize(self, self.file.close)
             self._thread = ThreadPoolExecutor(1)  # starts with its first move
 

@@ -45,7 +45,7 @@ from qlora_lab.finetune.stored import stored_tensors
 from qlora_lab.measure.code_use import CodeUse, code_counts
 from qlora_lab.measure.machine import machine
 from qlora_lab.measure.perplexity import check_windows, check_windows_fit, text_windows, topics_text, window_losses
-from qlora_lab.measure.results_file import append_result, identity, open_results
+from qlora_lab.measure.results_file import append_result, identity, open_results, with_checksum
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import CODEBOOKS, check_levels
 from qlora_lab.quant.lloyd_max import lloyd_max, scaled_sample
@@ -108,7 +108,7 @@ def sweep(
     double_quant, seed (if levels were fitted), quantiser (a checksum of what it does); perplexity, window_losses (mean
     nats a token), bits_per_parameter (of the quantised weights, constants included), relative_error (squared, over all
     of them), layer_errors (the same by kind of layer, a list each, first layer first), entropy and code_share
-    (code_use.py); versions, commit, machine, seconds, date.
+    (code_use.py); versions, commit, machine, seconds, date, sha256 (of all before it).
 
     A last line that was torn off is removed, with a warning. An interrupt says how much is done.
     Raises what load, quantize, perplexity and open_results raise, and ValueError for an empty path.
@@ -128,7 +128,7 @@ def sweep(
                 fitted = _fitted(variant, source, seed)
                 row = shared | _variant_record(fitted, source) | {"seed": None if fitted is variant else seed}
                 if (same := identity(row)) not in done:
-                    row |= _measured(fitted, source, tokens, progress)
+                    row = with_checksum(row | _measured(fitted, source, tokens, progress))
                     append_result(file, row)
                     done[same] = row
                 found.append(done[same])

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from qlora_lab.quant import disk
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE
@@ -112,15 +112,11 @@ class Plan:
         lines = [f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in layers.items()]  # a line a layer
         head = {"model": self.model, "error": self.error, "bits_per_parameter": self.bits_per_parameter}
         body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-        with tempfile.TemporaryDirectory(
-            prefix=".plan-", dir=path.resolve().parent
-        ) as scratch:  # one for each who writes
-            new = Path(scratch) / "plan.json"
-            with new.open("w", encoding="utf-8") as file:
-                file.write(f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
-                file.flush()
-                os.fsync(file.fileno())  # a rename can reach the disk before what is in the file
-            new.replace(path.resolve())  # a link stays
+        with disk.scratch(path.resolve().parent, ".plan-") as folder:  # one for each who writes
+            new = folder / "plan.json"
+            disk.write_text(new, f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
+            disk.sync(new)  # a rename can reach the disk before what is in the file
+            disk.rename(new, path.resolve())  # a link stays
         return path
 
     def check(self, numel: dict[str, int]) -> None:

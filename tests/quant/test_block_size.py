@@ -220,7 +220,7 @@ def test_an_interrupted_save_leaves_the_old_plan_and_nothing_else(tmp_path, monk
     def power_cut(*_):
         raise OSError("power cut")
 
-    for owner, step in ((block_size.os, "fsync"), (block_size.Path, "replace")):
+    for owner, step in ((block_size.os, "fsync"), (block_size.os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, step, power_cut)
             with pytest.raises(OSError, match="power cut"):
