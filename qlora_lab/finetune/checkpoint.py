@@ -91,6 +91,11 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
     return tensors, json.loads((folder / FACTS).read_text(encoding="utf-8"))
 
 
+def tensors_path(run: Path, step: int) -> Path:
+    """The file with the tensors of the state after `step`."""
+    return _folder(run, step) / TENSORS
+
+
 def restore_best(run: Path, step: int, best: Path) -> None:
     """Make the folder `best` what it was when `step` was saved; nothing, if there was none."""
     stored = _folder(run, step) / BEST

@@ -27,6 +27,7 @@ from qlora_lab.finetune.lora import LoRALinear, adapt, adapters, check_strength,
 from qlora_lab.finetune.peft_config import check_settings, pattern_of, strength_of
 from qlora_lab.finetune.tensor_file import save_tensors
 from qlora_lab.quant import disk
+from qlora_lab.quant.finite import is_finite
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
 
@@ -219,7 +220,7 @@ def _of_base(key: str, modules: dict[str, nn.Module]) -> torch.Tensor | None:
 
 def _same_values(stored: torch.Tensor, own: torch.Tensor | None) -> bool:
     """Whether they are equal, where either can have been rounded since: to bf16 (half of 2^-8) or fp16 (2^-24 at 0)."""
-    if own is None or own.shape != stored.shape:
+    if own is None or own.shape != stored.shape or stored.dtype not in WEIGHT_DTYPES:
         return False
     return torch.allclose(stored.float(), own.detach().cpu().float(), rtol=2**-8, atol=2**-24)
 
@@ -251,7 +252,7 @@ def _check_tensors(
                 )
             if tensor.dtype not in WEIGHT_DTYPES:
                 raise ValueError(f"{where} has {path}.{name} in {tensor.dtype}: save it in float32, bf16 or fp16")
-            if not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise ValueError(f"{where} has NaN or infinity in {path}.{name}: take one of an earlier step")
 
 

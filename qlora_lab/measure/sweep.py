@@ -49,6 +49,7 @@ from qlora_lab.measure.results_file import append_result, identity, open_results
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import CODEBOOKS, check_levels
 from qlora_lab.quant.lloyd_max import lloyd_max, scaled_sample
+from qlora_lab.quant.numbers import check_seed
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
@@ -116,8 +117,7 @@ def sweep(
     results = out_path(results)  # before anything is loaded
     settings = [_checked(one) for one in settings]
     check_windows(length, windows)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} is not allowed: choose a whole number from 0 to 2**63 - 1")
+    check_seed(seed)
     with open_results(results) as (rows, file):
         done = {identity(row): row for row in rows}
         source, tokens, shared = _prepared(name_or_path, windows, length, text, dtype, device, progress)
@@ -314,7 +314,8 @@ def _checked(setting: Variant | tuple) -> Variant:
     if variant.levels is None:
         if not known:
             names = f"{', '.join(CODEBOOKS)}, lloyd-max"
-            raise ValueError(f"codebook {variant.codebook!r} is not known: choose one of {names}, or give its levels")
+            given = f"codebook {variant.codebook!r:.60} is not known"
+            raise ValueError(f"{given}: choose one of {names}, or give its levels")
         return variant
     if known or variant.codebook == "none":  # what tables of rows call the model as it is
         raise ValueError(f"levels are given under the name {variant.codebook!r}, which stands for others: rename them")

@@ -30,6 +30,7 @@ from qlora_lab.quant import disk
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE
+from qlora_lab.quant.numbers import check_number
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.packing import group_of
 
@@ -243,10 +244,7 @@ def best_plan(
     Raises ValueError for a budget below the smallest plan's, which it names, for limits that are none, and for groups
     that overlap or name a layer that there is not.
     """
-    if not bits_per_parameter > 0:  # nor is NaN
-        raise ValueError(f"bits_per_parameter={bits_per_parameter} is no budget: give a number, such as 4.5")
-    if constants_share is not None and not 0 < constants_share <= 1:
-        raise ValueError(f"constants_share={constants_share} is not allowed: it is above 0 and at most 1, such as 0.05")
+    check_limits(bits_per_parameter, constants_share)
     members = _members(choices, groups)
     bits = np.stack([choices.bits[rows].sum(0) for rows in members])  # (groups, candidates)
     constants = _constants(choices, members)
@@ -260,6 +258,15 @@ def best_plan(
         raise ValueError(_too_small(bits, constants, weights, bits_per_parameter, constants_share))
     of_layer = {row: candidate for rows, candidate in zip(members, picked, strict=True) for row in rows}
     return _plan(choices, [of_layer[row] for row in range(len(choices.layers))])
+
+
+def check_limits(bits_per_parameter: float, constants_share: float | None = None) -> None:
+    """Raise ValueError unless best_plan can take these two."""
+    if bits_per_parameter != math.inf:
+        check_number("bits_per_parameter", bits_per_parameter, lambda bits: bits > 0, "a number above 0, such as 4.5")
+    if constants_share is not None:
+        what = "above 0 and at most 1, such as 0.05"
+        check_number("constants_share", constants_share, lambda share: 0 < share <= 1, what)
 
 
 def uniform(choices: Choices, candidate: Candidate) -> Plan:
