@@ -69,9 +69,11 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def fetch(a: argparse.Namespace) -> None:
+    from qlora_lab.quant.strict_json import read_json
+
     folder = ql.fetch(a.model, progress=not a.quiet)
     source = folder / "source.json"
-    _report(a, {"model": a.model, "folder": str(folder)} | (json.loads(source.read_text()) if source.exists() else {}))
+    _report(a, {"model": a.model, "folder": str(folder)} | (read_json(source) if source.exists() else {}))
 
 
 def quantize(a: argparse.Namespace) -> None:
@@ -360,6 +362,9 @@ def _swept(row: dict, whole: float) -> dict[str, str]:
 
 
 def _text(name: str) -> str:
+    from qlora_lab.quant.strict_json import check_regular
+
+    check_regular(Path(name))
     try:
         return Path(name).read_text(encoding="utf-8-sig")  # a mark that an editor put at its start is no text
     except UnicodeDecodeError as error:

@@ -26,8 +26,10 @@ from qlora_lab.finetune import checkpoint, ownership, run_record
 from qlora_lab.finetune.adapter_base import WEIGHTS_KEY
 from qlora_lab.finetune.empty_model import empty_model, fields_of, tokenizer_of
 from qlora_lab.finetune.examples import read_examples
-from qlora_lab.finetune.fetch import ModelError, resolve, weight_files
+from qlora_lab.finetune.fetch import ModelError, resolve
+from qlora_lab.finetune.model_files import weight_files
 from qlora_lab.finetune.peft_format import load_adapter
+from qlora_lab.finetune.resumed import read_log
 from qlora_lab.measure.llama_shape import shape_of
 from qlora_lab.measure.results_file import read_results
 from qlora_lab.measure.sweep import _source_note
@@ -107,8 +109,9 @@ def _checkpoint(folder: Path) -> None:
 def _read_state(path: Path) -> Any:
     """A state.json whose checksum is right: what a careful forger would write."""
     step = path.parent
-    lines = [f"{checkpoint._sha256(step / name)}  {name}\n" for name in (checkpoint.FACTS, checkpoint.TENSORS)]
-    (step / checkpoint.SUMS).write_text("".join(lines))
+    if path.is_file():
+        names = checkpoint.FACTS, checkpoint.TENSORS
+        (step / checkpoint.SUMS).write_text("".join(f"{checkpoint._sha256(step / name)}  {name}\n" for name in names))
     return checkpoint.load_checkpoint(path.parents[2], 3)
 
 
@@ -158,10 +161,11 @@ def _read_quantised(path: Path) -> Any:
 
 MARKED = {"application": ownership.RUN, "scratch": f".qlora-lab-{'0' * 32}"}
 RECORD = {"clock": "2026-11-26T12:00:00", "steps": 3, "base_sha256": "0" * 64, "adapter": {"r": 2}}
+LOG = "".join(f'{{"step": {step}, "loss": 2.5, "tokens": 9, "seconds": 0.1}}\n' for step in (1, 2))
 EXAMPLE = {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}], "extra": [1.5]}
 
 READERS: dict[str, Reader] = {
-    "any object": Reader("any.json", _write("any.json", {"a": [1, 2.5, None, True, {"b": "c"}]}), read_json),
+    "any object": Reader("any.json", _write("any.json", {"x": [1, 2.5, None, True, {"b": "c"}]}), read_json),
     "plan": Reader("plan.json", _plan, load_plan),
     "quantised tensor": Reader("state.json", _quantised, _read_quantised, (ValueError, KeyError)),
     "examples, lines": Reader("data.jsonl", _write("data.jsonl", f"{json.dumps(EXAMPLE)}\n" * 2), read_examples),
@@ -171,6 +175,7 @@ READERS: dict[str, Reader] = {
         "settings.json", _write("settings.json", RECORD), lambda path: run_record._stored_clock(path)
     ),
     "checkpoint": Reader("checkpoints/step-00000003/state.json", _checkpoint, _read_state),
+    "log": Reader("log.jsonl", _write("log.jsonl", LOG), lambda path: read_log(path, 2)),
     "results": Reader(
         "rows.jsonl", _write("rows.jsonl", f"{json.dumps(_row())}\n" * 2), read_results, (*MISTAKES, UserWarning)
     ),

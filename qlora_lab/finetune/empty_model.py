@@ -8,8 +8,8 @@ model's own `_init_weights` fills what is left. A buffer that it leaves alone is
 Not here: weights (models.py).
 """
 
-import json
 import re
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from reprlib import repr as short
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_lab.finetune.fetch import ModelError
+from qlora_lab.finetune.model_files import CONFIG, ModelError, read_config
+from qlora_lab.quant.strict_json import SWITCH, TEXT, check_keys, whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 NO_CODE = {"trust_remote_code": False}  # without it transformers asks the user, and a yes runs the folder's code
 NO_VALUE = "has no value: no file holds it and transformers does not compute it; please report this family"
 WRONG_VALUES = AttributeError, KeyError, TypeError, ZeroDivisionError  # what transformers says of values in a file
+QUANTISED_RULES = {"quant_method": TEXT, "plan": TEXT, "bnb_4bit_quant_type": TEXT, "block_size": whole(1)}
+QUANTISED_RULES |= dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant"), SWITCH)
 OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # parts of a configuration
 
 
@@ -64,15 +67,11 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def fields_of(folder: Path) -> dict:
-    """What config.json holds. Raises ModelError for a file that is no JSON object."""
-    path = folder / "config.json"
+    """What config.json holds. Raises ModelError for what is no configuration, or too large for one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_config(folder / CONFIG)
     except ValueError as error:
-        raise _unusable(path, error) from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} holds {short(found)}, but a configuration is a JSON object: fetch the model again")
-    return found
+        raise ModelError(str(error)) from None
 
 
 def _unusable(path: Path, error: Exception) -> ModelError:
@@ -121,11 +120,13 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
         return None
     if not isinstance(found, dict):
         raise ModelError(f"{folder}/config.json has quantization_config={short(found)}: it must be a JSON object")
+    _check_quantised(folder, found, ("quant_method",))
     method = found.get("quant_method", "an unknown method")
     if method == "bitsandbytes" and found.get("load_in_8bit"):
         raise ModelError(f"{folder} is in 8 bits by bitsandbytes, but only 4 bits are read: load its original")
     if method not in ("bitsandbytes", "qlora_lab") or not found.get("load_in_4bit"):
         raise ModelError(f"{folder} holds a model quantised by {method}: load the original, which is quantised here")
+    _check_quantised(folder, found, QUANTISED_RULES)
     if "plan" in found:
         return f"mixed by its {found['plan']}"
     return (
@@ -133,6 +134,14 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
         found.get("block_size", 64),
         found.get("bnb_4bit_use_double_quant", False),
     )
+
+
+def _check_quantised(folder: Path, found: dict, names: Iterable[str]) -> None:
+    try:
+        rules = {name: QUANTISED_RULES[name] for name in names}
+        check_keys(found, rules, f"{folder / CONFIG}: quantization_config")
+    except ValueError as error:
+        raise ModelError(str(error)) from None
 
 
 def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":

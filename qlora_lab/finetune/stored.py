@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qlora_lab.finetune.fetch import ModelError, weight_files
+from qlora_lab.finetune.model_files import ModelError, weight_files
 from qlora_lab.quant.finite import first_not_finite
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
 
@@ -98,7 +98,7 @@ def opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as stored:
             yield stored
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is cut off or no safetensors file ({error}): delete it and fetch it again") from None
+        raise ModelError(f"{path} is cut off or no safetensors file ({error}): put a whole copy in its place") from None
 
 
 @contextmanager

@@ -49,6 +49,7 @@ from qlora_lab.finetune.packed_rows import check_packing
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
 from qlora_lab.finetune.restored import check_tensors
+from qlora_lab.finetune.resumed import check_facts, read_log
 from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, check_free, replacing_run
 from qlora_lab.finetune.run_record import (
     adopt_arithmetic,
@@ -268,6 +269,7 @@ class Training:
 
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
+        check_facts(facts, self.folder)
         if step >= self.settings.steps:
             made = f"{self.folder} was saved at step {step}, so steps={self.settings.steps} are made already"
             raise ValueError(f"{made}: ask for more of them")
@@ -276,13 +278,7 @@ class Training:
                 f"{self.folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "
                 "Ask for what it was begun with, or choose another folder"
             )
-        log = (self.folder / LOG).read_text(encoding="utf-8").splitlines()[:step]
-        try:
-            self.lines = [json.loads(line) for line in log]
-        except ValueError:
-            self.lines = []
-        if [line["step"] for line in self.lines] != list(range(1, step + 1)):
-            raise ValueError(f"{self.folder / LOG} lacks a line of the first {step} steps: it was changed by hand")
+        self.lines = read_log(self.folder / LOG, step)
         checked = adapter_tensors(self.model), self._parameters, self.settings.optimizer_bits
         check_tensors(tensors_path(self.folder, step), tensors, *checked)
         adopt_arithmetic(self.model, facts["arithmetic"])

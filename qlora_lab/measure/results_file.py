@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qlora_lab.finetune.files import sync
+from qlora_lab.quant.strict_json import parse, read_regular
 
 try:
     import fcntl
@@ -28,6 +29,7 @@ except ImportError:  # Windows: two sweeps at once are the user's care
 IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "quantiser", "versions")
 FIGURES = ("perplexity", "window_losses", "bits_per_parameter", "relative_error", "layer_errors", "entropy")
 FIGURES += ("code_share",)
+LARGEST = 64 * 2**20  # bytes; a row of a model with 210 layers has four thousand
 START = b'{"model": {"'  # of every row that was ever written
 
 
@@ -47,7 +49,7 @@ def read_results(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     _check_kind(path)
-    return _parsed(path, path.read_bytes())[0] if path.exists() else []
+    return _parsed(path, read_regular(path, LARGEST))[0] if path.exists() else []
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:  # each write is one call of the system, at the end of the file
         _lock(path, file)
-        content = path.read_bytes()
+        content = read_regular(path, LARGEST)
         rows, end = _parsed(path, content)
         file.truncate(end)
         if end and content[end - 1 : end] != b"\n":
@@ -122,7 +124,7 @@ def _parsed(path: Path, content: bytes) -> tuple[list[dict], int]:
 
 def _row(path: Path, number: int, line: bytes) -> dict:
     try:
-        row = json.loads(line)
+        row = parse(line.decode("utf-8-sig"), "it")  # an editor may have put a mark before the first
         row["model"]["weights_sha256"]  # older versions, too, wrote this
     except (ValueError, LookupError, TypeError) as error:
         what = f"line {number} is no row of a sweep ({type(error).__name__}: {error})"
@@ -137,7 +139,7 @@ def _is_torn(line: bytes, first: bool) -> bool:
     """
     begun = line.rstrip(b"\0")  # what a power cut may leave of bytes that were promised
     try:
-        json.loads(begun)
+        parse(begun.decode("utf-8-sig"), "it")
     except ValueError:
         return begun.startswith(START) or (not first and START.startswith(begun))
     return False

@@ -33,6 +33,7 @@ from qlora_lab.quant.double_quant import GROUP_SIZE
 from qlora_lab.quant.numbers import check_number
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.packing import group_of
+from qlora_lab.quant.strict_json import NUMBER, OBJECT, SWITCH, TEXT, check_keys, each, read_json, whole
 
 if TYPE_CHECKING:
     from scipy.optimize import OptimizeResult
@@ -180,23 +181,27 @@ def load_plan(path: str | Path) -> Plan:
     """Read a plan. Raises ValueError for a file that is none, with what is wrong in it."""
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, _PLAN_RULES, _PLAN_RULES)
         layers = found["layers"]
-        chosen = {name: Candidate(*(one[key] for key in Candidate._fields)) for name, one in layers.items()}
-        numel = {name: int(one["numel"]) for name, one in layers.items()}
-        plan = Plan(str(found["model"]), chosen, float(found["error"]), float(found["bits_per_parameter"]), numel)
-    except KeyError as error:
-        raise ValueError(f"{path} is no plan: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:  # no JSON, no text at all, or JSON of something else
-        raise ValueError(f"{path} is no plan, or is cut off: {error}") from None
-    for name, one in chosen.items():
-        if unknown := sorted(layers[name].keys() - {*Candidate._fields, "numel"}):
+        for name, layer in layers.items():
+            check_keys(layer, _LAYER_RULES, name, _LAYER_RULES)
+    except ValueError as error:
+        reason = str(error).removeprefix(str(path)).lstrip(", ")
+        raise ValueError(f"{path} is no plan, or is cut off ({reason})") from None
+    chosen = {name: Candidate(*(layer[key] for key in Candidate._fields)) for name, layer in layers.items()}
+    for name, candidate in chosen.items():
+        if unknown := sorted(layers[name].keys() - _LAYER_RULES.keys()):
             raise ValueError(f"{path}: {name} has {unknown[0]!r}, which is not known here: {_REMEDY}")
         try:
-            check_candidate(one)
-        except (ValueError, TypeError) as error:
+            check_candidate(candidate)
+        except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from None
-    return plan
+    numel = {name: layer["numel"] for name, layer in layers.items()}
+    return Plan(found["model"], chosen, float(found["error"]), float(found["bits_per_parameter"]), numel)
+
+
+_PLAN_RULES = {"model": TEXT, "error": NUMBER, "bits_per_parameter": NUMBER, "layers": each(OBJECT)}
+_LAYER_RULES = {"codebook": TEXT, "block_size": whole(1), "double_quant": SWITCH, "numel": whole(1)}
 
 
 def check_candidate(candidate: Candidate) -> None:

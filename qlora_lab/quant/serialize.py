@@ -26,6 +26,7 @@ from qlora_lab.quant.double_quant import GROUP_SIZE, DoubleQuantized, dynamic_ma
 from qlora_lab.quant.finite import first_not_finite, largest_magnitude
 from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor
+from qlora_lab.quant.strict_json import decoded, parse
 
 BITSANDBYTES_READS = ("nf4", "fp4")
 # bnb_4bit_quant_storage: bytes of codes that go by another name, for FSDP
@@ -128,7 +129,7 @@ def _state(encoded: torch.Tensor) -> dict | None:
     if len(encoded) > MOST_STATE:
         return None
     try:
-        state = json.loads(bytes(encoded.tolist()))
+        state = parse(decoded(bytes(encoded.tolist()), "state"), "state")
         whole = [*state["shape"], state["blocksize"]]
         numbers = [*whole, state.get("nested_offset", 0)]
         float(numbers[-1])  # an integer of 400 digits is none

@@ -96,7 +96,7 @@ def read_json(
     text = decoded(read_regular(path, largest), str(path))
     found = parse(text, str(path), infinity=infinity)
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {short(found)}, but a JSON object is expected: put the right file in its place")
+        raise ValueError(f"{path} holds {short(found)}: it must be a JSON object")
     if "\\u" in text:
         _check_characters(found, str(path))
     check_keys(found, rules or {}, str(path), needed)
