@@ -88,7 +88,10 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
         earlier = [s for s in steps if s < step]
         remedy = f"go on from the one before it: resume={earlier[-1]}" if earlier else "there is none before it"
         raise ValueError(f"{folder / damaged} is not what was written, it was cut off or changed; {remedy}")
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}  # no view of the file
+    try:
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}  # no view of the file
+    except SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS} holds no tensors ({error}): resume from another checkpoint") from None
     return tensors, read_json(folder / FACTS)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import qlora_lab as ql
 from qlora_lab.finetune.checkpoint import saved_steps
 from qlora_lab.finetune.examples import Example
-from qlora_lab.finetune.fetch import ModelError
+from qlora_lab.finetune.model_files import ModelError
 from qlora_lab.finetune.settings import Settings
 from qlora_lab.finetune.stored import Stored
 from qlora_lab.finetune.trainer import Training
