@@ -9,17 +9,17 @@ whole. What happens to it later is found by its checksums; it is then refused by
 Not here: what is in a state (trainer.py), adapters for others to read (peft_format.py).
 """
 
-import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from qlora_lab.finetune.files import replacing_folder, scratch_for, sync
+from qlora_lab.finetune.checksums import as_lines, sha256
+from qlora_lab.finetune.files import replacing_folder, scratch_for
+from qlora_lab.finetune.tensor_file import save_tensors
+from qlora_lab.quant import disk
 from qlora_lab.quant.strict_json import read_json, read_regular
 
 FOLDER, TENSORS, FACTS, SUMS = "checkpoints", "state.safetensors", "state.json", "SHA256SUMS"
@@ -46,19 +46,18 @@ def save_checkpoint(
     Raises OSError, with what is left, if it cannot be written; earlier checkpoints are as they were then.
     """
     target = _folder(run, step)
-    target.parent.mkdir(exist_ok=True)
-    sync(run)
+    disk.make_folder(target.parent)
+    disk.sync(run)
     try:
         with replacing_folder(target, owner=run) as new:
-            save_file(tensors, new / TENSORS)
-            shutil.copymode(run, new)
-            (new / FACTS).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            save_tensors(tensors, new / TENSORS)
+            disk.copy_mode(run, new)
+            disk.write_text(new / FACTS, json.dumps(facts, indent=2, allow_nan=False) + "\n")
             if best:
-                shutil.copytree(best, new / BEST)
+                disk.copy_folder(best, new / BEST)
             files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
-            sums = [f"{_sha256(new / name)}  {name}\n" for name in files]
-            (new / SUMS).write_text("".join(sums), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+            disk.write_bytes(new / SUMS, as_lines({name: sha256(new / name) for name in files}))
+    except OSError as error:
         size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
         kept = saved_steps(run)
         left = f"the checkpoint of step {kept[-1]} is whole" if kept else "there is no earlier checkpoint"
@@ -73,7 +72,7 @@ def forget(run: Path, steps: list[int]) -> None:
     """Remove the checkpoints of `steps`. Each loses its name first: what has one is whole."""
     for step in steps:
         with scratch_for(_folder(run, step), owner=run) as scratch:
-            _folder(run, step).rename(scratch / "old")
+            disk.rename(_folder(run, step), scratch / "old")
 
 
 def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
@@ -89,8 +88,16 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
         earlier = [s for s in steps if s < step]
         remedy = f"go on from the one before it: resume={earlier[-1]}" if earlier else "there is none before it"
         raise ValueError(f"{folder / damaged} is not what was written, it was cut off or changed; {remedy}")
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}  # no view of the file
+    try:
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}  # no view of the file
+    except SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS} holds no tensors ({error}): resume from another checkpoint") from None
     return tensors, read_json(folder / FACTS)
+
+
+def tensors_path(run: Path, step: int) -> Path:
+    """The file with the tensors of the state after `step`."""
+    return _folder(run, step) / TENSORS
 
 
 def restore_best(run: Path, step: int, best: Path) -> None:
@@ -98,9 +105,10 @@ def restore_best(run: Path, step: int, best: Path) -> None:
     stored = _folder(run, step) / BEST
     if stored.is_dir():
         with replacing_folder(best) as new:
-            shutil.copytree(stored, new, dirs_exist_ok=True)
+            disk.copy_folder(stored, new)
     elif best.exists():
-        shutil.rmtree(best.resolve())
+        with scratch_for(best.resolve()) as scratch:
+            disk.rename(best.resolve(), scratch / "old")
 
 
 def _damaged(folder: Path) -> str | None:
@@ -111,14 +119,9 @@ def _damaged(folder: Path) -> str | None:
     sums = {line[66:]: line[:64] for line in lines}  # 64 digits, two spaces, a name
     if not {TENSORS, FACTS} <= sums.keys():
         return SUMS
-    wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or _sha256(folder / n) != digest)
+    wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or sha256(folder / n) != digest)
     return next(wrong, None)
 
 
 def _folder(run: Path, step: int) -> Path:
     return run / FOLDER / f"step-{step:08}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -294,6 +294,11 @@ def together() -> Iterator[None]:
         raise ConnectionAbortedError("another process failed here, so this one stops as well; its message says why")
 
 
+def leads() -> bool:
+    """Whether this is process 0, which writes files, or the only one."""
+    return not _joined() or dist.get_rank() == 0
+
+
 def first_on_node(work: Callable[[], T]) -> T:
     """work() on the first process of each node, and then on the others, which find what it fetched."""
     leads = int(os.environ.get("LOCAL_RANK", 0)) == 0

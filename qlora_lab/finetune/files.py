@@ -1,19 +1,20 @@
-"""Nothing half-written: a folder is made under a temporary name beside its place, and renamed when it is complete and
+"""Nothing half-written: a folder is made under a temporary name beside its place, and takes it when it is complete and
 on the disk.
 
-But: a rename over a folder that is not empty does not exist, so the old one is moved aside first, moved back if the new
-one cannot take its place, and removed last.
-Not here: whether `target` may be replaced (run_folder.py, and each writer).
+Where the system can exchange two names (Linux), an earlier folder gives its name to the new one in one step: a reader
+finds the one or the other, always.
+But: elsewhere a rename over a folder that is not empty does not exist, so the old one is moved aside first, moved back
+if the new one cannot take its place, and removed last.
+Not here: whether `target` may be replaced (run_folder.py, and each writer), the calls themselves (quant/disk.py).
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_lab.finetune.ownership import scratch_name
+from qlora_lab.quant import disk
+from qlora_lab.quant.disk import sync
 from qlora_lab.quant.out_path import out_path
 
 
@@ -23,34 +24,41 @@ def replacing_folder(target: str | Path, owner: Path | None = None) -> Iterator[
 
     owner: as for scratch_for. A link is followed, and stays.
     """
+    owner = owner or out_path(target).parent  # a link's own folder, not that of what it leads to
     target = out_path(target).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(target.parent)
     with scratch_for(target, owner) as scratch:
-        new, old = scratch / "new", scratch / "old"
-        new.mkdir()
+        new = scratch / "new"
+        disk.make_folder(new)
         yield new
         for path in [*new.rglob("*"), new]:
             sync(path)
-        if target.exists():
-            target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        _take_place(new, target, scratch / "old")
         sync(target.parent)
+
+
+def _take_place(new: Path, target: Path, old: Path) -> None:
+    """Give `new` the name `target`; what has it goes into scratch."""
+    if not target.exists():
+        disk.rename(new, target)
+    elif not disk.exchange(new, target):
+        disk.rename(target, old)
+        try:
+            disk.rename(new, target)
+        except OSError:
+            disk.rename(old, target)
+            raise
 
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yields the name of a file to write; it takes the place of `target` on success and vanishes on an error."""
-    target = target.resolve()
-    with scratch_for(target) as scratch:
+    owner, target = target.parent, target.resolve()
+    with scratch_for(target, owner) as scratch:
         new = scratch / target.name
         yield new
         sync(new)
-        new.replace(target)
+        disk.rename(new, target)
     sync(target.parent)
 
 
@@ -64,23 +72,10 @@ def scratch_for(target: Path, owner: Path | None = None) -> Iterator[Path]:
     home = target.parent
     if recorded := scratch_name(owner or home):
         home = home / recorded
-        home.mkdir(exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=home))
+        disk.make_folder(home)
     try:
-        yield scratch
+        with disk.scratch(home, f".{target.name}-") as scratch:
+            yield scratch
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
         if recorded:
-            with suppress(OSError):  # it holds something else
-                home.rmdir()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk and would survive a power cut."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            disk.remove_if_empty(home)

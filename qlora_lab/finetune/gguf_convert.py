@@ -23,16 +23,17 @@ Not here: other architectures, SentencePiece tokenizers, rope scaling, experts, 
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
+
+from qlora_lab.finetune.tensor_file import save_tensors
+from qlora_lab.quant import disk
 
 # GGUF's part of a layer -> transformers' part of it. Names around them: `_hf_name`.
 LAYER_PARTS = {
@@ -74,13 +75,13 @@ def convert(gguf_path: str | Path, folder: str | Path, *, progress: bool = True)
 
 
 def _write(folder: Path, settings: dict[str, dict], tokenizer: Tokenizer, weights: dict[str, torch.Tensor]) -> None:
-    folder.mkdir(parents=True)
+    disk.make_folder(folder)
     for name, content in settings.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # save_file makes it private to this user
+        disk.write_text(folder / f"{name}.json", text)
+    disk.write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
+    disk.copy_mode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private to this user
 
 
 def _open(path: Path) -> gguf.GGUFReader:

@@ -4,7 +4,8 @@ In: a known name, a local folder, or a hub id. Out: (model, tokenizer), the mode
 Peak memory is the quantised model plus the largest tensor, never the full-precision model: the model is built on the
 meta device, where tensors have shapes and no bytes, and each weight is read, quantised and dropped before the next.
 
-A folder that is in 4 bits already (quantized_folder.py) is mapped: no tensor is read before it is used.
+A folder that is in 4 bits already (quantized_folder.py) is mapped: no codes are read before they are used.
+A NaN or an infinity is refused wherever it stands, at the speed of memory (quant/finite.py).
 Embeddings, the head and norms keep their precision. In the end each tensor is the one that was read, or the load fails.
 Not here: the folder (fetch.py), the empty model and its buffers (empty_model.py), names in files (stored.py), adapters
 (lora.py).
@@ -29,6 +30,7 @@ from qlora_lab.finetune.empty_model import (
 )
 from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, resolve
 from qlora_lab.finetune.linear4bit import HEAD, Linear4bit, head_path, linears_to_quantise
+from qlora_lab.finetune.out_of_memory import telling_memory
 from qlora_lab.finetune.share import in_4_bits
 from qlora_lab.finetune.stored import (
     by_model_name,
@@ -73,8 +75,8 @@ def load(
     bias, stays so. device: None takes a CUDA GPU if there is one.
     Raises ValueError for a name or option that is not known, a plan of another model, or a model without linear layers;
     FileNotFoundError for a folder without a model; ModelError for a tensor that is missing, extra, mis-shaped or cut
-    off: each names it, and for a family that is not supported. Warns where less than 90 % of the weights are in 4 bits,
-    and for tied weights that differ in the files, which are then two.
+    off: each names it, and for a family that is not supported; OutOfMemory, which says what would need less. Warns
+    where less than 90 % of the weights are in 4 bits, and for tied weights that differ in the files: they are then two.
     """
     if codebook is not None:  # before anything is fetched or read
         named_codebook(codebook)
@@ -100,13 +102,24 @@ def load(
     else:
         options = {} if codebook is None and plan is None else of_layers(asked, plan, layer_sizes(model))
         arriving = _quantised(model, folder, options, device, dtypes, progress)
-    placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in arriving}
-    tie(model, placed)
-    widen(model)
+    with telling_memory(lambda: _too_large(folder, stored is not None, codebook)):
+        placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in arriving}
+        tie(model, placed)
+        widen(model)
     _check_whole(model, placed)
     if codebook is not None or plan is not None:
         in_4_bits(model).warn_if_small(stacklevel=2)
     return model.requires_grad_(False).eval(), tokenizer_of(folder)
+
+
+def _too_large(folder: Path, mapped: bool, codebook: str | None) -> str:
+    if mapped:
+        helps = "close other programs, or choose a smaller model"
+    elif codebook is None:
+        helps = 'load it in 4 bits, codebook="nf4" (--codebook nf4), or in dtype=torch.bfloat16 (--dtype bfloat16)'
+    else:
+        helps = "load the copy that `qlora-lab quantize` makes of it, which stays on the disk until it is used"
+    return f"out of memory while {folder} was loaded: {helps}"
 
 
 @lru_cache
@@ -163,7 +176,7 @@ def _quantised(
 def _mapped(
     model: "PreTrainedModel", folder: Path, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
-    """The tensors of a folder in 4 bits. On the CPU nothing is read before it is used: they are views of files."""
+    """The tensors of a folder in 4 bits. On the CPU all are views of files, and codes are not read before use."""
     files = files_of(folder)
     parts: dict[str, list[str]] = {}
     for key in files:

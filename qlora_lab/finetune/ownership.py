@@ -9,15 +9,14 @@ Not here: what a run may replace (run_folder.py).
 
 import json
 import os
-import re
-import secrets
 from pathlib import Path
 
+from qlora_lab.quant import disk
+from qlora_lab.quant.lock import SCRATCH, scratch_name as new_name
 from qlora_lab.quant.strict_json import read_json
 
 MARK = "qlora-lab.json"
 RUN, QUANTISED = "qlora_lab run", "qlora_lab quantize"  # what writes a folder
-SCRATCH = re.compile(r"\.qlora-lab-[0-9a-f]{32}")
 
 
 def mark(folder: Path, application: str) -> str:
@@ -28,11 +27,13 @@ def mark(folder: Path, application: str) -> str:
     if not is_marked(folder, application):
         if is_marked_otherwise(folder, application):
             raise FileExistsError(f"{folder / MARK} was not written by {application}: choose another folder")
-        content = {"application": application, "scratch": f".qlora-lab-{secrets.token_hex(16)}"}
-        with (folder / MARK).open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content) + "\n")  # one write: a kill leaves all of it or an empty file
-            file.flush()
-            os.fsync(file.fileno())
+        content = {"application": application, "scratch": new_name()}
+        try:
+            disk.write_text(folder / MARK, json.dumps(content) + "\n")  # one write: a kill leaves all or an empty file
+            disk.sync(folder / MARK)
+        except OSError:  # a full disk may leave a part, which would be somebody's own
+            disk.remove(folder / MARK)
+            raise
     return scratch_name(folder)
 
 

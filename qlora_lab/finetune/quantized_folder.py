@@ -12,15 +12,14 @@ Not here: reading it (models.py).
 """
 
 import json
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from qlora_lab.finetune.checksums import write_sums
 from qlora_lab.finetune.empty_model import empty_model, fields_of, stored_options
 from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
 from qlora_lab.finetune.files import replacing_file
@@ -29,9 +28,12 @@ from qlora_lab.finetune.models import layer_sizes
 from qlora_lab.finetune.ownership import MARK, QUANTISED, is_marked, mark, read_object, scratch_name
 from qlora_lab.finetune.share import Share, in_4_bits
 from qlora_lab.finetune.stored import Stored, opened, stored_tensors
+from qlora_lab.finetune.tensor_file import save_tensors
+from qlora_lab.quant import disk
 from qlora_lab.quant.block_size import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
+from qlora_lab.quant.lock import LOCK, locked_folder
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.quantize import quantize
 from qlora_lab.quant.serialize import BITSANDBYTES_READS, to_tensors
@@ -56,21 +58,29 @@ def quantize_folder(
 
     plan: or its file, instead of the options, for layers that differ (quant/block_size.py); it is kept in the folder,
     which bitsandbytes then does not read.
-    Raises what `load` raises, FileExistsError for a folder that holds anything else, and ValueError for an empty path,
-    a folder that was begun from another model or with other options, and a plan of another model.
+    Raises what `load` raises, FileExistsError for a folder that holds anything else, BlockingIOError for one that
+    another process writes to, and ValueError for an empty path, a folder that was begun from another model or with
+    other options, and a plan of another model.
     """
     out = out_path(out)
     named_codebook(codebook)
     check_block_size(block_size)
     plan = as_plan(plan)
+    with locked_folder(out, "quantize"):
+        share = _quantize(name_or_path, out, Candidate(codebook, block_size, double_quant), plan, progress)
+    share.warn_if_small(stacklevel=2)
+    return out
+
+
+def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan | None, progress: bool) -> Share:
     source = resolve(name_or_path, progress=progress)
     if already := stored_options(source):
         raise ModelError(f"{source} is in 4 bits already, as {already}: load it, or quantise its original")
     model = empty_model(source, torch.float32)
     stored = stored_tensors(model, source)
-    options = of_layers(Candidate(codebook, block_size, double_quant), plan, layer_sizes(model))
+    options = of_layers(chosen, plan, layer_sizes(model))
     pieces = _pieces(stored)
-    work = {"codebook": codebook, "block_size": block_size, "double_quant": double_quant, "pieces": pieces}
+    work = chosen._asdict() | {"pieces": pieces}
     work |= {"source": _identity(source, stored), "plan": plan and {name: list(one) for name, one in options.items()}}
     _begin(out, work)
     weight_map, total = {}, len(pieces)
@@ -89,16 +99,14 @@ def quantize_folder(
                 bar.update()
             with replacing_file(file) as new:
                 # tables are shared by all weights, and safetensors stores no tensor under two names
-                save_file({key: _own(key, value) for key, value in tensors.items()}, new, metadata={"format": "pt"})
+                save_tensors({key: _own(key, value) for key, value in tensors.items()}, new, {"format": "pt"})
         else:
             bar.update(len(piece))
         with opened(file) as whole:
             weight_map |= dict.fromkeys(whole.keys(), file.name)
     bar.close()
-    described = _described(Candidate(codebook, block_size, double_quant), plan, _kept(model, options))
-    _finish(out, source, described, plan, weight_map)
-    in_4_bits(model, options).warn_if_small(stacklevel=2)
-    return out
+    _finish(out, source, _described(chosen, plan, _kept(model, options)), plan, weight_map)
+    return in_4_bits(model, options)
 
 
 def folder_in_4_bits(folder: Path) -> Share:
@@ -157,9 +165,8 @@ def _described(options: Candidate, plan: Plan | None, kept: list[str]) -> dict:
 
 
 def _begin(out: Path, work: dict) -> None:
-    if (out / CONFIG).exists():
+    if (out / CONFIG).exists() and not (out / UNFINISHED).exists():
         raise FileExistsError(f"{out} holds a model already: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
     if (out / UNFINISHED).exists():
         begun = read_object(out / UNFINISHED)
         if not begun.keys() >= work.keys():
@@ -167,15 +174,19 @@ def _begin(out: Path, work: dict) -> None:
         if differing := [name for name in work if begun.get(name) != work[name]]:
             name = differing[-1]
             raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
-        # that of a process that was killed as it wrote
-        shutil.rmtree(out / mark(out, QUANTISED), ignore_errors=True)
+        _clear(out)
         return
     begun_empty = {MARK, scratch_name(out)} if is_marked(out, QUANTISED) else set()
-    if {path.name for path in out.iterdir()} - begun_empty:
+    if {path.name for path in out.iterdir()} - begun_empty - {LOCK}:
         raise FileExistsError(f"{out} is not empty: choose a folder of its own")
-    mark(out, QUANTISED)
+    _clear(out)
     with replacing_file(out / UNFINISHED) as new:
-        new.write_text(json.dumps(work) + "\n", encoding="utf-8")
+        disk.write_text(new, json.dumps(work) + "\n")
+
+
+def _clear(out: Path) -> None:
+    """Mark the folder, and empty the scratch of a process that was killed as it wrote."""
+    disk.remove_if_possible(out / mark(out, QUANTISED))
 
 
 def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:
@@ -189,9 +200,13 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
             plan.save(new)
     for name in COPIED:
         if (source / name).exists():
-            shutil.copyfile(source / name, out / name)
-    for name, content in ((INDEX, index), (CONFIG, config)):
+            with replacing_file(out / name) as new:
+                disk.copy(source / name, new)
+    copied = [name for name in COPIED if (out / name).exists()]
+    contents = {name: (json.dumps(one, indent=2) + "\n").encode() for name, one in ((INDEX, index), (CONFIG, config))}
+    write_sums(out, [*set(weight_map.values()), *copied, *([PLAN] if plan else [])], contents)
+    for name, content in contents.items():
         with replacing_file(out / name) as new:
-            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in (UNFINISHED, MARK):
-        (out / name).unlink()
+            disk.write_bytes(new, content)
+    for name in (MARK, UNFINISHED):  # without the second the folder is a model and nothing else
+        disk.remove(out / name)

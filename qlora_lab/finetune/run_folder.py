@@ -4,28 +4,35 @@ adapter/      the adapter in PEFT's format           log.jsonl     one line a st
 best/         the one with the lowest held-out loss  checkpoints/  all that is needed to go on (checkpoint.py)
 settings.json what decided the run                   result.json   how it ended; there once it has
 qlora-lab.json  the mark that the folder is a run's (ownership.py)
+qlora-lab.sha256  checksums of settings.json and, once the run is complete, of all but checkpoints/ (checksums.py)
 
 What lies there under one of these names and was not written by a run is refused by name, with `overwrite` as well; what
 has another name is left alone. Links are followed: files are moved beside where they are, so on their own disk.
+
+A run that replaces another one sets its files aside in scratch, settings.json first, and keeps them until it has an
+adapter of its own. So if it was killed, and there are no settings, it has never begun: whatever comes next puts them
+back (restore_earlier).
 """
 
 import os
-import secrets
-import shutil
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_lab.finetune.checkpoint import BEST, CHECKPOINT_FILES, FOLDER, saved_steps, step_folders
-from qlora_lab.finetune.files import sync
-from qlora_lab.finetune.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object
+from qlora_lab.finetune.checksums import SUMS
+from qlora_lab.finetune.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object, scratch_name
 from qlora_lab.finetune.peft_format import CONFIG, WEIGHTS
+from qlora_lab.quant import disk
+from qlora_lab.quant.lock import locked_folder, reserved_folder
 from qlora_lab.quant.out_path import out_path
 
 LOG, RECORD, RESULT, ADAPTER = "log.jsonl", "settings.json", "result.json", "adapter"
-RUN_FILES = (ADAPTER, BEST, FOLDER, LOG, RECORD, RESULT)
-WEIGHTS_FILES = (CONFIG, WEIGHTS)  # all that a run writes to adapter/ and best/
+RUN_FILES = (RECORD, ADAPTER, BEST, FOLDER, LOG, RESULT, SUMS)
+WEIGHTS_FILES = (CONFIG, WEIGHTS, SUMS)  # all that a run writes to adapter/ and best/
 EARLIER = "earlier-"  # in scratch: what the files of an earlier run are set aside in
+_told: set[Path] = set()  # where earlier runs are kept, as this process has said already
 
 
 def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = False) -> None:
@@ -33,14 +40,7 @@ def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = Fa
 
     A run that may be overwritten or resumed is free. ValueError: an empty path, or overwrite with resume.
     """
-    out = out_path(out)
-    if out.is_file():
-        raise FileExistsError(f"{out} is a file: name a folder for the run")
-    if os.path.lexists(out) and not out.is_dir():
-        raise FileExistsError(f"{out} is a device, or a link to nothing: name a folder for the run")
-    if overwrite and resume is not False:
-        raise ValueError("overwrite and resume exclude each other: choose one")
-    check_ours(out)
+    out = _checked(out, overwrite, resume)
     if resume is not False and (out / RESULT).exists():
         raise FileExistsError(f"{out} holds a run that is complete: there is nothing to resume")
     if overwrite:
@@ -60,6 +60,19 @@ def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = Fa
         raise FileExistsError(f"{out} holds an earlier run: {message}")
 
 
+def _checked(out: str | Path, overwrite: bool, resume: bool | int) -> Path:
+    """`out`, if a run could ever write to it, whatever an earlier one has left there."""
+    out = out_path(out)
+    if out.is_file():
+        raise FileExistsError(f"{out} is a file: name a folder for the run")
+    if os.path.lexists(out) and not out.is_dir():
+        raise FileExistsError(f"{out} is a device, or a link to nothing: name a folder for the run")
+    if overwrite and resume is not False:
+        raise ValueError("overwrite and resume exclude each other: choose one")
+    check_ours(out)
+    return out
+
+
 # ------------------------------------------------------------------------------------------------------ what is a run's
 
 
@@ -75,11 +88,12 @@ def _strangers(folder: Path) -> Iterator[Path]:
     if is_marked_otherwise(folder, RUN):
         yield folder / MARK
     ours = is_marked(folder, RUN) or _is_unmarked_run(folder)
-    for name in (LOG, RECORD, RESULT):
+    for name in (LOG, RECORD, RESULT, SUMS):
         if os.path.lexists(folder / name) and not (ours and (folder / name).is_file()):
             yield folder / name
     for name in (ADAPTER, BEST):
-        if os.path.lexists(folder / name):
+        set_aside = ours and (folder / name).is_symlink() and not (folder / name).exists()  # what the link led to
+        if os.path.lexists(folder / name) and not set_aside:
             yield from _others(folder / name, WEIGHTS_FILES) if ours else [folder / name]
     if os.path.lexists(folder / FOLDER):
         # an empty folder, or a link to one, is how a user says where checkpoints are to be: ours from now on
@@ -105,54 +119,132 @@ def _is_unmarked_run(folder: Path) -> bool:
 
 
 @contextmanager
-def replacing_run(folder: Path, resume: bool) -> Iterator[Path]:
-    """Yields `folder`; an earlier run in it is set aside, and put back if the new one saves nothing.
+def reserved_run(out: str | Path, overwrite: bool, resume: bool | int) -> Iterator[None]:
+    """Have the folder for a run that this process prepares inside the block, so that rivals are told at once.
 
-    Raises FileExistsError for what no run wrote.
+    Raises as check_free and replacing_run do.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    check_ours(folder)
-    scratch = mark(folder, RUN)
-    sync(folder)
-    places = {path.resolve().parent for path in _parts(folder)} | {folder.resolve(), (folder / FOLDER).resolve()}
-    places = [place / scratch for place in places]
-    for stale in (path for place in places for path in place.glob("*")):  # of a process that was killed
-        if not stale.name.startswith(EARLIER):  # the run that it was to replace stays until another has an adapter
-            shutil.rmtree(stale)
-    earlier = [] if resume else [path.resolve() for path in _parts(folder)]
-    aside = f"{EARLIER}{secrets.token_hex(4)}"
-    kept = {path: path.parent / scratch / aside / path.name for path in earlier}
+    with reserved_folder(_checked(out, overwrite, resume), "finetune"):
+        restore_earlier(Path(out))
+        check_free(out, overwrite, resume)
+        yield
+
+
+@contextmanager
+def replacing_run(folder: Path, overwrite: bool = False, resume: bool | int = False) -> Iterator[Path]:
+    """Yields `folder`, locked; an earlier run in it is set aside, and put back if the new one saves nothing.
+
+    Raises BlockingIOError where another process writes to it, and as check_free does: what was free before may be so no
+    longer. Warns of an earlier run that is still set aside, with its place.
+    """
+    with locked_folder(folder, "finetune"):
+        restore_earlier(folder)
+        check_free(folder, overwrite, resume)
+        scratch = mark(folder, RUN)
+        disk.sync(folder)
+        _clear(folder, scratch)
+        with _aside(folder, scratch, set_aside=resume is False):
+            yield folder
+
+
+@contextmanager
+def _aside(folder: Path, scratch: str, set_aside: bool) -> Iterator[None]:
+    places = _places(folder)
+    parts = [path.resolve() for path in _parts(folder)] if set_aside else []
+    aside = f"{EARLIER}{len(_kept_aside(folder, scratch)) + 1:04}"
+    kept = {path: path.parent / scratch / aside / path.name for path in parts}
     try:
-        for path in earlier:
-            kept[path].parent.mkdir(parents=True, exist_ok=True)
-            path.rename(kept[path])
-        yield folder
+        for path in parts:
+            disk.make_folder(kept[path].parent)
+            disk.rename(path, kept[path])
+        yield
     finally:
-        moved = [path for path in earlier if kept[path].exists()]
-        began = len(moved) == len(earlier)
-        if earlier and not (began and ((folder / ADAPTER).exists() or saved_steps(folder))):
-            for path in _parts(folder) if began else moved:  # what the new run left, if it began
-                _remove(path.resolve())
-            for path in moved:
-                kept[path].rename(path)
-            for place in places:
-                shutil.rmtree(place / aside, ignore_errors=True)
+        moved = [path for path in parts if kept[path].exists()]
+        began = len(moved) == len(parts)
+        if parts and not (began and ((folder / ADAPTER).exists() or saved_steps(folder))):
+            for path in reversed(_parts(folder)) if began else ():  # what the new run left; its settings last
+                disk.remove(path.resolve())
+            _put_back(places, scratch, aside)
         elif (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens to this one
             for place in places:
-                shutil.rmtree(place, ignore_errors=True)
+                disk.remove_if_possible(place / scratch)
         for place in places:
-            with suppress(OSError):  # it is not there, or holds an earlier run
-                place.rmdir()
+            disk.remove_if_empty(place / scratch)  # unless it is not there, or holds an earlier run
+
+
+def _places(folder: Path) -> set[Path]:
+    """Where parts of a run lie, also those that are set aside: links lead there still."""
+    steps = {path.resolve().parent for path in step_folders(folder)}
+    return {(folder / name).resolve().parent for name in RUN_FILES} | {(folder / FOLDER).resolve()} | steps
 
 
 def _parts(folder: Path) -> list[Path]:
-    """What a run has written: its files and folders, and each checkpoint for itself."""
+    """What a run has written: its files and folders, and each checkpoint for itself. Its settings come first."""
     parts = [folder / name for name in RUN_FILES if name != FOLDER]
     return [path for path in parts if path.exists()] + step_folders(folder)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+# ------------------------------------------------------------------------------------------------------- after a kill
+
+
+def restore_earlier(folder: Path) -> None:
+    """Put an earlier run back whose successor was killed before it began, and warn; the caller has the lock.
+
+    Where the successor did begin, warn of the place in which the earlier run is kept.
+    """
+    scratch = scratch_name(folder) if is_marked(folder, RUN) else None
+    kept = _kept_aside(folder, scratch) if scratch else []
+    if kept and not (folder / RECORD).exists():
+        _put_back(_places(folder), scratch, kept.pop())
+        told = "a run that was to replace the one before it was killed before it began"
+        warnings.warn(f"{folder}: {told}: the earlier one is in its place again", stacklevel=2)
+    if kept and (place := folder / scratch / kept[-1]) not in _told:
+        _told.add(place)
+        told = f"is kept in {place} until this one has an adapter"
+        warnings.warn(f"{folder}: the run before this one {told}", stacklevel=2)
+
+
+def find_adapter(folder: Path) -> None:
+    """For an adapter that is missing: put an earlier run back in whose folder it was, or say where that is kept.
+
+    Raises FileNotFoundError where an earlier run is kept aside, and BlockingIOError while its successor is made.
+    """
+    run = folder.parent
+    if folder.exists() or not is_marked(run, RUN) or not _kept_aside(run, scratch_name(run)):
+        return
+    with locked_folder(run, "generate"):
+        if not (run / RECORD).exists():
+            restore_earlier(run)
+            return
+        aside = folder.resolve().parent / scratch_name(run) / _kept_aside(run, scratch_name(run))[-1]
+    kept = aside / folder.resolve().name
+    raise FileNotFoundError(f"{folder} is not there, as a run was begun anew in {run}: the earlier one is {kept}")
+
+
+def _kept_aside(folder: Path, scratch: str) -> list[str]:
+    """Names of folders in scratch that hold an earlier run, the newest last."""
+    found = {path.name for place in _places(folder) for path in (place / scratch).glob(f"{EARLIER}*") if _filled(path)}
+    return sorted(found)
+
+
+def _filled(folder: Path) -> bool:
+    return any(folder.iterdir())
+
+
+def _put_back(places: set[Path], scratch: str, aside: str) -> None:
+    paths = [path for place in places for path in (place / scratch / aside).glob("*")]
+    for path in sorted(paths, key=lambda path: path.name == RECORD):  # settings last: until then it may be repeated
+        target = path.parents[2] / path.name
+        disk.remove(target)  # of a successor, which wrote its log first
+        disk.rename(path, target)
+    for place in places:
+        disk.remove_if_possible(place / scratch / aside)
+        disk.remove_if_empty(place / scratch)
+
+
+def _clear(folder: Path, scratch: str) -> None:
+    """Remove what a killed process was writing; what it has set aside stays until another run has an adapter."""
+    for place in _places(folder):
+        for stale in (place / scratch).glob("*"):
+            if not (stale.name.startswith(EARLIER) and _filled(stale)):
+                disk.remove(stale)

@@ -8,12 +8,11 @@ GPU, pages in pinned memory of its host. ManagedStore, the paper's own: CUDA's m
 address and the driver moves it. A store writes a page away, reads it back, clears a frame, and starts such a move
 beside the arithmetic that goes on: a thread for a file, a stream of its own on a GPU.
 
-But: the two for GPUs have run on no GPU yet; the tests run all of it but CUDA's own calls.
+But: the tests run all of the two for GPUs but CUDA's own calls; bench/gpu_paging.py runs these.
 Not here: which page moves when (paging.py).
 """
 
 import errno
-import tempfile
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from qlora_lab.quant import disk
 
 Wait = Callable[[], BaseException | None]  # returns when a move is over, with what stopped it
 SYSTEM_PAGE = 4096  # bytes: the driver moves managed memory in whole pages of the system
@@ -35,7 +36,7 @@ class FileStore:
         self.frames = torch.zeros(frames, page_size, dtype=torch.uint8)
         self.file = None
         if frames < count:
-            self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - as long as self
+            self.file = disk.unnamed_file(folder)
             weakref.finalize(self, self.file.close)
             self._thread = ThreadPoolExecutor(1)  # starts with its first move
 

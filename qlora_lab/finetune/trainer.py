@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,22 +26,33 @@ from tqdm.auto import tqdm
 
 from qlora_lab.finetune.allocator import recycle_memory
 from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
-from qlora_lab.finetune.checkpoint import BEST, forget, load_checkpoint, restore_best, save_checkpoint, saved_steps
+from qlora_lab.finetune.checkpoint import (
+    BEST,
+    forget,
+    load_checkpoint,
+    restore_best,
+    save_checkpoint,
+    saved_steps,
+    tensors_path,
+)
+from qlora_lab.finetune.checksums import SUMS, log_sha256, sha256, write_sums
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data
-from qlora_lab.finetune.distributed import engine_for, together
+from qlora_lab.finetune.distributed import engine_for, leads, together
 from qlora_lab.finetune.examples import Example
-from qlora_lab.finetune.files import replacing_file, sync
+from qlora_lab.finetune.files import replacing_file
 from qlora_lab.finetune.interrupt import Interrupt, waiting
 from qlora_lab.finetune.limits import check_length, check_tokens, fill_id, used_tokens
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.loss import accumulate, summed_loss
 from qlora_lab.finetune.modes import checkpointing, mode, own_draws
 from qlora_lab.finetune.nonfinite import first_nonfinite
+from qlora_lab.finetune.out_of_memory import telling_memory
 from qlora_lab.finetune.packed_rows import check_packing
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
+from qlora_lab.finetune.restored import check_tensors
 from qlora_lab.finetune.resumed import check_facts, read_log
-from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, check_free, replacing_run
+from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, WEIGHTS_FILES, replacing_run, reserved_run
 from qlora_lab.finetune.run_record import (
     adopt_arithmetic,
     arithmetic,
@@ -52,6 +63,7 @@ from qlora_lab.finetune.run_record import (
     run_clock,
 )
 from qlora_lab.finetune.settings import Settings, check_held_out, learning_rate
+from qlora_lab.quant import disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,8 +122,9 @@ def finetune(
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
     example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other
     settings, data, model or adapter; FileExistsError for an earlier run, and for what no run wrote under one of its
-    names; FloatingPointError for a loss or gradient that is not finite, with step, layer and dtype; OSError for a full
-    disk; KeyboardInterrupt for Ctrl-C, when all is saved.
+    names; BlockingIOError while another process writes to `out`; FloatingPointError for a loss or gradient that is not
+    finite, with step, layer and dtype; OSError for a full disk and OutOfMemory, with what is saved; KeyboardInterrupt
+    for Ctrl-C, SIGTERM or SIGHUP, when all is saved.
     Warns of examples longer than a model with computed positions was made for.
     """
     options = {"held_out": held_out, "resume": resume, "overwrite": overwrite, "progress": progress}
@@ -139,10 +152,11 @@ class Training:
         progress: bool = True,
     ):
         _check_trained(model)
-        check_free(out, overwrite, resume)
+        with together(), reserved_run(out, overwrite, resume) if leads() else nullcontext():
+            pass  # it is free, and an earlier run that a kill had moved away is in its place
         check_held_out(settings, held_out)
         self.model, self.settings, self.folder = model, settings, Path(out)
-        self.resume, self.progress, self.result = resume, progress, None
+        self.overwrite, self.resume, self.progress, self.result = overwrite, resume, progress, None
         examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
         order = np.random.default_rng(settings.seed).permutation(len(examples))  # a fair sample, if not all are needed
         shuffled, enough = [examples[i] for i in order], settings.steps * settings.batch_size
@@ -194,32 +208,39 @@ class Training:
         with (
             checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
             engine_for(self.model, self.settings.shard) as self._engine,
-            replacing_run(self.folder, self.resume is not False) if self._leads() else nullcontext(),
+            ExitStack() as folder,
             waiting(self._interrupt),
         ):
+            with together():  # where process 0 must not have the folder, all of them end
+                if self._leads():
+                    folder.enter_context(replacing_run(self.folder, self.overwrite, self.resume))
             yield from self._lines()
 
     def _lines(self) -> Iterator[dict[str, float]]:
-        self._begin()
+        with self._telling("before the first step"):
+            self._begin()
         total, done = self.settings.steps, len(self.lines)
         bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=not self._leads(self.progress))
         try:
-            with bar, (self.folder / LOG).open("a") if self._leads() else nullcontext() as log:
+            with bar, disk.open_for(self.folder / LOG, "ab") if self._leads() else nullcontext() as log:
                 ended = None
                 while ended is None:
-                    line = self._line(len(self.lines) + 1)
+                    with self._telling(f"in step {len(self.lines) + 1}"):
+                        line = self._line(len(self.lines) + 1)
+                        if log:
+                            # without a buffer: a run that is killed keeps the log of every step it made
+                            disk.write_all(log, json.dumps(line, allow_nan=False).encode() + b"\n")
                     self.lines.append(line)
-                    if log:
-                        log.write(json.dumps(line, allow_nan=False) + "\n")
-                        log.flush()  # a run that is killed keeps the log of every step it made
                     bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{line['tokens_per_second']:.0f}")
                     bar.update()
                     yield line
                     ended = self._ended()
                     every = self.settings.save_every
                     if ended == STOPPED or (ended is None and every and line["step"] % every == 0):
-                        self._save()
-            self._finish(ended)
+                        with self._telling(f"after step {line['step']}"):
+                            self._save()
+            with self._telling("after the last step"):
+                self._finish(ended)
         finally:  # also after an error in mid-step: the next run must not add to these gradients
             self._optimizer.zero_grad(set_to_none=True)
 
@@ -228,7 +249,7 @@ class Training:
     def _begin(self) -> None:
         """Everything as it is before the first step, or as a checkpoint has it."""
         settings = self.settings
-        self.folder.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(self.folder)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = _optimizer(self._parameters, settings, self.folder)
         device = self._parameters[0].device.type
@@ -250,13 +271,13 @@ class Training:
                     restore_best(self.folder, step, self.folder / BEST)
                 # newer ones would outlive the log that belongs to them
                 forget(self.folder, [newer for newer in steps if newer > step])
+                disk.remove(self.folder / SUMS)  # of what is replaced now
                 with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
-                    new.write_text(
-                        "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines), encoding="utf-8"
-                    )
+                    disk.write_text(new, "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines))
                 with replacing_file(self.folder / RECORD) as new:
-                    new.write_text(json.dumps(self._record, indent=2) + "\n", encoding="utf-8")
-                (self.folder / RESULT).unlink(missing_ok=True)
+                    disk.write_text(new, json.dumps(self._record, indent=2) + "\n")
+                disk.remove(self.folder / RESULT)
+                write_sums(self.folder, [RECORD])
 
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
@@ -264,12 +285,16 @@ class Training:
         if step >= self.settings.steps:
             made = f"{self.folder} was saved at step {step}, so steps={self.settings.steps} are made already"
             raise ValueError(f"{made}: ask for more of them")
-        if lines := obstacles(facts["run"], comparable(self._record), self._encoded):
+        if lines := obstacles(comparable(facts["run"]), comparable(self._record), self._encoded):
             raise ValueError(
                 f"{self.folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "
                 "Ask for what it was begun with, or choose another folder"
             )
         self.lines = read_log(self.folder / LOG, step)
+        if facts.get("log_sha256", digest := log_sha256(self.folder / LOG, step)) != digest:
+            raise ValueError(f"{self.folder / LOG} is not what step {step} was saved with: restore it, or start anew")
+        checked = adapter_tensors(self.model), self._parameters, self.settings.optimizer_bits
+        check_tensors(tensors_path(self.folder, step), tensors, *checked)
         adopt_arithmetic(self.model, facts["arithmetic"])
         with torch.no_grad():
             for key, tensor in adapter_tensors(self.model).items():
@@ -288,7 +313,7 @@ class Training:
     def _save(self) -> None:
         with together():
             if self._leads():
-                sync(self.folder / LOG)
+                disk.sync(self.folder / LOG)
                 tensors = {f"adapter.{key}": tensor for key, tensor in adapter_tensors(self.model).items()}
                 for number, state in self._optimizer.state_dict()["state"].items():
                     parts = {k: v for k, v in state.items() if not k.startswith("qmap")}  # tables, not state
@@ -299,6 +324,7 @@ class Training:
                     "scaler": self._scaler.state_dict(),
                     "best": self._best,
                     "arithmetic": arithmetic(self.model),
+                    "log_sha256": sha256(self.folder / LOG),
                 }
                 best = self.folder / BEST if self._best["step"] else None
                 save_checkpoint(self.folder, len(self.lines), tensors, facts, self.settings.keep, best)
@@ -313,9 +339,16 @@ class Training:
                 result = {"ended": ended, "steps": len(losses), "tokens": tokens, "seconds": seconds}
                 result |= {"loss": losses[-1], "best": self._best}
                 if ended != STOPPED:
-                    with replacing_file(self.folder / RESULT) as new:
-                        new.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+                    self._write_result((json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
         self.result = Run(self.folder, self.settings, self.report, losses, held_out, seconds, tokens, ended)
+
+    def _write_result(self, content: bytes) -> None:
+        """The last file of a run: that it is there says that the run is complete, with checksums of all it made."""
+        files = [self.folder / name / file for name in (ADAPTER, BEST) for file in WEIGHTS_FILES]
+        made = [path.relative_to(self.folder).as_posix() for path in files if path.is_file()]
+        write_sums(self.folder, [RECORD, LOG, *made], {RESULT: content})
+        with replacing_file(self.folder / RESULT) as new:
+            disk.write_bytes(new, content)
 
     # ----------------------------------------------------------------------------------------------------------- a step
 
@@ -415,6 +448,28 @@ class Training:
         lower = f"lower lr={self.settings.lr} (--lr)"
         narrow = computes_in(self.model) != torch.float32
         return f"Load the model with dtype=torch.float32 (--dtype float32), or {lower}" if narrow else f"Try to {lower}"
+
+    @contextmanager
+    def _telling(self, when: str) -> Iterator[None]:
+        """Memory or a disk that is full is told with what is saved, and what to do."""
+        try:
+            with telling_memory(lambda: f"out of memory {when}: {self._less_memory()}"):
+                yield
+        except OSError as error:
+            if error.errno is None:  # it says so already
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            said = f"the run ended {when} ({where}{error.strerror}): {self._last_saved()}"
+            raise OSError(f"{said}. Mend that, then resume (resume=True; --resume on the command line)") from error
+
+    def _less_memory(self) -> str:
+        saved = saved_steps(self.folder)
+        again = f"resume from step {saved[-1]} in {self.folder}" if saved else "nothing is saved yet: begin again"
+        recompute = "gradient_checkpointing=True (--gradient-checkpointing)"
+        smaller = "a lower micro_batch_size (--micro-batch-size) or max_length (--max-length)"
+        if self.settings.gradient_checkpointing:
+            return f"{again} where more is free, or begin a new run with {smaller}"
+        return f"{again} with {recompute}, or begin a new run with {smaller}"
 
     def _last_saved(self) -> str:
         steps = saved_steps(self.folder)

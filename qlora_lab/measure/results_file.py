@@ -2,33 +2,34 @@
 
 In: rows, as measure/sweep.py makes them. Out: the same rows again, whatever happened while the last one was written.
 
+Each row ends with a checksum of itself, which `qlora-lab verify` compares; reading does not.
 A row counts from the moment its new line is on the disk. A last line without one is what a kill, a power cut or a full
-disk left. Reading never changes the file; whoever opens it to append cuts that line off, and holds a lock meanwhile: of
-two sweeps into one file the second is told so, since both would measure, and append, the same rows.
+disk left. Reading never changes the file; whoever opens it to append cuts that line off, and holds a lock meanwhile
+(quant/lock.py): two sweeps into one file would both measure, and append, the same rows.
 Not here: how a row is measured (sweep.py).
 """
 
+import hashlib
 import json
-import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from qlora_lab.finetune.files import sync
+from qlora_lab.finetune.verify import DIFFERS, OK, UNKNOWN, Part
+from qlora_lab.quant import disk
+from qlora_lab.quant.lock import locked_file
 from qlora_lab.quant.strict_json import parse, read_regular
-
-try:
-    import fcntl
-except ImportError:  # Windows: two sweeps at once are the user's care
-    fcntl = None
 
 # What decides a row's figures. The seed does not: levels that it drew are there themselves. Nor do commit and machine:
 # most commits change no figure, and what the quantiser does is in `quantiser`; sweep.py says what a processor changes.
 IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "quantiser", "versions")
 FIGURES = ("perplexity", "window_losses", "bits_per_parameter", "relative_error", "layer_errors", "entropy")
 FIGURES += ("code_share",)
+CHECKSUM = re.compile(rb', "sha256": "([0-9a-f]{64})"}$')  # at the end of a row
+EARLIER_END = re.compile(rb', "date": "[^"]*"}$')  # of a row of versions without a checksum
 LARGEST = 64 * 2**20  # bytes; a row of a model with 210 layers has four thousand
 START = b'{"model": {"'  # of every row that was ever written
 
@@ -56,47 +57,59 @@ def read_results(path: str | Path) -> list[dict]:
 def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
     """Its rows, and the file itself to append to, which is made if need be. Raises as read_results does.
 
-    What is torn off is cut off here. BlockingIOError says that another sweep has the file.
+    What is torn off is cut off here. BlockingIOError says which process has the file.
     """
     _check_kind(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:  # each write is one call of the system, at the end of the file
-        _lock(path, file)
+    # each write is one call of the system, at the end of the file
+    with locked_file(path, "sweep"), disk.open_for(path, "ab") as file:
         content = read_regular(path, LARGEST)
         rows, end = _parsed(path, content)
         file.truncate(end)
         if end and content[end - 1 : end] != b"\n":
             file.write(b"\n")
-        sync(path.parent)
+        disk.sync(path.parent)
         yield rows, file
+
+
+def with_checksum(row: dict) -> dict:
+    """The row with one more field at its end, `sha256`: that of its line without this field."""
+    return row | {"sha256": hashlib.sha256(json.dumps(row, allow_nan=False).encode()).hexdigest()}
 
 
 def append_result(file: BinaryIO, row: dict) -> None:
     """Add one line, and wait until it is on the disk."""
     line = json.dumps(row, allow_nan=False).encode() + b"\n"
     try:
-        whole = file.write(line) == len(line)
-        os.fsync(file.fileno())
+        disk.write_all(file, line)
+        disk.sync(Path(file.name))
     except OSError as error:
         raise OSError(f"{file.name}: a row cannot be written ({error.strerror}); those before it are there") from None
-    if not whole:
-        raise OSError(f"{file.name}: a row cannot be written whole (the disk is full?); those before it are there")
+
+
+def verify_rows(path: str | Path) -> list[Part]:
+    """Compare each row with its checksum; a Part for each, "row 1" the first. Raises ValueError for a file of others'.
+
+    The rows of earlier versions have none.
+    """
+    path = Path(path)
+    _check_kind(path)
+    lines = path.read_bytes().splitlines()
+    if not lines or not any(line.startswith(START) for line in lines):
+        raise ValueError(f"{path} holds no row of a sweep: name what a command of qlora-lab made")
+    return [Part(f"row {number}", _state(line)) for number, line in enumerate(lines, 1)]
+
+
+def _state(line: bytes) -> str:
+    match = CHECKSUM.search(line)
+    if not match:
+        return UNKNOWN if line.startswith(START) and EARLIER_END.search(line) else DIFFERS
+    same = hashlib.sha256(line[: match.start()] + b"}").hexdigest() == match[1].decode()
+    return OK if same and line.startswith(START) else DIFFERS
 
 
 def _check_kind(path: Path) -> None:
     if path.exists() and not path.is_file():  # a device may have no end
         raise OSError(f"{path} is a folder or a device: name a file for the results")
-
-
-def _lock(path: Path, file: BinaryIO) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it back, even after kill -9
-    except BlockingIOError:
-        raise BlockingIOError(f"{path}: another sweep is writing to it: wait for it, or name another file") from None
-    except OSError:  # a file system without locks, as some of clusters are
-        return
 
 
 def _parsed(path: Path, content: bytes) -> tuple[list[dict], int]:

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +26,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from qlora_lab.quant import disk
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE
+from qlora_lab.quant.numbers import check_number
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.strict_json import NUMBER, OBJECT, SWITCH, TEXT, check_keys, each, read_json, whole
@@ -113,15 +114,11 @@ class Plan:
         lines = [f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in layers.items()]  # a line a layer
         head = {"model": self.model, "error": self.error, "bits_per_parameter": self.bits_per_parameter}
         body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-        with tempfile.TemporaryDirectory(
-            prefix=".plan-", dir=path.resolve().parent
-        ) as scratch:  # one for each who writes
-            new = Path(scratch) / "plan.json"
-            with new.open("w", encoding="utf-8") as file:
-                file.write(f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
-                file.flush()
-                os.fsync(file.fileno())  # a rename can reach the disk before what is in the file
-            new.replace(path.resolve())  # a link stays
+        with disk.scratch(path.resolve().parent, ".plan-") as folder:  # one for each who writes
+            new = folder / "plan.json"
+            disk.write_text(new, f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
+            disk.sync(new)  # a rename can reach the disk before what is in the file
+            disk.rename(new, path.resolve())  # a link stays
         return path
 
     def check(self, numel: dict[str, int]) -> None:
@@ -252,10 +249,7 @@ def best_plan(
     Raises ValueError for a budget below the smallest plan's, which it names, for limits that are none, and for groups
     that overlap or name a layer that there is not.
     """
-    if not bits_per_parameter > 0:  # nor is NaN
-        raise ValueError(f"bits_per_parameter={bits_per_parameter} is no budget: give a number, such as 4.5")
-    if constants_share is not None and not 0 < constants_share <= 1:
-        raise ValueError(f"constants_share={constants_share} is not allowed: it is above 0 and at most 1, such as 0.05")
+    check_limits(bits_per_parameter, constants_share)
     members = _members(choices, groups)
     bits = np.stack([choices.bits[rows].sum(0) for rows in members])  # (groups, candidates)
     constants = _constants(choices, members)
@@ -269,6 +263,15 @@ def best_plan(
         raise ValueError(_too_small(bits, constants, weights, bits_per_parameter, constants_share))
     of_layer = {row: candidate for rows, candidate in zip(members, picked, strict=True) for row in rows}
     return _plan(choices, [of_layer[row] for row in range(len(choices.layers))])
+
+
+def check_limits(bits_per_parameter: float, constants_share: float | None = None) -> None:
+    """Raise ValueError unless best_plan can take these two."""
+    if bits_per_parameter != math.inf:
+        check_number("bits_per_parameter", bits_per_parameter, lambda bits: bits > 0, "a number above 0, such as 4.5")
+    if constants_share is not None:
+        what = "above 0 and at most 1, such as 0.05"
+        check_number("constants_share", constants_share, lambda share: 0 < share <= 1, what)
 
 
 def uniform(choices: Choices, candidate: Candidate) -> Plan:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qlora_lab as ql
-from qlora_lab.finetune import checkpoint, files, trainer
+from qlora_lab.finetune import checkpoint, files, tensor_file, trainer
 from qlora_lab.finetune.checkpoint import load_checkpoint, save_checkpoint, saved_steps
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.paged_adamw import PagedAdamW
@@ -22,6 +22,7 @@ from qlora_lab.finetune.run_record import comparable, differences
 from qlora_lab.finetune.settings import Settings
 from qlora_lab.finetune.trainer import Training, finetune
 from qlora_lab.kernels import product
+from qlora_lab.quant import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,6 +88,7 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, variant):
     same_result(tmp_path / "parts", tmp_path / "whole")
     a, b = (load_checkpoint(tmp_path / name, 10) for name in ("parts", "whole"))
     assert a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])  # both moments as well
+    assert {facts.pop("log_sha256") for _, facts in (a, b)}  # of lines that have seconds
     assert a[1] == b[1] and any(name.startswith("optimizer.27.") for name in a[0])
     if "paged" in variant:
         assert second._optimizer.pages.count > 2 * len(second._optimizer.pages.frames) == 2 * FRAMES
@@ -181,7 +183,7 @@ def test_a_resume_goes_on_with_the_arithmetic_that_the_run_began_with(folder, tm
 def test_a_checkpoint_that_is_removed_loses_its_name_first(tmp_path, monkeypatch):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2)
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: 1 / 0)  # as if killed here
+    monkeypatch.setattr(disk.shutil, "rmtree", lambda *_, **__: 1 / 0)  # as if killed here
     with pytest.raises(ZeroDivisionError):
         checkpoint.forget(tmp_path, [1])
     assert saved_steps(tmp_path) == [2]
@@ -383,9 +385,9 @@ def die_in_save(folder, out, moment):
     """Trains until its second save, and is killed in it: after half a file, or at the given flush to the disk."""
     saves, syncs = [], []
 
-    def half(tensors, path):
+    def half(tensors, path, **kwargs):
         saves.append(1)
-        save_file(tensors, path)
+        save_file(tensors, path, **kwargs)
         if len(saves) == 2 and moment == "half a file":
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -397,7 +399,7 @@ def die_in_save(folder, out, moment):
                 os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
-    checkpoint.save_file, files.sync = half, dying
+    tensor_file.save_file, files.sync = half, dying
     train_on(folder, out)
 
 
@@ -442,13 +444,13 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_a_save_that_fails_ends_the_run_and_the_earlier_state_is_left(folder, tmp_path, monkeypatch):
-    def full(tensors, path, calls=[]):  # noqa: B006 - counts
+    def full(tensors, path, calls=[], **kwargs):  # noqa: B006 - counts
         calls.append(1)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     with pytest.raises(OSError, match="step 6 could not be saved.*No space left.*the checkpoint of step 4 is whole"):
         training(folder, tmp_path / "run").run()
     assert saved_steps(tmp_path / "run") == [2, 4]

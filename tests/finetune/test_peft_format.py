@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from qlora_lab.finetune.files import replacing_folder
 from qlora_lab.finetune.linear4bit import quantize_linears
 from qlora_lab.finetune.lora import adapt, adapters, add_lora
 from qlora_lab.finetune.peft_format import load_adapter, save_adapter
+from qlora_lab.quant import disk
 from qlora_lab.quant.quantize import dequantize
 
 IDS = torch.arange(3, 30)[None]
@@ -252,7 +252,7 @@ def test_other_errors(saved, tiny_llama, tmp_path):
 
 def test_a_failed_save_leaves_the_old_folder(saved, monkeypatch, tiny_llama):
     before = (saved / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr("qlora_lab.finetune.peft_format.save_file", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("qlora_lab.finetune.tensor_file.save_file", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_adapter(trained(tiny_llama, alpha=1), saved)
     assert (saved / "adapter_model.safetensors").read_bytes() == before
@@ -266,7 +266,7 @@ def test_a_readme_of_the_user_stays(tmp_path, tiny_llama):
     for _ in range(2):
         save_adapter(model, tmp_path)
         assert (tmp_path / "README.md").read_text() == "what this project is about"
-    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora-lab.sha256"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -285,20 +285,21 @@ def test_an_adapter_follows_a_link(tmp_path, tiny_llama):
     model = trained(tiny_llama)
     for _ in range(2):
         save_adapter(model, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "disk").rglob("*"))) == 3
+    assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "disk").rglob("*"))) == 4
 
 
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "content").write_text("old")
-    rename = Path.rename
+    rename = disk.rename
 
-    def full_disk(self, to):
-        if self.name == "new":
+    def full_disk(path, to):
+        if path.name == "new":
             raise OSError("no space left")
-        return rename(self, to)
+        rename(path, to)
 
-    monkeypatch.setattr(Path, "rename", full_disk)
+    monkeypatch.setattr(disk, "exchange", lambda a, b: False)
+    monkeypatch.setattr(disk, "rename", full_disk)
     with pytest.raises(OSError, match="no space"), replacing_folder(tmp_path / "a"):
         pass
     assert (tmp_path / "a" / "content").read_text() == "old"

@@ -7,13 +7,14 @@ import torch
 
 import qlora_lab as ql
 from qlora_lab import cli
-from qlora_lab.finetune import run_folder
 from qlora_lab.finetune.checkpoint import saved_steps
+from qlora_lab.finetune.checksums import SUMS
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.lora import add_lora
 from qlora_lab.finetune.run_folder import MARK, check_free
 from qlora_lab.finetune.settings import Settings
 from qlora_lab.finetune.trainer import Training, finetune
+from qlora_lab.quant import disk
 from qlora_lab.quant.block_size import Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,7 +62,7 @@ def refused(capsys, *argv):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", OURS + ["adapter/adapter_config.json", MARK])
+@pytest.mark.parametrize("name", OURS + ["adapter/adapter_config.json", MARK, SUMS])
 def test_a_users_file_under_a_name_of_a_run_is_refused_before_the_model_is_loaded(capsys, tmp_path, name, mode):
     out = write(tmp_path / "out", name, "notes.txt")
     before = contents(out)
@@ -79,7 +80,7 @@ def test_a_users_files_under_all_other_names_stay_as_they_are(train, tmp_path, m
     assert train(out, 2, save_every=1, **MODES[mode]).adapter.is_dir()
     assert train(out, 2, overwrite=True).adapter.is_dir()
     assert before.items() <= contents(out).items()
-    made = {"adapter", "log.jsonl", "result.json", "settings.json", "checkpoints", MARK}
+    made = {"adapter", "log.jsonl", "result.json", "settings.json", "checkpoints", MARK, SUMS}
     assert {path.name for path in out.iterdir()} == made | {name.split("/")[0] for name in before}
 
 
@@ -194,24 +195,9 @@ def test_scratch_has_another_name_in_each_folder(train, tmp_path):
     assert a != b and len(a) == len(b) == len(".qlora-lab-") + 32  # 128 bits
 
 
-def test_the_earlier_run_outlives_a_killed_overwrite_and_vanishes_with_its_success(train, tmp_path, monkeypatch):
-    train(tmp_path, 2, save_every=1, eval_every=1, held_out=EXAMPLES)
-    whole = {path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-    aside = run_folder.replacing_run(tmp_path, resume=False)
-    aside.__enter__()  # and the process is gone
-    with run_folder.replacing_run(tmp_path, resume=False):  # the next one was killed as well, or failed
-        pass
-    assert whole == {path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
-    assert not (tmp_path / "adapter").exists() and saved_steps(tmp_path) == []
-    train(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} >= {"adapter", "checkpoints"} and not list(tmp_path.glob(".*"))
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
-    aside.gen.close()
-
-
 def test_an_error_as_files_are_set_aside_puts_them_back(train, tmp_path, monkeypatch):
     train(tmp_path, 2, save_every=1, eval_every=1, held_out=EXAMPLES)
-    before, rename, calls = contents(tmp_path), type(tmp_path).rename, []
+    before, rename, calls = contents(tmp_path), disk.rename, []
 
     def third_fails(path, target):
         calls.append(path)
@@ -219,7 +205,7 @@ def test_an_error_as_files_are_set_aside_puts_them_back(train, tmp_path, monkeyp
             raise OSError(5, "Input/output error")
         return rename(path, target)
 
-    monkeypatch.setattr(type(tmp_path), "rename", third_fails)
+    monkeypatch.setattr(disk, "rename", third_fails)
     with pytest.raises(OSError, match="Input/output error"):
         train(tmp_path, overwrite=True)
     assert contents(tmp_path) == before

@@ -163,8 +163,8 @@ def test_small_layers_of_one_module():
         ({"bits_per_parameter": 3.0}, r"budget of 3 bits per parameter is too small: the smallest plan takes 3\.06"),
         ({"constants_share": 0.001}, r"constants_share=0.001 is too small: constants take at least 0\.01"),
         ({"bits_per_parameter": 3.0, "constants_share": 0.05}, r"budget of 3 bits per parameter is too small"),
-        ({"bits_per_parameter": np.nan}, "bits_per_parameter=nan is no budget: give a number, such as 4.5"),
-        ({"bits_per_parameter": -np.inf}, "bits_per_parameter=-inf is no budget"),
+        ({"bits_per_parameter": np.nan}, "bits_per_parameter=nan is not allowed: it is a number above 0, such as 4.5"),
+        ({"bits_per_parameter": -np.inf}, "bits_per_parameter=-inf is not allowed"),
         ({"constants_share": np.nan}, "constants_share=nan is not allowed: it is above 0 and at most 1"),
         ({"constants_share": np.inf}, "constants_share=inf is not allowed"),
         ({"groups": [["block.0", "nosuch"]]}, "a group names 'nosuch', which is no layer here: a group is a list"),
@@ -220,7 +220,7 @@ def test_an_interrupted_save_leaves_the_old_plan_and_nothing_else(tmp_path, monk
     def power_cut(*_):
         raise OSError("power cut")
 
-    for owner, step in ((block_size.os, "fsync"), (block_size.Path, "replace")):
+    for owner, step in ((block_size.os, "fsync"), (block_size.os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, step, power_cut)
             with pytest.raises(OSError, match="power cut"):
