@@ -50,7 +50,7 @@ INDEX_MIB, TOKENIZER_MIB = 64, 128  # the longest published have 13 and 33
 
 
 NEEDED = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
-DROPOUTS = ("attention_dropout", "hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+DROPOUTS = ("hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 
 def _list_or_one(one: Rule, longest: int = LAYERS) -> Rule:
@@ -63,7 +63,7 @@ def _list_or_one(one: Rule, longest: int = LAYERS) -> Rule:
 
 
 IDS = _list_or_one(whole(-1, 2**31))
-PROBABILITY = or_null(Rule("a number from 0 to 1", lambda value: NUMBER.allows(value) and 0 <= value <= 1))
+PROBABILITY = Rule("a number from 0 to 1", lambda value: NUMBER.allows(value) and 0 <= value <= 1)
 ABOVE_0 = or_null(Rule("a number above 0", lambda value: NUMBER.allows(value) and value > 0))
 ELSEWHERE = Rule("left out, because no file of another name is read", lambda value: False)
 TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS)
@@ -73,7 +73,8 @@ CONFIG_RULES = {
     "rope_parameters": or_null(OBJECT),
     "configuration_files": ELSEWHERE,
     **{name: _list_or_one(whole(int(name in NEEDED), most)) for name, most in SIZES.items()},
-    **dict.fromkeys(DROPOUTS, PROBABILITY),
+    **dict.fromkeys(DROPOUTS, or_null(PROBABILITY)),
+    "attention_dropout": PROBABILITY,
     **TOKENS,
 }
 RULES = {

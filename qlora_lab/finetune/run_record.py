@@ -6,6 +6,7 @@ Not here: the run's state (checkpoint.py).
 
 import hashlib
 import json
+import math
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -128,14 +129,16 @@ def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
 
 def arithmetic(model: torch.nn.Module) -> dict:
     """What a race on this machine decided and sums depend on: how products and attention are computed."""
-    race = list(product.race()) if next(model.parameters()).device.type == "cpu" else None
+    race = None
+    if next(model.parameters()).device.type == "cpu":
+        race = [seconds if math.isfinite(seconds) else None for seconds in product.race()]  # JSON has no infinity
     return {"race": race, "attention": getattr(model.config, "_attn_implementation", None)}
 
 
 def adopt_arithmetic(model: torch.nn.Module, saved: dict) -> None:
     """Go on with what the run began with, also where this process's own race ended otherwise."""
     if saved["race"] is not None and next(model.parameters()).device.type == "cpu":
-        product.keep(product.Race(*saved["race"]))
+        product.keep(product.Race(*(math.inf if seconds is None else seconds for seconds in saved["race"])))
         widen(model)
 
 

@@ -1,6 +1,7 @@
 """The reader of JSON: what RFC 8259 has no word for is refused, and an error says where. See test_readers.py."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
@@ -82,6 +83,13 @@ def test_64_in_one_another_and_no_more(opening, closing):
     parse(opening * 63 + "[]" + closing * 63, "f")
     with pytest.raises(ValueError, match="^f: cannot be read: more than 64 lists and objects in one another$"):
         parse(opening * 64 + "[]" + closing * 64, "f")
+
+
+def test_all_json_of_the_library_is_read_here():
+    """json.loads stays where no file is read: of the program's own texts, of a child process, of the package's data."""
+    library = Path(__file__).parents[2] / "qlora_lab"
+    loads = {path.name for path in library.rglob("*.py") if "json.load" in path.read_text("utf-8")}
+    assert loads == {"strict_json.py", "run_record.py", "aot.py", "published.py"}
 
 
 JSON = st.recursive(
