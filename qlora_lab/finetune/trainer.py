@@ -26,7 +26,15 @@ from tqdm.auto import tqdm
 
 from qlora_lab.finetune.allocator import recycle_memory
 from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
-from qlora_lab.finetune.checkpoint import BEST, forget, load_checkpoint, restore_best, save_checkpoint, saved_steps
+from qlora_lab.finetune.checkpoint import (
+    BEST,
+    forget,
+    load_checkpoint,
+    restore_best,
+    save_checkpoint,
+    saved_steps,
+    tensors_path,
+)
 from qlora_lab.finetune.checksums import SUMS, log_sha256, sha256, write_sums
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data
 from qlora_lab.finetune.distributed import engine_for, leads, together
@@ -42,6 +50,8 @@ from qlora_lab.finetune.out_of_memory import telling_memory
 from qlora_lab.finetune.packed_rows import check_packing
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
+from qlora_lab.finetune.restored import check_tensors
+from qlora_lab.finetune.resumed import check_facts, read_log
 from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, WEIGHTS_FILES, replacing_run, reserved_run
 from qlora_lab.finetune.run_record import (
     adopt_arithmetic,
@@ -272,6 +282,7 @@ class Training:
 
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
+        check_facts(facts, self.folder)
         if step >= self.settings.steps:
             made = f"{self.folder} was saved at step {step}, so steps={self.settings.steps} are made already"
             raise ValueError(f"{made}: ask for more of them")
@@ -280,15 +291,11 @@ class Training:
                 f"{self.folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "
                 "Ask for what it was begun with, or choose another folder"
             )
-        log = (self.folder / LOG).read_text(encoding="utf-8").splitlines()[:step]
-        try:
-            self.lines = [json.loads(line) for line in log]
-        except ValueError:
-            self.lines = []
-        if [line["step"] for line in self.lines] != list(range(1, step + 1)):
-            raise ValueError(f"{self.folder / LOG} lacks a line of the first {step} steps: it was changed by hand")
+        self.lines = read_log(self.folder / LOG, step)
         if facts.get("log_sha256", digest := log_sha256(self.folder / LOG, step)) != digest:
             raise ValueError(f"{self.folder / LOG} is not what step {step} was saved with: restore it, or start anew")
+        checked = adapter_tensors(self.model), self._parameters, self.settings.optimizer_bits
+        check_tensors(tensors_path(self.folder, step), tensors, *checked)
         adopt_arithmetic(self.model, facts["arithmetic"])
         with torch.no_grad():
             for key, tensor in adapter_tensors(self.model).items():

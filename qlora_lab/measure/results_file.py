@@ -21,6 +21,7 @@ from typing import BinaryIO
 from qlora_lab.finetune.verify import DIFFERS, OK, UNKNOWN, Part
 from qlora_lab.quant import disk
 from qlora_lab.quant.lock import locked_file
+from qlora_lab.quant.strict_json import parse, read_regular
 
 # What decides a row's figures. The seed does not: levels that it drew are there themselves. Nor do commit and machine:
 # most commits change no figure, and what the quantiser does is in `quantiser`; sweep.py says what a processor changes.
@@ -29,6 +30,7 @@ FIGURES = ("perplexity", "window_losses", "bits_per_parameter", "relative_error"
 FIGURES += ("code_share",)
 CHECKSUM = re.compile(rb', "sha256": "([0-9a-f]{64})"}$')  # at the end of a row
 EARLIER_END = re.compile(rb', "date": "[^"]*"}$')  # of a row of versions without a checksum
+LARGEST = 64 * 2**20  # bytes; a row of a model with 210 layers has four thousand
 START = b'{"model": {"'  # of every row that was ever written
 
 
@@ -48,7 +50,7 @@ def read_results(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     _check_kind(path)
-    return _parsed(path, path.read_bytes())[0] if path.exists() else []
+    return _parsed(path, read_regular(path, LARGEST))[0] if path.exists() else []
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
     _check_kind(path)
     # each write is one call of the system, at the end of the file
     with locked_file(path, "sweep"), disk.open_for(path, "ab") as file:
-        content = path.read_bytes()
+        content = read_regular(path, LARGEST)
         rows, end = _parsed(path, content)
         file.truncate(end)
         if end and content[end - 1 : end] != b"\n":
@@ -135,7 +137,7 @@ def _parsed(path: Path, content: bytes) -> tuple[list[dict], int]:
 
 def _row(path: Path, number: int, line: bytes) -> dict:
     try:
-        row = json.loads(line)
+        row = parse(line.decode("utf-8-sig"), "it")  # an editor may have put a mark before the first
         row["model"]["weights_sha256"]  # older versions, too, wrote this
     except (ValueError, LookupError, TypeError) as error:
         what = f"line {number} is no row of a sweep ({type(error).__name__}: {error})"
@@ -150,7 +152,7 @@ def _is_torn(line: bytes, first: bool) -> bool:
     """
     begun = line.rstrip(b"\0")  # what a power cut may leave of bytes that were promised
     try:
-        json.loads(begun)
+        parse(begun.decode("utf-8-sig"), "it")
     except ValueError:
         return begun.startswith(START) or (not first and START.startswith(begun))
     return False

@@ -198,7 +198,7 @@ def test_other_peoples_files_are_not_replaced(tmp_path, tiny_llama):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("[1]", "adapter_config.json holds a list: it is not a configuration of PEFT"),
+        ("[1]", r"adapter_config.json holds \[1\]: it must be a JSON object"),
         ("{}", "has peft_type=None"),
         ('{"peft_type": "LORA", "lora_alpha": 8}', "has no r in its configuration"),
         ('{"peft_type": ', "cannot be read"),
