@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from qlora_lab.finetune.examples import Example
 
 SCHEDULES = ("constant", "cosine")
-# May differ when a run is resumed: they change no bit of it. notes: of the data, whose checksum is compared.
-FREE = ("save_every", "keep", "optimizer_budget", "gradient_checkpointing", "notes")
+# May differ when a run is resumed: they change no bit of it. notes: of the data, whose checksum is compared; arithmetic
+# is compared by itself (identity.py).
+FREE = ("save_every", "keep", "optimizer_budget", "gradient_checkpointing", "notes", "arithmetic")
 
 
 @dataclass(frozen=True)
