@@ -17,7 +17,7 @@ case " $* " in *" -h "* | *" --help "*)
 esac
 
 total=530 # seconds, and 5 to end what does not end itself
-parts="check:100 kernels:130 steps:90 seven_b:130 paging:80" # a limit in seconds each
+parts="check:90 kernels:190 steps:80 seven_b:90 paging:75" # a limit in seconds each
 margin=10 # seconds before its limit at which a part stops itself
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

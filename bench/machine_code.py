@@ -69,7 +69,7 @@ def section(result: dict) -> str:
     """The README's section, in Markdown."""
     versions = result["versions"]
     lines = [
-        "These are counts of instructions in compiled code; no GPU ran and no GPU time is claimed. On "
+        "These are counts of instructions in compiled code, not times. On "
         f"{result['date']} Triton {versions['triton']} compiled the kernels for sm_{ARCH} (H100), and {PEER} "
         f"{versions[PEER]} was taken apart as it is installed. A figure is what one thread executes for each weight in "
         "a full tile, in a loop in one pass of it; where threads of a warp part, the shorter side is counted, for both "

@@ -1,7 +1,7 @@
 """The command line: parses, calls the library, prints. `qlora-lab COMMAND --help` shows an example of each.
 
-Exit codes: 0 done; 1 the doctor found a problem; 2 a mistake in what was asked, or a disk or memory that is full, told
-in one line; 130 interrupted: by Ctrl-C, SIGTERM, or a terminal that was closed (SIGHUP).
+Exit codes: 0 done; 1 the doctor found a problem, or verify a difference; 2 a mistake in what was asked, or a disk or
+memory that is full, told in one line; 130 interrupted: by Ctrl-C, SIGTERM, or a terminal that was closed (SIGHUP).
 What cannot be printed changes no exit code, unless it is the result that was asked for: then it is 2.
 """
 
@@ -9,7 +9,6 @@ import argparse
 import errno
 import json
 import os
-import re
 import sys
 import warnings
 from collections import Counter
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qlora_lab as ql
+from qlora_lab.options import Parser, levels, number, one_line as _one_line, size, whole
 
 if TYPE_CHECKING:
     from qlora_lab.finetune.settings import Settings
@@ -120,17 +120,15 @@ def _said(error: Exception, command: str) -> str | None:
     return str(error) if isinstance(error, (*MISTAKES, ModelError)) else None
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
 def fetch(a: argparse.Namespace) -> None:
+    from qlora_lab.quant.strict_json import read_json
+
     folder = ql.fetch(a.model, progress=not a.quiet)
     source = folder / "source.json"
-    _report(a, {"model": a.model, "folder": str(folder)} | (json.loads(source.read_text()) if source.exists() else {}))
+    _report(a, {"model": a.model, "folder": str(folder)} | (read_json(source) if source.exists() else {}))
 
 
 def quantize(a: argparse.Namespace) -> None:
@@ -145,7 +143,9 @@ def quantize(a: argparse.Namespace) -> None:
 
 def generate(a: argparse.Namespace) -> None:
     from qlora_lab.finetune.run_folder import find_adapter
+    from qlora_lab.quant.numbers import check_whole
 
+    check_whole("max-new-tokens", a.max_new_tokens)
     if a.adapter:
         find_adapter(Path(a.adapter))
     model, tokenizer = _load(a)
@@ -156,18 +156,23 @@ def generate(a: argparse.Namespace) -> None:
 
 
 def finetune(a: argparse.Namespace) -> None:
-    from qlora_lab.finetune.lora import check_strength
+    from qlora_lab.finetune.lora import check_rank, check_strength
     from qlora_lab.finetune.run_folder import reserved_run
     from qlora_lab.finetune.settings import Settings
     from qlora_lab.quant.blocks import check_block_size
+    from qlora_lab.quant.codebook import codebook
+    from qlora_lab.quant.numbers import check_whole
 
     # before the model is loaded: a mistyped word should not cost a minute
     settings = Settings(**{field.name: getattr(a, field.name) for field in fields(Settings)})
     check_strength(a.alpha, a.dropout)
+    if a.codebook != "none":
+        codebook(a.codebook)
     check_block_size(a.block_size)
-    for name, value, least in (("r", a.r, 1), ("held-out", a.held_out, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value} is not allowed: it is at least {least}")
+    check_rank(a.r)
+    check_whole("held-out", a.held_out, 0)
+    if type(a.resume) is int:
+        check_whole("resume", a.resume)
     first = int(os.environ.get("RANK", 0)) == 0
     with reserved_run(a.out, a.overwrite, a.resume) if first else nullcontext():
         _finetune(a, settings)
@@ -203,8 +208,10 @@ def _finetune(a: argparse.Namespace, settings: "Settings") -> None:
 def doctor(a: argparse.Namespace) -> int:
     """Returns 1 if there is a problem."""
     from qlora_lab.finetune.doctor import diagnose
+    from qlora_lab.finetune.lora import check_rank
     from qlora_lab.finetune.settings import Settings
 
+    check_rank(a.r)
     options = {name: getattr(a, name) for name in ("max_length", "batch_size", "optimizer_bits", "packing", "seed")}
     Settings(**options)  # before the model is loaded, as for finetune
     data = ql.load_data(a.data, progress=not a.quiet)
@@ -250,12 +257,17 @@ def sweep(a: argparse.Namespace) -> None:
 
 
 def block_size(a: argparse.Namespace) -> None:
-    from qlora_lab.quant.block_size import Candidate, check_candidate, check_plan_path
+    from qlora_lab.measure.perplexity import check_windows
+    from qlora_lab.quant.block_size import Candidate, check_candidate, check_limits, check_plan_path
     from qlora_lab.quant.lock import locked_file
+    from qlora_lab.quant.numbers import check_whole
 
     candidates = tuple(Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes)
     for one in candidates:  # before the model is loaded, as for finetune
         check_candidate(one)
+    check_limits(a.bits, a.constants_share)
+    check_whole("share-below", a.share_below, 0)
+    check_windows(a.length, a.windows)
     out = check_plan_path(a.out)
     parent = out.resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -295,10 +307,10 @@ def kernels(a: argparse.Namespace) -> None:
     from qlora_lab.kernels import aot
 
     archs = list(dict.fromkeys(a.arch or [90]))
-    if a.sass or a.ptx:
+    if a.sass is not None or a.ptx is not None:
         if a.rungs or a.json or a.compare:
             raise ValueError("--sass and --ptx print the code of the one rung that they name: leave out all else")
-        code, name = (aot.sass, a.sass) if a.sass else (aot.ptx, a.ptx)
+        code, name = (aot.sass, a.sass) if a.sass is not None else (aot.ptx, a.ptx)
         print("\n".join(code(name, arch, a.dtype) for arch in archs))
         return
     aot.check_product(a.shape, a.tokens)
@@ -327,6 +339,22 @@ def kernels(a: argparse.Namespace) -> None:
     print(_table([_roofs(name, one, found) for (name, one), found in zip(rows, roofs, strict=True)]))
     if notes:
         print("", *(f"Indented: {note}." if theirs else f"{note}." for note in notes), sep="\n")
+
+
+def verify(a: argparse.Namespace) -> int:
+    """Returns 1 if something differs from what was written, or is missing."""
+    from qlora_lab.finetune.verify import verify as check
+    from qlora_lab.measure.results_file import verify_rows
+
+    parts = verify_rows(a.folder) if Path(a.folder).is_file() else check(a.folder, progress=not a.quiet)
+    if a.json:
+        print(json.dumps([asdict(part) for part in parts]))
+    else:
+        width = max(len(part.name) for part in parts)
+        for part in parts:
+            files = [name.removeprefix(part.name) for name in part.files if name != part.name]
+            print(f"{part.name:<{width}}  {part.state}{': ' * bool(any(files))}{', '.join(filter(None, files))}")
+    return 0 if all(part.is_well for part in parts) else 1
 
 
 def open_lab(a: argparse.Namespace) -> None:
@@ -415,6 +443,9 @@ def _swept(row: dict, whole: float) -> dict[str, str]:
 
 
 def _text(name: str) -> str:
+    from qlora_lab.quant.strict_json import check_regular
+
+    check_regular(Path(name))
     try:
         return Path(name).read_text(encoding="utf-8-sig")  # a mark that an editor put at its start is no text
     except UnicodeDecodeError as error:
@@ -474,7 +505,7 @@ def _report(a: argparse.Namespace, figures: dict) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qlora-lab",
         description="See how QLoRA works, then use it. Each command has its own --help with an example.",
         epilog=INTERRUPTS,
@@ -510,14 +541,14 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("--data", default="docstrings", help="docstrings, or a JSONL file: Alpaca, ShareGPT or messages")
     c.add_argument("--test-data", metavar="FILE", help="held-out examples, where --data is a file")
     c.add_argument(
-        "--held-out", type=int, default=50, metavar="N", help="examples to test on, 0 for none (%(default)s)"
+        "--held-out", type=whole, default=50, metavar="N", help="examples to test on, 0 for none (%(default)s)"
     )
     c.add_argument("--out", default="runs/first", help="folder for adapter, log and settings (%(default)s)")
     c.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     c.add_argument(
         "--resume",
         nargs="?",
-        type=int,
+        type=whole,
         const=True,
         default=False,
         metavar="STEP",
@@ -526,36 +557,40 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--other-arithmetic", action="store_true", help="resume also with other versions or another processor"
     )
-    c.add_argument("--steps", type=int, default=60, help="(%(default)s)")
-    c.add_argument("--batch-size", type=int, default=8, help="examples a step (%(default)s)")
-    c.add_argument("--lr", type=float, default=2e-4, help="learning rate of AdamW (%(default)s)")
+    c.add_argument("--steps", type=whole, default=60, help="(%(default)s)")
+    c.add_argument("--batch-size", type=whole, default=8, help="examples a step (%(default)s)")
+    c.add_argument("--lr", type=number, default=2e-4, help="learning rate of AdamW (%(default)s)")
     c.add_argument("--schedule", default="constant", help="of the learning rate: constant or cosine (%(default)s)")
-    c.add_argument("--warmup-steps", type=int, default=0, help="in which the rate rises (%(default)s)")
-    c.add_argument("--clip", type=float, default=0.3, help="largest gradient norm (%(default)s)")
-    c.add_argument("--max-length", type=int, default=256, help="tokens; longer examples are left out (%(default)s)")
+    c.add_argument("--warmup-steps", type=whole, default=0, help="in which the rate rises (%(default)s)")
+    c.add_argument("--clip", type=number, default=0.3, help="largest gradient norm (%(default)s)")
+    c.add_argument("--max-length", type=whole, default=256, help="tokens; longer examples are left out (%(default)s)")
     c.add_argument("--packing", action="store_true", help="several examples in a row of --max-length tokens")
     c.add_argument("--group-by-length", action="store_true", help="batches of examples that are alike in length")
-    c.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps between evaluations, 0 for none")
-    c.add_argument("--patience", type=int, default=0, metavar="N", help="evaluations without a new best, then it stops")
-    c.add_argument("--save-every", type=int, default=50, metavar="N", help="steps between checkpoints (%(default)s)")
-    c.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints that are kept (%(default)s)")
-    c.add_argument("--micro-batch-size", type=int, metavar="N", help="rows at once, for less memory; default: all")
+    c.add_argument("--eval-every", type=whole, default=0, metavar="N", help="steps between evaluations, 0 for none")
+    c.add_argument(
+        "--patience", type=whole, default=0, metavar="N", help="evaluations without a new best, then it stops"
+    )
+    c.add_argument("--save-every", type=whole, default=50, metavar="N", help="steps between checkpoints (%(default)s)")
+    c.add_argument("--keep", type=whole, default=2, metavar="K", help="checkpoints that are kept (%(default)s)")
+    c.add_argument("--micro-batch-size", type=whole, metavar="N", help="rows at once, for less memory; default: all")
     c.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again, for less memory")
     c.add_argument(
         "--shard", action="store_true", help="under torchrun: spread the base over all processes, for less memory"
     )
-    c.add_argument("--optimizer-bits", type=int, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
+    c.add_argument("--optimizer-bits", type=whole, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
     c.add_argument(
         "--optimizer-budget",
-        type=_size,
+        type=size,
         metavar="BYTES",
         help="of AdamW's state in memory, such as 64MiB; the rest is paged. Default: all of it",
     )
-    c.add_argument("--r", type=int, default=16, help="rank of the adapters (%(default)s)")
-    c.add_argument("--alpha", type=float, default=16, help="strength: the adapter is scaled by alpha / r (%(default)s)")
-    c.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input (%(default)s)")
+    c.add_argument("--r", type=whole, default=16, help="rank of the adapters (%(default)s)")
+    c.add_argument(
+        "--alpha", type=number, default=16, help="strength: the adapter is scaled by alpha / r (%(default)s)"
+    )
+    c.add_argument("--dropout", type=number, default=0.0, help="on the adapter's input (%(default)s)")
     c.add_argument("--targets", nargs="+", default=["all-linear"], help="all-linear, or layer names such as q_proj")
-    c.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    c.add_argument("--seed", type=whole, default=0, help="(%(default)s)")
     _common(c)
 
     c = _command(
@@ -568,7 +603,7 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument("question")
     _model_options(c)
     c.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format")
-    c.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    c.add_argument("--max-new-tokens", type=whole, default=128, help="(%(default)s)")
     _common(c)
 
     c = _command(
@@ -580,13 +615,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _model_options(c)
     c.add_argument("--data", default="docstrings", help="docstrings, or a JSONL file: Alpaca, ShareGPT or messages")
-    c.add_argument("--batch-size", type=int, default=8, help="rows at once in the planned run (%(default)s)")
-    c.add_argument("--max-length", type=int, default=256, help="tokens; longer examples are left out (%(default)s)")
+    c.add_argument("--batch-size", type=whole, default=8, help="rows at once in the planned run (%(default)s)")
+    c.add_argument("--max-length", type=whole, default=256, help="tokens; longer examples are left out (%(default)s)")
     c.add_argument("--packing", action="store_true", help="the planned run packs several examples into a row")
-    c.add_argument("--optimizer-bits", type=int, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
-    c.add_argument("--r", type=int, default=16, help="rank of the adapters (%(default)s)")
+    c.add_argument("--optimizer-bits", type=whole, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
+    c.add_argument("--r", type=whole, default=16, help="rank of the adapters (%(default)s)")
     c.add_argument("--targets", nargs="+", default=["all-linear"], help="all-linear, or layer names such as q_proj")
-    c.add_argument("--seed", type=int, default=0, help="of the sample and the adapters (%(default)s)")
+    c.add_argument("--seed", type=whole, default=0, help="of the sample and the adapters (%(default)s)")
     _common(c)
 
     c = _command(
@@ -597,15 +632,20 @@ def build_parser() -> argparse.ArgumentParser:
         "qlora-lab kernels dequantize_nf4 --arch 80 --arch 90 --compare",
     )
     c.add_argument("rungs", nargs="*", metavar="RUNG", help="such as dequantize_nf4; none: all that take the dtype")
-    c.add_argument("--arch", type=int, action="append", metavar="SM", help="80, 90 or 100; may be repeated (90)")
+    c.add_argument("--arch", type=whole, action="append", metavar="SM", help="80, 90 or 100; may be repeated (90)")
     c.add_argument("--dtype", default="bfloat16", help="float32, bfloat16 or float16 (%(default)s)")
     c.add_argument("--compare", action="store_true", help="show kernels of bitsandbytes that do the same work")
     c.add_argument("--sass", metavar="RUNG", help="print its machine code instead")
     c.add_argument("--ptx", metavar="RUNG", help="print its PTX instead")
     c.add_argument(
-        "--shape", nargs=2, type=int, default=(4096, 4096), metavar=("ROWS", "COLUMNS"), help="of a weight (4096 4096)"
+        "--shape",
+        nargs=2,
+        type=whole,
+        default=(4096, 4096),
+        metavar=("ROWS", "COLUMNS"),
+        help="of a weight (4096 4096)",
     )
-    c.add_argument("--tokens", type=int, default=256, metavar="N", help="of a product (%(default)s)")
+    c.add_argument("--tokens", type=whole, default=256, metavar="N", help="of a product (%(default)s)")
     _common(c)
 
     c = _command(
@@ -616,24 +656,26 @@ def build_parser() -> argparse.ArgumentParser:
         "qlora-lab memory llama-7b --gpu 24 --r 64 --max-length 1024",
     )
     c.add_argument("model", help="a known name, llama-7b to llama-2-70b, a folder, or a config.json")
-    c.add_argument("--gpu", type=float, metavar="GB", help="memory of the card: advise settings for it, and its limits")
+    c.add_argument(
+        "--gpu", type=number, metavar="GB", help="memory of the card: advise settings for it, and its limits"
+    )
     c.add_argument("--method", default="qlora", help="qlora, lora or full (%(default)s)")
     c.add_argument("--codebook", default="nf4", help="type of the weights (%(default)s)")
-    c.add_argument("--block-size", type=int, default=64, help="weights that share a constant (%(default)s)")
+    c.add_argument("--block-size", type=whole, default=64, help="weights that share a constant (%(default)s)")
     c.add_argument("--no-double-quant", action="store_true", help="leave the constants in float32")
     c.add_argument("--dtype", default="bfloat16", help="of what is not quantised (%(default)s)")
     c.add_argument("--adapter-dtype", default="float32", help="float32 as here and in PEFT, bfloat16 as in TRL")
-    c.add_argument("--r", type=int, default=16, help="rank of the adapters (%(default)s)")
+    c.add_argument("--r", type=whole, default=16, help="rank of the adapters (%(default)s)")
     c.add_argument("--targets", nargs="+", default=["all-linear"], help="all-linear, or layer names such as q_proj")
-    c.add_argument("--batch-size", type=int, default=8, help="examples a step (%(default)s)")
-    c.add_argument("--micro-batch-size", type=int, metavar="N", help="rows at once; default: all")
-    c.add_argument("--max-length", type=int, default=256, help="tokens of a row (%(default)s)")
-    c.add_argument("--mean-length", type=int, metavar="N", help="tokens of an example, for --packing")
+    c.add_argument("--batch-size", type=whole, default=8, help="examples a step (%(default)s)")
+    c.add_argument("--micro-batch-size", type=whole, metavar="N", help="rows at once; default: all")
+    c.add_argument("--max-length", type=whole, default=256, help="tokens of a row (%(default)s)")
+    c.add_argument("--mean-length", type=whole, metavar="N", help="tokens of an example, for --packing")
     c.add_argument("--packing", action="store_true", help="several examples in a row")
-    c.add_argument("--learned", type=float, default=0.25, help="share of tokens that are labels (%(default)s)")
+    c.add_argument("--learned", type=number, default=0.25, help="share of tokens that are labels (%(default)s)")
     c.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again")
-    c.add_argument("--optimizer-bits", type=int, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
-    c.add_argument("--optimizer-budget", type=_size, metavar="BYTES", help="of AdamW's state in memory, such as 64MiB")
+    c.add_argument("--optimizer-bits", type=whole, default=32, help="of AdamW's moments: 32 or 8 (%(default)s)")
+    c.add_argument("--optimizer-budget", type=size, metavar="BYTES", help="of AdamW's state in memory, such as 64MiB")
     c.add_argument("--device", default="cuda", help="cuda, or cpu (%(default)s)")
     _common(c)
 
@@ -655,18 +697,18 @@ def build_parser() -> argparse.ArgumentParser:
     c.add_argument(
         "--levels",
         action="append",
-        type=_levels,
+        type=levels,
         default=[],
         metavar="NAME=V1,V2,...",
         help="a codebook of your own, from -1 to 1: mine=-1,-0.4,-0.1,0,0.1,0.3,0.6,1; may be repeated",
     )
-    c.add_argument("--block-sizes", nargs="+", type=int, default=[64], metavar="N", help="16 to 4096 (64)")
+    c.add_argument("--block-sizes", nargs="+", type=whole, default=[64], metavar="N", help="16 to 4096 (64)")
     c.add_argument("--double-quant", default="off", choices=("off", "on", "both"), help="of constants (%(default)s)")
     c.add_argument("--out", required=True, metavar="FILE", help="results, one line of JSON each; rows in it are kept")
     c.add_argument("--text", metavar="FILE", help="UTF-8 text to predict; default: Python's help topics")
-    c.add_argument("--windows", type=int, default=8, help="pieces of text to predict (%(default)s)")
-    c.add_argument("--length", type=int, default=512, help="tokens of each (%(default)s)")
-    c.add_argument("--seed", type=int, default=0, help="of the weights that lloyd-max is fitted to (%(default)s)")
+    c.add_argument("--windows", type=whole, default=8, help="pieces of text to predict (%(default)s)")
+    c.add_argument("--length", type=whole, default=512, help="tokens of each (%(default)s)")
+    c.add_argument("--seed", type=whole, default=0, help="of the weights that lloyd-max is fitted to (%(default)s)")
     _common(c)
 
     c = _command(
@@ -677,43 +719,36 @@ def build_parser() -> argparse.ArgumentParser:
         "qlora-lab block-size smollm2-135m --bits 4.5 --out plan.json",
     )
     c.add_argument("model", help="a known name, a local folder, or a hub id org/name")
-    c.add_argument("--bits", type=float, required=True, help="bits per parameter at most, constants included")
+    c.add_argument("--bits", type=number, required=True, help="bits per parameter at most, constants included")
     c.add_argument("--out", required=True, metavar="FILE", help="for the plan")
     c.add_argument("--codebooks", nargs="+", default=["nf4"], metavar="NAME", help="to choose from (nf4)")
     sizes = [32, 64, 128, 256, 512, 1024]
-    c.add_argument("--block-sizes", nargs="+", type=int, default=sizes, metavar="N", help="to choose from (32 to 1024)")
-    c.add_argument("--double-quant", action="store_true", help="quantise the constants, too")
-    c.add_argument("--constants-share", type=float, metavar="S", help="constants take at most this of the codes: 0.05")
     c.add_argument(
-        "--share-below", type=int, default=0, metavar="N", help="layers of fewer weights in a module choose as one"
+        "--block-sizes", nargs="+", type=whole, default=sizes, metavar="N", help="to choose from (32 to 1024)"
+    )
+    c.add_argument("--double-quant", action="store_true", help="quantise the constants, too")
+    c.add_argument("--constants-share", type=number, metavar="S", help="constants take at most this of the codes: 0.05")
+    c.add_argument(
+        "--share-below", type=whole, default=0, metavar="N", help="layers of fewer weights in a module choose as one"
     )
     c.add_argument("--text", metavar="FILE", help="to calibrate on; default: half of Python's help topics")
-    c.add_argument("--windows", type=int, default=12, help="pieces of text to calibrate on (%(default)s)")
-    c.add_argument("--length", type=int, default=256, help="tokens of each (%(default)s)")
+    c.add_argument("--windows", type=whole, default=12, help="pieces of text to calibrate on (%(default)s)")
+    c.add_argument("--length", type=whole, default=256, help="tokens of each (%(default)s)")
+    _common(c)
+
+    c = _command(
+        commands,
+        "verify",
+        verify,
+        "whether a run, an adapter, a quantised copy, a fetched model or a sweep's results are as they were written",
+        "qlora-lab verify runs/first",
+    )
+    c.add_argument("folder", help="what a command of qlora-lab made; the file of a sweep. Nothing is written")
     _common(c)
 
     c = _command(commands, "open", open_lab, "open the course in JupyterLab", "qlora-lab open")
     c.add_argument("notebook", nargs="?", default="notebooks/00_start_here.ipynb", help="(%(default)s)")
     return parser
-
-
-def _size(text: str) -> int:
-    """Bytes: "4096", "64KiB", "64MiB" or "2GiB"."""
-    if not (match := re.fullmatch(r"(\d+) ?(|KiB|MiB|GiB)", text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write bytes, or a number with KiB, MiB or GiB")
-    return int(match[1]) * 1024 ** ("", "KiB", "MiB", "GiB").index(match[2])
-
-
-def _levels(text: str) -> tuple[str, list[float]]:
-    """A name and numbers: "mine=-1,0,1". Whether the numbers can serve is the library's to say."""
-    name, _, numbers = text.partition("=")
-    try:
-        levels = [float(number) for number in numbers.split(",")]
-    except ValueError:
-        levels = []
-    if not (name.strip() and levels):
-        raise argparse.ArgumentTypeError(f"{text!r} is no table: write NAME=V1,V2,..., such as mine=-1,-0.5,0,1")
-    return name.strip(), levels
 
 
 def _command(commands, name, run, summary, example) -> argparse.ArgumentParser:
@@ -731,7 +766,7 @@ def _quantisation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codebook", default="nf4", help="type of the weights: nf4, fp4, int4, ...; none: as they are (%(default)s)"
     )
-    parser.add_argument("--block-size", type=int, default=64, help="weights that share a constant (%(default)s)")
+    parser.add_argument("--block-size", type=whole, default=64, help="weights that share a constant (%(default)s)")
     parser.add_argument("--no-double-quant", action="store_true", help="leave the constants in float32")
 
 

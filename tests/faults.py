@@ -32,7 +32,8 @@ import pytest
 from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lab.finetune import files
+from qlora_lab.finetune import tensor_file
+from qlora_lab.quant import disk
 
 TAKES_ROOM = ("open", "write", "fsync", "mkdir")
 NO_MEMORY = (  # what torch 2.13 says on a CPU
@@ -92,10 +93,8 @@ def disk_faults(
         stack.enter_context(mock.patch.object(io, "open", opened))
         stack.enter_context(mock.patch.object(builtins, "open", opened))
         stack.enter_context(mock.patch.object(shutil, "_USE_CP_SENDFILE", False))  # copies by read and write
-        stack.enter_context(mock.patch.object(files, "save_file", _saved(files.save_file, seen)))
-        if hasattr(files.disk, "_renameat2"):
-            exchange = _exchanged(files.disk._renameat2, seen)
-            stack.enter_context(mock.patch.object(files.disk, "_renameat2", exchange))
+        stack.enter_context(mock.patch.object(tensor_file, "save_file", _saved(tensor_file.save_file, seen)))
+        stack.enter_context(mock.patch.object(disk, "_renameat2", _exchanged(disk._renameat2, seen)))
         yield seen
 
 

@@ -12,7 +12,7 @@ import pytest
 import qlora_lab as ql
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["kernels", "quant", "finetune", "measure", "show", "cli"]  # each may import those before it
+ROOMS = ["kernels", "quant", "finetune", "measure", "show", "options", "cli"]  # each may import those before it
 HEAVY = ["torch", "triton", "numba", "matplotlib", "ipywidgets", "anywidget", "scipy", "transformers", "numpy"]
 
 

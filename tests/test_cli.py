@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lab import cli
+from qlora_lab import cli, options
 from qlora_lab.finetune.ownership import RUN, mark
 
 TRAIN = '{"instruction": "double %d", "output": "%d"}\n'
@@ -107,7 +107,7 @@ def test_an_interrupted_run_is_resumed(capsys, tmp_path, folder, data, monkeypat
 
 @pytest.mark.parametrize("text, size", [("4096", 4096), ("64KiB", 2**16), ("3 MiB", 3 * 2**20), ("2GiB", 2**31)])
 def test_sizes(text, size):
-    assert cli._size(text) == size
+    assert options.size(text) == size
 
 
 def test_a_size_that_is_none_is_a_mistake(capsys):
@@ -139,7 +139,6 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["finetune", "--data", "DATA", "--model", "MODEL", "--test-data", ""], "no data file at ."),
         (["generate", "caf\udce9", "--model", "MODEL"], r"the turn of user holds '\udce9', half of a surrogate pair"),
         (["block-size", "MODEL", "--bits", "4.03", "--out", "p.json"], "too small: the smallest plan takes 4.08"),
-        (["block-size", "MODEL", "--bits", "nan", "--out", "p.json"], "bits_per_parameter=nan is no budget"),
         (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is no UTF-8 text"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "p.json", "--codebooks", "nf9"], "'nf9' is not known"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is no folder that the plan can be"),

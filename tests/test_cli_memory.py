@@ -49,7 +49,7 @@ def test_a_config_is_enough(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "config", "message"),
     [
-        (["--gpu", "0"], {}, "gpu_gb=0.0 is not allowed: a card has more than 0 GB"),
+        (["--gpu", "0"], {}, "gpu_gb=0.0 is not allowed: it is the memory of a card, above 0 GB"),
         ([], {"hidden_size": None}, "config.json has hidden_size=None"),
         ([], {"model_type": "gpt2"}, "architecture 'gpt2', whose layers are not known here: llama, mistral, qwen2"),
         (["--method", "magic"], {}, "method='magic' is not known"),

@@ -101,7 +101,7 @@ def test_an_interrupt_says_what_is_kept(capsys, tmp_path, model, monkeypatch):
         (["--block-sizes", "8"], "block_size=8 is not allowed"),
         (["--windows", "99"], "fewer than 99 windows of 10: take windows="),
         (["--out", "."], "is a folder or a device"),
-        (["--seed", str(2**64)], "is not allowed: choose a whole number"),
+        (["--seed", str(2**64)], "is not allowed: it is a whole number"),
         (["--text", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
         (["--text", ""], "Is a directory"),
         (["--text", "EMPTY"], "the text has 0 tokens, fewer than 2 windows of 10"),

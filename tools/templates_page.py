@@ -8,6 +8,7 @@ Not here: whether the page is right. test_templates.py compares what is learned 
 from pathlib import Path
 
 from qlora_lab.finetune.encode import IGNORED, Encoded, encode
+from qlora_lab.show.escape import code_span
 from tests.finetune.chat_templates import CASES, CONVERSATIONS, Case, tokenizer_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "templates.md"
@@ -55,7 +56,7 @@ def _row(case: Case) -> str:
 def _cell(encoded: Encoded, tokenizer) -> str:
     notes = ["an earlier answer is hidden"] * encoded.notes.hidden
     notes += ["the last answer is shown in part"] * encoded.notes.shortened
-    texts = " … ".join(f"`{_shown(tokenizer.decode(run))}`" for run in _runs(encoded.labels))
+    texts = " … ".join(code_span(_shown(tokenizer.decode(run))) for run in _runs(encoded.labels))
     return f"{texts} ({', '.join(notes)})" if notes else texts
 
 

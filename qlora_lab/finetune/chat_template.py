@@ -47,6 +47,7 @@ CLOCK = (
     "{% set written.text = written.text | replace(directive, value) %}{% endfor %}"
     "{{ written.text }}{% endmacro %}{{ '' }}"
 )
+LONGEST = 300  # characters of what a template says
 MARKS = range(0x10FF00, 0x10FFFE)  # private-use characters, which hardly any text holds
 Span = tuple[int, int]  # first and one-past-last character
 
@@ -215,7 +216,8 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options, **self._options)
         except Exception as error:  # a template is a program of others: 1 / 0 and a text + 4 are no TemplateError
             opening = f"{turns[0][0]}: {turns[0][1][:60]!r}"
-            raise ValueError(f"the chat template refuses the conversation that begins {opening}: {error}") from error
+            said = " ".join(str(error).split())[:LONGEST]
+            raise ValueError(f"the chat template refuses the conversation that begins {opening}: {said}") from error
 
 
 def _messages(turns: Turns) -> list[dict[str, str]]:

@@ -9,16 +9,19 @@ whole. What happens to it later is found by its checksums; it is then refused by
 Not here: what is in a state (trainer.py), adapters for others to read (peft_format.py).
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from qlora_lab.finetune.files import replacing_folder, save_tensors, scratch_for
+from qlora_lab.finetune.checksums import as_lines, sha256
+from qlora_lab.finetune.files import replacing_folder, scratch_for
+from qlora_lab.finetune.tensor_file import save_tensors
 from qlora_lab.quant import disk
+from qlora_lab.quant.strict_json import read_json, read_regular
 
 FOLDER, TENSORS, FACTS, SUMS = "checkpoints", "state.safetensors", "state.json", "SHA256SUMS"
 BEST = "best"  # the adapter with the lowest held-out loss, if there was an evaluation
@@ -54,8 +57,7 @@ def save_checkpoint(
             if best:
                 disk.copy_folder(best, new / BEST)
             files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
-            sums = [f"{_sha256(new / name)}  {name}\n" for name in files]
-            disk.write_text(new / SUMS, "".join(sums))
+            disk.write_bytes(new / SUMS, as_lines({name: sha256(new / name) for name in files}))
     except OSError as error:
         size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
         kept = saved_steps(run)
@@ -87,8 +89,16 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
         earlier = [s for s in steps if s < step]
         remedy = f"go on from the one before it: resume={earlier[-1]}" if earlier else "there is none before it"
         raise ValueError(f"{folder / damaged} is not what was written, it was cut off or changed; {remedy}")
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}  # no view of the file
-    return tensors, json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    try:
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}  # no view of the file
+    except SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS} holds no tensors ({error}): resume from another checkpoint") from None
+    return tensors, read_json(folder / FACTS)
+
+
+def tensors_path(run: Path, step: int) -> Path:
+    """The file with the tensors of the state after `step`."""
+    return _folder(run, step) / TENSORS
 
 
 def restore_best(run: Path, step: int, best: Path) -> None:
@@ -106,18 +116,13 @@ def _damaged(folder: Path) -> str | None:
     """The first file that is not as its checksum says."""
     if not (folder / SUMS).is_file():
         return SUMS
-    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_regular(folder / SUMS).decode("utf-8", errors="replace").splitlines()
     sums = {line[66:]: line[:64] for line in lines}  # 64 digits, two spaces, a name
     if not {TENSORS, FACTS} <= sums.keys():
         return SUMS
-    wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or _sha256(folder / n) != digest)
+    wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or sha256(folder / n) != digest)
     return next(wrong, None)
 
 
 def _folder(run: Path, step: int) -> Path:
     return run / FOLDER / f"step-{step:08}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

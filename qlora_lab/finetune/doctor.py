@@ -108,7 +108,8 @@ def diagnose(
     optimizer_bits and packing: of the planned run. seed: of the sample.
     Raises ValueError for a model without adapters, data without a short enough example, or a setting out of range.
     """
-    Settings(max_length=max_length, batch_size=batch_size, optimizer_bits=optimizer_bits)  # raises
+    options = {"max_length": max_length, "batch_size": batch_size, "optimizer_bits": optimizer_bits}
+    Settings(**options, packing=packing, seed=seed)  # raises
     adapters(model)  # raises if there is none
     policy = dtype_policy(model, optimizer_bits)
     examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)

@@ -8,8 +8,8 @@ model's own `_init_weights` fills what is left. A buffer that it leaves alone is
 Not here: weights (models.py).
 """
 
-import json
 import re
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from reprlib import repr as short
@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_lab.finetune.fetch import ModelError
+from qlora_lab.finetune.model_files import CONFIG, ModelError, read_config
+from qlora_lab.quant.strict_json import SWITCH, TEXT, check_keys, whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NO_CODE = {"trust_remote_code": False}  # without it transformers asks the user, and a yes runs the folder's code
 NO_VALUE = "has no value: no file holds it and transformers does not compute it; please report this family"
-WRONG_VALUES = AttributeError, KeyError, TypeError, ZeroDivisionError  # what transformers says of values in a file
+WRONG_VALUES = AttributeError, LookupError, TypeError, ArithmeticError  # what transformers says of values in a file
+QUANTISED_RULES = {"quant_method": TEXT, "plan": TEXT, "bnb_4bit_quant_type": TEXT, "block_size": whole(1)}
+QUANTISED_RULES |= dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant"), SWITCH)
+MOST_BUFFERS = 2**30  # bytes; masks of 8,192 positions have 64 MiB
 OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # parts of a configuration
 
 
@@ -64,15 +68,11 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def fields_of(folder: Path) -> dict:
-    """What config.json holds. Raises ModelError for a file that is no JSON object."""
-    path = folder / "config.json"
+    """What config.json holds. Raises ModelError for what is no configuration, or too large for one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_config(folder / CONFIG)
     except ValueError as error:
-        raise _unusable(path, error) from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} holds {short(found)}, but a configuration is a JSON object: fetch the model again")
-    return found
+        raise ModelError(str(error)) from None
 
 
 def _unusable(path: Path, error: Exception) -> ModelError:
@@ -121,11 +121,13 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
         return None
     if not isinstance(found, dict):
         raise ModelError(f"{folder}/config.json has quantization_config={short(found)}: it must be a JSON object")
+    _check_quantised(folder, found, ("quant_method",))
     method = found.get("quant_method", "an unknown method")
     if method == "bitsandbytes" and found.get("load_in_8bit"):
         raise ModelError(f"{folder} is in 8 bits by bitsandbytes, but only 4 bits are read: load its original")
     if method not in ("bitsandbytes", "qlora_lab") or not found.get("load_in_4bit"):
         raise ModelError(f"{folder} holds a model quantised by {method}: load the original, which is quantised here")
+    _check_quantised(folder, found, QUANTISED_RULES)
     if "plan" in found:
         return f"mixed by its {found['plan']}"
     return (
@@ -133,6 +135,14 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
         found.get("block_size", 64),
         found.get("bnb_4bit_use_double_quant", False),
     )
+
+
+def _check_quantised(folder: Path, found: dict, names: Iterable[str]) -> None:
+    try:
+        rules = {name: QUANTISED_RULES[name] for name in names}
+        check_keys(found, rules, f"{folder / CONFIG}: quantization_config")
+    except ValueError as error:
+        raise ModelError(str(error)) from None
 
 
 def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
@@ -147,7 +157,7 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
         except Exception as error:  # the tokenizers library raises this class itself
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(
-                f"the tokenizer's files in {folder} cannot be read ({reason}): copy them again, or update tokenizers"
+                f"{_at_fault(folder)} cannot be read ({reason}): copy it again, or update tokenizers"
             ) from None
     try:
         return AutoTokenizer.from_pretrained(folder, **NO_CODE)
@@ -169,6 +179,18 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
         raise
 
 
+def _at_fault(folder: Path) -> str:
+    """The file whose content transformers could not use, or those that it may have been."""
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # as above
+        return str(folder / "tokenizer.json")
+    names = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+    return f"{' or '.join(name for name in names if (folder / name).exists())} in {folder}"
+
+
 def _lacks_sentencepiece() -> bool:
     wanted = "sentencepiece", "google", "google.protobuf"  # in this order: looking for a part needs its whole
     return not all(find_spec(name) for name in wanted)
@@ -178,7 +200,10 @@ def _lacks_sentencepiece() -> bool:
 
 
 def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
-    """Give every buffer of an empty model its value. Raises ModelError for one that nothing computes."""
+    """Give every buffer of an empty model its value. Raises ModelError for one that nothing computes, or too large."""
+    size = sum(buffer.nbytes for buffer in model.buffers())
+    if size > MOST_BUFFERS:
+        raise ModelError(f"config.json asks for buffers of {size / 2**30:,.1f} GiB: is the number of positions right?")
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in model.modules():

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lab.finetune.fields import SWITCHES, is_empty, is_learned, printable, refuse_unsupported, unused_fields
+from qlora_lab.quant.strict_json import parse
 
 FORMS = (
     "Alpaca (instruction, input, output), ShareGPT (conversations: from, value) or OpenAI messages "
@@ -215,13 +216,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parse(text: str, path: Path, first_line: int, expected: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{path}, line {first_line + error.lineno - 1}, column {error.colno}"
-        raise ValueError(f"{place}: not JSON ({error.msg}); expected {expected}") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or lists in lists in lists
-        raise ValueError(f"{path}, from line {first_line} on: cannot be read ({error}); expected {expected}") from error
+    return parse(text, str(path), line=first_line, expected=expected)
 
 
 def _read(path: Path) -> str:

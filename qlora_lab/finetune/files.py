@@ -8,22 +8,14 @@ if the new one cannot take its place, and removed last.
 Not here: whether `target` may be replaced (run_folder.py, and each writer), the calls themselves (quant/disk.py).
 """
 
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from qlora_lab.finetune.ownership import scratch_name
 from qlora_lab.quant import disk
 from qlora_lab.quant.disk import sync
 from qlora_lab.quant.out_path import out_path
-
-SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust names an errno
 
 
 @contextmanager
@@ -87,14 +79,3 @@ def scratch_for(target: Path, owner: Path | None = None) -> Iterator[Path]:
     finally:
         if recorded:
             disk.remove_if_empty(home)
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises OSError for a disk that refuses, which safetensors tells as its own error."""
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        if not (match := SYSTEM_ERROR.search(str(error))):
-            raise
-        number = int(match[1])
-        raise OSError(number, os.strerror(number), str(path)) from error

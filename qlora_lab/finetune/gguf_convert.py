@@ -32,7 +32,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.files import save_tensors
+from qlora_lab.finetune.tensor_file import save_tensors
 from qlora_lab.quant import disk
 
 # GGUF's part of a layer -> transformers' part of it. Names around them: `_hf_name`.

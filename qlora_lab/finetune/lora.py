@@ -15,11 +15,13 @@ Not here: variants such as DoRA; files (peft_format.py), where rsLoRA is another
 
 import math
 from collections.abc import Iterable
+from reprlib import repr as short
 
 import torch
 from torch import nn
 
 from qlora_lab.finetune.linear4bit import Linear4bit, left_alone
+from qlora_lab.quant.numbers import MOST, check_number, check_seed
 
 
 class LoRALinear(nn.Module):
@@ -102,6 +104,7 @@ def adapt(
     """As add_lora, with an (r, alpha) of its own for each layer. strengths: path of a linear layer -> (r, alpha)."""
     if has_adapters(model):
         raise ValueError("this model has adapters already: load a fresh one")
+    check_seed(seed)
     layers = linear_layers(model)
     for r, alpha in strengths.values():
         check_rank(r)
@@ -165,13 +168,12 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 def check_rank(r: int) -> None:
     """Raise ValueError unless r is a whole number of at least 1."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r={r!r} is not allowed: a rank is a whole number of at least 1, usually 16")
+    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MOST:
+        raise ValueError(f"r={short(r)} is not allowed: a rank is a whole number of at least 1, usually 16")
 
 
 def check_strength(alpha: float, dropout: float) -> None:
     """Raise ValueError unless alpha is a finite number above 0 and dropout lies from 0 to below 1."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (alpha > 0 and math.isfinite(alpha)):
-        raise ValueError(f"alpha={alpha!r} is not allowed: it is a number above 0, usually r or 16")
+    check_number("alpha", alpha, lambda alpha: 0 < alpha <= 1e6, "a number above 0, usually r or 16")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout!r} is not allowed: choose from 0 to below 1, usually 0 to 0.1")
+        raise ValueError(f"dropout={short(dropout)} is not allowed: choose from 0 to below 1, usually 0 to 0.1")

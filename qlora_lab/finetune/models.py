@@ -4,7 +4,8 @@ In: a known name, a local folder, or a hub id. Out: (model, tokenizer), the mode
 Peak memory is the quantised model plus the largest tensor, never the full-precision model: the model is built on the
 meta device, where tensors have shapes and no bytes, and each weight is read, quantised and dropped before the next.
 
-A folder that is in 4 bits already (quantized_folder.py) is mapped: no tensor is read before it is used.
+A folder that is in 4 bits already (quantized_folder.py) is mapped: no codes are read before they are used.
+A NaN or an infinity is refused wherever it stands, at the speed of memory (quant/finite.py).
 Embeddings, the head and norms keep their precision. In the end each tensor is the one that was read, or the load fails.
 Not here: the folder (fetch.py), the empty model and its buffers (empty_model.py), names in files (stored.py), adapters
 (lora.py).
@@ -175,7 +176,7 @@ def _quantised(
 def _mapped(
     model: "PreTrainedModel", folder: Path, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
-    """The tensors of a folder in 4 bits. On the CPU nothing is read before it is used: they are views of files."""
+    """The tensors of a folder in 4 bits. On the CPU all are views of files, and codes are not read before use."""
     files = files_of(folder)
     parts: dict[str, list[str]] = {}
     for key in files:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qlora_lab.quant import disk
 from qlora_lab.quant.lock import SCRATCH, scratch_name as new_name
+from qlora_lab.quant.strict_json import read_json
 
 MARK = "qlora-lab.json"
 RUN, QUANTISED = "qlora_lab run", "qlora_lab quantize"  # what writes a folder
@@ -59,7 +60,6 @@ def scratch_name(folder: Path) -> str | None:
 def read_object(file: Path) -> dict:
     """The JSON object in `file`; an empty one for a file of anything else, and for none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (ValueError, RecursionError):  # neither JSON nor UTF-8, or nested too deep for any file of ours
+        return read_json(file) if file.is_file() else {}
+    except ValueError:
         return {}
-    return content if isinstance(content, dict) else {}

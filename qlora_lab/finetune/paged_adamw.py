@@ -9,8 +9,8 @@ the codes of both and then their constants, 520 bytes for each block of 256 (ada
 parameters in order, asks for their pages one by one, and has the next one brought while it computes on one. Every
 element, or block, is changed by itself, so the order of pages changes no bit.
 
-But: no amsgrad, no maximize, no sparse gradients; 32-bit moments are float32, whatever the dtype of a parameter; bit
-for bit is tested on the CPU only.
+But: no amsgrad, no maximize, no sparse gradients; 32-bit moments are float32, whatever the dtype of a parameter. A step
+on a GPU is some dozen small launches for each page, so it waits for the host.
 Not here: pages (paging.py), the arithmetic of 8 bits (adamw_8bit.py).
 """
 

@@ -1,5 +1,7 @@
 """Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors in one folder.
 
+Beside them lies qlora-lab.sha256, their checksums, which PEFT passes over.
+
 In: an adapted model. Out: a folder that peft.PeftModel.from_pretrained loads, and load_adapter.
 Source: PEFT 0.21, utils/save_and_load.py. Keys are `base_model.model.PATH.lora_A.weight`, PATH being the layer's.
 
@@ -18,13 +20,17 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qlora_lab.finetune.adapter_base import WEIGHTS_KEY, warn_of_base, weights_of
-from qlora_lab.finetune.files import replacing_folder, save_tensors
+from qlora_lab.finetune.checksums import SUMS, write_sums
+from qlora_lab.finetune.files import replacing_folder
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapt, adapters, check_strength, has_adapters, linear_layers
 from qlora_lab.finetune.peft_config import check_settings, pattern_of, strength_of
+from qlora_lab.finetune.tensor_file import save_tensors
 from qlora_lab.quant import disk
+from qlora_lab.quant.finite import is_finite
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
+from qlora_lab.quant.strict_json import parse, read_json
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 CARD = "README.md"  # PEFT adds one, and users write to it
@@ -66,18 +72,19 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         if (folder / CARD).exists():
             disk.copy(folder / CARD, staged / CARD)
         disk.copy_mode(staged / CONFIG, staged / WEIGHTS)  # safetensors writes files that only their owner can read
+        write_sums(staged, (CONFIG, WEIGHTS))
     return folder
 
 
 def _is_an_adapters(path: Path) -> bool:
-    return path.is_file() and path.name in (CONFIG, WEIGHTS, CARD)
+    return path.is_file() and path.name in (CONFIG, WEIGHTS, CARD, SUMS)
 
 
 def _order_metadata(file: Path, metadata: dict[str, str]) -> None:
     """Write the header anew with the metadata in this order: safetensors takes any, and one adapter has one file."""
     with disk.open_for(file, "r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
+        header = parse(opened.read(size).decode(), str(file))
         header["__metadata__"] = metadata
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
         assert len(text) == size, f"a header of {size} bytes became {len(text)}"
@@ -151,14 +158,13 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
     """Configuration, tensors and metadata."""
     _check_files(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         with safe_open(folder / WEIGHTS, framework="pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  (not a dict)
             metadata = stored.metadata() or {}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"an adapter file in {folder} cannot be read ({error}): save or copy it again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG} holds a {type(config).__name__}: it is not a configuration of PEFT")
+    except (ValueError, SafetensorError) as error:  # the first names its file
+        reason = error if isinstance(error, ValueError) else f"{WEIGHTS}: {error}"
+        raise ValueError(f"the adapter in {folder} cannot be read ({reason}): save or copy it again") from None
     check_settings(config, f"the adapter in {folder}")
     return config, tensors, metadata
 
@@ -214,7 +220,7 @@ def _of_base(key: str, modules: dict[str, nn.Module]) -> torch.Tensor | None:
 
 def _same_values(stored: torch.Tensor, own: torch.Tensor | None) -> bool:
     """Whether they are equal, where either can have been rounded since: to bf16 (half of 2^-8) or fp16 (2^-24 at 0)."""
-    if own is None or own.shape != stored.shape:
+    if own is None or own.shape != stored.shape or stored.dtype not in WEIGHT_DTYPES:
         return False
     return torch.allclose(stored.float(), own.detach().cpu().float(), rtol=2**-8, atol=2**-24)
 
@@ -246,7 +252,7 @@ def _check_tensors(
                 )
             if tensor.dtype not in WEIGHT_DTYPES:
                 raise ValueError(f"{where} has {path}.{name} in {tensor.dtype}: save it in float32, bf16 or fp16")
-            if not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise ValueError(f"{where} has NaN or infinity in {path}.{name}: take one of an earlier step")
 
 

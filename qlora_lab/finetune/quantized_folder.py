@@ -19,14 +19,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from qlora_lab.finetune.checksums import write_sums
 from qlora_lab.finetune.empty_model import empty_model, fields_of, stored_options
 from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
-from qlora_lab.finetune.files import replacing_file, save_tensors
+from qlora_lab.finetune.files import replacing_file
 from qlora_lab.finetune.linear4bit import HEAD, head_path
 from qlora_lab.finetune.models import layer_sizes
 from qlora_lab.finetune.ownership import MARK, QUANTISED, is_marked, mark, read_object, scratch_name
 from qlora_lab.finetune.share import Share, in_4_bits
 from qlora_lab.finetune.stored import Stored, opened, stored_tensors
+from qlora_lab.finetune.tensor_file import save_tensors
 from qlora_lab.quant import disk
 from qlora_lab.quant.block_size import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
@@ -200,8 +202,11 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
         if (source / name).exists():
             with replacing_file(out / name) as new:
                 disk.copy(source / name, new)
-    for name, content in ((INDEX, index), (CONFIG, config)):
+    copied = [name for name in COPIED if (out / name).exists()]
+    contents = {name: (json.dumps(one, indent=2) + "\n").encode() for name, one in ((INDEX, index), (CONFIG, config))}
+    write_sums(out, [*set(weight_map.values()), *copied, *([PLAN] if plan else [])], contents)
+    for name, content in contents.items():
         with replacing_file(out / name) as new:
-            disk.write_text(new, json.dumps(content, indent=2) + "\n")
+            disk.write_bytes(new, content)
     for name in (MARK, UNFINISHED):  # without the second the folder is a model and nothing else
         disk.remove(out / name)

@@ -4,6 +4,7 @@ adapter/      the adapter in PEFT's format           log.jsonl     one line a st
 best/         the one with the lowest held-out loss  checkpoints/  all that is needed to go on (checkpoint.py)
 settings.json what decided the run                   result.json   how it ended; there once it has
 qlora-lab.json  the mark that the folder is a run's (ownership.py)
+qlora-lab.sha256  checksums of settings.json and, once the run is complete, of all but checkpoints/ (checksums.py)
 
 What lies there under one of these names and was not written by a run is refused by name, with `overwrite` as well; what
 has another name is left alone. Links are followed: files are moved beside where they are, so on their own disk.
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_lab.finetune.checkpoint import BEST, CHECKPOINT_FILES, FOLDER, saved_steps, step_folders
+from qlora_lab.finetune.checksums import SUMS
 from qlora_lab.finetune.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object, scratch_name
 from qlora_lab.finetune.peft_format import CONFIG, WEIGHTS
 from qlora_lab.quant import disk
@@ -27,8 +29,8 @@ from qlora_lab.quant.lock import locked_folder, reserved_folder
 from qlora_lab.quant.out_path import out_path
 
 LOG, RECORD, RESULT, ADAPTER = "log.jsonl", "settings.json", "result.json", "adapter"
-RUN_FILES = (RECORD, ADAPTER, BEST, FOLDER, LOG, RESULT)
-WEIGHTS_FILES = (CONFIG, WEIGHTS)  # all that a run writes to adapter/ and best/
+RUN_FILES = (RECORD, ADAPTER, BEST, FOLDER, LOG, RESULT, SUMS)
+WEIGHTS_FILES = (CONFIG, WEIGHTS, SUMS)  # all that a run writes to adapter/ and best/
 EARLIER = "earlier-"  # in scratch: what the files of an earlier run are set aside in
 _told: set[Path] = set()  # where earlier runs are kept, as this process has said already
 
@@ -86,7 +88,7 @@ def _strangers(folder: Path) -> Iterator[Path]:
     if is_marked_otherwise(folder, RUN):
         yield folder / MARK
     ours = is_marked(folder, RUN) or _is_unmarked_run(folder)
-    for name in (LOG, RECORD, RESULT):
+    for name in (LOG, RECORD, RESULT, SUMS):
         if os.path.lexists(folder / name) and not (ours and (folder / name).is_file()):
             yield folder / name
     for name in (ADAPTER, BEST):

@@ -20,6 +20,7 @@ from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.run_folder import RECORD
 from qlora_lab.finetune.settings import FREE, Settings
+from qlora_lab.quant.strict_json import TEXT, or_null, read_json
 
 NUMBER, CHOICE = ("steps", "batch_size"), ("max_length", "seed")  # decide how many examples are encoded, and which
 
@@ -41,10 +42,11 @@ def run_clock(folder: Path, tokenizer, resume: bool | int) -> datetime | None:
 
 def _stored_clock(path: Path) -> datetime | None:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8")).get("clock")
+        stored = read_json(path, {"clock": or_null(TEXT)}).get("clock")
         return datetime.fromisoformat(stored) if stored else None
-    except (ValueError, TypeError, AttributeError) as error:
-        damaged = f"{path} is damaged ({error}), so the time at which the run began is not known"
+    except ValueError as error:
+        reason = str(error).removeprefix(str(path)).lstrip(", ")
+        damaged = f"{path} is damaged ({reason}), so the time at which the run began is not known"
         raise ValueError(f"{damaged}: restore the file, or start a new run in another folder") from error
 
 

@@ -7,8 +7,10 @@ Source: QLoRA section 4 and appendix B for rate, clipping and schedule.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from reprlib import repr as short
 
 from qlora_lab.finetune.examples import Example
+from qlora_lab.quant.numbers import MOST, MOST_BYTES, check_number, check_seed, check_whole
 
 SCHEDULES = ("constant", "cosine")
 # May differ when a run is resumed: they change no bit of it. notes: of the data, whose checksum is compared; arithmetic
@@ -44,31 +46,28 @@ class Settings:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "max_length", "keep"):
-            self._check_whole(name, 1)
+            check_whole(name, getattr(self, name))
         for name in ("warmup_steps", "eval_every", "patience", "save_every"):
-            self._check_whole(name, 0)
-        for name in ("micro_batch_size", "optimizer_budget"):
+            check_whole(name, getattr(self, name), 0)
+        for name, most in (("micro_batch_size", MOST), ("optimizer_budget", MOST_BYTES)):
             if getattr(self, name) is not None:
-                self._check_whole(name, 1)
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value!r} is not allowed: it is a number above 0")
+                check_whole(name, getattr(self, name), 1, most)
+        check_seed(self.seed)
+        check_number("lr", self.lr, lambda lr: 0 < lr <= 1e6, "a number above 0, usually below 0.001")
+        check_number("clip", self.clip, lambda clip: clip > 0, "a number above 0")
+        for name in ("packing", "group_by_length", "gradient_checkpointing", "shard"):
+            if not isinstance(getattr(self, name), bool):  # "no" would count as true
+                raise ValueError(f"{name}={short(getattr(self, name))} is not allowed: it is True or False")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r} is not known: choose {' or '.join(SCHEDULES)}")
+            raise ValueError(f"schedule={short(self.schedule)} is not known: choose {' or '.join(SCHEDULES)}")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} leaves no step of {self.steps} at the full rate")
         if self.optimizer_bits not in (32, 8):
-            raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8")
+            raise ValueError(f"optimizer_bits={short(self.optimizer_bits)} is not allowed: moments have 32 or 8")
         if self.patience and not self.eval_every:
             raise ValueError(f"patience={self.patience} needs evaluations: set eval_every as well")
         if self.packing and self.group_by_length:
             raise ValueError("packing and group_by_length both save padding, and exclude each other: choose one")
-
-    def _check_whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value!r} is not allowed: it is a whole number of at least {least}")
 
 
 def check_held_out(settings: Settings, examples: Sequence[Example]) -> None:

@@ -21,12 +21,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qlora_lab.finetune.fetch import ModelError, weight_files
+from qlora_lab.finetune.model_files import ModelError, weight_files
+from qlora_lab.quant.finite import first_not_finite
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter
+
+AGAIN = "take another copy of the model"
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,22 @@ class Stored:
     def checked(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor`, float64 as float32. Raises ModelError for another shape than the model's, or for no weights."""
         check_shape(self.file, self.name, tensor.shape, self.shape)
-        if self.is_float and tensor.dtype not in (*WEIGHT_DTYPES, torch.float64):
+        if not self.is_float:
+            return self._checked_integers(tensor)
+        if tensor.dtype not in (*WEIGHT_DTYPES, torch.float64):
             raise ModelError(
                 f"{self.file}: {self.name} is {tensor.dtype}, but weights are float32, bfloat16 or float16: "
                 "take a copy of the model in one of them"
             )
-        return tensor.float() if tensor.dtype == torch.float64 else tensor
+        tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
+        if fault := first_not_finite(tensor):
+            raise ModelError(f"{self.file}: {self.name} holds {fault}, but weights are finite: {AGAIN}")
+        return tensor
+
+    def _checked_integers(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() or tensor.is_complex():
+            raise ModelError(f"{self.file}: {self.name} is {tensor.dtype}, but the model has integers there: {AGAIN}")
+        return tensor
 
 
 @contextmanager
@@ -85,7 +98,7 @@ def opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as stored:
             yield stored
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is cut off or no safetensors file ({error}): delete it and fetch it again") from None
+        raise ModelError(f"{path} is cut off or no safetensors file ({error}): put a whole copy in its place") from None
 
 
 @contextmanager

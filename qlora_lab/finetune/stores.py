@@ -8,7 +8,7 @@ GPU, pages in pinned memory of its host. ManagedStore, the paper's own: CUDA's m
 address and the driver moves it. A store writes a page away, reads it back, clears a frame, and starts such a move
 beside the arithmetic that goes on: a thread for a file, a stream of its own on a GPU.
 
-But: the two for GPUs have run on no GPU yet; the tests run all of it but CUDA's own calls.
+But: the tests run all of the two for GPUs but CUDA's own calls; bench/gpu_paging.py runs these.
 Not here: which page moves when (paging.py).
 """
 

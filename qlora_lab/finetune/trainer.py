@@ -27,7 +27,16 @@ from tqdm.auto import tqdm
 
 from qlora_lab.finetune.allocator import recycle_memory
 from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
-from qlora_lab.finetune.checkpoint import BEST, forget, load_checkpoint, restore_best, save_checkpoint, saved_steps
+from qlora_lab.finetune.checkpoint import (
+    BEST,
+    forget,
+    load_checkpoint,
+    restore_best,
+    save_checkpoint,
+    saved_steps,
+    tensors_path,
+)
+from qlora_lab.finetune.checksums import SUMS, log_sha256, sha256, write_sums
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data
 from qlora_lab.finetune.distributed import engine_for, from_process_0, leads, together
 from qlora_lab.finetune.examples import Example
@@ -50,7 +59,9 @@ from qlora_lab.finetune.out_of_memory import telling_memory
 from qlora_lab.finetune.packed_rows import check_packing
 from qlora_lab.finetune.paged_adamw import PagedAdamW
 from qlora_lab.finetune.peft_format import adapter_tensors, save_adapter
-from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, replacing_run, reserved_run
+from qlora_lab.finetune.restored import check_tensors
+from qlora_lab.finetune.resumed import check_facts, read_log
+from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, WEIGHTS_FILES, replacing_run, reserved_run
 from qlora_lab.finetune.run_record import (
     comparable,
     computes_in,
@@ -278,14 +289,17 @@ class Training:
                     restore_best(self.folder, step, self.folder / BEST)
                 # newer ones would outlive the log that belongs to them
                 forget(self.folder, [newer for newer in steps if newer > step])
+                disk.remove(self.folder / SUMS)  # of what is replaced now
                 with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
                     disk.write_text(new, "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines))
                 with replacing_file(self.folder / RECORD) as new:
                     disk.write_text(new, json.dumps(self._record, indent=2) + "\n")
                 disk.remove(self.folder / RESULT)
+                write_sums(self.folder, [RECORD])
 
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
+        check_facts(facts, self.folder)
         if step >= self.settings.steps:
             made = f"{self.folder} was saved at step {step}, so steps={self.settings.steps} are made already"
             raise ValueError(f"{made}: ask for more of them")
@@ -297,13 +311,11 @@ class Training:
                 f"{self.folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "
                 "Ask for what it was begun with, or choose another folder"
             )
-        log = (self.folder / LOG).read_text(encoding="utf-8").splitlines()[:step]
-        try:
-            self.lines = [json.loads(line) for line in log]
-        except ValueError:
-            self.lines = []
-        if [line["step"] for line in self.lines] != list(range(1, step + 1)):
-            raise ValueError(f"{self.folder / LOG} lacks a line of the first {step} steps: it was changed by hand")
+        self.lines = read_log(self.folder / LOG, step)
+        if facts.get("log_sha256", digest := log_sha256(self.folder / LOG, step)) != digest:
+            raise ValueError(f"{self.folder / LOG} is not what step {step} was saved with: restore it, or start anew")
+        checked = adapter_tensors(self.model), self._parameters, self.settings.optimizer_bits
+        check_tensors(tensors_path(self.folder, step), tensors, *checked)
         self._adopt(facts["arithmetic"])
         with torch.no_grad():
             for key, tensor in adapter_tensors(self.model).items():
@@ -345,6 +357,7 @@ class Training:
                     "scaler": self._scaler.state_dict(),
                     "best": self._best,
                     "arithmetic": arithmetic(self.model),
+                    "log_sha256": sha256(self.folder / LOG),
                 }
                 best = self.folder / BEST if self._best["step"] else None
                 save_checkpoint(self.folder, len(self.lines), tensors, facts, self.settings.keep, best)
@@ -359,9 +372,16 @@ class Training:
                 result = {"ended": ended, "steps": len(losses), "tokens": tokens, "seconds": seconds}
                 result |= {"loss": losses[-1], "best": self._best}
                 if ended != STOPPED:
-                    with replacing_file(self.folder / RESULT) as new:
-                        disk.write_text(new, json.dumps(result, indent=2, allow_nan=False) + "\n")
+                    self._write_result((json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
         self.result = Run(self.folder, self.settings, self.report, losses, held_out, seconds, tokens, ended)
+
+    def _write_result(self, content: bytes) -> None:
+        """The last file of a run: that it is there says that the run is complete, with checksums of all it made."""
+        files = [self.folder / name / file for name in (ADAPTER, BEST) for file in WEIGHTS_FILES]
+        made = [path.relative_to(self.folder).as_posix() for path in files if path.is_file()]
+        write_sums(self.folder, [RECORD, LOG, *made], {RESULT: content})
+        with replacing_file(self.folder / RESULT) as new:
+            disk.write_bytes(new, content)
 
     # ----------------------------------------------------------------------------------------------------------- a step
 

@@ -59,9 +59,9 @@ def _choose(device: str, override: str) -> Choice:
 
         if why := triton.refusal():
             return Choice("reference", why)
-        from qlora_lab.kernels.triton import dispatch, ops
+        from qlora_lab.kernels.triton import adamw_8bit, dispatch
 
-        return Choice("triton", "the device is a GPU", dispatch, dispatch, ops)
+        return Choice("triton", "the device is a GPU", dispatch, dispatch, adamw_8bit)
     if device != "cpu":
         return Choice("reference", f"there is no kernel for {device}")
     if _forked:

@@ -173,6 +173,8 @@ def report(
     known and where Triton is missing.
     """
     archs = list(archs)
+    for arch in archs:
+        _check_target(arch, dtype)
     names = [name for name in RUNGS if _dtype(name, dtype) in RUNGS[name].dtypes] if rungs is None else list(rungs)
     wanted = [(name, arch, _dtype(name, dtype)) for name in names for arch in archs]
     return [_read(*key, code, RUNGS[key[0]].loop) for key, code in zip(wanted, _compile(wanted, progress), strict=True)]
@@ -189,9 +191,9 @@ def ptx(rung: str, arch: int = 90, dtype: str = "bfloat16") -> str:
 
 
 def check_product(shape: Sequence[int], tokens: int) -> None:
-    """Raise ValueError for a side or a number of tokens below 1."""
-    if min(*shape, tokens) < 1:
-        raise ValueError(f"shape={tuple(shape)} and tokens={tokens} are not allowed: each is at least 1")
+    """Raise ValueError for a side or a number of tokens below 1, or above 2^31 - 1."""
+    if min(*shape, tokens) < 1 or max(*shape, tokens) >= 2**31:
+        raise ValueError(f"shape={tuple(shape)} and tokens={tokens} are not allowed: each is from 1 to 2,147,483,647")
 
 
 def roofline(one: Report, shape: tuple[int, int] = (4096, 4096), tokens: int = 256) -> list[Roof]:
@@ -258,7 +260,7 @@ def _compile(wanted: list[tuple[str, int, str]], progress: bool = False) -> list
 
 def _check(name: str, arch: int, dtype: str) -> None:
     if name not in RUNGS:
-        raise ValueError(f"rung {name!r} is not known: {', '.join(RUNGS)}")
+        raise ValueError(f"rung {name!r:.60} is not known: {', '.join(RUNGS)}")
     _check_target(arch, dtype)
     if dtype not in RUNGS[name].dtypes:
         raise ValueError(f"{name} does not take {dtype}: it takes {', '.join(RUNGS[name].dtypes)}")
@@ -268,7 +270,7 @@ def _check_target(arch: int, dtype: str = "float32") -> None:
     if arch not in ARCHS:
         raise ValueError(f"arch={arch} is not known: compute capability times ten, {', '.join(map(str, ARCHS))}")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known: {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {dtype!r:.60} is not known: {', '.join(DTYPES)}")
 
 
 def _child(keys: list, folder: str, progress: bool) -> Iterable[dict]:

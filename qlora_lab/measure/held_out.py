@@ -26,6 +26,7 @@ from qlora_lab.finetune.loss import held_out_loss
 from qlora_lab.finetune.modes import measuring
 from qlora_lab.finetune.reach import reads_padding
 from qlora_lab.measure.rouge import rouge_l
+from qlora_lab.quant.numbers import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -85,6 +86,7 @@ def _answers(
 ) -> list[str]:
     from transformers import GenerationConfig
 
+    check_whole("max_new_tokens", max_new_tokens)
     rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     check_tokens(model, tokenizer, {token for row in rows for token in row})
     longest = max(map(len, rows)) + max_new_tokens - 1  # the last token is not read

@@ -7,13 +7,13 @@ Source: "LLaMA", table 2, for the sizes that its name alone gives; field names a
 Not here: bytes (memory.py).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_lab.finetune.fetch import KNOWN_MODELS, cache_dir, fetch
+from qlora_lab.finetune.model_files import read_config
 
 FAMILIES = ("llama", "mistral", "qwen2")
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -134,11 +134,7 @@ def _from_name(name: str) -> Shape:
     if not path.is_file():
         known = ", ".join([*KNOWN_MODELS, *PUBLISHED])
         raise ValueError(f"unknown model {name!r}: known are {known}; a folder or a config.json also works")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON ({error}): get it again") from error
-    shape = _from_config(config, str(path))
+    shape = _from_config(read_config(path), str(path))
     return replace(shape, name=name) if name in KNOWN_MODELS else shape
 
 

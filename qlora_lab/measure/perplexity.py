@@ -17,6 +17,7 @@ import torch
 
 from qlora_lab.finetune.limits import check_length, check_tokens
 from qlora_lab.finetune.loss import batch_losses
+from qlora_lab.quant.numbers import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -86,8 +87,8 @@ def _first_ids(tokenizer: "Tokenizer", text: str, needed: int) -> list[int]:
 
 def check_windows(length: int, windows: int) -> None:
     """Raise ValueError unless each of `windows` windows of `length` tokens has a token to predict, and there is one."""
-    if length < 2 or windows < 1:
-        raise ValueError(f"length={length}, windows={windows}: at least one window of at least two tokens is needed")
+    check_whole("length", length, 2)
+    check_whole("windows", windows)
 
 
 def window_losses(model: torch.nn.Module, rows: torch.Tensor, progress: bool = True) -> list[float]:

@@ -2,27 +2,35 @@
 
 In: rows, as measure/sweep.py makes them. Out: the same rows again, whatever happened while the last one was written.
 
+Each row ends with a checksum of itself, which `qlora-lab verify` compares; reading does not.
 A row counts from the moment its new line is on the disk. A last line without one is what a kill, a power cut or a full
 disk left. Reading never changes the file; whoever opens it to append cuts that line off, and holds a lock meanwhile
 (quant/lock.py): two sweeps into one file would both measure, and append, the same rows.
 Not here: how a row is measured (sweep.py).
 """
 
+import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from qlora_lab.finetune.verify import DIFFERS, OK, UNKNOWN, Part
 from qlora_lab.quant import disk
 from qlora_lab.quant.lock import locked_file
+from qlora_lab.quant.strict_json import parse, read_regular
 
 # What decides a row's figures. The seed does not: levels that it drew are there themselves. Nor do commit and machine:
 # most commits change no figure, and what the quantiser does is in `quantiser`; sweep.py says what a processor changes.
 IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "quantiser", "versions")
 FIGURES = ("perplexity", "window_losses", "bits_per_parameter", "relative_error", "layer_errors", "entropy")
 FIGURES += ("code_share",)
+CHECKSUM = re.compile(rb', "sha256": "([0-9a-f]{64})"}$')  # at the end of a row
+EARLIER_END = re.compile(rb', "date": "[^"]*"}$')  # of a row of versions without a checksum
+LARGEST = 64 * 2**20  # bytes; a row of a model with 210 layers has four thousand
 START = b'{"model": {"'  # of every row that was ever written
 
 
@@ -42,7 +50,7 @@ def read_results(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     _check_kind(path)
-    return _parsed(path, path.read_bytes())[0] if path.exists() else []
+    return _parsed(path, read_regular(path, LARGEST))[0] if path.exists() else []
 
 
 @contextmanager
@@ -54,13 +62,18 @@ def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
     _check_kind(path)
     # each write is one call of the system, at the end of the file
     with locked_file(path, "sweep"), disk.open_for(path, "ab") as file:
-        content = path.read_bytes()
+        content = read_regular(path, LARGEST)
         rows, end = _parsed(path, content)
         file.truncate(end)
         if end and content[end - 1 : end] != b"\n":
             file.write(b"\n")
         disk.sync(path.parent)
         yield rows, file
+
+
+def with_checksum(row: dict) -> dict:
+    """The row with one more field at its end, `sha256`: that of its line without this field."""
+    return row | {"sha256": hashlib.sha256(json.dumps(row, allow_nan=False).encode()).hexdigest()}
 
 
 def append_result(file: BinaryIO, row: dict) -> None:
@@ -71,6 +84,27 @@ def append_result(file: BinaryIO, row: dict) -> None:
         disk.sync(Path(file.name))
     except OSError as error:
         raise OSError(f"{file.name}: a row cannot be written ({error.strerror}); those before it are there") from None
+
+
+def verify_rows(path: str | Path) -> list[Part]:
+    """Compare each row with its checksum; a Part for each, "row 1" the first. Raises ValueError for a file of others'.
+
+    The rows of earlier versions have none.
+    """
+    path = Path(path)
+    _check_kind(path)
+    lines = path.read_bytes().splitlines()
+    if not lines or not any(line.startswith(START) for line in lines):
+        raise ValueError(f"{path} holds no row of a sweep: name what a command of qlora-lab made")
+    return [Part(f"row {number}", _state(line)) for number, line in enumerate(lines, 1)]
+
+
+def _state(line: bytes) -> str:
+    match = CHECKSUM.search(line)
+    if not match:
+        return UNKNOWN if line.startswith(START) and EARLIER_END.search(line) else DIFFERS
+    same = hashlib.sha256(line[: match.start()] + b"}").hexdigest() == match[1].decode()
+    return OK if same and line.startswith(START) else DIFFERS
 
 
 def _check_kind(path: Path) -> None:
@@ -103,7 +137,7 @@ def _parsed(path: Path, content: bytes) -> tuple[list[dict], int]:
 
 def _row(path: Path, number: int, line: bytes) -> dict:
     try:
-        row = json.loads(line)
+        row = parse(line.decode("utf-8-sig"), "it")  # an editor may have put a mark before the first
         row["model"]["weights_sha256"]  # older versions, too, wrote this
     except (ValueError, LookupError, TypeError) as error:
         what = f"line {number} is no row of a sweep ({type(error).__name__}: {error})"
@@ -118,7 +152,7 @@ def _is_torn(line: bytes, first: bool) -> bool:
     """
     begun = line.rstrip(b"\0")  # what a power cut may leave of bytes that were promised
     try:
-        json.loads(begun)
+        parse(begun.decode("utf-8-sig"), "it")
     except ValueError:
         return begun.startswith(START) or (not first and START.startswith(begun))
     return False

@@ -39,6 +39,7 @@ from qlora_lab.finetune.modes import mode
 from qlora_lab.finetune.stored import stored_tensors
 from qlora_lab.measure.perplexity import check_windows_fit, text_windows
 from qlora_lab.quant.block_size import Candidate, Choices, bits_table, check_candidate
+from qlora_lab.quant.numbers import check_seed
 from qlora_lab.quant.quantize import dequantize, quantize
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def sensitivity(
     Raises ValueError for a text that is too short, and for a model without plain linear layers; FloatingPointError for
     one that predicts NaN.
     """
+    check_seed(seed)
     if isinstance(text, str):
         found = text_windows(tokenizer, text, length, windows)
         check_windows_fit(model, tokenizer, found)

@@ -16,7 +16,6 @@ Not here: the file (results_file.py), plots, and which block size for which laye
 """
 
 import hashlib
-import json
 import math
 import re
 import subprocess
@@ -37,20 +36,23 @@ import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.empty_model import stored_options
-from qlora_lab.finetune.fetch import resolve, weight_files
+from qlora_lab.finetune.fetch import resolve
 from qlora_lab.finetune.interrupt import Interrupt, waiting
 from qlora_lab.finetune.linear4bit import linears_to_quantise
+from qlora_lab.finetune.model_files import weight_files
 from qlora_lab.finetune.models import fast_dtype, load
 from qlora_lab.finetune.stored import stored_tensors
 from qlora_lab.measure.code_use import CodeUse, code_counts
 from qlora_lab.measure.machine import machine
 from qlora_lab.measure.perplexity import check_windows, check_windows_fit, text_windows, topics_text, window_losses
-from qlora_lab.measure.results_file import append_result, identity, open_results
+from qlora_lab.measure.results_file import append_result, identity, open_results, with_checksum
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import CODEBOOKS, check_levels
 from qlora_lab.quant.lloyd_max import lloyd_max, scaled_sample
+from qlora_lab.quant.numbers import check_seed
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
+from qlora_lab.quant.strict_json import TEXT, read_json
 
 LLOYD_MAX = re.compile(r"lloyd-max([2-8]?)")  # a codebook that is fitted to the model; a digit for other than 4 bits
 SAMPLE = 2**20  # weights that it is fitted to, from all layers; another million moves no level by more than 0.006
@@ -108,7 +110,7 @@ def sweep(
     double_quant, seed (if levels were fitted), quantiser (a checksum of what it does); perplexity, window_losses (mean
     nats a token), bits_per_parameter (of the quantised weights, constants included), relative_error (squared, over all
     of them), layer_errors (the same by kind of layer, a list each, first layer first), entropy and code_share
-    (code_use.py); versions, commit, machine, seconds, date.
+    (code_use.py); versions, commit, machine, seconds, date, sha256 (of all before it).
 
     A last line that was torn off is removed, with a warning. An interrupt says how much is done.
     Raises what load, quantize, perplexity and open_results raise, and ValueError for an empty path.
@@ -116,8 +118,7 @@ def sweep(
     results = out_path(results)  # before anything is loaded
     settings = [_checked(one) for one in settings]
     check_windows(length, windows)
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} is not allowed: choose a whole number from 0 to 2**63 - 1")
+    check_seed(seed)
     with open_results(results) as (rows, file):
         done = {identity(row): row for row in rows}
         source, tokens, shared = _prepared(name_or_path, windows, length, text, dtype, device, progress)
@@ -128,7 +129,7 @@ def sweep(
                 fitted = _fitted(variant, source, seed)
                 row = shared | _variant_record(fitted, source) | {"seed": None if fitted is variant else seed}
                 if (same := identity(row)) not in done:
-                    row |= _measured(fitted, source, tokens, progress)
+                    row = with_checksum(row | _measured(fitted, source, tokens, progress))
                     append_result(file, row)
                     done[same] = row
                 found.append(done[same])
@@ -314,7 +315,8 @@ def _checked(setting: Variant | tuple) -> Variant:
     if variant.levels is None:
         if not known:
             names = f"{', '.join(CODEBOOKS)}, lloyd-max"
-            raise ValueError(f"codebook {variant.codebook!r} is not known: choose one of {names}, or give its levels")
+            given = f"codebook {variant.codebook!r:.60} is not known"
+            raise ValueError(f"{given}: choose one of {names}, or give its levels")
         return variant
     if known or variant.codebook == "none":  # what tables of rows call the model as it is
         raise ValueError(f"levels are given under the name {variant.codebook!r}, which stands for others: rename them")
@@ -357,8 +359,8 @@ def _model_record(name_or_path: str | Path, folder: Path) -> dict:
 def _source_note(folder: Path) -> str | None:
     """What fetch wrote of where the weights come from."""
     try:
-        return str(json.loads((folder / "source.json").read_text("utf-8"))["source"])
-    except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is somebody else's
+        return read_json(folder / "source.json", {"source": TEXT}, ("source",))["source"]
+    except (OSError, ValueError):  # there is none, or it is somebody else's
         return None
 
 

@@ -30,8 +30,10 @@ from qlora_lab.quant import disk
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE
+from qlora_lab.quant.numbers import check_number
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.packing import group_of
+from qlora_lab.quant.strict_json import NUMBER, OBJECT, SWITCH, TEXT, check_keys, each, read_json, whole
 
 if TYPE_CHECKING:
     from scipy.optimize import OptimizeResult
@@ -175,23 +177,27 @@ def load_plan(path: str | Path) -> Plan:
     """Read a plan. Raises ValueError for a file that is none, with what is wrong in it."""
     path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, _PLAN_RULES, _PLAN_RULES)
         layers = found["layers"]
-        chosen = {name: Candidate(*(one[key] for key in Candidate._fields)) for name, one in layers.items()}
-        numel = {name: int(one["numel"]) for name, one in layers.items()}
-        plan = Plan(str(found["model"]), chosen, float(found["error"]), float(found["bits_per_parameter"]), numel)
-    except KeyError as error:
-        raise ValueError(f"{path} is no plan: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:  # no JSON, no text at all, or JSON of something else
-        raise ValueError(f"{path} is no plan, or is cut off: {error}") from None
-    for name, one in chosen.items():
-        if unknown := sorted(layers[name].keys() - {*Candidate._fields, "numel"}):
+        for name, layer in layers.items():
+            check_keys(layer, _LAYER_RULES, name, _LAYER_RULES)
+    except ValueError as error:
+        reason = str(error).removeprefix(str(path)).lstrip(", ")
+        raise ValueError(f"{path} is no plan, or is cut off ({reason})") from None
+    chosen = {name: Candidate(*(layer[key] for key in Candidate._fields)) for name, layer in layers.items()}
+    for name, candidate in chosen.items():
+        if unknown := sorted(layers[name].keys() - _LAYER_RULES.keys()):
             raise ValueError(f"{path}: {name} has {unknown[0]!r}, which is not known here: {_REMEDY}")
         try:
-            check_candidate(one)
-        except (ValueError, TypeError) as error:
+            check_candidate(candidate)
+        except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from None
-    return plan
+    numel = {name: layer["numel"] for name, layer in layers.items()}
+    return Plan(found["model"], chosen, float(found["error"]), float(found["bits_per_parameter"]), numel)
+
+
+_PLAN_RULES = {"model": TEXT, "error": NUMBER, "bits_per_parameter": NUMBER, "layers": each(OBJECT)}
+_LAYER_RULES = {"codebook": TEXT, "block_size": whole(1), "double_quant": SWITCH, "numel": whole(1)}
 
 
 def check_candidate(candidate: Candidate) -> None:
@@ -243,10 +249,7 @@ def best_plan(
     Raises ValueError for a budget below the smallest plan's, which it names, for limits that are none, and for groups
     that overlap or name a layer that there is not.
     """
-    if not bits_per_parameter > 0:  # nor is NaN
-        raise ValueError(f"bits_per_parameter={bits_per_parameter} is no budget: give a number, such as 4.5")
-    if constants_share is not None and not 0 < constants_share <= 1:
-        raise ValueError(f"constants_share={constants_share} is not allowed: it is above 0 and at most 1, such as 0.05")
+    check_limits(bits_per_parameter, constants_share)
     members = _members(choices, groups)
     bits = np.stack([choices.bits[rows].sum(0) for rows in members])  # (groups, candidates)
     constants = _constants(choices, members)
@@ -260,6 +263,15 @@ def best_plan(
         raise ValueError(_too_small(bits, constants, weights, bits_per_parameter, constants_share))
     of_layer = {row: candidate for rows, candidate in zip(members, picked, strict=True) for row in rows}
     return _plan(choices, [of_layer[row] for row in range(len(choices.layers))])
+
+
+def check_limits(bits_per_parameter: float, constants_share: float | None = None) -> None:
+    """Raise ValueError unless best_plan can take these two."""
+    if bits_per_parameter != math.inf:
+        check_number("bits_per_parameter", bits_per_parameter, lambda bits: bits > 0, "a number above 0, such as 4.5")
+    if constants_share is not None:
+        what = "above 0 and at most 1, such as 0.05"
+        check_number("constants_share", constants_share, lambda share: 0 < share <= 1, what)
 
 
 def uniform(choices: Choices, candidate: Candidate) -> Plan:

@@ -7,6 +7,8 @@ straddle two rows, and the last block may be partial: it is filled up with zeros
 Not here: what happens to absmax (double_quant.py).
 """
 
+from reprlib import repr as short
+
 import torch
 
 MIN_BLOCK, MAX_BLOCK = 16, 4096
@@ -16,9 +18,11 @@ TINY = 1e-38  # a block of zeros, or of denormals, is scaled by 1/TINY, not by i
 def check_block_size(block_size: int) -> None:
     """Raise TypeError or ValueError unless `block_size` is a whole number from 16 to 4096."""
     if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise TypeError(f"block_size={block_size!r} must be a whole number, such as 64")
+        raise TypeError(f"block_size={short(block_size)} must be a whole number, such as 64")
     if not MIN_BLOCK <= block_size <= MAX_BLOCK:
-        raise ValueError(f"block_size={block_size} is not allowed: choose from {MIN_BLOCK} to {MAX_BLOCK}, usually 64")
+        raise ValueError(
+            f"block_size={short(block_size)} is not allowed: choose from {MIN_BLOCK} to {MAX_BLOCK}, usually 64"
+        )
 
 
 def to_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:

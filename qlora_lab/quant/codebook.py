@@ -18,6 +18,7 @@ Not here: blocks and their scale (blocks.py), bytes (packing.py).
 """
 
 from functools import lru_cache
+from reprlib import repr as short
 
 import torch
 
@@ -139,7 +140,7 @@ def codebook(name: str) -> torch.Tensor:
     [-1.0, 0.0, 1.0]
     """
     if not isinstance(name, str) or name not in _RECIPES:
-        raise ValueError(f"codebook {name!r} is not known: choose one of {', '.join(CODEBOOKS)}")
+        raise ValueError(f"codebook {short(name)} is not known: choose one of {', '.join(CODEBOOKS)}")
     return _table(name).clone()
 
 

@@ -29,6 +29,12 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """The same for bytes."""
+    with open(path, "wb") as file:
+        file.write(data)
+
+
 def open_for(path: Path, mode: str) -> IO[bytes]:
     """Open a file of bytes to append ("ab") or to change ("r+b"), without a buffer: each write is one call."""
     return open(path, mode, buffering=0)

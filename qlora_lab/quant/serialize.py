@@ -14,16 +14,26 @@ Not here: files (finetune/peft_format.py).
 """
 
 import json
+import math
+from collections.abc import Mapping
+from reprlib import repr as short
 
 import torch
 
 from qlora_lab.quant.blocks import check_block_size
-from qlora_lab.quant.codebook import CODEBOOKS, CUSTOM, check_levels, codebook
+from qlora_lab.quant.codebook import CODEBOOKS, CUSTOM, bits_of, check_levels, codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE, DoubleQuantized, dynamic_map
+from qlora_lab.quant.finite import first_not_finite, largest_magnitude
 from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor
+from qlora_lab.quant.strict_json import decoded, parse
 
 BITSANDBYTES_READS = ("nf4", "fp4")
+# bnb_4bit_quant_storage: bytes of codes that go by another name, for FSDP
+STORAGE_DTYPES = (torch.uint8, torch.int8, *WEIGHT_DTYPES, torch.float64)
+MOST_STATE, MOST_SIZES = 2**12, 64  # bytes of a description, 250 in fact; dimensions of a tensor of numpy
+LARGEST = torch.finfo(torch.float32).max
+AGAIN = "quantise its original again"
 _KNOWN = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
 _DTYPES = {str(d).removeprefix("torch."): d for d in WEIGHT_DTYPES}
 
@@ -53,109 +63,165 @@ def to_tensors(q: QuantizedTensor, key: str) -> dict[str, torch.Tensor]:
     return tensors | {f"{key}.quant_state.{owner}__{q.codebook}": encoded}
 
 
-def from_tensors(tensors: dict[str, torch.Tensor], key: str) -> QuantizedTensor:
+def from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> QuantizedTensor:
     """Read the tensor named `key` out of a dict with bitsandbytes' names, whoever wrote it.
 
-    Raises KeyError for a missing part and ValueError for one of the wrong size, each by its name.
+    Raises KeyError for a missing part and, whatever else the parts hold, ValueError for one that cannot be what its
+    name says (kind, size, values), each by its name. Constants that are not finite are refused as well, those of
+    quantize(keep_non_finite=True) too.
     """
+    if not isinstance(tensors, Mapping) or not isinstance(key, str):
+        given = f"{type(tensors).__name__} and {type(key).__name__}"
+        raise ValueError(f"a dict of tensors and the key of one are needed, but {given} are given")
     state = _read_state(tensors, key)
-    absmax = _part(tensors, f"{key}.absmax")
+    packed = _part(tensors, key, STORAGE_DTYPES).view(torch.uint8)
+    levels = _levels(tensors, key, state["quant_type"], packed.device)
     nested = "nested_offset" in state
-    if nested != (absmax.dtype == torch.uint8) or not (nested or absmax.is_floating_point()):
-        raise ValueError(f"{key}.absmax is {absmax.dtype}, but constants are torch.uint8 if, and only if, nested")
-    absmax = absmax.reshape(-1).contiguous() if nested else absmax.reshape(-1).float().contiguous()
-    if nested:
-        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
-        if not torch.equal(tensors.get(f"{key}.nested_quant_map", dynamic_map()).cpu(), dynamic_map()):
-            raise ValueError(
-                f"{key}.nested_quant_map is another table than bitsandbytes' dynamic map: it cannot be read"
-            )
-        if state.get("nested_blocksize") != GROUP_SIZE:
-            size = state.get("nested_blocksize")
-            raise ValueError(f"{key} groups constants by {size}, but only {GROUP_SIZE} is known")
-        scale = _part(tensors, f"{key}.nested_absmax").reshape(-1).float().contiguous()
-        if not (offset.isfinite() and scale.isfinite().all()):  # they scale every weight
-            raise ValueError(f"{key} has NaN or infinity in its nested constants: quantise its original again")
-        absmax = DoubleQuantized(absmax, scale, offset)
-    packed = _part(tensors, key).reshape(-1).contiguous().view(torch.uint8)  # bitsandbytes: perhaps another dtype
+    absmax = _part(tensors, f"{key}.absmax", (torch.uint8,) if nested else WEIGHT_DTYPES, packed.device)
+    _check_sizes(tensors, key, state, len(packed), len(absmax), bits_of(levels))
+    constants = _nested(tensors, key, state, absmax) if nested else _not_negative(absmax, f"{key}.absmax")
     q = QuantizedTensor(
         packed=packed,
-        constants=absmax,
-        levels=_levels(tensors, key, state["quant_type"]),
+        constants=constants,
+        levels=levels,
         codebook=state["quant_type"],
         block_size=state["blocksize"],
         shape=torch.Size(state["shape"]),
         dtype=_DTYPES[state["dtype"]],
     )
-    _check_sizes(q, key)
+    if len(levels) < 2**q.bits and (highest := int(q.codes.max())) >= len(levels):
+        raise ValueError(f"{key} holds code {highest}, but {key}.quant_map has {len(levels)} levels: {AGAIN}")
     return q
 
 
-def _read_state(tensors: dict[str, torch.Tensor], key: str) -> dict:
+# --------------------------------------------------------------------------------------------------------- description
+
+
+def _read_state(tensors: Mapping[str, torch.Tensor], key: str) -> dict:
+    """The description of the tensor, every value of the right type and known here."""
     prefix = f"{key}.quant_state."
-    found = [k for k in tensors if k.startswith(prefix)]
+    found = [name for name in tensors if isinstance(name, str) and name.startswith(prefix)]
     if len(found) != 1:
         raise KeyError(f"{key}: expected one key that starts with {prefix!r}, found {found or 'none'}")
-    state = _state(tensors[found[0]])
+    state = _state(_part(tensors, found[0], (torch.uint8,)))
     if state is None:
         raise ValueError(f"{found[0]} cannot be read: the checkpoint is damaged")
     if unknown := sorted(state.keys() - _KNOWN):
         name = unknown[0]
-        raise ValueError(f"{key} is stored with {name}={state[name]!r}, which is not known here: quantise its original")
+        value = short(state[name])
+        raise ValueError(f"{key} is stored with {name}={value}, which is not known here: quantise its original")
     if state["quant_type"] not in (*CODEBOOKS, CUSTOM) or state["dtype"] not in _DTYPES:
         raise ValueError(
-            f"{key} is stored as {state['quant_type']!r} of {state['dtype']!r}, which is not known here: "
+            f"{key} is stored as {short(state['quant_type'])} of {short(state['dtype'])}, which is not known here: "
             f"data types are {', '.join(CODEBOOKS)}, weights {', '.join(_DTYPES)}"
         )
+    if found[0].rpartition("__")[2] != state["quant_type"]:
+        raise ValueError(f"{found[0]} describes {state['quant_type']}, another type than its name: {AGAIN}")
     try:
         check_block_size(state["blocksize"])
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{key} is stored with {error}") from None
     return state
 
 
 def _state(encoded: torch.Tensor) -> dict | None:
     """What bitsandbytes writes: a JSON object with numbers where numbers belong; None for anything else."""
+    if len(encoded) > MOST_STATE:
+        return None
     try:
-        state = json.loads(bytes(encoded.tolist()))
+        state = parse(decoded(bytes(encoded.tolist()), "state"), "state")
         whole = [*state["shape"], state["blocksize"]]
         numbers = [*whole, state.get("nested_offset", 0)]
+        float(numbers[-1])  # an integer of 400 digits is none
         named = state["quant_type"], state["dtype"]
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
-    right = all(isinstance(n, int) and n > 0 for n in whole) and all(isinstance(n, (int, float)) for n in numbers)
+    right = isinstance(state["shape"], list) and len(state["shape"]) <= MOST_SIZES
+    right = right and all(type(n) is int and n > 0 for n in whole) and all(type(n) in (int, float) for n in numbers)
     return state if right and all(isinstance(name, str) for name in named) else None
 
 
-def _levels(tensors: dict[str, torch.Tensor], key: str, name: str) -> torch.Tensor:
-    """The table of the codes. Raises ValueError for one that is none, or not the one of its name."""
-    levels = _part(tensors, f"{key}.quant_map")
-    if name == CUSTOM:  # nothing but its own table says what its codes mean
-        try:
-            check_levels(levels)
-        except TypeError as error:
-            raise ValueError(f"{key}.quant_map: {error}") from None
-        return levels
-    known = codebook(name)
-    if levels.dtype != torch.float32 or levels.shape != known.shape or not torch.allclose(levels.cpu(), known):
-        raise ValueError(f"{key}.quant_map is not the table of {name}: quantise its original again")
-    return levels
+# --------------------------------------------------------------------------------------------------------------- parts
 
 
-def _part(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+def _part(
+    tensors: Mapping[str, torch.Tensor], name: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
+) -> torch.Tensor:
+    """The part `name` as (numel,), contiguous. Raises KeyError or ValueError if it is not there, or of another kind."""
     if name not in tensors:
         raise KeyError(f"{name} is missing: the checkpoint is incomplete")
-    return tensors[name]
+    part = tensors[name]
+    if not isinstance(part, torch.Tensor) or part.layout != torch.strided or part.is_meta:
+        given = f"a {part.layout} tensor on {part.device}" if isinstance(part, torch.Tensor) else type(part).__name__
+        raise ValueError(f"{name} is {given}, but a plain tensor with values is needed: {AGAIN}")
+    if part.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} is {part.dtype}, but {allowed} is needed there: {AGAIN}")
+    if device not in (None, part.device):
+        raise ValueError(f"{name} is on {part.device}, but its codes on {device}: move all parts to one device")
+    if part.nbytes > part.untyped_storage().nbytes():
+        raise ValueError(f"{name} is an expanded view, {part.nbytes:,} bytes that are not there: {AGAIN}")
+    flat = part.detach().reshape(-1).contiguous()
+    return flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)  # one element
 
 
-def _check_sizes(q: QuantizedTensor, key: str) -> None:
-    n_blocks = -(-q.numel // q.block_size)
-    n_codes, n_bytes = group_of(q.bits)
-    want = {key: -(-q.numel // n_codes) * n_bytes, f"{key}.absmax": n_blocks}
-    have = {key: len(q.packed), f"{key}.absmax": len(q.constants.absmax_codes if q.double_quant else q.constants)}
-    if q.double_quant:
-        want[f"{key}.nested_absmax"] = -(-n_blocks // GROUP_SIZE)
-        have[f"{key}.nested_absmax"] = len(q.constants.absmax_scale)
-    for name, n in want.items():
-        if have[name] != n:
-            raise ValueError(f"{name} has {have[name]} entries, but shape {tuple(q.shape)} needs {n}")
+def _levels(
+    tensors: Mapping[str, torch.Tensor], key: str, name: str, device: torch.device | None = None
+) -> torch.Tensor:
+    """The table of the codes. Raises ValueError for one that is none, or not the one of its name."""
+    dtypes = WEIGHT_DTYPES if name == CUSTOM else (torch.float32,)
+    flat, stored = _part(tensors, f"{key}.quant_map", dtypes, device), tensors[f"{key}.quant_map"]
+    if name == CUSTOM:  # nothing but its own table says what its codes mean
+        try:
+            return check_levels(stored).to(flat.device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{key}.quant_map: {error}") from None
+    known = codebook(name)
+    if stored.shape != known.shape or not torch.allclose(flat.cpu(), known):
+        raise ValueError(f"{key}.quant_map is not the table of {name}: {AGAIN}")
+    return flat
+
+
+def _nested(tensors: Mapping[str, torch.Tensor], key: str, state: dict, codes: torch.Tensor) -> DoubleQuantized:
+    """The constants of constants. Raises KeyError or ValueError for what cannot be them."""
+    if (size := state.get("nested_blocksize")) != GROUP_SIZE:
+        raise ValueError(f"{key} groups constants by {short(size)}, but only {GROUP_SIZE} is known")
+    if (dtype := state.get("nested_dtype", "float32")) != "float32":
+        raise ValueError(f"{key} has nested_dtype={short(dtype)}, but only float32 is known: {AGAIN}")
+    if (name := f"{key}.nested_quant_map") in tensors:
+        table = _part(tensors, name, (torch.float32,)).cpu()
+        if not torch.equal(table, dynamic_map()):
+            raise ValueError(f"{name} is another table than bitsandbytes' dynamic map: it cannot be read")
+    scale = _part(tensors, f"{key}.nested_absmax", WEIGHT_DTYPES, codes.device)
+    offset = state["nested_offset"]
+    if not offset + largest_magnitude(scale) <= LARGEST:  # nor is NaN; they scale every weight
+        raise ValueError(f"{key} has NaN or infinity in its nested constants: {AGAIN}")
+    if offset < 0:
+        raise ValueError(f"{key} has nested_offset={offset:g}, but it is a mean of magnitudes: {AGAIN}")
+    offset = torch.tensor(offset, dtype=torch.float32, device=codes.device)
+    return DoubleQuantized(codes, _not_negative(scale, f"{key}.nested_absmax"), offset)
+
+
+def _not_negative(constants: torch.Tensor, name: str) -> torch.Tensor:
+    """`constants` as float32. Raises ValueError unless each is what it stands for, the largest magnitude of a block."""
+    if fault := first_not_finite(constants):
+        raise ValueError(f"{name} holds {fault}, but the constant of a block is finite: {AGAIN}")
+    if len(constants) and constants.min() < 0:
+        raise ValueError(f"{name} holds {constants.min():g}, but the constant of a block is at least 0: {AGAIN}")
+    return constants.float()
+
+
+def _check_sizes(
+    tensors: Mapping[str, torch.Tensor], key: str, state: dict, n_bytes: int, n_constants: int, bits: int
+) -> None:
+    """Raise ValueError unless codes and constants are as many as the shape needs; Python's integers do not overflow."""
+    numel = math.prod(state["shape"])
+    n_blocks = -(-numel // state["blocksize"])
+    codes_of_group, bytes_of_group = group_of(bits)
+    sizes = {key: (n_bytes, -(-numel // codes_of_group) * bytes_of_group), f"{key}.absmax": (n_constants, n_blocks)}
+    if "nested_offset" in state:
+        scales = _part(tensors, f"{key}.nested_absmax", WEIGHT_DTYPES)
+        sizes[f"{key}.nested_absmax"] = len(scales), -(-n_blocks // GROUP_SIZE)
+    for name, (have, want) in sizes.items():
+        if have != want:
+            raise ValueError(f"{name} has {have} entries, but shape {short(tuple(state['shape']))} needs {short(want)}")

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
 from qlora_lab.quant.block_size import Candidate, Choices, Plan, best_plan, uniform
+from qlora_lab.show.escape import for_picture
 from qlora_lab.show.explorer import Explorer, fix_layout
 from qlora_lab.show.figure import COLOURS, all_masked, new_figure
 from qlora_lab.show.slider import Slider
@@ -128,7 +129,7 @@ class BlockSizeExplorer(Explorer):
             middle.plot([0.1], [i + 0.5], color=colours[i], **square)
         longest = [f"{self.names[candidate]}: {len(self.choices.layers)}" for candidate in ranks]  # keeps the room
         how = {"va": "center", "fontsize": 8 if crowded else 12}
-        self.texts = [middle.text(0.24, i + 0.5, text, **how) for i, text in enumerate(longest)]
+        self.texts = [middle.text(0.24, i + 0.5, for_picture(text), **how) for i, text in enumerate(longest)]
         self._draw_frontier(right)
         (self.point,) = right.plot([], [], "o", ms=11, color=COLOURS["blue"], mec="#ffffff")
         self.note = right.text(1, 1.03, "less", transform=right.transAxes, ha="right", va="bottom", fontsize=12)
@@ -139,7 +140,7 @@ class BlockSizeExplorer(Explorer):
         rows, columns, self._cells = places(self.choices.layers)
         self._map = all_masked((len(rows), len(columns)))
         how = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(colours) - 0.5}
-        ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=12)
+        ax.set_xticks(range(len(columns)), map(for_picture, columns), rotation=90, fontsize=12)
         ax.set_yticks(range(0, len(rows), max(1, len(rows) // 6)))
         ax.set_yticklabels([rows[i] for i in ax.get_yticks()], fontsize=12)
         ax.set_ylabel("block of layers", fontsize=12)
@@ -160,7 +161,7 @@ class BlockSizeExplorer(Explorer):
             for (candidate, plan), place in zip(plans, at, strict=True):
                 name = self.names[candidate].removesuffix(DOUBLE)  # the marker says it
                 if plan in named:
-                    ax.annotate(name, place, (6, 3), textcoords="offset points", fontsize=11)
+                    ax.annotate(for_picture(name), place, (6, 3), textcoords="offset points", fontsize=11)
         ax.set_xlabel("bits per parameter", fontsize=12)
         ax.set_ylabel("error, summed over layers", fontsize=12)
         ax.tick_params(labelsize=12)
@@ -172,9 +173,9 @@ class BlockSizeExplorer(Explorer):
             self._map[self._cells[layer]] = ranks[candidate]
         self.image.set_data(self._map)
         for text, (candidate, count) in zip(self.texts, result["counts"].items(), strict=True):
-            text.set_text(f"{self.names[candidate]}: {count}")
+            text.set_text(for_picture(f"{self.names[candidate]}: {count}"))
         self.point.set_data([plan.bits_per_parameter], [plan.error])
-        self.note.set_text(_gain(self.names, result))
+        self.note.set_text(for_picture(_gain(self.names, result)))
 
     def describe(self, state, result):
         plan = result["plan"]

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 import ipywidgets as W
 from matplotlib.figure import Figure
 
+from qlora_lab.show.escape import for_html
 from qlora_lab.show.figure import Blit, img
 from qlora_lab.show.slider import Button
 from qlora_lab.show.source import called_functions, details_html, source_html
@@ -97,7 +98,7 @@ class Explorer(ABC):
         self.result = self.compute(self.state)
         self.update(self.result)
         self.png = self._blit.frame()
-        caption = f'<div aria-hidden="true">{html.escape(self.summary())}</div>'  # spoken once, as the alt text
+        caption = f'<div aria-hidden="true">{for_html(self.summary())}</div>'  # spoken once, as the alt text
         self._pane.value = f"{img(self.png, self.summary())}{caption}<code>{html.escape(self.code())}</code>"
 
     def _layout(self):

@@ -4,7 +4,7 @@ Enters: (text, learned) records, as finetune.data.show_labels makes them. Leaves
 coloured ground and a line underneath, and plain text in which learned tokens stand in [brackets].
 """
 
-import html
+from qlora_lab.show.escape import for_html
 
 STYLE = "background:#e69f0055;border-bottom:2px solid #e69f00"  # not colour alone: the line shows on a grey print
 
@@ -25,4 +25,4 @@ class LabelView:
 
 
 def _ink(text):
-    return html.escape(text).replace("\n", "⏎\n")
+    return for_html(text).replace("\n", "⏎\n")

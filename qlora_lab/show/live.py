@@ -14,7 +14,6 @@ Not here: the loop (finetune/trainer.py).
 """
 
 import asyncio
-import html
 import math
 import sys
 import threading
@@ -31,6 +30,7 @@ from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
 from qlora_lab.finetune.trainer import STOPPED, Run, Training
+from qlora_lab.show.escape import for_html
 from qlora_lab.show.figure import COLOURS, Blit, Picture, img, new_figure
 from qlora_lab.show.slider import Button
 
@@ -88,7 +88,7 @@ class WithSentence(Picture):
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         bundle = super()._repr_mimebundle_()
-        bundle["text/html"] += f'<div aria-hidden="true">{html.escape(self.alt)}</div>'  # spoken once, as the alt text
+        bundle["text/html"] += f'<div aria-hidden="true">{for_html(self.alt)}</div>'  # spoken once, as the alt text
         return bundle
 
 
@@ -112,7 +112,7 @@ class LivePlot:
             return
         self.redraw()
         self._pane.value = img(self.png, self.summary())
-        self._text.value = f"<div>{html.escape(self.progress())}</div>"
+        self._text.value = f"<div>{for_html(self.progress())}</div>"
         end = time.perf_counter()
         self._due = end + max(REDRAW_EVERY, 9 * (end - start))
 

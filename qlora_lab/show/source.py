@@ -19,6 +19,8 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from qlora_lab.show.escape import fenced
+
 _LIBRARY = __name__.split(".")[0]
 
 
@@ -32,7 +34,7 @@ class Source:
         return self.text
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        return {"text/markdown": f"```python\n{self.text}\n```", "text/plain": self.text}
+        return {"text/markdown": fenced(self.text, "python"), "text/plain": self.text}
 
 
 def show_source(*functions):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qlora_lab as ql
-from qlora_lab.finetune import checkpoint, files, trainer
+from qlora_lab.finetune import checkpoint, files, tensor_file, trainer
 from qlora_lab.finetune.checkpoint import load_checkpoint, save_checkpoint, saved_steps
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.paged_adamw import PagedAdamW
@@ -88,6 +88,7 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, variant):
     same_result(tmp_path / "parts", tmp_path / "whole")
     a, b = (load_checkpoint(tmp_path / name, 10) for name in ("parts", "whole"))
     assert a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])  # both moments as well
+    assert {facts.pop("log_sha256") for _, facts in (a, b)}  # of lines that have seconds
     assert a[1] == b[1] and any(name.startswith("optimizer.27.") for name in a[0])
     if "paged" in variant:
         assert second._optimizer.pages.count > 2 * len(second._optimizer.pages.frames) == 2 * FRAMES
@@ -398,7 +399,7 @@ def die_in_save(folder, out, moment):
                 os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
-    files.save_file, files.sync = half, dying
+    tensor_file.save_file, files.sync = half, dying
     train_on(folder, out)
 
 
@@ -449,7 +450,7 @@ def test_a_save_that_fails_ends_the_run_and_the_earlier_state_is_left(folder, tm
             raise OSError(28, "No space left on device")
         save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     with pytest.raises(OSError, match="step 6 could not be saved.*No space left.*the checkpoint of step 4 is whole"):
         training(folder, tmp_path / "run").run()
     assert saved_steps(tmp_path / "run") == [2, 4]

@@ -112,7 +112,7 @@ def test_a_config_without_a_family_is_told_so(folder):
 
 def test_a_config_with_a_wrong_value_names_it(folder):
     change(folder / "config.json", hidden_size="wide")
-    with pytest.raises(ModelError, match=r"config.json cannot be used: .*'hidden_size'.*'wide'") as error:
+    with pytest.raises(ModelError, match=r"config.json has hidden_size='wide': it must be a whole number") as error:
         empty_model(folder, torch.float32)
     assert "\n" not in str(error.value)
 
@@ -121,12 +121,9 @@ WRONG = [
     ({"num_attention_heads": 0}, "ZeroDivisionError"),
     ({"num_key_value_heads": 0}, "ZeroDivisionError"),
     ({"hidden_act": "nope"}, "KeyError: 'nope'"),
-    ({"intermediate_size": -4}, "negative dimension"),
-    ({"vocab_size": -3, "pad_token_id": -1}, "negative dimension|within num_embeddings"),
     ({"dtype": "float7"}, "no attribute 'float7'"),
     ({"rope_scaling": {"rope_type": "llama3"}}, "Missing required keys"),
     ({"rope_scaling": {"type": "nope"}}, "KeyError: 'nope'"),
-    ({"model_type": ["llama"]}, "TypeError"),
     ({"attn_implementation": "flash_attention_2"}, "FlashAttention2|flash_attn"),
 ]
 
@@ -142,7 +139,7 @@ def test_what_transformers_cannot_build_is_told_in_one_line(folder, fields, reas
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"model_type": "llama\xe9"}', b"\xef\xbb\xbf{}"])
 def test_a_config_that_is_no_json_object_is_named(folder, content):
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(ModelError, match="config.json (cannot be used|holds)"):
+    with pytest.raises(ModelError, match="config.json(, line 1| holds| is not UTF-8| begins with a byte order)"):
         load(folder, progress=False)
 
 
@@ -156,16 +153,21 @@ def test_a_quantization_config_that_is_no_object_is_named(folder, value):
 @pytest.mark.parametrize("content", ["", "[]", "{"])
 def test_a_generation_config_that_cannot_be_read_is_named(folder, content):
     (folder / "generation_config.json").write_text(content)
-    with pytest.raises(ModelError, match="generation_config.json cannot be used: "):
+    with pytest.raises(ModelError, match="generation_config.json(, line 1, column .: it | holds )"):
         load(folder, progress=False)
 
 
 @pytest.mark.parametrize(
-    "name, content", [("tokenizer.json", "{}"), ("tokenizer.json", "{"), ("tokenizer_config.json", "{")]
+    "name, content, message",
+    [
+        ("tokenizer.json", "{}", "model.tokenizer.json cannot be read .*: copy it again"),
+        ("tokenizer.json", "{", "tokenizer.json, line 1, column 2: it ends too early"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json, line 1, column 2: it ends too early"),
+    ],
 )
-def test_a_tokenizer_that_cannot_be_read_is_named(folder, name, content):
+def test_a_tokenizer_that_cannot_be_read_is_named(folder, name, content, message):
     (folder / name).write_text(content)
-    with pytest.raises(ModelError, match="the tokenizer's files in .* cannot be read .*: copy them again"):
+    with pytest.raises(ModelError, match=message):
         load(folder, progress=False)
 
 

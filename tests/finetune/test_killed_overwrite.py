@@ -81,6 +81,7 @@ def killed(function, root, number):
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code in (0, GONE)
         return code == GONE
+    warnings.simplefilter("ignore")
     try:
         with suppress(FloatingPointError), disk_faults(root, at=number, fail=lambda *_: os._exit(GONE)):
             function()

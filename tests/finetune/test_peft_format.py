@@ -198,7 +198,7 @@ def test_other_peoples_files_are_not_replaced(tmp_path, tiny_llama):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("[1]", "adapter_config.json holds a list: it is not a configuration of PEFT"),
+        ("[1]", r"adapter_config.json holds \[1\]: it must be a JSON object"),
         ("{}", "has peft_type=None"),
         ('{"peft_type": "LORA", "lora_alpha": 8}', "has no r in its configuration"),
         ('{"peft_type": ', "cannot be read"),
@@ -252,7 +252,7 @@ def test_other_errors(saved, tiny_llama, tmp_path):
 
 def test_a_failed_save_leaves_the_old_folder(saved, monkeypatch, tiny_llama):
     before = (saved / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr("qlora_lab.finetune.files.save_file", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("qlora_lab.finetune.tensor_file.save_file", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_adapter(trained(tiny_llama, alpha=1), saved)
     assert (saved / "adapter_model.safetensors").read_bytes() == before
@@ -266,7 +266,7 @@ def test_a_readme_of_the_user_stays(tmp_path, tiny_llama):
     for _ in range(2):
         save_adapter(model, tmp_path)
         assert (tmp_path / "README.md").read_text() == "what this project is about"
-    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora-lab.sha256"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -285,7 +285,7 @@ def test_an_adapter_follows_a_link(tmp_path, tiny_llama):
     model = trained(tiny_llama)
     for _ in range(2):
         save_adapter(model, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "disk").rglob("*"))) == 3
+    assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "disk").rglob("*"))) == 4
 
 
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_lab.finetune import files, quantized_folder
+from qlora_lab.finetune import quantized_folder, tensor_file
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import add_lora
 from qlora_lab.finetune.models import load
@@ -74,7 +74,7 @@ def test_transformers_with_bitsandbytes_reads_it(tmp_path, tokenizer):
 
 def test_an_interrupted_one_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
     whole = contents(quantise(folder, tmp_path / "whole"))
-    save, saved = files.save_file, []
+    save, saved = tensor_file.save_file, []
 
     def interrupted(tensors, path, **kwargs):
         saved.append(path)
@@ -83,7 +83,7 @@ def test_an_interrupted_one_goes_on_where_it_stopped(folder, tmp_path, monkeypat
             path.write_bytes(path.read_bytes()[:50])
             raise KeyboardInterrupt  # a signal may land in a callback of the garbage collector, and be lost
 
-    monkeypatch.setattr(files, "save_file", interrupted)
+    monkeypatch.setattr(tensor_file, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantise(folder, tmp_path / "parts")
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.safetensors")}

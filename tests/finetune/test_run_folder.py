@@ -8,6 +8,7 @@ import torch
 import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.finetune.checkpoint import saved_steps
+from qlora_lab.finetune.checksums import SUMS
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.lora import add_lora
 from qlora_lab.finetune.run_folder import MARK, check_free
@@ -61,7 +62,7 @@ def refused(capsys, *argv):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", OURS + ["adapter/adapter_config.json", MARK])
+@pytest.mark.parametrize("name", OURS + ["adapter/adapter_config.json", MARK, SUMS])
 def test_a_users_file_under_a_name_of_a_run_is_refused_before_the_model_is_loaded(capsys, tmp_path, name, mode):
     out = write(tmp_path / "out", name, "notes.txt")
     before = contents(out)
@@ -79,7 +80,7 @@ def test_a_users_files_under_all_other_names_stay_as_they_are(train, tmp_path, m
     assert train(out, 2, save_every=1, **MODES[mode]).adapter.is_dir()
     assert train(out, 2, overwrite=True).adapter.is_dir()
     assert before.items() <= contents(out).items()
-    made = {"adapter", "log.jsonl", "result.json", "settings.json", "checkpoints", MARK}
+    made = {"adapter", "log.jsonl", "result.json", "settings.json", "checkpoints", MARK, SUMS}
     assert {path.name for path in out.iterdir()} == made | {name.split("/")[0] for name in before}
 
 

@@ -89,7 +89,11 @@ def test_what_a_run_leaves_behind(model, tokenizer, tmp_path):
     assert sum(line["tokens"] for line in lines) == run.tokens
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert (settings["lr"], settings["dtype"], settings["adapter"]["r"]) == (2e-2, "float32", 4)
-    assert sorted(p.name for p in run.adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in run.adapter.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "qlora-lab.sha256",
+    ]
 
 
 def test_training_flags_and_random_state_return(model, tokenizer, tmp_path):
@@ -152,6 +156,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(model, tokenizer, tmp_path):
         "adapter",
         "log.jsonl",
         "qlora-lab.json",
+        "qlora-lab.sha256",
         "result.json",
         "settings.json",
     ]

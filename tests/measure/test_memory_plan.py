@@ -103,5 +103,5 @@ def test_a_plan_is_plain_values():
 
 @pytest.mark.parametrize("gb", [0, -1, float("nan"), float("inf"), "24", True])
 def test_a_card_without_memory_is_refused(gb):
-    with pytest.raises(ValueError, match="a card has more than 0 GB"):
+    with pytest.raises(ValueError, match="it is the memory of a card, above 0 GB"):
         plan("llama-7b", gb)

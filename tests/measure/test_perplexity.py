@@ -73,7 +73,7 @@ def test_a_text_that_is_too_short_says_what_would_fit(tiny_llama, tokenizer):
     for text, n in ("", 0), ("two", len(tokenizer("two")["input_ids"])):
         with pytest.raises(ValueError, match=f"the text has {n} tokens, .*: take shorter windows or a longer text"):
             perplexity(tiny_llama, tokenizer, text)
-    with pytest.raises(ValueError, match="length=1, windows=8: at least one window of at least two tokens"):
+    with pytest.raises(ValueError, match="length=1 is not allowed: it is a whole number of at least 2"):
         perplexity(tiny_llama, tokenizer, TEXT, length=1)
 
 

@@ -14,13 +14,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_lab import cli
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.models import load
 from qlora_lab.finetune.quantized_folder import quantize_folder
+from qlora_lab.finetune.verify import DIFFERS, OK, UNKNOWN
 from qlora_lab.measure import sweep as module
 from qlora_lab.measure.code_use import code_counts
 from qlora_lab.measure.perplexity import perplexity
-from qlora_lab.measure.results_file import FIGURES, IDENTITY, START, append_result, open_results, read_results
+from qlora_lab.measure.results_file import (
+    FIGURES,
+    IDENTITY,
+    START,
+    append_result,
+    open_results,
+    read_results,
+    verify_rows,
+)
 from qlora_lab.measure.sweep import Source, Variant, quantised_in_place, sweep, variants
 from qlora_lab.quant.quantize import dequantize, quantize
 
@@ -115,7 +125,7 @@ def test_a_row_says_where_it_comes_from(folder, results):
     assert row["data"]["text_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
     assert {"processor", "GPU", "instructions"} <= row["machine"].keys()
     assert row["versions"]["torch"] == torch.__version__ and row["seconds"] > 0
-    assert row.keys() == {*IDENTITY, *FIGURES, "seed", "date", "commit", "machine", "seconds"}
+    assert row.keys() == {*IDENTITY, *FIGURES, "seed", "date", "commit", "machine", "seconds", "sha256"}
     assert json.loads(results.read_text()) == row and results.read_bytes().startswith(START)
     (folder / "source.json").write_text('{"source": "a wheel"}')
     assert module._model_record("known", folder)["source"] == "a wheel"
@@ -285,6 +295,24 @@ def test_a_last_line_without_its_end_is_kept(folder, results):
     with pytest.warns(UserWarning, match="line 2 was torn off behind its last character, so nothing is lost"):
         quiet(folder, FOUR[:2], results)
     assert results.read_bytes() == whole
+
+
+def test_every_bit_of_a_row_is_covered_by_its_checksum(folder, results, capsys):
+    quiet(folder, FOUR[:2], results)
+    assert cli.main(["verify", str(results)]) == 0 and capsys.readouterr().out == "row 1  ok\nrow 2  ok\n"
+    whole = results.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    *fields, digest = json.loads(first).items()
+    text = json.dumps(dict(fields)).encode()
+    assert digest == ("sha256", hashlib.sha256(text).hexdigest())
+    for position in range(0, len(first) - 1, 97):
+        changed = first[:position] + bytes([first[position] ^ 1]) + first[position + 1 :]
+        results.write_bytes(changed + second)
+        assert [part.state for part in verify_rows(results)] == [DIFFERS, OK]
+    results.write_bytes(first + second[:-9])
+    assert cli.main(["verify", str(results)]) == 1 and "row 2  differs" in capsys.readouterr().out
+    results.write_bytes(first + text + b"\n")
+    assert [part.state for part in verify_rows(results)] == [OK, UNKNOWN]
 
 
 @pytest.mark.parametrize("line", [b"", b"{}", b"[1]", b"7", b'{"model": "nf4"}', b'{"codebook": "nf4"', b"\xff"])

@@ -1,13 +1,23 @@
 """Which rung does what: the functions of kernels/cpu.py and kernels/product.py for CUDA.
 
-A weight is packed, constants, levels, block_size. takes() says which; for others the readable functions run.
+A weight is packed, constants, levels, block_size. takes() says which; for others the readable functions run. While
+torch.compile traces, a rung is an operation of torch (ops.py); otherwise it is launched at once: on an H200 the
+operation takes 50 us of the host, and the launch 30.
 """
+
+from functools import lru_cache
 
 import torch
 
 from qlora_lab.kernels.triton import launch, ops
-from qlora_lab.kernels.triton.gemv_nf4 import MAX_TOKENS
-from qlora_lab.kernels.triton.matmul_nf4 import TOKENS
+from qlora_lab.kernels.triton.dequantize_double import dequantize_double
+from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4
+from qlora_lab.kernels.triton.double_quantize import double_dequantize, double_quantize
+from qlora_lab.kernels.triton.gemv_nf4 import MAX_TOKENS, gemv_nf4
+from qlora_lab.kernels.triton.matmul_nf4 import FEW, matmul_nf4
+from qlora_lab.kernels.triton.quantize_nf4 import quantize_nf4
+
+FEWEST = 3  # tokens for which the tensor cores are worth their tile, most of which is empty
 
 
 def takes(n_levels: int, block_size: int) -> bool:
@@ -20,57 +30,56 @@ def quantize_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of quant.quantize.quantize_blocks: (numel,) weights -> packed uint8, absmax (n_blocks,) float32."""
     if len(order) == 256:
-        codes, scale = ops.double_quantize(weight, thresholds.new_zeros(()), thresholds, block_size, tiny)
-        return codes, scale
-    packed, absmax = ops.quantize_nf4(weight, thresholds, order, block_size, tiny)
-    return packed, absmax
+        return double_quantize(weight, thresholds.new_zeros(()), thresholds, block_size, tiny)
+    return quantize_nf4(weight, thresholds, order, block_size, tiny)
 
 
 def dequantize_blocks(weight: tuple, out: torch.Tensor) -> None:
     """Twin of quant.quantize.dequantize_blocks: fills `out`, contiguous float32, bf16 or fp16."""
     packed, constants, levels, block_size = weight
-    parts, group = _parts(constants)
-    if len(levels) <= launch.CODES:
-        ops.dequantize_into(packed, parts, group, levels, block_size, out)
-        return
-    absmax = ops.double_dequantize(parts, group) if group else constants
-    out.view(-1).copy_(ops.double_dequantize([packed, absmax, absmax.new_zeros(()), levels], block_size))
+    if len(levels) > launch.CODES:
+        absmax = constants if isinstance(constants, torch.Tensor) else double_dequantize(constants)
+        out.view(-1).copy_(double_dequantize((packed, absmax, absmax.new_zeros(()), levels, block_size)))
+    elif torch.compiler.is_compiling():
+        ops.dequantize_into(packed, *_parts(constants), levels, block_size, out)
+    elif isinstance(constants, torch.Tensor):
+        dequantize_nf4(packed, constants, levels, block_size, out)
+    else:
+        dequantize_double(packed, constants, levels, block_size, out)
 
 
 def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
     """(tokens, columns) -> x W^T, (tokens, rows).
 
-    Fused as long as each weight is decoded once: up to one tile of tokens. Beyond, and for float32, W is decoded into
-    memory for one product of torch.
+    Fused for a token or two, and for 16-bit x up to 16 tokens; beyond, W is decoded into memory for one product of
+    torch, which was faster on the one GPU that was measured (bench/README.md).
     """
     packed, constants, levels, block_size = weight
     tokens, columns = x.shape
-    parts = packed, *_parts(constants), levels, block_size, rows
-    if tokens and _is_whole(levels, columns, block_size):
-        if tokens <= MAX_TOKENS:
-            return ops.gemv_nf4(x, *parts)
-        if tokens <= TOKENS and _has_tensor_cores(x):
-            return ops.matmul_nf4(x, *parts, None, None, 1.0)
+    if tokens and len(levels) <= launch.CODES and columns % block_size == 0:
+        halves = _has_tensor_cores(x)
+        parts = packed, *_parts(constants), levels, block_size, rows
+        if tokens < FEWEST or (tokens <= MAX_TOKENS and not halves):
+            return ops.gemv_nf4(x, *parts) if torch.compiler.is_compiling() else gemv_nf4(x, weight, rows)
+        if tokens <= FEW[0] and halves:
+            compiling = torch.compiler.is_compiling()
+            return ops.matmul_nf4(x, *parts, None, None, 1.0) if compiling else matmul_nf4(x, weight, rows)
     return x @ _decoded(weight, (rows, columns), x.dtype).t()
 
 
 def backward(grad: torch.Tensor, weight: tuple, columns: int) -> torch.Tensor:
-    """(tokens, rows) -> g W, (tokens, columns); as forward."""
-    packed, constants, levels, block_size = weight
-    tokens, rows = grad.shape
-    if 0 < tokens <= TOKENS and _has_tensor_cores(grad) and _is_whole(levels, columns, block_size):
-        return ops.matmul_nf4_backward(grad, packed, *_parts(constants), levels, block_size, columns)
-    return grad @ _decoded(weight, (rows, columns), grad.dtype)
-
-
-def _is_whole(levels: torch.Tensor, columns: int, block_size: int) -> bool:
-    return len(levels) <= launch.CODES and columns % block_size == 0
+    """(tokens, rows) -> g W, (tokens, columns). W is decoded into memory: rung 7 was slower on a GPU."""
+    return grad @ _decoded(weight, (grad.shape[1], columns), grad.dtype)
 
 
 def _has_tensor_cores(x: torch.Tensor) -> bool:
     """Those that Triton compiles for, on this GPU for this dtype: for a T4 it would multiply number by number."""
-    new = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return new and x.dtype in (torch.bfloat16, torch.float16)
+    return x.dtype in (torch.bfloat16, torch.float16) and (not x.is_cuda or _is_ampere(x.device))
+
+
+@lru_cache
+def _is_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _decoded(weight: tuple, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

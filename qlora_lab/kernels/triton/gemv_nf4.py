@@ -12,7 +12,7 @@ from qlora_lab.kernels.triton.codes import constants_of, levels_in_place, split8
 from qlora_lab.kernels.triton.launch import DTYPES, check_product, on
 
 MAX_TOKENS = 8
-TILES = {1: (8, 128), 2: (8, 128), 4: (8, 64), 8: (16, 32)}  # tokens: rows of W, words of each row; fewer spill
+TILES = {1: (4, 128), 2: (4, 128), 4: (8, 64), 8: (16, 64)}  # tokens: rows of W, words of each row
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _gemv_nf4_kernel(
         products = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3 + x4 * w4 + x5 * w5 + x6 * w6 + x7 * w7
         sums += products * constants[None, :, :]
     # A store is as wide as the tile gives each thread elements. So the tile is one of copies, eight elements for each
-    # of 128 threads, and the first copy alone is written: 16 bytes at once.
+    # of 128 threads, and the first copy alone is written: all rows of a token at once.
     COPIES: tl.constexpr = 1024 // (TOKENS * ROWS)
     results = tl.broadcast_to(tl.sum(sums, axis=2)[None, :, :], (COPIES, TOKENS, ROWS))
     first_copy = (tl.arange(0, COPIES) == 0)[:, None, None]

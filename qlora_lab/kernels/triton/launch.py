@@ -33,7 +33,8 @@ def check_device(**tensors: torch.Tensor) -> None:
 
 def on(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device; within this, it is the one of `tensor`."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
 
 
 def is_block_size(block_size: int) -> bool:
@@ -143,22 +144,35 @@ def check_product(
     x: torch.Tensor, columns: int, rows: int, weight: tuple, dtypes: tuple[torch.dtype, ...]
 ) -> tuple[torch.Tensor, Constants, torch.Tensor]:
     """Words, constants and levels of a weight (rows, columns) that is to be multiplied by the matrix x."""
-    packed, constants, levels, block_size = weight
-    check_device(x=x, packed=packed, levels=levels, **named(constants))
+    check_device(x=x, packed=weight[0])
     check_dtype("x", x, *dtypes)
-    check_block_size(block_size)
-    if x.dim() != 2 or not len(x) or x.shape[1] == 0:
+    if x.dim() != 2 or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}: it must be a matrix of at least one token")
-    check_numel(max(x.numel(), len(x) * rows, len(x) * columns))
-    if len(x) > MAX_TOKENS:
-        raise ValueError(f"x has {len(x)} tokens: kernels take at most {MAX_TOKENS} at a time")
+    tokens = x.shape[0]
+    check_numel(tokens * max(rows, columns))
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"x has {tokens} tokens: kernels take at most {MAX_TOKENS} at a time")
+    return checked_weight(weight, rows, columns)
+
+
+def checked_weight(weight: tuple, rows: int, columns: int) -> tuple[torch.Tensor, Constants, torch.Tensor]:
+    """Words, constants and levels of a weight of this shape; kept where `weight` has room for them.
+
+    A step of an answer asks for each weight of a model once: checked anew, that is a third of a launch.
+    """
+    packed, constants, levels, block_size = weight
+    kept = getattr(weight, "prepared", None)
+    if kept and kept[0] == (rows, columns, packed.data_ptr()):
+        return kept[1]
+    check_device(packed=packed, levels=levels, **named(constants))
+    check_block_size(block_size)
     if columns % block_size:
         raise ValueError(f"a row of {columns} columns is not whole blocks of {block_size}: dequantise the weight first")
-    return (
-        words_of(packed, rows * columns),
-        checked_constants(constants, rows * columns // block_size),
-        table_of(levels),
-    )
+    words = words_of(packed, rows * columns)
+    parts = words, checked_constants(constants, rows * columns // block_size), table_of(levels)
+    if hasattr(weight, "__dict__") and words.data_ptr() == packed.data_ptr():  # a copy would be held beside the weight
+        weight.prepared = (rows, columns, packed.data_ptr()), parts
+    return parts
 
 
 def check_adapter(x: torch.Tensor, rows: int, lora_A: torch.Tensor | None, lora_B: torch.Tensor | None) -> int:

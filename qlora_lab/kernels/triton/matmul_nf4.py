@@ -18,6 +18,7 @@ from qlora_lab.kernels.triton.launch import check_adapter, check_product, on
 # 3,800 a cycle); with half the tokens it would decode for twice as long as it multiplies.
 TOKENS, ROWS, COLUMNS = 128, 128, 64
 WARPS = 8
+FEW = 16, 32, 128, 4  # the same four for at most 16 tokens: as many programs as a GPU has SMs for 4096 rows
 WIDTH = 16  # of the adapter's rank, at a time: the tensor cores' least, and with more of it sm_80 spills registers
 
 
@@ -71,10 +72,11 @@ def matmul_nf4(
     x = x.contiguous()
     u, lora_B = (x @ lora_A.t(), lora_B.contiguous()) if rank else (None, None)
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(rows, ROWS), triton.cdiv(tokens, TOKENS))
+    tile, height, width, warps = FEW if tokens <= FEW[0] else (TOKENS, ROWS, COLUMNS, WARPS)
+    grid = (triton.cdiv(rows, height), triton.cdiv(tokens, tile))
     with on(x):
         _matmul_nf4_kernel[grid](
             x, words, *parts[:4], levels, u, lora_B, y, tokens, rows, columns // 8, scaling,
-            weight[3], parts.group, rank, WIDTH, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
+            weight[3], parts.group, rank, WIDTH, tile, height, width, num_warps=warps,
         )  # fmt: skip
     return y

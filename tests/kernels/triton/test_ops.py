@@ -12,7 +12,7 @@ import qlora_lab as ql
 from qlora_lab import kernels
 from qlora_lab.finetune import adamw_8bit as readable_adamw
 from qlora_lab.kernels import OVERRIDE, choose
-from qlora_lab.kernels.triton import dispatch, ops
+from qlora_lab.kernels.triton import adamw_8bit as rung8, dispatch, ops
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
 from qlora_lab.kernels.triton.dequantize_double import dequantize_double
 from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4
@@ -162,7 +162,7 @@ def test_a_step_of_adamw_on_a_gpu(monkeypatch):
     monkeypatch.setattr(readable_adamw, "choose", lambda device: choose("cuda"))
     readable_adamw.change_8bit(ours[0], grad, *ours[1:], how)
     assert all(torch.equal(a, b) for a, b in zip(ours, twin, strict=True))
-    assert choose("cuda").adamw is ops
+    assert choose("cuda").adamw is rung8
 
 
 @pytest.mark.parametrize("tokens", [1, 20, TOKENS + 1])
@@ -176,6 +176,37 @@ def test_a_layer_on_a_gpu(tokens, columns, dtype, name, on_the_gpu):
     ready = dequantize(layer.weight, dtype)
     near = {"rtol": 2**-7, "atol": 2**-5} if dtype == bf16 else {"rtol": 1e-5, "atol": 1e-5}
     assert torch.allclose(y, x @ ready.t(), **near) and torch.allclose(x.grad, grad @ ready, **near)
+
+
+@pytest.mark.parametrize(("tokens", "operation"), [(1, "gemv_nf4"), (9, "matmul_nf4"), (17, "dequantize_into")])
+def test_a_compiled_product_keeps_the_rung_in_its_graph(tokens, operation):
+    plain, graphs = weight().plain, []
+
+    def product(x):
+        return dispatch.forward(x, plain, ROWS)
+
+    def backend(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    x = leaf(tokens, COLUMNS).detach()
+    assert torch.equal(torch.compile(product, backend=backend, fullgraph=True)(x), product(x))
+    (code,) = graphs
+    assert f"qlora_lab.{operation}" in code
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_a_weight_is_checked_once_for_each_shape(block_size):
+    plain, x = (
+        quantize(torch.randn(2 * block_size, block_size), "nf4", block_size, True).plain,
+        torch.ones(1, block_size),
+    )
+    gemv_nf4(x, plain, 2 * block_size)
+    shape, parts = plain.prepared
+    gemv_nf4(x, plain, 2 * block_size)
+    assert plain.prepared[1] is parts and shape[:2] == (2 * block_size, block_size)
+    with refused("packed has shape"):
+        gemv_nf4(x, plain, block_size)
 
 
 @pytest.mark.parametrize(("name", "block_size"), [("nf3", 64), ("int5", 64), ("nf4", 100), ("nf4", 16)])

@@ -1,0 +1,65 @@
+"""What a resumed run reads of itself: the lines of its log, and the facts of a checkpoint, both checked before use.
+
+In: the log's path and the facts of checkpoint.load_checkpoint. Out: the lines of the first steps, or ValueError with
+the file, the line and the key.
+Not here: whether the run may go on (run_record.py), tensors (checkpoint.py).
+"""
+
+from pathlib import Path
+
+from qlora_lab.quant.strict_json import (
+    NUMBER,
+    OBJECT,
+    TEXT,
+    check_keys,
+    check_regular,
+    decoded,
+    or_null,
+    parse,
+    whole,
+)
+
+LONGEST = 2**14  # bytes of a line, which has about 200
+LINE = {"step": whole(1), "loss": NUMBER, "tokens": whole(0), "seconds": NUMBER}
+EVALUATED = {"held_out_loss": NUMBER}  # only in the lines of some steps
+FACTS = dict.fromkeys(("run", "batches", "scaler", "best", "arithmetic"), OBJECT)
+PARTS = {
+    "run": {"data": OBJECT, "schedule": TEXT}
+    | dict.fromkeys(("steps", "batch_size", "max_length"), whole(1))
+    | {"seed": whole(0)},
+    "batches": dict.fromkeys(("size", "batch_size"), whole(1)) | dict.fromkeys(("seed", "epoch", "position"), whole(0)),
+    "best": {"loss": or_null(NUMBER), "step": whole(0), "since": whole(0)},
+}
+
+
+def read_log(path: Path, steps: int) -> list[dict]:
+    """The first `steps` lines of a log; those behind them are not read."""
+    check_regular(path)
+    lines = []
+    with path.open("rb") as file:
+        for number in range(1, steps + 1):
+            content = file.readline(LONGEST + 1)
+            line = _line(content, path, number) if content else {"step": None}
+            if line["step"] != number:
+                raise ValueError(f"{path} lacks a line of the first {steps} steps: it was changed by hand")
+            lines.append(line)
+    return lines
+
+
+def _line(content: bytes, path: Path, number: int) -> dict:
+    where = f"{path}, line {number}"
+    if len(content) > LONGEST:
+        raise ValueError(f"{where} has more than {LONGEST:,} bytes: it was not written by a run")
+    line = parse(decoded(content, where), str(path), line=number)
+    if not isinstance(line, dict):
+        raise ValueError(f"{where} is a {type(line).__name__}, but a line is a JSON object: it was changed by hand")
+    check_keys(line, LINE | EVALUATED, where, LINE)
+    return line
+
+
+def check_facts(facts: dict, where: Path) -> dict:
+    """The facts of a checkpoint, with all that a resume takes from them. where: the folder of the checkpoint."""
+    check_keys(facts, FACTS, str(where), FACTS)
+    for name, rules in PARTS.items():
+        check_keys(facts[name], rules, f"{where}: {name}", rules)
+    return facts

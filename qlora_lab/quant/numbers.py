@@ -1,0 +1,44 @@
+"""Numbers that callers give: whole ones and others, each within its range, named when it is not.
+
+In: a value of any type, and the name that its caller knows. Out: nothing, or ValueError in one line.
+Python takes True for 1, and knows integers of any length, which arrays and loops then refuse in words of their own.
+Not here: what a number means for the others that are given with it.
+"""
+
+from collections.abc import Callable
+from reprlib import repr as short
+from typing import Any
+
+MOST = 2**31 - 1  # of steps, rows, tokens: more than any run has
+MOST_BYTES = MOST_SEED = 2**63 - 1
+
+
+def check_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> None:
+    """Raise ValueError unless `value` is a whole number from `least` to `most`.
+
+    >>> check_whole("steps", 60)
+    >>> check_whole("steps", True)
+    Traceback (most recent call last):
+    ValueError: steps=True is not allowed: it is a whole number of at least 1
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={short(value)} is not allowed: it is a whole number of at least {least}")
+    if value > most:
+        raise ValueError(f"{name}={short(value)} is not allowed: it is a whole number of at most {most:,}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless `seed` is a whole number that every generator takes."""
+    check_whole("seed", seed, 0, MOST_SEED)
+
+
+def check_number(name: str, value: Any, allows: Callable[[float], bool], what: str) -> None:
+    """Raise ValueError unless `value` is a finite number that `allows`; `what` says in words which are allowed.
+
+    >>> check_number("lr", float("nan"), lambda lr: lr > 0, "a number above 0")
+    Traceback (most recent call last):
+    ValueError: lr=nan is not allowed: it is a number above 0
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and abs(value) <= 1e300 and allows(value)):  # nor is NaN
+        raise ValueError(f"{name}={short(value)} is not allowed: it is {what}")

@@ -1,0 +1,207 @@
+"""Damage, drawn at random: a good file in, a worse one out, by bytes or by what the bytes mean.
+
+In: good bytes and a random.Random. Out: bytes. The same draws give the same bytes, on every machine.
+Not here: who reads them (fuzz_parsers.py).
+"""
+
+import json
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+NUMBERS = [0, -1, 1, 2, 3, 16, 63, 64, 2**31, 2**32, 2**53 + 1, 2**63, 2**64, 10**30, 0.5, -0.0, 1e-320, 1e300]
+TEXTS = ["", " ", "x", "nf4", "../../etc/passwd", "/dev/zero", "a$b_c", "<b>x</b>", "`x`", "\x1b[2J", "\ud800", "１２"]
+TEXTS += [
+    "model.layers.0.mlp.up_proj",
+    "(a+)+$",
+    "(",
+    "{{ 1/0 }}",
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "a" * 5000,
+]
+VALUES = [*NUMBERS, *TEXTS, None, True, False, [], {}, [[]], [{}], {"": None}, [1, 2], ["a"], {"a": {"b": []}}]
+SPELLED = ["NaN", "Infinity", "-Infinity", "1e400", "1" * 5000, "[" * 2000, '{"a":' * 2000, "[" * 60 + "]" * 60, "nul"]
+TOKENS = [*(json.dumps(value).encode() for value in VALUES), *(text.encode() for text in SPELLED)]
+TOKENS += [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r\n", b'"', b"\\", b"\xed\xa0\x80", b"\x80" * 9, b"\0" * 64]
+
+
+def damaged(good: bytes, draws: Random, others: list[bytes], structured: Callable[[bytes, Random], bytes]) -> bytes:
+    """One to four kinds of damage; in half of the draws the first is one to the structure."""
+    content = good
+    if draws.random() < 0.5:
+        content = structured(content, draws)
+        if draws.random() < 0.7:
+            return content
+    for _ in range(draws.choice((1, 1, 2, 4))):
+        content = draws.choice(BYTES)(content, draws, others)
+    return content
+
+
+# --------------------------------------------------------------------------------------------------------------- bytes
+
+
+def _place(content: bytes, draws: Random) -> int:
+    return draws.randrange(len(content) + 1)
+
+
+def _cut(content, draws, others):
+    return content[: _place(content, draws)]
+
+
+def _flip(content, draws, others):
+    if not content:
+        return content
+    place = draws.randrange(len(content))
+    return content[:place] + bytes([content[place] ^ 1 << draws.randrange(8)]) + content[place + 1 :]
+
+
+def _token(content, draws, others):
+    place = _place(content, draws)
+    return content[:place] + draws.choice(TOKENS) + content[place + draws.choice((0, 1, 4)) :]
+
+
+def _remove(content, draws, others):
+    place = _place(content, draws)
+    return content[:place] + content[place + draws.choice((1, 2, 8, 50)) :]
+
+
+def _repeat(content, draws, others):
+    first, last = sorted((_place(content, draws), _place(content, draws)))
+    return content[:last] + content[first:last] + content[last:]
+
+
+def _splice(content, draws, others):
+    other = draws.choice(others)
+    return content[: _place(content, draws)] + other[_place(other, draws) :]
+
+
+def _number(content, draws, others):
+    """A number of two, four or eight bytes, as headers of binary files have them."""
+    size, place = draws.choice((2, 4, 8)), _place(content, draws)
+    value = draws.choice((0, 1, -1, 2 ** (8 * size - 1) - 1, len(content), draws.getrandbits(16)))
+    return content[:place] + (value % 2 ** (8 * size)).to_bytes(size, "little") + content[place + size :]
+
+
+BYTES = (_cut, _flip, _flip, _token, _token, _remove, _repeat, _splice, _number)
+
+# ------------------------------------------------------------------------------------------------------------ structure
+
+
+def in_json(content: bytes, draws: Random) -> bytes:
+    """A value of a JSON text replaced, removed, repeated or renamed."""
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    for _ in range(draws.choice((1, 1, 1, 3))):
+        tree = _changed(tree, draws)
+    return _spelled(tree)
+
+
+def in_lines(content: bytes, draws: Random) -> bytes:
+    """A line of JSON lines damaged, removed or repeated."""
+    lines = content.splitlines(keepends=True)
+    if not lines:
+        return content
+    place = draws.randrange(len(lines))
+    kind = draws.randrange(4)
+    if kind == 0:
+        return b"".join(lines[:place] + lines[place + 1 :])
+    if kind == 1:
+        return b"".join(lines[: place + 1] + lines[place:])
+    return b"".join([*lines[:place], in_json(lines[place], draws) + b"\n", *lines[place + 1 :]])
+
+
+def in_safetensors(content: bytes, draws: Random) -> bytes:
+    """Its header damaged as JSON is, its length told or not; or a number among the values, such as NaN."""
+    size = int.from_bytes(content[:8], "little")
+    header, values = content[8 : 8 + size], content[8 + size :]
+    kind = draws.randrange(4)
+    if kind == 0 and len(values) >= 4:
+        place = draws.randrange(len(values) // 2) * 2
+        worst = draws.choice((b"\xff\xff\xff\xff", b"\x80\x7f\x80\x7f", b"\x00\x7c\x00\xfc", b"\0\0\0\0"))
+        return content[: 8 + size + place] + worst + content[8 + size + place + 4 :]
+    header = in_tensors(header, draws) if kind == 1 else in_json(header, draws)
+    told = len(header) + (draws.choice((1, -1, 8, 2**40)) if draws.random() < 0.1 else 0)
+    return max(0, told).to_bytes(8, "little") + header + values
+
+
+DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "C64", "F4"]
+
+
+def in_tensors(header: bytes, draws: Random) -> bytes:
+    """The dtype, shape or place of one tensor of a header, such as one of another dtype on the same bytes."""
+    try:
+        tree = json.loads(header)
+        name = draws.choice([name for name in tree if name != "__metadata__"])
+        one = tree[name]
+        start, stop = one["data_offsets"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return header
+    changes = [
+        {
+            "dtype": draws.choice(
+                ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "C64", "F4"]
+            )
+        },
+        {"shape": draws.choice([[], [0], [stop - start], [1, -1], [2**32, 2**32], one["shape"][::-1], [1] * 70])},
+        {"data_offsets": draws.choice([[0, 0], [start, start], [stop, start], [start, 2**60], [start + 1, stop + 1]])},
+    ]
+    tree[name] = one | draws.choice(changes)
+    if draws.random() < 0.2:
+        tree[draws.choice(TEXTS)] = tree.pop(name)
+    return _spelled(tree)
+
+
+def in_words(content: bytes, draws: Random) -> bytes:
+    """Words of a text, or of a command line, exchanged, repeated, removed, or replaced by hostile ones."""
+    between = b"\0" if b"\0" in content else b" "
+    words = content.split(between)
+    for _ in range(draws.choice((1, 1, 3))):
+        place, other = draws.randrange(len(words)), draws.randrange(len(words))
+        kind = draws.randrange(4)
+        if kind == 0:
+            words[place], words[other] = words[other], words[place]
+        elif kind == 1:
+            words.insert(place, words[other])
+        elif kind == 2 and len(words) > 1:
+            del words[place]
+        else:
+            words[place] = draws.choice(TOKENS).replace(b"\0", b"")
+    return between.join(words)
+
+
+def in_numbers(content: bytes, draws: Random) -> bytes:
+    """Numbers of a binary file, most of them near its start."""
+    near = content[: draws.choice((32, 256, 2048, len(content)))]
+    for _ in range(draws.choice((1, 1, 3))):
+        near = _number(near, draws, [])
+    return near + content[len(near) :]
+
+
+def _changed(tree: Any, draws: Random) -> Any:
+    """`tree` with one value changed, wherever it stands."""
+    if not isinstance(tree, (dict, list)) or not tree or draws.random() < 0.2:
+        return draws.choice(VALUES)
+    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+    key = draws.choice(keys)
+    kind = draws.randrange(8)
+    changed = tree.copy()
+    if kind == 0:
+        del changed[key]
+    elif kind == 1 and isinstance(tree, dict):
+        changed[draws.choice(TEXTS)] = changed.pop(key)
+    elif kind == 1:
+        changed.append(draws.choice(VALUES))
+    elif kind == 2:
+        changed[key] = draws.choice(VALUES)
+    elif kind == 3:
+        changed[key] = tree[draws.choice(keys)]
+    else:
+        changed[key] = _changed(tree[key], draws)
+    return changed
+
+
+def _spelled(tree: Any) -> bytes:
+    """The tree as JSON; half of a surrogate pair stays one by its escape."""
+    return json.dumps(tree).encode()

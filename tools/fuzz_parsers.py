@@ -1,0 +1,227 @@
+"""Every parser of this library for what is not its own: files, tensors, templates, words of a command line.
+
+In: nothing. Out: PARSERS, name -> Parser: good inputs, how to damage them, how to read them, what may be raised.
+A parser of files writes the bytes into a folder of its own first. `weight` says how often it is drawn: those that build
+a model or convert one take a hundred times as long as the others.
+Not here: damage (fuzz_damage.py), draws and counts (fuzz.py).
+"""
+
+import hashlib
+import io
+import shlex
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from qlora_lab import cli
+from qlora_lab.finetune import checkpoint
+from qlora_lab.finetune.chat_template import PLAIN_TEMPLATE
+from qlora_lab.finetune.empty_model import tokenizer_of
+from qlora_lab.finetune.encode import encode
+from qlora_lab.finetune.examples import to_example
+from qlora_lab.finetune.gguf_convert import convert
+from qlora_lab.finetune.models import load as load_model
+from qlora_lab.finetune.restored import check_tensors
+from qlora_lab.quant.quantize import dequantize, quantize
+from qlora_lab.quant.serialize import from_tensors, to_tensors
+from tests.finetune.chat_templates import CASES
+from tests.readers import MISTAKES, READERS, Reader, copy_model
+from tools.fuzz_damage import in_json, in_lines, in_numbers, in_safetensors, in_words
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@dataclass(frozen=True)
+class Parser:
+    """good: called with an empty folder, which it may fill; gives good inputs. read: called with one and the folder."""
+
+    good: Callable[[Path], list[bytes]]
+    read: Callable[[bytes, Path], Any]
+    errors: tuple[type[BaseException], ...]
+    structured: Callable[[bytes, Random], bytes]
+    weight: float = 1.0
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def of_reader(reader: Reader) -> Parser:
+    """A parser of one kind of file, from the table that the tests of JSON use."""
+
+    def good(folder: Path) -> list[bytes]:
+        return [reader.prepare(folder).read_bytes()]
+
+    def read(content: bytes, folder: Path) -> Any:
+        path = folder / reader.file
+        path.write_bytes(content)
+        return reader.read(path)
+
+    kinds = {".jsonl": in_lines, ".safetensors": in_safetensors}
+    weight = 1.0 if reader.cheap else 0.02
+    return Parser(good, read, reader.errors, kinds.get(Path(reader.file).suffix, in_json), weight)
+
+
+SHARD = "model-00001-of-00003.safetensors"
+
+
+def _weights(folder: Path) -> list[bytes]:
+    copy_model(folder)
+    return [(folder / SHARD).read_bytes()]
+
+
+def _read_weights(content: bytes, folder: Path) -> Any:
+    (folder / SHARD).write_bytes(content)
+    return load_model(folder, codebook="nf4", block_size=16, dtype=torch.float32, progress=False)
+
+
+ADAPTER = {"a": torch.ones(2, 3), "b": torch.ones(4, 2)}
+STEP = 3
+
+
+def _checkpoint(folder: Path) -> list[bytes]:
+    state = {f"adapter.{name}": tensor for name, tensor in ADAPTER.items()}
+    for number, tensor in enumerate(ADAPTER.values()):
+        moments = {"step": torch.tensor(3.0), "exp_avg": tensor.clone(), "exp_avg_sq": tensor.clone()}
+        state |= {f"optimizer.{number}.{name}": part for name, part in moments.items()}
+    path = checkpoint.save_checkpoint(folder, STEP, state, {"best": None}, keep=1)
+    return [(path / checkpoint.TENSORS).read_bytes()]
+
+
+def _read_checkpoint(content: bytes, folder: Path) -> Any:
+    """With checksums that are right: what a careful forger would write."""
+    step = checkpoint._folder(folder, STEP)
+    (step / checkpoint.TENSORS).write_bytes(content)
+    facts = hashlib.sha256((step / checkpoint.FACTS).read_bytes()).hexdigest()
+    lines = [f"{facts}  {checkpoint.FACTS}\n", f"{hashlib.sha256(content).hexdigest()}  {checkpoint.TENSORS}\n"]
+    (step / checkpoint.SUMS).write_text("".join(lines))
+    tensors, _ = checkpoint.load_checkpoint(folder, STEP)
+    return check_tensors(step / checkpoint.TENSORS, tensors, ADAPTER, list(ADAPTER.values()), 32)
+
+
+def _sums(folder: Path) -> list[bytes]:
+    _checkpoint(folder)
+    return [(checkpoint._folder(folder, STEP) / checkpoint.SUMS).read_bytes()]
+
+
+def _read_sums(content: bytes, folder: Path) -> Any:
+    (checkpoint._folder(folder, STEP) / checkpoint.SUMS).write_bytes(content)
+    return checkpoint.load_checkpoint(folder, STEP)
+
+
+def _gguf(folder: Path) -> list[bytes]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.finetune.test_gguf_convert import TOKENS, write_gguf
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENS), rope_parameters=ROPE, **shape))
+    write_gguf(folder / "model.gguf", model)
+    return [(folder / "model.gguf").read_bytes()]
+
+
+ROPE = {"rope_type": "default", "rope_theta": 100000.0}
+
+
+def _read_gguf(content: bytes, folder: Path) -> Any:
+    path, made = folder / "model.gguf", folder / "made"
+    path.write_bytes(content)
+    shutil.rmtree(made, ignore_errors=True)
+    return convert(path, made, progress=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+def _quantised(folder: Path) -> list[bytes]:
+    weight = torch.linspace(-1, 1, 800).reshape(40, 20)
+    options = [("nf4", 64, False), ("nf4", 64, True), ("int3", 16, True), (torch.tensor([-0.9, 0.1, 0.7]), 64, False)]
+    stored = [to_tensors(quantize(weight, *each), "w") for each in options]
+    return [save({name: tensor.clone() for name, tensor in tensors.items()}) for tensors in stored]
+
+
+def _read_quantised(content: bytes, folder: Path) -> Any:
+    q = from_tensors(load(content), "w")
+    assert dequantize(q, torch.float32).shape == q.shape
+    return q
+
+
+# ---------------------------------------------------------------------------------------------------------------- texts
+
+
+@cache
+def _tokenizer() -> Any:
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    copy_model(folder)
+    tokenizer = tokenizer_of(folder)
+    shutil.rmtree(folder)
+    return tokenizer
+
+
+TALK = to_example({"messages": [{"role": role, "content": "a b"} for role in ("system", "user", "assistant")]})
+
+
+def _templates(folder: Path) -> list[bytes]:
+    """Those that end an answer with a token of the tokenizer here, and are not as long as a novel."""
+    theirs = {case.template for case in CASES.values() if case.template and len(case.template) < 3000}
+    texts = sorted({PLAIN_TEMPLATE} | theirs)
+    found = [text.encode() for text in texts if _is_read(text.encode(), folder)]
+    assert PLAIN_TEMPLATE.encode() in found
+    return found
+
+
+def _is_read(content: bytes, folder: Path) -> bool:
+    try:
+        _read_template(content, folder)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_template(content: bytes, folder: Path) -> Any:
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = content.decode("utf-8", "replace")
+    return encode(TALK, tokenizer)
+
+
+def _commands(folder: Path) -> list[bytes]:
+    lines = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("qlora-lab ")]
+    return ["\0".join(shlex.split(line, comments=True)[1:]).encode() for line in lines]
+
+
+def _read_command(content: bytes, folder: Path) -> Any:
+    """Parsed, and carried out where no model is asked for. A mistake is one line and exit code 2."""
+    words = content.decode("utf-8", "surrogateescape").split("\0")
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            arguments = cli.build_parser().parse_args(words)
+            code = cli.main(words) if arguments.command == "memory" and "/" not in arguments.model else 0
+        except SystemExit as stop:
+            code = stop.code
+    told = err.getvalue().splitlines()
+    assert code in (0, 1, 2) and len(told) == (code == 2) and "Traceback" not in err.getvalue(), (code, told)
+    if code == 2:
+        raise ValueError(told[0])
+    return code
+
+
+PARSERS: dict[str, Parser] = {name: of_reader(reader) for name, reader in READERS.items()} | {
+    "from_tensors": Parser(_quantised, _read_quantised, (KeyError, ValueError, SafetensorError), in_safetensors, 2.0),
+    "checkpoint's tensors": Parser(_checkpoint, _read_checkpoint, MISTAKES, in_safetensors),
+    "checksums": Parser(_sums, _read_sums, MISTAKES, in_lines),
+    "a model's weights": Parser(_weights, _read_weights, MISTAKES, in_safetensors, 0.02),
+    "GGUF": Parser(_gguf, _read_gguf, MISTAKES, in_numbers, 0.05),
+    "chat template": Parser(_templates, _read_template, (ValueError,), in_words, 0.3),
+    "command line": Parser(_commands, _read_command, (ValueError,), in_words, 1.0),
+}

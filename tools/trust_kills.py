@@ -1,0 +1,96 @@
+"""kill -9 at drawn moments: what is there afterwards goes on, and ends as if nothing had happened.
+
+Each trial kills a command up to KILLS times at moments that are drawn from the time that it takes, and then lets it
+end. What lies there must be what an undisturbed run leaves: the same bytes, nothing behind, all checksums well.
+"""
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tools.trust import Trial
+from tools.trust_commands import CASES, Case, Home, contents, difference, kill, run, said, start
+
+TRIALS, KILLS = 12, 3  # of each case; kills of each trial
+LATE = 1.1  # kills come within this many times of what the command takes
+DONE = "is complete: there is nothing to resume", "holds a model already"  # said of one that was killed as it ended
+
+
+def trials(home: Home, share: float) -> list[Trial]:
+    """A number for each case, at least one."""
+    number = max(1, round(TRIALS * share))
+    references = {case.name: Reference(home, case) for case in CASES}
+    return [Trial(case.name, references[case.name].kill_and_go_on) for case in CASES for _ in range(number)]
+
+
+class Reference:
+    """What an undisturbed run leaves, and how long it takes."""
+
+    def __init__(self, home: Home, case: Case):
+        self.home, self.case = home, case
+        folder = home.folder / "references" / case.name
+        if case.earlier:
+            code, words = run(home, case.line(home, folder, case.earlier), folder)
+            assert code == 0, words
+            shutil.copytree(folder, folder.with_name(f"{case.name}, earlier"))
+        begin = time.monotonic()
+        code, words = run(home, case.line(home, folder), folder)
+        self.seconds = time.monotonic() - begin
+        assert code == 0, words
+        self.folder, self.contents = folder, contents(folder)
+
+    def prepare(self, folder: Path) -> Path:
+        """An empty folder, or the earlier run that is to be replaced."""
+        place = folder / "place"
+        if self.case.earlier:
+            shutil.copytree(self.folder.with_name(f"{self.case.name}, earlier"), place)
+        else:
+            place.mkdir(parents=True)
+        return place
+
+    def kill_and_go_on(self, folder: Path, draws: random.Random) -> int:
+        """Returns the number of kills that met a living command."""
+        place, killed = self.prepare(folder), 0
+        for words in self._words(draws.randint(1, KILLS)):
+            child = start(self.home, self.case.line(self.home, place, words), place)
+            if not kill(child, draws.uniform(0, LATE) * self.seconds):
+                break
+            killed += 1
+            self._check_killed(place)
+        self.finish(place)
+        return killed
+
+    def finish(self, place: Path) -> None:
+        """The command ends, or has ended; what it leaves is what it always leaves."""
+        line = self.case.line(self.home, place, self.case.again or self.case.words)
+        code, words = run(self.home, line, place)
+        assert code == 0 or (code == 2 and any(said_ in words for said_ in DONE)), f"it ends with {code}: {words}"
+        self.check(place)
+
+    def check(self, place: Path) -> None:
+        wrong = difference(contents(place), self.contents)
+        assert not wrong, wrong
+        if self.case.name != "block-size":  # a plan has no checksum
+            target = place / self.case.out / ("smollm2-135m" if self.case.name == "fetch" else "")
+            code, words = run(self.home, ["verify", str(target), "--quiet"], place)
+            assert code == 0, f"verify ends with {code}: {words}"
+
+    def _words(self, number: int) -> Iterator[str]:
+        yield self.case.words
+        for _ in range(number - 1):
+            yield self.case.again or self.case.words
+
+    def _check_killed(self, place: Path) -> None:
+        """Whatever moment it was: an adapter under its name is whole, and an earlier one is somewhere."""
+        if not self.case.earlier:
+            return
+        name = "adapter/adapter_model.safetensors"
+        earlier = (self.folder.with_name(f"{self.case.name}, earlier") / "out" / name).read_bytes()
+        new = (self.folder / "out" / name).read_bytes()
+        there = [path.read_bytes() for path in place.rglob(Path(name).name)]
+        assert earlier in there or new in there, "neither the earlier adapter nor the new one is there"
+        named = place / "out" / name
+        assert not named.parent.exists() or named.read_bytes() in (earlier, new), "the adapter is not whole"
