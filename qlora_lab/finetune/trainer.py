@@ -287,8 +287,9 @@ class Training:
                 step, steps = len(self.lines), saved_steps(self.folder)
                 if step:
                     restore_best(self.folder, step, self.folder / BEST)
-                # newer ones would outlive the log that belongs to them
-                forget(self.folder, [newer for newer in steps if newer > step])
+                # newer ones would outlive the log that belongs to them; one too many is left by a kill within a save
+                newer = [saved for saved in steps if saved > step]
+                forget(self.folder, newer + [saved for saved in steps if saved <= step][: -self.settings.keep])
                 disk.remove(self.folder / SUMS)  # of what is replaced now
                 with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
                     disk.write_text(new, "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines))
