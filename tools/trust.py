@@ -57,6 +57,12 @@ def results_of(attack: str, home, share: float, seed: int) -> list[Result]:
     return list(spread(folder, modules[attack].trials(home, share), seed))
 
 
+def part(items: list, share: float) -> list:
+    """A share of them, at least one, which lie evenly."""
+    number = max(1, round(len(items) * share))
+    return [items[i * len(items) // number] for i in range(number)]
+
+
 def spread(folder: Path, trials: list[Trial], seed: int) -> Iterator[Result]:
     """Trials are shared between WORKERS processes; results come in the order of the trials."""
     folder.mkdir(parents=True)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults import disk_faults
-from tools.trust import Trial
+from tools.trust import Trial, part
 from tools.trust_commands import CASES, Case, Home, end, said, start
 from tools.trust_kills import Reference, reference
 
@@ -30,12 +30,11 @@ def trials(home: Home, share: float) -> list[Trial]:
     found = []
     for case in (small(case) for case in CASES if case.name in NAMES):
         one = reference(home, case)
-        for number, kind in list(enumerate(operations(one), 1))[:: max(1, round(1 / share))]:
+        for number, kind in part(list(enumerate(operations(one), 1)), share):
             found.append(Trial(f"{case.name}, kill -9", partial(fault, one, number, {"fail": die})))
-            if kind not in REMOVES:  # every other disk stays full
-                found.append(
-                    Trial(f"{case.name}, full disk", partial(fault, one, number, {"lasting": number % 2 == 0}))
-                )
+            if kind not in REMOVES:
+                lasting = {"lasting": number % 2 == 0}  # every other disk stays full
+                found.append(Trial(f"{case.name}, full disk", partial(fault, one, number, lasting)))
     return found
 
 

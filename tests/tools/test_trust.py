@@ -1,5 +1,6 @@
 """A bounded part of `make trust`: every attack runs, counts, and finds what is broken on purpose."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,13 +22,10 @@ def make_trust(*words):
 
 
 def test_every_attack_keeps_its_promises_in_a_bounded_part():
-    """Fifty kills, rivals and full disks: a process of some seconds."""
-    code, out, err = make_trust("kills", "disks", "rivals", "--share", SHARE)
+    """Four kinds of kills, and two pairs: a process of some seconds."""
+    code, out, err = make_trust("kills", "rivals", "--share", SHARE)
     assert code == 0, err
-    for attack in ("kills", "disks", "rivals"):
-        assert f"{attack}" in out
-    for case in CASES:
-        assert case.name in out
+    assert sum(case.name in out for case in CASES) >= 4 and "rivals    all" in out
 
 
 @pytest.mark.slow
@@ -70,10 +68,10 @@ def test_what_breaks_is_counted_and_its_folder_is_kept(tmp_path):
 
 
 def test_what_is_left_behind_missing_or_changed_is_named(tmp_path):
-    for name in ("a", "b"):
+    for name, seconds in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text('{"loss": 1, "seconds": %d}' % ord(name))
-        (tmp_path / name / "log.jsonl").write_text('{"loss": 1, "seconds": %d}\n' % ord(name))
+        for file in ("result.json", "log.jsonl"):
+            (tmp_path / name / file).write_text(json.dumps({"loss": 1, "seconds": seconds}))
     whole = contents(tmp_path / "a")
     assert difference(contents(tmp_path / "b"), whole) == ""  # times do not count
     (tmp_path / "b" / ".scratch").mkdir()
