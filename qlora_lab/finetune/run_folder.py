@@ -247,8 +247,9 @@ def _put_back(places: set[Path], scratch: str, aside: str) -> None:
 
 def _clear(folder: Path, scratch: str) -> None:
     """Remove what a killed process was writing; what it has set aside stays until another run has an adapter."""
+    replaced = (folder / RECORD).exists() and (folder / ADAPTER).exists()
     for place in _places(folder):
         for stale in (place / scratch).glob("*"):
-            if not (stale.name.startswith(EARLIER) and _filled(stale)):
+            if replaced or not (stale.name.startswith(EARLIER) and _filled(stale)):
                 disk.remove(stale)
         disk.remove_if_empty(place / scratch)

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from platform import node
 
+from qlora_lab.quant.strict_json import parse
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -234,8 +236,8 @@ def _content(handle: int) -> dict | None:
     """What its holder wrote; None for an empty file, and for anything else."""
     os.lseek(handle, 0, os.SEEK_SET)
     try:
-        content = json.loads(os.read(handle, 64 * LENGTH))
-    except (ValueError, RecursionError):
+        content = parse(os.read(handle, 64 * LENGTH).decode(), "the lock")
+    except ValueError:
         return None
     return content if isinstance(content, dict) and content.get("application") == APPLICATION else None
 
@@ -271,7 +273,8 @@ def _release(lock: Lock) -> None:
         return
     _held.discard(lock)
     shutil.rmtree(lock.scratch, ignore_errors=True)
-    if _has_name(lock.handle, lock.file):  # before it is closed: afterwards it may be another's
+    left = lock.scratch.exists()  # its name stays in the lock file, for the next lock to remove it
+    if not left and _has_name(lock.handle, lock.file):  # before it is closed: afterwards it may be another's
         with suppress(OSError):
             lock.file.unlink()
     os.close(lock.handle)

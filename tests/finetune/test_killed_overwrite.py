@@ -130,6 +130,7 @@ def test_the_earlier_run_is_whole_whenever_the_new_one_is_killed(run, tmp_path, 
         elif (run / "adapter").is_dir():
             places.add("replaced")
             assert now["settings.json"] == "settings.json of the new run" and now[ADAPTER[1]].endswith("new run")
+            assert not told and not hidden(run)
         else:
             places.add("kept")
             (line,) = told
@@ -153,12 +154,14 @@ def test_two_kills_in_a_row_lose_nothing(run, tmp_path):
     for first in range(1, 120, 13):
         for second in range(1, 120, 19):
             killed(lambda: replace(run, "the end"), tmp_path, first)
+            replaced = seen(run).get(ADAPTER[1], "").endswith("new run")
             killed(lambda: replace(run, "the end"), tmp_path, second)
             told, _ = next_command(run)
-            if not any((run / name).exists() for name in ADAPTER):
+            found = {path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+            if not (run / "adapter").exists():
                 assert KEPT.findall(told[-1])
-            if not (run / "adapter").exists() or seen(run)[ADAPTER[0]] == earlier[ADAPTER[0]]:
-                assert set(earlier.values()) <= {path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+                assert f"{ADAPTER[1]} of the new run" in found if replaced else set(earlier.values()) <= found
+            assert not (run / "adapter").exists() or len({seen(run)[name].split()[-2] for name in ADAPTER}) == 1
             replace(run, "the end")
             assert not hidden(run)
             shutil.rmtree(tmp_path)
