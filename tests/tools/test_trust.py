@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -96,3 +97,12 @@ def test_an_exit_code_says_whether_a_promise_was_broken(monkeypatch, capsys, tmp
         monkeypatch.setattr(trust, "results_of", lambda *_, failure=failure: [Result("x", 1, failure, str(tmp_path))])
         assert trust.main(["kills"]) == code
         assert ("x: is lost (seed 0, trial 1); see" in capsys.readouterr().err) == bool(failure)
+
+
+def test_the_page_of_promises_names_tests_and_attacks_that_exist():
+    page = (ROOT / "docs" / "trust.md").read_text("utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text("utf-8"), f"{file}::{test}"
+    assert set(re.findall(r"`make trust \((\w+)\)`", page)) == set(ATTACKS)
