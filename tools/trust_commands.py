@@ -22,7 +22,7 @@ TIMES = {
     "log.jsonl": ("seconds", "tokens_per_second"),
     "result.json": ("seconds",),
     "state.json": ("log_sha256",),  # the log has times
-    "rows.jsonl": ("seconds", "date", "sha256"),
+    "rows.jsonl": ("seconds", "date", "sha256", "commit"),
     "qlora-lab.json": ("scratch",),  # a random name
 }
 
