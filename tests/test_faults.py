@@ -4,7 +4,6 @@ never mixed, and a second try ends as if nothing had happened.
 `pytest -m slow` takes every point of every command; else it is every point of the cheapest one, a few of the others.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -15,17 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from qlora_lab import cli
 from qlora_lab.finetune import fetch as fetching, quantized_folder, trainer
 from qlora_lab.finetune.checkpoint import load_checkpoint, saved_steps
 from qlora_lab.finetune.fetch import KNOWN_MODELS
-from qlora_lab.finetune.lora import add_lora
 from qlora_lab.finetune.ownership import MARK
 from qlora_lab.finetune.paged_adamw import PagedAdamW
-from qlora_lab.finetune.peft_format import load_adapter, save_adapter
-from qlora_lab.measure import sweep as sweeping
 from tests.faults import disk_faults
 from tests.finetune.test_fetch import NAME, WHEEL, downloads, write_wheel
 from tests.finetune.test_gguf_convert import Q4_1, tiny_llama as gguf_llama, write_gguf
@@ -74,7 +69,10 @@ def case(places, tmp_path, monkeypatch, capsys) -> Callable[[str], Case]:
     windows = "--windows 2 --length 10 --text TEXT"
     commands = {
         "finetune": (train, f"{train} --resume"),
-        "finetune --optimizer-budget": (f"{train} --optimizer-budget 2080", f"{train} --optimizer-budget 2080 --resume"),
+        "finetune --optimizer-budget": (
+            f"{train} --optimizer-budget 2080",
+            f"{train} --optimizer-budget 2080 --resume",
+        ),
         "finetune --resume": (f"{train} --resume", f"{train} --resume"),
         "finetune --overwrite": (f"{train} --overwrite", f"{train} --overwrite"),
         "quantize": ("quantize MODEL --out OUT",) * 2,
