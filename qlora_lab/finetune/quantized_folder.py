@@ -208,5 +208,6 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
     for name, content in contents.items():
         with replacing_file(out / name) as new:
             disk.write_bytes(new, content)
+    disk.remove_if_possible(out / scratch_name(out))
     for name in (MARK, UNFINISHED):  # without the second the folder is a model and nothing else
         disk.remove(out / name)
