@@ -196,6 +196,7 @@ def _finetune(a: argparse.Namespace, settings: "Settings") -> None:
             print(f"{ql.dtype_policy(model, a.optimizer_bits)}\n")
         before = ql.held_out(model, tokenizer, test, progress=not a.quiet) if test and rank == 0 else None
         options = {"held_out": test, "resume": a.resume, "overwrite": a.overwrite, "progress": not a.quiet}
+        options["other_arithmetic"] = a.other_arithmetic
         run = ql.finetune(model, tokenizer, train, out=a.out, **options, **asdict(settings))
         after = ql.held_out(model, tokenizer, test, progress=not a.quiet) if test and rank == 0 else None
         if rank == 0:  # the only one that tests and prints
@@ -552,6 +553,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=False,
         metavar="STEP",
         help="go on with the run in --out, from its newest checkpoint or that of STEP; begin where there is none",
+    )
+    c.add_argument(
+        "--other-arithmetic", action="store_true", help="resume also with other versions or another processor"
     )
     c.add_argument("--steps", type=whole, default=60, help="(%(default)s)")
     c.add_argument("--batch-size", type=whole, default=8, help="examples a step (%(default)s)")

@@ -1,7 +1,7 @@
 """Full disks: the command ends in one line, and goes on from what is there when there is room again.
 
-The disk is a tmpfs of a drawn size, or number of files, which is smaller than what the command leaves; where this process may not mount
-one, no file may grow beyond a drawn size instead (RLIMIT_FSIZE), and the table says so.
+The disk is a tmpfs of a drawn size, or number of files, which is smaller than what the command leaves; where this
+process may not mount one, no file may grow beyond a drawn size instead (RLIMIT_FSIZE), and the table says so.
 """
 
 import random
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tools.trust import Trial
 from tools.trust_commands import CASES, Home, run
-from tools.trust_kills import Reference
+from tools.trust_kills import Reference, reference
 
 TRIALS = 3  # of each case
 BLOCK = 4096  # bytes that a tmpfs gives at once
@@ -24,7 +24,7 @@ def trials(home: Home, share: float) -> list[Trial]:
     """A number for each case, at least one."""
     number = max(1, round(TRIALS * share))
     disk, kind = (on_small_disk, "tmpfs") if may_mount(home.folder) else (with_small_files, "file size")
-    references = [Reference(home, case) for case in CASES]
+    references = [reference(home, case) for case in CASES]
     return [
         Trial(f"{one.case.name} ({kind})", partial(fill_and_go_on, one, disk))
         for one in references

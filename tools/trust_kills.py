@@ -4,26 +4,32 @@ Each trial kills a command up to KILLS times at moments that are drawn from the 
 end. What lies there must be what an undisturbed run leaves: the same bytes, nothing behind, all checksums well.
 """
 
-import os
+import math
 import random
 import shutil
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from tools.trust import Trial
-from tools.trust_commands import CASES, Case, Home, contents, difference, kill, run, said, start
+from tools.trust_commands import CASES, Case, Home, contents, difference, kill, run, start
 
 TRIALS, KILLS = 12, 3  # of each case; kills of each trial
-LATE = 1.1  # kills come within this many times of what the command takes
+LATE = 1.2  # kills come within this many times of what the command takes
 DONE = "is complete: there is nothing to resume", "holds a model already"  # said of one that was killed as it ended
 
 
 def trials(home: Home, share: float) -> list[Trial]:
     """A number for each case, at least one."""
     number = max(1, round(TRIALS * share))
-    references = {case.name: Reference(home, case) for case in CASES}
-    return [Trial(case.name, references[case.name].kill_and_go_on) for case in CASES for _ in range(number)]
+    return [Trial(case.name, reference(home, case).kill_and_go_on) for case in CASES for _ in range(number)]
+
+
+@cache
+def reference(home: Home, case: Case) -> "Reference":
+    """One for all attacks."""
+    return Reference(home, case)
 
 
 class Reference:
@@ -36,11 +42,14 @@ class Reference:
             code, words = run(home, case.line(home, folder, case.earlier), folder)
             assert code == 0, words
             shutil.copytree(folder, folder.with_name(f"{case.name}, earlier"))
-        begin = time.monotonic()
-        code, words = run(home, case.line(home, folder), folder)
-        self.seconds = time.monotonic() - begin
-        assert code == 0, words
-        self.folder, self.contents = folder, contents(folder)
+        self.folder, self.seconds = folder, math.inf
+        for number in range(3):  # the fastest: what else the machine does would send kills too late
+            place = folder if number == 0 else self.prepare(folder.with_name(f"{case.name}, {number}"))
+            begin = time.monotonic()
+            code, words = run(home, case.line(home, place), place)
+            self.seconds = min(self.seconds, time.monotonic() - begin)
+            assert code == 0, words
+        self.contents = contents(folder)
 
     def prepare(self, folder: Path) -> Path:
         """An empty folder, or the earlier run that is to be replaced."""

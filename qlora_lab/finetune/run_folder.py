@@ -142,7 +142,6 @@ def replacing_run(folder: Path, overwrite: bool = False, resume: bool | int = Fa
         check_free(folder, overwrite, resume)
         scratch = mark(folder, RUN)
         disk.sync(folder)
-        _clear(folder, scratch)
         with _aside(folder, scratch, set_aside=resume is False):
             yield folder
 
@@ -188,11 +187,15 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def restore_earlier(folder: Path) -> None:
-    """Put an earlier run back whose successor was killed before it began, and warn; the caller has the lock.
+    """Remove what a killed process was writing, and put an earlier run back whose successor was killed before it began.
+
+    The caller has the lock; of a run that comes back it is warned.
 
     Where the successor did begin, warn of the place in which the earlier run is kept.
     """
     scratch = scratch_name(folder) if is_marked(folder, RUN) else None
+    if scratch:
+        _clear(folder, scratch)
     kept = _kept_aside(folder, scratch) if scratch else []
     if kept and not (folder / RECORD).exists():
         _put_back(_places(folder), scratch, kept.pop())
@@ -244,7 +247,9 @@ def _put_back(places: set[Path], scratch: str, aside: str) -> None:
 
 def _clear(folder: Path, scratch: str) -> None:
     """Remove what a killed process was writing; what it has set aside stays until another run has an adapter."""
+    replaced = (folder / RECORD).exists() and (folder / ADAPTER).exists()
     for place in _places(folder):
         for stale in (place / scratch).glob("*"):
-            if not (stale.name.startswith(EARLIER) and _filled(stale)):
+            if replaced or not (stale.name.startswith(EARLIER) and _filled(stale)):
                 disk.remove(stale)
+        disk.remove_if_empty(place / scratch)

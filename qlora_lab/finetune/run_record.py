@@ -1,12 +1,11 @@
 """All that decided a run: what settings.json holds, and what a resume compares before it goes on.
 
 In: the model, settings and encoded examples of a run. Out: a dict that JSON can hold.
-Not here: the run's state (checkpoint.py).
+Not here: the run's state (checkpoint.py), what else its bits follow from (identity.py).
 """
 
 import hashlib
 import json
-import math
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,15 +15,13 @@ import torch
 from qlora_lab.finetune.chat_template import ChatTemplate
 from qlora_lab.finetune.data import Encoded, EncodeReport
 from qlora_lab.finetune.distributed import from_process_0, together
+from qlora_lab.finetune.identity import base_checksum
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import adapters
 from qlora_lab.finetune.run_folder import RECORD
 from qlora_lab.finetune.settings import FREE, Settings
-from qlora_lab.finetune.wide import widen
-from qlora_lab.kernels import product
 from qlora_lab.quant.strict_json import TEXT, or_null, read_json
 
-PROBE = 2**12  # elements of each base weight that tell one model from another
 NUMBER, CHOICE = ("steps", "batch_size"), ("max_length", "seed")  # decide how many examples are encoded, and which
 
 
@@ -64,7 +61,7 @@ def record(
     dated = {"clock": clock.isoformat()} if clock else {}
     decided = {
         "model": getattr(model, "name_or_path", None),
-        "base_sha256": _base_checksum(model),
+        "base_sha256": base_checksum(model),
         "dtype": str(computes_in(model)).removeprefix("torch."),
         "device": layer.lora_A.device.type,
         "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
@@ -127,35 +124,9 @@ def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def arithmetic(model: torch.nn.Module) -> dict:
-    """What a race on this machine decided and sums depend on: how products and attention are computed."""
-    race = None
-    if next(model.parameters()).device.type == "cpu":
-        race = [seconds if math.isfinite(seconds) else None for seconds in product.race()]  # JSON has no infinity
-    return {"race": race, "attention": getattr(model.config, "_attn_implementation", None)}
-
-
-def adopt_arithmetic(model: torch.nn.Module, saved: dict) -> None:
-    """Go on with what the run began with, also where this process's own race ended otherwise."""
-    if saved["race"] is not None and next(model.parameters()).device.type == "cpu":
-        product.keep(product.Race(*(math.inf if seconds is None else seconds for seconds in saved["race"])))
-        widen(model)
-
-
 def computes_in(model: torch.nn.Module) -> torch.dtype:
     """The dtype of the model's own computation, whatever its 4-bit weights and adapters are stored in."""
     return getattr(model, "dtype", torch.float32)
-
-
-def _base_checksum(model) -> str:
-    """Of names, shapes and the first elements of everything that is not trained."""
-    digest = hashlib.sha256()
-    parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    packed = {f"{n}.packed": m.weight.packed for n, m in model.named_modules() if isinstance(m, Linear4bit)}
-    for name, tensor in (parameters | packed).items():
-        first = tensor.detach().reshape(-1)[:PROBE].contiguous().cpu().view(torch.uint8)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + first.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _of(layers: dict, name: str):

@@ -13,8 +13,9 @@ from qlora_lab.finetune.examples import Example
 from qlora_lab.quant.numbers import MOST, MOST_BYTES, check_number, check_seed, check_whole
 
 SCHEDULES = ("constant", "cosine")
-# May differ when a run is resumed: they change no bit of it. notes: of the data, whose checksum is compared.
-FREE = ("save_every", "keep", "optimizer_budget", "gradient_checkpointing", "notes")
+# May differ when a run is resumed: they change no bit of it. notes: of the data, whose checksum is compared; arithmetic
+# is compared by itself (identity.py).
+FREE = ("save_every", "keep", "optimizer_budget", "gradient_checkpointing", "notes", "arithmetic")
 
 
 @dataclass(frozen=True)

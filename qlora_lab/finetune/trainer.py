@@ -13,6 +13,7 @@ Not here: what a batch is (batches.py), more processes (distributed.py), what an
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -37,9 +38,17 @@ from qlora_lab.finetune.checkpoint import (
 )
 from qlora_lab.finetune.checksums import SUMS, log_sha256, sha256, write_sums
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data
-from qlora_lab.finetune.distributed import engine_for, leads, together
+from qlora_lab.finetune.distributed import engine_for, from_process_0, leads, together
 from qlora_lab.finetune.examples import Example
 from qlora_lab.finetune.files import replacing_file
+from qlora_lab.finetune.identity import (
+    adopt_arithmetic,
+    arithmetic,
+    first_elements_checksum,
+    for_comparison,
+    is_known,
+    own_threads,
+)
 from qlora_lab.finetune.interrupt import Interrupt, waiting
 from qlora_lab.finetune.limits import check_length, check_tokens, fill_id, used_tokens
 from qlora_lab.finetune.lora import adapters
@@ -54,10 +63,9 @@ from qlora_lab.finetune.restored import check_tensors
 from qlora_lab.finetune.resumed import check_facts, read_log
 from qlora_lab.finetune.run_folder import ADAPTER, LOG, RECORD, RESULT, WEIGHTS_FILES, replacing_run, reserved_run
 from qlora_lab.finetune.run_record import (
-    adopt_arithmetic,
-    arithmetic,
     comparable,
     computes_in,
+    differences,
     obstacles,
     record,
     run_clock,
@@ -109,6 +117,7 @@ def finetune(
     held_out: Sequence[Example] = (),
     resume: bool | int = False,
     overwrite: bool = False,
+    other_arithmetic: bool = False,
     progress: bool = True,
     **settings: Any,
 ) -> Run:
@@ -117,8 +126,9 @@ def finetune(
     data: "docstrings", a JSONL file (Alpaca, ShareGPT or OpenAI messages), or examples. settings: fields of Settings,
     such as lr=1e-4 or batch_size=16. held_out: examples for evaluations, every `eval_every` steps.
     resume: go on from the newest checkpoint in `out`, or from that of a step; where no run was begun, begin.
-    overwrite: replace an earlier run in `out`; without either such a run is an error. Training flags and the random
-    state are left as they were.
+    overwrite: replace an earlier run in `out`; without either such a run is an error. other_arithmetic: resume also
+    with other versions or another processor, which changes the last bits. Training flags and the random state are left
+    as they were.
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
     example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other
     settings, data, model or adapter; FileExistsError for an earlier run, and for what no run wrote under one of its
@@ -128,6 +138,7 @@ def finetune(
     Warns of examples longer than a model with computed positions was made for.
     """
     options = {"held_out": held_out, "resume": resume, "overwrite": overwrite, "progress": progress}
+    options["other_arithmetic"] = other_arithmetic
     return Training(model, tokenizer, data, out, Settings(steps=steps, **settings), **options).run()
 
 
@@ -149,6 +160,7 @@ class Training:
         held_out: Sequence[Example] = (),
         resume: bool | int = False,
         overwrite: bool = False,
+        other_arithmetic: bool = False,
         progress: bool = True,
     ):
         _check_trained(model)
@@ -156,7 +168,8 @@ class Training:
             pass  # it is free, and an earlier run that a kill had moved away is in its place
         check_held_out(settings, held_out)
         self.model, self.settings, self.folder = model, settings, Path(out)
-        self.overwrite, self.resume, self.progress, self.result = overwrite, resume, progress, None
+        self.overwrite, self.resume, self.accept = overwrite, resume, other_arithmetic
+        self.progress, self.result = progress, None
         examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
         order = np.random.default_rng(settings.seed).permutation(len(examples))  # a fair sample, if not all are needed
         shuffled, enough = [examples[i] for i in order], settings.steps * settings.batch_size
@@ -205,10 +218,12 @@ class Training:
         recycle_memory()
         # before the engine: it may leave this process a part of the base only
         self._record = record(self.model, self.settings, self.report, self._encoded, self._clock)
+        self._first_elements = first_elements_checksum(self.model)
         with (
             checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
             engine_for(self.model, self.settings.shard) as self._engine,
             ExitStack() as folder,
+            own_threads(),
             waiting(self._interrupt),
         ):
             with together():  # where process 0 must not have the folder, all of them end
@@ -264,13 +279,17 @@ class Training:
             elif self.resume is not False and self.resume is not True:
                 load_checkpoint(self.folder, self.resume)  # raises: there is none
         self._engine.agree(self._record | {"the step to resume at": len(self.lines)})
+        if self._engine.size > 1:  # each process ran a race of its own
+            adopt_arithmetic(self.model, from_process_0(arithmetic(self.model)))
+        self._record |= {"arithmetic": arithmetic(self.model)}
         with together():
             if self._leads():
                 step, steps = len(self.lines), saved_steps(self.folder)
                 if step:
                     restore_best(self.folder, step, self.folder / BEST)
-                # newer ones would outlive the log that belongs to them
-                forget(self.folder, [newer for newer in steps if newer > step])
+                # newer ones would outlive the log that belongs to them; one too many is left by a kill within a save
+                newer = [saved for saved in steps if saved > step]
+                forget(self.folder, newer + [saved for saved in steps if saved <= step][: -self.settings.keep])
                 disk.remove(self.folder / SUMS)  # of what is replaced now
                 with replacing_file(self.folder / LOG) as new:  # without steps after the checkpoint, or half a line
                     disk.write_text(new, "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines))
@@ -285,7 +304,10 @@ class Training:
         if step >= self.settings.steps:
             made = f"{self.folder} was saved at step {step}, so steps={self.settings.steps} are made already"
             raise ValueError(f"{made}: ask for more of them")
-        if lines := obstacles(comparable(facts["run"]), comparable(self._record), self._encoded):
+        now = comparable(self._record)
+        if not is_known(facts["arithmetic"]):  # nor was all of the base
+            now |= {"base_sha256": self._first_elements}
+        if lines := obstacles(comparable(facts["run"]), now, self._encoded):
             raise ValueError(
                 f"{self.folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "
                 "Ask for what it was begun with, or choose another folder"
@@ -295,7 +317,7 @@ class Training:
             raise ValueError(f"{self.folder / LOG} is not what step {step} was saved with: restore it, or start anew")
         checked = adapter_tensors(self.model), self._parameters, self.settings.optimizer_bits
         check_tensors(tensors_path(self.folder, step), tensors, *checked)
-        adopt_arithmetic(self.model, facts["arithmetic"])
+        self._adopt(facts["arithmetic"])
         with torch.no_grad():
             for key, tensor in adapter_tensors(self.model).items():
                 tensor.copy_(tensors[f"adapter.{key}"])
@@ -309,6 +331,18 @@ class Training:
         self._batches.restore(facts["batches"])
         self._scaler.load_state_dict(facts["scaler"])
         self._best = facts["best"]
+
+    def _adopt(self, saved: dict) -> None:
+        """Compute as the run did so far. Raises ValueError where that cannot be, unless it was accepted."""
+        adopt_arithmetic(self.model, saved)
+        if not is_known(saved):
+            told = "was begun by an earlier version, which noted neither versions nor threads nor all of the base"
+            warnings.warn(f"{self.folder} {told}: whether they are the same is not known", stacklevel=2)
+        elif (lines := differences(for_comparison(saved), for_comparison(arithmetic(self.model)))) and not self.accept:
+            raise ValueError(
+                f"{self.folder} was begun with other arithmetic, so its last bits would differ: {'; '.join(lines)}. "
+                "Go on all the same with other_arithmetic=True (--other-arithmetic on the command line)"
+            )
 
     def _save(self) -> None:
         with together():

@@ -273,7 +273,8 @@ def _release(lock: Lock) -> None:
         return
     _held.discard(lock)
     shutil.rmtree(lock.scratch, ignore_errors=True)
-    if _has_name(lock.handle, lock.file):  # before it is closed: afterwards it may be another's
+    left = lock.scratch.exists()  # its name stays in the lock file, for the next lock to remove it
+    if not left and _has_name(lock.handle, lock.file):  # before it is closed: afterwards it may be another's
         with suppress(OSError):
             lock.file.unlink()
     os.close(lock.handle)

@@ -180,6 +180,20 @@ def test_a_resume_goes_on_with_the_arithmetic_that_the_run_began_with(folder, tm
     assert finals["slow, then fast"] == finals["slow"] != finals["fast"]
 
 
+def test_a_kill_between_a_save_and_the_removal_of_an_older_one_leaves_none_too_many(folder, tmp_path, monkeypatch):
+    def killed(run, steps):
+        if steps:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(checkpoint, "forget", killed)  # in save_checkpoint alone
+    with pytest.raises(ZeroDivisionError):
+        training(folder, tmp_path, steps=7).run()
+    assert saved_steps(tmp_path) == [2, 4, 6]
+    monkeypatch.undo()
+    training(folder, tmp_path, steps=7, resume=True).run()
+    assert saved_steps(tmp_path) == [4, 6]
+
+
 def test_a_checkpoint_that_is_removed_loses_its_name_first(tmp_path, monkeypatch):
     for step in (1, 2):
         save_checkpoint(tmp_path, step, {"x": torch.ones(1)}, {}, keep=2)

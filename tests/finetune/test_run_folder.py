@@ -188,6 +188,14 @@ def test_only_recorded_scratch_of_a_killed_process_is_removed(train, tmp_path):
         assert (tmp_path / name).read_bytes() == f"{name} of the user".encode()
 
 
+def test_scratch_of_a_run_that_was_killed_as_it_ended_goes_with_the_next_call(train, tmp_path, capsys):
+    train(tmp_path)
+    scratch = json.loads((tmp_path / MARK).read_text())["scratch"]
+    write(tmp_path, f"{scratch}/.result.json-abc/result.json", f"{scratch[:-1]}/mine")
+    assert "is complete: there is nothing to resume" in refused(capsys, "finetune", "--out", tmp_path, "--resume")
+    assert not (tmp_path / scratch).exists() and (tmp_path / scratch[:-1] / "mine").exists()
+
+
 def test_scratch_has_another_name_in_each_folder(train, tmp_path):
     for name in "ab":
         train(tmp_path / name)
