@@ -74,7 +74,10 @@ def case(places, tmp_path, monkeypatch, capsys) -> Callable[[str], Case]:
     windows = "--windows 2 --length 10 --text TEXT"
     commands = {
         "finetune": (train, f"{train} --resume"),
-        "finetune --optimizer-budget": (f"{train} --optimizer-budget 2080", f"{train} --optimizer-budget 2080 --resume"),
+        "finetune --optimizer-budget": (
+            f"{train} --optimizer-budget 2080",
+            f"{train} --optimizer-budget 2080 --resume",
+        ),
         "finetune --resume": (f"{train} --resume", f"{train} --resume"),
         "finetune --overwrite": (f"{train} --overwrite", f"{train} --overwrite"),
         "quantize": ("quantize MODEL --out OUT",) * 2,
