@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
+from qlora_lab.options import one_line  # noqa: E402
 from tools.fuzz_damage import damaged  # noqa: E402
 from tools.fuzz_parsers import PARSERS, Parser  # noqa: E402
 
@@ -98,8 +99,9 @@ def outcome(parser: Parser, content: bytes, folder: Path) -> tuple[str, str]:
             parser.read(content, folder)
     except parser.errors as error:
         words = str(error.args[0]) if error.args else ""
-        if len(words.splitlines()) != 1 or len(words) > LONGEST:
-            told = f"{len(words.splitlines())} lines of {len(words):,} characters"
+        told_in = len(one_line(words))  # on the command line, where endless names are cut
+        if len(words.splitlines()) != 1 or told_in > LONGEST:
+            told = f"{len(words.splitlines())} lines of {told_in:,} characters"
             return "finding", f"{_where(error)}: told in {told}: {words[:200]!r}"
         return "refused", _where(error)
     except (Exception, TooLongError, SystemExit) as error:
@@ -125,7 +127,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 def _where(error: BaseException) -> str:
     """The kind of an error, and the last line of ours that it came through."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     ours = [frame for frame in frames if "/qlora_lab/" in frame.filename] or frames
     return f"{type(error).__name__} at {Path(ours[-1].filename).name}:{ours[-1].lineno}"
 
@@ -139,12 +141,14 @@ def shares(names: list[str], count: int) -> dict[str, int]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No warnings and no logs: they are of no use in such a number."""
-    import transformers
+    from transformers.utils import logging
 
-    transformers.logging.set_verbosity(60)
+    before = logging.get_verbosity()
+    logging.set_verbosity(60)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+    logging.set_verbosity(before)
 
 
 # ------------------------------------------------------------------------------------------------------------- together
@@ -154,7 +158,8 @@ def fuzz(names: list[str], count: int, seed: int, folder: Path, workers: int = W
     """Name -> the tallies of all workers together; each draws its part of the inputs, by a seed of its own."""
     parts = shares(names, max(1, count // workers))
     if workers == 1:
-        return {name: attack(name, folder / name, part, str(seed)) for name, part in parts.items()}
+        with quiet():
+            return {name: attack(name, folder / name, part, str(seed)) for name, part in parts.items()}
     children = [_fork(parts, f"{seed}.{worker}", folder / str(worker)) for worker in range(workers)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     found: dict[str, Tally] = {}
@@ -182,7 +187,7 @@ def _fork(parts: dict[str, int], seed: str, folder: Path) -> int:
         folder.mkdir(parents=True)
         with (folder / "tallies").open("w") as file, quiet():
             for name, part in parts.items():
-                tally = attack(name, folder / name.replace("/", " "), part, seed)
+                tally = attack(name, folder / name, part, seed)
                 file.write(repr((name, tally.read, tally.refused, [tuple(one) for one in tally.findings])) + "\n")
                 file.flush()
         code = 0

@@ -2,7 +2,7 @@
 
 In: nothing. Out: PARSERS, name -> Parser: good inputs, how to damage them, how to read them, what may be raised.
 A parser of files writes the bytes into a folder of its own first. `weight` says how often it is drawn: those that build
-a model or convert one take a hundred times as long as the others.
+a model or convert one take ten times as long as the others.
 Not here: damage (fuzz_damage.py), draws and counts (fuzz.py).
 """
 
@@ -66,7 +66,7 @@ def of_reader(reader: Reader) -> Parser:
         return reader.read(path)
 
     kinds = {".jsonl": in_lines, ".safetensors": in_safetensors}
-    weight = 1.0 if reader.cheap else 0.02
+    weight = 1.0 if reader.cheap else 0.5
     return Parser(good, read, reader.errors, kinds.get(Path(reader.file).suffix, in_json), weight)
 
 
@@ -220,8 +220,8 @@ PARSERS: dict[str, Parser] = {name: of_reader(reader) for name, reader in READER
     "from_tensors": Parser(_quantised, _read_quantised, (KeyError, ValueError, SafetensorError), in_safetensors, 2.0),
     "checkpoint's tensors": Parser(_checkpoint, _read_checkpoint, MISTAKES, in_safetensors),
     "checksums": Parser(_sums, _read_sums, MISTAKES, in_lines),
-    "a model's weights": Parser(_weights, _read_weights, MISTAKES, in_safetensors, 0.02),
-    "GGUF": Parser(_gguf, _read_gguf, MISTAKES, in_numbers, 0.05),
-    "chat template": Parser(_templates, _read_template, (ValueError,), in_words, 0.3),
+    "a model's weights": Parser(_weights, _read_weights, MISTAKES, in_safetensors, 0.3),
+    "GGUF": Parser(_gguf, _read_gguf, MISTAKES, in_numbers, 0.3),
+    "chat template": Parser(_templates, _read_template, (ValueError,), in_words, 0.5),
     "command line": Parser(_commands, _read_command, (ValueError,), in_words, 1.0),
 }

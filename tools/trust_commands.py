@@ -40,11 +40,11 @@ class Case:
         names = {"MODEL": home.model, "DATA": home.data, "TEXT": home.text, "OUT": out / self.out}
         return [str(names.get(word, word)) for word in (words or self.words).split()]
 
-    def other(self) -> "Case":
-        """The same command with other results, for a rival."""
+    def rival(self) -> "Case":
+        """The same command with other results; a sweep and a fetch may share theirs, so they stay as they are."""
         changes = {"finetune": " --seed 5", "quantize": " --block-size 32", "block-size": " --codebooks fp4"}
-        command = self.words.split()[0]
-        return replace(self, words=self.words + changes.get(command, ""))
+        change = changes.get(self.words.split()[0])
+        return replace(self, name=f"{self.name}, rival", words=self.words + change) if change else self
 
 
 TRAIN = (

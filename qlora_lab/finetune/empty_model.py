@@ -28,6 +28,7 @@ NO_VALUE = "has no value: no file holds it and transformers does not compute it;
 WRONG_VALUES = AttributeError, LookupError, TypeError, ArithmeticError  # what transformers says of values in a file
 QUANTISED_RULES = {"quant_method": TEXT, "plan": TEXT, "bnb_4bit_quant_type": TEXT, "block_size": whole(1)}
 QUANTISED_RULES |= dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant"), SWITCH)
+UNKNOWN = "a \U0010fffd"  # a character that no vocabulary has
 MOST_BUFFERS = 2**30  # bytes; masks of 8,192 positions have 64 MiB
 OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # parts of a configuration
 
@@ -153,7 +154,9 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
     # transformers 5.23 a GPT2Tokenizer folder no longer splits digits one by one, as SmolLM2 was trained to see them.
     if (folder / "tokenizer.json").exists():
         try:
-            return PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer.encode(UNKNOWN)  # now, and not in the midst of the user's data
+            return tokenizer
         except Exception as error:  # the tokenizers library raises this class itself
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(

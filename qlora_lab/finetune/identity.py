@@ -10,6 +10,7 @@ Not here: what else is compared (run_record.py).
 """
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def arithmetic(model: nn.Module) -> dict:
     device = next(model.parameters()).device
     on_cpu = device.type == "cpu"
     return {
-        "race": list(product.race()) if on_cpu else None,  # seconds, which decide
+        "race": [_finite(seconds) for seconds in product.race()] if on_cpu else None,  # seconds, which decide
         "attention": getattr(model.config, "_attn_implementation", None),
         "kernels": choose(device.type).name,
         "threads": torch.get_num_threads() if on_cpu else None,
@@ -91,6 +92,10 @@ def arithmetic(model: nn.Module) -> dict:
         "float32_products": torch.get_float32_matmul_precision(),
         "versions": {name: version(name) for name in VERSIONS},
     }
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None  # JSON has no infinity
 
 
 def is_known(saved: dict) -> bool:
@@ -106,7 +111,7 @@ def adopt_arithmetic(model: nn.Module, saved: dict) -> None:
     if next(model.parameters()).device.type != "cpu":
         return
     if saved.get("race"):
-        product.keep(product.Race(*saved["race"]))
+        product.keep(product.Race(*(math.inf if seconds is None else seconds for seconds in saved["race"])))
         widen(model)
     threads, own = saved.get("threads"), torch.get_num_threads()
     if threads and threads != own and threads <= (os.cpu_count() or 1):

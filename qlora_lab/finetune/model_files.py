@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from qlora_lab.quant.strict_json import (
     LARGEST,
     NUMBER,
+    OBJECT,
     TEXT,
     Rule,
+    check_keys,
     check_regular,
     decoded,
     each,
@@ -47,22 +49,40 @@ COPY = "put a whole copy in its place"
 INDEX_MIB, TOKENIZER_MIB = 64, 128  # the longest published have 13 and 33
 
 
-def _size(most: int) -> Rule:
-    """A size, or one for each layer. Whether 0 and less can be built is transformers' to say."""
-    one = whole(0, most)
+NEEDED = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
+DROPOUTS = ("hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+
+
+def _list_or_one(one: Rule, longest: int = LAYERS) -> Rule:
+    """What follows `one`, or a list of such, or null."""
 
     def allows(value: Any) -> bool:
-        return all(map(one.allows, value)) and len(value) <= LAYERS if isinstance(value, list) else one.allows(value)
+        return all(map(one.allows, value)) and len(value) <= longest if isinstance(value, list) else one.allows(value)
 
     return or_null(Rule(f"{one.what}, or a list of them", allows))
 
 
-CONFIG_RULES = {"model_type": or_null(TEXT)} | {name: _size(most) for name, most in SIZES.items()}
+IDS = _list_or_one(whole(-1, 2**31))
+PROBABILITY = Rule("a number from 0 to 1", lambda value: NUMBER.allows(value) and 0 <= value <= 1)
+ABOVE_0 = or_null(Rule("a number above 0", lambda value: NUMBER.allows(value) and value > 0))
+ELSEWHERE = Rule("left out, because no file of another name is read", lambda value: False)
+TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS)
+CONFIG_RULES = {
+    "model_type": or_null(TEXT),
+    "rope_theta": ABOVE_0,
+    "rope_parameters": or_null(OBJECT),
+    "configuration_files": ELSEWHERE,
+    **{name: _list_or_one(whole(int(name in NEEDED), most)) for name, most in SIZES.items()},
+    **dict.fromkeys(DROPOUTS, or_null(PROBABILITY)),
+    "attention_dropout": PROBABILITY,
+    **TOKENS,
+}
+RULES = {
+    "generation_config.json": TOKENS,
+    "tokenizer_config.json": {"fast_tokenizer_files": ELSEWHERE, "model_max_length": or_null(NUMBER)},
+}
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 TEXTS = ("merges.txt", "vocab.txt")
-ELSEWHERE = Rule("left out, because no file of another name is read", lambda value: False)
-CONFIG_RULES["configuration_files"] = ELSEWHERE
-TOKENIZER_RULES = {"fast_tokenizer_files": ELSEWHERE, "model_max_length": or_null(NUMBER)}
 OBJECTS = {
     "generation_config.json": LARGEST,
     "special_tokens_map.json": LARGEST,
@@ -91,14 +111,19 @@ def check_folder(folder: Path) -> None:
 
 def read_config(path: Path) -> dict:
     """What a config.json holds. Raises ValueError, with the key, for what is no configuration or too large for one."""
-    return read_json(path, CONFIG_RULES, infinity=True)
+    found = read_json(path, CONFIG_RULES, infinity=True)
+    rotary = found.get("rope_parameters") or {}
+    for part in (rotary, *rotary.values()):  # some families have an object for each kind of layer
+        if isinstance(part, dict):
+            check_keys(part, {"rope_theta": ABOVE_0}, f"{path}: rope_parameters")
+    return found
 
 
 def _check_small_files(folder: Path) -> None:
     """Raise ValueError for a file beside the weights that transformers would read and that is not what it should be."""
     for name, largest in OBJECTS.items():
         if lexists(folder / name):
-            read_json(folder / name, TOKENIZER_RULES, largest=largest)
+            read_json(folder / name, RULES.get(name), largest=largest)
     for name in TEXTS:
         if lexists(folder / name):
             decoded(read_regular(folder / name), str(folder / name))

@@ -7,10 +7,12 @@ Not here: whether the run may go on (run_record.py), tensors (checkpoint.py).
 
 from pathlib import Path
 
+from qlora_lab.kernels.product import Race
 from qlora_lab.quant.strict_json import (
     NUMBER,
     OBJECT,
     TEXT,
+    Rule,
     check_keys,
     check_regular,
     decoded,
@@ -22,12 +24,29 @@ from qlora_lab.quant.strict_json import (
 LONGEST = 2**14  # bytes of a line, which has about 200
 LINE = {"step": whole(1), "loss": NUMBER, "tokens": whole(0), "seconds": NUMBER}
 EVALUATED = {"held_out_loss": NUMBER}  # only in the lines of some steps
+RACE = or_null(
+    Rule(
+        f"a list of {len(Race._fields)} numbers",
+        lambda value: (
+            isinstance(value, list)
+            and len(value) == len(Race._fields)
+            and all(seconds is None or NUMBER.allows(seconds) for seconds in value)
+        ),
+    )
+)
 FACTS = dict.fromkeys(("run", "batches", "scaler", "best", "arithmetic"), OBJECT)
+DATA = Rule(
+    "a JSON object with kept, a whole number, and sha256, a text",
+    lambda value: isinstance(value, dict) and type(value.get("kept")) is int and isinstance(value.get("sha256"), str),
+)
 PARTS = {
-    "run": {"data": OBJECT, "schedule": TEXT}
+    "run": {"data": DATA, "schedule": TEXT}
     | dict.fromkeys(("steps", "batch_size", "max_length"), whole(1))
     | {"seed": whole(0)},
     "batches": dict.fromkeys(("size", "batch_size"), whole(1)) | dict.fromkeys(("seed", "epoch", "position"), whole(0)),
+    "scaler": dict.fromkeys(("scale", "growth_factor", "backoff_factor"), NUMBER)
+    | dict.fromkeys(("growth_interval", "_growth_tracker"), whole(0)),
+    "arithmetic": {"race": RACE},
     "best": {"loss": or_null(NUMBER), "step": whole(0), "since": whole(0)},
 }
 
@@ -61,5 +80,6 @@ def check_facts(facts: dict, where: Path) -> dict:
     """The facts of a checkpoint, with all that a resume takes from them. where: the folder of the checkpoint."""
     check_keys(facts, FACTS, str(where), FACTS)
     for name, rules in PARTS.items():
-        check_keys(facts[name], rules, f"{where}: {name}", rules)
+        needed = () if name == "scaler" else rules  # which is empty where gradients are not scaled
+        check_keys(facts[name], rules, f"{where}: {name}", needed)
     return facts

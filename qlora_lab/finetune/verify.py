@@ -5,7 +5,6 @@ Nothing is written. What lies in the folder besides is not looked at.
 Not here: writing checksums (checksums.py), rows of a sweep (measure/results_file.py).
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from qlora_lab.finetune.ownership import RUN, is_marked
 from qlora_lab.finetune.quantized_folder import UNFINISHED
 from qlora_lab.finetune.run_folder import ADAPTER, BEST, LOG, RECORD, RESULT
 from qlora_lab.quant.out_path import out_path
+from qlora_lab.quant.strict_json import TEXT, read_json
 
 OK, UNKNOWN, MISSING, DIFFERS = "ok", "has no checksum", "missing", "differs"  # the last that is met names a part
 
@@ -104,9 +104,9 @@ def _state_of_log(folder: Path) -> str:
         return MISSING
     try:
         step = saved_steps(folder)[-1]
-        facts = json.loads((folder / FOLDER / f"step-{step:08}" / FACTS).read_text(encoding="utf-8"))
-        expected = facts["log_sha256"]
-    except (LookupError, TypeError, ValueError, FileNotFoundError):  # no checkpoint, or one that is damaged or old
+        file = folder / FOLDER / f"step-{step:08}" / FACTS
+        expected = read_json(file, {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
+    except (IndexError, ValueError, FileNotFoundError):  # no checkpoint, or one that is damaged or old
         return UNKNOWN
     return OK if log_sha256(folder / LOG, step) == expected else DIFFERS
 

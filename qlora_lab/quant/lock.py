@@ -27,6 +27,7 @@ from pathlib import Path
 from platform import node
 
 from qlora_lab.quant import disk
+from qlora_lab.quant.strict_json import parse
 
 try:
     import fcntl
@@ -74,7 +75,7 @@ def locked_folder(folder: str | Path, command: str) -> Iterator[Lock]:
 
 @contextmanager
 def locked_file(file: str | Path, command: str, wait: bool = False) -> Iterator[Lock]:
-    """As locked_folder, for a file, or a folder that is not there yet. wait: for another to end, with a warning if it takes long."""
+    """As locked_folder, for a file, or a folder that is not there yet. wait: for another to end, with a warning in time."""
     target = Path(file).resolve()
     with _locked(target.with_name(f".{target.name}{LOCK}"), Path(file), command, wait) as lock:
         yield lock
@@ -234,8 +235,8 @@ def _content(handle: int) -> dict | None:
     """What its holder wrote; None for an empty file, and for anything else."""
     os.lseek(handle, 0, os.SEEK_SET)
     try:
-        content = json.loads(os.read(handle, 64 * LENGTH))
-    except (ValueError, RecursionError):
+        content = parse(os.read(handle, 64 * LENGTH).decode(), "the lock")
+    except ValueError:
         return None
     return content if isinstance(content, dict) and content.get("application") == APPLICATION else None
 
@@ -271,7 +272,8 @@ def _release(lock: Lock) -> None:
         return
     _held.discard(lock)
     disk.remove_if_possible(lock.scratch)
-    if _has_name(lock.handle, lock.file):  # before it is closed: afterwards it may be another's
+    left = lock.scratch.exists()  # its name stays in the lock file, for the next lock to remove it
+    if not left and _has_name(lock.handle, lock.file):  # before it is closed: afterwards it may be another's
         with suppress(OSError):
             lock.file.unlink()
     os.close(lock.handle)

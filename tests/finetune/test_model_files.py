@@ -94,6 +94,34 @@ def test_sizes_that_no_model_has_are_refused_before_anything_is_built(model, fie
             read(model)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("config.json", {"attention_dropout": 1.5}, "attention_dropout=1.5: it must be a number from 0 to 1"),
+        ("config.json", {"attention_dropout": None}, "attention_dropout=None: it must be a number from 0 to 1"),
+        ("config.json", {"embd_pdrop": -1}, "embd_pdrop=-1: it must be a number from 0 to 1, or null"),
+        ("config.json", {"rope_parameters": {"rope_theta": -1}}, "rope_theta=-1: it must be a number above 0, or null"),
+        ("config.json", {"rope_theta": 0}, "rope_theta=0: it must be a number above 0, or null"),
+        ("config.json", {"vocab_size": 0}, "vocab_size=0: it must be a whole number from 1 to 16,777,216"),
+        ("generation_config.json", {"eos_token_id": ["a"]}, r"eos_token_id=\['a'\]: it must be a whole number from -1"),
+        ("tokenizer_config.json", {"model_max_length": []}, r"model_max_length=\[\]: it must be a number, or null"),
+    ],
+)
+def test_values_at_which_transformers_fails_only_later_are_named(model, name, fields, said):
+    change(model / name, **fields)
+    with pytest.raises(ModelError, match=f"{name}.* has {said}"):
+        resolve(model)
+
+
+def test_a_tokenizer_that_cannot_encode_is_named(model):
+    """Its end token is to stand for unknown words, and is gone: the tokenizers library fails at the first of them."""
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {"a": 1}
+    change(model / "tokenizer.json", **content)
+    with pytest.raises(ModelError, match=r"tokenizer.json.* cannot be read .Exception: WordLevel error: Missing"):
+        load(model, None, progress=False)
+
+
 def test_buffers_that_would_fill_the_memory_are_refused(tmp_path):
     """GPTBigCode keeps a mask of positions by positions: a million of them are 931 GiB."""
     config = GPTBigCodeConfig(n_embd=16, n_layer=1, n_head=2, n_positions=10**6, vocab_size=64)
