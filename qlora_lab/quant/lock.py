@@ -75,7 +75,7 @@ def locked_folder(folder: str | Path, command: str) -> Iterator[Lock]:
 
 @contextmanager
 def locked_file(file: str | Path, command: str, wait: bool = False) -> Iterator[Lock]:
-    """As locked_folder, for a file, or a folder that is not there yet. wait: for another to end, with a warning in time."""
+    """As locked_folder, for a file, or a folder that is not there yet. wait: for another to end, warning in time."""
     target = Path(file).resolve()
     with _locked(target.with_name(f".{target.name}{LOCK}"), Path(file), command, wait) as lock:
         yield lock
