@@ -1,5 +1,6 @@
 """No file can make a reader hang, run away, or fail with an error that does not name it."""
 
+import json
 import os
 import re
 import signal
@@ -68,6 +69,16 @@ def refused(name: str, path) -> str:
     assert "\n" not in said and len(said) < 400
     assert path.name in said or name == "quantised tensor"  # which has no file of its own
     return said
+
+
+@pytest.mark.parametrize("value", ["x", [], True])
+@pytest.mark.parametrize("figure", ["perplexity", "bits_per_parameter", "relative_error", "entropy", "block_size"])
+def test_a_row_with_a_figure_that_is_none_is_refused(figure, value, tmp_path):
+    """The table of the command line, and plots, would fail at it."""
+    path = READERS["results"].prepare(tmp_path)
+    row = json.loads(path.read_text().splitlines()[0])
+    path.write_text(json.dumps(row | {figure: value}) + "\n")
+    assert re.search(f"line 1 is no row of a sweep .*it has {figure}=", refused("results", path))
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -165,7 +165,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
     except (ValueError, SafetensorError) as error:  # the first names its file
         reason = error if isinstance(error, ValueError) else f"{WEIGHTS}: {error}"
         raise ValueError(f"the adapter in {folder} cannot be read ({reason}): save or copy it again") from None
-    check_settings(config, f"the adapter in {folder}")
+    check_settings(config, str(folder / CONFIG))
     return config, tensors, metadata
 
 
