@@ -103,10 +103,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     where, layers = f"the adapter in {folder}", linear_layers(model)
     config, tensors, metadata = _read(Path(folder))
     paths = _paths(tensors, model, where)
-    strengths = {path: strength_of(config, path) for path in layers if path in paths}  # in the model's order
-    _check_tensors(tensors, strengths, layers, where)
     dropout = config.get("lora_dropout") or 0.0
-    check_strength(1, dropout)
+    try:
+        strengths = {path: strength_of(config, path) for path in layers if path in paths}  # in the model's order
+        check_strength(1, dropout)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / CONFIG}: {error}") from None
+    _check_tensors(tensors, strengths, layers, where)
     if has_adapters(model):
         _check_own(adapters(model), strengths, where)
     warn_of_base(model, [layers[path] for path in strengths], config, metadata, where)
