@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qlora_lab.finetune.adapter_base import WEIGHTS_KEY, warn_of_base, weights_of
-from qlora_lab.finetune.checksums import SUMS, write_sums
+from qlora_lab.finetune.checksums import SUMS, as_lines, sha256
 from qlora_lab.finetune.files import replacing_folder
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapt, adapters, check_strength, has_adapters, linear_layers
@@ -72,7 +72,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         if (folder / CARD).exists():
             disk.copy(folder / CARD, staged / CARD)
         disk.copy_mode(staged / CONFIG, staged / WEIGHTS)  # safetensors writes files that only their owner can read
-        write_sums(staged, (CONFIG, WEIGHTS))
+        disk.write_bytes(staged / SUMS, as_lines({name: sha256(staged / name) for name in (CONFIG, WEIGHTS)}))
     return folder
 
 
