@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from qlora_lab.finetune import checkpoint, ownership, run_record
 from qlora_lab.finetune.adapter_base import WEIGHTS_KEY
+from qlora_lab.finetune.checksums import sha256
 from qlora_lab.finetune.empty_model import empty_model, fields_of, tokenizer_of
 from qlora_lab.finetune.examples import read_examples
 from qlora_lab.finetune.fetch import ModelError, resolve
@@ -112,7 +113,7 @@ def _read_state(path: Path) -> Any:
     step = path.parent
     if path.is_file():
         names = checkpoint.FACTS, checkpoint.TENSORS
-        (step / checkpoint.SUMS).write_text("".join(f"{checkpoint._sha256(step / name)}  {name}\n" for name in names))
+        (step / checkpoint.SUMS).write_text("".join(f"{sha256(step / name)}  {name}\n" for name in names))
     return checkpoint.load_checkpoint(path.parents[2], 3)
 
 

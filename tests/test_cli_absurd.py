@@ -19,7 +19,7 @@ MAY_BE_HUGE = {"clip", "bits"}  # 10^30: no limit
 CHOICES = {"codebook", "codebooks", "schedule", "method", "dtype", "adapter_dtype", "device", "double_quant"}
 CHOICES |= {"sass", "ptx", "rungs"}
 # Names, texts and paths: free, as long as nothing is there that they would have to fit.
-FREE = {"model", "question", "data", "test_data", "out", "text", "plan", "adapter", "notebook", "targets"}
+FREE = {"model", "question", "data", "test_data", "out", "text", "plan", "adapter", "folder", "notebook", "targets"}
 SWITCHES = (argparse._StoreTrueAction, argparse._HelpAction, argparse._VersionAction)
 NUMERIC = (options.whole, options.number, options.size, options.levels)
 

@@ -10,7 +10,7 @@ from tools.fuzz_damage import in_json, in_lines, in_numbers, in_safetensors, in_
 from tools.fuzz_parsers import PARSERS, Parser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-COUNT = 3000
+COUNT = 3000  # in about three seconds of one processor
 
 
 def test_damaged_inputs_are_read_or_refused_as_documented(tmp_path):

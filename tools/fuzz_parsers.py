@@ -199,13 +199,16 @@ def _commands(folder: Path) -> list[bytes]:
     return ["\0".join(shlex.split(line, comments=True)[1:]).encode() for line in lines]
 
 
+_parser = cache(cli.build_parser)
+
+
 def _read_command(content: bytes, folder: Path) -> Any:
     """Parsed, and carried out where no model is asked for. A mistake is one line and exit code 2."""
     words = content.decode("utf-8", "surrogateescape").split("\0")
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            arguments = cli.build_parser().parse_args(words)
+            arguments = _parser().parse_args(words)
             code = cli.main(words) if arguments.command == "memory" and "/" not in arguments.model else 0
         except SystemExit as stop:
             code = stop.code

@@ -213,7 +213,9 @@ class ChatTemplate:
 
     def _render(self, turns: Turns, **options) -> str:
         try:
-            return self.tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options, **self._options)
+            text = self.tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options, **self._options)
+            check_text(text, "what it writes")
+            return text
         except Exception as error:  # a template is a program of others: 1 / 0 and a text + 4 are no TemplateError
             opening = f"{turns[0][0]}: {turns[0][1][:60]!r}"
             said = " ".join(str(error).split())[:LONGEST]

@@ -187,7 +187,7 @@ def _at_fault(folder: Path) -> str:
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_file(str(folder / "tokenizer.json"))
+        Tokenizer.from_file(str(folder / "tokenizer.json")).encode(UNKNOWN)
     except Exception:  # as above
         return str(folder / "tokenizer.json")
     names = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"

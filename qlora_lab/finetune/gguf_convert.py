@@ -24,6 +24,7 @@ Not here: other architectures, SentencePiece tokenizers, rope scaling, experts, 
 
 import json
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import gguf
@@ -57,8 +58,9 @@ def convert(gguf_path: str | Path, folder: str | Path, *, progress: bool = True)
     Nothing is written before the whole file has been read; making the writing atomic is the caller's part (`fetch`).
     """
     reader = _open(Path(gguf_path))
-    meta = {key: field.contents() for key, field in reader.fields.items()}
     try:
+        meta = {key: field.contents() for key, field in reader.fields.items()}
+        check_metadata(meta)
         config = llama_config(meta, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
         settings = {
             "config": config,
@@ -93,11 +95,39 @@ def _open(path: Path) -> gguf.GGUFReader:
 
 # ---------------------------------------------------------------------------------------------------- configuration
 
+SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+MORE_SIZES = ("attention.head_count_kv", "attention.key_length")  # may be left out
+NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
+IDS = ("bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id")
+TEXTS = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template")
+
+
+def check_metadata(meta: dict[str, Any]) -> None:
+    """Raise ValueError for a value of another type or range than its key has, and KeyError for one that is missing."""
+    for key in TEXTS:
+        if not isinstance(meta[key], str):
+            raise ValueError(f"{key} is {short(meta[key])}, but a text is expected")
+    if meta["general.architecture"] != "llama":
+        raise ValueError(f"its architecture is {short(meta['general.architecture'])}; only 'llama' is read here")
+    tokens, merges = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.merges"]
+    if not all(isinstance(text, str) for text in (*tokens, *merges)):
+        raise ValueError("its tokens and merges are not all texts")
+    sizes = {f"llama.{name}": 2**31 for name in (*SIZES, *MORE_SIZES)}
+    ids = {f"tokenizer.ggml.{name}": len(tokens) for name in IDS}
+    for key, limit in (sizes | ids).items():
+        value = meta.get(key, 1) if key.removeprefix("llama.") in MORE_SIZES else meta[key]
+        if type(value) is not int or not (key in sizes) <= value < limit:
+            raise ValueError(
+                f"{key} is {short(value)}, but a whole number from {int(key in sizes)} to {limit - 1:,} fits"
+            )
+    for name in NUMBERS:
+        value = meta.get(f"llama.{name}", 1.0)
+        if not isinstance(value, float) or not 0 < value < float("inf"):
+            raise ValueError(f"llama.{name} is {short(value)}, but a number above 0 is expected")
+
 
 def llama_config(meta: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     """The config.json that transformers' LlamaConfig reads, from GGUF metadata; `tied`: no separate output matrix."""
-    if meta["general.architecture"] != "llama":
-        raise ValueError(f"its architecture is {meta['general.architecture']!r}; only 'llama' is read here")
     if scaled := [key for key in meta if key.startswith("llama.rope.scaling.")]:
         raise ValueError(f"rope scaling ({scaled[0]}) is not read here; use the original model folder")
     hidden, heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
@@ -137,6 +167,8 @@ def special_ids(meta: dict[str, Any]) -> dict[str, int]:
 
 def read_weights(reader: gguf.GGUFReader, config: dict[str, Any], *, progress: bool) -> dict[str, torch.Tensor]:
     """All tensors under transformers' names, bfloat16, each (out_features, in_features) or (hidden_size,)."""
+    if (layers := config["num_hidden_layers"]) > len(reader.tensors):
+        raise ValueError(f"it has {len(reader.tensors)} tensors for {layers} layers")
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = {}
     for tensor in tqdm(reader.tensors, desc="GGUF to safetensors", unit="tensor", disable=not progress):

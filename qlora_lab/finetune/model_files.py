@@ -69,7 +69,7 @@ ELSEWHERE = Rule("left out, because no file of another name is read", lambda val
 TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS)
 CONFIG_RULES = {
     "model_type": or_null(TEXT),
-    "rope_theta": ABOVE_0,
+    "rope_theta": _list_or_one(ABOVE_0),
     "rope_parameters": or_null(OBJECT),
     "configuration_files": ELSEWHERE,
     **{name: _list_or_one(whole(int(name in NEEDED), most)) for name, most in SIZES.items()},

@@ -54,6 +54,8 @@ REASONS = MUST_BE_OFF | {
     "init_lora_weights": "not known to leave the weights of the base alone",
     "use_rslora": "neither true nor false",
 }
+# What makes a pattern match for ever: a repeated group, or many repeats in a row. pattern_of escapes whole paths.
+ENDLESS, REPEATS, MOST_REPEATS = re.compile(r"(?<!\\)\)[*+{]"), re.compile(r"(?<!\\)[*+{]"), 3
 UNKNOWN = "a setting that is not known here"
 
 
@@ -65,8 +67,9 @@ def check_settings(config: dict, where: str) -> None:
     for name in ("peft_type", *config):  # of another method no other name says anything
         if not _is_read(name, config.get(name)):
             value, reason = short(config.get(name)), REASONS.get(name, UNKNOWN)
+            shown = name if name.isprintable() else ascii(name)
             raise ValueError(
-                f"{where} has {name}={value} ({reason}), but only plain LoRA is read here: use it with PEFT, "
+                f"{where} has {shown}={value} ({reason}), but only plain LoRA is read here: use it with PEFT, "
                 "or merge it there and load the result"
             )
     if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
@@ -105,6 +108,10 @@ def _is_read(name: str, value) -> bool:
 def _of_layer(patterns: dict | None, path: str, otherwise):
     """The value of the first pattern that `path` ends with."""
     for pattern, value in (patterns or {}).items():
+        if ENDLESS.search(pattern) or len(REPEATS.findall(pattern)) > MOST_REPEATS:
+            raise ValueError(
+                f"{short(pattern)} in the adapter's configuration can take for ever to match: name its layers instead"
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value

@@ -285,3 +285,29 @@ def test_what_cannot_be_converted_is_named(tmp_path, damage, message):
     with pytest.raises(ValueError, match=r"odd\.gguf cannot be converted: .*" + message):
         convert(path, tmp_path / "model", progress=False)
     assert not (tmp_path / "model").exists()
+
+
+DAMAGED = [
+    ({"llama.block_count": 10**6}, "it has 20 tensors for 1000000 layers"),  # a name for each would take long
+    ({"llama.block_count": 2.0}, "llama.block_count is 2.0, but a whole number from 1 to 2,147,483,647 fits"),
+    ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0, but a whole number from 1 to"),
+    ({"llama.attention.head_count_kv": "2"}, "llama.attention.head_count_kv is '2', but a whole number from 1 to"),
+    ({"tokenizer.ggml.bos_token_id": 0.5}, "tokenizer.ggml.bos_token_id is 0.5, but a whole number from 0 to"),
+    ({"tokenizer.ggml.eos_token_id": len(TOKENS)}, f"eos_token_id is {len(TOKENS)}, but a whole number from 0 to"),
+    ({"tokenizer.ggml.unknown_token_id": -1}, "tokenizer.ggml.unknown_token_id is -1, but a whole number from 0 to"),
+    ({"tokenizer.chat_template": 3}, "tokenizer.chat_template is 3, but a text is expected"),
+    ({"tokenizer.ggml.tokens": [3] * len(TOKENS)}, "its tokens and merges are not all texts"),
+    ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is nan, but a number above 0 is expected"),
+]
+
+
+@pytest.mark.parametrize(
+    "damage, message", DAMAGED, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_metadata_of_another_type_or_range_is_named(tmp_path, monkeypatch, damage, message):
+    path, contents = write_gguf(tmp_path / "odd.gguf", tiny_llama()), gguf.ReaderField.contents
+    monkeypatch.setattr(gguf.ReaderField, "contents", lambda field: damage.get(field.name, contents(field)))
+    with pytest.raises(ValueError) as error:
+        convert(path, tmp_path / "model", progress=False)
+    assert str(error.value).startswith(f"{path} cannot be converted: ") and message in str(error.value)
+    assert not (tmp_path / "model").exists()

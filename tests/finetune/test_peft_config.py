@@ -245,6 +245,11 @@ def test_strength_of_a_layer(settings, path, strength):
         ({"lora_alpha": -1}, "alpha=-1 is not allowed"),
         ({"lora_alpha": True}, "alpha=True is not allowed"),
         ({"rank_pattern": {"q_proj": "4"}}, "r='4' is not allowed"),
+        (
+            {"rank_pattern": {"((.+)+)+x": 4}},
+            r"\)\+x' in the adapter's configuration can take for ever",
+        ),
+        ({"alpha_pattern": {".*.*.*.*x": 4}}, r"'\.\*\.\*\.\*\.\*x' in the adapter's configuration can take for ever"),
         ({"rank_pattern": {"(": 4}}, r"'\(' in the adapter's configuration is not a pattern"),
     ],
 )

@@ -262,3 +262,10 @@ def test_a_prompt_with_an_unknown_character_is_what_generation_is_given(without_
 def test_unknown_white_space_behind_an_answer_does_not_end_it(without_bytes):
     turns = (QUESTION, ("assistant", "4\u3000"), ("user", "Why"), ("assistant", "4"))
     assert encode(Example(turns), without_bytes).labels.count(without_bytes.eos_token_id) == 2
+
+
+def test_half_a_surrogate_pair_in_what_a_template_writes_is_named():
+    tokenizer = tokenizer_of(next(iter(CASES.values())))
+    tokenizer.chat_template = "{{ '\\ud800' }}" + PLAIN_TEMPLATE
+    with pytest.raises(ValueError, match=r"refuses .*: what it writes holds '\\ud800', half of a surrogate"):
+        encode(Example((("user", "a"), ("assistant", "b"))), tokenizer)
