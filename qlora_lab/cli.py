@@ -259,7 +259,7 @@ def sweep(a: argparse.Namespace) -> None:
 def block_size(a: argparse.Namespace) -> None:
     from qlora_lab.measure.perplexity import check_windows
     from qlora_lab.quant.block_size import Candidate, check_candidate, check_limits, check_plan_path
-    from qlora_lab.quant.lock import locked_file
+    from qlora_lab.quant.lock import locked_file, reserved
     from qlora_lab.quant.numbers import check_whole
 
     candidates = tuple(Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes)
@@ -272,7 +272,7 @@ def block_size(a: argparse.Namespace) -> None:
     parent = out.resolve().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise FileNotFoundError(f"{parent} is no folder that the plan can be written to: make one, or name another")
-    with locked_file(out, "block-size"):
+    with locked_file(out, "block-size") as lock, reserved(lock):
         _block_size(a, candidates, out)
 
 

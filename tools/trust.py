@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"}
 sys.path.insert(0, str(ROOT))
 WORKERS = 2
+ATTACKS = ("kills", "faults", "disks", "rivals", "inputs")
 
 
 class Trial(NamedTuple):
@@ -45,23 +46,21 @@ class Result(NamedTuple):
     folder: str
 
 
-def attacks(home) -> dict[str, Callable[[float], list[Trial]]]:
-    """Name -> the trials of a kind of attack, for a share of all of them."""
+def results_of(attack: str, home, share: float, seed: int) -> list[Result]:
+    """The results of a share of an attack. `home` is warm: every trial runs in a child of this process."""
     from tools import trust_disks, trust_faults, trust_inputs, trust_kills, trust_rivals
 
-    return {
-        "kills": lambda share: trust_kills.trials(home, share),
-        "faults": lambda share: trust_faults.trials(home, share),
-        "disks": lambda share: trust_disks.trials(home, share),
-        "rivals": lambda share: trust_rivals.trials(home, share),
-        "inputs": lambda share: trust_inputs.trials(home, share),
-    }
+    folder = home.folder / attack
+    if attack == "inputs":
+        return trust_inputs.results(folder, share, seed)
+    modules = {"kills": trust_kills, "faults": trust_faults, "disks": trust_disks, "rivals": trust_rivals}
+    return list(spread(folder, modules[attack].trials(home, share), seed))
 
 
-def run(home, names: list[str], share: float, seed: int) -> dict[str, list[Result]]:
-    """Name -> results. `home` is warm; every trial runs in a process of its own or its children."""
-    kinds = attacks(home)
-    return {name: list(spread(home.folder / name, kinds[name](share), seed)) for name in names}
+def part(items: list, share: float) -> list:
+    """A share of them, at least one, which lie evenly."""
+    number = max(1, round(len(items) * share))
+    return [items[i * len(items) // number] for i in range(number)]
 
 
 def spread(folder: Path, trials: list[Trial], seed: int) -> Iterator[Result]:
@@ -115,9 +114,9 @@ def table(results: dict[str, list[Result]], seconds: dict[str, float]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    names = ["kills", "faults", "disks", "rivals", "inputs"]
     parser = argparse.ArgumentParser(description="Attack every command that writes.")
-    parser.add_argument("attacks", nargs="*", choices=[*names, []], help=f"of {', '.join(names)}; none: all")
+    names = f"of {', '.join(ATTACKS)}; none: all"
+    parser.add_argument("attacks", nargs="*", metavar="ATTACK", choices=[*ATTACKS, []], help=names)
     parser.add_argument("--share", type=float, default=1.0, help="of the trials (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     a = parser.parse_args(argv)
@@ -126,9 +125,9 @@ def main(argv: list[str]) -> int:
     home = Home(Path(tempfile.mkdtemp(prefix="qlora-lab-trust-")))
     home.warm()
     results, seconds = {}, {}
-    for name in a.attacks or names:
+    for name in a.attacks or ATTACKS:
         start = time.monotonic()
-        results |= run(home, [name], a.share, a.seed)
+        results[name] = results_of(name, home, a.share, a.seed)
         seconds[name] = time.monotonic() - start
         print(f"{name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
     print(table(results, seconds))

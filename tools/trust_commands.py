@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -21,7 +22,7 @@ TIMES = {
     "log.jsonl": ("seconds", "tokens_per_second"),
     "result.json": ("seconds",),
     "state.json": ("log_sha256",),  # the log has times
-    "rows.jsonl": ("seconds", "date", "sha256"),
+    "rows.jsonl": ("seconds", "date", "sha256", "commit"),
     "qlora-lab.json": ("scratch",),  # a random name
 }
 
@@ -91,7 +92,6 @@ class Home:
     def warm(self) -> None:
         import torch
 
-        from qlora_lab import cli
         from qlora_lab.finetune import quantized_folder, trainer
         from qlora_lab.finetune.paged_adamw import PagedAdamW
 
@@ -100,19 +100,22 @@ class Home:
         _take_fetch_off_line(self)
         trainer.PagedAdamW = partial(PagedAdamW, page_size=PAGE)
         quantized_folder.PIECE = PIECE
-        warm = self.folder / "warm"
-        for case in CASES:  # compiles, and decides the races of products, once for all children
-            os.environ["QLORA_LAB_CACHE"] = str(warm / case.name / "out")
-            (warm / case.name).mkdir(parents=True)
-            for words in filter(None, (case.earlier, case.words)):
-                with _into(self.folder / "warm.txt"):
-                    code = cli.main(case.line(self, warm / case.name, words))
-                if code:
-                    raise SystemExit(f"{case.name} fails: {(self.folder / 'warm.txt').read_text()[-500:]}")
+
+    def try_once(self, case: Case) -> None:
+        """Run a case in this very process: it compiles, and decides the races of products, for all children."""
+        from qlora_lab import cli
+
+        place, words = self.folder / "warm" / case.name, self.folder / "warm.txt"
+        place.mkdir(parents=True)
+        os.environ["QLORA_LAB_CACHE"] = str(place / "out")
+        for line in filter(None, (case.earlier, case.words)):
+            with _into(words):
+                code = cli.main(case.line(self, place, line))
+            assert code == 0, f"{case.name} fails: {words.read_text()[-500:]}"
 
 
-def start(home: Home, line: list[str], out: Path, before=lambda: None) -> int:
-    """The process id of a child that runs the command; `before` is called in it first. Its words go to said(out)."""
+def start(home: Home, line: list[str], out: Path, inside=nullcontext) -> int:
+    """The process id of a child that runs the command, in a `with` block of `inside`. Its words go to said(out)."""
     out.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child:
@@ -121,10 +124,10 @@ def start(home: Home, line: list[str], out: Path, before=lambda: None) -> int:
     try:
         os.environ["QLORA_LAB_CACHE"] = str(out / "out")
         with _into(_words(out, os.getpid())):
-            before()
             from qlora_lab import cli
 
-            code = cli.main(line)
+            with inside():
+                code = cli.main(line)
     except SystemExit as stop:
         code = stop.code
     except BaseException:  # what a user would see as a traceback
@@ -141,9 +144,9 @@ def end(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run(home: Home, line: list[str], out: Path, before=lambda: None) -> tuple[int, str]:
+def run(home: Home, line: list[str], out: Path, inside=nullcontext) -> tuple[int, str]:
     """Exit code of the command, and what it said."""
-    child = start(home, line, out, before)
+    child = start(home, line, out, inside)
     return end(child), said(out, child)
 
 

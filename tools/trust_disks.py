@@ -8,10 +8,12 @@ import random
 import resource
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from tools.trust import Trial
+from tools.trust import Trial, part
 from tools.trust_commands import CASES, Home, run
 from tools.trust_kills import Reference, reference
 
@@ -21,15 +23,10 @@ ROOMY, MANY = 2**26, 2**16  # bytes and files of a disk with room
 
 
 def trials(home: Home, share: float) -> list[Trial]:
-    """A number for each case, at least one."""
-    number = max(1, round(TRIALS * share))
+    """As many of each case; of a share, of cases that lie evenly."""
     disk, kind = (on_small_disk, "tmpfs") if may_mount(home.folder) else (with_small_files, "file size")
-    references = [reference(home, case) for case in CASES]
-    return [
-        Trial(f"{one.case.name} ({kind})", partial(fill_and_go_on, one, disk))
-        for one in references
-        for _ in range(number)
-    ]
+    cases = part([case for case in CASES for _ in range(TRIALS)], share)
+    return [Trial(f"{case.name} ({kind})", partial(fill_and_go_on, reference(home, case), disk)) for case in cases]
 
 
 def may_mount(folder: Path) -> bool:
@@ -82,9 +79,17 @@ def with_small_files(reference: Reference, prepared: Path, place: Path, draws: r
     sizes = sorted({path.stat().st_size for path in reference.folder.rglob("*") if path.is_file()})
     limit = draws.randrange(1, sizes[-1])
     prepared.rename(place)
-    before = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    code, words = run(reference.home, reference.case.line(reference.home, place), place, before)
+    inside = partial(largest_file, limit)
+    code, words = run(reference.home, reference.case.line(reference.home, place), place, inside)
     return code, words, lambda: None
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Python ignores the signal, so a write beyond this size raises OSError."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def used(folder: Path) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tools.trust import Trial
+from tools.trust import Trial, part
 from tools.trust_commands import CASES, Case, Home, contents, difference, kill, run, start
 
 TRIALS, KILLS = 12, 3  # of each case; kills of each trial
@@ -21,9 +21,9 @@ DONE = "is complete: there is nothing to resume", "holds a model already"  # sai
 
 
 def trials(home: Home, share: float) -> list[Trial]:
-    """A number for each case, at least one."""
-    number = max(1, round(TRIALS * share))
-    return [Trial(case.name, reference(home, case).kill_and_go_on) for case in CASES for _ in range(number)]
+    """As many of each case; of a share, of cases that lie evenly."""
+    cases = part([case for case in CASES for _ in range(TRIALS)], share)
+    return [Trial(case.name, reference(home, case).kill_and_go_on) for case in cases]
 
 
 @cache
@@ -36,6 +36,7 @@ class Reference:
     """What an undisturbed run leaves, and how long it takes."""
 
     def __init__(self, home: Home, case: Case):
+        home.try_once(case)
         self.home, self.case = home, case
         folder = home.folder / "references" / case.name
         if case.earlier:

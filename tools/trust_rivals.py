@@ -8,21 +8,26 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tools.trust import Trial
+from tools.trust import Trial, part
 from tools.trust_commands import CASES, Case, Home, contents, difference, end, kill, said, start
 from tools.trust_kills import Reference, reference
 
 TRIALS = 13  # of each case: 104 pairs
 NAMES = ("finetune, plain", "finetune, evaluated", "finetune, overwrite", "quantize", "sweep", "block-size", "fetch")
+RESUME = "finetune, both resume"
 
 
 def trials(home: Home, share: float) -> list[Trial]:
-    """A number for each case, at least one."""
-    number = max(1, round(TRIALS * share))
-    cases = [case for case in CASES if case.name in NAMES]
-    checks = {f"{case.name}": partial(race, reference(home, case), reference(home, case.rival())) for case in cases}
-    checks["finetune, both resume"] = partial(race_to_resume, reference(home, cases[0]))
-    return [Trial(name, check) for name, check in checks.items() for _ in range(number)]
+    """As many of each case; of a share, of cases that lie evenly."""
+    cases = {case.name: case for case in CASES if case.name in NAMES}
+    names = part([name for name in (*cases, RESUME) for _ in range(TRIALS)], share)
+    return [Trial(name, _check(home, cases.get(name))) for name in names]
+
+
+def _check(home: Home, case: Case | None):
+    if case is None:
+        return partial(race_to_resume, reference(home, CASES[0]))
+    return partial(race, reference(home, case), reference(home, case.rival()))
 
 
 def race(one: Reference, other: Reference, folder: Path, draws: random.Random) -> int:

@@ -108,7 +108,7 @@ def restore_best(run: Path, step: int, best: Path) -> None:
         with replacing_folder(best) as new:
             disk.copy_folder(stored, new)
     elif best.exists():
-        with scratch_for(best.resolve()) as scratch:
+        with scratch_for(best.resolve(), owner=best.parent) as scratch:
             disk.rename(best.resolve(), scratch / "old")
 
 

@@ -20,8 +20,13 @@ LARGEST = 2**20  # bytes of such a file: 10,000 lines
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-def write_sums(folder: Path, names: Iterable[str], contents: Mapping[str, bytes] | None = None) -> None:
-    """Write the checksums of files in `folder`, whole or not at all; `names` are relative to it, with slashes.
+def write_sums(folder: Path, names: Iterable[str]) -> None:
+    """Write the checksums of files in a folder that nobody else sees yet; `names` are relative to it, with slashes."""
+    disk.write_bytes(folder / SUMS, as_lines({name: sha256(folder / name) for name in names}))
+
+
+def replace_sums(folder: Path, names: Iterable[str], contents: Mapping[str, bytes] | None = None) -> None:
+    """The same where a list may be there already, and be read: it is replaced whole.
 
     contents: those of files that are to be written next, by name: a file that declares a folder complete comes last.
     """

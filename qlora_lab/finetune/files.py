@@ -15,6 +15,7 @@ from pathlib import Path
 from qlora_lab.finetune.ownership import scratch_name
 from qlora_lab.quant import disk
 from qlora_lab.quant.disk import sync
+from qlora_lab.quant.lock import locked_file
 from qlora_lab.quant.out_path import out_path
 
 
@@ -66,16 +67,18 @@ def replacing_file(target: Path) -> Iterator[Path]:
 def scratch_for(target: Path, owner: Path | None = None) -> Iterator[Path]:
     """Yields a folder on the disk of `target` for what is not whole yet, or no longer; it vanishes in the end.
 
-    It lies beside the target, in the folder that the mark of `owner` names, if there is one: what a killed process
-    leaves is then found. owner: whose mark it is, by default that of the folder that holds `target`.
+    It lies beside the target, in the folder that the mark of `owner` names, else in one that a lock beside the target
+    names: what a killed process leaves is then found. owner: by default the folder that holds `target`.
     """
-    home = target.parent
-    if recorded := scratch_name(owner or home):
-        home = home / recorded
-        disk.make_folder(home)
+    if not (recorded := scratch_name(owner or target.parent)):
+        with locked_file(target, "save", wait=True) as lock:
+            disk.make_folder(lock.scratch)
+            yield lock.scratch
+        return
+    home = target.parent / recorded
+    disk.make_folder(home)
     try:
         with disk.scratch(home, f".{target.name}-") as scratch:
             yield scratch
     finally:
-        if recorded:
-            disk.remove_if_empty(home)
+        disk.remove_if_empty(home)

@@ -50,6 +50,7 @@ INDEX_MIB, TOKENIZER_MIB = 64, 128  # the longest published have 13 and 33
 
 
 NEEDED = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
+NEEDED += ("intermediate_size", "ffn_dim")  # 0 of them would not be a model
 DROPOUTS = ("hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 
@@ -69,7 +70,7 @@ ELSEWHERE = Rule("left out, because no file of another name is read", lambda val
 TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS)
 CONFIG_RULES = {
     "model_type": or_null(TEXT),
-    "rope_theta": ABOVE_0,
+    "rope_theta": _list_or_one(ABOVE_0),
     "rope_parameters": or_null(OBJECT),
     "configuration_files": ELSEWHERE,
     **{name: _list_or_one(whole(int(name in NEEDED), most)) for name, most in SIZES.items()},

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 SAID = re.compile(
     r"not enough memory|can(no|')t allocate memory|out of memory|bad_alloc|failed to map segment|unable to mmap"
-    r"|can't start new thread",
+    r"|can't start new thread"
+    r"|could not (create|execute) a primitive$|could not create a memory",  # oneDNN, of its code and its own buffers
     re.IGNORECASE,
 )
 

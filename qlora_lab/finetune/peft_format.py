@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qlora_lab.finetune.adapter_base import WEIGHTS_KEY, warn_of_base, weights_of
-from qlora_lab.finetune.checksums import SUMS, write_sums
+from qlora_lab.finetune.checksums import SUMS, as_lines, sha256
 from qlora_lab.finetune.files import replacing_folder
 from qlora_lab.finetune.linear4bit import Linear4bit
 from qlora_lab.finetune.lora import LoRALinear, adapt, adapters, check_strength, has_adapters, linear_layers
@@ -72,7 +72,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         if (folder / CARD).exists():
             disk.copy(folder / CARD, staged / CARD)
         disk.copy_mode(staged / CONFIG, staged / WEIGHTS)  # safetensors writes files that only their owner can read
-        write_sums(staged, (CONFIG, WEIGHTS))
+        disk.write_bytes(staged / SUMS, as_lines({name: sha256(staged / name) for name in (CONFIG, WEIGHTS)}))
     return folder
 
 
@@ -103,10 +103,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     where, layers = f"the adapter in {folder}", linear_layers(model)
     config, tensors, metadata = _read(Path(folder))
     paths = _paths(tensors, model, where)
-    strengths = {path: strength_of(config, path) for path in layers if path in paths}  # in the model's order
-    _check_tensors(tensors, strengths, layers, where)
     dropout = config.get("lora_dropout") or 0.0
-    check_strength(1, dropout)
+    try:
+        strengths = {path: strength_of(config, path) for path in layers if path in paths}  # in the model's order
+        check_strength(1, dropout)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / CONFIG}: {error}") from None
+    _check_tensors(tensors, strengths, layers, where)
     if has_adapters(model):
         _check_own(adapters(model), strengths, where)
     warn_of_base(model, [layers[path] for path in strengths], config, metadata, where)
@@ -165,7 +168,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
     except (ValueError, SafetensorError) as error:  # the first names its file
         reason = error if isinstance(error, ValueError) else f"{WEIGHTS}: {error}"
         raise ValueError(f"the adapter in {folder} cannot be read ({reason}): save or copy it again") from None
-    check_settings(config, f"the adapter in {folder}")
+    check_settings(config, str(folder / CONFIG))
     return config, tensors, metadata
 
 

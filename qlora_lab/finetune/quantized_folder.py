@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.checksums import write_sums
+from qlora_lab.finetune.checksums import replace_sums
 from qlora_lab.finetune.empty_model import empty_model, fields_of, stored_options
 from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
 from qlora_lab.finetune.files import replacing_file
@@ -204,9 +204,10 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
                 disk.copy(source / name, new)
     copied = [name for name in COPIED if (out / name).exists()]
     contents = {name: (json.dumps(one, indent=2) + "\n").encode() for name, one in ((INDEX, index), (CONFIG, config))}
-    write_sums(out, [*set(weight_map.values()), *copied, *([PLAN] if plan else [])], contents)
+    replace_sums(out, [*set(weight_map.values()), *copied, *([PLAN] if plan else [])], contents)
     for name, content in contents.items():
         with replacing_file(out / name) as new:
             disk.write_bytes(new, content)
+    disk.remove_if_possible(out / scratch_name(out))
     for name in (MARK, UNFINISHED):  # without the second the folder is a model and nothing else
         disk.remove(out / name)

@@ -25,7 +25,7 @@ from qlora_lab.finetune.checksums import SUMS
 from qlora_lab.finetune.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object, scratch_name
 from qlora_lab.finetune.peft_format import CONFIG, WEIGHTS
 from qlora_lab.quant import disk
-from qlora_lab.quant.lock import locked_folder, reserved_folder
+from qlora_lab.quant.lock import locked_folder, reserved
 from qlora_lab.quant.out_path import out_path
 
 LOG, RECORD, RESULT, ADAPTER = "log.jsonl", "settings.json", "result.json", "adapter"
@@ -124,7 +124,7 @@ def reserved_run(out: str | Path, overwrite: bool, resume: bool | int) -> Iterat
 
     Raises as check_free and replacing_run do.
     """
-    with reserved_folder(_checked(out, overwrite, resume), "finetune"):
+    with locked_folder(_checked(out, overwrite, resume), "finetune") as lock, reserved(lock):
         restore_earlier(Path(out))
         check_free(out, overwrite, resume)
         yield

@@ -36,7 +36,7 @@ from qlora_lab.finetune.checkpoint import (
     saved_steps,
     tensors_path,
 )
-from qlora_lab.finetune.checksums import SUMS, log_sha256, sha256, write_sums
+from qlora_lab.finetune.checksums import SUMS, log_sha256, replace_sums, sha256
 from qlora_lab.finetune.data import IGNORED, Encoded, EncodeReport, encode_all, load_data
 from qlora_lab.finetune.distributed import engine_for, from_process_0, leads, together
 from qlora_lab.finetune.examples import Example
@@ -296,7 +296,7 @@ class Training:
                 with replacing_file(self.folder / RECORD) as new:
                     disk.write_text(new, json.dumps(self._record, indent=2) + "\n")
                 disk.remove(self.folder / RESULT)
-                write_sums(self.folder, [RECORD])
+                replace_sums(self.folder, [RECORD])
 
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
@@ -380,7 +380,7 @@ class Training:
         """The last file of a run: that it is there says that the run is complete, with checksums of all it made."""
         files = [self.folder / name / file for name in (ADAPTER, BEST) for file in WEIGHTS_FILES]
         made = [path.relative_to(self.folder).as_posix() for path in files if path.is_file()]
-        write_sums(self.folder, [RECORD, LOG, *made], {RESULT: content})
+        replace_sums(self.folder, [RECORD, LOG, *made], {RESULT: content})
         with replacing_file(self.folder / RESULT) as new:
             disk.write_bytes(new, content)
 

@@ -30,6 +30,7 @@ from qlora_lab.quant import disk
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE
+from qlora_lab.quant.lock import locked_file
 from qlora_lab.quant.numbers import check_number
 from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.packing import group_of
@@ -107,15 +108,16 @@ class Plan:
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON and return its path, which never holds half a plan, not even after a power cut.
 
-        Another plan there is replaced. Raises as check_plan_path does.
+        Another plan there is replaced. Raises as check_plan_path does; waits while another process writes one there.
         """
         path = check_plan_path(path)
         layers = {name: one._asdict() | {"numel": self.numel[name]} for name, one in self.chosen.items()}
         lines = [f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in layers.items()]  # a line a layer
         head = {"model": self.model, "error": self.error, "bits_per_parameter": self.bits_per_parameter}
         body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-        with disk.scratch(path.resolve().parent, ".plan-") as folder:  # one for each who writes
-            new = folder / "plan.json"
+        with locked_file(path, "save", wait=True) as lock:
+            disk.make_folder(lock.scratch)
+            new = lock.scratch / "plan.json"
             disk.write_text(new, f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
             disk.sync(new)  # a rename can reach the disk before what is in the file
             disk.rename(new, path.resolve())  # a link stays

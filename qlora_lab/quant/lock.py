@@ -17,7 +17,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import stat
 import time
 import warnings
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from platform import node
 
+from qlora_lab.quant import disk
 from qlora_lab.quant.strict_json import parse
 
 try:
@@ -38,6 +38,7 @@ LOCK, APPLICATION = ".qlora-lab.lock", "qlora_lab lock"
 SCRATCH = re.compile(r"\.qlora-lab-[0-9a-f]{32}")
 LENGTH = 1024  # bytes of the file, padded: one write replaces another whole
 GRACE = 2.0  # seconds for a process that has just got the lock to say who it is
+QUIET = 0.5  # seconds for which a process waits without a word
 OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # neither links nor FIFOs
 
 
@@ -68,35 +69,26 @@ def locked_folder(folder: str | Path, command: str) -> Iterator[Lock]:
     Raises BlockingIOError, which says who is in it and since when; FileExistsError where no folder can be, or where a
     user's file has the lock's name; PermissionError for a folder that cannot be written to.
     """
-    file = Path(folder).resolve() / LOCK
-    if lock := _reserved.pop(file, None):
-        try:
-            yield lock
-        finally:
-            if lock in _held:
-                _reserved[file] = lock
-        return
-    with _locked(file, Path(folder), command) as lock:
+    with _locked(Path(folder).resolve() / LOCK, Path(folder), command) as lock:
         yield lock
-
-
-@contextmanager
-def reserved_folder(folder: str | Path, command: str) -> Iterator[Lock]:
-    """Take the lock now for whichever `locked_folder` of this process comes first: it is held until this block ends."""
-    with locked_folder(folder, command) as lock:
-        _reserved[lock.file] = lock
-        try:
-            yield lock
-        finally:
-            _reserved.pop(lock.file, None)
 
 
 @contextmanager
 def locked_file(file: str | Path, command: str, wait: bool = False) -> Iterator[Lock]:
-    """As locked_folder, for a file, or a folder that is not there yet. wait: for another to end, with a warning."""
+    """As locked_folder, for a file, or a folder that is not there yet. wait: for another to end, warning in time."""
     target = Path(file).resolve()
     with _locked(target.with_name(f".{target.name}{LOCK}"), Path(file), command, wait) as lock:
         yield lock
+
+
+@contextmanager
+def reserved(lock: Lock) -> Iterator[Lock]:
+    """Keep a lock for those who ask for it in this process: inside the block they get it, one at a time."""
+    _reserved[lock.file] = lock
+    try:
+        yield lock
+    finally:
+        _reserved.pop(lock.file, None)
 
 
 def clear_after_kill(file: str | Path, command: str) -> None:
@@ -112,6 +104,13 @@ def clear_after_kill(file: str | Path, command: str) -> None:
 
 @contextmanager
 def _locked(file: Path, target: Path, command: str, wait: bool = False) -> Iterator[Lock]:
+    if lock := _reserved.pop(file, None):
+        try:
+            yield lock
+        finally:
+            if lock in _held:
+                _reserved[file] = lock
+        return
     made: list[Path] = []
     try:
         handle = _handle(file, target, wait, made)
@@ -124,13 +123,12 @@ def _locked(file: Path, target: Path, command: str, wait: bool = False) -> Itera
             _release(lock)
     finally:
         for folder in reversed(made):
-            with suppress(OSError):  # it holds something by now
-                folder.rmdir()
+            disk.remove_if_empty(folder)
 
 
 def _handle(file: Path, target: Path, wait: bool, made: list[Path]) -> int:
     """Of the lock file, when this process has the lock; `made` takes the folders that had to be made."""
-    until, told = time.monotonic() + GRACE, False
+    start, told = time.monotonic(), False
     while True:
         handle = _opened(file, target, made)
         try:
@@ -145,10 +143,11 @@ def _handle(file: Path, target: Path, wait: bool, made: list[Path]) -> int:
                 os.close(handle)
         if holder and not wait:
             raise BlockingIOError(f"{_told(target, holder)}: wait until it has ended, or name another place")
-        if holder and not told:
+        waited = time.monotonic() - start
+        if holder and not told and waited > QUIET:
             warnings.warn(f"{_told(target, holder)}: waiting until it has ended", stacklevel=2)
             told = True
-        if not (holder or got or handle is None) and time.monotonic() > until:
+        if not (holder or got or handle is None) and waited > GRACE:
             raise BlockingIOError(f"{target} is in use by another process, which does not say who it is: wait for it")
         time.sleep(0.02)
 
@@ -165,7 +164,9 @@ def _opened(file: Path, target: Path, made: list[Path]) -> int | None:
     except OSError as error:
         if error.errno == errno.ELOOP or os.path.isdir(file):
             raise _not_ours(file) from None
-        raise type(error)(f"{file.parent} cannot be written to ({error.strerror}): name another place") from None
+        told = type(error)(f"{file.parent} cannot be written to ({error.strerror}): name another place")
+        told.errno = error.errno
+        raise told from None
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return handle
     os.close(handle)
@@ -220,7 +221,7 @@ def _sign(lock: Lock, command: str) -> None:
     }
     _write(lock.handle, about | {"scratch": [lock.scratch.name, *left]})
     for name in left:
-        shutil.rmtree(lock.file.with_name(name), ignore_errors=True)
+        disk.remove_if_possible(lock.file.with_name(name))
     if left:
         _write(lock.handle, about | {"scratch": [lock.scratch.name]})
 
@@ -272,7 +273,7 @@ def _release(lock: Lock) -> None:
     if lock.process != os.getpid():  # a forked child came out of the block, too
         return
     _held.discard(lock)
-    shutil.rmtree(lock.scratch, ignore_errors=True)
+    disk.remove_if_possible(lock.scratch)
     left = lock.scratch.exists()  # its name stays in the lock file, for the next lock to remove it
     if not left and _has_name(lock.handle, lock.file):  # before it is closed: afterwards it may be another's
         with suppress(OSError):

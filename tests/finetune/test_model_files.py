@@ -188,6 +188,16 @@ def test_what_fetch_wrote_and_is_damaged_can_be_deleted(tmp_path, name, monkeypa
         fetch("smollm2-135m")
 
 
+def test_the_hubs_cache_keeps_a_damaged_file_until_its_whole_folder_goes(model, tmp_path):
+    """snapshot_download takes a blob that is there for whole, so deleting the links alone would change nothing."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    model.rename(snapshot)
+    (snapshot / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=f"config.json.*: delete {tmp_path}/models--org--name and get it again"):
+        resolve(snapshot)
+
+
 # ----------------------------------------------------------------------------------------------------- the command line
 
 

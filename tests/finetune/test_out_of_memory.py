@@ -1,14 +1,19 @@
 """Memory that runs out: one sentence with what would need less and what is saved, whoever says it and wherever."""
 
 import errno
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import qlora_lab as ql
 from qlora_lab.finetune import models, trainer
 from qlora_lab.finetune.out_of_memory import OutOfMemory, is_out_of_memory
+from tests.conftest import VOCABULARY
 from tests.faults import NO_MEMORY, allocation_faults
 from tests.finetune.test_checkpoint import same_result, training
 
@@ -23,6 +28,7 @@ SAID = {
     "mmap": OSError(errno.ENOMEM, "Cannot allocate memory"),
     "torch's mmap": RuntimeError("unable to mmap 4096 bytes from file </a>: Cannot allocate memory (12)"),
     "the loader": ImportError("libx.so: failed to map segment from shared object"),
+    "oneDNN": RuntimeError("could not create a primitive"),
     "numba": MemoryError("Allocation failed (probably too large)."),
 }
 
@@ -33,7 +39,14 @@ def test_each_way_to_say_it_is_known(error):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("out of memory"), RuntimeError("shape mismatch"), OSError(errno.ENOSPC, "full"), KeyError("x")]
+    "error",
+    [
+        ValueError("out of memory"),
+        RuntimeError("shape mismatch"),
+        RuntimeError("could not create a primitive descriptor for a matmul"),
+        OSError(errno.ENOSPC, "full"),
+        KeyError("x"),
+    ],
 )
 def test_another_error_is_another_error(error):
     assert not is_out_of_memory(error)
@@ -114,3 +127,54 @@ def test_every_kth_allocation_of_a_run_is_told_in_one_sentence(folder, tmp_path)
         assert is_out_of_memory(error.value)
         training(folder, out, resume=True, **common).run()
         same_result(out, tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------ truly little memory
+
+LITTLE = """
+import json, resource, sys
+import torch, transformers, safetensors.torch
+from qlora_lab import cli
+from qlora_lab.finetune import models, trainer
+from qlora_lab.measure.measured_memory import _status
+
+def little(kibibytes):
+    size = _status("VmSize") + 1024 * kibibytes
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+where, room, argv = json.loads(sys.argv[1])
+owner, name = {"load": (models, "_place"), "map": (models, "stored_tensors"), "step": (trainer, "accumulate")}[where]
+make = getattr(owner, name)
+def short(*args, **kwargs):
+    setattr(owner, name, make)
+    little(room)
+    return make(*args, **kwargs)
+setattr(owner, name, short)
+sys.exit(cli.main(argv))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 120 MiB, in one file."""
+    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape))
+    folder = tmp_path_factory.mktemp("large")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to RLIMIT_AS")
+@pytest.mark.parametrize("where, room", [("map", 2**13), ("load", 2**14), ("step", 2**13)])
+def test_a_process_that_has_too_little_says_one_line(large, tokenizer, tmp_path, where, room):
+    tokenizer.save_pretrained(large)
+    data = tmp_path / "train.jsonl"
+    data.write_text((json.dumps({"instruction": "double 1", "output": "2, then 3, " * 18}) + "\n") * 8)  # 230 tokens
+    argv = ["finetune", "--model", str(large), "--data", str(data), "--held-out", "0", "--steps", "1", "--quiet"]
+    argv += ["--codebook", "none" if where == "load" else "nf4", "--dtype", "float32", "--out", str(tmp_path / "run")]
+    words = [sys.executable, "-c", LITTLE, json.dumps([where, room, argv])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line)
+    assert line.startswith("qlora-lab finetune: out of memory")

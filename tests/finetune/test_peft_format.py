@@ -1,6 +1,7 @@
 """Adapter folders: read by PEFT with the same logits, strict, and never half-written."""
 
 import json
+import os
 import re
 import shutil
 from copy import deepcopy
@@ -321,3 +322,15 @@ def test_one_adapter_has_one_file(tmp_path, tiny_llama):
     for _ in range(20):
         save_adapter(tiny_llama, tmp_path / "adapter")
         assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_what_a_killed_save_left_goes_with_the_next_one_and_nothing_else(tiny_llama, tmp_path):
+    model = add_lora(tiny_llama, r=2)
+    (tmp_path / ".adapter-a8s0d9f2").mkdir()  # of somebody else
+    if not (child := os.fork()):
+        disk.rename = lambda *_: os._exit(9)
+        save_adapter(model, tmp_path / "adapter")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(list(tmp_path.iterdir())) == 3  # a lock, and the scratch that it names
+    save_adapter(model, tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".adapter-a8s0d9f2", "adapter"]

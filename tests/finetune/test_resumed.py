@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from qlora_lab.finetune.settings import Settings
 from qlora_lab.finetune.trainer import Training
 from qlora_lab.kernels import product
 from tests.readers import copy_model
+from tests.test_readers import seconds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = [Example((("user", f"a {letter}"), ("assistant", "b"))) for letter in "abcdefgh"]
@@ -105,6 +107,22 @@ def test_a_line_that_no_run_wrote_is_named(tmp_path, second, said):
     assert len(read_log(log, 1)) == 1  # what follows is of steps that no checkpoint has
     with pytest.raises(ValueError, match=said):
         read_log(log, 2)
+
+
+def test_no_file_of_a_run_is_waited_for(begun, tmp_path):
+    """A FIFO in the place of any of them: the run goes on without it, or names it."""
+    names = sorted(path.relative_to(begun / "run") for path in (begun / "run").rglob("*") if path.is_file())
+    assert len(names) > 6
+    for number, name in enumerate(names):
+        out = tmp_path / str(number)
+        shutil.copytree(begun / "run", out)
+        (out / name).unlink()
+        os.mkfifo(out / name)
+        with seconds(60):
+            try:
+                training(begun / "model", out, resume=True).run()
+            except (ValueError, OSError) as error:
+                assert name.name in str(error)
 
 
 def test_a_race_that_one_routine_could_not_run_is_saved_and_resumed(begun, tmp_path):

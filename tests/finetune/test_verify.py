@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -231,6 +232,14 @@ def test_a_download_that_differs_from_the_hubs_checksum_is_refused(tmp_path, mon
 
 
 # ----------------------------------------------------------------------------------------------------- what is not ours
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors", CHECKPOINT_SUMS])
+def test_a_fifo_is_not_waited_for(begun, name):
+    file = begun / "checkpoints" / "step-00000002" / name
+    file.unlink()
+    os.mkfifo(file)
+    assert states(begun)["checkpoints/step-00000002/"] == DIFFERS
 
 
 def test_what_is_not_ours_is_told_in_one_line(tmp_path, folder, capsys):

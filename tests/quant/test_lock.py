@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lab.quant import lock as locks
-from qlora_lab.quant.lock import LOCK, clear_after_kill, locked_file, locked_folder, reserved_folder
+from qlora_lab.quant.lock import LOCK, clear_after_kill, locked_file, locked_folder, reserved
 
 HOLDER = """
 import signal, sys
@@ -183,7 +183,8 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_the_one_that_waits_is_told_and_gets_it(tmp_path):
+def test_the_one_that_waits_is_told_and_gets_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "QUIET", 0)
     inside, done = threading.Event(), threading.Event()
 
     def first():
@@ -208,16 +209,16 @@ def test_the_one_that_waits_is_told_and_gets_it(tmp_path):
 
 
 def test_what_is_reserved_is_for_one_at_a_time(holder, tmp_path):
-    with reserved_folder(tmp_path, "finetune") as reserved:
+    with locked_folder(tmp_path, "finetune") as own, reserved(own):
         for _ in range(2):
             with locked_folder(tmp_path, "finetune") as lock:
-                assert lock is reserved
+                assert lock is own
                 with pytest.raises(BlockingIOError), locked_folder(tmp_path, "finetune"):
                     pass
-        with reserved_folder(tmp_path, "finetune"), locked_folder(tmp_path, "finetune"):  # a library within a command
-            pass
+        with locked_folder(tmp_path, "finetune") as lock, reserved(lock), locked_folder(tmp_path, "finetune"):
+            pass  # a library within a command
         with locked_folder(tmp_path, "finetune") as lock:
-            assert lock is reserved
+            assert lock is own
     assert names(tmp_path) == [] and not locks._reserved and not locks._held
 
 

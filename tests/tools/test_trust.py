@@ -1,0 +1,108 @@
+"""A bounded part of `make trust`: every attack runs, counts, and finds what is broken on purpose."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tools import trust
+from tools.trust import ATTACKS, ROOT, Result, Trial, spread, table
+from tools.trust_commands import CASES, contents, difference
+
+SHARE = "0.02"
+
+
+def make_trust(*words):
+    """Exit code, table and findings of a process of its own: the tests' one has threads, which a fork would lose."""
+    command = [sys.executable, str(ROOT / "tools" / "trust.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_every_attack_keeps_its_promises_in_a_bounded_part():
+    """Four kinds of kills, and two pairs: a process of some seconds."""
+    code, out, err = make_trust("kills", "rivals", "--share", SHARE)
+    assert code == 0, err
+    assert sum(case.name in out for case in CASES) >= 4 and "rivals    all" in out
+
+
+@pytest.mark.slow
+def test_a_larger_part_keeps_its_promises():
+    code, out, err = make_trust("--share", "0.1", "--seed", "1")
+    assert code == 0, err
+    assert all(attack in out for attack in ATTACKS)
+
+
+def test_what_breaks_is_counted_and_its_folder_is_kept(tmp_path):
+    def good(folder, draws):
+        return 3
+
+    def broken(folder, draws):
+        (folder / "left").write_text(str(draws.random()))
+        raise AssertionError("something is left behind")
+
+    def bug(folder, draws):
+        return 1 / 0
+
+    found = list(spread(tmp_path / "a", [Trial("one", good), Trial("one", broken), Trial("two", bug)], seed=5))
+    assert sorted(result.count for result in found) == [1, 1, 3]
+    failures = {result.name: result for result in found if result.failure}
+    assert failures["one"].failure == "something is left behind (seed 5, trial 1)"
+    assert "ZeroDivisionError" in failures["two"].failure
+    assert (tmp_path / "a" / "1" / "left").exists() and not (tmp_path / "a" / "0").exists()
+    list(spread(tmp_path / "b", [Trial("one", good), Trial("one", broken)], seed=5))
+    drawn = [(tmp_path / name / "1" / "left").read_text() for name in "ab"]
+    assert drawn[0] == drawn[1]  # what a trial draws follows from the seed and its number
+    lines = table({"kills": found}, {"kills": 1.0}).splitlines()
+    assert lines[1].split() == ["kills", "one", "4", "1"] and lines[-1].split() == [
+        "kills",
+        "all,",
+        "in",
+        "1",
+        "s",
+        "5",
+        "2",
+    ]
+
+
+def test_what_is_left_behind_missing_or_changed_is_named(tmp_path):
+    for name, seconds in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        for file in ("result.json", "log.jsonl"):
+            (tmp_path / name / file).write_text(json.dumps({"loss": 1, "seconds": seconds}))
+    whole = contents(tmp_path / "a")
+    assert difference(contents(tmp_path / "b"), whole) == ""  # times do not count
+    (tmp_path / "b" / ".scratch").mkdir()
+    assert difference(contents(tmp_path / "b"), whole) == ".scratch is left behind"
+    (tmp_path / "b" / ".scratch").rmdir()
+    (tmp_path / "b" / "log.jsonl").write_text('{"loss": 2, "seconds": 1}\n')
+    assert difference(contents(tmp_path / "b"), whole) == "log.jsonl differs"
+    (tmp_path / "b" / "log.jsonl").unlink()
+    assert difference(contents(tmp_path / "b"), whole) == "log.jsonl is missing"
+
+
+def test_an_exit_code_says_whether_a_promise_was_broken(monkeypatch, capsys, tmp_path):
+    class Home:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def warm(self):
+            pass
+
+    monkeypatch.setattr("tools.trust_commands.Home", Home)
+    for failure, code in (("", 0), ("is lost (seed 0, trial 1)", 1)):
+        monkeypatch.setattr(trust, "results_of", lambda *_, failure=failure: [Result("x", 1, failure, str(tmp_path))])
+        assert trust.main(["kills"]) == code
+        assert ("x: is lost (seed 0, trial 1); see" in capsys.readouterr().err) == bool(failure)
+
+
+def test_the_page_of_promises_names_tests_and_attacks_that_exist():
+    page = (ROOT / "docs" / "trust.md").read_text("utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text("utf-8"), f"{file}::{test}"
+    assert set(re.findall(r"`make trust \((\w+)\)`", page)) == set(ATTACKS)
