@@ -1,8 +1,10 @@
 """No file can make a reader hang, run away, or fail with an error that does not name it."""
 
+import json
 import os
 import re
 import signal
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -68,6 +70,16 @@ def refused(name: str, path) -> str:
     assert "\n" not in said and len(said) < 400
     assert path.name in said or name == "quantised tensor"  # which has no file of its own
     return said
+
+
+@pytest.mark.parametrize("value", ["x", [], True])
+@pytest.mark.parametrize("figure", ["perplexity", "bits_per_parameter", "relative_error", "entropy", "block_size"])
+def test_a_row_with_a_figure_that_is_none_is_refused(figure, value, tmp_path):
+    """The table of the command line, and plots, would fail at it."""
+    path = READERS["results"].prepare(tmp_path)
+    row = json.loads(path.read_text().splitlines()[0])
+    path.write_text(json.dumps(row | {figure: value}) + "\n")
+    assert re.search(f"line 1 is no row of a sweep .*it has {figure}=", refused("results", path))
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -147,3 +159,52 @@ def test_fifty_megabytes_are_refused_unread(name, tmp_path):
         assert READERS[name].read(path) is None
     elif name != "quantised tensor":  # whose text is in memory already
         assert re.search("MiB, but at most .* are read|more than 16,384 bytes", refused(name, path))
+
+
+WRONG = [None, True, -1, 0, 10**30, 1.5, -1e300, "x", "", [], ["a"], [1], {}, {"a": 1}, [[]]]
+
+
+def places(value, place=()):
+    """The path of each value in an object; of a list only the first two."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for name, part in inner:
+        yield (*place, name)
+        yield from places(part, (*place, name))
+
+
+def variants(content: dict):
+    """The object with one value gone, or another in its place."""
+    for *parents, last in places(content):
+        for value in ["GONE", *WRONG]:
+            changed = json.loads(json.dumps(content))
+            part = changed
+            for parent in parents:
+                part = part[parent]
+            if value == "GONE":
+                del part[last]
+            else:
+                part[last] = value
+            yield changed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if READERS[name].cheap else pytest.param(name, marks=pytest.mark.slow)
+        for name in READERS
+        if name not in (*TENSORS, "examples, list")
+    ],
+)
+def test_each_value_of_another_type_is_read_or_refused_by_name(name, tmp_path):
+    path = READERS[name].prepare(tmp_path)
+    good = path.read_text()
+    first, *others = good.splitlines(keepends=True) if name in IN_LINES else [good]
+    for changed in variants(json.loads(first)):
+        path.write_text(json.dumps(changed) + "\n" + "".join(others))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of rows that lack something, and of sizes of 0
+                READERS[name].read(path)
+        except READERS[name].errors as error:
+            assert path.name in str(error) or name == "quantised tensor", f"{changed}: {error}"
+            assert "\n" not in str(error), f"{changed}: {error}"

@@ -190,7 +190,7 @@ def _at_fault(folder: Path) -> str:
         Tokenizer.from_file(str(folder / "tokenizer.json")).encode(UNKNOWN)
     except Exception:  # as above
         return str(folder / "tokenizer.json")
-    names = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+    names = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
     return f"{' or '.join(name for name in names if (folder / name).exists())} in {folder}"
 
 

@@ -50,6 +50,7 @@ INDEX_MIB, TOKENIZER_MIB = 64, 128  # the longest published have 13 and 33
 
 
 NEEDED = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
+NEEDED += ("intermediate_size", "ffn_dim")  # 0 of them would not be a model
 DROPOUTS = ("hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 

@@ -103,10 +103,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     where, layers = f"the adapter in {folder}", linear_layers(model)
     config, tensors, metadata = _read(Path(folder))
     paths = _paths(tensors, model, where)
-    strengths = {path: strength_of(config, path) for path in layers if path in paths}  # in the model's order
-    _check_tensors(tensors, strengths, layers, where)
     dropout = config.get("lora_dropout") or 0.0
-    check_strength(1, dropout)
+    try:
+        strengths = {path: strength_of(config, path) for path in layers if path in paths}  # in the model's order
+        check_strength(1, dropout)
+    except ValueError as error:
+        raise ValueError(f"{Path(folder) / CONFIG}: {error}") from None
+    _check_tensors(tensors, strengths, layers, where)
     if has_adapters(model):
         _check_own(adapters(model), strengths, where)
     warn_of_base(model, [layers[path] for path in strengths], config, metadata, where)
@@ -165,7 +168,7 @@ def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
     except (ValueError, SafetensorError) as error:  # the first names its file
         reason = error if isinstance(error, ValueError) else f"{WEIGHTS}: {error}"
         raise ValueError(f"the adapter in {folder} cannot be read ({reason}): save or copy it again") from None
-    check_settings(config, f"the adapter in {folder}")
+    check_settings(config, str(folder / CONFIG))
     return config, tensors, metadata
 
 

@@ -21,13 +21,28 @@ from typing import BinaryIO
 from qlora_lab.finetune.verify import DIFFERS, OK, UNKNOWN, Part
 from qlora_lab.quant import disk
 from qlora_lab.quant.lock import locked_file
-from qlora_lab.quant.strict_json import parse, read_regular
+from qlora_lab.quant.strict_json import (
+    LIST,
+    NUMBER,
+    OBJECT,
+    SWITCH,
+    TEXT,
+    check_keys,
+    or_null,
+    parse,
+    read_regular,
+    whole,
+)
 
 # What decides a row's figures. The seed does not: levels that it drew are there themselves. Nor do commit and machine:
 # most commits change no figure, and what the quantiser does is in `quantiser`; sweep.py says what a processor changes.
 IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "quantiser", "versions")
 FIGURES = ("perplexity", "window_losses", "bits_per_parameter", "relative_error", "layer_errors", "entropy")
 FIGURES += ("code_share",)
+ROW = dict.fromkeys(("model", "data", "config", "versions", "layer_errors"), OBJECT) | {"window_losses": LIST}
+ROW |= dict.fromkeys(("perplexity", "bits_per_parameter", "relative_error"), NUMBER) | {"entropy": or_null(NUMBER)}
+ROW |= {"codebook": or_null(TEXT), "block_size": or_null(whole(1)), "double_quant": or_null(SWITCH)}
+ROW |= {"levels": or_null(LIST), "code_share": or_null(LIST), "quantiser": or_null(TEXT)}
 CHECKSUM = re.compile(rb', "sha256": "([0-9a-f]{64})"}$')  # at the end of a row
 EARLIER_END = re.compile(rb', "date": "[^"]*"}$')  # of a row of versions without a checksum
 LARGEST = 64 * 2**20  # bytes; a row of a model with 210 layers has four thousand
@@ -139,6 +154,7 @@ def _row(path: Path, number: int, line: bytes) -> dict:
     try:
         row = parse(line.decode("utf-8-sig"), "it")  # an editor may have put a mark before the first
         row["model"]["weights_sha256"]  # older versions, too, wrote this
+        check_keys(row, ROW, "it")
     except (ValueError, LookupError, TypeError) as error:
         what = f"line {number} is no row of a sweep ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: {what}: mend it, or name another file") from None

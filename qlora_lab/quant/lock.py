@@ -75,7 +75,7 @@ def locked_folder(folder: str | Path, command: str) -> Iterator[Lock]:
 
 @contextmanager
 def locked_file(file: str | Path, command: str, wait: bool = False) -> Iterator[Lock]:
-    """As locked_folder, for a file, or a folder that is not there yet. wait: for another to end, with a warning if it takes long."""
+    """As locked_folder, for a file, or a folder that is not there yet. wait: for another to end, warning in time."""
     target = Path(file).resolve()
     with _locked(target.with_name(f".{target.name}{LOCK}"), Path(file), command, wait) as lock:
         yield lock
@@ -164,7 +164,9 @@ def _opened(file: Path, target: Path, made: list[Path]) -> int | None:
     except OSError as error:
         if error.errno == errno.ELOOP or os.path.isdir(file):
             raise _not_ours(file) from None
-        raise type(error)(f"{file.parent} cannot be written to ({error.strerror}): name another place") from None
+        told = type(error)(f"{file.parent} cannot be written to ({error.strerror}): name another place")
+        told.errno = error.errno
+        raise told from None
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return handle
     os.close(handle)
