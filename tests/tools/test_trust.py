@@ -31,7 +31,7 @@ def test_every_attack_keeps_its_promises_in_a_bounded_part():
 
 @pytest.mark.slow
 def test_a_larger_part_keeps_its_promises():
-    code, out, err = make_trust("--share", "0.1", "--seed", "1")
+    code, out, err = make_trust("--share", "0.05", "--seed", "1")
     assert code == 0, err
     assert all(attack in out for attack in ATTACKS)
 
