@@ -261,6 +261,7 @@ def block_size(a: argparse.Namespace) -> None:
     from qlora_lab.quant.block_size import Candidate, check_candidate, check_limits, check_plan_path
     from qlora_lab.quant.lock import locked_file, reserved
     from qlora_lab.quant.numbers import check_whole
+    from qlora_lab.quant.out_path import resolved
 
     candidates = tuple(Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes)
     for one in candidates:  # before the model is loaded, as for finetune
@@ -269,7 +270,7 @@ def block_size(a: argparse.Namespace) -> None:
     check_whole("share-below", a.share_below, 0)
     check_windows(a.length, a.windows)
     out = check_plan_path(a.out)
-    parent = out.resolve().parent
+    parent = resolved(out).parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise FileNotFoundError(f"{parent} is no folder that the plan can be written to: make one, or name another")
     with locked_file(out, "block-size") as lock, reserved(lock):

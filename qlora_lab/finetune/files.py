@@ -16,7 +16,7 @@ from qlora_lab.finetune.ownership import scratch_name
 from qlora_lab.quant import disk
 from qlora_lab.quant.disk import sync
 from qlora_lab.quant.lock import locked_file
-from qlora_lab.quant.out_path import out_path
+from qlora_lab.quant.out_path import out_path, resolved
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def replacing_folder(target: str | Path, owner: Path | None = None) -> Iterator[
     owner: as for scratch_for. A link is followed, and stays.
     """
     owner = owner or out_path(target).parent  # a link's own folder, not that of what it leads to
-    target = out_path(target).resolve()
+    target = resolved(out_path(target))
     disk.make_folder(target.parent)
     with scratch_for(target, owner) as scratch:
         new = scratch / "new"
@@ -54,7 +54,7 @@ def _take_place(new: Path, target: Path, old: Path) -> None:
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yields the name of a file to write; it takes the place of `target` on success and vanishes on an error."""
-    owner, target = target.parent, target.resolve()
+    owner, target = target.parent, resolved(target)
     with scratch_for(target, owner) as scratch:
         new = scratch / target.name
         yield new

@@ -28,7 +28,7 @@ from qlora_lab.finetune.peft_config import check_settings, pattern_of, strength_
 from qlora_lab.finetune.tensor_file import save_tensors
 from qlora_lab.quant import disk
 from qlora_lab.quant.finite import is_finite
-from qlora_lab.quant.out_path import out_path
+from qlora_lab.quant.out_path import out_folder
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
 from qlora_lab.quant.strict_json import parse, read_json
 
@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     Raises ValueError if the model has no adapter, if its layers differ in dropout, or if `folder` holds anything that
     is not an adapter's, or the path is empty.
     """
-    folder = out_path(folder)
+    folder = out_folder(folder)
     layers = adapters(model)
     if folder.exists() and (others := [path.name for path in folder.iterdir() if not _is_an_adapters(path)]):
         raise ValueError(f"{folder} holds {others[0]!r}, which is not part of an adapter: choose a folder of its own")

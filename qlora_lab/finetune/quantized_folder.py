@@ -34,7 +34,7 @@ from qlora_lab.quant.block_size import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.lock import LOCK, locked_folder
-from qlora_lab.quant.out_path import out_path
+from qlora_lab.quant.out_path import out_folder
 from qlora_lab.quant.quantize import quantize
 from qlora_lab.quant.serialize import BITSANDBYTES_READS, to_tensors
 
@@ -62,7 +62,7 @@ def quantize_folder(
     another process writes to, and ValueError for an empty path, a folder that was begun from another model or with
     other options, and a plan of another model.
     """
-    out = out_path(out)
+    out = out_folder(out)
     named_codebook(codebook)
     check_block_size(block_size)
     plan = as_plan(plan)

@@ -26,11 +26,12 @@ from qlora_lab.finetune.ownership import MARK, RUN, is_marked, is_marked_otherwi
 from qlora_lab.finetune.peft_format import CONFIG, WEIGHTS
 from qlora_lab.quant import disk
 from qlora_lab.quant.lock import locked_folder, reserved
-from qlora_lab.quant.out_path import out_path
+from qlora_lab.quant.out_path import out_folder, resolved
 
 LOG, RECORD, RESULT, ADAPTER = "log.jsonl", "settings.json", "result.json", "adapter"
 RUN_FILES = (RECORD, ADAPTER, BEST, FOLDER, LOG, RESULT, SUMS)
 WEIGHTS_FILES = (CONFIG, WEIGHTS, SUMS)  # all that a run writes to adapter/ and best/
+STARTS = {LOG: b'{"step": 1', RESULT: b'{\n  "ended": ', RECORD: b'{\n  "steps": '}  # the first bytes of our own
 EARLIER = "earlier-"  # in scratch: what the files of an earlier run are set aside in
 _told: set[Path] = set()  # where earlier runs are kept, as this process has said already
 
@@ -62,7 +63,7 @@ def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = Fa
 
 def _checked(out: str | Path, overwrite: bool, resume: bool | int) -> Path:
     """`out`, if a run could ever write to it, whatever an earlier one has left there."""
-    out = out_path(out)
+    out = out_folder(out)
     if out.is_file():
         raise FileExistsError(f"{out} is a file: name a folder for the run")
     if os.path.lexists(out) and not out.is_dir():
@@ -77,7 +78,11 @@ def _checked(out: str | Path, overwrite: bool, resume: bool | int) -> Path:
 
 
 def check_ours(folder: Path) -> None:
-    """Raise FileExistsError, naming it, for the first thing under a run's names that no run wrote."""
+    """Raise FileExistsError, naming it, for the first thing under a run's names that no run wrote, or another run."""
+    for link in filter(Path.is_symlink, [folder / name for name in RUN_FILES]):
+        home = resolved(link).parent
+        if home != resolved(folder) and is_marked(home, RUN):
+            raise FileExistsError(f"{link} leads into another run, {home}: remove the link, or choose another folder")
     for stranger in _strangers(folder):
         raise FileExistsError(
             f"{stranger} was not written by a run of qlora_lab: move it away, or choose another folder"
@@ -89,7 +94,7 @@ def _strangers(folder: Path) -> Iterator[Path]:
         yield folder / MARK
     ours = is_marked(folder, RUN) or _is_unmarked_run(folder)
     for name in (LOG, RECORD, RESULT, SUMS):
-        if os.path.lexists(folder / name) and not (ours and (folder / name).is_file()):
+        if os.path.lexists(folder / name) and not (ours and _is_of_a_run(folder / name)):
             yield folder / name
     for name in (ADAPTER, BEST):
         set_aside = ours and (folder / name).is_symlink() and not (folder / name).exists()  # what the link led to
@@ -100,6 +105,16 @@ def _strangers(folder: Path) -> Iterator[Path]:
         yield from [] if ours and (folder / FOLDER).is_dir() else _others(folder / FOLDER, ())
         for step in step_folders(folder):
             yield from _others(step, CHECKPOINT_FILES)
+
+
+def _is_of_a_run(file: Path) -> bool:
+    """Whether the file begins as a run writes it: in a run's folder a user may well put a result.json of their own."""
+    start = STARTS.get(file.name, b"")
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        begun = opened.read(len(start)).rstrip(b"\0")  # a kill leaves a part of a line, a power cut zeros
+    return begun == start or (file.name == LOG and start.startswith(begun))
 
 
 def _others(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -149,7 +164,7 @@ def replacing_run(folder: Path, overwrite: bool = False, resume: bool | int = Fa
 @contextmanager
 def _aside(folder: Path, scratch: str, set_aside: bool) -> Iterator[None]:
     places = _places(folder)
-    parts = [path.resolve() for path in _parts(folder)] if set_aside else []
+    parts = [resolved(path) for path in _parts(folder)] if set_aside else []
     aside = f"{EARLIER}{len(_kept_aside(folder, scratch)) + 1:04}"
     kept = {path: path.parent / scratch / aside / path.name for path in parts}
     try:
@@ -162,7 +177,7 @@ def _aside(folder: Path, scratch: str, set_aside: bool) -> Iterator[None]:
         began = len(moved) == len(parts)
         if parts and not (began and ((folder / ADAPTER).exists() or saved_steps(folder))):
             for path in reversed(_parts(folder)) if began else ():  # what the new run left; its settings last
-                disk.remove(path.resolve())
+                disk.remove(resolved(path))
             _put_back(places, scratch, aside)
         elif (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens to this one
             for place in places:
@@ -173,8 +188,8 @@ def _aside(folder: Path, scratch: str, set_aside: bool) -> Iterator[None]:
 
 def _places(folder: Path) -> set[Path]:
     """Where parts of a run lie, also those that are set aside: links lead there still."""
-    steps = {path.resolve().parent for path in step_folders(folder)}
-    return {(folder / name).resolve().parent for name in RUN_FILES} | {(folder / FOLDER).resolve()} | steps
+    steps = {resolved(path).parent for path in step_folders(folder)}
+    return {resolved(folder / name).parent for name in RUN_FILES} | {resolved(folder / FOLDER)} | steps
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -219,8 +234,8 @@ def find_adapter(folder: Path) -> None:
         if not (run / RECORD).exists():
             restore_earlier(run)
             return
-        aside = folder.resolve().parent / scratch_name(run) / _kept_aside(run, scratch_name(run))[-1]
-    kept = aside / folder.resolve().name
+        aside = resolved(folder).parent / scratch_name(run) / _kept_aside(run, scratch_name(run))[-1]
+    kept = aside / resolved(folder).name
     raise FileNotFoundError(f"{folder} is not there, as a run was begun anew in {run}: the earlier one is {kept}")
 
 

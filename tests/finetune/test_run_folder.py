@@ -1,6 +1,8 @@
 """What a user keeps in a folder survives every run into it, byte for byte; a run knows what is its own."""
 
 import json
+import shutil
+import sys
 
 import pytest
 import torch
@@ -317,3 +319,68 @@ def test_an_empty_path_is_refused_by_every_function_that_writes(model, tokenizer
         with pytest.raises(ValueError, match=EMPTY):
             write_there()
     assert contents(tmp_path) == {}
+
+
+# ------------------------------------------------------------------------------------- a user's files in a run's folder
+
+
+@pytest.fixture
+def begun(train, tmp_path):
+    """A run without its end: what a kill after the first of its two checkpoints leaves."""
+    folder = tmp_path / "run"
+    train(folder, 2, save_every=1)
+    for name in ("result.json", SUMS):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "adapter")
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["overwrite", "resume"])
+@pytest.mark.parametrize("name", ["result.json", "log.jsonl", "settings.json"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_users_file_that_took_a_name_in_a_run_is_refused(begun, tmp_path, name, mode, linked):
+    (begun / name).unlink(missing_ok=True)
+    file = tmp_path / "mine.json" if linked else begun / name
+    file.write_text('{"accuracy": 0.5}\n')
+    if linked:
+        (begun / name).symlink_to(file)
+    with pytest.raises(FileExistsError, match=f"{name} was not written by a run of qlora_lab"):
+        check_free(begun, **MODES[mode])
+    assert file.read_text() == '{"accuracy": 0.5}\n'
+
+
+@pytest.mark.parametrize("content", [b"", b'{"st', b"\0" * 40, b'{"step": 1, "lo\0\0\0'])
+def test_a_log_that_a_kill_cut_off_is_still_a_runs(begun, content):
+    (begun / "log.jsonl").write_bytes(content)
+    check_free(begun, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoints", "settings.json"])
+def test_a_link_into_another_run_is_refused(begun, train, tmp_path, name):
+    train(tmp_path / "other", 2, save_every=1)
+    before = contents(tmp_path / "other")
+    if name == "checkpoints":
+        shutil.rmtree(begun / name)
+    (begun / name).unlink(missing_ok=True)
+    (begun / name).symlink_to(tmp_path / "other" / name)
+    with pytest.raises(FileExistsError, match=f"{name} leads into another run, .*other: remove the link"):
+        train(begun, overwrite=True)
+    assert contents(tmp_path / "other") == before
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/x", "a"])
+@pytest.mark.parametrize(
+    "argv", ["finetune --model m", "quantize m", "sweep m", "block-size m --bits 4.5"], ids=lambda argv: argv.split()[0]
+)
+def test_links_that_lead_in_a_circle_are_told(capsys, tmp_path, argv, name):
+    for link, target in (("loop", "loop"), ("a", "b"), ("b", "a")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    told = refused(capsys, *argv.split(), "--out", str(tmp_path / name))
+    assert told.count("\n") <= 1 and ("in a circle" in told or "a link to nothing" in told)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file names")
+@pytest.mark.parametrize("argv", ["finetune --model m", "quantize m"])
+def test_a_folder_whose_name_is_not_utf_8_is_told_before_any_work(capsys, tmp_path, argv):
+    out = str(tmp_path) + "/x\udcff"
+    assert "is not UTF-8, so no weights can be written there" in refused(capsys, *argv.split(), "--out", out)

@@ -458,3 +458,10 @@ def test_a_loss_that_is_no_number_is_no_row(folder, results, monkeypatch, losses
 def test_weights_that_are_all_zero_have_no_error():
     record = module.Figures({"q.weight": 0.0}, {"q.weight": 0.0}, bits=72, weights=16).record()
     assert record["relative_error"] == 0 and record["layer_errors"] == {"q": [0.0]}
+
+
+def test_a_file_as_large_as_a_disk_is_not_read_to_be_verified(tmp_path):
+    with (tmp_path / "disk.img").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="disk.img has 1,048,576.0 MiB, but at most 64 are read"):
+        verify_rows(tmp_path / "disk.img")

@@ -279,3 +279,16 @@ def test_rivals_are_never_both_inside_and_nothing_is_left(tmp_path, times):
     assert [child.exitcode for child in children] == [0, 0, 0] and max(entered) > 0
     # whoever made the folder finds another's lock in it at times, and leaves it
     assert not [path for path in tmp_path.rglob("*") if path != tmp_path / "run"]
+
+
+def test_a_folder_that_nobody_can_make_is_told_and_not_waited_for(tmp_path, monkeypatch):
+    def nowhere(*_, **__):  # what Linux says of /proc/x
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(Path, "mkdir", nowhere)
+    monkeypatch.setattr(locks, "GRACE", 0.1)
+    with (
+        pytest.raises(FileNotFoundError, match="run cannot be made: name another"),
+        locked_folder(tmp_path / "run", "x"),
+    ):
+        pass
