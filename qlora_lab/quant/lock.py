@@ -167,13 +167,20 @@ def _opened(file: Path, target: Path, made: list[Path]) -> int | None:
     except OSError as error:
         if error.errno == errno.ELOOP or os.path.isdir(file):
             raise _not_ours(file) from None
-        told = type(error)(f"{file.parent} cannot be written to ({error.strerror}): name another place")
+        told = type(error)(_not_writable(file, error))
         told.errno = error.errno
         raise told from None
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return handle
     os.close(handle)
     raise _not_ours(file)
+
+
+def _not_writable(file: Path, error: OSError) -> str:
+    if isinstance(error, PermissionError) and os.path.lexists(file):  # also root may not, in a sticky folder
+        alone = "if no command of theirs writes there now, remove it, or name another place"
+        return f"{file} is the lock of another user ({error.strerror}): {alone}"
+    return f"{file.parent} cannot be written to ({error.strerror}): name another place"
 
 
 def _make(folder: Path) -> list[Path]:

@@ -292,3 +292,17 @@ def test_a_folder_that_nobody_can_make_is_told_and_not_waited_for(tmp_path, monk
         locked_folder(tmp_path / "run", "x"),
     ):
         pass
+
+
+def test_the_lock_of_another_user_is_named_and_not_the_folder(tmp_path, monkeypatch):
+    (tmp_path / LOCK).touch()
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(locks.os, "open", denied)
+    with (
+        pytest.raises(PermissionError, match=f"{LOCK} is the lock of another user .*: if no command of theirs"),
+        locked_folder(tmp_path, "finetune"),
+    ):
+        pass
