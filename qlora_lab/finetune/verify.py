@@ -74,13 +74,12 @@ def _lists(folder: Path) -> Iterator[Path]:
 
 def _compared(folder: Path, digests: dict[str, set[str]], progress: bool) -> dict[str, str]:
     """Name -> state of each file that has a checksum."""
-    there = [name for name in digests if (folder / name).is_file()]
+    there = {name: wanted for name, wanted in digests.items() if (folder / name).is_file()}
     states = {name: DIFFERS if (folder / name).exists() else MISSING for name in digests if name not in there}
     size = sum((folder / name).stat().st_size for name in there)
     with tqdm(total=size, desc="checking", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:
-        for name in there:
-            wanted = digests[name]
-            same = wanted == {digest_like(next(iter(wanted)), folder / name, bar.update)}
+        for name, wanted in there.items():  # by two lists, or by ours and the hub's, which may be git's
+            same = all(digest_like(digest, folder / name, bar.update) == digest for digest in wanted)
             states[name] = OK if same else DIFFERS
     return states
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from platform import node
 
 from qlora_lab.quant import disk
+from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.strict_json import parse
 
 try:
@@ -69,14 +70,14 @@ def locked_folder(folder: str | Path, command: str) -> Iterator[Lock]:
     Raises BlockingIOError, which says who is in it and since when; FileExistsError where no folder can be, or where a
     user's file has the lock's name; PermissionError for a folder that cannot be written to.
     """
-    with _locked(Path(folder).resolve() / LOCK, Path(folder), command) as lock:
+    with _locked(out_path(folder).resolve() / LOCK, Path(folder), command) as lock:
         yield lock
 
 
 @contextmanager
 def locked_file(file: str | Path, command: str, wait: bool = False) -> Iterator[Lock]:
     """As locked_folder, for a file, or a folder that is not there yet. wait: for another to end, warning in time."""
-    target = Path(file).resolve()
+    target = out_path(file).resolve()
     with _locked(target.with_name(f".{target.name}{LOCK}"), Path(file), command, wait) as lock:
         yield lock
 
@@ -93,7 +94,7 @@ def reserved(lock: Lock) -> Iterator[Lock]:
 
 def clear_after_kill(file: str | Path, command: str) -> None:
     """Remove what a killed process left beside `file`; nothing while another process has the lock."""
-    target = Path(file).resolve()
+    target = out_path(file).resolve()
     if target.with_name(f".{target.name}{LOCK}").exists():
         with suppress(OSError), locked_file(target, command):
             pass
@@ -147,13 +148,15 @@ def _handle(file: Path, target: Path, wait: bool, made: list[Path]) -> int:
         if holder and not told and waited > QUIET:
             warnings.warn(f"{_told(target, holder)}: waiting until it has ended", stacklevel=2)
             told = True
+        if handle is None and waited > GRACE:
+            raise FileNotFoundError(f"{target} cannot be made: name another place")
         if not (holder or got or handle is None) and waited > GRACE:
             raise BlockingIOError(f"{target} is in use by another process, which does not say who it is: wait for it")
         time.sleep(0.02)
 
 
 def _opened(file: Path, target: Path, made: list[Path]) -> int | None:
-    """None where another process removed the folder in this very moment."""
+    """None where another process removed the folder at this very moment, or where no folder can be, as in /proc."""
     try:
         made += _make(file.parent)
         handle = os.open(file, OPEN, 0o666)

@@ -206,6 +206,15 @@ def test_a_model_of_the_hub_is_checked_against_what_the_hub_gave(tmp_path):
     assert states(folder)["config.json"] == MISSING
 
 
+def test_a_list_of_ours_that_came_from_the_hub_and_the_hubs_own_checksums_both_hold(tmp_path):
+    """A quantised copy that a user uploaded: one file has a sha256 and git's checksum, and is as both say."""
+    folder = snapshot(tmp_path)
+    (folder / SUMS).write_text(f"{LARGE_FILES_HELLO}  config.json\n")
+    assert states(folder)["config.json"] == OK
+    (folder / SUMS).write_text(f"{'0' * 64}  config.json\n")
+    assert states(folder)["config.json"] == DIFFERS
+
+
 def test_the_layout_of_the_hubs_cache_is_that_of_its_library(tmp_path, monkeypatch):
     """Its own function makes the links, so that a new layout is noticed."""
     from huggingface_hub.file_download import _create_symlink
