@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.checkpoint import FACTS, FOLDER, SUMS as CHECKPOINT_SUMS, saved_steps, step_folders
+from qlora_lab.finetune.checkpoint import FOLDER, SUMS as CHECKPOINT_SUMS, facts_path, saved_steps, step_folders
 from qlora_lab.finetune.checksums import SUMS, digest_like, log_sha256, read_sums
 from qlora_lab.finetune.hub_checksums import hub_files
 from qlora_lab.finetune.ownership import RUN, is_marked
@@ -103,8 +103,7 @@ def _state_of_log(folder: Path) -> str:
         return MISSING
     try:
         step = saved_steps(folder)[-1]
-        file = folder / FOLDER / f"step-{step:08}" / FACTS
-        expected = read_json(file, {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
+        expected = read_json(facts_path(folder, step), {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
     except (IndexError, ValueError, FileNotFoundError):  # no checkpoint, or one that is damaged or old
         return UNKNOWN
     return OK if log_sha256(folder / LOG, step) == expected else DIFFERS

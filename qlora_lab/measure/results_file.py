@@ -108,7 +108,7 @@ def verify_rows(path: str | Path) -> list[Part]:
     """
     path = Path(path)
     _check_kind(path)
-    lines = path.read_bytes().splitlines()
+    lines = read_regular(path, LARGEST).splitlines()
     if not lines or not any(line.startswith(START) for line in lines):
         raise ValueError(f"{path} holds no row of a sweep: name what a command of qlora-lab made")
     return [Part(f"row {number}", _state(line)) for number, line in enumerate(lines, 1)]

@@ -315,6 +315,13 @@ def test_every_bit_of_a_row_is_covered_by_its_checksum(folder, results, capsys):
     assert [part.state for part in verify_rows(results)] == [OK, UNKNOWN]
 
 
+def test_a_file_without_end_is_not_read_to_be_verified(tmp_path, capsys):
+    with (tmp_path / "rows.jsonl").open("wb") as file:
+        file.truncate(2**40)  # without blocks on the disk
+    assert cli.main(["verify", str(tmp_path / "rows.jsonl")]) == 2
+    assert "rows.jsonl has 1,048,576.0 MiB, but at most 64 are read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("line", [b"", b"{}", b"[1]", b"7", b'{"model": "nf4"}', b'{"codebook": "nf4"', b"\xff"])
 def test_any_other_damage_is_named_and_left(results, line):
     results.parent.mkdir()
