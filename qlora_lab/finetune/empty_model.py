@@ -206,7 +206,8 @@ def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
     """Give every buffer of an empty model its value. Raises ModelError for one that nothing computes, or too large."""
     size = sum(buffer.nbytes for buffer in model.buffers())
     if size > MOST_BUFFERS:
-        raise ModelError(f"config.json asks for buffers of {size / 2**30:,.1f} GiB: is the number of positions right?")
+        asked = f"{CONFIG} asks for buffers of {size / 2**30:,.1f} GiB, but at most {MOST_BUFFERS / 2**30:g} is allowed"
+        raise ModelError(f"{asked}: correct the number of positions")
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in model.modules():

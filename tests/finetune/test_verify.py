@@ -271,14 +271,14 @@ def test_what_is_not_ours_is_told_in_one_line(tmp_path, folder, capsys):
 )
 def test_a_list_that_is_not_one_of_ours_is_refused_by_line(tmp_path, line):
     (tmp_path / SUMS).write_text(f"{'0' * 64}  first\n{line}\n", "latin-1")
-    with pytest.raises(ValueError, match=f"{SUMS}, line 2, is no checksum of a file of this folder"):
+    with pytest.raises(ValueError, match=f"{SUMS}, line 2, is not the checksum of a file in it"):
         read_sums(tmp_path / SUMS)
     assert states(tmp_path) == {SUMS: DIFFERS}
 
 
 def test_a_list_without_end_is_not_read(tmp_path):
     (tmp_path / SUMS).write_bytes(b"0" * (LARGEST + 1))
-    with pytest.raises(ValueError, match="has more than 1048576 bytes: it is no list of checksums"):
+    with pytest.raises(ValueError, match="has more than 1048576 bytes: it is not a list of checksums"):
         read_sums(tmp_path / SUMS)
 
 

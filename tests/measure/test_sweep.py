@@ -242,7 +242,7 @@ def test_a_row_of_something_else_is_not_taken(folder, results, counted, change, 
         config = folder / "config.json"
         config.write_text(config.read_text().replace("10000.0", "20.0"))
     if change == "version":
-        monkeypatch.setattr(module, "version", lambda name: "9")
+        monkeypatch.setattr(module, "installed_version", lambda name: "9")
     quiet(folder, [Variant(None)], results, **options.get(change, {}))
     first, second = read_results(results)
     assert counted["n"] == 2

@@ -175,9 +175,9 @@ def test_a_link_to_itself_is_named(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc says that a folder in it cannot be found")
 def test_a_folder_that_can_never_be_made_is_not_tried_for_ever(monkeypatch):
     monkeypatch.setattr(locks, "GRACE", 0.1)
-    with pytest.raises(FileNotFoundError, match="^/proc/run cannot be made: name another place$"):
-        with locked_folder("/proc/run", "finetune"):
-            pass
+    said = "^/proc/run cannot be made: name another place$"
+    with pytest.raises(FileNotFoundError, match=said), locked_folder("/proc/run", "finetune"):
+        pass
 
 
 @pytest.mark.parametrize(
