@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, and ModelError
-PRINTING = ("generate", "doctor", "memory", "kernels")  # what they print is all that they do
+PRINTING = ("generate", "doctor", "memory", "kernels", "verify")  # what they print is all that they do
 LESS_MEMORY = {  # what would help, by command
     "finetune": "use --micro-batch-size 1, --gradient-checkpointing or a lower --max-length",
     "generate": "use fewer --max-new-tokens, or the copy that `qlora-lab quantize` makes as --model",

@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-import pytest
 from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,12 +95,6 @@ def disk_faults(
         stack.enter_context(mock.patch.object(tensor_file, "save_file", _saved(tensor_file.save_file, seen)))
         stack.enter_context(mock.patch.object(disk, "_renameat2", _exchanged(disk._renameat2, seen)))
         yield seen
-
-
-@pytest.fixture
-def faults() -> Callable:
-    """`disk_faults`, for a test that names it as an argument."""
-    return disk_faults
 
 
 def _path(path) -> Path | None:

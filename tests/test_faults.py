@@ -192,7 +192,10 @@ def try_point(case: Case, capsys, number: int, new: dict[str, object], **options
         assert contents(case.root) == new, (where, said)
 
 
-@pytest.mark.parametrize("name", [*FEW, "finetune", "finetune --overwrite"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("finetune", "finetune --overwrite")]
+
+
+@pytest.mark.parametrize("name", [*FEW, *SLOW])
 def test_some_faults_of_each_command(case, capsys, name):
     one = case(name)
     new, count = whole(one)

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT = 3000  # in about three seconds of one processor
 
 
-def test_damaged_inputs_are_read_or_refused_as_documented(tmp_path):
+def test_damaged_inputs_are_read_or_refused_as_documented(monkeypatch, tmp_path):
+    monkeypatch.setattr(fuzz, "SECONDS", 60)  # a busy machine is no finding
     tallies = fuzz.fuzz(list(PARSERS), COUNT, 16, tmp_path, workers=1)
     assert not [str(finding) for tally in tallies.values() for finding in tally.findings]
     assert tallies.keys() == PARSERS.keys()

@@ -115,7 +115,8 @@ def table(results: dict[str, list[Result]], seconds: dict[str, float]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Attack every command that writes.")
-    parser.add_argument("attacks", nargs="*", choices=[*ATTACKS, []], help=f"of {', '.join(ATTACKS)}; none: all")
+    names = f"of {', '.join(ATTACKS)}; none: all"
+    parser.add_argument("attacks", nargs="*", metavar="ATTACK", choices=[*ATTACKS, []], help=names)
     parser.add_argument("--share", type=float, default=1.0, help="of the trials (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     a = parser.parse_args(argv)

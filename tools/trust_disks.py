@@ -20,6 +20,7 @@ from tools.trust_kills import Reference, reference
 TRIALS = 3  # of each case
 BLOCK = 4096  # bytes that a tmpfs gives at once
 ROOMY, MANY = 2**26, 2**16  # bytes and files of a disk with room
+WORDS = 1000  # bytes of what a command says, which goes to a file as well
 
 
 def trials(home: Home, share: float) -> list[Trial]:
@@ -76,8 +77,8 @@ def on_small_disk(reference: Reference, prepared: Path, place: Path, draws: rand
 
 def with_small_files(reference: Reference, prepared: Path, place: Path, draws: random.Random):
     """The same where no file may have more than so many bytes."""
-    sizes = sorted({path.stat().st_size for path in reference.folder.rglob("*") if path.is_file()})
-    limit = draws.randrange(1, sizes[-1])
+    largest = max(path.stat().st_size for path in reference.folder.rglob("*") if path.is_file())
+    limit = draws.randrange(WORDS, max(WORDS + 1, largest))
     prepared.rename(place)
     inside = partial(largest_file, limit)
     code, words = run(reference.home, reference.case.line(reference.home, place), place, inside)

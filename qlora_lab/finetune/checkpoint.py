@@ -35,7 +35,7 @@ def saved_steps(run: Path) -> list[int]:
 
 def step_folders(run: Path) -> list[Path]:
     """What lies under the names of checkpoints; other names in their folder are not ours."""
-    return [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
 
 
 def save_checkpoint(

@@ -74,9 +74,10 @@ def load(
     fast, else float32 (fp16 on an older GPU); what transformers keeps in float32 always, such as DeepSeek's routing
     bias, stays so. device: None takes a CUDA GPU if there is one.
     Raises ValueError for a name or option that is not known, a plan of another model, or a model without linear layers;
-    FileNotFoundError for a folder without a model; ModelError for a tensor that is missing, extra, mis-shaped or cut
-    off: each names it, and for a family that is not supported; OutOfMemory, which says what would need less. Warns
-    where less than 90 % of the weights are in 4 bits, and for tied weights that differ in the files: they are then two.
+    FileNotFoundError for a folder without a model; ModelError for a tensor that is missing, extra, mis-shaped, not
+    finite or cut off: each names it, and for a family that is not supported; OutOfMemory, which says what would need
+    less. Warns where less than 90 % of the weights are in 4 bits, and for tied weights that differ in the files: they
+    are then two.
     """
     if codebook is not None:  # before anything is fetched or read
         named_codebook(codebook)

@@ -117,12 +117,17 @@ def errors(folder, out, rank, **settings):
     def full(*_):
         raise OSError("the disk is full")
 
+    def explode(run, _):
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.data.fill_(1e30)
+
     attempt("step", each=fail)
     saves, trainer.save_adapter = trainer.save_adapter, full if rank == 0 else trainer.save_adapter
     attempt("save", steps=1)
     trainer.save_adapter = saves
     attempt("options", steps=1 + rank)
-    attempt("loss", lr=1e30)
+    attempt("loss", each=explode)
     return raised
 
 

@@ -193,3 +193,9 @@ def test_a_forged_checkpoint_is_refused_by_its_tensor(folder, interrupted, bits)
         file.write_bytes(good)
     forge(run, 2, lambda tensors: None)
     assert training(folder, run, bits, resume=True).run().ended == "all steps"
+
+
+def test_a_step_in_digits_of_another_script_is_no_checkpoint(tmp_path):
+    for name in ("step-00000002", "step-００００００１２", "step-2"):  # full-width: int() reads them
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert saved_steps(tmp_path) == [2]

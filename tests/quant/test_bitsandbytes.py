@@ -55,7 +55,7 @@ def differing(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", [*range(64), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(64, 200))])
 def test_bytes_and_values_are_equal(seed, kind):
     weight, block_size = draw(seed)
     q = quantize(weight, kind, block_size)
