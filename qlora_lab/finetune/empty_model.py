@@ -40,6 +40,8 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     stored_options(folder)  # raises
     config = _config(folder)
     _drop_pad_without_row(config)
+    # transformers would fetch what a folder names here from the hub, and run it, where `kernels` is installed
+    config._attn_implementation = config._experts_implementation = None
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # it is for transformers' own loader
     for part, what in OTHER_SENSES.items():
