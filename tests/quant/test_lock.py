@@ -162,6 +162,14 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
             pass
 
 
+def test_a_disk_that_takes_a_part_gets_the_rest(tmp_path, monkeypatch):
+    """Half a line would be refused as a user's file, once its process is killed."""
+    write = os.write
+    monkeypatch.setattr(locks.os, "write", lambda handle, line: write(handle, line[:100]))
+    with locked_folder(tmp_path, "finetune"):
+        assert json.loads((tmp_path / LOCK).read_text())["command"] == "finetune"
+
+
 def test_a_link_to_itself_is_named(tmp_path):
     """Path.resolve raised RuntimeError for it, which the command line took for a bug."""
     (tmp_path / "loop").symlink_to("loop")
