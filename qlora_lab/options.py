@@ -39,7 +39,7 @@ def whole(text: str) -> int:
     -12
     """
     if not re.fullmatch(rf"[+-]?[0-9]{{1,{DIGITS}}}", text):
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no whole number: write digits, such as 8")
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number: write digits, such as 8")
     return int(text)
 
 
@@ -51,7 +51,7 @@ def number(text: str) -> float:
     """
     if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?", text) and math.isfinite(float(text)):
         return float(text)
-    raise argparse.ArgumentTypeError(f"{text[:60]!r} is no finite number: write digits, such as 0.5 or 2e-4")
+    raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a finite number: write digits, such as 0.5 or 2e-4")
 
 
 def size(text: str) -> int:
@@ -61,7 +61,7 @@ def size(text: str) -> int:
     65536
     """
     if not (match := re.fullmatch(rf"([0-9]{{1,{DIGITS}}}) ?(|KiB|MiB|GiB)", text)):
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no size: write bytes, or a number with KiB, MiB or GiB")
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a size: write bytes, or a number with KiB, MiB or GiB")
     return int(match[1]) * 1024 ** ("", "KiB", "MiB", "GiB").index(match[2])
 
 
@@ -73,5 +73,5 @@ def levels(text: str) -> tuple[str, list[float]]:
     except argparse.ArgumentTypeError:
         found = []
     if not (name.strip() and found):
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no table: write NAME=V1,V2,..., such as mine=-1,-0.5,0,1")
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a table: write NAME=V1,V2,... such as mine=-1,-0.5,0,1")
     return name.strip(), found

@@ -113,7 +113,7 @@ def test_sizes(text, size):
 def test_a_size_that_is_none_is_a_mistake(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["finetune", "--optimizer-budget", "much"])
-    assert exit_.value.code == 2 and "'much' is no size: write bytes" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "'much' is not a size: write bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["block-size", "nowhere", "--bits", "4.5", "--out", "p.json", "--codebooks", "nf9"], "'nf9' is not known"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is no folder that the plan can be"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is no file: name one for the plan"),
-        (["quantize", "nowhere", "--out", "small", "--plan", "EMPTY"], "empty.jsonl is no plan, or is cut off"),
+        (["quantize", "nowhere", "--out", "small", "--plan", "EMPTY"], "empty.jsonl is not a plan, or is cut off"),
         (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
     ],
 )

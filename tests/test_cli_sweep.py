@@ -128,7 +128,7 @@ def test_a_mistake_is_one_line_and_code_2(capsys, tmp_path, model, options, mess
 def test_levels_that_cannot_be_read(capsys, levels):
     with pytest.raises(SystemExit) as stop:
         cli.main(["sweep", "model", "--out", "rows.jsonl", "--levels", levels])
-    assert stop.value.code == 2 and "is no table: write NAME=V1,V2,..., such as mine=" in capsys.readouterr().err
+    assert stop.value.code == 2 and "is not a table: write NAME=V1,V2,... such as mine=" in capsys.readouterr().err
 
 
 def test_help_shows_an_example(capsys):

@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from qlora_lab.finetune.checksums import as_lines, sha256
+from qlora_lab.finetune.checksums import as_lines, read_sums, sha256
 from qlora_lab.finetune.files import replacing_folder, scratch_for
 from qlora_lab.finetune.tensor_file import save_tensors
 from qlora_lab.quant import disk
-from qlora_lab.quant.strict_json import read_json, read_regular
+from qlora_lab.quant.strict_json import read_json
 
 FOLDER, TENSORS, FACTS, SUMS = "checkpoints", "state.safetensors", "state.json", "SHA256SUMS"
 BEST = "best"  # the adapter with the lowest held-out loss, if there was an evaluation
@@ -101,6 +101,11 @@ def tensors_path(run: Path, step: int) -> Path:
     return _folder(run, step) / TENSORS
 
 
+def facts_path(run: Path, step: int) -> Path:
+    """The file with all else of that state."""
+    return _folder(run, step) / FACTS
+
+
 def restore_best(run: Path, step: int, best: Path) -> None:
     """Make the folder `best` what it was when `step` was saved; nothing, if there was none."""
     stored = _folder(run, step) / BEST
@@ -114,10 +119,10 @@ def restore_best(run: Path, step: int, best: Path) -> None:
 
 def _damaged(folder: Path) -> str | None:
     """The first file that is not as its checksum says."""
-    if not (folder / SUMS).is_file():
+    try:
+        sums = read_sums(folder / SUMS)
+    except ValueError:
         return SUMS
-    lines = read_regular(folder / SUMS).decode("utf-8", errors="replace").splitlines()
-    sums = {line[66:]: line[:64] for line in lines}  # 64 digits, two spaces, a name
     if not {TENSORS, FACTS} <= sums.keys():
         return SUMS
     wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or sha256(folder / n) != digest)

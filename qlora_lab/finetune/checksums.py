@@ -44,14 +44,14 @@ def as_lines(digests: Mapping[str, str]) -> bytes:
 def read_sums(file: Path) -> dict[str, str]:
     """Name -> digest. Raises ValueError, naming the line, for anything that `write_sums` does not write."""
     if not file.is_file():
-        raise ValueError(f"{file} is no regular file: remove it, and copy the folder again")
+        raise ValueError(f"{file} is not a regular file: remove it, and copy the folder again")
     if file.stat().st_size > LARGEST:
-        raise ValueError(f"{file} has more than {LARGEST} bytes: it is no list of checksums")
+        raise ValueError(f"{file} has more than {LARGEST} bytes: it is not a list of checksums")
     digests = {}
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         match = LINE.fullmatch(line)
         if not match or not _is_inside(match[2]) or match[2] in digests:
-            raise ValueError(f"{file}, line {number}, is no checksum of a file of this folder: copy the folder again")
+            raise ValueError(f"{file}, line {number}, is not the checksum of a file in it: copy the folder again")
         digests[match[2]] = match[1]
     return digests
 

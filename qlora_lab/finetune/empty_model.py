@@ -40,6 +40,8 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     stored_options(folder)  # raises
     config = _config(folder)
     _drop_pad_without_row(config)
+    # transformers would fetch what a folder names here from the hub, and run it, where `kernels` is installed
+    config._attn_implementation = config._experts_implementation = None
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # it is for transformers' own loader
     for part, what in OTHER_SENSES.items():
@@ -206,7 +208,8 @@ def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
     """Give every buffer of an empty model its value. Raises ModelError for one that nothing computes, or too large."""
     size = sum(buffer.nbytes for buffer in model.buffers())
     if size > MOST_BUFFERS:
-        raise ModelError(f"config.json asks for buffers of {size / 2**30:,.1f} GiB: is the number of positions right?")
+        asked = f"{CONFIG} asks for buffers of {size / 2**30:,.1f} GiB, but at most {MOST_BUFFERS / 2**30:g} is allowed"
+        raise ModelError(f"{asked}: correct the number of positions")
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in model.modules():

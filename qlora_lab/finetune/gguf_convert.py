@@ -106,24 +106,24 @@ def check_metadata(meta: dict[str, Any]) -> None:
     """Raise ValueError for a value of another type or range than its key has, and KeyError for one that is missing."""
     for key in TEXTS:
         if not isinstance(meta[key], str):
-            raise ValueError(f"{key} is {short(meta[key])}, but a text is expected")
+            raise ValueError(f"{key} is {short(meta[key])}, but it must be text")
     if meta["general.architecture"] != "llama":
         raise ValueError(f"its architecture is {short(meta['general.architecture'])}; only 'llama' is read here")
     tokens, merges = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.merges"]
     if not all(isinstance(text, str) for text in (*tokens, *merges)):
-        raise ValueError("its tokens and merges are not all texts")
+        raise ValueError("some of its tokens or merges are not text")
     sizes = {f"llama.{name}": 2**31 for name in (*SIZES, *MORE_SIZES)}
     ids = {f"tokenizer.ggml.{name}": len(tokens) for name in IDS}
     for key, limit in (sizes | ids).items():
         value = meta.get(key, 1) if key.removeprefix("llama.") in MORE_SIZES else meta[key]
         if type(value) is not int or not (key in sizes) <= value < limit:
             raise ValueError(
-                f"{key} is {short(value)}, but a whole number from {int(key in sizes)} to {limit - 1:,} fits"
+                f"{key} is {short(value)}, but must be a whole number from {int(key in sizes)} to {limit - 1:,}"
             )
     for name in NUMBERS:
         value = meta.get(f"llama.{name}", 1.0)
         if not isinstance(value, float) or not 0 < value < float("inf"):
-            raise ValueError(f"llama.{name} is {short(value)}, but a number above 0 is expected")
+            raise ValueError(f"llama.{name} is {short(value)}, but it must be a number above 0")
 
 
 def llama_config(meta: dict[str, Any], *, tied: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import nn
@@ -90,8 +90,16 @@ def arithmetic(model: nn.Module) -> dict:
         "threads": torch.get_num_threads() if on_cpu else None,
         "processor": torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device),
         "float32_products": torch.get_float32_matmul_precision(),
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": {name: installed_version(name) for name in VERSIONS},
     }
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a package; None for a clone that is on the path and not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _finite(seconds: float) -> float | None:

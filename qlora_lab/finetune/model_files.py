@@ -154,9 +154,9 @@ def _check_template(path: Path) -> None:
     try:
         Environment(extensions=[Generation, "jinja2.ext.loopcontrols"]).parse(text)
     except TemplateSyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno}: no chat template, or one that is cut off ({error})") from None
+        raise ValueError(f"{path}, line {error.lineno}: not a chat template, or cut off ({error})") from None
     except RecursionError:
-        raise ValueError(f"{path} is no chat template: it nests too deep") from None
+        raise ValueError(f"{path} is not a chat template: it nests too deeply") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -202,4 +202,4 @@ def _check_weights(file: Path) -> None:
         with safe_open(file, framework="numpy"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{file} is cut off or no safetensors file ({error}): {COPY}") from None
+        raise ValueError(f"{file} is cut off, or not safetensors ({error}): {COPY}") from None

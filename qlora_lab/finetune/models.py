@@ -88,22 +88,20 @@ def load(
     dtype = dtype or fast_dtype(device)
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype={dtype} is not supported: choose float32, bfloat16 or float16 of torch")
-    model = empty_model(folder, dtype)
-    model.config._name_or_path = model.name_or_path = public_name(name_or_path)
-    asked = Candidate(codebook, block_size, double_quant)
-    dtypes = dtypes_of(model, dtype)
-    compute_buffers(model, device)
-    if stored := stored_options(folder):
-        if plan is not None or asked not in (DEFAULT, stored):
-            given = "by a plan" if plan is not None else f"as {tuple(asked)}"
-            raise ValueError(
-                f"{folder} is quantised as {stored}, not {given}: leave the options out, or load the original"
-            )
-        arriving = _mapped(model, folder, progress)
-    else:
-        options = {} if codebook is None and plan is None else of_layers(asked, plan, layer_sizes(model))
-        arriving = _quantised(model, folder, options, device, dtypes, progress)
+    asked, stored = Candidate(codebook, block_size, double_quant), stored_options(folder)
+    if stored and (plan is not None or asked not in (DEFAULT, stored)):
+        given = "by a plan" if plan is not None else f"as {tuple(asked)}"
+        raise ValueError(f"{folder} is quantised as {stored}, not {given}: leave the options out, or load the original")
     with telling_memory(lambda: _too_large(folder, stored is not None, codebook)):
+        model = empty_model(folder, dtype)
+        model.config._name_or_path = model.name_or_path = public_name(name_or_path)
+        dtypes = dtypes_of(model, dtype)
+        compute_buffers(model, device)
+        if stored:
+            arriving = _mapped(model, folder, progress)
+        else:
+            options = {} if codebook is None and plan is None else of_layers(asked, plan, layer_sizes(model))
+            arriving = _quantised(model, folder, options, device, dtypes, progress)
         placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in arriving}
         tie(model, placed)
         widen(model)

@@ -110,7 +110,7 @@ def _of_layer(patterns: dict | None, path: str, otherwise):
     for pattern, value in (patterns or {}).items():
         if ENDLESS.search(pattern) or len(REPEATS.findall(pattern)) > MOST_REPEATS:
             raise ValueError(
-                f"{short(pattern)} in the adapter's configuration can take for ever to match: name its layers instead"
+                f"{short(pattern)} in the adapter's configuration can take forever to match: name its layers instead"
             )
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):

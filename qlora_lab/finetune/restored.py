@@ -34,7 +34,7 @@ def check_tensors(
         if any(f"optimizer.{number}.{name}" in tensors for name in kinds):
             wanted |= {f"optimizer.{number}.{name}": kind for name, kind in kinds.items()}
     for name in sorted(wanted.keys() ^ tensors.keys()):
-        fault = "is missing" if name in wanted else "is no part of this run"
+        fault = "is missing" if name in wanted else "is not part of this run"
         raise ValueError(f"{file}: {name} {fault}: resume from another checkpoint")
     for name, kind in wanted.items():
         if fault := _fault(tensors[name], kind):

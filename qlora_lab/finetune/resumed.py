@@ -76,10 +76,9 @@ def _line(content: bytes, path: Path, number: int) -> dict:
     return line
 
 
-def check_facts(facts: dict, where: Path) -> dict:
-    """The facts of a checkpoint, with all that a resume takes from them. where: the folder of the checkpoint."""
-    check_keys(facts, FACTS, str(where), FACTS)
+def check_facts(facts: dict, file: Path) -> None:
+    """Raise ValueError, with the file and the key, unless the facts of a checkpoint hold all that a resume takes."""
+    check_keys(facts, FACTS, str(file), FACTS)
     for name, rules in PARTS.items():
         needed = () if name == "scaler" else rules  # which is empty where gradients are not scaled
-        check_keys(facts[name], rules, f"{where}: {name}", needed)
-    return facts
+        check_keys(facts[name], rules, f"{file}: {name}", needed)

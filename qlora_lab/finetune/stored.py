@@ -98,7 +98,7 @@ def opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as stored:
             yield stored
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is cut off or no safetensors file ({error}): put a whole copy in its place") from None
+        raise ModelError(f"{path} is cut off, or not safetensors ({error}): put a whole copy in its place") from None
 
 
 @contextmanager

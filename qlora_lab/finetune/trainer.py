@@ -29,6 +29,7 @@ from qlora_lab.finetune.allocator import recycle_memory
 from qlora_lab.finetune.batches import Batches, collate_rows, to_rows
 from qlora_lab.finetune.checkpoint import (
     BEST,
+    facts_path,
     forget,
     load_checkpoint,
     restore_best,
@@ -300,7 +301,7 @@ class Training:
 
     def _restore(self, step: int) -> None:
         tensors, facts = load_checkpoint(self.folder, step)
-        check_facts(facts, self.folder)
+        check_facts(facts, facts_path(self.folder, step))
         if step >= self.settings.steps:
             made = f"{self.folder} was saved at step {step}, so steps={self.settings.steps} are made already"
             raise ValueError(f"{made}: ask for more of them")

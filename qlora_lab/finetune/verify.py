@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.checkpoint import FACTS, FOLDER, SUMS as CHECKPOINT_SUMS, saved_steps, step_folders
+from qlora_lab.finetune.checkpoint import FOLDER, SUMS as CHECKPOINT_SUMS, facts_path, saved_steps, step_folders
 from qlora_lab.finetune.checksums import SUMS, digest_like, log_sha256, read_sums
 from qlora_lab.finetune.hub_checksums import hub_files
 from qlora_lab.finetune.ownership import RUN, is_marked
@@ -74,13 +74,12 @@ def _lists(folder: Path) -> Iterator[Path]:
 
 def _compared(folder: Path, digests: dict[str, set[str]], progress: bool) -> dict[str, str]:
     """Name -> state of each file that has a checksum."""
-    there = [name for name in digests if (folder / name).is_file()]
+    there = {name: wanted for name, wanted in digests.items() if (folder / name).is_file()}
     states = {name: DIFFERS if (folder / name).exists() else MISSING for name in digests if name not in there}
     size = sum((folder / name).stat().st_size for name in there)
     with tqdm(total=size, desc="checking", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:
-        for name in there:
-            wanted = digests[name]
-            same = wanted == {digest_like(next(iter(wanted)), folder / name, bar.update)}
+        for name, wanted in there.items():  # by two lists, or by ours and the hub's, which may be git's
+            same = all(digest_like(digest, folder / name, bar.update) == digest for digest in wanted)
             states[name] = OK if same else DIFFERS
     return states
 
@@ -104,8 +103,7 @@ def _state_of_log(folder: Path) -> str:
         return MISSING
     try:
         step = saved_steps(folder)[-1]
-        file = folder / FOLDER / f"step-{step:08}" / FACTS
-        expected = read_json(file, {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
+        expected = read_json(facts_path(folder, step), {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
     except (IndexError, ValueError, FileNotFoundError):  # no checkpoint, or one that is damaged or old
         return UNKNOWN
     return OK if log_sha256(folder / LOG, step) == expected else DIFFERS

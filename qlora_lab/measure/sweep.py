@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from platform import python_version
@@ -37,6 +36,7 @@ from tqdm.auto import tqdm
 
 from qlora_lab.finetune.empty_model import stored_options
 from qlora_lab.finetune.fetch import resolve
+from qlora_lab.finetune.identity import installed_version
 from qlora_lab.finetune.interrupt import Interrupt, waiting
 from qlora_lab.finetune.linear4bit import linears_to_quantise
 from qlora_lab.finetune.model_files import weight_files
@@ -165,7 +165,7 @@ def _prepared(name_or_path, windows, length, text, dtype, device, progress) -> "
             "dtype": str(dtype).removeprefix("torch."),
             "device": device.type,
         },
-        "versions": {name: version(name) for name in ("qlora-lab", "torch", "transformers")},
+        "versions": {name: installed_version(name) for name in ("qlora-lab", "torch", "transformers")},
         "commit": _commit(),
         "machine": machine() | {"instructions": torch.backends.cpu.get_cpu_capability()},
     }

@@ -185,7 +185,7 @@ def load_plan(path: str | Path) -> Plan:
             check_keys(layer, _LAYER_RULES, name, _LAYER_RULES)
     except ValueError as error:
         reason = str(error).removeprefix(str(path)).lstrip(", ")
-        raise ValueError(f"{path} is no plan, or is cut off ({reason})") from None
+        raise ValueError(f"{path} is not a plan, or is cut off ({reason})") from None
     chosen = {name: Candidate(*(layer[key] for key in Candidate._fields)) for name, layer in layers.items()}
     for name, candidate in chosen.items():
         if unknown := sorted(layers[name].keys() - _LAYER_RULES.keys()):

@@ -10,6 +10,7 @@ Not here: the tables, each beside what reads the file.
 import json
 import math
 import stat
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ TEXT = Rule("a text", lambda value: isinstance(value, str))
 OBJECT = Rule("a JSON object", lambda value: isinstance(value, dict))
 LIST = Rule("a list", lambda value: isinstance(value, list))
 SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
-NUMBER = Rule("a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool))
+NUMBER = Rule("a number", lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max)
 
 
 def whole(least: int, most: int | None = None) -> Rule:

@@ -54,6 +54,17 @@ def test_a_known_family_loads_with_the_code_of_transformers(trap):
     assert torch.equal(logits(load(trap, codebook=None, dtype=torch.float32, progress=False)[0]), want)
 
 
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["kernels-community/trap", "org/trap@main:f", {"": "org/trap"}, "flash_attention_2"])
+def test_no_kernel_that_a_folder_names_is_fetched(folder, name, value):
+    """With the package `kernels`, transformers downloads and runs it: what attention runs is never the folder's say."""
+    want = empty_model(folder, torch.float32).config
+    change(folder / "config.json", **{name: value})
+    config = empty_model(folder, torch.float32).config
+    assert config._attn_implementation == want._attn_implementation == "sdpa"
+    assert config._experts_implementation == want._experts_implementation
+
+
 def test_a_family_whose_model_is_in_its_own_code_is_refused(trap):
     change(trap / "config.json", model_type="t5", auto_map={"AutoModelForCausalLM": "theirs.Model"})
     with pytest.raises(ModelError, match=r"this family \(t5\) is not supported, because transformers has no causal"):
@@ -124,7 +135,6 @@ WRONG = [
     ({"dtype": "float7"}, "no attribute 'float7'"),
     ({"rope_scaling": {"rope_type": "llama3"}}, "Missing required keys"),
     ({"rope_scaling": {"type": "nope"}}, "KeyError: 'nope'"),
-    ({"attn_implementation": "flash_attention_2"}, "FlashAttention2|flash_attn"),
 ]
 
 

@@ -301,7 +301,7 @@ def test_truncated_safetensors_is_named(tmp_path, keep):
     folder = model_folder(tmp_path / "short", "model.safetensors")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"model\.safetensors is cut off or no safe.*: put a whole"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut off, or not safe.*: put a whole"):
         resolve(folder)
 
 

@@ -289,15 +289,15 @@ def test_what_cannot_be_converted_is_named(tmp_path, damage, message):
 
 DAMAGED = [
     ({"llama.block_count": 10**6}, "it has 20 tensors for 1000000 layers"),  # a name for each would take long
-    ({"llama.block_count": 2.0}, "llama.block_count is 2.0, but a whole number from 1 to 2,147,483,647 fits"),
-    ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0, but a whole number from 1 to"),
-    ({"llama.attention.head_count_kv": "2"}, "llama.attention.head_count_kv is '2', but a whole number from 1 to"),
-    ({"tokenizer.ggml.bos_token_id": 0.5}, "tokenizer.ggml.bos_token_id is 0.5, but a whole number from 0 to"),
-    ({"tokenizer.ggml.eos_token_id": len(TOKENS)}, f"eos_token_id is {len(TOKENS)}, but a whole number from 0 to"),
-    ({"tokenizer.ggml.unknown_token_id": -1}, "tokenizer.ggml.unknown_token_id is -1, but a whole number from 0 to"),
-    ({"tokenizer.chat_template": 3}, "tokenizer.chat_template is 3, but a text is expected"),
-    ({"tokenizer.ggml.tokens": [3] * len(TOKENS)}, "its tokens and merges are not all texts"),
-    ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is nan, but a number above 0 is expected"),
+    ({"llama.block_count": 2.0}, "llama.block_count is 2.0, but must be a whole number from 1 to 2,147,483,647"),
+    ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0, but must be a whole number"),
+    ({"llama.attention.head_count_kv": "2"}, "llama.attention.head_count_kv is '2', but must be a whole number"),
+    ({"tokenizer.ggml.bos_token_id": 0.5}, "tokenizer.ggml.bos_token_id is 0.5, but must be a whole number"),
+    ({"tokenizer.ggml.eos_token_id": len(TOKENS)}, f"eos_token_id is {len(TOKENS)}, but must be a whole number"),
+    ({"tokenizer.ggml.unknown_token_id": -1}, "tokenizer.ggml.unknown_token_id is -1, but must be a whole number"),
+    ({"tokenizer.chat_template": 3}, "tokenizer.chat_template is 3, but it must be text"),
+    ({"tokenizer.ggml.tokens": [3] * len(TOKENS)}, "some of its tokens or merges are not text"),
+    ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is nan, but it must be a number above 0"),
 ]
 
 

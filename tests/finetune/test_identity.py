@@ -219,5 +219,11 @@ def test_the_command_line_accepts_it_too():
     assert not cli.build_parser().parse_args(words[:1]).other_arithmetic
 
 
+def test_a_clone_that_is_not_installed_can_train(tiny_llama, monkeypatch):
+    """importlib.metadata raises an error for it; PYTHONPATH is enough for a run."""
+    monkeypatch.setattr(identity, "VERSIONS", ("torch", "no-such-package"))
+    assert arithmetic(tiny_llama)["versions"] == {"torch": torch.__version__, "no-such-package": None}
+
+
 def test_what_is_recorded_is_json(tiny_llama):
     assert json.loads(json.dumps(arithmetic(tiny_llama))) == arithmetic(tiny_llama)

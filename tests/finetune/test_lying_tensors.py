@@ -178,10 +178,10 @@ def test_a_forged_checkpoint_is_refused_by_its_tensor(folder, interrupted, bits)
         "optimizer.0.step is torch.float32 of shape (2,), but": lambda tensors: tensors.update(
             {"optimizer.0.step": torch.ones(2)}
         ),
-        "optimizer.999.step is no part of this run": lambda tensors: tensors.update(
+        "optimizer.999.step is not part of this run": lambda tensors: tensors.update(
             {"optimizer.999.step": torch.tensor(2.0)}
         ),
-        "extra is no part of this run": lambda tensors: tensors.update({"extra": torch.ones(1)}),
+        "extra is not part of this run": lambda tensors: tensors.update({"extra": torch.ones(1)}),
     }
     file = run / "checkpoints/step-00000002/state.safetensors"
     good = file.read_bytes()

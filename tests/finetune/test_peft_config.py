@@ -247,9 +247,9 @@ def test_strength_of_a_layer(settings, path, strength):
         ({"rank_pattern": {"q_proj": "4"}}, "r='4' is not allowed"),
         (
             {"rank_pattern": {"((.+)+)+x": 4}},
-            r"\)\+x' in the adapter's configuration can take for ever",
+            r"\)\+x' in the adapter's configuration can take forever",
         ),
-        ({"alpha_pattern": {".*.*.*.*x": 4}}, r"'\.\*\.\*\.\*\.\*x' in the adapter's configuration can take for ever"),
+        ({"alpha_pattern": {".*.*.*.*x": 4}}, r"'\.\*\.\*\.\*\.\*x' in the adapter's configuration can take forever"),
         ({"rank_pattern": {"(": 4}}, r"'\(' in the adapter's configuration is not a pattern"),
     ],
 )

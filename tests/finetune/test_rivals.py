@@ -80,13 +80,12 @@ def line(folder, tmp_path):
     return words
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("mode", ["", "--resume", "--overwrite"])
+@pytest.mark.parametrize(
+    "command, mode", [*((name, "") for name in COMMANDS), ("finetune", "--resume"), ("finetune", "--overwrite")]
+)
 def test_a_command_is_told_before_it_loads_a_model(line, tmp_path, capsys, command, mode):
     from qlora_lab import cli
 
-    if mode and command != "finetune":
-        return
     out = tmp_path / "out"
     take = locked_folder if command in ("finetune", "quantize") else locked_file
     words = [word if word != str(tmp_path / "model") else "nowhere" for word in line(command, 64, out)]
@@ -99,30 +98,29 @@ def test_a_command_is_told_before_it_loads_a_model(line, tmp_path, capsys, comma
 
 @pytest.mark.slow  # it starts Python twice a pair
 @pytest.mark.parametrize("command", COMMANDS)
-def test_pairs_of_processes_never_mix_their_results(line, tmp_path, command):
-    for pair in range(1):
-        out = tmp_path / f"out-{pair}"
-        start = [sys.executable, "-m", "qlora_lab.cli"]
-        lines = [start + line(command, value, out) for value in TWO[command]]
-        both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for words in lines]
-        said = [child.communicate()[1] for child in both]
-        codes = [child.returncode for child in both]
-        assert 0 in codes and set(codes) <= {0, 2}, said
-        for code, line_said in zip(codes, said, strict=True):
-            told = re.search(TOLD.format(command, command), line_said)
-            # who comes late finds the other's work; rows of a sweep go into one file, and a plan is replaced by a plan
-            late = "holds an earlier run" in line_said or "holds a model already" in line_said
-            assert code == 0 or told or late, line_said
-        winner = TWO[command][codes.index(0)]
-        alone = tmp_path / f"alone-{pair}"
-        subprocess.run(start + line(command, winner, alone), check=True, capture_output=True)
-        if codes == [0, 0]:
-            assert command in ("sweep", "block-size")
-        elif command == "finetune":
-            assert json.loads((out / "settings.json").read_text())["seed"] == winner
-            a, b = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (out, alone))
-            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-        elif command == "quantize":
-            files = {path.name: path.read_bytes() for path in alone.iterdir()}
-            assert files == {path.name: path.read_bytes() for path in out.iterdir()}
-        assert not list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob(".qlora-lab*"))
+def test_two_processes_never_mix_their_results(line, tmp_path, command):
+    out = tmp_path / "out"
+    start = [sys.executable, "-m", "qlora_lab.cli"]
+    lines = [start + line(command, value, out) for value in TWO[command]]
+    both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for words in lines]
+    said = [child.communicate()[1] for child in both]
+    codes = [child.returncode for child in both]
+    assert 0 in codes and set(codes) <= {0, 2}, said
+    for code, line_said in zip(codes, said, strict=True):
+        told = re.search(TOLD.format(command, command), line_said)
+        # who comes late finds the other's work; rows of a sweep go into one file, and a plan is replaced by a plan
+        late = "holds an earlier run" in line_said or "holds a model already" in line_said
+        assert code == 0 or told or late, line_said
+    winner = TWO[command][codes.index(0)]
+    alone = tmp_path / "alone"
+    subprocess.run(start + line(command, winner, alone), check=True, capture_output=True)
+    if codes == [0, 0]:
+        assert command in ("sweep", "block-size")
+    elif command == "finetune":
+        assert json.loads((out / "settings.json").read_text())["seed"] == winner
+        a, b = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (out, alone))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    elif command == "quantize":
+        files = {path.name: path.read_bytes() for path in alone.iterdir()}
+        assert files == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert not list(tmp_path.rglob("*.lock")) and not list(tmp_path.rglob(".qlora-lab*"))

@@ -206,6 +206,15 @@ def test_a_model_of_the_hub_is_checked_against_what_the_hub_gave(tmp_path):
     assert states(folder)["config.json"] == MISSING
 
 
+def test_a_list_of_ours_that_came_from_the_hub_and_the_hubs_own_checksums_both_hold(tmp_path):
+    """A quantised copy that a user uploaded: one file has a sha256 and git's checksum, and is as both say."""
+    folder = snapshot(tmp_path)
+    (folder / SUMS).write_text(f"{LARGE_FILES_HELLO}  config.json\n")
+    assert states(folder)["config.json"] == OK
+    (folder / SUMS).write_text(f"{'0' * 64}  config.json\n")
+    assert states(folder)["config.json"] == DIFFERS
+
+
 def test_the_layout_of_the_hubs_cache_is_that_of_its_library(tmp_path, monkeypatch):
     """Its own function makes the links, so that a new layout is noticed."""
     from huggingface_hub.file_download import _create_symlink
@@ -262,14 +271,14 @@ def test_what_is_not_ours_is_told_in_one_line(tmp_path, folder, capsys):
 )
 def test_a_list_that_is_not_one_of_ours_is_refused_by_line(tmp_path, line):
     (tmp_path / SUMS).write_text(f"{'0' * 64}  first\n{line}\n", "latin-1")
-    with pytest.raises(ValueError, match=f"{SUMS}, line 2, is no checksum of a file of this folder"):
+    with pytest.raises(ValueError, match=f"{SUMS}, line 2, is not the checksum of a file in it"):
         read_sums(tmp_path / SUMS)
     assert states(tmp_path) == {SUMS: DIFFERS}
 
 
 def test_a_list_without_end_is_not_read(tmp_path):
     (tmp_path / SUMS).write_bytes(b"0" * (LARGEST + 1))
-    with pytest.raises(ValueError, match="has more than 1048576 bytes: it is no list of checksums"):
+    with pytest.raises(ValueError, match="has more than 1048576 bytes: it is not a list of checksums"):
         read_sums(tmp_path / SUMS)
 
 

@@ -242,7 +242,7 @@ def test_a_row_of_something_else_is_not_taken(folder, results, counted, change, 
         config = folder / "config.json"
         config.write_text(config.read_text().replace("10000.0", "20.0"))
     if change == "version":
-        monkeypatch.setattr(module, "version", lambda name: "9")
+        monkeypatch.setattr(module, "installed_version", lambda name: "9")
     quiet(folder, [Variant(None)], results, **options.get(change, {}))
     first, second = read_results(results)
     assert counted["n"] == 2
@@ -313,6 +313,13 @@ def test_every_bit_of_a_row_is_covered_by_its_checksum(folder, results, capsys):
     assert cli.main(["verify", str(results)]) == 1 and "row 2  differs" in capsys.readouterr().out
     results.write_bytes(first + text + b"\n")
     assert [part.state for part in verify_rows(results)] == [OK, UNKNOWN]
+
+
+def test_a_file_without_end_is_not_read_to_be_verified(tmp_path, capsys):
+    with (tmp_path / "rows.jsonl").open("wb") as file:
+        file.truncate(2**40)  # without blocks on the disk
+    assert cli.main(["verify", str(tmp_path / "rows.jsonl")]) == 2
+    assert "rows.jsonl has 1,048,576.0 MiB, but at most 64 are read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", [b"", b"{}", b"[1]", b"7", b'{"model": "nf4"}', b'{"codebook": "nf4"', b"\xff"])

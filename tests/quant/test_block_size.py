@@ -267,10 +267,10 @@ def test_two_who_save_at_once_both_succeed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[: len(text) // 2], "is no plan, or is cut off"),
+        (lambda text: text[: len(text) // 2], "is not a plan, or is cut off"),
         (
             lambda text: text.replace('"model"', '"mode"'),
-            "plan.json is no plan, .*has no 'model': it must be",
+            "plan.json is not a plan, .*has no 'model': it must be",
         ),
         (lambda text: text.replace('"numel": 6000', '"weights": 6000'), "has no 'numel': it must be a whole number"),
         (lambda text: text.replace('"codebook": "nf', '"codebook": "nfx'), r"block\.0: codebook 'nfx\d' is not known"),
@@ -287,9 +287,9 @@ def test_two_who_save_at_once_both_succeed(tmp_path):
         ),
         (
             lambda text: text.replace('"numel": 6000', '"numel": NaN'),
-            "plan.json is no plan, .*NaN is not JSON",
+            "plan.json is not a plan, .*NaN is not JSON",
         ),
-        (lambda text: "[1, 2]", "plan.json is no plan"),
+        (lambda text: "[1, 2]", "plan.json is not a plan"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, change, message):

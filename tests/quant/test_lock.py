@@ -162,6 +162,32 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
             pass
 
 
+def test_a_disk_that_takes_a_part_gets_the_rest(tmp_path, monkeypatch):
+    """Half a line would be refused as a user's file, once its process is killed."""
+    write = os.write
+    monkeypatch.setattr(locks.os, "write", lambda handle, line: write(handle, line[:100]))
+    with locked_folder(tmp_path, "finetune"):
+        assert json.loads((tmp_path / LOCK).read_text())["command"] == "finetune"
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    """Path.resolve raised RuntimeError for it, which the command line took for a bug."""
+    (tmp_path / "loop").symlink_to("loop")
+    for take in (locked_folder, locked_file):
+        for path in (tmp_path / "loop", tmp_path / "loop" / "run"):
+            said = f"^{path} leads through a link that leads to itself: name another place$"
+            with pytest.raises(ValueError, match=said), take(path, "finetune"):
+                pass
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc says that a folder in it cannot be found")
+def test_a_folder_that_can_never_be_made_is_not_tried_for_ever(monkeypatch):
+    monkeypatch.setattr(locks, "GRACE", 0.1)
+    said = "^/proc/run cannot be made: name another place$"
+    with pytest.raises(FileNotFoundError, match=said), locked_folder("/proc/run", "finetune"):
+        pass
+
+
 @pytest.mark.parametrize(
     "error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only")]
 )

@@ -41,6 +41,12 @@ def test_a_rule_allows_its_kind_alone(rule, allowed, what):
     assert {name for name, value in VALUES.items() if rule.allows(value)} == allowed and rule.what == what
 
 
+def test_a_number_fits_into_a_float():
+    """Python reads 10^400 as an integer, and float() of it is an OverflowError."""
+    assert NUMBER.allows(10**308) and NUMBER.allows(-(10**308))
+    assert not any(map(NUMBER.allows, (10**400, -(10**400), float("inf"), float("nan"))))
+
+
 def test_each_looks_at_the_values():
     assert each(TEXT).allows({"a": "b"}) and not each(TEXT).allows({"a": "b", "c": 1})
 

@@ -1,8 +1,8 @@
 """Which rung does what: the functions of kernels/cpu.py and kernels/product.py for CUDA.
 
 A weight is packed, constants, levels, block_size. takes() says which; for others the readable functions run. While
-torch.compile traces, a rung is an operation of torch (ops.py); otherwise it is launched at once: on an H200 the
-operation takes 50 us of the host, and the launch 30.
+torch.compile traces, a rung that multiplies or dequantises is an operation of torch (ops.py); otherwise it is launched
+at once: on an H200 the operation takes 50 us of the host, and the launch 30.
 """
 
 from functools import lru_cache
@@ -38,14 +38,20 @@ def dequantize_blocks(weight: tuple, out: torch.Tensor) -> None:
     """Twin of quant.quantize.dequantize_blocks: fills `out`, contiguous float32, bf16 or fp16."""
     packed, constants, levels, block_size = weight
     if len(levels) > launch.CODES:
-        absmax = constants if isinstance(constants, torch.Tensor) else double_dequantize(constants)
-        out.view(-1).copy_(double_dequantize((packed, absmax, absmax.new_zeros(()), levels, block_size)))
+        absmax = constants if isinstance(constants, torch.Tensor) else _undone(constants)
+        out.view(-1).copy_(_undone((packed, absmax, absmax.new_zeros(()), levels, block_size)))
     elif torch.compiler.is_compiling():
         ops.dequantize_into(packed, *_parts(constants), levels, block_size, out)
     elif isinstance(constants, torch.Tensor):
         dequantize_nf4(packed, constants, levels, block_size, out)
     else:
         dequantize_double(packed, constants, levels, block_size, out)
+
+
+def _undone(constants: tuple) -> torch.Tensor:
+    """Codes of 8 bits -> float32: constants of constants, and weights of 256 levels."""
+    *parts, group = constants
+    return ops.double_dequantize(parts, group) if torch.compiler.is_compiling() else double_dequantize(constants)
 
 
 def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:

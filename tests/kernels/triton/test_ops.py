@@ -178,9 +178,17 @@ def test_a_layer_on_a_gpu(tokens, columns, dtype, name, on_the_gpu):
     assert torch.allclose(y, x @ ready.t(), **near) and torch.allclose(x.grad, grad @ ready, **near)
 
 
-@pytest.mark.parametrize(("tokens", "operation"), [(1, "gemv_nf4"), (9, "matmul_nf4"), (17, "dequantize_into")])
-def test_a_compiled_product_keeps_the_rung_in_its_graph(tokens, operation):
-    plain, graphs = weight().plain, []
+@pytest.mark.parametrize(
+    ("levels", "tokens", "operation"),
+    [
+        (codebook("nf4"), 1, "gemv_nf4"),
+        (codebook("nf4"), 9, "matmul_nf4"),
+        (codebook("nf4"), 17, "dequantize_into"),
+        (dynamic_map(), 1, "double_dequantize"),  # 256 levels
+    ],
+)
+def test_a_compiled_product_keeps_the_rung_in_its_graph(levels, tokens, operation):
+    plain, graphs = quantize(torch.randn(ROWS, COLUMNS), levels, 32, True).plain, []
 
     def product(x):
         return dispatch.forward(x, plain, ROWS)
