@@ -1,7 +1,8 @@
 """The command line: parses, calls the library, prints. `qlora-lab COMMAND --help` shows an example of each.
 
-Exit codes: 0 done; 1 the doctor found a problem, or verify a difference; 2 a mistake in what was asked, or a disk or
-memory that is full, told in one line; 130 interrupted: by Ctrl-C, SIGTERM, or a terminal that was closed (SIGHUP).
+Exit codes: 0 done; 1 the doctor found a problem, verify a difference, or memory that a run does not fit; 2 a mistake in
+what was asked, or a disk or memory that is full, told in one line; 130 interrupted: by Ctrl-C, SIGTERM, or a terminal
+that was closed (SIGHUP).
 What cannot be printed changes no exit code, unless it is the result that was asked for: then it is 2.
 """
 
@@ -39,9 +40,10 @@ LESS_MEMORY = {  # what would help, by command
     "quantize": "close other programs, then repeat it: it goes on where it stopped",
 }
 PREVIEW = 3  # answers shown before and after training
-INTERRUPTS = """Ctrl-C, SIGTERM and a terminal that is closed end a command alike, with exit code 130: finetune saves
-after the step that it makes, finetune --resume, quantize and sweep go on from there. Under nohup a closed terminal ends
-nothing."""
+EXITS = """Exit codes: 0 done; 1 doctor found a problem, verify a difference, or memory that a run does not fit; 2 a
+mistake, or a full disk or memory, told in one line; 130 interrupted. Ctrl-C, SIGTERM and a terminal that is closed end
+a command alike: finetune saves after the step that it makes; finetune --resume, quantize and sweep go on from there.
+Under nohup a closed terminal ends nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -509,7 +511,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qlora-lab",
         description="See how QLoRA works, then use it. Each command has its own --help with an example.",
-        epilog=INTERRUPTS,
+        epilog=EXITS,
     )
     parser.add_argument("--version", action="version", version=f"qlora-lab {ql.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -545,7 +547,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--held-out", type=whole, default=50, metavar="N", help="examples to test on, 0 for none (%(default)s)"
     )
     c.add_argument("--out", default="runs/first", help="folder for adapter, log and settings (%(default)s)")
-    c.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+    c.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier run in --out; it is kept until the new one has an adapter",
+    )
     c.add_argument(
         "--resume",
         nargs="?",
@@ -744,7 +750,9 @@ def build_parser() -> argparse.ArgumentParser:
         "whether a run, an adapter, a quantised copy, a fetched model or a sweep's results are as they were written",
         "qlora-lab verify runs/first",
     )
-    c.add_argument("folder", help="what a command of qlora-lab made; the file of a sweep. Nothing is written")
+    c.add_argument(
+        "folder", help="a folder that a command of qlora-lab made, or a sweep's results. Exit code 1: something differs"
+    )
     _common(c)
 
     c = _command(commands, "open", open_lab, "open the course in JupyterLab", "qlora-lab open")

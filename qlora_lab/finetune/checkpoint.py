@@ -54,6 +54,7 @@ def save_checkpoint(
             save_tensors(tensors, new / TENSORS)
             disk.copy_mode(run, new)
             disk.write_text(new / FACTS, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+            disk.copy_mode(new / FACTS, new / TENSORS)  # safetensors writes files that only their owner can read
             if best:
                 disk.copy_folder(best, new / BEST)
             files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())

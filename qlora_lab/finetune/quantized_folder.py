@@ -100,6 +100,7 @@ def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan
             with replacing_file(file) as new:
                 # tables are shared by all weights, and safetensors stores no tensor under two names
                 save_tensors({key: _own(key, value) for key, value in tensors.items()}, new, {"format": "pt"})
+                disk.copy_mode(out / UNFINISHED, new)  # safetensors writes files that only their owner can read
         else:
             bar.update(len(piece))
         with opened(file) as whole:

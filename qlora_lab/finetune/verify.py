@@ -44,7 +44,8 @@ def verify(folder: str | Path, progress: bool = True) -> list[Part]:
     """
     folder = out_path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: name one that a command of qlora-lab made")
+        made = "name one that a command of qlora-lab made; `qlora-lab fetch MODEL` shows where a model is"
+        raise FileNotFoundError(f"{folder} is not a folder: {made}")
     if (folder / UNFINISHED).is_file():
         raise ValueError(f"{folder} is not finished, so it has no checksums yet: repeat the call of quantize")
     digests, states = {}, {}
@@ -61,7 +62,8 @@ def verify(folder: str | Path, progress: bool = True) -> list[Part]:
     if is_marked(folder, RUN):
         states |= {name: state for name, state in _of_run(folder).items() if name not in states}
     if set(states.values()) <= {UNKNOWN}:
-        raise ValueError(f"{folder} has no checksums: no command of qlora-lab made it, or an earlier version did")
+        made = "an earlier version of qlora-lab made it, or something else; make it again to have them"
+        raise ValueError(f"{folder} has no checksums: {made}")
     return _parts(states)
 
 

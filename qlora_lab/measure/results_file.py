@@ -14,7 +14,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,11 +72,11 @@ def read_results(path: str | Path) -> list[dict]:
 def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
     """Its rows, and the file itself to append to, which is made if need be. Raises as read_results does.
 
-    What is torn off is cut off here. BlockingIOError says which process has the file.
+    What is torn off is cut off here. A file that was made and got no row goes again. BlockingIOError says which process
+    has the file.
     """
     _check_kind(path)
-    # each write is one call of the system, at the end of the file
-    with locked_file(path, "sweep"), disk.open_for(path, "ab") as file:
+    with locked_file(path, "sweep"), _gone_if_empty(path), disk.open_for(path, "ab") as file:  # a write is one call
         content = read_regular(path, LARGEST)
         rows, end = _parsed(path, content)
         file.truncate(end)
@@ -84,6 +84,18 @@ def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
             file.write(b"\n")
         disk.sync(path.parent)
         yield rows, file
+
+
+@contextmanager
+def _gone_if_empty(path: Path) -> Iterator[None]:
+    """Afterwards no empty file is left of what was not there: a mistyped model makes none."""
+    made = not path.exists()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # what went wrong before is what is told
+            if made and path.stat().st_size == 0:
+                disk.remove(path.resolve())
 
 
 def with_checksum(row: dict) -> dict:

@@ -94,6 +94,12 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, variant):
         assert second._optimizer.pages.count > 2 * len(second._optimizer.pages.frames) == 2 * FRAMES
 
 
+def test_tensors_are_as_readable_as_the_other_files(tmp_path):
+    (tmp_path / "settings.json").write_text("{}")
+    saved = save_checkpoint(tmp_path, 1, {"a": torch.ones(2)}, {}, keep=1)
+    assert {file.stat().st_mode for file in saved.iterdir()} == {(tmp_path / "settings.json").stat().st_mode}
+
+
 @pytest.mark.slow
 def test_float16_resumes_with_its_loss_scale(folder, tmp_path):
     options = {"dtype": torch.float16, "save_every": 1}

@@ -47,6 +47,10 @@ def test_it_loads_as_what_is_quantised_on_arrival(folder, tmp_path, options):
     assert tokenizer("4")["input_ids"] and not list((tmp_path / "small").glob(".*"))
 
 
+def test_weights_are_as_readable_as_the_other_files(folder, tmp_path):
+    assert len({file.stat().st_mode for file in quantise(folder, tmp_path / "small").iterdir()}) == 1
+
+
 def test_a_mapped_model_trains(folder, tmp_path):
     model, _ = load(quantise(folder, tmp_path / "small"), dtype=torch.float32, progress=False)
     add_lora(model, r=2)(input_ids=IDS, labels=IDS).loss.backward()

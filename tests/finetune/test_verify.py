@@ -255,9 +255,9 @@ def test_what_is_not_ours_is_told_in_one_line(tmp_path, folder, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     cases = {
-        "nowhere": "is not a folder",
+        "nowhere": "is not a folder: name one that a command of qlora-lab made; `qlora-lab fetch MODEL` shows",
         "empty": "has no checksums",
-        folder: "has no checksums",
+        folder: "has no checksums: an earlier version of qlora-lab made it, or something else; make it again",
         "notes.txt": "holds no row of a sweep",
         "": "the path is empty",
     }

@@ -441,6 +441,21 @@ def test_options_are_checked_before_anything_is_loaded(results, options):
     assert not results.exists()
 
 
+def test_a_mistyped_model_leaves_no_results(tmp_path):
+    with pytest.raises(ValueError, match="unknown model 'smolm'"):
+        quiet("smolm", [Variant(None)], tmp_path / "made" / "rows.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "link.jsonl"])
+def test_an_empty_file_and_a_link_of_a_users_stay(tmp_path, name):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "link.jsonl").symlink_to("target.jsonl")
+    with pytest.raises(ValueError, match="unknown model 'smolm'"):
+        quiet("smolm", [Variant(None)], tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "link.jsonl"]
+
+
 def test_windows_longer_than_those_the_model_was_made_for_are_told(folder, tiny_llama, results):
     tiny_llama.config.max_position_embeddings = 11
     tiny_llama.save_pretrained(folder)
