@@ -204,16 +204,6 @@ def test_some_faults_of_each_command(case, capsys, name):
         try_point(one, capsys, number, new, lasting=number % 2 == 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_fault_of_each_command(case, capsys, name, lasting):
-    one = case(name)
-    new, count = whole(one)
-    for number in range(1, count + 1, 1 if count < 50 else 5):
-        try_point(one, capsys, number, new, lasting=lasting)
-
-
 def refusing(number: int) -> Callable:
     def refuse(kind, path):
         raise OSError(number, os.strerror(number), str(path))
