@@ -239,7 +239,9 @@ def _sign(lock: Lock, command: str) -> None:
 def _write(handle: int, content: dict) -> None:
     length = max(LENGTH, os.fstat(handle).st_size)
     os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, json.dumps(content).encode().ljust(length - 1) + b"\n")
+    line = json.dumps(content).encode().ljust(length - 1) + b"\n"
+    while line:  # nearly always once: a disk that is nearly full takes a part, and says why with the rest
+        line = line[os.write(handle, line) :]
     os.fsync(handle)  # the name of a scratch folder is on the disk before the folder
 
 
