@@ -29,7 +29,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+if __name__ == "__main__":  # before numba and torch are imported
+    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 from qlora_lab.options import one_line  # noqa: E402
 from tools.fuzz_damage import damaged  # noqa: E402

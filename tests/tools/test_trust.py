@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -99,3 +100,11 @@ def test_the_page_of_promises_names_tests_and_attacks_that_exist():
     for file, test in named:
         assert f"def {test}" in (ROOT / file).read_text("utf-8"), f"{file}::{test}"
     assert set(re.findall(r"`make trust \((\w+)\)`", page)) == set(ATTACKS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_importing_a_tool_changes_no_environment(path):
+    """numba refuses all work once NUMBA_NUM_THREADS has changed under it."""
+    before = dict(os.environ)
+    runpy.run_path(str(path), run_name="imported")
+    assert dict(os.environ) == before
