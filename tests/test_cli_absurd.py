@@ -44,6 +44,14 @@ def test_every_option_is_of_a_kind_that_is_tested_here(command, action):
     assert action.type or action.dest in CHOICES | FREE or action.choices, "is it a choice, or free?"
 
 
+def some_slow(options: list) -> list:
+    """The same; those of finetune and quantize are in the fast tests."""
+    return [
+        pytest.param(command, action, marks=() if command in ("finetune", "quantize") else pytest.mark.slow)
+        for command, action in options
+    ]
+
+
 def words(command: str, action: argparse.Action, value: str) -> list[str]:
     """A command line with this one option, and whatever the command needs besides."""
     needed = []
@@ -96,7 +104,7 @@ def named(action: argparse.Action, line: str) -> bool:
     return any(isinstance(name, str) and name.lower() in line.lower() for name in names)
 
 
-@pytest.mark.parametrize("command, action", WITH_NUMBERS, ids=lambda value: getattr(value, "dest", value))
+@pytest.mark.parametrize("command, action", some_slow(WITH_NUMBERS), ids=lambda value: getattr(value, "dest", value))
 def test_an_absurd_number_is_named_before_a_model_is_loaded(capsys, no_model, command, action):
     for value in ABSURD:
         if (value == "0" and action.dest in MAY_BE_0) or (value == str(10**30) and action.dest in MAY_BE_HUGE):

@@ -190,7 +190,7 @@ def variants(content: dict):
 @pytest.mark.parametrize(
     "name",
     [
-        name if READERS[name].cheap else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("run's record", "config.json") else pytest.param(name, marks=pytest.mark.slow)
         for name in READERS
         if name not in (*TENSORS, "examples, list")
     ],

@@ -77,8 +77,8 @@ def test_a_float64_beyond_float32_is_not_finite(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("name", [EMBEDDING, NORM, pytest.param(LINEAR, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64])
-@pytest.mark.parametrize("name", [EMBEDDING, NORM, LINEAR])
 def test_integers_and_complex_numbers_are_no_weights(folder, tmp_path, name, dtype):
     small = tmp_path / "small"
     with warnings.catch_warnings():
@@ -159,7 +159,7 @@ def interrupted(folder, tmp_path):
     return begun
 
 
-@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("bits", [32, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_forged_checkpoint_is_refused_by_its_tensor(folder, interrupted, bits):
     run = interrupted(bits)
     first, second = (f"optimizer.0.{name}" for name in MOMENTS[bits])

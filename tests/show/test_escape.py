@@ -39,7 +39,7 @@ def test_without_it_a_name_is_a_formula():
         picture(fig, "not drawn")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[3:])])
 def test_a_layer_of_any_name_has_its_place_on_the_map(name):
     layers = (f"model.layers.0.{name}", f"model.layers.1.{name}")
     candidates = Candidate("nf4", 64, False), Candidate("nf4", 128, False)
