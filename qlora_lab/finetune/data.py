@@ -93,7 +93,10 @@ def encode_all(
             break
     longest = max(lengths, default=0)
     if not kept:
-        raise ValueError(f"no example has at most {max_length} tokens (the longest has {longest}): allow more of them")
+        shortest = min(lengths, default=0)
+        raise ValueError(
+            f"no example has at most {max_length} tokens: allow {shortest}, which the shortest has, or more"
+        )
     learned = sum(label != IGNORED for encoded in kept for label in encoded.labels)
     tokens = sum(len(encoded.input_ids) for encoded in kept)
     notes = sum((encoded.notes for encoded in kept), Notes())

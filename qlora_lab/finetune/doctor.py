@@ -161,7 +161,10 @@ def _sample(
     lengths = [len(one.input_ids) for one in shuffled]
     kept = [one for one in shuffled if len(one.input_ids) <= max_length]
     if not kept:
-        raise ValueError(f"no example has at most {max_length} tokens (the longest has {max(lengths)}): allow more")
+        shortest = min(lengths)
+        raise ValueError(
+            f"no example has at most {max_length} tokens: allow {shortest}, which the shortest has, or more"
+        )
     counts = sum(len(one.input_ids) for one in kept), sum(one.answer_tokens for one in kept)
     notes = sum((one.notes for one in kept[:SAMPLED]), Notes())
     return kept[:SAMPLED], EncodeReport(len(kept), len(shuffled) - len(kept), max(lengths), *counts, notes)
