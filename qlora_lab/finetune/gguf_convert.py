@@ -221,7 +221,11 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"its tokenizer is {kind}; only ('gpt2', 'smollm') is rebuilt here")
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    try:
+        bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    except Exception as error:  # tokenizers has no type of its own for it
+        raise ValueError(f"its tokens and merges do not fit together: {error}") from None
+    tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -9,6 +9,7 @@ Not here: what a run may replace (run_folder.py).
 
 import json
 import os
+import re
 from pathlib import Path
 
 from qlora_lab.quant import disk
@@ -27,9 +28,8 @@ def mark(folder: Path, application: str) -> str:
     if not is_marked(folder, application):
         if is_marked_otherwise(folder, application):
             raise FileExistsError(f"{folder / MARK} was not written by {application}: choose another folder")
-        content = {"application": application, "scratch": new_name()}
         try:
-            disk.write_text(folder / MARK, json.dumps(content) + "\n")  # one write: a kill leaves all or an empty file
+            disk.write_text(folder / MARK, _text(application, new_name()))
             disk.sync(folder / MARK)
         except OSError:  # a full disk may leave a part, which would be somebody's own
             disk.remove(folder / MARK)
@@ -43,10 +43,24 @@ def is_marked(folder: Path, application: str) -> bool:
 
 
 def is_marked_otherwise(folder: Path, application: str) -> bool:
-    """Whether anything but `application` left something under the mark's name. A kill leaves an empty file of ours."""
-    file = folder / MARK
-    empty = not os.path.lexists(file) or (file.is_file() and file.stat().st_size == 0)
-    return not empty and not is_marked(folder, application)
+    """Whether anything but `application` left something under the mark's name."""
+    ours = is_marked(folder, application) or is_cut(folder, application)
+    return os.path.lexists(folder / MARK) and not ours
+
+
+def is_cut(folder: Path, application: str) -> bool:
+    """Whether a kill left the beginning of a mark of `application`: an empty file, or more."""
+    if not (folder / MARK).is_file():
+        return False
+    whole = _text(application, f".qlora-lab-{'0' * 32}")
+    with (folder / MARK).open("rb") as file:
+        found = file.read(len(whole)).decode("ascii", "replace")
+    without_digits = re.sub(r"(?<=lab-)[0-9a-f]+", lambda digits: "0" * len(digits[0]), found)
+    return len(found) < len(whole) and whole.startswith(without_digits)
+
+
+def _text(application: str, scratch: str) -> str:
+    return json.dumps({"application": application, "scratch": scratch}) + "\n"
 
 
 def scratch_name(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ from qlora_lab.finetune.fetch import HUB_FILES, ModelError, resolve
 from qlora_lab.finetune.files import replacing_file
 from qlora_lab.finetune.linear4bit import HEAD, head_path
 from qlora_lab.finetune.models import layer_sizes
-from qlora_lab.finetune.ownership import MARK, QUANTISED, is_marked, mark, read_object, scratch_name
+from qlora_lab.finetune.ownership import MARK, QUANTISED, is_cut, is_marked, mark, read_object, scratch_name
 from qlora_lab.finetune.share import Share, in_4_bits
 from qlora_lab.finetune.stored import Stored, opened, stored_tensors
 from qlora_lab.finetune.tensor_file import save_tensors
@@ -177,7 +177,8 @@ def _begin(out: Path, work: dict) -> None:
             raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
         _clear(out)
         return
-    begun_empty = {MARK, scratch_name(out)} if is_marked(out, QUANTISED) else set()
+    ours = is_marked(out, QUANTISED) or is_cut(out, QUANTISED)
+    begun_empty = {MARK, scratch_name(out)} if ours else set()
     if {path.name for path in out.iterdir()} - begun_empty - {LOCK}:
         raise FileExistsError(f"{out} is not empty: choose a folder of its own")
     _clear(out)

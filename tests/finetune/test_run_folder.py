@@ -9,6 +9,7 @@ import torch
 
 import qlora_lab as ql
 from qlora_lab import cli
+from qlora_lab.finetune import ownership
 from qlora_lab.finetune.checkpoint import saved_steps
 from qlora_lab.finetune.checksums import SUMS
 from qlora_lab.finetune.examples import Example
@@ -40,6 +41,21 @@ def train(model, tokenizer):
         return finetune(model, tokenizer, EXAMPLES, steps, out, batch_size=2, progress=False, **options)
 
     return run
+
+
+@pytest.mark.parametrize("application", [ownership.RUN, ownership.QUANTISED])
+def test_a_mark_that_a_kill_cut_is_ours_and_nothing_else_is(tmp_path, application):
+    other = ownership.QUANTISED if application == ownership.RUN else ownership.RUN
+    ownership.mark(tmp_path, application)
+    whole = (tmp_path / ownership.MARK).read_text()
+    for length in range(len(whole) - 2):
+        (tmp_path / ownership.MARK).write_text(whole[:length])
+        assert not ownership.is_marked_otherwise(tmp_path, application), whole[:length]
+        if length > len('{"application": "qlora_lab q'):
+            assert ownership.is_marked_otherwise(tmp_path, other)
+    for text in ("{}", "notes", whole[:20] + "x", whole.replace("scratch", "scrap"), whole[:-4] + "zz"):
+        (tmp_path / ownership.MARK).write_text(text)
+        assert ownership.is_marked_otherwise(tmp_path, application), text
 
 
 def write(folder, *names):
