@@ -41,7 +41,7 @@ def dequantize_blocks(weight: tuple, out: torch.Tensor) -> None:
         absmax = constants if isinstance(constants, torch.Tensor) else _undone(constants)
         out.view(-1).copy_(_undone((packed, absmax, absmax.new_zeros(()), levels, block_size)))
     elif torch.compiler.is_compiling():
-        ops.dequantize_into(packed, *_parts(constants), levels, block_size, out)
+        ops.dequantize_into(*_flat(weight), out)
     elif isinstance(constants, torch.Tensor):
         dequantize_nf4(packed, constants, levels, block_size, out)
     else:
@@ -60,16 +60,17 @@ def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
     Fused for a token or two, and for 16-bit x up to 16 tokens; beyond, W is decoded into memory for one product of
     torch, which was faster on the one GPU that was measured (bench/README.md).
     """
-    packed, constants, levels, block_size = weight
+    _, _, levels, block_size = weight
     tokens, columns = x.shape
     if tokens and len(levels) <= launch.CODES and columns % block_size == 0:
         halves = _has_tensor_cores(x)
-        parts = packed, *_parts(constants), levels, block_size, rows
+        compiling = torch.compiler.is_compiling()
         if tokens < FEWEST or (tokens <= MAX_TOKENS and not halves):
-            return ops.gemv_nf4(x, *parts) if torch.compiler.is_compiling() else gemv_nf4(x, weight, rows)
+            return ops.gemv_nf4(x, *_flat(weight), rows) if compiling else gemv_nf4(x, weight, rows)
         if tokens <= FEW[0] and halves:
-            compiling = torch.compiler.is_compiling()
-            return ops.matmul_nf4(x, *parts, None, None, 1.0) if compiling else matmul_nf4(x, weight, rows)
+            if compiling:
+                return ops.matmul_nf4(x, *_flat(weight), rows, None, None, 1.0)
+            return matmul_nf4(x, weight, rows)
     return x @ _decoded(weight, (rows, columns), x.dtype).t()
 
 
@@ -92,6 +93,12 @@ def _decoded(weight: tuple, shape: tuple[int, int], dtype: torch.dtype) -> torch
     out = torch.empty(shape, dtype=dtype, device=weight[0].device)
     dequantize_blocks(weight, out)
     return out
+
+
+def _flat(weight: tuple) -> tuple:
+    """As an operation of torch takes a weight."""
+    packed, constants, levels, block_size = weight
+    return packed, *_parts(constants), levels, block_size
 
 
 def _parts(constants) -> tuple[list[torch.Tensor], int]:
