@@ -12,11 +12,13 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,19 +75,39 @@ def spread(folder: Path, trials: list[Trial], seed: int) -> Iterator[Result]:
         if child == 0:
             code = 1
             try:
+                os.setpgid(0, 0)  # with the commands that it starts
                 with (folder / f"results-{worker}").open("w") as file:
                     for number in range(worker, len(trials), WORKERS):
                         file.write(json.dumps(tried(folder / str(number), trials[number], seed, number)) + "\n")
                         file.flush()
                 code = 0
+            except Exception:
+                traceback.print_exc()
             finally:
                 os._exit(code)
+        with suppress(OSError):  # whoever is first; the child may have ended
+            os.setpgid(child, child)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    try:
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    except BaseException:  # Ctrl-C, or a signal to this process alone
+        _stop(children)
+        raise
     for worker, code in enumerate(codes):
         yield from (Result(*json.loads(line)) for line in (folder / f"results-{worker}").read_text().splitlines())
         if code:
             yield Result("a worker", 0, f"ended with {code}", str(folder))
+
+
+def _stop(children: list[int]) -> None:
+    """The workers end what they are at, unmount their disks, and leave; then no command of theirs goes on."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.killpg(child, number)
+        for child in children:
+            with suppress(ChildProcessError):
+                os.waitpid(child, 0)
 
 
 def tried(folder: Path, trial: Trial, seed: int, number: int) -> Result:
@@ -117,26 +139,32 @@ def table(results: dict[str, list[Result]], seconds: dict[str, float]) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Attack every command that writes.")
     names = f"of {', '.join(ATTACKS)}; none: all"
-    parser.add_argument("attacks", nargs="*", metavar="ATTACK", choices=[*ATTACKS, []], help=names)
+    parser.add_argument("attacks", nargs="*", metavar="ATTACK", help=names)
     parser.add_argument("--share", type=float, default=1.0, help="of the trials (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     a = parser.parse_args(argv)
+    if unknown := [name for name in a.attacks if name not in ATTACKS]:
+        parser.error(f"there is no attack {unknown[0]!r}: name some of {', '.join(ATTACKS)}")
     from tools.trust_commands import Home
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     home = Home(Path(tempfile.mkdtemp(prefix="qlora-lab-trust-")))
-    home.warm()
-    results, seconds = {}, {}
-    for name in a.attacks or ATTACKS:
-        start = time.monotonic()
-        results[name] = results_of(name, home, a.share, a.seed)
-        seconds[name] = time.monotonic() - start
-        print(f"{name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
-    print(table(results, seconds))
-    broken = [result for found in results.values() for result in found if result.failure]
-    for result in broken:
-        print(f"{result.name}: {result.failure}; see {result.folder}", file=sys.stderr)
-    if not broken:
-        shutil.rmtree(home.folder)
+    broken = []
+    try:
+        home.warm()
+        results, seconds = {}, {}
+        for name in a.attacks or ATTACKS:
+            start = time.monotonic()
+            results[name] = results_of(name, home, a.share, a.seed)
+            broken += [result for result in results[name] if result.failure]
+            seconds[name] = time.monotonic() - start
+            print(f"{name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
+        print(table(results, seconds))
+        for result in broken:
+            print(f"{result.name}: {result.failure}; see {result.folder}", file=sys.stderr)
+    finally:
+        if not broken:
+            shutil.rmtree(home.folder, ignore_errors=True)
     return int(bool(broken))
 
 

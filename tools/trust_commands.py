@@ -5,10 +5,12 @@ A fork costs milliseconds where a new process would import for five seconds. Not
 toy wheel from a function in the place of pip.
 """
 
+import faulthandler
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+LIMIT = 60  # seconds for a command that takes less than one: it hangs
 PAGE = 1040  # bytes: the state of the toy's optimizer is some pages
 PIECE = 6000  # bytes of a piece of a quantised folder: the toy is several
 TIMES = {
@@ -92,6 +95,7 @@ class Home:
     def warm(self) -> None:
         import torch
 
+        survive_kills_inside_tqdm()
         from qlora_lab.finetune import quantized_folder, trainer
         from qlora_lab.finetune.paged_adamw import PagedAdamW
 
@@ -114,8 +118,21 @@ class Home:
             assert code == 0, f"{case.name} fails: {words.read_text()[-500:]}"
 
 
+def survive_kills_inside_tqdm() -> None:
+    """tqdm's lock is a semaphore that all forked processes share: who is killed inside it stops every other for ever.
+
+    A lock of threads is each process's own. Call this before the first bar.
+    """
+    from tqdm.std import tqdm
+
+    tqdm.set_lock(threading.RLock())
+
+
 def start(home: Home, line: list[str], out: Path, inside=nullcontext) -> int:
-    """The process id of a child that runs the command, in a `with` block of `inside`. Its words go to said(out)."""
+    """The process id of a child that runs the command, in a `with` block of `inside`. Its words go to said(out).
+
+    One that has not ended after LIMIT seconds says where it stands, and ends with 1.
+    """
     out.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child:
@@ -124,6 +141,7 @@ def start(home: Home, line: list[str], out: Path, inside=nullcontext) -> int:
     try:
         os.environ["QLORA_LAB_CACHE"] = str(out / "out")
         with _into(_words(out, os.getpid())):
+            faulthandler.dump_traceback_later(LIMIT, exit=True, file=sys.stderr)
             from qlora_lab import cli
 
             with inside():

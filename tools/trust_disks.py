@@ -57,7 +57,7 @@ def fill_and_go_on(reference: Reference, disk, folder: Path, draws: random.Rando
         reference.finish(folder / "place")
         return 1
     finally:
-        subprocess.run(["umount", folder / "place"], capture_output=True)
+        subprocess.run(["umount", "--lazy", folder / "place"], capture_output=True)  # also one that is in use still
 
 
 def on_small_disk(reference: Reference, prepared: Path, place: Path, draws: random.Random):

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -21,6 +23,11 @@ def make_trust(*words):
     command = [sys.executable, str(ROOT / "tools" / "trust.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return done.returncode, done.stdout, done.stderr
+
+
+def in_a_process_of_its_own(code, *words):
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.slow
@@ -60,6 +67,62 @@ def test_what_breaks_is_counted_and_its_folder_is_kept(tmp_path):
         "5",
         "2",
     ]
+
+
+KILLED_INSIDE_TQDM = """
+import os, signal
+from tqdm.auto import tqdm
+from tools.trust_commands import survive_kills_inside_tqdm
+{first}
+tqdm.get_lock()
+child = os.fork()
+if not child:
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+os.waitpid(child, 0)
+signal.alarm(2)
+list(tqdm([1], disable=True))
+"""
+
+
+@pytest.mark.parametrize("first, code", [("", -signal.SIGALRM), ("survive_kills_inside_tqdm()", 0)])
+def test_a_kill_inside_tqdm_stops_no_other_process(first, code):
+    assert in_a_process_of_its_own(KILLED_INSIDE_TQDM.format(first=first)).returncode == code
+
+
+HANGS = """
+import sys, time
+from contextlib import contextmanager
+from pathlib import Path
+from tools import trust_commands
+trust_commands.LIMIT = 0.2
+@contextmanager
+def a_lock_that_never_comes():
+    yield time.sleep(60)
+code, words = trust_commands.run(None, ["--help"], Path(sys.argv[1]) / "out", a_lock_that_never_comes)
+sys.exit(words if code == 1 else code)
+"""
+
+
+def test_a_command_that_hangs_says_where(tmp_path):
+    words = in_a_process_of_its_own(HANGS, str(tmp_path)).stderr
+    assert "Timeout" in words and "a_lock_that_never_comes" in words
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_sigterm_leave_no_folder(tmp_path):
+    """SIGTERM comes to the first process alone. One that comes while Python forks is lost: a user sends another."""
+    command = [sys.executable, str(ROOT / "tools" / "trust.py"), "kills", "--share", "0.05"]
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(tmp_path)})
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/references")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        while running.poll() is None and time.monotonic() < deadline:
+            running.send_signal(sent)
+            time.sleep(2)
+        assert running.wait(1) in (-sent, 128 + sent)
+        assert not list(tmp_path.glob("qlora-lab-trust-*"))
 
 
 def test_what_is_left_behind_missing_or_changed_is_named(tmp_path):
