@@ -37,6 +37,7 @@ from tools.fuzz_damage import damaged  # noqa: E402
 from tools.fuzz_parsers import PARSERS, Parser  # noqa: E402
 
 COUNT, WORKERS, SECONDS, MEMORY = 200_000, 2, 5, 4 * 2**30
+ENOUGH = 10  # inputs of one parser that took SECONDS
 KEPT = 200  # inputs that ended somewhere new, for further damage
 LONGEST = 2000  # characters of a message
 SHOWN = 2000  # bytes of a finding
@@ -85,6 +86,8 @@ def attack(name: str, folder: Path, count: int, seed: str) -> Tally:
         kind, place = outcome(parser, content, folder)
         if kind == "finding":
             tally = tally._replace(findings=[*tally.findings, Finding(name, seed, number, content, place)])
+            if sum(TooLongError.__name__ in finding.fault for finding in tally.findings) == ENOUGH:
+                break
         else:
             tally = tally._replace(**{kind: getattr(tally, kind) + 1})
         if place not in seen and len(corpus) < good + KEPT and len(content) < 2**16:

@@ -86,10 +86,19 @@ def _write(folder: Path, settings: dict[str, dict], tokenizer: Tokenizer, weight
     disk.copy_mode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private to this user
 
 
+class _Reader(gguf.GGUFReader):
+    """gguf's own reader, but an error where a file ends: it would go on, for as many elements as an array claims."""
+
+    def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError(f"something at byte {offset:,} is longer than the file")
+        return super()._get(offset, dtype, count, override_order)
+
+
 def _open(path: Path) -> gguf.GGUFReader:
     try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:  # how gguf reports a short or foreign file
+        return _Reader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, RecursionError) as error:  # a short or foreign file
         raise ValueError(f"{path} is not a readable GGUF file, perhaps truncated ({error}): fetch it again") from error
 
 

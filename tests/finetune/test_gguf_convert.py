@@ -1,6 +1,7 @@
 """GGUF to a Hugging Face folder: a tiny LLaMA goes through the format and must come back with the same logits."""
 
 import json
+import struct
 
 import gguf
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from qlora_lab.finetune import gguf_convert
 from qlora_lab.finetune.gguf_convert import convert
+from tools.fuzz import limited
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ Ġ", "ĠĠ Ġ", "Ġ t", "h e", "Ġt he", "1 2", "Ġ 1"]  # digits stand alone, so the last two must never fire
@@ -246,6 +248,23 @@ def test_chat_template_comes_from_the_file(folder):
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
+
+
+def gguf_header(key_type, value):
+    """A file with one key, "k", and no tensors."""
+    return b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", key_type) + value
+
+
+NESTED = struct.pack("<IQ", 9, 1) * 5000  # an array of one array, and so on
+
+
+@pytest.mark.parametrize("value", [struct.pack("<IQ", 4, 2**62), struct.pack("<IQ", 8, 2**62), NESTED])
+def test_an_array_that_is_longer_than_its_file_or_endlessly_nested_is_refused_at_once(tmp_path, value):
+    """gguf's own reader goes on for as many elements as the file claims."""
+    path = tmp_path / "endless.gguf"
+    path.write_bytes(gguf_header(9, value))
+    with limited(5), pytest.raises(ValueError, match=r"endless\.gguf is not a readable GGUF file"):
+        convert(path, tmp_path / "model", progress=False)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 100, 1000, 5000, 20000, -1])
