@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.trust import Trial, part
 from tools.trust_commands import CASES, Case, Home, contents, difference, kill, run, start
 
-TRIALS, KILLS = 12, 3  # of each case; kills of each trial
+TRIALS, KILLS = 16, 3  # of each case; kills of each trial
 LATE = 1.2  # kills come within this many times of what the command takes
 DONE = "is complete: there is nothing to resume", "holds a model already"  # said of one that was killed as it ended
 
