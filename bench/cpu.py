@@ -31,11 +31,11 @@ sys.path.insert(0, str(HERE.parent))
 from bench.files import write  # noqa: E402
 from bench.render import render  # noqa: E402
 from bench.timing import cpu_name, in_turn, peak_bytes  # noqa: E402
-from qlora_lab.finetune.allocator import recycle_memory  # noqa: E402
-from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears  # noqa: E402
-from qlora_lab.finetune.lora import add_lora  # noqa: E402
+from qlora_lab.adapters.lora import add_lora  # noqa: E402
 from qlora_lab.kernels import product  # noqa: E402
+from qlora_lab.model.linear4bit import Linear4bit, quantize_linears  # noqa: E402
 from qlora_lab.quant.quantize import dequantize, quantize  # noqa: E402
+from qlora_lab.train.allocator import recycle_memory  # noqa: E402
 
 SIZES = [(576, 576), (576, 1536), (4096, 4096), (11008, 4096)]
 LARGE = 4096 * 4096

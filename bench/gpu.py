@@ -37,8 +37,6 @@ from bench.files import between, write  # noqa: E402
 from bench.gpu_card import machine, refusal, rungs_on, slug, the_device  # noqa: E402
 from bench.gpu_check import HALVES, NAMES, Differs, adamw_tables, check, first_line, readable  # noqa: E402
 from bench.render import PEER, find, seconds as shown  # noqa: E402
-from qlora_lab.finetune import adamw_8bit as readable_adamw  # noqa: E402
-from qlora_lab.finetune.linear4bit import Linear4bit  # noqa: E402
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit  # noqa: E402
 from qlora_lab.kernels.triton.dequantize_double import dequantize_double  # noqa: E402
 from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4  # noqa: E402
@@ -47,6 +45,8 @@ from qlora_lab.kernels.triton.gemv_nf4 import MAX_TOKENS, gemv_nf4  # noqa: E402
 from qlora_lab.kernels.triton.matmul_nf4 import matmul_nf4  # noqa: E402
 from qlora_lab.kernels.triton.matmul_nf4_backward import matmul_nf4_backward  # noqa: E402
 from qlora_lab.kernels.triton.quantize_nf4 import quantize_nf4  # noqa: E402
+from qlora_lab.model.linear4bit import Linear4bit  # noqa: E402
+from qlora_lab.optim import adamw_8bit as readable_adamw  # noqa: E402
 from qlora_lab.quant import double_quant  # noqa: E402
 from qlora_lab.quant.blocks import TINY  # noqa: E402
 from qlora_lab.quant.codebook import midpoints, rounding  # noqa: E402

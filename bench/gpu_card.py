@@ -17,7 +17,7 @@ from triton import knobs
 
 from bench.cpu import versions
 from qlora_lab import kernels
-from qlora_lab.finetune.linear4bit import Linear4bit
+from qlora_lab.model.linear4bit import Linear4bit
 
 
 def refusal() -> str | None:

@@ -12,7 +12,6 @@ from math import ceil
 import torch
 
 from qlora_lab import kernels
-from qlora_lab.finetune import adamw_8bit as readable_adamw
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
 from qlora_lab.kernels.triton.dequantize_double import dequantize_double
 from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4
@@ -22,6 +21,7 @@ from qlora_lab.kernels.triton.launch import DTYPES
 from qlora_lab.kernels.triton.matmul_nf4 import matmul_nf4
 from qlora_lab.kernels.triton.matmul_nf4_backward import matmul_nf4_backward
 from qlora_lab.kernels.triton.quantize_nf4 import quantize_nf4
+from qlora_lab.optim import adamw_8bit as readable_adamw
 from qlora_lab.quant import double_quant
 from qlora_lab.quant.blocks import TINY
 from qlora_lab.quant.codebook import codebook, midpoints, rounding

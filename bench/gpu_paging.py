@@ -23,9 +23,9 @@ from bench.gpu_check import first_line
 from bench.paging import SHARES
 from bench.render import PEER
 from bench.timing import in_turn
-from qlora_lab.finetune.free_memory import free_memory
-from qlora_lab.finetune.paged_adamw import UNIT, PagedAdamW
-from qlora_lab.finetune.paging import PAGE_SIZE
+from qlora_lab.doctor.free_memory import free_memory
+from qlora_lab.optim.paged_adamw import UNIT, PagedAdamW
+from qlora_lab.optim.paging import PAGE_SIZE
 
 NUMEL, TOY_NUMEL, TOY_PAGE = 2**26, 2**12, 4096  # 512 MiB of state
 BYTES = 64  # of free memory asked for an element: p, its gradient, two moments and three temporaries take 28

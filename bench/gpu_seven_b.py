@@ -21,14 +21,14 @@ from bench.gpu_card import synchronize
 from bench.gpu_check import first_line
 from bench.render import PEER
 from bench.seven_b import SHAPE, TOY
-from qlora_lab.finetune.data import IGNORED
-from qlora_lab.finetune.free_memory import free_memory
-from qlora_lab.finetune.linear4bit import quantize_linears
-from qlora_lab.finetune.lora import add_lora
-from qlora_lab.finetune.loss import accumulate
-from qlora_lab.finetune.modes import checkpointing, measuring
-from qlora_lab.measure.ledger import Ledger
-from qlora_lab.measure.memory import predict_memory
+from qlora_lab.adapters.lora import add_lora
+from qlora_lab.data.dataset import IGNORED
+from qlora_lab.doctor.free_memory import free_memory
+from qlora_lab.memory.ledger import Ledger
+from qlora_lab.memory.predict import predict_memory
+from qlora_lab.model.linear4bit import quantize_linears
+from qlora_lab.model.modes import checkpointing, measuring
+from qlora_lab.train.loss import accumulate
 
 R, TOKENS, LABELS, STEPS, ANSWER = 64, 512, 64, 5, 32
 TOY_R, TOY_TOKENS, TOY_LABELS, TOY_ANSWER = 4, 16, 8, 3

@@ -31,11 +31,11 @@ from bench.cpu import versions  # noqa: E402
 from bench.files import write  # noqa: E402
 from bench.gpu_card import synchronize  # noqa: E402
 from bench.timing import cpu_name  # noqa: E402
-from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears  # noqa: E402
-from qlora_lab.finetune.lora import adapters, add_lora  # noqa: E402
-from qlora_lab.finetune.loss import accumulate  # noqa: E402
-from qlora_lab.finetune.modes import measuring  # noqa: E402
+from qlora_lab.adapters.lora import adapters, add_lora  # noqa: E402
 from qlora_lab.kernels.product import Race, keep  # noqa: E402
+from qlora_lab.model.linear4bit import Linear4bit, quantize_linears  # noqa: E402
+from qlora_lab.model.modes import measuring  # noqa: E402
+from qlora_lab.train.loss import accumulate  # noqa: E402
 
 STORED = HERE / "gpu_day_cpu.json"
 SMOLLM2 = {

@@ -17,8 +17,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from bench.files import between, write  # noqa: E402
 from bench.render import PEER  # noqa: E402
-from qlora_lab.kernels import aot  # noqa: E402
-from qlora_lab.kernels.machine_code import widths  # noqa: E402
+from qlora_lab.gpu_code import aot  # noqa: E402
+from qlora_lab.gpu_code.machine_code import widths  # noqa: E402
 
 BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
 ARCH, DTYPES = 90, ("bfloat16", "float32")  # what the README shows

@@ -28,9 +28,9 @@ sys.path.insert(0, str(HERE.parent))
 from bench.cpu import versions  # noqa: E402
 from bench.files import write  # noqa: E402
 from bench.timing import cpu_name, in_turn  # noqa: E402
-from qlora_lab.finetune.paged_adamw import UNIT, PagedAdamW  # noqa: E402
-from qlora_lab.finetune.paging import PAGE_SIZE  # noqa: E402
 from qlora_lab.kernels import OVERRIDE  # noqa: E402
+from qlora_lab.optim.paged_adamw import UNIT, PagedAdamW  # noqa: E402
+from qlora_lab.optim.paging import PAGE_SIZE  # noqa: E402
 
 SHARES = {"all in memory": 1, "a quarter": 4, "a tenth": 10}
 

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from bench.steps import SEVEN_B, render  # noqa: E402
-from qlora_lab.measure.measured_memory import peak_resident, reset_peak, resident  # noqa: E402
+from qlora_lab.memory.measured import peak_resident, reset_peak, resident  # noqa: E402
 
 SHAPE = {
     "hidden_size": 4096,
@@ -118,7 +118,7 @@ def load(folder: Path, scratch: Path, quick: bool) -> dict:
 
 def quantise(folder: Path, scratch: Path, quick: bool) -> dict:
     """The same onto the disk."""
-    from qlora_lab.finetune.quantized_folder import quantize_folder
+    from qlora_lab.model.quantized_folder import quantize_folder
 
     _warm_up(scratch)
     return _measured(lambda: quantize_folder(folder, scratch / "small", progress=False))
@@ -135,8 +135,8 @@ def map_again(folder: Path, scratch: Path, quick: bool) -> dict:
 def step(folder: Path, scratch: Path, quick: bool) -> dict:
     """One training step on 512 tokens: LoRA on all linear layers, gradient checkpointing."""
     import qlora_lab as ql
-    from qlora_lab.finetune.data import encode
-    from qlora_lab.finetune.examples import Example
+    from qlora_lab.data.dataset import encode
+    from qlora_lab.data.examples import Example
 
     model, tokenizer = _load(scratch / "small")
     r = 8 if quick else R
@@ -202,7 +202,7 @@ def _floor(model, tokens: int, learned: int, r: int) -> float:
     """Seconds of the products that a step cannot avoid, each shape timed once, the faster of two dtypes."""
     from collections import Counter
 
-    from qlora_lab.finetune.lora import adapters
+    from qlora_lab.adapters.lora import adapters
 
     shapes = Counter((layer.base.out_features, layer.base.in_features) for layer in adapters(model).values())
     seconds = 0.0

@@ -43,10 +43,10 @@ from bench.cpu import versions  # noqa: E402
 from bench.files import write  # noqa: E402
 from bench.steps import TRAIN_STEP, render  # noqa: E402
 from bench.timing import cpu_name, in_turn, peak_bytes  # noqa: E402
-from qlora_lab.finetune.allocator import recycle_memory  # noqa: E402
-from qlora_lab.finetune.data import IGNORED  # noqa: E402
-from qlora_lab.finetune.loss import answer_loss  # noqa: E402
-from qlora_lab.finetune.modes import checkpointing  # noqa: E402
+from qlora_lab.data.dataset import IGNORED  # noqa: E402
+from qlora_lab.model.modes import checkpointing  # noqa: E402
+from qlora_lab.train.allocator import recycle_memory  # noqa: E402
+from qlora_lab.train.loss import answer_loss  # noqa: E402
 
 OUT = HERE / TRAIN_STEP
 R, CLIP, LR = 16, 0.3, 2e-4
@@ -308,7 +308,7 @@ def main() -> None:
             toy(folder)
             measured = [measure(cases(folder, 2, 24)[0], 2, profiled=True)]
     else:
-        from qlora_lab.finetune.fetch import resolve
+        from qlora_lab.model.fetch import resolve
 
         chosen = cases(str(resolve("smollm2-135m")), 4, 256)
         measured = [] if args.case is None else json.loads(args.out.read_text())["cases"]

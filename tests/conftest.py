@@ -12,8 +12,8 @@ from hypothesis import settings  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from qlora_lab.finetune.models import fast_dtype  # noqa: E402
 from qlora_lab.kernels import OVERRIDE, product  # noqa: E402
+from qlora_lab.model.load import fast_dtype  # noqa: E402
 
 NEED_TRITON = ["test_bench_gpu.py", "test_bench_gpu_day.py", "show/test_kernel_map.py"]
 NEED_TRITON += ["kernels/triton/test_interpreter.py"]

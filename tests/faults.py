@@ -31,8 +31,7 @@ from unittest import mock
 from safetensors import SafetensorError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lab.finetune import tensor_file
-from qlora_lab.quant import disk
+from qlora_lab.files import disk, tensor_file
 
 TAKES_ROOM = ("open", "write", "fsync", "mkdir")
 NO_MEMORY = (  # what torch 2.13 says on a CPU

@@ -22,22 +22,23 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qlora_lab.finetune import checkpoint, ownership, run_record
-from qlora_lab.finetune.adapter_base import WEIGHTS_KEY
-from qlora_lab.finetune.checksums import sha256
-from qlora_lab.finetune.empty_model import empty_model, fields_of, tokenizer_of
-from qlora_lab.finetune.examples import read_examples
-from qlora_lab.finetune.fetch import ModelError, resolve
-from qlora_lab.finetune.model_files import weight_files
-from qlora_lab.finetune.peft_format import load_adapter
-from qlora_lab.finetune.resumed import read_log
-from qlora_lab.measure.llama_shape import shape_of
+from qlora_lab.adapters.adapter_base import WEIGHTS_KEY
+from qlora_lab.adapters.peft_format import load_adapter
+from qlora_lab.data.examples import read_examples
+from qlora_lab.files import ownership
+from qlora_lab.files.checksums import sha256
+from qlora_lab.files.strict_json import read_json
 from qlora_lab.measure.results_file import read_results
 from qlora_lab.measure.sweep import _source_note
-from qlora_lab.quant.block_size import Candidate, Plan, load_plan
+from qlora_lab.memory.shape import shape_of
+from qlora_lab.model.empty_model import empty_model, fields_of, tokenizer_of
+from qlora_lab.model.fetch import ModelError, resolve
+from qlora_lab.model.model_files import weight_files
+from qlora_lab.quant.plan import Candidate, Plan, load_plan
 from qlora_lab.quant.quantize import quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
-from qlora_lab.quant.strict_json import read_json
+from qlora_lab.train import checkpoint, run_record
+from qlora_lab.train.resumed import read_log
 
 MISTAKES = (ValueError, OSError, ModelError)  # what the command line tells in one line
 LINEAR = "model.layers.0.mlp.up_proj"
@@ -124,7 +125,7 @@ def _model() -> Any:
 
 
 def _adapter(folder: Path) -> None:
-    from qlora_lab.finetune.peft_format import CONFIG, WEIGHTS
+    from qlora_lab.adapters.peft_format import CONFIG, WEIGHTS
 
     keys = {f"base_model.model.{LINEAR}.lora_A.weight": torch.ones(2, 16)}
     keys |= {f"base_model.model.{LINEAR}.lora_B.weight": torch.ones(32, 2)}

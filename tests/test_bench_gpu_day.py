@@ -19,8 +19,8 @@ import torch
 from bench import gpu, gpu_check, gpu_day, gpu_paging, gpu_seven_b, gpu_steps
 from bench.gpu_card import rungs_on
 from qlora_lab import kernels
-from qlora_lab.finetune.linear4bit import Linear4bit
-from tests.finetune.test_paging import managed
+from qlora_lab.model.linear4bit import Linear4bit
+from tests.optim.test_paging import managed
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu_day.sh"

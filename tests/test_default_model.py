@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import qlora_lab as ql
-from qlora_lab.finetune.linear4bit import Linear4bit
-from qlora_lab.finetune.lora import adapters
+from qlora_lab.adapters.lora import adapters
+from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.quant.quantize import dequantize
 
 pytestmark = pytest.mark.slow
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 MEASURE = """
 import resource, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
-import qlora_lab.finetune.models as models
+import qlora_lab.model.load as models
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 bare = peak()
 model, _ = models.load(sys.argv[1], dtype=torch.bfloat16, progress=False)

@@ -19,16 +19,17 @@ from pathlib import Path
 import pytest
 
 from qlora_lab import cli
-from qlora_lab.finetune import fetch as fetching, quantized_folder, trainer
-from qlora_lab.finetune.checkpoint import load_checkpoint, saved_steps
-from qlora_lab.finetune.checksums import SUMS
-from qlora_lab.finetune.fetch import KNOWN_MODELS
-from qlora_lab.finetune.ownership import MARK
-from qlora_lab.finetune.paged_adamw import PagedAdamW
+from qlora_lab.files.checksums import SUMS
+from qlora_lab.files.ownership import MARK
+from qlora_lab.model import fetch as fetching, quantized_folder
+from qlora_lab.model.fetch import KNOWN_MODELS
+from qlora_lab.optim.paged_adamw import PagedAdamW
+from qlora_lab.train import trainer
+from qlora_lab.train.checkpoint import load_checkpoint, saved_steps
+from tests.cli.test_cli import TRAIN
 from tests.faults import disk_faults
-from tests.finetune.test_fetch import NAME, WHEEL, downloads, write_wheel
-from tests.finetune.test_gguf_convert import Q4_1, tiny_llama as gguf_llama, write_gguf
-from tests.test_cli import TRAIN
+from tests.model.test_fetch import NAME, WHEEL, downloads, write_wheel
+from tests.model.test_gguf_in import Q4_1, tiny_llama as gguf_llama, write_gguf
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

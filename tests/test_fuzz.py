@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from qlora_lab.options import one_line
+from qlora_lab.cli.options import one_line
 from tools import fuzz
 from tools.fuzz_damage import in_json, in_lines, in_numbers, in_safetensors, in_words
 from tools.fuzz_parsers import PARSERS, Parser

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import qlora_lab as ql
-from qlora_lab.measure.llama_shape import shape_of
+from qlora_lab.memory.shape import shape_of
 from qlora_lab.show.data_types import normal_weights
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"

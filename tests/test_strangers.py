@@ -12,7 +12,7 @@ import pytest
 
 from qlora_lab import cli
 from tests import strangers
-from tests.finetune import test_fetch
+from tests.model import test_fetch
 
 wheel = test_fetch.wheel
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +90,7 @@ def names(tmp_path, folder, monkeypatch):
 
 @pytest.fixture
 def no_network(monkeypatch, wheel):
-    from qlora_lab.finetune import fetch as fetching
+    from qlora_lab.model import fetch as fetching
 
     monkeypatch.setattr(fetching, "_in_hub_cache", lambda hub_id: None)
     monkeypatch.setattr(fetching, "_from_hub", test_fetch.unreachable)

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, models as tokenizer_models
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import qlora_lab as ql
-from qlora_lab.finetune.fetch import ModelError
-from qlora_lab.finetune.lora import adapters
-from qlora_lab.finetune.share import in_4_bits
+from qlora_lab.adapters.lora import adapters
+from qlora_lab.model.fetch import ModelError
+from qlora_lab.model.share import in_4_bits
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 WORDS = 64  # in the vocabulary

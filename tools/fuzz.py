@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 if __name__ == "__main__":  # before numba and torch are imported
     os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-from qlora_lab.options import one_line  # noqa: E402
+from qlora_lab.cli.options import one_line  # noqa: E402
 from tools.fuzz_damage import damaged  # noqa: E402
 from tools.fuzz_parsers import PARSERS, Parser  # noqa: E402
 

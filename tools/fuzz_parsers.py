@@ -23,17 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from qlora_lab import cli
-from qlora_lab.finetune import checkpoint
-from qlora_lab.finetune.chat_template import PLAIN_TEMPLATE
-from qlora_lab.finetune.empty_model import tokenizer_of
-from qlora_lab.finetune.encode import encode
-from qlora_lab.finetune.examples import to_example
-from qlora_lab.finetune.gguf_convert import convert
-from qlora_lab.finetune.models import load as load_model
-from qlora_lab.finetune.restored import check_tensors
+from qlora_lab.data.chat_template import PLAIN_TEMPLATE
+from qlora_lab.data.encode import encode
+from qlora_lab.data.examples import to_example
+from qlora_lab.model.empty_model import tokenizer_of
+from qlora_lab.model.gguf_in import convert
+from qlora_lab.model.load import load as load_model
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
-from tests.finetune.chat_templates import CASES
+from qlora_lab.train import checkpoint
+from qlora_lab.train.restored import check_tensors
+from tests.data.chat_templates import CASES
 from tests.readers import MISTAKES, READERS, Reader, copy_model
 from tools.fuzz_damage import in_json, in_lines, in_numbers, in_safetensors, in_words
 
@@ -120,7 +120,7 @@ def _read_sums(content: bytes, folder: Path) -> Any:
 def _gguf(folder: Path) -> list[bytes]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests.finetune.test_gguf_convert import TOKENS, write_gguf
+    from tests.model.test_gguf_in import TOKENS, write_gguf
 
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENS), rope_parameters=ROPE, **shape))

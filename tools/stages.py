@@ -23,10 +23,13 @@ WORKERS = ["-n", "2"]
 TESTS = ["--ignore=tests/browser", "tests"]
 FAST = [*PYTEST, *WORKERS, *TESTS, "-m", "not slow"]
 # the interpreter of GPU kernels computes the same on every machine, and takes its time; so do faults of disks and files
-SAME = ["kernels/triton", "test_bench_gpu_day.py", "test_faults.py", "test_fuzz.py", "test_readers.py"]
-SAME += ["test_strangers.py", "test_cli_absurd.py", "test_cli_streams.py", "tools/test_trust.py"]
+SAME = ["kernels/triton", "gpu_code", "test_bench_gpu_day.py", "test_faults.py", "test_fuzz.py", "test_readers.py"]
+SAME += ["test_strangers.py", "cli/test_cli_absurd.py", "cli/test_cli_streams.py", "tools/test_trust.py"]
 ELSEWHERE = [*FAST, *(f"--ignore=tests/{name}" for name in SAME)]
-ARITHMETIC = [*ELSEWHERE, "--ignore=tests/quant", "--ignore=tests/show", "--ignore=tests/tools"]  # no products there
+ARITHMETIC = [
+    *ELSEWHERE,
+    *(f"--ignore=tests/{room}" for room in ("files", "quant", "show", "tools")),
+]  # no products there
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 NBVAL = [*PYTEST, *WORKERS, "--dist", "loadfile", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200"]
 NBVAL += ["--nbval-sanitize-with=nbval_sanitize.cfg"]

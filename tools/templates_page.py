@@ -1,15 +1,15 @@
 """docs/templates.md: which parts of a conversation are learned under today's chat templates.
 
-In: the cases of tests/finetune/chat_templates.py. Out: the page, made by encoding their conversations.
+In: the cases of tests/data/chat_templates.py. Out: the page, made by encoding their conversations.
 
 Not here: whether the page is right. test_templates.py compares what is learned with labels that were found by hand.
 """
 
 from pathlib import Path
 
-from qlora_lab.finetune.encode import IGNORED, Encoded, encode
+from qlora_lab.data.encode import IGNORED, Encoded, encode
 from qlora_lab.show.escape import code_span
-from tests.finetune.chat_templates import CASES, CONVERSATIONS, Case, tokenizer_of
+from tests.data.chat_templates import CASES, CONVERSATIONS, Case, tokenizer_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "templates.md"
 COMMAND = "python -m tools.templates_page"

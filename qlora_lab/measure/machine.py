@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import torch
 
-from qlora_lab.finetune.models import fast_dtype
+from qlora_lab.model.load import fast_dtype
 
 
 def machine() -> dict[str, str]:

@@ -6,7 +6,7 @@ The first `windows` x `length` tokens are cut into windows that do not overlap, 
 window only; the first token of a window is predicted from nothing and does not count. No BOS token is added. Longer
 windows give more context and a lower number: perplexities compare only at equal text, tokenizer, length and windows.
 
-Not here: the loss on answers (finetune/loss.py).
+Not here: the loss on answers (train/loss.py).
 """
 
 import math
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_lab.finetune.limits import check_length, check_tokens
-from qlora_lab.finetune.loss import batch_losses
 from qlora_lab.quant.numbers import check_whole
+from qlora_lab.train.limits import check_length, check_tokens
+from qlora_lab.train.loss import batch_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -5,7 +5,7 @@ In: rows, as measure/sweep.py makes them. Out: the same rows again, whatever hap
 Each row ends with a checksum of itself, which `qlora-lab verify` compares; reading does not.
 A row counts from the moment its new line is on the disk. A last line without one is what a kill, a power cut or a full
 disk left. Reading never changes the file; whoever opens it to append cuts that line off, and holds a lock meanwhile
-(quant/lock.py): two sweeps into one file would both measure, and append, the same rows.
+(files/lock.py): two sweeps into one file would both measure, and append, the same rows.
 Not here: how a row is measured (sweep.py).
 """
 
@@ -18,10 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from qlora_lab.finetune.verify import DIFFERS, OK, UNKNOWN, Part
-from qlora_lab.quant import disk
-from qlora_lab.quant.lock import locked_file
-from qlora_lab.quant.strict_json import (
+from qlora_lab.files import disk
+from qlora_lab.files.lock import locked_file
+from qlora_lab.files.strict_json import (
     LIST,
     NUMBER,
     OBJECT,
@@ -33,6 +32,7 @@ from qlora_lab.quant.strict_json import (
     read_regular,
     whole,
 )
+from qlora_lab.train.verify import DIFFERS, OK, UNKNOWN, Part
 
 # What decides a row's figures. The seed does not: levels that it drew are there themselves. Nor do commit and machine:
 # most commits change no figure, and what the quantiser does is in `quantiser`; sweep.py says what a processor changes.

@@ -12,7 +12,7 @@ A row is written as soon as it is known. A variant that has one, by the same mod
 quantiser, is not run again: a sweep that was stopped goes on when it is called again. Threads and the processor's
 instructions do not count, though float sums depend on them: with AVX2 for AVX-512 and 2 threads for 1 a window's loss
 moved by 1e-5 in float32, which is what a CPU computes in here, and by 0.004 in bf16. The row has the machine.
-Not here: the file (results_file.py), plots, and which block size for which layer (quant/block_size.py).
+Not here: the file (results_file.py), plots, and which block size for which layer (quant/plan.py).
 """
 
 import hashlib
@@ -34,25 +34,25 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.empty_model import stored_options
-from qlora_lab.finetune.fetch import resolve
-from qlora_lab.finetune.identity import installed_version
-from qlora_lab.finetune.interrupt import Interrupt, waiting
-from qlora_lab.finetune.linear4bit import linears_to_quantise
-from qlora_lab.finetune.model_files import weight_files
-from qlora_lab.finetune.models import fast_dtype, load
-from qlora_lab.finetune.stored import stored_tensors
+from qlora_lab.files.out_path import out_path
+from qlora_lab.files.strict_json import TEXT, read_json
 from qlora_lab.measure.code_use import CodeUse, code_counts
 from qlora_lab.measure.machine import machine
 from qlora_lab.measure.perplexity import check_windows, check_windows_fit, text_windows, topics_text, window_losses
 from qlora_lab.measure.results_file import append_result, identity, open_results, with_checksum
+from qlora_lab.model.empty_model import stored_options
+from qlora_lab.model.fetch import resolve
+from qlora_lab.model.linear4bit import linears_to_quantise
+from qlora_lab.model.load import fast_dtype, load
+from qlora_lab.model.model_files import weight_files
+from qlora_lab.model.stored import stored_tensors
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import CODEBOOKS, check_levels
 from qlora_lab.quant.lloyd_max import lloyd_max, scaled_sample
 from qlora_lab.quant.numbers import check_seed
-from qlora_lab.quant.out_path import out_path
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
-from qlora_lab.quant.strict_json import TEXT, read_json
+from qlora_lab.train.identity import installed_version
+from qlora_lab.train.interrupt import Interrupt, waiting
 
 LLOYD_MAX = re.compile(r"lloyd-max([2-8]?)")  # a codebook that is fitted to the model; a digit for other than 4 bits
 SAMPLE = 2**20  # weights that it is fitted to, from all layers; another million moves no level by more than 0.006

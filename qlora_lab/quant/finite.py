@@ -4,7 +4,7 @@ In: a tensor of any shape, of real floats. Out: its largest magnitude, or a yes 
 The smallest and the largest value are found in one pass, 24 GB/s of bfloat16 on one core, and a NaN makes both of them
 NaN; isfinite().all() makes two copies and reads 0.4 GB/s. So whatever is loaded can be checked.
 
-Not here: which module made a value that is not finite (finetune/nonfinite.py).
+Not here: which module made a value that is not finite (train/nonfinite.py).
 """
 
 import math

@@ -10,7 +10,7 @@ Source: bitsandbytes 0.50, QuantState.as_dict. Codebooks it does not know (all b
 in the last key, so that it refuses them instead of misreading them. The table itself is always stored, so one made by
 hand comes back too, as `custom`.
 
-Not here: files (finetune/peft_format.py).
+Not here: files (adapters/peft_format.py).
 """
 
 import json
@@ -20,13 +20,13 @@ from reprlib import repr as short
 
 import torch
 
+from qlora_lab.files.strict_json import decoded, parse
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import CODEBOOKS, CUSTOM, bits_of, check_levels, codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE, DoubleQuantized, dynamic_map
 from qlora_lab.quant.finite import first_not_finite, largest_magnitude
 from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor
-from qlora_lab.quant.strict_json import decoded, parse
 
 BITSANDBYTES_READS = ("nf4", "fp4")
 # bnb_4bit_quant_storage: bytes of codes that go by another name, for FSDP

@@ -4,7 +4,7 @@ State: block_size, group_size, outlier, mean_offset. The picture: on the left th
 after double quantization, one cell a byte and 32 in a column, so that the axis reads bits per parameter; on the right
 how far each table of 8 bits moves the weights, as a share of the squared error of NF4 itself.
 
-Not here: rounding and errors (measure/constants.py), the formula of bits (measure/published_memory.py).
+Not here: rounding and errors (measure/constants.py), the formula of bits (memory/published.py).
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.patches import Patch
 
 from qlora_lab.measure.constants import TABLES, squared_error, stored_constants
-from qlora_lab.measure.published_memory import constant_bits
+from qlora_lab.memory.published import constant_bits
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, new_figure

@@ -10,7 +10,7 @@ cells. A cell that does not await serves none before its end, and an older kerne
 
 The thin grey curve is the mean length of a step's examples: with group_by_length it is a saw, and so is the loss.
 
-Not here: the loop (finetune/trainer.py).
+Not here: the loop (train/trainer.py).
 """
 
 import asyncio
@@ -29,10 +29,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
-from qlora_lab.finetune.trainer import STOPPED, Run, Training
 from qlora_lab.show.escape import for_html
 from qlora_lab.show.figure import COLOURS, Blit, Picture, img, new_figure
 from qlora_lab.show.slider import Button
+from qlora_lab.train.trainer import STOPPED, Run, Training
 
 WINDOW = 10  # steps of the smoothed line, of the speed, and of the first and the last mean in the sentence
 REDRAW_EVERY = 0.5  # seconds

@@ -6,7 +6,7 @@ colours; on the right the target's singular values, kept up to r and cut off beh
 In: a matrix, (out, in). Out: B, (out, r), and A, (r, in), named as an adapter's two matrices. Source: Eckart and Young
 (1936): of all products of rank r, the first r terms of the singular value decomposition are nearest.
 
-Not here: how training finds B and A; it never sees the target (finetune/lora.py).
+Not here: how training finds B and A; it never sees the target (adapters/lora.py).
 """
 
 from functools import lru_cache

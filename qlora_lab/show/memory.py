@@ -4,18 +4,18 @@ State: model, codebook, block_size, double_quant, r, length, rows, gradient_chec
 the groups of the ledger at the peak of a step, a bar for each method, with lines where a card ends; a bar that runs out
 of the picture has its number at the edge. Below the bar of QLoRA alone, stretched to 100 %.
 
-Cards are counted in GiB, which their makers call GB. Not here: bytes (measure/memory.py), and what to change so that
-it fits (measure/memory_plan.py).
+Cards are counted in GiB, which their makers call GB. Not here: bytes (memory/predict.py), and what to change so that
+it fits (memory/fit.py).
 """
 
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.text import Text
 
-from qlora_lab.finetune.paging import PAGE_SIZE
-from qlora_lab.measure.ledger import Ledger
-from qlora_lab.measure.llama_shape import PUBLISHED, shape_of
-from qlora_lab.measure.memory import predict_memory
+from qlora_lab.memory.ledger import Ledger
+from qlora_lab.memory.predict import predict_memory
+from qlora_lab.memory.shape import PUBLISHED, shape_of
+from qlora_lab.optim.paging import PAGE_SIZE
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, new_figure
 from qlora_lab.show.slider import Slider, Toggle

@@ -5,7 +5,7 @@ order in which a step asks for them; on the right the frames, coloured by when t
 
 It shows what Pages does when nothing is fetched ahead; tests/show/test_page_table.py compares the two.
 
-Not here: counting (measure/paging_trace.py), and bytes.
+Not here: counting (memory/paging_trace.py), and bytes.
 """
 
 import math
@@ -17,7 +17,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 
-from qlora_lab.measure.paging_trace import (
+from qlora_lab.memory.paging_trace import (
     LLAMA_7B,
     adapter,
     faults_of_a_step,

@@ -8,10 +8,10 @@ import json
 
 import torch
 
-from qlora_lab.finetune.linear4bit import Linear4bit
-from qlora_lab.finetune.lora import LoRALinear
-from qlora_lab.finetune.paged_adamw import PagedAdamW
+from qlora_lab.adapters.lora import LoRALinear
 from qlora_lab.kernels import choose, cpu, product
+from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.optim.paged_adamw import PagedAdamW
 from qlora_lab.quant.codebook import codebook, midpoints
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, dequantize, quantize
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.finetune.adamw_8bit import BLOCK, AdamW, adamw_8bit, change_8bit, tables
 from qlora_lab.kernels import OVERRIDE, adamw, choose
+from qlora_lab.optim.adamw_8bit import BLOCK, AdamW, adamw_8bit, change_8bit, tables
 from qlora_lab.quant.blocks import TINY
 from tests.kernels.test_cpu import same_bits
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qlora_lab.finetune.linear4bit import Linear4bit
-from qlora_lab.finetune.lora import LoRALinear
-from qlora_lab.finetune.paged_adamw import PagedAdamW
+from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.optim.paged_adamw import PagedAdamW
 from qlora_lab.quant.quantize import dequantize, quantize
 
 pytestmark = [

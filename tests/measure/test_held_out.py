@@ -8,13 +8,13 @@ import torch
 from transformers import GenerationConfig
 
 import qlora_lab as ql
-from qlora_lab.finetune.data import encode, encode_all, end_token_id, prompt_ids
-from qlora_lab.finetune.examples import Example
-from qlora_lab.finetune.loss import held_out_loss
-from qlora_lab.finetune.modes import measuring
+from qlora_lab.data.dataset import encode, encode_all, end_token_id, prompt_ids
+from qlora_lab.data.examples import Example
 from qlora_lab.measure.held_out import generate, generate_answers, held_out
 from qlora_lab.measure.rouge import rouge_l
-from tests.finetune.families import tiny
+from qlora_lab.model.modes import measuring
+from qlora_lab.train.loss import held_out_loss
+from tests.model.families import tiny
 
 EXAMPLES = [
     Example((("user", f"Add 2 and {i}. " * i), ("assistant", "The sum is " + "4 " * i + "."))) for i in range(1, 11)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from qlora_lab.finetune.fetch import fetch
-from qlora_lab.finetune.models import load
 from qlora_lab.measure.perplexity import perplexity, text_windows, topics_text
-from tests.finetune.families import tiny
+from qlora_lab.model.fetch import fetch
+from qlora_lab.model.load import load
+from tests.model.families import tiny
 
 TEXT = "the sum of the two numbers is a number, and nothing else. " * 9
 

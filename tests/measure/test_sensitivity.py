@@ -8,12 +8,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qlora_lab import cli
-from qlora_lab.finetune.linear4bit import Linear4bit, quantize_linears
-from qlora_lab.finetune.models import load
-from qlora_lab.finetune.quantized_folder import quantize_folder
-from qlora_lab.measure.measured_memory import measure_memory
 from qlora_lab.measure.sensitivity import choices_of, sensitivity
-from qlora_lab.quant.block_size import Candidate, best_plan, load_plan, uniform
+from qlora_lab.memory.measured import measure_memory
+from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
+from qlora_lab.model.load import load
+from qlora_lab.model.quantized_folder import quantize_folder
+from qlora_lab.quant.plan import Candidate, best_plan, load_plan, uniform
 from qlora_lab.quant.quantize import dequantize, quantize
 
 CANDIDATES = [Candidate("nf4", 32, False), Candidate("nf4", 128, False), Candidate("nf3", 64, True)]
@@ -239,7 +239,7 @@ def test_a_plan_is_read_before_a_model_is_fetched(tmp_path):
 
 
 def test_a_folder_begun_by_another_plan_is_refused(folder, tmp_path, choices, plan, monkeypatch):
-    from qlora_lab.finetune import quantized_folder
+    from qlora_lab.model import quantized_folder
 
     monkeypatch.setattr(quantized_folder, "_finish", lambda *_: None)  # as if interrupted just before
     quantize_folder(folder, tmp_path / "small", plan=plan, progress=False)

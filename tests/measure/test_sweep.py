@@ -15,10 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lab import cli
-from qlora_lab.finetune.linear4bit import Linear4bit
-from qlora_lab.finetune.models import load
-from qlora_lab.finetune.quantized_folder import quantize_folder
-from qlora_lab.finetune.verify import DIFFERS, OK, UNKNOWN
 from qlora_lab.measure import sweep as module
 from qlora_lab.measure.code_use import code_counts
 from qlora_lab.measure.perplexity import perplexity
@@ -32,7 +28,11 @@ from qlora_lab.measure.results_file import (
     verify_rows,
 )
 from qlora_lab.measure.sweep import Source, Variant, quantised_in_place, sweep, variants
+from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.model.load import load
+from qlora_lab.model.quantized_folder import quantize_folder
 from qlora_lab.quant.quantize import dequantize, quantize
+from qlora_lab.train.verify import DIFFERS, OK, UNKNOWN
 
 TEXT = "the sum of the two numbers is a number, and nothing else. " * 4
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qlora_lab.quant.block_size import Candidate, Choices, Plan, best_plan, uniform
+from qlora_lab.quant.plan import Candidate, Choices, Plan, best_plan, uniform
 from qlora_lab.show.block_size import BlockSizeExplorer, apart, names_of, places, stops
 
 NUMEL = 2**16

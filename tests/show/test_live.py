@@ -17,10 +17,10 @@ import torch
 from jupyter_client.manager import start_new_kernel
 from toy_training import EXAMPLES, toy_training
 
-from qlora_lab.finetune.checkpoint import saved_steps
-from qlora_lab.finetune.lora import adapters
+from qlora_lab.adapters.lora import adapters
 from qlora_lab.show import live as module
 from qlora_lab.show.live import LivePlot, live
+from qlora_lab.train.checkpoint import saved_steps
 from tools.notebooks import execute, normalise, text_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

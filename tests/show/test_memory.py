@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.measure.ledger import PHASES
-from qlora_lab.measure.memory import predict_memory
-from qlora_lab.measure.memory_plan import plan
+from qlora_lab.memory.fit import plan
+from qlora_lab.memory.ledger import PHASES
+from qlora_lab.memory.predict import predict_memory
 from qlora_lab.show.memory import CARDS, GIB, GROUPS, METHODS, MemoryExplorer, _gib, at_peak, card_for
 from qlora_lab.show.slider import Slider
 

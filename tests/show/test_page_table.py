@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.finetune.paging import Pages
-from qlora_lab.measure.paging_trace import LLAMA_7B, adapter
+from qlora_lab.memory.paging_trace import LLAMA_7B, adapter
+from qlora_lab.optim.paging import Pages
 from qlora_lab.show import page_table
 from qlora_lab.show.page_table import FAULT, FILE, FRAME, HIT, LEAVES, ZERO, PageTableExplorer
 

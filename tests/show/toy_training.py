@@ -6,10 +6,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qlora_lab.finetune.examples import Example
-from qlora_lab.finetune.lora import add_lora
-from qlora_lab.finetune.settings import Settings
-from qlora_lab.finetune.trainer import Training
+from qlora_lab.adapters.lora import add_lora
+from qlora_lab.data.examples import Example
+from qlora_lab.train.settings import Settings
+from qlora_lab.train.trainer import Training
 
 ROLES = ["<|user|>", "<|assistant|>"]
 WORDS = ["one", "two", "three", "four", "five", "six"]

@@ -1,4 +1,4 @@
-"""Rung 8. Twin of qlora_lab.finetune.adamw_8bit.adamw_8bit: one step of AdamW over a page of optimizer state.
+"""Rung 8. Twin of qlora_lab.optim.adamw_8bit.adamw_8bit: one step of AdamW over a page of optimizer state.
 
 Both moments are undone, moved, used, and quantised again without leaving the program. Moved for each parameter: 4 bytes
 of it and 4 of its gradient (2 and 2 in bf16) and 2 of its moments are read, 4 and 2 are written; a step that goes over

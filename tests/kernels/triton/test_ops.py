@@ -10,7 +10,6 @@ from triton.runtime import driver
 
 import qlora_lab as ql
 from qlora_lab import kernels
-from qlora_lab.finetune import adamw_8bit as readable_adamw
 from qlora_lab.kernels import OVERRIDE, choose
 from qlora_lab.kernels.triton import adamw_8bit as rung8, dispatch, ops
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
@@ -21,6 +20,7 @@ from qlora_lab.kernels.triton.gemv_nf4 import gemv_nf4
 from qlora_lab.kernels.triton.launch import MAX_NUMEL, check_numel
 from qlora_lab.kernels.triton.matmul_nf4 import TOKENS, matmul_nf4
 from qlora_lab.kernels.triton.quantize_nf4 import quantize_nf4
+from qlora_lab.optim import adamw_8bit as readable_adamw
 from qlora_lab.quant import double_quant
 from qlora_lab.quant.blocks import TINY
 from qlora_lab.quant.codebook import codebook, midpoints, rounding

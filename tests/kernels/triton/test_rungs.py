@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 
-from qlora_lab.finetune import adamw_8bit as readable
 from qlora_lab.kernels import OVERRIDE
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
 from qlora_lab.kernels.triton.dequantize_double import dequantize_double
@@ -14,6 +13,7 @@ from qlora_lab.kernels.triton.gemv_nf4 import gemv_nf4
 from qlora_lab.kernels.triton.matmul_nf4 import matmul_nf4
 from qlora_lab.kernels.triton.matmul_nf4_backward import matmul_nf4_backward
 from qlora_lab.kernels.triton.quantize_nf4 import quantize_nf4
+from qlora_lab.optim import adamw_8bit as readable
 from qlora_lab.quant import double_quant
 from qlora_lab.quant.blocks import TINY, block_absmax, scale_blocks, to_blocks
 from qlora_lab.quant.codebook import codebook, midpoints, nearest_codes, rounding, zero_code

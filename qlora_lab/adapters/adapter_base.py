@@ -1,0 +1,82 @@
+"""Which base model an adapter was trained on, with a warning where it is put on another one.
+
+In: adapter_config.json and the metadata of the tensors' file. Out: warnings. An adapter of another base of the same
+shape loads, and the model then answers wrongly; nothing else would say so.
+
+Compared are the name of the base, which PEFT records too, and the code table of the adapted weights, because an adapter
+also learns to make up for what quantisation lost. The table is recorded in the metadata, since PEFT warns of settings
+that it does not know.
+But: double quantization is not compared. It moves weights far less than the table does.
+Not here: other shapes, which are refused (peft_format.py).
+"""
+
+import os
+import re
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import nn
+
+from qlora_lab.model.load import public_name
+from qlora_lab.quant.codebook import CUSTOM
+from qlora_lab.quant.quantize import QuantizedTensor
+
+WEIGHTS_KEY = "base_weights"  # in the metadata
+
+
+def warn_of_base(model: nn.Module, bases: Iterable[nn.Module], config: dict, metadata: dict, where: str) -> None:
+    """Warn if the adapter `where` was trained on another model than `model`, or on other weights than `bases` have.
+
+    What one of the two sides does not know is not compared.
+    """
+    theirs, ours = config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
+    revision = config.get("revision")
+    if theirs and ours and not same_model(theirs, ours):
+        _warn(f"{where} was trained on {theirs}, but this model is {ours}: unless they are one model, load {theirs}")
+    elif revision not in (None, "", "main"):
+        _warn(f"{where} was trained on revision {revision} of {theirs}: make sure that this model is the same")
+    stored, own = metadata.get(WEIGHTS_KEY), weights_of(bases)
+    if stored and stored != own:
+        _warn(
+            f"{where} was trained beside weights in {stored}, but here they are in {own}: load the model as it was, or "
+            "expect slightly different answers"
+        )
+
+
+def same_model(a: str, b: str) -> bool:
+    """Whether two names can mean one model. A name is a hub id, a known name, or a folder, also of the hub's cache.
+
+    >>> same_model("smollm2-135m", "/models/SmolLM2-135M-Instruct")
+    True
+    """
+    return _last_name(a) == _last_name(b)
+
+
+def weights_of(bases: Iterable[nn.Module]) -> str:
+    """What the weights of linear layers are stored in: "nf4, block size 64", "16 or 32 bits", or a count of each."""
+    counts = Counter(_stored_in(layer.weight) for layer in bases)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
+
+
+def _stored_in(weight) -> str:
+    if isinstance(weight, QuantizedTensor):
+        table = f" {zlib.crc32(weight.levels.cpu().numpy().tobytes()):08x}" if weight.codebook == CUSTOM else ""
+        return f"{weight.codebook}{table}, block size {weight.block_size}"
+    return "16 or 32 bits" if weight.is_floating_point() else type(weight).__name__  # of bitsandbytes
+
+
+def _last_name(name: str) -> str:
+    name = str(name).replace("\\", "/")
+    if cached := re.search(r"models--[^/]+--([^/]+)/snapshots/", name):
+        name = cached[1]
+    last = os.path.basename(os.path.abspath(public_name(name)))  # of ".", too
+    last = public_name(last).split("/")[-1].lower()
+    return last.removesuffix("-bnb-4bit").removesuffix("-unsloth")  # copies on the hub, by which many adapters go
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)  # the caller of load_adapter

@@ -1,0 +1,253 @@
+"""Write a conversation as one text with a chat template, and find where each turn stands in that text.
+
+In: turns, and the tokenizer whose template writes them. Out: the text; where the content of each turn ends; and the
+span of each answer, from where the prompt for it ends to where its content ends.
+Source: `{% generation %}` blocks and `apply_chat_template` of transformers.
+
+Templates do more than join turns: they drop thoughts of earlier answers (Qwen3), move the system's text into a question
+(Llama 2), trim, open a thought in the prompt (R1), write an end after the whole chat (Phi-3). So nothing is assumed
+about headers. The content of each turn gets a mark at its end, the marked conversation is rendered as well, and the
+marks show where contents end. If the two texts differ in more than the marks, the template is refused.
+
+Not here: tokens, and the end token of an answer (encode.py).
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from itertools import accumulate
+from os.path import commonprefix
+from typing import TYPE_CHECKING, NamedTuple
+
+from qlora_lab.data.examples import Turns, check_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+# For a tokenizer without a chat template, such as base Llama 2's.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{% if message.role == 'user' %}{{ '### Instruction:\\n' }}"
+    "{% elif message.role == 'assistant' %}{{ '### Response:\\n' }}{% endif %}"
+    "{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
+)
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")  # of strftime
+# The clock of a run in place of transformers' own. As a macro, since transformers passes no functions to a template;
+# the last expression is there because a line break after a block would be dropped.
+CLOCK = (
+    "{% macro strftime_now(format) %}{% set written = namespace(text=format) %}"
+    "{% for directive, value in run_clock.items() %}"
+    "{% set written.text = written.text | replace(directive, value) %}{% endfor %}"
+    "{{ written.text }}{% endmacro %}{{ '' }}"
+)
+LONGEST = 300  # characters of what a template says
+MARKS = range(0x10FF00, 0x10FFFE)  # private-use characters, which hardly any text holds
+Span = tuple[int, int]  # first and one-past-last character
+
+
+class Place(NamedTuple):
+    """The character `offset` of the content of a turn stands at `place` in the text."""
+
+    turn: int
+    offset: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where an answer stands in the text. start: where its prompt ends; stop: where its content ends.
+
+    whole: whether all of its content is shown. generated: its `{% generation %}` block, if the template has them.
+    """
+
+    start: int
+    stop: int
+    whole: bool
+    generated: Span | None = None
+
+    @property
+    def openings(self) -> tuple[int, ...]:
+        """Where the prompts for it and for its block end."""
+        return (self.start,) if self.generated is None else (self.generated[0], self.start)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of a tokenizer, or PLAIN_TEMPLATE. clock: the time that it writes; None for that of each call.
+
+    Raises ValueError for a slow tokenizer, which gives no offsets.
+    """
+
+    tokenizer: "Tokenizer"
+    clock: datetime | None = None
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "is_fast", False):
+            name = type(self.tokenizer).__name__
+            raise ValueError(f"{name} does not say where in a text its tokens are: use a fast one (tokenizer.json)")
+
+    @cached_property
+    def control(self) -> dict[str, int]:
+        """Text -> id of the tokens that steer a model, and that no message may hold as tokens."""
+        added = self.tokenizer.added_tokens_decoder
+        return {token.content: number for number, token in added.items() if token.special}
+
+    @cached_property
+    def control_names(self) -> dict[int, str]:
+        return {number: text for text, number in self.control.items()}
+
+    @cached_property
+    def control_texts(self) -> re.Pattern:
+        longest_first = sorted(self.control, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!): nowhere
+
+    @cached_property
+    def source(self) -> str:
+        """The template's text. Raises ValueError if nothing could end an answer."""
+        if self.tokenizer.chat_template:
+            return self.tokenizer.get_chat_template()
+        if self.tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a chat template nor an eos token: set tokenizer.eos_token")
+        return PLAIN_TEMPLATE
+
+    @cached_property
+    def is_dated(self) -> bool:
+        """Whether the template asks what time it is."""
+        return "strftime_now" in self.source
+
+    @cached_property
+    def _options(self) -> dict:
+        if self.clock is None or not self.is_dated:
+            return {"chat_template": self.source}
+        written = {directive: self.clock.strftime(directive) for directive in DIRECTIVE.findall(self.source)}
+        return {"chat_template": CLOCK + self.source, "run_clock": written}
+
+    def is_spelt_in(self, turns: Turns) -> bool:
+        """Whether a text of `turns` spells a control token."""
+        return any(self.control_texts.search(content) for _, content in turns)
+
+    def render(self, turns: Turns, opens_answer: bool = False) -> str:
+        """The conversation as text; opens_answer: with the opening of the next answer.
+
+        Raises ValueError for a text that cannot be encoded, and for a conversation that the template refuses.
+        """
+        for role, content in turns:
+            check_text(content, f"the text of the turn of {role}")
+        return self._render(turns, add_generation_prompt=opens_answer)
+
+    def places(self, turns: Turns, text: str, opens_answer: bool = False) -> list[Place]:
+        """Where contents end in `text`, the render of `turns`, and where control tokens stand that they spell.
+
+        In the order of the text. What the template does not show is left out. Raises ValueError if marks change the
+        render, so that nothing can be found by them.
+        """
+        used = text + "".join(content for _, content in turns)
+        mark = next(chr(code) for code in MARKS if chr(code) not in used)
+        for also_empty in (True, False):  # a template may ask whether there is content
+            marked = tuple(
+                (role, self._marked(content, f"{mark}{i}{mark}", mark, also_empty))
+                for i, (role, content) in enumerate(turns)
+            )
+            rendered = self._render(marked, add_generation_prompt=opens_answer)
+            parts = re.split(f"{mark}([0-9]+){mark}([0-9]+){mark}", rendered)
+            if "".join(parts[::3]) == text:
+                places = accumulate(len(part) for part in parts[::3])
+                found = zip(parts[1::3], parts[2::3], places, strict=False)  # there is one part more
+                return [Place(int(turn), int(offset), place) for turn, offset, place in found]
+        raise ValueError(
+            "the chat template writes a message differently when a mark follows it, so its turns cannot be located: "
+            "use another template"
+        )
+
+    def _marked(self, text: str, turn: str, mark: str, also_empty: bool) -> str:
+        content = text.rstrip()
+        if not content and not also_empty:
+            return text
+        spelt = self.control_texts.sub(lambda match: f"{turn}{match.start()}{mark}{match[0]}", content)
+        return f"{spelt}{turn}{len(content)}{mark}{text[len(content) :]}"
+
+    def answers(self, turns: Turns, text: str, closed: dict[int, int]) -> dict[int, Answer]:
+        """Turn -> Answer, for each answer that `text` shows at least in part. closed: turn -> where its content ends.
+
+        An answer starts where a prompt for it ends. What a prompt writes between a question and its answer is read
+        once, from the prompt for the last answer: to render one for each turn would take quadratic time.
+        """
+        opening = self._opening(turns[:-1])
+        blocks = self._generated(turns) if GENERATION.search(self.source) else None
+        found = {}
+        for i, (role, content) in enumerate(turns):
+            if role != "assistant":
+                continue
+            before = closed.get(i - 1)
+            start, stop = _span(content.rstrip(), text, before, closed.get(i), opening)
+            if start is None:
+                continue
+            shown = text[start if before is None else min(before, start) : stop]  # a prompt may open the thought
+            block = next((block for block in blocks or () if block[0] <= stop <= block[1]), None)
+            if blocks is None or block:
+                found[i] = Answer(start, stop, _squeezed(content) in _squeezed(shown), block)
+        return found
+
+    def _opening(self, prompt: Turns) -> str | None:
+        """What a prompt writes after the content of its last turn; None if that cannot be found."""
+        try:
+            text = self.render(prompt, opens_answer=True)
+            end = ends(prompt, self.places(prompt, text, opens_answer=True)).get(len(prompt) - 1)
+        except ValueError:
+            return None
+        return None if end is None else text[end:]
+
+    def _generated(self, turns: Turns) -> list[Span]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options = {**self.tokenizer.special_tokens_map, **self._options}
+        _, (blocks,) = render_jinja_template([_messages(turns)], return_assistant_tokens_mask=True, **options)
+        return blocks
+
+    def _render(self, turns: Turns, **options) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options, **self._options)
+            check_text(text, "what it writes")
+            return text
+        except Exception as error:  # a template is a program of others: 1 / 0 and a text + 4 are no TemplateError
+            opening = f"{turns[0][0]}: {turns[0][1][:60]!r}"
+            said = " ".join(str(error).split())[:LONGEST]
+            raise ValueError(f"the chat template refuses the conversation that begins {opening}: {said}") from error
+
+
+def _messages(turns: Turns) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def ends(turns: Turns, places: list[Place]) -> dict[int, int]:
+    """Turn -> where its content ends in the text. White space around a content is not counted as a part of it: some
+    templates keep it, and some do not."""
+    return {turn: place for turn, offset, place in places if offset == len(turns[turn][1].rstrip())}
+
+
+def _span(content: str, text: str, before: int | None, end: int | None, opening: str | None) -> tuple[int | None, int]:
+    """Start and end of an answer. before: where the content of the turn before it ends in `text`."""
+    prompt = before is not None and opening is not None and (end is None or before <= end)
+    if end is None:  # not marked, as it is empty; or not shown
+        end = before + len(opening) if prompt and not content and text.startswith(opening, before) else None
+        return end, end or 0
+    if prompt and text.startswith(opening, before) and before + len(opening) <= end:
+        return before + len(opening), end
+    # history is not written as a prompt is: R1 opens a thought in prompts only
+    header = before + len(commonprefix([opening, text[before:end]])) if prompt else None
+    shown = next((c for c in (content, content.lstrip()) if text.endswith(c, 0, end)), None)
+    if shown is None:
+        return header, end
+    # white space may be the header's, where the template trims: the longest that fits, but no character of the text
+    return max(min(header or 0, end - len(content.lstrip())), end - len(shown)), end
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

@@ -1,0 +1,134 @@
+"""Data: examples become token ids and labels, labels become batches.
+
+In: "docstrings" or a file of the user's, and the model's tokenizer. Out: batches of input_ids, attention_mask and
+labels, each (batch, longest) int64, a label being the token itself where it is learned and -100 where it is not.
+
+    load_data -> [Example] -> encode -> Encoded -> collate -> batch        Batches (batches.py) says which come next
+
+Padding is masked by position and not by id, so a pad token that equals the end token hides nothing.
+Examples that are too long are left out whole and counted: a cut answer loses its end token, a cut prompt asks about
+half a function.
+
+Not here: the tokens and labels of one example (encode.py); which examples make a batch, and several examples in one
+row (batches.py).
+"""
+
+import warnings
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from qlora_lab.data.chat_template import ChatTemplate
+from qlora_lab.data.docstrings import docstring_split
+from qlora_lab.data.encode import (
+    IGNORED,
+    Encoded,
+    Notes,
+    encode as encode,  # the names of encode.py that callers know from here
+    encode_within,
+    end_token_id as end_token_id,
+    prompt_ids as prompt_ids,
+)
+from qlora_lab.data.examples import Example, read_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What became of a data set: numbers of examples, and of tokens in those that were kept."""
+
+    kept: int
+    too_long: int
+    longest: int  # tokens of the longest example, left out or not
+    tokens: int
+    learned_tokens: int
+    notes: Notes = Notes()
+
+
+def load_data(source: str | Path, split: str = "train", *, progress: bool = True) -> list[Example]:
+    """The examples of "docstrings" (splits "train" and "test") or of a file (one split, "train").
+
+    Raises ValueError for an unknown split, and what read_examples raises for a file.
+    """
+    if source == "docstrings":
+        return docstring_split(split, progress)
+    if split != "train":
+        raise ValueError(f'unknown split {split!r} of {source}: a file is all "train"; test on a second file')
+    return read_examples(source)
+
+
+def encode_all(
+    examples: list[Example],
+    tokenizer: "Tokenizer",
+    max_length: int,
+    enough: int | None = None,
+    progress: bool = True,
+    clock: datetime | None = None,
+) -> tuple[list[Encoded], EncodeReport]:
+    """The first `enough` examples of at most `max_length` tokens, in their order, and a count of those passed over.
+
+    About 1 ms an example, so ask for as many as the training will see; None asks for all. clock: the time that a
+    template writes; None for now. Raises ValueError if none is short enough, and for the first that cannot be encoded.
+    Warns of empty answers, and of answers that the template hides.
+    """
+    template = ChatTemplate(tokenizer, clock or datetime.now())  # one date for all, also around midnight
+    kept, lengths = [], []
+    bar = tqdm(examples, "tokens", unit="example", leave=False, disable=not progress)
+    for example in bar:
+        encoded = encode_within(example, template, max_length)
+        if isinstance(encoded, int):
+            lengths.append(encoded)
+        else:
+            lengths.append(len(encoded.input_ids))
+            kept.append(encoded)
+        if len(kept) == enough:
+            bar.total = None  # a bar that ends before its total stays in a notebook, in red
+            break
+    longest = max(lengths, default=0)
+    if not kept:
+        shortest = min(lengths, default=0)
+        raise ValueError(
+            f"no example has at most {max_length} tokens: allow {shortest}, which the shortest has, or more"
+        )
+    learned = sum(label != IGNORED for encoded in kept for label in encoded.labels)
+    tokens = sum(len(encoded.input_ids) for encoded in kept)
+    notes = sum((encoded.notes for encoded in kept), Notes())
+    for warning in notes.warnings():
+        warnings.warn(warning, stacklevel=2)
+    return kept, EncodeReport(len(kept), len(lengths) - len(kept), longest, tokens, learned, notes)
+
+
+def show_labels(encoded: Encoded, tokenizer: "Tokenizer") -> list[tuple[str, bool]]:
+    """(text of the token, whether it is learned) for each token: what a notebook colours."""
+    texts = [tokenizer.decode([token]) for token in encoded.input_ids]
+    return list(zip(texts, (label != IGNORED for label in encoded.labels), strict=True))
+
+
+def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Examples -> input_ids, attention_mask, labels, each (batch, longest of this batch) int64, filled on the right."""
+    rows = [torch.tensor(encoded.input_ids) for encoded in batch]
+    labels = [torch.tensor(encoded.labels) for encoded in batch]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_id),
+        # From the lengths and not from `input_ids != pad_id`, which would mask real end tokens where both are one.
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def to_device(batch: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The batch on the device of the model's parameters."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def pad_token_id(tokenizer: "Tokenizer") -> int:
+    """An id to fill rows with: the pad token, else the end token. It is masked, so its choice changes no result."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

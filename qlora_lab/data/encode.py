@@ -1,0 +1,177 @@
+"""Tokens and labels of one conversation.
+
+In: an example, the tokenizer. Out: input_ids, and labels: the token itself where it is learned, -100 where it is not.
+
+Learned are the answers and the token that ends each answer, nothing else: a model that never sees the end token as a
+label never stops. If the template marks what is generated, just that is learned, as in transformers.
+
+Not here: where an answer stands (chat_template.py); tokens of a text (tokens.py); data sets and batches (dataset.py).
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from qlora_lab.data.chat_template import Answer, ChatTemplate, Span, ends
+from qlora_lab.data.examples import Example, Turns
+from qlora_lab.data.tokens import Tokens, encode_messages_as_text, end_prompt_at, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+IGNORED = -100  # the ignore_index of torch.nn.functional.cross_entropy
+PROBE = Example((("user", "2 + 2?"), ("assistant", "4")))  # any conversation shows which token ends an answer
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What encoding met, counted in one example or summed over many."""
+
+    empty: int = 0  # answers without text: the end token alone is learned
+    hidden: int = 0  # answers of earlier turns that the template does not show whole, and that are not learned
+    shortened: int = 0  # last answers that it does not show whole: what it shows is learned
+    control_texts: int = 0  # control tokens in texts, encoded as text
+
+    def warnings(self) -> list[str]:
+        """A line for each count that says that less is learned than the records hold."""
+        lines = []
+        if self.empty:
+            lines.append(f"{_are(self.empty, 'answer')} empty: the model learns to say nothing; leave such records out")
+        if self.hidden:
+            earlier = _are(self.hidden, "earlier answer")
+            lines.append(f"{earlier} not shown whole by the chat template, and not learned")
+        if self.shortened:
+            last = _are(self.shortened, "last answer")
+            lines.append(f"{last} not shown whole by the chat template: only what it shows is learned")
+        return lines
+
+    def __add__(self, other: "Notes") -> "Notes":
+        return Notes(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example in tokens: input_ids and labels, equally long lists of ids."""
+
+    input_ids: list[int]
+    labels: list[int]
+    notes: Notes = field(default=Notes(), compare=False, repr=False)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Labels that a model is asked for: the first token of all has nothing before it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def _are(count: int, noun: str) -> str:
+    return f"{count:,} {noun} is" if count == 1 else f"{count:,} {noun}s are"
+
+
+def prompt_ids(messages: Turns, tokenizer: "Tokenizer", clock: datetime | None = None) -> list[int]:
+    """The tokens a model is given before it answers: the conversation so far and the opening of an answer.
+
+    clock: the time that a template writes; None for now. Raises ValueError for what the template or tokenizer refuses.
+    """
+    template = ChatTemplate(tokenizer, clock)
+    tokens = tokenise(template.render(messages, opens_answer=True), tokenizer)
+    if template.is_spelt_in(messages):
+        encode_messages_as_text(tokens, messages, template.places(messages, tokens.text, opens_answer=True), template)
+    return tokens.ids
+
+
+def encode(example: Example, tokenizer: "Tokenizer", clock: datetime | None = None) -> Encoded:
+    """The conversation through the tokenizer's chat template (or PLAIN_TEMPLATE), answers and end tokens as labels.
+
+    clock: the time that a template writes; None for now. Raises ValueError, with the example's place where it is
+    known, if the template refuses the conversation, hides its last answer, or ends an answer without a special token.
+    """
+    return encode_within(example, ChatTemplate(tokenizer, clock), None)
+
+
+def encode_within(example: Example, template: ChatTemplate, max_length: int | None) -> Encoded | int:
+    """As `encode`, but return only the number of tokens if it exceeds `max_length`, which takes far less time."""
+    try:
+        return _encode(example, template, max_length)
+    except ValueError as error:
+        if not example.place:
+            raise
+        raise ValueError(f"{example.place}: {error}") from error
+
+
+def end_token_id(tokenizer: "Tokenizer") -> int:
+    """The token that ends an answer under the tokenizer's template, which generation must stop at.
+
+    It need not be tokenizer.eos_token_id: a chat template may end turns by a token of its own.
+    """
+    template = ChatTemplate(tokenizer)
+    return [label for label in encode_within(PROBE, template, None).labels if label in template.control_names][-1]
+
+
+def _encode(example: Example, template: ChatTemplate, max_length: int | None) -> Encoded | int:
+    turns, control_texts = example.messages, 0
+    tokens = tokenise(template.render(turns), template.tokenizer)
+    if max_length is not None and len(tokens.ids) > max_length:
+        return len(tokens.ids)
+    places = template.places(turns, tokens.text)
+    if template.is_spelt_in(turns):
+        control_texts = encode_messages_as_text(tokens, turns, places, template)
+    closed = ends(turns, places)
+    learned = _learned(example, template.answers(turns, tokens.text, closed))
+    for answer in learned.values():
+        for place in answer.openings:
+            end_prompt_at(tokens, place, template)
+    if max_length is not None and len(tokens.ids) > max_length:  # text has more tokens than a control token
+        return len(tokens.ids)
+    labels = [IGNORED] * len(tokens.ids)
+    for start, stop in _learned_spans(learned, turns, tokens, closed.get(len(turns) - 2), template.control_names):
+        positions = tokens.within(start, stop)
+        labels[positions] = tokens.ids[positions]
+    return Encoded(tokens.ids, labels, _notes(example, learned, control_texts))
+
+
+def _learned(example: Example, answers: dict[int, Answer]) -> dict[int, Answer]:
+    """The answers that are learned: the last one, and earlier ones that are shown whole."""
+    last = len(example.messages) - 1
+    if last not in answers:
+        raise ValueError(f"the chat template does not show the answer {example.answer[:60]!r}: use another template")
+    return {i: one for i, one in answers.items() if i not in example.not_learned and (one.whole or i == last)}
+
+
+def _notes(example: Example, learned: dict[int, Answer], control_texts: int) -> Notes:
+    empty = sum(not example.messages[i][1].strip() for i in learned)
+    answers = sum(role == "assistant" for role, _ in example.messages) - len(example.not_learned)
+    return Notes(empty, answers - len(learned), sum(not one.whole for one in learned.values()), control_texts)
+
+
+def _learned_spans(
+    learned: dict[int, Answer], turns: Turns, tokens: Tokens, question_end: int | None, control: dict[int, str]
+) -> list[Span]:
+    """The span of each answer with its end token.
+
+    A control token after an answer ends it if the last answer ends with it too, or if it and the token after it are the
+    two that follow a question. The next header's token, in a template that ends no turn, is neither.
+    """
+    last_end, _ = _ending(tokens, learned[len(turns) - 1].stop, control)
+    closing = _ending(tokens, question_end, control)
+    spans = []
+    for i, answer in learned.items():
+        end, following = _ending(tokens, answer.stop, control)
+        ends_it = end is not None and (end == last_end or (following is not None and (end, following) == closing))
+        stop = tokens.stops[tokens.control_after(answer.stop, control)] if ends_it else None
+        if stop is None or (answer.generated and answer.generated[1] < stop):
+            within = " in its {% generation %} block" if answer.generated else ""
+            raise ValueError(
+                f"the chat template ends {turns[i][1][:60]!r} without a special token{within}, so the model would "
+                "never stop: use another template"
+            )
+        spans.append(answer.generated or (answer.start, stop))
+    return spans
+
+
+def _ending(tokens: Tokens, place: int | None, control: dict[int, str]) -> tuple[int | None, int | None]:
+    """The control token after the content that ends at `place`, and the one after that; None if text comes first."""
+    first = None if place is None else tokens.control_after(place, control)
+    if first is None:
+        return None, None
+    second = tokens.control_after(tokens.stops[first], control)
+    return tokens.ids[first], None if second is None else tokens.ids[second]

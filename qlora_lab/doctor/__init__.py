@@ -1,0 +1,1 @@
+"""The doctor room: checks, before a run, for failures that raise no error. Read diagnose.py first."""

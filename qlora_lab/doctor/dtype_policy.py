@@ -1,0 +1,171 @@
+"""Which bytes have which dtype: every tensor that training holds from one step to the next, in one printed table.
+
+In: a model, usually with adapters, and the bits of the optimizer's moments. Out: a DtypePolicy: rows of elements and
+bytes, what is computed in, and the share of weights that are trained.
+Source: QLoRA section 3, equation 5: storage in 4 bits, computation in 16, gradients for the adapter alone.
+
+Bytes are those of the tensors that are there; only gradients and moments, which come with the first step, follow from
+the parameters that they will belong to. Elements are logical: a 4-bit weight counts as one, not as half a byte, so that
+a share is a share of the model. A tensor that two modules share, as a tied head, counts once.
+
+Not here: activations and what a step needs for a moment.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.model.linear4bit import Linear4bit, head_path
+from qlora_lab.optim.paged_adamw import UNIT
+
+WEIGHTS, ADAPTERS, OTHER_TRAINED = "base weights", "adapters", "other trained weights"
+GRADIENTS, MOMENTS = "gradients", "moments"
+COLUMNS = ("what", "dtype", "elements", "bytes", "bits each")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensors of one kind and one dtype."""
+
+    what: str
+    dtype: str
+    elements: int
+    nbytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits stored for each element, constants included."""
+        return 8 * self.nbytes / self.elements
+
+
+@dataclass(frozen=True)
+class DtypePolicy:
+    """The table of a model. computes_in: the dtype of activations and products, also of the adapter's.
+
+    trained, weights: logical elements that get a gradient, and all of them, adapters included. stored: the same sum
+    with bytes instead of weights where weights are packed, which is what a count of stored elements gives.
+    """
+
+    rows: tuple[Row, ...]
+    computes_in: str
+    trained: int
+    weights: int
+    stored: int
+    loss: str = "float32"
+
+    @property
+    def loss_scaling(self) -> bool:
+        """Whether gradients need a scaled loss: those of float16 vanish below 6e-8, those of bf16 do not."""
+        return self.computes_in == "float16"
+
+    @property
+    def nbytes(self) -> int:
+        """All rows: what lies in memory between two steps."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """Trained weights over all weights, 0 to 1."""
+        return self.trained / self.weights
+
+    def to_dict(self) -> dict:
+        """Everything, as plain values for JSON."""
+        extra = {"loss_scaling": self.loss_scaling, "bytes": self.nbytes, "share": self.share}
+        return asdict(self) | extra
+
+    def __str__(self) -> str:
+        cells = [(r.what, r.dtype, f"{r.elements:,}", f"{r.nbytes:,}", f"{r.bits:.4g}") for r in self.rows]
+        cells = [COLUMNS, *cells, ("sum", "", "", f"{self.nbytes:,}", "")]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(f"{text:{'<' if i < 2 else '>'}{widths[i]}}" for i, text in enumerate(row)).rstrip()
+            for row in cells
+        ]
+        scaling = "scaled before the backward pass" if self.loss_scaling else "not scaled"
+        lines.append(f"computed in {self.computes_in}; loss in {self.loss}, {scaling}")
+        lines.append(f"trained: {self.trained:,} of {self.weights:,} weights, {self.share:.2%}")
+        return "\n".join(lines)
+
+
+class _Tensor(NamedTuple):
+    """One tensor of a model: its kind, its dtype in words, and what it counts for."""
+
+    what: str
+    dtype: str
+    elements: int
+    nbytes: int
+    stored: int
+    trained: nn.Parameter | None
+
+
+def dtype_policy(model: nn.Module, optimizer_bits: int = 32) -> DtypePolicy:
+    """The table of `model` under AdamW with moments of 32 or 8 bits, as PagedAdamW keeps them.
+
+    Raises ValueError for other bits.
+    """
+    if optimizer_bits not in UNIT:
+        raise ValueError(f"optimizer_bits={optimizer_bits!r} is not allowed: moments have 32 or 8")
+    tensors = list(_tensors(model))
+    trained = [one.trained for one in tensors if one.trained is not None]
+    rows = [(one.what, one.dtype, one.elements, one.nbytes) for one in tensors]
+    rows += [(GRADIENTS, _name(p.dtype), p.numel(), p.nbytes) for p in trained]
+    together, size = UNIT[optimizer_bits]
+    moments = "float32" if optimizer_bits == 32 else f"8-bit codes, blocks of {together}"
+    # Each parameter starts a new block, so this is no multiple of the number of elements.
+    rows += [(MOMENTS, moments, 2 * p.numel(), -(-p.numel() // together) * size) for p in trained]
+    dtype = getattr(model, "dtype", None) or next(p.dtype for p in model.parameters())
+    return DtypePolicy(
+        rows=tuple(_sums(rows)),
+        computes_in=_name(dtype),
+        trained=sum(p.numel() for p in trained),
+        weights=sum(one.elements for one in tensors),
+        stored=sum(one.stored for one in tensors),
+    )
+
+
+def _tensors(model: nn.Module) -> Iterator[_Tensor]:
+    """Every tensor of the model once, base before adapters."""
+    seen: dict[nn.Parameter | torch.Tensor, list[str]] = {}
+    head = head_path(model)
+    for path, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            q = module.weight
+            double = ", double quantization" if q.double_quant else ""
+            words = f"{q.codebook}, blocks of {q.block_size}{double}"
+            yield _Tensor(WEIGHTS, words, q.numel, q.nbytes, q.packed.numel(), None)
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            kinds, kind = seen.setdefault(tensor, []), _kind(module, name, path == head)
+            if kind not in kinds:
+                kinds.append(kind)
+    for tensor, kinds in sorted(seen.items(), key=lambda item: ADAPTERS in item[1]):
+        trained = tensor if tensor.requires_grad else None
+        what = " and ".join(kinds) if trained is None or kinds == [ADAPTERS] else OTHER_TRAINED
+        yield _Tensor(what, _name(tensor.dtype), tensor.numel(), tensor.nbytes, tensor.numel(), trained)
+
+
+def _kind(module: nn.Module, name: str, is_head: bool) -> str:
+    if isinstance(module, LoRALinear):
+        return ADAPTERS
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if isinstance(module, nn.Linear) and name == "weight":
+        return "head" if is_head else WEIGHTS
+    return "norms, biases, buffers"
+
+
+def _sums(rows: list[tuple[str, str, int, int]]) -> Iterator[Row]:
+    """Rows of the same kind and dtype added up, in the order in which each first appears."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for what, dtype, elements, nbytes in rows:
+        total = sums.setdefault((what, dtype), [0, 0])
+        total[0], total[1] = total[0] + elements, total[1] + nbytes
+    for (what, dtype), total in sums.items():
+        yield Row(what, dtype, *total)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

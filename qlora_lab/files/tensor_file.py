@@ -1,0 +1,26 @@
+"""Write a safetensors file, whose errors of the disk are the disk's.
+
+In: tensors by name. Out: a file, not yet on the disk (files/disk.py, sync).
+Not here: reading one (stored.py, checkpoint.py), a name for what is whole (replace.py).
+"""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust names an errno
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises OSError for a disk that refuses, which safetensors tells as its own error."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        if not (match := SYSTEM_ERROR.search(str(error))):
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), str(path)) from error

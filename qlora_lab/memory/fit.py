@@ -1,0 +1,203 @@
+"""What fits on a card: settings for a run, the longest row, the most rows, the largest rank, and what each switch buys.
+
+    plan("llama-7b", 24, r=64, length=2048) -> Plan
+
+In: a model, the card's memory, and what is wanted, as fields of Setup. Out: a Plan. Three switches change nothing of
+what is computed, and are turned on in the order of their price until it fits:
+
+    micro-batches            each step in parts: the same step, a little slower
+    gradient checkpointing   one more forward pass a step, a third of its arithmetic
+    paged optimizer          of its state, what does not fit leaves the card and comes back, every step
+
+8-bit moments are compared, and never chosen: they change numbers, and 32-bit ones in pages need less still. So is
+packing, if mean_length says how long examples are: how well they fill rows depends on the data.
+Not here: bytes (predict.py). On a CPU the card is the machine's memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_lab.memory.activations import targeted
+from qlora_lab.memory.ledger import Ledger
+from qlora_lab.memory.predict import ledger_of
+from qlora_lab.memory.setup import Setup
+from qlora_lab.memory.shape import Shape, shape_of
+from qlora_lab.optim.paging import PAGE_SIZE
+from qlora_lab.quant.numbers import check_number
+
+GIB = 2**30
+MOST_TOKENS, MOST_ROWS = 2**20, 2**12  # beyond them a limit is not looked for
+ORDER = ("micro-batches", "gradient checkpointing", "paged optimizer")
+EIGHT, PACKING = "8-bit moments", "packing"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One thing that saves memory: the peak of what was asked for with this switch alone, and its longest row."""
+
+    name: str
+    peak: int
+    saves: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """asked: the ledger of what was asked for. chosen: that of what is advised, or of the least that there is where
+    nothing fits. longest: tokens of a row, one row at once; rows: of the asked length at once; rank: with the asked
+    rows. Each with the chosen switches; 0 where not even 1 fits."""
+
+    nbytes: int
+    fits: bool
+    asked: Ledger
+    chosen: Ledger
+    settings: dict[str, Any]
+    switched: tuple[str, ...]
+    switches: tuple[Switch, ...]
+    longest: int
+    rows: int
+    rank: int
+
+    @property
+    def free(self) -> int:
+        """Bytes of the card that the chosen setup leaves; negative where it does not fit."""
+        return self.nbytes - self.chosen.peak
+
+    def to_dict(self) -> dict:
+        """Everything, as plain values for JSON."""
+        switches = [{"name": s.name, "peak": s.peak, "saves": s.saves, "longest": s.longest} for s in self.switches]
+        limits = {"longest": self.longest, "rows": self.rows, "rank": self.rank}
+        figures = {"card": self.nbytes, "fits": self.fits, "free": self.free, "switched": list(self.switched)}
+        ledgers = {"asked": self.asked.to_dict(), "chosen": self.chosen.to_dict()}
+        return figures | {"settings": self.settings, "limits": limits, "switches": switches} | ledgers
+
+    def __str__(self) -> str:
+        card = f"a card of {self.nbytes / GIB:g} GiB"
+        verdict = f"fits on {card}, {self.free / GIB:.2f} GiB to spare" if self.fits else self._shortage(card)
+        how = f"with {', '.join(self.switched)}" if self.switched else "as it is"
+        lines = [f"asked for  {self.asked.setup}", f"           {_gib(self.asked.peak)}"]
+        lines += [f"advised    {self.chosen.setup}", f"           {how}: {_gib(self.chosen.peak)}, {verdict}"]
+        lines += [f"           {name:<12}{_gib(size):>11}" for name, size in self.chosen.groups.items()]
+        limits = f"{self.longest:,} tokens in a row of its own, {self.rows:,} rows of the length asked for"
+        lines.append(f"at most    {limits}, rank {self.rank:,}")
+        for s in self.switches:
+            saves = f"{_gib(s.peak):>11}, saves {_gib(s.saves)}; a row of {s.longest:,} tokens"
+            lines.append(f"alone      {s.name:<24}{saves}")
+        return "\n".join(lines)
+
+    def _shortage(self, card: str) -> str:
+        return f"does not fit on {card}: {-self.free / GIB:.2f} GiB are missing"
+
+
+def plan(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> Plan:
+    """Settings for `model` on a card of `gpu_gb` GiB, what they call GB.
+
+    model: see shape_of. setup: fields of Setup. `settings` of the result are arguments of finetune.
+    Raises ValueError for a card without memory, and what predict_memory raises.
+
+    >>> plan("llama-7b", 12, r=64, length=512).fits, plan("llama-65b", 24).fits
+    (True, False)
+    """
+    what = "the memory of a card, above 0 GB and at most 1,000,000, such as 24"
+    check_number("gpu_gb", gpu_gb, lambda size: 0 < size <= 1e6, what)
+    shape, wanted, nbytes = shape_of(model), Setup(method=method, **setup), int(gpu_gb * GIB)
+    asked, advised, switched = ledger_of(shape, wanted), wanted, []
+    for name in ORDER:
+        if _peak(shape, advised) <= nbytes:
+            break
+        before, advised = advised, _switch(name, shape, advised, nbytes)
+        if _peak(shape, advised) < _peak(shape, before):
+            switched.append(name)
+    chosen = ledger_of(shape, advised)
+    compared = (*ORDER, EIGHT, *(PACKING,) * (wanted.mean_length is not None))
+    return Plan(
+        nbytes=nbytes,
+        fits=chosen.peak <= nbytes,
+        asked=asked,
+        chosen=chosen,
+        settings=_settings(advised),
+        switched=tuple(switched),
+        switches=tuple(_alone(name, shape, wanted, nbytes, asked.peak) for name in compared),
+        longest=_longest(shape, advised, nbytes),
+        rows=_most(MOST_ROWS, lambda n: _peak(shape, _rows(advised, n)) <= nbytes),
+        rank=_largest_rank(shape, advised, nbytes),
+    )
+
+
+def _peak(shape: Shape, setup: Setup) -> int:
+    return ledger_of(shape, setup).peak
+
+
+def _switch(name: str, shape: Shape, setup: Setup, nbytes: int) -> Setup:
+    """The setup with one switch more. Micro-batches are as large as fits, or of one row."""
+    if name == "micro-batches":
+        fitting = _most(setup.rows, lambda n: _peak(shape, replace(setup, micro_batch_size=n)) <= nbytes)
+        return replace(setup, micro_batch_size=fitting or 1)
+    if name == "gradient checkpointing":
+        smaller = replace(setup, gradient_checkpointing=True)
+        if setup.micro_batch_size is None:
+            return smaller
+        # what was cut to pieces for want of memory may now go in larger ones
+        return _switch("micro-batches", shape, replace(smaller, micro_batch_size=None), nbytes)
+    pages = int(ledger_of(shape, replace(setup, paged=True)).row("moments").predicted // PAGE_SIZE)
+    # as many pages in memory as there is room for: each that leaves is fetched again in every step
+    frames = _most(pages - 1, lambda n: _peak(shape, replace(setup, optimizer_budget=n * PAGE_SIZE)) <= nbytes)
+    return replace(setup, optimizer_budget=(frames or 1) * PAGE_SIZE)
+
+
+def _alone(name: str, shape: Shape, wanted: Setup, nbytes: int, peak: int) -> Switch:
+    """Each as far as it goes: one row at once, one page in memory."""
+    changes = {
+        "micro-batches": {"micro_batch_size": 1},
+        "gradient checkpointing": {"gradient_checkpointing": True},
+        "paged optimizer": {"optimizer_budget": PAGE_SIZE},
+        EIGHT: {"optimizer_bits": 8},
+        PACKING: {"packing": True},
+    }
+    setup = replace(wanted, **changes[name])
+    less = _peak(shape, setup)
+    return Switch(name, less, peak - less, _longest(shape, setup, nbytes))
+
+
+def _rows(setup: Setup, rows: int) -> Setup:
+    return replace(setup, batch_size=rows, micro_batch_size=None, packing=False, mean_length=None)
+
+
+def _longest(shape: Shape, setup: Setup, nbytes: int) -> int:
+    one = _rows(setup, 1)
+    return _most(MOST_TOKENS, lambda n: _peak(shape, replace(one, length=n)) <= nbytes)
+
+
+def _largest_rank(shape: Shape, setup: Setup, nbytes: int) -> int:
+    if setup.method == "full":
+        return 0
+    # a product of two matrices has at most the layer's own rank: more memory would express nothing more
+    largest = max(min(one.out_features, one.in_features) for one in targeted(shape, setup))
+    return _most(largest, lambda r: _peak(shape, replace(setup, r=r)) <= nbytes)
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `limit` that fits, 0 where none does; what is larger needs more."""
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _settings(setup: Setup) -> dict[str, Any]:
+    """Arguments of finetune."""
+    return {
+        "batch_size": setup.batch_size,
+        "micro_batch_size": setup.micro_batch_size,
+        "max_length": setup.length,
+        "packing": setup.packing,
+        "gradient_checkpointing": setup.gradient_checkpointing,
+        "optimizer_bits": setup.optimizer_bits,
+        "optimizer_budget": setup.optimizer_budget,
+    }
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB"

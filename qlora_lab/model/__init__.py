@@ -1,0 +1,4 @@
+"""The model room: a name or a folder becomes a model whose linear layers are in 4 bits. Read it in this order:
+
+fetch -> gguf_in -> model_files -> empty_model -> linear4bit -> stored -> load -> quantized_folder
+"""

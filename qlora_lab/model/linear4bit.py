@@ -1,0 +1,231 @@
+"""A linear layer whose frozen weight stays packed: y = x dequantize(W)^T + bias.
+
+In: x, (..., in_features) float32, bf16 or fp16. Out: y, (..., out_features), same dtype.
+Source: QLoRA section 3, equation 5. The weight is dequantised, used, and dropped; backward dequantises it once more
+instead of keeping it: 0.5 byte a weight stays for backward, not 2 or 4. The frozen weight has no gradient, so x is not
+kept at all, unless an adapter (lora.py) comes with it. On the CPU not even that copy is made: kernels/product.py
+decodes a panel at a time. There is no second derivative.
+
+But: no inference mode that repacks anything. What a layer computes and what it saves never depend on train() or eval().
+Not here: adapters (lora.py), reading checkpoints (load.py).
+"""
+
+import inspect
+import re
+import sys
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from qlora_lab.kernels import product_for
+from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
+from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
+from qlora_lab.quant.serialize import from_tensors, to_tensors
+
+HEAD = "lm_head"  # the output layer's name in most models of transformers; it is neither quantised nor adapted
+# `self.dt_proj.weight @ x`, `out_proj=self.out_proj.weight,`; a packed weight can be neither multiplied nor handed on
+DIRECT_USE = re.compile(r"^(?!.*\binit\.).*(?<!module)\.(\w+)\.weight(?= @|,$|\)|\.t\(|\.mul_|\.div_)", re.MULTILINE)
+
+
+def _product_for(weight: QuantizedTensor) -> ModuleType | None:
+    return product_for(weight.device.type, len(weight.levels), weight.block_size)
+
+
+def _matmul_4bit(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
+    if product := _product_for(weight):
+        return product.forward(x, weight.plain, weight.shape[0])
+    return x @ dequantize(weight, x.dtype).t()  # (tokens, in) @ (in, out) -> (tokens, out)
+
+
+class _MatMul4bit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
+        ctx.weight = weight  # packed bytes, shared with the layer: nothing is copied
+        return _matmul_4bit(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        weight = ctx.weight
+        if product := _product_for(weight):
+            return product.backward(grad, weight.plain, weight.shape[1]), None
+        return grad @ dequantize(weight, grad.dtype), None  # (tokens, out) @ (out, in) -> (tokens, in)
+
+
+class _AdaptedMatMul4bit(torch.autograd.Function):
+    """x W^T + scaling (x A^T) B^T in one pass over x on the CPU. Kept for backward: x as it came, and x A^T."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: QuantizedTensor, A: torch.Tensor, B: torch.Tensor, scaling: float):
+        product = _product_for(weight)
+        thin = product.Thin(A.t(), scaling * B.t(), A.new_empty(len(x), len(A)))
+        ctx.weight, ctx.scaling = weight, scaling
+        y = product.forward(x, weight.plain, weight.shape[0], thin)
+        ctx.save_for_backward(x, thin.low, A, B)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        (x, low, A, B), weight, scaling = ctx.saved_tensors, ctx.weight, ctx.scaling
+        product = _product_for(weight)
+        thin = product.Thin(scaling * B, A, torch.empty_like(low))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product.backward(grad, weight.plain, weight.shape[1], thin)
+        else:  # a layer right after the frozen embedding
+            torch.mm(grad.to(B.dtype), thin.down, out=thin.low)
+        grad_B = product.outer(low, grad).t() * scaling  # (r, out) -> (out, r)
+        return grad_x, None, product.outer(thin.low, x), grad_B, None
+
+
+class Linear4bit(nn.Module):
+    """`nn.Linear` over a QuantizedTensor.
+
+    weight: quantised (out_features, in_features); frozen, and no Parameter, so no optimizer ever sees it.
+    bias: (out_features,) or None. Raises ValueError for a weight that is not a matrix.
+    Moving the module moves the weight; casting it (.half(), .bfloat16()) casts only the bias: bytes have no dtype.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None):
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}, but a linear layer takes (out_features, in_features)"
+            )
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def takes_adapter(self) -> bool:
+        """Whether forward can add an adapter by itself: the CPU's product can."""
+        return self.weight.device.type == "cpu" and _product_for(self.weight) is not None
+
+    def forward(self, x: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None) -> torch.Tensor:
+        """adapter: (lora_A, lora_B, scaling) of lora.py, added to the product; only where `takes_adapter`."""
+        if x.dtype not in WEIGHT_DTYPES:
+            raise TypeError(f"input is {x.dtype}: Linear4bit computes in float32, bfloat16 or float16")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"input has shape {tuple(x.shape)}, but its last size must be {self.in_features}")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        if adapter is not None:
+            y = _AdaptedMatMul4bit.apply(tokens, self.weight, *adapter)
+        elif x.requires_grad and torch.is_grad_enabled():
+            y = _MatMul4bit.apply(tokens, self.weight)
+        else:
+            y = _matmul_4bit(tokens, self.weight)
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return repr(self.weight)
+
+    def _apply(self, fn, recurse: bool = True):
+        probe = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device))  # .to(dtype) leaves integers alone
+        if probe.device != self.weight.device:
+            self.weight = self.weight.to(probe.device)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(to_tensors(self.weight, prefix + "weight"))
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        key = prefix + "weight"
+        ours = [k for k in state_dict if k == key or k.startswith(key + ".")]
+        try:
+            weight = from_tensors(state_dict, key)
+            if weight.shape != self.weight.shape:
+                raise ValueError(f"{key} has shape {tuple(weight.shape)}, the layer {tuple(self.weight.shape)}")
+            self.weight = weight.to(self.weight.device)
+        except (KeyError, ValueError) as error:
+            errors.append(str(error.args[0]))
+        rest = {k: v for k, v in state_dict.items() if k not in ours}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def head_path(model: nn.Module) -> str | None:
+    """Path of the layer that gives logits, lm_head in most models; None where there is none."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get else getattr(model, HEAD, None)
+    return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def left_alone(model: nn.Module) -> set[str]:
+    """Paths of modules that are neither quantised nor adapted: head, routers, and layers whose weight is used directly.
+
+    Which those are is read from the source of the model's classes in transformers.
+    """
+    last_names = {HEAD, *_used_directly(frozenset(type(module).__module__ for module in model.modules()))}
+    head = head_path(model)
+    return {
+        path
+        for path, module in model.named_modules()
+        if path == head or path.split(".")[-1] in last_names or _gives_more(type(module))
+    }
+
+
+def linears_to_quantise(model: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> layer: every plain nn.Linear that is not left alone."""
+    kept = left_alone(model)
+    return {path: m for path, m in model.named_modules() if type(m) is nn.Linear and path not in kept}
+
+
+@lru_cache
+def _gives_more(kind: type[nn.Module]) -> bool:
+    """Whether it is an nn.Linear with a forward of its own that returns several things, as Llama 4's router is."""
+    if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
+        return False
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):  # typed at a prompt, or compiled
+        return False
+    return re.search(r"return \w+, ", source) is not None
+
+
+@lru_cache
+def _used_directly(modules: frozenset[str]) -> frozenset[str]:
+    """Names of layers whose weight a family's own code multiplies or hands on, as Mamba's and RWKV's does."""
+    theirs = (sys.modules[name] for name in modules if name.startswith("transformers.models."))
+    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in theirs]
+    return frozenset(name for text in texts for name in DIRECT_USE.findall(text))
+
+
+def quantize_linears(
+    model: nn.Module,
+    codebook: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    plan: Plan | str | Path | None = None,
+) -> nn.Module:
+    """Replace each plain `nn.Linear` of `model` by a Linear4bit, in place, except those of `left_alone`.
+
+    plan: or its file, instead of the options, for layers that differ (quant/plan.py).
+    Raises what quantize raises, with the layer's name, and ValueError when there is nothing to replace, or for a plan
+    of another model.
+    Returns `model`.
+    """
+    targets = linears_to_quantise(model)
+    if not targets:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}: leave it as it is")
+    numel = {name: linear.weight.numel() for name, linear in targets.items()}
+    options = of_layers(Candidate(codebook, block_size, double_quant), as_plan(plan), numel)
+    for name, linear in targets.items():
+        weight = quantize(linear.weight, *options[name], name=f"{name}.weight")
+        model.set_submodule(name, Linear4bit(weight, linear.bias))
+    return model

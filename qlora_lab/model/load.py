@@ -1,0 +1,248 @@
+"""Load a model of transformers with its linear layers quantised on arrival, one tensor at a time.
+
+In: a known name, a local folder, or a hub id. Out: (model, tokenizer), the model frozen and in evaluation mode.
+Peak memory is the quantised model plus the largest tensor, never the full-precision model: the model is built on the
+meta device, where tensors have shapes and no bytes, and each weight is read, quantised and dropped before the next.
+
+A folder that is in 4 bits already (quantized_folder.py) is mapped: no codes are read before they are used.
+A NaN or an infinity is refused wherever it stands, at the speed of memory (quant/finite.py).
+Embeddings, the head and norms keep their precision. In the end each tensor is the one that was read, or the load fails.
+Not here: the folder (fetch.py), the empty model and its buffers (empty_model.py), names in files (stored.py), adapters
+(lora.py).
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from qlora_lab.model.empty_model import (
+    NO_VALUE,
+    compute_buffers,
+    dtypes_of,
+    empty_model,
+    stored_options,
+    tokenizer_of,
+)
+from qlora_lab.model.fetch import KNOWN_MODELS, ModelError, resolve
+from qlora_lab.model.linear4bit import HEAD, Linear4bit, head_path, linears_to_quantise
+from qlora_lab.model.out_of_memory import telling_memory
+from qlora_lab.model.share import in_4_bits
+from qlora_lab.model.stored import (
+    by_model_name,
+    check_names,
+    check_shape,
+    expected_shapes,
+    files_of,
+    opened_once,
+    stored_tensors,
+    tie,
+    without_copies,
+)
+from qlora_lab.model.wide import widen
+from qlora_lab.quant.blocks import check_block_size
+from qlora_lab.quant.codebook import codebook as named_codebook
+from qlora_lab.quant.plan import DEFAULT, Candidate, Plan, as_plan, of_layers
+from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
+from qlora_lab.quant.serialize import from_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(
+    name_or_path: str | Path = "smollm2-135m",
+    codebook: str | None = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    plan: Plan | str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A quantised model and its tokenizer.
+
+    codebook: a name that qlora_lab.codebook knows, or None for no quantisation. block_size, double_quant: see quantize.
+    A folder that is quantised already has its own.
+    plan: or its file, instead of these options, for layers that differ (quant/plan.py).
+    dtype: of everything that is not quantised, and of the computation; None takes bf16 where the machine multiplies it
+    fast, else float32 (fp16 on an older GPU); what transformers keeps in float32 always, such as DeepSeek's routing
+    bias, stays so. device: None takes a CUDA GPU if there is one.
+    Raises ValueError for a name or option that is not known, a plan of another model, or a model without linear layers;
+    FileNotFoundError for a folder without a model; ModelError for a tensor that is missing, extra, mis-shaped, not
+    finite or cut off: each names it, and for a family that is not supported; OutOfMemory, which says what would need
+    less. Warns where less than 90 % of the weights are in 4 bits, and for tied weights that differ in the files: they
+    are then two.
+    """
+    if codebook is not None:  # before anything is fetched or read
+        named_codebook(codebook)
+        check_block_size(block_size)
+    plan = as_plan(plan)
+    folder = resolve(name_or_path, progress=progress)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or fast_dtype(device)
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype={dtype} is not supported: choose float32, bfloat16 or float16 of torch")
+    asked, stored = Candidate(codebook, block_size, double_quant), stored_options(folder)
+    if stored and (plan is not None or asked not in (DEFAULT, stored)):
+        given = "by a plan" if plan is not None else f"as {tuple(asked)}"
+        raise ValueError(f"{folder} is quantised as {stored}, not {given}: leave the options out, or load the original")
+    with telling_memory(lambda: _too_large(folder, stored is not None, codebook)):
+        model = empty_model(folder, dtype)
+        model.config._name_or_path = model.name_or_path = public_name(name_or_path)
+        dtypes = dtypes_of(model, dtype)
+        compute_buffers(model, device)
+        if stored:
+            arriving = _mapped(model, folder, progress)
+        else:
+            options = {} if codebook is None and plan is None else of_layers(asked, plan, layer_sizes(model))
+            arriving = _quantised(model, folder, options, device, dtypes, progress)
+        placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in arriving}
+        tie(model, placed)
+        widen(model)
+    _check_whole(model, placed)
+    if codebook is not None or plan is not None:
+        in_4_bits(model).warn_if_small(stacklevel=2)
+    return model.requires_grad_(False).eval(), tokenizer_of(folder)
+
+
+def _too_large(folder: Path, mapped: bool, codebook: str | None) -> str:
+    if mapped:
+        helps = "close other programs, or choose a smaller model"
+    elif codebook is None:
+        helps = 'load it in 4 bits, codebook="nf4" (--codebook nf4), or in dtype=torch.bfloat16 (--dtype bfloat16)'
+    else:
+        helps = "load the copy that `qlora-lab quantize` makes of it, which stays on the disk until it is used"
+    return f"out of memory while {folder} was loaded: {helps}"
+
+
+@lru_cache
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where `device` multiplies it faster than float32 (fp16 on a GPU without bf16), else float32.
+
+    On a CPU this is raced, in about 0.1 s, and not read off its features.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type != "cpu":
+        return torch.float32
+    from qlora_lab.kernels.product import race
+
+    return torch.bfloat16 if race().use_bfloat16 else torch.float32
+
+
+def public_name(name_or_path: str | Path) -> str:
+    """What an adapter says its base is: a hub id where there is one, and no path of a cache."""
+    known = KNOWN_MODELS.get(str(name_or_path))
+    return known.hub_id if known else str(name_or_path)
+
+
+def layer_sizes(model: nn.Module) -> dict[str, int]:
+    """Path of each layer to quantise -> its weights. Raises ValueError for a model that has none."""
+    sizes = {path: linear.weight.numel() for path, linear in linears_to_quantise(model).items()}
+    if not sizes:  # GPT-2's are Conv1D
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}: load it with codebook=None "
+            "(on the command line: --codebook none)"
+        )
+    return sizes
+
+
+def _quantised(
+    model: "PreTrainedModel",
+    folder: Path,
+    options: dict[str, Candidate],
+    device: torch.device,
+    dtypes: dict[str, torch.dtype],
+    progress: bool,
+) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+    """The tensors of an original, one at a time, those of the layers in `options` quantised."""
+    bar = tqdm(stored_tensors(model, folder).items(), "loading", unit="tensor", disable=not progress)
+    for name, stored in bar:
+        bar.set_postfix_str(name.removeprefix("model."), refresh=False)
+        tensor, layer = stored.read().to(device), name.removesuffix(".weight")
+        if layer in options:
+            yield name, quantize(tensor, *options[layer], name=name)
+        else:  # a copy of what is a view of the file; clone() would keep its dtype
+            yield name, tensor.to(dtypes[name], copy=stored.rule is None)
+
+
+def _mapped(
+    model: "PreTrainedModel", folder: Path, progress: bool
+) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+    """The tensors of a folder in 4 bits. On the CPU all are views of files, and codes are not read before use."""
+    files = files_of(folder)
+    parts: dict[str, list[str]] = {}
+    for key in files:
+        name, dot, _ = key.partition(".weight.")
+        parts.setdefault(f"{name}.weight" if dot else key, []).append(key)
+    if not any(len(keys) > 1 for keys in parts.values()):
+        raise ModelError(f"{folder} is quantised by its config.json, but not its tensors: mend one of the two")
+    tensors = by_model_name(model, {name: files[keys[0]] for name, keys in parts.items()})
+    check_names(folder, tensors, model)
+    tensors = without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
+    packed = {*linears_to_quantise(model), head_path(model)}
+    with opened_once(files) as opened_files:
+        for name, stored in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):
+            if stored.rule:
+                yield name, stored.read()
+                continue
+            key = next(iter(stored.files))
+            found = {part: opened_files[files[part]].get_tensor(part) for part in parts[key]}
+            try:
+                tensor = found[key] if len(found) == 1 else from_tensors(found, key)
+            except (KeyError, ValueError) as error:
+                raise ModelError(f"{stored.file}: {error.args[0]}") from None
+            if isinstance(tensor, QuantizedTensor):
+                check_shape(stored.file, name, tensor.shape, stored.shape)
+                # bitsandbytes packs others too, whose weight the family's code uses itself: it takes them decoded
+                yield name, tensor if name.removesuffix(".weight") in packed else dequantize(tensor, torch.float32)
+            else:
+                yield name, stored.checked(tensor)
+
+
+def _place(
+    model: "PreTrainedModel",
+    name: str,
+    tensor: torch.Tensor | QuantizedTensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor | QuantizedTensor, int]:
+    """Put a tensor where it belongs. Returns what is there now, and how often it was written to."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(tensor, QuantizedTensor):
+        model.set_submodule(path, Linear4bit(tensor.to(device), module.bias))
+    elif leaf in module._buffers:
+        module._buffers[leaf] = tensor.to(device, dtype)
+    else:
+        setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+    return _seen(model, name)
+
+
+def _seen(model: nn.Module, name: str) -> tuple[torch.Tensor | QuantizedTensor, int]:
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    return tensor, getattr(tensor, "_version", 0)
+
+
+def _check_whole(model: nn.Module, placed: dict[str, tuple[torch.Tensor | QuantizedTensor, int]]) -> None:
+    """Raise ModelError unless each tensor is the one that was read, as it was read, and every one has its values."""
+    for name, (tensor, version) in placed.items():
+        there, version_there = _seen(model, name)
+        if there is not tensor or version_there != version:
+            raise ModelError(f"{name} is no longer what was read from the files: please report this family")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers(), *_plain_tensors(model)):
+        if tensor.is_meta:
+            raise ModelError(f"{name} {NO_VALUE}")
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that a module keeps as an ordinary attribute."""
+    for path, module in model.named_modules():
+        yield from ((f"{path}.{name}", value) for name, value in vars(module).items() if torch.is_tensor(value))

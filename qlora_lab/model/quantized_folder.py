@@ -1,0 +1,215 @@
+"""A model folder whose linear layers are quantised on disk: made once, piece by piece, and then mapped in seconds.
+
+In: whatever `load` takes. Out: a folder with config.json, the tokenizer and safetensors by bitsandbytes' key names:
+`load` maps it, and for nf4 and fp4 transformers with bitsandbytes reads it too.
+Source: quant/serialize.py has the names; transformers' BitsAndBytesConfig those in config.json.
+
+The work is cut into pieces of at most PIECE bytes, each written beside its place and renamed. An interrupted call
+goes on behind its last whole piece when it is repeated, and the folder is the same to the byte. config.json comes last:
+without it the folder is no model yet.
+Peak memory: one piece, quantised, and the largest tensor.
+Not here: reading it (load.py).
+"""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from qlora_lab.files import disk
+from qlora_lab.files.checksums import replace_sums
+from qlora_lab.files.lock import LOCK, locked_folder
+from qlora_lab.files.out_path import out_folder
+from qlora_lab.files.ownership import MARK, QUANTISED, is_cut, is_marked, mark, read_object, scratch_name
+from qlora_lab.files.replace import replacing_file
+from qlora_lab.files.tensor_file import save_tensors
+from qlora_lab.model.empty_model import empty_model, fields_of, stored_options
+from qlora_lab.model.fetch import HUB_FILES, ModelError, resolve
+from qlora_lab.model.linear4bit import HEAD, head_path
+from qlora_lab.model.load import layer_sizes
+from qlora_lab.model.share import Share, in_4_bits
+from qlora_lab.model.stored import Stored, opened, stored_tensors
+from qlora_lab.quant.blocks import check_block_size
+from qlora_lab.quant.codebook import codebook as named_codebook
+from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
+from qlora_lab.quant.quantize import quantize
+from qlora_lab.quant.serialize import BITSANDBYTES_READS, to_tensors
+
+PIECE = 2**30  # bytes of the original's tensors in a file: a quarter of that in memory, a few seconds of work
+CONFIG, INDEX, UNFINISHED = "config.json", "model.safetensors.index.json", "quantizing.json"
+PLAN = "plan.json"
+COPIED = [name for name in HUB_FILES if "model" not in name.split(".")[0] and name != CONFIG] + ["source.json"]
+
+
+def quantize_folder(
+    name_or_path: str | Path,
+    out: str | Path,
+    codebook: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    plan: Plan | str | Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a quantised copy of a model to the folder `out`, or finish one that was interrupted. Returns `out`.
+
+    plan: or its file, instead of the options, for layers that differ (quant/plan.py); it is kept in the folder,
+    which bitsandbytes then does not read.
+    Raises what `load` raises, FileExistsError for a folder that holds anything else, BlockingIOError for one that
+    another process writes to, and ValueError for an empty path, a folder that was begun from another model or with
+    other options, and a plan of another model.
+    """
+    out = out_folder(out)
+    named_codebook(codebook)
+    check_block_size(block_size)
+    plan = as_plan(plan)
+    with locked_folder(out, "quantize"):
+        share = _quantize(name_or_path, out, Candidate(codebook, block_size, double_quant), plan, progress)
+    share.warn_if_small(stacklevel=2)
+    return out
+
+
+def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan | None, progress: bool) -> Share:
+    source = resolve(name_or_path, progress=progress)
+    if already := stored_options(source):
+        raise ModelError(f"{source} is in 4 bits already, as {already}: load it, or quantise its original")
+    model = empty_model(source, torch.float32)
+    stored = stored_tensors(model, source)
+    options = of_layers(chosen, plan, layer_sizes(model))
+    pieces = _pieces(stored)
+    work = chosen._asdict() | {"pieces": pieces}
+    work |= {"source": _identity(source, stored), "plan": plan and {name: list(one) for name, one in options.items()}}
+    _begin(out, work)
+    weight_map, total = {}, len(pieces)
+    bar = tqdm(total=len(stored), desc="quantising", unit="tensor", disable=not progress)
+    for number, piece in enumerate(pieces, 1):
+        file = out / f"model-{number:05}-of-{total:05}.safetensors"
+        if not file.exists():  # else it was finished by an earlier call: a file only gets its name when it is whole
+            tensors = {}
+            for name in piece:
+                bar.set_postfix_str(name.removeprefix("model."), refresh=False)
+                tensor = stored[name].read()
+                if (layer := name.removesuffix(".weight")) in options:
+                    tensors |= to_tensors(quantize(tensor, *options[layer], name=name), name)
+                else:
+                    tensors[name] = tensor.clone()  # off the file
+                bar.update()
+            with replacing_file(file) as new:
+                # tables are shared by all weights, and safetensors stores no tensor under two names
+                save_tensors({key: _own(key, value) for key, value in tensors.items()}, new, {"format": "pt"})
+                disk.copy_mode(out / UNFINISHED, new)  # safetensors writes files that only their owner can read
+        else:
+            bar.update(len(piece))
+        with opened(file) as whole:
+            weight_map |= dict.fromkeys(whole.keys(), file.name)
+    bar.close()
+    _finish(out, source, _described(chosen, plan, _kept(model, options)), plan, weight_map)
+    return in_4_bits(model, options)
+
+
+def folder_in_4_bits(folder: Path) -> Share:
+    """The Share of a folder that `quantize_folder` made."""
+    model = empty_model(folder, torch.float32)
+    return in_4_bits(model, layer_sizes(model))
+
+
+def _own(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if key.endswith("quant_map") else tensor
+
+
+def _pieces(tensors: dict[str, Stored]) -> list[list[str]]:
+    """The names in their order, cut into lists of at most PIECE bytes."""
+    pieces, room = [], 0
+    for name, stored in tensors.items():
+        with opened(stored.file) as file:
+            dtype = file.get_slice(next(iter(stored.files))).get_dtype()
+        nbytes = stored.shape.numel() * (4 if dtype == "F32" else 2)
+        if not pieces or nbytes > room:
+            pieces.append([])
+            room = PIECE
+        pieces[-1].append(name)
+        room -= nbytes
+    return pieces
+
+
+def _identity(source: Path, tensors: dict[str, Stored]) -> dict:
+    """What tells a source from another, without reading all of it."""
+    files = sorted({file for stored in tensors.values() for file in stored.files.values()})
+    stats = {file.name: file.stat() for file in files}
+    return {"folder": str(source.resolve()), "files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}}
+
+
+def _kept(model: nn.Module, layers: Collection[str]) -> list[str]:
+    """Paths of the layers that bitsandbytes would take for packed ones, and the head."""
+    head = head_path(model) or HEAD
+    linears = (path for path, module in model.named_modules() if type(module) is nn.Linear)
+    return [head, *(path for path in linears if path != head and path not in layers)]
+
+
+def _described(options: Candidate, plan: Plan | None, kept: list[str]) -> dict:
+    """The quantization_config. bitsandbytes knows one type and one block size for a whole model."""
+    theirs = not plan and options.codebook in BITSANDBYTES_READS
+    same = {
+        "bnb_4bit_quant_type": options.codebook,
+        "bnb_4bit_use_double_quant": options.double_quant,
+        "block_size": options.block_size,
+    }
+    return {
+        "quant_method": "bitsandbytes" if theirs else "qlora_lab",
+        "load_in_4bit": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "llm_int8_skip_modules": kept,
+    } | ({"plan": PLAN} if plan else same)
+
+
+def _begin(out: Path, work: dict) -> None:
+    if (out / CONFIG).exists() and not (out / UNFINISHED).exists():
+        raise FileExistsError(f"{out} holds a model already: choose another folder")
+    if (out / UNFINISHED).exists():
+        begun = read_object(out / UNFINISHED)
+        if not begun.keys() >= work.keys():
+            raise FileExistsError(f"{out / UNFINISHED} is damaged, or another program's: choose a folder of its own")
+        if differing := [name for name in work if begun.get(name) != work[name]]:
+            name = differing[-1]
+            raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
+        _clear(out)
+        return
+    ours = is_marked(out, QUANTISED) or is_cut(out, QUANTISED)
+    begun_empty = {MARK, scratch_name(out)} if ours else set()
+    if {path.name for path in out.iterdir()} - begun_empty - {LOCK}:
+        raise FileExistsError(f"{out} is not empty: choose a folder of its own")
+    _clear(out)
+    with replacing_file(out / UNFINISHED) as new:
+        disk.write_text(new, json.dumps(work) + "\n")
+
+
+def _clear(out: Path) -> None:
+    """Mark the folder, and empty the scratch of a process that was killed as it wrote."""
+    disk.remove_if_possible(out / mark(out, QUANTISED))
+
+
+def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:
+    """All that is small; config.json, which makes a model of the folder, last."""
+    size = sum((out / name).stat().st_size for name in set(weight_map.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    config = fields_of(source)
+    config["quantization_config"] = described
+    if plan:
+        with replacing_file(out / PLAN) as new:
+            plan.save(new)
+    for name in COPIED:
+        if (source / name).exists():
+            with replacing_file(out / name) as new:
+                disk.copy(source / name, new)
+    copied = [name for name in COPIED if (out / name).exists()]
+    contents = {name: (json.dumps(one, indent=2) + "\n").encode() for name, one in ((INDEX, index), (CONFIG, config))}
+    replace_sums(out, [*set(weight_map.values()), *copied, *([PLAN] if plan else [])], contents)
+    for name, content in contents.items():
+        with replacing_file(out / name) as new:
+            disk.write_bytes(new, content)
+    disk.remove_if_possible(out / scratch_name(out))
+    for name in (MARK, UNFINISHED):  # without the second the folder is a model and nothing else
+        disk.remove(out / name)

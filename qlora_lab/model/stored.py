@@ -1,0 +1,253 @@
+"""Which stored tensors make each tensor of a model, by transformers' own rules for names.
+
+In: an empty model and a folder of safetensors. Out: name in the model -> Stored, which reads it.
+Source: transformers' conversion_mapping and core_model_loading, which rename what older files hold under other names,
+and merge or split what they hold in other pieces (Mixtral's experts one by one, in the model one tensor of all).
+
+A tied weight may be stored under any of its names; where two are stored and differ, they are two weights.
+Not here: which files a folder has (fetch.py), where a tensor goes (load.py).
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from qlora_lab.model.model_files import ModelError, weight_files
+from qlora_lab.quant.finite import first_not_finite
+from qlora_lab.quant.quantize import WEIGHT_DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter
+
+AGAIN = "take another copy of the model"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How transformers makes tensors of the model from stored ones. patterns: of each stored name, in their order."""
+
+    converter: "WeightConverter"
+    patterns: tuple[str, ...]
+    first: str  # name of the first tensor that it makes
+    model: "PreTrainedModel"
+
+    def apply(self, parts: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Stored (name, tensor) in their order -> tensors of the model."""
+        converter = deepcopy(self.converter)
+        for pattern, (name, tensor) in zip(self.patterns, parts, strict=True):
+            converter.add_tensor(self.first, name, pattern, tensor)
+        made = converter.convert(self.first, model=self.model, config=self.model.config)
+        made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 gives errors beside it
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the model in its files: files maps stored names to files; without a rule there is one."""
+
+    name: str
+    shape: torch.Size
+    files: dict[str, Path]
+    rule: Rule | None = None
+    is_float: bool = True  # in the model
+
+    @property
+    def file(self) -> Path:
+        return next(iter(self.files.values()))
+
+    def read(self) -> torch.Tensor:
+        """A view of its file where no rule applies; the file is opened anew: dropping it gives its pages back."""
+        with opened_once(self.files) as files:
+            parts = ((name, files[file].get_tensor(name)) for name, file in self.files.items())
+            return self.checked(self.rule.apply(parts)[self.name] if self.rule else next(parts)[1])
+
+    def checked(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, float64 as float32. Raises ModelError for another shape than the model's, or for no weights."""
+        check_shape(self.file, self.name, tensor.shape, self.shape)
+        if not self.is_float:
+            return self._checked_integers(tensor)
+        if tensor.dtype not in (*WEIGHT_DTYPES, torch.float64):
+            raise ModelError(
+                f"{self.file}: {self.name} is {tensor.dtype}, but weights are float32, bfloat16 or float16: "
+                "take a copy of the model in one of them"
+            )
+        tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
+        if fault := first_not_finite(tensor):
+            raise ModelError(f"{self.file}: {self.name} holds {fault}, but weights are finite: {AGAIN}")
+        return tensor
+
+    def _checked_integers(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() or tensor.is_complex():
+            raise ModelError(f"{self.file}: {self.name} is {tensor.dtype}, but the model has integers there: {AGAIN}")
+        return tensor
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is cut off, or not safetensors ({error}): put a whole copy in its place") from None
+
+
+@contextmanager
+def opened_once(files: dict[str, Path]) -> Iterator[dict[Path, safe_open]]:
+    """Each of these files, opened: its header names all its tensors, thousands where experts are stored one by one."""
+    with ExitStack() as stack:
+        yield {path: stack.enter_context(opened(path)) for path in set(files.values())}
+
+
+def check_shape(file: Path, name: str, given: torch.Size, wanted: torch.Size) -> None:
+    """Raise ModelError for a tensor of another shape than the model's."""
+    if given != wanted:
+        raise ModelError(f"{file}: {name} has shape {tuple(given)}, but config.json asks for {tuple(wanted)}")
+
+
+def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of all that files hold: parameters, and buffers that are saved."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it, in the files' order."""
+    files = {}
+    for path in weight_files(folder):
+        with opened(path) as stored:
+            for name in stored.keys():  # noqa: SIM118  (not a dict: it has no __iter__)
+                if files.setdefault(name, path) != path:
+                    raise ModelError(f"{name} is in {files[name].name} and in {path.name}: keep one of the two files")
+    return files
+
+
+def stored_tensors(model: "PreTrainedModel", folder: Path) -> dict[str, Stored]:
+    """All that `model` reads from an original, by its names there. Raises ModelError for what is missing or extra."""
+    files = files_of(folder)
+    tensors = by_model_name(model, files)
+    check_names(folder, tensors, model)
+    return without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def by_model_name(model: "PreTrainedModel", files: dict[str, Path]) -> dict[str, Stored]:
+    """Stored tensors by their names in the model; what the model has no place for keeps its own."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    expected = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    found: dict[str, Stored] = {}
+    converted: dict[str, list[tuple[str, str]]] = {}  # first name in the model -> (stored name, pattern)
+    for name, file in files.items():
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        if target not in expected and name in expected:  # written by its name of today
+            target, pattern = name, None
+        if pattern is not None and target in expected:
+            converted.setdefault(target, []).append((name, pattern))
+            continue
+        if target in found:
+            raise ModelError(f"{name} and {next(iter(found[target].files))} are both {target}: keep one of the two")
+        if target in expected:
+            found[target] = Stored(
+                target, expected[target].shape, {name: file}, None, expected[target].is_floating_point()
+            )
+        else:
+            found[target] = Stored(target, torch.Size(), {name: file})
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    for target, parts in converted.items():
+        parts.sort(key=lambda part: _natural(part[0]))
+        rule = Rule(by_pattern[parts[0][1]], tuple(pattern for _, pattern in parts), target, model)
+        found |= _made(rule, {name: files[name] for name, _ in parts}, expected)
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """To sort by: experts.2 comes before experts.10, as transformers stacks them."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _made(rule: Rule, files: dict[str, Path], expected: dict[str, torch.Tensor]) -> dict[str, Stored]:
+    """What `rule` makes of these files, found with tensors that have shapes and no bytes."""
+    with opened_once(files) as stored:
+        parts = [(name, _without_bytes(stored[file], name)) for name, file in files.items()]
+    try:
+        shapes = rule.apply(parts)
+    except (RuntimeError, ValueError, IndexError) as error:
+        names = f"{next(iter(files))} and {len(files) - 1} more"
+        raise ModelError(f"{names} cannot be put together as transformers does it: {_first_line(error)}") from None
+    sizes = {name: expected[name].shape if name in expected else tensor.shape for name, tensor in shapes.items()}
+    return {name: Stored(name, size, files, rule) for name, size in sizes.items()}
+
+
+def _without_bytes(stored: safe_open, name: str) -> torch.Tensor:
+    return torch.empty(stored.get_slice(name).get_shape(), device="meta")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
+
+
+def check_names(folder: Path, found: Iterable[str], model: "PreTrainedModel") -> None:
+    """Raise ModelError unless `found` are the names that `model` reads, each once."""
+    expected, stored = set(expected_shapes(model)), set(found)
+    missing = expected - stored - _tied_to(model, stored)
+    missing = sorted(name for name in missing if not _matches(name, model._keys_to_ignore_on_load_missing))
+    extra = sorted(name for name in stored - expected if not _matches(name, _ignored(model)))
+    for names, what in ((missing, "missing from"), (extra, "not part of the model, but in")):
+        if names:
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            raise ModelError(f"{names[0]}{more}: {what} {folder}; config.json and weights do not belong together")
+
+
+def _ignored(model: "PreTrainedModel") -> set[str]:
+    """Patterns of names that old files hold and no model reads."""
+    return {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"} | set(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def _matches(name: str, patterns: Iterable[str] | None) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+# --------------------------------------------------------------------------------------------------------- tied weights
+
+
+def _tied_to(model: "PreTrainedModel", stored: set[str]) -> set[str]:
+    """Names of weights that are stored under another name that is tied to theirs."""
+    groups: dict[str, set[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, {source}).add(target)
+    return set().union(*(group for group in groups.values() if group & stored))
+
+
+def without_copies(model: "PreTrainedModel", tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """`tensors` without those that are tied to an equal one. Unties, with a warning, those that differ."""
+    kept = dict(tensors)
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if not {target, source} <= kept.keys():
+            continue
+        if torch.equal(kept[target].read(), kept[source].read()):
+            del kept[target]
+        else:
+            del model.all_tied_weights_keys[target]
+            message = f"{target} and {source} are tied by config.json, but differ in the files: they are two weights"
+            warnings.warn(f"{message}; set tie_word_embeddings to false there", stacklevel=4)
+    return kept
+
+
+def tie(model: "PreTrainedModel", placed: Iterable[str]) -> None:
+    """Let tied weights that were not placed be those that were."""
+    model.tie_weights(missing_keys=set(expected_shapes(model)) - set(placed), recompute_mapping=False)

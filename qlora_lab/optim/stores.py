@@ -1,0 +1,215 @@
+"""Where pages lie: a few in frames, the others elsewhere, and how one moves between the two.
+
+In: the number of a page and of a frame. Changed: the bytes of a frame, or what is kept of a page.
+Source: QLoRA section 3, "Paged Optimizers".
+
+Three kinds, for the same page table. FileStore: frames in the CPU's memory, pages in a file. HostStore: frames on a
+GPU, pages in pinned memory of its host. ManagedStore, the paper's own: CUDA's managed memory, where a page keeps its
+address and the driver moves it. A store writes a page away, reads it back, clears a frame, and starts such a move
+beside the arithmetic that goes on: a thread for a file, a stream of its own on a GPU.
+
+But: the tests run all of the two for GPUs but CUDA's own calls; bench/gpu_paging.py runs these.
+Not here: which page moves when (paging.py).
+"""
+
+import errno
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from qlora_lab.files import disk
+
+Wait = Callable[[], BaseException | None]  # returns when a move is over, with what stopped it
+SYSTEM_PAGE = 4096  # bytes: the driver moves managed memory in whole pages of the system
+
+
+class FileStore:
+    """Frames are all the memory that is held. Pages are read from a file and written to it, not mapped, which would add
+    a fault of the system's own for each 4 KiB; the file has no name: it is gone with the process, however that ends."""
+
+    def __init__(self, count: int, page_size: int, frames: int, folder: str | Path | None):
+        self.frames = torch.zeros(frames, page_size, dtype=torch.uint8)
+        self.file = None
+        if frames < count:
+            self.file = disk.unnamed_file(folder)
+            weakref.finalize(self, self.file.close)
+            self._thread = ThreadPoolExecutor(1)  # starts with its first move
+
+    def bytes(self, page: int, frame: int) -> torch.Tensor:
+        return self.frames[frame]
+
+    def clear(self, page: int, frame: int) -> None:
+        self.frames[frame].zero_()
+
+    def write(self, page: int, frame: int) -> None:
+        size = self.frames.shape[1]
+        self.file.seek(page * size)
+        if self.file.write(self.frames[frame].numpy().data) != size:  # the page stays where it is
+            raise OSError(errno.ENOSPC, f"no space to write back page {page} of {size} bytes")
+
+    def read(self, page: int, frame: int) -> None:
+        size = self.frames.shape[1]
+        self.file.seek(page * size)
+        if self.file.readinto(self.frames[frame].numpy().data) != size:
+            raise OSError(errno.EIO, f"page {page} cannot be read back whole")
+
+    def start(self, move: Callable[[], None]) -> Wait:
+        return self._thread.submit(move).exception if self.file else _at_once(move)
+
+
+class HostStore:
+    """Frames on `device`, pages that have been written in memory of its host. Works for the CPU too, where it only
+    copies and saves nothing."""
+
+    def __init__(self, count: int, page_size: int, frames: int, device: torch.device):
+        self.frames = torch.zeros(frames, page_size, dtype=torch.uint8, device=device)
+        self._stream = _stream(device)
+        if self._stream:
+            self.frames.record_stream(self._stream)  # else their memory could be given away during a copy
+        self._pages: dict[int, torch.Tensor] = {}  # each its own: torch rounds pinned memory up to a power of two
+
+    def bytes(self, page: int, frame: int) -> torch.Tensor:
+        return self.frames[frame]
+
+    def clear(self, page: int, frame: int) -> None:
+        self.frames[frame].zero_()
+
+    def write(self, page: int, frame: int) -> None:
+        if page not in self._pages:
+            size = self.frames.shape[1]
+            self._pages[page] = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
+        self._pages[page].copy_(self.frames[frame], non_blocking=True)
+
+    def read(self, page: int, frame: int) -> None:
+        self.frames[frame].copy_(self._pages[page], non_blocking=True)
+
+    def start(self, move: Callable[[], None]) -> Wait:
+        return _on_stream(self._stream, move)
+
+
+class ManagedStore:
+    """Pages in CUDA's managed memory; to be in a frame is to have been asked onto the GPU.
+
+    There are never more frames than the card has bytes free when it is made. Raises ValueError for a device or a page
+    size that cannot be, ImportError without cuda-bindings, and RuntimeError without a GPU that moves such memory.
+    """
+
+    def __init__(self, count: int, page_size: int, frames: int, device: torch.device):
+        if page_size % SYSTEM_PAGE:
+            allowed = f"a multiple of {SYSTEM_PAGE} with store='managed'"
+            raise ValueError(f"page_size={page_size} is not allowed: {allowed}")
+        self._runtime, free = _runtime(device), _free(device)
+        if free < page_size:
+            raise RuntimeError(f"{free} bytes are free on {device}: store='managed' needs a page of {page_size}")
+        # frames have no address of their own: only their number means something
+        self.frames = torch.empty(min(frames, free // page_size), page_size, dtype=torch.uint8, device="meta")
+        self._pages = _view(_Managed(self._runtime, count * page_size), device).view(count, page_size)
+        self._stream, self._device = _stream(device), device
+
+    def bytes(self, page: int, frame: int) -> torch.Tensor:
+        return self._pages[page]
+
+    def clear(self, page: int, frame: int) -> None:
+        self.read(page, frame)  # a page that nothing has touched has no memory yet
+        self._pages[page].zero_()
+
+    def write(self, page: int, frame: int) -> None:
+        self._ask(page, self._runtime.cudaMemLocationType.cudaMemLocationTypeHost, 0)
+
+    def read(self, page: int, frame: int) -> None:
+        self._ask(page, self._runtime.cudaMemLocationType.cudaMemLocationTypeDevice, _index(self._device))
+
+    def start(self, move: Callable[[], None]) -> Wait:
+        return _on_stream(self._stream, move)
+
+    def _ask(self, page: int, kind: object, number: int) -> None:
+        place = self._runtime.cudaMemLocation()
+        place.type, place.id = kind, number
+        # CUDA 12 has the function that takes a place under a second name, CUDA 13 under the first
+        prefetch = getattr(self._runtime, "cudaMemPrefetchAsync_v2", self._runtime.cudaMemPrefetchAsync)
+        stream = self._stream.cuda_stream if self._stream else 0
+        one = self._pages[page]
+        _checked(self._runtime, prefetch(one.data_ptr(), one.nbytes, place, 0, stream))
+
+
+class _Managed:
+    """Managed memory, in the form that torch takes without a copy; freed when nothing views it any more."""
+
+    def __init__(self, runtime: ModuleType, nbytes: int):
+        (pointer,) = _checked(runtime, runtime.cudaMallocManaged(nbytes, runtime.cudaMemAttachGlobal))
+        weakref.finalize(self, runtime.cudaFree, pointer)
+        given = {"shape": (nbytes,), "typestr": "|u1", "data": (int(pointer), False), "version": 3}
+        self.__cuda_array_interface__ = given
+
+
+def _view(memory: _Managed, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(memory, device=device)
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index or 0
+
+
+def _runtime(device: torch.device) -> ModuleType:
+    """cuda-bindings, if this device can move managed memory by it."""
+    if device.type != "cuda":
+        raise ValueError(f"store='managed' is a GPU's, the device is {device}: leave it out")
+    try:
+        runtime = import_module("cuda.bindings.runtime")  # no requirement of ours: torch for CUDA brings it
+    except ImportError as error:
+        raise ImportError(
+            "store='managed' needs cuda-bindings: pip install cuda-bindings, or use store='host'"
+        ) from error
+    if not torch.cuda.is_available():
+        raise RuntimeError("store='managed' needs an NVIDIA GPU, and torch finds none")
+    asked = runtime.cudaDeviceAttr.cudaDevAttrConcurrentManagedAccess
+    (allowed,) = _checked(runtime, runtime.cudaDeviceGetAttribute(asked, _index(device)))
+    if not allowed:
+        raise RuntimeError(f"{device} does not move managed memory ahead of its use: use store='host'")
+    return runtime
+
+
+def _checked(runtime: ModuleType, returned: tuple) -> tuple:
+    """What a call of cuda-bindings returns, without its error. Raises RuntimeError for one."""
+    error, *values = returned
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise RuntimeError(f"managed memory: {error.name}: {runtime.cudaGetErrorString(error)[1].decode()}")
+    return tuple(values)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _on_stream(stream: torch.cuda.Stream | None, move: Callable[[], None]) -> Wait:
+    """Copies go beside what is computed after this call; what is computed after the wait finds them done."""
+    if stream is None:
+        return _at_once(move)
+    stream.wait_stream(torch.cuda.current_stream(stream.device))  # first what still computes on the frame
+    with torch.cuda.stream(stream):
+        stopped = _at_once(move)()
+    arrived = stream.record_event()
+
+    def wait() -> BaseException | None:
+        torch.cuda.current_stream(stream.device).wait_event(arrived)
+        return stopped
+
+    return wait
+
+
+def _at_once(move: Callable[[], None]) -> Wait:
+    stopped = None
+    try:
+        move()
+    except BaseException as error:  # an interruption too: the page table has to know how far it came
+        stopped = error
+    return lambda: stopped

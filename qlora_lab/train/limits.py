@@ -1,0 +1,169 @@
+"""What a model can read: tokens that its embedding has a row for, and rows as long as its positions reach.
+
+In: a model, its tokenizer, token ids or the length of a row. Out: what is wrong, in words, or an error that says so.
+
+A row beyond `max_position_embeddings` is a warning where positions are computed (rotary, ALiBi): the model was trained
+on shorter ones. It is an error where each position has a stored row, since there is none for it. Which of the two holds
+is found with rows of two and of three tokens: a table whose highest look-up rises by one with one token more is a table
+of positions. No list of names or of module types would know the next family, or GPT-J, whose table is a buffer. Only
+without such a table is the long row itself tried, because on a GPU a look-up beyond a table's end ends the process.
+"""
+
+import warnings
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_lab.data.dataset import IGNORED, Encoded
+from qlora_lab.model.modes import measuring
+from qlora_lab.train.loss import answer_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def fill_id(model: nn.Module, tokenizer: "Tokenizer") -> int:
+    """An id to fill rows with: the pad token, else the end token, else 0.
+
+    What fills a row is neither learned nor attended to, so any id serves that the embedding has a row for.
+    """
+    ids = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return next((number for number in ids if number is not None and 0 <= number < embedding_rows(model)), 0)
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """How many token ids, from 0, the model has an embedding for."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def unknown_token(model: nn.Module, tokenizer: "Tokenizer", ids: Collection[int]) -> str | None:
+    """What is wrong with a token of `ids` that the model has no embedding for; None if it has one for all."""
+    rows, lowest, highest = embedding_rows(model), min(ids, default=0), max(ids, default=0)
+    if lowest < 0:
+        return f"a token has id {lowest}, but ids are whole numbers from 0 to {rows - 1:,}: encode the text again"
+    if highest < rows:
+        return None
+    return (
+        f"{tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}, but the embedding has {rows:,} rows: call "
+        "model.resize_token_embeddings(len(tokenizer)) and train the embedding, or use other tokens"
+    )
+
+
+def check_tokens(model: nn.Module, tokenizer: "Tokenizer", ids: Collection[int]) -> None:
+    """Raise ValueError if the model has no embedding for a token of `ids`."""
+    if fault := unknown_token(model, tokenizer, ids):
+        raise ValueError(fault)
+
+
+def used_tokens(encoded: Iterable[Encoded]) -> set[int]:
+    """All ids that a step reads or learns."""
+    return {token for one in encoded for token in (*one.input_ids, *one.labels)} - {IGNORED}
+
+
+# ------------------------------------------------------------------------------------------------------------- lengths
+
+
+def check_length(model: nn.Module, length: int, row: str, advice: str) -> None:
+    """Warn of a row of `length` tokens that is longer than the model was made for; ValueError if it cannot be read.
+
+    row: what has that length; advice: how to get a shorter one.
+    """
+    if fault := too_long(model, length):
+        status, reason = fault
+        message = f"{row} has {length} tokens, but {reason}: {advice}"
+        if status == "problem":
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def too_long(model: nn.Module, length: int) -> tuple[Literal["warning", "problem"], str] | None:
+    """Why a row of `length` tokens is too long for the model; None if it is not."""
+    limit, name = position_limit(model), type(model).__name__
+    if limit is None or length <= limit:
+        return None
+    stored = stored_positions(model, limit)
+    if stored is not None and length > stored:
+        return "problem", f"{name} stores {stored} positions"
+    if stored is None and not _reads(model, length):
+        return "problem", f"{name} cannot read more than {limit}"
+    return "warning", f"{name} was made for {limit} positions and gets worse beyond them"
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The tokens that the model's configuration says it was made for, rotary scaling included; None if it says none."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT has the latter
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    rotary = getattr(config, "rope_parameters", None) or {}
+    scalings = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]  # some have one a kind of layer
+    return max(limit, *(_scaled(limit, scaling) for scaling in scalings))
+
+
+def _scaled(limit: int, scaling: dict) -> int:
+    return int((scaling.get("original_max_position_embeddings") or limit) * (scaling.get("factor") or 1))
+
+
+def stored_positions(model: nn.Module, limit: int) -> int | None:
+    """How many positions the model has in a table of at least `limit` rows; None if it computes them."""
+    two, three = _looked_up(model, 2), _looked_up(model, 3)
+    tables = [rows for rows in two.keys() & three.keys() if rows >= limit and three[rows] == two[rows] + 1]
+    return min((rows - (three[rows] - 2) for rows in tables), default=None)  # the third token's position is 2
+
+
+def _reads(model: nn.Module, length: int) -> bool:
+    """Whether a row of `length` tokens goes through the model; its last token alone goes through the head."""
+    ids = torch.zeros(1, length, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORED)
+    labels[0, -1] = 0
+    try:
+        with measuring(model):
+            answer_loss(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    except torch.OutOfMemoryError:
+        return True  # memory is another question
+    except RuntimeError:  # MPT adds a bias that is too small
+        return False
+    return True
+
+
+def _looked_up(model: nn.Module, tokens: int) -> dict[int, int]:
+    """Rows of a table -> the highest index into it, for each table that a row of `tokens` zeros looks up."""
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    with measuring(model), _LookUps() as look_ups:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return look_ups.highest
+
+
+class _LookUps(TorchDispatchMode):
+    """Watch torch's look-ups by integer. highest: rows of a table -> the highest index into any table of that size.
+
+    torch documents this base class, but has no public name for it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.highest: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for rows, index in _look_ups(function, args):
+            if index.numel() and not index.is_floating_point() and index.dtype != torch.bool:
+                self.highest[rows] = max(self.highest.get(rows, 0), int(index.max()))
+        return function(*args, **(kwargs or {}))
+
+
+def _look_ups(function, args) -> list[tuple[int, torch.Tensor]]:
+    """(rows of the table, index) of a call of torch's that looks rows up."""
+    aten = torch.ops.aten
+    if function is aten.embedding.default:
+        return [(args[0].shape[0], args[1])]
+    if function in (aten.index_select.default, aten.gather.default):
+        return [(args[0].shape[args[1]], args[2])]
+    if function is aten.index.Tensor:
+        return [(args[0].shape[i], index) for i, index in enumerate(args[1]) if index is not None]
+    return []

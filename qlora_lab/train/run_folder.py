@@ -1,0 +1,270 @@
+"""The folder of a run: what lies in it, when a new run may have it, and where an earlier one goes meanwhile.
+
+adapter/      the adapter in PEFT's format           log.jsonl     one line a step: loss, rate, tokens, speed
+best/         the one with the lowest held-out loss  checkpoints/  all that is needed to go on (checkpoint.py)
+settings.json what decided the run                   result.json   how it ended; there once it has
+qlora-lab.json  the mark that the folder is a run's (ownership.py)
+qlora-lab.sha256  checksums of settings.json and, once the run is complete, of all but checkpoints/ (checksums.py)
+
+What lies there under one of these names and was not written by a run is refused by name, with `overwrite` as well; what
+has another name is left alone. Links are followed: files are moved beside where they are, so on their own disk.
+
+A run that replaces another one sets its files aside in scratch, settings.json first, and keeps them until it has an
+adapter of its own. So if it was killed, and there are no settings, it has never begun: whatever comes next puts them
+back (restore_earlier).
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_lab.adapters.peft_format import CONFIG, WEIGHTS
+from qlora_lab.files import disk
+from qlora_lab.files.checksums import SUMS
+from qlora_lab.files.lock import locked_folder, reserved
+from qlora_lab.files.out_path import out_folder, resolved
+from qlora_lab.files.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object, scratch_name
+from qlora_lab.train.checkpoint import BEST, CHECKPOINT_FILES, FOLDER, saved_steps, step_folders
+
+LOG, RECORD, RESULT, ADAPTER = "log.jsonl", "settings.json", "result.json", "adapter"
+RUN_FILES = (RECORD, ADAPTER, BEST, FOLDER, LOG, RESULT, SUMS)
+WEIGHTS_FILES = (CONFIG, WEIGHTS, SUMS)  # all that a run writes to adapter/ and best/
+STARTS = {LOG: b'{"step": 1', RESULT: b'{\n  "ended": ', RECORD: b'{\n  "steps": '}  # the first bytes of our own
+EARLIER = "earlier-"  # in scratch: what the files of an earlier run are set aside in
+_told: set[Path] = set()  # where earlier runs are kept, as this process has said already
+
+
+def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = False) -> None:
+    """Raise FileExistsError if a run may not write to `out`: it is no folder, or holds a run, or a user's own files.
+
+    A run that may be overwritten or resumed is free. ValueError: an empty path, or overwrite with resume.
+    """
+    out = _checked(out, overwrite, resume)
+    if resume is not False and (out / RESULT).exists():
+        raise FileExistsError(f"{out} holds a run that is complete: there is nothing to resume")
+    if overwrite:
+        return
+    steps = saved_steps(out)
+    if resume is not False:
+        if (out / ADAPTER).exists() and not steps:
+            raise FileExistsError(f"{out} holds an adapter and no checkpoint to resume from: choose another folder")
+        return
+    if steps:
+        raise FileExistsError(
+            f"{out} holds an earlier run, saved at step {steps[-1]}: go on with it (resume=True; --resume on the "
+            "command line), choose another folder, or overwrite it (overwrite=True; --overwrite)"
+        )
+    if (out / ADAPTER).exists():
+        message = "choose another folder, or overwrite it (overwrite=True; --overwrite on the command line)"
+        raise FileExistsError(f"{out} holds an earlier run: {message}")
+
+
+def _checked(out: str | Path, overwrite: bool, resume: bool | int) -> Path:
+    """`out`, if a run could ever write to it, whatever an earlier one has left there."""
+    out = out_folder(out)
+    if out.is_file():
+        raise FileExistsError(f"{out} is a file: name a folder for the run")
+    if os.path.lexists(out) and not out.is_dir():
+        raise FileExistsError(f"{out} is a device, or a link to nothing: name a folder for the run")
+    if overwrite and resume is not False:
+        raise ValueError("overwrite and resume exclude each other: choose one")
+    check_ours(out)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ what is a run's
+
+
+def check_ours(folder: Path) -> None:
+    """Raise FileExistsError, naming it, for the first thing under a run's names that no run wrote, or another run."""
+    for link in filter(Path.is_symlink, [folder / name for name in RUN_FILES]):
+        home = resolved(link).parent
+        if home != resolved(folder) and is_marked(home, RUN):
+            raise FileExistsError(f"{link} leads into another run, {home}: remove the link, or choose another folder")
+    for stranger in _strangers(folder):
+        raise FileExistsError(
+            f"{stranger} was not written by a run of qlora_lab: move it away, or choose another folder"
+        )
+
+
+def _strangers(folder: Path) -> Iterator[Path]:
+    if is_marked_otherwise(folder, RUN):
+        yield folder / MARK
+    ours = is_marked(folder, RUN) or _is_unmarked_run(folder)
+    for name in (LOG, RECORD, RESULT, SUMS):
+        if os.path.lexists(folder / name) and not (ours and _is_of_a_run(folder / name)):
+            yield folder / name
+    for name in (ADAPTER, BEST):
+        set_aside = ours and (folder / name).is_symlink() and not (folder / name).exists()  # what the link led to
+        if os.path.lexists(folder / name) and not set_aside:
+            yield from _others(folder / name, WEIGHTS_FILES) if ours else [folder / name]
+    if os.path.lexists(folder / FOLDER):
+        # an empty folder, or a link to one, is how a user says where checkpoints are to be: ours from now on
+        yield from [] if ours and (folder / FOLDER).is_dir() else _others(folder / FOLDER, ())
+        for step in step_folders(folder):
+            yield from _others(step, CHECKPOINT_FILES)
+
+
+def _is_of_a_run(file: Path) -> bool:
+    """Whether the file begins as a run writes it: in a run's folder a user may well put a result.json of their own."""
+    start = STARTS.get(file.name, b"")
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        begun = opened.read(len(start)).rstrip(b"\0")  # a kill leaves a part of a line, a power cut zeros
+    return begun == start or (file.name == LOG and start.startswith(begun))
+
+
+def _others(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """What lies in `folder` besides `names`; the folder itself, where it is none."""
+    if not folder.is_dir():
+        return [folder]
+    return sorted(path for path in folder.iterdir() if path.name not in names)
+
+
+def _is_unmarked_run(folder: Path) -> bool:
+    """Whether a version that wrote no mark began a run here: nobody else writes such settings."""
+    settings = read_object(folder / RECORD)
+    return isinstance(settings.get("base_sha256"), str) and isinstance(settings.get("adapter"), dict)
+
+
+# ------------------------------------------------------------------------------------------------------ replacing a run
+
+
+@contextmanager
+def reserved_run(out: str | Path, overwrite: bool, resume: bool | int) -> Iterator[None]:
+    """Have the folder for a run that this process prepares inside the block, so that rivals are told at once.
+
+    Raises as check_free and replacing_run do.
+    """
+    with locked_folder(_checked(out, overwrite, resume), "finetune") as lock, reserved(lock):
+        restore_earlier(Path(out))
+        check_free(out, overwrite, resume)
+        yield
+
+
+@contextmanager
+def replacing_run(folder: Path, overwrite: bool = False, resume: bool | int = False) -> Iterator[Path]:
+    """Yields `folder`, locked; an earlier run in it is set aside, and put back if the new one saves nothing.
+
+    Raises BlockingIOError where another process writes to it, and as check_free does: what was free before may be so no
+    longer. Warns of an earlier run that is still set aside, with its place.
+    """
+    with locked_folder(folder, "finetune"):
+        restore_earlier(folder)
+        check_free(folder, overwrite, resume)
+        scratch = mark(folder, RUN)
+        disk.sync(folder)
+        with _aside(folder, scratch, set_aside=resume is False):
+            yield folder
+
+
+@contextmanager
+def _aside(folder: Path, scratch: str, set_aside: bool) -> Iterator[None]:
+    places = _places(folder)
+    parts = [resolved(path) for path in _parts(folder)] if set_aside else []
+    aside = f"{EARLIER}{len(_kept_aside(folder, scratch)) + 1:04}"
+    kept = {path: path.parent / scratch / aside / path.name for path in parts}
+    try:
+        for path in parts:
+            disk.make_folder(kept[path].parent)
+            disk.rename(path, kept[path])
+        yield
+    finally:
+        moved = [path for path in parts if kept[path].exists()]
+        began = len(moved) == len(parts)
+        if parts and not (began and ((folder / ADAPTER).exists() or saved_steps(folder))):
+            for path in reversed(_parts(folder)) if began else ():  # what the new run left; its settings last
+                disk.remove(resolved(path))
+            _put_back(places, scratch, aside)
+        elif (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens to this one
+            for place in places:
+                disk.remove_if_possible(place / scratch)
+        for place in places:
+            disk.remove_if_empty(place / scratch)  # unless it is not there, or holds an earlier run
+
+
+def _places(folder: Path) -> set[Path]:
+    """Where parts of a run lie, also those that are set aside: links lead there still."""
+    steps = {resolved(path).parent for path in step_folders(folder)}
+    return {resolved(folder / name).parent for name in RUN_FILES} | {resolved(folder / FOLDER)} | steps
+
+
+def _parts(folder: Path) -> list[Path]:
+    """What a run has written: its files and folders, and each checkpoint for itself. Its settings come first."""
+    parts = [folder / name for name in RUN_FILES if name != FOLDER]
+    return [path for path in parts if path.exists()] + step_folders(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- after a kill
+
+
+def restore_earlier(folder: Path) -> None:
+    """Remove what a killed process was writing, and put an earlier run back whose successor was killed before it began.
+
+    The caller has the lock; of a run that comes back it is warned.
+
+    Where the successor did begin, warn of the place in which the earlier run is kept.
+    """
+    scratch = scratch_name(folder) if is_marked(folder, RUN) else None
+    if scratch:
+        _clear(folder, scratch)
+    kept = _kept_aside(folder, scratch) if scratch else []
+    if kept and not (folder / RECORD).exists():
+        _put_back(_places(folder), scratch, kept.pop())
+        told = "a run that was to replace the one before it was killed before it began"
+        warnings.warn(f"{folder}: {told}: the earlier one is in its place again", stacklevel=2)
+    if kept and (place := folder / scratch / kept[-1]) not in _told:
+        _told.add(place)
+        told = f"is kept in {place} until this one has an adapter"
+        warnings.warn(f"{folder}: the run before this one {told}", stacklevel=2)
+
+
+def find_adapter(folder: Path) -> None:
+    """For an adapter that is missing: put an earlier run back in whose folder it was, or say where that is kept.
+
+    Raises FileNotFoundError where an earlier run is kept aside, and BlockingIOError while its successor is made.
+    """
+    run = folder.parent
+    if folder.exists() or not is_marked(run, RUN) or not _kept_aside(run, scratch_name(run)):
+        return
+    with locked_folder(run, "generate"):
+        if not (run / RECORD).exists():
+            restore_earlier(run)
+            return
+        aside = resolved(folder).parent / scratch_name(run) / _kept_aside(run, scratch_name(run))[-1]
+    kept = aside / resolved(folder).name
+    raise FileNotFoundError(f"{folder} is not there, as a run was begun anew in {run}: the earlier one is {kept}")
+
+
+def _kept_aside(folder: Path, scratch: str) -> list[str]:
+    """Names of folders in scratch that hold an earlier run, the newest last."""
+    found = {path.name for place in _places(folder) for path in (place / scratch).glob(f"{EARLIER}*") if _filled(path)}
+    return sorted(found)
+
+
+def _filled(folder: Path) -> bool:
+    return any(folder.iterdir())
+
+
+def _put_back(places: set[Path], scratch: str, aside: str) -> None:
+    paths = [path for place in places for path in (place / scratch / aside).glob("*")]
+    for path in sorted(paths, key=lambda path: path.name == RECORD):  # settings last: until then it may be repeated
+        target = path.parents[2] / path.name
+        disk.remove(target)  # of a successor, which wrote its log first
+        disk.rename(path, target)
+    for place in places:
+        disk.remove_if_possible(place / scratch / aside)
+        disk.remove_if_empty(place / scratch)
+
+
+def _clear(folder: Path, scratch: str) -> None:
+    """Remove what a killed process was writing; what it has set aside stays until another run has an adapter."""
+    replaced = (folder / RECORD).exists() and (folder / ADAPTER).exists()
+    for place in _places(folder):
+        for stale in (place / scratch).glob("*"):
+            if replaced or not (stale.name.startswith(EARLIER) and _filled(stale)):
+                disk.remove(stale)
+        disk.remove_if_empty(place / scratch)

@@ -1,0 +1,135 @@
+"""All that decided a run: what settings.json holds, and what a resume compares before it goes on.
+
+In: the model, settings and encoded examples of a run. Out: a dict that JSON can hold.
+Not here: the run's state (checkpoint.py), what else its bits follow from (identity.py).
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from qlora_lab.adapters.lora import adapters
+from qlora_lab.data.chat_template import ChatTemplate
+from qlora_lab.data.dataset import Encoded, EncodeReport
+from qlora_lab.files.strict_json import TEXT, or_null, read_json
+from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.train.distributed import from_process_0, together
+from qlora_lab.train.identity import base_checksum
+from qlora_lab.train.run_folder import RECORD
+from qlora_lab.train.settings import FREE, Settings
+
+NUMBER, CHOICE = ("steps", "batch_size"), ("max_length", "seed")  # decide how many examples are encoded, and which
+
+
+def run_clock(folder: Path, tokenizer, resume: bool | int) -> datetime | None:
+    """What time it is for a template that writes the date: now, or what it was when the run in `folder` began.
+
+    None where the template asks for no time, and for a run of an earlier version, which kept none. The same on all
+    processes.
+    """
+    if not ChatTemplate(tokenizer).is_dated:
+        return None
+    with together():
+        clock = datetime.now()
+        if resume is not False and (folder / RECORD).exists():
+            clock = _stored_clock(folder / RECORD)
+    return from_process_0(clock)
+
+
+def _stored_clock(path: Path) -> datetime | None:
+    try:
+        stored = read_json(path, {"clock": or_null(TEXT)}).get("clock")
+        return datetime.fromisoformat(stored) if stored else None
+    except ValueError as error:
+        reason = str(error).removeprefix(str(path)).lstrip(", ")
+        damaged = f"{path} is damaged ({reason}), so the time at which the run began is not known"
+        raise ValueError(f"{damaged}: restore the file, or start a new run in another folder") from error
+
+
+def record(
+    model, settings: Settings, report: EncodeReport, encoded: list[Encoded], clock: datetime | None = None
+) -> dict:
+    """All that decided the run, for settings.json and for whoever resumes it."""
+    layers = adapters(model)
+    layer = next(iter(layers.values()))
+    data = asdict(report)
+    notes = data.pop("notes")
+    dated = {"clock": clock.isoformat()} if clock else {}
+    decided = {
+        "model": getattr(model, "name_or_path", None),
+        "base_sha256": base_checksum(model),
+        "dtype": str(computes_in(model)).removeprefix("torch."),
+        "device": layer.lora_A.device.type,
+        "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
+        "adapter": {
+            "r": _of(layers, "r"),
+            "alpha": _of(layers, "alpha"),
+            "dropout": layer.dropout.p,
+            "layers": len(layers),
+        },
+        "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
+        "data": data | {"sha256": _examples_checksum(encoded)},
+        "notes": notes,
+    }
+    return asdict(settings) | dated | decided
+
+
+def comparable(record: dict) -> dict:
+    """What must be the same when a run is resumed."""
+    return {name: value for name, value in json.loads(json.dumps(record)).items() if name not in FREE}
+
+
+def obstacles(saved: dict, now: dict, encoded: list[Encoded]) -> list[str]:
+    """What keeps a saved run from being resumed now: a line for each cause, none for what only follows from one.
+
+    Another number of steps encodes another number of examples, and then only the number of steps is a cause. If it
+    changes neither the examples nor the learning rate, it is no obstacle: the steps made so far are the longer run's.
+    """
+    free = set()
+    if saved["data"] == now["data"] and saved["schedule"] == now["schedule"] == "constant":
+        free.add("steps")
+    if _data_follow(saved, now, encoded):
+        free.add("data")
+    saved, now = ({name: value for name, value in one.items() if name not in free} for one in (saved, now))
+    return differences(saved, now)
+
+
+def _data_follow(saved: dict, now: dict, encoded: list[Encoded]) -> bool:
+    """Whether any difference between the encoded examples follows from a setting."""
+    if any(saved[name] != now[name] for name in CHOICE):
+        return True
+    if all(saved[name] == now[name] for name in NUMBER):
+        return False
+    kept = saved["data"]["kept"]  # in the same order, so that fewer are the first of more
+    return kept > len(encoded) or _examples_checksum(encoded[:kept]) == saved["data"]["sha256"]
+
+
+def _examples_checksum(encoded: list[Encoded]) -> str:
+    return hashlib.sha256(repr([(one.input_ids, one.labels) for one in encoded]).encode()).hexdigest()
+
+
+def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+    """What differs, one line each: "adapter.r: 16 in the checkpoint, 8 now"."""
+    lines = []
+    for name in dict.fromkeys([*saved, *now]):
+        a, b = saved.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            lines.append(f"{prefix}{name}: {a} in the checkpoint, {b} now")
+    return lines
+
+
+def computes_in(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of the model's own computation, whatever its 4-bit weights and adapters are stored in."""
+    return getattr(model, "dtype", torch.float32)
+
+
+def _of(layers: dict, name: str):
+    """The value that all adapted layers share, or that of each."""
+    values = [getattr(layer, name) for layer in layers.values()]
+    return values[0] if len(set(values)) == 1 else values

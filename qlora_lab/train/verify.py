@@ -1,0 +1,129 @@
+"""Whether a folder still holds what was written to it, by the checksums that were written with it.
+
+In: a run's folder, an adapter, a quantised folder, a model that was fetched. Out: a Part for each thing in it.
+Nothing is written. What lies in the folder besides is not looked at.
+Not here: writing checksums (checksums.py), rows of a sweep (measure/results_file.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from qlora_lab.files.checksums import SUMS, digest_like, log_sha256, read_sums
+from qlora_lab.files.out_path import out_path
+from qlora_lab.files.ownership import RUN, is_marked
+from qlora_lab.files.strict_json import TEXT, read_json
+from qlora_lab.model.hub_checksums import hub_files
+from qlora_lab.model.quantized_folder import UNFINISHED
+from qlora_lab.train.checkpoint import FOLDER, SUMS as CHECKPOINT_SUMS, facts_path, saved_steps, step_folders
+from qlora_lab.train.run_folder import ADAPTER, BEST, LOG, RECORD, RESULT
+
+OK, UNKNOWN, MISSING, DIFFERS = "ok", "has no checksum", "missing", "differs"  # the last that is met names a part
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file, or a folder, that was checked. state: OK, UNKNOWN, MISSING or DIFFERS; files: those that are not OK."""
+
+    name: str
+    state: str
+    files: tuple[str, ...] = ()
+
+    @property
+    def is_well(self) -> bool:
+        return self.state in (OK, UNKNOWN)
+
+
+def verify(folder: str | Path, progress: bool = True) -> list[Part]:
+    """Compare all files of `folder` that have a checksum with it; a Part for each, in the order of their names.
+
+    Raises FileNotFoundError where no folder is, ValueError for one in which nothing has a checksum, and OSError for a
+    file that cannot be read.
+    """
+    folder = out_path(folder)
+    if not folder.is_dir():
+        made = "name one that a command of qlora-lab made; `qlora-lab fetch MODEL` shows where a model is"
+        raise FileNotFoundError(f"{folder} is not a folder: {made}")
+    if (folder / UNFINISHED).is_file():
+        raise ValueError(f"{folder} is not finished, so it has no checksums yet: repeat the call of quantize")
+    digests, states = {}, {}
+    for file in _lists(folder):
+        inside = file.parent.relative_to(folder)
+        try:
+            for name, digest in read_sums(file).items():
+                digests.setdefault((inside / name).as_posix(), set()).add(digest)
+        except ValueError:
+            states[(inside / file.name).as_posix()] = DIFFERS
+    for name, digest in hub_files(folder).items():
+        digests.setdefault(name, set()).add(digest)
+    states |= _compared(folder, digests, progress)
+    if is_marked(folder, RUN):
+        states |= {name: state for name, state in _of_run(folder).items() if name not in states}
+    if set(states.values()) <= {UNKNOWN}:
+        made = "an earlier version of qlora-lab made it, or something else; make it again to have them"
+        raise ValueError(f"{folder} has no checksums: {made}")
+    return _parts(states)
+
+
+def _lists(folder: Path) -> Iterator[Path]:
+    """The lists of checksums in a folder."""
+    steps = step_folders(folder) if is_marked(folder, RUN) else []
+    files = [folder / SUMS, folder / ADAPTER / SUMS, folder / BEST / SUMS, *(step / CHECKPOINT_SUMS for step in steps)]
+    return (file for file in files if file.exists())
+
+
+def _compared(folder: Path, digests: dict[str, set[str]], progress: bool) -> dict[str, str]:
+    """Name -> state of each file that has a checksum."""
+    there = {name: wanted for name, wanted in digests.items() if (folder / name).is_file()}
+    states = {name: DIFFERS if (folder / name).exists() else MISSING for name in digests if name not in there}
+    size = sum((folder / name).stat().st_size for name in there)
+    with tqdm(total=size, desc="checking", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:
+        for name, wanted in there.items():  # by two lists, or by ours and the hub's, which may be git's
+            same = all(digest_like(digest, folder / name, bar.update) == digest for digest in wanted)
+            states[name] = OK if same else DIFFERS
+    return states
+
+
+def _of_run(folder: Path) -> dict[str, str]:
+    """Name -> state of what a run writes without a checksum beside it."""
+    states = {name: UNKNOWN for name in (RECORD, RESULT) if (folder / name).exists()}
+    without = [name for name in (ADAPTER, BEST) if (folder / name).is_dir() and not (folder / name / SUMS).exists()]
+    states |= {f"{name}/": UNKNOWN for name in without}
+    for step in step_folders(folder):
+        if not (step / CHECKPOINT_SUMS).exists():
+            states[(step / CHECKPOINT_SUMS).relative_to(folder).as_posix()] = MISSING
+    if (folder / LOG).exists() or saved_steps(folder):
+        states[LOG] = _state_of_log(folder)
+    return states
+
+
+def _state_of_log(folder: Path) -> str:
+    """Of the lines up to the newest checkpoint, which has their checksum."""
+    if not (folder / LOG).is_file():
+        return MISSING
+    try:
+        step = saved_steps(folder)[-1]
+        expected = read_json(facts_path(folder, step), {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
+    except (IndexError, ValueError, FileNotFoundError):  # no checkpoint, or one that is damaged or old
+        return UNKNOWN
+    return OK if log_sha256(folder / LOG, step) == expected else DIFFERS
+
+
+def _parts(states: dict[str, str]) -> list[Part]:
+    """A file at the top is a part of its own, one in a folder belongs to that folder's; the worst state counts."""
+    names: dict[str, list[str]] = {}
+    for name in sorted(states):
+        first, *rest = name.split("/")
+        part = "/".join([first, *rest[: int(first == FOLDER)], ""]) if rest else first
+        names.setdefault(part, []).append(name)
+    order = (OK, UNKNOWN, MISSING, DIFFERS)
+    return [
+        Part(
+            part,
+            max((states[name] for name in inside), key=order.index),
+            tuple(name for name in inside if states[name] != OK),
+        )
+        for part, inside in names.items()
+    ]

@@ -1,0 +1,76 @@
+"""`qlora-lab doctor`: what is found decides the exit code, and a mistake in what was asked is one line."""
+
+import json
+
+import pytest
+
+from qlora_lab import cli
+from qlora_lab.doctor.checks import THREADS
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f'{{"instruction": "double {i}", "output": "{2 * i}"}}\n' for i in range(12)))
+    return path
+
+
+def run(capsys, *argv):
+    code = cli.main(["doctor", "--r", "2", "--quiet", *(str(a) for a in argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_sound_run_is_code_0(capsys, folder, data):
+    code, out, _ = run(capsys, "--model", folder, "--data", data)
+    assert code == 0 and out.startswith("ok       end token in labels: <|im_end|> in 12 of 12 examples")
+    assert "\n\nwhat  " in out and "computed in " in out
+
+
+def test_a_problem_is_code_1(capsys, tmp_path, folder, data, tiny_llama):
+    """The tokenizer has tokens that the model has no embedding for."""
+    tiny_llama.resize_token_embeddings(100)
+    tiny_llama.save_pretrained(folder)
+    code, out, _ = run(capsys, "--model", folder, "--data", data, "--json")
+    report = json.loads(out)
+    (new,) = [one for one in report["findings"] if one["name"] == "new tokens"]
+    assert code == 1 and report["ok"] is False and new["status"] == "problem" and "memory" in report["skipped"]
+    code, out, _ = run(capsys, "--model", folder, "--data", data)
+    assert (
+        code == 1 and "problem  new tokens: " in out and "         https://github.com/artidoro/qlora/issues/214" in out
+    )
+
+
+def test_json_is_one_line(capsys, folder, data):
+    code, out, _ = run(
+        capsys, "--model", folder, "--data", data, "--json", "--optimizer-bits", 8, "--targets", "q_proj"
+    )
+    report = json.loads(out)
+    assert code == 0 and out.count("\n") == 1 and report["ok"] is True
+    assert {one["name"] for one in report["findings"]} == set(THREADS)
+    assert report["dtypes"]["rows"][-1]["dtype"] == "8-bit codes, blocks of 256"
+    assert report["dtypes"]["trained"] == 2 * 2 * (16 + 16)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--data", "no.jsonl"], "no data file at no.jsonl"),
+        (["--data", "DATA", "--model", "nowhere"], "unknown model 'nowhere'"),
+        (["--data", "DATA", "--max-length", "0"], "max_length=0 is not allowed"),
+        (["--data", "DATA", "--model", "MODEL", "--max-length", "2"], "no example has at most 2 tokens"),
+        (["--data", "DATA", "--model", "MODEL", "--optimizer-bits", "4"], "optimizer_bits=4 is not allowed"),
+        (["--data", "DATA", "--model", "MODEL", "--targets", "qq"], "match no linear layer"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(capsys, folder, data, argv, message):
+    names = {"DATA": data, "MODEL": folder}
+    code, out, err = run(capsys, *(names.get(a, a) for a in argv))
+    assert code == 2 and message in err and not out
+    assert len([line for line in err.splitlines() if line.startswith("qlora-lab doctor: ")]) == 1
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor", "--help"])
+    assert stop.value.code == 0 and "example: qlora-lab doctor" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,190 @@
+"""A model that is quantised on disk: the same bits as one that is quantised on arrival, made once and whole."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_lab.adapters.lora import add_lora
+from qlora_lab.files import tensor_file
+from qlora_lab.model import quantized_folder
+from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.model.load import load
+from qlora_lab.model.quantized_folder import quantize_folder
+
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_llama, tokenizer):
+    tiny_llama.bfloat16().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(quantized_folder, "PIECE", 4096)
+
+
+def quantise(folder, out, *options):
+    return quantize_folder(folder, out, *options, progress=False)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("options", [(), ("fp4", 128, False), ("int4", 64, True)])
+def test_it_loads_as_what_is_quantised_on_arrival(folder, tmp_path, options):
+    quantise(folder, tmp_path / "small", *options)
+    mapped, tokenizer = load(tmp_path / "small", dtype=torch.float32, progress=False)
+    arrived, _ = load(folder, *options, dtype=torch.float32, progress=False)
+    a, b = ({n: m.weight for n, m in model.named_modules() if isinstance(m, Linear4bit)} for model in (mapped, arrived))
+    assert a.keys() == b.keys() and len(a) == 14
+    assert all(torch.equal(a[n].packed, b[n].packed) and torch.equal(a[n].absmax, b[n].absmax) for n in a)
+    assert torch.equal(mapped(IDS).logits, arrived(IDS).logits)
+    assert tokenizer("4")["input_ids"] and not list((tmp_path / "small").glob(".*"))
+
+
+def test_weights_are_as_readable_as_the_other_files(folder, tmp_path):
+    assert len({file.stat().st_mode for file in quantise(folder, tmp_path / "small").iterdir()}) == 1
+
+
+def test_a_mapped_model_trains(folder, tmp_path):
+    model, _ = load(quantise(folder, tmp_path / "small"), dtype=torch.float32, progress=False)
+    add_lora(model, r=2)(input_ids=IDS, labels=IDS).loss.backward()
+    before = contents(tmp_path / "small")
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    assert contents(tmp_path / "small") == before
+
+
+def test_transformers_with_bitsandbytes_reads_it(tmp_path, tokenizer):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    # rows of whole blocks: for others bitsandbytes 0.50.2 decodes wrong weights on the CPU
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=280, **shape)).bfloat16().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    quantise(tmp_path / "model", tmp_path / "small")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    ours, _ = load(tmp_path / "small", dtype=torch.float32, progress=False)
+    layer, twin = (model.model.layers[1].mlp.down_proj for model in (theirs, ours))
+    assert type(layer).__name__ == "Linear4bit"
+    assert torch.equal(layer.weight.data.view(-1), twin.weight.packed)
+    a, b = theirs(IDS).logits.float(), ours(IDS).logits
+    assert (a - b).norm() < 0.02 * b.norm()  # theirs computes in bf16, whose step is 0.008
+
+
+def test_an_interrupted_one_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
+    whole = contents(quantise(folder, tmp_path / "whole"))
+    save, saved = tensor_file.save_file, []
+
+    def interrupted(tensors, path, **kwargs):
+        saved.append(path)
+        save(tensors, path, **kwargs)
+        if len(saved) == 3:
+            path.write_bytes(path.read_bytes()[:50])
+            raise KeyboardInterrupt  # a signal may land in a callback of the garbage collector, and be lost
+
+    monkeypatch.setattr(tensor_file, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantise(folder, tmp_path / "parts")
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.safetensors")}
+    assert len(kept) == 2
+    with pytest.raises(FileNotFoundError, match="has no config.json"):  # it is no model yet
+        load(tmp_path / "parts", progress=False)
+    with pytest.raises(ValueError, match="parts was begun with another block_size: repeat that call"):
+        quantise(folder, tmp_path / "parts", "nf4", 128)
+    quantise(folder, tmp_path / "parts")
+    assert contents(tmp_path / "parts") == whole
+    assert all((tmp_path / "parts" / name).stat().st_mtime_ns == when for name, when in kept.items())
+    assert len(saved) - 3 == len(list((tmp_path / "parts").glob("*.safetensors"))) - 2
+
+
+def test_what_a_killed_call_left_behind_is_removed(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(quantized_folder, "_finish", lambda *_: None)
+        quantise(folder, tmp_path / "small")
+    scratch = json.loads((tmp_path / "small" / "qlora-lab.json").read_text())["scratch"]
+    for name in (f"{scratch}/.model-00003-of-00009.safetensors-hkw3_x12", ".plan-personal", ".config.json-q1w2e3r4"):
+        (tmp_path / "small" / name).mkdir(parents=True)
+        (tmp_path / "small" / name / "half").write_text("")
+    quantise(folder, tmp_path / "small")
+    names = {path.name for path in (tmp_path / "small").iterdir()}
+    assert names >= {".plan-personal", ".config.json-q1w2e3r4"} and not names & {scratch, "qlora-lab.json"}
+
+
+def test_one_that_was_killed_before_its_first_piece_is_begun_again(folder, tmp_path, monkeypatch):
+    for moment in ("replacing_file", "_pieces"):  # the mark is there alone; then nothing was
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(quantized_folder, moment, lambda *_: 1 / 0)
+            quantise(folder, tmp_path / "small")
+    quantise(folder, tmp_path / "whole")
+    assert contents(quantise(folder, tmp_path / "small")) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["quantizing.json", "qlora-lab.json"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "null", "no JSON", '{"application": "qlora_lab run", "scratch": ".plan-a8s0d9f2"}']
+)
+def test_a_users_file_under_a_name_of_ours_is_refused(folder, tmp_path, name, text):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text(text)
+    if name == "qlora-lab.json" and text in ("", "{"):  # what a kill leaves of a mark: nothing of a user's is in it
+        quantise(folder, tmp_path / "mine")
+        return
+    with pytest.raises(FileExistsError, match="choose a folder of its own"):
+        quantise(folder, tmp_path / "mine")
+    assert contents(tmp_path / "mine") == {name: text.encode()}
+
+
+def test_pieces_hold_every_tensor_once(folder, tmp_path):
+    quantise(folder, tmp_path / "small")
+    weight_map = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())["weight_map"]
+    files = sorted((tmp_path / "small").glob("*.safetensors"))
+    stored = [key for file in files for key in load_file(file)]
+    assert sorted(stored) == sorted(weight_map) and len(files) > 3
+
+
+def test_errors_teach(folder, tmp_path):
+    quantise(folder, tmp_path / "small")
+    with pytest.raises(FileExistsError, match="small holds a model already: choose another folder"):
+        quantise(folder, tmp_path / "small")
+    with pytest.raises(ValueError, match=r"small is quantised as \('nf4', 64, True\), not as \('fp4', 64, True\)"):
+        load(tmp_path / "small", "fp4", progress=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".model-notes").mkdir()
+    with pytest.raises(FileExistsError, match="mine is not empty: choose a folder of its own"):
+        quantise(folder, tmp_path / "mine")
+    assert (tmp_path / "mine" / ".model-notes").is_dir()
+    with pytest.raises(ValueError, match="codebook 'nf5' is not known"):
+        quantise(folder, tmp_path / "other", "nf5")
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path, tokenizer):
+    """GPT-2's layers are Conv1D: it came back as it was, and a folder was written that could not be loaded."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(vocab_size=280, **shape)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    advice = r"load it with codebook=None \(on the command line: --codebook none\)"
+    for use in (lambda: quantise(tmp_path / "gpt2", tmp_path / "small"), lambda: load(tmp_path / "gpt2")):
+        with pytest.raises(ValueError, match=f"GPT2LMHeadModel has no nn.Linear to quantise .*{advice}"):
+            use()
+    assert not (tmp_path / "small").exists()
+    assert load(tmp_path / "gpt2", codebook=None, progress=False)[0].get_submodule("transformer.h.0.attn.c_attn")
+
+
+def test_a_piece_that_lost_a_constant_is_named(folder, tmp_path):
+    from safetensors.torch import save_file
+
+    out = quantise(folder, tmp_path / "small")
+    file, lost = next((f, k) for f in out.glob("*.safetensors") for k in load_file(f) if k.endswith(".nested_absmax"))
+    tensors = load_file(file)
+    del tensors[lost]
+    save_file(tensors, file)
+    with pytest.raises(RuntimeError, match=f"{lost} is missing: the checkpoint is incomplete"):
+        load(out, progress=False)
