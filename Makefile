@@ -27,7 +27,7 @@ trust: $(READY)
 notebooks: $(READY)
 	$(BIN)/qlora-lab fetch smollm2-135m
 	$(BIN)/python tools/notebooks.py
-	$(BIN)/python -c "import qlora_lab as ql; open('notebooks/explorer.png', 'wb').write(ql.NormalFloatExplorer().png)"
+	$(BIN)/python -c "from qlora_lab.show.normal_float import NormalFloatExplorer; open('notebooks/explorer.png', 'wb').write(NormalFloatExplorer().png)"
 
 # speed beside bitsandbytes and torchao on this machine: bench/cpu.json, its picture, the README's section.
 # torchao lies apart: where it is installed, transformers imports it, and notebooks print its warnings

@@ -26,7 +26,8 @@ import qlora_lab as ql  # noqa: E402
 from bench.cpu import versions  # noqa: E402
 from bench.files import write  # noqa: E402
 from qlora_lab.measure.perplexity import text_windows, topics_text, window_losses  # noqa: E402
-from qlora_lab.quant.plan import Candidate, Choices, Plan, uniform  # noqa: E402
+from qlora_lab.measure.sensitivity import choices_of  # noqa: E402
+from qlora_lab.quant.plan import Candidate, Choices, Plan, best_plan, uniform  # noqa: E402
 
 MODEL, LENGTH, DRAWS = "smollm2-135m", 256, 10_000
 SIZES, TYPES = (32, 64, 128, 256, 512, 1024), ("nf4", "nf3", "int5", "int6", "int8")
@@ -44,8 +45,8 @@ def plans(calibration: str, windows: int, types: tuple[str, ...]) -> dict[str, P
     s = ql.sensitivity(model, None, batches, fisher=True)
     found = {}
     for name, some in (("nf4", types[:1]), ("any type", types)):
-        choices: Choices = ql.choices_of(model, [Candidate(t, size, False) for t in some for size in SIZES], s)
-        found |= {f"{name}, {budget} bits": ql.best_plan(choices, budget) for budget in BUDGETS[name]}
+        choices: Choices = choices_of(model, [Candidate(t, size, False) for t in some for size in SIZES], s)
+        found |= {f"{name}, {budget} bits": best_plan(choices, budget) for budget in BUDGETS[name]}
     found |= {f"nf4/{size} for all": uniform(choices, Candidate("nf4", size, False)) for size in (32, 64, 128)}
     return found
 

@@ -1,71 +1,53 @@
 """qlora_lab: see how QLoRA works, down to the byte, then use it.
 
-The names below are the whole public face. Each is loaded when it is first used, so that `import qlora_lab` is instant:
-torch alone takes two seconds. The rooms, in the direction of the data: quant -> finetune -> measure -> show -> cli.
+The names below are the public ones; everything else is imported from its room: `from qlora_lab.quant.packing import
+pack`. Each is loaded when it is first used, so that `import qlora_lab` is instant: torch alone takes two seconds.
 """
 
 from importlib import import_module
 from typing import Any
 
 _HOME = {
+    # quant: numbers
     "codebook": "quant.codebook",
     "normal_float": "quant.codebook",
     "quantize": "quant.quantize",
     "dequantize": "quant.quantize",
     "QuantizedTensor": "quant.quantize",
-    "to_tensors": "quant.serialize",
-    "from_tensors": "quant.serialize",
+    # data: examples, tokens, labels
+    "load_data": "data.dataset",
+    "show_labels": "data.dataset",
+    # model: a folder in 4 bits
     "fetch": "model.fetch",
     "load": "model.load",
     "quantize_folder": "model.quantized_folder",
-    "diagnose": "doctor.diagnose",
-    "dtype_policy": "doctor.dtype_policy",
-    "Linear4bit": "model.linear4bit",
-    "quantize_linears": "model.linear4bit",
+    # adapters: what is trained
     "add_lora": "adapters.lora",
-    "LoRALinear": "adapters.lora",
+    "save_adapter": "adapters.peft_format",
+    "load_adapter": "adapters.peft_format",
+    # optim: where the moments lie
     "PagedAdamW": "optim.paged_adamw",
-    "load_data": "data.dataset",
+    # train, and the checks before it
     "finetune": "train.trainer",
     "Training": "train.trainer",
     "Settings": "train.settings",
-    "save_adapter": "adapters.peft_format",
-    "load_adapter": "adapters.peft_format",
+    "diagnose": "doctor.diagnose",
+    # measure: what a model is worth
+    "perplexity": "measure.perplexity",
     "generate": "measure.held_out",
     "held_out": "measure.held_out",
-    "perplexity": "measure.perplexity",
-    "topics_text": "measure.perplexity",
-    "rouge_l": "measure.rouge",
-    "code_use": "measure.code_use",
     "sweep": "measure.sweep",
     "read_results": "measure.results_file",
-    "variants": "measure.sweep",
-    "lloyd_max": "quant.lloyd_max",
-    "Candidate": "quant.plan",
-    "best_plan": "quant.plan",
-    "load_plan": "quant.plan",
     "sensitivity": "measure.sensitivity",
-    "choices_of": "measure.sensitivity",
-    "machine": "measure.machine",
+    "published_nf4": "measure.published",
+    # memory: what a run costs
     "predict_memory": "memory.predict",
     "measure_memory": "memory.measured",
-    "plan": "memory.fit",
+    "fit": "memory.fit",
     "replay_published": "memory.published",
-    "show_labels": "data.dataset",
-    "LabelView": "show.labels",
-    "live": "show.live",
-    "published_nf4": "measure.published",
-    "published_data_types": "measure.published",
-    "NormalFloatExplorer": "show.normal_float",
-    "KernelMapExplorer": "show.kernel_map",
-    "LowRankExplorer": "show.low_rank",
-    "PageTableExplorer": "show.page_table",
-    "ConstantsExplorer": "show.constants",
-    "BlockSizeExplorer": "show.block_size",
-    "MemoryExplorer": "show.memory",
-    "OutlierExplorer": "show.data_types",
-    "CodebookExplorer": "show.data_types",
+    # show: for notebooks
     "check": "show.check",
+    "live": "show.live",
     "picture": "show.figure",
     "show_source": "show.source",
 }

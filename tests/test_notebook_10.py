@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import qlora_lab as ql
+from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.model.linear4bit import Linear4bit
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "10_finetune_llama.ipynb"
 SOLUTIONS = {
@@ -26,6 +28,8 @@ def names() -> dict:
     trainable = 16 * (80 + 120 + 200 + 80)
     return {
         "ql": ql,
+        "LoRALinear": LoRALinear,
+        "Linear4bit": Linear4bit,
         "packed": packed,
         "trainable": trainable,
         "held": 16 * trainable,

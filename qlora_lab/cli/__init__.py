@@ -195,7 +195,9 @@ def _finetune(a: argparse.Namespace, settings: "Settings") -> None:
         model, tokenizer = _load(a)
         ql.add_lora(model, a.r, a.alpha, a.dropout, targets, seed=a.seed)
         if rank == 0 and not (a.json or a.quiet):
-            print(f"{ql.dtype_policy(model, a.optimizer_bits)}\n")
+            from qlora_lab.doctor.dtype_policy import dtype_policy
+
+            print(f"{dtype_policy(model, a.optimizer_bits)}\n")
         before = ql.held_out(model, tokenizer, test, progress=not a.quiet) if test and rank == 0 else None
         options = {"held_out": test, "resume": a.resume, "overwrite": a.overwrite, "progress": not a.quiet}
         options["other_arithmetic"] = a.other_arithmetic
@@ -232,7 +234,7 @@ def memory(a: argparse.Namespace) -> int:
     setup |= {"length": a.max_length, "double_quant": not a.no_double_quant}
     setup["targets"] = a.targets[0] if len(a.targets) == 1 else a.targets
     found = (
-        ql.predict_memory(a.model, a.method, **setup) if a.gpu is None else ql.plan(a.model, a.gpu, a.method, **setup)
+        ql.predict_memory(a.model, a.method, **setup) if a.gpu is None else ql.fit(a.model, a.gpu, a.method, **setup)
     )
     print(json.dumps(found.to_dict()) if a.json else found)
     return 0 if a.gpu is None or found.fits else 1
@@ -282,11 +284,12 @@ def block_size(a: argparse.Namespace) -> None:
 def _block_size(a: argparse.Namespace, candidates: tuple["Candidate", ...], out: Path) -> None:
     import torch
 
+    from qlora_lab.measure.perplexity import topics_text
     from qlora_lab.measure.sensitivity import choices_of, sensitivity
     from qlora_lab.model.load import layer_sizes
     from qlora_lab.quant.plan import Choices, best_plan, bits_table, small_layers
 
-    topics = ql.topics_text()
+    topics = topics_text()
     text = topics[len(topics) // 2 :] if a.text is None else _text(a.text)  # perplexities are those of its first half
     model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)
 

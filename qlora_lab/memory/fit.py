@@ -1,9 +1,9 @@
 """What fits on a card: settings for a run, the longest row, the most rows, the largest rank, and what each switch buys.
 
-    plan("llama-7b", 24, r=64, length=2048) -> Plan
+    fit("llama-7b", 24, r=64, length=2048) -> MemoryFit
 
-In: a model, the card's memory, and what is wanted, as fields of Setup. Out: a Plan. Three switches change nothing of
-what is computed, and are turned on in the order of their price until it fits:
+In: a model, the card's memory, and what is wanted, as fields of Setup. Out: a MemoryFit. Three switches change nothing
+of what is computed, and are turned on in the order of their price until it fits:
 
     micro-batches            each step in parts: the same step, a little slower
     gradient checkpointing   one more forward pass a step, a third of its arithmetic
@@ -43,7 +43,7 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryFit:
     """asked: the ledger of what was asked for. chosen: that of what is advised, or of the least that there is where
     nothing fits. longest: tokens of a row, one row at once; rows: of the asked length at once; rank: with the asked
     rows. Each with the chosen switches; 0 where not even 1 fits."""
@@ -90,13 +90,13 @@ class Plan:
         return f"does not fit on {card}: {-self.free / GIB:.2f} GiB are missing"
 
 
-def plan(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> Plan:
+def fit(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> MemoryFit:
     """Settings for `model` on a card of `gpu_gb` GiB, what they call GB.
 
     model: see shape_of. setup: fields of Setup. `settings` of the result are arguments of finetune.
     Raises ValueError for a card without memory, and what predict_memory raises.
 
-    >>> plan("llama-7b", 12, r=64, length=512).fits, plan("llama-65b", 24).fits
+    >>> fit("llama-7b", 12, r=64, length=512).fits, fit("llama-65b", 24).fits
     (True, False)
     """
     what = "the memory of a card, above 0 GB and at most 1,000,000, such as 24"
@@ -111,7 +111,7 @@ def plan(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> Plan
             switched.append(name)
     chosen = ledger_of(shape, advised)
     compared = (*ORDER, EIGHT, *(PACKING,) * (wanted.mean_length is not None))
-    return Plan(
+    return MemoryFit(
         nbytes=nbytes,
         fits=chosen.peak <= nbytes,
         asked=asked,

@@ -11,8 +11,9 @@ sizes = np.array([32, 64, 128, 256, 512, 1024])
 candidates = tuple(Candidate("nf4", int(size), False) for size in sizes)
 damage = np.random.default_rng(0).lognormal(size=210)
 error = damage[:, None] * np.log2(sizes)
+from qlora_lab.show.block_size import BlockSizeExplorer
 choices = Choices(layers, tuple(numel.tolist()), candidates, error, numel[:, None] * (4 + 32 / sizes))""",
-    "ql.BlockSizeExplorer(choices, budget=4.5)",
+    "BlockSizeExplorer(choices, budget=4.5)",
 ]
 
 

@@ -155,7 +155,7 @@ def test_a_setup_of_memory_refuses_what_is_no_number(name):
 
 
 CALLS = {
-    "gpu_gb": lambda value: ql.plan("llama-7b", value),
+    "gpu_gb": lambda value: ql.fit("llama-7b", value),
     "learned": lambda value: Setup(learned=value),
     "dropout": lambda value: Setup(dropout=value),
     "bits_per_parameter": check_limits,

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def shown(capsys, tmp_path, folder, monkeypatch):
     """What a command writes to stderr."""
     text = "the sum of the two numbers is a number. " * 9
-    for name in ("qlora_lab.topics_text", "qlora_lab.measure.sweep.topics_text"):
+    for name in ("qlora_lab.measure.perplexity.topics_text", "qlora_lab.measure.sweep.topics_text"):
         monkeypatch.setattr(name, lambda: text, raising=False)
     data = tmp_path / "train.jsonl"
     data.write_text("".join(f'{{"instruction": "double {i}", "output": "{2 * i}"}}\n' for i in range(12)))

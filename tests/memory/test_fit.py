@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_lab.memory.fit import EIGHT, GIB, ORDER, plan
+from qlora_lab.memory.fit import EIGHT, GIB, ORDER, fit
 from qlora_lab.memory.predict import predict_memory
 from qlora_lab.memory.shape import shape_of
 from qlora_lab.optim.paging import PAGE_SIZE
@@ -19,19 +19,19 @@ def peak(**setup):
 
 
 def test_what_fits_is_left_as_it_is():
-    found = plan("llama-7b", 80, **WANTED)
+    found = fit("llama-7b", 80, **WANTED)
     assert found.fits and found.switched == () and found.chosen == found.asked
     assert found.chosen.peak == peak() and found.free == 80 * GIB - peak()
 
 
 def test_switches_come_in_the_order_of_their_price():
-    switched = [plan("llama-7b", gb, **WANTED).switched for gb in (80, 12, 7.5, 6)]
+    switched = [fit("llama-7b", gb, **WANTED).switched for gb in (80, 12, 7.5, 6)]
     assert switched == [ORDER[:0], ORDER[:1], ORDER[:2], ORDER[:3]]
 
 
 @pytest.mark.parametrize("gb", [80, 24, 12, 8, 6])
 def test_the_ledger_of_the_advised_settings_says_the_same(gb):
-    found = plan("llama-7b", gb, **WANTED)
+    found = fit("llama-7b", gb, **WANTED)
     run = Settings(**found.settings)  # names and values that finetune takes
     setup = {"micro_batch_size": run.micro_batch_size, "gradient_checkpointing": run.gradient_checkpointing}
     setup |= {"optimizer_bits": run.optimizer_bits, "optimizer_budget": run.optimizer_budget}
@@ -39,7 +39,7 @@ def test_the_ledger_of_the_advised_settings_says_the_same(gb):
 
 
 def test_limits_fit_and_one_more_does_not():
-    found, card = plan("llama-7b", 8, **WANTED), 8 * GIB
+    found, card = fit("llama-7b", 8, **WANTED), 8 * GIB
     how = {"gradient_checkpointing": True}
     assert found.settings["gradient_checkpointing"]
     rows = {"batch_size": found.rows, **how}
@@ -50,7 +50,7 @@ def test_limits_fit_and_one_more_does_not():
 
 
 def test_each_switch_alone_saves_what_it_says():
-    found = plan("llama-7b", 24, **WANTED)
+    found = fit("llama-7b", 24, **WANTED)
     alone = {one.name: one for one in found.switches}
     assert tuple(alone) == (*ORDER, EIGHT)
     assert all(one.saves == peak() - one.peak > 0 for one in found.switches)
@@ -63,40 +63,40 @@ def test_each_switch_alone_saves_what_it_says():
 
 def test_packing_is_compared_where_the_data_are_known():
     """8 examples of 128 tokens fill 2 rows of 512."""
-    found = plan("llama-7b", 24, **WANTED, mean_length=128)
+    found = fit("llama-7b", 24, **WANTED, mean_length=128)
     assert found.switches[-1].name == "packing" and found.switches[-1].peak == peak(batch_size=2, packing=True)
 
 
 def test_pages_leave_only_as_far_as_they_must():
-    found, how = plan("llama-7b", 6, **WANTED), {"micro_batch_size": 1, "gradient_checkpointing": True}
+    found, how = fit("llama-7b", 6, **WANTED), {"micro_batch_size": 1, "gradient_checkpointing": True}
     budget = found.settings["optimizer_budget"]
     assert found.switched == ORDER and PAGE_SIZE < budget < predict_memory("llama-7b", r=64).row("moments").predicted
     assert peak(**how, optimizer_budget=budget) <= 6 * GIB < peak(**how, optimizer_budget=budget + PAGE_SIZE)
 
 
 def test_a_65b_model_fits_on_48_gb_as_the_paper_says():
-    found = plan("llama-65b", 48, r=64, length=512, batch_size=1)
+    found = fit("llama-65b", 48, r=64, length=512, batch_size=1)
     assert found.fits and found.switched == ("gradient checkpointing",)
-    assert not plan("llama-65b", 48, "lora", r=64, length=512, batch_size=1).fits
+    assert not fit("llama-65b", 48, "lora", r=64, length=512, batch_size=1).fits
 
 
 def test_what_never_fits_says_how_much_is_missing():
-    found = plan("llama-2-70b", 24)
+    found = fit("llama-2-70b", 24)
     assert not found.fits and found.free < 0 and (found.longest, found.rows, found.rank) == (0, 0, 0)
     assert "does not fit on a card of 24 GiB" in str(found)
 
 
 def test_the_largest_rank_is_that_of_the_widest_layer():
     """More than a layer's own rank expresses nothing more: SmolLM2's k_proj is 576 x 192, its q_proj 576 x 576."""
-    assert plan(replace(shape_of("smollm2-135m"), layers=1), 1000).rank == 576
+    assert fit(replace(shape_of("smollm2-135m"), layers=1), 1000).rank == 576
 
 
 def test_full_fine_tuning_has_no_rank():
-    assert plan(replace(shape_of("llama-7b"), layers=1), 24, "full").rank == 0
+    assert fit(replace(shape_of("llama-7b"), layers=1), 24, "full").rank == 0
 
 
 def test_a_plan_is_plain_values():
-    found = plan("llama-7b", 24, **WANTED)
+    found = fit("llama-7b", 24, **WANTED)
     data = json.loads(json.dumps(found.to_dict()))
     assert data["limits"]["rows"] == found.rows and data["chosen"]["peak"] == found.chosen.peak
 
@@ -104,4 +104,4 @@ def test_a_plan_is_plain_values():
 @pytest.mark.parametrize("gb", [0, -1, float("nan"), float("inf"), "24", True])
 def test_a_card_without_memory_is_refused(gb):
     with pytest.raises(ValueError, match="it is the memory of a card, above 0 GB"):
-        plan("llama-7b", gb)
+        fit("llama-7b", gb)

@@ -18,6 +18,7 @@ from qlora_lab.memory import predict as memory
 from qlora_lab.memory.ledger import PHASES
 from qlora_lab.memory.measured import measure_memory
 from qlora_lab.memory.predict import predict_memory
+from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.model.modes import checkpointing
 from qlora_lab.model.wide import NAME as WIDE, widen
 from qlora_lab.quant.quantize import QuantizedTensor
@@ -58,7 +59,7 @@ def build(
     model.to(dtype)
     model.model.rotary_emb = type(frequencies)(config=model.config)
     if method == "qlora":
-        ql.quantize_linears(model, **how)
+        quantize_linears(model, **how)
     return model if method == "full" else ql.add_lora(model, r=r, dropout=dropout, targets=targets)
 
 
@@ -214,7 +215,7 @@ def test_half_a_model_is_refused():
         measure_memory(model)
     model = build("all heads, own head", "lora")
     layer = model.model.layers[0].mlp.up_proj
-    layer.base = ql.Linear4bit(ql.quantize(layer.base.weight))
+    layer.base = Linear4bit(ql.quantize(layer.base.weight))
     with pytest.raises(ValueError, match="1 of 21 linear layers are quantised"):
         measure_memory(model)
 

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.memory.fit import plan
+from qlora_lab.memory.fit import fit
 from qlora_lab.memory.ledger import PHASES
 from qlora_lab.memory.predict import predict_memory
 from qlora_lab.show.memory import CARDS, GIB, GROUPS, METHODS, MemoryExplorer, _gib, at_peak, card_for
@@ -74,11 +74,11 @@ def test_a_card_is_full_at_its_last_byte():
     assert [card_for(8 * GIB), card_for(8 * GIB + 1), card_for(80 * GIB), card_for(80 * GIB + 1)] == [8, 16, 80, None]
 
 
-def test_it_agrees_with_the_plan():
-    """Nothing is switched on by plan where the explorer says that a card is large enough."""
+def test_it_agrees_with_fit():
+    """Nothing is switched on by fit where the explorer says that a card is large enough."""
     setup = {"r": 64, "length": 512, "batch_size": 1, "gradient_checkpointing": True}
     card = EXPLORER.compute(START)["card"]["qlora"]
-    assert plan("llama-7b", card, **setup).switched == ()
+    assert fit("llama-7b", card, **setup).switched == ()
 
 
 def test_the_sentence():

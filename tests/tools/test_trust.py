@@ -94,6 +94,7 @@ HANGS = """
 import sys, time
 from contextlib import contextmanager
 from pathlib import Path
+from qlora_lab import cli
 from tools import trust_commands
 trust_commands.LIMIT = 0.2
 @contextmanager

@@ -8,7 +8,6 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-import qlora_lab as ql
 from qlora_lab import kernels
 from qlora_lab.kernels import OVERRIDE, choose
 from qlora_lab.kernels.triton import adamw_8bit as rung8, dispatch, ops
@@ -20,6 +19,7 @@ from qlora_lab.kernels.triton.gemv_nf4 import gemv_nf4
 from qlora_lab.kernels.triton.launch import MAX_NUMEL, check_numel
 from qlora_lab.kernels.triton.matmul_nf4 import TOKENS, matmul_nf4
 from qlora_lab.kernels.triton.quantize_nf4 import quantize_nf4
+from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.optim import adamw_8bit as readable_adamw
 from qlora_lab.quant import double_quant
 from qlora_lab.quant.blocks import TINY
@@ -169,7 +169,7 @@ def test_a_step_of_adamw_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("columns", [64, 72])  # whole blocks in a row, and not
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "nf4"), (bf16, "nf4"), (bf16, "int8")])
 def test_a_layer_on_a_gpu(tokens, columns, dtype, name, on_the_gpu):
-    layer = ql.Linear4bit(quantize(torch.randn(ROWS, columns), name, 32, True))
+    layer = Linear4bit(quantize(torch.randn(ROWS, columns), name, 32, True))
     x, grad = leaf(tokens, columns, dtype=dtype), torch.ones(tokens, ROWS, dtype=dtype)
     y = layer(x)
     y.backward(grad)
