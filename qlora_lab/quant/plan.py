@@ -26,9 +26,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from qlora_lab.files import disk
-from qlora_lab.files.lock import locked_file
 from qlora_lab.files.out_path import out_path
+from qlora_lab.files.replace import replace_text
 from qlora_lab.files.strict_json import NUMBER, OBJECT, SWITCH, TEXT, check_keys, each, read_json, whole
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
@@ -115,12 +114,7 @@ class Plan:
         lines = [f"  {json.dumps(name)}: {json.dumps(one)}" for name, one in layers.items()]  # a line a layer
         head = {"model": self.model, "error": self.error, "bits_per_parameter": self.bits_per_parameter}
         body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-        with locked_file(path, "save", wait=True) as lock:
-            disk.make_folder(lock.scratch)
-            new = lock.scratch / "plan.json"
-            disk.write_text(new, f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
-            disk.sync(new)  # a rename can reach the disk before what is in the file
-            disk.rename(new, path.resolve())  # a link stays
+        replace_text(path, f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
         return path
 
     def check(self, numel: dict[str, int]) -> None:
