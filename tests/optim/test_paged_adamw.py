@@ -169,9 +169,7 @@ def test_errors_name_the_value(given, message):
 
 def test_parameters_of_another_device_are_refused():
     somewhere = torch.nn.Parameter(torch.ones(3, device="meta"))
-    with pytest.raises(
-        ValueError, match="parameter 0 is on meta, where its pages cannot be: move all parameters"
-    ):
+    with pytest.raises(ValueError, match="parameter 0 is on meta, where its pages cannot be: move all parameters"):
         PagedAdamW([somewhere])
     with pytest.raises(ValueError, match="parameter 1 is on meta, .*: move all parameters to the CPU"):
         PagedAdamW([torch.nn.Parameter(torch.ones(3)), somewhere])
