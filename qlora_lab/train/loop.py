@@ -27,7 +27,7 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 def train(model, tokenizer, examples: list[Example], settings: Settings) -> list:
     """Train the adapters of `model` on the answers of `examples`. Returns the log."""
-    # Shuffle first: if fewer examples are needed than there are, they are a fair sample.
+    # Shuffle first, so that the examples a short run needs are a fair sample of all.
     order = np.random.default_rng(settings.seed).permutation(len(examples))
     shuffled = [examples[i] for i in order]
     needed = settings.steps * settings.batch_size
@@ -43,13 +43,13 @@ def train(model, tokenizer, examples: list[Example], settings: Settings) -> list
     with mode(model, training=True), own_draws(model):
         for step in range(1, settings.steps + 1):
             torch.manual_seed(step_seed(settings.seed, step))  # for dropout
-            # Pad to the longest of these examples only, so memory follows the batch.
+            # Pad to the longest example of the batch and no further.
             rows = [encoded[i] for i in next(batches)]
             batch = collate(rows, pad_id=fill_id(model, tokenizer))  # (batch, longest)
             # Forward: decode each 4-bit weight, multiply, and add the adapter's part.
             # The prompt is read but not judged: the sum is over answer tokens alone.
             summed, answer_tokens = answer_loss(model, batch)  # nats, a count
-            # Divide once, so that each token counts the same, in a long answer or short.
+            # Divide once: each token counts the same, in a long answer or a short one.
             loss = summed / answer_tokens
             # Backward: decode the weights again; gradients go through, not into, them.
             loss.backward()
@@ -60,5 +60,6 @@ def train(model, tokenizer, examples: list[Example], settings: Settings) -> list
             optimizer.step()
             # PyTorch adds gradients up; the next step must begin without these.
             optimizer.zero_grad()
-            log.append({"step": step, "loss": loss.item(), "gradient_norm": norm.item()})
+            line = {"step": step, "loss": loss.item(), "gradient_norm": norm.item()}
+            log.append(line)
     return log
