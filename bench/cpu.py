@@ -1,6 +1,6 @@
 """Ours, bitsandbytes and torchao on the CPU, in turn in one process: `make bench`, about a quarter of an hour.
 
-    python bench/cpu.py              measure with both allocators, write cpu.json, cpu.png and a section of docs/speed.md
+    python bench/cpu.py              measure with both allocators, write cpu.json, cpu.png, part of docs/speed.md
     python bench/cpu.py --quick      toy sizes, two rounds, writes to --out only: to see that it runs
     python bench/cpu.py --render     do not measure: picture, section and table from cpu.json
 

@@ -1,4 +1,4 @@
-"""From the JSON of bench/cpu.py: a table for the terminal, a picture, and a section of docs/speed.md. No figure is typed."""
+"""From the JSON of bench/cpu.py: a table for the terminal, a picture, part of docs/speed.md. No figure is typed."""
 
 import json
 from pathlib import Path

@@ -17,7 +17,16 @@ suppress_warnings = [
     "ref.python",  # two rooms may have a class of one name
 ]
 html_theme = "sphinx_book_theme"
-html_theme_options = {"use_download_button": True, "show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {
+    "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search field is in the sidebar
+    "show_toc_level": 1,
+    "use_download_button": True,
+}
+html_static_path = ["docs/static"]
+html_css_files = ["site.css"]
+highlight_language = "none"  # for code without a language: commands and their output
+toc_object_entries_show_parents = "hide"
 html_show_sourcelink = False
 html_math_renderer = "mathml"  # the browser draws formulas itself: a page opened from disk needs no network
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 LIBRARY = Path(__file__).resolve().parents[1] / "qlora_lab"
 INDENT = "    "
-_SIGNS = re.compile(r"([\\*_{}\[\]<>$|#~])")
+_SIGNS = re.compile(r"([\\*{}\[\]<>$|#~]|(?<!\w)_|_(?!\w))")
+_TERM = re.compile(r"\n(?=[A-Za-z][\w, ]{0,30}: )")  # "Out: ...", "block_size: ..." begin a line of their own
 _ALIGNED = re.compile(r"\S {3,}\S")
 
 
@@ -125,7 +126,7 @@ def _block(block: str) -> str:
     if any(line.startswith((">>>", "    ")) for line in lines) or sum(map(bool, map(_ALIGNED.search, lines))) > 1:
         language = "pycon" if ">>>" in block else "text"
         return f"```{language}\n{block}\n```"
-    return escaped(block)
+    return _TERM.sub(r"\\\n", escaped(block))
 
 
 def escaped(text: str) -> str:

@@ -58,6 +58,7 @@ def assemble(source: Path) -> None:
     for path in (source / "notebooks" / "solutions").glob("*.ipynb"):
         path.write_text(_links_up(path), "utf-8")
     shutil.copy(ROOT / "docs" / "conf.py", source / "conf.py")
+    shutil.copytree(ROOT / "docs" / "static", source / "docs" / "static")
     (source / "index.md").write_text(f"{(ROOT / 'README.md').read_text('utf-8')}\n{contents()}", "utf-8")
     reference = source / "reference"
     reference.mkdir()

@@ -54,8 +54,8 @@ def test_no_page_is_left_out_of_the_contents():
 
 
 def test_docstrings_are_shown_letter_by_letter():
-    text = "Divide a_b by *c*; `x_y` is code.\n\n>>> 1 + 1\n2\n\n    aligned   as it stands"
-    shown = r"Divide a\_b by \*c\*; `x_y` is code."
+    text = "Divide a_b by *c*, or _d_; `x_y` is code.\n\n>>> 1 + 1\n2\n\n    aligned   as it stands"
+    shown = r"Divide a_b by \*c\*, or \_d\_; `x_y` is code."
     assert as_markdown(text) == f"{shown}\n\n```pycon\n>>> 1 + 1\n2\n```\n\n```text\n    aligned   as it stands\n```"
 
 
