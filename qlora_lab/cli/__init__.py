@@ -15,40 +15,17 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import qlora_lab as ql
-from qlora_lab.cli import (
-    block_size,
-    doctor,
-    fetch,
-    finetune,
-    generate,
-    kernels,
-    memory,
-    open_lab,
-    quantize,
-    sweep,
-    verify,
-)
 from qlora_lab.cli.options import Parser, one_line
 
 if TYPE_CHECKING:
     from qlora_lab.cli.streams import Patient
 
-COMMANDS = {
-    "fetch": fetch,
-    "quantize": quantize,
-    "finetune": finetune,
-    "generate": generate,
-    "doctor": doctor,
-    "kernels": kernels,
-    "memory": memory,
-    "sweep": sweep,
-    "block-size": block_size,
-    "verify": verify,
-    "open": open_lab,
-}
+COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")  # each a file of this folder
+COMMANDS += ("memory", "sweep", "block-size", "verify", "open")
 LESS_MEMORY = "close other programs, or choose a smaller model"  # a command may know something better
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, beside ModelError
@@ -88,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qlora-lab {ql.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
+    for name in COMMANDS:
+        module = import_module(f"qlora_lab.cli.{name.replace('-', '_')}")
         summary = (module.__doc__ or name).split(".")[0]  # python -OO keeps no docstring
         command = commands.add_parser(
             name, help=summary[0].lower() + summary[1:], description=f"{summary}.", epilog=f"example: {module.EXAMPLE}"

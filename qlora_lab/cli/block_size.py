@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=whole,
         default=0,
         metavar="N",
-        help="layers of fewer weights share one choice within a module",
+        help="smaller layers of a module share one choice",
     )
     add_text(parser, windows=12, length=256, default="half of Python's help topics")
     output = parser.add_argument_group("output")
