@@ -32,7 +32,10 @@ from qlora_lab.gpu_code.cards import CARDS, LIMITS, Roof, occupancy, roof
 ARCHS = tuple(LIMITS)
 DTYPES = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2), "float16": ("fp16", 2)}  # Triton's name, bytes
 HALVES = ("bfloat16", "float16")
-BLOCK, GROUP, RANK = 64, 256, 16  # what a layer has by default: weights of a block, constants of a group, adapter
+# what a layer has by default
+BLOCK_SIZE = 64  # weights
+GROUP_SIZE = 256  # constants
+RANK = 16  # of its adapter
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,19 @@ class Rung:
     module: str | None = None
 
 
-PACKED = 0.5 + 1 / BLOCK + 4 / (BLOCK * GROUP)  # bytes of a weight and its share of codes and scales
+PACKED = 0.5 + 1 / BLOCK_SIZE + 4 / (BLOCK_SIZE * GROUP_SIZE)  # bytes of a weight and its share of codes and scales
 WEIGHT = "words:*i32 absmax:*u8 scale:*fp32 offset:*fp32 table:*fp32 levels:*fp32"
-QUANTISED = {"BLOCK": BLOCK, "GROUP": GROUP}
+QUANTISED = {"BLOCK_SIZE": BLOCK_SIZE, "GROUP_SIZE": GROUP_SIZE}
 RUNGS = {
     "quantize_nf4": Rung(
         "weight:*T tree:*fp32 order:*i32 words:*i32 absmax:*fp32 numel:i32 n_words:i32 tiny:fp32",
-        lambda m: {"BLOCK": BLOCK, "TILE": m.TILE, "num_warps": 1},
-        tile=("TILE",), least=(0.5 + 4 / BLOCK, 1),
+        lambda m: {"BLOCK_SIZE": BLOCK_SIZE, "TILE": m.TILE, "num_warps": 1},
+        tile=("TILE",), least=(0.5 + 4 / BLOCK_SIZE, 1),
     ),
     "dequantize_nf4": Rung(
         "words:*i32 absmax:*fp32 levels:*fp32 out:*T n_words:i32 numel:i32",
-        lambda m: {"BLOCK": BLOCK, "TILE": m.TILE, "num_warps": 1},
-        tile=("TILE",), least=(0.5 + 4 / BLOCK, 1),
+        lambda m: {"BLOCK_SIZE": BLOCK_SIZE, "TILE": m.TILE, "num_warps": 1},
+        tile=("TILE",), least=(0.5 + 4 / BLOCK_SIZE, 1),
     ),
     "dequantize_double": Rung(
         "words:*i32 codes:*u8 scale:*fp32 offset:*fp32 table:*fp32 levels:*fp32 out:*T n_words:i32 numel:i32",
@@ -79,13 +82,14 @@ RUNGS = {
     ),
     "double_quantize": Rung(
         "absmax:*fp32 offset:*fp32 thresholds:*fp32 codes:*u8 scales:*fp32 n_blocks:i32 tiny:fp32",
-        lambda m: {"GROUP": GROUP, "GROUPS": m.GROUPS} | m.NO_FUSION,
-        tile=("GROUP", "GROUPS"), least=(4 + 1 + 4 / GROUP, 0), share=1 / BLOCK, dtypes=("float32",),
+        lambda m: {"GROUP_SIZE": GROUP_SIZE, "GROUPS": m.GROUPS} | m.NO_FUSION,
+        tile=("GROUP_SIZE", "GROUPS"), least=(4 + 1 + 4 / GROUP_SIZE, 0), share=1 / BLOCK_SIZE, dtypes=("float32",),
     ),
     "double_dequantize": Rung(
         "codes:*u8 scale:*fp32 offset:*fp32 table:*fp32 out:*fp32 n_blocks:i32",
-        lambda m: {"GROUP": GROUP, "TILE": m.TILE} | m.NO_FUSION,
-        tile=("TILE",), least=(4 + 1 + 4 / GROUP, 0), share=1 / BLOCK, dtypes=("float32",), module="double_quantize",
+        lambda m: {"GROUP_SIZE": GROUP_SIZE, "TILE": m.TILE} | m.NO_FUSION,
+        tile=("TILE",), least=(4 + 1 + 4 / GROUP_SIZE, 0), share=1 / BLOCK_SIZE, dtypes=("float32",),
+        module="double_quantize",
     ),
     "gemv_nf4": Rung(
         f"x:*T {WEIGHT} y:*T n_rows:i32 n_words:i32",
@@ -106,8 +110,8 @@ RUNGS = {
         "param:*T grad:*T codes1:*u8 scale1:*fp32 codes2:*u8 scale2:*fp32 table1:*fp32 limits1:*fp32 table2:*fp32 "
         "limits2:*fp32 numel:i32 tiny:fp32 beta1:fp32 beta2:fp32 rest1:fp32 rest2:fp32 decay:fp32 size:fp32 "
         "correction:fp32 eps:fp32",
-        lambda m: {"BLOCK": m.BLOCK, "BLOCKS": m.BLOCKS} | m.NO_FUSION,
-        tile=("BLOCK", "BLOCKS"), least=(4 + 16 / 256, 3),
+        lambda m: {"BLOCK_SIZE": m.BLOCK_SIZE, "BLOCKS": m.BLOCKS} | m.NO_FUSION,
+        tile=("BLOCK_SIZE", "BLOCKS"), least=(4 + 16 / 256, 3),
     ),
 }  # fmt: skip
 

@@ -8,20 +8,19 @@ Not here: which implementation runs (kernels/__init__.py), pages (optim/paged_ad
 """
 
 from functools import lru_cache
-from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import torch
 from numba import njit, prange
 
 from qlora_lab.kernels import cpu, vector as v
+from qlora_lab.kernels.compiled import parallel, run
+from qlora_lab.kernels.elements import FLOAT32, FORM, read, read16, view, write
 from qlora_lab.kernels.opaque import opaque
 
 BLOCK = 256  # parameters that share a constant
 PIECE = 32  # blocks that a thread takes at a time
 _INFINITY = np.float32(np.inf)
-_read, _read16, _write = cpu._read, cpu._read16, cpu._write
 
 
 @njit(forceinline=True)
@@ -35,7 +34,7 @@ def _undo(codes, scale, levels, beta, moment):
 @njit(forceinline=True)
 def _add(grad, form, rest1, rest2, first, second):
     for i in range(0, BLOCK, 16):
-        g = _read16(grad, i, form)
+        g = read16(grad, i, form)
         v.store(first, i, v.load(first, i) + g * v.splat(rest1))
         v.store(second, i, v.load(second, i) + g * g * v.splat(rest2))
 
@@ -44,14 +43,14 @@ def _add(grad, form, rest1, rest2, first, second):
 def _use(param, form, first, second, decay, size, correction, eps):
     for i in range(len(param)):
         change = first[i] / (np.sqrt(second[i]) * correction + eps) * size
-        _write(param, i, _read(param, i, form) * decay - change, form)
+        write(param, i, read(param, i, form) * decay - change, form)
 
 
 @njit(forceinline=True)
 def _redo(moment, table, tiny, scale, codes):
     """codes (256,) and scale[0] = those of a moment. Its upper 16 bits nearly tell the code of a value."""
     _, limits, ranks, more, fill = table
-    cpu._absmax16(moment, cpu.FLOAT32, 0, BLOCK, BLOCK, scale)
+    cpu.absmax16(moment, FLOAT32, 0, BLOCK, BLOCK, scale)
     if np.isnan(scale[0]):
         codes[:] = fill
         return
@@ -64,13 +63,15 @@ def _redo(moment, table, tiny, scale, codes):
         v.store(codes, i, rank)
 
 
+@parallel
 def _adamw(
     param, param_form, grad, grad_form, codes1, scale1, codes2, scale2, first_table, second_table, scalars, tiny
 ):
     beta1, beta2, rest1, rest2, decay, size, correction, eps = scalars
     n_blocks = len(scale1)
     for piece in prange((n_blocks + PIECE - 1) // PIECE):
-        first, second = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+        first = np.empty(BLOCK, np.float32)  # the moments of one block, in the first-level cache
+        second = np.empty(BLOCK, np.float32)
         for block in range(piece * PIECE, min(piece * PIECE + PIECE, n_blocks)):
             start = block * BLOCK
             stop = min(start + BLOCK, len(param))
@@ -88,10 +89,6 @@ def _adamw(
             _redo(second, second_table, tiny, scale2[block:], c2)
             if stop - start < BLOCK:
                 codes1[start:stop], codes2[start:stop] = c1[: stop - start], c2[: stop - start]
-
-
-_adamw.__qualname__ += f"_{crc32(Path(cpu.__file__).read_bytes()):08x}"  # numba's cache looks at this file alone
-_adamw = cpu._parallel(_adamw)
 
 
 @lru_cache(maxsize=4)
@@ -128,7 +125,7 @@ def adamw_8bit(
     tables: levels (256,) and thresholds (255,) of the first moment, then of the second, ascending. Raises ValueError
     for tensors that the kernel would misread: it does not look where it reads.
     """
-    numel, floats = param.numel(), tuple(cpu._FORM)
+    numel, floats = param.numel(), tuple(FORM)
     _check(numel, floats, param=param, grad=grad)
     _check(numel, (torch.uint8,), codes1=codes1, codes2=codes2)
     _check(-(-numel // BLOCK), (torch.float32,), scale1=scale1, scale2=scale2)
@@ -136,8 +133,8 @@ def adamw_8bit(
     _check(255, (torch.float32,), thresholds1=tables[1], thresholds2=tables[3])
     beta1, beta2, *others = scalars
     numbers = tuple(np.float32(number) for number in (beta1, beta2, 1 - beta1, 1 - beta2, *others))
-    cpu._run(
-        _adamw, cpu._view(param), cpu._FORM[param.dtype], cpu._view(grad), cpu._FORM[grad.dtype],
+    run(
+        _adamw, view(param), FORM[param.dtype], view(grad), FORM[grad.dtype],
         codes1.numpy(), scale1.numpy(), codes2.numpy(), scale2.numpy(),
         _prepared(*tables[:2]), _prepared(*tables[2:]), numbers, np.float32(tiny),
     )  # fmt: skip

@@ -12,10 +12,9 @@ Nothing is fitted. Not here: activations' table (activations.py), sizes (shape.p
 """
 
 from collections.abc import Iterator
-from math import gcd
 from typing import Any
 
-from qlora_lab.kernels.product import PANEL, TILE
+from qlora_lab.kernels.product import PANEL, TILE, panel_height, panel_width
 from qlora_lab.memory.activations import LETTERS, kept_after_layers, kept_by_layer, kept_by_layers, targeted
 from qlora_lab.memory.ledger import PHASES, Ledger, Row
 from qlora_lab.memory.setup import BYTES, Setup
@@ -216,13 +215,9 @@ def _buffer(shape: Shape, setup: Setup) -> Row:
 
 def _panel(one: LinearShape, block_size: int) -> int:
     """Elements of the largest panel that product.forward or product.backward decodes."""
-    height, unit = max(1, PANEL // one.in_features), block_size // gcd(block_size, one.in_features)
-    if height > unit:
-        height -= height % unit
-    width = one.in_features if one.numel <= PANEL else max(1, PANEL // one.out_features)
-    if width > block_size:
-        width -= width % block_size
-    return max(min(height, one.out_features) * one.in_features, width * one.out_features)
+    height = min(panel_height(one.in_features, block_size), one.out_features)
+    width = panel_width(one.out_features, one.in_features, block_size)
+    return max(height * one.in_features, width * one.out_features)
 
 
 def _runtime(setup: Setup) -> Iterator[Row]:

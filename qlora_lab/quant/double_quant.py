@@ -18,6 +18,7 @@ from types import ModuleType
 
 import torch
 
+from qlora_lab.kernels.packed_weight import PackedConstants, PackedWeight
 from qlora_lab.quant.blocks import TINY, block_absmax, scale_blocks, to_blocks
 from qlora_lab.quant.codebook import evenly_spaced, nearest_codes, rounding
 
@@ -34,9 +35,10 @@ class DoubleQuantized:
     absmax_offset: torch.Tensor
 
     @property
-    def plain(self) -> tuple:
-        """What kernels take: codes, scale, offset, the table of the codes, and how many codes share a scale."""
-        return self.absmax_codes, self.absmax_scale, self.absmax_offset, _map_on(self.absmax_codes.device), GROUP_SIZE
+    def plain(self) -> PackedConstants:
+        """The tensors as kernels take them."""
+        table = _map_on(self.absmax_codes.device)
+        return PackedConstants(self.absmax_codes, self.absmax_scale, self.absmax_offset, table, GROUP_SIZE)
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +114,7 @@ def double_dequantize(constants: DoubleQuantized) -> torch.Tensor:
     codes, scale = constants.absmax_codes, constants.absmax_scale
     if kernels := _kernels(codes):
         values = torch.empty_like(codes, dtype=torch.float32)
-        kernels.dequantize_blocks((codes, scale, _map_on(codes.device), GROUP_SIZE), values)
+        kernels.dequantize_blocks(PackedWeight(codes, scale, _map_on(codes.device), GROUP_SIZE), values)
         return values.add_(constants.absmax_offset)
     values = dynamic_map().to(codes.device)[codes.int()]  # (n_blocks,)
     return values * scale.repeat_interleave(GROUP_SIZE)[: len(codes)] + constants.absmax_offset

@@ -14,6 +14,7 @@ from math import lcm
 
 import torch
 
+from qlora_lab.kernels.packed_weight import PackedWeight
 from qlora_lab.quant.blocks import TINY, block_absmax, check_block_size, scale_blocks, to_blocks
 from qlora_lab.quant.codebook import (
     CUSTOM,
@@ -29,10 +30,6 @@ from qlora_lab.quant.packing import group_of, pack, unpack
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIECE = 2**20  # weights quantised at a time: temporaries stay in cache, and the peak is the result, not five copies
-
-
-class Plain(tuple):
-    """(packed, constants, levels, block_size). A kernel may keep its own view of them in the attribute `prepared`."""
 
 
 @dataclass(frozen=True, eq=False)  # two of them are the same only if they are one: == on tensors has no single answer
@@ -64,10 +61,10 @@ class QuantizedTensor:
         return double_dequantize(self.constants) if self.double_quant else self.constants
 
     @cached_property
-    def plain(self) -> Plain:
-        """What kernels take: packed, constants, levels, block size; nothing that only this library knows."""
+    def plain(self) -> PackedWeight:
+        """The tensors as kernels take them; one object for the life of this one, as kernels keep a cache in it."""
         constants = self.constants.plain if self.double_quant else self.constants
-        return Plain((self.packed, constants, self.levels, self.block_size))
+        return PackedWeight(self.packed, constants, self.levels, self.block_size)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "plain"}  # a copy makes its own

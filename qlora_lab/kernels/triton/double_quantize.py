@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora_lab.kernels.packed_weight import PackedConstants
 from qlora_lab.kernels.triton.codes import constants_of
 from qlora_lab.kernels.triton.launch import (
     NO_FUSION,
@@ -24,8 +25,8 @@ from qlora_lab.kernels.triton.launch import (
 )
 from qlora_lab.kernels.triton.quantize_nf4 import absmax_of, scaled
 
-GROUPS = 4  # groups a program takes
-TILE = 1024  # constants a program undoes
+GROUPS = 4  # that a program quantises
+TILE = 1024  # constants that a program undoes
 
 
 @triton.jit
@@ -39,15 +40,17 @@ def nearest_of(x, thresholds):
 
 @triton.jit
 def _double_quantize_kernel(
-    absmax, offset, thresholds, codes, scales, n_blocks, tiny, GROUP: tl.constexpr, GROUPS: tl.constexpr
+    absmax, offset, thresholds, codes, scales, n_blocks, tiny, GROUP_SIZE: tl.constexpr, GROUPS: tl.constexpr
 ):
-    groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    at = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (groups, constants of a group)
-    given = tl.load(absmax + at, mask=at < n_blocks, other=0.0).to(tl.float32)
-    centred = tl.where(at < n_blocks, given - tl.load(offset), 0.0)
-    scale = absmax_of(centred)
-    tl.store(scales + groups, scale, mask=groups * GROUP < n_blocks)
-    tl.store(codes + at, nearest_of(scaled(centred, scale, tiny), thresholds), mask=at < n_blocks)
+    pid = tl.program_id(0)
+    groups = pid * GROUPS + tl.arange(0, GROUPS)
+    offsets = groups[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # (groups, constants of a group)
+    mask = offsets < n_blocks
+    constants = tl.load(absmax + offsets, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.where(mask, constants - tl.load(offset), 0.0)
+    scale = absmax_of(centred)  # (groups,)
+    tl.store(scales + groups, scale, mask=groups * GROUP_SIZE < n_blocks)
+    tl.store(codes + offsets, nearest_of(scaled(centred, scale, tiny), thresholds), mask=mask)
 
 
 def double_quantize(
@@ -77,17 +80,18 @@ def double_quantize(
 
 
 @triton.jit
-def _double_dequantize_kernel(codes, scale, offset, table, out, n_blocks, GROUP: tl.constexpr, TILE: tl.constexpr):
-    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    tl.store(out + at, constants_of(at, at < n_blocks, codes, scale, offset, table, GROUP), mask=at < n_blocks)
+def _double_dequantize_kernel(codes, scale, offset, table, out, n_blocks, GROUP_SIZE: tl.constexpr, TILE: tl.constexpr):
+    offsets = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = offsets < n_blocks
+    tl.store(out + offsets, constants_of(offsets, mask, codes, scale, offset, table, GROUP_SIZE), mask=mask)
 
 
-def double_dequantize(constants: tuple) -> torch.Tensor:
-    """absmax_codes, absmax_scale, absmax_offset, table (256,), group size -> absmax, (n_blocks,) float32."""
-    n_blocks = len(constants[0])
+def double_dequantize(constants: PackedConstants) -> torch.Tensor:
+    """Undo double quantization: absmax, (n_blocks,) float32."""
+    n_blocks = len(constants.codes)
     check_device(**named(constants))
     check_numel(n_blocks)
-    out = torch.empty(n_blocks, dtype=torch.float32, device=constants[0].device)
+    out = torch.empty(n_blocks, dtype=torch.float32, device=constants.codes.device)
     *parts, group = checked_constants(constants, n_blocks)
     with on(out):
         _double_dequantize_kernel[(triton.cdiv(n_blocks, TILE),)](*parts, out, n_blocks, group, TILE, **NO_FUSION)

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora_lab.kernels.packed_weight import PackedWeight
 from qlora_lab.kernels.triton.codes import weights_of
 from qlora_lab.kernels.triton.launch import check_adapter, check_product, on
 
@@ -25,36 +26,37 @@ WIDTH = 16  # of the adapter's rank, at a time: the tensor cores' least, and wit
 @triton.jit
 def _matmul_nf4_kernel(
     x, words, absmax, scale, offset, table, levels, u, lora_B, y, n_tokens, n_rows, n_words, scaling,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((TOKENS, ROWS), tl.float32)
-    n_columns = n_words * 8
+    n_columns = n_words * 8  # eight codes in a word
     for column in range(0, n_columns, COLUMNS):
-        at = column + tl.arange(0, COLUMNS)
-        inside = (tokens < n_tokens)[:, None] & (at < n_columns)[None, :]
-        given = tl.load(x + tokens[:, None] * n_columns + at[None, :], mask=inside, other=0.0)
+        columns = column + tl.arange(0, COLUMNS)
+        mask = (tokens < n_tokens)[:, None] & (columns < n_columns)[None, :]
+        x_tile = tl.load(x + tokens[:, None] * n_columns + columns[None, :], mask=mask, other=0.0)
         weights = weights_of(
-            words, rows, n_rows, column, n_words, levels, absmax, scale, offset, table, BLOCK, GROUP, COLUMNS
+            words, rows, n_rows, column, n_words, levels, absmax, scale, offset, table, BLOCK_SIZE, GROUP_SIZE, COLUMNS
         )
-        sums = tl.dot(given, tl.trans(weights.to(x.dtype.element_ty)), sums)
+        sums = tl.dot(x_tile, tl.trans(weights.to(x.dtype.element_ty)), sums)
     if RANK > 0:
         for first in tl.range(0, RANK, WIDTH, num_stages=1):  # not loaded ahead, which would spill, too
             r = first + tl.arange(0, WIDTH)
-            inside = (tokens < n_tokens)[:, None] & (r < RANK)[None, :]
-            left = tl.load(u + tokens[:, None] * RANK + r[None, :], mask=inside, other=0.0)
-            inside = (rows < n_rows)[:, None] & (r < RANK)[None, :]
-            right = tl.load(lora_B + rows[:, None] * RANK + r[None, :], mask=inside, other=0.0)
-            sums += scaling * tl.dot(left, tl.trans(right))
-    to = y + tokens[:, None] * n_rows + rows[None, :]
-    tl.store(to, sums.to(y.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & (rows < n_rows)[None, :])
+            mask = (tokens < n_tokens)[:, None] & (r < RANK)[None, :]
+            u_tile = tl.load(u + tokens[:, None] * RANK + r[None, :], mask=mask, other=0.0)
+            mask = (rows < n_rows)[:, None] & (r < RANK)[None, :]
+            b_tile = tl.load(lora_B + rows[:, None] * RANK + r[None, :], mask=mask, other=0.0)
+            sums += scaling * tl.dot(u_tile, tl.trans(b_tile))
+    offsets = tokens[:, None] * n_rows + rows[None, :]
+    mask = (tokens < n_tokens)[:, None] & (rows < n_rows)[None, :]
+    tl.store(y + offsets, sums.to(y.dtype.element_ty), mask=mask)
 
 
 def matmul_nf4(
     x: torch.Tensor,
-    weight: tuple,
+    weight: PackedWeight,
     rows: int,
     lora_A: torch.Tensor | None = None,
     lora_B: torch.Tensor | None = None,
@@ -62,9 +64,8 @@ def matmul_nf4(
 ) -> torch.Tensor:
     """(tokens, columns) bf16 or fp16 -> (tokens, rows), same dtype.
 
-    weight: packed, constants, levels, block_size, as dequantize_blocks takes them; a row is a whole number of blocks.
-    lora_A: (r, columns), lora_B: (rows, r), of the dtype of x. Raises ValueError before any launch for what does not
-    match.
+    A row of the weight is a whole number of blocks. lora_A: (r, columns), lora_B: (rows, r), of the dtype of x.
+    Raises ValueError before the launch for what does not match.
     """
     words, parts, levels = check_product(x, x.shape[-1], rows, weight, (torch.bfloat16, torch.float16))
     rank = check_adapter(x, rows, lora_A, lora_B)
@@ -77,6 +78,6 @@ def matmul_nf4(
     with on(x):
         _matmul_nf4_kernel[grid](
             x, words, *parts[:4], levels, u, lora_B, y, tokens, rows, columns // 8, scaling,
-            weight[3], parts.group, rank, WIDTH, tile, height, width, num_warps=warps,
+            weight.block_size, parts.group, rank, WIDTH, tile, height, width, num_warps=warps,
         )  # fmt: skip
     return y

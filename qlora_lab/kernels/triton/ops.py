@@ -9,6 +9,7 @@ The launchers' docstrings give shapes and dtypes in full, and raise ValueError.
 import torch
 from torch.library import custom_op
 
+from qlora_lab.kernels.packed_weight import PackedConstants, PackedWeight
 from qlora_lab.kernels.triton import (
     adamw_8bit as rung8,
     dequantize_double as rung3,
@@ -58,7 +59,7 @@ def dequantize_into(
     if len(constants) == 1:
         rung2.dequantize_nf4(packed, constants[0], levels, block_size, out)
     else:
-        rung3.dequantize_double(packed, (*constants, group), levels, block_size, out)
+        rung3.dequantize_double(packed, PackedConstants(*constants, group), levels, block_size, out)
 
 
 @dequantize_into.register_fake
@@ -81,7 +82,7 @@ def _(absmax, offset, thresholds, group, tiny):
 @custom_op("qlora_lab::double_dequantize", mutates_args=())
 def double_dequantize(constants: list[Tensor], group: int) -> Tensor:
     """The inverse: codes, scales, offset and table -> (n_blocks,) float32."""
-    return rung4.double_dequantize((*constants, group))
+    return rung4.double_dequantize(PackedConstants(*constants, group))
 
 
 @double_dequantize.register_fake
@@ -174,8 +175,9 @@ def _(param, grad, codes1, scale1, codes2, scale2, tables, scalars, tiny):
     return None
 
 
-def _weight(packed, constants, group, levels, block_size) -> tuple:
-    return packed, constants[0] if len(constants) == 1 else (*constants, group), levels, block_size
+def _weight(packed, constants, group, levels, block_size) -> PackedWeight:
+    constants = constants[0] if len(constants) == 1 else PackedConstants(*constants, group)
+    return PackedWeight(packed, constants, levels, block_size)
 
 
 def _keep(ctx, inputs, output) -> None:

@@ -40,7 +40,7 @@ def scaled(values, constants, tiny):
 def _rank_of(x, tree):
     """How many of 15 thresholds lie below x, (n,) float32: four comparisons, each with the one the last ones leave.
 
-    tree: (4, 16) float32; level by level, entry r is the threshold to try next for who has rank r so far.
+    tree: (4, 16) float32; on each level, entry r is the threshold to try next after rank r.
     """
     i = tl.arange(0, 16)
     rank = tl.where(x > tl.load(tree), 8, 0)
@@ -51,21 +51,22 @@ def _rank_of(x, tree):
 
 @triton.jit
 def _quantize_nf4_kernel(
-    weight, tree, order, words, absmax, numel, n_words, tiny, BLOCK: tl.constexpr, TILE: tl.constexpr
+    weight, tree, order, words, absmax, numel, n_words, tiny, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
 ):
-    blocks = tl.program_id(0) * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
-    at = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # (blocks, weights of a block)
-    values = tl.load(weight + at, mask=at < numel, other=0.0).to(tl.float32)
-    constants = absmax_of(values)
-    tl.store(absmax + blocks, constants, mask=blocks * BLOCK < numel)
+    pid = tl.program_id(0)
+    blocks = pid * (TILE // BLOCK_SIZE) + tl.arange(0, TILE // BLOCK_SIZE)
+    offsets = blocks[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]  # (blocks, weights of a block)
+    values = tl.load(weight + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
+    constants = absmax_of(values)  # (blocks,)
+    tl.store(absmax + blocks, constants, mask=blocks * BLOCK_SIZE < numel)
     x = tl.reshape(scaled(values, constants, tiny), (TILE,))
     codes = tl.gather(tl.load(order + tl.arange(0, 16)), _rank_of(x, tree), 0)
 
     first, second = tl.split(tl.reshape(codes, (TILE // 8, 2, 2, 2)))  # the first of two neighbours: the high half
     byte0, byte1 = tl.split(first * 16 + second)
     low, high = tl.split(byte0 + byte1 * 256)
-    to = tl.program_id(0) * (TILE // 8) + tl.arange(0, TILE // 8)
-    tl.store(words + to, low + high * 65536, mask=to < n_words)
+    offsets = pid * (TILE // 8) + tl.arange(0, TILE // 8)  # of words: eight codes each
+    tl.store(words + offsets, low + high * 65536, mask=offsets < n_words)
 
 
 def quantize_nf4(
@@ -88,7 +89,7 @@ def quantize_nf4(
             f"{len(thresholds)} thresholds and {len(order)} codes do not match: "
             f"n - 1 thresholds lie between n codes, n at most {CODES}"
         )
-    ranks = thresholds.new_full((CODES - 1,), torch.inf)
+    ranks = thresholds.new_full((CODES - 1,), torch.inf)  # no value lies above a threshold that is filled up
     ranks[: len(thresholds)] = thresholds
     tree = thresholds.new_full((4, CODES), torch.inf)
     for level, step in enumerate((8, 4, 2, 1)):
@@ -97,7 +98,8 @@ def quantize_nf4(
     words = torch.empty(-(-numel // 8), dtype=torch.int32, device=weight.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
     tile = max(TILE, block_size)
-    grid, warps = (triton.cdiv(numel, tile),), tile // TILE
+    grid = (triton.cdiv(numel, tile),)
+    warps = tile // TILE
     with on(weight):
         _quantize_nf4_kernel[grid](
             weight, tree, codes, words, absmax, numel, len(words), tiny, block_size, tile, num_warps=warps
