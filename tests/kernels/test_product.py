@@ -179,6 +179,6 @@ def test_a_winner_that_cannot_be_is_refused(monkeypatch):
     monkeypatch.setenv(product.OVERRIDE, "onednn")
     monkeypatch.setattr(product, "_has_onednn", lambda: False)
     product._decided.cache_clear()
-    with pytest.raises(ValueError, match="torch has no oneDNN: choose float32 or bfloat16"):
+    with pytest.raises(ValueError, match="torch lacks here: choose float32 or bfloat16"):
         product.race()
     product._decided.cache_clear()

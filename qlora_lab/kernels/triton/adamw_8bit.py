@@ -24,15 +24,15 @@ def _adamw_8bit_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     blocks = pid * BLOCKS + tl.arange(0, BLOCKS)
-    block_mask = blocks * BLOCK_SIZE < numel
     offsets = blocks[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]  # (blocks, parameters of a block)
     mask = offsets < numel
+    block_mask = blocks * BLOCK_SIZE < numel
     g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
-    first = tl.load(table1 + tl.load(codes1 + offsets, mask=mask, other=0))
-    second = tl.load(table2 + tl.load(codes2 + offsets, mask=mask, other=0))
-    m = first * tl.load(scale1 + blocks, mask=block_mask)[:, None]
-    v = second * tl.load(scale2 + blocks, mask=block_mask)[:, None]
+    m = tl.load(table1 + tl.load(codes1 + offsets, mask=mask, other=0))
+    m *= tl.load(scale1 + blocks, mask=block_mask)[:, None]
+    v = tl.load(table2 + tl.load(codes2 + offsets, mask=mask, other=0))
+    v *= tl.load(scale2 + blocks, mask=block_mask)[:, None]
     m = tl.where(mask, m * beta1 + g * rest1, 0.0)  # what lies beyond the last parameter must not raise a maximum
     v = tl.where(mask, v * beta2 + g * g * rest2, 0.0)
     p = p * decay - tl.div_rn(m, tl.sqrt_rn(v) * correction + eps) * size

@@ -68,12 +68,11 @@ def weights_of(
     n_words: words in a row, which is a whole number of blocks.
     """
     SPAN: tl.constexpr = BLOCK_SIZE if BLOCK_SIZE < WIDTH else WIDTH  # columns that share a constant
-    row_mask = (rows < n_rows)[:, None]
     word = column // 8 + tl.arange(0, WIDTH // 8)
-    mask = row_mask & (word < n_words)[None, :]
+    mask = (rows < n_rows)[:, None] & (word < n_words)[None, :]
     packed = tl.load(words + rows[:, None] * n_words + word[None, :], mask=mask, other=0)
     first = column + tl.arange(0, WIDTH // SPAN) * SPAN  # columns where a constant may change
-    mask = row_mask & (first < n_words * 8)[None, :]
+    mask = (rows < n_rows)[:, None] & (first < n_words * 8)[None, :]
     blocks = rows[:, None] * (n_words * 8 // BLOCK_SIZE) + first[None, :] // BLOCK_SIZE
     constants = tl.where(mask, constants_of(blocks, mask, absmax, scale, offset, table, GROUP_SIZE), 0.0)
     # A sum of one changes nothing but hides from Triton that bytes were loaded on the way: for sm_80 it would lay the

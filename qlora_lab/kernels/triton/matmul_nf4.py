@@ -49,9 +49,8 @@ def _matmul_nf4_kernel(
             mask = (rows < n_rows)[:, None] & (r < RANK)[None, :]
             b_tile = tl.load(lora_B + rows[:, None] * RANK + r[None, :], mask=mask, other=0.0)
             sums += scaling * tl.dot(u_tile, tl.trans(b_tile))
-    offsets = tokens[:, None] * n_rows + rows[None, :]
-    mask = (tokens < n_tokens)[:, None] & (rows < n_rows)[None, :]
-    tl.store(y + offsets, sums.to(y.dtype.element_ty), mask=mask)
+    pointers = y + tokens[:, None] * n_rows + rows[None, :]
+    tl.store(pointers, sums.to(y.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & (rows < n_rows)[None, :])
 
 
 def matmul_nf4(

@@ -35,9 +35,9 @@ def _matmul_nf4_backward_kernel(
         )
         sums = tl.dot(grad_tile, weights.to(grad.dtype.element_ty), sums)
     columns = column + tl.arange(0, COLUMNS)
-    offsets = tokens[:, None] * n_columns + columns[None, :]
+    pointers = out + tokens[:, None] * n_columns + columns[None, :]
     mask = (tokens < n_tokens)[:, None] & (columns < n_columns)[None, :]
-    tl.store(out + offsets, sums.to(out.dtype.element_ty), mask=mask)
+    tl.store(pointers, sums.to(out.dtype.element_ty), mask=mask)
 
 
 def matmul_nf4_backward(grad: torch.Tensor, weight: PackedWeight, columns: int) -> torch.Tensor:
