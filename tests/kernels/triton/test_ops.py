@@ -294,11 +294,9 @@ def test_launchers_refuse_what_does_not_match(monkeypatch):
         dequantize_nf4(packed, absmax, levels, 32, out.long())
     with refused("not contiguous"):
         dequantize_nf4(packed, absmax, levels, 32, out.view(ROWS, COLUMNS).t())
-    twelve = torch.zeros(12, dtype=torch.uint8)
+    empty = PackedConstants(torch.zeros(12, dtype=torch.uint8), torch.ones(0), torch.ones(()), dynamic_map(), 256)
     with refused("absmax_scale has shape .*: it must be flat, with 1 entries"):
-        dequantize_double(
-            packed, PackedConstants(twelve, torch.ones(0), torch.ones(()), dynamic_map(), 256), levels, 32, out
-        )
+        dequantize_double(packed, empty, levels, 32, out)
     with refused("weight is float64"):
         quantize_nf4(torch.ones(9, dtype=torch.float64), th, order, 64, TINY)
     with refused("a tensor has 0 elements: kernels take 1 to"):
