@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_lab.files import disk
 from qlora_lab.files.out_path import out_path
-from qlora_lab.files.replace import replacing_file
+from qlora_lab.files.replace import replace_text
 from qlora_lab.files.strict_json import NUMBER, OBJECT, SWITCH, TEXT, check_keys, each, read_json, whole
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
@@ -56,8 +55,7 @@ class Plan:
         lines = [f"  {json.dumps(name)}: {json.dumps(layer)}" for name, layer in layers.items()]  # one line per layer
         head = {"model": self.model, "error": self.error, "bits_per_parameter": self.bits_per_parameter}
         body = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-        with replacing_file(path) as new:
-            disk.write_text(new, f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
+        replace_text(path, f'{{\n{body},\n "layers": {{\n' + ",\n".join(lines) + "\n }\n}\n")
         return path
 
     def check(self, numel: dict[str, int]) -> None:
