@@ -199,11 +199,11 @@ def test_roofline_by_hand():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["quantise"], "rung 'quantise' is not known: quantize_nf4, dequantize_nf4,"),
+        (["quantise"], "rung 'quantise' is not known: choose from quantize_nf4, dequantize_nf4,"),
         (["--sass", "quantise"], "rung 'quantise' is not known"),
         (["--ptx", "quantise"], "rung 'quantise' is not known"),
         (["dequantize_nf4", "--arch", "75"], "arch=75 is not known: compute capability times ten, 80, 90, 100"),
-        (["dequantize_nf4", "--dtype", "int8"], "dtype 'int8' is not known: float32, bfloat16, float16"),
+        (["dequantize_nf4", "--dtype", "int8"], "dtype 'int8' is not known: choose from float32, bfloat16, float16"),
         (["matmul_nf4", "--dtype", "float32"], "matmul_nf4 does not take float32: it takes bfloat16, float16"),
     ],
 )

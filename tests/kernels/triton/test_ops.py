@@ -351,7 +351,7 @@ def test_adamw_refuses_what_does_not_match():
         adamw_8bit(p, p, c, s, c, s, (*tables[:3], s[:1]), (0.9,) * 6, TINY)
     with refused("table 1 is int64: it must be float32"):
         adamw_8bit(p, p, c, s, c, s, (tables[0].long(), *tables[1:]), (0.9,) * 6, TINY)
-    with refused("5 scalars are given: a step takes 6"):
+    with refused("5 scalars are given: a step takes beta1"):
         adamw_8bit(p, p, c, s, c, s, tables, (0.9,) * 5, TINY)
 
 
