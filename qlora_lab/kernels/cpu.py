@@ -105,7 +105,7 @@ def _encode_bytes(weight, form, first, last, block_size, thresholds, order, fill
 
 @njit(forceinline=True)
 def _encode(values, thresholds, order, bits, fill, tiny, codes):
-    """Codes and constant of one block of float32, on any CPU, for any number of bits. Scales `values` in place."""
+    """Quantise one block of float32, on any CPU, for any number of bits. Scales `values`, returns the constant."""
     top = np.int32(0)
     for value in values:
         top = max(top, np.int32(v.as_ints(value) & MAGNITUDE))
@@ -156,7 +156,8 @@ def _quantize(
 ):
     n = len(weight)
     for p in prange((n + piece - 1) // piece):
-        first, last = p * piece, min(p * piece + piece, n)
+        first = p * piece
+        last = min(first + piece, n)
         if vector and (last - first) % block_size == 0:
             absmax16(weight, form, first, last, block_size, absmax)
             if bits == 8:
@@ -207,10 +208,10 @@ def quantize_blocks(
 
 @njit(forceinline=True)
 def undouble(constants, first, n):
-    """Constants of n blocks from `first` on, double quantization undone where there is any."""
+    """Constants of n blocks from `first` on, with double quantization undone."""
     absmax, codes, scale, offset, table, group_shift = constants
     if len(codes) == 0:
-        return absmax[first : first + n]
+        return absmax[first : first + n]  # they are not quantised
     values = np.empty(n, np.float32)
     i = 0
     while i < n:

@@ -44,7 +44,8 @@ def _multiply(x, form, zeros, packed, levels, constants, block_size, columns, ro
             v.store(half, i, v.evens(left, right))
             v.store(half, i + 16, v.odds(left, right))
     for tile in prange((rows + TILE - 1) // TILE):
-        first, last = tile * TILE, min(tile * TILE + TILE, rows)
+        first = tile * TILE
+        last = min(first + TILE, rows)
         scales = cpu.undouble(constants, first * blocks, (last - first) * blocks)  # of all blocks in the tile
         totals = np.empty((len(zeros), TILE), np.float32)  # (tokens, rows of the tile)
         for row in range(first, last, 2):
@@ -96,7 +97,8 @@ def multiply_blocks(x: torch.Tensor, weight: PackedWeight, rows: int) -> torch.T
     for first in range(0, tokens, TOKENS_AT_ONCE):
         last = min(first + TOKENS_AT_ONCE, tokens)
         zeros = _ZEROS[(last - first - 1).bit_length()]
-        given, taken = flat[first * columns : last * columns], result[first * rows : last * rows]
+        x_part = flat[first * columns : last * columns]
+        out_part = result[first * rows : last * rows]
         parts = arrays.packed, arrays.levels, arrays.constants
-        run(_multiply, given, form, zeros, *parts, weight.block_size, columns, rows, taken)
+        run(_multiply, x_part, form, zeros, *parts, weight.block_size, columns, rows, out_part)
     return out

@@ -1,9 +1,9 @@
-"""Sixteen lanes at once, for numba: the few vector operations that cpu.py is written in.
+"""Sixteen lanes at once, for numba: the few vector operations that the CPU kernels need.
 
 A table of 16 entries fits into one 512-bit register, and one instruction looks up 16 codes in it. numba has no name for
-that, so this file gives it one: a vector type, + * & | << >> between vectors, and permute(), the look-up: one
-instruction with AVX-512, four a half with AVX2. All else is plain LLVM vector code, which any CPU runs. On a CPU where
-is_fast() is false, permute() and half_bits() compile to nothing that may be called, and cpu.py calls its plain loops.
+that, so this file gives it one: a vector type, + * & | << >> between vectors, and permute(), the look-up. It is one
+instruction with AVX-512, and four for each half with AVX2. All else is plain LLVM vector code, which any CPU runs.
+Where is_fast() is false, permute() and half_bits() compile but must not be called; cpu.py then runs its plain loops.
 
 Not here: what the lanes mean.
 """
@@ -35,13 +35,14 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, ir.VectorType(manager.lookup(vector.element).get_value_type(), LANES))
 
 
-FLOATS, INTS = Vector(types.float32), Vector(types.int32)
-_I32 = ir.VectorType(ir.IntType(32), LANES)
+FLOATS = Vector(types.float32)
+INTS = Vector(types.int32)
+_I32 = ir.VectorType(ir.IntType(32), LANES)  # the same for LLVM
 _F32 = ir.VectorType(ir.FloatType(), LANES)
 
 
 def host_features() -> set[str]:
-    """What this CPU can do, in LLVM's words, as numba compiles for it (NUMBA_CPU_FEATURES included)."""
+    """List the features of this CPU by LLVM's names, as numba compiles for it (NUMBA_CPU_FEATURES included)."""
     listed = numba.config.CPU_FEATURES
     listed = codegen.get_host_cpu_features() if listed is None else listed
     return {name[1:] for name in listed.split(",") if name.startswith("+")}
@@ -49,7 +50,7 @@ def host_features() -> set[str]:
 
 @lru_cache
 def is_fast() -> bool:
-    """Whether this CPU has instructions for permute() and half_bits(). Elsewhere they are not to be called."""
+    """Whether this CPU has instructions for permute() and half_bits()."""
     features = host_features()
     return "f16c" in features and bool(features & {"avx512f", "avx2"})
 
@@ -130,12 +131,13 @@ def gather(typing, array, indices):
         if "avx512f" in host_features():
             name = f"llvm.x86.avx512.mask.gather.dp{'i' if result == INTS else 's'}.512"
             every = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
-            base, scale = builder.bitcast(first, ir.PointerType(ir.IntType(8))), ir.Constant(ir.IntType(32), 4)
+            base = builder.bitcast(first, ir.PointerType(ir.IntType(8)))
+            scale = ir.Constant(ir.IntType(32), 4)  # bytes of an element
             return _call(builder, name, value.type, [value, base, args[1], every, scale])
         for lane in range(LANES):
-            at = ir.Constant(ir.IntType(32), lane)
-            index = builder.zext(builder.extract_element(args[1], at), ir.IntType(64))
-            value = builder.insert_element(value, builder.load(builder.gep(first, [index])), at)
+            position = ir.Constant(ir.IntType(32), lane)
+            index = builder.zext(builder.extract_element(args[1], position), ir.IntType(64))
+            value = builder.insert_element(value, builder.load(builder.gep(first, [index])), position)
         return value
 
     return result(array, INTS), emit
@@ -341,13 +343,13 @@ def _permute_avx2(builder, table, indices):
     eight = ir.VectorType(ir.IntType(32), 8)
     halves = [ir.Constant(eight, list(range(start, start + 8))) for start in (0, 8)]
     looked_up = []
-    for lanes in halves:  # a register has 8 lanes and looks up in 8 entries: both halves of the table, then choose
+    for lanes in halves:  # a register has 8 lanes and looks up 8 entries: look in both halves of the table, then choose
         index = builder.shuffle_vector(indices, indices, lanes)
         low, high = (
             _call(builder, "llvm.x86.avx2.permd", eight, [builder.shuffle_vector(table, table, half), index])
             for half in halves
         )
-        bit = builder.and_(index, ir.Constant(eight, [8] * 8))
+        bit = builder.and_(index, ir.Constant(eight, [8] * 8))  # which half of the table
         is_high = builder.icmp_signed("!=", bit, ir.Constant(eight, [0] * 8))
         looked_up.append(builder.select(is_high, high, low))
     return builder.shuffle_vector(*looked_up, ir.Constant(_I32, list(range(LANES))))

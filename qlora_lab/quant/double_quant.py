@@ -1,15 +1,15 @@
 """Double quantization: the constants are quantised too, from 32 bits to 8, in groups of 256.
 
 In: absmax, (n_blocks,) float32. Out: absmax_codes (n_blocks,) uint8, absmax_scale (n_groups,) float32, and
-absmax_offset () float32, the mean, which is taken off first because maxima are all positive.
+absmax_offset () float32, the mean, which is subtracted first because maxima are all positive.
 Source: QLoRA section 3, "Double Quantization". At block size 64 a constant costs 32/64 = 0.5 bits per weight before and
 8/64 + 32/(64 * 256) = 0.127 after.
 
 The paper says "FP8"; the authors' code uses neither E4M3 nor E5M2 but the dynamic 8-bit type of dynamic_map(), which
 spends few bits on the fraction of small numbers and many on that of large ones (Dettmers, arXiv 1511.04561).
 
-But: bitsandbytes' CPU path finds the 8-bit code through a table of 65,536 entries and misses the nearest one for about
-2 codes in 1,000; here every code is the nearest. Reading its checkpoints is exact either way.
+But: bitsandbytes' CPU path finds the 8-bit code through a table of 65,536 entries, and about 2 codes in 1,000 are not
+the nearest; here every code is. Reading its checkpoints is exact either way.
 """
 
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ MEAN_PIECE = 2**14  # constants that torch adds up in one thread
 
 @dataclass(frozen=True)
 class DoubleQuantized:
-    """Constants of constants. See the module docstring for shapes."""
+    """Constants of constants."""
 
-    absmax_codes: torch.Tensor
-    absmax_scale: torch.Tensor
-    absmax_offset: torch.Tensor
+    absmax_codes: torch.Tensor  # (n_blocks,) uint8
+    absmax_scale: torch.Tensor  # (n_groups,) float32
+    absmax_offset: torch.Tensor  # () float32
 
     @property
     def plain(self) -> PackedConstants:
@@ -49,7 +49,7 @@ class DoubleQuantized:
 @torch.inference_mode(False)
 def _dynamic_map(signed: bool = True) -> torch.Tensor:
     positive = []
-    for i in range(7):  # 7 decades: 10^-6 to 10^0; decade i has 2^i values, the middles of equal steps from 0.1 to 1
+    for i in range(7):  # 7 decades up to 10^0; decade i has 2^i values, the middles of equal steps
         edges = evenly_spaced(0.1, 1, 2 ** (i + (not signed)) + 1)
         positive += (10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
     negative = [-p for p in positive] if signed else []
@@ -58,14 +58,14 @@ def _dynamic_map(signed: bool = True) -> torch.Tensor:
 
 @lru_cache
 def _map_on(device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # what is made inside could not be kept for a gradient
+    with torch.inference_mode(False):  # a table that is made inside could not be kept for a gradient
         return _dynamic_map().to(device)
 
 
 def dynamic_map(signed: bool = True) -> torch.Tensor:
-    """The dynamic 8-bit table: (256,) float32 ascending; 127 negative values, 0, 128 positive, no -1.
+    """Return the dynamic 8-bit table: (256,) float32 ascending; 127 negative values, 0, 128 positive, no -1.
 
-    Unsigned: 0 and 255 positive values, twice as many in a decade, for what is never negative.
+    Unsigned: 0 and 255 positive values, twice as many per decade, for numbers that are never negative.
 
     >>> dynamic_map()[[0, 127, 255]].tolist()
     [-0.992968738079071, 0.0, 1.0]
@@ -104,14 +104,15 @@ def _culprit(absmax: torch.Tensor) -> str:
 
 
 def _mean(absmax: torch.Tensor) -> torch.Tensor:
-    """() float32, the same for every number of threads; torch's own mean of 32,768 values or more is not."""
+    """Return the mean, () float32, the same for any number of threads; torch's own, from 32,768 values on, is not."""
     sums = torch.stack([piece.sum() for piece in absmax.split(MEAN_PIECE)])
     return sums.sum() / len(absmax)
 
 
 def double_dequantize(constants: DoubleQuantized) -> torch.Tensor:
-    """The inverse, to within 8-bit rounding: absmax, (n_blocks,) float32."""
-    codes, scale = constants.absmax_codes, constants.absmax_scale
+    """Undo double_quantize, to within 8-bit rounding: absmax, (n_blocks,) float32."""
+    codes = constants.absmax_codes
+    scale = constants.absmax_scale
     if kernels := _kernels(codes):
         values = torch.empty_like(codes, dtype=torch.float32)
         kernels.dequantize_blocks(PackedWeight(codes, scale, _map_on(codes.device), GROUP_SIZE), values)

@@ -10,19 +10,10 @@ import triton
 import triton.language as tl
 
 from qlora_lab.kernels.packed_weight import PackedConstants
+from qlora_lab.kernels.triton import launch
 from qlora_lab.kernels.triton.codes import constants_of, levels_of
 from qlora_lab.kernels.triton.dequantize_nf4 import TILE
-from qlora_lab.kernels.triton.launch import (
-    NO_FUSION,
-    check_block_size,
-    check_device,
-    check_output,
-    checked_constants,
-    named,
-    on,
-    table_of,
-    words_of,
-)
+from qlora_lab.kernels.triton.launch import NO_FUSION
 
 
 @triton.jit
@@ -44,15 +35,15 @@ def dequantize_double(
     packed: torch.Tensor, constants: PackedConstants, levels: torch.Tensor, block_size: int, out: torch.Tensor
 ) -> None:
     """Fill `out`, contiguous float32, bf16 or fp16. Raises ValueError before the launch for what does not match."""
-    check_device(packed=packed, levels=levels, out=out, **named(constants))
-    check_block_size(block_size)
-    check_output(out)
+    launch.check_device(packed=packed, levels=levels, out=out, **launch.named(constants))
+    launch.check_block_size(block_size)
+    launch.check_output(out)
     numel = out.numel()
-    words = words_of(packed, numel)
-    parts = checked_constants(constants, -(-numel // block_size))
-    levels = table_of(levels)
+    words = launch.words_of(packed, numel)
+    parts = launch.checked_constants(constants, -(-numel // block_size))
+    levels = launch.table_of(levels)
     grid = (triton.cdiv(numel, TILE),)
-    with on(out):
+    with launch.on(out):
         _dequantize_double_kernel[grid](
             words, *parts[:4], levels, out, len(words), numel, block_size, parts.group, TILE, num_warps=1, **NO_FUSION
         )

@@ -8,17 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora_lab.kernels.triton import launch
 from qlora_lab.kernels.triton.codes import levels_of
-from qlora_lab.kernels.triton.launch import (
-    check_block_size,
-    check_device,
-    check_output,
-    checked_constants,
-    named,
-    on,
-    table_of,
-    words_of,
-)
 
 TILE = 2048  # weights a program takes: one warp, which waits for no other, with eight words for each thread
 
@@ -39,15 +30,15 @@ def dequantize_nf4(
     packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, block_size: int, out: torch.Tensor
 ) -> None:
     """Fill `out`, contiguous float32, bf16 or fp16. Raises ValueError before any launch for what does not match."""
-    check_device(packed=packed, levels=levels, out=out, **named(absmax))
-    check_block_size(block_size)
-    check_output(out)
+    launch.check_device(packed=packed, levels=levels, out=out, **launch.named(absmax))
+    launch.check_block_size(block_size)
+    launch.check_output(out)
     numel = out.numel()
-    words = words_of(packed, numel)
-    constants = checked_constants(absmax, -(-numel // block_size))
-    levels = table_of(levels)
+    words = launch.words_of(packed, numel)
+    constants = launch.checked_constants(absmax, -(-numel // block_size))
+    levels = launch.table_of(levels)
     grid = (triton.cdiv(numel, TILE),)
-    with on(out):
+    with launch.on(out):
         _dequantize_nf4_kernel[grid](
             words, constants.absmax, levels, out, len(words), numel, block_size, TILE, num_warps=1
         )

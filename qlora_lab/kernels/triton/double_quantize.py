@@ -10,19 +10,9 @@ import triton
 import triton.language as tl
 
 from qlora_lab.kernels.packed_weight import PackedConstants
+from qlora_lab.kernels.triton import launch
 from qlora_lab.kernels.triton.codes import constants_of
-from qlora_lab.kernels.triton.launch import (
-    NO_FUSION,
-    check_block_size,
-    check_device,
-    check_dtype,
-    check_length,
-    check_numel,
-    check_offset,
-    checked_constants,
-    named,
-    on,
-)
+from qlora_lab.kernels.triton.launch import NO_FUSION
 from qlora_lab.kernels.triton.quantize_nf4 import absmax_of, scaled
 
 GROUPS = 4  # that a program quantises
@@ -62,19 +52,19 @@ def double_quantize(
     thresholds: (255,) float32, between 256 levels in ascending order. Raises ValueError before any launch for what does
     not match.
     """
-    check_device(absmax=absmax, offset=offset, thresholds=thresholds)
-    check_dtype("absmax", absmax)
-    check_length("absmax", absmax, absmax.numel())
-    check_numel(len(absmax))
-    check_offset(offset)
-    check_dtype("thresholds", thresholds, torch.float32)
-    check_length("thresholds", thresholds, 255)
-    check_block_size(group, "group")
+    launch.check_device(absmax=absmax, offset=offset, thresholds=thresholds)
+    launch.check_dtype("absmax", absmax)
+    launch.check_length("absmax", absmax, absmax.numel())
+    launch.check_numel(len(absmax))
+    launch.check_offset(offset)
+    launch.check_dtype("thresholds", thresholds, torch.float32)
+    launch.check_length("thresholds", thresholds, 255)
+    launch.check_block_size(group, "group")
     codes = torch.empty(len(absmax), dtype=torch.uint8, device=absmax.device)
     scale = torch.empty(-(-len(absmax) // group), dtype=torch.float32, device=absmax.device)
     grid = (triton.cdiv(len(scale), GROUPS),)
     arguments = absmax, offset, thresholds, codes, scale, len(absmax), tiny, group, GROUPS
-    with on(absmax):
+    with launch.on(absmax):
         _double_quantize_kernel[grid](*arguments, **NO_FUSION)
     return codes, scale
 
@@ -89,10 +79,10 @@ def _double_dequantize_kernel(codes, scale, offset, table, out, n_blocks, GROUP_
 def double_dequantize(constants: PackedConstants) -> torch.Tensor:
     """Undo double quantization: absmax, (n_blocks,) float32."""
     n_blocks = len(constants.codes)
-    check_device(**named(constants))
-    check_numel(n_blocks)
+    launch.check_device(**launch.named(constants))
+    launch.check_numel(n_blocks)
     out = torch.empty(n_blocks, dtype=torch.float32, device=constants.codes.device)
-    *parts, group = checked_constants(constants, n_blocks)
-    with on(out):
+    *parts, group = launch.checked_constants(constants, n_blocks)
+    with launch.on(out):
         _double_dequantize_kernel[(triton.cdiv(n_blocks, TILE),)](*parts, out, n_blocks, group, TILE, **NO_FUSION)
     return out

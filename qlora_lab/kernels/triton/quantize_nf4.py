@@ -9,15 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qlora_lab.kernels.triton.launch import (
-    CODES,
-    check_block_size,
-    check_device,
-    check_dtype,
-    check_length,
-    check_numel,
-    on,
-)
+from qlora_lab.kernels.triton import launch
 
 TILE = 1024  # weights a warp takes; a program takes a whole block at least, so for larger blocks it is more warps
 
@@ -40,7 +32,7 @@ def scaled(values, constants, tiny):
 def _rank_of(x, tree):
     """How many of 15 thresholds lie below x, (n,) float32: four comparisons, each with the one the last ones leave.
 
-    tree: (4, 16) float32; on each level, entry r is the threshold to try next after rank r.
+    tree: (4, 16) float32; launch.on each level, entry r is the threshold to try next after rank r.
     """
     i = tl.arange(0, 16)
     rank = tl.where(x > tl.load(tree), 8, 0)
@@ -77,30 +69,30 @@ def quantize_nf4(
     thresholds: (n - 1,) float32 ascending; order: (n,) uint8, the code of each rank; n <= 16. tiny: the least constant
     that is divided by. Raises ValueError before any launch for what does not match.
     """
-    check_device(weight=weight, thresholds=thresholds, order=order)
-    check_block_size(block_size)
-    check_dtype("weight", weight)
+    launch.check_device(weight=weight, thresholds=thresholds, order=order)
+    launch.check_block_size(block_size)
+    launch.check_dtype("weight", weight)
     numel = weight.numel()
-    check_numel(numel)
-    check_length("weight", weight, numel)
-    check_dtype("thresholds", thresholds, torch.float32)
-    if len(order) > CODES or len(thresholds) != len(order) - 1:
+    launch.check_numel(numel)
+    launch.check_length("weight", weight, numel)
+    launch.check_dtype("thresholds", thresholds, torch.float32)
+    if len(order) > launch.CODES or len(thresholds) != len(order) - 1:
         raise ValueError(
             f"{len(thresholds)} thresholds and {len(order)} codes do not match: "
-            f"n - 1 thresholds lie between n codes, n at most {CODES}"
+            f"n - 1 thresholds lie between n codes, n at most {launch.CODES}"
         )
-    ranks = thresholds.new_full((CODES - 1,), torch.inf)  # no value lies above a threshold that is filled up
+    ranks = thresholds.new_full((launch.CODES - 1,), torch.inf)  # no value lies above a threshold that is filled up
     ranks[: len(thresholds)] = thresholds
-    tree = thresholds.new_full((4, CODES), torch.inf)
+    tree = thresholds.new_full((4, launch.CODES), torch.inf)
     for level, step in enumerate((8, 4, 2, 1)):
-        tree[level, : CODES - step] = ranks[step - 1 :]
-    codes = torch.nn.functional.pad(order.int(), (0, CODES - len(order)))
+        tree[level, : launch.CODES - step] = ranks[step - 1 :]
+    codes = torch.nn.functional.pad(order.int(), (0, launch.CODES - len(order)))
     words = torch.empty(-(-numel // 8), dtype=torch.int32, device=weight.device)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
     tile = max(TILE, block_size)
     grid = (triton.cdiv(numel, tile),)
     warps = tile // TILE
-    with on(weight):
+    with launch.on(weight):
         _quantize_nf4_kernel[grid](
             weight, tree, codes, words, absmax, numel, len(words), tiny, block_size, tile, num_warps=warps
         )
