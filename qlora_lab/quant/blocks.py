@@ -11,7 +11,7 @@ from reprlib import repr as short
 
 import torch
 
-MIN_BLOCK, MAX_BLOCK = 16, 4096
+MIN_BLOCK, MAX_BLOCK = 16, 4096  # below 16 constants cost more than 2 bits a weight; 4096 is bitsandbytes' largest
 TINY = 1e-38  # blocks of zeros or denormals are scaled by 1 / TINY, not by infinity, as in bitsandbytes on the CPU
 
 
@@ -40,7 +40,7 @@ def to_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
 
 def block_absmax(blocks: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each block: (n_blocks, block_size) -> (n_blocks,) float32."""
-    return blocks.abs().amax(dim=1)
+    return blocks.abs().amax(dim=1)  # a NaN in a block makes NaN of its maximum
 
 
 def scale_blocks(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
@@ -48,4 +48,4 @@ def scale_blocks(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
 
     Multiplies by the reciprocal, as bitsandbytes does: its bytes can only be matched that way.
     """
-    return (blocks * absmax.clamp(min=TINY).reciprocal()[:, None]).clamp(-1, 1)
+    return (blocks * absmax.clamp(min=TINY).reciprocal()[:, None]).clamp(-1, 1)  # rounding can pass 1 by a last bit

@@ -93,7 +93,7 @@ def integer_levels(bits: int) -> torch.Tensor:
     """
     if bits not in range(2, 9):
         raise ValueError(f"bits={bits!r} is not supported: choose a whole number from 2 to 8")
-    top = 2 ** (bits - 1) - 1
+    top = 2 ** (bits - 1) - 1  # 7 for 4 bits
     return torch.arange(-top - 1, top + 1, dtype=torch.float32) / top
 
 
@@ -106,7 +106,7 @@ def float_levels(exponent_bits: int, mantissa_bits: int) -> torch.Tensor:
     >>> (6 * float_levels(2, 1))[:8].tolist()
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     """
-    steps = 2**mantissa_bits
+    steps = 2**mantissa_bits  # values of one exponent
     # the exponent's bias drops out when everything is divided by the largest value
     subnormal = [m / steps for m in range(steps)]
     normal = [2.0**e * (1 + m / steps) for e in range(2**exponent_bits - 1) for m in range(steps)]
@@ -114,7 +114,7 @@ def float_levels(exponent_bits: int, mantissa_bits: int) -> torch.Tensor:
 
 
 def _mirror(half: torch.Tensor) -> torch.Tensor:
-    half = half / half.max()
+    half = half / half.max()  # in float64, then rounded once
     return torch.cat([half, -half]).float()  # the second half has the sign bit set; it starts with -0.0
 
 
@@ -191,7 +191,7 @@ def midpoints(levels: torch.Tensor) -> torch.Tensor:
     >>> midpoints(torch.tensor([-1.0, 0.0, 0.5])).tolist()
     [-0.5, 0.25]
     """
-    return (levels[:-1] + levels[1:]) / 2
+    return (levels[:-1] + levels[1:]) / 2  # rounded to float32
 
 
 def nearest_codes(scaled: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -217,8 +217,8 @@ def rounding(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     >>> rounding(torch.tensor([0.0, 1.0, -1.0]))
     (tensor([-0.5000,  0.5000]), tensor([2, 0, 1], dtype=torch.uint8))
     """
-    order = torch.argsort(levels, stable=True)
-    return midpoints(levels[order]), order.to(torch.uint8)
+    order = torch.argsort(levels, stable=True)  # stable: of two equal levels, -0 and +0, the first comes first
+    return midpoints(levels[order]), order.to(torch.uint8)  # (n - 1,), (n,)
 
 
 def zero_code(levels: torch.Tensor) -> int:

@@ -22,7 +22,7 @@ from qlora_lab.kernels.packed_weight import PackedConstants, PackedWeight
 from qlora_lab.quant.blocks import TINY, block_absmax, scale_blocks, to_blocks
 from qlora_lab.quant.codebook import evenly_spaced, nearest_codes, rounding
 
-GROUP_SIZE = 256
+GROUP_SIZE = 256  # constants that share a float32 scale: 32 / 256 bits for each
 MEAN_PIECE = 2**14  # constants that torch adds up in one thread
 
 
@@ -52,8 +52,8 @@ def _dynamic_map(signed: bool = True) -> torch.Tensor:
     for i in range(7):  # 7 decades up to 10^0; decade i has 2^i values, the middles of equal steps
         edges = evenly_spaced(0.1, 1, 2 ** (i + (not signed)) + 1)
         positive += (10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
-    negative = [-p for p in positive] if signed else []
-    return torch.tensor(negative + [0.0, 1.0] + positive).sort().values
+    negative = [-p for p in positive] if signed else []  # the same values below 0
+    return torch.tensor(negative + [0.0, 1.0] + positive).sort().values  # (256,)
 
 
 @lru_cache
@@ -97,7 +97,7 @@ def double_quantize(absmax: torch.Tensor) -> DoubleQuantized:
 
 
 def _culprit(absmax: torch.Tensor) -> str:
-    bad = (~torch.isfinite(absmax)).nonzero()
+    bad = (~torch.isfinite(absmax)).nonzero()  # (n_bad, 1)
     if len(bad):
         return f"block {int(bad[0])} has no finite constant"
     return f"the constants, up to {absmax.max().item():.3g}, have no finite mean"
@@ -105,7 +105,7 @@ def _culprit(absmax: torch.Tensor) -> str:
 
 def _mean(absmax: torch.Tensor) -> torch.Tensor:
     """Return the mean, () float32, the same for any number of threads; torch's own, from 32,768 values on, is not."""
-    sums = torch.stack([piece.sum() for piece in absmax.split(MEAN_PIECE)])
+    sums = torch.stack([piece.sum() for piece in absmax.split(MEAN_PIECE)])  # (n_pieces,)
     return sums.sum() / len(absmax)
 
 
@@ -114,7 +114,7 @@ def double_dequantize(constants: DoubleQuantized) -> torch.Tensor:
     codes = constants.absmax_codes
     scale = constants.absmax_scale
     if kernels := _kernels(codes):
-        values = torch.empty_like(codes, dtype=torch.float32)
+        values = torch.empty_like(codes, dtype=torch.float32)  # (n_blocks,)
         kernels.dequantize_blocks(PackedWeight(codes, scale, _map_on(codes.device), GROUP_SIZE), values)
         return values.add_(constants.absmax_offset)
     values = dynamic_map().to(codes.device)[codes.int()]  # (n_blocks,)

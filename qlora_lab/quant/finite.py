@@ -20,7 +20,7 @@ def largest_magnitude(tensor: torch.Tensor) -> float:
     """
     if not tensor.numel():
         return 0.0
-    low, high = torch.aminmax(tensor.detach())
+    low, high = torch.aminmax(tensor.detach())  # one pass, no copy
     return max(-low.item(), high.item())  # with a NaN both are NaN
 
 
@@ -33,5 +33,5 @@ def first_not_finite(tensor: torch.Tensor) -> str | None:
     """Describe the first NaN or infinity in `tensor`, such as "nan at [3, 0]"; None if all are finite."""
     if is_finite(tensor):
         return None
-    index = (~tensor.isfinite()).nonzero()[0].tolist()
+    index = (~tensor.isfinite()).nonzero()[0].tolist()  # slow, but only for the error's text
     return f"{tensor[tuple(index)].item()} at {index}"

@@ -38,7 +38,7 @@ def pack(codes: torch.Tensor, bits: int = 4, fill: int = 0) -> torch.Tensor:
     groups = codes.view(-1, n_codes)  # (n_groups, n_codes)
     word = groups[:, 0].to(_word_dtype(n_bytes))  # (n_groups,)
     for i in range(1, n_codes):
-        word = word << bits | groups[:, i]
+        word = word << bits | groups[:, i]  # the first code ends up highest
     columns = [word >> 8 * i & 0xFF for i in reversed(range(n_bytes))]
     return torch.stack(columns, dim=1).to(torch.uint8).view(-1)  # (n_groups * n_bytes,)
 
@@ -54,9 +54,9 @@ def unpack(packed: torch.Tensor, numel: int, bits: int = 4) -> torch.Tensor:
     word = groups[:, 0].to(_word_dtype(n_bytes))  # (n_groups,)
     for i in range(1, n_bytes):
         word = word << 8 | groups[:, i]
-    shifts = [bits * i for i in reversed(range(n_codes))]
+    shifts = [bits * i for i in reversed(range(n_codes))]  # the first code lies highest
     codes = torch.stack([(word >> s & (2**bits - 1)).to(torch.uint8) for s in shifts], dim=1)  # (n_groups, n_codes)
-    return codes.view(-1)[:numel]
+    return codes.view(-1)[:numel]  # without the padding
 
 
 def _word_dtype(n_bytes: int) -> torch.dtype:

@@ -134,7 +134,7 @@ def quantize(
     from qlora_lab.kernels import blocks_for
 
     _check_weight(weight, name)
-    named = isinstance(codebook, str)
+    named = isinstance(codebook, str)  # else a table of the caller's
     levels = (named_codebook(codebook) if named else check_levels(codebook)).to(weight.device)
     check_block_size(block_size)
     flat = weight.detach().reshape(-1).contiguous()  # (numel,); reshape alone can leave gaps
@@ -158,7 +158,7 @@ def quantize(
 
 def quantize_blocks(weight: torch.Tensor, levels: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(numel,) weights -> packed, uint8, and absmax, (n_blocks,) float32, NaN for a block that is not finite."""
-    fill = zero_code(levels)
+    fill = zero_code(levels)  # a padded weight dequantises to 0
     packed = []
     absmax = []
     for piece in weight.split(_piece_length(block_size, bits_of(levels))):
@@ -197,12 +197,12 @@ def dequantize_blocks(
     """Fill `out`, (numel,) float32, bf16 or fp16, with levels[code] * absmax of the block."""
     bits = bits_of(levels)
     n_codes, n_bytes = group_of(bits)
-    step = _piece_length(block_size, bits)
+    step = _piece_length(block_size, bits)  # a piece at a time, as in quantize_blocks
     for start in range(0, len(out), step):
         stop = min(start + step, len(out))
-        some = packed[start // n_codes * n_bytes : -(-stop // n_codes) * n_bytes]
+        some = packed[start // n_codes * n_bytes : -(-stop // n_codes) * n_bytes]  # whole groups of codes
         values = levels.index_select(0, unpack(some, stop - start, bits).int())  # (stop - start,) float32
-        blocks = to_blocks(values, block_size)
+        blocks = to_blocks(values, block_size)  # (n_blocks, block_size), a view of values where it can be
         blocks *= absmax[start // block_size : start // block_size + len(blocks), None]
         out[start:stop] = blocks.view(-1)[: stop - start]
 
@@ -235,7 +235,7 @@ def _check_weight(weight: torch.Tensor, name: str) -> None:
 
 
 def _check_finite(absmax: torch.Tensor, weight: torch.Tensor, name: str) -> None:
-    if not absmax.sum().isnan():
+    if not absmax.sum().isnan():  # one pass over the constants, not over the weights
         return
     index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
     raise ValueError(

@@ -28,12 +28,12 @@ from qlora_lab.quant.finite import first_not_finite, largest_magnitude
 from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor
 
-BITSANDBYTES_READS = ("nf4", "fp4")
+BITSANDBYTES_READS = ("nf4", "fp4")  # by the type in the last key
 # bnb_4bit_quant_storage lets bytes of codes pose as another dtype, for FSDP
 STORAGE_DTYPES = (torch.uint8, torch.int8, *WEIGHT_DTYPES, torch.float64)
 MOST_STATE = 2**12  # bytes of a description; real ones have about 250
 MOST_SIZES = 64  # dimensions of a numpy array
-LARGEST = torch.finfo(torch.float32).max
+LARGEST = torch.finfo(torch.float32).max  # sums beyond it become infinity
 AGAIN = "quantise its original again"
 _KNOWN = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
 _DTYPES = {str(d).removeprefix("torch."): d for d in WEIGHT_DTYPES}
@@ -76,7 +76,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> QuantizedTens
     state = _read_state(tensors, key)
     packed = _part(tensors, key, STORAGE_DTYPES).view(torch.uint8)
     levels = _levels(tensors, key, state["quant_type"], packed.device)
-    nested = "nested_offset" in state
+    nested = "nested_offset" in state  # double quantization
     absmax = _part(tensors, f"{key}.absmax", (torch.uint8,) if nested else WEIGHT_DTYPES, packed.device)
     _check_sizes(tensors, key, state, len(packed), len(absmax), bits_of(levels))
     constants = _nested(tensors, key, state, absmax) if nested else _not_negative(absmax, f"{key}.absmax")
@@ -133,7 +133,7 @@ def _state(encoded: torch.Tensor) -> dict | None:
         whole = [*state["shape"], state["blocksize"]]
         numbers = [*whole, state.get("nested_offset", 0)]
         float(numbers[-1])  # an integer of 400 digits is not a float
-        named = state["quant_type"], state["dtype"]
+        named = state["quant_type"], state["dtype"]  # two texts
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
     right = isinstance(state["shape"], list) and len(state["shape"]) <= MOST_SIZES
@@ -194,7 +194,7 @@ def _nested(tensors: Mapping[str, torch.Tensor], key: str, state: dict, codes: t
         if not torch.equal(table, dynamic_map()):
             raise ValueError(f"{name} is another table than bitsandbytes' dynamic map: it cannot be read")
     scale = _part(tensors, f"{key}.nested_absmax", WEIGHT_DTYPES, codes.device)
-    offset = state["nested_offset"]
+    offset = state["nested_offset"]  # a Python float
     if not offset + largest_magnitude(scale) <= LARGEST:  # false for NaN; they scale every weight
         raise ValueError(f"{key} has NaN or infinity in its nested constants: {AGAIN}")
     if offset < 0:
@@ -217,7 +217,7 @@ def _check_sizes(
 ) -> None:
     """Raise ValueError unless codes and constants fit the shape. Python's integers do not overflow here."""
     numel = math.prod(state["shape"])
-    n_blocks = -(-numel // state["blocksize"])
+    n_blocks = -(-numel // state["blocksize"])  # rounded up: the last block may be partial
     codes_of_group, bytes_of_group = group_of(bits)
     sizes = {key: (n_bytes, -(-numel // codes_of_group) * bytes_of_group), f"{key}.absmax": (n_constants, n_blocks)}
     if "nested_offset" in state:

@@ -65,7 +65,7 @@ def forward(x: torch.Tensor, weight: PackedWeight, rows: int) -> torch.Tensor:
     """
     tokens, columns = x.shape
     if tokens and len(weight.levels) <= launch.CODES and columns % weight.block_size == 0:
-        halves = _has_tensor_cores(x)
+        halves = _has_tensor_cores(x)  # else rung 6 would multiply number by number
         compiling = torch.compiler.is_compiling()
         if tokens < FEWEST or (tokens <= MAX_TOKENS and not halves):
             return ops.gemv_nf4(x, *_flat(weight), rows) if compiling else gemv_nf4(x, weight, rows)

@@ -22,7 +22,7 @@ TILE = 1024  # constants that a program undoes
 @triton.jit
 def nearest_of(x, thresholds):
     """How many of 255 ascending thresholds lie below float32 values: their codes in an ascending table of 256."""
-    rank = tl.zeros(x.shape, tl.int32)
+    rank = tl.zeros(x.shape, tl.int32)  # thresholds that are known to lie below x
     for level in tl.static_range(8):
         rank += tl.where(x > tl.load(thresholds + rank + ((128 >> level) - 1)), 128 >> level, 0)
     return rank.to(tl.uint8)
@@ -37,7 +37,7 @@ def _double_quantize_kernel(
     offsets = groups[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # (groups, constants of a group)
     mask = offsets < n_blocks
     constants = tl.load(absmax + offsets, mask=mask, other=0.0).to(tl.float32)
-    centred = tl.where(mask, constants - tl.load(offset), 0.0)
+    centred = tl.where(mask, constants - tl.load(offset), 0.0)  # beyond the last constant -offset could be the maximum
     scale = absmax_of(centred)  # (groups,)
     tl.store(scales + groups, scale, mask=groups * GROUP_SIZE < n_blocks)
     tl.store(codes + offsets, nearest_of(scaled(centred, scale, tiny), thresholds), mask=mask)

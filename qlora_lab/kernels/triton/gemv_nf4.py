@@ -12,7 +12,7 @@ from qlora_lab.kernels.packed_weight import PackedWeight
 from qlora_lab.kernels.triton.codes import constants_of, levels_in_place, split8
 from qlora_lab.kernels.triton.launch import DTYPES, check_product, on
 
-MAX_TOKENS = 8
+MAX_TOKENS = 8  # a tile of sums for them still lies in registers
 TILES = {1: (4, 128), 2: (4, 128), 4: (8, 64), 8: (16, 64)}  # tokens: rows of W, words of each row
 
 
@@ -24,7 +24,7 @@ def _gemv_nf4_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     rows = pid * ROWS + tl.arange(0, ROWS)
-    tokens = tl.arange(0, TOKENS)
+    tokens = tl.arange(0, TOKENS)  # padded to a power of two
     # A sum for each word of the tile, not for each row: lanes add up on their own, and meet once, after the loop.
     sums = tl.zeros((TOKENS, ROWS, WORDS), tl.float32)
     for first in range(0, n_words, WORDS):
@@ -62,7 +62,7 @@ def gemv_nf4(x: torch.Tensor, weight: PackedWeight, rows: int) -> torch.Tensor:
     if tokens > MAX_TOKENS:
         raise ValueError(f"x has {tokens} tokens: gemv_nf4 takes at most {MAX_TOKENS}; use matmul_nf4 for more")
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    padded = triton.next_power_of_2(tokens)
+    padded = triton.next_power_of_2(tokens)  # a kernel is compiled for 1, 2, 4 and 8
     height, width = TILES[padded]
     grid = (triton.cdiv(rows, height),)
     with on(x):

@@ -12,8 +12,8 @@ from triton import knobs
 
 from qlora_lab.kernels.packed_weight import PackedConstants, PackedWeight
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_BLOCK, MAX_BLOCK = 32, 4096
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights and activations
+MIN_BLOCK, MAX_BLOCK = 32, 4096  # a word holds 8 codes, and loads of 16 bytes 32
 MAX_TOKENS = 65535 * 128  # the second dimension of a grid ends at 65535, a tile has 128 tokens
 MAX_NUMEL = 2**31 - 2**13  # so that the last program's indices fit, too
 CODES = 16  # entries in the table of a 4-bit code; shorter tables are filled up
@@ -102,11 +102,11 @@ def words_of(packed: torch.Tensor, numel: int) -> torch.Tensor:
 class Constants(NamedTuple):
     """Arguments of codes.constants_of, after `blocks` and `mask`."""
 
-    absmax: torch.Tensor
-    scale: torch.Tensor | None
-    offset: torch.Tensor | None
-    table: torch.Tensor | None
-    group: int
+    absmax: torch.Tensor  # (n_blocks,) float32, or uint8 codes
+    scale: torch.Tensor | None  # (n_groups,) float32
+    offset: torch.Tensor | None  # () float32
+    table: torch.Tensor | None  # (256,) float32
+    group: int  # 0: absmax is not quantised
 
 
 def named(constants: torch.Tensor | PackedConstants) -> dict[str, torch.Tensor]:
@@ -160,7 +160,7 @@ def check_product(
 def checked_weight(weight: PackedWeight, rows: int, columns: int) -> tuple[torch.Tensor, Constants, torch.Tensor]:
     """Words, constants and levels of a weight of this shape, kept in `weight.prepared` once they are checked."""
     packed = weight.packed
-    key = (rows, columns, packed.data_ptr())
+    key = (rows, columns, packed.data_ptr())  # the memory can move
     if weight.prepared and weight.prepared[0] == key:
         return weight.prepared[1]
     check_device(packed=packed, levels=weight.levels, **named(weight.constants))

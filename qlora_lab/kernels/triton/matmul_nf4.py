@@ -18,7 +18,7 @@ from qlora_lab.kernels.triton.launch import check_adapter, check_product, on
 # 128 lanes a cycle) in about the time that its tensor cores take for 128 tokens (2 operations a weight and token, some
 # 3,800 a cycle); with half the tokens it would decode for twice as long as it multiplies.
 TOKENS, ROWS, COLUMNS = 128, 128, 64
-WARPS = 8
+WARPS = 8  # of 32 threads: 64 sums for each thread
 FEW = 16, 32, 128, 4  # the same four for at most 16 tokens: as many programs as a GPU has SMs for 4096 rows
 WIDTH = 16  # of the adapter's rank, at a time: the tensor cores' least, and with more of it sm_80 spills registers
 
@@ -31,10 +31,10 @@ def _matmul_nf4_kernel(
 ):  # fmt: skip
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    sums = tl.zeros((TOKENS, ROWS), tl.float32)
+    sums = tl.zeros((TOKENS, ROWS), tl.float32)  # in registers until the end
     n_columns = n_words * 8  # eight codes in a word
     for column in range(0, n_columns, COLUMNS):
-        columns = column + tl.arange(0, COLUMNS)
+        columns = column + tl.arange(0, COLUMNS)  # (COLUMNS,)
         mask = (tokens < n_tokens)[:, None] & (columns < n_columns)[None, :]
         x_tile = tl.load(x + tokens[:, None] * n_columns + columns[None, :], mask=mask, other=0.0)
         weights = weights_of(
@@ -67,7 +67,7 @@ def matmul_nf4(
     Raises ValueError before the launch for what does not match.
     """
     words, parts, levels = check_product(x, x.shape[-1], rows, weight, (torch.bfloat16, torch.float16))
-    rank = check_adapter(x, rows, lora_A, lora_B)
+    rank = check_adapter(x, rows, lora_A, lora_B)  # 0 without an adapter
     tokens, columns = x.shape
     x = x.contiguous()
     u, lora_B = (x @ lora_A.t(), lora_B.contiguous()) if rank else (None, None)

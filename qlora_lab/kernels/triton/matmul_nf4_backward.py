@@ -24,8 +24,8 @@ def _matmul_nf4_backward_kernel(
 ):  # fmt: skip
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(0) * COLUMNS
-    n_columns = n_words * 8
-    sums = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    n_columns = n_words * 8  # eight codes in a word
+    sums = tl.zeros((TOKENS, COLUMNS), tl.float32)  # in registers until the end
     for row in range(0, n_rows, ROWS):
         rows = row + tl.arange(0, ROWS)
         mask = (tokens < n_tokens)[:, None] & (rows < n_rows)[None, :]
@@ -34,7 +34,7 @@ def _matmul_nf4_backward_kernel(
             words, rows, n_rows, column, n_words, levels, absmax, scale, offset, table, BLOCK_SIZE, GROUP_SIZE, COLUMNS
         )
         sums = tl.dot(grad_tile, weights.to(grad.dtype.element_ty), sums)
-    columns = column + tl.arange(0, COLUMNS)
+    columns = column + tl.arange(0, COLUMNS)  # (COLUMNS,)
     pointers = out + tokens[:, None] * n_columns + columns[None, :]
     mask = (tokens < n_tokens)[:, None] & (columns < n_columns)[None, :]
     tl.store(pointers, sums.to(out.dtype.element_ty), mask=mask)

@@ -32,7 +32,7 @@ def scaled(values, constants, tiny):
 def _rank_of(x, tree):
     """How many of 15 thresholds lie below x, (n,) float32: four comparisons, each with the one the last ones leave.
 
-    tree: (4, 16) float32; launch.on each level, entry r is the threshold to try next after rank r.
+    tree: (4, 16) float32; on each level, entry r is the threshold to try next after rank r.
     """
     i = tl.arange(0, 16)
     rank = tl.where(x > tl.load(tree), 8, 0)
@@ -51,12 +51,12 @@ def _quantize_nf4_kernel(
     values = tl.load(weight + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
     constants = absmax_of(values)  # (blocks,)
     tl.store(absmax + blocks, constants, mask=blocks * BLOCK_SIZE < numel)
-    x = tl.reshape(scaled(values, constants, tiny), (TILE,))
+    x = tl.reshape(scaled(values, constants, tiny), (TILE,))  # flat, in the order of the weights
     codes = tl.gather(tl.load(order + tl.arange(0, 16)), _rank_of(x, tree), 0)
 
     first, second = tl.split(tl.reshape(codes, (TILE // 8, 2, 2, 2)))  # the first of two neighbours: the high half
-    byte0, byte1 = tl.split(first * 16 + second)
-    low, high = tl.split(byte0 + byte1 * 256)
+    byte0, byte1 = tl.split(first * 16 + second)  # bytes 0 2 and 1 3 of a word
+    low, high = tl.split(byte0 + byte1 * 256)  # 16-bit halves of a word
     offsets = pid * (TILE // 8) + tl.arange(0, TILE // 8)  # of words: eight codes each
     tl.store(words + offsets, low + high * 65536, mask=offsets < n_words)
 
@@ -87,9 +87,9 @@ def quantize_nf4(
     for level, step in enumerate((8, 4, 2, 1)):
         tree[level, : launch.CODES - step] = ranks[step - 1 :]
     codes = torch.nn.functional.pad(order.int(), (0, launch.CODES - len(order)))
-    words = torch.empty(-(-numel // 8), dtype=torch.int32, device=weight.device)
+    words = torch.empty(-(-numel // 8), dtype=torch.int32, device=weight.device)  # (ceil(numel / 8),)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
-    tile = max(TILE, block_size)
+    tile = max(TILE, block_size)  # weights of a program
     grid = (triton.cdiv(numel, tile),)
     warps = tile // TILE
     with launch.on(weight):
