@@ -36,7 +36,7 @@ def choose(device: str = "cpu") -> Choice:
 
 def blocks_for(device: str, n_levels: int, block_size: int) -> ModuleType | None:
     """Return the kernels on blocks for these levels and blocks, or None: then the readable functions run."""
-    module = choose(device).blocks
+    module = choose(device).blocks  # cpu.py, or triton/dispatch.py
     return module if module and module.takes(n_levels, block_size) else None
 
 
@@ -78,7 +78,7 @@ _forked = False
 def _in_child() -> None:
     global _forked
     _forked = True
-    _choose.cache_clear()
+    _choose.cache_clear()  # the parent's choice is not the child's
 
 
 if hasattr(os, "register_at_fork"):

@@ -35,7 +35,7 @@ def _undo(codes, scale, levels, beta, moment):
 @njit(forceinline=True)
 def _add(grad, form, rest1, rest2, first, second):
     for i in range(0, BLOCK, 16):
-        g = read16(grad, i, form)
+        g = read16(grad, i, form)  # 16 lanes of float32
         v.store(first, i, v.load(first, i) + g * v.splat(rest1))
         v.store(second, i, v.load(second, i) + g * g * v.splat(rest2))
 
@@ -58,8 +58,8 @@ def _redo(moment, table, tiny, scale, codes):
     factor = v.splat(np.float32(1) / max(scale[0], tiny))
     for i in range(0, BLOCK, 16):
         values = v.load(moment, i) * factor
-        rank = v.gather(ranks, v.as_ints(values) >> v.splat(16))
-        for _ in range(more):
+        rank = v.gather(ranks, v.as_ints(values) >> v.splat(16))  # exact for most values
+        for _ in range(more):  # the rest is a comparison or two away
             rank = rank + v.where_greater(values, v.gather(limits, rank), v.splat(1))
         v.store(codes, i, rank)
 
@@ -69,7 +69,7 @@ def _adamw(
     param, param_form, grad, grad_form, codes1, scale1, codes2, scale2, first_table, second_table, scalars, tiny
 ):
     beta1, beta2, rest1, rest2, decay, size, correction, eps = scalars
-    n_blocks = len(scale1)
+    n_blocks = len(scale1)  # of 256 parameters
     for piece in prange((n_blocks + PIECE - 1) // PIECE):
         first = np.empty(BLOCK, np.float32)  # the moments of one block, in the first-level cache
         second = np.empty(BLOCK, np.float32)
@@ -102,7 +102,7 @@ def _prepared(levels, thresholds):
     Returns levels; thresholds and one that nothing exceeds; for each upper 16 bits, how many thresholds lie below the
     least float32 with them; how many more, at most, lie below the greatest; the code of zero.
     """
-    limits = thresholds.numpy()
+    limits = thresholds.numpy()  # (255,)
     upper = np.arange(2**16, dtype=np.uint32) << 16
     toward_zero = upper.view(np.float32)  # (2^16,), of the floats with the same upper half
     from_zero = (upper | 0xFFFF).view(np.float32)
@@ -110,7 +110,7 @@ def _prepared(levels, thresholds):
     least = np.where(negative, from_zero, toward_zero)
     greatest = np.where(negative, toward_zero, from_zero)
     ranks = np.searchsorted(limits, least)
-    more = np.max(np.searchsorted(limits, greatest) - ranks)
+    more = np.max(np.searchsorted(limits, greatest) - ranks)  # thresholds that share an upper half
     return levels.numpy(), np.append(limits, _INFINITY), ranks.astype(np.int32), more, np.searchsorted(limits, 0)
 
 
@@ -139,7 +139,7 @@ def adamw_8bit(
     _check(256, (torch.float32,), levels1=tables[0], levels2=tables[2])
     _check(255, (torch.float32,), thresholds1=tables[1], thresholds2=tables[3])
     beta1, beta2, *others = scalars
-    numbers = tuple(np.float32(number) for number in (beta1, beta2, 1 - beta1, 1 - beta2, *others))
+    numbers = tuple(np.float32(number) for number in (beta1, beta2, 1 - beta1, 1 - beta2, *others))  # rounded once
     run(
         _adamw, view(param), FORM[param.dtype], view(grad), FORM[grad.dtype],
         codes1.numpy(), scale1.numpy(), codes2.numpy(), scale2.numpy(),

@@ -58,7 +58,7 @@ def absmax16(weight, form, first, last, block_size, absmax):
 def _rank16(values, tree):
     """How many of 15 thresholds lie below each of 16 values: by halving, one comparison and one look-up a level."""
     values = v.clamp(values, v.splat(np.float32(-1)), v.splat(np.float32(1)))
-    rank = v.where_greater(values, v.load(tree, 0), v.splat(8))
+    rank = v.where_greater(values, v.load(tree, 0), v.splat(8))  # all lanes ask the same threshold
     rank = rank | v.where_greater(values, v.permute(v.load(tree, 16), rank), v.splat(4))
     rank = rank | v.where_greater(values, v.permute(v.load(tree, 32), rank), v.splat(2))
     return rank | v.where_greater(values, v.permute(v.load(tree, 48), rank), v.splat(1))
@@ -67,7 +67,7 @@ def _rank16(values, tree):
 @njit(forceinline=True)
 def _encode16(weight, form, first, last, block_size, tree, order, fill, tiny, absmax, packed):
     """4-bit codes of whole blocks, each a multiple of 32 long."""
-    codes = v.load(order, 0)
+    codes = v.load(order, 0)  # (16,), the code of each rank
     for start in range(first, last, block_size):
         constant = absmax[start // block_size]
         if np.isnan(constant):
@@ -79,7 +79,7 @@ def _encode16(weight, form, first, last, block_size, tree, order, fill, tiny, ab
             right = _rank16(read16(weight, i + 16, form) * scale, tree)
             v.prefetch(weight, i + AHEAD)
             v.prefetch(weight, i + AHEAD + 16)
-            high = v.permute(codes, v.evens(left, right))
+            high = v.permute(codes, v.evens(left, right))  # weights 0, 2, 4 ... go into high halves
             low = v.permute(codes, v.odds(left, right))
             v.store(packed, i // 2, high << v.splat(4) | low)
 
@@ -98,7 +98,7 @@ def _encode_bytes(weight, form, first, last, block_size, thresholds, order, fill
             values = v.clamp(read16(weight, i, form) * scale, low, high)
             rank = v.splat(0)
             for level in range(8):
-                step = 128 >> level
+                step = 128 >> level  # halves the ranks that are left
                 rank = rank + v.where_greater(values, v.gather(thresholds, rank + v.splat(step - 1)), v.splat(step))
             v.store(packed, i, v.gather(order, rank))
 
@@ -109,7 +109,7 @@ def _encode(values, thresholds, order, bits, fill, tiny, codes):
     top = np.int32(0)
     for value in values:
         top = max(top, np.int32(v.as_ints(value) & MAGNITUDE))
-    constant = _finite(top)
+    constant = _finite(top)  # NaN for a block that holds NaN or infinity
     scale = np.float32(1) / max(constant, tiny)
     for i in range(len(values)):
         values[i] = min(max(values[i] * scale, np.float32(-1)), np.float32(1))
@@ -139,7 +139,7 @@ def _pack(codes, bits, packed, byte):
         for i in range(len(codes) // 2):
             packed[byte + i] = codes[2 * i] << 4 | codes[2 * i + 1]
         return
-    window = 0
+    window = 0  # bits that wait to become a byte
     held = 0  # bits in the window that are not written yet
     for code in codes:
         window = window << bits | code
@@ -165,7 +165,7 @@ def _quantize(
             else:
                 _encode16(weight, form, first, last, block_size, tree, order, fill, tiny, absmax, packed)
         else:
-            values = np.empty(block_size, np.float32)
+            values = np.empty(block_size, np.float32)  # of one block
             codes = np.full((last - first + group - 1) // group * group, np.uint8(fill))
             for start in range(first, last, block_size):
                 stop = min(start + block_size, last)
@@ -182,7 +182,7 @@ def quantize_blocks(
     weight: torch.Tensor, thresholds: torch.Tensor, order: torch.Tensor, block_size: int, group: int, tiny: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Twin of quant.quantize.quantize_blocks: (numel,) weights -> packed uint8, absmax (n_blocks,) float32."""
-    bits = (len(order) - 1).bit_length()
+    bits = (len(order) - 1).bit_length()  # of a code
     n = len(weight)
     piece = block_size * 8 // gcd(block_size, 8)  # ends where a block and a byte end, so no two threads share a byte
     piece *= max(1, PIECE // piece)
@@ -191,13 +191,13 @@ def quantize_blocks(
     codes = np.zeros(len(ranks) + 1, np.int32)  # (ranks + 1,), the code of each rank
     codes[: len(order)] = order.numpy()
     tree = np.full((4, 16), np.inf, np.float32)
-    tree[0] = ranks[7]
+    tree[0] = ranks[7]  # the middle one of 15, in every lane
     for level, step in enumerate((4, 2, 1), start=1):
         tree[level, : 16 - step] = ranks[step - 1 : 15]  # entry r: the next threshold to try after rank r
-    fill = int(codes[np.searchsorted(ranks, 0)])
+    fill = int(codes[np.searchsorted(ranks, 0)])  # the code of 0
     packed = torch.empty(-(-n // group) * group * bits // 8, dtype=torch.uint8, device="cpu")
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device="cpu")
-    vector = bits in (4, 8) and block_size % 32 == 0 and FAST
+    vector = bits in (4, 8) and block_size % 32 == 0 and FAST  # else the plain loops
     tables = ranks, tree.ravel(), codes, bits, fill, group, block_size, piece, np.float32(tiny)
     run(_quantize, view(weight), FORM[weight.dtype], *tables, packed.numpy(), absmax.numpy(), vector)
     return packed, absmax
@@ -212,7 +212,7 @@ def undouble(constants, first, n):
     absmax, codes, scale, offset, table, group_shift = constants
     if len(codes) == 0:
         return absmax[first : first + n]  # they are not quantised
-    values = np.empty(n, np.float32)
+    values = np.empty(n, np.float32)  # (n,)
     i = 0
     while i < n:
         block = first + i
@@ -230,7 +230,7 @@ def undouble(constants, first, n):
 def _code_at(packed, i, bits):
     """Code i of a stream of bits."""
     bit = i * bits
-    byte = bit >> 3
+    byte = bit >> 3  # the byte in which the code begins
     window = np.int64(packed[byte]) << 8  # two bytes hold any code
     if byte + 1 < len(packed):
         window |= packed[byte + 1]
@@ -266,7 +266,7 @@ def _decode16(packed, levels, scales, block_size, start, out, position, form):
     ahead = position - start  # from a weight's index to its place in `out`
     for scale in scales:
         values = v.load(levels, 0) * v.splat(NAN if np.isnan(scale) else scale)
-        table = v.half_bits(values) if form == FLOAT16 else bfloat16_of(values)
+        table = v.half_bits(values) if form == FLOAT16 else bfloat16_of(values)  # 16 levels as 16-bit floats
         for i in range(start, start + block_size, 32):
             _decode32(packed, i, values, table, out, ahead + i)
         start += block_size
@@ -275,7 +275,7 @@ def _decode16(packed, levels, scales, block_size, start, out, position, form):
 @njit(forceinline=True)
 def _decode(packed, bits, levels, scales, block_size, start, stop, out, position, form):
     """Weights start to stop, on any CPU, for any number of bits."""
-    table = np.empty(16, out.dtype)
+    table = np.empty(16, out.dtype)  # the levels times a block's constant, rounded once a block
     first = start // block_size
     for block in range(first, (stop + block_size - 1) // block_size):
         scale = scales[block - first]
@@ -300,9 +300,9 @@ def _dequantize(packed, bits, levels, constants, block_size, first, stride, leng
         position = i * length
         stop = min(start + length, limit)
         block = start // block_size
-        scales = undouble(constants, block, (stop - 1) // block_size + 1 - block)
+        scales = undouble(constants, block, (stop - 1) // block_size + 1 - block)  # of the blocks that the run touches
         if vector and start % block_size == 0:
-            whole = (stop - start) // block_size
+            whole = (stop - start) // block_size  # blocks
             _decode16(packed, levels, scales[:whole], block_size, start, out, position, form)
             scales = scales[whole:]
             start += whole * block_size
@@ -330,7 +330,7 @@ def arrays_of(weight: PackedWeight) -> Arrays:
     Raises ValueError for tensors that a kernel would misread: it does not check where it reads.
     """
     constants = weight.constants
-    single = isinstance(constants, torch.Tensor)
+    single = isinstance(constants, torch.Tensor)  # not quantised themselves
     parts = (weight.packed, constants) if single else (weight.packed, *constants[:2])
     addresses = [part.data_ptr() for part in parts]  # a storage that is shared between processes moves
     if weight.prepared and weight.prepared[0] == addresses:
@@ -343,7 +343,7 @@ def arrays_of(weight: PackedWeight) -> Arrays:
                 f"kernels read {dtype}, 1-dimensional and contiguous"
             )
     bits = (len(weight.levels) - 1).bit_length()
-    levels = np.zeros(1 << bits, np.float32)
+    levels = np.zeros(1 << bits, np.float32)  # whole tables, so that no look-up leaves them
     levels[: len(weight.levels)] = weight.levels.numpy()
     if single:
         n_blocks = len(constants)
@@ -351,7 +351,7 @@ def arrays_of(weight: PackedWeight) -> Arrays:
     else:
         codes, scale, offset, table, group = constants
         n_blocks = min(len(codes), len(scale) * group)
-        shift = group.bit_length() - 1
+        shift = group.bit_length() - 1  # a shift is cheaper than a division by the group size
         described = _NONE, codes.numpy(), scale.numpy(), np.float32(offset.item()), table.numpy(), shift
     numel = min(8 * len(weight.packed) // bits, n_blocks * weight.block_size)
     weight.prepared = addresses, Arrays(weight.packed.numpy(), bits, levels, described, numel)

@@ -103,7 +103,7 @@ def _timed() -> Race:
         "onednn": (torch.float32, _onednn if _has_onednn() else None),
         "bfloat16": (torch.bfloat16, _blas),
     }
-    best = dict.fromkeys(contenders, float("inf"))
+    best = dict.fromkeys(contenders, float("inf"))  # seconds
     for _ in range(9):
         for name, (dtype, routine) in contenders.items():
             if routine and (best[name] == float("inf") or best[name] < 5 * best["float32"]):  # bf16 can be that slow
@@ -158,11 +158,11 @@ def panel_width(rows: int, columns: int, block_size: int) -> int:
 @opaque
 def forward(x: torch.Tensor, weight: PackedWeight, rows: int, thin: Thin | None = None) -> torch.Tensor:
     """Multiply by W^T: (tokens, columns) -> (tokens, rows)."""
-    columns = x.shape[1]
+    columns = x.shape[1]  # of W
     if len(x) <= few_tokens.MAX_TOKENS and few_tokens.can_multiply(columns, weight):
         if thin is None:
             return few_tokens.multiply_blocks(x, weight, rows)
-        wide = _widened(x)
+        wide = _widened(x)  # (tokens, columns) float32
         product = few_tokens.multiply_blocks(wide, weight, rows)  # the same float32 sums, not rounded yet
         return product.addmm_(torch.mm(wide, thin.down, out=thin.low), thin.up).to(x.dtype)
 
@@ -177,14 +177,14 @@ def forward(x: torch.Tensor, weight: PackedWeight, rows: int, thin: Thin | None 
 @opaque
 def backward(grad: torch.Tensor, weight: PackedWeight, columns: int, thin: Thin | None = None) -> torch.Tensor:
     """Multiply by W: (tokens, rows) -> g W, (tokens, columns)."""
-    rows = grad.shape[1]
+    rows = grad.shape[1]  # of W
 
     def panel_of(first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         # By columns, so that each output is a whole sum over the rows: a panel of rows would have to be added up in
         # the dtype of g, or in float32 memory of its own.
         panel = _buffer("panel", (rows, stop - first), dtype)
         cpu.dequantize_blocks(weight, panel, first, columns)
-        return panel.t()
+        return panel.t()  # a view: BLAS reads either order
 
     return _by_panels(grad, columns, panel_width(rows, columns, weight.block_size), panel_of, thin)
 
@@ -216,8 +216,8 @@ def _widened_panel(weight: torch.Tensor, first: int, stop: int, dtype: torch.dty
 @opaque
 def outer(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return low^T x in float32, (r, columns), an adapter's gradient, from low (tokens, r) float32 and x."""
-    total = low.new_zeros(low.shape[1], x.shape[1])
-    tile = max(1, TILE // x.shape[1])
+    total = low.new_zeros(low.shape[1], x.shape[1])  # (r, columns)
+    tile = max(1, TILE // x.shape[1])  # tokens
     for some_low, some in zip(low.split(tile), x.split(tile), strict=True):
         total.addmm_(some_low.t(), _widened(some))
     return total
