@@ -116,16 +116,11 @@ def _prepared(levels, thresholds):
 
 @opaque
 def adamw_8bit(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    codes1: torch.Tensor,
-    scale1: torch.Tensor,
-    codes2: torch.Tensor,
-    scale2: torch.Tensor,
+    param: torch.Tensor, grad: torch.Tensor,
+    codes1: torch.Tensor, scale1: torch.Tensor, codes2: torch.Tensor, scale2: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    scalars: tuple[float, float, float, float, float, float],
-    tiny: float,
-) -> None:
+    scalars: tuple[float, float, float, float, float, float], tiny: float,
+) -> None:  # fmt: skip
     """Update all but `grad` in place: arguments as in kernels/triton/adamw_8bit.py.
 
     tables: levels (256,) and thresholds (255,) of the first moment, then of the second, ascending. Raises ValueError

@@ -47,16 +47,11 @@ def _adamw_8bit_kernel(
 
 
 def adamw_8bit(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    codes1: torch.Tensor,
-    scale1: torch.Tensor,
-    codes2: torch.Tensor,
-    scale2: torch.Tensor,
+    param: torch.Tensor, grad: torch.Tensor,
+    codes1: torch.Tensor, scale1: torch.Tensor, codes2: torch.Tensor, scale2: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    scalars: tuple[float, float, float, float, float, float],
-    tiny: float,
-) -> None:
+    scalars: tuple[float, float, float, float, float, float], tiny: float,
+) -> None:  # fmt: skip
     """Change all but `grad` in place. param, grad: (numel,) float32, bf16 or fp16, contiguous.
 
     codes1, codes2: (numel,) uint8. scale1, scale2: (ceil(numel / 256),) float32. tables: levels (256,) and thresholds

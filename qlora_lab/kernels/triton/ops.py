@@ -121,17 +121,9 @@ gemv_nf4.register_autograd(_gemv_gradient, setup_context=_keep_gemv)
 
 @custom_op("qlora_lab::matmul_nf4", mutates_args=())
 def matmul_nf4(
-    x: Tensor,
-    packed: Tensor,
-    constants: list[Tensor],
-    group: int,
-    levels: Tensor,
-    block_size: int,
-    rows: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-) -> Tensor:
+    x: Tensor, packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, rows: int,
+    lora_A: Tensor | None, lora_B: Tensor | None, scaling: float,
+) -> Tensor:  # fmt: skip
     """x (tokens, columns) bf16 or fp16 -> x W^T + scaling (x A^T) B^T, (tokens, rows). Rung 6."""
     return rung6.matmul_nf4(x, _weight(packed, constants, group, levels, block_size), rows, lora_A, lora_B, scaling)
 
@@ -156,16 +148,9 @@ def _(grad, packed, constants, group, levels, block_size, columns):
 
 @custom_op("qlora_lab::adamw_8bit", mutates_args=("param", "codes1", "scale1", "codes2", "scale2"))
 def adamw_8bit(
-    param: Tensor,
-    grad: Tensor,
-    codes1: Tensor,
-    scale1: Tensor,
-    codes2: Tensor,
-    scale2: Tensor,
-    tables: list[Tensor],
-    scalars: list[float],
-    tiny: float,
-) -> None:
+    param: Tensor, grad: Tensor, codes1: Tensor, scale1: Tensor, codes2: Tensor, scale2: Tensor,
+    tables: list[Tensor], scalars: list[float], tiny: float,
+) -> None:  # fmt: skip
     """One step of AdamW over flat parameters and 8-bit moments, in place. Rung 8."""
     rung8.adamw_8bit(param, grad, codes1, scale1, codes2, scale2, tuple(tables), tuple(scalars), tiny)
 
