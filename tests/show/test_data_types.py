@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.measure.codebook_trial import normal_weights, some_runs
+from qlora_lab.measure.codebook_trial import normal_weights, shaped_levels, some_runs
 from qlora_lab.measure.in_place import Variant, checked
 from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.quantize import dequantize, quantize
