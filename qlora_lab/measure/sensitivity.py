@@ -1,7 +1,7 @@
 """Estimate what an error in each layer's weights costs the model, so that bits can go where they matter.
 
 In: an unquantised model, and a text to calibrate on. Out: s, (in_features,) float32 for each linear layer: quantising W
-to Q is expected to do a damage of the sum over i, j of s_j (w_ij - q_ij)^2. Then Choices, for the solver of a plan.
+to Q is expected to do a damage of the sum over i, j of s_j (w_ij - q_ij)^2. Then Choices, for best_plan.
 
 Without fisher, s_j is the mean of x_j^2 over the tokens, where x is the layer's input. The damage is then the squared
 error of the layer's output, if errors of weights are independent (the diagonal of the Hessian in GPTQ, arXiv
@@ -17,7 +17,7 @@ tokens) that s is 2.2 times too small for the median v_proj and 1.3 times too la
 a cost of 0.223 nats for NF4 in blocks of 64; the s of this file predicts 0.270; the cost is 0.275
 (bench/block_size.py).
 
-Not here: the choice itself (the solver of a plan), perplexity (perplexity.py).
+Not here: the choice itself (best_plan.py), perplexity (perplexity.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,6 +32,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qlora_lab.data.dataset import to_device
+from qlora_lab.measure.best_plan import Choices, bits_table
 from qlora_lab.measure.perplexity import check_windows_fit, text_windows
 from qlora_lab.model.empty_model import empty_model, stored_options
 from qlora_lab.model.fetch import resolve
@@ -40,7 +41,7 @@ from qlora_lab.model.load import layer_sizes, public_name
 from qlora_lab.model.modes import mode
 from qlora_lab.model.stored import stored_tensors
 from qlora_lab.quant.numbers import check_seed
-from qlora_lab.quant.plan import Candidate, Choices, bits_table, check_candidate
+from qlora_lab.quant.plan import Candidate, check_candidate
 from qlora_lab.quant.quantize import dequantize, quantize
 
 if TYPE_CHECKING:

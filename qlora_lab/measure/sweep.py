@@ -10,7 +10,7 @@ A row is written as soon as it is known. A variant that has a row with the same 
 quantiser is not run again, so the same call continues a stopped sweep. Threads and the processor's instructions do not
 count, although float sums depend on them: with AVX2 instead of AVX-512 and 2 threads instead of 1 a window's loss moved
 by 1e-5 in float32, in which a CPU computes here, and by 0.004 in bf16. The row names the machine.
-Not here: the swap (in_place.py), the file (results_file.py), plots, and the block size of each layer (quant/plan.py).
+Not here: the swap (in_place.py), the file (results_file.py), plots, and the block size of each layer (best_plan.py).
 """
 
 import hashlib
