@@ -46,6 +46,13 @@ class Ledger:
             raise ValueError(f"phase={phase!r} is not known: it is one of {', '.join(PHASES)}")
         return sum(row.predicted for row in self.rows if phase in row.when)
 
+    def groups_at(self, phase: str) -> dict[str, int]:
+        """Sum the predicted bytes of a phase by group, in the order of the rows; a group may have 0."""
+        sums = dict.fromkeys(self.groups, 0)
+        for row in self.rows:
+            sums[row.group] += row.predicted * (phase in row.when)
+        return sums
+
     @property
     def phase(self) -> str:
         """The phase that holds the peak."""

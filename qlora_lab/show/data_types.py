@@ -43,8 +43,6 @@ BINS = 81  # of the histogram; an odd number, so that zero lies in the middle of
 LEAST, MOST = 0.5, 30  # % of error, on a logarithmic axis
 MOST_USED = 30  # % of the weights with one code: room for four times an equal share
 
-# --------------------------------------------------------------------------------------------------------- an outlier
-
 
 class OutlierExplorer(Explorer):
     """One outlier, its block, and the levels that remain for the other weights. See Explorer."""
@@ -133,9 +131,6 @@ def level_lines(q: QuantizedTensor) -> tuple[list, list]:
             if abs(level) <= absmax:  # INT4's lowest level lies beyond every weight
                 lines[int((codes != code).all())].append([(left, level), (right, level)])
     return lines
-
-
-# ------------------------------------------------------------------------------------------------- a codebook by hand
 
 
 STARTS = {"NF4": shortest(codebook("nf4")), "even steps": shortest(shaped_levels())}

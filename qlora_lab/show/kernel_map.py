@@ -3,18 +3,16 @@
 State: weights, block_size, tile, program. The picture: on the left every weight, 32 in a row, eight in a word, two in a
 byte; on the right the eight codes of the last word that the program loads, where an odd tail shows.
 
-The indices are those of _dequantize_nf4_kernel; tests/show/test_kernel_map.py compares them with the addresses that the
-interpreted kernel uses. The library's own tile is larger than this map.
+The library's own tile is larger than this map.
 
-Not here: values. show/normal_float.py shows what a code stands for.
+Not here: the indices (gpu_code/touched.py), and values: show/normal_float.py shows what a code stands for.
 """
-
-from dataclasses import dataclass
 
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 
+from qlora_lab.gpu_code.touched import touched
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, new_figure
 from qlora_lab.show.slider import Slider, Steps
@@ -27,42 +25,6 @@ KINDS = {  # kind of lane: colour and mark
     "decoded, not stored": (COLOURS["orange"], "."),
     "not loaded": ("#ffffff", "x"),
 }
-
-
-@dataclass(frozen=True)
-class Touched:
-    """The indices that one program touches. A lane is one weight of its tile, in the tensor or beyond its end."""
-
-    programs: int  # in the whole grid
-    words: range  # loaded, eight codes each
-    bytes: range  # packed bytes in those words
-    padding: range  # bytes after the packed ones; the launcher puts zeros there
-    constants: list[int]  # one for each block with a loaded word
-    stored: range  # weights that the program writes
-    spare: range  # lanes that it decodes and does not write
-    idle: range  # lanes whose word it does not load
-
-
-def touched(weights: int, block_size: int, tile: int, program: int) -> Touched:
-    """Compute what `program` touches: nothing beyond the grid's end, where no program is launched."""
-    programs = -(-weights // tile)  # rounded up
-    n_words = -(-weights // 8)
-    n_bytes = -(-weights // 2)
-    first = program * (tile // 8)  # word
-    end = first + tile // 8 if program < programs else first
-    words = range(first, max(first, min(end, n_words)))  # the kernel's mask of words
-    packed = max(4 * first, min(4 * words.stop, n_bytes))  # end of the packed bytes
-    stop = max(8 * first, min(8 * words.stop, weights))  # the kernel's mask of weights
-    return Touched(
-        programs=programs,
-        words=words,
-        bytes=range(4 * first, packed),
-        padding=range(packed, 4 * words.stop),
-        constants=sorted({word // (block_size // 8) for word in words}),
-        stored=range(8 * first, stop),
-        spare=range(stop, 8 * words.stop),
-        idle=range(8 * words.stop, 8 * end),
-    )
 
 
 class KernelMapExplorer(Explorer):

@@ -50,10 +50,7 @@ def at_peak(ledger: Ledger, phase: str | None = None) -> dict[str, int]:
     >>> sum(at_peak(predict_memory("llama-7b")).values()) == predict_memory("llama-7b").peak
     True
     """
-    sums = dict.fromkeys(GROUPS, 0)
-    for row in ledger.rows:
-        sums[row.group] += row.predicted * ((phase or ledger.phase) in row.when)  # bytes, if allocated then
-    return sums
+    return dict.fromkeys(GROUPS, 0) | ledger.groups_at(phase or ledger.phase)
 
 
 def card_for(nbytes: int) -> int | None:
