@@ -61,7 +61,7 @@ def places(layers: tuple[str, ...]) -> tuple[list[int], list[str], dict[str, tup
     parts = list(dict.fromkeys(part for _, part in split.values()))
     last = [part.rpartition(".")[2] for part in parts]
     names = [w.removesuffix("_proj") if last.count(w) == 1 else part for part, w in zip(parts, last, strict=True)]
-    rows = sorted(set(number.values()))
+    rows = sorted(set(number.values()))  # block numbers, without gaps on the map
     cells = {layer: (rows.index(number[layer]), parts.index(part)) for layer, (_, part) in split.items()}
     taken: dict[tuple[int, int], str] = {}
     for layer, cell in cells.items():
@@ -79,7 +79,7 @@ def names_of(candidates: tuple[Candidate, ...]) -> dict[Candidate, str]:
     >>> list(names_of((Candidate("nf4", 64, False), Candidate("nf4", 64, True))).values())
     ['64', '64, double']
     """
-    several = len({c.codebook for c in candidates}) > 1
+    several = len({c.codebook for c in candidates}) > 1  # else the name of the codebook says nothing
     return {
         c: f"{c.codebook + ' ' if several else ''}{c.block_size}{DOUBLE if c.double_quant else ''}" for c in candidates
     }
@@ -122,7 +122,7 @@ class BlockSizeExplorer(Explorer):
         self.image = self._draw_map(left, colours)
         middle.set(xlim=(0, 1), ylim=(max(10, len(ranks)), 0))
         middle.set_axis_off()
-        crowded = len(ranks) > 12
+        crowded = len(ranks) > 12  # names still fit in a smaller font
         square = {"marker": "s", "ms": 7 if crowded else 13, "mec": "#777777"}
         for i in range(len(ranks)):
             middle.plot([0.1], [i + 0.5], color=colours[i], **square)
@@ -170,7 +170,7 @@ class BlockSizeExplorer(Explorer):
         plan = result["plan"]
         ranks = {candidate: i for i, (candidate, _) in enumerate(self.uniform)}  # candidate -> its colour
         for layer, candidate in plan.chosen.items():
-            self._map[self._cells[layer]] = ranks[candidate]
+            self._map[self._cells[layer]] = ranks[candidate]  # (rows, columns)
         self.image.set_data(self._map)
         for text, (candidate, count) in zip(self.texts, result["counts"].items(), strict=True):
             text.set_text(for_picture(f"{self.names[candidate]}: {count}"))

@@ -146,8 +146,8 @@ class CodebookExplorer(Explorer):
     above = ("levels",)
 
     def __init__(self, weight: torch.Tensor | None = None, **state):
-        self._own = weight is not None
-        self._runs = some_runs(normal_weights(SAMPLE) if weight is None else weight)
+        self._own = weight is not None  # the line to copy names it
+        self._runs = some_runs(normal_weights(SAMPLE) if weight is None else weight)  # (n_runs, 1024)
         self._compared: dict[int, dict] = {}  # by block size: all that does not depend on the reader's levels
         super().__init__(**state)
 

@@ -34,7 +34,7 @@ class KernelMapExplorer(Explorer):
         return {
             "weights": Slider("Weights", 203, Steps(1, MOST)),
             "block_size": Slider("Block size", 64, choices=[32, 64, 128], unit="weights"),
-            "tile": Slider("Tile", 64, choices=[32, 64, 128], unit="weights a program"),
+            "tile": Slider("Tile", 64, choices=[32, 64, 128], unit="weights a program"),  # whole words
             "program": Slider("Program", 3, Steps(0, MOST // 32 - 1)),
         }
 
@@ -53,7 +53,7 @@ class KernelMapExplorer(Explorer):
         fill = ["#ffffff", *(colour for colour, _ in KINDS.values())]  # 0 is not a lane
         scale = {"cmap": ListedColormap(fill), "vmin": 0, "vmax": len(KINDS)}
         self.cells = left.imshow([[0] * ROW] * rows, extent=(0, ROW, rows, 0), aspect="auto", **scale)
-        marks = {"ls": "", "ms": 3, "color": COLOURS["black"]}
+        marks = {"ls": "", "ms": 3, "color": COLOURS["black"]}  # colour alone would not do on a grey print
         (self.crosses,), (self.dots,) = (left.plot([], [], marker=marker, **marks) for marker in "x.")
         ends = [[(x, r), (x, r + (1 if x % 8 == 0 else 0.25))] for r in range(rows) for x in range(0, ROW + 1, 2)]
         lines = left.add_collection(LineCollection(ends, colors="#777777", lw=0.8))
@@ -91,7 +91,7 @@ class KernelMapExplorer(Explorer):
     def _name_blocks(self, touched, n_blocks, block_size):
         height = block_size / ROW  # rows of a block
         ends = [[(ROW + 0.7, height * b + 0.1), (ROW + 0.7, height * (b + 1) - 0.1)] for b in range(n_blocks)]
-        self.blocks.set_segments(ends)
+        self.blocks.set_segments(ends)  # beside the cells, a line for each block
         colours = [COLOURS["blue"] if b in touched.constants else "#bbbbbb" for b in range(n_blocks)]
         self.blocks.set_color(colours)
         for b, name in enumerate(self.names):

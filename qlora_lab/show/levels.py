@@ -169,7 +169,7 @@ class Levels(anywidget.AnyWidget):
             table = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
         except (TypeError, ValueError, RuntimeError, OverflowError):  # words, None, ragged lists, 10**400
             table = torch.empty(0, 0)
-        if table.dim() != 1:
+        if table.dim() != 1:  # a scalar, a matrix, or no numbers at all
             raise ValueError(f"{name}={value!r} is not allowed: give {N_LEVELS} ascending numbers in [-1, 1].")
         if len(table) != N_LEVELS:
             raise ValueError(f"{name}: {len(table)} are given: give {N_LEVELS}, ascending, in [-1, 1].")

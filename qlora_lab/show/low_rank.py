@@ -53,7 +53,7 @@ class LowRankExplorer(Explorer):
         self.kept = right.add_collection(LineCollection([], colors=COLOURS["blue"], lw=2))
         self.cut_off = right.add_collection(LineCollection([], colors=COLOURS["orange"], lw=2))
         (self.cut,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")
-        self.right = right
+        self.right = right  # its limits follow the size
         return fig, [*self.images, *self.titles, self.kept, self.cut_off, self.cut]
 
     def update(self, result):

@@ -67,7 +67,7 @@ def rectangles(bars: list[dict[str, float]], height: float = 0.62) -> list[Recta
         for group in GROUPS:
             right = left + sizes[group]
             outlines.append([(left, low), (right, low), (right, high), (left, high)])
-            left = right
+            left = right  # the next group starts here
     return outlines
 
 
