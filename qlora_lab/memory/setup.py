@@ -22,14 +22,14 @@ DEVICES = ("cuda", "cpu")
 @documented
 @dataclass(frozen=True)
 class Setup:
-    """The run whose memory is asked about. Raises ValueError for a value that is not allowed.
+    """The run whose memory is predicted. Raises ValueError for a value that is not allowed.
 
-    padded: rows differ in length, so attention takes a mask. fused_adapter: one product for weight and adapter, as on
-    the CPU; None: as the device has it. wide_attention: it is computed in float32 (wide.py); None: as `load` decides on
-    this machine.
+    padded: rows differ in length, so attention takes a mask. fused_adapter: one product serves weight and adapter, as on
+    the CPU; None: as the device does. wide_attention: attention is computed in float32 (model/wide.py); None: as `load`
+    decides on this machine.
     """
 
-    # qlora quantises linear layers and trains adapters, lora trains adapters on weights as they are
+    # qlora quantises linear layers and trains adapters; lora trains adapters on the original weights
     method: str = option("qlora", "what is trained, and on what: qlora, lora or full (all weights)")
     codebook: str = option(ModelOptions.codebook, "data type of the quantised weights, such as nf4, fp4 or int4")
     block_size: int = same_option(ModelOptions, "block_size")
@@ -51,7 +51,7 @@ class Setup:
     gradient_checkpointing: bool = same_option(Settings, "gradient_checkpointing")
     optimizer_bits: int = same_option(Settings, "optimizer_bits")
     optimizer_budget: int | None = same_option(Settings, "optimizer_budget")
-    paged: bool = False  # 32-bit moments in pages are float32, those of torch's AdamW have the parameter's dtype
+    paged: bool = False  # moments in float32 pages; those of torch's AdamW have the parameter's dtype
     device: str = option("cuda", "where the run computes: cuda or cpu")
     fused_adapter: bool | None = None
     wide_attention: bool | None = None
@@ -61,7 +61,7 @@ class Setup:
         from qlora_lab.quant.blocks import check_block_size
         from qlora_lab.quant.codebook import codebook
 
-        object.__setattr__(self, "dtype", _name(self.dtype))  # torch.bfloat16 is as good as its name
+        object.__setattr__(self, "dtype", _name(self.dtype))  # torch.bfloat16 works as well as its name
         object.__setattr__(self, "adapter_dtype", _name(self.adapter_dtype))
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
@@ -89,7 +89,7 @@ class Setup:
 
     @cached_property
     def code_bits(self) -> int:
-        """Bits of a code."""
+        """Bits of one code."""
         from qlora_lab.quant.codebook import bits_of, codebook
 
         return bits_of(codebook(self.codebook))
@@ -142,7 +142,7 @@ class Setup:
             return self.wide_attention
         from qlora_lab.kernels.product import race
 
-        return self.device == "cpu" and not race().use_bfloat16
+        return self.device == "cpu" and not race().use_bfloat16  # bf16 products are slow on some processors
 
     @property
     def in_pages(self) -> bool:
