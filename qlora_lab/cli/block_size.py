@@ -42,9 +42,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     from qlora_lab.files.lock import locked_file, reserved
     from qlora_lab.files.out_path import resolved
+    from qlora_lab.measure.best_plan import check_limits
     from qlora_lab.measure.perplexity import check_windows
     from qlora_lab.quant.numbers import check_whole
-    from qlora_lab.quant.plan import Candidate, check_candidate, check_limits, check_plan_path
+    from qlora_lab.quant.plan import Candidate, check_candidate, check_plan_path
 
     candidates = tuple(Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes)
     for candidate in candidates:  # before the model is loaded, as for finetune
@@ -63,10 +64,10 @@ def run(a: argparse.Namespace) -> None:
 def _plan(a: argparse.Namespace, candidates: tuple["Candidate", ...]) -> "Plan":
     import torch
 
+    from qlora_lab.measure.best_plan import Choices, best_plan, bits_table, small_layers
     from qlora_lab.measure.perplexity import topics_text
     from qlora_lab.measure.sensitivity import choices_of, sensitivity
     from qlora_lab.model.load import layer_sizes
-    from qlora_lab.quant.plan import Choices, best_plan, bits_table, small_layers
 
     topics = topics_text()  # part of every Python, so nothing is downloaded
     # Perplexities are measured on the first half, so a plan is calibrated on the second.

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.data.dataset import Encoded, EncodeReport, collate, encode_all, load_data, show_labels
-from qlora_lab.data.encode import Notes
 from qlora_lab.data.examples import Example
+from qlora_lab.data.labels import Notes
 from qlora_lab.doctor.checks import (
     ACCUMULATION,
     CHECKPOINTED,
