@@ -2,7 +2,7 @@
 
 In: a model with adapters and its optimizer. Out: a RunState, the tensors and facts of a checkpoint, and at last a Run.
 Random numbers need no state: what a step draws follows from (seed, step, process) alone.
-Not here: how files are written (checkpoint.py), whether a checkpoint belongs to the run (run_record.py, restored.py).
+Not here: how files are written (checkpoint.py), whether a checkpoint belongs to the run (run_record.py, resumed.py).
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +19,7 @@ from qlora_lab.files import disk
 from qlora_lab.files.checksums import sha256
 from qlora_lab.train.checkpoint import BEST, facts_path, load_checkpoint, save_checkpoint, tensors_path
 from qlora_lab.train.identity import arithmetic
-from qlora_lab.train.restored import check_tensors
-from qlora_lab.train.resumed import check_facts, read_saved_log
+from qlora_lab.train.resumed import check_facts, check_tensors, read_saved_log
 from qlora_lab.train.run_folder import ADAPTER, LOG
 from qlora_lab.train.run_record import adopt_saved, check_same_run, comparable, computes_in
 from qlora_lab.train.settings import Settings
