@@ -118,7 +118,7 @@ class DataParallel(_Several):
 
 def _summed(_, bucket):
     """DDP's own hook divides by the number of processes, but each loss was divided by all answer tokens already."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    work = dist.all_reduce(bucket.buffer(), async_op=True)  # while backward goes on
     return work.get_future().then(lambda future: future.value()[0])
 
 
@@ -169,6 +169,7 @@ class Sharded(_Several):
             tuple[torch.Tensor, Callable[[torch.Tensor], None]]
         ] = []  # a shard, and what puts the whole back
         self._closed = False
+        # one dimension: every process has an equal part of each weight
         mesh = dist.device_mesh.init_device_mesh(next(model.parameters()).device.type, (self.size,))
         self.model = _copy_of_modules(model)
         try:
@@ -195,7 +196,7 @@ class Sharded(_Several):
     def finish(self, parameters: Iterable[nn.Parameter]) -> None:
         parameters = [p for p in parameters if p.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
+        flat = torch.cat([g.reshape(-1) for g in gradients])  # one message instead of hundreds
         dist.all_reduce(flat)
         _spread_out(flat, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -296,7 +297,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception:
-        _sum(1.0)
+        _sum(1.0)  # tell the others, who wait below
         raise
     if _sum(0.0)[0]:
         raise ConnectionAbortedError("another process failed here, so this one stops as well; its message says why")
@@ -330,7 +331,8 @@ def _joined() -> bool:
 
 
 def _sum(*numbers: float) -> tuple[float, ...]:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # NCCL sends from GPUs alone
+    # float64, so that token counts stay exact
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return tuple(total.tolist())

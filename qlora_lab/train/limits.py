@@ -103,7 +103,7 @@ def position_limit(model: nn.Module) -> int | None:
     limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT has the latter
     if not isinstance(limit, int) or limit < 1:
         return None
-    rotary = getattr(config, "rope_parameters", None) or {}
+    rotary = getattr(config, "rope_parameters", None) or {}  # scaling, such as YaRN's, extends the limit
     scalings = [
         rotary,
         *(part for part in rotary.values() if isinstance(part, dict)),
@@ -167,7 +167,7 @@ class _LookUps(TorchDispatchMode):
 
 def _look_ups(function, args) -> list[tuple[int, torch.Tensor]]:
     """(rows of the table, index) of a call of torch's that looks rows up."""
-    aten = torch.ops.aten
+    aten = torch.ops.aten  # F.embedding, index_select, gather and t[ids] all end here
     if function is aten.embedding.default:
         return [(args[0].shape[0], args[1])]
     if function in (aten.index_select.default, aten.gather.default):

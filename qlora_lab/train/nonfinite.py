@@ -23,7 +23,7 @@ from qlora_lab.model.modes import own_draws
 from qlora_lab.quant.finite import largest_magnitude
 from qlora_lab.train.loss import answer_loss
 
-LARGEST_HALF = torch.finfo(torch.float16).max
+LARGEST_HALF = torch.finfo(torch.float16).max  # 65,504
 WHAT = {
     "parameter": "the parameter {}",
     "input": "what is computed for {}",  # by the module around it, between two calls
@@ -72,7 +72,7 @@ def first_nonfinite(model: nn.Module, batch: dict[str, torch.Tensor]) -> NonFini
                 summed, count = answer_loss(model, batch)
                 loss = summed / max(count, 1)
                 watch.look("output", "loss", loss, None)
-            if watch.found is None and loss.requires_grad:
+            if watch.found is None and loss.requires_grad:  # after a bad forward pass all gradients are bad
                 for p, _ in gradients:
                     p.grad = None  # the caller's may be bad already
                 loss.backward()
@@ -89,7 +89,7 @@ class _Watch:
     def __init__(self):
         self.found: NonFinite | None = None
         self._before: float | None = None  # the largest magnitude in the gradients so far
-        self._handles = []
+        self._handles = []  # of hooks on tensors, to be removed
 
     # no_grad: a checkpointed layer runs again without hooks, and must then keep the same tensors for its gradients
     @torch.no_grad()
@@ -152,7 +152,7 @@ def _parameter(model: nn.Module) -> NonFinite | None:
 
 
 def _report(kind: str, name: str, tensor: torch.Tensor, largest: float | None) -> NonFinite:
-    bad = int((~tensor.isfinite()).sum())
+    bad = int((~tensor.isfinite()).sum())  # slow, and done once: for the first bad tensor
     return NonFinite(kind, name, str(tensor.dtype).removeprefix("torch."), bad, tensor.numel(), largest)
 
 

@@ -168,7 +168,7 @@ def replacing_run(folder: Path, overwrite: bool = False, resume: bool | int = Fa
     with locked_folder(folder, "finetune"):
         restore_earlier(folder)
         check_free(folder, overwrite, resume)
-        scratch = mark(folder, RUN)
+        scratch = mark(folder, RUN)  # the name of the folder for what is set aside
         disk.sync(folder)
         with _aside(folder, scratch, set_aside=resume is False):
             yield folder
@@ -228,7 +228,7 @@ def rewind(folder: Path, lines: list[dict], record: dict, keep: int) -> None:
         disk.write_text(new, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
     with replacing_file(folder / RECORD) as new:
         disk.write_text(new, json.dumps(record, indent=2) + "\n")
-    disk.remove(folder / RESULT)
+    disk.remove(folder / RESULT)  # the run is not complete any more
     replace_sums(folder, [RECORD])
 
 
@@ -236,7 +236,7 @@ def write_result(folder: Path, result: dict) -> None:
     """Write the last file of a run, which says that the run is complete, and checksums of all the run made."""
     content = (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
     files = [folder / name / file for name in (ADAPTER, BEST) for file in WEIGHTS_FILES]
-    made = [path.relative_to(folder).as_posix() for path in files if path.is_file()]
+    made = [path.relative_to(folder).as_posix() for path in files if path.is_file()]  # best/ may be missing
     replace_sums(folder, [RECORD, LOG, *made], {RESULT: content})
     with replacing_file(folder / RESULT) as new:
         disk.write_bytes(new, content)

@@ -36,7 +36,7 @@ def run_clock(folder: Path, tokenizer, resume: bool | int) -> datetime | None:
     if not ChatTemplate(tokenizer).is_dated:
         return None
     with together():
-        clock = datetime.now()
+        clock = datetime.now()  # local time, which chat templates write
         if resume is not False and (folder / RECORD).exists():
             clock = _stored_clock(folder / RECORD)
     return from_process_0(clock)
@@ -58,12 +58,12 @@ def record(
     """Everything that decided the run, as JSON can hold it."""
     layers = adapters(model)
     layer = next(iter(layers.values()))
-    data = asdict(report)
+    data = asdict(report)  # counts of examples and tokens
     notes = data.pop("notes")  # beside the data: they decide nothing
     dated = {"clock": clock.isoformat()} if clock else {}
     decided = {
         "model": getattr(model, "name_or_path", None),
-        "base_sha256": base_checksum(model),
+        "base_sha256": base_checksum(model),  # the name alone does not tell whether the weights changed
         "dtype": str(computes_in(model)).removeprefix("torch."),
         "device": layer.lora_A.device.type,
         "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
@@ -73,7 +73,7 @@ def record(
             "dropout": layer.dropout.p,
             "layers": len(layers),
         },
-        "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
+        "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),  # which layers have adapters
         "data": data | {"sha256": _examples_checksum(encoded)},
         "notes": notes,
     }
@@ -99,7 +99,7 @@ def check_same_run(folder: Path, facts: dict, record: dict, encoded: list[Encode
 
 def adopt_saved(model: torch.nn.Module, saved: dict, folder: Path, other_arithmetic: bool) -> None:
     """Compute as the run did so far. Raises ValueError where that cannot be, unless `other_arithmetic` accepts it."""
-    adopt_arithmetic(model, saved)
+    adopt_arithmetic(model, saved)  # first take over what can be chosen, then compare the rest
     if not is_known(saved):
         told = "was begun by an earlier version, which noted neither versions nor threads nor all of the base"
         warnings.warn(f"{folder} {told}: whether they are the same is not known", stacklevel=2)

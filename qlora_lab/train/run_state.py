@@ -77,7 +77,7 @@ class RunState:
 
     def save(self, folder: Path, keep: int) -> None:
         """Write a checkpoint of this state to the run in `folder`; the newest `keep` checkpoints stay."""
-        disk.sync(folder / LOG)
+        disk.sync(folder / LOG)  # the log may not end before the state that follows from it
         tensors = {f"adapter.{key}": tensor for key, tensor in adapter_tensors(self.model).items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             # qmap: bitsandbytes' look-up tables, which are constants
@@ -88,10 +88,10 @@ class RunState:
             "batches": self.batches.state(),
             "scaler": self.scaler.state_dict(),
             "best": self.best,
-            "arithmetic": arithmetic(self.model),
+            "arithmetic": arithmetic(self.model),  # how sums were rounded
             "log_sha256": sha256(folder / LOG),
         }
-        best = folder / BEST if self.best["step"] else None
+        best = folder / BEST if self.best["step"] else None  # a later best must not outlive this state
         save_checkpoint(folder, len(self.lines), tensors, facts, keep, best)
 
     def resume(
@@ -127,17 +127,18 @@ class RunState:
     def _take(self, tensors: dict[str, torch.Tensor]) -> None:
         for key, tensor in adapter_tensors(self.model).items():
             tensor.copy_(tensors[f"adapter.{key}"])
-        state: dict[int, dict[str, torch.Tensor]] = {}
+        state: dict[int, dict[str, torch.Tensor]] = {}  # parameter number -> name -> moment
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
-                _, number, name = key.split(".")
+                _, number, name = key.split(".")  # such as optimizer.27.exp_avg
                 state.setdefault(int(number), {})[name] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
+        groups = self.optimizer.state_dict()["param_groups"]  # each step sets its learning rate anew
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def check_trained(model: torch.nn.Module) -> None:
     """Raise ValueError for a model without adapters, or one that trains anything else, which would not be saved."""
+    # By identity, because a parameter may be reachable under several names.
     learned = {id(p) for layer in adapters(model).values() for p in (layer.lora_A, layer.lora_B)}
     if others := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in learned]:
         more = f" and {len(others) - 1} more" if others[1:] else ""

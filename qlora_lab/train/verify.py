@@ -63,10 +63,10 @@ def verify(folder: str | Path, progress: bool = True) -> list[Part]:
             states[(place / file.name).as_posix()] = DIFFERS
     for name, digest in hub_files(folder).items():
         digests.setdefault(name, set()).add(digest)
-    states |= _compared(folder, digests, progress)
+    states |= _compared(folder, digests, progress)  # reads every byte
     if is_marked(folder, RUN):
         states |= {name: state for name, state in _of_run(folder).items() if name not in states}
-    if set(states.values()) <= {UNKNOWN}:
+    if set(states.values()) <= {UNKNOWN}:  # nothing was checked, which must not look like success
         made = "an earlier version of qlora-lab made it, or something else; make it again to have them"
         raise ValueError(f"{folder} has no checksums: {made}")
     return _parts(states)
@@ -121,6 +121,7 @@ def _parts(states: dict[str, str]) -> list[Part]:
     names: dict[str, list[str]] = {}
     for name in sorted(states):
         first, *rest = name.split("/")
+        # checkpoints/step-00000050/ is a part of its own, adapter/ and best/ are one each
         part = "/".join([first, *rest[: int(first == FOLDER)], ""]) if rest else first
         names.setdefault(part, []).append(name)
     parts = []
