@@ -32,7 +32,7 @@ from qlora_lab.model.load import load as load_model
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
 from qlora_lab.train import checkpoint
-from qlora_lab.train.restored import check_tensors
+from qlora_lab.train.resumed import check_tensors
 from tests.data.chat_templates import CASES
 from tests.readers import MISTAKES, READERS, Reader, copy_model
 from tools.fuzz_damage import in_json, in_lines, in_numbers, in_safetensors, in_words
