@@ -127,15 +127,9 @@ class _Gathered(QuantizedTensor):
     """A weight whose `packed` is memory that FSDP2 fills before a layer runs, and takes back after it."""
 
     @property
-<<<<<<< HEAD
     def plain(self) -> PackedWeight:
-        # Never kept, as the memory moves. And another tensor over it: numpy, through which kernels on the CPU read,
-        # forbids for good that the tensor which it was given changes its size.
-=======
-    def plain(self) -> Plain:
         # Never kept, because the memory moves. A second tensor over the same memory, because numpy, through which
         # kernels on the CPU read, forbids for good that its tensor changes size, and FSDP2 must change it.
->>>>>>> w/train
         packed = self.packed.detach()
         packed = torch.from_dlpack(packed) if packed.device.type == "cpu" else packed
         constants = self.constants.plain if self.double_quant else self.constants
