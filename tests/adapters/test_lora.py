@@ -191,7 +191,7 @@ def test_adapter_stays_float32():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"r": 0}, "r=0 is not allowed: a rank is a whole number of at least 1"),
+        ({"r": 0}, "r=0 is not allowed: choose a whole number of at least 1"),
         ({"r": 2.0}, "r=2.0 is not allowed"),
         ({"alpha": 0}, "alpha=0 is not allowed: it is a number above 0"),
         ({"alpha": float("nan")}, "alpha=nan is not allowed"),
