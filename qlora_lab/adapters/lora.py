@@ -130,9 +130,7 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
         kept = left_alone(model)
         chosen = {name: m for name, m in linears.items() if name not in kept}
         if not chosen:  # GPT-2's are Conv1D
-            raise ValueError(
-                f"{type(model).__name__} has no linear layer to adapt besides its head: choose a model with some"
-            )
+            raise ValueError(f"{type(model).__name__} has no linear layer besides its head: choose a model with some")
         return chosen
     wanted = {targets} if isinstance(targets, str) else set(targets)
     unknown = wanted - set(linears) - set(last_names)

@@ -111,9 +111,7 @@ def _of_layer(patterns: dict | None, path: str, otherwise):
     """Return the value of the first pattern that the end of `path` matches."""
     for pattern, value in (patterns or {}).items():
         if ENDLESS.search(pattern) or len(REPEATS.findall(pattern)) > MOST_REPEATS:
-            raise ValueError(
-                f"{short(pattern)} in the adapter's configuration can take for ever to match: name its layers instead"
-            )
+            raise ValueError(f"{short(pattern)} in the adapter's configuration can take for ever: name its layers")
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value

@@ -182,9 +182,7 @@ def _check_files(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} is not a folder: name a local folder with {CONFIG} and {WEIGHTS}")
     if not (folder / CONFIG).is_file():
         inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        instead = (
-            f"but its subfolders {_some(inner)} have one: name one of them" if inner else "so it is not an adapter"
-        )
+        instead = f"but its subfolders {_some(inner)} have: name one of them" if inner else "so it is not an adapter"
         raise FileNotFoundError(f"{folder} has no {CONFIG}, {instead}")
     if (folder / WEIGHTS).is_file():
         return
@@ -237,9 +235,7 @@ def _why_strange(key: str, modules: dict[str, nn.Module]) -> str:
     if "lora_embedding_" in key:
         return "adapters of embeddings are not read here: use PEFT, or merge it there and load the result"
     if _of_base(key, modules) is not None:
-        return (
-            "this model has other values: they were trained or extended, so merge the adapter into its base with PEFT"
-        )
+        return "this model has other values: they were trained or extended, so merge it into its base with PEFT"
     if isinstance(modules.get(path), (nn.Linear, Linear4bit)):
         return f"for a linear layer only {_key('PATH', 'lora_A')} and lora_B are read: save it again with PEFT"
     if path in modules:
@@ -272,9 +268,7 @@ def _check_own(own: dict[str, LoRALinear], strengths: dict[str, tuple[int, float
     for path in [*ours, *theirs]:
         if ours.get(path) != theirs.get(path):
             a, b = (f"r={ranks[path]}" if path in ranks else "nothing" for ranks in (theirs, ours))
-            raise ValueError(
-                f"{where} has {a} at {path}, but the model's own adapter has {b} there: load the model without one"
-            )
+            raise ValueError(f"{where} has {a} at {path}, but the model's own has {b}: load the model without one")
 
 
 def _some(names: list[str]) -> str:

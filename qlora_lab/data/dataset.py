@@ -94,9 +94,7 @@ def encode_all(
     longest = max(lengths, default=0)
     if not kept:
         shortest = min(lengths, default=0)
-        raise ValueError(
-            f"no example has at most {max_length} tokens: allow at least {shortest}, the length of the shortest"
-        )
+        raise ValueError(f"no example has at most {max_length} tokens: allow at least {shortest}, as in the shortest")
     learned = sum(label != IGNORED for encoded in kept for label in encoded.labels)
     tokens = sum(len(encoded.input_ids) for encoded in kept)
     notes = sum((encoded.notes for encoded in kept), Notes())

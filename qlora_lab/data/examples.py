@@ -65,9 +65,7 @@ class Example:
             raise ValueError("nothing is asked: add a turn of the user")
         earlier_answers = {i for i, (role, _) in enumerate(self.messages[:-1]) if role == "assistant"}
         if not set(self.not_learned) <= earlier_answers:
-            raise ValueError(
-                f"not_learned={self.not_learned} is not allowed: give positions of answers before the last"
-            )
+            raise ValueError(f"not_learned={self.not_learned} is not allowed: give positions of earlier answers")
 
     @property
     def prompt(self) -> Turns:

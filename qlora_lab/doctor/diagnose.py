@@ -162,9 +162,7 @@ def _sample(
     kept = [one for one in shuffled if len(one.input_ids) <= max_length]
     if not kept:
         shortest = min(lengths)
-        raise ValueError(
-            f"no example has at most {max_length} tokens: allow at least {shortest}, the length of the shortest"
-        )
+        raise ValueError(f"no example has at most {max_length} tokens: allow at least {shortest}, as in the shortest")
     counts = sum(len(one.input_ids) for one in kept), sum(one.answer_tokens for one in kept)
     notes = sum((one.notes for one in kept[:SAMPLED]), Notes())
     return kept[:SAMPLED], EncodeReport(len(kept), len(shuffled) - len(kept), max(lengths), *counts, notes)

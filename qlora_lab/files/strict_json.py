@@ -75,9 +75,7 @@ def read_regular(path: Path, largest: int = LARGEST) -> bytes:
         content = file.read(largest + 1)  # not the size from stat: the file may be growing
     if len(content) > largest:
         size = f"{path.stat().st_size / 2**20:,.1f} MiB"
-        raise ValueError(
-            f"{path} has {size}, but at most {largest / 2**20:,.0f} are read: replace it by what its name says"
-        )
+        raise ValueError(f"{path} has {size}, but at most {largest / 2**20:,.0f} are read: put the right file there")
     return content
 
 

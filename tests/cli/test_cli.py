@@ -120,7 +120,7 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["fetch", "gpt-5"], "unknown model 'gpt-5': fetchable by name: smollm2-135m"),
+        (["fetch", "gpt-5"], "unknown model 'gpt-5': give a name (smollm2-135m)"),
         (["finetune", "--data", "no.jsonl"], "no.jsonl"),
         (["finetune", "--data", "EMPTY"], "empty.jsonl"),
         (["finetune", "--data", "BROKEN"], "broken.jsonl, line 2"),
