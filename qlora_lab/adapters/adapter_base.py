@@ -33,7 +33,7 @@ def warn_of_base(model: nn.Module, bases: Iterable[nn.Module], config: dict, met
     """
     theirs = config.get("base_model_name_or_path")
     ours = getattr(model, "name_or_path", None)
-    revision = config.get("revision")
+    revision = config.get("revision")  # PEFT's own field
     if theirs and ours and not same_model(theirs, ours):
         _warn(f"{where} was trained on {theirs}, but this model is {ours}: load {theirs}, unless they are the same")
     elif revision not in (None, "", "main"):
@@ -58,7 +58,7 @@ def same_model(a: str, b: str) -> bool:
 
 def weights_of(bases: Iterable[nn.Module]) -> str:
     """Say how linear layers store their weights: "nf4, block size 64", "16 or 32 bits", or a count of each."""
-    counts = Counter(_stored_in(layer.weight) for layer in bases)
+    counts = Counter(_stored_in(layer.weight) for layer in bases)  # a plan mixes data types
     if len(counts) == 1:
         return next(iter(counts))
     return "; ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))
@@ -73,7 +73,7 @@ def _stored_in(weight) -> str:
 
 def _last_name(name: str) -> str:
     name = str(name).replace("\\", "/")
-    if cached := re.search(r"models--[^/]+--([^/]+)/snapshots/", name):
+    if cached := re.search(r"models--[^/]+--([^/]+)/snapshots/", name):  # the hub's cache
         name = cached[1]
     last = os.path.basename(os.path.abspath(public_name(name)))  # abspath: "." has a name too
     last = public_name(last).split("/")[-1].lower()

@@ -50,7 +50,7 @@ class LoRALinear(nn.Module):
         bound = 1 / math.sqrt(base.in_features)
         A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)  # on the CPU: one seed, one A
         self.lora_A = nn.Parameter(A.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))  # (out, r)
 
     def set_strength(self, alpha: float, dropout: float) -> None:
         """Set alpha, and thereby scaling = alpha / r, and dropout."""
@@ -75,7 +75,7 @@ class LoRALinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         exact = [(p, p.data, None if p.grad is None else p.grad.data) for p in (self.lora_A, self.lora_B)]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # may cast A and B
         for parameter, data, grad in exact:  # follow to another device, but stay float32, to the bit
             if not data.is_meta:
                 parameter.grad = None  # torch refuses new data of another dtype than the gradient's
@@ -115,9 +115,9 @@ def adapt(
         check_rank(r)
         check_strength(alpha, dropout)
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # its own: torch's global draws stay as they are
     for path, (r, alpha) in strengths.items():
-        training = layers[path].training
+        training = layers[path].training  # a new module would be in training mode
         model.set_submodule(path, LoRALinear(layers[path], r, alpha, dropout, generator).train(training))
     return model
 
@@ -127,7 +127,7 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     linears = linear_layers(model)
     last_names = sorted({name.split(".")[-1] for name in linears})
     if targets == "all-linear":
-        kept = left_alone(model)
+        kept = left_alone(model)  # head, routers, weights used directly
         chosen = {name: m for name, m in linears.items() if name not in kept}
         if not chosen:  # GPT-2's are Conv1D
             raise ValueError(f"{type(model).__name__} has no linear layer besides its head: choose a model with some")

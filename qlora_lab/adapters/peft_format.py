@@ -36,7 +36,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # refused: unpickling runs code
 CARD = "README.md"  # PEFT adds one, and users edit it
-PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # PEFT's two wrappers around a model
 PAIR = ("lora_A", "lora_B")
 SHOWN = 3  # names in an error
 
@@ -87,7 +87,7 @@ def _order_metadata(file: Path, metadata: dict[str, str]) -> None:
     with disk.open_for(file, "r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")  # bytes of the header, which follows as JSON
         header = parse(opened.read(size).decode(), str(file))
-        header["__metadata__"] = metadata
+        header["__metadata__"] = metadata  # a dict keeps its order
         # Padded to its old size, so no tensor moves.
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
         assert len(text) == size, f"a header of {size} bytes became {len(text)}"
@@ -110,10 +110,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     dropout = config.get("lora_dropout") or 0.0
     try:
         strengths = {path: strength_of(config, path) for path in layers if path in paths}  # in the model's order
-        check_strength(1, dropout)
+        check_strength(1, dropout)  # alpha is checked by strength_of
     except ValueError as error:
         raise ValueError(f"{Path(folder) / CONFIG}: {error}") from None
-    _check_tensors(tensors, strengths, layers, where)
+    _check_tensors(tensors, strengths, layers, where)  # everything is checked before the model changes
     if has_adapters(model):
         _check_own(adapters(model), strengths, where)
     warn_of_base(model, [layers[path] for path in strengths], config, metadata, where)
@@ -153,7 +153,7 @@ def _strengths(layers: dict[str, LoRALinear]) -> dict:
 
 def _target_names(model: nn.Module, paths: list[str]) -> list[str]:
     """Return last names if they match exactly these layers, else whole paths; PEFT takes either."""
-    names = sorted({path.split(".")[-1] for path in paths})
+    names = sorted({path.split(".")[-1] for path in paths})  # q_proj, v_proj
     meant = {path for path, _ in model.named_modules() if path.split(".")[-1] in names}
     return names if meant <= set(paths) else paths
 

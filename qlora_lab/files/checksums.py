@@ -49,7 +49,7 @@ def read_sums(file: Path) -> dict[str, str]:
     digests = {}
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         match = LINE.fullmatch(line)
-        if not match or not _is_inside(match[2]) or match[2] in digests:
+        if not match or not _is_inside(match[2]) or match[2] in digests:  # a name twice has two digests
             raise ValueError(f"{file}, line {number}, is not the checksum of a file in it: copy the folder again")
         digests[match[2]] = match[1]
     return digests
@@ -68,7 +68,7 @@ def log_sha256(log: Path, lines: int) -> str:
     of the lines so far, and a complete run that of the whole log.
     """
     with log.open("rb") as file:
-        return hashlib.sha256(b"".join(islice(file, lines))).hexdigest()
+        return hashlib.sha256(b"".join(islice(file, lines))).hexdigest()  # steps since may have lengthened it
 
 
 def digest_like(digest: str, path: Path, count: Callable[[int], object]) -> str:

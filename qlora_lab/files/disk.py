@@ -38,7 +38,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def open_for(path: Path, mode: str) -> IO[bytes]:
     """Open a file of bytes to append ("ab") or to change ("r+b"), without a buffer: each write is one call."""
-    return open(path, mode, buffering=0)
+    return open(path, mode, buffering=0)  # an error belongs to its write, not to a later flush
 
 
 def write_all(file: IO[bytes], data: bytes) -> None:
@@ -60,7 +60,7 @@ def sync(path: Path) -> None:
 
 def rename(path: Path, target: Path) -> None:
     """Rename a file or folder, replacing a file or an empty folder of that name."""
-    os.replace(path, target)
+    os.replace(path, target)  # os.rename refuses to replace a file on Windows
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -76,7 +76,7 @@ def exchange(a: Path, b: Path) -> bool:
 
 def make_folder(path: Path) -> None:
     """Make a folder and its parents; an existing one stays as it is."""
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)  # as `mkdir -p`
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def unnamed_file(folder: str | Path | None) -> IO[bytes]:
 
 def copy(source: Path, target: Path) -> None:
     """Copy a file's bytes, without its times and permissions."""
-    shutil.copyfile(source, target)
+    shutil.copyfile(source, target)  # permissions by umask, as for a file of ours
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -119,7 +119,7 @@ def remove(path: Path) -> None:
 
 def remove_if_possible(path: Path) -> None:
     """Remove a scratch folder as far as possible; what is left is found by its name later."""
-    shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)  # never in the way of the error that led here
 
 
 def remove_if_empty(path: Path) -> bool:
@@ -137,7 +137,7 @@ def _renameat2(a: Path, b: Path) -> None:
     if call is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(a))
     if call(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE):
-        number = ctypes.get_errno()
+        number = ctypes.get_errno()  # C's errno, which Python keeps for us
         raise OSError(number, os.strerror(number), str(a), None, str(b))
 
 

@@ -37,7 +37,7 @@ except ImportError:  # Windows
 
 LOCK = ".qlora-lab.lock"
 APPLICATION = "qlora_lab lock"
-SCRATCH = re.compile(r"\.qlora-lab-[0-9a-f]{32}")
+SCRATCH = re.compile(r"\.qlora-lab-[0-9a-f]{32}")  # nothing else is ever removed
 LENGTH = 1024  # bytes of the file, padded: each write replaces all of the one before
 GRACE = 2.0  # seconds that a process has, once it got the lock, to say who it is
 QUIET = 0.5  # seconds of waiting before a warning
@@ -141,13 +141,13 @@ def _handle(file: Path, target: Path, wait: bool, made: list[Path]) -> int:
                 kept = handle
                 handle = None  # not to be closed below
                 return kept
-            holder = None if got or handle is None else _content(handle)
+            holder = None if got or handle is None else _content(handle)  # who has it
         finally:
             if handle is not None:
                 os.close(handle)
         if holder and not wait:
             raise BlockingIOError(f"{_in_use(target, holder)}: wait until it has ended, or name another place")
-        waited = time.monotonic() - start
+        waited = time.monotonic() - start  # seconds
         if holder and not warned and waited > QUIET:
             warnings.warn(f"{_in_use(target, holder)}: waiting until it has ended", stacklevel=2)
             warned = True
@@ -162,7 +162,7 @@ def _opened(file: Path, target: Path, made: list[Path]) -> int | None:
     """Open the lock file. None: another process removed the folder at this moment."""
     try:
         made += _make(file.parent)
-        handle = os.open(file, OPEN, 0o666)
+        handle = os.open(file, OPEN, 0o666)  # the user's umask applies
     except FileNotFoundError:
         return None
     except (FileExistsError, NotADirectoryError):
@@ -188,7 +188,7 @@ def _not_writable(file: Path, error: OSError) -> str:
 
 def _make(folder: Path) -> list[Path]:
     """Make a folder and its parents. Returns those that did not exist."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     made = []
     for path in reversed(missing):
         with suppress(FileExistsError):  # another process made it first
@@ -224,7 +224,7 @@ def _has_name(handle: int, file: Path) -> bool:
 
 def _sign(lock: Lock, command: str) -> None:
     """Write who has the lock, then remove the scratch of a killed process."""
-    left = _scratch_of(_content(lock.handle))
+    left = _scratch_of(_content(lock.handle))  # of the last holder, if it was killed
     about = {
         "application": APPLICATION,
         "command": command,
@@ -240,7 +240,7 @@ def _sign(lock: Lock, command: str) -> None:
 
 
 def _write(handle: int, content: dict) -> None:
-    length = max(LENGTH, os.fstat(handle).st_size)
+    length = max(LENGTH, os.fstat(handle).st_size)  # covers all of an older, longer line
     os.lseek(handle, 0, os.SEEK_SET)
     line = json.dumps(content).encode().ljust(length - 1) + b"\n"
     while line:  # a nearly full disk takes a part, and raises for the rest
@@ -260,7 +260,7 @@ def _content(handle: int) -> dict | None:
 
 def _scratch_of(content: dict | None) -> list[str]:
     names = (content or {}).get("scratch")
-    names = names if isinstance(names, list) else []
+    names = names if isinstance(names, list) else []  # the file may be anybody's
     return [name for name in names if isinstance(name, str) and SCRATCH.fullmatch(name)]
 
 
@@ -292,7 +292,7 @@ def _release(lock: Lock) -> None:
     left = lock.scratch.exists()  # its name stays in the lock file, for the next lock to remove it
     if not left and _has_name(lock.handle, lock.file):  # before it is closed: afterwards it may be another's
         with suppress(OSError):
-            lock.file.unlink()
+            lock.file.unlink()  # one that is left behind does no harm
     os.close(lock.handle)
 
 
@@ -301,7 +301,7 @@ def _in_child() -> None:
     for lock in _held:
         os.close(lock.handle)
     _held.clear()
-    _reserved.clear()
+    _reserved.clear()  # they name locks of the parent
 
 
 if hasattr(os, "register_at_fork"):

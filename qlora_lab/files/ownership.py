@@ -31,7 +31,7 @@ def mark(folder: Path, application: str) -> str:
             raise FileExistsError(f"{folder / MARK} was not written by {application}: choose another folder")
         try:
             disk.write_text(folder / MARK, _text(application, new_name()))
-            disk.sync(folder / MARK)
+            disk.sync(folder / MARK)  # before any scratch of that name exists
         except OSError:  # a full disk may leave a part, which the next call would take for somebody's own
             disk.remove(folder / MARK)
             raise
@@ -45,7 +45,7 @@ def is_marked(folder: Path, application: str) -> bool:
 
 def is_marked_otherwise(folder: Path, application: str) -> bool:
     """Tell whether anything but `application` left a file of the mark's name."""
-    ours = is_marked(folder, application) or is_cut(folder, application)
+    ours = is_marked(folder, application) or is_cut(folder, application)  # also half-written
     return os.path.lexists(folder / MARK) and not ours
 
 
@@ -67,7 +67,7 @@ def _text(application: str, scratch: str) -> str:
 def scratch_name(folder: Path) -> str | None:
     """Return the recorded name of the scratch in `folder`; None without a mark of ours."""
     content = read_object(folder / MARK)
-    name = content.get("scratch")
+    name = content.get("scratch")  # checked below: the file may be anybody's
     ours = content.get("application") in (RUN, QUANTISED) and isinstance(name, str) and SCRATCH.fullmatch(name)
     return name if ours else None
 

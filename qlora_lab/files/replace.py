@@ -29,7 +29,7 @@ def replacing_folder(target: str | Path, owner: Path | None = None) -> Iterator[
     target = resolved(out_path(target))
     disk.make_folder(target.parent)
     with scratch_for(target, owner) as scratch:
-        new = scratch / "new"
+        new = scratch / "new"  # same disk as the target, so a rename suffices
         disk.make_folder(new)
         yield new
         for path in [*new.rglob("*"), new]:
@@ -86,7 +86,7 @@ def scratch_for(target: Path, owner: Path | None = None) -> Iterator[Path]:
     if not (recorded := scratch_name(owner or target.parent)):
         with locked_file(target, "save", wait=True) as lock:
             disk.make_folder(lock.scratch)
-            yield lock.scratch
+            yield lock.scratch  # the lock removes it
         return
     home = target.parent / recorded
     disk.make_folder(home)
@@ -94,4 +94,4 @@ def scratch_for(target: Path, owner: Path | None = None) -> Iterator[Path]:
         with disk.scratch(home, f".{target.name}-") as scratch:
             yield scratch
     finally:
-        disk.remove_if_empty(home)
+        disk.remove_if_empty(home)  # others may have scratch there

@@ -62,7 +62,7 @@ def each(rule: Rule) -> Rule:
 
 def check_regular(path: Path) -> None:
     """Raise ValueError unless `path` is a file, or a link to one: opening a FIFO would wait. OSError as of stat."""
-    mode = path.stat().st_mode
+    mode = path.stat().st_mode  # stat follows links
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
         raise ValueError(f"{path} is {kind}, but must be a regular file: put one in its place")
@@ -170,7 +170,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _finite(digits: str) -> float:
-    number = float(digits)
+    number = float(digits)  # 1e999 becomes inf
     if math.isinf(number):
         raise _RefusedError(f"the number {short(digits)} is too large: write one below 1.8e308")
     return number

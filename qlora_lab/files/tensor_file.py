@@ -22,5 +22,5 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     except SafetensorError as error:
         if not (match := SYSTEM_ERROR.search(str(error))):
             raise  # not the disk's: our own mistake
-        number = int(match[1])
+        number = int(match[1])  # 28: no space left
         raise OSError(number, os.strerror(number), str(path)) from error

@@ -38,8 +38,8 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     stored_options(folder)  # for its errors, which are clearer than transformers'
-    config = _config(folder)
-    _drop_pad_without_row(config)
+    config = _config(folder)  # no code of the folder is run
+    _drop_pad_without_row(config)  # models with an added pad token
     # With `kernels` installed, transformers would fetch what a folder names here from the hub, and run it.
     config._attn_implementation = config._experts_implementation = None
     if hasattr(config, "quantization_config"):
@@ -51,7 +51,7 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
                 "save its language model alone with transformers"
             )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without bytes
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error) and "custom code" not in str(error):
@@ -122,7 +122,7 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
     settings = fields_of(folder).get("quantization_config")
     if settings is None or settings == {}:
         return None
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict):  # a text or a list, by hand
         raise ModelError(f"{folder}/config.json has quantization_config={short(settings)}: it must be a JSON object")
     _check_quantised(folder, settings, ("quant_method",))
     method = settings.get("quant_method", "an unknown method")
@@ -206,7 +206,7 @@ def _lacks_sentencepiece() -> bool:
 
 def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
     """Compute every buffer of an empty model. Raises ModelError if nothing computes one, or if they are too large."""
-    size = sum(buffer.nbytes for buffer in model.buffers())
+    size = sum(buffer.nbytes for buffer in model.buffers())  # on the meta device: a claim, not memory yet
     if size > MOST_BUFFERS:
         asked = f"{CONFIG} asks for buffers of {size / 2**30:,.1f} GiB, but at most {MOST_BUFFERS / 2**30:g} is allowed"
         raise ModelError(f"{asked}: correct the number of positions")
@@ -215,7 +215,7 @@ def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = _unset(buffer, device)
-    model.initialize_weights()
+    model.initialize_weights()  # transformers' own, which now fills the buffers alone
     saved = model.state_dict().keys()  # these come from files
     for name, buffer in model.named_buffers():
         if name not in saved and buffer.numel() and _is_unset(buffer):
@@ -242,9 +242,9 @@ def _mark(dtype: torch.dtype) -> float | int:
 
 def dtypes_of(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Return the dtype in which transformers keeps each tensor: some stay in float32 where the rest is narrower."""
-    wide = set(model._keep_in_fp32_modules_strict or ())
+    wide = set(model._keep_in_fp32_modules_strict or ())  # patterns of names
     if dtype == torch.float16:
-        wide |= set(model._keep_in_fp32_modules or ())
+        wide |= set(model._keep_in_fp32_modules or ())  # values beyond float16's 65,504
     pattern = "|".join(name.replace("*", ".*") for name in wide)
     return {
         name: torch.float32 if pattern and re.search(pattern, name) else empty.dtype

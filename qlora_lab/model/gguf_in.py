@@ -57,10 +57,10 @@ def convert(gguf_path: str | Path, folder: str | Path, *, progress: bool = True)
     Raises ValueError, naming the file, for a truncated file and for all that "Not here" above lists. Nothing is written
     until the whole file has been read; the caller makes the writing atomic (`fetch`).
     """
-    reader = _open(Path(gguf_path))
+    reader = _open(Path(gguf_path))  # maps the file; nothing is read yet
     try:
         meta = {key: field.contents() for key, field in reader.fields.items()}
-        check_metadata(meta)
+        check_metadata(meta)  # first: what follows trusts it
         config = llama_config(meta, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
         settings = {
             "config": config,
@@ -158,8 +158,8 @@ def llama_config(meta: dict[str, Any], *, tied: bool) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "bfloat16",
+        "tie_word_embeddings": tied,  # the head is the embedding
+        "torch_dtype": "bfloat16",  # of the safetensors file beside it
         **special_ids(meta),
     }
 
@@ -187,7 +187,7 @@ def read_weights(reader: gguf.GGUFReader, config: dict[str, Any], *, progress: b
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)  # (out_features, in_features), float32
         if part in heads:
             weight = neighbours_to_halves(weight, heads[part])
-        weights[name] = torch.tensor(weight).to(torch.bfloat16)
+        weights[name] = torch.tensor(weight).to(torch.bfloat16)  # torch.tensor copies: the map may go
     if missing := sorted(_expected_names(config) - weights.keys()):
         raise ValueError(f"it lacks {len(missing)} tensors, {missing[0]} first")
     return weights
@@ -213,7 +213,7 @@ def _hf_name(name: str) -> str:
 
 
 def _expected_names(config: dict[str, Any]) -> set[str]:
-    layers = range(config["num_hidden_layers"])
+    layers = range(config["num_hidden_layers"])  # blk.0 ...
     outer = set(OUTER_PARTS) - ({"output"} if config["tie_word_embeddings"] else set())
     names = {f"blk.{layer}.{part}.weight" for layer in layers for part in LAYER_PARTS}
     return {_hf_name(name) for name in names | {f"{part}.weight" for part in outer}}
@@ -240,7 +240,7 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()  # bytes back to text
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in _control_tokens(meta)])
     return tokenizer
 

@@ -31,7 +31,7 @@ HEAD = "lm_head"  # the output layer in most models of transformers; neither qua
 DIRECT_USE = re.compile(r"^(?!.*\binit\.).*(?<!module)\.(\w+)\.weight(?= @|,$|\)|\.t\(|\.mul_|\.div_)", re.MULTILINE)
 
 
-def _product_for(weight: QuantizedTensor) -> ModuleType | None:
+def _product_for(weight: QuantizedTensor) -> ModuleType | None:  # None: no fast product for it
     return product_for(weight.device.type, len(weight.levels), weight.block_size)
 
 
@@ -81,7 +81,7 @@ class _AdaptedMatMul4bit(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = product.backward(grad, weight.plain, weight.shape[1], thin)
         else:  # the layer after a frozen embedding: only A and B learn
-            torch.mm(grad.to(B.dtype), thin.down, out=thin.low)
+            torch.mm(grad.to(B.dtype), thin.down, out=thin.low)  # (tokens, out) @ (out, r) -> (tokens, r)
         grad_B = product.outer(low, grad).t() * scaling  # (r, out) -> (out, r)
         return grad_x, None, product.outer(thin.low, x), grad_B, None
 
@@ -124,7 +124,7 @@ class Linear4bit(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # (tokens, in_features)
         if adapter is not None:
-            y = _AdaptedMatMul4bit.apply(tokens, self.weight, *adapter)
+            y = _AdaptedMatMul4bit.apply(tokens, self.weight, *adapter)  # base and adapter, one rounding
         elif x.requires_grad and torch.is_grad_enabled():
             y = _MatMul4bit.apply(tokens, self.weight)
         else:
@@ -143,7 +143,7 @@ class Linear4bit(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(to_tensors(self.weight, prefix + "weight"))
+        destination.update(to_tensors(self.weight, prefix + "weight"))  # by bitsandbytes' key names
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):  # rest: as torch passes it, a list of errors last
         key = prefix + "weight"
@@ -152,7 +152,7 @@ class Linear4bit(nn.Module):
             weight = from_tensors(state_dict, key)
             if weight.shape != self.weight.shape:
                 raise ValueError(f"{key} has shape {tuple(weight.shape)}, the layer {tuple(self.weight.shape)}")
-            self.weight = weight.to(self.weight.device)
+            self.weight = weight.to(self.weight.device)  # where the layer is, wherever the file was loaded
         except (KeyError, ValueError) as error:
             rest[-1].append(str(error.args[0]))
         others = {k: v for k, v in state_dict.items() if k not in ours}
@@ -161,7 +161,7 @@ class Linear4bit(nn.Module):
 
 def head_path(model: nn.Module) -> str | None:
     """Return the path of the layer that gives logits, lm_head in most models; None if there is none."""
-    get = getattr(model, "get_output_embeddings", None)
+    get = getattr(model, "get_output_embeddings", None)  # transformers' models have it
     head = get() if get else getattr(model, HEAD, None)
     return next((path for path, module in model.named_modules() if module is head), None)
 

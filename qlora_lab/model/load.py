@@ -82,7 +82,7 @@ def load(
     if codebook is not None:  # before anything is fetched or read
         named_codebook(codebook)
         check_block_size(block_size)
-    plan = as_plan(plan)
+    plan = as_plan(plan)  # reads and checks its file before the model's
     folder = resolve(name_or_path, progress=progress)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or fast_dtype(device)
@@ -96,8 +96,8 @@ def load(
     with telling_memory(lambda: _too_large(folder, stored is not None, codebook)):
         model = empty_model(folder, dtype)
         model.config._name_or_path = model.name_or_path = public_name(name_or_path)
-        dtypes = dtypes_of(model, dtype)
-        compute_buffers(model, device)
+        dtypes = dtypes_of(model, dtype)  # some tensors stay in float32
+        compute_buffers(model, device)  # rotary frequencies and the like, which no file holds
         if stored:
             arriving = _mapped(model, folder, progress)
         else:
@@ -105,8 +105,8 @@ def load(
             arriving = _quantised(model, folder, quantised, device, dtypes, progress)
         # arriving yields one tensor at a time: it is in its place, or dropped, before the next one is read.
         placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in arriving}
-        tie(model, placed)
-        widen(model)
+        tie(model, placed)  # a head that is its embedding
+        widen(model)  # attention and head, on a CPU that is slow in bf16
     _check_whole(model, placed)
     if codebook is not None or plan is not None:
         in_4_bits(model).warn_if_small(stacklevel=2)
@@ -170,7 +170,7 @@ def _quantised(
         tensor = stored.read().to(device)
         layer = name.removesuffix(".weight")
         if layer in options:
-            yield name, quantize(tensor, *options[layer], name=name)
+            yield name, quantize(tensor, *options[layer], name=name)  # name: for errors
         else:  # a view of the file is copied, in the right dtype at once
             yield name, tensor.to(dtypes[name], copy=stored.rule is None)
 
@@ -179,7 +179,7 @@ def _mapped(
     model: "PreTrainedModel", folder: Path, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
     """Yield the tensors of a folder in 4 bits. On the CPU all are views of files: codes are not read before use."""
-    files = files_of(folder)
+    files = files_of(folder)  # key -> file
     parts: dict[str, list[str]] = {}  # name in the model -> stored keys: a packed weight has several
     for key in files:
         name, dot, _ = key.partition(".weight.")
@@ -189,7 +189,7 @@ def _mapped(
     tensors = by_model_name(model, {name: files[keys[0]] for name, keys in parts.items()})
     check_names(folder, tensors, model)
     tensors = without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
-    packed = {*linears_to_quantise(model), head_path(model)}
+    packed = {*linears_to_quantise(model), head_path(model)}  # what can stay packed
     with opened_once(files) as opened_files:
         for name, stored in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):
             if stored.rule:
@@ -222,7 +222,7 @@ def _place(
     if isinstance(tensor, QuantizedTensor):
         model.set_submodule(path, Linear4bit(tensor.to(device), module.bias))
     elif leaf in module._buffers:
-        module._buffers[leaf] = tensor.to(device, dtype)
+        module._buffers[leaf] = tensor.to(device, dtype)  # a saved buffer, such as a routing bias
     else:
         setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
     return _seen(model, name)
@@ -238,7 +238,7 @@ def _check_whole(model: nn.Module, placed: dict[str, tuple[torch.Tensor | Quanti
     """Raise ModelError unless each tensor is what was read from the files, unchanged, and none is without values."""
     for name, (tensor, version) in placed.items():
         there, version_there = _seen(model, name)
-        if there is not tensor or version_there != version:
+        if there is not tensor or version_there != version:  # replaced or written to by the family's own code
             raise ModelError(f"{name} is no longer what was read from the files: please report this family")
     for name, tensor in (*model.named_parameters(), *model.named_buffers(), *_plain_tensors(model)):
         if tensor.is_meta:

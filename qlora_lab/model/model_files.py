@@ -70,7 +70,7 @@ IDS = _list_or_one(whole(-1, 2**31))
 PROBABILITY = Rule("a number from 0 to 1", lambda value: NUMBER.allows(value) and 0 <= value <= 1)
 ABOVE_0 = or_null(Rule("a number above 0", lambda value: NUMBER.allows(value) and value > 0))
 ELSEWHERE = Rule("left out, because no file of another name is read", lambda value: False)
-TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS)
+TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS)  # an id, or a list of several end tokens
 CONFIG_RULES = {
     "model_type": or_null(TEXT),
     "rope_theta": _list_or_one(ABOVE_0),
@@ -81,13 +81,13 @@ CONFIG_RULES = {
     "attention_dropout": PROBABILITY,
     **TOKENS,
 }
-RULES = {
+RULES = {  # file beside the weights -> rules of its keys
     "generation_config.json": TOKENS,
     "tokenizer_config.json": {"fast_tokenizer_files": ELSEWHERE, "model_max_length": or_null(NUMBER)},
 }
-TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")  # Jinja
 TEXTS = ("merges.txt", "vocab.txt")
-OBJECTS = {
+OBJECTS = {  # file -> bytes at most
     "generation_config.json": LARGEST,
     "special_tokens_map.json": LARGEST,
     "added_tokens.json": LARGEST,
@@ -106,7 +106,7 @@ def check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} has no {CONFIG}: a model folder holds {CONFIG} and *.safetensors")
     try:
         read_config(folder / CONFIG)
-        _check_small_files(folder)
+        _check_small_files(folder)  # before transformers reads them
     except ValueError as error:
         raise ModelError(str(error)) from None
     for file in weight_files(folder):
@@ -151,7 +151,7 @@ def _check_template(path: Path) -> None:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    text = decoded(read_regular(path), str(path))
+    text = decoded(read_regular(path), str(path))  # UTF-8, at most 16 MiB
     if not text.strip():
         raise ValueError(f"{path} is empty: put the template there, or remove the file")
     try:
@@ -203,7 +203,7 @@ def _check_weights(file: Path) -> None:
     with file.open("rb"):  # lets an error of the system through as it is, such as of permissions
         pass
     try:
-        with safe_open(file, framework="numpy"):
+        with safe_open(file, framework="numpy"):  # reads the header alone
             pass
     except SafetensorError as error:
         raise ValueError(f"{file} is cut off, or not safetensors ({error}): {COPY}") from None

@@ -16,8 +16,8 @@ FUNCTION = "_gradient_checkpointing_func"  # what transformers' layers call
 @contextmanager
 def mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
     """Put all of `model` into training mode, or into evaluation mode, inside the `with` block."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    flags = [(module, module.training) for module in model.modules()]  # each module's own: parts may differ
+    model.train(training)  # all parts alike
     try:
         yield
     finally:
@@ -60,6 +60,6 @@ def checkpointing(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def own_draws(model: torch.nn.Module) -> Iterator[None]:
     """Keep random draws inside the `with` block, on the CPU or the model's device, from changing those after it."""
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device  # all of a model is on one device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

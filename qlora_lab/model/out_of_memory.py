@@ -35,6 +35,6 @@ def telling_memory(sentence: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):  # an inner block has said it better
             raise
         raise OutOfMemory(sentence()) from error

@@ -75,13 +75,13 @@ def quantize_folder(
 
 
 def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan | None, progress: bool) -> Share:
-    source = resolve(name_or_path, progress=progress)
+    source = resolve(name_or_path, progress=progress)  # fetched if need be
     if already := stored_options(source):
         raise ModelError(f"{source} is in 4 bits already, as {already}: load it, or quantise its original")
-    model = empty_model(source, torch.float32)
+    model = empty_model(source, torch.float32)  # names and shapes alone
     stored = stored_tensors(model, source)
     options = of_layers(chosen, plan, layer_sizes(model))
-    pieces = _pieces(stored)
+    pieces = _pieces(stored)  # the same cut in each call, so an interrupted one can continue
     work = chosen._asdict() | {"pieces": pieces}
     work |= {"source": _identity(source, stored), "plan": plan and {name: list(o) for name, o in options.items()}}
     _begin(out, work)
@@ -107,7 +107,7 @@ def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan
         else:
             bar.update(len(piece))
         with opened(file) as whole:
-            weight_map |= dict.fromkeys(whole.keys(), file.name)
+            weight_map |= dict.fromkeys(whole.keys(), file.name)  # opening it proves that it is whole
     bar.close()
     _finish(out, source, _described(chosen, plan, _kept(model, options)), plan, weight_map)
     return in_4_bits(model, options)
@@ -135,7 +135,7 @@ def _pieces(tensors: dict[str, Stored]) -> list[list[str]]:
             pieces.append([])
             room = PIECE
         pieces[-1].append(name)
-        room -= nbytes
+        room -= nbytes  # may be negative: a tensor larger than PIECE has a file of its own
     return pieces
 
 
@@ -155,7 +155,7 @@ def _kept(model: nn.Module, layers: Collection[str]) -> list[str]:
 
 def _described(options: Candidate, plan: Plan | None, kept: list[str]) -> dict:
     """Return the quantization_config. bitsandbytes knows one type and one block size for a whole model."""
-    theirs = not plan and options.codebook in BITSANDBYTES_READS
+    theirs = not plan and options.codebook in BITSANDBYTES_READS  # bitsandbytes can read the folder
     same = {
         "bnb_4bit_quant_type": options.codebook,
         "bnb_4bit_use_double_quant": options.double_quant,
@@ -198,7 +198,7 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
     """Write all small files; config.json, which makes the folder a model, comes last."""
     size = sum((out / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    config = fields_of(source)
+    config = fields_of(source)  # the original's, plus one field
     config["quantization_config"] = described
     if plan:
         plan.save(out / PLAN)

@@ -29,7 +29,7 @@ def row_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
 def reach(model: nn.Module, batch: dict[str, torch.Tensor], places: list[Places]) -> tuple[torch.Tensor, list[bool]]:
     """Return the logits, (tokens, vocabulary), and for each of `places` whether its logits depend on its tokens."""
-    embedded = []
+    embedded = []  # filled by the hook: (1, tokens, hidden)
 
     def watch(module, inputs, output):
         embedded.append(output.detach().requires_grad_())
@@ -40,7 +40,7 @@ def reach(model: nn.Module, batch: dict[str, torch.Tensor], places: list[Places]
         with mode(model, training=False), own_draws(model), torch.enable_grad():
             logits = row_logits(model, batch)
     finally:
-        hook.remove()
+        hook.remove()  # the model is as before
     # Random weights, so that parts of the sum do not cancel; small ones, so that float16 can hold it.
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)) / logits.shape[1] ** 0.5
     weighted = logits * weights.to(logits.device)
@@ -56,9 +56,9 @@ def reads_padding(model: nn.Module, row: list[int], fill: int) -> bool:
 
     Tries the first TRIED tokens of the row, with positions as transformers' `generate` counts them.
     """
-    ids = torch.tensor([[fill] * FILLED + row[:TRIED]])
+    ids = torch.tensor([[fill] * FILLED + row[:TRIED]])  # (1, tokens)
     masked = torch.ones_like(ids)
-    masked[:, :FILLED] = 0
+    masked[:, :FILLED] = 0  # 0: not to be read
     batch = {"input_ids": ids, "attention_mask": masked}
     if "position_ids" in inspect.signature(model.forward).parameters:
         batch["position_ids"] = (masked.cumsum(-1) - 1).clamp(min=0)

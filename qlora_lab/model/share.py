@@ -48,7 +48,7 @@ class Share(NamedTuple):
 
 def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
     """Return the Share of `model`: of its Linear4bit, or of the paths in `layers` if it is not quantised yet."""
-    head = head_path(model)
+    head = head_path(model)  # not counted, whatever it is called
     packed = 0
     total = 0
     others = Counter()
@@ -56,7 +56,7 @@ def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
         if isinstance(module, nn.Embedding) or path == head:
             continue
         if isinstance(module, Linear4bit):
-            packed += module.weight.shape.numel()
+            packed += module.weight.shape.numel()  # weights, not packed bytes
             total += module.weight.shape.numel()
         for name, parameter in module.named_parameters(recurse=False):
             total += parameter.numel()

@@ -45,7 +45,7 @@ class Rule:
         """Make tensors of the model from stored (name, tensor) in their order."""
         converter = deepcopy(self.converter)  # it collects tensors
         for pattern, (name, tensor) in zip(self.patterns, parts, strict=True):
-            converter.add_tensor(self.first, name, pattern, tensor)
+            converter.add_tensor(self.first, name, pattern, tensor)  # grouped by pattern inside
         made = converter.convert(self.first, model=self.model, config=self.model.config)
         made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 returns errors too
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
@@ -146,10 +146,10 @@ def by_model_name(model: "PreTrainedModel", files: dict[str, Path]) -> dict[str,
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    expected = model.state_dict()
-    rules = get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    expected = model.state_dict()  # meta tensors: shapes and dtypes
+    rules = get_model_conversion_mapping(model)  # the family's, from transformers
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]  # several tensors <-> one
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]  # old name -> new name
     by_name: dict[str, Stored] = {}
     converted: dict[str, list[tuple[str, str]]] = {}  # first name in the model -> (stored name, pattern)
     for name, file in files.items():
@@ -167,7 +167,7 @@ def by_model_name(model: "PreTrainedModel", files: dict[str, Path]) -> dict[str,
         by_name[target] = Stored(target, shape, {name: file}, None, own is None or own.is_floating_point())
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     for target, parts in converted.items():
-        parts.sort(key=lambda part: _natural(part[0]))
+        parts.sort(key=lambda part: _natural(part[0]))  # files keep no order of experts
         rule = Rule(by_pattern[parts[0][1]], tuple(pattern for _, pattern in parts), target, model)
         by_name |= _made(rule, {name: files[name] for name, _ in parts}, expected)
     return by_name
@@ -226,7 +226,7 @@ def _matches(name: str, patterns: Iterable[str] | None) -> bool:
 
 def _tied_to(model: "PreTrainedModel", stored: set[str]) -> set[str]:
     """Return names of weights that are stored under another name, tied to theirs."""
-    groups: dict[str, set[str]] = {}
+    groups: dict[str, set[str]] = {}  # name -> all names of one weight
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, {source}).add(target)
     return set().union(*(group for group in groups.values() if group & stored))
@@ -234,11 +234,11 @@ def _tied_to(model: "PreTrainedModel", stored: set[str]) -> set[str]:
 
 def without_copies(model: "PreTrainedModel", tensors: dict[str, Stored]) -> dict[str, Stored]:
     """Leave out tensors that are tied to an equal one. Untie, with a warning, those that differ."""
-    kept = dict(tensors)
+    kept = dict(tensors)  # the caller's stays
     for target, source in list(model.all_tied_weights_keys.items()):
         if not {target, source} <= kept.keys():
             continue
-        if torch.equal(kept[target].read(), kept[source].read()):
+        if torch.equal(kept[target].read(), kept[source].read()):  # as views of their files
             del kept[target]
         else:
             del model.all_tied_weights_keys[target]

@@ -33,7 +33,7 @@ def widen(model: "PreTrainedModel") -> bool:
     """
     if model.dtype not in NARROW or model.device.type != "cpu":
         return False
-    wide = not product.race().use_bfloat16
+    wide = not product.race().use_bfloat16  # measured once a process, about 0.1 s
     _widen_head(model, wide)
     return _widen_attention(model, wide)
 
@@ -65,7 +65,7 @@ def _in_float32(module, query, key, value, attention_mask, **options) -> tuple[t
         attention_mask = attention_mask.float()
     wide = (tensor.float() for tensor in (query, key, value))
     attended, weights = sdpa_attention_forward(module, *wide, attention_mask, **options)
-    return attended.to(query.dtype), weights
+    return attended.to(query.dtype), weights  # other layers see no difference in dtype
 
 
 # ----------------------------------------------------------------------------------------------------------------- head
@@ -76,7 +76,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.dtype = x.dtype
+        ctx.dtype = x.dtype  # of the gradient that goes back
         ctx.save_for_backward(weight)
         return product.forward_unpacked(x, weight)
 
@@ -90,7 +90,7 @@ class WideHead(nn.Linear):
     """A head without bias and with float32 logits; for many rows it also multiplies in float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features)  # (rows, in_features)
         frozen_and_narrow = not self.weight.requires_grad and x.dtype == self.weight.dtype and x.dtype in NARROW
         if len(rows) > FEW and frozen_and_narrow and x.device.type == "cpu":  # it may have been moved or cast
             return _Product.apply(rows, self.weight).view(*x.shape[:-1], self.out_features)
