@@ -135,7 +135,7 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["finetune", "--data", "DATA", "--model", "MODEL", "--schedule", "linear"], "schedule='linear' is not known"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--eval-every", "2"], "needs held-out examples"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--resume", "--overwrite"], "exclude each other"),
-        (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "nowhere is not a folder: name a local folder"),
+        (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "nowhere is not a folder: name a"),
         (["generate", "hi", "--model", "MODEL", "--adapter", ""], " has no adapter_config.json"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--test-data", ""], "no data file at ."),
         (["generate", "caf\udce9", "--model", "MODEL"], r"the turn of user holds '\udce9', half of a surrogate pair"),
