@@ -1,6 +1,6 @@
 """From train_step.json and seven_b.json to the section on steps in docs/speed.md. No figure is typed.
 
-python bench/steps.py      renew the section, as both benches do when they have written their JSON
+python bench/steps.py      renew the section, as both benches do after they write their JSON
 """
 
 import json
