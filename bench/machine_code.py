@@ -71,9 +71,10 @@ def section(result: dict) -> str:
     lines = [
         "These are counts of instructions in compiled code, not times. On "
         f"{result['date']} Triton {versions['triton']} compiled the kernels for sm_{ARCH} (H100), and {PEER} "
-        f"{versions[PEER]} was taken apart as it is installed. A figure is what one thread executes for each weight in "
-        "a full tile, in a loop in one pass of it; where threads of a warp part, the shorter side is counted, for both "
-        "libraries. Registers, spills and bits (of global loads / stores) belong to the first figure of a row.",
+        f"{versions[PEER]} was disassembled as installed. A figure is the number of instructions that one thread "
+        "executes for each weight of a full tile; for a loop, in one pass. Where the threads of a warp diverge, the "
+        "shorter side is counted, for both libraries. Registers, spills and bits (of global loads / stores) belong to the first "
+        "figure of a row.",
         "",
         f"| kernel | bf16 | {PEER} | float32 | {PEER} | registers | spills | bits | {PEER} |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -89,7 +90,7 @@ def section(result: dict) -> str:
     lines += [
         "",
         "`double_quantize` and `double_dequantize` count for each constant, `adamw_8bit` for each parameter; "
-        f"`gemv_nf4` multiplies one token. {PEER} undoes quantised constants with another launch, which is not counted "
+        f"`gemv_nf4` multiplies one token. {PEER} decodes quantised constants in another launch, which is not counted "
         "beside `dequantize_double`. All figures, for sm_80, sm_90 and sm_100 and three dtypes: "
         "`bench/machine_code.json`; one at a time: `qlora-lab kernels --compare`.",
     ]
