@@ -73,8 +73,8 @@ def section(result: dict) -> str:
         f"{result['date']} Triton {versions['triton']} compiled the kernels for sm_{ARCH} (H100), and {PEER} "
         f"{versions[PEER]} was disassembled as installed. A figure is the number of instructions that one thread "
         "executes for each weight of a full tile; for a loop, in one pass. Where the threads of a warp diverge, the "
-        "shorter side is counted, for both libraries. Registers, spills and bits (of global loads / stores) belong to the first "
-        "figure of a row.",
+        "shorter side is counted, for both libraries. Registers, spills and bits (of global loads / stores) "
+        "belong to the first figure of a row.",
         "",
         f"| kernel | bf16 | {PEER} | float32 | {PEER} | registers | spills | bits | {PEER} |",
         "|---|---|---|---|---|---|---|---|---|",

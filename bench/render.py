@@ -76,9 +76,9 @@ def section(result: dict) -> str:
     lines = [
         f"Measured on {result['date']}: {result['processor']}, torch {versions['torch']}, {PEER} {versions[PEER]}, "
         f"torchao {versions['torchao']}, in turn in one process. Times are medians for NF4, block size 64, double "
-        "quantization; a ratio is their time over ours. Under the stock allocator, much of a ratio is fresh memory that "
-        f"{PEER} requests and ours does not. The last column is the ratio when the C library recycles memory, as `qlora-lab finetune` "
-        "makes it do.",
+        "quantization; a ratio is their time over ours. Under the stock allocator, much of a ratio is fresh memory "
+        f"that {PEER} requests and ours does not. The last column is the ratio when the C library recycles memory, as "
+        "`qlora-lab finetune` makes it do.",
         "",
         f"| work | ours | {PEER} | ratio | ratio, recycling |",
         "|---|---|---|---|---|",

@@ -29,8 +29,8 @@ def _steps(result: dict) -> list[str]:
     lines = [
         f"Measured on {' and '.join(dates)}: {result['processor']}, torch {versions['torch']}, PEFT {versions['peft']} "
         f"over bitsandbytes {versions['bitsandbytes']}. The work is a step of SmolLM2-135M in bf16, 4 x 256 tokens, "
-        "LoRA r = 16 on all linear layers. The contenders run in turn, each in a process of its own; figures are medians. A "
-        "ratio is their time over ours. Peak memory is counted above the loaded model.",
+        "LoRA r = 16 on all linear layers. The contenders run in turn, each in a process of its own; figures are "
+        "medians. A ratio is their time over ours. Peak memory is counted above the loaded model.",
         "",
         "| step | | tokens/s | ratio | peak MiB |",
         "|---|---|---|---|---|",
