@@ -143,7 +143,7 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is no UTF-8 text"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "p.json", "--codebooks", "nf9"], "'nf9' is not known"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is no folder that the plan can be"),
-        (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is no file: name one for the plan"),
+        (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is a folder, but a plan is a file: name a file"),
         (["quantize", "nowhere", "--out", "small", "--plan", "EMPTY"], "empty.jsonl is not a plan, or is cut off"),
         (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
     ],
@@ -195,8 +195,10 @@ def test_help_is_quick_and_argparse_errors_are_code_2():
     assert stop.value.code == 2
 
 
-def test_commands_of_the_readme_are_understood():
-    lines = (Path(__file__).parents[2] / "README.md").read_text("utf-8").splitlines()
+def test_commands_of_the_documentation_are_understood():
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    lines = [line for page in pages for line in page.read_text("utf-8").splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qlora-lab ")]
     assert len(commands) >= 9
     for words in commands:
