@@ -10,11 +10,8 @@ Not here: the model's sizes (shape.py).
 from dataclasses import dataclass
 from functools import cached_property
 
-from qlora_lab.kernels.product import race
-from qlora_lab.optim.paged_adamw import UNIT
-from qlora_lab.quant.blocks import check_block_size
-from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.numbers import MOST, MOST_BYTES, check_number, check_whole
+from qlora_lab.train.run_options import AdapterOptions, ModelOptions, documented, option, same_option
 from qlora_lab.train.settings import Settings
 
 METHODS = ("qlora", "lora", "full")
@@ -22,39 +19,43 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEVICES = ("cuda", "cpu")
 
 
+@documented
 @dataclass(frozen=True)
 class Setup:
-    """A run, without its model. Raises ValueError for a value that is not allowed.
+    """A run, without its model. Raises ValueError for a value that is not allowed."""
 
-    method: "qlora" quantises the linear layers and trains adapters, "lora" trains adapters on the original weights,
-    "full" trains all weights. mean_length, with packing, decides how many rows a batch needs.
-    """
-
-    method: str = "qlora"
-    codebook: str = "nf4"
-    block_size: int = 64  # weights that share a constant
-    double_quant: bool = True
-    dtype: str = "bfloat16"  # of the computation, and of every weight that is not quantised
-    adapter_dtype: str = "float32"
-    r: int = 16
-    targets: str | tuple[str, ...] = "all-linear"  # or the names of the linear layers with an adapter
-    dropout: float = 0.0
-    batch_size: int = Settings.batch_size  # examples of a step
-    micro_batch_size: int | None = None  # rows at once; None: all rows of a step
-    length: int = Settings.max_length  # tokens of a row
-    mean_length: int | None = None  # tokens of a mean example; None: `length`
-    packing: bool = False
+    # qlora quantises the linear layers and trains adapters, lora trains adapters on the original weights
+    method: str = option("qlora", "what is trained, and on what: qlora, lora or full (all weights)")
+    codebook: str = option(ModelOptions.codebook, "data type of the quantised weights, such as nf4, fp4 or int4")
+    block_size: int = same_option(ModelOptions, "block_size")
+    double_quant: bool = same_option(ModelOptions, "double_quant")
+    dtype: str = option("bfloat16", "data type of computation, and of all that is not quantised")
+    adapter_dtype: str = option("float32", "data type of the adapters: float32, as here and in PEFT; TRL has bfloat16")
+    r: int = same_option(AdapterOptions, "r")
+    targets: str | tuple[str, ...] = same_option(AdapterOptions, "targets")
+    dropout: float = same_option(AdapterOptions, "dropout")
+    batch_size: int = same_option(Settings, "batch_size")
+    micro_batch_size: int | None = same_option(Settings, "micro_batch_size")
+    length: int = option(Settings.max_length, "tokens per row", "tokens")
+    # with packing it decides how many rows a batch needs
+    mean_length: int | None = option(None, "mean tokens per example, for --packing (default: a whole row)", "tokens")
+    packing: bool = same_option(Settings, "packing")
     padded: bool = True  # rows differ in length, so attention takes a mask
-    learned: float = 0.25  # share of tokens that are labels: only their rows go through the head
-    gradient_checkpointing: bool = False
-    optimizer_bits: int = 32  # of each moment
-    optimizer_budget: int | None = None  # bytes of moments in memory; None: all
+    # only the rows of labels go through the head
+    learned: float = option(0.25, "share of tokens that are labels, from 0 to 1")
+    gradient_checkpointing: bool = same_option(Settings, "gradient_checkpointing")
+    optimizer_bits: int = same_option(Settings, "optimizer_bits")
+    optimizer_budget: int | None = same_option(Settings, "optimizer_budget")
     paged: bool = False  # moments in float32 pages; those of torch's AdamW have the parameter's dtype
-    device: str = "cuda"
+    device: str = option("cuda", "where the run computes: cuda or cpu")
     fused_adapter: bool | None = None  # one product for weight and adapter, as on the CPU; None: as the device does
     wide_attention: bool | None = None  # computed in float32 (model/wide.py); None: as `load` decides on this machine
 
     def __post_init__(self):
+        # imported here: torch costs a second, and the command line reads this class for its --help
+        from qlora_lab.quant.blocks import check_block_size
+        from qlora_lab.quant.codebook import codebook
+
         object.__setattr__(self, "dtype", _name(self.dtype))  # torch.bfloat16 works as well as its name
         object.__setattr__(self, "adapter_dtype", _name(self.adapter_dtype))
         if not isinstance(self.targets, str):
@@ -62,7 +63,7 @@ class Setup:
         for name, allowed in (("method", METHODS), ("dtype", BYTES), ("adapter_dtype", BYTES), ("device", DEVICES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(allowed)}")
-        if self.optimizer_bits not in tuple(UNIT):
+        if self.optimizer_bits not in (32, 8):
             raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8")
         for name in ("r", "batch_size", "length"):
             check_whole(name, getattr(self, name))
@@ -74,7 +75,7 @@ class Setup:
         check_number("dropout", self.dropout, lambda share: 0 <= share < 1, "from 0 to below 1")
         check_number("learned", self.learned, lambda share: 0 <= share <= 1, "from 0 to 1")
         check_block_size(self.block_size)
-        named_codebook(self.codebook)
+        codebook(self.codebook)
 
     @property
     def element(self) -> int:
@@ -84,7 +85,9 @@ class Setup:
     @cached_property
     def code_bits(self) -> int:
         """Bits of one code."""
-        return bits_of(named_codebook(self.codebook))
+        from qlora_lab.quant.codebook import bits_of, codebook
+
+        return bits_of(codebook(self.codebook))
 
     @property
     def batch_rows(self) -> int:
@@ -132,6 +135,8 @@ class Setup:
             return False
         if self.wide_attention is not None:
             return self.wide_attention
+        from qlora_lab.kernels.product import race
+
         return self.device == "cpu" and not race().use_bfloat16  # bf16 products are slow on some processors
 
     @property
