@@ -1,13 +1,6 @@
 """Write a file whole or not at all, and renew what stands between two marks of a text."""
 
-from pathlib import Path
-
-
-def write(path: Path, text: str) -> None:
-    """Under a temporary name first, so that no reader finds half a file."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, "utf-8")
-    unfinished.replace(path)
+from qlora_lab.files.replace import replace_text as write  # noqa: F401 - the benches take it from here
 
 
 def between(text: str, begin: str, end: str, body: str, where: str) -> str:

@@ -181,7 +181,7 @@ def stepped(device: torch.device, n: int, dtype: torch.dtype) -> None:
         grad, before = torch.randn(n, generator=g).to(dtype), ours[0].to("cpu", copy=True)
         twin[0].copy_(before)
         ran(case, adamw_8bit, ours[0], grad.to(device), *ours[1:], tables, how.scalars, TINY)
-        readable_adamw.adamw_8bit(twin[0], grad, *twin[1:], how)
+        readable_adamw.adamw_8bit(twin[0], grad, readable_adamw.Moments(*twin[1:]), how)
         for part, want in zip(ours[1:], twin[1:], strict=True):
             same(case, adamw_8bit, part, want)
         want, before = twin[0].double(), before.double()

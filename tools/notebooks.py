@@ -33,6 +33,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from qlora_lab.files.replace import replace_text
+
 START, END = "# solution", "# end solution"
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 _VIEW = "application/vnd.jupyter.widget-view+json"
@@ -134,16 +136,6 @@ def text_of(notebook):
     return nbformat.writes(notebook) + "\n"
 
 
-def write_atomically(path, text):
-    """Replace `path` in one step: an interrupted run leaves the old file whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def solution_of(path):
     """Where the solution of a student's notebook lies, if it has one."""
     return path.parent / "solutions" / path.name
@@ -178,7 +170,7 @@ def run(path):
     text = text_of(normalise(execute(notebook, path.parent)))
     changed = not path.exists() or path.read_text("utf-8") != text
     if changed:
-        write_atomically(path, text)
+        replace_text(path, text)
     return changed
 
 

@@ -263,9 +263,10 @@ def sweep(a: argparse.Namespace) -> None:
 def block_size(a: argparse.Namespace) -> None:
     from qlora_lab.files.lock import locked_file, reserved
     from qlora_lab.files.out_path import resolved
+    from qlora_lab.measure.best_plan import check_limits
     from qlora_lab.measure.perplexity import check_windows
     from qlora_lab.quant.numbers import check_whole
-    from qlora_lab.quant.plan import Candidate, check_candidate, check_limits, check_plan_path
+    from qlora_lab.quant.plan import Candidate, check_candidate, check_plan_path
 
     candidates = tuple(Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes)
     for one in candidates:  # before the model is loaded, as for finetune
@@ -284,10 +285,10 @@ def block_size(a: argparse.Namespace) -> None:
 def _block_size(a: argparse.Namespace, candidates: tuple["Candidate", ...], out: Path) -> None:
     import torch
 
+    from qlora_lab.measure.best_plan import Choices, best_plan, bits_table, small_layers
     from qlora_lab.measure.perplexity import topics_text
     from qlora_lab.measure.sensitivity import choices_of, sensitivity
     from qlora_lab.model.load import layer_sizes
-    from qlora_lab.quant.plan import Choices, best_plan, bits_table, small_layers
 
     topics = topics_text()
     text = topics[len(topics) // 2 :] if a.text is None else _text(a.text)  # perplexities are those of its first half

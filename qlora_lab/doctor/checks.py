@@ -21,7 +21,7 @@ from torch import nn
 
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.data.dataset import IGNORED, Encoded, EncodeReport, collate, pad_token_id
-from qlora_lab.data.encode import end_token_id
+from qlora_lab.data.labels import end_token_id
 from qlora_lab.doctor.dtype_policy import GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.modes import checkpointing, mode, own_draws

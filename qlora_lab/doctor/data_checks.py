@@ -9,8 +9,8 @@ Not here: tokens and labels (checks.py); reading records (examples.py, fields.py
 from collections import Counter
 from collections.abc import Sequence
 
-from qlora_lab.data.encode import Notes
 from qlora_lab.data.examples import Example
+from qlora_lab.data.labels import Notes
 from qlora_lab.doctor.checks import ASKED, TEXTS, Finding, _finding
 
 

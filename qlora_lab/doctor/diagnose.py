@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.data.dataset import Encoded, EncodeReport, collate, encode_all, load_data, show_labels
-from qlora_lab.data.encode import Notes
 from qlora_lab.data.examples import Example
+from qlora_lab.data.labels import Notes
 from qlora_lab.doctor.checks import (
     ACCUMULATION,
     CHECKPOINTED,
@@ -163,7 +163,7 @@ def _sample(
     if not kept:
         shortest = min(lengths)
         raise ValueError(
-            f"no example has at most {max_length} tokens: allow {shortest}, which the shortest has, or more"
+            f"no example has at most {max_length} tokens: allow at least {shortest}, the length of the shortest"
         )
     counts = sum(len(one.input_ids) for one in kept), sum(one.answer_tokens for one in kept)
     notes = sum((one.notes for one in kept[:SAMPLED]), Notes())

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qlora_lab.adapters.lora import LoRALinear
-from qlora_lab.model.linear4bit import Linear4bit, head_path
+from qlora_lab.adapters.model_tensors import ADAPTER, EMBEDDINGS, HEAD, LINEAR, PACKED, model_tensors
 from qlora_lab.optim.paged_adamw import UNIT
 
 WEIGHTS, ADAPTERS, OTHER_TRAINED = "base weights", "adapters", "other trained weights"
+WORDS = {LINEAR: WEIGHTS, EMBEDDINGS: EMBEDDINGS, HEAD: HEAD} | dict.fromkeys(ADAPTER, ADAPTERS)
 GRADIENTS, MOMENTS = "gradients", "moments"
 COLUMNS = ("what", "dtype", "elements", "bytes", "bits each")
 
@@ -130,31 +130,19 @@ def dtype_policy(model: nn.Module, optimizer_bits: int = 32) -> DtypePolicy:
 def _tensors(model: nn.Module) -> Iterator[_Tensor]:
     """Every tensor of the model once, base before adapters."""
     seen: dict[nn.Parameter | torch.Tensor, list[str]] = {}
-    head = head_path(model)
-    for path, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            q = module.weight
-            double = ", double quantization" if q.double_quant else ""
-            words = f"{q.codebook}, blocks of {q.block_size}{double}"
-            yield _Tensor(WEIGHTS, words, q.numel, q.nbytes, q.packed.numel(), None)
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            kinds, kind = seen.setdefault(tensor, []), _kind(module, name, path == head)
-            if kind not in kinds:
-                kinds.append(kind)
+    for kind, tensor in model_tensors(model):
+        if kind == PACKED:
+            double = ", double quantization" if tensor.double_quant else ""
+            words = f"{tensor.codebook}, blocks of {tensor.block_size}{double}"
+            yield _Tensor(WEIGHTS, words, tensor.numel, tensor.nbytes, tensor.packed.numel(), None)
+            continue
+        kinds = seen.setdefault(tensor, [])
+        if (what := WORDS.get(kind, "norms, biases, buffers")) not in kinds:
+            kinds.append(what)
     for tensor, kinds in sorted(seen.items(), key=lambda item: ADAPTERS in item[1]):
         trained = tensor if tensor.requires_grad else None
         what = " and ".join(kinds) if trained is None or kinds == [ADAPTERS] else OTHER_TRAINED
         yield _Tensor(what, _name(tensor.dtype), tensor.numel(), tensor.nbytes, tensor.numel(), trained)
-
-
-def _kind(module: nn.Module, name: str, is_head: bool) -> str:
-    if isinstance(module, LoRALinear):
-        return ADAPTERS
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    if isinstance(module, nn.Linear) and name == "weight":
-        return "head" if is_head else WEIGHTS
-    return "norms, biases, buffers"
 
 
 def _sums(rows: list[tuple[str, str, int, int]]) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""How much does an error in a weight of each layer cost the model? What quant/plan.py needs to share out bits.
+"""How much does an error in a weight of each layer cost the model? What best_plan.py needs to share out bits.
 
 In: a model that is not quantised, and a text to calibrate on. Out: s, (in_features,) float32 for each linear layer, so
 that quantising W to Q is expected to do the damage of the sum over i, j of s_j (w_ij - q_ij)^2; then Choices.
@@ -16,7 +16,7 @@ go together: a sum of their squares takes as long and is not the same. On SmolLM
 that makes s 2.2 times too small for the median v_proj and 1.3 times too large for the median k_proj; NF4 in blocks of
 64 is then expected to cost 0.223 nats, with s as it is here 0.270, and costs 0.275 (bench/block_size.py).
 
-Not here: the choice itself (quant/plan.py), perplexity (perplexity.py).
+Not here: the choice itself (best_plan.py), perplexity (perplexity.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,6 +31,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qlora_lab.data.dataset import to_device
+from qlora_lab.measure.best_plan import Choices, bits_table
 from qlora_lab.measure.perplexity import check_windows_fit, text_windows
 from qlora_lab.model.empty_model import empty_model, stored_options
 from qlora_lab.model.fetch import resolve
@@ -39,7 +40,7 @@ from qlora_lab.model.load import layer_sizes, public_name
 from qlora_lab.model.modes import mode
 from qlora_lab.model.stored import stored_tensors
 from qlora_lab.quant.numbers import check_seed
-from qlora_lab.quant.plan import Candidate, Choices, bits_table, check_candidate
+from qlora_lab.quant.plan import Candidate, check_candidate
 from qlora_lab.quant.quantize import dequantize, quantize
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ A row is written as soon as it is known. A variant that has one, by the same mod
 quantiser, is not run again: a sweep that was stopped goes on when it is called again. Threads and the processor's
 instructions do not count, though float sums depend on them: with AVX2 for AVX-512 and 2 threads for 1 a window's loss
 moved by 1e-5 in float32, which is what a CPU computes in here, and by 0.004 in bf16. The row has the machine.
-Not here: the file (results_file.py), plots, and which block size for which layer (quant/plan.py).
+Not here: the file (results_file.py), plots, and which block size for which layer (best_plan.py).
 """
 
 import hashlib

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.adapters.model_tensors import PACKED, model_tensors
 from qlora_lab.data.dataset import IGNORED
 from qlora_lab.kernels import product
 from qlora_lab.memory.activations import (
@@ -39,7 +40,7 @@ from qlora_lab.memory.ledger import Ledger, Row
 from qlora_lab.memory.predict import MAP_BYTES, ledger_of
 from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import Shape, shape_of
-from qlora_lab.model.linear4bit import HEAD, Linear4bit
+from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.modes import mode, own_draws
 from qlora_lab.model.wide import NAME as WIDE
 from qlora_lab.optim.paged_adamw import PagedAdamW
@@ -177,11 +178,11 @@ class _Storages:
 def _walk(model: nn.Module) -> Counter:
     """Weights, adapters, and gradients that are there."""
     storages = _Storages()
-    for path, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            _walk_quantized(storages, module.weight)
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            storages.add(_what(path, module, name), tensor)
+    for kind, tensor in model_tensors(model):
+        if kind == PACKED:
+            _walk_quantized(storages, tensor)
+        else:
+            storages.add(kind, tensor)
     if any(isinstance(m, Linear4bit) and m.weight.double_quant for m in model.modules()):
         storages.sums["tables"] += MAP_BYTES  # one for the process, wherever it was first asked for
     storages.sums["head"] += 0  # a tied one is not among the modules' tensors a second time
@@ -192,7 +193,7 @@ def _walk(model: nn.Module) -> Counter:
 
 
 def _walk_quantized(storages: _Storages, q: QuantizedTensor) -> None:
-    storages.add("packed weights", q.packed)
+    storages.add(PACKED, q.packed)
     storages.add("tables", q.levels)
     if q.double_quant:
         storages.add("absmax codes", q.constants.absmax_codes)
@@ -200,21 +201,6 @@ def _walk_quantized(storages: _Storages, q: QuantizedTensor) -> None:
         storages.add("offsets", q.constants.absmax_offset)
     else:
         storages.add("absmax", q.constants)
-
-
-def _what(path: str, module: nn.Module, name: str) -> str:
-    last = path.split(".")[-1]
-    if isinstance(module, LoRALinear):
-        return name  # lora_A or lora_B
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    if last == HEAD and name == "weight":
-        return "head"
-    if name == "bias":
-        return "biases"
-    if isinstance(module, nn.Linear):
-        return "linear layers"
-    return "rotary frequencies" if name.endswith("inv_freq") else "norms"
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> Counter:

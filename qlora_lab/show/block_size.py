@@ -7,7 +7,7 @@ all layers.
 
 The mixes for all budgets are computed once, when the explorer is made; a move of the slider looks one up.
 
-Not here: errors (measure/sensitivity.py), and how a mix is found (quant/plan.py).
+Not here: errors (measure/sensitivity.py), and how a mix is found (measure/best_plan.py).
 """
 
 import math
@@ -18,7 +18,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
-from qlora_lab.quant.plan import Candidate, Choices, Plan, best_plan, uniform
+from qlora_lab.measure.best_plan import Choices, best_plan, uniform
+from qlora_lab.quant.plan import Candidate, Plan
 from qlora_lab.show.escape import for_picture
 from qlora_lab.show.explorer import Explorer, fix_layout
 from qlora_lab.show.figure import COLOURS, all_masked, new_figure

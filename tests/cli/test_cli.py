@@ -143,7 +143,7 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is no UTF-8 text"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "p.json", "--codebooks", "nf9"], "'nf9' is not known"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is no folder that the plan can be"),
-        (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is no file: name one for the plan"),
+        (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is a folder, but a plan is a file: name a file"),
         (["quantize", "nowhere", "--out", "small", "--plan", "EMPTY"], "empty.jsonl is not a plan, or is cut off"),
         (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
     ],

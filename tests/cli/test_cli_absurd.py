@@ -7,9 +7,9 @@ import pytest
 import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.cli import options
+from qlora_lab.measure.best_plan import check_limits
 from qlora_lab.memory.setup import Setup
 from qlora_lab.model import fetch, load as models
-from qlora_lab.quant.plan import check_limits
 from qlora_lab.train.settings import Settings
 
 ABSURD = ["nan", "inf", "-inf", "-1", "0", "1e400", str(10**30), "", " ", "１２", "1_000", "9" * 5000, "x\x1b[2J"]

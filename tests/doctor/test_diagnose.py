@@ -9,8 +9,8 @@ import torch
 import qlora_lab as ql
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.data.dataset import IGNORED, Encoded, EncodeReport, collate, encode_all, pad_token_id
-from qlora_lab.data.encode import Notes
 from qlora_lab.data.examples import Example
+from qlora_lab.data.labels import Notes
 from qlora_lab.doctor import checks as doctor_checks, diagnose as doctor
 from qlora_lab.doctor.checks import (
     THREADS,

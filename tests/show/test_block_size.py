@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from qlora_lab.quant.plan import Candidate, Choices, Plan, best_plan, uniform
+from qlora_lab.measure.best_plan import Choices, best_plan, uniform
+from qlora_lab.quant.plan import Candidate, Plan
 from qlora_lab.show.block_size import BlockSizeExplorer, apart, names_of, places, stops
 
 NUMEL = 2**16

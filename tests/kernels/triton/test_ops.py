@@ -158,9 +158,9 @@ def test_a_step_of_adamw_on_a_gpu(monkeypatch):
     grad, state = torch.randn(600), [torch.zeros(n, dtype=t) for n, t in 2 * [(600, torch.uint8), (3, torch.float32)]]
     ours, twin = ([torch.ones(600), *(t.clone() for t in state)] for _ in range(2))
     how = readable_adamw.AdamW(1, lr=1e-2)
-    readable_adamw.adamw_8bit(twin[0], grad, *twin[1:], how)
+    readable_adamw.adamw_8bit(twin[0], grad, readable_adamw.Moments(*twin[1:]), how)
     monkeypatch.setattr(readable_adamw, "choose", lambda device: choose("cuda"))
-    readable_adamw.change_8bit(ours[0], grad, *ours[1:], how)
+    readable_adamw.change_8bit(ours[0], grad, readable_adamw.Moments(*ours[1:]), how)
     assert all(torch.equal(a, b) for a, b in zip(ours, twin, strict=True))
     assert choose("cuda").adamw is rung8
 
