@@ -1,8 +1,8 @@
 """Ours, bitsandbytes and torchao on the CPU, in turn in one process: `make bench`, about a quarter of an hour.
 
-    python bench/cpu.py              measure with both allocators, write cpu.json, cpu.png and the README's section
+    python bench/cpu.py              measure with both allocators, write cpu.json, cpu.png, part of docs/speed.md
     python bench/cpu.py --quick      toy sizes, two rounds, writes to --out only: to see that it runs
-    python bench/cpu.py --render     no measuring: picture, README section and table from cpu.json
+    python bench/cpu.py --render     do not measure: picture, section and table from cpu.json
 
 Weights are drawn anew in each run. A figure is the median of `rounds` samples; low and high are quartiles. Ratios are
 their time over ours. Floors are measured beside: a fill of the same output, a copy, a product with a ready weight.
@@ -293,7 +293,7 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="toy sizes, two rounds, no README")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, two rounds; docs/speed.md stays as it is")
     parser.add_argument("--render", action="store_true", help="do not measure: read the JSON file")
     parser.add_argument("--out", type=Path, default=HERE / "cpu.json", help="JSON file (default: bench/cpu.json)")
     parser.add_argument("--allocator", choices=ALLOCATORS, help=argparse.SUPPRESS)  # one half of a run
@@ -316,7 +316,7 @@ def main() -> None:
             "allocators": {name: _half(args, name) for name in ALLOCATORS},
         }
         write(args.out, json.dumps(result, indent=1) + "\n")
-    render(args.out, None if args.quick else HERE.parent / "README.md")
+    render(args.out, None if args.quick else HERE.parent / "docs" / "speed.md")
 
 
 def _half(args: argparse.Namespace, allocator: str) -> list[dict]:

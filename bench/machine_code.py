@@ -1,7 +1,7 @@
 """What the GPU kernels are compiled to, beside those of bitsandbytes; no GPU is needed and no time is measured.
 
-python bench/machine_code.py              compile, count, write machine_code.json and the README's section; a minute
-python bench/machine_code.py --render     only the README's section, from machine_code.json
+python bench/machine_code.py              compile, count, write machine_code.json and a section of docs/gpu.md; a minute
+python bench/machine_code.py --render     only the section, from machine_code.json
 """
 
 import argparse
@@ -21,7 +21,7 @@ from qlora_lab.gpu_code import aot  # noqa: E402
 from qlora_lab.gpu_code.machine_code import widths  # noqa: E402
 
 BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
-ARCH, DTYPES = 90, ("bfloat16", "float32")  # what the README shows
+ARCH, DTYPES = 90, ("bfloat16", "float32")  # what docs/gpu.md shows
 
 
 def count() -> dict:
@@ -66,7 +66,7 @@ def bits(row: dict) -> str:
 
 
 def section(result: dict) -> str:
-    """The README's section, in Markdown."""
+    """The section of docs/gpu.md, in Markdown."""
     versions = result["versions"]
     lines = [
         "These are counts of instructions in compiled code, not times. On "
@@ -96,9 +96,9 @@ def section(result: dict) -> str:
     return "\n".join(lines)
 
 
-def in_readme(text: str, result: dict) -> str:
-    """`text` with the section between its two marks renewed. Raises ValueError where they are missing."""
-    return between(text, BEGIN, END, section(result) + "\n", "the README")
+def in_page(text: str, result: dict) -> str:
+    """Renew the section between the two marks of `text`. Raises ValueError if a mark is missing."""
+    return between(text, BEGIN, END, section(result) + "\n", "docs/gpu.md")
 
 
 def as_json(result: dict) -> str:
@@ -112,12 +112,13 @@ def as_json(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render", action="store_true", help="do not compile: read machine_code.json")
-    file, readme = HERE / "machine_code.json", HERE.parent / "README.md"
+    file = HERE / "machine_code.json"
+    page = HERE.parent / "docs" / "gpu.md"
     if not parser.parse_args().render:
         write(file, as_json(count()))
     result = json.loads(file.read_text("utf-8"))
     print(section(result))
-    write(readme, in_readme(readme.read_text("utf-8"), result))
+    write(page, in_page(page.read_text("utf-8"), result))
 
 
 if __name__ == "__main__":

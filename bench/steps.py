@@ -1,4 +1,4 @@
-"""From train_step.json and seven_b.json to the README's section on steps; no figure is typed.
+"""From train_step.json and seven_b.json to the section on steps in docs/speed.md. No figure is typed.
 
 python bench/steps.py      renew the section, as both benches do when they have written their JSON
 """
@@ -13,13 +13,13 @@ sys.path.insert(0, str(HERE.parent))
 from bench.files import between, write  # noqa: E402
 
 BEGIN, END = "<!-- made by bench/steps.py -->", "<!-- end of steps -->"
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "speed.md"
 TRAIN_STEP, SEVEN_B = "train_step.json", "seven_b.json"
 MIB, GIB = 2**20, 2**30
 
 
 def section(step: dict, seven_b: dict) -> str:
-    """The README's section, in Markdown."""
+    """The section of docs/speed.md, in Markdown."""
     return "\n".join([*_steps(step), "", *_seven_b(seven_b), ""])
 
 
@@ -70,14 +70,15 @@ def _seven_b(result: dict) -> list[str]:
     ]
 
 
-def in_readme(text: str, step: dict, seven_b: dict) -> str:
-    return between(text, BEGIN, END, section(step, seven_b), "the README")
+def in_page(text: str, step: dict, seven_b: dict) -> str:
+    """Renew the section between the two marks of `text`. Raises ValueError if a mark is missing."""
+    return between(text, BEGIN, END, section(step, seven_b), "docs/speed.md")
 
 
 def render() -> None:
-    """Renew the README from the two files."""
-    found = [json.loads((HERE / name).read_text("utf-8")) for name in (TRAIN_STEP, SEVEN_B)]
-    write(README, in_readme(README.read_text("utf-8"), *found))
+    """Renew docs/speed.md from the two files."""
+    results = [json.loads((HERE / name).read_text("utf-8")) for name in (TRAIN_STEP, SEVEN_B)]
+    write(PAGE, in_page(PAGE.read_text("utf-8"), *results))
 
 
 if __name__ == "__main__":

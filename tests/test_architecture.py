@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import qlora_lab as ql
+from tools.reference import public_page
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
@@ -85,7 +86,7 @@ def test_importing_the_library_is_light():
 @pytest.mark.parametrize("name", ql.__all__)
 def test_public_names_exist_and_are_documented(name):
     assert getattr(ql, name).__doc__, f"{name} has no docstring"
-    assert re.search(rf"`{name}[`(]", (ROOT / "README.md").read_text("utf-8")), f"{name} is not in the README's table"
+    assert f"}} qlora_lab.{name}" in public_page(), f"{name} is not in the reference of the documentation"
 
 
 def test_an_unknown_name_lists_the_known():
@@ -105,8 +106,8 @@ def test_conda_environment_installs_this_project():
     assert f"python{project()['requires-python']}" in conda
     (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    assert pip == ["-c constraints.txt", "-e .[test]"] and '-c constraints.txt -e ".[test]"' in makefile
-    assert "test" in project()["optional-dependencies"]
+    assert pip == ["-c constraints.txt", "-e .[test,docs]"] and '-c constraints.txt -e ".[test,docs]"' in makefile
+    assert {"test", "docs"} == set(project()["optional-dependencies"])
 
 
 def test_constraints_pin_every_dependency_and_name_no_host():
@@ -117,7 +118,7 @@ def test_constraints_pin_every_dependency_and_name_no_host():
     assert "://" not in text and "@" not in text
     lines = map(Requirement, (line for line in text.splitlines() if not line.startswith("#")))
     pins = {canonicalize_name(pin.name): pin for pin in lines}
-    wanted = project()["dependencies"] + project()["optional-dependencies"]["test"]
+    wanted = project()["dependencies"] + sum(project()["optional-dependencies"].values(), [])
     for requirement in map(Requirement, wanted):
         pin = pins[canonicalize_name(requirement.name)]
         version = next(iter(pin.specifier)).version

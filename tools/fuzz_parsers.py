@@ -37,7 +37,7 @@ from tests.data.chat_templates import CASES
 from tests.readers import MISTAKES, READERS, Reader, copy_model
 from tools.fuzz_damage import in_json, in_lines, in_numbers, in_safetensors, in_words
 
-README = Path(__file__).parents[1] / "README.md"
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))  # their commands are good inputs
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,8 @@ def _read_template(content: bytes, folder: Path) -> Any:
 
 
 def _commands(folder: Path) -> list[bytes]:
-    lines = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("qlora-lab ")]
+    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line.startswith("qlora-lab ")]
     return ["\0".join(shlex.split(line, comments=True)[1:]).encode() for line in lines]
 
 

@@ -1,8 +1,8 @@
-"""What a memory ledger is asked about besides the model: how it is loaded, adapted, fed and optimised.
+"""Describe the run that a memory ledger predicts: how the model is loaded, adapted, fed and optimised.
 
 In: the user's numbers and names. Out: one frozen Setup, whose defaults are those of load, add_lora and Settings.
-Source: QLoRA section 3, equation 5, for the method; the dtype policies of peers are `adapter_dtype`: PEFT keeps
-adapters in float32, as this library does, TRL casts them to bf16.
+Source: QLoRA section 3, equation 5, for the method. `adapter_dtype` covers the dtype policies of other libraries: PEFT
+keeps adapters in float32, as this library does; TRL casts them to bf16.
 
 Not here: the model's sizes (shape.py).
 """
@@ -24,42 +24,38 @@ DEVICES = ("cuda", "cpu")
 
 @dataclass(frozen=True)
 class Setup:
-    """Raises ValueError for a value that is not allowed.
+    """A run, without its model. Raises ValueError for a value that is not allowed.
 
-    method: "qlora" quantises linear layers and trains adapters, "lora" trains adapters on weights as they are, "full"
-    trains all weights. dtype: of what is not quantised, and of the computation. learned: share of tokens that are
-    labels; only their rows go through the head. padded: rows differ in length, so attention takes a mask.
-    mean_length: tokens of an example, None for `length`; with packing it decides how many rows a batch needs.
-    fused_adapter: one product for weight and adapter, as on the CPU; None: as the device has it. wide_attention: it is
-    computed in float32 (wide.py); None: as `load` decides on this machine.
+    method: "qlora" quantises the linear layers and trains adapters, "lora" trains adapters on the original weights,
+    "full" trains all weights. mean_length, with packing, decides how many rows a batch needs.
     """
 
     method: str = "qlora"
     codebook: str = "nf4"
-    block_size: int = 64
+    block_size: int = 64  # weights that share a constant
     double_quant: bool = True
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of the computation, and of every weight that is not quantised
     adapter_dtype: str = "float32"
     r: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: str | tuple[str, ...] = "all-linear"  # or the names of the linear layers with an adapter
     dropout: float = 0.0
-    batch_size: int = Settings.batch_size
-    micro_batch_size: int | None = None
-    length: int = Settings.max_length
-    mean_length: int | None = None
+    batch_size: int = Settings.batch_size  # examples of a step
+    micro_batch_size: int | None = None  # rows at once; None: all rows of a step
+    length: int = Settings.max_length  # tokens of a row
+    mean_length: int | None = None  # tokens of a mean example; None: `length`
     packing: bool = False
-    padded: bool = True
-    learned: float = 0.25
+    padded: bool = True  # rows differ in length, so attention takes a mask
+    learned: float = 0.25  # share of tokens that are labels: only their rows go through the head
     gradient_checkpointing: bool = False
-    optimizer_bits: int = 32
-    optimizer_budget: int | None = None
-    paged: bool = False  # 32-bit moments in pages are float32, those of torch's AdamW have the parameter's dtype
+    optimizer_bits: int = 32  # of each moment
+    optimizer_budget: int | None = None  # bytes of moments in memory; None: all
+    paged: bool = False  # moments in float32 pages; those of torch's AdamW have the parameter's dtype
     device: str = "cuda"
-    fused_adapter: bool | None = None
-    wide_attention: bool | None = None
+    fused_adapter: bool | None = None  # one product for weight and adapter, as on the CPU; None: as the device does
+    wide_attention: bool | None = None  # computed in float32 (model/wide.py); None: as `load` decides on this machine
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", _name(self.dtype))  # torch.bfloat16 is as good as its name
+        object.__setattr__(self, "dtype", _name(self.dtype))  # torch.bfloat16 works as well as its name
         object.__setattr__(self, "adapter_dtype", _name(self.adapter_dtype))
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
@@ -74,7 +70,7 @@ class Setup:
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1, most)
         if self.mean_length is not None and self.mean_length > self.length:
-            raise ValueError(f"mean_length={self.mean_length} is more than length={self.length}, the longest")
+            raise ValueError(f"mean_length={self.mean_length} exceeds length={self.length}: give at most that")
         check_number("dropout", self.dropout, lambda share: 0 <= share < 1, "from 0 to below 1")
         check_number("learned", self.learned, lambda share: 0 <= share <= 1, "from 0 to 1")
         check_block_size(self.block_size)
@@ -82,24 +78,24 @@ class Setup:
 
     @property
     def element(self) -> int:
-        """Bytes of an element of `dtype`."""
+        """Bytes of one element of `dtype`."""
         return BYTES[self.dtype]
 
     @cached_property
     def code_bits(self) -> int:
-        """Bits of a code."""
+        """Bits of one code."""
         return bits_of(named_codebook(self.codebook))
 
     @property
     def batch_rows(self) -> int:
-        """Rows of a step: one an example, or with packing as few as hold all tokens."""
+        """Rows of a step: one per example, or, with packing, the fewest that hold all tokens."""
         if not self.packing:
             return self.batch_size
-        return -(-self.batch_size * (self.mean_length or self.length) // self.length)
+        return -(-self.batch_size * (self.mean_length or self.length) // self.length)  # rounded up
 
     @property
     def rows(self) -> int:
-        """Rows at once."""
+        """Rows that go through the model at once."""
         return min(self.batch_rows, self.micro_batch_size or self.batch_rows)
 
     @property
@@ -108,47 +104,47 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        """Tokens at once, padding included."""
+        """Tokens that go through the model at once, padding included."""
         return self.rows * self.length
 
     @property
     def labels(self) -> int:
-        """Labels at once: rows of logits."""
+        """Labels at once, which are rows of logits."""
         return round(self.learned * self.tokens)
 
     @property
     def masked(self) -> bool:
-        """Whether attention takes a mask: transformers leaves it out where every row is full, as a row alone is."""
+        """Whether attention takes a mask: transformers drops it if every row is full, as a single row always is."""
         return self.packing or (self.padded and self.rows > 1)
 
     @property
     def fused(self) -> bool:
-        """Whether the adapter is part of the weight's product, as Linear4bit has it on the CPU."""
+        """Whether one product serves weight and adapter, as in Linear4bit on the CPU."""
         if self.fused_adapter is not None:
             return self.fused_adapter
-        exact = self.adapter_dtype == "float32"
+        exact = self.adapter_dtype == "float32"  # the CPU kernel adds adapters in float32 only
         return self.device == "cpu" and self.method == "qlora" and exact and not self.dropout
 
     @property
     def widens(self) -> bool:
-        """Whether attention is computed in float32 though the model is not."""
+        """Whether attention is computed in float32 although the model is not."""
         if self.dtype == "float32":
             return False
         if self.wide_attention is not None:
             return self.wide_attention
-        return self.device == "cpu" and not race().use_bfloat16
+        return self.device == "cpu" and not race().use_bfloat16  # bf16 products are slow on some processors
 
     @property
     def in_pages(self) -> bool:
-        """Whether moments lie in PagedAdamW's pages, as the trainer would choose."""
+        """Whether PagedAdamW holds the moments in pages, by the trainer's own rule."""
         return self.paged or self.optimizer_bits != 32 or self.optimizer_budget is not None
 
     def __str__(self) -> str:
-        how = {"full": "full fine-tuning", "lora": f"LoRA, r={self.r}", "qlora": f"QLoRA, r={self.r}"}[self.method]
+        method = {"full": "full fine-tuning", "lora": f"LoRA, r={self.r}", "qlora": f"QLoRA, r={self.r}"}[self.method]
         weights = f", {self.codebook}/{self.block_size}{' + double quantization' * self.double_quant}"
         switches = ", gradient checkpointing" * self.gradient_checkpointing + ", packing" * self.packing
         return (
-            f"{how}{weights if self.method == 'qlora' else ''}, {self.dtype}; {self.rows} x {self.length} tokens at "
+            f"{method}{weights if self.method == 'qlora' else ''}, {self.dtype}; {self.rows} x {self.length} tokens at "
             f"once{switches}; AdamW of {self.optimizer_bits} bits on {self.device}"
         )
 

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, new_figure
-from qlora_lab.show.slider import Slider
+from qlora_lab.show.slider import Slider, Steps
 
 MOST, ROW = 256, 32  # weights on the map; in a row of it
 KINDS = {  # of lanes: colour and mark
@@ -72,10 +72,10 @@ class KernelMapExplorer(Explorer):
 
     def controls(self):
         return {
-            "weights": Slider("Weights", 203, low=1, high=MOST),
+            "weights": Slider("Weights", 203, Steps(1, MOST)),
             "block_size": Slider("Block size", 64, choices=[32, 64, 128], unit="weights"),
             "tile": Slider("Tile", 64, choices=[32, 64, 128], unit="weights a program"),
-            "program": Slider("Program", 3, low=0, high=MOST // 32 - 1),
+            "program": Slider("Program", 3, Steps(0, MOST // 32 - 1)),
         }
 
     @staticmethod

@@ -28,7 +28,7 @@ from qlora_lab.memory.paging_trace import (
 )
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, all_masked, new_figure
-from qlora_lab.show.slider import Slider
+from qlora_lab.show.slider import Slider, Steps
 
 MIB = 2**20
 KINDS = {  # of pages: colour and mark
@@ -81,11 +81,11 @@ class PageTableExplorer(Explorer):
 
     def controls(self):
         return {
-            "budget": Slider("Budget", 256, low=16, high=1280, step=16, unit="MiB"),
+            "budget": Slider("Budget", 256, Steps(16, 1280, 16), unit="MiB"),
             "page_size": Slider("Page size", 2, choices=[0.5, 1, 2, 4, 8], unit="MiB"),
-            "r": Slider("r", 16, low=1, high=64),
+            "r": Slider("r", 16, Steps(1, 64)),
             "bits": Slider("Moments", 32, choices=[8, 32], unit="bits"),
-            "time": Slider("Time", 1.4, low=0.0, high=3.0, step=0.05, unit="steps"),
+            "time": Slider("Time", 1.4, Steps(0.0, 3.0, 0.05), unit="steps"),
         }
 
     @staticmethod

@@ -195,8 +195,10 @@ def test_help_is_quick_and_argparse_errors_are_code_2():
     assert stop.value.code == 2
 
 
-def test_commands_of_the_readme_are_understood():
-    lines = (Path(__file__).parents[2] / "README.md").read_text("utf-8").splitlines()
+def test_commands_of_the_documentation_are_understood():
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    lines = [line for page in pages for line in page.read_text("utf-8").splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qlora-lab ")]
     assert len(commands) >= 9
     for words in commands:

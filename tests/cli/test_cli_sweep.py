@@ -110,7 +110,7 @@ def test_an_interrupt_says_what_is_kept(capsys, tmp_path, model, monkeypatch):
         (["--levels", "mine=1"], "mine: 1 levels are given: a codebook has 2 to 256"),
         (["--levels", "nf4=-1,0,1"], "under the name 'nf4', which stands for others"),
         (["--levels", "a=-1,1", "--levels", "a=-1,0"], "two tables have one name"),
-        ([], "line 1 is no row of a sweep"),
+        ([], "line 1 is not a row of a sweep"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(capsys, tmp_path, model, options, message):

@@ -248,11 +248,11 @@ def test_importing_is_light():
 RESULT = json.loads((ROOT / "bench" / "machine_code.json").read_text("utf-8"))
 
 
-def test_the_readme_is_made_from_the_json():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert bench.in_readme(readme, RESULT) == readme, "run: python bench/machine_code.py --render"
-    with pytest.raises(ValueError, match="the README needs one line"):
-        bench.in_readme(f"{bench.BEGIN} {bench.BEGIN} {bench.END}", RESULT)
+def test_the_page_is_made_from_the_json():
+    page = (ROOT / "docs" / "gpu.md").read_text("utf-8")
+    assert bench.in_page(page, RESULT) == page, "run: python bench/machine_code.py --render"
+    with pytest.raises(ValueError, match="docs/gpu.md needs one line"):
+        bench.in_page(f"{bench.BEGIN} {bench.BEGIN} {bench.END}", RESULT)
 
 
 # ------------------------------------------------------------------------------------------------- real machine code
