@@ -87,13 +87,8 @@ class Ledger:
         """Return every field and sum, as plain values for JSON."""
         rows = [asdict(row) for row in self.rows]
         phases = {phase: self.at(phase) for phase in PHASES}
-        sums = {
-            "groups": self.groups,
-            "phases": phases,
-            "peak": self.peak,
-            "peak_phase": self.phase,
-            "per_token": self.per_token,
-        }
+        sums = {"groups": self.groups, "phases": phases, "peak": self.peak, "peak_phase": self.phase}
+        sums["per_token"] = self.per_token
         return {"setup": self.setup, "rows": rows, **sums, "notes": list(self.notes)}
 
     def __str__(self) -> str:
@@ -103,7 +98,8 @@ class Ledger:
         for row in self.rows:
             lines.append((row.group if row.group != group else "", *_cells(row)))  # a group's name once
             group = row.group
-        shares = [(name, "sum", "", "", f"{size:,}", "", "", f"{size / MIB:,.1f} MiB") for name, size in _some(self)]
+        sums = {name: size for name, size in self.groups.items() if size}
+        shares = [(name, "sum", "", "", f"{size:,}", "", "", f"{size / MIB:,.1f} MiB") for name, size in sums.items()]
         peaks = [("", phase, "", "", f"{self.at(phase):,}", "", "", _mark(self, phase)) for phase in PHASES]
         lines += [*shares, ("phase", *[""] * 7), *peaks]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -120,10 +116,6 @@ def _cells(row: LedgerRow) -> tuple[str, ...]:
     measured = "" if row.measured is None else f"{row.measured:,}"
     difference = "" if row.measured is None else f"{row.predicted - row.measured:+,}".replace("+0", "0")
     return row.what, f"{row.count:,}", row.dtype, f"{row.predicted:,}", measured, difference, row.formula
-
-
-def _some(ledger: Ledger) -> list[tuple[str, int]]:
-    return [(name, size) for name, size in ledger.groups.items() if size]
 
 
 def _mark(ledger: Ledger, phase: str) -> str:

@@ -68,11 +68,11 @@ class LowRankExplorer(Explorer):
             image.set_clim(-reach, reach)  # one range for all: a pale residual is a small one
         for title, text in zip(self.titles, (f"target {size} x {size}", f"rank {r}", "residual"), strict=True):
             title.set_text(text)
-        lines = [[(k, 0), (k, value)] for k, value in enumerate((s / s[0]).tolist(), 1)]
+        lines = [[(k, 0), (k, value)] for k, value in enumerate((s / s[0]).tolist(), 1)]  # shares of the largest
         self.kept.set_segments(lines[:r])
         self.cut_off.set_segments(lines[r:])
         self.cut.set_data([r + 0.5] * 2, [0, 1.05])
-        self.right.set_xlim(0.8, 1.2 * size)
+        self.right.set_xlim(0.8, 1.2 * size)  # a new limit costs a full redraw
 
     @staticmethod
     def describe(state, result):
