@@ -11,6 +11,7 @@ from tools.notebook_rules import LONGEST_CELL, headings, problems, unsolved
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 REFORMED = ["00_start_here", "01_codebook", "03_block_size", "04_double_quant"]  # lessons without test code
+REFORMED += ["05_kernels", "06_data_types", "07_lora", "08_memory", "09_paged_optimizer"]
 WIDEST_LINE = 88  # columns: a wider one scrolls in a window of 1280 pixels
 MEDIAN_LINES = 3  # of the cells that a student sees
 
