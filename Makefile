@@ -1,7 +1,9 @@
 # Two commands do everything on a machine with Python 3.11 or newer and make:
 #   make lab    install, fetch the default model, open the course
 #   make test   install, then run all tests and all notebooks
-.PHONY: lab test fast trust notebooks bench bench-gpu lint clean chromium
+# and one builds the documentation:
+#   make site   pages in build/site/html, which open and search from disk
+.PHONY: lab test site picture fast trust notebooks bench bench-gpu lint clean chromium
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,14 +14,21 @@ lab: $(READY)
 	$(BIN)/qlora-lab fetch smollm2-135m
 	$(BIN)/qlora-lab open
 
-# every stage runs, whichever fails; `make test STAGES="fast slow"` runs these
+# every stage runs, even if one fails; `make test STAGES="fast slow"` runs only these
 test: $(READY) chromium
 	$(BIN)/python tools/stages.py $(STAGES)
+
+site: $(READY)
+	$(BIN)/python -m tools.make_site
+
+# the README's picture: the explorer of notebook 01 while its offset is dragged
+picture: $(READY)
+	$(BIN)/python -m tools.drag
 
 fast: $(READY)
 	$(BIN)/python tools/stages.py fast
 
-# kills, failing disks, rivals and damaged files by numbers (docs/trust.md); less than 15 minutes
+# attack every command that writes: kills, failing disks, rivals, damaged files (docs/trust.md); less than 15 minutes
 trust: $(READY)
 	$(BIN)/python tools/trust.py
 
@@ -27,16 +36,15 @@ trust: $(READY)
 notebooks: $(READY)
 	$(BIN)/qlora-lab fetch smollm2-135m
 	$(BIN)/python tools/notebooks.py
-	$(BIN)/python -c "from qlora_lab.show.normal_float import NormalFloatExplorer; open('notebooks/explorer.png', 'wb').write(NormalFloatExplorer().png)"
 
-# speed beside bitsandbytes and torchao on this machine: bench/cpu.json, its picture, the README's section.
-# torchao lies apart: where it is installed, transformers imports it, and notebooks print its warnings
+# speed beside bitsandbytes and torchao on this machine: bench/cpu.json, its picture, and docs/speed.md.
+# torchao is installed in a folder of its own: transformers would import it, and notebooks would print its warnings
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
 		--target $(VENV)/bench torchao
 	PYTHONPATH=$(VENV)/bench $(BIN)/python bench/cpu.py
 
-# the same on a GPU, checked first: bench/gpu-<device>.json and the table of bench/README.md
+# the same on a GPU, after a check of the kernels: bench/gpu-<device>.json and the table of bench/README.md
 bench-gpu: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
 		--target $(VENV)/bench torchao
@@ -45,17 +53,17 @@ bench-gpu: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# .ready says that the environment is complete; it is made again when what it was made from has changed
+# .ready marks a complete environment; make builds it again when pyproject.toml or constraints.txt changes
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 		{ echo "the venv module is incomplete; on Debian: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,docs]"
 	$(BIN)/python -c "import matplotlib.font_manager"
 	touch $@
 
-# the browser tests use Debian's Chromium; where it cannot be installed they are skipped, and say so
+# the browser tests use Debian's Chromium; if it cannot be installed, they are skipped, and a line says so
 chromium: | $(READY)
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
 		apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || \

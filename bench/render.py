@@ -1,4 +1,4 @@
-"""From the JSON of bench/cpu.py: a table for the terminal, a picture, and the README's section; no figure is typed."""
+"""From the JSON of bench/cpu.py: a table for the terminal, a picture, part of docs/speed.md. No figure is typed."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from bench.files import between, write
 
 BEGIN, END = "<!-- made by bench/cpu.py -->", "<!-- end -->"
 PEER = "bitsandbytes"
-# README row -> how to find it: work, shape, dtype, tokens, whom to compare with
+# row of the page -> where it is found: work, shape, dtype, tokens, which library to compare with
 ROWS = {
     "quantise 4096 x 4096, float32": ("quantise", (4096, 4096), "float32", None, PEER),
     "dequantise 576 x 1536 into a buffer, float32": ("dequantise", (576, 1536), "float32", None, PEER),
@@ -71,14 +71,14 @@ def _mentioned(result: dict) -> list[tuple[str, list[dict | None], str]]:
 
 
 def section(result: dict) -> str:
-    """The README's section, in Markdown."""
+    """The section of docs/speed.md, in Markdown."""
     versions = result["versions"]
     lines = [
         f"Measured on {result['date']}: {result['processor']}, torch {versions['torch']}, {PEER} {versions[PEER]}, "
-        f"torchao {versions['torchao']}, in turn in one process; medians, NF4, block size 64, double quantization. "
-        "A ratio is their time over ours. Much of a ratio under the stock allocator is fresh memory that theirs asks "
-        "for and ours does not; the last column is what is left when the C library recycles memory, which "
-        "`qlora-lab finetune` switches on.",
+        f"torchao {versions['torchao']}, in turn in one process. Times are medians for NF4, block size 64, double "
+        "quantization; a ratio is their time over ours. Under the stock allocator, much of a ratio is fresh memory "
+        f"that {PEER} requests and ours does not. The last column is the ratio when the C library recycles memory, as "
+        "`qlora-lab finetune` makes it do.",
         "",
         f"| work | ours | {PEER} | ratio | ratio, recycling |",
         "|---|---|---|---|---|",
@@ -86,7 +86,7 @@ def section(result: dict) -> str:
     for label, (stock, recycling), peer in _mentioned(result):
         times = [seconds(stock["seconds"][name]["median"]) for name in ("ours", peer)]
         lines.append(f"| {label} | {times[0]} | {times[1]} | {ratio(stock, peer):.2f} | {ratio(recycling, peer):.2f} |")
-    lines += ["", *_floors(result), "", f"![{alt(result)}](bench/cpu.png)", "", _cold(result)]
+    lines += ["", *_floors(result), "", f"![{alt(result)}](../bench/cpu.png)", "", _cold(result)]
     return "\n".join(lines)
 
 
@@ -102,11 +102,12 @@ def _floors(result: dict) -> list[str]:
             )
         if row := find(stock, "LoRA layer step", (4096, 11008), dtype, 256):
             said.append(f"the {dtype} layer step {1 / ratio(row, 'unquantised'):.2f} times the unquantised layer's")
-    text = "Against the floor, stock allocator: " + "; ".join(said) + "." if said else ""
+    text = "Compared with the floor, stock allocator: " + "; ".join(said) + "." if said else ""
     row = find(stock, "forward and backward", (11008, 4096), "bfloat16", 256)
     if row and all((row.get("peak_bytes") or {}).values()):
         mine, theirs = (row["peak_bytes"][name] / 2**20 for name in ("ours", PEER))
-        text += f" Peak memory above resident, 11008 x 4096, 256 tokens, bf16: {mine:.0f} MiB, theirs {theirs:.0f} MiB."
+        work = "11008 x 4096, 256 tokens, bf16"
+        text += f" Peak memory above resident, {work}: ours {mine:.0f} MiB, {PEER} {theirs:.0f} MiB."
     return [text]
 
 
@@ -115,11 +116,11 @@ def _cold(result: dict) -> str:
     first = {name: value for name, value in cold.items() if isinstance(value, list)}
     compiling, cached = (sum(value[i] for value in first.values()) for i in (0, 1))
     return (
-        f"Cold start: the first calls of four common kernels take {compiling:.0f} s in all, importing and compiling "
-        f"included, and {cached:.1f} s at the next start, from the disk. Importing torch takes "
+        f"Cold start: the first calls of four common kernels take {compiling:.0f} s in all, with importing and "
+        f"compiling. At the next start they take {cached:.1f} s, from the disk. Importing torch takes "
         f"{cold['import torch']:.1f} s; after it, numba {cold['import numba, after torch']:.1f} s, {PEER} "
         f"{cold['import bitsandbytes, after torch']:.1f} s. "
-        "Everything measured: `bench/cpu.json`."
+        "Everything measured: [bench/cpu.json](../bench/cpu.json)."
     )
 
 
@@ -159,14 +160,15 @@ def picture(result: dict, path: Path) -> None:
     fig.savefig(path, metadata={"Software": None})
 
 
-def in_readme(text: str, result: dict) -> str:
-    """`text` with the section between its two marks renewed. Raises ValueError where they are missing."""
-    return between(text, BEGIN, END, section(result) + "\n", "the README")
+def in_page(text: str, result: dict) -> str:
+    """Renew the section between the two marks of `text`. Raises ValueError if a mark is missing."""
+    return between(text, BEGIN, END, section(result) + "\n", "docs/speed.md")
 
 
-def render(json_file: Path, readme: Path | None) -> None:
+def render(json_file: Path, page: Path | None) -> None:
+    """Print the table and write the picture and, if there is a page, its section."""
     result = json.loads(json_file.read_text())
     print(table(result))
     picture(result, json_file.with_suffix(".png"))
-    if readme:
-        write(readme, in_readme(readme.read_text("utf-8"), result))
+    if page:
+        write(page, in_page(page.read_text("utf-8"), result))

@@ -4,12 +4,16 @@ import ast
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import qlora_lab as ql
+from tools.reference import public_page
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
@@ -62,7 +66,7 @@ def test_the_quant_room_needs_numbers_only():
                 outside |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 outside.add(node.module.split(".")[0])
-    assert outside - set(sys.stdlib_module_names) == {"torch", "scipy", "numpy", "qlora_lab"}
+    assert outside - set(sys.stdlib_module_names) == {"torch", "scipy", "qlora_lab"}
 
 
 def test_witnesses_are_never_imported_by_the_library():
@@ -85,7 +89,7 @@ def test_importing_the_library_is_light():
 @pytest.mark.parametrize("name", ql.__all__)
 def test_public_names_exist_and_are_documented(name):
     assert getattr(ql, name).__doc__, f"{name} has no docstring"
-    assert re.search(rf"`{name}[`(]", (ROOT / "README.md").read_text("utf-8")), f"{name} is not in the README's table"
+    assert f"}} qlora_lab.{name}" in public_page(), f"{name} is not in the reference of the documentation"
 
 
 def test_an_unknown_name_lists_the_known():
@@ -105,8 +109,8 @@ def test_conda_environment_installs_this_project():
     assert f"python{project()['requires-python']}" in conda
     (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    assert pip == ["-c constraints.txt", "-e .[test]"] and '-c constraints.txt -e ".[test]"' in makefile
-    assert "test" in project()["optional-dependencies"]
+    assert pip == ["-c constraints.txt", "-e .[test,docs]"] and '-c constraints.txt -e ".[test,docs]"' in makefile
+    assert {"test", "docs"} == set(project()["optional-dependencies"])
 
 
 def test_constraints_pin_every_dependency_and_name_no_host():
@@ -117,7 +121,7 @@ def test_constraints_pin_every_dependency_and_name_no_host():
     assert "://" not in text and "@" not in text
     lines = map(Requirement, (line for line in text.splitlines() if not line.startswith("#")))
     pins = {canonicalize_name(pin.name): pin for pin in lines}
-    wanted = project()["dependencies"] + project()["optional-dependencies"]["test"]
+    wanted = project()["dependencies"] + sum(project()["optional-dependencies"].values(), [])
     for requirement in map(Requirement, wanted):
         pin = pins[canonicalize_name(requirement.name)]
         version = next(iter(pin.specifier)).version
@@ -136,3 +140,65 @@ def test_what_is_imported_is_declared():
 def test_version_is_said_once_more():
     assert ql.__version__ == project()["version"]
     assert f"## {ql.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+# ----------------------------------------------------------------------------------------------- the size of the house
+
+LIBRARY = sorted((ROOT / "qlora_lab").rglob("*.py"))
+# what explains QLoRA from end to end, in this order
+PATH = ["quant/codebook", "quant/blocks", "quant/packing", "quant/double_quant", "quant/quantize", "model/linear4bit"]
+PATH += ["adapters/lora", "data/encode", "train/loss", "optim/paging", "train/loop"]
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines()
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_no_room_is_a_seventh_of_the_library():
+    """A room above 15 % is a sign to split it."""
+    sizes = Counter()
+    for path in LIBRARY:
+        sizes[path.relative_to(ROOT / "qlora_lab").parts[0]] += len(lines_of(path))
+    assert {room for room, size in sizes.items() if size > 0.15 * sizes.total()} == set()
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_files_and_functions_stay_small(path):
+    """A file above 400 lines says in its docstring why it is one."""
+    assert len(lines_of(path)) <= 400 or "One file:" in ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    assert [node.name for node in functions(path) if node.end_lineno - node.lineno >= 60] == []
+
+
+def test_few_functions_have_more_than_six_parameters():
+    """13 had outside the kernels, whose arguments are pointers and sizes."""
+    many = []
+    for path in LIBRARY:
+        for node in functions(path):
+            names = [name.arg for name in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            if len(set(names) - {"self", "cls"}) > 6 and "kernels" not in path.parts:
+                many.append(f"{path.parent.name}.{path.stem}.{node.name}")
+    assert len(many) <= 6, many
+
+
+def test_one_line_in_twelve_has_a_comment():
+    comments = total = 0
+    for path in LIBRARY:
+        total += len(lines_of(path))
+        with path.open("rb") as file:
+            tokens = [t for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT]
+        comments += len({token.start[0] for token in tokens if "noqa" not in token.string})
+    assert comments >= 0.08 * total
+
+
+def test_a_reader_s_path_is_an_evening_long():
+    lengths = {name: len(lines_of(ROOT / "qlora_lab" / f"{name}.py")) for name in PATH}
+    print(
+        *(f"{name}.py  {length} lines" for name, length in lengths.items()), f"{sum(lengths.values())} lines", sep="\n"
+    )
+    assert sum(lengths.values()) <= 1500

@@ -1,4 +1,4 @@
-"""The bench runs from end to end, and the README says what its JSON says. No test asserts a time."""
+"""The bench runs from end to end, and docs/speed.md says what its JSON says. No test asserts a time."""
 
 import json
 import subprocess
@@ -8,26 +8,26 @@ from pathlib import Path
 import pytest
 
 from bench import steps
-from bench.render import BEGIN, END, ROWS, find, in_readme, table
+from bench.render import BEGIN, END, ROWS, find, in_page, table
 from bench.timing import in_turn, peak_bytes
 
 ROOT = Path(__file__).parent.parent
 RESULT = json.loads((ROOT / "bench" / "cpu.json").read_text("utf-8"))
 
 
-def test_the_readme_is_made_from_the_json():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert in_readme(readme, RESULT) == readme, "run: python bench/cpu.py --render"
+def test_the_page_is_made_from_the_json():
+    page = (ROOT / "docs" / "speed.md").read_text("utf-8")
+    assert in_page(page, RESULT) == page, "run: python bench/cpu.py --render"
     assert (ROOT / "bench" / "cpu.png").stat().st_size > 10_000
 
 
 def test_so_is_its_section_on_steps():
-    readme = (ROOT / "README.md").read_text("utf-8")
+    page = (ROOT / "docs" / "speed.md").read_text("utf-8")
     found = [json.loads((ROOT / "bench" / name).read_text("utf-8")) for name in (steps.TRAIN_STEP, steps.SEVEN_B)]
-    assert steps.in_readme(readme, *found) == readme, "run: python bench/steps.py"
+    assert steps.in_page(page, *found) == page, "run: python bench/steps.py"
 
 
-def test_every_row_of_the_readme_was_measured():
+def test_every_row_of_the_page_was_measured():
     for label, (*key, peer) in ROWS.items():
         for rows in RESULT["allocators"].values():
             row = find(rows, *key)
@@ -41,9 +41,9 @@ def test_the_table_has_every_contender():
     assert text.count(" x 1.00") >= len(rows) and text.count("torchao") > 5 and RESULT["processor"] in text
 
 
-def test_a_readme_without_the_marks_is_refused():
-    with pytest.raises(ValueError, match="the README needs one line"):
-        in_readme(f"{BEGIN} {BEGIN} {END}", RESULT)
+def test_a_page_without_the_marks_is_refused():
+    with pytest.raises(ValueError, match="docs/speed.md needs one line"):
+        in_page(f"{BEGIN} {BEGIN} {END}", RESULT)
 
 
 def test_contenders_run_in_turn():

@@ -29,14 +29,14 @@ HOSTILE = {
     "cut in the middle": (lambda good: good[: len(good) // 2], "ends too early"),
     "cut before its last brace": (lambda good: good.rstrip()[:-1], "ends too early"),
     "more behind it": (lambda good: good + b"{}", r"not JSON \(Extra data\)"),
-    "a key that is there twice": (first(b'"a": 1, "a": 2'), "the key 'a' is there twice"),
+    "a key that is there twice": (first(b'"a": 1, "a": 2'), "the key 'a' appears twice"),
     "NaN": (first(b'"a": NaN'), "NaN is not JSON"),
     "Infinity": (first(b'"a": -Infinity'), "-Infinity is not JSON"),
     "a number beyond floats": (first(b'"a": 1e999'), "the number '1e999' is too large"),
     "a number of 5,000 digits": (first(b'"a": ' + b"9" * 5000), "a number has too many digits"),
     "half of a surrogate pair": (first(rb'"a": "\ud800"'), r"holds '\\ud800', half of a surrogate pair"),
-    "65 lists in one another": (first(b'"a": ' + b"[" * 64 + b"]" * 64), "more than 64 lists and objects in one"),
-    "100,000 lists in one another": (first(b'"a": ' + b"[" * 100_000), "more than 64 lists and objects in one"),
+    "65 lists in one another": (first(b'"a": ' + b"[" * 64 + b"]" * 64), "more than 64 nested lists and objects"),
+    "100,000 lists in one another": (first(b'"a": ' + b"[" * 100_000), "more than 64 nested lists and objects"),
     "a byte order mark": (lambda good: b"\xef\xbb\xbf" + good, "begins with a byte order mark"),
     "latin-1": (first('"a": "é"'.encode("latin-1")), "is not UTF-8 text"),
     "UTF-16": (lambda good: good.decode().encode("utf-16-le"), "not JSON|is not UTF-8"),
@@ -79,7 +79,7 @@ def test_a_row_with_a_figure_that_is_none_is_refused(figure, value, tmp_path):
     path = READERS["results"].prepare(tmp_path)
     row = json.loads(path.read_text().splitlines()[0])
     path.write_text(json.dumps(row | {figure: value}) + "\n")
-    assert re.search(f"line 1 is no row of a sweep .*it has {figure}=", refused("results", path))
+    assert re.search(f"line 1 is not a row of a sweep .*it has {figure}=", refused("results", path))
 
 
 @pytest.mark.parametrize("name", READERS)

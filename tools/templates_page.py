@@ -1,13 +1,13 @@
-"""docs/templates.md: which parts of a conversation are learned under today's chat templates.
+"""Write docs/templates.md: which parts of a conversation are learned under today's chat templates.
 
 In: the cases of tests/data/chat_templates.py. Out: the page, made by encoding their conversations.
 
-Not here: whether the page is right. test_templates.py compares what is learned with labels that were found by hand.
+Not here: a check of the page. test_templates.py compares what is learned with labels that were found by hand.
 """
 
 from pathlib import Path
 
-from qlora_lab.data.encode import IGNORED, Encoded, encode
+from qlora_lab.data.labels import IGNORED, Encoded, encode
 from qlora_lab.show.escape import code_span
 from tests.data.chat_templates import CASES, CONVERSATIONS, Case, tokenizer_of
 

@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qlora_lab.kernels.packed_weight import PackedWeight
 from qlora_lab.model.linear4bit import Linear4bit
-from qlora_lab.quant.quantize import Plain, QuantizedTensor
+from qlora_lab.quant.quantize import QuantizedTensor
 
 WAIT = timedelta(minutes=30)  # for another process, which may be testing the model meanwhile
 LATE = timedelta(seconds=20)  # at the end of a run, which all processes reach at once; a later one has failed
@@ -126,13 +127,13 @@ class _Gathered(QuantizedTensor):
     """A weight whose `packed` is memory that FSDP2 fills before a layer runs, and takes back after it."""
 
     @property
-    def plain(self) -> Plain:
+    def plain(self) -> PackedWeight:
         # Never kept, because the memory moves. A second tensor over the same memory, because numpy, through which
         # kernels on the CPU read, forbids for good that its tensor changes size, and FSDP2 must change it.
         packed = self.packed.detach()
         packed = torch.from_dlpack(packed) if packed.device.type == "cpu" else packed
         constants = self.constants.plain if self.double_quant else self.constants
-        return Plain((packed, constants, self.levels, self.block_size))
+        return PackedWeight(packed, constants, self.levels, self.block_size)
 
 
 class _Linear4bitShard(Linear4bit):

@@ -114,13 +114,13 @@ def test_sizes(text, size):
 def test_a_size_that_is_none_is_a_mistake(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["finetune", "--optimizer-budget", "much"])
-    assert exit_.value.code == 2 and "'much' is not a size: write bytes" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "'much' is not a size: give bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["fetch", "gpt-5"], "unknown model 'gpt-5': fetchable by name: smollm2-135m"),
+        (["fetch", "gpt-5"], "unknown model 'gpt-5': give a name (smollm2-135m)"),
         (["finetune", "--data", "no.jsonl"], "no.jsonl"),
         (["finetune", "--data", "EMPTY"], "empty.jsonl"),
         (["finetune", "--data", "BROKEN"], "broken.jsonl, line 2"),
@@ -135,15 +135,15 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["finetune", "--data", "DATA", "--model", "MODEL", "--schedule", "linear"], "schedule='linear' is not known"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--eval-every", "2"], "needs held-out examples"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--resume", "--overwrite"], "exclude each other"),
-        (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "nowhere is not a folder: an adapter is"),
+        (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "nowhere is not a folder: name a"),
         (["generate", "hi", "--model", "MODEL", "--adapter", ""], " has no adapter_config.json"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--test-data", ""], "no data file at ."),
         (["generate", "caf\udce9", "--model", "MODEL"], r"the turn of user holds '\udce9', half of a surrogate pair"),
         (["block-size", "MODEL", "--bits", "4.03", "--out", "p.json"], "too small: the smallest plan takes 4.08"),
-        (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is no UTF-8 text"),
+        (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is not UTF-8 text"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "p.json", "--codebooks", "nf9"], "'nf9' is not known"),
-        (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is no folder that the plan can be"),
-        (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is no file: name one for the plan"),
+        (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is not a folder that can be written to"),
+        (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is a folder, but a plan is a file: name a file"),
         (["quantize", "nowhere", "--out", "small", "--plan", "EMPTY"], "empty.jsonl is not a plan, or is cut off"),
         (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
     ],
@@ -195,8 +195,10 @@ def test_help_is_quick_and_argparse_errors_are_code_2():
     assert stop.value.code == 2
 
 
-def test_commands_of_the_readme_are_understood():
-    lines = (Path(__file__).parents[2] / "README.md").read_text("utf-8").splitlines()
+def test_commands_of_the_documentation_are_understood():
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *(root / "docs").glob("*.md")]
+    lines = [line for page in pages for line in page.read_text("utf-8").splitlines()]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qlora-lab ")]
     assert len(commands) >= 9
     for words in commands:

@@ -1,0 +1,83 @@
+"""The documentation: every relative link leads to a file and a heading, and no page is left out. The build is slow."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.make_site import contents
+from tools.reference import as_markdown, public_page, room_page, rooms
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"]
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+
+
+def text_of(page: Path) -> str:
+    """A page without its code."""
+    return re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name of a page, by the rule of code hosts: small letters, hyphens for spaces, no other signs."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(text_of(page)):
+        assert "://" not in target, f"{target}: a page of ours names no host"
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), f"{target}: there is no such file"
+        assert not anchor or anchor in anchors(file), f"{target}: {file.name} has no such heading"
+
+
+def test_a_broken_link_is_seen():
+    assert LINK.findall("see [a page](docs/none.md#here), ![picture](a.png)") == ["docs/none.md#here", "a.png"]
+    assert "a-device-day" in anchors(ROOT / "bench" / "README.md")
+
+
+def test_pictures_have_words_for_those_who_do_not_see_them():
+    for page in PAGES:
+        assert all(len(words) > 40 for words in re.findall(r"!\[([^]]*)\]", page.read_text("utf-8"))), page
+
+
+def test_no_page_is_left_out_of_the_contents():
+    listed = set(contents().split())
+    written = {f"docs/{page.stem}" for page in (ROOT / "docs").glob("*.md")}
+    notebooks = {f"notebooks/{page.stem}" for page in (ROOT / "notebooks").glob("*.ipynb")}
+    assert written | notebooks | {f"reference/{room}" for room in rooms()} <= listed
+
+
+def test_docstrings_are_shown_letter_by_letter():
+    text = "Divide a_b by *c*, or _d_; `x_y` is code.\n\n>>> 1 + 1\n2\n\n    aligned   as it stands"
+    shown = r"Divide a_b by \*c\*, or \_d\_; `x_y` is code."
+    assert as_markdown(text) == f"{shown}\n\n```pycon\n>>> 1 + 1\n2\n```\n\n```text\n    aligned   as it stands\n```"
+
+
+def test_the_reference_has_signatures_methods_and_files():
+    public = public_page()
+    assert "{py:function} qlora_lab.quantize(weight: torch.Tensor" in public
+    assert (
+        "{py:class} qlora_lab.QuantizedTensor(" in public and "{py:attribute} qlora_lab.QuantizedTensor.codes" in public
+    )
+    assert "## packing.py" in room_page("quant") and "qlora_lab.quant.packing.pack(" in room_page("quant")
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning():
+    """Also checks the links of notebooks and the references between pages: for Sphinx each is an error."""
+    command = [sys.executable, "-m", "tools.make_site"]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = ROOT / "build" / "site" / "html"
+    front = (pages / "index.html").read_text("utf-8")
+    assert 'alt="A hand drags' in front and (pages / "searchindex.js").stat().st_size > 100_000
+    notebook = (pages / "notebooks" / "03_block_size.html").read_text("utf-8")
+    assert "<math" in notebook and re.search(r'<img[^>]* alt="[^"]{40}', notebook)
+    for page in pages.rglob("*.html"):  # no page loads anything from elsewhere
+        assert not re.search(r'<(script|link|img)[^>]*(src|href)="https?:', page.read_text("utf-8")), page
