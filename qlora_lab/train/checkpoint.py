@@ -92,8 +92,8 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
         raise FileNotFoundError(f"{run} has no checkpoint of step {step}: {there}")
     if damaged := _damaged(folder):
         earlier = [s for s in steps if s < step]
-        remedy = f"go on from the one before it: resume={earlier[-1]}" if earlier else "there is none before it"
-        raise ValueError(f"{folder / damaged} is not what was written, it was cut off or changed; {remedy}")
+        remedy = f"resume from the checkpoint before it: resume={earlier[-1]}" if earlier else "no earlier one is left"
+        raise ValueError(f"{folder / damaged} was cut off or changed after it was written; {remedy}")
     try:
         # copies: what load_file returns are views of the file
         tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}

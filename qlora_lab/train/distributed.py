@@ -214,8 +214,7 @@ class Sharded(_Several):
                 fill(self._gather(shard))
         except RuntimeError as error:
             raise RuntimeError(
-                "the base weights are still spread over processes, of which not all came to the end: "
-                "load the model again"
+                "not all processes reached the end, so the base is still spread over them: load the model again"
             ) from error
         finally:
             self.model = self._original

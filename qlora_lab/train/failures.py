@@ -29,7 +29,7 @@ def telling(when: str, folder: Path, settings: Settings) -> Iterator[None]:
             raise
         where = f"{error.filename}: " if error.filename else ""  # a full disk often names no file
         said = f"the run ended {when} ({where}{error.strerror}): {last_saved(folder)}"
-        raise OSError(f"{said}. Mend that, then resume (resume=True; --resume on the command line)") from error
+        raise OSError(f"{said}. Fix that, then resume (resume=True; --resume on the command line)") from error
 
 
 def last_saved(folder: Path) -> str:
@@ -49,7 +49,7 @@ def where_not_finite(model: torch.nn.Module, micro_batches: list[dict[str, torch
     remedy = f"Try to {lower}"
     if computes_in(model) != torch.float32:
         remedy = f"Load the model with dtype=torch.float32 (--dtype float32), or {lower}"
-    return f"First that is not finite: {where}. {remedy}"
+    return f"The first value that is not finite: {where}. {remedy}"
 
 
 def _less_memory(folder: Path, settings: Settings) -> str:

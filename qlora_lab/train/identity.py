@@ -127,7 +127,7 @@ def adopt_arithmetic(model: nn.Module, saved: dict) -> None:
     own = torch.get_num_threads()
     if threads and threads != own and threads <= (os.cpu_count() or 1):  # more threads than cores: refused later
         torch.set_num_threads(threads)
-        warnings.warn(f"the run was begun with {threads} threads, so it goes on with them and not {own}", stacklevel=2)
+        warnings.warn(f"the run began with {threads} threads, so it continues with {threads}, not {own}", stacklevel=2)
 
 
 def for_comparison(arithmetic: dict) -> dict:

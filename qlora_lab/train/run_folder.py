@@ -66,7 +66,7 @@ def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = Fa
         return
     if steps:
         raise FileExistsError(
-            f"{out} holds an earlier run, saved at step {steps[-1]}: go on with it (resume=True; --resume on the "
+            f"{out} holds an earlier run, saved at step {steps[-1]}: resume it (resume=True; --resume on the "
             "command line), choose another folder, or overwrite it (overwrite=True; --overwrite)"
         )
     if (out / ADAPTER).exists():

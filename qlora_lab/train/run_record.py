@@ -92,8 +92,8 @@ def check_same_run(folder: Path, facts: dict, record: dict, encoded: list[Encode
         now |= {"base_sha256": early_checksum}
     if lines := obstacles(comparable(facts["run"]), now, encoded):
         raise ValueError(
-            f"{folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "
-            "Ask for what it was begun with, or choose another folder"
+            f"{folder} holds a different run, so it cannot be resumed: {'; '.join(lines)}. "
+            "Use the settings, model and data that it began with, or choose another folder"
         )
 
 
@@ -101,14 +101,14 @@ def adopt_saved(model: torch.nn.Module, saved: dict, folder: Path, other_arithme
     """Compute as the run did so far. Raises ValueError where that cannot be, unless `other_arithmetic` accepts it."""
     adopt_arithmetic(model, saved)  # first take over what can be chosen, then compare the rest
     if not is_known(saved):
-        told = "was begun by an earlier version, which noted neither versions nor threads nor all of the base"
-        warnings.warn(f"{folder} {told}: whether they are the same is not known", stacklevel=2)
+        told = "was begun by an earlier version, which recorded neither versions nor threads nor the whole base"
+        warnings.warn(f"{folder} {told}: whether they are the same is unknown", stacklevel=2)
         return
     lines = differences(for_comparison(saved), for_comparison(arithmetic(model)))
     if lines and not other_arithmetic:
         raise ValueError(
-            f"{folder} was begun with other arithmetic, so its last bits would differ: {'; '.join(lines)}. "
-            "Go on all the same with other_arithmetic=True (--other-arithmetic on the command line)"
+            f"{folder} began with different arithmetic, so its last bits would differ: {'; '.join(lines)}. "
+            "To resume anyway, pass other_arithmetic=True (--other-arithmetic on the command line)"
         )
 
 

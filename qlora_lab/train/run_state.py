@@ -110,8 +110,8 @@ class RunState:
         tensors, facts = load_checkpoint(folder, step)
         check_facts(facts, facts_path(folder, step))
         if step >= settings.steps:
-            made = f"{folder} was saved at step {step}, so steps={settings.steps} are made already"
-            raise ValueError(f"{made}: ask for more of them")
+            done = f"{folder} was saved at step {step}, so all of steps={settings.steps} are done"
+            raise ValueError(f"{done}: ask for more steps")
         check_same_run(folder, facts, self.record, encoded, early_checksum)
         lines = read_saved_log(folder / LOG, step, facts)
         file = tensors_path(folder, step)

@@ -310,7 +310,7 @@ class Training:
         self._state.optimizer.zero_grad(set_to_none=True)
         self._engine.close()  # from here on each process looks for itself
         where = where_not_finite(self.model, micro_batches, self.settings.lr)
-        told = f"nothing was updated by this step, {last_saved(self.folder)}. {where}"
+        told = f"this step changed nothing, {last_saved(self.folder)}. {where}"
         raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; {told}")
 
     # ---------------------------------------------------------------------------------------------- begin, save, finish

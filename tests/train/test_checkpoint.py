@@ -244,14 +244,14 @@ def test_another_run_is_not_resumed_and_the_difference_is_told(folder, stopped, 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"steps": 14}, r"steps: 12 in the checkpoint, 14 now\. Ask"),  # 56 examples, and no longer 48
-        ({"steps": 8}, r"steps: 12 in the checkpoint, 8 now\. Ask"),
-        slow({"batch_size": 3}, r"batch_size: 4 in the checkpoint, 3 now\. Ask"),
-        slow({"seed": 3}, r"seed: 0 in the checkpoint, 3 now\. Ask"),
-        slow({"max_length": 39}, r"max_length: 40 in the checkpoint, 39 now\. Ask"),
-        ({"steps": 14, "r": 8}, r"steps: 12 in the checkpoint, 14 now; adapter\.r: 4 in the checkpoint, 8 now\. Ask"),
+        ({"steps": 14}, r"steps: 12 in the checkpoint, 14 now\. Use"),  # 56 examples, and no longer 48
+        ({"steps": 8}, r"steps: 12 in the checkpoint, 8 now\. Use"),
+        slow({"batch_size": 3}, r"batch_size: 4 in the checkpoint, 3 now\. Use"),
+        slow({"seed": 3}, r"seed: 0 in the checkpoint, 3 now\. Use"),
+        slow({"max_length": 39}, r"max_length: 40 in the checkpoint, 39 now\. Use"),
+        ({"steps": 14, "r": 8}, r"steps: 12 in the checkpoint, 14 now; adapter\.r: 4 in the checkpoint, 8 now\. Use"),
         ({"steps": 14, "examples": MANY[1:]}, r"steps: 12 in the checkpoint, 14 now; data\.\w+: "),
-        ({"steps": 5}, r"was saved at step 5, so steps=5 are made already: ask for more of them"),
+        ({"steps": 5}, r"was saved at step 5, so all of steps=5 are done: ask for more steps"),
     ],
 )
 def test_a_cause_is_told_without_what_follows_from_it(folder, tmp_path, change, message):
@@ -274,7 +274,7 @@ def test_where_nothing_follows_from_the_number_of_steps_it_may_change(folder, tm
 def test_a_rate_that_follows_from_the_number_of_steps(folder, tmp_path):
     options = {"batch_size": 8, "schedule": "cosine"}
     stop_at(3, folder, tmp_path / "run", **options)
-    with pytest.raises(ValueError, match=r"resumed: steps: 12 in the checkpoint, 14 now\. Ask"):
+    with pytest.raises(ValueError, match=r"resumed: steps: 12 in the checkpoint, 14 now\. Use"):
         training(folder, tmp_path / "run", steps=14, resume=True, **options).run()
 
 
@@ -320,7 +320,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used_when_as
     else:
         content[random.Random(name).randrange(len(content))] ^= 4
         path.write_bytes(content)
-    message = r"step-00000005/\S+ is not what was written.* go on from the one before it: resume=4"
+    message = r"step-00000005/\S+ was cut off or changed.* resume from the checkpoint before it: resume=4"
     with pytest.raises(ValueError, match=message) as error:
         training(folder, stopped, resume=True).run()
     # with wrong sums it is the file that they are about

@@ -73,7 +73,9 @@ def test_another_base_is_not_resumed_wherever_it_differs(folder, stopped, change
     model, changed = quantised(folder)[0], quantised(folder)[0]
     change(changed)
     assert first_elements_checksum(model) == first_elements_checksum(changed)  # what was compared before
-    with pytest.raises(ValueError, match=r"another run, .*: base_sha256: \w{64} in the checkpoint, \w{64} now\. Ask"):
+    with pytest.raises(
+        ValueError, match=r"a different run, .*: base_sha256: \w{64} in the checkpoint, \w{64} now\. Use"
+    ):
         resume(folder, stopped, change=change)
 
 
@@ -152,7 +154,7 @@ def test_other_arithmetic_is_told_in_one_line_with_what_accepts_it(folder, stopp
 
     rewrite(stopped, change)
     with pytest.raises(
-        ValueError, match=f"with other arithmetic, .*: {said}. Go on all the same with other_arith"
+        ValueError, match=f"with different arithmetic, .*: {said}. To resume anyway, pass other_arith"
     ) as error:
         resume(folder, stopped)
     assert "\n" not in str(error.value)
@@ -163,7 +165,7 @@ def test_other_arithmetic_is_told_in_one_line_with_what_accepts_it(folder, stopp
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="it has one core")
 def test_the_number_of_threads_is_taken_over_while_the_run_lasts(folder, stopped):
     rewrite(stopped, lambda facts: facts["arithmetic"].update(threads=2))
-    with pytest.warns(UserWarning, match="begun with 2 threads, so it goes on with them and not 1"):
+    with pytest.warns(UserWarning, match="began with 2 threads, so it continues with 2, not 1"):
         seen = {torch.get_num_threads() for _ in training(folder, stopped, resume=True)}
     assert seen == {2} and torch.get_num_threads() == 1
 
@@ -197,7 +199,9 @@ def test_a_run_of_an_earlier_version_is_resumed_with_a_warning(folder, stopped):
         facts["run"]["base_sha256"] = as_earlier_versions_did(quantised(folder)[0])
 
     rewrite(stopped, age)
-    said = "run was begun by an earlier version, which noted neither versions nor threads nor all of the base: whether"
+    said = (
+        "run was begun by an earlier version, which recorded neither versions nor threads nor the whole base: whether"
+    )
     with pytest.warns(UserWarning, match=said):
         assert resume(folder, stopped).ended == "all steps"
     assert "versions" in json.loads((stopped / "settings.json").read_text())["arithmetic"]

@@ -159,7 +159,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_overwritten(train, tmp_path)
     train(tmp_path / "a", 2, save_every=1)
     for name in (MARK, "result.json"):
         (tmp_path / "a" / name).unlink()
-    with pytest.raises(FileExistsError, match="holds an earlier run, saved at step 1: go on with it"):
+    with pytest.raises(FileExistsError, match="holds an earlier run, saved at step 1: resume it"):
         train(tmp_path / "a", 2)
     assert train(tmp_path / "a", 2, resume=True).ended == "all steps"
     (tmp_path / "a" / MARK).unlink()

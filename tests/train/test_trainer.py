@@ -194,7 +194,7 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(model, tokenizer
     assert saved_steps(tmp_path / "run") == [3] and training.result.adapter.is_dir()
     assert signal.getsignal(signal.SIGINT) is before
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(FileExistsError, match="saved at step 3: go on with it"):
+    with pytest.raises(FileExistsError, match="saved at step 3: resume it"):
         train(model, tokenizer, tmp_path / "run")
 
 
