@@ -12,6 +12,7 @@ from math import ceil
 import torch
 
 from qlora_lab import kernels
+from qlora_lab.kernels.packed_weight import PackedConstants
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
 from qlora_lab.kernels.triton.dequantize_double import dequantize_double
 from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4
@@ -105,7 +106,7 @@ def check_blocks(device: torch.device, n: int, block_size: int, name: str) -> It
         given = absmax.to(device), constants.absmax_offset.to(device), there[1]
         arguments, twins = (*given, double_quant.GROUP_SIZE, TINY), (constants.absmax_codes, constants.absmax_scale)
         yield partial(all_same, case, double_quantize, arguments, twins)
-        plain = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in constants.plain)
+        plain = PackedConstants(*(t.to(device) for t in constants.plain[:-1]), double_quant.GROUP_SIZE)
         undone = readable(double_quant.double_dequantize, constants)
         yield partial(all_same, case, double_dequantize, (plain,), (undone,))
         for rung, stored, twin in ((dequantize_nf4, given[0], absmax), (dequantize_double, plain, undone)):

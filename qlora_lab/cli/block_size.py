@@ -80,9 +80,7 @@ def _plan(a: argparse.Namespace, candidates: tuple["Candidate", ...]) -> "Plan":
 
     names, numel = zip(*layer_sizes(model).items(), strict=True)  # numel: weights of each layer
     bits = bits_table(numel, candidates)  # (layers, candidates)
-    best(
-        Choices(names, numel, candidates, error=bits, bits=bits)
-    )  # raises now, not after minutes, if limits are too low
+    best(Choices(names, numel, candidates, error=bits, bits=bits))  # limits that are too low raise before the long part
     options = {"windows": a.windows, "length": a.length, "fisher": True, "progress": not a.quiet}
     measured = sensitivity(model, tokenizer, text, **options)
     del model  # choices_of reads the weights again, layer by layer

@@ -53,7 +53,7 @@ def shaped_levels(curve: float = 1.0, below: int = 7, zero: bool = True) -> torc
     >>> shaped_levels(below=7)[[0, 6, 7, 8, 15]].tolist()
     [-1.0, -0.1428571492433548, 0.0, 0.125, 1.0]
     """
-    half = 0.0 if zero else 0.5
+    half = 0.0 if zero else 0.5  # a step
 
     def side(n: int) -> torch.Tensor:
         return ((torch.arange(1, n + 1) - half) / (n - half)) ** curve  # (n,)

@@ -52,7 +52,7 @@ def held_out(
     Examples of more than MAX_LENGTH tokens count in ROUGE-L but not in the loss. Raises ValueError for a token without
     an embedding in the model, and for a row that is longer than the model's table of positions.
     """
-    encoded, _ = encode_all(examples, tokenizer, MAX_LENGTH, progress=progress)
+    encoded, _ = encode_all(examples, tokenizer, MAX_LENGTH, progress=progress)  # longer examples are dropped
     check_tokens(model, tokenizer, used_tokens(encoded))
     longest = max(len(example.input_ids) for example in encoded)
     check_length(model, longest, "a held-out example", "take shorter ones")
@@ -83,10 +83,10 @@ def generate_answers(
 def _answers(
     model: torch.nn.Module, tokenizer: "Tokenizer", prompts: list[Turns], max_new_tokens: int, progress: bool
 ) -> list[str]:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig  # heavy, so not at the top
 
     check_whole("max_new_tokens", max_new_tokens)
-    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]  # token ids
     check_tokens(model, tokenizer, {token for row in rows for token in row})
     longest = max(map(len, rows)) + max_new_tokens - 1  # the model never reads the last token
     fix = "ask a shorter question, or take fewer max_new_tokens (--max-new-tokens)"
@@ -99,17 +99,17 @@ def _answers(
     with measuring(model), _own_configuration_aside(model):
         for chosen in tqdm(batches, "answers", unit="batch", leave=False, disable=not progress):
             batch = to_device(_left_padded([rows[i] for i in chosen], fill), model)
-            generated = model.generate(**batch, generation_config=greedy)
+            generated = model.generate(**batch, generation_config=greedy)  # (batch, prompt + answer)
             new = generated[:, batch["input_ids"].shape[1] :].tolist()  # (batch, at most max_new_tokens)
             texts = tokenizer.batch_decode([_until(row, stop) for row in new], skip_special_tokens=True)
             answers |= zip(chosen, texts, strict=True)
-    return [answers[i].strip() for i in range(len(rows))]
+    return [answers[i].strip() for i in range(len(rows))]  # in the order of the prompts
 
 
 def _at_once(model: torch.nn.Module, rows: list[list[int]], fill: int) -> list[list[int]]:
     """Group rows to answer together: of similar length, or of equal length if the model does not ignore padding."""
     lengths = [len(row) for row in rows]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    order = sorted(range(len(rows)), key=lengths.__getitem__)  # neighbours need little padding
     groups = [order]
     if min(lengths) < max(lengths) and reads_padding(model, rows[order[0]], fill):
         groups = [list(group) for _, group in groupby(order, key=lengths.__getitem__)]
@@ -139,7 +139,7 @@ def _own_configuration_aside(model: torch.nn.Module) -> Iterator[None]:
 def _stop_ids(model: torch.nn.Module, tokenizer: "Tokenizer") -> list[int]:
     """Collect the template's end token and the model's own end tokens (one id, several, or none)."""
     own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
+    own = own if isinstance(own, list) else [own]  # None becomes [None], which is removed
     return sorted({end_token_id(tokenizer), *own} - {None})
 
 

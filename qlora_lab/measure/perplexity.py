@@ -51,7 +51,7 @@ def perplexity(
     """
     rows = text_windows(tokenizer, text, length, windows)
     check_windows_fit(model, tokenizer, rows)
-    return math.exp(fmean(window_losses(model, rows, progress)))
+    return math.exp(fmean(window_losses(model, rows, progress)))  # all windows predict length - 1 tokens
 
 
 def check_windows_fit(model: torch.nn.Module, tokenizer: "Tokenizer", rows: torch.Tensor) -> None:
@@ -63,7 +63,7 @@ def check_windows_fit(model: torch.nn.Module, tokenizer: "Tokenizer", rows: torc
 def text_windows(tokenizer: "Tokenizer", text: str, length: int = 512, windows: int = 8) -> torch.Tensor:
     """Return the first `windows` x `length` tokens of `text`: (windows, length) int64. Raises as perplexity does."""
     check_windows(length, windows)
-    ids = _first_ids(tokenizer, text, length * windows)
+    ids = _first_ids(tokenizer, text, length * windows)  # token ids
     if len(ids) < length * windows:
         fewer = f"windows={len(ids) // length}" if len(ids) >= length else "shorter windows"
         raise ValueError(
@@ -82,12 +82,12 @@ def _first_ids(tokenizer: "Tokenizer", text: str, needed: int) -> list[int]:
         ids = tokenizer(text[:taken], add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= needed + WORD or taken >= len(text):
             return ids
-        taken *= 4
+        taken *= 4  # long words, or many spaces
 
 
 def check_windows(length: int, windows: int) -> None:
     """Raise ValueError unless there is a window and each window has a token to predict."""
-    check_whole("length", length, 2)
+    check_whole("length", length, 2)  # the first token of a window is not predicted
     check_whole("windows", windows)
 
 

@@ -54,7 +54,7 @@ def identity(row: dict) -> str:
     """Return a text that is equal for two rows that measure the same. LookupError or TypeError if it is not a row."""
     decides = {name: row[name] for name in IDENTITY}
     decides["model"] = [row["model"][name] for name in ("weights_sha256", "config_sha256")]
-    decides["data"] = row["data"]["tokens_sha256"]
+    decides["data"] = row["data"]["tokens_sha256"]  # equal tokens, whatever the text's name
     return json.dumps(decides, sort_keys=True)
 
 
@@ -80,17 +80,17 @@ def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
     with locked_file(path, "sweep"), _gone_if_empty(path), disk.open_for(path, "ab") as file:  # a write is one call
         content = read_regular(path, LARGEST)
         rows, end = _parsed(path, content)
-        file.truncate(end)
+        file.truncate(end)  # cuts off a torn line
         if end and content[end - 1 : end] != b"\n":  # the last row is whole but for its new line
             file.write(b"\n")
-        disk.sync(path.parent)
+        disk.sync(path.parent)  # a new file's name is on the disk, too
         yield rows, file
 
 
 @contextmanager
 def _gone_if_empty(path: Path) -> Iterator[None]:
     """Remove a new file that stayed empty, as after a mistyped name of a model."""
-    made = not path.exists()
+    made = not path.exists()  # before open_results creates it
     try:
         yield
     finally:
@@ -121,7 +121,7 @@ def verify_rows(path: str | Path) -> list[Part]:
     """
     path = Path(path)
     _check_kind(path)
-    lines = read_regular(path, LARGEST).splitlines()
+    lines = read_regular(path, LARGEST).splitlines()  # of bytes
     if not lines or not any(line.startswith(START) for line in lines):
         raise ValueError(f"{path} holds no row of a sweep: name a file that a command of qlora-lab wrote")
     return [Part(f"row {number}", _state(line)) for number, line in enumerate(lines, 1)]

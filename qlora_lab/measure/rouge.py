@@ -21,6 +21,6 @@ def rouge_l(predictions: list[str], references: list[str]) -> list[float]:
 
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions but {len(references)} references: give one for each")
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"])  # without stemming
     pairs = zip(predictions, references, strict=True)
     return [float(scorer.score(reference, prediction)["rougeL"].fmeasure) for prediction, reference in pairs]

@@ -1,7 +1,7 @@
 """Estimate what an error in each layer's weights costs the model, so that bits can go where they matter.
 
 In: an unquantised model, and a text to calibrate on. Out: s, (in_features,) float32 for each linear layer: quantising W
-to Q is expected to do a damage of the sum over i, j of s_j (w_ij - q_ij)^2. Then Choices, for the solver of a plan.
+to Q is expected to do a damage of the sum over i, j of s_j (w_ij - q_ij)^2. Then Choices, for best_plan.
 
 Without fisher, s_j is the mean of x_j^2 over the tokens, where x is the layer's input. The damage is then the squared
 error of the layer's output, if errors of weights are independent (the diagonal of the Hessian in GPTQ, arXiv
@@ -81,7 +81,7 @@ def sensitivity(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no plain nn.Linear: load it with codebook=None to calibrate")
     sums = {name: torch.zeros(module.in_features, dtype=torch.float64) for name, module in layers.items()}
-    draws = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same labels
     tokens = 0
     bar = tqdm(batches, "sensitivity", unit="batch", disable=not progress, leave=False)
     with mode(model, training=False), _watched(model, layers, sums, fisher) as embedded, torch.set_grad_enabled(fisher):
@@ -95,7 +95,7 @@ def sensitivity(
                 torch.autograd.grad(_drawn_loss(logits, draws), embedded.pop())  # only for the hooks on its way
     if not tokens:
         raise ValueError("no batches with a token to predict: give at least one to calibrate on")
-    return {name: (total / tokens).float() for name, total in sums.items()}
+    return {name: (total / tokens).float() for name, total in sums.items()}  # means
 
 
 def _without_padding(batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -127,7 +127,7 @@ def choices_of(
         raise ValueError("no candidates: give at least one (codebook, block size, double quantization)")
     for candidate in candidates:
         check_candidate(candidate)
-    name, count, weights = _weights(model)
+    name, count, weights = _weights(model)  # weights are read one by one
     layers: list[str] = []
     numel: list[int] = []
     error: list[list[float]] = []  # (layers, candidates)
@@ -181,10 +181,10 @@ def _watched(
     Yields the list of embedded inputs, at which the backward pass ends: no weight gets a gradient, and the gradient
     flows through frozen weights, too.
     """
-    embedded = []
+    embedded = []  # at most one: each backward pass takes it out
 
     def keep(name: str, module: nn.Linear, inputs: tuple, output: torch.Tensor) -> None:
-        x = inputs[0].detach()
+        x = inputs[0].detach()  # (rows, tokens, in_features)
         if fisher:
             output.register_hook(lambda g: add_squares(name, x, g))
         else:
@@ -217,7 +217,7 @@ def _windows(x: torch.Tensor) -> torch.Tensor:
 
 def _drawn_loss(logits: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
     """Sum the cross entropy of next tokens that are drawn from the model's own predictions."""
-    flat = logits[:, :-1].flatten(0, 1).float()  # (tokens, vocabulary)
+    flat = logits[:, :-1].flatten(0, 1).float()  # (tokens, vocabulary); nothing follows the last token
     if not flat.isfinite().all():
         raise FloatingPointError("the model predicts NaN or infinity: look for them in its weights, or use float32")
     labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=draws)[:, 0]  # (tokens,)

@@ -94,7 +94,7 @@ def sweep(
     data = f"help topics of Python {python_version()}" if text is None else "text of the caller"
     text = topics_text() if text is None else text
     with open_results(results) as (rows, file):
-        done = {identity(row): row for row in rows}
+        done = {identity(row): row for row in rows}  # by earlier calls
         source, tokenizer = _loaded(name_or_path, dtype, device, progress)
         tokens = text_windows(tokenizer, text, length, windows)  # (windows, length)
         check_windows_fit(source.model, tokenizer, tokens)
@@ -105,11 +105,11 @@ def sweep(
         try:
             for variant in bar:
                 bar.set_postfix_str(str(variant))
-                full = fitted(variant, source, seed)
+                full = fitted(variant, source, seed)  # with levels, if it named a fit
                 row = shared | _variant_record(full, source) | {"seed": None if full is variant else seed}
                 if (same := identity(row)) not in done:
                     row = with_checksum(row | _measured(full, source, tokens, progress))
-                    append_result(file, row)
+                    append_result(file, row)  # on the disk before the next setting
                     done[same] = row
                 measured.append(done[same])
         except KeyboardInterrupt:
@@ -192,7 +192,7 @@ def _model_record(name_or_path: str | Path, folder: Path) -> dict:
     digest = hashlib.sha256()
     for path in weight_files(folder):
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(hashlib.file_digest(file, "sha256").digest())  # a checksum of checksums
     record = {"name": str(name_or_path), "source": "a local folder", "weights_sha256": digest.hexdigest()}
     record["config_sha256"] = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     if note := _source_note(folder):
@@ -213,7 +213,7 @@ def _source_note(folder: Path) -> str | None:
 
 def _commit() -> str | None:
     """Name the commit of the library's own checkout, with "-dirty" if files were changed; None if it is installed."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[2]  # of the repository
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -46,6 +46,13 @@ class Ledger:
             raise ValueError(f"phase={phase!r} is not known: it is one of {', '.join(PHASES)}")
         return sum(row.predicted for row in self.rows if phase in row.when)
 
+    def groups_at(self, phase: str) -> dict[str, int]:
+        """Sum the predicted bytes of a phase by group, in the order of the rows; a group may have 0."""
+        sums = dict.fromkeys(self.groups, 0)
+        for row in self.rows:
+            sums[row.group] += row.predicted * (phase in row.when)
+        return sums
+
     @property
     def phase(self) -> str:
         """The phase that holds the peak."""
@@ -87,13 +94,8 @@ class Ledger:
         """Return every field and sum, as plain values for JSON."""
         rows = [asdict(row) for row in self.rows]
         phases = {phase: self.at(phase) for phase in PHASES}
-        sums = {
-            "groups": self.groups,
-            "phases": phases,
-            "peak": self.peak,
-            "peak_phase": self.phase,
-            "per_token": self.per_token,
-        }
+        sums = {"groups": self.groups, "phases": phases, "peak": self.peak, "peak_phase": self.phase}
+        sums["per_token"] = self.per_token
         return {"setup": self.setup, "rows": rows, **sums, "notes": list(self.notes)}
 
     def __str__(self) -> str:
@@ -103,7 +105,8 @@ class Ledger:
         for row in self.rows:
             lines.append((row.group if row.group != group else "", *_cells(row)))  # a group's name once
             group = row.group
-        shares = [(name, "sum", "", "", f"{size:,}", "", "", f"{size / MIB:,.1f} MiB") for name, size in _some(self)]
+        sums = {name: size for name, size in self.groups.items() if size}
+        shares = [(name, "sum", "", "", f"{size:,}", "", "", f"{size / MIB:,.1f} MiB") for name, size in sums.items()]
         peaks = [("", phase, "", "", f"{self.at(phase):,}", "", "", _mark(self, phase)) for phase in PHASES]
         lines += [*shares, ("phase", *[""] * 7), *peaks]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -120,10 +123,6 @@ def _cells(row: LedgerRow) -> tuple[str, ...]:
     measured = "" if row.measured is None else f"{row.measured:,}"
     difference = "" if row.measured is None else f"{row.predicted - row.measured:+,}".replace("+0", "0")
     return row.what, f"{row.count:,}", row.dtype, f"{row.predicted:,}", measured, difference, row.formula
-
-
-def _some(ledger: Ledger) -> list[tuple[str, int]]:
-    return [(name, size) for name, size in ledger.groups.items() if size]
 
 
 def _mark(ledger: Ledger, phase: str) -> str:

@@ -25,17 +25,7 @@ from qlora_lab.adapters.lora import LoRALinear
 from qlora_lab.adapters.model_tensors import PACKED, model_tensors
 from qlora_lab.data.dataset import IGNORED
 from qlora_lab.kernels import product
-from qlora_lab.memory.activations import (
-    ADAPTER,
-    ATTENTION,
-    CHECKPOINT,
-    INDICES,
-    INPUT,
-    MASK,
-    NORM,
-    ROTARY,
-    SWIGLU,
-)
+from qlora_lab.memory.activations import ADAPTER, ATTENTION, CHECKPOINT, INDICES, INPUT, MASK, NORM, ROTARY, SWIGLU
 from qlora_lab.memory.ledger import Ledger, LedgerRow
 from qlora_lab.memory.predict import MAP_BYTES, ledger_of
 from qlora_lab.memory.setup import Setup
@@ -129,17 +119,10 @@ def setup_of(
     if layers:
         exact = adapter.lora_A.dtype == torch.float32
         options["fused_adapter"] = bool(packed) and adapter.base.takes_adapter and exact and not adapter.dropout.p
-    options |= {"dtype": model.dtype, "device": model.device.type, "wide_attention": _is_wide(model)}
-    options["gradient_checkpointing"] = _recomputes(model)
+    options |= {"dtype": model.dtype, "device": model.device.type}
+    options["wide_attention"] = model.config._attn_implementation == WIDE
+    options["gradient_checkpointing"] = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     return Setup(**options, **_optimizer_options(optimizer), **_batch_options(batch))
-
-
-def _is_wide(model: "PreTrainedModel") -> bool:
-    return model.config._attn_implementation == WIDE
-
-
-def _recomputes(model: "PreTrainedModel") -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _optimizer_options(optimizer: torch.optim.Optimizer | None) -> dict:

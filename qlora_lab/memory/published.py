@@ -154,16 +154,8 @@ def _figure() -> Iterator[Computed]:
 def _text() -> Iterator[Computed]:
     llama = shape_of("llama-7b")
     yield "paper.text.full", 65 * 96 / 8, "65e9 x 96 bits / 8"
-    ledger = predict_memory(
-        "llama-65b",
-        r=R,
-        adapter_dtype="bfloat16",
-        paged=True,
-        batch_size=1,
-        length=512,
-        padded=False,
-        gradient_checkpointing=True,
-    )
+    run = {"adapter_dtype": "bfloat16", "paged": True, "batch_size": 1, "length": 512, "gradient_checkpointing": True}
+    ledger = predict_memory("llama-65b", r=R, padded=False, **run)
     words = "the ledger's peak: bf16 adapters, 32-bit moments in pages, one row of 512 tokens, checkpointing"
     yield "paper.text.qlora", ledger.peak / GB, words, "a bound; the ledger stays below it"
     needed = 567 * MIB / (2 * llama.layers * (3 * llama.hidden + llama.inner))

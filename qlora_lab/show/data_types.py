@@ -43,8 +43,6 @@ BINS = 81  # of the histogram; an odd number, so that zero lies in the middle of
 LEAST, MOST = 0.5, 30  # % of error, on a logarithmic axis
 MOST_USED = 30  # % of the weights with one code: room for four times an equal share
 
-# --------------------------------------------------------------------------------------------------------- an outlier
-
 
 class OutlierExplorer(Explorer):
     """One outlier, its block, and the levels that remain for the other weights. See Explorer."""
@@ -102,7 +100,7 @@ class OutlierExplorer(Explorer):
         self.levels.set_segments(used)
         self.free.set_segments(free)
         self.dots.set_data(range(len(weight)), weight)
-        far = int((weight - normal_weights(N_WEIGHTS)).abs().argmax())
+        far = int((weight - normal_weights(N_WEIGHTS)).abs().argmax())  # the outlier's place
         self.outlier.set_data([far], [weight[far]])
         self.bars.set_segments([[(i, 0), (i, 100 * n / q.block_size)] for i, n in enumerate(counts)])
         unused = np.flatnonzero(counts == 0)
@@ -135,9 +133,6 @@ def level_lines(q: QuantizedTensor) -> tuple[list, list]:
     return lines
 
 
-# ------------------------------------------------------------------------------------------------- a codebook by hand
-
-
 STARTS = {"NF4": shortest(codebook("nf4")), "even steps": shortest(shaped_levels())}
 
 
@@ -151,8 +146,8 @@ class CodebookExplorer(Explorer):
     above = ("levels",)
 
     def __init__(self, weight: torch.Tensor | None = None, **state):
-        self._own = weight is not None
-        self._runs = some_runs(normal_weights(SAMPLE) if weight is None else weight)
+        self._own = weight is not None  # the line to copy names it
+        self._runs = some_runs(normal_weights(SAMPLE) if weight is None else weight)  # (n_runs, 1024)
         self._compared: dict[int, dict] = {}  # by block size: all that does not depend on the reader's levels
         super().__init__(**state)
 
@@ -189,7 +184,7 @@ class CodebookExplorer(Explorer):
 
     def draw(self):
         fig, ax = new_figure(width=7.6, height=4.4)
-        ax.remove()
+        ax.remove()  # its place is divided below
         grid = fig.add_gridspec(2, 2, height_ratios=[1, 1.3], width_ratios=[1.5, 1])
         top, left, right = (fig.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
         for ax in (top, left, right):
@@ -235,7 +230,7 @@ class CodebookExplorer(Explorer):
         self.lines.set_segments([[(x, 0), (x, 1)] for x in result["levels"].tolist()])
         share = 100 * use.share.numpy()  # %
         self.bars.set_segments([[(code, 0), (code, min(s, MOST_USED))] for code, s in enumerate(share)])
-        over = np.flatnonzero(share > MOST_USED)
+        over = np.flatnonzero(share > MOST_USED)  # codes whose bars leave the axis
         self.beyond.set_data(over, np.full(len(over), MOST_USED))
         self.entropy.set_text(f"{use.entropy:z.2f} bits of information in 4")
         errors = [100 * other.relative_error for other in (use, *result["others"].values())]  # %

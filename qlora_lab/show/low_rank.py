@@ -53,7 +53,7 @@ class LowRankExplorer(Explorer):
         self.kept = right.add_collection(LineCollection([], colors=COLOURS["blue"], lw=2))
         self.cut_off = right.add_collection(LineCollection([], colors=COLOURS["orange"], lw=2))
         (self.cut,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")
-        self.right = right
+        self.right = right  # its limits follow the size
         return fig, [*self.images, *self.titles, self.kept, self.cut_off, self.cut]
 
     def update(self, result):
@@ -68,11 +68,11 @@ class LowRankExplorer(Explorer):
             image.set_clim(-reach, reach)  # one range for all: a pale residual is a small one
         for title, text in zip(self.titles, (f"target {size} x {size}", f"rank {r}", "residual"), strict=True):
             title.set_text(text)
-        lines = [[(k, 0), (k, value)] for k, value in enumerate((s / s[0]).tolist(), 1)]
+        lines = [[(k, 0), (k, value)] for k, value in enumerate((s / s[0]).tolist(), 1)]  # shares of the largest
         self.kept.set_segments(lines[:r])
         self.cut_off.set_segments(lines[r:])
         self.cut.set_data([r + 0.5] * 2, [0, 1.05])
-        self.right.set_xlim(0.8, 1.2 * size)
+        self.right.set_xlim(0.8, 1.2 * size)  # a new limit costs a full redraw
 
     @staticmethod
     def describe(state, result):

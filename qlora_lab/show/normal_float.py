@@ -42,19 +42,13 @@ class NormalFloatExplorer(Explorer):
 
     def draw(self):
         fig, (left, right) = new_figure(2, width=8.5)
-        left.set(
-            xlim=(-1.05, 1.05),
-            ylim=(0, 1.1),
-            xlabel="weight / absmax",
-            ylabel="density",
-            yticks=[],
-            xticks=[-1, -0.5, 0, 0.5, 1],
-        )
+        left.set(xlim=(-1.05, 1.05), ylim=(0, 1.1), xlabel="weight / absmax", ylabel="density", yticks=[])
+        left.set_xticks([-1, -0.5, 0, 0.5, 1])
         right.set(xlabel="code", ylabel="share of weights, %", ylim=(0, 30))
         (self.curve,) = left.plot([], [], color=COLOURS["black"], lw=1)
         self.levels = left.add_collection(LineCollection([], colors=COLOURS["blue"], lw=2))
         self.bars = right.add_collection(LineCollection([], colors=COLOURS["orange"]))
-        (self.equal,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")
+        (self.equal,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")  # the share that the rule aims for
         self.note = right.text(0.98, 0.95, "", transform=right.transAxes, ha="right", va="top")
         self.right = right
         return fig, [self.curve, self.levels, self.bars, self.equal, self.note]
@@ -65,7 +59,7 @@ class NormalFloatExplorer(Explorer):
         self.curve.set_data(X, result["density"](X))
         self.levels.set_segments([[(x, 0), (x, y)] for x, y in zip(levels, result["density"](levels), strict=True)])
         self.bars.set_segments([[(code, 0), (code, s)] for code, s in enumerate(share)])
-        self.bars.set_linewidth(100 / len(share))
+        self.bars.set_linewidth(100 / len(share))  # points: bars do not overlap at 6 bits
         self.right.set_xlim(-0.8, len(share) - 0.2)
         self.right.set_ylim(0, 250 / len(share))  # depends on bits alone: each new limit costs a full redraw
         self.equal.set_data([-0.8, len(share)], [100 / len(share)] * 2)

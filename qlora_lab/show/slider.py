@@ -39,7 +39,7 @@ class Slider(anywidget.AnyWidget):
     Slider('Block size', 64, unit='weights')
     """
 
-    description = T.Unicode().tag(sync=True)
+    description = T.Unicode().tag(sync=True)  # its accessible name
     unit = T.Unicode().tag(sync=True)
     labels = T.List(T.Unicode()).tag(sync=True)  # what the browser shows for each choice
     position = T.Int().tag(sync=True)
@@ -82,7 +82,7 @@ class Slider(anywidget.AnyWidget):
         else:
             self.choices = tuple(choices)
             self._rule = _listed(self.choices)
-        start = self._find(description, value)
+        start = self._find(description, value)  # ValueError if it is not a choice
         labels = [f"{c:.7g}" if isinstance(c, float) else str(c) for c in self.choices]  # float32 has 7 digits
         super().__init__(description=description, unit=unit, labels=labels, position=start, value=self.choices[start])
 
@@ -105,11 +105,11 @@ class Slider(anywidget.AnyWidget):
         return self.allowed(proposal["value"])
 
     @T.observe("position")
-    def _position_moved(self, change):
+    def _position_moved(self, change):  # in the browser
         self.value = self.choices[change["new"]]
 
     @T.observe("value")
-    def _value_moved(self, change):
+    def _value_moved(self, change):  # in Python
         self.position = self._find(self.description, change["new"])
 
     def __repr__(self):
@@ -167,7 +167,7 @@ class Button(anywidget.AnyWidget):
     """
 
     description = T.Unicode().tag(sync=True)
-    clicks = T.Int(0).tag(sync=True)
+    clicks = T.Int(0).tag(sync=True)  # the browser counts
 
     _esm = """
     export default { render({ model, el }) {

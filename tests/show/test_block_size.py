@@ -105,7 +105,7 @@ def test_words_that_end_two_projections_are_written_out():
 
 def test_two_layers_in_one_cell_are_named():
     layers = ("vision.layers.0.up_proj", "text.layers.0.up_proj")
-    with pytest.raises(ValueError, match=r"vision\..*_proj and text\..*_proj have one place on the map, block 0, up"):
+    with pytest.raises(ValueError, match=r"vision\..*_proj and text\..*_proj share one place on the map, block 0, up"):
         BlockSizeExplorer(choices_of(layers, [[1.0, 2.0]] * 2, sizes(64, 256)))
 
 
