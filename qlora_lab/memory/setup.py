@@ -22,12 +22,7 @@ DEVICES = ("cuda", "cpu")
 @documented
 @dataclass(frozen=True)
 class Setup:
-    """The run whose memory is predicted. Raises ValueError for a value that is not allowed.
-
-    padded: rows differ in length, so attention takes a mask. fused_adapter: one product serves weight and adapter, as on
-    the CPU; None: as the device does. wide_attention: attention is computed in float32 (model/wide.py); None: as `load`
-    decides on this machine.
-    """
+    """The run whose memory is predicted. Raises ValueError for a value that is not allowed."""
 
     # qlora quantises linear layers and trains adapters; lora trains adapters on the original weights
     method: str = option("qlora", "what is trained, and on what: qlora, lora or full (all weights)")
@@ -45,7 +40,7 @@ class Setup:
     # with packing it decides how many rows a batch needs
     mean_length: int | None = option(None, "mean tokens per example, for --packing (default: a whole row)", "tokens")
     packing: bool = same_option(Settings, "packing")
-    padded: bool = True
+    padded: bool = True  # rows differ in length, so attention takes a mask
     # only the rows of labels go through the head
     learned: float = option(0.25, "share of tokens that are labels, from 0 to 1")
     gradient_checkpointing: bool = same_option(Settings, "gradient_checkpointing")
@@ -53,8 +48,8 @@ class Setup:
     optimizer_budget: int | None = same_option(Settings, "optimizer_budget")
     paged: bool = False  # moments in float32 pages; those of torch's AdamW have the parameter's dtype
     device: str = option("cuda", "where the run computes: cuda or cpu")
-    fused_adapter: bool | None = None
-    wide_attention: bool | None = None
+    fused_adapter: bool | None = None  # one product for weight and adapter, as on the CPU; None: as the device does
+    wide_attention: bool | None = None  # computed in float32 (model/wide.py); None: as `load` decides on this machine
 
     def __post_init__(self):
         # torch costs a second, and the command line reads this class for its --help
