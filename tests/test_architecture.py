@@ -4,7 +4,10 @@ import ast
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -137,3 +140,65 @@ def test_what_is_imported_is_declared():
 def test_version_is_said_once_more():
     assert ql.__version__ == project()["version"]
     assert f"## {ql.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+# ----------------------------------------------------------------------------------------------- the size of the house
+
+LIBRARY = sorted((ROOT / "qlora_lab").rglob("*.py"))
+# what explains QLoRA from end to end, in this order
+PATH = ["quant/codebook", "quant/blocks", "quant/packing", "quant/double_quant", "quant/quantize", "model/linear4bit"]
+PATH += ["adapters/lora", "data/encode", "train/loss", "optim/paging", "train/loop"]
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines()
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_no_room_is_a_seventh_of_the_library():
+    """A room above 15 % is a sign to split it."""
+    sizes = Counter()
+    for path in LIBRARY:
+        sizes[path.relative_to(ROOT / "qlora_lab").parts[0]] += len(lines_of(path))
+    assert {room for room, size in sizes.items() if size > 0.15 * sizes.total()} == set()
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_files_and_functions_stay_small(path):
+    """A file above 400 lines says in its docstring why it is one."""
+    assert len(lines_of(path)) <= 400 or "One file:" in ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    assert [node.name for node in functions(path) if node.end_lineno - node.lineno >= 60] == []
+
+
+def test_few_functions_have_more_than_six_parameters():
+    """13 had outside the kernels, whose arguments are pointers and sizes."""
+    many = []
+    for path in LIBRARY:
+        for node in functions(path):
+            names = [name.arg for name in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            if len(set(names) - {"self", "cls"}) > 6 and "kernels" not in path.parts:
+                many.append(f"{path.parent.name}.{path.stem}.{node.name}")
+    assert len(many) <= 6, many
+
+
+def test_one_line_in_twelve_has_a_comment():
+    comments = total = 0
+    for path in LIBRARY:
+        total += len(lines_of(path))
+        with path.open("rb") as file:
+            tokens = [t for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT]
+        comments += len({token.start[0] for token in tokens if "noqa" not in token.string})
+    assert comments >= 0.08 * total
+
+
+def test_a_reader_s_path_is_an_evening_long():
+    lengths = {name: len(lines_of(ROOT / "qlora_lab" / f"{name}.py")) for name in PATH}
+    print(
+        *(f"{name}.py  {length} lines" for name, length in lengths.items()), f"{sum(lengths.values())} lines", sep="\n"
+    )
+    assert sum(lengths.values()) <= 1500

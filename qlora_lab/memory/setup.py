@@ -22,9 +22,9 @@ DEVICES = ("cuda", "cpu")
 @documented
 @dataclass(frozen=True)
 class Setup:
-    """The run whose memory is predicted. Raises ValueError for a value that is not allowed."""
+    """A run, without its model. Raises ValueError for a value that is not allowed."""
 
-    # qlora quantises linear layers and trains adapters; lora trains adapters on the original weights
+    # qlora quantises the linear layers and trains adapters, lora trains adapters on the original weights
     method: str = option("qlora", "what is trained, and on what: qlora, lora or full (all weights)")
     codebook: str = option(ModelOptions.codebook, "data type of the quantised weights, such as nf4, fp4 or int4")
     block_size: int = same_option(ModelOptions, "block_size")
@@ -52,7 +52,7 @@ class Setup:
     wide_attention: bool | None = None  # computed in float32 (model/wide.py); None: as `load` decides on this machine
 
     def __post_init__(self):
-        # torch costs a second, and the command line reads this class for its --help
+        # imported here: torch costs a second, and the command line reads this class for its --help
         from qlora_lab.quant.blocks import check_block_size
         from qlora_lab.quant.codebook import codebook
 
@@ -64,7 +64,7 @@ class Setup:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(allowed)}")
         if self.optimizer_bits not in (32, 8):
-            raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8 bits")
+            raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8")
         for name in ("r", "batch_size", "length"):
             check_whole(name, getattr(self, name))
         for name, most in (("micro_batch_size", MOST), ("mean_length", MOST), ("optimizer_budget", MOST_BYTES)):
