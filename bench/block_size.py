@@ -25,9 +25,9 @@ sys.path.insert(0, str(HERE.parent))
 import qlora_lab as ql  # noqa: E402
 from bench.cpu import versions  # noqa: E402
 from bench.files import write  # noqa: E402
+from qlora_lab.measure.best_plan import Candidate, Choices, Plan, best_plan, uniform  # noqa: E402
 from qlora_lab.measure.perplexity import text_windows, topics_text, window_losses  # noqa: E402
 from qlora_lab.measure.sensitivity import choices_of  # noqa: E402
-from qlora_lab.quant.plan import Candidate, Choices, Plan, best_plan, uniform  # noqa: E402
 
 MODEL, LENGTH, DRAWS = "smollm2-135m", 256, 10_000
 SIZES, TYPES = (32, 64, 128, 256, 512, 1024), ("nf4", "nf3", "int5", "int6", "int8")

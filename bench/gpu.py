@@ -209,7 +209,7 @@ class Bench:
         }, moved)  # fmt: skip
 
     def dequantise(self, rung: Callable, q: QuantizedTensor, weight: torch.Tensor) -> None:
-        out, stored = torch.empty_like(weight), q.plain[1]
+        out, stored = torch.empty_like(weight), q.plain.constants
         contenders = {
             "ours": lambda: partial(rung, q.packed, stored, q.levels, 64, out),
             PEER: lambda: partial(bitsandbytes().functional.dequantize_4bit, *bnb_quantize(weight, q.double_quant)),

@@ -12,6 +12,7 @@ from math import ceil
 import torch
 
 from qlora_lab import kernels
+from qlora_lab.kernels.packed_weight import PackedConstants
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
 from qlora_lab.kernels.triton.dequantize_double import dequantize_double
 from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4
@@ -105,7 +106,7 @@ def check_blocks(device: torch.device, n: int, block_size: int, name: str) -> It
         given = absmax.to(device), constants.absmax_offset.to(device), there[1]
         arguments, twins = (*given, double_quant.GROUP_SIZE, TINY), (constants.absmax_codes, constants.absmax_scale)
         yield partial(all_same, case, double_quantize, arguments, twins)
-        plain = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in constants.plain)
+        plain = PackedConstants(*(t.to(device) for t in constants.plain[:-1]), double_quant.GROUP_SIZE)
         undone = readable(double_quant.double_dequantize, constants)
         yield partial(all_same, case, double_dequantize, (plain,), (undone,))
         for rung, stored, twin in ((dequantize_nf4, given[0], absmax), (dequantize_double, plain, undone)):
@@ -181,7 +182,7 @@ def stepped(device: torch.device, n: int, dtype: torch.dtype) -> None:
         grad, before = torch.randn(n, generator=g).to(dtype), ours[0].to("cpu", copy=True)
         twin[0].copy_(before)
         ran(case, adamw_8bit, ours[0], grad.to(device), *ours[1:], tables, how.scalars, TINY)
-        readable_adamw.adamw_8bit(twin[0], grad, *twin[1:], how)
+        readable_adamw.adamw_8bit(twin[0], grad, readable_adamw.Moments(*twin[1:]), how)
         for part, want in zip(ours[1:], twin[1:], strict=True):
             same(case, adamw_8bit, part, want)
         want, before = twin[0].double(), before.double()

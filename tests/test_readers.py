@@ -79,7 +79,7 @@ def test_a_row_with_a_figure_that_is_none_is_refused(figure, value, tmp_path):
     path = READERS["results"].prepare(tmp_path)
     row = json.loads(path.read_text().splitlines()[0])
     path.write_text(json.dumps(row | {figure: value}) + "\n")
-    assert re.search(f"line 1 is no row of a sweep .*it has {figure}=", refused("results", path))
+    assert re.search(f"line 1 is not a row of a sweep .*it has {figure}=", refused("results", path))
 
 
 @pytest.mark.parametrize("name", READERS)

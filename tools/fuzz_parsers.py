@@ -24,8 +24,8 @@ from safetensors.torch import load, save
 
 from qlora_lab import cli
 from qlora_lab.data.chat_template import PLAIN_TEMPLATE
-from qlora_lab.data.encode import encode
 from qlora_lab.data.examples import to_example
+from qlora_lab.data.labels import encode
 from qlora_lab.model.empty_model import tokenizer_of
 from qlora_lab.model.gguf_in import convert
 from qlora_lab.model.load import load as load_model

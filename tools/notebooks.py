@@ -32,7 +32,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from qlora_lab.files.replace import replacing_file
+from qlora_lab.files.replace import replace_text
 
 START, END = "# solution", "# end solution"
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -135,12 +135,6 @@ def text_of(notebook):
     return nbformat.writes(notebook) + "\n"
 
 
-def write_atomically(path, text):
-    """Replace `path` in one step: an interrupted run leaves the old file whole."""
-    with replacing_file(path) as new:
-        new.write_text(text, encoding="utf-8")
-
-
 def solution_of(path):
     """The path of a student's notebook's solution, whether or not there is one."""
     return path.parent / "solutions" / path.name
@@ -175,7 +169,7 @@ def run(path):
     text = text_of(normalise(execute(notebook, path.parent)))
     changed = not path.exists() or path.read_text("utf-8") != text
     if changed:
-        write_atomically(path, text)
+        replace_text(path, text)
     return changed
 
 

@@ -7,7 +7,7 @@ Not here: a check of the page. test_templates.py compares what is learned with l
 
 from pathlib import Path
 
-from qlora_lab.data.encode import IGNORED, Encoded, encode
+from qlora_lab.data.labels import IGNORED, Encoded, encode
 from qlora_lab.show.escape import code_span
 from tests.data.chat_templates import CASES, CONVERSATIONS, Case, tokenizer_of
 

@@ -1,15 +1,15 @@
 """Write a conversation as one text with a chat template, and find where each turn stands in that text.
 
-In: turns, and the tokenizer whose template writes them. Out: the text; where the content of each turn ends; and the
-span of each answer, from where the prompt for it ends to where its content ends.
+In: turns, and the tokenizer whose template writes them. Out: the text; where the content of each turn ends; the span of
+each answer, from the end of its prompt to the end of its content.
 Source: `{% generation %}` blocks and `apply_chat_template` of transformers.
 
-Templates do more than join turns: they drop thoughts of earlier answers (Qwen3), move the system's text into a question
-(Llama 2), trim, open a thought in the prompt (R1), write an end after the whole chat (Phi-3). So nothing is assumed
-about headers. The content of each turn gets a mark at its end, the marked conversation is rendered as well, and the
+Templates do more than join turns: they drop the thoughts of earlier answers (Qwen3), move the system's text into a
+question (Llama 2), trim, open a thought in the prompt (R1), or write an end after the whole chat (Phi-3). So nothing is
+assumed about headers. Instead the conversation is rendered once more with a mark at the end of each content, and the
 marks show where contents end. If the two texts differ in more than the marks, the template is refused.
 
-Not here: tokens, and the end token of an answer (encode.py).
+Not here: tokens, and the end token of an answer (labels.py).
 """
 
 import re
@@ -38,22 +38,22 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")  # of strftime
-# The clock of a run in place of transformers' own. As a macro, since transformers passes no functions to a template;
-# the last expression is there because a line break after a block would be dropped.
+DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")  # strftime's: %d, %-d
+# Replaces transformers' clock by the run's. A macro, since transformers passes no functions to a template. It ends in
+# an empty expression, because Jinja drops a line break after a block.
 CLOCK = (
     "{% macro strftime_now(format) %}{% set written = namespace(text=format) %}"
     "{% for directive, value in run_clock.items() %}"
     "{% set written.text = written.text | replace(directive, value) %}{% endfor %}"
     "{{ written.text }}{% endmacro %}{{ '' }}"
 )
-LONGEST = 300  # characters of what a template says
-MARKS = range(0x10FF00, 0x10FFFE)  # private-use characters, which hardly any text holds
+LONGEST = 300  # characters of a template's own error that ours quotes
+MARKS = range(0x10FF00, 0x10FFFE)  # private-use characters: hardly any text holds one
 Span = tuple[int, int]  # first and one-past-last character
 
 
 class Place(NamedTuple):
-    """The character `offset` of the content of a turn stands at `place` in the text."""
+    """Character `offset` of the content of `turn` stands at `place` in the text."""
 
     turn: int
     offset: int
@@ -62,40 +62,34 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """Where an answer stands in the text. start: where its prompt ends; stop: where its content ends.
+    """Where an answer stands in the text."""
 
-    whole: whether all of its content is shown. generated: its `{% generation %}` block, if the template has them.
-    """
-
-    start: int
-    stop: int
-    whole: bool
-    generated: Span | None = None
+    start: int  # where its prompt ends
+    stop: int  # where its content ends
+    whole: bool  # all of its content is shown
+    generated: Span | None = None  # its `{% generation %}` block, if the template marks them
 
     @property
     def openings(self) -> tuple[int, ...]:
-        """Where the prompts for it and for its block end."""
+        """Places where the prompt for the answer ends, and that for its block."""
         return (self.start,) if self.generated is None else (self.generated[0], self.start)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat template of a tokenizer, or PLAIN_TEMPLATE. clock: the time that it writes; None for that of each call.
-
-    Raises ValueError for a slow tokenizer, which gives no offsets.
-    """
+    """The chat template of a tokenizer, or PLAIN_TEMPLATE. Raises ValueError for a slow tokenizer, without offsets."""
 
     tokenizer: "Tokenizer"
-    clock: datetime | None = None
+    clock: datetime | None = None  # the time that the template writes; None: that of each call
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
             name = type(self.tokenizer).__name__
-            raise ValueError(f"{name} does not say where in a text its tokens are: use a fast one (tokenizer.json)")
+            raise ValueError(f"{name} does not say where its tokens stand in a text: use a fast one (tokenizer.json)")
 
     @cached_property
     def control(self) -> dict[str, int]:
-        """Text -> id of the tokens that steer a model, and that no message may hold as tokens."""
+        """Text -> id of the tokens that steer a model; no message may contain one as a token."""
         added = self.tokenizer.added_tokens_decoder
         return {token.content: number for number, token in added.items() if token.special}
 
@@ -106,7 +100,7 @@ class ChatTemplate:
     @cached_property
     def control_texts(self) -> re.Pattern:
         longest_first = sorted(self.control, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!): nowhere
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nowhere
 
     @cached_property
     def source(self) -> str:
@@ -119,7 +113,7 @@ class ChatTemplate:
 
     @cached_property
     def is_dated(self) -> bool:
-        """Whether the template asks what time it is."""
+        """Whether the template writes the date or time."""
         return "strftime_now" in self.source
 
     @cached_property
@@ -130,11 +124,11 @@ class ChatTemplate:
         return {"chat_template": CLOCK + self.source, "run_clock": written}
 
     def is_spelt_in(self, turns: Turns) -> bool:
-        """Whether a text of `turns` spells a control token."""
+        """Tell whether a text of `turns` spells a control token."""
         return any(self.control_texts.search(content) for _, content in turns)
 
     def render(self, turns: Turns, opens_answer: bool = False) -> str:
-        """The conversation as text; opens_answer: with the opening of the next answer.
+        """Write the conversation as text; opens_answer: followed by the opening of the next answer.
 
         Raises ValueError for a text that cannot be encoded, and for a conversation that the template refuses.
         """
@@ -143,10 +137,10 @@ class ChatTemplate:
         return self._render(turns, add_generation_prompt=opens_answer)
 
     def places(self, turns: Turns, text: str, opens_answer: bool = False) -> list[Place]:
-        """Where contents end in `text`, the render of `turns`, and where control tokens stand that they spell.
+        """Find where contents end in `text`, the render of `turns`, and where they spell control tokens.
 
-        In the order of the text. What the template does not show is left out. Raises ValueError if marks change the
-        render, so that nothing can be found by them.
+        Places come in the order of the text; what the template does not show is left out. Raises ValueError if marks
+        change the render, so that they find nothing.
         """
         used = text + "".join(content for _, content in turns)
         mark = next(chr(code) for code in MARKS if chr(code) not in used)
@@ -159,8 +153,8 @@ class ChatTemplate:
             parts = re.split(f"{mark}([0-9]+){mark}([0-9]+){mark}", rendered)
             if "".join(parts[::3]) == text:
                 places = accumulate(len(part) for part in parts[::3])
-                found = zip(parts[1::3], parts[2::3], places, strict=False)  # there is one part more
-                return [Place(int(turn), int(offset), place) for turn, offset, place in found]
+                marks = zip(parts[1::3], parts[2::3], places, strict=False)  # the text after the last mark is left
+                return [Place(int(turn), int(offset), place) for turn, offset, place in marks]
         raise ValueError(
             "the chat template writes a message differently when a mark follows it, so its turns cannot be located: "
             "use another template"
@@ -174,14 +168,14 @@ class ChatTemplate:
         return f"{spelt}{turn}{len(content)}{mark}{text[len(content) :]}"
 
     def answers(self, turns: Turns, text: str, closed: dict[int, int]) -> dict[int, Answer]:
-        """Turn -> Answer, for each answer that `text` shows at least in part. closed: turn -> where its content ends.
+        """Return turn -> Answer for each answer that `text` shows in part or whole. closed: turn -> end of its content.
 
         An answer starts where a prompt for it ends. What a prompt writes between a question and its answer is read
-        once, from the prompt for the last answer: to render one for each turn would take quadratic time.
+        once, from the prompt for the last answer: rendering a prompt for each turn would take quadratic time.
         """
         opening = self._opening(turns[:-1])
         blocks = self._generated(turns) if GENERATION.search(self.source) else None
-        found = {}
+        shown_answers = {}
         for i, (role, content) in enumerate(turns):
             if role != "assistant":
                 continue
@@ -189,14 +183,14 @@ class ChatTemplate:
             start, stop = _span(content.rstrip(), text, before, closed.get(i), opening)
             if start is None:
                 continue
-            shown = text[start if before is None else min(before, start) : stop]  # a prompt may open the thought
+            shown = text[start if before is None else min(before, start) : stop]  # R1's prompts open the thought
             block = next((block for block in blocks or () if block[0] <= stop <= block[1]), None)
             if blocks is None or block:
-                found[i] = Answer(start, stop, _squeezed(content) in _squeezed(shown), block)
-        return found
+                shown_answers[i] = Answer(start, stop, _squeezed(content) in _squeezed(shown), block)
+        return shown_answers
 
     def _opening(self, prompt: Turns) -> str | None:
-        """What a prompt writes after the content of its last turn; None if that cannot be found."""
+        """Return what a prompt writes after the content of its last turn; None if that cannot be found."""
         try:
             text = self.render(prompt, opens_answer=True)
             end = ends(prompt, self.places(prompt, text, opens_answer=True)).get(len(prompt) - 1)
@@ -216,7 +210,7 @@ class ChatTemplate:
             text = self.tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options, **self._options)
             check_text(text, "what it writes")
             return text
-        except Exception as error:  # a template is a program of others: 1 / 0 and a text + 4 are no TemplateError
+        except Exception as error:  # a template is somebody's program: it may raise anything
             opening = f"{turns[0][0]}: {turns[0][1][:60]!r}"
             said = " ".join(str(error).split())[:LONGEST]
             raise ValueError(f"the chat template refuses the conversation that begins {opening}: {said}") from error
@@ -227,25 +221,24 @@ def _messages(turns: Turns) -> list[dict[str, str]]:
 
 
 def ends(turns: Turns, places: list[Place]) -> dict[int, int]:
-    """Turn -> where its content ends in the text. White space around a content is not counted as a part of it: some
-    templates keep it, and some do not."""
+    """Return turn -> where its content ends, not counting white space around it, which some templates drop."""
     return {turn: place for turn, offset, place in places if offset == len(turns[turn][1].rstrip())}
 
 
 def _span(content: str, text: str, before: int | None, end: int | None, opening: str | None) -> tuple[int | None, int]:
-    """Start and end of an answer. before: where the content of the turn before it ends in `text`."""
+    """Return start and end of an answer. before: where the content of the turn before it ends in `text`."""
     prompt = before is not None and opening is not None and (end is None or before <= end)
     if end is None:  # not marked, as it is empty; or not shown
         end = before + len(opening) if prompt and not content and text.startswith(opening, before) else None
         return end, end or 0
     if prompt and text.startswith(opening, before) and before + len(opening) <= end:
         return before + len(opening), end
-    # history is not written as a prompt is: R1 opens a thought in prompts only
+    # Earlier turns are not always written as a prompt is: R1 opens a thought in prompts only.
     header = before + len(commonprefix([opening, text[before:end]])) if prompt else None
     shown = next((c for c in (content, content.lstrip()) if text.endswith(c, 0, end)), None)
     if shown is None:
         return header, end
-    # white space may be the header's, where the template trims: the longest that fits, but no character of the text
+    # White space before the answer may be its header's, where the template trims: take as much as fits, but no text.
     return max(min(header or 0, end - len(content.lstrip())), end - len(shown)), end
 
 

@@ -1,16 +1,15 @@
-"""Data: examples become token ids and labels, labels become batches.
+"""A data set: examples become tokens and labels, some of them a padded batch.
 
 In: "docstrings" or a file of the user's, and the model's tokenizer. Out: batches of input_ids, attention_mask and
-labels, each (batch, longest) int64, a label being the token itself where it is learned and -100 where it is not.
+labels, each (batch, longest) int64.
 
     load_data -> [Example] -> encode -> Encoded -> collate -> batch        Batches (batches.py) says which come next
 
-Padding is masked by position and not by id, so a pad token that equals the end token hides nothing.
-Examples that are too long are left out whole and counted: a cut answer loses its end token, a cut prompt asks about
-half a function.
+Padding is masked by position, not by id, so a pad token that equals the end token hides nothing.
+An example that is too long is left out whole and counted: a cut answer would lose its end token, and a cut prompt would
+ask about half a function.
 
-Not here: the tokens and labels of one example (encode.py); which examples make a batch, and several examples in one
-row (batches.py).
+Not here: tokens and labels of one example (labels.py); the order of batches, and packed rows (batches.py).
 """
 
 import warnings
@@ -25,16 +24,16 @@ from tqdm.auto import tqdm
 
 from qlora_lab.data.chat_template import ChatTemplate
 from qlora_lab.data.docstrings import docstring_split
-from qlora_lab.data.encode import (
+from qlora_lab.data.examples import Example, read_examples
+from qlora_lab.data.labels import (
     IGNORED,
     Encoded,
     Notes,
-    encode as encode,  # the names of encode.py that callers know from here
+    encode as encode,  # callers take these three from here
     encode_within,
     end_token_id as end_token_id,
     prompt_ids as prompt_ids,
 )
-from qlora_lab.data.examples import Example, read_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -42,25 +41,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of a data set: numbers of examples, and of tokens in those that were kept."""
+    """What became of a data set."""
 
-    kept: int
-    too_long: int
+    kept: int  # examples
+    too_long: int  # examples that were left out
     longest: int  # tokens of the longest example, left out or not
-    tokens: int
-    learned_tokens: int
+    tokens: int  # of the examples that were kept
+    learned_tokens: int  # of these, how many are labels
     notes: Notes = Notes()
 
 
 def load_data(source: str | Path, split: str = "train", *, progress: bool = True) -> list[Example]:
-    """The examples of "docstrings" (splits "train" and "test") or of a file (one split, "train").
+    """Return the examples of "docstrings" (splits "train" and "test") or of a file (one split, "train").
 
-    Raises ValueError for an unknown split, and what read_examples raises for a file.
+    Raises ValueError for an unknown split; for a file also what read_examples raises.
     """
     if source == "docstrings":
         return docstring_split(split, progress)
     if split != "train":
-        raise ValueError(f'unknown split {split!r} of {source}: a file is all "train"; test on a second file')
+        raise ValueError(f'unknown split {split!r} of {source}: a file has only "train"; test on a second file')
     return read_examples(source)
 
 
@@ -72,14 +71,15 @@ def encode_all(
     progress: bool = True,
     clock: datetime | None = None,
 ) -> tuple[list[Encoded], EncodeReport]:
-    """The first `enough` examples of at most `max_length` tokens, in their order, and a count of those passed over.
+    """Encode the first `enough` examples of at most `max_length` tokens, in their order, and count the longer ones.
 
-    About 1 ms an example, so ask for as many as the training will see; None asks for all. clock: the time that a
-    template writes; None for now. Raises ValueError if none is short enough, and for the first that cannot be encoded.
-    Warns of empty answers, and of answers that the template hides.
+    An example takes about 1 ms, so ask for as many as the training will see; None: all. clock: the time that a template
+    writes; None: now. Raises ValueError if no example is short enough, and for the first that cannot be encoded. Warns
+    of empty answers and of answers that the template hides.
     """
     template = ChatTemplate(tokenizer, clock or datetime.now())  # one date for all, also around midnight
-    kept, lengths = [], []
+    kept: list[Encoded] = []
+    lengths = []  # of all, kept or not
     bar = tqdm(examples, "tokens", unit="example", leave=False, disable=not progress)
     for example in bar:
         encoded = encode_within(example, template, max_length)
@@ -89,13 +89,13 @@ def encode_all(
             lengths.append(len(encoded.input_ids))
             kept.append(encoded)
         if len(kept) == enough:
-            bar.total = None  # a bar that ends before its total stays in a notebook, in red
+            bar.total = None  # a notebook shows a bar that ends before its total in red, for ever
             break
     longest = max(lengths, default=0)
     if not kept:
         shortest = min(lengths, default=0)
         raise ValueError(
-            f"no example has at most {max_length} tokens: allow {shortest}, which the shortest has, or more"
+            f"no example has at most {max_length} tokens: allow at least {shortest}, the length of the shortest"
         )
     learned = sum(label != IGNORED for encoded in kept for label in encoded.labels)
     tokens = sum(len(encoded.input_ids) for encoded in kept)
@@ -106,29 +106,29 @@ def encode_all(
 
 
 def show_labels(encoded: Encoded, tokenizer: "Tokenizer") -> list[tuple[str, bool]]:
-    """(text of the token, whether it is learned) for each token: what a notebook colours."""
+    """Return (text, whether it is learned) of each token: what a notebook colours."""
     texts = [tokenizer.decode([token]) for token in encoded.input_ids]
     return list(zip(texts, (label != IGNORED for label in encoded.labels), strict=True))
 
 
 def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Examples -> input_ids, attention_mask, labels, each (batch, longest of this batch) int64, filled on the right."""
-    rows = [torch.tensor(encoded.input_ids) for encoded in batch]
+    """Pad examples on the right: input_ids, attention_mask and labels, each (batch, longest of this batch) int64."""
+    rows = [torch.tensor(encoded.input_ids) for encoded in batch]  # (length,) each
     labels = [torch.tensor(encoded.labels) for encoded in batch]
     return {
         "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_id),
-        # From the lengths and not from `input_ids != pad_id`, which would mask real end tokens where both are one.
+        # From the lengths, not from `input_ids != pad_id`: where pad and end are one token, that would mask real ends.
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }
 
 
 def to_device(batch: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The batch on the device of the model's parameters."""
+    """Move a batch to the device of the model's parameters."""
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def pad_token_id(tokenizer: "Tokenizer") -> int:
-    """An id to fill rows with: the pad token, else the end token. It is masked, so its choice changes no result."""
+    """Return the id that fills rows: the pad token, or else the end token. It is masked, so it changes no result."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

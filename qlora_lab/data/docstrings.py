@@ -3,18 +3,18 @@
 In: names of installed libraries. Out: examples "Write the one-line summary of this Python function." + the function
 without its docstring -> the first sentence of that docstring, written by the library's authors.
 
-The files are parsed with `ast` and never imported. A function becomes a pair if
-- its docstring opens with a sentence: a capital, 3 to 30 words, a full stop (fragments teach no form to answer in);
+Files are parsed with `ast` and never imported. A function becomes a pair if
+- its docstring opens with a sentence: a capital, 3 to 30 words, a full stop (fragments teach no form of answer);
 - that sentence describes: it does not point elsewhere ("See ...", "Alias of ...", deprecation notes) and holds no
-  markup that belongs to a section or an example ("Args:", "-----", ">>>", "::");
+  markup of a section or an example ("Args:", "-----", ">>>", "::");
 - its code says something: a body besides the docstring, `pass` and `...`, 60 to 1,500 characters (about 20 to 450
   tokens, so that a batch on a CPU takes seconds);
 - it is the first with this code: exact duplicates are dropped.
 
-The order is that of a hash of each pair: any first N are a fair sample of all libraries, the same on every machine
-with the same versions. Different versions of a library hold different functions, hence different pairs.
+Pairs are sorted by a hash of each: the first N are a fair sample of all libraries, for any N, and the same on every
+machine that has the same versions. Other versions hold other functions, hence other pairs.
 
-Not here: classes and modules, whose "code" would be the whole file; the tokens (encode.py).
+Not here: classes and modules, whose "code" would be the whole file; tokens (tokens.py) and labels (labels.py).
 """
 
 import ast
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from qlora_lab.data.examples import Example
 
 TRAIN = ("numpy", "scipy", "torch")
-TEST = ("matplotlib",)  # never trained on: what improves there was not memorised
+TEST = ("matplotlib",)  # never trained on: progress there is not memorised
 STANDARD_LIBRARY = "stdlib"
 INSTRUCTION = "Write the one-line summary of this Python function."
 
@@ -44,18 +44,19 @@ SKIPPED_FOLDERS = frozenset(
     | {"_vendor", "_external", "externals", "array_api_compat", "array_api_extra"}  # copies of other libraries
     | {"_inductor", "_dynamo"}  # torch's compiler: a third of its source, and nothing that users of torch call
 )
-SHORTEST_CODE, LONGEST_CODE = 60, 1500  # characters
-FEWEST_WORDS, MOST_WORDS = 3, 30
+CODE_CHARACTERS = range(60, 1501)
+SUMMARY_WORDS = range(3, 31)
 
+# A full stop ends a sentence before white space and an opening character, but not in "e.g." and "i.e.".
 SENTENCE_END = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<=[.!?])\s+(?=[A-Z`*\"'(])")
 POINTER = re.compile(r"(?i)^(see|refer|same as|equivalent|internal)\b|\b(alias|deprecated)\b")
 MARKUP = re.compile(r"::|>>>|--|\.\.\.|\b(Args|Parameters|Returns|Notes?|Examples?):|\b(TODO|FIXME|XXX)\b")
 
-_READ: dict[str, list[tuple[str, str]]] = {}  # torch takes some 5 s, and a notebook asks for both splits more than once
+_READ: dict[str, list[tuple[str, str]]] = {}  # kept: torch takes 5 s, and a notebook asks for both splits repeatedly
 
 
 def docstring_split(split: str, progress: bool = True) -> list[Example]:
-    """The pairs of TRAIN or of TEST. No function of TEST is in "train", even where a library copied its code.
+    """Return the pairs of TRAIN or TEST. No function of TEST is in "train", even where a library copied its code.
 
     Raises ValueError for any other split.
     """
@@ -69,14 +70,14 @@ def docstring_split(split: str, progress: bool = True) -> list[Example]:
 
 
 def docstring_pairs(libraries: Iterable[str], progress: bool = True) -> list[Example]:
-    """All pairs of the named libraries ("stdlib" is the standard library), without duplicates, in hash order.
+    """Return all pairs of the named libraries ("stdlib": the standard library), without duplicates, in hash order.
 
     Raises ValueError for a library that is not installed.
     """
     pairs: dict[str, str] = {}
     for library in libraries:
         for code, summary in _library_pairs(library, progress):
-            pairs.setdefault(code, summary)
+            pairs.setdefault(code, summary)  # the first library keeps a function that others copied
     examples = [_to_example(code, summary) for code, summary in pairs.items()]
     return sorted(examples, key=lambda example: hashlib.sha256(repr(example.messages).encode()).digest())
 
@@ -96,8 +97,7 @@ def _library_pairs(library: str, progress: bool) -> list[tuple[str, str]]:
 
 @contextmanager
 def _paused_collector() -> Iterator[None]:
-    """No garbage collection meanwhile: syntax trees are millions of small objects, and with torch and transformers
-    loaded each collection walks theirs too. Measured on the train split: 24 s with it, 11 s without."""
+    """Pause garbage collection: each run would walk millions of tree nodes, and torch's objects too (24 s, not 11)."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -112,7 +112,7 @@ def _folder(library: str) -> Path:
         return Path(sysconfig.get_path("stdlib"))
     spec = importlib.util.find_spec(library)  # finds a top-level package without importing it
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f'no installed package is called {library!r}: install it, or take "{STANDARD_LIBRARY}"')
+        raise ValueError(f'no installed package is called {library!r}: install it, or use "{STANDARD_LIBRARY}"')
     return Path(spec.submodule_search_locations[0])
 
 
@@ -127,25 +127,25 @@ def _pairs(path: Path) -> Iterator[tuple[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in their files are not our user's business
+            warnings.simplefilter("ignore")  # invalid escapes in a library's files do not concern our user
             tree = ast.parse(text)
-    except (SyntaxError, ValueError):  # templates and samples that only end in .py
+    except (SyntaxError, ValueError):  # templates and samples that are not Python, despite their name
         return
-    lines = text.split("\n")  # as ast counts them; splitlines() would also split at form feeds
+    lines = text.split("\n")  # as ast counts lines; splitlines() also splits at form feeds
     for function in _functions(tree.body):
         summary = _encodable(first_sentence(ast.get_docstring(function) or ""))
         code = code_without_docstring(function, lines)
-        if is_summary(summary) and SHORTEST_CODE <= len(code) <= LONGEST_CODE and _says_something(function):
+        if is_summary(summary) and len(code) in CODE_CHARACTERS and _says_something(function):
             yield code, summary
 
 
 def _encodable(text: str) -> str:
-    """The text, or nothing if it holds half of a surrogate pair, which the source of a string can spell."""
+    """Return the text, or "" if it holds half of a surrogate pair, which a string literal can spell."""
     return text if text.encode("utf-8", "ignore").decode() == text else ""
 
 
 def _functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Functions, methods and nested functions, in source order; visits statements only, 5 times as fast as ast.walk."""
+    """Yield functions, methods and nested functions in source order, visiting statements only: 5 times ast.walk."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
@@ -154,7 +154,7 @@ def _functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunc
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph, on one line.
+    """Return the first sentence of the first paragraph, on one line.
 
     >>> first_sentence("Add two numbers. Both\\nare floats.\\n\\nReturns: ...")
     'Add two numbers.'
@@ -164,21 +164,20 @@ def first_sentence(docstring: str) -> str:
 
 
 def is_summary(sentence: str) -> bool:
-    """Whether a sentence states what a function does; the rules are in the module docstring.
+    """Tell whether a sentence states what a function does; the rules are in the module docstring.
 
     >>> is_summary("Return the sum of both numbers."), is_summary("See `add`.")
     (True, False)
     """
     words = len(sentence.split())
-    well_formed = sentence[:1].isupper() and sentence.endswith(".") and FEWEST_WORDS <= words <= MOST_WORDS
+    well_formed = sentence[:1].isupper() and sentence.endswith(".") and words in SUMMARY_WORDS
     return well_formed and not POINTER.search(sentence) and not MARKUP.search(sentence)
 
 
 def code_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """The author's own lines from `def` on, comments kept, the docstring's lines left out, moved to the left margin.
+    """Return the author's lines from `def` on, without the docstring's, moved to the left margin; comments stay.
 
-    Decorators are left out. A docstring that shares its lines with code takes that code along; such code is then too
-    short to be used.
+    Decorators are left out. A docstring that shares a line with code takes that code along, which leaves too little.
     """
     docstring = function.body[0]
     kept = lines[function.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : function.end_lineno]

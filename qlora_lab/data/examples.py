@@ -1,21 +1,21 @@
-"""Examples: what the user brings becomes conversations that end with an answer.
+"""Examples: a user's records become conversations that end with an answer.
 
 In: a JSON-lines file, or a JSON list, of records. Out: a list of `Example`, one a record, in the file's order.
-Three forms are known, and each record is recognised by its keys:
+There are three forms; the keys of a record tell which it is:
 
     Alpaca           {"instruction": ..., "input": ..., "output": ...}            input may be left out or empty
     ShareGPT         {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
     OpenAI messages  {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
 
 A record may also have `system` (a text) and Alpaca's `history` ([[question, answer], ...]). A turn with `weight`: 0 or
-`train`: false is shown and not learned (fields.py). Fields that ask for what is not supported, such as tools and
+`train`: false is shown but not learned (fields.py). Fields that ask for something unsupported, such as tools and
 images, are refused by name. All others are ignored, and the doctor lists their names.
 
 White space after a text is dropped, and so are blank lines or a single space before it. The indentation of its first
-line is kept, because it has a meaning in code. (Templates that trim, such as Llama 3's, drop it later.) Answers before
-the first question are dropped, since nothing asked for them, and so is what follows the last answer that is learned.
+line stays, because it matters in code. (Templates that trim, such as Llama 3's, drop it later.) Answers before the
+first question are dropped, since nothing asked for them, and so is everything after the last answer that is learned.
 
-Not here: what fields mean (fields.py); tokens (encode.py).
+Not here: what fields mean (fields.py); labels (labels.py).
 """
 
 import json
@@ -33,28 +33,24 @@ FORMS = (
     "(messages: role, content)"
 )
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
-# What is dropped before a text: blank lines, and a single space, as in completion files. More is indentation.
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")  # refused by name
+# Dropped before a text: blank lines, and a single space, as completion files have it. More space is indentation.
 OUTER_SPACE = re.compile(r"\A(?:[^\S\n]*\n)*(?: (?=\S))?")
 Turns = tuple[tuple[str, str], ...]  # (role, content) pairs
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation as (role, content) pairs, roles system, user and assistant; the last turn, never the first, is an
-    answer.
-
-    not_learned: positions in `messages` of answers that are shown and not learned; the last one always is learned.
-    unused: names of the record's fields that were ignored. place: where it was read, "data.jsonl, line 3".
+    """A conversation of system, user and assistant that ends with an answer.
 
     >>> Example((("user", "2 + 2?"), ("assistant", "4"))).answer
     '4'
     """
 
     messages: Turns
-    not_learned: tuple[int, ...] = ()
-    unused: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    place: str = field(default="", compare=False, repr=False)
+    not_learned: tuple[int, ...] = ()  # positions of answers that are shown but not learned; never the last
+    unused: tuple[str, ...] = field(default=(), compare=False, repr=False)  # ignored fields of the record
+    place: str = field(default="", compare=False, repr=False)  # "data.jsonl, line 3"
 
     def __post_init__(self) -> None:
         for role, content in self.messages:
@@ -62,44 +58,44 @@ class Example:
                 raise ValueError(f"unknown role {role!r}: a role is system, user or assistant")
             check_text(content, f"the text of the turn of {role}")
         if not self.messages or self.messages[-1][0] != "assistant":
-            raise ValueError("no answer to learn from: a conversation needs a turn of the assistant after a question")
+            raise ValueError("no answer to learn from: add a turn of the assistant after a question")
         if self.messages[0][0] == "assistant":
-            raise ValueError("the assistant speaks first: a conversation opens with system or user")
+            raise ValueError("the assistant speaks first: open the conversation with system or user")
         if not any(role == "user" for role, _ in self.messages):
-            raise ValueError("nothing is asked: a conversation needs a turn of the user")
+            raise ValueError("nothing is asked: add a turn of the user")
         earlier_answers = {i for i, (role, _) in enumerate(self.messages[:-1]) if role == "assistant"}
         if not set(self.not_learned) <= earlier_answers:
             raise ValueError(
-                f"not_learned={self.not_learned} is not allowed: it holds positions of answers before the last"
+                f"not_learned={self.not_learned} is not allowed: give positions of answers before the last"
             )
 
     @property
     def prompt(self) -> Turns:
-        """Everything before the last answer."""
+        """The turns before the last answer."""
         return self.messages[:-1]
 
     @property
     def answer(self) -> str:
-        """The last answer: the reference when the model is asked `prompt`."""
+        """The last answer: the reference for a model that is asked `prompt`."""
         return self.messages[-1][1]
 
 
 def check_text(text: Any, name: str) -> None:
-    """Raise ValueError unless `text` can be encoded: half a surrogate pair, which JSON can spell, cannot."""
+    """Raise ValueError unless `text` is a text in UTF-8: JSON can spell half a surrogate pair, which is not."""
     if not isinstance(text, str):
         raise ValueError(f"{name} must be a text, found {text!r:.60}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])
-        raise ValueError(f"{name} holds {half}, half of a surrogate pair, and so no character: remove it") from error
+        raise ValueError(f"{name} holds {half}, half of a surrogate pair and not a character: remove it") from error
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """All records of a JSON-lines file or JSON list, as examples.
+    """Read all records of a JSON-lines file or JSON list as examples.
 
     Raises FileNotFoundError for a missing file, ValueError for an empty one and for the first record that cannot be
-    used; the message names the file, the line (of JSON lines, from 1) or the record (of a list, from 1), and the fix.
+    used. The message names the file, the line (of JSON lines, from 1) or the record (of a list, from 1), and the fix.
     """
     path = Path(path)
     examples = []
@@ -114,7 +110,7 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def to_example(record: Any, place: str = "") -> Example:
-    """One record of any of the three forms -> Example; ValueError if it is none of them or has no answer.
+    """Make an Example of a record in any of the three forms. Raises ValueError for another, or one without answer.
 
     >>> to_example({"instruction": "Add.", "input": "2, 2", "output": "4"}).prompt
     (('user', 'Add.\\n\\n2, 2'),)
@@ -124,7 +120,9 @@ def to_example(record: Any, place: str = "") -> Example:
     refuse_unsupported(record, "record")
     is_alpaca = "instruction" in record and "output" in record
     named = [name for name in ("messages", "conversations") if name in record]
-    filled = [name for name in named if not is_empty(record[name])]  # null where a record is in another form
+    filled = [
+        name for name in named if not is_empty(record[name])
+    ]  # some files have every key, and null in other forms
     if filled or (named and not is_alpaca):
         return _conversation(record, (filled or named)[0], place)
     if is_alpaca:
@@ -150,7 +148,7 @@ def _history(record: dict) -> list[tuple[str, str]]:
 
 def _conversation(record: dict, name: str, place: str) -> Example:
     turns, unused = _turns(record[name], name)
-    system = [(role, text, True) for role, text in _system(record)]
+    system = [(role, text, True) for role, text in _system(record)]  # (role, text, learned), as turns
     if system and any(role == "system" for role, _, _ in turns):
         raise ValueError("the record has both 'system' and a turn of the system: keep one of them")
     first = next((i for i, (role, _, _) in enumerate(turns) if role == "user"), len(turns))
@@ -159,19 +157,20 @@ def _conversation(record: dict, name: str, place: str) -> Example:
     if answers and not any(answers):
         raise ValueError("no answer to learn from: all of them have weight 0, or train is false")
     while turns and not (turns[-1][0] == "assistant" and turns[-1][2]):
-        turns.pop()
+        turns.pop()  # nothing after the last learned answer changes what is learned
     not_learned = tuple(i for i, (role, _, learned) in enumerate(turns) if role == "assistant" and not learned)
     unused |= set(unused_fields(record, (name, "system", "weight")))
     return Example(tuple((role, text) for role, text, _ in turns), not_learned, tuple(sorted(unused)), place)
 
 
 def _turns(turns: Any, name: str) -> tuple[list[tuple[str, str, bool]], set[str]]:
-    """(role, text, learned) of each turn, and the names of fields that were ignored."""
+    """Return (role, text, learned) for each turn, and the names of ignored fields."""
     pairs = [("role", "content"), ("from", "value")]  # either pair under either name, since files mix them
     expected, other = pairs if name == "messages" else pairs[::-1]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"a conversation must be a list of turns with the keys {expected[0]} and {expected[1]}")
-    read, unused = [], set()
+    read: list[tuple[str, str, bool]] = []
+    unused: set[str] = set()
     for turn in turns:
         role_key, text_key = other if other[0] in turn and expected[0] not in turn else expected
         role = _role(_text(turn, role_key))
@@ -205,12 +204,12 @@ def _optional_text(record: dict, key: str) -> str:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """("line 3" or "record 3", parsed JSON) for each record of the file."""
+    """Yield ("line 3" or "record 3", parsed JSON) for each record of the file."""
     text = _read(path)
     if text.lstrip().startswith("["):
         yield from ((f"record {i}", record) for i, record in enumerate(_parse(text, path, 1, "a JSON list"), 1))
         return
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also split at U+2028, legal inside JSON
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at U+2028, legal in JSON
         if line.strip():
             yield f"line {number}", _parse(line, path, number, "one JSON object a line")
 
@@ -223,6 +222,6 @@ def _read(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f'no data file at {path}: give a path to a JSON-lines file, or "docstrings"')
     try:
-        return path.read_text(encoding="utf-8-sig")  # -sig: Windows editors write a byte order mark
+        return path.read_text(encoding="utf-8-sig")  # -sig: Windows editors add a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error

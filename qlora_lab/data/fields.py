@@ -1,17 +1,18 @@
-"""Fields of a record other than its texts: which are honoured, which are refused, and which are ignored.
+"""Fields of a record other than its texts: honoured, refused or ignored.
 
-In: a record, or a turn of its conversation. Out: whether a turn is learned; the names of the fields that are ignored.
+In: a record, or a turn of its conversation. Out: whether a turn is learned; the names of ignored fields.
 Source: the data formats of OpenAI, Axolotl, LLaMA-Factory, ms-swift and TRL.
 
-A field that has a meaning in one of them is honoured or refused by its name, since ignoring it would train another
-model than the one that was asked for. Empty values (null, [], "", {}) ask for nothing.
+A field that means something in one of these formats is honoured or refused by name: ignoring it would train a different
+model from the one that was asked for. Empty values (null, [], "", {}) ask for nothing.
 
 Not here: the texts (examples.py).
 """
 
 from collections.abc import Iterable
 
-SWITCHES = ("weight", "train", "training", "loss")  # of a turn: 0 or false is shown and not learned
+SWITCHES = ("weight", "train", "training", "loss")  # of a turn: 0 or false means shown but not learned
+# Reasons, which end up in errors.
 TOOLS = "tool calls cannot be learned here"
 MEDIA = "images, sound and video cannot be learned here"
 PREFERENCES = "preferences cannot be learned here"
@@ -29,7 +30,7 @@ UNSUPPORTED_IN_TURNS = UNSUPPORTED | dict.fromkeys(("thinking", "reasoning", "re
 
 
 def refuse_unsupported(values: dict, where: str) -> None:
-    """Raise ValueError for the first field that asks for what is not supported. where: "record" or "turn"."""
+    """Raise ValueError for the first field that asks for something unsupported. where: "record" or "turn"."""
     for name, reason in (UNSUPPORTED if where == "record" else UNSUPPORTED_IN_TURNS).items():
         if not is_empty(values.get(name)):
             raise ValueError(f"the {where} has {name!r}, but {reason}: leave it out")
@@ -38,25 +39,25 @@ def refuse_unsupported(values: dict, where: str) -> None:
 
 
 def _refuse_switches(record: dict) -> None:
-    """Raise ValueError for a record that asks not to be learned, or to count less: turns alone have switches."""
+    """Raise ValueError for a record that asks not to be learned, or to count less: only turns have switches."""
     for name in SWITCHES:
         value = record.get(name)
-        off = isinstance(value, int) and value == 0  # false as well; a loss of 0.0 is a result
+        off = isinstance(value, int) and value == 0  # false too; 0.0 is no switch but a measured loss
         if off or (name == "weight" and not (is_empty(value) or value == 1)):
-            raise ValueError(f"the record has {name!r}: {value!r:.40}, but all count alike: set it on turns")
+            raise ValueError(f"the record has {name!r}: {value!r:.40}, but all records count alike: set it on turns")
 
 
 def is_learned(turn: dict, role: str) -> bool:
-    """Whether the turn of `role` is learned: an answer, unless one of SWITCHES is off.
+    """Tell whether the turn of `role` is learned: an answer is, unless one of SWITCHES is off.
 
-    Raises ValueError for a switch that is neither on nor off, or that is on for a turn that is not an answer.
+    Raises ValueError for a switch that is neither on nor off, and for one that is on where there is no answer.
     """
     learned = role == "assistant"
     for name in SWITCHES:
         value = turn.get(name)
         if value is None:
             continue
-        if value not in (0, 1):  # false and true as well
+        if value not in (0, 1):  # false and true too, which equal them
             raise ValueError(f"the turn has {name!r}: {value!r:.40}, but a turn is learned (1, true) or not (0, false)")
         if value and role != "assistant":
             raise ValueError(f"the turn of {role} has {name!r}: {value!r}, but only answers are learned: leave it out")
@@ -65,16 +66,16 @@ def is_learned(turn: dict, role: str) -> bool:
 
 
 def unused_fields(values: dict, used: Iterable[str]) -> tuple[str, ...]:
-    """Names, in alphabetical order, of fields that are not empty and are ignored."""
+    """Return the names of fields that are ignored but not empty, in alphabetical order."""
     asked = {name for name, value in values.items() if not is_empty(value)}
     return tuple(sorted(printable(name) for name in asked - set(used)))
 
 
 def printable(name: str) -> str:
-    """The name, halves of surrogate pairs spelt out."""
+    """Spell out halves of surrogate pairs in a name."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def is_empty(value: object) -> bool:
-    """Whether a field of this value asks for nothing."""
+    """Tell whether a field of this value asks for nothing."""
     return value is None or (isinstance(value, (str, list, dict)) and not value)

@@ -1,13 +1,13 @@
-"""What goes wrong silently in a training run: each check looks for one of it, and names users who met it.
+"""Checks for failures of a training run that raise no error; each names reports of users who had that failure.
 
 In: a model, encoded examples, batches. Out: a Finding, "ok", "warning" or "problem".
-Source: the threads in THREADS. A check runs the real thing on real examples and compares; none reads settings.
+Source: the threads in THREADS. A check runs the real model on real examples and compares; none reads settings.
 
     tokens:  end_tokens, learned_tokens, left_out, new_tokens        weights:  trained_share, memory
     data:    asked_for, texts (data_checks.py)                       rows:     row_lengths
     steps:   finite_values, live_adapters, accumulation, packed_rows
 
-Parameters, gradients, training flags and the random state are left as they were.
+A check restores parameters, gradients, training flags and the random state.
 Not here: which checks run on what (diagnose.py).
 """
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.data.dataset import IGNORED, Encoded, EncodeReport, collate, pad_token_id
-from qlora_lab.data.encode import end_token_id
+from qlora_lab.data.labels import end_token_id
 from qlora_lab.doctor.dtype_policy import GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.modes import checkpointing, mode, own_draws
@@ -36,16 +36,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Batch = dict[str, torch.Tensor]
-LEFT_OUT = 0.5  # share of examples: if more are too long, the rest is no longer the user's data
+LEFT_OUT = 0.5  # share of examples: if more are too long, the rest no longer represents the user's data
 TIGHT = 0.75  # share of the free memory: a step of SmolLM2 on 2,040 tokens peaked at 1.27 times what it keeps
-HALF_SCALE = 1024  # of the loss in float16, whose least number is 6e-8; the trainer looks for its own
-BLANK = 0.01  # of the usual size: an embedding that is nearer to zero, or to the mean of all, was never trained
+HALF_SCALE = 1024  # factor on a float16 loss: gradients below 6e-8 would vanish; the trainer finds its own factor
+BLANK = 0.01  # of the median distance: an embedding closer to zero, or to the mean of all, was never trained
 
-END, LEARNED, LENGTH, NEW = "end token in labels", "learned tokens", "examples left out", "new tokens"
-ASKED, TEXTS = "turns and fields", "texts under the template"
-FINITE, LIVE, ACCUMULATION = "finite values", "adapters learn", "gradient accumulation"
-CHECKPOINTED, SHARE, MEMORY = f"{LIVE} with gradient checkpointing", "trained share", "memory"
-POSITIONS, PACKED = "row lengths", "packed rows"
+# names of the checks, as a report prints them
+END = "end token in labels"
+LEARNED = "learned tokens"
+LENGTH = "examples left out"
+NEW = "new tokens"
+ASKED = "turns and fields"
+TEXTS = "texts under the template"
+FINITE = "finite values"
+LIVE = "adapters learn"
+CHECKPOINTED = f"{LIVE} with gradient checkpointing"
+ACCUMULATION = "gradient accumulation"
+SHARE = "trained share"
+MEMORY = "memory"
+POSITIONS = "row lengths"
+PACKED = "packed rows"
 THREADS = {  # on github.com
     END: ("huggingface/trl/issues/696", "unslothai/unsloth/issues/416"),
     LEARNED: ("mlabonne/llm-course/issues/33", "huggingface/blog/issues/1302"),
@@ -67,7 +77,7 @@ Status = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. threads: addresses of users' reports that it answers."""
+    """The result of one check. threads: addresses of the user reports that led to it."""
 
     name: str
     status: Status
@@ -79,84 +89,92 @@ class Finding:
 
 
 def end_tokens(encoded: list[Encoded], tokenizer: "Tokenizer") -> Finding:
-    """Whether every example, in a batch, teaches the token that ends an answer, also where it is the pad token."""
-    end, pad = end_token_id(tokenizer), pad_token_id(tokenizer)
+    """Check that every example of a batch teaches the token that ends an answer, even if it is also the pad token."""
+    end = end_token_id(tokenizer)  # id of <|im_end|>, </s> or the like
+    pad = pad_token_id(tokenizer)  # None where the tokenizer has none
     batch = collate(encoded, 0 if pad is None else pad)
-    text, of = tokenizer.decode([end]), f"of {len(encoded)} examples"
-    masked = batch["attention_mask"].sum(1) != torch.tensor([len(one.input_ids) for one in encoded])  # (examples,)
-    if masked.any():
-        return _finding(END, "problem", f"padding is masked by its id, and with it real tokens in {masked.sum()} {of}")
-    lacking = (~(batch["labels"] == end).any(1)).nonzero().flatten().tolist()  # padding is no label, so it cannot help
+    text = tokenizer.decode([end])
+    total = f"of {len(encoded)} examples"
+    masked = batch["attention_mask"].sum(1) != torch.tensor([len(e.input_ids) for e in encoded])  # (examples,)
+    if masked.any():  # a mask made from ids also hides the end token where it serves as padding
+        message = f"padding is masked by its id, and with it real tokens in {masked.sum()} {total}"
+        return _finding(END, "problem", message)
+    lacking = (~(batch["labels"] == end).any(1)).nonzero().flatten().tolist()  # padding is not a label: it cannot help
     if lacking:
         begins = tokenizer.decode(encoded[lacking[0]].input_ids[:16])
-        what = f"{text} is not among the labels in {len(lacking)} {of}; the first begins {begins!r}"
+        what = f"{text} is not among the labels in {len(lacking)} {total}; the first begins {begins!r}"
         return _finding(END, "problem", f"{what}. A model that never learns it never stops")
-    same = "; it is the pad token as well, and padding is masked by position" if end == pad else ""
-    return _finding(END, "ok", f"{text} in {len(encoded)} {of}{same}")
+    same = "; it is also the pad token, and padding is masked by position" if end == pad else ""
+    return _finding(END, "ok", f"{text} in {len(encoded)} {total}{same}")
 
 
 def learned_tokens(encoded: list[Encoded]) -> Finding:
-    """How many tokens are learned, and whether any prompt is."""
-    asked, tokens = sum(one.answer_tokens for one in encoded), sum(len(one.input_ids) for one in encoded)
-    silent = sum(one.answer_tokens == 0 for one in encoded)
-    whole = sum(one.answer_tokens >= len(one.input_ids) - 1 for one in encoded)  # the first token is never predicted
-    moved = sum(any(x not in (y, IGNORED) for x, y in zip(one.labels, one.input_ids, strict=True)) for one in encoded)
+    """Count the tokens that are learned, and check that no prompt is among them."""
+    answer_tokens = sum(e.answer_tokens for e in encoded)
+    tokens = sum(len(e.input_ids) for e in encoded)
+    silent = sum(e.answer_tokens == 0 for e in encoded)
+    whole = sum(e.answer_tokens >= len(e.input_ids) - 1 for e in encoded)  # the first token is never predicted
+    moved = sum(any(x not in (y, IGNORED) for x, y in zip(e.labels, e.input_ids, strict=True)) for e in encoded)
     if moved:
-        message = f"{moved} of {len(encoded)} examples have labels that are not their tokens: models shift them by one"
-        return _finding(LEARNED, "problem", f"{message} themselves, so give each token its own")
+        message = f"{moved} of {len(encoded)} examples have labels that are not their tokens: label each token with"
+        return _finding(LEARNED, "problem", f"{message} its own id, because models shift the labels by one")
     if silent:
-        return _finding(LEARNED, "problem", f"{silent} of {len(encoded)} examples have no label: nothing to learn")
+        return _finding(
+            LEARNED, "problem", f"{silent} of {len(encoded)} examples have no label: there is nothing to learn"
+        )
     if whole:
         return _finding(LEARNED, "warning", f"{whole} of {len(encoded)} examples teach their prompt too: mask it")
-    share = asked / tokens
-    return _finding(LEARNED, "ok", f"{asked:,} of {tokens:,}, {share:.0%}; the others are prompts, and masked")
+    share = answer_tokens / tokens
+    return _finding(LEARNED, "ok", f"{answer_tokens:,} of {tokens:,}, {share:.0%}; the others are prompts, and masked")
 
 
 def left_out(counts: EncodeReport, max_length: int) -> Finding:
-    """How many examples are longer than `max_length`, and so left out."""
-    seen, limit = counts.kept + counts.too_long, f"more than {max_length} tokens"
-    message = f"{counts.too_long} of {seen} have {limit}, the longest {counts.longest}"
+    """Count the examples that are left out because they are longer than `max_length`."""
+    seen = counts.kept + counts.too_long
+    message = f"{counts.too_long} of {seen} have more than {max_length} tokens, the longest {counts.longest}"
     if counts.too_long > LEFT_OUT * seen:
-        return _finding(LENGTH, "warning", f"{message}: most of the data is never seen, allow longer ones")
+        return _finding(LENGTH, "warning", f"{message}: most of the data is never seen, so allow longer ones")
     return _finding(LENGTH, "ok", message)
 
 
 def new_tokens(model: nn.Module, tokenizer: "Tokenizer", encoded: list[Encoded]) -> Finding:
-    """Whether every token has an embedding, and one that was trained.
+    """Check that every token has an embedding that was trained.
 
-    New rows that were drawn at random, and not zero or near the mean, cannot be told from trained ones.
+    New rows drawn at random, rather than set to zero or to the mean, cannot be told from trained ones.
     """
     weight = model.get_input_embeddings().weight  # (rows, hidden)
-    used = sorted(used_tokens(encoded))
+    used = sorted(used_tokens(encoded))  # ids
     if fault := unknown_token(model, tokenizer, used):
         return _finding(NEW, "problem", fault)
-    if fault := unknown_token(model, tokenizer, range(len(tokenizer))):
+    if fault := unknown_token(model, tokenizer, range(len(tokenizer))):  # a token that no example uses, yet
         return _finding(NEW, "warning", fault)
     blank = [] if weight.requires_grad else [used[i] for i in _blank(weight.detach(), used)]
     if blank:
         names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(blank[:3])))
         message = (
             f"{len(blank)} of {len(used)} tokens in use, {names}, have an embedding that was never trained, and it is "
-            "frozen: a template of trained tokens, or training the embedding, would make them differ"
+            "frozen: use a template of trained tokens, or train the embedding"
         )
         return _finding(NEW, "warning", message)
     return _finding(NEW, "ok", f"none: all {len(used):,} in use have a trained row among {len(weight):,}")
 
 
 def row_lengths(model: nn.Module, encoded: list[Encoded]) -> Finding:
-    """Whether the model has a position for each token of the longest example."""
-    longest, limit = max(len(one.input_ids) for one in encoded), position_limit(model)
+    """Check that the model has a position for each token of the longest example."""
+    longest = max(len(example.input_ids) for example in encoded)
+    limit = position_limit(model)  # None: positions are computed, not looked up
     if fault := too_long(model, longest):
         status, reason = fault
-        return _finding(POSITIONS, status, f"an example has {longest} tokens, but {reason}: take a lower max_length")
+        return _finding(POSITIONS, status, f"an example has {longest} tokens, but {reason}: set a lower max_length")
     made_for = "any length" if limit is None else f"{limit}"
     return _finding(POSITIONS, "ok", f"at most {longest} tokens; the model was made for {made_for}")
 
 
 def _blank(weight: torch.Tensor, used: list[int]) -> list[int]:
-    """Positions in `used` of rows that are zero, or the mean of all: so do libraries start new ones."""
+    """Return positions in `used` of rows that are zero or the mean of all: libraries start new rows so."""
     rows = weight[used].float()  # (used, hidden)
-    size, distance = rows.norm(dim=1), (rows - weight.mean(0, dtype=torch.float32)).norm(dim=1)  # (used,)
+    size = rows.norm(dim=1)  # (used,)
+    distance = (rows - weight.mean(0, dtype=torch.float32)).norm(dim=1)  # (used,), from the mean
     blank = (size < BLANK * size.median()) | (distance < BLANK * distance.median())
     return blank.nonzero().flatten().tolist()
 
@@ -165,18 +183,19 @@ def _blank(weight: torch.Tensor, used: list[int]) -> list[int]:
 
 
 def finite_values(model: nn.Module, batch: Batch) -> Finding:
-    """Whether every parameter, activation and gradient of a step is finite."""
-    with mode(model, training=True):
-        found = first_nonfinite(model, batch)
-    if found:
-        return _finding(FINITE, "problem", str(found))
+    """Check that every parameter, activation and gradient of a step is finite."""
+    with mode(model, training=True):  # dropout and checkpointing as in a step
+        nonfinite = first_nonfinite(model, batch)
+    if nonfinite:
+        return _finding(FINITE, "problem", str(nonfinite))
     return _finding(FINITE, "ok", "parameters, activations and gradients of a step")
 
 
 def live_adapters(model: nn.Module, batch: Batch, name: str = LIVE) -> Finding:
-    """Whether one step of AdamW moves every lora_B, and nothing that is frozen."""
-    frozen = _checksums(model)
+    """Check that one step of AdamW moves every lora_B and nothing that is frozen."""
+    frozen = _checksums(model)  # name -> sum of bytes
     with _borrowed(model, training=True) as trained:
+        # lora_B, because lora_A has no gradient while lora_B is zero
         before = {path: layer.lora_B.clone() for path, layer in adapters(model).items()}
         _accumulate(model, [batch])
         if trained:
@@ -197,42 +216,43 @@ def accumulation(
     pad_id: int,
     accumulate: Callable[[nn.Module, list[Batch]], None] | None = None,
 ) -> Finding:
-    """Whether a batch at once and one example after another give the same gradients.
+    """Check that a whole batch and one example after another give the same gradients.
 
-    accumulate: a loop of your own, which adds the gradients of batches up in `.grad`; None for this library's.
-    They differ by rounding only: see `tolerance`.
+    accumulate: a loop of your own that sums the gradients of batches in `.grad`; None for this library's.
+    They may differ by rounding only: see `tolerance`.
     """
     if len(examples) < 2:
-        return _finding(ACCUMULATION, "warning", "not checked: one example is too few to compare")
+        return _finding(ACCUMULATION, "warning", "not checked: one example is too few for a comparison")
     runs = []
-    for parts in ([examples], [[one] for one in examples]):
+    for parts in ([examples], [[example] for example in examples]):
         with _borrowed(model, training=False) as trained:  # without dropout, which would draw differently
             (accumulate or _accumulate)(model, [collate(part, pad_id) for part in parts])
             gradients = [p.grad.flatten().double() for p in trained if p.grad is not None]
             runs.append(torch.cat(gradients) if gradients else torch.zeros(1))  # (trained elements,)
-    once, added = runs
-    if not once.any():
+    once, added = runs  # (trained elements,) each
+    if not once.any():  # else the difference would be 0 / 0
         return _finding(ACCUMULATION, "problem", "there is no gradient at all")
-    difference, allowed = ((once - added).norm() / once.norm()).item(), tolerance(model)
+    difference = ((once - added).norm() / once.norm()).item()  # relative
+    allowed = tolerance(model)
     message = f"{len(examples)} at once and {len(examples)} times 1 differ by {difference:.1e} of the gradient"
     if difference <= allowed:
-        return _finding(ACCUMULATION, "ok", f"{message}, rounding is up to {allowed:.1e}")
+        return _finding(ACCUMULATION, "ok", f"{message}; rounding explains up to {allowed:.1e}")
     advice = "divide by the answer tokens of the whole batch, once"
-    return _finding(ACCUMULATION, "problem", f"{message}, rounding only up to {allowed:.1e}: {advice}")
+    return _finding(ACCUMULATION, "problem", f"{message}; rounding explains only {allowed:.1e}: {advice}")
 
 
 def packed_rows(model: nn.Module, examples: list[Encoded], asked: bool) -> Finding:
-    """Whether examples in one row stay apart in this model; a problem only if packing is `asked` for."""
+    """Check that examples in one row stay apart in this model; a problem only if the run packs (`asked`)."""
     fault = packing_fault(model, examples[0], examples[-1])
     if fault is None:
         return _finding(PACKED, "ok", "examples in one row stay apart: packing may be used")
-    return _finding(PACKED, "problem" if asked else "ok", f"packing must be left off: {fault}")
+    return _finding(PACKED, "problem" if asked else "ok", f"leave packing off: {fault}")
 
 
 def _accumulate(model: nn.Module, batches: list[Batch]) -> None:
-    """As a step of the trainer does; in float16 on a scaled loss, without which small gradients vanish."""
+    """Sum gradients as a step of the trainer does; in float16 on a scaled loss, or small gradients would vanish."""
     tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
-    factor = HALF_SCALE if getattr(model, "dtype", None) == torch.float16 else 1
+    factor = HALF_SCALE if getattr(model, "dtype", None) == torch.float16 else 1  # a power of two: exact to undo
     accumulate(model, batches, max(tokens, 1), lambda loss: loss * factor)
     for p in model.parameters():
         if p.grad is not None:
@@ -241,23 +261,23 @@ def _accumulate(model: nn.Module, batches: list[Batch]) -> None:
 
 @contextmanager
 def _borrowed(model: nn.Module, training: bool) -> Iterator[list[nn.Parameter]]:
-    """The parameters that train, as copies without gradients: a step on them leaves nothing behind."""
+    """Lend the parameters that train, as copies without gradients: a step on them leaves no trace."""
     kept = [(p, p.data, p.grad) for p in model.parameters()]
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         with mode(model, training=training), own_draws(model), torch.enable_grad():
             for p, _, _ in kept:
                 p.grad = None
-            for p in trained:
+            for p in trained:  # adapters only, so the copies are small
                 p.data = p.data.clone()
             yield trained
     finally:
         for p, data, grad in kept:
-            p.data, p.grad = data, grad
+            p.data, p.grad = data, grad  # also after an error
 
 
 def _checksums(model: nn.Module) -> dict[str, int]:
-    """Name -> sum of bytes, of everything that is not trained: a copy of a large model would not fit beside it."""
+    """Sum the bytes of every frozen tensor, by name: a copy of a large model would not fit beside it."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):
@@ -269,22 +289,24 @@ def _checksums(model: nn.Module) -> dict[str, int]:
 
 
 def trained_share(policy: DtypePolicy) -> Finding:
-    """How much of the model trains, and whether anything but adapters does."""
+    """Report how much of the model trains, and warn if anything but adapters does."""
     message = f"{policy.trained:,} of {policy.weights:,} weights, {policy.share:.2%}"
     if policy.stored != policy.weights:
         message += f" (counting packed bytes as weights would say {policy.trained / policy.stored:.2%})"
     others = sum(row.elements for row in policy.rows if row.what == OTHER_TRAINED)
     if others:
-        return _finding(SHARE, "warning", f"{message}; {others:,} of them are no adapter's, and are not saved with it")
+        return _finding(
+            SHARE, "warning", f"{message}; {others:,} of them are outside the adapters, and are not saved with them"
+        )
     return _finding(SHARE, "ok", message)
 
 
 def memory(policy: DtypePolicy, full: int, checkpointed: int, free: int | None, tokens: int) -> Finding:
-    """Whether gradients, moments and activations fit beside the weights, which are there already.
+    """Check that gradients, moments and activations fit beside the weights, which are loaded already.
 
     full, checkpointed: bytes of activations for `tokens` tokens at once, without and with gradient checkpointing.
     """
-    extra = sum(row.nbytes for row in policy.rows if row.what in (GRADIENTS, MOMENTS))
+    extra = sum(row.nbytes for row in policy.rows if row.what in (GRADIENTS, MOMENTS))  # bytes that the first step adds
     message = (
         f"{_mib(extra)} of gradients and moments, {_mib(full)} of activations for {tokens:,} tokens at once "
         f"({_mib(checkpointed)} with gradient checkpointing; measured on short examples and scaled)"
@@ -293,30 +315,32 @@ def memory(policy: DtypePolicy, full: int, checkpointed: int, free: int | None, 
         return _finding(MEMORY, "ok", f"{message}; this system does not say how much is free")
     message += f"; {_mib(free)} are free"
     if extra + checkpointed > free:
-        return _finding(MEMORY, "problem", f"{message}: take fewer examples at once, shorter ones, or 8-bit moments")
+        return _finding(MEMORY, "problem", f"{message}: use fewer or shorter examples at once, or 8-bit moments")
     if extra + full > free:
-        return _finding(MEMORY, "problem", f"{message}: switch gradient checkpointing on, or take fewer at once")
+        return _finding(
+            MEMORY, "problem", f"{message}: switch gradient checkpointing on, or use fewer examples at once"
+        )
     status = "warning" if extra + full > TIGHT * free else "ok"
     return _finding(MEMORY, status, f"{message}{', which is tight' if status == 'warning' else ''}")
 
 
 def activations(model: nn.Module, batch: Batch, tokens: int) -> tuple[int, int]:
-    """Bytes kept for the backward pass of `tokens` tokens, without and with gradient checkpointing."""
-    full = _kept(model, batch)
+    """Return the bytes kept for the backward pass of `tokens` tokens, without and with gradient checkpointing."""
+    full = _kept(model, batch)  # bytes
     with checkpointing(model):
-        # and one layer, which is computed again in the backward pass
+        # plus one layer at a time, recomputed in the backward pass
         less = _kept(model, batch) + full // max(1, getattr(model.config, "num_hidden_layers", 1))
-    measured = batch["input_ids"].numel()
+    measured = batch["input_ids"].numel()  # tokens of the batch, padding included
     return full * tokens // measured, min(full, less) * tokens // measured
 
 
 def _kept(model: nn.Module, batch: Batch) -> int:
-    """Bytes of all tensors that a forward pass keeps for its backward pass, weights not counted, each storage once."""
+    """Count the bytes that a forward pass keeps for its backward pass: each storage once, and no weights."""
     kept = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage.nbytes()  # a view shares its storage: counted once
         return tensor
 
     with (
@@ -324,7 +348,7 @@ def _kept(model: nn.Module, batch: Batch) -> int:
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        loss = answer_loss(model, batch)[0]  # while it lives, so does what it keeps, and no address is used twice
+        loss = answer_loss(model, batch)[0]  # keeps its graph alive, so that no address is used twice
         size = sum(nbytes for address, nbytes in kept.items() if address not in weights)
         del loss
     return size

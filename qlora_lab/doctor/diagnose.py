@@ -1,9 +1,9 @@
-"""The training doctor: looks for what goes wrong silently, before a run of hours.
+"""The training doctor: checks, before a run of hours, for failures that raise no error.
 
-In: a model with adapters, its tokenizer, and data. Out: a Report of Findings, with the threads of users who met it.
-On a sample of the data: the tokens of 32 examples, and steps with 8 short ones of them.
+In: a model with adapters, its tokenizer, and data. Out: a Report of Findings, with threads of users who met each.
+It examines a sample of the data: the tokens of 32 examples, and steps on 8 short ones of them.
 
-Not here: the checks (checks.py, data_checks.py), printing (cli.py), tokens in colour (LabelView takes
+Not here: the checks (checks.py, data_checks.py), printing (cli/doctor.py), tokens in colour (LabelView takes
 Report.labels).
 """
 
@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.data.dataset import Encoded, EncodeReport, collate, encode_all, load_data, show_labels
-from qlora_lab.data.encode import Notes
 from qlora_lab.data.examples import Example
+from qlora_lab.data.labels import Notes
 from qlora_lab.doctor.checks import (
     ACCUMULATION,
     CHECKPOINTED,
@@ -53,16 +53,17 @@ from qlora_lab.train.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase as Tokenizer
 
-SAMPLED = 32  # examples whose tokens are looked at
-STEPPED = 8  # of them, those that steps are made of
-WIDTH, INDENT = 120, 9  # of a printed report: columns, and those of a status
+SAMPLED = 32  # examples whose tokens are examined
+STEPPED = 8  # of them, those that make up the steps
+WIDTH = 120  # columns of a printed report
+INDENT = 9  # columns of a status
 
 
 @dataclass(frozen=True)
 class Report:
-    """All findings; a line each, with the threads under those that are not "ok".
+    """All findings, one a line, with the threads below each that is not "ok".
 
-    skipped: checks that could not run because of a problem before them. labels: (text, learned) for each token of one
+    skipped: checks that an earlier problem prevented. labels: (text, learned) for each token of one
     example, for LabelView. dtypes: which bytes have which dtype.
     """
 
@@ -73,7 +74,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no problem; there may be warnings."""
+        """Whether there is no problem. There may be warnings."""
         return all(finding.status != "problem" for finding in self.findings)
 
     def to_dict(self) -> dict:
@@ -83,9 +84,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = []
-        for one in self.findings:
-            lines += _lines(one.status, f"{one.name}: {one.message}")
-            lines += [line for thread in one.threads if one.status != "ok" for line in _lines("", thread)]
+        for finding in self.findings:
+            lines += _lines(finding.status, f"{finding.name}: {finding.message}")
+            lines += [line for thread in finding.threads if finding.status != "ok" for line in _lines("", thread)]
         lines += _lines("skipped", ", ".join(self.skipped))
         return "\n".join(lines)
 
@@ -102,28 +103,31 @@ def diagnose(
     seed: int = Settings.seed,
     progress: bool = True,
 ) -> Report:
-    """Examine a run before it starts: as long as about six of its steps on short examples.
+    """Examine a run before it starts; this takes about as long as six of its steps on short examples.
 
-    data: as finetune takes it, or examples that you encoded yourself. max_length, batch_size (rows at once),
+    data: as for finetune, or examples that you encoded yourself. max_length, batch_size (rows at once),
     optimizer_bits and packing: of the planned run. seed: of the sample.
     Raises ValueError for a model without adapters, data without a short enough example, or a setting out of range.
     """
     options = {"max_length": max_length, "batch_size": batch_size, "optimizer_bits": optimizer_bits}
-    Settings(**options, packing=packing, seed=seed)  # raises
+    Settings(**options, packing=packing, seed=seed)  # raises for a value that is not allowed
     adapters(model)  # raises if there is none
-    policy = dtype_policy(model, optimizer_bits)
+    policy = dtype_policy(model, optimizer_bits)  # before steps create gradients
     examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
     encoded, counts = _sample(examples, tokenizer, max_length, seed, progress)
     findings = [end_tokens(encoded, tokenizer), learned_tokens(encoded), left_out(counts, max_length)]
-    records = [example for example in examples if isinstance(example, Example)]
+    records = [example for example in examples if isinstance(example, Example)]  # none if the data came as tokens
     findings += [asked_for(records), texts(counts.notes, len(encoded), as_tokens=not records)]
     findings += [trained_share(policy), new_tokens(model, tokenizer, encoded)]
     unseen = [POSITIONS]
-    if readable := findings[-1].status != "problem":  # else no step can be made
+    if readable := findings[-1].status != "problem":  # otherwise no step can be made
         findings.append(row_lengths(model, encoded))
-        readable, unseen = findings[-1].status != "problem", []
-    few, pad_id = _few(encoded), fill_id(model, tokenizer)
-    batch, tokens = collate(few, pad_id), batch_size * max_length
+        readable = findings[-1].status != "problem"
+        unseen = []
+    few = _few(encoded)
+    pad_id = fill_id(model, tokenizer)
+    batch = collate(few, pad_id)
+    tokens = batch_size * max_length  # at once, in the planned run
     free = free_memory(next(model.parameters()).device)  # before the steps below take some
 
     def live_checkpointed() -> Finding:
@@ -142,8 +146,8 @@ def diagnose(
         bar = tqdm(list(steps), "doctor", unit="check", leave=False, disable=not progress)
         for name in bar:
             bar.set_postfix_str(name)
-            findings.append(steps.pop(name)())
-            if name == FINITE and findings[-1].status == "problem":
+            findings.append(steps.pop(name)())  # what is left was skipped
+            if name == FINITE and findings[-1].status == "problem":  # every later check would repeat it
                 break
     return Report(tuple(findings), (*unseen, *steps), show_labels(encoded[0], tokenizer), policy)
 
@@ -151,35 +155,33 @@ def diagnose(
 def _sample(
     examples: list, tokenizer, max_length: int, seed: int, progress: bool
 ) -> tuple[list[Encoded], EncodeReport]:
-    """Up to SAMPLED short enough examples, drawn as the trainer draws them, and what was passed over."""
-    order = np.random.default_rng(seed).permutation(len(examples))
+    """Return up to SAMPLED examples that are short enough, drawn as the trainer does, and counts of the others."""
+    order = np.random.default_rng(seed).permutation(len(examples))  # as the trainer draws its sample
     shuffled = [examples[i] for i in order]
     if not examples or isinstance(examples[0], Example):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the findings say the same
+            warnings.simplefilter("ignore")  # the findings repeat them
             return encode_all(shuffled, tokenizer, max_length, SAMPLED, progress)
-    lengths = [len(one.input_ids) for one in shuffled]
-    kept = [one for one in shuffled if len(one.input_ids) <= max_length]
+    lengths = [len(example.input_ids) for example in shuffled]
+    kept = [example for example in shuffled if len(example.input_ids) <= max_length]
     if not kept:
-        shortest = min(lengths)
-        raise ValueError(
-            f"no example has at most {max_length} tokens: allow {shortest}, which the shortest has, or more"
-        )
-    counts = sum(len(one.input_ids) for one in kept), sum(one.answer_tokens for one in kept)
-    notes = sum((one.notes for one in kept[:SAMPLED]), Notes())
+        advice = f"set max_length={min(lengths)} or more, the length of the shortest"
+        raise ValueError(f"no example has at most {max_length} tokens: {advice}")
+    counts = sum(len(example.input_ids) for example in kept), sum(example.answer_tokens for example in kept)
+    notes = sum((example.notes for example in kept[:SAMPLED]), Notes())
     return kept[:SAMPLED], EncodeReport(len(kept), len(shuffled) - len(kept), max(lengths), *counts, notes)
 
 
 def _few(encoded: list[Encoded]) -> list[Encoded]:
-    """Short examples, which are cheap, with answers of unlike lengths, where wrong averages show."""
-    short = sorted(encoded, key=lambda one: len(one.input_ids))[: 2 * STEPPED]
+    """Choose short examples, which are cheap, whose answers differ in length, so that wrong averages show."""
+    short = sorted(encoded, key=lambda example: len(example.input_ids))[: 2 * STEPPED]
     if len(short) <= STEPPED:
         return short
-    short.sort(key=lambda one: one.answer_tokens)
-    return short[: STEPPED // 2] + short[-STEPPED // 2 :]
+    short.sort(key=lambda example: example.answer_tokens)
+    return short[: STEPPED // 2] + short[-STEPPED // 2 :]  # the shortest and the longest answers
 
 
 def _lines(status: str, text: str) -> list[str]:
-    """The text beside its status, wrapped; addresses stay whole."""
+    """Wrap the text beside its status; addresses stay whole."""
     parts = wrap(text, WIDTH - INDENT, break_long_words=False, break_on_hyphens=False)
     return [f"{status if i == 0 else '':<{INDENT}}{part}" for i, part in enumerate(parts)]

@@ -1,12 +1,12 @@
-"""Which bytes have which dtype: every tensor that training holds from one step to the next, in one printed table.
+"""Tabulate which bytes have which dtype: every tensor that training holds from one step to the next.
 
 In: a model, usually with adapters, and the bits of the optimizer's moments. Out: a DtypePolicy: rows of elements and
-bytes, what is computed in, and the share of weights that are trained.
+bytes, the dtype of computation, and the share of weights that are trained.
 Source: QLoRA section 3, equation 5: storage in 4 bits, computation in 16, gradients for the adapter alone.
 
-Bytes are those of the tensors that are there; only gradients and moments, which come with the first step, follow from
-the parameters that they will belong to. Elements are logical: a 4-bit weight counts as one, not as half a byte, so that
-a share is a share of the model. A tensor that two modules share, as a tied head, counts once.
+Bytes are read from the tensors themselves; those of gradients and moments, which the first step creates, follow from
+their parameters. Elements are logical: a 4-bit weight counts as one element, not as half a byte, so that a share is a
+share of the model. A tensor that two modules share, such as a tied head, counts once.
 
 Not here: activations and what a step needs for a moment.
 """
@@ -18,12 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qlora_lab.adapters.lora import LoRALinear
-from qlora_lab.model.linear4bit import Linear4bit, head_path
+from qlora_lab.adapters.model_tensors import ADAPTER, EMBEDDINGS, HEAD, LINEAR, PACKED, model_tensors
 from qlora_lab.optim.paged_adamw import UNIT
 
-WEIGHTS, ADAPTERS, OTHER_TRAINED = "base weights", "adapters", "other trained weights"
-GRADIENTS, MOMENTS = "gradients", "moments"
+WEIGHTS = "base weights"
+ADAPTERS = "adapters"
+OTHER_TRAINED = "other trained weights"
+WORDS = {LINEAR: WEIGHTS, EMBEDDINGS: EMBEDDINGS, HEAD: HEAD} | dict.fromkeys(ADAPTER, ADAPTERS)
+GRADIENTS = "gradients"
+MOMENTS = "moments"
 COLUMNS = ("what", "dtype", "elements", "bytes", "bits each")
 
 
@@ -39,15 +42,15 @@ class Row:
     @property
     def bits(self) -> float:
         """Bits stored for each element, constants included."""
-        return 8 * self.nbytes / self.elements
+        return 8 * self.nbytes / self.elements  # 4.127 for nf4, blocks of 64, double quantization
 
 
 @dataclass(frozen=True)
 class DtypePolicy:
     """The table of a model. computes_in: the dtype of activations and products, also of the adapter's.
 
-    trained, weights: logical elements that get a gradient, and all of them, adapters included. stored: the same sum
-    with bytes instead of weights where weights are packed, which is what a count of stored elements gives.
+    trained, weights: logical elements that get a gradient, and all elements, adapters included. stored: the number of
+    stored elements, where a packed byte counts as one; many tools report a share of this sum.
     """
 
     rows: tuple[Row, ...]
@@ -59,17 +62,17 @@ class DtypePolicy:
 
     @property
     def loss_scaling(self) -> bool:
-        """Whether gradients need a scaled loss: those of float16 vanish below 6e-8, those of bf16 do not."""
+        """Whether gradients need a scaled loss: in float16 they vanish below 6e-8, in bf16 they do not."""
         return self.computes_in == "float16"
 
     @property
     def nbytes(self) -> int:
-        """All rows: what lies in memory between two steps."""
+        """Bytes in memory between two steps."""
         return sum(row.nbytes for row in self.rows)
 
     @property
     def share(self) -> float:
-        """Trained weights over all weights, 0 to 1."""
+        """Trained weights over all weights, from 0 to 1."""
         return self.trained / self.weights
 
     def to_dict(self) -> dict:
@@ -80,7 +83,7 @@ class DtypePolicy:
     def __str__(self) -> str:
         cells = [(r.what, r.dtype, f"{r.elements:,}", f"{r.nbytes:,}", f"{r.bits:.4g}") for r in self.rows]
         cells = [COLUMNS, *cells, ("sum", "", "", f"{self.nbytes:,}", "")]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]  # of the widest cell
         lines = [
             "  ".join(f"{text:{'<' if i < 2 else '>'}{widths[i]}}" for i, text in enumerate(row)).rstrip()
             for row in cells
@@ -92,7 +95,7 @@ class DtypePolicy:
 
 
 class _Tensor(NamedTuple):
-    """One tensor of a model: its kind, its dtype in words, and what it counts for."""
+    """One tensor of a model: its kind, its dtype in words, and its counts."""
 
     what: str
     dtype: str
@@ -103,66 +106,55 @@ class _Tensor(NamedTuple):
 
 
 def dtype_policy(model: nn.Module, optimizer_bits: int = 32) -> DtypePolicy:
-    """The table of `model` under AdamW with moments of 32 or 8 bits, as PagedAdamW keeps them.
+    """Make the table of `model` under AdamW with moments of 32 or 8 bits, as PagedAdamW keeps them.
 
     Raises ValueError for other bits.
     """
     if optimizer_bits not in UNIT:
-        raise ValueError(f"optimizer_bits={optimizer_bits!r} is not allowed: moments have 32 or 8")
+        raise ValueError(f"optimizer_bits={optimizer_bits!r} is not allowed: moments have 32 or 8 bits")
     tensors = list(_tensors(model))
-    trained = [one.trained for one in tensors if one.trained is not None]
-    rows = [(one.what, one.dtype, one.elements, one.nbytes) for one in tensors]
+    trained = [tensor.trained for tensor in tensors if tensor.trained is not None]
+    rows = [(tensor.what, tensor.dtype, tensor.elements, tensor.nbytes) for tensor in tensors]
     rows += [(GRADIENTS, _name(p.dtype), p.numel(), p.nbytes) for p in trained]
-    together, size = UNIT[optimizer_bits]
+    together, size = UNIT[optimizer_bits]  # elements in a block, and its bytes
     moments = "float32" if optimizer_bits == 32 else f"8-bit codes, blocks of {together}"
-    # Each parameter starts a new block, so this is no multiple of the number of elements.
+    # Each parameter starts a new block, so bytes are not proportional to elements.
     rows += [(MOMENTS, moments, 2 * p.numel(), -(-p.numel() // together) * size) for p in trained]
-    dtype = getattr(model, "dtype", None) or next(p.dtype for p in model.parameters())
+    dtype = getattr(model, "dtype", None) or next(p.dtype for p in model.parameters())  # a bare nn.Module has none
     return DtypePolicy(
         rows=tuple(_sums(rows)),
         computes_in=_name(dtype),
         trained=sum(p.numel() for p in trained),
-        weights=sum(one.elements for one in tensors),
-        stored=sum(one.stored for one in tensors),
+        weights=sum(tensor.elements for tensor in tensors),
+        stored=sum(tensor.stored for tensor in tensors),
     )
 
 
 def _tensors(model: nn.Module) -> Iterator[_Tensor]:
-    """Every tensor of the model once, base before adapters."""
+    """Yield every tensor of the model once, base before adapters."""
     seen: dict[nn.Parameter | torch.Tensor, list[str]] = {}
-    head = head_path(model)
-    for path, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            q = module.weight
-            double = ", double quantization" if q.double_quant else ""
-            words = f"{q.codebook}, blocks of {q.block_size}{double}"
-            yield _Tensor(WEIGHTS, words, q.numel, q.nbytes, q.packed.numel(), None)
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            kinds, kind = seen.setdefault(tensor, []), _kind(module, name, path == head)
-            if kind not in kinds:
-                kinds.append(kind)
+    for kind, tensor in model_tensors(model):
+        if kind == PACKED:  # a QuantizedTensor
+            double = ", double quantization" if tensor.double_quant else ""
+            words = f"{tensor.codebook}, blocks of {tensor.block_size}{double}"
+            yield _Tensor(WEIGHTS, words, tensor.numel, tensor.nbytes, tensor.packed.numel(), None)
+            continue
+        kinds = seen.setdefault(tensor, [])  # by identity: a tied head is one tensor of two kinds
+        if (what := WORDS.get(kind, "norms, biases, buffers")) not in kinds:
+            kinds.append(what)
     for tensor, kinds in sorted(seen.items(), key=lambda item: ADAPTERS in item[1]):
         trained = tensor if tensor.requires_grad else None
         what = " and ".join(kinds) if trained is None or kinds == [ADAPTERS] else OTHER_TRAINED
         yield _Tensor(what, _name(tensor.dtype), tensor.numel(), tensor.nbytes, tensor.numel(), trained)
 
 
-def _kind(module: nn.Module, name: str, is_head: bool) -> str:
-    if isinstance(module, LoRALinear):
-        return ADAPTERS
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    if isinstance(module, nn.Linear) and name == "weight":
-        return "head" if is_head else WEIGHTS
-    return "norms, biases, buffers"
-
-
 def _sums(rows: list[tuple[str, str, int, int]]) -> Iterator[Row]:
-    """Rows of the same kind and dtype added up, in the order in which each first appears."""
+    """Add up rows of the same kind and dtype, in the order of first appearance."""
     sums: dict[tuple[str, str], list[int]] = {}
     for what, dtype, elements, nbytes in rows:
         total = sums.setdefault((what, dtype), [0, 0])
-        total[0], total[1] = total[0] + elements, total[1] + nbytes
+        total[0] += elements
+        total[1] += nbytes
     for (what, dtype), total in sums.items():
         yield Row(what, dtype, *total)
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from qlora_lab.files import disk
-from qlora_lab.files.replace import replacing_file
+from qlora_lab.files.replace import replace_bytes
 
 SUMS = "qlora-lab.sha256"
 LARGEST = 2**20  # bytes of such a file: 10,000 lines
@@ -32,8 +32,7 @@ def replace_sums(folder: Path, names: Iterable[str], contents: Mapping[str, byte
     """
     digests = {name: sha256(folder / name) for name in names}
     digests |= {name: hashlib.sha256(content).hexdigest() for name, content in (contents or {}).items()}
-    with replacing_file(folder / SUMS) as new:
-        disk.write_bytes(new, as_lines(digests))
+    replace_bytes(folder / SUMS, as_lines(digests))
 
 
 def as_lines(digests: Mapping[str, str]) -> bytes:

@@ -54,13 +54,26 @@ def _take_place(new: Path, target: Path, old: Path) -> None:
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yields the name of a file to write; it takes the place of `target` on success and vanishes on an error."""
-    owner, target = target.parent, resolved(target)
+    owner = target.parent  # of a link, not of what it leads to
+    target = resolved(target)
     with scratch_for(target, owner) as scratch:
         new = scratch / target.name
         yield new
         sync(new)
         disk.rename(new, target)
     sync(target.parent)
+
+
+def replace_text(target: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all: a reader finds the old file or the new one."""
+    with replacing_file(target) as new:
+        disk.write_text(new, text)
+
+
+def replace_bytes(target: Path, data: bytes) -> None:
+    """Write a file of bytes, whole or not at all."""
+    with replacing_file(target) as new:
+        disk.write_bytes(new, data)
 
 
 @contextmanager

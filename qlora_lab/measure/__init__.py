@@ -1,1 +1,1 @@
-"""The measure room: what a model is worth. perplexity, held_out (loss and answers on held-out data), rouge."""
+"""The measure room: how good a model, a codebook or a low rank is. perplexity, held_out, sweep, sensitivity."""

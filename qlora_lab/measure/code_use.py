@@ -1,8 +1,10 @@
-"""How well a table of levels serves: the error it leaves, and how often each code is used.
+"""Measure how well a table of levels serves: the error it leaves, and how often each code is used.
 
-In: levels, and weights in blocks; or a quantised tensor. Out: a CodeUse; or its counts.
+In: levels, and weights in blocks; or a quantised tensor. Out: a CodeUse; or the counts of the codes.
 Source: QLoRA section 3 argues that quantiles of the normal distribution use all codes equally often. That holds for
-weights scaled by a constant of the distribution; absmax scaling pins one weight of every block to an end instead.
+weights scaled by a constant of the distribution. Absmax scaling instead pins one weight of each block to an end.
+
+Not here: the rounding itself (quant/codebook.py).
 """
 
 from dataclasses import dataclass
@@ -17,17 +19,16 @@ from qlora_lab.quant.quantize import QuantizedTensor
 
 @dataclass(frozen=True)
 class CodeUse:
-    """share: (2^bits,) float64, how often each code is used; relative_error: squared error over squared weight."""
+    """The use of the codes, and the error."""
 
-    share: torch.Tensor
-    relative_error: float
+    share: torch.Tensor  # (2^bits,) float64: share of the weights that have this code
+    relative_error: float  # squared error over squared weight
 
     @property
     def entropy(self) -> float:
-        """Bits of information that a code carries on average; at most the bits it takes. Two codes of one value, as the
-        two zeros of FP4 are, count as two."""
+        """Mean bits of information in a code, at most its size. Two codes of one value (FP4's zeros) count as two."""
         used = self.share[self.share > 0]
-        return float((used * -used.log2()).sum())  # so signed, one code alone has 0, not -0
+        return float((used * -used.log2()).sum())  # with this sign a single code has 0, not -0
 
 
 def code_use(levels: torch.Tensor, blocks: torch.Tensor) -> CodeUse:
@@ -38,21 +39,21 @@ def code_use(levels: torch.Tensor, blocks: torch.Tensor) -> CodeUse:
     """
     absmax = block_absmax(blocks)
     codes = nearest_codes(scale_blocks(blocks, absmax), levels)  # (n_blocks, block_size)
-    error = levels[codes.int()] * absmax[:, None] - blocks
+    error = levels[codes.int()] * absmax[:, None] - blocks  # (n_blocks, block_size)
     counts = torch.bincount(codes.view(-1).int(), minlength=2 ** bits_of(levels))
     return CodeUse(counts.double() / counts.sum(), float(error.square().sum() / blocks.square().sum()))
 
 
 def code_counts(q: QuantizedTensor) -> torch.Tensor:
-    """How often `q` uses each code: (2^bits,) int64.
+    """Count how often `q` uses each code: (2^bits,) int64.
 
     >>> from qlora_lab.quant.quantize import quantize
     >>> code_counts(quantize(torch.tensor([1.0, 1.0, 0.0]), "nf2")).tolist()
     [0, 1, 0, 2]
     """
-    if group_of(q.bits)[1] > 1 or q.numel % group_of(q.bits)[0]:  # codes across bytes, or a last group filled up
+    if group_of(q.bits)[1] > 1 or q.numel % group_of(q.bits)[0]:  # codes across bytes, or a padded last group
         return torch.bincount(q.codes.int(), minlength=2**q.bits)
-    # whole bytes, so count these, 256 kinds, before taking them apart: 3 times faster
+    # Codes fill whole bytes. Counting the 256 kinds of bytes before unpacking is 3 times faster.
     every = torch.arange(256, dtype=torch.uint8, device=q.device)
     codes = unpack(every, 256 * group_of(q.bits)[0], q.bits).view(256, -1)  # (256, codes in a byte)
     counts = torch.bincount(q.packed.int(), minlength=256)[:, None].expand_as(codes)

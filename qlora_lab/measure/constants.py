@@ -1,10 +1,10 @@
-"""What 8 bits do to block constants: any table, any group size, with the mean taken off first or not.
+"""Store block constants in 8 bits: with any table, any group size, with or without the mean subtracted first.
 
-In: absmax, (n_blocks,) float32. Out: the constants as they come back, and the squared error of a weight with them.
-Source: QLoRA section 3, "Double Quantization". "dynamic" is what its code stores, "int8" what torchao does; the paper's
-word is "FP8", and torch has the two types that are called so elsewhere, E4M3 and E5M2.
+In: absmax, (n_blocks,) float32. Out: the constants that come back, and a weight's squared error with them.
+Source: QLoRA section 3, "Double Quantization". Its code stores "dynamic", torchao stores "int8". The paper says "FP8",
+which elsewhere names torch's two types E4M3 and E5M2.
 
-Not here: the stored form (quant/double_quant.py), which the table "dynamic" with groups of 256 and the mean equals.
+Not here: the stored form (quant/double_quant.py), equal to the table "dynamic" with groups of 256 and the mean.
 """
 
 from dataclasses import replace
@@ -18,8 +18,8 @@ from qlora_lab.quant.quantize import QuantizedTensor, dequantize
 
 
 def _finite(dtype: torch.dtype) -> torch.Tensor:
-    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    values = values[values.isfinite()]  # E4M3 has 254 such values, E5M2 248
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()  # every bit pattern once
+    values = values[values.isfinite()]  # 254 of E4M3, 248 of E5M2
     return values / values.max()
 
 
@@ -33,7 +33,7 @@ TABLES = tuple(_TABLES)
 
 
 def constants_table(name: str) -> torch.Tensor:
-    """A table of 8 bits by name, (at most 256,) float32, the largest value 1. ValueError for a name not in TABLES.
+    """Return a table of 8 bits by name, (at most 256,) float32, its largest value 1. ValueError if not in TABLES.
 
     >>> len(constants_table("e4m3"))
     254
@@ -46,7 +46,7 @@ def constants_table(name: str) -> torch.Tensor:
 def stored_constants(
     absmax: torch.Tensor, table: str = "dynamic", group_size: int = GROUP_SIZE, mean_offset: bool = True
 ) -> torch.Tensor:
-    """absmax, (n_blocks,) float32, after 8 bits and back: groups of `group_size` share one float32 scale.
+    """Round absmax, (n_blocks,) float32, to 8 bits and back: groups of `group_size` share one float32 scale.
 
     >>> [round(c, 4) for c in stored_constants(torch.tensor([1.0, 1, 1, 2]), "int8").tolist()]  # 1.25 - 0.75 * 42/127
     [1.002, 1.002, 1.002, 2.0]
@@ -55,13 +55,13 @@ def stored_constants(
     offset = absmax.mean() if mean_offset else torch.zeros(())
     groups = to_blocks(absmax - offset, group_size)  # (n_groups, group_size)
     scale = block_absmax(groups)  # (n_groups,)
-    codes = nearest_codes(scale_blocks(groups, scale), levels)
+    codes = nearest_codes(scale_blocks(groups, scale), levels)  # (n_groups, group_size)
     values = levels[codes.int()] * scale[:, None]
-    return values.view(-1)[: len(absmax)] + offset  # (n_blocks,)
+    return values.view(-1)[: len(absmax)] + offset  # (n_blocks,), without the padding of the last group
 
 
 def squared_error(weight: torch.Tensor, q: QuantizedTensor, absmax: torch.Tensor | None = None) -> float:
-    """Sum of squares between `weight` and `q`, read with other constants where `absmax`, (n_blocks,) float32, is given.
+    """Sum the squared differences of `weight` and `q`. absmax, (n_blocks,) float32, replaces the constants of `q`.
 
     >>> from qlora_lab.quant.quantize import quantize
     >>> q = quantize(torch.ones(64))

@@ -1,9 +1,8 @@
-"""Held-out examples: what loss has the model on answers it never saw, and what does it answer itself?
+"""Judge a model on held-out examples: its loss on answers it never saw, and the answers it writes itself.
 
 In: a model of transformers, and examples or their tokens. Out: a mean loss in nats per answer token, or texts.
 
-Measuring changes nothing: no weight, no gradient, no random state, no training flag. (There are libraries where it
-does.)
+Measuring changes no weight, no gradient, no random state and no training flag. (In some libraries it does.)
 
 Not here: the loss itself (train/loss.py), the loss on running text (perplexity.py).
 """
@@ -32,28 +31,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 MAX_LENGTH = 512  # tokens of prompt and answer: 99 % of the held-out docstrings
-ANSWER_TOKENS = 40  # 99 % of their summaries have at most 37
-ANSWERS_AT_ONCE = 25  # each new token unpacks every weight once, whether for one answer or for many
+ANSWER_TOKENS = 40  # 99 % of their summaries have at most 37 tokens
+ANSWERS_AT_ONCE = 25  # each new token unpacks every weight once, for any number of answers
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss in nats per answer token, mean ROUGE-L F-measure in [0, 1], and the model's answers it is about."""
+    """How well a model answers examples that it never saw."""
 
-    loss: float
-    rouge_l: float
-    answers: list[str]
+    loss: float  # mean, nats per answer token
+    rouge_l: float  # mean F-measure of `answers`, in [0, 1]
+    answers: list[str]  # the model's own
 
 
 def held_out(
     model: torch.nn.Module, tokenizer: "Tokenizer", examples: list[Example], *, progress: bool = True
 ) -> HeldOut:
-    """Loss and ROUGE-L of the model on `examples`, which must have been kept out of its training.
+    """Measure loss and ROUGE-L on `examples`, which the model's training must not have seen.
 
-    Examples of more than MAX_LENGTH tokens count in ROUGE-L but not in the loss. Raises ValueError for a token that the
-    model has no embedding for, and for a row that is longer than its table of positions.
+    Examples of more than MAX_LENGTH tokens count in ROUGE-L but not in the loss. Raises ValueError for a token without
+    an embedding in the model, and for a row that is longer than the model's table of positions.
     """
-    encoded, _ = encode_all(examples, tokenizer, MAX_LENGTH, progress=progress)
+    encoded, _ = encode_all(examples, tokenizer, MAX_LENGTH, progress=progress)  # longer examples are dropped
     check_tokens(model, tokenizer, used_tokens(encoded))
     longest = max(len(example.input_ids) for example in encoded)
     check_length(model, longest, "a held-out example", "take shorter ones")
@@ -65,7 +64,7 @@ def held_out(
 def generate(
     model: torch.nn.Module, tokenizer: "Tokenizer", question: str, max_new_tokens: int = 128, *, progress: bool = True
 ) -> str:
-    """The model's greedy answer to one question of a user, under the tokenizer's chat template. Raises as held_out."""
+    """Answer a user's question greedily, under the tokenizer's chat template. Raises what held_out raises."""
     return _answers(model, tokenizer, [(("user", question),)], max_new_tokens, progress)[0]
 
 
@@ -77,43 +76,40 @@ def generate_answers(
     *,
     progress: bool = True,
 ) -> list[str]:
-    """The model's own greedy answers to the prompts of `examples`, without special tokens and outer white space."""
+    """Answer the prompts of `examples` greedily. Special tokens and outer white space are stripped."""
     return _answers(model, tokenizer, [example.prompt for example in examples], max_new_tokens, progress)
 
 
 def _answers(
     model: torch.nn.Module, tokenizer: "Tokenizer", prompts: list[Turns], max_new_tokens: int, progress: bool
 ) -> list[str]:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig  # heavy, so not at the top
 
     check_whole("max_new_tokens", max_new_tokens)
-    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]  # token ids
     check_tokens(model, tokenizer, {token for row in rows for token in row})
-    longest = max(map(len, rows)) + max_new_tokens - 1  # the last token is not read
-    check_length(
-        model,
-        longest,
-        "a prompt with its answer",
-        "ask a shorter question, or take fewer max_new_tokens (--max-new-tokens)",
-    )
-    stop, fill = _stop_ids(model, tokenizer), fill_id(model, tokenizer)
+    longest = max(map(len, rows)) + max_new_tokens - 1  # the model never reads the last token
+    fix = "ask a shorter question, or take fewer max_new_tokens (--max-new-tokens)"
+    check_length(model, longest, "a prompt with its answer", fix)
+    stop = _stop_ids(model, tokenizer)
+    fill = fill_id(model, tokenizer)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=fill)
     batches = _at_once(model, rows, fill)
-    answers = {}
+    answers = {}  # number of the row -> text
     with measuring(model), _own_configuration_aside(model):
         for chosen in tqdm(batches, "answers", unit="batch", leave=False, disable=not progress):
             batch = to_device(_left_padded([rows[i] for i in chosen], fill), model)
-            generated = model.generate(**batch, generation_config=greedy)
-            new = generated[:, batch["input_ids"].shape[1] :].tolist()  # batch lists of at most max_new_tokens
+            generated = model.generate(**batch, generation_config=greedy)  # (batch, prompt + answer)
+            new = generated[:, batch["input_ids"].shape[1] :].tolist()  # (batch, at most max_new_tokens)
             texts = tokenizer.batch_decode([_until(row, stop) for row in new], skip_special_tokens=True)
             answers |= zip(chosen, texts, strict=True)
-    return [answers[i].strip() for i in range(len(rows))]
+    return [answers[i].strip() for i in range(len(rows))]  # in the order of the prompts
 
 
 def _at_once(model: torch.nn.Module, rows: list[list[int]], fill: int) -> list[list[int]]:
-    """Numbers of rows that are answered together: alike in length, or equally long where the model reads padding."""
+    """Group rows to answer together: of similar length, or of equal length if the model does not ignore padding."""
     lengths = [len(row) for row in rows]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    order = sorted(range(len(rows)), key=lengths.__getitem__)  # neighbours need little padding
     groups = [order]
     if min(lengths) < max(lengths) and reads_padding(model, rows[order[0]], fill):
         groups = [list(group) for _, group in groupby(order, key=lengths.__getitem__)]
@@ -124,15 +120,16 @@ def _at_once(model: torch.nn.Module, rows: list[list[int]], fill: int) -> list[l
 
 @contextmanager
 def _own_configuration_aside(model: torch.nn.Module) -> Iterator[None]:
-    """Let `generate` follow the configuration that it is passed, and nothing else.
+    """Make `generate` follow the configuration that it is passed, and nothing else.
 
-    transformers fills what that leaves out from the model's own configuration, which may sample, punish repetitions,
-    suppress tokens or search beams. Passing a neutral value for each field would miss those for which it is None, and
-    those of later versions; so an empty configuration takes the place of the model's own meanwhile.
+    transformers fills unset fields from the model's own configuration, which may sample, punish repetitions, suppress
+    tokens or search beams. Passing a neutral value for each field would miss those whose neutral value is None, and the
+    fields of later versions. So an empty configuration replaces the model's own for a while.
     """
     from transformers import GenerationConfig
 
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
@@ -140,19 +137,19 @@ def _own_configuration_aside(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _stop_ids(model: torch.nn.Module, tokenizer: "Tokenizer") -> list[int]:
-    """The template's end token, and what the model's own configuration stops at: one id, several, or none."""
+    """Collect the template's end token and the model's own end tokens (one id, several, or none)."""
     own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
+    own = own if isinstance(own, list) else [own]  # None becomes [None], which is removed
     return sorted({end_token_id(tokenizer), *own} - {None})
 
 
 def _until(row: list[int], stop: list[int]) -> list[int]:
-    """The row before the first token that ends it. What follows is only filling, with any token."""
+    """Cut the row before the first token that ends it. Only padding follows, of any token."""
     return row[: next((i for i, token in enumerate(row) if token in stop), len(row))]
 
 
 def _left_padded(prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask, (batch, longest), filled on the left so that all rows end where answers begin."""
+    """Make input_ids and attention_mask, (batch, longest), padded on the left so that all answers begin together."""
     rows = [torch.tensor(prompt) for prompt in prompts]
     masks = [torch.ones_like(row) for row in rows]
     return {

@@ -1,6 +1,6 @@
-"""What this machine offers a fine-tuning run: a few facts, asked of the system and of torch.
+"""Ask the system and torch for the facts about this machine that matter to a fine-tuning run.
 
-Not here: advice (notebook 00 reads these facts with you).
+In: nothing. Out: facts, as text. Not here: advice (notebook 00 reads these facts with you).
 """
 
 import os
@@ -13,7 +13,7 @@ from qlora_lab.model.load import fast_dtype
 
 
 def machine() -> dict[str, str]:
-    """Fact -> value, as text: Python, torch, cores, memory, GPU, and the dtype that load() would compute in."""
+    """Return fact -> value, as text: Python, torch, cores, memory, GPU, and the dtype in which load() would compute."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "Python": platform.python_version(),
@@ -26,6 +26,6 @@ def machine() -> dict[str, str]:
 
 
 def _memory() -> str:
-    if not hasattr(os, "sysconf"):
+    if not hasattr(os, "sysconf"):  # Windows
         return "unknown on this system"
     return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"

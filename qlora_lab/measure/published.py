@@ -1,6 +1,6 @@
-"""Figures that others have published, as data with their source: read from the repository's folder data/published.
+"""Read figures that others have published, with their sources, from the repository's folder data/published.
 
-Not here: anything measured by this library.
+In: a file's name. Out: its figures. Not here: anything that this library measured.
 """
 
 import json
@@ -13,9 +13,9 @@ DATA = Path(__file__).parents[2] / "data" / "published"
 
 
 def published_nf4() -> torch.Tensor:
-    """The 16 NF4 levels as bitsandbytes ships them: (16,) float32, ascending.
+    """Return the 16 NF4 levels of bitsandbytes: (16,) float32, ascending.
 
-    Raises FileNotFoundError where the library was installed without the repository around it.
+    Raises FileNotFoundError if the library was installed without its repository.
 
     >>> published_nf4()[[0, 7, 15]].tolist()
     [-1.0, 0.0, 1.0]
@@ -24,33 +24,30 @@ def published_nf4() -> torch.Tensor:
 
 
 def published_af4() -> torch.Tensor:
-    """The 16 levels of AbnormalFloat for blocks of 64 as bitsandbytes lists them: (16,) float32, ascending.
+    """Return bitsandbytes' 16 levels of AbnormalFloat for blocks of 64: (16,) float32, ascending.
 
-    Raises as published_nf4 does.
+    Raises what published_nf4 raises.
     """
     return torch.tensor(read_data("af4.json")["levels"])
 
 
 @dataclass(frozen=True)
 class PublishedDataType:
-    """One published figure of a data type, as printed. codebook: its name here, None for weights of 16 bits.
-
-    erratum: what is wrong with it, or with what is concluded from it; empty where nothing was found.
-    """
+    """One published figure of a data type."""
 
     data_type: str
-    codebook: str | None
+    codebook: str | None  # its name here; None for weights of 16 bits
     double_quant: bool
     metric: str
-    value: str
+    value: str  # as printed
     source: str
-    erratum: str = ""
+    erratum: str = ""  # an error in the figure, or in a conclusion from it; empty if we found none
 
 
 def published_data_types() -> tuple[PublishedDataType, ...]:
-    """What the QLoRA paper measured of data types: mean perplexity (table 2) and MMLU (table 4).
+    """Return the QLoRA paper's figures of data types: mean perplexity (table 2) and MMLU (table 4).
 
-    Raises FileNotFoundError where the library was installed without the repository around it.
+    Raises FileNotFoundError if the library was installed without its repository.
 
     >>> published_data_types()[0].value
     '34.34'
@@ -59,10 +56,8 @@ def published_data_types() -> tuple[PublishedDataType, ...]:
 
 
 def read_data(name: str) -> dict:
-    """A file of data/published. Raises FileNotFoundError where the library was installed without the repository."""
+    """Read a file of data/published. Raises FileNotFoundError if the library was installed without its repository."""
     path = DATA / name
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not here: published figures come with a clone of the repository, not with pip"
-        )
+        raise FileNotFoundError(f"{path} is missing: published figures come with a clone of the repository")
     return json.loads(path.read_text(encoding="utf-8"))

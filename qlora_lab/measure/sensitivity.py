@@ -1,22 +1,23 @@
-"""How much does an error in a weight of each layer cost the model? What quant/plan.py needs to share out bits.
+"""Estimate what an error in each layer's weights costs the model, so that bits can go where they matter.
 
-In: a model that is not quantised, and a text to calibrate on. Out: s, (in_features,) float32 for each linear layer, so
-that quantising W to Q is expected to do the damage of the sum over i, j of s_j (w_ij - q_ij)^2; then Choices.
+In: an unquantised model, and a text to calibrate on. Out: s, (in_features,) float32 for each linear layer: quantising W
+to Q is expected to do a damage of the sum over i, j of s_j (w_ij - q_ij)^2. Then Choices, for best_plan.
 
-With plain moments, s_j is the mean of x_j^2 over the tokens, x the layer's input: the damage is the squared error of
-the layer's output if errors of weights are independent (the diagonal of the Hessian of GPTQ, arXiv 2210.17323). It
-orders the candidates of one layer, but says nothing of what one layer's output is worth beside another's.
-With fisher, s_j is half the mean over the rows i of the diagonal of the Fisher information, for each predicted token:
-the square of the gradient of the loss at w_ij, by labels that the model itself draws. The loss is summed over a window
-first: labels of two tokens are drawn apart, so the products of their gradients vanish on average. The damage is then an
-expected increase of the loss in nats a token, and adds up over layers.
+Without fisher, s_j is the mean of x_j^2 over the tokens, where x is the layer's input. The damage is then the squared
+error of the layer's output, if errors of weights are independent (the diagonal of the Hessian in GPTQ, arXiv
+2210.17323). It ranks the candidates of one layer, but cannot weigh one layer's output against another's.
+With fisher, s_j is half the mean, over the rows i, of the diagonal of the Fisher information per predicted token: the
+squared gradient of the loss at w_ij, with labels drawn from the model itself. The loss is first summed over a window:
+the labels of two tokens are drawn independently, so the products of their gradients vanish on average. The damage is
+then an expected increase of the loss in nats per token, and adds up over layers.
 
-But: a window's gradient is a sum over its tokens, too, of g_i x_j, g the gradient at the layer's output, and these do
-go together: a sum of their squares takes as long and is not the same. On SmolLM2-135M (12 windows of 256 tokens)
-that makes s 2.2 times too small for the median v_proj and 1.3 times too large for the median k_proj; NF4 in blocks of
-64 is then expected to cost 0.223 nats, with s as it is here 0.270, and costs 0.275 (bench/block_size.py).
+But: a window's gradient is itself a sum over tokens of g_i x_j, where g is the gradient at the layer's output, and
+these terms are correlated. Summing their squares takes as long and gives another s. On SmolLM2-135M (12 windows of 256
+tokens) that s is 2.2 times too small for the median v_proj and 1.3 times too large for the median k_proj. It predicts
+a cost of 0.223 nats for NF4 in blocks of 64; the s of this file predicts 0.270; the cost is 0.275
+(bench/block_size.py).
 
-Not here: the choice itself (quant/plan.py), perplexity (perplexity.py).
+Not here: the choice itself (best_plan.py), perplexity (perplexity.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qlora_lab.data.dataset import to_device
+from qlora_lab.measure.best_plan import Choices, bits_table
 from qlora_lab.measure.perplexity import check_windows_fit, text_windows
 from qlora_lab.model.empty_model import empty_model, stored_options
 from qlora_lab.model.fetch import resolve
@@ -39,7 +41,7 @@ from qlora_lab.model.load import layer_sizes, public_name
 from qlora_lab.model.modes import mode
 from qlora_lab.model.stored import stored_tensors
 from qlora_lab.quant.numbers import check_seed
-from qlora_lab.quant.plan import Candidate, Choices, bits_table, check_candidate
+from qlora_lab.quant.plan import Candidate, check_candidate
 from qlora_lab.quant.quantize import dequantize, quantize
 
 if TYPE_CHECKING:
@@ -59,52 +61,52 @@ def sensitivity(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Path of each linear layer -> s, (in_features,) float32 on the CPU: see the module docstring.
+    """Return path of each linear layer -> s, (in_features,) float32 on the CPU: see the module docstring.
 
-    text: its first `windows` windows of `length` tokens are the calibration; or batches with input_ids, a window a row,
-    and attention_mask where rows are padded, and then tokenizer, windows and length are not used. fisher: one backward
-    pass more, in float32 at best. seed: of the labels.
-    Calibrate on other text than the one that the result is judged by. Changes no weight, gradient or training flag.
+    text: its first `windows` windows of `length` tokens calibrate; or batches with input_ids, one window per row, and
+    attention_mask if rows are padded (tokenizer, windows and length are unused then). fisher: adds a backward pass,
+    best in float32. seed: of the labels.
+    Calibrate on a text that does not judge the result. Changes no weight, gradient or training flag.
     Raises ValueError for a text that is too short, and for a model without plain linear layers; FloatingPointError for
     one that predicts NaN.
     """
     check_seed(seed)
     if isinstance(text, str):
-        found = text_windows(tokenizer, text, length, windows)
-        check_windows_fit(model, tokenizer, found)
-        batches = [{"input_ids": row[None]} for row in found]
+        rows = text_windows(tokenizer, text, length, windows)  # (windows, length)
+        check_windows_fit(model, tokenizer, rows)
+        batches = [{"input_ids": row[None]} for row in rows]
     else:
         batches = text
     layers = linears_to_quantise(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no plain nn.Linear: load it with codebook=None to calibrate")
     sums = {name: torch.zeros(module.in_features, dtype=torch.float64) for name, module in layers.items()}
-    draws = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same labels
     tokens = 0
     bar = tqdm(batches, "sensitivity", unit="batch", disable=not progress, leave=False)
     with mode(model, training=False), _watched(model, layers, sums, fisher) as embedded, torch.set_grad_enabled(fisher):
         for rows in (rows for batch in bar for rows in _without_padding(batch)):
-            counted = rows["input_ids"][:, 1:] if fisher else rows["input_ids"]
+            counted = rows["input_ids"][:, 1:] if fisher else rows["input_ids"]  # nothing predicts the first token
             if not counted.numel():
                 continue
             tokens += counted.numel()
             logits = model(**to_device(rows, model), use_cache=False).logits
             if fisher:
-                torch.autograd.grad(_drawn_loss(logits, draws), embedded.pop())  # what counts is what hooks see
+                torch.autograd.grad(_drawn_loss(logits, draws), embedded.pop())  # only for the hooks on its way
     if not tokens:
-        raise ValueError("no batches with a token to predict: calibration needs at least one")
-    return {name: (total / tokens).float() for name, total in sums.items()}
+        raise ValueError("no batches with a token to predict: give at least one to calibrate on")
+    return {name: (total / tokens).float() for name, total in sums.items()}  # means
 
 
 def _without_padding(batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """The batch, or where some of it is masked its rows one by one: what follows then never meets a padded token."""
+    """Yield the batch; or, if a mask hides some of it, its rows one by one without their padded tokens."""
     batch = {key: value for key, value in batch.items() if key != "labels"}
     mask = batch.get("attention_mask")
     if mask is None or mask.all():
         yield batch
         return
     for i, real in enumerate(mask.bool()):
-        yield {key: value[i : i + 1, real] for key, value in batch.items()}
+        yield {key: value[i : i + 1, real] for key, value in batch.items()}  # (1, tokens)
 
 
 def choices_of(
@@ -114,31 +116,33 @@ def choices_of(
     *,
     progress: bool = True,
 ) -> Choices:
-    """Error and bits of each linear layer as each candidate: sum over i, j of s_j (w_ij - q_ij)^2.
+    """Compute the error (the sum over i, j of s_j (w_ij - q_ij)^2) and the bits of each layer as each candidate.
 
-    model: whatever load takes, and is then read tensor by tensor; or a model in memory that is not quantised.
-    Raises ValueError for no candidates, or a layer whose sensitivity is missing or of another width, and what quantize
-    and load raise.
+    model: anything that load takes, to be read tensor by tensor; or an unquantised model in memory.
+    Raises ValueError without candidates, and for a layer whose sensitivity is missing or has another width; and
+    whatever quantize and load raise.
     """
-    candidates = tuple(Candidate(*one) for one in candidates)
+    candidates = tuple(Candidate(*candidate) for candidate in candidates)
     if not candidates:
         raise ValueError("no candidates: give at least one (codebook, block size, double quantization)")
-    for one in candidates:
-        check_candidate(one)
-    name, count, weights = _weights(model)
-    layers, numel, error = [], [], []
+    for candidate in candidates:
+        check_candidate(candidate)
+    name, count, weights = _weights(model)  # weights are read one by one
+    layers: list[str] = []
+    numel: list[int] = []
+    error: list[list[float]] = []  # (layers, candidates)
     for layer, weight in tqdm(weights, "candidates", total=count, unit="layer", disable=not progress, leave=False):
         s = _sensitivity_of(layer, weight, sensitivity)
         layers.append(layer)
         numel.append(weight.numel())
-        error.append([_damage(weight, s, one, layer) for one in candidates])
+        error.append([_damage(weight, s, candidate, layer) for candidate in candidates])
     return Choices(tuple(layers), tuple(numel), candidates, np.array(error), bits_table(numel, candidates), name)
 
 
 def _damage(weight: torch.Tensor, s: torch.Tensor, candidate: Candidate, layer: str) -> float:
     q = quantize(weight, *candidate, name=f"{layer}.weight")
     squares = dequantize(q, torch.float32).sub_(weight).square_()  # (out_features, in_features)
-    return float(squares.sum(0).double() @ s)  # every row has the same s
+    return float(squares.sum(0).double() @ s)  # all rows share s
 
 
 def _sensitivity_of(layer: str, weight: torch.Tensor, sensitivity: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -146,14 +150,13 @@ def _sensitivity_of(layer: str, weight: torch.Tensor, sensitivity: dict[str, tor
         raise ValueError(f"the sensitivity of {layer} is missing: calibrate on this model")
     s = sensitivity[layer]
     if s.shape != weight.shape[1:]:
-        raise ValueError(
-            f"the sensitivity of {layer} has shape {tuple(s.shape)}, but {weight.shape[1]} inputs: not its own"
-        )
+        shape = f"shape {tuple(s.shape)}, but {weight.shape[1]} inputs"
+        raise ValueError(f"the sensitivity of {layer} has {shape}: calibrate on this model")
     return s.double().to(weight.device)
 
 
 def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[tuple[str, torch.Tensor]]]:
-    """(the model's name, how many layers, their paths and weights)."""
+    """Return the model's name, the number of its linear layers, and an iterator of their paths and weights."""
     if isinstance(model, nn.Module):
         linears = [(name, module.weight.detach()) for name, module in linears_to_quantise(model).items()]
         if not linears:
@@ -161,9 +164,10 @@ def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[
         return model.name_or_path or type(model).__name__, len(linears), iter(linears)
     folder = resolve(model)
     if stored := stored_options(folder):
-        raise ValueError(f"{folder} is in 4 bits already, as {stored}: choose for its original")
+        raise ValueError(f"{folder} is in 4 bits already, as {stored}: give the original")
     empty = empty_model(folder, torch.float32)
-    layers, stored = layer_sizes(empty), stored_tensors(empty, folder)
+    layers = layer_sizes(empty)
+    stored = stored_tensors(empty, folder)
     read = ((layer, stored[f"{layer}.weight"].read()) for layer in layers)  # in the model's order
     return public_name(model), len(layers), read
 
@@ -172,14 +176,15 @@ def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[
 def _watched(
     model: nn.Module, layers: dict[str, nn.Linear], sums: dict[str, torch.Tensor], fisher: bool
 ) -> Iterator[list[torch.Tensor]]:
-    """Add to `sums` x_j^2 of each token that passes; or, in backward, half the mean over i of each window's (dW_ij)^2.
+    """Add x_j^2 of each passing token to `sums`; with fisher, half the mean over i of each window's (dW_ij)^2.
 
-    Yields the list of embedded inputs, where backward ends: so no weight gets a gradient, and frozen ones let it pass.
+    Yields the list of embedded inputs, at which the backward pass ends: no weight gets a gradient, and the gradient
+    flows through frozen weights, too.
     """
-    embedded = []
+    embedded = []  # at most one: each backward pass takes it out
 
     def keep(name: str, module: nn.Linear, inputs: tuple, output: torch.Tensor) -> None:
-        x = inputs[0].detach()
+        x = inputs[0].detach()  # (rows, tokens, in_features)
         if fisher:
             output.register_hook(lambda g: add_squares(name, x, g))
         else:
@@ -188,11 +193,11 @@ def _watched(
     def add_squares(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         for x_row, g_row in zip(_windows(x), _windows(g), strict=True):
             gradient = g_row.float().t() @ x_row.float()  # (out, tokens) @ (tokens, in) -> (out_features, in_features)
-            # (in_features,); in float32, as a sum in float64 would take four times as long as the product
+            # -> (in_features,). In float32: a sum in float64 would take four times as long as the product.
             sums[name] += gradient.square_().mean(0).double().cpu() / 2
 
     def begin(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        embedded.append(output.detach().requires_grad_())
+        embedded.append(output.detach().requires_grad_())  # (rows, tokens, hidden), a new leaf of the graph
         return embedded[-1]
 
     hooks = [module.register_forward_hook(partial(keep, name)) for name, module in layers.items()]
@@ -206,14 +211,14 @@ def _watched(
 
 
 def _windows(x: torch.Tensor) -> torch.Tensor:
-    """(windows, tokens, features); one window for a layer that sees a list of tokens: windows' products vanish, too."""
+    """View x as (windows, tokens, features); a layer that sees a flat list of tokens gets one window."""
     return x.reshape(-1, *x.shape[-2:])
 
 
 def _drawn_loss(logits: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-    """Summed cross entropy of the next token, each drawn from what the model predicts."""
-    flat = logits[:, :-1].flatten(0, 1).float()  # (tokens, vocabulary)
+    """Sum the cross entropy of next tokens that are drawn from the model's own predictions."""
+    flat = logits[:, :-1].flatten(0, 1).float()  # (tokens, vocabulary); nothing follows the last token
     if not flat.isfinite().all():
         raise FloatingPointError("the model predicts NaN or infinity: look for them in its weights, or use float32")
-    labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=draws)[:, 0]
+    labels = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=draws)[:, 0]  # (tokens,)
     return nn.functional.cross_entropy(flat, labels.to(flat.device), reduction="sum")

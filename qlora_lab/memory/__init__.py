@@ -1,4 +1,4 @@
-"""The memory room: what a run costs in bytes, predicted, measured, and compared. Read it in this order:
+"""The memory room: the bytes that a run needs, predicted, measured and compared. Read it in this order:
 
 shape -> activations -> ledger -> setup -> predict -> measured -> fit -> paging_trace
 """

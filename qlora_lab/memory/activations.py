@@ -1,13 +1,13 @@
-"""What a forward pass keeps for its backward pass, tensor by tensor: the table behind a ledger's activations.
+"""Predict, tensor by tensor, the activations that a forward pass keeps for its backward pass.
 
-In: a Shape and a Setup. Out: Kept tensors of one layer, and of what comes after the layers.
-Source: torch's autograd, read off with saved_tensors_hooks on this library's own layers (measured.py does so
-again at any time, and a test compares). Three rules make the table: a product keeps an operand only for the other
-one's gradient, so a frozen weight keeps no input; a tensor that two operations keep is there once; and what has no
+In: a Shape and a Setup. Out: the Kept tensors of one layer, and those after the last layer.
+Source: torch's autograd, observed with saved_tensors_hooks on this library's own layers (measured.py repeats that on
+any model, and a test compares). Three rules make the table: a product keeps an operand only for the gradient of the
+other, so a frozen weight keeps no input; a tensor that two operations keep is stored once; an operation without a
 trained weight before it keeps nothing.
 
-With gradient checkpointing a layer keeps its input, and one layer at a time is computed again.
-Not here: weights, and what is needed for a moment (predict.py).
+With gradient checkpointing a layer keeps only its input, and the backward pass computes one layer at a time again.
+Not here: weights and temporaries (predict.py).
 """
 
 from collections import Counter
@@ -18,69 +18,72 @@ from qlora_lab.memory.setup import BYTES, Setup
 from qlora_lab.memory.shape import LinearShape, Shape
 
 FLOAT32 = 4
-# Kinds, as rows of the ledger name them.
+# The kinds of activations: the names of their rows in the ledger.
 NORM, INPUT, ADAPTER = "inputs of norms", "inputs of linear layers", "adapters' inner products"
 ATTENTION, MASK, ROTARY = "attention", "attention masks", "rotary cosines and sines"
 SWIGLU, CHECKPOINT, INDICES = "SwiGLU", "checkpoints", "indices and scalars"
 
 
 class Kept(NamedTuple):
-    """Elements of one kind that a layer keeps; `formula` in the letters of LETTERS."""
+    """The elements of one kind that a layer keeps."""
 
-    kind: str
-    count: int
+    kind: str  # NORM, INPUT, ...
+    count: int  # elements
     dtype: str
     nbytes: int
-    formula: str
+    formula: str  # in the letters of LETTERS
 
 
 LETTERS = "T tokens at once, d hidden, f inner, q queries, kv keys, h heads, r rank, n labels, V vocabulary, L layers"
 
 
 def targeted(shape: Shape, setup: Setup) -> list[LinearShape]:
-    """The linear layers of one layer that have an adapter. Raises ValueError for a name that there is not."""
+    """Return the linear layers of one layer that have an adapter. Raises ValueError for an unknown target."""
     if setup.method == "full":
         return []
-    names = [one.name for one in shape.linears]
+    names = [linear.name for linear in shape.linears]
     if setup.targets == "all-linear":
         return list(shape.linears)
     wanted = {setup.targets} if isinstance(setup.targets, str) else set(setup.targets)
     if wanted - set(names) or not wanted:
         raise ValueError(f"targets {sorted(wanted - set(names)) or 'none'}: choose 'all-linear' or from {names}")
-    return [one for one in shape.linears if one.name in wanted]
+    return [linear for linear in shape.linears if linear.name in wanted]
 
 
 def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> list[Kept]:
-    """What one layer keeps; `first`: it is the model's first, whose input has no gradient unless all is trained."""
+    """Return what one layer keeps. first: the model's first, whose input has a gradient only in full training."""
     return list(_layer(shape, setup, first))
 
 
 def _layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
-    T, d, f, q = setup.tokens, shape.hidden, shape.inner, shape.query
-    adapted = {one.name: one for one in targeted(shape, setup)}
+    T = setup.tokens
+    f = shape.inner
+    adapted = {linear.name: linear for linear in targeted(shape, setup)}
     full = setup.method == "full"
-    flows = full or not first  # whether the input has a gradient; then whatever follows has one
+    # Whether a gradient flows to this point. It starts at the first trained weight; from there on it never stops.
+    flows = full or not first
     if flows:
-        yield from _norm(setup, d)
-    yield from _linears(setup, adapted, ("q_proj", "k_proj", "v_proj"), d, flows)
+        yield from _norm(setup, shape.hidden)
+    yield from _linears(setup, adapted, ("q_proj", "k_proj", "v_proj"), shape.hidden, flows)
     flows |= any(name in adapted for name in ("q_proj", "k_proj", "v_proj"))
     if flows:
         yield from _attention(shape, setup)
-    # Attention's result is o_proj's input: there already, unless it was computed in another dtype.
-    yield from _linears(setup, adapted, ("o_proj",), q, flows, there=flows and not setup.widens)
+    # Attention has kept its result, which is o_proj's input, unless a cast to another dtype stands between them.
+    yield from _linears(setup, adapted, ("o_proj",), shape.query, flows, stored=flows and not setup.widens)
     flows |= "o_proj" in adapted
     if flows:
-        yield from _norm(setup, d)
-    yield from _linears(setup, adapted, ("gate_proj", "up_proj"), d, flows)
-    gate, up = flows or "gate_proj" in adapted, flows or "up_proj" in adapted
-    if gate or up:  # a product keeps an operand for the other one's gradient; silu keeps its input
+        yield from _norm(setup, shape.hidden)
+    yield from _linears(setup, adapted, ("gate_proj", "up_proj"), shape.hidden, flows)
+    gate = flows or "gate_proj" in adapted
+    up = flows or "up_proj" in adapted
+    if gate or up:  # silu(gate) * up keeps each factor for the gradient of the other; silu keeps its input
         yield _kept(SWIGLU, (2 * gate + up) * T * f, setup.dtype, "3 T f: gate, silu(gate), up")
     flows = gate or up
     yield from _linears(setup, adapted, ("down_proj",), f, flows)
 
 
 def _norm(setup: Setup, d: int) -> Iterator[Kept]:
-    """RMSNorm computes in float32: its input, widened, and one over its root mean square a token."""
+    """RMSNorm computes in float32: it keeps its widened input, and one reciprocal root mean square per token."""
     T = setup.tokens
     yield _kept(NORM, T * (d + 1), "float32", "T (d + 1)")
     if setup.method == "full":
@@ -88,52 +91,56 @@ def _norm(setup: Setup, d: int) -> Iterator[Kept]:
 
 
 def _linears(
-    setup: Setup, adapted: dict[str, LinearShape], names: tuple[str, ...], width: int, flows: bool, there: bool = False
+    setup: Setup, adapted: dict[str, LinearShape], names: tuple[str, ...], width: int, flows: bool, stored: bool = False
 ) -> Iterator[Kept]:
-    """Linear layers that share one input of `width`; `there`: something else keeps that input."""
-    T, letter = setup.tokens, {"q_proj": "d", "o_proj": "q", "gate_proj": "d", "down_proj": "f"}[names[0]]
+    """Linear layers that share one input of `width`. stored: another operation keeps that input already."""
+    T = setup.tokens
+    letter = {"q_proj": "d", "o_proj": "q", "gate_proj": "d", "down_proj": "f"}[names[0]]
     mine = [adapted[name] for name in names if name in adapted]
-    if (mine and not setup.dropout and not there) or (setup.method == "full" and not there):
+    if (mine and not setup.dropout and not stored) or (setup.method == "full" and not stored):
         yield _kept(INPUT, T * width, setup.dtype, f"T {letter}")
-    if setup.dropout and mine:  # each draws its own: what was drawn, and the input with it
-        drawn = "bool" if setup.device == "cuda" else setup.dtype
+    if setup.dropout and mine:  # each adapter drops elements of its own: it keeps its input and its mask
+        drawn = "bool" if setup.device == "cuda" else setup.dtype  # CUDA's fused dropout keeps booleans
         yield _kept(INPUT, len(mine) * T * width, setup.dtype, f"{len(mine)} T {letter}")
-        # the frozen embedding has no gradient to multiply by it
-        if flows:
+        if flows:  # the mask serves only the gradient of the input, which the first layer does not have
             yield _kept(INPUT, len(mine) * T * width, drawn, f"{len(mine)} T {letter}: dropped or not")
-    for one in mine:
+    for linear in mine:
         yield _kept(ADAPTER, T * setup.r, "float32" if setup.fused else setup.dtype, "T r")
         if not setup.fused and setup.dtype != setup.adapter_dtype:  # casts of lora_A and lora_B
-            yield _kept(ADAPTER, setup.r * (one.out_features + flows * one.in_features), setup.dtype, "r (in + out)")
+            width = linear.out_features + flows * linear.in_features
+            yield _kept(ADAPTER, setup.r * width, setup.dtype, "r (in + out)")
 
 
 def _attention(shape: Shape, setup: Setup) -> Iterator[Kept]:
-    """torch's fused attention keeps queries, keys, values, its result and one sum a token and head; no scores."""
-    T, q, kv = setup.tokens, shape.query, shape.key_value
+    """torch's fused attention keeps queries, keys, values, its result and one sum per token and head, but no scores."""
+    T = setup.tokens
+    q = shape.query
+    kv = shape.key_value
     dtype = "float32" if setup.widens else setup.dtype
-    # With a mask transformers repeats keys and values for each query head, and a single one by a view; without a mask
-    # torch repeats them, and keeps none of that.
+    # With a mask, transformers copies keys and values to each query head; a single head needs only a view. Without a
+    # mask torch repeats them itself and keeps no copy.
     keys, letter = (q, "q") if setup.masked and shape.key_value_heads > 1 else (kv, "kv")
     yield _kept(ATTENTION, T * (2 * q + 2 * keys), dtype, f"T (2 q + 2 {letter})")
     yield _kept(ATTENTION, T * shape.heads, "float32", "T h")
-    if setup.masked:  # torch turns booleans into numbers to add, anew in each layer
-        yield _kept(MASK, T * setup.length, dtype, "T length")
+    if setup.masked:  # torch turns the booleans into numbers to add, again in each layer
+        yield _kept(MASK, T * setup.length, dtype, "T length")  # (rows, 1, length, length)
 
 
 def kept_by_layers(shape: Shape, setup: Setup) -> list[Kept]:
-    """What all layers keep, kinds of one dtype added up."""
+    """Return what all layers keep, summed by kind and dtype."""
     if setup.gradient_checkpointing:
         count = shape.layers * setup.tokens * shape.hidden
         return [_kept(CHECKPOINT, count, setup.dtype, f"{shape.layers} x T d")]
-    first, other = kept_by_layer(shape, setup, True), kept_by_layer(shape, setup, False)
+    first = kept_by_layer(shape, setup, True)
+    other = kept_by_layer(shape, setup, False)  # each of the remaining layers
     sums: dict[tuple[str, str], int] = {}
     words: dict[tuple[str, str], list[str]] = {}
     for times, layer in ((1, first), (shape.layers - 1, other)):
-        for one in layer:
-            key = one.kind, one.dtype
-            sums[key] = sums.get(key, 0) + times * one.count
-    for one in other:
-        words.setdefault((one.kind, one.dtype), []).append(one.formula)
+        for kept in layer:
+            key = kept.kind, kept.dtype
+            sums[key] = sums.get(key, 0) + times * kept.count
+    for kept in other:
+        words.setdefault((kept.kind, kept.dtype), []).append(kept.formula)
     return [
         _kept(kind, count, dtype, f"{shape.layers} x ({_joined(words.get((kind, dtype), []))})")
         for (kind, dtype), count in sums.items()
@@ -141,21 +148,23 @@ def kept_by_layers(shape: Shape, setup: Setup) -> list[Kept]:
 
 
 def _joined(formulas: list[str]) -> str:
-    """Each once, with how often it appears."""
+    """Name each formula once, with its number of appearances."""
     counts = Counter(formulas)
-    return " + ".join(one if times == 1 else f"{times} x {one}" for one, times in counts.items())
+    return " + ".join(formula if times == 1 else f"{times} x {formula}" for formula, times in counts.items())
 
 
 def kept_after_layers(shape: Shape, setup: Setup) -> list[Kept]:
-    """What is kept once: rotary tables, the last norm, the choice of labelled rows."""
-    T, d = setup.tokens, shape.hidden
+    """Return what the model keeps once: rotary tables, the last norm, the indices of labelled rows."""
+    T = setup.tokens
+    d = shape.hidden
     full = setup.method == "full"
+    # cosines and sines: for each token if its position is its own (packing), else for one row
     rotary = 2 * shape.head_dim * (T if setup.packing else setup.length)
     kept = [_kept(ROTARY, rotary, setup.dtype, "2 x head_dim x positions"), *_norm(setup, d)]
     if full:
         kept.append(_kept(INPUT, setup.labels * d, setup.dtype, "n d: the head's"))
-    chosen = setup.rows * (setup.length - 1)
-    numbers = 8 * setup.labels + 8 * full * T
+    chosen = setup.rows * (setup.length - 1)  # booleans: has this next token a label?
+    numbers = 8 * setup.labels + 8 * full * T  # int64: labels, and token ids for the gradient of the embeddings
     return [*kept, Kept(INDICES, chosen + setup.labels + full * T, "bool, int64", chosen + numbers + FLOAT32, "T + n")]
 
 

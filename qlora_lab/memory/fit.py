@@ -1,16 +1,16 @@
-"""What fits on a card: settings for a run, the longest row, the most rows, the largest rank, and what each switch buys.
+"""Choose settings that fit a run on a card, and say what each memory switch saves.
 
     fit("llama-7b", 24, r=64, length=2048) -> MemoryFit
 
-In: a model, the card's memory, and what is wanted, as fields of Setup. Out: a MemoryFit. Three switches change nothing
-of what is computed, and are turned on in the order of their price until it fits:
+In: a model, the card's memory, and the wanted run, as fields of Setup. Out: a MemoryFit. Three switches leave the
+results of the computation unchanged. They are turned on in the order of their price until the run fits:
 
-    micro-batches            each step in parts: the same step, a little slower
-    gradient checkpointing   one more forward pass a step, a third of its arithmetic
-    paged optimizer          of its state, what does not fit leaves the card and comes back, every step
+    micro-batches            split each step into parts: the same step, a little slower
+    gradient checkpointing   one more forward pass per step: a third more arithmetic
+    paged optimizer          state without room leaves the card and comes back in every step
 
-8-bit moments are compared, and never chosen: they change numbers, and 32-bit ones in pages need less still. So is
-packing, if mean_length says how long examples are: how well they fill rows depends on the data.
+8-bit moments are compared but never chosen: they change the numbers, and 32-bit moments in pages need even less memory.
+Packing is compared if mean_length gives the examples' length; how well they fill rows depends on the data.
 Not here: bytes (predict.py). On a CPU the card is the machine's memory.
 """
 
@@ -27,45 +27,45 @@ from qlora_lab.optim.paging import PAGE_SIZE
 from qlora_lab.quant.numbers import check_number
 
 GIB = 2**30
-MOST_TOKENS, MOST_ROWS = 2**20, 2**12  # beyond them a limit is not looked for
-ORDER = ("micro-batches", "gradient checkpointing", "paged optimizer")
-EIGHT, PACKING = "8-bit moments", "packing"
+MOST_TOKENS = 2**20  # the search for the longest row stops here
+MOST_ROWS = 2**12  # and that for the most rows
+ORDER = ("micro-batches", "gradient checkpointing", "paged optimizer")  # the cheapest first
+EIGHT = "8-bit moments"  # compared, never chosen
+PACKING = "packing"  # compared, never chosen
 
 
 @dataclass(frozen=True)
 class Switch:
-    """One thing that saves memory: the peak of what was asked for with this switch alone, and its longest row."""
+    """The run that was asked for, with one memory switch turned on."""
 
     name: str
-    peak: int
-    saves: int
-    longest: int
+    peak: int  # bytes
+    saves: int  # bytes of the peak
+    longest: int  # tokens in a single row that fits
 
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """asked: the ledger of what was asked for. chosen: that of what is advised, or of the least that there is where
-    nothing fits. longest: tokens of a row, one row at once; rows: of the asked length at once; rank: with the asked
-    rows. Each with the chosen switches; 0 where not even 1 fits."""
+    """A run that fits a card, or the smallest one if none fits. A limit is 0 if not even 1 fits."""
 
-    nbytes: int
+    nbytes: int  # of the card
     fits: bool
-    asked: Ledger
-    chosen: Ledger
-    settings: dict[str, Any]
-    switched: tuple[str, ...]
-    switches: tuple[Switch, ...]
-    longest: int
-    rows: int
-    rank: int
+    asked: Ledger  # of the run that was asked for
+    chosen: Ledger  # of the run that is advised
+    settings: dict[str, Any]  # arguments of finetune
+    switched: tuple[str, ...]  # the switches that the advised run turns on
+    switches: tuple[Switch, ...]  # each switch alone
+    longest: int  # most tokens in a single row, with the chosen switches
+    rows: int  # most rows of the asked length at once, with the chosen switches
+    rank: int  # largest rank for the asked rows, with the chosen switches
 
     @property
     def free(self) -> int:
-        """Bytes of the card that the chosen setup leaves; negative where it does not fit."""
+        """Bytes of the card that the chosen setup leaves free; negative if it does not fit."""
         return self.nbytes - self.chosen.peak
 
     def to_dict(self) -> dict:
-        """Everything, as plain values for JSON."""
+        """Return every field, as plain values for JSON."""
         switches = [{"name": s.name, "peak": s.peak, "saves": s.saves, "longest": s.longest} for s in self.switches]
         limits = {"longest": self.longest, "rows": self.rows, "rank": self.rank}
         figures = {"card": self.nbytes, "fits": self.fits, "free": self.free, "switched": list(self.switched)}
@@ -75,9 +75,9 @@ class MemoryFit:
     def __str__(self) -> str:
         card = f"a card of {self.nbytes / GIB:g} GiB"
         verdict = f"fits on {card}, {self.free / GIB:.2f} GiB to spare" if self.fits else self._shortage(card)
-        how = f"with {', '.join(self.switched)}" if self.switched else "as it is"
+        changes = f"with {', '.join(self.switched)}" if self.switched else "as it is"
         lines = [f"asked for  {self.asked.setup}", f"           {_gib(self.asked.peak)}"]
-        lines += [f"advised    {self.chosen.setup}", f"           {how}: {_gib(self.chosen.peak)}, {verdict}"]
+        lines += [f"advised    {self.chosen.setup}", f"           {changes}: {_gib(self.chosen.peak)}, {verdict}"]
         lines += [f"           {name:<12}{_gib(size):>11}" for name, size in self.chosen.groups.items()]
         limits = f"{self.longest:,} tokens in a row of its own, {self.rows:,} rows of the length asked for"
         lines.append(f"at most    {limits}, rank {self.rank:,}")
@@ -91,23 +91,28 @@ class MemoryFit:
 
 
 def fit(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> MemoryFit:
-    """Settings for `model` on a card of `gpu_gb` GiB, what they call GB.
+    """Choose settings for `model` on a card of `gpu_gb` GiB, which sellers call GB.
 
-    model: see shape_of. setup: fields of Setup. `settings` of the result are arguments of finetune.
-    Raises ValueError for a card without memory, and what predict_memory raises.
+    model: see shape_of. setup: fields of Setup. The result's `settings` are arguments of finetune.
+    Raises ValueError for a card without memory, and whatever predict_memory raises.
 
     >>> fit("llama-7b", 12, r=64, length=512).fits, fit("llama-65b", 24).fits
     (True, False)
     """
     what = "the memory of a card, above 0 GB and at most 1,000,000, such as 24"
     check_number("gpu_gb", gpu_gb, lambda size: 0 < size <= 1e6, what)
-    shape, wanted, nbytes = shape_of(model), Setup(method=method, **setup), int(gpu_gb * GIB)
-    asked, advised, switched = ledger_of(shape, wanted), wanted, []
+    shape = shape_of(model)
+    wanted = Setup(method=method, **setup)
+    nbytes = int(gpu_gb * GIB)
+    asked = ledger_of(shape, wanted)
+    advised = wanted
+    switched = []
     for name in ORDER:
-        if _peak(shape, advised) <= nbytes:
+        before = _peak(shape, advised)
+        if before <= nbytes:
             break
-        before, advised = advised, _switch(name, shape, advised, nbytes)
-        if _peak(shape, advised) < _peak(shape, before):
+        advised = _switch(name, shape, advised, nbytes)
+        if _peak(shape, advised) < before:  # a switch without effect is not reported
             switched.append(name)
     chosen = ledger_of(shape, advised)
     compared = (*ORDER, EIGHT, *(PACKING,) * (wanted.mean_length is not None))
@@ -130,7 +135,7 @@ def _peak(shape: Shape, setup: Setup) -> int:
 
 
 def _switch(name: str, shape: Shape, setup: Setup, nbytes: int) -> Setup:
-    """The setup with one switch more. Micro-batches are as large as fits, or of one row."""
+    """Turn one more switch on. A micro-batch has as many rows as fit, at least one."""
     if name == "micro-batches":
         fitting = _most(setup.rows, lambda n: _peak(shape, replace(setup, micro_batch_size=n)) <= nbytes)
         return replace(setup, micro_batch_size=fitting or 1)
@@ -138,16 +143,16 @@ def _switch(name: str, shape: Shape, setup: Setup, nbytes: int) -> Setup:
         smaller = replace(setup, gradient_checkpointing=True)
         if setup.micro_batch_size is None:
             return smaller
-        # what was cut to pieces for want of memory may now go in larger ones
+        # checkpointing has made room: larger micro-batches may fit now
         return _switch("micro-batches", shape, replace(smaller, micro_batch_size=None), nbytes)
     pages = int(ledger_of(shape, replace(setup, paged=True)).row("moments").predicted // PAGE_SIZE)
-    # as many pages in memory as there is room for: each that leaves is fetched again in every step
+    # keep as many pages as there is room for: every step fetches each evicted page again
     frames = _most(pages - 1, lambda n: _peak(shape, replace(setup, optimizer_budget=n * PAGE_SIZE)) <= nbytes)
     return replace(setup, optimizer_budget=(frames or 1) * PAGE_SIZE)
 
 
 def _alone(name: str, shape: Shape, wanted: Setup, nbytes: int, peak: int) -> Switch:
-    """Each as far as it goes: one row at once, one page in memory."""
+    """Turn one switch on as far as it goes: one row at once, one page in memory."""
     changes = {
         "micro-batches": {"micro_batch_size": 1},
         "gradient checkpointing": {"gradient_checkpointing": True},
@@ -165,21 +170,21 @@ def _rows(setup: Setup, rows: int) -> Setup:
 
 
 def _longest(shape: Shape, setup: Setup, nbytes: int) -> int:
-    one = _rows(setup, 1)
-    return _most(MOST_TOKENS, lambda n: _peak(shape, replace(one, length=n)) <= nbytes)
+    single = _rows(setup, 1)
+    return _most(MOST_TOKENS, lambda n: _peak(shape, replace(single, length=n)) <= nbytes)
 
 
 def _largest_rank(shape: Shape, setup: Setup, nbytes: int) -> int:
     if setup.method == "full":
         return 0
-    # a product of two matrices has at most the layer's own rank: more memory would express nothing more
-    largest = max(min(one.out_features, one.in_features) for one in targeted(shape, setup))
+    # beyond a layer's own rank a larger r expresses nothing more
+    largest = max(min(linear.out_features, linear.in_features) for linear in targeted(shape, setup))
     return _most(largest, lambda r: _peak(shape, replace(setup, r=r)) <= nbytes)
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `limit` that fits, 0 where none does; what is larger needs more."""
-    low, high = 0, limit + 1
+    """Return the largest number from 1 to `limit` that fits, 0 if none does. A larger number must need more memory."""
+    low, high = 0, limit + 1  # low fits, high does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -187,7 +192,7 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def _settings(setup: Setup) -> dict[str, Any]:
-    """Arguments of finetune."""
+    """Return the arguments of finetune."""
     return {
         "batch_size": setup.batch_size,
         "micro_batch_size": setup.micro_batch_size,

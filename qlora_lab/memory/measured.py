@@ -1,13 +1,13 @@
-"""The measured column of a memory ledger: live tensors walked, a real forward pass watched.
+"""Fill the measured column of a memory ledger: walk the live tensors, and watch a real forward pass.
 
     measure_memory(model, optimizer, batch) -> Ledger: predicted beside measured
 
-In: a model of transformers, usually quantised and with adapters; the optimizer that it was trained with; a batch as
-data.collate makes it. Out: predict_memory's Ledger for that very model, with the bytes of storages that are there, each
-counted once, and of what autograd keeps, told apart by the module that keeps it.
+In: a model of transformers, usually quantised and with adapters; the optimizer that trained it; a batch as data.collate
+makes it. Out: predict_memory's Ledger for this model, with the bytes of all live storages, each counted once, and of
+the tensors that autograd keeps, told apart by the module that keeps them.
 
-A row that cannot be seen from here (a loss's workspace, CUDA's context) has no measured bytes. peak_resident says what
-the whole process had at most.
+Python cannot see some rows (the loss's workspace, CUDA's context): they have no measured bytes. peak_resident asks
+Linux for the peak of the whole process.
 Not here: predictions (predict.py).
 """
 
@@ -22,24 +22,15 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.adapters.model_tensors import PACKED, model_tensors
 from qlora_lab.data.dataset import IGNORED
 from qlora_lab.kernels import product
-from qlora_lab.memory.activations import (
-    ADAPTER,
-    ATTENTION,
-    CHECKPOINT,
-    INDICES,
-    INPUT,
-    MASK,
-    NORM,
-    ROTARY,
-    SWIGLU,
-)
-from qlora_lab.memory.ledger import Ledger, Row
+from qlora_lab.memory.activations import ADAPTER, ATTENTION, CHECKPOINT, INDICES, INPUT, MASK, NORM, ROTARY, SWIGLU
+from qlora_lab.memory.ledger import Ledger, LedgerRow
 from qlora_lab.memory.predict import MAP_BYTES, ledger_of
 from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import Shape, shape_of
-from qlora_lab.model.linear4bit import HEAD, Linear4bit
+from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.modes import mode, own_draws
 from qlora_lab.model.wide import NAME as WIDE
 from qlora_lab.optim.paged_adamw import PagedAdamW
@@ -49,8 +40,9 @@ from qlora_lab.train.loss import answer_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5): what clear_refs takes to set VmHWM to what is resident now
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # proc(5): written to clear_refs, it sets VmHWM to the resident size of this moment
 LOG_SOFTMAX = "log-softmax"
 
 
@@ -59,34 +51,34 @@ def measure_memory(
     optimizer: torch.optim.Optimizer | None = None,
     batch: dict[str, torch.Tensor] | None = None,
 ) -> Ledger:
-    """The ledger of `model` as it is, predicted and measured.
+    """Predict and measure the ledger of `model` as it is.
 
-    optimizer: for its moments, if it made a step. batch: for activations, by a forward pass in training mode; its mask
-    is taken to have effect where a row is not full. Without either, those rows stay unmeasured.
-    Raises what shape_of raises, and ValueError for a model of which some layers have adapters or are quantised and
-    others of the same name are not.
+    optimizer: its moments are measured, if it has made a step. batch: a forward pass in training mode measures the
+    activations; the mask has effect only if some row is not full. Without them, those rows stay unmeasured.
+    Raises whatever shape_of raises, and ValueError for a model that has adapters on, or quantises, some layers of a
+    name but not all of them.
     """
     shape = shape_of(model)
     ledger = ledger_of(shape, setup_of(model, shape, optimizer, batch))
-    found = _walk(model)
+    measured = _walk(model)
     if optimizer is not None:
-        found.update(_moments(optimizer))
+        measured.update(_moments(optimizer))
     if batch is not None:
-        found.update(_watched(model, batch, shape))
+        measured.update(_watched(model, batch, shape))
         if any(isinstance(m, Linear4bit) and m.takes_adapter for m in model.modules()):
-            found["decoded weight"] = sum(kept.nbytes for kept in vars(product._local).values())
-    return replace(ledger, rows=tuple(_filled(ledger.rows, found)))
+            measured["decoded weight"] = sum(buffer.nbytes for buffer in vars(product._local).values())
+    return replace(ledger, rows=tuple(_filled(ledger.rows, measured)))
 
 
-def _filled(rows: tuple[Row, ...], found: Counter) -> Iterator[Row]:
-    """Rows with what was found. Two rows of one name, in dtypes of their own, share it out in their order."""
-    left = Counter(found)
+def _filled(rows: tuple[LedgerRow, ...], measured: Counter) -> Iterator[LedgerRow]:
+    """Yield rows with their measured bytes. Two rows of one name (in two dtypes) share the bytes in their order."""
+    left = Counter(measured)
     last = {row.what: number for number, row in enumerate(rows)}
     for number, row in enumerate(rows):
-        if row.what not in found:
+        if row.what not in measured:
             yield row
         else:
-            part = left[row.what] if last[row.what] == number else min(row.predicted, left[row.what])
+            part = left[row.what] if last[row.what] == number else min(row.predicted, left[row.what])  # the last: all
             left[row.what] -= part
             yield replace(row, measured=part)
 
@@ -100,51 +92,44 @@ def setup_of(
     optimizer: torch.optim.Optimizer | None = None,
     batch: dict[str, torch.Tensor] | None = None,
 ) -> Setup:
-    """The Setup that describes this model, optimizer and batch."""
+    """Describe this model, optimizer and batch as a Setup."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     packed = [m.weight for m in model.modules() if isinstance(m, Linear4bit)]
     options: dict = {"method": "qlora" if packed else "lora" if layers else "full"}
     if packed:
         q = packed[0]
-        kinds = sorted({(one.codebook, one.block_size, one.double_quant) for one in packed})
+        kinds = sorted({(weight.codebook, weight.block_size, weight.double_quant) for weight in packed})
         if len(kinds) > 1:
             raise ValueError(
-                f"layers are quantised in {len(kinds)} ways, such as {kinds[0]} and {kinds[1]}: a ledger tells of one"
+                f"layers are quantised in {len(kinds)} ways, such as {kinds[0]} and {kinds[1]}: give all the same"
             )
         options |= {"codebook": q.codebook, "block_size": q.block_size, "double_quant": q.double_quant}
     if layers:
-        one = layers[0]
+        adapter = layers[0]
         names = {path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, LoRALinear)}
-        options |= {"r": one.r, "targets": tuple(sorted(names)), "dropout": one.dropout.p}
-        options |= {"adapter_dtype": one.lora_A.dtype}
+        options |= {"r": adapter.r, "targets": tuple(sorted(names)), "dropout": adapter.dropout.p}
+        options |= {"adapter_dtype": adapter.lora_A.dtype}
         if len(layers) != len(names) * shape.layers:
-            raise ValueError(f"{len(layers)} adapters with {len(names)} names in {shape.layers} layers: some lack one")
+            raise ValueError(f"{len(layers)} adapters with {len(names)} names in {shape.layers} layers: add the others")
         if len(ranks := {layer.r for layer in layers}) > 1:
-            found = ", ".join(map(str, sorted(ranks)))
-            raise ValueError(f"adapters have ranks {found}, but a ledger has one: give all the same")
+            listed = ", ".join(map(str, sorted(ranks)))
+            raise ValueError(f"adapters have ranks {listed}, but a ledger has one: give all the same")
     if packed and len(packed) != len(shape.linears) * shape.layers:
-        raise ValueError(f"{len(packed)} of {len(shape.linears) * shape.layers} linear layers are quantised: not all")
+        raise ValueError(f"{len(packed)} of {len(shape.linears) * shape.layers} linear layers are quantised: do all")
     if layers:
-        exact = one.lora_A.dtype == torch.float32
-        options["fused_adapter"] = bool(packed) and one.base.takes_adapter and exact and not one.dropout.p
-    options |= {"dtype": model.dtype, "device": model.device.type, "wide_attention": _is_wide(model)}
-    options["gradient_checkpointing"] = _recomputes(model)
+        exact = adapter.lora_A.dtype == torch.float32
+        options["fused_adapter"] = bool(packed) and adapter.base.takes_adapter and exact and not adapter.dropout.p
+    options |= {"dtype": model.dtype, "device": model.device.type}
+    options["wide_attention"] = model.config._attn_implementation == WIDE
+    options["gradient_checkpointing"] = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     return Setup(**options, **_optimizer_options(optimizer), **_batch_options(batch))
-
-
-def _is_wide(model: "PreTrainedModel") -> bool:
-    return model.config._attn_implementation == WIDE
-
-
-def _recomputes(model: "PreTrainedModel") -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _optimizer_options(optimizer: torch.optim.Optimizer | None) -> dict:
     if not isinstance(optimizer, PagedAdamW):
         return {}
     pages = optimizer.pages
-    budget = len(pages.frames) * pages.page_size if len(pages.frames) < pages.count else None
+    budget = len(pages.frames) * pages.page_size if len(pages.frames) < pages.count else None  # None: all fit
     return {"paged": True, "optimizer_bits": optimizer.bits, "optimizer_budget": budget}
 
 
@@ -152,21 +137,21 @@ def _batch_options(batch: dict[str, torch.Tensor] | None) -> dict:
     if batch is None:
         return {}
     rows, length = batch["input_ids"].shape
-    labels = int((batch["labels"][:, 1:] != IGNORED).sum())
+    labels = int((batch["labels"][:, 1:] != IGNORED).sum())  # the first token has nothing to predict it
     mask = batch.get("attention_mask")
     options = {"batch_size": rows, "length": length, "learned": labels / (rows * length)}
     return options | {"packing": "position_ids" in batch, "padded": mask is not None and not bool(mask.all())}
 
 
-# ------------------------------------------------------------------------------------------------- what there always is
+# ------------------------------------------------------------------------------------ weights, gradients and moments
 
 
 @dataclass
 class _Storages:
-    """Bytes by what they are; each storage counts once, for what it was first seen as."""
+    """Bytes by kind. A storage counts once, as the kind that it was first seen as."""
 
     sums: Counter = field(default_factory=Counter)
-    seen: set[int] = field(default_factory=set)
+    seen: set[int] = field(default_factory=set)  # addresses
 
     def add(self, what: str, tensor: torch.Tensor) -> None:
         new = _address(tensor) not in self.seen
@@ -175,16 +160,16 @@ class _Storages:
 
 
 def _walk(model: nn.Module) -> Counter:
-    """Weights, adapters, and gradients that are there."""
+    """Sum the bytes of weights, adapters and live gradients."""
     storages = _Storages()
-    for path, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            _walk_quantized(storages, module.weight)
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            storages.add(_what(path, module, name), tensor)
+    for kind, tensor in model_tensors(model):
+        if kind == PACKED:
+            _walk_quantized(storages, tensor)
+        else:
+            storages.add(kind, tensor)
     if any(isinstance(m, Linear4bit) and m.weight.double_quant for m in model.modules()):
-        storages.sums["tables"] += MAP_BYTES  # one for the process, wherever it was first asked for
-    storages.sums["head"] += 0  # a tied one is not among the modules' tensors a second time
+        storages.sums["tables"] += MAP_BYTES  # one for the whole process
+    storages.sums["head"] += 0  # a tied head shares the embeddings' storage, seen before
     for parameter in model.parameters():
         if parameter.grad is not None:
             storages.add("gradients", parameter.grad)
@@ -192,7 +177,7 @@ def _walk(model: nn.Module) -> Counter:
 
 
 def _walk_quantized(storages: _Storages, q: QuantizedTensor) -> None:
-    storages.add("packed weights", q.packed)
+    storages.add(PACKED, q.packed)
     storages.add("tables", q.levels)
     if q.double_quant:
         storages.add("absmax codes", q.constants.absmax_codes)
@@ -202,50 +187,37 @@ def _walk_quantized(storages: _Storages, q: QuantizedTensor) -> None:
         storages.add("absmax", q.constants)
 
 
-def _what(path: str, module: nn.Module, name: str) -> str:
-    last = path.split(".")[-1]
-    if isinstance(module, LoRALinear):
-        return name  # lora_A or lora_B
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    if last == HEAD and name == "weight":
-        return "head"
-    if name == "bias":
-        return "biases"
-    if isinstance(module, nn.Linear):
-        return "linear layers"
-    return "rotary frequencies" if name.endswith("inv_freq") else "norms"
-
-
 def _moments(optimizer: torch.optim.Optimizer) -> Counter:
-    found = Counter()
+    sums = Counter()
     for state in optimizer.state.values():
         for name, tensor in state.items():
-            found["step counters" if name == "step" else "moments"] += tensor.untyped_storage().nbytes()
-    if isinstance(optimizer, PagedAdamW):
-        found["moments"] = sum(frame.nbytes for frame in optimizer.pages.frames)
-    return found
+            sums["step counters" if name == "step" else "moments"] += tensor.untyped_storage().nbytes()
+    if isinstance(optimizer, PagedAdamW):  # its state lies in pages, and only frames are in memory
+        sums["moments"] = sum(frame.nbytes for frame in optimizer.pages.frames)
+    return sums
 
 
 # -------------------------------------------------------------------------------------------- what a forward pass keeps
 
 
 def _watched(model: "PreTrainedModel", batch: dict[str, torch.Tensor], shape: Shape) -> Counter:
-    """Bytes that a forward pass keeps for its backward pass, by kind; weights are not counted."""
-    storages, rotary, inside = _Storages(), set(), []
+    """Sum, by kind, the bytes that a forward pass keeps for its backward pass; weights do not count."""
+    storages = _Storages()
+    rotary: set[int] = set()
+    running: list[tuple[str, nn.Module]] = []
     for tensor in (*model.parameters(), *model.buffers()):
         storages.seen.add(_address(tensor))
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        path, module = inside[-1] if inside else ("", None)
+        path, module = running[-1] if running else ("", None)  # no module: the loss itself keeps it
         kind = ROTARY if _address(tensor) in rotary else _kind(path, module, tensor, shape)
         storages.add(kind, tensor)
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    following = _following(model, inside, rotary)
+    following = _following(model, running, rotary)
     with mode(model, training=True), own_draws(model), following, torch.enable_grad(), hooks:
-        loss = answer_loss(model, batch)[0]  # while it lives, so does what it keeps, and no address is used twice
+        loss = answer_loss(model, batch)[0]  # keeps the graph alive, so that no address is used twice
         del loss
     return storages.sums
 
@@ -255,13 +227,13 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def _following(model: nn.Module, inside: list[tuple[str, nn.Module]], rotary: set[int]) -> Iterator[None]:
-    """Keep in `inside` the modules whose forward is running, the innermost last, and in `rotary` where their tables
-    are: every layer gets the same."""
+def _following(model: nn.Module, running: list[tuple[str, nn.Module]], rotary: set[int]) -> Iterator[None]:
+    """Keep in `running` the modules whose forward runs now, the innermost last, and in `rotary` the addresses of the
+    rotary tables, which all layers share."""
     hooks = []
     for path, module in model.named_modules():
-        enter = lambda m, args, path=path: inside.append((path, m))  # noqa: E731
-        leave = lambda m, args, output: inside.pop() and None  # noqa: E731 - pop is a tuple; None changes no output
+        enter = lambda m, args, path=path: running.append((path, m))  # noqa: E731
+        leave = lambda m, args, output: running.pop() and None  # noqa: E731 - None leaves the output unchanged
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         if path.endswith("rotary_emb"):
             hooks.append(module.register_forward_hook(lambda m, args, output: rotary.update(map(_address, output))))
@@ -273,7 +245,7 @@ def _following(model: nn.Module, inside: list[tuple[str, nn.Module]], rotary: se
 
 
 def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shape) -> str:
-    """What a tensor is, told by the module that keeps it, then by its form."""
+    """Tell what a tensor is, by the module that keeps it and then by its shape."""
     names = path.split(".")
     if module is None:
         return LOG_SOFTMAX if tensor.dim() == 2 and tensor.shape[-1] == shape.vocabulary else INDICES
@@ -282,18 +254,20 @@ def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shap
     if "norm" in names[-1]:
         return NORM
     if names[-1] == "self_attn":
-        of_no_head = tensor.dim() == 4 and tensor.shape[1] == 1 and tensor.shape[-1] == tensor.shape[-2]
-        return MASK if of_no_head else ATTENTION
+        is_mask = tensor.dim() == 4 and tensor.shape[1] == 1 and tensor.shape[-1] == tensor.shape[-2]
+        return MASK if is_mask else ATTENTION  # a mask is (rows, 1, length, length)
     if names[-1] in ("mlp", "act_fn"):
         return SWIGLU
     if names[-1].isdigit():
-        return CHECKPOINT
+        return CHECKPOINT  # a layer by its number: torch.utils.checkpoint keeps its input
     return _of_a_linear(names, tensor, module)
 
 
 def _of_a_linear(names: list[str], tensor: torch.Tensor, module: nn.Module) -> str:
+    """Tell the input of a linear layer from an adapter's inner product, (tokens, r), and its cast matrices."""
     inner = module.base if isinstance(module, LoRALinear) else module
     width = getattr(inner, "in_features", tensor.shape[-1])
+    # A transposed (in, r) matrix: contiguous along its first axis. Its last axis can have any length.
     thin = tensor.dim() == 2 and tensor.stride(0) == 1 < tensor.shape[0] and tensor.shape[0] != tensor.shape[1]
     return INPUT if tensor.shape[-1] == width and not thin else ADAPTER
 
@@ -302,17 +276,17 @@ def _of_a_linear(names: list[str], tensor: torch.Tensor, module: nn.Module) -> s
 
 
 def peak_resident() -> int | None:
-    """The most bytes of memory that this process had since it began, or since reset_peak. None where Linux is not."""
+    """Return the peak of this process's resident bytes since its start or reset_peak. None on systems without /proc."""
     return _status("VmHWM")
 
 
 def resident() -> int | None:
-    """Bytes of memory that this process has. None where Linux is not."""
+    """Return the resident bytes of this process. None on systems without /proc."""
     return _status("VmRSS")
 
 
 def reset_peak() -> bool:
-    """Let peak_resident begin anew. Returns whether the system allowed it."""
+    """Start the peak of peak_resident again. Returns whether the system allowed it."""
     try:
         CLEAR.write_text(RESET_PEAK)
     except OSError:
@@ -324,4 +298,4 @@ def _status(name: str) -> int | None:
     if not STATUS.exists():
         return None
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
+    return int(lines[name].split()[0]) * 1024  # Linux says kB and means KiB

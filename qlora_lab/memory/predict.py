@@ -1,23 +1,22 @@
-"""Where every byte of a fine-tuning step goes, from a model's configuration alone.
+"""Predict every byte of a fine-tuning step from a model's configuration alone.
 
     predict_memory("smollm2-135m", method="qlora", r=16) -> Ledger: rows of (what, formula, count, dtype, bytes)
 
-In: what shape_of takes, and the fields of Setup. Out: a Ledger whose measured column is empty; measured.py fills
-it. Weights, constants, adapters, gradients and moments are exact to the byte; activations are those of this library's
-layers; CUDA's own memory is an assumption, and a note says so.
-Source: QLoRA section 3; for the loss, loss.py: only rows that have a label go through the head, so logits are
+In: what shape_of takes, and the fields of Setup. Out: a Ledger whose measured column is empty; measured.py fills it.
+Weights, constants, adapters, gradients and moments are exact to the byte; activations are those of this library's
+layers; CUDA's own memory is an assumption, as a note says.
+Source: QLoRA section 3; for the loss, train/loss.py: only rows with a label go through the head, so logits are
 (labels, vocabulary) and not (tokens, vocabulary).
 
-Nothing is fitted. Not here: activations' table (activations.py), sizes (shape.py), what fits (fit.py).
+No number is fitted. Not here: the table of activations (activations.py), sizes (shape.py), what fits (fit.py).
 """
 
 from collections.abc import Iterator
-from math import gcd
 from typing import Any
 
-from qlora_lab.kernels.product import PANEL, TILE
+from qlora_lab.kernels.product import PANEL, TILE, panel_height, panel_width
 from qlora_lab.memory.activations import LETTERS, kept_after_layers, kept_by_layer, kept_by_layers, targeted
-from qlora_lab.memory.ledger import PHASES, Ledger, Row
+from qlora_lab.memory.ledger import PHASES, Ledger, LedgerRow
 from qlora_lab.memory.setup import BYTES, Setup
 from qlora_lab.memory.shape import LinearShape, Shape, shape_of
 from qlora_lab.optim.paged_adamw import UNIT
@@ -28,19 +27,21 @@ from qlora_lab.quant.packing import group_of
 FLOAT32 = 4
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "weights", "adapters", "gradients", "optimizer"
 ACTIVATIONS, LOSS, WORKSPACE, RUNTIME = "activations", "loss", "workspace", "runtime"
-MAP_BYTES = 256 * FLOAT32  # the table of double quantization, one a process
-# All kernels of torch 1.13 loaded, measured in pytorch/pytorch#86509; loaded when first used it begins at 287,047,680
+MAP_BYTES = 256 * FLOAT32  # the table of double quantization, one per process
+# All kernels of torch 1.13 loaded, from pytorch/pytorch#86509; with lazy loading it starts at 287,047,680.
 CUDA_CONTEXT = 666_632_192
-CUDA_BLOCK = 20 * 2**20  # what torch's CUDACachingAllocator asks for at once, for tensors below 10 MiB
-BEFORE_LOSS, AT_LOSS, IN_BACKWARD, LATE = ("loss", "backward"), ("loss",), ("backward",), ("end", "update")
+CUDA_BLOCK = 20 * 2**20  # torch's CUDACachingAllocator requests this much at once for tensors below 10 MiB
+UNTIL_BACKWARD = ("loss", "backward")
+IN_BACKWARD = ("backward", "end")
+LATE = ("end", "update")
 
 
 def predict_memory(model: Any, method: str = "qlora", **setup: Any) -> Ledger:
-    """The ledger of one training step.
+    """Predict the ledger of one training step.
 
-    model: see shape_of; no weights are needed. method: "qlora", "lora" or "full". setup: fields of Setup, such as
+    model: see shape_of; weights are not needed. method: "qlora", "lora" or "full". setup: fields of Setup, such as
     r=64, length=512, batch_size=1, gradient_checkpointing=True.
-    Raises what shape_of and Setup raise, and ValueError for a target that the model does not have.
+    Raises whatever shape_of and Setup raise, and ValueError for a target that the model does not have.
 
     >>> predict_memory("llama-7b", r=64).row("lora_A").count
     72876032
@@ -49,7 +50,7 @@ def predict_memory(model: Any, method: str = "qlora", **setup: Any) -> Ledger:
 
 
 def ledger_of(shape: Shape, setup: Setup) -> Ledger:
-    """As predict_memory, from its two parts."""
+    """Do the same from a Shape and a Setup."""
     rows = [*_weights(shape, setup), *_adapters(shape, setup), *_gradients(shape, setup), *_moments(shape, setup)]
     rows += [*_activations(shape, setup), *_loss(shape, setup), *_workspace(shape, setup), *_runtime(setup)]
     words = f"{shape.name}, {shape.parameters:,} weights: {setup}"
@@ -68,29 +69,30 @@ def _notes(setup: Setup) -> tuple[str, ...]:
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
-def _weights(shape: Shape, setup: Setup) -> Iterator[Row]:
-    linears = [(one, shape.layers) for one in shape.linears]
-    numel = sum(times * one.numel for one, times in linears)
+def _weights(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
+    linears = [(linear, shape.layers) for linear in shape.linears]
+    numel = sum(times * linear.numel for linear, times in linears)
     if setup.method == "qlora":
         yield from _quantized(linears, setup)
     else:
         yield _row(WEIGHTS, "linear layers", numel, setup.dtype, "out in")
-    biases = sum(times * one.out_features for one, times in linears if one.bias)
+    biases = sum(times * linear.out_features for linear, times in linears if linear.bias)
     if biases:
         yield _row(WEIGHTS, "biases", biases, setup.dtype, "out")
     yield _row(WEIGHTS, "embeddings", shape.table, setup.dtype, "V d")
     head = "the embeddings, shared" if shape.tied else "V d"
     yield _row(WEIGHTS, "head", 0 if shape.tied else shape.table, setup.dtype, head)
     yield _row(WEIGHTS, "norms", (2 * shape.layers + 1) * shape.hidden, setup.dtype, "(2 L + 1) d")
-    # transformers keeps its frequencies twice, the second as they were before any scaling
+    # transformers keeps its frequencies twice: as used, and as they were before any scaling
     yield _row(WEIGHTS, "rotary frequencies", 2 * (shape.head_dim // 2), "float32", "2 x head_dim / 2")
 
 
-def _quantized(linears: list[tuple[LinearShape, int]], setup: Setup) -> Iterator[Row]:
-    bits, size = setup.code_bits, setup.block_size
-    codes, nbytes = group_of(bits)
-    packed = sum(times * -(-one.numel // codes) * nbytes for one, times in linears)
-    blocks = [(-(-one.numel // size), times) for one, times in linears]
+def _quantized(linears: list[tuple[LinearShape, int]], setup: Setup) -> Iterator[LedgerRow]:
+    bits = setup.code_bits
+    size = setup.block_size
+    codes, nbytes = group_of(bits)  # of the smallest whole group: 2 codes in 1 byte for 4 bits
+    packed = sum(times * -(-linear.numel // codes) * nbytes for linear, times in linears)
+    blocks = [(-(-linear.numel // size), times) for linear, times in linears]  # the last block may be partial
     count = sum(times * n for n, times in blocks)
     layers = sum(times for _, times in linears)
     yield _row(WEIGHTS, "packed weights", packed, "uint8", f"weights x {bits} / 8")
@@ -109,27 +111,29 @@ def _quantized(linears: list[tuple[LinearShape, int]], setup: Setup) -> Iterator
 
 
 def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
-    """(elements of a trained tensor, how many there are of that size)."""
+    """List (elements of a trained tensor, number of tensors of that size)."""
     if setup.method != "full":
-        sizes = [(setup.r * one.in_features, setup.r * one.out_features) for one in targeted(shape, setup)]
+        adapted = targeted(shape, setup)
+        sizes = [(setup.r * linear.in_features, setup.r * linear.out_features) for linear in adapted]  # lora_A, lora_B
         return [(n, shape.layers) for pair in sizes for n in pair]
-    matrices = [(one.numel, shape.layers) for one in shape.linears]
-    biases = [(one.out_features, shape.layers) for one in shape.linears if one.bias]
+    matrices = [(linear.numel, shape.layers) for linear in shape.linears]
+    biases = [(linear.out_features, shape.layers) for linear in shape.linears if linear.bias]
     return [*matrices, *biases, (shape.hidden, 2 * shape.layers + 1), (shape.table, 2 - shape.tied)]
 
 
-def _adapters(shape: Shape, setup: Setup) -> Iterator[Row]:
+def _adapters(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     chosen = targeted(shape, setup)
     if chosen:
-        a = shape.layers * setup.r * sum(one.in_features for one in chosen)
-        b = shape.layers * setup.r * sum(one.out_features for one in chosen)
+        a = shape.layers * setup.r * sum(linear.in_features for linear in chosen)
+        b = shape.layers * setup.r * sum(linear.out_features for linear in chosen)
         yield _row(ADAPTERS, "lora_A", a, setup.adapter_dtype, "r in")
         yield _row(ADAPTERS, "lora_B", b, setup.adapter_dtype, "r out")
 
 
-def _gradients(shape: Shape, setup: Setup) -> Iterator[Row]:
-    dtype, numel = _trained_dtype(setup), sum(n * times for n, times in _trained(shape, setup))
-    # Micro-batches add to what the one before left, so from the second on gradients are always there.
+def _gradients(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
+    dtype = _trained_dtype(setup)
+    numel = sum(n * times for n, times in _trained(shape, setup))
+    # Each micro-batch adds to the gradients of the one before, so from the second on they stay allocated.
     when = PHASES if setup.micro_batches > 1 else LATE
     yield _row(GRADIENTS, "gradients", numel, dtype, "1 for each trained weight", when)
 
@@ -138,101 +142,101 @@ def _trained_dtype(setup: Setup) -> str:
     return setup.dtype if setup.method == "full" else setup.adapter_dtype
 
 
-def _moments(shape: Shape, setup: Setup) -> Iterator[Row]:
+def _moments(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     trained = _trained(shape, setup)
-    tensors, numel = sum(times for _, times in trained), sum(n * times for n, times in trained)
+    tensors = sum(times for _, times in trained)
+    numel = sum(n * times for n, times in trained)
     if setup.in_pages:
-        together, nbytes = UNIT[setup.optimizer_bits]
-        units = sum(times * -(-n // together) for n, times in trained)
+        together, nbytes = UNIT[setup.optimizer_bits]  # elements of a unit, and bytes of both their moments
+        units = sum(times * -(-n // together) for n, times in trained)  # pages hold whole units
         pages = -(-units // (PAGE_SIZE // nbytes))
         frames = pages if setup.optimizer_budget is None else min(pages, setup.optimizer_budget // PAGE_SIZE)
         dtype = "float32" if setup.optimizer_bits == 32 else f"uint8, a constant for {together}"
         words = f"{frames} of {pages} pages of {PAGE_SIZE:,} in memory, {units * nbytes:,} bytes of state"
-        yield Row(MOMENTS, "moments", words, 2 * numel, dtype, frames * PAGE_SIZE)
+        yield LedgerRow(MOMENTS, "moments", words, 2 * numel, dtype, frames * PAGE_SIZE)
     else:
         yield _row(MOMENTS, "moments", 2 * numel, _trained_dtype(setup), "2 for each trained weight")
-    yield Row(MOMENTS, "step counters", "1 for each trained tensor", tensors, "float32", FLOAT32 * tensors)
+    yield LedgerRow(MOMENTS, "step counters", "1 for each trained tensor", tensors, "float32", FLOAT32 * tensors)
 
 
 # ---------------------------------------------------------------------------------------- what a step needs for a while
 
 
-def _activations(shape: Shape, setup: Setup) -> Iterator[Row]:
-    for one in (*kept_by_layers(shape, setup), *kept_after_layers(shape, setup)):
-        yield Row(ACTIVATIONS, one.kind, one.formula, one.count, one.dtype, one.nbytes, when=BEFORE_LOSS)
+def _activations(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
+    for kept in (*kept_by_layers(shape, setup), *kept_after_layers(shape, setup)):
+        yield LedgerRow(ACTIVATIONS, kept.kind, kept.formula, kept.count, kept.dtype, kept.nbytes, when=UNTIL_BACKWARD)
     if setup.gradient_checkpointing:
-        again = kept_by_layer(shape, setup, first=False)
-        size = sum(one.nbytes for one in again)
-        count = sum(one.count for one in again)
-        yield Row(ACTIVATIONS, "a layer computed again", "one layer's", count, "mixed", size, when=("backward", "end"))
+        again = kept_by_layer(shape, setup, first=False)  # one layer at a time is there in full
+        size = sum(kept.nbytes for kept in again)
+        count = sum(kept.count for kept in again)
+        yield LedgerRow(ACTIVATIONS, "a layer computed again", "one layer's", count, "mixed", size, when=IN_BACKWARD)
 
 
-def _loss(shape: Shape, setup: Setup) -> Iterator[Row]:
-    n, V = setup.labels, shape.vocabulary
-    yield _row(LOSS, "log-softmax", n * V, "float32", "n V: kept", AT_LOSS)
-    # Its gradient and that of the logits. In the forward pass logits are there in their own dtype and in float32,
-    # which is no more.
-    yield _row(LOSS, "loss workspace", 2 * n * V, "float32", "2 n V: gradients, once logits are gone", AT_LOSS)
+def _loss(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
+    numel = setup.labels * shape.vocabulary  # (labels, vocabulary): rows without a label never reach the head
+    yield _row(LOSS, "log-softmax", numel, "float32", "n V: kept", ("loss",))
+    # Two gradients: of the log-softmax and of the logits. The forward pass needs no more: it has the logits twice, in
+    # their own dtype and in float32.
+    yield _row(LOSS, "loss workspace", 2 * numel, "float32", "2 n V: gradients, once logits are gone", ("loss",))
 
 
-def _workspace(shape: Shape, setup: Setup) -> Iterator[Row]:
-    T, d, f = setup.tokens, shape.hidden, shape.inner
-    flight = 2 * T * (d + f)
+def _workspace(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
+    count = 2 * setup.tokens * (shape.hidden + shape.inner)
     words = "2 T (d + f): of the residual stream, of up and gate"
-    yield _row(WORKSPACE, "gradients of activations", flight, setup.dtype, words, ("backward", "end"))
+    yield _row(WORKSPACE, "gradients of activations", count, setup.dtype, words, IN_BACKWARD)
     if setup.method == "qlora":
         yield _buffer(shape, setup)
     yield _temporaries(shape, setup)
 
 
-def _temporaries(shape: Shape, setup: Setup) -> Row:
-    """The most that an update has at once, such as two roots of the second moments."""
+def _temporaries(shape: Shape, setup: Setup) -> LedgerRow:
+    """The largest temporaries of an update, such as two roots of the second moments."""
     trained = _trained(shape, setup)
-    largest, dtype = max(n for n, _ in trained), _trained_dtype(setup)
-    if setup.in_pages:  # a page at a time; 8 bits are changed in place, and 16 bits are copied to float32 before that
+    largest = max(n for n, _ in trained)
+    dtype = _trained_dtype(setup)
+    if setup.in_pages:  # a page at a time: 8-bit moments change in place; 16-bit weights are first copied to float32
         together, nbytes = UNIT[setup.optimizer_bits]
         copies = 2 * (setup.optimizer_bits == 32) + 2 * (dtype != "float32")
-        count, dtype, words = copies * min(largest, PAGE_SIZE // nbytes * together), "float32", f"{copies} of a page"
-    elif setup.device == "cuda":
-        # torch's AdamW works on all parameters at once there, and needs them once more: its documentation says so
-        count, words = sum(n * times for n, times in trained), "trained weights at once"
+        count = copies * min(largest, PAGE_SIZE // nbytes * together)
+        dtype = "float32"
+        words = f"{copies} of a page"
+    elif setup.device == "cuda":  # torch's AdamW updates all parameters at once and, as documented, copies them
+        count = sum(n * times for n, times in trained)
+        words = "trained weights at once"
     else:
-        count, words = 2 * largest, "2 of the largest trained tensor"
+        count = 2 * largest
+        words = "2 of the largest trained tensor"
     return _row(WORKSPACE, "the update's temporaries", count, dtype, words, ("update",))
 
 
-def _buffer(shape: Shape, setup: Setup) -> Row:
-    """The decoded weight: a panel of rows on the CPU, which stays; on a GPU the whole of one."""
+def _buffer(shape: Shape, setup: Setup) -> LedgerRow:
+    """The decoded weight: on the CPU one panel of rows, kept for the next product; on a GPU a whole weight."""
     if setup.device == "cuda":
-        largest = max(one.numel for one in shape.linears)
-        return _row(WORKSPACE, "decoded weight", largest, setup.dtype, "out in, the largest", ("backward", "end"))
-    count = max(_panel(one, setup.block_size) for one in shape.linears)
+        largest = max(linear.numel for linear in shape.linears)
+        return _row(WORKSPACE, "decoded weight", largest, setup.dtype, "out in, the largest", IN_BACKWARD)
+    count = max(_panel(linear, setup.block_size) for linear in shape.linears)
     words = f"a panel of at most {PANEL:,}"
-    if setup.dtype != "float32":  # where float32 products are the faster ones; elsewhere it is less
+    if setup.dtype != "float32":  # tiles of x and y, if float32 products win the race; otherwise less is needed
         count += 2 * min(TILE, setup.tokens * max(shape.inner, shape.hidden))
         words += f", tiles of at most {TILE:,}"
     return _row(WORKSPACE, "decoded weight", count, "float32", words)
 
 
-def _panel(one: LinearShape, block_size: int) -> int:
-    """Elements of the largest panel that product.forward or product.backward decodes."""
-    height, unit = max(1, PANEL // one.in_features), block_size // gcd(block_size, one.in_features)
-    if height > unit:
-        height -= height % unit
-    width = one.in_features if one.numel <= PANEL else max(1, PANEL // one.out_features)
-    if width > block_size:
-        width -= width % block_size
-    return max(min(height, one.out_features) * one.in_features, width * one.out_features)
+def _panel(linear: LinearShape, block_size: int) -> int:
+    """Count the elements of the largest panel that product.forward or product.backward decodes."""
+    height = min(panel_height(linear.in_features, block_size), linear.out_features)
+    width = panel_width(linear.out_features, linear.in_features, block_size)
+    return max(height * linear.in_features, width * linear.out_features)
 
 
-def _runtime(setup: Setup) -> Iterator[Row]:
+def _runtime(setup: Setup) -> Iterator[LedgerRow]:
     cuda = setup.device == "cuda"
     what = "an assumption: all kernels loaded" if cuda else "no GPU"
-    yield Row(RUNTIME, "CUDA context", what, cuda * CUDA_CONTEXT, "uint8", cuda * CUDA_CONTEXT)
+    yield LedgerRow(RUNTIME, "CUDA context", what, cuda * CUDA_CONTEXT, "uint8", cuda * CUDA_CONTEXT)
     block = "an assumption: one block that is not full" if cuda else "not predicted"
-    yield Row(RUNTIME, "allocator's rounding", block, cuda * CUDA_BLOCK, "uint8", cuda * CUDA_BLOCK)
+    yield LedgerRow(RUNTIME, "allocator's rounding", block, cuda * CUDA_BLOCK, "uint8", cuda * CUDA_BLOCK)
 
 
-def _row(group: str, what: str, count: int, dtype: str, formula: str, when: tuple[str, ...] = PHASES) -> Row:
+def _row(group: str, what: str, count: int, dtype: str, formula: str, when: tuple[str, ...] = PHASES) -> LedgerRow:
     size = 1 if dtype == "uint8" else BYTES[dtype]
-    return Row(group, what, formula, count, dtype, size * count, when=when)
+    return LedgerRow(group, what, formula, count, dtype, size * count, when=when)

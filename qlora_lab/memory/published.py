@@ -1,10 +1,10 @@
-"""Published memory figures, each computed again: reproduced to its last digit, or an erratum with its reason.
+"""Compute published memory figures again: reproduce each to its last digit, or give the reason why that fails.
 
-    data/published/memory.json -> Replay: what was published, what follows from the sizes, and whether they agree
+    data/published/memory.json -> Replay: the published figure, the figure that follows from the sizes, do they agree?
 
-Source: slides on QLoRA (their table of bits a parameter, and of GB at 70 billion), QLoRA (arXiv 2305.14314) sections 1
-to 3, tables 1 and 6, figure 6; LoRA (arXiv 2106.09685) section 4.2.
-GB is 10^9 bytes here, MiB 2^20; where a source says MB and means MiB, the formula says so.
+Source: slides on QLoRA (their tables of bits per parameter, and of GB at 70 billion); QLoRA (arXiv 2305.14314) sections
+1 to 3, tables 1 and 6, figure 6; LoRA (arXiv 2106.09685) section 4.2.
+GB is 10^9 bytes here, MiB 2^20; if a source says MB and means MiB, the formula says so.
 
 Not here: the ledger that replaces them (predict.py).
 """
@@ -17,57 +17,58 @@ from qlora_lab.memory.predict import predict_memory
 from qlora_lab.memory.shape import Shape, shape_of
 from qlora_lab.quant.double_quant import GROUP_SIZE
 
-GB, MIB = 1e9, 2**20
+GB = 1e9
+MIB = 2**20
 R = 64  # the paper's rank
 SIZES = ("7b", "13b", "33b", "65b")
-SLIDES = {  # bits a parameter: weights, gradients, optimizer, adapters
+SLIDES = {  # bits per parameter: weights, gradients, optimizer, adapters
     "full": (16, 16, 64, 0),
     "lora": (16, 0.4, 0.8, 0.4),
     "qlora": (4, 0.4, 0.8, 0.4),
 }
-GPT3_LAYERS, GPT3_WIDTH, GPT3_WEIGHTS = 96, 12288, 175e9
+GPT3_LAYERS, GPT3_WIDTH, GPT3_WEIGHTS = 96, 12288, 175e9  # LoRA, section 4.2
 
 
 @dataclass(frozen=True)
 class Replay:
-    """One published figure. published: as it is printed. reason: why it is not reproduced; empty where it is."""
+    """One published figure, and the same figure computed here."""
 
-    key: str
+    key: str  # of data/published/memory.json
     what: str
-    published: str
+    published: str  # as printed, so that its decimal places are known
     unit: str
     ours: float
     formula: str
-    reason: str = ""
+    reason: str = ""  # why it is not reproduced; empty if it is
 
     @property
     def reproduced(self) -> bool:
-        """Whether ours, rounded to as many places, is what was printed."""
+        """Whether ours, rounded to the same number of places, equals the printed figure."""
         places = len(self.published.partition(".")[2])
         return f"{self.ours:.{places}f}" == self.published
 
 
 def replay_published() -> tuple[Replay, ...]:
-    """Every figure of data/published/memory.json. Raises FileNotFoundError without a clone of the repository."""
+    """Replay every figure of data/published/memory.json. Raises FileNotFoundError without a clone of the repository."""
     figures = read_data("memory.json")["figures"]
-    found = {}
+    replays = {}
     for key, ours, formula, *reason in (*_slides(), *_chatbots(), *_figure(), *_text()):
         figure = figures[key]
-        found[key] = Replay(key, figure["what"], figure["value"], figure["unit"], ours, formula, *reason)
-    return tuple(found[key] for key in figures)
+        replays[key] = Replay(key, figure["what"], figure["value"], figure["unit"], ours, formula, *reason)
+    return tuple(replays[key] for key in figures)  # in the order of the file
 
 
 def constant_bits(block_size: int = 64, group_size: int = GROUP_SIZE) -> tuple[float, float]:
-    """Bits a weight that constants cost: float32 ones, and after double quantization.
+    """Count the bits per weight of the constants: in float32, and after double quantization.
 
     >>> constant_bits(64, 256)
     (0.5, 0.126953125)
     """
-    return 32 / block_size, 8 / block_size + 32 / (block_size * group_size)
+    return 32 / block_size, 8 / block_size + 32 / (block_size * group_size)  # paper, section 3: 0.373 bits saved
 
 
 def slides_gb(method: str, parameters: float = 70e9) -> float:
-    """GB for a model of so many parameters, by the sum of the slides' bits: "full", "lora" or "qlora".
+    """Sum the slides' bits for a model of this size, in GB. method: "full", "lora" or "qlora".
 
     >>> [round(slides_gb(method)) for method in ("full", "lora", "qlora")]
     [840, 154, 49]
@@ -76,14 +77,14 @@ def slides_gb(method: str, parameters: float = 70e9) -> float:
 
 
 def two_matrix_adapter(shape: Shape, r: int = R) -> int:
-    """Adapter weights as figure 6 counts them: q, k, v, o, and a feed-forward of two matrices, d to 4 d and back."""
+    """Count adapter weights as figure 6 does: q, k, v, o, and a feed-forward of two matrices, d to 4 d and back."""
     d = shape.hidden
     return shape.layers * r * (4 * (d + d) + 2 * (d + 4 * d))  # L r 18 d
 
 
 def swiglu_adapter(shape: Shape, r: int = R) -> int:
-    """Adapter weights of the model that is really there: gate, up and down have `inner` rows or columns."""
-    return shape.layers * r * sum(one.in_features + one.out_features for one in shape.linears)
+    """Count adapter weights of the real model, whose gate, up and down have `inner` rows or columns."""
+    return shape.layers * r * sum(linear.in_features + linear.out_features for linear in shape.linears)
 
 
 Computed = tuple[str, float, str] | tuple[str, float, str, str]  # key, ours, formula, reason
@@ -153,16 +154,8 @@ def _figure() -> Iterator[Computed]:
 def _text() -> Iterator[Computed]:
     llama = shape_of("llama-7b")
     yield "paper.text.full", 65 * 96 / 8, "65e9 x 96 bits / 8"
-    ledger = predict_memory(
-        "llama-65b",
-        r=R,
-        adapter_dtype="bfloat16",
-        paged=True,
-        batch_size=1,
-        length=512,
-        padded=False,
-        gradient_checkpointing=True,
-    )
+    run = {"adapter_dtype": "bfloat16", "paged": True, "batch_size": 1, "length": 512, "gradient_checkpointing": True}
+    ledger = predict_memory("llama-65b", r=R, padded=False, **run)
     words = "the ledger's peak: bf16 adapters, 32-bit moments in pages, one row of 512 tokens, checkpointing"
     yield "paper.text.qlora", ledger.peak / GB, words, "a bound; the ledger stays below it"
     needed = 567 * MIB / (2 * llama.layers * (3 * llama.hidden + llama.inner))

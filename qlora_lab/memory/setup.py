@@ -1,8 +1,8 @@
-"""What a memory ledger is asked about besides the model: how it is loaded, adapted, fed and optimised.
+"""Describe the run that a memory ledger predicts: how the model is loaded, adapted, fed and optimised.
 
 In: the user's numbers and names. Out: one frozen Setup, whose defaults are those of load, add_lora and Settings.
-Source: QLoRA section 3, equation 5, for the method; the dtype policies of peers are `adapter_dtype`: PEFT keeps
-adapters in float32, as this library does, TRL casts them to bf16.
+Source: QLoRA section 3, equation 5, for the method. `adapter_dtype` covers the dtype policies of other libraries: PEFT
+keeps adapters in float32, as this library does; TRL casts them to bf16.
 
 Not here: the model's sizes (shape.py).
 """
@@ -10,11 +10,8 @@ Not here: the model's sizes (shape.py).
 from dataclasses import dataclass
 from functools import cached_property
 
-from qlora_lab.kernels.product import race
-from qlora_lab.optim.paged_adamw import UNIT
-from qlora_lab.quant.blocks import check_block_size
-from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.numbers import MOST, MOST_BYTES, check_number, check_whole
+from qlora_lab.train.run_options import AdapterOptions, ModelOptions, documented, option, same_option
 from qlora_lab.train.settings import Settings
 
 METHODS = ("qlora", "lora", "full")
@@ -22,51 +19,51 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEVICES = ("cuda", "cpu")
 
 
+@documented
 @dataclass(frozen=True)
 class Setup:
-    """Raises ValueError for a value that is not allowed.
+    """A run, without its model. Raises ValueError for a value that is not allowed."""
 
-    method: "qlora" quantises linear layers and trains adapters, "lora" trains adapters on weights as they are, "full"
-    trains all weights. dtype: of what is not quantised, and of the computation. learned: share of tokens that are
-    labels; only their rows go through the head. padded: rows differ in length, so attention takes a mask.
-    mean_length: tokens of an example, None for `length`; with packing it decides how many rows a batch needs.
-    fused_adapter: one product for weight and adapter, as on the CPU; None: as the device has it. wide_attention: it is
-    computed in float32 (wide.py); None: as `load` decides on this machine.
-    """
-
-    method: str = "qlora"
-    codebook: str = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
-    dtype: str = "bfloat16"
-    adapter_dtype: str = "float32"
-    r: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
-    dropout: float = 0.0
-    batch_size: int = Settings.batch_size
-    micro_batch_size: int | None = None
-    length: int = Settings.max_length
-    mean_length: int | None = None
-    packing: bool = False
-    padded: bool = True
-    learned: float = 0.25
-    gradient_checkpointing: bool = False
-    optimizer_bits: int = 32
-    optimizer_budget: int | None = None
-    paged: bool = False  # 32-bit moments in pages are float32, those of torch's AdamW have the parameter's dtype
-    device: str = "cuda"
-    fused_adapter: bool | None = None
-    wide_attention: bool | None = None
+    # qlora quantises the linear layers and trains adapters, lora trains adapters on the original weights
+    method: str = option("qlora", "what is trained, and on what: qlora, lora or full (all weights)")
+    codebook: str = option(ModelOptions.codebook, "data type of the quantised weights, such as nf4, fp4 or int4")
+    block_size: int = same_option(ModelOptions, "block_size")
+    double_quant: bool = same_option(ModelOptions, "double_quant")
+    dtype: str = option("bfloat16", "data type of computation, and of all that is not quantised")
+    adapter_dtype: str = option("float32", "data type of the adapters: float32, as here and in PEFT; TRL has bfloat16")
+    r: int = same_option(AdapterOptions, "r")
+    targets: str | tuple[str, ...] = same_option(AdapterOptions, "targets")
+    dropout: float = same_option(AdapterOptions, "dropout")
+    batch_size: int = same_option(Settings, "batch_size")
+    micro_batch_size: int | None = same_option(Settings, "micro_batch_size")
+    length: int = option(Settings.max_length, "tokens per row", "tokens")
+    # with packing it decides how many rows a batch needs
+    mean_length: int | None = option(None, "mean tokens per example, for --packing (default: a whole row)", "tokens")
+    packing: bool = same_option(Settings, "packing")
+    padded: bool = True  # rows differ in length, so attention takes a mask
+    # only the rows of labels go through the head
+    learned: float = option(0.25, "share of tokens that are labels, from 0 to 1")
+    gradient_checkpointing: bool = same_option(Settings, "gradient_checkpointing")
+    optimizer_bits: int = same_option(Settings, "optimizer_bits")
+    optimizer_budget: int | None = same_option(Settings, "optimizer_budget")
+    paged: bool = False  # moments in float32 pages; those of torch's AdamW have the parameter's dtype
+    device: str = option("cuda", "where the run computes: cuda or cpu")
+    fused_adapter: bool | None = None  # one product for weight and adapter, as on the CPU; None: as the device does
+    wide_attention: bool | None = None  # computed in float32 (model/wide.py); None: as `load` decides on this machine
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", _name(self.dtype))  # torch.bfloat16 is as good as its name
+        # imported here: torch costs a second, and the command line reads this class for its --help
+        from qlora_lab.quant.blocks import check_block_size
+        from qlora_lab.quant.codebook import codebook
+
+        object.__setattr__(self, "dtype", _name(self.dtype))  # torch.bfloat16 works as well as its name
         object.__setattr__(self, "adapter_dtype", _name(self.adapter_dtype))
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
         for name, allowed in (("method", METHODS), ("dtype", BYTES), ("adapter_dtype", BYTES), ("device", DEVICES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(allowed)}")
-        if self.optimizer_bits not in tuple(UNIT):
+        if self.optimizer_bits not in (32, 8):
             raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8")
         for name in ("r", "batch_size", "length"):
             check_whole(name, getattr(self, name))
@@ -74,32 +71,34 @@ class Setup:
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1, most)
         if self.mean_length is not None and self.mean_length > self.length:
-            raise ValueError(f"mean_length={self.mean_length} is more than length={self.length}, the longest")
+            raise ValueError(f"mean_length={self.mean_length} exceeds length={self.length}: give at most that")
         check_number("dropout", self.dropout, lambda share: 0 <= share < 1, "from 0 to below 1")
         check_number("learned", self.learned, lambda share: 0 <= share <= 1, "from 0 to 1")
         check_block_size(self.block_size)
-        named_codebook(self.codebook)
+        codebook(self.codebook)
 
     @property
     def element(self) -> int:
-        """Bytes of an element of `dtype`."""
+        """Bytes of one element of `dtype`."""
         return BYTES[self.dtype]
 
     @cached_property
     def code_bits(self) -> int:
-        """Bits of a code."""
-        return bits_of(named_codebook(self.codebook))
+        """Bits of one code."""
+        from qlora_lab.quant.codebook import bits_of, codebook
+
+        return bits_of(codebook(self.codebook))
 
     @property
     def batch_rows(self) -> int:
-        """Rows of a step: one an example, or with packing as few as hold all tokens."""
+        """Rows of a step: one per example, or, with packing, the fewest that hold all tokens."""
         if not self.packing:
             return self.batch_size
-        return -(-self.batch_size * (self.mean_length or self.length) // self.length)
+        return -(-self.batch_size * (self.mean_length or self.length) // self.length)  # rounded up
 
     @property
     def rows(self) -> int:
-        """Rows at once."""
+        """Rows that go through the model at once."""
         return min(self.batch_rows, self.micro_batch_size or self.batch_rows)
 
     @property
@@ -108,47 +107,49 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        """Tokens at once, padding included."""
+        """Tokens that go through the model at once, padding included."""
         return self.rows * self.length
 
     @property
     def labels(self) -> int:
-        """Labels at once: rows of logits."""
+        """Labels at once, which are rows of logits."""
         return round(self.learned * self.tokens)
 
     @property
     def masked(self) -> bool:
-        """Whether attention takes a mask: transformers leaves it out where every row is full, as a row alone is."""
+        """Whether attention takes a mask: transformers drops it if every row is full, as a single row always is."""
         return self.packing or (self.padded and self.rows > 1)
 
     @property
     def fused(self) -> bool:
-        """Whether the adapter is part of the weight's product, as Linear4bit has it on the CPU."""
+        """Whether one product serves weight and adapter, as in Linear4bit on the CPU."""
         if self.fused_adapter is not None:
             return self.fused_adapter
-        exact = self.adapter_dtype == "float32"
+        exact = self.adapter_dtype == "float32"  # the CPU kernel adds adapters in float32 only
         return self.device == "cpu" and self.method == "qlora" and exact and not self.dropout
 
     @property
     def widens(self) -> bool:
-        """Whether attention is computed in float32 though the model is not."""
+        """Whether attention is computed in float32 although the model is not."""
         if self.dtype == "float32":
             return False
         if self.wide_attention is not None:
             return self.wide_attention
-        return self.device == "cpu" and not race().use_bfloat16
+        from qlora_lab.kernels.product import race
+
+        return self.device == "cpu" and not race().use_bfloat16  # bf16 products are slow on some processors
 
     @property
     def in_pages(self) -> bool:
-        """Whether moments lie in PagedAdamW's pages, as the trainer would choose."""
+        """Whether PagedAdamW holds the moments in pages, by the trainer's own rule."""
         return self.paged or self.optimizer_bits != 32 or self.optimizer_budget is not None
 
     def __str__(self) -> str:
-        how = {"full": "full fine-tuning", "lora": f"LoRA, r={self.r}", "qlora": f"QLoRA, r={self.r}"}[self.method]
+        method = {"full": "full fine-tuning", "lora": f"LoRA, r={self.r}", "qlora": f"QLoRA, r={self.r}"}[self.method]
         weights = f", {self.codebook}/{self.block_size}{' + double quantization' * self.double_quant}"
         switches = ", gradient checkpointing" * self.gradient_checkpointing + ", packing" * self.packing
         return (
-            f"{how}{weights if self.method == 'qlora' else ''}, {self.dtype}; {self.rows} x {self.length} tokens at "
+            f"{method}{weights if self.method == 'qlora' else ''}, {self.dtype}; {self.rows} x {self.length} tokens at "
             f"once{switches}; AdamW of {self.optimizer_bits} bits on {self.device}"
         )
 

@@ -1,8 +1,8 @@
-"""The sizes of a model of the LLaMA family, read from its configuration alone: no weights, no transformers.
+"""Read the sizes of a LLaMA-like model from its configuration alone, without weights and without transformers.
 
-In: a known name, a folder with config.json, the file itself, a configuration as a dict or of transformers, or a model.
-Out: a Shape. Families: llama, mistral and qwen2, which differ in biases only.
-Source: "LLaMA", table 2, for the sizes that its name alone gives; field names and defaults are those of transformers.
+In: a known name, a folder with config.json, that file, a configuration (a dict, or one of transformers), or a model.
+Out: a Shape. Families: llama, mistral and qwen2, which differ only in their biases.
+Source: "LLaMA", table 2, for models known by name alone; field names and defaults are those of transformers.
 
 Not here: bytes (predict.py).
 """
@@ -17,9 +17,9 @@ from qlora_lab.model.model_files import read_config
 
 FAMILIES = ("llama", "mistral", "qwen2")
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-# name: layers, hidden, inner, heads, key and value heads, vocabulary; none ties its head to the embeddings
+# name: layers, hidden, inner, heads, key and value heads, vocabulary. None ties its head to the embeddings.
 PUBLISHED = {
-    "llama-7b": (32, 4096, 11008, 32, 32, 32000),  # LLaMA-2-7B has the same
+    "llama-7b": (32, 4096, 11008, 32, 32, 32000),  # so has LLaMA-2-7B
     "llama-13b": (40, 5120, 13824, 40, 40, 32000),
     "llama-33b": (60, 6656, 17920, 52, 52, 32000),
     "llama-65b": (80, 8192, 22016, 64, 64, 32000),
@@ -29,9 +29,9 @@ PUBLISHED = {
 
 
 class LinearShape(NamedTuple):
-    """A linear layer: its last name, its weight (out_features, in_features), and whether it has a bias."""
+    """One linear layer, its weight (out_features, in_features)."""
 
-    name: str
+    name: str  # the last part of its path
     out_features: int
     in_features: int
     bias: bool
@@ -43,62 +43,62 @@ class LinearShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides every size. tied: the head is the table of embeddings."""
+    """The numbers that decide the size of every tensor."""
 
     name: str
-    family: str
+    family: str  # one of FAMILIES
     layers: int
-    hidden: int
-    inner: int
-    heads: int
-    key_value_heads: int
+    hidden: int  # d, the width of the residual stream
+    inner: int  # f, the width between up_proj and down_proj
+    heads: int  # of queries
+    key_value_heads: int  # fewer than heads where several queries share a key
     head_dim: int
     vocabulary: int
-    tied: bool
-    attention_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
+    tied: bool  # the head is the table of embeddings
+    attention_bias: bool = False  # of q_proj, k_proj and v_proj
+    output_bias: bool = False  # of o_proj
+    mlp_bias: bool = False  # of gate_proj, up_proj and down_proj
 
     @property
     def query(self) -> int:
-        """Width of all queries of a token."""
+        """Width of all queries of one token."""
         return self.heads * self.head_dim
 
     @property
     def key_value(self) -> int:
-        """Width of all keys, or of all values, of a token."""
+        """Width of all keys of one token, and of all its values."""
         return self.key_value_heads * self.head_dim
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
         """The linear layers of one layer, in the model's order."""
-        d, f, q, kv = self.hidden, self.inner, self.query, self.key_value
         return (
-            LinearShape("q_proj", q, d, self.attention_bias),
-            LinearShape("k_proj", kv, d, self.attention_bias),
-            LinearShape("v_proj", kv, d, self.attention_bias),
-            LinearShape("o_proj", d, q, self.output_bias),
-            LinearShape("gate_proj", f, d, self.mlp_bias),
-            LinearShape("up_proj", f, d, self.mlp_bias),
-            LinearShape("down_proj", d, f, self.mlp_bias),
+            LinearShape("q_proj", self.query, self.hidden, self.attention_bias),
+            LinearShape("k_proj", self.key_value, self.hidden, self.attention_bias),
+            LinearShape("v_proj", self.key_value, self.hidden, self.attention_bias),
+            LinearShape("o_proj", self.hidden, self.query, self.output_bias),
+            LinearShape("gate_proj", self.inner, self.hidden, self.mlp_bias),
+            LinearShape("up_proj", self.inner, self.hidden, self.mlp_bias),
+            LinearShape("down_proj", self.hidden, self.inner, self.mlp_bias),
         )
 
     @property
     def table(self) -> int:
-        """Elements of the embeddings, and of a head of its own."""
+        """Elements of the embeddings, and of a head that is not tied."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All weights, a tied head not counted twice."""
-        linears = sum(one.numel + one.bias * one.out_features for one in self.linears)
-        return self.layers * (linears + 2 * self.hidden) + self.hidden + self.table * (2 - self.tied)
+        """All weights; a tied head counts once."""
+        linears = sum(linear.numel + linear.bias * linear.out_features for linear in self.linears)
+        norms = (2 * self.layers + 1) * self.hidden  # two in each layer, one after the last
+        return self.layers * linears + norms + self.table * (2 - self.tied)
 
 
 def shape_of(model: Any) -> Shape:
-    """The Shape of `model` (see the module docstring for what it may be).
+    """Read the Shape of `model` (see the module docstring for what it may be).
 
-    Raises ValueError for a name that is not known, another family, or a field that is missing or no number above 0;
+    Raises ValueError for an unknown name, another family, and a field that is missing or not a whole number above 0;
     FileNotFoundError for a folder without config.json.
 
     >>> shape_of("llama-7b").parameters
@@ -108,20 +108,19 @@ def shape_of(model: Any) -> Shape:
         return model
     if isinstance(model, (str, Path)):
         return _from_name(str(model))
-    config = getattr(model, "config", model)  # a model has one
+    config = getattr(model, "config", model)  # a model has a configuration; a configuration has no such attribute
     if isinstance(config, Mapping):
         return _from_config(dict(config), "the configuration")
     if hasattr(config, "to_dict"):
         return _from_config(config.to_dict(), type(config).__name__)
-    raise ValueError(f"model is a {type(model).__name__}: give a name, a folder, a config.json, or a configuration")
+    raise ValueError(f"model is a {type(model).__name__}: give a name, a folder, a config.json or a configuration")
 
 
 def _from_name(name: str) -> Shape:
     if name in PUBLISHED:
-        layers, hidden, inner, heads, key_value_heads, vocabulary = PUBLISHED[name]
-        return Shape(
-            name, "llama", layers, hidden, inner, heads, key_value_heads, hidden // heads, vocabulary, tied=False
-        )
+        *sizes, vocabulary = PUBLISHED[name]
+        _, hidden, _, heads, _ = sizes
+        return Shape(name, "llama", *sizes, hidden // heads, vocabulary, tied=False)
     path = Path(name).expanduser()
     if name in KNOWN_MODELS:
         path = cache_dir() / name
@@ -130,10 +129,10 @@ def _from_name(name: str) -> Shape:
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path.parent} has no config.json: that file alone is needed, no weights")
+            raise FileNotFoundError(f"{path.parent} has no config.json: add that file; weights are not needed")
     if not path.is_file():
-        known = ", ".join([*KNOWN_MODELS, *PUBLISHED])
-        raise ValueError(f"unknown model {name!r}: known are {known}; a folder or a config.json also works")
+        names = ", ".join([*KNOWN_MODELS, *PUBLISHED])
+        raise ValueError(f"unknown model {name!r}: choose one of {names}, or give a folder or a config.json")
     shape = _from_config(read_config(path), str(path))
     return replace(shape, name=name) if name in KNOWN_MODELS else shape
 
@@ -142,7 +141,7 @@ def _from_config(config: dict, where: str) -> Shape:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
-            f"{where} is of the architecture {family!r}, whose layers are not known here: {', '.join(FAMILIES)} are"
+            f"{where} has the architecture {family!r}, whose layers are unknown here: choose from {', '.join(FAMILIES)}"
         )
     sizes = {name: _size(config, name, where) for name in NEEDED}
     heads = sizes["num_attention_heads"]
@@ -153,9 +152,9 @@ def _from_config(config: dict, where: str) -> Shape:
         hidden=sizes["hidden_size"],
         inner=sizes["intermediate_size"],
         heads=heads,
-        # Configurations leave out what equals transformers' default.
-        key_value_heads=_size({"num_key_value_heads": heads} | _given(config), "num_key_value_heads", where),
-        head_dim=_size({"head_dim": sizes["hidden_size"] // heads} | _given(config), "head_dim", where),
+        # Configurations omit fields that equal the default of transformers.
+        key_value_heads=_size({"num_key_value_heads": heads} | _set_fields(config), "num_key_value_heads", where),
+        head_dim=_size({"head_dim": sizes["hidden_size"] // heads} | _set_fields(config), "head_dim", where),
         vocabulary=sizes["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         attention_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
@@ -164,14 +163,14 @@ def _from_config(config: dict, where: str) -> Shape:
     )
 
 
-def _given(config: dict) -> dict:
+def _set_fields(config: dict) -> dict:
     return {name: value for name, value in config.items() if value is not None}
 
 
 def _size(config: dict, name: str, where: str) -> int:
     if name not in config:
-        raise ValueError(f"{where} has no {name!r}: without it no size is known")
+        raise ValueError(f"{where} has no {name!r}: add it, for every size depends on it")
     value = config[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # True is an int in Python
         raise ValueError(f"{where} has {name}={value!r}: it is a whole number of at least 1")
     return value

@@ -24,7 +24,7 @@ from qlora_lab.files.checksums import replace_sums
 from qlora_lab.files.lock import LOCK, locked_folder
 from qlora_lab.files.out_path import out_folder
 from qlora_lab.files.ownership import MARK, QUANTISED, is_cut, is_marked, mark, read_object, scratch_name
-from qlora_lab.files.replace import replacing_file
+from qlora_lab.files.replace import replace_bytes, replace_text, replacing_file
 from qlora_lab.files.tensor_file import save_tensors
 from qlora_lab.model.empty_model import empty_model, fields_of, stored_options
 from qlora_lab.model.fetch import HUB_FILES, ModelError, resolve
@@ -182,8 +182,7 @@ def _begin(out: Path, work: dict) -> None:
     if {path.name for path in out.iterdir()} - begun_empty - {LOCK}:
         raise FileExistsError(f"{out} is not empty: choose a folder of its own")
     _clear(out)
-    with replacing_file(out / UNFINISHED) as new:
-        disk.write_text(new, json.dumps(work) + "\n")
+    replace_text(out / UNFINISHED, json.dumps(work) + "\n")
 
 
 def _clear(out: Path) -> None:
@@ -198,8 +197,7 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
     config = fields_of(source)
     config["quantization_config"] = described
     if plan:
-        with replacing_file(out / PLAN) as new:
-            plan.save(new)
+        plan.save(out / PLAN)
     for name in COPIED:
         if (source / name).exists():
             with replacing_file(out / name) as new:
@@ -208,8 +206,7 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
     contents = {name: (json.dumps(one, indent=2) + "\n").encode() for name, one in ((INDEX, index), (CONFIG, config))}
     replace_sums(out, [*set(weight_map.values()), *copied, *([PLAN] if plan else [])], contents)
     for name, content in contents.items():
-        with replacing_file(out / name) as new:
-            disk.write_bytes(new, content)
+        replace_bytes(out / name, content)
     disk.remove_if_possible(out / scratch_name(out))
     for name in (MARK, UNFINISHED):  # without the second the folder is a model and nothing else
         disk.remove(out / name)

@@ -1,11 +1,11 @@
-"""Pages: one flat space of bytes in pieces of one size, of which a few are in fast memory and all others elsewhere.
+"""Pages: one flat space of bytes in pieces of one size, a few in fast memory, the others elsewhere.
 
-In: a number of bytes, a page size, a budget. Out: the page that is asked for, as bytes that may be changed in place.
-Source: QLoRA section 3, "Paged Optimizers"; the words are those of operating systems: a page that is asked for and is
-not in a frame is a fault; if no frame is free, the page that was used least recently is evicted, and written back. A
-page that is known to be needed next is prefetched: it comes while the one before it is used, and is no fault then.
+In: a number of bytes, a page size, a budget. Out: the page that is asked for, as bytes to change in place.
+Source: QLoRA section 3, "Paged Optimizers". The words are those of operating systems: asking for a page that is not in
+a frame is a fault; if no frame is free, the least recently used page is evicted and written back. A page that is known
+to be needed next is prefetched: it comes while the one before it is in use, and causes no fault.
 
-The page table and who is evicted are the same everywhere; where frames and all other pages lie is a store's affair.
+The page table and the choice of who is evicted (`_begin`) are the same everywhere; stores differ in where pages lie.
 
 Not here: frames, files and devices (stores.py), what is in the bytes (paged_adamw.py).
 """
@@ -19,13 +19,13 @@ import torch
 
 from qlora_lab.optim.stores import FileStore, HostStore, ManagedStore, Wait
 
-PAGE_SIZE = 2**21  # bytes; as CUDA's managed memory moves at most
-ALLOWED = "it is 'file' on the CPU, 'host' on any device, 'managed' on a CUDA GPU"
-EVENTS = 2**16  # that are remembered: a long run has millions
+PAGE_SIZE = 2**21  # bytes: the most that CUDA moves of managed memory at once
+ALLOWED = "choose 'file' on the CPU, 'host' on any device, 'managed' on a CUDA GPU"
+EVENTS = 2**16  # remembered: a long run has millions
 
 
 class Event(NamedTuple):
-    """What happened to a page: "fault" or "prefetch" (it came into a frame), "evict" (it lost it), "write back"."""
+    """What happened to a page: "fault" or "prefetch" (it got a frame), "evict" (it lost its frame), "write back"."""
 
     kind: str
     page: int
@@ -34,23 +34,23 @@ class Event(NamedTuple):
 
 @dataclass
 class _Move:
-    """A page on its way into a frame, and the one that leaves it for that."""
+    """A page on its way into a frame, and the page that leaves the frame for it."""
 
     kind: str
     page: int
     frame: int
-    leaves: int | None
-    written: bool = False  # the one that leaves is in the store: its frame may be used
+    leaves: int | None  # None: the frame was free
+    written: bool = False  # the page that leaves is in the store, so its frame may be overwritten
 
 
 class Pages:
     """`nbytes` bytes, zero at first.
 
-    page_size: bytes of a page. budget: bytes for frames, None for all pages. device: where frames are. store: what
-    holds the other pages (stores.py), "file", the CPU's; "host", a GPU's; "managed", CUDA's own. folder: where the file
-    lies, on a disk and not in memory; None for the system's temporary one. events: what happened last, oldest first;
-    clear it as you like. Raises ValueError for a size that is not at least 1, a budget below one page, or a store that
-    is not the device's, and what the store raises.
+    page_size: bytes of a page. budget: bytes for frames; None: a frame for each page. device: where frames are. store:
+    where the other pages lie (stores.py): "file" on the CPU, "host" for a GPU, "managed" for CUDA's own paging. folder:
+    for the file, on a disk and not in memory; None: the system's temporary folder. events: the last ones, oldest
+    first; clear them as you like. Raises ValueError for a size below 1, a budget below one page, or a store that the
+    device cannot have; also what the store raises.
     """
 
     def __init__(
@@ -63,10 +63,11 @@ class Pages:
         store: str | None = None,
     ):
         if nbytes < 1 or page_size < 1:
-            raise ValueError(f"nbytes={nbytes} and page_size={page_size} are not allowed: each is at least 1")
+            raise ValueError(f"nbytes={nbytes} and page_size={page_size} are not allowed: give at least 1 for each")
         if budget is not None and budget < page_size:
-            raise ValueError(f"budget={budget} is not enough: it holds one page of {page_size} bytes at least")
-        self.page_size, self.count = page_size, -(-nbytes // page_size)
+            raise ValueError(f"budget={budget} is not enough: give at least one page, {page_size} bytes")
+        self.page_size = page_size
+        self.count = -(-nbytes // page_size)  # rounded up
         frames = self.count if budget is None else min(self.count, budget // page_size)
         device = torch.device(device)
         store = store or ("file" if device.type == "cpu" else "host")
@@ -79,9 +80,9 @@ class Pages:
             self._store = kind(self.count, page_size, frames, device)
         self.frames = self._store.frames
         self.events: deque[Event] = deque(maxlen=EVENTS)
-        self._free = list(range(len(self.frames) - 1, -1, -1))
+        self._free = list(range(len(self.frames) - 1, -1, -1))  # frames, taken from the end: 0 first
         self._frame_of: OrderedDict[int, int] = OrderedDict()  # page -> frame, least recently used first
-        self._written: set[int] = set()  # pages that the store holds; all others are zero
+        self._written: set[int] = set()  # pages that the store holds; any other is still zero
         self._in_use: int | None = None  # the page that was handed out last
         self._coming: tuple[_Move, Wait] | None = None  # the page on its way, and how to wait for it
 
@@ -91,25 +92,25 @@ class Pages:
         return list(self._frame_of)
 
     def page(self, number: int) -> torch.Tensor:
-        """The bytes of a page, (page_size,) uint8, to read and to change until the next call.
+        """Return the bytes of a page, (page_size,) uint8, to read and to change until the next call.
 
-        Raises IndexError for a page that is not there, and OSError for a disk that failed, now or in a prefetch: no
-        page is lost by that, and the call may be repeated.
+        Raises IndexError for a page that does not exist, and OSError for a disk that failed, now or in a prefetch: no
+        page is lost then, and the call may be repeated.
         """
         self._check(number)
         if not self._is_settled(number):
-            self._settle()
+            self._settle()  # a prefetch under way may bring this page, or may be evicting it
         if number not in self._frame_of:
             self._begin("fault", number)
             self._settle()
-        self._frame_of.move_to_end(number)
+        self._frame_of.move_to_end(number)  # now the most recently used
         self._in_use = number
         return self._store.bytes(number, self._frame_of[number])
 
     def prefetch(self, number: int) -> None:
-        """Begin to bring a page that will be asked for, into the frame of any page but the one handed out last.
+        """Start to bring a page that will be needed next, into the frame of any page but the one handed out last.
 
-        Does nothing for a page that is in a frame or on its way, or where there is one frame. Raises as page() does.
+        Does nothing if the page is in a frame or on its way, or if there is only one frame. Raises as page() does.
         """
         self._check(number)
         on_its_way = self._coming is not None and self._coming[0].page == number
@@ -121,34 +122,36 @@ class Pages:
 
     def _check(self, number: int) -> None:
         if not 0 <= number < self.count:
-            raise IndexError(f"page {number} is asked for, there are {self.count}")
+            raise IndexError(f"page {number} does not exist: choose from 0 to {self.count - 1}")
 
     def _is_settled(self, number: int) -> bool:
-        """Whether a page is in a frame, and no prefetch takes that from it."""
+        """Tell whether a page is in a frame that no prefetch is taking from it."""
         return number in self._frame_of and (self._coming is None or self._coming[0].leaves != number)
 
     def _begin(self, kind: str, number: int) -> None:
         if self._free:
             move = _Move(kind, number, self._free.pop(), None)
         else:
-            spared = self._in_use if kind == "prefetch" else None  # its bytes may be changed until the next page()
+            # No frame is free: the least recently used page is evicted, the first of the table. A prefetch spares the
+            # page that was handed out last, as its bytes may still change. The table is updated in _settle.
+            spared = self._in_use if kind == "prefetch" else None
             leaves = next(page for page in self._frame_of if page != spared)
             move = _Move(kind, number, self._frame_of[leaves], leaves)
         self._coming = move, self._store.start(lambda: self._carry_out(move))
 
     def _carry_out(self, move: _Move) -> None:
-        """Beside everything else: touches the store and `move`, and only reads which pages have been written."""
+        """Write one page back and read the other. Runs in another thread: it changes the store and `move` alone."""
         if move.leaves is not None:
             self._store.write(move.leaves, move.frame)
-            move.written = True
+            move.written = True  # from here on the evicted page is safe, even if the other one fails to come
         (self._store.read if move.page in self._written else self._store.clear)(move.page, move.frame)
 
     def _settle(self) -> None:
-        """Wait for the page that is on its way, if any, and bring the table up to what has happened of its move."""
+        """Wait for the page on its way, if there is one, then enter in the table what its move has done."""
         if self._coming is None:
             return
         move, wait = self._coming
-        error = wait()  # an interruption leaves it on its way
+        error = wait()  # interrupted here, the move stays on its way
         self._coming = None
         if move.written:
             self._written.add(move.leaves)
@@ -158,6 +161,6 @@ class Pages:
             self._frame_of[move.page] = move.frame
             self.events.append(Event(move.kind, move.page, move.frame))
             return
-        if move.written or move.leaves is None:
+        if move.written or move.leaves is None:  # else the page that was to leave keeps its frame
             self._free.append(move.frame)
         raise error

@@ -1,15 +1,15 @@
-"""Where pages lie: a few in frames, the others elsewhere, and how one moves between the two.
+"""Where pages lie, a few in frames, the others elsewhere, and how a page moves between the two.
 
-In: the number of a page and of a frame. Changed: the bytes of a frame, or what is kept of a page.
+In: the numbers of a page and of a frame. Changed: the bytes of a frame, or the stored copy of a page.
 Source: QLoRA section 3, "Paged Optimizers".
 
-Three kinds, for the same page table. FileStore: frames in the CPU's memory, pages in a file. HostStore: frames on a
-GPU, pages in pinned memory of its host. ManagedStore, the paper's own: CUDA's managed memory, where a page keeps its
-address and the driver moves it. A store writes a page away, reads it back, clears a frame, and starts such a move
-beside the arithmetic that goes on: a thread for a file, a stream of its own on a GPU.
+Three stores for one page table. FileStore: frames in the CPU's memory, pages in a file. HostStore: frames on a GPU,
+pages in pinned memory of its host. ManagedStore, the paper's own: CUDA's managed memory, where a page keeps its address
+and the driver moves it. A store writes a page away, reads it back, clears a frame, and starts such a move alongside the
+arithmetic: in a thread for a file, on a stream of its own on a GPU.
 
-But: the tests run all of the two for GPUs but CUDA's own calls; bench/gpu_paging.py runs these.
-Not here: which page moves when (paging.py).
+But: the tests replace CUDA's own calls, which need a GPU; bench/gpu_paging.py makes them.
+Not here: which page moves, and when (paging.py).
 """
 
 import errno
@@ -24,21 +24,23 @@ import torch
 
 from qlora_lab.files import disk
 
-Wait = Callable[[], BaseException | None]  # returns when a move is over, with what stopped it
-SYSTEM_PAGE = 4096  # bytes: the driver moves managed memory in whole pages of the system
+Wait = Callable[[], BaseException | None]  # returns when a move is over: None, or the error that stopped it
+SYSTEM_PAGE = 4096  # bytes: the driver moves managed memory in whole system pages
 
 
 class FileStore:
-    """Frames are all the memory that is held. Pages are read from a file and written to it, not mapped, which would add
-    a fault of the system's own for each 4 KiB; the file has no name: it is gone with the process, however that ends."""
+    """Frames in memory, pages in a file that is read and written, not mapped: mapping adds a system fault per 4 KiB.
+
+    The file has no name, so it is gone when the process ends, however it ends.
+    """
 
     def __init__(self, count: int, page_size: int, frames: int, folder: str | Path | None):
         self.frames = torch.zeros(frames, page_size, dtype=torch.uint8)
         self.file = None
-        if frames < count:
+        if frames < count:  # else every page keeps its frame
             self.file = disk.unnamed_file(folder)
             weakref.finalize(self, self.file.close)
-            self._thread = ThreadPoolExecutor(1)  # starts with its first move
+            self._thread = ThreadPoolExecutor(1)  # started by the first move
 
     def bytes(self, page: int, frame: int) -> torch.Tensor:
         return self.frames[frame]
@@ -49,29 +51,28 @@ class FileStore:
     def write(self, page: int, frame: int) -> None:
         size = self.frames.shape[1]
         self.file.seek(page * size)
-        if self.file.write(self.frames[frame].numpy().data) != size:  # the page stays where it is
+        if self.file.write(self.frames[frame].numpy().data) != size:  # a full disk takes a part; the frame keeps all
             raise OSError(errno.ENOSPC, f"no space to write back page {page} of {size} bytes")
 
     def read(self, page: int, frame: int) -> None:
         size = self.frames.shape[1]
         self.file.seek(page * size)
         if self.file.readinto(self.frames[frame].numpy().data) != size:
-            raise OSError(errno.EIO, f"page {page} cannot be read back whole")
+            raise OSError(errno.EIO, f"page {page} of {size} bytes cannot be read back whole")
 
     def start(self, move: Callable[[], None]) -> Wait:
         return self._thread.submit(move).exception if self.file else _at_once(move)
 
 
 class HostStore:
-    """Frames on `device`, pages that have been written in memory of its host. Works for the CPU too, where it only
-    copies and saves nothing."""
+    """Frames on `device`, evicted pages in its host's memory. On the CPU it works too, but saves nothing."""
 
     def __init__(self, count: int, page_size: int, frames: int, device: torch.device):
         self.frames = torch.zeros(frames, page_size, dtype=torch.uint8, device=device)
         self._stream = _stream(device)
         if self._stream:
-            self.frames.record_stream(self._stream)  # else their memory could be given away during a copy
-        self._pages: dict[int, torch.Tensor] = {}  # each its own: torch rounds pinned memory up to a power of two
+            self.frames.record_stream(self._stream)  # else torch could reuse their memory during a copy
+        self._pages: dict[int, torch.Tensor] = {}  # one tensor each: torch rounds pinned memory up to a power of two
 
     def bytes(self, page: int, frame: int) -> torch.Tensor:
         return self.frames[frame]
@@ -93,29 +94,31 @@ class HostStore:
 
 
 class ManagedStore:
-    """Pages in CUDA's managed memory; to be in a frame is to have been asked onto the GPU.
+    """Pages in CUDA's managed memory: a page is in a frame once the driver was asked to move it onto the GPU.
 
-    There are never more frames than the card has bytes free when it is made. Raises ValueError for a device or a page
-    size that cannot be, ImportError without cuda-bindings, and RuntimeError without a GPU that moves such memory.
+    All frames together fit into the memory that is free on the card now. Raises ValueError for a device or a page size
+    that is not allowed, ImportError without cuda-bindings, and RuntimeError without a GPU that moves such memory.
     """
 
     def __init__(self, count: int, page_size: int, frames: int, device: torch.device):
         if page_size % SYSTEM_PAGE:
             allowed = f"a multiple of {SYSTEM_PAGE} with store='managed'"
-            raise ValueError(f"page_size={page_size} is not allowed: {allowed}")
-        self._runtime, free = _runtime(device), _free(device)
+            raise ValueError(f"page_size={page_size} is not allowed: choose {allowed}")
+        self._runtime = _runtime(device)
+        free = _free(device)  # bytes
         if free < page_size:
             raise RuntimeError(f"{free} bytes are free on {device}: store='managed' needs a page of {page_size}")
-        # frames have no address of their own: only their number means something
+        # A page keeps its address whether it is in a frame or not, so frames are a mere count: no bytes of their own.
         self.frames = torch.empty(min(frames, free // page_size), page_size, dtype=torch.uint8, device="meta")
         self._pages = _view(_Managed(self._runtime, count * page_size), device).view(count, page_size)
-        self._stream, self._device = _stream(device), device
+        self._stream = _stream(device)
+        self._device = device
 
     def bytes(self, page: int, frame: int) -> torch.Tensor:
         return self._pages[page]
 
     def clear(self, page: int, frame: int) -> None:
-        self.read(page, frame)  # a page that nothing has touched has no memory yet
+        self.read(page, frame)  # asks for it on the GPU: untouched managed memory is nowhere yet
         self._pages[page].zero_()
 
     def write(self, page: int, frame: int) -> None:
@@ -129,22 +132,23 @@ class ManagedStore:
 
     def _ask(self, page: int, kind: object, number: int) -> None:
         place = self._runtime.cudaMemLocation()
-        place.type, place.id = kind, number
-        # CUDA 12 has the function that takes a place under a second name, CUDA 13 under the first
+        place.type = kind
+        place.id = number
+        # The function that takes a place has a second name in CUDA 12; in CUDA 13 it took over the first one.
         prefetch = getattr(self._runtime, "cudaMemPrefetchAsync_v2", self._runtime.cudaMemPrefetchAsync)
         stream = self._stream.cuda_stream if self._stream else 0
-        one = self._pages[page]
-        _checked(self._runtime, prefetch(one.data_ptr(), one.nbytes, place, 0, stream))
+        memory = self._pages[page]
+        _checked(self._runtime, prefetch(memory.data_ptr(), memory.nbytes, place, 0, stream))
 
 
 class _Managed:
-    """Managed memory, in the form that torch takes without a copy; freed when nothing views it any more."""
+    """Managed memory that torch can view without a copy, freed when the last view is gone."""
 
     def __init__(self, runtime: ModuleType, nbytes: int):
         (pointer,) = _checked(runtime, runtime.cudaMallocManaged(nbytes, runtime.cudaMemAttachGlobal))
         weakref.finalize(self, runtime.cudaFree, pointer)
-        given = {"shape": (nbytes,), "typestr": "|u1", "data": (int(pointer), False), "version": 3}
-        self.__cuda_array_interface__ = given
+        data = (int(pointer), False)  # False: writable
+        self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": data, "version": 3}
 
 
 def _view(memory: _Managed, device: torch.device) -> torch.Tensor:
@@ -162,15 +166,15 @@ def _index(device: torch.device) -> int:
 def _runtime(device: torch.device) -> ModuleType:
     """cuda-bindings, if this device can move managed memory by it."""
     if device.type != "cuda":
-        raise ValueError(f"store='managed' is a GPU's, the device is {device}: leave it out")
+        raise ValueError(f"store='managed' needs a CUDA GPU, but the device is {device}: leave it out")
     try:
-        runtime = import_module("cuda.bindings.runtime")  # no requirement of ours: torch for CUDA brings it
+        runtime = import_module("cuda.bindings.runtime")  # not a requirement of ours: torch's CUDA wheels bring it
     except ImportError as error:
         raise ImportError(
             "store='managed' needs cuda-bindings: pip install cuda-bindings, or use store='host'"
         ) from error
     if not torch.cuda.is_available():
-        raise RuntimeError("store='managed' needs an NVIDIA GPU, and torch finds none")
+        raise RuntimeError("store='managed' needs an NVIDIA GPU, and torch finds none: leave it out")
     asked = runtime.cudaDeviceAttr.cudaDevAttrConcurrentManagedAccess
     (allowed,) = _checked(runtime, runtime.cudaDeviceGetAttribute(asked, _index(device)))
     if not allowed:
@@ -179,7 +183,7 @@ def _runtime(device: torch.device) -> ModuleType:
 
 
 def _checked(runtime: ModuleType, returned: tuple) -> tuple:
-    """What a call of cuda-bindings returns, without its error. Raises RuntimeError for one."""
+    """Split a call's result into error and values; return the values. Raises RuntimeError for an error."""
     error, *values = returned
     if error != runtime.cudaError_t.cudaSuccess:
         raise RuntimeError(f"managed memory: {error.name}: {runtime.cudaGetErrorString(error)[1].decode()}")
@@ -191,10 +195,10 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def _on_stream(stream: torch.cuda.Stream | None, move: Callable[[], None]) -> Wait:
-    """Copies go beside what is computed after this call; what is computed after the wait finds them done."""
+    """Copy on `stream`, alongside what is computed after this call; what is computed after the wait finds it done."""
     if stream is None:
         return _at_once(move)
-    stream.wait_stream(torch.cuda.current_stream(stream.device))  # first what still computes on the frame
+    stream.wait_stream(torch.cuda.current_stream(stream.device))  # a kernel may still use the frame
     with torch.cuda.stream(stream):
         stopped = _at_once(move)()
     arrived = stream.record_event()
@@ -210,6 +214,6 @@ def _at_once(move: Callable[[], None]) -> Wait:
     stopped = None
     try:
         move()
-    except BaseException as error:  # an interruption too: the page table has to know how far it came
+    except BaseException as error:  # Ctrl-C too: the page table must know how far the move came
         stopped = error
     return lambda: stopped

@@ -1,4 +1,4 @@
-"""Pictures and controls: data in, something to look at out. No maths lives here.
+"""The show room: pictures and controls. Data in, something to look at out. No maths lives here.
 
 slider.py    named controls: `Slider`, `Toggle`, `Button`
 figure.py    matplotlib -> `<img alt=...>`: `new_figure`, `picture`, `Blit`
@@ -7,5 +7,5 @@ explorer.py  controls + figure + one sentence of numbers: `Explorer`
 live.py      a Training -> its Run, watched and stopped in a notebook: `live`
 check.py     a student's answer -> "correct" or a hint: `check`
 
-Not here: anything that computes a number a reader might want to use; that belongs to the rooms before this one.
+Not here: any function that computes a number for the reader's own use; the rooms before this one hold those.
 """

@@ -1,13 +1,13 @@
-"""The block size explorer: a budget of bits, the block size that each layer gets for it, and what the mix is worth.
+"""The block size explorer: a budget of bits, the block size that it buys each layer, and the gain of this mix.
 
-Enters: Choices, the errors and bits of each candidate in each layer. State: budget. The picture: on the left a map of
-the model, a row for each block of layers and a column for each projection, coloured by the candidate that was chosen,
-and how many layers took it; on the right bits against error of the best mix for every budget, and of one candidate for
+In: Choices, the errors and bits of each candidate in each layer. State: budget. The picture: on the left a map of the
+model with a row for each block of layers and a column for each projection, coloured by the chosen candidate, and the
+number of layers for each; on the right bits against error, of the best mix for every budget and of one candidate for
 all layers.
 
-The mixes for all budgets are computed once, when the explorer is made; a move of the slider looks one up.
+The explorer computes the mixes for all budgets once; the slider looks one up.
 
-Not here: errors (measure/sensitivity.py), and how a mix is found (quant/plan.py).
+Not here: errors (measure/sensitivity.py), and the search for a mix (measure/best_plan.py).
 """
 
 import math
@@ -18,22 +18,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
-from qlora_lab.quant.plan import Candidate, Choices, Plan, best_plan, uniform
+from qlora_lab.measure.best_plan import Choices, best_plan, uniform
+from qlora_lab.quant.plan import Candidate, Plan
 from qlora_lab.show.escape import for_picture
 from qlora_lab.show.explorer import Explorer, fix_layout
 from qlora_lab.show.figure import COLOURS, all_masked, new_figure
 from qlora_lab.show.slider import Slider
 
-BETWEEN = 4  # budgets from the bits of one uniform plan to those of the next
+BETWEEN = 4  # budgets from one uniform plan's bits to the next plan's
 DOUBLE = ", double"
-NAME_ROOM = 0.04  # of the frontier's height
-DIGITS = 5  # of a budget: the bits of block size 1024, 4.03125, are exact
+NAME_ROOM = 0.04  # share of the frontier's height that a name needs
+DIGITS = 5  # of a budget: enough for the exact bits of block size 1024, 4.03125
 
 
 def stops(choices: Choices) -> list[float]:
-    """Budgets for a slider, bits per parameter, ascending: what each uniform plan needs, and three steps between two.
+    """List budgets for a slider, bits per parameter, ascending: each uniform plan's bits, and three steps between two.
 
-    Even steps of bits would leave one or two for the large blocks, whose bits lie close together.
+    Even steps would leave the large blocks, whose bits lie close together, one or two budgets.
     """
     needed = sorted({uniform(choices, candidate).bits_per_parameter for candidate in choices.candidates})
     cheapest, dearest = (take(choices.bits, axis=1).sum() / sum(choices.numel) for take in (np.min, np.max))
@@ -43,42 +44,42 @@ def stops(choices: Choices) -> list[float]:
 
 
 def round_up(bits: float) -> float:
-    """To DIGITS digits, never below `bits`: a budget must pay for the plan it is named after."""
+    """Round to DIGITS digits, never below `bits`: a budget must pay for its uniform plan."""
     return math.ceil(bits * 10**DIGITS) / 10**DIGITS
 
 
 def places(layers: tuple[str, ...]) -> tuple[list[int], list[str], dict[str, tuple[int, int]]]:
-    """Block numbers, projections, and the (row, column) of each layer. Raises ValueError if two layers share a cell.
+    """Return block numbers, projections, and the (row, column) of each layer. ValueError if two layers share a cell.
 
-    A projection is what follows the first number in a name. It is shown by its last word, where no other ends in that.
+    A projection is the part of a name after its first number. Its last word stands for it, if no other ends in that.
 
     >>> places(("model.layers.0.mlp.up_proj", "model.layers.3.self_attn.q_proj"))[:2]
     ([0, 3], ['up', 'q'])
     """
     split = {layer: re.fullmatch(r"(?:.*?\.(\d+)\.)?(.*?)(?:\.weight)?", layer).groups() for layer in layers}
-    number = {layer: int(block or 0) for layer, (block, _) in split.items()}
+    number = {layer: int(block or 0) for layer, (block, _) in split.items()}  # without a number: block 0
     parts = list(dict.fromkeys(part for _, part in split.values()))
     last = [part.rpartition(".")[2] for part in parts]
     names = [w.removesuffix("_proj") if last.count(w) == 1 else part for part, w in zip(parts, last, strict=True)]
-    rows = sorted(set(number.values()))
+    rows = sorted(set(number.values()))  # block numbers, without gaps on the map
     cells = {layer: (rows.index(number[layer]), parts.index(part)) for layer, (_, part) in split.items()}
     taken: dict[tuple[int, int], str] = {}
     for layer, cell in cells.items():
         if taken.setdefault(cell, layer) != layer:
             raise ValueError(
-                f"{taken[cell]} and {layer} have one place on the map, block {number[layer]}, {names[cell[1]]}: "
+                f"{taken[cell]} and {layer} share one place on the map, block {number[layer]}, {names[cell[1]]}: "
                 "leave one of them out of the choices"
             )
     return rows, names, cells
 
 
 def names_of(candidates: tuple[Candidate, ...]) -> dict[Candidate, str]:
-    """As short as tells them apart.
+    """Name candidates as briefly as tells them apart.
 
     >>> list(names_of((Candidate("nf4", 64, False), Candidate("nf4", 64, True))).values())
     ['64', '64, double']
     """
-    several = len({c.codebook for c in candidates}) > 1
+    several = len({c.codebook for c in candidates}) > 1  # else the name of the codebook says nothing
     return {
         c: f"{c.codebook + ' ' if several else ''}{c.block_size}{DOUBLE if c.double_quant else ''}" for c in candidates
     }
@@ -87,17 +88,15 @@ def names_of(candidates: tuple[Candidate, ...]) -> dict[Candidate, str]:
 class BlockSizeExplorer(Explorer):
     """A budget, the block size of each layer, and the frontier of bits and error. See Explorer.
 
-    BlockSizeExplorer(choices, budget=4.5): choices as measure.sensitivity.choices_of makes them; the budget is one of
-    stops(choices). Raises ValueError where two layers have one place on the map.
+    BlockSizeExplorer(choices, budget=4.5): choices come from measure.sensitivity.choices_of; the budget is one of
+    stops(choices). Raises ValueError if two layers share a place on the map.
     """
 
     def __init__(self, choices: Choices, **state):
         self.choices = choices
-        self.plans = {budget: best_plan(choices, budget) for budget in stops(choices)}
-        # in order of their bits, which is the order of colours
-        self.uniform = sorted(
-            ((c, uniform(choices, c)) for c in choices.candidates), key=lambda pair: pair[1].bits_per_parameter
-        )
+        self.plans = {budget: best_plan(choices, budget) for budget in stops(choices)}  # the solver runs for each
+        pairs = ((candidate, uniform(choices, candidate)) for candidate in choices.candidates)
+        self.uniform = sorted(pairs, key=lambda pair: pair[1].bits_per_parameter)  # the order of the colours
         self.names = names_of(choices.candidates)
         super().__init__(**state)
 
@@ -111,8 +110,8 @@ class BlockSizeExplorer(Explorer):
         chosen = list(plan.chosen.values())
         return {
             "plan": plan,
-            "uniform": min(payable, key=lambda pair: pair[1].error, default=None),
-            "counts": {candidate: chosen.count(candidate) for candidate, _ in self.uniform},
+            "uniform": min(payable, key=lambda pair: pair[1].error, default=None),  # the best that the budget buys
+            "counts": {candidate: chosen.count(candidate) for candidate, _ in self.uniform},  # layers
         }
 
     def draw(self):
@@ -123,13 +122,13 @@ class BlockSizeExplorer(Explorer):
         self.image = self._draw_map(left, colours)
         middle.set(xlim=(0, 1), ylim=(max(10, len(ranks)), 0))
         middle.set_axis_off()
-        crowded = len(ranks) > 12
+        crowded = len(ranks) > 12  # names still fit in a smaller font
         square = {"marker": "s", "ms": 7 if crowded else 13, "mec": "#777777"}
         for i in range(len(ranks)):
             middle.plot([0.1], [i + 0.5], color=colours[i], **square)
-        longest = [f"{self.names[candidate]}: {len(self.choices.layers)}" for candidate in ranks]  # keeps the room
-        how = {"va": "center", "fontsize": 8 if crowded else 12}
-        self.texts = [middle.text(0.24, i + 0.5, for_picture(text), **how) for i, text in enumerate(longest)]
+        longest = [f"{self.names[candidate]}: {len(self.choices.layers)}" for candidate in ranks]  # reserves the room
+        font = {"va": "center", "fontsize": 8 if crowded else 12}
+        self.texts = [middle.text(0.24, i + 0.5, for_picture(text), **font) for i, text in enumerate(longest)]
         self._draw_frontier(right)
         (self.point,) = right.plot([], [], "o", ms=11, color=COLOURS["blue"], mec="#ffffff")
         self.note = right.text(1, 1.03, "less", transform=right.transAxes, ha="right", va="bottom", fontsize=12)
@@ -139,27 +138,27 @@ class BlockSizeExplorer(Explorer):
     def _draw_map(self, ax: Axes, colours: np.ndarray):
         rows, columns, self._cells = places(self.choices.layers)
         self._map = all_masked((len(rows), len(columns)))
-        how = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(colours) - 0.5}
+        scale = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(colours) - 0.5}  # one colour per candidate
         ax.set_xticks(range(len(columns)), map(for_picture, columns), rotation=90, fontsize=12)
         ax.set_yticks(range(0, len(rows), max(1, len(rows) // 6)))
         ax.set_yticklabels([rows[i] for i in ax.get_yticks()], fontsize=12)
         ax.set_ylabel("block of layers", fontsize=12)
         ax.tick_params(length=0)
-        return ax.imshow(self._map, aspect="auto", interpolation="nearest", **how)
+        return ax.imshow(self._map, aspect="auto", interpolation="nearest", **scale)
 
     def _draw_frontier(self, ax: Axes) -> None:
-        at = [(plan.bits_per_parameter, plan.error) for plan in self.plans.values()]
-        ax.plot(*zip(*at, strict=True), color=COLOURS["blue"], lw=2, label="best mix")
+        points = [(plan.bits_per_parameter, plan.error) for plan in self.plans.values()]
+        ax.plot(*zip(*points, strict=True), color=COLOURS["blue"], lw=2, label="best mix")
         named = apart([plan for _, plan in self.uniform])
         kinds = {False: ("s", "one size for all"), True: ("D", "the same, double")}
         for double in sorted({candidate.double_quant for candidate, _ in self.uniform}):
             plans = [pair for pair in self.uniform if pair[0].double_quant == double]
-            at = [(plan.bits_per_parameter, plan.error) for _, plan in plans]
+            points = [(plan.bits_per_parameter, plan.error) for _, plan in plans]
             marker, label = kinds[double]
             fill = "#ffffff" if double else COLOURS["orange"]
-            ax.plot(*zip(*at, strict=True), marker, color=COLOURS["orange"], mfc=fill, ms=7, label=label)
-            for (candidate, plan), place in zip(plans, at, strict=True):
-                name = self.names[candidate].removesuffix(DOUBLE)  # the marker says it
+            ax.plot(*zip(*points, strict=True), marker, color=COLOURS["orange"], mfc=fill, ms=7, label=label)
+            for (candidate, plan), place in zip(plans, points, strict=True):
+                name = self.names[candidate].removesuffix(DOUBLE)  # the marker shows it
                 if plan in named:
                     ax.annotate(for_picture(name), place, (6, 3), textcoords="offset points", fontsize=11)
         ax.set_xlabel("bits per parameter", fontsize=12)
@@ -168,9 +167,10 @@ class BlockSizeExplorer(Explorer):
         ax.legend(frameon=False, fontsize=12)
 
     def update(self, result):
-        plan, ranks = result["plan"], {candidate: i for i, (candidate, _) in enumerate(self.uniform)}
+        plan = result["plan"]
+        ranks = {candidate: i for i, (candidate, _) in enumerate(self.uniform)}  # candidate -> its colour
         for layer, candidate in plan.chosen.items():
-            self._map[self._cells[layer]] = ranks[candidate]
+            self._map[self._cells[layer]] = ranks[candidate]  # (rows, columns)
         self.image.set_data(self._map)
         for text, (candidate, count) in zip(self.texts, result["counts"].items(), strict=True):
             text.set_text(for_picture(f"{self.names[candidate]}: {count}"))
@@ -191,17 +191,19 @@ class BlockSizeExplorer(Explorer):
 
 
 def apart(plans: list[Plan]) -> list[Plan]:
-    """Those of `plans`, ascending in bits, whose names can be read beside their points: the first, and then each that
-    lies lower than the last one named, by NAME_ROOM at least."""
-    room, found = NAME_ROOM * (max(plan.error for plan in plans) - min(plan.error for plan in plans)), []
+    """Select the plans, ascending in bits, whose names do not overlap: the first, and then each that lies below the
+    last named plan by at least NAME_ROOM."""
+    errors = [plan.error for plan in plans]
+    room = NAME_ROOM * (max(errors) - min(errors))
+    named: list[Plan] = []
     for plan in plans:
-        if not found or plan.error < found[-1].error - room:
-            found.append(plan)
-    return found
+        if not named or plan.error < named[-1].error - room:
+            named.append(plan)
+    return named
 
 
 def _gain(names: dict[Candidate, str], result: dict) -> str:
-    """The mix beside the best uniform plan that the budget pays for."""
+    """Compare the mix with the best uniform plan that the budget buys."""
     if result["uniform"] is None:
         return "no uniform plan is as small"
     candidate, plan = result["uniform"]

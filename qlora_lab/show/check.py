@@ -1,14 +1,14 @@
-"""A student's answer -> one printed line: a prompt, "correct", or the first thing that differs and a hint.
+"""Turn a student's answer into one printed line: a prompt, "correct", or the first difference and a hint.
 
-Enters: an answer (number, text, list, array, tensor, or a function with cases to try) and the expected one, which the
-notebook gets from the library. Leaves: a line of text, the same on every machine. The expected answer is never printed,
-and nothing is raised: a notebook whose exercises are still open runs to its end.
+In: an answer (number, text, list, array, tensor, or a function with cases to try) and the expected one, which the
+notebook gets from the library. Out: a line of text, the same on every machine. It never prints the expected answer and
+raises nothing, so a notebook with open exercises runs to its end.
 
     check(levels, ql.codebook("nf4"), name="levels", hints=["Count the levels below zero.", "Is 0.0 one of yours?"])
     check(my_pack, pack, cases=[(torch.tensor([1, 2, 3]),)], name="my_pack", hints=["Which nibble comes first?"])
 
-The hints rise: the first wrong answer shows the first hint, the next one the second. So attempts are counted by name,
-for as long as the kernel lives, because a student answers by running the same cell again.
+The hints get stronger: the first wrong answer shows the first hint, the next one the second. So attempts are counted by
+name, as long as the kernel lives, because a student answers by running the same cell again.
 
 Not here: marks, or a file of results.
 """
@@ -16,15 +16,15 @@ Not here: marks, or a file of results.
 import copy
 import math
 
-_attempts = {}  # name -> wrong answers since the kernel started or since the last right one
+_attempts = {}  # name -> wrong answers since the kernel's start or the last correct answer
 _OPEN = "not answered yet"
 
 
 def check(answer, expected, *, name, hints=(), tolerance=0.0, cases=None):
     """Print how `answer` compares with `expected`; with `cases`, both are functions and each case is their arguments.
 
-    `...` is "not answered yet", and so is a function that still returns `...` or None. Floats agree within `tolerance`
-    (0.0: exactly; two NaN agree). Raises TypeError only for a check that is itself written wrongly.
+    `...` means "not answered yet", as does a function that still returns `...` or None. Floats agree within `tolerance`
+    (0.0: exactly; two NaN agree). Raises TypeError only if the check itself is written wrongly.
     """
     if bool(cases) != callable(expected):
         raise TypeError(f"check {name!r}: give cases=[(argument, ...), ...] and a function as expected, or neither.")
@@ -39,7 +39,7 @@ def _verdict(name, difference, hints):
     if difference == _OPEN:
         return f"{_OPEN}. Replace the ... and run this cell again."
     if difference is None:
-        _attempts.pop(name, None)
+        _attempts.pop(name, None)  # a later mistake starts with the first hint
         return "correct"
     _attempts[name] = attempt = _attempts.get(name, 0) + 1
     hint = f"\n  Hint {min(attempt, len(hints))}: {hints[min(attempt, len(hints)) - 1]}" if hints else ""
@@ -47,14 +47,15 @@ def _verdict(name, difference, hints):
 
 
 def _try(function, expected, cases, tolerance):
-    """The first case on which the student's function differs, in words, or None."""
+    """Describe the first case on which the student's function differs, or return None."""
     if not callable(function):
         return f"Wanted: a function. Yours: {_kind(function)}."
     for number, case in enumerate(cases, 1):
-        place, right = f"Case {number} of {len(cases)}", expected(*copy.deepcopy(case))
+        place = f"Case {number} of {len(cases)}"
+        right = expected(*copy.deepcopy(case))
         try:
-            answer = function(*copy.deepcopy(case))  # a copy: an answer that changes its input spoils no later case
-        except Exception as err:  # whatever the student's code raises is the answer to report
+            answer = function(*copy.deepcopy(case))  # a copy, for an answer may change its input
+        except Exception as err:  # any error of the student's code is the answer to report
             return f"{place}: your function raised {type(err).__name__}: {str(err).partition(chr(10))[0]}"
         if answer is ... or (answer is None and right is not None):
             return _OPEN
@@ -65,12 +66,12 @@ def _try(function, expected, cases, tolerance):
 
 
 def _differ(answer, expected, tolerance, index=()):
-    """The first difference in words, without the expected value, or None."""
-    if _kind(answer) != _kind(expected):
+    """Describe the first difference, without the expected value, or return None."""
+    if _kind(answer) != _kind(expected):  # 1 and 1.0 are both numbers, True is not
         return f"{_at(index)}Wanted: {_kind(expected)}. Yours: {_kind(answer)}."
     if isinstance(expected, (list, tuple)):
         return _differ_list(answer, expected, tolerance, index)
-    if hasattr(expected, "tolist") and expected.shape:
+    if hasattr(expected, "tolist") and expected.shape:  # a tensor or an array
         return _differ_array(answer, expected, tolerance, index)
     if not _equal(_scalar(answer), _scalar(expected), tolerance):
         return f"{_at(index) or 'It differs: '}yours is {_scalar(answer)!r}."
@@ -86,7 +87,8 @@ def _differ_list(answer, expected, tolerance, index):
 
 def _differ_array(answer, expected, tolerance, index):
     for what in ("shape", "dtype"):
-        mine, right = getattr(answer, what), getattr(expected, what)
+        mine = getattr(answer, what)
+        right = getattr(expected, what)
         if mine != right:
             shown = (tuple(right), tuple(mine)) if what == "shape" else (right, mine)
             return f"{_at(index)}Its {what} should be {shown[0]}, yours is {shown[1]}."
@@ -95,9 +97,9 @@ def _differ_array(answer, expected, tolerance, index):
 
 def _equal(answer, expected, tolerance):
     if isinstance(expected, float) or isinstance(answer, float):
-        if math.isnan(answer) or math.isnan(expected):
+        if math.isnan(answer) or math.isnan(expected):  # NaN equals nothing, not even itself
             return math.isnan(answer) and math.isnan(expected)
-        return answer == expected or abs(answer - expected) <= tolerance
+        return answer == expected or abs(answer - expected) <= tolerance  # inf - inf is NaN, so == first
     return answer == expected
 
 
@@ -106,8 +108,8 @@ def _scalar(x):
 
 
 def _kind(x):
-    """What a student would call it; tensors and arrays of no dimension count as numbers."""
-    x = _scalar(x) if getattr(x, "shape", None) == () else x
+    """Name it as a student would; tensors and arrays without a dimension count as numbers."""
+    x = _scalar(x) if getattr(x, "shape", None) == () else x  # no import of torch or numpy needed
     if x is None:
         return "None"
     names = {bool: "True or False", int: "a number", float: "a number", str: "a text", tuple: "a list", list: "a list"}
@@ -115,8 +117,4 @@ def _kind(x):
 
 
 def _at(index):
-    return f"First difference at index {_shown(index)}: " if index else ""
-
-
-def _shown(index):
-    return str(index[0]) if len(index) == 1 else str(index)
+    return f"First difference at index {index[0] if len(index) == 1 else index}: " if index else ""

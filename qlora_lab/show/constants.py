@@ -1,8 +1,8 @@
-"""The constants explorer: bytes of constants beside the weights they belong to, and the error of storing them smaller.
+"""The constants explorer: bytes of constants beside those of their weights, and the error of storing them smaller.
 
 State: block_size, group_size, outlier, mean_offset. The picture: on the left the bytes of 2,048 weights, before and
-after double quantization, one cell a byte and 32 in a column, so that the axis reads bits per parameter; on the right
-how far each table of 8 bits moves the weights, as a share of the squared error of NF4 itself.
+after double quantization, a cell for each byte and 32 in a column, so that the axis shows bits per parameter; on the
+right the shift of the weights by each table of 8 bits, as a share of the squared error of NF4 itself.
 
 Not here: rounding and errors (measure/constants.py), the formula of bits (memory/published.py).
 """
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.patches import Patch
 
+from qlora_lab.measure.codebook_trial import normal_weights
 from qlora_lab.measure.constants import TABLES, squared_error, stored_constants
 from qlora_lab.memory.published import constant_bits
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
@@ -23,28 +24,29 @@ from qlora_lab.show.slider import Slider, Toggle
 
 SIZES = [16, 32, 64, 128, 256, 512]
 CODES = 4  # bits of a weight's own code
-ROWS, PER_BIT = 32, 8  # 2,048 weights: 32 bytes in a column, 8 columns a bit
-WIDEST = CODES + 32 // SIZES[0]  # bits, with float32 constants of the smallest blocks
-N_WEIGHTS = 2**18  # so that the largest group of the largest blocks is full
-OUTLIER_EVERY = 2**14  # weights: at block size 64 one constant of 256, that is one in each group
+ROWS = 32  # bytes in a column
+PER_BIT = 8  # columns, which makes 2,048 weights
+WIDEST = CODES + 32 // SIZES[0]  # bits per parameter: float32 constants of the smallest blocks
+N_WEIGHTS = 2**18  # they fill the largest group of the largest blocks
+OUTLIER_EVERY = 2**14  # weights: at block size 64 one constant of 256, one in each group
 NAMES = {"dynamic": "dynamic", "int8": "int8", "e4m3": "E4M3", "e5m2": "E5M2"}
-LEAST, MOST = 1e-3, 1e3  # % of NF4's error, on a logarithmic axis
+LEAST, MOST = 1e-3, 1e3  # the axis, logarithmic: % of NF4's error
 
 
-@lru_cache(maxsize=4)  # for a slider that goes back and forth; each holds 1 MB
+@lru_cache(maxsize=4)  # for a slider that moves back and forth; each holds 1 MB
 def quantised(block_size: int, outlier: int) -> tuple[QuantizedTensor, torch.Tensor, float, float]:
-    """NF4 of 2^18 normal weights, one in 16,384 of them `outlier`: itself, dequantised, its squared error, the squares.
+    """Quantise 2^18 normal weights, always the same, to NF4, after `outlier` has replaced one in 16,384.
 
-    The weights are always the same.
+    Returns the result, the same dequantised, its squared error, and the sum of the squared weights.
     """
-    weight = torch.randn(N_WEIGHTS, generator=torch.Generator().manual_seed(0))
+    weight = normal_weights(N_WEIGHTS).clone()
     weight[::OUTLIER_EVERY] = outlier
     q = quantize(weight, block_size=block_size)
     return q, dequantize(q), squared_error(weight, q), weight.square().sum().item()
 
 
 def cells(start: float, stop: float) -> list[list[tuple[float, float]]]:
-    """Outlines of the bytes from number `start` to `stop`, fractions too, filled column by column; x in bits.
+    """Outline the bytes from number `start` to `stop`, fractions too, column by column; x in bits per parameter.
 
     >>> cells(0, 0.5)
     [[(0.0, 0), (0.125, 0), (0.125, 0.5), (0.0, 0.5)]]
@@ -53,8 +55,9 @@ def cells(start: float, stop: float) -> list[list[tuple[float, float]]]:
     while start < stop:
         column, top = divmod(start, ROWS)
         bottom = min(ROWS, top + stop - start)
-        left, right = column / PER_BIT, (column + 1) / PER_BIT
-        outlines.append([(left, top), (right, top), (right, bottom), (left, bottom)])
+        left = column / PER_BIT
+        right = (column + 1) / PER_BIT
+        outlines.append([(left, top), (right, top), (right, bottom), (left, bottom)])  # clockwise
         start += bottom - top
     return outlines
 
@@ -75,7 +78,7 @@ class Bytes:
         self.artists = [ax.add_collection(codes), self.constants, self.scales, ax.add_collection(lines), self.title]
 
     def show(self, constants: float, scales: float, title: str) -> None:
-        """constants, scales: bits per parameter. A scale that is less than a byte fills a part of its cell."""
+        """constants, scales: bits per parameter. Less than a byte fills a part of a cell."""
         ends = [PER_BIT * ROWS * bits for bits in (CODES, CODES + constants, CODES + constants + scales)]
         self.constants.set_verts(cells(*ends[:2]))
         self.scales.set_verts(cells(*ends[1:]))
@@ -99,21 +102,21 @@ class ConstantsExplorer(Explorer):
         q, nf4, error, squares = quantised(state["block_size"], state["outlier"])
         moved = {}
         for table in TABLES:
-            absmax = stored_constants(q.absmax, table, state["group_size"], state["mean_offset"])
+            absmax = stored_constants(q.absmax, table, state["group_size"], state["mean_offset"])  # (n_blocks,)
             moved[table] = squared_error(nf4, q, absmax) / error
         return {
-            "before": before,
-            "after": after,
+            "before": before,  # bits per parameter of float32 constants
+            "after": after,  # and after double quantization
             "codes": before / 4,  # 8 bits for 32
             "relative_error": error / squares,
-            "moved": moved,
+            "moved": moved,  # table -> share of the error
         }
 
     def draw(self):
         fig, (before, right) = new_figure(2, width=7.2, height=3.5)
         grid = right.get_gridspec()
         grid.set_width_ratios([1.4, 1])
-        before.remove()
+        before.remove()  # its place is split in two
         left = grid[0].subgridspec(2, 1).subplots()
         for ax in left:
             ax.spines[["top", "right"]].set_visible(False)
@@ -126,17 +129,19 @@ class ConstantsExplorer(Explorer):
             yscale="log", ylim=(LEAST, MOST), xlim=(-0.6, len(TABLES) - 0.4), ylabel="squared shift, % of NF4's error"
         )
         right.set_xticks(range(len(TABLES)), NAMES.values())
-        right.axhline(100, color=COLOURS["black"], lw=1, ls="--")
+        right.axhline(100, color=COLOURS["black"], lw=1, ls="--")  # as large as NF4's own error
         self.bars = right.add_collection(LineCollection([], colors=COLOURS["orange"], lw=20, capstyle="butt"))
         self.values = [right.text(i, 1, "", ha="center", va="bottom", fontsize=11) for i in range(len(TABLES))]
         self.note = right.text(0, 1.03, "", transform=right.transAxes, va="bottom", fontsize=12)
         return fig, [*self.before.artists, *self.after.artists, self.bars, *self.values, self.note]
 
     def update(self, result):
-        before, codes, scales = result["before"], result["codes"], result["after"] - result["codes"]
+        before = result["before"]
+        codes = result["codes"]
+        scales = result["after"] - codes
         self.before.show(before, 0, f"in float32: {CODES} + {before:.4g} bits")
         self.after.show(codes, scales, f"in 8 bits: {CODES} + {codes:.4g} + {scales:.3g} bits")
-        moved = [100 * share for share in result["moved"].values()]
+        moved = [100 * share for share in result["moved"].values()]  # %
         self.bars.set_segments([[(i, LEAST), (i, value)] for i, value in enumerate(moved)])
         for text, value in zip(self.values, moved, strict=True):
             text.set_y(1.15 * value)

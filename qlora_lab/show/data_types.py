@@ -1,17 +1,14 @@
-"""Two explorers of data types: what one outlier does to its block, and a codebook that the reader drags into shape.
+"""Two explorers of data types: the damage of one outlier to its block, and a codebook that the reader drags into shape.
 
 OutlierExplorer. State: codebook, block_size, outlier, position. The picture: 256 normal weights, one of them replaced
-by the outlier, over the levels of their blocks; beside it how the block with the outlier uses its codes.
+by the outlier, over the levels of their blocks; beside it the use of the codes in the outlier's block.
 
 CodebookExplorer. State: levels, block_size. The picture: the levels over a histogram of scaled weights, the use of
 their codes, and the error they leave beside that of other data types. A bar that leaves its axis ends in an arrow.
 
-"Error" is squared error over squared weight. Without weights of your own both are shown on normal ones.
-Not here: the handles (levels.py), rounding (quant/codebook.py), counting codes (measure/code_use.py).
+"Error" is squared error over squared weight. Without weights of your own both explorers show normal ones.
+Not here: the handles (levels.py), rounding (quant/codebook.py), errors and counts (measure/).
 """
-
-import math
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,71 +17,60 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
 from qlora_lab.measure.code_use import CodeUse, code_use
+from qlora_lab.measure.codebook_trial import (
+    LARGEST_BLOCK,
+    SAMPLE,
+    block_counts,
+    error_beside,
+    normal_weights,
+    shaped_levels,
+    some_runs,
+)
 from qlora_lab.quant.blocks import block_absmax, scale_blocks, to_blocks
 from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.lloyd_max import lloyd_max
-from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
+from qlora_lab.quant.quantize import QuantizedTensor, quantize
 from qlora_lab.show.explorer import Explorer, fix_layout
 from qlora_lab.show.figure import COLOURS, new_figure
 from qlora_lab.show.levels import Levels, shortest
-from qlora_lab.show.slider import Slider
+from qlora_lab.show.slider import Slider, Steps
 
 NAMES = {"nf4": "NF4", "fp4": "FP4", "int4": "INT4", "e2m1": "E2M1", "e3m0": "E3M0", "nf3": "NF3", "nf2": "NF2"}
-N_WEIGHTS = 256  # of the outlier's picture: four blocks of 64, and each weight still a dot of its own
-FARTHEST = 12  # standard deviations of the outlier: the axis is fixed, and the others have to be told apart on it
-SAMPLE = 2**15  # weights of a layer that the codebook is tried on, as notebook 01 does
-LARGEST_BLOCK = 1024
+N_WEIGHTS = 256  # of the outlier's picture: four blocks of 64, and each weight is still a visible dot
+FARTHEST = 12  # standard deviations of the outlier: on a fixed axis the other weights must stay apart
 COMPARED = ("nf4", "fp4", "int4")
-BINS = 81  # of the histogram; odd, so that zero is in the middle of one
+BINS = 81  # of the histogram; an odd number, so that zero lies in the middle of a bin
 LEAST, MOST = 0.5, 30  # % of error, on a logarithmic axis
-MOST_USED = 30  # % of the weights with one code: four times an equal share still fits
-
-# --------------------------------------------------------------------------------------------------------- an outlier
-
-
-@lru_cache
-def normal_weights(n: int) -> torch.Tensor:
-    """(n,) float32, standard normal, always the same."""
-    return torch.randn(n, generator=torch.Generator().manual_seed(0))
-
-
-def block_errors(weight: torch.Tensor, q: QuantizedTensor, position: int) -> float:
-    """Error of all weights in the block of number `position`, but that one: squares over squares."""
-    start = position // q.block_size * q.block_size
-    others = [i for i in range(start, start + q.block_size) if i != position]
-    error = (dequantize(q) - weight)[others].square().sum() / weight[others].square().sum()
-    return float(error)
+MOST_USED = 30  # % of the weights with one code: room for four times an equal share
 
 
 class OutlierExplorer(Explorer):
-    """One outlier, its block, and the levels that are left for the others. See Explorer."""
+    """One outlier, its block, and the levels that remain for the other weights. See Explorer."""
 
     def controls(self):
         sizes = [size for size in (16, 32, 64, 128, 256) if size <= N_WEIGHTS]
         return {
             "codebook": Slider("Data type", "int4", choices=list(NAMES)),
             "block_size": Slider("Block size", N_WEIGHTS, choices=sizes, unit="weights"),
-            "outlier": Slider("Outlier", -10, low=-FARTHEST, high=FARTHEST, unit="standard deviations"),
-            "position": Slider("Position", 100, low=0, high=N_WEIGHTS - 1),
+            "outlier": Slider("Outlier", -10, Steps(-FARTHEST, FARTHEST), unit="standard deviations"),
+            "position": Slider("Position", 100, Steps(0, N_WEIGHTS - 1)),
         }
 
     @staticmethod
     def compute(state):
-        plain = normal_weights(N_WEIGHTS)
+        plain = normal_weights(N_WEIGHTS)  # (256,)
         weight = plain.clone()
         weight[state["position"]] = state["outlier"]
-        how = state["codebook"], state["block_size"]
-        q = quantize(weight, *how)
-        start = state["position"] // q.block_size * q.block_size
-        counts = torch.bincount(q.codes[start : start + q.block_size].int(), minlength=len(q.levels))
+        options = state["codebook"], state["block_size"]
+        q = quantize(weight, *options)
+        counts = block_counts(q, state["position"])  # (2^bits,), by size of the level
         return {
             "weight": weight,
             "q": q,
-            "start": start,
-            "counts": counts[q.levels.argsort(stable=True)],  # by size of the level: fp4 is stored by bit pattern
-            "used": int((counts > 0).sum()),
-            "error": block_errors(weight, q, state["position"]),
-            "without": block_errors(plain, quantize(plain, *how), state["position"]),
+            "counts": counts,
+            "used": int((counts > 0).sum()),  # codes
+            "error": error_beside(weight, q, state["position"]),
+            "without": error_beside(plain, quantize(plain, *options), state["position"]),
         }
 
     def draw(self):
@@ -99,7 +85,7 @@ class OutlierExplorer(Explorer):
         (self.outlier,) = left.plot([0], [0], "o", ms=7, color=COLOURS["red"], clip_on=False, label="outlier")
         fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
         right.set(xlim=(-0.8, 15.8), ylim=(0, 140), xlabel="code, by size of its level", ylabel="share of the block, %")
-        right.set_yticks(range(0, 101, 20))  # above them there is room for the note
+        right.set_yticks(range(0, 101, 20))  # the room above is for the note
         self.bars = right.add_collection(LineCollection([], colors=COLOURS["blue"], lw=7))
         (self.unused,) = right.plot([0], [2], "x", ms=6, mew=2, color=COLOURS["orange"], clip_on=False)
         self.note = right.text(0.98, 0.99, "", transform=right.transAxes, ha="right", va="top", fontsize=12)
@@ -107,12 +93,14 @@ class OutlierExplorer(Explorer):
         return fig, [self.free, self.levels, self.dots, self.outlier, self.bars, self.unused, self.note]
 
     def update(self, result):
-        weight, q, counts = result["weight"], result["q"], result["counts"].numpy()
+        weight = result["weight"]
+        q = result["q"]
+        counts = result["counts"].numpy()
         used, free = level_lines(q)
         self.levels.set_segments(used)
         self.free.set_segments(free)
         self.dots.set_data(range(len(weight)), weight)
-        far = int((weight - normal_weights(N_WEIGHTS)).abs().argmax())
+        far = int((weight - normal_weights(N_WEIGHTS)).abs().argmax())  # the outlier's place
         self.outlier.set_data([far], [weight[far]])
         self.bars.set_segments([[(i, 0), (i, 100 * n / q.block_size)] for i, n in enumerate(counts)])
         unused = np.flatnonzero(counts == 0)
@@ -134,35 +122,15 @@ class OutlierExplorer(Explorer):
 
 
 def level_lines(q: QuantizedTensor) -> tuple[list, list]:
-    """Each level of each block as a line from its first weight to its last: those in use, and those that are not."""
+    """Draw each level of each block as a line from its first weight to its last: levels in use, and unused levels."""
     lines: tuple[list, list] = ([], [])
     for number, (codes, absmax) in enumerate(zip(to_blocks(q.codes, q.block_size).int(), q.absmax, strict=True)):
-        left, right = number * q.block_size, (number + 1) * q.block_size - 2
+        left = number * q.block_size
+        right = left + q.block_size - 2  # a gap before the next block
         for code, level in enumerate((q.levels * absmax).tolist()):
             if abs(level) <= absmax:  # INT4's lowest level lies beyond every weight
                 lines[int((codes != code).all())].append([(left, level), (right, level)])
     return lines
-
-
-# ------------------------------------------------------------------------------------------------- a codebook by hand
-
-
-def shaped_levels(curve: float = 1.0, below: int = 7, zero: bool = True) -> torch.Tensor:
-    """16 levels, ascending, float32: `below` of them negative, 0 if `zero`, the others positive.
-
-    On either side level i of n is (i / n)^curve: evenly spaced at curve 1, dense near zero above. Without a zero the
-    two innermost levels move half a step towards it, so that the gap between them is as wide as the next one.
-
-    >>> shaped_levels(below=7)[[0, 6, 7, 8, 15]].tolist()
-    [-1.0, -0.1428571492433548, 0.0, 0.125, 1.0]
-    """
-    half = 0.0 if zero else 0.5
-
-    def side(n: int) -> torch.Tensor:
-        return ((torch.arange(1, n + 1) - half) / (n - half)) ** curve
-
-    middle = torch.zeros(1) if zero else torch.zeros(0)
-    return torch.cat([-side(below).flip(0), middle, side(16 - below - len(middle))])
 
 
 STARTS = {"NF4": shortest(codebook("nf4")), "even steps": shortest(shaped_levels())}
@@ -171,16 +139,16 @@ STARTS = {"NF4": shortest(codebook("nf4")), "even steps": shortest(shaped_levels
 class CodebookExplorer(Explorer):
     """16 levels to drag; their error beside NF4, FP4, INT4 and Lloyd-Max. See Explorer.
 
-    weight: what they are tried on, such as a layer of a model; 32,768 of its weights are taken, from everywhere in it.
+    weight: the tensor to try them on, such as a layer of a model, of which 32,768 weights are taken from everywhere;
     None: normal weights. levels: 16 of your own to start from, ascending, in [-1, 1].
     """
 
     above = ("levels",)
 
     def __init__(self, weight: torch.Tensor | None = None, **state):
-        self._own = weight is not None
-        self._runs = some_runs(normal_weights(SAMPLE) if weight is None else weight)
-        self._known: dict[int, dict] = {}  # by block size: what does not depend on the reader's levels
+        self._own = weight is not None  # the line to copy names it
+        self._runs = some_runs(normal_weights(SAMPLE) if weight is None else weight)  # (n_runs, 1024)
+        self._compared: dict[int, dict] = {}  # by block size: all that does not depend on the reader's levels
         super().__init__(**state)
 
     @property
@@ -195,27 +163,28 @@ class CodebookExplorer(Explorer):
         }
 
     def compute(self, state):
-        levels, known = torch.tensor(state["levels"]), self._compare(state["block_size"])
-        return {"levels": levels, "use": code_use(levels, known["blocks"]), **known}
+        levels = torch.tensor(state["levels"])  # (16,)
+        compared = self._compare(state["block_size"])
+        return {"levels": levels, "use": code_use(levels, compared["blocks"]), **compared}
 
     def _compare(self, block_size: int) -> dict:
-        """Blocks, the histogram of their scaled weights, and how other data types serve them."""
-        if block_size not in self._known:
-            blocks = self._runs.view(-1, block_size)
-            scaled = scale_blocks(blocks, block_absmax(blocks))
-            fitted = lloyd_max(scaled)
+        """Return the blocks, the histogram of their scaled weights, and the use of other data types on them."""
+        if block_size not in self._compared:
+            blocks = self._runs.view(-1, block_size)  # (n_blocks, block_size)
+            scaled = scale_blocks(blocks, block_absmax(blocks))  # in [-1, 1]
+            fitted = lloyd_max(scaled)  # 50 ms, so results are kept
             tables = {NAMES[name]: codebook(name) for name in COMPARED} | {"Lloyd-Max": fitted}
-            self._known[block_size] = {
+            self._compared[block_size] = {
                 "blocks": blocks,
-                "density": torch.histc(scaled, BINS, -1, 1) / scaled.numel(),
+                "density": torch.histc(scaled, BINS, -1, 1) / scaled.numel(),  # (BINS,), sums to 1
                 "fitted": shortest(fitted),
                 "others": {name: code_use(table, blocks) for name, table in tables.items()},
             }
-        return self._known[block_size]
+        return self._compared[block_size]
 
     def draw(self):
         fig, ax = new_figure(width=7.6, height=4.4)
-        ax.remove()
+        ax.remove()  # its place is divided below
         grid = fig.add_gridspec(2, 2, height_ratios=[1, 1.3], width_ratios=[1.5, 1])
         top, left, right = (fig.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
         for ax in (top, left, right):
@@ -254,16 +223,17 @@ class CodebookExplorer(Explorer):
 
     def update(self, result):
         self._controls["levels"].starts = STARTS | {"Lloyd-Max": result["fitted"]}
-        use, density = result["use"], (result["density"] / result["density"].max()).tolist()
+        use = result["use"]
+        density = (result["density"] / result["density"].max()).tolist()
         middles = ((np.arange(BINS) + 0.5) * 2 / BINS - 1).tolist()
         self.density.set_segments([[(x, 0), (x, y)] for x, y in zip(middles, density, strict=True)])
         self.lines.set_segments([[(x, 0), (x, 1)] for x in result["levels"].tolist()])
-        share = 100 * use.share.numpy()
+        share = 100 * use.share.numpy()  # %
         self.bars.set_segments([[(code, 0), (code, min(s, MOST_USED))] for code, s in enumerate(share)])
-        over = np.flatnonzero(share > MOST_USED)
+        over = np.flatnonzero(share > MOST_USED)  # codes whose bars leave the axis
         self.beyond.set_data(over, np.full(len(over), MOST_USED))
         self.entropy.set_text(f"{use.entropy:z.2f} bits of information in 4")
-        errors = [100 * other.relative_error for other in (use, *result["others"].values())]
+        errors = [100 * other.relative_error for other in (use, *result["others"].values())]  # %
         ends = [min(max(error, LEAST), MOST) for error in errors]
         self.errors.set_segments([[(i, LEAST), (i, end)] for i, end in enumerate(ends)])
         for text, error, end in zip(self.values, errors, ends, strict=True):
@@ -272,7 +242,8 @@ class CodebookExplorer(Explorer):
         self.note.set_text(f"better than {better_than(use, result['others']) or 'none'}")
 
     def describe(self, state, result):
-        use, share = result["use"], 100 * result["use"].share
+        use = result["use"]
+        share = 100 * use.share  # %
         others = ", ".join(f"{name} {percent(other.relative_error)}" for name, other in result["others"].items())
         return (
             f"Levels {' '.join(f'{level:z.3g}' for level in state['levels'])}, blocks of {state['block_size']} "
@@ -286,35 +257,14 @@ class CodebookExplorer(Explorer):
         return super().code().replace("(", f"({weight}", 1)
 
 
-def some_runs(weight: torch.Tensor) -> torch.Tensor:
-    """32,768 of the weights at most, in runs of 1,024 neighbours spread evenly over all: (n_runs, 1024) float32.
-
-    They are multiplied by a power of two, which changes no code: squares of very small or large ones leave float32.
-    Raises TypeError for what is no tensor of floats. Raises ValueError for fewer weights than a run (a partial block
-    would be filled up with zeros, which are no weights), for NaN and infinity, and for zeros alone.
-    """
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        given = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
-        raise TypeError(f"weight is {given}: give a tensor of floats, a layer's weight before it is quantised")
-    n_runs = weight.numel() // LARGEST_BLOCK
-    if not n_runs:
-        raise ValueError(f"weight has {weight.numel()} elements: give at least {LARGEST_BLOCK}, such as a linear layer")
-    runs = weight.detach().reshape(-1)[: n_runs * LARGEST_BLOCK].view(n_runs, LARGEST_BLOCK)
-    chosen = runs[torch.linspace(0, n_runs - 1, min(n_runs, SAMPLE // LARGEST_BLOCK)).long()].double().cpu()
-    largest = float(chosen.abs().max())
-    if not 0 < largest < math.inf:  # nor is NaN
-        raise ValueError(f"the largest of the weights is {largest:g}: nothing can be compared on them, give others")
-    return chosen.mul(2.0 ** -math.frexp(largest)[1]).float()
-
-
 def better_than(use: CodeUse, others: dict[str, CodeUse]) -> str:
-    """Names of the data types that leave a larger error."""
+    """Name the data types that leave a larger error."""
     names = [name for name, other in others.items() if use.relative_error < other.relative_error]
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def percent(share: float) -> str:
-    """Three digits of a share, in %, and never an exponent in front of the point.
+    """Write three digits of a share, in %, and never an exponent.
 
     >>> percent(0.00847), percent(28.9)
     ('0.847', '2890')

@@ -1,10 +1,10 @@
-"""Names and texts that are not ours, in what we draw and write: they stand there letter by letter, whatever they hold.
+"""Show foreign names and texts letter by letter in pictures, HTML and Markdown, whatever characters they hold.
 
 In: the name of a layer or a model, a token, a function's source. Out: text for matplotlib, for HTML, or for Markdown.
-Source: matplotlib's mathtext, which is what stands between two dollar signs; JupyterLab's MathJax, which looks for them
-in HTML outputs too, text by text; CommonMark section 4.5, whose fence ends at a line of as many backticks.
+Source: matplotlib's mathtext stands between two dollar signs; JupyterLab's MathJax looks for them in HTML outputs too,
+text by text; a fence of CommonMark (section 4.5) ends at a line of as many backticks.
 
-Not here: the attributes of HTML, where html.escape is enough.
+Not here: attributes of HTML, for which html.escape is enough.
 """
 
 import html
@@ -12,7 +12,7 @@ import re
 
 
 def for_picture(text: str) -> str:
-    """`text` for matplotlib, which takes `$...$` for a formula, and raises where it is none.
+    """Escape `text` for matplotlib, which takes `$...$` for a formula and raises if it is not one.
 
     >>> print(for_picture("a$b_c$"))
     a\\$b_c\\$
@@ -21,7 +21,7 @@ def for_picture(text: str) -> str:
 
 
 def for_html(text: str) -> str:
-    """`text` as the content of an element; a dollar sign has one of its own, where MathJax finds no partner for it.
+    """Escape `text` as the content of an element. Each dollar sign gets its own element, so MathJax finds no pair.
 
     >>> for_html("<b>$x$</b>")
     '&lt;b&gt;<span>$</span>x<span>$</span>&lt;/b&gt;'
@@ -30,7 +30,7 @@ def for_html(text: str) -> str:
 
 
 def fenced(code: str, language: str = "") -> str:
-    """`code` as a block of Markdown, its fence longer than any that the code holds.
+    """Make `code` a block of Markdown, with a fence longer than any in the code.
 
     >>> fenced("1 + 2", "python").splitlines()
     ['```python', '1 + 2', '```']
@@ -40,13 +40,13 @@ def fenced(code: str, language: str = "") -> str:
 
 
 def code_span(text: str) -> str:
-    """`text` as code within a line of Markdown.
+    """Make `text` code within a line of Markdown.
 
     >>> print(code_span("a"), code_span("`x`"))
     `a` `` `x` ``
     """
     fence = _longer_than_any(text, 1)
-    room = " " * (text.startswith("`") or text.endswith("`"))
+    room = " " * (text.startswith("`") or text.endswith("`"))  # CommonMark strips it again
     return f"{fence}{room}{text}{room}{fence}"
 
 

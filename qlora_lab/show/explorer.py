@@ -1,8 +1,8 @@
 """An explorer: a few named controls, one picture, one sentence of numbers. It holds no maths.
 
-Enters: a state (a plain dict, one value per control). Leaves: a live widget, a PNG, and a sentence that nbval compares.
+In: a state (a plain dict, one value per control). Out: a live widget, a PNG, and a sentence that nbval compares.
 
-A subclass writes five short methods and nothing about widgets or browsers: `controls`, `compute`, `draw`, `update` and
+A subclass writes five short methods, none about widgets or browsers: `controls`, `compute`, `draw`, `update` and
 `describe`. `Explorer(**state)` is reproducible: the same state gives the same bytes, and `.code()` is the line to copy.
 
 Not here: how a figure becomes pixels (figure.py), how a control works in the browser (slider.py).
@@ -22,42 +22,42 @@ from qlora_lab.show.source import called_functions, details_html, source_html
 
 
 class Explorer(ABC):
-    """Controls, a picture and a sentence that follow one state; works without a browser too.
+    """Controls, a picture and a sentence that follow one state, with or without a browser.
 
     explorer.set(bits=3); explorer.reset(); explorer.state; explorer.result; explorer.summary(); explorer.png
-    above: fields whose controls are as wide as the picture and stand over it, instead of beside it.
+    above: fields whose controls stand over the picture, as wide as it, instead of beside it.
     """
 
     above: tuple[str, ...] = ()
 
     @abstractmethod
     def controls(self):
-        """{field: Slider or Toggle}, start values included."""
+        """Return {field: Slider or Toggle}, with start values."""
 
     @staticmethod
     @abstractmethod
     def compute(state):
-        """State -> result. Pure: it is tested without a browser, and "Show source" shows it."""
+        """State -> result. Pure, so tests need no browser, and "Show source" shows all that matters."""
 
     @abstractmethod
     def draw(self):
-        """The figure and the list of artists that move, in drawing order. Called once."""
+        """Return the figure and the artists that move, in drawing order. Called once."""
 
     @abstractmethod
     def update(self, result):
-        """Give the moving artists their data. Called on each change, so nothing is created here."""
+        """Give the moving artists their data. Called on each change, so create nothing here."""
 
     @staticmethod
     @abstractmethod
     def describe(state, result):
-        """One sentence with the key numbers."""
+        """Say the key numbers in one sentence."""
 
     def __init__(self, **state):
         self._controls = self.controls()
-        self._start = self.state
-        self._blit = Blit(*self.draw())
-        self._pane = W.HTML()
-        self._paused = False
+        self._start = self.state  # for the reset
+        self._blit = Blit(*self.draw())  # the only full draw
+        self._pane = W.HTML()  # picture, sentence and line of code
+        self._paused = False  # True: controls change without a redraw
         self.set(**state)
         for control in self._controls.values():
             control.observe(self._redraw, "value")
@@ -69,27 +69,27 @@ class Explorer(ABC):
         return {field: control.value for field, control in self._controls.items()}
 
     def set(self, **state):
-        """Change some controls and redraw once. ValueError names the field, what is allowed and the fix."""
+        """Change some controls and redraw once. ValueError names the field, the rule and the fix."""
         unknown = [field for field in state if field not in self._controls]
         if unknown:
             raise ValueError(f"{type(self).__name__} has no field {unknown[0]!r}: use {', '.join(self._controls)}.")
         checked = {field: self._controls[field].allowed(value, field) for field, value in state.items()}
-        self._paused = True  # nothing changes before all is checked, and nothing is drawn half way
+        self._paused = True  # all values are allowed: set them together and draw once
         for field, value in checked.items():
             self._controls[field].value = value
         self._paused = False
         self._redraw()
 
     def reset(self):
-        """Back to the start values."""
+        """Set all controls to their start values."""
         self.set(**self._start)
 
     def summary(self):
-        """One sentence with the key numbers: alt text, caption, and what nbval compares."""
+        """Return one sentence with the key numbers: alt text, caption, and the text that nbval compares."""
         return self.describe(self.state, self.result)
 
     def code(self):
-        """The line that makes this explorer again, as it is now."""
+        """Return the line of Python that makes this explorer again, in its present state."""
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state.items())})"
 
     def _redraw(self, _change=None):
@@ -98,11 +98,11 @@ class Explorer(ABC):
         self.result = self.compute(self.state)
         self.update(self.result)
         self.png = self._blit.frame()
-        caption = f'<div aria-hidden="true">{for_html(self.summary())}</div>'  # spoken once, as the alt text
+        caption = f'<div aria-hidden="true">{for_html(self.summary())}</div>'  # screen readers speak the alt text
         self._pane.value = f"{img(self.png, self.summary())}{caption}<code>{html.escape(self.code())}</code>"
 
     def _layout(self):
-        """Controls beside the picture, or above it where the window is narrow (a wrapping flex box, measured best)."""
+        """Put controls beside the picture, or above it if the window is narrow: a flex box that wraps."""
         reset = Button("Reset")
         reset.observe(lambda _: self.reset(), "clicks")
         over = [self._controls[field] for field in self.above]
@@ -112,21 +112,21 @@ class Explorer(ABC):
         row = W.Box([panel, figure], layout=W.Layout(flex_flow="row wrap", grid_gap="8px 24px"))
         source = details_html("Show source", source_html(self.compute, *called_functions(self.compute)))
         whole = W.VBox([row, W.HTML(source)])
-        whole.add_class("qlora-explorer")
+        whole.add_class("qlora-explorer")  # for the browser tests
         return whole
 
     def __repr__(self):
         return self.summary()
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        """Live view for Lab, PNG for a page not running, the sentence for nbval."""
-        view = self.widget._repr_mimebundle_()  # only the view is kept: the text in it is a truncated widget tree
+        """Give Lab the live view, a static page the PNG, and nbval the sentence."""
+        view = self.widget._repr_mimebundle_()  # its text is a truncated widget tree: keep only the view
         view = {key: value for key, value in view.items() if key.endswith("widget-view+json")}
         return {**view, "image/png": base64.b64encode(self.png).decode(), "text/plain": self.summary()}
 
 
 def fix_layout(fig: Figure) -> None:
-    """Lay `fig` out as it is now, for good: otherwise what the first state writes would decide where every later one
-    is drawn, and the same state would not give the same bytes."""
+    """Fix the layout of `fig` as it is now. Otherwise the first state's texts would decide the layout of all later
+    states, and equal states would not give equal bytes."""
     fig.draw_without_rendering()
     fig.set_layout_engine("none")

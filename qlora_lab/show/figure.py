@@ -1,13 +1,13 @@
-"""matplotlib figures as `<img alt=...>`: for a page that reads on paper, on a code host and in a screen reader.
+"""Show matplotlib figures as `<img alt=...>`, so that a page reads on paper, on a code host and in a screen reader.
 
-Enters: a `matplotlib.figure.Figure` and one sentence that carries its key numbers (the alt text, required).
-Leaves: `picture` -> an object Jupyter shows; `Blit` -> PNG bytes of the same figure again and again, fast.
+In: a `matplotlib.figure.Figure` and one sentence with its key numbers (the alt text, required).
+Out: `picture` -> an object that Jupyter shows; `Blit` -> PNG bytes of the same figure again and again, fast.
 
-nbval compares the alt text but never the pixels: so the numbers in the alt text are what guards a stored figure.
-pyplot is never imported: it keeps each figure alive and would print them twice. A white panel is kept on purpose, since
-black ink on a transparent one cannot be read in Lab's dark theme.
+nbval compares the alt text but never the pixels, so the numbers in the alt text guard a stored figure. pyplot is never
+imported: it keeps each figure alive and would print it twice. The panel is white, since black ink on a transparent one
+cannot be read in Lab's dark theme.
 
-Not here: what the figure shows (one file a picture), and controls (slider.py).
+Not here: what the figure shows (one file per picture), and controls (slider.py).
 """
 
 import base64
@@ -20,34 +20,34 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe and Ito's eight colours, told apart with any colour vision; matplotlib holds the values. Black is kept for ink,
-# and yellow is too pale for a line on white.
+# Okabe and Ito's eight colours, distinct in any colour vision; matplotlib holds the values. Black is for ink; yellow is
+# too pale for a line on white.
 _NAMES = ("black", "orange", "sky", "green", "yellow", "blue", "red", "purple")
 COLOURS = dict(zip(_NAMES, matplotlib.color_sequences["okabe_ito"], strict=True))
 _CYCLE = [COLOURS[name] for name in ("blue", "orange", "green", "red", "purple", "sky")]
 
 
 def new_figure(columns=1, *, width=6.5, height=2.8):
-    """A white figure of `width` x `height` inches and its axes (one, or an array of `columns`), without pyplot.
+    """Make a white figure of `width` x `height` inches and its axes (one, or an array of `columns`), without pyplot.
 
-    6.5 inches at 144 dots fill a notebook's column, and beside an explorer's controls the text still reads.
+    6.5 inches at 144 dots fill a notebook's column, and the text stays legible beside an explorer's controls.
     """
     fig = Figure(figsize=(width, height), dpi=144, facecolor="white", layout="constrained")
     axes = fig.subplots(1, columns)
     for ax in np.atleast_1d(axes):
         ax.set_prop_cycle(color=_CYCLE)
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["top", "right"]].set_visible(False)  # less ink
     return fig, axes
 
 
 def all_masked(shape):
-    """An array of float64 without a value yet, for an image. numpy's masked_all has whatever lay in memory under its
-    mask, and matplotlib computes with it before it looks at the mask: now and then that overflows."""
+    """Make an array of float64, all masked, for an image. Under the mask of numpy's masked_all lies unset memory, with
+    which matplotlib computes before it looks at the mask: now and then that overflows."""
     return np.ma.array(np.zeros(shape), mask=True)
 
 
 def img(png, alt):
-    """The HTML of one picture: PNG bytes and their alt text."""
+    """Return the HTML of one picture: PNG bytes and their alt text."""
     if not alt.strip():
         raise ValueError("alt is empty: say in one sentence what the picture shows, with its key numbers.")
     data = base64.b64encode(png).decode()
@@ -55,10 +55,11 @@ def img(png, alt):
 
 
 class Picture:
-    """A static figure: HTML with alt text, a PNG for code hosts, and the alt text itself for nbval and terminals."""
+    """A static figure: HTML with alt text, a PNG for code hosts, and the alt text alone for nbval and terminals."""
 
     def __init__(self, png, alt):
-        self.png, self.alt = png, alt
+        self.png = png
+        self.alt = alt
         self._html = img(png, alt)
 
     def __repr__(self):
@@ -69,42 +70,41 @@ class Picture:
 
 
 def picture(fig, alt):
-    """Show `fig` in a notebook: put `picture(fig, alt)` on the last line of a cell.
-
-    The PNG carries no Software field: with it, each matplotlib release would change every stored picture.
-    """
+    """Show `fig` in a notebook: put `picture(fig, alt)` on the last line of a cell."""
     out = io.BytesIO()
-    fig.savefig(out, format="png", metadata={"Software": None})
+    fig.savefig(out, format="png", metadata={"Software": None})  # else each matplotlib release changes all pictures
     return Picture(out.getvalue(), alt)
 
 
 class Blit:
     """Redraw a few artists of a figure, fast (about 20 ms; a full draw with constrained layout takes 200).
 
-    The rest of the figure is drawn once and kept as pixels. It is drawn again only when an axis limit changes, so: what
-    moves goes into `moving`, in drawing order, and everything else stays as it is after the first frame.
+    The rest of the figure is drawn once and kept as pixels, until an axis limit changes. So put all artists that move
+    into `moving`, in drawing order; everything else stays as it is after the first frame.
     """
 
     def __init__(self, fig, moving):
-        self.fig, self.moving = fig, list(moving)
+        self.fig = fig
+        self.moving = list(moving)
         self.canvas = FigureCanvasAgg(fig)
-        self._background = self._limits = None
+        self._background = self._limits = None  # the first frame draws all
         for artist in self.moving:
-            artist.set_animated(True)  # leaves it out of canvas.draw()
+            artist.set_animated(True)  # canvas.draw() skips it
 
     def frame(self):
-        """PNG bytes of the figure as its artists are now."""
+        """Return PNG bytes of the figure with its artists as they are now."""
         limits = [(ax.get_xlim(), ax.get_ylim()) for ax in self.fig.axes]
         if limits != self._limits:
             self.canvas.draw()
-            self._background, self._limits = self.canvas.copy_from_bbox(self.fig.bbox), limits
-        self.canvas.restore_region(self._background)
+            self._background = self.canvas.copy_from_bbox(self.fig.bbox)
+            self._limits = limits
+        self.canvas.restore_region(self._background)  # pixels of all that stays
         for artist in self.moving:
             self.fig.draw_artist(artist)
         return self._png()
 
     def _png(self):
-        rgb = np.asarray(self.canvas.buffer_rgba())[..., :3]
+        rgb = np.asarray(self.canvas.buffer_rgba())[..., :3]  # (height, width, 3)
         out = io.BytesIO()
         Image.fromarray(rgb).save(out, "png")
         return out.getvalue()

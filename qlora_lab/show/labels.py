@@ -1,12 +1,12 @@
-"""Which tokens a model learns from: its tokens in a row, the learned ones marked.
+"""Show which tokens a model learns from: all tokens in a row, the learned ones marked.
 
-Enters: (text, learned) records, as finetune.data.show_labels makes them. Leaves: HTML for a notebook, marked by a
-coloured ground and a line underneath, and plain text in which learned tokens stand in [brackets].
+In: (text, learned) records, as data.show_labels makes them. Out: HTML for a notebook, in which learned tokens have a
+coloured ground and an underline, and plain text in which they stand in [brackets].
 """
 
 from qlora_lab.show.escape import for_html
 
-STYLE = "background:#e69f0055;border-bottom:2px solid #e69f00"  # not colour alone: the line shows on a grey print
+STYLE = "background:#e69f0055;border-bottom:2px solid #e69f00"  # the line shows on a grey print, too
 
 
 class LabelView:

@@ -1,13 +1,13 @@
-"""A codebook in the reader's hands: `Levels`, 16 handles on an axis, to be dragged or moved by keys.
+"""A codebook in the reader's hands: `Levels`, 16 handles on an axis, to drag or to move by keys.
 
-Enters: levels, ascending, in [-1, 1]. Leaves: an ipywidgets widget whose `.value`, 16 floats, can be observed.
+In: levels, ascending, in [-1, 1]. Out: an ipywidgets widget whose `.value`, 16 floats, can be observed.
 
 Handles are nested SVG elements placed in percent, so they keep their size when the control is narrow. A press takes the
-handle that is nearest, wherever it lands: two that are a step apart overlap, and a finger covers three.
-A moved level lies on a grid of hundredths, a step at least from its neighbours; the others stay as they were given.
-Messages are few because ipywidgets keeps one on its way and of those that wait only the last.
+nearest handle, wherever it lands: two handles a step apart overlap, and a finger covers three.
+A moved level lies on a grid of hundredths, at least a step from its neighbours; the others keep their values.
+Messages are few: ipywidgets keeps one on its way, and only the last of those that wait.
 
-Not here: what the levels are worth (data_types.py).
+Not here: the error of these levels (data_types.py).
 """
 
 import anywidget
@@ -17,12 +17,12 @@ import traitlets as T
 from qlora_lab.quant.codebook import check_levels
 from qlora_lab.show.slider import FOCUS
 
-N_LEVELS = 16
+N_LEVELS = 16  # of a codebook of 4 bits
 PER_UNIT = 100  # steps from 0 to 1
 
 
 def shortest(levels: torch.Tensor) -> tuple[float, ...]:
-    """float32 levels as the floats with the fewest digits that become them again: a line to copy stays a line.
+    """Turn float32 levels into the shortest floats that round to them again, for a line that a reader can copy.
 
     >>> shortest(torch.tensor([-0.1, 0.7]))
     (-0.1, 0.7)
@@ -31,19 +31,19 @@ def shortest(levels: torch.Tensor) -> tuple[float, ...]:
 
 
 class Levels(anywidget.AnyWidget):
-    """16 levels to drag; `starts`, by name, are levels to begin with, a button for each.
+    """16 levels to drag. starts: named levels to begin with, a button for each.
 
     Left and right move the focused level by 0.01, with Shift by 0.1; Home and End take it to its neighbours. A level
-    that is dragged close to zero becomes exactly zero; keys reach 0.01 and -0.01 too.
-    span: where -1 and 1 lie, as shares of the control's width, so that an axis of a picture below can be met.
+    that is dragged close to zero becomes exactly zero; keys reach 0.01 and -0.01, too.
+    span: the places of -1 and 1, as shares of the control's width, to match the axis of a picture below.
 
     >>> Levels("Levels", torch.linspace(-1, 1, 16)).value[:2]
     (-1.0, -0.8666667)
     """
 
     description = T.Unicode().tag(sync=True)
-    value = T.Tuple().tag(sync=True)
-    starts = T.Dict().tag(sync=True)
+    value = T.Tuple().tag(sync=True)  # 16 floats
+    starts = T.Dict().tag(sync=True)  # name -> 16 floats
     span = T.Tuple((0.02, 0.98)).tag(sync=True)
     per_unit = T.Int(PER_UNIT, read_only=True).tag(sync=True)
 
@@ -163,13 +163,13 @@ class Levels(anywidget.AnyWidget):
         super().__init__(description=description, value=self.allowed(value, description), starts=named)
 
     def allowed(self, value, name=None):
-        """16 floats, as `shortest` writes them, of a sequence or a tensor; ValueError names the first wrong level."""
+        """Return a sequence or tensor as 16 floats of `shortest`. ValueError names the first wrong level."""
         name = name or self.description
         try:
             table = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
         except (TypeError, ValueError, RuntimeError, OverflowError):  # words, None, ragged lists, 10**400
             table = torch.empty(0, 0)
-        if table.dim() != 1:
+        if table.dim() != 1:  # a scalar, a matrix, or no numbers at all
             raise ValueError(f"{name}={value!r} is not allowed: give {N_LEVELS} ascending numbers in [-1, 1].")
         if len(table) != N_LEVELS:
             raise ValueError(f"{name}: {len(table)} are given: give {N_LEVELS}, ascending, in [-1, 1].")
@@ -182,7 +182,7 @@ class Levels(anywidget.AnyWidget):
     def _check_value(self, proposal):
         try:
             return self.allowed(proposal["value"])
-        except ValueError as error:  # traitlets takes a message's value back for its own error only
+        except ValueError as error:  # traitlets undoes a message only for its own kind of error
             raise T.TraitError(str(error)) from None
 
     def __repr__(self):

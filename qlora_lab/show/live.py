@@ -1,14 +1,14 @@
 """The live plot of a run: watch it, and stop it, in the notebook that trains.
 
-Enters: a Training. Leaves: its Run. While it trains there are a picture of the losses, a line of text and a button;
-when it ends, the picture and one sentence of numbers, which is what a stored notebook keeps and nbval compares.
+In: a Training. Out: its Run. During the training a notebook shows a picture of the losses, a line of text and a button;
+at the end, the picture and one sentence of numbers, which a stored notebook keeps and nbval compares.
 
     run = await live(Training(model, tokenizer, "docstrings", "runs/first", Settings(steps=60)))
 
 With `await` the kernel (ipykernel 7.4 or newer) serves widgets between two steps: the button, and the sliders of other
-cells. A cell that does not await serves none before its end, and an older kernel never does; an interrupt always works.
+cells. Without `await` a cell serves none before its end, and an older kernel never does. An interrupt always works.
 
-The thin grey curve is the mean length of a step's examples: with group_by_length it is a saw, and so is the loss.
+The thin grey curve is the mean length of a step's examples. With group_by_length it is a saw, and so is the loss.
 
 Not here: the loop (train/trainer.py).
 """
@@ -34,18 +34,18 @@ from qlora_lab.show.figure import COLOURS, Blit, Picture, img, new_figure
 from qlora_lab.show.slider import Button
 from qlora_lab.train.trainer import STOPPED, Run, Training
 
-WINDOW = 10  # steps of the smoothed line, of the speed, and of the first and the last mean in the sentence
+WINDOW = 10  # steps in the smoothed line, in the speed, and in the two means of the sentence
 REDRAW_EVERY = 0.5  # seconds
-TURNS = 10  # of the kernel's loop after a step: a press needs five, so with one its answer came four steps later
-PAUSE = 0.01  # of a step's time for them, so that what waits in a socket arrives
+TURNS = 10  # of the kernel's loop after a step. A press needs five: with one turn its answer came four steps later
+PAUSE = 0.01  # share of a step's time for the turns, so that messages in a socket arrive
 
 
 async def live(training: Training) -> Run:
-    """Make all steps of `training` that are left, with a live plot where a notebook shows one.
+    """Make the remaining steps of `training`, with a live plot if a notebook shows one.
 
-    The button ends the run after the step that is being made; the Run then says ended == "asked to stop", and a
-    Training with resume=True goes on. Raises what `finetune` raises: an interrupt of the kernel, as training.stop(), is
-    a KeyboardInterrupt, when all is saved. Where no notebook shows widgets it trains with the progress bar alone.
+    The button ends the run after the current step; the Run then has ended == "asked to stop", and a Training with
+    resume=True continues it. Raises whatever `finetune` raises: an interrupt of the kernel, like training.stop(), is a
+    KeyboardInterrupt once all is saved. Without a notebook it trains with the progress bar alone.
 
     >>> asyncio.iscoroutinefunction(live)
     True
@@ -53,7 +53,7 @@ async def live(training: Training) -> Run:
     kernel, display = _notebook()
     plot = LivePlot(training) if kernel else None
     if plot:
-        training.progress = False  # a second bar would say the same
+        training.progress = False  # the panel shows the progress
         display(plot)
     try:
         with _reporting_widgets(kernel) if kernel else nullcontext():
@@ -61,7 +61,7 @@ async def live(training: Training) -> Run:
     finally:
         if plot:
             plot.close()
-        if plot and plot.lines:  # after an error too: what came before it
+        if plot and plot.lines:  # after an error, too: the steps before it
             plot.redraw()
             display(WithSentence(plot.png, plot.summary()))
     if training.result.ended == STOPPED and not (plot and plot.button.clicks):
@@ -77,28 +77,32 @@ async def _train(training: Training, plot: "LivePlot | None") -> None:
             try:
                 for _ in range(TURNS):
                     await asyncio.sleep(PAUSE / TURNS * line["seconds"])
-            except asyncio.CancelledError:  # whoever waited has given up: what was learned is saved
+            except asyncio.CancelledError:  # the caller has given up: save what was learned
                 training.stop()
                 next(steps, None)
                 raise
 
 
 class WithSentence(Picture):
-    """A picture with its alt text underneath, for those who see it: that a stopped run goes on is said there alone."""
+    """A picture with its alt text underneath: only there do readers who see learn how to resume."""
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
         bundle = super()._repr_mimebundle_()
-        bundle["text/html"] += f'<div aria-hidden="true">{for_html(self.alt)}</div>'  # spoken once, as the alt text
+        bundle["text/html"] += f'<div aria-hidden="true">{for_html(self.alt)}</div>'  # already spoken as alt text
         return bundle
 
 
 class LivePlot:
-    """The picture of a run so far (`png`), its sentence (`summary()`), and `widget`, which shows them with a button."""
+    """The picture of a run so far (`png`), its sentence (`summary()`), and a `widget` that shows both with a button."""
 
     def __init__(self, training: Training):
-        self.training, self.lines, self.png = training, [], b""
+        self.training = training
+        self.lines: list[dict] = []  # of the steps made until now
+        self.png = b""
         self._blit = Blit(*self._draw())
-        self._pane, self._text, self._due = W.HTML(), W.HTML(), 0.0
+        self._pane = W.HTML()  # the picture
+        self._text = W.HTML()  # the progress
+        self._due = 0.0  # the time of the next picture
         self.button = Button("Stop after this step")
         self.button.observe(lambda _: training.stop(), "clicks")
         row = W.Box([self.button, self._text], layout=W.Layout(flex_flow="row wrap", grid_gap="2px 16px"))
@@ -106,15 +110,16 @@ class LivePlot:
         self.widget.add_class("qlora-live")
 
     def follow(self) -> None:
-        """Show the steps made until now, at most twice a second and for at most a tenth of the time."""
-        self.lines, start = self.training.lines, time.perf_counter()
+        """Show the steps made until now, at most twice per second and in at most a tenth of the time."""
+        self.lines = self.training.lines
+        start = time.perf_counter()
         if start < self._due:
             return
         self.redraw()
         self._pane.value = img(self.png, self.summary())
         self._text.value = f"<div>{for_html(self.progress())}</div>"
         end = time.perf_counter()
-        self._due = end + max(REDRAW_EVERY, 9 * (end - start))
+        self._due = end + max(REDRAW_EVERY, 9 * (end - start))  # 9 parts of training for 1 of drawing
 
     def close(self) -> None:
         """Take the panel off the page."""
@@ -122,28 +127,29 @@ class LivePlot:
             widget.close()
 
     def redraw(self) -> None:
-        """`png` from the lines. The limits widen in strides, so that a full draw is rare."""
-        steps, losses = [line["step"] for line in self.lines], [line["loss"] for line in self.lines]
+        """Draw `png` from the lines. The limits widen in strides, so that a full draw is rare."""
+        steps = [line["step"] for line in self.lines]
+        losses = [line["loss"] for line in self.lines]
         held_out = self.held_out()
-        self.points.set_data(steps, losses)
+        self.points.set_data(steps, losses)  # these artists move; the axes stay as pixels
         self.mean.set_data(steps, running_mean(losses))
         self.held.set_data([step for step, _ in held_out], [loss for _, loss in held_out])
         self.lengths.set_data(steps, [line["mean_length"] for line in self.lines])
         drawn = losses + [loss for _, loss in held_out]
         locator = MaxNLocator(5)
         ticks = locator.tick_values(*locator.nonsingular(min(drawn), max(drawn)))  # one point has no range
-        shown = min(self.training.settings.steps, max(32, 2 ** math.ceil(math.log2(len(steps)))))
+        shown = min(self.training.settings.steps, max(32, 2 ** math.ceil(math.log2(len(steps)))))  # 32, 64, 128, ...
         self.left.set(xlim=(0, shown + 1), ylim=(ticks[0], ticks[-1]))
         self.png = self._blit.frame()
 
     def _draw(self) -> tuple[Figure, list[Line2D]]:
         settings = self.training.settings
         fig, self.left = new_figure(width=8.5, height=3)
-        right = self.left.twinx()
+        right = self.left.twinx()  # for lengths, in tokens
         self.left.set(xlabel="step", ylabel="loss, nats per answer token")
         right.set(ylim=(0, settings.max_length), ylabel="mean length, tokens")
         right.spines["top"].set_visible(False)
-        styles = {
+        styles = {  # in drawing order
             "lengths": (right, "-", "#999999", 0.8, "mean length"),
             "points": (self.left, ".", COLOURS["sky"], 1, "each step"),
             "mean": (self.left, "-", COLOURS["blue"], 2, f"mean of {WINDOW} steps"),
@@ -152,18 +158,19 @@ class LivePlot:
         for name, (ax, form, colour, width, label) in styles.items():
             setattr(self, name, ax.plot([], [], form, color=colour, lw=width, label=label)[0])
         moving = [getattr(self, name) for name in styles]
-        shown = moving if settings.eval_every else moving[:-1]
+        shown = moving if settings.eval_every else moving[:-1]  # without evaluations no "held out"
         fig.legend(handles=shown, loc="outside upper left", ncols=len(shown), frameon=False)
         return fig, moving
 
     def held_out(self) -> list[tuple[int, float]]:
-        """(step, loss) of each evaluation."""
+        """List (step, loss) of each evaluation."""
         return [(line["step"], line["held_out_loss"]) for line in self.lines if "held_out_loss" in line]
 
     def progress(self) -> str:
-        """Where the run is, with its speed: for now, and not for a stored notebook."""
-        last = self.lines[-WINDOW:]
-        seconds, tokens = sum(line["seconds"] for line in last), sum(line["tokens"] for line in last)
+        """Say where the run is, with its speed: for the moment, not for a stored notebook."""
+        last = self.lines[-WINDOW:]  # the first steps are slower
+        seconds = sum(line["seconds"] for line in last)
+        tokens = sum(line["tokens"] for line in last)
         left = (self.training.settings.steps - len(self.lines)) * seconds / len(last)
         return (
             f"step {len(self.lines)} of {self.training.settings.steps}, loss {last[-1]['loss']:.3f}, "
@@ -171,15 +178,17 @@ class LivePlot:
         )
 
     def summary(self) -> str:
-        """One sentence with the numbers that the same run gives again: alt text, and what nbval compares."""
-        losses, run = [line["loss"] for line in self.lines], self.training.result
-        few, held_out = min(WINDOW, len(losses)), self.held_out()
+        """Say in one sentence the numbers that an equal run gives again: alt text, and the text that nbval compares."""
+        losses = [line["loss"] for line in self.lines]
+        held_out = self.held_out()
+        run = self.training.result  # None while it trains
+        few = min(WINDOW, len(losses))
         text = (
             f"Training loss over {len(losses)} of {self.training.settings.steps} steps: "
             f"mean of the first {few} {np.mean(losses[:few]):.2f}, of the last {few} {np.mean(losses[-few:]):.2f}"
         )
         if held_out:
-            step, loss = min(held_out, key=lambda one: one[1])
+            step, loss = min(held_out, key=lambda evaluation: evaluation[1])
             text += f"; lowest held-out loss {loss:.2f} at step {step}"
         if run:
             text += f". Ended: {run.ended}" + ("; resume=True goes on" if run.ended == STOPPED else "")
@@ -189,38 +198,40 @@ class LivePlot:
         return f"training: {self.training.settings.steps} steps of {self.training.settings.batch_size} examples"
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, object]:
-        """The live panel; a stored notebook keeps the sentence. The picture comes as an output of its own at the end,
-        because nbval cannot compare an output that is changed after it was shown."""
+        """Give the live panel; a stored notebook keeps the sentence. The final picture is an output of its own, because
+        nbval cannot compare an output that changes after it was shown."""
         view = self.widget._repr_mimebundle_()
         return {k: v for k, v in view.items() if k.endswith("widget-view+json")} | {"text/plain": repr(self)}
 
 
 def running_mean(values: list[float]) -> np.ndarray:
-    """The mean of the last WINDOW values at each position, of fewer at the start.
+    """Average the last WINDOW values at each position, fewer at the start.
 
     >>> running_mean([1.0, 2.0, 6.0]).tolist()
     [1.0, 1.5, 3.0]
     """
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    end = np.arange(1, len(total))
-    start = np.maximum(end - WINDOW, 0)
+    total = np.concatenate([[0.0], np.cumsum(values)])  # (n + 1,)
+    end = np.arange(1, len(total))  # of each window, exclusive
+    start = np.maximum(end - WINDOW, 0)  # (n,)
     return (total[end] - total[start]) / (end - start)
 
 
 def _notebook() -> tuple[Any, Callable[[object], None]]:
-    """The kernel that runs this (None in a plain process: there nobody can press a button), and IPython's `display`."""
+    """Return the kernel of this process (None in a plain process, where nobody can press a button) and `display`."""
     ipython = sys.modules["IPython"]  # ipywidgets has imported it
     return getattr(ipython.get_ipython(), "kernel", None), ipython.display.display
 
 
 @contextmanager
 def _reporting_widgets(kernel: Any) -> Iterator[None]:
-    """Reports the end of each message of a widget, for which the widget waits before it sends its next.
+    """Report the end of each message of a widget, for a widget waits for it before it sends the next.
 
-    ipykernel 7.4 serves such messages while a cell awaits, but does not report the end of those that it serves in the
-    cell's own thread: a slider that was moved once during training would be dead from then on, after the cell as well.
+    ipykernel 7.4 serves messages while a cell awaits, but does not report the end of those that it serves in the cell's
+    own thread. A slider that moved once during the training would be dead from then on, even after the cell.
     """
-    handle, cell, thread = kernel.shell_handlers["comm_msg"], kernel.get_parent("shell"), threading.current_thread()
+    handle = kernel.shell_handlers["comm_msg"]
+    cell = kernel.get_parent("shell")
+    thread = threading.current_thread()
 
     def handle_and_report(stream: Any, ident: Any, message: dict) -> None:
         handle(stream, ident, message)

@@ -1,11 +1,11 @@
 """The memory explorer: every byte of a training step, for full fine-tuning, LoRA and QLoRA, beside the cards on sale.
 
-State: model, codebook, block_size, double_quant, r, length, rows, gradient_checkpointing, optimizer. The picture: above
-the groups of the ledger at the peak of a step, a bar for each method, with lines where a card ends; a bar that runs out
-of the picture has its number at the edge. Below the bar of QLoRA alone, stretched to 100 %.
+State: model, codebook, block_size, double_quant, r, length, rows, gradient_checkpointing, optimizer. The picture: on
+top a bar for each method with the groups of the ledger at the peak of a step, and lines where a card ends; a bar that
+leaves the picture has its number at the edge. Below it the bar of QLoRA alone, stretched to 100 %.
 
-Cards are counted in GiB, which their makers call GB. Not here: bytes (memory/predict.py), and what to change so that
-it fits (memory/fit.py).
+Cards are counted in GiB, which their makers call GB. Not here: bytes (memory/predict.py), and the changes that make a
+run fit (memory/fit.py).
 """
 
 from matplotlib.axes import Axes
@@ -22,9 +22,9 @@ from qlora_lab.show.slider import Slider, Toggle
 
 GIB = 2**30
 CARDS = (8, 16, 24, 48, 80)  # GiB
-WIDEST = 96  # GiB: the largest card, and room for a number behind it
+WIDEST = 96  # GiB: the largest card, and room for a number beside it
 METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
-GROUPS = {  # of the ledger, in its order
+GROUPS = {  # of the ledger, in its order, with their colours
     "weights": COLOURS["sky"],
     "adapters": COLOURS["green"],
     "gradients": COLOURS["yellow"],
@@ -34,56 +34,54 @@ GROUPS = {  # of the ledger, in its order
     "workspace": COLOURS["purple"],
     "runtime": "#999999",
 }
-OPTIMIZERS = {  # paged as far as it goes: one page in memory
+OPTIMIZERS = {  # "paged" means fully: one page in memory
     "AdamW": {},
     "8-bit AdamW": {"optimizer_bits": 8},
     "paged AdamW": {"optimizer_budget": PAGE_SIZE},
     "paged 8-bit AdamW": {"optimizer_bits": 8, "optimizer_budget": PAGE_SIZE},
 }
-LEAST_LABELLED = 0.06  # of the stretched bar: a percentage needs so much room
-Rectangle = list[tuple[float, float]]
+LEAST_LABELLED = 0.06  # share of the stretched bar that a percentage needs
+Rectangle = list[tuple[float, float]]  # four corners
 
 
 def at_peak(ledger: Ledger, phase: str | None = None) -> dict[str, int]:
-    """Predicted bytes of each group in a phase, that of the peak unless another is named; zeros included.
+    """Sum the predicted bytes of each group in a phase, by default the peak's; zeros included.
 
     >>> sum(at_peak(predict_memory("llama-7b")).values()) == predict_memory("llama-7b").peak
     True
     """
-    sums = dict.fromkeys(GROUPS, 0)
-    for row in ledger.rows:
-        sums[row.group] += row.predicted * ((phase or ledger.phase) in row.when)
-    return sums
+    return dict.fromkeys(GROUPS, 0) | ledger.groups_at(phase or ledger.phase)
 
 
 def card_for(nbytes: int) -> int | None:
-    """GiB of the smallest card that has so many bytes, None if there is none."""
+    """Return the GiB of the smallest card with at least this many bytes, None if there is none."""
     return next((card for card in CARDS if nbytes <= card * GIB), None)
 
 
 def rectangles(bars: list[dict[str, float]], height: float = 0.62) -> list[Rectangle]:
-    """Outlines of stacked horizontal bars, bar after bar: one for each of GROUPS, empty ones too."""
+    """Outline stacked horizontal bars, bar after bar: a rectangle for each of GROUPS, empty ones too."""
     outlines = []
     for y, sizes in enumerate(bars):
-        left, low, high = 0.0, y - height / 2, y + height / 2
+        low, high = y - height / 2, y + height / 2
+        left = 0.0
         for group in GROUPS:
             right = left + sizes[group]
             outlines.append([(left, low), (right, low), (right, high), (left, high)])
-            left = right
+            left = right  # the next group starts here
     return outlines
 
 
 def stacked(ax: Axes, names: list[str]) -> PolyCollection:
-    """An axis of horizontal bars with these names, from above; their outlines come later, by set_verts."""
+    """Prepare an axis of horizontal bars with these names, from above; set_verts gives the outlines later."""
     ax.set(ylim=(len(names) - 0.5, -0.5))
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(axis="y", length=0)
-    colours = list(GROUPS.values()) * len(names)
+    colours = list(GROUPS.values()) * len(names)  # rectangles come bar by bar
     return ax.add_collection(PolyCollection([], facecolors=colours, edgecolors="#ffffff", lw=0.5))
 
 
 def key(ax: Axes, columns: int = 4) -> list[Text]:
-    """An axis of its own with the colours of groups, and beside each a text to be filled in."""
+    """Make an axis the key of the colours: a square for each group, and beside it a text to fill in."""
     places = [(i % columns, i // columns) for i in range(len(GROUPS))]
     ax.set(xlim=(0, columns), ylim=(1.6, -0.6))
     ax.set_axis_off()
@@ -109,26 +107,27 @@ class MemoryExplorer(Explorer):
 
     @staticmethod
     def compute(state):
-        setup = {name: value for name, value in state.items() if name not in ("model", "rows", "optimizer")}
+        setup = {name: value for name, value in state.items() if name not in ("model", "rows", "optimizer")}  # Setup's
         setup |= {"batch_size": state["rows"], **OPTIMIZERS[state["optimizer"]]}
         ledgers = {method: predict_memory(state["model"], method, **setup) for method in METHODS}
         return {
-            "groups": {method: at_peak(ledger) for method, ledger in ledgers.items()},
-            "peak": {method: ledger.peak for method, ledger in ledgers.items()},
+            "groups": {method: at_peak(ledger) for method, ledger in ledgers.items()},  # bytes
+            "peak": {method: ledger.peak for method, ledger in ledgers.items()},  # bytes
             "phase": {method: ledger.phase for method, ledger in ledgers.items()},
-            "card": {method: card_for(ledger.peak) for method, ledger in ledgers.items()},
+            "card": {method: card_for(ledger.peak) for method, ledger in ledgers.items()},  # GiB, or None
         }
 
     def draw(self):
         fig, ax = new_figure(width=7.4, height=4.6)
         ax.remove()
         upper, lower, names = fig.subplots(3, 1, height_ratios=[3, 0.7, 0.6])
-        for one in (upper, lower):
-            one.spines[["top", "right", "left"]].set_visible(False)
+        for axis in (upper, lower):
+            axis.spines[["top", "right", "left"]].set_visible(False)
         upper.set(xlim=(0, WIDEST), xlabel="GiB at the peak of a step")
         upper.set_xticks([0, *CARDS], ["0", *(f"{card} GB" for card in CARDS)])
         lower.set(xlim=(0, 100), xlabel="% of QLoRA's peak")
-        self.bars, self.strip = stacked(upper, list(METHODS.values())), stacked(lower, ["QLoRA"])
+        self.bars = stacked(upper, list(METHODS.values()))
+        self.strip = stacked(lower, ["QLoRA"])
         ends = [[(card, -0.5), (card, len(METHODS) - 0.5)] for card in CARDS]
         cards = upper.add_collection(LineCollection(ends, colors=COLOURS["black"], lw=1, ls="--"))
         box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.5}
@@ -143,15 +142,16 @@ class MemoryExplorer(Explorer):
         sizes = {method: {g: n / GIB for g, n in groups.items()} for method, groups in result["groups"].items()}
         self.bars.set_verts(rectangles(list(sizes.values())))
         for text, nbytes in zip(self.peaks, result["peak"].values(), strict=True):
-            inside = nbytes < 0.88 * WIDEST * GIB
-            text.set_x(nbytes / GIB + 0.8 if inside else WIDEST)
-            text.set_ha("left" if inside else "right")
+            short = nbytes < 0.88 * WIDEST * GIB  # the number fits beside the bar
+            text.set_x(nbytes / GIB + 0.8 if short else WIDEST)
+            text.set_ha("left" if short else "right")
             text.set_text(f"{_gib(nbytes)}{'' if nbytes < WIDEST * GIB else ' →'}")
-        mine, peak = result["groups"]["qlora"], result["peak"]["qlora"]
-        outlines = rectangles([{group: 100 * n / peak for group, n in mine.items()}])
+        mine = result["groups"]["qlora"]
+        peak = result["peak"]["qlora"]
+        outlines = rectangles([{group: 100 * n / peak for group, n in mine.items()}])  # in %
         self.strip.set_verts(outlines)
         for text, outline, n in zip(self.shares, outlines, mine.values(), strict=True):
-            text.set_x((outline[0][0] + outline[1][0]) / 2)
+            text.set_x((outline[0][0] + outline[1][0]) / 2)  # the middle
             text.set_text(f"{100 * n / peak:.0f} %" if n >= LEAST_LABELLED * peak else "")
         for text, (group, n) in zip(self.names, mine.items(), strict=True):
             text.set_text(f"{group} {_gib(n)}")
@@ -173,7 +173,7 @@ class MemoryExplorer(Explorer):
 
 def _gib(nbytes: int) -> str:
     size, unit = (nbytes / GIB, "GiB") if nbytes < 1000 * GIB else (nbytes / GIB / 1024, "TiB")
-    return f"{size:.{2 if size < 9.995 else 1 if size < 99.95 else 0}f} {unit}"
+    return f"{size:.{2 if size < 9.995 else 1 if size < 99.95 else 0}f} {unit}"  # three digits
 
 
 def _fits(card: int | None) -> str:

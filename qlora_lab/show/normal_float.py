@@ -2,81 +2,73 @@
 
 State: bits, offset, symmetric. The picture: on the left the normal density that the rule assumes, cut off at `offset`
 and stretched to [-1, 1], with a line for each level; on the right the share of each code on normal weights in blocks of
-64, against the equal share that the rule aims at.
+64, against the equal share that the rule aims for.
+
+Not here: the levels (quant/codebook.py), the use of their codes (measure/code_use.py).
 """
 
-from functools import lru_cache
+from functools import partial
 
 import torch
 from matplotlib.collections import LineCollection
 
 from qlora_lab.measure.code_use import code_use
+from qlora_lab.measure.codebook_trial import SAMPLE, normal_weights, stretched_density
 from qlora_lab.quant.blocks import to_blocks
 from qlora_lab.quant.codebook import normal_float, normal_offset
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, new_figure
-from qlora_lab.show.slider import Slider, Toggle
+from qlora_lab.show.slider import Slider, Steps, Toggle
 
 BLOCK_SIZE = 64
-X = torch.linspace(-1, 1, 201)
-
-
-@lru_cache
-def normal_blocks() -> torch.Tensor:
-    """32,768 normal weights in blocks of 64, always the same."""
-    return to_blocks(torch.randn(2**15, generator=torch.Generator().manual_seed(0)), BLOCK_SIZE)
+X = torch.linspace(-1, 1, 201)  # where the curve is drawn
 
 
 class NormalFloatExplorer(Explorer):
-    """Bits, offset and symmetry of NormalFloat: levels, error and code use. See Explorer for what it can do."""
+    """Bits, offset and symmetry of NormalFloat: levels, error and code use. See Explorer for its methods."""
 
     def controls(self):
         return {
-            "bits": Slider("Bits", 4, low=2, high=6, unit="bits per code"),
-            "offset": Slider("Offset", normal_offset(4), low=0.8, high=0.995, step=0.005, unit="outermost quantile"),
+            "bits": Slider("Bits", 4, Steps(2, 6), unit="bits per code"),
+            "offset": Slider("Offset", normal_offset(4), Steps(0.8, 0.995, 0.005), unit="outermost quantile"),
             "symmetric": Toggle("Symmetric", False),
         }
 
     @staticmethod
     def compute(state):
-        levels = normal_float(state["bits"], state["offset"], state["symmetric"])
-        use = code_use(levels, normal_blocks())
-        edge = torch.special.ndtri(torch.tensor(state["offset"]))  # standard deviations that are stretched to 1
-        return {"levels": levels, "use": use, "density": lambda x: torch.exp(-((x * edge) ** 2) / 2)}
+        levels = normal_float(state["bits"], state["offset"], state["symmetric"])  # (2^bits,)
+        use = code_use(levels, to_blocks(normal_weights(SAMPLE), BLOCK_SIZE))
+        return {"levels": levels, "use": use, "density": partial(stretched_density, offset=state["offset"])}
 
     def draw(self):
         fig, (left, right) = new_figure(2, width=8.5)
-        left.set(
-            xlim=(-1.05, 1.05),
-            ylim=(0, 1.1),
-            xlabel="weight / absmax",
-            ylabel="density",
-            yticks=[],
-            xticks=[-1, -0.5, 0, 0.5, 1],
-        )
+        left.set(xlim=(-1.05, 1.05), ylim=(0, 1.1), xlabel="weight / absmax", ylabel="density", yticks=[])
+        left.set_xticks([-1, -0.5, 0, 0.5, 1])
         right.set(xlabel="code", ylabel="share of weights, %", ylim=(0, 30))
         (self.curve,) = left.plot([], [], color=COLOURS["black"], lw=1)
         self.levels = left.add_collection(LineCollection([], colors=COLOURS["blue"], lw=2))
         self.bars = right.add_collection(LineCollection([], colors=COLOURS["orange"]))
-        (self.equal,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")
+        (self.equal,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")  # the share that the rule aims for
         self.note = right.text(0.98, 0.95, "", transform=right.transAxes, ha="right", va="top")
         self.right = right
         return fig, [self.curve, self.levels, self.bars, self.equal, self.note]
 
     def update(self, result):
-        levels, share = result["levels"], 100 * result["use"].share
+        levels = result["levels"]
+        share = 100 * result["use"].share  # %
         self.curve.set_data(X, result["density"](X))
         self.levels.set_segments([[(x, 0), (x, y)] for x, y in zip(levels, result["density"](levels), strict=True)])
         self.bars.set_segments([[(code, 0), (code, s)] for code, s in enumerate(share)])
-        self.bars.set_linewidth(100 / len(share))
+        self.bars.set_linewidth(100 / len(share))  # points: bars do not overlap at 6 bits
         self.right.set_xlim(-0.8, len(share) - 0.2)
-        self.right.set_ylim(0, 250 / len(share))  # follows bits alone: a limit that moves costs a full redraw
+        self.right.set_ylim(0, 250 / len(share))  # depends on bits alone: each new limit costs a full redraw
         self.equal.set_data([-0.8, len(share)], [100 / len(share)] * 2)
         self.note.set_text(f"relative error {100 * result['use'].relative_error:.3g} %")
 
     @staticmethod
     def describe(state, result):
-        use, used = result["use"], 100 * result["use"].share
+        use = result["use"]
+        used = 100 * use.share  # %
         return (
             f"NormalFloat, {state['bits']} bits, offset {state['offset']:.7g}: {len(result['levels'])} levels, "
             f"relative error {100 * use.relative_error:.3g} %, codes used {used.min():.1f} to {used.max():.1f} % "

@@ -1,9 +1,9 @@
-"""The page table explorer: which pages of an adapter's AdamW state are in a frame, at any time of three steps.
+"""The page table explorer: the pages of an adapter's AdamW state that are in frames, at any time of three steps.
 
 State: budget, page_size, r, bits, time. The picture: on the left every page of the state of LLaMA-7B's adapter, in the
-order in which a step asks for them; on the right the frames, coloured by when their page was last asked for.
+order in which a step asks for them; on the right the frames, coloured by the time of the last request for their page.
 
-It shows what Pages does when nothing is fetched ahead; tests/show/test_page_table.py compares the two.
+It shows what Pages does if nothing is fetched ahead; tests/show/test_page_table.py compares the two.
 
 Not here: counting (memory/paging_trace.py), and bytes.
 """
@@ -17,21 +17,13 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 
-from qlora_lab.memory.paging_trace import (
-    LLAMA_7B,
-    adapter,
-    faults_of_a_step,
-    pageable_share,
-    replay,
-    state_bytes,
-    state_pages,
-)
+from qlora_lab.memory import paging_trace as trace
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, all_masked, new_figure
-from qlora_lab.show.slider import Slider
+from qlora_lab.show.slider import Slider, Steps
 
 MIB = 2**20
-KINDS = {  # of pages: colour and mark
+KINDS = {  # kind of page: colour and mark
     "zero, not asked for yet": ("#ffffff", ""),
     "in the file": ("#cccccc", ""),
     "in a frame": (COLOURS["sky"], ""),
@@ -40,36 +32,37 @@ KINDS = {  # of pages: colour and mark
     "leaves for it": (COLOURS["red"], "X"),
 }
 ZERO, FILE, FRAME, HIT, FAULT, LEAVES = range(len(KINDS))
-AGES = matplotlib.colormaps["cividis"]  # of frames: 0 leaves next, 1 was asked for last
+AGES = matplotlib.colormaps["cividis"]  # of frames: 0 leaves next, 1 was used last
 
 
 class Grid:
-    """Cells in reading order that fill a panel, however many they are: an image, lines around cells, a title."""
+    """A panel filled with any number of cells, in reading order: an image, lines around the cells, a title."""
 
     def __init__(self, ax: Axes, colours: matplotlib.colors.Colormap, most: float):
         ax.set(xlim=(0, 1), ylim=(1, 0))
         ax.set_axis_off()
-        how = {"cmap": colours, "vmin": 0, "vmax": most, "interpolation": "nearest", "aspect": "auto"}
-        self.image = ax.imshow([[0]], extent=(0, 1, 1, 0), **how)
+        scale = {"cmap": colours, "vmin": 0, "vmax": most, "interpolation": "nearest", "aspect": "auto"}
+        self.image = ax.imshow([[0]], extent=(0, 1, 1, 0), **scale)
         self.lines = ax.add_collection(LineCollection([], colors="#777777"))
         self.title = ax.text(0, 1.02, "", transform=ax.transAxes, va="bottom", fontsize=13)
         self.artists = [self.image, self.lines, self.title]
 
     def show(self, values: np.ndarray, title: str) -> None:
-        """One cell for each value; a masked one is white. Few cells stay small ones."""
+        """Show a cell for each value; a masked value is white. Few cells stay small."""
         count = len(values)
-        self.columns = max(10, math.ceil(math.sqrt(count)))
+        self.columns = max(10, math.ceil(math.sqrt(count)))  # about square
         self.rows = max(10, -(-count // self.columns))
         cells = all_masked((self.rows, self.columns))
-        cells.flat[:count] = values
+        cells.flat[:count] = values  # the others stay white
         self.image.set_data(cells)
-        full, rest = divmod(count, self.columns)
+        full, rest = divmod(count, self.columns)  # full rows, and cells in the last row
+        # lines stop at the last cell: cells down each upright line, cells along each level line
         high = [full + (column <= rest and rest > 0) for column in range(self.columns + 1)]
         wide = [rest if row > full else self.columns if full else rest for row in range(full + (rest > 0) + 1)]
         upright = [[(x / self.columns, 0), (x / self.columns, y / self.rows)] for x, y in enumerate(high)]
         level = [[(0, y / self.rows), (x / self.columns, y / self.rows)] for y, x in enumerate(wide)]
         self.lines.set_segments(upright + level)
-        self.lines.set_linewidth(0.8 if count < 400 else 0.2)
+        self.lines.set_linewidth(0.8 if count < 400 else 0.2)  # else lines would hide small cells
         self.title.set_text(title)
 
     def centre(self, cell: int) -> tuple[list[float], list[float]]:
@@ -81,31 +74,32 @@ class PageTableExplorer(Explorer):
 
     def controls(self):
         return {
-            "budget": Slider("Budget", 256, low=16, high=1280, step=16, unit="MiB"),
+            "budget": Slider("Budget", 256, Steps(16, 1280, 16), unit="MiB"),
             "page_size": Slider("Page size", 2, choices=[0.5, 1, 2, 4, 8], unit="MiB"),
-            "r": Slider("r", 16, low=1, high=64),
+            "r": Slider("r", 16, Steps(1, 64)),
             "bits": Slider("Moments", 32, choices=[8, 32], unit="bits"),
-            "time": Slider("Time", 1.4, low=0.0, high=3.0, step=0.05, unit="steps"),
+            "time": Slider("Time", 1.4, Steps(0.0, 3.0, 0.05), unit="steps"),
         }
 
     @staticmethod
     def compute(state):
-        numels, page_size = adapter(LLAMA_7B, state["r"]), int(state["page_size"] * MIB)
-        count = state_pages(numels, state["bits"], page_size)
+        numels = trace.adapter(trace.LLAMA_7B, state["r"])
+        page_size = int(state["page_size"] * MIB)  # bytes
+        count = trace.state_pages(numels, state["bits"], page_size)
         frames = min(count, state["budget"] * MIB // page_size)
-        asked = [i % count for i in range(round(state["time"] * count))]
-        accesses, table = replay(asked, frames)
-        faults = faults_of_a_step(range(count), frames)
+        asked = [i % count for i in range(round(state["time"] * count))]  # pages in order, step after step
+        accesses, table = trace.replay(asked, frames)
+        faults = trace.faults_of_a_step(range(count), frames)
         return {
-            "bytes": state_bytes(numels, state["bits"]),
+            "bytes": trace.state_bytes(numels, state["bits"]),
             "pages": count,
             "frames": frames,
-            "asked": len(set(asked)),
+            "asked": len(set(asked)),  # pages that are no longer zero
             "last": accesses[-1] if accesses else None,
-            "table": table,
-            "faults": faults,
-            "moved": 2 * faults * page_size,  # each fault writes one page back and fetches one
-            "pageable": pageable_share(numels),
+            "table": table,  # page -> frame, least recently used first
+            "faults": faults,  # in each step after the first
+            "moved": 2 * faults * page_size,  # bytes: each fault writes one page back and fetches one
+            "pageable": trace.pageable_share(numels),  # in bitsandbytes
         }
 
     def draw(self):
@@ -135,20 +129,21 @@ class PageTableExplorer(Explorer):
         return fig, [*self.pages.artists, *self.frames.artists, *self.marks.values(), self.used]
 
     def update(self, result):
-        table, last = result["table"], result["last"]
+        table = result["table"]
+        last = result["last"]
         kinds = np.full(result["pages"], ZERO)
-        kinds[: result["asked"]] = FILE
+        kinds[: result["asked"]] = FILE  # unless a frame holds them
         kinds[list(table)] = FRAME
         now = {} if last is None else {FAULT if last.fault else HIT: last.page}
         if last is not None and last.evicted is not None:
             now[LEAVES] = last.evicted
         for kind, page in now.items():
-            kinds[page] = kind
+            kinds[page] = kind  # after FRAME, which it replaces
         self.pages.show(kinds, f"{_number(result['pages'], 'page')}, {len(table)} of them in frames")
         for kind, mark in self.marks.items():
             mark.set_data(*self.pages.centre(now[kind]) if kind in now else ([], []))
         ages = all_masked(result["frames"])
-        ages[list(table.values())] = 1 - np.linspace(0, 1, len(table))[::-1]  # one page alone is the last one
+        ages[list(table.values())] = 1 - np.linspace(0, 1, len(table))[::-1]  # a single page was used last
         self.frames.show(ages, _number(result["frames"], "frame"))
         self.used.set_data(*([], []) if last is None else self.frames.centre(last.frame))
 
@@ -163,8 +158,8 @@ class PageTableExplorer(Explorer):
             f"LLaMA-7B, r={state['r']}, moments of {state['bits']} bits: {result['bytes'] / MIB:.1f} MiB of state in "
             f"{_number(result['pages'], 'page')} of {state['page_size']:g} MiB, a budget of {state['budget']} MiB with "
             f"{_number(result['frames'], 'frame')}: in each step after the first {result['faults']} faults, unless "
-            f"fetched ahead, and {result['moved'] / MIB:g} MiB moved; at time {state['time']:g} {now}; peers can page "
-            f"{100 * result['pageable']:.0f} % of the state"
+            f"fetched ahead, and {result['moved'] / MIB:g} MiB moved; at time {state['time']:g} {now}; bitsandbytes "
+            f"can page {100 * result['pageable']:.0f} % of the state"
         )
 
 

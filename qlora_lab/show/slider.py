@@ -1,18 +1,19 @@
 """Named controls for notebooks: `Slider`, `Toggle` and `Button`.
 
-Enters: a name, a start value, the allowed values. Leaves: an ipywidgets widget whose `.value` can be observed.
+In: a name, a start value, the allowed values. Out: an ipywidgets widget whose `.value` can be observed.
 
-But: why not ipywidgets' own? Its sliders have no accessible name, and while any of its controls has the focus, typing
-"a" or "b" inserts cells in JupyterLab (measured). Here each control is a native HTML input: it has a name, the slider
-speaks its unit, and Lab's shortcuts are off on the input itself (on a wrapper the attribute has no effect).
+But: why not the sliders of ipywidgets? They have no accessible name, and while one of them has the focus, typing "a" or
+"b" inserts cells in JupyterLab (measured). Here each control is a native HTML input: it has a name, the slider speaks
+its unit, and Lab's shortcuts are off on the input itself (on a wrapper the attribute has no effect).
 
-A slider is a list of allowed values and a position in it; the browser moves the position only. So integers, floats,
-powers of two and words are one case, and no float is ever rounded on its way through JavaScript.
+A slider is a list of allowed values and a position in it, and the browser moves only the position. So integers, floats,
+powers of two and words are one case, and JavaScript never rounds a float.
 
 Not here: layout and drawing (explorer.py).
 """
 
 import math
+from typing import NamedTuple
 
 import anywidget
 import traitlets as T
@@ -20,22 +21,30 @@ import traitlets as T
 FOCUS = "outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px;"
 
 
-class Slider(anywidget.AnyWidget):
-    """A named slider over `choices`, or over `low` to `high` in steps of `step` (int or float).
+class Steps(NamedTuple):
+    """All values from `low` to `high` in steps of `step`, int or float."""
 
-    A start value between two steps becomes a step of its own: Slider("Offset", 0.9677083, low=0.9, high=1.0, step=0.01)
-    has the paper's exact value between 0.96 and 0.97.
+    low: float
+    high: float
+    step: float = 1
+
+
+class Slider(anywidget.AnyWidget):
+    """A named slider over `choices`, a list of values or Steps.
+
+    A start value between two steps becomes a step of its own: Slider("Offset", 0.9677083, Steps(0.9, 1.0, 0.01)) has
+    the paper's exact value between 0.96 and 0.97.
 
     >>> Slider("Block size", 64, choices=[16, 32, 64, 128], unit="weights")
     Slider('Block size', 64, unit='weights')
     """
 
-    description = T.Unicode().tag(sync=True)
+    description = T.Unicode().tag(sync=True)  # its accessible name
     unit = T.Unicode().tag(sync=True)
-    labels = T.List(T.Unicode()).tag(sync=True)
+    labels = T.List(T.Unicode()).tag(sync=True)  # what the browser shows for each choice
     position = T.Int().tag(sync=True)
-    value = T.Any()
-    value.allow_none = False  # Any ignores this argument, and would let None past the check below
+    value = T.Any()  # stays in Python
+    value.allow_none = False  # an argument of Any would be ignored, and None would pass the check below
 
     _esm = """
     export default { render({ model, el }) {
@@ -66,17 +75,19 @@ class Slider(anywidget.AnyWidget):
     .qlora-slider input:focus-visible {{ {FOCUS} }}
     """
 
-    def __init__(self, description, value, *, low=None, high=None, step=1, choices=None, unit=""):
-        if (choices is None) == (low is None or high is None):
-            raise TypeError(f"Slider {description!r}: give either choices=[...] or both low= and high=.")
-        self.choices = tuple(choices) if choices is not None else _steps(description, value, low, high, step)
-        self._rule = f"from {low} to {high} in steps of {step}" if choices is None else _listed(self.choices)
-        start = self._find(description, value)
-        labels = [f"{c:.7g}" if isinstance(c, float) else str(c) for c in self.choices]
+    def __init__(self, description, value, choices, unit=""):
+        if isinstance(choices, Steps):
+            self.choices = _grid(description, value, choices)
+            self._rule = f"from {choices.low} to {choices.high} in steps of {choices.step}"
+        else:
+            self.choices = tuple(choices)
+            self._rule = _listed(self.choices)
+        start = self._find(description, value)  # ValueError if it is not a choice
+        labels = [f"{c:.7g}" if isinstance(c, float) else str(c) for c in self.choices]  # float32 has 7 digits
         super().__init__(description=description, unit=unit, labels=labels, position=start, value=self.choices[start])
 
     def allowed(self, value, name=None):
-        """The choice equal to `value`; ValueError with the rule and the fix where there is none."""
+        """Return the choice equal to `value`. ValueError names the rule and the fix if there is none."""
         return self.choices[self._find(name or self.description, value)]
 
     def _find(self, name, value):
@@ -87,18 +98,18 @@ class Slider(anywidget.AnyWidget):
 
     @T.validate("position")
     def _clamp_position(self, proposal):
-        return min(max(proposal["value"], 0), len(self.labels) - 1)
+        return min(max(proposal["value"], 0), len(self.labels) - 1)  # a message of the browser is not trusted
 
     @T.validate("value")
     def _check_value(self, proposal):
         return self.allowed(proposal["value"])
 
     @T.observe("position")
-    def _position_moved(self, change):
+    def _position_moved(self, change):  # in the browser
         self.value = self.choices[change["new"]]
 
     @T.observe("value")
-    def _value_moved(self, change):
+    def _value_moved(self, change):  # in Python
         self.position = self._find(self.description, change["new"])
 
     def __repr__(self):
@@ -139,7 +150,7 @@ class Toggle(anywidget.AnyWidget):
         super().__init__(description=description, value=self.allowed(value, description))
 
     def allowed(self, value, name=None):
-        """`value` itself if it is a bool; ValueError with the rule and the fix otherwise."""
+        """Return `value` if it is a bool. ValueError names the rule and the fix if it is not."""
         if not isinstance(value, bool):
             raise ValueError(f"{name or self.description}={value!r} is not allowed: it is a switch. Use True or False.")
         return value
@@ -156,7 +167,7 @@ class Button(anywidget.AnyWidget):
     """
 
     description = T.Unicode().tag(sync=True)
-    clicks = T.Int(0).tag(sync=True)
+    clicks = T.Int(0).tag(sync=True)  # the browser counts
 
     _esm = """
     export default { render({ model, el }) {
@@ -182,31 +193,32 @@ class Button(anywidget.AnyWidget):
         return f"Button({self.description!r})"
 
 
-def _steps(name, value, low, high, step):
-    """The allowed values from `low` to `high`, with the start value among them."""
+def _grid(name, value, steps):
+    """List the values of `steps`, with the start value among them."""
+    low, high, step = steps
     if not (low < high and step > 0):
         raise ValueError(f"Slider {name!r}: low={low}, high={high}, step={step}: need low < high and step > 0.")
-    count = math.floor((high - low) / step + 1e-9) + 1
-    digits = 0 if isinstance(step, int) else max(0, 9 - math.floor(math.log10(step)))
+    count = math.floor((high - low) / step + 1e-9) + 1  # (0.3 - 0) / 0.1 is below 3
+    digits = 0 if isinstance(step, int) else max(0, 9 - math.floor(math.log10(step)))  # nine more than the step needs
     grid = [low + i * step if isinstance(step, int) else round(low + i * step, digits) for i in range(count)]
-    inside = isinstance(value, float) and low < value < high
-    return tuple(grid if not inside or any(_same(value, g) for g in grid) else sorted([*grid, value]))
+    extra = isinstance(value, float) and low < value < high and not any(_same(value, g) for g in grid)
+    return tuple(sorted([*grid, value]) if extra else grid)
 
 
 def _same(value, choice):
-    """Equality that forgives a float's last bits, and knows that True is not 1 and "4" is not 4."""
+    """Compare, forgiving the last bits of a float; True is not 1, and "4" is not 4."""
     if isinstance(choice, (bool, str)) or isinstance(value, (bool, str)):
         return type(value) is type(choice) and value == choice
     try:
         return math.isclose(value, choice, rel_tol=1e-9, abs_tol=1e-12)
-    except TypeError:
+    except TypeError:  # neither is a number
         return value == choice
 
 
 def _nearest(value, choices):
     try:
         return f"Nearest: {min(choices, key=lambda c: abs(c - value))!r}."
-    except TypeError:
+    except TypeError:  # no distance between words
         return f"Try {choices[0]!r}."
 
 

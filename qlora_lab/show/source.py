@@ -1,10 +1,10 @@
-"""A function's source, shown where the reader stands, so that the notebook stays thin and the code stays visible.
+"""Show a function's source where the reader stands, so that the notebook stays thin and the code stays visible.
 
-Enters: Python functions. Leaves: `show_source` -> an object Jupyter shows as highlighted code; `source_html` -> HTML
-for a widget; `called_functions` -> the library functions that a function calls, read from its syntax tree.
+In: Python functions. Out: `show_source` -> an object that Jupyter shows as highlighted code; `source_html` -> HTML for
+a widget; `called_functions` -> the library functions that a function calls, read from its syntax tree.
 
-`show_source` is Markdown, not HTML: Lab and code hosts highlight it in the reader's own theme, and what is stored and
-compared is the source alone, so a new release of pygments changes no notebook.
+`show_source` is Markdown, not HTML: Lab and code hosts highlight it in the reader's own theme, and a stored notebook
+holds the source alone, so a new release of pygments changes no notebook.
 
 Not here: explorers (explorer.py).
 """
@@ -21,7 +21,7 @@ from pygments.lexers import PythonLexer
 
 from qlora_lab.show.escape import fenced
 
-_LIBRARY = __name__.split(".")[0]
+_LIBRARY = __name__.split(".")[0]  # qlora_lab
 
 
 class Source:
@@ -38,27 +38,28 @@ class Source:
 
 
 def show_source(*functions):
-    """Show the source of each function, under the name of the file it lives in.
+    """Show the source of each function, under the name of its file.
 
-    Raises TypeError for what has no Python source (a builtin, a C function), naming it.
+    Raises TypeError for a function without Python source (a builtin, a C function), and names it.
     """
     return Source("\n\n\n".join(_source(f) for f in functions))
 
 
 def source_html(*functions):
-    """The same as HTML with inline styles on a white panel, readable in both of Lab's themes."""
+    """Return the same as HTML with inline styles on a white panel, legible in both of Lab's themes."""
     code = "\n\n\n".join(_source(f) for f in functions)
-    style = "padding:8px;overflow-x:auto;background:#fff;color:#111"
+    style = "padding:8px;overflow-x:auto;background:#fff;color:#111"  # pygments' colours are for white
     return highlight(code, PythonLexer(), HtmlFormatter(noclasses=True, nobackground=True, prestyles=style))
 
 
 def called_functions(function):
-    """Functions of this library that `function` calls by name, in order of appearance, each once."""
+    """List the functions of this library that `function` calls by name, in order of appearance, each once."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     names = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    names.sort(key=lambda n: (n.lineno, n.col_offset))
-    found = [_resolve(n, function.__globals__) for n in names]
-    return list(dict.fromkeys(f for f in found if isinstance(f, FunctionType) and _in_library(f) and f is not function))
+    names.sort(key=lambda n: (n.lineno, n.col_offset))  # ast.walk goes level by level
+    called = [_resolve(n, function.__globals__) for n in names]
+    called = [f for f in called if isinstance(f, FunctionType) and _in_library(f) and f is not function]
+    return list(dict.fromkeys(called))
 
 
 def _in_library(function):
@@ -66,7 +67,7 @@ def _in_library(function):
 
 
 def _resolve(node, names):
-    """What `a` or `a.b.c` stands for, or None."""
+    """Return the object that `a` or `a.b.c` names, or None."""
     if isinstance(node, ast.Attribute):
         return getattr(_resolve(node.value, names), node.attr, None)
     return names.get(node.id) if isinstance(node, ast.Name) else None
@@ -81,6 +82,6 @@ def _source(function):
 
 
 def details_html(summary, body):
-    """A native disclosure: keyboard and screen reader know it, and Lab's shortcuts are off on its handle."""
+    """Make a native disclosure: keyboard and screen reader know it, and Lab's shortcuts are off on its handle."""
     handle = f'<summary data-lm-suppress-shortcuts="true" style="cursor:pointer">{html.escape(summary)}</summary>'
     return f"<details>{handle}{body}</details>"

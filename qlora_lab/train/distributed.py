@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qlora_lab.kernels.packed_weight import PackedWeight
 from qlora_lab.model.linear4bit import Linear4bit
-from qlora_lab.quant.quantize import Plain, QuantizedTensor
+from qlora_lab.quant.quantize import QuantizedTensor
 
 WAIT = timedelta(minutes=30)  # for another process: one may be testing the model while the others wait
 LATE = timedelta(seconds=20)  # for all to end a run, which they do at once; who is later has failed
@@ -124,13 +125,13 @@ class _Gathered(QuantizedTensor):
     """A weight whose `packed` is memory that FSDP2 fills before a layer runs, and takes back after it."""
 
     @property
-    def plain(self) -> Plain:
+    def plain(self) -> PackedWeight:
         # Never kept, as the memory moves. And another tensor over it: numpy, through which kernels on the CPU read,
         # forbids for good that the tensor which it was given changes its size.
         packed = self.packed.detach()
         packed = torch.from_dlpack(packed) if packed.device.type == "cpu" else packed
         constants = self.constants.plain if self.double_quant else self.constants
-        return Plain((packed, constants, self.levels, self.block_size))
+        return PackedWeight(packed, constants, self.levels, self.block_size)
 
 
 class _Linear4bitShard(Linear4bit):

@@ -7,6 +7,7 @@ Not here: whether the run may go on (run_record.py), tensors (checkpoint.py).
 
 from pathlib import Path
 
+from qlora_lab.files.checksums import log_sha256
 from qlora_lab.files.strict_json import (
     NUMBER,
     OBJECT,
@@ -51,8 +52,16 @@ PARTS = {
 }
 
 
+def read_saved_log(path: Path, steps: int, facts: dict) -> list[dict]:
+    """The first `steps` lines of a log, which must be those that the checkpoint with `facts` was saved with."""
+    lines = read_log(path, steps)
+    if "log_sha256" in facts and facts["log_sha256"] != log_sha256(path, steps):  # earlier versions noted none
+        raise ValueError(f"{path} is not what step {steps} was saved with: restore it, or start anew")
+    return lines
+
+
 def read_log(path: Path, steps: int) -> list[dict]:
-    """The first `steps` lines of a log; those behind them are not read."""
+    """The first `steps` lines of a log; later lines are not read."""
     check_regular(path)
     lines = []
     with path.open("rb") as file:

@@ -14,6 +14,7 @@ adapter of its own. So if it was killed, and there are no settings, it has never
 back (restore_earlier).
 """
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,11 +23,20 @@ from pathlib import Path
 
 from qlora_lab.adapters.peft_format import CONFIG, WEIGHTS
 from qlora_lab.files import disk
-from qlora_lab.files.checksums import SUMS
+from qlora_lab.files.checksums import SUMS, replace_sums
 from qlora_lab.files.lock import locked_folder, reserved
 from qlora_lab.files.out_path import out_folder, resolved
 from qlora_lab.files.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object, scratch_name
-from qlora_lab.train.checkpoint import BEST, CHECKPOINT_FILES, FOLDER, saved_steps, step_folders
+from qlora_lab.files.replace import replacing_file
+from qlora_lab.train.checkpoint import (
+    BEST,
+    CHECKPOINT_FILES,
+    FOLDER,
+    forget,
+    restore_best,
+    saved_steps,
+    step_folders,
+)
 
 LOG, RECORD, RESULT, ADAPTER = "log.jsonl", "settings.json", "result.json", "adapter"
 RUN_FILES = (RECORD, ADAPTER, BEST, FOLDER, LOG, RESULT, SUMS)
@@ -196,6 +206,37 @@ def _parts(folder: Path) -> list[Path]:
     """What a run has written: its files and folders, and each checkpoint for itself. Its settings come first."""
     parts = [folder / name for name in RUN_FILES if name != FOLDER]
     return [path for path in parts if path.exists()] + step_folders(folder)
+
+
+# ------------------------------------------------------------------------------------------------ a run begins and ends
+
+
+def rewind(folder: Path, lines: list[dict], record: dict, keep: int) -> None:
+    """Make the folder that of a run which made the steps of `lines` and no more; write `record`."""
+    step = len(lines)
+    steps = saved_steps(folder)
+    if step:
+        restore_best(folder, step, folder / BEST)
+    # Newer checkpoints would outlive the log that belongs to them. A kill within a save leaves one too many.
+    newer = [saved for saved in steps if saved > step]
+    forget(folder, newer + [saved for saved in steps if saved <= step][:-keep])
+    disk.remove(folder / SUMS)  # of what is replaced now
+    with replacing_file(folder / LOG) as new:  # without steps after the checkpoint, or half a line
+        disk.write_text(new, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+    with replacing_file(folder / RECORD) as new:
+        disk.write_text(new, json.dumps(record, indent=2) + "\n")
+    disk.remove(folder / RESULT)
+    replace_sums(folder, [RECORD])
+
+
+def write_result(folder: Path, result: dict) -> None:
+    """Write the last file of a run, which says that the run is complete, and checksums of all the run made."""
+    content = (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
+    files = [folder / name / file for name in (ADAPTER, BEST) for file in WEIGHTS_FILES]
+    made = [path.relative_to(folder).as_posix() for path in files if path.is_file()]
+    replace_sums(folder, [RECORD, LOG, *made], {RESULT: content})
+    with replacing_file(folder / RESULT) as new:
+        disk.write_bytes(new, content)
 
 
 # ------------------------------------------------------------------------------------------------------- after a kill

@@ -6,6 +6,7 @@ Not here: the run's state (checkpoint.py), what else its bits follow from (ident
 
 import hashlib
 import json
+import warnings
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from qlora_lab.data.dataset import Encoded, EncodeReport
 from qlora_lab.files.strict_json import TEXT, or_null, read_json
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.train.distributed import from_process_0, together
-from qlora_lab.train.identity import base_checksum
+from qlora_lab.train.identity import adopt_arithmetic, arithmetic, base_checksum, for_comparison, is_known
 from qlora_lab.train.run_folder import RECORD
 from qlora_lab.train.settings import FREE, Settings
 
@@ -81,6 +82,33 @@ def record(
 def comparable(record: dict) -> dict:
     """What must be the same when a run is resumed."""
     return {name: value for name, value in json.loads(json.dumps(record)).items() if name not in FREE}
+
+
+def check_same_run(folder: Path, facts: dict, record: dict, encoded: list[Encoded], early_checksum: str) -> None:
+    """Raise ValueError, with each difference, unless `record` and `encoded` are those of the run that saved `facts`."""
+    now = comparable(record)
+    if not is_known(facts["arithmetic"]):  # an earlier version, whose checksum did not cover all of the base
+        now |= {"base_sha256": early_checksum}
+    if lines := obstacles(comparable(facts["run"]), now, encoded):
+        raise ValueError(
+            f"{folder} holds another run, so it cannot be resumed: {'; '.join(lines)}. "
+            "Ask for what it was begun with, or choose another folder"
+        )
+
+
+def adopt_saved(model: torch.nn.Module, saved: dict, folder: Path, other_arithmetic: bool) -> None:
+    """Compute as the run did so far. Raises ValueError where that cannot be, unless `other_arithmetic` accepts it."""
+    adopt_arithmetic(model, saved)
+    if not is_known(saved):
+        told = "was begun by an earlier version, which noted neither versions nor threads nor all of the base"
+        warnings.warn(f"{folder} {told}: whether they are the same is not known", stacklevel=2)
+        return
+    lines = differences(for_comparison(saved), for_comparison(arithmetic(model)))
+    if lines and not other_arithmetic:
+        raise ValueError(
+            f"{folder} was begun with other arithmetic, so its last bits would differ: {'; '.join(lines)}. "
+            "Go on all the same with other_arithmetic=True (--other-arithmetic on the command line)"
+        )
 
 
 def obstacles(saved: dict, now: dict, encoded: list[Encoded]) -> list[str]:

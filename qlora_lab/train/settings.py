@@ -1,7 +1,8 @@
-"""What a run is asked to do, and the learning rate that follows from it.
+"""Define the settings of a run, and the learning rate that follows from them.
 
-In: numbers and names of the user's. Out: one frozen Settings; every field decides the result but those in FREE.
+In: numbers and names from the user. Out: one frozen Settings; every field affects the result except those in FREE.
 Source: QLoRA section 4 and appendix B for rate, clipping and schedule.
+Not here: the options of model, adapter, data and output (run_options.py).
 """
 
 import math
@@ -11,38 +12,51 @@ from reprlib import repr as short
 
 from qlora_lab.data.examples import Example
 from qlora_lab.quant.numbers import MOST, MOST_BYTES, check_number, check_seed, check_whole
+from qlora_lab.train.run_options import documented, option
 
 SCHEDULES = ("constant", "cosine")
-# May differ when a run is resumed: they change no bit of it. notes: of the data, whose checksum is compared; arithmetic
-# is compared by itself (identity.py).
+# These may differ when a run is resumed, because they change no bit of it. notes: describe the data, whose checksum is
+# compared; arithmetic is compared on its own (identity.py).
 FREE = ("save_every", "keep", "optimizer_budget", "gradient_checkpointing", "notes", "arithmetic")
 
 
+@documented
 @dataclass(frozen=True)
 class Settings:
-    """What a run is asked to do; each default with its reason. Raises ValueError for a value that is not allowed."""
+    """The settings of a run. Raises ValueError for a value that is not allowed."""
 
-    steps: int = 60  # four to seven minutes for SmolLM2-135M on two cores
-    batch_size: int = 8  # examples a step, however they are cut into rows and shared by processes
-    micro_batch_size: int | None = None  # rows at once; fewer need less memory for the same step. None: all
-    lr: float = 2e-4  # the paper's, for 7B and 13B
-    schedule: str = "constant"  # the paper's; cosine falls to 0 at the last step
-    warmup_steps: int = 0  # in which the rate rises from lr / (warmup_steps + 1) to lr
-    clip: float = 0.3  # the paper's largest gradient norm
-    max_length: int = 256  # tokens; longer examples are left out, and counted: memory follows the longest
-    packing: bool = False  # several examples in one row of max_length tokens: less padding, the same loss; the model
-    #                        is asked first whether it keeps them apart (packed_rows.py)
-    group_by_length: bool = False  # batches of examples that are alike in length: less padding, other batches
-    gradient_checkpointing: bool = False  # keep one activation a layer and compute the others again: less memory
-    shard: bool = False  # base weights spread over the processes, not whole on each: less memory, more traffic
-    optimizer_bits: int = 32  # of each moment of AdamW; 8: a quarter of the memory
-    optimizer_budget: int | None = None  # bytes of the optimizer's state in memory, the rest is paged; a checkpoint
-    #                                      takes all of it into memory for a moment. None: all, always
-    eval_every: int = 0  # steps between evaluations on held-out examples. 0: none
-    patience: int = 0  # evaluations in a row without a new best after which a run stops. 0: it never does
-    save_every: int = 50  # steps between checkpoints. 0: only when interrupted
-    keep: int = 2  # checkpoints, the newest; two, so that one is left should the other be damaged
-    seed: int = 0
+    steps: int = option(60, "optimizer steps", "steps")  # four to seven minutes for SmolLM2-135M on two cores
+    # however they are cut into rows and shared by processes
+    batch_size: int = option(8, "examples per step", "examples")
+    micro_batch_size: int | None = option(
+        None, "rows computed at once; fewer need less memory for the same step (default: all)", "rows"
+    )
+    lr: float = option(2e-4, "learning rate of AdamW")  # the paper's, for 7B and 13B
+    # constant is the paper's; cosine falls to 0 at the last step
+    schedule: str = option("constant", "schedule of the learning rate: constant or cosine")
+    warmup_steps: int = option(0, "steps of linear warm-up", "steps")  # from lr / (warmup_steps + 1) to lr
+    clip: float = option(0.3, "largest gradient norm; longer gradients are scaled down")  # the paper's
+    # memory follows the longest example, so there is a limit; those left out are counted
+    max_length: int = option(256, "tokens per row; longer examples are left out", "tokens")
+    # The model is asked first whether it keeps the examples apart (packed_rows.py).
+    packing: bool = option(False, "put several examples into each row: less padding, the same loss")
+    group_by_length: bool = option(False, "batch examples of similar length: less padding, but different batches")
+    # one activation a layer is kept; the price is one more forward pass
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    # each process keeps a part of the base weights: more traffic
+    shard: bool = option(False, "under torchrun, spread the base weights over all processes to save memory")
+    # with 8 bits, a quarter of the memory
+    optimizer_bits: int = option(32, "bits of each of AdamW's two moments: 32 or 8", "bits")
+    # A checkpoint takes the whole state into memory for a moment.
+    optimizer_budget: int | None = option(
+        None, "AdamW state kept in memory, such as 64MiB; the rest is paged out (default: all of it)", "bytes"
+    )
+    eval_every: int = option(0, "evaluate on held-out examples every N steps; 0: never")
+    patience: int = option(0, "stop after N evaluations without improvement; 0: never")
+    save_every: int = option(50, "save a checkpoint every N steps; 0: only when interrupted")
+    # two, so that one is left if the other is damaged
+    keep: int = option(2, "number of checkpoints to keep")
+    seed: int = option(0, "seed of the adapters and of the order of the data")
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "max_length", "keep"):
@@ -61,23 +75,25 @@ class Settings:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={short(self.schedule)} is not known: choose {' or '.join(SCHEDULES)}")
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} leaves no step of {self.steps} at the full rate")
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} leaves no step of {self.steps} at the full rate: lower it"
+            )
         if self.optimizer_bits not in (32, 8):
-            raise ValueError(f"optimizer_bits={short(self.optimizer_bits)} is not allowed: moments have 32 or 8")
+            raise ValueError(f"optimizer_bits={short(self.optimizer_bits)} is not allowed: moments have 32 or 8 bits")
         if self.patience and not self.eval_every:
             raise ValueError(f"patience={self.patience} needs evaluations: set eval_every as well")
         if self.packing and self.group_by_length:
-            raise ValueError("packing and group_by_length both save padding, and exclude each other: choose one")
+            raise ValueError("packing and group_by_length exclude each other, because both save padding: choose one")
 
 
 def check_held_out(settings: Settings, examples: Sequence[Example]) -> None:
-    """Raise ValueError if evaluations are asked for and there is nothing to evaluate on."""
+    """Raise ValueError if a run is to be evaluated but has no held-out examples."""
     if settings.eval_every and not examples:
         raise ValueError(f"eval_every={settings.eval_every} needs held-out examples: there are none")
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """The rate of a step, which counts from 1.
+    """Return the learning rate of a step; the first step is 1.
 
     >>> cosine = Settings(steps=9, lr=1.0, schedule="cosine", warmup_steps=1)
     >>> [round(learning_rate(cosine, step), 2) for step in (1, 2, 6, 9)]

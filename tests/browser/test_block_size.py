@@ -3,7 +3,7 @@
 import nbformat
 
 CELLS = [
-    "import numpy as np\nimport qlora_lab as ql\nfrom qlora_lab.quant.plan import Candidate, Choices",
+    "import numpy as np\nimport qlora_lab as ql\nfrom qlora_lab.measure.best_plan import Candidate, Choices",
     """parts = {"q": 9, "k": 3, "v": 3, "o": 9, "gate": 24, "up": 24, "down": 24}
 layers = tuple(f"model.layers.{i}.mlp.{part}_proj" for i in range(30) for part in parts)
 numel = np.array(30 * list(parts.values())) * 2**12

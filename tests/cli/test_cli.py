@@ -114,7 +114,7 @@ def test_sizes(text, size):
 def test_a_size_that_is_none_is_a_mistake(capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["finetune", "--optimizer-budget", "much"])
-    assert exit_.value.code == 2 and "'much' is not a size: write bytes" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "'much' is not a size: give bytes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["finetune", "--data", "DATA", "--model", "MODEL", "--test-data", ""], "no data file at ."),
         (["generate", "caf\udce9", "--model", "MODEL"], r"the turn of user holds '\udce9', half of a surrogate pair"),
         (["block-size", "MODEL", "--bits", "4.03", "--out", "p.json"], "too small: the smallest plan takes 4.08"),
-        (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is no UTF-8 text"),
+        (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is not UTF-8 text"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "p.json", "--codebooks", "nf9"], "'nf9' is not known"),
-        (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is no folder that the plan can be"),
-        (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is no file: name one for the plan"),
+        (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is not a folder that can be written to"),
+        (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is a folder, but a plan is a file: name a file"),
         (["quantize", "nowhere", "--out", "small", "--plan", "EMPTY"], "empty.jsonl is not a plan, or is cut off"),
         (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
     ],

@@ -7,9 +7,9 @@ import pytest
 import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.cli import options
+from qlora_lab.measure.best_plan import check_limits
 from qlora_lab.memory.setup import Setup
 from qlora_lab.model import fetch, load as models
-from qlora_lab.quant.plan import check_limits
 from qlora_lab.train.settings import Settings
 
 ABSURD = ["nan", "inf", "-inf", "-1", "0", "1e400", str(10**30), "", " ", "１２", "1_000", "9" * 5000, "x\x1b[2J"]
@@ -21,7 +21,7 @@ CHOICES = {"codebook", "codebooks", "schedule", "method", "dtype", "adapter_dtyp
 CHOICES |= {"sass", "ptx", "rungs"}
 # Names, texts and paths: free, as long as nothing is there that they would have to fit.
 FREE = {"model", "question", "data", "test_data", "out", "text", "plan", "adapter", "folder", "notebook", "targets"}
-SWITCHES = (argparse._StoreTrueAction, argparse._HelpAction, argparse._VersionAction)
+SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse._HelpAction, argparse._VersionAction)
 NUMERIC = (options.whole, options.number, options.size, options.levels)
 
 
@@ -41,7 +41,7 @@ WITH_CHOICES = [(name, action) for name, action in ALL if action.dest in CHOICES
 
 @pytest.mark.parametrize("command, action", ALL, ids=lambda value: getattr(value, "dest", value))
 def test_every_option_is_of_a_kind_that_is_tested_here(command, action):
-    assert action.type in (None, *NUMERIC), "numbers are read by qlora_lab/options.py, strictly"
+    assert action.type in (None, *NUMERIC), "numbers are read by qlora_lab/cli/options.py, strictly"
     assert action.type or action.dest in CHOICES | FREE or action.choices, "is it a choice, or free?"
 
 

@@ -51,7 +51,7 @@ def test_a_config_is_enough(capsys, tmp_path):
     [
         (["--gpu", "0"], {}, "gpu_gb=0.0 is not allowed: it is the memory of a card, above 0 GB"),
         ([], {"hidden_size": None}, "config.json has hidden_size=None"),
-        ([], {"model_type": "gpt2"}, "architecture 'gpt2', whose layers are not known here: llama, mistral, qwen2"),
+        ([], {"model_type": "gpt2"}, "'gpt2', whose layers are unknown here: choose from llama, mistral, qwen2"),
         (["--method", "magic"], {}, "method='magic' is not known"),
         (["--targets", "nosuch"], {}, "targets ['nosuch']: choose 'all-linear' or from"),
     ],
@@ -65,4 +65,4 @@ def test_a_mistake_is_one_line_and_code_2(capsys, tmp_path, options, config, mes
 
 def test_an_unknown_name_lists_the_known(capsys):
     code, _, err = run(capsys, "nosuch")
-    assert code == 2 and "known are smollm2-135m, llama-7b" in err
+    assert code == 2 and "choose one of smollm2-135m, llama-7b" in err

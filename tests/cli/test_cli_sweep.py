@@ -105,12 +105,12 @@ def test_an_interrupt_says_what_is_kept(capsys, tmp_path, model, monkeypatch):
         (["--text", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
         (["--text", ""], "is a folder, but a regular file is read here"),
         (["--text", "EMPTY"], "the text has 0 tokens, fewer than 2 windows of 10"),
-        (["--text", "LATIN"], "is no UTF-8 text (unexpected end of data at byte 3): save it as UTF-8"),
+        (["--text", "LATIN"], "is not UTF-8 text (unexpected end of data at byte 3): save it as UTF-8"),
         (["--levels", "mine=-1,0,0,1"], "mine: level 2, 0, is repeated: sort the levels"),
         (["--levels", "mine=1"], "mine: 1 levels are given: a codebook has 2 to 256"),
         (["--levels", "nf4=-1,0,1"], "under the name 'nf4', which stands for others"),
-        (["--levels", "a=-1,1", "--levels", "a=-1,0"], "two tables have one name"),
-        ([], "line 1 is no row of a sweep"),
+        (["--levels", "a=-1,1", "--levels", "a=-1,0"], "two codebooks have the same name"),
+        ([], "line 1 is not a row of a sweep"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(capsys, tmp_path, model, options, message):
@@ -128,7 +128,7 @@ def test_a_mistake_is_one_line_and_code_2(capsys, tmp_path, model, options, mess
 def test_levels_that_cannot_be_read(capsys, levels):
     with pytest.raises(SystemExit) as stop:
         cli.main(["sweep", "model", "--out", "rows.jsonl", "--levels", levels])
-    assert stop.value.code == 2 and "is not a table: write NAME=V1,V2,... such as mine=" in capsys.readouterr().err
+    assert stop.value.code == 2 and "is not a codebook: give NAME=V1,V2,... such as mine=" in capsys.readouterr().err
 
 
 def test_help_shows_an_example(capsys):

@@ -67,7 +67,7 @@ def test_grouped_batches_are_alike_inside_and_shuffled_outside():
 
 
 def test_lengths_must_be_as_many_as_examples():
-    with pytest.raises(ValueError, match="2 lengths for 3 examples: one each is needed"):
+    with pytest.raises(ValueError, match="2 lengths for 3 examples: give one for each"):
         Batches(3, 1, seed=0, lengths=[1, 2])
 
 

@@ -21,8 +21,8 @@ from qlora_lab.data.dataset import (
     prompt_ids,
     show_labels,
 )
-from qlora_lab.data.encode import Notes
 from qlora_lab.data.examples import Example, to_example
+from qlora_lab.data.labels import Notes
 
 QUESTION = ("user", "Add 2 and 2.")
 EXAMPLE = Example((QUESTION, ("assistant", "The sum is 4.")))
@@ -228,7 +228,7 @@ def test_turns_without_an_end_of_their_own_are_refused(tokenizer):
 
 def test_a_tokenizer_that_does_not_say_where_its_tokens_are_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    with pytest.raises(ValueError, match="does not say where in a text its tokens are: use a fast one"):
+    with pytest.raises(ValueError, match="does not say where its tokens stand in a text: use a fast one"):
         encode(EXAMPLE, tokenizer)
 
 
@@ -353,7 +353,9 @@ def test_examples_that_are_too_long_are_left_out_and_counted(tokenizer):
     assert report.longest == len(encode(long, tokenizer).input_ids)
     assert report.tokens == 2 * len(short.input_ids)
     assert report.learned_tokens == 2 * sum(label != IGNORED for label in short.labels)
-    with pytest.raises(ValueError, match="no example has at most 3 tokens: allow [0-9]+, which the shortest has"):
+    with pytest.raises(
+        ValueError, match="no example has at most 3 tokens: allow at least [0-9]+, the length of the shortest"
+    ):
         encode_all([EXAMPLE], tokenizer, max_length=3)
 
 

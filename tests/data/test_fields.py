@@ -90,7 +90,7 @@ def test_a_greeting_is_no_answer_also_behind_a_system_text():
         ({"conversations": TURNS, "tools": '[{"name": "f"}]'}, "the record has 'tools', but tool calls cannot"),
         (ALPACA | {"images": ["a.png"]}, "the record has 'images', but images, sound and video cannot"),
         (ALPACA | {"rejected": "5"}, "the record has 'rejected', but preferences cannot"),
-        (ALPACA | {"weight": 0.5}, "the record has 'weight': 0.5, but all count alike"),
+        (ALPACA | {"weight": 0.5}, "the record has 'weight': 0.5, but all records count alike"),
         (ALPACA | {"history": "a"}, "'history' must be a list of .question, answer. pairs"),
         (ALPACA | {"history": [["a"]]}, "'history' must be a list of .question, answer. pairs"),
         (ALPACA | {"history": [["a", None]]}, "'history' must be a text, found null"),
@@ -99,9 +99,9 @@ def test_a_greeting_is_no_answer_also_behind_a_system_text():
         (ALPACA | {"input": 0}, "'input' must be a text, found 0"),  # of which the question may be
         (ALPACA | {"input": False}, "'input' must be a text, found false"),
         (ALPACA | {"history": 0}, "'history' must be a list of .question, answer. pairs"),
-        (ALPACA | {"train": False}, "the record has 'train': False, but all count alike"),
-        (ALPACA | {"training": 0}, "the record has 'training': 0, but all count alike"),
-        ({"conversations": TURNS, "loss": False}, "the record has 'loss': False, but all count alike"),
+        (ALPACA | {"train": False}, "the record has 'train': False, but all records count alike"),
+        (ALPACA | {"training": 0}, "the record has 'training': 0, but all records count alike"),
+        ({"conversations": TURNS, "loss": False}, "the record has 'loss': False, but all records count alike"),
         (
             chat(("user", "a"), ("function_call", "f()"), ("assistant", "b")),
             "a turn of 'function_call' belongs to",

@@ -11,8 +11,8 @@ from transformers.utils import chat_template_utils
 
 from qlora_lab.data.chat_template import GENERATION, PLAIN_TEMPLATE, ChatTemplate
 from qlora_lab.data.dataset import encode_all
-from qlora_lab.data.encode import IGNORED, Encoded, Notes, encode, end_token_id, prompt_ids
 from qlora_lab.data.examples import Example
+from qlora_lab.data.labels import IGNORED, Encoded, Notes, encode, end_token_id, prompt_ids
 from tests.data.chat_templates import CASES, CONVERSATIONS, LLAMA_2, ONE, QUESTION, SEVERAL, THOUGHTS, tokenizer_of
 from tools.templates_page import COMMAND, PAGE, page
 

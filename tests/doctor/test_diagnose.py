@@ -9,8 +9,8 @@ import torch
 import qlora_lab as ql
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.data.dataset import IGNORED, Encoded, EncodeReport, collate, encode_all, pad_token_id
-from qlora_lab.data.encode import Notes
 from qlora_lab.data.examples import Example
+from qlora_lab.data.labels import Notes
 from qlora_lab.doctor import checks as doctor_checks, diagnose as doctor
 from qlora_lab.doctor.checks import (
     THREADS,
@@ -66,7 +66,7 @@ def test_a_sound_run_is_fine(model, tokenizer):
     assert report.ok and not report.skipped and {f.status for f in report.findings} == {"ok"}
     assert sorted(f.name for f in report.findings) == sorted(THREADS)
     lines = str(report).splitlines()
-    assert lines[0].startswith("ok       end token in labels: <|im_end|> in 12 of 12 examples; it is the pad token as")
+    assert lines[0].startswith("ok       end token in labels: <|im_end|> in 12 of 12 examples; it is also the pad")
     assert all(line[:9].strip() in ("ok", "") for line in lines) and "https://" not in str(report)
     assert "".join(text for text, learned in report.labels if learned).startswith("two")
 
@@ -201,10 +201,10 @@ def test_what_records_ask_for_is_counted(tmp_path):
     path.write_text("\n".join(map(json.dumps, [chat, alpaca, chat])))
     found = asked_for(ql.load_data(path))
     assert found.status == "ok" and found.message == (
-        "3 examples with the turns 1 system, 5 user, 5 assistant; 2 of the answers shown and not learned, as "
+        "3 examples with the turns 1 system, 5 user, 5 assistant; 2 answers are shown but not learned, as "
         "their records ask; fields not used: id (3), source (1)"
     )
-    assert asked_for([]).message == "not seen: the data came as tokens"
+    assert asked_for([]).message == "not checked: the data came as tokens"
 
 
 def test_texts_that_the_template_does_not_show_as_they_are(model, tokenizer):
@@ -214,8 +214,8 @@ def test_texts_that_the_template_does_not_show_as_they_are(model, tokenizer):
     (found,) = [f for f in report.findings if f.name == doctor_checks.TEXTS]
     assert report.ok and found.status == "warning"
     assert found.message == (
-        "in 4 examples: a control token is spelt 2 times in texts, and encoded as text: if it was to divide turns, "
-        "write turns; 1 answer is empty: the model learns to say nothing; leave such records out"
+        "in 4 examples: a control token is spelt 2 times in texts, and encoded as text: if it should separate turns, "
+        "write turns instead; 1 answer is empty: the model learns to say nothing; leave such records out"
     )
     hidden = texts(Notes(hidden=2, shortened=1), 9)
     assert hidden.status == "warning" and hidden.message.startswith("in 9 examples: 2 earlier answers are not shown")
@@ -242,10 +242,11 @@ def test_a_pad_token_without_an_embedding_stops_no_step(model, tokenizer):
 
 def test_of_tokens_no_text_is_seen(model, tokenizer, encoded):
     """They may be of another library's making, which takes no notes."""
-    for notes, message in ((Notes(), "not seen: the data came as tokens"), (Notes(empty=1), "in 12 examples: 12 ans")):
+    unchecked = "not checked: the data came as tokens"
+    for notes, message in ((Notes(), unchecked), (Notes(empty=1), "in 12 examples: 12 ans")):
         data = [replace(one, notes=notes) for one in encoded]
         findings = {found.name: found for found in diagnose(model, tokenizer, data, progress=False).findings}
-        assert findings[doctor_checks.ASKED].message == "not seen: the data came as tokens"
+        assert findings[doctor_checks.ASKED].message == unchecked
         assert findings[doctor_checks.TEXTS].message.startswith(message)
 
 
@@ -272,7 +273,7 @@ def test_rows_and_positions(tokenizer, encoded):
     model = add_lora(tiny("OPT", vocab_size=280, max_position_embeddings=20), r=2)
     report = diagnose(model, tokenizer, encoded, progress=False)
     (found,) = [f for f in report.findings if f.name == doctor_checks.POSITIONS]
-    reason = f"an example has {longest} tokens, but OPTForCausalLM stores 20 positions: take a lower max_length"
+    reason = f"an example has {longest} tokens, but OPTForCausalLM stores 20 positions: set a lower max_length"
     assert (found.status, found.message) == ("problem", reason) and report.skipped[0] == "finite values"
 
 
@@ -281,7 +282,7 @@ def test_packed_rows(tokenizer, packing, status):
     """Where packing is not asked for, it is still told whether it may be."""
     sound, leaking = (add_lora(tiny(family, vocab_size=280), r=2) for family in ("Qwen2", "OPT"))
     words = {sound: "examples in one row stay apart: packing may be used"}
-    words[leaking] = "packing must be left off: an example reads its neighbour in the row"
+    words[leaking] = "leave packing off: an example reads its neighbour in the row"
     for model, message in words.items():
         report = diagnose(model, tokenizer, DATA, packing=packing, progress=False)
         (found,) = [f for f in report.findings if f.name == doctor_checks.PACKED]
@@ -408,7 +409,7 @@ def test_trained_share(model):
     assert f"would say {policy.trained / policy.stored:.2%}" in found.message
     model.model.norm.weight.requires_grad_(True)
     found = trained_share(dtype_policy(model))
-    assert found.status == "warning" and "16 of them are no adapter's" in found.message
+    assert found.status == "warning" and "16 of them are outside the adapters" in found.message
 
 
 @pytest.mark.parametrize(
@@ -418,7 +419,7 @@ def test_trained_share(model):
         (900 * 2**20, "ok", "900 MiB are free"),
         (520 * 2**20, "warning", "520 MiB are free, which is tight"),
         (300 * 2**20, "problem", "switch gradient checkpointing on"),
-        (90 * 2**20, "problem", "take fewer examples at once, shorter ones, or 8-bit moments"),
+        (90 * 2**20, "problem", "use fewer or shorter examples at once, or 8-bit moments"),
     ],
 )
 def test_memory(model, free, status, words):

@@ -15,7 +15,7 @@ import qlora_lab as ql
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.adapters.peft_format import load_adapter, save_adapter
 from qlora_lab.files import disk, tensor_file
-from qlora_lab.files.replace import replacing_folder
+from qlora_lab.files.replace import replace_bytes, replace_text, replacing_folder
 from qlora_lab.files.tensor_file import save_tensors
 from tests.faults import disk_faults
 
@@ -30,7 +30,7 @@ EXCEPTIONS = {
     ("gpu_code/aot.py", "TemporaryDirectory"): "what a compiler leaves, in the system's temporary folder",
     ("gpu_code/aot.py", "write_bytes"): "the same",
     ("gpu_code/aot.py", "open"): "the same",
-    ("quant/plan.py", "open"): "/dev/null",
+    ("measure/best_plan.py", "open"): "/dev/null",
     ("model/fetch.py", "open"): "what pip says, in scratch",
     ("files/tensor_file.py", "save_file"): "the home of this one",
     ("memory/measured.py", "write_text"): "/proc",
@@ -239,3 +239,12 @@ def test_every_fault_of_save_adapter_leaves_the_old_one_or_the_new(tmp_path, tin
 
 def _bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_file_is_replaced_whole_through_a_link(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    replace_text(tmp_path / "link.txt", "größer")
+    assert (tmp_path / "real.txt").read_text("utf-8") == "größer" and (tmp_path / "link.txt").is_symlink()
+    replace_bytes(tmp_path / "link.txt", b"\xff")
+    assert (tmp_path / "real.txt").read_bytes() == b"\xff" and len(list(tmp_path.iterdir())) == 2

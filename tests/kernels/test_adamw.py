@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from qlora_lab.kernels import OVERRIDE, adamw, choose
-from qlora_lab.optim.adamw_8bit import BLOCK, AdamW, adamw_8bit, change_8bit, tables
+from qlora_lab.optim.adamw_8bit import BLOCK, AdamW, Moments, adamw_8bit, change_8bit, tables
 from qlora_lab.quant.blocks import TINY
 from tests.kernels.test_cpu import same_bits
 
@@ -40,7 +40,7 @@ def test_it_is_the_readable_step(n, dtype, size, bad, eps):
         if bad is not None and number == 2:
             grad[n // 2] = bad
         step(ours, grad, how)
-        adamw_8bit(twin[0], grad, *twin[1:], how)
+        adamw_8bit(twin[0], grad, Moments(*twin[1:]), how)
         assert all(same_bits(a, b) for a, b in zip(ours, twin, strict=True)), number
 
 
@@ -76,11 +76,11 @@ def test_a_table_with_many_levels_between_two_prefixes():
 def test_it_runs_where_it_is_chosen(monkeypatch):
     calls = []
     monkeypatch.setattr(adamw, "adamw_8bit", lambda *args: calls.append(len(args)))
-    change_8bit(torch.ones(3), torch.ones(3), *state_of(3), AdamW(1, lr=0.1))
+    change_8bit(torch.ones(3), torch.ones(3), Moments(*state_of(3)), AdamW(1, lr=0.1))
     assert calls == [9]
     monkeypatch.setenv(OVERRIDE, "reference")
     p = torch.ones(3)
-    change_8bit(p, torch.ones(3), *state_of(3), AdamW(1, lr=0.1))
+    change_8bit(p, torch.ones(3), Moments(*state_of(3)), AdamW(1, lr=0.1))
     assert calls == [9] and p[0] < 1 and choose("cpu").adamw is None
 
 

@@ -8,12 +8,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qlora_lab import cli
+from qlora_lab.measure.best_plan import Candidate, best_plan, load_plan, uniform
 from qlora_lab.measure.sensitivity import choices_of, sensitivity
 from qlora_lab.memory.measured import measure_memory
 from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.model.load import load
 from qlora_lab.model.quantized_folder import quantize_folder
-from qlora_lab.quant.plan import Candidate, best_plan, load_plan, uniform
 from qlora_lab.quant.quantize import dequantize, quantize
 
 CANDIDATES = [Candidate("nf4", 32, False), Candidate("nf4", 128, False), Candidate("nf3", 64, True)]
@@ -225,7 +225,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_any_work(folder, tmp_path, t
         lambda **options: quantize_folder(folder, tmp_path / "small", progress=False, **options),
         lambda **options: quantize_linears(tiny_llama, **options),
     ):
-        with pytest.raises(ValueError, match=f"has no {UP}, which the model has"):
+        with pytest.raises(ValueError, match=f"lacks {UP}, which the model has"):
             use(plan=less)
         with pytest.raises(ValueError, match=r"a plan decides .*: leave out \('nf4', 128, True\)"):
             use(plan=plan, block_size=128)

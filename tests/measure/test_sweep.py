@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lab import cli
-from qlora_lab.measure import sweep as module
+from qlora_lab.measure import in_place, sweep as module
 from qlora_lab.measure.code_use import code_counts
+from qlora_lab.measure.in_place import Source, Variant, quantised_in_place
 from qlora_lab.measure.perplexity import perplexity
 from qlora_lab.measure.results_file import (
     FIGURES,
@@ -27,7 +28,7 @@ from qlora_lab.measure.results_file import (
     read_results,
     verify_rows,
 )
-from qlora_lab.measure.sweep import Source, Variant, quantised_in_place, sweep, variants
+from qlora_lab.measure.sweep import sweep, variants
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.load import load
 from qlora_lab.model.quantized_folder import quantize_folder
@@ -179,7 +180,7 @@ def test_weights_come_back_after_an_error(folder, error, monkeypatch):
     with pytest.raises(error), quantised_in_place(source, Variant("nf4", 64)):
         raise error
     assert same(model, before)
-    real, calls = module.dequantize, []
+    real, calls = in_place.dequantize, []
 
     def stopped(*args):  # after five weights
         calls.append(args)
@@ -187,7 +188,7 @@ def test_weights_come_back_after_an_error(folder, error, monkeypatch):
             raise error
         return real(*args)
 
-    monkeypatch.setattr(module, "dequantize", stopped)
+    monkeypatch.setattr(in_place, "dequantize", stopped)
     with pytest.raises(error), quantised_in_place(source, Variant("nf4", 64)):
         raise AssertionError("it was not stopped")
     assert len(calls) == 6 and same(model, before)
@@ -251,8 +252,8 @@ def test_a_row_of_something_else_is_not_taken(folder, results, counted, change, 
 
 def test_a_row_of_another_quantiser_is_not_taken(folder, results, counted, monkeypatch):
     quiet(folder, [("nf4", 64)], results)
-    real = module.quantize
-    monkeypatch.setattr(module, "quantize", lambda weight, *args, **kwargs: real(0.999 * weight, *args, **kwargs))
+    real = in_place.quantize
+    monkeypatch.setattr(in_place, "quantize", lambda weight, *args, **kwargs: real(0.999 * weight, *args, **kwargs))
     quiet(folder, [("nf4", 64), Variant(None)], results)
     assert counted["n"] == 3 and len({row["quantiser"] for row in read_results(results)}) == 3
     quiet(folder, [("nf4", 64), Variant(None)], results)
@@ -260,7 +261,7 @@ def test_a_row_of_another_quantiser_is_not_taken(folder, results, counted, monke
 
 
 def test_a_seed_decides_only_where_it_draws(folder, results, counted, monkeypatch):
-    monkeypatch.setattr(module, "SAMPLE", 256)  # a part of the weights
+    monkeypatch.setattr(in_place, "SAMPLE", 256)  # a part of the weights
     settings = [Variant(None), ("nf4", 64, True), ("lloyd-max", 16)]
     rows = quiet(folder, settings, results)
     assert [row["seed"] for row in rows] == [None, None, 0]
@@ -327,7 +328,7 @@ def test_any_other_damage_is_named_and_left(results, line):
     results.parent.mkdir()
     damaged = line + b"\n" + b"and more"
     results.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"line 1 is no row of a sweep \(.*mend it, or name another file"):
+    with pytest.raises(ValueError, match=r"line 1 is not a row of a sweep \(.*mend it, or name another file"):
         quiet("nowhere", [Variant(None)], results)
     assert results.read_bytes() == damaged
 
@@ -338,7 +339,7 @@ def test_any_other_damage_is_named_and_left(results, line):
 def test_a_file_of_something_else_is_not_cut_for_want_of_a_new_line(results, last):
     results.parent.mkdir()
     results.write_bytes(last)
-    with pytest.raises(ValueError, match="line 1 is no row of a sweep"):
+    with pytest.raises(ValueError, match="line 1 is not a row of a sweep"):
         quiet("nowhere", [Variant(None)], results)
     assert results.read_bytes() == last
 
@@ -358,7 +359,7 @@ def test_rows_of_an_older_version_stay_and_are_left_out(folder, results, counted
         (old["model"] if lacking == "config_sha256" else old).pop(lacking)
         results.write_text(json.dumps(old) + "\n")
         with pytest.warns(
-            UserWarning, match=f"1 of 1 rows lack what is measured today, such as '{lacking}': they stay"
+            UserWarning, match=f"1 of 1 rows lack a field of today's rows, such as '{lacking}': they stay"
         ):
             assert read_results(results) == []
     with pytest.warns(UserWarning, match="config_sha256"):
@@ -386,7 +387,7 @@ def test_a_file_system_without_locks_will_do(results, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="it is a device of Linux")
 def test_a_full_disk_is_told_with_the_name_of_the_file():
-    said = "/dev/full: a row cannot be written .No space left on device.; those before it are there"
+    said = "/dev/full: a row cannot be written .No space left on device.; earlier rows are safe"
     with open("/dev/full", "ab", buffering=0) as full, pytest.raises(OSError, match=said):
         append_result(full, {"codebook": "nf4"})
 
@@ -417,7 +418,7 @@ def test_what_is_no_file_is_said_before_anything_is_loaded(tmp_path):
     "setting, error, message",
     [
         (("nf5", 64), ValueError, "codebook 'nf5' is not known"),
-        (("lloyd-max9", 64), ValueError, "'lloyd-max9' is not known: .* int8, lloyd-max, or give its levels"),
+        (("lloyd-max9", 64), ValueError, "'lloyd-max9' is not known: .* int8, lloyd-max, or give levels"),
         (("nf4", 8), ValueError, "block_size=8 is not allowed"),
         (("mine", 64, False, [0.0, 0.0, 1.0]), ValueError, "mine: level 1, 0, is repeated"),
         (("nf4", 64, False, LEVELS), ValueError, "under the name 'nf4', which stands for others"),
@@ -478,7 +479,7 @@ def test_a_loss_that_is_no_number_is_no_row(folder, results, monkeypatch, losses
 
 
 def test_weights_that_are_all_zero_have_no_error():
-    record = module.Figures({"q.weight": 0.0}, {"q.weight": 0.0}, bits=72, weights=16).record()
+    record = in_place.Figures({"q.weight": 0.0}, {"q.weight": 0.0}, bits=72, weights=16).record()
     assert record["relative_error"] == 0 and record["layer_errors"] == {"q": [0.0]}
 
 

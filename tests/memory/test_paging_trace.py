@@ -113,7 +113,7 @@ def test_bandwidth_is_the_published_one():
     assert [round(T.pcie_bandwidth(g) / 1e9, 1) for g in (3, 4, 5)] == [15.8, 31.5, 63.0]
     # bitsandbytes' maintainers: 1 GB evicted a step costs 125 ms on 16 lanes of 3.0 at best (their issue 962)
     assert 2 * 1e9 / T.pcie_bandwidth(3) == pytest.approx(0.125, rel=0.02)
-    with pytest.raises(ValueError, match="generation=2 is not known: it is one of 3, 4, 5"):
+    with pytest.raises(ValueError, match="generation=2 is not known: choose from 3, 4, 5"):
         T.pcie_bandwidth(2)
 
 

@@ -321,7 +321,7 @@ def test_the_peak_is_the_largest_phase_and_rows_add_up():
         ({"dtype": "int8"}, "dtype='int8' is not known"),
         ({"r": 0}, "r=0 is not allowed"),
         ({"targets": ["k_projj"]}, r"targets \['k_projj'\]: choose 'all-linear' or from"),
-        ({"length": 8, "mean_length": 9}, "mean_length=9 is more than length=8"),
+        ({"length": 8, "mean_length": 9}, "mean_length=9 exceeds length=8"),
         ({"learned": 1.5}, "learned=.* is not allowed: it is from 0 to 1"),
         ({"optimizer_bits": 16}, "moments have 32 or 8"),
         ({"block_size": 7}, "block_size=7 is not allowed"),

@@ -64,7 +64,7 @@ def test_other_mistakes_are_named(tmp_path):
         shape_of({"model_type": "gpt2"})
     with pytest.raises(ValueError, match="hidden_size=0: it is a whole number"):
         shape_of(CONFIGS["llama"].to_dict() | {"hidden_size": 0})
-    with pytest.raises(ValueError, match="unknown model 'nosuch': known are smollm2-135m, llama-7b"):
+    with pytest.raises(ValueError, match="unknown model 'nosuch': choose one of smollm2-135m, llama-7b"):
         shape_of("nosuch")
     with pytest.raises(FileNotFoundError, match="no config.json"):
         shape_of(tmp_path)

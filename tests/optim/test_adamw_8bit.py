@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_lab.optim.adamw_8bit import BLOCK, AdamW, adamw_8bit, dequantize_moment, quantize_moment
+from qlora_lab.optim.adamw_8bit import BLOCK, AdamW, Moments, adamw_8bit, dequantize_moment, quantize_moment
 from qlora_lab.quant.codebook import evenly_spaced
 from qlora_lab.quant.double_quant import dynamic_map
 
@@ -34,7 +34,7 @@ def test_the_first_step_is_that_of_torch():
     ours = torch.randn(700, generator=g)
     theirs, grad = torch.nn.Parameter(ours.clone()), torch.randn(700, generator=g)
     state = [torch.zeros(700, dtype=torch.uint8), torch.zeros(3), torch.zeros(700, dtype=torch.uint8), torch.zeros(3)]
-    adamw_8bit(ours, grad, *state, AdamW(step=1, lr=0.1, weight_decay=0.5))
+    adamw_8bit(ours, grad, Moments(*state), AdamW(step=1, lr=0.1, weight_decay=0.5))
     theirs.grad = grad
     torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.5).step()
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
@@ -47,7 +47,7 @@ def test_it_finds_the_minimum_that_32_bits_find():
     state = [torch.zeros(512, dtype=torch.uint8), torch.zeros(2), torch.zeros(512, dtype=torch.uint8), torch.zeros(2)]
     optimizer = torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.0)
     for step in range(1, 301):
-        adamw_8bit(ours, ours - target, *state, AdamW(step=step, lr=0.02))
+        adamw_8bit(ours, ours - target, Moments(*state), AdamW(step=step, lr=0.02))
         theirs.grad = theirs.detach() - target
         optimizer.step()
     ours_left, theirs_left = ((p - target).norm().item() for p in (ours, theirs.detach()))

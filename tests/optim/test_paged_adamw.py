@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_lab.optim.adamw_8bit import AdamW, adamw_8bit
+from qlora_lab.optim.adamw_8bit import AdamW, Moments, adamw_8bit
 from qlora_lab.optim.paged_adamw import PagedAdamW
 
 SHAPES = [(3, 5), (1,), (64, 33), (7,), (40, 1000)]
@@ -88,7 +88,7 @@ def test_8_bits_in_pages_are_8_bits_in_memory(page_size, dtype):
         for p, q, state in zip(ours, whole, states, strict=True):
             p.grad = torch.randn(p.shape, generator=g).to(dtype)
             values = q.detach().reshape(-1).float()
-            adamw_8bit(values, p.grad.reshape(-1), *state, AdamW(step, 1e-2, weight_decay=0.3))
+            adamw_8bit(values, p.grad.reshape(-1), Moments(*state), AdamW(step, 1e-2, weight_decay=0.3))
             q.data.copy_(values.view(q.shape))
         paged.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, whole, strict=True))
@@ -156,8 +156,8 @@ def test_a_closure_is_called_with_gradients():
     [
         ({"lr": -1}, "lr=-1 is not allowed"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) are not allowed"),
-        ({"page_size": 12}, "page_size=12 is not allowed: a multiple of 8, at least 8 with 32 bits"),
-        ({"page_size": 512, "bits": 8}, "page_size=512 is not allowed: a multiple of 8, at least 520 with 8 bits"),
+        ({"page_size": 12}, "page_size=12 is not allowed: choose a multiple of 8, at least 8 with 32 bits"),
+        ({"page_size": 512, "bits": 8}, "page_size=512 is not allowed: choose a multiple of 8, at least 520"),
         ({"bits": 16}, "bits=16 is not allowed: moments have 32 or 8"),
         ({"page_size": 16, "budget": 8}, "budget=8 is not enough"),
     ],
@@ -169,9 +169,9 @@ def test_errors_name_the_value(given, message):
 
 def test_parameters_of_another_device_are_refused():
     somewhere = torch.nn.Parameter(torch.ones(3, device="meta"))
-    with pytest.raises(ValueError, match="parameter 0 is on meta: pages are on the CPU or one CUDA GPU"):
+    with pytest.raises(ValueError, match="parameter 0 is on meta, where its pages cannot be: move all parameters"):
         PagedAdamW([somewhere])
-    with pytest.raises(ValueError, match="parameter 1 is on meta: .*, where all parameters must be"):
+    with pytest.raises(ValueError, match="parameter 1 is on meta, .*: move all parameters to the CPU"):
         PagedAdamW([torch.nn.Parameter(torch.ones(3)), somewhere])
 
 
@@ -190,11 +190,11 @@ def test_what_does_not_fit_is_refused_whole():
         optimizer.param_groups[0]["params"][0].grad = torch.ones_like(optimizer.param_groups[0]["params"][0])
         optimizer.step()
     before = copy.deepcopy(small.state_dict())
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(4,\), it must be \(3,\)"):
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(4,\), but it must be \(3,\)"):
         small.load_state_dict(large.state_dict())
     after = small.state_dict()
     assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
-    with pytest.raises(ValueError, match="a group is added after the pages were laid out"):
+    with pytest.raises(ValueError, match="the pages are laid out already: make a new"):
         small.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
 
 

@@ -117,7 +117,7 @@ def test_without_a_budget_there_is_no_file():
     [
         ((0, 8), "nbytes=0 and page_size=8"),
         ((8, 0), "nbytes=8 and page_size=0"),
-        ((8, 8, 7), "budget=7 is not enough: it holds one page of 8 bytes at least"),
+        ((8, 8, 7), "budget=7 is not enough: give at least one page, 8 bytes"),
     ],
 )
 def test_errors_name_the_value(arguments, message):
@@ -126,7 +126,7 @@ def test_errors_name_the_value(arguments, message):
 
 
 def test_a_page_that_is_not_there():
-    with pytest.raises(IndexError, match="page 2 is asked for, there are 2"):
+    with pytest.raises(IndexError, match="page 2 does not exist: choose from 0 to 1"):
         Pages(16, 8).page(2)
 
 
@@ -270,9 +270,9 @@ def test_an_error_of_cuda_is_named():
 @pytest.mark.parametrize(
     ("device", "store", "message"),
     [
-        ("cpu", "disk", "store='disk' is not allowed on cpu: it is 'file' on the CPU, 'host' on any device"),
+        ("cpu", "disk", "store='disk' is not allowed on cpu: choose 'file' on the CPU, 'host' on any device"),
         ("cuda", "file", "store='file' is not allowed on cuda"),
-        ("cpu", "managed", "store='managed' is a GPU's, the device is cpu: leave it out"),
+        ("cpu", "managed", "store='managed' needs a CUDA GPU, but the device is cpu: leave it out"),
     ],
 )
 def test_a_store_that_is_not_the_devices(device, store, message):
@@ -281,7 +281,7 @@ def test_a_store_that_is_not_the_devices(device, store, message):
 
 
 def test_managed_pages_are_whole_pages_of_the_system():
-    with pytest.raises(ValueError, match="page_size=520 is not allowed: a multiple of 4096 with store='managed'"):
+    with pytest.raises(ValueError, match="page_size=520 is not allowed: choose a multiple of 4096"):
         Pages(520, 520, store="managed")
 
 

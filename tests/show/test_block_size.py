@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from qlora_lab.quant.plan import Candidate, Choices, Plan, best_plan, uniform
+from qlora_lab.measure.best_plan import Choices, best_plan, uniform
+from qlora_lab.quant.plan import Candidate, Plan
 from qlora_lab.show.block_size import BlockSizeExplorer, apart, names_of, places, stops
 
 NUMEL = 2**16
@@ -104,7 +105,7 @@ def test_words_that_end_two_projections_are_written_out():
 
 def test_two_layers_in_one_cell_are_named():
     layers = ("vision.layers.0.up_proj", "text.layers.0.up_proj")
-    with pytest.raises(ValueError, match=r"vision\..*_proj and text\..*_proj have one place on the map, block 0, up"):
+    with pytest.raises(ValueError, match=r"vision\..*_proj and text\..*_proj share one place on the map, block 0, up"):
         BlockSizeExplorer(choices_of(layers, [[1.0, 2.0]] * 2, sizes(64, 256)))
 
 

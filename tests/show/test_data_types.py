@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.measure.sweep import Variant, _checked
-from qlora_lab.quant.codebook import codebook, integer_levels
+from qlora_lab.measure.codebook_trial import normal_weights, shaped_levels, some_runs
+from qlora_lab.measure.in_place import Variant, checked
+from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.show.data_types import (
     LEAST,
@@ -15,9 +16,6 @@ from qlora_lab.show.data_types import (
     STARTS,
     CodebookExplorer,
     OutlierExplorer,
-    normal_weights,
-    shaped_levels,
-    some_runs,
 )
 from qlora_lab.show.levels import shortest
 
@@ -73,14 +71,6 @@ def test_fp4_is_shown_by_size_of_its_levels():
     """Bit patterns are another order: the outlier of -10 has the lowest level, and so the first bar."""
     result = OUTLIER.compute({**START, "codebook": "fp4"})
     assert result["counts"][0] == 1 and result["counts"][1:4].sum() == 0
-
-
-def test_shaped_levels_are_known_ones():
-    """Evenly spaced, 7 and 8 beside zero: the 15 levels of INT4 that are ever used, but for one half step."""
-    levels = shaped_levels(curve=1, below=7)
-    assert torch.allclose(levels[:8], integer_levels(4)[1:9])
-    assert torch.allclose(shaped_levels(below=8, zero=False), torch.linspace(-1, 1, 16))
-    assert torch.allclose(shaped_levels(curve=2)[[0, 6, 7, 11]], torch.tensor([-1.0, -1 / 49, 0.0, 0.25]))
 
 
 @settings(max_examples=8, deadline=None)
@@ -151,27 +141,14 @@ def test_starts_are_tables_and_lloyd_max_fits_the_blocks():
 def test_levels_serve_a_sweep():
     MINE.reset()
     for levels in (MINE.levels, MINE.state["levels"]):
-        variant = _checked(Variant("mine", block_size=64, levels=levels))
+        variant = checked(Variant("mine", block_size=64, levels=levels))
         assert torch.equal(variant.levels, codebook("nf4"))
-
-
-@pytest.mark.parametrize("exponent", [-100, 100])
-def test_very_small_and_very_large_weights_are_the_same_ones(exponent):
-    """In float32 their squares are 0 or infinite, and so would be what is compared."""
-    weight = normal_weights(2**12)
-    assert torch.equal(some_runs(weight * 2.0**exponent), some_runs(weight))
 
 
 def test_one_value_alone_leaves_no_error():
     alone = CodebookExplorer(torch.ones(1024))
     assert "relative error 0 % (NF4 0, FP4 0, INT4 0, Lloyd-Max 0), better than none of them; " in alone.summary()
     assert alone.summary().endswith(" 0.00 bits of information in 4")
-
-
-def test_the_sample_comes_from_everywhere():
-    runs = some_runs(torch.arange(2**17).float()) * 2**17
-    assert runs.shape == (32, 1024) and runs[0, 0] == 0 and runs[-1, -1] == 2**17 - 1
-    assert torch.equal(some_runs(torch.arange(1025.0)) * 1024, torch.arange(1024.0)[None])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from markdown_it import MarkdownIt
 from matplotlib.text import Text
 
-from qlora_lab.quant.plan import Candidate, Choices
+from qlora_lab.measure.best_plan import Candidate, Choices
 from qlora_lab.show.block_size import BlockSizeExplorer
 from qlora_lab.show.escape import code_span, fenced, for_html, for_picture
 from qlora_lab.show.figure import new_figure, picture

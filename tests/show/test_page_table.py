@@ -51,7 +51,7 @@ def test_the_sentence():
     assert PageTableExplorer().summary() == (
         "LLaMA-7B, r=16, moments of 32 bits: 305.0 MiB of state in 153 pages of 2 MiB, a budget of 256 MiB with 128 "
         "frames: in each step after the first 153 faults, unless fetched ahead, and 612 MiB moved; at time 1.4 page 60 "
-        "is asked for, a fault, and page 85 leaves; peers can page 42 % of the state"
+        "is asked for, a fault, and page 85 leaves; bitsandbytes can page 42 % of the state"
     )
     assert 8 * sum(adapter(LLAMA_7B, 16)) == 305 * 2**20
 

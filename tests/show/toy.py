@@ -4,7 +4,7 @@ import numpy as np
 
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, new_figure
-from qlora_lab.show.slider import Slider, Toggle
+from qlora_lab.show.slider import Slider, Steps, Toggle
 
 SAMPLE = np.sort(np.random.default_rng(0).standard_normal(1000))
 
@@ -16,8 +16,8 @@ def step_width(bits):
 class RoundingExplorer(Explorer):
     def controls(self):
         return {
-            "bits": Slider("Bits", 4, low=1, high=8),
-            "offset": Slider("Offset", 0.25, low=0.0, high=0.5, step=0.1, unit="steps"),
+            "bits": Slider("Bits", 4, Steps(1, 8)),
+            "offset": Slider("Offset", 0.25, Steps(0.0, 0.5, 0.1), unit="steps"),
             "mode": Slider("Mode", "round", choices=["round", "floor"]),
             "clip": Toggle("Clip outliers", True),
         }

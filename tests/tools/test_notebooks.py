@@ -8,6 +8,7 @@ import nbformat
 import pytest
 from hypothesis import given, strategies as st
 
+from qlora_lab.files import disk
 from tools import notebooks
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -182,7 +183,7 @@ def test_an_unknown_path_is_a_usage_error(tmp_path, capsys):
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.ipynb"
     path.write_text("old")
-    monkeypatch.setattr(notebooks.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(disk.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        notebooks.write_atomically(path, "new")
+        notebooks.replace_text(path, "new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.ipynb", "old")]

@@ -91,7 +91,7 @@ def test_a_resumed_run_is_the_undisturbed_one(folder, tmp_path, variant):
     assert {facts.pop("log_sha256") for _, facts in (a, b)}  # of lines that have seconds
     assert a[1] == b[1] and any(name.startswith("optimizer.27.") for name in a[0])
     if "paged" in variant:
-        assert second._optimizer.pages.count > 2 * len(second._optimizer.pages.frames) == 2 * FRAMES
+        assert second._state.optimizer.pages.count > 2 * len(second._state.optimizer.pages.frames) == 2 * FRAMES
 
 
 def test_tensors_are_as_readable_as_the_other_files(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from copy import deepcopy
+from inspect import signature
 
 import pytest
 import torch
@@ -413,7 +414,7 @@ def test_float16_is_scaled_and_an_overflow_skips_a_step(tiny_llama, tokenizer, t
     training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=12, lr=2e-2), progress=False)
     scales = []
     for line in training:
-        scales.append((training._scaler.get_scale(), line["gradient_norm"]))
+        scales.append((training._state.scaler.get_scale(), line["gradient_norm"]))
         moved = any(layer.lora_B.any() for layer in adapters(model).values())
         assert moved == any(norm is not None for _, norm in scales)
     skipped = [norm is None for _, norm in scales]
@@ -512,3 +513,13 @@ def test_what_a_killed_process_left_is_swept(model, tokenizer, tmp_path):
     (scratch / ".log.jsonl-abc").mkdir()
     train(model, tokenizer, tmp_path / "run")
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_the_signature_of_finetune_names_every_keyword():
+    """It takes each field of Settings and each keyword of Training, with their defaults, and nothing else."""
+    taken = signature(finetune).parameters
+    defaults = {name: p.default for name, p in signature(Settings).parameters.items()}
+    defaults |= {name: p.default for name, p in signature(Training).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert {name: taken[name].default for name in defaults} == defaults
+    assert set(taken) == {"model", "tokenizer", "data", "out", *defaults}
+    assert not any(p.kind is p.VAR_KEYWORD for p in taken.values())

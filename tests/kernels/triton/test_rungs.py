@@ -239,7 +239,7 @@ def test_a_bad_gradient_spoils_its_block_alone(bad):
     grad[300] = bad
     how = readable.AdamW(step=1, lr=1e-2)
     adamw_8bit(ours[0], grad, *ours[1:], tables, how.scalars, TINY)
-    readable.adamw_8bit(twin[0], grad, *twin[1:], how)
+    readable.adamw_8bit(twin[0], grad, readable.Moments(*twin[1:]), how)
     for a, b in zip(ours[1:], twin[1:], strict=True):
         assert torch.equal(a.float().nan_to_num(-1), b.float().nan_to_num(-1))
     assert ours[4].isnan().tolist() == [False, True, False]
@@ -259,5 +259,5 @@ def test_adamw(n, dtype, size):
         how = readable.AdamW(step=step, lr=1e-2, weight_decay=0.1)
         grad = (size * torch.randn(n, generator=g)).to(dtype)
         adamw_8bit(ours[0], grad, *ours[1:], tables, how.scalars, TINY)
-        readable.adamw_8bit(twin[0], grad, *twin[1:], how)
+        readable.adamw_8bit(twin[0], grad, readable.Moments(*twin[1:]), how)
         assert all(torch.equal(a, b) for a, b in zip(ours, twin, strict=True)), step

@@ -1,9 +1,10 @@
-"""Tokens and labels of one conversation.
+"""Labels: the mask of the loss, which decides what is learned from one conversation.
 
-In: an example, the tokenizer. Out: input_ids, and labels: the token itself where it is learned, -100 where it is not.
+In: an example, the tokenizer. Out: input_ids and labels. A label is the token itself where it is learned, and -100,
+which cross_entropy ignores, where it is not.
 
-Learned are the answers and the token that ends each answer, nothing else: a model that never sees the end token as a
-label never stops. If the template marks what is generated, just that is learned, as in transformers.
+The model learns the answers and the token that ends each answer, nothing else. Without that token among its labels it
+would never learn to stop. If the template marks what is generated, exactly that is learned, as in transformers.
 
 Not here: where an answer stands (chat_template.py); tokens of a text (tokens.py); data sets and batches (dataset.py).
 """
@@ -20,20 +21,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 IGNORED = -100  # the ignore_index of torch.nn.functional.cross_entropy
-PROBE = Example((("user", "2 + 2?"), ("assistant", "4")))  # any conversation shows which token ends an answer
+# Which token ends an answer depends on the template alone, so any conversation shows it.
+PROBE = Example((("user", "2 + 2?"), ("assistant", "4")))
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What encoding met, counted in one example or summed over many."""
+    """What encoding came across, counted in one example or summed over many."""
 
     empty: int = 0  # answers without text: the end token alone is learned
-    hidden: int = 0  # answers of earlier turns that the template does not show whole, and that are not learned
-    shortened: int = 0  # last answers that it does not show whole: what it shows is learned
+    hidden: int = 0  # earlier answers that the template does not show whole: not learned
+    shortened: int = 0  # last answers that it does not show whole: only what it shows is learned
     control_texts: int = 0  # control tokens in texts, encoded as text
 
     def warnings(self) -> list[str]:
-        """A line for each count that says that less is learned than the records hold."""
+        """Return a line for each count that means less is learned than the records hold."""
         lines = []
         if self.empty:
             lines.append(f"{_are(self.empty, 'answer')} empty: the model learns to say nothing; leave such records out")
@@ -51,16 +53,16 @@ class Notes:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example in tokens: input_ids and labels, equally long lists of ids."""
+    """One example in tokens."""
 
     input_ids: list[int]
-    labels: list[int]
+    labels: list[int]  # as many: the id again where it is learned, IGNORED elsewhere
     notes: Notes = field(default=Notes(), compare=False, repr=False)
 
     @property
     def answer_tokens(self) -> int:
-        """Labels that a model is asked for: the first token of all has nothing before it."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        """Number of tokens that are learned."""
+        return sum(label != IGNORED for label in self.labels[1:])  # nothing comes before the first, to predict it from
 
 
 def _are(count: int, noun: str) -> str:
@@ -68,9 +70,9 @@ def _are(count: int, noun: str) -> str:
 
 
 def prompt_ids(messages: Turns, tokenizer: "Tokenizer", clock: datetime | None = None) -> list[int]:
-    """The tokens a model is given before it answers: the conversation so far and the opening of an answer.
+    """Return the tokens that a model gets before it answers: the conversation so far and the opening of an answer.
 
-    clock: the time that a template writes; None for now. Raises ValueError for what the template or tokenizer refuses.
+    clock: the time that a template writes; None: now. Raises ValueError for what the template or tokenizer refuses.
     """
     template = ChatTemplate(tokenizer, clock)
     tokens = tokenise(template.render(messages, opens_answer=True), tokenizer)
@@ -80,16 +82,16 @@ def prompt_ids(messages: Turns, tokenizer: "Tokenizer", clock: datetime | None =
 
 
 def encode(example: Example, tokenizer: "Tokenizer", clock: datetime | None = None) -> Encoded:
-    """The conversation through the tokenizer's chat template (or PLAIN_TEMPLATE), answers and end tokens as labels.
+    """Encode a conversation by the tokenizer's chat template (or PLAIN_TEMPLATE); label answers and their end tokens.
 
-    clock: the time that a template writes; None for now. Raises ValueError, with the example's place where it is
-    known, if the template refuses the conversation, hides its last answer, or ends an answer without a special token.
+    clock: the time that a template writes; None: now. Raises ValueError, with the example's place if it is known, when
+    the template refuses the conversation, hides its last answer, or ends an answer without a special token.
     """
     return encode_within(example, ChatTemplate(tokenizer, clock), None)
 
 
 def encode_within(example: Example, template: ChatTemplate, max_length: int | None) -> Encoded | int:
-    """As `encode`, but return only the number of tokens if it exceeds `max_length`, which takes far less time."""
+    """Do what `encode` does, but for more than `max_length` tokens return just their number: far less work."""
     try:
         return _encode(example, template, max_length)
     except ValueError as error:
@@ -99,29 +101,30 @@ def encode_within(example: Example, template: ChatTemplate, max_length: int | No
 
 
 def end_token_id(tokenizer: "Tokenizer") -> int:
-    """The token that ends an answer under the tokenizer's template, which generation must stop at.
+    """Return the token that ends an answer under the tokenizer's template, at which generation must stop.
 
-    It need not be tokenizer.eos_token_id: a chat template may end turns by a token of its own.
+    It may differ from tokenizer.eos_token_id: a chat template can end turns with a token of its own.
     """
     template = ChatTemplate(tokenizer)
     return [label for label in encode_within(PROBE, template, None).labels if label in template.control_names][-1]
 
 
 def _encode(example: Example, template: ChatTemplate, max_length: int | None) -> Encoded | int:
-    turns, control_texts = example.messages, 0
+    turns = example.messages
     tokens = tokenise(template.render(turns), template.tokenizer)
     if max_length is not None and len(tokens.ids) > max_length:
         return len(tokens.ids)
     places = template.places(turns, tokens.text)
-    if template.is_spelt_in(turns):
-        control_texts = encode_messages_as_text(tokens, turns, places, template)
+    spelt = template.is_spelt_in(turns)  # text that looks like a control token must not act as one
+    control_texts = encode_messages_as_text(tokens, turns, places, template) if spelt else 0
     closed = ends(turns, places)
     learned = _learned(example, template.answers(turns, tokens.text, closed))
     for answer in learned.values():
         for place in answer.openings:
-            end_prompt_at(tokens, place, template)
-    if max_length is not None and len(tokens.ids) > max_length:  # text has more tokens than a control token
+            end_prompt_at(tokens, place, template)  # else a token could span question and answer
+    if max_length is not None and len(tokens.ids) > max_length:  # control tokens that became text are now more tokens
         return len(tokens.ids)
+    # The mask of the loss: nothing is learned, but the spans of answers with their end tokens.
     labels = [IGNORED] * len(tokens.ids)
     for start, stop in _learned_spans(learned, turns, tokens, closed.get(len(turns) - 2), template.control_names):
         positions = tokens.within(start, stop)
@@ -130,26 +133,27 @@ def _encode(example: Example, template: ChatTemplate, max_length: int | None) ->
 
 
 def _learned(example: Example, answers: dict[int, Answer]) -> dict[int, Answer]:
-    """The answers that are learned: the last one, and earlier ones that are shown whole."""
+    """Select the answers that are learned: the last one, and earlier ones that are shown whole."""
     last = len(example.messages) - 1
     if last not in answers:
         raise ValueError(f"the chat template does not show the answer {example.answer[:60]!r}: use another template")
-    return {i: one for i, one in answers.items() if i not in example.not_learned and (one.whole or i == last)}
+    wanted = {i: answer for i, answer in answers.items() if i not in example.not_learned}
+    return {i: answer for i, answer in wanted.items() if answer.whole or i == last}
 
 
 def _notes(example: Example, learned: dict[int, Answer], control_texts: int) -> Notes:
     empty = sum(not example.messages[i][1].strip() for i in learned)
     answers = sum(role == "assistant" for role, _ in example.messages) - len(example.not_learned)
-    return Notes(empty, answers - len(learned), sum(not one.whole for one in learned.values()), control_texts)
+    return Notes(empty, answers - len(learned), sum(not answer.whole for answer in learned.values()), control_texts)
 
 
 def _learned_spans(
     learned: dict[int, Answer], turns: Turns, tokens: Tokens, question_end: int | None, control: dict[int, str]
 ) -> list[Span]:
-    """The span of each answer with its end token.
+    """Return the span of each answer with its end token.
 
-    A control token after an answer ends it if the last answer ends with it too, or if it and the token after it are the
-    two that follow a question. The next header's token, in a template that ends no turn, is neither.
+    A control token after an answer ends it if the last answer ends with it too, or if this token and the next are the
+    two that follow a question. In a template that ends no turn, the next header's token is neither.
     """
     last_end, _ = _ending(tokens, learned[len(turns) - 1].stop, control)
     closing = _ending(tokens, question_end, control)
@@ -169,7 +173,7 @@ def _learned_spans(
 
 
 def _ending(tokens: Tokens, place: int | None, control: dict[int, str]) -> tuple[int | None, int | None]:
-    """The control token after the content that ends at `place`, and the one after that; None if text comes first."""
+    """Return the control token after the content that ends at `place`, and the one after it; None if text is first."""
     first = None if place is None else tokens.control_after(place, control)
     if first is None:
         return None, None

@@ -1,0 +1,95 @@
+"""Plan the mix of data types and block sizes that should add the least loss for its bits; quantize takes the plan."""
+
+import argparse
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import qlora_lab as ql
+from qlora_lab.cli.loading import add_measured, add_text, read_text
+from qlora_lab.cli.options import common, number, whole
+from qlora_lab.cli.printing import report
+
+if TYPE_CHECKING:
+    from qlora_lab.quant.plan import Candidate, Plan
+
+EXAMPLE = "qlora-lab block-size smollm2-135m --bits 4.5 --out plan.json"
+LESS_MEMORY = "use a lower --length, or fewer --windows"
+SIZES = [32, 64, 128, 256, 512, 1024]  # weights in a block
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = add_measured(parser).add_argument
+    add("--bits", type=number, required=True, help="most bits per parameter, constants included")
+    add("--codebooks", nargs="+", default=["nf4"], metavar="NAME", help="data types to choose from")
+    add("--block-sizes", nargs="+", type=whole, default=SIZES, metavar="N", help="block sizes to choose from")
+    add("--double-quant", action="store_true", help="quantise the scaling constants of every layer")
+    add("--constants-share", type=number, metavar="S", help="most bits of constants per bit of codes, such as 0.05")
+    add(
+        "--share-below",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="smaller layers of a module share one choice",
+    )
+    add_text(parser, windows=12, length=256, default="half of Python's help topics")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", required=True, metavar="FILE", help="file for the plan")
+    common(output)
+
+
+def run(a: argparse.Namespace) -> None:
+    from qlora_lab.files.lock import locked_file, reserved
+    from qlora_lab.files.out_path import resolved
+    from qlora_lab.measure.best_plan import check_limits
+    from qlora_lab.measure.perplexity import check_windows
+    from qlora_lab.quant.numbers import check_whole
+    from qlora_lab.quant.plan import Candidate, check_candidate, check_plan_path
+
+    candidates = tuple(Candidate(name, size, a.double_quant) for name in a.codebooks for size in a.block_sizes)
+    for candidate in candidates:  # before the model is loaded, as for finetune
+        check_candidate(candidate)
+    check_limits(a.bits, a.constants_share)
+    check_whole("share-below", a.share_below, 0)
+    check_windows(a.length, a.windows)  # needs no model
+    out = check_plan_path(a.out)
+    parent = resolved(out).parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise FileNotFoundError(f"{parent} is not a folder that can be written to: create it, or choose another")
+    with locked_file(out, "block-size") as lock, reserved(lock):  # two commands must not write one plan
+        _report(a, candidates, _plan(a, candidates), out)
+
+
+def _plan(a: argparse.Namespace, candidates: tuple["Candidate", ...]) -> "Plan":
+    import torch
+
+    from qlora_lab.measure.best_plan import Choices, best_plan, bits_table, small_layers
+    from qlora_lab.measure.perplexity import topics_text
+    from qlora_lab.measure.sensitivity import choices_of, sensitivity
+    from qlora_lab.model.load import layer_sizes
+
+    topics = topics_text()  # part of every Python, so nothing is downloaded
+    # Perplexities are measured on the first half, so a plan is calibrated on the second.
+    text = topics[len(topics) // 2 :] if a.text is None else read_text(a.text)
+    model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)
+
+    def best(choices: Choices) -> "Plan":
+        groups = small_layers(choices, a.share_below)  # modules whose small layers choose as one
+        return best_plan(choices, a.bits, constants_share=a.constants_share, groups=groups)
+
+    names, numel = zip(*layer_sizes(model).items(), strict=True)  # numel: weights of each layer
+    bits = bits_table(numel, candidates)  # (layers, candidates)
+    best(Choices(names, numel, candidates, error=bits, bits=bits))  # limits that are too low raise before the long part
+    options = {"windows": a.windows, "length": a.length, "fisher": True, "progress": not a.quiet}
+    measured = sensitivity(model, tokenizer, text, **options)
+    del model  # choices_of reads the weights again, layer by layer
+    return best(choices_of(a.model, candidates, measured, progress=not a.quiet))
+
+
+def _report(a: argparse.Namespace, candidates: tuple["Candidate", ...], plan: "Plan", out: Path) -> None:
+    figures = {"plan": str(plan.save(out)), "bits_per_parameter": plan.bits_per_parameter}
+    figures["expected_increase_of_loss"] = plan.error
+    counts = Counter(plan.chosen.values())  # layers per candidate
+    layers = {f"layers_{c.codebook}_{c.block_size}": counts[c] for c in candidates if counts[c]}
+    report(a, figures | layers)

@@ -1,0 +1,41 @@
+"""Check, before a run, for failures that raise no error."""
+
+import argparse
+import json
+from dataclasses import fields
+
+import qlora_lab as ql
+from qlora_lab.cli.loading import add_model, load_model, targets_of
+from qlora_lab.cli.options import add_fields, common, from_arguments
+from qlora_lab.train.run_options import AdapterOptions, DataOptions, ModelOptions
+from qlora_lab.train.settings import Settings
+
+EXAMPLE = "qlora-lab doctor --model smollm2-135m --data docstrings"
+LESS_MEMORY = "use a lower --batch-size or --max-length"
+PLANNED = ("max_length", "batch_size", "packing", "optimizer_bits", "seed")  # what `diagnose` asks about the run
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser.add_argument_group("model"))
+    data = parser.add_argument_group("data")
+    add_fields(data, DataOptions, "data")
+    add_fields(data, Settings, "max_length", "packing")
+    add_fields(parser.add_argument_group("run"), Settings, "batch_size", "seed")
+    add_fields(parser.add_argument_group("adapter"), AdapterOptions, "r", "targets")
+    add_fields(parser.add_argument_group("optimizer"), Settings, "optimizer_bits")
+    common(parser.add_argument_group("output"))
+
+
+def run(a: argparse.Namespace) -> int:
+    """Check a planned run; return 1 if there is a problem."""
+    from qlora_lab.train.check_run import check_run
+
+    settings = from_arguments(Settings, a)  # raises for a value that is not allowed
+    check_run(from_arguments(ModelOptions, a), from_arguments(AdapterOptions, a))
+    options = {field.name: getattr(settings, field.name) for field in fields(Settings) if field.name in PLANNED}
+    data = ql.load_data(a.data, progress=not a.quiet)
+    model, tokenizer = load_model(a)
+    ql.add_lora(model, a.r, targets=targets_of(a), seed=a.seed)  # alpha and dropout keep their defaults
+    report = ql.diagnose(model, tokenizer, data, **options, progress=not a.quiet)
+    print(json.dumps(report.to_dict()) if a.json else f"{report}\n\n{report.dtypes}")
+    return 0 if report.ok else 1

@@ -1,0 +1,115 @@
+"""Train a LoRA adapter on a quantised model, and test it on held-out examples before and after."""
+
+import argparse
+import os
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import qlora_lab as ql
+from qlora_lab.cli.loading import add_model, load_model, targets_of
+from qlora_lab.cli.options import add_field, add_fields, common, from_arguments, one_line
+from qlora_lab.cli.printing import report
+from qlora_lab.train.run_options import AdapterOptions, DataOptions, ModelOptions, OutputOptions
+from qlora_lab.train.settings import Settings, check_held_out
+
+EXAMPLE = "qlora-lab finetune --model smollm2-135m --data docstrings --steps 60 --out runs/first"
+LESS_MEMORY = "use --micro-batch-size 1, --gradient-checkpointing or a lower --max-length"
+PREVIEW = 3  # answers shown before and after training
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser.add_argument_group("model"))
+    data = parser.add_argument_group("data")
+    add_fields(data, DataOptions, "data")
+    add_field(data, DataOptions, "test_data", metavar="FILE")
+    add_fields(data, DataOptions, "held_out")
+    add_fields(data, Settings, "max_length", "packing", "group_by_length")
+    batches = ("batch_size", "micro_batch_size", "gradient_checkpointing", "shard")
+    add_fields(parser.add_argument_group("run"), Settings, "steps", *batches, "eval_every", "patience", "seed")
+    add_fields(parser.add_argument_group("adapter"), AdapterOptions, "r", "alpha", "dropout", "targets")
+    rates = ("lr", "schedule", "warmup_steps", "clip")
+    add_fields(parser.add_argument_group("optimizer"), Settings, *rates, "optimizer_bits", "optimizer_budget")
+    output = parser.add_argument_group("output")
+    add_field(output, OutputOptions, "out", metavar="FOLDER")
+    add_fields(output, OutputOptions, "overwrite")
+    add_field(output, OutputOptions, "resume", nargs="?", const=True, metavar="STEP")
+    add_fields(output, OutputOptions, "other_arithmetic")
+    add_fields(output, Settings, "save_every", "keep")
+    common(output)
+
+
+def run(a: argparse.Namespace) -> None:
+    from qlora_lab.train.check_run import check_run  # torch is loaded here, after --help and the parser
+    from qlora_lab.train.run_folder import reserved_run
+
+    settings = from_arguments(Settings, a)  # raises for a value that is not allowed
+    options = {"held_out": a.held_out, "resume": a.resume}
+    check_run(from_arguments(ModelOptions, a), from_arguments(AdapterOptions, a), **options)
+    is_first = int(os.environ.get("RANK", 0)) == 0  # of torchrun's processes one writes
+    with reserved_run(a.out, a.overwrite, a.resume) if is_first else nullcontext():
+        _finetune(a, settings)
+
+
+def _finetune(a: argparse.Namespace, settings: Settings) -> None:
+    from qlora_lab.model.fetch import resolve
+    from qlora_lab.train.distributed import check_shard, first_on_node, processes
+
+    progress = not a.quiet
+    train = ql.load_data(a.data, progress=progress)  # before the model: data are checked in seconds
+    test = _held_out_examples(a)
+    check_held_out(settings, test)
+    with processes() as rank:
+        check_shard(a.shard)  # needs the process group
+        first_on_node(lambda: resolve(a.model, progress=progress))  # one download a machine
+        model, tokenizer = load_model(a)
+        ql.add_lora(model, a.r, a.alpha, a.dropout, targets_of(a), seed=a.seed)
+        if rank == 0 and not (a.json or a.quiet):
+            from qlora_lab.doctor.dtype_policy import dtype_policy
+
+            print(f"{dtype_policy(model, a.optimizer_bits)}\n")
+        tests = bool(test) and rank == 0  # only the first process tests and prints
+        before = ql.held_out(model, tokenizer, test, progress=progress) if tests else None
+        options = {"held_out": test, "resume": a.resume, "overwrite": a.overwrite, "progress": progress}
+        options["other_arithmetic"] = a.other_arithmetic
+        result = ql.finetune(model, tokenizer, train, out=a.out, **options, **asdict(settings))
+        after = ql.held_out(model, tokenizer, test, progress=progress) if tests else None
+        if tests and not a.json:
+            _show_answers(test, before.answers, after.answers)
+        if rank == 0:
+            report(a, _summary(result, before, after))
+
+
+def _held_out_examples(a: argparse.Namespace) -> list:
+    if not a.held_out:
+        return []
+    if a.test_data is not None:
+        return ql.load_data(a.test_data)[: a.held_out]  # no progress: a file is read in a moment
+    return ql.load_data(a.data, "test", progress=not a.quiet)[: a.held_out] if a.data == "docstrings" else []
+
+
+def _show_answers(examples: list, before: list[str], after: list[str]) -> None:
+    for example, first, last in list(zip(examples, before, after, strict=True))[:PREVIEW]:
+        print(f"\nwritten by a person  {example.answer}\nmodel, before        {one_line(first)}")
+        print(f"model, after         {one_line(last)}")
+    print()
+
+
+def _summary(result, before, after) -> dict:
+    figures = {
+        "adapter": str(result.adapter),
+        "ended": result.ended,
+        "steps": len(result.losses),  # of this run and those before a resume
+        "loss_first": result.losses[0],  # nats per answer token
+        "loss_last": result.losses[-1],
+        "tokens_per_second": result.tokens_per_second,
+        "seconds": result.seconds,
+        "examples_used": result.data.kept,
+        "examples_too_long": result.data.too_long,
+    }
+    if result.held_out:
+        step, loss = min(result.held_out, key=lambda evaluation: evaluation[1])
+        figures |= {"best_adapter": str(result.best), "best_step": step, "best_held_out_loss": loss}
+    for name, test in (("before", before), ("after", after)):
+        if test:
+            figures |= {f"held_out_loss_{name}": test.loss, f"rouge_l_{name}": test.rouge_l}
+    return figures

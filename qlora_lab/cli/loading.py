@@ -1,0 +1,84 @@
+"""What several commands read: the model with its options, its share in 4 bits, and a text to predict.
+
+In: parsed arguments. Out: a model and tokenizer, a text, the layers to adapt.
+Not here: how options are made from fields (options.py).
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import qlora_lab as ql
+from qlora_lab.cli.options import add_field, add_fields, whole
+from qlora_lab.train.run_options import ModelOptions
+
+if TYPE_CHECKING:
+    from qlora_lab.model.share import Share
+
+
+def add_model(group) -> None:
+    """Add the options of a model that is loaded."""
+    add_field(group, ModelOptions, "model")
+    add_quantization(group)
+    add_fields(group, ModelOptions, "dtype")
+
+
+def add_quantization(group) -> None:
+    """Add the options of a model that is quantised while it is loaded or copied."""
+    add_fields(group, ModelOptions, "codebook", "block_size", "double_quant")
+
+
+def add_measured(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the model that a measurement is made of, and return the group for its other options."""
+    add_field(parser, ModelOptions, "model", positional=True)
+    return parser.add_argument_group("model")
+
+
+def add_text(parser: argparse.ArgumentParser, windows: int, length: int, default: str) -> None:
+    """Add the options of a text whose tokens are predicted."""
+    add = parser.add_argument_group("data").add_argument
+    add("--text", metavar="FILE", help=f"UTF-8 text to predict (default: {default})")
+    add("--windows", type=whole, default=windows, metavar="N", help="windows of text to predict")
+    add("--length", type=whole, default=length, metavar="TOKENS", help="tokens per window")
+
+
+def load_model(a: argparse.Namespace):
+    """Load the model and its tokenizer, and tell how much of it is in 4 bits."""
+    codebook = None if a.codebook == "none" else a.codebook  # load's word for it
+    dtype = None  # the library chooses
+    if a.dtype != "auto":
+        import torch
+
+        dtype = getattr(torch, a.dtype)  # one of the choices, so it exists
+    model, tokenizer = ql.load(a.model, codebook, a.block_size, a.double_quant, dtype=dtype, progress=not a.quiet)
+    if codebook:
+        from qlora_lab.model.share import in_4_bits
+
+        tell_share(a, in_4_bits(model))
+    return model, tokenizer
+
+
+def tell_share(a: argparse.Namespace, share: "Share") -> None:
+    """Print the share in 4 bits to stderr, where progress goes; stdout holds results."""
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    if share.is_enough and is_first and not (a.json or a.quiet):  # load has warned of a share that is too small
+        print(share, file=sys.stderr)
+
+
+def targets_of(a: argparse.Namespace) -> str | list[str]:
+    """Return --targets as add_lora takes it: "all-linear" is one word, not a list of one."""
+    return a.targets[0] if len(a.targets) == 1 else a.targets
+
+
+def read_text(name: str) -> str:
+    """Read a UTF-8 file. Raises ValueError for another encoding, naming the byte."""
+    from qlora_lab.files.strict_json import check_regular
+
+    check_regular(Path(name))  # a pipe would be waited for without end
+    try:
+        return Path(name).read_text(encoding="utf-8-sig")  # without the byte order mark that some editors write
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{name} is not UTF-8 text ({where}): save it as UTF-8") from None

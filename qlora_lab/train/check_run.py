@@ -1,0 +1,31 @@
+"""Check a run before its model is loaded: a mistyped word should not cost a minute.
+
+In: the options of a run. Out: nothing, or ValueError that names the option, its value and what is allowed.
+Settings checks itself when it is made. Not here: what only the model or the data can tell, such as the names of layers
+(add_lora) or whether there are held-out examples (settings.py).
+"""
+
+from qlora_lab.adapters.lora import check_rank, check_strength
+from qlora_lab.quant.blocks import check_block_size
+from qlora_lab.quant.codebook import codebook
+from qlora_lab.quant.numbers import check_whole
+from qlora_lab.train.run_options import AdapterOptions, ModelOptions
+
+
+def check_run(model: ModelOptions, adapter: AdapterOptions, *, held_out: int = 0, resume: bool | int = False) -> None:
+    """Raise ValueError for the first option that is not allowed, before anything is loaded.
+
+    held_out: number of examples to test on. resume: a step, or whether to resume at all.
+
+    >>> check_run(ModelOptions(), AdapterOptions(r=0))
+    Traceback (most recent call last):
+    ValueError: r=0 is not allowed: a rank is a whole number of at least 1, usually 16
+    """
+    check_strength(adapter.alpha, adapter.dropout)
+    if model.codebook != "none":  # none: the weights stay as they are
+        codebook(model.codebook)
+    check_block_size(model.block_size)
+    check_rank(adapter.r)
+    check_whole("held-out", held_out, 0)
+    if not isinstance(resume, bool):  # True and False are no steps, though Python counts with them
+        check_whole("resume", resume)

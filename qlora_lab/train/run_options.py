@@ -1,0 +1,82 @@
+"""The options of a run beside Settings: model, adapter, data and output; and how a field carries its help text.
+
+In: nothing. Out: frozen dataclasses. Each default and each help text is written here or in Settings and nowhere else:
+Python's functions, the command line and the docs read them from the fields.
+
+Not here: steps, rates and batches (settings.py); which values are allowed (check_run.py).
+"""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+
+def option(default: Any = MISSING, text: str = "", unit: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """Make a dataclass field that carries its help text. unit: what the value counts, such as "tokens" or "bytes"."""
+    return field(default=default, metadata={"help": text, "unit": unit, "choices": choices})
+
+
+def same_option(owner: type, name: str) -> Any:
+    """Repeat the field `name` of `owner` in another dataclass: default, help text and unit."""
+    source = owner.__dataclass_fields__[name]
+    return field(default=source.default, metadata=source.metadata)
+
+
+def documented(owner: type) -> type:
+    """Append each field's default and help text to the docstring of the dataclass `owner`, and return it.
+
+    >>> print(OutputOptions.__doc__.splitlines()[-1].strip())
+    - `other_arithmetic` (False): allow --resume with other library versions or another processor
+    """
+    texts = [(f.name, f.default, f.metadata["help"]) for f in fields(owner) if f.metadata]
+    lines = [f"\n    - `{name}` ({default!r}): {text}" for name, default, text in texts]
+    owner.__doc__ = "".join([(owner.__doc__ or "").rstrip(), "\n", *lines])  # python -OO keeps no docstring
+    return owner
+
+
+@documented
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model is trained, and how it is loaded. The defaults are those of `load`."""
+
+    model: str = option("smollm2-135m", "a known name, a local folder, or a hub id such as org/name")
+    codebook: str = option("nf4", "data type of the weights: nf4, fp4, int4, ...; none: do not quantise")
+    block_size: int = option(64, "weights that share one scaling constant", "weights")
+    double_quant: bool = option(True, "quantise the scaling constants to 8 bits")  # saves 0.37 bits a weight at 64
+    # bf16 is chosen only where the machine multiplies it faster than float32
+    dtype: str = option(
+        "auto", "computation type; auto: the fastest here", None, ("auto", "float32", "bfloat16", "float16")
+    )
+
+
+@documented
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The adapters that are trained. The defaults are those of `add_lora`."""
+
+    r: int = option(16, "rank of the adapters")
+    alpha: float = option(16, "strength of the adapters, which are scaled by alpha / r")
+    dropout: float = option(0.0, "dropout on the input of the adapters, from 0 to below 1")  # the paper's for 7B: 0.1
+    targets: str | tuple[str, ...] = option("all-linear", "layers to adapt: all-linear, or names such as q_proj")
+
+
+@documented
+@dataclass(frozen=True)
+class DataOptions:
+    """What a run learns from, and what it is tested on."""
+
+    data: str = option("docstrings", "docstrings, or a JSONL file in Alpaca, ShareGPT or messages format")
+    test_data: str | None = option(None, "held-out examples, if --data is a file")
+    held_out: int = option(50, "examples to test on; 0: no test", "examples")
+
+
+@documented
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where a run is written, and what happens to an earlier run in that folder."""
+
+    out: str = option("runs/first", "folder for the adapter, the log and the settings")
+    overwrite: bool = option(False, "replace an earlier run in --out, which is kept until the new run has an adapter")
+    resume: bool | int = option(
+        False, "resume the run in --out from its newest checkpoint, or from STEP; start if there is no run"
+    )
+    other_arithmetic: bool = option(False, "allow --resume with other library versions or another processor")

@@ -1,0 +1,146 @@
+"""Everything that changes from one step of a run to the next, how it is saved and how it comes back; and the result.
+
+In: a model with adapters and its optimizer. Out: a RunState, the tensors and facts of a checkpoint, and at last a Run.
+Random numbers need no state: what a step draws follows from (seed, step, process) alone.
+Not here: how files are written (checkpoint.py), whether a checkpoint belongs to the run (run_record.py, restored.py).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_lab.adapters.lora import adapters
+from qlora_lab.adapters.peft_format import adapter_tensors
+from qlora_lab.data.batches import Batches
+from qlora_lab.data.dataset import Encoded, EncodeReport
+from qlora_lab.files import disk
+from qlora_lab.files.checksums import sha256
+from qlora_lab.train.checkpoint import BEST, facts_path, load_checkpoint, save_checkpoint, tensors_path
+from qlora_lab.train.identity import arithmetic
+from qlora_lab.train.restored import check_tensors
+from qlora_lab.train.resumed import check_facts, read_saved_log
+from qlora_lab.train.run_folder import ADAPTER, LOG
+from qlora_lab.train.run_record import adopt_saved, check_same_run, comparable, computes_in
+from qlora_lab.train.settings import Settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run did. losses: nats per answer token, one a step. held_out: (step, loss) of each evaluation."""
+
+    folder: Path
+    settings: Settings
+    data: EncodeReport
+    losses: list[float] = field(repr=False)
+    held_out: list[tuple[int, float]] = field(repr=False)
+    seconds: float  # of all steps, those before a resume included
+    tokens: int
+    ended: str  # "all steps", "no better for a while" (early stopping), or STOPPED: it can be resumed
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter."""
+        return self.folder / ADAPTER
+
+    @property
+    def best(self) -> Path:
+        """The folder of the adapter with the lowest held-out loss; without evaluations, that of the last adapter."""
+        return self.folder / BEST if self.held_out else self.adapter
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass
+class RunState:
+    """The state between two steps. record: what decided the run (run_record.py); it is saved too, for a resume."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Batches  # which examples come next
+    record: dict[str, Any]
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of the log, one a step
+    best: dict[str, Any] = field(default_factory=lambda: {"loss": None, "step": 0, "since": 0})  # evaluation so far
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self):
+        # float16 overflows at 65,504 and loses values below 6e-8, so its gradients are computed on a scaled loss.
+        half = computes_in(self.model) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=half)
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The adapters' parameters, in the optimizer's order."""
+        return self.optimizer.param_groups[0]["params"]
+
+    def save(self, folder: Path, keep: int) -> None:
+        """Write a checkpoint of this state to the run in `folder`; the newest `keep` checkpoints stay."""
+        disk.sync(folder / LOG)
+        tensors = {f"adapter.{key}": tensor for key, tensor in adapter_tensors(self.model).items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            # qmap: bitsandbytes' look-up tables, which are constants
+            moments = {name: tensor for name, tensor in state.items() if not name.startswith("qmap")}
+            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+        facts = {
+            "run": comparable(self.record),
+            "batches": self.batches.state(),
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+            "arithmetic": arithmetic(self.model),
+            "log_sha256": sha256(folder / LOG),
+        }
+        best = folder / BEST if self.best["step"] else None
+        save_checkpoint(folder, len(self.lines), tensors, facts, keep, best)
+
+    def resume(
+        self,
+        folder: Path,
+        step: int,
+        settings: Settings,
+        encoded: list[Encoded],
+        early_checksum: str,
+        other_arithmetic: bool,
+    ) -> None:
+        """Become the state that the run in `folder` had after `step`; nothing changes before everything is checked.
+
+        early_checksum: of the base, as earlier versions took it. other_arithmetic: accept that the last bits differ.
+        """
+        tensors, facts = load_checkpoint(folder, step)
+        check_facts(facts, facts_path(folder, step))
+        if step >= settings.steps:
+            made = f"{folder} was saved at step {step}, so steps={settings.steps} are made already"
+            raise ValueError(f"{made}: ask for more of them")
+        check_same_run(folder, facts, self.record, encoded, early_checksum)
+        lines = read_saved_log(folder / LOG, step, facts)
+        file = tensors_path(folder, step)
+        check_tensors(file, tensors, adapter_tensors(self.model), self.parameters, settings.optimizer_bits)
+        adopt_saved(self.model, facts["arithmetic"], folder, other_arithmetic)
+        self._take(tensors)
+        self.batches.restore(facts["batches"])
+        self.scaler.load_state_dict(facts["scaler"])
+        self.best = facts["best"]
+        self.lines = lines
+
+    @torch.no_grad()
+    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
+        for key, tensor in adapter_tensors(self.model).items():
+            tensor.copy_(tensors[f"adapter.{key}"])
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, number, name = key.split(".")
+                state.setdefault(int(number), {})[name] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def check_trained(model: torch.nn.Module) -> None:
+    """Raise ValueError for a model without adapters, or one that trains anything else, which would not be saved."""
+    learned = {id(p) for layer in adapters(model).values() for p in (layer.lora_A, layer.lora_B)}
+    if others := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in learned]:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        message = "adapters alone are trained and saved: requires_grad_(False) freezes it"
+        raise ValueError(f"{others[0]}{more} would be trained as well, but {message}")

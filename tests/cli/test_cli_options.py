@@ -1,0 +1,138 @@
+"""Each option has one home: its default and its help text are those of a dataclass, and Python's functions agree."""
+
+import argparse
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import qlora_lab as ql
+from qlora_lab import cli
+from qlora_lab.cli.memory import NOT_OPTIONS
+from qlora_lab.memory.setup import Setup
+from qlora_lab.train.check_run import check_run
+from qlora_lab.train.run_options import AdapterOptions, DataOptions, ModelOptions, OutputOptions
+from qlora_lab.train.settings import Settings
+from tests.test_architecture import HEAVY
+
+RUN = (ModelOptions, DataOptions, Settings, AdapterOptions, OutputOptions)
+OWNERS = {"finetune": RUN, "doctor": RUN, "generate": (ModelOptions,), "quantize": (ModelOptions,), "memory": (Setup,)}
+OF_THE_COMMAND = {"help", "json", "quiet", "gpu", "question", "adapter", "max_new_tokens", "plan"}
+
+
+def options(command: str) -> dict[str, argparse.Action]:
+    (commands,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return {action.dest: action for action in commands.choices[command]._actions}
+
+
+def field_of(command: str, dest: str):
+    homes = [owner.__dataclass_fields__.get(dest) for owner in OWNERS[command]]
+    (home,) = filter(None, homes)  # one, and one only
+    return home
+
+
+@pytest.mark.parametrize("command", OWNERS)
+def test_defaults_and_help_texts_are_those_of_the_dataclasses(command):
+    for dest, action in options(command).items():
+        positional = not action.option_strings
+        if dest in OF_THE_COMMAND or (command == "memory" and dest == "model"):
+            continue
+        if command == "quantize" and dest == "out":  # a copy has no usual place, a run has
+            continue
+        field = field_of(command, dest)
+        assert positional or action.default == field.default
+        assert action.help.removeprefix("do not ") == field.metadata["help"]
+
+
+@pytest.mark.parametrize("owner", RUN)
+def test_every_field_of_a_run_is_an_option_of_finetune(owner):
+    assert {field.name for field in fields(owner)} <= options("finetune").keys()
+
+
+def test_every_field_of_a_setup_is_an_option_or_deliberately_none():
+    names = [field.name for field in fields(Setup)]
+    assert set(names) - options("memory").keys() == set(NOT_OPTIONS)
+
+
+@pytest.mark.parametrize("owner", [*RUN, Setup])
+def test_the_docstring_repeats_each_help_text(owner):
+    for field in fields(owner):
+        if field.metadata:
+            assert f"`{field.name}` ({field.default!r}): {field.metadata['help']}" in inspect.getdoc(owner)
+
+
+RENAMED = {"name_or_path": "model"}  # of load; everything else has one name
+
+
+@pytest.mark.parametrize("name", ["load", "quantize_folder", "add_lora", "finetune", "diagnose"])
+def test_functions_have_the_defaults_of_the_dataclasses(name):
+    compared = 0
+    homes = {field.name: field for owner in RUN for field in fields(owner)}
+    for parameter in inspect.signature(getattr(ql, name)).parameters.values():
+        field = homes.get(RENAMED.get(parameter.name, parameter.name))
+        # dtype: "auto" is None, and held_out are the examples themselves
+        if field and parameter.default is not parameter.empty and parameter.name not in ("dtype", "held_out"):
+            assert parameter.default == field.default, parameter
+            compared += 1
+    assert compared >= 3
+
+
+def help_texts() -> list[str]:
+    """Every literal that is a help text: of `option` in a dataclass, or `help=` in a command."""
+    texts = []
+    for path in sorted(Path(ql.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                of_a_field = getattr(node.func, "id", "") == "option"
+                texts += [a.value for a in node.args[1:2] if of_a_field and isinstance(a, ast.Constant)]
+                keywords = [k.value for k in node.keywords if k.arg == "help"]
+                texts += [value.value for value in keywords if isinstance(value, ast.Constant)]
+    return texts
+
+
+def test_each_help_text_has_one_home():
+    texts = help_texts()
+    assert len(texts) > 60
+    assert [text for text, count in Counter(texts).items() if count > 1] == []
+    assert not [text for text in texts if text.endswith(".")]
+
+
+def test_a_text_that_says_its_default_in_words_is_not_followed_by_another():
+    for command in cli.COMMANDS:
+        for action in options(command).values():
+            if "(default: " in (action.help or ""):
+                assert action.default is None
+
+
+def test_help_loads_nothing_heavy():
+    """Of all commands: their parsers are made together."""
+    code = "import json, sys; from qlora_lab import cli; cli.build_parser(); print(json.dumps(list(sys.modules)))"
+    modules = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert not set(modules) & {*HEAVY, "tokenizers", "safetensors", "gguf"}
+
+
+@pytest.mark.parametrize(
+    "model, adapter, others, message",
+    [
+        ({"codebook": "nf9"}, {}, {}, "codebook 'nf9' is not known"),
+        ({"block_size": 7}, {}, {}, "block_size=7 is not allowed"),
+        ({}, {"r": 0}, {}, "r=0 is not allowed"),
+        ({}, {"alpha": -1}, {}, "alpha=-1 is not allowed"),
+        ({}, {"dropout": 1.0}, {}, "dropout=1.0 is not allowed"),
+        ({}, {}, {"held_out": -1}, "held-out=-1 is not allowed"),
+        ({}, {}, {"resume": 0}, "resume=0 is not allowed"),
+    ],
+)
+def test_check_run_names_what_is_not_allowed(model, adapter, others, message):
+    with pytest.raises(ValueError, match=message):
+        check_run(ModelOptions(**model), AdapterOptions(**adapter), **others)
+
+
+def test_check_run_allows_the_defaults_and_no_quantisation():
+    check_run(ModelOptions(codebook="none"), AdapterOptions(), resume=True)
