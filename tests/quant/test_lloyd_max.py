@@ -93,7 +93,7 @@ def test_a_sample_is_of_whole_blocks():
 
 @pytest.mark.parametrize(
     "values, message",
-    [([], "no values"), ([0.1, 1.5], "hold 1.5: they lie in"), ([math.nan], "hold nan"), ([-math.inf], "hold -inf")],
+    [([], "no values"), ([0.1, 1.5], "hold 1.5: give values in"), ([math.nan], "hold nan"), ([-math.inf], "hold -inf")],
 )
 def test_values_that_are_not_scaled(values, message):
     with pytest.raises(ValueError, match=message):
