@@ -24,9 +24,9 @@ DEVICES = ("cuda", "cpu")
 class Setup:
     """The run whose memory is predicted. Raises ValueError for a value that is not allowed.
 
-    padded: rows differ in length, so attention takes a mask. fused_adapter: one product serves weight and adapter, as on
-    the CPU; None: as the device does. wide_attention: attention is computed in float32 (model/wide.py); None: as `load`
-    decides on this machine.
+    padded: rows differ in length, so attention takes a mask. fused_adapter: one product serves weight and adapter, as
+    on the CPU; None: as the device does. wide_attention: attention is computed in float32 (model/wide.py); None: as
+    `load` decides on this machine.
     """
 
     # qlora quantises linear layers and trains adapters; lora trains adapters on the original weights
