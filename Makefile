@@ -19,7 +19,7 @@ test: $(READY) chromium
 	$(BIN)/python tools/stages.py $(STAGES)
 
 site: $(READY)
-	$(BIN)/python -m tools.site
+	$(BIN)/python -m tools.make_site
 
 # the README's picture: the explorer of notebook 01 while its offset is dragged
 picture: $(READY)

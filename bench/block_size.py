@@ -1,12 +1,12 @@
-"""What a mix of block sizes is worth on text that was not used to choose it: loss, and bits saved at equal loss.
+"""Measure a mix of block sizes on text that was not used to choose it: loss, and bits saved at equal loss.
 
     python bench/block_size.py                     SmolLM2-135M; some minutes, writes block_size.json
     python bench/block_size.py --quick --out FILE  few windows: to see that it runs
 
 Calibrated (Fisher) on 12 windows of 256 tokens spread over the second half of Python's help topics, judged on 64 of the
-first. Constants are float32. "nf4" chooses block sizes 32 to 1024 for each layer, "any type" nf3, int5, int6 and int8
-as well. Every model reads the same windows, so intervals are those of differences: 95 %, by a bootstrap over windows.
-Bits saved at the loss of block size 64 for all are read off a line between two measured budgets.
+first. Constants are float32. "nf4" chooses a block size from 32 to 1024 for each layer; "any type" also chooses among
+nf3, int5, int6 and int8. Every model reads the same windows, so intervals are those of differences: 95 %, by a
+bootstrap over windows. Bits saved at the loss of block size 64 everywhere lie on a line between two measured budgets.
 """
 
 import argparse
@@ -38,7 +38,7 @@ BETWEEN = {"nf4": (4.125, 4.25), "any type": (4.0, 4.25)}  # budgets on both sid
 
 
 def plans(calibration: str, windows: int, types: tuple[str, ...]) -> dict[str, Plan]:
-    """Name -> a plan, the mixes and three uniform ones."""
+    """Name -> plan, for the mixes and for three uniform block sizes."""
     model, tokenizer = ql.load(MODEL, None, dtype=torch.float32, progress=False)
     every = text_windows(tokenizer, calibration, LENGTH, 18 * windows)[::18]  # from many topics
     batches = [{"input_ids": row[None]} for row in every]
@@ -52,7 +52,7 @@ def plans(calibration: str, windows: int, types: tuple[str, ...]) -> dict[str, P
 
 
 def judge(chosen: dict[str, Plan], text: str, windows: int) -> dict[str, np.ndarray]:
-    """Name -> mean loss of each window in nats a token, (windows,); "not quantised" too."""
+    """Name -> mean loss of each window in nats per token, (windows,); also of the unquantised model."""
     losses = {}
     for name, plan in tqdm({"not quantised": None, **chosen}.items(), "judging", unit="model"):
         how = {"codebook": None} if plan is None else {"plan": plan}
@@ -84,12 +84,12 @@ def summary(losses: dict[str, np.ndarray], chosen: dict[str, Plan]) -> dict:
 
 
 def draws_of(windows: int) -> np.ndarray:
-    """Numbers of windows, drawn with repeats: (DRAWS, windows)."""
+    """Indices of windows, drawn with replacement: (DRAWS, windows)."""
     return np.random.default_rng(0).integers(0, windows, (DRAWS, windows))
 
 
 def interval(difference: np.ndarray) -> dict[str, float]:
-    """Mean of (windows,) differences, and between what it lies in 95 % of the draws of windows."""
+    """Mean of the (windows,) differences, and the interval that holds it in 95 % of the draws of windows."""
     low, high = np.percentile(difference[draws_of(len(difference))].mean(-1), [2.5, 97.5])
     return {"mean": float(difference.mean()), "low": float(low), "high": float(high)}
 

@@ -1,11 +1,11 @@
-"""Ours, bitsandbytes and torchao on the CPU, in turn in one process: `make bench`, about a quarter of an hour.
+"""Time ours, bitsandbytes and torchao on the CPU, in turn in one process: `make bench`, a quarter of an hour.
 
     python bench/cpu.py              measure with both allocators, write cpu.json, cpu.png, part of docs/speed.md
     python bench/cpu.py --quick      toy sizes, two rounds, writes to --out only: to see that it runs
     python bench/cpu.py --render     do not measure: picture, section and table from cpu.json
 
-Weights are drawn anew in each run. A figure is the median of `rounds` samples; low and high are quartiles. Ratios are
-their time over ours. Floors are measured beside: a fill of the same output, a copy, a product with a ready weight.
+Each run draws new weights. A figure is the median of `rounds` samples; low and high are quartiles. Ratios are their
+time over ours. Floors are measured in the same run: a fill of the same output, a copy, a product with a ready weight.
 Nothing here asserts a time.
 """
 
@@ -61,7 +61,7 @@ def bnb_linear(linear: nn.Linear, dtype: torch.dtype, training: bool = True) -> 
 
 
 class Bench:
-    """Measures, and gathers rows."""
+    """Measures, and collects rows."""
 
     def __init__(self, quick: bool, allocator: str):
         self.quick, self.allocator, self.rows = quick, allocator, []
@@ -166,7 +166,7 @@ class Bench:
             position = LlamaRotaryEmbedding(config)(x, torch.arange(tokens)[None])
             steps = {}
             for name, layer in layers.items():
-                add_lora(layer, 16)  # whichever library its linear layers are of
+                add_lora(layer, 16)  # whichever library its linear layers come from
                 optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-4)
                 steps[name] = partial(train_step, layer, optimizer, x, position)
             self.row("LoRA layer step", steps, (hidden, inner), dtype=NAMES[dtype], tokens=tokens)
@@ -226,7 +226,7 @@ def forward_backward(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> N
 def peaks(steps: dict) -> dict[str, int | None]:
     for step in steps.values():
         step()
-    vars(product._local).clear()  # the panel is part of what a step needs
+    vars(product._local).clear()  # so that the peak includes the panel
     return {name: peak_bytes(step) for name, step in steps.items()}
 
 
@@ -259,7 +259,7 @@ FIRST_CALLS = {
 
 
 def cold_start() -> dict[str, float | list[float]]:
-    """Seconds of imports in a fresh process; of first calls, [compiling, from the cache on disk]."""
+    """Seconds of imports in a fresh process, and of first calls: [compiling, from the cache on disk]."""
     found = {}
     for name, code in IMPORTS.items():
         if find_spec(code.split()[1]) is None:
@@ -320,7 +320,7 @@ def main() -> None:
 
 
 def _half(args: argparse.Namespace, allocator: str) -> list[dict]:
-    """A process of its own: how memory is handed out cannot be changed back."""
+    """Measure in a process of its own, because the allocator cannot be changed back."""
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "part.json")
         command = [sys.executable, "-W", "ignore", __file__, "--allocator", allocator, "--out", str(part)]

@@ -1,10 +1,10 @@
-"""Which data type and block size lose least on text, with more of it than a lesson has time for.
+"""Measure which data type and block size lose least on text, on more text than a lesson has time for.
 
     python bench/data_types.py                     SmolLM2-135M, 64 windows of 512 tokens; a quarter of an hour
     python bench/data_types.py --quick --out FILE  2 windows: to see that it runs
 
-The rows of the sweep lie in --results: a run that was stopped goes on from there. Every setting reads the same windows,
-so intervals are those of differences: 95 %, by a bootstrap over windows. Writes data_types.json.
+The rows of the sweep are in --results, from which a stopped run continues. Every setting reads the same windows, so
+intervals are those of differences: 95 %, by a bootstrap over windows. It writes data_types.json.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SETTINGS = [
     *(Variant("nf4", size) for size in (16, 32, 128, 256, 1024, 4096)),
     *(Variant(name, double_quant=True) for name in ("nf4", "fp4", "int4")),
 ]
-# what notebook 06 and the paper compare: the second less the first
+# the comparisons of notebook 06 and the paper: the second minus the first
 PAIRS = [
     (Variant("fp4"), Variant("int4")),
     (Variant("e2m1"), Variant("e3m0")),

@@ -1,14 +1,14 @@
-"""The Triton rungs on a GPU: first whether they are right there, then how fast, beside bitsandbytes and torchao.
+"""Check the Triton rungs on a GPU, then time them beside bitsandbytes and torchao.
 
-    python bench/gpu.py                     some minutes; writes gpu-<device>.json here and the table of the README here
+    python bench/gpu.py                     some minutes; writes gpu-<device>.json and the table of bench/README.md
     python bench/gpu.py --quick --out FILE  toy sizes: to see that it runs, also with TRITON_INTERPRET=1 and no GPU
-    python bench/gpu.py --render            no measuring: only that table
+    python bench/gpu.py --render            do not measure: write only the table
 
-Exit code 1: a rung differs from its twin, which is said, and nothing is measured. 2: there is nothing to run on.
-A figure is the median of `rounds` samples, low and high are quartiles; each sample begins with a cold L2. Its share is
-the floor over the median: bytes that must be moved over the bandwidth of a copy, or operations over the rate of a
-matrix product, whichever takes longer, both measured in the same run. Beside it, "call" is what a call takes among many
-back to back, with warm caches and with the host's part. Nothing here asserts a time.
+Exit code 1: a rung differs from its twin; the difference is printed, and nothing is measured. 2: there is no GPU.
+A figure is the median of `rounds` samples; low and high are quartiles. Each sample begins with a cold L2. Its share is
+the floor over the median. The floor is bytes that must be moved over the bandwidth of a copy, or operations over the
+rate of a matrix product, whichever takes longer, both measured in the same run. "call" is the time of one call among
+many back to back, with warm caches and with the host's part. Nothing here asserts a time.
 """
 
 import argparse
@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 if __name__ == "__main__" and find_spec("triton") is None:
-    print("Triton is not installed, and the GPU kernels are written in it: it exists for Linux.", file=sys.stderr)
+    print("Triton is not installed, and the GPU kernels are written in it. It exists only for Linux.", file=sys.stderr)
     sys.exit(2)
 
 from bench.cpu import bitsandbytes, forward_backward, to_nf4  # noqa: E402
@@ -58,8 +58,8 @@ from qlora_lab.quant.quantize import (  # noqa: E402
 )
 
 SIZES, TOKENS = [(4096, 4096), (576, 1536), (11008, 4096)], (1, 8, 64, 256, 2048)
-ROWS = 30 * len(SIZES)  # of a bench that is not quick
-LEAST = 3  # rounds of a row, however little time there is
+ROWS = 30 * len(SIZES)  # of a full bench
+LEAST = 3  # rounds of a row, even if time is short
 BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
 SHOWN = {  # column of bench/README.md -> work, shape, tokens
     "dequantise 4096 x 4096": ("dequantize_double", (4096, 4096), None),
@@ -72,7 +72,7 @@ SHOWN = {  # column of bench/README.md -> work, shape, tokens
 
 
 class Bench:
-    """Measures on one device, and gathers rows.
+    """Measures on one device, and collects rows.
 
     seconds: what all may take. A row has its share of what is left, and makes fewer rounds if that is short; rows that
     come too late are left out.
@@ -97,18 +97,18 @@ class Bench:
         return torch.randn(shape, device=self.device).to(dtype or self.half)
 
     def _bandwidth(self) -> float:
-        """Bytes a second of a copy, those read and those written."""
+        """Bytes per second of a copy, read and written."""
         to, source = (self.empty(2**16 if self.quick else 2**29, torch.uint8) for _ in range(2))
         return 2 * len(to) / self.measure({"copy": lambda: partial(to.copy_, source)})["copy"]["median"]
 
     def _rate(self) -> float:
-        """Operations a second of a square matrix product."""
+        """Operations per second of a square matrix product."""
         n = 64 if self.quick else 8192
         a, b = self.randn(n, n), self.randn(n, n)
         return 2 * n**3 / self.measure({"product": lambda: partial(torch.mm, a, b)})["product"]["median"]
 
     def sample(self, function: Callable[[], object]) -> float:
-        """Seconds of one call with cold caches: of the device, or of the clock where Triton interprets."""
+        """Seconds of one call with cold caches, by the device, or by the clock if Triton interprets."""
         if not self.on_gpu:
             return self.call(function, 1)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -121,7 +121,7 @@ class Bench:
         return start.elapsed_time(end) / 1e3
 
     def call(self, function: Callable[[], object], calls: int) -> float:
-        """Seconds of one call of many, back to back, until the device has done the last."""
+        """Seconds per call of many calls back to back, until the device has finished the last one."""
         start = perf_counter()
         for _ in range(calls):
             function()
@@ -139,7 +139,7 @@ class Bench:
                     function = make()
                     once = [self.sample(function) for _ in range(1 if self.quick else 3)][-1]
                     ready[name] = function, min(100, ceil(5e-3 / once)) if self.on_gpu else 1, [], []
-            except Exception as error:  # whatever a library raises for what it does not take
+            except Exception as error:  # a library may raise anything for an input that it does not accept
                 found[name] = {"error": first_line(error)}
         names = list(ready)
         for i in range(self.rounds if names else 0):
@@ -182,7 +182,7 @@ class Bench:
         self.rows.append(facts | {"moved": moved, "operations": operations, "floor": floor, "seconds": found})
 
     def blocks(self, shape: tuple[int, int]) -> None:
-        """Rungs 1 to 4. torchao always quantises constants too, so it is beside rungs 1 and 3."""
+        """Rungs 1 to 4. torchao always quantises constants too, so it is compared with rungs 1 and 3."""
         weight = 0.02 * self.randn(*shape, dtype=torch.float32)
         single, double = (readable(quantize, weight, "nf4", 64, yes) for yes in (False, True))
         flat, (thresholds, order) = weight.view(-1).to(self.half), rounding(single.levels)
@@ -209,7 +209,7 @@ class Bench:
         }, moved)  # fmt: skip
 
     def dequantise(self, rung: Callable, q: QuantizedTensor, weight: torch.Tensor) -> None:
-        out, stored = torch.empty_like(weight), q.plain[1]
+        out, stored = torch.empty_like(weight), q.plain.constants
         contenders = {
             "ours": lambda: partial(rung, q.packed, stored, q.levels, 64, out),
             PEER: lambda: partial(bitsandbytes().functional.dequantize_4bit, *bnb_quantize(weight, q.double_quant)),
@@ -334,7 +334,7 @@ def bnb_absmax(codes: torch.Tensor, state: object, offset: torch.Tensor) -> torc
 
 
 def bnb_linear(linear: nn.Linear) -> nn.Module:
-    """The same weight as a layer of bitsandbytes, quantised where it lies: NF4, block size 64, double quantization."""
+    """The same weight as a layer of bitsandbytes, quantised on its device: NF4, block size 64, double quantization."""
     nn4, weight = bitsandbytes().nn, linear.weight.detach().clone()
     layer = nn4.Linear4bit(linear.in_features, linear.out_features, False, weight.dtype, True, "nf4")
     layer.weight = nn4.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
@@ -382,7 +382,7 @@ def table(result: dict) -> str:
 
 
 def section(results: list[dict]) -> str:
-    """A row for each card, in Markdown; nothing where nobody measured."""
+    """A row for each card, in Markdown; empty if there is no measurement."""
     if not results:
         return ""
     columns = ["device", "date", "copy, GB/s", "product, TFLOP/s", *SHOWN]
@@ -406,12 +406,12 @@ def _cell(times: dict[str, dict]) -> str:
 
 
 def in_readme(text: str, results: list[dict]) -> str:
-    """`text` with the table between its two marks renewed. Raises ValueError where they are missing."""
+    """Renew the table between the two marks of `text`. Raises ValueError if a mark is missing."""
     return between(text, BEGIN, END, section(results), "bench/README.md")
 
 
 def stored() -> list[dict]:
-    """What this bench has measured, and the kernels' part of device days (gpu_day.py)."""
+    """The stored results of this bench, and of the kernels' part of device days (gpu_day.py)."""
     files = [*HERE.glob("gpu-*.json")]
     files = [file for file in files if not file.name.startswith("gpu-day-") or file.stem.endswith("-kernels")]
     return [json.loads(file.read_text("utf-8")) for file in sorted(files)]
@@ -423,7 +423,7 @@ def render() -> None:
 
 
 def measure_into(found: dict, device: torch.device, quick: bool, seconds: float = inf) -> None:
-    """Put the rates and all rows that `seconds` allow into `found`, each row as it comes."""
+    """Put the rates, and as many rows as `seconds` allow, into `found`, each row as soon as it is measured."""
     bench = Bench(device, quick, seconds)
     found |= {"half": NAMES[bench.half], "bandwidth": bench.bandwidth, "rate": bench.rate}
     found |= {"rows": bench.rows, "left_out": bench.left_out}
@@ -450,7 +450,7 @@ def main() -> None:
             check(device, args.quick)
         except Differs as difference:
             sys.exit(f"{difference}. Nothing was measured.")
-        print("Every rung is what its twin is.", file=sys.stderr)
+        print("Every rung agrees with its twin.", file=sys.stderr)
         result = machine(device)
         measure_into(result, device, args.quick)
     write(args.out or HERE / f"gpu-{slug(result['device'])}.json", json.dumps(result, indent=1) + "\n")

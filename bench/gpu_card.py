@@ -1,7 +1,7 @@
-"""What there is to run the Triton rungs on: a CUDA device, or the CPU where Triton interprets them.
+"""Choose where the Triton rungs run: on a CUDA device, or on the CPU if Triton interprets them.
 
-In: this machine. Out: the device or why there is none; the facts with which every JSON of a GPU bench begins.
-Not here: anything that is measured.
+In: this machine. Out: the device, or the reason why there is none; the facts at the start of every GPU bench's JSON.
+Not here: measurements.
 """
 
 import datetime
@@ -21,7 +21,7 @@ from qlora_lab.model.linear4bit import Linear4bit
 
 
 def refusal() -> str | None:
-    """Why nothing can run here; None if it can."""
+    """The reason why nothing can run here, or None."""
     if knobs.runtime.interpret or torch.cuda.is_available():
         return None
     return "torch finds no CUDA device here; to see that this bench runs: TRITON_INTERPRET=1, --quick and --out."
@@ -50,7 +50,7 @@ def rungs_on(device: torch.device) -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -77,5 +77,5 @@ def driver() -> str:
 
 
 def slug(name: str) -> str:
-    """A device's name as a part of a file's name."""
+    """A device's name in a form that a file's name can hold."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,7 +1,7 @@
-"""Is every rung what its readable twin is, on this GPU? Bit for bit, or within a bound that a docstring derives.
+"""Check every rung against its readable twin on this GPU: bit for bit, or within a bound that a docstring derives.
 
-A check raises Differs at its first difference, with the case, the entry and both values. Twins run on the CPU where
-bits are compared, and on the device where a float64 product is.
+A check raises Differs at its first difference, with the case, the entry and both values. Twins run on the CPU if bits
+are compared, and on the device if the reference is a float64 product.
 """
 
 import os
@@ -12,6 +12,7 @@ from math import ceil
 import torch
 
 from qlora_lab import kernels
+from qlora_lab.kernels.packed_weight import PackedConstants
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
 from qlora_lab.kernels.triton.dequantize_double import dequantize_double
 from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4
@@ -33,7 +34,7 @@ NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 
 
 def readable(function: Callable, *arguments: object) -> object:
-    """What the readable functions give, whichever device the tensors are on."""
+    """Run the readable functions, whichever device the tensors are on."""
     os.environ[kernels.OVERRIDE] = "reference"
     try:
         return function(*arguments)
@@ -46,14 +47,14 @@ def first_line(error: Exception) -> str:
 
 
 class Differs(Exception):
-    """A rung is not what its twin is, or did not run."""
+    """A rung differs from its twin, or did not run."""
 
 
 def ran(case: str, rung: Callable, *arguments: object) -> object:
     try:
         result, (first, *_) = rung(*arguments), arguments
         device = (first if isinstance(first, torch.Tensor) else first[0]).device
-        if device.type == "cuda":  # an error of the device belongs to who made it
+        if device.type == "cuda":  # so that a device error is reported for the rung that caused it
             torch.cuda.synchronize()
             torch.cuda.synchronize(device)
         return result
@@ -105,7 +106,7 @@ def check_blocks(device: torch.device, n: int, block_size: int, name: str) -> It
         given = absmax.to(device), constants.absmax_offset.to(device), there[1]
         arguments, twins = (*given, double_quant.GROUP_SIZE, TINY), (constants.absmax_codes, constants.absmax_scale)
         yield partial(all_same, case, double_quantize, arguments, twins)
-        plain = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in constants.plain)
+        plain = PackedConstants(*(t.to(device) for t in constants.plain[:-1]), double_quant.GROUP_SIZE)
         undone = readable(double_quant.double_dequantize, constants)
         yield partial(all_same, case, double_dequantize, (plain,), (undone,))
         for rung, stored, twin in ((dequantize_nf4, given[0], absmax), (dequantize_double, plain, undone)):
@@ -121,7 +122,7 @@ def all_same(case: str, rung: Callable, arguments: tuple, twins: tuple) -> None:
 
 
 def filled(case: str, rung: Callable, arguments: tuple, want: torch.Tensor) -> None:
-    """As all_same, of a rung that fills its last argument."""
+    """Like all_same, for a rung that fills its last argument."""
     ran(case, rung, *arguments)
     same(case, rung, arguments[-1], want)
 
@@ -170,7 +171,7 @@ def check_adamw(device: torch.device, n: int) -> Iterator[Check]:
 
 
 def stepped(device: torch.device, n: int, dtype: torch.dtype) -> None:
-    """Three steps of both, each from the parameter that the rung made."""
+    """Make three steps of both, each starting from the rung's parameter."""
     g, tables = torch.Generator().manual_seed(n), tuple(t.to(device) for t in adamw_tables())
     state = [torch.zeros(n, dtype=torch.uint8), torch.zeros(ceil(n / readable_adamw.BLOCK))] * 2
     twin = [torch.randn(n, generator=g).to(dtype), *(t.clone() for t in state)]
@@ -206,7 +207,7 @@ LARGE = (
 
 
 def checks(device: torch.device, quick: bool) -> Iterator[Check]:
-    """Every rung against its twin, small cases first; what a check needs is made just before it is handed out."""
+    """Every rung against its twin, small cases first. The inputs of a check are made just before it runs."""
     for blocks, products, parameters in (SMALL,) if quick else (SMALL, LARGE):
         for case in blocks:
             yield from check_blocks(device, *case)
@@ -214,7 +215,7 @@ def checks(device: torch.device, quick: bool) -> Iterator[Check]:
             yield from check_products(device, *case)
         for n in parameters:
             yield from check_adamw(device, n)
-    if device.type == "cuda" and torch.cuda.device_count() > 1:  # launched while another device is the current one
+    if device.type == "cuda" and torch.cuda.device_count() > 1:  # launched while another device is current
         yield from check_blocks(torch.device("cuda", torch.cuda.device_count() - 1), 999, 64, "nf4")
 
 

@@ -1,14 +1,14 @@
-"""A part of a device day: what a GPU shows about this library in a few minutes. bench/gpu_day.sh runs all of them.
+"""Run one part of a device day, which tests this library on a GPU in a few minutes. bench/gpu_day.sh runs all parts.
 
     python bench/gpu_day.py PART                      writes gpu-day-<device>-PART.json here
     python bench/gpu_day.py PART --quick --out DIR    toy sizes: to see that it runs, also with TRITON_INTERPRET=1
 
-Parts: check, every rung against its readable twin; kernels, their times beside what the card can do; steps, 20 QLoRA
-steps beside a CPU's; seven_b, a 7B model; paging, PagedAdamW. --seconds: what the part may take; it measures fewer
-rounds if time is short.
+Parts: check, every rung against its readable twin; kernels, their times and the card's limits; steps, 20 QLoRA steps
+compared with a CPU's; seven_b, a 7B model; paging, PagedAdamW. --seconds limits the time of the part; it measures
+fewer rounds if time is short.
 
-A part that fails, or is stopped, writes what it has, and says why. Exit code 1: it failed. 2: there is nothing to run
-on, or nowhere to write. 130: Ctrl-C. Nothing here asserts a time.
+A part that fails or is stopped writes its results so far, and says why. Exit code 1: it failed. 2: there is no GPU, or
+the folder cannot be written. 130: Ctrl-C. Nothing here asserts a time.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Part = Callable[[torch.device, bool, float, dict], list[str]]  # device, quick, 
 
 
 def check(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
-    """Every rung against its twin. A difference is printed, and the other checks go on."""
+    """Check every rung against its twin. A difference is printed, and the other checks go on."""
     differences: list[str] = []
     found |= {"checks": 0, "cut": False, "differences": differences}
     for one in checks(device, quick):
@@ -50,12 +50,12 @@ def check(device: torch.device, quick: bool, end: float, found: dict) -> list[st
         except Differs as difference:
             print(difference, file=sys.stderr, flush=True)
             differences.append(str(difference))
-            synchronize(device)  # where the device itself is lost, so are the checks that would come
+            synchronize(device)  # if the device itself is lost, so are the remaining checks
     return differences
 
 
 def kernels(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
-    """Each kernel's time, beside a copy, a product of matrices, the readable functions, and bitsandbytes."""
+    """Time each kernel beside a copy, a matrix product, the readable functions, and bitsandbytes."""
     from bench.gpu import measure_into, table
 
     measure_into(found, device, quick, end - perf_counter())
@@ -88,14 +88,14 @@ PARTS: dict[str, Part] = {function.__name__: function for function in (check, ke
 def run(name: str, quick: bool, seconds: float, folder: Path) -> list[str]:
     """Make a part, write its file, and return what failed."""
     begin, device, found = perf_counter(), the_device(), {}
-    facts = machine(device)  # a device that is lost later on has no name
+    facts = machine(device)  # asked now, because a device that is lost later has no name
     before = signal.signal(signal.SIGTERM, partial(_stop, name))
     try:
         with rungs_on(device):
             failures = PARTS[name](device, quick, begin + seconds, found)
     except KeyboardInterrupt:
         failures = [*found.get("differences", ()), INTERRUPTED]
-    except (Exception, SystemExit) as error:  # whatever a device or a library raises
+    except (Exception, SystemExit) as error:  # a device or a library may raise anything
         traceback.print_exc()
         failures = [*found.get("differences", ()), first_line(error)]
     finally:
@@ -117,7 +117,7 @@ def _interrupt(*_: object) -> None:
 
 
 def ready(folder: Path) -> None:
-    """Make the folder, and see that files can be made in it: before the device works, not after. Raises OSError."""
+    """Make the folder and check that it can be written, before the device works. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     parser.add_argument("--out", type=Path, help="folder of the JSON file (default: bench)")
-    parser.add_argument("--seconds", type=float, default=inf, help="what the part may take")
+    parser.add_argument("--seconds", type=float, default=inf, help="time limit of the part")
     args = parser.parse_args()
     if why := refusal():
         print(why, file=sys.stderr)

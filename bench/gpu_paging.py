@@ -1,13 +1,13 @@
-"""PagedAdamW on a GPU: is it torch's AdamW there, bit for bit, and what does a step cost with a part of its state?
+"""Compare PagedAdamW on a GPU with torch's AdamW, bit for bit, and time a step with a part of its state in memory.
 
 In: a device. Out: for each store and each share of the state in memory: whether three steps gave the same bits,
-seconds of a step, and what happened to pages in one. Stores: "host" is pinned memory of the host, "managed" is CUDA's
-own; where Triton interprets, "file" and "host" on the CPU, where nothing is pinned.
+seconds per step, and the page events of one step. Stores: "host" is pinned host memory, "managed" is CUDA's managed
+memory. If Triton interprets, the stores are "file" and "host" on the CPU, where nothing is pinned.
 
-The bits must be those of torch.optim.AdamW with foreach=False, whose operations PagedAdamW makes in the same order. Its
-two other ways may round otherwise, so it is only recorded how far they are.
-A time is a median of steps one after another, the clock waiting for the device at both ends. One optimizer is in
-memory at a time, and is sized so that all of it fits in what the card has free.
+The bits must equal those of torch.optim.AdamW with foreach=False: PagedAdamW makes the same operations in the same
+order. torch's two other variants may round differently, so their distance is only recorded.
+A time is a median of consecutive steps; the clock waits for the device at both ends. Only one optimizer is in memory
+at a time, and it is sized to fit into the card's free memory.
 """
 
 from collections import Counter
@@ -28,8 +28,8 @@ from qlora_lab.optim.paged_adamw import UNIT, PagedAdamW
 from qlora_lab.optim.paging import PAGE_SIZE
 
 NUMEL, TOY_NUMEL, TOY_PAGE = 2**26, 2**12, 4096  # 512 MiB of state
-BYTES = 64  # of free memory asked for an element: p, its gradient, two moments and three temporaries take 28
-GRADIENTS = 1.0, -0.5, 0.25  # times the first one: powers of two, so that every contender has the same bits
+BYTES = 64  # of free memory per element: p, its gradient, two moments and three temporaries take 28
+GRADIENTS = 1.0, -0.5, 0.25  # factors of the first gradient: powers of two, so that every contender has the same bits
 MANAGED = "managed memory is CUDA's: there is no such device here"
 
 
@@ -38,7 +38,7 @@ def stores_of(device: torch.device) -> tuple[str, ...]:
 
 
 def start(numel: int, device: torch.device, make: Callable) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
-    """A parameter with its gradient, from a seed, and an optimizer of it."""
+    """Make a parameter with its gradient, from a seed, and its optimizer."""
     generator = torch.Generator(device).manual_seed(0)
     p, gradient = (torch.randn(numel, device=device, generator=generator) for _ in range(2))
     p = torch.nn.Parameter(p)
@@ -57,7 +57,7 @@ def three_steps(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> torc
 
 
 def timed(optimizer: torch.optim.Optimizer, device: torch.device, seconds: float) -> dict:
-    """Seconds of a step, of as many rounds as fit, 3 to 9."""
+    """Seconds of a step, over as many rounds as time allows, 3 to 9."""
 
     def step() -> None:
         optimizer.step()
@@ -70,7 +70,7 @@ def timed(optimizer: torch.optim.Optimizer, device: torch.device, seconds: float
 
 
 def contenders(numel: int, page_size: int, device: torch.device) -> dict[str, Callable]:
-    """Name -> what makes an optimizer of parameters."""
+    """Name -> a function that makes an optimizer of parameters."""
     found = {f"torch.optim.AdamW, {name}": partial(torch.optim.AdamW, **how) for name, how in TORCH.items()}
     for store in stores_of(device):
         for share, parts in SHARES.items():
@@ -108,7 +108,7 @@ def measure(make: Callable, numel: int, device: torch.device, wanted: torch.Tens
 
 
 def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
-    """Fill `found`. Returns what failed."""
+    """Fill `found`. Returns a sentence for each failure."""
     free, page_size = free_memory(device), TOY_PAGE if quick else PAGE_SIZE
     numel = TOY_NUMEL if quick else min(NUMEL, free // BYTES)
     found |= {"numel": numel, "state_bytes": UNIT[32][1] * numel, "page_size": page_size, "free_bytes": free}
@@ -119,7 +119,7 @@ def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str
         try:
             share = (end - perf_counter()) / (len(todo) - number)
             one = measure(make, numel, device, wanted, share)
-        except Exception as error:  # whatever a driver raises
+        except Exception as error:  # a driver may raise anything
             one = {"error": first_line(error)}
         found["optimizers"][name] = one
         if name.startswith(stores_of(device)) and not one.get("equal"):

@@ -1,8 +1,8 @@
-"""A LLaMA of 7B parameters on a GPU: quantised there, five QLoRA steps, an answer; with its memory beside the ledger's.
+"""Run a LLaMA of 7B parameters on a GPU: quantise it, make five QLoRA steps and an answer; compare memory and ledger.
 
-In: a device. Out: seconds and tokens per second, bytes measured and predicted, seconds a token of an answer; the same
-with bitsandbytes' layers where it is installed. Weights are random and made on the device, a layer at a time: a layer
-is in 4 bits before the next is drawn. Of 512 tokens the last 64 are learned; a step checkpoints its layers.
+In: a device. Out: seconds and tokens per second, bytes measured and predicted, seconds per token of an answer; the same
+with bitsandbytes' layers, if it is installed. Weights are random and made on the device, layer by layer: each layer is
+in 4 bits before the next is drawn. Of 512 tokens the last 64 are learned; a step checkpoints its layers.
 
 Not here: the same on a CPU, from files (seven_b.py).
 """
@@ -36,7 +36,7 @@ NO_CUDA = "not measured: only CUDA's allocator counts its bytes"
 
 
 def bnb_linears(layer: nn.Module) -> nn.Module:
-    """As quantize_linears, with the layers of bitsandbytes."""
+    """Like quantize_linears, with the layers of bitsandbytes."""
     for name, module in list(layer.named_modules()):
         if type(module) is nn.Linear:
             layer.set_submodule(name, bnb_linear(module))
@@ -59,7 +59,7 @@ def build(shape: dict, device: torch.device, quantise: Callable[[nn.Module], nn.
 
 
 def ledger(shape: dict, quick: bool) -> Ledger:
-    """What the memory ledger says of these steps on a GPU."""
+    """The memory ledger's prediction for these steps on a GPU."""
     r, tokens, labels = (TOY_R, TOY_TOKENS, TOY_LABELS) if quick else (R, TOKENS, LABELS)
     return predict_memory(
         {"model_type": "llama", **shape}, r=r, batch_size=1, length=tokens, learned=labels / tokens,
@@ -68,13 +68,13 @@ def ledger(shape: dict, quick: bool) -> Ledger:
 
 
 def predicted(one: Ledger) -> dict:
-    """Its bytes; `allocated` is what torch's allocator should hand out, so without CUDA's own."""
+    """Predicted bytes; `allocated` is the part of torch's allocator, without CUDA's own."""
     allocated = one.peak - one.group("runtime")
     return {"peak": one.peak, "allocated": allocated, "phase": one.phase, "groups": one.groups}
 
 
 def train(model: nn.Module, device: torch.device, quick: bool, end: float) -> dict:
-    """Five steps, the first of which compiles; at least two, however late it is."""
+    """Make five steps, of which the first compiles; at least two, even if time is short."""
     r, tokens, labels = (TOY_R, TOY_TOKENS, TOY_LABELS) if quick else (R, TOKENS, LABELS)
     add_lora(model, r)
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ def train(model: nn.Module, device: torch.device, quick: bool, end: float) -> di
 
 
 def answer(model: nn.Module, device: torch.device, quick: bool) -> dict:
-    """Greedy tokens after a prompt of 32; one token more or less is the prompt's time or the answer's."""
+    """Time greedy tokens after a prompt of 32; answers of different lengths separate the prompt's time."""
     from transformers import GenerationConfig
 
     most = TOY_ANSWER if quick else ANSWER
@@ -123,7 +123,7 @@ def answer(model: nn.Module, device: torch.device, quick: bool) -> dict:
 
 
 def measure(quantise: Callable, shape: dict, device: torch.device, quick: bool, end: float) -> dict:
-    """Load, train, answer."""
+    """Load, train and answer."""
     start = perf_counter()
     _reset(device)
     model = build(shape, device, quantise)
@@ -156,7 +156,7 @@ def _bytes(device: torch.device) -> dict | str:
 
 
 def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
-    """Fill `found`. Returns what failed."""
+    """Fill `found`. Returns a sentence for each failure."""
     shape = TOY if quick else SHAPE
     one, free = ledger(shape, quick), free_memory(device)
     found |= {"shape": shape, "predicted": predicted(one), "free_bytes": free}
@@ -170,7 +170,7 @@ def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str
     if find_spec(PEER):
         try:
             found[PEER] = measure(bnb_linears, shape, device, quick, end)
-        except Exception as error:  # whatever it raises for what it does not take
+        except Exception as error:  # it may raise anything for an input that it does not accept
             found[PEER] = {"error": first_line(error)}
     losses = found["ours"]["steps"]["losses"]
     return [] if torch.tensor(losses).isfinite().all() else [f"a loss is not finite: {losses}"]

@@ -1,16 +1,16 @@
-"""QLoRA steps of a LLaMA whose weights come from a seed: does a device learn what a CPU learns?
+"""Compare QLoRA steps of a seeded LLaMA on a device with those on a CPU.
 
-    python bench/gpu_steps.py     the CPU's losses anew: gpu_day_cpu.json, some minutes
+    python bench/gpu_steps.py     compute the CPU's losses again: gpu_day_cpu.json, some minutes
 
-In: a device. Out: the losses of 20 steps in float32 and in bf16, and how far they are from the CPU's that are stored.
-The model has SmolLM2-135M's shape. Its weights are k / 2^24 - 1/2 over 16, k a whole number that a CPU's generator
-draws, evenly within 1/32 of 0: every operation on the way is exact, so each machine has the same bits, and a digest
-tells. A GPU's generator gives other numbers for the same seed, and randn's logarithms differ between vector paths.
-The data are 4 rows of 128 ids out of 64 that the seed chose, the same rows in every step: the loss can fall from
-ln 49,152 = 10.8 to ln 64 = 4.2 by learning which ids there are, and further by learning the rows.
+In: a device. Out: the losses of 20 steps in float32 and in bf16, and their distance from the CPU's stored losses.
+The model has SmolLM2-135M's shape. Its weights are (k / 2^24 - 1/2) / 16 for a whole number k from a CPU's generator,
+so they are uniform within 1/32 of 0. Every operation is exact, so each machine has the same bits, which a digest
+confirms. A GPU's generator gives other numbers for the same seed, and randn's logarithms differ between vector paths.
+The data are 4 rows of 128 ids, drawn from 64 ids that the seed chose; every step has the same rows. The loss can fall
+from ln 49,152 = 10.8 to ln 64 = 4.2 by learning which ids occur, and further by learning the rows.
 
-Compared are the drawn weights and the packed codes, bit for bit, the first loss of every token, and the mean loss of
-every step. LIMITS says how far the losses may be apart.
+The drawn weights and the packed codes are compared bit for bit; the first loss of every token, and the mean loss of
+every step, within LIMITS.
 """
 
 import datetime
@@ -48,14 +48,14 @@ TOY = {
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 R, LR, CLIP, IDS = 16, 1e-3, 0.3, 64
-# What multiplies on the CPU, whichever wins there: float32 in float32, and bf16 in bf16, as a GPU does.
+# The CPU's product, whichever one wins the race there: float32 in float32 and bf16 in bf16, as on a GPU.
 RACES = {"float32": Race(1.0, inf, inf), "bfloat16": Race(inf, inf, 1.0)}
 # Where they come from: bench/README.md.
 LIMITS = {"float32": {"tokens": 1e-3, "losses": 2.0**-14}, "bfloat16": {"tokens": 0.05, "losses": 2.0**-10}}
 
 
 class Case(NamedTuple):
-    """A model's shape, a batch's, and how many steps are made."""
+    """The shapes of model and batch, and the number of steps."""
 
     shape: dict
     rows: int
@@ -67,12 +67,12 @@ CASES = {"smollm2-135m": Case(SMOLLM2, 4, 128, 20), "toy": Case(TOY, 2, 16, 6)}
 
 
 def draw(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Evenly within 1/32 of 0, float32, exact: torch.rand is a multiple of 2^-24."""
+    """Uniform within 1/32 of 0, float32. Exact, because torch.rand gives multiples of 2^-24."""
     return (torch.rand(shape, generator=generator) - 0.5) / 16
 
 
 def build(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[torch.nn.Module, dict[str, str]]:
-    """The adapted model on `device`, and digests of what was drawn and of the codes that it became there."""
+    """The adapted model on `device`, and digests of the drawn weights and of their codes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     generator, drawn, packed = torch.Generator().manual_seed(0), hashlib.sha256(), hashlib.sha256()
@@ -101,7 +101,7 @@ def batch_of(case: Case) -> dict[str, torch.Tensor]:
 
 
 def first_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> list[float]:
-    """Nats of every token, before anything is learned."""
+    """Loss of every token in nats, before training."""
     ids = batch["input_ids"].to(device)
     with measuring(model):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
@@ -136,15 +136,15 @@ def apart(found: dict, cpu: dict) -> dict[str, float]:
     difference over the loss."""
     tokens, losses = (torch.tensor(found[what], dtype=torch.float64) for what in ("tokens", "losses"))
     known_tokens, known = (torch.tensor(cpu[what], dtype=torch.float64) for what in ("tokens", "losses"))
-    known = known[: len(losses)]  # steps may have been cut off
+    known = known[: len(losses)]  # time may have ended the steps early
     return {
         "tokens": ((tokens - known_tokens).square().mean().sqrt() / known_tokens.std()).item(),
-        "losses": ((losses - known).abs() / known).max().item(),  # NaN if one is
+        "losses": ((losses - known).abs() / known).max().item(),  # NaN if any is NaN
     }
 
 
 def compare(found: dict, cpu: dict, dtype: str) -> list[str]:
-    """Put how far it is from the CPU's run into `found`. Returns what is too far."""
+    """Put the distance from the CPU's run into `found`. Returns a sentence for each bound that it exceeds."""
     found |= {"cpu": cpu["losses"], "apart": apart(found, cpu), "limits": LIMITS[dtype]}
     failures = [f"{dtype}: other {what} than the CPU's" for what in ("weights", "codes") if found[what] != cpu[what]]
     for what, limit in LIMITS[dtype].items():
@@ -154,7 +154,7 @@ def compare(found: dict, cpu: dict, dtype: str) -> list[str]:
 
 
 def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
-    """Fill `found`. Returns what failed."""
+    """Fill `found`. Returns a sentence for each failure."""
     name = "toy" if quick else "smollm2-135m"
     stored, failures = json.loads(STORED.read_text("utf-8")), []
     found |= {"case": name, **CASES[name]._asdict(), "r": R, "lr": LR, "clip": CLIP, "cpu": stored["processor"]}
@@ -165,7 +165,7 @@ def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str
 
 
 def main() -> None:
-    """Compute what the CPU learns, and store it."""
+    """Compute the CPU's losses and store them."""
     cases = {}
     for name, case in CASES.items():
         cases[name] = {}

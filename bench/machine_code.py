@@ -1,4 +1,4 @@
-"""What the GPU kernels are compiled to, beside those of bitsandbytes; no GPU is needed and no time is measured.
+"""Count the instructions of the compiled GPU kernels, and of bitsandbytes'. No GPU is needed; no time is measured.
 
 python bench/machine_code.py              compile, count, write machine_code.json and a section of docs/gpu.md; a minute
 python bench/machine_code.py --render     only the section, from machine_code.json
@@ -25,7 +25,7 @@ ARCH, DTYPES = 90, ("bfloat16", "float32")  # what docs/gpu.md shows
 
 
 def count() -> dict:
-    """Versions, date, and a record of every rung and peer for each architecture and dtype."""
+    """Versions, date, and a record of every rung, and of bitsandbytes' kernels, for each architecture and dtype."""
     ours, theirs = [], []
     for dtype in aot.DTYPES:
         ours += aot.report(None, aot.ARCHS, dtype, progress=True)
@@ -43,7 +43,7 @@ def count() -> dict:
 
 
 def records(reports: list[aot.Report]) -> list[dict]:
-    """Each kernel once (those of constants are float32, whatever was asked for), as plain data."""
+    """Each kernel once, as plain data. Kernels of constants are float32 whatever dtype was requested."""
     once = {(one.rung, one.kernel, one.arch, one.dtype): one for one in reports}
     return [{key: _rounded(value) for key, value in asdict(one).items()} for one in once.values()]
 
@@ -55,7 +55,7 @@ def _rounded(value: object) -> object:
 
 
 def find(rows: list[dict], rung: str, dtype: str) -> dict | None:
-    """The first record of a rung that is for ARCH."""
+    """The first record of a rung for ARCH."""
     only = aot.RUNGS[rung].dtypes
     dtype = only[0] if len(only) == 1 else dtype
     return next((row for row in rows if (row["rung"], row["arch"], row["dtype"]) == (rung, ARCH, dtype)), None)
@@ -71,9 +71,10 @@ def section(result: dict) -> str:
     lines = [
         "These are counts of instructions in compiled code, not times. On "
         f"{result['date']} Triton {versions['triton']} compiled the kernels for sm_{ARCH} (H100), and {PEER} "
-        f"{versions[PEER]} was taken apart as it is installed. A figure is what one thread executes for each weight in "
-        "a full tile, in a loop in one pass of it; where threads of a warp part, the shorter side is counted, for both "
-        "libraries. Registers, spills and bits (of global loads / stores) belong to the first figure of a row.",
+        f"{versions[PEER]} was disassembled as installed. A figure is the number of instructions that one thread "
+        "executes for each weight of a full tile; for a loop, in one pass. Where the threads of a warp diverge, the "
+        "shorter side is counted, for both libraries. Registers, spills and bits (of global loads / stores) "
+        "belong to the first figure of a row.",
         "",
         f"| kernel | bf16 | {PEER} | float32 | {PEER} | registers | spills | bits | {PEER} |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -81,7 +82,7 @@ def section(result: dict) -> str:
     for rung in aot.RUNGS:
         pairs = [(find(result["ours"], rung, dtype), find(result[PEER], rung, dtype)) for dtype in DTYPES]
         one, peer = pairs[0]
-        if len(aot.RUNGS[rung].dtypes) == 1:  # float32, which is said once
+        if len(aot.RUNGS[rung].dtypes) == 1:  # float32, which is listed once
             pairs[0] = None, None
         figures = [f"{row['per_weight']:.1f}" if row else "" for pair in pairs for row in pair]
         cells = [f"`{rung}`", *figures, one["registers"], one["spills"], bits(one), bits(peer) if peer else ""]
@@ -89,7 +90,7 @@ def section(result: dict) -> str:
     lines += [
         "",
         "`double_quantize` and `double_dequantize` count for each constant, `adamw_8bit` for each parameter; "
-        f"`gemv_nf4` multiplies one token. {PEER} undoes quantised constants with another launch, which is not counted "
+        f"`gemv_nf4` multiplies one token. {PEER} decodes quantised constants in another launch, which is not counted "
         "beside `dequantize_double`. All figures, for sm_80, sm_90 and sm_100 and three dtypes: "
         "`bench/machine_code.json`; one at a time: `qlora-lab kernels --compare`.",
     ]
@@ -102,7 +103,7 @@ def in_page(text: str, result: dict) -> str:
 
 
 def as_json(result: dict) -> str:
-    """One record a line."""
+    """JSON with one record per line."""
     parts = [f'"{key}": {json.dumps(result[key])}' for key in ("date", "versions")]
     for key in ("ours", PEER):
         parts.append(f'"{key}": [\n' + ",\n".join(map(json.dumps, result[key])) + "\n]")

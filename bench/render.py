@@ -75,10 +75,10 @@ def section(result: dict) -> str:
     versions = result["versions"]
     lines = [
         f"Measured on {result['date']}: {result['processor']}, torch {versions['torch']}, {PEER} {versions[PEER]}, "
-        f"torchao {versions['torchao']}, in turn in one process; medians, NF4, block size 64, double quantization. "
-        "A ratio is their time over ours. Much of a ratio under the stock allocator is fresh memory that theirs asks "
-        "for and ours does not; the last column is what is left when the C library recycles memory, which "
-        "`qlora-lab finetune` switches on.",
+        f"torchao {versions['torchao']}, in turn in one process. Times are medians for NF4, block size 64, double "
+        "quantization; a ratio is their time over ours. Under the stock allocator, much of a ratio is fresh memory "
+        f"that {PEER} requests and ours does not. The last column is the ratio when the C library recycles memory, as "
+        "`qlora-lab finetune` makes it do.",
         "",
         f"| work | ours | {PEER} | ratio | ratio, recycling |",
         "|---|---|---|---|---|",
@@ -102,11 +102,12 @@ def _floors(result: dict) -> list[str]:
             )
         if row := find(stock, "LoRA layer step", (4096, 11008), dtype, 256):
             said.append(f"the {dtype} layer step {1 / ratio(row, 'unquantised'):.2f} times the unquantised layer's")
-    text = "Against the floor, stock allocator: " + "; ".join(said) + "." if said else ""
+    text = "Compared with the floor, stock allocator: " + "; ".join(said) + "." if said else ""
     row = find(stock, "forward and backward", (11008, 4096), "bfloat16", 256)
     if row and all((row.get("peak_bytes") or {}).values()):
         mine, theirs = (row["peak_bytes"][name] / 2**20 for name in ("ours", PEER))
-        text += f" Peak memory above resident, 11008 x 4096, 256 tokens, bf16: {mine:.0f} MiB, theirs {theirs:.0f} MiB."
+        work = "11008 x 4096, 256 tokens, bf16"
+        text += f" Peak memory above resident, {work}: ours {mine:.0f} MiB, {PEER} {theirs:.0f} MiB."
     return [text]
 
 
@@ -115,8 +116,8 @@ def _cold(result: dict) -> str:
     first = {name: value for name, value in cold.items() if isinstance(value, list)}
     compiling, cached = (sum(value[i] for value in first.values()) for i in (0, 1))
     return (
-        f"Cold start: the first calls of four common kernels take {compiling:.0f} s in all, importing and compiling "
-        f"included, and {cached:.1f} s at the next start, from the disk. Importing torch takes "
+        f"Cold start: the first calls of four common kernels take {compiling:.0f} s in all, with importing and "
+        f"compiling. At the next start they take {cached:.1f} s, from the disk. Importing torch takes "
         f"{cold['import torch']:.1f} s; after it, numba {cold['import numba, after torch']:.1f} s, {PEER} "
         f"{cold['import bitsandbytes, after torch']:.1f} s. "
         "Everything measured: [bench/cpu.json](../bench/cpu.json)."

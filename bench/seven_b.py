@@ -1,16 +1,16 @@
-"""A LLaMA with 7B parameters on this machine: load, quantise on disk, map, one training step, an answer.
+"""Measure a LLaMA with 7B parameters on this machine: load, quantise on disk, map, one training step, an answer.
 
     python bench/seven_b.py                      write a checkpoint with random weights (13.5 GB), measure, delete it
-    python bench/seven_b.py --folder FOLDER      a real one, such as a copy of Llama-2-7b
-    python bench/seven_b.py --quick --out FILE   a toy of the same form: to see that it runs
+    python bench/seven_b.py --folder FOLDER      use a real one, such as a copy of Llama-2-7b
+    python bench/seven_b.py --quick --out FILE   use a toy of the same form: to see that it runs
 
 The checkpoint has Llama 2's configuration and the form of the hub's: bf16 shards of at most 5 GB and an index. Each
-stage runs in a process of its own, so that its peak is its own; a peak is the highest resident set (pages of mapped
-files included) above the one after the imports, or for the training step all of it. It writes seven_b.json.
+stage runs in a process of its own, so that its peak is its own. A peak is the highest resident set (pages of mapped
+files included) minus the one after the imports; for the training step it is all of it. It writes seven_b.json.
 
-The floor of the step is the time of the matrix products that no implementation avoids, each timed in the same process
-with a ready weight in the faster dtype: each layer's weights three times (forward, forward again for checkpointing, and
-the gradient of its input), the adapters' and the head's.
+The floor of the step is the time of the matrix products that no implementation avoids. Each is timed in the same
+process with a ready weight in the faster dtype: each layer's weights three times (forward, forward again for
+checkpointing, and the gradient of its input), the adapters' and the head's.
 """
 
 import argparse
@@ -52,7 +52,7 @@ OUT = HERE / SEVEN_B
 
 
 def write_checkpoint(folder: Path, shape: dict, shard_bytes: int) -> None:
-    """Config, tokenizer and random bf16 weights, a layer at a time: never the whole model in memory."""
+    """Write config, tokenizer and random bf16 weights layer by layer; the whole model is never in memory."""
     import torch
     from safetensors.torch import save_file
     from tqdm.auto import tqdm
@@ -91,7 +91,7 @@ def _draw(shape, generator):
 
 
 def _tokenizer():
-    """A byte is a token: any text can be made as long as is needed."""
+    """A tokenizer with one token per byte, so that a text can have any number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -117,7 +117,7 @@ def load(folder: Path, scratch: Path, quick: bool) -> dict:
 
 
 def quantise(folder: Path, scratch: Path, quick: bool) -> dict:
-    """The same onto the disk."""
+    """Stream the original through the quantiser onto the disk."""
     from qlora_lab.model.quantized_folder import quantize_folder
 
     _warm_up(scratch)
@@ -125,7 +125,7 @@ def quantise(folder: Path, scratch: Path, quick: bool) -> dict:
 
 
 def map_again(folder: Path, scratch: Path, quick: bool) -> dict:
-    """Load what is in 4 bits on the disk."""
+    """Load the folder that is in 4 bits on the disk."""
     _warm_up(scratch)
     result = _measured(lambda: _load(scratch / "small"))
     result["folder_bytes"] = sum(path.stat().st_size for path in (scratch / "small").iterdir())
@@ -141,7 +141,7 @@ def step(folder: Path, scratch: Path, quick: bool) -> dict:
     model, tokenizer = _load(scratch / "small")
     r = 8 if quick else R
     ql.add_lora(model, r=r)
-    text = "the quick brown fox " * 26  # of 512 tokens 64 to be learned
+    text = "the quick brown fox " * 26  # 512 tokens, of which 64 are learned
     short = len(encode(Example((("user", text), ("assistant", text[:63]))), tokenizer).input_ids) - TOKENS
     example = Example((("user", text[: -short or None]), ("assistant", text[:63])))
     options = {"steps": 1, "batch_size": 1, "max_length": TOKENS, "gradient_checkpointing": True, "progress": False}
@@ -182,7 +182,7 @@ def _load(folder: Path):
 
 
 def _warm_up(scratch: Path) -> None:
-    """Import everything and compile kernels on a toy model, so that a stage is about its model alone."""
+    """Import everything and compile kernels on a toy model, so that a stage measures only its own model."""
     toy = scratch / "toy"
     if not toy.exists():
         toy.mkdir()
@@ -234,7 +234,7 @@ def _product(m: int, k: int, n: int) -> float:
 
 
 def measure(folder: Path, scratch: Path, quick: bool) -> dict:
-    """Every stage in a process of its own, in order: each finds what the ones before it wrote."""
+    """Run every stage in a process of its own, in order; each uses what the earlier ones wrote."""
     results = {}
     for name in STAGES:
         print(f"{name} ...", flush=True)
@@ -256,7 +256,7 @@ def _readable(key: str, value: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="a model folder instead of random weights")
-    parser.add_argument("--scratch", type=Path, help="where some 20 GB may lie; default: a temporary folder")
+    parser.add_argument("--scratch", type=Path, help="a folder with room for 20 GB; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--quick", action="store_true", help="a toy model")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
 """From train_step.json and seven_b.json to the section on steps in docs/speed.md. No figure is typed.
 
-python bench/steps.py      renew the section, as both benches do when they have written their JSON
+python bench/steps.py      renew the section, as both benches do after they write their JSON
 """
 
 import json
@@ -28,9 +28,9 @@ def _steps(result: dict) -> list[str]:
     versions = result["versions"]
     lines = [
         f"Measured on {' and '.join(dates)}: {result['processor']}, torch {versions['torch']}, PEFT {versions['peft']} "
-        f"over bitsandbytes {versions['bitsandbytes']}. A step of SmolLM2-135M in bf16, 4 x 256 tokens, LoRA r = 16 on "
-        "all linear layers, in turn, each in a process of its own; medians. A ratio is their time over ours; peak "
-        "memory is above that of the loaded model.",
+        f"over bitsandbytes {versions['bitsandbytes']}. The work is a step of SmolLM2-135M in bf16, 4 x 256 tokens, "
+        "LoRA r = 16 on all linear layers. The contenders run in turn, each in a process of its own; figures are "
+        "medians. A ratio is their time over ours. Peak memory is counted above the loaded model.",
         "",
         "| step | | tokens/s | ratio | peak MiB |",
         "|---|---|---|---|---|",
@@ -46,9 +46,9 @@ def _steps(result: dict) -> list[str]:
     (groups,) = [case["profile"]["ours"] for case in result["cases"] if "profile" in case]
     shares = ", ".join(f"{name} {seconds / sum(groups.values()):.0%}" for name, seconds in groups.items())
     words = (
-        'PEFT is "prepared" by its own function, which makes float32 of what is not quantised, or used "as loaded"; '
-        '"recycled" is with memory recycled by the C library, as `qlora-lab finetune` asks for. "unquantised" is our '
-        f"step on a bf16 model. Where the time of our first step goes: {shares}."
+        'PEFT is "prepared" by its own function, which converts to float32 whatever is not quantised, or used "as '
+        'loaded". "recycled" means that the C library recycles memory, as `qlora-lab finetune` makes it do. '
+        f'"unquantised" is our step on a bf16 model. The time of our first step goes to: {shares}.'
     )
     return [*lines, "", words]
 
@@ -65,8 +65,8 @@ def _seven_b(result: dict) -> list[str]:
         f"{s['quantise']['peak_bytes_above_import'] / GIB:.2f} GiB; mapping that folder "
         f"({mapped['folder_bytes'] / GIB:.2f} GiB) {mapped['seconds']:.2f} s. One training step of {step['tokens']} "
         f"tokens, r = {step['r']}, gradient checkpointing: {step['seconds']:.0f} s, {step['over_floor']:.2f} times the "
-        f"matrix products that it cannot avoid, {step['peak_bytes'] / GIB:.2f} GiB at most. "
-        f"{answer['most_tokens']} tokens of an answer: {answer['seconds']:.0f} s."
+        f"matrix products that it cannot avoid, and at most {step['peak_bytes'] / GIB:.2f} GiB. "
+        f"An answer of {answer['most_tokens']} tokens takes {answer['seconds']:.0f} s."
     ]
 
 

@@ -1,4 +1,4 @@
-"""Time contenders in turn, and say how sure the figure is."""
+"""Time contenders in turn, and give the spread of each figure."""
 
 import ctypes
 import gc
@@ -42,11 +42,11 @@ def _summary(times: list[float]) -> dict[str, float]:
 
 
 def peak_bytes(function: Callable[[], object]) -> int | None:
-    """How far resident memory rises above its level before the call, in bytes; None where Linux does not tell."""
+    """The rise of resident memory during the call, in bytes; None if Linux does not provide it."""
     try:
         gc.collect()
         if platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).malloc_trim(0)  # free memory that malloc keeps would hide what the call needs
+            ctypes.CDLL(None).malloc_trim(0)  # free memory that malloc keeps would hide the call's need
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         before = _status("VmRSS")
         function()
@@ -60,7 +60,7 @@ def _status(field: str) -> int:
 
 
 def cpu_name() -> str:
-    """The processor's own name, or what the platform calls it."""
+    """The processor's name, or the platform's name for it."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return f"{found[1] if found else 'processor'}, {os.cpu_count()} cores"

@@ -1,4 +1,4 @@
-"""A training step of SmolLM2-135M on the CPU: ours, PEFT with bitsandbytes, and the same step without quantisation.
+"""Time a training step of SmolLM2-135M on the CPU: ours, PEFT with bitsandbytes, and ours without quantisation.
 
     python bench/train_step.py                     measure and write train_step.json, a quarter of an hour
     python bench/train_step.py --quick --out FILE  a toy model, two rounds: to see that it runs
@@ -7,15 +7,15 @@ A step is forward, backward, clipping at 0.3 and AdamW, in bf16: 4 rows of 256 r
 layers, NF4 with double quantization. Contenders:
 
     ours                  load, add_lora, answer_loss; memory is recycled, as the trainer does
-    unquantised           the same on a bf16 model, the floor of what decoding and narrow weights may cost
-    PEFT, prepared        PEFT + bitsandbytes with prepare_model_for_kbit_training, as their guides say: what is not
-                          quantised becomes float32
-    PEFT, as loaded       the same without that call: what is not quantised stays bf16
+    unquantised           the same on a bf16 model: the floor, without decoding and narrow weights
+    PEFT, prepared        PEFT + bitsandbytes with prepare_model_for_kbit_training, as their guides say: weights that
+                          are not quantised become float32
+    PEFT, as loaded       the same without that call: weights that are not quantised stay bf16
 
-The peers run twice, with the allocator as it is ("stock") and with one that recycles memory ("recycled"). Each
-contender is a process of its own that waits for its turn, because how memory is handed out cannot be changed back. A
-figure is the median of `rounds` steps, low and high are quartiles, and a ratio is theirs over ours in the same round.
-Peak memory is the highest resident set of the first two steps above the one after loading. Nothing asserts a time.
+PEFT runs twice, with the allocator as it is ("stock") and with one that recycles memory ("recycled"). Each contender
+is a process of its own that waits for its turn, because the allocator cannot be changed back. A figure is the median of
+`rounds` steps; low and high are quartiles. A ratio is their time over ours in the same round. Peak memory is the
+highest resident set of the first two steps minus the one after loading. Nothing asserts a time.
 """
 
 import argparse
@@ -63,12 +63,12 @@ CONTENDERS = {
 
 
 class Case(NamedTuple):
-    """What the steps of one comparison share."""
+    """What all steps of one comparison have in common."""
 
     folder: str
     rows: int
     length: int
-    labels: int  # of each row, at its end: an eighth is what docstrings have (LOG.md), all is pretraining
+    labels: int  # of each row, at its end: docstrings have an eighth (LOG.md), pretraining all
     checkpointing: bool
 
 
@@ -139,7 +139,7 @@ def train_step(model: torch.nn.Module, optimizer, batch: dict, loss_of) -> float
 
 
 def serve(pipe, who: str, recycled: bool, case: Case) -> None:
-    """A child's life: load, then do what the pipe asks for until it closes."""
+    """The main function of a child: load, then obey the pipe until it closes."""
     if recycled and not recycle_memory():
         sys.exit("this C library cannot be told to recycle memory: only glibc can")
     build, loss_of = WHO[who]
@@ -152,7 +152,7 @@ def serve(pipe, who: str, recycled: bool, case: Case) -> None:
         "profile": lambda: profile(step, model.config.vocab_size),
     }
     pipe.send("ready")
-    with checkpointing(model) if case.checkpointing and loss_of is our_loss else nullcontext():  # peers have their own
+    with checkpointing(model) if case.checkpointing and loss_of is our_loss else nullcontext():  # PEFT has its own
         while (question := pipe.recv()) != "end":
             pipe.send(answers[question]())
 
@@ -165,8 +165,8 @@ class Child:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, who, recycled, case), daemon=True)
         self.process.start()
-        theirs.close()  # so that a child that dies is an EOFError here, and no wait without end
-        self.steps: list[tuple[float, float]] = []  # (seconds, loss), one a step
+        theirs.close()  # so that a dead child is an EOFError here, not an endless wait
+        self.steps: list[tuple[float, float]] = []  # (seconds, loss) of each step
         self.pipe.recv()
 
     def ask(self, question: str):
@@ -192,7 +192,7 @@ def child(name: str, case: Case):
 
 
 def measure(case: Case, rounds: int, profiled: bool) -> dict:
-    """seconds, ratios, peaks and, if asked for, where the time goes, for each contender."""
+    """Seconds, ratios, peaks and, if requested, a profile, for each contender."""
     with ExitStack() as stack, tqdm(total=len(CONTENDERS) * (rounds + 4), unit="step") as bar:
         children, peaks = {}, {}
         for name in CONTENDERS:
@@ -213,7 +213,7 @@ def measure(case: Case, rounds: int, profiled: bool) -> dict:
                 for name, one in children.items()
             },
             "peak_bytes": peaks,
-            "loss_of_third_step": {name: one.steps[0][1] for name, one in children.items()},  # two were for the peak
+            "loss_of_third_step": {name: one.steps[0][1] for name, one in children.items()},  # two for the peak
         }
         if profiled:
             found["profile"] = {name: one.ask("profile") for name, one in children.items()}
@@ -226,7 +226,7 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 
 def profile(step, vocabulary: int) -> dict[str, float]:
-    """group -> seconds that its operations took themselves in one step, largest first."""
+    """group -> own seconds of its operations in one step, largest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as recorded:
         step()
     total = Counter()
@@ -236,7 +236,7 @@ def profile(step, vocabulary: int) -> dict[str, float]:
 
 
 def group_of(event, vocabulary: int) -> str:
-    """What an operation is for, from its name, its shapes, and the operations that called it."""
+    """The group of an operation, from its name, its shapes, and the operations that called it."""
     sizes = {size for shape in event.input_shapes if shape for size in shape if isinstance(size, int)}
     if vocabulary in sizes:
         return "head and loss"
@@ -298,7 +298,7 @@ def cases(folder: str, rows: int, length: int) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a toy model, two rounds, the first case only")
-    parser.add_argument("--case", type=int, choices=range(3), help="measure this one anew and keep the others in FILE")
+    parser.add_argument("--case", type=int, choices=range(3), help="measure only this one and keep the others in FILE")
     parser.add_argument("--out", type=Path, default=OUT, help="default: bench/train_step.json")
     args = parser.parse_args()
     if args.quick and args.out == OUT:

@@ -1,4 +1,4 @@
-"""The settings of the site. tools/site.py copies this file beside the pages and calls Sphinx."""
+"""The settings of the site. tools/make_site.py copies this file beside the pages and calls Sphinx."""
 
 from docutils import nodes
 from latex2mathml.converter import convert

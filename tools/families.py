@@ -1,9 +1,9 @@
-"""Which model families load, train and make adapters that PEFT reads: docs/families.md, which this command writes:
+"""Write docs/families.md: which model families load, train, and make adapters that PEFT reads.
 
     python -m tools.families
 
 In: FAMILIES, configurations of transformers at toy size. Out: the page. transformers makes and saves a model of each
-family; it is loaded here and compared.
+family; this library loads the model, and the two are compared.
 """
 
 import tempfile
@@ -130,7 +130,7 @@ def save(family: Family, folder: Path) -> None:
 
 
 def theirs(folder: Path) -> PreTrainedModel:
-    """The model as transformers loads it. Frozen as ours: some families multiply otherwise where gradients are due."""
+    """The model as transformers loads it. Frozen like ours: some families multiply differently if gradients are due."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
 
 
@@ -153,8 +153,8 @@ OPENING = f"""# Which model families work
 transformers {transformers.__version__}, and loads it with QLoRA Lab. The columns say:
 
 - **loads**: whether the logits are those of the same model in transformers, within 1e-5.
-- **4 bits**: how much of the weights outside the embeddings and the head is in 4 bits. The share depends on the sizes \
-of the layers, so a full-size model has a different one; loading warns where it is below 90 %.
+- **4 bits**: the share of the weights, outside the embeddings and the head, that is in 4 bits. It depends on the \
+sizes of the layers, so it differs in a full-size model. Loading warns if it is below 90 %.
 - **trains**: whether the loss falls within {STEPS} steps and every adapter changes.
 - **PEFT**: whether PEFT reads an adapter that was saved here and gives the same logits, within 1e-5.
 
@@ -164,13 +164,13 @@ of the layers, so a full-size model has a different one; loading warns where it 
 NOTES = """
 - Only linear layers are quantised and adapted. Experts that a family keeps in one tensor, as Mixtral does, stay in 16 \
 bits, and so do weights that the family's own code uses directly, as in Mamba and RWKV.
-- **PEFT adapts the experts**: in these families the names were once those of experts, and PEFT still reads them so. \
+- **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still reads them so. \
 Use adapters of these layers with `load_adapter`, not with PEFT.
 """
 
 
 def page() -> str:
-    """docs/families.md."""
+    """The page as Markdown."""
     rows = "".join(f"| {' | '.join((family.name, *row(family)))} |\n" for family in FAMILIES)
     return OPENING + rows + NOTES
 
@@ -187,7 +187,7 @@ def row(family: Family) -> tuple[str, str, str, str]:
         loads = "yes" if same else "no: other logits"
         try:
             model = ours(folder, block_size=16)
-        except ValueError as refusal:  # nothing to quantise: what follows is tried with the model as it is
+        except ValueError as refusal:  # nothing to quantise: the other columns use the model as it is
             loads, model = f"{loads}, but not in 4 bits: {_reason(refusal)}", ours(folder, codebook=None)
         share = f"{100 * in_4_bits(model).part:.0f} %"
         return loads, share, _outcome(trains, model), _outcome(peft_agrees, folder)
@@ -245,7 +245,7 @@ def peft_agrees(folder: Path) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the bars and remarks of transformers."""
+    """Silence the progress bars and remarks of transformers."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -4,11 +4,12 @@
     python tools/fuzz.py plan "GGUF" --count 5000 --seed 3
     python tools/fuzz.py plan --input 7b227d        one input again
 
-Allowed is what a parser documents, in one line. Anything else is a finding: another exception, a message of several
-lines, more than SECONDS, more than MEMORY. It is printed with its seed and its input in hexadecimal; exit code 1.
+A parser may read an input, or refuse it with a documented error of one line. Anything else is a finding: another
+exception, a message of several lines, more than SECONDS, more than MEMORY. A finding is printed with its seed and its
+input in hexadecimal, and the exit code is 1.
 
-An input that ends where none did before, in another line of ours or with another exception, is damaged further: that
-stands in for the coverage that atheris would watch, and is as repeatable as the draws are.
+An input that ends in a new place (another line of ours, or another exception) is damaged further. This stands in for
+the coverage that atheris would watch, and it is as repeatable as the draws.
 """
 
 import argparse
@@ -70,16 +71,16 @@ class Tally(NamedTuple):
 
 
 class TooLongError(BaseException):
-    """Not an Exception: whoever catches those must not catch this."""
+    """Not an Exception, so that code which catches those does not catch this."""
 
 
 def attack(name: str, folder: Path, count: int, seed: str) -> Tally:
-    """Draw `count` inputs for the parser `name`; `folder` is made, and its own."""
+    """Draw `count` inputs for the parser `name`, which gets the new folder `folder` for itself."""
     parser, draws = PARSERS[name], Random(f"{seed} {name}")
     folder.mkdir(parents=True)
     corpus = parser.good(folder)
     good, seen, tally = len(corpus), set(), Tally(0, 0, [])
-    for content in corpus:  # what is not damaged is read
+    for content in corpus:  # a good input must be read
         parser.read(content, folder)
     for number in range(count):
         content = damaged(draws.choice(corpus), draws, corpus, parser.structured)
@@ -115,7 +116,7 @@ def outcome(parser: Parser, content: bytes, folder: Path) -> tuple[str, str]:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise TooLongError after so many seconds."""
+    """Raise TooLongError after `seconds`."""
 
     def ring(*_) -> None:
         raise TooLongError(f"more than {seconds} s")
@@ -130,21 +131,21 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def _where(error: BaseException) -> str:
-    """The kind of an error, and the last line of ours that it came through."""
+    """The kind of an error, and the last line of this library that raised or passed it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     ours = [frame for frame in frames if "/qlora_lab/" in frame.filename] or frames
     return f"{type(error).__name__} at {Path(ours[-1].filename).name}:{ours[-1].lineno}"
 
 
 def shares(names: list[str], count: int) -> dict[str, int]:
-    """How many of `count` inputs each parser is given, by its weight, at least 8."""
+    """Share `count` inputs among the parsers by weight; each gets at least 8."""
     whole = sum(PARSERS[name].weight for name in names)
     return {name: max(8, round(count * PARSERS[name].weight / whole)) for name in names}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings and no logs: they are of no use in such a number."""
+    """Silence warnings and logs: nobody reads thousands of them."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -159,7 +160,7 @@ def quiet() -> Iterator[None]:
 
 
 def fuzz(names: list[str], count: int, seed: int, folder: Path, workers: int = WORKERS) -> dict[str, Tally]:
-    """Name -> the tallies of all workers together; each draws its part of the inputs, by a seed of its own."""
+    """Name -> the sum of all workers' tallies. Each worker draws its part of the inputs from a seed of its own."""
     parts = shares(names, max(1, count // workers))
     if workers == 1:
         with quiet():
@@ -217,7 +218,7 @@ def _virtual() -> int:
 
 
 def table(tallies: dict[str, Tally]) -> str:
-    """A line for each parser, and one for all."""
+    """A line for each parser, and a line of totals."""
     rows = [(name, tally.count, tally.read, tally.refused, len(tally.findings)) for name, tally in tallies.items()]
     rows.append(("all", *(sum(row[i] for row in rows) for i in range(1, 5))))
     lines = [f"{'parser':<26}{'drawn':>9}{'read':>9}{'refused':>9}{'findings':>9}"]

@@ -1,4 +1,4 @@
-"""Damage, drawn at random: a good file in, a worse one out, by bytes or by what the bytes mean.
+"""Damage a good file at random, by its bytes or by what the bytes mean.
 
 In: good bytes and a random.Random. Out: bytes. The same draws give the same bytes, on every machine.
 Not here: who reads them (fuzz_parsers.py).
@@ -26,7 +26,7 @@ TOKENS += [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r\n", b'"', b"\\", b"\
 
 
 def damaged(good: bytes, draws: Random, others: list[bytes], structured: Callable[[bytes, Random], bytes]) -> bytes:
-    """One to four kinds of damage; in half of the draws the first is one to the structure."""
+    """Apply one to four kinds of damage. In half of the draws the first one damages the structure."""
     content = good
     if draws.random() < 0.5:
         content = structured(content, draws)
@@ -76,7 +76,7 @@ def _splice(content, draws, others):
 
 
 def _number(content, draws, others):
-    """A number of two, four or eight bytes, as headers of binary files have them."""
+    """Change a number of two, four or eight bytes, like those in headers of binary files."""
     size, place = draws.choice((2, 4, 8)), _place(content, draws)
     value = draws.choice((0, 1, -1, 2 ** (8 * size - 1) - 1, len(content), draws.getrandbits(16)))
     return content[:place] + (value % 2 ** (8 * size)).to_bytes(size, "little") + content[place + size :]
@@ -88,7 +88,7 @@ BYTES = (_cut, _flip, _flip, _token, _token, _remove, _repeat, _splice, _number)
 
 
 def in_json(content: bytes, draws: Random) -> bytes:
-    """A value of a JSON text replaced, removed, repeated or renamed."""
+    """Replace, remove, repeat or rename a value of a JSON text."""
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError):
@@ -99,7 +99,7 @@ def in_json(content: bytes, draws: Random) -> bytes:
 
 
 def in_lines(content: bytes, draws: Random) -> bytes:
-    """A line of JSON lines damaged, removed or repeated."""
+    """Damage, remove or repeat a line of a JSONL text."""
     lines = content.splitlines(keepends=True)
     if not lines:
         return content
@@ -113,7 +113,7 @@ def in_lines(content: bytes, draws: Random) -> bytes:
 
 
 def in_safetensors(content: bytes, draws: Random) -> bytes:
-    """Its header damaged as JSON is, its length told or not; or a number among the values, such as NaN."""
+    """Damage the header as JSON, with its length corrected or not; or put a number such as NaN among the values."""
     size = int.from_bytes(content[:8], "little")
     header, values = content[8 : 8 + size], content[8 + size :]
     kind = draws.randrange(4)
@@ -130,7 +130,7 @@ DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M
 
 
 def in_tensors(header: bytes, draws: Random) -> bytes:
-    """The dtype, shape or place of one tensor of a header, such as one of another dtype on the same bytes."""
+    """Change the dtype, shape or place of one tensor in a header, such as another dtype on the same bytes."""
     try:
         tree = json.loads(header)
         name = draws.choice([name for name in tree if name != "__metadata__"])
@@ -154,7 +154,7 @@ def in_tensors(header: bytes, draws: Random) -> bytes:
 
 
 def in_words(content: bytes, draws: Random) -> bytes:
-    """Words of a text, or of a command line, exchanged, repeated, removed, or replaced by hostile ones."""
+    """Exchange, repeat or remove words of a text or a command line, or replace them by hostile ones."""
     between = b"\0" if b"\0" in content else b" "
     words = content.split(between)
     for _ in range(draws.choice((1, 1, 3))):
@@ -172,7 +172,7 @@ def in_words(content: bytes, draws: Random) -> bytes:
 
 
 def in_numbers(content: bytes, draws: Random) -> bytes:
-    """Numbers of a binary file, most of them near its start."""
+    """Change numbers of a binary file, most of them near its start."""
     near = content[: draws.choice((32, 256, 2048, len(content)))]
     for _ in range(draws.choice((1, 1, 3))):
         near = _number(near, draws, [])
@@ -180,7 +180,7 @@ def in_numbers(content: bytes, draws: Random) -> bytes:
 
 
 def _changed(tree: Any, draws: Random) -> Any:
-    """`tree` with one value changed, wherever it stands."""
+    """Change one value of `tree`, at any depth."""
     if not isinstance(tree, (dict, list)) or not tree or draws.random() < 0.2:
         return draws.choice(VALUES)
     keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
@@ -203,5 +203,5 @@ def _changed(tree: Any, draws: Random) -> Any:
 
 
 def _spelled(tree: Any) -> bytes:
-    """The tree as JSON; half of a surrogate pair stays one by its escape."""
+    """The tree as JSON. Half of a surrogate pair is escaped, so it stays as it is."""
     return json.dumps(tree).encode()

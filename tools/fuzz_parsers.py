@@ -1,8 +1,8 @@
-"""Every parser of this library for what is not its own: files, tensors, templates, words of a command line.
+"""Every parser of this library that reads foreign input: files, tensors, templates, words of a command line.
 
-In: nothing. Out: PARSERS, name -> Parser: good inputs, how to damage them, how to read them, what may be raised.
-A parser of files writes the bytes into a folder of its own first. `weight` says how often it is drawn: those that build
-a model or convert one take ten times as long as the others.
+Out: PARSERS, name -> Parser: good inputs, how to damage them, how to read them, which errors may be raised.
+A parser of files first writes the bytes into a folder of its own. `weight` says how often a parser is drawn: those that
+build or convert a model take ten times as long as the others.
 Not here: damage (fuzz_damage.py), draws and counts (fuzz.py).
 """
 
@@ -32,7 +32,7 @@ from qlora_lab.model.load import load as load_model
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
 from qlora_lab.train import checkpoint
-from qlora_lab.train.restored import check_tensors
+from qlora_lab.train.resumed import check_tensors
 from tests.data.chat_templates import CASES
 from tests.readers import MISTAKES, READERS, Reader, copy_model
 from tools.fuzz_damage import in_json, in_lines, in_numbers, in_safetensors, in_words
@@ -42,7 +42,7 @@ PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))  # their comma
 
 @dataclass(frozen=True)
 class Parser:
-    """good: called with an empty folder, which it may fill; gives good inputs. read: called with one and the folder."""
+    """good: takes an empty folder, which it may fill, and gives good inputs. read: takes one input and the folder."""
 
     good: Callable[[Path], list[bytes]]
     read: Callable[[bytes, Path], Any]
@@ -55,7 +55,7 @@ class Parser:
 
 
 def of_reader(reader: Reader) -> Parser:
-    """A parser of one kind of file, from the table that the tests of JSON use."""
+    """Make a parser of one kind of file, from the table that the tests of JSON use."""
 
     def good(folder: Path) -> list[bytes]:
         return [reader.prepare(folder).read_bytes()]
@@ -97,7 +97,7 @@ def _checkpoint(folder: Path) -> list[bytes]:
 
 
 def _read_checkpoint(content: bytes, folder: Path) -> Any:
-    """With checksums that are right: what a careful forger would write."""
+    """Read a checkpoint whose checksums are right: what a careful forger would write."""
     step = checkpoint._folder(folder, STEP)
     (step / checkpoint.TENSORS).write_bytes(content)
     facts = hashlib.sha256((step / checkpoint.FACTS).read_bytes()).hexdigest()
@@ -172,7 +172,7 @@ TALK = to_example({"messages": [{"role": role, "content": "a b"} for role in ("s
 
 
 def _templates(folder: Path) -> list[bytes]:
-    """Those that end an answer with a token of the tokenizer here, and are not as long as a novel."""
+    """Templates of moderate length that end an answer with a token of the tokenizer here."""
     theirs = {case.template for case in CASES.values() if case.template and len(case.template) < 3000}
     texts = sorted({PLAIN_TEMPLATE} | theirs)
     found = [text.encode() for text in texts if _is_read(text.encode(), folder)]
@@ -204,7 +204,7 @@ _parser = cache(cli.build_parser)
 
 
 def _read_command(content: bytes, folder: Path) -> Any:
-    """Parsed, and carried out where no model is asked for. A mistake is one line and exit code 2."""
+    """Parse a command, and run it if it needs no model. A mistake is one line and exit code 2."""
     words = content.decode("utf-8", "surrogateescape").split("\0")
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):

@@ -1,9 +1,9 @@
-"""What every notebook of the course keeps to: a stored notebook (as JSON) -> the rules it breaks, as sentences.
+"""Check the rules that every notebook of the course keeps: a stored notebook (as JSON) -> the rules it breaks.
 
-Enters: the notebook's dict. Leaves: a list of "cell N: what is wrong, what to do".
+In: the notebook's dict. Out: a list of sentences, "cell N: what is wrong, what to do".
 
-The first rule closes nbval's silent gaps (nbval 0.11.0): it compares nothing in a cell that was never run, and it
-cannot compare what goes through an Output widget. The others are the course's own shape.
+The first rule closes silent gaps of nbval 0.11.0, which compares nothing in a cell that was never run, and cannot
+compare what goes through an Output widget. The other rules are the course's own.
 
 Not here: running notebooks (tools/notebooks.py) and comparing their outputs (nbval).
 """
@@ -20,14 +20,14 @@ _ALT = re.compile(r"\balt\s*=\s*(\"[^\"]*[^\"\s][^\"]*\"|'[^']*[^'\s][^']*')")
 
 
 def problems(notebook):
-    """Every rule the notebook breaks, in the order of its cells."""
+    """Every rule that the notebook breaks, in the order of its cells."""
     cells = [(i, c, "".join(c["source"])) for i, c in enumerate(notebook["cells"])]
     rules = (_runs, _code, _images, _headings, _opening)
     return [sentence for rule in rules for sentence in rule(cells)]
 
 
 def unsolved(notebook):
-    """Checks of a solution notebook that do not say "correct": each check must be proved to accept its solution."""
+    """Checks of a solution notebook that do not print "correct": each check must accept its solution."""
     for i, cell in enumerate(notebook["cells"]):
         said = "".join("".join(output.get("text", "")) for output in cell.get("outputs", []))
         if "check(" in "".join(cell["source"]) and ": correct" not in said:
@@ -110,7 +110,7 @@ def headings(markdown):
 
 
 def _statements(source):
-    """Top-level statements; a line of IPython magic counts as no statement."""
+    """Top-level statements, without lines of IPython magic."""
     plain = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.M)
     try:
         return ast.parse(plain).body

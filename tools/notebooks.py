@@ -1,22 +1,21 @@
 """Run every notebook and store it so that a second run leaves no diff: `make notebooks`.
 
-Enters: notebooks/NN_*.ipynb and notebooks/solutions/NN_*.ipynb. Leaves: the same files, executed top to bottom and
+In: notebooks/NN_*.ipynb and notebooks/solutions/NN_*.ipynb. Out: the same files, executed top to bottom and
 normalised: fixed cell ids, counts 1, 2, 3, ..., no timestamps, no widget state, one kernel name. A file is replaced in
 one step or not at all.
 
-Where a notebook has a solution beside it, the solution is the source: the student's notebook is generated. In a cell
-tagged `exercise`, the lines
+If a notebook has a solution, the student's notebook is generated from it. In a cell tagged `exercise`, the lines
 
     # solution
     levels = torch.cat([negative, positive])
     # end solution
 
-become `levels = ...`: the target of the region's last line where that is an assignment, so that the name exists, and
-`...` alone where it is not, as in a function that returns.
+become `levels = ...`. If the region's last line is an assignment, its target is kept, so that the name exists.
+Otherwise, as in a function that returns, `...` stands alone.
 
     python tools/notebooks.py                                run all
     python tools/notebooks.py notebooks/01_codebook.ipynb    run one (and its solution)
-    python tools/notebooks.py --check                        no kernel: exit 1 if anything would change
+    python tools/notebooks.py --check                        run nothing: exit code 1 if anything would change
 
 Not here: what a good notebook looks like (notebook_rules.py), and comparing outputs (nbval).
 """
@@ -45,7 +44,7 @@ _METADATA = {
 
 
 def normalise(notebook):
-    """Everything that differs between two runs, removed in place; returns the notebook."""
+    """Remove, in place, everything that differs between two runs. Returns the notebook."""
     notebook.metadata = nbformat.from_dict(_METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     count = 0
@@ -66,14 +65,14 @@ def _normalise_outputs(cell, count):
     for output in cell.outputs:
         if "execution_count" in output:
             output.execution_count = cell.execution_count
-        if len(output.get("data", {})) > 1:  # a widget's id is random; alone it is kept, an empty output is invalid
+        if len(output.get("data", {})) > 1:  # a widget's id is random; an empty output is invalid
             output.data.pop(_VIEW, None)
         if "metadata" in output:
             output.metadata.pop(_VIEW, None)
 
 
 def student_version(solution):
-    """The notebook with each solution region replaced by its stub, and no outputs. ValueError names a bad cell."""
+    """Replace each solution region by its stub and drop the outputs. ValueError names a bad cell."""
     student = nbformat.from_dict(solution)
     for i, cell in enumerate(student.cells):
         tagged = "exercise" in cell.metadata.get("tags", [])
@@ -125,7 +124,7 @@ def execute(notebook, folder):
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],  # not a warning about local sockets for each kernel
+        extra_arguments=["--log-level=ERROR"],  # or each kernel warns about local sockets
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute()
@@ -137,7 +136,7 @@ def text_of(notebook):
 
 
 def solution_of(path):
-    """Where the solution of a student's notebook lies, if it has one."""
+    """The path of a student's notebook's solution, whether or not there is one."""
     return path.parent / "solutions" / path.name
 
 
@@ -162,7 +161,7 @@ def _sources(notebook):
 
 
 def run(path):
-    """Execute one notebook, generated from its solution where it has one, and store it. True if the file changed."""
+    """Generate one notebook from its solution if it has one, run and store it. Returns True if the file changed."""
     source = solution_of(path) if solution_of(path).exists() else path
     notebook = nbformat.read(source, 4)
     if source != path:

@@ -5,7 +5,7 @@ In: the source of `qlora_lab`. Out: Markdown with MyST's directives for Python o
 Docstrings here are plain text: a paragraph is a paragraph, indented or aligned lines stand as they are, and backticks
 mark code. All other signs of Markdown are escaped.
 
-Not here: building the site (site.py).
+Not here: building the site (make_site.py).
 """
 
 import ast

@@ -1,13 +1,13 @@
-"""Run the whole check in stages, and say at the end which of them failed.
+"""Run all checks in stages, and list at the end which of them failed.
 
     python tools/stages.py              all of them, as `make test` does
     python tools/stages.py fast slow    these
 
-A stage that fails does not stop the others; Ctrl-C does. Exit code 1: at least one failed; 2: a name is unknown;
-130: Ctrl-C.
-Two workers of pytest with a thread each are faster than one with two; tests of several threads set their number
-themselves. Five stages run the fast tests as on another machine: three by the winner of the race of products
-(qlora_lab/kernels/product.py), "old" on a CPU without AVX2, "readable" without kernels.
+A failed stage does not stop the others; Ctrl-C does. Exit code 1: a stage failed. 2: a name is unknown. 130: Ctrl-C.
+
+Two workers of pytest with one thread each are faster than one worker with two threads. Tests that need several threads
+set their number themselves. Five stages run the fast tests as on another machine: three with a given winner of the
+race of products (qlora_lab/kernels/product.py), "old" on a CPU without AVX2, and "readable" without kernels.
 """
 
 import os
@@ -22,21 +22,21 @@ PYTEST = [sys.executable, "-m", "pytest"]
 WORKERS = ["-n", "2"]
 TESTS = ["--ignore=tests/browser", "tests"]
 FAST = [*PYTEST, *WORKERS, *TESTS, "-m", "not slow"]
-# the interpreter of GPU kernels computes the same on every machine, and takes its time; so do faults of disks and files
+# slow tests that are the same on every machine: the interpreter of GPU kernels, faults of disks and files
 SAME = ["kernels/triton", "gpu_code", "test_bench_gpu_day.py", "test_faults.py", "test_fuzz.py", "test_readers.py"]
 SAME += ["test_strangers.py", "cli/test_cli_absurd.py", "cli/test_cli_streams.py", "tools/test_trust.py"]
 ELSEWHERE = [*FAST, *(f"--ignore=tests/{name}" for name in SAME)]
 ARITHMETIC = [
     *ELSEWHERE,
     *(f"--ignore=tests/{room}" for room in ("files", "quant", "show", "tools")),
-]  # no products there
+]  # rooms without products
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 NBVAL = [*PYTEST, *WORKERS, "--dist", "loadfile", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200"]
 NBVAL += ["--nbval-sanitize-with=nbval_sanitize.cfg"]
 
 
 class Stage(NamedTuple):
-    """A command, and what it adds to the environment."""
+    """A command, and the variables that it adds to the environment."""
 
     command: list[str]
     environment: dict[str, str] = {}
@@ -70,7 +70,7 @@ def run(names: list[str]) -> dict[str, tuple[int, float]]:
         process = subprocess.Popen(stage.command, cwd=ROOT, env=environment)
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # the terminal sends it to the stage, too, which has something to say
+        except KeyboardInterrupt:  # the terminal sends it to the stage as well, which reports before it ends
             process.wait()
             code = INTERRUPTED
         results[name] = code, time.monotonic() - start

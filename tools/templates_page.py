@@ -1,8 +1,8 @@
-"""docs/templates.md: which parts of a conversation are learned under today's chat templates.
+"""Write docs/templates.md: which parts of a conversation are learned under today's chat templates.
 
 In: the cases of tests/data/chat_templates.py. Out: the page, made by encoding their conversations.
 
-Not here: whether the page is right. test_templates.py compares what is learned with labels that were found by hand.
+Not here: a check of the page. test_templates.py compares what is learned with labels that were found by hand.
 """
 
 from pathlib import Path

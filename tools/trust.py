@@ -1,10 +1,10 @@
-"""Attack every command that writes, by numbers: `make trust`. docs/trust.md says what each number stands for.
+"""Attack every command that writes, and count: `make trust`. docs/trust.md explains each count.
 
-    python tools/trust.py                       all of it, in less than 15 minutes on two cores
-    python tools/trust.py kills disks --share 0.1 --seed 3      a tenth of two of them, drawn anew
+    python tools/trust.py                                   everything, in less than 15 minutes on two cores
+    python tools/trust.py kills disks --share 0.1 --seed 3  a tenth of two attacks, with other draws
 
-Prints a table of counts. Exit code 1: something failed; its folder is kept, and named with the seed.
-Each trial draws from (seed, its number) alone. What happens at a drawn moment depends on the machine as well.
+It prints a table of counts. Exit code 1: a promise was broken; the folder is kept, and printed with the seed.
+Each trial draws only from (seed, its number). What happens at a drawn moment also depends on the machine.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Trial(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A trial's outcome. failure: "" if the promise was kept; folder: where what is left of a failure lies."""
+    """A trial's outcome. failure: "" if the promise was kept. folder: where the files of a failed trial are."""
 
     name: str
     count: int
@@ -50,7 +50,7 @@ class Result(NamedTuple):
 
 
 def results_of(attack: str, home, share: float, seed: int) -> list[Result]:
-    """The results of a share of an attack. `home` is warm: every trial runs in a child of this process."""
+    """Run a share of an attack. `home` is warm: every trial runs in a child of this process."""
     from tools import trust_disks, trust_faults, trust_inputs, trust_kills, trust_rivals
 
     folder = home.folder / attack
@@ -61,13 +61,13 @@ def results_of(attack: str, home, share: float, seed: int) -> list[Result]:
 
 
 def part(items: list, share: float) -> list:
-    """A share of them, at least one, which lie evenly."""
+    """Take a share of them, evenly spaced, at least one."""
     number = max(1, round(len(items) * share))
     return [items[i * len(items) // number] for i in range(number)]
 
 
 def spread(folder: Path, trials: list[Trial], seed: int) -> Iterator[Result]:
-    """Trials are shared between WORKERS processes; results come in the order of the trials."""
+    """Share the trials between WORKERS processes. Returns the results in the order of the trials."""
     folder.mkdir(parents=True)
     children = []
     for worker in range(WORKERS):
@@ -85,7 +85,7 @@ def spread(folder: Path, trials: list[Trial], seed: int) -> Iterator[Result]:
                 traceback.print_exc()
             finally:
                 os._exit(code)
-        with suppress(OSError):  # whoever is first; the child may have ended
+        with suppress(OSError):  # parent and child both do it; the child may have ended
             os.setpgid(child, child)
         children.append(child)
     try:
@@ -100,7 +100,7 @@ def spread(folder: Path, trials: list[Trial], seed: int) -> Iterator[Result]:
 
 
 def _stop(children: list[int]) -> None:
-    """The workers end what they are at, unmount their disks, and leave; then no command of theirs goes on."""
+    """Stop the workers: each ends its trial and unmounts its disk. Then end every command of theirs."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for child in children:
             with suppress(ProcessLookupError):
@@ -111,11 +111,11 @@ def _stop(children: list[int]) -> None:
 
 
 def tried(folder: Path, trial: Trial, seed: int, number: int) -> Result:
-    """The result of one trial; its folder stays only after a failure."""
+    """Run one trial. Its folder stays only after a failure."""
     folder.mkdir()
     try:
         count = trial.check(folder, random.Random(f"{seed} {number}"))
-    except Exception as error:  # one of an attack's own as well: the others go on
+    except Exception as error:  # a bug of the attack itself, too: the other trials go on
         said = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
         return Result(trial.name, 1, f"{said} (seed {seed}, trial {number})", str(folder))
     shutil.rmtree(folder)
@@ -123,7 +123,7 @@ def tried(folder: Path, trial: Trial, seed: int, number: int) -> Result:
 
 
 def table(results: dict[str, list[Result]], seconds: dict[str, float]) -> str:
-    """A line for each attack and command: how often, and how often a promise was broken."""
+    """A line for each attack and command: the number of trials and of broken promises."""
     lines = [f"{'attack':<10}{'command':<32}{'tried':>8}{'broken':>8}"]
     for attack, found in results.items():
         for name in dict.fromkeys(result.name for result in found):

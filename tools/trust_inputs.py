@@ -1,4 +1,4 @@
-"""Drawn inputs for every parser: tools/fuzz.py, in the table of `make trust`."""
+"""Damaged inputs for every parser (tools/fuzz.py), as a part of `make trust`."""
 
 from pathlib import Path
 

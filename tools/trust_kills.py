@@ -1,7 +1,7 @@
-"""kill -9 at drawn moments: what is there afterwards goes on, and ends as if nothing had happened.
+"""Kill commands at random moments: repeated, each continues and ends as an undisturbed run would.
 
-Each trial kills a command up to KILLS times at moments that are drawn from the time that it takes, and then lets it
-end. What lies there must be what an undisturbed run leaves: the same bytes, nothing behind, all checksums well.
+Each trial kills a command with kill -9, up to KILLS times, at moments drawn from its running time, and then lets it
+end. It must leave what an undisturbed run leaves: the same bytes, no scratch, correct checksums.
 """
 
 import math
@@ -21,7 +21,7 @@ DONE = "is complete: there is nothing to resume", "holds a model already"  # sai
 
 
 def trials(home: Home, share: float) -> list[Trial]:
-    """As many of each case; of a share, of cases that lie evenly."""
+    """TRIALS of each case; for a share, of evenly spaced cases."""
     cases = part([case for case in CASES for _ in range(TRIALS)], share)
     return [Trial(case.name, reference(home, case).kill_and_go_on) for case in cases]
 
@@ -33,7 +33,7 @@ def reference(home: Home, case: Case) -> "Reference":
 
 
 class Reference:
-    """What an undisturbed run leaves, and how long it takes."""
+    """The files of an undisturbed run, and its running time."""
 
     def __init__(self, home: Home, case: Case):
         home.try_once(case)
@@ -74,7 +74,7 @@ class Reference:
         return killed
 
     def finish(self, place: Path) -> None:
-        """The command ends, or has ended; what it leaves is what it always leaves."""
+        """Let the command end, if it has not, and compare its files with those of an undisturbed run."""
         line = self.case.line(self.home, place, self.case.again or self.case.words)
         code, words = run(self.home, line, place)
         assert code == 0 or (code == 2 and any(said_ in words for said_ in DONE)), f"it ends with {code}: {words}"
@@ -94,7 +94,7 @@ class Reference:
             yield self.case.again or self.case.words
 
     def _check_killed(self, place: Path) -> None:
-        """Whatever moment it was: an adapter under its name is whole, and an earlier one is somewhere."""
+        """At any moment, an adapter under its name is whole, and an earlier one exists somewhere."""
         if not self.case.earlier:
             return
         name = "adapter/adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Two processes into one place: what lies there afterwards is what one of them leaves, never a mixture.
+"""Start two processes that write to one place: the files come from one of them, never from both.
 
 The second is started within a drawn time of the first. At least one ends well; one that does not says why in a line.
 """
@@ -18,7 +18,7 @@ RESUME = "finetune, both resume"
 
 
 def trials(home: Home, share: float) -> list[Trial]:
-    """As many of each case; of a share, of cases that lie evenly."""
+    """TRIALS of each case; for a share, of evenly spaced cases."""
     cases = {case.name: case for case in CASES if case.name in NAMES}
     names = part([name for name in (*cases, RESUME) for _ in range(TRIALS)], share)
     return [Trial(name, _check(home, cases.get(name))) for name in names]
@@ -31,7 +31,7 @@ def _check(home: Home, case: Case | None):
 
 
 def race(one: Reference, other: Reference, folder: Path, draws: random.Random) -> int:
-    """Both begin; where only one may have the folder the other is refused."""
+    """Start both. If only one may have the folder, the other is refused."""
     place = one.prepare(folder)
     codes = _both(one.home, [one.case, other.case], place, draws, again=False)
     ended_well = [each for each, code in zip((one, other), codes, strict=True) if code == 0]
@@ -44,7 +44,7 @@ def race(one: Reference, other: Reference, folder: Path, draws: random.Random) -
 
 
 def race_to_resume(one: Reference, folder: Path, draws: random.Random) -> int:
-    """A run was killed, and two go on with it."""
+    """Kill a run, then resume it twice at once."""
     place = one.prepare(folder)
     kill(start(one.home, one.case.line(one.home, place), place), draws.uniform(0.2, 0.9) * one.seconds)
     _both(one.home, [one.case, one.case], place, draws, again=True)

@@ -3,11 +3,11 @@
     y = base(x) + scaling * dropout(x) A^T B^T,   scaling = alpha / r
 
 In: x, (..., in_features). Out: y, (..., out_features). lora_A: (r, in_features), lora_B: (out_features, r), float32.
-Source: LoRA (arXiv 2106.09685) section 4.1; A and B start as in PEFT and in the authors' code: A uniform within
+Source: LoRA (arXiv 2106.09685) section 4.1. A and B start as in PEFT and the authors' code: A uniform within
 1/sqrt(in_features), B zero, so that the adapted model first equals the base exactly. (The paper says A is Gaussian.)
 
 The adapter is stored in float32 whatever the model computes in: at lr 2e-4 an update is smaller than one unit in the
-last place of a bf16 weight, and would be lost. The two products run in the dtype of x; beside a Linear4bit on the CPU
+last place of a bf16 weight and would be lost. The two products run in the dtype of x. Beside a Linear4bit on the CPU
 they run in float32 and are added before the layer's one rounding (kernels/product.py), unless there is dropout.
 
 Not here: variants such as DoRA; files (peft_format.py), where rsLoRA is another alpha.
@@ -27,9 +27,9 @@ from qlora_lab.quant.numbers import MOST, check_number, check_seed
 class LoRALinear(nn.Module):
     """`base`, an nn.Linear or Linear4bit, with an adapter of rank r beside it. The base is frozen.
 
-    r: at least 1; above min(in_features, out_features) it costs memory and expresses nothing more, as in PEFT.
+    r: at least 1; above min(in_features, out_features) it costs memory and expresses nothing more.
     alpha: strength, above 0; the product is scaled by alpha / r.
-    dropout: on the adapter's input while training, 0 to below 1. generator: draws lora_A.
+    dropout: on the adapter's input in training, 0 to below 1. generator: draws lora_A.
     Raises ValueError outside these ranges.
     """
 
@@ -43,25 +43,30 @@ class LoRALinear(nn.Module):
     ):
         super().__init__()
         check_rank(r)
-        self.base, self.r = base.requires_grad_(False), r
-        self.dropout = nn.Dropout()
+        self.base = base.requires_grad_(False)
+        self.r = r
+        self.dropout = nn.Dropout()  # its p comes next
         self.set_strength(alpha, dropout)
         bound = 1 / math.sqrt(base.in_features)
         A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)  # on the CPU: one seed, one A
         self.lora_A = nn.Parameter(A.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))  # (out, r)
 
     def set_strength(self, alpha: float, dropout: float) -> None:
-        """Set alpha, and with it the scaling, and dropout."""
+        """Set alpha, and thereby scaling = alpha / r, and dropout."""
         check_strength(alpha, dropout)
-        self.alpha, self.scaling, self.dropout.p = alpha, alpha / self.r, dropout
+        self.alpha = alpha
+        # B A is a sum of r terms: dividing by r keeps its size, so a learning rate found at one r serves at another.
+        self.scaling = alpha / self.r
+        self.dropout.p = dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dropping = self.training and self.dropout.p > 0  # then base and adapter do not read the same x
-        exact = self.lora_A.dtype == self.lora_B.dtype == torch.float32  # unless somebody set their data
+        dropping = self.training and self.dropout.p > 0  # base and adapter then read different x
+        exact = self.lora_A.dtype == self.lora_B.dtype == torch.float32  # unless someone set .data
         if isinstance(self.base, Linear4bit) and self.base.takes_adapter and exact and not dropping:
             return self.base(x, (self.lora_A, self.lora_B, self.scaling))  # the same as below, in one pass over x
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        A = self.lora_A.to(x.dtype)  # (r, in)
+        B = self.lora_B.to(x.dtype)  # (out, r)
         low = self.dropout(x) @ A.t() * self.scaling  # (..., in) @ (in, r) -> (..., r): scaled where it is thinnest
         return self.base(x) + low @ B.t()  # (..., r) @ (r, out) -> (..., out)
 
@@ -70,10 +75,11 @@ class LoRALinear(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         exact = [(p, p.data, None if p.grad is None else p.grad.data) for p in (self.lora_A, self.lora_B)]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # may cast A and B
         for parameter, data, grad in exact:  # follow to another device, but stay float32, to the bit
             if not data.is_meta:
-                parameter.grad, parameter.data = None, data.to(parameter.device)
+                parameter.grad = None  # torch refuses new data of another dtype than the gradient's
+                parameter.data = data.to(parameter.device)
                 parameter.grad = None if grad is None else grad.to(parameter.device)
         return self
 
@@ -87,11 +93,10 @@ def add_lora(
     *,
     seed: int = 0,
 ) -> nn.Module:
-    """Put an adapter beside the linear layers of `model`, in place, and freeze everything else.
+    """Put an adapter beside the linear layers of `model`, in place, and freeze everything else. Returns `model`.
 
-    targets: "all-linear" (all but the head, as in PEFT, routers, and layers whose weight the family's own code uses;
-    what the QLoRA paper found necessary), or layer names: last names such as "q_proj", or whole paths. seed: of lora_A.
-    Returns `model`.
+    targets: "all-linear", which the QLoRA paper found necessary (all but the head, as in PEFT, routers, and layers
+    whose weight the family's own code uses), or layer names: last names ("q_proj") or whole paths. seed: for lora_A.
     Raises ValueError for a name that matches nothing, a model without a linear layer to adapt, an adapter that is
     already there, or a rank, alpha or dropout that is not allowed.
     """
@@ -101,33 +106,31 @@ def add_lora(
 def adapt(
     model: nn.Module, strengths: dict[str, tuple[int, float]], dropout: float = 0.0, *, seed: int = 0
 ) -> nn.Module:
-    """As add_lora, with an (r, alpha) of its own for each layer. strengths: path of a linear layer -> (r, alpha)."""
+    """Do what add_lora does, with an (r, alpha) for each layer. strengths: path of a linear layer -> (r, alpha)."""
     if has_adapters(model):
-        raise ValueError("this model has adapters already: load a fresh one")
+        raise ValueError("this model has adapters already: load the model again")
     check_seed(seed)
     layers = linear_layers(model)
-    for r, alpha in strengths.values():
+    for r, alpha in strengths.values():  # all checks first: an error leaves the model as it was
         check_rank(r)
         check_strength(alpha, dropout)
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # its own: torch's global draws stay as they are
     for path, (r, alpha) in strengths.items():
-        training = layers[path].training
+        training = layers[path].training  # a new module would be in training mode
         model.set_submodule(path, LoRALinear(layers[path], r, alpha, dropout, generator).train(training))
     return model
 
 
 def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
-    """The linear layers that `targets` names (see add_lora): path -> layer, in the model's order."""
+    """Return path -> linear layer for those that `targets` names (see add_lora), in the model's order."""
     linears = linear_layers(model)
     last_names = sorted({name.split(".")[-1] for name in linears})
     if targets == "all-linear":
-        kept = left_alone(model)
+        kept = left_alone(model)  # head, routers, weights used directly
         chosen = {name: m for name, m in linears.items() if name not in kept}
         if not chosen:  # GPT-2's are Conv1D
-            raise ValueError(
-                f"{type(model).__name__} has no linear layer to adapt besides its head: choose a model that has some"
-            )
+            raise ValueError(f"{type(model).__name__} has no linear layer besides its head: choose a model with some")
         return chosen
     wanted = {targets} if isinstance(targets, str) else set(targets)
     unknown = wanted - set(linears) - set(last_names)
@@ -140,8 +143,9 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> linear layer, in the model's order; of an adapted one its base, by the path that both share."""
-    layers, bases = {}, set()
+    """Return path -> linear layer, in the model's order; for an adapted one its base, under the adapter's path."""
+    layers: dict[str, nn.Module] = {}
+    bases = set()
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
             bases.add(module.base)  # named_modules comes to it next
@@ -154,22 +158,22 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether any layer of `model` is adapted."""
+    """Tell whether any layer of `model` is adapted."""
     return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted layers of `model`: path -> layer. Raises ValueError when there is none."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not found:
+    """Return path -> layer for the adapted layers of `model`. Raises ValueError if there are none."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not layers:
         raise ValueError("this model has no adapter: call qlora_lab.add_lora(model) first")
-    return found
+    return layers
 
 
 def check_rank(r: int) -> None:
     """Raise ValueError unless r is a whole number of at least 1."""
     if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MOST:
-        raise ValueError(f"r={short(r)} is not allowed: a rank is a whole number of at least 1, usually 16")
+        raise ValueError(f"r={short(r)} is not allowed: choose a whole number of at least 1, usually 16")
 
 
 def check_strength(alpha: float, dropout: float) -> None:

@@ -1,11 +1,11 @@
-"""What adapter_config.json sets, field by field: honoured, known to change no answer, or refused by its name.
+"""What adapter_config.json sets, field by field: honoured, known to change no answer, or refused by name.
 
 In: the file as a dict. Out: (r, alpha) of each layer, or a ValueError that names the setting, its value and the reason.
 Source: PEFT 0.21, tuners/lora/config.py for the fields, layer.py for what each initialisation does to the base, and
 get_pattern_key in utils/other.py for patterns.
 
-The lists name what is known to be harmless. A field or a value that they do not have, such as one of a later PEFT, is
-refused unless it is off: an adapter that is read as something it is not answers wrongly without a word.
+The lists name what is known to be harmless. A field or value that is in none of them, such as one of a later PEFT, is
+refused unless it is off: an adapter that is misread answers wrongly, and nothing says so.
 Not here: the tensors, whose keys say which layers are adapted (peft_format.py).
 """
 
@@ -17,21 +17,21 @@ from qlora_lab.adapters.lora import check_rank, check_strength
 
 HONOURED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 HONOURED += ("base_model_name_or_path", "revision")  # adapter_base.py compares them
-# The keys of the tensors say which layers these have chosen.
+# The tensors' keys show which layers these settings chose.
 CHOICES_OF_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# Where the adapter came from and what it was trained for: its keys say if it fits. Settings that matter only beside
-# one that is refused. fan_in_fan_out: a linear layer has one layout, and no other kind of layer is adapted.
+# Where the adapter came from and what it was trained for: its keys show if it fits. Settings that matter only together
+# with a refused one. fan_in_fan_out: a linear layer has one layout, and no other kind of layer is adapted.
 WITHOUT_EFFECT = ("auto_mapping", "peft_version", "task_type", "inference_mode", "runtime_config", "fan_in_fan_out")
 WITHOUT_EFFECT += ("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
 ALLOWED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_rslora": (True, False, None),
-    # These draw A and B and leave the base alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take out of the base what A
-    # and B begin with, and the file does not hold the rest; MiCA trains only one of the two.
+    # These draw A and B and leave the base alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract from the base what A
+    # and B start with, and the file lacks that base; MiCA trains only one of the two.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-MUST_BE_OFF = {
+MUST_BE_OFF = {  # setting -> why an adapter that uses it is more than plain LoRA
     "use_dora": "DoRA rescales the weights of the base",
     "kasa_config": "KaSA cuts the weights of the base",
     "layer_replication": "it repeats layers of the base",
@@ -54,9 +54,11 @@ REASONS = MUST_BE_OFF | {
     "init_lora_weights": "not known to leave the weights of the base alone",
     "use_rslora": "neither true nor false",
 }
-# What makes a pattern match for ever: a repeated group, or many repeats in a row. pattern_of escapes whole paths.
-ENDLESS, REPEATS, MOST_REPEATS = re.compile(r"(?<!\\)\)[*+{]"), re.compile(r"(?<!\\)[*+{]"), 3
-UNKNOWN = "a setting that is not known here"
+# A repeated group, or many repeats in a row, can make a pattern take for ever. pattern_of escapes whole paths.
+ENDLESS = re.compile(r"(?<!\\)\)[*+{]")
+REPEATS = re.compile(r"(?<!\\)[*+{]")
+MOST_REPEATS = 3
+UNKNOWN = "an unknown setting"
 
 
 def check_settings(config: dict, where: str) -> None:
@@ -64,13 +66,13 @@ def check_settings(config: dict, where: str) -> None:
 
     config: the content of adapter_config.json. where: what an error calls the adapter.
     """
-    for name in ("peft_type", *config):  # of another method no other name says anything
+    for name in ("peft_type", *config):  # the method first: in another one the other names mean something else
         if not _is_read(name, config.get(name)):
-            value, reason = short(config.get(name)), REASONS.get(name, UNKNOWN)
             shown = name if name.isprintable() else ascii(name)
+            reason = REASONS.get(name, UNKNOWN)
             raise ValueError(
-                f"{where} has {shown}={value} ({reason}), but only plain LoRA is read here: use it with PEFT, "
-                "or merge it there and load the result"
+                f"{where} has {shown}={short(config.get(name))} ({reason}), but only plain LoRA is read here: use it "
+                "with PEFT, or merge it there and load the result"
             )
     if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
         raise ValueError(f"{where} has no {missing[0]} in its configuration: save it again with PEFT")
@@ -80,7 +82,7 @@ def check_settings(config: dict, where: str) -> None:
 
 
 def strength_of(config: dict, path: str) -> tuple[int, float]:
-    """(r, alpha) of the adapter beside the layer at `path`; alpha is such that alpha / r scales it, for rsLoRA too.
+    """Return (r, alpha) of the adapter beside the layer at `path`, with alpha / r as its scaling, for rsLoRA too.
 
     >>> strength_of({"r": 4, "lora_alpha": 8, "use_rslora": True}, "model.layers.0.mlp.up_proj")
     (4, 16.0)
@@ -89,11 +91,11 @@ def strength_of(config: dict, path: str) -> tuple[int, float]:
     alpha = _of_layer(config.get("alpha_pattern"), path, config["lora_alpha"])
     check_rank(r)
     check_strength(alpha, 0)
-    return r, alpha * math.sqrt(r) if config.get("use_rslora") else alpha  # rsLoRA: alpha / sqrt(r)
+    return r, alpha * math.sqrt(r) if config.get("use_rslora") else alpha  # rsLoRA scales by alpha / sqrt(r)
 
 
 def pattern_of(path: str) -> str:
-    """The pattern that means the layer at `path` and no other."""
+    """Return the pattern that matches the layer at `path` and no other."""
     return f"^{re.escape(path)}"
 
 
@@ -102,21 +104,19 @@ def _is_read(name: str, value) -> bool:
         return True
     if name in ALLOWED:
         return value in ALLOWED[name]
-    return value is None or value is False or value in ([], {}, "")  # off; 0 can be the value of a number
+    return value is None or value is False or value in ([], {}, "")  # off; 0 is not, it may be a number's value
 
 
 def _of_layer(patterns: dict | None, path: str, otherwise):
-    """The value of the first pattern that `path` ends with."""
+    """Return the value of the first pattern that the end of `path` matches."""
     for pattern, value in (patterns or {}).items():
         if ENDLESS.search(pattern) or len(REPEATS.findall(pattern)) > MOST_REPEATS:
-            raise ValueError(
-                f"{short(pattern)} in the adapter's configuration can take forever to match: name its layers instead"
-            )
+            raise ValueError(f"{short(pattern)} in the adapter's configuration can take for ever: name its layers")
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
         except re.error as error:
             raise ValueError(
-                f"{pattern!r} in the adapter's configuration is not a pattern of layers: {error}"
+                f"{pattern!r} in the adapter's configuration is not a pattern of layers: mend it ({error})"
             ) from None
     return otherwise

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if _unprinted(stdout, "qlora-lab"):
                 raise SystemExit(2) from None
             raise
-        with ending_like_ctrl_c():
+        with ending_like_ctrl_c():  # SIGTERM and SIGHUP, too
             code = _run(arguments)
         as_json = arguments.json if "json" in arguments else False
         if code < 2 and (as_json or arguments.command in PRINTING):
@@ -87,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
         with _warnings_as_lines(arguments.command, silent=process > 0):
             return arguments.module.run(arguments) or 0
     except KeyboardInterrupt as interrupt:  # one from training says what is saved, and how to resume
-        if process == 0:
+        if process == 0:  # the others would repeat it
             print(f"qlora-lab {arguments.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _unprinted(stdout: "Patient", command: str) -> bool:
     """Return whether some output could not be printed, and if so tell it on stderr."""
-    stdout.flush()
+    stdout.flush()  # a full disk shows at the latest here
     if stdout.error:
         reason = getattr(stdout.error, "strerror", None) or stdout.error
         print(f"{command}: the result could not be printed ({reason})", file=sys.stderr)
@@ -126,7 +126,7 @@ def _message(error: Exception, less_memory: str) -> str | None:
     from qlora_lab.model.fetch import ModelError
     from qlora_lab.model.out_of_memory import OutOfMemory, is_out_of_memory
 
-    if is_out_of_memory(error):
+    if is_out_of_memory(error):  # first: some are an OSError, some a RuntimeError
         return str(error) if isinstance(error, OutOfMemory) else f"out of memory: {less_memory}"
     if isinstance(error, OSError) and error.strerror and error.filename:
         advice = ": free some space there, then repeat the command" if error.errno in NO_ROOM else ""

@@ -52,12 +52,12 @@ def run(a: argparse.Namespace) -> None:
         check_candidate(candidate)
     check_limits(a.bits, a.constants_share)
     check_whole("share-below", a.share_below, 0)
-    check_windows(a.length, a.windows)
+    check_windows(a.length, a.windows)  # needs no model
     out = check_plan_path(a.out)
     parent = resolved(out).parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise FileNotFoundError(f"{parent} is not a folder that can be written to: create it, or choose another")
-    with locked_file(out, "block-size") as lock, reserved(lock):
+    with locked_file(out, "block-size") as lock, reserved(lock):  # two commands must not write one plan
         _report(a, candidates, _plan(a, candidates), out)
 
 
@@ -69,16 +69,16 @@ def _plan(a: argparse.Namespace, candidates: tuple["Candidate", ...]) -> "Plan":
     from qlora_lab.measure.sensitivity import choices_of, sensitivity
     from qlora_lab.model.load import layer_sizes
 
-    topics = topics_text()
+    topics = topics_text()  # part of every Python, so nothing is downloaded
     # Perplexities are measured on the first half, so a plan is calibrated on the second.
     text = topics[len(topics) // 2 :] if a.text is None else read_text(a.text)
     model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)
 
     def best(choices: Choices) -> "Plan":
-        groups = small_layers(choices, a.share_below)
+        groups = small_layers(choices, a.share_below)  # modules whose small layers choose as one
         return best_plan(choices, a.bits, constants_share=a.constants_share, groups=groups)
 
-    names, numel = zip(*layer_sizes(model).items(), strict=True)
+    names, numel = zip(*layer_sizes(model).items(), strict=True)  # numel: weights of each layer
     bits = bits_table(numel, candidates)  # (layers, candidates)
     best(Choices(names, numel, candidates, error=bits, bits=bits))  # limits that are too low raise before the long part
     options = {"windows": a.windows, "length": a.length, "fisher": True, "progress": not a.quiet}
@@ -90,6 +90,6 @@ def _plan(a: argparse.Namespace, candidates: tuple["Candidate", ...]) -> "Plan":
 def _report(a: argparse.Namespace, candidates: tuple["Candidate", ...], plan: "Plan", out: Path) -> None:
     figures = {"plan": str(plan.save(out)), "bits_per_parameter": plan.bits_per_parameter}
     figures["expected_increase_of_loss"] = plan.error
-    counts = Counter(plan.chosen.values())
+    counts = Counter(plan.chosen.values())  # layers per candidate
     layers = {f"layers_{c.codebook}_{c.block_size}": counts[c] for c in candidates if counts[c]}
     report(a, figures | layers)

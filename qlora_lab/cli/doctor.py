@@ -30,12 +30,12 @@ def run(a: argparse.Namespace) -> int:
     """Check a planned run; return 1 if there is a problem."""
     from qlora_lab.train.check_run import check_run
 
-    settings = from_arguments(Settings, a)
+    settings = from_arguments(Settings, a)  # raises for a value that is not allowed
     check_run(from_arguments(ModelOptions, a), from_arguments(AdapterOptions, a))
     options = {field.name: getattr(settings, field.name) for field in fields(Settings) if field.name in PLANNED}
     data = ql.load_data(a.data, progress=not a.quiet)
     model, tokenizer = load_model(a)
-    ql.add_lora(model, a.r, targets=targets_of(a), seed=a.seed)
+    ql.add_lora(model, a.r, targets=targets_of(a), seed=a.seed)  # alpha and dropout keep their defaults
     report = ql.diagnose(model, tokenizer, data, **options, progress=not a.quiet)
     print(json.dumps(report.to_dict()) if a.json else f"{report}\n\n{report.dtypes}")
     return 0 if report.ok else 1

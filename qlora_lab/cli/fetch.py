@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     from qlora_lab.files.strict_json import read_json
 
-    folder = ql.fetch(a.model, progress=not a.quiet)
+    folder = ql.fetch(a.model, progress=not a.quiet)  # nothing is downloaded twice
     source = folder / "source.json"
     origin = read_json(source) if source.exists() else {}  # where it came from; a user's own folder has none
     report(a, {"model": a.model, "folder": str(folder)} | origin)

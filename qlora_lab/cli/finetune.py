@@ -39,10 +39,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    from qlora_lab.train.check_run import check_run
+    from qlora_lab.train.check_run import check_run  # torch is loaded here, after --help and the parser
     from qlora_lab.train.run_folder import reserved_run
 
-    settings = from_arguments(Settings, a)
+    settings = from_arguments(Settings, a)  # raises for a value that is not allowed
     options = {"held_out": a.held_out, "resume": a.resume}
     check_run(from_arguments(ModelOptions, a), from_arguments(AdapterOptions, a), **options)
     is_first = int(os.environ.get("RANK", 0)) == 0  # of torchrun's processes one writes
@@ -55,11 +55,11 @@ def _finetune(a: argparse.Namespace, settings: Settings) -> None:
     from qlora_lab.train.distributed import check_shard, first_on_node, processes
 
     progress = not a.quiet
-    train = ql.load_data(a.data, progress=progress)
+    train = ql.load_data(a.data, progress=progress)  # before the model: data are checked in seconds
     test = _held_out_examples(a)
     check_held_out(settings, test)
     with processes() as rank:
-        check_shard(a.shard)
+        check_shard(a.shard)  # needs the process group
         first_on_node(lambda: resolve(a.model, progress=progress))  # one download a machine
         model, tokenizer = load_model(a)
         ql.add_lora(model, a.r, a.alpha, a.dropout, targets_of(a), seed=a.seed)
@@ -83,7 +83,7 @@ def _held_out_examples(a: argparse.Namespace) -> list:
     if not a.held_out:
         return []
     if a.test_data is not None:
-        return ql.load_data(a.test_data)[: a.held_out]
+        return ql.load_data(a.test_data)[: a.held_out]  # no progress: a file is read in a moment
     return ql.load_data(a.data, "test", progress=not a.quiet)[: a.held_out] if a.data == "docstrings" else []
 
 
@@ -98,7 +98,7 @@ def _summary(result, before, after) -> dict:
     figures = {
         "adapter": str(result.adapter),
         "ended": result.ended,
-        "steps": len(result.losses),
+        "steps": len(result.losses),  # of this run and those before a resume
         "loss_first": result.losses[0],  # nats per answer token
         "loss_last": result.losses[-1],
         "tokens_per_second": result.tokens_per_second,

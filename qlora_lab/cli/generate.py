@@ -29,7 +29,7 @@ def run(a: argparse.Namespace) -> None:
     check_whole("max-new-tokens", a.max_new_tokens)
     if a.adapter:  # a missing adapter should not cost the minute that a model takes
         find_adapter(Path(a.adapter))
-    model, tokenizer = load_model(a)
+    model, tokenizer = load_model(a)  # the base; an adapter is added in place
     if a.adapter is not None:  # "" is a mistake, such as a shell variable that is not set
         ql.load_adapter(model, a.adapter)
     answer = ql.generate(model, tokenizer, a.question, a.max_new_tokens, progress=not a.quiet)

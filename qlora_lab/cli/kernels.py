@@ -32,9 +32,9 @@ def run(a: argparse.Namespace) -> None:
     if a.sass is not None or a.ptx is not None:
         _print_code(a, archs)
         return
-    aot.check_product(a.shape, a.tokens)
+    aot.check_product(a.shape, a.tokens)  # before minutes of compilation
     rows, notes = _compared(a, archs)
-    rooflines = [aot.roofline(kernel, tuple(a.shape), a.tokens) for _, kernel in rows]
+    rooflines = [aot.roofline(kernel, tuple(a.shape), a.tokens) for _, kernel in rows]  # a list of cards for each row
     if a.json:
         cards = [
             [asdict(roof) | {"seconds": roof.seconds, "bound": roof.bound} for roof in roofs] for roofs in rooflines
@@ -72,7 +72,7 @@ def _compared(a: argparse.Namespace, archs: list[int]) -> tuple[list[tuple], lis
     notes = []
     for arch in archs if a.compare else []:
         kernels, note = aot.bitsandbytes_report(arch, a.dtype)
-        theirs += kernels or []
+        theirs += kernels or []  # None if bitsandbytes or its code is missing
         notes.append(note)
     rows = []
     for kernel in ours:
@@ -97,10 +97,10 @@ def _resources(name: str, kernel) -> dict[str, str]:
         "rung": name,
         "sm": str(kernel.arch),
         "registers": str(kernel.registers),  # per thread
-        "shared bytes": str(kernel.shared),
-        "spills": str(kernel.spills),
-        "occupancy": f"{kernel.occupancy:.0%}",
-        "bytes": f"{kernel.moved:.2f} / {kernel.least:.2f}",
+        "shared bytes": str(kernel.shared),  # per program
+        "spills": str(kernel.spills),  # loads and stores of registers that did not fit
+        "occupancy": f"{kernel.occupancy:.0%}",  # warps, of those that a multiprocessor can hold
+        "bytes": f"{kernel.moved:.2f} / {kernel.least:.2f}",  # per weight
         "bits": " / ".join(" ".join(map(str, side)) for side in widths(kernel.accesses)),
     }
 

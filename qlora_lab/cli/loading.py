@@ -46,12 +46,12 @@ def add_text(parser: argparse.ArgumentParser, windows: int, length: int, default
 
 def load_model(a: argparse.Namespace):
     """Load the model and its tokenizer, and tell how much of it is in 4 bits."""
-    codebook = None if a.codebook == "none" else a.codebook
+    codebook = None if a.codebook == "none" else a.codebook  # load's word for it
     dtype = None  # the library chooses
     if a.dtype != "auto":
         import torch
 
-        dtype = getattr(torch, a.dtype)
+        dtype = getattr(torch, a.dtype)  # one of the choices, so it exists
     model, tokenizer = ql.load(a.model, codebook, a.block_size, a.double_quant, dtype=dtype, progress=not a.quiet)
     if codebook:
         from qlora_lab.model.share import in_4_bits

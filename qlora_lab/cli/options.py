@@ -62,7 +62,7 @@ def add_field(group, owner: type, name: str, *, flag: str = "", positional: bool
 
     A switch that is on by default becomes --no-NAME. flag: another name for the option. changes: more for argparse.
     """
-    source = owner.__dataclass_fields__[name]
+    source = owner.__dataclass_fields__[name]  # raises KeyError for a name that is not a field
     text = source.metadata["help"]
     if positional:
         group.add_argument(name, help=text)
@@ -83,8 +83,8 @@ def _reading(source: Field) -> dict[str, Any]:
     if source.metadata["choices"]:
         return {"choices": source.metadata["choices"]}
     if unit == "bytes":
-        return {"type": size, "metavar": "BYTES"}
-    if int in types:
+        return {"type": size, "metavar": "BYTES"}  # such as 64MiB
+    if int in types:  # before float: no field is both
         return {"type": whole, "metavar": (unit or "N").upper()}
     if float in types:
         return {"type": number, "metavar": "X"}
@@ -136,12 +136,12 @@ def size(text: str) -> int:
     """
     if not (match := re.fullmatch(rf"([0-9]{{1,{DIGITS}}}) ?(|KiB|MiB|GiB)", text)):
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a size: give bytes, or a number with KiB, MiB or GiB")
-    return int(match[1]) * 1024 ** ("", "KiB", "MiB", "GiB").index(match[2])
+    return int(match[1]) * 1024 ** ("", "KiB", "MiB", "GiB").index(match[2])  # KiB = 1024
 
 
 def levels(text: str) -> tuple[str, list[float]]:
     """Read a name and numbers: "mine=-1,0,1". The library checks whether the numbers can be a codebook."""
-    name, _, numbers = text.partition("=")
+    name, _, numbers = text.partition("=")  # a comma in a name would be part of the name
     try:
         table = [number(part.strip()) for part in numbers.split(",")]
     except argparse.ArgumentTypeError:

@@ -12,7 +12,7 @@ def report(a: argparse.Namespace, figures: dict) -> None:
     if a.json:
         print(json.dumps(figures))
         return
-    width = max(map(len, figures))
+    width = max(map(len, figures))  # of the names
     for name, value in figures.items():
         print(f"{name.replace('_', ' '):<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
 
@@ -20,7 +20,7 @@ def report(a: argparse.Namespace, figures: dict) -> None:
 def table(rows: list[dict[str, str]]) -> str:
     """Lay out rows in columns: numbers to the right, the first and the last column to the left."""
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    first, *_, last = widths
+    first, *_, last = widths  # names of columns
     lines = [{name: name for name in widths}, *rows]  # the header first
     return "\n".join(
         "  ".join(

@@ -1,10 +1,10 @@
-"""Standard streams that may be closed, full, or of ASCII only: what goes wrong there ends no run.
+"""Standard streams that may be closed, full or ASCII only: their errors end no run.
 
     2>&1 | head    >&-    2>&-    > /dev/full    LC_ALL=C    a terminal that is gone
 
-Progress and notes (stderr) are dropped where they cannot be written. What is printed to stdout is dropped as well, but
-remembered: the caller knows whether it was a result that was asked for.
-Not here: which output is a result, and exit codes (cli.py).
+In: the streams of the process. Out: streams that never raise. Progress and notes (stderr) are dropped if they cannot be
+written; so is output to stdout, but its error is kept, because the caller knows whether it was the requested result.
+Not here: which output is a result, and exit codes (__init__.py).
 """
 
 import errno
@@ -17,10 +17,11 @@ from typing import TextIO
 
 
 class Patient:
-    """A stream that never raises. error: the first that it met, None as long as all could be written."""
+    """A stream that never raises. error: its first error, or None while everything could be written."""
 
     def __init__(self, stream: TextIO | None):
-        self.error, self._stream = None, stream or _Closed()
+        self.error: Exception | None = None
+        self._stream = stream or _Closed()  # Python sets a stream that was closed at its start to None
 
     def write(self, text: str) -> int:
         self._try(self._stream.write, text)
@@ -36,14 +37,14 @@ class Patient:
             self.error = self.error or error
 
     def let_go(self) -> None:
-        """Flush a last time; what cannot be written goes nowhere, where Python's own last flush would fail."""
+        """Flush one last time; what cannot be written goes to /dev/null, or Python's own last flush would fail."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
             self.error = self.error or error
-            with suppress(OSError, ValueError):  # it has no number: not a stream of the system
+            with suppress(OSError, ValueError):  # no file number: not a stream of the system
                 nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
+                os.dup2(nowhere, self._stream.fileno())  # now the number leads there
                 os.close(nowhere)
 
     def __getattr__(self, name: str):
@@ -51,7 +52,7 @@ class Patient:
 
 
 class _Closed(io.TextIOBase):
-    """What Python leaves out where a stream was closed before it began."""
+    """A stand-in for a stream that was closed before Python started."""
 
     def write(self, text: str) -> int:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -59,24 +60,25 @@ class _Closed(io.TextIOBase):
 
 @contextmanager
 def patient_streams() -> Iterator[Patient]:
-    """Inside the `with` block stdout and stderr are Patient; yields that of stdout."""
-    _fill_numbers()
+    """Make stdout and stderr Patient inside the `with` block, and yield stdout."""
+    _fill_numbers()  # before any file is opened
     before = sys.stdout, sys.stderr
     for stream in before:
         if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
-            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks is spelled, as on stderr
-    out, notes = Patient(before[0]), Patient(before[1])
+            stream.reconfigure(errors="backslashreplace")  # letters that the terminal lacks are spelled out
+    out = Patient(before[0])
+    notes = Patient(before[1])
     sys.stdout, sys.stderr = out, notes
     try:
         yield out
     finally:
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = before  # pytest, for one, goes on with its own
         out.let_go()
         notes.let_go()
 
 
 def _fill_numbers() -> None:
-    """Open what is closed of 0, 1 and 2: the next file would have that number, and get what a library prints."""
+    """Open those of 0, 1 and 2 that are closed: the next file would get their number, and what libraries print."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -30,10 +30,10 @@ def run(a: argparse.Namespace) -> None:
     from qlora_lab.measure.sweep import sweep, variants
 
     double_quant = {"off": [False], "on": [True], "both": [False, True]}[a.double_quant]
-    tables = dict(a.levels)
+    tables = dict(a.levels)  # name -> levels
     if len(tables) < len(a.levels):
         raise ValueError("--levels: two codebooks have the same name: rename one of them")
-    grid = variants(dict.fromkeys([*a.codebooks, *tables]), a.block_sizes, double_quant)
+    grid = variants(dict.fromkeys([*a.codebooks, *tables]), a.block_sizes, double_quant)  # each codebook once
     grid = [variant._replace(levels=tables.get(variant.codebook)) for variant in grid]
     options = {"windows": a.windows, "length": a.length, "seed": a.seed, "progress": not a.quiet}
     if a.text is not None:
@@ -52,9 +52,9 @@ def _cells(row: dict, whole_model: float) -> dict[str, str]:
         "codebook": row["codebook"] or "none",
         "block size": str(row["block_size"]) if quantised else "",
         "double quant": ("yes" if row["double_quant"] else "no") if quantised else "",
-        "bits": f"{row['bits_per_parameter']:.3f}",
+        "bits": f"{row['bits_per_parameter']:.3f}",  # per parameter, constants included
         "perplexity": f"{row['perplexity']:.3f}",
         "more": f"{row['perplexity'] / whole_model - 1:.1%}" if quantised else "",
         "squared error": f"{row['relative_error']:.5f}" if quantised else "",
-        "entropy": f"{row['entropy']:.3f}" if quantised else "",
+        "entropy": f"{row['entropy']:.3f}" if quantised else "",  # bits per code
     }

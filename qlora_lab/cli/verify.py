@@ -31,4 +31,4 @@ def run(a: argparse.Namespace) -> int:
         for part in parts:
             files = [name.removeprefix(part.name) for name in part.files if name != part.name]
             print(f"{part.name:<{width}}  {part.state}{': ' * bool(any(files))}{', '.join(filter(None, files))}")
-    return 0 if all(part.is_well for part in parts) else 1
+    return 0 if all(part.is_well for part in parts) else 1  # missing counts as different

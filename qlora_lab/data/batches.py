@@ -59,7 +59,7 @@ class Batches:
 
     def _shuffled(self) -> np.ndarray:
         """Return all example numbers in this epoch's order, (size,)."""
-        generator = np.random.default_rng([self.seed, self.epoch])
+        generator = np.random.default_rng([self.seed, self.epoch])  # no state besides these two numbers
         order = generator.permutation(self.size)
         if self.lengths is None:
             return order
@@ -113,12 +113,12 @@ def collate_rows(rows: list[list[Encoded]], pad_id: int) -> dict[str, torch.Tens
     """
     if all(len(row) == 1 for row in rows):
         return collate([row[0] for row in rows], pad_id)
-    batch = collate([_joined(row) for row in rows], pad_id)
+    batch = collate([_joined(row) for row in rows], pad_id)  # each (rows, longest)
     positions = torch.zeros_like(batch["input_ids"])
     for number, row in enumerate(rows):
         own = torch.cat([torch.arange(len(example.input_ids)) for example in row])  # 0, 1, 2, 0, 1, ...
         positions[number, : len(own)] = own
-    del batch["attention_mask"]
+    del batch["attention_mask"]  # with one, transformers would ignore where positions start anew
     return batch | {"position_ids": positions}
 
 

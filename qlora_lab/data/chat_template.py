@@ -142,7 +142,7 @@ class ChatTemplate:
         Places come in the order of the text; what the template does not show is left out. Raises ValueError if marks
         change the render, so that they find nothing.
         """
-        used = text + "".join(content for _, content in turns)
+        used = text + "".join(content for _, content in turns)  # a mark must occur in none of it
         mark = next(chr(code) for code in MARKS if chr(code) not in used)
         for also_empty in (True, False):  # a template may ask whether there is content
             marked = tuple(
@@ -173,7 +173,7 @@ class ChatTemplate:
         An answer starts where a prompt for it ends. What a prompt writes between a question and its answer is read
         once, from the prompt for the last answer: rendering a prompt for each turn would take quadratic time.
         """
-        opening = self._opening(turns[:-1])
+        opening = self._opening(turns[:-1])  # what a prompt writes before an answer
         blocks = self._generated(turns) if GENERATION.search(self.source) else None
         shown_answers = {}
         for i, (role, content) in enumerate(turns):
@@ -243,4 +243,4 @@ def _span(content: str, text: str, before: int | None, end: int | None, opening:
 
 
 def _squeezed(text: str) -> str:
-    return "".join(text.split())
+    return "".join(text.split())  # templates change white space

@@ -91,13 +91,11 @@ def encode_all(
         if len(kept) == enough:
             bar.total = None  # a notebook shows a bar that ends before its total in red, for ever
             break
-    longest = max(lengths, default=0)
+    longest = max(lengths, default=0)  # tells a user what max_length would take
     if not kept:
         shortest = min(lengths, default=0)
-        raise ValueError(
-            f"no example has at most {max_length} tokens: allow at least {shortest}, the length of the shortest"
-        )
-    learned = sum(label != IGNORED for encoded in kept for label in encoded.labels)
+        raise ValueError(f"no example has at most {max_length} tokens: allow at least {shortest}, as in the shortest")
+    learned = sum(label != IGNORED for encoded in kept for label in encoded.labels)  # tokens
     tokens = sum(len(encoded.input_ids) for encoded in kept)
     notes = sum((encoded.notes for encoded in kept), Notes())
     for warning in notes.warnings():
@@ -125,7 +123,7 @@ def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
 
 def to_device(batch: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Move a batch to the device of the model's parameters."""
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device  # a quantised model has parameters too: embeddings, norms
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -65,7 +65,7 @@ def docstring_split(split: str, progress: bool = True) -> list[Example]:
     test = docstring_pairs(TEST, progress)
     if split == "test":
         return test
-    held_out = {example.prompt for example in test}
+    held_out = {example.prompt for example in test}  # the code, whatever its docstring
     return [example for example in docstring_pairs(TRAIN, progress) if example.prompt not in held_out]
 
 
@@ -181,7 +181,7 @@ def code_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef, lin
     """
     docstring = function.body[0]
     kept = lines[function.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : function.end_lineno]
-    indent = function.col_offset
+    indent = function.col_offset  # of a method
     return "\n".join(line[indent:] if line[:indent].isspace() else line for line in kept).rstrip()
 
 

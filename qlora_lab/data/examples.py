@@ -65,9 +65,7 @@ class Example:
             raise ValueError("nothing is asked: add a turn of the user")
         earlier_answers = {i for i, (role, _) in enumerate(self.messages[:-1]) if role == "assistant"}
         if not set(self.not_learned) <= earlier_answers:
-            raise ValueError(
-                f"not_learned={self.not_learned} is not allowed: give positions of answers before the last"
-            )
+            raise ValueError(f"not_learned={self.not_learned} is not allowed: give positions of earlier answers")
 
     @property
     def prompt(self) -> Turns:
@@ -117,7 +115,7 @@ def to_example(record: Any, place: str = "") -> Example:
     """
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object in the form of {FORMS}, found {type(record).__name__}")
-    refuse_unsupported(record, "record")
+    refuse_unsupported(record, "record")  # first: its error is the clearest
     is_alpaca = "instruction" in record and "output" in record
     named = [name for name in ("messages", "conversations") if name in record]
     filled = [
@@ -153,7 +151,7 @@ def _conversation(record: dict, name: str, place: str) -> Example:
         raise ValueError("the record has both 'system' and a turn of the system: keep one of them")
     first = next((i for i, (role, _, _) in enumerate(turns) if role == "user"), len(turns))
     turns = system + [turn for i, turn in enumerate(turns) if turn[0] != "assistant" or i > first]
-    answers = [learned for role, _, learned in turns if role == "assistant"]
+    answers = [learned for role, _, learned in turns if role == "assistant"]  # whether each is learned
     if answers and not any(answers):
         raise ValueError("no answer to learn from: all of them have weight 0, or train is false")
     while turns and not (turns[-1][0] == "assistant" and turns[-1][2]):

@@ -74,7 +74,7 @@ def prompt_ids(messages: Turns, tokenizer: "Tokenizer", clock: datetime | None =
 
     clock: the time that a template writes; None: now. Raises ValueError for what the template or tokenizer refuses.
     """
-    template = ChatTemplate(tokenizer, clock)
+    template = ChatTemplate(tokenizer, clock)  # reads the template once
     tokens = tokenise(template.render(messages, opens_answer=True), tokenizer)
     if template.is_spelt_in(messages):
         encode_messages_as_text(tokens, messages, template.places(messages, tokens.text, opens_answer=True), template)
@@ -117,7 +117,7 @@ def _encode(example: Example, template: ChatTemplate, max_length: int | None) ->
     places = template.places(turns, tokens.text)
     spelt = template.is_spelt_in(turns)  # text that looks like a control token must not act as one
     control_texts = encode_messages_as_text(tokens, turns, places, template) if spelt else 0
-    closed = ends(turns, places)
+    closed = ends(turns, places)  # turn -> where its content ends
     learned = _learned(example, template.answers(turns, tokens.text, closed))
     for answer in learned.values():
         for place in answer.openings:
@@ -127,14 +127,14 @@ def _encode(example: Example, template: ChatTemplate, max_length: int | None) ->
     # The mask of the loss: nothing is learned, but the spans of answers with their end tokens.
     labels = [IGNORED] * len(tokens.ids)
     for start, stop in _learned_spans(learned, turns, tokens, closed.get(len(turns) - 2), template.control_names):
-        positions = tokens.within(start, stop)
+        positions = tokens.within(start, stop)  # a slice of tokens
         labels[positions] = tokens.ids[positions]
     return Encoded(tokens.ids, labels, _notes(example, learned, control_texts))
 
 
 def _learned(example: Example, answers: dict[int, Answer]) -> dict[int, Answer]:
     """Select the answers that are learned: the last one, and earlier ones that are shown whole."""
-    last = len(example.messages) - 1
+    last = len(example.messages) - 1  # always an answer
     if last not in answers:
         raise ValueError(f"the chat template does not show the answer {example.answer[:60]!r}: use another template")
     wanted = {i: answer for i, answer in answers.items() if i not in example.not_learned}
@@ -157,7 +157,7 @@ def _learned_spans(
     """
     last_end, _ = _ending(tokens, learned[len(turns) - 1].stop, control)
     closing = _ending(tokens, question_end, control)
-    spans = []
+    spans = []  # characters of the text
     for i, answer in learned.items():
         end, following = _ending(tokens, answer.stop, control)
         ends_it = end is not None and (end == last_end or (following is not None and (end, following) == closing))

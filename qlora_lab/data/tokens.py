@@ -85,7 +85,7 @@ def encode_messages_as_text(tokens: Tokens, turns: Turns, places: list[Place], t
 
     places: from ChatTemplate.places. Raises ValueError if the tokenizer has no other tokens for such a text.
     """
-    count = 0
+    count = 0  # of tokens that became text
     for start, stop in _spelling_spans(tokens.text, turns, places, template):
         positions = tokens.around(start, stop)
         spelt = [i for i in range(positions.start, positions.stop) if tokens.is_control(i, template.control_names)]
@@ -96,7 +96,7 @@ def encode_messages_as_text(tokens: Tokens, turns: Turns, places: list[Place], t
             if any(piece.is_control(i, template.control_names) for i in range(len(piece.ids))):
                 name = template.control_names[tokens.ids[spelt[0]]]
                 raise ValueError(f"the tokenizer knows {name!r} only as a control token: leave it out of the texts")
-            tokens.replace(positions, piece)
+            tokens.replace(positions, piece)  # later places stay right: they count characters
             count += len(spelt)
     return count
 
@@ -112,7 +112,7 @@ def _spelling_spans(text: str, turns: Turns, places: list[Place], template: Chat
         if begun and begun[0] != turn:
             spans.append(begun[1:])
             begun = None
-        content = turns[turn][1].rstrip()
+        content = turns[turn][1].rstrip()  # places do not count white space at the end
         match = template.control_texts.match(content, offset)
         if match and begun:
             begun = (turn, begun[1], place + len(match[0]))

@@ -90,8 +90,8 @@ class Finding:
 
 def end_tokens(encoded: list[Encoded], tokenizer: "Tokenizer") -> Finding:
     """Check that every example of a batch teaches the token that ends an answer, even if it is also the pad token."""
-    end = end_token_id(tokenizer)
-    pad = pad_token_id(tokenizer)
+    end = end_token_id(tokenizer)  # id of <|im_end|>, </s> or the like
+    pad = pad_token_id(tokenizer)  # None where the tokenizer has none
     batch = collate(encoded, 0 if pad is None else pad)
     text = tokenizer.decode([end])
     total = f"of {len(encoded)} examples"
@@ -143,10 +143,10 @@ def new_tokens(model: nn.Module, tokenizer: "Tokenizer", encoded: list[Encoded])
     New rows drawn at random, rather than set to zero or to the mean, cannot be told from trained ones.
     """
     weight = model.get_input_embeddings().weight  # (rows, hidden)
-    used = sorted(used_tokens(encoded))
+    used = sorted(used_tokens(encoded))  # ids
     if fault := unknown_token(model, tokenizer, used):
         return _finding(NEW, "problem", fault)
-    if fault := unknown_token(model, tokenizer, range(len(tokenizer))):
+    if fault := unknown_token(model, tokenizer, range(len(tokenizer))):  # a token that no example uses, yet
         return _finding(NEW, "warning", fault)
     blank = [] if weight.requires_grad else [used[i] for i in _blank(weight.detach(), used)]
     if blank:
@@ -184,7 +184,7 @@ def _blank(weight: torch.Tensor, used: list[int]) -> list[int]:
 
 def finite_values(model: nn.Module, batch: Batch) -> Finding:
     """Check that every parameter, activation and gradient of a step is finite."""
-    with mode(model, training=True):
+    with mode(model, training=True):  # dropout and checkpointing as in a step
         nonfinite = first_nonfinite(model, batch)
     if nonfinite:
         return _finding(FINITE, "problem", str(nonfinite))
@@ -193,7 +193,7 @@ def finite_values(model: nn.Module, batch: Batch) -> Finding:
 
 def live_adapters(model: nn.Module, batch: Batch, name: str = LIVE) -> Finding:
     """Check that one step of AdamW moves every lora_B and nothing that is frozen."""
-    frozen = _checksums(model)
+    frozen = _checksums(model)  # name -> sum of bytes
     with _borrowed(model, training=True) as trained:
         # lora_B, because lora_A has no gradient while lora_B is zero
         before = {path: layer.lora_B.clone() for path, layer in adapters(model).items()}
@@ -230,7 +230,7 @@ def accumulation(
             gradients = [p.grad.flatten().double() for p in trained if p.grad is not None]
             runs.append(torch.cat(gradients) if gradients else torch.zeros(1))  # (trained elements,)
     once, added = runs  # (trained elements,) each
-    if not once.any():
+    if not once.any():  # else the difference would be 0 / 0
         return _finding(ACCUMULATION, "problem", "there is no gradient at all")
     difference = ((once - added).norm() / once.norm()).item()  # relative
     allowed = tolerance(model)
@@ -252,7 +252,7 @@ def packed_rows(model: nn.Module, examples: list[Encoded], asked: bool) -> Findi
 def _accumulate(model: nn.Module, batches: list[Batch]) -> None:
     """Sum gradients as a step of the trainer does; in float16 on a scaled loss, or small gradients would vanish."""
     tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
-    factor = HALF_SCALE if getattr(model, "dtype", None) == torch.float16 else 1
+    factor = HALF_SCALE if getattr(model, "dtype", None) == torch.float16 else 1  # a power of two: exact to undo
     accumulate(model, batches, max(tokens, 1), lambda loss: loss * factor)
     for p in model.parameters():
         if p.grad is not None:
@@ -273,7 +273,7 @@ def _borrowed(model: nn.Module, training: bool) -> Iterator[list[nn.Parameter]]:
             yield trained
     finally:
         for p, data, grad in kept:
-            p.data, p.grad = data, grad
+            p.data, p.grad = data, grad  # also after an error
 
 
 def _checksums(model: nn.Module) -> dict[str, int]:
@@ -306,7 +306,7 @@ def memory(policy: DtypePolicy, full: int, checkpointed: int, free: int | None, 
 
     full, checkpointed: bytes of activations for `tokens` tokens at once, without and with gradient checkpointing.
     """
-    extra = sum(row.nbytes for row in policy.rows if row.what in (GRADIENTS, MOMENTS))
+    extra = sum(row.nbytes for row in policy.rows if row.what in (GRADIENTS, MOMENTS))  # bytes that the first step adds
     message = (
         f"{_mib(extra)} of gradients and moments, {_mib(full)} of activations for {tokens:,} tokens at once "
         f"({_mib(checkpointed)} with gradient checkpointing; measured on short examples and scaled)"
@@ -326,11 +326,11 @@ def memory(policy: DtypePolicy, full: int, checkpointed: int, free: int | None, 
 
 def activations(model: nn.Module, batch: Batch, tokens: int) -> tuple[int, int]:
     """Return the bytes kept for the backward pass of `tokens` tokens, without and with gradient checkpointing."""
-    full = _kept(model, batch)
+    full = _kept(model, batch)  # bytes
     with checkpointing(model):
         # plus one layer at a time, recomputed in the backward pass
         less = _kept(model, batch) + full // max(1, getattr(model.config, "num_hidden_layers", 1))
-    measured = batch["input_ids"].numel()
+    measured = batch["input_ids"].numel()  # tokens of the batch, padding included
     return full * tokens // measured, min(full, less) * tokens // measured
 
 
@@ -340,7 +340,7 @@ def _kept(model: nn.Module, batch: Batch) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage.nbytes()  # a view shares its storage: counted once
         return tensor
 
     with (

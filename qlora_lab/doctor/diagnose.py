@@ -112,11 +112,11 @@ def diagnose(
     options = {"max_length": max_length, "batch_size": batch_size, "optimizer_bits": optimizer_bits}
     Settings(**options, packing=packing, seed=seed)  # raises for a value that is not allowed
     adapters(model)  # raises if there is none
-    policy = dtype_policy(model, optimizer_bits)
+    policy = dtype_policy(model, optimizer_bits)  # before steps create gradients
     examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
     encoded, counts = _sample(examples, tokenizer, max_length, seed, progress)
     findings = [end_tokens(encoded, tokenizer), learned_tokens(encoded), left_out(counts, max_length)]
-    records = [example for example in examples if isinstance(example, Example)]
+    records = [example for example in examples if isinstance(example, Example)]  # none if the data came as tokens
     findings += [asked_for(records), texts(counts.notes, len(encoded), as_tokens=not records)]
     findings += [trained_share(policy), new_tokens(model, tokenizer, encoded)]
     unseen = [POSITIONS]
@@ -146,8 +146,8 @@ def diagnose(
         bar = tqdm(list(steps), "doctor", unit="check", leave=False, disable=not progress)
         for name in bar:
             bar.set_postfix_str(name)
-            findings.append(steps.pop(name)())
-            if name == FINITE and findings[-1].status == "problem":
+            findings.append(steps.pop(name)())  # what is left was skipped
+            if name == FINITE and findings[-1].status == "problem":  # every later check would repeat it
                 break
     return Report(tuple(findings), (*unseen, *steps), show_labels(encoded[0], tokenizer), policy)
 
@@ -156,7 +156,7 @@ def _sample(
     examples: list, tokenizer, max_length: int, seed: int, progress: bool
 ) -> tuple[list[Encoded], EncodeReport]:
     """Return up to SAMPLED examples that are short enough, drawn as the trainer does, and counts of the others."""
-    order = np.random.default_rng(seed).permutation(len(examples))
+    order = np.random.default_rng(seed).permutation(len(examples))  # as the trainer draws its sample
     shuffled = [examples[i] for i in order]
     if not examples or isinstance(examples[0], Example):
         with warnings.catch_warnings():
@@ -178,7 +178,7 @@ def _few(encoded: list[Encoded]) -> list[Encoded]:
     if len(short) <= STEPPED:
         return short
     short.sort(key=lambda example: example.answer_tokens)
-    return short[: STEPPED // 2] + short[-STEPPED // 2 :]
+    return short[: STEPPED // 2] + short[-STEPPED // 2 :]  # the shortest and the longest answers
 
 
 def _lines(status: str, text: str) -> list[str]:

@@ -24,9 +24,9 @@ from qlora_lab.optim.paged_adamw import UNIT
 WEIGHTS = "base weights"
 ADAPTERS = "adapters"
 OTHER_TRAINED = "other trained weights"
+WORDS = {LINEAR: WEIGHTS, EMBEDDINGS: EMBEDDINGS, HEAD: HEAD} | dict.fromkeys(ADAPTER, ADAPTERS)
 GRADIENTS = "gradients"
 MOMENTS = "moments"
-WORDS = {LINEAR: WEIGHTS, EMBEDDINGS: EMBEDDINGS, HEAD: HEAD} | dict.fromkeys(ADAPTER, ADAPTERS)
 COLUMNS = ("what", "dtype", "elements", "bytes", "bits each")
 
 
@@ -42,7 +42,7 @@ class Row:
     @property
     def bits(self) -> float:
         """Bits stored for each element, constants included."""
-        return 8 * self.nbytes / self.elements
+        return 8 * self.nbytes / self.elements  # 4.127 for nf4, blocks of 64, double quantization
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class DtypePolicy:
     def __str__(self) -> str:
         cells = [(r.what, r.dtype, f"{r.elements:,}", f"{r.nbytes:,}", f"{r.bits:.4g}") for r in self.rows]
         cells = [COLUMNS, *cells, ("sum", "", "", f"{self.nbytes:,}", "")]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]  # of the widest cell
         lines = [
             "  ".join(f"{text:{'<' if i < 2 else '>'}{widths[i]}}" for i, text in enumerate(row)).rstrip()
             for row in cells
@@ -120,7 +120,7 @@ def dtype_policy(model: nn.Module, optimizer_bits: int = 32) -> DtypePolicy:
     moments = "float32" if optimizer_bits == 32 else f"8-bit codes, blocks of {together}"
     # Each parameter starts a new block, so bytes are not proportional to elements.
     rows += [(MOMENTS, moments, 2 * p.numel(), -(-p.numel() // together) * size) for p in trained]
-    dtype = getattr(model, "dtype", None) or next(p.dtype for p in model.parameters())
+    dtype = getattr(model, "dtype", None) or next(p.dtype for p in model.parameters())  # a bare nn.Module has none
     return DtypePolicy(
         rows=tuple(_sums(rows)),
         computes_in=_name(dtype),
@@ -134,12 +134,12 @@ def _tensors(model: nn.Module) -> Iterator[_Tensor]:
     """Yield every tensor of the model once, base before adapters."""
     seen: dict[nn.Parameter | torch.Tensor, list[str]] = {}
     for kind, tensor in model_tensors(model):
-        if kind == PACKED:
+        if kind == PACKED:  # a QuantizedTensor
             double = ", double quantization" if tensor.double_quant else ""
             words = f"{tensor.codebook}, blocks of {tensor.block_size}{double}"
             yield _Tensor(WEIGHTS, words, tensor.numel, tensor.nbytes, tensor.packed.numel(), None)
             continue
-        kinds = seen.setdefault(tensor, [])
+        kinds = seen.setdefault(tensor, [])  # by identity: a tied head is one tensor of two kinds
         if (what := WORDS.get(kind, "norms, biases, buffers")) not in kinds:
             kinds.append(what)
     for tensor, kinds in sorted(seen.items(), key=lambda item: ADAPTERS in item[1]):

@@ -18,9 +18,9 @@ def free_memory(device: torch.device) -> int | None:
     """Return the bytes that are free on `device`."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        return torch.cuda.mem_get_info(device)[0] + kept  # (free, total)
     bounds = [bound for bound in (_available(), _container()) if bound is not None]
-    return min(bounds, default=None)
+    return min(bounds, default=None)  # the tighter one
 
 
 def _available() -> int | None:
@@ -28,7 +28,7 @@ def _available() -> int | None:
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024  # the file counts KiB
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # pages times bytes
     except (AttributeError, ValueError):  # Windows has no sysconf, macOS not this name
         return None
 

@@ -1,9 +1,9 @@
-"""The few calls by which anything of ours reaches a disk: whatever writes, renames or removes does it here.
+"""The few calls by which anything of ours reaches a disk: all writing, renaming and removing is done here.
 
-In: paths of files and folders. Out: the same on the disk; an OSError otherwise.
-One home for two reasons: a test makes each of them fail in turn, and what a full disk or another system does
-differently is mended once.
-Not here: what is written under another name first (files/replace.py), safetensors (there as well).
+In: paths of files and folders. Out: the same on the disk, or an OSError.
+One home for two reasons: a test makes each call fail in turn, and what a full disk or another system does differently
+is handled once.
+Not here: writing under another name first (replace.py), safetensors (tensor_file.py).
 """
 
 import ctypes
@@ -18,36 +18,37 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h and linux/fs.h
-# A kernel before 3.15, a file system that cannot, a sandbox that forbids calls that it does not know
+AT_FDCWD = -100  # linux/fcntl.h: paths are relative to the current folder
+RENAME_EXCHANGE = 2  # linux/fs.h
+# A kernel before 3.15; a file system without it (twice); a sandbox that forbids unknown calls.
 NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8; it is not on the disk before `sync`."""
+    """Write a text file in UTF-8. It survives a power cut only after `sync`."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """The same for bytes."""
+    """Write a file of bytes, likewise."""
     with open(path, "wb") as file:
         file.write(data)
 
 
 def open_for(path: Path, mode: str) -> IO[bytes]:
     """Open a file of bytes to append ("ab") or to change ("r+b"), without a buffer: each write is one call."""
-    return open(path, mode, buffering=0)
+    return open(path, mode, buffering=0)  # an error belongs to its write, not to a later flush
 
 
 def write_all(file: IO[bytes], data: bytes) -> None:
-    """Write to a file without a buffer, which may take a part: the rest is written next, or the disk says why not."""
-    while data:
+    """Write all of `data` to a file without a buffer, however small the parts that it takes."""
+    while data:  # a nearly full disk takes a part, and raises for the rest
         data = data[file.write(data) :]
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk and would survive a power cut."""
+    """Wait until a file, or a folder's list of names, would survive a power cut."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -58,12 +59,12 @@ def sync(path: Path) -> None:
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file or folder another name; a file that has it already is replaced, and so is an empty folder."""
-    os.replace(path, target)
+    """Rename a file or folder, replacing a file or an empty folder of that name."""
+    os.replace(path, target)  # os.rename refuses to replace a file on Windows
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Let two names change places in one step. False: this system cannot, and nothing was done."""
+    """Swap two names in one step. Returns False, and does nothing, where the system cannot."""
     try:
         _renameat2(a, b)
     except OSError as error:
@@ -74,13 +75,13 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those around it; one that is there is left as it is."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Make a folder and its parents; an existing one stays as it is."""
+    path.mkdir(parents=True, exist_ok=True)  # as `mkdir -p`
 
 
 @contextmanager
 def scratch(home: Path, prefix: str) -> Iterator[Path]:
-    """Yields a new folder of an unguessable name in `home`; it vanishes in the end, as far as the disk lets it."""
+    """Yield a new folder with an unguessable name in `home`, and remove it at the end, if the disk allows."""
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
     try:
         yield folder
@@ -89,17 +90,17 @@ def scratch(home: Path, prefix: str) -> Iterator[Path]:
 
 
 def unnamed_file(folder: str | Path | None) -> IO[bytes]:
-    """Open a file without a name in `folder`, to write and read: it is gone with the process, however that ends."""
+    """Open a nameless file in `folder` to write and read: it is gone when the process ends, however it ends."""
     return tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - the caller closes it
 
 
 def copy(source: Path, target: Path) -> None:
     """Copy a file's bytes, without its times and permissions."""
-    shutil.copyfile(source, target)
+    shutil.copyfile(source, target)  # permissions by umask, as for a file of ours
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder with all that it holds into one that may be there."""
+    """Copy a folder with all its content into one that may exist already."""
     shutil.copytree(source, target, dirs_exist_ok=True)
 
 
@@ -109,20 +110,20 @@ def copy_mode(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that it holds; nothing happens where there is none."""
-    if path.is_dir() and not path.is_symlink():
+    """Remove a file, or a folder with all its content; do nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():  # of a link, remove the link alone
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
 def remove_if_possible(path: Path) -> None:
-    """The same for scratch, whose rest is found by its name later."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove a scratch folder as far as possible; what is left is found by its name later."""
+    shutil.rmtree(path, ignore_errors=True)  # never in the way of the error that led here
 
 
 def remove_if_empty(path: Path) -> bool:
-    """Remove an empty folder; returns whether it was one."""
+    """Remove a folder if it is empty. Returns whether it was."""
     try:
         path.rmdir()
     except OSError:
@@ -131,12 +132,12 @@ def remove_if_empty(path: Path) -> bool:
 
 
 def _renameat2(a: Path, b: Path) -> None:
-    """Raises OSError with ENOSYS where the C library lacks it: glibc has it since 2.28."""
+    """Call renameat2. Raises OSError with ENOSYS where the C library lacks it: glibc has it since 2.28."""
     call = _exchanging()
     if call is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(a))
     if call(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE):
-        number = ctypes.get_errno()
+        number = ctypes.get_errno()  # C's errno, which Python keeps for us
         raise OSError(number, os.strerror(number), str(a), None, str(b))
 
 
@@ -144,7 +145,7 @@ def _renameat2(a: Path, b: Path) -> None:
 def _exchanging():
     if not sys.platform.startswith("linux"):
         return None
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Python has no name for it
     if call is not None:
         call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     return call

@@ -1,6 +1,7 @@
-"""The path that results are written to: what a user names, before anything is computed.
+"""Check the path that a user names for results, before anything is computed.
 
-Not here: whether what lies there may be replaced (files/ownership.py and each writer).
+In: a path. Out: the same as a Path, or an error that says what to name instead.
+Not here: whether what lies there may be replaced (ownership.py and each writer).
 """
 
 import errno
@@ -8,18 +9,18 @@ from pathlib import Path
 
 
 def out_path(path: str | Path) -> Path:
-    """The path, unless it is empty: Path("") would be the current folder.
+    """Return the path, unless it is empty: Path("") would mean the current folder.
 
     Raises ValueError for "", and OSError for links that lead in a circle.
     """
     if not str(path):
-        raise ValueError("the path is empty, as that of a shell variable that is not set: name where results go")
+        raise ValueError("the path is empty, perhaps because a shell variable is not set: name a place for the results")
     resolved(path)
     return Path(path)
 
 
 def out_folder(path: str | Path) -> Path:
-    """The same for a folder of weights, whose library opens no path that is not UTF-8: raises ValueError for one."""
+    """Return the path of a folder of weights. Raises ValueError also where it is not UTF-8, as safetensors demands."""
     try:
         str(resolved(out_path(path))).encode()
     except UnicodeEncodeError:
@@ -28,7 +29,7 @@ def out_folder(path: str | Path) -> Path:
 
 
 def resolved(path: str | Path) -> Path:
-    """The path without links. Raises OSError where they lead in a circle, which Python tells as a RuntimeError."""
+    """Follow all links of a path. Raises OSError where they form a circle, for which Python raises RuntimeError."""
     try:
         return Path(path).resolve()
     except RuntimeError:

@@ -1,11 +1,11 @@
-"""Nothing half-written: a folder is made under a temporary name beside its place, and takes it when it is complete and
-on the disk.
+"""Write a file or folder whole or not at all: under a temporary name, synced, then renamed into its place.
 
-Where the system can exchange two names (Linux), an earlier folder gives its name to the new one in one step: a reader
-finds the one or the other, always.
-But: elsewhere a rename over a folder that is not empty does not exist, so the old one is moved aside first, moved back
-if the new one cannot take its place, and removed last.
-Not here: whether `target` may be replaced (run_folder.py, and each writer), the calls themselves (files/disk.py).
+In: the path of the result. Out: the result there once it is complete and on the disk; on an error, what was there.
+Where the system can swap two names (Linux), a new folder replaces an old one in one step, so a reader always finds one
+of the two.
+But: elsewhere no rename replaces a folder that is not empty. There the old one is moved aside first, moved back if the
+new one cannot take its place, and removed last.
+Not here: whether `target` may be replaced (ownership.py, and each writer), the calls themselves (disk.py).
 """
 
 from collections.abc import Iterator
@@ -21,25 +21,25 @@ from qlora_lab.files.ownership import scratch_name
 
 @contextmanager
 def replacing_folder(target: str | Path, owner: Path | None = None) -> Iterator[Path]:
-    """Yields an empty folder to fill; it becomes `target` on success and vanishes on an error.
+    """Yield an empty folder to fill; it becomes `target` on success and vanishes on an error.
 
-    owner: as for scratch_for. A link is followed, and stays.
+    owner: as for scratch_for. A link is followed, and remains a link.
     """
-    owner = owner or out_path(target).parent  # a link's own folder, not that of what it leads to
+    owner = owner or out_path(target).parent  # the folder of a link, not of its target
     target = resolved(out_path(target))
     disk.make_folder(target.parent)
     with scratch_for(target, owner) as scratch:
-        new = scratch / "new"
+        new = scratch / "new"  # same disk as the target, so a rename suffices
         disk.make_folder(new)
         yield new
         for path in [*new.rglob("*"), new]:
-            sync(path)
+            sync(path)  # before the rename, which may otherwise reach the disk first: a name without content
         _take_place(new, target, scratch / "old")
         sync(target.parent)
 
 
 def _take_place(new: Path, target: Path, old: Path) -> None:
-    """Give `new` the name `target`; what has it goes into scratch."""
+    """Rename `new` to `target`; a folder of that name goes into scratch."""
     if not target.exists():
         disk.rename(new, target)
     elif not disk.exchange(new, target):
@@ -47,13 +47,13 @@ def _take_place(new: Path, target: Path, old: Path) -> None:
         try:
             disk.rename(new, target)
         except OSError:
-            disk.rename(old, target)
+            disk.rename(old, target)  # as it was
             raise
 
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
-    """Yields the name of a file to write; it takes the place of `target` on success and vanishes on an error."""
+    """Yield the path of a file to write; the file replaces `target` on success and vanishes on an error."""
     owner = target.parent  # of a link, not of what it leads to
     target = resolved(target)
     with scratch_for(target, owner) as scratch:
@@ -61,7 +61,7 @@ def replacing_file(target: Path) -> Iterator[Path]:
         yield new
         sync(new)
         disk.rename(new, target)
-    sync(target.parent)
+    sync(target.parent)  # the new name, too, survives a power cut
 
 
 def replace_text(target: Path, text: str) -> None:
@@ -78,15 +78,15 @@ def replace_bytes(target: Path, data: bytes) -> None:
 
 @contextmanager
 def scratch_for(target: Path, owner: Path | None = None) -> Iterator[Path]:
-    """Yields a folder on the disk of `target` for what is not whole yet, or no longer; it vanishes in the end.
+    """Yield a scratch folder on the disk of `target`, for what is unfinished or replaced; it vanishes at the end.
 
-    It lies beside the target, in the folder that the mark of `owner` names, else in one that a lock beside the target
-    names: what a killed process leaves is then found. owner: by default the folder that holds `target`.
+    The mark of `owner` names it, or else a lock beside the target does, so what a killed process leaves can be found.
+    owner: by default the folder that holds `target`.
     """
     if not (recorded := scratch_name(owner or target.parent)):
         with locked_file(target, "save", wait=True) as lock:
             disk.make_folder(lock.scratch)
-            yield lock.scratch
+            yield lock.scratch  # the lock removes it
         return
     home = target.parent / recorded
     disk.make_folder(home)
@@ -94,4 +94,4 @@ def scratch_for(target: Path, owner: Path | None = None) -> Iterator[Path]:
         with disk.scratch(home, f".{target.name}-") as scratch:
             yield scratch
     finally:
-        disk.remove_if_empty(home)
+        disk.remove_if_empty(home)  # others may have scratch there

@@ -1,10 +1,10 @@
-"""JSON as it is read from disk: strictly, and with errors that name the file, the key and the rule.
+"""Read JSON from disk strictly, with errors that name the file, the key and the rule.
 
-In: a path, or a text and what an error calls it. Out: plain Python values, or ValueError in one line.
+In: a path, or a text and what an error calls it. Out: plain Python values, or a ValueError of one line.
 
-Python's own reader takes NaN, keeps the last of two equal keys, waits for ever at a FIFO, and its errors name no file.
-What a key may hold is a table, name -> Rule; a key that no table names is the reader's own to judge.
-Not here: the tables, each beside what reads the file.
+Python's reader accepts NaN, keeps the last of two equal keys, waits for ever at a FIFO, and its errors name no file.
+A table, name -> Rule, says what each key may hold; the caller judges keys that are in no table.
+Not here: the tables, each beside the code that reads the file.
 """
 
 import json
@@ -17,14 +17,14 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-LARGEST = 16 * 2**20  # bytes: the longest settings of a model, a list of its layers, have a tenth of that
-DEEPEST = 64  # lists and objects in one another; a tokenizer.json has about ten
+LARGEST = 16 * 2**20  # bytes: ten times the longest settings of a model, a list of its layers
+DEEPEST = 64  # nested lists and objects; a tokenizer.json has about ten levels
 
 
 class Rule(NamedTuple):
-    """What a value must be, in words and as a test."""
+    """What a value must be."""
 
-    what: str
+    what: str  # in words, for errors
     allows: Callable[[Any], bool]
 
 
@@ -36,7 +36,7 @@ NUMBER = Rule("a number", lambda value: type(value) in (int, float) and abs(valu
 
 
 def whole(least: int, most: int | None = None) -> Rule:
-    """The rule of a whole number from `least` to `most`; None: without an upper limit."""
+    """Make the rule of a whole number from `least` to `most`; None: no upper limit."""
 
     def allows(value: Any) -> bool:
         return type(value) is int and value >= least and (most is None or value <= most)
@@ -45,12 +45,12 @@ def whole(least: int, most: int | None = None) -> Rule:
 
 
 def or_null(rule: Rule) -> Rule:
-    """The same rule, and null."""
+    """Extend a rule to allow null."""
     return Rule(f"{rule.what}, or null", lambda value: value is None or rule.allows(value))
 
 
 def each(rule: Rule) -> Rule:
-    """The rule of an object whose values all follow `rule`."""
+    """Make the rule of an object whose values all follow `rule`."""
     return Rule(
         f"a JSON object, each value {rule.what}",
         lambda value: isinstance(value, dict) and all(map(rule.allows, value.values())),
@@ -61,23 +61,21 @@ def each(rule: Rule) -> Rule:
 
 
 def check_regular(path: Path) -> None:
-    """Raise ValueError unless `path` is a file, or a link to one: a FIFO would be waited for. OSError as of stat."""
-    mode = path.stat().st_mode
+    """Raise ValueError unless `path` is a file, or a link to one: opening a FIFO would wait. OSError as of stat."""
+    mode = path.stat().st_mode  # stat follows links
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
-        raise ValueError(f"{path} is {kind}, but a regular file is read here: put one in its place")
+        raise ValueError(f"{path} is {kind}, but must be a regular file: put one in its place")
 
 
 def read_regular(path: Path, largest: int = LARGEST) -> bytes:
-    """The content of a file. Raises as check_regular does, and ValueError for more than `largest` bytes."""
+    """Return the content of a file. Raises as check_regular does, and ValueError for more than `largest` bytes."""
     check_regular(path)
     with path.open("rb") as file:
-        content = file.read(largest + 1)
+        content = file.read(largest + 1)  # not the size from stat: the file may be growing
     if len(content) > largest:
         size = f"{path.stat().st_size / 2**20:,.1f} MiB"
-        raise ValueError(
-            f"{path} has {size}, but at most {largest / 2**20:,.0f} are read: it is not what its name says"
-        )
+        raise ValueError(f"{path} has {size}, but at most {largest / 2**20:,.0f} are read: put the right file there")
     return content
 
 
@@ -89,23 +87,23 @@ def read_json(
     largest: int = LARGEST,
     infinity: bool = False,
 ) -> dict:
-    """The JSON object in a file, its keys as `rules` ask, `needed` all there.
+    """Read the JSON object in a file. Its keys follow `rules`, and those in `needed` are all there.
 
-    infinity: take the word Infinity, which Python's own writer puts where JSON has nothing.
-    Raises ValueError with the file, the key and the rule; OSError for a file that is not there or may not be read.
+    infinity: accept the word Infinity, which Python writes and JSON lacks.
+    Raises ValueError with the file, the key and the rule; OSError for a file that is missing or may not be read.
     """
     text = decoded(read_regular(path, largest), str(path))
-    found = parse(text, str(path), infinity=infinity)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {short(found)}: it must be a JSON object")
-    if "\\u" in text:
-        _check_characters(found, str(path))
-    check_keys(found, rules or {}, str(path), needed)
-    return found
+    content = parse(text, str(path), infinity=infinity)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {short(content)}: it must be a JSON object")
+    if "\\u" in text:  # only an escape can spell half of a surrogate pair
+        _check_characters(content, str(path))
+    check_keys(content, rules or {}, str(path), needed)
+    return content
 
 
 def decoded(content: bytes, where: str) -> str:
-    """UTF-8 as text. Raises ValueError for another encoding, and for a byte order mark."""
+    """Decode UTF-8. Raises ValueError for another encoding, and for a byte order mark."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -119,21 +117,21 @@ def decoded(content: bytes, where: str) -> str:
 
 
 class _RefusedError(ValueError):
-    """What JSON has no word for, or forbids."""
+    """Raised inside json.loads for what JSON forbids or has no word for."""
 
 
 def parse(
     text: str, where: str, *, line: int | None = None, expected: str = "a JSON object", infinity: bool = False
 ) -> Any:
-    """The value that `text` spells.
+    """Return the value that `text` spells.
 
-    where: what an error calls the text. line: the text's first line in its file, for a file that is read in parts.
-    Raises ValueError, with line and column, for what is not JSON; for equal keys, NaN, numbers that Python has no room
-    for, and more than DEEPEST lists and objects in one another.
+    where: what an error calls the text. line: number of its first line in the file, for a file that is read in parts.
+    Raises ValueError, with line and column, for what is not JSON; also for equal keys, NaN, numbers too large for
+    Python, and more than DEEPEST nested lists and objects.
     """
     place = where if line is None else f"{where}, line {line}"
     try:
-        found = json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=_without_repeats,
             parse_float=_finite,
@@ -146,14 +144,14 @@ def parse(
         raise ValueError(f"{place}: {_TOO_DEEP}") from None
     except _RefusedError as error:
         raise ValueError(f"{place}: {error}") from None
-    except ValueError:  # of int()
+    except ValueError:  # from int(), which limits digits
         raise ValueError(f"{place}: a number has too many digits; expected {expected}") from None
-    if not _is_flat(found):
+    if not _is_flat(value):
         raise ValueError(f"{place}: {_TOO_DEEP}")
-    return found
+    return value
 
 
-_TOO_DEEP = f"cannot be read: more than {DEEPEST} lists and objects in one another"
+_TOO_DEEP = f"cannot be read: more than {DEEPEST} nested lists and objects"
 
 
 def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
@@ -164,15 +162,15 @@ def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise _RefusedError(f"the key {short(repeated)} is there twice: keep one of them")
-    return found
+        raise _RefusedError(f"the key {short(repeated)} appears twice: keep one of them")
+    return content
 
 
 def _finite(digits: str) -> float:
-    number = float(digits)
+    number = float(digits)  # 1e999 becomes inf
     if math.isinf(number):
         raise _RefusedError(f"the number {short(digits)} is too large: write one below 1.8e308")
     return number
@@ -186,32 +184,32 @@ def _constant(word: str) -> float:
     return float(word) if word != "NaN" else _no_constant(word)
 
 
-def _is_flat(found: Any) -> bool:
-    """Whether no value lies deeper than DEEPEST."""
-    level = [found]
+def _is_flat(value: Any) -> bool:
+    """Tell whether nothing lies deeper than DEEPEST, level by level: recursion is what it protects from."""
+    level = [value]
     for _ in range(DEEPEST):
         parts = [part for part in level if isinstance(part, (dict, list))]
         level = [inner for part in parts for inner in (part.values() if isinstance(part, dict) else part)]
     return not any(isinstance(part, (dict, list)) for part in level)
 
 
-def _check_characters(found: dict, where: str) -> None:
-    """Raise ValueError for half of a surrogate pair, which JSON can spell and no text can hold."""
+def _check_characters(content: dict, where: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which JSON can spell but UTF-8 cannot hold."""
     try:
-        json.dumps(found, ensure_ascii=False).encode("utf-8")
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
-        raise ValueError(f"{where} holds {half}, half of a surrogate pair, and so no character: remove it") from None
+        raise ValueError(f"{where} holds {half}, half of a surrogate pair and not a character: remove it") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- keys
 
 
-def check_keys(found: Mapping[str, Any], rules: Mapping[str, Rule], where: str, needed: Iterable[str] = ()) -> None:
+def check_keys(content: Mapping[str, Any], rules: Mapping[str, Rule], where: str, needed: Iterable[str] = ()) -> None:
     """Raise ValueError for the first key that is missing, or whose value breaks its rule."""
     for name in needed:
-        if name not in found:
+        if name not in content:
             raise ValueError(f"{where} has no {name!r}: it must be {rules[name].what}")
     for name, rule in rules.items():
-        if name in found and not rule.allows(found[name]):
-            raise ValueError(f"{where} has {name}={short(found[name])}: it must be {rule.what}")
+        if name in content and not rule.allows(content[name]):
+            raise ValueError(f"{where} has {name}={short(content[name])}: it must be {rule.what}")

@@ -1,4 +1,4 @@
 """The gpu_code room: kernels compiled for cards that are not there, and what their machine code says.
 
-Read it in this order: cards -> aot -> machine_code -> roofline
+Read it in this order: cards -> rungs -> aot -> machine_code -> roofline
 """

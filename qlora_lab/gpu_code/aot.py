@@ -3,13 +3,12 @@
     rung, architecture, dtype -> registers, spills, occupancy, instructions and bytes for each weight
 
 Triton brings NVIDIA's assembler and disassembler, and needs no GPU for them. Kernels are compiled in a child process,
-because under TRITON_INTERPRET=1 a process cannot compile, and results are kept for the life of this one. RUNGS says how
-each kernel is launched; tile sizes are read from the rung's own module, so what is compiled is what is launched.
+because a process with TRITON_INTERPRET=1 cannot compile, and results are kept for the life of this one.
 
 "Instructions for each weight" are those that one thread executes in a full tile, over the weights it handles there; for
-a kernel with a loop, those of one pass of the loop. machine_code.py says which way is counted where code branches.
+a kernel with a loop, those of one pass. machine_code.py says which way is counted where code branches.
 
-Not here: a measured time. roofline() is arithmetic on data sheets.
+Not here: how kernels are launched (rungs.py), and measured times: roofline() is arithmetic on data sheets.
 """
 
 import json
@@ -18,146 +17,58 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from math import ceil, prod
 from pathlib import Path
-from types import ModuleType
 
 from qlora_lab.gpu_code import machine_code
 from qlora_lab.gpu_code.cards import CARDS, LIMITS, Roof, occupancy, roof
+from qlora_lab.gpu_code.rungs import DTYPES, HALVES, RUNGS
 
 ARCHS = tuple(LIMITS)
-DTYPES = {"float32": ("fp32", 4), "bfloat16": ("bf16", 2), "float16": ("fp16", 2)}  # Triton's name, bytes
-HALVES = ("bfloat16", "float16")
-BLOCK, GROUP, RANK = 64, 256, 16  # what a layer has by default: weights of a block, constants of a group, adapter
-
-
-@dataclass(frozen=True)
-class Rung:
-    """How a kernel is launched for a layer whose sides are multiples of 128; weights are NF4, constants quantised.
-
-    signature: the arguments that are no constants, "name:type ...", where T is the dtype asked for; launch: the rung's
-    module -> constants and options, as its launcher passes them; tile: constants (or numbers) whose product is how many
-    weights a program takes, or one pass of its loop; least: bytes that a weight costs at least, as (fixed, times the
-    bytes of the dtype); tokens: of a tile, for a product; share: of a weight matrix, how many numbers it handles (where
-    they are not weights but their constants, "weight" means a constant); module: where the kernel is, if not in one of
-    its own name.
-    """
-
-    signature: str
-    launch: Callable[[ModuleType], dict]
-    tile: tuple[str | int, ...]
-    least: tuple[float, float]
-    loop: bool = False
-    tokens: str | int | None = None
-    share: float = 1.0
-    dtypes: tuple[str, ...] = tuple(DTYPES)
-    module: str | None = None
-
-
-PACKED = 0.5 + 1 / BLOCK + 4 / (BLOCK * GROUP)  # bytes of a weight and its share of codes and scales
-WEIGHT = "words:*i32 absmax:*u8 scale:*fp32 offset:*fp32 table:*fp32 levels:*fp32"
-QUANTISED = {"BLOCK": BLOCK, "GROUP": GROUP}
-RUNGS = {
-    "quantize_nf4": Rung(
-        "weight:*T tree:*fp32 order:*i32 words:*i32 absmax:*fp32 numel:i32 n_words:i32 tiny:fp32",
-        lambda m: {"BLOCK": BLOCK, "TILE": m.TILE, "num_warps": 1},
-        tile=("TILE",), least=(0.5 + 4 / BLOCK, 1),
-    ),
-    "dequantize_nf4": Rung(
-        "words:*i32 absmax:*fp32 levels:*fp32 out:*T n_words:i32 numel:i32",
-        lambda m: {"BLOCK": BLOCK, "TILE": m.TILE, "num_warps": 1},
-        tile=("TILE",), least=(0.5 + 4 / BLOCK, 1),
-    ),
-    "dequantize_double": Rung(
-        "words:*i32 codes:*u8 scale:*fp32 offset:*fp32 table:*fp32 levels:*fp32 out:*T n_words:i32 numel:i32",
-        lambda m: QUANTISED | {"TILE": m.TILE, "num_warps": 1} | m.NO_FUSION,
-        tile=("TILE",), least=(PACKED, 1),
-    ),
-    "double_quantize": Rung(
-        "absmax:*fp32 offset:*fp32 thresholds:*fp32 codes:*u8 scales:*fp32 n_blocks:i32 tiny:fp32",
-        lambda m: {"GROUP": GROUP, "GROUPS": m.GROUPS} | m.NO_FUSION,
-        tile=("GROUP", "GROUPS"), least=(4 + 1 + 4 / GROUP, 0), share=1 / BLOCK, dtypes=("float32",),
-    ),
-    "double_dequantize": Rung(
-        "codes:*u8 scale:*fp32 offset:*fp32 table:*fp32 out:*fp32 n_blocks:i32",
-        lambda m: {"GROUP": GROUP, "TILE": m.TILE} | m.NO_FUSION,
-        tile=("TILE",), least=(4 + 1 + 4 / GROUP, 0), share=1 / BLOCK, dtypes=("float32",), module="double_quantize",
-    ),
-    "gemv_nf4": Rung(
-        f"x:*T {WEIGHT} y:*T n_rows:i32 n_words:i32",
-        lambda m: QUANTISED | {"n_tokens": 1, "TOKENS": 1, "ROWS": m.TILES[1][0], "WORDS": m.TILES[1][1]},
-        tile=("ROWS", "WORDS", 8), least=(PACKED, 0), loop=True, tokens=1,
-    ),
-    "matmul_nf4": Rung(
-        f"x:*T {WEIGHT} u:*T lora_B:*T y:*T n_tokens:i32 n_rows:i32 n_words:i32 scaling:fp32",
-        lambda m: QUANTISED | _tile(m) | {"RANK": RANK, "WIDTH": m.WIDTH, "num_warps": m.WARPS},
-        tile=("ROWS", "COLUMNS"), least=(PACKED, 0), loop=True, tokens="TOKENS", dtypes=HALVES,
-    ),
-    "matmul_nf4_backward": Rung(
-        f"grad:*T {WEIGHT} out:*T n_tokens:i32 n_rows:i32 n_words:i32",
-        lambda m: QUANTISED | _tile(m) | {"num_warps": m.WARPS},
-        tile=("ROWS", "COLUMNS"), least=(PACKED, 0), loop=True, tokens="TOKENS", dtypes=HALVES,
-    ),
-    "adamw_8bit": Rung(
-        "param:*T grad:*T codes1:*u8 scale1:*fp32 codes2:*u8 scale2:*fp32 table1:*fp32 limits1:*fp32 table2:*fp32 "
-        "limits2:*fp32 numel:i32 tiny:fp32 beta1:fp32 beta2:fp32 rest1:fp32 rest2:fp32 decay:fp32 size:fp32 "
-        "correction:fp32 eps:fp32",
-        lambda m: {"BLOCK": m.BLOCK, "BLOCKS": m.BLOCKS} | m.NO_FUSION,
-        tile=("BLOCK", "BLOCKS"), least=(4 + 16 / 256, 3),
-    ),
-}  # fmt: skip
-
-
-def _tile(module: ModuleType) -> dict[str, int]:
-    return {name: getattr(module, name) for name in ("TOKENS", "ROWS", "COLUMNS")}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of one kernel says. Counts in `mix` and `moved` are for each weight.
-
-    moved: bytes of global memory that instructions ask for (caches serve some of it); least: that must be moved.
-    instructions: of the whole text, once each. accesses: opcode -> how many in the whole text.
-    """
+    """What the machine code of one kernel says. Counts in `mix` and `moved` are for each weight."""
 
     rung: str
     kernel: str
     arch: int
     dtype: str
     warps: int
-    registers: int
+    registers: int  # of a thread
     shared: int  # bytes of a block
     local: int  # bytes of a thread's stack and local memory
     spills: int  # LDL and STL
     occupancy: float
-    instructions: int
-    weights: float  # that a thread handles in what is counted
-    loop: bool  # counted is one pass of the main loop, else the whole program
+    instructions: int  # of the whole text, once each
+    weights: float  # that a thread handles in the counted part
+    loop: bool  # one pass of the main loop is counted, else the whole program
     mix: dict[str, float]  # kind of instruction -> how many
     per_weight: float  # all kinds
-    accesses: dict[str, int]
-    moved: float
-    least: float
+    accesses: dict[str, int]  # opcode -> how many in the whole text
+    moved: float  # bytes of global memory that instructions ask for; caches serve some of it
+    least: float  # bytes that must be moved
     tokens: int | None  # of a tile, for a product
 
 
 @dataclass(frozen=True)
 class Code:
-    """One compiled kernel, as text; resources as the assembler gave them, weights of a tile, tokens of a tile."""
+    """One compiled kernel as text, with its resources as the assembler gave them."""
 
-    kernel: str
+    kernel: str  # mangled name
     sass: str
     ptx: str
     warps: int
     registers: int
     shared: int
     local: int
-    tile: int
-    tokens: int | None = None
+    tile: int  # weights
+    tokens: int | None = None  # of a tile
 
 
 def report(
@@ -166,11 +77,11 @@ def report(
     dtype: str = "bfloat16",
     progress: bool = False,
 ) -> list[Report]:
-    """A Report of each rung (None: all that take the dtype) for each architecture: 80, 90, 100.
+    """Report on each rung (None: all that take the dtype) for each architecture: 80, 90, 100.
 
-    dtype: of weights and activations; what handles constants knows float32 alone, and is reported for any. The first
-    call compiles, a second for each kernel; Triton keeps what it compiled on disk. Raises ValueError for what is not
-    known and where Triton is missing.
+    dtype: of weights and activations; kernels on constants take float32 alone, and are reported for any dtype. The
+    first call compiles, about a second per kernel; Triton keeps the result on disk. Raises ValueError for an unknown
+    rung, architecture or dtype, and if Triton is missing.
     """
     archs = list(archs)
     for arch in archs:
@@ -181,12 +92,12 @@ def report(
 
 
 def sass(rung: str, arch: int = 90, dtype: str = "bfloat16") -> str:
-    """The machine code of a rung, as nvdisasm prints it. Raises ValueError like report()."""
+    """Return the machine code of a rung, as nvdisasm prints it. Raises ValueError as report() does."""
     return _compile([(rung, arch, _dtype(rung, dtype))])[0].sass
 
 
 def ptx(rung: str, arch: int = 90, dtype: str = "bfloat16") -> str:
-    """The PTX of a rung, from which the assembler made its machine code. Raises ValueError like report()."""
+    """Return the PTX of a rung, from which the assembler made its machine code. Raises ValueError as report() does."""
     return _compile([(rung, arch, _dtype(rung, dtype))])[0].ptx
 
 
@@ -196,27 +107,28 @@ def check_product(shape: Sequence[int], tokens: int) -> None:
         raise ValueError(f"shape={tuple(shape)} and tokens={tokens} are not allowed: each is from 1 to 2,147,483,647")
 
 
-def roofline(one: Report, shape: tuple[int, int] = (4096, 4096), tokens: int = 256) -> list[Roof]:
-    """The least time on each card whose code `one` is, for a weight of this shape: a model, not a measurement.
+def roofline(report: Report, shape: tuple[int, int] = (4096, 4096), tokens: int = 256) -> list[Roof]:
+    """Return the least time on each card of the report's architecture, for a weight of this shape: a model.
 
     A gemv handles the tokens it was compiled for; `tokens` is for the tensor cores' products. Memory moves every weight
     once, x and y once. Instructions are per_weight for each weight and each tile of tokens. Raises ValueError for a
     side or a number of tokens below 1.
     """
     check_product(shape, tokens)
-    weights, size = prod(shape) * RUNGS[one.rung].share, DTYPES[one.dtype][1]
-    tensor_cores = one.mix["tensor core"] > 0
-    if one.tokens and not tensor_cores:
-        tokens = one.tokens
-    moved = weights * one.least + (tokens * sum(shape) * size if one.tokens else 0)
-    tiles = ceil(tokens / one.tokens) if one.tokens else 1
+    weights = prod(shape) * RUNGS[report.rung].share
+    size = DTYPES[report.dtype][1]  # bytes of a number
+    tensor_cores = report.mix["tensor core"] > 0
+    if report.tokens and not tensor_cores:
+        tokens = report.tokens
+    moved = weights * report.least + (tokens * sum(shape) * size if report.tokens else 0)
+    tiles = ceil(tokens / report.tokens) if report.tokens else 1
     operations = 2 * tokens * weights if tensor_cores else 0
-    instructions = one.per_weight * weights * tiles
-    return [roof(card, moved, operations, one.dtype, instructions) for card in CARDS if card.arch == one.arch]
+    instructions = report.per_weight * weights * tiles
+    return [roof(card, moved, operations, report.dtype, instructions) for card in CARDS if card.arch == report.arch]
 
 
 def _dtype(name: str, dtype: str) -> str:
-    """`dtype`, or the only one that the rung has."""
+    """Return `dtype`, or the only one that the rung takes."""
     dtypes = RUNGS[name].dtypes if name in RUNGS else ()
     return dtypes[0] if len(dtypes) == 1 and dtype in DTYPES else dtype
 
@@ -224,7 +136,7 @@ def _dtype(name: str, dtype: str) -> str:
 def _read(rung: str, arch: int, dtype: str, code: Code, loop: bool) -> Report:
     program = machine_code.parse(code.sass)
     counted = machine_code.main_loop(program) if loop else machine_code.way(program)
-    weights = code.tile / (32 * code.warps)
+    weights = code.tile / (32 * code.warps)  # of a thread
     fixed, each = RUNGS[rung].least
     return Report(
         rung, code.kernel, arch, dtype, code.warps, code.registers, code.shared, code.local,
@@ -242,7 +154,7 @@ _compiled: dict[tuple[str, int, str], Code] = {}
 
 
 def _compile(wanted: list[tuple[str, int, str]], progress: bool = False) -> list[Code]:
-    """(rung, arch, dtype) -> Code, all that are new in one child process."""
+    """(rung, arch, dtype) -> Code; those that are new are compiled in one child process."""
     for name, arch, dtype in wanted:
         _check(name, arch, dtype)
     missing = [key for key in dict.fromkeys(wanted) if key not in _compiled]
@@ -260,7 +172,7 @@ def _compile(wanted: list[tuple[str, int, str]], progress: bool = False) -> list
 
 def _check(name: str, arch: int, dtype: str) -> None:
     if name not in RUNGS:
-        raise ValueError(f"rung {name!r:.60} is not known: {', '.join(RUNGS)}")
+        raise ValueError(f"rung {name!r:.60} is not known: choose from {', '.join(RUNGS)}")
     _check_target(arch, dtype)
     if dtype not in RUNGS[name].dtypes:
         raise ValueError(f"{name} does not take {dtype}: it takes {', '.join(RUNGS[name].dtypes)}")
@@ -270,11 +182,11 @@ def _check_target(arch: int, dtype: str = "float32") -> None:
     if arch not in ARCHS:
         raise ValueError(f"arch={arch} is not known: compute capability times ten, {', '.join(map(str, ARCHS))}")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r:.60} is not known: {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {dtype!r:.60} is not known: choose from {', '.join(DTYPES)}")
 
 
 def _child(keys: list, folder: str, progress: bool) -> Iterable[dict]:
-    """What _main() prints, one dictionary for each key, while it compiles."""
+    """Yield what _main() prints while it compiles, one dictionary for each key."""
     from tqdm.auto import tqdm
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -303,7 +215,8 @@ def _main(folder: str, keys: str) -> None:
     for number, (name, arch, dtype) in enumerate(json.loads(keys)):
         rung = RUNGS[name]
         module = import_module(f"qlora_lab.kernels.triton.{rung.module or name}")
-        kernel, launch = getattr(module, f"_{name}_kernel"), rung.launch(module)
+        kernel = getattr(module, f"_{name}_kernel")
+        launch = rung.launch(module)
         constants = {argument: launch.pop(argument) for argument in kernel.arg_names if argument in launch}
         types = dict(part.split(":") for part in rung.signature.replace("*T", f"*{DTYPES[dtype][0]}").split())
         if set(kernel.arg_names) != {*types, *constants}:
@@ -329,12 +242,12 @@ def _main(folder: str, keys: str) -> None:
 
 
 def _tool(name: str) -> Path:
-    found = find_spec("triton")
-    if found is None:
+    package = find_spec("triton")
+    if package is None:
         raise ValueError("Triton is not installed, which compiles the kernels: pip install triton, on Linux")
-    path = Path(found.submodule_search_locations[0], "backends", "nvidia", "bin", name)
+    path = Path(package.submodule_search_locations[0], "backends", "nvidia", "bin", name)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: this build of Triton has no tools of NVIDIA; pip install triton")
+        raise FileNotFoundError(f"{path} is missing: this build of Triton lacks NVIDIA's tools; pip install triton")
     return path
 
 
@@ -345,12 +258,11 @@ def _run(tool: str, *arguments: str | Path) -> str:
 
 def _resources(cubin: Path) -> dict[str, dict[str, int]]:
     """Kernel -> registers of a thread, static shared memory of a block, stack and local memory of a thread."""
-    found = re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _run("cuobjdump", "-res-usage", cubin)
-    )
+    usage = _run("cuobjdump", "-res-usage", cubin)
+    resources = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     return {
         name: {"registers": int(registers), "shared": int(shared), "local": int(stack) + int(local)}
-        for name, registers, stack, shared, local in found
+        for name, registers, stack, shared, local in resources
     }
 
 
@@ -361,67 +273,64 @@ SPELLED = {"float32": "float", "bfloat16": "__nv_bfloat16", "float16": "__half"}
 
 
 @dataclass(frozen=True)
-class Peer:
-    """A kernel of bitsandbytes: template arguments behind the dtype, warps of a block, weights of a thread.
-
-    As launched in csrc/ops.cu and csrc/gemm_4bit_simt.cu for NF4 and block size 64.
-    """
+class Theirs:
+    """A kernel of bitsandbytes, as csrc/ops.cu and csrc/gemm_4bit_simt.cu launch it for NF4 and block size 64."""
 
     rung: str  # ours with the same work
     name: str
-    arguments: tuple[int, ...]
-    warps: int
+    arguments: tuple[int, ...]  # of the template, behind the dtype
+    warps: int  # of a block
     weights: int  # of a thread, in a program or in one pass of its loop
     loop: bool = False
     tokens: int | None = None
     dtypes: tuple[str, ...] = tuple(DTYPES)
 
 
-PEERS = (
-    Peer("quantize_nf4", "kQuantizeBlockwiseSmall", (64, 2), 1, 2),
-    Peer("dequantize_nf4", "kDequantizeBlockwise", (512, 64, 8, 2), 2, 16),  # its loop runs once
-    Peer("dequantize_double", "kDequantizeBlockwise", (512, 64, 8, 2), 2, 16),  # and another launch, for the constants
-    Peer("double_quantize", "kQuantizeBlockwise", (256, 2, 0, 0), 4, 2),
-    Peer("double_dequantize", "kDequantizeBlockwise", (512, 64, 8, 0), 2, 8),  # and another kernel adds the offset
-    Peer("gemv_nf4", "gemm_4bit_simt", (1,), 4, 32, True, 1),
-    Peer("gemv_nf4", "kgemm_4bit_inference_naive", (128, 16), 4, 32, True, 1, HALVES),
-    Peer("gemv_nf4", "kgemm_4bit_inference_naive", (128, 32), 4, 32, True, 1, ("float32",)),
-    Peer("adamw_8bit", "kOptimizerStatic8bit2StateBlockwise", (0, 256, 1), 8, 1),
+THEIRS = (
+    Theirs("quantize_nf4", "kQuantizeBlockwiseSmall", (64, 2), 1, 2),
+    Theirs("dequantize_nf4", "kDequantizeBlockwise", (512, 64, 8, 2), 2, 16),  # its loop runs once
+    Theirs("dequantize_double", "kDequantizeBlockwise", (512, 64, 8, 2), 2, 16),  # and another launch for constants
+    Theirs("double_quantize", "kQuantizeBlockwise", (256, 2, 0, 0), 4, 2),
+    Theirs("double_dequantize", "kDequantizeBlockwise", (512, 64, 8, 0), 2, 8),  # and another kernel adds the offset
+    Theirs("gemv_nf4", "gemm_4bit_simt", (1,), 4, 32, True, 1),
+    Theirs("gemv_nf4", "kgemm_4bit_inference_naive", (128, 16), 4, 32, True, 1, HALVES),
+    Theirs("gemv_nf4", "kgemm_4bit_inference_naive", (128, 32), 4, 32, True, 1, ("float32",)),
+    Theirs("adamw_8bit", "kOptimizerStatic8bit2StateBlockwise", (0, 256, 1), 8, 1),
 )
 
 
 def bitsandbytes_report(arch: int = 90, dtype: str = "bfloat16") -> tuple[list[Report] | None, str]:
-    """Reports of the kernels of bitsandbytes that do a rung's work, from the installed wheel, and how they were found.
+    """Report on the kernels of bitsandbytes that do a rung's work, from the installed wheel, and say where they lie.
 
-    (None, why) where it is not installed or has no machine code for `arch`; the package is not imported. For constants
-    that are quantised it launches the same kernel a second time, on them: the second launch is not counted here.
+    Returns (None, why) if it is not installed or has no machine code for `arch`; the package is not imported. With
+    double quantization it launches the same kernel a second time, on the constants, which is not counted here.
     """
     _check_target(arch, dtype)
     library, kernels = _bitsandbytes(arch)
     if library is None:
         return None, "bitsandbytes is not installed, or none of its libraries holds machine code for " + f"sm_{arch}"
-    found = []
-    for peer in PEERS:
-        known = _dtype(peer.rung, dtype)
-        if known not in peer.dtypes:
+    reports = []
+    for theirs in THEIRS:
+        own_dtype = _dtype(theirs.rung, dtype)
+        if own_dtype not in theirs.dtypes:
             continue
-        parts = "".join(f"Li{argument}E" for argument in peer.arguments)
-        start = f"_Z{len(peer.name)}{peer.name}I{MANGLED[known]}{parts}E"
+        parts = "".join(f"Li{argument}E" for argument in theirs.arguments)
+        start = f"_Z{len(theirs.name)}{theirs.name}I{MANGLED[own_dtype]}{parts}E"
         text, used = next((value for name, value in kernels.items() if name.startswith(start)), (None, None))
         if text is None:
             return None, f"{library} has no kernel {start}...: another version of bitsandbytes; 0.50.2 is known"
-        spelled = f"{peer.name}<{', '.join([SPELLED[known], *map(str, peer.arguments)])}>"
-        tile = peer.weights * 32 * peer.warps
-        code = Code(spelled, text, "", peer.warps, **used, tile=tile, tokens=peer.tokens)
-        found.append(_read(peer.rung, arch, known, code, peer.loop))
-    return found, f"machine code for sm_{arch} of {library}"
+        spelled = f"{theirs.name}<{', '.join([SPELLED[own_dtype], *map(str, theirs.arguments)])}>"
+        tile = theirs.weights * 32 * theirs.warps
+        code = Code(spelled, text, "", theirs.warps, **used, tile=tile, tokens=theirs.tokens)
+        reports.append(_read(theirs.rung, arch, own_dtype, code, theirs.loop))
+    return reports, f"machine code for sm_{arch} of {library}"
 
 
 @lru_cache
 def _bitsandbytes(arch: int) -> tuple[str | None, dict[str, tuple[str, dict]]]:
     """Name of the newest library with machine code for `arch`, and kernel -> its text and resources."""
-    found = find_spec("bitsandbytes")
-    files = list(Path(found.submodule_search_locations[0]).glob("libbitsandbytes_cuda*.so")) if found else []
+    package = find_spec("bitsandbytes")
+    files = list(Path(package.submodule_search_locations[0]).glob("libbitsandbytes_cuda*.so")) if package else []
     for library in sorted(files, key=lambda path: int(re.sub(r"\D", "", path.stem)), reverse=True):
         with tempfile.TemporaryDirectory() as folder:
             extract = [_tool("cuobjdump"), "-xelf", f"sm_{arch}.cubin", library]

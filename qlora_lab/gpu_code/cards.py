@@ -90,7 +90,7 @@ def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
     0.625
     """
     if arch not in LIMITS:
-        raise ValueError(f"arch={arch} is not known: it is one of {', '.join(map(str, LIMITS))}")
+        raise ValueError(f"arch={arch} is not known: choose one of {', '.join(map(str, LIMITS))}")
     limits = LIMITS[arch]
     if shared > limits.shared_of_block or warps > 32 or registers > 255:
         return 0.0

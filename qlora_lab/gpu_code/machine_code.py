@@ -1,13 +1,13 @@
-"""Machine code as nvdisasm prints it: instructions, their kinds, loops, and what one thread executes of it.
+"""Machine code as nvdisasm prints it: instructions, their kinds, loops, and the part that one thread executes.
 
     text of one kernel -> list[Instruction] -> the way through a full tile -> how many of each kind, how many bytes
 
-A kernel's text holds more than a thread executes: edges of a matrix, rare cases, padding. Counted is one way through:
-of those that reach the end, one that moves the most bytes of global memory (a full tile, no early exit), of these one
-with the most products of matrices (which one thread may start for all), and of these the shortest. In a loop it is the
-way through one pass. Instructions whose predicate is off are issued too, so they count; NOPs and the endless branch
-behind EXIT do not. Where the threads of a warp part at a branch, both sides are issued but one is counted: for such
-code the count is a lower bound. Subroutines, such as a division's rare cases, are left out.
+A kernel's text holds more than a thread executes: edges of a matrix, rare cases, padding. One way through it is
+counted. Of all ways that reach the end, take those that move the most bytes of global memory (a full tile, no early
+exit); of these, those with the most products of matrices (which one thread may start for all); of these, the shortest.
+In a loop it is the way through one pass. Instructions whose predicate is off are issued too, so they count; NOPs and
+the endless branch behind EXIT do not. Where the threads of a warp part at a branch, both sides are issued but one is
+counted: for such code the count is a lower bound. Subroutines, such as a division's rare cases, are left out.
 
 Not here: where the text comes from (aot.py).
 """
@@ -27,7 +27,7 @@ float: FADD FADD2 FMUL FMUL2 FFMA FFMA2 FSETP FSEL FSET FMNMX FMNMX3 FCHK FSWZAD
 float: HADD2 HMUL2 HFMA2 HSETP2 HSET2 HMNMX2 DADD DMUL DFMA DSETP
 integer: IADD IADD3 IADD32I IMAD IMUL LOP LOP3 LEA SHF SHL SHR ISETP IABS IMNMX PRMT SGXT BMSK BREV FLO POPC IDP
 integer: VIADD VIMNMX VIMNMX3 VIADDMNMX
-"""  # shared memory: and what else stays on the chip, shuffles and tensor memory
+"""  # shared memory includes what else stays on the chip: shuffles and tensor memory
 OTHER = "other"  # branches, barriers, moves, constants, numbers of threads
 KIND_OF = {name: row.split(": ")[0] for row in NAMES.strip().splitlines() for name in row.split(": ")[1].split()}
 KINDS = (*dict.fromkeys(KIND_OF.values()), OTHER)
@@ -68,14 +68,15 @@ class Instruction:
 
 def parse(text: str) -> list[Instruction]:
     """One kernel's text, without NOPs and without a branch to itself. Raises ValueError for text without code."""
-    rows, labels = [], {}
+    rows = []  # (predicate, opcode, operands)
+    labels = {}  # name -> index of the instruction behind it
     for line in text.splitlines():
         if label := LABEL.match(line.strip()):
             labels[label[1]] = len(rows)
-        elif (found := LINE.match(line)) and found[2] != "NOP":
-            rows.append(((found[1] or "").strip(), found[2], found[3].strip()))
+        elif (match := LINE.match(line)) and match[2] != "NOP":
+            rows.append(((match[1] or "").strip(), match[2], match[3].strip()))
     if not rows:
-        raise ValueError("the text holds no instruction: one kernel's section of nvdisasm -c is wanted")
+        raise ValueError("the text holds no instruction: give one kernel's section of nvdisasm -c")
     code = []
     for predicate, opcode, operands in rows:
         goal = TARGET.search(operands) if opcode.startswith(("BRA", "CALL")) else None
@@ -86,22 +87,19 @@ def parse(text: str) -> list[Instruction]:
 
 
 def loops(code: list[Instruction]) -> list[tuple[int, int]]:
-    """(first, last instruction) of each loop that holds no other, in order."""
-    found = [
-        (to.target, i)
-        for i, to in enumerate(code)
-        if to.target is not None and to.target <= i and way(code, to.target, i)
-    ]
-    return [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    """List (first, last instruction) of each loop that holds no other, in order."""
+    backward = [(branch.target, i) for i, branch in enumerate(code) if branch.target is not None and branch.target <= i]
+    ends = [(first, last) for first, last in backward if way(code, first, last)]
+    return [a for a in ends if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in ends)]
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction]:
-    """The way through one pass of the longest of loops(code); empty without a loop."""
+    """Return the way through one pass of the longest of loops(code); empty without a loop."""
     return max((way(code, *ends) for ends in loops(code)), key=len, default=[])
 
 
 def way(code: list[Instruction], first: int = 0, last: int | None = None) -> list[Instruction]:
-    """The way from `first` to `last` (None: to an EXIT) that is counted; empty where none leads there.
+    """Return the way from `first` to `last` (None: to an EXIT) that is counted; empty if none leads there.
 
     Backward branches are not followed: a loop on the way is passed once.
     """
@@ -113,41 +111,44 @@ def way(code: list[Instruction], first: int = 0, last: int | None = None) -> lis
         if ways:
             moved, products, length, j = max(ways, key=lambda way: way[:3])
             best[i] = moved + code[i].access, products + (code[i].kind == KINDS[0]), length - 1, j
-    found, i = [], first if first in best else None
+    taken = []
+    i = first if first in best else None
     while i is not None:
-        found.append(code[i])
+        taken.append(code[i])
         i = best[i][3]
-    return found
+    return taken
 
 
 def _next(code: list[Instruction], i: int) -> list[int]:
-    at = code[i]
-    if at.target is not None:
-        return [at.target, i + 1] if at.conditional or at.name == "CALL" else [at.target]
-    ends = at.name in ("EXIT", "RET") and not at.predicate
+    """Indices of the instructions that can follow instruction i."""
+    instruction = code[i]
+    if instruction.target is not None:
+        falls_through = instruction.conditional or instruction.name == "CALL"
+        return [instruction.target, i + 1] if falls_through else [instruction.target]
+    ends = instruction.name in ("EXIT", "RET") and not instruction.predicate
     return [] if ends else [i + 1]
 
 
 def mix(code: list[Instruction]) -> dict[str, int]:
-    """Kind -> how many; every kind is there."""
-    found = Counter(instruction.kind for instruction in code)
-    return {kind: found[kind] for kind in KINDS}
+    """Count the instructions of each kind; every kind has an entry."""
+    counts = Counter(instruction.kind for instruction in code)
+    return {kind: counts[kind] for kind in KINDS}
 
 
 def accesses(code: list[Instruction]) -> dict[str, int]:
-    """Opcode of each access to global memory -> how many, without hints for caches: LDG.E.128, STG.E.U16, ..."""
-    found = Counter()
+    """Count accesses to global memory by opcode, without hints for caches: LDG.E.128, STG.E.U16, ..."""
+    counts = Counter()
     for instruction in code:
         if instruction.kind in ("global load", "global store"):
             parts = instruction.opcode.split(".")
-            found[".".join(p for p in parts if p in ("E", "BYPASS", parts[0]) or p in WIDTHS)] += 1
-    return dict(sorted(found.items()))
+            counts[".".join(p for p in parts if p in ("E", "BYPASS", parts[0]) or p in WIDTHS)] += 1
+    return dict(sorted(counts.items()))
 
 
-def widths(found: dict[str, int]) -> list[list[int]]:
-    """Bits of the loads, and of the stores, among accesses(); the widest first."""
-    ways = [(Instruction(opcode).kind, 8 * Instruction(opcode).access) for opcode in found]
-    return [sorted({n for kind, n in ways if kind == side}, reverse=True) for side in ("global load", "global store")]
+def widths(counts: dict[str, int]) -> list[list[int]]:
+    """List the bits of the loads, then of the stores, among accesses(); the widest first."""
+    bits = [(Instruction(opcode).kind, 8 * Instruction(opcode).access) for opcode in counts]
+    return [sorted({n for kind, n in bits if kind == side}, reverse=True) for side in ("global load", "global store")]
 
 
 def sections(text: str) -> dict[str, str]:

@@ -1,15 +1,15 @@
-"""Why 4-bit is slower, and when it is not: the least time of one product x W^T, by three ways, from data sheets.
+"""Why 4-bit is slower, and when it is not: the least time of one product x W^T, in three ways, from data sheets.
 
     reports of two compiled kernels, a card, a shape, tokens -> seconds of each way
 
 ready: W lies in memory in bf16 or fp16. fused: one kernel decodes W on its way to the tensor cores. separate: one
 kernel writes the decoded W to memory, another reads and multiplies it. Fused work is bounded twice: `fused` lets
-memory, decoding and tensor cores work at the same time without any loss, `in_turn` lets decoding and tensor cores wait
-for each other. A kernel lies between.
+memory, decoding and tensor cores work at the same time without any loss; `in_turn` lets decoding and tensor cores wait
+for each other. A real kernel lies between the two.
 
 A model, not a measurement: full rates of a data sheet, no launch, no cache that keeps W between two kernels.
 
-Not here: rates and limits of cards (gpu_code/cards.py), instructions of kernels (gpu_code/aot.py).
+Not here: rates and limits of cards (cards.py), instructions of kernels (aot.py).
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ from qlora_lab.gpu_code.cards import CARDS, Card, Roof, roof
 
 @dataclass(frozen=True)
 class ProductTimes:
-    """Least seconds of x W^T for this many tokens. See the module docstring for the ways."""
+    """Least seconds of x W^T for this many tokens, in the ways of the module docstring."""
 
     tokens: int
     ready: float
@@ -33,10 +33,10 @@ class ProductTimes:
 def product_times(
     decode: Report, product: Report, card: str, shape: tuple[int, int], tokens: Iterable[int]
 ) -> list[ProductTimes]:
-    """Times for each number of tokens, for a weight of `shape` (out_features, in_features).
+    """Compute the times for each number of tokens, for a weight of `shape` (out_features, in_features).
 
     decode: of dequantize_nf4 or dequantize_double; product: of matmul_nf4; both compiled for the card's architecture
-    and in one dtype, which its tensor cores know. Raises ValueError for what does not match.
+    and in one dtype that its tensor cores take. Raises ValueError otherwise.
     """
     sheet = _sheet(card, decode, product)
     decoded = _of(roofline(decode, shape), card).seconds
@@ -45,38 +45,39 @@ def product_times(
 
 def _times(sheet: Card, decoded: float, product: Report, shape: tuple[int, int], n: int) -> ProductTimes:
     rows, columns = shape
-    size = DTYPES[product.dtype][1]
+    size = DTYPES[product.dtype][1]  # bytes of a number
     moved = (rows * columns + n * (rows + columns)) * size
     ready = roof(sheet, moved, 2 * n * rows * columns, product.dtype, 0).seconds
     fused = _of(roofline(product, shape, n), sheet.name)
     return ProductTimes(n, ready, fused.seconds, max(fused.memory, fused.issue + fused.product), decoded + ready)
 
 
-def stops_paying(tokens: Sequence[int], one: Sequence[float], other: Sequence[float]) -> int | None:
-    """The number of tokens from which on `one` is no longer faster than `other`; None if it still is at the last.
+def stops_paying(tokens: Sequence[int], fused: Sequence[float], other: Sequence[float]) -> int | None:
+    """Find the number of tokens from which on `fused` is no longer faster than `other`; None if it is at the last.
 
     >>> stops_paying([1, 2, 3, 4], [1, 5, 1, 5], [2, 2, 2, 2])  # 2 tokens are slower, but 3 are not
     4
     """
-    faster = [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a < b]
+    faster = [i for i, (a, b) in enumerate(zip(fused, other, strict=True)) if a < b]
     after = faster[-1] + 1 if faster else 0
     return tokens[after] if after < len(tokens) else None
 
 
 def _of(roofs: list[Roof], card: str) -> Roof:
-    return next(one for one in roofs if one.card == card)
+    return next(roof for roof in roofs if roof.card == card)
 
 
-def _sheet(card: str, decode: Report, product: Report) -> Card:
-    found = next((one for one in CARDS if one.name == card), None)
-    if found is None:
-        raise ValueError(f"card {card!r} is not known: {', '.join(one.name for one in CARDS)}")
-    if {decode.arch, product.arch} != {found.arch}:
-        given = f"sm_{decode.arch} and sm_{product.arch}"
-        raise ValueError(f"the kernels are compiled for {given}, but the {card} needs sm_{found.arch}")
-    if decode.dtype != product.dtype or product.dtype not in found.products:
-        given, known = f"{decode.dtype} and {product.dtype}", " or ".join(found.products)
+def _sheet(name: str, decode: Report, product: Report) -> Card:
+    card = next((card for card in CARDS if card.name == name), None)
+    if card is None:
+        raise ValueError(f"card {name!r} is not known: choose from {', '.join(card.name for card in CARDS)}")
+    if {decode.arch, product.arch} != {card.arch}:
+        compiled = f"sm_{decode.arch} and sm_{product.arch}"
+        raise ValueError(f"the kernels are compiled for {compiled}, but the {name} needs sm_{card.arch}")
+    if decode.dtype != product.dtype or product.dtype not in card.products:
+        allowed = " or ".join(card.products)
         raise ValueError(
-            f"the kernels compute in {given}, but the {card} multiplies {known}: take one of these for both"
+            f"the kernels compute in {decode.dtype} and {product.dtype}, but the {name} multiplies {allowed}: "
+            "compile both for one of these"
         )
-    return found
+    return card

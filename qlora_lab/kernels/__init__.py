@@ -1,7 +1,7 @@
 """The kernels room: fast twins of the quant room's functions, and which one runs.
 
-A twin returns what the readable function does, from plain tensors and tables that it is given, and is tested to give
-the same bits. A reader who never opens this room has understood everything. It imports nothing else of the library.
+A twin takes plain tensors and tables, returns what the readable function returns, and is tested to give the same bits.
+A reader who never opens this room has understood everything. It imports nothing else of the library.
 
 Set the environment variable QLORA_LAB_KERNELS=reference to run the readable functions everywhere.
 """
@@ -20,13 +20,13 @@ class Choice(NamedTuple):
 
     name: str
     why: str
-    blocks: ModuleType | None = None  # takes, quantize_blocks and dequantize_blocks
+    blocks: ModuleType | None = None  # has takes, quantize_blocks and dequantize_blocks
     product: ModuleType | None = None  # forward and backward of a linear layer
     adamw: ModuleType | None = None  # adamw_8bit
 
 
 def choose(device: str = "cpu") -> Choice:
-    """The implementation for tensors on `device`, such as "cpu" or "cuda". Raises ValueError for an unknown override.
+    """Choose the implementation for a device such as "cpu" or "cuda". Raises ValueError for an unknown override.
 
     >>> choose("meta").name
     'reference'
@@ -35,13 +35,13 @@ def choose(device: str = "cpu") -> Choice:
 
 
 def blocks_for(device: str, n_levels: int, block_size: int) -> ModuleType | None:
-    """Its functions on blocks, where it has them for such codes and blocks; None where the readable ones run."""
-    module = choose(device).blocks
+    """Return the kernels on blocks for these levels and blocks, or None: then the readable functions run."""
+    module = choose(device).blocks  # cpu.py, or triton/dispatch.py
     return module if module and module.takes(n_levels, block_size) else None
 
 
 def product_for(device: str, n_levels: int, block_size: int) -> ModuleType | None:
-    """As blocks_for, its products."""
+    """The same for products."""
     chosen = choose(device)
     return chosen.product if chosen.product and chosen.blocks.takes(n_levels, block_size) else None
 
@@ -78,7 +78,7 @@ _forked = False
 def _in_child() -> None:
     global _forked
     _forked = True
-    _choose.cache_clear()
+    _choose.cache_clear()  # the parent's choice is not the child's
 
 
 if hasattr(os, "register_at_fork"):

@@ -10,7 +10,7 @@ import torch
 
 def opaque(function):
     """`function` as it is; while torch.compile traces, the graph ends before it and a new one begins after it."""
-    outside = torch._disable_dynamo(function)  # the public decorator imports the compiler at once: 0.9 s for everybody
+    outside = torch._disable_dynamo(function)  # the public decorator imports the compiler, 0.9 s
 
     @wraps(function)
     def call(*args, **kwargs):

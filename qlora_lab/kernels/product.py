@@ -1,21 +1,22 @@
 """x W^T and g W for a packed W on the CPU: a panel of W is decoded, multiplied while hot, and its memory used again.
 
-In: x (tokens, columns), or g (tokens, rows); float32, bf16 or fp16; W (rows, columns) as what dequantize_blocks takes.
+In: x (tokens, columns), or g (tokens, rows); float32, bf16 or fp16; W (rows, columns) as a PackedWeight.
 Out: (tokens, rows), or (tokens, columns), same dtype. Twin of x @ dequantize(W).t() and g @ dequantize(W), up to the
 order of the sums: every output is one float32 sum, rounded once. The weight is rounded to bf16 only where bf16 products
-are the faster ones.
+are faster.
 
-Either takes a product of two thin matrices to add to the weight, as an adapter is one: x (W^T + down up), twin
-x @ dequantize(W).t() + x @ down @ up. The thin products run in float32 whichever routine multiplies the weight: what an
-adapter learns is not rounded to bf16 on one maker's processors alone. x is widened once for both, and the float32 sums
-are added before they are rounded. Only where bf16 products win is the base's sum rounded first: torch returns it so.
+Either takes a product of two thin matrices, such as an adapter, to add to the weight: x (W^T + down up), twin
+x @ dequantize(W).t() + x @ down @ up. The thin products run in float32 whichever routine multiplies the weight, so what
+an adapter learns is not rounded to bf16 on one maker's processors alone. x is widened once for both, and the float32
+sums are added before they are rounded. Only where bf16 products win is the base's sum rounded first: torch returns it
+so.
 
-The panel is the only decoded weight in memory: PANEL elements, for each Python thread, allocated once; nothing else is
-allocated but the result, and what oneDNN returns for a panel. Few tokens need no panel (cpu.multiply_blocks).
+The panel is the only decoded weight in memory: PANEL elements for each Python thread, allocated once. Nothing else is
+allocated but the result, and what oneDNN returns for a panel. A few tokens need no panel (few_tokens.py).
 
-Which routine multiplies is raced once a process, because no CPU flag tells: with AVX512-BF16, bf16 products took a
-quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire Rapids without AMX. Where float32 is
-faster, bf16 is widened, a tile of tokens at a time, and rounded at the end. The environment variable
+The routine that multiplies is found by a race, once per process, because no CPU flag tells: with AVX512-BF16, bf16
+products took a quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire Rapids without AMX.
+Where float32 is faster, bf16 is widened, a tile of tokens at a time, and rounded at the end. The environment variable
 QLORA_LAB_PRODUCTS names the winner (float32, onednn or bfloat16) without a race, so that several machines choose alike.
 """
 
@@ -28,53 +29,52 @@ from typing import NamedTuple
 
 import torch
 
-from qlora_lab.kernels import cpu
+from qlora_lab.kernels import cpu, few_tokens
 from qlora_lab.kernels.opaque import opaque
+from qlora_lab.kernels.packed_weight import PackedWeight
 
 OVERRIDE = "QLORA_LAB_PRODUCTS"
 PANEL = 2**22  # 16 MiB of float32: BLAS loses an eighth of its speed on panels half as large
 TILE = 2**21  # elements of x or g that are widened to float32 at a time: 8 MiB; 32 was not faster
 _local = threading.local()
+_kept: list["Race"] = []
 
 
 class Thin(NamedTuple):
-    """What is added to the weight that x is multiplied by: down up, float32. low: takes x down, for `outer`."""
+    """A product of two thin float32 matrices to add to the weight. low receives x down, which `outer` needs."""
 
     down: torch.Tensor  # (x.shape[1], r)
     up: torch.Tensor  # (r, size of the result)
     low: torch.Tensor  # (tokens, r), written
 
 
-_kept: list["Race"] = []
-
-
 class Race(NamedTuple):
-    """Seconds that the same product took, the best of several tries in turn."""
+    """Seconds of one product by each routine, the best of several rounds."""
 
     float32: float
-    onednn: float  # float32 by oneDNN's linear, infinity where torch does not offer it
+    onednn: float  # float32 by oneDNN's linear; infinity where torch lacks it
     bfloat16: float
 
     @property
     def use_onednn(self) -> bool:
-        """It takes two thirds of the time or less: near a tie, results would depend on luck."""
+        """Whether it takes two thirds of the time or less: near a tie, results would depend on luck."""
         return self.onednn < self.float32 / 1.5
 
     @property
     def use_bfloat16(self) -> bool:
-        """As use_onednn, against the faster of the float32 routines."""
+        """The same, against the faster of the float32 routines."""
         return self.bfloat16 < min(self.float32, self.onednn) / 1.5
 
     @classmethod
     def won_by(cls, name: str) -> "Race":
-        """One that nobody ran, which the routine of this name wins."""
+        """Make up a race that the routine of this name wins."""
         return cls(**{field: 1.0 if field == name else 9.0 for field in cls._fields})
 
 
 def race() -> Race:
-    """The race of this process, or the one that it was told to keep, or that the environment decides.
+    """Return the race that was kept, else the one that the environment decides, else run one.
 
-    Raises ValueError for a winner in the environment that is unknown, or that torch does not offer here.
+    Raises ValueError if the environment names an unknown winner, or one that torch lacks here.
     """
     if _kept:
         return _kept[-1]
@@ -82,7 +82,7 @@ def race() -> Race:
 
 
 def keep(race: Race) -> None:
-    """Let `race` stand, such as that of the process in which a run was begun."""
+    """Keep `race`, such as that of the process in which a run began."""
     _kept.append(race)
 
 
@@ -91,19 +91,19 @@ def _decided(winner: str) -> Race:
     if winner not in Race._fields:
         raise ValueError(f"{OVERRIDE}={winner!r} is not known: leave it unset, or choose {', '.join(Race._fields)}")
     if winner == "onednn" and not _has_onednn():
-        raise ValueError(f"{OVERRIDE}=onednn is not possible here, torch has no oneDNN: choose float32 or bfloat16")
+        raise ValueError(f"{OVERRIDE}=onednn needs oneDNN, which torch lacks here: choose float32 or bfloat16")
     return Race.won_by(winner)
 
 
 @lru_cache
 def _timed() -> Race:
-    """Time 512 x 1024 by 1024 x 1024 in up to nine rounds, in a fraction of a second; once a process."""
+    """Time 512 x 1024 by 1024 x 1024 in up to nine rounds, a fraction of a second, once per process."""
     contenders = {
         "float32": (torch.float32, _blas),
         "onednn": (torch.float32, _onednn if _has_onednn() else None),
         "bfloat16": (torch.bfloat16, _blas),
     }
-    best = dict.fromkeys(contenders, float("inf"))
+    best = dict.fromkeys(contenders, float("inf"))  # seconds
     for _ in range(9):
         for name, (dtype, routine) in contenders.items():
             if routine and (best[name] == float("inf") or best[name] < 5 * best["float32"]):  # bf16 can be that slow
@@ -112,7 +112,7 @@ def _timed() -> Race:
 
 
 def _seconds(routine, dtype: torch.dtype) -> float:
-    shapes = (512, 1024), (1024, 1024), (512, 1024)
+    shapes = (512, 1024), (1024, 1024), (512, 1024)  # about a layer of a small model; smaller ones time the call
     x, panel, out = (torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes)
     start = perf_counter()
     routine(x, panel, out)
@@ -132,7 +132,7 @@ def _onednn(x: torch.Tensor, panel: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """A matrix over memory that this thread keeps, so that no step pays for fresh pages."""
+    """Return a matrix over memory that this thread keeps, so that no step pays for fresh pages."""
     numel = shape[0] * shape[1]
     kept = getattr(_local, name, None)
     if kept is None or kept.nbytes < numel * dtype.itemsize:
@@ -142,67 +142,71 @@ def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tens
     return kept[: numel * dtype.itemsize].view(dtype).view(shape)
 
 
-@opaque
-def forward(x: torch.Tensor, weight: tuple, rows: int, thin: Thin | None = None) -> torch.Tensor:
-    """(tokens, columns) -> x W^T, (tokens, rows). weight: packed, constants, levels, block_size."""
-    columns, block_size = x.shape[1], weight[3]
-    if len(x) <= cpu.MAX_TOKENS and cpu.can_multiply(columns, weight):
-        if thin is None:
-            return cpu.multiply_blocks(x, weight, rows)
-        wide = _widened(x)
-        product = cpu.multiply_blocks(wide, weight, rows)  # the same float32 sums, not rounded yet
-        return product.addmm_(torch.mm(wide, thin.down, out=thin.low), thin.up).to(x.dtype)
-    height = _height(columns)
+def panel_height(columns: int, block_size: int = 1) -> int:
+    """Rows of W that `forward` decodes at a time: PANEL elements at most, and whole blocks if that is possible."""
+    height = max(1, PANEL // columns)
     unit = block_size // gcd(block_size, columns)  # rows after which a block starts again
-    if height > unit:
-        height -= height % unit
+    return height - height % unit if height > unit else height
+
+
+def panel_width(rows: int, columns: int, block_size: int) -> int:
+    """Columns of W that `backward` decodes at a time: PANEL elements at most, and whole blocks if that is possible."""
+    width = columns if rows * columns <= PANEL else max(1, PANEL // rows)
+    return width - width % block_size if width > block_size else width
+
+
+@opaque
+def forward(x: torch.Tensor, weight: PackedWeight, rows: int, thin: Thin | None = None) -> torch.Tensor:
+    """Multiply by W^T: (tokens, columns) -> (tokens, rows)."""
+    columns = x.shape[1]  # of W
+    if len(x) <= few_tokens.MAX_TOKENS and few_tokens.can_multiply(columns, weight):
+        if thin is None:
+            return few_tokens.multiply_blocks(x, weight, rows)
+        wide = _widened(x)  # (tokens, columns) float32
+        product = few_tokens.multiply_blocks(wide, weight, rows)  # the same float32 sums, not rounded yet
+        return product.addmm_(torch.mm(wide, thin.down, out=thin.low), thin.up).to(x.dtype)
 
     def panel_of(first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         panel = _buffer("panel", (stop - first, columns), dtype)
-        cpu.dequantize_blocks(weight, panel, first * columns)
+        cpu.dequantize_blocks(weight, panel, first * columns)  # rows lie side by side in memory: one run
         return panel
 
-    return _by_panels(x, rows, height, panel_of, thin)
+    return _by_panels(x, rows, panel_height(columns, weight.block_size), panel_of, thin)
 
 
 @opaque
-def backward(grad: torch.Tensor, weight: tuple, columns: int, thin: Thin | None = None) -> torch.Tensor:
-    """(tokens, rows) -> g W, (tokens, columns). weight: packed, constants, levels, block_size."""
-    block_size, rows = weight[3], grad.shape[1]
-    width = columns if rows * columns <= PANEL else max(1, PANEL // rows)
-    if width > block_size:
-        width -= width % block_size
+def backward(grad: torch.Tensor, weight: PackedWeight, columns: int, thin: Thin | None = None) -> torch.Tensor:
+    """Multiply by W: (tokens, rows) -> g W, (tokens, columns)."""
+    rows = grad.shape[1]  # of W
 
     def panel_of(first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        # By columns, so that each output is a whole sum over the rows: a panel of rows would have to be added up in
+        # the dtype of g, or in float32 memory of its own.
         panel = _buffer("panel", (rows, stop - first), dtype)
         cpu.dequantize_blocks(weight, panel, first, columns)
-        return panel.t()
+        return panel.t()  # a view: BLAS reads either order
 
-    return _by_panels(grad, columns, width, panel_of, thin)
+    return _by_panels(grad, columns, panel_width(rows, columns, weight.block_size), panel_of, thin)
 
 
 @opaque
 def forward_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x W^T in float32, (tokens, rows), for a bf16 or fp16 weight (rows, columns) that is not packed.
+    """Return x W^T in float32, (tokens, rows), for a bf16 or fp16 weight (rows, columns) that is not packed.
 
-    A panel of W is widened, multiplied while hot, and its memory used again: W never stands in float32 in memory.
+    A panel of W is widened, multiplied while hot, and its memory used again: no float32 copy of W exists.
     """
-    return _by_panels(x.float(), len(weight), _height(weight.shape[1]), partial(_widened_panel, weight), None)
+    return _by_panels(x.float(), len(weight), panel_height(weight.shape[1]), partial(_widened_panel, weight), None)
 
 
 @opaque
 def backward_unpacked(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """g W in float32, (tokens, columns), from g (tokens, rows) float32; see forward_unpacked."""
-    total, height = grad.new_zeros(len(grad), weight.shape[1]), _height(weight.shape[1])
+    """Return g W in float32, (tokens, columns), from g (tokens, rows) float32; see forward_unpacked."""
+    total = grad.new_zeros(len(grad), weight.shape[1])  # (tokens, columns)
+    height = panel_height(weight.shape[1])
     for first in range(0, len(weight), height):
         stop = min(first + height, len(weight))
         total.addmm_(grad[:, first:stop], _widened_panel(weight, first, stop, torch.float32))
     return total
-
-
-def _height(columns: int) -> int:
-    """Rows of a panel."""
-    return max(1, PANEL // columns)
 
 
 def _widened_panel(weight: torch.Tensor, first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
@@ -211,9 +215,9 @@ def _widened_panel(weight: torch.Tensor, first: int, stop: int, dtype: torch.dty
 
 @opaque
 def outer(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """low^T x in float32, (r, columns), from low (tokens, r) float32 and x (tokens, columns): an adapter's gradient."""
-    total = low.new_zeros(low.shape[1], x.shape[1])
-    tile = max(1, TILE // x.shape[1])
+    """Return low^T x in float32, (r, columns), an adapter's gradient, from low (tokens, r) float32 and x."""
+    total = low.new_zeros(low.shape[1], x.shape[1])  # (r, columns)
+    tile = max(1, TILE // x.shape[1])  # tokens
     for some_low, some in zip(low.split(tile), x.split(tile), strict=True):
         total.addmm_(some_low.t(), _widened(some))
     return total
@@ -235,8 +239,8 @@ def _add_thin(out: torch.Tensor, x: torch.Tensor, thin: Thin) -> None:
 
 
 def _by_panels(x: torch.Tensor, size: int, step: int, panel_of, thin: Thin | None) -> torch.Tensor:
-    """x times each panel_of(first, stop), (step, x.shape[1]), side by side, and x down up added: (len(x), size)."""
-    out = torch.empty(len(x), size, dtype=x.dtype, device="cpu")
+    """Multiply x by each panel_of(first, stop), (step, x.shape[1]), side by side, and add x down up: (len(x), size)."""
+    out = torch.empty(len(x), size, dtype=x.dtype, device="cpu")  # (tokens, size)
     multiply = _onednn if x.dtype == torch.float32 and race().use_onednn else _blas
     if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and race().use_bfloat16):
         for first in range(0, size, step):
@@ -245,17 +249,18 @@ def _by_panels(x: torch.Tensor, size: int, step: int, panel_of, thin: Thin | Non
         if thin is not None:
             _add_thin(out, x, thin)
         return out
+    # A tile of tokens is widened and meets every panel before the next one, so W is decoded once per tile: TILE is
+    # large enough that decoding stays a small part, and small enough that float32 copies of x and out stay small.
     tile = max(1, TILE // max(x.shape[1], min(step, size)))
     for start in range(0, len(x), tile):
-        some = x[start : start + tile]
-        wide = _widened(some)
+        wide = _widened(x[start : start + tile])  # (tile, x.shape[1])
         if thin is not None:
-            low = torch.mm(wide, thin.down, out=thin.low[start : start + tile])
+            low = torch.mm(wide, thin.down, out=thin.low[start : start + tile])  # (tile, r)
         for first in range(0, size, step):
             stop = min(first + step, size)
-            product = _buffer("product", (len(some), stop - first), torch.float32)
+            product = _buffer("product", (len(wide), stop - first), torch.float32)
             multiply(wide, panel_of(first, stop, torch.float32), product)
             if thin is not None:
                 product.addmm_(low, thin.up[:, first:stop])
-            out[start : start + tile, first:stop] = product
+            out[start : start + tile, first:stop] = product  # rounds
     return out

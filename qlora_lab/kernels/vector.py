@@ -1,9 +1,9 @@
-"""Sixteen lanes at once, for numba: the few vector operations that cpu.py is written in.
+"""Sixteen lanes at once, for numba: the few vector operations that the CPU kernels need.
 
 A table of 16 entries fits into one 512-bit register, and one instruction looks up 16 codes in it. numba has no name for
-that, so this file gives it one: a vector type, + * & | << >> between vectors, and permute(), the look-up: one
-instruction with AVX-512, four a half with AVX2. All else is plain LLVM vector code, which any CPU runs. On a CPU where
-is_fast() is false, permute() and half_bits() compile to nothing that may be called, and cpu.py calls its plain loops.
+that, so this file gives it one: a vector type, + * & | << >> between vectors, and permute(), the look-up. It is one
+instruction with AVX-512, and four for each half with AVX2. All else is plain LLVM vector code, which any CPU runs.
+Where is_fast() is false, permute() and half_bits() compile but must not be called; cpu.py then runs its plain loops.
 
 Not here: what the lanes mean.
 """
@@ -35,13 +35,14 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, ir.VectorType(manager.lookup(vector.element).get_value_type(), LANES))
 
 
-FLOATS, INTS = Vector(types.float32), Vector(types.int32)
-_I32 = ir.VectorType(ir.IntType(32), LANES)
+FLOATS = Vector(types.float32)
+INTS = Vector(types.int32)
+_I32 = ir.VectorType(ir.IntType(32), LANES)  # the same for LLVM
 _F32 = ir.VectorType(ir.FloatType(), LANES)
 
 
 def host_features() -> set[str]:
-    """What this CPU can do, in LLVM's words, as numba compiles for it (NUMBA_CPU_FEATURES included)."""
+    """List the features of this CPU by LLVM's names, as numba compiles for it (NUMBA_CPU_FEATURES included)."""
     listed = numba.config.CPU_FEATURES
     listed = codegen.get_host_cpu_features() if listed is None else listed
     return {name[1:] for name in listed.split(",") if name.startswith("+")}
@@ -49,7 +50,7 @@ def host_features() -> set[str]:
 
 @lru_cache
 def is_fast() -> bool:
-    """Whether this CPU has instructions for permute() and half_bits(). Elsewhere they are not to be called."""
+    """Whether this CPU has instructions for permute() and half_bits()."""
     features = host_features()
     return "f16c" in features and bool(features & {"avx512f", "avx2"})
 
@@ -83,7 +84,7 @@ for _operation in _EMIT:
 
 
 def _pointer(context, builder, array_type, array, index, vector):
-    data = context.make_array(array_type)(context, builder, array).data
+    data = context.make_array(array_type)(context, builder, array).data  # the address of element 0
     return builder.bitcast(builder.gep(data, [index]), ir.PointerType(vector))
 
 
@@ -98,7 +99,7 @@ def load(typing, array, index):
     result = FLOATS if array.dtype == types.float32 else INTS
 
     def emit(context, builder, sig, args):
-        memory = ir.VectorType(context.get_value_type(array.dtype), LANES)
+        memory = ir.VectorType(context.get_value_type(array.dtype), LANES)  # as it lies in memory
         value = builder.load(_pointer(context, builder, array, *args, memory), align=_align(array))
         return value if memory in (_F32, _I32) else builder.zext(value, _I32)
 
@@ -129,13 +130,14 @@ def gather(typing, array, indices):
         value = ir.Constant(_I32 if result == INTS else _F32, ir.Undefined)
         if "avx512f" in host_features():
             name = f"llvm.x86.avx512.mask.gather.dp{'i' if result == INTS else 's'}.512"
-            every = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
-            base, scale = builder.bitcast(first, ir.PointerType(ir.IntType(8))), ir.Constant(ir.IntType(32), 4)
+            every = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)  # a mask of all lanes
+            base = builder.bitcast(first, ir.PointerType(ir.IntType(8)))
+            scale = ir.Constant(ir.IntType(32), 4)  # bytes of an element
             return _call(builder, name, value.type, [value, base, args[1], every, scale])
         for lane in range(LANES):
-            at = ir.Constant(ir.IntType(32), lane)
-            index = builder.zext(builder.extract_element(args[1], at), ir.IntType(64))
-            value = builder.insert_element(value, builder.load(builder.gep(first, [index])), at)
+            position = ir.Constant(ir.IntType(32), lane)
+            index = builder.zext(builder.extract_element(args[1], position), ir.IntType(64))
+            value = builder.insert_element(value, builder.load(builder.gep(first, [index])), position)
         return value
 
     return result(array, INTS), emit
@@ -150,7 +152,7 @@ def prefetch(typing, array, index):
         pointer = builder.bitcast(builder.gep(data, [args[1]]), ir.PointerType(ir.IntType(8)))
         i32 = ir.IntType(32)
         function = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-        declared = builder.module.declare_intrinsic("llvm.prefetch.p0", (), function)
+        declared = builder.module.declare_intrinsic("llvm.prefetch.p0", (), function)  # read, locality 2, data
         builder.call(declared, [pointer, ir.Constant(i32, 0), ir.Constant(i32, 2), ir.Constant(i32, 1)])
         return context.get_dummy_value()
 
@@ -202,7 +204,7 @@ def half_bits(typing, vector):
     def emit(context, builder, sig, args):
         if not is_fast():
             return ir.Constant(_I32, ir.Undefined)
-        halves = builder.fptrunc(args[0], ir.VectorType(ir.HalfType(), LANES))
+        halves = builder.fptrunc(args[0], ir.VectorType(ir.HalfType(), LANES))  # rounds to nearest even
         return builder.zext(builder.bitcast(halves, ir.VectorType(ir.IntType(16), LANES)), _I32)
 
     return INTS(FLOATS), emit
@@ -274,7 +276,7 @@ def splat_each(typing, numbers):
 
 def _row_pointer(context, builder, array_type, array, row, column):
     made = context.make_array(array_type)(context, builder, array)
-    width = cgutils.unpack_tuple(builder, made.shape)[1]
+    width = cgutils.unpack_tuple(builder, made.shape)[1]  # columns of the array
     return builder.gep(made.data, [builder.add(builder.mul(width, context.get_constant(types.intp, row)), column)])
 
 
@@ -286,7 +288,7 @@ def fma_each(typing, sums, factor, array, column):
         updated = []
         for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
             pointer = builder.bitcast(_row_pointer(context, builder, array, args[2], t, args[3]), ir.PointerType(_F32))
-            operand = builder.load(pointer, align=_align(array))
+            operand = builder.load(pointer, align=_align(array))  # 16 float32
             updated.append(_call(builder, "llvm.fma.v16f32", _F32, [args[1], operand, value]))
         return context.make_tuple(builder, sums, updated)
 
@@ -302,7 +304,7 @@ def store_totals(typing, sums, array, column):
             for width in (8, 4, 2, 1):
                 lanes = ir.Constant(_I32, [(i + width) % LANES for i in range(LANES)])
                 value = builder.fadd(value, builder.shuffle_vector(value, value, lanes))
-            total = builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+            total = builder.extract_element(value, ir.Constant(ir.IntType(32), 0))  # every lane holds the sum
             builder.store(total, _row_pointer(context, builder, array, args[1], t, args[2]))
         return context.get_dummy_value()
 
@@ -338,16 +340,16 @@ def _call(builder, name, result, args):
 
 
 def _permute_avx2(builder, table, indices):
-    eight = ir.VectorType(ir.IntType(32), 8)
+    eight = ir.VectorType(ir.IntType(32), 8)  # a register of AVX2
     halves = [ir.Constant(eight, list(range(start, start + 8))) for start in (0, 8)]
     looked_up = []
-    for lanes in halves:  # a register has 8 lanes and looks up in 8 entries: both halves of the table, then choose
+    for lanes in halves:  # a register has 8 lanes and looks up 8 entries: look in both halves of the table, then choose
         index = builder.shuffle_vector(indices, indices, lanes)
         low, high = (
             _call(builder, "llvm.x86.avx2.permd", eight, [builder.shuffle_vector(table, table, half), index])
             for half in halves
         )
-        bit = builder.and_(index, ir.Constant(eight, [8] * 8))
+        bit = builder.and_(index, ir.Constant(eight, [8] * 8))  # which half of the table
         is_high = builder.icmp_signed("!=", bit, ir.Constant(eight, [0] * 8))
         looked_up.append(builder.select(is_high, high, low))
     return builder.shuffle_vector(*looked_up, ir.Constant(_I32, list(range(LANES))))

@@ -12,10 +12,9 @@ No number is fitted. Not here: the table of activations (activations.py), sizes 
 """
 
 from collections.abc import Iterator
-from math import gcd
 from typing import Any
 
-from qlora_lab.kernels.product import PANEL, TILE
+from qlora_lab.kernels.product import PANEL, TILE, panel_height, panel_width
 from qlora_lab.memory.activations import LETTERS, kept_after_layers, kept_by_layer, kept_by_layers, targeted
 from qlora_lab.memory.ledger import PHASES, Ledger, LedgerRow
 from qlora_lab.memory.setup import BYTES, Setup
@@ -225,15 +224,9 @@ def _buffer(shape: Shape, setup: Setup) -> LedgerRow:
 
 def _panel(linear: LinearShape, block_size: int) -> int:
     """Count the elements of the largest panel that product.forward or product.backward decodes."""
-    rows, columns = linear.out_features, linear.in_features
-    height = max(1, PANEL // columns)  # of the forward pass's panel, (height, in_features)
-    unit = block_size // gcd(block_size, columns)  # this many rows are whole blocks
-    if height > unit:
-        height -= height % unit
-    width = columns if linear.numel <= PANEL else max(1, PANEL // rows)  # of the backward pass's, (out_features, width)
-    if width > block_size:
-        width -= width % block_size
-    return max(min(height, rows) * columns, width * rows)
+    height = min(panel_height(linear.in_features, block_size), linear.out_features)
+    width = panel_width(linear.out_features, linear.in_features, block_size)
+    return max(height * linear.in_features, width * linear.out_features)
 
 
 def _runtime(setup: Setup) -> Iterator[LedgerRow]:

@@ -22,14 +22,9 @@ DEVICES = ("cuda", "cpu")
 @documented
 @dataclass(frozen=True)
 class Setup:
-    """The run whose memory is predicted. Raises ValueError for a value that is not allowed.
+    """A run, without its model. Raises ValueError for a value that is not allowed."""
 
-    padded: rows differ in length, so attention takes a mask. fused_adapter: one product serves weight and adapter, as
-    on the CPU; None: as the device does. wide_attention: attention is computed in float32 (model/wide.py); None: as
-    `load` decides on this machine.
-    """
-
-    # qlora quantises linear layers and trains adapters; lora trains adapters on the original weights
+    # qlora quantises the linear layers and trains adapters, lora trains adapters on the original weights
     method: str = option("qlora", "what is trained, and on what: qlora, lora or full (all weights)")
     codebook: str = option(ModelOptions.codebook, "data type of the quantised weights, such as nf4, fp4 or int4")
     block_size: int = same_option(ModelOptions, "block_size")
@@ -45,7 +40,7 @@ class Setup:
     # with packing it decides how many rows a batch needs
     mean_length: int | None = option(None, "mean tokens per example, for --packing (default: a whole row)", "tokens")
     packing: bool = same_option(Settings, "packing")
-    padded: bool = True
+    padded: bool = True  # rows differ in length, so attention takes a mask
     # only the rows of labels go through the head
     learned: float = option(0.25, "share of tokens that are labels, from 0 to 1")
     gradient_checkpointing: bool = same_option(Settings, "gradient_checkpointing")
@@ -53,11 +48,11 @@ class Setup:
     optimizer_budget: int | None = same_option(Settings, "optimizer_budget")
     paged: bool = False  # moments in float32 pages; those of torch's AdamW have the parameter's dtype
     device: str = option("cuda", "where the run computes: cuda or cpu")
-    fused_adapter: bool | None = None
-    wide_attention: bool | None = None
+    fused_adapter: bool | None = None  # one product for weight and adapter, as on the CPU; None: as the device does
+    wide_attention: bool | None = None  # computed in float32 (model/wide.py); None: as `load` decides on this machine
 
     def __post_init__(self):
-        # torch costs a second, and the command line reads this class for its --help
+        # imported here: torch costs a second, and the command line reads this class for its --help
         from qlora_lab.quant.blocks import check_block_size
         from qlora_lab.quant.codebook import codebook
 
@@ -69,7 +64,7 @@ class Setup:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(allowed)}")
         if self.optimizer_bits not in (32, 8):
-            raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8 bits")
+            raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8")
         for name in ("r", "batch_size", "length"):
             check_whole(name, getattr(self, name))
         for name, most in (("micro_batch_size", MOST), ("mean_length", MOST), ("optimizer_budget", MOST_BYTES)):

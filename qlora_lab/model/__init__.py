@@ -1,4 +1,4 @@
-"""The model room: a name or a folder becomes a model whose linear layers are in 4 bits. Read it in this order:
+"""The model room: a name or a folder becomes a model with linear layers in 4 bits. Read it in this order:
 
 fetch -> gguf_in -> model_files -> empty_model -> linear4bit -> stored -> load -> quantized_folder
 """

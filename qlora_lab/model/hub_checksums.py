@@ -1,8 +1,8 @@
-"""What the Hugging Face hub says of a file that was fetched: its checksum is the file's name in the local cache.
+"""Compare fetched files with the Hugging Face hub's checksums, which are their names in the local cache.
 
-In: a snapshot folder, whose files are links to `blobs/CHECKSUM`. Out: which of them differ.
-Source: huggingface_hub's cache; 64 digits are the sha256 of a large file (LFS), 40 are git's, of a small one. Where a
-system has no links (Windows, without developer mode) nothing is known.
+In: a snapshot folder, whose files are links to `blobs/CHECKSUM`. Out: the files that differ.
+Source: huggingface_hub's cache. 64 digits are the sha256 of a large file (LFS), 40 are git's, of a small one. Where a
+system has no links (Windows without developer mode), nothing is known.
 """
 
 import re
@@ -16,8 +16,8 @@ CHECKSUM = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 
 
 def hub_files(folder: Path) -> dict[str, str]:
-    """Name -> what the hub gave as its checksum, for each file of a snapshot; empty for any other folder."""
-    if folder.resolve().parent.name != "snapshots":  # any other may be as large as a disk
+    """Return name -> the hub's checksum for each file of a snapshot; an empty dict for any other folder."""
+    if folder.resolve().parent.name != "snapshots":  # another folder may hold a whole disk to walk
         return {}
     links = (path for path in sorted(folder.rglob("*")) if path.is_symlink())
     targets = {path.relative_to(folder).as_posix(): path.readlink() for path in links}
@@ -29,7 +29,7 @@ def hub_files(folder: Path) -> dict[str, str]:
 
 
 def differing(folder: Path, progress: bool = False) -> list[Path]:
-    """Files of a snapshot that are not what the hub has."""
+    """Return the files of a snapshot that differ from the hub's."""
     files = {folder / name: digest for name, digest in hub_files(folder).items()}
     size = sum(file.stat().st_size for file in files)
     with tqdm(total=size, desc="checking", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:

@@ -1,13 +1,13 @@
 """A linear layer whose frozen weight stays packed: y = x dequantize(W)^T + bias.
 
 In: x, (..., in_features) float32, bf16 or fp16. Out: y, (..., out_features), same dtype.
-Source: QLoRA section 3, equation 5. The weight is dequantised, used, and dropped; backward dequantises it once more
-instead of keeping it: 0.5 byte a weight stays for backward, not 2 or 4. The frozen weight has no gradient, so x is not
-kept at all, unless an adapter (lora.py) comes with it. On the CPU not even that copy is made: kernels/product.py
-decodes a panel at a time. There is no second derivative.
+Source: QLoRA section 3, equation 5. The weight is dequantised, used, and dropped. Backward dequantises it again instead
+of keeping it, so 0.5 byte a weight stays in memory, not 2 or 4. The frozen weight has no gradient, so x is not kept
+either, unless an adapter (lora.py) needs it. On the CPU there is never a whole copy of the weight: kernels/product.py
+decodes one panel at a time. There is no second derivative.
 
-But: no inference mode that repacks anything. What a layer computes and what it saves never depend on train() or eval().
-Not here: adapters (lora.py), reading checkpoints (load.py).
+But: no inference mode that repacks anything. What a layer computes and saves never depends on train() or eval().
+Not here: adapters (lora.py), reading models (load.py).
 """
 
 import inspect
@@ -26,12 +26,12 @@ from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
 
-HEAD = "lm_head"  # the output layer's name in most models of transformers; it is neither quantised nor adapted
-# `self.dt_proj.weight @ x`, `out_proj=self.out_proj.weight,`; a packed weight can be neither multiplied nor handed on
+HEAD = "lm_head"  # the output layer in most models of transformers; neither quantised nor adapted
+# `self.dt_proj.weight @ x`, `out_proj=self.out_proj.weight,`: code that uses a weight itself cannot use a packed one
 DIRECT_USE = re.compile(r"^(?!.*\binit\.).*(?<!module)\.(\w+)\.weight(?= @|,$|\)|\.t\(|\.mul_|\.div_)", re.MULTILINE)
 
 
-def _product_for(weight: QuantizedTensor) -> ModuleType | None:
+def _product_for(weight: QuantizedTensor) -> ModuleType | None:  # None: no fast product for it
     return product_for(weight.device.type, len(weight.levels), weight.block_size)
 
 
@@ -44,7 +44,7 @@ def _matmul_4bit(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
 class _MatMul4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
-        ctx.weight = weight  # packed bytes, shared with the layer: nothing is copied
+        ctx.weight = weight  # packed bytes, shared with the layer: no copy, and x is not kept
         return _matmul_4bit(x, weight)
 
     @staticmethod
@@ -57,13 +57,14 @@ class _MatMul4bit(torch.autograd.Function):
 
 
 class _AdaptedMatMul4bit(torch.autograd.Function):
-    """x W^T + scaling (x A^T) B^T in one pass over x on the CPU. Kept for backward: x as it came, and x A^T."""
+    """x W^T + scaling (x A^T) B^T in one pass over x on the CPU. Keeps x as it came, and x A^T, for backward."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: QuantizedTensor, A: torch.Tensor, B: torch.Tensor, scaling: float):
         product = _product_for(weight)
-        thin = product.Thin(A.t(), scaling * B.t(), A.new_empty(len(x), len(A)))
-        ctx.weight, ctx.scaling = weight, scaling
+        thin = product.Thin(A.t(), scaling * B.t(), A.new_empty(len(x), len(A)))  # low: (tokens, r)
+        ctx.weight = weight
+        ctx.scaling = scaling
         y = product.forward(x, weight.plain, weight.shape[0], thin)
         ctx.save_for_backward(x, thin.low, A, B)
         return y
@@ -71,14 +72,16 @@ class _AdaptedMatMul4bit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        (x, low, A, B), weight, scaling = ctx.saved_tensors, ctx.weight, ctx.scaling
+        x, low, A, B = ctx.saved_tensors
+        weight = ctx.weight
+        scaling = ctx.scaling
         product = _product_for(weight)
-        thin = product.Thin(scaling * B, A, torch.empty_like(low))
+        thin = product.Thin(scaling * B, A, torch.empty_like(low))  # the same product with A and B in swapped roles
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = product.backward(grad, weight.plain, weight.shape[1], thin)
-        else:  # a layer right after the frozen embedding
-            torch.mm(grad.to(B.dtype), thin.down, out=thin.low)
+        else:  # the layer after a frozen embedding: only A and B learn
+            torch.mm(grad.to(B.dtype), thin.down, out=thin.low)  # (tokens, out) @ (out, r) -> (tokens, r)
         grad_B = product.outer(low, grad).t() * scaling  # (r, out) -> (out, r)
         return grad_x, None, product.outer(thin.low, x), grad_B, None
 
@@ -86,17 +89,15 @@ class _AdaptedMatMul4bit(torch.autograd.Function):
 class Linear4bit(nn.Module):
     """`nn.Linear` over a QuantizedTensor.
 
-    weight: quantised (out_features, in_features); frozen, and no Parameter, so no optimizer ever sees it.
+    weight: quantised (out_features, in_features), frozen; it is not a Parameter, so no optimizer ever sees it.
     bias: (out_features,) or None. Raises ValueError for a weight that is not a matrix.
-    Moving the module moves the weight; casting it (.half(), .bfloat16()) casts only the bias: bytes have no dtype.
+    Moving the module moves the weight. Casting it (.half(), .bfloat16()) casts only the bias: packed bytes stay.
     """
 
     def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None):
         super().__init__()
         if len(weight.shape) != 2:
-            raise ValueError(
-                f"weight has shape {tuple(weight.shape)}, but a linear layer takes (out_features, in_features)"
-            )
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, but needs (out_features, in_features)")
         self.weight = weight
         self.register_parameter("bias", bias)
 
@@ -110,25 +111,25 @@ class Linear4bit(nn.Module):
 
     @property
     def takes_adapter(self) -> bool:
-        """Whether forward can add an adapter by itself: the CPU's product can."""
+        """Whether forward can add an adapter itself, as the CPU's product can."""
         return self.weight.device.type == "cpu" and _product_for(self.weight) is not None
 
     def forward(self, x: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None) -> torch.Tensor:
         """adapter: (lora_A, lora_B, scaling) of lora.py, added to the product; only where `takes_adapter`."""
         if x.dtype not in WEIGHT_DTYPES:
-            raise TypeError(f"input is {x.dtype}: Linear4bit computes in float32, bfloat16 or float16")
+            raise TypeError(f"input is {x.dtype}: cast it to float32, bfloat16 or float16")
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(x.shape)}, but its last size must be {self.in_features}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # (tokens, in_features)
         if adapter is not None:
-            y = _AdaptedMatMul4bit.apply(tokens, self.weight, *adapter)
+            y = _AdaptedMatMul4bit.apply(tokens, self.weight, *adapter)  # base and adapter, one rounding
         elif x.requires_grad and torch.is_grad_enabled():
             y = _MatMul4bit.apply(tokens, self.weight)
         else:
             y = _matmul_4bit(tokens, self.weight)
-        y = y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)  # (..., out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -142,33 +143,33 @@ class Linear4bit(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(to_tensors(self.weight, prefix + "weight"))
+        destination.update(to_tensors(self.weight, prefix + "weight"))  # by bitsandbytes' key names
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):  # rest: as torch passes it, a list of errors last
         key = prefix + "weight"
         ours = [k for k in state_dict if k == key or k.startswith(key + ".")]
         try:
             weight = from_tensors(state_dict, key)
             if weight.shape != self.weight.shape:
                 raise ValueError(f"{key} has shape {tuple(weight.shape)}, the layer {tuple(self.weight.shape)}")
-            self.weight = weight.to(self.weight.device)
+            self.weight = weight.to(self.weight.device)  # where the layer is, wherever the file was loaded
         except (KeyError, ValueError) as error:
-            errors.append(str(error.args[0]))
-        rest = {k: v for k, v in state_dict.items() if k not in ours}
-        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+            rest[-1].append(str(error.args[0]))
+        others = {k: v for k, v in state_dict.items() if k not in ours}
+        super()._load_from_state_dict(others, prefix, *rest)
 
 
 def head_path(model: nn.Module) -> str | None:
-    """Path of the layer that gives logits, lm_head in most models; None where there is none."""
-    get = getattr(model, "get_output_embeddings", None)
+    """Return the path of the layer that gives logits, lm_head in most models; None if there is none."""
+    get = getattr(model, "get_output_embeddings", None)  # transformers' models have it
     head = get() if get else getattr(model, HEAD, None)
     return next((path for path, module in model.named_modules() if module is head), None)
 
 
 def left_alone(model: nn.Module) -> set[str]:
-    """Paths of modules that are neither quantised nor adapted: head, routers, and layers whose weight is used directly.
+    """Return paths of modules not to quantise or adapt: head, routers, and layers whose weight is used directly.
 
-    Which those are is read from the source of the model's classes in transformers.
+    The source of the model's classes in transformers tells which those are.
     """
     last_names = {HEAD, *_used_directly(frozenset(type(module).__module__ for module in model.modules()))}
     head = head_path(model)
@@ -180,26 +181,26 @@ def left_alone(model: nn.Module) -> set[str]:
 
 
 def linears_to_quantise(model: nn.Module) -> dict[str, nn.Linear]:
-    """Path -> layer: every plain nn.Linear that is not left alone."""
+    """Return path -> layer for every plain nn.Linear that is not left alone."""
     kept = left_alone(model)
     return {path: m for path, m in model.named_modules() if type(m) is nn.Linear and path not in kept}
 
 
 @lru_cache
 def _gives_more(kind: type[nn.Module]) -> bool:
-    """Whether it is an nn.Linear with a forward of its own that returns several things, as Llama 4's router is."""
+    """Tell whether it is an nn.Linear whose own forward returns several things, as Llama 4's router does."""
     if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
         return False
     try:
         source = inspect.getsource(kind.forward)
-    except (OSError, TypeError):  # typed at a prompt, or compiled
+    except (OSError, TypeError):  # no source: typed at a prompt, or compiled
         return False
     return re.search(r"return \w+, ", source) is not None
 
 
 @lru_cache
 def _used_directly(modules: frozenset[str]) -> frozenset[str]:
-    """Names of layers whose weight a family's own code multiplies or hands on, as Mamba's and RWKV's does."""
+    """Return names of layers whose weight a family's own code multiplies or passes on, as in Mamba and RWKV."""
     theirs = (sys.modules[name] for name in modules if name.startswith("transformers.models."))
     texts = [Path(module.__file__).read_text(encoding="utf-8") for module in theirs]
     return frozenset(name for text in texts for name in DIRECT_USE.findall(text))
@@ -213,12 +214,11 @@ def quantize_linears(
     *,
     plan: Plan | str | Path | None = None,
 ) -> nn.Module:
-    """Replace each plain `nn.Linear` of `model` by a Linear4bit, in place, except those of `left_alone`.
+    """Replace each plain `nn.Linear` of `model` by a Linear4bit, in place, except `left_alone`. Returns `model`.
 
-    plan: or its file, instead of the options, for layers that differ (quant/plan.py).
-    Raises what quantize raises, with the layer's name, and ValueError when there is nothing to replace, or for a plan
-    of another model.
-    Returns `model`.
+    plan: a Plan or its file, instead of the options, for layers that differ (quant/plan.py).
+    Raises what quantize raises, with the layer's name, and ValueError if there is nothing to replace, or for a plan of
+    another model.
     """
     targets = linears_to_quantise(model)
     if not targets:

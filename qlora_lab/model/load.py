@@ -2,13 +2,13 @@
 
 In: a known name, a local folder, or a hub id. Out: (model, tokenizer), the model frozen and in evaluation mode.
 Peak memory is the quantised model plus the largest tensor, never the full-precision model: the model is built on the
-meta device, where tensors have shapes and no bytes, and each weight is read, quantised and dropped before the next.
+meta device, where tensors have shapes but no bytes, and each weight is read, quantised and dropped before the next.
 
-A folder that is in 4 bits already (quantized_folder.py) is mapped: no codes are read before they are used.
-A NaN or an infinity is refused wherever it stands, at the speed of memory (quant/finite.py).
-Embeddings, the head and norms keep their precision. In the end each tensor is the one that was read, or the load fails.
+A folder that is in 4 bits already (quantized_folder.py) is mapped: codes are not read until they are used.
+NaN and infinity are refused wherever they are, at the speed of memory (quant/finite.py).
+Embeddings, head and norms keep their precision. At the end each tensor is the one that was read, or loading fails.
 Not here: the folder (fetch.py), the empty model and its buffers (empty_model.py), names in files (stored.py), adapters
-(lora.py).
+(adapters/lora.py).
 """
 
 from collections.abc import Iterator
@@ -65,46 +65,48 @@ def load(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """A quantised model and its tokenizer.
+    """Load a quantised model and its tokenizer.
 
-    codebook: a name that qlora_lab.codebook knows, or None for no quantisation. block_size, double_quant: see quantize.
-    A folder that is quantised already has its own.
-    plan: or its file, instead of these options, for layers that differ (quant/plan.py).
-    dtype: of everything that is not quantised, and of the computation; None takes bf16 where the machine multiplies it
-    fast, else float32 (fp16 on an older GPU); what transformers keeps in float32 always, such as DeepSeek's routing
-    bias, stays so. device: None takes a CUDA GPU if there is one.
-    Raises ValueError for a name or option that is not known, a plan of another model, or a model without linear layers;
-    FileNotFoundError for a folder without a model; ModelError for a tensor that is missing, extra, mis-shaped, not
-    finite or cut off: each names it, and for a family that is not supported; OutOfMemory, which says what would need
-    less. Warns where less than 90 % of the weights are in 4 bits, and for tied weights that differ in the files: they
-    are then two.
+    codebook: a name that qlora_lab.codebook knows, or None: do not quantise. block_size, double_quant: see quantize. A
+    folder that is quantised already keeps its own options.
+    plan: a Plan or its file, instead of these options, for layers that differ (quant/plan.py).
+    dtype: of everything that is not quantised, and of the computation. None: bf16 where the machine multiplies it fast,
+    else float32 (fp16 on an older GPU). What transformers always keeps in float32, such as DeepSeek's routing bias,
+    stays so. device: None: a CUDA GPU if there is one.
+    Raises ValueError for an unknown name or option, a plan of another model, or a model without linear layers;
+    FileNotFoundError for a folder without a model; ModelError, naming the tensor, for one that is missing, extra,
+    mis-shaped, not finite or cut off, and for an unsupported family; OutOfMemory, which says what would need less.
+    Warns where less than 90 % of the weights are in 4 bits, and where tied weights differ in the files: they become
+    two.
     """
     if codebook is not None:  # before anything is fetched or read
         named_codebook(codebook)
         check_block_size(block_size)
-    plan = as_plan(plan)
+    plan = as_plan(plan)  # reads and checks its file before the model's
     folder = resolve(name_or_path, progress=progress)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or fast_dtype(device)
     if dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"dtype={dtype} is not supported: choose float32, bfloat16 or float16 of torch")
-    asked, stored = Candidate(codebook, block_size, double_quant), stored_options(folder)
-    if stored and (plan is not None or asked not in (DEFAULT, stored)):
-        given = "by a plan" if plan is not None else f"as {tuple(asked)}"
-        raise ValueError(f"{folder} is quantised as {stored}, not {given}: leave the options out, or load the original")
+        raise ValueError(f"dtype={dtype} is not supported: choose torch.float32, torch.bfloat16 or torch.float16")
+    options = Candidate(codebook, block_size, double_quant)
+    stored = stored_options(folder)
+    if stored and (plan is not None or options not in (DEFAULT, stored)):  # DEFAULT: nothing was asked for
+        other = "by a plan" if plan is not None else f"as {tuple(options)}"
+        raise ValueError(f"{folder} is quantised as {stored}, not {other}: leave the options out, or load the original")
     with telling_memory(lambda: _too_large(folder, stored is not None, codebook)):
         model = empty_model(folder, dtype)
         model.config._name_or_path = model.name_or_path = public_name(name_or_path)
-        dtypes = dtypes_of(model, dtype)
-        compute_buffers(model, device)
+        dtypes = dtypes_of(model, dtype)  # some tensors stay in float32
+        compute_buffers(model, device)  # rotary frequencies and the like, which no file holds
         if stored:
             arriving = _mapped(model, folder, progress)
         else:
-            options = {} if codebook is None and plan is None else of_layers(asked, plan, layer_sizes(model))
-            arriving = _quantised(model, folder, options, device, dtypes, progress)
+            quantised = {} if codebook is None and plan is None else of_layers(options, plan, layer_sizes(model))
+            arriving = _quantised(model, folder, quantised, device, dtypes, progress)
+        # arriving yields one tensor at a time: it is in its place, or dropped, before the next one is read.
         placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in arriving}
-        tie(model, placed)
-        widen(model)
+        tie(model, placed)  # a head that is its embedding
+        widen(model)  # attention and head, on a CPU that is slow in bf16
     _check_whole(model, placed)
     if codebook is not None or plan is not None:
         in_4_bits(model).warn_if_small(stacklevel=2)
@@ -123,9 +125,9 @@ def _too_large(folder: Path, mapped: bool, codebook: str | None) -> str:
 
 @lru_cache
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where `device` multiplies it faster than float32 (fp16 on a GPU without bf16), else float32.
+    """Return bf16 where `device` multiplies it faster than float32 (fp16 on a GPU without bf16), else float32.
 
-    On a CPU this is raced, in about 0.1 s, and not read off its features.
+    On a CPU a race of about 0.1 s decides: its features do not tell which is faster.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -137,13 +139,13 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def public_name(name_or_path: str | Path) -> str:
-    """What an adapter says its base is: a hub id where there is one, and no path of a cache."""
-    known = KNOWN_MODELS.get(str(name_or_path))
-    return known.hub_id if known else str(name_or_path)
+    """Return the name of its base that an adapter records: a hub id where there is one, never a path in a cache."""
+    model = KNOWN_MODELS.get(str(name_or_path))
+    return model.hub_id if model else str(name_or_path)
 
 
 def layer_sizes(model: nn.Module) -> dict[str, int]:
-    """Path of each layer to quantise -> its weights. Raises ValueError for a model that has none."""
+    """Return path -> number of weights for each layer to quantise. Raises ValueError for a model without any."""
     sizes = {path: linear.weight.numel() for path, linear in linears_to_quantise(model).items()}
     if not sizes:  # GPT-2's are Conv1D
         raise ValueError(
@@ -161,23 +163,24 @@ def _quantised(
     dtypes: dict[str, torch.dtype],
     progress: bool,
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
-    """The tensors of an original, one at a time, those of the layers in `options` quantised."""
+    """Yield the tensors of an original one at a time, quantising those of the layers in `options`."""
     bar = tqdm(stored_tensors(model, folder).items(), "loading", unit="tensor", disable=not progress)
     for name, stored in bar:
         bar.set_postfix_str(name.removeprefix("model."), refresh=False)
-        tensor, layer = stored.read().to(device), name.removesuffix(".weight")
+        tensor = stored.read().to(device)
+        layer = name.removesuffix(".weight")
         if layer in options:
-            yield name, quantize(tensor, *options[layer], name=name)
-        else:  # a copy of what is a view of the file; clone() would keep its dtype
+            yield name, quantize(tensor, *options[layer], name=name)  # name: for errors
+        else:  # a view of the file is copied, in the right dtype at once
             yield name, tensor.to(dtypes[name], copy=stored.rule is None)
 
 
 def _mapped(
     model: "PreTrainedModel", folder: Path, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
-    """The tensors of a folder in 4 bits. On the CPU all are views of files, and codes are not read before use."""
-    files = files_of(folder)
-    parts: dict[str, list[str]] = {}
+    """Yield the tensors of a folder in 4 bits. On the CPU all are views of files: codes are not read before use."""
+    files = files_of(folder)  # key -> file
+    parts: dict[str, list[str]] = {}  # name in the model -> stored keys: a packed weight has several
     for key in files:
         name, dot, _ = key.partition(".weight.")
         parts.setdefault(f"{name}.weight" if dot else key, []).append(key)
@@ -186,21 +189,21 @@ def _mapped(
     tensors = by_model_name(model, {name: files[keys[0]] for name, keys in parts.items()})
     check_names(folder, tensors, model)
     tensors = without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
-    packed = {*linears_to_quantise(model), head_path(model)}
+    packed = {*linears_to_quantise(model), head_path(model)}  # what can stay packed
     with opened_once(files) as opened_files:
         for name, stored in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):
             if stored.rule:
                 yield name, stored.read()
                 continue
             key = next(iter(stored.files))
-            found = {part: opened_files[files[part]].get_tensor(part) for part in parts[key]}
+            pieces = {part: opened_files[files[part]].get_tensor(part) for part in parts[key]}
             try:
-                tensor = found[key] if len(found) == 1 else from_tensors(found, key)
+                tensor = pieces[key] if len(pieces) == 1 else from_tensors(pieces, key)
             except (KeyError, ValueError) as error:
                 raise ModelError(f"{stored.file}: {error.args[0]}") from None
             if isinstance(tensor, QuantizedTensor):
                 check_shape(stored.file, name, tensor.shape, stored.shape)
-                # bitsandbytes packs others too, whose weight the family's code uses itself: it takes them decoded
+                # bitsandbytes also packs layers whose weight the family's code uses directly: these are decoded here.
                 yield name, tensor if name.removesuffix(".weight") in packed else dequantize(tensor, torch.float32)
             else:
                 yield name, stored.checked(tensor)
@@ -213,13 +216,13 @@ def _place(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor | QuantizedTensor, int]:
-    """Put a tensor where it belongs. Returns what is there now, and how often it was written to."""
+    """Put a tensor where it belongs. Returns what is there now, and how often that was written to."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(tensor, QuantizedTensor):
         model.set_submodule(path, Linear4bit(tensor.to(device), module.bias))
     elif leaf in module._buffers:
-        module._buffers[leaf] = tensor.to(device, dtype)
+        module._buffers[leaf] = tensor.to(device, dtype)  # a saved buffer, such as a routing bias
     else:
         setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
     return _seen(model, name)
@@ -228,14 +231,14 @@ def _place(
 def _seen(model: nn.Module, name: str) -> tuple[torch.Tensor | QuantizedTensor, int]:
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
-    return tensor, getattr(tensor, "_version", 0)
+    return tensor, getattr(tensor, "_version", 0)  # torch counts writes in place; packed weights have no count
 
 
 def _check_whole(model: nn.Module, placed: dict[str, tuple[torch.Tensor | QuantizedTensor, int]]) -> None:
-    """Raise ModelError unless each tensor is the one that was read, as it was read, and every one has its values."""
+    """Raise ModelError unless each tensor is what was read from the files, unchanged, and none is without values."""
     for name, (tensor, version) in placed.items():
         there, version_there = _seen(model, name)
-        if there is not tensor or version_there != version:
+        if there is not tensor or version_there != version:  # replaced or written to by the family's own code
             raise ModelError(f"{name} is no longer what was read from the files: please report this family")
     for name, tensor in (*model.named_parameters(), *model.named_buffers(), *_plain_tensors(model)):
         if tensor.is_meta:
@@ -243,6 +246,6 @@ def _check_whole(model: nn.Module, placed: dict[str, tuple[torch.Tensor | Quanti
 
 
 def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that a module keeps as an ordinary attribute."""
+    """Yield tensors that a module keeps as an ordinary attribute."""
     for path, module in model.named_modules():
         yield from ((f"{path}.{name}", value) for name, value in vars(module).items() if torch.is_tensor(value))

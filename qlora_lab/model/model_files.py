@@ -1,8 +1,8 @@
-"""The files of a model folder: which weights there are, and whether each file is what its name says.
+"""Check the files of a model folder: which weights there are, and whether each file is what its name says.
 
-In: a folder. Out: its configuration, the paths of its weights, or one line that names the file at fault.
-transformers reads most of these files by itself, and its errors for a damaged one name no file: they are looked at
-before it is. Links are followed, because the hub's cache is made of them; what an index names lies in the folder.
+In: a folder. Out: its configuration, the paths of its weights, or an error of one line that names the damaged file.
+transformers reads most of these files itself, but its errors for a damaged one name no file, so they are checked first.
+Links are followed, because the hub's cache consists of them; what an index names must lie in the folder.
 Not here: getting a model, and what to do about a damaged one (fetch.py); building it (empty_model.py).
 """
 
@@ -30,12 +30,15 @@ from qlora_lab.files.strict_json import (
 
 
 class ModelError(RuntimeError):
-    """A model cannot be had or read, and the message says why and what to do."""
+    """A model cannot be fetched or read; the message says why and what to do."""
 
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-# Large enough for every model that is published, and small enough to be built on the meta device in seconds.
-LAYERS, WIDTH, VOCABULARY = 1_000, 2**20, 2**24
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+# Limits above every published model, yet small enough to build on the meta device in seconds.
+LAYERS = 1_000
+WIDTH = 2**20
+VOCABULARY = 2**24
 SIZES = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers"), LAYERS),
     **dict.fromkeys(("decoder_layers", "num_nextn_predict_layers"), LAYERS),
@@ -46,28 +49,28 @@ SIZES = {
     "vocab_size": VOCABULARY,
 }
 COPY = "put a whole copy in its place"
-INDEX_MIB, TOKENIZER_MIB = 64, 128  # the longest published have 13 and 33
-
+INDEX_MIB = 64  # the longest published has 13
+TOKENIZER_MIB = 128  # the longest published has 33
 
 NEEDED = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
-NEEDED += ("intermediate_size", "ffn_dim")  # 0 of them would not be a model
+NEEDED += ("intermediate_size", "ffn_dim")  # at least 1: with 0 there is no model
 DROPOUTS = ("hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 
-def _list_or_one(one: Rule, longest: int = LAYERS) -> Rule:
-    """What follows `one`, or a list of such, or null."""
+def _list_or_one(rule: Rule, longest: int = LAYERS) -> Rule:
+    """Extend a rule to allow a list of such values, too, and null."""
 
     def allows(value: Any) -> bool:
-        return all(map(one.allows, value)) and len(value) <= longest if isinstance(value, list) else one.allows(value)
+        return all(map(rule.allows, value)) and len(value) <= longest if isinstance(value, list) else rule.allows(value)
 
-    return or_null(Rule(f"{one.what}, or a list of them", allows))
+    return or_null(Rule(f"{rule.what}, or a list of them", allows))
 
 
 IDS = _list_or_one(whole(-1, 2**31))
 PROBABILITY = Rule("a number from 0 to 1", lambda value: NUMBER.allows(value) and 0 <= value <= 1)
 ABOVE_0 = or_null(Rule("a number above 0", lambda value: NUMBER.allows(value) and value > 0))
 ELSEWHERE = Rule("left out, because no file of another name is read", lambda value: False)
-TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS)
+TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), IDS)  # an id, or a list of several end tokens
 CONFIG_RULES = {
     "model_type": or_null(TEXT),
     "rope_theta": _list_or_one(ABOVE_0),
@@ -78,13 +81,13 @@ CONFIG_RULES = {
     "attention_dropout": PROBABILITY,
     **TOKENS,
 }
-RULES = {
+RULES = {  # file beside the weights -> rules of its keys
     "generation_config.json": TOKENS,
     "tokenizer_config.json": {"fast_tokenizer_files": ELSEWHERE, "model_max_length": or_null(NUMBER)},
 }
-TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")  # Jinja
 TEXTS = ("merges.txt", "vocab.txt")
-OBJECTS = {
+OBJECTS = {  # file -> bytes at most
     "generation_config.json": LARGEST,
     "special_tokens_map.json": LARGEST,
     "added_tokens.json": LARGEST,
@@ -103,7 +106,7 @@ def check_folder(folder: Path) -> None:
         raise FileNotFoundError(f"{folder} has no {CONFIG}: a model folder holds {CONFIG} and *.safetensors")
     try:
         read_config(folder / CONFIG)
-        _check_small_files(folder)
+        _check_small_files(folder)  # before transformers reads them
     except ValueError as error:
         raise ModelError(str(error)) from None
     for file in weight_files(folder):
@@ -111,17 +114,17 @@ def check_folder(folder: Path) -> None:
 
 
 def read_config(path: Path) -> dict:
-    """What a config.json holds. Raises ValueError, with the key, for what is no configuration or too large for one."""
-    found = read_json(path, CONFIG_RULES, infinity=True)
-    rotary = found.get("rope_parameters") or {}
+    """Read a config.json. Raises ValueError, with the key, if it is not a configuration, or too large for one."""
+    config = read_json(path, CONFIG_RULES, infinity=True)
+    rotary = config.get("rope_parameters") or {}
     for part in (rotary, *rotary.values()):  # some families have an object for each kind of layer
         if isinstance(part, dict):
             check_keys(part, {"rope_theta": ABOVE_0}, f"{path}: rope_parameters")
-    return found
+    return config
 
 
 def _check_small_files(folder: Path) -> None:
-    """Raise ValueError for a file beside the weights that transformers would read and that is not what it should be."""
+    """Raise ValueError for a damaged file beside the weights, if transformers would read it."""
     for name, largest in OBJECTS.items():
         if lexists(folder / name):
             read_json(folder / name, RULES.get(name), largest=largest)
@@ -135,7 +138,7 @@ def _check_small_files(folder: Path) -> None:
 
 
 def _check_template(path: Path) -> None:
-    """Raise ValueError for a chat template that is not one: it is empty, or cut off in mid-block."""
+    """Raise ValueError for a chat template that is empty, or cut off in mid-block."""
     from jinja2 import Environment, TemplateSyntaxError
     from jinja2.ext import Extension
 
@@ -148,7 +151,7 @@ def _check_template(path: Path) -> None:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    text = decoded(read_regular(path), str(path))
+    text = decoded(read_regular(path), str(path))  # UTF-8, at most 16 MiB
     if not text.strip():
         raise ValueError(f"{path} is empty: put the template there, or remove the file")
     try:
@@ -160,14 +163,15 @@ def _check_template(path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, chosen as transformers does: model.safetensors, or what the index names.
+    """Return a folder's safetensors files, chosen as transformers does: model.safetensors, or what the index names.
 
-    Without either, model-*.safetensors, and then any other name but an adapter's.
-    Raises FileNotFoundError for a folder without any, ValueError for an index that cannot be read or that names what
-    does not lie beside it.
+    Without either, model-*.safetensors; without these, any name but an adapter's.
+    Raises FileNotFoundError for a folder without any, ValueError for an index that cannot be read, or that names a file
+    elsewhere.
     """
-    whole_file, index = folder / "model.safetensors", folder / INDEX
-    if lexists(whole_file):  # a link to nothing is a cache that lost a file, and is named
+    whole_file = folder / "model.safetensors"
+    index = folder / INDEX
+    if lexists(whole_file):  # a link to nothing, of a cache that lost a file, becomes an error that names it
         return [whole_file]
     if lexists(index):
         return [folder / name for name in _shards(index)]
@@ -181,8 +185,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    found = read_json(index, {"weight_map": each(TEXT)}, ("weight_map",), largest=INDEX_MIB * 2**20)
-    names = sorted(set(found["weight_map"].values()))
+    content = read_json(index, {"weight_map": each(TEXT)}, ("weight_map",), largest=INDEX_MIB * 2**20)
+    names = sorted(set(content["weight_map"].values()))
     for name in names:
         if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} names {name!r}: it must be a *.safetensors file beside the index")
@@ -196,10 +200,10 @@ def _check_weights(file: Path) -> None:
         reason = "it is a link to nothing" if lexists(file) else f"{INDEX} names it"
         raise ValueError(f"{file} is missing, and {reason}: {COPY}")
     check_regular(file)
-    with file.open("rb"):  # an error of the system, such as of permissions, is told as it is
+    with file.open("rb"):  # lets an error of the system through as it is, such as of permissions
         pass
     try:
-        with safe_open(file, framework="numpy"):
+        with safe_open(file, framework="numpy"):  # reads the header alone
             pass
     except SafetensorError as error:
         raise ValueError(f"{file} is cut off, or not safetensors ({error}): {COPY}") from None

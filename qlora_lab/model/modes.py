@@ -1,6 +1,6 @@
-"""Training mode, evaluation mode or gradient checkpointing for a while; afterwards all is as it was.
+"""Training mode, evaluation mode or gradient checkpointing inside a `with` block; afterwards all is as before.
 
-`model.eval()` followed by `model.train()` is not that: it also switches on the parts that were off before.
+`model.eval()` followed by `model.train()` does not do that: it also switches on parts that were off before.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ FUNCTION = "_gradient_checkpointing_func"  # what transformers' layers call
 
 @contextmanager
 def mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
-    """All of `model` in training mode, or in evaluation mode, inside the `with` block."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    """Put all of `model` into training mode, or into evaluation mode, inside the `with` block."""
+    flags = [(module, module.training) for module in model.modules()]  # each module's own: parts may differ
+    model.train(training)  # all parts alike
     try:
         yield
     finally:
@@ -27,19 +27,19 @@ def mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def measuring(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module has its own training flag again."""
-    # no_grad and not inference_mode: a buffer first made there could never serve a backward pass
+    """Use evaluation mode without gradients; afterwards each module has its own training flag again."""
+    # no_grad, not inference_mode: a buffer that is first made there could never take part in a backward pass.
     with mode(model, training=False), torch.no_grad():
         yield
 
 
 @contextmanager
 def checkpointing(model: torch.nn.Module) -> Iterator[None]:
-    """Gradient checkpointing: each layer keeps its input only and is computed again in backward. Then the model's own.
+    """Checkpoint gradients: each layer keeps only its input and is computed again in backward.
 
-    Non-reentrant, which needs no input with a gradient: frozen embeddings starve no adapter. By the flags that layers
-    of transformers read, because switching it on and off by its methods leaves a hook on the embedding behind, after
-    which the first layer keeps more for its backward pass.
+    Non-reentrant, which needs no input with a gradient: else adapters after frozen embeddings would not learn. It sets
+    the flags that transformers' layers read, because transformers' own methods leave a hook on the embedding behind,
+    after which the first layer keeps more for its backward pass.
     Raises ValueError for a model without such layers.
     """
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -59,7 +59,7 @@ def checkpointing(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def own_draws(model: torch.nn.Module) -> Iterator[None]:
-    """What is drawn inside the `with` block, on the CPU or the model's device, changes nothing after it."""
-    device = next(model.parameters()).device
+    """Keep random draws inside the `with` block, on the CPU or the model's device, from changing those after it."""
+    device = next(model.parameters()).device  # all of a model is on one device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

@@ -1,6 +1,6 @@
-"""Memory that ran out is one error with a sentence: what needed it, and what would need less.
+"""Turn every error for memory that ran out into one: it says what needed the memory, and what would need less.
 
-In: whatever torch, numpy, numba, safetensors or the system raise for it. Out: one type, to catch and to tell.
+In: whatever torch, numpy, numba, safetensors or the system raise. Out: one type, OutOfMemory.
 Not here: how much is free (free_memory.py), how much a run needs (memory/predict.py).
 """
 
@@ -12,29 +12,29 @@ from contextlib import contextmanager
 SAID = re.compile(
     r"not enough memory|can(no|')t allocate memory|out of memory|bad_alloc|failed to map segment|unable to mmap"
     r"|can't start new thread"
-    r"|could not (create|execute) a primitive$|could not create a memory",  # oneDNN, of its code and its own buffers
+    r"|could not (create|execute) a primitive$|could not create a memory",  # oneDNN, for its code and its own buffers
     re.IGNORECASE,
 )
 
 
 class OutOfMemory(MemoryError):
-    """Memory ran out, and the message says in what, and what would need less."""
+    """Memory ran out; the message says where, and what would need less."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, in any of the ways that libraries have for it."""
+    """Tell whether an error means that memory ran out, in any library's words."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    # a ValueError, KeyError or the like quotes what a user gave, and means that
+    # A ValueError, KeyError or the like may merely quote such words from the user's input.
     return isinstance(error, (RuntimeError, ImportError, OSError)) and bool(SAID.search(str(error)))
 
 
 @contextmanager
 def telling_memory(sentence: Callable[[], str]) -> Iterator[None]:
-    """Inside the `with` block memory that runs out is an OutOfMemory that says `sentence()`."""
+    """Raise OutOfMemory with `sentence()` when memory runs out inside the `with` block."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):  # an inner block has said it better
             raise
         raise OutOfMemory(sentence()) from error

@@ -1,12 +1,12 @@
-"""A model folder whose linear layers are quantised on disk: made once, piece by piece, and then mapped in seconds.
+"""Write a model folder with linear layers in 4 bits: made once, piece by piece, and then mapped in seconds.
 
-In: whatever `load` takes. Out: a folder with config.json, the tokenizer and safetensors by bitsandbytes' key names:
-`load` maps it, and for nf4 and fp4 transformers with bitsandbytes reads it too.
-Source: quant/serialize.py has the names; transformers' BitsAndBytesConfig those in config.json.
+In: whatever `load` takes. Out: a folder with config.json, the tokenizer, and safetensors by bitsandbytes' key names.
+`load` maps it; for nf4 and fp4 transformers with bitsandbytes reads it too.
+Source: quant/serialize.py for the keys, transformers' BitsAndBytesConfig for config.json.
 
-The work is cut into pieces of at most PIECE bytes, each written beside its place and renamed. An interrupted call
-goes on behind its last whole piece when it is repeated, and the folder is the same to the byte. config.json comes last:
-without it the folder is no model yet.
+The work is cut into pieces of at most PIECE bytes, each written beside its place and renamed. Repeating an interrupted
+call continues after its last whole piece, and the folder is the same to the byte. config.json comes last: without it
+the folder is not a model yet.
 Peak memory: one piece, quantised, and the largest tensor.
 Not here: reading it (load.py).
 """
@@ -38,8 +38,10 @@ from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.quantize import quantize
 from qlora_lab.quant.serialize import BITSANDBYTES_READS, to_tensors
 
-PIECE = 2**30  # bytes of the original's tensors in a file: a quarter of that in memory, a few seconds of work
-CONFIG, INDEX, UNFINISHED = "config.json", "model.safetensors.index.json", "quantizing.json"
+PIECE = 2**30  # bytes of the original's tensors in a file: a quarter of it in memory, a few seconds of work
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+UNFINISHED = "quantizing.json"  # what an interrupted call was doing
 PLAN = "plan.json"
 COPIED = [name for name in HUB_FILES if "model" not in name.split(".")[0] and name != CONFIG] + ["source.json"]
 
@@ -54,10 +56,10 @@ def quantize_folder(
     plan: Plan | str | Path | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a quantised copy of a model to the folder `out`, or finish one that was interrupted. Returns `out`.
+    """Write a quantised copy of a model to the folder `out`, or finish an interrupted one. Returns `out`.
 
-    plan: or its file, instead of the options, for layers that differ (quant/plan.py); it is kept in the folder,
-    which bitsandbytes then does not read.
+    plan: a Plan or its file, instead of the options, for layers that differ (quant/plan.py). It is kept in the folder,
+    which bitsandbytes then cannot read.
     Raises what `load` raises, FileExistsError for a folder that holds anything else, BlockingIOError for one that
     another process writes to, and ValueError for an empty path, a folder that was begun from another model or with
     other options, and a plan of another model.
@@ -73,21 +75,22 @@ def quantize_folder(
 
 
 def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan | None, progress: bool) -> Share:
-    source = resolve(name_or_path, progress=progress)
+    source = resolve(name_or_path, progress=progress)  # fetched if need be
     if already := stored_options(source):
         raise ModelError(f"{source} is in 4 bits already, as {already}: load it, or quantise its original")
-    model = empty_model(source, torch.float32)
+    model = empty_model(source, torch.float32)  # names and shapes alone
     stored = stored_tensors(model, source)
     options = of_layers(chosen, plan, layer_sizes(model))
-    pieces = _pieces(stored)
+    pieces = _pieces(stored)  # the same cut in each call, so an interrupted one can continue
     work = chosen._asdict() | {"pieces": pieces}
-    work |= {"source": _identity(source, stored), "plan": plan and {name: list(one) for name, one in options.items()}}
+    work |= {"source": _identity(source, stored), "plan": plan and {name: list(o) for name, o in options.items()}}
     _begin(out, work)
-    weight_map, total = {}, len(pieces)
+    weight_map = {}  # key -> the file that holds it
+    total = len(pieces)
     bar = tqdm(total=len(stored), desc="quantising", unit="tensor", disable=not progress)
     for number, piece in enumerate(pieces, 1):
         file = out / f"model-{number:05}-of-{total:05}.safetensors"
-        if not file.exists():  # else it was finished by an earlier call: a file only gets its name when it is whole
+        if not file.exists():  # else an earlier call finished it: a file gets its name only when it is whole
             tensors = {}
             for name in piece:
                 bar.set_postfix_str(name.removeprefix("model."), refresh=False)
@@ -95,23 +98,23 @@ def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan
                 if (layer := name.removesuffix(".weight")) in options:
                     tensors |= to_tensors(quantize(tensor, *options[layer], name=name), name)
                 else:
-                    tensors[name] = tensor.clone()  # off the file
+                    tensors[name] = tensor.clone()  # a view would keep the file mapped
                 bar.update()
             with replacing_file(file) as new:
-                # tables are shared by all weights, and safetensors stores no tensor under two names
+                # All weights share a table, but safetensors stores no tensor under two names: each gets a copy.
                 save_tensors({key: _own(key, value) for key, value in tensors.items()}, new, {"format": "pt"})
-                disk.copy_mode(out / UNFINISHED, new)  # safetensors writes files that only their owner can read
+                disk.copy_mode(out / UNFINISHED, new)  # safetensors lets only the owner read its files
         else:
             bar.update(len(piece))
         with opened(file) as whole:
-            weight_map |= dict.fromkeys(whole.keys(), file.name)
+            weight_map |= dict.fromkeys(whole.keys(), file.name)  # opening it proves that it is whole
     bar.close()
     _finish(out, source, _described(chosen, plan, _kept(model, options)), plan, weight_map)
     return in_4_bits(model, options)
 
 
 def folder_in_4_bits(folder: Path) -> Share:
-    """The Share of a folder that `quantize_folder` made."""
+    """Return the Share of a folder that `quantize_folder` made."""
     model = empty_model(folder, torch.float32)
     return in_4_bits(model, layer_sizes(model))
 
@@ -121,8 +124,9 @@ def _own(key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _pieces(tensors: dict[str, Stored]) -> list[list[str]]:
-    """The names in their order, cut into lists of at most PIECE bytes."""
-    pieces, room = [], 0
+    """Cut the names, in their order, into lists of at most PIECE bytes."""
+    pieces: list[list[str]] = []
+    room = 0  # bytes left in the last one
     for name, stored in tensors.items():
         with opened(stored.file) as file:
             dtype = file.get_slice(next(iter(stored.files))).get_dtype()
@@ -131,27 +135,27 @@ def _pieces(tensors: dict[str, Stored]) -> list[list[str]]:
             pieces.append([])
             room = PIECE
         pieces[-1].append(name)
-        room -= nbytes
+        room -= nbytes  # may be negative: a tensor larger than PIECE has a file of its own
     return pieces
 
 
 def _identity(source: Path, tensors: dict[str, Stored]) -> dict:
-    """What tells a source from another, without reading all of it."""
+    """Return what tells one source from another without reading all of it: sizes and times."""
     files = sorted({file for stored in tensors.values() for file in stored.files.values()})
     stats = {file.name: file.stat() for file in files}
     return {"folder": str(source.resolve()), "files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}}
 
 
 def _kept(model: nn.Module, layers: Collection[str]) -> list[str]:
-    """Paths of the layers that bitsandbytes would take for packed ones, and the head."""
+    """Return paths of the head and of layers that are not packed, though bitsandbytes would expect it."""
     head = head_path(model) or HEAD
     linears = (path for path, module in model.named_modules() if type(module) is nn.Linear)
     return [head, *(path for path in linears if path != head and path not in layers)]
 
 
 def _described(options: Candidate, plan: Plan | None, kept: list[str]) -> dict:
-    """The quantization_config. bitsandbytes knows one type and one block size for a whole model."""
-    theirs = not plan and options.codebook in BITSANDBYTES_READS
+    """Return the quantization_config. bitsandbytes knows one type and one block size for a whole model."""
+    theirs = not plan and options.codebook in BITSANDBYTES_READS  # bitsandbytes can read the folder
     same = {
         "bnb_4bit_quant_type": options.codebook,
         "bnb_4bit_use_double_quant": options.double_quant,
@@ -171,30 +175,30 @@ def _begin(out: Path, work: dict) -> None:
     if (out / UNFINISHED).exists():
         begun = read_object(out / UNFINISHED)
         if not begun.keys() >= work.keys():
-            raise FileExistsError(f"{out / UNFINISHED} is damaged, or another program's: choose a folder of its own")
+            raise FileExistsError(f"{out / UNFINISHED} is damaged, or another program's: choose another folder")
         if differing := [name for name in work if begun.get(name) != work[name]]:
             name = differing[-1]
             raise ValueError(f"{out} was begun with another {name}: repeat that call, or choose another folder")
         _clear(out)
         return
     ours = is_marked(out, QUANTISED) or is_cut(out, QUANTISED)
-    begun_empty = {MARK, scratch_name(out)} if ours else set()
+    begun_empty = {MARK, scratch_name(out)} if ours else set()  # all that a call killed at once leaves
     if {path.name for path in out.iterdir()} - begun_empty - {LOCK}:
-        raise FileExistsError(f"{out} is not empty: choose a folder of its own")
+        raise FileExistsError(f"{out} is not empty: choose another folder")
     _clear(out)
     replace_text(out / UNFINISHED, json.dumps(work) + "\n")
 
 
 def _clear(out: Path) -> None:
-    """Mark the folder, and empty the scratch of a process that was killed as it wrote."""
+    """Mark the folder, and remove the scratch of a process that was killed while writing."""
     disk.remove_if_possible(out / mark(out, QUANTISED))
 
 
 def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:
-    """All that is small; config.json, which makes a model of the folder, last."""
+    """Write all small files; config.json, which makes the folder a model, comes last."""
     size = sum((out / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    config = fields_of(source)
+    config = fields_of(source)  # the original's, plus one field
     config["quantization_config"] = described
     if plan:
         plan.save(out / PLAN)
@@ -203,10 +207,11 @@ def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_
             with replacing_file(out / name) as new:
                 disk.copy(source / name, new)
     copied = [name for name in COPIED if (out / name).exists()]
-    contents = {name: (json.dumps(one, indent=2) + "\n").encode() for name, one in ((INDEX, index), (CONFIG, config))}
+    files = {INDEX: index, CONFIG: config}
+    contents = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
     replace_sums(out, [*set(weight_map.values()), *copied, *([PLAN] if plan else [])], contents)
     for name, content in contents.items():
         replace_bytes(out / name, content)
     disk.remove_if_possible(out / scratch_name(out))
-    for name in (MARK, UNFINISHED):  # without the second the folder is a model and nothing else
+    for name in (MARK, UNFINISHED):  # without UNFINISHED the folder is a finished model
         disk.remove(out / name)

@@ -1,7 +1,7 @@
-"""How much of a model is in 4 bits: only plain linear layers are, and some families keep most weights elsewhere.
+"""Count how much of a model is in 4 bits: only plain linear layers are, and some families keep most weights elsewhere.
 
-In: a loaded model, or an empty one and the layers that will be quantised. Out: a Share, which says itself in one line.
-Counted are all parameters but those of embeddings and of the head, which keep their precision in every model.
+In: a loaded model, or an empty one and the layers that will be quantised. Out: a Share, which prints as one line.
+All parameters count but those of embeddings and head, which keep their precision in every model.
 Not here: quantising them (load.py).
 """
 
@@ -14,16 +14,16 @@ from torch import nn
 
 from qlora_lab.model.linear4bit import Linear4bit, head_path
 
-ENOUGH = 0.9  # a LLaMA has 98 % or more; where experts are fused it is 11 to 43 %
-NAMED = 3
+ENOUGH = 0.9  # a LLaMA has 98 % or more; families with fused experts have 11 to 43 %
+NAMED = 3  # others in the line
 
 
 class Share(NamedTuple):
-    """Weights outside embeddings and head: how many are in 4 bits, of how many; names of the others, largest first."""
+    """Weights outside embeddings and head, and how many of them are in 4 bits."""
 
     in_4_bits: int
     weights: int
-    others: tuple[str, ...]
+    others: tuple[str, ...]  # names of those that are not, largest first
 
     @property
     def part(self) -> float:
@@ -41,20 +41,22 @@ class Share(NamedTuple):
         return f"{said}; the largest others: {', '.join(self.others[:NAMED])}{more}"
 
     def warn_if_small(self, stacklevel: int) -> None:
-        """Warn if it is not enough; stacklevel: as warnings.warn takes it, counted from the caller."""
+        """Warn if it is not enough. stacklevel: as in warnings.warn, counted from the caller."""
         if not self.is_enough:
             warnings.warn(str(self), stacklevel=stacklevel + 1)
 
 
 def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
-    """The Share of `model`: its Linear4bit, and of a model that is not quantised yet the paths in `layers`."""
-    head = head_path(model)
-    packed, total, others = 0, 0, Counter()
+    """Return the Share of `model`: of its Linear4bit, or of the paths in `layers` if it is not quantised yet."""
+    head = head_path(model)  # not counted, whatever it is called
+    packed = 0
+    total = 0
+    others = Counter()
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) or path == head:
             continue
         if isinstance(module, Linear4bit):
-            packed += module.weight.shape.numel()
+            packed += module.weight.shape.numel()  # weights, not packed bytes
             total += module.weight.shape.numel()
         for name, parameter in module.named_parameters(recurse=False):
             total += parameter.numel()
@@ -66,5 +68,5 @@ def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
 
 
 def _pattern(name: str) -> str:
-    """One name for all layers: "h.*.mlp" for "h.7.mlp"."""
+    """Return one name for all layers: "h.*.mlp" for "h.7.mlp"."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

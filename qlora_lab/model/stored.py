@@ -1,11 +1,11 @@
-"""Which stored tensors make each tensor of a model, by transformers' own rules for names.
+"""Find the stored tensors that make each tensor of a model, by transformers' own rules for names.
 
 In: an empty model and a folder of safetensors. Out: name in the model -> Stored, which reads it.
-Source: transformers' conversion_mapping and core_model_loading, which rename what older files hold under other names,
-and merge or split what they hold in other pieces (Mixtral's experts one by one, in the model one tensor of all).
+Source: transformers' conversion_mapping and core_model_loading, which rename what older files store under other names,
+and merge or split what they store in other pieces (Mixtral's experts: one by one in files, one tensor in the model).
 
-A tied weight may be stored under any of its names; where two are stored and differ, they are two weights.
-Not here: which files a folder has (fetch.py), where a tensor goes (load.py).
+A tied weight may be stored under any of its names; if two are stored and differ, they are two weights.
+Not here: which files a folder has (model_files.py), where a tensor goes (load.py).
 """
 
 import re
@@ -34,30 +34,30 @@ AGAIN = "take another copy of the model"
 
 @dataclass(frozen=True)
 class Rule:
-    """How transformers makes tensors of the model from stored ones. patterns: of each stored name, in their order."""
+    """How transformers makes tensors of the model from stored ones."""
 
     converter: "WeightConverter"
-    patterns: tuple[str, ...]
+    patterns: tuple[str, ...]  # the one that each stored name matched, in their order
     first: str  # name of the first tensor that it makes
     model: "PreTrainedModel"
 
     def apply(self, parts: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Stored (name, tensor) in their order -> tensors of the model."""
-        converter = deepcopy(self.converter)
+        """Make tensors of the model from stored (name, tensor) in their order."""
+        converter = deepcopy(self.converter)  # it collects tensors
         for pattern, (name, tensor) in zip(self.patterns, parts, strict=True):
-            converter.add_tensor(self.first, name, pattern, tensor)
+            converter.add_tensor(self.first, name, pattern, tensor)  # grouped by pattern inside
         made = converter.convert(self.first, model=self.model, config=self.model.config)
-        made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 gives errors beside it
+        made = made[0] if isinstance(made, tuple) else made  # transformers 5.0 returns errors too
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the model in its files: files maps stored names to files; without a rule there is one."""
+    """A tensor of the model in its files."""
 
     name: str
     shape: torch.Size
-    files: dict[str, Path]
+    files: dict[str, Path]  # stored name -> file; only one, unless there is a rule
     rule: Rule | None = None
     is_float: bool = True  # in the model
 
@@ -66,13 +66,13 @@ class Stored:
         return next(iter(self.files.values()))
 
     def read(self) -> torch.Tensor:
-        """A view of its file where no rule applies; the file is opened anew: dropping it gives its pages back."""
+        """Read the tensor: without a rule a view of its file, which is opened anew, so dropping it frees its pages."""
         with opened_once(self.files) as files:
             parts = ((name, files[file].get_tensor(name)) for name, file in self.files.items())
             return self.checked(self.rule.apply(parts)[self.name] if self.rule else next(parts)[1])
 
     def checked(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor`, float64 as float32. Raises ModelError for another shape than the model's, or for no weights."""
+        """Return `tensor`, float64 as float32. Raises ModelError for a wrong shape, dtype or value."""
         check_shape(self.file, self.name, tensor.shape, self.shape)
         if not self.is_float:
             return self._checked_integers(tensor)
@@ -103,24 +103,24 @@ def opened(path: Path) -> Iterator[safe_open]:
 
 @contextmanager
 def opened_once(files: dict[str, Path]) -> Iterator[dict[Path, safe_open]]:
-    """Each of these files, opened: its header names all its tensors, thousands where experts are stored one by one."""
+    """Open each file once: its header names all its tensors, thousands where experts are stored one by one."""
     with ExitStack() as stack:
         yield {path: stack.enter_context(opened(path)) for path in set(files.values())}
 
 
-def check_shape(file: Path, name: str, given: torch.Size, wanted: torch.Size) -> None:
+def check_shape(file: Path, name: str, shape: torch.Size, expected: torch.Size) -> None:
     """Raise ModelError for a tensor of another shape than the model's."""
-    if given != wanted:
-        raise ModelError(f"{file}: {name} has shape {tuple(given)}, but config.json asks for {tuple(wanted)}")
+    if shape != expected:
+        raise ModelError(f"{file}: {name} has shape {tuple(shape)}, but config.json asks for {tuple(expected)}")
 
 
 def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Of all that files hold: parameters, and buffers that are saved."""
+    """Return name -> shape for all that files hold: parameters and saved buffers."""
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it, in the files' order."""
+    """Return tensor name -> the file that holds it, in the files' order."""
     files = {}
     for path in weight_files(folder):
         with opened(path) as stored:
@@ -131,7 +131,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def stored_tensors(model: "PreTrainedModel", folder: Path) -> dict[str, Stored]:
-    """All that `model` reads from an original, by its names there. Raises ModelError for what is missing or extra."""
+    """Return all that `model` reads from an original, by its own names. Raises ModelError for missing or extra ones."""
     files = files_of(folder)
     tensors = by_model_name(model, files)
     check_names(folder, tensors, model)
@@ -142,46 +142,44 @@ def stored_tensors(model: "PreTrainedModel", folder: Path) -> dict[str, Stored]:
 
 
 def by_model_name(model: "PreTrainedModel", files: dict[str, Path]) -> dict[str, Stored]:
-    """Stored tensors by their names in the model; what the model has no place for keeps its own."""
+    """Return stored tensors by their names in the model; those without a place in it keep their stored names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    expected = model.state_dict()
-    rules = get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    found: dict[str, Stored] = {}
+    expected = model.state_dict()  # meta tensors: shapes and dtypes
+    rules = get_model_conversion_mapping(model)  # the family's, from transformers
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]  # several tensors <-> one
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]  # old name -> new name
+    by_name: dict[str, Stored] = {}
     converted: dict[str, list[tuple[str, str]]] = {}  # first name in the model -> (stored name, pattern)
     for name, file in files.items():
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        if target not in expected and name in expected:  # written by its name of today
-            target, pattern = name, None
+        if target not in expected and name in expected:  # a recent file, whose name no rule should change
+            target = name
+            pattern = None
         if pattern is not None and target in expected:
             converted.setdefault(target, []).append((name, pattern))
             continue
-        if target in found:
-            raise ModelError(f"{name} and {next(iter(found[target].files))} are both {target}: keep one of the two")
-        if target in expected:
-            found[target] = Stored(
-                target, expected[target].shape, {name: file}, None, expected[target].is_floating_point()
-            )
-        else:
-            found[target] = Stored(target, torch.Size(), {name: file})
+        if target in by_name:
+            raise ModelError(f"{name} and {next(iter(by_name[target].files))} are both {target}: keep one of the two")
+        own = expected.get(target)
+        shape = torch.Size() if own is None else own.shape
+        by_name[target] = Stored(target, shape, {name: file}, None, own is None or own.is_floating_point())
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     for target, parts in converted.items():
-        parts.sort(key=lambda part: _natural(part[0]))
+        parts.sort(key=lambda part: _natural(part[0]))  # files keep no order of experts
         rule = Rule(by_pattern[parts[0][1]], tuple(pattern for _, pattern in parts), target, model)
-        found |= _made(rule, {name: files[name] for name, _ in parts}, expected)
-    return found
+        by_name |= _made(rule, {name: files[name] for name, _ in parts}, expected)
+    return by_name
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
-    """To sort by: experts.2 comes before experts.10, as transformers stacks them."""
+    """Return a key to sort by: experts.2 comes before experts.10, as transformers stacks them."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _made(rule: Rule, files: dict[str, Path], expected: dict[str, torch.Tensor]) -> dict[str, Stored]:
-    """What `rule` makes of these files, found with tensors that have shapes and no bytes."""
+    """Find out what `rule` makes of these files, with tensors that have shapes but no bytes."""
     with opened_once(files) as stored:
         parts = [(name, _without_bytes(stored[file], name)) for name, file in files.items()]
     try:
@@ -201,9 +199,10 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-def check_names(folder: Path, found: Iterable[str], model: "PreTrainedModel") -> None:
-    """Raise ModelError unless `found` are the names that `model` reads, each once."""
-    expected, stored = set(expected_shapes(model)), set(found)
+def check_names(folder: Path, names: Iterable[str], model: "PreTrainedModel") -> None:
+    """Raise ModelError unless `names` are all that `model` reads, and no others."""
+    expected = set(expected_shapes(model))
+    stored = set(names)
     missing = expected - stored - _tied_to(model, stored)
     missing = sorted(name for name in missing if not _matches(name, model._keys_to_ignore_on_load_missing))
     extra = sorted(name for name in stored - expected if not _matches(name, _ignored(model)))
@@ -214,7 +213,7 @@ def check_names(folder: Path, found: Iterable[str], model: "PreTrainedModel") ->
 
 
 def _ignored(model: "PreTrainedModel") -> set[str]:
-    """Patterns of names that old files hold and no model reads."""
+    """Return patterns of names that old files hold and no model reads."""
     return {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"} | set(model._keys_to_ignore_on_load_unexpected or ())
 
 
@@ -226,20 +225,20 @@ def _matches(name: str, patterns: Iterable[str] | None) -> bool:
 
 
 def _tied_to(model: "PreTrainedModel", stored: set[str]) -> set[str]:
-    """Names of weights that are stored under another name that is tied to theirs."""
-    groups: dict[str, set[str]] = {}
+    """Return names of weights that are stored under another name, tied to theirs."""
+    groups: dict[str, set[str]] = {}  # name -> all names of one weight
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, {source}).add(target)
     return set().union(*(group for group in groups.values() if group & stored))
 
 
 def without_copies(model: "PreTrainedModel", tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """`tensors` without those that are tied to an equal one. Unties, with a warning, those that differ."""
-    kept = dict(tensors)
+    """Leave out tensors that are tied to an equal one. Untie, with a warning, those that differ."""
+    kept = dict(tensors)  # the caller's stays
     for target, source in list(model.all_tied_weights_keys.items()):
         if not {target, source} <= kept.keys():
             continue
-        if torch.equal(kept[target].read(), kept[source].read()):
+        if torch.equal(kept[target].read(), kept[source].read()):  # as views of their files
             del kept[target]
         else:
             del model.all_tied_weights_keys[target]
@@ -249,5 +248,5 @@ def without_copies(model: "PreTrainedModel", tensors: dict[str, Stored]) -> dict
 
 
 def tie(model: "PreTrainedModel", placed: Iterable[str]) -> None:
-    """Let tied weights that were not placed be those that were."""
+    """Tie weights that were not placed to those that were."""
     model.tie_weights(missing_keys=set(expected_shapes(model)) - set(placed), recompute_mapping=False)

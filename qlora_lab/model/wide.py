@@ -1,13 +1,12 @@
 """Attention and the head of a bf16 model in float32, on a CPU that multiplies float32 faster.
 
-In: a model of transformers. Out: the same model; its queries, keys and values are widened for attention alone, and the
-result rounded back; its head gives logits in float32. Everything else, what is kept for other layers too, stays as it
-was.
+In: a model of transformers. Out: the same model. Its queries, keys and values are widened for attention alone, and the
+result is rounded back; its head gives logits in float32. All else stays as it was, including what other layers keep.
 
-torch multiplies what it is given. On a CPU whose bf16 products are slow (kernels/product.py races them) attention's
-backward in bf16 takes three times as long as in float32, and the head's products twice as long.
-The price: what attention keeps for backward is twice as large, 3 MiB a layer for SmolLM2-135M at 4 x 256 tokens. The
-head's is none: logits become float32 for the loss anyway, and its weight is widened a panel at a time.
+torch multiplies in the dtype that it gets. On a CPU with slow bf16 products (kernels/product.py races them) attention's
+backward takes three times as long in bf16 as in float32, and the head's products twice as long.
+The price: attention keeps twice as much for backward, 3 MiB more a layer for SmolLM2-135M at 4 x 256 tokens. The head
+costs nothing: logits become float32 for the loss anyway, and its weight is widened a panel at a time.
 """
 
 from typing import TYPE_CHECKING
@@ -22,18 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NARROW = torch.bfloat16, torch.float16
-NAME, TORCH = "qlora_lab_float32", "sdpa"  # in transformers' table of attention functions
-FEW = 48  # rows of a batch up to which widening the head's weight takes longer than it saves
+NAME = "qlora_lab_float32"  # our name in transformers' table of attention functions
+TORCH = "sdpa"  # torch's attention there
+FEW = 48  # rows up to which widening the head's weight takes longer than it saves
 
 
 def widen(model: "PreTrainedModel") -> bool:
-    """Let `model` attend and read its head in float32 where that is faster: a bf16 or fp16 model on the CPU.
+    """Let a bf16 or fp16 model on the CPU compute attention and head in float32, if that is faster.
 
-    Returns whether it now attends so. It leaves attention alone that is not torch's, and heads that are not plain.
+    Returns whether its attention is now wide. Attention other than torch's, and heads that are not plain, stay.
     """
     if model.dtype not in NARROW or model.device.type != "cpu":
         return False
-    wide = not product.race().use_bfloat16
+    wide = not product.race().use_bfloat16  # measured once a process, about 0.1 s
     _widen_head(model, wide)
     return _widen_attention(model, wide)
 
@@ -55,28 +55,28 @@ def _widen_attention(model: "PreTrainedModel", wide: bool) -> bool:
 
 
 def _in_float32(module, query, key, value, attention_mask, **options) -> tuple[torch.Tensor, None]:
-    """transformers' function over torch's attention, (batch, heads, tokens, head_dim), called with wide tensors."""
+    """Call transformers' function for torch's attention with wide tensors, (batch, heads, tokens, head_dim)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    # One token looks at all keys once: widening them takes longer than narrow products do.
+    # A single token reads all keys once: widening them takes longer than narrow products do.
     if query.shape[2] == 1 or query.dtype not in NARROW:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
     wide = (tensor.float() for tensor in (query, key, value))
     attended, weights = sdpa_attention_forward(module, *wide, attention_mask, **options)
-    return attended.to(query.dtype), weights
+    return attended.to(query.dtype), weights  # other layers see no difference in dtype
 
 
 # ----------------------------------------------------------------------------------------------------------------- head
 
 
 class _Product(torch.autograd.Function):
-    """x W^T in float32 for a frozen W, of which nothing but W is kept."""
+    """x W^T in float32 for a frozen W. Keeps only W for backward."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.dtype = x.dtype
+        ctx.dtype = x.dtype  # of the gradient that goes back
         ctx.save_for_backward(weight)
         return product.forward_unpacked(x, weight)
 
@@ -87,19 +87,21 @@ class _Product(torch.autograd.Function):
 
 
 class WideHead(nn.Linear):
-    """A head without bias whose logits are float32; of many rows they are multiplied as such too."""
+    """A head without bias and with float32 logits; for many rows it also multiplies in float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features)  # (rows, in_features)
         frozen_and_narrow = not self.weight.requires_grad and x.dtype == self.weight.dtype and x.dtype in NARROW
-        if len(rows) > FEW and frozen_and_narrow and x.device.type == "cpu":  # a model can have been moved or cast
+        if len(rows) > FEW and frozen_and_narrow and x.device.type == "cpu":  # it may have been moved or cast
             return _Product.apply(rows, self.weight).view(*x.shape[:-1], self.out_features)
         return super().forward(x).float()
 
 
 def _widen_head(model: "PreTrainedModel", wide: bool) -> None:
-    head, kind = model.get_output_embeddings(), WideHead if wide else nn.Linear
+    head = model.get_output_embeddings()
+    kind = WideHead if wide else nn.Linear
     if type(head) in (nn.Linear, WideHead) and type(head) is not kind and head.bias is None:
         new = kind(head.in_features, head.out_features, bias=False, device="meta")
-        new.weight, new.training = head.weight, head.training
+        new.weight = head.weight  # the same Parameter, tied or not
+        new.training = head.training
         model.set_output_embeddings(new)

@@ -2,7 +2,7 @@
 
 In: a weight of any shape. Out: blocks, (n_blocks, block_size) float32, and absmax, (n_blocks,) float32.
 Source: QLoRA section 2, "Block-wise k-bit quantization". The weight is flattened row by row first, so a block can
-straddle two rows, and the last block may be partial: it is filled up with zeros, which change no maximum.
+straddle two rows. The last block may be partial: it is filled up with zeros, which change no maximum.
 
 Not here: what happens to absmax (double_quant.py).
 """
@@ -11,8 +11,8 @@ from reprlib import repr as short
 
 import torch
 
-MIN_BLOCK, MAX_BLOCK = 16, 4096
-TINY = 1e-38  # a block of zeros, or of denormals, is scaled by 1/TINY, not by infinity; so does bitsandbytes on the CPU
+MIN_BLOCK, MAX_BLOCK = 16, 4096  # below 16 constants cost more than 2 bits a weight; 4096 is bitsandbytes' largest
+TINY = 1e-38  # blocks of zeros or denormals are scaled by 1 / TINY, not by infinity, as in bitsandbytes on the CPU
 
 
 def check_block_size(block_size: int) -> None:
@@ -20,9 +20,8 @@ def check_block_size(block_size: int) -> None:
     if isinstance(block_size, bool) or not isinstance(block_size, int):
         raise TypeError(f"block_size={short(block_size)} must be a whole number, such as 64")
     if not MIN_BLOCK <= block_size <= MAX_BLOCK:
-        raise ValueError(
-            f"block_size={short(block_size)} is not allowed: choose from {MIN_BLOCK} to {MAX_BLOCK}, usually 64"
-        )
+        sizes = f"from {MIN_BLOCK} to {MAX_BLOCK}, usually 64"
+        raise ValueError(f"block_size={short(block_size)} is not allowed: choose {sizes}")
 
 
 def to_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -41,7 +40,7 @@ def to_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
 
 def block_absmax(blocks: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each block: (n_blocks, block_size) -> (n_blocks,) float32."""
-    return blocks.abs().amax(dim=1)
+    return blocks.abs().amax(dim=1)  # a NaN in a block makes NaN of its maximum
 
 
 def scale_blocks(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
@@ -49,4 +48,4 @@ def scale_blocks(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
 
     Multiplies by the reciprocal, as bitsandbytes does: its bytes can only be matched that way.
     """
-    return (blocks * absmax.clamp(min=TINY).reciprocal()[:, None]).clamp(-1, 1)
+    return (blocks * absmax.clamp(min=TINY).reciprocal()[:, None]).clamp(-1, 1)  # rounding can pass 1 by a last bit

@@ -58,22 +58,23 @@ def normal_float(bits: int = 4, offset: float | None = None, symmetric: bool = F
 
 
 def evenly_spaced(start: float, end: float, n: int) -> torch.Tensor:
-    """(n,) float32 from `start` to `end`: the values of torch.linspace where the CPU rounds step * i + start once.
+    """Return (n,) float32 from `start` to `end`, as torch.linspace does on CPUs that round step * i + start once.
 
-    torch.linspace itself rounds it twice on a CPU without AVX2, and numpy's gives other last bits again: tables that
-    are made from them would not be the same on every machine.
+    torch.linspace itself rounds twice on a CPU without AVX2, and numpy's version gives other last bits again, so their
+    tables would differ between machines.
 
     >>> evenly_spaced(0.5, 1, 3).tolist()
     [0.5, 0.75, 1.0]
     """
     first, last = torch.tensor([start, end])
-    step, i = (last - first) / (n - 1), torch.arange(n)
+    step = (last - first) / (n - 1)
+    i = torch.arange(n)
     # a product of two float32 is exact in float64, so .float() is the one rounding; each half is counted from its end
     return torch.where(i < n // 2, first + step.double() * i, last - step.double() * (n - 1 - i)).float()
 
 
 def normal_offset(bits: int) -> float:
-    """The outermost quantile of NF-`bits`: mean of two half-bin offsets, to seven digits (module docstring, step 1).
+    """Return the outermost quantile of NF-`bits`: step 1 of the module docstring, to seven digits.
 
     >>> normal_offset(4)
     0.9677083
@@ -83,29 +84,29 @@ def normal_offset(bits: int) -> float:
 
 
 def integer_levels(bits: int) -> torch.Tensor:
-    """INT-k: two's complement integers over the largest positive one, (2^bits,) float32, ascending.
+    """Return INT-k: two's complement integers over the largest positive one, (2^bits,) float32, ascending.
 
-    The lowest code lies beyond -1, so absmax scaling never reaches it: 4 bits give 15 levels in use.
+    The lowest level lies beyond -1, where no scaled weight is: 4 bits give 15 levels in use.
 
     >>> integer_levels(2).tolist()
     [-2.0, -1.0, 0.0, 1.0]
     """
     if bits not in range(2, 9):
         raise ValueError(f"bits={bits!r} is not supported: choose a whole number from 2 to 8")
-    top = 2 ** (bits - 1) - 1
+    top = 2 ** (bits - 1) - 1  # 7 for 4 bits
     return torch.arange(-top - 1, top + 1, dtype=torch.float32) / top
 
 
 def float_levels(exponent_bits: int, mantissa_bits: int) -> torch.Tensor:
-    """A small float with sign, exponent and mantissa, over its largest value; index = bit pattern, as in hardware.
+    """Return a small float format over its largest value; the index is the bit pattern: sign, exponent, mantissa.
 
-    Exponent 0 holds the subnormals, and nothing is spent on infinity or NaN (OCP microscaling formats, version 1.0).
+    Exponent 0 holds the subnormals, and no pattern is infinity or NaN (OCP microscaling formats, version 1.0).
     Returns (2^(1 + exponent_bits + mantissa_bits),) float32: the positive half, then its mirror, -0 included.
 
     >>> (6 * float_levels(2, 1))[:8].tolist()
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     """
-    steps = 2**mantissa_bits
+    steps = 2**mantissa_bits  # values of one exponent
     # the exponent's bias drops out when everything is divided by the largest value
     subnormal = [m / steps for m in range(steps)]
     normal = [2.0**e * (1 + m / steps) for e in range(2**exponent_bits - 1) for m in range(steps)]
@@ -113,8 +114,8 @@ def float_levels(exponent_bits: int, mantissa_bits: int) -> torch.Tensor:
 
 
 def _mirror(half: torch.Tensor) -> torch.Tensor:
-    half = half / half.max()
-    return torch.cat([half, -half]).float()  # the last half has the sign bit set; its first entry is -0.0
+    half = half / half.max()  # in float64, then rounded once
+    return torch.cat([half, -half]).float()  # the second half has the sign bit set; it starts with -0.0
 
 
 _RECIPES = {
@@ -127,14 +128,14 @@ _RECIPES = {
     **{f"int{k}": (lambda k=k: integer_levels(k)) for k in range(2, 9)},
 }
 CODEBOOKS = tuple(_RECIPES)
-CUSTOM = "custom"  # what a table of levels made by hand, or fitted, is called where a name is asked for
+CUSTOM = "custom"  # the name of a table that was made by hand, or fitted
 
 
 def codebook(name: str) -> torch.Tensor:
-    """Levels of a named data type: (2^bits,) float32; entry i is what code i stands for.
+    """Return the levels of a named data type: (2^bits,) float32; code i stands for entry i.
 
     Names: nf4, nf3, nf2 and int2 to int8 (ascending); fp4 (as bitsandbytes stores it), e2m1, e3m0 (by bit pattern).
-    Raises ValueError for any other name. The tensor is yours: changing it changes nothing else.
+    Raises ValueError for any other name. The tensor is a copy of your own.
 
     >>> codebook("nf4")[[0, 7, 15]].tolist()
     [-1.0, 0.0, 1.0]
@@ -150,27 +151,25 @@ def _table(name: str) -> torch.Tensor:
 
 
 def check_levels(levels: torch.Tensor) -> torch.Tensor:
-    """A table made by hand or fitted, if it can serve as a codebook: (n,) float32, a copy.
+    """Check that a table can serve as a codebook, and return a copy: (n,) float32.
 
-    levels: 2 to 256 finite numbers in [-1, 1], each larger than the one before. They need not reach -1 or 1, and 0 need
-    not be among them: what that costs is worth a look. Raises ValueError that names the first level that is not
-    allowed, TypeError for what is no table of numbers.
+    levels: 2 to 256 finite numbers in [-1, 1], each larger than the one before. They need not reach -1 or 1, nor
+    include 0, though zero weights then become something else. Raises ValueError, which names the first level that is
+    not allowed, and TypeError for anything but a table of numbers.
 
     >>> check_levels(torch.tensor([-1.0, 0.0, 0.5]))
     tensor([-1.0000,  0.0000,  0.5000])
     """
     if not isinstance(levels, torch.Tensor) or levels.dim() != 1 or not levels.is_floating_point():
-        given = f"a tensor {tuple(levels.shape)} of {levels.dtype}" if isinstance(levels, torch.Tensor) else levels
-        raise TypeError(f"levels are {given!r}: give a name, such as 'nf4', or a float tensor of one dimension")
+        kind = f"a tensor {tuple(levels.shape)} of {levels.dtype}" if isinstance(levels, torch.Tensor) else levels
+        raise TypeError(f"levels are {kind!r}: give a name, such as 'nf4', or a float tensor of one dimension")
     if not 2 <= len(levels) <= 256:
         raise ValueError(f"{len(levels)} levels are given: a codebook has 2 to 256, as a code has at most 8 bits")
     table = levels.detach().float().cpu().clone()  # two levels that float32 cannot tell apart are one
     values = table.tolist()
     for i, value in enumerate(values):
-        if not -1 <= value <= 1:  # nor is NaN
-            raise ValueError(
-                f"level {i} is {value:g}: levels are finite and lie in [-1, 1], where blocks are scaled to"
-            )
+        if not -1 <= value <= 1:  # false for NaN
+            raise ValueError(f"level {i} is {value:g}: levels are finite and in [-1, 1], the range of scaled blocks")
         if i and value <= values[i - 1]:
             wrong = "is repeated" if value == values[i - 1] else f"comes after {values[i - 1]:g}"
             raise ValueError(f"level {i}, {value:g}, {wrong}: sort the levels in ascending order, each once")
@@ -178,7 +177,7 @@ def check_levels(levels: torch.Tensor) -> torch.Tensor:
 
 
 def bits_of(levels: torch.Tensor) -> int:
-    """How many bits an index into `levels` takes: 4 for 16 levels, and 4 for the 15 of a symmetric table.
+    """Return how many bits an index into `levels` takes: 4 for 16 levels, and for the 15 of a symmetric table.
 
     >>> bits_of(codebook("nf3"))
     3
@@ -187,16 +186,16 @@ def bits_of(levels: torch.Tensor) -> int:
 
 
 def midpoints(levels: torch.Tensor) -> torch.Tensor:
-    """Where rounding turns from one level to the next: (n - 1,) float32, for `levels` in ascending order.
+    """Return where rounding passes from one level to the next: (n - 1,) float32, for ascending `levels`.
 
     >>> midpoints(torch.tensor([-1.0, 0.0, 0.5])).tolist()
     [-0.5, 0.25]
     """
-    return (levels[:-1] + levels[1:]) / 2
+    return (levels[:-1] + levels[1:]) / 2  # rounded to float32
 
 
 def nearest_codes(scaled: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Code of the level nearest to each value; a tie goes to the lower level, as in bitsandbytes.
+    """Return the code of the level nearest to each value; a tie goes to the lower level, as in bitsandbytes.
 
     scaled: any shape, float32. levels: (n,) float32 in code order, n <= 256. Returns uint8 of the shape of `scaled`.
     A NaN gets the code of zero. fp4 has two zeros: values in (0, first midpoint] get -0, all others that round to zero
@@ -210,20 +209,20 @@ def nearest_codes(scaled: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 
 def rounding(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How to round to `levels`: thresholds (n - 1,) float32 ascending, and order (n,) uint8.
+    """Return what rounding to `levels` needs: thresholds (n - 1,) float32 ascending, and order (n,) uint8.
 
-    The code of a value is order[number of thresholds below it]. order is 0, 1, 2 ... for nf4; it undoes the bit
-    patterns of fp4.
+    The code of a value is order[number of thresholds below it]. order is 0, 1, 2 ... for nf4; for fp4 it leads back to
+    bit patterns.
 
     >>> rounding(torch.tensor([0.0, 1.0, -1.0]))
     (tensor([-0.5000,  0.5000]), tensor([2, 0, 1], dtype=torch.uint8))
     """
-    order = torch.argsort(levels, stable=True)
-    return midpoints(levels[order]), order.to(torch.uint8)
+    order = torch.argsort(levels, stable=True)  # stable: of two equal levels, -0 and +0, the first comes first
+    return midpoints(levels[order]), order.to(torch.uint8)  # (n - 1,), (n,)
 
 
 def zero_code(levels: torch.Tensor) -> int:
-    """The code that stands for 0: what padding is filled with.
+    """Return the code of 0, which fills up padding.
 
     >>> zero_code(codebook("nf4"))
     7

@@ -1,15 +1,15 @@
 """Double quantization: the constants are quantised too, from 32 bits to 8, in groups of 256.
 
 In: absmax, (n_blocks,) float32. Out: absmax_codes (n_blocks,) uint8, absmax_scale (n_groups,) float32, and
-absmax_offset () float32, the mean, which is taken off first because maxima are all positive.
+absmax_offset () float32, the mean, which is subtracted first because maxima are all positive.
 Source: QLoRA section 3, "Double Quantization". At block size 64 a constant costs 32/64 = 0.5 bits per weight before and
 8/64 + 32/(64 * 256) = 0.127 after.
 
 The paper says "FP8"; the authors' code uses neither E4M3 nor E5M2 but the dynamic 8-bit type of dynamic_map(), which
 spends few bits on the fraction of small numbers and many on that of large ones (Dettmers, arXiv 1511.04561).
 
-But: bitsandbytes' CPU path finds the 8-bit code through a table of 65,536 entries and misses the nearest one for about
-2 codes in 1,000; here every code is the nearest. Reading its checkpoints is exact either way.
+But: bitsandbytes' CPU path finds the 8-bit code through a table of 65,536 entries, and about 2 codes in 1,000 are not
+the nearest; here every code is. Reading its checkpoints is exact either way.
 """
 
 from dataclasses import dataclass
@@ -18,25 +18,27 @@ from types import ModuleType
 
 import torch
 
+from qlora_lab.kernels.packed_weight import PackedConstants, PackedWeight
 from qlora_lab.quant.blocks import TINY, block_absmax, scale_blocks, to_blocks
 from qlora_lab.quant.codebook import evenly_spaced, nearest_codes, rounding
 
-GROUP_SIZE = 256
+GROUP_SIZE = 256  # constants that share a float32 scale: 32 / 256 bits for each
 MEAN_PIECE = 2**14  # constants that torch adds up in one thread
 
 
 @dataclass(frozen=True)
 class DoubleQuantized:
-    """Constants of constants. See the module docstring for shapes."""
+    """Constants of constants."""
 
-    absmax_codes: torch.Tensor
-    absmax_scale: torch.Tensor
-    absmax_offset: torch.Tensor
+    absmax_codes: torch.Tensor  # (n_blocks,) uint8
+    absmax_scale: torch.Tensor  # (n_groups,) float32
+    absmax_offset: torch.Tensor  # () float32
 
     @property
-    def plain(self) -> tuple:
-        """What kernels take: codes, scale, offset, the table of the codes, and how many codes share a scale."""
-        return self.absmax_codes, self.absmax_scale, self.absmax_offset, _map_on(self.absmax_codes.device), GROUP_SIZE
+    def plain(self) -> PackedConstants:
+        """The tensors as kernels take them."""
+        table = _map_on(self.absmax_codes.device)
+        return PackedConstants(self.absmax_codes, self.absmax_scale, self.absmax_offset, table, GROUP_SIZE)
 
     @property
     def nbytes(self) -> int:
@@ -47,23 +49,23 @@ class DoubleQuantized:
 @torch.inference_mode(False)
 def _dynamic_map(signed: bool = True) -> torch.Tensor:
     positive = []
-    for i in range(7):  # 7 decades: 10^-6 to 10^0; decade i has 2^i values, the middles of equal steps from 0.1 to 1
+    for i in range(7):  # 7 decades up to 10^0; decade i has 2^i values, the middles of equal steps
         edges = evenly_spaced(0.1, 1, 2 ** (i + (not signed)) + 1)
         positive += (10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
-    negative = [-p for p in positive] if signed else []
-    return torch.tensor(negative + [0.0, 1.0] + positive).sort().values
+    negative = [-p for p in positive] if signed else []  # the same values below 0
+    return torch.tensor(negative + [0.0, 1.0] + positive).sort().values  # (256,)
 
 
 @lru_cache
 def _map_on(device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # what is made inside could not be kept for a gradient
+    with torch.inference_mode(False):  # a table that is made inside could not be kept for a gradient
         return _dynamic_map().to(device)
 
 
 def dynamic_map(signed: bool = True) -> torch.Tensor:
-    """The dynamic 8-bit table: (256,) float32 ascending; 127 negative values, 0, 128 positive, no -1.
+    """Return the dynamic 8-bit table: (256,) float32 ascending; 127 negative values, 0, 128 positive, no -1.
 
-    Unsigned: 0 and 255 positive values, twice as many in a decade, for what is never negative.
+    Unsigned: 0 and 255 positive values, twice as many per decade, for numbers that are never negative.
 
     >>> dynamic_map()[[0, 127, 255]].tolist()
     [-0.992968738079071, 0.0, 1.0]
@@ -95,24 +97,25 @@ def double_quantize(absmax: torch.Tensor) -> DoubleQuantized:
 
 
 def _culprit(absmax: torch.Tensor) -> str:
-    bad = (~torch.isfinite(absmax)).nonzero()
+    bad = (~torch.isfinite(absmax)).nonzero()  # (n_bad, 1)
     if len(bad):
         return f"block {int(bad[0])} has no finite constant"
     return f"the constants, up to {absmax.max().item():.3g}, have no finite mean"
 
 
 def _mean(absmax: torch.Tensor) -> torch.Tensor:
-    """() float32, the same for every number of threads; torch's own mean of 32,768 values or more is not."""
-    sums = torch.stack([piece.sum() for piece in absmax.split(MEAN_PIECE)])
+    """Return the mean, () float32, the same for any number of threads; torch's own, from 32,768 values on, is not."""
+    sums = torch.stack([piece.sum() for piece in absmax.split(MEAN_PIECE)])  # (n_pieces,)
     return sums.sum() / len(absmax)
 
 
 def double_dequantize(constants: DoubleQuantized) -> torch.Tensor:
-    """The inverse, to within 8-bit rounding: absmax, (n_blocks,) float32."""
-    codes, scale = constants.absmax_codes, constants.absmax_scale
+    """Undo double_quantize, to within 8-bit rounding: absmax, (n_blocks,) float32."""
+    codes = constants.absmax_codes
+    scale = constants.absmax_scale
     if kernels := _kernels(codes):
-        values = torch.empty_like(codes, dtype=torch.float32)
-        kernels.dequantize_blocks((codes, scale, _map_on(codes.device), GROUP_SIZE), values)
+        values = torch.empty_like(codes, dtype=torch.float32)  # (n_blocks,)
+        kernels.dequantize_blocks(PackedWeight(codes, scale, _map_on(codes.device), GROUP_SIZE), values)
         return values.add_(constants.absmax_offset)
     values = dynamic_map().to(codes.device)[codes.int()]  # (n_blocks,)
     return values * scale.repeat_interleave(GROUP_SIZE)[: len(codes)] + constants.absmax_offset

@@ -1,8 +1,8 @@
 """Whether a tensor holds finite numbers only, at the speed of memory.
 
 In: a tensor of any shape, of real floats. Out: its largest magnitude, or a yes or no.
-The smallest and the largest value are found in one pass, 24 GB/s of bfloat16 on one core, and a NaN makes both of them
-NaN; isfinite().all() makes two copies and reads 0.4 GB/s. So whatever is loaded can be checked.
+One pass finds the smallest and the largest value, 24 GB/s of bfloat16 on one core, and a NaN makes both of them NaN;
+isfinite().all() makes two copies and reads 0.4 GB/s. So all that is loaded can be checked.
 
 Not here: which module made a value that is not finite (train/nonfinite.py).
 """
@@ -13,15 +13,15 @@ import torch
 
 
 def largest_magnitude(tensor: torch.Tensor) -> float:
-    """The largest magnitude in `tensor`; infinite or NaN if one value is, and 0 for a tensor without elements.
+    """Return the largest magnitude in `tensor`: infinite or NaN if a value is, 0 for an empty tensor.
 
     >>> largest_magnitude(torch.tensor([1.0, -3.0])), largest_magnitude(torch.tensor([1.0, torch.nan, 2.0]))
     (3.0, nan)
     """
     if not tensor.numel():
         return 0.0
-    low, high = torch.aminmax(tensor.detach())
-    return max(-low.item(), high.item())  # a NaN makes NaN of both
+    low, high = torch.aminmax(tensor.detach())  # one pass, no copy
+    return max(-low.item(), high.item())  # with a NaN both are NaN
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -30,8 +30,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def first_not_finite(tensor: torch.Tensor) -> str | None:
-    """The first NaN or infinity in `tensor` and its place, such as "nan at [3, 0]"; None if there is none."""
+    """Describe the first NaN or infinity in `tensor`, such as "nan at [3, 0]"; None if all are finite."""
     if is_finite(tensor):
         return None
-    index = (~tensor.isfinite()).nonzero()[0].tolist()
+    index = (~tensor.isfinite()).nonzero()[0].tolist()  # slow, but only for the error's text
     return f"{tensor[tuple(index)].item()} at {index}"

@@ -1,4 +1,4 @@
-"""Lloyd-Max: the levels that leave the least squared error on given values, found by two rules in turn.
+"""Lloyd-Max: levels with the least squared error on given values, found by two rules in turn.
 
 In: values, (n,) float32 in [-1, 1], such as a model's blocks over their absmax. Out: levels, (2^bits,) float32,
 ascending, exact zero among them.
@@ -6,18 +6,19 @@ Source: Lloyd, "Least squares quantization in PCM" (1957, printed 1982), method 
 distortion" (1960). Rule 1: a value takes the nearest level, so cells end at midpoints. Rule 2: a level is the mean of
 its cell. Neither can raise the error, so it falls until nothing moves; that is a minimum, perhaps not the least one.
 
-The first levels are NormalFloat's, so that the result is never worse than those on the values it was fitted to.
+It starts from NormalFloat's levels, so on the values it is fitted to the result is never worse than these.
 Fitted to 2^20 weights of SmolLM2-135M in blocks of 64, it leaves a relative squared error, in thousandths: NF4 8.72;
 with zero and both ends kept 8.44; with zero alone 8.11; with nothing kept 8.07.
-Zero is kept, for 0.5 % of error: padding, pruned and dead weights are zero, and must stay so. Ends at -1 and 1 are not:
-they would keep the largest weight of each block exact for 4 % of error, in blocks of 1024 for 11 %.
+Zero is kept, which costs 0.5 % of error: padding, pruned and dead weights are zero, and must stay so. The ends at -1
+and 1 are not kept: that would make the largest weight of each block exact, but cost 4 % of error (11 % in blocks of
+1024).
 
-But: the error made small is that of scaled values. In the weights' own each counts by its block's absmax squared; a fit
-by that makes 8.09 of 8.11.
-Less error need not be a better model. Perplexity of SmolLM2 (8 x 512 tokens of topics_text, blocks of 64): NF4 18.75,
-fitted with both ends kept 19.15 (2 % more, +- 6 over the windows), with zero alone 19.58 (4 % more, +- 5); on 64
-windows the latter is a tie, 0.7 % more, -0.3 to 1.8 (bench/data_types.json).
-Not here: a table's use (quantize takes it in the place of a name).
+But: the error that falls is that of scaled values. In the weights' own units each counts by its block's absmax squared;
+a fit to that lowers 8.11 to 8.09.
+Less error need not mean a better model. Perplexity of SmolLM2 (8 x 512 tokens of topics_text, blocks of 64): NF4 18.75;
+fitted with both ends kept 19.15 (2 % more, +- 6 over the windows), with zero alone 19.58 (4 % more, +- 5). On 64
+windows the latter is a tie: 0.7 % more, -0.3 to 1.8 (bench/data_types.json).
+Not here: how a table is used (quantize takes one in place of a name).
 """
 
 from collections.abc import Iterator
@@ -27,15 +28,15 @@ import torch
 from qlora_lab.quant.blocks import block_absmax, check_block_size, scale_blocks, to_blocks
 from qlora_lab.quant.codebook import midpoints, normal_float, zero_code
 
-PASSES = 500  # about 120 are taken for 16 levels; a bound for what converges more slowly
-SMALLEST_GAIN = 1e-7  # of the error in a pass, relative: 100 more passes at that gain would show in no figure above
+PASSES = 500  # 16 levels take about 120; a bound for slower cases
+SMALLEST_GAIN = 1e-7  # in a pass, relative to the error: 100 more such passes would not change a figure above
 
 
 def lloyd_max(values: torch.Tensor, bits: int = 4, *, keep_ends: bool = False) -> torch.Tensor:
-    """Levels fitted to `values`, any shape, float32 in [-1, 1]: (2^bits,) float32, ascending, 0 among them.
+    """Fit levels to `values`, any shape, float32 in [-1, 1]: (2^bits,) float32, ascending, 0 among them.
 
-    bits: 2 to 8. keep_ends: leave the outermost levels at -1 and 1. The same values give the same levels, in any order.
-    Raises ValueError for no values, and for one that is not finite or not in [-1, 1].
+    bits: 2 to 8. keep_ends: leave the outermost levels at -1 and 1. The order of the values does not matter.
+    Raises ValueError for an empty tensor, and for a value that is not finite or not in [-1, 1].
 
     >>> lloyd_max(torch.tensor([-0.9, -0.7, 0.1, 0.2, 0.6, 1.0]), bits=2)
     tensor([-0.8000,  0.0000,  0.6000,  1.0000])
@@ -45,22 +46,24 @@ def lloyd_max(values: torch.Tensor, bits: int = 4, *, keep_ends: bool = False) -
 
 
 def passes(values: torch.Tensor, bits: int = 4, *, keep_ends: bool = False) -> Iterator[tuple[torch.Tensor, float]]:
-    """Each pass of lloyd_max, the start included: levels, (2^bits,) float64, and their mean squared error."""
+    """Yield each pass of lloyd_max, the start included: levels, (2^bits,) float64, and their mean squared error."""
     cells = _Cells(values)
     start = normal_float(bits)
     kept = [zero_code(start), *([0, len(start) - 1] if keep_ends else [])]
-    levels, before = start.double(), None
+    levels = start.double()
+    before = None  # the error of the last pass
     for _ in range(PASSES + 1):
         error, means = cells.measure(levels)
         if before is not None and before - error <= SMALLEST_GAIN * before:
             return
         yield levels, error
         means[kept] = levels[kept]
-        levels, before = means, error
+        levels = means
+        before = error
 
 
 def scaled_sample(weight: torch.Tensor, block_size: int, share: float, generator: torch.Generator) -> torch.Tensor:
-    """A `share` of the blocks of `weight`, drawn without repeats, at least one, over their absmax: (n,) float32."""
+    """Draw a `share` of the blocks of `weight`, at least one, without repeats, over their absmax: (n,) float32."""
     check_block_size(block_size)
     blocks = to_blocks(weight, block_size)  # (n_blocks, block_size)
     n = min(len(blocks), max(1, round(share * len(blocks))))
@@ -69,24 +72,26 @@ def scaled_sample(weight: torch.Tensor, block_size: int, share: float, generator
 
 
 class _Cells:
-    """Sums over any run of sorted values in no time: a pass over a million of them costs 15 binary searches."""
+    """Sorted values with running sums: the sum of any run is one difference, so a pass costs 15 binary searches."""
 
     def __init__(self, values: torch.Tensor):
         if not values.numel():
             raise ValueError("no values are given: levels are fitted to at least one")
-        outside = ~(values.abs() <= 1)  # nor is NaN
+        outside = ~(values.abs() <= 1)  # NaN is outside, too
         if outside.any():
-            found = values[outside][0].item()
-            raise ValueError(f"values hold {found:g}: they lie in [-1, 1], as weights over their block's absmax do")
+            value = values[outside][0].item()
+            raise ValueError(f"values hold {value:g}: give values in [-1, 1], as weights over their absmax are")
         self.values = values.detach().reshape(-1).cpu().sort().values.double()  # float64: sums of a million squares
         self.sums = torch.nn.functional.pad(self.values.cumsum(0), (1, 0))  # (n + 1,), from an empty run on
         self.squares = self.values.square().sum()
 
     def measure(self, levels: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Mean squared error with `levels`, (n_levels,) float64, and the mean of each cell; an empty one's level."""
+        """Return the mean squared error with `levels`, (n_levels,) float64, and the mean of each cell."""
         inner = torch.searchsorted(self.values, midpoints(levels), right=True)  # a tie goes to the lower level
         ends = torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=len(self.values))
-        count, total = ends.diff(), self.sums[ends].diff()  # (n_levels,) each
+        count = ends.diff()  # (n_levels,)
+        total = self.sums[ends].diff()  # (n_levels,)
         # sum of (v - l)^2 over a cell, multiplied out
         error = self.squares + (levels.square() * count - 2 * levels * total).sum()
+        # an empty cell keeps its level
         return float(error) / len(self.values), torch.where(count > 0, total / count.clamp(min=1), levels)

@@ -1,8 +1,8 @@
-"""Numbers that callers give: whole ones and others, each within its range, named when it is not.
+"""Check numbers at public edges: whole or not, within a range, with the name that the caller knows in the error.
 
-In: a value of any type, and the name that its caller knows. Out: nothing, or ValueError in one line.
-Python takes True for 1, and knows integers of any length, which arrays and loops then refuse in words of their own.
-Not here: what a number means for the others that are given with it.
+In: a value of any type, and its name. Out: nothing, or ValueError in one line.
+Python takes True for 1 and allows integers of any length, which arrays and loops then refuse in words of their own.
+Not here: rules that join several numbers.
 """
 
 from collections.abc import Callable
@@ -28,17 +28,17 @@ def check_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> None
 
 
 def check_seed(seed: Any) -> None:
-    """Raise ValueError unless `seed` is a whole number that every generator takes."""
+    """Raise ValueError unless every random generator accepts `seed`."""
     check_whole("seed", seed, 0, MOST_SEED)
 
 
 def check_number(name: str, value: Any, allows: Callable[[float], bool], what: str) -> None:
-    """Raise ValueError unless `value` is a finite number that `allows`; `what` says in words which are allowed.
+    """Raise ValueError unless `value` is a finite number for which `allows` is true; `what` says it in words.
 
     >>> check_number("lr", float("nan"), lambda lr: lr > 0, "a number above 0")
     Traceback (most recent call last):
     ValueError: lr=nan is not allowed: it is a number above 0
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and abs(value) <= 1e300 and allows(value)):  # nor is NaN
+    if not (is_number and abs(value) <= 1e300 and allows(value)):  # false for NaN
         raise ValueError(f"{name}={short(value)} is not allowed: it is {what}")

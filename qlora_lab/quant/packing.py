@@ -13,7 +13,7 @@ import torch
 
 
 def group_of(bits: int) -> tuple[int, int]:
-    """How many codes fill how many whole bytes.
+    """Return the smallest number of codes that fill whole bytes, and how many bytes they fill.
 
     >>> group_of(4), group_of(3)
     ((2, 1), (8, 3))
@@ -34,11 +34,13 @@ def pack(codes: torch.Tensor, bits: int = 4, fill: int = 0) -> torch.Tensor:
     if len(codes) and int(codes.max()) >= 2**bits:
         raise ValueError(f"code {int(codes.max())} does not fit into {bits} bits: codes go from 0 to {2**bits - 1}")
     n_codes, n_bytes = group_of(bits)
-    groups = torch.nn.functional.pad(codes, (0, -len(codes) % n_codes), value=fill).view(-1, n_codes)
+    codes = torch.nn.functional.pad(codes, (0, -len(codes) % n_codes), value=fill)
+    groups = codes.view(-1, n_codes)  # (n_groups, n_codes)
     word = groups[:, 0].to(_word_dtype(n_bytes))  # (n_groups,)
     for i in range(1, n_codes):
-        word = word << bits | groups[:, i]
-    return torch.stack([word >> 8 * i & 0xFF for i in reversed(range(n_bytes))], dim=1).to(torch.uint8).view(-1)
+        word = word << bits | groups[:, i]  # the first code ends up highest
+    columns = [word >> 8 * i & 0xFF for i in reversed(range(n_bytes))]
+    return torch.stack(columns, dim=1).to(torch.uint8).view(-1)  # (n_groups * n_bytes,)
 
 
 def unpack(packed: torch.Tensor, numel: int, bits: int = 4) -> torch.Tensor:
@@ -48,13 +50,13 @@ def unpack(packed: torch.Tensor, numel: int, bits: int = 4) -> torch.Tensor:
     [15, 0, 7]
     """
     n_codes, n_bytes = group_of(bits)
-    groups = packed.view(-1, n_bytes)
+    groups = packed.view(-1, n_bytes)  # (n_groups, n_bytes)
     word = groups[:, 0].to(_word_dtype(n_bytes))  # (n_groups,)
     for i in range(1, n_bytes):
         word = word << 8 | groups[:, i]
-    shifts = [bits * i for i in reversed(range(n_codes))]
+    shifts = [bits * i for i in reversed(range(n_codes))]  # the first code lies highest
     codes = torch.stack([(word >> s & (2**bits - 1)).to(torch.uint8) for s in shifts], dim=1)  # (n_groups, n_codes)
-    return codes.view(-1)[:numel]
+    return codes.view(-1)[:numel]  # without the padding
 
 
 def _word_dtype(n_bytes: int) -> torch.dtype:

@@ -1,8 +1,8 @@
-"""Quantise and dequantise: codebook, blocks, packing and double quantization, composed.
+"""Quantise and dequantise: codebook, blocks, packing and double quantization put together.
 
 In: a weight of any shape, float32, bf16 or fp16. Out: a QuantizedTensor, and back to a weight.
-Source: QLoRA section 3; bytes and float32 values equal bitsandbytes 0.50 (tests/quant/test_bitsandbytes.py lists where
-they legitimately differ).
+Source: QLoRA section 3. Bytes and float32 values equal those of bitsandbytes 0.50; tests/quant/test_bitsandbytes.py
+lists the legitimate differences.
 
 The whole of it, for one block, is
     absmax = max |w|;   code = nearest(w / absmax, levels);   w' = levels[code] * absmax.
@@ -14,6 +14,7 @@ from math import lcm
 
 import torch
 
+from qlora_lab.kernels.packed_weight import PackedWeight
 from qlora_lab.quant.blocks import TINY, block_absmax, check_block_size, scale_blocks, to_blocks
 from qlora_lab.quant.codebook import (
     CUSTOM,
@@ -31,27 +32,17 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIECE = 2**20  # weights quantised at a time: temporaries stay in cache, and the peak is the result, not five copies
 
 
-class Plain(tuple):
-    """(packed, constants, levels, block_size). A kernel may keep its own view of them in the attribute `prepared`."""
-
-
-@dataclass(frozen=True, eq=False)  # two of them are the same only if they are one: == on tensors has no single answer
+@dataclass(frozen=True, eq=False)  # equal only if identical: == on tensors has no single answer
 class QuantizedTensor:
-    """A quantised weight: plain tensors and what is needed to read them. Nothing in it is ever changed.
+    """A quantised weight: plain tensors and what is needed to read them. Nothing in it ever changes."""
 
-    packed: (ceil(numel * bits / 8),) uint8, first code in the high bits, rounded up to whole groups (packing.py).
-    constants: absmax, (n_blocks,) float32, or its DoubleQuantized form.
-    levels: (at most 2^bits,) float32, what each code stands for. codebook: its name, "custom" for a table made by hand.
-    shape, dtype: of the original weight.
-    """
-
-    packed: torch.Tensor
-    constants: torch.Tensor | DoubleQuantized
-    levels: torch.Tensor
-    codebook: str
-    block_size: int
-    shape: torch.Size
-    dtype: torch.dtype
+    packed: torch.Tensor  # (ceil(numel * bits / 8),) uint8, first code in the high bits, in whole groups (packing.py)
+    constants: torch.Tensor | DoubleQuantized  # absmax, (n_blocks,) float32, or its quantised form
+    levels: torch.Tensor  # (at most 2^bits,) float32, what each code stands for
+    codebook: str  # the name of the levels, "custom" for a table made by hand
+    block_size: int  # weights per constant
+    shape: torch.Size  # of the original weight
+    dtype: torch.dtype  # of the original weight
 
     @property
     def double_quant(self) -> bool:
@@ -60,14 +51,14 @@ class QuantizedTensor:
 
     @property
     def absmax(self) -> torch.Tensor:
-        """Block constants, (n_blocks,) float32, double quantization undone."""
+        """Block constants, (n_blocks,) float32, with double quantization undone."""
         return double_dequantize(self.constants) if self.double_quant else self.constants
 
     @cached_property
-    def plain(self) -> Plain:
-        """What kernels take: packed, constants, levels, block size; nothing that only this library knows."""
+    def plain(self) -> PackedWeight:
+        """The tensors as kernels take them; one object for the life of this one, as kernels keep a cache in it."""
         constants = self.constants.plain if self.double_quant else self.constants
-        return Plain((self.packed, constants, self.levels, self.block_size))
+        return PackedWeight(self.packed, constants, self.levels, self.block_size)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "plain"}  # a copy makes its own
@@ -89,7 +80,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and constants. The levels are not counted: they are the same for every tensor of a model."""
+        """Bytes of codes and constants. The levels are not counted: all tensors of a model share them."""
         return self.packed.nbytes + self.constants.nbytes
 
     @property
@@ -130,12 +121,11 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantise `weight`, any shape with at least one element, float32, bf16 or fp16, block by block.
 
-    codebook: a name that qlora_lab.codebook knows, or levels of your own (codebook.check_levels says which serve).
-    block_size: 16 to 4096 weights per constant.
-    double_quant: quantise the constants too. name: what an error calls this tensor.
-    keep_non_finite: let a NaN or infinity stay; its whole block, and no other, then dequantises to NaN. Without it,
-    and always with double_quant, whose constants share a mean, such a value is an error.
-    Raises TypeError for other dtypes, ValueError for everything else that is not allowed.
+    codebook: a name that qlora_lab.codebook takes, or levels of your own (see codebook.check_levels).
+    block_size: 16 to 4096 weights per constant. double_quant: quantise the constants too.
+    name: what errors call this tensor. keep_non_finite: accept NaN and infinity; the block of such a value, and no
+    other, then dequantises to NaN. By default it is an error, and always with double_quant, whose constants share a
+    mean. Raises TypeError for other dtypes, ValueError for anything else that is not allowed.
 
     >>> q = quantize(torch.linspace(-1, 1, 128), "nf4", block_size=64)
     >>> q.bits_per_parameter, q.codes[[0, 127]].tolist()
@@ -144,7 +134,7 @@ def quantize(
     from qlora_lab.kernels import blocks_for
 
     _check_weight(weight, name)
-    named = isinstance(codebook, str)
+    named = isinstance(codebook, str)  # else a table of the caller's
     levels = (named_codebook(codebook) if named else check_levels(codebook)).to(weight.device)
     check_block_size(block_size)
     flat = weight.detach().reshape(-1).contiguous()  # (numel,); reshape alone can leave gaps
@@ -167,9 +157,10 @@ def quantize(
 
 
 def quantize_blocks(weight: torch.Tensor, levels: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(numel,) weights -> packed, uint8, and absmax, (n_blocks,) float32: NaN where a block is not finite."""
-    fill = zero_code(levels)
-    packed, absmax = [], []
+    """(numel,) weights -> packed, uint8, and absmax, (n_blocks,) float32, NaN for a block that is not finite."""
+    fill = zero_code(levels)  # a padded weight dequantises to 0
+    packed = []
+    absmax = []
     for piece in weight.split(_piece_length(block_size, bits_of(levels))):
         blocks = to_blocks(piece, block_size)  # (n_blocks, block_size)
         constants = block_absmax(blocks)
@@ -181,10 +172,10 @@ def quantize_blocks(weight: torch.Tensor, levels: torch.Tensor, block_size: int)
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The weight that `q` stands for, of shape `q.shape`: float32 products, rounded once to `dtype`.
+    """Return the weight that `q` stands for, of shape `q.shape`: float32 products, rounded once to `dtype`.
 
     dtype: float32, bf16 or fp16; None takes that of the original weight. out: a contiguous tensor of `q.numel` elements
-    to write into instead of a fresh one; its dtype then decides.
+    to fill instead of a new one; its dtype then decides.
     Raises TypeError for another dtype, ValueError for an `out` of another size or layout.
 
     >>> dequantize(quantize(torch.linspace(-1, 1, 64)))[[0, 63]].tolist()
@@ -206,12 +197,12 @@ def dequantize_blocks(
     """Fill `out`, (numel,) float32, bf16 or fp16, with levels[code] * absmax of the block."""
     bits = bits_of(levels)
     n_codes, n_bytes = group_of(bits)
-    step = _piece_length(block_size, bits)
+    step = _piece_length(block_size, bits)  # a piece at a time, as in quantize_blocks
     for start in range(0, len(out), step):
         stop = min(start + step, len(out))
-        some = packed[start // n_codes * n_bytes : -(-stop // n_codes) * n_bytes]
+        some = packed[start // n_codes * n_bytes : -(-stop // n_codes) * n_bytes]  # whole groups of codes
         values = levels.index_select(0, unpack(some, stop - start, bits).int())  # (stop - start,) float32
-        blocks = to_blocks(values, block_size)
+        blocks = to_blocks(values, block_size)  # (n_blocks, block_size), a view of values where it can be
         blocks *= absmax[start // block_size : start // block_size + len(blocks), None]
         out[start:stop] = blocks.view(-1)[: stop - start]
 
@@ -237,14 +228,14 @@ def _output(q: QuantizedTensor, dtype: torch.dtype | None, out: torch.Tensor | N
 
 def _check_weight(weight: torch.Tensor, name: str) -> None:
     if not isinstance(weight, torch.Tensor) or weight.dtype not in WEIGHT_DTYPES:
-        given = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
-        raise TypeError(f"{name} is {given}: it must be a tensor of {_names(WEIGHT_DTYPES)}")
+        kind = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise TypeError(f"{name} is {kind}: it must be a tensor of {_names(WEIGHT_DTYPES)}")
     if not weight.numel():
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, so there is nothing to quantise")
 
 
 def _check_finite(absmax: torch.Tensor, weight: torch.Tensor, name: str) -> None:
-    if not absmax.sum().isnan():
+    if not absmax.sum().isnan():  # one pass over the constants, not over the weights
         return
     index = tuple((~torch.isfinite(weight)).nonzero()[0].tolist())
     raise ValueError(

@@ -1,4 +1,4 @@
-"""A quantised tensor as named plain tensors, and back: bitsandbytes' own key names, so that checkpoints are shared.
+"""A quantised tensor as named plain tensors, and back, with bitsandbytes' key names, so that both read the files.
 
 In: a QuantizedTensor and its key, such as "model.layers.0.mlp.up_proj.weight". Out: a dict of tensors for safetensors:
     KEY                                    uint8 (n_bytes, 1)        packed codes
@@ -6,9 +6,9 @@ In: a QuantizedTensor and its key, such as "model.layers.0.mlp.up_proj.weight". 
     KEY.quant_map                          float32 (2^bits,)         levels
     KEY.nested_absmax, KEY.nested_quant_map                          only with double quantization
     KEY.quant_state.bitsandbytes__nf4      uint8                     JSON: block size, shape, dtype, offset
-Source: bitsandbytes 0.50, QuantState.as_dict. Codebooks it does not know (all but nf4 and fp4) carry `qlora_lab__NAME`
-in the last key, so that it refuses them instead of misreading them. The table itself is always stored, so one made by
-hand comes back too, as `custom`.
+Source: bitsandbytes 0.50, QuantState.as_dict. It reads nf4 and fp4 only, so other codebooks carry `qlora_lab__NAME` in
+the last key: bitsandbytes then refuses them instead of misreading them. The table itself is always stored, so one made
+by hand comes back too, as `custom`.
 
 Not here: files (adapters/peft_format.py).
 """
@@ -28,18 +28,19 @@ from qlora_lab.quant.finite import first_not_finite, largest_magnitude
 from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor
 
-BITSANDBYTES_READS = ("nf4", "fp4")
-# bnb_4bit_quant_storage: bytes of codes that go by another name, for FSDP
+BITSANDBYTES_READS = ("nf4", "fp4")  # by the type in the last key
+# bnb_4bit_quant_storage lets bytes of codes pose as another dtype, for FSDP
 STORAGE_DTYPES = (torch.uint8, torch.int8, *WEIGHT_DTYPES, torch.float64)
-MOST_STATE, MOST_SIZES = 2**12, 64  # bytes of a description, 250 in fact; dimensions of a tensor of numpy
-LARGEST = torch.finfo(torch.float32).max
+MOST_STATE = 2**12  # bytes of a description; real ones have about 250
+MOST_SIZES = 64  # dimensions of a numpy array
+LARGEST = torch.finfo(torch.float32).max  # sums beyond it become infinity
 AGAIN = "quantise its original again"
 _KNOWN = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
 _DTYPES = {str(d).removeprefix("torch."): d for d in WEIGHT_DTYPES}
 
 
 def to_tensors(q: QuantizedTensor, key: str) -> dict[str, torch.Tensor]:
-    """The tensors that stand for `q`, by bitsandbytes' names (module docstring). Shares memory with `q`."""
+    """Return the tensors of `q` under bitsandbytes' names (module docstring). They share memory with `q`."""
     state = {
         "quant_type": q.codebook,
         "blocksize": q.block_size,
@@ -64,19 +65,18 @@ def to_tensors(q: QuantizedTensor, key: str) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> QuantizedTensor:
-    """Read the tensor named `key` out of a dict with bitsandbytes' names, whoever wrote it.
+    """Read the tensor named `key` from a dict with bitsandbytes' names, written by either library.
 
-    Raises KeyError for a missing part and, whatever else the parts hold, ValueError for one that cannot be what its
-    name says (kind, size, values), each by its name. Constants that are not finite are refused as well, those of
-    quantize(keep_non_finite=True) too.
+    Raises KeyError for a missing part, and ValueError, which names the part, if its kind, size or values are wrong.
+    Constants must be finite, so tensors of quantize(keep_non_finite=True) may be refused.
     """
     if not isinstance(tensors, Mapping) or not isinstance(key, str):
-        given = f"{type(tensors).__name__} and {type(key).__name__}"
-        raise ValueError(f"a dict of tensors and the key of one are needed, but {given} are given")
+        kinds = f"{type(tensors).__name__} and {type(key).__name__}"
+        raise ValueError(f"{kinds} are given: give a dict of tensors and the key of one")
     state = _read_state(tensors, key)
     packed = _part(tensors, key, STORAGE_DTYPES).view(torch.uint8)
     levels = _levels(tensors, key, state["quant_type"], packed.device)
-    nested = "nested_offset" in state
+    nested = "nested_offset" in state  # double quantization
     absmax = _part(tensors, f"{key}.absmax", (torch.uint8,) if nested else WEIGHT_DTYPES, packed.device)
     _check_sizes(tensors, key, state, len(packed), len(absmax), bits_of(levels))
     constants = _nested(tensors, key, state, absmax) if nested else _not_negative(absmax, f"{key}.absmax")
@@ -98,14 +98,14 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> QuantizedTens
 
 
 def _read_state(tensors: Mapping[str, torch.Tensor], key: str) -> dict:
-    """The description of the tensor, every value of the right type and known here."""
+    """Return the description of the tensor, after a check of every value."""
     prefix = f"{key}.quant_state."
-    found = [name for name in tensors if isinstance(name, str) and name.startswith(prefix)]
-    if len(found) != 1:
-        raise KeyError(f"{key}: expected one key that starts with {prefix!r}, found {found or 'none'}")
-    state = _state(_part(tensors, found[0], (torch.uint8,)))
+    names = [name for name in tensors if isinstance(name, str) and name.startswith(prefix)]
+    if len(names) != 1:
+        raise KeyError(f"{key}: expected one key that starts with {prefix!r}, found {names or 'none'}")
+    state = _state(_part(tensors, names[0], (torch.uint8,)))
     if state is None:
-        raise ValueError(f"{found[0]} cannot be read: the checkpoint is damaged")
+        raise ValueError(f"{names[0]} cannot be read: the checkpoint is damaged")
     if unknown := sorted(state.keys() - _KNOWN):
         name = unknown[0]
         value = short(state[name])
@@ -115,8 +115,8 @@ def _read_state(tensors: Mapping[str, torch.Tensor], key: str) -> dict:
             f"{key} is stored as {short(state['quant_type'])} of {short(state['dtype'])}, which is not known here: "
             f"data types are {', '.join(CODEBOOKS)}, weights {', '.join(_DTYPES)}"
         )
-    if found[0].rpartition("__")[2] != state["quant_type"]:
-        raise ValueError(f"{found[0]} describes {state['quant_type']}, another type than its name: {AGAIN}")
+    if names[0].rpartition("__")[2] != state["quant_type"]:
+        raise ValueError(f"{names[0]} describes {state['quant_type']}, another type than its name: {AGAIN}")
     try:
         check_block_size(state["blocksize"])
     except ValueError as error:
@@ -125,15 +125,15 @@ def _read_state(tensors: Mapping[str, torch.Tensor], key: str) -> dict:
 
 
 def _state(encoded: torch.Tensor) -> dict | None:
-    """What bitsandbytes writes: a JSON object with numbers where numbers belong; None for anything else."""
+    """Parse what bitsandbytes writes, a JSON object with numbers in their places; None for anything else."""
     if len(encoded) > MOST_STATE:
         return None
     try:
         state = parse(decoded(bytes(encoded.tolist()), "state"), "state")
         whole = [*state["shape"], state["blocksize"]]
         numbers = [*whole, state.get("nested_offset", 0)]
-        float(numbers[-1])  # an integer of 400 digits is none
-        named = state["quant_type"], state["dtype"]
+        float(numbers[-1])  # an integer of 400 digits is not a float
+        named = state["quant_type"], state["dtype"]  # two texts
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
     right = isinstance(state["shape"], list) and len(state["shape"]) <= MOST_SIZES
@@ -147,13 +147,13 @@ def _state(encoded: torch.Tensor) -> dict | None:
 def _part(
     tensors: Mapping[str, torch.Tensor], name: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
 ) -> torch.Tensor:
-    """The part `name` as (numel,), contiguous. Raises KeyError or ValueError if it is not there, or of another kind."""
+    """Return the part `name` as (numel,), contiguous. Raises KeyError if it is missing, ValueError for a wrong kind."""
     if name not in tensors:
         raise KeyError(f"{name} is missing: the checkpoint is incomplete")
     part = tensors[name]
     if not isinstance(part, torch.Tensor) or part.layout != torch.strided or part.is_meta:
-        given = f"a {part.layout} tensor on {part.device}" if isinstance(part, torch.Tensor) else type(part).__name__
-        raise ValueError(f"{name} is {given}, but a plain tensor with values is needed: {AGAIN}")
+        kind = f"a {part.layout} tensor on {part.device}" if isinstance(part, torch.Tensor) else type(part).__name__
+        raise ValueError(f"{name} is {kind}, but a plain tensor with values is needed: {AGAIN}")
     if part.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} is {part.dtype}, but {allowed} is needed there: {AGAIN}")
@@ -168,22 +168,23 @@ def _part(
 def _levels(
     tensors: Mapping[str, torch.Tensor], key: str, name: str, device: torch.device | None = None
 ) -> torch.Tensor:
-    """The table of the codes. Raises ValueError for one that is none, or not the one of its name."""
+    """Return the table of the codes. Raises ValueError for a bad table, or one that differs from its name's."""
     dtypes = WEIGHT_DTYPES if name == CUSTOM else (torch.float32,)
-    flat, stored = _part(tensors, f"{key}.quant_map", dtypes, device), tensors[f"{key}.quant_map"]
-    if name == CUSTOM:  # nothing but its own table says what its codes mean
+    flat = _part(tensors, f"{key}.quant_map", dtypes, device)
+    stored = tensors[f"{key}.quant_map"]
+    if name == CUSTOM:  # only the stored table says what the codes mean
         try:
             return check_levels(stored).to(flat.device)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{key}.quant_map: {error}") from None
-    known = codebook(name)
-    if stored.shape != known.shape or not torch.allclose(flat.cpu(), known):
+    levels = codebook(name)
+    if stored.shape != levels.shape or not torch.allclose(flat.cpu(), levels):
         raise ValueError(f"{key}.quant_map is not the table of {name}: {AGAIN}")
     return flat
 
 
 def _nested(tensors: Mapping[str, torch.Tensor], key: str, state: dict, codes: torch.Tensor) -> DoubleQuantized:
-    """The constants of constants. Raises KeyError or ValueError for what cannot be them."""
+    """Return the constants of constants. Raises KeyError or ValueError for impossible ones."""
     if (size := state.get("nested_blocksize")) != GROUP_SIZE:
         raise ValueError(f"{key} groups constants by {short(size)}, but only {GROUP_SIZE} is known")
     if (dtype := state.get("nested_dtype", "float32")) != "float32":
@@ -193,8 +194,8 @@ def _nested(tensors: Mapping[str, torch.Tensor], key: str, state: dict, codes: t
         if not torch.equal(table, dynamic_map()):
             raise ValueError(f"{name} is another table than bitsandbytes' dynamic map: it cannot be read")
     scale = _part(tensors, f"{key}.nested_absmax", WEIGHT_DTYPES, codes.device)
-    offset = state["nested_offset"]
-    if not offset + largest_magnitude(scale) <= LARGEST:  # nor is NaN; they scale every weight
+    offset = state["nested_offset"]  # a Python float
+    if not offset + largest_magnitude(scale) <= LARGEST:  # false for NaN; they scale every weight
         raise ValueError(f"{key} has NaN or infinity in its nested constants: {AGAIN}")
     if offset < 0:
         raise ValueError(f"{key} has nested_offset={offset:g}, but it is a mean of magnitudes: {AGAIN}")
@@ -203,7 +204,7 @@ def _nested(tensors: Mapping[str, torch.Tensor], key: str, state: dict, codes: t
 
 
 def _not_negative(constants: torch.Tensor, name: str) -> torch.Tensor:
-    """`constants` as float32. Raises ValueError unless each is what it stands for, the largest magnitude of a block."""
+    """Return `constants` as float32. Raises ValueError unless each can be the largest magnitude of a block."""
     if fault := first_not_finite(constants):
         raise ValueError(f"{name} holds {fault}, but the constant of a block is finite: {AGAIN}")
     if len(constants) and constants.min() < 0:
@@ -214,9 +215,9 @@ def _not_negative(constants: torch.Tensor, name: str) -> torch.Tensor:
 def _check_sizes(
     tensors: Mapping[str, torch.Tensor], key: str, state: dict, n_bytes: int, n_constants: int, bits: int
 ) -> None:
-    """Raise ValueError unless codes and constants are as many as the shape needs; Python's integers do not overflow."""
+    """Raise ValueError unless codes and constants fit the shape. Python's integers do not overflow here."""
     numel = math.prod(state["shape"])
-    n_blocks = -(-numel // state["blocksize"])
+    n_blocks = -(-numel // state["blocksize"])  # rounded up: the last block may be partial
     codes_of_group, bytes_of_group = group_of(bits)
     sizes = {key: (n_bytes, -(-numel // codes_of_group) * bytes_of_group), f"{key}.absmax": (n_constants, n_blocks)}
     if "nested_offset" in state:

@@ -1,16 +1,17 @@
 """Make the C library hand freed memory out again instead of giving it back to the system.
 
-Every step of training allocates the same large temporaries. By default glibc returns each to the kernel, and the next
-one is paid for in page faults, which can cost more than its arithmetic. Linux with glibc only; elsewhere it does
-nothing.
+Every training step allocates the same large temporaries. By default glibc returns each to the kernel, and the next one
+costs page faults, which can take longer than its arithmetic. Linux with glibc only; elsewhere this does nothing.
 The price: resident memory stays at its peak until the process ends.
 """
 
 import ctypes
 import platform
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST, DOCUMENTED_LARGEST = 2**31 - 1, 32 * 2**20  # older glibc refuses a mmap threshold above 32 MiB
+M_TRIM_THRESHOLD = -1  # malloc.h
+M_MMAP_THRESHOLD = -3
+LARGEST = 2**31 - 1  # bytes, as much as a C int holds
+DOCUMENTED_LARGEST = 32 * 2**20  # older glibc refuses a mmap threshold above 32 MiB
 
 
 def recycle_memory() -> bool:

@@ -1,11 +1,11 @@
-"""Checkpoints: the whole state of a run on disk, so that a run that was killed goes on as if nothing had happened.
+"""Checkpoints: the whole state of a run on disk, so that a killed run continues as an uninterrupted one would.
 
 In: tensors by name, and facts that JSON can hold. Out: one folder a step,
     checkpoints/step-00000040/   state.safetensors   state.json   best/   SHA256SUMS (`sha256sum -c` reads it)
 Source: what users of other trainers lost: resumes without the optimizer, and files cut off by a full disk.
 
-A checkpoint is written under another name, flushed to the disk and renamed: whatever happens, a folder with its name is
-whole. What happens to it later is found by its checksums; it is then refused by name, never used silently.
+A checkpoint is written under another name, flushed to the disk and renamed, so a folder with its final name is whole.
+Checksums find damage that comes later; a damaged checkpoint is refused, with the name of the file.
 Not here: what is in a state (trainer.py), adapters for others to read (peft_format.py).
 """
 
@@ -23,32 +23,35 @@ from qlora_lab.files.replace import replacing_folder, scratch_for
 from qlora_lab.files.strict_json import read_json
 from qlora_lab.files.tensor_file import save_tensors
 
-FOLDER, TENSORS, FACTS, SUMS = "checkpoints", "state.safetensors", "state.json", "SHA256SUMS"
+FOLDER = "checkpoints"
+TENSORS = "state.safetensors"  # adapter and optimizer
+FACTS = "state.json"  # everything else
+SUMS = "SHA256SUMS"  # of all the other files
 BEST = "best"  # the adapter with the lowest held-out loss, if there was an evaluation
 CHECKPOINT_FILES = (TENSORS, FACTS, SUMS, BEST)
 
 
 def saved_steps(run: Path) -> list[int]:
-    """Steps that the run in folder `run` has a checkpoint of, in rising order."""
+    """The steps with a checkpoint in the folder `run`, ascending."""
     return sorted(int(folder.name.removeprefix("step-")) for folder in step_folders(run))
 
 
 def step_folders(run: Path) -> list[Path]:
-    """What lies under the names of checkpoints; other names in their folder are not ours."""
+    """The folders with names of checkpoints. Anything else beside them belongs to the user."""
     return [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
 
 
 def save_checkpoint(
     run: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int, best: Path | None = None
 ) -> Path:
-    """Write the state after `step`, and then remove all checkpoints but the newest `keep`. Returns its folder.
+    """Write the state after `step`, then remove all checkpoints but the newest `keep`. Returns its folder.
 
     best: a folder to copy along, the adapter with the lowest held-out loss so far.
-    Raises OSError, with what is left, if it cannot be written; earlier checkpoints are as they were then.
+    Raises OSError if the state cannot be written, and says what is left; earlier checkpoints do not change.
     """
     target = _folder(run, step)
     disk.make_folder(target.parent)
-    disk.sync(run)
+    disk.sync(run)  # a power cut must not lose the name of the new folder
     try:
         with replacing_folder(target, owner=run) as new:
             save_tensors(tensors, new / TENSORS)
@@ -60,7 +63,7 @@ def save_checkpoint(
             files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
             disk.write_bytes(new / SUMS, as_lines({name: sha256(new / name) for name in files}))
     except OSError as error:
-        size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+        size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20  # MiB
         kept = saved_steps(run)
         left = f"the checkpoint of step {kept[-1]} is whole" if kept else "there is no earlier checkpoint"
         raise OSError(
@@ -71,7 +74,7 @@ def save_checkpoint(
 
 
 def forget(run: Path, steps: list[int]) -> None:
-    """Remove the checkpoints of `steps`. Each loses its name first: what has one is whole."""
+    """Remove the checkpoints of `steps`. Each is renamed first: a folder with its final name is always whole."""
     for step in steps:
         with scratch_for(_folder(run, step), owner=run) as scratch:
             disk.rename(_folder(run, step), scratch / "old")
@@ -80,9 +83,10 @@ def forget(run: Path, steps: list[int]) -> None:
 def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and facts of the state after `step`.
 
-    Raises FileNotFoundError if there is none, and ValueError, naming the file, if it is not what was written.
+    Raises FileNotFoundError if there is none, and ValueError, with the file, if it changed since it was written.
     """
-    folder, steps = _folder(run, step), saved_steps(run)
+    folder = _folder(run, step)
+    steps = saved_steps(run)
     if step not in steps:
         there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
         raise FileNotFoundError(f"{run} has no checkpoint of step {step}: {there}")
@@ -91,7 +95,8 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
         remedy = f"go on from the one before it: resume={earlier[-1]}" if earlier else "there is none before it"
         raise ValueError(f"{folder / damaged} is not what was written, it was cut off or changed; {remedy}")
     try:
-        tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}  # no view of the file
+        # copies: what load_file returns are views of the file
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
     except SafetensorError as error:
         raise ValueError(f"{folder / TENSORS} holds no tensors ({error}): resume from another checkpoint") from None
     return tensors, read_json(folder / FACTS)
@@ -103,12 +108,12 @@ def tensors_path(run: Path, step: int) -> Path:
 
 
 def facts_path(run: Path, step: int) -> Path:
-    """The file with all else of that state."""
+    """The file with the facts of the state after `step`."""
     return _folder(run, step) / FACTS
 
 
 def restore_best(run: Path, step: int, best: Path) -> None:
-    """Make the folder `best` what it was when `step` was saved; nothing, if there was none."""
+    """Make the folder `best` what it was when `step` was saved; remove it if there was none."""
     stored = _folder(run, step) / BEST
     if stored.is_dir():
         with replacing_folder(best) as new:
@@ -119,12 +124,12 @@ def restore_best(run: Path, step: int, best: Path) -> None:
 
 
 def _damaged(folder: Path) -> str | None:
-    """The first file that is not as its checksum says."""
+    """The first file whose checksum differs; None if all files are whole."""
     try:
         sums = read_sums(folder / SUMS)
     except ValueError:
         return SUMS
-    if not {TENSORS, FACTS} <= sums.keys():
+    if not {TENSORS, FACTS} <= sums.keys():  # a list that was cut off would vouch for too little
         return SUMS
     wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or sha256(folder / n) != digest)
     return next(wrong, None)

@@ -1,14 +1,14 @@
-"""Who computes what in a run: one process, or several that share the rows of each step and, if asked, the base.
+"""Divide the work of a run: one process, or several that share the rows of each step and, if asked, the base.
 
-In: a model with adapters. Out: an engine, whose `model` the loop calls for a loss. What a process has:
+In: a model with adapters. Out: an engine, whose `model` the loop calls for a loss. Each process has:
     OneProcess    all rows, all weights
     DataParallel  its share of the rows, all weights; torch's DDP adds up the adapters' gradients, once a step
     Sharded       its share of the rows, and of the bytes of each frozen weight; torch's FSDP2 gathers a decoder layer
-                  when it is needed, forward and backward of each micro-batch, and frees it again (torch 2.7)
-Adapters, their gradients and their optimizer are whole on each process: they are small, and clipping, paging and
-checkpoints need no second form. The sums run over all rows of a step, so gradients are summed and never averaged.
+                  before each forward and backward pass of a micro-batch, and frees it afterwards (torch 2.7)
+Each process has whole adapters, gradients and optimizer state: they are small, and so clipping, paging and checkpoints
+need no second form. The loss is a sum over all rows of a step, so gradients are summed and never averaged.
 
-`torchrun` starts the processes and says by environment variables which one this is; `processes` reads them.
+`torchrun` starts the processes and numbers them in environment variables, which `processes` reads.
 Not here: the loop (trainer.py). Not covered: tensor and pipeline parallelism, adapters or optimizer state in shards.
 """
 
@@ -25,50 +25,53 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qlora_lab.kernels.packed_weight import PackedWeight
 from qlora_lab.model.linear4bit import Linear4bit
-from qlora_lab.quant.quantize import Plain, QuantizedTensor
+from qlora_lab.quant.quantize import QuantizedTensor
 
-WAIT = timedelta(minutes=30)  # for another process: one may be testing the model while the others wait
-LATE = timedelta(seconds=20)  # for all to end a run, which they do at once; who is later has failed
+WAIT = timedelta(minutes=30)  # for another process, which may be testing the model meanwhile
+LATE = timedelta(seconds=20)  # at the end of a run, which all processes reach at once; a later one has failed
 T = TypeVar("T")
 
 
 class OneProcess:
-    """A run in one process. model: what is called for a loss; rank: of this process, of `size`."""
+    """A run in one process. model: what the loop calls for a loss; rank: of this process, of `size`."""
 
-    rank, size = 0, 1
+    rank = 0
+    size = 1
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def gradients(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward of a micro-batch; with `last`, gradients are complete after `finish`."""
+        """The context for forward and backward of a micro-batch; after the last, `finish` completes the gradients."""
         return nullcontext()
 
     def finish(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make gradients of this process's rows those of all rows."""
+        """Turn the gradients of this process's rows into those of all rows."""
 
     def sum(self, *numbers: float) -> tuple[float, ...]:
         """Each number summed over all processes."""
         return numbers
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """Raise ValueError, on all processes, unless all have the same facts."""
+        """Raise ValueError on all processes unless all have the same facts."""
 
     def close(self) -> None:
-        """Leave the model as it was before the run; `model` is then that one, and nothing is shared any more."""
+        """Leave the model as it was before the run: `model` is the original again, and nothing is shared."""
 
 
 class _Several(OneProcess):
-    """What both kinds of run with several processes do. The adapters of process 0 become those of all."""
+    """What both kinds of run with several processes share. The adapters of process 0 become those of all."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self._original = model
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
         learned = [p.data for p in model.parameters() if p.requires_grad]
         flat = torch.cat([p.reshape(-1) for p in learned])
-        dist.broadcast(flat, src=0)
+        dist.broadcast(flat, src=0)  # one message for all adapters
         _spread_out(flat, learned)
 
     def sum(self, *numbers: float) -> tuple[float, ...]:
@@ -93,21 +96,21 @@ class _Several(OneProcess):
 
 
 class _Replica(nn.parallel.DistributedDataParallel):
-    """DDP around a model of transformers, with the one method of it that the loss calls."""
+    """DDP around a model of transformers, with the one method of that model which the loss calls."""
 
     def get_output_embeddings(self) -> nn.Module:
         return self.module.get_output_embeddings()
 
 
 class DataParallel(_Several):
-    """Rows are shared, weights are not."""
+    """Each process has a share of the rows, and all weights."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
         # Without a search for unused parameters DDP forms other buckets after its first step: from three processes on a
         # resumed run would add up in another order than one that was not interrupted.
         self.model = _Replica(model, init_sync=False, find_unused_parameters=True)
-        self.model.broadcast_buffers = False  # they are constants; the argument of this name is deprecated
+        self.model.broadcast_buffers = False  # they are constants; the constructor's argument is deprecated
         self.model.register_comm_hook(None, _summed)
 
     def gradients(self, last: bool) -> AbstractContextManager:
@@ -116,7 +119,7 @@ class DataParallel(_Several):
 
 def _summed(_, bucket):
     """DDP's own hook divides by the number of processes, but each loss was divided by all answer tokens already."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    work = dist.all_reduce(bucket.buffer(), async_op=True)  # while backward goes on
     return work.get_future().then(lambda future: future.value()[0])
 
 
@@ -124,17 +127,17 @@ class _Gathered(QuantizedTensor):
     """A weight whose `packed` is memory that FSDP2 fills before a layer runs, and takes back after it."""
 
     @property
-    def plain(self) -> Plain:
-        # Never kept, as the memory moves. And another tensor over it: numpy, through which kernels on the CPU read,
-        # forbids for good that the tensor which it was given changes its size.
+    def plain(self) -> PackedWeight:
+        # Never kept, because the memory moves. A second tensor over the same memory, because numpy, through which
+        # kernels on the CPU read, forbids for good that its tensor changes size, and FSDP2 must change it.
         packed = self.packed.detach()
         packed = torch.from_dlpack(packed) if packed.device.type == "cpu" else packed
         constants = self.constants.plain if self.double_quant else self.constants
-        return Plain((packed, constants, self.levels, self.block_size))
+        return PackedWeight(packed, constants, self.levels, self.block_size)
 
 
 class _Linear4bitShard(Linear4bit):
-    """A Linear4bit whose packed bytes are a frozen Parameter, as FSDP2 spreads Parameters only.
+    """A Linear4bit whose packed bytes are a frozen Parameter, because FSDP2 spreads nothing else.
 
     Constants stay whole: 1/32 of the packed bytes with double quantization at block size 64, 1/8 without it.
     """
@@ -153,7 +156,7 @@ class _Linear4bitShard(Linear4bit):
 
 
 class Sharded(_Several):
-    """Rows and frozen weights are shared.
+    """Each process has a share of the rows and of the frozen weights.
 
     FSDP2 changes the class, the hooks and the parameters of what it shards, for good. So it gets a copy of the modules,
     which shares adapters and buffers with the original; the original's frozen weights are empty until `close`.
@@ -161,10 +164,13 @@ class Sharded(_Several):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        # Its own connections, so that the end of a run never meets what an error left under way on the others.
+        # Connections of its own, so that the end of a run never meets messages that an error left under way.
         self._apart = dist.new_group(backend="gloo", timeout=WAIT)
-        self._whole: list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = []  # shard, where all of it belongs
+        self._whole: list[
+            tuple[torch.Tensor, Callable[[torch.Tensor], None]]
+        ] = []  # a shard, and what puts the whole back
         self._closed = False
+        # one dimension: every process has an equal part of each weight
         mesh = dist.device_mesh.init_device_mesh(next(model.parameters()).device.type, (self.size,))
         self.model = _copy_of_modules(model)
         try:
@@ -179,7 +185,8 @@ class Sharded(_Several):
 
         stay = {p for p in model.parameters() if p.requires_grad or not p.dim()}  # FSDP2 takes no scalars
         for path in [*_layers(model), ""]:  # the last is all that is in no layer: embeddings, the last norm, the head
-            original, copy = model.get_submodule(path), self.model.get_submodule(path)
+            original = model.get_submodule(path)
+            copy = self.model.get_submodule(path)
             frozen = {n: p for n, p in copy.named_parameters() if p not in stay and not isinstance(p, DTensor)}
             fully_shard(copy, mesh=mesh, ignored_params=stay)
             for name, p in frozen.items():
@@ -190,7 +197,7 @@ class Sharded(_Several):
     def finish(self, parameters: Iterable[nn.Parameter]) -> None:
         parameters = [p for p in parameters if p.requires_grad]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
+        flat = torch.cat([g.reshape(-1) for g in gradients])  # one message instead of hundreds
         dist.all_reduce(flat)
         _spread_out(flat, gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -211,13 +218,15 @@ class Sharded(_Several):
                 "load the model again"
             ) from error
         finally:
-            self.model, self._whole = self._original, []
+            self.model = self._original
+            self._whole = []
             gc.collect()  # FSDP2's objects hold each other, and with them the shards
             dist.destroy_process_group(self._apart)
 
     def _gather(self, shard: torch.Tensor) -> torch.Tensor:
-        """All of a tensor that is cut along its first dimension, on the shard's device."""
-        mine, length = shard.to_local(), -(-len(shard) // self.size)  # the last processes may have less than `length`
+        """The whole of a tensor that is cut along its first dimension, on the shard's device."""
+        mine = shard.to_local()  # (rows of this process, ...)
+        length = -(-len(shard) // self.size)  # the last processes may have fewer rows
         part = torch.zeros(length, *shard.shape[1:], dtype=shard.dtype)
         part[: len(mine)] = mine
         whole = torch.empty(length * self.size, *shard.shape[1:], dtype=shard.dtype)
@@ -229,7 +238,7 @@ class Sharded(_Several):
 def engine_for(model: nn.Module, shard: bool = False) -> Iterator[OneProcess]:
     """The engine for all processes of torch's process group; OneProcess where there is none or only one.
 
-    shard: spread the frozen weights over the processes. Afterwards, also after an error, the model is as it was.
+    shard: spread the frozen weights over the processes. Afterwards, even after an error, the model is as it was.
     Raises ValueError for shard with one process.
     """
     check_shard(shard)
@@ -264,7 +273,8 @@ def processes() -> Iterator[int]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0
         return
-    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local = int(os.environ["LOCAL_RANK"])
+    gpus = torch.cuda.device_count()
     if gpus:
         if local >= gpus:
             raise ValueError(f"process {local} of this node has no GPU, there are {gpus}: --nproc-per-node {gpus}")
@@ -278,7 +288,7 @@ def processes() -> Iterator[int]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Leave the `with` block with all processes; an error in it on one of them is an error on all.
+    """Let all processes leave the `with` block together; an error on one of them is an error on all.
 
     Raises what the block raises, and ConnectionAbortedError where another process raised.
     """
@@ -288,7 +298,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception:
-        _sum(1.0)
+        _sum(1.0)  # tell the others, who wait below
         raise
     if _sum(0.0)[0]:
         raise ConnectionAbortedError("another process failed here, so this one stops as well; its message says why")
@@ -308,7 +318,7 @@ def first_on_node(work: Callable[[], T]) -> T:
 
 
 def from_process_0(value: T) -> T:
-    """The value that process 0 has, on all of them."""
+    """The value that process 0 has, on all processes."""
     if not _joined():
         return value
     values = [value]
@@ -322,7 +332,8 @@ def _joined() -> bool:
 
 
 def _sum(*numbers: float) -> tuple[float, ...]:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # NCCL sends from GPUs alone
+    # float64, so that token counts stay exact
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return tuple(total.tolist())
@@ -340,10 +351,10 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _copy_of_modules(model: nn.Module) -> nn.Module:
     """A copy of every module, around the very tensors of the original."""
-    same = [*model.parameters(), *model.buffers()]
+    same = [*model.parameters(), *model.buffers()]  # tensors that the copy shares
     quantised = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     same += [layer.weight for layer in quantised.values()]
-    copy = deepcopy(model, {id(one): one for one in same})
+    copy = deepcopy(model, {id(tensor): tensor for tensor in same})
     for name, layer in quantised.items():
         copy.set_submodule(name, _Linear4bitShard(layer))
     return copy
@@ -357,7 +368,7 @@ def _layers(model: nn.Module) -> list[str]:
 
 
 def _filler(original: nn.Module, name: str, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
-    """What gives the frozen tensor at `name` of the original other contents."""
+    """A function that gives the frozen tensor `name` of the original new contents."""
     path, _, leaf = name.rpartition(".")
     module = original.get_submodule(path)
     if leaf == "packed" and isinstance(module, Linear4bit):

@@ -27,7 +27,7 @@ def telling(when: str, folder: Path, settings: Settings) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # raised by this library, with its own advice
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{error.filename}: " if error.filename else ""  # a full disk often names no file
         said = f"the run ended {when} ({where}{error.strerror}): {last_saved(folder)}"
         raise OSError(f"{said}. Mend that, then resume (resume=True; --resume on the command line)") from error
 

@@ -1,11 +1,11 @@
-"""What the bits of a run follow from, besides its settings and data: the base's weights, and how sums are computed.
+"""What decides the bits of a run besides its settings and data: the base's weights, and how sums are computed.
 
-In: a model with adapters. Out: a checksum of all of its base, and a dict of what decides the arithmetic, for JSON.
-A resume takes over by name what can be chosen (which routines multiply, how many threads) and is refused where the rest
-differs (versions, processor), as the run would not be the undisturbed one to the bit.
+In: a model with adapters. Out: a checksum of its whole base, and a dict for JSON of what decides the arithmetic.
+A resume takes over what can be chosen (which routines multiply, how many threads). If the rest differs (versions,
+processor) it is refused, because its last bits would differ from those of an uninterrupted run.
 
-The checksum reads every byte that is frozen: SHA-256, a tensor in each thread, 1.7 GB/s a core where the processor has
-instructions for it: 0.13 s for the 106 MiB of SmolLM2-135M in 4 bits.
+The checksum reads every frozen byte: SHA-256, one tensor in each thread. With the processor's own instructions for it a
+core reads 1.7 GB/s: 0.13 s for the 106 MiB of SmolLM2-135M in 4 bits.
 Not here: what else is compared (run_record.py).
 """
 
@@ -25,7 +25,7 @@ from qlora_lab.kernels import choose, product
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.wide import widen
 
-PROBE = 2**12  # elements of each base weight that earlier versions told one model from another by
+PROBE = 2**12  # elements of each base weight in the checksum of earlier versions
 VERSIONS = ("qlora-lab", "torch", "transformers", "numba")
 
 
@@ -33,8 +33,9 @@ VERSIONS = ("qlora-lab", "torch", "transformers", "numba")
 
 
 def base_checksum(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and all bytes of what is not trained."""
+    """SHA-256 over names, shapes, dtypes and all bytes of everything that is not trained."""
     tensors = _base(model)
+    # hashlib releases the interpreter lock, so threads hash side by side
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         digests = list(threads.map(_digest, tensors.values()))
     lines = [f"{name} {tuple(t.shape)} {t.dtype} {d}\n" for (name, t), d in zip(tensors.items(), digests, strict=True)]
@@ -42,13 +43,14 @@ def base_checksum(model: nn.Module) -> str:
 
 
 def _base(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> tensor: frozen parameters, buffers that are stored, and all that packed weights are decoded from."""
+    """Name -> tensor: frozen parameters, stored buffers, and everything that packed weights are decoded from."""
     tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for path, module in model.named_modules():
         stored = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
         tensors |= {f"{path}.{name}": buffer for name, buffer in stored.items()}
         if isinstance(module, Linear4bit):
-            weight, constants = module.weight, module.weight.constants
+            weight = module.weight
+            constants = weight.constants
             parts = {"packed": weight.packed, "levels": weight.levels}
             if weight.double_quant:
                 parts |= {name: getattr(constants, name) for name in ("absmax_codes", "absmax_scale", "absmax_offset")}
@@ -63,11 +65,11 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def _bytes(flat: torch.Tensor) -> memoryview:
-    return flat.contiguous().cpu().view(torch.uint8).numpy().data
+    return flat.contiguous().cpu().view(torch.uint8).numpy().data  # as bytes: numpy has no bfloat16
 
 
 def first_elements_checksum(model: nn.Module) -> str:
-    """By which an earlier version told a base from another: of the first elements of parameters and packed codes."""
+    """The checksum of earlier versions: over the first elements of parameters and packed codes."""
     digest = hashlib.sha256()
     parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     packed = {f"{n}.packed": m.weight.packed for n, m in model.named_modules() if isinstance(m, Linear4bit)}
@@ -80,11 +82,11 @@ def first_elements_checksum(model: nn.Module) -> str:
 
 
 def arithmetic(model: nn.Module) -> dict:
-    """What sums depend on: the outcome of this process's race, kernels, threads, processor and versions."""
+    """What sums depend on: the outcome of the race of products, kernels, threads, processor and versions."""
     device = next(model.parameters()).device
     on_cpu = device.type == "cpu"
     return {
-        "race": [_finite(seconds) for seconds in product.race()] if on_cpu else None,  # seconds, which decide
+        "race": [_finite(seconds) for seconds in product.race()] if on_cpu else None,  # seconds; the fastest wins
         "attention": getattr(model.config, "_attn_implementation", None),
         "kernels": choose(device.type).name,
         "threads": torch.get_num_threads() if on_cpu else None,
@@ -95,7 +97,7 @@ def arithmetic(model: nn.Module) -> dict:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a package; None for a clone that is on the path and not installed."""
+    """The version of a package; None for a clone that is on the path but not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -107,34 +109,35 @@ def _finite(seconds: float) -> float | None:
 
 
 def is_known(saved: dict) -> bool:
-    """Whether the version that saved this arithmetic noted all of it; earlier ones noted race and attention."""
+    """Whether the version that saved this arithmetic noted all of it; earlier versions noted race and attention."""
     return "versions" in saved
 
 
 def adopt_arithmetic(model: nn.Module, saved: dict) -> None:
-    """Go on with what the run began with, also where this process's own race ended otherwise.
+    """Compute as the run began, even if this process's own race of products had another winner.
 
-    Warns where that is another number of threads than this process has.
+    Warns if this changes the number of threads.
     """
     if next(model.parameters()).device.type != "cpu":
         return
     if saved.get("race"):
         product.keep(product.Race(*(math.inf if seconds is None else seconds for seconds in saved["race"])))
         widen(model)
-    threads, own = saved.get("threads"), torch.get_num_threads()
-    if threads and threads != own and threads <= (os.cpu_count() or 1):
+    threads = saved.get("threads")
+    own = torch.get_num_threads()
+    if threads and threads != own and threads <= (os.cpu_count() or 1):  # more threads than cores: refused later
         torch.set_num_threads(threads)
         warnings.warn(f"the run was begun with {threads} threads, so it goes on with them and not {own}", stacklevel=2)
 
 
 def for_comparison(arithmetic: dict) -> dict:
-    """What of it must be the same, when what can be taken over was; what an earlier version left out is not in it."""
+    """The part that must be equal once the rest was taken over; empty if an earlier version saved it."""
     return {name: value for name, value in arithmetic.items() if name != "race"} if is_known(arithmetic) else {}
 
 
 @contextmanager
 def own_threads() -> Iterator[None]:
-    """Afterwards torch has as many threads as before."""
+    """Give torch back its number of threads when the `with` block ends."""
     before = torch.get_num_threads()
     try:
         yield

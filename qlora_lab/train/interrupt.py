@@ -1,7 +1,7 @@
-"""A signal that ends a run waits for the end of a step, so that what is saved is a state between two steps.
+"""Make a signal that ends a run wait for the end of the step, so that the saved state lies between two steps.
 
-SIGINT is Ctrl-C, SIGTERM what a launcher sends, SIGHUP what a terminal sends that is closed. The first only sets a
-mark; a second one stops at once. A SIGHUP that is ignored stays so: that is what nohup is for.
+SIGINT is Ctrl-C; launchers send SIGTERM; a terminal sends SIGHUP when it closes. The first signal only sets a mark; a
+second one stops at once. An ignored SIGHUP stays ignored: that is what nohup is for.
 """
 
 import signal
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # Windows has none
+HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # Windows has no SIGHUP
 ENDING = [signal.SIGINT, signal.SIGTERM, *HANGUP]
 
 
@@ -17,27 +17,28 @@ class Interrupt:
     """asked: whether the user wants the run to stop."""
 
     def __init__(self):
-        self.asked, self._signals = False, 0
+        self.asked = False
+        self._signals = 0  # received so far
 
     def ask(self, *_: object) -> None:
         self._signals += 1
-        if self._signals > 1:
+        if self._signals > 1:  # the user does not want to wait for the step
             raise KeyboardInterrupt
         self.asked = True
 
 
 @contextmanager
 def waiting(interrupt: Interrupt) -> Iterator[None]:
-    """Inside the `with` block a signal marks `interrupt`. In another thread than the main one no signal arrives."""
+    """Inside the `with` block a signal marks `interrupt`. Python delivers signals to the main thread alone."""
     with _handled(interrupt.ask, [number for number in ENDING if number not in HANGUP or not _is_ignored(number)]):
         yield
 
 
 @contextmanager
 def ending_like_ctrl_c() -> Iterator[None]:
-    """Inside the `with` block SIGTERM and SIGHUP raise KeyboardInterrupt, so that what is open is closed and removed.
+    """Inside the `with` block SIGTERM and SIGHUP raise KeyboardInterrupt, so that open files are closed and removed.
 
-    One that somebody else handles, or ignores, is left to them.
+    A signal that has a handler already, or is ignored, stays as it is.
     """
     with _handled(_stop, [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]):
         yield

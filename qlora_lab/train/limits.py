@@ -1,12 +1,12 @@
-"""What a model can read: tokens that its embedding has a row for, and rows as long as its positions reach.
+"""Check what a model can read: tokens with a row in its embedding, and rows no longer than its positions.
 
-In: a model, its tokenizer, token ids or the length of a row. Out: what is wrong, in words, or an error that says so.
+In: a model, its tokenizer, token ids or the length of a row. Out: the fault in words, or an error.
 
-A row beyond `max_position_embeddings` is a warning where positions are computed (rotary, ALiBi): the model was trained
-on shorter ones. It is an error where each position has a stored row, since there is none for it. Which of the two holds
-is found with rows of two and of three tokens: a table whose highest look-up rises by one with one token more is a table
-of positions. No list of names or of module types would know the next family, or GPT-J, whose table is a buffer. Only
-without such a table is the long row itself tried, because on a GPU a look-up beyond a table's end ends the process.
+A row beyond `max_position_embeddings` is a warning if the model computes positions (rotary, ALiBi), because it was
+trained on shorter rows. It is an error if each position has a stored row. Rows of two and of three tokens tell which: a
+table whose highest look-up rises by one with one token more is a table of positions. A list of names or module types
+would not know the next family, nor GPT-J, whose table is a buffer. Only without such a table is the long row itself
+tried, because on a GPU a look-up beyond a table's end kills the process.
 """
 
 import warnings
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 def fill_id(model: nn.Module, tokenizer: "Tokenizer") -> int:
-    """An id to fill rows with: the pad token, else the end token, else 0.
+    """An id to pad rows with: the pad token, else the end token, else 0.
 
-    What fills a row is neither learned nor attended to, so any id serves that the embedding has a row for.
+    Padding is neither learned nor attended to, so any id with a row in the embedding will do.
     """
-    ids = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids = tokenizer.pad_token_id, tokenizer.eos_token_id  # either may be None, or beyond the embedding
     return next((number for number in ids if number is not None and 0 <= number < embedding_rows(model)), 0)
 
 
@@ -42,8 +42,10 @@ def embedding_rows(model: nn.Module) -> int:
 
 
 def unknown_token(model: nn.Module, tokenizer: "Tokenizer", ids: Collection[int]) -> str | None:
-    """What is wrong with a token of `ids` that the model has no embedding for; None if it has one for all."""
-    rows, lowest, highest = embedding_rows(model), min(ids, default=0), max(ids, default=0)
+    """What is wrong with a token of `ids` that has no embedding; None if all have one."""
+    rows = embedding_rows(model)
+    lowest = min(ids, default=0)
+    highest = max(ids, default=0)
     if lowest < 0:
         return f"a token has id {lowest}, but ids are whole numbers from 0 to {rows - 1:,}: encode the text again"
     if highest < rows:
@@ -62,16 +64,16 @@ def check_tokens(model: nn.Module, tokenizer: "Tokenizer", ids: Collection[int])
 
 def used_tokens(encoded: Iterable[Encoded]) -> set[int]:
     """All ids that a step reads or learns."""
-    return {token for one in encoded for token in (*one.input_ids, *one.labels)} - {IGNORED}
+    return {token for example in encoded for token in (*example.input_ids, *example.labels)} - {IGNORED}
 
 
 # ------------------------------------------------------------------------------------------------------------- lengths
 
 
 def check_length(model: nn.Module, length: int, row: str, advice: str) -> None:
-    """Warn of a row of `length` tokens that is longer than the model was made for; ValueError if it cannot be read.
+    """Warn if a row of `length` tokens is longer than the model was made for; raise ValueError if it cannot be read.
 
-    row: what has that length; advice: how to get a shorter one.
+    row: what has that length, in words; advice: how to get a shorter one.
     """
     if fault := too_long(model, length):
         status, reason = fault
@@ -83,7 +85,8 @@ def check_length(model: nn.Module, length: int, row: str, advice: str) -> None:
 
 def too_long(model: nn.Module, length: int) -> tuple[Literal["warning", "problem"], str] | None:
     """Why a row of `length` tokens is too long for the model; None if it is not."""
-    limit, name = position_limit(model), type(model).__name__
+    limit = position_limit(model)
+    name = type(model).__name__
     if limit is None or length <= limit:
         return None
     stored = stored_positions(model, limit)
@@ -95,13 +98,16 @@ def too_long(model: nn.Module, length: int) -> tuple[Literal["warning", "problem
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """The tokens that the model's configuration says it was made for, rotary scaling included; None if it says none."""
+    """The longest row that the configuration says the model was made for, rotary scaling included; None if unsaid."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT has the latter
     if not isinstance(limit, int) or limit < 1:
         return None
-    rotary = getattr(config, "rope_parameters", None) or {}
-    scalings = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]  # some have one a kind of layer
+    rotary = getattr(config, "rope_parameters", None) or {}  # scaling, such as YaRN's, extends the limit
+    scalings = [
+        rotary,
+        *(part for part in rotary.values() if isinstance(part, dict)),
+    ]  # some models have one for each kind of layer
     return max(limit, *(_scaled(limit, scaling) for scaling in scalings))
 
 
@@ -110,23 +116,25 @@ def _scaled(limit: int, scaling: dict) -> int:
 
 
 def stored_positions(model: nn.Module, limit: int) -> int | None:
-    """How many positions the model has in a table of at least `limit` rows; None if it computes them."""
-    two, three = _looked_up(model, 2), _looked_up(model, 3)
+    """How many positions the model stores, in a table of at least `limit` rows; None if it computes them."""
+    two = _looked_up(model, 2)
+    three = _looked_up(model, 3)
     tables = [rows for rows in two.keys() & three.keys() if rows >= limit and three[rows] == two[rows] + 1]
-    return min((rows - (three[rows] - 2) for rows in tables), default=None)  # the third token's position is 2
+    # The third token's position is 2; a table that looks it up further down, as OPT's does, stores fewer positions.
+    return min((rows - (three[rows] - 2) for rows in tables), default=None)
 
 
 def _reads(model: nn.Module, length: int) -> bool:
     """Whether a row of `length` tokens goes through the model; its last token alone goes through the head."""
     ids = torch.zeros(1, length, dtype=torch.long)
     labels = torch.full_like(ids, IGNORED)
-    labels[0, -1] = 0
+    labels[0, -1] = 0  # any token: the loss itself is thrown away
     try:
         with measuring(model):
             answer_loss(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     except torch.OutOfMemoryError:
-        return True  # memory is another question
-    except RuntimeError:  # MPT adds a bias that is too small
+        return True  # running out of memory says nothing about positions
+    except RuntimeError:  # such as MPT's, whose bias for positions is too small
         return False
     return True
 
@@ -159,7 +167,7 @@ class _LookUps(TorchDispatchMode):
 
 def _look_ups(function, args) -> list[tuple[int, torch.Tensor]]:
     """(rows of the table, index) of a call of torch's that looks rows up."""
-    aten = torch.ops.aten
+    aten = torch.ops.aten  # F.embedding, index_select, gather and t[ids] all end here
     if function is aten.embedding.default:
         return [(args[0].shape[0], args[1])]
     if function in (aten.index_select.default, aten.gather.default):

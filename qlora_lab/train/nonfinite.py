@@ -1,12 +1,12 @@
-"""Where a value first stops being finite: in a parameter, in a forward pass, or in the backward pass after it.
+"""Find where a value first stops being finite: in a parameter, in a forward pass, or in the backward pass after it.
 
-In: a causal model of transformers and a batch as data.collate makes it. Out: a NonFinite, which prints as one sentence,
-or None. A loss of NaN names no layer, and whatever comes after the first bad value is bad as well, so only the first
-one counts, in the order of the computation: parameters and the constants of 4-bit weights; then the first argument of
-each module and what it returns; then gradients, from the loss backwards.
+In: a causal model of transformers and a batch as dataset.collate makes it. Out: a NonFinite, which prints as one
+sentence, or None. A loss of NaN names no layer, and everything after the first bad value is bad as well. So only the
+first one counts, in the order of computation: parameters and the constants of 4-bit weights; then the first argument of
+each module and its output; then gradients, from the loss backwards.
 
-The loss is the mean over the batch's labels, as in a step of training. The model keeps the mode that it is in.
-Not here: what to do about it, except for float16, whose range is the usual cause.
+The loss is the mean over the batch's labels, as in a training step. The model keeps its mode.
+Not here: the remedy, except for float16, whose range is the usual cause.
 """
 
 import math
@@ -23,10 +23,10 @@ from qlora_lab.model.modes import own_draws
 from qlora_lab.quant.finite import largest_magnitude
 from qlora_lab.train.loss import answer_loss
 
-LARGEST_HALF = torch.finfo(torch.float16).max
+LARGEST_HALF = torch.finfo(torch.float16).max  # 65,504
 WHAT = {
     "parameter": "the parameter {}",
-    "input": "what is computed for {}",  # by the module that holds it, between two calls
+    "input": "what is computed for {}",  # by the module around it, between two calls
     "output": "the output of {}",
     "gradient": "the gradient of {}",
 }
@@ -36,9 +36,9 @@ WHAT = {
 class NonFinite:
     """The first tensor with a NaN or an infinity.
 
-    kind: "parameter", "input", "output" or "gradient". name: of a module (its path) or a parameter; "loss" for the
-    loss. dtype: such as "float16". bad, total: how many of how many values. largest: the largest finite magnitude that
-    entered, for a gradient of all those before it; None where nothing did.
+    kind: "parameter", "input", "output" or "gradient". name: a module's path or a parameter's name, or "loss". dtype:
+    such as "float16". bad: how many of the `total` values. largest: the largest finite magnitude that entered; for a
+    gradient, in all gradients before it; None if nothing entered.
     """
 
     kind: str
@@ -58,22 +58,23 @@ class NonFinite:
 
 
 def first_nonfinite(model: nn.Module, batch: dict[str, torch.Tensor]) -> NonFinite | None:
-    """The first value that is not finite in one step of training without its update, or None.
+    """The first value that is not finite in one training step without its update, or None.
 
-    Parameters, gradients, hooks and the random state are left as they were.
+    Parameters, gradients, hooks and the random state stay as they were.
     """
-    if found := _parameter(model):
-        return found
-    watch, gradients = _Watch(), [(p, p.grad) for p in model.parameters()]
+    if bad := _parameter(model):
+        return bad
+    watch = _Watch()
+    gradients = [(p, p.grad) for p in model.parameters()]
     try:
         with own_draws(model), torch.enable_grad():
             with _watched(model, watch):
                 summed, count = answer_loss(model, batch)
                 loss = summed / max(count, 1)
                 watch.look("output", "loss", loss, None)
-            if watch.found is None and loss.requires_grad:
+            if watch.found is None and loss.requires_grad:  # after a bad forward pass all gradients are bad
                 for p, _ in gradients:
-                    p.grad = None
+                    p.grad = None  # the caller's may be bad already
                 loss.backward()
     finally:
         watch.release()
@@ -83,14 +84,15 @@ def first_nonfinite(model: nn.Module, batch: dict[str, torch.Tensor]) -> NonFini
 
 
 class _Watch:
-    """Looks at tensors in the order in which they are made, and keeps the first bad one."""
+    """Look at tensors in the order in which they are computed, and keep the first bad one."""
 
     def __init__(self):
         self.found: NonFinite | None = None
         self._before: float | None = None  # the largest magnitude in the gradients so far
-        self._handles = []
+        self._handles = []  # of hooks on tensors, to be removed
 
-    @torch.no_grad()  # a checkpointed layer runs again without hooks, and must keep the same tensors for its gradients
+    # no_grad: a checkpointed layer runs again without hooks, and must then keep the same tensors for its gradients
+    @torch.no_grad()
     def look(self, kind: str, name: str, value: Any, entered: Any) -> None:
         for tensor in _floats(value):
             if self.found is None and not math.isfinite(largest_magnitude(tensor)):
@@ -115,10 +117,10 @@ class _Watch:
 
 @contextmanager
 def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
-    """Hooks on all modules, for the forward pass only: checkpointed layers run again in the backward pass."""
+    """Put hooks on all modules, for the forward pass only: checkpointed layers run again in the backward pass."""
     handles = []
     for path, module in model.named_modules():
-        # A 4-bit layer can add its adapter's product itself, so its output is the adapted layer's.
+        # A 4-bit layer can add its adapter's product itself, so its output is that of the adapted layer.
         name = path.removesuffix(".base") or type(model).__name__
 
         # Only the first argument: attention masks, which follow it, may hold -inf on purpose.
@@ -141,7 +143,7 @@ def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
 
 def _parameter(model: nn.Module) -> NonFinite | None:
     for path, module in model.named_modules():
-        # Codes cannot be bad: all levels are finite. Their constants can, where a file was damaged.
+        # Codes cannot be bad, as all levels are finite. Their constants can, in a damaged file.
         own = [("weight.absmax", module.weight.absmax)] if isinstance(module, Linear4bit) else []
         for name, tensor in [*own, *module.named_parameters(recurse=False)]:
             if not math.isfinite(largest_magnitude(tensor)):
@@ -150,12 +152,12 @@ def _parameter(model: nn.Module) -> NonFinite | None:
 
 
 def _report(kind: str, name: str, tensor: torch.Tensor, largest: float | None) -> NonFinite:
-    bad = int((~tensor.isfinite()).sum())
+    bad = int((~tensor.isfinite()).sum())  # slow, and done once: for the first bad tensor
     return NonFinite(kind, name, str(tensor.dtype).removeprefix("torch."), bad, tensor.numel(), largest)
 
 
 def largest_finite(value: Any) -> float | None:
-    """The largest finite magnitude in a tensor, or in all tensors of a tuple; None where there is none.
+    """The largest finite magnitude in a tensor, or in all tensors of a tuple; None if there is none.
 
     >>> largest_finite((torch.tensor([1.0, -3.0]), torch.tensor([torch.inf])))
     3.0

@@ -1,15 +1,15 @@
-"""Whether a model keeps the examples of a packed row apart, found by trying.
+"""Find out, by trying, whether a model keeps the examples of a packed row apart.
 
 In: a model and two encoded examples. Out: None, or what goes wrong when they share a row.
-A packed row says where its examples begin by position_ids that restart (batches.py). Many models mask attention by
-them; some read them for positions only, some not at all, and a recurrent state is passed on across the border. No list
-of names tells which, so a row is tried, and asked two questions:
+In a packed row position_ids restart where an example begins (batches.py). Many models mask attention accordingly; some
+use them for positions only, some ignore them, and a recurrent state crosses the border. No list of names tells which.
+So we try a row, and ask two questions:
 
-1. Do the logits of one example depend on the tokens of the other? They must not, exactly (reach.py).
-2. Are they those of the example alone? Positions that run on across the border would change them. Both are rounded, so
-   they may differ by twice `tolerance`, which is a root mean square: SmolLM2's differ by 0.6 of it in bf16.
+1. Do the logits of one example depend on the tokens of the other? They must not depend on them at all (reach.py).
+2. Are they the logits of the example alone? Positions that run on across the border would change them. Both are
+   rounded, so they may differ by twice `tolerance`, a root mean square: SmolLM2's differ by 0.6 of it in bf16.
 
-Adapters may be zero, since the base leaks by itself. Nothing is changed in the model.
+Adapters may still be zero, because it is the base that leaks. The model does not change.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from qlora_lab.train.rounding import tolerance
 
 def check_packing(model: nn.Module, encoded: list[Encoded], capacity: int) -> None:
     """Raise ValueError if rows of `capacity` tokens would hold several examples, and the model mixes them."""
-    shortest = sorted(encoded, key=lambda example: len(example.input_ids))[:2]
+    shortest = sorted(encoded, key=lambda example: len(example.input_ids))[:2]  # if these do not fit, no two do
     share_a_row = len(shortest) == 2 and sum(len(example.input_ids) for example in shortest) <= capacity
     if share_a_row and (fault := packing_fault(model, *shortest)):
         raise ValueError(f"{type(model).__name__} cannot train on packed rows: {fault}; leave out packing (--packing)")
@@ -35,20 +35,21 @@ def check_packing(model: nn.Module, encoded: list[Encoded], capacity: int) -> No
 def packing_fault(model: nn.Module, first: Encoded, second: Encoded) -> str | None:
     """What goes wrong when `first` and `second` share a row, in words; None if nothing does.
 
-    Their first TRIED tokens are tried.
+    Only their first TRIED tokens share it.
     """
     if not _takes_positions(model):
         return "it takes no position_ids, which say where an example begins"
-    first, second = (Encoded(one.input_ids[:TRIED], one.labels[:TRIED]) for one in (first, second))
+    first, second = (Encoded(e.input_ids[:TRIED], e.labels[:TRIED]) for e in (first, second))
     border = len(first.input_ids)
-    before, behind = slice(None, border), slice(border, None)
+    before = slice(None, border)
+    behind = slice(border, None)
     packed, reads = reach(model, collate_rows([[first, second]], pad_id=0), [(behind, before), (before, behind)])
     if any(reads):
         return "an example reads its neighbour in the row"
     with measuring(model):
         alone = [row_logits(model, collate_rows([[example]], pad_id=0)) for example in (first, second)]
     difference = max(_difference(packed[before], alone[0]), _difference(packed[behind], alone[1]))
-    allowed = 2 * tolerance(model)
+    allowed = 2 * tolerance(model)  # a root mean square, so twice it is rarely reached
     if difference <= allowed:
         return None
     return f"in a row, an example's logits differ by {difference:.1e} from its own alone, rounding by {allowed:.1e}"
@@ -60,6 +61,6 @@ def _takes_positions(model: nn.Module) -> bool:
 
 
 def _difference(packed: torch.Tensor, alone: torch.Tensor) -> float:
-    """Of two (tokens, vocabulary), in norm, relative to the second. A constant is taken off: no softmax sees it."""
+    """The norm of the difference of two (tokens, vocabulary), relative to the second. Softmax sees no constant."""
     packed, alone = (logits - logits.mean(-1, keepdim=True) for logits in (packed, alone))
     return ((packed - alone).norm() / alone.norm()).item()

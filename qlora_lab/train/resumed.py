@@ -1,11 +1,14 @@
-"""What a resumed run reads of itself: the lines of its log, and the facts of a checkpoint, both checked before use.
+"""Check what a resumed run reads before it uses it: the log, and the facts and tensors of a checkpoint.
 
-In: the log's path and the facts of checkpoint.load_checkpoint. Out: the lines of the first steps, or ValueError with
-the file, the line and the key.
-Not here: whether the run may go on (run_record.py), tensors (checkpoint.py).
+In: the log's path, and what checkpoint.load_checkpoint returns. Out: the log's lines; or a ValueError with the file and
+the line, key or tensor. Checksums prove that a file is what was written; this, that what was written fits the run.
+Not here: settings and data, which are compared as text (run_record.py).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from qlora_lab.files.checksums import log_sha256
 from qlora_lab.files.strict_json import (
@@ -21,8 +24,12 @@ from qlora_lab.files.strict_json import (
     whole,
 )
 from qlora_lab.kernels.product import Race
+from qlora_lab.optim.adamw_8bit import BLOCK
+from qlora_lab.quant.finite import first_not_finite
 
-LONGEST = 2**14  # bytes of a line, which has about 200
+Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
+
+LONGEST = 2**14  # bytes of a line; a real one has about 200
 LINE = {"step": whole(1), "loss": NUMBER, "tokens": whole(0), "seconds": NUMBER}
 EVALUATED = {"held_out_loss": NUMBER}  # only in the lines of some steps
 RACE = or_null(
@@ -86,8 +93,52 @@ def _line(content: bytes, path: Path, number: int) -> dict:
 
 
 def check_facts(facts: dict, file: Path) -> None:
-    """Raise ValueError, with the file and the key, unless the facts of a checkpoint hold all that a resume takes."""
+    """Raise ValueError, with the file and the key, unless the facts of a checkpoint hold all that a resume needs."""
     check_keys(facts, FACTS, str(file), FACTS)
     for name, rules in PARTS.items():
-        needed = () if name == "scaler" else rules  # which is empty where gradients are not scaled
+        needed = () if name == "scaler" else rules  # without scaling, the scaler's state is empty
         check_keys(facts[name], rules, f"{file}: {name}", needed)
+
+
+def check_tensors(
+    file: Path,
+    tensors: dict[str, torch.Tensor],
+    adapter: dict[str, torch.Tensor],
+    parameters: Sequence[torch.Tensor],
+    bits: int,
+) -> None:
+    """Raise ValueError for the first of `tensors` that cannot be the state of this run.
+
+    adapter: lora_A and lora_B by PEFT's keys. parameters: in the optimizer's order; bits: of its moments. A parameter
+    that never had a gradient has no moments.
+    """
+    wanted = {f"adapter.{key}": (tuple(tensor.shape), torch.float32) for key, tensor in adapter.items()}
+    for number, parameter in enumerate(parameters):
+        kinds = _moments(parameter, bits)
+        if any(f"optimizer.{number}.{name}" in tensors for name in kinds):
+            wanted |= {f"optimizer.{number}.{name}": kind for name, kind in kinds.items()}
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        fault = "is missing" if name in wanted else "is not part of this run"
+        raise ValueError(f"{file}: {name} {fault}: resume from another checkpoint")
+    for name, kind in wanted.items():
+        if fault := _fault(tensors[name], kind):
+            raise ValueError(f"{file}: {name} {fault}: resume from another checkpoint")
+
+
+def _moments(parameter: torch.Tensor, bits: int) -> dict[str, Kind]:
+    """What the optimizer keeps for a parameter, by the names of torch's AdamW; in 8 bits, of bitsandbytes'."""
+    shape = tuple(parameter.shape)
+    scales = (-(-parameter.numel() // BLOCK),)  # (n_blocks,): one a block, the last block may be partial
+    step = {"step": ((), torch.float32)}
+    if bits == 32:
+        return step | dict.fromkeys(("exp_avg", "exp_avg_sq"), (shape, torch.float32))
+    codes = dict.fromkeys(("state1", "state2"), (shape, torch.uint8))
+    return step | codes | dict.fromkeys(("absmax1", "absmax2"), (scales, torch.float32))
+
+
+def _fault(tensor: torch.Tensor, kind: Kind) -> str | None:
+    shape, dtype = kind
+    if tensor.shape != shape or tensor.dtype != dtype:
+        return f"is {tensor.dtype} of shape {tuple(tensor.shape)}, but the run has {dtype} of shape {shape}"
+    fault = first_not_finite(tensor) if dtype.is_floating_point else None
+    return fault and f"holds {fault}"

@@ -1,4 +1,4 @@
-"""By how much two computations of the same sums may differ through rounding alone.
+"""How far two computations of the same sums may differ through rounding alone.
 
 In: a model. Out: a share of a norm, such as the gradient's.
 Not here: the checks that use it (checks.py, packed_rows.py).
@@ -9,13 +9,14 @@ from torch import nn
 
 
 def tolerance(model: nn.Module) -> float:
-    """By how much two orders of the same sums may differ in norm, relative to the gradient.
+    """How far two orders of the same sums may differ in norm, relative to the gradient.
 
-    A rounding changes a value by u / sqrt(3) in the mean square, u being half the dtype's eps. It happens after each of
-    n modules, forward and backward, in both runs, and adds up as a random walk: sqrt(4 n / 3) u. In float32 the sums
-    inside a product are rounded as well, once for each of their `hidden` terms; 16-bit types add up in float32.
+    One rounding changes a value by u / sqrt(3) in the root mean square, where u is half the dtype's eps. It happens
+    after each of n modules, forward and backward, in both runs, and adds up as a random walk: sqrt(4 n / 3) u. In
+    float32 the sums inside a product are rounded too, once for each of their `hidden` terms; 16-bit types sum in
+    float32.
     """
     dtype = getattr(model, "dtype", torch.float32)
-    n = sum(not any(m.children()) and not isinstance(m, nn.Dropout) for m in model.modules())
+    n = sum(not any(m.children()) and not isinstance(m, nn.Dropout) for m in model.modules())  # that compute
     terms = model.get_input_embeddings().weight.shape[1] if dtype == torch.float32 else 1
     return (4 * n / 3 * terms) ** 0.5 * torch.finfo(dtype).eps / 2

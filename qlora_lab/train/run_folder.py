@@ -1,17 +1,17 @@
-"""The folder of a run: what lies in it, when a new run may have it, and where an earlier one goes meanwhile.
+"""The folder of a run: what lies in it, when a new run may have it, and where an earlier run goes meanwhile.
 
 adapter/      the adapter in PEFT's format           log.jsonl     one line a step: loss, rate, tokens, speed
 best/         the one with the lowest held-out loss  checkpoints/  all that is needed to go on (checkpoint.py)
-settings.json what decided the run                   result.json   how it ended; there once it has
+settings.json what decided the run                   result.json   how it ended; written last
 qlora-lab.json  the mark that the folder is a run's (ownership.py)
 qlora-lab.sha256  checksums of settings.json and, once the run is complete, of all but checkpoints/ (checksums.py)
 
-What lies there under one of these names and was not written by a run is refused by name, with `overwrite` as well; what
-has another name is left alone. Links are followed: files are moved beside where they are, so on their own disk.
+A file under one of these names that no run wrote is refused, even with `overwrite`; files with other names stay as they
+are. Links are followed: a file is moved within its own folder, and so stays on its own disk.
 
-A run that replaces another one sets its files aside in scratch, settings.json first, and keeps them until it has an
-adapter of its own. So if it was killed, and there are no settings, it has never begun: whatever comes next puts them
-back (restore_earlier).
+A run that replaces an earlier one sets its files aside in scratch, settings.json first, and keeps them until it has an
+adapter of its own. So if a run was killed and left no settings, it had not begun, and the next command puts the earlier
+files back (restore_earlier).
 """
 
 import json
@@ -38,18 +38,21 @@ from qlora_lab.train.checkpoint import (
     step_folders,
 )
 
-LOG, RECORD, RESULT, ADAPTER = "log.jsonl", "settings.json", "result.json", "adapter"
+LOG = "log.jsonl"
+RECORD = "settings.json"
+RESULT = "result.json"
+ADAPTER = "adapter"
 RUN_FILES = (RECORD, ADAPTER, BEST, FOLDER, LOG, RESULT, SUMS)
 WEIGHTS_FILES = (CONFIG, WEIGHTS, SUMS)  # all that a run writes to adapter/ and best/
 STARTS = {LOG: b'{"step": 1', RESULT: b'{\n  "ended": ', RECORD: b'{\n  "steps": '}  # the first bytes of our own
-EARLIER = "earlier-"  # in scratch: what the files of an earlier run are set aside in
-_told: set[Path] = set()  # where earlier runs are kept, as this process has said already
+EARLIER = "earlier-"  # begins the name of a folder in scratch with the files of an earlier run
+_told: set[Path] = set()  # where earlier runs are kept: this process warns of each place once
 
 
 def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = False) -> None:
-    """Raise FileExistsError if a run may not write to `out`: it is no folder, or holds a run, or a user's own files.
+    """Raise FileExistsError if a run may not write to `out`: not a folder, or one with a run or a user's own files.
 
-    A run that may be overwritten or resumed is free. ValueError: an empty path, or overwrite with resume.
+    With overwrite or resume, `out` may hold a run. Raises ValueError for an empty path, or overwrite with resume.
     """
     out = _checked(out, overwrite, resume)
     if resume is not False and (out / RESULT).exists():
@@ -72,7 +75,7 @@ def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = Fa
 
 
 def _checked(out: str | Path, overwrite: bool, resume: bool | int) -> Path:
-    """`out`, if a run could ever write to it, whatever an earlier one has left there."""
+    """`out` as a path. Raises if no run could write to it, whatever options it has."""
     out = out_folder(out)
     if out.is_file():
         raise FileExistsError(f"{out} is a file: name a folder for the run")
@@ -88,7 +91,7 @@ def _checked(out: str | Path, overwrite: bool, resume: bool | int) -> Path:
 
 
 def check_ours(folder: Path) -> None:
-    """Raise FileExistsError, naming it, for the first thing under a run's names that no run wrote, or another run."""
+    """Raise FileExistsError for the first file under a run's names that no run wrote, or that is another run's."""
     for link in filter(Path.is_symlink, [folder / name for name in RUN_FILES]):
         home = resolved(link).parent
         if home != resolved(folder) and is_marked(home, RUN):
@@ -111,31 +114,31 @@ def _strangers(folder: Path) -> Iterator[Path]:
         if os.path.lexists(folder / name) and not set_aside:
             yield from _others(folder / name, WEIGHTS_FILES) if ours else [folder / name]
     if os.path.lexists(folder / FOLDER):
-        # an empty folder, or a link to one, is how a user says where checkpoints are to be: ours from now on
+        # With an empty folder, or a link to one, a user chooses the place of checkpoints: it is ours from now on.
         yield from [] if ours and (folder / FOLDER).is_dir() else _others(folder / FOLDER, ())
         for step in step_folders(folder):
             yield from _others(step, CHECKPOINT_FILES)
 
 
 def _is_of_a_run(file: Path) -> bool:
-    """Whether the file begins as a run writes it: in a run's folder a user may well put a result.json of their own."""
+    """Whether the file begins as a run writes it: a user may put a result.json of their own into a run's folder."""
     start = STARTS.get(file.name, b"")
     if not file.is_file():
         return False
     with file.open("rb") as opened:
-        begun = opened.read(len(start)).rstrip(b"\0")  # a kill leaves a part of a line, a power cut zeros
+        begun = opened.read(len(start)).rstrip(b"\0")  # a kill leaves part of a line, a power cut leaves zeros
     return begun == start or (file.name == LOG and start.startswith(begun))
 
 
 def _others(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    """What lies in `folder` besides `names`; the folder itself, where it is none."""
+    """What lies in `folder` besides `names`; `folder` itself if it is not a folder."""
     if not folder.is_dir():
         return [folder]
     return sorted(path for path in folder.iterdir() if path.name not in names)
 
 
 def _is_unmarked_run(folder: Path) -> bool:
-    """Whether a version that wrote no mark began a run here: nobody else writes such settings."""
+    """Whether a version that wrote no mark began a run here: only a run writes such settings."""
     settings = read_object(folder / RECORD)
     return isinstance(settings.get("base_sha256"), str) and isinstance(settings.get("adapter"), dict)
 
@@ -145,7 +148,7 @@ def _is_unmarked_run(folder: Path) -> bool:
 
 @contextmanager
 def reserved_run(out: str | Path, overwrite: bool, resume: bool | int) -> Iterator[None]:
-    """Have the folder for a run that this process prepares inside the block, so that rivals are told at once.
+    """Hold the folder while this process prepares a run inside the block, so that rivals are refused at once.
 
     Raises as check_free and replacing_run do.
     """
@@ -157,15 +160,15 @@ def reserved_run(out: str | Path, overwrite: bool, resume: bool | int) -> Iterat
 
 @contextmanager
 def replacing_run(folder: Path, overwrite: bool = False, resume: bool | int = False) -> Iterator[Path]:
-    """Yields `folder`, locked; an earlier run in it is set aside, and put back if the new one saves nothing.
+    """Lock `folder`, set an earlier run aside, yield; afterwards put it back if the new run saved nothing.
 
-    Raises BlockingIOError where another process writes to it, and as check_free does: what was free before may be so no
-    longer. Warns of an earlier run that is still set aside, with its place.
+    Raises BlockingIOError if another process writes to `folder`, and what check_free raises, as the folder may have
+    changed since it was checked. Warns of an earlier run that is still set aside, with its place.
     """
     with locked_folder(folder, "finetune"):
         restore_earlier(folder)
         check_free(folder, overwrite, resume)
-        scratch = mark(folder, RUN)
+        scratch = mark(folder, RUN)  # the name of the folder for what is set aside
         disk.sync(folder)
         with _aside(folder, scratch, set_aside=resume is False):
             yield folder
@@ -186,24 +189,24 @@ def _aside(folder: Path, scratch: str, set_aside: bool) -> Iterator[None]:
         moved = [path for path in parts if kept[path].exists()]
         began = len(moved) == len(parts)
         if parts and not (began and ((folder / ADAPTER).exists() or saved_steps(folder))):
-            for path in reversed(_parts(folder)) if began else ():  # what the new run left; its settings last
+            for path in reversed(_parts(folder)) if began else ():  # of the new run; its settings last
                 disk.remove(resolved(path))
             _put_back(places, scratch, aside)
-        elif (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens to this one
+        elif (folder / ADAPTER).exists():  # until then the earlier run stays aside, whatever happens
             for place in places:
                 disk.remove_if_possible(place / scratch)
         for place in places:
-            disk.remove_if_empty(place / scratch)  # unless it is not there, or holds an earlier run
+            disk.remove_if_empty(place / scratch)  # it may be missing, or hold an earlier run
 
 
 def _places(folder: Path) -> set[Path]:
-    """Where parts of a run lie, also those that are set aside: links lead there still."""
+    """The folders where parts of a run lie, links followed; parts that are set aside lie in them too."""
     steps = {resolved(path).parent for path in step_folders(folder)}
     return {resolved(folder / name).parent for name in RUN_FILES} | {resolved(folder / FOLDER)} | steps
 
 
 def _parts(folder: Path) -> list[Path]:
-    """What a run has written: its files and folders, and each checkpoint for itself. Its settings come first."""
+    """What a run has written: its settings first, its other files and folders, each checkpoint."""
     parts = [folder / name for name in RUN_FILES if name != FOLDER]
     return [path for path in parts if path.exists()] + step_folders(folder)
 
@@ -225,7 +228,7 @@ def rewind(folder: Path, lines: list[dict], record: dict, keep: int) -> None:
         disk.write_text(new, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
     with replacing_file(folder / RECORD) as new:
         disk.write_text(new, json.dumps(record, indent=2) + "\n")
-    disk.remove(folder / RESULT)
+    disk.remove(folder / RESULT)  # the run is not complete any more
     replace_sums(folder, [RECORD])
 
 
@@ -233,7 +236,7 @@ def write_result(folder: Path, result: dict) -> None:
     """Write the last file of a run, which says that the run is complete, and checksums of all the run made."""
     content = (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
     files = [folder / name / file for name in (ADAPTER, BEST) for file in WEIGHTS_FILES]
-    made = [path.relative_to(folder).as_posix() for path in files if path.is_file()]
+    made = [path.relative_to(folder).as_posix() for path in files if path.is_file()]  # best/ may be missing
     replace_sums(folder, [RECORD, LOG, *made], {RESULT: content})
     with replacing_file(folder / RESULT) as new:
         disk.write_bytes(new, content)
@@ -243,11 +246,9 @@ def write_result(folder: Path, result: dict) -> None:
 
 
 def restore_earlier(folder: Path) -> None:
-    """Remove what a killed process was writing, and put an earlier run back whose successor was killed before it began.
+    """Remove what a killed process was writing. Put an earlier run back if its successor was killed before it began.
 
-    The caller has the lock; of a run that comes back it is warned.
-
-    Where the successor did begin, warn of the place in which the earlier run is kept.
+    The caller has the lock. Warns of a run that was put back or, if its successor did begin, of the place where it is.
     """
     scratch = scratch_name(folder) if is_marked(folder, RUN) else None
     if scratch:
@@ -264,9 +265,9 @@ def restore_earlier(folder: Path) -> None:
 
 
 def find_adapter(folder: Path) -> None:
-    """For an adapter that is missing: put an earlier run back in whose folder it was, or say where that is kept.
+    """If the adapter `folder` is missing because a run was killed, put the earlier run back, or say where it is kept.
 
-    Raises FileNotFoundError where an earlier run is kept aside, and BlockingIOError while its successor is made.
+    Raises FileNotFoundError if the earlier run is still set aside, and BlockingIOError while its successor runs.
     """
     run = folder.parent
     if folder.exists() or not is_marked(run, RUN) or not _kept_aside(run, scratch_name(run)):
@@ -282,8 +283,8 @@ def find_adapter(folder: Path) -> None:
 
 def _kept_aside(folder: Path, scratch: str) -> list[str]:
     """Names of folders in scratch that hold an earlier run, the newest last."""
-    found = {path.name for place in _places(folder) for path in (place / scratch).glob(f"{EARLIER}*") if _filled(path)}
-    return sorted(found)
+    names = {path.name for place in _places(folder) for path in (place / scratch).glob(f"{EARLIER}*") if _filled(path)}
+    return sorted(names)
 
 
 def _filled(folder: Path) -> bool:
@@ -292,9 +293,9 @@ def _filled(folder: Path) -> bool:
 
 def _put_back(places: set[Path], scratch: str, aside: str) -> None:
     paths = [path for place in places for path in (place / scratch / aside).glob("*")]
-    for path in sorted(paths, key=lambda path: path.name == RECORD):  # settings last: until then it may be repeated
+    for path in sorted(paths, key=lambda path: path.name == RECORD):  # settings last: until then this may be repeated
         target = path.parents[2] / path.name
-        disk.remove(target)  # of a successor, which wrote its log first
+        disk.remove(target)  # what a successor wrote: its log comes first
         disk.rename(path, target)
     for place in places:
         disk.remove_if_possible(place / scratch / aside)
@@ -302,7 +303,7 @@ def _put_back(places: set[Path], scratch: str, aside: str) -> None:
 
 
 def _clear(folder: Path, scratch: str) -> None:
-    """Remove what a killed process was writing; what it has set aside stays until another run has an adapter."""
+    """Remove what a killed process was writing; what it set aside stays until another run has an adapter."""
     replaced = (folder / RECORD).exists() and (folder / ADAPTER).exists()
     for place in _places(folder):
         for stale in (place / scratch).glob("*"):

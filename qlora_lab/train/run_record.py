@@ -1,4 +1,4 @@
-"""All that decided a run: what settings.json holds, and what a resume compares before it goes on.
+"""Everything that decided a run: what settings.json holds, and what a resume compares before it continues.
 
 In: the model, settings and encoded examples of a run. Out: a dict that JSON can hold.
 Not here: the run's state (checkpoint.py), what else its bits follow from (identity.py).
@@ -23,19 +23,20 @@ from qlora_lab.train.identity import adopt_arithmetic, arithmetic, base_checksum
 from qlora_lab.train.run_folder import RECORD
 from qlora_lab.train.settings import FREE, Settings
 
-NUMBER, CHOICE = ("steps", "batch_size"), ("max_length", "seed")  # decide how many examples are encoded, and which
+NUMBER = ("steps", "batch_size")  # decide how many examples are encoded
+CHOICE = ("max_length", "seed")  # decide which examples are encoded
 
 
 def run_clock(folder: Path, tokenizer, resume: bool | int) -> datetime | None:
-    """What time it is for a template that writes the date: now, or what it was when the run in `folder` began.
+    """The time for a chat template that writes the date: now, or when the run in `folder` began.
 
-    None where the template asks for no time, and for a run of an earlier version, which kept none. The same on all
-    processes.
+    None if the template asks for no time, or if an earlier version, which noted none, began the run. All processes get
+    the same time.
     """
     if not ChatTemplate(tokenizer).is_dated:
         return None
     with together():
-        clock = datetime.now()
+        clock = datetime.now()  # local time, which chat templates write
         if resume is not False and (folder / RECORD).exists():
             clock = _stored_clock(folder / RECORD)
     return from_process_0(clock)
@@ -54,15 +55,15 @@ def _stored_clock(path: Path) -> datetime | None:
 def record(
     model, settings: Settings, report: EncodeReport, encoded: list[Encoded], clock: datetime | None = None
 ) -> dict:
-    """All that decided the run, for settings.json and for whoever resumes it."""
+    """Everything that decided the run, as JSON can hold it."""
     layers = adapters(model)
     layer = next(iter(layers.values()))
-    data = asdict(report)
-    notes = data.pop("notes")
+    data = asdict(report)  # counts of examples and tokens
+    notes = data.pop("notes")  # beside the data: they decide nothing
     dated = {"clock": clock.isoformat()} if clock else {}
     decided = {
         "model": getattr(model, "name_or_path", None),
-        "base_sha256": base_checksum(model),
+        "base_sha256": base_checksum(model),  # the name alone does not tell whether the weights changed
         "dtype": str(computes_in(model)).removeprefix("torch."),
         "device": layer.lora_A.device.type,
         "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
@@ -72,7 +73,7 @@ def record(
             "dropout": layer.dropout.p,
             "layers": len(layers),
         },
-        "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),
+        "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),  # which layers have adapters
         "data": data | {"sha256": _examples_checksum(encoded)},
         "notes": notes,
     }
@@ -80,7 +81,7 @@ def record(
 
 
 def comparable(record: dict) -> dict:
-    """What must be the same when a run is resumed."""
+    """The part of a record that a resumed run must have as well, as JSON would give it back."""
     return {name: value for name, value in json.loads(json.dumps(record)).items() if name not in FREE}
 
 
@@ -98,7 +99,7 @@ def check_same_run(folder: Path, facts: dict, record: dict, encoded: list[Encode
 
 def adopt_saved(model: torch.nn.Module, saved: dict, folder: Path, other_arithmetic: bool) -> None:
     """Compute as the run did so far. Raises ValueError where that cannot be, unless `other_arithmetic` accepts it."""
-    adopt_arithmetic(model, saved)
+    adopt_arithmetic(model, saved)  # first take over what can be chosen, then compare the rest
     if not is_known(saved):
         told = "was begun by an earlier version, which noted neither versions nor threads nor all of the base"
         warnings.warn(f"{folder} {told}: whether they are the same is not known", stacklevel=2)
@@ -112,52 +113,52 @@ def adopt_saved(model: torch.nn.Module, saved: dict, folder: Path, other_arithme
 
 
 def obstacles(saved: dict, now: dict, encoded: list[Encoded]) -> list[str]:
-    """What keeps a saved run from being resumed now: a line for each cause, none for what only follows from one.
+    """What keeps a saved run from being resumed now: one line for each cause, none for its consequences.
 
-    Another number of steps encodes another number of examples, and then only the number of steps is a cause. If it
-    changes neither the examples nor the learning rate, it is no obstacle: the steps made so far are the longer run's.
+    With another number of steps another number of examples is encoded; only the number of steps is then a cause. If it
+    changes neither the examples nor the learning rate, it is no obstacle: a longer run would have made the same steps.
     """
-    free = set()
+    free = set()  # names that may differ
     if saved["data"] == now["data"] and saved["schedule"] == now["schedule"] == "constant":
         free.add("steps")
     if _data_follow(saved, now, encoded):
         free.add("data")
-    saved, now = ({name: value for name, value in one.items() if name not in free} for one in (saved, now))
-    return differences(saved, now)
+    return differences(*({n: value for n, value in record.items() if n not in free} for record in (saved, now)))
 
 
 def _data_follow(saved: dict, now: dict, encoded: list[Encoded]) -> bool:
-    """Whether any difference between the encoded examples follows from a setting."""
+    """Whether a changed setting explains why other examples are encoded."""
     if any(saved[name] != now[name] for name in CHOICE):
         return True
     if all(saved[name] == now[name] for name in NUMBER):
         return False
-    kept = saved["data"]["kept"]  # in the same order, so that fewer are the first of more
+    kept = saved["data"]["kept"]  # the order is the same, so fewer examples are the first of more
     return kept > len(encoded) or _examples_checksum(encoded[:kept]) == saved["data"]["sha256"]
 
 
 def _examples_checksum(encoded: list[Encoded]) -> str:
-    return hashlib.sha256(repr([(one.input_ids, one.labels) for one in encoded]).encode()).hexdigest()
+    return hashlib.sha256(repr([(example.input_ids, example.labels) for example in encoded]).encode()).hexdigest()
 
 
 def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
-    """What differs, one line each: "adapter.r: 16 in the checkpoint, 8 now"."""
+    """One line for each difference: "adapter.r: 16 in the checkpoint, 8 now"."""
     lines = []
     for name in dict.fromkeys([*saved, *now]):
-        a, b = saved.get(name), now.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            lines.append(f"{prefix}{name}: {a} in the checkpoint, {b} now")
+        before = saved.get(name)
+        after = now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            lines.append(f"{prefix}{name}: {before} in the checkpoint, {after} now")
     return lines
 
 
 def computes_in(model: torch.nn.Module) -> torch.dtype:
-    """The dtype of the model's own computation, whatever its 4-bit weights and adapters are stored in."""
+    """The dtype in which the model computes, whatever dtype its 4-bit weights and adapters are stored in."""
     return getattr(model, "dtype", torch.float32)
 
 
 def _of(layers: dict, name: str):
-    """The value that all adapted layers share, or that of each."""
+    """The value that all adapted layers share; if they differ, a list with one value a layer."""
     values = [getattr(layer, name) for layer in layers.values()]
     return values[0] if len(set(values)) == 1 else values

@@ -2,7 +2,7 @@
 
 In: a model with adapters and its optimizer. Out: a RunState, the tensors and facts of a checkpoint, and at last a Run.
 Random numbers need no state: what a step draws follows from (seed, step, process) alone.
-Not here: how files are written (checkpoint.py), whether a checkpoint belongs to the run (run_record.py, restored.py).
+Not here: how files are written (checkpoint.py), whether a checkpoint belongs to the run (run_record.py, resumed.py).
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +19,7 @@ from qlora_lab.files import disk
 from qlora_lab.files.checksums import sha256
 from qlora_lab.train.checkpoint import BEST, facts_path, load_checkpoint, save_checkpoint, tensors_path
 from qlora_lab.train.identity import arithmetic
-from qlora_lab.train.restored import check_tensors
-from qlora_lab.train.resumed import check_facts, read_saved_log
+from qlora_lab.train.resumed import check_facts, check_tensors, read_saved_log
 from qlora_lab.train.run_folder import ADAPTER, LOG
 from qlora_lab.train.run_record import adopt_saved, check_same_run, comparable, computes_in
 from qlora_lab.train.settings import Settings
@@ -78,7 +77,7 @@ class RunState:
 
     def save(self, folder: Path, keep: int) -> None:
         """Write a checkpoint of this state to the run in `folder`; the newest `keep` checkpoints stay."""
-        disk.sync(folder / LOG)
+        disk.sync(folder / LOG)  # the log may not end before the state that follows from it
         tensors = {f"adapter.{key}": tensor for key, tensor in adapter_tensors(self.model).items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             # qmap: bitsandbytes' look-up tables, which are constants
@@ -89,10 +88,10 @@ class RunState:
             "batches": self.batches.state(),
             "scaler": self.scaler.state_dict(),
             "best": self.best,
-            "arithmetic": arithmetic(self.model),
+            "arithmetic": arithmetic(self.model),  # how sums were rounded
             "log_sha256": sha256(folder / LOG),
         }
-        best = folder / BEST if self.best["step"] else None
+        best = folder / BEST if self.best["step"] else None  # a later best must not outlive this state
         save_checkpoint(folder, len(self.lines), tensors, facts, keep, best)
 
     def resume(
@@ -128,17 +127,18 @@ class RunState:
     def _take(self, tensors: dict[str, torch.Tensor]) -> None:
         for key, tensor in adapter_tensors(self.model).items():
             tensor.copy_(tensors[f"adapter.{key}"])
-        state: dict[int, dict[str, torch.Tensor]] = {}
+        state: dict[int, dict[str, torch.Tensor]] = {}  # parameter number -> name -> moment
         for key, tensor in tensors.items():
             if key.startswith("optimizer."):
-                _, number, name = key.split(".")
+                _, number, name = key.split(".")  # such as optimizer.27.exp_avg
                 state.setdefault(int(number), {})[name] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
+        groups = self.optimizer.state_dict()["param_groups"]  # each step sets its learning rate anew
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def check_trained(model: torch.nn.Module) -> None:
     """Raise ValueError for a model without adapters, or one that trains anything else, which would not be saved."""
+    # By identity, because a parameter may be reachable under several names.
     learned = {id(p) for layer in adapters(model).values() for p in (layer.lora_A, layer.lora_B)}
     if others := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in learned]:
         more = f" and {len(others) - 1} more" if others[1:] else ""

@@ -117,14 +117,14 @@ class Training:
         self.progress = progress
         self.result: Run | None = None
         self._interrupt = Interrupt()
-        self._begun = False
+        self._begun = False  # a Training runs once
         self._engine = OneProcess(model)  # until the run begins
         self._state: RunState | None = None  # until the run begins
         examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
         order = np.random.default_rng(settings.seed).permutation(len(examples))  # a fair sample, if not all are needed
         shuffled = [examples[i] for i in order]
-        needed = settings.steps * settings.batch_size
-        self._clock = run_clock(self.folder, tokenizer, resume)
+        needed = settings.steps * settings.batch_size  # examples; encoding takes about 1 ms each
+        self._clock = run_clock(self.folder, tokenizer, resume)  # for templates that write the date
         bars = {"progress": progress, "clock": self._clock}
         self._encoded, self.report = encode_all(shuffled, tokenizer, settings.max_length, needed, **bars)
         self._held_out = []
@@ -171,7 +171,7 @@ class Training:
         if self._begun:
             raise ValueError("this Training was run before: make a new one, with resume=True to go on")
         self._begun = True
-        recycle_memory()
+        recycle_memory()  # page faults can cost more than the arithmetic of a step
         # Both read the whole base, so they come before the engine, which may leave this process only a part of it.
         decided = record(self.model, self.settings, self.report, self._encoded, self._clock)
         early_checksum = first_elements_checksum(self.model)
@@ -192,10 +192,8 @@ class Training:
         with self._telling("before the first step"):
             self._begin(decided, early_checksum)
         state = self._state
-        total = self.settings.steps
-        bar = tqdm(
-            total=total, initial=len(state.lines), desc="training", unit="step", disable=not self._leads(self.progress)
-        )
+        quiet = not self._leads(self.progress)
+        bar = tqdm(total=self.settings.steps, initial=len(state.lines), desc="training", unit="step", disable=quiet)
         try:
             with bar, disk.open_for(self.folder / LOG, "ab") if self._leads() else nullcontext() as log:
                 ended = None
@@ -209,7 +207,7 @@ class Training:
                     state.lines.append(line)
                     bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{line['tokens_per_second']:.0f}")
                     bar.update()
-                    yield line
+                    yield line  # the caller may look at the model, or call stop()
                     ended = self._ended()
                     every = self.settings.save_every
                     if ended == STOPPED or (ended is None and every and step % every == 0):
@@ -225,8 +223,8 @@ class Training:
         start = time.perf_counter()
         settings, state, engine = self.settings, self._state, self._engine
         optimizer, scaler = state.optimizer, state.scaler  # the scaler does nothing but in float16
-        examples = [self._encoded[i] for i in next(state.batches)]
-        answer_tokens = sum(example.answer_tokens for example in examples)
+        examples = [self._encoded[i] for i in next(state.batches)]  # the same list on every process
+        answer_tokens = sum(example.answer_tokens for example in examples)  # over all rows and processes
         micro_batches = self._micro_batches(examples)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
@@ -235,10 +233,10 @@ class Training:
             torch.manual_seed(step_seed(settings.seed, step, engine.rank))  # for dropout
             loss = accumulate(engine.model, micro_batches, answer_tokens, scaler.scale, engine.gradients)
         engine.finish(state.parameters)  # gradients of all processes
-        (loss,) = engine.sum(loss)
+        (loss,) = engine.sum(loss)  # of all processes
         if all(p.grad is None for p in state.parameters):
             raise ValueError("no adapter got a gradient, so nothing would be learned: `qlora-lab doctor` says why")
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # clip the true gradients, not the scaled ones
         norm = torch.nn.utils.clip_grad_norm_(state.parameters, settings.clip).item()
         # In float16 an infinite norm may only say that the scale is too high: the scaler then skips this update.
         overflow = scaler.is_enabled() and not math.isfinite(norm) and scaler.get_scale() > 1
@@ -266,10 +264,10 @@ class Training:
     def _micro_batches(self, examples: list[Encoded]) -> list[dict[str, torch.Tensor]]:
         """The rows of this process, at most micro_batch_size at once; every process has equally many batches."""
         settings, engine = self.settings, self._engine
-        rows = to_rows(examples, settings.max_length if settings.packing else None)
-        rows += [[_silent(rows[0][0])]] * (-len(rows) % engine.size)
+        rows = to_rows(examples, settings.max_length if settings.packing else None)  # without packing one example each
+        rows += [[_silent(rows[0][0])]] * (-len(rows) % engine.size)  # processes wait for each other in every batch
         mine = rows[engine.rank :: engine.size]
-        size = settings.micro_batch_size or len(mine)
+        size = settings.micro_batch_size or len(mine)  # rows
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
         return [collate_rows(part, self._pad_id) for part in parts]
 
@@ -285,7 +283,7 @@ class Training:
                 if self._leads():
                     save_adapter(self.model, self.folder / BEST)
         else:
-            state.best = state.best | {"since": state.best["since"] + 1}
+            state.best = state.best | {"since": state.best["since"] + 1}  # evaluations without improvement
         return loss
 
     def _held_out_loss(self) -> float:
@@ -294,7 +292,7 @@ class Training:
         mine = examples[engine.rank :: engine.size]
         mine += [_silent(examples[0])] * (engine.rank >= len(examples) % engine.size > 0)
         loss, labels = summed_loss(engine.model, mine, self.progress)
-        loss, labels = engine.sum(loss, labels)
+        loss, labels = engine.sum(loss, labels)  # divide once, after the sum
         return loss / labels
 
     def _ended(self) -> str | None:
@@ -327,11 +325,12 @@ class Training:
         decided |= {"processes": self._engine.size}
         self._state = state = RunState(self.model, _optimizer(self.model, settings, self.folder), batches, decided)
         with together():
-            newest = max(saved_steps(self.folder), default=False)  # False: there is nothing to resume yet
+            newest = max(saved_steps(self.folder), default=False)  # False: nothing to resume, so begin
             step = newest if self.resume is True else self.resume
             if step is not False:
                 encoded, other = self._encoded, self.other_arithmetic
                 state.resume(self.folder, step, settings, encoded, early_checksum, other)
+        # Processes with other settings, data or checkpoints would train a mixture.
         self._engine.agree(decided | {"the step to resume at": len(state.lines)})
         if self._engine.size > 1:  # each process ran a race of its own
             adopt_arithmetic(self.model, from_process_0(arithmetic(self.model)))

@@ -1,7 +1,7 @@
-"""Whether a folder still holds what was written to it, by the checksums that were written with it.
+"""Check by checksums whether a folder still holds what was written to it.
 
-In: a run's folder, an adapter, a quantised folder, a model that was fetched. Out: a Part for each thing in it.
-Nothing is written. What lies in the folder besides is not looked at.
+In: a run's folder, an adapter, a quantised folder, a fetched model. Out: a Part for each thing in it.
+Nothing is written, and the user's own files in the folder are not looked at.
 Not here: writing checksums (checksums.py), rows of a sweep (measure/results_file.py).
 """
 
@@ -20,7 +20,11 @@ from qlora_lab.model.quantized_folder import UNFINISHED
 from qlora_lab.train.checkpoint import FOLDER, SUMS as CHECKPOINT_SUMS, facts_path, saved_steps, step_folders
 from qlora_lab.train.run_folder import ADAPTER, BEST, LOG, RECORD, RESULT
 
-OK, UNKNOWN, MISSING, DIFFERS = "ok", "has no checksum", "missing", "differs"  # the last that is met names a part
+OK = "ok"
+UNKNOWN = "has no checksum"
+MISSING = "missing"
+DIFFERS = "differs"
+RISING = (OK, UNKNOWN, MISSING, DIFFERS)  # from good to bad
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,10 @@ class Part:
 
 
 def verify(folder: str | Path, progress: bool = True) -> list[Part]:
-    """Compare all files of `folder` that have a checksum with it; a Part for each, in the order of their names.
+    """Compare each file of `folder` with its checksum. Returns a Part for each, in the order of their names.
 
-    Raises FileNotFoundError where no folder is, ValueError for one in which nothing has a checksum, and OSError for a
-    file that cannot be read.
+    Raises FileNotFoundError if there is no folder, ValueError if nothing in it has a checksum, and OSError for a file
+    that cannot be read.
     """
     folder = out_path(folder)
     if not folder.is_dir():
@@ -48,20 +52,21 @@ def verify(folder: str | Path, progress: bool = True) -> list[Part]:
         raise FileNotFoundError(f"{folder} is not a folder: {made}")
     if (folder / UNFINISHED).is_file():
         raise ValueError(f"{folder} is not finished, so it has no checksums yet: repeat the call of quantize")
-    digests, states = {}, {}
+    digests = {}  # name -> checksums, from one list or several
+    states = {}
     for file in _lists(folder):
-        inside = file.parent.relative_to(folder)
+        place = file.parent.relative_to(folder)
         try:
             for name, digest in read_sums(file).items():
-                digests.setdefault((inside / name).as_posix(), set()).add(digest)
-        except ValueError:
-            states[(inside / file.name).as_posix()] = DIFFERS
+                digests.setdefault((place / name).as_posix(), set()).add(digest)
+        except ValueError:  # the list itself is damaged
+            states[(place / file.name).as_posix()] = DIFFERS
     for name, digest in hub_files(folder).items():
         digests.setdefault(name, set()).add(digest)
-    states |= _compared(folder, digests, progress)
+    states |= _compared(folder, digests, progress)  # reads every byte
     if is_marked(folder, RUN):
         states |= {name: state for name, state in _of_run(folder).items() if name not in states}
-    if set(states.values()) <= {UNKNOWN}:
+    if set(states.values()) <= {UNKNOWN}:  # nothing was checked, which must not look like success
         made = "an earlier version of qlora-lab made it, or something else; make it again to have them"
         raise ValueError(f"{folder} has no checksums: {made}")
     return _parts(states)
@@ -87,7 +92,7 @@ def _compared(folder: Path, digests: dict[str, set[str]], progress: bool) -> dic
 
 
 def _of_run(folder: Path) -> dict[str, str]:
-    """Name -> state of what a run writes without a checksum beside it."""
+    """Name -> state of the files that a run writes without a checksum beside them."""
     states = {name: UNKNOWN for name in (RECORD, RESULT) if (folder / name).exists()}
     without = [name for name in (ADAPTER, BEST) if (folder / name).is_dir() and not (folder / name / SUMS).exists()]
     states |= {f"{name}/": UNKNOWN for name in without}
@@ -100,7 +105,7 @@ def _of_run(folder: Path) -> dict[str, str]:
 
 
 def _state_of_log(folder: Path) -> str:
-    """Of the lines up to the newest checkpoint, which has their checksum."""
+    """The state of the lines up to the newest checkpoint, which has their checksum."""
     if not (folder / LOG).is_file():
         return MISSING
     try:
@@ -112,18 +117,15 @@ def _state_of_log(folder: Path) -> str:
 
 
 def _parts(states: dict[str, str]) -> list[Part]:
-    """A file at the top is a part of its own, one in a folder belongs to that folder's; the worst state counts."""
+    """A part for each file at the top and each folder; a folder has the worst state of its files."""
     names: dict[str, list[str]] = {}
     for name in sorted(states):
         first, *rest = name.split("/")
+        # checkpoints/step-00000050/ is a part of its own, adapter/ and best/ are one each
         part = "/".join([first, *rest[: int(first == FOLDER)], ""]) if rest else first
         names.setdefault(part, []).append(name)
-    order = (OK, UNKNOWN, MISSING, DIFFERS)
-    return [
-        Part(
-            part,
-            max((states[name] for name in inside), key=order.index),
-            tuple(name for name in inside if states[name] != OK),
-        )
-        for part, inside in names.items()
-    ]
+    parts = []
+    for part, files in names.items():
+        worst = max((states[name] for name in files), key=RISING.index)
+        parts.append(Part(part, worst, tuple(name for name in files if states[name] != OK)))
+    return parts

@@ -64,7 +64,7 @@ def test_another_name_is_told_and_the_adapter_loads(saved, tiny_llama):
         load_adapter(tiny_llama, folder)
     assert [str(one.message) for one in caught] == [
         f"the adapter in {folder} was trained on org/one, but this model is org/another: "
-        "unless they are one model, load org/one"
+        "load org/one, unless they are the same"
     ]
     assert caught[0].filename == __file__ and has_adapters(tiny_llama)
 

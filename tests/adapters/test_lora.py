@@ -191,7 +191,7 @@ def test_adapter_stays_float32():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"r": 0}, "r=0 is not allowed: a rank is a whole number of at least 1"),
+        ({"r": 0}, "r=0 is not allowed: choose a whole number of at least 1"),
         ({"r": 2.0}, "r=2.0 is not allowed"),
         ({"alpha": 0}, "alpha=0 is not allowed: it is a number above 0"),
         ({"alpha": float("nan")}, "alpha=nan is not allowed"),
@@ -214,7 +214,7 @@ def test_errors_teach_and_leave_the_model_alone(kwargs, message):
 def test_a_model_without_a_layer_to_adapt_is_refused_and_left_alone():
     """GPT-2's layers are Conv1D. It would be frozen, with nothing left to train."""
     m = nn.ModuleDict({"c_attn": nn.Conv1d(8, 8, 1), "lm_head": nn.Linear(8, 8)})
-    with pytest.raises(ValueError, match="ModuleDict has no linear layer to adapt besides its head: choose a model"):
+    with pytest.raises(ValueError, match="ModuleDict has no linear layer besides its head: choose a model"):
         add_lora(m, r=2)
     assert all(p.requires_grad for p in m.parameters())
     assert list(adapters(add_lora(m, r=2, targets="lm_head"))) == ["lm_head"]

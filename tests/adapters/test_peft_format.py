@@ -96,13 +96,16 @@ KEY = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
     [
         (lambda t: t.pop(KEY), f"is not whole: {KEY} missing from the file"),
         (lambda t: t.update(stray=torch.ones(1)), "holds stray, but this model has no such layer"),
-        (lambda t: t.update({KEY: torch.ones(2, 2)}), r"down_proj.lora_A has shape \(2, 2\), but r=4 and .* \(4, 32\)"),
+        (
+            lambda t: t.update({KEY: torch.ones(2, 2)}),
+            r"lora_A has shape \(2, 2\), but with r=4 .* \(4, 32\)",
+        ),
         (lambda t: t.update({KEY: torch.ones(0)}), r"down_proj.lora_A has shape \(0,\)"),  # shards of ZeRO-3
         (lambda t: t[KEY][1, 2].fill_(float("nan")), r"has NaN or infinity in model.layers.0.mlp.down_proj.lora_A"),
         (lambda t: t.clear(), "holds no lora_A and lora_B"),
         (
             lambda t: t.update({KEY.replace(".weight", ".default.weight"): t.pop(KEY)}),
-            "lora_A.default.weight, but of a linear layer only",
+            "lora_A.default.weight, but for a linear layer only",
         ),
     ],
 )
@@ -160,16 +163,16 @@ def test_an_adapter_with_ranks_of_its_own_is_trained_on_and_saved(tmp_path, tiny
 def test_layers_with_different_dropout_are_not_saved(tmp_path, tiny_llama):
     ours = trained(tiny_llama, dropout=0.1)
     next(iter(adapters(ours).values())).set_strength(8, 0.2)
-    with pytest.raises(ValueError, match=r"different dropout \[0.1, 0.2\] do not fit into one folder: set one"):
+    with pytest.raises(ValueError, match=r"layers differ in dropout \(\[0.1, 0.2\]\), but a folder holds one"):
         save_adapter(ours, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"r": 2}, "has r=4 at .*, but the model's own adapter has r=2 there: load the model without"),
-        ({"targets": "q_proj"}, "has r=4 at .*, but the model's own adapter has nothing there"),
-        ({"targets": ALL}, "has nothing at lm_head, but the model's own adapter has r=4 there"),
+        ({"r": 2}, "has r=4 at .*, but the model's own has r=2: load the model without"),
+        ({"targets": "q_proj"}, "has r=4 at .*, but the model's own has nothing"),
+        ({"targets": ALL}, "has nothing at lm_head, but the model's own has r=4"),
     ],
 )
 def test_another_adapter_than_the_models_own_is_refused(saved, tiny_llama, own, message):
@@ -218,12 +221,12 @@ def test_a_folder_without_an_adapter_says_what_it_has_instead(saved, tiny_llama,
         return str(caught.value)
 
     folder = tmp_path  # as a run's, or a repository with several
-    assert message() == f"{tmp_path} has no adapter_config.json, but its subfolders adapter have one: name one of them"
+    assert message() == f"{tmp_path} has no adapter_config.json, but its subfolders adapter have: name one of them"
     for name in ("b", "c", "d"):
         shutil.copytree(saved, tmp_path / name)
-    assert "but its subfolders adapter, b, c and 1 more have one" in message()
+    assert "but its subfolders adapter, b, c and 1 more have: name" in message()
     folder = saved / "adapter_model.safetensors"
-    assert message().startswith(f"{folder} is not a folder: an adapter is a local folder with adapter_config.json and")
+    assert message().startswith(f"{folder} is not a folder: name a local folder with adapter_config.json and")
     renamed = folder.rename(saved / "model-00001-of-00002.safetensors")
     folder = saved
     assert message().endswith(

@@ -22,7 +22,7 @@ def explorers_alone(folder):
     """A copy with the imports and the cells that make an explorer."""
     notebook = nbformat.read(NOTEBOOK, 4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    shown = [cell for cell in cells if re.search(r"ql\.\w+Explorer\(", cell.source)]
+    shown = [cell for cell in cells if re.search(r"\b[A-Z]\w+Explorer\(", cell.source)]
     assert len(shown) == 2
     notebook.cells = [cells[0], *shown]
     path = folder / NOTEBOOK.name

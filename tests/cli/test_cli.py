@@ -120,7 +120,7 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["fetch", "gpt-5"], "unknown model 'gpt-5': fetchable by name: smollm2-135m"),
+        (["fetch", "gpt-5"], "unknown model 'gpt-5': give a name (smollm2-135m)"),
         (["finetune", "--data", "no.jsonl"], "no.jsonl"),
         (["finetune", "--data", "EMPTY"], "empty.jsonl"),
         (["finetune", "--data", "BROKEN"], "broken.jsonl, line 2"),
@@ -135,7 +135,7 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["finetune", "--data", "DATA", "--model", "MODEL", "--schedule", "linear"], "schedule='linear' is not known"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--eval-every", "2"], "needs held-out examples"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--resume", "--overwrite"], "exclude each other"),
-        (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "nowhere is not a folder: an adapter is"),
+        (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "nowhere is not a folder: name a"),
         (["generate", "hi", "--model", "MODEL", "--adapter", ""], " has no adapter_config.json"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--test-data", ""], "no data file at ."),
         (["generate", "caf\udce9", "--model", "MODEL"], r"the turn of user holds '\udce9', half of a surrogate pair"),

@@ -103,7 +103,7 @@ def test_an_interrupt_says_what_is_kept(capsys, tmp_path, model, monkeypatch):
         (["--out", "."], "is a folder or a device"),
         (["--seed", str(2**64)], "is not allowed: it is a whole number"),
         (["--text", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
-        (["--text", ""], "is a folder, but a regular file is read here"),
+        (["--text", ""], "is a folder, but must be a regular file"),
         (["--text", "EMPTY"], "the text has 0 tokens, fewer than 2 windows of 10"),
         (["--text", "LATIN"], "is not UTF-8 text (unexpected end of data at byte 3): save it as UTF-8"),
         (["--levels", "mine=-1,0,0,1"], "mine: level 2, 0, is repeated: sort the levels"),

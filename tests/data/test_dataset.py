@@ -81,7 +81,7 @@ def test_answers_before_the_first_question_and_turns_after_the_last_answer_are_d
         ('[{"instruction": "a",\n "output": }]', "line 2, column 12: not JSON .*a JSON list"),
         ('{"question": "a", "answer": "b"}', "line 1: the record has the keys question, answer; expected Alpaca"),
         (f'{{"instruction": {"9" * 5000}}}', "line 1: a number has too many digits"),
-        ("[" * 100_000, "line 1: cannot be read: more than 64 lists and objects in one another"),
+        ("[" * 100_000, "line 1: cannot be read: more than 64 nested lists and objects"),
         ("{}", r"line 1: the record has the keys \(none\)"),
         ('["a"]', "record 1: expected a JSON object.*found str"),
         ('{"instruction": "a", "output": 4}', "line 1: 'output' must be a text, found 4"),
@@ -353,9 +353,7 @@ def test_examples_that_are_too_long_are_left_out_and_counted(tokenizer):
     assert report.longest == len(encode(long, tokenizer).input_ids)
     assert report.tokens == 2 * len(short.input_ids)
     assert report.learned_tokens == 2 * sum(label != IGNORED for label in short.labels)
-    with pytest.raises(
-        ValueError, match="no example has at most 3 tokens: allow at least [0-9]+, the length of the shortest"
-    ):
+    with pytest.raises(ValueError, match="no example has at most 3 tokens: allow at least [0-9]+, as in the shortest"):
         encode_all([EXAMPLE], tokenizer, max_length=3)
 
 

@@ -157,7 +157,7 @@ def test_a_lock_names_no_other_folder_as_its_scratch(tmp_path):
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "notes").touch()
     for path in (tmp_path / "notes", tmp_path / "notes" / "run"):
-        said = "cannot be made, as a file is in its place: name another folder"
+        said = "cannot be made because a file is in the way: name another folder"
         with pytest.raises(FileExistsError, match=said), locked_folder(path, "finetune"):
             pass
 
@@ -327,7 +327,7 @@ def test_the_lock_of_another_user_is_named_and_not_the_folder(tmp_path, monkeypa
 
     monkeypatch.setattr(locks.os, "open", denied)
     with (
-        pytest.raises(PermissionError, match=f"{LOCK} is the lock of another user .*: if no command of theirs"),
+        pytest.raises(PermissionError, match=f"{LOCK} is the lock of another user .*: remove it if no command"),
         locked_folder(tmp_path, "finetune"),
     ):
         pass

@@ -66,8 +66,8 @@ def test_keys_are_named_with_their_rule():
         ('{"a": 1,\n', None, "f, line 2, column 1: it ends too early; expected a JSON object"),
         ('{"a": "bc', None, "f, line 1, column 7: it ends too early; expected a JSON object"),
         ('{"a" 1}', 7, "f, line 7, column 6: not JSON (Expecting ':' delimiter); expected a JSON object"),
-        ('{"a": 1, "a": 1}', 7, "f, line 7: the key 'a' is there twice: keep one of them"),
-        ('{"a": {"b": 1, "b": 1}}', None, "f: the key 'b' is there twice: keep one of them"),
+        ('{"a": 1, "a": 1}', 7, "f, line 7: the key 'a' appears twice: keep one of them"),
+        ('{"a": {"b": 1, "b": 1}}', None, "f: the key 'b' appears twice: keep one of them"),
         ("[-1e999]", None, "f: the number '-1e999' is too large: write one below 1.8e308"),
     ],
 )
@@ -87,7 +87,7 @@ def test_infinity_only_where_it_is_asked_for():
 @pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a": ', "}")])
 def test_64_in_one_another_and_no_more(opening, closing):
     parse(opening * 63 + "[]" + closing * 63, "f")
-    with pytest.raises(ValueError, match="^f: cannot be read: more than 64 lists and objects in one another$"):
+    with pytest.raises(ValueError, match="^f: cannot be read: more than 64 nested lists and objects$"):
         parse(opening * 64 + "[]" + closing * 64, "f")
 
 

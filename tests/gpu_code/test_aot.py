@@ -199,11 +199,11 @@ def test_roofline_by_hand():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["quantise"], "rung 'quantise' is not known: quantize_nf4, dequantize_nf4,"),
+        (["quantise"], "rung 'quantise' is not known: choose from quantize_nf4, dequantize_nf4,"),
         (["--sass", "quantise"], "rung 'quantise' is not known"),
         (["--ptx", "quantise"], "rung 'quantise' is not known"),
         (["dequantize_nf4", "--arch", "75"], "arch=75 is not known: compute capability times ten, 80, 90, 100"),
-        (["dequantize_nf4", "--dtype", "int8"], "dtype 'int8' is not known: float32, bfloat16, float16"),
+        (["dequantize_nf4", "--dtype", "int8"], "dtype 'int8' is not known: choose from float32, bfloat16, float16"),
         (["matmul_nf4", "--dtype", "float32"], "matmul_nf4 does not take float32: it takes bfloat16, float16"),
     ],
 )
@@ -324,17 +324,17 @@ import json, sys
 from dataclasses import replace
 from qlora_lab.gpu_code import aot
 from qlora_lab.kernels.triton.matmul_nf4 import FEW
-plain = {"GROUP": 0, "scale": None, "offset": None, "table": None}
+plain = {"GROUP_SIZE": 0, "scale": None, "offset": None, "table": None}
 changes = [plain, plain | {"RANK": 0, "u": None, "lora_B": None}]
-changes += [{"n_tokens": 3, "TOKENS": tokens} for tokens in (2, 4, 8)] + [{"BLOCK": size} for size in (32, 4096)]
-changes += [{"BLOCK": 4096, "TILE": 4096, "num_warps": 4}, {"RANK": 256}]
+changes += [{"n_tokens": 3, "TOKENS": tokens} for tokens in (2, 4, 8)] + [{"BLOCK_SIZE": size} for size in (32, 4096)]
+changes += [{"BLOCK_SIZE": 4096, "TILE": 4096, "num_warps": 4}, {"RANK": 256}]
 changes += [dict(zip(("TOKENS", "ROWS", "COLUMNS", "num_warps"), FEW))]
 name, number = sys.argv[2], int(sys.argv[3])
 change, rung = changes[number], aot.RUNGS[name]
 if name == "gemv_nf4" and "TOKENS" in change:
     from qlora_lab.kernels.triton.gemv_nf4 import TILES
     change |= dict(zip(("ROWS", "WORDS"), TILES[change["TOKENS"]]))
-if change.get("GROUP") == 0:
+if change.get("GROUP_SIZE") == 0:
     double = "absmax:*u8 scale:*fp32 offset:*fp32 table:*fp32"
     rung = replace(rung, signature=rung.signature.replace(double, "absmax:*fp32"))
 if change.get("RANK") == 0:

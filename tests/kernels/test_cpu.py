@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from qlora_lab.kernels import OVERRIDE, choose, cpu, product
+from qlora_lab.kernels import OVERRIDE, choose, cpu, few_tokens, product
 from qlora_lab.quant.codebook import CODEBOOKS, codebook, midpoints
 from qlora_lab.quant.double_quant import DoubleQuantized, double_dequantize, double_quantize
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
@@ -202,7 +202,7 @@ def test_tensors_that_a_kernel_would_misread_are_refused():
         with pytest.raises(ValueError, match=message):
             dequantize(bad)
     with pytest.raises(ValueError, match="8192 weights need"):
-        cpu.multiply_blocks(torch.ones(1, 128), q.plain, 64)
+        few_tokens.multiply_blocks(torch.ones(1, 128), q.plain, 64)
 
 
 def test_defaults_of_torch_do_not_matter():
@@ -267,10 +267,10 @@ q = quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)))
 want = dequantize(q)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    from qlora_lab.kernels import cpu
+    from qlora_lab.kernels import few_tokens
     x = torch.eye(128)[:2]
-    assert torch.equal(cpu.multiply_blocks(x, q.plain, 64), want.t()[:2])
-    assert torch.equal(cpu.multiply_blocks(x, q.plain, 64), want.t()[:2])
+    assert torch.equal(few_tokens.multiply_blocks(x, q.plain, 64), want.t()[:2])
+    assert torch.equal(few_tokens.multiply_blocks(x, q.plain, 64), want.t()[:2])
 print([str(w.message) for w in caught])
 """
 
@@ -288,7 +288,7 @@ def run(code: str, **environment: str) -> str:
 def test_no_cache_folder_that_can_be_written():
     nowhere = "import numba.core.caching as c; c.CacheImpl._locator_classes = []\n"  # root may write everywhere
     message = run(nowhere + CHECK)
-    assert message.count("compiled kernels cannot be kept for the next start") == 1, message
+    assert message.count("compiled kernels cannot be kept, so every start") == 1, message
     assert "set NUMBA_CACHE_DIR to a folder with space" in message
 
 
@@ -297,7 +297,7 @@ def test_no_cache_folder_that_can_be_written():
 def test_a_full_disk(tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"  # bytes a file may hold
     message = run(limit + CHECK, NUMBA_CACHE_DIR=str(tmp_path))
-    assert message.count("compiled kernels cannot be kept for the next start") == 1, message
+    assert message.count("compiled kernels cannot be kept, so every start") == 1, message
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_lab.kernels import cpu, product
+from qlora_lab.kernels import cpu, few_tokens, product
 from qlora_lab.kernels.product import Race
 from qlora_lab.quant.quantize import dequantize, quantize
 
@@ -86,7 +86,7 @@ def test_products_are_right_with_any_number_of_threads(dtype, outcome, threads):
     assert_near(product.backward(grad, q.plain, 384), grad, weight)
 
 
-@pytest.mark.parametrize("tokens", range(1, cpu.MAX_TOKENS + 1))
+@pytest.mark.parametrize("tokens", range(1, few_tokens.MAX_TOKENS + 1))
 @pytest.mark.skipif(not cpu.FAST, reason="multiply_blocks needs AVX2 or AVX-512")
 def test_a_few_tokens(tokens):
     """A token's result depends on nothing beside it: not on its neighbours, not on the number of threads."""
@@ -94,12 +94,12 @@ def test_a_few_tokens(tokens):
     q = quantize(torch.randn(33, 192, generator=g), double_quant=True)  # an odd number of rows: the last has no partner
     x = torch.randn(tokens, 192, generator=g)
     before = torch.get_num_threads()
-    y = cpu.multiply_blocks(x, q.plain, 33)
+    y = few_tokens.multiply_blocks(x, q.plain, 33)
     assert_near(y, x, dequantize(q).t())
-    assert torch.equal(torch.cat([cpu.multiply_blocks(row, q.plain, 33) for row in x.split(1)]), y)
+    assert torch.equal(torch.cat([few_tokens.multiply_blocks(row, q.plain, 33) for row in x.split(1)]), y)
     try:
         torch.set_num_threads(1)
-        assert torch.equal(cpu.multiply_blocks(x, q.plain, 33), y)
+        assert torch.equal(few_tokens.multiply_blocks(x, q.plain, 33), y)
     finally:
         torch.set_num_threads(before)
 
@@ -179,6 +179,6 @@ def test_a_winner_that_cannot_be_is_refused(monkeypatch):
     monkeypatch.setenv(product.OVERRIDE, "onednn")
     monkeypatch.setattr(product, "_has_onednn", lambda: False)
     product._decided.cache_clear()
-    with pytest.raises(ValueError, match="torch has no oneDNN: choose float32 or bfloat16"):
+    with pytest.raises(ValueError, match="torch lacks here: choose float32 or bfloat16"):
         product.race()
     product._decided.cache_clear()

@@ -314,9 +314,9 @@ DAMAGED = [
     ({"tokenizer.ggml.bos_token_id": 0.5}, "tokenizer.ggml.bos_token_id is 0.5, but must be a whole number"),
     ({"tokenizer.ggml.eos_token_id": len(TOKENS)}, f"eos_token_id is {len(TOKENS)}, but must be a whole number"),
     ({"tokenizer.ggml.unknown_token_id": -1}, "tokenizer.ggml.unknown_token_id is -1, but must be a whole number"),
-    ({"tokenizer.chat_template": 3}, "tokenizer.chat_template is 3, but it must be text"),
+    ({"tokenizer.chat_template": 3}, "tokenizer.chat_template is 3, but must be text"),
     ({"tokenizer.ggml.tokens": [3] * len(TOKENS)}, "some of its tokens or merges are not text"),
-    ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is nan, but it must be a number above 0"),
+    ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is nan, but must be a number above 0"),
 ]
 
 

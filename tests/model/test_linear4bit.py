@@ -166,7 +166,7 @@ def test_quantize_linears_replaces_all_but_the_head():
 
 
 def test_errors_teach():
-    with pytest.raises(ValueError, match=r"shape \(4,\), but a linear layer takes"):
+    with pytest.raises(ValueError, match=r"shape \(4,\), but needs \(out_features"):
         Linear4bit(quantize(torch.ones(4)))
     with pytest.raises(TypeError, match="input is torch.int64"):
         layer()(torch.ones(40, dtype=torch.int64))

@@ -135,7 +135,7 @@ def test_a_users_file_under_a_name_of_ours_is_refused(folder, tmp_path, name, te
     if name == "qlora-lab.json" and text in ("", "{"):  # what a kill leaves of a mark: nothing of a user's is in it
         quantise(folder, tmp_path / "mine")
         return
-    with pytest.raises(FileExistsError, match="choose a folder of its own"):
+    with pytest.raises(FileExistsError, match="choose another folder"):
         quantise(folder, tmp_path / "mine")
     assert contents(tmp_path / "mine") == {name: text.encode()}
 
@@ -156,7 +156,7 @@ def test_errors_teach(folder, tmp_path):
         load(tmp_path / "small", "fp4", progress=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / ".model-notes").mkdir()
-    with pytest.raises(FileExistsError, match="mine is not empty: choose a folder of its own"):
+    with pytest.raises(FileExistsError, match="mine is not empty: choose another folder"):
         quantise(folder, tmp_path / "mine")
     assert (tmp_path / "mine" / ".model-notes").is_dir()
     with pytest.raises(ValueError, match="codebook 'nf5' is not known"):

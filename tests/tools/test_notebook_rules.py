@@ -1,11 +1,19 @@
 """Each rule fires on a notebook that breaks it, and none on one that keeps them."""
 
 import json
+import statistics
+from pathlib import Path
 
 import nbformat
 import pytest
 
-from tools.notebook_rules import headings, problems, unsolved
+from tools.notebook_rules import LONGEST_CELL, headings, problems, unsolved
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+REFORMED = ["00_start_here", "01_codebook", "03_block_size", "04_double_quant"]  # lessons without test code
+REFORMED += ["05_kernels", "06_data_types", "07_lora", "08_memory", "09_paged_optimizer"]
+WIDEST_LINE = 88  # columns: a wider one scrolls in a window of 1280 pixels
+MEDIAN_LINES = 3  # of the cells that a student sees
 
 
 def broken(notebook):
@@ -110,3 +118,82 @@ def test_a_solution_passes_its_own_checks(stored, said, count):
     stored.cells[4].source = "check(steps, 0.375, name='x')"
     stored.cells[4].outputs[0].text = said
     assert len(list(unsolved(json.loads(nbformat.writes(stored))))) == count
+
+
+def lesson_problems(notebook):
+    """What a lesson without test code must not hold: wide lines, long cells, guards in sight, maintainers' talk."""
+    visible = []
+    for i, cell in enumerate(notebook.cells):
+        lines = cell.source.splitlines()
+        if cell.cell_type == "markdown":
+            if any(word in cell.source for word in ("nbval", "compared by the tests", "asserted")):
+                yield f"cell {i}: what the tests do is no part of the lesson"
+            continue
+        if any(len(line) > WIDEST_LINE for line in lines):
+            yield f"cell {i}: a line has more than {WIDEST_LINE} columns"
+        if len(lines) > LONGEST_CELL:
+            yield f"cell {i}: more than {LONGEST_CELL} lines"
+        if not _is_guard(cell):
+            visible.append(len(lines))
+        yield from (f"cell {i}: {problem}" for problem in _guard_problems(cell, notebook.cells[i + 1 :]))
+    if statistics.median(visible) > MEDIAN_LINES:
+        yield f"half of the cells in sight have more than {MEDIAN_LINES} lines"
+
+
+def _is_guard(cell):
+    return "guard" in cell.metadata.get("tags", [])
+
+
+def _guard_problems(cell, following):
+    """A guard protects a number of the prose: collapsed, silent, and at the end of its section."""
+    if _is_guard(cell) != cell.metadata.get("jupyter", {}).get("source_hidden", False):
+        yield "a guard is tagged 'guard' and has its source hidden; no other cell has either"
+    if _is_guard(cell):
+        after = next((c for c in following if not (c.cell_type == "code" and _is_guard(c))), None)
+        if after is None or not after.source.startswith("## "):
+            yield "a guard stands at the end of its section"
+        if "assert " not in cell.source or cell.outputs:
+            yield "a guard asserts, and shows nothing"
+
+
+@pytest.mark.parametrize("stem", REFORMED)
+@pytest.mark.parametrize("folder", [".", "solutions"])
+def test_a_lesson_shows_no_test_code(stem, folder):
+    path = NOTEBOOKS / folder / f"{stem}.ipynb"
+    if path.exists():  # notebook 10 has no solution beside it
+        assert list(lesson_problems(nbformat.read(path, 4))) == []
+
+
+GUARD = {"tags": ["guard"], "jupyter": {"source_hidden": True}}
+
+
+@pytest.mark.parametrize(
+    ("source", "metadata", "message"),
+    [
+        ("x = 1  #" + 81 * " ", {}, "more than 88 columns"),
+        ("x = 1\n" * 11, {}, "more than 10 lines"),
+        ("assert True", {"tags": ["guard"]}, "a guard is tagged 'guard' and has its source hidden"),
+        ("assert True", {"jupyter": {"source_hidden": True}}, "a guard is tagged 'guard' and has its source hidden"),
+        ("assert True", GUARD, "a guard stands at the end of its section"),
+        ("x = 1", GUARD, "a guard asserts, and shows nothing"),
+    ],
+)
+def test_lesson_rules(stored, source, metadata, message):
+    stored.cells[3].update(source=source, metadata=nbformat.from_dict(metadata), outputs=[])
+    assert any(message in problem for problem in lesson_problems(stored))
+
+
+def test_a_lesson_has_small_cells_and_no_maintainers_talk(stored):
+    assert list(lesson_problems(stored)) == []
+    stored.cells[2].source += "\nThis is not compared by the tests."
+    stored.cells[3].source = stored.cells[4].source = "x = 1\n" * 4
+    assert [problem.partition(": ")[2] or problem for problem in lesson_problems(stored)] == [
+        "what the tests do is no part of the lesson",
+        "half of the cells in sight have more than 3 lines",
+    ]
+
+
+def test_a_guard_may_stand_at_the_end_of_a_section(stored):
+    guard = nbformat.v4.new_code_cell("assert True", metadata=GUARD)
+    stored.cells[5:5] = [guard, nbformat.v4.new_code_cell("assert 1", metadata=GUARD)]
+    assert list(lesson_problems(stored)) == []

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.make_site import contents
 from tools.reference import as_markdown, public_page, room_page, rooms
-from tools.site import contents
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"]
@@ -71,7 +71,8 @@ def test_the_reference_has_signatures_methods_and_files():
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning():
     """Also checks the links of notebooks and the references between pages: for Sphinx each is an error."""
-    built = subprocess.run([sys.executable, "-m", "tools.site"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tools.make_site"]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
     pages = ROOT / "build" / "site" / "html"
     front = (pages / "index.html").read_text("utf-8")

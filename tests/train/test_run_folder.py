@@ -296,7 +296,7 @@ def test_a_users_file_is_not_replaced_by_results(capsys, tmp_path, command, cont
 
 # ---------------------------------------------------------------------------------------------------------- empty paths
 
-EMPTY = "the path is empty, as that of a shell variable that is not set: name"
+EMPTY = "the path is empty, perhaps because a shell variable is not set: name"
 
 
 @pytest.mark.parametrize(

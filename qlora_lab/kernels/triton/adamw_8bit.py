@@ -13,46 +13,45 @@ from qlora_lab.kernels.triton.double_quantize import nearest_of
 from qlora_lab.kernels.triton.launch import NO_FUSION, check_device, check_dtype, check_length, check_numel, on
 from qlora_lab.kernels.triton.quantize_nf4 import absmax_of, scaled
 
-BLOCK, BLOCKS = 256, 4  # parameters that share a constant; such blocks in a program
+BLOCK_SIZE = 256  # parameters that share a constant
+BLOCKS = 4  # in a program
 
 
 @triton.jit
 def _adamw_8bit_kernel(
     param, grad, codes1, scale1, codes2, scale2, table1, limits1, table2, limits2, numel, tiny,
-    beta1, beta2, rest1, rest2, decay, size, correction, eps, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    beta1, beta2, rest1, rest2, decay, size, correction, eps, BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = at < numel
-    held = block * BLOCK < numel
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    p = tl.load(param + at, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(table1 + tl.load(codes1 + at, mask=inside, other=0)) * tl.load(scale1 + block, mask=held)[:, None]
-    v = tl.load(table2 + tl.load(codes2 + at, mask=inside, other=0)) * tl.load(scale2 + block, mask=held)[:, None]
-    m = tl.where(inside, m * beta1 + g * rest1, 0.0)
-    v = tl.where(inside, v * beta2 + g * g * rest2, 0.0)
+    pid = tl.program_id(0)
+    blocks = pid * BLOCKS + tl.arange(0, BLOCKS)
+    offsets = blocks[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]  # (blocks, parameters of a block)
+    mask = offsets < numel
+    block_mask = blocks * BLOCK_SIZE < numel
+    g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
+    p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(table1 + tl.load(codes1 + offsets, mask=mask, other=0))
+    m *= tl.load(scale1 + blocks, mask=block_mask)[:, None]
+    v = tl.load(table2 + tl.load(codes2 + offsets, mask=mask, other=0))
+    v *= tl.load(scale2 + blocks, mask=block_mask)[:, None]
+    m = tl.where(mask, m * beta1 + g * rest1, 0.0)  # what lies beyond the last parameter must not raise a maximum
+    v = tl.where(mask, v * beta2 + g * g * rest2, 0.0)
     p = p * decay - tl.div_rn(m, tl.sqrt_rn(v) * correction + eps) * size
-    tl.store(param + at, p.to(param.dtype.element_ty), mask=inside)
+    tl.store(param + offsets, p.to(param.dtype.element_ty), mask=mask)
 
-    top = absmax_of(m)
-    tl.store(scale1 + block, top, mask=held)
-    tl.store(codes1 + at, nearest_of(scaled(m, top, tiny), limits1), mask=inside)
-    top = absmax_of(v)
-    tl.store(scale2 + block, top, mask=held)
-    tl.store(codes2 + at, nearest_of(scaled(v, top, tiny), limits2), mask=inside)
+    absmax = absmax_of(m)  # (blocks,)
+    tl.store(scale1 + blocks, absmax, mask=block_mask)
+    tl.store(codes1 + offsets, nearest_of(scaled(m, absmax, tiny), limits1), mask=mask)
+    absmax = absmax_of(v)
+    tl.store(scale2 + blocks, absmax, mask=block_mask)
+    tl.store(codes2 + offsets, nearest_of(scaled(v, absmax, tiny), limits2), mask=mask)
 
 
 def adamw_8bit(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    codes1: torch.Tensor,
-    scale1: torch.Tensor,
-    codes2: torch.Tensor,
-    scale2: torch.Tensor,
+    param: torch.Tensor, grad: torch.Tensor,
+    codes1: torch.Tensor, scale1: torch.Tensor, codes2: torch.Tensor, scale2: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    scalars: tuple[float, float, float, float, float, float],
-    tiny: float,
-) -> None:
+    scalars: tuple[float, float, float, float, float, float], tiny: float,
+) -> None:  # fmt: skip
     """Change all but `grad` in place. param, grad: (numel,) float32, bf16 or fp16, contiguous.
 
     codes1, codes2: (numel,) uint8. scale1, scale2: (ceil(numel / 256),) float32. tables: levels (256,) and thresholds
@@ -71,16 +70,18 @@ def adamw_8bit(
         check_length(name, tensor, numel)
     for name, tensor in (("scale1", scale1), ("scale2", scale2)):
         check_dtype(name, tensor, torch.float32)
-        check_length(name, tensor, -(-numel // BLOCK))
+        check_length(name, tensor, -(-numel // BLOCK_SIZE))
     for (name, table), length in zip(named_tables.items(), (256, 255, 256, 255), strict=True):
         check_dtype(name, table, torch.float32)
         check_length(name, table, length)
     if len(scalars) != 6:
-        raise ValueError(f"{len(scalars)} scalars are given: a step takes 6")
+        raise ValueError(
+            f"{len(scalars)} scalars are given: a step takes beta1, beta2, decay, size, correction and eps"
+        )
     beta1, beta2, *others = scalars
-    grid = (triton.cdiv(numel, BLOCK * BLOCKS),)
+    grid = (triton.cdiv(numel, BLOCK_SIZE * BLOCKS),)
     with on(param):
         _adamw_8bit_kernel[grid](
             param, grad, codes1, scale1, codes2, scale2, *tables, numel, tiny,
-            beta1, beta2, 1 - beta1, 1 - beta2, *others, BLOCK, BLOCKS, **NO_FUSION,
+            beta1, beta2, 1 - beta1, 1 - beta2, *others, BLOCK_SIZE, BLOCKS, **NO_FUSION,
         )  # fmt: skip

@@ -1,10 +1,10 @@
 """What the rungs share inside a kernel: four packed bytes to eight levels, blocks to their constants.
 
-The table of 16 levels is read from memory once a program. tl.gather() then costs one instruction a weight: where a
-program is one warp, lanes hold the levels, and a lane asks the one that its code names (SHFL); where it is more, the
-table lies in shared memory, 16 entries in 16 banks, so that 32 look-ups never wait for one another (LDS). A table of
-256 pairs would halve the look-ups, but they would collide. Two forms of the same look-up differ in where a word's eight
-weights end up: levels_of() leaves that to whoever stores them, levels_in_place() keeps them in the word's thread.
+A program reads the table of 16 levels from memory once. tl.gather() then costs one instruction per weight. In a program
+of one warp, lanes hold the levels, and a lane asks the one that its code names (SHFL). In a larger program the table
+lies in shared memory, 16 entries in 16 banks, so that 32 look-ups never wait for one another (LDS). A table of 256
+pairs would halve the look-ups, but they would collide. Two forms of the look-up differ in where a word's eight weights
+end up: levels_of() leaves that to the store that follows, levels_in_place() keeps them in the word's thread.
 
 Not here: launches and checks (launch.py).
 """
@@ -16,10 +16,10 @@ import triton.language as tl
 @triton.jit
 def levels_of(words, levels):
     """(n,) int32, four packed bytes each -> (n, 8) float32 in the order of the weights; `levels` points to 16."""
-    halves = words[:, None] >> (tl.arange(0, 2) * 16)[None, :]
+    halves = words[:, None] >> (tl.arange(0, 2) * 16)[None, :]  # (n, 2), two bytes each
     i = tl.arange(0, 4)
     shifts = (i // 2) * 8 + 4 - (i % 2) * 4  # in a byte, the first weight is the high half
-    codes = (halves[:, :, None] >> shifts[None, None, :]) & 15
+    codes = (halves[:, :, None] >> shifts[None, None, :]) & 15  # (n, 2, 4)
     table = tl.load(levels + tl.arange(0, 16))
     return tl.reshape(tl.gather(table, tl.reshape(codes, (words.numel * 8,)), 0), (words.numel, 8))
 
@@ -48,33 +48,33 @@ def split8(x):
 
 
 @triton.jit
-def constants_of(blocks, mask, absmax, scale, offset, table, GROUP: tl.constexpr):
-    """Constants of the given blocks, float32. `absmax` points to them if GROUP is 0, or to codes, GROUP to a scale."""
-    if GROUP == 0:
+def constants_of(blocks, mask, absmax, scale, offset, table, GROUP_SIZE: tl.constexpr):
+    """Load the constants of some blocks, float32. `absmax` points to them, or to their codes if GROUP_SIZE is not 0."""
+    if GROUP_SIZE == 0:
         constants = tl.load(absmax + blocks, mask=mask, other=0.0)
-    else:
+    else:  # double quantization: GROUP_SIZE codes share a scale
         values = tl.load(table + tl.load(absmax + blocks, mask=mask, other=0))
-        constants = values * tl.load(scale + blocks // GROUP, mask=mask, other=0.0) + tl.load(offset)
+        constants = values * tl.load(scale + blocks // GROUP_SIZE, mask=mask, other=0.0) + tl.load(offset)
     return constants
 
 
 @triton.jit
 def weights_of(
     words, rows, n_rows, column, n_words, levels, absmax, scale, offset, table,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(rows, WIDTH) float32: WIDTH columns from `column` on of some rows, zeros beyond the last.
+    """Decode WIDTH columns from `column` on of some rows: (rows, WIDTH) float32, zeros beyond the last.
 
     n_words: words in a row, which is a whole number of blocks.
     """
-    SPAN: tl.constexpr = BLOCK if BLOCK < WIDTH else WIDTH
+    SPAN: tl.constexpr = BLOCK_SIZE if BLOCK_SIZE < WIDTH else WIDTH  # columns that share a constant
     word = column // 8 + tl.arange(0, WIDTH // 8)
-    inside = (rows < n_rows)[:, None] & (word < n_words)[None, :]
-    packed = tl.load(words + rows[:, None] * n_words + word[None, :], mask=inside, other=0)
+    mask = (rows < n_rows)[:, None] & (word < n_words)[None, :]
+    packed = tl.load(words + rows[:, None] * n_words + word[None, :], mask=mask, other=0)
     first = column + tl.arange(0, WIDTH // SPAN) * SPAN  # columns where a constant may change
-    known = (rows < n_rows)[:, None] & (first < n_words * 8)[None, :]
-    blocks = rows[:, None] * (n_words * 8 // BLOCK) + first[None, :] // BLOCK
-    constants = tl.where(known, constants_of(blocks, known, absmax, scale, offset, table, GROUP), 0.0)
+    mask = (rows < n_rows)[:, None] & (first < n_words * 8)[None, :]
+    blocks = rows[:, None] * (n_words * 8 // BLOCK_SIZE) + first[None, :] // BLOCK_SIZE
+    constants = tl.where(mask, constants_of(blocks, mask, absmax, scale, offset, table, GROUP_SIZE), 0.0)
     # A sum of one changes nothing but hides from Triton that bytes were loaded on the way: for sm_80 it would lay the
     # operands of the product out as if they were 8-bit numbers, and move registers 279 times in each pass.
     constants = tl.sum(tl.expand_dims(constants, 2), 2)

@@ -9,48 +9,41 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora_lab.kernels.packed_weight import PackedConstants
+from qlora_lab.kernels.triton import launch
 from qlora_lab.kernels.triton.codes import constants_of, levels_of
 from qlora_lab.kernels.triton.dequantize_nf4 import TILE
-from qlora_lab.kernels.triton.launch import (
-    NO_FUSION,
-    check_block_size,
-    check_device,
-    check_output,
-    checked_constants,
-    named,
-    on,
-    table_of,
-    words_of,
-)
+from qlora_lab.kernels.triton.launch import NO_FUSION
 
 
 @triton.jit
 def _dequantize_double_kernel(
     words, codes, scale, offset, table, levels, out, n_words, numel,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0) * (TILE // 8) + tl.arange(0, TILE // 8)  # words
-    packed = tl.load(words + at, mask=at < n_words, other=0)
-    constants = constants_of(at // (BLOCK // 8), at < n_words, codes, scale, offset, table, GROUP)
-    values = levels_of(packed, levels) * constants[:, None]
-    to = at[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(out + to, values.to(out.dtype.element_ty), mask=to < numel)
+    pid = tl.program_id(0)
+    offsets = pid * (TILE // 8) + tl.arange(0, TILE // 8)  # of words: eight weights each
+    mask = offsets < n_words
+    packed = tl.load(words + offsets, mask=mask, other=0)
+    constants = constants_of(offsets // (BLOCK_SIZE // 8), mask, codes, scale, offset, table, GROUP_SIZE)
+    values = levels_of(packed, levels) * constants[:, None]  # (words, 8)
+    offsets = offsets[:, None] * 8 + tl.arange(0, 8)[None, :]  # of weights
+    tl.store(out + offsets, values.to(out.dtype.element_ty), mask=offsets < numel)
 
 
 def dequantize_double(
-    packed: torch.Tensor, constants: tuple, levels: torch.Tensor, block_size: int, out: torch.Tensor
+    packed: torch.Tensor, constants: PackedConstants, levels: torch.Tensor, block_size: int, out: torch.Tensor
 ) -> None:
-    """Fill `out`, contiguous float32, bf16 or fp16. Raises ValueError before any launch for what does not match.
-
-    constants: absmax_codes, absmax_scale, absmax_offset, the table they index (256,), how many share a scale.
-    """
-    check_device(packed=packed, levels=levels, out=out, **named(constants))
-    check_block_size(block_size)
-    check_output(out)
+    """Fill `out`, contiguous float32, bf16 or fp16. Raises ValueError before the launch for what does not match."""
+    launch.check_device(packed=packed, levels=levels, out=out, **launch.named(constants))
+    launch.check_block_size(block_size)
+    launch.check_output(out)
     numel = out.numel()
-    words, parts = words_of(packed, numel), checked_constants(constants, -(-numel // block_size))
-    grid, levels = (triton.cdiv(numel, TILE),), table_of(levels)
-    with on(out):
+    words = launch.words_of(packed, numel)
+    parts = launch.checked_constants(constants, -(-numel // block_size))
+    levels = launch.table_of(levels)
+    grid = (triton.cdiv(numel, TILE),)
+    with launch.on(out):
         _dequantize_double_kernel[grid](
             words, *parts[:4], levels, out, len(words), numel, block_size, parts.group, TILE, num_warps=1, **NO_FUSION
         )

@@ -1,14 +1,15 @@
 """Which rung does what: the functions of kernels/cpu.py and kernels/product.py for CUDA.
 
-A weight is packed, constants, levels, block_size. takes() says which; for others the readable functions run. While
-torch.compile traces, a rung that multiplies or dequantises is an operation of torch (ops.py); otherwise it is launched
-at once: on an H200 the operation takes 50 us of the host, and the launch 30.
+takes() says which weights have a rung; the readable functions run for all others. While torch.compile traces, a rung
+that multiplies or dequantises is an operation of torch (ops.py). Otherwise it is launched at once: on an H200 the
+operation takes 50 us of the host, and the launch 30.
 """
 
 from functools import lru_cache
 
 import torch
 
+from qlora_lab.kernels.packed_weight import PackedConstants, PackedWeight
 from qlora_lab.kernels.triton import launch, ops
 from qlora_lab.kernels.triton.dequantize_double import dequantize_double
 from qlora_lab.kernels.triton.dequantize_nf4 import dequantize_nf4
@@ -34,36 +35,37 @@ def quantize_blocks(
     return quantize_nf4(weight, thresholds, order, block_size, tiny)
 
 
-def dequantize_blocks(weight: tuple, out: torch.Tensor) -> None:
+def dequantize_blocks(weight: PackedWeight, out: torch.Tensor) -> None:
     """Twin of quant.quantize.dequantize_blocks: fills `out`, contiguous float32, bf16 or fp16."""
-    packed, constants, levels, block_size = weight
-    if len(levels) > launch.CODES:
+    constants = weight.constants
+    levels = weight.levels
+    if len(levels) > launch.CODES:  # a weight of 8-bit codes has the form of constants whose offset is 0
         absmax = constants if isinstance(constants, torch.Tensor) else _undone(constants)
-        out.view(-1).copy_(_undone((packed, absmax, absmax.new_zeros(()), levels, block_size)))
+        out.view(-1).copy_(
+            _undone(PackedConstants(weight.packed, absmax, absmax.new_zeros(()), levels, weight.block_size))
+        )
     elif torch.compiler.is_compiling():
         ops.dequantize_into(*_flat(weight), out)
     elif isinstance(constants, torch.Tensor):
-        dequantize_nf4(packed, constants, levels, block_size, out)
+        dequantize_nf4(weight.packed, constants, levels, weight.block_size, out)
     else:
-        dequantize_double(packed, constants, levels, block_size, out)
+        dequantize_double(weight.packed, constants, levels, weight.block_size, out)
 
 
-def _undone(constants: tuple) -> torch.Tensor:
+def _undone(constants: PackedConstants) -> torch.Tensor:
     """Codes of 8 bits -> float32: constants of constants, and weights of 256 levels."""
-    *parts, group = constants
-    return ops.double_dequantize(parts, group) if torch.compiler.is_compiling() else double_dequantize(constants)
+    return ops.double_dequantize(*_parts(constants)) if torch.compiler.is_compiling() else double_dequantize(constants)
 
 
-def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
+def forward(x: torch.Tensor, weight: PackedWeight, rows: int) -> torch.Tensor:
     """(tokens, columns) -> x W^T, (tokens, rows).
 
-    Fused for a token or two, and for 16-bit x up to 16 tokens; beyond, W is decoded into memory for one product of
+    Fused for a token or two, and for 16-bit x up to 16 tokens. For more, W is decoded into memory for one product of
     torch, which was faster on the one GPU that was measured (bench/README.md).
     """
-    _, _, levels, block_size = weight
     tokens, columns = x.shape
-    if tokens and len(levels) <= launch.CODES and columns % block_size == 0:
-        halves = _has_tensor_cores(x)
+    if tokens and len(weight.levels) <= launch.CODES and columns % weight.block_size == 0:
+        halves = _has_tensor_cores(x)  # else rung 6 would multiply number by number
         compiling = torch.compiler.is_compiling()
         if tokens < FEWEST or (tokens <= MAX_TOKENS and not halves):
             return ops.gemv_nf4(x, *_flat(weight), rows) if compiling else gemv_nf4(x, weight, rows)
@@ -74,7 +76,7 @@ def forward(x: torch.Tensor, weight: tuple, rows: int) -> torch.Tensor:
     return x @ _decoded(weight, (rows, columns), x.dtype).t()
 
 
-def backward(grad: torch.Tensor, weight: tuple, columns: int) -> torch.Tensor:
+def backward(grad: torch.Tensor, weight: PackedWeight, columns: int) -> torch.Tensor:
     """(tokens, rows) -> g W, (tokens, columns). W is decoded into memory: rung 7 was slower on a GPU."""
     return grad @ _decoded(weight, (grad.shape[1], columns), grad.dtype)
 
@@ -89,17 +91,16 @@ def _is_ampere(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _decoded(weight: tuple, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    out = torch.empty(shape, dtype=dtype, device=weight[0].device)
+def _decoded(weight: PackedWeight, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
     dequantize_blocks(weight, out)
     return out
 
 
-def _flat(weight: tuple) -> tuple:
-    """As an operation of torch takes a weight."""
-    packed, constants, levels, block_size = weight
-    return packed, *_parts(constants), levels, block_size
+def _flat(weight: PackedWeight) -> tuple:
+    """The same as arguments of an operation of torch, which knows tensors, lists of them and numbers."""
+    return weight.packed, *_parts(weight.constants), weight.levels, weight.block_size
 
 
-def _parts(constants) -> tuple[list[torch.Tensor], int]:
-    return ([constants], 0) if isinstance(constants, torch.Tensor) else (list(constants[:4]), constants[4])
+def _parts(constants: torch.Tensor | PackedConstants) -> tuple[list[torch.Tensor], int]:
+    return ([constants], 0) if isinstance(constants, torch.Tensor) else (list(constants[:-1]), constants.group)

@@ -9,29 +9,20 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora_lab.kernels.packed_weight import PackedConstants
+from qlora_lab.kernels.triton import launch
 from qlora_lab.kernels.triton.codes import constants_of
-from qlora_lab.kernels.triton.launch import (
-    NO_FUSION,
-    check_block_size,
-    check_device,
-    check_dtype,
-    check_length,
-    check_numel,
-    check_offset,
-    checked_constants,
-    named,
-    on,
-)
+from qlora_lab.kernels.triton.launch import NO_FUSION
 from qlora_lab.kernels.triton.quantize_nf4 import absmax_of, scaled
 
-GROUPS = 4  # groups a program takes
-TILE = 1024  # constants a program undoes
+GROUPS = 4  # that a program quantises
+TILE = 1024  # constants that a program undoes
 
 
 @triton.jit
 def nearest_of(x, thresholds):
     """How many of 255 ascending thresholds lie below float32 values: their codes in an ascending table of 256."""
-    rank = tl.zeros(x.shape, tl.int32)
+    rank = tl.zeros(x.shape, tl.int32)  # thresholds that are known to lie below x
     for level in tl.static_range(8):
         rank += tl.where(x > tl.load(thresholds + rank + ((128 >> level) - 1)), 128 >> level, 0)
     return rank.to(tl.uint8)
@@ -39,15 +30,17 @@ def nearest_of(x, thresholds):
 
 @triton.jit
 def _double_quantize_kernel(
-    absmax, offset, thresholds, codes, scales, n_blocks, tiny, GROUP: tl.constexpr, GROUPS: tl.constexpr
+    absmax, offset, thresholds, codes, scales, n_blocks, tiny, GROUP_SIZE: tl.constexpr, GROUPS: tl.constexpr
 ):
-    groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    at = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (groups, constants of a group)
-    given = tl.load(absmax + at, mask=at < n_blocks, other=0.0).to(tl.float32)
-    centred = tl.where(at < n_blocks, given - tl.load(offset), 0.0)
-    scale = absmax_of(centred)
-    tl.store(scales + groups, scale, mask=groups * GROUP < n_blocks)
-    tl.store(codes + at, nearest_of(scaled(centred, scale, tiny), thresholds), mask=at < n_blocks)
+    pid = tl.program_id(0)
+    groups = pid * GROUPS + tl.arange(0, GROUPS)
+    offsets = groups[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # (groups, constants of a group)
+    mask = offsets < n_blocks
+    constants = tl.load(absmax + offsets, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.where(mask, constants - tl.load(offset), 0.0)  # beyond the last constant -offset could be the maximum
+    scale = absmax_of(centred)  # (groups,)
+    tl.store(scales + groups, scale, mask=groups * GROUP_SIZE < n_blocks)
+    tl.store(codes + offsets, nearest_of(scaled(centred, scale, tiny), thresholds), mask=mask)
 
 
 def double_quantize(
@@ -59,36 +52,37 @@ def double_quantize(
     thresholds: (255,) float32, between 256 levels in ascending order. Raises ValueError before any launch for what does
     not match.
     """
-    check_device(absmax=absmax, offset=offset, thresholds=thresholds)
-    check_dtype("absmax", absmax)
-    check_length("absmax", absmax, absmax.numel())
-    check_numel(len(absmax))
-    check_offset(offset)
-    check_dtype("thresholds", thresholds, torch.float32)
-    check_length("thresholds", thresholds, 255)
-    check_block_size(group, "group")
+    launch.check_device(absmax=absmax, offset=offset, thresholds=thresholds)
+    launch.check_dtype("absmax", absmax)
+    launch.check_length("absmax", absmax, absmax.numel())
+    launch.check_numel(len(absmax))
+    launch.check_offset(offset)
+    launch.check_dtype("thresholds", thresholds, torch.float32)
+    launch.check_length("thresholds", thresholds, 255)
+    launch.check_block_size(group, "group")
     codes = torch.empty(len(absmax), dtype=torch.uint8, device=absmax.device)
     scale = torch.empty(-(-len(absmax) // group), dtype=torch.float32, device=absmax.device)
     grid = (triton.cdiv(len(scale), GROUPS),)
     arguments = absmax, offset, thresholds, codes, scale, len(absmax), tiny, group, GROUPS
-    with on(absmax):
+    with launch.on(absmax):
         _double_quantize_kernel[grid](*arguments, **NO_FUSION)
     return codes, scale
 
 
 @triton.jit
-def _double_dequantize_kernel(codes, scale, offset, table, out, n_blocks, GROUP: tl.constexpr, TILE: tl.constexpr):
-    at = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    tl.store(out + at, constants_of(at, at < n_blocks, codes, scale, offset, table, GROUP), mask=at < n_blocks)
+def _double_dequantize_kernel(codes, scale, offset, table, out, n_blocks, GROUP_SIZE: tl.constexpr, TILE: tl.constexpr):
+    offsets = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = offsets < n_blocks
+    tl.store(out + offsets, constants_of(offsets, mask, codes, scale, offset, table, GROUP_SIZE), mask=mask)
 
 
-def double_dequantize(constants: tuple) -> torch.Tensor:
-    """absmax_codes, absmax_scale, absmax_offset, table (256,), group size -> absmax, (n_blocks,) float32."""
-    n_blocks = len(constants[0])
-    check_device(**named(constants))
-    check_numel(n_blocks)
-    out = torch.empty(n_blocks, dtype=torch.float32, device=constants[0].device)
-    *parts, group = checked_constants(constants, n_blocks)
-    with on(out):
+def double_dequantize(constants: PackedConstants) -> torch.Tensor:
+    """Undo double quantization: absmax, (n_blocks,) float32."""
+    n_blocks = len(constants.codes)
+    launch.check_device(**launch.named(constants))
+    launch.check_numel(n_blocks)
+    out = torch.empty(n_blocks, dtype=torch.float32, device=constants.codes.device)
+    *parts, group = launch.checked_constants(constants, n_blocks)
+    with launch.on(out):
         _double_dequantize_kernel[(triton.cdiv(n_blocks, TILE),)](*parts, out, n_blocks, group, TILE, **NO_FUSION)
     return out

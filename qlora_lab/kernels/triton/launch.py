@@ -10,8 +10,10 @@ from typing import NamedTuple
 import torch
 from triton import knobs
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_BLOCK, MAX_BLOCK = 32, 4096
+from qlora_lab.kernels.packed_weight import PackedConstants, PackedWeight
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights and activations
+MIN_BLOCK, MAX_BLOCK = 32, 4096  # a word holds 8 codes, and loads of 16 bytes 32
 MAX_TOKENS = 65535 * 128  # the second dimension of a grid ends at 65535, a tile has 128 tokens
 MAX_NUMEL = 2**31 - 2**13  # so that the last program's indices fit, too
 CODES = 16  # entries in the table of a 4-bit code; shorter tables are filled up
@@ -100,23 +102,23 @@ def words_of(packed: torch.Tensor, numel: int) -> torch.Tensor:
 class Constants(NamedTuple):
     """Arguments of codes.constants_of, after `blocks` and `mask`."""
 
-    absmax: torch.Tensor
-    scale: torch.Tensor | None
-    offset: torch.Tensor | None
-    table: torch.Tensor | None
-    group: int
+    absmax: torch.Tensor  # (n_blocks,) float32, or uint8 codes
+    scale: torch.Tensor | None  # (n_groups,) float32
+    offset: torch.Tensor | None  # () float32
+    table: torch.Tensor | None  # (256,) float32
+    group: int  # 0: absmax is not quantised
 
 
-def named(constants: torch.Tensor | tuple) -> dict[str, torch.Tensor]:
-    """The tensors of constants by what an error calls them."""
+def named(constants: torch.Tensor | PackedConstants) -> dict[str, torch.Tensor]:
+    """The tensors of constants under the names that errors use."""
     if isinstance(constants, torch.Tensor):
         return {"absmax": constants}
     names = "absmax_codes", "absmax_scale", "absmax_offset", "table of constants"
-    return dict(zip(names, constants, strict=False))
+    return dict(zip(names, constants[:-1], strict=True))
 
 
-def checked_constants(constants: torch.Tensor | tuple, n_blocks: int) -> Constants:
-    """absmax (n_blocks,) float32, or (codes uint8, scale, offset, table of 256, group size), checked."""
+def checked_constants(constants: torch.Tensor | PackedConstants, n_blocks: int) -> Constants:
+    """Constants of n_blocks blocks as arguments of a kernel, checked."""
     if isinstance(constants, torch.Tensor):
         check_dtype("absmax", constants, torch.float32)
         check_length("absmax", constants, n_blocks)
@@ -141,10 +143,10 @@ def check_output(out: torch.Tensor) -> None:
 
 
 def check_product(
-    x: torch.Tensor, columns: int, rows: int, weight: tuple, dtypes: tuple[torch.dtype, ...]
+    x: torch.Tensor, columns: int, rows: int, weight: PackedWeight, dtypes: tuple[torch.dtype, ...]
 ) -> tuple[torch.Tensor, Constants, torch.Tensor]:
     """Words, constants and levels of a weight (rows, columns) that is to be multiplied by the matrix x."""
-    check_device(x=x, packed=weight[0])
+    check_device(x=x, packed=weight.packed)
     check_dtype("x", x, *dtypes)
     if x.dim() != 2 or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}: it must be a matrix of at least one token")
@@ -155,23 +157,22 @@ def check_product(
     return checked_weight(weight, rows, columns)
 
 
-def checked_weight(weight: tuple, rows: int, columns: int) -> tuple[torch.Tensor, Constants, torch.Tensor]:
-    """Words, constants and levels of a weight of this shape; kept where `weight` has room for them.
-
-    A step of an answer asks for each weight of a model once: checked anew, that is a third of a launch.
-    """
-    packed, constants, levels, block_size = weight
-    kept = getattr(weight, "prepared", None)
-    if kept and kept[0] == (rows, columns, packed.data_ptr()):
-        return kept[1]
-    check_device(packed=packed, levels=levels, **named(constants))
+def checked_weight(weight: PackedWeight, rows: int, columns: int) -> tuple[torch.Tensor, Constants, torch.Tensor]:
+    """Words, constants and levels of a weight of this shape, kept in `weight.prepared` once they are checked."""
+    packed = weight.packed
+    key = (rows, columns, packed.data_ptr())  # the memory can move
+    if weight.prepared and weight.prepared[0] == key:
+        return weight.prepared[1]
+    check_device(packed=packed, levels=weight.levels, **named(weight.constants))
+    block_size = weight.block_size
     check_block_size(block_size)
     if columns % block_size:
         raise ValueError(f"a row of {columns} columns is not whole blocks of {block_size}: dequantise the weight first")
     words = words_of(packed, rows * columns)
-    parts = words, checked_constants(constants, rows * columns // block_size), table_of(levels)
-    if hasattr(weight, "__dict__") and words.data_ptr() == packed.data_ptr():  # a copy would be held beside the weight
-        weight.prepared = (rows, columns, packed.data_ptr()), parts
+    constants = checked_constants(weight.constants, rows * columns // block_size)
+    parts = words, constants, table_of(weight.levels)
+    if words.data_ptr() == packed.data_ptr():  # a copy would be held beside the weight
+        weight.prepared = key, parts
     return parts
 
 

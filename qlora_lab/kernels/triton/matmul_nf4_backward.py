@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora_lab.kernels.packed_weight import PackedWeight
 from qlora_lab.kernels.triton.codes import weights_of
 from qlora_lab.kernels.triton.launch import check_product, on
 from qlora_lab.kernels.triton.matmul_nf4 import TOKENS, WARPS
@@ -18,31 +19,31 @@ ROWS, COLUMNS = 64, 128  # of W in a tile: rows are what is summed over
 @triton.jit
 def _matmul_nf4_backward_kernel(
     grad, words, absmax, scale, offset, table, levels, out, n_tokens, n_rows, n_words,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(0) * COLUMNS
-    n_columns = n_words * 8
-    sums = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    n_columns = n_words * 8  # eight codes in a word
+    sums = tl.zeros((TOKENS, COLUMNS), tl.float32)  # in registers until the end
     for row in range(0, n_rows, ROWS):
         rows = row + tl.arange(0, ROWS)
-        inside = (tokens < n_tokens)[:, None] & (rows < n_rows)[None, :]
-        given = tl.load(grad + tokens[:, None] * n_rows + rows[None, :], mask=inside, other=0.0)
+        mask = (tokens < n_tokens)[:, None] & (rows < n_rows)[None, :]
+        grad_tile = tl.load(grad + tokens[:, None] * n_rows + rows[None, :], mask=mask, other=0.0)
         weights = weights_of(
-            words, rows, n_rows, column, n_words, levels, absmax, scale, offset, table, BLOCK, GROUP, COLUMNS
+            words, rows, n_rows, column, n_words, levels, absmax, scale, offset, table, BLOCK_SIZE, GROUP_SIZE, COLUMNS
         )
-        sums = tl.dot(given, weights.to(grad.dtype.element_ty), sums)
-    columns = column + tl.arange(0, COLUMNS)
-    to = out + tokens[:, None] * n_columns + columns[None, :]
-    tl.store(to, sums.to(out.dtype.element_ty), mask=(tokens < n_tokens)[:, None] & (columns < n_columns)[None, :])
+        sums = tl.dot(grad_tile, weights.to(grad.dtype.element_ty), sums)
+    columns = column + tl.arange(0, COLUMNS)  # (COLUMNS,)
+    pointers = out + tokens[:, None] * n_columns + columns[None, :]
+    mask = (tokens < n_tokens)[:, None] & (columns < n_columns)[None, :]
+    tl.store(pointers, sums.to(out.dtype.element_ty), mask=mask)
 
 
-def matmul_nf4_backward(grad: torch.Tensor, weight: tuple, columns: int) -> torch.Tensor:
+def matmul_nf4_backward(grad: torch.Tensor, weight: PackedWeight, columns: int) -> torch.Tensor:
     """(tokens, rows) bf16 or fp16 -> (tokens, columns), same dtype.
 
-    weight: packed, constants, levels, block_size, as dequantize_blocks takes them; a row is a whole number of blocks.
-    Raises ValueError before any launch for what does not match.
+    A row of the weight is a whole number of blocks. Raises ValueError before the launch for what does not match.
     """
     words, parts, levels = check_product(grad, columns, grad.shape[-1], weight, (torch.bfloat16, torch.float16))
     tokens, rows = grad.shape
@@ -51,6 +52,6 @@ def matmul_nf4_backward(grad: torch.Tensor, weight: tuple, columns: int) -> torc
     with on(grad):
         _matmul_nf4_backward_kernel[grid](
             grad.contiguous(), words, *parts[:4], levels, out, tokens, rows, columns // 8,
-            weight[3], parts.group, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
+            weight.block_size, parts.group, TOKENS, ROWS, COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return out

@@ -9,6 +9,7 @@ The launchers' docstrings give shapes and dtypes in full, and raise ValueError.
 import torch
 from torch.library import custom_op
 
+from qlora_lab.kernels.packed_weight import PackedConstants, PackedWeight
 from qlora_lab.kernels.triton import (
     adamw_8bit as rung8,
     dequantize_double as rung3,
@@ -58,7 +59,7 @@ def dequantize_into(
     if len(constants) == 1:
         rung2.dequantize_nf4(packed, constants[0], levels, block_size, out)
     else:
-        rung3.dequantize_double(packed, (*constants, group), levels, block_size, out)
+        rung3.dequantize_double(packed, PackedConstants(*constants, group), levels, block_size, out)
 
 
 @dequantize_into.register_fake
@@ -81,7 +82,7 @@ def _(absmax, offset, thresholds, group, tiny):
 @custom_op("qlora_lab::double_dequantize", mutates_args=())
 def double_dequantize(constants: list[Tensor], group: int) -> Tensor:
     """The inverse: codes, scales, offset and table -> (n_blocks,) float32."""
-    return rung4.double_dequantize((*constants, group))
+    return rung4.double_dequantize(PackedConstants(*constants, group))
 
 
 @double_dequantize.register_fake
@@ -120,17 +121,9 @@ gemv_nf4.register_autograd(_gemv_gradient, setup_context=_keep_gemv)
 
 @custom_op("qlora_lab::matmul_nf4", mutates_args=())
 def matmul_nf4(
-    x: Tensor,
-    packed: Tensor,
-    constants: list[Tensor],
-    group: int,
-    levels: Tensor,
-    block_size: int,
-    rows: int,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-) -> Tensor:
+    x: Tensor, packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, rows: int,
+    lora_A: Tensor | None, lora_B: Tensor | None, scaling: float,
+) -> Tensor:  # fmt: skip
     """x (tokens, columns) bf16 or fp16 -> x W^T + scaling (x A^T) B^T, (tokens, rows). Rung 6."""
     return rung6.matmul_nf4(x, _weight(packed, constants, group, levels, block_size), rows, lora_A, lora_B, scaling)
 
@@ -155,16 +148,9 @@ def _(grad, packed, constants, group, levels, block_size, columns):
 
 @custom_op("qlora_lab::adamw_8bit", mutates_args=("param", "codes1", "scale1", "codes2", "scale2"))
 def adamw_8bit(
-    param: Tensor,
-    grad: Tensor,
-    codes1: Tensor,
-    scale1: Tensor,
-    codes2: Tensor,
-    scale2: Tensor,
-    tables: list[Tensor],
-    scalars: list[float],
-    tiny: float,
-) -> None:
+    param: Tensor, grad: Tensor, codes1: Tensor, scale1: Tensor, codes2: Tensor, scale2: Tensor,
+    tables: list[Tensor], scalars: list[float], tiny: float,
+) -> None:  # fmt: skip
     """One step of AdamW over flat parameters and 8-bit moments, in place. Rung 8."""
     rung8.adamw_8bit(param, grad, codes1, scale1, codes2, scale2, tuple(tables), tuple(scalars), tiny)
 
@@ -174,8 +160,9 @@ def _(param, grad, codes1, scale1, codes2, scale2, tables, scalars, tiny):
     return None
 
 
-def _weight(packed, constants, group, levels, block_size) -> tuple:
-    return packed, constants[0] if len(constants) == 1 else (*constants, group), levels, block_size
+def _weight(packed, constants, group, levels, block_size) -> PackedWeight:
+    constants = constants[0] if len(constants) == 1 else PackedConstants(*constants, group)
+    return PackedWeight(packed, constants, levels, block_size)
 
 
 def _keep(ctx, inputs, output) -> None:

@@ -9,15 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qlora_lab.kernels.triton.launch import (
-    CODES,
-    check_block_size,
-    check_device,
-    check_dtype,
-    check_length,
-    check_numel,
-    on,
-)
+from qlora_lab.kernels.triton import launch
 
 TILE = 1024  # weights a warp takes; a program takes a whole block at least, so for larger blocks it is more warps
 
@@ -40,7 +32,7 @@ def scaled(values, constants, tiny):
 def _rank_of(x, tree):
     """How many of 15 thresholds lie below x, (n,) float32: four comparisons, each with the one the last ones leave.
 
-    tree: (4, 16) float32; level by level, entry r is the threshold to try next for who has rank r so far.
+    tree: (4, 16) float32; on each level, entry r is the threshold to try next after rank r.
     """
     i = tl.arange(0, 16)
     rank = tl.where(x > tl.load(tree), 8, 0)
@@ -51,21 +43,22 @@ def _rank_of(x, tree):
 
 @triton.jit
 def _quantize_nf4_kernel(
-    weight, tree, order, words, absmax, numel, n_words, tiny, BLOCK: tl.constexpr, TILE: tl.constexpr
+    weight, tree, order, words, absmax, numel, n_words, tiny, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
 ):
-    blocks = tl.program_id(0) * (TILE // BLOCK) + tl.arange(0, TILE // BLOCK)
-    at = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # (blocks, weights of a block)
-    values = tl.load(weight + at, mask=at < numel, other=0.0).to(tl.float32)
-    constants = absmax_of(values)
-    tl.store(absmax + blocks, constants, mask=blocks * BLOCK < numel)
-    x = tl.reshape(scaled(values, constants, tiny), (TILE,))
+    pid = tl.program_id(0)
+    blocks = pid * (TILE // BLOCK_SIZE) + tl.arange(0, TILE // BLOCK_SIZE)
+    offsets = blocks[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]  # (blocks, weights of a block)
+    values = tl.load(weight + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
+    constants = absmax_of(values)  # (blocks,)
+    tl.store(absmax + blocks, constants, mask=blocks * BLOCK_SIZE < numel)
+    x = tl.reshape(scaled(values, constants, tiny), (TILE,))  # flat, in the order of the weights
     codes = tl.gather(tl.load(order + tl.arange(0, 16)), _rank_of(x, tree), 0)
 
     first, second = tl.split(tl.reshape(codes, (TILE // 8, 2, 2, 2)))  # the first of two neighbours: the high half
-    byte0, byte1 = tl.split(first * 16 + second)
-    low, high = tl.split(byte0 + byte1 * 256)
-    to = tl.program_id(0) * (TILE // 8) + tl.arange(0, TILE // 8)
-    tl.store(words + to, low + high * 65536, mask=to < n_words)
+    byte0, byte1 = tl.split(first * 16 + second)  # bytes 0 2 and 1 3 of a word
+    low, high = tl.split(byte0 + byte1 * 256)  # 16-bit halves of a word
+    offsets = pid * (TILE // 8) + tl.arange(0, TILE // 8)  # of words: eight codes each
+    tl.store(words + offsets, low + high * 65536, mask=offsets < n_words)
 
 
 def quantize_nf4(
@@ -76,29 +69,30 @@ def quantize_nf4(
     thresholds: (n - 1,) float32 ascending; order: (n,) uint8, the code of each rank; n <= 16. tiny: the least constant
     that is divided by. Raises ValueError before any launch for what does not match.
     """
-    check_device(weight=weight, thresholds=thresholds, order=order)
-    check_block_size(block_size)
-    check_dtype("weight", weight)
+    launch.check_device(weight=weight, thresholds=thresholds, order=order)
+    launch.check_block_size(block_size)
+    launch.check_dtype("weight", weight)
     numel = weight.numel()
-    check_numel(numel)
-    check_length("weight", weight, numel)
-    check_dtype("thresholds", thresholds, torch.float32)
-    if len(order) > CODES or len(thresholds) != len(order) - 1:
+    launch.check_numel(numel)
+    launch.check_length("weight", weight, numel)
+    launch.check_dtype("thresholds", thresholds, torch.float32)
+    if len(order) > launch.CODES or len(thresholds) != len(order) - 1:
         raise ValueError(
             f"{len(thresholds)} thresholds and {len(order)} codes do not match: "
-            f"n - 1 thresholds lie between n codes, n at most {CODES}"
+            f"n - 1 thresholds lie between n codes, n at most {launch.CODES}"
         )
-    ranks = thresholds.new_full((CODES - 1,), torch.inf)
+    ranks = thresholds.new_full((launch.CODES - 1,), torch.inf)  # no value lies above a threshold that is filled up
     ranks[: len(thresholds)] = thresholds
-    tree = thresholds.new_full((4, CODES), torch.inf)
+    tree = thresholds.new_full((4, launch.CODES), torch.inf)
     for level, step in enumerate((8, 4, 2, 1)):
-        tree[level, : CODES - step] = ranks[step - 1 :]
-    codes = torch.nn.functional.pad(order.int(), (0, CODES - len(order)))
-    words = torch.empty(-(-numel // 8), dtype=torch.int32, device=weight.device)
+        tree[level, : launch.CODES - step] = ranks[step - 1 :]
+    codes = torch.nn.functional.pad(order.int(), (0, launch.CODES - len(order)))
+    words = torch.empty(-(-numel // 8), dtype=torch.int32, device=weight.device)  # (ceil(numel / 8),)
     absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
-    tile = max(TILE, block_size)
-    grid, warps = (triton.cdiv(numel, tile),), tile // TILE
-    with on(weight):
+    tile = max(TILE, block_size)  # weights of a program
+    grid = (triton.cdiv(numel, tile),)
+    warps = tile // TILE
+    with launch.on(weight):
         _quantize_nf4_kernel[grid](
             weight, tree, codes, words, absmax, numel, len(words), tiny, block_size, tile, num_warps=warps
         )

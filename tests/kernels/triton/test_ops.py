@@ -10,6 +10,7 @@ from triton.runtime import driver
 
 from qlora_lab import kernels
 from qlora_lab.kernels import OVERRIDE, choose
+from qlora_lab.kernels.packed_weight import PackedConstants
 from qlora_lab.kernels.triton import adamw_8bit as rung8, dispatch, ops
 from qlora_lab.kernels.triton.adamw_8bit import adamw_8bit
 from qlora_lab.kernels.triton.dequantize_double import dequantize_double
@@ -36,7 +37,7 @@ def weight(double: bool = True, columns: int = COLUMNS, block_size: int = 32):
 
 
 def parts(q) -> tuple:
-    return q.packed, *dispatch._parts(q.plain[1]), q.levels, q.block_size
+    return q.packed, *dispatch._parts(q.plain.constants), q.levels, q.block_size
 
 
 def leaf(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
@@ -293,9 +294,9 @@ def test_launchers_refuse_what_does_not_match(monkeypatch):
         dequantize_nf4(packed, absmax, levels, 32, out.long())
     with refused("not contiguous"):
         dequantize_nf4(packed, absmax, levels, 32, out.view(ROWS, COLUMNS).t())
-    twelve = torch.zeros(12, dtype=torch.uint8)
+    empty = PackedConstants(torch.zeros(12, dtype=torch.uint8), torch.ones(0), torch.ones(()), dynamic_map(), 256)
     with refused("absmax_scale has shape .*: it must be flat, with 1 entries"):
-        dequantize_double(packed, (twelve, torch.ones(0), torch.ones(()), dynamic_map(), 256), levels, 32, out)
+        dequantize_double(packed, empty, levels, 32, out)
     with refused("weight is float64"):
         quantize_nf4(torch.ones(9, dtype=torch.float64), th, order, 64, TINY)
     with refused("a tensor has 0 elements: kernels take 1 to"):
@@ -313,11 +314,11 @@ def test_launchers_refuse_what_does_not_match(monkeypatch):
     for group in (0, -256, 100):
         with refused(f"group={group} is not allowed: kernels take a power of two"):
             double_quantize(torch.ones(9), torch.ones(()), torch.ones(255), group, TINY)
-    codes, scale, offset, table, group = weight().plain[1]
+    constants = weight().plain.constants
     with refused(r"absmax_offset has shape \(0,\)"):
-        dequantize_double(packed, (codes, scale, offset.new_empty(0), table, group), levels, 32, out)
+        dequantize_double(packed, constants._replace(offset=torch.empty(0)), levels, 32, out)
     with refused("group=-256 is not allowed"):
-        dequantize_double(packed, (codes, scale, offset, table, -256), levels, 32, out)
+        dequantize_double(packed, constants._replace(group=-256), levels, 32, out)
 
 
 def test_products_refuse_what_does_not_match():
@@ -350,7 +351,7 @@ def test_adamw_refuses_what_does_not_match():
         adamw_8bit(p, p, c, s, c, s, (*tables[:3], s[:1]), (0.9,) * 6, TINY)
     with refused("table 1 is int64: it must be float32"):
         adamw_8bit(p, p, c, s, c, s, (tables[0].long(), *tables[1:]), (0.9,) * 6, TINY)
-    with refused("5 scalars are given: a step takes 6"):
+    with refused("5 scalars are given: a step takes beta1"):
         adamw_8bit(p, p, c, s, c, s, tables, (0.9,) * 5, TINY)
 
 

@@ -1,6 +1,6 @@
 """Build the documentation: README, docs/, notebooks as stored, and a reference from docstrings. `make site`.
 
-    python -m tools.site            build/site/html/index.html, which opens from disk and is searched there
+    python -m tools.make_site            build/site/html/index.html, which opens from disk and is searched there
 
 In: the repository. Out: a folder of pages. Sphinx treats each warning as an error, so a link that leads nowhere fails.
 The pages are copied to build/site/source in the repository's own layout, so one relative link is right in both places.

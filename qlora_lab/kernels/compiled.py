@@ -1,0 +1,63 @@
+"""Compile for all cores, keep the machine code on disk, and run it with as many threads as torch has.
+
+Not here: what is compiled (cpu.py, few_tokens.py, adamw.py).
+"""
+
+import threading
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from zlib import crc32
+
+import numba
+import torch
+from numba import njit
+
+_local = threading.local()
+
+
+@lru_cache
+def _room() -> int:
+    """Checksum of this room's files: numba's cache watches one file, but kernels inline functions of several."""
+    return crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+
+
+def parallel(function):
+    """Compile for all cores; the machine code is kept on disk if a folder can be written."""
+    function.__qualname__ += f"_{_room():08x}"  # part of the file's name in the cache
+    try:
+        return njit(parallel=True, cache=True)(function)
+    except RuntimeError:  # numba found no folder that it can write to
+        _warn_uncached("no folder for them can be written")
+        return njit(parallel=True)(function)
+
+
+@lru_cache  # once
+def _warn_uncached(reason):
+    warnings.warn(
+        f"compiled kernels cannot be kept, so every start compiles them again ({reason}): "
+        "set NUMBA_CACHE_DIR to a folder with space",
+        stacklevel=2,
+    )
+
+
+@lru_cache  # once
+def _start_threads():
+    """Start numba's threads without changing torch's number: both may share one OpenMP library."""
+    threads = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(threads)
+
+
+def run(kernel, *args):
+    """Call a compiled kernel with torch's number of threads."""
+    _start_threads()
+    threads = torch.get_num_threads()
+    if getattr(_local, "threads", None) != threads:  # numba keeps a number for each Python thread, too
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        _local.threads = threads
+    try:
+        kernel(*args)
+    except OSError as error:  # compiled, but the disk is full or has become read-only
+        _warn_uncached(error.strerror)
+        kernel(*args)
