@@ -147,7 +147,7 @@ def test_version_is_said_once_more():
 LIBRARY = sorted((ROOT / "qlora_lab").rglob("*.py"))
 # what explains QLoRA from end to end, in this order
 PATH = ["quant/codebook", "quant/blocks", "quant/packing", "quant/double_quant", "quant/quantize", "model/linear4bit"]
-PATH += ["adapters/lora", "data/labels", "train/loss", "optim/paging", "train/loop"]
+PATH += ["adapters/lora", "train/loss", "optim/paging", "train/loop"]
 
 
 def lines_of(path: Path) -> list[str]:

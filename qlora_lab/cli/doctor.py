@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import fields
 
 import qlora_lab as ql
 from qlora_lab.cli.loading import add_model, load_model, targets_of
@@ -12,7 +11,6 @@ from qlora_lab.train.settings import Settings
 
 EXAMPLE = "qlora-lab doctor --model smollm2-135m --data docstrings"
 LESS_MEMORY = "use a lower --batch-size or --max-length"
-PLANNED = ("max_length", "batch_size", "packing", "optimizer_bits", "seed")  # what `diagnose` asks about the run
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +30,9 @@ def run(a: argparse.Namespace) -> int:
 
     settings = from_arguments(Settings, a)  # raises for a value that is not allowed
     check_run(from_arguments(ModelOptions, a), from_arguments(AdapterOptions, a))
-    options = {field.name: getattr(settings, field.name) for field in fields(Settings) if field.name in PLANNED}
     data = ql.load_data(a.data, progress=not a.quiet)
     model, tokenizer = load_model(a)
     ql.add_lora(model, a.r, targets=targets_of(a), seed=a.seed)  # alpha and dropout keep their defaults
-    report = ql.diagnose(model, tokenizer, data, **options, progress=not a.quiet)
+    report = ql.diagnose(model, tokenizer, data, settings, progress=not a.quiet)
     print(json.dumps(report.to_dict()) if a.json else f"{report}\n\n{report.dtypes}")
     return 0 if report.ok else 1

@@ -95,27 +95,21 @@ def diagnose(
     model: "PreTrainedModel",
     tokenizer: "Tokenizer",
     data: str | Path | Sequence[Example] | Sequence[Encoded] = "docstrings",
+    settings: Settings = Settings(),
     *,
-    max_length: int = Settings.max_length,
-    batch_size: int = Settings.batch_size,
-    optimizer_bits: int = Settings.optimizer_bits,
-    packing: bool = Settings.packing,
-    seed: int = Settings.seed,
     progress: bool = True,
 ) -> Report:
     """Examine a run before it starts; this takes about as long as six of its steps on short examples.
 
-    data: as for finetune, or examples that you encoded yourself. max_length, batch_size (rows at once),
-    optimizer_bits and packing: of the planned run. seed: of the sample.
+    data: as for finetune, or examples that you encoded yourself. settings: of the planned run; max_length, batch_size
+    (rows at once), optimizer_bits, packing and seed count here.
     Raises ValueError for a model without adapters, data without a short enough example, or a setting out of range.
     """
-    options = {"max_length": max_length, "batch_size": batch_size, "optimizer_bits": optimizer_bits}
-    Settings(**options, packing=packing, seed=seed)  # raises for a value that is not allowed
     adapters(model)  # raises if there is none
-    policy = dtype_policy(model, optimizer_bits)  # before steps create gradients
+    policy = dtype_policy(model, settings.optimizer_bits)  # before steps create gradients
     examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
-    encoded, counts = _sample(examples, tokenizer, max_length, seed, progress)
-    findings = [end_tokens(encoded, tokenizer), learned_tokens(encoded), left_out(counts, max_length)]
+    encoded, counts = _sample(examples, tokenizer, settings, progress)
+    findings = [end_tokens(encoded, tokenizer), learned_tokens(encoded), left_out(counts, settings.max_length)]
     records = [example for example in examples if isinstance(example, Example)]  # none if the data came as tokens
     findings += [asked_for(records), texts(counts.notes, len(encoded), as_tokens=not records)]
     findings += [trained_share(policy), new_tokens(model, tokenizer, encoded)]
@@ -127,7 +121,7 @@ def diagnose(
     few = _few(encoded)
     pad_id = fill_id(model, tokenizer)
     batch = collate(few, pad_id)
-    tokens = batch_size * max_length  # at once, in the planned run
+    tokens = settings.batch_size * settings.max_length  # at once, in the planned run
     free = free_memory(next(model.parameters()).device)  # before the steps below take some
 
     def live_checkpointed() -> Finding:
@@ -139,7 +133,7 @@ def diagnose(
         LIVE: lambda: live_adapters(model, batch),
         CHECKPOINTED: live_checkpointed,
         ACCUMULATION: lambda: accumulation(model, few, pad_id),
-        PACKED: lambda: packed_rows(model, few, packing),
+        PACKED: lambda: packed_rows(model, few, settings.packing),
         MEMORY: lambda: memory(policy, *activations(model, batch, tokens), free, tokens),
     }
     if readable:
@@ -152,11 +146,10 @@ def diagnose(
     return Report(tuple(findings), (*unseen, *steps), show_labels(encoded[0], tokenizer), policy)
 
 
-def _sample(
-    examples: list, tokenizer, max_length: int, seed: int, progress: bool
-) -> tuple[list[Encoded], EncodeReport]:
+def _sample(examples: list, tokenizer, settings: Settings, progress: bool) -> tuple[list[Encoded], EncodeReport]:
     """Return up to SAMPLED examples that are short enough, drawn as the trainer does, and counts of the others."""
-    order = np.random.default_rng(seed).permutation(len(examples))  # as the trainer draws its sample
+    max_length = settings.max_length
+    order = np.random.default_rng(settings.seed).permutation(len(examples))  # as the trainer draws its sample
     shuffled = [examples[i] for i in order]
     if not examples or isinstance(examples[0], Example):
         with warnings.catch_warnings():

@@ -19,7 +19,7 @@ def check_run(model: ModelOptions, adapter: AdapterOptions, *, held_out: int = 0
 
     >>> check_run(ModelOptions(), AdapterOptions(r=0))
     Traceback (most recent call last):
-    ValueError: r=0 is not allowed: a rank is a whole number of at least 1, usually 16
+    ValueError: r=0 is not allowed: choose a whole number of at least 1, usually 16
     """
     check_strength(adapter.alpha, adapter.dropout)
     if model.codebook != "none":  # none: the weights stay as they are

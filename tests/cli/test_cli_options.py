@@ -70,7 +70,7 @@ def test_the_docstring_repeats_each_help_text(owner):
 RENAMED = {"name_or_path": "model"}  # of load; everything else has one name
 
 
-@pytest.mark.parametrize("name", ["load", "quantize_folder", "add_lora", "finetune", "diagnose"])
+@pytest.mark.parametrize("name", ["load", "quantize_folder", "add_lora", "finetune"])
 def test_functions_have_the_defaults_of_the_dataclasses(name):
     compared = 0
     homes = {field.name: field for owner in RUN for field in fields(owner)}

@@ -33,6 +33,7 @@ from qlora_lab.model.linear4bit import quantize_linears
 from qlora_lab.model.modes import checkpointing, mode
 from qlora_lab.train.loss import answer_loss
 from qlora_lab.train.rounding import tolerance
+from qlora_lab.train.settings import Settings
 from tests.model.families import tiny
 
 DATA = [Example((("user", f"the sum of {i} and {i}"), ("assistant", "two " * (1 + i % 5)))) for i in range(12)]
@@ -284,7 +285,7 @@ def test_packed_rows(tokenizer, packing, status):
     words = {sound: "examples in one row stay apart: packing may be used"}
     words[leaking] = "leave packing off: an example reads its neighbour in the row"
     for model, message in words.items():
-        report = diagnose(model, tokenizer, DATA, packing=packing, progress=False)
+        report = diagnose(model, tokenizer, DATA, Settings(packing=packing), progress=False)
         (found,) = [f for f in report.findings if f.name == doctor_checks.PACKED]
         assert (found.status, found.message) == ("ok" if model is sound else status, message)
         assert report.ok == (found.status == "ok")
@@ -451,10 +452,7 @@ def test_a_model_without_adapter_is_refused(tiny_llama, tokenizer):
     "kwargs, message",
     [
         ({"data": []}, "no example has at most 256 tokens"),
-        ({"max_length": 3}, "no example has at most 3 tokens"),
-        ({"max_length": 0}, "max_length=0 is not allowed"),
-        ({"batch_size": 0}, "batch_size=0 is not allowed"),
-        ({"optimizer_bits": 4}, "optimizer_bits=4 is not allowed"),
+        ({"settings": Settings(max_length=3)}, "no example has at most 3 tokens"),
         ({"data": "no/such/file.jsonl"}, "no/such/file.jsonl"),
     ],
 )
@@ -465,4 +463,4 @@ def test_errors_teach(model, tokenizer, kwargs, message):
 
 def test_encoded_examples_that_are_too_long(model, tokenizer, encoded):
     with pytest.raises(ValueError, match="no example has at most 3 tokens"):
-        diagnose(model, tokenizer, encoded, max_length=3)
+        diagnose(model, tokenizer, encoded, Settings(max_length=3))

@@ -177,7 +177,7 @@ class Broken:
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(
     ("fails", "message"),
-    [("write", "no space to write back page 0 of 8 bytes"), ("read", "page 1 cannot be read back whole")],
+    [("write", "no space to write back page 0 of 8 bytes"), ("read", "page 1 of 8 bytes cannot be read back whole")],
 )
 def test_a_disk_that_fails_loses_nothing(fails, message, ahead):
     pages = Pages(32, 8, 16)

@@ -139,7 +139,7 @@ def test_changing_the_table_afterwards_changes_nothing():
         ([-1.0, 0.5, 0.25, 0.1], "level 2, 0.25, comes after 0.5: sort"),
         ([-1.0, math.nan], "level 1 is nan: levels are finite"),
         ([-1.0, 0.0, math.inf], "level 2 is inf"),
-        ([-1.5, 0.0], r"level 0 is -1.5: levels are finite and lie in \[-1, 1\]"),
+        ([-1.5, 0.0], r"level 0 is -1.5: levels are finite and in \[-1, 1\]"),
         ([0.0], "1 levels are given: a codebook has 2 to 256"),
         (torch.linspace(-1, 1, 257).tolist(), "257 levels are given"),
     ],

@@ -46,7 +46,7 @@ def test_a_message_moves_levels_and_a_wrong_one_does_not():
         ([*EVEN[:3], 0.9, *EVEN[4:]], r"^Levels: level 4, -0.4, comes after 0.9: sort"),
         ([*EVEN[:3], EVEN[2], *EVEN[4:]], r"^Levels: level 3, -0.6, is repeated"),
         ([*EVEN[:3], EVEN[2] + 1e-9, *EVEN[4:]], r"^Levels: level 3, -0.6, is repeated"),  # one float32
-        ([*EVEN[:15], 1.5], r"^Levels: level 15 is 1.5: levels are finite and lie in \[-1, 1\]"),
+        ([*EVEN[:15], 1.5], r"^Levels: level 15 is 1.5: levels are finite and in \[-1, 1\]"),
         ([float("nan"), *EVEN[1:]], r"^Levels: level 0 is nan"),
         ([10**400] * 16, r"^Levels=\[1000.* is not allowed: give 16 ascending numbers in \[-1, 1\]"),
         *((other, r"^Levels=.* is not allowed: give 16") for other in (None, 3, "nf4", {1: 2}, [EVEN], ["a"] * 16)),
