@@ -91,11 +91,14 @@ class Report:
         return "\n".join(lines)
 
 
+USUAL = Settings()  # a run with the defaults
+
+
 def diagnose(
     model: "PreTrainedModel",
     tokenizer: "Tokenizer",
     data: str | Path | Sequence[Example] | Sequence[Encoded] = "docstrings",
-    settings: Settings = Settings(),
+    settings: Settings = USUAL,
     *,
     progress: bool = True,
 ) -> Report:
