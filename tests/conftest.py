@@ -1,10 +1,13 @@
 """A chat tokenizer and a LLaMA, both small enough to be made on the spot."""
 
 import os
+import signal
 from contextlib import contextmanager
 from importlib.util import find_spec
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, exactly
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `&` has Ctrl-C ignored, and children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
