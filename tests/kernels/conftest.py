@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from qlora_lab.kernels import cpu
+from qlora_lab.kernels import _choose, cpu
 from qlora_lab.quant.codebook import codebook, midpoints
 
 
@@ -19,6 +19,8 @@ FORMS = [True, False] if cpu.FAST else [False]  # 16 look-ups at once; plain loo
 @pytest.fixture(params=FORMS, ids=lambda fast: "vector" if fast else "plain")
 def form(request, monkeypatch):
     monkeypatch.setattr(cpu, "FAST", request.param)
+    yield
+    _choose.cache_clear()  # a choice that was made meanwhile says why, and would be kept
 
 
 def hard(seed: int, n: int, block_size: int, scale: float, hole: int) -> torch.Tensor:
