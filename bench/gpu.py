@@ -288,11 +288,12 @@ class Bench:
             leaf.grad = grad
             return AdamW8bit([leaf], lr=how.lr).step
 
+        moments = readable_adamw.Moments(*twins[1:])
         self.row("adamw_8bit", shape, self.half, {
             "ours": lambda: partial(adamw_8bit, mine[0], grad, *mine[1:], tuple(tables), how.scalars, TINY),
             PEER: theirs,
             "torchao": torchaos,
-            "readable": lambda: partial(readable_adamw.adamw_8bit, twins[0], grad, *twins[1:], how),
+            "readable": lambda: partial(readable_adamw.adamw_8bit, twins[0], grad, moments, how),
         }, 3 * param.nbytes + 2 * sum(t.nbytes for t in state))  # fmt: skip
 
     def run(self) -> list[dict]:

@@ -435,4 +435,4 @@ def test_the_command_prints_a_table_or_json(compiled, theirs, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:3] == ["rung", "sm", "tensor"] and max(map(len, lines)) <= 120
     assert sum(line.startswith("matmul_nf4 ") for line in lines) == 6  # two architectures in three tables
-    assert "a model, no measurement" in " ".join(lines)
+    assert "a model, not a measurement" in " ".join(lines)
