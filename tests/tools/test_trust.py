@@ -85,6 +85,7 @@ list(tqdm([1], disable=True))
 """
 
 
+@pytest.mark.slow  # the one that hangs is stopped after two seconds
 @pytest.mark.parametrize("first, code", [("", -signal.SIGALRM), ("survive_kills_inside_tqdm()", 0)])
 def test_a_kill_inside_tqdm_stops_no_other_process(first, code):
     assert in_a_process_of_its_own(KILLED_INSIDE_TQDM.format(first=first)).returncode == code
