@@ -147,7 +147,8 @@ def main(argv: list[str]) -> int:
         parser.error(f"there is no attack {unknown[0]!r}: name some of {', '.join(ATTACKS)}")
     from tools.trust_commands import Home
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     home = Home(Path(tempfile.mkdtemp(prefix="qlora-lab-trust-")))
     broken = []
     try:
@@ -163,6 +164,9 @@ def main(argv: list[str]) -> int:
         for result in broken:
             print(f"{result.name}: {result.failure}; see {result.folder}", file=sys.stderr)
     finally:
+        with suppress(ChildProcessError):  # a command that still runs would write on
+            while True:
+                os.waitpid(-1, 0)
         if not broken:
             shutil.rmtree(home.folder, ignore_errors=True)
     return int(bool(broken))
