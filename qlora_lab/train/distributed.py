@@ -258,7 +258,7 @@ def check_shard(shard: bool) -> None:
     if shard and not _joined():
         raise ValueError(
             "shard spreads the weights over processes, but this is the only one: start several with "
-            "`torchrun --nproc-per-node N -m qlora_lab.cli finetune ... --shard`, or leave it out"
+            "`torchrun --nproc-per-node N -m -- qlora_lab.cli finetune ... --shard`, or leave it out"
         )
 
 

@@ -32,7 +32,7 @@ class Settings:
         None, "rows computed at once; fewer need less memory for the same step (default: all)", "rows"
     )
     lr: float = option(2e-4, "learning rate of AdamW")  # the paper's, for 7B and 13B
-    # constant is the paper's; cosine falls to 0 at the last step
+    # constant is the paper's; cosine falls towards 0
     schedule: str = option("constant", "schedule of the learning rate: constant or cosine")
     warmup_steps: int = option(0, "steps of linear warm-up", "steps")  # from lr / (warmup_steps + 1) to lr
     clip: float = option(0.3, "largest gradient norm; longer gradients are scaled down")  # the paper's
