@@ -132,7 +132,3 @@ def _message(error: Exception, less_memory: str) -> str | None:
         advice = ": free some space there, then repeat the command" if error.errno in NO_ROOM else ""
         return f"{error.strerror}: {str(error.filename)!r}{advice}"
     return str(error) if isinstance(error, (*MISTAKES, ModelError)) else None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

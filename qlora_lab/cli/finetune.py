@@ -1,12 +1,11 @@
 """Train a LoRA adapter on a quantised model, and test it on held-out examples before and after."""
 
 import argparse
-import os
 from contextlib import nullcontext
 from dataclasses import asdict
 
 import qlora_lab as ql
-from qlora_lab.cli.loading import add_model, load_model, targets_of
+from qlora_lab.cli.loading import add_model, is_first_process, load_model, targets_of
 from qlora_lab.cli.options import add_field, add_fields, common, from_arguments, one_line
 from qlora_lab.cli.printing import report
 from qlora_lab.train.run_options import AdapterOptions, DataOptions, ModelOptions, OutputOptions
@@ -45,8 +44,7 @@ def run(a: argparse.Namespace) -> None:
     settings = from_arguments(Settings, a)  # raises for a value that is not allowed
     options = {"held_out": a.held_out, "resume": a.resume}
     check_run(from_arguments(ModelOptions, a), from_arguments(AdapterOptions, a), **options)
-    is_first = int(os.environ.get("RANK", 0)) == 0  # of torchrun's processes one writes
-    with reserved_run(a.out, a.overwrite, a.resume) if is_first else nullcontext():
+    with reserved_run(a.out, a.overwrite, a.resume) if is_first_process() else nullcontext():
         _finetune(a, settings)
 
 

@@ -62,9 +62,15 @@ def load_model(a: argparse.Namespace):
 
 def tell_share(a: argparse.Namespace, share: "Share") -> None:
     """Print the share in 4 bits to stderr, where progress goes; stdout holds results."""
-    is_first = int(os.environ.get("RANK", 0)) == 0
-    if share.is_enough and is_first and not (a.json or a.quiet):  # load has warned of a share that is too small
+    if (
+        share.is_enough and is_first_process() and not (a.json or a.quiet)
+    ):  # load has warned of a share that is too small
         print(share, file=sys.stderr)
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of torchrun's processes that writes and prints."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def targets_of(a: argparse.Namespace) -> str | list[str]:
