@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from tools.trust import Trial, part
 from tools.trust_commands import CASES, Home, run
 from tools.trust_kills import Reference, reference
+from tools.trust_trials import Trial, part
 
 TRIALS = 3  # of each case
 BLOCK = 4096  # bytes that a tmpfs gives at once

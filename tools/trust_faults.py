@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults import disk_faults
-from tools.trust import Trial, part
 from tools.trust_commands import CASES, Case, Home, end, said, start
 from tools.trust_kills import Reference, reference
+from tools.trust_trials import Trial, part
 
 NAMES = ("finetune, evaluated", "finetune, overwrite", "quantize", "sweep", "block-size", "fetch")
 REMOVES = ("unlink", "rmdir")  # what a full disk never refuses

@@ -9,7 +9,7 @@ def results(folder: Path, share: float, seed: int) -> list:
     """A Result for each parser, and one more for each finding."""
     from tools.fuzz import fuzz
     from tools.fuzz_parsers import PARSERS
-    from tools.trust import Result
+    from tools.trust_trials import Result
 
     found = []
     for name, tally in fuzz(list(PARSERS), round(COUNT * share), seed, folder).items():

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tools.trust import Trial, part
 from tools.trust_commands import CASES, Case, Home, contents, difference, kill, run, start
+from tools.trust_trials import Trial, part
 
 TRIALS, KILLS = 16, 3  # of each case; kills of each trial
 LATE = 1.2  # kills come within this many times of what the command takes

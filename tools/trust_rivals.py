@@ -8,9 +8,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tools.trust import Trial, part
 from tools.trust_commands import CASES, Case, Home, contents, difference, end, kill, said, start
 from tools.trust_kills import Reference, reference
+from tools.trust_trials import Trial, part
 
 TRIALS = 13  # of each case: 104 pairs
 NAMES = ("finetune, plain", "finetune, evaluated", "finetune, overwrite", "quantize", "sweep", "block-size", "fetch")

@@ -12,8 +12,9 @@ import time
 import pytest
 
 from tools import trust
-from tools.trust import ATTACKS, ROOT, Result, Trial, spread, table
+from tools.trust import ATTACKS, ROOT, table
 from tools.trust_commands import CASES, contents, difference
+from tools.trust_trials import Result, Trial, spread
 
 SHARE = "0.02"
 
