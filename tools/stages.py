@@ -20,8 +20,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest"]
 WORKERS = ["-n", "2"]
-TESTS = ["--ignore=tests/browser", "tests"]
-FAST = [*PYTEST, *WORKERS, *TESTS, "-m", "not slow"]
+TESTS = ["-p", "no:nbval", "--ignore=tests/browser", "tests"]  # nbval takes a second to import
+FAST = [*PYTEST, *WORKERS, "--dist", "worksteal", *TESTS, "-m", "not slow"]
 # slow tests that are the same on every machine: the interpreter of GPU kernels, faults of disks and files
 SAME = ["kernels/triton", "gpu_code", "test_bench_gpu_day.py", "test_faults.py", "test_fuzz.py", "test_readers.py"]
 SAME += ["test_strangers.py", "cli/test_cli_absurd.py", "cli/test_cli_streams.py", "tools/test_trust.py"]
@@ -30,6 +30,7 @@ ARITHMETIC = [
     *ELSEWHERE,
     *(f"--ignore=tests/{room}" for room in ("files", "quant", "show", "tools")),
 ]  # rooms without products
+BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # six stages compile the same tests: keep what the first one compiled
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 NBVAL = [*PYTEST, *WORKERS, "--dist", "loadfile", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200"]
 NBVAL += ["--nbval-sanitize-with=nbval_sanitize.cfg"]
@@ -66,7 +67,7 @@ def run(names: list[str]) -> dict[str, tuple[int, float]]:
         print(f"\n=== {name}", flush=True)
         stage, start = STAGES[name], time.monotonic()
         threads = {"OMP_NUM_THREADS": "1"} if "-n" in stage.command else {}
-        environment = os.environ | threads | stage.environment
+        environment = os.environ | BYTECODE | threads | stage.environment
         process = subprocess.Popen(stage.command, cwd=ROOT, env=environment)
         try:
             code = process.wait()
