@@ -11,7 +11,8 @@ If a notebook has a solution, the student's notebook is generated from it. In a 
     # end solution
 
 become `levels = ...`. If the region's last line is an assignment, its target is kept, so that the name exists.
-Otherwise, as in a function that returns, `...` stands alone.
+Otherwise, as in a function that returns, `...` stands alone. A link to `../10_finetune_llama.ipynb` becomes one to
+`10_finetune_llama.ipynb`, because the student's notebook lies one folder higher.
 
     python tools/notebooks.py                                run all
     python tools/notebooks.py notebooks/01_codebook.ipynb    run one (and its solution)
@@ -72,7 +73,7 @@ def _normalise_outputs(cell, count):
 
 
 def student_version(solution):
-    """Replace each solution region by its stub and drop the outputs. ValueError names a bad cell."""
+    """Replace each solution region by its stub, drop the outputs, shorten links. ValueError names a bad cell."""
     student = nbformat.from_dict(solution)
     for i, cell in enumerate(student.cells):
         tagged = "exercise" in cell.metadata.get("tags", [])
@@ -84,6 +85,8 @@ def student_version(solution):
             cell.source = _stub(cell.source, i)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+        else:
+            cell.source = cell.source.replace("](../", "](")
     return student
 
 
