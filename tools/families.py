@@ -164,8 +164,8 @@ sizes of the layers, so it differs in a full-size model. Loading warns if it is 
 NOTES = """
 - Only linear layers are quantised and adapted. Experts that a family keeps in one tensor, as Mixtral does, stay in 16 \
 bits, and so do weights that the family's own code uses directly, as in Mamba and RWKV.
-- **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still reads them so. \
-Use adapters of these layers with `load_adapter`, not with PEFT.
+- **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still treats them \
+as experts. Use adapters of these layers with `load_adapter`, not with PEFT.
 """
 
 
