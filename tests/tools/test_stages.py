@@ -30,7 +30,7 @@ def test_a_failure_stops_no_stage_and_is_told_at_the_end(three, capfd):
 
 
 def test_ctrl_c_lets_the_stage_end_and_says_what_was_done(monkeypatch, tmp_path, capfd):
-    press = "import os, signal, time; time.sleep(0.5); os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5)"
+    press = "import os, signal, time; time.sleep(0.3); os.kill(os.getppid(), signal.SIGINT); time.sleep(0.1)"
     slow = python(f"{press}; open({str(tmp_path / 'written')!r}, 'w')")  # pytest sums up what it found
     monkeypatch.setattr(stages, "STAGES", {"good": python("pass"), "slow": slow, "last": python("pass")})
     assert main([]) == 130
