@@ -71,59 +71,63 @@ def timed(optimizer: torch.optim.Optimizer, device: torch.device, seconds: float
 
 def contenders(numel: int, page_size: int, device: torch.device) -> dict[str, Callable]:
     """Name -> a function that makes an optimizer of parameters."""
-    found = {f"torch.optim.AdamW, {name}": partial(torch.optim.AdamW, **how) for name, how in TORCH.items()}
+    makers = {f"torch.optim.AdamW, {name}": partial(torch.optim.AdamW, **options) for name, options in TORCH.items()}
     for store in stores_of(device):
         for share, parts in SHARES.items():
             budget = max(page_size, UNIT[32][1] * numel // parts)
-            found[f"{store}, {share}"] = partial(PagedAdamW, page_size=page_size, budget=budget, store=store)
-    found["8 bits, all in memory"] = partial(PagedAdamW, bits=8)
+            makers[f"{store}, {share}"] = partial(PagedAdamW, page_size=page_size, budget=budget, store=store)
+    makers["8 bits, all in memory"] = partial(PagedAdamW, bits=8)
     if find_spec(PEER):
-        found |= {f"{PEER} {name}": partial(_theirs, name, how) for name, how in THEIRS.items()}
-    return found
+        makers |= {f"{PEER} {name}": partial(_theirs, name, options) for name, options in THEIRS.items()}
+    return makers
 
 
 TORCH = {"one by one": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 THEIRS = {"PagedAdamW32bit": {}, "AdamW8bit": {"min_8bit_size": 1}, "PagedAdamW8bit": {"min_8bit_size": 1}}
 
 
-def _theirs(name: str, how: dict, params: list) -> torch.optim.Optimizer:
+def _theirs(name: str, options: dict, params: list) -> torch.optim.Optimizer:
     import bitsandbytes.optim
 
-    return getattr(bitsandbytes.optim, name)(params, **how)
+    return getattr(bitsandbytes.optim, name)(params, **options)
 
 
 def measure(make: Callable, numel: int, device: torch.device, wanted: torch.Tensor, seconds: float) -> dict:
     p, optimizer = start(numel, device, make)
     result = three_steps(p, optimizer)
-    found = {"equal": torch.equal(result, wanted), "largest_difference": (result - wanted).abs().max().item()}
-    found["seconds"] = timed(optimizer, device, seconds)
+    facts = {"equal": torch.equal(result, wanted), "largest_difference": (result - wanted).abs().max().item()}
+    facts["seconds"] = timed(optimizer, device, seconds)
     if isinstance(optimizer, PagedAdamW):
         pages = optimizer.pages
         pages.events.clear()
         optimizer.step()
         happened = dict(Counter(event.kind for event in pages.events))
-        found |= {"pages": pages.count, "frames": len(pages.frames), "events_of_a_step": happened}
+        facts |= {"pages": pages.count, "frames": len(pages.frames), "events_of_a_step": happened}
     synchronize(device)
-    return found
+    return facts
 
 
-def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
-    """Fill `found`. Returns a sentence for each failure."""
-    free, page_size = free_memory(device), TOY_PAGE if quick else PAGE_SIZE
+def part(device: torch.device, quick: bool, end: float, results: dict) -> list[str]:
+    """Fill `results`. Returns a sentence for each failure."""
+    free = free_memory(device)
+    page_size = TOY_PAGE if quick else PAGE_SIZE
     numel = TOY_NUMEL if quick else min(NUMEL, free // BYTES)
-    found |= {"numel": numel, "state_bytes": UNIT[32][1] * numel, "page_size": page_size, "free_bytes": free}
-    found |= {"pinned": device.type == "cuda", "optimizers": {}}
+    results |= {"numel": numel, "state_bytes": UNIT[32][1] * numel, "page_size": page_size, "free_bytes": free}
+    results |= {"pinned": device.type == "cuda", "optimizers": {}}
     wanted = three_steps(*start(numel, device, partial(torch.optim.AdamW, foreach=False)))
-    todo, failures = contenders(numel, page_size, device), []
+    todo = contenders(numel, page_size, device)
+    failures = []
     for number, (name, make) in enumerate(todo.items()):
         try:
             share = (end - perf_counter()) / (len(todo) - number)
-            one = measure(make, numel, device, wanted, share)
+            measured = measure(make, numel, device, wanted, share)
         except Exception as error:  # a driver may raise anything
-            one = {"error": first_line(error)}
-        found["optimizers"][name] = one
-        if name.startswith(stores_of(device)) and not one.get("equal"):
-            failures.append(f"{name}: " + one.get("error", f"differs by {one.get('largest_difference')} at most"))
+            measured = {"error": first_line(error)}
+        results["optimizers"][name] = measured
+        if name.startswith(stores_of(device)) and not measured.get("equal"):
+            failures.append(
+                f"{name}: " + measured.get("error", f"differs by {measured.get('largest_difference')} at most")
+            )
     if "managed" not in stores_of(device):
-        found["optimizers"]["managed"] = {"skipped": MANAGED}
+        results["optimizers"]["managed"] = {"skipped": MANAGED}
     return failures

@@ -50,10 +50,10 @@ def copy(file: int, page: bytearray, pages: int) -> None:
 
 def paged(numel: int, page_size: int, share: int, ahead: bool = True) -> PagedAdamW:
     budget = max(page_size, UNIT[32][1] * numel // share)
-    one = optimizer(numel, partial(PagedAdamW, page_size=page_size, budget=budget))
+    adamw = optimizer(numel, partial(PagedAdamW, page_size=page_size, budget=budget))
     if not ahead:
-        one.pages.prefetch = lambda number: None
-    return one
+        adamw.pages.prefetch = lambda number: None
+    return adamw
 
 
 def measure(numel: int, page_size: int, rounds: int) -> dict:
@@ -61,16 +61,16 @@ def measure(numel: int, page_size: int, rounds: int) -> dict:
     state = UNIT[32][1] * numel
     shares = {name: paged(numel, page_size, share) for name, share in SHARES.items()}
     steps = {"torch.optim.AdamW": optimizer(numel, torch.optim.AdamW).step}
-    steps |= {name: one.step for name, one in shares.items()}
+    steps |= {name: adamw.step for name, adamw in shares.items()}
     with tempfile.TemporaryFile() as file:
         file.truncate(state)
         pages = max(1, state // page_size)
         seconds = in_turn(steps | {"copy": partial(copy, file.fileno(), bytearray(page_size), pages)}, rounds, 0.0)
     events = {}
-    for name, one in shares.items():
-        one.pages.events.clear()
-        one.step()
-        events[name] = dict(Counter(event.kind for event in one.pages.events))
+    for name, adamw in shares.items():
+        adamw.pages.events.clear()
+        adamw.step()
+        events[name] = dict(Counter(event.kind for event in adamw.pages.events))
     return {"state_bytes": state, "page_size": page_size, "seconds": seconds, "events_of_a_step": events}
 
 
@@ -81,7 +81,8 @@ def prefetched(numel: int, page_size: int, rounds: int) -> dict[str, dict]:
     for name, share in shares:
         steps[name] = paged(numel, page_size, share).step
         steps[f"{name}, no prefetch"] = paged(numel, page_size, share, ahead=False).step
-    seconds, threads = {}, torch.get_num_threads()
+    seconds = {}
+    threads = torch.get_num_threads()
     try:
         for n in sorted({threads, 1}, reverse=True):
             torch.set_num_threads(n)
@@ -125,11 +126,11 @@ def table(result: dict) -> str:
 
 def rows(seconds: dict[str, dict], base: str, events: dict[str, dict] | None = None) -> list[str]:
     lines = []
-    for name, one in seconds.items():
-        spread = f"({one['low'] * 1e3:.1f} to {one['high'] * 1e3:.1f})"
+    for name, times in seconds.items():
+        spread = f"({times['low'] * 1e3:.1f} to {times['high'] * 1e3:.1f})"
         happened = ", ".join(f"{n} {kind}" for kind, n in (events or {}).get(name, {}).items())
-        times = one["median"] / seconds[base]["median"]
-        lines.append(f"{name:23} {one['median'] * 1e3:8.1f} ms {spread:20} x {times:.2f}  {happened}".rstrip())
+        ratio = times["median"] / seconds[base]["median"]
+        lines.append(f"{name:23} {times['median'] * 1e3:8.1f} ms {spread:20} x {ratio:.2f}  {happened}".rstrip())
     return lines
 
 

@@ -188,7 +188,8 @@ def row(family: Family) -> tuple[str, str, str, str]:
         try:
             model = ours(folder, block_size=16)
         except ValueError as refusal:  # nothing to quantise: the other columns use the model as it is
-            loads, model = f"{loads}, but not in 4 bits: {_reason(refusal)}", ours(folder, codebook=None)
+            loads = f"{loads}, but not in 4 bits: {_reason(refusal)}"
+            model = ours(folder, codebook=None)
         share = f"{100 * in_4_bits(model).part:.0f} %"
         return loads, share, _outcome(trains, model), _outcome(peft_agrees, folder)
 

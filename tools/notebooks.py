@@ -47,7 +47,8 @@ _METADATA = {
 def normalise(notebook):
     """Remove, in place, everything that differs between two runs. Returns the notebook."""
     notebook.metadata = nbformat.from_dict(_METADATA)
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    notebook.nbformat = 4
+    notebook.nbformat_minor = 5
     count = 0
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"{cell.cell_type}-{i:03d}"
@@ -84,20 +85,23 @@ def student_version(solution):
         if marked:
             cell.source = _stub(cell.source, i)
         if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+            cell.outputs = []
+            cell.execution_count = None
         else:
             cell.source = cell.source.replace("](../", "](")
     return student
 
 
 def _stub(source, i):
-    out, region = [], None
+    out = []
+    region = None
     for line in source.splitlines():
         mark = line.strip()
         if mark == (END if region is None else START):
             raise ValueError(f"cell {i}: '{mark}' does not pair up; write '{START}', the answer, '{END}'.")
         if mark == START:
-            region, indent = [], line[: len(line) - len(line.lstrip())]
+            region = []
+            indent = line[: len(line) - len(line.lstrip())]
         elif mark == END:
             out.append(indent + _left_open(region))
             region = None
