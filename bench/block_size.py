@@ -1,6 +1,6 @@
 """Measure a mix of block sizes on text that was not used to choose it: loss, and bits saved at equal loss.
 
-    python bench/block_size.py                     SmolLM2-135M; some minutes, writes block_size.json
+    python bench/block_size.py                     SmolLM2-135M; five minutes, writes block_size.json
     python bench/block_size.py --quick --out FILE  few windows: to see that it runs
 
 Calibrated (Fisher) on 12 windows of 256 tokens spread over the second half of Python's help topics, judged on 64 of the

@@ -215,7 +215,7 @@ def bnb_quantize(weight: torch.Tensor):
 
 
 def torchao_takes(weight: torch.Tensor) -> bool:
-    """It is there, wants whole groups of 256 blocks, and needs a second and more for a large weight."""
+    """Whether torchao is there: it needs whole groups of 256 blocks, and over a second for a large weight."""
     return find_spec("torchao") is not None and weight.numel() % (64 * 256) == 0 and weight.numel() <= LARGE
 
 
@@ -307,7 +307,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.allocator:
         if args.allocator == "recycling" and not recycle_memory():
-            sys.exit("this C library cannot be told to recycle memory: only glibc can")
+            sys.exit("this C library cannot recycle memory: only glibc can")
         rows = Bench(args.quick, args.allocator).run()
         args.out.write_text(json.dumps(rows))
         return

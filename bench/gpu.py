@@ -1,6 +1,6 @@
 """Check the Triton rungs on a GPU, then time them beside bitsandbytes and torchao.
 
-    python bench/gpu.py                     some minutes; writes gpu-<device>.json and the table of bench/README.md
+    python bench/gpu.py                     a few minutes; writes gpu-<device>.json and the table of bench/README.md
     python bench/gpu.py --quick --out FILE  toy sizes: to see that it runs, also with TRITON_INTERPRET=1 and no GPU
     python bench/gpu.py --render            do not measure: write only the table
 
@@ -75,8 +75,8 @@ SHOWN = {  # column of bench/README.md -> work, shape, tokens
 class Bench:
     """Measures on one device, and collects rows.
 
-    seconds: what all may take. A row has its share of what is left, and makes fewer rounds if that is short; rows that
-    come too late are left out.
+    seconds: the limit for all rows. Each row gets its share of the time left, with fewer rounds if that is short; rows
+    that would start after the limit are left out.
     """
 
     def __init__(self, device: torch.device, quick: bool, seconds: float = inf):
@@ -174,7 +174,7 @@ class Bench:
         tokens: int = 0,
         products: int = 0,
     ) -> None:
-        """Measure, and keep. moved: bytes that must be; products: operations for each weight and token, over two."""
+        """Measure, and keep. moved: bytes that must move; products: half the operations per weight and token."""
         facts = {"work": work, "shape": list(shape), "dtype": NAMES[dtype]} | ({"tokens": tokens} if tokens else {})
         print(*facts.values(), file=sys.stderr, flush=True)
         left = self.end - perf_counter()

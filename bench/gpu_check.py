@@ -135,7 +135,7 @@ def filled(case: str, rung: Callable, arguments: tuple, want: torch.Tensor) -> N
 def bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """How far a float32 sum of products may lie from the exact one, rounded once; as in tests/kernels/triton.
 
-    A product and a partial sum are off by half a step each (Higham, section 3.1), by a step where tensor cores cut off.
+    A product and a partial sum are each off by half a step (Higham, section 3.1), or a step if tensor cores truncate.
     """
     sums = x.double().abs() @ weight.double().abs()
     result = (x.double() @ weight.double()).abs()
@@ -178,7 +178,7 @@ def check_adamw(device: torch.device, n: int) -> Iterator[Check]:
 
 
 def stepped(device: torch.device, n: int, dtype: torch.dtype) -> None:
-    """Make three steps of both, each starting from the rung's parameter."""
+    """Take three steps with both, each starting from the rung's parameter."""
     g = torch.Generator().manual_seed(n)
     tables = tuple(t.to(device) for t in adamw_tables())
     state = [torch.zeros(n, dtype=torch.uint8), torch.zeros(ceil(n / readable_adamw.BLOCK))] * 2

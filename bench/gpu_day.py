@@ -90,7 +90,7 @@ def run(name: str, quick: bool, seconds: float, folder: Path) -> list[str]:
     begin = perf_counter()
     device = the_device()
     results = {}
-    facts = machine(device)  # asked now, because a device that is lost later has no name
+    facts = machine(device)  # asked now, because a device that is lost later cannot say its name
     before = signal.signal(signal.SIGTERM, partial(_stop, name))
     try:
         with rungs_on(device):

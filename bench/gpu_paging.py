@@ -1,11 +1,11 @@
-"""Compare PagedAdamW on a GPU with torch's AdamW, bit for bit, and time a step with a part of its state in memory.
+"""Compare PagedAdamW on a GPU with torch's AdamW, bit for bit, and time steps with a part of its state in memory.
 
 In: a device. Out: for each store and each share of the state in memory: whether three steps gave the same bits,
 seconds per step, and the page events of one step. Stores: "host" is pinned host memory, "managed" is CUDA's managed
 memory. If Triton interprets, the stores are "file" and "host" on the CPU, where nothing is pinned.
 
-The bits must equal those of torch.optim.AdamW with foreach=False: PagedAdamW makes the same operations in the same
-order. torch's two other variants may round differently, so their distance is only recorded.
+The bits must equal those of torch.optim.AdamW with foreach=False: PagedAdamW performs the same operations in the
+same order. torch's two other variants may round differently, so their distance is only recorded.
 A time is a median of consecutive steps; the clock waits for the device at both ends. Only one optimizer is in memory
 at a time, and it is sized to fit into the card's free memory.
 """
@@ -27,7 +27,9 @@ from qlora_lab.doctor.free_memory import free_memory
 from qlora_lab.optim.paged_adamw import UNIT, PagedAdamW
 from qlora_lab.optim.paging import PAGE_SIZE
 
-NUMEL, TOY_NUMEL, TOY_PAGE = 2**26, 2**12, 4096  # 512 MiB of state
+NUMEL = 2**26  # 512 MiB of state
+TOY_NUMEL = 2**12
+TOY_PAGE = 4096
 BYTES = 64  # of free memory per element: p, its gradient, two moments and three temporaries take 28
 GRADIENTS = 1.0, -0.5, 0.25  # factors of the first gradient: powers of two, so that every contender has the same bits
 MANAGED = "managed memory is CUDA's: there is no such device here"
@@ -57,7 +59,7 @@ def three_steps(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> torc
 
 
 def timed(optimizer: torch.optim.Optimizer, device: torch.device, seconds: float) -> dict:
-    """Seconds of a step, over as many rounds as time allows, 3 to 9."""
+    """Seconds per step, over as many rounds as time allows, 3 to 9."""
 
     def step() -> None:
         optimizer.step()

@@ -1,8 +1,8 @@
-"""Run a LLaMA of 7B parameters on a GPU: quantise it, make five QLoRA steps and an answer; compare memory and ledger.
+"""Run a LLaMA of 7B parameters on a GPU: quantise it, take five QLoRA steps, answer; compare memory with the ledger.
 
 In: a device. Out: seconds and tokens per second, bytes measured and predicted, seconds per token of an answer; the same
 with bitsandbytes' layers, if it is installed. Weights are random and made on the device, layer by layer: each layer is
-in 4 bits before the next is drawn. Of 512 tokens the last 64 are learned; a step checkpoints its layers.
+in 4 bits before the next is drawn. Of 512 tokens the last 64 are learned; steps use gradient checkpointing.
 
 Not here: the same on a CPU, from files (seven_b.py).
 """

@@ -1,6 +1,6 @@
 """Compare QLoRA steps of a seeded LLaMA on a device with those on a CPU.
 
-    python bench/gpu_steps.py     compute the CPU's losses again: gpu_day_cpu.json, some minutes
+    python bench/gpu_steps.py     compute the CPU's losses again: gpu_day_cpu.json, a few minutes
 
 In: a device. Out: the losses of 20 steps in float32 and in bf16, and their distance from the CPU's stored losses.
 The model has SmolLM2-135M's shape. Its weights are (k / 2^24 - 1/2) / 16 for a whole number k from a CPU's generator,

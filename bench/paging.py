@@ -1,11 +1,11 @@
-"""Time paging on the CPU: a step of AdamW with all of its state in memory, and with a part of it.
+"""Time paging on the CPU: steps of AdamW with all of its state in memory, and with a part of it.
 
     python bench/paging.py                     measure and write paging.json, two minutes
     python bench/paging.py --quick --out FILE  toy sizes: to see that it runs
 
 Contenders run in turn in one process. A figure is the median of `rounds` steps; low and high are quartiles. "copy" is
 the floor of paging a tenth: every page is read from the file once and written to it once. There are three runs: shares
-of the state in memory; the same shares with and without prefetching, with torch's threads and with one thread; 8-bit
+of the state in memory; the same shares with and without prefetching, with all of torch's threads and with one; 8-bit
 moments by the kernel, by the readable code and by bitsandbytes. Nothing here asserts a time.
 """
 
@@ -57,7 +57,7 @@ def paged(numel: int, page_size: int, share: int, ahead: bool = True) -> PagedAd
 
 
 def measure(numel: int, page_size: int, rounds: int) -> dict:
-    """Seconds of a step for each contender, and the page events of one step."""
+    """Seconds per step of each contender, and the page events of one step."""
     state = UNIT[32][1] * numel
     shares = {name: paged(numel, page_size, share) for name, share in SHARES.items()}
     steps = {"torch.optim.AdamW": optimizer(numel, torch.optim.AdamW).step}
@@ -75,7 +75,7 @@ def measure(numel: int, page_size: int, rounds: int) -> dict:
 
 
 def prefetched(numel: int, page_size: int, rounds: int) -> dict[str, dict]:
-    """torch's threads -> seconds of a step, for each share with and without prefetching the next page."""
+    """torch's threads -> seconds per step, for each share with and without prefetching the next page."""
     whole, *shares = SHARES.items()
     steps = {whole[0]: paged(numel, page_size, whole[1]).step}
     for name, share in shares:
@@ -93,7 +93,7 @@ def prefetched(numel: int, page_size: int, rounds: int) -> dict[str, dict]:
 
 
 def eight_bits(numel: int, rounds: int) -> dict:
-    """Seconds of a step over `numel` parameters with 8-bit moments, all in memory, beside 32 bits."""
+    """Seconds per step over `numel` parameters with 8-bit moments, all in memory, beside 32 bits."""
     kernel, readable = (optimizer(numel, partial(PagedAdamW, bits=8)) for _ in range(2))
     steps = {
         "32 bits": optimizer(numel, PagedAdamW).step,

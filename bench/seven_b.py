@@ -129,7 +129,7 @@ def quantise(folder: Path, scratch: Path, quick: bool) -> dict:
 
 
 def map_again(folder: Path, scratch: Path, quick: bool) -> dict:
-    """Load the folder that is in 4 bits on the disk."""
+    """Load the folder that is stored in 4 bits."""
     _warm_up(scratch)
     result = _measured(lambda: _load(scratch / "small"))
     result["folder_bytes"] = sum(path.stat().st_size for path in (scratch / "small").iterdir())
@@ -207,7 +207,7 @@ def _measured(work) -> dict:
 
 
 def _floor(model, tokens: int, learned: int, r: int) -> float:
-    """Seconds of the products that a step cannot avoid, each shape timed once, the faster of two dtypes."""
+    """Seconds of the products that a step cannot avoid; each shape is timed once, in the faster of two dtypes."""
     from collections import Counter
 
     from qlora_lab.adapters.lora import adapters

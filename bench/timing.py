@@ -13,10 +13,10 @@ from time import perf_counter
 
 
 def in_turn(contenders: dict[str, Callable[[], object]], rounds: int, sample: float) -> dict[str, dict]:
-    """name -> {median, low, high (quartiles), in seconds a call; calls a sample; rounds}.
+    """name -> {median, low, high (quartiles), in seconds per call; calls per sample; rounds}.
 
     sample: seconds that one sample lasts at least; a shorter call is repeated. Each round runs every contender once,
-    beginning with another each time, so that whatever the machine does meanwhile happens to all of them.
+    starting with a different one each time, so that other work on the machine affects all of them alike.
     """
     calls = {}
     samples = {name: [] for name in contenders}

@@ -143,7 +143,7 @@ def train_step(model: torch.nn.Module, optimizer, batch: dict, loss_of) -> float
 def serve(pipe, who: str, recycled: bool, case: Case) -> None:
     """The main function of a child: load, then obey the pipe until it closes."""
     if recycled and not recycle_memory():
-        sys.exit("this C library cannot be told to recycle memory: only glibc can")
+        sys.exit("this C library cannot recycle memory: only glibc can")
     build, loss_of = WHO[who]
     model = build(case).train()
     batch = batch_of(case)

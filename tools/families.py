@@ -115,7 +115,7 @@ FAMILIES = [
 
 
 def save(family: Family, folder: Path) -> None:
-    """A model of this family with random weights, and a tokenizer of words, as transformers saves them."""
+    """Save a model of this family with random weights, and a tokenizer of words, as transformers does."""
     config = getattr(transformers, family.config)
     if family.refused:
         config().save_pretrained(folder)
@@ -130,7 +130,7 @@ def save(family: Family, folder: Path) -> None:
 
 
 def theirs(folder: Path) -> PreTrainedModel:
-    """The model as transformers loads it. Frozen like ours: some families multiply differently if gradients are due."""
+    """The model as transformers loads it. Frozen like ours: some families multiply differently with gradients."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
 
 
@@ -236,7 +236,7 @@ def peft_agrees(folder: Path) -> bool:
         layer.lora_B.data.normal_(std=0.1, generator=generator)
     ql.save_adapter(model, folder / "adapter")
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's remarks on experts; the logits tell
+        warnings.simplefilter("ignore")  # PEFT's remarks on experts; the logits decide
         other = PeftModel.from_pretrained(theirs(folder), folder / "adapter")
         adapted = {path for path, module in other.base_model.model.named_modules() if isinstance(module, LoraLayer)}
         if left_out := sorted({path.split(".")[-1] for path in adapters(model).keys() - adapted}):

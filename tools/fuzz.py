@@ -2,7 +2,7 @@
 
     python tools/fuzz.py                            200,000 inputs in two processes
     python tools/fuzz.py plan "GGUF" --count 5000 --seed 3
-    python tools/fuzz.py plan --input 7b227d        one input again
+    python tools/fuzz.py plan --input 7b227d        read one input again
 
 A parser may read an input, or refuse it with a documented error of one line. Anything else is a finding: another
 exception, a message of several lines, more than SECONDS, more than MEMORY. A finding is printed with its seed and its
@@ -78,7 +78,7 @@ class TooLongError(BaseException):
 
 
 def attack(name: str, folder: Path, count: int, seed: str) -> Tally:
-    """Draw `count` inputs for the parser `name`, which gets the new folder `folder` for itself."""
+    """Draw `count` inputs for the parser `name`, which gets `folder`, a new folder, for itself."""
     parser = PARSERS[name]
     draws = Random(f"{seed} {name}")
     folder.mkdir(parents=True)
@@ -187,7 +187,7 @@ def fuzz(names: list[str], count: int, seed: int, folder: Path, workers: int = W
 
 
 def _fork(parts: dict[str, int], seed: str, folder: Path) -> int:
-    """A child that attacks the parsers and writes a line for each tally."""
+    """Start a child that attacks the parsers and writes a line for each tally; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -234,10 +234,10 @@ def table(tallies: dict[str, Tally]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Draw damaged inputs for every parser.")
-    parser.add_argument("parsers", nargs="*", help=f"of {', '.join(PARSERS)}; none: all")
-    parser.add_argument("--count", type=int, default=COUNT, help="of all inputs (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--input", metavar="HEX", help="read this input alone")
+    parser.add_argument("parsers", nargs="*", help=f"which parsers (default: all): {', '.join(PARSERS)}")
+    parser.add_argument("--count", type=int, default=COUNT, help="number of inputs in all (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    parser.add_argument("--input", metavar="HEX", help="read only this input")
     a = parser.parse_args(argv)
     names = a.parsers or list(PARSERS)
     start = time.monotonic()

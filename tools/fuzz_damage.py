@@ -77,7 +77,8 @@ def _splice(content, draws, others):
 
 def _number(content, draws, others):
     """Change a number of two, four or eight bytes, like those in headers of binary files."""
-    size, place = draws.choice((2, 4, 8)), _place(content, draws)
+    size = draws.choice((2, 4, 8))
+    place = _place(content, draws)
     value = draws.choice((0, 1, -1, 2 ** (8 * size - 1) - 1, len(content), draws.getrandbits(16)))
     return content[:place] + (value % 2 ** (8 * size)).to_bytes(size, "little") + content[place + size :]
 
@@ -139,11 +140,7 @@ def in_tensors(header: bytes, draws: Random) -> bytes:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return header
     changes = [
-        {
-            "dtype": draws.choice(
-                ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "C64", "F4"]
-            )
-        },
+        {"dtype": draws.choice(DTYPES)},
         {"shape": draws.choice([[], [0], [stop - start], [1, -1], [2**32, 2**32], tensor["shape"][::-1], [1] * 70])},
         {"data_offsets": draws.choice([[0, 0], [start, start], [stop, start], [start, 2**60], [start + 1, stop + 1]])},
     ]

@@ -1,8 +1,8 @@
 """Run every notebook and store it so that a second run leaves no diff: `make notebooks`.
 
 In: notebooks/NN_*.ipynb and notebooks/solutions/NN_*.ipynb. Out: the same files, executed top to bottom and
-normalised: fixed cell ids, counts 1, 2, 3, ..., no timestamps, no widget state, one kernel name. A file is replaced in
-one step or not at all.
+normalised: fixed cell ids, counts 1, 2, 3, ..., no timestamps, no widget state, one kernel name. A file is replaced
+as a whole or not at all.
 
 If a notebook has a solution, the student's notebook is generated from it. In a cell tagged `exercise`, the lines
 
