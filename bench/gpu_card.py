@@ -1,7 +1,6 @@
 """Choose where the Triton rungs run: on a CUDA device, or on the CPU if Triton interprets them.
 
 In: this machine. Out: the device, or the reason why there is none; the facts at the start of every GPU bench's JSON.
-Not here: measurements.
 """
 
 import datetime

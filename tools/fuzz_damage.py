@@ -1,7 +1,6 @@
 """Damage a good file at random, by its bytes or by what the bytes mean.
 
 In: good bytes and a random.Random. Out: bytes. The same draws give the same bytes, on every machine.
-Not here: who reads them (fuzz_parsers.py).
 """
 
 import json
