@@ -1,6 +1,6 @@
 """Measure a mix of block sizes on text that was not used to choose it: loss, and bits saved at equal loss.
 
-    python bench/block_size.py                     SmolLM2-135M; some minutes, writes block_size.json
+    python bench/block_size.py                     SmolLM2-135M; five minutes, writes block_size.json
     python bench/block_size.py --quick --out FILE  few windows: to see that it runs
 
 Calibrated (Fisher) on 12 windows of 256 tokens spread over the second half of Python's help topics, judged on 64 of the
@@ -29,8 +29,11 @@ from qlora_lab.measure.best_plan import Candidate, Choices, Plan, best_plan, uni
 from qlora_lab.measure.perplexity import text_windows, topics_text, window_losses  # noqa: E402
 from qlora_lab.measure.sensitivity import choices_of  # noqa: E402
 
-MODEL, LENGTH, DRAWS = "smollm2-135m", 256, 10_000
-SIZES, TYPES = (32, 64, 128, 256, 512, 1024), ("nf4", "nf3", "int5", "int6", "int8")
+MODEL = "smollm2-135m"
+LENGTH = 256
+DRAWS = 10_000
+SIZES = (32, 64, 128, 256, 512, 1024)
+TYPES = ("nf4", "nf3", "int5", "int6", "int8")
 BASE = Candidate("nf4", 64, False)
 BASE_BITS = 4 + 32 / BASE.block_size
 BUDGETS = {"nf4": (4.5, 4.25, 4.125), "any type": (4.5, 4.25, 4.0)}
@@ -43,20 +46,20 @@ def plans(calibration: str, windows: int, types: tuple[str, ...]) -> dict[str, P
     every = text_windows(tokenizer, calibration, LENGTH, 18 * windows)[::18]  # from many topics
     batches = [{"input_ids": row[None]} for row in every]
     s = ql.sensitivity(model, None, batches, fisher=True)
-    found = {}
-    for name, some in (("nf4", types[:1]), ("any type", types)):
-        choices: Choices = choices_of(model, [Candidate(t, size, False) for t in some for size in SIZES], s)
-        found |= {f"{name}, {budget} bits": best_plan(choices, budget) for budget in BUDGETS[name]}
-    found |= {f"nf4/{size} for all": uniform(choices, Candidate("nf4", size, False)) for size in (32, 64, 128)}
-    return found
+    chosen = {}
+    for name, allowed in (("nf4", types[:1]), ("any type", types)):
+        choices: Choices = choices_of(model, [Candidate(t, size, False) for t in allowed for size in SIZES], s)
+        chosen |= {f"{name}, {budget} bits": best_plan(choices, budget) for budget in BUDGETS[name]}
+    chosen |= {f"nf4/{size} for all": uniform(choices, Candidate("nf4", size, False)) for size in (32, 64, 128)}
+    return chosen
 
 
 def judge(chosen: dict[str, Plan], text: str, windows: int) -> dict[str, np.ndarray]:
     """Name -> mean loss of each window in nats per token, (windows,); also of the unquantised model."""
     losses = {}
     for name, plan in tqdm({"not quantised": None, **chosen}.items(), "judging", unit="model"):
-        how = {"codebook": None} if plan is None else {"plan": plan}
-        model, tokenizer = ql.load(MODEL, dtype=torch.float32, progress=False, **how)
+        options = {"codebook": None} if plan is None else {"plan": plan}
+        model, tokenizer = ql.load(MODEL, dtype=torch.float32, progress=False, **options)
         rows = text_windows(tokenizer, text, LENGTH, windows)
         losses[name] = np.array(window_losses(model, rows, progress=False))
     return losses
@@ -75,8 +78,9 @@ def summary(losses: dict[str, np.ndarray], chosen: dict[str, Plan]) -> dict:
         below, above = (losses[f"{name}, {budget} bits"] - base for budget in (low, high))  # the former loses more
 
         def bits(windows: np.ndarray, below=below, above=above, low=low, high=high) -> np.ndarray:
-            a, b = below[windows].mean(-1), above[windows].mean(-1)
-            return BASE_BITS - (low + (high - low) * a / (a - b))
+            loss_below = below[windows].mean(-1)
+            loss_above = above[windows].mean(-1)
+            return BASE_BITS - (low + (high - low) * loss_below / (loss_below - loss_above))
 
         low_end, high_end = np.percentile(bits(draws), [2.5, 97.5])
         saved[name] = {"bits": float(bits(np.arange(len(base)))), "low": float(low_end), "high": float(high_end)}
@@ -94,8 +98,8 @@ def interval(difference: np.ndarray) -> dict[str, float]:
     return {"mean": float(difference.mean()), "low": float(low), "high": float(high)}
 
 
-def text_of(one: dict[str, float]) -> str:
-    return f"{one['mean']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f})"
+def text_of(estimate: dict[str, float]) -> str:
+    return f"{estimate['mean']:+.4f} ({estimate['low']:+.4f} to {estimate['high']:+.4f})"
 
 
 def table(result: dict) -> str:
@@ -117,11 +121,11 @@ def main() -> None:
     calibrated, judged = (2, 3) if args.quick else (12, 64)
     text = topics_text()
     chosen = plans(text[len(text) // 2 :], calibrated, TYPES[:2] if args.quick else TYPES)
-    found = summary(judge(chosen, text[: len(text) // 2], judged), chosen)
+    results = summary(judge(chosen, text[: len(text) // 2], judged), chosen)
     head = {"date": datetime.date.today().isoformat(), "model": MODEL, "versions": versions()}
     head |= {"calibration_windows": calibrated, "windows": judged, "length": LENGTH}
-    write(args.out, json.dumps(head | found, indent=1) + "\n")
-    print(table(found))
+    write(args.out, json.dumps(head | results, indent=1) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ class Bench:
     """Measures, and collects rows."""
 
     def __init__(self, quick: bool, allocator: str):
-        self.quick, self.allocator, self.rows = quick, allocator, []
+        self.quick = quick
+        self.allocator = allocator
+        self.rows = []
         self.rounds, self.sample = (2, 0.0) if quick else (9, 5e-3)
 
     def row(self, work: str, contenders: dict, shape: tuple, **facts) -> None:
@@ -94,7 +96,9 @@ class Bench:
         for shape in self.sizes():
             for dtype in NAMES:
                 weight = (0.02 * torch.randn(shape)).to(dtype)
-                q, (packed, state), out = quantize(weight, "nf4", 64, True), bnb_quantize(weight), weight.clone()
+                q = quantize(weight, "nf4", 64, True)
+                packed, state = bnb_quantize(weight)
+                out = weight.clone()
                 contenders = {
                     "ours": partial(dequantize, q, out=out),
                     "ours, fresh output": partial(dequantize, q),
@@ -110,7 +114,8 @@ class Bench:
             linear = nn.Linear(shape[1], shape[0], False)
             ours = Linear4bit(quantize(linear.weight, "nf4", 64, True))
             for dtype in NAMES:
-                train, packed = bnb_linear(linear, dtype), bnb_linear(linear, dtype, training=False)
+                train = bnb_linear(linear, dtype)
+                packed = bnb_linear(linear, dtype, training=False)
                 ready = linear.weight.detach().to(dtype)
                 for tokens in (1, 8, 16):
                     x = torch.randn(tokens, shape[1], dtype=dtype)
@@ -135,7 +140,8 @@ class Bench:
             linear = nn.Linear(shape[1], shape[0], False)
             ours = Linear4bit(quantize(linear.weight, "nf4", 64, True))
             for dtype in NAMES:
-                theirs, dense = bnb_linear(linear, dtype), copy.deepcopy(linear).to(dtype).requires_grad_(False)
+                theirs = bnb_linear(linear, dtype)
+                dense = copy.deepcopy(linear).to(dtype).requires_grad_(False)
                 x = torch.randn(tokens, shape[1], dtype=dtype, requires_grad=True)
                 grad = torch.randn(tokens, shape[0], dtype=dtype)
                 layers = {"ours": ours, "bitsandbytes": theirs, "ready weight": dense}
@@ -175,7 +181,8 @@ class Bench:
         for exponent in (8, 10) if self.quick else range(16, 29, 2):
             weight = 0.02 * torch.randn(2**exponent)
             packed, state = bnb_quantize(weight)
-            q, out = quantize(weight, "nf4", 64, True), torch.empty_like(weight)
+            q = quantize(weight, "nf4", 64, True)
+            out = torch.empty_like(weight)
             shape = (2**exponent,)
             contenders = {
                 "ours": partial(quantize, weight, "nf4", 64, True),
@@ -208,7 +215,7 @@ def bnb_quantize(weight: torch.Tensor):
 
 
 def torchao_takes(weight: torch.Tensor) -> bool:
-    """It is there, wants whole groups of 256 blocks, and needs a second and more for a large weight."""
+    """Whether torchao is there: it needs whole groups of 256 blocks, and over a second for a large weight."""
     return find_spec("torchao") is not None and weight.numel() % (64 * 256) == 0 and weight.numel() <= LARGE
 
 
@@ -260,16 +267,16 @@ FIRST_CALLS = {
 
 def cold_start() -> dict[str, float | list[float]]:
     """Seconds of imports in a fresh process, and of first calls: [compiling, from the cache on disk]."""
-    found = {}
+    seconds = {}
     for name, code in IMPORTS.items():
         if find_spec(code.split()[1]) is None:
             continue
         setup = "import torch\n" if "after torch" in name else ""
-        found[name] = _fresh(setup + COLD.format(code=code))[0]
+        seconds[name] = _fresh(setup + COLD.format(code=code))[0]
     calls = "".join(COLD.format(code=code) for code in FIRST_CALLS.values())
     with tempfile.TemporaryDirectory() as folder:
         runs = [_fresh("import torch\n" + calls, NUMBA_CACHE_DIR=folder) for _ in range(2)]
-    return found | {name: list(times) for name, *times in zip(FIRST_CALLS, *runs, strict=True)}
+    return seconds | {name: list(times) for name, *times in zip(FIRST_CALLS, *runs, strict=True)}
 
 
 def _fresh(code: str, **environment: str) -> list[float]:
@@ -282,13 +289,13 @@ def _fresh(code: str, **environment: str) -> list[float]:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for name in ("torch", "numba", "llvmlite", "bitsandbytes", "torchao", "transformers"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def main() -> None:
@@ -300,7 +307,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.allocator:
         if args.allocator == "recycling" and not recycle_memory():
-            sys.exit("this C library cannot be told to recycle memory: only glibc can")
+            sys.exit("this C library cannot recycle memory: only glibc can")
         rows = Bench(args.quick, args.allocator).run()
         args.out.write_text(json.dumps(rows))
         return

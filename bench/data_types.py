@@ -50,14 +50,15 @@ PAIRS = [
 
 def summary(rows: list[dict]) -> dict:
     losses = {
-        str(one._replace(levels=None)): np.array(row["window_losses"]) for one, row in zip(SETTINGS, rows, strict=True)
+        str(variant._replace(levels=None)): np.array(row["window_losses"])
+        for variant, row in zip(SETTINGS, rows, strict=True)
     }
     kept = "perplexity", "bits_per_parameter", "relative_error", "entropy"
-    found = {name: {key: row[key] for key in kept} for name, row in zip(losses, rows, strict=True)}
+    settings = {name: {key: row[key] for key in kept} for name, row in zip(losses, rows, strict=True)}
     for name, loss in losses.items():
-        found[name]["more_nats_than_nf4"] = interval(loss - losses[str(BASE)])
+        settings[name]["more_nats_than_nf4"] = interval(loss - losses[str(BASE)])
     pairs = {f"{b} less {a}": interval(losses[str(b)] - losses[str(a)]) for a, b in PAIRS}
-    return {"data": rows[0]["data"], "settings": found, "more_nats": pairs}
+    return {"data": rows[0]["data"], "settings": settings, "more_nats": pairs}
 
 
 def table(result: dict) -> str:
@@ -65,7 +66,7 @@ def table(result: dict) -> str:
     for name, row in result["settings"].items():
         what = f"{name:38} {row['bits_per_parameter']:7.4f} bits  perplexity {row['perplexity']:8.3f}"
         lines.append(f"{what}  {text_of(row['more_nats_than_nf4'])}")
-    return "\n".join(lines + [f"{name}: {text_of(one)}" for name, one in result["more_nats"].items()])
+    return "\n".join(lines + [f"{name}: {text_of(estimate)}" for name, estimate in result["more_nats"].items()])
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Check the Triton rungs on a GPU, then time them beside bitsandbytes and torchao.
 
-    python bench/gpu.py                     some minutes; writes gpu-<device>.json and the table of bench/README.md
+    python bench/gpu.py                     a few minutes; writes gpu-<device>.json and the table of bench/README.md
     python bench/gpu.py --quick --out FILE  toy sizes: to see that it runs, also with TRITON_INTERPRET=1 and no GPU
     python bench/gpu.py --render            do not measure: write only the table
 
@@ -57,7 +57,8 @@ from qlora_lab.quant.quantize import (  # noqa: E402
     quantize_blocks,
 )
 
-SIZES, TOKENS = [(4096, 4096), (576, 1536), (11008, 4096)], (1, 8, 64, 256, 2048)
+SIZES = [(4096, 4096), (576, 1536), (11008, 4096)]
+TOKENS = (1, 8, 64, 256, 2048)
 ROWS = 30 * len(SIZES)  # of a full bench
 LEAST = 3  # rounds of a row, even if time is short
 BEGIN, END = "<!-- gpu -->", "<!-- /gpu -->"
@@ -74,19 +75,26 @@ SHOWN = {  # column of bench/README.md -> work, shape, tokens
 class Bench:
     """Measures on one device, and collects rows.
 
-    seconds: what all may take. A row has its share of what is left, and makes fewer rounds if that is short; rows that
-    come too late are left out.
+    seconds: the limit for all rows. Each row gets its share of the time left, with fewer rounds if that is short; rows
+    that would start after the limit are left out.
     """
 
     def __init__(self, device: torch.device, quick: bool, seconds: float = inf):
-        self.device, self.quick, self.rows, self.left_out = device, quick, [], []
-        self.rounds, self.end, self.row_end = 2 if quick else 25, perf_counter() + seconds, inf
+        self.device = device
+        self.quick = quick
+        self.rows = []
+        self.left_out = []
+        self.rounds = 2 if quick else 25
+        self.end = perf_counter() + seconds
+        self.row_end = inf
         self.on_gpu = device.type == "cuda"
         bf16 = not self.on_gpu or torch.cuda.get_device_capability(device) >= (8, 0)  # else it is emulated
         self.half = HALVES[not bf16]
         l2 = torch.cuda.get_device_properties(device).L2_cache_size if self.on_gpu else 0
-        self.cold, self.fills = self.empty(max(2**28, 4 * l2) if self.on_gpu else 2**10, torch.uint8), 1
-        self.bandwidth, self.rate = self._bandwidth(), self._rate()
+        self.cold = self.empty(max(2**28, 4 * l2) if self.on_gpu else 2**10, torch.uint8)
+        self.fills = 1
+        self.bandwidth = self._bandwidth()
+        self.rate = self._rate()
         # the host must be ahead when the clock starts, so the caches are overwritten for a millisecond at least
         self.fills = ceil(1e-3 * self.bandwidth / len(self.cold))
 
@@ -98,8 +106,8 @@ class Bench:
 
     def _bandwidth(self) -> float:
         """Bytes per second of a copy, read and written."""
-        to, source = (self.empty(2**16 if self.quick else 2**29, torch.uint8) for _ in range(2))
-        return 2 * len(to) / self.measure({"copy": lambda: partial(to.copy_, source)})["copy"]["median"]
+        target, source = (self.empty(2**16 if self.quick else 2**29, torch.uint8) for _ in range(2))
+        return 2 * len(target) / self.measure({"copy": lambda: partial(target.copy_, source)})["copy"]["median"]
 
     def _rate(self) -> float:
         """Operations per second of a square matrix product."""
@@ -131,16 +139,17 @@ class Bench:
 
     def measure(self, contenders: dict[str, Callable]) -> dict[str, dict]:
         """name -> {median, low, high, call, in seconds; rounds}, or {error}. A contender makes what is then timed."""
-        found, ready = {}, {}
+        times = {}
+        ready = {}
         for name, make in contenders.items():
             try:
-                found[name] = {"error": "not installed"}
+                times[name] = {"error": "not installed"}
                 if name not in (PEER, "torchao") or find_spec(name):
                     function = make()
                     once = [self.sample(function) for _ in range(1 if self.quick else 3)][-1]
                     ready[name] = function, min(100, ceil(5e-3 / once)) if self.on_gpu else 1, [], []
             except Exception as error:  # a library may raise anything for an input that it does not accept
-                found[name] = {"error": first_line(error)}
+                times[name] = {"error": first_line(error)}
         names = list(ready)
         for i in range(self.rounds if names else 0):
             if i >= LEAST and perf_counter() > self.row_end:
@@ -152,8 +161,8 @@ class Bench:
         for name, (*_, cold, warm) in ready.items():
             low, median, high = statistics.quantiles(cold, n=4, method="inclusive")
             call = statistics.median(warm)
-            found[name] = {"median": median, "low": low, "high": high, "call": call, "rounds": len(cold)}
-        return found
+            times[name] = {"median": median, "low": low, "high": high, "call": call, "rounds": len(cold)}
+        return times
 
     def row(
         self,
@@ -165,7 +174,7 @@ class Bench:
         tokens: int = 0,
         products: int = 0,
     ) -> None:
-        """Measure, and keep. moved: bytes that must be; products: operations for each weight and token, over two."""
+        """Measure, and keep. moved: bytes that must move; products: half the operations per weight and token."""
         facts = {"work": work, "shape": list(shape), "dtype": NAMES[dtype]} | ({"tokens": tokens} if tokens else {})
         print(*facts.values(), file=sys.stderr, flush=True)
         left = self.end - perf_counter()
@@ -175,17 +184,18 @@ class Bench:
         self.row_end = perf_counter() + left / max(1, ROWS - len(self.rows))
         operations = 2 * products * prod(shape) * tokens
         floor = max(moved / self.bandwidth, operations / self.rate)
-        found = self.measure(contenders)
-        for one in found.values():
-            if "median" in one:
-                one["share"] = floor / one["median"]
-        self.rows.append(facts | {"moved": moved, "operations": operations, "floor": floor, "seconds": found})
+        seconds = self.measure(contenders)
+        for times in seconds.values():
+            if "median" in times:
+                times["share"] = floor / times["median"]
+        self.rows.append(facts | {"moved": moved, "operations": operations, "floor": floor, "seconds": seconds})
 
     def blocks(self, shape: tuple[int, int]) -> None:
         """Rungs 1 to 4. torchao always quantises constants too, so it is compared with rungs 1 and 3."""
         weight = 0.02 * self.randn(*shape, dtype=torch.float32)
         single, double = (readable(quantize, weight, "nf4", 64, yes) for yes in (False, True))
-        flat, (thresholds, order) = weight.view(-1).to(self.half), rounding(single.levels)
+        flat = weight.view(-1).to(self.half)
+        thresholds, order = rounding(single.levels)
         self.row("quantize_nf4", shape, self.half, {
             "ours": lambda: partial(quantize_nf4, flat, thresholds, order, 64, TINY),
             PEER: lambda: partial(bnb_quantize, flat, False),
@@ -195,8 +205,11 @@ class Bench:
         for dtype in (self.half, torch.float32):
             self.dequantise(dequantize_nf4, single, weight.to(dtype))
             self.dequantise(dequantize_double, double, weight.to(dtype))
-        absmax, constants, moved = single.constants, double.constants, single.constants.nbytes + double.constants.nbytes
-        offset, limits = constants.absmax_offset, midpoints(double_quant.dynamic_map()).to(self.device)
+        absmax = single.constants
+        constants = double.constants
+        moved = single.constants.nbytes + double.constants.nbytes
+        offset = constants.absmax_offset
+        limits = midpoints(double_quant.dynamic_map()).to(self.device)
         self.row("double_quantize", shape, torch.float32, {
             "ours": lambda: partial(double_quantize, absmax, offset, limits, 256, TINY),
             PEER: lambda: partial(bnb_constants, absmax, offset),
@@ -209,7 +222,8 @@ class Bench:
         }, moved)  # fmt: skip
 
     def dequantise(self, rung: Callable, q: QuantizedTensor, weight: torch.Tensor) -> None:
-        out, stored = torch.empty_like(weight), q.plain.constants
+        out = torch.empty_like(weight)
+        stored = q.plain.constants
         contenders = {
             "ours": lambda: partial(rung, q.packed, stored, q.levels, 64, out),
             PEER: lambda: partial(bitsandbytes().functional.dequantize_4bit, *bnb_quantize(weight, q.double_quant)),
@@ -231,26 +245,31 @@ class Bench:
 
     def product(self, linear: nn.Linear, q: QuantizedTensor, theirs: object, torchaos: object, tokens: int) -> None:
         """Rungs 5 to 7, and the layer, whose kernels choose() picks."""
-        (rows, columns), ours, ready = q.shape, Linear4bit(q), linear.weight
+        rows, columns = q.shape
+        ours = Linear4bit(q)
+        ready = linear.weight
         x, grad = self.randn(tokens, columns), self.randn(tokens, rows)
-        leaf, moved = x.clone().requires_grad_(), q.nbytes + x.nbytes + grad.nbytes
+        leaf = x.clone().requires_grad_()
+        moved = q.nbytes + x.nbytes + grad.nbytes
         forward = {
-            PEER: lambda: partial(given(theirs), x),
-            "torchao": lambda: partial(linear_nf4, x, given(torchaos)),
+            PEER: lambda: partial(unless_failed(theirs), x),
+            "torchao": lambda: partial(linear_nf4, x, unless_failed(torchaos)),
             "readable": lambda: lambda: x @ readable(dequantize, q).t(),
             "ready weight": lambda: partial(torch.mm, x, ready.t()),
         }
         backward = {
             "ours": lambda: partial(matmul_nf4_backward, grad, q.plain, columns),
-            PEER: lambda: lambda: grad @ bnb_weight(given(theirs)),
-            "torchao": lambda: lambda: grad @ given(torchaos).get_original_weight(),
+            PEER: lambda: lambda: grad @ bnb_weight(unless_failed(theirs)),
+            "torchao": lambda: lambda: grad @ unless_failed(torchaos).get_original_weight(),
             "readable": lambda: lambda: grad @ readable(dequantize, q),
             "ready weight": lambda: partial(torch.mm, grad, ready),
         }
         both = {
             "ours": lambda: partial(forward_backward, ours, leaf, grad),
-            PEER: lambda: partial(forward_backward, given(theirs), leaf, grad),
-            "torchao": lambda: partial(forward_backward, partial(linear_nf4, weight=given(torchaos)), leaf, grad),
+            PEER: lambda: partial(forward_backward, unless_failed(theirs), leaf, grad),
+            "torchao": lambda: partial(
+                forward_backward, partial(linear_nf4, weight=unless_failed(torchaos)), leaf, grad
+            ),
             "readable": lambda: partial(readable, forward_backward, ours, leaf, grad),
             "ready weight": lambda: partial(forward_backward, linear, leaf, grad),
         }
@@ -266,7 +285,9 @@ class Bench:
 
     def adamw(self, shape: tuple[int, int]) -> None:
         """Rung 8."""
-        n, how, tables = prod(shape), readable_adamw.AdamW(3, 1e-4), [t.to(self.device) for t in adamw_tables()]
+        n = prod(shape)
+        adamw = readable_adamw.AdamW(3, 1e-4)
+        tables = [t.to(self.device) for t in adamw_tables()]
         param, grad = self.randn(n), self.randn(n)
         state = [self.empty(n, torch.uint8).zero_(), self.empty(ceil(n / 256), torch.float32).zero_()] * 2
         mine, twins, peers = ([t.clone() for t in (param, *state)] for _ in range(3))
@@ -277,8 +298,8 @@ class Bench:
             p, codes1, scale1, codes2, scale2 = peers
             update = functional.optimizer_update_8bit_blockwise
             return lambda: update(
-                "adam", grad, p, codes1, codes2, how.beta1, how.beta2, 0.0, 0.0, how.eps, how.step, how.lr, *maps,
-                scale1, scale2,
+                "adam", grad, p, codes1, codes2, adamw.beta1, adamw.beta2, 0.0, 0.0, adamw.eps, adamw.step, adamw.lr,
+                *maps, scale1, scale2,
             )  # fmt: skip
 
         def torchaos() -> Callable:
@@ -286,14 +307,14 @@ class Bench:
 
             leaf = nn.Parameter(param.clone())
             leaf.grad = grad
-            return AdamW8bit([leaf], lr=how.lr).step
+            return AdamW8bit([leaf], lr=adamw.lr).step
 
         moments = readable_adamw.Moments(*twins[1:])
         self.row("adamw_8bit", shape, self.half, {
-            "ours": lambda: partial(adamw_8bit, mine[0], grad, *mine[1:], tuple(tables), how.scalars, TINY),
+            "ours": lambda: partial(adamw_8bit, mine[0], grad, *mine[1:], tuple(tables), adamw.scalars, TINY),
             PEER: theirs,
             "torchao": torchaos,
-            "readable": lambda: partial(readable_adamw.adamw_8bit, twins[0], grad, moments, how),
+            "readable": lambda: partial(readable_adamw.adamw_8bit, twins[0], grad, moments, adamw),
         }, 3 * param.nbytes + 2 * sum(t.nbytes for t in state))  # fmt: skip
 
     def run(self) -> list[dict]:
@@ -315,7 +336,7 @@ def tried(make: Callable, *arguments: object) -> object:
         return error
 
 
-def given(made: object) -> object:
+def unless_failed(made: object) -> object:
     if isinstance(made, Exception):
         raise made
     return made
@@ -336,7 +357,8 @@ def bnb_absmax(codes: torch.Tensor, state: object, offset: torch.Tensor) -> torc
 
 def bnb_linear(linear: nn.Linear) -> nn.Module:
     """The same weight as a layer of bitsandbytes, quantised on its device: NF4, block size 64, double quantization."""
-    nn4, weight = bitsandbytes().nn, linear.weight.detach().clone()
+    nn4 = bitsandbytes().nn
+    weight = linear.weight.detach().clone()
     layer = nn4.Linear4bit(linear.in_features, linear.out_features, False, weight.dtype, True, "nf4")
     layer.weight = nn4.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
     return layer.to(linear.weight.device).train()
@@ -369,15 +391,15 @@ def table(result: dict) -> str:
         tokens = f", {row['tokens']} tokens" if "tokens" in row else ""
         lines.append(f"{row['work']}, {' x '.join(map(str, row['shape']))}, {row['dtype']}{tokens}")
         ours = row["seconds"]["ours"].get("median")
-        for name, one in row["seconds"].items():
-            if "error" in one:
-                lines.append(f"  {name:14} {one['error']}")
+        for name, times in row["seconds"].items():
+            if "error" in times:
+                lines.append(f"  {name:14} {times['error']}")
                 continue
-            ratio = f"  x {one['median'] / ours:.2f}" if ours else ""
-            spread = f"({shown(one['low'])} to {shown(one['high'])})"
-            call = f"call {shown(one['call'])}"
+            ratio = f"  x {times['median'] / ours:.2f}" if ours else ""
+            spread = f"({shown(times['low'])} to {shown(times['high'])})"
+            call = f"call {shown(times['call'])}"
             lines.append(
-                f"  {name:14} {shown(one['median']):>9}  {spread:26} {one['share']:.2f} of the floor, {call}{ratio}"
+                f"  {name:14} {shown(times['median']):>9}  {spread:26} {times['share']:.2f} of the floor, {call}{ratio}"
             )
     return "\n".join(lines)
 
@@ -423,11 +445,11 @@ def render() -> None:
     write(readme, in_readme(readme.read_text("utf-8"), stored()))
 
 
-def measure_into(found: dict, device: torch.device, quick: bool, seconds: float = inf) -> None:
-    """Put the rates, and as many rows as `seconds` allow, into `found`, each row as soon as it is measured."""
+def measure_into(results: dict, device: torch.device, quick: bool, seconds: float = inf) -> None:
+    """Put the rates, and as many rows as `seconds` allow, into `results`, each row as soon as it is measured."""
     bench = Bench(device, quick, seconds)
-    found |= {"half": NAMES[bench.half], "bandwidth": bench.bandwidth, "rate": bench.rate}
-    found |= {"rows": bench.rows, "left_out": bench.left_out}
+    results |= {"half": NAMES[bench.half], "bandwidth": bench.bandwidth, "rate": bench.rate}
+    results |= {"rows": bench.rows, "left_out": bench.left_out}
     bench.run()
 
 

@@ -1,7 +1,6 @@
 """Choose where the Triton rungs run: on a CUDA device, or on the CPU if Triton interprets them.
 
 In: this machine. Out: the device, or the reason why there is none; the facts at the start of every GPU bench's JSON.
-Not here: measurements.
 """
 
 import datetime
@@ -37,7 +36,9 @@ def rungs_on(device: torch.device) -> Iterator[None]:
 
     The interpreter takes CPU tensors, for which choose() would take the CPU's kernels, and a layer its adapter.
     """
-    override, choose, takes_adapter = os.environ.pop(kernels.OVERRIDE, None), kernels.choose, Linear4bit.takes_adapter
+    override = os.environ.pop(kernels.OVERRIDE, None)
+    choose = kernels.choose
+    takes_adapter = Linear4bit.takes_adapter
     if device.type == "cpu":
         kernels.choose = lambda device="cpu": choose("cuda")
         Linear4bit.takes_adapter = False

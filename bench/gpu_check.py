@@ -52,7 +52,8 @@ class Differs(Exception):
 
 def ran(case: str, rung: Callable, *arguments: object) -> object:
     try:
-        result, (first, *_) = rung(*arguments), arguments
+        result = rung(*arguments)
+        first, *_ = arguments
         device = (first if isinstance(first, torch.Tensor) else first[0]).device
         if device.type == "cuda":  # so that a device error is reported for the rung that caused it
             torch.cuda.synchronize()
@@ -95,22 +96,26 @@ Check = Callable[[], None]  # raises Differs
 
 def check_blocks(device: torch.device, n: int, block_size: int, name: str) -> Iterator[Check]:
     """Rungs 1 to 4, bit for bit; the twins run on the CPU."""
-    levels, thresholds = codebook(name), midpoints(double_quant.dynamic_map())
+    levels = codebook(name)
+    thresholds = midpoints(double_quant.dynamic_map())
     there = [t.to(device) for t in (levels, thresholds, *rounding(levels))]
     for dtype in DTYPES:
-        weight, case = hard(n, dtype), f"{n} weights, {name}, block size {block_size}, {NAMES[dtype]}, {device}"
+        weight = hard(n, dtype)
+        case = f"{n} weights, {name}, block size {block_size}, {NAMES[dtype]}, {device}"
         packed, absmax = quantize_blocks(weight, levels, block_size)
         arguments = weight.to(device), *there[2:], block_size, TINY
         yield partial(all_same, case, quantize_nf4, arguments, (packed, absmax))
         constants = readable(double_quant.double_quantize, absmax)
-        given = absmax.to(device), constants.absmax_offset.to(device), there[1]
-        arguments, twins = (*given, double_quant.GROUP_SIZE, TINY), (constants.absmax_codes, constants.absmax_scale)
+        inputs = absmax.to(device), constants.absmax_offset.to(device), there[1]
+        arguments = (*inputs, double_quant.GROUP_SIZE, TINY)
+        twins = (constants.absmax_codes, constants.absmax_scale)
         yield partial(all_same, case, double_quantize, arguments, twins)
         plain = PackedConstants(*(t.to(device) for t in constants.plain[:-1]), double_quant.GROUP_SIZE)
         undone = readable(double_quant.double_dequantize, constants)
         yield partial(all_same, case, double_dequantize, (plain,), (undone,))
-        for rung, stored, twin in ((dequantize_nf4, given[0], absmax), (dequantize_double, plain, undone)):
-            out, want = torch.full((n,), -777.0, dtype=dtype, device=device), torch.empty(n, dtype=dtype)
+        for rung, stored, twin in ((dequantize_nf4, inputs[0], absmax), (dequantize_double, plain, undone)):
+            out = torch.full((n,), -777.0, dtype=dtype, device=device)
+            want = torch.empty(n, dtype=dtype)
             dequantize_blocks(packed, twin, levels, block_size, want)
             yield partial(filled, case, rung, (packed.to(device), stored, there[0], block_size, out), want)
 
@@ -130,9 +135,10 @@ def filled(case: str, rung: Callable, arguments: tuple, want: torch.Tensor) -> N
 def bound(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """How far a float32 sum of products may lie from the exact one, rounded once; as in tests/kernels/triton.
 
-    A product and a partial sum are off by half a step each (Higham, section 3.1), by a step where tensor cores cut off.
+    A product and a partial sum are each off by half a step (Higham, section 3.1), or a step if tensor cores truncate.
     """
-    sums, result = x.double().abs() @ weight.double().abs(), (x.double() @ weight.double()).abs()
+    sums = x.double().abs() @ weight.double().abs()
+    result = (x.double() @ weight.double()).abs()
     return 2 * len(weight) * 2.0**-24 * sums + UNIT[dtype] * (1.01 * result + torch.finfo(dtype).tiny)
 
 
@@ -150,7 +156,8 @@ def check_products(device: torch.device, rows: int, columns: int, tokens: int, d
             weight = readable(dequantize, q, dtype)
             A, B = (torch.randn(s, generator=g).to(device, dtype) for s in ((20, columns), (rows, 20)))
             thin = x.contiguous() @ A.t()
-            whole, both = torch.cat([x, 2 * thin], 1), torch.cat([weight.t(), B.t()])
+            whole = torch.cat([x, 2 * thin], 1)
+            both = torch.cat([weight.t(), B.t()])
             yield partial(multiplied, case, matmul_nf4, (x, q.plain, rows, A, B, 2.0), whole, both)
             yield partial(multiplied, case, matmul_nf4_backward, (grad, q.plain, columns), grad, weight)
 
@@ -171,21 +178,24 @@ def check_adamw(device: torch.device, n: int) -> Iterator[Check]:
 
 
 def stepped(device: torch.device, n: int, dtype: torch.dtype) -> None:
-    """Make three steps of both, each starting from the rung's parameter."""
-    g, tables = torch.Generator().manual_seed(n), tuple(t.to(device) for t in adamw_tables())
+    """Take three steps with both, each starting from the rung's parameter."""
+    g = torch.Generator().manual_seed(n)
+    tables = tuple(t.to(device) for t in adamw_tables())
     state = [torch.zeros(n, dtype=torch.uint8), torch.zeros(ceil(n / readable_adamw.BLOCK))] * 2
     twin = [torch.randn(n, generator=g).to(dtype), *(t.clone() for t in state)]
     ours = [t.to(device, copy=True) for t in twin]
     for step in (1, 2, 3):
         case = f"{n} parameters, {NAMES[dtype]}, step {step}"
-        how = readable_adamw.AdamW(step, lr=1e-2, weight_decay=0.1)
-        grad, before = torch.randn(n, generator=g).to(dtype), ours[0].to("cpu", copy=True)
+        adamw = readable_adamw.AdamW(step, lr=1e-2, weight_decay=0.1)
+        grad = torch.randn(n, generator=g).to(dtype)
+        before = ours[0].to("cpu", copy=True)
         twin[0].copy_(before)
-        ran(case, adamw_8bit, ours[0], grad.to(device), *ours[1:], tables, how.scalars, TINY)
-        readable_adamw.adamw_8bit(twin[0], grad, readable_adamw.Moments(*twin[1:]), how)
+        ran(case, adamw_8bit, ours[0], grad.to(device), *ours[1:], tables, adamw.scalars, TINY)
+        readable_adamw.adamw_8bit(twin[0], grad, readable_adamw.Moments(*twin[1:]), adamw)
         for part, want in zip(ours[1:], twin[1:], strict=True):
             same(case, adamw_8bit, part, want)
-        want, before = twin[0].double(), before.double()
+        want = twin[0].double()
+        before = before.double()
         limit = 4 * UNIT[torch.float32] * ((want - before).abs() + before.abs()) + 2 * UNIT[dtype] * want.abs()
         near(case, adamw_8bit, ours[0].cpu(), want, limit)
 
@@ -221,5 +231,5 @@ def checks(device: torch.device, quick: bool) -> Iterator[Check]:
 
 def check(device: torch.device, quick: bool) -> None:
     """Every rung against its twin. Raises Differs at the first difference."""
-    for one in checks(device, quick):
-        one()
+    for comparison in checks(device, quick):
+        comparison()

@@ -33,20 +33,20 @@ from bench.gpu_card import machine, refusal, rungs_on, slug, synchronize, the_de
 from bench.gpu_check import Differs, checks, first_line  # noqa: E402
 
 INTERRUPTED = "interrupted by Ctrl-C"
-Part = Callable[[torch.device, bool, float, dict], list[str]]  # device, quick, end, found -> what failed
+Part = Callable[[torch.device, bool, float, dict], list[str]]  # device, quick, end, results -> what failed
 
 
-def check(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
+def check(device: torch.device, quick: bool, end: float, results: dict) -> list[str]:
     """Check every rung against its twin. A difference is printed, and the other checks go on."""
     differences: list[str] = []
-    found |= {"checks": 0, "cut": False, "differences": differences}
-    for one in checks(device, quick):
+    results |= {"checks": 0, "cut": False, "differences": differences}
+    for comparison in checks(device, quick):
         if perf_counter() > end:
-            found["cut"] = True
+            results["cut"] = True
             break
-        found["checks"] += 1
+        results["checks"] += 1
         try:
-            one()
+            comparison()
         except Differs as difference:
             print(difference, file=sys.stderr, flush=True)
             differences.append(str(difference))
@@ -54,14 +54,14 @@ def check(device: torch.device, quick: bool, end: float, found: dict) -> list[st
     return differences
 
 
-def kernels(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
+def kernels(device: torch.device, quick: bool, end: float, results: dict) -> list[str]:
     """Time each kernel beside a copy, a matrix product, the readable functions, and bitsandbytes."""
     from bench.gpu import measure_into, table
 
-    measure_into(found, device, quick, end - perf_counter())
-    print(table(machine(device) | found))
-    ours = [(row["work"], row["shape"], row["seconds"]["ours"]) for row in found["rows"]]
-    return [f"{work} {shape}: {one['error']}" for work, shape, one in ours if "error" in one]
+    measure_into(results, device, quick, end - perf_counter())
+    print(table(machine(device) | results))
+    ours = [(row["work"], row["shape"], row["seconds"]["ours"]) for row in results["rows"]]
+    return [f"{work} {shape}: {times['error']}" for work, shape, times in ours if "error" in times]
 
 
 def steps(*arguments) -> list[str]:
@@ -87,22 +87,24 @@ PARTS: dict[str, Part] = {function.__name__: function for function in (check, ke
 
 def run(name: str, quick: bool, seconds: float, folder: Path) -> list[str]:
     """Make a part, write its file, and return what failed."""
-    begin, device, found = perf_counter(), the_device(), {}
-    facts = machine(device)  # asked now, because a device that is lost later has no name
+    begin = perf_counter()
+    device = the_device()
+    results = {}
+    facts = machine(device)  # asked now, because a device that is lost later cannot say its name
     before = signal.signal(signal.SIGTERM, partial(_stop, name))
     try:
         with rungs_on(device):
-            failures = PARTS[name](device, quick, begin + seconds, found)
+            failures = PARTS[name](device, quick, begin + seconds, results)
     except KeyboardInterrupt:
-        failures = [*found.get("differences", ()), INTERRUPTED]
+        failures = [*results.get("differences", ()), INTERRUPTED]
     except (Exception, SystemExit) as error:  # a device or a library may raise anything
         traceback.print_exc()
-        failures = [*found.get("differences", ()), first_line(error)]
+        failures = [*results.get("differences", ()), first_line(error)]
     finally:
         signal.signal(signal.SIGTERM, before)
     facts |= {"part": name, "quick": quick, "ok": not failures, "failures": failures}
     facts |= {"seconds": perf_counter() - begin, "limit": seconds if isfinite(seconds) else None}
-    text = json.dumps(facts | found, indent=1) + "\n"
+    text = json.dumps(facts | results, indent=1) + "\n"
     write(folder / f"gpu-day-{slug(facts['device'])}-{name}.json", text)
     return failures
 

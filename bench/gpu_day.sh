@@ -7,7 +7,7 @@
 # It needs Python with torch, triton, transformers, numba and scipy, and fetches nothing; the library need not be
 # installed. PYTHON names another interpreter. A part that fails is named at the end, and the parts after it run.
 # Exit code 1: a part failed. 2: there is neither a GPU nor TRITON_INTERPRET=1, or an option is wrong, or the folder
-# cannot be written. Ctrl-C ends the day, and the part that ran writes what it has.
+# cannot be written. Ctrl-C ends the day, and the running part writes what it has.
 set -u
 
 case " $* " in *" -h "* | *" --help "*)
@@ -16,7 +16,7 @@ case " $* " in *" -h "* | *" --help "*)
     ;;
 esac
 
-total=530 # seconds, and 5 to end what does not end itself
+total=530 # seconds, and 5 more to stop a part that does not stop itself
 parts="check:90 kernels:190 steps:80 seven_b:90 paging:75" # a limit in seconds each
 margin=10 # seconds before its limit at which a part stops itself
 
@@ -34,7 +34,7 @@ if [ -z "$python" ]; then
 fi
 
 failed=0 summary=""
-trap : INT # the part is told as well, and writes what it has
+trap : INT # the part gets the signal too, and writes what it has
 for entry in $parts; do
     part=${entry%:*} limit=${entry#*:} begin=$SECONDS
     left=$((total - SECONDS))

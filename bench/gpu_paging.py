@@ -1,11 +1,11 @@
-"""Compare PagedAdamW on a GPU with torch's AdamW, bit for bit, and time a step with a part of its state in memory.
+"""Compare PagedAdamW on a GPU with torch's AdamW, bit for bit, and time steps with a part of its state in memory.
 
 In: a device. Out: for each store and each share of the state in memory: whether three steps gave the same bits,
 seconds per step, and the page events of one step. Stores: "host" is pinned host memory, "managed" is CUDA's managed
 memory. If Triton interprets, the stores are "file" and "host" on the CPU, where nothing is pinned.
 
-The bits must equal those of torch.optim.AdamW with foreach=False: PagedAdamW makes the same operations in the same
-order. torch's two other variants may round differently, so their distance is only recorded.
+The bits must equal those of torch.optim.AdamW with foreach=False: PagedAdamW performs the same operations in the
+same order. torch's two other variants may round differently, so their distance is only recorded.
 A time is a median of consecutive steps; the clock waits for the device at both ends. Only one optimizer is in memory
 at a time, and it is sized to fit into the card's free memory.
 """
@@ -27,7 +27,9 @@ from qlora_lab.doctor.free_memory import free_memory
 from qlora_lab.optim.paged_adamw import UNIT, PagedAdamW
 from qlora_lab.optim.paging import PAGE_SIZE
 
-NUMEL, TOY_NUMEL, TOY_PAGE = 2**26, 2**12, 4096  # 512 MiB of state
+NUMEL = 2**26  # 512 MiB of state
+TOY_NUMEL = 2**12
+TOY_PAGE = 4096
 BYTES = 64  # of free memory per element: p, its gradient, two moments and three temporaries take 28
 GRADIENTS = 1.0, -0.5, 0.25  # factors of the first gradient: powers of two, so that every contender has the same bits
 MANAGED = "managed memory is CUDA's: there is no such device here"
@@ -57,7 +59,7 @@ def three_steps(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> torc
 
 
 def timed(optimizer: torch.optim.Optimizer, device: torch.device, seconds: float) -> dict:
-    """Seconds of a step, over as many rounds as time allows, 3 to 9."""
+    """Seconds per step, over as many rounds as time allows, 3 to 9."""
 
     def step() -> None:
         optimizer.step()
@@ -71,59 +73,63 @@ def timed(optimizer: torch.optim.Optimizer, device: torch.device, seconds: float
 
 def contenders(numel: int, page_size: int, device: torch.device) -> dict[str, Callable]:
     """Name -> a function that makes an optimizer of parameters."""
-    found = {f"torch.optim.AdamW, {name}": partial(torch.optim.AdamW, **how) for name, how in TORCH.items()}
+    makers = {f"torch.optim.AdamW, {name}": partial(torch.optim.AdamW, **options) for name, options in TORCH.items()}
     for store in stores_of(device):
         for share, parts in SHARES.items():
             budget = max(page_size, UNIT[32][1] * numel // parts)
-            found[f"{store}, {share}"] = partial(PagedAdamW, page_size=page_size, budget=budget, store=store)
-    found["8 bits, all in memory"] = partial(PagedAdamW, bits=8)
+            makers[f"{store}, {share}"] = partial(PagedAdamW, page_size=page_size, budget=budget, store=store)
+    makers["8 bits, all in memory"] = partial(PagedAdamW, bits=8)
     if find_spec(PEER):
-        found |= {f"{PEER} {name}": partial(_theirs, name, how) for name, how in THEIRS.items()}
-    return found
+        makers |= {f"{PEER} {name}": partial(_theirs, name, options) for name, options in THEIRS.items()}
+    return makers
 
 
 TORCH = {"one by one": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 THEIRS = {"PagedAdamW32bit": {}, "AdamW8bit": {"min_8bit_size": 1}, "PagedAdamW8bit": {"min_8bit_size": 1}}
 
 
-def _theirs(name: str, how: dict, params: list) -> torch.optim.Optimizer:
+def _theirs(name: str, options: dict, params: list) -> torch.optim.Optimizer:
     import bitsandbytes.optim
 
-    return getattr(bitsandbytes.optim, name)(params, **how)
+    return getattr(bitsandbytes.optim, name)(params, **options)
 
 
 def measure(make: Callable, numel: int, device: torch.device, wanted: torch.Tensor, seconds: float) -> dict:
     p, optimizer = start(numel, device, make)
     result = three_steps(p, optimizer)
-    found = {"equal": torch.equal(result, wanted), "largest_difference": (result - wanted).abs().max().item()}
-    found["seconds"] = timed(optimizer, device, seconds)
+    facts = {"equal": torch.equal(result, wanted), "largest_difference": (result - wanted).abs().max().item()}
+    facts["seconds"] = timed(optimizer, device, seconds)
     if isinstance(optimizer, PagedAdamW):
         pages = optimizer.pages
         pages.events.clear()
         optimizer.step()
         happened = dict(Counter(event.kind for event in pages.events))
-        found |= {"pages": pages.count, "frames": len(pages.frames), "events_of_a_step": happened}
+        facts |= {"pages": pages.count, "frames": len(pages.frames), "events_of_a_step": happened}
     synchronize(device)
-    return found
+    return facts
 
 
-def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
-    """Fill `found`. Returns a sentence for each failure."""
-    free, page_size = free_memory(device), TOY_PAGE if quick else PAGE_SIZE
+def part(device: torch.device, quick: bool, end: float, results: dict) -> list[str]:
+    """Fill `results`. Returns a sentence for each failure."""
+    free = free_memory(device)
+    page_size = TOY_PAGE if quick else PAGE_SIZE
     numel = TOY_NUMEL if quick else min(NUMEL, free // BYTES)
-    found |= {"numel": numel, "state_bytes": UNIT[32][1] * numel, "page_size": page_size, "free_bytes": free}
-    found |= {"pinned": device.type == "cuda", "optimizers": {}}
+    results |= {"numel": numel, "state_bytes": UNIT[32][1] * numel, "page_size": page_size, "free_bytes": free}
+    results |= {"pinned": device.type == "cuda", "optimizers": {}}
     wanted = three_steps(*start(numel, device, partial(torch.optim.AdamW, foreach=False)))
-    todo, failures = contenders(numel, page_size, device), []
+    todo = contenders(numel, page_size, device)
+    failures = []
     for number, (name, make) in enumerate(todo.items()):
         try:
             share = (end - perf_counter()) / (len(todo) - number)
-            one = measure(make, numel, device, wanted, share)
+            measured = measure(make, numel, device, wanted, share)
         except Exception as error:  # a driver may raise anything
-            one = {"error": first_line(error)}
-        found["optimizers"][name] = one
-        if name.startswith(stores_of(device)) and not one.get("equal"):
-            failures.append(f"{name}: " + one.get("error", f"differs by {one.get('largest_difference')} at most"))
+            measured = {"error": first_line(error)}
+        results["optimizers"][name] = measured
+        if name.startswith(stores_of(device)) and not measured.get("equal"):
+            failures.append(
+                f"{name}: " + measured.get("error", f"differs by {measured.get('largest_difference')} at most")
+            )
     if "managed" not in stores_of(device):
-        found["optimizers"]["managed"] = {"skipped": MANAGED}
+        results["optimizers"]["managed"] = {"skipped": MANAGED}
     return failures

@@ -1,8 +1,8 @@
-"""Run a LLaMA of 7B parameters on a GPU: quantise it, make five QLoRA steps and an answer; compare memory and ledger.
+"""Run a LLaMA of 7B parameters on a GPU: quantise it, take five QLoRA steps, answer; compare memory with the ledger.
 
 In: a device. Out: seconds and tokens per second, bytes measured and predicted, seconds per token of an answer; the same
 with bitsandbytes' layers, if it is installed. Weights are random and made on the device, layer by layer: each layer is
-in 4 bits before the next is drawn. Of 512 tokens the last 64 are learned; a step checkpoints its layers.
+in 4 bits before the next is drawn. Of 512 tokens the last 64 are learned; steps use gradient checkpointing.
 
 Not here: the same on a CPU, from files (seven_b.py).
 """
@@ -30,8 +30,15 @@ from qlora_lab.model.linear4bit import quantize_linears
 from qlora_lab.model.modes import checkpointing, measuring
 from qlora_lab.train.loss import accumulate
 
-R, TOKENS, LABELS, STEPS, ANSWER = 64, 512, 64, 5, 32
-TOY_R, TOY_TOKENS, TOY_LABELS, TOY_ANSWER = 4, 16, 8, 3
+R = 64
+TOKENS = 512
+LABELS = 64
+STEPS = 5
+ANSWER = 32
+TOY_R = 4
+TOY_TOKENS = 16
+TOY_LABELS = 8
+TOY_ANSWER = 3
 NO_CUDA = "not measured: only CUDA's allocator counts its bytes"
 
 
@@ -67,10 +74,10 @@ def ledger(shape: dict, quick: bool) -> Ledger:
     )  # fmt: skip
 
 
-def predicted(one: Ledger) -> dict:
+def predicted(prediction: Ledger) -> dict:
     """Predicted bytes; `allocated` is the part of torch's allocator, without CUDA's own."""
-    allocated = one.peak - one.group("runtime")
-    return {"peak": one.peak, "allocated": allocated, "phase": one.phase, "groups": one.groups}
+    allocated = prediction.peak - prediction.group("runtime")
+    return {"peak": prediction.peak, "allocated": allocated, "phase": prediction.phase, "groups": prediction.groups}
 
 
 def train(model: nn.Module, device: torch.device, quick: bool, end: float) -> dict:
@@ -83,7 +90,7 @@ def train(model: nn.Module, device: torch.device, quick: bool, end: float) -> di
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": learned}
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
-    found = {"r": r, "tokens": tokens, "learned_tokens": labels, "losses": [], "seconds": []}
+    facts = {"r": r, "tokens": tokens, "learned_tokens": labels, "losses": [], "seconds": []}
     model.train()
     for number in range(STEPS):
         if number > 1 and perf_counter() > end:
@@ -91,12 +98,12 @@ def train(model: nn.Module, device: torch.device, quick: bool, end: float) -> di
         start = perf_counter()
         optimizer.zero_grad(set_to_none=True)
         with checkpointing(model):
-            found["losses"].append(accumulate(model, [batch], labels))
+            facts["losses"].append(accumulate(model, [batch], labels))
         torch.nn.utils.clip_grad_norm_(parameters, 0.3)
         optimizer.step()
         synchronize(device)
-        found["seconds"].append(perf_counter() - start)
-    return found | {"tokens_per_second": tokens / statistics.median(found["seconds"][1:])}
+        facts["seconds"].append(perf_counter() - start)
+    return facts | {"tokens_per_second": tokens / statistics.median(facts["seconds"][1:])}
 
 
 def answer(model: nn.Module, device: torch.device, quick: bool) -> dict:
@@ -107,9 +114,9 @@ def answer(model: nn.Module, device: torch.device, quick: bool) -> dict:
     prompt = torch.randint(model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(1)).to(device)
 
     def seconds(tokens: int) -> float:
-        how = {"do_sample": False, "num_beams": 1, "min_new_tokens": tokens, "max_new_tokens": tokens}
+        options = {"do_sample": False, "num_beams": 1, "min_new_tokens": tokens, "max_new_tokens": tokens}
         start = perf_counter()
-        config = GenerationConfig(**how, pad_token_id=0)
+        config = GenerationConfig(**options, pad_token_id=0)
         made = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
         synchronize(device)
         if made.shape[1] != prompt.shape[1] + tokens:
@@ -128,11 +135,11 @@ def measure(quantise: Callable, shape: dict, device: torch.device, quick: bool, 
     _reset(device)
     model = build(shape, device, quantise)
     synchronize(device)
-    found = {"load": {"seconds": perf_counter() - start, "bytes": _bytes(device)}}
+    facts = {"load": {"seconds": perf_counter() - start, "bytes": _bytes(device)}}
     _reset(device)
-    found["steps"] = train(model, device, quick, end)
-    found["steps"]["bytes"] = _bytes(device)
-    return found | {"answer": answer(model, device, quick)}
+    facts["steps"] = train(model, device, quick, end)
+    facts["steps"]["bytes"] = _bytes(device)
+    return facts | {"answer": answer(model, device, quick)}
 
 
 def _reset(device: torch.device) -> None:
@@ -155,22 +162,23 @@ def _bytes(device: torch.device) -> dict | str:
     }
 
 
-def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
-    """Fill `found`. Returns a sentence for each failure."""
+def part(device: torch.device, quick: bool, end: float, results: dict) -> list[str]:
+    """Fill `results`. Returns a sentence for each failure."""
     shape = TOY if quick else SHAPE
-    one, free = ledger(shape, quick), free_memory(device)
-    found |= {"shape": shape, "predicted": predicted(one), "free_bytes": free}
-    if device.type == "cuda" and free < one.peak:
-        return [f"the ledger predicts {one.peak} bytes, but the card has {free} free: nothing was run"]
-    found["ours"] = measure(quantize_linears, shape, device, quick, end)
+    prediction = ledger(shape, quick)
+    free = free_memory(device)
+    results |= {"shape": shape, "predicted": predicted(prediction), "free_bytes": free}
+    if device.type == "cuda" and free < prediction.peak:
+        return [f"the ledger predicts {prediction.peak} bytes, but the card has {free} free: nothing was run"]
+    results["ours"] = measure(quantize_linears, shape, device, quick, end)
     if device.type == "cuda":
-        most = found["ours"]["steps"]["bytes"]["most_allocated"]
-        found["allocated_over_predicted"] = most / found["predicted"]["allocated"]
-    found[PEER] = {"error": "not installed"}
+        most = results["ours"]["steps"]["bytes"]["most_allocated"]
+        results["allocated_over_predicted"] = most / results["predicted"]["allocated"]
+    results[PEER] = {"error": "not installed"}
     if find_spec(PEER):
         try:
-            found[PEER] = measure(bnb_linears, shape, device, quick, end)
+            results[PEER] = measure(bnb_linears, shape, device, quick, end)
         except Exception as error:  # it may raise anything for an input that it does not accept
-            found[PEER] = {"error": first_line(error)}
-    losses = found["ours"]["steps"]["losses"]
+            results[PEER] = {"error": first_line(error)}
+    losses = results["ours"]["steps"]["losses"]
     return [] if torch.tensor(losses).isfinite().all() else [f"a loss is not finite: {losses}"]

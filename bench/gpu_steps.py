@@ -1,6 +1,6 @@
 """Compare QLoRA steps of a seeded LLaMA on a device with those on a CPU.
 
-    python bench/gpu_steps.py     compute the CPU's losses again: gpu_day_cpu.json, some minutes
+    python bench/gpu_steps.py     compute the CPU's losses again: gpu_day_cpu.json, a few minutes
 
 In: a device. Out: the losses of 20 steps in float32 and in bf16, and their distance from the CPU's stored losses.
 The model has SmolLM2-135M's shape. Its weights are (k / 2^24 - 1/2) / 16 for a whole number k from a CPU's generator,
@@ -47,7 +47,10 @@ TOY = {
     "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
 }  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-R, LR, CLIP, IDS = 16, 1e-3, 0.3, 64
+R = 16
+LR = 1e-3
+CLIP = 0.3
+IDS = 64
 # The CPU's product, whichever one wins the race there: float32 in float32 and bf16 in bf16, as on a GPU.
 RACES = {"float32": Race(1.0, inf, inf), "bfloat16": Race(inf, inf, 1.0)}
 # Where they come from: bench/README.md.
@@ -75,7 +78,9 @@ def build(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[torch.n
     """The adapted model on `device`, and digests of the drawn weights and of their codes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    generator, drawn, packed = torch.Generator().manual_seed(0), hashlib.sha256(), hashlib.sha256()
+    generator = torch.Generator().manual_seed(0)
+    drawn = hashlib.sha256()
+    packed = hashlib.sha256()
     model = LlamaForCausalLM(LlamaConfig(**case.shape, attn_implementation="sdpa"))
     for p in model.parameters():
         if p.dim() == 2:
@@ -117,50 +122,51 @@ def train(case: Case, dtype: torch.dtype, device: torch.device, end: float = inf
     batch = batch_of(case)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
-    found = digests | {"tokens": first_losses(model, batch, device), "losses": [], "norms": [], "seconds": []}
+    record = digests | {"tokens": first_losses(model, batch, device), "losses": [], "norms": [], "seconds": []}
     for _ in range(case.steps):
-        if found["losses"] and perf_counter() > end:
+        if record["losses"] and perf_counter() > end:
             break
         start = perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        found["losses"].append(accumulate(model, [batch], case.rows * (case.length - 1)))
-        found["norms"].append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).item())
+        record["losses"].append(accumulate(model, [batch], case.rows * (case.length - 1)))
+        record["norms"].append(torch.nn.utils.clip_grad_norm_(parameters, CLIP).item())
         optimizer.step()
         synchronize(device)
-        found["seconds"].append(perf_counter() - start)
-    return found
+        record["seconds"].append(perf_counter() - start)
+    return record
 
 
-def apart(found: dict, cpu: dict) -> dict[str, float]:
+def apart(run: dict, cpu: dict) -> dict[str, float]:
     """How far two runs are: of the first losses, root mean square over their spread; of the mean losses, the largest
     difference over the loss."""
-    tokens, losses = (torch.tensor(found[what], dtype=torch.float64) for what in ("tokens", "losses"))
-    known_tokens, known = (torch.tensor(cpu[what], dtype=torch.float64) for what in ("tokens", "losses"))
-    known = known[: len(losses)]  # time may have ended the steps early
+    tokens, losses = (torch.tensor(run[what], dtype=torch.float64) for what in ("tokens", "losses"))
+    cpu_tokens, cpu_losses = (torch.tensor(cpu[what], dtype=torch.float64) for what in ("tokens", "losses"))
+    cpu_losses = cpu_losses[: len(losses)]  # time may have ended the steps early
     return {
-        "tokens": ((tokens - known_tokens).square().mean().sqrt() / known_tokens.std()).item(),
-        "losses": ((losses - known).abs() / known).max().item(),  # NaN if any is NaN
+        "tokens": ((tokens - cpu_tokens).square().mean().sqrt() / cpu_tokens.std()).item(),
+        "losses": ((losses - cpu_losses).abs() / cpu_losses).max().item(),  # NaN if any is NaN
     }
 
 
-def compare(found: dict, cpu: dict, dtype: str) -> list[str]:
-    """Put the distance from the CPU's run into `found`. Returns a sentence for each bound that it exceeds."""
-    found |= {"cpu": cpu["losses"], "apart": apart(found, cpu), "limits": LIMITS[dtype]}
-    failures = [f"{dtype}: other {what} than the CPU's" for what in ("weights", "codes") if found[what] != cpu[what]]
+def compare(run: dict, cpu: dict, dtype: str) -> list[str]:
+    """Put the distance from the CPU's run into `run`. Returns a sentence for each bound that it exceeds."""
+    run |= {"cpu": cpu["losses"], "apart": apart(run, cpu), "limits": LIMITS[dtype]}
+    failures = [f"{dtype}: other {what} than the CPU's" for what in ("weights", "codes") if run[what] != cpu[what]]
     for what, limit in LIMITS[dtype].items():
-        if not found["apart"][what] <= limit:
-            failures.append(f"{dtype}: {what} are {found['apart'][what]:.3g} from the CPU's, at most {limit:.3g}")
+        if not run["apart"][what] <= limit:
+            failures.append(f"{dtype}: {what} are {run['apart'][what]:.3g} from the CPU's, at most {limit:.3g}")
     return failures
 
 
-def part(device: torch.device, quick: bool, end: float, found: dict) -> list[str]:
-    """Fill `found`. Returns a sentence for each failure."""
+def part(device: torch.device, quick: bool, end: float, results: dict) -> list[str]:
+    """Fill `results`. Returns a sentence for each failure."""
     name = "toy" if quick else "smollm2-135m"
-    stored, failures = json.loads(STORED.read_text("utf-8")), []
-    found |= {"case": name, **CASES[name]._asdict(), "r": R, "lr": LR, "clip": CLIP, "cpu": stored["processor"]}
+    stored = json.loads(STORED.read_text("utf-8"))
+    failures = []
+    results |= {"case": name, **CASES[name]._asdict(), "r": R, "lr": LR, "clip": CLIP, "cpu": stored["processor"]}
     for dtype in DTYPES:
-        found[dtype] = train(CASES[name], DTYPES[dtype], device, end)
-        failures += compare(found[dtype], stored["cases"][name][dtype], dtype)
+        results[dtype] = train(CASES[name], DTYPES[dtype], device, end)
+        failures += compare(results[dtype], stored["cases"][name][dtype], dtype)
     return failures
 
 
@@ -172,9 +178,9 @@ def main() -> None:
         for dtype, race in RACES.items():
             print(name, dtype, flush=True)
             keep(race)
-            one = train(case, DTYPES[dtype], torch.device("cpu"))
-            one["tokens"] = [round(loss, 6) for loss in one["tokens"]]
-            cases[name][dtype] = {key: value for key, value in one.items() if key != "seconds"}
+            run = train(case, DTYPES[dtype], torch.device("cpu"))
+            run["tokens"] = [round(loss, 6) for loss in run["tokens"]]
+            cases[name][dtype] = {key: value for key, value in run.items() if key != "seconds"}
     facts = {"date": datetime.date.today().isoformat(), "processor": cpu_name(), "versions": versions()}
     write(STORED, json.dumps(facts | {"cases": cases}, indent=1) + "\n")
 

@@ -21,7 +21,8 @@ from qlora_lab.gpu_code import aot  # noqa: E402
 from qlora_lab.gpu_code.machine_code import widths  # noqa: E402
 
 BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
-ARCH, DTYPES = 90, ("bfloat16", "float32")  # what docs/gpu.md shows
+ARCH = 90
+DTYPES = ("bfloat16", "float32")  # what docs/gpu.md shows
 
 
 def count() -> dict:
@@ -30,10 +31,10 @@ def count() -> dict:
     for dtype in aot.DTYPES:
         ours += aot.report(None, aot.ARCHS, dtype, progress=True)
         for arch in aot.ARCHS:
-            found, why = aot.bitsandbytes_report(arch, dtype)
-            if found is None:
+            reports, why = aot.bitsandbytes_report(arch, dtype)
+            if reports is None:
                 sys.exit(why)
-            theirs += found
+            theirs += reports
     return {
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("triton", PEER)},
@@ -44,8 +45,8 @@ def count() -> dict:
 
 def records(reports: list[aot.Report]) -> list[dict]:
     """Each kernel once, as plain data. Kernels of constants are float32 whatever dtype was requested."""
-    once = {(one.rung, one.kernel, one.arch, one.dtype): one for one in reports}
-    return [{key: _rounded(value) for key, value in asdict(one).items()} for one in once.values()]
+    once = {(report.rung, report.kernel, report.arch, report.dtype): report for report in reports}
+    return [{key: _rounded(value) for key, value in asdict(report).items()} for report in once.values()]
 
 
 def _rounded(value: object) -> object:
@@ -81,11 +82,11 @@ def section(result: dict) -> str:
     ]
     for rung in aot.RUNGS:
         pairs = [(find(result["ours"], rung, dtype), find(result[PEER], rung, dtype)) for dtype in DTYPES]
-        one, peer = pairs[0]
+        record, peer = pairs[0]
         if len(aot.RUNGS[rung].dtypes) == 1:  # float32, which is listed once
             pairs[0] = None, None
         figures = [f"{row['per_weight']:.1f}" if row else "" for pair in pairs for row in pair]
-        cells = [f"`{rung}`", *figures, one["registers"], one["spills"], bits(one), bits(peer) if peer else ""]
+        cells = [f"`{rung}`", *figures, record["registers"], record["spills"], bits(record), bits(peer) if peer else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
         "",

@@ -1,11 +1,11 @@
-"""Time paging on the CPU: a step of AdamW with all of its state in memory, and with a part of it.
+"""Time paging on the CPU: steps of AdamW with all of its state in memory, and with a part of it.
 
     python bench/paging.py                     measure and write paging.json, two minutes
     python bench/paging.py --quick --out FILE  toy sizes: to see that it runs
 
 Contenders run in turn in one process. A figure is the median of `rounds` steps; low and high are quartiles. "copy" is
 the floor of paging a tenth: every page is read from the file once and written to it once. There are three runs: shares
-of the state in memory; the same shares with and without prefetching, with torch's threads and with one thread; 8-bit
+of the state in memory; the same shares with and without prefetching, with all of torch's threads and with one; 8-bit
 moments by the kernel, by the readable code and by bitsandbytes. Nothing here asserts a time.
 """
 
@@ -50,38 +50,39 @@ def copy(file: int, page: bytearray, pages: int) -> None:
 
 def paged(numel: int, page_size: int, share: int, ahead: bool = True) -> PagedAdamW:
     budget = max(page_size, UNIT[32][1] * numel // share)
-    one = optimizer(numel, partial(PagedAdamW, page_size=page_size, budget=budget))
+    adamw = optimizer(numel, partial(PagedAdamW, page_size=page_size, budget=budget))
     if not ahead:
-        one.pages.prefetch = lambda number: None
-    return one
+        adamw.pages.prefetch = lambda number: None
+    return adamw
 
 
 def measure(numel: int, page_size: int, rounds: int) -> dict:
-    """Seconds of a step for each contender, and the page events of one step."""
+    """Seconds per step of each contender, and the page events of one step."""
     state = UNIT[32][1] * numel
     shares = {name: paged(numel, page_size, share) for name, share in SHARES.items()}
     steps = {"torch.optim.AdamW": optimizer(numel, torch.optim.AdamW).step}
-    steps |= {name: one.step for name, one in shares.items()}
+    steps |= {name: adamw.step for name, adamw in shares.items()}
     with tempfile.TemporaryFile() as file:
         file.truncate(state)
         pages = max(1, state // page_size)
         seconds = in_turn(steps | {"copy": partial(copy, file.fileno(), bytearray(page_size), pages)}, rounds, 0.0)
     events = {}
-    for name, one in shares.items():
-        one.pages.events.clear()
-        one.step()
-        events[name] = dict(Counter(event.kind for event in one.pages.events))
+    for name, adamw in shares.items():
+        adamw.pages.events.clear()
+        adamw.step()
+        events[name] = dict(Counter(event.kind for event in adamw.pages.events))
     return {"state_bytes": state, "page_size": page_size, "seconds": seconds, "events_of_a_step": events}
 
 
 def prefetched(numel: int, page_size: int, rounds: int) -> dict[str, dict]:
-    """torch's threads -> seconds of a step, for each share with and without prefetching the next page."""
+    """torch's threads -> seconds per step, for each share with and without prefetching the next page."""
     whole, *shares = SHARES.items()
     steps = {whole[0]: paged(numel, page_size, whole[1]).step}
     for name, share in shares:
         steps[name] = paged(numel, page_size, share).step
         steps[f"{name}, no prefetch"] = paged(numel, page_size, share, ahead=False).step
-    seconds, threads = {}, torch.get_num_threads()
+    seconds = {}
+    threads = torch.get_num_threads()
     try:
         for n in sorted({threads, 1}, reverse=True):
             torch.set_num_threads(n)
@@ -92,7 +93,7 @@ def prefetched(numel: int, page_size: int, rounds: int) -> dict[str, dict]:
 
 
 def eight_bits(numel: int, rounds: int) -> dict:
-    """Seconds of a step over `numel` parameters with 8-bit moments, all in memory, beside 32 bits."""
+    """Seconds per step over `numel` parameters with 8-bit moments, all in memory, beside 32 bits."""
     kernel, readable = (optimizer(numel, partial(PagedAdamW, bits=8)) for _ in range(2))
     steps = {
         "32 bits": optimizer(numel, PagedAdamW).step,
@@ -125,11 +126,11 @@ def table(result: dict) -> str:
 
 def rows(seconds: dict[str, dict], base: str, events: dict[str, dict] | None = None) -> list[str]:
     lines = []
-    for name, one in seconds.items():
-        spread = f"({one['low'] * 1e3:.1f} to {one['high'] * 1e3:.1f})"
+    for name, times in seconds.items():
+        spread = f"({times['low'] * 1e3:.1f} to {times['high'] * 1e3:.1f})"
         happened = ", ".join(f"{n} {kind}" for kind, n in (events or {}).get(name, {}).items())
-        times = one["median"] / seconds[base]["median"]
-        lines.append(f"{name:23} {one['median'] * 1e3:8.1f} ms {spread:20} x {times:.2f}  {happened}".rstrip())
+        ratio = times["median"] / seconds[base]["median"]
+        lines.append(f"{name:23} {times['median'] * 1e3:8.1f} ms {spread:20} x {ratio:.2f}  {happened}".rstrip())
     return lines
 
 

@@ -62,12 +62,12 @@ def table(result: dict) -> str:
 
 
 def _mentioned(result: dict) -> list[tuple[str, list[dict | None], str]]:
-    found = []
+    mentioned = []
     for label, (work, shape, dtype, tokens, peer) in ROWS.items():
         rows = [find(result["allocators"][name], work, shape, dtype, tokens) for name in ("stock", "recycling")]
         if any(rows):
-            found.append((label, rows, peer))
-    return found
+            mentioned.append((label, rows, peer))
+    return mentioned
 
 
 def section(result: dict) -> str:
@@ -92,17 +92,17 @@ def section(result: dict) -> str:
 
 def _floors(result: dict) -> list[str]:
     stock = result["allocators"]["stock"]
-    said = []
+    clauses = []
     for dtype in ("float32", "bfloat16"):
         if row := find(stock, "dequantise", (4096, 4096), dtype, None):
-            said.append(f"a {dtype} dequantise takes {1 / ratio(row, 'fill'):.2f} times a fill of the same buffer")
+            clauses.append(f"a {dtype} dequantise takes {1 / ratio(row, 'fill'):.2f} times a fill of the same buffer")
         if row := find(stock, "forward", (4096, 4096), dtype, 256):
-            said.append(
+            clauses.append(
                 f"a {dtype} forward of 256 tokens {1 / ratio(row, 'ready weight'):.2f} times one with a ready weight"
             )
         if row := find(stock, "LoRA layer step", (4096, 11008), dtype, 256):
-            said.append(f"the {dtype} layer step {1 / ratio(row, 'unquantised'):.2f} times the unquantised layer's")
-    text = "Compared with the floor, stock allocator: " + "; ".join(said) + "." if said else ""
+            clauses.append(f"the {dtype} layer step {1 / ratio(row, 'unquantised'):.2f} times the unquantised layer's")
+    text = "Compared with the floor, stock allocator: " + "; ".join(clauses) + "." if clauses else ""
     row = find(stock, "forward and backward", (11008, 4096), "bfloat16", 256)
     if row and all((row.get("peak_bytes") or {}).values()):
         mine, theirs = (row["peak_bytes"][name] / 2**20 for name in ("ours", PEER))
@@ -148,13 +148,13 @@ def picture(result: dict, path: Path) -> None:
     left.set(xlabel="weights", ylabel="seconds", title="float32, stock allocator")
     if left.has_data():
         left.legend(fontsize=7, frameon=False, handlelength=4)
-    found = _mentioned(result)
+    mentioned = _mentioned(result)
     for offset, index, colour, label in ((-0.2, 0, "blue", "stock allocator"), (0.2, 1, "sky", "recycling")):
-        values = [ratio(rows[index], peer) if rows[index] else 0 for _, rows, peer in found]
+        values = [ratio(rows[index], peer) if rows[index] else 0 for _, rows, peer in mentioned]
         right.barh([i + offset for i in range(len(values))], values, 0.4, color=COLOURS[colour], label=label)
     right.axvline(1, color="black", linewidth=0.8)
-    right.set(xscale="log", title=f"{PEER}' time over ours", yticks=range(len(found)))
-    right.set_yticklabels([label for label, *_ in found], fontsize=7)
+    right.set(xscale="log", title=f"{PEER}' time over ours", yticks=range(len(mentioned)))
+    right.set_yticklabels([label for label, *_ in mentioned], fontsize=7)
     right.invert_yaxis()
     right.legend(fontsize=7, frameon=False)
     fig.savefig(path, metadata={"Software": None})

@@ -43,7 +43,9 @@ SHAPE = {
 TOY = SHAPE | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 400}
 TOY |= {"num_attention_heads": 4, "num_key_value_heads": 4}
 SHARD = 5 * 10**9  # bytes
-R, TOKENS, ANSWER = 64, 512, 16
+R = 64
+TOKENS = 512
+ANSWER = 16
 GIB = 2**30
 OUT = HERE / SEVEN_B
 
@@ -64,7 +66,8 @@ def write_checkpoint(folder: Path, shape: dict, shard_bytes: int) -> None:
     _tokenizer().save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
-    shards, room = [], 0
+    shards = []
+    room = 0
     for name, size in shapes.items():
         nbytes = 2 * size.numel()
         if not shards or nbytes > room:
@@ -72,7 +75,8 @@ def write_checkpoint(folder: Path, shape: dict, shard_bytes: int) -> None:
             room = shard_bytes
         shards[-1].append(name)
         room -= nbytes
-    weight_map, generator = {}, torch.Generator().manual_seed(0)
+    weight_map = {}
+    generator = torch.Generator().manual_seed(0)
     for number, names in enumerate(tqdm(shards, "writing", unit="shard"), 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {name: _draw(shapes[name], generator) for name in names}
@@ -125,7 +129,7 @@ def quantise(folder: Path, scratch: Path, quick: bool) -> dict:
 
 
 def map_again(folder: Path, scratch: Path, quick: bool) -> dict:
-    """Load the folder that is in 4 bits on the disk."""
+    """Load the folder that is stored in 4 bits."""
     _warm_up(scratch)
     result = _measured(lambda: _load(scratch / "small"))
     result["folder_bytes"] = sum(path.stat().st_size for path in (scratch / "small").iterdir())
@@ -146,7 +150,8 @@ def step(folder: Path, scratch: Path, quick: bool) -> dict:
     example = Example((("user", text[: -short or None]), ("assistant", text[:63])))
     options = {"steps": 1, "batch_size": 1, "max_length": TOKENS, "gradient_checkpointing": True, "progress": False}
     run = ql.finetune(model, tokenizer, [example], out=scratch / "run", **options)
-    peak, floor = peak_resident(), _floor(model, TOKENS, run.data.learned_tokens, r)
+    peak = peak_resident()
+    floor = _floor(model, TOKENS, run.data.learned_tokens, r)
     return {
         "seconds": run.seconds,
         "peak_bytes": peak,
@@ -191,15 +196,18 @@ def _warm_up(scratch: Path) -> None:
 
 
 def _measured(work) -> dict:
-    before, start, cpu = resident(), time.perf_counter(), time.process_time()
+    before = resident()
+    start = time.perf_counter()
+    cpu = time.process_time()
     reset_peak()
     work()
-    seconds, core_seconds = time.perf_counter() - start, time.process_time() - cpu
+    seconds = time.perf_counter() - start
+    core_seconds = time.process_time() - cpu
     return {"seconds": seconds, "core_seconds": core_seconds, "peak_bytes_above_import": peak_resident() - before}
 
 
 def _floor(model, tokens: int, learned: int, r: int) -> float:
-    """Seconds of the products that a step cannot avoid, each shape timed once, the faster of two dtypes."""
+    """Seconds of the products that a step cannot avoid; each shape is timed once, in the faster of two dtypes."""
     from collections import Counter
 
     from qlora_lab.adapters.lora import adapters

@@ -13,12 +13,13 @@ from time import perf_counter
 
 
 def in_turn(contenders: dict[str, Callable[[], object]], rounds: int, sample: float) -> dict[str, dict]:
-    """name -> {median, low, high (quartiles), in seconds a call; calls a sample; rounds}.
+    """name -> {median, low, high (quartiles), in seconds per call; calls per sample; rounds}.
 
     sample: seconds that one sample lasts at least; a shorter call is repeated. Each round runs every contender once,
-    beginning with another each time, so that whatever the machine does meanwhile happens to all of them.
+    starting with a different one each time, so that other work on the machine affects all of them alike.
     """
-    calls, samples = {}, {name: [] for name in contenders}
+    calls = {}
+    samples = {name: [] for name in contenders}
     for name, function in contenders.items():
         for _ in range(2):
             calls[name] = max(1, ceil(sample / _seconds(function, 1)))
@@ -62,5 +63,5 @@ def _status(field: str) -> int:
 def cpu_name() -> str:
     """The processor's name, or the platform's name for it."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else 'processor'}, {os.cpu_count()} cores"
+    name = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{name[1] if name else 'processor'}, {os.cpu_count()} cores"

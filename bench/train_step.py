@@ -49,7 +49,9 @@ from qlora_lab.train.allocator import recycle_memory  # noqa: E402
 from qlora_lab.train.loss import answer_loss  # noqa: E402
 
 OUT = HERE / TRAIN_STEP
-R, CLIP, LR = 16, 0.3, 2e-4
+R = 16
+CLIP = 0.3
+LR = 2e-4
 OURS = "ours"
 # name -> (who, whether memory is recycled)
 CONTENDERS = {
@@ -141,9 +143,10 @@ def train_step(model: torch.nn.Module, optimizer, batch: dict, loss_of) -> float
 def serve(pipe, who: str, recycled: bool, case: Case) -> None:
     """The main function of a child: load, then obey the pipe until it closes."""
     if recycled and not recycle_memory():
-        sys.exit("this C library cannot be told to recycle memory: only glibc can")
+        sys.exit("this C library cannot recycle memory: only glibc can")
     build, loss_of = WHO[who]
-    model, batch = build(case).train(), batch_of(case)
+    model = build(case).train()
+    batch = batch_of(case)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
     step = partial(train_step, model, optimizer, batch, loss_of)
     answers = {
@@ -182,26 +185,27 @@ class Child:
 
 @contextmanager
 def child(name: str, case: Case):
-    one = Child(*CONTENDERS[name], case)
+    contender = Child(*CONTENDERS[name], case)
     try:
-        yield one
+        yield contender
     finally:
-        if one.process.is_alive():
-            one.pipe.send("end")
-        one.process.join()
+        if contender.process.is_alive():
+            contender.pipe.send("end")
+        contender.process.join()
 
 
 def measure(case: Case, rounds: int, profiled: bool) -> dict:
     """Seconds, ratios, peaks and, if requested, a profile, for each contender."""
     with ExitStack() as stack, tqdm(total=len(CONTENDERS) * (rounds + 4), unit="step") as bar:
-        children, peaks = {}, {}
+        children = {}
+        peaks = {}
         for name in CONTENDERS:
             children[name] = stack.enter_context(child(name, case))
             peaks[name] = children[name].ask("peak")
             bar.update(2)
-        seconds = in_turn({name: partial(one.step, bar) for name, one in children.items()}, rounds, 0.0)
+        seconds = in_turn({name: partial(contender.step, bar) for name, contender in children.items()}, rounds, 0.0)
         ours = [s for s, _ in children[OURS].steps[-rounds:]]
-        found = {
+        results = {
             "date": datetime.date.today().isoformat(),
             "checkpointing": case.checkpointing,
             "tokens": case.rows * case.length,
@@ -209,15 +213,16 @@ def measure(case: Case, rounds: int, profiled: bool) -> dict:
             "seconds": seconds,
             "tokens_per_second": {n: case.rows * case.length / s["median"] for n, s in seconds.items()},
             "ratio": {
-                name: quartiles([s / our for (s, _), our in zip(one.steps[-rounds:], ours, strict=True)])
-                for name, one in children.items()
+                name: quartiles([s / our for (s, _), our in zip(contender.steps[-rounds:], ours, strict=True)])
+                for name, contender in children.items()
             },
             "peak_bytes": peaks,
-            "loss_of_third_step": {name: one.steps[0][1] for name, one in children.items()},  # two for the peak
+            # the peak took two steps
+            "loss_of_third_step": {name: contender.steps[0][1] for name, contender in children.items()},
         }
         if profiled:
-            found["profile"] = {name: one.ask("profile") for name, one in children.items()}
-    return found
+            results["profile"] = {name: contender.ask("profile") for name, contender in children.items()}
+    return results
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
@@ -263,7 +268,8 @@ def table(result: dict) -> str:
         labels = f"{case['labels']} labels of {case['tokens']} tokens"
         lines.append(f"\ngradient checkpointing {checkpointing}, {labels}, {case['date']}")
         for name, s in case["seconds"].items():
-            ratio, peak = case["ratio"][name], case["peak_bytes"][name]
+            ratio = case["ratio"][name]
+            peak = case["peak_bytes"][name]
             memory = "unknown" if peak is None else f"{peak / 2**20:.0f} MiB"
             lines.append(
                 f"  {name:26} {case['tokens_per_second'][name]:6.0f} tokens/s  {s['median']:6.2f} s  "

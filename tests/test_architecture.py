@@ -8,6 +8,7 @@ import tokenize
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,16 @@ ROOMS = [
 HEAVY = ["torch", "triton", "numba", "matplotlib", "ipywidgets", "anywidget", "scipy", "transformers", "numpy"]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """A file's syntax tree, which several tests walk and none changes."""
+    return ast.parse(path.read_text("utf-8"))
+
+
 def imports_of(path: Path) -> set[str]:
     """Dotted names of qlora_lab that a file imports, at its top or inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -61,7 +68,7 @@ def test_imports_point_one_way(path):
 def test_the_quant_room_needs_numbers_only():
     outside = set()
     for path in (ROOT / "qlora_lab" / "quant").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Import):
                 outside |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -71,7 +78,7 @@ def test_the_quant_room_needs_numbers_only():
 
 def test_witnesses_are_never_imported_by_the_library():
     for path in (ROOT / "qlora_lab").rglob("*.py"):
-        words = {w.split(".")[0] for node in ast.walk(ast.parse(path.read_text("utf-8"))) for w in _modules(node)}
+        words = {w.split(".")[0] for node in ast.walk(tree_of(path)) for w in _modules(node)}
         assert not words & {"bitsandbytes", "peft", "torchao", "playwright"}, path
 
 
@@ -86,10 +93,15 @@ def test_importing_the_library_is_light():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+@cache
+def reference() -> str:
+    return public_page()
+
+
 @pytest.mark.parametrize("name", ql.__all__)
 def test_public_names_exist_and_are_documented(name):
     assert getattr(ql, name).__doc__, f"{name} has no docstring"
-    assert f"}} qlora_lab.{name}" in public_page(), f"{name} is not in the reference of the documentation"
+    assert f"}} qlora_lab.{name}" in reference(), f"{name} is not in the reference of the documentation"
 
 
 def test_an_unknown_name_lists_the_known():
@@ -132,7 +144,7 @@ def test_what_is_imported_is_declared():
     declared = {re.split(r"[^a-z0-9_-]", r.lower())[0].replace("-", "_") for r in project()["dependencies"]}
     names = {"PIL": "pillow", "rouge_score": "rouge_score"}
     for path in (ROOT / "qlora_lab").rglob("*.py"):
-        modules = {m.split(".")[0] for node in ast.walk(ast.parse(path.read_text("utf-8"))) for m in _modules(node)}
+        modules = {m.split(".")[0] for node in ast.walk(tree_of(path)) for m in _modules(node)}
         outside = {names.get(m, m) for m in modules} - set(sys.stdlib_module_names) - {"qlora_lab", ""}
         assert outside <= declared, f"{path.name} imports {outside - declared}, which pyproject.toml does not declare"
 
@@ -155,7 +167,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
@@ -171,7 +183,7 @@ def test_no_room_is_a_seventh_of_the_library():
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_files_and_functions_stay_small(path):
     """A file above 400 lines says in its docstring why it is one."""
-    assert len(lines_of(path)) <= 400 or "One file:" in ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    assert len(lines_of(path)) <= 400 or "One file:" in ast.get_docstring(tree_of(path))
     assert [node.name for node in functions(path) if node.end_lineno - node.lineno >= 60] == []
 
 

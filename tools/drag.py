@@ -3,8 +3,6 @@
     python -m tools.drag
 
 In: frames of NormalFloatExplorer, the control that notebook 01 has. Out: an animated GIF with its own palette.
-
-Not here: what is drawn (qlora_lab/show/normal_float.py).
 """
 
 import io

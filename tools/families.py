@@ -115,7 +115,7 @@ FAMILIES = [
 
 
 def save(family: Family, folder: Path) -> None:
-    """A model of this family with random weights, and a tokenizer of words, as transformers saves them."""
+    """Save a model of this family with random weights, and a tokenizer of words, as transformers does."""
     config = getattr(transformers, family.config)
     if family.refused:
         config().save_pretrained(folder)
@@ -130,7 +130,7 @@ def save(family: Family, folder: Path) -> None:
 
 
 def theirs(folder: Path) -> PreTrainedModel:
-    """The model as transformers loads it. Frozen like ours: some families multiply differently if gradients are due."""
+    """The model as transformers loads it. Frozen like ours: some families multiply differently with gradients."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
 
 
@@ -164,8 +164,8 @@ sizes of the layers, so it differs in a full-size model. Loading warns if it is 
 NOTES = """
 - Only linear layers are quantised and adapted. Experts that a family keeps in one tensor, as Mixtral does, stay in 16 \
 bits, and so do weights that the family's own code uses directly, as in Mamba and RWKV.
-- **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still reads them so. \
-Use adapters of these layers with `load_adapter`, not with PEFT.
+- **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still treats them \
+as experts. Use adapters of these layers with `load_adapter`, not with PEFT.
 """
 
 
@@ -188,7 +188,8 @@ def row(family: Family) -> tuple[str, str, str, str]:
         try:
             model = ours(folder, block_size=16)
         except ValueError as refusal:  # nothing to quantise: the other columns use the model as it is
-            loads, model = f"{loads}, but not in 4 bits: {_reason(refusal)}", ours(folder, codebook=None)
+            loads = f"{loads}, but not in 4 bits: {_reason(refusal)}"
+            model = ours(folder, codebook=None)
         share = f"{100 * in_4_bits(model).part:.0f} %"
         return loads, share, _outcome(trains, model), _outcome(peft_agrees, folder)
 
@@ -235,7 +236,7 @@ def peft_agrees(folder: Path) -> bool:
         layer.lora_B.data.normal_(std=0.1, generator=generator)
     ql.save_adapter(model, folder / "adapter")
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's remarks on experts; the logits tell
+        warnings.simplefilter("ignore")  # PEFT's remarks on experts; the logits decide
         other = PeftModel.from_pretrained(theirs(folder), folder / "adapter")
         adapted = {path for path, module in other.base_model.model.named_modules() if isinstance(module, LoraLayer)}
         if left_out := sorted({path.split(".")[-1] for path in adapters(model).keys() - adapted}):

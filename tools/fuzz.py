@@ -2,7 +2,7 @@
 
     python tools/fuzz.py                            200,000 inputs in two processes
     python tools/fuzz.py plan "GGUF" --count 5000 --seed 3
-    python tools/fuzz.py plan --input 7b227d        one input again
+    python tools/fuzz.py plan --input 7b227d        read one input again
 
 A parser may read an input, or refuse it with a documented error of one line. Anything else is a finding: another
 exception, a message of several lines, more than SECONDS, more than MEMORY. A finding is printed with its seed and its
@@ -37,7 +37,10 @@ from qlora_lab.cli.options import one_line  # noqa: E402
 from tools.fuzz_damage import damaged  # noqa: E402
 from tools.fuzz_parsers import PARSERS, Parser  # noqa: E402
 
-COUNT, WORKERS, SECONDS, MEMORY = 200_000, 2, 5, 4 * 2**30
+COUNT = 200_000
+WORKERS = 2
+SECONDS = 5
+MEMORY = 4 * 2**30
 ENOUGH = 10  # inputs of one parser that took SECONDS
 KEPT = 200  # inputs that ended somewhere new, for further damage
 LONGEST = 2000  # characters of a message
@@ -75,11 +78,14 @@ class TooLongError(BaseException):
 
 
 def attack(name: str, folder: Path, count: int, seed: str) -> Tally:
-    """Draw `count` inputs for the parser `name`, which gets the new folder `folder` for itself."""
-    parser, draws = PARSERS[name], Random(f"{seed} {name}")
+    """Draw `count` inputs for the parser `name`, which gets `folder`, a new folder, for itself."""
+    parser = PARSERS[name]
+    draws = Random(f"{seed} {name}")
     folder.mkdir(parents=True)
     corpus = parser.good(folder)
-    good, seen, tally = len(corpus), set(), Tally(0, 0, [])
+    good = len(corpus)
+    seen = set()
+    tally = Tally(0, 0, [])
     for content in corpus:  # a good input must be read
         parser.read(content, folder)
     for number in range(count):
@@ -104,10 +110,10 @@ def outcome(parser: Parser, content: bytes, folder: Path) -> tuple[str, str]:
             parser.read(content, folder)
     except parser.errors as error:
         words = str(error.args[0]) if error.args else ""
-        told_in = len(one_line(words))  # on the command line, where endless names are cut
-        if len(words.splitlines()) != 1 or told_in > LONGEST:
-            told = f"{len(words.splitlines())} lines of {told_in:,} characters"
-            return "finding", f"{_where(error)}: told in {told}: {words[:200]!r}"
+        length = len(one_line(words))  # on the command line, where endless names are cut
+        if len(words.splitlines()) != 1 or length > LONGEST:
+            form = f"{len(words.splitlines())} lines of {length:,} characters"
+            return "finding", f"{_where(error)}: a message of {form}: {words[:200]!r}"
         return "refused", _where(error)
     except (Exception, TooLongError, SystemExit) as error:
         return "finding", f"{_where(error)}: {' '.join(str(error).split())[:200]}"
@@ -167,7 +173,7 @@ def fuzz(names: list[str], count: int, seed: int, folder: Path, workers: int = W
             return {name: attack(name, folder / name, part, str(seed)) for name, part in parts.items()}
     children = [_fork(parts, f"{seed}.{worker}", folder / str(worker)) for worker in range(workers)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    found: dict[str, Tally] = {}
+    sums: dict[str, Tally] = {}
     for worker, code in enumerate(codes):
         tallies = _results(folder / str(worker))
         if code or tallies.keys() != parts.keys():
@@ -175,13 +181,13 @@ def fuzz(names: list[str], count: int, seed: int, folder: Path, workers: int = W
             fault = f"the process ended with {code} in {name}"
             tallies[name] = Tally(0, 0, [Finding(name, f"{seed}.{worker}", -1, b"", fault)])
         for name, tally in tallies.items():
-            before = found.get(name, Tally(0, 0, []))
-            found[name] = Tally(*(a + b for a, b in zip(before, tally, strict=True)))
-    return found
+            before = sums.get(name, Tally(0, 0, []))
+            sums[name] = Tally(*(a + b for a, b in zip(before, tally, strict=True)))
+    return sums
 
 
 def _fork(parts: dict[str, int], seed: str, folder: Path) -> int:
-    """A child that attacks the parsers and writes a line for each tally."""
+    """Start a child that attacks the parsers and writes a line for each tally; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -193,7 +199,8 @@ def _fork(parts: dict[str, int], seed: str, folder: Path) -> int:
         with (folder / "tallies").open("w") as file, quiet():
             for name, part in parts.items():
                 tally = attack(name, folder / name, part, seed)
-                file.write(repr((name, tally.read, tally.refused, [tuple(one) for one in tally.findings])) + "\n")
+                findings = [tuple(finding) for finding in tally.findings]
+                file.write(repr((name, tally.read, tally.refused, findings)) + "\n")
                 file.flush()
         code = 0
     except BaseException:
@@ -208,7 +215,7 @@ def _results(folder: Path) -> dict[str, Tally]:
     tallies = {}
     for line in (folder / "tallies").read_text().splitlines():
         name, read, refused, findings = literal_eval(line)
-        tallies[name] = Tally(read, refused, [Finding(*one) for one in findings])
+        tallies[name] = Tally(read, refused, [Finding(*fields) for fields in findings])
     return tallies
 
 
@@ -227,12 +234,13 @@ def table(tallies: dict[str, Tally]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Draw damaged inputs for every parser.")
-    parser.add_argument("parsers", nargs="*", help=f"of {', '.join(PARSERS)}; none: all")
-    parser.add_argument("--count", type=int, default=COUNT, help="of all inputs (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--input", metavar="HEX", help="read this input alone")
+    parser.add_argument("parsers", nargs="*", help=f"which parsers (default: all): {', '.join(PARSERS)}")
+    parser.add_argument("--count", type=int, default=COUNT, help="number of inputs in all (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
+    parser.add_argument("--input", metavar="HEX", help="read only this input")
     a = parser.parse_args(argv)
-    names, start = a.parsers or list(PARSERS), time.monotonic()
+    names = a.parsers or list(PARSERS)
+    start = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="qlora-lab-fuzz-"))
     if a.input is not None:
         with quiet():
@@ -243,7 +251,8 @@ def main(argv: list[str]) -> int:
     shutil.rmtree(folder)
     findings = [finding for tally in tallies.values() for finding in tally.findings]
     shortest = sorted(findings, key=lambda finding: -len(finding.content))  # the last of a kind stays
-    for finding in {(one.parser, one.fault.split(": ")[0]): one for one in shortest}.values():
+    kinds = {(finding.parser, finding.fault.split(": ")[0]): finding for finding in shortest}
+    for finding in kinds.values():
         print(finding, file=sys.stderr)
     print(table(tallies))
     print(f"seed {a.seed}, {time.monotonic() - start:.0f} s, {WORKERS} processes")

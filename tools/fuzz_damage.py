@@ -1,7 +1,6 @@
 """Damage a good file at random, by its bytes or by what the bytes mean.
 
 In: good bytes and a random.Random. Out: bytes. The same draws give the same bytes, on every machine.
-Not here: who reads them (fuzz_parsers.py).
 """
 
 import json
@@ -77,7 +76,8 @@ def _splice(content, draws, others):
 
 def _number(content, draws, others):
     """Change a number of two, four or eight bytes, like those in headers of binary files."""
-    size, place = draws.choice((2, 4, 8)), _place(content, draws)
+    size = draws.choice((2, 4, 8))
+    place = _place(content, draws)
     value = draws.choice((0, 1, -1, 2 ** (8 * size - 1) - 1, len(content), draws.getrandbits(16)))
     return content[:place] + (value % 2 ** (8 * size)).to_bytes(size, "little") + content[place + size :]
 
@@ -122,8 +122,8 @@ def in_safetensors(content: bytes, draws: Random) -> bytes:
         worst = draws.choice((b"\xff\xff\xff\xff", b"\x80\x7f\x80\x7f", b"\x00\x7c\x00\xfc", b"\0\0\0\0"))
         return content[: 8 + size + place] + worst + content[8 + size + place + 4 :]
     header = in_tensors(header, draws) if kind == 1 else in_json(header, draws)
-    told = len(header) + (draws.choice((1, -1, 8, 2**40)) if draws.random() < 0.1 else 0)
-    return max(0, told).to_bytes(8, "little") + header + values
+    claimed = len(header) + (draws.choice((1, -1, 8, 2**40)) if draws.random() < 0.1 else 0)
+    return max(0, claimed).to_bytes(8, "little") + header + values
 
 
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "C64", "F4"]
@@ -134,20 +134,16 @@ def in_tensors(header: bytes, draws: Random) -> bytes:
     try:
         tree = json.loads(header)
         name = draws.choice([name for name in tree if name != "__metadata__"])
-        one = tree[name]
-        start, stop = one["data_offsets"]
+        tensor = tree[name]
+        start, stop = tensor["data_offsets"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return header
     changes = [
-        {
-            "dtype": draws.choice(
-                ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "C64", "F4"]
-            )
-        },
-        {"shape": draws.choice([[], [0], [stop - start], [1, -1], [2**32, 2**32], one["shape"][::-1], [1] * 70])},
+        {"dtype": draws.choice(DTYPES)},
+        {"shape": draws.choice([[], [0], [stop - start], [1, -1], [2**32, 2**32], tensor["shape"][::-1], [1] * 70])},
         {"data_offsets": draws.choice([[0, 0], [start, start], [stop, start], [start, 2**60], [start + 1, stop + 1]])},
     ]
-    tree[name] = one | draws.choice(changes)
+    tree[name] = tensor | draws.choice(changes)
     if draws.random() < 0.2:
         tree[draws.choice(TEXTS)] = tree.pop(name)
     return _spelled(tree)

@@ -175,9 +175,9 @@ def _templates(folder: Path) -> list[bytes]:
     """Templates of moderate length that end an answer with a token of the tokenizer here."""
     theirs = {case.template for case in CASES.values() if case.template and len(case.template) < 3000}
     texts = sorted({PLAIN_TEMPLATE} | theirs)
-    found = [text.encode() for text in texts if _is_read(text.encode(), folder)]
-    assert PLAIN_TEMPLATE.encode() in found
-    return found
+    readable = [text.encode() for text in texts if _is_read(text.encode(), folder)]
+    assert PLAIN_TEMPLATE.encode() in readable
+    return readable
 
 
 def _is_read(content: bytes, folder: Path) -> bool:
@@ -213,10 +213,10 @@ def _read_command(content: bytes, folder: Path) -> Any:
             code = cli.main(words) if arguments.command == "memory" and "/" not in arguments.model else 0
         except SystemExit as stop:
             code = stop.code
-    told = err.getvalue().splitlines()
-    assert code in (0, 1, 2) and len(told) == (code == 2) and "Traceback" not in err.getvalue(), (code, told)
+    lines = err.getvalue().splitlines()
+    assert code in (0, 1, 2) and len(lines) == (code == 2) and "Traceback" not in err.getvalue(), (code, lines)
     if code == 2:
-        raise ValueError(told[0])
+        raise ValueError(lines[0])
     return code
 
 

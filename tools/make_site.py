@@ -8,7 +8,6 @@ The pages are copied to build/site/source in the repository's own layout, so one
 Not here: the text of the reference (reference.py), the look (docs/conf.py).
 """
 
-import re
 import shutil
 import subprocess
 import sys
@@ -55,8 +54,6 @@ def assemble(source: Path) -> None:
         (source / folder).mkdir(parents=True, exist_ok=True)
         for path in (path for pattern in patterns for path in (ROOT / folder).glob(pattern)):
             shutil.copy(path, source / folder / path.name)
-    for path in (source / "notebooks" / "solutions").glob("*.ipynb"):
-        path.write_text(_links_up(path), "utf-8")
     shutil.copy(ROOT / "docs" / "conf.py", source / "conf.py")
     shutil.copytree(ROOT / "docs" / "static", source / "docs" / "static")
     (source / "index.md").write_text(f"{(ROOT / 'README.md').read_text('utf-8')}\n{contents()}", "utf-8")
@@ -65,15 +62,6 @@ def assemble(source: Path) -> None:
     (reference / "public.md").write_text(public_page(), "utf-8")
     for room in rooms():
         (reference / f"{room}.md").write_text(room_page(room), "utf-8")
-
-
-def _links_up(solution: Path) -> str:
-    """The text of a solution, in which links to a notebook that has no solution lead to the notebook itself."""
-
-    def up(match: re.Match) -> str:
-        return match[0] if (solution.parent / match[1]).exists() else f"](../{match[1]}"
-
-    return re.sub(r"\]\((\d\d_\w+\.ipynb)", up, solution.read_text("utf-8"))
 
 
 def main() -> int:

@@ -29,8 +29,8 @@ def problems(notebook):
 def unsolved(notebook):
     """Checks of a solution notebook that do not print "correct": each check must accept its solution."""
     for i, cell in enumerate(notebook["cells"]):
-        said = "".join("".join(output.get("text", "")) for output in cell.get("outputs", []))
-        if "check(" in "".join(cell["source"]) and ": correct" not in said:
+        printed = "".join("".join(output.get("text", "")) for output in cell.get("outputs", []))
+        if "check(" in "".join(cell["source"]) and ": correct" not in printed:
             yield f"cell {i}: the solution does not pass its own check. Mend the answer or the check."
 
 
@@ -71,14 +71,14 @@ def _images(cells):
 
 
 def _headings(cells):
-    found = [(i, level, text) for i, c, s in cells if c["cell_type"] == "markdown" for level, text in headings(s)]
-    titles = [text for _, level, text in found if level == 1]
+    outline = [(i, level, text) for i, c, s in cells if c["cell_type"] == "markdown" for level, text in headings(s)]
+    titles = [text for _, level, text in outline if level == 1]
     if len(titles) != 1 or not titles[0].endswith("?"):
         yield f"the notebook needs exactly one H1, a question (ending in '?'); it has {titles}."
-    for (_, before, _), (i, level, text) in zip(found, found[1:], strict=False):
+    for (_, before, _), (i, level, text) in zip(outline, outline[1:], strict=False):
         if level > before + 1:
             yield f"cell {i}: heading {text!r} jumps from level {before} to {level}."
-    if [text for _, level, text in found if level == 2][-len(TAIL) :] != TAIL:
+    if [text for _, level, text in outline if level == 2][-len(TAIL) :] != TAIL:
         yield f"the last four H2 headings are {', '.join(TAIL)}, in this order."
 
 

@@ -1,8 +1,8 @@
 """Run every notebook and store it so that a second run leaves no diff: `make notebooks`.
 
 In: notebooks/NN_*.ipynb and notebooks/solutions/NN_*.ipynb. Out: the same files, executed top to bottom and
-normalised: fixed cell ids, counts 1, 2, 3, ..., no timestamps, no widget state, one kernel name. A file is replaced in
-one step or not at all.
+normalised: fixed cell ids, counts 1, 2, 3, ..., no timestamps, no widget state, one kernel name. A file is replaced
+as a whole or not at all.
 
 If a notebook has a solution, the student's notebook is generated from it. In a cell tagged `exercise`, the lines
 
@@ -11,7 +11,8 @@ If a notebook has a solution, the student's notebook is generated from it. In a 
     # end solution
 
 become `levels = ...`. If the region's last line is an assignment, its target is kept, so that the name exists.
-Otherwise, as in a function that returns, `...` stands alone.
+Otherwise, as in a function that returns, `...` stands alone. A link to `../10_finetune_llama.ipynb` becomes one to
+`10_finetune_llama.ipynb`, because the student's notebook lies one folder higher.
 
     python tools/notebooks.py                                run all
     python tools/notebooks.py notebooks/01_codebook.ipynb    run one (and its solution)
@@ -46,7 +47,8 @@ _METADATA = {
 def normalise(notebook):
     """Remove, in place, everything that differs between two runs. Returns the notebook."""
     notebook.metadata = nbformat.from_dict(_METADATA)
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    notebook.nbformat = 4
+    notebook.nbformat_minor = 5
     count = 0
     for i, cell in enumerate(notebook.cells):
         cell["id"] = f"{cell.cell_type}-{i:03d}"
@@ -72,7 +74,7 @@ def _normalise_outputs(cell, count):
 
 
 def student_version(solution):
-    """Replace each solution region by its stub and drop the outputs. ValueError names a bad cell."""
+    """Replace each solution region by its stub, drop the outputs, shorten links. ValueError names a bad cell."""
     student = nbformat.from_dict(solution)
     for i, cell in enumerate(student.cells):
         tagged = "exercise" in cell.metadata.get("tags", [])
@@ -83,18 +85,23 @@ def student_version(solution):
         if marked:
             cell.source = _stub(cell.source, i)
         if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+            cell.outputs = []
+            cell.execution_count = None
+        else:
+            cell.source = cell.source.replace("](../", "](")
     return student
 
 
 def _stub(source, i):
-    out, region = [], None
+    out = []
+    region = None
     for line in source.splitlines():
         mark = line.strip()
         if mark == (END if region is None else START):
             raise ValueError(f"cell {i}: '{mark}' does not pair up; write '{START}', the answer, '{END}'.")
         if mark == START:
-            region, indent = [], line[: len(line) - len(line.lstrip())]
+            region = []
+            indent = line[: len(line) - len(line.lstrip())]
         elif mark == END:
             out.append(indent + _left_open(region))
             region = None

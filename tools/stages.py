@@ -65,7 +65,8 @@ def run(names: list[str]) -> dict[str, tuple[int, float]]:
     results = {}
     for name in names:
         print(f"\n=== {name}", flush=True)
-        stage, start = STAGES[name], time.monotonic()
+        stage = STAGES[name]
+        start = time.monotonic()
         threads = {"OMP_NUM_THREADS": "1"} if "-n" in stage.command else {}
         environment = os.environ | BYTECODE | threads | stage.environment
         process = subprocess.Popen(stage.command, cwd=ROOT, env=environment)

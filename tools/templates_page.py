@@ -2,7 +2,7 @@
 
 In: the cases of tests/data/chat_templates.py. Out: the page, made by encoding their conversations.
 
-Not here: a check of the page. test_templates.py compares what is learned with labels that were found by hand.
+Not here: a check of the page. test_templates.py compares what is learned with labels that were made by hand.
 """
 
 from pathlib import Path

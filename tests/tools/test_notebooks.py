@@ -87,6 +87,12 @@ def test_the_students_version_has_stubs_and_no_outputs(stored):
     assert stored.cells[3].outputs and "wide" in stored.cells[4].source  # the solution itself is not touched
 
 
+def test_a_link_out_of_the_solutions_folder_becomes_shorter(stored):
+    stored.cells[2].source = "[this](../10_x.ipynb), [that](03_y.ipynb), [why](../../docs/z.md)"
+    links = notebooks.student_version(stored).cells[2].source
+    assert links == "[this](10_x.ipynb), [that](03_y.ipynb), [why](../docs/z.md)"
+
+
 @pytest.mark.parametrize(
     ("region", "stub"),
     [

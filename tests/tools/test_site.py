@@ -1,5 +1,6 @@
 """The documentation: every relative link leads to a file and a heading, and no page is left out. The build is slow."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from tools.make_site import contents
 from tools.reference import as_markdown, public_page, room_page, rooms
 
 ROOT = Path(__file__).parents[2]
+NOTEBOOKS = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("notebooks/solutions/*.ipynb")]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"]
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
@@ -34,6 +36,15 @@ def test_links_lead_somewhere(page):
         file = (page.parent / path).resolve() if path else page
         assert file.is_file(), f"{target}: there is no such file"
         assert not anchor or anchor in anchors(file), f"{target}: {file.name} has no such heading"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.relative_to(ROOT).as_posix())
+def test_links_of_a_notebook_lead_to_a_file_from_where_it_lies(notebook):
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    links = [target for target in LINK.findall(prose) if "://" not in target]
+    assert links  # each notebook names the next one
+    assert not [target for target in links if not (notebook.parent / target).is_file()]
 
 
 def test_a_broken_link_is_seen():

@@ -16,8 +16,8 @@ def python(code: str, **environment: str) -> Stage:
 def three(monkeypatch, tmp_path):
     """One stage that passes, one that fails, one that leaves a file with what it found in its environment."""
     write = f"import os; open({str(tmp_path / 'ran')!r}, 'w').write(os.environ['PRETENDED'])"
-    known = {"good": python("pass"), "bad": python("raise SystemExit(3)"), "last": python(write, PRETENDED="yes")}
-    monkeypatch.setattr(stages, "STAGES", known)
+    pretended = {"good": python("pass"), "bad": python("raise SystemExit(3)"), "last": python(write, PRETENDED="yes")}
+    monkeypatch.setattr(stages, "STAGES", pretended)
     return tmp_path / "ran"
 
 
@@ -30,8 +30,8 @@ def test_a_failure_stops_no_stage_and_is_told_at_the_end(three, capfd):
 
 
 def test_ctrl_c_lets_the_stage_end_and_says_what_was_done(monkeypatch, tmp_path, capfd):
-    press = "import os, signal, time; time.sleep(0.5); os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5)"
-    slow = python(f"{press}; open({str(tmp_path / 'written')!r}, 'w')")  # pytest sums up what it found
+    press = "import os, signal, time; time.sleep(0.3); os.kill(os.getppid(), signal.SIGINT); time.sleep(0.1)"
+    slow = python(f"{press}; open({str(tmp_path / 'written')!r}, 'w')")  # pytest reports before it ends
     monkeypatch.setattr(stages, "STAGES", {"good": python("pass"), "slow": slow, "last": python("pass")})
     assert main([]) == 130
     assert (tmp_path / "written").exists()
