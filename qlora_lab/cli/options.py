@@ -1,9 +1,9 @@
 """Options of a command: made from the fields of dataclasses, and read strictly from the words of a command line.
 
 In: a dataclass whose fields carry help texts (train/run_options.py), or one word. Out: an option in a group, or the
-word's value; a mistake is argparse.ArgumentTypeError, which the parser tells in one line with the option's name.
+word's value; a mistake is argparse.ArgumentTypeError, which the parser reports in one line with the option's name.
 Python's int and float accept much that nobody means: digits of any script, 1_000, nan, and 1e400, which is infinity.
-Not here: which numbers an option allows; the library says that, before a model is loaded.
+Which numbers an option allows is not decided here: the library says that, before a model is loaded.
 """
 
 import argparse
@@ -18,7 +18,7 @@ LONGEST = 250  # characters of a word: paths are rarely longer
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that tells its errors in one line, like every other error, and shows defaults."""
+    """A parser that reports its errors in one line, like every other error, and shows defaults."""
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=_Formatter, **options)
@@ -46,9 +46,6 @@ def one_line(text: str) -> str:
     """
     spelled = "".join(ascii(c)[1:-1] if category(c) in ("Cc", "Cs") else c for c in " ".join(text.split()))
     return re.sub(rf"(\S{{{LONGEST}}})\S+", r"\1...", spelled)
-
-
-# ------------------------------------------------------------------------------------------------ options from fields
 
 
 def add_fields(group, owner: type, *names: str) -> None:
@@ -100,10 +97,7 @@ def from_arguments(owner: type, a: argparse.Namespace) -> Any:
 def common(parser) -> None:
     """Add the options that every command has."""
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
-    parser.add_argument("--quiet", action="store_true", help="hide progress bars")
-
-
-# --------------------------------------------------------------------------------------------------- words into values
+    parser.add_argument("--quiet", action="store_true", help="hide progress bars, notes and the table of dtypes")
 
 
 def whole(text: str) -> int:

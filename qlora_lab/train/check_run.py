@@ -1,8 +1,7 @@
-"""Check a run before its model is loaded: a mistyped word should not cost a minute.
+"""Check a run before its model is loaded: a typo should not cost a minute.
 
-In: the options of a run. Out: nothing, or ValueError that names the option, its value and what is allowed.
-Settings checks itself when it is made. Not here: what only the model or the data can tell, such as the names of layers
-(add_lora) or whether there are held-out examples (settings.py).
+Settings checks itself when it is made. What only the model or the data show is checked later: names of layers by
+add_lora, held-out examples by settings.check_held_out.
 """
 
 from qlora_lab.adapters.lora import check_rank, check_strength

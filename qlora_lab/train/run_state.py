@@ -27,7 +27,7 @@ from qlora_lab.train.settings import Settings
 
 @dataclass(frozen=True)
 class Run:
-    """What a run did. losses: nats per answer token, one a step. held_out: (step, loss) of each evaluation."""
+    """What a run did. losses: nats per answer token, one per step. held_out: (step, loss) of each evaluation."""
 
     folder: Path
     settings: Settings
@@ -36,7 +36,7 @@ class Run:
     held_out: list[tuple[int, float]] = field(repr=False)
     seconds: float  # of all steps, those before a resume included
     tokens: int
-    ended: str  # "all steps", "no better for a while" (early stopping), or STOPPED: it can be resumed
+    ended: str  # "all steps", "early stopping", or STOPPED: it can be resumed
 
     @property
     def adapter(self) -> Path:
@@ -61,7 +61,7 @@ class RunState:
     optimizer: torch.optim.Optimizer
     batches: Batches  # which examples come next
     record: dict[str, Any]
-    lines: list[dict[str, Any]] = field(default_factory=list)  # of the log, one a step
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of the log, one per step
     best: dict[str, Any] = field(default_factory=lambda: {"loss": None, "step": 0, "since": 0})  # evaluation so far
     scaler: torch.amp.GradScaler = field(init=False)
 

@@ -68,7 +68,7 @@ def finetune(
     held_out: examples for evaluations, every `eval_every` steps.
     resume: continue from the newest checkpoint in `out`, or from that of a given step; begin if there is no run yet.
     overwrite: replace an earlier run in `out`; without overwrite or resume, an earlier run is an error.
-    other_arithmetic: resume also with other versions or another processor, which changes the last bits.
+    other_arithmetic: resume even with other versions or another processor, which changes the last bits.
     progress: show progress bars.
     Training flags and the random state are left as they were.
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
@@ -159,7 +159,7 @@ class Training:
     def stopped(self) -> str:
         """The message for a user who stopped the run."""
         done = f"stopped after step {len(self.lines)} of {self.settings.steps}"
-        return f"{done}, all of it saved in {self.folder}: go on with resume=True"
+        return f"{done}, all of it saved in {self.folder}: continue with resume=True"
 
     def stop(self) -> None:
         """End the run after the current step."""
@@ -301,7 +301,7 @@ class Training:
         if len(state.lines) == self.settings.steps:
             return "all steps"
         if self.settings.patience and state.best["since"] >= self.settings.patience:
-            return "no better for a while"
+            return "early stopping"
         (asked,) = self._engine.sum(float(self._interrupt.asked))  # a request to one process stops all
         return STOPPED if asked else None
 

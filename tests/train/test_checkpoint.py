@@ -164,7 +164,7 @@ def test_a_stop_at_the_step_that_ends_a_run_early_changes_nothing(folder, tmp_pa
     training(folder, tmp_path / "whole", **options).run()
     last = len(lines(tmp_path / "whole"))
     assert last < 40
-    assert stop_at(last, folder, tmp_path / "run", **options).ended == "no better for a while"
+    assert stop_at(last, folder, tmp_path / "run", **options).ended == "early stopping"
     same_result(tmp_path / "run", tmp_path / "whole")
 
 
