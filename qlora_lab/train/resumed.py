@@ -42,7 +42,7 @@ RACE = or_null(
         ),
     )
 )
-FACTS = dict.fromkeys(("run", "batches", "scaler", "best", "arithmetic"), OBJECT)
+FACTS = dict.fromkeys(("run", "batches", "scaler", "best", "arithmetic"), OBJECT) | {"log_sha256": TEXT}
 DATA = Rule(
     "a JSON object with kept, a whole number, and sha256, a text",
     lambda value: isinstance(value, dict) and type(value.get("kept")) is int and isinstance(value.get("sha256"), str),
@@ -62,7 +62,7 @@ PARTS = {
 def read_saved_log(path: Path, steps: int, facts: dict) -> list[dict]:
     """The first `steps` lines of a log, which must be those that the checkpoint with `facts` was saved with."""
     lines = read_log(path, steps)
-    if "log_sha256" in facts and facts["log_sha256"] != log_sha256(path, steps):  # earlier versions noted none
+    if facts["log_sha256"] != log_sha256(path, steps):
         raise ValueError(f"{path} is not what step {steps} was saved with: restore it, or start anew")
     return lines
 

@@ -26,7 +26,7 @@ from qlora_lab.files import disk
 from qlora_lab.files.checksums import SUMS, replace_sums
 from qlora_lab.files.lock import locked_folder, reserved
 from qlora_lab.files.out_path import out_folder, resolved
-from qlora_lab.files.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object, scratch_name
+from qlora_lab.files.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, scratch_name
 from qlora_lab.files.replace import replacing_file
 from qlora_lab.train.checkpoint import (
     BEST,
@@ -105,7 +105,7 @@ def check_ours(folder: Path) -> None:
 def _strangers(folder: Path) -> Iterator[Path]:
     if is_marked_otherwise(folder, RUN):
         yield folder / MARK
-    ours = is_marked(folder, RUN) or _is_unmarked_run(folder)
+    ours = is_marked(folder, RUN)
     for name in (LOG, RECORD, RESULT, SUMS):
         if os.path.lexists(folder / name) and not (ours and _is_of_a_run(folder / name)):
             yield folder / name
@@ -135,12 +135,6 @@ def _others(folder: Path, names: tuple[str, ...]) -> list[Path]:
     if not folder.is_dir():
         return [folder]
     return sorted(path for path in folder.iterdir() if path.name not in names)
-
-
-def _is_unmarked_run(folder: Path) -> bool:
-    """Whether a version that wrote no mark began a run here: only a run writes such settings."""
-    settings = read_object(folder / RECORD)
-    return isinstance(settings.get("base_sha256"), str) and isinstance(settings.get("adapter"), dict)
 
 
 # ------------------------------------------------------------------------------------------------------ replacing a run

@@ -95,24 +95,15 @@ class RunState:
         save_checkpoint(folder, len(self.lines), tensors, facts, keep, best)
 
     def resume(
-        self,
-        folder: Path,
-        step: int,
-        settings: Settings,
-        encoded: list[Encoded],
-        early_checksum: str,
-        other_arithmetic: bool,
+        self, folder: Path, step: int, settings: Settings, encoded: list[Encoded], other_arithmetic: bool
     ) -> None:
-        """Become the state that the run in `folder` had after `step`; nothing changes before everything is checked.
-
-        early_checksum: of the base, as earlier versions took it. other_arithmetic: accept that the last bits differ.
-        """
+        """Become the state that the run in `folder` had after `step`; nothing changes before everything is checked."""
         tensors, facts = load_checkpoint(folder, step)
         check_facts(facts, facts_path(folder, step))
         if step >= settings.steps:
             done = f"{folder} was saved at step {step}, so all of steps={settings.steps} are done"
             raise ValueError(f"{done}: ask for more steps")
-        check_same_run(folder, facts, self.record, encoded, early_checksum)
+        check_same_run(folder, facts["run"], self.record, encoded)
         lines = read_saved_log(folder / LOG, step, facts)
         file = tensors_path(folder, step)
         check_tensors(file, tensors, adapter_tensors(self.model), self.parameters, settings.optimizer_bits)

@@ -36,7 +36,7 @@ from qlora_lab.train.allocator import recycle_memory
 from qlora_lab.train.checkpoint import BEST, saved_steps
 from qlora_lab.train.distributed import OneProcess, engine_for, from_process_0, leads, together
 from qlora_lab.train.failures import last_saved, telling, where_not_finite
-from qlora_lab.train.identity import adopt_arithmetic, arithmetic, first_elements_checksum, own_threads
+from qlora_lab.train.identity import adopt_arithmetic, arithmetic, own_threads
 from qlora_lab.train.interrupt import Interrupt, waiting
 from qlora_lab.train.limits import check_length, check_tokens, fill_id, used_tokens
 from qlora_lab.train.loop import step_seed
@@ -172,9 +172,8 @@ class Training:
             raise ValueError("this Training was run before: make a new one, with resume=True to go on")
         self._begun = True
         recycle_memory()  # page faults can cost more than the arithmetic of a step
-        # Both read the whole base, so they come before the engine, which may leave this process only a part of it.
+        # It reads the whole base, so it comes before the engine, which may leave this process only a part of it.
         decided = record(self.model, self.settings, self.report, self._encoded, self._clock)
-        early_checksum = first_elements_checksum(self.model)
         with (
             checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
             engine_for(self.model, self.settings.shard) as self._engine,
@@ -185,12 +184,12 @@ class Training:
             with together():  # if process 0 may not have the folder, all processes end
                 if self._leads():
                     folder.enter_context(replacing_run(self.folder, self.overwrite, self.resume))
-            yield from self._steps(decided, early_checksum)
+            yield from self._steps(decided)
 
-    def _steps(self, decided: dict[str, Any], early_checksum: str) -> Iterator[dict[str, Any]]:
+    def _steps(self, decided: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Begin or resume, make each step and log it, save when it is time, finish."""
         with self._telling("before the first step"):
-            self._begin(decided, early_checksum)
+            self._begin(decided)
         state = self._state
         quiet = not self._leads(self.progress)
         bar = tqdm(total=self.settings.steps, initial=len(state.lines), desc="training", unit="step", disable=quiet)
@@ -315,7 +314,7 @@ class Training:
 
     # ---------------------------------------------------------------------------------------------- begin, save, finish
 
-    def _begin(self, decided: dict[str, Any], early_checksum: str) -> None:
+    def _begin(self, decided: dict[str, Any]) -> None:
         """Make the state before the first step, or after that of a checkpoint, and the folder that belongs to it."""
         settings = self.settings
         disk.make_folder(self.folder)
@@ -328,8 +327,7 @@ class Training:
             newest = max(saved_steps(self.folder), default=False)  # False: nothing to resume, so begin
             step = newest if self.resume is True else self.resume
             if step is not False:
-                encoded, other = self._encoded, self.other_arithmetic
-                state.resume(self.folder, step, settings, encoded, early_checksum, other)
+                state.resume(self.folder, step, settings, self._encoded, self.other_arithmetic)
         # Processes with other settings, data or checkpoints would train a mixture.
         self._engine.agree(decided | {"the step to resume at": len(state.lines)})
         if self._engine.size > 1:  # each process ran a race of its own

@@ -67,8 +67,9 @@ def verify(folder: str | Path, progress: bool = True) -> list[Part]:
     if is_marked(folder, RUN):
         states |= {name: state for name, state in _of_run(folder).items() if name not in states}
     if set(states.values()) <= {UNKNOWN}:  # nothing was checked, which must not look like success
-        made = "an earlier version of qlora-lab made it, or something else; make it again to have them"
-        raise ValueError(f"{folder} has no checksums: {made}")
+        raise ValueError(
+            f"{folder} has no checksums: qlora-lab did not write it, or their list is lost; write it again"
+        )
     return _parts(states)
 
 
@@ -111,7 +112,7 @@ def _state_of_log(folder: Path) -> str:
     try:
         step = saved_steps(folder)[-1]
         expected = read_json(facts_path(folder, step), {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
-    except (IndexError, ValueError, FileNotFoundError):  # no checkpoint, or one that is damaged or old
+    except (IndexError, ValueError, FileNotFoundError):  # no checkpoint, or one that is damaged
         return UNKNOWN
     return OK if log_sha256(folder / LOG, step) == expected else DIFFERS
 
