@@ -1,12 +1,11 @@
 """Checkpoints: the whole state of a run on disk, so that a killed run continues as an uninterrupted one would.
 
-In: tensors by name, and facts that JSON can hold. Out: one folder a step,
+In: tensors by name, and facts that JSON can hold. Out: one folder per step,
     checkpoints/step-00000040/   state.safetensors   state.json   best/   SHA256SUMS (`sha256sum -c` reads it)
 Source: what users of other trainers lost: resumes without the optimizer, and files cut off by a full disk.
 
 A checkpoint is written under another name, flushed to the disk and renamed, so a folder with its final name is whole.
 Checksums find damage that comes later; a damaged checkpoint is refused, with the name of the file.
-Not here: what is in a state (trainer.py), adapters for others to read (peft_format.py).
 """
 
 import json
@@ -41,6 +40,11 @@ def step_folders(run: Path) -> list[Path]:
     return [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
 
 
+def step_folder(run: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`."""
+    return run / FOLDER / f"step-{step:08}"
+
+
 def save_checkpoint(
     run: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int, best: Path | None = None
 ) -> Path:
@@ -49,7 +53,7 @@ def save_checkpoint(
     best: a folder to copy along, the adapter with the lowest held-out loss so far.
     Raises OSError if the state cannot be written, and says what is left; earlier checkpoints do not change.
     """
-    target = _folder(run, step)
+    target = step_folder(run, step)
     disk.make_folder(target.parent)
     disk.sync(run)  # a power cut must not lose the name of the new folder
     try:
@@ -76,8 +80,8 @@ def save_checkpoint(
 def forget(run: Path, steps: list[int]) -> None:
     """Remove the checkpoints of `steps`. Each is renamed first: a folder with its final name is always whole."""
     for step in steps:
-        with scratch_for(_folder(run, step), owner=run) as scratch:
-            disk.rename(_folder(run, step), scratch / "old")
+        with scratch_for(step_folder(run, step), owner=run) as scratch:
+            disk.rename(step_folder(run, step), scratch / "old")
 
 
 def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
@@ -85,7 +89,7 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
 
     Raises FileNotFoundError if there is none, and ValueError, with the file, if it changed since it was written.
     """
-    folder = _folder(run, step)
+    folder = step_folder(run, step)
     steps = saved_steps(run)
     if step not in steps:
         there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
@@ -102,19 +106,9 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
     return tensors, read_json(folder / FACTS)
 
 
-def tensors_path(run: Path, step: int) -> Path:
-    """The file with the tensors of the state after `step`."""
-    return _folder(run, step) / TENSORS
-
-
-def facts_path(run: Path, step: int) -> Path:
-    """The file with the facts of the state after `step`."""
-    return _folder(run, step) / FACTS
-
-
 def restore_best(run: Path, step: int, best: Path) -> None:
     """Make the folder `best` what it was when `step` was saved; remove it if there was none."""
-    stored = _folder(run, step) / BEST
+    stored = step_folder(run, step) / BEST
     if stored.is_dir():
         with replacing_folder(best) as new:
             disk.copy_folder(stored, new)
@@ -133,7 +127,3 @@ def _damaged(folder: Path) -> str | None:
         return SUMS
     wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or sha256(folder / n) != digest)
     return next(wrong, None)
-
-
-def _folder(run: Path, step: int) -> Path:
-    return run / FOLDER / f"step-{step:08}"

@@ -2,14 +2,14 @@
 
 In: a model with adapters. Out: an engine, whose `model` the loop calls for a loss. Each process has:
     OneProcess    all rows, all weights
-    DataParallel  its share of the rows, all weights; torch's DDP adds up the adapters' gradients, once a step
+    DataParallel  its share of the rows, all weights; torch's DDP adds up the adapters' gradients, once per step
     Sharded       its share of the rows, and of the bytes of each frozen weight; torch's FSDP2 gathers a decoder layer
                   before each forward and backward pass of a micro-batch, and frees it afterwards (torch 2.7)
 Each process has whole adapters, gradients and optimizer state: they are small, and so clipping, paging and checkpoints
 need no second form. The loss is a sum over all rows of a step, so gradients are summed and never averaged.
 
 `torchrun` starts the processes and numbers them in environment variables, which `processes` reads.
-Not here: the loop (trainer.py). Not covered: tensor and pipeline parallelism, adapters or optimizer state in shards.
+Not covered: tensor and pipeline parallelism, adapters or optimizer state in shards.
 """
 
 import gc
@@ -166,10 +166,8 @@ class Sharded(_Several):
         super().__init__(model)
         # Connections of its own, so that the end of a run never meets messages that an error left under way.
         self._apart = dist.new_group(backend="gloo", timeout=WAIT)
-        self._whole: list[
-            tuple[torch.Tensor, Callable[[torch.Tensor], None]]
-        ] = []  # a shard, and what puts the whole back
-        self._closed = False
+        # Each shard, and what puts the whole back.
+        self._whole: list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = []
         # one dimension: every process has an equal part of each weight
         mesh = dist.device_mesh.init_device_mesh(next(model.parameters()).device.type, (self.size,))
         self.model = _copy_of_modules(model)
@@ -195,7 +193,7 @@ class Sharded(_Several):
                 fill(p.new_empty(0))  # from here on this process has its shard only
 
     def finish(self, parameters: Iterable[nn.Parameter]) -> None:
-        parameters = [p for p in parameters if p.requires_grad]
+        parameters = list(parameters)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in gradients])  # one message instead of hundreds
         dist.all_reduce(flat)
@@ -205,9 +203,8 @@ class Sharded(_Several):
 
     @torch.no_grad()
     def close(self) -> None:
-        if self._closed:
+        if self.model is self._original:  # closed before: after an error a run closes it, and then engine_for does
             return
-        self._closed = True
         try:
             dist.monitored_barrier(self._apart, timeout=LATE)
             for shard, fill in self._whole:
@@ -286,7 +283,7 @@ def processes() -> Iterator[int]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def failing_together() -> Iterator[None]:
     """Let all processes leave the `with` block together; an error on one of them is an error on all.
 
     Raises what the block raises, and ConnectionAbortedError where another process raised.
@@ -296,24 +293,24 @@ def together() -> Iterator[None]:
         return
     try:
         yield
-    except Exception:
-        _sum(1.0)  # tell the others, who wait below
+    except Exception:  # of any kind, because it is raised again; a Ctrl-C reaches the others by itself
+        _sum(1.0)  # report it to the others, who wait below
         raise
     if _sum(0.0)[0]:
         raise ConnectionAbortedError("another process failed here, so this one stops as well; its message says why")
 
 
-def leads() -> bool:
-    """Whether this is process 0, which writes files, or the only one."""
+def is_process_0() -> bool:
+    """Whether this process, or the only one, writes files and shows progress."""
     return not _joined() or dist.get_rank() == 0
 
 
 def first_on_node(work: Callable[[], T]) -> T:
     """work() on the first process of each node, and then on the others, which find what it fetched."""
-    leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    with together():
-        result = work() if leads else None
-    return result if leads else work()
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    with failing_together():
+        result = work() if is_first else None
+    return result if is_first else work()
 
 
 def from_process_0(value: T) -> T:
@@ -326,7 +323,6 @@ def from_process_0(value: T) -> T:
 
 
 def _joined() -> bool:
-    """Whether this is one of several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -370,13 +366,12 @@ def _filler(original: nn.Module, name: str, parameter: nn.Parameter) -> Callable
     """A function that gives the frozen tensor `name` of the original new contents."""
     path, _, leaf = name.rpartition(".")
     module = original.get_submodule(path)
-    if leaf == "packed" and isinstance(module, Linear4bit):
+    is_packed = leaf == "packed" and isinstance(module, Linear4bit)
 
-        def fill(contents: torch.Tensor) -> None:
+    def fill(contents: torch.Tensor) -> None:
+        if is_packed:  # the original holds them in its QuantizedTensor, not in a Parameter
             module.weight = replace(module.weight, packed=contents)
-    else:
-
-        def fill(contents: torch.Tensor) -> None:
+        else:
             parameter.data = contents
 
     return fill

@@ -6,7 +6,6 @@ first one counts, in the order of computation: parameters and the constants of 4
 each module and its output; then gradients, from the loss backwards.
 
 The loss is the mean over the batch's labels, as in a training step. The model keeps its mode.
-Not here: the remedy, except for float16, whose range is the usual cause.
 """
 
 import math

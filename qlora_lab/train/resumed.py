@@ -2,7 +2,6 @@
 
 In: the log's path, and what checkpoint.load_checkpoint returns. Out: the log's lines; or a ValueError with the file and
 the line, key or tensor. Checksums prove that a file is what was written; this, that what was written fits the run.
-Not here: settings and data, which are compared as text (run_record.py).
 """
 
 from collections.abc import Sequence
@@ -128,7 +127,7 @@ def check_tensors(
 def _moments(parameter: torch.Tensor, bits: int) -> dict[str, Kind]:
     """What the optimizer keeps for a parameter, by the names of torch's AdamW; in 8 bits, of bitsandbytes'."""
     shape = tuple(parameter.shape)
-    scales = (-(-parameter.numel() // BLOCK),)  # (n_blocks,): one a block, the last block may be partial
+    scales = (-(-parameter.numel() // BLOCK),)  # (n_blocks,): one per block, the last block may be partial
     step = {"step": ((), torch.float32)}
     if bits == 32:
         return step | dict.fromkeys(("exp_avg", "exp_avg_sq"), (shape, torch.float32))

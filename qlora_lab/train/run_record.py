@@ -1,7 +1,6 @@
 """Everything that decided a run: what settings.json holds, and what a resume compares before it continues.
 
 In: the model, settings and encoded examples of a run. Out: a dict that JSON can hold.
-Not here: the run's state (checkpoint.py), what else its bits follow from (identity.py).
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from qlora_lab.data.chat_template import ChatTemplate
 from qlora_lab.data.dataset import Encoded, EncodeReport
 from qlora_lab.files.strict_json import TEXT, read_json
 from qlora_lab.model.linear4bit import Linear4bit
-from qlora_lab.train.distributed import from_process_0, together
+from qlora_lab.train.distributed import failing_together, from_process_0
 from qlora_lab.train.identity import adopt_arithmetic, arithmetic, base_checksum
 from qlora_lab.train.run_folder import RECORD
 from qlora_lab.train.settings import FREE, Settings
@@ -33,7 +32,7 @@ def run_clock(folder: Path, tokenizer, resume: bool | int) -> datetime | None:
     """
     if not ChatTemplate(tokenizer).is_dated:
         return None
-    with together():
+    with failing_together():
         clock = datetime.now()  # local time, which chat templates write
         if resume is not False and (folder / RECORD).exists():
             clock = _stored_clock(folder / RECORD)
@@ -56,6 +55,7 @@ def record(
     """Everything that decided the run, as JSON can hold it."""
     layers = adapters(model)
     layer = next(iter(layers.values()))
+    strength = {name: _of(layers, name) for name in ("r", "alpha")}
     data = asdict(report)  # counts of examples and tokens
     notes = data.pop("notes")  # beside the data: they decide nothing
     dated = {"clock": clock.isoformat()} if clock else {}
@@ -65,12 +65,7 @@ def record(
         "dtype": str(computes_in(model)).removeprefix("torch."),
         "device": layer.lora_A.device.type,
         "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
-        "adapter": {
-            "r": _of(layers, "r"),
-            "alpha": _of(layers, "alpha"),
-            "dropout": layer.dropout.p,
-            "layers": len(layers),
-        },
+        "adapter": strength | {"dropout": layer.dropout.p, "layers": len(layers)},
         "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),  # which layers have adapters
         "data": data | {"sha256": _examples_checksum(encoded)},
         "notes": notes,
@@ -150,6 +145,6 @@ def computes_in(model: torch.nn.Module) -> torch.dtype:
 
 
 def _of(layers: dict, name: str):
-    """The value that all adapted layers share; if they differ, a list with one value a layer."""
+    """The value that all adapted layers share; if they differ, a list with one value per layer."""
     values = [getattr(layer, name) for layer in layers.values()]
     return values[0] if len(set(values)) == 1 else values
