@@ -103,8 +103,6 @@ class _Replica(nn.parallel.DistributedDataParallel):
 
 
 class DataParallel(_Several):
-    """Each process has a share of the rows, and all weights."""
-
     def __init__(self, model: nn.Module):
         super().__init__(model)
         # Without a search for unused parameters DDP forms other buckets after its first step: from three processes on a
@@ -156,11 +154,8 @@ class _Linear4bitShard(Linear4bit):
 
 
 class Sharded(_Several):
-    """Each process has a share of the rows and of the frozen weights.
-
-    FSDP2 changes the class, the hooks and the parameters of what it shards, for good. So it gets a copy of the modules,
-    which shares adapters and buffers with the original; the original's frozen weights are empty until `close`.
-    """
+    # FSDP2 changes the class, the hooks and the parameters of what it shards, for good. So it gets a copy of the
+    # modules, which shares adapters and buffers with the original, whose frozen weights are empty until `close`.
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -301,8 +296,14 @@ def failing_together() -> Iterator[None]:
 
 
 def is_process_0() -> bool:
-    """Whether this process, or the only one, writes files and shows progress."""
     return not _joined() or dist.get_rank() == 0
+
+
+def on_process_0(work: Callable[[], object]) -> None:
+    """work() on process 0, which writes files, while the others wait; its error is an error on all."""
+    with failing_together():
+        if is_process_0():
+            work()
 
 
 def first_on_node(work: Callable[[], T]) -> T:
@@ -366,12 +367,14 @@ def _filler(original: nn.Module, name: str, parameter: nn.Parameter) -> Callable
     """A function that gives the frozen tensor `name` of the original new contents."""
     path, _, leaf = name.rpartition(".")
     module = original.get_submodule(path)
-    is_packed = leaf == "packed" and isinstance(module, Linear4bit)
+    # Two functions, because a single one would hold `parameter`, and with it the whole of a packed weight.
+    if leaf == "packed" and isinstance(module, Linear4bit):
 
-    def fill(contents: torch.Tensor) -> None:
-        if is_packed:  # the original holds them in its QuantizedTensor, not in a Parameter
+        def fill(contents: torch.Tensor) -> None:
             module.weight = replace(module.weight, packed=contents)
-        else:
+    else:
+
+        def fill(contents: torch.Tensor) -> None:
             parameter.data = contents
 
     return fill

@@ -1,7 +1,4 @@
-"""What a run says when it cannot go on: what happened, what is saved, and what to do next.
-
-In: the run's folder and settings, and an error. Out: the error's text, or the error with it.
-"""
+"""What a run says when it cannot go on: what happened, what is saved, and what to do next."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +16,7 @@ from qlora_lab.train.settings import Settings
 
 @contextmanager
 def explaining_errors(when: str, folder: Path, settings: Settings) -> Iterator[None]:
-    """Inside the `with` block an error about full memory or a full disk says what is saved and how to go on."""
+    """Inside the `with` block an error about full memory or a full disk says what is saved and what to do."""
     try:
         with telling_memory(lambda: f"out of memory {when}: {_less_memory(folder, settings)}"):
             yield

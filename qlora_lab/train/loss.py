@@ -59,10 +59,7 @@ def accumulate(
 
 
 def held_out_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool = True) -> float:
-    """Mean cross entropy in nats over all answer tokens of all examples, each token counting once.
-
-    Raises ValueError for an empty list.
-    """
+    """Mean cross entropy in nats over all answer tokens of all examples. Raises ValueError for an empty list."""
     if not encoded:
         raise ValueError("no held-out examples: the loss needs at least one")
     loss, labels = summed_loss(model, encoded, progress)

@@ -1,7 +1,4 @@
-"""Everything that decided a run: what settings.json holds, and what a resume compares before it continues.
-
-In: the model, settings and encoded examples of a run. Out: a dict that JSON can hold.
-"""
+"""Everything that decided a run: what settings.json holds, and what a resume compares before it continues."""
 
 import hashlib
 import json

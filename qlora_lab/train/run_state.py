@@ -1,6 +1,5 @@
 """Everything that changes from one step of a run to the next, how it is saved and how it comes back; and the result.
 
-In: a model with adapters and its optimizer. Out: a RunState, the tensors and facts of a checkpoint, and at last a Run.
 Random numbers need no state: what a step draws follows from (seed, step, process) alone.
 """
 

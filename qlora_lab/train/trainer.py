@@ -30,7 +30,14 @@ from qlora_lab.model.modes import checkpointing, mode, own_draws
 from qlora_lab.optim.paged_adamw import PagedAdamW
 from qlora_lab.train.allocator import recycle_memory
 from qlora_lab.train.checkpoint import BEST, saved_steps
-from qlora_lab.train.distributed import OneProcess, engine_for, failing_together, from_process_0, is_process_0
+from qlora_lab.train.distributed import (
+    OneProcess,
+    engine_for,
+    failing_together,
+    from_process_0,
+    is_process_0,
+    on_process_0,
+)
 from qlora_lab.train.failures import explaining_errors, last_saved, where_not_finite
 from qlora_lab.train.identity import adopt_arithmetic, arithmetic, own_threads
 from qlora_lab.train.interrupt import Interrupt, waiting
@@ -172,9 +179,8 @@ class Training:
             own_threads(),
             waiting(self._interrupt),
         ):
-            with failing_together():  # if process 0 may not have the folder, all processes end
-                if is_process_0():
-                    folder.enter_context(replacing_run(self.folder, self.overwrite, self.resume))
+            # If process 0 may not have the folder, all processes end.
+            on_process_0(lambda: folder.enter_context(replacing_run(self.folder, self.overwrite, self.resume)))
             yield from self._steps(decided)
 
     def _steps(self, decided: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -203,7 +209,7 @@ class Training:
                     every = self.settings.save_every
                     if ended == STOPPED or (ended is None and every and step % every == 0):
                         with explained(f"after step {step}"):
-                            self._save()
+                            on_process_0(lambda: state.save(self.folder, self.settings.keep))
             with explained("after the last step"):
                 self._finish(ended)
         finally:  # also after an error in mid-step: the next run must not add to these gradients
@@ -270,9 +276,7 @@ class Training:
             raise FloatingPointError(f"step {step}: the held-out loss is {loss}; {last_saved(self.folder)}")
         if state.best["loss"] is None or loss < state.best["loss"]:
             state.best = {"loss": loss, "step": step, "since": 0}
-            with failing_together():
-                if is_process_0():
-                    save_adapter(self.model, self.folder / BEST)
+            on_process_0(lambda: save_adapter(self.model, self.folder / BEST))
         else:
             state.best = state.best | {"since": state.best["since"] + 1}  # evaluations without improvement
         return loss
@@ -325,14 +329,7 @@ class Training:
         if self._engine.size > 1:  # each process ran a race of its own
             adopt_arithmetic(self.model, from_process_0(arithmetic(self.model)))
         decided |= {"arithmetic": arithmetic(self.model)}
-        with failing_together():
-            if is_process_0():
-                rewind(self.folder, state.lines, decided, settings.keep)
-
-    def _save(self) -> None:
-        with failing_together():
-            if is_process_0():
-                self._state.save(self.folder, self.settings.keep)
+        on_process_0(lambda: rewind(self.folder, state.lines, decided, settings.keep))
 
     def _finish(self, ended: str) -> None:
         """Save the adapter and, unless the run may go on, how it ended."""
