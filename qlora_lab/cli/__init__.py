@@ -13,13 +13,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 import qlora_lab as ql
 from qlora_lab.cli.options import Parser, one_line
-
-if TYPE_CHECKING:
-    from qlora_lab.cli.streams import Patient
+from qlora_lab.cli.streams import Patient, patient_streams
+from qlora_lab.train.interrupt import ending_like_ctrl_c
 
 # Each is a file of this folder.
 COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")
@@ -36,9 +34,6 @@ from there. Under nohup a closed terminal ends nothing."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    from qlora_lab.cli.streams import patient_streams
-    from qlora_lab.train.interrupt import ending_like_ctrl_c
-
     with patient_streams() as stdout:
         try:
             arguments = build_parser().parse_args(argv)
@@ -93,7 +88,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _unprinted(stdout: "Patient", command: str) -> bool:
+def _unprinted(stdout: Patient, command: str) -> bool:
     """Return whether some output could not be printed, and if so report it on stderr."""
     stdout.flush()  # a full disk shows at the latest here
     if stdout.error:

@@ -68,9 +68,8 @@ def _finetune(a: argparse.Namespace, settings: Settings) -> None:
             print(f"{dtype_policy(model, a.optimizer_bits)}\n")
         tests = bool(test) and rank == 0  # only the first process tests and prints
         before = ql.held_out(model, tokenizer, test, progress=progress) if tests else None
-        options = {"held_out": evaluated, "resume": a.resume, "overwrite": a.overwrite, "progress": progress}
-        options["other_arithmetic"] = a.other_arithmetic
-        result = ql.finetune(model, tokenizer, train, out=a.out, **options, **asdict(settings))
+        options = asdict(settings) | asdict(from_arguments(OutputOptions, a))
+        result = ql.finetune(model, tokenizer, train, held_out=evaluated, progress=progress, **options)
         after = ql.held_out(model, tokenizer, test, progress=progress) if tests else None
         if tests and not a.json:
             _show_answers(test, before.answers, after.answers)

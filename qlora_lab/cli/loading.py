@@ -4,14 +4,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import qlora_lab as ql
 from qlora_lab.cli.options import add_field, add_fields, whole
 from qlora_lab.train.run_options import ModelOptions
-
-if TYPE_CHECKING:
-    from qlora_lab.model.share import Share
 
 
 def add_model(group) -> None:
@@ -56,8 +52,8 @@ def load_model(a: argparse.Namespace):
     return model, tokenizer
 
 
-def print_share(a: argparse.Namespace, share: "Share") -> None:
-    """Print the share in 4 bits as a note."""
+def print_share(a: argparse.Namespace, share) -> None:
+    """Print a Share, how much of a model is in 4 bits, as a note."""
     if share.is_enough:  # load has warned of a share that is too small
         print_note(a, str(share))
 

@@ -3,7 +3,6 @@
 In: a dataclass whose fields carry help texts (train/run_options.py), or one word. Out: an option in a group, or the
 word's value; a mistake is argparse.ArgumentTypeError, which the parser reports in one line with the option's name.
 Python's int and float accept much that nobody means: digits of any script, 1_000, nan, and 1e400, which is infinity.
-Which numbers an option allows is not decided here: the library says that, before a model is loaded.
 """
 
 import argparse
@@ -101,33 +100,21 @@ def common(parser) -> None:
 
 
 def whole(text: str) -> int:
-    """Read a whole number in ASCII digits.
-
-    >>> whole("-12")
-    -12
-    """
+    """Read a whole number in ASCII digits."""
     if not re.fullmatch(rf"[+-]?[0-9]{{1,{DIGITS}}}", text):
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number: give digits, such as 8")
     return int(text)
 
 
 def number(text: str) -> float:
-    """Read a finite number in ASCII digits.
-
-    >>> number("2e-4")
-    0.0002
-    """
+    """Read a finite number in ASCII digits."""
     if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?", text) and math.isfinite(float(text)):
         return float(text)
     raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a finite number: give digits, such as 0.5 or 2e-4")
 
 
 def size(text: str) -> int:
-    """Read a number of bytes: "4096", "64KiB", "64MiB" or "2GiB".
-
-    >>> size("64KiB")
-    65536
-    """
+    """Read a number of bytes: "4096", "64KiB", "64MiB" or "2GiB"."""
     if not (match := re.fullmatch(rf"([0-9]{{1,{DIGITS}}}) ?(|KiB|MiB|GiB)", text)):
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a size: give bytes, or a number with KiB, MiB or GiB")
     return int(match[1]) * 1024 ** ("", "KiB", "MiB", "GiB").index(match[2])  # KiB = 1024

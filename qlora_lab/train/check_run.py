@@ -15,10 +15,6 @@ def check_run(model: ModelOptions, adapter: AdapterOptions, *, held_out: int = 0
     """Raise ValueError for the first option that is not allowed, before anything is loaded.
 
     held_out: number of examples to test on. resume: a step, or whether to resume at all.
-
-    >>> check_run(ModelOptions(), AdapterOptions(r=0))
-    Traceback (most recent call last):
-    ValueError: r=0 is not allowed: choose a whole number of at least 1, usually 16
     """
     check_strength(adapter.alpha, adapter.dropout)
     if model.codebook != "none":  # none: the weights stay as they are

@@ -14,7 +14,7 @@ Not covered: tensor and pipeline parallelism, adapters or optimizer state in sha
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -47,7 +47,7 @@ class OneProcess:
         """The context for forward and backward of a micro-batch; after the last, `finish` completes the gradients."""
         return nullcontext()
 
-    def finish(self, parameters: Iterable[nn.Parameter]) -> None:
+    def finish(self, parameters: list[nn.Parameter]) -> None:
         """Turn the gradients of this process's rows into those of all rows."""
 
     def sum(self, *numbers: float) -> tuple[float, ...]:
@@ -82,9 +82,8 @@ class _Several(OneProcess):
         dist.all_gather_object(everyone, facts)
         first = everyone[0]
         for rank, theirs in enumerate(everyone):
-            lines = [
-                f"{name}: {first[name]!r:.80} and {theirs[name]!r:.80}" for name in facts if theirs[name] != first[name]
-            ]
+            differing = [name for name in facts if theirs[name] != first[name]]
+            lines = [f"{name}: {first[name]!r:.80} and {theirs[name]!r:.80}" for name in differing]
             if lines:
                 raise ValueError(
                     f"processes 0 and {rank} do not work on the same run, {'; '.join(lines)}: "
@@ -187,8 +186,7 @@ class Sharded(_Several):
                 self._whole.append((copy.get_parameter(name), fill))
                 fill(p.new_empty(0))  # from here on this process has its shard only
 
-    def finish(self, parameters: Iterable[nn.Parameter]) -> None:
-        parameters = list(parameters)
+    def finish(self, parameters: list[nn.Parameter]) -> None:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in gradients])  # one message instead of hundreds
         dist.all_reduce(flat)
@@ -230,7 +228,6 @@ def engine_for(model: nn.Module, shard: bool = False) -> Iterator[OneProcess]:
     """The engine for all processes of torch's process group; OneProcess where there is none or only one.
 
     shard: spread the frozen weights over the processes. Afterwards, even after an error, the model is as it was.
-    Raises ValueError for shard with one process.
     """
     check_shard(shard)
     engine = (Sharded if shard else DataParallel)(model) if _joined() else OneProcess(model)
@@ -288,7 +285,7 @@ def failing_together() -> Iterator[None]:
         return
     try:
         yield
-    except Exception:  # of any kind, because it is raised again; a Ctrl-C reaches the others by itself
+    except Exception:  # of any kind, because it is raised again; not an interrupt, whose signal all get
         _sum(1.0)  # report it to the others, who wait below
         raise
     if _sum(0.0)[0]:
@@ -336,7 +333,6 @@ def _sum(*numbers: float) -> tuple[float, ...]:
 
 
 def _spread_out(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-    """Copy consecutive parts of `flat` into `tensors`."""
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 

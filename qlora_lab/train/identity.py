@@ -1,6 +1,5 @@
 """What decides the bits of a run besides its settings and data: the base's weights, and how sums are computed.
 
-In: a model with adapters. Out: a checksum of its whole base, and a dict for JSON of what decides the arithmetic.
 A resume takes over what can be chosen (which routines multiply, how many threads). If the rest differs (versions,
 processor) it is refused, because its last bits would differ from those of an uninterrupted run.
 The checksum reads every frozen byte: SHA-256, one tensor in each thread. With the processor's own instructions for it a

@@ -41,7 +41,9 @@ def ending_like_ctrl_c() -> Iterator[None]:
 
     A signal that has a handler already, or is ignored, stays as it is.
     """
-    with _handled(_stop, [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]):
+    with _handled(
+        signal.default_int_handler, [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    ):
         yield
 
 
@@ -56,7 +58,3 @@ def _handled(handler, numbers: list[signal.Signals]) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier or signal.SIG_DFL)  # None: it was not set by Python
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -1,7 +1,6 @@
 """Check what a resumed run reads before it uses it: the log, and the facts and tensors of a checkpoint.
 
-In: the log's path, and what checkpoint.load_checkpoint returns. Out: the log's lines; or a ValueError with the file and
-the line, key or tensor. Checksums prove that a file is what was written; this, that what was written fits the run.
+Checksums prove that a file is what was written; this, that what was written fits the run.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from qlora_lab.optim.adamw_8bit import BLOCK
 from qlora_lab.quant.finite import first_not_finite
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
-
+Tensors = dict[str, torch.Tensor]
 LONGEST = 2**14  # bytes of a line; a real one has about 200
 LINE = {"step": whole(1), "loss": NUMBER, "tokens": whole(0), "seconds": NUMBER}
 EVALUATED = {"held_out_loss": NUMBER}  # only in the lines of some steps
@@ -100,11 +99,7 @@ def check_facts(facts: dict, file: Path) -> None:
 
 
 def check_tensors(
-    file: Path,
-    tensors: dict[str, torch.Tensor],
-    adapter: dict[str, torch.Tensor],
-    parameters: Sequence[torch.Tensor],
-    bits: int,
+    file: Path, tensors: Tensors, adapter: Tensors, parameters: Sequence[torch.Tensor], bits: int
 ) -> None:
     """Raise ValueError for the first of `tensors` that cannot be the state of this run.
 

@@ -269,12 +269,8 @@ def find_adapter(folder: Path) -> None:
 
 def _kept_aside(folder: Path, scratch: str) -> list[str]:
     """Names of folders in scratch that hold an earlier run, the newest last."""
-    names = {path.name for place in _places(folder) for path in (place / scratch).glob(f"{EARLIER}*") if _filled(path)}
-    return sorted(names)
-
-
-def _filled(folder: Path) -> bool:
-    return any(folder.iterdir())
+    kept = [path for place in _places(folder) for path in (place / scratch).glob(f"{EARLIER}*") if any(path.iterdir())]
+    return sorted({path.name for path in kept})
 
 
 def _put_back(places: set[Path], scratch: str, aside: str) -> None:
@@ -293,6 +289,6 @@ def _clear(folder: Path, scratch: str) -> None:
     replaced = (folder / RECORD).exists() and (folder / ADAPTER).exists()
     for place in _places(folder):
         for stale in (place / scratch).glob("*"):
-            if replaced or not (stale.name.startswith(EARLIER) and _filled(stale)):
+            if replaced or not (stale.name.startswith(EARLIER) and any(stale.iterdir())):
                 disk.remove(stale)
         disk.remove_if_empty(place / scratch)

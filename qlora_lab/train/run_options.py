@@ -2,7 +2,6 @@
 
 The command line and the docs read each default and each help text from the fields. Functions repeat the defaults (load,
 add_lora and quantize_folder are in rooms that may not import this one), and a test compares them.
-Which values are allowed is not decided here (check_run.py).
 """
 
 from dataclasses import dataclass, field, fields
@@ -21,11 +20,7 @@ def same_option(owner: type, name: str) -> Any:
 
 
 def documented(owner: type) -> type:
-    """Append each field's default and help text to the docstring of the dataclass `owner`, and return it.
-
-    >>> print(OutputOptions.__doc__.splitlines()[-1].strip())
-    - `other_arithmetic` (False): resume even with other versions or another processor, which changes the last bits
-    """
+    """Append each field's default and help text to the docstring of the dataclass `owner`, and return it."""
     texts = [(f.name, f.default, f.metadata["help"]) for f in fields(owner) if f.metadata]
     lines = [f"\n    - `{name}` ({default!r}): {text}" for name, default, text in texts]
     owner.__doc__ = "".join([(owner.__doc__ or "").rstrip(), "\n", *lines])  # python -OO keeps no docstring
@@ -78,6 +73,5 @@ class OutputOptions:
     resume: bool | int = option(
         False, "resume the run in --out from its newest checkpoint, or from STEP; start if there is no run"
     )
-    other_arithmetic: bool = option(
-        False, "resume even with other versions or another processor, which changes the last bits"
-    )
+    # sums are rounded in another order, so an adapter differs from that of an uninterrupted run
+    other_arithmetic: bool = option(False, "resume even if other versions or processors change the last bits")

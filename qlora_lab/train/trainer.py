@@ -67,7 +67,7 @@ def finetune(
     """Train the adapters of `model` for `steps` steps and save them to `out`/adapter.
 
     data: "docstrings", a JSONL file (Alpaca, ShareGPT or OpenAI messages), or examples. options: any field of Settings,
-    such as lr=1e-4 or batch_size=16; resume, overwrite and other_arithmetic, as in OutputOptions; and:
+    such as lr=1e-4 or batch_size=16; resume, overwrite and other_arithmetic, as in OutputOptions (run_options.py); and:
     held_out: examples for evaluations, every `eval_every` steps. progress: show progress bars.
     Training flags and the random state are left as they were.
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
@@ -125,9 +125,7 @@ class Training:
         bars = {"progress": progress, "clock": self._clock}
         examples = shuffled(examples, settings.seed)
         self._encoded, self.report = encode_all(examples, tokenizer, settings.max_length, needed, **bars)
-        self._held_out = []
-        if settings.eval_every:
-            self._held_out, _ = encode_all(held_out, tokenizer, settings.max_length, **bars)
+        self._held_out = encode_all(held_out, tokenizer, settings.max_length, **bars)[0] if held_out else []
         self._check_readable(tokenizer)
         self._pad_id = fill_id(model, tokenizer)
 

@@ -73,7 +73,6 @@ def verify(folder: str | Path, progress: bool = True) -> list[Part]:
 
 
 def _lists(folder: Path) -> Iterator[Path]:
-    """The lists of checksums in a folder."""
     steps = step_folders(folder) if is_marked(folder, RUN) else []
     files = [folder / SUMS, folder / ADAPTER / SUMS, folder / BEST / SUMS, *(step / CHECKPOINT_SUMS for step in steps)]
     return (file for file in files if file.exists())
