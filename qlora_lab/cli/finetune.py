@@ -80,9 +80,7 @@ def _finetune(a: argparse.Namespace, settings: Settings) -> None:
 def _held_out_examples(a: argparse.Namespace) -> list:
     if not a.held_out:
         return []
-    source = a.test_data
-    if source is None and a.data == "docstrings":
-        source = "docstrings"
+    source = a.data if a.test_data is None and a.data == "docstrings" else a.test_data
     if source is None:
         print_note(a, f"nothing is tested: {a.data} has no held-out examples; add --test-data FILE, or --held-out 0")
         return []

@@ -1,7 +1,6 @@
 """Check a run before its model is loaded: a typo should not cost a minute.
 
-Settings checks itself when it is made. What only the model or the data show is checked later: names of layers by
-add_lora, held-out examples by settings.check_held_out.
+Settings checks itself when it is made; add_lora checks the names of layers, which only a model has.
 """
 
 from qlora_lab.adapters.lora import check_rank, check_strength

@@ -40,9 +40,9 @@ def step_folders(run: Path) -> list[Path]:
     return [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
 
 
-def step_folder(run: Path, step: int) -> Path:
-    """The folder of the checkpoint of `step`."""
-    return run / FOLDER / f"step-{step:08}"
+def state_file(run: Path, step: int, name: str) -> Path:
+    """The file `name`, such as FACTS, of the checkpoint of `step`."""
+    return _folder(run, step) / name
 
 
 def save_checkpoint(
@@ -53,7 +53,7 @@ def save_checkpoint(
     best: a folder to copy along, the adapter with the lowest held-out loss so far.
     Raises OSError if the state cannot be written, and says what is left; earlier checkpoints do not change.
     """
-    target = step_folder(run, step)
+    target = _folder(run, step)
     disk.make_folder(target.parent)
     disk.sync(run)  # a power cut must not lose the name of the new folder
     try:
@@ -80,8 +80,8 @@ def save_checkpoint(
 def forget(run: Path, steps: list[int]) -> None:
     """Remove the checkpoints of `steps`. Each is renamed first: a folder with its final name is always whole."""
     for step in steps:
-        with scratch_for(step_folder(run, step), owner=run) as scratch:
-            disk.rename(step_folder(run, step), scratch / "old")
+        with scratch_for(_folder(run, step), owner=run) as scratch:
+            disk.rename(_folder(run, step), scratch / "old")
 
 
 def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
@@ -89,7 +89,7 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
 
     Raises FileNotFoundError if there is none, and ValueError, with the file, if it changed since it was written.
     """
-    folder = step_folder(run, step)
+    folder = _folder(run, step)
     steps = saved_steps(run)
     if step not in steps:
         there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
@@ -108,7 +108,7 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
 
 def restore_best(run: Path, step: int, best: Path) -> None:
     """Make the folder `best` what it was when `step` was saved; remove it if there was none."""
-    stored = step_folder(run, step) / BEST
+    stored = _folder(run, step) / BEST
     if stored.is_dir():
         with replacing_folder(best) as new:
             disk.copy_folder(stored, new)
@@ -127,3 +127,7 @@ def _damaged(folder: Path) -> str | None:
         return SUMS
     wrong = (n for n, digest in sums.items() if not (folder / n).is_file() or sha256(folder / n) != digest)
     return next(wrong, None)
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step:08}"

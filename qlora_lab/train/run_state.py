@@ -15,7 +15,7 @@ from qlora_lab.data.batches import Batches
 from qlora_lab.data.dataset import Encoded, EncodeReport
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import sha256
-from qlora_lab.train.checkpoint import BEST, FACTS, TENSORS, load_checkpoint, save_checkpoint, step_folder
+from qlora_lab.train.checkpoint import BEST, FACTS, TENSORS, load_checkpoint, save_checkpoint, state_file
 from qlora_lab.train.identity import arithmetic
 from qlora_lab.train.resumed import check_facts, check_tensors, read_saved_log
 from qlora_lab.train.run_folder import ADAPTER, LOG
@@ -97,13 +97,13 @@ class RunState:
     ) -> None:
         """Become the state that the run in `folder` had after `step`; nothing changes before everything is checked."""
         tensors, facts = load_checkpoint(folder, step)
-        check_facts(facts, step_folder(folder, step) / FACTS)
+        check_facts(facts, state_file(folder, step, FACTS))
         if step >= settings.steps:
             done = f"{folder} was saved at step {step}, so all of steps={settings.steps} are done"
             raise ValueError(f"{done}: ask for more steps")
         check_same_run(folder, facts["run"], self.record, encoded)
         lines = read_saved_log(folder / LOG, step, facts)
-        file = step_folder(folder, step) / TENSORS
+        file = state_file(folder, step, TENSORS)
         check_tensors(file, tensors, adapter_tensors(self.model), self.parameters, settings.optimizer_bits)
         adopt_saved(self.model, facts["arithmetic"], folder, other_arithmetic)
         self._take(tensors)

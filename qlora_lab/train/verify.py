@@ -16,7 +16,7 @@ from qlora_lab.files.ownership import RUN, is_marked
 from qlora_lab.files.strict_json import TEXT, read_json
 from qlora_lab.model.hub_checksums import hub_files
 from qlora_lab.model.quantized_folder import UNFINISHED
-from qlora_lab.train.checkpoint import FACTS, FOLDER, SUMS as CHECKPOINT_SUMS, saved_steps, step_folder, step_folders
+from qlora_lab.train.checkpoint import FACTS, FOLDER, SUMS as CHECKPOINT_SUMS, saved_steps, state_file, step_folders
 from qlora_lab.train.run_folder import ADAPTER, BEST, LOG, RECORD, RESULT
 
 OK = "ok"
@@ -109,7 +109,7 @@ def _state_of_log(folder: Path) -> str:
         return MISSING
     try:
         step = saved_steps(folder)[-1]
-        expected = read_json(step_folder(folder, step) / FACTS, {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
+        expected = read_json(state_file(folder, step, FACTS), {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
     except (IndexError, ValueError, FileNotFoundError):  # no checkpoint, or one that is damaged
         return UNKNOWN
     return OK if log_sha256(folder / LOG, step) == expected else DIFFERS
