@@ -82,6 +82,8 @@ def test_plain_report(capsys, tmp_path, folder, data):
     assert "98.5 % of the weights outside embeddings and head are in 4 bits\n" in said
     assert code == 0 and "written by a person" in text and "loss last" in text
     assert "moments" in text and "float32" in text  # which bytes have which dtype, before the first step
+    code, text, said = run(capsys, "finetune", "--model", folder, *options, "--overwrite", "--quiet")
+    assert code == 0 and "loss last" in text and "moments" not in text and said == ""
 
 
 def test_a_file_without_test_data_is_reported_as_not_tested(capsys, tmp_path, folder, data):
