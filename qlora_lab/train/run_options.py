@@ -35,7 +35,7 @@ class ModelOptions:
     model: str = option("smollm2-135m", "a known name, a local folder, or a hub id such as org/name")
     codebook: str = option("nf4", "data type of the weights: nf4, fp4, int4, ...; none: do not quantise")
     block_size: int = option(64, "weights that share one scaling constant", "weights")
-    double_quant: bool = option(True, "quantise the scaling constants to 8 bits")  # saves 0.37 bits a weight at 64
+    double_quant: bool = option(True, "quantise the scaling constants to 8 bits")  # saves 0.37 bits per weight at 64
     # bf16 is chosen only where the machine multiplies it faster than float32
     dtype: str = option(
         "auto", "computation type; auto: the fastest here", None, ("auto", "float32", "bfloat16", "float16")
