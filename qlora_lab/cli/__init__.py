@@ -1,11 +1,8 @@
 """The command line: parses, calls the library, prints. `qlora-lab COMMAND --help` shows an example of each command.
 
-In: the words after `qlora-lab`. Out: an exit code. One file a command holds its options and its work; here is what all
-share: which commands there are, how a command ends, and how an error is told.
-Exit codes: 0 done; 1 the doctor found a problem, verify found a difference, or memory found that a run does not fit; 2
-a mistake, or a full disk or memory, told in one line; 130 interrupted by Ctrl-C, SIGTERM or a closed terminal (SIGHUP).
+In: the words after `qlora-lab`. Out: an exit code (EXITS). One file per command holds its options and its work; here is
+what all share: which commands there are, how a command ends, and how an error is reported.
 Output that cannot be printed changes no exit code unless it is the requested result: then the code is 2.
-Not here: words into numbers (options.py), closed streams (streams.py), tables and reports (printing.py).
 """
 
 import argparse
@@ -16,31 +13,27 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 import qlora_lab as ql
 from qlora_lab.cli.options import Parser, one_line
+from qlora_lab.cli.streams import Patient, patient_streams
+from qlora_lab.train.interrupt import ending_like_ctrl_c
 
-if TYPE_CHECKING:
-    from qlora_lab.cli.streams import Patient
-
-COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")  # each a file of this folder
+# Each is a file of this folder.
+COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")
 COMMANDS += ("memory", "sweep", "block-size", "verify", "open")
 LESS_MEMORY = "close other programs, or choose a smaller model"  # a command may know something better
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, beside ModelError
 PRINTING = ("generate", "doctor", "memory", "kernels", "verify")  # commands whose only effect is what they print
 EXITS = """Exit codes: 0 done; 1 doctor found a problem, verify found a difference, or memory found that a run does not
-fit; 2 a mistake, or a full disk or memory, told in one line; 130 interrupted. Ctrl-C, SIGTERM and a closed terminal all
-end a command in the same way: finetune finishes its step and saves; finetune --resume, quantize and sweep continue from
-there. Under nohup a closed terminal ends nothing."""
+fit; 2 a mistake, or a full disk or memory, reported in one line; 130 interrupted. Ctrl-C, SIGTERM and a closed terminal
+all end a command in the same way: finetune finishes its step and saves; finetune --resume, quantize and sweep continue
+from there. Under nohup a closed terminal ends nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    from qlora_lab.cli.streams import patient_streams
-    from qlora_lab.train.interrupt import ending_like_ctrl_c
-
     with patient_streams() as stdout:
         try:
             arguments = build_parser().parse_args(argv)
@@ -50,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         with ending_like_ctrl_c():  # SIGTERM and SIGHUP, too
             code = _run(arguments)
-        as_json = arguments.json if "json" in arguments else False
-        if code < 2 and (as_json or arguments.command in PRINTING):
+        if code < 2 and (getattr(arguments, "json", False) or arguments.command in PRINTING):  # `open` has no --json
             return 2 if _unprinted(stdout, f"qlora-lab {arguments.command}") else code
         return code
 
@@ -76,9 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ------------------------------------------------------------------------------------------------- how a command ends
-
-
 def _run(arguments: argparse.Namespace) -> int:
     process = int(os.environ.get("RANK", 0))  # set by torchrun
     if process > 0:
@@ -99,8 +88,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _unprinted(stdout: "Patient", command: str) -> bool:
-    """Return whether some output could not be printed, and if so tell it on stderr."""
+def _unprinted(stdout: Patient, command: str) -> bool:
+    """Return whether some output could not be printed, and if so report it on stderr."""
     stdout.flush()  # a full disk shows at the latest here
     if stdout.error:
         reason = getattr(stdout.error, "strerror", None) or stdout.error

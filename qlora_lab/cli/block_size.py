@@ -26,13 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--block-sizes", nargs="+", type=whole, default=SIZES, metavar="N", help="block sizes to choose from")
     add("--double-quant", action="store_true", help="quantise the scaling constants of every layer")
     add("--constants-share", type=number, metavar="S", help="most bits of constants per bit of codes, such as 0.05")
-    add(
-        "--share-below",
-        type=whole,
-        default=0,
-        metavar="N",
-        help="smaller layers of a module share one choice",
-    )
+    add("--share-below", type=whole, default=0, metavar="N", help="smaller layers of a module share one choice")
     add_text(parser, windows=12, length=256, default="half of Python's help topics")
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, metavar="FILE", help="file for the plan")

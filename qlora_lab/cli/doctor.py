@@ -25,7 +25,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    """Check a planned run; return 1 if there is a problem."""
     from qlora_lab.train.check_run import check_run
 
     settings = from_arguments(Settings, a)  # raises for a value that is not allowed

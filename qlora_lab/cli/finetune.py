@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 
 import qlora_lab as ql
-from qlora_lab.cli.loading import add_model, is_first_process, load_model, targets_of
+from qlora_lab.cli.loading import add_model, is_first_process, load_model, print_note, targets_of
 from qlora_lab.cli.options import add_field, add_fields, common, from_arguments, one_line
 from qlora_lab.cli.printing import report
 from qlora_lab.train.run_options import AdapterOptions, DataOptions, ModelOptions, OutputOptions
@@ -55,21 +55,21 @@ def _finetune(a: argparse.Namespace, settings: Settings) -> None:
     progress = not a.quiet
     train = ql.load_data(a.data, progress=progress)  # before the model: data are checked in seconds
     test = _held_out_examples(a)
-    check_held_out(settings, test)
+    evaluated = test if settings.eval_every else []  # during training; a test before and after needs no eval_every
+    check_held_out(settings, evaluated)
     with processes() as rank:
         check_shard(a.shard)  # needs the process group
-        first_on_node(lambda: resolve(a.model, progress=progress))  # one download a machine
+        first_on_node(lambda: resolve(a.model, progress=progress))  # one download per machine
         model, tokenizer = load_model(a)
         ql.add_lora(model, a.r, a.alpha, a.dropout, targets_of(a), seed=a.seed)
-        if rank == 0 and not (a.json or a.quiet):
+        if not (a.json or a.quiet):  # other processes than the first are quiet
             from qlora_lab.doctor.dtype_policy import dtype_policy
 
             print(f"{dtype_policy(model, a.optimizer_bits)}\n")
         tests = bool(test) and rank == 0  # only the first process tests and prints
         before = ql.held_out(model, tokenizer, test, progress=progress) if tests else None
-        options = {"held_out": test, "resume": a.resume, "overwrite": a.overwrite, "progress": progress}
-        options["other_arithmetic"] = a.other_arithmetic
-        result = ql.finetune(model, tokenizer, train, out=a.out, **options, **asdict(settings))
+        options = asdict(settings) | asdict(from_arguments(OutputOptions, a))
+        result = ql.finetune(model, tokenizer, train, held_out=evaluated, progress=progress, **options)
         after = ql.held_out(model, tokenizer, test, progress=progress) if tests else None
         if tests and not a.json:
             _show_answers(test, before.answers, after.answers)
@@ -80,9 +80,12 @@ def _finetune(a: argparse.Namespace, settings: Settings) -> None:
 def _held_out_examples(a: argparse.Namespace) -> list:
     if not a.held_out:
         return []
-    if a.test_data is not None:
-        return ql.load_data(a.test_data)[: a.held_out]  # no progress: a file is read in a moment
-    return ql.load_data(a.data, "test", progress=not a.quiet)[: a.held_out] if a.data == "docstrings" else []
+    source = a.data if a.test_data is None and a.data == "docstrings" else a.test_data
+    if source is None:
+        print_note(a, f"nothing is tested: {a.data} has no held-out examples; add --test-data FILE, or --held-out 0")
+        return []
+    split = "test" if source == "docstrings" else "train"  # a file has one split, and its name is train
+    return ql.load_data(source, split, progress=not a.quiet)[: a.held_out]
 
 
 def _show_answers(examples: list, before: list[str], after: list[str]) -> None:

@@ -15,8 +15,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("target").add_argument
     add("--arch", type=whole, action="append", metavar="SM", help="80, 90 or 100; may be repeated (default: 90)")
     add("--dtype", default="bfloat16", metavar="NAME", help="float32, bfloat16 or float16")
-    rows_and_columns = {"nargs": 2, "metavar": ("ROWS", "COLUMNS")}
-    add("--shape", type=whole, default=(4096, 4096), help="shape of the weight", **rows_and_columns)
+    size = ("ROWS", "COLUMNS")
+    add("--shape", type=whole, nargs=2, default=(4096, 4096), metavar=size, help="shape of the weight")
     add("--tokens", type=whole, default=256, metavar="N", help="tokens in a product")
     output = parser.add_argument_group("output")
     output.add_argument("--compare", action="store_true", help="add the bitsandbytes kernels that do the same work")

@@ -1,21 +1,13 @@
-"""What several commands read: the model with its options, its share in 4 bits, and a text to predict.
-
-In: parsed arguments. Out: a model and tokenizer, a text, the layers to adapt.
-Not here: how options are made from fields (options.py).
-"""
+"""What several commands read: the model with its options, its share in 4 bits, and a text to predict."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import qlora_lab as ql
 from qlora_lab.cli.options import add_field, add_fields, whole
 from qlora_lab.train.run_options import ModelOptions
-
-if TYPE_CHECKING:
-    from qlora_lab.model.share import Share
 
 
 def add_model(group) -> None:
@@ -45,7 +37,7 @@ def add_text(parser: argparse.ArgumentParser, windows: int, length: int, default
 
 
 def load_model(a: argparse.Namespace):
-    """Load the model and its tokenizer, and tell how much of it is in 4 bits."""
+    """Load the model and its tokenizer, and report how much of it is in 4 bits."""
     codebook = None if a.codebook == "none" else a.codebook  # load's word for it
     dtype = None  # the library chooses
     if a.dtype != "auto":
@@ -56,16 +48,20 @@ def load_model(a: argparse.Namespace):
     if codebook:
         from qlora_lab.model.share import in_4_bits
 
-        tell_share(a, in_4_bits(model))
+        print_share(a, in_4_bits(model))
     return model, tokenizer
 
 
-def tell_share(a: argparse.Namespace, share: "Share") -> None:
-    """Print the share in 4 bits to stderr, where progress goes; stdout holds results."""
-    if (
-        share.is_enough and is_first_process() and not (a.json or a.quiet)
-    ):  # load has warned of a share that is too small
-        print(share, file=sys.stderr)
+def print_share(a: argparse.Namespace, share) -> None:
+    """Print a Share, how much of a model is in 4 bits, as a note."""
+    if share.is_enough:  # load has warned of a share that is too small
+        print_note(a, str(share))
+
+
+def print_note(a: argparse.Namespace, text: str) -> None:
+    """Print a line to stderr, where progress goes; stdout holds results."""
+    if not (a.json or a.quiet):  # other processes than the first are quiet
+        print(text, file=sys.stderr)
 
 
 def is_first_process() -> bool:

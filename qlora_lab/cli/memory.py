@@ -31,9 +31,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    """Print a ledger, or with --gpu what fits; return 1 if the run does not fit, whatever is switched on."""
     setup = {field.name: getattr(a, field.name) for field in fields(Setup) if field.name in a}
     setup["targets"] = targets_of(a)  # one word, or a list of names
     result = ql.predict_memory(a.model, **setup) if a.gpu is None else ql.fit(a.model, a.gpu, **setup)
     print(json.dumps(result.to_dict()) if a.json else result)
-    return 0 if a.gpu is None or result.fits else 1
+    return 0 if a.gpu is None or result.fits else 1  # 1: it does not fit, whatever is switched on

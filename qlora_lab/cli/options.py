@@ -1,9 +1,8 @@
 """Options of a command: made from the fields of dataclasses, and read strictly from the words of a command line.
 
 In: a dataclass whose fields carry help texts (train/run_options.py), or one word. Out: an option in a group, or the
-word's value; a mistake is argparse.ArgumentTypeError, which the parser tells in one line with the option's name.
+word's value; a mistake is argparse.ArgumentTypeError, which the parser reports in one line with the option's name.
 Python's int and float accept much that nobody means: digits of any script, 1_000, nan, and 1e400, which is infinity.
-Not here: which numbers an option allows; the library says that, before a model is loaded.
 """
 
 import argparse
@@ -18,7 +17,7 @@ LONGEST = 250  # characters of a word: paths are rarely longer
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that tells its errors in one line, like every other error, and shows defaults."""
+    """A parser that reports its errors in one line, like every other error, and shows defaults."""
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=_Formatter, **options)
@@ -46,9 +45,6 @@ def one_line(text: str) -> str:
     """
     spelled = "".join(ascii(c)[1:-1] if category(c) in ("Cc", "Cs") else c for c in " ".join(text.split()))
     return re.sub(rf"(\S{{{LONGEST}}})\S+", r"\1...", spelled)
-
-
-# ------------------------------------------------------------------------------------------------ options from fields
 
 
 def add_fields(group, owner: type, *names: str) -> None:
@@ -100,40 +96,25 @@ def from_arguments(owner: type, a: argparse.Namespace) -> Any:
 def common(parser) -> None:
     """Add the options that every command has."""
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
-    parser.add_argument("--quiet", action="store_true", help="hide progress bars")
-
-
-# --------------------------------------------------------------------------------------------------- words into values
+    parser.add_argument("--quiet", action="store_true", help="print results alone: no progress bars, no notes")
 
 
 def whole(text: str) -> int:
-    """Read a whole number in ASCII digits.
-
-    >>> whole("-12")
-    -12
-    """
+    """Read a whole number in ASCII digits."""
     if not re.fullmatch(rf"[+-]?[0-9]{{1,{DIGITS}}}", text):
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a whole number: give digits, such as 8")
     return int(text)
 
 
 def number(text: str) -> float:
-    """Read a finite number in ASCII digits.
-
-    >>> number("2e-4")
-    0.0002
-    """
+    """Read a finite number in ASCII digits."""
     if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?", text) and math.isfinite(float(text)):
         return float(text)
     raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a finite number: give digits, such as 0.5 or 2e-4")
 
 
 def size(text: str) -> int:
-    """Read a number of bytes: "4096", "64KiB", "64MiB" or "2GiB".
-
-    >>> size("64KiB")
-    65536
-    """
+    """Read a number of bytes: "4096", "64KiB", "64MiB" or "2GiB"."""
     if not (match := re.fullmatch(rf"([0-9]{{1,{DIGITS}}}) ?(|KiB|MiB|GiB)", text)):
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a size: give bytes, or a number with KiB, MiB or GiB")
     return int(match[1]) * 1024 ** ("", "KiB", "MiB", "GiB").index(match[2])  # KiB = 1024

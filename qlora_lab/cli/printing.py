@@ -1,14 +1,11 @@
-"""How results are printed: figures with their names, and tables.
-
-In: names and values. Out: text on stdout, or a table as text. Not here: JSON of larger records (each command's own).
-"""
+"""How results are printed: figures with their names, and tables."""
 
 import argparse
 import json
 
 
 def report(a: argparse.Namespace, figures: dict) -> None:
-    """Print figures, one a line, or all of them as JSON."""
+    """Print figures, one per line, or all of them as JSON."""
     if a.json:
         print(json.dumps(figures))
         return

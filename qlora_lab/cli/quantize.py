@@ -3,7 +3,7 @@
 import argparse
 
 import qlora_lab as ql
-from qlora_lab.cli.loading import add_quantization, tell_share
+from qlora_lab.cli.loading import add_quantization, print_share
 from qlora_lab.cli.options import add_field, common
 from qlora_lab.cli.printing import report
 from qlora_lab.train.run_options import ModelOptions
@@ -27,6 +27,6 @@ def run(a: argparse.Namespace) -> None:
 
     options = (a.codebook, a.block_size, a.double_quant)
     folder = ql.quantize_folder(a.model, a.out, *options, plan=a.plan, progress=not a.quiet)
-    tell_share(a, folder_in_4_bits(folder))  # from shapes: no weight is read
+    print_share(a, folder_in_4_bits(folder))  # from shapes: no weight is read
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # bytes
     report(a, {"model": a.model, "folder": str(folder), "bytes_of_weights": size})

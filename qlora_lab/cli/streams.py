@@ -4,7 +4,6 @@
 
 In: the streams of the process. Out: streams that never raise. Progress and notes (stderr) are dropped if they cannot be
 written; so is output to stdout, but its error is kept, because the caller knows whether it was the requested result.
-Not here: which output is a result, and exit codes (__init__.py).
 """
 
 import errno

@@ -1,7 +1,4 @@
-"""Check that a run, an adapter, a quantised copy, a fetched model or the results of a sweep are as they were written.
-
-Exit code 1: something differs, or is missing.
-"""
+"""Check that a run, an adapter, a quantised copy, a fetched model or a sweep's results are as they were written."""
 
 import argparse
 import json
@@ -19,7 +16,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    """Print the state of each part; return 1 if something differs from what was written, or is missing."""
     from qlora_lab.measure.results_file import verify_rows
     from qlora_lab.train.verify import verify
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from qlora_lab.adapters.lora import adapters
@@ -48,6 +47,7 @@ from qlora_lab.doctor.dtype_policy import DtypePolicy, dtype_policy
 from qlora_lab.doctor.free_memory import free_memory
 from qlora_lab.model.modes import checkpointing
 from qlora_lab.train.limits import fill_id
+from qlora_lab.train.loop import shuffled
 from qlora_lab.train.settings import Settings
 
 if TYPE_CHECKING:
@@ -152,20 +152,19 @@ def diagnose(
 def _sample(examples: list, tokenizer, settings: Settings, progress: bool) -> tuple[list[Encoded], EncodeReport]:
     """Return up to SAMPLED examples that are short enough, drawn as the trainer does, and counts of the others."""
     max_length = settings.max_length
-    order = np.random.default_rng(settings.seed).permutation(len(examples))  # as the trainer draws its sample
-    shuffled = [examples[i] for i in order]
+    examples = shuffled(examples, settings.seed)  # as the trainer draws its sample
     if not examples or isinstance(examples[0], Example):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the findings repeat them
-            return encode_all(shuffled, tokenizer, max_length, SAMPLED, progress)
-    lengths = [len(example.input_ids) for example in shuffled]
-    kept = [example for example in shuffled if len(example.input_ids) <= max_length]
+            return encode_all(examples, tokenizer, max_length, SAMPLED, progress)
+    lengths = [len(example.input_ids) for example in examples]
+    kept = [example for example in examples if len(example.input_ids) <= max_length]
     if not kept:
         advice = f"set max_length={min(lengths)} or more, the length of the shortest"
         raise ValueError(f"no example has at most {max_length} tokens: {advice}")
     counts = sum(len(example.input_ids) for example in kept), sum(example.answer_tokens for example in kept)
     notes = sum((example.notes for example in kept[:SAMPLED]), Notes())
-    return kept[:SAMPLED], EncodeReport(len(kept), len(shuffled) - len(kept), max(lengths), *counts, notes)
+    return kept[:SAMPLED], EncodeReport(len(kept), len(examples) - len(kept), max(lengths), *counts, notes)
 
 
 def _few(encoded: list[Encoded]) -> list[Encoded]:

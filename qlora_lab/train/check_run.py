@@ -1,8 +1,6 @@
-"""Check a run before its model is loaded: a mistyped word should not cost a minute.
+"""Check a run before its model is loaded: a typo should not cost a minute.
 
-In: the options of a run. Out: nothing, or ValueError that names the option, its value and what is allowed.
-Settings checks itself when it is made. Not here: what only the model or the data can tell, such as the names of layers
-(add_lora) or whether there are held-out examples (settings.py).
+Settings checks itself when it is made; add_lora checks the names of layers, which only a model has.
 """
 
 from qlora_lab.adapters.lora import check_rank, check_strength
@@ -16,10 +14,6 @@ def check_run(model: ModelOptions, adapter: AdapterOptions, *, held_out: int = 0
     """Raise ValueError for the first option that is not allowed, before anything is loaded.
 
     held_out: number of examples to test on. resume: a step, or whether to resume at all.
-
-    >>> check_run(ModelOptions(), AdapterOptions(r=0))
-    Traceback (most recent call last):
-    ValueError: r=0 is not allowed: choose a whole number of at least 1, usually 16
     """
     check_strength(adapter.alpha, adapter.dropout)
     if model.codebook != "none":  # none: the weights stay as they are

@@ -1,12 +1,11 @@
 """Checkpoints: the whole state of a run on disk, so that a killed run continues as an uninterrupted one would.
 
-In: tensors by name, and facts that JSON can hold. Out: one folder a step,
+In: tensors by name, and facts that JSON can hold. Out: one folder per step,
     checkpoints/step-00000040/   state.safetensors   state.json   best/   SHA256SUMS (`sha256sum -c` reads it)
 Source: what users of other trainers lost: resumes without the optimizer, and files cut off by a full disk.
 
 A checkpoint is written under another name, flushed to the disk and renamed, so a folder with its final name is whole.
 Checksums find damage that comes later; a damaged checkpoint is refused, with the name of the file.
-Not here: what is in a state (trainer.py), adapters for others to read (peft_format.py).
 """
 
 import json
@@ -39,6 +38,11 @@ def saved_steps(run: Path) -> list[int]:
 def step_folders(run: Path) -> list[Path]:
     """The folders with names of checkpoints. Anything else beside them belongs to the user."""
     return [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
+
+
+def state_file(run: Path, step: int, name: str) -> Path:
+    """The file `name`, such as FACTS, of the checkpoint of `step`."""
+    return _folder(run, step) / name
 
 
 def save_checkpoint(
@@ -100,16 +104,6 @@ def load_checkpoint(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict
     except SafetensorError as error:
         raise ValueError(f"{folder / TENSORS} holds no tensors ({error}): resume from another checkpoint") from None
     return tensors, read_json(folder / FACTS)
-
-
-def tensors_path(run: Path, step: int) -> Path:
-    """The file with the tensors of the state after `step`."""
-    return _folder(run, step) / TENSORS
-
-
-def facts_path(run: Path, step: int) -> Path:
-    """The file with the facts of the state after `step`."""
-    return _folder(run, step) / FACTS
 
 
 def restore_best(run: Path, step: int, best: Path) -> None:

@@ -2,19 +2,19 @@
 
 In: a model with adapters. Out: an engine, whose `model` the loop calls for a loss. Each process has:
     OneProcess    all rows, all weights
-    DataParallel  its share of the rows, all weights; torch's DDP adds up the adapters' gradients, once a step
+    DataParallel  its share of the rows, all weights; torch's DDP adds up the adapters' gradients, once per step
     Sharded       its share of the rows, and of the bytes of each frozen weight; torch's FSDP2 gathers a decoder layer
                   before each forward and backward pass of a micro-batch, and frees it afterwards (torch 2.7)
 Each process has whole adapters, gradients and optimizer state: they are small, and so clipping, paging and checkpoints
 need no second form. The loss is a sum over all rows of a step, so gradients are summed and never averaged.
 
 `torchrun` starts the processes and numbers them in environment variables, which `processes` reads.
-Not here: the loop (trainer.py). Not covered: tensor and pipeline parallelism, adapters or optimizer state in shards.
+Not covered: tensor and pipeline parallelism, adapters or optimizer state in shards.
 """
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -47,7 +47,7 @@ class OneProcess:
         """The context for forward and backward of a micro-batch; after the last, `finish` completes the gradients."""
         return nullcontext()
 
-    def finish(self, parameters: Iterable[nn.Parameter]) -> None:
+    def finish(self, parameters: list[nn.Parameter]) -> None:
         """Turn the gradients of this process's rows into those of all rows."""
 
     def sum(self, *numbers: float) -> tuple[float, ...]:
@@ -82,9 +82,8 @@ class _Several(OneProcess):
         dist.all_gather_object(everyone, facts)
         first = everyone[0]
         for rank, theirs in enumerate(everyone):
-            lines = [
-                f"{name}: {first[name]!r:.80} and {theirs[name]!r:.80}" for name in facts if theirs[name] != first[name]
-            ]
+            differing = [name for name in facts if theirs[name] != first[name]]
+            lines = [f"{name}: {first[name]!r:.80} and {theirs[name]!r:.80}" for name in differing]
             if lines:
                 raise ValueError(
                     f"processes 0 and {rank} do not work on the same run, {'; '.join(lines)}: "
@@ -103,8 +102,6 @@ class _Replica(nn.parallel.DistributedDataParallel):
 
 
 class DataParallel(_Several):
-    """Each process has a share of the rows, and all weights."""
-
     def __init__(self, model: nn.Module):
         super().__init__(model)
         # Without a search for unused parameters DDP forms other buckets after its first step: from three processes on a
@@ -156,20 +153,15 @@ class _Linear4bitShard(Linear4bit):
 
 
 class Sharded(_Several):
-    """Each process has a share of the rows and of the frozen weights.
-
-    FSDP2 changes the class, the hooks and the parameters of what it shards, for good. So it gets a copy of the modules,
-    which shares adapters and buffers with the original; the original's frozen weights are empty until `close`.
-    """
+    # FSDP2 changes the class, the hooks and the parameters of what it shards, for good. So it gets a copy of the
+    # modules, which shares adapters and buffers with the original, whose frozen weights are empty until `close`.
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
         # Connections of its own, so that the end of a run never meets messages that an error left under way.
         self._apart = dist.new_group(backend="gloo", timeout=WAIT)
-        self._whole: list[
-            tuple[torch.Tensor, Callable[[torch.Tensor], None]]
-        ] = []  # a shard, and what puts the whole back
-        self._closed = False
+        # Each shard, and what puts the whole back.
+        self._whole: list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = []
         # one dimension: every process has an equal part of each weight
         mesh = dist.device_mesh.init_device_mesh(next(model.parameters()).device.type, (self.size,))
         self.model = _copy_of_modules(model)
@@ -194,8 +186,7 @@ class Sharded(_Several):
                 self._whole.append((copy.get_parameter(name), fill))
                 fill(p.new_empty(0))  # from here on this process has its shard only
 
-    def finish(self, parameters: Iterable[nn.Parameter]) -> None:
-        parameters = [p for p in parameters if p.requires_grad]
+    def finish(self, parameters: list[nn.Parameter]) -> None:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in gradients])  # one message instead of hundreds
         dist.all_reduce(flat)
@@ -205,9 +196,8 @@ class Sharded(_Several):
 
     @torch.no_grad()
     def close(self) -> None:
-        if self._closed:
+        if self.model is self._original:  # closed before: after an error a run closes it, and then engine_for does
             return
-        self._closed = True
         try:
             dist.monitored_barrier(self._apart, timeout=LATE)
             for shard, fill in self._whole:
@@ -238,7 +228,6 @@ def engine_for(model: nn.Module, shard: bool = False) -> Iterator[OneProcess]:
     """The engine for all processes of torch's process group; OneProcess where there is none or only one.
 
     shard: spread the frozen weights over the processes. Afterwards, even after an error, the model is as it was.
-    Raises ValueError for shard with one process.
     """
     check_shard(shard)
     engine = (Sharded if shard else DataParallel)(model) if _joined() else OneProcess(model)
@@ -286,7 +275,7 @@ def processes() -> Iterator[int]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def failing_together() -> Iterator[None]:
     """Let all processes leave the `with` block together; an error on one of them is an error on all.
 
     Raises what the block raises, and ConnectionAbortedError where another process raised.
@@ -296,24 +285,30 @@ def together() -> Iterator[None]:
         return
     try:
         yield
-    except Exception:
-        _sum(1.0)  # tell the others, who wait below
+    except Exception:  # of any kind, because it is raised again; not an interrupt, whose signal all get
+        _sum(1.0)  # report it to the others, who wait below
         raise
     if _sum(0.0)[0]:
         raise ConnectionAbortedError("another process failed here, so this one stops as well; its message says why")
 
 
-def leads() -> bool:
-    """Whether this is process 0, which writes files, or the only one."""
+def is_process_0() -> bool:
     return not _joined() or dist.get_rank() == 0
+
+
+def on_process_0(work: Callable[[], object]) -> None:
+    """work() on process 0, which writes files, while the others wait; its error is an error on all."""
+    with failing_together():
+        if is_process_0():
+            work()
 
 
 def first_on_node(work: Callable[[], T]) -> T:
     """work() on the first process of each node, and then on the others, which find what it fetched."""
-    leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    with together():
-        result = work() if leads else None
-    return result if leads else work()
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    with failing_together():
+        result = work() if is_first else None
+    return result if is_first else work()
 
 
 def from_process_0(value: T) -> T:
@@ -326,7 +321,6 @@ def from_process_0(value: T) -> T:
 
 
 def _joined() -> bool:
-    """Whether this is one of several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -339,7 +333,6 @@ def _sum(*numbers: float) -> tuple[float, ...]:
 
 
 def _spread_out(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-    """Copy consecutive parts of `flat` into `tensors`."""
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
@@ -370,6 +363,7 @@ def _filler(original: nn.Module, name: str, parameter: nn.Parameter) -> Callable
     """A function that gives the frozen tensor `name` of the original new contents."""
     path, _, leaf = name.rpartition(".")
     module = original.get_submodule(path)
+    # Two functions, because a single one would hold `parameter`, and with it the whole of a packed weight.
     if leaf == "packed" and isinstance(module, Linear4bit):
 
         def fill(contents: torch.Tensor) -> None:

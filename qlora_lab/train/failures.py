@@ -1,8 +1,4 @@
-"""What a run says when it cannot go on: what happened, what is saved, and what to do next.
-
-In: the run's folder and settings, and an error. Out: the error's text, or the error with it.
-Not here: finding the first value that is not finite (nonfinite.py), recognising that memory is full (out_of_memory.py).
-"""
+"""What a run says when it cannot go on: what happened, what is saved, and what to do next."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +15,8 @@ from qlora_lab.train.settings import Settings
 
 
 @contextmanager
-def telling(when: str, folder: Path, settings: Settings) -> Iterator[None]:
-    """Inside the `with` block an error about full memory or a full disk says what is saved and how to go on."""
+def explaining_errors(when: str, folder: Path, settings: Settings) -> Iterator[None]:
+    """Inside the `with` block an error about full memory or a full disk says what is saved and what to do."""
     try:
         with telling_memory(lambda: f"out of memory {when}: {_less_memory(folder, settings)}"):
             yield
@@ -28,8 +24,8 @@ def telling(when: str, folder: Path, settings: Settings) -> Iterator[None]:
         if error.errno is None:  # raised by this library, with its own advice
             raise
         where = f"{error.filename}: " if error.filename else ""  # a full disk often names no file
-        said = f"the run ended {when} ({where}{error.strerror}): {last_saved(folder)}"
-        raise OSError(f"{said}. Fix that, then resume (resume=True; --resume on the command line)") from error
+        message = f"the run ended {when} ({where}{error.strerror}): {last_saved(folder)}"
+        raise OSError(f"{message}. Fix that, then resume (resume=True; --resume on the command line)") from error
 
 
 def last_saved(folder: Path) -> str:

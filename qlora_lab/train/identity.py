@@ -1,12 +1,9 @@
 """What decides the bits of a run besides its settings and data: the base's weights, and how sums are computed.
 
-In: a model with adapters. Out: a checksum of its whole base, and a dict for JSON of what decides the arithmetic.
 A resume takes over what can be chosen (which routines multiply, how many threads). If the rest differs (versions,
 processor) it is refused, because its last bits would differ from those of an uninterrupted run.
-
 The checksum reads every frozen byte: SHA-256, one tensor in each thread. With the processor's own instructions for it a
 core reads 1.7 GB/s: 0.13 s for the 106 MiB of SmolLM2-135M in 4 bits.
-Not here: what else is compared (run_record.py).
 """
 
 import hashlib
@@ -25,11 +22,7 @@ from qlora_lab.kernels import choose, product
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.wide import widen
 
-PROBE = 2**12  # elements of each base weight in the checksum of earlier versions
 VERSIONS = ("qlora-lab", "torch", "transformers", "numba")
-
-
-# ------------------------------------------------------------------------------------------------------------- the base
 
 
 def base_checksum(model: nn.Module) -> str:
@@ -61,24 +54,8 @@ def _base(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(_bytes(tensor.detach().reshape(-1))).hexdigest()
-
-
-def _bytes(flat: torch.Tensor) -> memoryview:
-    return flat.contiguous().cpu().view(torch.uint8).numpy().data  # as bytes: numpy has no bfloat16
-
-
-def first_elements_checksum(model: nn.Module) -> str:
-    """The checksum of earlier versions: over the first elements of parameters and packed codes."""
-    digest = hashlib.sha256()
-    parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    packed = {f"{n}.packed": m.weight.packed for n, m in model.named_modules() if isinstance(m, Linear4bit)}
-    for name, tensor in (parameters | packed).items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + _bytes(tensor.detach().reshape(-1)[:PROBE]))
-    return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------- the arithmetic
+    flat = tensor.detach().reshape(-1).contiguous().cpu()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()  # as bytes: numpy has no bfloat16
 
 
 def arithmetic(model: nn.Module) -> dict:
@@ -108,11 +85,6 @@ def _finite(seconds: float) -> float | None:
     return seconds if math.isfinite(seconds) else None  # JSON has no infinity
 
 
-def is_known(saved: dict) -> bool:
-    """Whether the version that saved this arithmetic noted all of it; earlier versions noted race and attention."""
-    return "versions" in saved
-
-
 def adopt_arithmetic(model: nn.Module, saved: dict) -> None:
     """Compute as the run began, even if this process's own race of products had another winner.
 
@@ -128,11 +100,6 @@ def adopt_arithmetic(model: nn.Module, saved: dict) -> None:
     if threads and threads != own and threads <= (os.cpu_count() or 1):  # more threads than cores: refused later
         torch.set_num_threads(threads)
         warnings.warn(f"the run began with {threads} threads, so it continues with {threads}, not {own}", stacklevel=2)
-
-
-def for_comparison(arithmetic: dict) -> dict:
-    """The part that must be equal once the rest was taken over; empty if an earlier version saved it."""
-    return {name: value for name, value in arithmetic.items() if name != "race"} if is_known(arithmetic) else {}
 
 
 @contextmanager

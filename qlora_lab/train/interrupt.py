@@ -30,7 +30,8 @@ class Interrupt:
 @contextmanager
 def waiting(interrupt: Interrupt) -> Iterator[None]:
     """Inside the `with` block a signal marks `interrupt`. Python delivers signals to the main thread alone."""
-    with _handled(interrupt.ask, [number for number in ENDING if number not in HANGUP or not _is_ignored(number)]):
+    ignored = [number for number in HANGUP if signal.getsignal(number) is signal.SIG_IGN]
+    with _handled(interrupt.ask, [number for number in ENDING if number not in ignored]):
         yield
 
 
@@ -40,7 +41,9 @@ def ending_like_ctrl_c() -> Iterator[None]:
 
     A signal that has a handler already, or is ignored, stays as it is.
     """
-    with _handled(_stop, [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]):
+    with _handled(
+        signal.default_int_handler, [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    ):
         yield
 
 
@@ -55,11 +58,3 @@ def _handled(handler, numbers: list[signal.Signals]) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier or signal.SIG_DFL)  # None: it was not set by Python
-
-
-def _is_ignored(number: signal.Signals) -> bool:
-    return signal.getsignal(number) is signal.SIG_IGN
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -1,9 +1,7 @@
 """Check what a model can read: tokens with a row in its embedding, and rows no longer than its positions.
 
-In: a model, its tokenizer, token ids or the length of a row. Out: the fault in words, or an error.
-
 A row beyond `max_position_embeddings` is a warning if the model computes positions (rotary, ALiBi), because it was
-trained on shorter rows. It is an error if each position has a stored row. Rows of two and of three tokens tell which: a
+trained on shorter rows. It is an error if each position has a stored row. Rows of two and of three tokens show which: a
 table whose highest look-up rises by one with one token more is a table of positions. A list of names or module types
 would not know the next family, nor GPT-J, whose table is a buffer. Only without such a table is the long row itself
 tried, because on a GPU a look-up beyond a table's end kills the process.
@@ -23,8 +21,6 @@ from qlora_lab.train.loss import answer_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-# -------------------------------------------------------------------------------------------------------------- tokens
 
 
 def fill_id(model: nn.Module, tokenizer: "Tokenizer") -> int:
@@ -67,9 +63,6 @@ def used_tokens(encoded: Iterable[Encoded]) -> set[int]:
     return {token for example in encoded for token in (*example.input_ids, *example.labels)} - {IGNORED}
 
 
-# ------------------------------------------------------------------------------------------------------------- lengths
-
-
 def check_length(model: nn.Module, length: int, row: str, advice: str) -> None:
     """Warn if a row of `length` tokens is longer than the model was made for; raise ValueError if it cannot be read.
 
@@ -104,10 +97,8 @@ def position_limit(model: nn.Module) -> int | None:
     if not isinstance(limit, int) or limit < 1:
         return None
     rotary = getattr(config, "rope_parameters", None) or {}  # scaling, such as YaRN's, extends the limit
-    scalings = [
-        rotary,
-        *(part for part in rotary.values() if isinstance(part, dict)),
-    ]  # some models have one for each kind of layer
+    # Some models have one for each kind of layer.
+    scalings = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]
     return max(limit, *(_scaled(limit, scaling) for scaling in scalings))
 
 

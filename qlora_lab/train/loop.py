@@ -1,6 +1,5 @@
 """QLoRA training on one screen: the readable twin of trainer.py.
 
-In: a model with adapters, its tokenizer, examples. Out: trained adapters, and a log with one line a step.
 Source: QLoRA section 4 and appendix B: AdamW, constant learning rate 2e-4, gradient norm clipped at 0.3.
 
 At default settings the trainer computes the same bits; a test compares them.
@@ -25,18 +24,26 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
+def shuffled(examples: list, seed: int) -> list:
+    """The examples in a run's order. If a run needs only some of them, the first are a fair sample."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return [examples[i] for i in order]
+
+
 def train(model, tokenizer, examples: list[Example], settings: Settings) -> list:
     """Train the adapters of `model` on the answers of `examples`. Returns the log."""
     # Shuffle first, so that the examples a short run needs are a fair sample of all.
-    order = np.random.default_rng(settings.seed).permutation(len(examples))
-    shuffled = [examples[i] for i in order]
+    examples = shuffled(examples, settings.seed)
     needed = settings.steps * settings.batch_size
     # Longer examples are left out, not cut: a cut answer would lose its end token.
-    encoded, _ = encode_all(shuffled, tokenizer, settings.max_length, needed, False)
+    encoded, _ = encode_all(examples, tokenizer, settings.max_length, needed, False)
     batches = Batches(len(encoded), settings.batch_size, settings.seed)
+    pad_id = fill_id(model, tokenizer)
     # Only lora_A and lora_B: the 4-bit weights are frozen and get no gradient.
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # Weight decay would pull the product B A towards zero, not the weight.
+    # Weight decay would pull the product B A towards zero, not the weight. The paper's
+    # optimizer is paged; without a budget it gives the bits of torch.optim.AdamW,
+    # which the trainer uses then.
     optimizer = PagedAdamW(parameters, lr=settings.lr, weight_decay=0.0)
     log = []
     # Training mode switches dropout on; the caller's mode and random state come back.
@@ -45,7 +52,7 @@ def train(model, tokenizer, examples: list[Example], settings: Settings) -> list
             torch.manual_seed(step_seed(settings.seed, step))  # for dropout
             # Pad to the longest example of the batch and no further.
             rows = [encoded[i] for i in next(batches)]
-            batch = collate(rows, pad_id=fill_id(model, tokenizer))  # (batch, longest)
+            batch = collate(rows, pad_id)  # (batch, longest)
             # Forward: decode each 4-bit weight, multiply, and add the adapter's part.
             # The prompt is read but not judged: the sum is over answer tokens alone.
             summed, answer_tokens = answer_loss(model, batch)  # nats, a count

@@ -1,9 +1,6 @@
 """The loss of a language model on the answers of a batch, and on nothing else.
 
-In: a causal model of transformers and a batch as dataset.collate or batches.collate_rows makes it. Out: a summed cross
-entropy in nats, and the number of tokens. It is a sum, not a mean, so that a caller who adds up batches divides once,
-by all tokens.
-
+It is a sum of cross entropies in nats, not a mean, so that a caller who adds up batches divides once, by all tokens.
 Only positions with a label go through the head: one in eleven for a prompt of 150 tokens and an answer of 15. The head
 does a fifth of SmolLM2's multiplications and, with a vocabulary of 49,152, takes most of its memory.
 """
@@ -59,10 +56,7 @@ def accumulate(
 
 
 def held_out_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool = True) -> float:
-    """Mean cross entropy in nats over all answer tokens of all examples, each token counting once.
-
-    Raises ValueError for an empty list.
-    """
+    """Mean cross entropy in nats over all answer tokens of all examples. Raises ValueError for an empty list."""
     if not encoded:
         raise ValueError("no held-out examples: the loss needs at least one")
     loss, labels = summed_loss(model, encoded, progress)

@@ -1,12 +1,9 @@
 """Find where a value first stops being finite: in a parameter, in a forward pass, or in the backward pass after it.
 
-In: a causal model of transformers and a batch as dataset.collate makes it. Out: a NonFinite, which prints as one
-sentence, or None. A loss of NaN names no layer, and everything after the first bad value is bad as well. So only the
-first one counts, in the order of computation: parameters and the constants of 4-bit weights; then the first argument of
-each module and its output; then gradients, from the loss backwards.
-
+A loss of NaN names no layer, and everything after the first bad value is bad as well. So only the first one counts, in
+the order of computation: parameters and the constants of 4-bit weights; then the first argument of each module and its
+output; then gradients, from the loss backwards.
 The loss is the mean over the batch's labels, as in a training step. The model keeps its mode.
-Not here: the remedy, except for float16, whose range is the usual cause.
 """
 
 import math
@@ -34,18 +31,14 @@ WHAT = {
 
 @dataclass(frozen=True)
 class NonFinite:
-    """The first tensor with a NaN or an infinity.
+    """The first tensor with a NaN or an infinity."""
 
-    kind: "parameter", "input", "output" or "gradient". name: a module's path or a parameter's name, or "loss". dtype:
-    such as "float16". bad: how many of the `total` values. largest: the largest finite magnitude that entered; for a
-    gradient, in all gradients before it; None if nothing entered.
-    """
-
-    kind: str
-    name: str
-    dtype: str
-    bad: int
+    kind: str  # "parameter", "input", "output" or "gradient"
+    name: str  # a module's path or a parameter's name, or "loss"
+    dtype: str  # such as "float16"
+    bad: int  # of the `total` values
     total: int
+    # The largest finite magnitude that entered; for a gradient, in all gradients before it; None if nothing entered.
     largest: float | None
 
     def __str__(self) -> str:

@@ -1,8 +1,7 @@
 """Find out, by trying, whether a model keeps the examples of a packed row apart.
 
-In: a model and two encoded examples. Out: None, or what goes wrong when they share a row.
 In a packed row position_ids restart where an example begins (batches.py). Many models mask attention accordingly; some
-use them for positions only, some ignore them, and a recurrent state crosses the border. No list of names tells which.
+use them for positions only, some ignore them, and a recurrent state crosses the border. No list of names says which.
 So we try a row, and ask two questions:
 
 1. Do the logits of one example depend on the tokens of the other? They must not depend on them at all (reach.py).

@@ -1,8 +1,6 @@
 """Check what a resumed run reads before it uses it: the log, and the facts and tensors of a checkpoint.
 
-In: the log's path, and what checkpoint.load_checkpoint returns. Out: the log's lines; or a ValueError with the file and
-the line, key or tensor. Checksums prove that a file is what was written; this, that what was written fits the run.
-Not here: settings and data, which are compared as text (run_record.py).
+Checksums prove that a file is what was written; this, that what was written fits the run.
 """
 
 from collections.abc import Sequence
@@ -28,7 +26,7 @@ from qlora_lab.optim.adamw_8bit import BLOCK
 from qlora_lab.quant.finite import first_not_finite
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
-
+Tensors = dict[str, torch.Tensor]
 LONGEST = 2**14  # bytes of a line; a real one has about 200
 LINE = {"step": whole(1), "loss": NUMBER, "tokens": whole(0), "seconds": NUMBER}
 EVALUATED = {"held_out_loss": NUMBER}  # only in the lines of some steps
@@ -42,7 +40,7 @@ RACE = or_null(
         ),
     )
 )
-FACTS = dict.fromkeys(("run", "batches", "scaler", "best", "arithmetic"), OBJECT)
+FACTS = dict.fromkeys(("run", "batches", "scaler", "best", "arithmetic"), OBJECT) | {"log_sha256": TEXT}
 DATA = Rule(
     "a JSON object with kept, a whole number, and sha256, a text",
     lambda value: isinstance(value, dict) and type(value.get("kept")) is int and isinstance(value.get("sha256"), str),
@@ -62,7 +60,7 @@ PARTS = {
 def read_saved_log(path: Path, steps: int, facts: dict) -> list[dict]:
     """The first `steps` lines of a log, which must be those that the checkpoint with `facts` was saved with."""
     lines = read_log(path, steps)
-    if "log_sha256" in facts and facts["log_sha256"] != log_sha256(path, steps):  # earlier versions noted none
+    if facts["log_sha256"] != log_sha256(path, steps):
         raise ValueError(f"{path} is not what step {steps} was saved with: restore it, or start anew")
     return lines
 
@@ -101,11 +99,7 @@ def check_facts(facts: dict, file: Path) -> None:
 
 
 def check_tensors(
-    file: Path,
-    tensors: dict[str, torch.Tensor],
-    adapter: dict[str, torch.Tensor],
-    parameters: Sequence[torch.Tensor],
-    bits: int,
+    file: Path, tensors: Tensors, adapter: Tensors, parameters: Sequence[torch.Tensor], bits: int
 ) -> None:
     """Raise ValueError for the first of `tensors` that cannot be the state of this run.
 
@@ -128,7 +122,7 @@ def check_tensors(
 def _moments(parameter: torch.Tensor, bits: int) -> dict[str, Kind]:
     """What the optimizer keeps for a parameter, by the names of torch's AdamW; in 8 bits, of bitsandbytes'."""
     shape = tuple(parameter.shape)
-    scales = (-(-parameter.numel() // BLOCK),)  # (n_blocks,): one a block, the last block may be partial
+    scales = (-(-parameter.numel() // BLOCK),)  # (n_blocks,): one per block, the last block may be partial
     step = {"step": ((), torch.float32)}
     if bits == 32:
         return step | dict.fromkeys(("exp_avg", "exp_avg_sq"), (shape, torch.float32))

@@ -1,8 +1,4 @@
-"""How far two computations of the same sums may differ through rounding alone.
-
-In: a model. Out: a share of a norm, such as the gradient's.
-Not here: the checks that use it (checks.py, packed_rows.py).
-"""
+"""How far two computations of the same sums may differ through rounding alone."""
 
 import torch
 from torch import nn

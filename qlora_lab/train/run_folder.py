@@ -1,6 +1,6 @@
 """The folder of a run: what lies in it, when a new run may have it, and where an earlier run goes meanwhile.
 
-adapter/      the adapter in PEFT's format           log.jsonl     one line a step: loss, rate, tokens, speed
+adapter/      the adapter in PEFT's format           log.jsonl     one line per step: loss, rate, tokens, speed
 best/         the one with the lowest held-out loss  checkpoints/  all that is needed to go on (checkpoint.py)
 settings.json what decided the run                   result.json   how it ended; written last
 qlora-lab.json  the mark that the folder is a run's (ownership.py)
@@ -26,17 +26,9 @@ from qlora_lab.files import disk
 from qlora_lab.files.checksums import SUMS, replace_sums
 from qlora_lab.files.lock import locked_folder, reserved
 from qlora_lab.files.out_path import out_folder, resolved
-from qlora_lab.files.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, read_object, scratch_name
+from qlora_lab.files.ownership import MARK, RUN, is_marked, is_marked_otherwise, mark, scratch_name
 from qlora_lab.files.replace import replacing_file
-from qlora_lab.train.checkpoint import (
-    BEST,
-    CHECKPOINT_FILES,
-    FOLDER,
-    forget,
-    restore_best,
-    saved_steps,
-    step_folders,
-)
+from qlora_lab.train.checkpoint import BEST, CHECKPOINT_FILES, FOLDER, forget, restore_best, saved_steps, step_folders
 
 LOG = "log.jsonl"
 RECORD = "settings.json"
@@ -46,7 +38,7 @@ RUN_FILES = (RECORD, ADAPTER, BEST, FOLDER, LOG, RESULT, SUMS)
 WEIGHTS_FILES = (CONFIG, WEIGHTS, SUMS)  # all that a run writes to adapter/ and best/
 STARTS = {LOG: b'{"step": 1', RESULT: b'{\n  "ended": ', RECORD: b'{\n  "steps": '}  # the first bytes of our own
 EARLIER = "earlier-"  # begins the name of a folder in scratch with the files of an earlier run
-_told: set[Path] = set()  # where earlier runs are kept: this process warns of each place once
+_warned: set[Path] = set()  # where earlier runs are kept: this process warns of each place once
 
 
 def check_free(out: str | Path, overwrite: bool = False, resume: bool | int = False) -> None:
@@ -105,7 +97,7 @@ def check_ours(folder: Path) -> None:
 def _strangers(folder: Path) -> Iterator[Path]:
     if is_marked_otherwise(folder, RUN):
         yield folder / MARK
-    ours = is_marked(folder, RUN) or _is_unmarked_run(folder)
+    ours = is_marked(folder, RUN)
     for name in (LOG, RECORD, RESULT, SUMS):
         if os.path.lexists(folder / name) and not (ours and _is_of_a_run(folder / name)):
             yield folder / name
@@ -135,12 +127,6 @@ def _others(folder: Path, names: tuple[str, ...]) -> list[Path]:
     if not folder.is_dir():
         return [folder]
     return sorted(path for path in folder.iterdir() if path.name not in names)
-
-
-def _is_unmarked_run(folder: Path) -> bool:
-    """Whether a version that wrote no mark began a run here: only a run writes such settings."""
-    settings = read_object(folder / RECORD)
-    return isinstance(settings.get("base_sha256"), str) and isinstance(settings.get("adapter"), dict)
 
 
 # ------------------------------------------------------------------------------------------------------ replacing a run
@@ -256,12 +242,12 @@ def restore_earlier(folder: Path) -> None:
     kept = _kept_aside(folder, scratch) if scratch else []
     if kept and not (folder / RECORD).exists():
         _put_back(_places(folder), scratch, kept.pop())
-        told = "a run that was to replace the one before it was killed before it began"
-        warnings.warn(f"{folder}: {told}: the earlier one is in its place again", stacklevel=2)
-    if kept and (place := folder / scratch / kept[-1]) not in _told:
-        _told.add(place)
-        told = f"is kept in {place} until this one has an adapter"
-        warnings.warn(f"{folder}: the run before this one {told}", stacklevel=2)
+        cause = "a run that was to replace the one before it was killed before it began"
+        warnings.warn(f"{folder}: {cause}: the earlier one is in its place again", stacklevel=2)
+    if kept and (place := folder / scratch / kept[-1]) not in _warned:
+        _warned.add(place)
+        state = f"is kept in {place} until this one has an adapter"
+        warnings.warn(f"{folder}: the run before this one {state}", stacklevel=2)
 
 
 def find_adapter(folder: Path) -> None:
@@ -283,12 +269,8 @@ def find_adapter(folder: Path) -> None:
 
 def _kept_aside(folder: Path, scratch: str) -> list[str]:
     """Names of folders in scratch that hold an earlier run, the newest last."""
-    names = {path.name for place in _places(folder) for path in (place / scratch).glob(f"{EARLIER}*") if _filled(path)}
-    return sorted(names)
-
-
-def _filled(folder: Path) -> bool:
-    return any(folder.iterdir())
+    kept = [path for place in _places(folder) for path in (place / scratch).glob(f"{EARLIER}*") if any(path.iterdir())]
+    return sorted({path.name for path in kept})
 
 
 def _put_back(places: set[Path], scratch: str, aside: str) -> None:
@@ -307,6 +289,6 @@ def _clear(folder: Path, scratch: str) -> None:
     replaced = (folder / RECORD).exists() and (folder / ADAPTER).exists()
     for place in _places(folder):
         for stale in (place / scratch).glob("*"):
-            if replaced or not (stale.name.startswith(EARLIER) and _filled(stale)):
+            if replaced or not (stale.name.startswith(EARLIER) and any(stale.iterdir())):
                 disk.remove(stale)
         disk.remove_if_empty(place / scratch)

@@ -1,16 +1,14 @@
 """The options of a run beside Settings: model, adapter, data and output; and how a field carries its help text.
 
-In: nothing. Out: frozen dataclasses. Each default and each help text is written here or in Settings and nowhere else:
-Python's functions, the command line and the docs read them from the fields.
-
-Not here: steps, rates and batches (settings.py); which values are allowed (check_run.py).
+The command line and the docs read each default and each help text from the fields. Functions repeat the defaults (load,
+add_lora and quantize_folder are in rooms that may not import this one), and a test compares them.
 """
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
-def option(default: Any = MISSING, text: str = "", unit: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+def option(default: Any, text: str, unit: str | None = None, choices: tuple[str, ...] = ()) -> Any:
     """Make a dataclass field that carries its help text. unit: what the value counts, such as "tokens" or "bytes"."""
     return field(default=default, metadata={"help": text, "unit": unit, "choices": choices})
 
@@ -22,11 +20,7 @@ def same_option(owner: type, name: str) -> Any:
 
 
 def documented(owner: type) -> type:
-    """Append each field's default and help text to the docstring of the dataclass `owner`, and return it.
-
-    >>> print(OutputOptions.__doc__.splitlines()[-1].strip())
-    - `other_arithmetic` (False): allow --resume with other library versions or another processor
-    """
+    """Append each field's default and help text to the docstring of the dataclass `owner`, and return it."""
     texts = [(f.name, f.default, f.metadata["help"]) for f in fields(owner) if f.metadata]
     lines = [f"\n    - `{name}` ({default!r}): {text}" for name, default, text in texts]
     owner.__doc__ = "".join([(owner.__doc__ or "").rstrip(), "\n", *lines])  # python -OO keeps no docstring
@@ -41,7 +35,7 @@ class ModelOptions:
     model: str = option("smollm2-135m", "a known name, a local folder, or a hub id such as org/name")
     codebook: str = option("nf4", "data type of the weights: nf4, fp4, int4, ...; none: do not quantise")
     block_size: int = option(64, "weights that share one scaling constant", "weights")
-    double_quant: bool = option(True, "quantise the scaling constants to 8 bits")  # saves 0.37 bits a weight at 64
+    double_quant: bool = option(True, "quantise the scaling constants to 8 bits")  # saves 0.37 bits per weight at 64
     # bf16 is chosen only where the machine multiplies it faster than float32
     dtype: str = option(
         "auto", "computation type; auto: the fastest here", None, ("auto", "float32", "bfloat16", "float16")
@@ -65,7 +59,7 @@ class DataOptions:
     """What a run learns from, and what it is tested on."""
 
     data: str = option("docstrings", "docstrings, or a JSONL file in Alpaca, ShareGPT or messages format")
-    test_data: str | None = option(None, "held-out examples, if --data is a file")
+    test_data: str | None = option(None, "held-out examples: docstrings (their test split) or a file like --data")
     held_out: int = option(50, "examples to test on; 0: no test", "examples")
 
 
@@ -79,4 +73,5 @@ class OutputOptions:
     resume: bool | int = option(
         False, "resume the run in --out from its newest checkpoint, or from STEP; start if there is no run"
     )
-    other_arithmetic: bool = option(False, "allow --resume with other library versions or another processor")
+    # sums are rounded in another order, so an adapter differs from that of an uninterrupted run
+    other_arithmetic: bool = option(False, "resume even if other versions or processors change the last bits")

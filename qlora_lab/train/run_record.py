@@ -1,12 +1,7 @@
-"""Everything that decided a run: what settings.json holds, and what a resume compares before it continues.
-
-In: the model, settings and encoded examples of a run. Out: a dict that JSON can hold.
-Not here: the run's state (checkpoint.py), what else its bits follow from (identity.py).
-"""
+"""Everything that decided a run: what settings.json holds, and what a resume compares before it continues."""
 
 import hashlib
 import json
-import warnings
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,10 +11,10 @@ import torch
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.data.chat_template import ChatTemplate
 from qlora_lab.data.dataset import Encoded, EncodeReport
-from qlora_lab.files.strict_json import TEXT, or_null, read_json
+from qlora_lab.files.strict_json import TEXT, read_json
 from qlora_lab.model.linear4bit import Linear4bit
-from qlora_lab.train.distributed import from_process_0, together
-from qlora_lab.train.identity import adopt_arithmetic, arithmetic, base_checksum, for_comparison, is_known
+from qlora_lab.train.distributed import failing_together, from_process_0
+from qlora_lab.train.identity import adopt_arithmetic, arithmetic, base_checksum
 from qlora_lab.train.run_folder import RECORD
 from qlora_lab.train.settings import FREE, Settings
 
@@ -30,12 +25,11 @@ CHOICE = ("max_length", "seed")  # decide which examples are encoded
 def run_clock(folder: Path, tokenizer, resume: bool | int) -> datetime | None:
     """The time for a chat template that writes the date: now, or when the run in `folder` began.
 
-    None if the template asks for no time, or if an earlier version, which noted none, began the run. All processes get
-    the same time.
+    None if the template asks for no time, or if that of the run in `folder` asked for none.
     """
     if not ChatTemplate(tokenizer).is_dated:
         return None
-    with together():
+    with failing_together():
         clock = datetime.now()  # local time, which chat templates write
         if resume is not False and (folder / RECORD).exists():
             clock = _stored_clock(folder / RECORD)
@@ -44,7 +38,7 @@ def run_clock(folder: Path, tokenizer, resume: bool | int) -> datetime | None:
 
 def _stored_clock(path: Path) -> datetime | None:
     try:
-        stored = read_json(path, {"clock": or_null(TEXT)}).get("clock")
+        stored = read_json(path, {"clock": TEXT}).get("clock")
         return datetime.fromisoformat(stored) if stored else None
     except ValueError as error:
         reason = str(error).removeprefix(str(path)).lstrip(", ")
@@ -58,6 +52,7 @@ def record(
     """Everything that decided the run, as JSON can hold it."""
     layers = adapters(model)
     layer = next(iter(layers.values()))
+    strength = {name: _of(layers, name) for name in ("r", "alpha")}
     data = asdict(report)  # counts of examples and tokens
     notes = data.pop("notes")  # beside the data: they decide nothing
     dated = {"clock": clock.isoformat()} if clock else {}
@@ -67,12 +62,7 @@ def record(
         "dtype": str(computes_in(model)).removeprefix("torch."),
         "device": layer.lora_A.device.type,
         "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
-        "adapter": {
-            "r": _of(layers, "r"),
-            "alpha": _of(layers, "alpha"),
-            "dropout": layer.dropout.p,
-            "layers": len(layers),
-        },
+        "adapter": strength | {"dropout": layer.dropout.p, "layers": len(layers)},
         "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),  # which layers have adapters
         "data": data | {"sha256": _examples_checksum(encoded)},
         "notes": notes,
@@ -85,12 +75,9 @@ def comparable(record: dict) -> dict:
     return {name: value for name, value in json.loads(json.dumps(record)).items() if name not in FREE}
 
 
-def check_same_run(folder: Path, facts: dict, record: dict, encoded: list[Encoded], early_checksum: str) -> None:
-    """Raise ValueError, with each difference, unless `record` and `encoded` are those of the run that saved `facts`."""
-    now = comparable(record)
-    if not is_known(facts["arithmetic"]):  # an earlier version, whose checksum did not cover all of the base
-        now |= {"base_sha256": early_checksum}
-    if lines := obstacles(comparable(facts["run"]), now, encoded):
+def check_same_run(folder: Path, saved: dict, record: dict, encoded: list[Encoded]) -> None:
+    """Raise ValueError, with each difference, unless `record` and `encoded` are those of the saved run."""
+    if lines := obstacles(comparable(saved), comparable(record), encoded):
         raise ValueError(
             f"{folder} holds a different run, so it cannot be resumed: {'; '.join(lines)}. "
             "Use the settings, model and data that it began with, or choose another folder"
@@ -100,11 +87,7 @@ def check_same_run(folder: Path, facts: dict, record: dict, encoded: list[Encode
 def adopt_saved(model: torch.nn.Module, saved: dict, folder: Path, other_arithmetic: bool) -> None:
     """Compute as the run did so far. Raises ValueError where that cannot be, unless `other_arithmetic` accepts it."""
     adopt_arithmetic(model, saved)  # first take over what can be chosen, then compare the rest
-    if not is_known(saved):
-        told = "was begun by an earlier version, which recorded neither versions nor threads nor the whole base"
-        warnings.warn(f"{folder} {told}: whether they are the same is unknown", stacklevel=2)
-        return
-    lines = differences(for_comparison(saved), for_comparison(arithmetic(model)))
+    lines = differences(saved, arithmetic(model) | {"race": saved["race"]})  # another winner was taken over
     if lines and not other_arithmetic:
         raise ValueError(
             f"{folder} began with different arithmetic, so its last bits would differ: {'; '.join(lines)}. "
@@ -159,6 +142,6 @@ def computes_in(model: torch.nn.Module) -> torch.dtype:
 
 
 def _of(layers: dict, name: str):
-    """The value that all adapted layers share; if they differ, a list with one value a layer."""
+    """The value that all adapted layers share; if they differ, a list with one value per layer."""
     values = [getattr(layer, name) for layer in layers.values()]
     return values[0] if len(set(values)) == 1 else values

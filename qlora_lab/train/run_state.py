@@ -1,8 +1,6 @@
 """Everything that changes from one step of a run to the next, how it is saved and how it comes back; and the result.
 
-In: a model with adapters and its optimizer. Out: a RunState, the tensors and facts of a checkpoint, and at last a Run.
 Random numbers need no state: what a step draws follows from (seed, step, process) alone.
-Not here: how files are written (checkpoint.py), whether a checkpoint belongs to the run (run_record.py, resumed.py).
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from qlora_lab.data.batches import Batches
 from qlora_lab.data.dataset import Encoded, EncodeReport
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import sha256
-from qlora_lab.train.checkpoint import BEST, facts_path, load_checkpoint, save_checkpoint, tensors_path
+from qlora_lab.train.checkpoint import BEST, FACTS, TENSORS, load_checkpoint, save_checkpoint, state_file
 from qlora_lab.train.identity import arithmetic
 from qlora_lab.train.resumed import check_facts, check_tensors, read_saved_log
 from qlora_lab.train.run_folder import ADAPTER, LOG
@@ -27,7 +25,7 @@ from qlora_lab.train.settings import Settings
 
 @dataclass(frozen=True)
 class Run:
-    """What a run did. losses: nats per answer token, one a step. held_out: (step, loss) of each evaluation."""
+    """What a run did. losses: nats per answer token, one per step. held_out: (step, loss) of each evaluation."""
 
     folder: Path
     settings: Settings
@@ -36,7 +34,7 @@ class Run:
     held_out: list[tuple[int, float]] = field(repr=False)
     seconds: float  # of all steps, those before a resume included
     tokens: int
-    ended: str  # "all steps", "no better for a while" (early stopping), or STOPPED: it can be resumed
+    ended: str  # "all steps", "early stopping", or STOPPED: it can be resumed
 
     @property
     def adapter(self) -> Path:
@@ -61,7 +59,7 @@ class RunState:
     optimizer: torch.optim.Optimizer
     batches: Batches  # which examples come next
     record: dict[str, Any]
-    lines: list[dict[str, Any]] = field(default_factory=list)  # of the log, one a step
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of the log, one per step
     best: dict[str, Any] = field(default_factory=lambda: {"loss": None, "step": 0, "since": 0})  # evaluation so far
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -95,26 +93,17 @@ class RunState:
         save_checkpoint(folder, len(self.lines), tensors, facts, keep, best)
 
     def resume(
-        self,
-        folder: Path,
-        step: int,
-        settings: Settings,
-        encoded: list[Encoded],
-        early_checksum: str,
-        other_arithmetic: bool,
+        self, folder: Path, step: int, settings: Settings, encoded: list[Encoded], other_arithmetic: bool
     ) -> None:
-        """Become the state that the run in `folder` had after `step`; nothing changes before everything is checked.
-
-        early_checksum: of the base, as earlier versions took it. other_arithmetic: accept that the last bits differ.
-        """
+        """Become the state that the run in `folder` had after `step`; nothing changes before everything is checked."""
         tensors, facts = load_checkpoint(folder, step)
-        check_facts(facts, facts_path(folder, step))
+        check_facts(facts, state_file(folder, step, FACTS))
         if step >= settings.steps:
             done = f"{folder} was saved at step {step}, so all of steps={settings.steps} are done"
             raise ValueError(f"{done}: ask for more steps")
-        check_same_run(folder, facts, self.record, encoded, early_checksum)
+        check_same_run(folder, facts["run"], self.record, encoded)
         lines = read_saved_log(folder / LOG, step, facts)
-        file = tensors_path(folder, step)
+        file = state_file(folder, step, TENSORS)
         check_tensors(file, tensors, adapter_tensors(self.model), self.parameters, settings.optimizer_bits)
         adopt_saved(self.model, facts["arithmetic"], folder, other_arithmetic)
         self._take(tensors)

@@ -1,8 +1,7 @@
 """Define the settings of a run, and the learning rate that follows from them.
 
-In: numbers and names from the user. Out: one frozen Settings; every field affects the result except those in FREE.
+Every field affects the result except those in FREE.
 Source: QLoRA section 4 and appendix B for rate, clipping and schedule.
-Not here: the options of model, adapter, data and output (run_options.py).
 """
 
 import math
@@ -41,7 +40,7 @@ class Settings:
     # The model is asked first whether it keeps the examples apart (packed_rows.py).
     packing: bool = option(False, "put several examples into each row: less padding, the same loss")
     group_by_length: bool = option(False, "batch examples of similar length: less padding, but different batches")
-    # one activation a layer is kept; the price is one more forward pass
+    # one activation per layer is kept; the price is one more forward pass
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     # each process keeps a part of the base weights: more traffic
     shard: bool = option(False, "under torchrun, spread the base weights over all processes to save memory")
@@ -56,7 +55,7 @@ class Settings:
     save_every: int = option(50, "save a checkpoint every N steps; 0: only when interrupted")
     # two, so that one is left if the other is damaged
     keep: int = option(2, "number of checkpoints to keep")
-    seed: int = option(0, "seed of the adapters and of the order of the data")
+    seed: int = option(0, "seed of the order of the data and of dropout; on the command line also of the adapters")
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "max_length", "keep"):
@@ -67,7 +66,7 @@ class Settings:
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1, most)
         check_seed(self.seed)
-        check_number("lr", self.lr, lambda lr: 0 < lr <= 1e6, "a number above 0, usually below 0.001")
+        check_number("lr", self.lr, lambda lr: 0 < lr <= 1e6, "a number above 0 and at most 1,000,000, usually 2e-4")
         check_number("clip", self.clip, lambda clip: clip > 0, "a number above 0")
         for name in ("packing", "group_by_length", "gradient_checkpointing", "shard"):
             if not isinstance(getattr(self, name), bool):  # "no" would count as true
@@ -87,9 +86,12 @@ class Settings:
 
 
 def check_held_out(settings: Settings, examples: Sequence[Example]) -> None:
-    """Raise ValueError if a run is to be evaluated but has no held-out examples."""
+    """Raise ValueError for evaluations without held-out examples, or held-out examples without evaluations."""
     if settings.eval_every and not examples:
         raise ValueError(f"eval_every={settings.eval_every} needs held-out examples: there are none")
+    if examples and not settings.eval_every:
+        count = f"held_out has {len(examples)} example{'s' * (len(examples) > 1)}"
+        raise ValueError(f"{count}, but eval_every=0 evaluates none: set eval_every as well, or leave held_out out")
 
 
 def learning_rate(settings: Settings, step: int) -> float:

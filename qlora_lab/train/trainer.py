@@ -1,27 +1,23 @@
 """The training loop: examples in, a trained adapter and its log out. loop.py shows the idea on one screen.
 
-In: a model with adapters, its tokenizer, and data (a name, a file, or examples). Out: a Run, and a folder with the
-adapter, a log and checkpoints (run_folder.py).
 Source: QLoRA section 4 and appendix B: AdamW, constant learning rate 2e-4, gradient norm clipped at 0.3.
 
 The loss of a step is the mean over all answer tokens of its batch, however the batch is cut into rows, micro-batches
 and processes. What a step draws at random follows from (seed, step, process) alone. So the same seed, dtype and machine
 give the same run, and a run that was killed and resumed gives the same bits as an uninterrupted one.
-Not here: what a batch is (batches.py), the state between steps (run_state.py), more processes (distributed.py), what
-answers are worth (the measure room).
+Not here: the state between steps (run_state.py), more processes (distributed.py).
 """
 
 import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -34,12 +30,19 @@ from qlora_lab.model.modes import checkpointing, mode, own_draws
 from qlora_lab.optim.paged_adamw import PagedAdamW
 from qlora_lab.train.allocator import recycle_memory
 from qlora_lab.train.checkpoint import BEST, saved_steps
-from qlora_lab.train.distributed import OneProcess, engine_for, from_process_0, leads, together
-from qlora_lab.train.failures import last_saved, telling, where_not_finite
-from qlora_lab.train.identity import adopt_arithmetic, arithmetic, first_elements_checksum, own_threads
+from qlora_lab.train.distributed import (
+    OneProcess,
+    engine_for,
+    failing_together,
+    from_process_0,
+    is_process_0,
+    on_process_0,
+)
+from qlora_lab.train.failures import explaining_errors, last_saved, where_not_finite
+from qlora_lab.train.identity import adopt_arithmetic, arithmetic, own_threads
 from qlora_lab.train.interrupt import Interrupt, waiting
 from qlora_lab.train.limits import check_length, check_tokens, fill_id, used_tokens
-from qlora_lab.train.loop import step_seed
+from qlora_lab.train.loop import shuffled, step_seed
 from qlora_lab.train.loss import accumulate, summed_loss
 from qlora_lab.train.packed_rows import check_packing
 from qlora_lab.train.run_folder import ADAPTER, LOG, replacing_run, reserved_run, rewind, write_result
@@ -64,12 +67,8 @@ def finetune(
     """Train the adapters of `model` for `steps` steps and save them to `out`/adapter.
 
     data: "docstrings", a JSONL file (Alpaca, ShareGPT or OpenAI messages), or examples. options: any field of Settings,
-    such as lr=1e-4 or batch_size=16, and:
-    held_out: examples for evaluations, every `eval_every` steps.
-    resume: continue from the newest checkpoint in `out`, or from that of a given step; begin if there is no run yet.
-    overwrite: replace an earlier run in `out`; without overwrite or resume, an earlier run is an error.
-    other_arithmetic: resume also with other versions or another processor, which changes the last bits.
-    progress: show progress bars.
+    such as lr=1e-4 or batch_size=16; resume, overwrite and other_arithmetic, as in OutputOptions (run_options.py); and:
+    held_out: examples for evaluations, every `eval_every` steps. progress: show progress bars.
     Training flags and the random state are left as they were.
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
     example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other
@@ -105,7 +104,7 @@ class Training:
         progress: bool = True,
     ):
         check_trained(model)
-        with together(), reserved_run(out, overwrite, resume) if leads() else nullcontext():
+        with failing_together(), reserved_run(out, overwrite, resume) if is_process_0() else nullcontext():
             pass  # the folder is free, and an earlier run that a kill had moved away is back in its place
         check_held_out(settings, held_out)
         self.model = model
@@ -121,15 +120,12 @@ class Training:
         self._engine = OneProcess(model)  # until the run begins
         self._state: RunState | None = None  # until the run begins
         examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
-        order = np.random.default_rng(settings.seed).permutation(len(examples))  # a fair sample, if not all are needed
-        shuffled = [examples[i] for i in order]
         needed = settings.steps * settings.batch_size  # examples; encoding takes about 1 ms each
         self._clock = run_clock(self.folder, tokenizer, resume)  # for templates that write the date
         bars = {"progress": progress, "clock": self._clock}
-        self._encoded, self.report = encode_all(shuffled, tokenizer, settings.max_length, needed, **bars)
-        self._held_out = []
-        if settings.eval_every:
-            self._held_out, _ = encode_all(held_out, tokenizer, settings.max_length, **bars)
+        examples = shuffled(examples, settings.seed)
+        self._encoded, self.report = encode_all(examples, tokenizer, settings.max_length, needed, **bars)
+        self._held_out = encode_all(held_out, tokenizer, settings.max_length, **bars)[0] if held_out else []
         self._check_readable(tokenizer)
         self._pad_id = fill_id(model, tokenizer)
 
@@ -144,7 +140,7 @@ class Training:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of the log so far, one a step."""
+        """The lines of the log so far, one per step."""
         return self._state.lines if self._state else []
 
     def run(self) -> Run:
@@ -159,7 +155,7 @@ class Training:
     def stopped(self) -> str:
         """The message for a user who stopped the run."""
         done = f"stopped after step {len(self.lines)} of {self.settings.steps}"
-        return f"{done}, all of it saved in {self.folder}: go on with resume=True"
+        return f"{done}, all of it saved in {self.folder}: continue with resume=True"
 
     def stop(self) -> None:
         """End the run after the current step."""
@@ -172,9 +168,8 @@ class Training:
             raise ValueError("this Training was run before: make a new one, with resume=True to go on")
         self._begun = True
         recycle_memory()  # page faults can cost more than the arithmetic of a step
-        # Both read the whole base, so they come before the engine, which may leave this process only a part of it.
+        # It reads the whole base, so it comes before the engine, which may leave this process only a part of it.
         decided = record(self.model, self.settings, self.report, self._encoded, self._clock)
-        early_checksum = first_elements_checksum(self.model)
         with (
             checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
             engine_for(self.model, self.settings.shard) as self._engine,
@@ -182,24 +177,24 @@ class Training:
             own_threads(),
             waiting(self._interrupt),
         ):
-            with together():  # if process 0 may not have the folder, all processes end
-                if self._leads():
-                    folder.enter_context(replacing_run(self.folder, self.overwrite, self.resume))
-            yield from self._steps(decided, early_checksum)
+            # If process 0 may not have the folder, all processes end.
+            on_process_0(lambda: folder.enter_context(replacing_run(self.folder, self.overwrite, self.resume)))
+            yield from self._steps(decided)
 
-    def _steps(self, decided: dict[str, Any], early_checksum: str) -> Iterator[dict[str, Any]]:
+    def _steps(self, decided: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Begin or resume, make each step and log it, save when it is time, finish."""
-        with self._telling("before the first step"):
-            self._begin(decided, early_checksum)
+        explained = partial(explaining_errors, folder=self.folder, settings=self.settings)
+        with explained("before the first step"):
+            self._begin(decided)
         state = self._state
-        quiet = not self._leads(self.progress)
+        quiet = not (self.progress and is_process_0())
         bar = tqdm(total=self.settings.steps, initial=len(state.lines), desc="training", unit="step", disable=quiet)
         try:
-            with bar, disk.open_for(self.folder / LOG, "ab") if self._leads() else nullcontext() as log:
+            with bar, disk.open_for(self.folder / LOG, "ab") if is_process_0() else nullcontext() as log:
                 ended = None
                 while ended is None:
                     step = len(state.lines) + 1
-                    with self._telling(f"in step {step}"):
+                    with explained(f"in step {step}"):
                         line = self._step(step)
                         if log:
                             # Without a buffer, so that a killed run keeps the log of every step it made.
@@ -211,9 +206,9 @@ class Training:
                     ended = self._ended()
                     every = self.settings.save_every
                     if ended == STOPPED or (ended is None and every and step % every == 0):
-                        with self._telling(f"after step {step}"):
-                            self._save()
-            with self._telling("after the last step"):
+                        with explained(f"after step {step}"):
+                            on_process_0(lambda: state.save(self.folder, self.settings.keep))
+            with explained("after the last step"):
                 self._finish(ended)
         finally:  # also after an error in mid-step: the next run must not add to these gradients
             state.optimizer.zero_grad(set_to_none=True)
@@ -279,9 +274,7 @@ class Training:
             raise FloatingPointError(f"step {step}: the held-out loss is {loss}; {last_saved(self.folder)}")
         if state.best["loss"] is None or loss < state.best["loss"]:
             state.best = {"loss": loss, "step": step, "since": 0}
-            with together():
-                if self._leads():
-                    save_adapter(self.model, self.folder / BEST)
+            on_process_0(lambda: save_adapter(self.model, self.folder / BEST))
         else:
             state.best = state.best | {"since": state.best["since"] + 1}  # evaluations without improvement
         return loss
@@ -301,7 +294,7 @@ class Training:
         if len(state.lines) == self.settings.steps:
             return "all steps"
         if self.settings.patience and state.best["since"] >= self.settings.patience:
-            return "no better for a while"
+            return "early stopping"
         (asked,) = self._engine.sum(float(self._interrupt.asked))  # a request to one process stops all
         return STOPPED if asked else None
 
@@ -310,12 +303,12 @@ class Training:
         self._state.optimizer.zero_grad(set_to_none=True)
         self._engine.close()  # from here on each process looks for itself
         where = where_not_finite(self.model, micro_batches, self.settings.lr)
-        told = f"this step changed nothing, {last_saved(self.folder)}. {where}"
-        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; {told}")
+        effect = f"this step changed nothing, {last_saved(self.folder)}"
+        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; {effect}. {where}")
 
     # ---------------------------------------------------------------------------------------------- begin, save, finish
 
-    def _begin(self, decided: dict[str, Any], early_checksum: str) -> None:
+    def _begin(self, decided: dict[str, Any]) -> None:
         """Make the state before the first step, or after that of a checkpoint, and the folder that belongs to it."""
         settings = self.settings
         disk.make_folder(self.folder)
@@ -324,25 +317,17 @@ class Training:
         # The number of processes decides how sums are rounded.
         decided |= {"processes": self._engine.size}
         self._state = state = RunState(self.model, _optimizer(self.model, settings, self.folder), batches, decided)
-        with together():
+        with failing_together():
             newest = max(saved_steps(self.folder), default=False)  # False: nothing to resume, so begin
             step = newest if self.resume is True else self.resume
             if step is not False:
-                encoded, other = self._encoded, self.other_arithmetic
-                state.resume(self.folder, step, settings, encoded, early_checksum, other)
+                state.resume(self.folder, step, settings, self._encoded, self.other_arithmetic)
         # Processes with other settings, data or checkpoints would train a mixture.
         self._engine.agree(decided | {"the step to resume at": len(state.lines)})
         if self._engine.size > 1:  # each process ran a race of its own
             adopt_arithmetic(self.model, from_process_0(arithmetic(self.model)))
         decided |= {"arithmetic": arithmetic(self.model)}
-        with together():
-            if self._leads():
-                rewind(self.folder, state.lines, decided, settings.keep)
-
-    def _save(self) -> None:
-        with together():
-            if self._leads():
-                self._state.save(self.folder, self.settings.keep)
+        on_process_0(lambda: rewind(self.folder, state.lines, decided, settings.keep))
 
     def _finish(self, ended: str) -> None:
         """Save the adapter and, unless the run may go on, how it ended."""
@@ -351,8 +336,8 @@ class Training:
         tokens = sum(line["tokens"] for line in lines)
         seconds = sum(line["seconds"] for line in lines)
         held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
-        with together():
-            if self._leads():
+        with failing_together():
+            if is_process_0():
                 save_adapter(self.model, self.folder / ADAPTER)
                 result = {"ended": ended, "steps": len(losses), "tokens": tokens, "seconds": seconds}
                 result |= {"loss": losses[-1], "best": self._state.best}
@@ -360,18 +345,11 @@ class Training:
                     write_result(self.folder, result)
         self.result = Run(self.folder, self.settings, self.report, losses, held_out, seconds, tokens, ended)
 
-    def _telling(self, when: str) -> AbstractContextManager:
-        return telling(when, self.folder, self.settings)
-
-    def _leads(self, also: bool = True) -> bool:
-        """Whether this process writes files and shows progress."""
-        return also and self._engine.rank == 0
-
 
 SETTINGS = [name for name in signature(Settings).parameters if name != "steps"]
 
 
-def _written_out() -> Signature:
+def _signature_in_full() -> Signature:
     """The keywords of `finetune`, each by its name: its own, those of Training, and the fields of Settings."""
     own = [p for p in signature(finetune).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
     keywords = [p for p in signature(Training).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
@@ -381,7 +359,7 @@ def _written_out() -> Signature:
 
 
 # For help(), editors and documentation. Each default stands once, in Training or Settings, which refuse other names.
-finetune.__signature__ = _written_out()
+finetune.__signature__ = _signature_in_full()
 
 
 def _optimizer(model: torch.nn.Module, settings: Settings, folder: Path) -> torch.optim.Optimizer:

@@ -2,7 +2,6 @@
 
 In: a run's folder, an adapter, a quantised folder, a fetched model. Out: a Part for each thing in it.
 Nothing is written, and the user's own files in the folder are not looked at.
-Not here: writing checksums (checksums.py), rows of a sweep (measure/results_file.py).
 """
 
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from qlora_lab.files.ownership import RUN, is_marked
 from qlora_lab.files.strict_json import TEXT, read_json
 from qlora_lab.model.hub_checksums import hub_files
 from qlora_lab.model.quantized_folder import UNFINISHED
-from qlora_lab.train.checkpoint import FOLDER, SUMS as CHECKPOINT_SUMS, facts_path, saved_steps, step_folders
+from qlora_lab.train.checkpoint import FACTS, FOLDER, SUMS as CHECKPOINT_SUMS, saved_steps, state_file, step_folders
 from qlora_lab.train.run_folder import ADAPTER, BEST, LOG, RECORD, RESULT
 
 OK = "ok"
@@ -67,13 +66,13 @@ def verify(folder: str | Path, progress: bool = True) -> list[Part]:
     if is_marked(folder, RUN):
         states |= {name: state for name, state in _of_run(folder).items() if name not in states}
     if set(states.values()) <= {UNKNOWN}:  # nothing was checked, which must not look like success
-        made = "an earlier version of qlora-lab made it, or something else; make it again to have them"
-        raise ValueError(f"{folder} has no checksums: {made}")
+        raise ValueError(
+            f"{folder} has no checksums: qlora-lab did not write it, or their list is lost; write it again"
+        )
     return _parts(states)
 
 
 def _lists(folder: Path) -> Iterator[Path]:
-    """The lists of checksums in a folder."""
     steps = step_folders(folder) if is_marked(folder, RUN) else []
     files = [folder / SUMS, folder / ADAPTER / SUMS, folder / BEST / SUMS, *(step / CHECKPOINT_SUMS for step in steps)]
     return (file for file in files if file.exists())
@@ -110,8 +109,8 @@ def _state_of_log(folder: Path) -> str:
         return MISSING
     try:
         step = saved_steps(folder)[-1]
-        expected = read_json(facts_path(folder, step), {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
-    except (IndexError, ValueError, FileNotFoundError):  # no checkpoint, or one that is damaged or old
+        expected = read_json(state_file(folder, step, FACTS), {"log_sha256": TEXT}, ("log_sha256",))["log_sha256"]
+    except (IndexError, ValueError, FileNotFoundError):  # no checkpoint, or one that is damaged
         return UNKNOWN
     return OK if log_sha256(folder / LOG, step) == expected else DIFFERS
 

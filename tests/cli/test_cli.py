@@ -82,6 +82,28 @@ def test_plain_report(capsys, tmp_path, folder, data):
     assert "98.5 % of the weights outside embeddings and head are in 4 bits\n" in said
     assert code == 0 and "written by a person" in text and "loss last" in text
     assert "moments" in text and "float32" in text  # which bytes have which dtype, before the first step
+    code, text, said = run(capsys, "finetune", "--model", folder, *options, "--overwrite", "--quiet")
+    assert code == 0 and "loss last" in text and "moments" not in text and said == ""
+
+
+def test_a_file_without_test_data_is_reported_as_not_tested(capsys, tmp_path, folder, data):
+    options = ["finetune", "--model", folder, "--data", data, "--steps", 1, "--r", 2]
+    code, text, said = run(capsys, *options, "--out", tmp_path / "a")
+    (line,) = [line for line in said.splitlines() if line.startswith("nothing is tested: ")]
+    assert code == 0 and "--test-data" in line and "--held-out 0" in line and "rouge" not in text
+    code, _, said = run(capsys, *options, "--held-out", 0, "--out", tmp_path / "b")
+    assert code == 0 and "tested" not in said
+
+
+@pytest.mark.parametrize("data", [["--data", "docstrings"], ["--data", "own.jsonl", "--test-data", "docstrings"]])
+def test_docstrings_are_tested_on_their_test_split(monkeypatch, data):
+    from qlora_lab.cli import finetune
+    from qlora_lab.data import docstrings
+
+    monkeypatch.setattr(docstrings, "TRAIN", ())
+    monkeypatch.setattr(docstrings, "TEST", ("tqdm",))
+    arguments = cli.build_parser().parse_args(["finetune", *data, "--held-out", "3", "--quiet"])
+    assert finetune._held_out_examples(arguments) == docstrings.docstring_pairs(("tqdm",), False)[:3] != []
 
 
 def test_an_interrupted_run_is_resumed(capsys, tmp_path, folder, data, monkeypatch):

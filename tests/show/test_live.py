@@ -136,7 +136,9 @@ def test_the_button_ends_the_run_after_the_step_and_it_can_be_resumed(notebook, 
 def test_an_interrupt_ends_the_step_saves_and_is_a_keyboard_interrupt(notebook, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     training = toy_training(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt, match=r"after step 3 of 6, all of it saved in .*run: go on with resume=True"):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"after step 3 of 6, all of it saved in .*run: continue with resume=True"
+    ):
         asyncio.run(beside(training, lambda: signal.raise_signal(signal.SIGINT)))
     assert saved_steps(tmp_path / "run") == [3]
     assert signal.getsignal(signal.SIGINT) is before
@@ -249,7 +251,7 @@ def test_the_interrupt_button_of_a_real_kernel(kernel):
     kernel.manager.interrupt_kernel()
     texts = kernel.texts(cell)
     steps = int(re.search(r"over (\d+) of 100 steps: .* Ended: asked to stop", texts[-2])[1])
-    assert texts[-1] == f"stopped after step {steps} of 100, all of it saved in run: go on with resume=True"
+    assert texts[-1] == f"stopped after step {steps} of 100, all of it saved in run: continue with resume=True"
     for _ in range(3):  # the handler of the run must not be there any more
         kernel.manager.interrupt_kernel()
     (text,) = kernel.texts(kernel.start("print(len(training.lines), training.result.ended)"))

@@ -164,7 +164,7 @@ def test_a_stop_at_the_step_that_ends_a_run_early_changes_nothing(folder, tmp_pa
     training(folder, tmp_path / "whole", **options).run()
     last = len(lines(tmp_path / "whole"))
     assert last < 40
-    assert stop_at(last, folder, tmp_path / "run", **options).ended == "no better for a while"
+    assert stop_at(last, folder, tmp_path / "run", **options).ended == "early stopping"
     same_result(tmp_path / "run", tmp_path / "whole")
 
 
@@ -332,7 +332,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used_when_as
 
 
 def test_what_was_noted_of_the_data_is_not_compared():
-    """Their checksum is, and an earlier version noted less."""
+    """Their checksum is."""
     assert comparable({"notes": {"empty": 1}, "steps": 3}) == {"steps": 3}
 
 

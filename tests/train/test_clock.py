@@ -79,7 +79,7 @@ def test_a_template_without_a_date_keeps_no_clock(folder, tmp_path):
     assert "clock" not in record and record["notes"] == {"empty": 0, "hidden": 0, "shortened": 0, "control_texts": 0}
 
 
-def test_a_run_of_an_earlier_version_kept_no_clock(tmp_path, tokenizer, set_clock):
+def test_a_run_whose_template_had_no_date_kept_no_clock(tmp_path, tokenizer, set_clock):
     set_clock(AFTER)
     tokenizer.chat_template = DATED
     (tmp_path / "settings.json").write_text("{}")

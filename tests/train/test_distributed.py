@@ -44,7 +44,8 @@ def load(folder, dropout=0.0):
 def train(loaded, out, each=lambda training, line: None, resume=False, **settings):
     """The Training of a run that is over; `each` sees every step."""
     settings = Settings(**SETTINGS | settings)
-    training = Training(*loaded, EXAMPLES, out, settings, held_out=EXAMPLES[:3], resume=resume, progress=False)
+    held_out = EXAMPLES[:3] if settings.eval_every else ()
+    training = Training(*loaded, EXAMPLES, out, settings, held_out=held_out, resume=resume, progress=False)
     for line in training:
         each(training, line)
     return training

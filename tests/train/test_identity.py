@@ -11,10 +11,9 @@ import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.data.examples import Example
 from qlora_lab.kernels import product
-from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.train import identity
 from qlora_lab.train.checkpoint import saved_steps
-from qlora_lab.train.identity import PROBE, arithmetic, base_checksum, first_elements_checksum
+from qlora_lab.train.identity import arithmetic, base_checksum
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training
 
@@ -52,7 +51,6 @@ def resume(folder, out, **options):
 
 def last_of_embeddings(model):
     weight = model.model.embed_tokens.weight
-    assert weight.numel() > PROBE
     with torch.no_grad():
         weight[-1, -1] += 1
 
@@ -70,9 +68,6 @@ def last_level(model):
 
 @pytest.mark.parametrize("change", [last_of_embeddings, last_block_constant, last_level])
 def test_another_base_is_not_resumed_wherever_it_differs(folder, stopped, change):
-    model, changed = quantised(folder)[0], quantised(folder)[0]
-    change(changed)
-    assert first_elements_checksum(model) == first_elements_checksum(changed)  # what was compared before
     with pytest.raises(
         ValueError, match=r"a different run, .*: base_sha256: \w{64} in the checkpoint, \w{64} now\. Use"
     ):
@@ -182,38 +177,9 @@ def test_the_outcome_of_the_race_is_recorded_and_taken_over(folder, tmp_path, ou
     assert product.race() == product.Race.won_by(outcome)
 
 
-def as_earlier_versions_did(model):
-    """Retyped from version 0.1.0: names, shapes and the first 4,096 elements of parameters and packed codes."""
-    digest = hashlib.sha256()
-    parameters = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    packed = {f"{n}.packed": m.weight.packed for n, m in model.named_modules() if isinstance(m, Linear4bit)}
-    for name, tensor in (parameters | packed).items():
-        first = tensor.detach().reshape(-1)[:4096].contiguous().cpu().view(torch.uint8)
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + first.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def test_a_run_of_an_earlier_version_is_resumed_with_a_warning(folder, stopped):
-    def age(facts):
-        facts["arithmetic"] = {name: facts["arithmetic"][name] for name in ("race", "attention")}
-        facts["run"]["base_sha256"] = as_earlier_versions_did(quantised(folder)[0])
-
-    rewrite(stopped, age)
-    said = (
-        "run was begun by an earlier version, which recorded neither versions nor threads nor the whole base: whether"
-    )
-    with pytest.warns(UserWarning, match=said):
-        assert resume(folder, stopped).ended == "all steps"
-    assert "versions" in json.loads((stopped / "settings.json").read_text())["arithmetic"]
-
-
-def test_another_base_is_told_from_that_of_an_earlier_version(folder, stopped):
-    def age(facts):
-        facts["arithmetic"] = {name: facts["arithmetic"][name] for name in ("race", "attention")}
-        facts["run"]["base_sha256"] = 64 * "0"
-
-    rewrite(stopped, age)
-    with pytest.raises(ValueError, match="base_sha256: 0{64} in the checkpoint"):
+def test_a_checkpoint_without_the_arithmetic_is_refused(folder, stopped):
+    rewrite(stopped, lambda facts: facts["arithmetic"].pop("versions"))
+    with pytest.raises(ValueError, match="with different arithmetic, .*: versions: None in the checkpoint"):
         resume(folder, stopped)
 
 

@@ -92,7 +92,7 @@ def killed(function, root, number):
 
 def next_command(run, **options):
     """What it warns of; whether it is then refused."""
-    run_folder._told.clear()  # as in a new process
+    run_folder._warned.clear()  # as in a new process
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:

@@ -48,6 +48,7 @@ def begun(tmp_path_factory):
 
 FORGED = [
     (("run",), None, "has run=None: it must be a JSON object"),
+    (("log_sha256",), "DELETED", "has no 'log_sha256': it must be a text"),
     (("batches",), "DELETED", "has no 'batches': it must be a JSON object"),
     (("best", "loss"), "x", "best has loss='x': it must be a number, or null"),
     (("batches", "position"), -1, "batches has position=-1: it must be a whole number of at least 0"),

@@ -154,18 +154,11 @@ def test_what_a_user_makes_while_the_model_is_loaded_is_refused(model, tokenizer
 # ---------------------------------------------------------------------------------------------------- runs without mark
 
 
-def test_a_run_of_an_earlier_version_is_resumed_and_overwritten(train, tmp_path):
-    """It has no mark, but settings.json with checksums of its base that nobody else writes."""
+def test_a_run_that_lost_its_mark_is_refused(train, tmp_path):
     train(tmp_path / "a", 2, save_every=1)
-    for name in (MARK, "result.json"):
-        (tmp_path / "a" / name).unlink()
-    with pytest.raises(FileExistsError, match="holds an earlier run, saved at step 1: resume it"):
-        train(tmp_path / "a", 2)
-    assert train(tmp_path / "a", 2, resume=True).ended == "all steps"
     (tmp_path / "a" / MARK).unlink()
-    train(tmp_path / "a", 1, overwrite=True)
-    assert json.loads((tmp_path / "a" / "settings.json").read_text())["steps"] == 1
-    assert saved_steps(tmp_path / "a") == [] and (tmp_path / "a" / MARK).is_file()
+    with pytest.raises(FileExistsError, match="log.jsonl was not written by a run of qlora_lab: move it away"):
+        train(tmp_path / "a", 2, overwrite=True)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,9 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(model, tokenizer
 
 def test_an_interrupt_reaches_who_called(model, tokenizer, tmp_path):
     hook = model.model.norm.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 1 of 6, all of it saved in .*run: go on with res"):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"stopped after step 1 of 6, all of it saved in .*run: continue with res"
+    ):
         train(model, tokenizer, tmp_path / "run")
     hook.remove()
     assert train(model, tokenizer, tmp_path / "run", resume=True).ended == "all steps"
@@ -270,11 +272,13 @@ def test_what_is_advised_after_a_loss_that_is_not_finite_can_be_done(tiny_llama,
         ({"patience": 2}, "patience=2 needs evaluations: set eval_every as well"),
         ({"packing": True, "group_by_length": True}, "exclude each other, because both save padding: choose one"),
         ({"eval_every": 2}, "eval_every=2 needs held-out examples: there are none"),
+        ({"held_out": EXAMPLES[:2]}, "held_out has 2 examples, but eval_every=0 evaluates none: set eval_every"),
         ({"micro_batch_size": 0}, "micro_batch_size=0 is not allowed: it is a whole number of at least 1"),
         ({"overwrite": True, "resume": True}, "overwrite and resume exclude each other"),
         ({"steps": 0}, "steps=0 is not allowed: it is a whole number of at least 1"),
         ({"batch_size": 2.5}, "batch_size=2.5 is not allowed"),
         ({"lr": 0}, "lr=0 is not allowed: it is a number above 0"),
+        ({"lr": 1e7}, "lr=10000000.0 is not allowed: it is a number above 0 and at most 1,000,000"),
         ({"clip": float("nan")}, "clip=nan is not allowed"),
         ({"max_length": 3}, "no example has at most 3 tokens"),
         ({"data": "no/such/file.jsonl"}, "no/such/file.jsonl"),
@@ -394,7 +398,7 @@ def test_a_run_that_gets_no_better_stops_early(model, tokenizer, tmp_path):
     run = train(model, tokenizer, tmp_path / "run", steps=40, eval_every=1, patience=2, held_out=wrong, lr=5e-2)
     losses = [loss for _, loss in run.held_out]
     best = losses.index(min(losses))
-    assert run.ended == "no better for a while" and len(run.losses) == best + 3 < 40
+    assert run.ended == "early stopping" and len(run.losses) == best + 3 < 40
     assert (run.folder / "result.json").is_file()
 
 
