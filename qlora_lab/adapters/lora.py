@@ -15,13 +15,12 @@ Not here: variants such as DoRA; files (peft_format.py), where rsLoRA is another
 
 import math
 from collections.abc import Iterable
-from reprlib import repr as short
 
 import torch
 from torch import nn
 
 from qlora_lab.model.linear4bit import Linear4bit, left_alone
-from qlora_lab.quant.numbers import MOST, check_number, check_seed
+from qlora_lab.quant.numbers import check_number, check_seed, check_whole
 
 
 class LoRALinear(nn.Module):
@@ -171,13 +170,10 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def check_rank(r: int) -> None:
-    """Raise ValueError unless r is a whole number of at least 1."""
-    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MOST:
-        raise ValueError(f"r={short(r)} is not allowed: choose a whole number of at least 1, usually 16")
+    check_whole("r", r)
 
 
 def check_strength(alpha: float, dropout: float) -> None:
-    """Raise ValueError unless alpha is a finite number above 0 and dropout lies from 0 to below 1."""
-    check_number("alpha", alpha, lambda alpha: 0 < alpha <= 1e6, "a number above 0, usually r or 16")
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout={short(dropout)} is not allowed: choose from 0 to below 1, usually 0 to 0.1")
+    allowed = "a number above 0 and at most 1,000,000, usually r or 16"
+    check_number("alpha", alpha, lambda alpha: 0 < alpha <= 1e6, allowed)
+    check_number("dropout", dropout, lambda share: 0 <= share < 1, "a number from 0 to below 1, usually 0 to 0.1")

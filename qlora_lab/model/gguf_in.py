@@ -132,7 +132,7 @@ def check_metadata(meta: dict[str, Any]) -> None:
     for name in NUMBERS:
         value = meta.get(f"llama.{name}", 1.0)
         if not isinstance(value, float) or not 0 < value < float("inf"):
-            raise ValueError(f"llama.{name} is {short(value)}, but must be a number above 0")
+            raise ValueError(f"llama.{name} is {short(value)}, but must be a finite float above 0")
 
 
 def llama_config(meta: dict[str, Any], *, tied: bool) -> dict[str, Any]:

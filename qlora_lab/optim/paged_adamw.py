@@ -25,6 +25,7 @@ import torch
 from qlora_lab.optim.adamw_8bit import BLOCK, AdamW, Moments, change_8bit
 from qlora_lab.optim.paging import PAGE_SIZE, Pages
 from qlora_lab.quant.double_quant import dynamic_map
+from qlora_lab.quant.numbers import check_number
 
 UNIT = {32: (1, 8), 8: (BLOCK, 2 * BLOCK + 8)}  # bits: elements of a unit (never split), and bytes of their state
 NAMES = {  # bits: the names of a state's parts
@@ -64,8 +65,7 @@ class PagedAdamW(torch.optim.Optimizer):
         store: str | None = None,
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if value < 0:
-                raise ValueError(f"{name}={value} is not allowed: give a number of at least 0")
+            check_number(name, value, lambda value: value >= 0, "a number of at least 0")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas} are not allowed: choose each from 0 to below 1")
         if bits not in UNIT:
