@@ -31,7 +31,7 @@ from qlora_lab.model.empty_model import (
 from qlora_lab.model.fetch import KNOWN_MODELS, ModelError, resolve
 from qlora_lab.model.linear4bit import HEAD, Linear4bit, head_path, linears_to_quantise
 from qlora_lab.model.out_of_memory import telling_memory
-from qlora_lab.model.share import in_4_bits
+from qlora_lab.model.share_in_4_bits import in_4_bits
 from qlora_lab.model.stored import (
     by_model_name,
     check_names,

@@ -30,7 +30,7 @@ from qlora_lab.model.empty_model import empty_model, fields_of, stored_options
 from qlora_lab.model.fetch import HUB_FILES, ModelError, resolve
 from qlora_lab.model.linear4bit import HEAD, head_path
 from qlora_lab.model.load import layer_sizes
-from qlora_lab.model.share import Share, in_4_bits
+from qlora_lab.model.share_in_4_bits import Share, in_4_bits
 from qlora_lab.model.stored import Stored, opened, stored_tensors
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
