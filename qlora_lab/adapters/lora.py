@@ -157,7 +157,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Tell whether any layer of `model` is adapted."""
     return any(isinstance(module, LoRALinear) for module in model.modules())
 
 

@@ -6,7 +6,6 @@ get_pattern_key in utils/other.py for patterns.
 
 The lists name what is known to be harmless. A field or value that is in none of them, such as one of a later PEFT, is
 refused unless it is off: an adapter that is misread answers wrongly, and nothing says so.
-Not here: the tensors, whose keys say which layers are adapted (peft_format.py).
 """
 
 import math

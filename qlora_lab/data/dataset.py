@@ -1,15 +1,10 @@
 """A data set: examples become tokens and labels, some of them a padded batch.
 
-In: "docstrings" or a file of the user's, and the model's tokenizer. Out: batches of input_ids, attention_mask and
-labels, each (batch, longest) int64.
-
     load_data -> [Example] -> encode -> Encoded -> collate -> batch        Batches (batches.py) says which come next
 
 Padding is masked by position, not by id, so a pad token that equals the end token hides nothing.
 An example that is too long is left out whole and counted: a cut answer would lose its end token, and a cut prompt would
 ask about half a function.
-
-Not here: tokens and labels of one example (labels.py); the order of batches, and packed rows (batches.py).
 """
 
 import warnings

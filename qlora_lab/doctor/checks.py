@@ -3,12 +3,7 @@
 In: a model, encoded examples, batches. Out: a Finding, "ok", "warning" or "problem".
 Source: the threads in THREADS. A check runs the real model on real examples and compares; none reads settings.
 
-    tokens:  end_tokens, learned_tokens, left_out, new_tokens        weights:  trained_share, memory
-    data:    asked_for, texts (data_checks.py)                       rows:     row_lengths
-    steps:   finite_values, live_adapters, accumulation, packed_rows
-
 A check restores parameters, gradients, training flags and the random state.
-Not here: which checks run on what (diagnose.py).
 """
 
 from collections.abc import Callable, Iterator

@@ -2,8 +2,6 @@
 
 In: examples, and the notes of those that were encoded. Out: a Finding each.
 Source: the threads in checks.THREADS.
-
-Not here: tokens and labels (checks.py); reading records (examples.py, fields.py).
 """
 
 from collections import Counter

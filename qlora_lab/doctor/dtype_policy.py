@@ -7,8 +7,6 @@ Source: QLoRA section 3, equation 5: storage in 4 bits, computation in 16, gradi
 Bytes are read from the tensors themselves; those of gradients and moments, which the first step creates, follow from
 their parameters. Elements are logical: a 4-bit weight counts as one element, not as half a byte, so that a share is a
 share of the model. A tensor that two modules share, such as a tied head, counts once.
-
-Not here: activations and what a step needs for a moment.
 """
 
 from collections.abc import Iterator
@@ -76,7 +74,7 @@ class DtypePolicy:
         return self.trained / self.weights
 
     def to_dict(self) -> dict:
-        """Everything, as plain values for JSON."""
+        """Return plain values for JSON."""
         extra = {"loss_scaling": self.loss_scaling, "bytes": self.nbytes, "share": self.share}
         return asdict(self) | extra
 

@@ -5,7 +5,6 @@ of one line for a family without a causal language model in transformers, or one
 
 Buffers are computed as `from_pretrained` does it: every parameter is marked as having its value, and the model's own
 `_init_weights` fills the rest. A buffer that it leaves alone is an error that names it.
-Not here: weights (load.py).
 """
 
 import re
@@ -199,9 +198,6 @@ def _at_fault(folder: Path) -> str:
 def _lacks_sentencepiece() -> bool:
     wanted = "sentencepiece", "google", "google.protobuf"  # in this order: finding a submodule imports its parent
     return not all(find_spec(name) for name in wanted)
-
-
-# -------------------------------------------------------------------------------------------------------------- buffers
 
 
 def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:

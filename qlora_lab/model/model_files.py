@@ -3,7 +3,6 @@
 In: a folder. Out: its configuration, the paths of its weights, or an error of one line that names the damaged file.
 transformers reads most of these files itself, but its errors for a damaged one name no file, so they are checked first.
 Links are followed, because the hub's cache consists of them; what an index names must lie in the folder.
-Not here: getting a model, and what to do about a damaged one (fetch.py); building it (empty_model.py).
 """
 
 from os.path import lexists

@@ -8,7 +8,6 @@ The work is cut into pieces of at most PIECE bytes, each written beside its plac
 call continues after its last whole piece, and the folder is the same to the byte. config.json comes last: without it
 the folder is not a model yet.
 Peak memory: one piece, quantised, and the largest tensor.
-Not here: reading it (load.py).
 """
 
 import json

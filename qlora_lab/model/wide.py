@@ -38,9 +38,6 @@ def widen(model: "PreTrainedModel") -> bool:
     return _widen_attention(model, wide)
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
-
-
 def _widen_attention(model: "PreTrainedModel", wide: bool) -> bool:
     can = getattr(model, "_can_set_attn_implementation", lambda: True)()
     if not can or model.config._attn_implementation not in (TORCH, NAME):
@@ -66,9 +63,6 @@ def _in_float32(module, query, key, value, attention_mask, **options) -> tuple[t
     wide = (tensor.float() for tensor in (query, key, value))
     attended, weights = sdpa_attention_forward(module, *wide, attention_mask, **options)
     return attended.to(query.dtype), weights  # other layers see no difference in dtype
-
-
-# ----------------------------------------------------------------------------------------------------------------- head
 
 
 class _Product(torch.autograd.Function):

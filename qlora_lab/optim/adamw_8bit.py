@@ -5,8 +5,6 @@ Source: "8-bit Optimizers via Block-wise Quantization" (2021), sections 2 and 3;
 Regularization", algorithm 2. The first moment takes the signed dynamic table, the second the unsigned one.
 
 A moment is quantised as a weight is (absmax, then the code of the nearest level), but anew at every step.
-
-Not here: pages (paged_adamw.py); the fast twins that change_8bit chooses (kernels/adamw.py, triton/adamw_8bit.py).
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,5 @@
 """AdamW whose two moments lie in pages: it computes what torch.optim.AdamW does, in a fixed budget of memory.
 
-In: parameters with gradients. Changed in place: the parameters and the pages.
 Source: "Decoupled Weight Decay Regularization", algorithm 2; QLoRA section 3, "Paged Optimizers".
 
 All parameters lie one after another in the pages, so small ones, such as an adapter's, are paged too. With 32 bits a
@@ -11,7 +10,6 @@ element, or block, is changed by itself, so the order of pages changes no bit.
 
 But: no amsgrad, no maximize, no sparse gradients; 32-bit moments are float32, whatever the dtype of a parameter. On a
 GPU a step launches a dozen small kernels for each page and waits for the host.
-Not here: pages and who is evicted (paging.py), the arithmetic of 8 bits (adamw_8bit.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
