@@ -1,7 +1,6 @@
 """Every tensor that a model holds, told apart by kind: packed weights, adapters, embeddings, head, norms and the rest.
 
-In: a model, usually quantised and with adapters. Out: (kind, tensor) pairs, module by module. A tensor that two modules
-share, such as a tied head, comes once for each of them.
+A tensor that two modules share, such as a tied head, comes once for each of them.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,5 @@
 """What adapter_config.json sets, field by field: honoured, known to change no answer, or refused by name.
 
-In: the file as a dict. Out: (r, alpha) of each layer, or a ValueError that names the setting, its value and the reason.
 Source: PEFT 0.21, tuners/lora/config.py for the fields, layer.py for what each initialisation does to the base, and
 get_pattern_key in utils/other.py for patterns.
 
@@ -81,11 +80,7 @@ def check_settings(config: dict, where: str) -> None:
 
 
 def strength_of(config: dict, path: str) -> tuple[int, float]:
-    """Return (r, alpha) of the adapter beside the layer at `path`, with alpha / r as its scaling, for rsLoRA too.
-
-    >>> strength_of({"r": 4, "lora_alpha": 8, "use_rslora": True}, "model.layers.0.mlp.up_proj")
-    (4, 16.0)
-    """
+    """Return (r, alpha) of the adapter beside the layer at `path`, with alpha / r as its scaling, for rsLoRA too."""
     r = _of_layer(config.get("rank_pattern"), path, config["r"])
     alpha = _of_layer(config.get("alpha_pattern"), path, config["lora_alpha"])
     check_rank(r)

@@ -117,7 +117,6 @@ def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def to_device(batch: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Move a batch to the device of the model's parameters."""
     device = next(model.parameters()).device  # a quantised model has parameters too: embeddings, norms
     return {name: tensor.to(device) for name, tensor in batch.items()}
 

@@ -152,11 +152,7 @@ def _functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunc
 
 
 def first_sentence(docstring: str) -> str:
-    """Return the first sentence of the first paragraph, on one line.
-
-    >>> first_sentence("Add two numbers. Both\\nare floats.\\n\\nReturns: ...")
-    'Add two numbers.'
-    """
+    """Return the first sentence of the first paragraph, on one line."""
     paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return SENTENCE_END.split(" ".join(paragraph.split()), maxsplit=1)[0]
 

@@ -102,11 +102,7 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def to_example(record: Any, place: str = "") -> Example:
-    """Make an Example of a record in any of the three forms. Raises ValueError for another, or one without answer.
-
-    >>> to_example({"instruction": "Add.", "input": "2, 2", "output": "4"}).prompt
-    (('user', 'Add.\\n\\n2, 2'),)
-    """
+    """Make an Example of a record in any of the three forms. Raises ValueError for another, or one without answer."""
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object in the form of {FORMS}, found {type(record).__name__}")
     refuse_unsupported(record, "record")  # first: its error is the clearest

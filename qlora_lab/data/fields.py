@@ -1,6 +1,5 @@
 """Fields of a record other than its texts: honoured, refused or ignored.
 
-In: a record, or a turn of its conversation. Out: whether a turn is learned; the names of ignored fields.
 Source: the data formats of OpenAI, Axolotl, LLaMA-Factory, ms-swift and TRL.
 
 A field that means something in one of these formats is honoured or refused by name: ignoring it would train a different

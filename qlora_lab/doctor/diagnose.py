@@ -1,6 +1,5 @@
 """The training doctor: checks, before a run of hours, for failures that raise no error.
 
-In: a model with adapters, its tokenizer, and data. Out: a Report of Findings, with threads of users who met each.
 It examines a sample of the data: the tokens of 32 examples, and steps on 8 short ones of them.
 """
 

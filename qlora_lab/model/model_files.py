@@ -1,6 +1,5 @@
 """Check the files of a model folder: which weights there are, and whether each file is what its name says.
 
-In: a folder. Out: its configuration, the paths of its weights, or an error of one line that names the damaged file.
 transformers reads most of these files itself, but its errors for a damaged one name no file, so they are checked first.
 Links are followed, because the hub's cache consists of them; what an index names must lie in the folder.
 """

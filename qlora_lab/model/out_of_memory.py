@@ -1,7 +1,4 @@
-"""Turn every error for memory that ran out into one: it says what needed the memory, and what would need less.
-
-In: whatever torch, numpy, numba, safetensors or the system raise. Out: one type, OutOfMemory.
-"""
+"""Turn every error for memory that ran out into one: it says what needed the memory, and what would need less."""
 
 import errno
 import re

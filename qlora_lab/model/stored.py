@@ -1,6 +1,5 @@
 """Find the stored tensors that make each tensor of a model, by transformers' own rules for names.
 
-In: an empty model and a folder of safetensors. Out: name in the model -> Stored, which reads it.
 Source: transformers' conversion_mapping and core_model_loading, which rename what older files store under other names,
 and merge or split what they store in other pieces (Mixtral's experts: one by one in files, one tensor in the model).
 
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from qlora_lab.model.model_files import ModelError, weight_files
 from qlora_lab.quant.finite import first_not_finite
@@ -110,11 +108,6 @@ def check_shape(file: Path, name: str, shape: torch.Size, expected: torch.Size) 
         raise ModelError(f"{file}: {name} has shape {tuple(shape)}, but config.json asks for {tuple(expected)}")
 
 
-def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Return name -> shape for all that files hold: parameters and saved buffers."""
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
 def files_of(folder: Path) -> dict[str, Path]:
     """Return tensor name -> the file that holds it, in the files' order."""
     files = {}
@@ -133,7 +126,8 @@ def stored_tensors(model: "PreTrainedModel", folder: Path, files: dict[str, Path
     """
     tensors = by_model_name(model, files or files_of(folder))
     check_names(folder, tensors, model)
-    return without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
+    expected = model.state_dict().keys()  # parameters and saved buffers: what files hold
+    return without_copies(model, {name: tensor for name, tensor in tensors.items() if name in expected})
 
 
 def by_model_name(model: "PreTrainedModel", files: dict[str, Path]) -> dict[str, Stored]:
@@ -189,7 +183,7 @@ def _made(rule: Rule, files: dict[str, Path], expected: dict[str, torch.Tensor])
 
 def check_names(folder: Path, names: Iterable[str], model: "PreTrainedModel") -> None:
     """Raise ModelError unless `names` are all that `model` reads, and no others."""
-    expected = set(expected_shapes(model))
+    expected = set(model.state_dict())
     stored = set(names)
     missing = expected - stored - _tied_to(model, stored)
     missing = sorted(name for name in missing if not _matches(name, model._keys_to_ignore_on_load_missing))
@@ -227,8 +221,3 @@ def without_copies(model: "PreTrainedModel", tensors: dict[str, Stored]) -> dict
             message = f"{target} and {source} are tied by config.json, but differ in the files: they are two weights"
             warnings.warn(f"{message}; set tie_word_embeddings to false there", stacklevel=5)
     return kept
-
-
-def tie(model: "PreTrainedModel", placed: Iterable[str]) -> None:
-    """Tie weights that were not placed to those that were."""
-    model.tie_weights(missing_keys=set(expected_shapes(model)) - set(placed), recompute_mapping=False)

@@ -1,7 +1,7 @@
 """Attention and the head of a bf16 model in float32, on a CPU that multiplies float32 faster.
 
-In: a model of transformers. Out: the same model. Its queries, keys and values are widened for attention alone, and the
-result is rounded back; its head gives logits in float32. All else stays as it was, including what other layers keep.
+Queries, keys and values are widened for attention alone, and the result is rounded back; the head gives logits in
+float32. All else stays as it was, including what other layers keep.
 
 torch multiplies in the dtype that it gets. On a CPU with slow bf16 products (kernels/product.py races them) attention's
 backward takes three times as long in bf16 as in float32, and the head's products twice as long.

@@ -79,12 +79,7 @@ def quantize_moment(values: torch.Tensor, table: torch.Tensor) -> tuple[torch.Te
 
 
 def adamw_8bit(param: torch.Tensor, grad: torch.Tensor, moments: Moments, settings: AdamW) -> None:
-    """Change `param` and `moments` in place.
-
-    >>> state = Moments(*(torch.zeros(1, dtype=dtype) for dtype in (torch.uint8, torch.float32) * 2))
-    >>> p = torch.ones(1); adamw_8bit(p, torch.ones(1), state, AdamW(step=1, lr=0.1)); round(p.item(), 4)
-    0.9
-    """
+    """Change `param` and `moments` in place."""
     beta1, beta2, decay, size, correction, eps = settings.scalars
     first, _, second, _ = tables(param.device)
     g = grad.float()

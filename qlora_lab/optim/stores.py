@@ -4,8 +4,7 @@ Source: QLoRA section 3, "Paged Optimizers".
 
 Three stores for one page table. FileStore: frames in the CPU's memory, pages in a file. HostStore: frames on a GPU,
 pages in pinned memory of its host. ManagedStore, the paper's own: CUDA's managed memory, where a page keeps its address
-and the driver moves it. A store writes a page away, reads it back, clears a frame, and starts such a move alongside the
-arithmetic: in a thread for a file, on a stream of its own on a GPU.
+and the driver moves it. Moves run alongside the arithmetic: in a thread for a file, on a stream of its own on a GPU.
 
 But: the tests replace CUDA's own calls, which need a GPU; bench/gpu_paging.py makes them.
 """
