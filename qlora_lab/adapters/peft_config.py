@@ -85,7 +85,10 @@ def strength_of(config: dict, path: str) -> tuple[int, float]:
     alpha = _of_layer(config.get("alpha_pattern"), path, config["lora_alpha"])
     check_rank(r)
     check_strength(alpha, 0)
-    return r, alpha * math.sqrt(r) if config.get("use_rslora") else alpha  # rsLoRA scales by alpha / sqrt(r)
+    if config.get("use_rslora"):
+        alpha *= math.sqrt(r)  # rsLoRA scales by alpha / sqrt(r)
+        check_strength(alpha, 0)
+    return r, alpha
 
 
 def pattern_of(path: str) -> str:

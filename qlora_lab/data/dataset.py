@@ -86,9 +86,11 @@ def encode_all(
         if len(kept) == enough:
             bar.total = None  # a notebook shows a bar that ends before its total in red, for ever
             break
-    longest = max(lengths, default=0)  # tells a user what max_length would take
+    if not lengths:
+        raise ValueError("there are no examples: give at least one")
+    longest = max(lengths)  # tells a user what max_length would take
     if not kept:
-        shortest = min(lengths, default=0)
+        shortest = min(lengths)
         raise ValueError(f"no example has at most {max_length} tokens: allow at least {shortest}, as in the shortest")
     learned = sum(label != IGNORED for encoded in kept for label in encoded.labels)  # tokens
     tokens = sum(len(encoded.input_ids) for encoded in kept)
