@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import qlora_lab as ql
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.model.fetch import ModelError
-from qlora_lab.model.share import in_4_bits
+from qlora_lab.model.share_in_4_bits import in_4_bits
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 WORDS = 64  # in the vocabulary

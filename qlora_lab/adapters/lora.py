@@ -15,13 +15,12 @@ Not here: variants such as DoRA; files (peft_format.py), where rsLoRA is another
 
 import math
 from collections.abc import Iterable
-from reprlib import repr as short
 
 import torch
 from torch import nn
 
 from qlora_lab.model.linear4bit import Linear4bit, left_alone
-from qlora_lab.quant.numbers import MOST, check_number, check_seed
+from qlora_lab.quant.numbers import check_number, check_seed, check_whole
 
 
 class LoRALinear(nn.Module):
@@ -42,7 +41,7 @@ class LoRALinear(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        check_rank(r)
+        check_whole("r", r)
         self.base = base.requires_grad_(False)
         self.r = r
         self.dropout = nn.Dropout()  # its p comes next
@@ -112,7 +111,7 @@ def adapt(
     check_seed(seed)
     layers = linear_layers(model)
     for r, alpha in strengths.values():  # all checks first: an error leaves the model as it was
-        check_rank(r)
+        check_whole("r", r)
         check_strength(alpha, dropout)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # its own: torch's global draws stay as they are
@@ -158,7 +157,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Tell whether any layer of `model` is adapted."""
     return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
@@ -170,14 +168,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def check_rank(r: int) -> None:
-    """Raise ValueError unless r is a whole number of at least 1."""
-    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= MOST:
-        raise ValueError(f"r={short(r)} is not allowed: choose a whole number of at least 1, usually 16")
-
-
 def check_strength(alpha: float, dropout: float) -> None:
-    """Raise ValueError unless alpha is a finite number above 0 and dropout lies from 0 to below 1."""
-    check_number("alpha", alpha, lambda alpha: 0 < alpha <= 1e6, "a number above 0, usually r or 16")
-    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout={short(dropout)} is not allowed: choose from 0 to below 1, usually 0 to 0.1")
+    allowed = "a number above 0 and at most 1,000,000, usually r or 16"
+    check_number("alpha", alpha, lambda alpha: 0 < alpha <= 1e6, allowed)
+    check_number("dropout", dropout, lambda share: 0 <= share < 1, "a number from 0 to below 1, usually 0 to 0.1")

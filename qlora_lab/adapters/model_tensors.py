@@ -1,8 +1,6 @@
 """Every tensor that a model holds, told apart by kind: packed weights, adapters, embeddings, head, norms and the rest.
 
-In: a model, usually quantised and with adapters. Out: (kind, tensor) pairs, module by module. A tensor that two modules
-share, such as a tied head, comes once for each of them.
-Not here: what each kind costs (doctor/dtype_policy.py counts elements and dtypes, memory/measured.py storages).
+A tensor that two modules share, such as a tied head, comes once for each of them.
 """
 
 from collections.abc import Iterator
@@ -19,7 +17,6 @@ ADAPTER = ("lora_A", "lora_B")  # an adapter's kind is its parameter's name
 
 
 def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
-    """Kind and tensor of all packed weights, parameters and buffers."""
     head = head_path(model)
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):  # its weight is neither a parameter nor a buffer

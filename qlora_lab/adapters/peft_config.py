@@ -1,19 +1,17 @@
 """What adapter_config.json sets, field by field: honoured, known to change no answer, or refused by name.
 
-In: the file as a dict. Out: (r, alpha) of each layer, or a ValueError that names the setting, its value and the reason.
 Source: PEFT 0.21, tuners/lora/config.py for the fields, layer.py for what each initialisation does to the base, and
 get_pattern_key in utils/other.py for patterns.
 
 The lists name what is known to be harmless. A field or value that is in none of them, such as one of a later PEFT, is
 refused unless it is off: an adapter that is misread answers wrongly, and nothing says so.
-Not here: the tensors, whose keys say which layers are adapted (peft_format.py).
 """
 
 import math
 import re
 from reprlib import repr as short
 
-from qlora_lab.adapters.lora import check_rank, check_strength
+from qlora_lab.adapters.lora import check_strength
 
 HONOURED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 HONOURED += ("base_model_name_or_path", "revision")  # adapter_base.py compares them
@@ -82,16 +80,15 @@ def check_settings(config: dict, where: str) -> None:
 
 
 def strength_of(config: dict, path: str) -> tuple[int, float]:
-    """Return (r, alpha) of the adapter beside the layer at `path`, with alpha / r as its scaling, for rsLoRA too.
-
-    >>> strength_of({"r": 4, "lora_alpha": 8, "use_rslora": True}, "model.layers.0.mlp.up_proj")
-    (4, 16.0)
-    """
+    """Return (r, alpha) of the adapter beside the layer at `path`, with alpha / r as its scaling, for rsLoRA too."""
     r = _of_layer(config.get("rank_pattern"), path, config["r"])
     alpha = _of_layer(config.get("alpha_pattern"), path, config["lora_alpha"])
-    check_rank(r)
+    check_whole("r", r)
     check_strength(alpha, 0)
-    return r, alpha * math.sqrt(r) if config.get("use_rslora") else alpha  # rsLoRA scales by alpha / sqrt(r)
+    if config.get("use_rslora"):
+        alpha *= math.sqrt(r)  # rsLoRA scales by alpha / sqrt(r)
+        check_strength(alpha, 0)
+    return r, alpha
 
 
 def pattern_of(path: str) -> str:

@@ -1,8 +1,6 @@
 """Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors in one folder.
 
 Beside them lies qlora-lab.sha256 with their checksums, which PEFT ignores.
-
-In: an adapted model. Out: a folder that peft.PeftModel.from_pretrained and load_adapter load.
 Source: PEFT 0.21, utils/save_and_load.py. Keys are `base_model.model.PATH.lora_A.weight`, where PATH is the layer's.
 
 The keys say which layers are adapted, not the patterns that once chose them. Strict: an adapter loads wholly or not at
@@ -162,7 +160,6 @@ def _target_names(model: nn.Module, paths: list[str]) -> list[str]:
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor], dict[str, str]]:
-    """Read configuration, tensors and metadata."""
     _check_files(folder)
     try:
         config = read_json(folder / CONFIG)

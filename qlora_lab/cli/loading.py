@@ -46,7 +46,7 @@ def load_model(a: argparse.Namespace):
         dtype = getattr(torch, a.dtype)  # one of the choices, so it exists
     model, tokenizer = ql.load(a.model, codebook, a.block_size, a.double_quant, dtype=dtype, progress=not a.quiet)
     if codebook:
-        from qlora_lab.model.share import in_4_bits
+        from qlora_lab.model.share_in_4_bits import in_4_bits
 
         print_share(a, in_4_bits(model))
     return model, tokenizer

@@ -2,12 +2,10 @@
 
     Batches -> [example numbers] -> to_rows -> [[Encoded, ...], ...] -> collate_rows -> batch
 
-In: encoded examples. Out: batches of input_ids, labels and position_ids or attention_mask, each (rows, longest) int64.
 Source: reports of users of other trainers: batches sorted by length make a sawtooth of the loss curve, and examples
 packed into one row without a mask attend to their neighbours.
 
 Nothing here changes the loss of a step: it is a sum over answer tokens, wherever they lie.
-Not here: labels (labels.py), the loss (train/loss.py).
 """
 
 import numpy as np
@@ -24,10 +22,6 @@ class Batches:
     The order depends on (seed, epoch) alone, so a few numbers are the whole state, and a resumed run sees the examples
     that an uninterrupted run would. lengths: tokens of each example; with them the examples of a batch are alike in
     length, while short and long batches still come in random order.
-
-    >>> batches = Batches(5, batch_size=2, seed=0)
-    >>> sorted(next(batches) + next(batches) + next(batches))
-    [0, 1, 2, 3, 4]
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, lengths: list[int] | None = None) -> None:

@@ -1,7 +1,5 @@
 """Write a conversation as one text with a chat template, and find where each turn stands in that text.
 
-In: turns, and the tokenizer whose template writes them. Out: the text; where the content of each turn ends; the span of
-each answer, from the end of its prompt to the end of its content.
 Source: `{% generation %}` blocks and `apply_chat_template` of transformers.
 
 Templates do more than join turns: they drop the thoughts of earlier answers (Qwen3), move the system's text into a
@@ -113,7 +111,6 @@ class ChatTemplate:
 
     @cached_property
     def is_dated(self) -> bool:
-        """Whether the template writes the date or time."""
         return "strftime_now" in self.source
 
     @cached_property

@@ -1,15 +1,10 @@
 """A data set: examples become tokens and labels, some of them a padded batch.
 
-In: "docstrings" or a file of the user's, and the model's tokenizer. Out: batches of input_ids, attention_mask and
-labels, each (batch, longest) int64.
-
     load_data -> [Example] -> encode -> Encoded -> collate -> batch        Batches (batches.py) says which come next
 
 Padding is masked by position, not by id, so a pad token that equals the end token hides nothing.
 An example that is too long is left out whole and counted: a cut answer would lose its end token, and a cut prompt would
 ask about half a function.
-
-Not here: tokens and labels of one example (labels.py); the order of batches, and packed rows (batches.py).
 """
 
 import warnings
@@ -91,9 +86,11 @@ def encode_all(
         if len(kept) == enough:
             bar.total = None  # a notebook shows a bar that ends before its total in red, for ever
             break
-    longest = max(lengths, default=0)  # tells a user what max_length would take
+    if not lengths:
+        raise ValueError("there are no examples: give at least one")
+    longest = max(lengths)  # tells a user what max_length would take
     if not kept:
-        shortest = min(lengths, default=0)
+        shortest = min(lengths)
         raise ValueError(f"no example has at most {max_length} tokens: allow at least {shortest}, as in the shortest")
     learned = sum(label != IGNORED for encoded in kept for label in encoded.labels)  # tokens
     tokens = sum(len(encoded.input_ids) for encoded in kept)
@@ -122,7 +119,6 @@ def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def to_device(batch: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Move a batch to the device of the model's parameters."""
     device = next(model.parameters()).device  # a quantised model has parameters too: embeddings, norms
     return {name: tensor.to(device) for name, tensor in batch.items()}
 

@@ -78,12 +78,9 @@ def docstring_pairs(libraries: Iterable[str], progress: bool = True) -> list[Exa
     for library in libraries:
         for code, summary in _library_pairs(library, progress):
             pairs.setdefault(code, summary)  # the first library keeps a function that others copied
-    examples = [_to_example(code, summary) for code, summary in pairs.items()]
+    prompts = {f"{INSTRUCTION}\n\n```python\n{code}\n```": summary for code, summary in pairs.items()}
+    examples = [Example((("user", prompt), ("assistant", summary))) for prompt, summary in prompts.items()]
     return sorted(examples, key=lambda example: hashlib.sha256(repr(example.messages).encode()).digest())
-
-
-def _to_example(code: str, summary: str) -> Example:
-    return Example((("user", f"{INSTRUCTION}\n\n```python\n{code}\n```"), ("assistant", summary)))
 
 
 def _library_pairs(library: str, progress: bool) -> list[tuple[str, str]]:
@@ -123,7 +120,7 @@ def _python_files(folder: Path) -> Iterator[Path]:
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str]]:
-    """(code, summary) for each function of one file that passes the filters."""
+    """Yield (code, summary) for each function of one file that passes the filters."""
     try:
         text = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
@@ -135,7 +132,8 @@ def _pairs(path: Path) -> Iterator[tuple[str, str]]:
     for function in _functions(tree.body):
         summary = _encodable(first_sentence(ast.get_docstring(function) or ""))
         code = code_without_docstring(function, lines)
-        if is_summary(summary) and len(code) in CODE_CHARACTERS and _says_something(function):
+        says_nothing = all(map(_is_filler, function.body[1:]))  # besides the docstring
+        if is_summary(summary) and len(code) in CODE_CHARACTERS and not says_nothing:
             yield code, summary
 
 
@@ -154,21 +152,13 @@ def _functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunc
 
 
 def first_sentence(docstring: str) -> str:
-    """Return the first sentence of the first paragraph, on one line.
-
-    >>> first_sentence("Add two numbers. Both\\nare floats.\\n\\nReturns: ...")
-    'Add two numbers.'
-    """
+    """Return the first sentence of the first paragraph, on one line."""
     paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return SENTENCE_END.split(" ".join(paragraph.split()), maxsplit=1)[0]
 
 
 def is_summary(sentence: str) -> bool:
-    """Tell whether a sentence states what a function does; the rules are in the module docstring.
-
-    >>> is_summary("Return the sum of both numbers."), is_summary("See `add`.")
-    (True, False)
-    """
+    """Tell whether a sentence states what a function does; the rules are in the module docstring."""
     words = len(sentence.split())
     well_formed = sentence[:1].isupper() and sentence.endswith(".") and words in SUMMARY_WORDS
     return well_formed and not POINTER.search(sentence) and not MARKUP.search(sentence)
@@ -183,10 +173,6 @@ def code_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef, lin
     kept = lines[function.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : function.end_lineno]
     indent = function.col_offset  # of a method
     return "\n".join(line[indent:] if line[:indent].isspace() else line for line in kept).rstrip()
-
-
-def _says_something(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return not all(_is_filler(statement) for statement in function.body[1:])
 
 
 def _is_filler(statement: ast.stmt) -> bool:

@@ -14,8 +14,6 @@ images, are refused by name. All others are ignored, and the doctor lists their 
 White space after a text is dropped, and so are blank lines or a single space before it. The indentation of its first
 line stays, because it matters in code. (Templates that trim, such as Llama 3's, drop it later.) Answers before the
 first question are dropped, since nothing asked for them, and so is everything after the last answer that is learned.
-
-Not here: what fields mean (fields.py); labels (labels.py).
 """
 
 import json
@@ -41,11 +39,7 @@ Turns = tuple[tuple[str, str], ...]  # (role, content) pairs
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation of system, user and assistant that ends with an answer.
-
-    >>> Example((("user", "2 + 2?"), ("assistant", "4"))).answer
-    '4'
-    """
+    """A conversation of system, user and assistant that ends with an answer."""
 
     messages: Turns
     not_learned: tuple[int, ...] = ()  # positions of answers that are shown but not learned; never the last
@@ -108,19 +102,13 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def to_example(record: Any, place: str = "") -> Example:
-    """Make an Example of a record in any of the three forms. Raises ValueError for another, or one without answer.
-
-    >>> to_example({"instruction": "Add.", "input": "2, 2", "output": "4"}).prompt
-    (('user', 'Add.\\n\\n2, 2'),)
-    """
+    """Make an Example of a record in any of the three forms. Raises ValueError for another, or one without answer."""
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object in the form of {FORMS}, found {type(record).__name__}")
     refuse_unsupported(record, "record")  # first: its error is the clearest
     is_alpaca = "instruction" in record and "output" in record
     named = [name for name in ("messages", "conversations") if name in record]
-    filled = [
-        name for name in named if not is_empty(record[name])
-    ]  # some files have every key, and null in other forms
+    filled = [name for name in named if not is_empty(record[name])]  # some files have every key, with null in others
     if filled or (named and not is_alpaca):
         return _conversation(record, (filled or named)[0], place)
     if is_alpaca:
@@ -205,15 +193,12 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield ("line 3" or "record 3", parsed JSON) for each record of the file."""
     text = _read(path)
     if text.lstrip().startswith("["):
-        yield from ((f"record {i}", record) for i, record in enumerate(_parse(text, path, 1, "a JSON list"), 1))
+        records = parse(text, str(path), line=1, expected="a JSON list")
+        yield from ((f"record {i}", record) for i, record in enumerate(records, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at U+2028, legal in JSON
         if line.strip():
-            yield f"line {number}", _parse(line, path, number, "one JSON object a line")
-
-
-def _parse(text: str, path: Path, first_line: int, expected: str) -> Any:
-    return parse(text, str(path), line=first_line, expected=expected)
+            yield f"line {number}", parse(line, str(path), line=number, expected="one JSON object a line")
 
 
 def _read(path: Path) -> str:

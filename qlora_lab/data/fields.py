@@ -1,12 +1,9 @@
 """Fields of a record other than its texts: honoured, refused or ignored.
 
-In: a record, or a turn of its conversation. Out: whether a turn is learned; the names of ignored fields.
 Source: the data formats of OpenAI, Axolotl, LLaMA-Factory, ms-swift and TRL.
 
 A field that means something in one of these formats is honoured or refused by name: ignoring it would train a different
 model from the one that was asked for. Empty values (null, [], "", {}) ask for nothing.
-
-Not here: the texts (examples.py).
 """
 
 from collections.abc import Iterable
@@ -34,14 +31,8 @@ def refuse_unsupported(values: dict, where: str) -> None:
     for name, reason in (UNSUPPORTED if where == "record" else UNSUPPORTED_IN_TURNS).items():
         if not is_empty(values.get(name)):
             raise ValueError(f"the {where} has {name!r}, but {reason}: leave it out")
-    if where == "record":
-        _refuse_switches(values)
-
-
-def _refuse_switches(record: dict) -> None:
-    """Raise ValueError for a record that asks not to be learned, or to count less: only turns have switches."""
-    for name in SWITCHES:
-        value = record.get(name)
+    for name in SWITCHES if where == "record" else ():  # a record may not ask to count less: only turns have switches
+        value = values.get(name)
         off = isinstance(value, int) and value == 0  # false too; 0.0 is no switch but a measured loss
         if off or (name == "weight" and not (is_empty(value) or value == 1)):
             raise ValueError(f"the record has {name!r}: {value!r:.40}, but all records count alike: set it on turns")

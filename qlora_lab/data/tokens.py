@@ -7,8 +7,6 @@ In: a text that a chat template wrote. Out: Tokens, with two corrections:
   because in generation, which gets the prompt alone, it is split there too.
 Source: tokenizers' offsets. Control tokens are those that the tokenizer calls special and that stand for their own
 names. (It calls the unknown token special too, but that stands for any text.)
-
-Not here: where messages and answers stand (chat_template.py); labels (labels.py).
 """
 
 from bisect import bisect_left

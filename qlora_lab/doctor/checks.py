@@ -1,14 +1,8 @@
 """Checks for failures of a training run that raise no error; each names reports of users who had that failure.
 
-In: a model, encoded examples, batches. Out: a Finding, "ok", "warning" or "problem".
 Source: the threads in THREADS. A check runs the real model on real examples and compares; none reads settings.
 
-    tokens:  end_tokens, learned_tokens, left_out, new_tokens        weights:  trained_share, memory
-    data:    asked_for, texts (data_checks.py)                       rows:     row_lengths
-    steps:   finite_values, live_adapters, accumulation, packed_rows
-
 A check restores parameters, gradients, training flags and the random state.
-Not here: which checks run on what (diagnose.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -119,9 +113,8 @@ def learned_tokens(encoded: list[Encoded]) -> Finding:
         message = f"{moved} of {len(encoded)} examples have labels that are not their tokens: label each token with"
         return _finding(LEARNED, "problem", f"{message} its own id, because models shift the labels by one")
     if silent:
-        return _finding(
-            LEARNED, "problem", f"{silent} of {len(encoded)} examples have no label: there is nothing to learn"
-        )
+        message = f"{silent} of {len(encoded)} examples have no label: there is nothing to learn"
+        return _finding(LEARNED, "problem", message)
     if whole:
         return _finding(LEARNED, "warning", f"{whole} of {len(encoded)} examples teach their prompt too: mask it")
     share = answer_tokens / tokens
@@ -295,9 +288,8 @@ def trained_share(policy: DtypePolicy) -> Finding:
         message += f" (counting packed bytes as weights would say {policy.trained / policy.stored:.2%})"
     others = sum(row.elements for row in policy.rows if row.what == OTHER_TRAINED)
     if others:
-        return _finding(
-            SHARE, "warning", f"{message}; {others:,} of them are outside the adapters, and are not saved with them"
-        )
+        message += f"; {others:,} of them are outside the adapters, and are not saved with them"
+        return _finding(SHARE, "warning", message)
     return _finding(SHARE, "ok", message)
 
 
@@ -317,9 +309,8 @@ def memory(policy: DtypePolicy, full: int, checkpointed: int, free: int | None, 
     if extra + checkpointed > free:
         return _finding(MEMORY, "problem", f"{message}: use fewer or shorter examples at once, or 8-bit moments")
     if extra + full > free:
-        return _finding(
-            MEMORY, "problem", f"{message}: switch gradient checkpointing on, or use fewer examples at once"
-        )
+        advice = "switch gradient checkpointing on, or use fewer examples at once"
+        return _finding(MEMORY, "problem", f"{message}: {advice}")
     status = "warning" if extra + full > TIGHT * free else "ok"
     return _finding(MEMORY, status, f"{message}{', which is tight' if status == 'warning' else ''}")
 

@@ -1,10 +1,4 @@
-"""Checks of the data before any step: what the records contain, and how the template changes their texts.
-
-In: examples, and the notes of those that were encoded. Out: a Finding each.
-Source: the threads in checks.THREADS.
-
-Not here: tokens and labels (checks.py); reading records (examples.py, fields.py).
-"""
+"""Checks of the data before any step: what the records contain, and how the template changes their texts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -42,6 +36,5 @@ def texts(notes: Notes, seen: int, as_tokens: bool = False) -> Finding:
         return _finding(TEXTS, "warning", f"in {seen} examples: {'; '.join(lines)}")
     if as_tokens:
         return _finding(TEXTS, "ok", "not checked: the data came as tokens")
-    return _finding(
-        TEXTS, "ok", f"in {seen} examples all answers are shown in full, and no text spells a control token"
-    )
+    message = f"in {seen} examples all answers are shown in full, and no text spells a control token"
+    return _finding(TEXTS, "ok", message)

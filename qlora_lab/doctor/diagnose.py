@@ -1,10 +1,6 @@
 """The training doctor: checks, before a run of hours, for failures that raise no error.
 
-In: a model with adapters, its tokenizer, and data. Out: a Report of Findings, with threads of users who met each.
 It examines a sample of the data: the tokens of 32 examples, and steps on 8 short ones of them.
-
-Not here: the checks (checks.py, data_checks.py), printing (cli/doctor.py), tokens in colour (LabelView takes
-Report.labels).
 """
 
 import warnings
@@ -20,28 +16,8 @@ from qlora_lab.adapters.lora import adapters
 from qlora_lab.data.dataset import Encoded, EncodeReport, collate, encode_all, load_data, show_labels
 from qlora_lab.data.examples import Example
 from qlora_lab.data.labels import Notes
-from qlora_lab.doctor.checks import (
-    ACCUMULATION,
-    CHECKPOINTED,
-    FINITE,
-    LIVE,
-    MEMORY,
-    PACKED,
-    POSITIONS,
-    Finding,
-    accumulation,
-    activations,
-    end_tokens,
-    finite_values,
-    learned_tokens,
-    left_out,
-    live_adapters,
-    memory,
-    new_tokens,
-    packed_rows,
-    row_lengths,
-    trained_share,
-)
+from qlora_lab.doctor import checks
+from qlora_lab.doctor.checks import Finding
 from qlora_lab.doctor.data_checks import asked_for, texts
 from qlora_lab.doctor.dtype_policy import DtypePolicy, dtype_policy
 from qlora_lab.doctor.free_memory import free_memory
@@ -112,13 +88,14 @@ def diagnose(
     policy = dtype_policy(model, settings.optimizer_bits)  # before steps create gradients
     examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
     encoded, counts = _sample(examples, tokenizer, settings, progress)
-    findings = [end_tokens(encoded, tokenizer), learned_tokens(encoded), left_out(counts, settings.max_length)]
+    findings = [checks.end_tokens(encoded, tokenizer), checks.learned_tokens(encoded)]
+    findings.append(checks.left_out(counts, settings.max_length))
     records = [example for example in examples if isinstance(example, Example)]  # none if the data came as tokens
     findings += [asked_for(records), texts(counts.notes, len(encoded), as_tokens=not records)]
-    findings += [trained_share(policy), new_tokens(model, tokenizer, encoded)]
-    unseen = [POSITIONS]
+    findings += [checks.trained_share(policy), checks.new_tokens(model, tokenizer, encoded)]
+    unseen = [checks.POSITIONS]
     if readable := findings[-1].status != "problem":  # otherwise no step can be made
-        findings.append(row_lengths(model, encoded))
+        findings.append(checks.row_lengths(model, encoded))
         readable = findings[-1].status != "problem"
         unseen = []
     few = _few(encoded)
@@ -129,22 +106,22 @@ def diagnose(
 
     def live_checkpointed() -> Finding:
         with checkpointing(model):
-            return live_adapters(model, batch, CHECKPOINTED)
+            return checks.live_adapters(model, batch, checks.CHECKPOINTED)
 
     steps = {
-        FINITE: lambda: finite_values(model, batch),
-        LIVE: lambda: live_adapters(model, batch),
-        CHECKPOINTED: live_checkpointed,
-        ACCUMULATION: lambda: accumulation(model, few, pad_id),
-        PACKED: lambda: packed_rows(model, few, settings.packing),
-        MEMORY: lambda: memory(policy, *activations(model, batch, tokens), free, tokens),
+        checks.FINITE: lambda: checks.finite_values(model, batch),
+        checks.LIVE: lambda: checks.live_adapters(model, batch),
+        checks.CHECKPOINTED: live_checkpointed,
+        checks.ACCUMULATION: lambda: checks.accumulation(model, few, pad_id),
+        checks.PACKED: lambda: checks.packed_rows(model, few, settings.packing),
+        checks.MEMORY: lambda: checks.memory(policy, *checks.activations(model, batch, tokens), free, tokens),
     }
     if readable:
         bar = tqdm(list(steps), "doctor", unit="check", leave=False, disable=not progress)
         for name in bar:
             bar.set_postfix_str(name)
             findings.append(steps.pop(name)())  # what is left was skipped
-            if name == FINITE and findings[-1].status == "problem":  # every later check would repeat it
+            if name == checks.FINITE and findings[-1].status == "problem":  # every later check would repeat it
                 break
     return Report(tuple(findings), (*unseen, *steps), show_labels(encoded[0], tokenizer), policy)
 

@@ -1,14 +1,10 @@
 """Tabulate which bytes have which dtype: every tensor that training holds from one step to the next.
 
-In: a model, usually with adapters, and the bits of the optimizer's moments. Out: a DtypePolicy: rows of elements and
-bytes, the dtype of computation, and the share of weights that are trained.
 Source: QLoRA section 3, equation 5: storage in 4 bits, computation in 16, gradients for the adapter alone.
 
 Bytes are read from the tensors themselves; those of gradients and moments, which the first step creates, follow from
 their parameters. Elements are logical: a 4-bit weight counts as one element, not as half a byte, so that a share is a
 share of the model. A tensor that two modules share, such as a tied head, counts once.
-
-Not here: activations and what a step needs for a moment.
 """
 
 from collections.abc import Iterator
@@ -76,9 +72,7 @@ class DtypePolicy:
         return self.trained / self.weights
 
     def to_dict(self) -> dict:
-        """Everything, as plain values for JSON."""
-        extra = {"loss_scaling": self.loss_scaling, "bytes": self.nbytes, "share": self.share}
-        return asdict(self) | extra
+        return asdict(self) | {"loss_scaling": self.loss_scaling, "bytes": self.nbytes, "share": self.share}
 
     def __str__(self) -> str:
         cells = [(r.what, r.dtype, f"{r.elements:,}", f"{r.nbytes:,}", f"{r.bits:.4g}") for r in self.rows]

@@ -22,7 +22,7 @@ from qlora_lab.data.dataset import encode_all, end_token_id, prompt_ids, to_devi
 from qlora_lab.data.examples import Example, Turns
 from qlora_lab.measure.rouge import rouge_l
 from qlora_lab.model.modes import measuring
-from qlora_lab.model.reach import reads_padding
+from qlora_lab.model.token_dependence import reads_padding
 from qlora_lab.quant.numbers import check_whole
 from qlora_lab.train.limits import check_length, check_tokens, fill_id, used_tokens
 from qlora_lab.train.loss import held_out_loss

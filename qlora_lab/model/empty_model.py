@@ -1,15 +1,12 @@
 """Build the model of a folder's config.json without weights, and its tokenizer. No code of the folder is run.
 
-In: a folder. Out: a model of transformers on the meta device, where tensors have shapes but no bytes, or a ModelError
-of one line for a family without a causal language model in transformers, or one that reads more than text.
+The model lies on the meta device, where tensors have shapes but no bytes.
 
 Buffers are computed as `from_pretrained` does it: every parameter is marked as having its value, and the model's own
 `_init_weights` fills the rest. A buffer that it leaves alone is an error that names it.
-Not here: weights (load.py).
 """
 
 import re
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from reprlib import repr as short
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
 NO_CODE = {"trust_remote_code": False}  # else transformers asks the user, and a yes runs the folder's code
 NO_VALUE = "has no value: no file holds it and transformers does not compute it; please report this family"
 WRONG_VALUES = AttributeError, LookupError, TypeError, ArithmeticError  # how transformers fails at bad values in a file
-QUANTISED_RULES = {"quant_method": TEXT, "plan": TEXT, "bnb_4bit_quant_type": TEXT, "block_size": whole(1)}
+QUANTISED_RULES = {"plan": TEXT, "bnb_4bit_quant_type": TEXT, "block_size": whole(1)}
 QUANTISED_RULES |= dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant"), SWITCH)
 UNKNOWN = "a \U0010fffd"  # a character that no vocabulary has
 MOST_BUFFERS = 2**30  # bytes; a mask for 8,192 positions has 64 MiB
@@ -124,13 +121,17 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
         return None
     if not isinstance(settings, dict):  # a text or a list, by hand
         raise ModelError(f"{folder}/config.json has quantization_config={short(settings)}: it must be a JSON object")
-    _check_quantised(folder, settings, ("quant_method",))
     method = settings.get("quant_method", "an unknown method")
     if method == "bitsandbytes" and settings.get("load_in_8bit"):
         raise ModelError(f"{folder} is in 8 bits by bitsandbytes, but only 4 bits are read: load its original")
     if method not in ("bitsandbytes", "qlora_lab") or not settings.get("load_in_4bit"):
-        raise ModelError(f"{folder} holds a model quantised by {method}: load the original, to quantise it here")
-    _check_quantised(folder, settings, QUANTISED_RULES)
+        raise ModelError(
+            f"{folder} holds a model quantised by {str(method):.60}: load the original, to quantise it here"
+        )
+    try:
+        check_keys(settings, QUANTISED_RULES, f"{folder / CONFIG}: quantization_config")
+    except ValueError as error:
+        raise ModelError(str(error)) from None
     if "plan" in settings:
         return f"mixed by its {settings['plan']}"
     return (
@@ -138,14 +139,6 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
         settings.get("block_size", 64),
         settings.get("bnb_4bit_use_double_quant", False),
     )
-
-
-def _check_quantised(folder: Path, settings: dict, names: Iterable[str]) -> None:
-    try:
-        rules = {name: QUANTISED_RULES[name] for name in names}
-        check_keys(settings, rules, f"{folder / CONFIG}: quantization_config")
-    except ValueError as error:
-        raise ModelError(str(error)) from None
 
 
 def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
@@ -172,7 +165,8 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
                 f"{folder} brings a tokenizer with code of its own, which is never run here: "
                 "add the tokenizer.json of its family"
             ) from None
-        if (folder / "tokenizer.model").exists() and _lacks_sentencepiece():
+        readers = "sentencepiece", "google", "google.protobuf"  # in this order: finding a submodule imports its parent
+        if (folder / "tokenizer.model").exists() and not all(map(find_spec, readers)):
             raise ModelError(
                 f"{folder} has tokenizer.model and no tokenizer.json, and reading it takes sentencepiece and protobuf: "
                 "install both with pip, or add the tokenizer.json"
@@ -196,14 +190,6 @@ def _at_fault(folder: Path) -> str:
     return f"{' or '.join(name for name in names if (folder / name).exists())} in {folder}"
 
 
-def _lacks_sentencepiece() -> bool:
-    wanted = "sentencepiece", "google", "google.protobuf"  # in this order: finding a submodule imports its parent
-    return not all(find_spec(name) for name in wanted)
-
-
-# -------------------------------------------------------------------------------------------------------------- buffers
-
-
 def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
     """Compute every buffer of an empty model. Raises ModelError if nothing computes one, or if they are too large."""
     size = sum(buffer.nbytes for buffer in model.buffers())  # on the meta device: a claim, not memory yet
@@ -214,7 +200,7 @@ def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
         parameter._is_hf_initialized = True  # so that initialize_weights leaves it alone
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = _unset(buffer, device)
+            module._buffers[name] = torch.full_like(buffer, _mark(buffer.dtype), device=device)
     model.initialize_weights()  # transformers' own, which now fills the buffers alone
     saved = model.state_dict().keys()  # these come from files
     for name, buffer in model.named_buffers():
@@ -222,20 +208,16 @@ def compute_buffers(model: "PreTrainedModel", device: torch.device) -> None:
             raise ModelError(f"{name} {NO_VALUE}")
 
 
-def _unset(buffer: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Fill a buffer with a value that no computation gives, to see whether it is computed."""
-    return torch.full_like(buffer, _mark(buffer.dtype), device=device)
-
-
 def _is_unset(buffer: torch.Tensor) -> bool:
-    if buffer.dtype == torch.bool:  # both its values are used
+    if buffer.dtype == torch.bool:
         return False
     mark = _mark(buffer.dtype)
     return bool((buffer.isnan() if mark != mark else buffer == mark).any())  # NaN alone differs from itself
 
 
 def _mark(dtype: torch.dtype) -> float | int:
-    if dtype == torch.bool:
+    """Return a value that no computation gives, to see whether a buffer is computed."""
+    if dtype == torch.bool:  # both its values are used
         return False
     return torch.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
 

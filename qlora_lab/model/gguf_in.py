@@ -8,9 +8,9 @@ The formats differ in three things, and each mistake gives fluent nonsense:
 
 1. Blocks. Q4_1 stores 32 weights as 32 four-bit codes q, a float16 step d and a float16 minimum m: w = d * q + m.
    `gguf.dequantize` gives that in float32.
-2. Row order of q_proj and k_proj. LLaMA's rotary embedding turns neighbouring rows (0, 1), (2, 3), ... of a head;
-   transformers turns row i with row i + head_dim / 2. GGUF files hold the first order (llama.cpp's
-   `convert_hf_to_gguf.py`, `LlamaModel.permute`), transformers needs the second: `neighbours_to_halves`.
+2. Row order of q_proj and k_proj. LLaMA's rotary embedding turns neighbouring rows (0, 1), (2, 3), ... of a head, and
+   so do GGUF files (llama.cpp's `convert_hf_to_gguf.py`, `LlamaModel.permute`); transformers turns row i with row
+   i + head_dim / 2: `neighbours_to_halves`.
 3. The tokenizer. GGUF names its text-splitting rule ("smollm") but does not contain it, so it is rebuilt here: every
    digit alone, then GPT-2's byte-level regular expression.
 
@@ -102,8 +102,6 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise ValueError(f"{path} is not a readable GGUF file, perhaps truncated ({error}): fetch it again") from error
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
-
 SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 MORE_SIZES = ("attention.head_count_kv", "attention.key_length")  # optional
 NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
@@ -132,7 +130,7 @@ def check_metadata(meta: dict[str, Any]) -> None:
     for name in NUMBERS:
         value = meta.get(f"llama.{name}", 1.0)
         if not isinstance(value, float) or not 0 < value < float("inf"):
-            raise ValueError(f"llama.{name} is {short(value)}, but must be a number above 0")
+            raise ValueError(f"llama.{name} is {short(value)}, but must be a finite float above 0")
 
 
 def llama_config(meta: dict[str, Any], *, tied: bool) -> dict[str, Any]:
@@ -172,9 +170,6 @@ def special_ids(meta: dict[str, Any]) -> dict[str, int]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- weights
-
-
 def read_weights(reader: gguf.GGUFReader, config: dict[str, Any], *, progress: bool) -> dict[str, torch.Tensor]:
     """Return all tensors by transformers' names, bfloat16, each (out_features, in_features) or (hidden_size,)."""
     if (layers := config["num_hidden_layers"]) > len(reader.tensors):
@@ -194,11 +189,7 @@ def read_weights(reader: gguf.GGUFReader, config: dict[str, Any], *, progress: b
 
 
 def neighbours_to_halves(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """Reorder rows of q_proj or k_proj from GGUF's rotary order, x0 y0 x1 y1 ..., to transformers', x0 x1 ... y0 y1 ...
-
-    >>> neighbours_to_halves(np.array([[0], [2], [1], [3]]), n_heads=1).ravel().tolist()
-    [0, 1, 2, 3]
-    """
+    """Reorder rows of q_proj or k_proj: GGUF's rotary order x0 y0 x1 y1 ... becomes x0 x1 ... y0 y1 ..."""
     pairs = weight.reshape(n_heads, -1, 2, weight.shape[1])  # (n_heads, head_dim / 2, 2, in_features)
     return pairs.swapaxes(1, 2).reshape(weight.shape)  # (n_heads, 2, head_dim / 2, in_features) -> as it came
 
@@ -217,9 +208,6 @@ def _expected_names(config: dict[str, Any]) -> set[str]:
     outer = set(OUTER_PARTS) - ({"output"} if config["tie_word_embeddings"] else set())
     names = {f"blk.{layer}.{part}.weight" for layer in layers for part in LAYER_PARTS}
     return {_hf_name(name) for name in names | {f"{part}.weight" for part in outer}}
-
-
-# -------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
@@ -241,24 +229,17 @@ def build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()  # bytes back to text
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in _control_tokens(meta)])
+    kinds = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
+    control = [token for token, kind in kinds if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in control])
     return tokenizer
 
 
-def _control_tokens(meta: dict[str, Any]) -> list[str]:
-    types = zip(meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"], strict=True)
-    return [token for token, kind in types if kind == gguf.TokenType.CONTROL]
-
-
 def tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
-    """Make the tokenizer_config.json: the chat template and the special tokens' roles.
-
-    The generic class makes transformers use tokenizer.json as it is. Upstream says "GPT2Tokenizer", for which
-    transformers 5 rebuilds the splitting without the digits: "x =   5" then gives "ĠĠ", "Ġ", "5" for "ĠĠĠ", "5".
-    """
+    """Make the tokenizer_config.json: the chat template and the special tokens' roles."""
     tokens = meta["tokenizer.ggml.tokens"]
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast",  # upstream's loses the digits' rule: see tokenizer_of
         "model_max_length": meta["llama.context_length"],
         "clean_up_tokenization_spaces": False,
         "bos_token": tokens[meta["tokenizer.ggml.bos_token_id"]],

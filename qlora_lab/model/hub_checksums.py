@@ -1,8 +1,7 @@
 """Compare fetched files with the Hugging Face hub's checksums, which are their names in the local cache.
 
-In: a snapshot folder, whose files are links to `blobs/CHECKSUM`. Out: the files that differ.
-Source: huggingface_hub's cache. 64 digits are the sha256 of a large file (LFS), 40 are git's, of a small one. Where a
-system has no links (Windows without developer mode), nothing is known.
+Source: huggingface_hub's cache, where a snapshot's files are links to `blobs/CHECKSUM`: 64 digits are the sha256 of a
+large file (LFS), 40 are git's, of a small one. Without links (Windows without developer mode), nothing is known.
 """
 
 import re
@@ -29,7 +28,6 @@ def hub_files(folder: Path) -> dict[str, str]:
 
 
 def differing(folder: Path, progress: bool = False) -> list[Path]:
-    """Return the files of a snapshot that differ from the hub's."""
     files = {folder / name: digest for name, digest in hub_files(folder).items()}
     size = sum(file.stat().st_size for file in files)
     with tqdm(total=size, desc="checking", unit="B", unit_scale=True, delay=2, disable=not progress) as bar:

@@ -7,7 +7,6 @@ either, unless an adapter (lora.py) needs it. On the CPU there is never a whole 
 decodes one panel at a time. There is no second derivative.
 
 But: no inference mode that repacks anything. What a layer computes and saves never depends on train() or eval().
-Not here: adapters (lora.py), reading models (load.py).
 """
 
 import inspect

@@ -1,11 +1,9 @@
 """Load a model of transformers with its linear layers quantised on arrival, one tensor at a time.
 
-In: a known name, a local folder, or a hub id. Out: (model, tokenizer), the model frozen and in evaluation mode.
 Peak memory is the quantised model plus the largest tensor, never the full-precision model: the model is built on the
 meta device, where tensors have shapes but no bytes, and each weight is read, quantised and dropped before the next.
 
 A folder that is in 4 bits already (quantized_folder.py) is mapped: codes are not read until they are used.
-NaN and infinity are refused wherever they are, at the speed of memory (quant/finite.py).
 Embeddings, head and norms keep their precision. At the end each tensor is the one that was read, or loading fails.
 Not here: the folder (fetch.py), the empty model and its buffers (empty_model.py), names in files (stored.py), adapters
 (adapters/lora.py).
@@ -20,29 +18,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from qlora_lab.model.empty_model import (
-    NO_VALUE,
-    compute_buffers,
-    dtypes_of,
-    empty_model,
-    stored_options,
-    tokenizer_of,
-)
+from qlora_lab.model.empty_model import NO_VALUE, compute_buffers, dtypes_of, empty_model, stored_options, tokenizer_of
 from qlora_lab.model.fetch import KNOWN_MODELS, ModelError, resolve
 from qlora_lab.model.linear4bit import HEAD, Linear4bit, head_path, linears_to_quantise
 from qlora_lab.model.out_of_memory import telling_memory
-from qlora_lab.model.share import in_4_bits
-from qlora_lab.model.stored import (
-    by_model_name,
-    check_names,
-    check_shape,
-    expected_shapes,
-    files_of,
-    opened_once,
-    stored_tensors,
-    tie,
-    without_copies,
-)
+from qlora_lab.model.share_in_4_bits import in_4_bits
+from qlora_lab.model.stored import check_shape, files_of, opened_once, stored_tensors
 from qlora_lab.model.wide import widen
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
@@ -65,10 +46,10 @@ def load(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a quantised model and its tokenizer.
+    """Load a quantised model, frozen and in evaluation mode, and its tokenizer.
 
-    codebook: a name that qlora_lab.codebook knows, or None: do not quantise. block_size, double_quant: see quantize. A
-    folder that is quantised already keeps its own options.
+    name_or_path: a known name, a local folder, or a hub id. codebook: a name that qlora_lab.codebook knows, or None: do
+    not quantise. block_size, double_quant: see quantize. A folder that is quantised already keeps its own options.
     plan: a Plan or its file, instead of these options, for layers that differ (quant/plan.py).
     dtype: of everything that is not quantised, and of the computation. None: bf16 where the machine multiplies it fast,
     else float32 (fp16 on an older GPU). What transformers always keeps in float32, such as DeepSeek's routing bias,
@@ -76,8 +57,7 @@ def load(
     Raises ValueError for an unknown name or option, a plan of another model, or a model without linear layers;
     FileNotFoundError for a folder without a model; ModelError, naming the tensor, for one that is missing, extra,
     mis-shaped, not finite or cut off, and for an unsupported family; OutOfMemory, which says what would need less.
-    Warns where less than 90 % of the weights are in 4 bits, and where tied weights differ in the files: they become
-    two.
+    Warns where less than 90 % of the weights are in 4 bits, and where tied weights differ in the files.
     """
     if codebook is not None:  # before anything is fetched or read
         named_codebook(codebook)
@@ -105,7 +85,8 @@ def load(
             arriving = _quantised(model, folder, quantised, device, dtypes, progress)
         # arriving yields one tensor at a time: it is in its place, or dropped, before the next one is read.
         placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in arriving}
-        tie(model, placed)  # a head that is its embedding
+        missing = set(model.state_dict()) - set(placed)  # a head that is its embedding
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
         widen(model)  # attention and head, on a CPU that is slow in bf16
     _check_whole(model, placed)
     if codebook is not None or plan is not None:
@@ -186,9 +167,7 @@ def _mapped(
         parts.setdefault(f"{name}.weight" if dot else key, []).append(key)
     if not any(len(keys) > 1 for keys in parts.values()):
         raise ModelError(f"{folder} is quantised by its config.json, but not its tensors: mend one of the two")
-    tensors = by_model_name(model, {name: files[keys[0]] for name, keys in parts.items()})
-    check_names(folder, tensors, model)
-    tensors = without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
+    tensors = stored_tensors(model, folder, {name: files[keys[0]] for name, keys in parts.items()})
     packed = {*linears_to_quantise(model), head_path(model)}  # what can stay packed
     with opened_once(files) as opened_files:
         for name, stored in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):

@@ -1,9 +1,7 @@
 """Check the files of a model folder: which weights there are, and whether each file is what its name says.
 
-In: a folder. Out: its configuration, the paths of its weights, or an error of one line that names the damaged file.
 transformers reads most of these files itself, but its errors for a damaged one name no file, so they are checked first.
 Links are followed, because the hub's cache consists of them; what an index names must lie in the folder.
-Not here: getting a model, and what to do about a damaged one (fetch.py); building it (empty_model.py).
 """
 
 from os.path import lexists
@@ -57,13 +55,13 @@ NEEDED += ("intermediate_size", "ffn_dim")  # at least 1: with 0 there is no mod
 DROPOUTS = ("hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 
-def _list_or_one(rule: Rule, longest: int = LAYERS) -> Rule:
+def _list_or_one(rule: Rule) -> Rule:
     """Extend a rule to allow a list of such values, too, and null."""
 
     def allows(value: Any) -> bool:
-        return all(map(rule.allows, value)) and len(value) <= longest if isinstance(value, list) else rule.allows(value)
+        return all(map(rule.allows, value)) and len(value) <= LAYERS if isinstance(value, list) else rule.allows(value)
 
-    return or_null(Rule(f"{rule.what}, or a list of them", allows))
+    return or_null(Rule(f"{rule.what}, or a list of at most {LAYERS:,} of them", allows))
 
 
 IDS = _list_or_one(whole(-1, 2**31))

@@ -1,8 +1,4 @@
-"""Turn every error for memory that ran out into one: it says what needed the memory, and what would need less.
-
-In: whatever torch, numpy, numba, safetensors or the system raise. Out: one type, OutOfMemory.
-Not here: how much is free (free_memory.py), how much a run needs (memory/predict.py).
-"""
+"""Turn every error for memory that ran out into one: it says what needed the memory, and what would need less."""
 
 import errno
 import re

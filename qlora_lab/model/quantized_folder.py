@@ -8,7 +8,6 @@ The work is cut into pieces of at most PIECE bytes, each written beside its plac
 call continues after its last whole piece, and the folder is the same to the byte. config.json comes last: without it
 the folder is not a model yet.
 Peak memory: one piece, quantised, and the largest tensor.
-Not here: reading it (load.py).
 """
 
 import json
@@ -27,10 +26,11 @@ from qlora_lab.files.ownership import MARK, QUANTISED, is_cut, is_marked, mark, 
 from qlora_lab.files.replace import replace_bytes, replace_text, replacing_file
 from qlora_lab.files.tensor_file import save_tensors
 from qlora_lab.model.empty_model import empty_model, fields_of, stored_options
-from qlora_lab.model.fetch import HUB_FILES, ModelError, resolve
+from qlora_lab.model.fetch import HUB_FILES, resolve
 from qlora_lab.model.linear4bit import HEAD, head_path
 from qlora_lab.model.load import layer_sizes
-from qlora_lab.model.share import Share, in_4_bits
+from qlora_lab.model.model_files import CONFIG, INDEX, ModelError
+from qlora_lab.model.share_in_4_bits import Share, in_4_bits
 from qlora_lab.model.stored import Stored, opened, stored_tensors
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
@@ -39,8 +39,6 @@ from qlora_lab.quant.quantize import quantize
 from qlora_lab.quant.serialize import BITSANDBYTES_READS, to_tensors
 
 PIECE = 2**30  # bytes of the original's tensors in a file: a quarter of it in memory, a few seconds of work
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 UNFINISHED = "quantizing.json"  # what an interrupted call was doing
 PLAN = "plan.json"
 COPIED = [name for name in HUB_FILES if "model" not in name.split(".")[0] and name != CONFIG] + ["source.json"]
@@ -102,7 +100,8 @@ def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan
                 bar.update()
             with replacing_file(file) as new:
                 # All weights share a table, but safetensors stores no tensor under two names: each gets a copy.
-                save_tensors({key: _own(key, value) for key, value in tensors.items()}, new, {"format": "pt"})
+                tables = {key: value.clone() for key, value in tensors.items() if key.endswith("quant_map")}
+                save_tensors(tensors | tables, new, {"format": "pt"})
                 disk.copy_mode(out / UNFINISHED, new)  # safetensors lets only the owner read its files
         else:
             bar.update(len(piece))
@@ -114,13 +113,8 @@ def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan
 
 
 def folder_in_4_bits(folder: Path) -> Share:
-    """Return the Share of a folder that `quantize_folder` made."""
     model = empty_model(folder, torch.float32)
     return in_4_bits(model, layer_sizes(model))
-
-
-def _own(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if key.endswith("quant_map") else tensor
 
 
 def _pieces(tensors: dict[str, Stored]) -> list[list[str]]:

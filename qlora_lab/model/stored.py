@@ -1,11 +1,9 @@
 """Find the stored tensors that make each tensor of a model, by transformers' own rules for names.
 
-In: an empty model and a folder of safetensors. Out: name in the model -> Stored, which reads it.
 Source: transformers' conversion_mapping and core_model_loading, which rename what older files store under other names,
 and merge or split what they store in other pieces (Mixtral's experts: one by one in files, one tensor in the model).
 
 A tied weight may be stored under any of its names; if two are stored and differ, they are two weights.
-Not here: which files a folder has (model_files.py), where a tensor goes (load.py).
 """
 
 import re
@@ -19,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from qlora_lab.model.model_files import ModelError, weight_files
 from qlora_lab.quant.finite import first_not_finite
@@ -75,7 +72,10 @@ class Stored:
         """Return `tensor`, float64 as float32. Raises ModelError for a wrong shape, dtype or value."""
         check_shape(self.file, self.name, tensor.shape, self.shape)
         if not self.is_float:
-            return self._checked_integers(tensor)
+            if tensor.is_floating_point() or tensor.is_complex():
+                wrong = f"{self.name} is {tensor.dtype}, but the model has integers there"
+                raise ModelError(f"{self.file}: {wrong}: {AGAIN}")
+            return tensor
         if tensor.dtype not in (*WEIGHT_DTYPES, torch.float64):
             raise ModelError(
                 f"{self.file}: {self.name} is {tensor.dtype}, but weights are float32, bfloat16 or float16: "
@@ -84,11 +84,6 @@ class Stored:
         tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
         if fault := first_not_finite(tensor):
             raise ModelError(f"{self.file}: {self.name} holds {fault}, but weights are finite: {AGAIN}")
-        return tensor
-
-    def _checked_integers(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_floating_point() or tensor.is_complex():
-            raise ModelError(f"{self.file}: {self.name} is {tensor.dtype}, but the model has integers there: {AGAIN}")
         return tensor
 
 
@@ -109,14 +104,8 @@ def opened_once(files: dict[str, Path]) -> Iterator[dict[Path, safe_open]]:
 
 
 def check_shape(file: Path, name: str, shape: torch.Size, expected: torch.Size) -> None:
-    """Raise ModelError for a tensor of another shape than the model's."""
     if shape != expected:
         raise ModelError(f"{file}: {name} has shape {tuple(shape)}, but config.json asks for {tuple(expected)}")
-
-
-def expected_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Return name -> shape for all that files hold: parameters and saved buffers."""
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -130,15 +119,15 @@ def files_of(folder: Path) -> dict[str, Path]:
     return files
 
 
-def stored_tensors(model: "PreTrainedModel", folder: Path) -> dict[str, Stored]:
-    """Return all that `model` reads from an original, by its own names. Raises ModelError for missing or extra ones."""
-    files = files_of(folder)
-    tensors = by_model_name(model, files)
+def stored_tensors(model: "PreTrainedModel", folder: Path, files: dict[str, Path] | None = None) -> dict[str, Stored]:
+    """Return all that `model` reads, by its own names. Raises ModelError for missing or extra ones.
+
+    files: stored name -> file; None: of an original, which stores each tensor under one name.
+    """
+    tensors = by_model_name(model, files or files_of(folder))
     check_names(folder, tensors, model)
-    return without_copies(model, {name: tensors[name] for name in tensors if name in expected_shapes(model)})
-
-
-# ---------------------------------------------------------------------------------------------------------------- names
+    expected = model.state_dict().keys()  # parameters and saved buffers: what files hold
+    return without_copies(model, {name: tensor for name, tensor in tensors.items() if name in expected})
 
 
 def by_model_name(model: "PreTrainedModel", files: dict[str, Path]) -> dict[str, Stored]:
@@ -181,47 +170,34 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 def _made(rule: Rule, files: dict[str, Path], expected: dict[str, torch.Tensor]) -> dict[str, Stored]:
     """Find out what `rule` makes of these files, with tensors that have shapes but no bytes."""
     with opened_once(files) as stored:
-        parts = [(name, _without_bytes(stored[file], name)) for name, file in files.items()]
+        sizes = {name: stored[file].get_slice(name).get_shape() for name, file in files.items()}
+    parts = [(name, torch.empty(size, device="meta")) for name, size in sizes.items()]
     try:
         shapes = rule.apply(parts)
     except (RuntimeError, ValueError, IndexError) as error:
         names = f"{next(iter(files))} and {len(files) - 1} more"
-        raise ModelError(f"{names} cannot be put together as transformers does it: {_first_line(error)}") from None
-    sizes = {name: expected[name].shape if name in expected else tensor.shape for name, tensor in shapes.items()}
-    return {name: Stored(name, size, files, rule) for name, size in sizes.items()}
-
-
-def _without_bytes(stored: safe_open, name: str) -> torch.Tensor:
-    return torch.empty(stored.get_slice(name).get_shape(), device="meta")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0]
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"{names} cannot be put together as transformers does it: {reason}") from None
+    return {name: Stored(name, expected.get(name, made).shape, files, rule) for name, made in shapes.items()}
 
 
 def check_names(folder: Path, names: Iterable[str], model: "PreTrainedModel") -> None:
     """Raise ModelError unless `names` are all that `model` reads, and no others."""
-    expected = set(expected_shapes(model))
+    expected = set(model.state_dict())
     stored = set(names)
     missing = expected - stored - _tied_to(model, stored)
     missing = sorted(name for name in missing if not _matches(name, model._keys_to_ignore_on_load_missing))
-    extra = sorted(name for name in stored - expected if not _matches(name, _ignored(model)))
+    ignored = {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"}  # old files hold them, and no model reads them
+    ignored |= set(model._keys_to_ignore_on_load_unexpected or ())
+    extra = sorted(name for name in stored - expected if not _matches(name, ignored))
     for names, what in ((missing, "missing from"), (extra, "not part of the model, but in")):
         if names:
             more = f" and {len(names) - 1} more" if names[1:] else ""
             raise ModelError(f"{names[0]}{more}: {what} {folder}; config.json and weights do not belong together")
 
 
-def _ignored(model: "PreTrainedModel") -> set[str]:
-    """Return patterns of names that old files hold and no model reads."""
-    return {r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"} | set(model._keys_to_ignore_on_load_unexpected or ())
-
-
 def _matches(name: str, patterns: Iterable[str] | None) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
-
-
-# --------------------------------------------------------------------------------------------------------- tied weights
 
 
 def _tied_to(model: "PreTrainedModel", stored: set[str]) -> set[str]:
@@ -243,10 +219,5 @@ def without_copies(model: "PreTrainedModel", tensors: dict[str, Stored]) -> dict
         else:
             del model.all_tied_weights_keys[target]
             message = f"{target} and {source} are tied by config.json, but differ in the files: they are two weights"
-            warnings.warn(f"{message}; set tie_word_embeddings to false there", stacklevel=4)
+            warnings.warn(f"{message}; set tie_word_embeddings to false there", stacklevel=5)
     return kept
-
-
-def tie(model: "PreTrainedModel", placed: Iterable[str]) -> None:
-    """Tie weights that were not placed to those that were."""
-    model.tie_weights(missing_keys=set(expected_shapes(model)) - set(placed), recompute_mapping=False)

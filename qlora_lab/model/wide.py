@@ -1,7 +1,7 @@
 """Attention and the head of a bf16 model in float32, on a CPU that multiplies float32 faster.
 
-In: a model of transformers. Out: the same model. Its queries, keys and values are widened for attention alone, and the
-result is rounded back; its head gives logits in float32. All else stays as it was, including what other layers keep.
+Queries, keys and values are widened for attention alone, and the result is rounded back; the head gives logits in
+float32. All else stays as it was, including what other layers keep.
 
 torch multiplies in the dtype that it gets. On a CPU with slow bf16 products (kernels/product.py races them) attention's
 backward takes three times as long in bf16 as in float32, and the head's products twice as long.
@@ -38,9 +38,6 @@ def widen(model: "PreTrainedModel") -> bool:
     return _widen_attention(model, wide)
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
-
-
 def _widen_attention(model: "PreTrainedModel", wide: bool) -> bool:
     can = getattr(model, "_can_set_attn_implementation", lambda: True)()
     if not can or model.config._attn_implementation not in (TORCH, NAME):
@@ -66,9 +63,6 @@ def _in_float32(module, query, key, value, attention_mask, **options) -> tuple[t
     wide = (tensor.float() for tensor in (query, key, value))
     attended, weights = sdpa_attention_forward(module, *wide, attention_mask, **options)
     return attended.to(query.dtype), weights  # other layers see no difference in dtype
-
-
-# ----------------------------------------------------------------------------------------------------------------- head
 
 
 class _Product(torch.autograd.Function):

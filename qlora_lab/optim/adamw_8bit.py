@@ -5,8 +5,6 @@ Source: "8-bit Optimizers via Block-wise Quantization" (2021), sections 2 and 3;
 Regularization", algorithm 2. The first moment takes the signed dynamic table, the second the unsigned one.
 
 A moment is quantised as a weight is (absmax, then the code of the nearest level), but anew at every step.
-
-Not here: pages (paged_adamw.py); the fast twins that change_8bit chooses (kernels/adamw.py, triton/adamw_8bit.py).
 """
 
 from dataclasses import dataclass
@@ -81,12 +79,7 @@ def quantize_moment(values: torch.Tensor, table: torch.Tensor) -> tuple[torch.Te
 
 
 def adamw_8bit(param: torch.Tensor, grad: torch.Tensor, moments: Moments, settings: AdamW) -> None:
-    """Change `param` and `moments` in place.
-
-    >>> state = Moments(*(torch.zeros(1, dtype=dtype) for dtype in (torch.uint8, torch.float32) * 2))
-    >>> p = torch.ones(1); adamw_8bit(p, torch.ones(1), state, AdamW(step=1, lr=0.1)); round(p.item(), 4)
-    0.9
-    """
+    """Change `param` and `moments` in place."""
     beta1, beta2, decay, size, correction, eps = settings.scalars
     first, _, second, _ = tables(param.device)
     g = grad.float()

@@ -1,6 +1,5 @@
 """AdamW whose two moments lie in pages: it computes what torch.optim.AdamW does, in a fixed budget of memory.
 
-In: parameters with gradients. Changed in place: the parameters and the pages.
 Source: "Decoupled Weight Decay Regularization", algorithm 2; QLoRA section 3, "Paged Optimizers".
 
 All parameters lie one after another in the pages, so small ones, such as an adapter's, are paged too. With 32 bits a
@@ -11,7 +10,6 @@ element, or block, is changed by itself, so the order of pages changes no bit.
 
 But: no amsgrad, no maximize, no sparse gradients; 32-bit moments are float32, whatever the dtype of a parameter. On a
 GPU a step launches a dozen small kernels for each page and waits for the host.
-Not here: pages and who is evicted (paging.py), the arithmetic of 8 bits (adamw_8bit.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +23,7 @@ import torch
 from qlora_lab.optim.adamw_8bit import BLOCK, AdamW, Moments, change_8bit
 from qlora_lab.optim.paging import PAGE_SIZE, Pages
 from qlora_lab.quant.double_quant import dynamic_map
+from qlora_lab.quant.numbers import check_number
 
 UNIT = {32: (1, 8), 8: (BLOCK, 2 * BLOCK + 8)}  # bits: elements of a unit (never split), and bytes of their state
 NAMES = {  # bits: the names of a state's parts
@@ -64,8 +63,7 @@ class PagedAdamW(torch.optim.Optimizer):
         store: str | None = None,
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if value < 0:
-                raise ValueError(f"{name}={value} is not allowed: give a number of at least 0")
+            check_number(name, value, lambda value: value >= 0, "a number of at least 0")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas} are not allowed: choose each from 0 to below 1")
         if bits not in UNIT:

@@ -1,15 +1,12 @@
 """Where pages lie, a few in frames, the others elsewhere, and how a page moves between the two.
 
-In: the numbers of a page and of a frame. Changed: the bytes of a frame, or the stored copy of a page.
 Source: QLoRA section 3, "Paged Optimizers".
 
 Three stores for one page table. FileStore: frames in the CPU's memory, pages in a file. HostStore: frames on a GPU,
 pages in pinned memory of its host. ManagedStore, the paper's own: CUDA's managed memory, where a page keeps its address
-and the driver moves it. A store writes a page away, reads it back, clears a frame, and starts such a move alongside the
-arithmetic: in a thread for a file, on a stream of its own on a GPU.
+and the driver moves it. Moves run alongside the arithmetic: in a thread for a file, on a stream of its own on a GPU.
 
 But: the tests replace CUDA's own calls, which need a GPU; bench/gpu_paging.py makes them.
-Not here: which page moves, and when (paging.py).
 """
 
 import errno
@@ -28,7 +25,19 @@ Wait = Callable[[], BaseException | None]  # returns when a move is over: None, 
 SYSTEM_PAGE = 4096  # bytes: the driver moves managed memory in whole system pages
 
 
-class FileStore:
+class _Frames:
+    """What the stores share whose frames hold the bytes, as rows of `frames`, (frames, page_size) uint8."""
+
+    frames: torch.Tensor
+
+    def bytes(self, page: int, frame: int) -> torch.Tensor:
+        return self.frames[frame]
+
+    def clear(self, page: int, frame: int) -> None:
+        self.frames[frame].zero_()
+
+
+class FileStore(_Frames):
     """Frames in memory, pages in a file that is read and written, not mapped: mapping adds a system fault per 4 KiB.
 
     The file has no name, so it is gone when the process ends, however it ends.
@@ -41,12 +50,6 @@ class FileStore:
             self.file = disk.unnamed_file(folder)
             weakref.finalize(self, self.file.close)
             self._thread = ThreadPoolExecutor(1)  # started by the first move
-
-    def bytes(self, page: int, frame: int) -> torch.Tensor:
-        return self.frames[frame]
-
-    def clear(self, page: int, frame: int) -> None:
-        self.frames[frame].zero_()
 
     def write(self, page: int, frame: int) -> None:
         size = self.frames.shape[1]
@@ -64,7 +67,7 @@ class FileStore:
         return self._thread.submit(move).exception if self.file else _at_once(move)
 
 
-class HostStore:
+class HostStore(_Frames):
     """Frames on `device`, evicted pages in its host's memory. On the CPU it works too, but saves nothing."""
 
     def __init__(self, count: int, page_size: int, frames: int, device: torch.device):
@@ -73,12 +76,6 @@ class HostStore:
         if self._stream:
             self.frames.record_stream(self._stream)  # else torch could reuse their memory during a copy
         self._pages: dict[int, torch.Tensor] = {}  # one tensor each: torch rounds pinned memory up to a power of two
-
-    def bytes(self, page: int, frame: int) -> torch.Tensor:
-        return self.frames[frame]
-
-    def clear(self, page: int, frame: int) -> None:
-        self.frames[frame].zero_()
 
     def write(self, page: int, frame: int) -> None:
         if page not in self._pages:

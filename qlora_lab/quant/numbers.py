@@ -11,6 +11,7 @@ from typing import Any
 
 MOST = 2**31 - 1  # of steps, rows, tokens: more than any run has
 MOST_BYTES = MOST_SEED = 2**63 - 1
+MOST_FLOAT = 1e300  # Python takes longer integers, which no float holds
 
 
 def check_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> None:
@@ -40,5 +41,7 @@ def check_number(name: str, value: Any, allows: Callable[[float], bool], what: s
     ValueError: lr=nan is not allowed: it is a number above 0
     """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and abs(value) <= 1e300 and allows(value)):  # false for NaN
+    if is_number and abs(value) > MOST_FLOAT:
+        raise ValueError(f"{name}={short(value)} is not allowed: it is a number of at most {MOST_FLOAT} either way")
+    if not (is_number and allows(value)):  # false for NaN
         raise ValueError(f"{name}={short(value)} is not allowed: it is {what}")

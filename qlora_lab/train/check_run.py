@@ -3,7 +3,7 @@
 Settings checks itself when it is made; add_lora checks the names of layers, which only a model has.
 """
 
-from qlora_lab.adapters.lora import check_rank, check_strength
+from qlora_lab.adapters.lora import check_strength
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.numbers import check_whole
@@ -19,7 +19,7 @@ def check_run(model: ModelOptions, adapter: AdapterOptions, *, held_out: int = 0
     if model.codebook != "none":  # none: the weights stay as they are
         codebook(model.codebook)
     check_block_size(model.block_size)
-    check_rank(adapter.r)
+    check_whole("r", adapter.r)
     check_whole("held-out", held_out, 0)
     if not isinstance(resume, bool):  # True and False are no steps, though Python counts with them
         check_whole("resume", resume)

@@ -4,7 +4,7 @@ In a packed row position_ids restart where an example begins (batches.py). Many 
 use them for positions only, some ignore them, and a recurrent state crosses the border. No list of names says which.
 So we try a row, and ask two questions:
 
-1. Do the logits of one example depend on the tokens of the other? They must not depend on them at all (reach.py).
+1. Do the logits of one example depend on the tokens of the other? They must not, at all (token_dependence.py).
 2. Are they the logits of the example alone? Positions that run on across the border would change them. Both are
    rounded, so they may differ by twice `tolerance`, a root mean square: SmolLM2's differ by 0.6 of it in bf16.
 
@@ -19,7 +19,7 @@ from torch import nn
 from qlora_lab.data.batches import collate_rows
 from qlora_lab.data.dataset import Encoded
 from qlora_lab.model.modes import measuring
-from qlora_lab.model.reach import TRIED, reach, row_logits
+from qlora_lab.model.token_dependence import TRIED, reach, row_logits
 from qlora_lab.train.rounding import tolerance
 
 

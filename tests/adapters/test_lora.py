@@ -191,12 +191,15 @@ def test_adapter_stays_float32():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"r": 0}, "r=0 is not allowed: choose a whole number of at least 1"),
+        ({"r": 0}, "r=0 is not allowed: it is a whole number of at least 1"),
         ({"r": 2.0}, "r=2.0 is not allowed"),
-        ({"alpha": 0}, "alpha=0 is not allowed: it is a number above 0"),
+        ({"r": 2**31}, "r=2147483648 is not allowed: it is a whole number of at most 2,147,483,647"),
+        ({"alpha": 0}, "alpha=0 is not allowed: it is a number above 0 and at most 1,000,000"),
+        ({"alpha": 1e7}, "alpha=10000000.0 is not allowed: it is a number above 0 and at most 1,000,000"),
         ({"alpha": float("nan")}, "alpha=nan is not allowed"),
         ({"alpha": "16"}, "alpha='16' is not allowed"),
-        ({"dropout": 1.0}, "dropout=1.0 is not allowed: choose from 0 to below 1"),
+        ({"dropout": 1.0}, "dropout=1.0 is not allowed: it is a number from 0 to below 1"),
+        ({"dropout": False}, "dropout=False is not allowed"),
         (
             {"targets": ["qproj"]},
             "targets \\['qproj'\\] match no linear layer: choose 'all-linear' or from lm_head, q_proj, v_proj",

@@ -244,6 +244,7 @@ def test_strength_of_a_layer(settings, path, strength):
         ({"r": 0}, "r=0 is not allowed"),
         ({"lora_alpha": -1}, "alpha=-1 is not allowed"),
         ({"lora_alpha": True}, "alpha=True is not allowed"),
+        ({"lora_alpha": 1e6}, "alpha=2000000.0 is not allowed"),  # rsLoRA's, times the root of r
         ({"rank_pattern": {"q_proj": "4"}}, "r='4' is not allowed"),
         (
             {"rank_pattern": {"((.+)+)+x": 4}},

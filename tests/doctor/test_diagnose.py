@@ -451,7 +451,7 @@ def test_a_model_without_adapter_is_refused(tiny_llama, tokenizer):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"data": []}, "no example has at most 256 tokens"),
+        ({"data": []}, "there are no examples: give at least one"),
         ({"settings": Settings(max_length=3)}, "no example has at most 3 tokens"),
         ({"data": "no/such/file.jsonl"}, "no/such/file.jsonl"),
     ],

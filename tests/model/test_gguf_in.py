@@ -316,7 +316,8 @@ DAMAGED = [
     ({"tokenizer.ggml.unknown_token_id": -1}, "tokenizer.ggml.unknown_token_id is -1, but must be a whole number"),
     ({"tokenizer.chat_template": 3}, "tokenizer.chat_template is 3, but must be text"),
     ({"tokenizer.ggml.tokens": [3] * len(TOKENS)}, "some of its tokens or merges are not text"),
-    ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is nan, but must be a number above 0"),
+    ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is nan, but must be a finite float above 0"),
+    ({"llama.rope.freq_base": 10000}, "llama.rope.freq_base is 10000, but must be a finite float above 0"),
 ]
 
 

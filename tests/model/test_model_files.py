@@ -102,6 +102,7 @@ def test_sizes_that_no_model_has_are_refused_before_anything_is_built(model, fie
         ("config.json", {"embd_pdrop": -1}, "embd_pdrop=-1: it must be a number from 0 to 1, or null"),
         ("config.json", {"rope_parameters": {"rope_theta": -1}}, "rope_theta=-1: it must be a number above 0, or null"),
         ("config.json", {"rope_theta": 0}, "rope_theta=0: it must be a number above 0, or null"),
+        ("config.json", {"rope_theta": [1e4] * 1001}, "rope_theta=.*, or a list of at most 1,000 of them"),
         ("config.json", {"vocab_size": 0}, "vocab_size=0: it must be a whole number from 1 to 16,777,216"),
         ("generation_config.json", {"eos_token_id": ["a"]}, r"eos_token_id=\['a'\]: it must be a whole number from -1"),
         ("tokenizer_config.json", {"model_max_length": []}, r"model_max_length=\[\]: it must be a number, or null"),

@@ -154,7 +154,10 @@ def test_a_closure_is_called_with_gradients():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lr": -1}, "lr=-1 is not allowed"),
+        ({"lr": -1}, "lr=-1 is not allowed: it is a number of at least 0"),
+        ({"lr": float("nan")}, "lr=nan is not allowed"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf is not allowed: it is a number of at least 0"),
+        ({"eps": "small"}, "eps='small' is not allowed"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) are not allowed"),
         ({"page_size": 12}, "page_size=12 is not allowed: choose a multiple of 8, at least 8 with 32 bits"),
         ({"page_size": 512, "bits": 8}, "page_size=512 is not allowed: choose a multiple of 8, at least 520"),

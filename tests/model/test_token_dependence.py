@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from qlora_lab.model.reach import reach, reads_padding
+from qlora_lab.model.token_dependence import reach, reads_padding
 from tests.model.families import FAMILIES, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,8 +1,6 @@
 """Count how much of a model is in 4 bits: only plain linear layers are, and some families keep most weights elsewhere.
 
-In: a loaded model, or an empty one and the layers that will be quantised. Out: a Share, which prints as one line.
 All parameters count but those of embeddings and head, which keep their precision in every model.
-Not here: quantising them (load.py).
 """
 
 import warnings

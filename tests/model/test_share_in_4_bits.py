@@ -5,7 +5,7 @@ import torch
 
 from qlora_lab.model.load import load
 from qlora_lab.model.quantized_folder import folder_in_4_bits, quantize_folder
-from qlora_lab.model.share import Share, in_4_bits
+from qlora_lab.model.share_in_4_bits import Share, in_4_bits
 from tools.families import FAMILIES, quiet, save
 
 LINEAR = 2 * (4 * 16 * 16 + 3 * 16 * 32)  # tiny_llama: four projections and three of the MLP, in two layers

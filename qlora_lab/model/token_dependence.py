@@ -1,6 +1,5 @@
 """Find out which tokens a model's logits depend on, by gradients with respect to embeddings: exact in any dtype.
 
-In: a model and a batch of one row. Out: its logits, and whether those at some places depend on the tokens at others.
 A masked attention weight is exactly 0, and so is the gradient through it. So no tolerance is needed to tell what is
 read from what is not, and no dependence hides in rounding. The model is not changed.
 
