@@ -1,9 +1,8 @@
 """The few calls by which anything of ours reaches a disk: all writing, renaming and removing is done here.
 
-In: paths of files and folders. Out: the same on the disk, or an OSError.
 One home for two reasons: a test makes each call fail in turn, and what a full disk or another system does differently
 is handled once.
-Not here: writing under another name first (replace.py), safetensors (tensor_file.py).
+Not here: writing under another name first (replace.py).
 """
 
 import ctypes

@@ -1,7 +1,4 @@
-"""Compile for all cores, keep the machine code on disk, and run it with as many threads as torch has.
-
-Not here: what is compiled (cpu.py, few_tokens.py, adamw.py).
-"""
+"""Compile for all cores, keep the machine code on disk, and run it with as many threads as torch has."""
 
 import threading
 import warnings

@@ -1,6 +1,5 @@
 """Keep what torch.compile cannot trace out of its graphs: numba's machine code runs between two of them.
-
-Not here: the GPU's kernels, which are operations of torch (triton/ops.py) and stay in the graph.
+The GPU's kernels are operations of torch (triton/ops.py) and stay in the graph.
 """
 
 from functools import wraps

@@ -67,11 +67,7 @@ def evenly_spaced(start: float, end: float, n: int) -> torch.Tensor:
 
 
 def normal_offset(bits: int) -> float:
-    """Return the outermost quantile of NF-`bits`: step 1 of the module docstring, to seven digits.
-
-    >>> normal_offset(4)
-    0.9677083
-    """
+    """Return the outermost quantile of NF-`bits`: step 1 of the module docstring, to seven digits."""
     half_bins = 1 - 1 / (2 * (2**bits - 1)), 1 - 1 / (2 * 2**bits)
     return round(sum(half_bins) / 2, NF_DIGITS)
 
@@ -146,9 +142,6 @@ def check_levels(levels: torch.Tensor) -> torch.Tensor:
     levels: 2 to 256 finite numbers in [-1, 1], each larger than the one before. They need not reach -1 or 1, nor
     include 0, though zero weights then become something else. Raises ValueError, which names the first level that is
     not allowed, and TypeError for anything but a table of numbers.
-
-    >>> check_levels(torch.tensor([-1.0, 0.0, 0.5]))
-    tensor([-1.0000,  0.0000,  0.5000])
     """
     if not isinstance(levels, torch.Tensor) or levels.dim() != 1 or not levels.is_floating_point():
         kind = f"a tensor {tuple(levels.shape)} of {levels.dtype}" if isinstance(levels, torch.Tensor) else levels

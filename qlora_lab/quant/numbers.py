@@ -1,8 +1,6 @@
 """Check numbers at public edges: whole or not, within a range, with the name that the caller knows in the error.
 
-In: a value of any type, and its name. Out: nothing, or ValueError in one line.
 Python takes True for 1 and allows integers of any length, which arrays and loops then refuse in words of their own.
-Not here: rules that join several numbers.
 """
 
 from collections.abc import Callable
@@ -14,13 +12,7 @@ MOST_BYTES = MOST_SEED = 2**63 - 1
 
 
 def check_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> None:
-    """Raise ValueError unless `value` is a whole number from `least` to `most`.
-
-    >>> check_whole("steps", 60)
-    >>> check_whole("steps", True)
-    Traceback (most recent call last):
-    ValueError: steps=True is not allowed: it is a whole number of at least 1
-    """
+    """Raise ValueError unless `value` is a whole number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={short(value)} is not allowed: it is a whole number of at least {least}")
     if value > most:

@@ -1,9 +1,6 @@
 """What each layer of a model is quantised as: a data type, a block size and double quantization, kept in a JSON file.
 
-In: a Plan, one Candidate for each linear layer; load, quantize_linears and quantize_folder take it.
-Out: the options of each layer, after a check that the plan and the model have the same layers.
-
-Not here: which plan is best (measure/best_plan.py).
+load, quantize_linears and quantize_folder take a plan. Not here: which plan is best (measure/best_plan.py).
 """
 
 import json

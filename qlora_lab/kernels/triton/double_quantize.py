@@ -53,12 +53,10 @@ def double_quantize(
     not match.
     """
     launch.check_device(absmax=absmax, offset=offset, thresholds=thresholds)
-    launch.check_dtype("absmax", absmax)
-    launch.check_length("absmax", absmax, absmax.numel())
+    launch.check_flat("absmax", absmax, absmax.numel())
     launch.check_numel(len(absmax))
     launch.check_offset(offset)
-    launch.check_dtype("thresholds", thresholds, torch.float32)
-    launch.check_length("thresholds", thresholds, 255)
+    launch.check_flat("thresholds", thresholds, 255, torch.float32)
     launch.check_block_size(group, "group")
     codes = torch.empty(len(absmax), dtype=torch.uint8, device=absmax.device)
     scale = torch.empty(-(-len(absmax) // group), dtype=torch.float32, device=absmax.device)
