@@ -30,7 +30,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file of bytes, likewise."""
     with open(path, "wb") as file:
         file.write(data)
 
@@ -104,7 +103,6 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def copy_mode(source: Path, target: Path) -> None:
-    """Give `target` the permissions of `source`."""
     shutil.copymode(source, target)
 
 

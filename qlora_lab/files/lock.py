@@ -46,8 +46,6 @@ OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NO
 
 @dataclass(eq=False)
 class Lock:
-    """A lock that is held."""
-
     file: Path
     handle: int
     scratch: Path  # a folder for unfinished files: the lock's user makes it, the lock removes it

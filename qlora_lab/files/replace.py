@@ -70,7 +70,6 @@ def replace_text(target: Path, text: str) -> None:
 
 
 def replace_bytes(target: Path, data: bytes) -> None:
-    """Write a file of bytes, whole or not at all."""
     with replacing_file(target) as new:
         disk.write_bytes(new, data)
 

@@ -20,8 +20,6 @@ DEEPEST = 64  # nested lists and objects; a tokenizer.json has about ten levels
 
 
 class Rule(NamedTuple):
-    """What a value must be."""
-
     what: str  # in words, for errors
     allows: Callable[[Any], bool]
 
@@ -43,12 +41,10 @@ def whole(least: int, most: int | None = None) -> Rule:
 
 
 def or_null(rule: Rule) -> Rule:
-    """Extend a rule to allow null."""
     return Rule(f"{rule.what}, or null", lambda value: value is None or rule.allows(value))
 
 
 def each(rule: Rule) -> Rule:
-    """Make the rule of an object whose values all follow `rule`."""
     return Rule(
         f"a JSON object, each value {rule.what}",
         lambda value: isinstance(value, dict) and all(map(rule.allows, value.values())),

@@ -7,8 +7,7 @@ because a process with TRITON_INTERPRET=1 cannot compile, and results are kept f
 
 "Instructions for each weight" are those that one thread executes in a full tile, over the weights it handles there; for
 a kernel with a loop, those of one pass. machine_code.py says which way is counted where code branches.
-
-Not here: how kernels are launched (rungs.py), and measured times: roofline() is arithmetic on data sheets.
+Measured times are not here: roofline() is arithmetic on data sheets.
 """
 
 import json
@@ -72,10 +71,7 @@ class Code:
 
 
 def report(
-    rungs: Iterable[str] | None = None,
-    archs: Iterable[int] = ARCHS,
-    dtype: str = "bfloat16",
-    progress: bool = False,
+    rungs: Iterable[str] | None = None, archs: Iterable[int] = ARCHS, dtype: str = "bfloat16", progress: bool = False
 ) -> list[Report]:
     """Report on each rung (None: all that take the dtype) for each architecture: 80, 90, 100.
 

@@ -1,15 +1,11 @@
 """Why 4-bit is slower, and when it is not: the least time of one product x W^T, in three ways, from data sheets.
 
-    reports of two compiled kernels, a card, a shape, tokens -> seconds of each way
-
 ready: W lies in memory in bf16 or fp16. fused: one kernel decodes W on its way to the tensor cores. separate: one
 kernel writes the decoded W to memory, another reads and multiplies it. Fused work is bounded twice: `fused` lets
 memory, decoding and tensor cores work at the same time without any loss; `in_turn` lets decoding and tensor cores wait
 for each other. A real kernel lies between the two.
 
 A model, not a measurement: full rates of a data sheet, no launch, no cache that keeps W between two kernels.
-
-Not here: rates and limits of cards (cards.py), instructions of kernels (aot.py).
 """
 
 from collections.abc import Iterable, Sequence

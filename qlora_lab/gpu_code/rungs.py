@@ -1,8 +1,6 @@
 """How each Triton kernel is launched, so that aot.py compiles what runs: signatures, constants and tiles.
 
 Tile sizes are read from the rung's own module.
-
-Not here: compiling (aot.py), the kernels (kernels/triton/).
 """
 
 from collections.abc import Callable

@@ -226,7 +226,6 @@ def undouble(constants, first, n):
 
 @njit(forceinline=True)
 def _code_at(packed, i, bits):
-    """Code i of a stream of bits."""
     bit = i * bits
     byte = bit >> 3  # the byte in which the code begins
     window = np.int64(packed[byte]) << 8  # two bytes hold any code

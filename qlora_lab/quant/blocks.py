@@ -25,9 +25,6 @@ def to_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
     """(any shape) -> (n_blocks, block_size) float32, row-major, the last block filled up with zeros.
 
     Shares the memory of `weight` where it can.
-
-    >>> to_blocks(torch.arange(18.0), 16).shape
-    torch.Size([2, 16])
     """
     flat = weight.reshape(-1).float()  # (numel,)
     if missing := -len(flat) % block_size:  # pad() copies even where there is nothing to add

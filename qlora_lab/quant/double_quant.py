@@ -27,8 +27,6 @@ MEAN_PIECE = 2**14  # constants that torch adds up in one thread
 
 @dataclass(frozen=True)
 class DoubleQuantized:
-    """Constants of constants."""
-
     absmax_codes: torch.Tensor  # (n_blocks,) uint8
     absmax_scale: torch.Tensor  # (n_groups,) float32
     absmax_offset: torch.Tensor  # () float32
@@ -38,6 +36,10 @@ class DoubleQuantized:
         """The tensors as kernels take them."""
         table = _map_on(self.absmax_codes.device)
         return PackedConstants(self.absmax_codes, self.absmax_scale, self.absmax_offset, table, GROUP_SIZE)
+
+    def to(self, device: torch.device | str) -> "DoubleQuantized":
+        parts = self.absmax_codes, self.absmax_scale, self.absmax_offset
+        return DoubleQuantized(*(part.to(device) for part in parts))
 
     @property
     def nbytes(self) -> int:

@@ -22,7 +22,6 @@ def largest_magnitude(tensor: torch.Tensor) -> float:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` holds neither NaN nor infinity."""
     return math.isfinite(largest_magnitude(tensor))
 
 

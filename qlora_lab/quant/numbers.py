@@ -25,12 +25,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_number(name: str, value: Any, allows: Callable[[float], bool], what: str) -> None:
-    """Raise ValueError unless `value` is a finite number for which `allows` is true; `what` says it in words.
-
-    >>> check_number("lr", float("nan"), lambda lr: lr > 0, "a number above 0")
-    Traceback (most recent call last):
-    ValueError: lr=nan is not allowed: it is a number above 0
-    """
+    """Raise ValueError unless `value` is a finite number for which `allows` is true; `what` says it in words."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (is_number and abs(value) <= 1e300 and allows(value)):  # false for NaN
         raise ValueError(f"{name}={short(value)} is not allowed: it is {what}")

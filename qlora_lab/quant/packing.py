@@ -12,11 +12,7 @@ import torch
 
 
 def group_of(bits: int) -> tuple[int, int]:
-    """Return the smallest number of codes that fill whole bytes, and how many bytes they fill.
-
-    >>> group_of(4), group_of(3)
-    ((2, 1), (8, 3))
-    """
+    """Return the smallest number of codes that fill whole bytes, and how many bytes they fill."""
     return lcm(bits, 8) // bits, lcm(bits, 8) // 8
 
 

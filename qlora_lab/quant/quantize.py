@@ -93,12 +93,7 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
-        constants = self.constants
-        if self.double_quant:
-            parts = constants.absmax_codes, constants.absmax_scale, constants.absmax_offset
-            constants = DoubleQuantized(*(part.to(device) for part in parts))
-        else:
-            constants = constants.to(device)
+        constants = self.constants.to(device)
         return replace(self, packed=self.packed.to(device), constants=constants, levels=self.levels.to(device))
 
     def __repr__(self) -> str:

@@ -67,7 +67,6 @@ def check_flat(name: str, tensor: torch.Tensor, length: int, *allowed: torch.dty
 
 
 def check_offset(offset: torch.Tensor) -> None:
-    """One float32."""
     check_dtype("absmax_offset", offset, torch.float32)
     if offset.numel() != 1:
         raise ValueError(f"absmax_offset has shape {tuple(offset.shape)}: it must be one number")
@@ -117,7 +116,6 @@ def named(constants: torch.Tensor | PackedConstants) -> dict[str, torch.Tensor]:
 
 
 def checked_constants(constants: torch.Tensor | PackedConstants, n_blocks: int) -> Constants:
-    """Constants of n_blocks blocks as arguments of a kernel, checked."""
     if isinstance(constants, torch.Tensor):
         check_flat("absmax", constants, n_blocks, torch.float32)
         return Constants(constants, None, None, None, 0)
