@@ -2,7 +2,6 @@
 
 One home for two reasons: a test makes each call fail in turn, and what a full disk or another system does differently
 is handled once.
-Not here: writing under another name first (replace.py).
 """
 
 import ctypes

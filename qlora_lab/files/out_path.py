@@ -1,7 +1,4 @@
-"""Check the path that a user names for results, before anything is computed.
-
-Not here: whether what lies there may be replaced (ownership.py and each writer).
-"""
+"""Check the path that a user names for results, before anything is computed."""
 
 import errno
 from pathlib import Path

@@ -107,8 +107,7 @@ def roofline(report: Report, shape: tuple[int, int] = (4096, 4096), tokens: int 
     """Return the least time on each card of the report's architecture, for a weight of this shape: a model.
 
     A gemv handles the tokens it was compiled for; `tokens` is for the tensor cores' products. Memory moves every weight
-    once, x and y once. Instructions are per_weight for each weight and each tile of tokens. Raises ValueError for a
-    side or a number of tokens below 1.
+    once, x and y once. Instructions are per_weight for each weight and each tile of tokens. Raises as check_product.
     """
     check_product(shape, tokens)
     weights = prod(shape) * RUNGS[report.rung].share

@@ -12,9 +12,8 @@ import torch
 from numba import njit, prange
 
 from qlora_lab.kernels import cpu, vector as v
-from qlora_lab.kernels.compiled import parallel, run
+from qlora_lab.kernels.compiled import opaque, parallel, run
 from qlora_lab.kernels.elements import FLOAT32, FORM, check_flat, read, read16, view, write
-from qlora_lab.kernels.opaque import opaque
 
 BLOCK = 256  # parameters that share a constant
 PIECE = 32  # blocks that a thread takes at a time
@@ -125,8 +124,7 @@ def adamw_8bit(
     for tensors that the kernel would misread: it does not check where it reads.
     """
     numel = param.numel()
-    floats = tuple(FORM)
-    check_flat(numel, floats, param=param, grad=grad)
+    check_flat(numel, tuple(FORM), param=param, grad=grad)
     check_flat(numel, (torch.uint8,), codes1=codes1, codes2=codes2)
     check_flat(-(-numel // BLOCK), (torch.float32,), scale1=scale1, scale2=scale2)
     check_flat(256, (torch.float32,), levels1=tables[0], levels2=tables[2])

@@ -17,9 +17,8 @@ from numba import njit, prange, types
 from numba.extending import overload
 
 from qlora_lab.kernels import elements, vector as v
-from qlora_lab.kernels.compiled import parallel, run
+from qlora_lab.kernels.compiled import opaque, parallel, run
 from qlora_lab.kernels.elements import FLOAT16, FORM, INFINITY, MAGNITUDE, NAN, bfloat16_of, read, read16, view, write
-from qlora_lab.kernels.opaque import opaque
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 PIECE = 2**13  # weights a thread takes at a time: 32 KiB of float32 stay in the first-level cache between two readings

@@ -12,9 +12,8 @@ import torch
 from numba import prange
 
 from qlora_lab.kernels import cpu, vector as v
-from qlora_lab.kernels.compiled import parallel, run
+from qlora_lab.kernels.compiled import opaque, parallel, run
 from qlora_lab.kernels.elements import FORM, read16, view, write
-from qlora_lab.kernels.opaque import opaque
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 MAX_TOKENS = 16  # up to here multiply_blocks beats decoding a panel and calling BLAS

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from qlora_lab.kernels import cpu, few_tokens
-from qlora_lab.kernels.opaque import opaque
+from qlora_lab.kernels.compiled import opaque
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 OVERRIDE = "QLORA_LAB_PRODUCTS"

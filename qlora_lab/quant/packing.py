@@ -39,11 +39,7 @@ def pack(codes: torch.Tensor, bits: int = 4, fill: int = 0) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, numel: int, bits: int = 4) -> torch.Tensor:
-    """The inverse of pack: uint8 bytes -> the first `numel` codes, (numel,) uint8.
-
-    >>> unpack(torch.tensor([0xF0, 0x77], dtype=torch.uint8), 3).tolist()
-    [15, 0, 7]
-    """
+    """The inverse of pack: uint8 bytes -> the first `numel` codes, (numel,) uint8."""
     n_codes, n_bytes = group_of(bits)
     groups = packed.view(-1, n_bytes)  # (n_groups, n_bytes)
     word = groups[:, 0].to(_word_dtype(n_bytes))  # (n_groups,)
