@@ -1,8 +1,7 @@
 """Write a file or folder whole or not at all: under a temporary name, synced, then renamed into its place.
 
-On an error, what was there stays.
-Where the system can swap two names (Linux), a new folder replaces an old one in one step, so a reader always finds one
-of the two.
+On an error, what was there stays. Where the system can swap two names (Linux), a new folder replaces an old one in one
+step, so a reader always finds one of the two.
 But: elsewhere no rename replaces a folder that is not empty. There the old one is moved aside first, moved back if the
 new one cannot take its place, and removed last.
 """

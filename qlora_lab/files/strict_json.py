@@ -1,8 +1,7 @@
 """Read JSON from disk strictly, with errors that name the file, the key and the rule.
 
 Python's reader accepts NaN, keeps the last of two equal keys, waits for ever at a FIFO, and its errors name no file.
-A table, name -> Rule, says what each key may hold; the caller judges keys that are in no table. Tables lie beside the
-code that reads the file.
+A table, name -> Rule, says what each key may hold. It lies with the code that reads the file, which judges other keys.
 """
 
 import json

@@ -1,7 +1,5 @@
 """Compile the Triton kernels for GPUs that are not here, and read the machine code.
 
-    rung, architecture, dtype -> registers, spills, occupancy, instructions and bytes for each weight
-
 Triton brings NVIDIA's assembler and disassembler, and needs no GPU for them. Kernels are compiled in a child process,
 because a process with TRITON_INTERPRET=1 cannot compile, and results are kept for the life of this one.
 

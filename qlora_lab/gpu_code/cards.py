@@ -1,7 +1,5 @@
 """What a GPU's data sheet promises: how many warps fit on a multiprocessor, and the least time that work can take.
 
-    registers, shared memory, warps -> occupancy            bytes, operations, instructions -> seconds
-
 Both are models: no measurement is in them, and no kernel reaches all of a data sheet. Source of the limits: "Technical
 Specifications per Compute Capability", CUDA C++ Programming Guide. Of the cards: NVIDIA's data sheets of A100 80GB SXM,
 H100 SXM and T4, and the white paper of the Ada generation; rates without sparsity.

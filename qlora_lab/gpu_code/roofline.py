@@ -49,11 +49,7 @@ def _times(sheet: Card, decoded: float, product: Report, shape: tuple[int, int],
 
 
 def stops_paying(tokens: Sequence[int], fused: Sequence[float], other: Sequence[float]) -> int | None:
-    """Find the number of tokens from which on `fused` is no longer faster than `other`; None if it is at the last.
-
-    >>> stops_paying([1, 2, 3, 4], [1, 5, 1, 5], [2, 2, 2, 2])  # 2 tokens are slower, but 3 are not
-    4
-    """
+    """Find the number of tokens from which on `fused` is no longer faster than `other`; None if it is at the last."""
     faster = [i for i, (a, b) in enumerate(zip(fused, other, strict=True)) if a < b]
     after = faster[-1] + 1 if faster else 0
     return tokens[after] if after < len(tokens) else None

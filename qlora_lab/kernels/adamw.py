@@ -120,8 +120,7 @@ def adamw_8bit(
 ) -> None:  # fmt: skip
     """Update all but `grad` in place: arguments as in kernels/triton/adamw_8bit.py.
 
-    tables: levels (256,) and thresholds (255,) of the first moment, then of the second, ascending. Raises ValueError
-    for tensors that the kernel would misread: it does not check where it reads.
+    tables: levels (256,) and thresholds (255,) of the first moment, then of the second, ascending.
     """
     numel = param.numel()
     check_flat(numel, tuple(FORM), param=param, grad=grad)

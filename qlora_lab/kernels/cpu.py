@@ -321,10 +321,7 @@ _NONE = np.empty(0, np.float32)
 
 
 def arrays_of(weight: PackedWeight) -> Arrays:
-    """Return the weight's arrays, kept in `weight.prepared` while its memory stays where it is.
-
-    Raises ValueError for tensors that a kernel would misread.
-    """
+    """Return the weight's arrays, kept in `weight.prepared` while its memory stays where it is."""
     constants = weight.constants
     single = isinstance(constants, torch.Tensor)  # not quantised themselves
     parts = (weight.packed, constants) if single else (weight.packed, *constants[:2])

@@ -2,9 +2,8 @@
 
 A token of an answer multiplies each weight of a model by one vector, so nothing but reading W takes time, and packed W
 is an eighth of float32's bytes. A level is looked up and multiplied while it is in a register. Moved for each weight at
-block size 64: 0.56 bytes are read, for all tokens together.
-
-Not here: more tokens, for which decoding a panel once and calling BLAS is faster (product.py).
+block size 64: 0.56 bytes are read, for all tokens together. For more tokens, decoding a panel once and calling BLAS is
+faster (product.py).
 """
 
 import numpy as np

@@ -6,8 +6,7 @@ and every output is one float32 sum, rounded once. The weight is rounded to bf16
 Either takes a product of two thin matrices, such as an adapter, to add to the weight: x (W^T + down up), twin
 x @ dequantize(W).t() + x @ down @ up. The thin products run in float32 whichever routine multiplies the weight, so what
 an adapter learns is not rounded to bf16 on one maker's processors alone. x is widened once for both, and the float32
-sums are added before they are rounded. Only where bf16 products win is the base's sum rounded first: torch returns it
-so.
+sums are added before they are rounded. Only where bf16 products win, torch returns the base's sum already rounded.
 
 The panel is the only decoded weight in memory: PANEL elements for each Python thread, allocated once. Nothing else is
 allocated but the result, and what oneDNN returns for a panel. A few tokens need no panel (few_tokens.py).
@@ -70,10 +69,7 @@ class Race(NamedTuple):
 
 
 def race() -> Race:
-    """Return the race that was kept, else the one that the environment decides, else run one.
-
-    Raises ValueError if the environment names an unknown winner, or one that torch lacks here.
-    """
+    """Return the race that was kept, else the one that the environment decides, else run one."""
     if _kept:
         return _kept[-1]
     return _decided(os.environ[OVERRIDE]) if os.environ.get(OVERRIDE) else _timed()

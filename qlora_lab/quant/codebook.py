@@ -18,8 +18,6 @@ from reprlib import repr as short
 
 import torch
 
-NF_DIGITS = 7  # decimals of the published offset: with more, 12 of NF4's 16 float32 levels move by their last bit
-
 # |level| of FP4 exactly as bitsandbytes stores it, in twelfths, ordered by the three low bits of the code. Its source
 # calls this E2M1, but E2M1 in twelfths is 0 1 2 3 4 6 8 12 (see fp4 against e2m1 in notebook 06).
 _FP4_TWELFTHS = (0, 0.0625, 8, 12, 4, 6, 2, 3)
@@ -69,7 +67,7 @@ def evenly_spaced(start: float, end: float, n: int) -> torch.Tensor:
 def normal_offset(bits: int) -> float:
     """Return the outermost quantile of NF-`bits`: step 1 of the module docstring, to seven digits."""
     half_bins = 1 - 1 / (2 * (2**bits - 1)), 1 - 1 / (2 * 2**bits)
-    return round(sum(half_bins) / 2, NF_DIGITS)
+    return round(sum(half_bins) / 2, 7)  # with more digits, 12 of NF4's 16 float32 levels move by their last bit
 
 
 def integer_levels(bits: int) -> torch.Tensor:
@@ -162,11 +160,7 @@ def bits_of(levels: torch.Tensor) -> int:
 
 
 def midpoints(levels: torch.Tensor) -> torch.Tensor:
-    """Return where rounding passes from one level to the next: (n - 1,) float32, for ascending `levels`.
-
-    >>> midpoints(torch.tensor([-1.0, 0.0, 0.5])).tolist()
-    [-0.5, 0.25]
-    """
+    """Return where rounding passes from one level to the next: (n - 1,) float32, for ascending `levels`."""
     return (levels[:-1] + levels[1:]) / 2  # rounded to float32
 
 

@@ -33,7 +33,6 @@ class DoubleQuantized:
 
     @property
     def plain(self) -> PackedConstants:
-        """The tensors as kernels take them."""
         table = _map_on(self.absmax_codes.device)
         return PackedConstants(self.absmax_codes, self.absmax_scale, self.absmax_offset, table, GROUP_SIZE)
 

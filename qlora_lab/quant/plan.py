@@ -1,7 +1,4 @@
-"""What each layer of a model is quantised as: a data type, a block size and double quantization, kept in a JSON file.
-
-load, quantize_linears and quantize_folder take a plan. Not here: which plan is best (measure/best_plan.py).
-"""
+"""What each layer of a model is quantised as: data type, block size and double quantization, kept in a JSON file."""
 
 import json
 from dataclasses import dataclass

@@ -129,12 +129,9 @@ def checked_constants(constants: torch.Tensor | PackedConstants, n_blocks: int) 
 
 
 def checked_codes(
-    packed: torch.Tensor,
-    constants: torch.Tensor | PackedConstants,
-    levels: torch.Tensor,
-    block_size: int,
-    out: torch.Tensor,
-) -> tuple[torch.Tensor, Constants, torch.Tensor]:
+    packed: torch.Tensor, constants: torch.Tensor | PackedConstants,
+    levels: torch.Tensor, block_size: int, out: torch.Tensor,
+) -> tuple[torch.Tensor, Constants, torch.Tensor]:  # fmt: skip
     """Words, constants and levels of a weight that is to be dequantised into `out`, contiguous, of a weight's dtype."""
     check_device(packed=packed, levels=levels, out=out, **named(constants))
     check_block_size(block_size)

@@ -54,13 +54,9 @@ def _matmul_nf4_kernel(
 
 
 def matmul_nf4(
-    x: torch.Tensor,
-    weight: PackedWeight,
-    rows: int,
-    lora_A: torch.Tensor | None = None,
-    lora_B: torch.Tensor | None = None,
-    scaling: float = 1.0,
-) -> torch.Tensor:
+    x: torch.Tensor, weight: PackedWeight, rows: int,
+    lora_A: torch.Tensor | None = None, lora_B: torch.Tensor | None = None, scaling: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
     """(tokens, columns) bf16 or fp16 -> (tokens, rows), same dtype.
 
     A row of the weight is a whole number of blocks. lora_A: (r, columns), lora_B: (rows, r), of the dtype of x.
