@@ -135,7 +135,7 @@ def _handle(file: Path, target: Path, wait: bool, made: list[Path]) -> int:
         try:
             got = handle is not None and _got(handle, target)
             if got and _has_name(handle, file):
-                if os.fstat(handle).st_size and _content(handle) is None:  # empty: its process was killed at once
+                if os.fstat(handle).st_size and _content(handle) is None:  # a killed process of ours may leave it empty
                     raise _not_ours(file)
                 kept = handle
                 handle = None  # not to be closed below
