@@ -3,7 +3,6 @@
 In: a folder and names of files in it. Out: `qlora-lab.sha256` there, a line for each file: 64 digits, two spaces, the
 name. `sha256sum -c qlora-lab.sha256` reads it too. Users keep a SHA256SUMS of their own, so ours has another name.
 Loading verifies nothing: it would read every weight twice. Resuming verifies its checkpoint (train/checkpoint.py).
-Not here: which files are listed (each writer), and verifying a whole folder (train/verify.py).
 """
 
 import hashlib
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from qlora_lab.files import disk
 from qlora_lab.files.replace import replace_bytes
 
 SUMS = "qlora-lab.sha256"
@@ -20,15 +18,11 @@ LARGEST = 2**20  # bytes of a list: 10,000 lines
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")  # as sha256sum writes it
 
 
-def write_sums(folder: Path, names: Iterable[str]) -> None:
-    """Write the checksums of files in a folder that nobody else sees yet. names: relative to it, with slashes."""
-    disk.write_bytes(folder / SUMS, as_lines({name: sha256(folder / name) for name in names}))
-
-
 def replace_sums(folder: Path, names: Iterable[str], contents: Mapping[str, bytes] | None = None) -> None:
     """Write checksums, replacing in one step a list that others may be reading.
 
-    contents: of files that are written after this, by name: a file that declares the folder complete comes last.
+    names: relative to `folder`, with slashes. contents: by name, of files that are written after this, such as the one
+    that declares the folder complete.
     """
     digests = {name: sha256(folder / name) for name in names}
     digests |= {name: hashlib.sha256(content).hexdigest() for name, content in (contents or {}).items()}
@@ -41,7 +35,7 @@ def as_lines(digests: Mapping[str, str]) -> bytes:
 
 
 def read_sums(file: Path) -> dict[str, str]:
-    """Return name -> digest. Raises ValueError, naming the line, for anything that `write_sums` does not write."""
+    """Return name -> digest. Raises ValueError, naming the line, for anything that `as_lines` does not write."""
     if not file.is_file():
         raise ValueError(f"{file} is not a regular file: remove it, and copy the folder again")
     if file.stat().st_size > LARGEST:
@@ -56,7 +50,6 @@ def read_sums(file: Path) -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

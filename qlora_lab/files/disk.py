@@ -1,9 +1,7 @@
 """The few calls by which anything of ours reaches a disk: all writing, renaming and removing is done here.
 
-In: paths of files and folders. Out: the same on the disk, or an OSError.
 One home for two reasons: a test makes each call fail in turn, and what a full disk or another system does differently
 is handled once.
-Not here: writing under another name first (replace.py), safetensors (tensor_file.py).
 """
 
 import ctypes
@@ -31,7 +29,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file of bytes, likewise."""
     with open(path, "wb") as file:
         file.write(data)
 
@@ -105,7 +102,6 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def copy_mode(source: Path, target: Path) -> None:
-    """Give `target` the permissions of `source`."""
     shutil.copymode(source, target)
 
 

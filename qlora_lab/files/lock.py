@@ -1,6 +1,6 @@
 """One command at a time for a folder or a file: a lock that the system releases when its process dies.
 
-In: the path that a command writes to. Out: a `with` block for only one process at a time, and one thread of it.
+Its `with` block is for only one process at a time, and one thread of it.
 The lock file lies in the folder, or beside the file, and says who is in the block:
 
     .qlora-lab.lock   {"application": "qlora_lab lock", "command": "finetune", "pid": 1234, "host": "lab", "since": ...}
@@ -46,8 +46,6 @@ OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NO
 
 @dataclass(eq=False)
 class Lock:
-    """A lock that is held."""
-
     file: Path
     handle: int
     scratch: Path  # a folder for unfinished files: the lock's user makes it, the lock removes it
@@ -137,7 +135,8 @@ def _handle(file: Path, target: Path, wait: bool, made: list[Path]) -> int:
         try:
             got = handle is not None and _got(handle, target)
             if got and _has_name(handle, file):
-                _check_ours(file, handle)
+                if os.fstat(handle).st_size and _content(handle) is None:  # a killed process of ours may leave it empty
+                    raise _not_ours(file)
                 kept = handle
                 handle = None  # not to be closed below
                 return kept
@@ -262,12 +261,6 @@ def _scratch_of(content: dict | None) -> list[str]:
     names = (content or {}).get("scratch")
     names = names if isinstance(names, list) else []  # the file may be anybody's
     return [name for name in names if isinstance(name, str) and SCRATCH.fullmatch(name)]
-
-
-def _check_ours(file: Path, handle: int) -> None:
-    """Raise FileExistsError for a user's file. An empty one is ours: its process was killed at once."""
-    if os.fstat(handle).st_size and _content(handle) is None:
-        raise _not_ours(file)
 
 
 def _not_ours(file: Path) -> FileExistsError:

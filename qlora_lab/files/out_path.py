@@ -1,8 +1,4 @@
-"""Check the path that a user names for results, before anything is computed.
-
-In: a path. Out: the same as a Path, or an error that says what to name instead.
-Not here: whether what lies there may be replaced (ownership.py and each writer).
-"""
+"""Check the path that a user names for results, before anything is computed."""
 
 import errno
 from pathlib import Path

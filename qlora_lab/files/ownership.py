@@ -4,7 +4,6 @@
 
 Scratch holds what is unfinished or about to be removed. Its name has 128 random bits and reaches the disk before the
 scratch does: a folder of that name is ours and is removed after a kill; any other is somebody's own.
-Not here: what a run may replace (run_folder.py).
 """
 
 import json
@@ -39,7 +38,6 @@ def mark(folder: Path, application: str) -> str:
 
 
 def is_marked(folder: Path, application: str) -> bool:
-    """Tell whether `application` wrote `folder`."""
     return scratch_name(folder) is not None and read_object(folder / MARK)["application"] == application
 
 

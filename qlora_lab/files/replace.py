@@ -1,11 +1,9 @@
 """Write a file or folder whole or not at all: under a temporary name, synced, then renamed into its place.
 
-In: the path of the result. Out: the result there once it is complete and on the disk; on an error, what was there.
-Where the system can swap two names (Linux), a new folder replaces an old one in one step, so a reader always finds one
-of the two.
+On an error, what was there stays. Where the system can swap two names (Linux), a new folder replaces an old one in one
+step, so a reader always finds one of the two.
 But: elsewhere no rename replaces a folder that is not empty. There the old one is moved aside first, moved back if the
 new one cannot take its place, and removed last.
-Not here: whether `target` may be replaced (ownership.py, and each writer), the calls themselves (disk.py).
 """
 
 from collections.abc import Iterator
@@ -71,7 +69,6 @@ def replace_text(target: Path, text: str) -> None:
 
 
 def replace_bytes(target: Path, data: bytes) -> None:
-    """Write a file of bytes, whole or not at all."""
     with replacing_file(target) as new:
         disk.write_bytes(new, data)
 

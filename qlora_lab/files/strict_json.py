@@ -1,10 +1,7 @@
 """Read JSON from disk strictly, with errors that name the file, the key and the rule.
 
-In: a path, or a text and what an error calls it. Out: plain Python values, or a ValueError of one line.
-
 Python's reader accepts NaN, keeps the last of two equal keys, waits for ever at a FIFO, and its errors name no file.
-A table, name -> Rule, says what each key may hold; the caller judges keys that are in no table.
-Not here: the tables, each beside the code that reads the file.
+A table, name -> Rule, says what each key may hold. It lies with the code that reads the file, which judges other keys.
 """
 
 import json
@@ -22,8 +19,6 @@ DEEPEST = 64  # nested lists and objects; a tokenizer.json has about ten levels
 
 
 class Rule(NamedTuple):
-    """What a value must be."""
-
     what: str  # in words, for errors
     allows: Callable[[Any], bool]
 
@@ -45,19 +40,14 @@ def whole(least: int, most: int | None = None) -> Rule:
 
 
 def or_null(rule: Rule) -> Rule:
-    """Extend a rule to allow null."""
     return Rule(f"{rule.what}, or null", lambda value: value is None or rule.allows(value))
 
 
 def each(rule: Rule) -> Rule:
-    """Make the rule of an object whose values all follow `rule`."""
     return Rule(
         f"a JSON object, each value {rule.what}",
         lambda value: isinstance(value, dict) and all(map(rule.allows, value.values())),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def check_regular(path: Path) -> None:
@@ -111,9 +101,6 @@ def decoded(content: bytes, where: str) -> str:
     if text.startswith("\ufeff"):
         raise ValueError(f"{where} begins with a byte order mark: save it as UTF-8 without one")
     return text
-
-
-# ----------------------------------------------------------------------------------------------------------------- text
 
 
 class _RefusedError(ValueError):
@@ -200,9 +187,6 @@ def _check_characters(content: dict, where: str) -> None:
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
         raise ValueError(f"{where} holds {half}, half of a surrogate pair and not a character: remove it") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------- keys
 
 
 def check_keys(content: Mapping[str, Any], rules: Mapping[str, Rule], where: str, needed: Iterable[str] = ()) -> None:

@@ -1,8 +1,4 @@
-"""Write a safetensors file; if the disk refuses, the error is an OSError.
-
-In: tensors by name. Out: a file, not yet on the disk (files/disk.py, sync).
-Not here: reading one (stored.py, checkpoint.py), a name for what is whole (replace.py).
-"""
+"""Write a safetensors file, not yet synced (disk.py); if the disk refuses, the error is an OSError."""
 
 import os
 import re
@@ -16,7 +12,6 @@ SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust names an errno
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises OSError for a disk that refuses, where safetensors has an error of its own."""
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:

@@ -1,14 +1,11 @@
 """Compile the Triton kernels for GPUs that are not here, and read the machine code.
 
-    rung, architecture, dtype -> registers, spills, occupancy, instructions and bytes for each weight
-
 Triton brings NVIDIA's assembler and disassembler, and needs no GPU for them. Kernels are compiled in a child process,
 because a process with TRITON_INTERPRET=1 cannot compile, and results are kept for the life of this one.
 
 "Instructions for each weight" are those that one thread executes in a full tile, over the weights it handles there; for
 a kernel with a loop, those of one pass. machine_code.py says which way is counted where code branches.
-
-Not here: how kernels are launched (rungs.py), and measured times: roofline() is arithmetic on data sheets.
+Measured times are not here: roofline() is arithmetic on data sheets.
 """
 
 import json
@@ -72,10 +69,7 @@ class Code:
 
 
 def report(
-    rungs: Iterable[str] | None = None,
-    archs: Iterable[int] = ARCHS,
-    dtype: str = "bfloat16",
-    progress: bool = False,
+    rungs: Iterable[str] | None = None, archs: Iterable[int] = ARCHS, dtype: str = "bfloat16", progress: bool = False
 ) -> list[Report]:
     """Report on each rung (None: all that take the dtype) for each architecture: 80, 90, 100.
 
@@ -111,8 +105,7 @@ def roofline(report: Report, shape: tuple[int, int] = (4096, 4096), tokens: int 
     """Return the least time on each card of the report's architecture, for a weight of this shape: a model.
 
     A gemv handles the tokens it was compiled for; `tokens` is for the tensor cores' products. Memory moves every weight
-    once, x and y once. Instructions are per_weight for each weight and each tile of tokens. Raises ValueError for a
-    side or a number of tokens below 1.
+    once, x and y once. Instructions are per_weight for each weight and each tile of tokens. Raises as check_product.
     """
     check_product(shape, tokens)
     weights = prod(shape) * RUNGS[report.rung].share

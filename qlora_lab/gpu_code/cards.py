@@ -1,12 +1,8 @@
 """What a GPU's data sheet promises: how many warps fit on a multiprocessor, and the least time that work can take.
 
-    registers, shared memory, warps -> occupancy            bytes, operations, instructions -> seconds
-
 Both are models: no measurement is in them, and no kernel reaches all of a data sheet. Source of the limits: "Technical
 Specifications per Compute Capability", CUDA C++ Programming Guide. Of the cards: NVIDIA's data sheets of A100 80GB SXM,
 H100 SXM and T4, and the white paper of the Ada generation; rates without sparsity.
-
-Not here: what a kernel asks for (aot.py).
 """
 
 from dataclasses import dataclass
@@ -84,13 +80,8 @@ def roof(card: Card, moved: float, operations: float, dtype: str, instructions: 
 def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
     """Share of a multiprocessor's warps that fit at once; 0 where not even one block does.
 
-    registers: of a thread; shared: bytes of a block; warps: of a block. Raises ValueError for an unknown arch.
-
-    >>> occupancy(90, registers=48, shared=0, warps=4)  # 40 of 64 warps have registers
-    0.625
+    registers: of a thread; shared: bytes of a block; warps: of a block.
     """
-    if arch not in LIMITS:
-        raise ValueError(f"arch={arch} is not known: choose one of {', '.join(map(str, LIMITS))}")
     limits = LIMITS[arch]
     if shared > limits.shared_of_block or warps > 32 or registers > 255:
         return 0.0

@@ -8,8 +8,6 @@ exit); of these, those with the most products of matrices (which one thread may 
 In a loop it is the way through one pass. Instructions whose predicate is off are issued too, so they count; NOPs and
 the endless branch behind EXIT do not. Where the threads of a warp part at a branch, both sides are issued but one is
 counted: for such code the count is a lower bound. Subroutines, such as a division's rare cases, are left out.
-
-Not here: where the text comes from (aot.py).
 """
 
 import re

@@ -1,15 +1,11 @@
 """Why 4-bit is slower, and when it is not: the least time of one product x W^T, in three ways, from data sheets.
 
-    reports of two compiled kernels, a card, a shape, tokens -> seconds of each way
-
 ready: W lies in memory in bf16 or fp16. fused: one kernel decodes W on its way to the tensor cores. separate: one
 kernel writes the decoded W to memory, another reads and multiplies it. Fused work is bounded twice: `fused` lets
 memory, decoding and tensor cores work at the same time without any loss; `in_turn` lets decoding and tensor cores wait
 for each other. A real kernel lies between the two.
 
 A model, not a measurement: full rates of a data sheet, no launch, no cache that keeps W between two kernels.
-
-Not here: rates and limits of cards (cards.py), instructions of kernels (aot.py).
 """
 
 from collections.abc import Iterable, Sequence
@@ -53,11 +49,7 @@ def _times(sheet: Card, decoded: float, product: Report, shape: tuple[int, int],
 
 
 def stops_paying(tokens: Sequence[int], fused: Sequence[float], other: Sequence[float]) -> int | None:
-    """Find the number of tokens from which on `fused` is no longer faster than `other`; None if it is at the last.
-
-    >>> stops_paying([1, 2, 3, 4], [1, 5, 1, 5], [2, 2, 2, 2])  # 2 tokens are slower, but 3 are not
-    4
-    """
+    """Find the number of tokens from which on `fused` is no longer faster than `other`; None if it is at the last."""
     faster = [i for i, (a, b) in enumerate(zip(fused, other, strict=True)) if a < b]
     after = faster[-1] + 1 if faster else 0
     return tokens[after] if after < len(tokens) else None

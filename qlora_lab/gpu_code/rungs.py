@@ -1,9 +1,4 @@
-"""How each Triton kernel is launched, so that aot.py compiles what runs: signatures, constants and tiles.
-
-Tile sizes are read from the rung's own module.
-
-Not here: compiling (aot.py), the kernels (kernels/triton/).
-"""
+"""How each Triton kernel is launched, so that aot.py compiles what runs: signatures, constants and tiles."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,10 +1,7 @@
 """Compute the bytes, words, codes and constants that one program of the dequantising kernel touches, as indices.
 
-In: the number of weights, the block size, the tile and the program's number. Out: a Touched.
 The rules are those of _dequantize_nf4_kernel (kernels/triton); tests/show/test_kernel_map.py compares them with the
 addresses that the interpreted kernel uses.
-
-Not here: a picture of them (show/kernel_map.py).
 """
 
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 In and out: contiguous CPU tensors, as in the Triton rung of the same name. A block of 256 is decoded, updated, used and
 quantised again while it lies in the first-level cache. Moved for each float32 parameter: 4 bytes of it, 4 of its
 gradient and 2 of its moments are read, 4 and 2 are written.
-
-Not here: which implementation runs (kernels/__init__.py), pages (optim/paged_adamw.py).
 """
 
 from functools import lru_cache
@@ -14,9 +12,8 @@ import torch
 from numba import njit, prange
 
 from qlora_lab.kernels import cpu, vector as v
-from qlora_lab.kernels.compiled import parallel, run
-from qlora_lab.kernels.elements import FLOAT32, FORM, read, read16, view, write
-from qlora_lab.kernels.opaque import opaque
+from qlora_lab.kernels.compiled import opaque, parallel, run
+from qlora_lab.kernels.elements import FLOAT32, FORM, check_flat, read, read16, view, write
 
 BLOCK = 256  # parameters that share a constant
 PIECE = 32  # blocks that a thread takes at a time
@@ -123,16 +120,14 @@ def adamw_8bit(
 ) -> None:  # fmt: skip
     """Update all but `grad` in place: arguments as in kernels/triton/adamw_8bit.py.
 
-    tables: levels (256,) and thresholds (255,) of the first moment, then of the second, ascending. Raises ValueError
-    for tensors that the kernel would misread: it does not check where it reads.
+    tables: levels (256,) and thresholds (255,) of the first moment, then of the second, ascending.
     """
     numel = param.numel()
-    floats = tuple(FORM)
-    _check(numel, floats, param=param, grad=grad)
-    _check(numel, (torch.uint8,), codes1=codes1, codes2=codes2)
-    _check(-(-numel // BLOCK), (torch.float32,), scale1=scale1, scale2=scale2)
-    _check(256, (torch.float32,), levels1=tables[0], levels2=tables[2])
-    _check(255, (torch.float32,), thresholds1=tables[1], thresholds2=tables[3])
+    check_flat(numel, tuple(FORM), param=param, grad=grad)
+    check_flat(numel, (torch.uint8,), codes1=codes1, codes2=codes2)
+    check_flat(-(-numel // BLOCK), (torch.float32,), scale1=scale1, scale2=scale2)
+    check_flat(256, (torch.float32,), levels1=tables[0], levels2=tables[2])
+    check_flat(255, (torch.float32,), thresholds1=tables[1], thresholds2=tables[3])
     beta1, beta2, *others = scalars
     numbers = tuple(np.float32(number) for number in (beta1, beta2, 1 - beta1, 1 - beta2, *others))  # rounded once
     run(
@@ -140,13 +135,3 @@ def adamw_8bit(
         codes1.numpy(), scale1.numpy(), codes2.numpy(), scale2.numpy(),
         _prepared(*tables[:2]), _prepared(*tables[2:]), numbers, np.float32(tiny),
     )  # fmt: skip
-
-
-def _check(length, dtypes, **tensors):
-    for name, tensor in tensors.items():
-        if tensor.dtype not in dtypes or tensor.shape != (length,) or not tensor.is_contiguous():
-            layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
-            raise ValueError(
-                f"{name} is {tensor.dtype}, {tuple(tensor.shape)} and {layout}: "
-                f"it must be {' or '.join(map(str, dtypes))}, {(length,)} and contiguous"
-            )

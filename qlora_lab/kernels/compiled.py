@@ -1,11 +1,12 @@
 """Compile for all cores, keep the machine code on disk, and run it with as many threads as torch has.
 
-Not here: what is compiled (cpu.py, few_tokens.py, adamw.py).
+torch.compile cannot trace that, so `opaque` keeps it out of its graphs: numba's machine code runs between two of them.
+The GPU's kernels are operations of torch (triton/ops.py) and stay in the graph.
 """
 
 import threading
 import warnings
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from zlib import crc32
 
@@ -61,3 +62,14 @@ def run(kernel, *args):
     except OSError as error:  # compiled, but the disk is full or has become read-only
         _warn_uncached(error.strerror)
         kernel(*args)
+
+
+def opaque(function):
+    """`function` as it is; while torch.compile traces, the graph ends before it and a new one begins after it."""
+    outside = torch._disable_dynamo(function)  # the public decorator imports the compiler, 0.9 s
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        return (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call

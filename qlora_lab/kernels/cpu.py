@@ -6,8 +6,6 @@ form for CPUs that look up 16 codes at once (vector.py): about one instruction p
 
 Moved for each weight at block size 64: quantize_blocks reads 4 bytes of float32 and writes 0.56; dequantize_blocks
 reads 0.56 and writes 4 or 2.
-
-Not here: products (few_tokens.py, product.py), which implementation runs (kernels/__init__.py).
 """
 
 from math import gcd
@@ -18,10 +16,9 @@ import torch
 from numba import njit, prange, types
 from numba.extending import overload
 
-from qlora_lab.kernels import vector as v
-from qlora_lab.kernels.compiled import parallel, run
+from qlora_lab.kernels import elements, vector as v
+from qlora_lab.kernels.compiled import opaque, parallel, run
 from qlora_lab.kernels.elements import FLOAT16, FORM, INFINITY, MAGNITUDE, NAN, bfloat16_of, read, read16, view, write
-from qlora_lab.kernels.opaque import opaque
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 PIECE = 2**13  # weights a thread takes at a time: 32 KiB of float32 stay in the first-level cache between two readings
@@ -228,7 +225,6 @@ def undouble(constants, first, n):
 
 @njit(forceinline=True)
 def _code_at(packed, i, bits):
-    """Code i of a stream of bits."""
     bit = i * bits
     byte = bit >> 3  # the byte in which the code begins
     window = np.int64(packed[byte]) << 8  # two bytes hold any code
@@ -325,23 +321,17 @@ _NONE = np.empty(0, np.float32)
 
 
 def arrays_of(weight: PackedWeight) -> Arrays:
-    """Return the weight's arrays, kept in `weight.prepared` while its memory stays where it is.
-
-    Raises ValueError for tensors that a kernel would misread: it does not check where it reads.
-    """
+    """Return the weight's arrays, kept in `weight.prepared` while its memory stays where it is."""
     constants = weight.constants
     single = isinstance(constants, torch.Tensor)  # not quantised themselves
     parts = (weight.packed, constants) if single else (weight.packed, *constants[:2])
     addresses = [part.data_ptr() for part in parts]  # a storage that is shared between processes moves
     if weight.prepared and weight.prepared[0] == addresses:
         return weight.prepared[1]
-    for part, dtype in zip(parts, [torch.uint8] * (len(parts) - 1) + [torch.float32], strict=True):
-        if part.dtype != dtype or part.dim() != 1 or not part.is_contiguous():
-            layout = "contiguous" if part.is_contiguous() else "not contiguous"
-            raise ValueError(
-                f"a part of a quantised weight is {part.dtype}, {part.dim()}-dimensional and {layout}: "
-                f"kernels read {dtype}, 1-dimensional and contiguous"
-            )
+    *codes, scale = parts
+    for part in codes:
+        elements.check_flat(part.numel(), (torch.uint8,), codes=part)
+    elements.check_flat(scale.numel(), (torch.float32,), constants=scale)
     bits = (len(weight.levels) - 1).bit_length()
     levels = np.zeros(1 << bits, np.float32)  # whole tables, so that no look-up leaves them
     levels[: len(weight.levels)] = weight.levels.numpy()

@@ -2,8 +2,6 @@
 
 numba has neither bf16 nor fp16 on the CPU, so both are read and rounded here by integer operations, as torch rounds.
 `form` says which of the three an array holds; a kernel is compiled once for float32 and once for uint16 arrays.
-
-Not here: what is done with the numbers (cpu.py, few_tokens.py, adamw.py).
 """
 
 import numpy as np
@@ -20,6 +18,17 @@ MAGNITUDE = np.int32(0x7FFFFFFF)  # all bits but the sign
 NAN = np.float32(np.nan)
 _HALF_BIAS = np.float32(2.0**112)  # float32's exponent bias less that of fp16
 _HALF_MAX = np.float32(65504)  # the largest finite fp16
+
+
+def check_flat(length, dtypes, **tensors):
+    """Raise ValueError for a tensor that a kernel would misread: it does not check where it reads."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes or tensor.shape != (length,) or not tensor.is_contiguous():
+            layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+            raise ValueError(
+                f"{name} is {tensor.dtype}, {tuple(tensor.shape)} and {layout}: "
+                f"it must be {' or '.join(map(str, dtypes))}, {(length,)} and contiguous"
+            )
 
 
 def view(tensor):

@@ -2,9 +2,8 @@
 
 A token of an answer multiplies each weight of a model by one vector, so nothing but reading W takes time, and packed W
 is an eighth of float32's bytes. A level is looked up and multiplied while it is in a register. Moved for each weight at
-block size 64: 0.56 bytes are read, for all tokens together.
-
-Not here: more tokens, for which decoding a panel once and calling BLAS is faster (product.py).
+block size 64: 0.56 bytes are read, for all tokens together. For more tokens, decoding a panel once and calling BLAS is
+faster (product.py).
 """
 
 import numpy as np
@@ -12,9 +11,8 @@ import torch
 from numba import prange
 
 from qlora_lab.kernels import cpu, vector as v
-from qlora_lab.kernels.compiled import parallel, run
+from qlora_lab.kernels.compiled import opaque, parallel, run
 from qlora_lab.kernels.elements import FORM, read16, view, write
-from qlora_lab.kernels.opaque import opaque
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 MAX_TOKENS = 16  # up to here multiply_blocks beats decoding a panel and calling BLAS

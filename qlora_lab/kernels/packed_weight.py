@@ -1,9 +1,4 @@
-"""A quantised weight as kernels take it: plain tensors with names, and nothing that only this library knows.
-
-In: what quant/quantize.py made. Out: PackedWeight, the one argument of every product and every dequantisation.
-
-Not here: how the tensors came about (quant/), what each kernel checks (cpu.py, triton/launch.py).
-"""
+"""A quantised weight as kernels take it: plain tensors with names, and nothing that only this library knows."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple

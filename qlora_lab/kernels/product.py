@@ -1,15 +1,12 @@
 """x W^T and g W for a packed W on the CPU: a panel of W is decoded, multiplied while hot, and its memory used again.
 
-In: x (tokens, columns), or g (tokens, rows); float32, bf16 or fp16; W (rows, columns) as a PackedWeight.
-Out: (tokens, rows), or (tokens, columns), same dtype. Twin of x @ dequantize(W).t() and g @ dequantize(W), up to the
-order of the sums: every output is one float32 sum, rounded once. The weight is rounded to bf16 only where bf16 products
-are faster.
+Twins of x @ dequantize(W).t() and g @ dequantize(W) up to the order of the sums: x or g may be float32, bf16 or fp16,
+and every output is one float32 sum, rounded once. The weight is rounded to bf16 only where bf16 products are faster.
 
 Either takes a product of two thin matrices, such as an adapter, to add to the weight: x (W^T + down up), twin
 x @ dequantize(W).t() + x @ down @ up. The thin products run in float32 whichever routine multiplies the weight, so what
 an adapter learns is not rounded to bf16 on one maker's processors alone. x is widened once for both, and the float32
-sums are added before they are rounded. Only where bf16 products win is the base's sum rounded first: torch returns it
-so.
+sums are added before they are rounded. Only where bf16 products win, torch returns the base's sum already rounded.
 
 The panel is the only decoded weight in memory: PANEL elements for each Python thread, allocated once. Nothing else is
 allocated but the result, and what oneDNN returns for a panel. A few tokens need no panel (few_tokens.py).
@@ -30,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from qlora_lab.kernels import cpu, few_tokens
-from qlora_lab.kernels.opaque import opaque
+from qlora_lab.kernels.compiled import opaque
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 OVERRIDE = "QLORA_LAB_PRODUCTS"
@@ -72,10 +69,7 @@ class Race(NamedTuple):
 
 
 def race() -> Race:
-    """Return the race that was kept, else the one that the environment decides, else run one.
-
-    Raises ValueError if the environment names an unknown winner, or one that torch lacks here.
-    """
+    """Return the race that was kept, else the one that the environment decides, else run one."""
     if _kept:
         return _kept[-1]
     return _decided(os.environ[OVERRIDE]) if os.environ.get(OVERRIDE) else _timed()

@@ -4,8 +4,6 @@ A table of 16 entries fits into one 512-bit register, and one instruction looks 
 that, so this file gives it one: a vector type, + * & | << >> between vectors, and permute(), the look-up. It is one
 instruction with AVX-512, and four for each half with AVX2. All else is plain LLVM vector code, which any CPU runs.
 Where is_fast() is false, permute() and half_bits() compile but must not be called; cpu.py then runs its plain loops.
-
-Not here: what the lanes mean.
 """
 
 import operator
@@ -148,8 +146,7 @@ def prefetch(typing, array, index):
     """Ask for the 64 bytes around array[index] ahead of time; an index beyond the end does no harm."""
 
     def emit(context, builder, sig, args):
-        data = context.make_array(array)(context, builder, args[0]).data
-        pointer = builder.bitcast(builder.gep(data, [args[1]]), ir.PointerType(ir.IntType(8)))
+        pointer = _pointer(context, builder, array, *args, ir.IntType(8))
         i32 = ir.IntType(32)
         function = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
         declared = builder.module.declare_intrinsic("llvm.prefetch.p0", (), function)  # read, locality 2, data

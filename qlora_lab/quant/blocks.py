@@ -1,10 +1,7 @@
 """Blocks: each run of `block_size` neighbouring weights shares one constant, its largest magnitude.
 
-In: a weight of any shape. Out: blocks, (n_blocks, block_size) float32, and absmax, (n_blocks,) float32.
 Source: QLoRA section 2, "Block-wise k-bit quantization". The weight is flattened row by row first, so a block can
 straddle two rows. The last block may be partial: it is filled up with zeros, which change no maximum.
-
-Not here: what happens to absmax (double_quant.py).
 """
 
 from reprlib import repr as short
@@ -28,9 +25,6 @@ def to_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
     """(any shape) -> (n_blocks, block_size) float32, row-major, the last block filled up with zeros.
 
     Shares the memory of `weight` where it can.
-
-    >>> to_blocks(torch.arange(18.0), 16).shape
-    torch.Size([2, 16])
     """
     flat = weight.reshape(-1).float()  # (numel,)
     if missing := -len(flat) % block_size:  # pad() copies even where there is nothing to add

@@ -1,20 +1,16 @@
 """The 16 levels: a codebook is a small float32 table, and a 4-bit code is an index into it.
 
 In: a name ("nf4") or a recipe (bits, offset). Out: levels, (2^bits,) float32, within [-1, 1].
-Sources: QLoRA (arXiv 2305.14314) section 3 for NormalFloat; the published NF4 values come from the authors' code,
-not from the paper's equation 4, which divides by zero density at the tails: its outermost quantile is Q(0) = -infinity.
+Source: QLoRA (arXiv 2305.14314) section 3. NF4's values come from the authors' code. The paper's equation 4 cannot give
+them: its first and last levels are means with the quantiles of 0 and 1, which are infinite.
 
-NormalFloat, derived. Weights look normal, so put the levels at quantiles of a normal distribution:
-  1. Quantiles 0 and 1 are infinite, so stop short of them, at `offset`. A code with k bits splits the probability into
-     2^k - 1 or 2^k equal bins; the half-bin offsets are 1 - 1/(2 (2^k - 1)) and 1 - 1/(2 * 2^k); take their mean.
-     For k = 4 that is (29/30 + 31/32) / 2 = 0.96770833..., which the authors wrote with seven digits: 0.9677083.
-     (The digits matter: with more of them 12 of the 16 float32 levels move by one unit in the last place.)
-  2. Zero must be exact, because padding and dead weights are zero. So build the two sides apart and share one zero:
-     2^(k-1) positive levels and 2^(k-1) - 1 negative ones. NF4 has 8 positive, 7 negative and 0.
-  3. Divide by the largest, so that levels span exactly [-1, 1] and absmax scaling wastes nothing.
+NormalFloat puts levels at quantiles of a normal distribution, as weights look normal (notebook 01 derives it in full):
+  1. The outermost quantile is `offset`, short of 1, whose quantile is infinite: half a bin short, the mean for 2^k - 1
+     and for 2^k bins. For k = 4 that is (29/30 + 31/32) / 2 = 0.96770833..., of which the authors kept seven digits.
+  2. Zero is exact, because padding and dead weights are zero: 2^(k-1) levels above it and 2^(k-1) - 1 below.
+  3. The largest level divides all, so that they span exactly [-1, 1].
 
 But: "each bin is used equally often" is false after absmax scaling and rounding to nearest; notebook 01 measures it.
-Not here: blocks and their scale (blocks.py), bytes (packing.py).
 """
 
 from functools import lru_cache
@@ -22,10 +18,8 @@ from reprlib import repr as short
 
 import torch
 
-NF_DIGITS = 7  # the published offset has seven decimals; NF2 and NF3 follow the same rule
-
 # |level| of FP4 exactly as bitsandbytes stores it, in twelfths, ordered by the three low bits of the code. Its source
-# calls this E2M1; it is not: E2M1's smallest step would be 0.5, not 0.0625 (see fp4 against e2m1 in notebook 06).
+# calls this E2M1, but E2M1 in twelfths is 0 1 2 3 4 6 8 12 (see fp4 against e2m1 in notebook 06).
 _FP4_TWELFTHS = (0, 0.0625, 8, 12, 4, 6, 2, 3)
 
 
@@ -62,9 +56,6 @@ def evenly_spaced(start: float, end: float, n: int) -> torch.Tensor:
 
     torch.linspace itself rounds twice on a CPU without AVX2, and numpy's version gives other last bits again, so their
     tables would differ between machines.
-
-    >>> evenly_spaced(0.5, 1, 3).tolist()
-    [0.5, 0.75, 1.0]
     """
     first, last = torch.tensor([start, end])
     step = (last - first) / (n - 1)
@@ -74,22 +65,15 @@ def evenly_spaced(start: float, end: float, n: int) -> torch.Tensor:
 
 
 def normal_offset(bits: int) -> float:
-    """Return the outermost quantile of NF-`bits`: step 1 of the module docstring, to seven digits.
-
-    >>> normal_offset(4)
-    0.9677083
-    """
+    """Return the outermost quantile of NF-`bits`: step 1 of the module docstring, to seven digits."""
     half_bins = 1 - 1 / (2 * (2**bits - 1)), 1 - 1 / (2 * 2**bits)
-    return round(sum(half_bins) / 2, NF_DIGITS)
+    return round(sum(half_bins) / 2, 7)  # with more digits, 12 of NF4's 16 float32 levels move by their last bit
 
 
 def integer_levels(bits: int) -> torch.Tensor:
     """Return INT-k: two's complement integers over the largest positive one, (2^bits,) float32, ascending.
 
     The lowest level lies beyond -1, where no scaled weight is: 4 bits give 15 levels in use.
-
-    >>> integer_levels(2).tolist()
-    [-2.0, -1.0, 0.0, 1.0]
     """
     if bits not in range(2, 9):
         raise ValueError(f"bits={bits!r} is not supported: choose a whole number from 2 to 8")
@@ -102,9 +86,6 @@ def float_levels(exponent_bits: int, mantissa_bits: int) -> torch.Tensor:
 
     Exponent 0 holds the subnormals, and no pattern is infinity or NaN (OCP microscaling formats, version 1.0).
     Returns (2^(1 + exponent_bits + mantissa_bits),) float32: the positive half, then its mirror, -0 included.
-
-    >>> (6 * float_levels(2, 1))[:8].tolist()
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     """
     steps = 2**mantissa_bits  # values of one exponent
     # the exponent's bias drops out when everything is divided by the largest value
@@ -156,9 +137,6 @@ def check_levels(levels: torch.Tensor) -> torch.Tensor:
     levels: 2 to 256 finite numbers in [-1, 1], each larger than the one before. They need not reach -1 or 1, nor
     include 0, though zero weights then become something else. Raises ValueError, which names the first level that is
     not allowed, and TypeError for anything but a table of numbers.
-
-    >>> check_levels(torch.tensor([-1.0, 0.0, 0.5]))
-    tensor([-1.0000,  0.0000,  0.5000])
     """
     if not isinstance(levels, torch.Tensor) or levels.dim() != 1 or not levels.is_floating_point():
         kind = f"a tensor {tuple(levels.shape)} of {levels.dtype}" if isinstance(levels, torch.Tensor) else levels
@@ -177,20 +155,12 @@ def check_levels(levels: torch.Tensor) -> torch.Tensor:
 
 
 def bits_of(levels: torch.Tensor) -> int:
-    """Return how many bits an index into `levels` takes: 4 for 16 levels, and for the 15 of a symmetric table.
-
-    >>> bits_of(codebook("nf3"))
-    3
-    """
+    """Return how many bits an index into `levels` takes: 4 for 16 levels, and for the 15 of a symmetric table."""
     return (len(levels) - 1).bit_length()
 
 
 def midpoints(levels: torch.Tensor) -> torch.Tensor:
-    """Return where rounding passes from one level to the next: (n - 1,) float32, for ascending `levels`.
-
-    >>> midpoints(torch.tensor([-1.0, 0.0, 0.5])).tolist()
-    [-0.5, 0.25]
-    """
+    """Return where rounding passes from one level to the next: (n - 1,) float32, for ascending `levels`."""
     return (levels[:-1] + levels[1:]) / 2  # rounded to float32
 
 
@@ -222,9 +192,5 @@ def rounding(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def zero_code(levels: torch.Tensor) -> int:
-    """Return the code of 0, which fills up padding.
-
-    >>> zero_code(codebook("nf4"))
-    7
-    """
+    """Return the code of 0, which fills up padding."""
     return int(nearest_codes(torch.zeros(1), levels.cpu()))

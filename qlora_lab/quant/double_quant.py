@@ -1,7 +1,6 @@
 """Double quantization: the constants are quantised too, from 32 bits to 8, in groups of 256.
 
-In: absmax, (n_blocks,) float32. Out: absmax_codes (n_blocks,) uint8, absmax_scale (n_groups,) float32, and
-absmax_offset () float32, the mean, which is subtracted first because maxima are all positive.
+Their mean, the offset, is subtracted first, because maxima are all positive.
 Source: QLoRA section 3, "Double Quantization". At block size 64 a constant costs 32/64 = 0.5 bits per weight before and
 8/64 + 32/(64 * 256) = 0.127 after.
 
@@ -28,17 +27,18 @@ MEAN_PIECE = 2**14  # constants that torch adds up in one thread
 
 @dataclass(frozen=True)
 class DoubleQuantized:
-    """Constants of constants."""
-
     absmax_codes: torch.Tensor  # (n_blocks,) uint8
     absmax_scale: torch.Tensor  # (n_groups,) float32
     absmax_offset: torch.Tensor  # () float32
 
     @property
     def plain(self) -> PackedConstants:
-        """The tensors as kernels take them."""
         table = _map_on(self.absmax_codes.device)
         return PackedConstants(self.absmax_codes, self.absmax_scale, self.absmax_offset, table, GROUP_SIZE)
+
+    def to(self, device: torch.device | str) -> "DoubleQuantized":
+        parts = self.absmax_codes, self.absmax_scale, self.absmax_offset
+        return DoubleQuantized(*(part.to(device) for part in parts))
 
     @property
     def nbytes(self) -> int:
@@ -66,9 +66,6 @@ def dynamic_map(signed: bool = True) -> torch.Tensor:
     """Return the dynamic 8-bit table: (256,) float32 ascending; 127 negative values, 0, 128 positive, no -1.
 
     Unsigned: 0 and 255 positive values, twice as many per decade, for numbers that are never negative.
-
-    >>> dynamic_map()[[0, 127, 255]].tolist()
-    [-0.992968738079071, 0.0, 1.0]
     """
     return _dynamic_map(signed).clone()
 

@@ -1,10 +1,7 @@
 """Whether a tensor holds finite numbers only, at the speed of memory.
 
-In: a tensor of any shape, of real floats. Out: its largest magnitude, or a yes or no.
 One pass finds the smallest and the largest value, 24 GB/s of bfloat16 on one core, and a NaN makes both of them NaN;
 isfinite().all() makes two copies and reads 0.4 GB/s. So all that is loaded can be checked.
-
-Not here: which module made a value that is not finite (train/nonfinite.py).
 """
 
 import math
@@ -25,7 +22,6 @@ def largest_magnitude(tensor: torch.Tensor) -> float:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` holds neither NaN nor infinity."""
     return math.isfinite(largest_magnitude(tensor))
 
 

@@ -1,8 +1,6 @@
 """Check numbers at public edges: whole or not, within a range, with the name that the caller knows in the error.
 
-In: a value of any type, and its name. Out: nothing, or ValueError in one line.
 Python takes True for 1 and allows integers of any length, which arrays and loops then refuse in words of their own.
-Not here: rules that join several numbers.
 """
 
 from collections.abc import Callable
@@ -15,13 +13,7 @@ MOST_FLOAT = 1e300  # Python takes longer integers, which no float holds
 
 
 def check_whole(name: str, value: Any, least: int = 1, most: int = MOST) -> None:
-    """Raise ValueError unless `value` is a whole number from `least` to `most`.
-
-    >>> check_whole("steps", 60)
-    >>> check_whole("steps", True)
-    Traceback (most recent call last):
-    ValueError: steps=True is not allowed: it is a whole number of at least 1
-    """
+    """Raise ValueError unless `value` is a whole number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={short(value)} is not allowed: it is a whole number of at least {least}")
     if value > most:
@@ -34,12 +26,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_number(name: str, value: Any, allows: Callable[[float], bool], what: str) -> None:
-    """Raise ValueError unless `value` is a finite number for which `allows` is true; `what` says it in words.
-
-    >>> check_number("lr", float("nan"), lambda lr: lr > 0, "a number above 0")
-    Traceback (most recent call last):
-    ValueError: lr=nan is not allowed: it is a number above 0
-    """
+    """Raise ValueError unless `value` is a finite number for which `allows` is true; `what` says it in words."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and abs(value) > MOST_FLOAT:
         raise ValueError(f"{name}={short(value)} is not allowed: it is a number of at most {MOST_FLOAT} either way")

@@ -1,6 +1,5 @@
 """Packing: codes of k bits become bytes, one stream of bits with the first code in the highest bits.
 
-In: codes, (n,) uint8 below 2^bits. Out: packed, (ceil(n * bits / 8),) uint8, rounded up to whole groups.
 At 4 bits this is the nibble order of bitsandbytes and torchao: byte = first << 4 | second.
 
 The smallest group of codes that fills whole bytes is the unit: 2 codes in 1 byte at 4 bits, 4 in 1 at 2 bits,
@@ -13,11 +12,7 @@ import torch
 
 
 def group_of(bits: int) -> tuple[int, int]:
-    """Return the smallest number of codes that fill whole bytes, and how many bytes they fill.
-
-    >>> group_of(4), group_of(3)
-    ((2, 1), (8, 3))
-    """
+    """Return the smallest number of codes that fill whole bytes, and how many bytes they fill."""
     return lcm(bits, 8) // bits, lcm(bits, 8) // 8
 
 
@@ -44,11 +39,7 @@ def pack(codes: torch.Tensor, bits: int = 4, fill: int = 0) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, numel: int, bits: int = 4) -> torch.Tensor:
-    """The inverse of pack: uint8 bytes -> the first `numel` codes, (numel,) uint8.
-
-    >>> unpack(torch.tensor([0xF0, 0x77], dtype=torch.uint8), 3).tolist()
-    [15, 0, 7]
-    """
+    """The inverse of pack: uint8 bytes -> the first `numel` codes, (numel,) uint8."""
     n_codes, n_bytes = group_of(bits)
     groups = packed.view(-1, n_bytes)  # (n_groups, n_bytes)
     word = groups[:, 0].to(_word_dtype(n_bytes))  # (n_groups,)

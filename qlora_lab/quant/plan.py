@@ -1,10 +1,4 @@
-"""What each layer of a model is quantised as: a data type, a block size and double quantization, kept in a JSON file.
-
-In: a Plan, one Candidate for each linear layer; load, quantize_linears and quantize_folder take it.
-Out: the options of each layer, after a check that the plan and the model have the same layers.
-
-Not here: which plan is best (measure/best_plan.py).
-"""
+"""What each layer of a model is quantised as: data type, block size and double quantization, kept in a JSON file."""
 
 import json
 from dataclasses import dataclass

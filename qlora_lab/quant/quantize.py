@@ -1,6 +1,5 @@
 """Quantise and dequantise: codebook, blocks, packing and double quantization put together.
 
-In: a weight of any shape, float32, bf16 or fp16. Out: a QuantizedTensor, and back to a weight.
 Source: QLoRA section 3. Bytes and float32 values equal those of bitsandbytes 0.50; tests/quant/test_bitsandbytes.py
 lists the legitimate differences.
 
@@ -94,12 +93,7 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
-        constants = self.constants
-        if self.double_quant:
-            parts = constants.absmax_codes, constants.absmax_scale, constants.absmax_offset
-            constants = DoubleQuantized(*(part.to(device) for part in parts))
-        else:
-            constants = constants.to(device)
+        constants = self.constants.to(device)
         return replace(self, packed=self.packed.to(device), constants=constants, levels=self.levels.to(device))
 
     def __repr__(self) -> str:

@@ -9,8 +9,6 @@ In: a QuantizedTensor and its key, such as "model.layers.0.mlp.up_proj.weight". 
 Source: bitsandbytes 0.50, QuantState.as_dict. It reads nf4 and fp4 only, so other codebooks carry `qlora_lab__NAME` in
 the last key: bitsandbytes then refuses them instead of misreading them. The table itself is always stored, so one made
 by hand comes back too, as `custom`.
-
-Not here: files (adapters/peft_format.py).
 """
 
 import json
@@ -94,11 +92,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> QuantizedTens
     return q
 
 
-# --------------------------------------------------------------------------------------------------------- description
-
-
 def _read_state(tensors: Mapping[str, torch.Tensor], key: str) -> dict:
-    """Return the description of the tensor, after a check of every value."""
     prefix = f"{key}.quant_state."
     names = [name for name in tensors if isinstance(name, str) and name.startswith(prefix)]
     if len(names) != 1:
@@ -141,9 +135,6 @@ def _state(encoded: torch.Tensor) -> dict | None:
     return state if right and all(isinstance(name, str) for name in named) else None
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
-
-
 def _part(
     tensors: Mapping[str, torch.Tensor], name: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
 ) -> torch.Tensor:
@@ -165,9 +156,7 @@ def _part(
     return flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)  # one element
 
 
-def _levels(
-    tensors: Mapping[str, torch.Tensor], key: str, name: str, device: torch.device | None = None
-) -> torch.Tensor:
+def _levels(tensors: Mapping[str, torch.Tensor], key: str, name: str, device: torch.device) -> torch.Tensor:
     """Return the table of the codes. Raises ValueError for a bad table, or one that differs from its name's."""
     dtypes = WEIGHT_DTYPES if name == CUSTOM else (torch.float32,)
     flat = _part(tensors, f"{key}.quant_map", dtypes, device)

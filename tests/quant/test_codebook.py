@@ -104,6 +104,18 @@ def test_float_levels_are_the_formats():
     assert torch.signbit(float_levels(2, 1)[8:]).all()
 
 
+def test_bitsandbytes_fp4_is_not_e2m1():
+    """As codebook.py says of them in twelfths: E2M1's smallest step is 1, that of FP4 a sixteenth."""
+    assert (codebook("e2m1")[:8] * 12).tolist() == pytest.approx([0, 1, 2, 3, 4, 6, 8, 12])
+    assert sorted((codebook("fp4")[:8] * 12).tolist()) == pytest.approx([0, 0.0625, 2, 3, 4, 6, 8, 12])
+
+
+def test_the_outermost_levels_of_equation_4_are_infinite():
+    quantiles = torch.special.ndtri(torch.linspace(0, 1, 17, dtype=torch.float64))  # Q(i / 2^4), i from 0 to 16
+    levels = (quantiles[:-1] + quantiles[1:]) / 2
+    assert levels[[0, -1]].tolist() == [-torch.inf, torch.inf] and levels[1:-1].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

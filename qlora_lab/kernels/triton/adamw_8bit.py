@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from qlora_lab.kernels.triton.double_quantize import nearest_of
-from qlora_lab.kernels.triton.launch import NO_FUSION, check_device, check_dtype, check_length, check_numel, on
+from qlora_lab.kernels.triton.launch import NO_FUSION, check_device, check_flat, check_numel, on
 from qlora_lab.kernels.triton.quantize_nf4 import absmax_of, scaled
 
 BLOCK_SIZE = 256  # parameters that share a constant
@@ -62,18 +62,14 @@ def adamw_8bit(
     check_device(param=param, grad=grad, codes1=codes1, scale1=scale1, codes2=codes2, scale2=scale2, **named_tables)
     numel = param.numel()
     check_numel(numel)
-    for name, tensor in (("param", param), ("grad", grad)):
-        check_dtype(name, tensor)
-        check_length(name, tensor, numel)
-    for name, tensor in (("codes1", codes1), ("codes2", codes2)):
-        check_dtype(name, tensor, torch.uint8)
-        check_length(name, tensor, numel)
-    for name, tensor in (("scale1", scale1), ("scale2", scale2)):
-        check_dtype(name, tensor, torch.float32)
-        check_length(name, tensor, -(-numel // BLOCK_SIZE))
+    check_flat("param", param, numel)
+    check_flat("grad", grad, numel)
+    check_flat("codes1", codes1, numel, torch.uint8)
+    check_flat("codes2", codes2, numel, torch.uint8)
+    check_flat("scale1", scale1, -(-numel // BLOCK_SIZE), torch.float32)
+    check_flat("scale2", scale2, -(-numel // BLOCK_SIZE), torch.float32)
     for (name, table), length in zip(named_tables.items(), (256, 255, 256, 255), strict=True):
-        check_dtype(name, table, torch.float32)
-        check_length(name, table, length)
+        check_flat(name, table, length, torch.float32)
     if len(scalars) != 6:
         raise ValueError(
             f"{len(scalars)} scalars are given: a step takes beta1, beta2, decay, size, correction and eps"

@@ -5,8 +5,6 @@ of one warp, lanes hold the levels, and a lane asks the one that its code names 
 lies in shared memory, 16 entries in 16 banks, so that 32 look-ups never wait for one another (LDS). A table of 256
 pairs would halve the look-ups, but they would collide. Two forms of the look-up differ in where a word's eight weights
 end up: levels_of() leaves that to the store that follows, levels_in_place() keeps them in the word's thread.
-
-Not here: launches and checks (launch.py).
 """
 
 import triton

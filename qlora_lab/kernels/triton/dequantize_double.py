@@ -35,13 +35,8 @@ def dequantize_double(
     packed: torch.Tensor, constants: PackedConstants, levels: torch.Tensor, block_size: int, out: torch.Tensor
 ) -> None:
     """Fill `out`, contiguous float32, bf16 or fp16. Raises ValueError before the launch for what does not match."""
-    launch.check_device(packed=packed, levels=levels, out=out, **launch.named(constants))
-    launch.check_block_size(block_size)
-    launch.check_output(out)
+    words, parts, levels = launch.checked_codes(packed, constants, levels, block_size, out)
     numel = out.numel()
-    words = launch.words_of(packed, numel)
-    parts = launch.checked_constants(constants, -(-numel // block_size))
-    levels = launch.table_of(levels)
     grid = (triton.cdiv(numel, TILE),)
     with launch.on(out):
         _dequantize_double_kernel[grid](

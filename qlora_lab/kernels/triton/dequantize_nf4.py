@@ -30,13 +30,8 @@ def dequantize_nf4(
     packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, block_size: int, out: torch.Tensor
 ) -> None:
     """Fill `out`, contiguous float32, bf16 or fp16. Raises ValueError before any launch for what does not match."""
-    launch.check_device(packed=packed, levels=levels, out=out, **launch.named(absmax))
-    launch.check_block_size(block_size)
-    launch.check_output(out)
+    words, constants, levels = launch.checked_codes(packed, absmax, levels, block_size, out)
     numel = out.numel()
-    words = launch.words_of(packed, numel)
-    constants = launch.checked_constants(absmax, -(-numel // block_size))
-    levels = launch.table_of(levels)
     grid = (triton.cdiv(numel, TILE),)
     with launch.on(out):
         _dequantize_nf4_kernel[grid](

@@ -49,16 +49,13 @@ def double_quantize(
     """(n_blocks,) -> absmax_codes (n_blocks,) uint8 and absmax_scale (ceil(n_blocks / group),) float32.
 
     absmax: float32; weights that are to have 8-bit codes may be bf16 or fp16. offset: () float32, subtracted first.
-    thresholds: (255,) float32, between 256 levels in ascending order. Raises ValueError before any launch for what does
-    not match.
+    thresholds: (255,) float32, between 256 levels in ascending order.
     """
     launch.check_device(absmax=absmax, offset=offset, thresholds=thresholds)
-    launch.check_dtype("absmax", absmax)
-    launch.check_length("absmax", absmax, absmax.numel())
+    launch.check_flat("absmax", absmax, absmax.numel())
     launch.check_numel(len(absmax))
     launch.check_offset(offset)
-    launch.check_dtype("thresholds", thresholds, torch.float32)
-    launch.check_length("thresholds", thresholds, 255)
+    launch.check_flat("thresholds", thresholds, 255, torch.float32)
     launch.check_block_size(group, "group")
     codes = torch.empty(len(absmax), dtype=torch.uint8, device=absmax.device)
     scale = torch.empty(-(-len(absmax) // group), dtype=torch.float32, device=absmax.device)

@@ -15,11 +15,6 @@ _cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 _patch_tensor = of_triton._patch_lang_tensor
 
 
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    rounded = torch.from_numpy(np.ascontiguousarray(values)).bfloat16()
-    return rounded.view(torch.uint16).numpy().reshape(values.shape)
-
-
 def _to_float32(handle: TensorHandle) -> np.ndarray:
     if handle.dtype.scalar != tl.bfloat16:
         return handle.data.astype(np.float32)
@@ -28,7 +23,8 @@ def _to_float32(handle: TensorHandle) -> np.ndarray:
 
 def _cast_rightly(self, source: TensorHandle, to: tl.dtype) -> TensorHandle:
     if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
-        return TensorHandle(_to_bfloat16(source.data), tl.bfloat16)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return TensorHandle(rounded.view(torch.uint16).numpy().reshape(source.data.shape), tl.bfloat16)
     if source.dtype.scalar == tl.bfloat16 and to.scalar == tl.float32:
         return TensorHandle(_to_float32(source), tl.float32)
     return _cast(self, source, to)
@@ -47,7 +43,6 @@ def _patch_with_index(tensor, *scope) -> None:
 
 
 def mend() -> None:
-    """Put the repaired operations in place of Triton's."""
     InterpreterBuilder.cast_impl = _cast_rightly
     InterpreterBuilder.create_fp_to_fp = lambda self, source, to, rounding: _cast_rightly(self, source, to)
     InterpreterBuilder.create_dot = _dot_of_floats

@@ -45,7 +45,6 @@ def is_block_size(block_size: int) -> bool:
 
 
 def check_block_size(block_size: int, name: str = "block_size") -> None:
-    """As is_block_size asks."""
     if not is_block_size(block_size):
         allowed = f"a power of two, {MIN_BLOCK} to {MAX_BLOCK}"
         raise ValueError(f"{name}={block_size} is not allowed: kernels take {allowed}")
@@ -59,15 +58,15 @@ def check_dtype(name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
         raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}: it must be {listed}")
 
 
-def check_length(name: str, tensor: torch.Tensor, length: int) -> None:
-    """Flat, contiguous, of this length."""
+def check_flat(name: str, tensor: torch.Tensor, length: int, *allowed: torch.dtype) -> None:
+    """Flat, contiguous, of this length, and of an allowed dtype."""
+    check_dtype(name, tensor, *allowed)
     if tensor.dim() != 1 or not tensor.is_contiguous() or len(tensor) != length:
         layout = "" if tensor.is_contiguous() else ", not contiguous"
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}{layout}: it must be flat, with {length} entries")
 
 
 def check_offset(offset: torch.Tensor) -> None:
-    """One float32."""
     check_dtype("absmax_offset", offset, torch.float32)
     if offset.numel() != 1:
         raise ValueError(f"absmax_offset has shape {tuple(offset.shape)}: it must be one number")
@@ -90,8 +89,7 @@ def table_of(levels: torch.Tensor) -> torch.Tensor:
 def words_of(packed: torch.Tensor, numel: int) -> torch.Tensor:
     """Packed uint8 as int32 words of eight codes; copied only if its length, or its address, is odd."""
     check_numel(numel)
-    check_dtype("packed", packed, torch.uint8)
-    check_length("packed", packed, -(-numel // 2))
+    check_flat("packed", packed, -(-numel // 2), torch.uint8)
     if len(packed) % 4:
         packed = torch.nn.functional.pad(packed, (0, -len(packed) % 4))
     if packed.data_ptr() % 16:
@@ -118,28 +116,30 @@ def named(constants: torch.Tensor | PackedConstants) -> dict[str, torch.Tensor]:
 
 
 def checked_constants(constants: torch.Tensor | PackedConstants, n_blocks: int) -> Constants:
-    """Constants of n_blocks blocks as arguments of a kernel, checked."""
     if isinstance(constants, torch.Tensor):
-        check_dtype("absmax", constants, torch.float32)
-        check_length("absmax", constants, n_blocks)
+        check_flat("absmax", constants, n_blocks, torch.float32)
         return Constants(constants, None, None, None, 0)
     codes, scale, offset, table, group = constants
     check_block_size(group, "group")
-    check_dtype("absmax_codes", codes, torch.uint8)
-    check_length("absmax_codes", codes, n_blocks)
-    for name, length in (("absmax_scale", -(-n_blocks // group)), ("table of constants", 256)):
-        tensor = named(constants)[name]
-        check_dtype(name, tensor, torch.float32)
-        check_length(name, tensor, length)
+    check_flat("absmax_codes", codes, n_blocks, torch.uint8)
+    check_flat("absmax_scale", scale, -(-n_blocks // group), torch.float32)
+    check_flat("table of constants", table, 256, torch.float32)
     check_offset(offset)
     return Constants(codes, scale, offset, table, group)
 
 
-def check_output(out: torch.Tensor) -> None:
-    """Contiguous, of a weight's dtype."""
+def checked_codes(
+    packed: torch.Tensor, constants: torch.Tensor | PackedConstants,
+    levels: torch.Tensor, block_size: int, out: torch.Tensor,
+) -> tuple[torch.Tensor, Constants, torch.Tensor]:  # fmt: skip
+    """Words, constants and levels of a weight that is to be dequantised into `out`, contiguous, of a weight's dtype."""
+    check_device(packed=packed, levels=levels, out=out, **named(constants))
+    check_block_size(block_size)
     check_dtype("out", out)
     if not out.is_contiguous():
         raise ValueError(f"out of shape {tuple(out.shape)} is not contiguous: it must be")
+    numel = out.numel()
+    return words_of(packed, numel), checked_constants(constants, -(-numel // block_size)), table_of(levels)
 
 
 def check_product(

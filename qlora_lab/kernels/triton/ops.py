@@ -1,9 +1,9 @@
 """The rungs as operations of torch: torch.ops.qlora_lab.quantize_nf4 and so on, for torch.compile and autograd.
 
-Each has its kernel, a function that tells the shapes without computing, and, where x, lora_A and lora_B have gradients,
-their formula. A quantised weight is frozen. Constants travel as a list of one tensor, absmax, or of four: absmax_codes,
-absmax_scale, absmax_offset and the table of the codes; then `group` is how many of them share a scale, otherwise 0.
-The launchers' docstrings give shapes and dtypes in full, and raise ValueError.
+Each has its kernel; if it returns something, a function that tells the shapes without computing; and, where x, lora_A
+and lora_B have gradients, their formula. A quantised weight is frozen. Constants travel as a list: absmax alone, or
+absmax_codes, absmax_scale, absmax_offset and the table of the codes; then `group` is how many of them share a scale,
+otherwise 0. The launchers' docstrings give shapes and dtypes in full, and raise ValueError.
 """
 
 import torch
@@ -60,11 +60,6 @@ def dequantize_into(
         rung2.dequantize_nf4(packed, constants[0], levels, block_size, out)
     else:
         rung3.dequantize_double(packed, PackedConstants(*constants, group), levels, block_size, out)
-
-
-@dequantize_into.register_fake
-def _(packed, constants, group, levels, block_size, out):
-    return None
 
 
 @custom_op("qlora_lab::double_quantize", mutates_args=())
@@ -153,11 +148,6 @@ def adamw_8bit(
 ) -> None:  # fmt: skip
     """One step of AdamW over flat parameters and 8-bit moments, in place. Rung 8."""
     rung8.adamw_8bit(param, grad, codes1, scale1, codes2, scale2, tuple(tables), tuple(scalars), tiny)
-
-
-@adamw_8bit.register_fake
-def _(param, grad, codes1, scale1, codes2, scale2, tables, scalars, tiny):
-    return None
 
 
 def _weight(packed, constants, group, levels, block_size) -> PackedWeight:

@@ -71,10 +71,9 @@ def quantize_nf4(
     """
     launch.check_device(weight=weight, thresholds=thresholds, order=order)
     launch.check_block_size(block_size)
-    launch.check_dtype("weight", weight)
     numel = weight.numel()
     launch.check_numel(numel)
-    launch.check_length("weight", weight, numel)
+    launch.check_flat("weight", weight, numel)
     launch.check_dtype("thresholds", thresholds, torch.float32)
     if len(order) > launch.CODES or len(thresholds) != len(order) - 1:
         raise ValueError(
