@@ -12,6 +12,7 @@ import re
 from reprlib import repr as short
 
 from qlora_lab.adapters.lora import check_strength
+from qlora_lab.quant.numbers import check_whole
 
 HONOURED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 HONOURED += ("base_model_name_or_path", "revision")  # adapter_base.py compares them
