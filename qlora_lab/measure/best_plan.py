@@ -28,7 +28,7 @@ from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE
 from qlora_lab.quant.numbers import check_number
 from qlora_lab.quant.packing import group_of
-from qlora_lab.quant.plan import Candidate, Plan, load_plan  # noqa: F401 - who works with plans finds all here
+from qlora_lab.quant.plan import Candidate, Plan
 
 if TYPE_CHECKING:
     from scipy.optimize import OptimizeResult

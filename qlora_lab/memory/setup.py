@@ -77,11 +77,6 @@ class Setup:
         check_block_size(self.block_size)
         codebook(self.codebook)
 
-    @property
-    def element(self) -> int:
-        """Bytes of one element of `dtype`."""
-        return BYTES[self.dtype]
-
     @cached_property
     def code_bits(self) -> int:
         """Bits of one code."""
