@@ -2,8 +2,6 @@
 
 In: a tensor of weights, or nothing for normal ones; numbers that shape 16 levels. Out: blocks of weights; levels, (16,)
 float32; relative errors. "Error" is squared error over squared weight.
-
-Not here: rounding (quant/codebook.py), error and use of codes over many blocks (code_use.py).
 """
 
 import math

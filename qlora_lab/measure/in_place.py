@@ -6,8 +6,6 @@ and a Figures holds their cost: error, bits, use of codes.
 One model is in memory. For each variant, dequantize(quantize(weight)) overwrites the weight of every linear layer but
 the head; afterwards each weight is read again from the checkpoint, which is mapped and not copied, so it comes back to
 the bit, even after an exception or Ctrl-C.
-
-Not here: perplexity and rows (sweep.py).
 """
 
 import re

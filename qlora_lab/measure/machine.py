@@ -1,6 +1,6 @@
 """Ask the system and torch for the facts about this machine that matter to a fine-tuning run.
 
-In: nothing. Out: facts, as text. Not here: advice (notebook 00 reads these facts with you).
+In: nothing. Out: facts, as text.
 """
 
 import os

@@ -5,8 +5,6 @@ In: a model of transformers, its tokenizer and a text. Out: exp of the mean cros
 The first `windows` x `length` tokens are cut into windows that do not overlap. Each token is predicted from its own
 window only; the first token of a window has nothing before it and does not count. No BOS token is added. Longer windows
 give more context and a lower number, so compare perplexities only at equal text, tokenizer, length and windows.
-
-Not here: the loss on answers (train/loss.py).
 """
 
 import math

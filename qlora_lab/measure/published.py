@@ -1,6 +1,6 @@
 """Read figures that others have published, with their sources, from the repository's folder data/published.
 
-In: a file's name. Out: its figures. Not here: anything that this library measured.
+In: a file's name. Out: its figures.
 """
 
 import json

@@ -6,7 +6,6 @@ Each row ends with a checksum of itself; `qlora-lab verify` compares it, reading
 A row counts once its new line is on the disk. A kill, a power cut or a full disk leaves a last line without one.
 Reading never changes the file. Opening it to append cuts that line off and takes a lock (files/lock.py), for two sweeps
 into one file would measure, and append, the same rows.
-Not here: how a row is measured (sweep.py).
 """
 
 import hashlib

@@ -6,8 +6,6 @@ words over the answer's length, recall the same over the reference's, and the F-
 
 Words are compared in lower case, without punctuation and without stemming: "return" and "returns" differ, as in the
 package's default. Do not compare figures with and without stemming.
-
-Not here: where the answers come from (held_out.py).
 """
 
 

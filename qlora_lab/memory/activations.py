@@ -7,7 +7,6 @@ other, so a frozen weight keeps no input; a tensor that two operations keep is s
 trained weight before it keeps nothing.
 
 With gradient checkpointing a layer keeps only its input, and the backward pass computes one layer at a time again.
-Not here: weights and temporaries (predict.py).
 """
 
 from collections import Counter

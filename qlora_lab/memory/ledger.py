@@ -7,8 +7,6 @@ Bytes come and go during a step, so any of four phases can hold the peak:
     backward   the backward pass has begun: activations, but no gradients of weights yet
     end        the backward pass has ended: gradients of weights, but no activations
     update     gradients and the optimizer's temporaries
-
-Not here: where the numbers come from (predict.py, measured.py).
 """
 
 from dataclasses import asdict, dataclass

@@ -8,7 +8,6 @@ the tensors that autograd keeps, told apart by the module that keeps them.
 
 Python cannot see some rows (the loss's workspace, CUDA's context): they have no measured bytes. peak_resident asks
 Linux for the peak of the whole process.
-Not here: predictions (predict.py).
 """
 
 from collections import Counter

@@ -7,8 +7,6 @@
 Source: QLoRA section 3, "Paged Optimizers"; bitsandbytes' rule is get_state_buffer in its optim/optimizer.py, 0.50.2;
 bandwidth comes from the PCI Express Base Specification. The device of `timeline` is a model that has a capacity and
 nothing else. The library's own Pages move its pages.
-
-Not here: pages that hold bytes (optim/paging.py), the optimizer (optim/paged_adamw.py).
 """
 
 from collections import OrderedDict

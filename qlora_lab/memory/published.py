@@ -5,8 +5,6 @@
 Source: slides on QLoRA (their tables of bits per parameter, and of GB at 70 billion); QLoRA (arXiv 2305.14314) sections
 1 to 3, tables 1 and 6, figure 6; LoRA (arXiv 2106.09685) section 4.2.
 GB is 10^9 bytes here, MiB 2^20; if a source says MB and means MiB, the formula says so.
-
-Not here: the ledger that replaces them (predict.py).
 """
 
 from collections.abc import Iterator

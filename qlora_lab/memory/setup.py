@@ -3,8 +3,6 @@
 In: the user's numbers and names. Out: one frozen Setup, whose defaults are those of load, add_lora and Settings.
 Source: QLoRA section 3, equation 5, for the method. `adapter_dtype` covers the dtype policies of other libraries: PEFT
 keeps adapters in float32, as this library does; TRL casts them to bf16.
-
-Not here: the model's sizes (shape.py).
 """
 
 from dataclasses import dataclass

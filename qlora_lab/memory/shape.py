@@ -3,8 +3,6 @@
 In: a known name, a folder with config.json, that file, a configuration (a dict, or one of transformers), or a model.
 Out: a Shape. Families: llama, mistral and qwen2, which differ only in their biases.
 Source: "LLaMA", table 2, for models known by name alone; field names and defaults are those of transformers.
-
-Not here: bytes (predict.py).
 """
 
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ number of layers for each; on the right bits against error, of the best mix for 
 all layers.
 
 The explorer computes the mixes for all budgets once; the slider looks one up.
-
-Not here: errors (measure/sensitivity.py), and the search for a mix (measure/best_plan.py).
 """
 
 import math

@@ -9,8 +9,6 @@ raises nothing, so a notebook with open exercises runs to its end.
 
 The hints get stronger: the first wrong answer shows the first hint, the next one the second. So attempts are counted by
 name, as long as the kernel lives, because a student answers by running the same cell again.
-
-Not here: marks, or a file of results.
 """
 
 import copy

@@ -3,8 +3,6 @@
 State: block_size, group_size, outlier, mean_offset. The picture: on the left the bytes of 2,048 weights, before and
 after double quantization, a cell for each byte and 32 in a column, so that the axis shows bits per parameter; on the
 right the shift of the weights by each table of 8 bits, as a share of the squared error of NF4 itself.
-
-Not here: rounding and errors (measure/constants.py), the formula of bits (memory/published.py).
 """
 
 from functools import lru_cache

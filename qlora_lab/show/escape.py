@@ -3,8 +3,6 @@
 In: the name of a layer or a model, a token, a function's source. Out: text for matplotlib, for HTML, or for Markdown.
 Source: matplotlib's mathtext stands between two dollar signs; JupyterLab's MathJax looks for them in HTML outputs too,
 text by text; a fence of CommonMark (section 4.5) ends at a line of as many backticks.
-
-Not here: attributes of HTML, for which html.escape is enough.
 """
 
 import html

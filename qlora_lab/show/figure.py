@@ -6,8 +6,6 @@ Out: `picture` -> an object that Jupyter shows; `Blit` -> PNG bytes of the same 
 nbval compares the alt text but never the pixels, so the numbers in the alt text guard a stored figure. pyplot is never
 imported: it keeps each figure alive and would print it twice. The panel is white, since black ink on a transparent one
 cannot be read in Lab's dark theme.
-
-Not here: what the figure shows (one file per picture), and controls (slider.py).
 """
 
 import base64

@@ -6,8 +6,6 @@ Handles are nested SVG elements placed in percent, so they keep their size when 
 nearest handle, wherever it lands: two handles a step apart overlap, and a finger covers three.
 A moved level lies on a grid of hundredths, at least a step from its neighbours; the others keep their values.
 Messages are few: ipywidgets keeps one on its way, and only the last of those that wait.
-
-Not here: the error of these levels (data_types.py).
 """
 
 import anywidget

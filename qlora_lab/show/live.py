@@ -9,8 +9,6 @@ With `await` the kernel (ipykernel 7.4 or newer) serves widgets between two step
 cells. Without `await` a cell serves none before its end, and an older kernel never does. An interrupt always works.
 
 The thin grey curve is the mean length of a step's examples. With group_by_length it is a saw, and so is the loss.
-
-Not here: the loop (train/trainer.py).
 """
 
 import asyncio

@@ -4,8 +4,6 @@ State: budget, page_size, r, bits, time. The picture: on the left every page of 
 order in which a step asks for them; on the right the frames, coloured by the time of the last request for their page.
 
 It shows what Pages does if nothing is fetched ahead; tests/show/test_page_table.py compares the two.
-
-Not here: counting (memory/paging_trace.py), and bytes.
 """
 
 import math

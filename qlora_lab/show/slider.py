@@ -8,8 +8,6 @@ its unit, and Lab's shortcuts are off on the input itself (on a wrapper the attr
 
 A slider is a list of allowed values and a position in it, and the browser moves only the position. So integers, floats,
 powers of two and words are one case, and JavaScript never rounds a float.
-
-Not here: layout and drawing (explorer.py).
 """
 
 import math

@@ -5,8 +5,6 @@ a widget; `called_functions` -> the library functions that a function calls, rea
 
 `show_source` is Markdown, not HTML: Lab and code hosts highlight it in the reader's own theme, and a stored notebook
 holds the source alone, so a new release of pygments changes no notebook.
-
-Not here: explorers (explorer.py).
 """
 
 import ast
