@@ -73,11 +73,7 @@ class Choices:
 
 
 def stored_bits(numel: int, candidate: Candidate) -> int:
-    """Count the bits of a quantised tensor of `numel` weights, codes and constants, as QuantizedTensor.nbytes does.
-
-    >>> stored_bits(6400, Candidate("nf4", 64, False)) / 6400
-    4.5
-    """
+    """Count the bits of a quantised tensor of `numel` weights, codes and constants, as QuantizedTensor.nbytes does."""
     n_codes, n_bytes = group_of(bits_of(named_codebook(candidate.codebook)))
     return -(-numel // n_codes) * n_bytes * 8 + constant_bits(numel, candidate)
 

@@ -1,6 +1,5 @@
 """Measure how well a table of levels serves: the error it leaves, and how often each code is used.
 
-In: levels, and weights in blocks; or a quantised tensor. Out: a CodeUse; or the counts of the codes.
 Source: QLoRA section 3 argues that quantiles of the normal distribution use all codes equally often. That holds for
 weights scaled by a constant of the distribution. Absmax scaling instead pins one weight of each block to an end.
 """

@@ -33,11 +33,7 @@ TABLES = tuple(_TABLES)
 
 
 def constants_table(name: str) -> torch.Tensor:
-    """Return a table of 8 bits by name, (at most 256,) float32, its largest value 1. ValueError if not in TABLES.
-
-    >>> len(constants_table("e4m3"))
-    254
-    """
+    """Return a table of 8 bits by name, (at most 256,) float32, its largest value 1. ValueError if not in TABLES."""
     if name not in _TABLES:
         raise ValueError(f"table {name!r} is not known: choose one of {', '.join(TABLES)}")
     return _TABLES[name]()

@@ -1,7 +1,5 @@
 """Judge a model on held-out examples: its loss on answers it never saw, and the answers it writes itself.
 
-In: a model of transformers, and examples or their tokens. Out: a mean loss in nats per answer token, or texts.
-
 Measuring changes no weight, no gradient, no random state and no training flag. (In some libraries it does.)
 """
 

@@ -1,7 +1,4 @@
-"""Ask the system and torch for the facts about this machine that matter to a fine-tuning run.
-
-In: nothing. Out: facts, as text.
-"""
+"""Ask the system and torch for the facts about this machine that matter to a fine-tuning run."""
 
 import os
 import platform

@@ -1,10 +1,9 @@
 """Measure perplexity: between how many tokens does the model hesitate, on average?
 
-In: a model of transformers, its tokenizer and a text. Out: exp of the mean cross entropy, a number of at least 1.
-
-The first `windows` x `length` tokens are cut into windows that do not overlap. Each token is predicted from its own
-window only; the first token of a window has nothing before it and does not count. No BOS token is added. Longer windows
-give more context and a lower number, so compare perplexities only at equal text, tokenizer, length and windows.
+It is exp of the mean cross entropy. The first `windows` x `length` tokens are cut into windows that do not overlap.
+Each token is predicted from its own window only; the first token of a window has nothing before it and does not count.
+No BOS token is added. Longer windows give more context and a lower number, so compare perplexities only at equal text,
+tokenizer, length and windows.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""Read figures that others have published, with their sources, from the repository's folder data/published.
-
-In: a file's name. Out: its figures.
-"""
+"""Read figures that others have published, with their sources, from the repository's folder data/published."""
 
 import json
 from dataclasses import dataclass
@@ -16,9 +13,6 @@ def published_nf4() -> torch.Tensor:
     """Return the 16 NF4 levels of bitsandbytes: (16,) float32, ascending.
 
     Raises FileNotFoundError if the library was installed without its repository.
-
-    >>> published_nf4()[[0, 7, 15]].tolist()
-    [-1.0, 0.0, 1.0]
     """
     return torch.tensor(read_data("nf4.json")["levels"])
 

@@ -1,7 +1,5 @@
 """Read and append to the file of a sweep: one row per line, as JSON, in the order of the measurements.
 
-In: rows, as measure/sweep.py makes them. Out: the same rows again, even if a crash interrupted the last one.
-
 Each row ends with a checksum of itself; `qlora-lab verify` compares it, reading does not.
 A row counts once its new line is on the disk. A kill, a power cut or a full disk leaves a last line without one.
 Reading never changes the file. Opening it to append cuts that line off and takes a lock (files/lock.py), for two sweeps

@@ -1,6 +1,5 @@
 """Predict, tensor by tensor, the activations that a forward pass keeps for its backward pass.
 
-In: a Shape and a Setup. Out: the Kept tensors of one layer, and those after the last layer.
 Source: torch's autograd, observed with saved_tensors_hooks on this library's own layers (measured.py repeats that on
 any model, and a test compares). Three rules make the table: a product keeps an operand only for the gradient of the
 other, so a frozen weight keeps no input; a tensor that two operations keep is stored once; an operation without a

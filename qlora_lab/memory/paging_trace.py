@@ -43,11 +43,7 @@ def pageable_share(numels: Sequence[int], least: int = PEERS_LEAST) -> float:
 
 
 def state_bytes(numels: Iterable[int], bits: int) -> int:
-    """Count the bytes of both moments of these parameters in PagedAdamW's layout. bits: 32 or 8.
-
-    >>> state_bytes([256], 32), state_bytes([256], 8)
-    (2048, 520)
-    """
+    """Count the bytes of both moments of these parameters in PagedAdamW's layout. bits: 32 or 8."""
     together, nbytes = UNIT[bits]  # elements of a unit, and bytes of both their moments
     return sum(-(-n // together) for n in numels) * nbytes
 
@@ -95,11 +91,7 @@ def replay(asked: Iterable[int], frames: int) -> tuple[list[Access], dict[int, i
 
 
 def faults_of_a_step(order: Sequence[int], frames: int) -> int:
-    """Count the faults of every step after the first, if each step asks for pages in this order.
-
-    >>> faults_of_a_step(range(10), frames=10), faults_of_a_step(range(10), frames=9)
-    (0, 10)
-    """
+    """Count the faults of every step after the first, if each step asks for pages in this order."""
     accesses, _ = replay([*order, *order], frames)
     return sum(access.fault for access in accesses[len(order) :])
 

@@ -66,9 +66,6 @@ def _notes(setup: Setup) -> tuple[str, ...]:
     return LETTERS, labels, more
 
 
-# -------------------------------------------------------------------------------------------------------------- weights
-
-
 def _weights(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     linears = [(linear, shape.layers) for linear in shape.linears]
     numel = sum(times * linear.numel for linear, times in linears)
@@ -105,9 +102,6 @@ def _quantized(linears: list[tuple[LinearShape, int]], setup: Setup) -> Iterator
         yield _row(WEIGHTS, "absmax", count, "float32", f"weights / {size}")
     tables = layers * 2**bits + setup.double_quant * MAP_BYTES // FLOAT32
     yield _row(WEIGHTS, "tables", tables, "float32", f"{2**bits} a layer{' + 256' * setup.double_quant}")
-
-
-# ------------------------------------------------------------------------------------------------------ what is trained
 
 
 def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
@@ -157,9 +151,6 @@ def _moments(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     else:
         yield _row(MOMENTS, "moments", 2 * numel, _trained_dtype(setup), "2 for each trained weight")
     yield LedgerRow(MOMENTS, "step counters", "1 for each trained tensor", tensors, "float32", FLOAT32 * tensors)
-
-
-# ---------------------------------------------------------------------------------------- what a step needs for a while
 
 
 def _activations(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:

@@ -1,6 +1,6 @@
 """Describe the run that a memory ledger predicts: how the model is loaded, adapted, fed and optimised.
 
-In: the user's numbers and names. Out: one frozen Setup, whose defaults are those of load, add_lora and Settings.
+Defaults are those of load, add_lora and Settings.
 Source: QLoRA section 3, equation 5, for the method. `adapter_dtype` covers the dtype policies of other libraries: PEFT
 keeps adapters in float32, as this library does; TRL casts them to bf16.
 """

@@ -1,9 +1,8 @@
 """The block size explorer: a budget of bits, the block size that it buys each layer, and the gain of this mix.
 
-In: Choices, the errors and bits of each candidate in each layer. State: budget. The picture: on the left a map of the
-model with a row for each block of layers and a column for each projection, coloured by the chosen candidate, and the
-number of layers for each; on the right bits against error, of the best mix for every budget and of one candidate for
-all layers.
+State: budget. The picture: on the left a map of the model with a row for each block of layers and a column for each
+projection, coloured by the chosen candidate, and the number of layers for each; on the right bits against error, of the
+best mix for every budget and of one candidate for all layers.
 
 The explorer computes the mixes for all budgets once; the slider looks one up.
 """

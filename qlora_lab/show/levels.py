@@ -1,7 +1,5 @@
 """A codebook in the reader's hands: `Levels`, 16 handles on an axis, to drag or to move by keys.
 
-In: levels, ascending, in [-1, 1]. Out: an ipywidgets widget whose `.value`, 16 floats, can be observed.
-
 Handles are nested SVG elements placed in percent, so they keep their size when the control is narrow. A press takes the
 nearest handle, wherever it lands: two handles a step apart overlap, and a finger covers three.
 A moved level lies on a grid of hundredths, at least a step from its neighbours; the others keep their values.

@@ -44,9 +44,6 @@ async def live(training: Training) -> Run:
     The button ends the run after the current step; the Run then has ended == "asked to stop", and a Training with
     resume=True continues it. Raises whatever `finetune` raises: an interrupt of the kernel, like training.stop(), is a
     KeyboardInterrupt once all is saved. Without a notebook it trains with the progress bar alone.
-
-    >>> asyncio.iscoroutinefunction(live)
-    True
     """
     kernel, display = _notebook()
     plot = LivePlot(training) if kernel else None

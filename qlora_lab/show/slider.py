@@ -1,7 +1,5 @@
 """Named controls for notebooks: `Slider`, `Toggle` and `Button`.
 
-In: a name, a start value, the allowed values. Out: an ipywidgets widget whose `.value` can be observed.
-
 But: why not the sliders of ipywidgets? They have no accessible name, and while one of them has the focus, typing "a" or
 "b" inserts cells in JupyterLab (measured). Here each control is a native HTML input: it has a name, the slider speaks
 its unit, and Lab's shortcuts are off on the input itself (on a wrapper the attribute has no effect).
@@ -116,11 +114,7 @@ class Slider(anywidget.AnyWidget):
 
 
 class Toggle(anywidget.AnyWidget):
-    """A named checkbox; `.value` is True or False.
-
-    >>> Toggle("Symmetric", True)
-    Toggle('Symmetric', True)
-    """
+    """A named checkbox; `.value` is True or False."""
 
     description = T.Unicode().tag(sync=True)
     value = T.Bool().tag(sync=True)
@@ -158,11 +152,7 @@ class Toggle(anywidget.AnyWidget):
 
 
 class Button(anywidget.AnyWidget):
-    """A button; `.clicks` counts the presses, so `observe(..., "clicks")` is its event.
-
-    >>> Button("Reset")
-    Button('Reset')
-    """
+    """A button; `.clicks` counts the presses, so `observe(..., "clicks")` is its event."""
 
     description = T.Unicode().tag(sync=True)
     clicks = T.Int(0).tag(sync=True)  # the browser counts

@@ -1,8 +1,5 @@
 """Show a function's source where the reader stands, so that the notebook stays thin and the code stays visible.
 
-In: Python functions. Out: `show_source` -> an object that Jupyter shows as highlighted code; `source_html` -> HTML for
-a widget; `called_functions` -> the library functions that a function calls, read from its syntax tree.
-
 `show_source` is Markdown, not HTML: Lab and code hosts highlight it in the reader's own theme, and a stored notebook
 holds the source alone, so a new release of pygments changes no notebook.
 """
