@@ -1,8 +1,5 @@
 """Which data type and block size for which layer: the mix that does the least damage within a budget of bits.
 
-In: Choices, two tables of (layers, candidates): the expected damage of each candidate, and its bits with constants.
-Out: a Plan (quant/plan.py), one candidate for each layer.
-
 The problem is a multiple-choice knapsack: x is 1 for the chosen candidate of a layer and 0 for all others,
     minimise  sum error x   with   sum over candidates of x = 1 for each layer   and   sum bits x <= budget,
 solved by branch and bound to optimality (HiGHS, through scipy.optimize.milp).

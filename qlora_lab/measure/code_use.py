@@ -29,11 +29,7 @@ class CodeUse:
 
 
 def code_use(levels: torch.Tensor, blocks: torch.Tensor) -> CodeUse:
-    """Quantise `blocks`, (n_blocks, block_size) float32, to `levels`, (n,) float32, with absmax scaling, and count.
-
-    >>> round(code_use(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([[2.0, -2.0, 0.0, 0.0]])).entropy, 6)
-    1.5
-    """
+    """Quantise `blocks`, (n_blocks, block_size) float32, to `levels`, (n,) float32, with absmax scaling, and count."""
     absmax = block_absmax(blocks)
     codes = nearest_codes(scale_blocks(blocks, absmax), levels)  # (n_blocks, block_size)
     error = levels[codes.int()] * absmax[:, None] - blocks  # (n_blocks, block_size)

@@ -1,6 +1,5 @@
 """Store block constants in 8 bits: with any table, any group size, with or without the mean subtracted first.
 
-In: absmax, (n_blocks,) float32. Out: the constants that come back, and a weight's squared error with them.
 Source: QLoRA section 3, "Double Quantization". Its code stores "dynamic", torchao stores "int8". The paper says "FP8",
 which elsewhere names torch's two types E4M3 and E5M2.
 

@@ -91,8 +91,7 @@ def check_windows(length: int, windows: int) -> None:
 def window_losses(model: torch.nn.Module, rows: torch.Tensor, progress: bool = True) -> list[float]:
     """Return the mean cross entropy of each window, (windows, length) int64, in nats per predicted token.
 
-    exp of their mean is the perplexity, since all windows predict the same number of tokens. Their spread shows how far
-    to trust it.
+    Their spread shows how far to trust the perplexity.
     """
     batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows[:, None]]
     return [loss / labels for loss, labels in batch_losses(model, batches, "perplexity", progress)]

@@ -34,11 +34,7 @@ def adapter(model: Shape, r: int) -> list[int]:
 
 
 def pageable_share(numels: Sequence[int], least: int = PEERS_LEAST) -> float:
-    """Return the share of elements in tensors of at least `least` elements, the ones that bitsandbytes can page.
-
-    >>> pageable_share([100_000, 300_000, 99_999, 1])
-    0.8
-    """
+    """Return the share of elements in tensors of at least `least` elements, the ones that bitsandbytes can page."""
     return sum(n for n in numels if n >= least) / sum(numels)
 
 

@@ -44,11 +44,7 @@ def quantised(block_size: int, outlier: int) -> tuple[QuantizedTensor, torch.Ten
 
 
 def cells(start: float, stop: float) -> list[list[tuple[float, float]]]:
-    """Outline the bytes from number `start` to `stop`, fractions too, column by column; x in bits per parameter.
-
-    >>> cells(0, 0.5)
-    [[(0.0, 0), (0.125, 0), (0.125, 0.5), (0.0, 0.5)]]
-    """
+    """Outline the bytes from number `start` to `stop`, fractions too, column by column; x in bits per parameter."""
     outlines = []
     while start < stop:
         column, top = divmod(start, ROWS)

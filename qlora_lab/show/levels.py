@@ -18,11 +18,7 @@ PER_UNIT = 100  # steps from 0 to 1
 
 
 def shortest(levels: torch.Tensor) -> tuple[float, ...]:
-    """Turn float32 levels into the shortest floats that round to them again, for a line that a reader can copy.
-
-    >>> shortest(torch.tensor([-0.1, 0.7]))
-    (-0.1, 0.7)
-    """
+    """Turn float32 levels into the shortest floats that round to them again, for a line that a reader can copy."""
     return tuple(float(str(level)) for level in levels.numpy())  # numpy prints a float32 so
 
 

@@ -44,11 +44,7 @@ Rectangle = list[tuple[float, float]]  # four corners
 
 
 def at_peak(ledger: Ledger, phase: str | None = None) -> dict[str, int]:
-    """Sum the predicted bytes of each group in a phase, by default the peak's; zeros included.
-
-    >>> sum(at_peak(predict_memory("llama-7b")).values()) == predict_memory("llama-7b").peak
-    True
-    """
+    """Sum the predicted bytes of each group in a phase, by default the peak's; zeros included."""
     return dict.fromkeys(GROUPS, 0) | ledger.groups_at(phase or ledger.phase)
 
 

@@ -77,7 +77,7 @@ class Slider(anywidget.AnyWidget):
             self._rule = f"from {choices.low} to {choices.high} in steps of {choices.step}"
         else:
             self.choices = tuple(choices)
-            self._rule = _listed(self.choices)
+            self._rule = f"one of {', '.join(map(repr, self.choices))}"
         start = self._find(description, value)  # ValueError if it is not a choice
         labels = [f"{c:.7g}" if isinstance(c, float) else str(c) for c in self.choices]  # float32 has 7 digits
         super().__init__(description=description, unit=unit, labels=labels, position=start, value=self.choices[start])
@@ -208,7 +208,3 @@ def _nearest(value, choices):
         return f"Nearest: {min(choices, key=lambda c: abs(c - value))!r}."
     except TypeError:  # no distance between words
         return f"Try {choices[0]!r}."
-
-
-def _listed(choices):
-    return "one of " + ", ".join(repr(c) for c in choices)
