@@ -158,7 +158,6 @@ class _Storages:
 
 
 def _walk(model: nn.Module) -> Counter:
-    """Sum the bytes of weights, adapters and live gradients."""
     storages = _Storages()
     for kind, tensor in model_tensors(model):
         if kind == PACKED:

@@ -28,9 +28,6 @@ class Levels(anywidget.AnyWidget):
     Left and right move the focused level by 0.01, with Shift by 0.1; Home and End take it to its neighbours. A level
     that is dragged close to zero becomes exactly zero; keys reach 0.01 and -0.01, too.
     span: the places of -1 and 1, as shares of the control's width, to match the axis of a picture below.
-
-    >>> Levels("Levels", torch.linspace(-1, 1, 16)).value[:2]
-    (-1.0, -0.8666667)
     """
 
     description = T.Unicode().tag(sync=True)

@@ -30,9 +30,6 @@ class Slider(anywidget.AnyWidget):
 
     A start value between two steps becomes a step of its own: Slider("Offset", 0.9677083, Steps(0.9, 1.0, 0.01)) has
     the paper's exact value between 0.96 and 0.97.
-
-    >>> Slider("Block size", 64, choices=[16, 32, 64, 128], unit="weights")
-    Slider('Block size', 64, unit='weights')
     """
 
     description = T.Unicode().tag(sync=True)  # its accessible name
