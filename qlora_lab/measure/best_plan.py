@@ -1,8 +1,5 @@
 """Which data type and block size for which layer: the mix that does the least damage within a budget of bits.
 
-In: Choices, two tables of (layers, candidates): the expected damage of each candidate, and its bits with constants.
-Out: a Plan (quant/plan.py), one candidate for each layer.
-
 The problem is a multiple-choice knapsack: x is 1 for the chosen candidate of a layer and 0 for all others,
     minimise  sum error x   with   sum over candidates of x = 1 for each layer   and   sum bits x <= budget,
 solved by branch and bound to optimality (HiGHS, through scipy.optimize.milp).
@@ -28,7 +25,7 @@ from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE
 from qlora_lab.quant.numbers import check_number
 from qlora_lab.quant.packing import group_of
-from qlora_lab.quant.plan import Candidate, Plan, load_plan  # noqa: F401 - who works with plans finds all here
+from qlora_lab.quant.plan import Candidate, Plan
 
 if TYPE_CHECKING:
     from scipy.optimize import OptimizeResult
@@ -73,11 +70,7 @@ class Choices:
 
 
 def stored_bits(numel: int, candidate: Candidate) -> int:
-    """Count the bits of a quantised tensor of `numel` weights, codes and constants, as QuantizedTensor.nbytes does.
-
-    >>> stored_bits(6400, Candidate("nf4", 64, False)) / 6400
-    4.5
-    """
+    """Count the bits of a quantised tensor of `numel` weights, codes and constants, as QuantizedTensor.nbytes does."""
     n_codes, n_bytes = group_of(bits_of(named_codebook(candidate.codebook)))
     return -(-numel // n_codes) * n_bytes * 8 + constant_bits(numel, candidate)
 

@@ -1,10 +1,7 @@
 """Measure how well a table of levels serves: the error it leaves, and how often each code is used.
 
-In: levels, and weights in blocks; or a quantised tensor. Out: a CodeUse; or the counts of the codes.
 Source: QLoRA section 3 argues that quantiles of the normal distribution use all codes equally often. That holds for
 weights scaled by a constant of the distribution. Absmax scaling instead pins one weight of each block to an end.
-
-Not here: the rounding itself (quant/codebook.py).
 """
 
 from dataclasses import dataclass
@@ -32,11 +29,7 @@ class CodeUse:
 
 
 def code_use(levels: torch.Tensor, blocks: torch.Tensor) -> CodeUse:
-    """Quantise `blocks`, (n_blocks, block_size) float32, to `levels`, (n,) float32, with absmax scaling, and count.
-
-    >>> round(code_use(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([[2.0, -2.0, 0.0, 0.0]])).entropy, 6)
-    1.5
-    """
+    """Quantise `blocks`, (n_blocks, block_size) float32, to `levels`, (n,) float32, with absmax scaling, and count."""
     absmax = block_absmax(blocks)
     codes = nearest_codes(scale_blocks(blocks, absmax), levels)  # (n_blocks, block_size)
     error = levels[codes.int()] * absmax[:, None] - blocks  # (n_blocks, block_size)
@@ -45,12 +38,7 @@ def code_use(levels: torch.Tensor, blocks: torch.Tensor) -> CodeUse:
 
 
 def code_counts(q: QuantizedTensor) -> torch.Tensor:
-    """Count how often `q` uses each code: (2^bits,) int64.
-
-    >>> from qlora_lab.quant.quantize import quantize
-    >>> code_counts(quantize(torch.tensor([1.0, 1.0, 0.0]), "nf2")).tolist()
-    [0, 1, 0, 2]
-    """
+    """Count how often `q` uses each code: (2^bits,) int64."""
     if group_of(q.bits)[1] > 1 or q.numel % group_of(q.bits)[0]:  # codes across bytes, or a padded last group
         return torch.bincount(q.codes.int(), minlength=2**q.bits)
     # Codes fill whole bytes. Counting the 256 kinds of bytes before unpacking is 3 times faster.

@@ -1,9 +1,6 @@
 """Try a codebook out: weights to try it on, levels of a simple shape, and the damage of one outlier.
 
-In: a tensor of weights, or nothing for normal ones; numbers that shape 16 levels. Out: blocks of weights; levels, (16,)
-float32; relative errors. "Error" is squared error over squared weight.
-
-Not here: rounding (quant/codebook.py), error and use of codes over many blocks (code_use.py).
+"Error" is squared error over squared weight.
 """
 
 import math

@@ -1,6 +1,5 @@
 """Store block constants in 8 bits: with any table, any group size, with or without the mean subtracted first.
 
-In: absmax, (n_blocks,) float32. Out: the constants that come back, and a weight's squared error with them.
 Source: QLoRA section 3, "Double Quantization". Its code stores "dynamic", torchao stores "int8". The paper says "FP8",
 which elsewhere names torch's two types E4M3 and E5M2.
 
@@ -33,11 +32,7 @@ TABLES = tuple(_TABLES)
 
 
 def constants_table(name: str) -> torch.Tensor:
-    """Return a table of 8 bits by name, (at most 256,) float32, its largest value 1. ValueError if not in TABLES.
-
-    >>> len(constants_table("e4m3"))
-    254
-    """
+    """Return a table of 8 bits by name, (at most 256,) float32, its largest value 1. ValueError if not in TABLES."""
     if name not in _TABLES:
         raise ValueError(f"table {name!r} is not known: choose one of {', '.join(TABLES)}")
     return _TABLES[name]()

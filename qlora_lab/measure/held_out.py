@@ -1,10 +1,6 @@
 """Judge a model on held-out examples: its loss on answers it never saw, and the answers it writes itself.
 
-In: a model of transformers, and examples or their tokens. Out: a mean loss in nats per answer token, or texts.
-
 Measuring changes no weight, no gradient, no random state and no training flag. (In some libraries it does.)
-
-Not here: the loss itself (train/loss.py), the loss on running text (perplexity.py).
 """
 
 from collections.abc import Iterator

@@ -1,13 +1,8 @@
 """Let one model compute with its weights quantised one way after another, and give it its own weights back.
 
-In: an unquantised model and its folder; Variants. Out: inside a `with` block the model computes with quantised weights,
-and a Figures holds their cost: error, bits, use of codes.
-
 One model is in memory. For each variant, dequantize(quantize(weight)) overwrites the weight of every linear layer but
 the head; afterwards each weight is read again from the checkpoint, which is mapped and not copied, so it comes back to
 the bit, even after an exception or Ctrl-C.
-
-Not here: perplexity and rows (sweep.py).
 """
 
 import re

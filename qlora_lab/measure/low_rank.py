@@ -1,10 +1,7 @@
 """Find the best product of two thin matrices for a matrix, and measure what a rank can hold.
 
-In: a matrix, (out, in). Out: B, (out, r), and A, (r, in), named as an adapter's two matrices; shares of its energy.
 Source: Eckart and Young (1936): of all products of rank r, the first r terms of the singular value decomposition are
 nearest.
-
-Not here: how training finds B and A; it never sees the target (adapters/lora.py).
 """
 
 from functools import lru_cache

@@ -1,7 +1,4 @@
-"""Ask the system and torch for the facts about this machine that matter to a fine-tuning run.
-
-In: nothing. Out: facts, as text. Not here: advice (notebook 00 reads these facts with you).
-"""
+"""Ask the system and torch for the facts about this machine that matter to a fine-tuning run."""
 
 import os
 import platform

@@ -1,12 +1,9 @@
 """Measure perplexity: between how many tokens does the model hesitate, on average?
 
-In: a model of transformers, its tokenizer and a text. Out: exp of the mean cross entropy, a number of at least 1.
-
-The first `windows` x `length` tokens are cut into windows that do not overlap. Each token is predicted from its own
-window only; the first token of a window has nothing before it and does not count. No BOS token is added. Longer windows
-give more context and a lower number, so compare perplexities only at equal text, tokenizer, length and windows.
-
-Not here: the loss on answers (train/loss.py).
+It is exp of the mean cross entropy. The first `windows` x `length` tokens are cut into windows that do not overlap.
+Each token is predicted from its own window only; the first token of a window has nothing before it and does not count.
+No BOS token is added. Longer windows give more context and a lower number, so compare perplexities only at equal text,
+tokenizer, length and windows.
 """
 
 import math
@@ -94,8 +91,7 @@ def check_windows(length: int, windows: int) -> None:
 def window_losses(model: torch.nn.Module, rows: torch.Tensor, progress: bool = True) -> list[float]:
     """Return the mean cross entropy of each window, (windows, length) int64, in nats per predicted token.
 
-    exp of their mean is the perplexity, since all windows predict the same number of tokens. Their spread shows how far
-    to trust it.
+    Their spread shows how far to trust the perplexity.
     """
     batches = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in rows[:, None]]
     return [loss / labels for loss, labels in batch_losses(model, batches, "perplexity", progress)]

@@ -1,7 +1,4 @@
-"""Read figures that others have published, with their sources, from the repository's folder data/published.
-
-In: a file's name. Out: its figures. Not here: anything that this library measured.
-"""
+"""Read figures that others have published, with their sources, from the repository's folder data/published."""
 
 import json
 from dataclasses import dataclass
@@ -13,21 +10,12 @@ DATA = Path(__file__).parents[2] / "data" / "published"
 
 
 def published_nf4() -> torch.Tensor:
-    """Return the 16 NF4 levels of bitsandbytes: (16,) float32, ascending.
-
-    Raises FileNotFoundError if the library was installed without its repository.
-
-    >>> published_nf4()[[0, 7, 15]].tolist()
-    [-1.0, 0.0, 1.0]
-    """
+    """Return the 16 NF4 levels of bitsandbytes: (16,) float32, ascending. Raises what read_data raises."""
     return torch.tensor(read_data("nf4.json")["levels"])
 
 
 def published_af4() -> torch.Tensor:
-    """Return bitsandbytes' 16 levels of AbnormalFloat for blocks of 64: (16,) float32, ascending.
-
-    Raises what published_nf4 raises.
-    """
+    """Return bitsandbytes' 16 levels of AbnormalFloat for blocks of 64. Shape and errors as in published_nf4."""
     return torch.tensor(read_data("af4.json")["levels"])
 
 
@@ -45,13 +33,7 @@ class PublishedDataType:
 
 
 def published_data_types() -> tuple[PublishedDataType, ...]:
-    """Return the QLoRA paper's figures of data types: mean perplexity (table 2) and MMLU (table 4).
-
-    Raises FileNotFoundError if the library was installed without its repository.
-
-    >>> published_data_types()[0].value
-    '34.34'
-    """
+    """Return the QLoRA paper's figures of data types: mean perplexity (table 2) and MMLU (table 4)."""
     return tuple(PublishedDataType(**figure) for figure in read_data("data_types.json")["figures"])
 
 

@@ -1,12 +1,9 @@
 """Read and append to the file of a sweep: one row per line, as JSON, in the order of the measurements.
 
-In: rows, as measure/sweep.py makes them. Out: the same rows again, even if a crash interrupted the last one.
-
 Each row ends with a checksum of itself; `qlora-lab verify` compares it, reading does not.
 A row counts once its new line is on the disk. A kill, a power cut or a full disk leaves a last line without one.
 Reading never changes the file. Opening it to append cuts that line off and takes a lock (files/lock.py), for two sweeps
 into one file would measure, and append, the same rows.
-Not here: how a row is measured (sweep.py).
 """
 
 import hashlib
@@ -32,22 +29,19 @@ from qlora_lab.files.strict_json import (
     read_regular,
     whole,
 )
-from qlora_lab.train.verify import DIFFERS, OK, UNKNOWN, Part
+from qlora_lab.train.verify import DIFFERS, OK, Part
 
 # The fields that decide a row's figures. The seed is not among them: the row holds the levels that it drew. Nor are
 # commit and machine: most commits change no figure, `quantiser` tells those that do, and sweep.py says what a processor
 # changes.
 IDENTITY = ("model", "data", "config", "codebook", "levels", "block_size", "double_quant", "quantiser", "versions")
-FIGURES = ("perplexity", "window_losses", "bits_per_parameter", "relative_error", "layer_errors", "entropy")
-FIGURES += ("code_share",)
 ROW = dict.fromkeys(("model", "data", "config", "versions", "layer_errors"), OBJECT) | {"window_losses": LIST}
 ROW |= dict.fromkeys(("perplexity", "bits_per_parameter", "relative_error"), NUMBER) | {"entropy": or_null(NUMBER)}
 ROW |= {"codebook": or_null(TEXT), "block_size": or_null(whole(1)), "double_quant": or_null(SWITCH)}
 ROW |= {"levels": or_null(LIST), "code_share": or_null(LIST), "quantiser": or_null(TEXT)}
 CHECKSUM = re.compile(rb', "sha256": "([0-9a-f]{64})"}$')  # at the end of a row
-EARLIER_END = re.compile(rb', "date": "[^"]*"}$')  # of a row of versions without a checksum
 LARGEST = 64 * 2**20  # bytes; a row has about 4,000 for a model with 210 layers
-START = b'{"model": {"'  # of the rows of every version
+START = b'{"model": {"'  # of every row
 
 
 def identity(row: dict) -> str:
@@ -61,8 +55,8 @@ def identity(row: dict) -> str:
 def read_results(path: str | Path) -> list[dict]:
     """Read the rows of a results file, without changing it; no rows if there is no file yet.
 
-    A torn last line is left out, with a warning that quotes its start, and so are rows of an older version that lack a
-    field. Raises ValueError for a line that is not a row, OSError for a path that is not a file.
+    A torn last line is left out, with a warning that quotes its start. Raises ValueError for a line that is not a row,
+    OSError for a path that is not a file.
     """
     path = Path(path)
     _check_kind(path)
@@ -115,10 +109,7 @@ def append_result(file: BinaryIO, row: dict) -> None:
 
 
 def verify_rows(path: str | Path) -> list[Part]:
-    """Compare each row with its checksum, and return a Part for each, starting with "row 1".
-
-    Rows of earlier versions have no checksum. Raises ValueError for a file that is not of a sweep.
-    """
+    """Return a Part for each row, compared with its checksum. Raises ValueError for a file that is not of a sweep."""
     path = Path(path)
     _check_kind(path)
     lines = read_regular(path, LARGEST).splitlines()  # of bytes
@@ -129,9 +120,7 @@ def verify_rows(path: str | Path) -> list[Part]:
 
 def _state(line: bytes) -> str:
     match = CHECKSUM.search(line)
-    if not match:
-        return UNKNOWN if line.startswith(START) and EARLIER_END.search(line) else DIFFERS
-    same = hashlib.sha256(line[: match.start()] + b"}").hexdigest() == match[1].decode()
+    same = match and hashlib.sha256(line[: match.start()] + b"}").hexdigest() == match[1].decode()
     return OK if same and line.startswith(START) else DIFFERS
 
 
@@ -155,19 +144,14 @@ def _parsed(path: Path, content: bytes) -> tuple[list[dict], int]:
             end = len(content)
             said += " behind its last character, so nothing is lost"
         warnings.warn(said, stacklevel=3)
-    whole = [row for row in rows if not _lacks(row)]
-    if len(whole) < len(rows):
-        lacks = next(filter(None, map(_lacks, rows)))
-        said = f"{len(rows) - len(whole)} of {len(rows)} rows lack a field of today's rows, such as {lacks}"
-        warnings.warn(f"{path}: {said}: they stay in the file but are left out", stacklevel=3)
-    return whole, end
+    return rows, end
 
 
 def _row(path: Path, number: int, line: bytes) -> dict:
     try:
         row = parse(line.decode("utf-8-sig"), "it")  # an editor may have put a byte order mark before the first
-        row["model"]["weights_sha256"]  # every version wrote this
-        check_keys(row, ROW, "it")
+        check_keys(row, ROW, "it", ROW)
+        identity(row)  # LookupError if it lacks a checksum
     except (ValueError, LookupError, TypeError) as error:
         problem = f"line {number} is not a row of a sweep ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: {problem}: mend it, or name another file") from None
@@ -185,12 +169,3 @@ def _is_torn(line: bytes, first: bool) -> bool:
     except ValueError:
         return begun.startswith(START) or (not first and START.startswith(begun))
     return False
-
-
-def _lacks(row: dict) -> str:
-    """Name the first field that a row lacks, or return ""."""
-    try:
-        identity(row)
-    except (LookupError, TypeError) as error:
-        return str(error)
-    return next((repr(name) for name in FIGURES if name not in row), "")

@@ -6,17 +6,11 @@ words over the answer's length, recall the same over the reference's, and the F-
 
 Words are compared in lower case, without punctuation and without stemming: "return" and "returns" differ, as in the
 package's default. Do not compare figures with and without stemming.
-
-Not here: where the answers come from (held_out.py).
 """
 
 
 def rouge_l(predictions: list[str], references: list[str]) -> list[float]:
-    """Return the ROUGE-L F-measure of each pair; an empty text scores 0. Raises ValueError if the lengths differ.
-
-    >>> rouge_l(["the cat sat"], ["the cat"])  # 2 words in common: 2/3 of the answer, 2/2 of the reference
-    [0.8]
-    """
+    """Return the ROUGE-L F-measure of each pair; an empty text scores 0. Raises ValueError if the lengths differ."""
     from rouge_score.rouge_scorer import RougeScorer  # takes 1 s, mostly NLTK
 
     if len(predictions) != len(references):

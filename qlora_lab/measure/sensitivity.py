@@ -11,11 +11,9 @@ squared gradient of the loss at w_ij, with labels drawn from the model itself. T
 the labels of two tokens are drawn independently, so the products of their gradients vanish on average. The damage is
 then an expected increase of the loss in nats per token, and adds up over layers.
 
-But: a window's gradient is itself a sum over tokens of g_i x_j, where g is the gradient at the layer's output, and
-these terms are correlated. Summing their squares takes as long and gives another s. On SmolLM2-135M (12 windows of 256
-tokens) that s is 2.2 times too small for the median v_proj and 1.3 times too large for the median k_proj. It predicts
-a cost of 0.223 nats for NF4 in blocks of 64; the s of this file predicts 0.270; the cost is 0.275
-(bench/block_size.py).
+But: a window's gradient is a sum over tokens of g_i x_j, where g is the gradient at the layer's output, and these terms
+are correlated. Summing their squares takes as long and predicts a cost of 0.223 nats for NF4 in blocks of 64 on
+SmolLM2-135M; the s of this file predicts 0.270; the cost is 0.275 (bench/block_size.py).
 
 Not here: the choice itself (best_plan.py), perplexity (perplexity.py).
 """

@@ -1,7 +1,6 @@
 """Sweep over data types and block sizes: quantise one model in each way, and write a row of results for each.
 
-In: a model, variants of its quantisation, a results file. Out: the rows, as dicts; the file holds each as a line of
-JSON. Source: QLoRA table 2 compares data types by mean perplexity; here it is the perplexity of one model on one text.
+Source: QLoRA table 2 compares data types by mean perplexity; here it is the perplexity of one model on one text.
 
 One model is in memory, and in_place.py swaps its weights: SmolLM2-135M loads in a peak of 1085 MiB, reads one window of
 256 tokens in 1207, and is swept through 20 settings in 1307.
@@ -121,7 +120,6 @@ def sweep(
 def _loaded(
     name_or_path: str | Path, dtype: torch.dtype | None, device: str | torch.device | None, progress: bool
 ) -> "tuple[Source, Tokenizer]":
-    """Load the unquantised model, together with its files."""
     folder = resolve(name_or_path, progress=progress)
     if stored := stored_options(folder):
         raise ValueError(f"{folder} is quantised already, as {stored}: a sweep starts from the original")
@@ -146,9 +144,6 @@ def _measured(variant: Variant, source: Source, tokens: torch.Tensor, progress: 
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- records
-
-
 def _data_record(name: str, text: str, tokens: torch.Tensor) -> dict:
     return {
         "name": name,
@@ -158,7 +153,6 @@ def _data_record(name: str, text: str, tokens: torch.Tensor) -> dict:
 
 
 def _run_record(source: Source, tokens: torch.Tensor) -> dict:
-    """Record the configuration, the software and the machine."""
     windows, length = tokens.shape
     return {
         "config": {
@@ -204,7 +198,6 @@ def _model_record(name_or_path: str | Path, folder: Path) -> dict:
 
 
 def _source_note(folder: Path) -> str | None:
-    """Read the source of the weights as fetch noted it."""
     try:
         return read_json(folder / "source.json", {"source": TEXT}, ("source",))["source"]
     except (OSError, ValueError):  # no such file, or not one of fetch

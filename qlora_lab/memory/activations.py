@@ -1,16 +1,14 @@
 """Predict, tensor by tensor, the activations that a forward pass keeps for its backward pass.
 
-In: a Shape and a Setup. Out: the Kept tensors of one layer, and those after the last layer.
 Source: torch's autograd, observed with saved_tensors_hooks on this library's own layers (measured.py repeats that on
 any model, and a test compares). Three rules make the table: a product keeps an operand only for the gradient of the
 other, so a frozen weight keeps no input; a tensor that two operations keep is stored once; an operation without a
 trained weight before it keeps nothing.
 
 With gradient checkpointing a layer keeps only its input, and the backward pass computes one layer at a time again.
-Not here: weights and temporaries (predict.py).
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -50,12 +48,8 @@ def targeted(shape: Shape, setup: Setup) -> list[LinearShape]:
     return [linear for linear in shape.linears if linear.name in wanted]
 
 
-def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> list[Kept]:
-    """Return what one layer keeps. first: the model's first, whose input has a gradient only in full training."""
-    return list(_layer(shape, setup, first))
-
-
-def _layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
+def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
+    """Yield what one layer keeps. first: the model's first, whose input has a gradient only in full training."""
     T = setup.tokens
     f = shape.inner
     adapted = {linear.name: linear for linear in targeted(shape, setup)}
@@ -131,20 +125,15 @@ def kept_by_layers(shape: Shape, setup: Setup) -> list[Kept]:
     if setup.gradient_checkpointing:
         count = shape.layers * setup.tokens * shape.hidden
         return [_kept(CHECKPOINT, count, setup.dtype, f"{shape.layers} x T d")]
-    first = kept_by_layer(shape, setup, True)
-    other = kept_by_layer(shape, setup, False)  # each of the remaining layers
-    sums: dict[tuple[str, str], int] = {}
-    words: dict[tuple[str, str], list[str]] = {}
-    for times, layer in ((1, first), (shape.layers - 1, other)):
-        for kept in layer:
-            key = kept.kind, kept.dtype
-            sums[key] = sums.get(key, 0) + times * kept.count
-    for kept in other:
-        words.setdefault((kept.kind, kept.dtype), []).append(kept.formula)
-    return [
-        _kept(kind, count, dtype, f"{shape.layers} x ({_joined(words.get((kind, dtype), []))})")
-        for (kind, dtype), count in sums.items()
-    ]
+    sums = Counter()  # elements by kind and dtype
+    formulas = defaultdict(list)  # of each layer but the first
+    for kept in kept_by_layer(shape, setup, first=True):
+        sums[kept.kind, kept.dtype] += kept.count
+    for kept in kept_by_layer(shape, setup, first=False):
+        sums[kept.kind, kept.dtype] += (shape.layers - 1) * kept.count
+        formulas[kept.kind, kept.dtype].append(kept.formula)
+    words = {key: f"{shape.layers} x ({_joined(formulas[key])})" for key in sums}
+    return [_kept(kind, count, dtype, words[kind, dtype]) for (kind, dtype), count in sums.items()]
 
 
 def _joined(formulas: list[str]) -> str:

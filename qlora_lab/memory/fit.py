@@ -15,7 +15,7 @@ Not here: bytes (predict.py). On a CPU the card is the machine's memory.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora_lab.memory.activations import targeted
@@ -66,7 +66,7 @@ class MemoryFit:
 
     def to_dict(self) -> dict:
         """Return every field, as plain values for JSON."""
-        switches = [{"name": s.name, "peak": s.peak, "saves": s.saves, "longest": s.longest} for s in self.switches]
+        switches = [asdict(switch) for switch in self.switches]
         limits = {"longest": self.longest, "rows": self.rows, "rank": self.rank}
         figures = {"card": self.nbytes, "fits": self.fits, "free": self.free, "switched": list(self.switched)}
         ledgers = {"asked": self.asked.to_dict(), "chosen": self.chosen.to_dict()}
@@ -192,7 +192,6 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def _settings(setup: Setup) -> dict[str, Any]:
-    """Return the arguments of finetune."""
     return {
         "batch_size": setup.batch_size,
         "micro_batch_size": setup.micro_batch_size,

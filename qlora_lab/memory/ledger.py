@@ -1,14 +1,11 @@
 """Hold the table of a memory ledger: rows with a predicted and a measured column, and their sums.
 
-In: rows. Out: sums by group and by phase of a training step, a printed table, a dict.
 Bytes come and go during a step, so any of four phases can hold the peak:
 
     loss       the forward pass has ended: all activations that it keeps, and the loss's workspace
     backward   the backward pass has begun: activations, but no gradients of weights yet
     end        the backward pass has ended: gradients of weights, but no activations
     update     gradients and the optimizer's temporaries
-
-Not here: where the numbers come from (predict.py, measured.py).
 """
 
 from dataclasses import asdict, dataclass

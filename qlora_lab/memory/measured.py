@@ -2,13 +2,11 @@
 
     measure_memory(model, optimizer, batch) -> Ledger: predicted beside measured
 
-In: a model of transformers, usually quantised and with adapters; the optimizer that trained it; a batch as data.collate
-makes it. Out: predict_memory's Ledger for this model, with the bytes of all live storages, each counted once, and of
-the tensors that autograd keeps, told apart by the module that keeps them.
+A live storage counts once. A tensor that autograd keeps is named after the module that keeps it. A batch is one that
+data.collate makes.
 
 Python cannot see some rows (the loss's workspace, CUDA's context): they have no measured bytes. peak_resident asks
 Linux for the peak of the whole process.
-Not here: predictions (predict.py).
 """
 
 from collections import Counter
@@ -160,7 +158,6 @@ class _Storages:
 
 
 def _walk(model: nn.Module) -> Counter:
-    """Sum the bytes of weights, adapters and live gradients."""
     storages = _Storages()
     for kind, tensor in model_tensors(model):
         if kind == PACKED:

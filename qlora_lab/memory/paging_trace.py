@@ -7,8 +7,6 @@
 Source: QLoRA section 3, "Paged Optimizers"; bitsandbytes' rule is get_state_buffer in its optim/optimizer.py, 0.50.2;
 bandwidth comes from the PCI Express Base Specification. The device of `timeline` is a model that has a capacity and
 nothing else. The library's own Pages move its pages.
-
-Not here: pages that hold bytes (optim/paging.py), the optimizer (optim/paged_adamw.py).
 """
 
 from collections import OrderedDict
@@ -36,20 +34,12 @@ def adapter(model: Shape, r: int) -> list[int]:
 
 
 def pageable_share(numels: Sequence[int], least: int = PEERS_LEAST) -> float:
-    """Return the share of elements in tensors of at least `least` elements, the ones that bitsandbytes can page.
-
-    >>> pageable_share([100_000, 300_000, 99_999, 1])
-    0.8
-    """
+    """Return the share of elements in tensors of at least `least` elements, the ones that bitsandbytes can page."""
     return sum(n for n in numels if n >= least) / sum(numels)
 
 
 def state_bytes(numels: Iterable[int], bits: int) -> int:
-    """Count the bytes of both moments of these parameters in PagedAdamW's layout. bits: 32 or 8.
-
-    >>> state_bytes([256], 32), state_bytes([256], 8)
-    (2048, 520)
-    """
+    """Count the bytes of both moments of these parameters in PagedAdamW's layout. bits: 32 or 8."""
     together, nbytes = UNIT[bits]  # elements of a unit, and bytes of both their moments
     return sum(-(-n // together) for n in numels) * nbytes
 
@@ -97,11 +87,7 @@ def replay(asked: Iterable[int], frames: int) -> tuple[list[Access], dict[int, i
 
 
 def faults_of_a_step(order: Sequence[int], frames: int) -> int:
-    """Count the faults of every step after the first, if each step asks for pages in this order.
-
-    >>> faults_of_a_step(range(10), frames=10), faults_of_a_step(range(10), frames=9)
-    (0, 10)
-    """
+    """Count the faults of every step after the first, if each step asks for pages in this order."""
     accesses, _ = replay([*order, *order], frames)
     return sum(access.fault for access in accesses[len(order) :])
 

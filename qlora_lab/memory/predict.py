@@ -2,7 +2,6 @@
 
     predict_memory("smollm2-135m", method="qlora", r=16) -> Ledger: rows of (what, formula, count, dtype, bytes)
 
-In: what shape_of takes, and the fields of Setup. Out: a Ledger whose measured column is empty; measured.py fills it.
 Weights, constants, adapters, gradients and moments are exact to the byte; activations are those of this library's
 layers; CUDA's own memory is an assumption, as a note says.
 Source: QLoRA section 3; for the loss, train/loss.py: only rows with a label go through the head, so logits are
@@ -66,9 +65,6 @@ def _notes(setup: Setup) -> tuple[str, ...]:
     return LETTERS, labels, more
 
 
-# -------------------------------------------------------------------------------------------------------------- weights
-
-
 def _weights(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     linears = [(linear, shape.layers) for linear in shape.linears]
     numel = sum(times * linear.numel for linear, times in linears)
@@ -105,9 +101,6 @@ def _quantized(linears: list[tuple[LinearShape, int]], setup: Setup) -> Iterator
         yield _row(WEIGHTS, "absmax", count, "float32", f"weights / {size}")
     tables = layers * 2**bits + setup.double_quant * MAP_BYTES // FLOAT32
     yield _row(WEIGHTS, "tables", tables, "float32", f"{2**bits} a layer{' + 256' * setup.double_quant}")
-
-
-# ------------------------------------------------------------------------------------------------------ what is trained
 
 
 def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
@@ -159,14 +152,11 @@ def _moments(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     yield LedgerRow(MOMENTS, "step counters", "1 for each trained tensor", tensors, "float32", FLOAT32 * tensors)
 
 
-# ---------------------------------------------------------------------------------------- what a step needs for a while
-
-
 def _activations(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     for kept in (*kept_by_layers(shape, setup), *kept_after_layers(shape, setup)):
         yield LedgerRow(ACTIVATIONS, kept.kind, kept.formula, kept.count, kept.dtype, kept.nbytes, when=UNTIL_BACKWARD)
     if setup.gradient_checkpointing:
-        again = kept_by_layer(shape, setup, first=False)  # one layer at a time is there in full
+        again = list(kept_by_layer(shape, setup, first=False))  # one layer at a time is there in full
         size = sum(kept.nbytes for kept in again)
         count = sum(kept.count for kept in again)
         yield LedgerRow(ACTIVATIONS, "a layer computed again", "one layer's", count, "mixed", size, when=IN_BACKWARD)

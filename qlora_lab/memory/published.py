@@ -5,8 +5,6 @@
 Source: slides on QLoRA (their tables of bits per parameter, and of GB at 70 billion); QLoRA (arXiv 2305.14314) sections
 1 to 3, tables 1 and 6, figure 6; LoRA (arXiv 2106.09685) section 4.2.
 GB is 10^9 bytes here, MiB 2^20; if a source says MB and means MiB, the formula says so.
-
-Not here: the ledger that replaces them (predict.py).
 """
 
 from collections.abc import Iterator
@@ -59,20 +57,12 @@ def replay_published() -> tuple[Replay, ...]:
 
 
 def constant_bits(block_size: int = 64, group_size: int = GROUP_SIZE) -> tuple[float, float]:
-    """Count the bits per weight of the constants: in float32, and after double quantization.
-
-    >>> constant_bits(64, 256)
-    (0.5, 0.126953125)
-    """
+    """Count the bits per weight of the constants: in float32, and after double quantization."""
     return 32 / block_size, 8 / block_size + 32 / (block_size * group_size)  # paper, section 3: 0.373 bits saved
 
 
 def slides_gb(method: str, parameters: float = 70e9) -> float:
-    """Sum the slides' bits for a model of this size, in GB. method: "full", "lora" or "qlora".
-
-    >>> [round(slides_gb(method)) for method in ("full", "lora", "qlora")]
-    [840, 154, 49]
-    """
+    """Sum the slides' bits for a model of this size, in GB. method: "full", "lora" or "qlora"."""
     return sum(SLIDES[method]) * parameters / 8 / GB
 
 

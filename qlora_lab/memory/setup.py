@@ -1,10 +1,8 @@
 """Describe the run that a memory ledger predicts: how the model is loaded, adapted, fed and optimised.
 
-In: the user's numbers and names. Out: one frozen Setup, whose defaults are those of load, add_lora and Settings.
+Defaults are those of load, add_lora and Settings.
 Source: QLoRA section 3, equation 5, for the method. `adapter_dtype` covers the dtype policies of other libraries: PEFT
 keeps adapters in float32, as this library does; TRL casts them to bf16.
-
-Not here: the model's sizes (shape.py).
 """
 
 from dataclasses import dataclass
@@ -76,11 +74,6 @@ class Setup:
         check_number("learned", self.learned, lambda share: 0 <= share <= 1, "from 0 to 1")
         check_block_size(self.block_size)
         codebook(self.codebook)
-
-    @property
-    def element(self) -> int:
-        """Bytes of one element of `dtype`."""
-        return BYTES[self.dtype]
 
     @cached_property
     def code_bits(self) -> int:

@@ -3,8 +3,6 @@
 In: a known name, a folder with config.json, that file, a configuration (a dict, or one of transformers), or a model.
 Out: a Shape. Families: llama, mistral and qwen2, which differ only in their biases.
 Source: "LLaMA", table 2, for models known by name alone; field names and defaults are those of transformers.
-
-Not here: bytes (predict.py).
 """
 
 from collections.abc import Mapping
@@ -145,6 +143,9 @@ def _from_config(config: dict, where: str) -> Shape:
         )
     sizes = {name: _size(config, name, where) for name in NEEDED}
     heads = sizes["num_attention_heads"]
+    # Configurations omit fields that equal the default of transformers, or set them to null.
+    defaults = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
+    filled = defaults | {name: value for name, value in config.items() if value is not None}
     return Shape(
         name=str(config.get("_name_or_path") or where),
         family=family,
@@ -152,19 +153,14 @@ def _from_config(config: dict, where: str) -> Shape:
         hidden=sizes["hidden_size"],
         inner=sizes["intermediate_size"],
         heads=heads,
-        # Configurations omit fields that equal the default of transformers.
-        key_value_heads=_size({"num_key_value_heads": heads} | _set_fields(config), "num_key_value_heads", where),
-        head_dim=_size({"head_dim": sizes["hidden_size"] // heads} | _set_fields(config), "head_dim", where),
+        key_value_heads=_size(filled, "num_key_value_heads", where),
+        head_dim=_size(filled, "head_dim", where),
         vocabulary=sizes["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         attention_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
         output_bias=family == "llama" and bool(config.get("attention_bias", False)),
         mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
     )
-
-
-def _set_fields(config: dict) -> dict:
-    return {name: value for name, value in config.items() if value is not None}
 
 
 def _size(config: dict, name: str, where: str) -> int:

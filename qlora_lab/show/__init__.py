@@ -6,6 +6,4 @@ source.py    a function -> its highlighted source: `show_source`
 explorer.py  controls + figure + one sentence of numbers: `Explorer`
 live.py      a Training -> its Run, watched and stopped in a notebook: `live`
 check.py     a student's answer -> "correct" or a hint: `check`
-
-Not here: any function that computes a number for the reader's own use; the rooms before this one hold those.
 """

@@ -1,13 +1,8 @@
 """The block size explorer: a budget of bits, the block size that it buys each layer, and the gain of this mix.
 
-In: Choices, the errors and bits of each candidate in each layer. State: budget. The picture: on the left a map of the
-model with a row for each block of layers and a column for each projection, coloured by the chosen candidate, and the
-number of layers for each; on the right bits against error, of the best mix for every budget and of one candidate for
-all layers.
-
-The explorer computes the mixes for all budgets once; the slider looks one up.
-
-Not here: errors (measure/sensitivity.py), and the search for a mix (measure/best_plan.py).
+State: budget. The picture: on the left a map of the model with a row for each block of layers and a column for each
+projection, coloured by the chosen candidate, and the number of layers for each; on the right bits against error, of the
+best mix for every budget and of one candidate for all layers.
 """
 
 import math
@@ -74,11 +69,7 @@ def places(layers: tuple[str, ...]) -> tuple[list[int], list[str], dict[str, tup
 
 
 def names_of(candidates: tuple[Candidate, ...]) -> dict[Candidate, str]:
-    """Name candidates as briefly as tells them apart.
-
-    >>> list(names_of((Candidate("nf4", 64, False), Candidate("nf4", 64, True))).values())
-    ['64', '64, double']
-    """
+    """Name candidates as briefly as tells them apart."""
     several = len({c.codebook for c in candidates}) > 1  # else the name of the codebook says nothing
     return {
         c: f"{c.codebook + ' ' if several else ''}{c.block_size}{DOUBLE if c.double_quant else ''}" for c in candidates
@@ -94,7 +85,7 @@ class BlockSizeExplorer(Explorer):
 
     def __init__(self, choices: Choices, **state):
         self.choices = choices
-        self.plans = {budget: best_plan(choices, budget) for budget in stops(choices)}  # the solver runs for each
+        self.plans = {budget: best_plan(choices, budget) for budget in stops(choices)}  # the solver runs once for each
         pairs = ((candidate, uniform(choices, candidate)) for candidate in choices.candidates)
         self.uniform = sorted(pairs, key=lambda pair: pair[1].bits_per_parameter)  # the order of the colours
         self.names = names_of(choices.candidates)

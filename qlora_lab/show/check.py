@@ -1,16 +1,13 @@
 """Turn a student's answer into one printed line: a prompt, "correct", or the first difference and a hint.
 
-In: an answer (number, text, list, array, tensor, or a function with cases to try) and the expected one, which the
-notebook gets from the library. Out: a line of text, the same on every machine. It never prints the expected answer and
-raises nothing, so a notebook with open exercises runs to its end.
+An answer is a number, a text, a list, an array, a tensor, or a function with cases to try. The line never shows the
+expected answer, and nothing is raised, so a notebook with open exercises runs to its end.
 
     check(levels, ql.codebook("nf4"), name="levels", hints=["Count the levels below zero.", "Is 0.0 one of yours?"])
     check(my_pack, pack, cases=[(torch.tensor([1, 2, 3]),)], name="my_pack", hints=["Which nibble comes first?"])
 
 The hints get stronger: the first wrong answer shows the first hint, the next one the second. So attempts are counted by
 name, as long as the kernel lives, because a student answers by running the same cell again.
-
-Not here: marks, or a file of results.
 """
 
 import copy

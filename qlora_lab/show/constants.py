@@ -3,8 +3,6 @@
 State: block_size, group_size, outlier, mean_offset. The picture: on the left the bytes of 2,048 weights, before and
 after double quantization, a cell for each byte and 32 in a column, so that the axis shows bits per parameter; on the
 right the shift of the weights by each table of 8 bits, as a share of the squared error of NF4 itself.
-
-Not here: rounding and errors (measure/constants.py), the formula of bits (memory/published.py).
 """
 
 from functools import lru_cache
@@ -46,11 +44,7 @@ def quantised(block_size: int, outlier: int) -> tuple[QuantizedTensor, torch.Ten
 
 
 def cells(start: float, stop: float) -> list[list[tuple[float, float]]]:
-    """Outline the bytes from number `start` to `stop`, fractions too, column by column; x in bits per parameter.
-
-    >>> cells(0, 0.5)
-    [[(0.0, 0), (0.125, 0), (0.125, 0.5), (0.0, 0.5)]]
-    """
+    """Outline the bytes from number `start` to `stop`, fractions too, column by column; x in bits per parameter."""
     outlines = []
     while start < stop:
         column, top = divmod(start, ROWS)

@@ -7,7 +7,6 @@ CodebookExplorer. State: levels, block_size. The picture: the levels over a hist
 their codes, and the error they leave beside that of other data types. A bar that leaves its axis ends in an arrow.
 
 "Error" is squared error over squared weight. Without weights of your own both explorers show normal ones.
-Not here: the handles (levels.py), rounding (quant/codebook.py), errors and counts (measure/).
 """
 
 import numpy as np

@@ -1,10 +1,7 @@
 """Show foreign names and texts letter by letter in pictures, HTML and Markdown, whatever characters they hold.
 
-In: the name of a layer or a model, a token, a function's source. Out: text for matplotlib, for HTML, or for Markdown.
 Source: matplotlib's mathtext stands between two dollar signs; JupyterLab's MathJax looks for them in HTML outputs too,
 text by text; a fence of CommonMark (section 4.5) ends at a line of as many backticks.
-
-Not here: attributes of HTML, for which html.escape is enough.
 """
 
 import html
@@ -21,20 +18,12 @@ def for_picture(text: str) -> str:
 
 
 def for_html(text: str) -> str:
-    """Escape `text` as the content of an element. Each dollar sign gets its own element, so MathJax finds no pair.
-
-    >>> for_html("<b>$x$</b>")
-    '&lt;b&gt;<span>$</span>x<span>$</span>&lt;/b&gt;'
-    """
+    """Escape `text` as the content of an element. Each dollar sign gets its own element, so MathJax finds no pair."""
     return html.escape(text).replace("$", "<span>$</span>")
 
 
 def fenced(code: str, language: str = "") -> str:
-    """Make `code` a block of Markdown, with a fence longer than any in the code.
-
-    >>> fenced("1 + 2", "python").splitlines()
-    ['```python', '1 + 2', '```']
-    """
+    """Make `code` a block of Markdown, with a fence longer than any in the code."""
     fence = _longer_than_any(code, 3)
     return f"{fence}{language}\n{code}\n{fence}"
 

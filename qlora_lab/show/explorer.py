@@ -1,7 +1,5 @@
 """An explorer: a few named controls, one picture, one sentence of numbers. It holds no maths.
 
-In: a state (a plain dict, one value per control). Out: a live widget, a PNG, and a sentence that nbval compares.
-
 A subclass writes five short methods, none about widgets or browsers: `controls`, `compute`, `draw`, `update` and
 `describe`. `Explorer(**state)` is reproducible: the same state gives the same bytes, and `.code()` is the line to copy.
 

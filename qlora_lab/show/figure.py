@@ -1,13 +1,8 @@
 """Show matplotlib figures as `<img alt=...>`, so that a page reads on paper, on a code host and in a screen reader.
 
-In: a `matplotlib.figure.Figure` and one sentence with its key numbers (the alt text, required).
-Out: `picture` -> an object that Jupyter shows; `Blit` -> PNG bytes of the same figure again and again, fast.
-
 nbval compares the alt text but never the pixels, so the numbers in the alt text guard a stored figure. pyplot is never
 imported: it keeps each figure alive and would print it twice. The panel is white, since black ink on a transparent one
 cannot be read in Lab's dark theme.
-
-Not here: what the figure shows (one file per picture), and controls (slider.py).
 """
 
 import base64

@@ -4,8 +4,6 @@ State: weights, block_size, tile, program. The picture: on the left every weight
 byte; on the right the eight codes of the last word that the program loads, where an odd tail shows.
 
 The library's own tile is larger than this map.
-
-Not here: the indices (gpu_code/touched.py), and values: show/normal_float.py shows what a code stands for.
 """
 
 from matplotlib.collections import LineCollection

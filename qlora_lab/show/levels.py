@@ -1,13 +1,9 @@
 """A codebook in the reader's hands: `Levels`, 16 handles on an axis, to drag or to move by keys.
 
-In: levels, ascending, in [-1, 1]. Out: an ipywidgets widget whose `.value`, 16 floats, can be observed.
-
 Handles are nested SVG elements placed in percent, so they keep their size when the control is narrow. A press takes the
 nearest handle, wherever it lands: two handles a step apart overlap, and a finger covers three.
 A moved level lies on a grid of hundredths, at least a step from its neighbours; the others keep their values.
 Messages are few: ipywidgets keeps one on its way, and only the last of those that wait.
-
-Not here: the error of these levels (data_types.py).
 """
 
 import anywidget
@@ -22,11 +18,7 @@ PER_UNIT = 100  # steps from 0 to 1
 
 
 def shortest(levels: torch.Tensor) -> tuple[float, ...]:
-    """Turn float32 levels into the shortest floats that round to them again, for a line that a reader can copy.
-
-    >>> shortest(torch.tensor([-0.1, 0.7]))
-    (-0.1, 0.7)
-    """
+    """Turn float32 levels into the shortest floats that round to them again, for a line that a reader can copy."""
     return tuple(float(str(level)) for level in levels.numpy())  # numpy prints a float32 so
 
 
@@ -36,9 +28,6 @@ class Levels(anywidget.AnyWidget):
     Left and right move the focused level by 0.01, with Shift by 0.1; Home and End take it to its neighbours. A level
     that is dragged close to zero becomes exactly zero; keys reach 0.01 and -0.01, too.
     span: the places of -1 and 1, as shares of the control's width, to match the axis of a picture below.
-
-    >>> Levels("Levels", torch.linspace(-1, 1, 16)).value[:2]
-    (-1.0, -0.8666667)
     """
 
     description = T.Unicode().tag(sync=True)

@@ -9,8 +9,6 @@ With `await` the kernel (ipykernel 7.4 or newer) serves widgets between two step
 cells. Without `await` a cell serves none before its end, and an older kernel never does. An interrupt always works.
 
 The thin grey curve is the mean length of a step's examples. With group_by_length it is a saw, and so is the loss.
-
-Not here: the loop (train/trainer.py).
 """
 
 import asyncio
@@ -46,9 +44,6 @@ async def live(training: Training) -> Run:
     The button ends the run after the current step; the Run then has ended == "asked to stop", and a Training with
     resume=True continues it. Raises whatever `finetune` raises: an interrupt of the kernel, like training.stop(), is a
     KeyboardInterrupt once all is saved. Without a notebook it trains with the progress bar alone.
-
-    >>> asyncio.iscoroutinefunction(live)
-    True
     """
     kernel, display = _notebook()
     plot = LivePlot(training) if kernel else None

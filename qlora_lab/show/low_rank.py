@@ -2,8 +2,6 @@
 
 State: r, size, decay. The picture: the target, its best approximation of rank r, and the residual, all in one range of
 colours; on the right the target's singular values, kept up to r and cut off beyond it.
-
-Not here: the best product and its error (measure/low_rank.py).
 """
 
 from matplotlib.collections import LineCollection

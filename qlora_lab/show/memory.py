@@ -4,8 +4,7 @@ State: model, codebook, block_size, double_quant, r, length, rows, gradient_chec
 top a bar for each method with the groups of the ledger at the peak of a step, and lines where a card ends; a bar that
 leaves the picture has its number at the edge. Below it the bar of QLoRA alone, stretched to 100 %.
 
-Cards are counted in GiB, which their makers call GB. Not here: bytes (memory/predict.py), and the changes that make a
-run fit (memory/fit.py).
+Cards are counted in GiB, which their makers call GB.
 """
 
 from matplotlib.axes import Axes
@@ -45,11 +44,7 @@ Rectangle = list[tuple[float, float]]  # four corners
 
 
 def at_peak(ledger: Ledger, phase: str | None = None) -> dict[str, int]:
-    """Sum the predicted bytes of each group in a phase, by default the peak's; zeros included.
-
-    >>> sum(at_peak(predict_memory("llama-7b")).values()) == predict_memory("llama-7b").peak
-    True
-    """
+    """Sum the predicted bytes of each group in a phase, by default the peak's; zeros included."""
     return dict.fromkeys(GROUPS, 0) | ledger.groups_at(phase or ledger.phase)
 
 

@@ -3,8 +3,6 @@
 State: bits, offset, symmetric. The picture: on the left the normal density that the rule assumes, cut off at `offset`
 and stretched to [-1, 1], with a line for each level; on the right the share of each code on normal weights in blocks of
 64, against the equal share that the rule aims for.
-
-Not here: the levels (quant/codebook.py), the use of their codes (measure/code_use.py).
 """
 
 from functools import partial

@@ -4,8 +4,6 @@ State: budget, page_size, r, bits, time. The picture: on the left every page of 
 order in which a step asks for them; on the right the frames, coloured by the time of the last request for their page.
 
 It shows what Pages does if nothing is fetched ahead; tests/show/test_page_table.py compares the two.
-
-Not here: counting (memory/paging_trace.py), and bytes.
 """
 
 import math
@@ -117,15 +115,9 @@ class PageTableExplorer(Explorer):
         ]
         ages = [Line2D([], [], mfc=colour, **square) for colour in (AGES(1.0), AGES(0.0), "#ffffff")]
         ages[0] = (ages[0], kinds[FAULT][1])
-        below = {
-            "loc": "upper left",
-            "bbox_to_anchor": (0, 0),
-            "frameon": False,
-            "fontsize": 11.5,
-            "borderaxespad": 0.2,
-        }
-        left.legend(kinds, KINDS, ncols=2, handletextpad=0.2, columnspacing=0.6, **below)
-        right.legend(ages, ["asked for last", "leaves next", "free"], handletextpad=0.2, **below)
+        key = {"loc": "upper left", "bbox_to_anchor": (0, 0), "frameon": False, "fontsize": 11.5, "borderaxespad": 0.2}
+        left.legend(kinds, KINDS, ncols=2, handletextpad=0.2, columnspacing=0.6, **key)
+        right.legend(ages, ["asked for last", "leaves next", "free"], handletextpad=0.2, **key)
         return fig, [*self.pages.artists, *self.frames.artists, *self.marks.values(), self.used]
 
     def update(self, result):

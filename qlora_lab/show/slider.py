@@ -1,15 +1,11 @@
 """Named controls for notebooks: `Slider`, `Toggle` and `Button`.
 
-In: a name, a start value, the allowed values. Out: an ipywidgets widget whose `.value` can be observed.
-
 But: why not the sliders of ipywidgets? They have no accessible name, and while one of them has the focus, typing "a" or
 "b" inserts cells in JupyterLab (measured). Here each control is a native HTML input: it has a name, the slider speaks
 its unit, and Lab's shortcuts are off on the input itself (on a wrapper the attribute has no effect).
 
 A slider is a list of allowed values and a position in it, and the browser moves only the position. So integers, floats,
 powers of two and words are one case, and JavaScript never rounds a float.
-
-Not here: layout and drawing (explorer.py).
 """
 
 import math
@@ -34,9 +30,6 @@ class Slider(anywidget.AnyWidget):
 
     A start value between two steps becomes a step of its own: Slider("Offset", 0.9677083, Steps(0.9, 1.0, 0.01)) has
     the paper's exact value between 0.96 and 0.97.
-
-    >>> Slider("Block size", 64, choices=[16, 32, 64, 128], unit="weights")
-    Slider('Block size', 64, unit='weights')
     """
 
     description = T.Unicode().tag(sync=True)  # its accessible name
@@ -81,7 +74,7 @@ class Slider(anywidget.AnyWidget):
             self._rule = f"from {choices.low} to {choices.high} in steps of {choices.step}"
         else:
             self.choices = tuple(choices)
-            self._rule = _listed(self.choices)
+            self._rule = f"one of {', '.join(map(repr, self.choices))}"
         start = self._find(description, value)  # ValueError if it is not a choice
         labels = [f"{c:.7g}" if isinstance(c, float) else str(c) for c in self.choices]  # float32 has 7 digits
         super().__init__(description=description, unit=unit, labels=labels, position=start, value=self.choices[start])
@@ -118,11 +111,7 @@ class Slider(anywidget.AnyWidget):
 
 
 class Toggle(anywidget.AnyWidget):
-    """A named checkbox; `.value` is True or False.
-
-    >>> Toggle("Symmetric", True)
-    Toggle('Symmetric', True)
-    """
+    """A named checkbox; `.value` is True or False."""
 
     description = T.Unicode().tag(sync=True)
     value = T.Bool().tag(sync=True)
@@ -160,11 +149,7 @@ class Toggle(anywidget.AnyWidget):
 
 
 class Button(anywidget.AnyWidget):
-    """A button; `.clicks` counts the presses, so `observe(..., "clicks")` is its event.
-
-    >>> Button("Reset")
-    Button('Reset')
-    """
+    """A button; `.clicks` counts the presses, so `observe(..., "clicks")` is its event."""
 
     description = T.Unicode().tag(sync=True)
     clicks = T.Int(0).tag(sync=True)  # the browser counts
@@ -220,7 +205,3 @@ def _nearest(value, choices):
         return f"Nearest: {min(choices, key=lambda c: abs(c - value))!r}."
     except TypeError:  # no distance between words
         return f"Try {choices[0]!r}."
-
-
-def _listed(choices):
-    return "one of " + ", ".join(repr(c) for c in choices)

@@ -1,12 +1,7 @@
 """Show a function's source where the reader stands, so that the notebook stays thin and the code stays visible.
 
-In: Python functions. Out: `show_source` -> an object that Jupyter shows as highlighted code; `source_html` -> HTML for
-a widget; `called_functions` -> the library functions that a function calls, read from its syntax tree.
-
 `show_source` is Markdown, not HTML: Lab and code hosts highlight it in the reader's own theme, and a stored notebook
 holds the source alone, so a new release of pygments changes no notebook.
-
-Not here: explorers (explorer.py).
 """
 
 import ast
@@ -58,12 +53,8 @@ def called_functions(function):
     names = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)]
     names.sort(key=lambda n: (n.lineno, n.col_offset))  # ast.walk goes level by level
     called = [_resolve(n, function.__globals__) for n in names]
-    called = [f for f in called if isinstance(f, FunctionType) and _in_library(f) and f is not function]
-    return list(dict.fromkeys(called))
-
-
-def _in_library(function):
-    return function.__module__.split(".")[0] == _LIBRARY
+    called = [f for f in called if isinstance(f, FunctionType) and f is not function]
+    return [f for f in dict.fromkeys(called) if f.__module__.split(".")[0] == _LIBRARY]
 
 
 def _resolve(node, names):

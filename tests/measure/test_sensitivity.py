@@ -8,12 +8,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qlora_lab import cli
-from qlora_lab.measure.best_plan import Candidate, best_plan, load_plan, uniform
+from qlora_lab.measure.best_plan import best_plan, uniform
 from qlora_lab.measure.sensitivity import choices_of, sensitivity
 from qlora_lab.memory.measured import measure_memory
 from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.model.load import load
 from qlora_lab.model.quantized_folder import quantize_folder
+from qlora_lab.quant.plan import Candidate, load_plan
 from qlora_lab.quant.quantize import dequantize, quantize
 
 CANDIDATES = [Candidate("nf4", 32, False), Candidate("nf4", 128, False), Candidate("nf3", 64, True)]

@@ -19,21 +19,13 @@ from qlora_lab.measure import in_place, sweep as module
 from qlora_lab.measure.code_use import code_counts
 from qlora_lab.measure.in_place import Source, Variant, quantised_in_place
 from qlora_lab.measure.perplexity import perplexity
-from qlora_lab.measure.results_file import (
-    FIGURES,
-    IDENTITY,
-    START,
-    append_result,
-    open_results,
-    read_results,
-    verify_rows,
-)
+from qlora_lab.measure.results_file import ROW, START, append_result, open_results, read_results, verify_rows
 from qlora_lab.measure.sweep import sweep, variants
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.load import load
 from qlora_lab.model.quantized_folder import quantize_folder
 from qlora_lab.quant.quantize import dequantize, quantize
-from qlora_lab.train.verify import DIFFERS, OK, UNKNOWN
+from qlora_lab.train.verify import DIFFERS, OK
 
 TEXT = "the sum of the two numbers is a number, and nothing else. " * 4
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,7 +118,7 @@ def test_a_row_says_where_it_comes_from(folder, results):
     assert row["data"]["text_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
     assert {"processor", "GPU", "instructions"} <= row["machine"].keys()
     assert row["versions"]["torch"] == torch.__version__ and row["seconds"] > 0
-    assert row.keys() == {*IDENTITY, *FIGURES, "seed", "date", "commit", "machine", "seconds", "sha256"}
+    assert row.keys() == {*ROW, "seed", "date", "commit", "machine", "seconds", "sha256"}
     assert json.loads(results.read_text()) == row and results.read_bytes().startswith(START)
     (folder / "source.json").write_text('{"source": "a wheel"}')
     assert module._model_record("known", folder)["source"] == "a wheel"
@@ -312,8 +304,8 @@ def test_every_bit_of_a_row_is_covered_by_its_checksum(folder, results, capsys):
         assert [part.state for part in verify_rows(results)] == [DIFFERS, OK]
     results.write_bytes(first + second[:-9])
     assert cli.main(["verify", str(results)]) == 1 and "row 2  differs" in capsys.readouterr().out
-    results.write_bytes(first + text + b"\n")
-    assert [part.state for part in verify_rows(results)] == [OK, UNKNOWN]
+    results.write_bytes(first + text + b"\n")  # a row that has lost its checksum
+    assert [part.state for part in verify_rows(results)] == [OK, DIFFERS]
 
 
 def test_a_file_without_end_is_not_read_to_be_verified(tmp_path, capsys):
@@ -352,20 +344,13 @@ def test_what_editors_and_power_cuts_do_to_a_file(folder, results, counted):
         assert quiet(folder, FOUR[:2], results) == rows and counted["n"] == 2
 
 
-def test_rows_of_an_older_version_stay_and_are_left_out(folder, results, counted):
+@pytest.mark.parametrize("lacking", ["quantiser", "entropy", "weights_sha256", "config_sha256"])
+def test_a_row_that_lacks_a_field_is_refused(folder, results, lacking):
     (row,) = quiet(folder, [Variant(None)], results)
-    for lacking in ("quantiser", "entropy", "config_sha256"):
-        old = json.loads(json.dumps(row))
-        (old["model"] if lacking == "config_sha256" else old).pop(lacking)
-        results.write_text(json.dumps(old) + "\n")
-        with pytest.warns(
-            UserWarning, match=f"1 of 1 rows lack a field of today's rows, such as '{lacking}': they stay"
-        ):
-            assert read_results(results) == []
-    with pytest.warns(UserWarning, match="config_sha256"):
-        quiet(folder, [Variant(None)], results)
-    first, second = map(json.loads, results.read_text().splitlines())
-    assert counted["n"] == 2 and first == old and second.keys() == row.keys()
+    (row["model"] if lacking.endswith("sha256") else row).pop(lacking)
+    results.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=rf"line 1 is not a row of a sweep \(.*'{lacking}'.*\): mend it"):
+        read_results(results)
 
 
 def test_two_sweeps_do_not_write_to_one_file(folder, results, counted):
