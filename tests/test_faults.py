@@ -51,7 +51,7 @@ COMMANDS = {  # the command, and what the second try adds
     "finetune --overwrite": (f"{FINETUNE} --overwrite", ""),
     "finetune --optimizer-budget": (f"{FINETUNE} --optimizer-budget 2080", "--resume"),
 }
-FEW = {"sweep": 99, "block-size": 99, "quantize": 3, "fetch": 3}  # points of the fast tests; one of the others
+FEW = {"sweep": 99, "block-size": 99, "quantize": 3, "fetch": 3}  # points; one of the others
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,8 @@ def try_point(case: Case, capsys, number: int, new: dict[str, object], **options
         assert contents(case.root) == new, (where, said)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("finetune", "finetune --overwrite")]
-
-
-@pytest.mark.parametrize("name", [*FEW, *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FEW, "finetune", "finetune --overwrite"])
 def test_some_faults_of_each_command(case, capsys, name):
     one = case(name)
     new, count = whole(one)

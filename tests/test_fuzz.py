@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT = 3000  # in about three seconds of one processor
 
 
+@pytest.mark.slow
 def test_damaged_inputs_are_read_or_refused_as_documented(monkeypatch, tmp_path):
     monkeypatch.setattr(fuzz, "SECONDS", 60)  # a busy machine is no finding
     tallies = fuzz.fuzz(list(PARSERS), COUNT, 16, tmp_path, workers=1)

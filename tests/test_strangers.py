@@ -15,7 +15,7 @@ from tests import strangers
 from tests.model import test_fetch
 
 wheel = test_fetch.wheel
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 # What makes each command quick and complete, where it is not the argument under test. MODEL and others are made below.
 COMMANDS = {

@@ -28,7 +28,7 @@ def check_seed(seed: Any) -> None:
 def check_number(name: str, value: Any, allows: Callable[[float], bool], what: str) -> None:
     """Raise ValueError unless `value` is a finite number for which `allows` is true; `what` says it in words."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and abs(value) > MOST_FLOAT:
-        raise ValueError(f"{name}={short(value)} is not allowed: it is a number of at most {MOST_FLOAT} either way")
-    if not (is_number and allows(value)):  # false for NaN
-        raise ValueError(f"{name}={short(value)} is not allowed: it is {what}")
+    too_large = is_number and abs(value) > MOST_FLOAT
+    if not is_number or too_large or not allows(value):  # false for NaN
+        limit = f", at most {MOST_FLOAT} either way" if too_large else ""
+        raise ValueError(f"{name}={short(value)} is not allowed: it is {what}{limit}")

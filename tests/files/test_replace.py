@@ -204,6 +204,7 @@ def test_half_a_write_is_followed_by_the_rest():
     assert file.written == b"ten letters"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lasting", [False, True])
 def test_every_fault_of_save_adapter_leaves_the_old_one_or_the_new(tmp_path, tiny_llama, tokenizer, lasting):
     """All points of it, at a first save and over an earlier adapter."""

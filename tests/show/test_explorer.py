@@ -19,6 +19,7 @@ STATES = st.fixed_dictionaries(
 shared = RoundingExplorer()
 
 
+@pytest.mark.slow
 @given(STATES)
 @settings(max_examples=20, deadline=None)
 def test_a_state_and_its_explorer_are_one(state):

@@ -28,6 +28,8 @@ from qlora_lab.quant.codebook import codebook, midpoints, rounding
 from qlora_lab.quant.double_quant import dynamic_map
 from qlora_lab.quant.quantize import dequantize, quantize
 
+pytestmark = pytest.mark.slow  # seven seconds together
+
 ROWS, COLUMNS, RANK = 6, 64, 3
 bf16 = torch.bfloat16
 

@@ -21,9 +21,12 @@ from qlora_lab.quant.packing import pack
 from qlora_lab.quant.quantize import dequantize, dequantize_blocks, quantize, quantize_blocks
 from tests.kernels.conftest import weights
 
-pytestmark = pytest.mark.filterwarnings(  # numpy's, for 1e38 / 1e-38 and for inf / inf
-    "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning"
-)
+pytestmark = [
+    pytest.mark.slow,  # six seconds together
+    pytest.mark.filterwarnings(  # numpy's, for 1e38 / 1e-38 and for inf / inf
+        "ignore:overflow encountered:RuntimeWarning", "ignore:invalid value:RuntimeWarning"
+    ),
+]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
