@@ -169,6 +169,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def check_strength(alpha: float, dropout: float) -> None:
+    """Raise ValueError unless 0 < alpha <= 1,000,000 and 0 <= dropout < 1."""
     allowed = "a number above 0 and at most 1,000,000, usually r or 16"
     check_number("alpha", alpha, lambda alpha: 0 < alpha <= 1e6, allowed)
     check_number("dropout", dropout, lambda share: 0 <= share < 1, "a number from 0 to below 1, usually 0 to 0.1")

@@ -68,7 +68,7 @@ def finetune(
 
     data: "docstrings", a JSONL file (Alpaca, ShareGPT or OpenAI messages), or examples. options: any field of Settings,
     such as lr=1e-4 or batch_size=16; resume, overwrite and other_arithmetic, as in OutputOptions (run_options.py); and:
-    held_out: examples for evaluations, every `eval_every` steps. progress: show progress bars.
+    held_out: examples for evaluations every `eval_every` steps, which it needs. progress: show progress bars.
     Training flags and the random state are left as they were.
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
     example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other

@@ -196,6 +196,14 @@ def test_an_earlier_run_is_refused_before_the_model_is_loaded(capsys, tmp_path, 
     assert code == 2 and "holds an earlier run" in err
 
 
+def test_the_seed_of_the_command_line_is_the_adapters_too(capsys, tmp_path, folder, data, monkeypatch):
+    seeds = []
+    add_lora = cli.ql.add_lora
+    monkeypatch.setattr(cli.ql, "add_lora", lambda *args, **kw: seeds.append(kw.get("seed")) or add_lora(*args, **kw))
+    options = ["--model", folder, "--data", data, "--steps", 1, "--r", 2, "--held-out", 0, "--seed", 7]
+    assert run(capsys, "finetune", *options, "--out", tmp_path / "run")[0] == 0 and seeds == [7]
+
+
 def test_a_bug_is_not_blamed_on_the_user(monkeypatch):
     monkeypatch.setattr("qlora_lab.cli.ql.fetch", lambda *a, **k: 1 + "1", raising=False)
     with pytest.raises(TypeError):

@@ -162,6 +162,11 @@ def test_occupancy(arch, registers, shared, warps, expected):
     assert occupancy(arch, registers, shared, warps) == expected
 
 
+def test_an_unknown_arch_is_named():
+    with pytest.raises(ValueError, match="arch=86 is not known: choose one of"):
+        occupancy(86, 48, 0, 4)
+
+
 def test_roof_is_the_slowest_of_three():
     found = roof(H100, moved=3350e6, operations=0, dtype="bfloat16", instructions=0)
     assert (found.memory, found.product, found.seconds, found.bound) == (1e-3, 0, 1e-3, "memory")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -168,6 +169,15 @@ def test_a_closure_is_called_with_gradients():
 def test_errors_name_the_value(given, message):
     with pytest.raises(ValueError, match=message):
         PagedAdamW([torch.nn.Parameter(torch.ones(3))], **given)
+
+
+@pytest.mark.parametrize("lr", [np.float32(0.1), torch.tensor(0.1)])
+def test_a_rate_of_numpy_or_torch_is_one(lr):
+    """As torch.optim.AdamW takes it."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    PagedAdamW([parameter], lr=lr).step()
+    assert (parameter < 1).all()
 
 
 def test_parameters_of_another_device_are_refused():

@@ -257,7 +257,7 @@ def test_what_is_not_ours_is_told_in_one_line(tmp_path, folder, capsys):
     cases = {
         "nowhere": "is not a folder: name one that a command of qlora-lab made; `qlora-lab fetch MODEL` shows",
         "empty": "has no checksums",
-        folder: "has no checksums: qlora-lab did not write it, or their list is lost; write it again",
+        folder: "has no checksums: qlora-lab did not write it, or their list is lost: write the folder again",
         "notes.txt": "holds no row of a sweep",
         "": "the path is empty",
     }
