@@ -5,7 +5,8 @@
 Source: reports of users of other trainers: batches sorted by length make a sawtooth of the loss curve, and examples
 packed into one row without a mask attend to their neighbours.
 
-Nothing here changes the loss of a step: it is a sum over answer tokens, wherever they lie.
+How examples are laid out in rows does not change a step's loss, the mean over its answer tokens. Which examples make a
+step does.
 """
 
 import numpy as np

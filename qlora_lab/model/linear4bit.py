@@ -3,8 +3,8 @@
 In: x, (..., in_features) float32, bf16 or fp16. Out: y, (..., out_features), same dtype.
 Source: QLoRA section 3, equation 5. The weight is dequantised, used, and dropped. Backward dequantises it again instead
 of keeping it, so 0.5 byte a weight stays in memory, not 2 or 4. The frozen weight has no gradient, so x is not kept
-either, unless an adapter (lora.py) needs it. On the CPU there is never a whole copy of the weight: kernels/product.py
-decodes one panel at a time. There is no second derivative.
+either, unless an adapter (lora.py) needs it. The CPU kernels decode it one panel at a time (kernels/product.py). There
+is no second derivative.
 
 But: no inference mode that repacks anything. What a layer computes and saves never depends on train() or eval().
 """

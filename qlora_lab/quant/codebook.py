@@ -2,7 +2,8 @@
 
 In: a name ("nf4") or a recipe (bits, offset). Out: levels, (2^bits,) float32, within [-1, 1].
 Source: QLoRA (arXiv 2305.14314) section 3. NF4's values come from the authors' code. The paper's equation 4 cannot give
-them: its first and last levels are means with the quantiles of 0 and 1, which are infinite.
+them: as printed, its lowest level is a mean with the quantile of 0, which is infinite; with probabilities from 0 to 1,
+so is its highest.
 
 NormalFloat puts levels at quantiles of a normal distribution, as weights look normal (notebook 01 derives it in full):
   1. The outermost quantile is `offset`, short of 1, whose quantile is infinite: half a bin short, the mean for 2^k - 1
