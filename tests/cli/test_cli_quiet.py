@@ -66,7 +66,7 @@ def test_a_quiet_command_shows_no_progress(shown, command):
 def test_quiet_prints_results_alone_as_its_help_says(capsys):
     with pytest.raises(SystemExit):
         cli.main(["finetune", "--help"])
-    assert "print results alone: no progress bars, no notes" in " ".join(capsys.readouterr().out.split())
+    assert "print only results: no progress bars, no notes" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command, bars", [("finetune", ["training", "held-out loss", "answers", "tokens", "loading"])])
