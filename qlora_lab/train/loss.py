@@ -57,7 +57,7 @@ def accumulate(
 
 
 def held_out_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool = True) -> float:
-    """Return the mean cross entropy in nats over all answer tokens of the list. Raises ValueError for an empty list."""
+    """Return the mean cross entropy in nats over all answer tokens. Raises ValueError for an empty list."""
     if not encoded:
         raise ValueError("no held-out examples: the loss needs at least one")
     loss, labels = summed_loss(model, encoded, progress)
