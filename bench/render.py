@@ -102,11 +102,8 @@ def _floors(result: dict) -> list[str]:
             )
         if row := find(stock, "LoRA layer step", (4096, 11008), dtype, 256):
             clauses.append(f"the {dtype} layer step {1 / ratio(row, 'unquantised'):.2f} times the unquantised layer's")
-    text = (
-        "Compared with the least possible work, under the stock allocator: " + "; ".join(clauses) + "."
-        if clauses
-        else ""
-    )
+    opening = "Compared with the least possible work, under the stock allocator: "
+    text = opening + "; ".join(clauses) + "." if clauses else ""
     row = find(stock, "forward and backward", (11008, 4096), "bfloat16", 256)
     if row and all((row.get("peak_bytes") or {}).values()):
         mine, theirs = (row["peak_bytes"][name] / 2**20 for name in ("ours", PEER))
