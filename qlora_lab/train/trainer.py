@@ -165,7 +165,7 @@ class Training:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._begun:
-            raise ValueError("this Training was run before: make a new one, with resume=True to go on")
+            raise ValueError("this Training has already run: make a new one, with resume=True to continue")
         self._begun = True
         recycle_memory()  # page faults can cost more than the arithmetic of a step
         # It reads the whole base, so it comes before the engine, which may leave this process only a part of it.

@@ -197,7 +197,7 @@ def test_roofline_by_hand():
     assert found.memory == pytest.approx((0.5 * 2**21 + 3072 * 2) / 3350e9) and found.product == 0
     constants = replace(EXAMPLE, rung="double_dequantize", dtype="float32")
     assert aot.roofline(constants)[0].memory == pytest.approx(aot.roofline(EXAMPLE)[0].memory / 64)
-    with pytest.raises(ValueError, match="tokens=0 are not allowed: each is from 1 to 2,147"):
+    with pytest.raises(ValueError, match="tokens=0 are not allowed: each must be from 1 to 2,147"):
         aot.roofline(EXAMPLE, tokens=0)
 
 
@@ -232,7 +232,7 @@ def test_without_triton_there_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(aot, "find_spec", lambda name: None)
     monkeypatch.setattr(aot, "_compiled", {})
     assert cli.main(["kernels", "dequantize_nf4"]) == 2
-    assert "Triton is not installed" in capsys.readouterr().err
+    assert "Triton, which compiles the kernels, is not installed" in capsys.readouterr().err
 
 
 def test_without_bitsandbytes_there_is_one_sentence(monkeypatch):

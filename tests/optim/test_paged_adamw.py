@@ -162,7 +162,7 @@ def test_a_closure_is_called_with_gradients():
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) are not allowed"),
         ({"page_size": 12}, "page_size=12 is not allowed: choose a multiple of 8, at least 8 with 32 bits"),
         ({"page_size": 512, "bits": 8}, "page_size=512 is not allowed: choose a multiple of 8, at least 520"),
-        ({"bits": 16}, "bits=16 is not allowed: moments have 32 or 8"),
+        ({"bits": 16}, "bits=16 is not allowed: moments have 32 or 8 bits"),
         ({"page_size": 16, "budget": 8}, "budget=8 is not enough"),
     ],
 )

@@ -140,7 +140,9 @@ def test_a_resume_refuses_a_log_that_its_checkpoint_did_not_see(begun, model, to
     log.write_text(log.read_text().replace('"loss": ', '"loss": 1', 1))
     settings = Settings(steps=9, **OPTIONS | {"save_every": 2})
     options = {"held_out": EXAMPLES, "progress": False, "resume": True}
-    with pytest.raises(ValueError, match="log.jsonl is not what step 2 was saved with: restore it, or start anew"):
+    with pytest.raises(
+        ValueError, match="log.jsonl differs from the log saved at step 2: restore it, or start a new run"
+    ):
         Training(model, tokenizer, EXAMPLES, begun, settings, **options).run()
 
 
