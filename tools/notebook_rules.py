@@ -9,9 +9,11 @@ Not here: running notebooks (tools/notebooks.py) and comparing their outputs (nb
 """
 
 import ast
+import json
 import re
 
 LONGEST_CELL = 10
+LARGEST = 400_000  # bytes: a code host shows it, and a change to it can be read
 OPENING = ("You need", "Runs in", "Paper section", "After this you can")
 TAIL = ["Check yourself", "Exercises", "What we left out", "Next"]
 _NOT_COMPARED = re.compile(r"\bOutput\(|\binteract(ive_output|_manual)?\(|@interact\b|clear_output\(|display_id=")
@@ -23,7 +25,7 @@ def problems(notebook):
     """Every rule that the notebook breaks, in the order of its cells."""
     cells = [(i, c, "".join(c["source"])) for i, c in enumerate(notebook["cells"])]
     rules = (_runs, _code, _images, _headings, _opening)
-    return [sentence for rule in rules for sentence in rule(cells)]
+    return [sentence for rule in rules for sentence in rule(cells)] + list(_size(notebook))
 
 
 def unsolved(notebook):
@@ -101,6 +103,13 @@ def _sets_environment(statement):
     """os.environ["NAME"] = "text": some libraries read a switch when they are imported."""
     name = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0])
     return bool(name) and name.startswith("os.environ[") and isinstance(statement.value, ast.Constant)
+
+
+def _size(notebook):
+    size = len(json.dumps(notebook, indent=1, ensure_ascii=False).encode())
+    if size > LARGEST:
+        rule = f"the notebook has {size:,} bytes, at most {LARGEST:,}"
+        yield f"{rule}. Run `make notebooks`, which stores smaller pictures, or leave one out."
 
 
 def headings(markdown):

@@ -106,6 +106,14 @@ def test_stored_pictures_need_alt_text(stored):
     assert broken(stored) == []
 
 
+def test_a_notebook_has_at_most_400_kilobytes(stored):
+    stored.cells[3].outputs[1].data["text/plain"] = "x" * 398_000
+    assert broken(stored) == []
+    stored.cells[3].outputs[1].data["text/plain"] = "x" * 400_000
+    (sentence,) = broken(stored)
+    assert sentence.startswith("the notebook has 40") and "bytes, at most 400,000. Run `make notebooks`" in sentence
+
+
 def test_headings_in_fenced_code_do_not_count():
     assert headings("# A\n```\n# no\n```\n~~~sh\n## no\n~~~\n## B") == [(1, "A"), (2, "B")]
 
