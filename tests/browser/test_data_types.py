@@ -1,6 +1,6 @@
 """Notebook 06 in the real JupyterLab: its explorers follow keyboard and mouse, and every control has a name.
 
-Only the cells that the explorers need are run: the sweep takes minutes, and nbval runs it.
+Only the cells that the explorers need are run; nbval runs the others.
 """
 
 import base64
