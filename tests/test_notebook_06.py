@@ -18,7 +18,7 @@ ROWS = json.loads((ROOT / "bench" / "data_types_rows.json").read_text("utf-8"))
 
 
 def executed(source, **calls):
-    names = {"json": json, "Path": Path, "settings": [(None,)], "gettempdir": lambda: "folder"}
+    names = {"Path": Path, "settings": [(None,)], "gettempdir": lambda: "folder"}
     exec(source, names | {"ql": SimpleNamespace(__file__=ql.__file__, **calls)})
     return names
 
