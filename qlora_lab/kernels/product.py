@@ -69,7 +69,10 @@ class Race(NamedTuple):
 
 
 def race() -> Race:
-    """Return the race that was kept, else the one that the environment decides, else run one."""
+    """Return the race that was kept, else the one that the environment decides, else run one.
+
+    Raises ValueError if the environment names an unknown winner, or one that this build of torch lacks.
+    """
     if _kept:
         return _kept[-1]
     return _decided(os.environ[OVERRIDE]) if os.environ.get(OVERRIDE) else _timed()

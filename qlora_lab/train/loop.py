@@ -20,12 +20,15 @@ from qlora_lab.train.settings import Settings, learning_rate
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """The seed for what process `rank` draws in a step, whatever was drawn before it: a resumed run draws the same."""
+    """Return the seed for what process `rank` draws in a step.
+
+    It depends on nothing drawn before, so a resumed run draws the same.
+    """
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 def shuffled(examples: list, seed: int) -> list:
-    """The examples in a run's order. If a run needs only some of them, the first are a fair sample."""
+    """Return the examples in random order, so that the first few are a fair sample."""
     order = np.random.default_rng(seed).permutation(len(examples))
     return [examples[i] for i in order]
 

@@ -68,7 +68,7 @@ def finetune(
 
     data: "docstrings", a JSONL file (Alpaca, ShareGPT or OpenAI messages), or examples. options: any field of Settings,
     such as lr=1e-4 or batch_size=16; resume, overwrite and other_arithmetic, as in OutputOptions (run_options.py); and:
-    held_out: examples for evaluations, every `eval_every` steps. progress: show progress bars.
+    held_out: examples for evaluations every `eval_every` steps, which it needs. progress: show progress bars.
     Training flags and the random state are left as they were.
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
     example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other
@@ -165,7 +165,7 @@ class Training:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._begun:
-            raise ValueError("this Training was run before: make a new one, with resume=True to go on")
+            raise ValueError("this Training has already run: make a new one, with resume=True to continue")
         self._begun = True
         recycle_memory()  # page faults can cost more than the arithmetic of a step
         # It reads the whole base, so it comes before the engine, which may leave this process only a part of it.
