@@ -5,12 +5,14 @@ In: the notebook's dict. Out: a list of sentences, "cell N: what is wrong, what 
 The first rule closes silent gaps of nbval 0.11.0, which compares nothing in a cell that was never run, and cannot
 compare what goes through an Output widget. The other rules are the course's own.
 
-Not here: running notebooks (tools/notebooks.py) and comparing their outputs (nbval).
+Not here: what the prose claims (prose_rules.py), running notebooks (notebooks.py), comparing their outputs (nbval).
 """
 
 import ast
 import json
 import re
+
+from tools.prose_rules import unsupported
 
 LONGEST_CELL = 10
 LARGEST = 400_000  # bytes: a code host shows it, and a change to it can be read
@@ -24,7 +26,7 @@ _ALT = re.compile(r"\balt\s*=\s*(\"[^\"]*[^\"\s][^\"]*\"|'[^']*[^'\s][^']*')")
 def problems(notebook):
     """Every rule that the notebook breaks, in the order of its cells."""
     cells = [(i, c, "".join(c["source"])) for i, c in enumerate(notebook["cells"])]
-    rules = (_runs, _code, _images, _headings, _opening)
+    rules = (_runs, _code, _images, _headings, _opening, unsupported)
     return [sentence for rule in rules for sentence in rule(cells)] + list(_size(notebook))
 
 

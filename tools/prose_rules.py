@@ -14,18 +14,18 @@ notebook holds in another meaning, and a claim that holds only on some machines.
 
 import re
 
-_NO_PROSE = re.compile(r"`[^`]*`|</?\w+[^>]*>|\bnotebooks? \d\d\b|\b0\d\w*|^\s*(\*\*)?\d+\.(?=\s|\*)", re.M)
+_NO_PROSE = re.compile(r"`[^`]*`|</?\w+[^>]*>|\bnotebooks? \d\d\b|(?<![\d.,])0\d\w*|^\s*(\*\*)?\d+\.(?=\s|\*)", re.M)
 _ENTRY = r"\s*(?:- |\d+\. )"  # of a list
 _CONTROL = re.compile(r"\s*- \*\*[^*]+\*\*:")
 _SOURCE = re.compile(r"\]\(|arXiv|[Pp]aper|[Ss]lides?\b|data sheet|\(\d\d\)|\b(bench|docs)/|\((\D*, )?(19|20)\d\d\)")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
 _LITERAL = re.compile(r"(?<![\w.])\d[\d_,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 _POWER = re.compile(r"(?<![\w.)])(\d+) ?\*\* ?(\d+)\b")
-_UNITS = "zero one two three four five six seven eight nine".split()
-_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_LATER_TENS = [word for ten in _TENS for word in (ten, *(f"{ten}-{unit}" for unit in _UNITS[1:]))]
-_WORDS = {word: value for value, word in enumerate([*_UNITS, *_TEENS, *_LATER_TENS])}
+_UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_UNITS += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_COMPOUND = [word for ten in _TENS for word in (ten, *(f"{ten}-{unit}" for unit in _UNITS[1:10]))]
+_WORDS = {word: value for value, word in enumerate([*_UNITS, *_COMPOUND])}
 _MULTIPLE = re.compile(r"(more than )?\b(?:(twice)|([\w.-]+) times) (?:as|more|less)\b", re.I)
 _PROMISE = re.compile(r"\b(?:later|next|another|coming) notebook\b")
 
@@ -94,7 +94,8 @@ def _paragraphs(cells):
 
 
 def _stated(text):
-    """(as written, value, decimals) of each number in a paragraph: in digits, or in words above ten."""
+    """(as written, value, decimals) of each number in a paragraph, in digits or in words above ten, but no multiple."""
+    text = _MULTIPLE.sub(" ", text)
     for said in _NUMBER.findall(text):
         yield said, float(said.replace(",", "")), 20 if "e" in said else len(said.partition(".")[2])
     for said in re.findall(r"[a-z]+(?:-[a-z]+)?", text.lower()):
