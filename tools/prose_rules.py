@@ -43,7 +43,8 @@ def _numbers(cells):
         if i < first or sourced or _CONTROL.match(text):
             continue
         for said, value, decimals in _stated(text):
-            if not any(round(known * unit, decimals) == value for known in held for unit in (1, 100)):
+            units = (1, 100) if re.search(rf"{re.escape(said)} ?%", text) else (1,)
+            if not any(round(known * unit, decimals) == value for known in held for unit in units):
                 found = f"cell {i}: no output and no cell has the number {said!r}"
                 yield f"{found}. Print it, assert it in a guard, mend it, or name its source beside it."
 
