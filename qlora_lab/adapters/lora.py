@@ -61,7 +61,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dropping = self.training and self.dropout.p > 0  # base and adapter then read different x
-        exact = self.lora_A.dtype == self.lora_B.dtype == torch.float32  # unless someone set .data
+        exact = self.lora_A.dtype == self.lora_B.dtype == torch.float32  # a caller can set .data
         if isinstance(self.base, Linear4bit) and self.base.takes_adapter and exact and not dropping:
             return self.base(x, (self.lora_A, self.lora_B, self.scaling))  # the same as below, in one pass over x
         A = self.lora_A.to(x.dtype)  # (r, in)

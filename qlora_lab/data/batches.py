@@ -2,6 +2,7 @@
 
     Batches -> [example numbers] -> to_rows -> [[Encoded, ...], ...] -> collate_rows -> batch
 
+In: encoded examples. Out: input_ids, labels and position_ids or attention_mask, each (rows, longest) int64.
 Source: reports of users of other trainers: batches sorted by length give the loss curve a sawtooth shape, and examples
 packed into one row without a mask attend to their neighbours.
 

@@ -1,5 +1,6 @@
 """AdamW whose two moments lie in pages: it computes what torch.optim.AdamW does, in a fixed budget of memory.
 
+In: parameters with gradients. Changed in place: the parameters and the pages.
 Source: "Decoupled Weight Decay Regularization", algorithm 2; QLoRA section 3, "Paged Optimizers".
 
 All parameters lie one after another in the pages, so small ones, such as an adapter's, are paged too. With 32 bits a

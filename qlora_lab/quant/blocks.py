@@ -1,5 +1,6 @@
 """Blocks: each run of `block_size` neighbouring weights shares one constant, its largest magnitude.
 
+In: a weight of any shape. Out: blocks, (n_blocks, block_size) float32, and absmax, (n_blocks,) float32.
 Source: QLoRA section 2, "Block-wise k-bit quantization". The weight is flattened row by row first, so a block can
 straddle two rows. The last block may be partial: it is padded with zeros, which change no maximum.
 """

@@ -1,5 +1,6 @@
 """Packing: codes of k bits become bytes, one stream of bits with the first code in the highest bits.
 
+In: codes, (n,) uint8 below 2^bits. Out: packed, (ceil(n * bits / 8),) uint8, rounded up to whole groups.
 At 4 bits this is the nibble order of bitsandbytes and torchao: byte = first << 4 | second.
 
 The smallest group of codes that fills whole bytes is the unit: 2 codes in 1 byte at 4 bits, 4 in 1 at 2 bits,

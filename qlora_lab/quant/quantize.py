@@ -1,5 +1,6 @@
 """Quantise and dequantise: codebook, blocks, packing and double quantization put together.
 
+In: a weight of any shape, float32, bf16 or fp16. Out: a QuantizedTensor, and back to a weight.
 Source: QLoRA section 3. Bytes and float32 values equal those of bitsandbytes 0.50; tests/quant/test_bitsandbytes.py
 lists the legitimate differences.
 

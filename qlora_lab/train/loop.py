@@ -1,5 +1,6 @@
 """QLoRA training on one screen: the readable twin of trainer.py.
 
+In: a model with adapters, its tokenizer, examples. Out: trained adapters, and a line of the log per step.
 Source: QLoRA section 4 and appendix B: AdamW, constant learning rate 2e-4, gradient norm clipped at 0.3.
 
 At default settings the trainer computes the same bits; a test compares them.

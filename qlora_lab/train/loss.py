@@ -1,9 +1,11 @@
 """The loss of a language model on the answers of a batch, and on nothing else.
 
-It is a sum of cross entropies in nats, not a mean, so a caller can add up batches and divide once, by the total number
-of answer tokens. Only positions with a label go through the head: one in eleven for a prompt of 150 tokens and an
-answer of 15. The head does a fifth of SmolLM2's multiplications and, with a vocabulary of 49,152, takes most of its
-memory.
+In: a causal model of transformers, and a batch as dataset.collate or batches.collate_rows makes it. Out: the loss, and
+the number of tokens. It is a sum of cross entropies in nats, not a mean, so a caller can add up batches and divide
+once, by the total number of answer tokens.
+
+Only positions with a label go through the head: one in eleven for a prompt of 150 tokens and an answer of 15. The head
+does a fifth of SmolLM2's multiplications and, with a vocabulary of 49,152, takes most of its memory.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """The training loop: examples in, a trained adapter and its log out. loop.py shows the idea on one screen.
 
+In: a model with adapters, its tokenizer, and data (a name, a file, or examples). Out: a Run, and a folder with the
+adapter, a log and checkpoints (run_folder.py).
 Source: QLoRA section 4 and appendix B: AdamW, constant learning rate 2e-4, gradient norm clipped at 0.3.
 
 The loss of a step is the mean over all answer tokens of its batch, however the batch is cut into rows, micro-batches
