@@ -96,7 +96,7 @@ def smaller(png):
         return png
     out = io.BytesIO()
     few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(out, "png")
+    few.save(out, "png", optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 
