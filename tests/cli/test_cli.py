@@ -167,7 +167,7 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is not a folder that can be written to"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is a folder, but a plan is a file: name a file"),
         (["quantize", "nowhere", "--out", "small", "--plan", "EMPTY"], "empty.jsonl is not a plan, or is cut off"),
-        (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
+        (["open", "."], ". holds other files than the course: name a new folder"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, folder, data, monkeypatch, argv, message):
