@@ -117,6 +117,16 @@ def test_a_level_is_moved_by_keys(lab, codebook):
     assert " -0.0911 0.01 0.0796 " in lab.move("Level 7", "ArrowRight")  # keys reach what lies beside zero
 
 
+def test_the_read_out_follows_the_reset(lab, codebook):
+    lab.move("Level 1", "Shift+ArrowRight")
+    said = codebook.locator("output")
+    expect(said).to_have_text("Level 1: -0.6 of absmax")
+    codebook.get_by_role("button", name="Reset").click()
+    expect(said).to_have_text("Level 1: -0.696 of absmax")
+    lab.slider("Level 0").focus()
+    expect(said).to_have_text("Level 0: -1 of absmax")
+
+
 def test_zero_is_caught(lab, codebook):
     """A level that is dragged near zero becomes zero."""
     lab.move("Level 7", "End")
