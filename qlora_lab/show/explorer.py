@@ -7,6 +7,7 @@ Not here: how a figure becomes pixels (figure.py), how a control works in the br
 """
 
 import html
+import threading
 from abc import ABC, abstractmethod
 
 import ipywidgets as W
@@ -55,6 +56,7 @@ class Explorer(ABC):
         self._blit = Blit(*self.draw())  # the only full draw
         self._pane = W.HTML()  # picture, sentence and line of code
         self._paused = False  # True: controls change without a redraw
+        self._lock = threading.RLock()  # JupyterLab sends the messages of some controls to a second thread
         self.set(**state)
         self._start = self.state  # for the reset
         for control in self._controls.values():
@@ -72,11 +74,12 @@ class Explorer(ABC):
         if unknown:
             raise ValueError(f"{type(self).__name__} has no field {unknown[0]!r}: use {', '.join(self._controls)}.")
         checked = {field: self._controls[field].allowed(value, field) for field, value in state.items()}
-        self._paused = True  # all values are allowed: set them together and draw once
-        for field, value in checked.items():
-            self._controls[field].value = value
-        self._paused = False
-        self._redraw()
+        with self._lock:
+            self._paused = True  # all values are allowed: set them together and draw once
+            for field, value in checked.items():
+                self._controls[field].value = value
+            self._paused = False
+            self._redraw()
 
     def reset(self):
         """Set all controls to where the explorer was opened."""
@@ -91,13 +94,17 @@ class Explorer(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state.items())})"
 
     def _redraw(self, _change=None):
-        if self._paused:
-            return
-        self.result = self.compute(self.state)
+        with self._lock:
+            if not self._paused:
+                self._draw_state(self.state)
+
+    def _draw_state(self, state):
+        self.result = self.compute(state)
         self.update(self.result)
         self.png = self._blit.frame()
-        caption = f'<div aria-hidden="true">{for_html(self.summary())}</div>'  # screen readers speak the alt text
-        self._pane.value = f"{img(self.png, self.summary())}{caption}<code>{html.escape(self.code())}</code>"
+        sentence = self.describe(state, self.result)
+        caption = f'<div aria-hidden="true">{for_html(sentence)}</div>'  # screen readers speak the alt text
+        self._pane.value = f"{img(self.png, sentence)}{caption}<code>{html.escape(self.code())}</code>"
 
     def _layout(self):
         """Put controls beside the picture, or above it if the window is narrow: a flex box that wraps."""

@@ -1,5 +1,7 @@
 """The explorer protocol, on the toy: no browser, no front end."""
 
+import threading
+
 import IPython.display
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -41,6 +43,31 @@ def test_a_control_moves_picture_alt_text_and_code():
     assert explorer.png != before
     assert 'alt="Rounding explorer: 2 steps, RMSE' in explorer._pane.value
     assert "RoundingExplorer(bits=1, offset=0.25" in explorer._pane.value
+
+
+def test_two_threads_leave_the_picture_of_the_last_state(monkeypatch):
+    """JupyterLab has the kernel serve some controls in a second thread."""
+    explorer, computing, moved = RoundingExplorer(), threading.Event(), threading.Event()
+
+    def slow(state):
+        if not computing.is_set():
+            computing.set()
+            moved.wait(10)
+        return RoundingExplorer.compute(state)
+
+    monkeypatch.setattr(explorer, "compute", slow)
+    controls = explorer._controls
+    first = threading.Thread(target=lambda: controls["bits"].set_state({"position": 0}))
+    second = threading.Thread(target=lambda: controls["offset"].set_state({"position": 0}))
+    controls["offset"].observe(lambda _: moved.set(), "position")
+    first.start()
+    computing.wait(10)
+    second.start()
+    first.join()
+    second.join()
+    want = RoundingExplorer(bits=1, offset=0.0)
+    assert explorer.state == want.state and explorer.png == want.png
+    assert explorer._pane.value == want._pane.value
 
 
 def test_reset_returns_to_where_the_explorer_was_opened():
