@@ -56,6 +56,7 @@ def test_the_outlier_explorer(lab):
 def codebook(lab):
     """The explorer of levels in its start state."""
     explorer = lab.page.locator(".qlora-explorer").filter(has=lab.slider("Level 0"))
+    lab.slider("Level 0").scroll_into_view_if_needed()  # the mouse needs it
     if not re.match(f"Levels {NF4}, blocks of 64 ", explorer.locator("img").get_attribute("alt")):
         explorer.get_by_role("button", name="Reset").press("Enter")  # the next message may overtake it
     expect(explorer.locator("img")).to_have_attribute("alt", re.compile(f"^Levels {NF4}, blocks of 64 given weights"))
