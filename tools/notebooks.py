@@ -1,8 +1,8 @@
 """Run every notebook and store it so that a second run leaves no diff: `make notebooks`.
 
 In: notebooks/NN_*.ipynb and notebooks/solutions/NN_*.ipynb. Out: the same files, executed top to bottom and
-normalised: fixed cell ids, counts 1, 2, 3, ..., no timestamps, no widget state, one kernel name, pictures of 256
-colours. A file is replaced as a whole or not at all.
+normalised: fixed cell ids, counts 1, 2, 3, ..., no timestamps, no widget state, one kernel name. A file is replaced
+as a whole or not at all.
 
 If a notebook has a solution, the student's notebook is generated from it. In a cell tagged `exercise`, the lines
 
@@ -23,10 +23,7 @@ Not here: what a good notebook looks like (notebook_rules.py), and comparing out
 
 import argparse
 import ast
-import base64
-import io
 import os
-import re
 import sys
 import textwrap
 import time
@@ -35,14 +32,12 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from PIL import Image
 
 from qlora_lab.files.replace import replace_text
 
 START, END = "# solution", "# end solution"
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 _VIEW = "application/vnd.jupyter.widget-view+json"
-_PNG_IN_HTML = re.compile(r"(?<=data:image/png;base64,)[A-Za-z0-9+/=]+")
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -69,6 +64,7 @@ def normalise(notebook):
 def _normalise_outputs(cell, count):
     if cell.execution_count is not None:
         cell.execution_count = count
+    cell.outputs = [output for output in cell.outputs if list(output.get("data", {})) != [_VIEW]]  # over its still
     for output in cell.outputs:
         if "execution_count" in output:
             output.execution_count = cell.execution_count
@@ -76,28 +72,6 @@ def _normalise_outputs(cell, count):
             output.data.pop(_VIEW, None)
         if "metadata" in output:
             output.metadata.pop(_VIEW, None)
-        data = output.get("data", {})
-        if "image/png" in data:
-            data["image/png"] = smaller(data["image/png"])
-        if "text/html" in data:
-            data["text/html"] = _PNG_IN_HTML.sub(lambda match: smaller(match[0]), data["text/html"])
-
-
-def smaller(png):
-    """Reduce a picture (PNG in base64) to 256 colours, which is a third to a half of the bytes.
-
-    A figure needs few colours, and its blurred edges a few shades of each. MAXCOVERAGE keeps the rarest, too: in the
-    course's pictures no pixel moves by more than 17 of 255, and hardly one by more than 1. (MEDIANCUT moves some by 90;
-    FASTOCTREE greys the white panel.) Dithering would add dots and bytes. It takes some 15 ms, too long for a picture
-    that follows a slider, so the library itself keeps all colours.
-    """
-    image = Image.open(io.BytesIO(base64.b64decode(png)))
-    if image.mode == "P":  # it is small already
-        return png
-    out = io.BytesIO()
-    few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(out, "png", optimize=True)
-    return base64.b64encode(out.getvalue()).decode()
 
 
 def student_version(solution):

@@ -1,19 +1,14 @@
 """The normaliser and the generator behind `make notebooks`."""
 
-import base64
-import io
 import itertools
 import shutil
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
 from hypothesis import given, strategies as st
-from PIL import Image
 
 from qlora_lab.files import disk
-from qlora_lab.show.figure import new_figure, picture
 from tools import notebooks
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -52,7 +47,7 @@ def test_two_runs_leave_the_same_bytes(pair, notebook, capsys):
     cell = nbformat.read(student, 4).cells[3]
     assert [sorted(output.data) for output in cell.outputs] == [
         ["image/png", "text/html", "text/plain"],
-        ["image/png", "text/plain"],
+        ["image/png", "text/html", "text/plain"],
     ]
 
 
@@ -79,33 +74,6 @@ def test_normalising_twice_changes_nothing_and_removes_what_differs(stored):
     assert [c.execution_count for c in stored.cells if c.cell_type == "code"] == [1, 2, 3]
     assert [c.id for c in stored.cells][:2] == ["markdown-000", "code-001"]
     assert stored.cells[4].metadata.tags == ["exercise"]
-
-
-def drawing():
-    """A figure as the library draws it: its image, and its PNG in base64."""
-    fig, ax = new_figure()
-    ax.plot([0, 3, 1, 2], label="a line")
-    ax.bar([0, 1, 2, 3], [1, 2, 1, 0], color="none", hatch="//", edgecolor="red")
-    ax.legend()
-    png = picture(fig, "a line").png
-    return pixels(png), base64.b64encode(png).decode()
-
-
-def pixels(png):
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-
-
-def test_stored_pictures_are_small_and_look_the_same(stored):
-    image, png = drawing()
-    page = f'<p><img alt="a line" src="data:image/png;base64,{png}"></p>'
-    stored.cells[3].outputs[1].data |= {"image/png": png, "text/html": page}
-    once = notebooks.text_of(notebooks.normalise(stored))
-    small = stored.cells[3].outputs[1].data["image/png"]
-    assert 2 * len(small) < len(png)
-    assert stored.cells[3].outputs[1].data["text/html"] == page.replace(png, small)
-    moved = np.abs(pixels(base64.b64decode(small)) - image)
-    assert moved.max() <= 17 and moved.mean() < 0.1  # of 255: no eye sees it
-    assert notebooks.text_of(notebooks.normalise(nbformat.reads(once, 4))) == once
 
 
 def test_unrun_cells_stay_unrun(notebook):
