@@ -5,13 +5,17 @@ In: the notebook's dict. Out: a list of sentences, "cell N: what is wrong, what 
 The first rule closes silent gaps of nbval 0.11.0, which compares nothing in a cell that was never run, and cannot
 compare what goes through an Output widget. The other rules are the course's own.
 
-Not here: running notebooks (tools/notebooks.py) and comparing their outputs (nbval).
+Not here: what the prose claims (prose_rules.py), running notebooks (notebooks.py), comparing their outputs (nbval).
 """
 
 import ast
+import json
 import re
 
+from tools.prose_rules import unsupported
+
 LONGEST_CELL = 10
+LARGEST = 400_000  # bytes: a code host shows it, and a change to it can be read
 OPENING = ("You need", "Runs in", "Paper section", "After this you can")
 TAIL = ["Check yourself", "Exercises", "What we left out", "Next"]
 _NOT_COMPARED = re.compile(r"\bOutput\(|\binteract(ive_output|_manual)?\(|@interact\b|clear_output\(|display_id=")
@@ -22,8 +26,8 @@ _ALT = re.compile(r"\balt\s*=\s*(\"[^\"]*[^\"\s][^\"]*\"|'[^']*[^'\s][^']*')")
 def problems(notebook):
     """Every rule that the notebook breaks, in the order of its cells."""
     cells = [(i, c, "".join(c["source"])) for i, c in enumerate(notebook["cells"])]
-    rules = (_runs, _code, _images, _headings, _opening)
-    return [sentence for rule in rules for sentence in rule(cells)]
+    rules = (_runs, _code, _images, _headings, _opening, _answers, unsupported)
+    return [sentence for rule in rules for sentence in rule(cells)] + list(_size(notebook))
 
 
 def unsolved(notebook):
@@ -101,6 +105,35 @@ def _sets_environment(statement):
     """os.environ["NAME"] = "text": some libraries read a switch when they are imported."""
     name = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0])
     return bool(name) and name.startswith("os.environ[") and isinstance(statement.value, ast.Constant)
+
+
+def _answers(cells):
+    """A cell tagged `answer` answers a question to predict, and is out of sight: a click or a run shows it."""
+    for place, (i, cell, source) in enumerate(cells):
+        is_code = cell["cell_type"] == "code"
+        if "answer" in cell["metadata"].get("tags", []):
+            hidden = cell["metadata"].get("jupyter", {}).get("outputs_hidden") if is_code else source[:9] == "<details>"
+            if not hidden:
+                yield f"cell {i}: an answer is in sight. Hide the output of code (outputs_hidden), or use <details>."
+        elif not is_code and "**Predict" in source and not _is_answered(cells[place + 1 :]):
+            yield f"cell {i}: nothing answers the question to predict. Tag the cell that does `answer`."
+
+
+def _is_answered(following):
+    """Whether a cell of this section is tagged as an answer."""
+    for _, cell, source in following:
+        if "answer" in cell["metadata"].get("tags", []):
+            return True
+        if source.startswith("## "):
+            return False
+    return False
+
+
+def _size(notebook):
+    size = len(json.dumps(notebook, indent=1, ensure_ascii=False).encode())
+    if size > LARGEST:
+        rule = f"the notebook has {size:,} bytes, at most {LARGEST:,}"
+        yield f"{rule}. Run `make notebooks`, which stores smaller pictures, or leave one out."
 
 
 def headings(markdown):

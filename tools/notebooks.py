@@ -64,6 +64,7 @@ def normalise(notebook):
 def _normalise_outputs(cell, count):
     if cell.execution_count is not None:
         cell.execution_count = count
+    cell.outputs = [output for output in cell.outputs if list(output.get("data", {})) != [_VIEW]]  # over its still
     for output in cell.outputs:
         if "execution_count" in output:
             output.execution_count = cell.execution_count

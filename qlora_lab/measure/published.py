@@ -41,6 +41,6 @@ def read_data(name: str) -> dict:
     return json.loads(course_path("data", "published", name).read_text(encoding="utf-8"))
 
 
-def read_bench(name: str) -> dict:
+def read_bench(name: str) -> dict | list:
     """Read figures that a command of bench/ has measured and stored, such as "paging.json"."""
     return json.loads(course_path("bench", name).read_text(encoding="utf-8"))

@@ -6,17 +6,18 @@ A subclass writes five short methods, none about widgets or browsers: `controls`
 Not here: how a figure becomes pixels (figure.py), how a control works in the browser (slider.py).
 """
 
-import base64
 import html
+import threading
 from abc import ABC, abstractmethod
 
 import ipywidgets as W
 from matplotlib.figure import Figure
 
 from qlora_lab.show.escape import for_html
-from qlora_lab.show.figure import Blit, img
+from qlora_lab.show.figure import Blit, WithSentence, compressed, img
 from qlora_lab.show.slider import Button
 from qlora_lab.show.source import called_functions, details_html, source_html
+from qlora_lab.show.still import KernelWatch, show_over
 
 
 class Explorer(ABC):
@@ -52,11 +53,12 @@ class Explorer(ABC):
 
     def __init__(self, **state):
         self._controls = self.controls()
-        self._start = self.state  # for the reset
         self._blit = Blit(*self.draw())  # the only full draw
         self._pane = W.HTML()  # picture, sentence and line of code
         self._paused = False  # True: controls change without a redraw
+        self._lock = threading.RLock()  # JupyterLab sends the messages of some controls to a second thread
         self.set(**state)
+        self._start = self.state  # for the reset
         for control in self._controls.values():
             control.observe(self._redraw, "value")
         self.widget = self._layout()
@@ -72,14 +74,15 @@ class Explorer(ABC):
         if unknown:
             raise ValueError(f"{type(self).__name__} has no field {unknown[0]!r}: use {', '.join(self._controls)}.")
         checked = {field: self._controls[field].allowed(value, field) for field, value in state.items()}
-        self._paused = True  # all values are allowed: set them together and draw once
-        for field, value in checked.items():
-            self._controls[field].value = value
-        self._paused = False
-        self._redraw()
+        with self._lock:
+            self._paused = True  # all values are allowed: set them together and draw once
+            for field, value in checked.items():
+                self._controls[field].value = value
+            self._paused = False
+            self._redraw()
 
     def reset(self):
-        """Set all controls to their start values."""
+        """Set all controls to where the explorer was opened."""
         self.set(**self._start)
 
     def summary(self):
@@ -91,13 +94,17 @@ class Explorer(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state.items())})"
 
     def _redraw(self, _change=None):
-        if self._paused:
-            return
-        self.result = self.compute(self.state)
+        with self._lock:
+            if not self._paused:
+                self._draw_state(self.state)
+
+    def _draw_state(self, state):
+        self.result = self.compute(state)
         self.update(self.result)
         self.png = self._blit.frame()
-        caption = f'<div aria-hidden="true">{for_html(self.summary())}</div>'  # screen readers speak the alt text
-        self._pane.value = f"{img(self.png, self.summary())}{caption}<code>{html.escape(self.code())}</code>"
+        sentence = self.describe(state, self.result)
+        caption = f'<div aria-hidden="true">{for_html(sentence)}</div>'  # screen readers speak the alt text
+        self._pane.value = f"{img(self.png, sentence)}{caption}<code>{html.escape(self.code())}</code>"
 
     def _layout(self):
         """Put controls beside the picture, or above it if the window is narrow: a flex box that wraps."""
@@ -109,7 +116,7 @@ class Explorer(ABC):
         figure = W.VBox([*over, self._pane], layout=W.Layout(flex="3 1 420px", min_width="0"))
         row = W.Box([panel, figure], layout=W.Layout(flex_flow="row wrap", grid_gap="8px 24px"))
         source = details_html("Show source", source_html(self.compute, *called_functions(self.compute)))
-        whole = W.VBox([row, W.HTML(source)])
+        whole = W.VBox([KernelWatch(), row, W.HTML(source)])
         whole.add_class("qlora-explorer")  # for the browser tests
         return whole
 
@@ -117,10 +124,14 @@ class Explorer(ABC):
         return self.summary()
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        """Give Lab the live view, a static page the PNG, and nbval the sentence."""
-        view = self.widget._repr_mimebundle_()  # its text is a truncated widget tree: keep only the view
-        view = {key: value for key, value in view.items() if key.endswith("widget-view+json")}
-        return {**view, "image/png": base64.b64encode(self.png).decode(), "text/plain": self.summary()}
+        """Give a static page the picture, and nbval the sentence."""
+        bundle = WithSentence(compressed(self.png), self.summary())._repr_mimebundle_()
+        bundle["text/html"] += "<div>Run this cell to play.</div>"
+        return bundle
+
+    def _ipython_display_(self):
+        """Show the live view in a notebook, over the picture that stays when it is closed."""
+        show_over(self._repr_mimebundle_(), self.widget)
 
 
 def fix_layout(fig: Figure) -> None:

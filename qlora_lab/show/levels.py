@@ -41,6 +41,7 @@ class Levels(anywidget.AnyWidget):
     const PIN = "M0 36 L-4 26 V8 A4 4 0 0 1 4 8 V26 Z";              // it points down, at the picture
     export default { render({ model, el }) {
       const n = model.get("per_unit"), levels = () => model.get("value");
+      let named = null;                                              // the level that the read-out names
       const make = (kind, parent, attributes = {}) => {
         const made = kind === "svg" || kind === "path" || kind === "line"
           ? document.createElementNS("http://www.w3.org/2000/svg", kind) : document.createElement(kind);
@@ -60,7 +61,7 @@ class Levels(anywidget.AnyWidget):
         model.set("value", all); model.save_changes(); show();
       };
 
-      el.classList.add("qlora-levels");
+      el.classList.add("qlora-levels", "qlora-control");
       const head = make("div", el), shown = make("output", el, { "aria-hidden": "true" }), buttons = make("div", el);
       head.textContent = model.get("description");
       const axis = make("svg", el, { height: 38, role: "group", "aria-label": model.get("description") });
@@ -69,7 +70,7 @@ class Levels(anywidget.AnyWidget):
         const pin = make("svg", axis, { role: "slider", tabindex: 0, overflow: "visible", "aria-label": `Level ${i}`,
                                         "data-lm-suppress-shortcuts": "true" });
         make("path", pin, { d: PIN });
-        pin.addEventListener("focus", () => show());
+        pin.addEventListener("focus", () => { named = i; show(); });
         pin.addEventListener("keydown", (e) => {
           const now = levels()[i] * n, way = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1 }[e.key];
           const [low, high] = limits(i), end = { Home: low, End: high }[e.key];
@@ -90,7 +91,7 @@ class Levels(anywidget.AnyWidget):
           pin.setAttribute("aria-valuemin", Math.min(low / n, level));
           pin.setAttribute("aria-valuemax", Math.max(high / n, level));
           pin.setAttribute("aria-valuetext", `${+level.toFixed(3)} of absmax`);
-          if (pin === document.activeElement) shown.textContent = `Level ${i}: ${+level.toFixed(3)} of absmax`;
+          if (i === named) shown.textContent = `Level ${i}: ${+level.toFixed(3)} of absmax`;
         });
       };
 

@@ -28,8 +28,9 @@ from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
 from qlora_lab.show.escape import for_html
-from qlora_lab.show.figure import COLOURS, Blit, Picture, img, new_figure
+from qlora_lab.show.figure import COLOURS, Blit, WithSentence, img, new_figure
 from qlora_lab.show.slider import Button
+from qlora_lab.show.still import KernelWatch, show_over
 from qlora_lab.train.trainer import STOPPED, Run, Training
 
 WINDOW = 10  # steps in the smoothed line, in the speed, and in the two means of the sentence
@@ -78,15 +79,6 @@ async def _train(training: Training, plot: "LivePlot | None") -> None:
                 raise
 
 
-class WithSentence(Picture):
-    """A picture with its alt text underneath: only there do readers who see learn how to resume."""
-
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        bundle = super()._repr_mimebundle_()
-        bundle["text/html"] += f'<div aria-hidden="true">{for_html(self.alt)}</div>'  # already spoken as alt text
-        return bundle
-
-
 class LivePlot:
     """The picture of a run so far (`png`), its sentence (`summary()`), and a `widget` that shows both with a button."""
 
@@ -101,7 +93,7 @@ class LivePlot:
         self.button = Button("Stop after this step")
         self.button.observe(lambda _: training.stop(), "clicks")
         row = W.Box([self.button, self._text], layout=W.Layout(flex_flow="row wrap", grid_gap="2px 16px"))
-        self.widget = W.VBox([row, self._pane])
+        self.widget = W.VBox([KernelWatch(), row, self._pane])
         self.widget.add_class("qlora-live")
 
     def follow(self) -> None:
@@ -193,10 +185,13 @@ class LivePlot:
         return f"training: {self.training.settings.steps} steps of {self.training.settings.batch_size} examples"
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, object]:
-        """Give the live panel; a stored notebook keeps the sentence. The final picture is an output of its own, because
-        nbval cannot compare an output that changes after it was shown."""
-        view = self.widget._repr_mimebundle_()
-        return {k: v for k, v in view.items() if k.endswith("widget-view+json")} | {"text/plain": repr(self)}
+        """Give the sentence that a stored notebook keeps. The final picture is an output of its own, because nbval
+        cannot compare an output that changes after it was shown."""
+        return {"text/html": for_html(repr(self)), "text/plain": repr(self)}
+
+    def _ipython_display_(self) -> None:
+        """Show the live panel, over the sentence that stays."""
+        show_over(self._repr_mimebundle_(), self.widget)
 
 
 def running_mean(values: list[float]) -> np.ndarray:

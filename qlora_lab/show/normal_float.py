@@ -1,8 +1,8 @@
 """The NormalFloat explorer: levels under the bell curve, and how often each code is used.
 
 State: bits, offset, symmetric. The picture: on the left the normal density that the rule assumes, cut off at `offset`
-and stretched to [-1, 1], with a line for each level; on the right the share of each code on normal weights in blocks of
-64, against the equal share that the rule aims for.
+and stretched to [-1, 1], with a line for each level, and pale behind them the levels of NF4; on the right the share of
+each code on normal weights in blocks of 64, against the equal share that the rule aims for.
 """
 
 from functools import partial
@@ -13,12 +13,15 @@ from matplotlib.collections import LineCollection
 from qlora_lab.measure.code_use import code_use
 from qlora_lab.measure.codebook_trial import SAMPLE, normal_weights, stretched_density
 from qlora_lab.quant.blocks import to_blocks
-from qlora_lab.quant.codebook import normal_float, normal_offset
+from qlora_lab.quant.codebook import codebook, normal_float, normal_offset
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import COLOURS, new_figure
 from qlora_lab.show.slider import Slider, Steps, Toggle
 
 BLOCK_SIZE = 64
+RULE = "rule"  # the offset that normal_offset gives for the bits
+STEPS = [round(0.8 + 0.005 * i, 3) for i in range(40)]  # 0.8 to 0.995
+OFFSETS = (RULE, *sorted([*STEPS, normal_offset(4)]))  # NF4's offset at other widths, too
 X = torch.linspace(-1, 1, 201)  # where the curve is drawn
 
 
@@ -28,21 +31,26 @@ class NormalFloatExplorer(Explorer):
     def controls(self):
         return {
             "bits": Slider("Bits", 4, Steps(2, 6), unit="bits per code"),
-            "offset": Slider("Offset", normal_offset(4), Steps(0.8, 0.995, 0.005), unit="outermost quantile"),
+            "offset": Slider("Offset", RULE, choices=OFFSETS),
             "symmetric": Toggle("Symmetric", False),
         }
 
     @staticmethod
     def compute(state):
-        levels = normal_float(state["bits"], state["offset"], state["symmetric"])  # (2^bits,)
+        offset = normal_offset(state["bits"]) if state["offset"] == RULE else state["offset"]
+        levels = normal_float(state["bits"], offset, state["symmetric"])  # (2^bits,)
         use = code_use(levels, to_blocks(normal_weights(SAMPLE), BLOCK_SIZE))
-        return {"levels": levels, "use": use, "density": partial(stretched_density, offset=state["offset"])}
+        return {"levels": levels, "offset": offset, "use": use, "density": partial(stretched_density, offset=offset)}
 
     def draw(self):
         fig, (left, right) = new_figure(2, width=8.5)
         left.set(xlim=(-1.05, 1.05), ylim=(0, 1.1), xlabel="weight / absmax", ylabel="density", yticks=[])
         left.set_xticks([-1, -0.5, 0, 0.5, 1])
         right.set(xlabel="code", ylabel="share of weights, %", ylim=(0, 30))
+        nf4 = codebook("nf4")
+        ends = zip(nf4, stretched_density(nf4, offset=normal_offset(4)), strict=True)
+        ghost = left.add_collection(LineCollection([[(x, 0), (x, y)] for x, y in ends], colors="#cccccc", lw=6))
+        left.legend([ghost], ["NF4"], loc="upper left", frameon=False)
         (self.curve,) = left.plot([], [], color=COLOURS["black"], lw=1)
         self.levels = left.add_collection(LineCollection([], colors=COLOURS["blue"], lw=2))
         self.bars = right.add_collection(LineCollection([], colors=COLOURS["orange"]))
@@ -67,8 +75,9 @@ class NormalFloatExplorer(Explorer):
     def describe(state, result):
         use = result["use"]
         used = 100 * use.share  # %
+        rule = " by the rule" if state["offset"] == RULE else ""
         return (
-            f"NormalFloat, {state['bits']} bits, offset {state['offset']:.7g}: {len(result['levels'])} levels, "
+            f"NormalFloat, {state['bits']} bits, offset {result['offset']:.7g}{rule}: {len(result['levels'])} levels, "
             f"relative error {100 * use.relative_error:.3g} %, codes used {used.min():.1f} to {used.max():.1f} % "
             f"of the time, {use.entropy:.2f} bits of information in {state['bits']}"
         )

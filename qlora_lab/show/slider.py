@@ -43,7 +43,7 @@ class Slider(anywidget.AnyWidget):
     export default { render({ model, el }) {
       const label = document.createElement("label"), input = document.createElement("input");
       const shown = document.createElement("span"), labels = model.get("labels"), unit = model.get("unit");
-      el.classList.add("qlora-slider");
+      el.classList.add("qlora-slider", "qlora-control");
       input.type = "range"; input.min = 0; input.max = labels.length - 1; input.step = 1;
       input.id = "qlora-" + Math.random().toString(36).slice(2);
       input.dataset.lmSuppressShortcuts = "true";
@@ -119,7 +119,7 @@ class Toggle(anywidget.AnyWidget):
     _esm = """
     export default { render({ model, el }) {
       const label = document.createElement("label"), input = document.createElement("input");
-      el.classList.add("qlora-toggle");
+      el.classList.add("qlora-toggle", "qlora-control");
       input.type = "checkbox"; input.dataset.lmSuppressShortcuts = "true";
       label.append(input, model.get("description")); el.append(label);
       const show = () => { input.checked = model.get("value"); };
@@ -157,7 +157,7 @@ class Button(anywidget.AnyWidget):
     _esm = """
     export default { render({ model, el }) {
       const button = document.createElement("button");
-      el.classList.add("qlora-button");
+      el.classList.add("qlora-button", "qlora-control");
       button.type = "button"; button.dataset.lmSuppressShortcuts = "true";
       button.textContent = model.get("description");
       button.addEventListener("click", () => { model.set("clicks", model.get("clicks") + 1); model.save_changes(); });

@@ -1,6 +1,9 @@
 """The explorer of notebook 03 in the real JupyterLab, on drawn errors of 210 layers: the notebook takes two minutes."""
 
+import re
+
 import nbformat
+from playwright.sync_api import expect
 
 CELLS = [
     "import numpy as np\nimport qlora_lab as ql\nfrom qlora_lab.measure.best_plan import Candidate, Choices",
@@ -29,5 +32,6 @@ def test_the_block_size_explorer(open_notebook, tmp_path):
     assert "0.0 % less than 32 for all; block size 32 in 210" in lab.move("Budget", "End")
     assert "0.0 % less than 1024 for all; block size 1024 in 210" in lab.move("Budget", "Home")
     lab.page.get_by_role("button", name="Reset").press("Enter")
+    expect(picture).to_have_attribute("alt", re.compile("^Budget 4.5 bits"))  # where it was opened
     lab.move("Budget", "ArrowLeft")
     assert lab.unnamed() == []

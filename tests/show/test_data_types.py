@@ -106,8 +106,10 @@ def test_the_sentence_and_the_line_to_copy():
     assert "blocks of 16 given weights" in own.summary() and ", better than FP4;" in own.summary()
     again = eval(own.code())
     assert again.png == own.png and again.summary() == own.summary()
+    own.set(**MINE.state)
+    assert torch.equal(own.levels, codebook("nf4"))
     own.reset()
-    assert own.state == MINE.state and torch.equal(own.levels, codebook("nf4"))
+    assert own.state == again.state
 
 
 def test_a_picture_does_not_depend_on_the_one_before_it():
@@ -116,8 +118,8 @@ def test_a_picture_does_not_depend_on_the_one_before_it():
     first = CodebookExplorer(**extreme)
     MINE.set(**extreme)
     assert first.png == MINE.png and "relative error 1002 %" in first.summary()
-    first.reset()
     MINE.reset()
+    first.set(**MINE.state)
     assert first.png == MINE.png
 
 

@@ -1,11 +1,15 @@
 """The explorer protocol, on the toy: no browser, no front end."""
 
+import threading
+
+import IPython.display
 import pytest
 from hypothesis import given, settings, strategies as st
 from toy import RoundingExplorer
 
 from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.slider import Button
+from qlora_lab.show.still import VIEW
 
 START = {"bits": 4, "offset": 0.25, "mode": "round", "clip": True}
 STATES = st.fixed_dictionaries(
@@ -41,19 +45,47 @@ def test_a_control_moves_picture_alt_text_and_code():
     assert "RoundingExplorer(bits=1, offset=0.25" in explorer._pane.value
 
 
-def test_reset_returns_to_the_first_picture_not_to_the_first_arguments():
+def test_two_threads_leave_the_picture_of_the_last_state(monkeypatch):
+    """JupyterLab has the kernel serve some controls in a second thread."""
+    explorer, computing, moved = RoundingExplorer(), threading.Event(), threading.Event()
+
+    def slow(state):
+        if not computing.is_set():
+            computing.set()
+            moved.wait(10)
+        return RoundingExplorer.compute(state)
+
+    monkeypatch.setattr(explorer, "compute", slow)
+    controls = explorer._controls
+    first = threading.Thread(target=lambda: controls["bits"].set_state({"position": 0}))
+    second = threading.Thread(target=lambda: controls["offset"].set_state({"position": 0}))
+    controls["offset"].observe(lambda _: moved.set(), "position")
+    first.start()
+    computing.wait(10)
+    second.start()
+    first.join()
+    second.join()
+    want = RoundingExplorer(bits=1, offset=0.0)
+    assert explorer.state == want.state and explorer.png == want.png
+    assert explorer._pane.value == want._pane.value
+
+
+def test_reset_returns_to_where_the_explorer_was_opened():
     explorer = RoundingExplorer(bits=1, clip=False)
+    opened, picture = explorer.state, explorer.png
+    explorer.set(bits=8, offset=0.5)
     explorer.reset()
-    assert explorer.state == START
-    assert explorer.png == RoundingExplorer().png
+    assert explorer.state == opened == {**START, "bits": 1, "clip": False}
+    assert explorer.png == picture
 
 
 def test_the_reset_button_resets():
     explorer = RoundingExplorer(bits=1)
-    panel = explorer.widget.children[0].children[0]
+    explorer.set(bits=2)
+    panel = explorer.widget.children[1].children[0]
     (button,) = [child for child in panel.children if isinstance(child, Button)]
     button.set_state({"clicks": 1})
-    assert explorer.state == START
+    assert explorer.state == {**START, "bits": 1}
 
 
 def test_several_fields_at_once_draw_once(monkeypatch):
@@ -82,15 +114,21 @@ def test_a_bad_state_is_refused_whole(state, message):
     assert explorer.state == START
 
 
-def test_the_stored_bundle_is_live_view_png_and_sentence():
-    explorer = RoundingExplorer()
-    bundle = explorer._repr_mimebundle_()
-    assert sorted(bundle) == ["application/vnd.jupyter.widget-view+json", "image/png", "text/plain"]
-    assert bundle["text/plain"] == repr(explorer) == "Rounding explorer: 16 steps, RMSE 0.1157"
+def test_a_notebook_gets_a_still_and_after_it_the_view_alone(monkeypatch):
+    """In one output JupyterLab would prefer the view, even when its widget is gone."""
+    explorer, shown = RoundingExplorer(), []
+    monkeypatch.setattr(IPython.display, "display", lambda bundle, raw: shown.append(bundle))
+    explorer._ipython_display_()
+    still, view = shown
+    assert sorted(still) == ["image/png", "text/html", "text/plain"]
+    assert still["text/plain"] == repr(explorer) == "Rounding explorer: 16 steps, RMSE 0.1157"
+    assert 'alt="Rounding explorer: 16 steps, RMSE 0.1157"' in still["text/html"]
+    assert still["image/png"] in still["text/html"]
+    assert {VIEW: view[VIEW]} == view
 
 
 def test_show_source_holds_compute():
-    source = RoundingExplorer().widget.children[1].value
+    source = RoundingExplorer().widget.children[2].value
     assert source.startswith("<details><summary") and "compute" in source
 
 

@@ -221,7 +221,7 @@ class Kernel:
             if kind == "status" and content["execution_state"] == "idle":
                 return texts
             if kind in ("stream", "display_data", "error"):
-                texts.append(content.get("text") or content.get("evalue") or content["data"]["text/plain"])
+                texts.append(content.get("text") or content.get("evalue") or content["data"].get("text/plain", ""))
                 if until and re.search(until, texts[-1]):
                     return texts
 

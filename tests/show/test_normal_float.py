@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.quant.codebook import codebook, normal_float
-from qlora_lab.show.normal_float import NormalFloatExplorer
+from qlora_lab.quant.codebook import codebook, normal_float, normal_offset
+from qlora_lab.show.normal_float import RULE, NormalFloatExplorer
 
 EXPLORER = NormalFloatExplorer()
 
@@ -14,7 +14,7 @@ EXPLORER = NormalFloatExplorer()
 def test_starts_at_nf4():
     explorer = NormalFloatExplorer()
     assert torch.equal(explorer.result["levels"], codebook("nf4"))
-    assert "4 bits, offset 0.9677083: 16 levels, relative error 0.8" in explorer.summary()
+    assert "4 bits, offset 0.9677083 by the rule: 16 levels, relative error 0.8" in explorer.summary()
 
 
 @settings(deadline=None, max_examples=15)
@@ -25,12 +25,27 @@ def test_starts_at_nf4():
 )
 def test_any_state(bits, offset, symmetric):
     EXPLORER.set(bits=bits, offset=offset, symmetric=symmetric)
-    levels = normal_float(bits, offset, symmetric)
+    levels = normal_float(bits, None if offset == RULE else offset, symmetric)
     assert torch.equal(EXPLORER.result["levels"], levels)
     drawn = np.array([segment[0][0] for segment in EXPLORER.levels.get_segments()])
     np.testing.assert_allclose(drawn, levels, rtol=1e-6)
     assert len(EXPLORER.bars.get_segments()) == 2**bits
     assert f"{len(levels)} levels" in EXPLORER.summary()
+
+
+@pytest.mark.parametrize("bits", range(2, 7))
+def test_each_width_has_the_offset_of_the_rule(bits):
+    """With NF4's offset NF6 was shown better than it is."""
+    explorer = NormalFloatExplorer(bits=bits)
+    assert torch.equal(explorer.result["levels"], normal_float(bits))
+    assert f"offset {normal_offset(bits):.7g} by the rule" in explorer.summary()
+
+
+def test_nf4_stays_behind_as_a_ghost():
+    explorer = NormalFloatExplorer(bits=2)
+    ghost, moving = explorer.levels.axes.collections[:2]
+    assert moving is explorer.levels and ghost.get_zorder() <= moving.get_zorder() and not ghost.get_animated()
+    assert [segment[0][0] for segment in ghost.get_segments()] == codebook("nf4").tolist()
 
 
 def test_a_state_that_is_not_allowed_is_named():

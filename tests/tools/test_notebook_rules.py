@@ -106,6 +106,37 @@ def test_stored_pictures_need_alt_text(stored):
     assert broken(stored) == []
 
 
+def test_an_answer_is_out_of_sight(stored):
+    stored.cells[2].source += "\n\n**Predict first:** what is the root?"
+    unanswered = "cell 2: nothing answers the question to predict. Tag the cell that does `answer`."
+    assert broken(stored) == [unanswered]
+    stored.cells[3].metadata = nbformat.from_dict({"tags": ["answer"]})
+    in_sight = "an answer is in sight. Hide the output of code (outputs_hidden), or use <details>."
+    assert broken(stored) == [f"cell 3: {in_sight}"]
+    stored.cells[3].metadata = nbformat.from_dict({"tags": ["answer"], "jupyter": {"outputs_hidden": True}})
+    assert broken(stored) == []
+    told = nbformat.v4.new_markdown_cell("It is a half.", metadata={"tags": ["answer"]})
+    stored.cells.insert(4, told)
+    assert broken(stored) == [f"cell 4: {in_sight}"]
+    told.source = "<details><summary>What we saw</summary>\n\nIt is a half.\n\n</details>"
+    assert broken(stored) == []
+
+
+def test_an_answer_in_another_section_answers_nothing(stored):
+    stored.cells[2].source += "\n\n**Predict:** what is the root?"
+    stored.cells[3:3] = [nbformat.v4.new_markdown_cell("## Another")]
+    stored.cells[4].metadata = nbformat.from_dict({"tags": ["answer"], "jupyter": {"outputs_hidden": True}})
+    assert [sentence[:7] for sentence in broken(stored)] == ["cell 2:"]
+
+
+def test_a_notebook_has_at_most_400_kilobytes(stored):
+    stored.cells[3].outputs[1].data["text/plain"] = "x" * 398_000
+    assert broken(stored) == []
+    stored.cells[3].outputs[1].data["text/plain"] = "x" * 400_000
+    (sentence,) = broken(stored)
+    assert sentence.startswith("the notebook has 40") and "bytes, at most 400,000. Run `make notebooks`" in sentence
+
+
 def test_headings_in_fenced_code_do_not_count():
     assert headings("# A\n```\n# no\n```\n~~~sh\n## no\n~~~\n## B") == [(1, "A"), (2, "B")]
 

@@ -1,0 +1,85 @@
+"""Day two: what a notebook shows without the kernel that made it, and what its controls say when the kernel stops."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import expect
+
+SHOW = Path(__file__).parents[1] / "show"
+CELLS = [
+    "import qlora_lab as ql\nfrom qlora_lab.show.data_types import CodebookExplorer\nfrom toy import RoundingExplorer\n"
+    "from toy_training import toy_training\nfrom tqdm.auto import tqdm",
+    "RoundingExplorer(bits=3)",
+    "for i in tqdm(range(3)):\n    print(i)",
+    "CodebookExplorer()",
+    "run = await ql.live(toy_training('run', steps=3, overwrite=True))",
+]
+SAVE = "() => window.jupyterapp.commands.execute('docmanager:save')"
+SHUT_DOWN = "() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()"
+RESTART = "() => window.jupyterapp.shell.currentWidget.sessionContext.restartKernel()"
+KILL = """() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel
+  .requestExecute({ code: "import os; os.kill(os.getpid(), 9)" }) && null"""
+RUN_ALL = "() => window.jupyterapp.commands.execute('notebook:run-all-cells')"
+OPENED = "() => window.jupyterapp?.shell.currentWidget?.context?.isReady"
+START = re.compile("^Rounding explorer: 8 steps")
+STOPPED = "The kernel has stopped: run this cell again."
+
+
+@pytest.fixture
+def ran(open_notebook, tmp_path):
+    kernel = {"kernelspec": {"display_name": "Python 3", "name": "python3"}}
+    notebook = nbformat.v4.new_notebook(metadata=kernel, cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
+    nbformat.write(notebook, tmp_path / "day.ipynb")
+    return open_notebook(tmp_path / "day.ipynb", SHOW / "toy.py", SHOW / "toy_training.py")
+
+
+def pictures(page):
+    """The alt texts of all pictures that can be seen."""
+    return [image.get_attribute("alt") for image in page.locator(".jp-OutputArea img").all() if image.is_visible()]
+
+
+def test_pictures_stay_when_the_notebook_is_opened_again(ran, tmp_path):
+    page = ran.page
+    expect(page.get_by_text("Run this cell to play.").first).to_be_hidden()  # the live views cover the stills
+    before = pictures(page)
+    assert len(before) == 3 and START.match(before[0])
+    page.evaluate(SAVE)
+    page.evaluate(SHUT_DOWN)
+    page.reload()
+    page.wait_for_function(OPENED, timeout=60_000)
+    play = page.get_by_text("Run this cell to play.")
+    expect(play.first).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("model not found").last).to_be_attached(timeout=30_000)  # what JupyterLab would show
+    assert not [line for line in page.get_by_text("model not found").all() if line.is_visible()]
+    page.screenshot(path=tmp_path / "reopened.png")
+    assert pictures(page) == before
+    assert play.count() == 2
+
+
+@pytest.mark.parametrize("stop", [SHUT_DOWN, RESTART, KILL], ids=["shut down", "restarted", "killed"])
+def test_controls_say_that_the_kernel_has_stopped(ran, stop, tmp_path):
+    page = ran.page
+    said = page.get_by_role("status").filter(has_text=STOPPED)
+    controls = page.locator(".qlora-explorer .qlora-control")
+    assert "16 steps" in ran.move("Bits", "ArrowRight")
+    ran.slider("Bits").focus()
+    expect(said).to_have_count(0)
+    page.evaluate(stop)
+    expect(said).to_have_count(2)  # one for each explorer
+    page.screenshot(path=tmp_path / "stopped.png")
+    page.keyboard.press("ArrowRight")
+    page.locator(".qlora-slider input").first.click(force=True, position={"x": 5, "y": 5})
+    expect(page.locator(".qlora-slider span").first).to_have_text("4")
+    assert controls.count() == 8
+    assert all(control.evaluate("control => control.inert") for control in controls.all())
+    assert {control.evaluate("control => getComputedStyle(control).opacity") for control in controls.all()} == {"0.4"}
+
+
+def test_controls_work_again_after_the_cell_has_run(ran):
+    ran.page.evaluate(RESTART)
+    expect(ran.page.get_by_text(STOPPED)).to_have_count(2)
+    assert ran.page.evaluate(RUN_ALL)
+    expect(ran.page.get_by_text(STOPPED)).to_have_count(0)
+    assert "16 steps" in ran.move("Bits", "ArrowRight")
