@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import qlora_lab as ql
 from qlora_lab.show import check, hints
 from tools.notebooks import END, START
 
@@ -578,13 +579,32 @@ def test_a_table_has_the_four_kinds_of_wrong_answers(exercise):
 @pytest.mark.parametrize("exercise", [exercise for exercise in WRONG if not exercise.startswith("10")])
 def test_neither_the_notebook_nor_a_hint_hands_over_the_answer(exercise):
     solution = next(source for source in cells_of(exercise)[0] if START in source)
-    answer = [line.strip() for line in solution.partition(START)[2].partition(END)[0].splitlines() if len(line) > 12]
+    region = solution.partition(START)[2].partition(END)[0]
+    answer = [line.strip().partition("  #")[0] for line in region.splitlines() if len(line.split()) > 2]
     (path,) = NOTEBOOKS.glob(f"{exercise.split()[0]}_*.ipynb")
     cells = json.loads(path.read_text("utf-8"))["cells"]
     last = next(i for i, cell in enumerate(cells) if "## Exercises" in "".join(cell["source"]))
     in_sight = "".join("".join(cell["source"]) for cell in cells[last:])
     in_sight += "\n".join(re.findall(r'"([^"]*)"', inspect.getsource(hints)))
-    assert answer and not [line for line in answer if line.partition("  #")[0].removeprefix("return ") in in_sight]
+    assert answer and not [line for line in answer if line.removeprefix("return ") in in_sight]
+
+
+@pytest.mark.parametrize("exercise", WRONG)
+def test_hints_know_results_of_every_case_and_none_is_right(exercise, capsys, monkeypatch):
+    found = {}
+
+    def recorded(answer, expected, *, name, cases, tolerance=0.0):
+        found.update(expected=expected, cases=cases)
+
+    monkeypatch.setattr(ql, "check", recorded)
+    say(exercise, None, capsys)
+    right = {}
+    for case in found["cases"]:
+        wanted = found["expected"](*case)
+        for place, (wrong, hint) in enumerate(hints.EXERCISES[exercise.split()[1]](*case)):
+            assert hint[-1] in ".?"
+            right.setdefault((place, hint), []).append(not check._differ(wrong, wanted, 0.0))
+    assert right and not [hint for (_, hint), always in right.items() if all(always)]
 
 
 def test_what_must_not_be_called_exists():

@@ -45,7 +45,7 @@ CASES = [(1,), (4,), (7,)]
 
 
 def case(number, arguments, *lines):
-    return "\n  ".join([f"x: not yet. Case {number} of 3:", f"answer({arguments})", *lines])
+    return "\n  ".join([f"x: not yet. Case {number} of 3:", f"x({arguments})", *lines])
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_open_prints_a_prompt(said, tried):
     ],
 )
 def test_the_hint_answers_the_mistake(tried, function, lines):
-    function.__name__ = "answer"
+    function.__name__ = "x"
     assert tried(function) == case(2, "4", *lines)
 
 
@@ -92,15 +92,15 @@ def test_a_right_answer_clears_the_memory_and_names_do_not_share_it(tried, said,
     [
         (lambda a: None, ["returns  nothing", f"Hint: {module._RETURN}"]),
         (lambda a: a.foo, ["raises   AttributeError: 'int' object has no attribute 'foo'"]),
-        (lambda: 2, ["raises   TypeError: answer() takes 0 positional arguments but 1 was given"]),
+        (lambda: 2, ["raises   TypeError: <lambda>() takes 0 positional arguments but 1 was given"]),
         (lambda a: "2", ["returns  '2', a text", "wanted   a number"]),
         (lambda a: [2], ["returns  [2], a list", "wanted   a number", "Hint: Look left."]),
         (lambda a: T, ["returns  tensor (2, 2), a tensor", "wanted   a number"]),
-        (lambda a: ["w" * 200] * 9, [f"returns  ['{'w' * 28}...{'w' * 29}', ..., a list", "wanted   a number"]),
+        (lambda a: ["w" * 20] * 9, [f"returns  ['{'w' * 20}', '{'w' * 20}', '{'w' * 10} ..., a list"]),
     ],
 )
 def test_a_wrong_type_or_none_is_a_sentence(tried, function, lines):
-    function.__name__ = "answer"
+    function.__name__ = "x"
     shown = tried(function)
     assert shown.startswith(case(1, "1", *lines)) and "\n  Hint: " in shown
 
@@ -119,8 +119,8 @@ def test_no_type_ends_in_a_traceback(said, tried):
 def test_the_library_and_the_check_do_not_do_the_work(tried, said):
     whole = [(torch.tensor([1, 2], dtype=torch.uint8),)]
     for function in (pack, lambda a: pack(a), lambda a: [pack(a) for _ in "a"][0]):
-        shown = tried(function, whole, pack)
-        assert "leaves the work to `pack`\n  Hint: Do it without `pack`. Look left." in shown
+        assert "leaves the work to `pack`\n  Hint: Do it without `pack`. Look left." in tried(function, whole, pack)
+        module._said.clear()
     copied = lambda b: b * 2  # noqa: E731
     for function in (double, lambda a: double(a), copied):
         assert "leaves the work to the function that checks it" in tried(function)
