@@ -7,6 +7,8 @@ WITHOUT names the functions that would do the exercise, as "room.file.name".
 These wrong answers stand here because they would give the right ones away in a notebook.
 """
 
+import inspect
+
 import torch
 
 from qlora_lab.memory.fit import fit
@@ -367,14 +369,7 @@ def bytes_for_the_adapter(trainable):
     yield 12 * trainable, "You have three numbers for each weight. Which one is missing?"
 
 
-EXERCISES = {
-    exercise.__name__: exercise
-    for exercise in (
-        *(where, bits_per_weight, my_offset, my_nf3, my_block_size, my_damage, my_plan, my_bits, my_absmax, my_map),
-        *(my_shifts, my_constants, my_tokens, first_wrong, my_block, my_levels, my_lora, my_largest_r, my_sum),
-        *(my_bytes, my_trained, my_longest, my_faults, my_turns, my_rank, trainable_at_64, bytes_for_the_adapter),
-    )
-}
+EXERCISES = {name: value for name, value in globals().items() if inspect.isgeneratorfunction(value)}
 _QUANTIZE = ("quant.quantize.quantize", "quant.quantize.quantize_blocks")
 _LORA = ("adapters.lora.LoRALinear.__init__", "adapters.lora.LoRALinear.forward")
 WITHOUT = {
