@@ -25,6 +25,8 @@ SOLUTIONS_10 = {  # notebook 10 trains for minutes, and has no solution beside i
     "trainable_at_64": "return sum(64 * (out + in_) for out, in_ in shapes)",
     "bytes_for_the_adapter": "return 4 * 4 * trainable",  # weight, gradient, two moments
 }
+TASK = "Read the task again"
+NOTHING = "Python gives None where nothing was returned"
 RETURN = "Does your function end with `return`"
 OPEN = "not answered yet. Replace the ... and run this cell again."
 
@@ -71,7 +73,7 @@ WRONG = {
         "not rounded": ("n = 2**bits\nreturn 1 - (1 / (n - 1) + 1 / n) / 4", "How many digits does the rule keep?"),
         "one of the two": ("return round(1 - 1 / 2 ** (bits + 1), 7)", "The rule takes the mean of both"),
         "a whole slice": ("n = 2**bits\nreturn round(1 - (1 / (n - 1) + 1 / n) / 2, 7)", "You stay a whole slice away"),
-        "a wrong type": ("return [0.9677083]", "What is 30, and what is 32?"),
+        "a wrong type": ("return [0.9677083]", TASK),
         "nothing returned": ("n = 2**bits", RETURN),
         "the library's own": ("return normal_offset(bits)", "without `normal_offset`"),
         "the library's own, inside": (
@@ -100,6 +102,12 @@ WRONG = {
             "What should the largest level be?",
         ),
         "a wrong type": ("return [-1.0, 0.0, 1.0]", "makes a tensor of a list"),
+        "float64": (
+            "o = normal_offset(3)\nup = norm.ppf(torch.linspace(o, 0.5, 5)[:-1])\n"
+            "down = -norm.ppf(torch.linspace(o, 0.5, 4)[:-1])\n"
+            "levels = torch.tensor(np.sort([*down, 0.0, *up]))\nreturn levels / levels.max()",
+            "changes the dtype",
+        ),
         "nothing returned": ("levels = torch.zeros(8)", RETURN),
         "the library's own": ("return ql.codebook('nf3')", "without `codebook`"),
         "the library's own maker": ("return ql.normal_float(3)", "without `normal_float`"),
@@ -138,7 +146,7 @@ WRONG = {
     "03 my_plan": {
         "too dear": ("return [row.index(min(row)) for row in error]", "What do they cost together?"),
         "too cheap": ("return [row.index(min(row)) for row in bits]", "Is there budget left"),
-        "a wrong type": ("return len(error)", "which of those is best?"),
+        "a wrong type": ("return len(error)", TASK),
         "nothing returned": ("ways = itertools.product(range(3), repeat=len(error))", RETURN),
         "an error": ("return min(w for w in error if w > budget)", "shows the line at which it stops"),
         "the library's own": ("return by_programme(error, bits, budget)", "without `best_plan`"),
@@ -198,9 +206,9 @@ WRONG = {
     "05 my_shifts": {
         "the halves swapped": ("my_shifts = list(range(0, 32, 4))", "the halves are swapped"),
         "the last byte first": ("my_shifts = [28, 24, 20, 16, 12, 8, 4, 0]", "You begin with the last byte"),
-        "a wrong type": ("my_shifts = 'four, zero'", "which half comes first?"),
+        "a wrong type": ("my_shifts = 'four, zero'", TASK),
         "texts in the list": ("my_shifts = ['4', '0']", "which half comes first?"),
-        "nothing": ("my_shifts = None", "which half comes first?"),
+        "nothing": ("my_shifts = None", NOTHING),
         "the codes themselves": ("my_shifts = eight", "which half comes first?"),
     },
     "05 my_constants": {
@@ -228,7 +236,7 @@ WRONG = {
         "tiles": ("return int(once // again)", "How many tokens are in one?"),
         "a tile in parts": ("return int(once / again * tile) + 1", "costs as much as all of it"),
         "a tile too far": ("return (int(once // again) + 1) * tile", "One tile too far"),
-        "a wrong type": ("return [once // again]", "How many tokens is that?"),
+        "a wrong type": ("return [once // again]", TASK),
         "nothing returned": ("tiles = once // again", RETURN),
         "the library's own": (
             "c = [again * (t // tile + (t % tile > 0)) for t in n]\n"
@@ -252,7 +260,7 @@ WRONG = {
             "return 1 + [a == b for a, b in zip(near.tolist(), codes)].index(False)",
             "From where does an index count?",
         ),
-        "a wrong type": ("return codes", "which of them is nearer?"),
+        "a wrong type": ("return codes", TASK),
         "nothing returned": ("near = weights / weights.abs().max()", RETURN),
         "the library's own": (
             "right = ql.quantize(weights, levels, block_size=16).codes.tolist()\n"
@@ -275,8 +283,8 @@ WRONG = {
             "0 / 0 is NaN",
         ),
         "codes, in whole numbers": (
-            "return (levels - weights[:, None]).abs().argmin(1)",
-            "print these three steps",
+            "return (levels - (weights / weights.abs().max())[:, None]).abs().argmin(1)",
+            "These are codes",
         ),
         "a wrong type": ("return weights.tolist()", "makes a tensor of a list"),
         "nothing returned": ("absmax = weights.abs().max()", RETURN),
@@ -328,7 +336,7 @@ WRONG = {
         "the product itself": ("return s1 * B1 @ A1 + s2 * B2 @ A2, torch.eye(32)", "in the same way?"),
         "added": ("return s1 * B1 + s2 * B2, A1 + A2", "in the same way?"),
         "a wrong type": ("return 'B and A'", "with a comma between them"),
-        "nothing returned": ("B = torch.cat([s1 * B1, s2 * B2], 1)", "in the same way?"),
+        "nothing returned": ("B = torch.cat([s1 * B1, s2 * B2], 1)", NOTHING),
         "the check's own": ("return both(B1, A1, s1, B2, A2, s2)", "in the same way?"),
     },
     "08 my_bytes": {
@@ -370,7 +378,7 @@ WRONG = {
             "return 4 * r * shape.layers * sum(m.in_features + m.out_features for m in shape.linears)",
             "These are the adapters alone",
         ),
-        "a wrong type": ("return shape", "for each of theirs?"),
+        "a wrong type": ("return shape", TASK),
         "nothing returned": ("layers = shape.layers", RETURN),
         "the library's own": ("return ql.predict_memory(name, r=r).peak", "without `predict_memory`"),
     },
@@ -385,7 +393,7 @@ WRONG = {
             "    low, high = (middle, high) if peak(name, middle) <= gib * 10**9 else (low, middle)\nreturn low",
             "How many has a GiB?",
         ),
-        "a wrong type": ("return [gib]", "in which half does the answer lie?"),
+        "a wrong type": ("return [gib]", TASK),
         "nothing returned": ("low, high = 0, 2**20", RETURN),
         "the library's own": ("return ql.fit(name, gib, r=16).longest", "without `fit`"),
     },
@@ -398,7 +406,7 @@ WRONG = {
         "every access": ("return asked", "Does a page that is held fault?"),
         "each page once": ("return list(dict.fromkeys(asked))", "may come back"),
         "their number": ("return 5", "Which pages are they?"),
-        "a wrong type": ("return 'pages'", "What does each access change in it?"),
+        "a wrong type": ("return 'pages'", TASK),
         "nothing returned": ("held, faults = [], []", RETURN),
         "the library's own": (
             "return [a.page for a in trace.replay(asked, frames)[0] if a.fault]",
@@ -409,7 +417,7 @@ WRONG = {
         "steps that do not turn": ("return count if frames < count else 0", "if each step begins at page 0"),
         "two steps": ("return 2 * (count - frames)", "one up and one down"),
         "one too many": ("return count - frames + 1", "One too many"),
-        "a wrong type": ("return [count, frames]", "which does it ask for first?"),
+        "a wrong type": ("return [count, frames]", TASK),
         "nothing returned": ("faults = count - frames", RETURN),
         "the library's own": ("return turns(count, frames)", "without `replay`"),
     },
@@ -426,7 +434,7 @@ WRONG = {
         "lora_B alone": ("return 64 * sum(out for out, in_ in shapes)", "That is lora_B alone"),
         "rank 16": ("return 16 * sum(out + in_ for out, in_ in shapes)", "That is for rank 16"),
         "the sides multiplied": ("return sum(64 * out * in_ for out, in_ in shapes)", "so large a part?"),
-        "a wrong type": ("return shapes", "beside a matrix (out, in)?"),
+        "a wrong type": ("return shapes", TASK),
         "nothing returned": ("total = 64 * sum(out + in_ for out, in_ in shapes)", RETURN),
         "the library's own": (
             "return sum(p.numel() for q in packed[: len(shapes)] "
@@ -513,8 +521,10 @@ def run(source, names):
 
 def answered(source, answer):
     """A cell with the answer in the place of the right one."""
-    if START not in source:
+    if source.startswith("def ") and source.splitlines()[1:2] == ["    return ..."]:  # in notebook 10
         return source.replace("    return ...\n", textwrap.indent(answer, "    ") + "\n")
+    if START not in source:
+        return source
     before, _, rest = source.partition(START)
     after = rest.partition(END)[2]
     indent = before.rpartition("\n")[2]
@@ -558,6 +568,20 @@ def test_a_wrong_answer_gets_the_hint_that_fits(exercise, mistake, capsys):
     assert hint in " ".join(said.partition("Hint: ")[2].split())
     capsys.readouterr()
     assert say(exercise, answer, capsys) == said  # the same answer, the same hint
+
+
+ODD = ["None", "...", "'a'", "[]", "{}", "{1}", "object()", "1j", "float('nan')", "10**400", "(1, 2)", "lambda: 1"]
+ODD += ["[...]", "[[1], 2]", "True", "b'1'", "range(3)", "NotImplemented", "__import__('torch').zeros(0)"]
+ODD += ["__import__('torch').ones(2, device='meta')", "__import__('torch').eye(16).to_sparse()", "1 / 0", "unknown"]
+
+
+@pytest.mark.parametrize("exercise", [exercise for exercise in WRONG if exercise != "05 my_constants"])
+def test_no_type_ends_in_a_traceback(exercise, capsys):
+    name = exercise.split()[1]
+    assigned = name in ("my_shifts", "my_levels")  # the others are functions
+    for odd in ODD[:-2] if assigned else ODD:
+        said = say(exercise, f"{name} = {odd}" if assigned else f"return {odd}", capsys)
+        assert (OPEN in said) if odd == "..." else f"{name}: not yet. " in said, odd
 
 
 def test_every_exercise_has_its_table():

@@ -25,6 +25,8 @@ _said = {}  # name of an exercise -> {hint: the fault it was said about}, until 
 _OPEN = "not answered yet. Replace the ... and run this cell again."
 _RETURN = "Does your function end with `return` and its result? `print` only shows a value."
 _RAISES = "Call your function in a cell of its own: Python then shows the line at which it stops."
+_TASK = "Read the task again: what kind of answer does it ask for?"
+_NOTHING = "Python gives None where nothing was returned. Is a `return` or a value missing?"
 _ON_PAPER = "Work this out on paper, step by step, and print the same steps in your code."
 _LOOK_ALIKE = 1e-6  # a mistake is recognised although its last digits are rounded differently
 _WIDTH = 88  # columns of a hint
@@ -222,7 +224,7 @@ def _differ(answer, expected, tolerance):
         return _first(answer, expected, tolerance, ())
     except (RuntimeError, TypeError, ValueError, OverflowError) as err:  # such as a tensor without data
         reason = str(err).partition("\n")[0]
-        return Difference(f"{_kind(answer)} that cannot be read ({reason})", _kind(expected), "kind")
+        return Difference(f"{_kind(answer)} that cannot be read ({reason})", _kind(expected), "kind", _TASK)
 
 
 def _first(answer, expected, tolerance, index):
@@ -230,9 +232,10 @@ def _first(answer, expected, tolerance, index):
     mine = _kind(answer)
     right = _kind(expected)
     if mine != right and {mine, right} != {"a list", "a tuple"}:  # 1 and 1.0 are both numbers, True is not
+        hint = _NOTHING if answer is None else _TASK
         shown = _short(answer)
         shown = f"{shown[:_WIDEST]} ..." if len(shown) > _WIDEST else shown
-        return Difference(f"{shown}, {mine}{place}", right, "kind", _CONVERT.get((mine, right), ""))
+        return Difference(f"{shown}, {mine}{place}", right, "kind", _CONVERT.get((mine, right), hint))
     if isinstance(expected, (list, tuple)):
         return _first_in_list(answer, expected, tolerance, index)
     if hasattr(expected, "tolist") and expected.shape:  # a tensor or an array
@@ -241,7 +244,8 @@ def _first(answer, expected, tolerance, index):
             ("dtype", answer.dtype, expected.dtype),
         ):
             if mine != right:
-                return Difference(f"{rule} {mine}{place}", f"{rule} {right}", rule)
+                hint = f"`.to({right})` changes the dtype." if rule == "dtype" and "torch" in str(right) else ""
+                return Difference(f"{rule} {mine}{place}", f"{rule} {right}", rule, hint)
         return _first_in_list(answer.tolist(), expected.tolist(), tolerance, index)
     if _equal(_scalar(answer), _scalar(expected), tolerance):
         return None

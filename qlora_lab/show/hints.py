@@ -214,7 +214,8 @@ def my_block(weights, levels):
     yield levels[nearest_codes(weights / signed, levels).long()] * signed, largest
     yield levels[codes.long()], "These are the levels. The weights had another size."
     yield levels[nearest_codes(weights, levels).long()], "Levels lie in [-1, 1]. Do the weights, before you scale them?"
-    yield codes, "These are codes. Which level does each stand for, and what was it divided by?"
+    for kind in (codes, codes.int(), codes.long()):
+        yield kind, "These are codes. Which level does each stand for, and what was it divided by?"
     yield torch.full_like(weights, torch.nan), "0 / 0 is NaN, and a block of zeros asks for it."
 
 
