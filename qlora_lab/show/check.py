@@ -135,9 +135,9 @@ def _try(function, expected, name, cases, tolerance):
 
 
 def _try_case(function, expected, name, case, tolerance):
-    right = expected(*copy.deepcopy(case))
+    right = expected(*_copy(case))
     try:
-        mine, called = _watched(function, copy.deepcopy(case))  # a copy, for an answer may change its input
+        mine, called = _watched(function, _copy(case))
     except Exception as err:  # any error of the student's code is the answer to report
         hint = _RAISES if _is_theirs(function, name) else _general(name)
         return Fault([f"raises   {type(err).__name__}: {str(err).partition(chr(10))[0]}"], hint)
@@ -153,6 +153,14 @@ def _try_case(function, expected, name, case, tolerance):
         return None
     hint = _known(name, mine, case, tolerance) or difference.hint or _general(name)
     return Fault(_both(mine, right, difference, secret=not case), hint)
+
+
+def _copy(case):
+    """Copy the arguments, because an answer may change them; a generator, or a module, cannot be copied."""
+    try:
+        return copy.deepcopy(case)
+    except TypeError:
+        return case
 
 
 def _both(mine, right, difference, secret):
@@ -178,7 +186,7 @@ def _known(name, mine, case, tolerance):
     if exercise is None or len(inspect.signature(exercise).parameters) != len(case):  # another one of the same name
         return ""
     near = max(tolerance, _LOOK_ALIKE)
-    return next((hint for wrong, hint in exercise(*copy.deepcopy(case)) if not _differ(mine, wrong, near)), "")
+    return next((hint for wrong, hint in exercise(*_copy(case)) if not _differ(mine, wrong, near)), "")
 
 
 def _general(name):
@@ -290,7 +298,7 @@ def _short(x):
     x = _scalar(x)
     if hasattr(x, "tolist"):
         kind = _kind(x).removeprefix("a ")
-        few = len(x.shape) == 1 and len(x) <= _FEW
+        few = len(x.shape) == 1 and len(x) <= _FEW and not getattr(x, "is_meta", False)  # meta: a shape without data
         return f"{kind}({_short(x.tolist())})" if few else f"{kind} {tuple(x.shape)}"
     if isinstance(x, (list, tuple)):
         inside = ", ".join(map(_short, x[:_LONGEST])) + (", ..." if len(x) > _LONGEST else "")

@@ -114,6 +114,7 @@ def test_no_type_ends_in_a_traceback(said, tried):
         for wrong in [*strange, loop]:
             assert "not yet" in said(wrong, right)
             assert "not yet" in tried(lambda a, wrong=wrong: wrong, expected=lambda a, right=right: right)
+            assert "not yet" in said(lambda a: a, lambda a, right=right: right, cases=[(wrong,)], name="y")
 
 
 def test_the_library_and_the_check_do_not_do_the_work(tried, said):
