@@ -294,13 +294,14 @@ def _pair(answer, expected):
     return short if short[0] != short[1] else (repr(answer), repr(expected))
 
 
-def _short(x):
+def _short(x, depth=3):
     x = _scalar(x)
     if hasattr(x, "tolist"):
         kind = _kind(x).removeprefix("a ")
         few = len(x.shape) == 1 and len(x) <= _FEW and not getattr(x, "is_meta", False)  # meta: a shape without data
         return f"{kind}({_short(x.tolist())})" if few else f"{kind} {tuple(x.shape)}"
     if isinstance(x, (list, tuple)):
-        inside = ", ".join(map(_short, x[:_LONGEST])) + (", ..." if len(x) > _LONGEST else "")
+        inside = ", ".join(_short(y, depth - 1) for y in x[:_LONGEST]) if depth else "..."  # a list may hold itself
+        inside += ", ..." if len(x) > _LONGEST else ""
         return f"[{inside}]" if isinstance(x, list) else f"({inside}{',' * (len(x) == 1)})"
     return f"{x:.6g}" if isinstance(x, float) else _SHORT.repr(x)
