@@ -574,7 +574,13 @@ ODD += ["[...]", "[[1], 2]", "True", "b'1'", "range(3)", "NotImplemented", "__im
 ODD += ["__import__('torch').ones(2, device='meta')", "__import__('torch').eye(16).to_sparse()", "1 / 0", "unknown"]
 
 
-@pytest.mark.parametrize("exercise", [exercise for exercise in WRONG if exercise != "05 my_constants"])
+SLOW = {"08 my_longest": pytest.mark.slow}  # each check searches the longest row three times
+EXERCISES = [
+    pytest.param(exercise, marks=SLOW.get(exercise, ())) for exercise in WRONG if exercise != "05 my_constants"
+]
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
 def test_no_type_ends_in_a_traceback(exercise, capsys):
     name = exercise.split()[1]
     assigned = name in ("my_shifts", "my_levels")  # the others are functions
