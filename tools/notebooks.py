@@ -10,8 +10,8 @@ If a notebook has a solution, the student's notebook is generated from it. In a 
     levels = torch.cat([negative, positive])
     # end solution
 
-become `levels = ...`. If the region's last line is an assignment, its target is kept, so that the name exists.
-Otherwise, as in a function that returns, `...` stands alone. A link to `../10_finetune_llama.ipynb` becomes one to
+become `levels = ...`. If the region's last line is an assignment, its target is kept, so that the name exists. If it
+returns, `return ...` stands there. Otherwise `...` stands alone. A link to `../10_finetune_llama.ipynb` becomes one to
 `10_finetune_llama.ipynb`, because the student's notebook lies one folder higher.
 
     python tools/notebooks.py                                run all
@@ -114,9 +114,11 @@ def _stub(source, i):
 
 
 def _left_open(region):
-    """The one line that stands for an answer: `name = ...` or `...`."""
+    """The one line that stands for an answer: `name = ...`, `return ...` or `...`."""
     body = textwrap.indent(textwrap.dedent("\n".join(region)), " ")  # inside a function, where `return` parses
     last = [None, *ast.parse(f"def answer():\n{body}\n pass").body[0].body[:-1]][-1]
+    if isinstance(last, ast.Return):
+        return "return ..."
     if not isinstance(last, ast.Assign):
         return "..."
     target = last.targets[0]

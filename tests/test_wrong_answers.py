@@ -1,0 +1,650 @@
+"""Wrong answers to every exercise of the course, and what a student then hears.
+
+Each exercise runs as it is stored, in the solution's notebook, with the wrong answer in the place of the right one and
+with what it needs of the cells before. That the right ones are taken is tested here, too.
+"""
+
+import inspect
+import json
+import linecache
+import re
+import textwrap
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import qlora_lab as ql
+from qlora_lab.show import check, hints
+from tools.notebooks import END, START
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SOLUTIONS_10 = {  # notebook 10 trains for minutes, and has no solution beside it
+    "trainable_at_64": "return sum(64 * (out + in_) for out, in_ in shapes)",
+    "bytes_for_the_adapter": "return 4 * 4 * trainable",  # weight, gradient, two moments
+}
+TASK = "Read the task again"
+NOTHING = "Python gives None where nothing was returned"
+RETURN = "Does your function end with `return`"
+OPEN = "not answered yet. Replace the ... and run this cell again."
+
+# exercise: {the mistake: (the answer, a part of the hint)}
+WRONG = {
+    "00 where": {
+        "the halves swapped": (
+            "byte, half = divmod(row * n_columns + column, 2)\nreturn byte, 'high' if half else 'low'",
+            "Which weight of a pair lies in the high half",
+        ),
+        "one row only": ("return column // 2, 'low' if column % 2 else 'high'", "How many weights lie above it?"),
+        "the weight, not the byte": (
+            "number = row * n_columns + column\nreturn number, 'low' if number % 2 else 'high'",
+            "How many weights does a byte hold?",
+        ),
+        "the half first": (
+            "byte, half = divmod(row * n_columns + column, 2)\nreturn 'low' if half else 'high', byte",
+            "Return the byte first",
+        ),
+        "a wrong type": ("return 'high'", "with a comma between them"),
+        "an error": ("return row / 0", "shows the line at which it stops"),
+        "nothing returned": ("print(row * n_columns + column)", RETURN),
+        "the check's own": ("return by_experiment(row, column, n_columns)", "without `quantize`"),
+        "the library's own": (
+            "w = torch.zeros(row + 1, n_columns)\nw[row, column] = 1\n"
+            "i = (ql.quantize(w).packed != 0x77).nonzero().item()\nreturn i, 'high'",
+            "without `quantize`",
+        ),
+    },
+    "00 bits_per_weight": {
+        "a whole constant": ("return 4 + 32", "How many weights share it?"),
+        "the constant alone": ("return 32 / block_size", "The code costs bits, too"),
+        "bytes for bits": ("return 4 + 4 / block_size", "How many bits are four bytes?"),
+        "upside down": ("return 4 + block_size / 32", "makes a weight dearer"),
+        "a wrong type": ("return f'{4 + 32 / block_size}'", "without quotation marks"),
+        "nothing returned": ("bits = 4 + 32 / block_size", RETURN),
+        "the library's own": (
+            "return ql.quantize(torch.ones(4096), block_size=block_size).bits_per_parameter",
+            "without `quantize`",
+        ),
+    },
+    "01 my_offset": {
+        "the 4-bit offset for 3 bits": ("return 0.9677083", "That is the offset for 4 bits"),
+        "not rounded": ("n = 2**bits\nreturn 1 - (1 / (n - 1) + 1 / n) / 4", "How many digits does the rule keep?"),
+        "one of the two": ("return round(1 - 1 / 2 ** (bits + 1), 7)", "The rule takes the mean of both"),
+        "a whole slice": ("n = 2**bits\nreturn round(1 - (1 / (n - 1) + 1 / n) / 2, 7)", "You stay a whole slice away"),
+        "a wrong type": ("return [0.9677083]", TASK),
+        "nothing returned": ("n = 2**bits", RETURN),
+        "the library's own": ("return normal_offset(bits)", "without `normal_offset`"),
+        "the library's own, inside": (
+            "return float(norm.cdf(norm.ppf(normal_offset(bits))))",
+            "without `normal_offset`",
+        ),
+    },
+    "01 my_nf3": {
+        "the library's own, mirrored twice": ("return -(-ql.codebook('nf3'))", "without `codebook`"),
+        "the halves swapped, by hand": (
+            "o = normal_offset(3)\nup = norm.ppf(torch.linspace(o, 0.5, 4)[:-1])\n"
+            "down = -norm.ppf(torch.linspace(o, 0.5, 5)[:-1])\n"
+            "levels = torch.tensor(np.sort([*down, 0.0, *up])).float()\nreturn levels / levels.abs().max()",
+            "The halves are swapped",
+        ),
+        "the 4-bit offset for 3 bits": (
+            "o = normal_offset(4)\nup = norm.ppf(torch.linspace(o, 0.5, 5)[:-1])\n"
+            "down = -norm.ppf(torch.linspace(o, 0.5, 4)[:-1])\n"
+            "levels = torch.tensor(np.sort([*down, 0.0, *up])).float()\nreturn levels / levels.max()",
+            "You took the offset for 4 bits",
+        ),
+        "not divided": (
+            "o = normal_offset(3)\nup = norm.ppf(torch.linspace(o, 0.5, 5)[:-1])\n"
+            "down = -norm.ppf(torch.linspace(o, 0.5, 4)[:-1])\n"
+            "return torch.tensor(np.sort([*down, 0.0, *up])).float()",
+            "What should the largest level be?",
+        ),
+        "a wrong type": ("return [-1.0, 0.0, 1.0]", "makes a tensor of a list"),
+        "float64": (
+            "o = normal_offset(3)\nup = norm.ppf(torch.linspace(o, 0.5, 5)[:-1])\n"
+            "down = -norm.ppf(torch.linspace(o, 0.5, 4)[:-1])\n"
+            "levels = torch.tensor(np.sort([*down, 0.0, *up]))\nreturn levels / levels.max()",
+            "changes the dtype",
+        ),
+        "nothing returned": ("levels = torch.zeros(8)", RETURN),
+        "the library's own": ("return ql.codebook('nf3')", "without `codebook`"),
+        "the library's own maker": ("return ql.normal_float(3)", "without `normal_float`"),
+    },
+    "03 my_block_size": {
+        "less than, not at most": (
+            "return next(2**i for i in range(4, 20) if 32 / 2**i < share * bits)",
+            "exactly is allowed",
+        ),
+        "a share of codes and constants": (
+            "return next(2**i for i in range(4, 20) if 32 / 2**i <= share * (bits + 32 / 2**i))",
+            "speaks of the bits of the codes alone",
+        ),
+        "no power of two": ("return 32 / (share * bits)", "Which sizes may a block have?"),
+        "a wrong type": ("return str(round(32 / (share * bits)))", "without quotation marks"),
+        "nothing returned": ("size = 32 / (share * bits)", RETURN),
+        "the check's own": ("return by_trying(bits, share)", "without `quantize`"),
+    },
+    "03 my_damage": {
+        "summed over tokens": (
+            "return (off.square() @ x.square().sum(0)).sum().item()",
+            "more tokens make more damage",
+        ),
+        "the squared mean": ("return (off.square() @ x.mean(0).square()).sum().item()", "square the mean of an input"),
+        "on these tokens": ("return (x @ off.T).square().sum(1).mean().item()", "products of two inputs are gone"),
+        "without inputs": ("return off.square().sum().item()", "You leave the inputs out"),
+        "a wrong type": ("return off.square() @ x.square().mean(0)", "`.item()` takes the number out"),
+        "nothing returned": ("damage = (off.square() @ x.square().mean(0)).sum()", RETURN),
+        "the check's own": ("return expected(off, x)", "without the function that checks it"),
+        "the check's own, copied": (
+            "s = [(x[:, j] ** 2).mean().item() for j in range(3)]\n"
+            "return sum(off[i, j].item() ** 2 * s[j] for i in range(4) for j in range(3))",
+            "without the function that checks it",
+        ),
+    },
+    "03 my_plan": {
+        "too dear": ("return [row.index(min(row)) for row in error]", "What do they cost together?"),
+        "too cheap": ("return [row.index(min(row)) for row in bits]", "Is there budget left"),
+        "a wrong type": ("return len(error)", TASK),
+        "nothing returned": ("ways = itertools.product(range(3), repeat=len(error))", RETURN),
+        "an error": ("return min(w for w in error if w > budget)", "shows the line at which it stops"),
+        "the library's own": ("return by_programme(error, bits, budget)", "without `best_plan`"),
+    },
+    "04 my_bits": {
+        "no scales": ("return 8 / block_size", "The scales are missing"),
+        "a scale for weights": ("return 8 / block_size + 32 / group_size", "How many weights are that?"),
+        "with the codes": ("return 4 + 8 / block_size + 32 / (block_size * group_size)", "constants alone"),
+        "a wrong type": ("return torch.tensor([8 / block_size])", "`.item()` takes the number out"),
+        "nothing returned": ("scales = 32 / (block_size * group_size)", RETURN),
+        "the library's own": ("return constant_bits(block_size, group_size)[1]", "without `constant_bits`"),
+    },
+    "04 my_absmax": {
+        "no offset": (
+            "return dq.dynamic_map()[codes.int()] * scale.repeat_interleave(256)[: len(codes)]",
+            "Something was subtracted",
+        ),
+        "the first scale for all": (
+            "return dq.dynamic_map()[codes.int()] * scale[0] + offset",
+            "the first scale for all",
+        ),
+        "repeat": (
+            "return dq.dynamic_map()[codes.int()] * scale.repeat(256)[: len(codes)] + offset",
+            "are neighbours equal?",
+        ),
+        "codes as values": ("return codes * scale.repeat_interleave(256)[: len(codes)] + offset", "Into which table?"),
+        "a wrong type": ("return codes.tolist()", "makes a tensor of a list"),
+        "an error": ("return dq.dynamic_map()[codes.int()] * scale + offset", "shows the line at which it stops"),
+        "nothing returned": ("values = dq.dynamic_map()[codes.int()]", RETURN),
+        "the library's own": (
+            "return dq.double_dequantize(dq.DoubleQuantized(codes, scale, offset))",
+            "without `double_dequantize`",
+        ),
+    },
+    "04 my_map": {
+        "not sorted": (
+            "steps = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]\n"
+            "up = torch.cat([10.0 ** (i - 6) * (s[:-1] + s[1:]) / 2 for i, s in enumerate(steps)])\n"
+            "return torch.cat([-up, torch.tensor([0.0, 1.0]), up])",
+            "not in ascending order",
+        ),
+        "edges, not middles": (
+            "up = torch.cat([10.0 ** (i - 6) * torch.linspace(0.1, 1, 2**i + 1)[1:] for i in range(7)])\n"
+            "return torch.cat([-up, torch.tensor([0.0, 1.0]), up]).sort().values",
+            "You take an edge of each step",
+        ),
+        "a decade too low": (
+            "steps = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]\n"
+            "up = torch.cat([10.0 ** (i - 7) * (s[:-1] + s[1:]) / 2 for i, s in enumerate(steps)])\n"
+            "return torch.cat([-up, torch.tensor([0.0, 1.0]), up]).sort().values",
+            "too low by a factor of ten",
+        ),
+        "a wrong type": ("return list(range(256))", "makes a tensor of a list"),
+        "nothing returned": ("up = torch.zeros(127)", RETURN),
+        "the library's own": ("return dq.dynamic_map()", "without `dynamic_map`"),
+    },
+    "05 my_shifts": {
+        "the halves swapped": ("my_shifts = list(range(0, 32, 4))", "the halves are swapped"),
+        "the last byte first": ("my_shifts = [28, 24, 20, 16, 12, 8, 4, 0]", "You begin with the last byte"),
+        "a wrong type": ("my_shifts = 'four, zero'", TASK),
+        "texts in the list": ("my_shifts = ['4', '0']", "which half comes first?"),
+        "nothing": ("my_shifts = None", NOTHING),
+        "the codes themselves": ("my_shifts = eight", "which half comes first?"),
+    },
+    "05 my_constants": {
+        "the store not masked": (
+            "i = tl.arange(0, LANES)\nv = tl.load(table + tl.load(codes + i, mask=i < n, other=0))\n"
+            "tl.store(out + i, v * tl.load(scale) + tl.load(offset))",
+            "what about the store?",
+        ),
+        "no offset": (
+            "i = tl.arange(0, LANES)\nv = tl.load(table + tl.load(codes + i, mask=i < n, other=0))\n"
+            "tl.store(out + i, v * tl.load(scale), mask=i < n)",
+            "The offset is missing",
+        ),
+        "the code as a value": (
+            "i = tl.arange(0, LANES)\nv = tl.load(codes + i, mask=i < n, other=0)\n"
+            "tl.store(out + i, v * tl.load(scale) + tl.load(offset), mask=i < n)",
+            "What is it an index of?",
+        ),
+        "a wrong type": ("tl.store(out, 'five')", "What is loaded first?"),
+        "nothing stored": ("i = tl.arange(0, LANES)", OPEN),
+        "the library's own": ("double_dequantize(codes)", "What is loaded first?"),
+    },
+    "05 my_tokens": {
+        "the last that pays": ("return int(once // again) * tile", "With which one does it stop?"),
+        "tiles": ("return int(once // again)", "How many tokens are in one?"),
+        "a tile in parts": ("return int(once / again * tile) + 1", "costs as much as all of it"),
+        "a tile too far": ("return (int(once // again) + 1) * tile", "One tile too far"),
+        "a wrong type": ("return [once // again]", TASK),
+        "nothing returned": ("tiles = once // again", RETURN),
+        "the library's own": (
+            "c = [again * (t // tile + (t % tile > 0)) for t in n]\n"
+            "return roofline.stops_paying(n, c, [once] * len(n))",
+            "without `stops_paying`",
+        ),
+    },
+    "06 first_wrong": {
+        "not scaled": (
+            "near = (levels - weights[:, None]).abs().argmin(1)\n"
+            "return [a == b for a, b in zip(near.tolist(), codes)].index(False)",
+            "Which step comes before?",
+        ),
+        "the largest, not the largest magnitude": (
+            "near = (levels - (weights / weights.max())[:, None]).abs().argmin(1)\n"
+            "return [a == b for a, b in zip(near.tolist(), codes)].index(False)",
+            "Can a negative one have the larger magnitude?",
+        ),
+        "counted from 1": (
+            "near = (levels - (weights / weights.abs().max())[:, None]).abs().argmin(1)\n"
+            "return 1 + [a == b for a, b in zip(near.tolist(), codes)].index(False)",
+            "From where does an index count?",
+        ),
+        "a wrong type": ("return codes", TASK),
+        "nothing returned": ("near = weights / weights.abs().max()", RETURN),
+        "the library's own": (
+            "right = ql.quantize(weights, levels, block_size=16).codes.tolist()\n"
+            "return [a == b for a, b in zip(right, codes)].index(False)",
+            "without `quantize`",
+        ),
+    },
+    "06 my_block": {
+        "the largest, not the largest magnitude": (
+            "a = weights.max().clamp(min=1e-38)\nreturn levels[(levels - (weights / a)[:, None]).abs().argmin(1)] * a",
+            "Can a negative one have the larger magnitude?",
+        ),
+        "not scaled back": (
+            "a = weights.abs().max().clamp(min=1e-38)\n"
+            "return levels[(levels - (weights / a)[:, None]).abs().argmin(1)]",
+            "The weights had another size",
+        ),
+        "zeros": (
+            "a = weights.abs().max()\nreturn levels[(levels - (weights / a)[:, None]).abs().argmin(1)] * a / a * a",
+            "0 / 0 is NaN",
+        ),
+        "codes, in whole numbers": (
+            "return (levels - (weights / weights.abs().max())[:, None]).abs().argmin(1)",
+            "These are codes",
+        ),
+        "a wrong type": ("return weights.tolist()", "makes a tensor of a list"),
+        "nothing returned": ("absmax = weights.abs().max()", RETURN),
+        "the library's own": ("return ql.dequantize(ql.quantize(weights, levels))", "without `quantize`"),
+    },
+    "06 my_levels": {
+        "INT4": ("my_levels = torch.linspace(-1, 1, 17)[1:]", "Levels should be dense there"),
+        "no zero": ("my_levels = torch.linspace(-1, 1, 16)", "where is zero?"),
+        "fifteen": ("my_levels = shaped_levels(curve=1.3, below=7)[1:]", "how many levels are there"),
+        "beyond 1": ("my_levels = 3 * shaped_levels(curve=1.3, below=7)", "Levels should be dense there"),
+        "a wrong type": ("my_levels = 'dense near zero'", "how many levels are there"),
+        "nothing": ("my_levels = None", "how many levels are there"),
+        "the library's own": ("my_levels = ql.codebook('nf4')", "That is the library's own"),
+    },
+    "07 my_lora": {
+        "B @ A formed": ("return x @ (weight + alpha / len(A) * B @ A).t()", "You form `B @ A`"),
+        "B @ A formed, and added late": (
+            "return x @ weight.t() + alpha / len(A) * (x @ (B @ A).t())",
+            "You form `B @ A`",
+        ),
+        "not divided by r": ("return x @ weight.t() + alpha * (x @ A.t()) @ B.t()", "By what is it divided?"),
+        "divided by in": ("return x @ weight.t() + alpha / A.shape[1] * (x @ A.t()) @ B.t()", "Which side of A is r?"),
+        "not scaled": ("return x @ weight.t() + x @ A.t() @ B.t()", "The scaling is missing"),
+        "without the weight": ("return alpha / len(A) * x @ A.t() @ B.t()", "That is the adapter alone"),
+        "a wrong type": ("return (x @ weight.t()).tolist()", "makes a tensor of a list"),
+        "shapes that do not fit": ("return x @ weight + x @ A", "shows the line at which it stops"),
+        "nothing returned": ("change = (x @ A.t()) @ B.t()", RETURN),
+        "the library's own": ("return library(x, weight, B, A, alpha)", "without `LoRALinear`"),
+    },
+    "07 my_largest_r": {
+        "equal is not fewer": ("return out * in_ // (out + in_)", "The question asks for fewer"),
+        "the rank of the matrix": ("return min(out, in_)", "the largest rank that the matrix can have"),
+        "not whole": ("return out * in_ / (out + in_)", "A rank is a whole number"),
+        "a wrong type": ("return str(out)", "without quotation marks"),
+        "nothing returned": ("r = out * in_ // (out + in_)", RETURN),
+        "the check's own": ("return counting(out, in_)", "without the function that checks it"),
+        "the check's own, copied": (
+            "some = [r for r in range(1, min(out, in_) + 1) if r * (out + in_) < out * in_]\n"
+            "return max(some, default=0)",
+            "without the function that checks it",
+        ),
+    },
+    "07 my_sum": {
+        "without scalings": ("return torch.cat([B1, B2], 1), torch.cat([A1, A2])", "The scalings are missing"),
+        "scalings twice": (
+            "return torch.cat([s1 * B1, s2 * B2], 1), torch.cat([s1 * A1, s2 * A2])",
+            "once in B, once in A",
+        ),
+        "the product itself": ("return s1 * B1 @ A1 + s2 * B2 @ A2, torch.eye(32)", "in the same way?"),
+        "added": ("return s1 * B1 + s2 * B2, A1 + A2", "in the same way?"),
+        "a wrong type": ("return 'B and A'", "with a comma between them"),
+        "nothing returned": ("B = torch.cat([s1 * B1, s2 * B2], 1)", NOTHING),
+        "the check's own": ("return both(B1, A1, s1, B2, A2, s2)", "in the same way?"),
+    },
+    "08 my_bytes": {
+        "rounded down": (
+            "n = out_features * in_features\nb = n // block_size\nreturn n // 2 + b + 4 * (b // 256) + 4",
+            "You round down",
+        ),
+        "constants in float32": (
+            "n = out_features * in_features\nreturn -(-n // 2) + 4 * -(-n // block_size)",
+            "Your constants are float32",
+        ),
+        "blocks end with a row": (
+            "n = out_features * in_features\nb = out_features * -(-in_features // block_size)\n"
+            "return -(-n // 2) + b + 4 * -(-b // 256) + 4",
+            "Does a block end with its row?",
+        ),
+        "no offset": (
+            "n = out_features * in_features\nb = -(-n // block_size)\nreturn -(-n // 2) + b + 4 * -(-b // 256)",
+            "The offset is missing",
+        ),
+        "a wrong type": ("return f'{out_features * in_features // 2} bytes'", "without quotation marks"),
+        "nothing returned": ("n = out_features * in_features", RETURN),
+        "the library's own": ("return stored(out_features, in_features, block_size)", "without `quantize`"),
+    },
+    "08 my_trained": {
+        "one layer": (
+            "return 16 * r * sum(m.in_features + m.out_features for m in shape.linears)",
+            "You count one layer",
+        ),
+        "without gradients": (
+            "return 12 * r * shape.layers * sum(m.in_features + m.out_features for m in shape.linears)",
+            "Three of four",
+        ),
+        "in bf16": (
+            "return 8 * r * shape.layers * sum(m.in_features + m.out_features for m in shape.linears)",
+            "how many bytes has a float32?",
+        ),
+        "adapters alone": (
+            "return 4 * r * shape.layers * sum(m.in_features + m.out_features for m in shape.linears)",
+            "These are the adapters alone",
+        ),
+        "a wrong type": ("return shape", TASK),
+        "nothing returned": ("layers = shape.layers", RETURN),
+        "the library's own": ("return ql.predict_memory(name, r=r).peak", "without `predict_memory`"),
+    },
+    "08 my_longest": {
+        "the first that does not fit": (
+            "low, high = 0, 2**20\nwhile high - low > 1:\n    middle = (low + high) // 2\n"
+            "    low, high = (middle, high) if peak(name, middle) <= gib * 2**30 else (low, middle)\nreturn high",
+            "That length no longer fits",
+        ),
+        "GB, not GiB": (
+            "low, high = 0, 2**20\nwhile high - low > 1:\n    middle = (low + high) // 2\n"
+            "    low, high = (middle, high) if peak(name, middle) <= gib * 10**9 else (low, middle)\nreturn low",
+            "How many has a GiB?",
+        ),
+        "a wrong type": ("return [gib]", TASK),
+        "nothing returned": ("low, high = 0, 2**20", RETURN),
+        "the library's own": ("return ql.fit(name, gib, r=16).longest", "without `fit`"),
+    },
+    "09 my_faults": {
+        "first in, first out": (
+            "held, faults = [], []\nfor page in asked:\n    if page not in held:\n        faults.append(page)\n"
+            "        held = [*held, page][-frames:]\nreturn faults",
+            "Was it the one not used for longest?",
+        ),
+        "every access": ("return asked", "Does a page that is held fault?"),
+        "each page once": ("return list(dict.fromkeys(asked))", "may come back"),
+        "their number": ("return 5", "Which pages are they?"),
+        "a wrong type": ("return 'pages'", TASK),
+        "nothing returned": ("held, faults = [], []", RETURN),
+        "the library's own": (
+            "return [a.page for a in trace.replay(asked, frames)[0] if a.fault]",
+            "without `replay`",
+        ),
+    },
+    "09 my_turns": {
+        "steps that do not turn": ("return count if frames < count else 0", "if each step begins at page 0"),
+        "two steps": ("return 2 * (count - frames)", "one up and one down"),
+        "one too many": ("return count - frames + 1", "One too many"),
+        "a wrong type": ("return [count, frames]", TASK),
+        "nothing returned": ("faults = count - frames", RETURN),
+        "the library's own": ("return turns(count, frames)", "without `replay`"),
+    },
+    "09 my_rank": {
+        "rounded down": ("return 100_000 // side", "You round down"),
+        "always one more": ("return 100_000 // side + 1", "includes the number itself"),
+        "not whole": ("return 100_000 / side", "A rank is a whole number"),
+        "a wrong type": ("return '10'", "without quotation marks"),
+        "nothing returned": ("r = 100_000 / side", RETURN),
+        "the library's own": ("return smallest(side)", "without `pageable_share`"),
+    },
+    "10 trainable_at_64": {
+        "lora_A alone": ("return 64 * sum(in_ for out, in_ in shapes)", "That is lora_A alone"),
+        "lora_B alone": ("return 64 * sum(out for out, in_ in shapes)", "That is lora_B alone"),
+        "rank 16": ("return 16 * sum(out + in_ for out, in_ in shapes)", "That is for rank 16"),
+        "the sides multiplied": ("return sum(64 * out * in_ for out, in_ in shapes)", "so large a part?"),
+        "a wrong type": ("return shapes", TASK),
+        "nothing returned": ("total = 64 * sum(out + in_ for out, in_ in shapes)", RETURN),
+        "the library's own": (
+            "return sum(p.numel() for q in packed[: len(shapes)] "
+            "for p in LoRALinear(Linear4bit(q), r=64).parameters())",
+            "without `LoRALinear`",
+        ),
+    },
+    "10 bytes_for_the_adapter": {
+        "weights alone": ("return 4 * trainable", "Count both"),
+        "three of four": ("return 12 * trainable", "Which one is missing?"),
+        "a fixed number": ("return 16_000", "how many bytes has a float32?"),
+        "a wrong type": ("return f'{16 * trainable} bytes'", "without quotation marks"),
+        "nothing returned": ("total = 16 * trainable", RETURN),
+        "the check's own": ("return held(trainable)", "without the function that checks it"),
+    },
+}
+
+# what the exercises need of the cells before them, as small as the question allows
+BEFORE = {
+    "03": 'candidates = [planner.Candidate("nf4", size, False) for size in (32, 64, 128)]',
+    "04": """
+some = torch.cat([torch.linspace(0.02, 0.2, 256), torch.linspace(0.05, 0.06, 44)])
+codes, scale, offset = torch.tensor([3, 250, 127, 0]), torch.tensor(0.5), torch.tensor(0.1)""",
+    "05": """
+eight = [1, 2, 3, 4, 5, 6, 7, 8]
+packed = torch.tensor([0x12, 0x34, 0x56, 0x78])
+table = torch.linspace(-1, 1, 256)
+scale, offset = torch.tensor([0.5]), torch.tensor(0.25)
+n = list(range(1, 4097))
+once, again, tile = 41.87, 4.27, 128""",
+    "06": """
+normal = normal_weights(64 * 64).view(-1, 64)
+uses = {"int4": code_use(ql.codebook("int4"), normal)}""",
+    "10": """
+import torch
+import qlora_lab as ql
+from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.model.linear4bit import Linear4bit
+packed = [ql.quantize(torch.ones(80, 120)), ql.quantize(torch.ones(200, 80)), ql.quantize(torch.ones(80, 80))]
+trainable = 16 * (80 + 120 + 200 + 80 + 160)""",
+}
+
+
+@cache
+def cells_of(exercise):
+    """The code cells of an exercise, and those of the exercises before it in the same notebook."""
+    number, name = exercise.split()
+    folder = NOTEBOOKS if number == "10" else NOTEBOOKS / "solutions"
+    (path,) = folder.glob(f"{number}_*.ipynb")
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    sources = [("".join(cell["source"]), cell["cell_type"]) for cell in cells]
+    first = next(i for i, (source, _) in enumerate(sources) if "## Exercises" in source)
+    groups = []
+    for source, kind in sources[first:]:
+        if kind == "markdown" and "**" in source:
+            groups.append([])
+        elif kind == "code":
+            groups[-1].append(source)
+    index = next(i for i, group in enumerate(groups) if f'name="{name}"' in "".join(group))
+    return groups[index], [source for group in groups[:index] for source in group]
+
+
+@cache
+def namespace(exercise):
+    """The names that the exercise finds: those of the imports, of BEFORE, and of the exercises before it."""
+    number = exercise.split()[0]
+    names = {}
+    if number != "10":
+        (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        run(next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"), names)
+    run(BEFORE.get(number, ""), names)
+    if number == "06":
+        run("".join(cells_of(exercise)[1][:1]), names)  # the table of the first exercise
+    return names
+
+
+def run(source, names):
+    """Run a cell as IPython does: its lines can be looked up, which Triton does."""
+    file = f"<cell {len(linecache.cache)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), names)
+
+
+def answered(source, answer):
+    """A cell with the answer in the place of the right one."""
+    if source.startswith("def ") and source.splitlines()[1:2] == ["    return ..."]:  # in notebook 10
+        return source.replace("    return ...\n", textwrap.indent(answer, "    ") + "\n")
+    if START not in source:
+        return source
+    before, _, rest = source.partition(START)
+    after = rest.partition(END)[2]
+    indent = before.rpartition("\n")[2]
+    return before + textwrap.indent(answer, indent).removeprefix(indent) + after
+
+
+def say(exercise, answer, capsys):
+    """What the cells of the exercise print; its answer is None where the stored solution stands."""
+    number, name = exercise.split()
+    if number == "05" and find_spec("triton") is None:
+        pytest.skip("Triton exists for Linux")
+    if number == "10" and answer is None:
+        answer = SOLUTIONS_10[name]
+    names = dict(namespace(exercise))
+    for source in cells_of(exercise)[0]:
+        if "aot." not in source:  # it compiles for minutes; BEFORE has the numbers
+            run(source if answer is None else answered(source, answer), names)
+    return capsys.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def first_attempt(monkeypatch):
+    monkeypatch.setattr(check, "_said", {})
+
+
+@pytest.mark.parametrize("exercise", WRONG)
+def test_the_right_answer_is_taken_and_the_open_one_is_not(exercise, capsys):
+    name = exercise.split()[1]
+    assert say(exercise, None, capsys).strip() == f"{name}: correct"
+
+
+@pytest.mark.parametrize(("exercise", "mistake"), [(e, mistake) for e, answers in WRONG.items() for mistake in answers])
+def test_a_wrong_answer_gets_the_hint_that_fits(exercise, mistake, capsys):
+    answer, hint = WRONG[exercise][mistake]
+    said = say(exercise, answer, capsys)
+    if hint == OPEN:
+        assert said.endswith(f"{hint}\n")
+        return
+    assert f"{exercise.split()[1]}: not yet. " in said
+    assert hint in " ".join(said.partition("Hint: ")[2].split())
+    assert say(exercise, answer, capsys) == said  # the same answer, the same hint
+    print(said)  # `pytest -rP` shows what students read
+
+
+ODD = ["None", "...", "'a'", "[]", "{}", "{1}", "object()", "1j", "float('nan')", "10**400", "(1, 2)", "lambda: 1"]
+ODD += ["[...]", "[[1], 2]", "True", "b'1'", "range(3)", "NotImplemented", "__import__('torch').zeros(0)"]
+ODD += ["__import__('torch').ones(2, device='meta')", "__import__('torch').eye(16).to_sparse()", "1 / 0", "unknown"]
+
+
+SLOW = {"08 my_longest": pytest.mark.slow}  # each check searches the longest row three times
+EXERCISES = [
+    pytest.param(exercise, marks=SLOW.get(exercise, ())) for exercise in WRONG if exercise != "05 my_constants"
+]
+
+
+@pytest.mark.parametrize("exercise", EXERCISES)
+def test_no_type_ends_in_a_traceback(exercise, capsys):
+    name = exercise.split()[1]
+    assigned = name in ("my_shifts", "my_levels")  # the others are functions
+    for odd in ODD[:-2] if assigned else ODD:
+        said = say(exercise, f"{name} = {odd}" if assigned else f"return {odd}", capsys)
+        assert (OPEN in said) if odd == "..." else f"{name}: not yet. " in said, odd
+
+
+def test_every_exercise_has_its_table():
+    checked = set()
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for cell in json.loads(path.read_text("utf-8"))["cells"]:
+            checked |= set(re.findall(r'ql\.check\(.*name="(\w+)"', "".join(cell["source"])))
+    assert checked == {exercise.split()[1] for exercise in WRONG} == hints.EXERCISES.keys()
+
+
+@pytest.mark.parametrize("exercise", WRONG)
+def test_a_table_has_the_four_kinds_of_wrong_answers(exercise):
+    mistakes = list(WRONG[exercise])
+    assert len(mistakes) >= 5 and "a wrong type" in mistakes
+    assert any(mistake.startswith("nothing") for mistake in mistakes)
+    assert any(mistake.startswith(("the library's own", "the check's own", "the codes")) for mistake in mistakes)
+
+
+@pytest.mark.parametrize("exercise", [exercise for exercise in WRONG if not exercise.startswith("10")])
+def test_neither_the_notebook_nor_a_hint_hands_over_the_answer(exercise):
+    solution = next(source for source in cells_of(exercise)[0] if START in source)
+    region = solution.partition(START)[2].partition(END)[0]
+    answer = [line.strip().partition("  #")[0] for line in region.splitlines() if len(line.split()) > 2]
+    (path,) = NOTEBOOKS.glob(f"{exercise.split()[0]}_*.ipynb")
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    last = next(i for i, cell in enumerate(cells) if "## Exercises" in "".join(cell["source"]))
+    in_sight = "".join("".join(cell["source"]) for cell in cells[last:])
+    in_sight += "\n".join(re.findall(r'"([^"]*)"', inspect.getsource(hints)))
+    assert answer and not [line for line in answer if line.removeprefix("return ") in in_sight]
+
+
+@pytest.mark.parametrize("exercise", WRONG)
+def test_hints_know_results_of_every_case_and_none_is_right(exercise, capsys, monkeypatch):
+    found = {}
+
+    def recorded(answer, expected, *, name, cases, tolerance=0.0):
+        found.update(expected=expected, cases=cases)
+
+    monkeypatch.setattr(ql, "check", recorded)
+    say(exercise, None, capsys)
+    right = {}
+    for case in found["cases"]:
+        wanted = found["expected"](*case)
+        for place, (wrong, hint) in enumerate(hints.EXERCISES[exercise.split()[1]](*case)):
+            assert hint[-1] in ".?"
+            right.setdefault((place, hint), []).append(not check._differ(wrong, wanted, 0.0))
+    assert right and not [hint for (_, hint), always in right.items() if all(always)]
+
+
+def test_what_must_not_be_called_exists():
+    for exercise, homes in hints.WITHOUT.items():
+        assert exercise in hints.EXERCISES
+        for home in homes:
+            room, file, name = home.split(".", 2)
+            assert callable(getattrs(import_module(f"qlora_lab.{room}.{file}"), name)), home
+
+
+def getattrs(value, path):
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
