@@ -70,4 +70,4 @@ chromium: | $(READY)
 		echo "Chromium is not installed, so the browser tests are skipped: sudo apt-get install chromium"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

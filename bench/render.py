@@ -76,9 +76,9 @@ def section(result: dict) -> str:
     lines = [
         f"Measured on {result['date']}: {result['processor']}, torch {versions['torch']}, {PEER} {versions[PEER]}, "
         f"torchao {versions['torchao']}, in turn in one process. Times are medians for NF4, block size 64, double "
-        "quantization; a ratio is their time over ours. Under the stock allocator, much of a ratio is fresh memory "
-        f"that {PEER} requests and ours does not. The last column is the ratio when the C library recycles memory, as "
-        "`qlora-lab finetune` makes it do.",
+        "quantization; a ratio is their time over ours. Under the stock allocator, much of a ratio is the cost of "
+        f"fresh memory, which {PEER} requests and QLoRA Lab does not. The last column is the ratio when the C library "
+        "recycles memory, as `qlora-lab finetune` makes it do.",
         "",
         f"| work | ours | {PEER} | ratio | ratio, recycling |",
         "|---|---|---|---|---|",
@@ -102,12 +102,13 @@ def _floors(result: dict) -> list[str]:
             )
         if row := find(stock, "LoRA layer step", (4096, 11008), dtype, 256):
             clauses.append(f"the {dtype} layer step {1 / ratio(row, 'unquantised'):.2f} times the unquantised layer's")
-    text = "Compared with the floor, stock allocator: " + "; ".join(clauses) + "." if clauses else ""
+    opening = "Compared with the least possible work, under the stock allocator: "
+    text = opening + "; ".join(clauses) + "." if clauses else ""
     row = find(stock, "forward and backward", (11008, 4096), "bfloat16", 256)
     if row and all((row.get("peak_bytes") or {}).values()):
         mine, theirs = (row["peak_bytes"][name] / 2**20 for name in ("ours", PEER))
         work = "11008 x 4096, 256 tokens, bf16"
-        text += f" Peak memory above resident, {work}: ours {mine:.0f} MiB, {PEER} {theirs:.0f} MiB."
+        text += f" Rise in peak memory, {work}: ours {mine:.0f} MiB, {PEER} {theirs:.0f} MiB."
     return [text]
 
 

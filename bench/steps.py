@@ -61,7 +61,7 @@ def _seven_b(result: dict) -> list[str]:
         f"A LLaMA of 7B parameters on the same machine ({result['model']}, {result['date']}, `bench/seven_b.py`): "
         f"loading and quantising its {original:.1f} GB takes {load['seconds']:.0f} s and at most "
         f"{load['peak_bytes_above_import'] / GIB:.2f} GiB above the imports ({load['MB per core-second']:.0f} MB per "
-        f"core-second); quantising it onto the disk {s['quantise']['seconds']:.0f} s and "
+        f"core-second); quantising it to disk takes {s['quantise']['seconds']:.0f} s and "
         f"{s['quantise']['peak_bytes_above_import'] / GIB:.2f} GiB; mapping that folder "
         f"({mapped['folder_bytes'] / GIB:.2f} GiB) {mapped['seconds']:.2f} s. One training step of {step['tokens']} "
         f"tokens, r = {step['r']}, gradient checkpointing: {step['seconds']:.0f} s, {step['over_floor']:.2f} times the "

@@ -1,7 +1,7 @@
 """qlora_lab: see how QLoRA works, down to the byte, then use it.
 
 The names below are the public ones; everything else is imported from its room: `from qlora_lab.quant.packing import
-pack`. Each is loaded when it is first used, so that `import qlora_lab` is instant: torch alone takes two seconds.
+pack`. Each is loaded when it is first used, so that `import qlora_lab` is instant: torch alone takes over a second.
 """
 
 from importlib import import_module

@@ -30,7 +30,7 @@ COMMANDS = {
     "sweep": "MODEL --codebooks nf4 --out FREE.jsonl --text TEXT --windows 1 --length 8",
     "block-size": "MODEL --bits 5 --out FREE.json --text TEXT --windows 1 --length 8",
     "verify": "FREE",
-    "open": "NOTEBOOK",
+    "open": "FREE",
 }
 # Arguments that take a path; a list of those after which the same path is tried again, as `--out PATH --overwrite`.
 PATHS = {
@@ -53,7 +53,7 @@ PATHS = {
     ("block-size", "out"): [],
     ("block-size", "text"): [],
     ("verify", "folder"): [],
-    ("open", "notebook"): [],
+    ("open", "folder"): [],
 }
 # Arguments that take text that is no path.
 WORDS = {"codebook", "codebooks", "levels", "dtype", "schedule", "targets", "question", "method", "adapter_dtype"}
@@ -71,17 +71,15 @@ def names(tmp_path, folder, monkeypatch):
     """Words of COMMANDS -> what they stand for; the working directory is an empty one of its own."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    data, text, notebook = tmp_path / "data.jsonl", tmp_path / "text.txt", tmp_path / "a.ipynb"
+    data, text = tmp_path / "data.jsonl", tmp_path / "text.txt"
     data.write_text("".join(json.dumps({"instruction": f"double {i}", "output": str(2 * i)}) + "\n" for i in range(6)))
     text.write_text("the sum of the two numbers " * 20)
-    notebook.write_text("{}")
     monkeypatch.setattr(os, "execv", lambda *_: None)  # of `open`, which would become JupyterLab
     free = tmp_path / "free"
     return {
         "MODEL": folder,
         "DATA": data,
         "TEXT": text,
-        "NOTEBOOK": notebook,
         "FREE": free / "folder",
         "FREE.jsonl": free / "rows.jsonl",
         "FREE.json": tmp_path / "plan.json",
@@ -169,7 +167,7 @@ def test_a_change_of_a_strangers_file_is_seen(tmp_path, folder):
 
 # the root of each folder, where all names of ours lie, for each argument that is written to
 @pytest.mark.parametrize("kind", HOMES)
-@pytest.mark.parametrize("command, dest", [one for one in PATHS if one[1] == "out"])
+@pytest.mark.parametrize("command, dest", [one for one in PATHS if one[1] == "out" or one[0] == "open"])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # a short text, an adapter of another model
 def test_out_changes_nothing_of_a_strangers(command, dest, kind, names, tmp_path, capsys):
     codes = exit_codes(command, dest, kind, names, tmp_path, ["."], capsys)
@@ -199,6 +197,6 @@ def test_commands_without_a_path_change_nothing(names, tmp_path, capsys, monkeyp
     home = strangers.user(tmp_path / "home", names["MODEL"])
     before = strangers.fingerprint(home)
     monkeypatch.chdir(home)
-    for words in (["kernels", "no_such_rung"], ["open", str(names["NOTEBOOK"])], ["memory", "llama-7b"]):
+    for words in (["kernels", "no_such_rung"], ["open"], ["memory", "llama-7b"]):
         cli.main(words)
     assert unchanged(before, home) and before.keys() == strangers.fingerprint(home).keys()

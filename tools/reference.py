@@ -72,7 +72,7 @@ def _tree(path: Path) -> ast.Module:
 
 def _is_public(node: ast.AST) -> bool:
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return isinstance(node, kinds) and not node.name.startswith("_") and bool(ast.get_docstring(node))
+    return isinstance(node, kinds) and not node.name.startswith("_")
 
 
 def _definition(tree: ast.Module, name: str, path: Path) -> ast.AST:
@@ -95,7 +95,8 @@ def _entry(node: ast.AST, dotted: str, methods: bool) -> str:
 def _method(node: ast.FunctionDef, owner: str) -> str:
     is_property = any(ast.unparse(decorator).endswith("property") for decorator in node.decorator_list)
     kind, signature = ("attribute", "") if is_property else ("method", _signature(node))
-    return f":::{{py:{kind}}} {owner}.{node.name}{signature}\n\n{as_markdown(ast.get_docstring(node))}\n\n:::"
+    text = as_markdown(ast.get_docstring(node) or "")
+    return f":::{{py:{kind}}} {owner}.{node.name}{signature}\n\n{text}\n\n:::"
 
 
 def _signature(node: ast.AST) -> str:

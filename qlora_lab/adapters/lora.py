@@ -10,7 +10,7 @@ The adapter is stored in float32 whatever the model computes in: at lr 2e-4 an u
 last place of a bf16 weight and would be lost. The two products run in the dtype of x. Beside a Linear4bit on the CPU
 they run in float32 and are added before the layer's one rounding (kernels/product.py), unless there is dropout.
 
-Not here: variants such as DoRA; files (peft_format.py), where rsLoRA is another alpha.
+Not here: variants such as DoRA; files (peft_format.py, which reads rsLoRA as plain LoRA with alpha * sqrt(r)).
 """
 
 import math
@@ -61,7 +61,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dropping = self.training and self.dropout.p > 0  # base and adapter then read different x
-        exact = self.lora_A.dtype == self.lora_B.dtype == torch.float32  # unless someone set .data
+        exact = self.lora_A.dtype == self.lora_B.dtype == torch.float32  # a caller can set .data
         if isinstance(self.base, Linear4bit) and self.base.takes_adapter and exact and not dropping:
             return self.base(x, (self.lora_A, self.lora_B, self.scaling))  # the same as below, in one pass over x
         A = self.lora_A.to(x.dtype)  # (r, in)
@@ -75,7 +75,7 @@ class LoRALinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         exact = [(p, p.data, None if p.grad is None else p.grad.data) for p in (self.lora_A, self.lora_B)]
         super()._apply(fn, recurse)  # may cast A and B
-        for parameter, data, grad in exact:  # follow to another device, but stay float32, to the bit
+        for parameter, data, grad in exact:  # A and B move to another device, but stay float32 with the same bits
             if not data.is_meta:
                 parameter.grad = None  # torch refuses new data of another dtype than the gradient's
                 parameter.data = data.to(parameter.device)
@@ -94,10 +94,10 @@ def add_lora(
 ) -> nn.Module:
     """Put an adapter beside the linear layers of `model`, in place, and freeze everything else. Returns `model`.
 
-    targets: "all-linear", which the QLoRA paper found necessary (all but the head, as in PEFT, routers, and layers
-    whose weight the family's own code uses), or layer names: last names ("q_proj") or whole paths. seed: for lora_A.
-    Raises ValueError for a name that matches nothing, a model without a linear layer to adapt, an adapter that is
-    already there, or a rank, alpha or dropout that is not allowed.
+    targets: "all-linear", which the QLoRA paper found necessary (every linear layer except the head, routers, and
+    layers whose weight the family's own code uses directly), or layer names: last names ("q_proj") or whole paths.
+    seed: for lora_A. Raises ValueError for a name that matches nothing, a model without a linear layer to adapt, an
+    adapter that is already there, or a rank, alpha or dropout that is not allowed.
     """
     return adapt(model, dict.fromkeys(choose_targets(model, targets), (r, alpha)), dropout, seed=seed)
 
@@ -169,6 +169,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def check_strength(alpha: float, dropout: float) -> None:
+    """Raise ValueError unless 0 < alpha <= 1,000,000 and 0 <= dropout < 1."""
     allowed = "a number above 0 and at most 1,000,000, usually r or 16"
     check_number("alpha", alpha, lambda alpha: 0 < alpha <= 1e6, allowed)
     check_number("dropout", dropout, lambda share: 0 <= share < 1, "a number from 0 to below 1, usually 0 to 0.1")

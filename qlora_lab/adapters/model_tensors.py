@@ -17,6 +17,7 @@ ADAPTER = ("lora_A", "lora_B")  # an adapter's kind is its parameter's name
 
 
 def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+    """Yield (kind, tensor) for each packed weight, parameter and buffer; kind: a constant above, or one of ADAPTER."""
     head = head_path(model)
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):  # its weight is neither a parameter nor a buffer

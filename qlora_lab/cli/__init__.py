@@ -27,9 +27,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, beside ModelError
 PRINTING = ("generate", "doctor", "memory", "kernels", "verify")  # commands whose only effect is what they print
 EXITS = """Exit codes: 0 done; 1 doctor found a problem, verify found a difference, or memory found that a run does not
-fit; 2 a mistake, or a full disk or memory, reported in one line; 130 interrupted. Ctrl-C, SIGTERM and a closed terminal
-all end a command in the same way: finetune finishes its step and saves; finetune --resume, quantize and sweep continue
-from there. Under nohup a closed terminal ends nothing."""
+fit; 2 a mistake, a full disk or too little memory, reported in one line; 130 interrupted. Ctrl-C, SIGTERM and a closed
+terminal all end a command in the same way: finetune finishes its step and saves; finetune --resume, quantize and sweep
+continue from there. Under nohup a closed terminal ends nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Plan the mix of data types and block sizes that should add the least loss for its bits; quantize takes the plan."""
+"""Choose each layer's data type and block size to lose least within a bit budget; pass the plan to quantize --plan."""
 
 import argparse
 import os
@@ -21,12 +21,13 @@ SIZES = [32, 64, 128, 256, 512, 1024]  # weights in a block
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = add_measured(parser).add_argument
-    add("--bits", type=number, required=True, help="most bits per parameter, constants included")
+    add("--bits", type=number, required=True, help="limit on bits per parameter, constants included")
     add("--codebooks", nargs="+", default=["nf4"], metavar="NAME", help="data types to choose from")
     add("--block-sizes", nargs="+", type=whole, default=SIZES, metavar="N", help="block sizes to choose from")
     add("--double-quant", action="store_true", help="quantise the scaling constants of every layer")
-    add("--constants-share", type=number, metavar="S", help="most bits of constants per bit of codes, such as 0.05")
-    add("--share-below", type=whole, default=0, metavar="N", help="smaller layers of a module share one choice")
+    add("--constants-share", type=number, metavar="S", help="limit on bits of constants per bit of codes, such as 0.05")
+    alike = "layers of one module with fewer than N weights get the same choice"
+    add("--share-below", type=whole, default=0, metavar="N", help=alike)
     add_text(parser, windows=12, length=256, default="half of Python's help topics")
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, metavar="FILE", help="file for the plan")

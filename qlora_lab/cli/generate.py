@@ -13,12 +13,13 @@ LESS_MEMORY = "use fewer --max-new-tokens, or pass the copy from `qlora-lab quan
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("question", help="the text of your turn; the model's chat template is added")
+    parser.add_argument("question", help="your question; the model's chat template is added")
     model = parser.add_argument_group("model")
     add_model(model)
     model.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format")
     output = parser.add_argument_group("output")
-    output.add_argument("--max-new-tokens", type=whole, default=128, metavar="N", help="most tokens in the answer")
+    most = "maximum number of tokens in the answer"
+    output.add_argument("--max-new-tokens", type=whole, default=128, metavar="N", help=most)
     common(output)
 
 

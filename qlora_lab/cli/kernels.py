@@ -11,7 +11,8 @@ EXAMPLE = "qlora-lab kernels dequantize_nf4 --arch 80 --arch 90 --compare"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rungs", nargs="*", metavar="RUNG", help="such as dequantize_nf4; none: all that take --dtype")
+    chosen = "kernels to show, such as dequantize_nf4 (default: all that support --dtype)"
+    parser.add_argument("rungs", nargs="*", metavar="RUNG", help=chosen)
     add = parser.add_argument_group("target").add_argument
     add("--arch", type=whole, action="append", metavar="SM", help="80, 90 or 100; may be repeated (default: 90)")
     add("--dtype", default="bfloat16", metavar="NAME", help="float32, bfloat16 or float16")

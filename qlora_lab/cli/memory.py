@@ -14,16 +14,15 @@ NOT_OPTIONS = ("dropout", "padded", "paged", "fused_adapter", "wide_attention") 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a known name, llama-7b to llama-2-70b, a folder, or a config.json")
+    parser.add_argument("model", help="a known name, such as llama-7b or llama-2-70b, a folder, or a config.json")
     model = parser.add_argument_group("model")
     add_fields(model, Setup, "method", "codebook", "block_size", "double_quant", "dtype")
     data = parser.add_argument_group("data")
     add_field(data, Setup, "length", flag="--max-length")
     add_fields(data, Setup, "mean_length", "packing", "learned")
     run_group = parser.add_argument_group("run")
-    run_group.add_argument(
-        "--gpu", type=number, metavar="GB", help="memory of the card: recommend settings that fit, and their limits"
-    )
+    gpu_help = "memory of the card; recommends settings that fit, and shows their limits"
+    run_group.add_argument("--gpu", type=number, metavar="GB", help=gpu_help)
     add_fields(run_group, Setup, "device", "batch_size", "micro_batch_size", "gradient_checkpointing")
     add_fields(parser.add_argument_group("adapter"), Setup, "r", "targets", "adapter_dtype")
     add_fields(parser.add_argument_group("optimizer"), Setup, "optimizer_bits", "optimizer_budget")

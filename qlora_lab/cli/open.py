@@ -5,19 +5,37 @@ import os
 import sys
 from pathlib import Path
 
-EXAMPLE = "qlora-lab open"
+EXAMPLE = "qlora-lab open my-course"
+FOLDER = "qlora-lab-course"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("notebook", nargs="?", default="notebooks/00_start_here.ipynb", help="notebook to open")
+    where = (
+        "copy the course to this folder first; notebooks that you have changed stay as they are "
+        f"(default: a checkout's own notebooks, or else {FOLDER})"
+    )
+    parser.add_argument("folder", nargs="?", help=where)
+    parser.add_argument("--without-solutions", action="store_true", help="copy no solved exercises")
+    parser.add_argument("--no-browser", action="store_true", help="print the address instead of opening a browser")
 
 
 def run(a: argparse.Namespace) -> None:
-    """Replace this process by JupyterLab with the notebook; its token stays on."""
-    notebook = Path(a.notebook)
-    if not notebook.is_file():
-        raise FileNotFoundError(f"{notebook} is not here: run this in the folder of the course, or name a notebook")
-    command = [sys.executable, "-m", "jupyterlab", str(notebook), "--LabApp.news_url=None"]  # no call to jupyter.org
+    """Replace this process by JupyterLab with the first notebook; its token stays on."""
+    from qlora_lab.files.course import FIRST, copy_course, course_path, is_packaged
+
+    if a.folder is None and not is_packaged():
+        folder = course_path("notebooks")
+    else:
+        folder = Path(FOLDER if a.folder is None else a.folder)
+        for name in copy_course(folder, not a.without_solutions):
+            print(f"{folder / name} stays as you changed it; delete it to get the course's own again", file=sys.stderr)
+    # Without an address of its news, JupyterLab neither asks about them nor calls jupyter.org.
+    command = [sys.executable, "-m", "jupyterlab", str(folder / FIRST), "--LabApp.news_url=None"]
+    if a.no_browser:
+        command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # containers run as root, where Jupyter refuses to start without it
+    settings = str(Path(__file__).with_name("jupyter"))
+    earlier = os.environ.get("JUPYTER_CONFIG_PATH")
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([settings, earlier] if earlier else [settings])
     os.execv(sys.executable, command)

@@ -96,7 +96,7 @@ def from_arguments(owner: type, a: argparse.Namespace) -> Any:
 def common(parser) -> None:
     """Add the options that every command has."""
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
-    parser.add_argument("--quiet", action="store_true", help="print results alone: no progress bars, no notes")
+    parser.add_argument("--quiet", action="store_true", help="print only results: no progress bars, no notes")
 
 
 def whole(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Write a copy of a model in 4 bits that loads in seconds; run again after an interrupt, it continues."""
+"""Write a copy of a model in 4 bits that loads in seconds; if interrupted, run it again to continue."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Measure perplexity by data type, block size and double quantization; run again after an interrupt, it continues."""
+"""Measure perplexity by data type, block size and double quantization; if interrupted, run it again to continue."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--levels", action="append", type=levels, default=[], metavar="NAME=V1,V2,...", help=table_help)
     add("--block-sizes", nargs="+", type=whole, default=[64], metavar="N", help="weights in a block, 16 to 4096")
     add("--double-quant", default="off", choices=("off", "on", "both"), help="quantise the scaling constants too")
-    add("--seed", type=whole, default=0, metavar="N", help="seed of the weights that lloyd-max is fitted to")
+    add("--seed", type=whole, default=0, metavar="N", help="seed for sampling the weights that lloyd-max is fitted to")
     add_text(parser, windows=8, length=512, default="Python's help topics")
     output = parser.add_argument_group("output")
     output.add_argument("--out", required=True, metavar="FILE", help="file for the results; existing rows are kept")

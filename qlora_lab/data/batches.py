@@ -2,10 +2,12 @@
 
     Batches -> [example numbers] -> to_rows -> [[Encoded, ...], ...] -> collate_rows -> batch
 
-Source: reports of users of other trainers: batches sorted by length make a sawtooth of the loss curve, and examples
+In: encoded examples. Out: input_ids, labels and position_ids or attention_mask, each (rows, longest) int64.
+Source: reports of users of other trainers: batches sorted by length give the loss curve a sawtooth shape, and examples
 packed into one row without a mask attend to their neighbours.
 
-Nothing here changes the loss of a step: it is a sum over answer tokens, wherever they lie.
+How examples are laid out in rows does not change a step's loss, the mean over its answer tokens. Which examples make a
+step does.
 """
 
 import numpy as np
@@ -103,7 +105,7 @@ def collate_rows(rows: list[list[Encoded]], pad_id: int) -> dict[str, torch.Tens
     """Make a batch of rows. If any holds several examples, position_ids replace the attention_mask.
 
     Each example of a row counts its positions from 0, and in transformers a token then sees its own example alone.
-    Every position of padding is 0, so each of its tokens is an example by itself.
+    All padding has position 0, so each padding token counts as an example of its own.
     """
     if all(len(row) == 1 for row in rows):
         return collate([row[0] for row in rows], pad_id)

@@ -130,7 +130,7 @@ class ChatTemplate:
         Raises ValueError for a text that cannot be encoded, and for a conversation that the template refuses.
         """
         for role, content in turns:
-            check_text(content, f"the text of the turn of {role}")
+            check_text(content, f"the content of the {role} turn")
         return self._render(turns, add_generation_prompt=opens_answer)
 
     def places(self, turns: Turns, text: str, opens_answer: bool = False) -> list[Place]:

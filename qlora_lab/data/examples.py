@@ -50,13 +50,13 @@ class Example:
         for role, content in self.messages:
             if role not in ROLES.values():
                 raise ValueError(f"unknown role {role!r}: a role is system, user or assistant")
-            check_text(content, f"the text of the turn of {role}")
+            check_text(content, f"the content of the {role} turn")
         if not self.messages or self.messages[-1][0] != "assistant":
-            raise ValueError("no answer to learn from: add a turn of the assistant after a question")
+            raise ValueError("no answer to learn from: add an assistant turn after a question")
         if self.messages[0][0] == "assistant":
-            raise ValueError("the assistant speaks first: open the conversation with system or user")
+            raise ValueError("the assistant speaks first: start with a system or user turn")
         if not any(role == "user" for role, _ in self.messages):
-            raise ValueError("nothing is asked: add a turn of the user")
+            raise ValueError("there is no question: add a user turn")
         earlier_answers = {i for i, (role, _) in enumerate(self.messages[:-1]) if role == "assistant"}
         if not set(self.not_learned) <= earlier_answers:
             raise ValueError(f"not_learned={self.not_learned} is not allowed: give positions of earlier answers")
@@ -75,7 +75,7 @@ class Example:
 def check_text(text: Any, name: str) -> None:
     """Raise ValueError unless `text` is a text in UTF-8: JSON can spell half a surrogate pair, which is not."""
     if not isinstance(text, str):
-        raise ValueError(f"{name} must be a text, found {text!r:.60}")
+        raise ValueError(f"{name} must be text, found {text!r:.60}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -97,7 +97,7 @@ def read_examples(path: str | Path) -> list[Example]:
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from error
     if not examples:
-        raise ValueError(f"{path} holds no examples: write one JSON object a line, in the form of {FORMS}")
+        raise ValueError(f"{path} holds no examples: write one JSON object per line, in the form of {FORMS}")
     return examples
 
 
@@ -181,7 +181,7 @@ def _role(name: str) -> str:
 
 def _text(record: dict, key: str) -> str:
     if not isinstance(record.get(key), str):
-        raise ValueError(f"{key!r} must be a text, found {json.dumps(record.get(key))[:60]}")
+        raise ValueError(f"{key!r} must be text, found {json.dumps(record.get(key))[:60]}")
     return OUTER_SPACE.sub("", record[key].rstrip())
 
 
@@ -198,7 +198,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         return
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at U+2028, legal in JSON
         if line.strip():
-            yield f"line {number}", parse(line, str(path), line=number, expected="one JSON object a line")
+            yield f"line {number}", parse(line, str(path), line=number, expected="one JSON object per line")
 
 
 def _read(path: Path) -> str:

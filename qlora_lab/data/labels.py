@@ -124,7 +124,7 @@ def _encode(example: Example, template: ChatTemplate, max_length: int | None) ->
             end_prompt_at(tokens, place, template)  # else a token could span question and answer
     if max_length is not None and len(tokens.ids) > max_length:  # control tokens that became text are now more tokens
         return len(tokens.ids)
-    # The mask of the loss: nothing is learned, but the spans of answers with their end tokens.
+    # The mask of the loss: learn only the answers and their end tokens.
     labels = [IGNORED] * len(tokens.ids)
     for start, stop in _learned_spans(learned, turns, tokens, closed.get(len(turns) - 2), template.control_names):
         positions = tokens.within(start, stop)  # a slice of tokens

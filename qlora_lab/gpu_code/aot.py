@@ -98,7 +98,9 @@ def ptx(rung: str, arch: int = 90, dtype: str = "bfloat16") -> str:
 def check_product(shape: Sequence[int], tokens: int) -> None:
     """Raise ValueError for a side or a number of tokens below 1, or above 2^31 - 1."""
     if min(*shape, tokens) < 1 or max(*shape, tokens) >= 2**31:
-        raise ValueError(f"shape={tuple(shape)} and tokens={tokens} are not allowed: each is from 1 to 2,147,483,647")
+        raise ValueError(
+            f"shape={tuple(shape)} and tokens={tokens} are not allowed: each must be from 1 to 2,147,483,647"
+        )
 
 
 def roofline(report: Report, shape: tuple[int, int] = (4096, 4096), tokens: int = 256) -> list[Roof]:
@@ -237,7 +239,7 @@ def _main(folder: str, keys: str) -> None:
 def _tool(name: str) -> Path:
     package = find_spec("triton")
     if package is None:
-        raise ValueError("Triton is not installed, which compiles the kernels: pip install triton, on Linux")
+        raise ValueError("Triton, which compiles the kernels, is not installed: on Linux, run pip install triton")
     path = Path(package.submodule_search_locations[0], "backends", "nvidia", "bin", name)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: this build of Triton lacks NVIDIA's tools; pip install triton")

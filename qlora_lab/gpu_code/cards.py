@@ -80,8 +80,10 @@ def roof(card: Card, moved: float, operations: float, dtype: str, instructions: 
 def occupancy(arch: int, registers: int, shared: int, warps: int) -> float:
     """Share of a multiprocessor's warps that fit at once; 0 where not even one block does.
 
-    registers: of a thread; shared: bytes of a block; warps: of a block.
+    registers: of a thread; shared: bytes of a block; warps: of a block. Raises ValueError for an unknown arch.
     """
+    if arch not in LIMITS:
+        raise ValueError(f"arch={arch} is not known: choose one of {', '.join(map(str, LIMITS))}")
     limits = LIMITS[arch]
     if shared > limits.shared_of_block or warps > 32 or registers > 255:
         return 0.0

@@ -1,7 +1,8 @@
 """The kernels room: fast twins of the quant room's functions, and which one runs.
 
-A twin takes plain tensors and tables, returns what the readable function returns, and is tested to give the same bits.
-A reader who never opens this room has understood everything. It imports nothing else of the library.
+A twin takes plain tensors and tables, returns what the readable function returns, and is tested to give the same bits,
+or the same result within a derived bound. You can skip this room and still understand QLoRA. It imports nothing else of
+the library.
 
 Set the environment variable QLORA_LAB_KERNELS=reference to run the readable functions everywhere.
 """

@@ -13,7 +13,7 @@ from numba import njit, prange
 
 from qlora_lab.kernels import cpu, vector as v
 from qlora_lab.kernels.compiled import opaque, parallel, run
-from qlora_lab.kernels.elements import FLOAT32, FORM, check_flat, read, read16, view, write
+from qlora_lab.kernels.elements import FLOAT32, FORM, check_arrays, read, read16, view, write
 
 BLOCK = 256  # parameters that share a constant
 PIECE = 32  # blocks that a thread takes at a time
@@ -121,13 +121,14 @@ def adamw_8bit(
     """Update all but `grad` in place: arguments as in kernels/triton/adamw_8bit.py.
 
     tables: levels (256,) and thresholds (255,) of the first moment, then of the second, ascending.
+    Raises ValueError for what does not match.
     """
     numel = param.numel()
-    check_flat(numel, tuple(FORM), param=param, grad=grad)
-    check_flat(numel, (torch.uint8,), codes1=codes1, codes2=codes2)
-    check_flat(-(-numel // BLOCK), (torch.float32,), scale1=scale1, scale2=scale2)
-    check_flat(256, (torch.float32,), levels1=tables[0], levels2=tables[2])
-    check_flat(255, (torch.float32,), thresholds1=tables[1], thresholds2=tables[3])
+    check_arrays(numel, tuple(FORM), param=param, grad=grad)
+    check_arrays(numel, (torch.uint8,), codes1=codes1, codes2=codes2)
+    check_arrays(-(-numel // BLOCK), (torch.float32,), scale1=scale1, scale2=scale2)
+    check_arrays(256, (torch.float32,), levels1=tables[0], levels2=tables[2])
+    check_arrays(255, (torch.float32,), thresholds1=tables[1], thresholds2=tables[3])
     beta1, beta2, *others = scalars
     numbers = tuple(np.float32(number) for number in (beta1, beta2, 1 - beta1, 1 - beta2, *others))  # rounded once
     run(

@@ -321,17 +321,20 @@ _NONE = np.empty(0, np.float32)
 
 
 def arrays_of(weight: PackedWeight) -> Arrays:
-    """Return the weight's arrays, kept in `weight.prepared` while its memory stays where it is."""
+    """Return the weight's arrays, kept in `weight.prepared` while its memory stays where it is.
+
+    Raises ValueError for a dtype or layout that the kernels would misread.
+    """
     constants = weight.constants
     single = isinstance(constants, torch.Tensor)  # not quantised themselves
     parts = (weight.packed, constants) if single else (weight.packed, *constants[:2])
     addresses = [part.data_ptr() for part in parts]  # a storage that is shared between processes moves
     if weight.prepared and weight.prepared[0] == addresses:
         return weight.prepared[1]
-    *codes, scale = parts
-    for part in codes:
-        elements.check_flat(part.numel(), (torch.uint8,), codes=part)
-    elements.check_flat(scale.numel(), (torch.float32,), constants=scale)
+    names = ("packed", "absmax") if single else ("packed", "absmax_codes", "absmax_scale")
+    for name, part in zip(names, parts, strict=True):
+        dtype = torch.float32 if part is parts[-1] else torch.uint8
+        elements.check_arrays(part.numel(), (dtype,), **{name: part})
     bits = (len(weight.levels) - 1).bit_length()
     levels = np.zeros(1 << bits, np.float32)  # whole tables, so that no look-up leaves them
     levels[: len(weight.levels)] = weight.levels.numpy()

@@ -20,7 +20,7 @@ _HALF_BIAS = np.float32(2.0**112)  # float32's exponent bias less that of fp16
 _HALF_MAX = np.float32(65504)  # the largest finite fp16
 
 
-def check_flat(length, dtypes, **tensors):
+def check_arrays(length, dtypes, **tensors):
     """Raise ValueError for a tensor that a kernel would misread: it does not check where it reads."""
     for name, tensor in tensors.items():
         if tensor.dtype not in dtypes or tensor.shape != (length,) or not tensor.is_contiguous():

@@ -1,7 +1,9 @@
 """x W^T and g W for a packed W on the CPU: a panel of W is decoded, multiplied while hot, and its memory used again.
 
-Twins of x @ dequantize(W).t() and g @ dequantize(W) up to the order of the sums: x or g may be float32, bf16 or fp16,
-and every output is one float32 sum, rounded once. The weight is rounded to bf16 only where bf16 products are faster.
+In: x (tokens, columns), or g (tokens, rows); W (rows, columns) as a PackedWeight. Out: (tokens, rows), or (tokens,
+columns), dtype of x or g: float32, bf16 or fp16. Twins of x @ dequantize(W).t() and g @ dequantize(W), up to the order
+of the sums: every output is one float32 sum, rounded once. The weight is rounded to bf16 only where bf16 products are
+faster.
 
 Either takes a product of two thin matrices, such as an adapter, to add to the weight: x (W^T + down up), twin
 x @ dequantize(W).t() + x @ down @ up. The thin products run in float32 whichever routine multiplies the weight, so what
@@ -69,7 +71,10 @@ class Race(NamedTuple):
 
 
 def race() -> Race:
-    """Return the race that was kept, else the one that the environment decides, else run one."""
+    """Return the race that was kept, else the one that the environment decides, else run one.
+
+    Raises ValueError if the environment names an unknown winner, or one that this build of torch lacks.
+    """
     if _kept:
         return _kept[-1]
     return _decided(os.environ[OVERRIDE]) if os.environ.get(OVERRIDE) else _timed()

@@ -1,21 +1,20 @@
-"""Read figures that others have published, with their sources, from the repository's folder data/published."""
+"""Read figures that others have published, with their sources, and what the project has measured."""
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-DATA = Path(__file__).parents[2] / "data" / "published"
+from qlora_lab.files.course import course_path
 
 
 def published_nf4() -> torch.Tensor:
-    """Return the 16 NF4 levels of bitsandbytes: (16,) float32, ascending. Raises what read_data raises."""
+    """Return the 16 NF4 levels of bitsandbytes: (16,) float32, ascending."""
     return torch.tensor(read_data("nf4.json")["levels"])
 
 
 def published_af4() -> torch.Tensor:
-    """Return bitsandbytes' 16 levels of AbnormalFloat for blocks of 64. Shape and errors as in published_nf4."""
+    """Return bitsandbytes' 16 levels of AbnormalFloat for blocks of 64. Shape and dtype as in published_nf4."""
     return torch.tensor(read_data("af4.json")["levels"])
 
 
@@ -38,8 +37,10 @@ def published_data_types() -> tuple[PublishedDataType, ...]:
 
 
 def read_data(name: str) -> dict:
-    """Read a file of data/published. Raises FileNotFoundError if the library was installed without its repository."""
-    path = DATA / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: published figures come with a clone of the repository")
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a file of data/published."""
+    return json.loads(course_path("data", "published", name).read_text(encoding="utf-8"))
+
+
+def read_bench(name: str) -> dict:
+    """Read figures that a command of bench/ has measured and stored, such as "paging.json"."""
+    return json.loads(course_path("bench", name).read_text(encoding="utf-8"))

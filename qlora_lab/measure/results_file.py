@@ -151,7 +151,7 @@ def _row(path: Path, number: int, line: bytes) -> dict:
     try:
         row = parse(line.decode("utf-8-sig"), "it")  # an editor may have put a byte order mark before the first
         check_keys(row, ROW, "it", ROW)
-        identity(row)  # LookupError if it lacks a checksum
+        identity(row)  # LookupError if it lacks a checksum of the model or of the tokens
     except (ValueError, LookupError, TypeError) as error:
         problem = f"line {number} is not a row of a sweep ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: {problem}: mend it, or name another file") from None

@@ -108,12 +108,17 @@ def setup_of(
         options |= {"r": adapter.r, "targets": tuple(sorted(names)), "dropout": adapter.dropout.p}
         options |= {"adapter_dtype": adapter.lora_A.dtype}
         if len(layers) != len(names) * shape.layers:
-            raise ValueError(f"{len(layers)} adapters with {len(names)} names in {shape.layers} layers: add the others")
+            raise ValueError(
+                f"{len(layers)} adapters with {len(names)} names in {shape.layers} layers: "
+                "adapt the same layers in every block"
+            )
         if len(ranks := {layer.r for layer in layers}) > 1:
             listed = ", ".join(map(str, sorted(ranks)))
             raise ValueError(f"adapters have ranks {listed}, but a ledger has one: give all the same")
     if packed and len(packed) != len(shape.linears) * shape.layers:
-        raise ValueError(f"{len(packed)} of {len(shape.linears) * shape.layers} linear layers are quantised: do all")
+        raise ValueError(
+            f"{len(packed)} of {len(shape.linears) * shape.layers} linear layers are quantised: quantise all of them"
+        )
     if layers:
         exact = adapter.lora_A.dtype == torch.float32
         options["fused_adapter"] = bool(packed) and adapter.base.takes_adapter and exact and not adapter.dropout.p

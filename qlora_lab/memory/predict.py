@@ -2,6 +2,7 @@
 
     predict_memory("smollm2-135m", method="qlora", r=16) -> Ledger: rows of (what, formula, count, dtype, bytes)
 
+In: what shape_of takes, and the fields of Setup. Out: a Ledger whose measured column is empty; measured.py fills it.
 Weights, constants, adapters, gradients and moments are exact to the byte; activations are those of this library's
 layers; CUDA's own memory is an assumption, as a note says.
 Source: QLoRA section 3; for the loss, train/loss.py: only rows with a label go through the head, so logits are

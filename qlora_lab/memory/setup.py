@@ -27,8 +27,10 @@ class Setup:
     codebook: str = option(ModelOptions.codebook, "data type of the quantised weights, such as nf4, fp4 or int4")
     block_size: int = same_option(ModelOptions, "block_size")
     double_quant: bool = same_option(ModelOptions, "double_quant")
-    dtype: str = option("bfloat16", "data type of computation, and of all that is not quantised")
-    adapter_dtype: str = option("float32", "data type of the adapters: float32, as here and in PEFT; TRL has bfloat16")
+    dtype: str = option("bfloat16", "data type of computation, and of everything that is not quantised")
+    adapter_dtype: str = option(
+        "float32", "data type of the adapters: float32, as finetune and PEFT use, or bfloat16, as TRL uses"
+    )
     r: int = same_option(AdapterOptions, "r")
     targets: str | tuple[str, ...] = same_option(AdapterOptions, "targets")
     dropout: float = same_option(AdapterOptions, "dropout")
@@ -62,7 +64,7 @@ class Setup:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(allowed)}")
         if self.optimizer_bits not in (32, 8):
-            raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8")
+            raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8 bits")
         for name in ("r", "batch_size", "length"):
             check_whole(name, getattr(self, name))
         for name, most in (("micro_batch_size", MOST), ("mean_length", MOST), ("optimizer_budget", MOST_BYTES)):

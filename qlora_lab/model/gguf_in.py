@@ -91,7 +91,7 @@ class _Reader(gguf.GGUFReader):
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
         if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
-            raise ValueError(f"something at byte {offset:,} is longer than the file")
+            raise ValueError(f"the value at byte {offset:,} extends past the end of the file")
         return super()._get(offset, dtype, count, override_order)
 
 

@@ -3,10 +3,11 @@
 In: x, (..., in_features) float32, bf16 or fp16. Out: y, (..., out_features), same dtype.
 Source: QLoRA section 3, equation 5. The weight is dequantised, used, and dropped. Backward dequantises it again instead
 of keeping it, so 0.5 byte a weight stays in memory, not 2 or 4. The frozen weight has no gradient, so x is not kept
-either, unless an adapter (lora.py) needs it. On the CPU there is never a whole copy of the weight: kernels/product.py
-decodes one panel at a time. There is no second derivative.
+either, unless an adapter (lora.py) needs it. The CPU kernels decode it one panel at a time (kernels/product.py). There
+is no second derivative.
 
-But: no inference mode that repacks anything. What a layer computes and saves never depends on train() or eval().
+But: unlike bitsandbytes, no inference mode repacks the weight. What a layer computes and saves never depends on
+train() or eval().
 """
 
 import inspect
@@ -118,7 +119,7 @@ class Linear4bit(nn.Module):
         if x.dtype not in WEIGHT_DTYPES:
             raise TypeError(f"input is {x.dtype}: cast it to float32, bfloat16 or float16")
         if x.shape[-1] != self.in_features:
-            raise ValueError(f"input has shape {tuple(x.shape)}, but its last size must be {self.in_features}")
+            raise ValueError(f"input has shape {tuple(x.shape)}, but its last dimension must be {self.in_features}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # (tokens, in_features)
@@ -150,7 +151,7 @@ class Linear4bit(nn.Module):
         try:
             weight = from_tensors(state_dict, key)
             if weight.shape != self.weight.shape:
-                raise ValueError(f"{key} has shape {tuple(weight.shape)}, the layer {tuple(self.weight.shape)}")
+                raise ValueError(f"{key} has shape {tuple(weight.shape)}, but the layer has {tuple(self.weight.shape)}")
             self.weight = weight.to(self.weight.device)  # where the layer is, wherever the file was loaded
         except (KeyError, ValueError) as error:
             rest[-1].append(str(error.args[0]))
@@ -187,7 +188,7 @@ def linears_to_quantise(model: nn.Module) -> dict[str, nn.Linear]:
 
 @lru_cache
 def _gives_more(kind: type[nn.Module]) -> bool:
-    """Tell whether it is an nn.Linear whose own forward returns several things, as Llama 4's router does."""
+    """Tell whether `kind` is an nn.Linear whose own forward returns several things, as Llama 4's router does."""
     if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
         return False
     try:

@@ -104,6 +104,7 @@ def opened_once(files: dict[str, Path]) -> Iterator[dict[Path, safe_open]]:
 
 
 def check_shape(file: Path, name: str, shape: torch.Size, expected: torch.Size) -> None:
+    """Raise ModelError for a tensor of another shape than the model's."""
     if shape != expected:
         raise ModelError(f"{file}: {name} has shape {tuple(shape)}, but config.json asks for {tuple(expected)}")
 

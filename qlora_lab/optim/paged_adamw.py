@@ -1,5 +1,6 @@
 """AdamW whose two moments lie in pages: it computes what torch.optim.AdamW does, in a fixed budget of memory.
 
+In: parameters with gradients. Changed in place: the parameters and the pages.
 Source: "Decoupled Weight Decay Regularization", algorithm 2; QLoRA section 3, "Paged Optimizers".
 
 All parameters lie one after another in the pages, so small ones, such as an adapter's, are paged too. With 32 bits a
@@ -63,11 +64,12 @@ class PagedAdamW(torch.optim.Optimizer):
         store: str | None = None,
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            check_number(name, value, lambda value: value >= 0, "a number of at least 0")
+            number = value.item() if hasattr(value, "item") else value  # NumPy's, or a tensor, as torch.optim accepts
+            check_number(name, number, lambda number: number >= 0, "a number of at least 0")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas} are not allowed: choose each from 0 to below 1")
         if bits not in UNIT:
-            raise ValueError(f"bits={bits} is not allowed: moments have 32 or 8")
+            raise ValueError(f"bits={bits} is not allowed: moments have 32 or 8 bits")
         self.bits = bits
         self._together, nbytes = UNIT[bits]
         if page_size < nbytes or page_size % 8:  # 8: constants behind the codes are read as float32

@@ -1,5 +1,6 @@
 """Pages: one flat space of bytes in pieces of one size, a few in fast memory, the others elsewhere.
 
+In: a number of bytes, a page size, a budget. Out: the page that is asked for, as bytes to change in place.
 Source: QLoRA section 3, "Paged Optimizers". The words are those of operating systems: asking for a page that is not in
 a frame is a fault; if no frame is free, the least recently used page is evicted and written back. A page that is known
 to be needed next is prefetched: it comes while the one before it is in use, and causes no fault.

@@ -26,9 +26,9 @@ SYSTEM_PAGE = 4096  # bytes: the driver moves managed memory in whole system pag
 
 
 class _Frames:
-    """What the stores share whose frames hold the bytes, as rows of `frames`, (frames, page_size) uint8."""
+    """What FileStore and HostStore share: their frames hold the bytes."""
 
-    frames: torch.Tensor
+    frames: torch.Tensor  # (number of frames, page_size) uint8
 
     def bytes(self, page: int, frame: int) -> torch.Tensor:
         return self.frames[frame]

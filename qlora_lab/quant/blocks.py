@@ -1,7 +1,8 @@
 """Blocks: each run of `block_size` neighbouring weights shares one constant, its largest magnitude.
 
+In: a weight of any shape. Out: blocks, (n_blocks, block_size) float32, and absmax, (n_blocks,) float32.
 Source: QLoRA section 2, "Block-wise k-bit quantization". The weight is flattened row by row first, so a block can
-straddle two rows. The last block may be partial: it is filled up with zeros, which change no maximum.
+straddle two rows. The last block may be partial: it is padded with zeros, which change no maximum.
 """
 
 from reprlib import repr as short
@@ -22,7 +23,7 @@ def check_block_size(block_size: int) -> None:
 
 
 def to_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
-    """(any shape) -> (n_blocks, block_size) float32, row-major, the last block filled up with zeros.
+    """(any shape) -> (n_blocks, block_size) float32, row-major, the last block padded with zeros.
 
     Shares the memory of `weight` where it can.
     """
@@ -34,12 +35,12 @@ def to_blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
 
 def block_absmax(blocks: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each block: (n_blocks, block_size) -> (n_blocks,) float32."""
-    return blocks.abs().amax(dim=1)  # a NaN in a block makes NaN of its maximum
+    return blocks.abs().amax(dim=1)  # a NaN in a block makes its maximum NaN
 
 
 def scale_blocks(blocks: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    """Each block over its absmax, so that it spans [-1, 1]: (n_blocks, block_size) float32.
+    """Divide each block by its absmax, so that it lies within [-1, 1]: (n_blocks, block_size) float32.
 
     Multiplies by the reciprocal, as bitsandbytes does: its bytes can only be matched that way.
     """
-    return (blocks * absmax.clamp(min=TINY).reciprocal()[:, None]).clamp(-1, 1)  # rounding can pass 1 by a last bit
+    return (blocks * absmax.clamp(min=TINY).reciprocal()[:, None]).clamp(-1, 1)  # rounding can exceed 1 in the last bit

@@ -2,13 +2,15 @@
 
 In: a name ("nf4") or a recipe (bits, offset). Out: levels, (2^bits,) float32, within [-1, 1].
 Source: QLoRA (arXiv 2305.14314) section 3. NF4's values come from the authors' code. The paper's equation 4 cannot give
-them: its first and last levels are means with the quantiles of 0 and 1, which are infinite.
+them: as printed, its lowest level is a mean with the quantile of 0, which is infinite; with probabilities from 0 to 1,
+so is its highest.
 
 NormalFloat puts levels at quantiles of a normal distribution, as weights look normal (notebook 01 derives it in full):
-  1. The outermost quantile is `offset`, short of 1, whose quantile is infinite: half a bin short, the mean for 2^k - 1
-     and for 2^k bins. For k = 4 that is (29/30 + 31/32) / 2 = 0.96770833..., of which the authors kept seven digits.
+  1. The quantile of 1 is infinite, so the outermost probability, `offset`, stops half a bin before 1. It is the mean of
+     two rules, for 2^k - 1 bins and for 2^k bins. For k = 4 that is (29/30 + 31/32) / 2 = 0.96770833..., which the
+     authors rounded to seven digits.
   2. Zero is exact, because padding and dead weights are zero: 2^(k-1) levels above it and 2^(k-1) - 1 below.
-  3. The largest level divides all, so that they span exactly [-1, 1].
+  3. All levels are divided by the largest, so that they span exactly [-1, 1].
 
 But: "each bin is used equally often" is false after absmax scaling and rounding to nearest; notebook 01 measures it.
 """
@@ -73,7 +75,7 @@ def normal_offset(bits: int) -> float:
 def integer_levels(bits: int) -> torch.Tensor:
     """Return INT-k: two's complement integers over the largest positive one, (2^bits,) float32, ascending.
 
-    The lowest level lies beyond -1, where no scaled weight is: 4 bits give 15 levels in use.
+    The lowest level lies below -1, where no scaled weight falls, so 4 bits use only 15 levels.
     """
     if bits not in range(2, 9):
         raise ValueError(f"bits={bits!r} is not supported: choose a whole number from 2 to 8")
@@ -116,7 +118,7 @@ def codebook(name: str) -> torch.Tensor:
     """Return the levels of a named data type: (2^bits,) float32; code i stands for entry i.
 
     Names: nf4, nf3, nf2 and int2 to int8 (ascending); fp4 (as bitsandbytes stores it), e2m1, e3m0 (by bit pattern).
-    Raises ValueError for any other name. The tensor is a copy of your own.
+    Raises ValueError for any other name. Returns a new tensor, which you may change.
 
     >>> codebook("nf4")[[0, 7, 15]].tolist()
     [-1.0, 0.0, 1.0]
@@ -192,5 +194,5 @@ def rounding(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def zero_code(levels: torch.Tensor) -> int:
-    """Return the code of 0, which fills up padding."""
+    """Return the code of 0, used as padding."""
     return int(nearest_codes(torch.zeros(1), levels.cpu()))

@@ -1,6 +1,8 @@
 """Double quantization: the constants are quantised too, from 32 bits to 8, in groups of 256.
 
-Their mean, the offset, is subtracted first, because maxima are all positive.
+In: absmax, (n_blocks,) float32. Out: absmax_codes (n_blocks,) uint8, absmax_scale (n_groups,) float32, and
+absmax_offset () float32, their mean. It is subtracted first, because maxima are all positive and half of the 8-bit
+table is negative.
 Source: QLoRA section 3, "Double Quantization". At block size 64 a constant costs 32/64 = 0.5 bits per weight before and
 8/64 + 32/(64 * 256) = 0.127 after.
 
@@ -58,7 +60,7 @@ def _dynamic_map(signed: bool = True) -> torch.Tensor:
 
 @lru_cache
 def _map_on(device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # a table that is made inside could not be kept for a gradient
+    with torch.inference_mode(False):  # autograd cannot save a table made in inference mode
         return _dynamic_map().to(device)
 
 

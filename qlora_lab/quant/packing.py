@@ -1,9 +1,10 @@
 """Packing: codes of k bits become bytes, one stream of bits with the first code in the highest bits.
 
+In: codes, (n,) uint8 below 2^bits. Out: packed, (ceil(n * bits / 8),) uint8, rounded up to whole groups.
 At 4 bits this is the nibble order of bitsandbytes and torchao: byte = first << 4 | second.
 
 The smallest group of codes that fills whole bytes is the unit: 2 codes in 1 byte at 4 bits, 4 in 1 at 2 bits,
-8 in 3 at 3 bits. A last group that is not full is filled up with `fill`, the code of zero.
+8 in 3 at 3 bits. A last group that is not full is padded with `fill`, the code of zero.
 """
 
 from math import lcm
@@ -17,7 +18,7 @@ def group_of(bits: int) -> tuple[int, int]:
 
 
 def pack(codes: torch.Tensor, bits: int = 4, fill: int = 0) -> torch.Tensor:
-    """(n,) uint8 codes -> uint8 bytes, first code in the high bits; the last group is filled up with code `fill`.
+    """(n,) uint8 codes -> uint8 bytes, first code in the high bits; the last group is padded with code `fill`.
 
     Raises ValueError for a code that does not fit into `bits` bits.
 

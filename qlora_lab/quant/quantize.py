@@ -1,5 +1,6 @@
 """Quantise and dequantise: codebook, blocks, packing and double quantization put together.
 
+In: a weight of any shape, float32, bf16 or fp16. Out: a QuantizedTensor, and back to a weight.
 Source: QLoRA section 3. Bytes and float32 values equal those of bitsandbytes 0.50; tests/quant/test_bitsandbytes.py
 lists the legitimate differences.
 
@@ -28,7 +29,7 @@ from qlora_lab.quant.double_quant import DoubleQuantized, double_dequantize, dou
 from qlora_lab.quant.packing import group_of, pack, unpack
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PIECE = 2**20  # weights quantised at a time: temporaries stay in cache, and the peak is the result, not five copies
+PIECE = 2**20  # weights quantised at a time: temporaries stay in cache, and peak memory stays near the result's size
 
 
 @dataclass(frozen=True, eq=False)  # equal only if identical: == on tensors has no single answer
@@ -55,7 +56,7 @@ class QuantizedTensor:
 
     @cached_property
     def plain(self) -> PackedWeight:
-        """The tensors as kernels take them; one object for the life of this one, as kernels keep a cache in it."""
+        """The tensors as kernels take them; made once per QuantizedTensor, because kernels cache in it."""
         constants = self.constants.plain if self.double_quant else self.constants
         return PackedWeight(self.packed, constants, self.levels, self.block_size)
 
@@ -118,8 +119,8 @@ def quantize(
     codebook: a name that qlora_lab.codebook takes, or levels of your own (see codebook.check_levels).
     block_size: 16 to 4096 weights per constant. double_quant: quantise the constants too.
     name: what errors call this tensor. keep_non_finite: accept NaN and infinity; the block of such a value, and no
-    other, then dequantises to NaN. By default it is an error, and always with double_quant, whose constants share a
-    mean. Raises TypeError for other dtypes, ValueError for anything else that is not allowed.
+    other, then dequantises to NaN. By default such a value is an error; with double_quant, whose constants share a
+    mean, it always is. Raises TypeError for other dtypes, ValueError for anything else that is not allowed.
 
     >>> q = quantize(torch.linspace(-1, 1, 128), "nf4", block_size=64)
     >>> q.bits_per_parameter, q.codes[[0, 127]].tolist()

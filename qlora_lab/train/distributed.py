@@ -228,6 +228,7 @@ def engine_for(model: nn.Module, shard: bool = False) -> Iterator[OneProcess]:
     """The engine for all processes of torch's process group; OneProcess where there is none or only one.
 
     shard: spread the frozen weights over the processes. Afterwards, even after an error, the model is as it was.
+    Raises ValueError for `shard` with one process.
     """
     check_shard(shard)
     engine = (Sharded if shard else DataParallel)(model) if _joined() else OneProcess(model)

@@ -1,5 +1,6 @@
 """QLoRA training on one screen: the readable twin of trainer.py.
 
+In: a model with adapters, its tokenizer, examples. Out: trained adapters, and a line of the log per step.
 Source: QLoRA section 4 and appendix B: AdamW, constant learning rate 2e-4, gradient norm clipped at 0.3.
 
 At default settings the trainer computes the same bits; a test compares them.
@@ -20,12 +21,15 @@ from qlora_lab.train.settings import Settings, learning_rate
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """The seed for what process `rank` draws in a step, whatever was drawn before it: a resumed run draws the same."""
+    """Return the seed for what process `rank` draws in a step.
+
+    It depends on nothing drawn before, so a resumed run draws the same.
+    """
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 def shuffled(examples: list, seed: int) -> list:
-    """The examples in a run's order. If a run needs only some of them, the first are a fair sample."""
+    """Return the examples in random order, so that the first few are a fair sample."""
     order = np.random.default_rng(seed).permutation(len(examples))
     return [examples[i] for i in order]
 

@@ -1,6 +1,9 @@
 """The loss of a language model on the answers of a batch, and on nothing else.
 
-It is a sum of cross entropies in nats, not a mean, so that a caller who adds up batches divides once, by all tokens.
+In: a causal model of transformers, and a batch as dataset.collate or batches.collate_rows makes it. Out: the loss, and
+the number of tokens. It is a sum of cross entropies in nats, not a mean, so a caller can add up batches and divide
+once, by the total number of answer tokens.
+
 Only positions with a label go through the head: one in eleven for a prompt of 150 tokens and an answer of 15. The head
 does a fifth of SmolLM2's multiplications and, with a vocabulary of 49,152, takes most of its memory.
 """
@@ -19,7 +22,7 @@ BATCH_SIZE = 8  # examples at once in an evaluation
 
 
 def answer_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """(sum of cross entropies, () float32 with its graph; number of labels) of a batch on any device."""
+    """Return (sum of cross entropies, () float32 with its graph; number of labels) of a batch on any device."""
     batch = to_device(batch, model)
     targets = batch["labels"][:, 1:]  # position i predicts token i + 1: (batch, longest - 1)
     learned = targets != IGNORED  # the mask of the loss, (batch, longest - 1): answer tokens
@@ -49,14 +52,14 @@ def accumulate(
     for number, batch in enumerate(batches, 1):
         with around(number == len(batches)):
             part = answer_loss(model, batch)[0] / answer_tokens
-            if part.requires_grad:  # otherwise the graph reached nothing that is trained
+            if part.requires_grad:  # false if the loss depends on no trained parameter
                 scale(part).backward()  # frees the graph, so one micro-batch is in memory at a time
         loss += part.item()
     return loss
 
 
 def held_out_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool = True) -> float:
-    """Mean cross entropy in nats over all answer tokens of all examples. Raises ValueError for an empty list."""
+    """Return the mean cross entropy in nats over all answer tokens. Raises ValueError for an empty list."""
     if not encoded:
         raise ValueError("no held-out examples: the loss needs at least one")
     loss, labels = summed_loss(model, encoded, progress)
@@ -64,7 +67,7 @@ def held_out_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool
 
 
 def summed_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool = True) -> tuple[float, int]:
-    """(sum of cross entropies in nats, number of answer tokens) of held-out examples."""
+    """Return (sum of cross entropies in nats, number of answer tokens) of held-out examples."""
     by_length = sorted(encoded, key=lambda example: len(example.input_ids))  # alike in length: little padding
     parts = [by_length[start : start + BATCH_SIZE] for start in range(0, len(by_length), BATCH_SIZE)]
     losses = batch_losses(model, [collate(part, pad_id=0) for part in parts], "held-out loss", progress)
@@ -74,7 +77,7 @@ def summed_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool =
 def batch_losses(
     model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str, progress: bool = True
 ) -> list[tuple[float, int]]:
-    """(sum of cross entropies in nats, number of labels) of each batch; `title` labels the progress bar."""
+    """Return (sum of cross entropies in nats, number of labels) of each batch; `title` labels the progress bar."""
     with measuring(model):
         bar = tqdm(batches, title, unit="batch", leave=False, disable=not progress)
         return [(loss.item(), labels) for loss, labels in (answer_loss(model, batch) for batch in bar)]

@@ -61,7 +61,7 @@ def read_saved_log(path: Path, steps: int, facts: dict) -> list[dict]:
     """The first `steps` lines of a log, which must be those that the checkpoint with `facts` was saved with."""
     lines = read_log(path, steps)
     if facts["log_sha256"] != log_sha256(path, steps):
-        raise ValueError(f"{path} is not what step {steps} was saved with: restore it, or start anew")
+        raise ValueError(f"{path} differs from the log saved at step {steps}: restore it, or start a new run")
     return lines
 
 

@@ -38,7 +38,9 @@ class ModelOptions:
     double_quant: bool = option(True, "quantise the scaling constants to 8 bits")  # saves 0.37 bits per weight at 64
     # bf16 is chosen only where the machine multiplies it faster than float32
     dtype: str = option(
-        "auto", "computation type; auto: the fastest here", None, ("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "data type for computation; auto: the fastest on this machine",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
 
 

@@ -70,12 +70,13 @@ class Settings:
         check_number("clip", self.clip, lambda clip: clip > 0, "a number above 0")
         for name in ("packing", "group_by_length", "gradient_checkpointing", "shard"):
             if not isinstance(getattr(self, name), bool):  # "no" would count as true
-                raise ValueError(f"{name}={short(getattr(self, name))} is not allowed: it is True or False")
+                raise ValueError(f"{name}={short(getattr(self, name))} is not allowed: choose True or False")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={short(self.schedule)} is not known: choose {' or '.join(SCHEDULES)}")
         if self.warmup_steps >= self.steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} leaves no step of {self.steps} at the full rate: lower it"
+                f"warmup_steps={self.warmup_steps} leaves none of the {self.steps} steps at the full rate: "
+                "lower warmup_steps"
             )
         if self.optimizer_bits not in (32, 8):
             raise ValueError(f"optimizer_bits={short(self.optimizer_bits)} is not allowed: moments have 32 or 8 bits")

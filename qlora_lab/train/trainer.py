@@ -1,5 +1,7 @@
 """The training loop: examples in, a trained adapter and its log out. loop.py shows the idea on one screen.
 
+In: a model with adapters, its tokenizer, and data (a name, a file, or examples). Out: a Run, and a folder with the
+adapter, a log and checkpoints (run_folder.py).
 Source: QLoRA section 4 and appendix B: AdamW, constant learning rate 2e-4, gradient norm clipped at 0.3.
 
 The loss of a step is the mean over all answer tokens of its batch, however the batch is cut into rows, micro-batches
@@ -68,7 +70,7 @@ def finetune(
 
     data: "docstrings", a JSONL file (Alpaca, ShareGPT or OpenAI messages), or examples. options: any field of Settings,
     such as lr=1e-4 or batch_size=16; resume, overwrite and other_arithmetic, as in OutputOptions (run_options.py); and:
-    held_out: examples for evaluations, every `eval_every` steps. progress: show progress bars.
+    held_out: examples for evaluations every `eval_every` steps, which it needs. progress: show progress bars.
     Training flags and the random state are left as they were.
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
     example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other
@@ -165,7 +167,7 @@ class Training:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._begun:
-            raise ValueError("this Training was run before: make a new one, with resume=True to go on")
+            raise ValueError("this Training has already run: make a new one, with resume=True to continue")
         self._begun = True
         recycle_memory()  # page faults can cost more than the arithmetic of a step
         # It reads the whole base, so it comes before the engine, which may leave this process only a part of it.

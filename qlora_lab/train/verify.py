@@ -67,7 +67,7 @@ def verify(folder: str | Path, progress: bool = True) -> list[Part]:
         states |= {name: state for name, state in _of_run(folder).items() if name not in states}
     if set(states.values()) <= {UNKNOWN}:  # nothing was checked, which must not look like success
         raise ValueError(
-            f"{folder} has no checksums: qlora-lab did not write it, or their list is lost; write it again"
+            f"{folder} has no checksums: qlora-lab did not write it, or their list is lost: write the folder again"
         )
     return _parts(states)
 

@@ -160,14 +160,14 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "nowhere is not a folder: name a"),
         (["generate", "hi", "--model", "MODEL", "--adapter", ""], " has no adapter_config.json"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--test-data", ""], "no data file at ."),
-        (["generate", "caf\udce9", "--model", "MODEL"], r"the turn of user holds '\udce9', half of a surrogate pair"),
+        (["generate", "caf\udce9", "--model", "MODEL"], r"the user turn holds '\udce9', half of a surrogate pair"),
         (["block-size", "MODEL", "--bits", "4.03", "--out", "p.json"], "too small: the smallest plan takes 4.08"),
         (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is not UTF-8 text"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "p.json", "--codebooks", "nf9"], "'nf9' is not known"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "no/p.json"], "no is not a folder that can be written to"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "."], ". is a folder, but a plan is a file: name a file"),
         (["quantize", "nowhere", "--out", "small", "--plan", "EMPTY"], "empty.jsonl is not a plan, or is cut off"),
-        (["open", "nowhere.ipynb"], "nowhere.ipynb is not here"),
+        (["open", "."], ". holds other files than the course: name a new folder"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, tmp_path, folder, data, monkeypatch, argv, message):
@@ -194,6 +194,14 @@ def test_an_earlier_run_is_refused_before_the_model_is_loaded(capsys, tmp_path, 
     mark(tmp_path / "run", RUN)
     code, _, err = run(capsys, "finetune", "--model", "nowhere", "--data", data, "--out", tmp_path / "run")
     assert code == 2 and "holds an earlier run" in err
+
+
+def test_the_seed_of_the_command_line_is_the_adapters_too(capsys, tmp_path, folder, data, monkeypatch):
+    seeds = []
+    add_lora = cli.ql.add_lora
+    monkeypatch.setattr(cli.ql, "add_lora", lambda *args, **kw: seeds.append(kw.get("seed")) or add_lora(*args, **kw))
+    options = ["--model", folder, "--data", data, "--steps", 1, "--r", 2, "--held-out", 0, "--seed", 7]
+    assert run(capsys, "finetune", *options, "--out", tmp_path / "run")[0] == 0 and seeds == [7]
 
 
 def test_a_bug_is_not_blamed_on_the_user(monkeypatch):

@@ -110,12 +110,6 @@ def test_a_text_that_says_its_default_in_words_is_not_followed_by_another():
                 assert action.default is None
 
 
-def test_the_seed_is_the_adapters_on_the_command_line_alone():
-    """In Python add_lora, which makes them, has a seed of its own."""
-    assert "on the command line also of the adapters" in Settings.__dataclass_fields__["seed"].metadata["help"]
-    assert "seed" in inspect.signature(ql.add_lora).parameters
-
-
 def test_help_loads_nothing_heavy():
     """Of all commands: their parsers are made together."""
     code = "import json, sys; from qlora_lab import cli; cli.build_parser(); print(json.dumps(list(sys.modules)))"

@@ -63,10 +63,10 @@ def test_a_quiet_command_shows_no_progress(shown, command):
     assert shown(command, "--quiet") == ""
 
 
-def test_quiet_prints_results_alone_as_its_help_says(capsys):
+def test_the_help_of_quiet_says_what_it_leaves_out(capsys):
     with pytest.raises(SystemExit):
         cli.main(["finetune", "--help"])
-    assert "print results alone: no progress bars, no notes" in " ".join(capsys.readouterr().out.split())
+    assert "print only results: no progress bars, no notes" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command, bars", [("finetune", ["training", "held-out loss", "answers", "tokens", "loading"])])

@@ -77,21 +77,21 @@ def test_answers_before_the_first_question_and_turns_after_the_last_answer_are_d
         ("", "holds no examples"),
         ("\n \n", "holds no examples"),
         ("[]", "holds no examples"),
-        (json.dumps(FORMS["alpaca"]) + "\n{'instruction': 1}", "line 2, column 2: not JSON .*one JSON object a line"),
+        (json.dumps(FORMS["alpaca"]) + "\n{'instruction': 1}", "line 2, column 2: not JSON .*one JSON object per line"),
         ('[{"instruction": "a",\n "output": }]', "line 2, column 12: not JSON .*a JSON list"),
         ('{"question": "a", "answer": "b"}', "line 1: the record has the keys question, answer; expected Alpaca"),
         (f'{{"instruction": {"9" * 5000}}}', "line 1: a number has too many digits"),
         ("[" * 100_000, "line 1: cannot be read: more than 64 nested lists and objects"),
         ("{}", r"line 1: the record has the keys \(none\)"),
         ('["a"]', "record 1: expected a JSON object.*found str"),
-        ('{"instruction": "a", "output": 4}', "line 1: 'output' must be a text, found 4"),
+        ('{"instruction": "a", "output": 4}', "line 1: 'output' must be text, found 4"),
         ('{"messages": "a"}', "line 1: a conversation must be a list of turns with the keys role and content"),
-        ('{"messages": [{"role": "user"}]}', "line 1: 'content' must be a text, found null"),
+        ('{"messages": [{"role": "user"}]}', "line 1: 'content' must be text, found null"),
         ('{"messages": [{"role": "critic", "content": "a"}]}', "line 1: unknown role 'critic': a role is one of human"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', "line 1: a turn of 'tool' belongs to a tool call"),
         (
             r'{"instruction": "a\ud800", "output": "b"}',
-            r"line 1: the text of the turn of user holds '\\ud800', half of a",
+            r"line 1: the content of the user turn holds '\\ud800', half of a",
         ),
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 1: no answer to learn from"),
         ('{"conversations": []}', "line 1: no answer to learn from"),
@@ -244,11 +244,11 @@ def test_an_example_that_cannot_be_encoded_is_named_by_its_place(tokenizer, tmp_
 
 
 def test_a_text_of_half_a_surrogate_pair_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"the text of the turn of user holds '\\ud800', half of a surrogate pair"):
+    with pytest.raises(ValueError, match=r"the content of the user turn holds '\\ud800', half of a surrogate pair"):
         Example((("user", "a\ud800"), ("assistant", "b")))
-    with pytest.raises(ValueError, match=r"the text of the turn of user holds '\\udce9'"):  # a byte of the command line
+    with pytest.raises(ValueError, match=r"the content of the user turn holds '\\udce9'"):  # a byte of the command line
         prompt_ids((("user", "caf\udce9"),), tokenizer)
-    with pytest.raises(ValueError, match="the text of the turn of user must be a text, found 4"):
+    with pytest.raises(ValueError, match="the content of the user turn must be text, found 4"):
         prompt_ids((("user", 4),), tokenizer)
 
 

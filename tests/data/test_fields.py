@@ -47,7 +47,7 @@ def test_either_pair_of_keys_stands_under_either_name():
     others = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     for name in ("messages", "conversations"):
         assert to_example({name: TURNS}) == to_example({name: others})
-    with pytest.raises(ValueError, match="'value' must be a text, found null"):
+    with pytest.raises(ValueError, match="'value' must be text, found null"):
         to_example({"conversations": [{"from": "human", "content": "a"}]})
 
 
@@ -93,11 +93,11 @@ def test_a_greeting_is_no_answer_also_behind_a_system_text():
         (ALPACA | {"weight": 0.5}, "the record has 'weight': 0.5, but all records count alike"),
         (ALPACA | {"history": "a"}, "'history' must be a list of .question, answer. pairs"),
         (ALPACA | {"history": [["a"]]}, "'history' must be a list of .question, answer. pairs"),
-        (ALPACA | {"history": [["a", None]]}, "'history' must be a text, found null"),
-        (ALPACA | {"system": 4}, "'system' must be a text, found 4"),
-        (ALPACA | {"system": 0}, "'system' must be a text, found 0"),
-        (ALPACA | {"input": 0}, "'input' must be a text, found 0"),  # of which the question may be
-        (ALPACA | {"input": False}, "'input' must be a text, found false"),
+        (ALPACA | {"history": [["a", None]]}, "'history' must be text, found null"),
+        (ALPACA | {"system": 4}, "'system' must be text, found 4"),
+        (ALPACA | {"system": 0}, "'system' must be text, found 0"),
+        (ALPACA | {"input": 0}, "'input' must be text, found 0"),  # of which the question may be
+        (ALPACA | {"input": False}, "'input' must be text, found false"),
         (ALPACA | {"history": 0}, "'history' must be a list of .question, answer. pairs"),
         (ALPACA | {"train": False}, "the record has 'train': False, but all records count alike"),
         (ALPACA | {"training": 0}, "the record has 'training': 0, but all records count alike"),

@@ -114,7 +114,7 @@ def test_it_is_plain_for_json(model):
 
 
 def test_other_bits_are_refused(model):
-    with pytest.raises(ValueError, match="optimizer_bits=16 is not allowed: moments have 32 or 8"):
+    with pytest.raises(ValueError, match="optimizer_bits=16 is not allowed: moments have 32 or 8 bits"):
         dtype_policy(model, 16)
 
 

@@ -162,6 +162,11 @@ def test_occupancy(arch, registers, shared, warps, expected):
     assert occupancy(arch, registers, shared, warps) == expected
 
 
+def test_an_unknown_arch_is_named():
+    with pytest.raises(ValueError, match="arch=86 is not known: choose one of"):
+        occupancy(86, 48, 0, 4)
+
+
 def test_roof_is_the_slowest_of_three():
     found = roof(H100, moved=3350e6, operations=0, dtype="bfloat16", instructions=0)
     assert (found.memory, found.product, found.seconds, found.bound) == (1e-3, 0, 1e-3, "memory")
@@ -192,7 +197,7 @@ def test_roofline_by_hand():
     assert found.memory == pytest.approx((0.5 * 2**21 + 3072 * 2) / 3350e9) and found.product == 0
     constants = replace(EXAMPLE, rung="double_dequantize", dtype="float32")
     assert aot.roofline(constants)[0].memory == pytest.approx(aot.roofline(EXAMPLE)[0].memory / 64)
-    with pytest.raises(ValueError, match="tokens=0 are not allowed: each is from 1 to 2,147"):
+    with pytest.raises(ValueError, match="tokens=0 are not allowed: each must be from 1 to 2,147"):
         aot.roofline(EXAMPLE, tokens=0)
 
 
@@ -227,7 +232,7 @@ def test_without_triton_there_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(aot, "find_spec", lambda name: None)
     monkeypatch.setattr(aot, "_compiled", {})
     assert cli.main(["kernels", "dequantize_nf4"]) == 2
-    assert "Triton is not installed" in capsys.readouterr().err
+    assert "Triton, which compiles the kernels, is not installed" in capsys.readouterr().err
 
 
 def test_without_bitsandbytes_there_is_one_sentence(monkeypatch):

@@ -188,8 +188,8 @@ def test_tensors_that_a_kernel_would_misread_are_refused():
             dataclasses.replace(q, constants=q.constants[:1]),
             "128 weights need 64 bytes and 2 constants, but .* 64 and 1",
         ),
-        (dataclasses.replace(q, constants=q.constants.double()), r"constants is torch.float64, \(2,\) and contiguous"),
-        (dataclasses.replace(q, packed=q.packed.repeat(2)[::2]), r"codes is torch.uint8, \(64,\) and not contiguous"),
+        (dataclasses.replace(q, constants=q.constants.double()), r"absmax is torch.float64, \(2,\) and contiguous"),
+        (dataclasses.replace(q, packed=q.packed.repeat(2)[::2]), r"packed is torch.uint8, \(64,\) and not contiguous"),
         (
             dataclasses.replace(nested, constants=dataclasses.replace(codes, absmax_codes=codes.absmax_codes.int())),
             "int32",

@@ -323,7 +323,7 @@ def test_the_peak_is_the_largest_phase_and_rows_add_up():
         ({"targets": ["k_projj"]}, r"targets \['k_projj'\]: choose 'all-linear' or from"),
         ({"length": 8, "mean_length": 9}, "mean_length=9 exceeds length=8"),
         ({"learned": 1.5}, "learned=.* is not allowed: it is from 0 to 1"),
-        ({"optimizer_bits": 16}, "moments have 32 or 8"),
+        ({"optimizer_bits": 16}, "moments have 32 or 8 bits"),
         ({"block_size": 7}, "block_size=7 is not allowed"),
         ({"codebook": "nf99"}, "nf99"),
     ],

@@ -1,10 +1,8 @@
 """Every published memory figure is computed again, or is an erratum with a reason."""
 
-import json
-
 import pytest
 
-from qlora_lab.measure.published import DATA
+from qlora_lab.measure.published import read_data
 from qlora_lab.memory.predict import predict_memory
 from qlora_lab.memory.published import (
     SIZES,
@@ -16,7 +14,7 @@ from qlora_lab.memory.published import (
 )
 from qlora_lab.memory.shape import shape_of
 
-FIGURES = json.loads((DATA / "memory.json").read_text("utf-8"))["figures"]
+FIGURES = read_data("memory.json")["figures"]
 # Figures that do not follow from the sizes, each looked into; the reason is in the record.
 ERRATA = {"slides.qlora.70b", "slides.lora.checkpoint", "paper.text.qlora", "paper.text.inputs", "paper.text.base"}
 ERRATA |= {f"slides.guanaco.{size}" for size in ("65b", "13b", "7b")}

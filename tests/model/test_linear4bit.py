@@ -79,7 +79,7 @@ def test_autocast_decides_the_dtype(kernels, monkeypatch):
 
 def test_a_wrong_input_is_named():
     for wrong in (torch.ones(3, 41), torch.ones(2, 3, 24), torch.ones(0)):
-        with pytest.raises(ValueError, match=r"input has shape \(.*\), but its last size must be 40"):
+        with pytest.raises(ValueError, match=r"input has shape \(.*\), but its last dimension must be 40"):
             layer()(wrong)
 
 
@@ -139,7 +139,7 @@ def test_damaged_state_is_named():
     with pytest.raises(RuntimeError, match="Unexpected key.*stray"):
         ours.load_state_dict(state | {"stray": torch.ones(1)})
     small = Linear4bit(quantize(torch.ones(2, 40)))
-    with pytest.raises(RuntimeError, match=r"weight has shape \(2, 40\), the layer \(24, 40\)"):
+    with pytest.raises(RuntimeError, match=r"weight has shape \(2, 40\), but the layer has \(24, 40\)"):
         ours.load_state_dict(small.state_dict() | {"bias": torch.ones(24)})
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -161,13 +162,22 @@ def test_a_closure_is_called_with_gradients():
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) are not allowed"),
         ({"page_size": 12}, "page_size=12 is not allowed: choose a multiple of 8, at least 8 with 32 bits"),
         ({"page_size": 512, "bits": 8}, "page_size=512 is not allowed: choose a multiple of 8, at least 520"),
-        ({"bits": 16}, "bits=16 is not allowed: moments have 32 or 8"),
+        ({"bits": 16}, "bits=16 is not allowed: moments have 32 or 8 bits"),
         ({"page_size": 16, "budget": 8}, "budget=8 is not enough"),
     ],
 )
 def test_errors_name_the_value(given, message):
     with pytest.raises(ValueError, match=message):
         PagedAdamW([torch.nn.Parameter(torch.ones(3))], **given)
+
+
+@pytest.mark.parametrize("lr", [np.float32(0.1), torch.tensor(0.1)])
+def test_a_rate_of_numpy_or_torch_is_one(lr):
+    """As torch.optim.AdamW takes it."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    PagedAdamW([parameter], lr=lr).step()
+    assert (parameter < 1).all()
 
 
 def test_parameters_of_another_device_are_refused():

@@ -332,7 +332,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used_when_as
 
 
 def test_what_was_noted_of_the_data_is_not_compared():
-    """Their checksum is."""
+    """The checksum of the data is compared instead."""
     assert comparable({"notes": {"empty": 1}, "steps": 3}) == {"steps": 3}
 
 

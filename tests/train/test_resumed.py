@@ -12,6 +12,7 @@ import qlora_lab as ql
 from qlora_lab.data.examples import Example
 from qlora_lab.files.checksums import sha256
 from qlora_lab.kernels import product
+from qlora_lab.train.identity import own_threads
 from qlora_lab.train.resumed import check_facts, read_log
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training
@@ -42,7 +43,9 @@ def begun(tmp_path_factory):
     """A model, and a run that stopped."""
     home = tmp_path_factory.mktemp("resumed")
     copy_model(home / "model")
-    stopped(home / "model", home / "run")
+    with own_threads():
+        torch.set_num_threads(1)  # one_thread comes later: it belongs to each test
+        stopped(home / "model", home / "run")
     return home
 
 

@@ -267,8 +267,8 @@ def test_what_is_advised_after_a_loss_that_is_not_finite_can_be_done(tiny_llama,
     "kwargs, message",
     [
         ({"schedule": "linear"}, "schedule='linear' is not known: choose constant or cosine"),
-        ({"warmup_steps": 6}, "warmup_steps=6 leaves no step of 6 at the full rate"),
-        ({"optimizer_bits": 16}, "optimizer_bits=16 is not allowed: moments have 32 or 8"),
+        ({"warmup_steps": 6}, "warmup_steps=6 leaves none of the 6 steps at the full rate: lower warmup_steps"),
+        ({"optimizer_bits": 16}, "optimizer_bits=16 is not allowed: moments have 32 or 8 bits"),
         ({"patience": 2}, "patience=2 needs evaluations: set eval_every as well"),
         ({"packing": True, "group_by_length": True}, "exclude each other, because both save padding: choose one"),
         ({"eval_every": 2}, "eval_every=2 needs held-out examples: there are none"),
@@ -440,7 +440,7 @@ def test_a_run_is_made_step_by_step_and_stopped(model, tokenizer, tmp_path):
 def test_a_training_is_run_once(model, tokenizer, tmp_path):
     training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=1), progress=False)
     training.run()
-    with pytest.raises(ValueError, match="this Training was run before: make a new one"):
+    with pytest.raises(ValueError, match="this Training has already run: make a new one"):
         training.run()
 
 

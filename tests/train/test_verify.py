@@ -140,7 +140,9 @@ def test_a_resume_refuses_a_log_that_its_checkpoint_did_not_see(begun, model, to
     log.write_text(log.read_text().replace('"loss": ', '"loss": 1', 1))
     settings = Settings(steps=9, **OPTIONS | {"save_every": 2})
     options = {"held_out": EXAMPLES, "progress": False, "resume": True}
-    with pytest.raises(ValueError, match="log.jsonl is not what step 2 was saved with: restore it, or start anew"):
+    with pytest.raises(
+        ValueError, match="log.jsonl differs from the log saved at step 2: restore it, or start a new run"
+    ):
         Training(model, tokenizer, EXAMPLES, begun, settings, **options).run()
 
 
@@ -257,7 +259,7 @@ def test_what_is_not_ours_is_told_in_one_line(tmp_path, folder, capsys):
     cases = {
         "nowhere": "is not a folder: name one that a command of qlora-lab made; `qlora-lab fetch MODEL` shows",
         "empty": "has no checksums",
-        folder: "has no checksums: qlora-lab did not write it, or their list is lost; write it again",
+        folder: "has no checksums: qlora-lab did not write it, or their list is lost: write the folder again",
         "notes.txt": "holds no row of a sweep",
         "": "the path is empty",
     }

@@ -49,7 +49,7 @@ def double_quantize(
     """(n_blocks,) -> absmax_codes (n_blocks,) uint8 and absmax_scale (ceil(n_blocks / group),) float32.
 
     absmax: float32; weights that are to have 8-bit codes may be bf16 or fp16. offset: () float32, subtracted first.
-    thresholds: (255,) float32, between 256 levels in ascending order.
+    thresholds: (255,) float32, between 256 levels in ascending order. Raises ValueError for what does not match.
     """
     launch.check_device(absmax=absmax, offset=offset, thresholds=thresholds)
     launch.check_flat("absmax", absmax, absmax.numel())

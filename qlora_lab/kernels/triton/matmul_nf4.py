@@ -60,6 +60,7 @@ def matmul_nf4(
     """(tokens, columns) bf16 or fp16 -> (tokens, rows), same dtype.
 
     A row of the weight is a whole number of blocks. lora_A: (r, columns), lora_B: (rows, r), of the dtype of x.
+    Raises ValueError for what does not match.
     """
     words, parts, levels = check_product(x, x.shape[-1], rows, weight, (torch.bfloat16, torch.float16))
     rank = check_adapter(x, rows, lora_A, lora_B)  # 0 without an adapter

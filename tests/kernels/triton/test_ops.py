@@ -302,6 +302,9 @@ def test_launchers_refuse_what_does_not_match(monkeypatch):
     empty = PackedConstants(torch.zeros(12, dtype=torch.uint8), torch.ones(0), torch.ones(()), dynamic_map(), 256)
     with refused("absmax_scale has shape .*: it must be flat, with 1 entries"):
         dequantize_double(packed, empty, levels, 32, out)
+    short = empty._replace(scale=torch.ones(1), table=dynamic_map()[:-1])
+    with refused("table of constants has shape .*: it must be flat, with 256 entries"):
+        dequantize_double(packed, short, levels, 32, out)
     with refused("weight is float64"):
         quantize_nf4(torch.ones(9, dtype=torch.float64), th, order, 64, TINY)
     with refused("a tensor has 0 elements: kernels take 1 to"):

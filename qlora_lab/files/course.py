@@ -1,0 +1,65 @@
+"""The files of the course: where they lie, and a copy that belongs to its reader.
+
+A checkout holds them at its root; a wheel holds them in `qlora_lab/course` (pyproject.toml lists them). The checksums
+in a copy tell which notebooks its reader has changed: a later copy leaves those alone.
+"""
+
+import hashlib
+from pathlib import Path
+
+from qlora_lab.files import disk
+from qlora_lab.files.checksums import SUMS, as_lines, read_sums
+from qlora_lab.files.out_path import out_path
+from qlora_lab.files.replace import replace_bytes, replacing_folder
+
+FIRST = "00_start_here.ipynb"
+
+
+PACKAGED = Path(__file__).parents[1] / "course"
+
+
+def is_packaged() -> bool:
+    """Tell whether the library comes from a wheel, which holds a course of its own."""
+    return PACKAGED.is_dir()
+
+
+def course_path(*names: str) -> Path:
+    """Return the path of a file or folder of the course, such as course_path("bench", "paging.json")."""
+    return (PACKAGED if is_packaged() else PACKAGED.parents[1]).joinpath(*names)
+
+
+def copy_course(folder: str | Path, solutions: bool = True) -> list[str]:
+    """Copy the notebooks to `folder`; return the names of those left alone because the reader has changed them.
+
+    A notebook that is still as an earlier call copied it is replaced by a newer one. Raises FileExistsError for a
+    folder that holds anything else, OSError for a place that cannot be written, and ValueError for a damaged list of
+    checksums.
+    """
+    folder = out_path(folder)
+    source = course_path("notebooks")
+    paths = [*source.glob("*.ipynb"), *(source.glob("solutions/*.ipynb") if solutions else ())]
+    contents = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
+    copied = read_sums(folder / SUMS) if (folder / SUMS).exists() else {}
+    if FIRST in copied:
+        return _update(folder, contents, copied)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds other files than the course: name a new folder")
+    with replacing_folder(folder) as new:  # a kill leaves nothing
+        return _update(new, contents, {})
+
+
+def _update(folder: Path, contents: dict[str, bytes], copied: dict[str, str]) -> list[str]:
+    """Write what is missing or unchanged. copied: name -> sha256 of what an earlier call wrote."""
+    changed = []
+    for name, content in contents.items():
+        file = folder / name
+        present = file.read_bytes() if file.exists() else None
+        if present not in (None, content) and hashlib.sha256(present).hexdigest() != copied.get(name):
+            changed.append(name)
+        elif present != content:
+            disk.make_folder(file.parent)
+            replace_bytes(file, content)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if name not in changed}
+    # Last: of a file that a kill left out of this list, the next call finds the content that it would write.
+    replace_bytes(folder / SUMS, as_lines(copied | digests))
+    return sorted(changed)

@@ -1,0 +1,117 @@
+"""A copy of the course belongs to its reader: what they have changed stays."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qlora_lab import cli
+from qlora_lab.files import course
+from qlora_lab.files.checksums import SUMS
+from tests.faults import disk_faults
+
+CHANGED = "solutions/01_codebook.ipynb"
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A course of three notebooks."""
+    notebooks = tmp_path / "packaged" / "notebooks"
+    (notebooks / "solutions").mkdir(parents=True)
+    for name in (course.FIRST, "01_codebook.ipynb", CHANGED):
+        (notebooks / name).write_text(f"the first edition of {name}")
+    monkeypatch.setattr(course, "PACKAGED", tmp_path / "packaged")
+    return notebooks
+
+
+def names_in(folder) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_copy_has_the_course_in_it(source, tmp_path):
+    assert course.copy_course(tmp_path / "mine") == []
+    assert names_in(tmp_path / "mine") == names_in(source) | {SUMS}
+    assert (tmp_path / "mine" / CHANGED).read_bytes() == (source / CHANGED).read_bytes()
+
+
+def test_solutions_can_be_left_out(source, tmp_path):
+    course.copy_course(tmp_path / "mine", solutions=False)
+    assert names_in(tmp_path / "mine") == {course.FIRST, "01_codebook.ipynb", SUMS}
+
+
+def test_a_newer_edition_replaces_what_the_reader_has_not_changed(source, tmp_path):
+    mine = tmp_path / "mine"
+    course.copy_course(mine)
+    (mine / CHANGED).write_text("my own")
+    (mine / "notes.txt").write_text("my notes")
+    (mine / "01_codebook.ipynb").unlink()
+    (source / course.FIRST).write_text("the second edition")
+    (source / CHANGED).write_text("the second edition")
+    for _ in range(2):
+        assert course.copy_course(mine) == [CHANGED]
+        assert (mine / CHANGED).read_text() == "my own" and (mine / "notes.txt").read_text() == "my notes"
+        assert (mine / course.FIRST).read_text() == "the second edition"
+        assert (mine / "01_codebook.ipynb").exists()  # the reader deleted it to have it back
+
+
+def test_a_copy_that_did_not_change_is_not_written_again(source, tmp_path):
+    course.copy_course(tmp_path / "mine")
+    before = (tmp_path / "mine" / course.FIRST).stat()
+    course.copy_course(tmp_path / "mine")
+    assert (tmp_path / "mine" / course.FIRST).stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", course.FIRST, SUMS])
+def test_a_folder_of_somebody_else_is_refused(source, tmp_path, name):
+    content = "" if name == SUMS else "mine"  # a list of checksums without the course, as a run writes it
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text(content)
+    with pytest.raises(FileExistsError, match="holds other files than the course: name a new folder"):
+        course.copy_course(tmp_path / "mine")
+    assert names_in(tmp_path / "mine") == {name} and (tmp_path / "mine" / name).read_text() == content
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_every_fault_leaves_the_readers_files_and_the_next_call_completes_them(source, tmp_path, lasting):
+    number = 0
+    while True:
+        number += 1
+        mine = tmp_path / f"mine-{number}"
+        course.copy_course(mine)
+        (mine / CHANGED).write_text("my own")
+        for name in (course.FIRST, "01_codebook.ipynb"):
+            (source / name).write_text(f"edition {number} of {name}")
+        with disk_faults(mine, at=number, lasting=lasting) as seen:
+            try:
+                course.copy_course(mine)
+            except OSError:
+                assert (mine / CHANGED).read_text() == "my own"
+        if number > len(seen.operations):
+            break
+        assert course.copy_course(mine) == [CHANGED]
+        assert (mine / CHANGED).read_text() == "my own"
+        for name in (course.FIRST, "01_codebook.ipynb"):
+            assert (mine / name).read_text() == f"edition {number} of {name}"
+    assert number > 10
+
+
+def test_open_names_what_stays_and_becomes_jupyterlab(source, tmp_path, monkeypatch, capsys):
+    became = []
+    monkeypatch.setattr(os, "execv", lambda _, command: became.append(command))
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "before")
+    mine = tmp_path / "mine"
+    assert cli.main(["open", str(mine), "--no-browser"]) == 0
+    assert str(mine / course.FIRST) in became[0] and "--no-browser" in became[0]
+    assert capsys.readouterr().err == ""
+    folder, before = os.environ["JUPYTER_CONFIG_PATH"].split(os.pathsep)
+    overrides = json.loads((Path(folder) / "labconfig" / "default_setting_overrides.json").read_text("utf-8"))
+    assert before == "before" and overrides["@jupyterlab/filebrowser-extension:browser"] == {"sortNotebooksFirst": True}
+    (mine / CHANGED).write_text("my own")
+    assert cli.main(["open", str(mine)]) == 0
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith(f"{mine / CHANGED} stays as you changed it; delete it to get the course's own again")
+    )
+    assert "--no-browser" not in became[1]

@@ -1,0 +1,83 @@
+"""The wheel holds the course: built, installed into a folder of its own, and used from outside of the checkout."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process that imports the library from the wheel."""
+    home = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", home, ROOT], check=True)
+    (wheel,) = home.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", home / "site", wheel], check=True)
+    return os.environ | {"PYTHONPATH": str(home / "site"), "QLORA_LAB_SITE": str(home / "site")}
+
+
+def python(code: str, installed, where) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=where, env=installed, check=True, capture_output=True, text=True).stdout
+
+
+def test_nothing_but_the_library_and_the_course_is_in_it(installed):
+    site = Path(installed["QLORA_LAB_SITE"])
+    course = site / "qlora_lab" / "course"
+    names = {path.relative_to(course).as_posix() for path in course.rglob("*") if path.is_file()}
+    kept = [*ROOT.glob("notebooks/**/*.ipynb"), *ROOT.glob("data/**/*.json"), *ROOT.glob("bench/*.json")]
+    assert names == {path.relative_to(ROOT).as_posix() for path in kept if ".ipynb_checkpoints" not in path.parts}
+    assert {path.name.split("-")[0] for path in site.iterdir()} <= {"qlora_lab", "qlora_lab-0.1.0.dist-info", "bin"}
+
+
+def test_figures_are_read_from_it(installed, tmp_path):
+    code = "import qlora_lab as ql; print(ql.__file__, len(ql.published_nf4()), len(ql.replay_published()))"
+    file, levels, figures = python(code, installed, tmp_path).split()
+    assert file.startswith(installed["QLORA_LAB_SITE"]) and levels == "16" and int(figures) > 0
+
+
+def _when_it_listens(address: str):
+    """The address is printed before the server listens to it."""
+    for _ in range(60):
+        try:
+            return urlopen(address, timeout=60)
+        except URLError:
+            time.sleep(1)
+    raise TimeoutError(address)
+
+
+def test_open_makes_the_course_and_serves_it_with_a_token(installed, tmp_path):
+    command = [sys.executable, "-m", "qlora_lab.cli", "open", "mine", "--no-browser"]
+    with subprocess.Popen(command, cwd=tmp_path, env=installed, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = next(match[0] for line in server.stderr if (match := re.search(r"http://\S+token=\w{16,}", line)))
+            with _when_it_listens(address.replace("/lab?", "/api/contents?")) as answer:
+                names = {file["name"] for file in json.load(answer)["content"]}
+        finally:
+            server.terminate()
+            server.stderr.read()
+    assert {"00_start_here.ipynb", "10_finetune_llama.ipynb", "solutions"} <= names
+
+
+@pytest.mark.parametrize("name", ["00_start_here.ipynb", "01_codebook.ipynb"])
+def test_a_notebook_of_the_copy_runs(installed, tmp_path, name):
+    code = "from qlora_lab.files.course import copy_course; copy_course('mine')"
+    python(code, installed, tmp_path)
+    notebook = nbformat.read(tmp_path / "mine" / name, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell("import qlora_lab; qlora_lab.__file__"))
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path / "mine"}}).execute(env=installed)
+    assert installed["QLORA_LAB_SITE"] in notebook.cells[-1].outputs[0]["data"]["text/plain"]
