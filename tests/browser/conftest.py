@@ -44,6 +44,8 @@ IDLE = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.k
 RUN_ALL = "() => window.jupyterapp.commands.execute('notebook:run-all-cells')"  # resolves to false when a cell raised
 # What ipykernel says on stderr of encryption, when it starts, reaches JupyterLab without its header at times.
 NOT_OURS = "Kernel message validation error: Unexpected token 's', \"stream.stderr\" is not valid JSON"
+SAVE = "() => window.jupyterapp.commands.execute('docmanager:save')"
+OPENED = "() => window.jupyterapp?.shell.currentWidget?.context?.isReady"
 SHUT_DOWN = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.shutdown()"
 NEW_PICTURE_MS = 10_000  # a redraw takes 50; this is a machine that does something else
 
@@ -152,6 +154,18 @@ class LabNotebook:
         expect(picture).not_to_have_attribute("alt", alt, timeout=NEW_PICTURE_MS)
         assert not np.array_equal(pixels, _pixels(picture)), f"{key} on {slider_name!r}: new alt text, same pixels"
         return picture.get_attribute("alt")
+
+    def pictures(self):
+        """The alt texts of all pictures among the outputs that can be seen."""
+        images = self.page.locator(".jp-OutputArea img").all()
+        return [image.get_attribute("alt") for image in images if image.is_visible()]
+
+    def reopen(self):
+        """What a student sees on the next day: save, shut the kernel down, load the page anew, run nothing."""
+        self.page.evaluate(SAVE)
+        self.page.evaluate(SHUT_DOWN)
+        self.page.reload()
+        self.page.wait_for_function(OPENED, timeout=60_000)
 
     def controls(self):
         """The explorers' controls as a screen reader meets them, one a line: `slider "Bits": ...`."""
