@@ -53,7 +53,7 @@ STAGES = {
     "readable": Stage(ELSEWHERE, {"QLORA_LAB_KERNELS": "reference"}),
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
     "slow": Stage([*PYTEST, *WORKERS, *TESTS, "-m", "slow"]),
-    "browser": Stage([*PYTEST, "tests/browser", "--browser-runs", "2"]),
+    "browser": Stage([*PYTEST, "tests/browser"]),
     # one after the other: a notebook and its solution share results in the temporary folder
     "notebooks": Stage([*NBVAL, "--ignore=notebooks/solutions", "notebooks"]),
     "solutions": Stage([*NBVAL, "notebooks/solutions"]),
