@@ -8,6 +8,8 @@ from importlib.util import find_spec
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, exactly
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `&` has Ctrl-C ignored, and children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup leaves it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
