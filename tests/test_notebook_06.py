@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import qlora_lab as ql
 from qlora_lab.measure.sweep import sweep
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +18,7 @@ ROWS = json.loads((ROOT / "bench" / "data_types_rows.json").read_text("utf-8"))
 
 def executed(source, **calls):
     names = {"Path": Path, "settings": [(None,)], "gettempdir": lambda: "folder"}
-    exec(source, names | {"ql": SimpleNamespace(__file__=ql.__file__, **calls)})
+    exec(source, names | {"ql": SimpleNamespace(**calls)})
     return names
 
 

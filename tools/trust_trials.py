@@ -54,7 +54,7 @@ def spread(folder: Path, trials: list[Trial], seed: int) -> Iterator[Result]:
                         file.write(json.dumps(tried(folder / str(number), trials[number], seed, number)) + "\n")
                         file.flush()
                 code = 0
-            except Exception:
+            except Exception:  # of the attack itself: the exit code reports it
                 traceback.print_exc()
             finally:
                 os._exit(code)

@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 130
     except Exception as error:
         message = _message(error, getattr(arguments.module, "LESS_MEMORY", LESS_MEMORY))
-        if message is None:  # a bug of ours: its traceback helps whoever reports it
+        if message is None:  # a bug of ours: its traceback helps to report it
             raise
         which = f" (process {process})" if process else ""
         print(f"qlora-lab {arguments.command}{which}: {one_line(message)}", file=sys.stderr)

@@ -13,8 +13,6 @@ from qlora_lab.files.out_path import out_path
 from qlora_lab.files.replace import replace_bytes, replacing_folder
 
 FIRST = "00_start_here.ipynb"
-
-
 PACKAGED = Path(__file__).parents[1] / "course"
 
 

@@ -16,9 +16,21 @@ import torch
 from numba import njit, prange, types
 from numba.extending import overload
 
-from qlora_lab.kernels import elements, vector as v
+from qlora_lab.kernels import vector as v
 from qlora_lab.kernels.compiled import opaque, parallel, run
-from qlora_lab.kernels.elements import FLOAT16, FORM, INFINITY, MAGNITUDE, NAN, bfloat16_of, read, read16, view, write
+from qlora_lab.kernels.elements import (
+    FLOAT16,
+    FORM,
+    INFINITY,
+    MAGNITUDE,
+    NAN,
+    bfloat16_of,
+    check_arrays,
+    read,
+    read16,
+    view,
+    write,
+)
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 PIECE = 2**13  # weights a thread takes at a time: 32 KiB of float32 stay in the first-level cache between two readings
@@ -334,7 +346,7 @@ def arrays_of(weight: PackedWeight) -> Arrays:
     names = ("packed", "absmax") if single else ("packed", "absmax_codes", "absmax_scale")
     for name, part in zip(names, parts, strict=True):
         dtype = torch.float32 if part is parts[-1] else torch.uint8
-        elements.check_arrays(part.numel(), (dtype,), **{name: part})
+        check_arrays(part.numel(), (dtype,), **{name: part})
     bits = (len(weight.levels) - 1).bit_length()
     levels = np.zeros(1 << bits, np.float32)  # whole tables, so that no look-up leaves them
     levels[: len(weight.levels)] = weight.levels.numpy()

@@ -13,8 +13,7 @@ from abc import ABC, abstractmethod
 import ipywidgets as W
 from matplotlib.figure import Figure
 
-from qlora_lab.show.escape import for_html
-from qlora_lab.show.figure import Blit, WithSentence, compressed, img
+from qlora_lab.show.figure import Blit, WithSentence, caption, compressed, img
 from qlora_lab.show.slider import Button
 from qlora_lab.show.source import called_functions, details_html, source_html
 from qlora_lab.show.still import KernelWatch, show_over
@@ -103,8 +102,7 @@ class Explorer(ABC):
         self.update(self.result)
         self.png = self._blit.frame()
         sentence = self.describe(state, self.result)
-        caption = f'<div aria-hidden="true">{for_html(sentence)}</div>'  # screen readers speak the alt text
-        self._pane.value = f"{img(self.png, sentence)}{caption}<code>{html.escape(self.code())}</code>"
+        self._pane.value = f"{img(self.png, sentence)}{caption(sentence)}<code>{html.escape(self.code())}</code>"
 
     def _layout(self):
         """Put controls beside the picture, or above it if the window is narrow: a flex box that wraps."""

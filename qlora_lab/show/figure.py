@@ -51,6 +51,11 @@ def img(png, alt):
     return f'<img alt="{html.escape(alt)}" style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
 
 
+def caption(sentence):
+    """Return the HTML of a picture's alt text underneath it, which screen readers have spoken already."""
+    return f'<div aria-hidden="true">{for_html(sentence)}</div>'
+
+
 class Picture:
     """A static figure: HTML with alt text, a PNG for code hosts, and the alt text alone for nbval and terminals."""
 
@@ -71,7 +76,7 @@ class WithSentence(Picture):
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         bundle = super()._repr_mimebundle_()
-        bundle["text/html"] += f'<div aria-hidden="true">{for_html(self.alt)}</div>'  # already spoken as alt text
+        bundle["text/html"] += caption(self.alt)
         return bundle
 
 
