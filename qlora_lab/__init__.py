@@ -23,8 +23,11 @@ _HOME = {
     "quantize_folder": "model.quantized_folder",
     # adapters: what is trained
     "add_lora": "adapters.lora",
+    "add_adapter": "adapters.add_adapter",
     "save_adapter": "adapters.peft_format",
     "load_adapter": "adapters.peft_format",
+    "remove_adapter": "adapters.adapter",
+    "AdapterBank": "adapters.many",
     # optim: where the moments lie
     "PagedAdamW": "optim.paged_adamw",
     # train, and the checks before it
@@ -32,9 +35,13 @@ _HOME = {
     "Training": "train.trainer",
     "Settings": "train.settings",
     "diagnose": "doctor.diagnose",
+    # export: a model without its adapter
+    "merge": "export.merge",
+    "to_gguf": "export.gguf_out",
     # measure: what a model is worth
     "perplexity": "measure.perplexity",
     "generate": "measure.held_out",
+    "generate_routed": "measure.routed",
     "held_out": "measure.held_out",
     "sweep": "measure.sweep",
     "read_results": "measure.results_file",
@@ -45,8 +52,9 @@ _HOME = {
     "measure_memory": "memory.measured",
     "fit": "memory.fit",
     "replay_published": "memory.published",
-    # show: for notebooks
-    "check": "show.check",
+    # exercises and show: for notebooks
+    "check": "exercises.check",
+    "guess": "exercises.guess",
     "live": "show.live",
     "picture": "show.figure",
     "show_source": "show.source",
@@ -60,11 +68,13 @@ _ROOMS = [
     "adapters",
     "optim",
     "train",
+    "export",
     "doctor",
     "measure",
     "memory",
     "gpu_code",
     "show",
+    "exercises",
     "cli",
 ]
 __all__ = sorted(_HOME)

@@ -1,24 +1,38 @@
-"""A chat tokenizer and a LLaMA, both small enough to be made on the spot."""
+"""A chat tokenizer and a LLaMA, both small enough to be made on the spot, and what each test may not do.
 
+Heavy imports stand in the fixtures: the process that hands out tests to workers reads this file, too, before it starts
+them, and needs neither torch nor transformers (3 s a stage).
+"""
+
+from __future__ import annotations
+
+import gc
 import os
 import signal
+import sys
 from contextlib import contextmanager
+from functools import wraps
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, exactly
+# before anything imports torch: a second thread sleeps between two sums. While it spins, it takes the core of the other
+# worker of pytest, and tests with two threads took ten times the time
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.modules["rfc3987_syntax"] = None  # jsonschema would build 38 grammars in 2 s; no notebook has addresses to check
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's `&` has Ctrl-C ignored, and children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup leaves it
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from qlora_lab.kernels import OVERRIDE, product  # noqa: E402
-from qlora_lab.model.load import fast_dtype  # noqa: E402
+from qlora_lab import kernels  # noqa: E402
+from tools import stages  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 NEED_TRITON = ["test_bench_gpu.py", "test_bench_gpu_day.py", "show/test_kernel_map.py"]
 NEED_TRITON += ["kernels/triton/test_interpreter.py"]
@@ -45,6 +59,9 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with a few merges and the ChatML template; as SmolLM2's, its pad token is its end token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -66,6 +83,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     """Two layers, hidden size 16, float32, the vocabulary of `tokenizer`; drawn with seed 0."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -84,22 +104,91 @@ def folder(tmp_path, tiny_llama, tokenizer):
     return tmp_path / "model"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_power_cut():
+    """No test cuts the power, so none waits for the disk: 14,000 calls of 2 to 10 ms. A process of its own waits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None if os.fstat(handle) else None)  # a closed file is still an error
+        yield
+
+
+def _noting(function, calls: set[str]):
+    """Return `function`, which also notes in `calls` that it was called."""
+
+    @wraps(function)
+    def call(*args):
+        calls.add(function.__name__)
+        return function(*args)
+
+    return call
+
+
+@pytest.fixture(autouse=True, scope="session")
+def calls(no_power_cut):
+    """What a test has asked for of a machine's choices: "_choose" (kernels), "race" (products). Other processes' calls
+    are not seen."""
+    from qlora_lab.kernels import product
+
+    calls = set()
+    with pytest.MonkeyPatch.context() as patch:
+        choose = _noting(kernels._choose, calls)
+        choose.cache_clear = kernels._choose.cache_clear
+        patch.setattr(kernels, "_choose", choose)
+        patch.setattr(product, "race", _noting(product.race, calls))
+        yield calls
+
+
 @pytest.fixture(autouse=True)
-def own_race(monkeypatch):
-    """What one test keeps of a race is gone in the next one, and each draws the same numbers in any order of tests."""
+def own_race(request, monkeypatch, calls):
+    """What one test keeps of a race is gone in the next one, and each draws the same numbers in any order of tests.
+
+    A fast test that asks for a choice which its file is said not to ask for would be missing in some stages: it fails.
+    """
+    import torch
+
+    from qlora_lab.kernels import product
+    from qlora_lab.model.load import fast_dtype
+
     monkeypatch.setattr(product, "_kept", [])
+    fast_dtype.cache_clear()
     torch.manual_seed(0)
+    calls.clear()
+    yield
+    if request.node.get_closest_marker("slow"):  # no stage repeats these
+        return
+    if call := stages.unexpected(calls, request.path):
+        pytest.fail(f"calls {call}(): take {request.path.name} out of the lists of tools/stages.py", pytrace=False)
+
+
+def pytest_collection_finish(session):
+    # Torch, transformers and thousands of tests stay: a full collection without them is short (7 % of a stage).
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--without", metavar="FIXTURE", help="leave out the tests that use this fixture (tools/stages.py)")
+
+
+def pytest_collection_modifyitems(config, items):
+    without = config.getoption("--without")
+    left_out = [item for item in items if without in getattr(item, "fixturenames", ())]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture
 def with_kernels(monkeypatch):
     """Kernels run, also where the environment asks for the readable functions."""
-    monkeypatch.delenv(OVERRIDE, raising=False)
+    monkeypatch.delenv(kernels.OVERRIDE, raising=False)
 
 
-@pytest.fixture(params=product.Race._fields)
+@pytest.fixture(params=["float32", "onednn", "bfloat16"])
 def outcome(request, own_race):
     """The race of the CPU's products ends in each way that it can end on some machine."""
+    from qlora_lab.kernels import product
+    from qlora_lab.model.load import fast_dtype
+
     if request.param == "onednn" and not product._has_onednn():
         pytest.skip("this build of torch has no oneDNN")
     product.keep(product.Race.won_by(request.param))
@@ -110,6 +199,8 @@ def outcome(request, own_race):
 
 @contextmanager
 def _with_threads(number: int):
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     yield

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import steps
+from bench import many_adapters, steps
 from bench.render import BEGIN, END, ROWS, find, in_page, table
 from bench.timing import in_turn, peak_bytes
 
@@ -25,6 +25,14 @@ def test_so_is_its_section_on_steps():
     page = (ROOT / "docs" / "speed.md").read_text("utf-8")
     found = [json.loads((ROOT / "bench" / name).read_text("utf-8")) for name in (steps.TRAIN_STEP, steps.SEVEN_B)]
     assert steps.in_page(page, *found) == page, "run: python bench/steps.py"
+
+
+def test_so_is_the_page_of_many_adapters():
+    page = many_adapters.PAGE.read_text("utf-8")
+    result = json.loads(many_adapters.OUT.read_text("utf-8"))
+    assert many_adapters.in_page(page, result) == page, "run: python bench/many_adapters.py --render"
+    assert all(case["ratio"]["eight"]["median"] <= 1.5 for case in result["cases"])  # what was recorded
+    assert result["memory"]["bytes"]["held"] == result["memory"]["bytes"]["predicted"]
 
 
 def test_every_row_of_the_page_was_measured():
@@ -53,6 +61,24 @@ def test_contenders_run_in_turn():
     assert result["a"]["rounds"] == 3 and result["a"]["calls"] == 1
 
 
+def test_the_x_ray_of_4_gb_held_less_than_200_mib():
+    result = json.loads((ROOT / "bench" / "xray.json").read_text("utf-8"))
+    assert result["file_bytes"] > 4e9 and len(result["looks"]) == 8
+    assert max(look["bytes"] for look in result["looks"].values()) < 200 * 2**20
+
+
+def test_the_page_of_merges_has_the_measured_verdicts():
+    page = (ROOT / "docs" / "merge.md").read_text("utf-8")
+    merges = json.loads((ROOT / "bench" / "small_adapters.json").read_text("utf-8"))["merges"]
+    for one in merges:
+        kls = " | ".join(f"{one[name]:.1e}" for name in ("adapter_kl", "kl", "base_kl"))
+        arrived = "" if one["arrived"] is None else f"{one['arrived']:.2g}"
+        row = f"| {one['size']:.0e} | `{one['target']}` | {kls} | {arrived} | `{one['verdict']}` |"
+        assert row.replace("e-0", "e-") in page
+    assert len(merges) == 6
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells")
 def test_peak_memory_sees_what_is_allocated():
     peak = peak_bytes(lambda: bytearray(b"1") * 2**26)

@@ -22,6 +22,8 @@ from qlora_lab import kernels
 from qlora_lab.model.linear4bit import Linear4bit
 from tests.optim.test_paging import managed
 
+pytestmark = pytest.mark.xdist_group("gpu day")  # it runs once, not in each worker
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu_day.sh"
 CPU = torch.device("cpu")
@@ -275,7 +277,7 @@ def test_a_model_is_made_layer_by_layer():
     assert linears == ["lm_head"] and len(packed) == 7 * len(model.model.layers) == 14
     assert model.config.num_hidden_layers == 2 and model.lm_head.weight is not model.model.embed_tokens.weight
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
-    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}  # rotary frequencies
+    assert {buffer.dtype for buffer in model.model.rotary_emb.buffers()} == {torch.float32}
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
@@ -294,6 +296,7 @@ def test_nothing_is_run_on_a_card_that_is_too_small(monkeypatch):
     assert failure.endswith("but the card has 1000 free: nothing was run") and "ours" not in found
 
 
+@pytest.mark.slow
 def test_what_a_card_holds_stands_beside_the_ledger(monkeypatch):
     """The calls of torch.cuda that only a card answers: their names are torch's, their numbers are made up."""
     numbers = {"memory_allocated": 10, "max_memory_allocated": 40, "memory_reserved": 50, "max_memory_reserved": 60}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.files.checksums import SUMS
 from qlora_lab.files.ownership import MARK
@@ -43,6 +44,8 @@ FINETUNE += "--eval-every 1 --batch-size 2"
 WINDOWS = "--windows 2 --length 10 --text TEXT"
 COMMANDS = {  # the command, and what the second try adds
     "quantize": ("quantize MODEL --out OUT", ""),
+    "merge": ("merge MODEL --adapter ADAPTER --anyway --out OUT", ""),
+    "gguf": ("gguf MODEL --out GGUF", ""),
     "sweep": (f"sweep MODEL --codebooks nf4 --out ROWS {WINDOWS}", ""),
     "block-size": (f"block-size MODEL --bits 5 --block-sizes 64 128 --out PLAN {WINDOWS}", ""),
     "fetch": (f"fetch {NAME}", ""),
@@ -51,7 +54,7 @@ COMMANDS = {  # the command, and what the second try adds
     "finetune --overwrite": (f"{FINETUNE} --overwrite", ""),
     "finetune --optimizer-budget": (f"{FINETUNE} --optimizer-budget 2080", "--resume"),
 }
-FEW = {"sweep": 99, "block-size": 99, "quantize": 3, "fetch": 3}  # points; one of the others
+FEW = {"sweep": 99, "block-size": 99, "quantize": 3, "merge": 3, "gguf": 3, "fetch": 3}  # points; one of the others
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,14 @@ def case(tmp_path, folder, monkeypatch) -> Callable[[str], Case]:
     data.write_text("".join(TRAIN % (i, 2 * i) for i in range(12)))
     text.write_text("the sum of the two numbers is a number. " * 4)
     places = {"MODEL": folder, "DATA": data, "TEXT": text}
-    places |= {"OUT": root / "out", "ROWS": root / "rows.jsonl", "PLAN": root / "plan.json"}
+    places |= {
+        "GGUF": root / "model.gguf",
+        "OUT": root / "out",
+        "ROWS": root / "rows.jsonl",
+        "PLAN": root / "plan.json",
+    }
+    adapted, _ = ql.load(folder, progress=False)
+    places["ADAPTER"] = ql.save_adapter(ql.add_lora(adapted, r=2), tmp_path / "trained")
     monkeypatch.setattr(quantized_folder, "PIECE", 2**14)
     monkeypatch.setattr(trainer, "PagedAdamW", partial(PagedAdamW, page_size=1040))  # else one page holds it all
 
@@ -254,7 +264,7 @@ def small_disk():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quantize", "finetune", "sweep", "block-size", "fetch"])
+@pytest.mark.parametrize("name", ["quantize", "merge", "gguf", "finetune", "sweep", "block-size", "fetch"])
 def test_a_truly_full_disk_is_one_line_and_the_rest_is_made_when_there_is_room(case, capsys, small_disk, name):
     """At four sizes, from one that has room for nothing to one in which almost all fits."""
     one = case(name)

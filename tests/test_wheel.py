@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # it is built once, not in each worker
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,14 @@ def python(code: str, installed, where) -> str:
 def test_nothing_but_the_library_and_the_course_is_in_it(installed):
     site = Path(installed["QLORA_LAB_SITE"])
     course = site / "qlora_lab" / "course"
-    names = {path.relative_to(course).as_posix() for path in course.rglob("*") if path.is_file()}
-    kept = [*ROOT.glob("notebooks/**/*.ipynb"), *ROOT.glob("data/**/*.json"), *ROOT.glob("bench/*.json")]
+    files = {path for path in course.rglob("*") if path.is_file() and path.suffix != ".pyc"}  # pip compiles scripts
+    names = {path.relative_to(course).as_posix() for path in files}
+    data = [path for path in ROOT.glob("data/**/*.*") if "__pycache__" not in path.parts]
+    kept = [*ROOT.glob("notebooks/**/*.ipynb"), *data, *ROOT.glob("bench/*.json")]
     assert names == {path.relative_to(ROOT).as_posix() for path in kept if ".ipynb_checkpoints" not in path.parts}
+    jupyter = [home / "qlora_lab" / "cli" / "jupyter" for home in (site, ROOT)]
+    inside, kept = ({file.relative_to(home) for file in home.rglob("*") if file.is_file()} for home in jupyter)
+    assert inside == kept
     assert {path.name.split("-")[0] for path in site.iterdir()} <= {"qlora_lab", "qlora_lab-0.1.0.dist-info", "bin"}
 
 
@@ -48,6 +53,11 @@ def test_figures_are_read_from_it(installed, tmp_path):
     code = "import qlora_lab as ql; print(ql.__file__, len(ql.published_nf4()), len(ql.replay_published()))"
     file, levels, figures = python(code, installed, tmp_path).split()
     assert file.startswith(installed["QLORA_LAB_SITE"]) and levels == "16" and int(figures) > 0
+
+
+def test_conformance_has_its_vectors(installed, tmp_path):
+    code = "from qlora_lab import cli; cli.main(['conformance', '--backend', 'reference', '--quiet'])"
+    assert "Bytes equal: 71, values equal: 1, refused: 4." in python(code, installed, tmp_path)
 
 
 def _when_it_listens(address: str):
@@ -73,10 +83,13 @@ def test_open_makes_the_course_and_serves_it_with_a_token(installed, tmp_path):
     assert {"00_start_here.ipynb", "10_finetune_llama.ipynb", "solutions"} <= names
 
 
-@pytest.mark.parametrize("name", ["00_start_here.ipynb", "01_codebook.ipynb"])
-def test_a_notebook_of_the_copy_runs(installed, tmp_path, name):
+def test_a_notebook_of_the_copy_runs(installed, tmp_path):
+    """All notebooks run from the wheel in `make test` (tools/from_wheel.py), so here one is enough."""
+    name = "01_codebook.ipynb"
     code = "from qlora_lab.files.course import copy_course; copy_course('mine')"
     python(code, installed, tmp_path)
+    for copied in ("00_start_here.ipynb", "03_block_size.ipynb", name):
+        assert (tmp_path / "mine" / copied).read_bytes() == (ROOT / "notebooks" / copied).read_bytes()
     notebook = nbformat.read(tmp_path / "mine" / name, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell("import qlora_lab; qlora_lab.__file__"))
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path / "mine"}}).execute(env=installed)

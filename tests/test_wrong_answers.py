@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import qlora_lab as ql
-from qlora_lab.show import check, hints
+from qlora_lab.exercises import check, hints, hints_merging, hints_methods, hints_packing
 from tools.notebooks import END, START
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -111,6 +111,82 @@ WRONG = {
         "nothing returned": ("levels = torch.zeros(8)", RETURN),
         "the library's own": ("return ql.codebook('nf3')", "without `codebook`"),
         "the library's own maker": ("return ql.normal_float(3)", "without `normal_float`"),
+    },
+    "02 my_pack": {
+        "the halves swapped": (
+            "codes = torch.nn.functional.pad(codes, (0, len(codes) % 2), value=7)\n"
+            "return codes[0::2] + 16 * codes[1::2]",
+            "Which code lies in the high half?",
+        ),
+        "filled with 0": (
+            "codes = torch.nn.functional.pad(codes, (0, len(codes) % 2))\nreturn codes[0::2] * 16 + codes[1::2]",
+            "Which code of NF4 is the level 0?",
+        ),
+        "the last one lost": (
+            "even = codes[: len(codes) // 2 * 2]\nreturn even[0::2] * 16 + even[1::2]",
+            "What does it share its byte with?",
+        ),
+        "three places": ("return codes[0:1] << 3 | codes[1:2]", "How many bits does a code have?"),
+        "not packed": ("return codes", "a byte of its own"),
+        "another dtype": (
+            "codes = torch.nn.functional.pad(codes.int(), (0, len(codes) % 2), value=7)\n"
+            "return codes[0::2] * 16 + codes[1::2]",
+            "What dtype does a byte have?",
+        ),
+        "a wrong type": ("return [58]", "makes a tensor of a list"),
+        "nothing returned": ("codes = codes[0::2] * 16 + codes[1::2]", RETURN),
+        "the library's own": ("return packing.pack(codes, fill=7)", "without `pack`"),
+    },
+    "02 my_low_first": {
+        "the high half first": (
+            "return torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:numel]",
+            "Which one comes first here?",
+        ),
+        "all low halves first": (
+            "return torch.cat([packed & 15, packed >> 4])[:numel]",
+            "Which weights are neighbours?",
+        ),
+        "with the padding": (
+            "return torch.stack([packed & 15, packed >> 4], dim=1).flatten()",
+            "the last half may be padding",
+        ),
+        "pairs": ("return torch.stack([packed & 15, packed >> 4], dim=1)", "How do they become one row?"),
+        "the low halves alone": ("return packed & 15", "These are the low halves alone"),
+        "a wrong type": ("return 58", TASK),
+        "nothing returned": ("low, high = packed & 15, packed >> 4", RETURN),
+        "the library's own": ("return packing.unpack(packed << 4 | packed >> 4, numel)", "without `unpack`"),
+    },
+    "02 my_weight": {
+        "the level": (
+            "i = row * shape[1] + column\nbyte = int(packed[i // 2])\n"
+            "return ql.codebook('nf4')[byte & 15 if i % 2 else byte >> 4].item()",
+            "By what was the weight divided?",
+        ),
+        "the other half": (
+            "i = row * shape[1] + column\nbyte = int(packed[i // 2])\n"
+            "return (ql.codebook('nf4')[byte >> 4 if i % 2 else byte & 15] * absmax[i // 64]).item()",
+            "Which half is yours?",
+        ),
+        "a constant for each row": (
+            "i = row * shape[1] + column\nbyte = int(packed[i // 2])\n"
+            "return (ql.codebook('nf4')[byte & 15 if i % 2 else byte >> 4] * absmax[row]).item()",
+            "How many weights share one?",
+        ),
+        "blocks of bytes": (
+            "i = row * shape[1] + column\nbyte = int(packed[i // 2])\n"
+            "return (ql.codebook('nf4')[byte & 15 if i % 2 else byte >> 4] * absmax[i // 2 // 64]).item()",
+            "How many weights are in a block?",
+        ),
+        "the code": (
+            "i = row * shape[1] + column\nbyte = int(packed[i // 2])\nreturn byte & 15 if i % 2 else byte >> 4",
+            "Which level does it stand for?",
+        ),
+        "a wrong type": ("return [packed]", TASK),
+        "nothing returned": ("i = row * shape[1] + column", RETURN),
+        "the library's own": (
+            "q = replace(small, packed=packed, constants=absmax)\nreturn ql.dequantize(q)[row, column].item()",
+            "without `dequantize`",
+        ),
     },
     "03 my_block_size": {
         "less than, not at most": (
@@ -450,6 +526,144 @@ WRONG = {
         "nothing returned": ("total = 16 * trainable", RETURN),
         "the check's own": ("return held(trainable)", "without the function that checks it"),
     },
+    "11 my_houlsby": {
+        "no skip": (
+            "return gelu(y @ down.t() + down_bias) @ up.t() + up_bias",
+            "has a skip connection of its own",
+        ),
+        "nothing bent": ("return y + (y @ down.t() + down_bias) @ up.t() + up_bias", "could be folded into the weight"),
+        "bent at the end": (
+            "return y + gelu((y @ down.t() + down_bias) @ up.t() + up_bias)",
+            "You bend at the end",
+        ),
+        "relu": (
+            "return y + torch.relu(y @ down.t() + down_bias) @ up.t() + up_bias",
+            "Which function does the formula name?",
+        ),
+        "no bias down": ("return y + gelu(y @ down.t()) @ up.t() + up_bias", "a bias out on the way down"),
+        "no bias up": ("return y + gelu(y @ down.t() + down_bias) @ up.t()", "a bias out on the way up"),
+        "an error": ("return y + gelu(y @ down + down_bias) @ up + up_bias", "shows the line at which it stops"),
+        "a wrong type": ("return y.tolist()", "makes a tensor of a list"),
+        "nothing returned": ("y = y + gelu(y @ down.t() + down_bias) @ up.t() + up_bias", RETURN),
+        "the library's own": (
+            "layer = houlsby.HoulsbyLinear(torch.nn.Linear(6, 6), 3, torch.Generator())\nreturn layer(y)",
+            "without `HoulsbyLinear`",
+        ),
+        "the check's own": ("return by_library(y, down, down_bias, up, up_bias)", "without `HoulsbyLinear`"),
+    },
+    "11 my_learned": {
+        "q and v alike": ("return layers * size * 4 * d", "Is the output of v as wide as that of q?"),
+        "never kv": (
+            "return {'lora': layers * size * (3 * d + d // 4), 'prefix': 2 * layers * size * (d // 4),"
+            " 'prompt': size * d, 'houlsby': 2 * layers * (2 * size * d + size + d)}[method]",
+            "In which of these models is that d / 4?",
+        ),
+        "one layer": ("return size * (3 * d + kv)", "How many have an adapter?"),
+        "one Houlsby adapter a layer": (
+            "if method == 'lora': return layers * size * (3 * d + kv)\nreturn layers * (2 * size * d + size + d)",
+            "A layer has two parts",
+        ),
+        "keys alone": (
+            "return {'lora': layers * size * (3 * d + kv), 'prefix': layers * size * kv,"
+            " 'houlsby': 2 * layers * (2 * size * d + size + d)}.get(method, 0)",
+            "What else does attention read?",
+        ),
+        "a prompt in each layer": (
+            "return {'lora': layers * size * (3 * d + kv), 'prefix': 2 * layers * size * kv,"
+            " 'houlsby': 2 * layers * (2 * size * d + size + d)}.get(method, layers * size * d)",
+            "Does the second one get another?",
+        ),
+        "a wrong type": ("return str(size)", "without quotation marks"),
+        "nothing returned": ("count = size * d", RETURN),
+        "the check's own": ("return by_ledger(method, size, d, kv, layers)", "without `predict_memory`"),
+    },
+    "11 my_attention": {
+        "the bug": ("return attend(q, k, v, prefix_k, prefix_v, mask)", "The prefix still changes nothing"),
+        "no mask": (
+            "k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])\n"
+            "return (q @ k.t() / q.shape[-1] ** 0.5).softmax(-1) @ v",
+            "also sees what the mask hides",
+        ),
+        "own causal mask": (
+            "k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])\n"
+            "mask = torch.ones(len(q), len(k) - len(prefix_k)).tril().bool()\n"
+            "mask = pad(mask, (len(prefix_k), 0), value=True)\n"
+            "scores = q @ k.t() / q.shape[-1] ** 0.5\n"
+            "return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v",
+            "a causal mask of your own",
+        ),
+        "a fixed width": (
+            "k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])\n"
+            "mask = pad(mask, (len(prefix_k), 0), value=True)\n"
+            "return (q @ k.t() / 8**0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v",
+            "Is each query 8 wide?",
+        ),
+        "the new columns at the end": (
+            "k, v = torch.cat([prefix_k, k]), torch.cat([prefix_v, v])\n"
+            "mask = pad(mask, (0, len(prefix_k)), value=True)\n"
+            "scores = q @ k.t() / q.shape[-1] ** 0.5\n"
+            "return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v",
+            "its new columns at the end",
+        ),
+        "values behind": (
+            "k, v = torch.cat([prefix_k, k]), torch.cat([v, prefix_v])\n"
+            "mask = pad(mask, (len(prefix_k), 0), value=True)\n"
+            "scores = q @ k.t() / q.shape[-1] ** 0.5\n"
+            "return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v",
+            "no longer belong together",
+        ),
+        "a wrong type": ("return q.tolist()", "makes a tensor of a list"),
+        "nothing returned": ("mask = pad(mask, (len(prefix_k), 0), value=True)", RETURN),
+        "the check's own": (
+            "return by_torch(q, k, v, prefix_k, prefix_v, mask)",
+            "without the function that checks it",
+        ),
+    },
+    "13 my_merge": {
+        "without absmax": (
+            "return torch.searchsorted(midpoints(levels), levels[codes] + change)",
+            "In which unit is the change?",
+        ),
+        "a whole gap": (
+            "up, down = levels.diff()[codes], levels.diff()[codes - 1]\n"
+            "return codes + (change > absmax * up).long() - (change < -absmax * down).long()",
+            "How far is it to the midpoint?",
+        ),
+        "upwards only": (
+            "return codes + (change > absmax * levels.diff()[codes] / 2).long()",
+            "Does a negative change move one down?",
+        ),
+        "every change": ("return codes + change.sign().long()", "You move each weight"),
+        "none": ("return codes", "Your codes are the old ones"),
+        "the weights": (
+            "landed = torch.searchsorted(absmax * midpoints(levels), absmax * levels[codes] + change)\n"
+            "return absmax * levels[landed]",
+            "Which codes do they have?",
+        ),
+        "which ones": (
+            "landed = torch.searchsorted(absmax * midpoints(levels), absmax * levels[codes] + change)\n"
+            "return landed != codes",
+            "Which codes do they move to?",
+        ),
+        "a wrong type": ("return codes.tolist()", "makes a tensor of a list"),
+        "nothing returned": ("edges = absmax * midpoints(levels)", RETURN),
+        "the library's own": (
+            "sums = torch.cat([torch.tensor([absmax]), absmax * levels[codes] + change])\n"
+            "return ql.quantize(sums, levels).codes[1:].long()",
+            "without `quantize`",
+        ),
+        "the check's own": ("return by_library(levels, codes, absmax, change)", "without `quantize`"),
+    },
+    "13 my_zero": {
+        "the other sign": ("return zero + shift / scale", "Does a larger one make a weight larger?"),
+        "not in codes": ("return zero - shift", "How large is one step of a code?"),
+        "multiplied": ("return zero - shift * scale", "How many steps of `scale`"),
+        "the change alone": ("return -shift / scale", "What is it added to?"),
+        "the old ones": ("return zero", "Where did the shift go?"),
+        "a wrong type": ("return (zero - shift / scale).tolist()", "makes a tensor of a list"),
+        "nothing returned": ("new = zero - shift / scale", RETURN),
+        "the check's own": ("return for_code_0(scale, zero, shift)", "without the function that checks it"),
+    },
 }
 
 # what the exercises need of the cells before them, as small as the question allows
@@ -468,6 +682,11 @@ once, again, tile = 41.87, 4.27, 128""",
     "06": """
 normal = normal_weights(64 * 64).view(-1, 64)
 uses = {"int4": code_use(ql.codebook("int4"), normal)}""",
+    "11": """
+def attend(q, k, v, prefix_k, prefix_v, mask):
+    k, v, mask = torch.cat([prefix_k, k]), torch.cat([prefix_v, v]), pad(mask, (len(prefix_k), 0))
+    return (q @ k.t() / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v""",
+    "13": 'levels = ql.codebook("nf4")',
     "10": """
 import torch
 import qlora_lab as ql
@@ -614,7 +833,8 @@ def test_neither_the_notebook_nor_a_hint_hands_over_the_answer(exercise):
     cells = json.loads(path.read_text("utf-8"))["cells"]
     last = next(i for i, cell in enumerate(cells) if "## Exercises" in "".join(cell["source"]))
     in_sight = "".join("".join(cell["source"]) for cell in cells[last:])
-    in_sight += "\n".join(re.findall(r'"([^"]*)"', inspect.getsource(hints)))
+    sources = "".join(map(inspect.getsource, (hints, hints_methods, hints_merging, hints_packing)))
+    in_sight += "\n".join(re.findall(r'"([^"]*)"', sources))
     assert answer and not [line for line in answer if line.removeprefix("return ") in in_sight]
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from PIL import Image
 
 from qlora_lab.quant.codebook import normal_offset
+from qlora_lab.show.figure import COLOURS
 from qlora_lab.show.normal_float import NormalFloatExplorer
 
 GIF = Path(__file__).resolve().parents[1] / "docs" / "drag.gif"
 WIDTH = 720  # pixels
-COLOURS = 24  # one palette for all frames, so that a frame stores only what moved
+INKS = [*(COLOURS[name] for name in ("black", "blue", "orange")), (0.8, 0.8, 0.8)]  # the last is NF4's ghost
+SHADES = [1, 0.8, 0.6, 0.4, 0.2]  # of each ink on white: the edges of lines and letters
 FRAME = 120  # milliseconds
 REST = 1200  # milliseconds at NF4's own offset, so that an eye finds it
 
@@ -36,13 +38,23 @@ def frame(explorer: NormalFloatExplorer, offset: float) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
+def palette() -> Image.Image:
+    """White and the inks in their shades: one palette for all frames, so that a frame stores only what moved.
+
+    A palette that Pillow finds in the first frame shows the blue and the grey in other colours.
+    """
+    colours = [(1, 1, 1), *([1 + (part - 1) * shade for part in ink] for ink in INKS for shade in SHADES)]
+    picture = Image.new("P", (1, 1))
+    picture.putpalette([round(255 * part) for colour in colours for part in colour])
+    return picture
+
+
 def main() -> None:
     """Write the GIF."""
     explorer = NormalFloatExplorer()
     positions = offsets()
     pictures = [frame(explorer, offset) for offset in positions]
-    palette = pictures[0].quantize(COLOURS)
-    first, *rest = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    first, *rest = [picture.quantize(palette=palette(), dither=Image.Dither.NONE) for picture in pictures]
     times = [REST if offset == positions[0] else FRAME for offset in positions]
     first.save(GIF, save_all=True, append_images=rest, duration=times, loop=0, optimize=True)
 

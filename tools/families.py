@@ -234,10 +234,10 @@ def peft_agrees(folder: Path) -> bool:
     generator = torch.Generator().manual_seed(SEED)
     for layer in adapters(model).values():
         layer.lora_B.data.normal_(std=0.1, generator=generator)
-    ql.save_adapter(model, folder / "adapter")
+    ql.save_adapter(model, folder.with_name("adapter"))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on experts; the logits decide
-        other = PeftModel.from_pretrained(theirs(folder), folder / "adapter")
+        other = PeftModel.from_pretrained(theirs(folder), folder.with_name("adapter"))
         adapted = {path for path, module in other.base_model.model.named_modules() if isinstance(module, LoraLayer)}
         if left_out := sorted({path.split(".")[-1] for path in adapters(model).keys() - adapted}):
             raise ValueError(f"PEFT adapts the experts instead of linear layers named {', '.join(left_out)}")

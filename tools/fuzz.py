@@ -24,6 +24,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -146,7 +147,7 @@ def _where(error: BaseException) -> str:
 def shares(names: list[str], count: int) -> dict[str, int]:
     """Share `count` inputs among the parsers by weight; each gets at least 8."""
     whole = sum(PARSERS[name].weight for name in names)
-    return {name: max(8, round(count * PARSERS[name].weight / whole)) for name in names}
+    return {name: max(8, ceil(count * PARSERS[name].weight / whole)) for name in names}
 
 
 @contextmanager

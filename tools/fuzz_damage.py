@@ -136,11 +136,12 @@ def in_tensors(header: bytes, draws: Random) -> bytes:
         name = draws.choice([name for name in tree if name != "__metadata__"])
         tensor = tree[name]
         start, stop = tensor["data_offsets"]
+        size, turned = stop - start, tensor["shape"][::-1]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return header
     changes = [
         {"dtype": draws.choice(DTYPES)},
-        {"shape": draws.choice([[], [0], [stop - start], [1, -1], [2**32, 2**32], tensor["shape"][::-1], [1] * 70])},
+        {"shape": draws.choice([[], [0], [size], [1, -1], [2**32, 2**32], turned, [1] * 70])},
         {"data_offsets": draws.choice([[0, 0], [start, start], [stop, start], [start, 2**60], [start + 1, stop + 1]])},
     ]
     tree[name] = tensor | draws.choice(changes)

@@ -6,8 +6,10 @@ build or convert a model take ten times as long as the others.
 Not here: damage (fuzz_damage.py), draws and counts (fuzz.py).
 """
 
+import gzip
 import hashlib
 import io
+import json
 import shlex
 import shutil
 from collections.abc import Callable
@@ -24,8 +26,10 @@ from safetensors.torch import load, save
 
 from qlora_lab import cli
 from qlora_lab.data.chat_template import PLAIN_TEMPLATE
+from qlora_lab.data.dataset import load_data
 from qlora_lab.data.examples import to_example
 from qlora_lab.data.labels import encode
+from qlora_lab.export.xray import Checkpoint, scanned, values
 from qlora_lab.model.empty_model import tokenizer_of
 from qlora_lab.model.gguf_in import convert
 from qlora_lab.model.load import load as load_model
@@ -128,6 +132,30 @@ def _gguf(folder: Path) -> list[bytes]:
     return [(folder / "model.gguf").read_bytes()]
 
 
+_PACKED_EXAMPLE = {"messages": [{"role": role, "content": "a b"} for role in ("user", "assistant")]}
+
+
+def _gzip(folder: Path) -> list[bytes]:
+    return [gzip.compress(f"{json.dumps(_PACKED_EXAMPLE)}\n".encode() * 2, mtime=0)]
+
+
+def _parquet(folder: Path) -> list[bytes]:
+    from pyarrow import Table, parquet
+
+    rows = Table.from_pylist([_PACKED_EXAMPLE] * 2)
+    for compression in ("none", "snappy"):
+        parquet.write_table(rows, folder / f"{compression}.parquet", compression=compression)
+    return [(folder / f"{compression}.parquet").read_bytes() for compression in ("none", "snappy")]
+
+
+def _read_data_in(name: str) -> Callable[[bytes, Path], Any]:
+    def read(content: bytes, folder: Path) -> Any:
+        (folder / name).write_bytes(content)
+        return load_data(folder / name)
+
+    return read
+
+
 ROPE = {"rope_type": "default", "rope_theta": 100000.0}
 
 
@@ -152,6 +180,19 @@ def _read_quantised(content: bytes, folder: Path) -> Any:
     q = from_tensors(load(content), "w")
     assert dequantize(q, torch.float32).shape == q.shape
     return q
+
+
+def _read_by_xray(content: bytes, folder: Path) -> Any:
+    """Decode what has no fault, as from_tensors does; a fault is a refusal."""
+    path = folder / "quantised.safetensors"
+    path.write_bytes(content)
+    checkpoint = Checkpoint(path)
+    if faults := scanned(checkpoint, progress=False):
+        raise ValueError(faults[0])
+    for key, tensor in checkpoint.tensors.items():
+        decoded = values(checkpoint, key, 0, tensor.numel)
+        assert torch.equal(decoded, dequantize(from_tensors(load(content), key)).flatten())
+    return checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
@@ -222,9 +263,12 @@ def _read_command(content: bytes, folder: Path) -> Any:
 
 PARSERS: dict[str, Parser] = {name: of_reader(reader) for name, reader in READERS.items()} | {
     "from_tensors": Parser(_quantised, _read_quantised, (KeyError, ValueError, SafetensorError), in_safetensors, 2.0),
+    "X-ray": Parser(_quantised, _read_by_xray, (ValueError,), in_safetensors, 2.0),
     "checkpoint's tensors": Parser(_checkpoint, _read_checkpoint, MISTAKES, in_safetensors),
     "checksums": Parser(_sums, _read_sums, MISTAKES, in_lines),
     "a model's weights": Parser(_weights, _read_weights, MISTAKES, in_safetensors, 0.3),
+    "gzip": Parser(_gzip, _read_data_in("data.jsonl.gz"), MISTAKES, in_numbers),
+    "parquet": Parser(_parquet, _read_data_in("data.parquet"), MISTAKES, in_numbers),
     "GGUF": Parser(_gguf, _read_gguf, MISTAKES, in_numbers, 0.3),
     "chat template": Parser(_templates, _read_template, (ValueError,), in_words, 0.5),
     "command line": Parser(_commands, _read_command, (ValueError,), in_words, 1.0),

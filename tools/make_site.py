@@ -20,8 +20,9 @@ SITE = ROOT / "build" / "site"
 PAGES = ["CHANGELOG.md", "LOG.md", "CONTRIBUTING.md", "LICENSE"]
 FOLDERS = {"docs": ["*.md", "*.gif", "*.png"], "bench": ["*.md", "*.json", "*.png"], "notebooks": ["*.ipynb"]}
 FOLDERS["notebooks/solutions"] = ["*.ipynb"]
-GUIDES = ["install", "finetune", "long_runs", "devices", "files", "trust", "machines", "families", "templates"]
-FIGURES = ["speed", "gpu"]
+GUIDES = ["install", "finetune", "methods", "lora_relatives", "many_adapters", "long_runs", "devices", "files", "merge"]
+GUIDES += ["xray", "trust", "machines", "conformance", "families", "templates", "tools"]
+FIGURES = ["ablations", "speed", "gpu"]
 
 
 def contents() -> str:

@@ -15,11 +15,13 @@ import re
 from tools.prose_rules import unsupported
 
 LONGEST_CELL = 10
-LARGEST = 400_000  # bytes: a code host shows it, and a change to it can be read
+LARGEST = 250_000  # bytes: a code host shows it, and a change to it can be read
 OPENING = ("You need", "Runs in", "Paper section", "After this you can")
 TAIL = ["Check yourself", "Exercises", "What we left out", "Next"]
 _NOT_COMPARED = re.compile(r"\bOutput\(|\binteract(ive_output|_manual)?\(|@interact\b|clear_output\(|display_id=")
 _BANNED = re.compile(r"^\s*[%!]\s*(pip|conda)\b|%autoreload|%load_ext autoreload|filterwarnings|simplefilter", re.M)
+_GUESS = re.compile(r"^(\w+) = ql\.guess\(", re.M)
+_LIVE = re.compile(r"Run this cell to (guess|play)\.")  # below the still of a guess box or an explorer
 _ALT = re.compile(r"\balt\s*=\s*(\"[^\"]*[^\"\s][^\"]*\"|'[^']*[^'\s][^']*')")
 
 
@@ -72,6 +74,8 @@ def _images(cells):
         tags = [tag for page in pages for tag in re.findall(r"<img\b[^>]*>", page)]
         if any(not _ALT.search(tag) for tag in tags) or any(re.search(r"!\[\s*\]\(", page) for page in pages):
             yield f"cell {i}: an image has no alt text. Say what it shows, with its key numbers."
+        if any(kind.startswith("image/") for o in cell.get("outputs", []) for kind in o.get("data", {})):
+            yield f"cell {i}: an image is stored outside of HTML, where its alt text is lost. Show it with picture()."
 
 
 def _headings(cells):
@@ -108,25 +112,56 @@ def _sets_environment(statement):
 
 
 def _answers(cells):
-    """A cell tagged `answer` answers a question to predict, and is out of sight: a click or a run shows it."""
+    """A question to predict has a guess, and its answer is out of sight: a click or a run shows it."""
     for place, (i, cell, source) in enumerate(cells):
         is_code = cell["cell_type"] == "code"
-        if "answer" in cell["metadata"].get("tags", []):
+        if "answer" in _tags(cell):
             hidden = cell["metadata"].get("jupyter", {}).get("outputs_hidden") if is_code else source[:9] == "<details>"
             if not hidden:
                 yield f"cell {i}: an answer is in sight. Hide the output of code (outputs_hidden), or use <details>."
-        elif not is_code and "**Predict" in source and not _is_answered(cells[place + 1 :]):
-            yield f"cell {i}: nothing answers the question to predict. Tag the cell that does `answer`."
+        elif not is_code and "**Predict" in source and not _guesses(cells[place + 1 : place + 2]):
+            yield f"cell {i}: the question to predict has no guess. Ask in the next cell: name = ql.guess(...)."
+        names = _guesses(cells[place : place + 1])
+        if names and not _asks_or_plays(cell):
+            yield f"cell {i}: a guess shows more than its box. Move the rest behind the answer."
+        for name in names:
+            yield from _comparison(i, name, cells[place + 1 :])
 
 
-def _is_answered(following):
-    """Whether a cell of this section is tagged as an answer."""
-    for _, cell, source in following:
-        if "answer" in cell["metadata"].get("tags", []):
-            return True
+def _guesses(cells):
+    """Names of the guesses that these cells ask for."""
+    return [name for _, c, s in cells if c["cell_type"] == "code" for name in _GUESS.findall(s)]
+
+
+def _comparison(i, name, following):
+    """What stands in sight between the guess in cell `i` and the answer that compares it, both in one section.
+
+    Markdown without the tag `answer`, in between or after a hidden answer, cannot be judged: read it for spoilers.
+    """
+    shown = []
+    for at, cell, source in following:
         if source.startswith("## "):
-            return False
-    return False
+            break
+        if re.search(rf"\b{name}\.compare\(", source):
+            if "answer" not in _tags(cell):
+                seen = f"cell {at}: the comparison with the guess {name} is in sight"
+                shown.append(f"{seen}. Tag it `answer`, and hide its output.")
+            return shown
+        if "answer" not in _tags(cell) and not _asks_or_plays(cell):
+            seen = f"cell {at}: an output stands in sight between the guess {name} and its answer"
+            shown.append(f"{seen}. Move it behind the answer.")
+    return [f"cell {i}: nothing compares the guess. Let an answer of its section end in {name}.compare(...)."]
+
+
+def _asks_or_plays(cell):
+    """Whether a cell shows nothing, or only guess boxes and explorers, in which the reader looks for the answer."""
+    bundles = [output.get("data", {}) for output in cell.get("outputs", [])]
+    pages = ["".join(data.get("text/html", data.get("text/plain", ""))) for data in bundles]
+    return all(map(_LIVE.search, pages))
+
+
+def _tags(cell):
+    return cell["metadata"].get("tags", [])
 
 
 def _size(notebook):

@@ -6,8 +6,9 @@
 A failed stage does not stop the others; Ctrl-C does. Exit code 1: a stage failed. 2: a name is unknown. 130: Ctrl-C.
 
 Two workers of pytest with one thread each are faster than one worker with two threads. Tests that need several threads
-set their number themselves. Five stages run the fast tests as on another machine: three with a given winner of the
-race of products (qlora_lab/kernels/product.py), "old" on a CPU without AVX2, and "readable" without kernels.
+set their number themselves. The fast stage fixes the winner of the race of products (qlora_lab/kernels/product.py) at
+float32. Four stages repeat, as on another machine, those fast tests that can differ there: two with another winner,
+"old" on a CPU without AVX2, and "readable" without kernels. In all other stages products race.
 """
 
 import os
@@ -22,18 +23,65 @@ PYTEST = [sys.executable, "-m", "pytest"]
 WORKERS = ["-n", "2"]
 TESTS = ["-p", "no:nbval", "--ignore=tests/browser", "tests"]  # nbval takes a second to import
 FAST = [*PYTEST, *WORKERS, "--dist", "worksteal", *TESTS, "-m", "not slow"]
-# slow tests that are the same on every machine: the interpreter of GPU kernels, faults of disks and files
+# tests that are the same on every machine: the interpreter of GPU kernels, faults of disks and files
 SAME = ["kernels/triton", "gpu_code", "test_bench_gpu_day.py", "test_faults.py", "test_fuzz.py", "test_readers.py"]
 SAME += ["test_strangers.py", "cli/test_cli_absurd.py", "cli/test_cli_streams.py", "tools/test_trust.py"]
-ELSEWHERE = [*FAST, *(f"--ignore=tests/{name}" for name in SAME)]
-ARITHMETIC = [
-    *ELSEWHERE,
-    *(f"--ignore=tests/{room}" for room in ("files", "quant", "show", "tools")),
-]  # rooms without products
-BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # six stages compile the same tests: keep what the first one compiled
+# Text, files, pictures and plans. The next three lists name rooms and files of tests/, each list those before it, too.
+WITHOUT_NUMBERS = ["data", "exercises", "files", "tools", "test_architecture.py", "test_bench.py", "test_bench_gpu.py"]
+WITHOUT_NUMBERS += ["test_notebook_06.py", "cli/test_cli_memory.py", "cli/test_cli_options.py", "model/test_fetch.py"]
+WITHOUT_NUMBERS += [f"memory/test_{name}.py" for name in ("fit", "published", "shape")]
+PICTURES = ["block_size", "escape", "explorer", "figure", "labels", "memory", "page_table", "slider", "source"]
+PICTURES += ["adapter_places", "zoo"]
+WITHOUT_NUMBERS += [f"show/test_{name}.py" for name in PICTURES]
+# Nothing in these asks which kernels run: a test that does fails in the fast stage (own_race in tests/conftest.py), and
+# its file has to leave the list. A new file is in no list and runs in each stage.
+WITHOUT_KERNELS = [*WITHOUT_NUMBERS, "adapters/test_peft_config.py", "adapters/test_peft_folders.py"]
+WITHOUT_KERNELS += ["doctor/test_free_memory.py", "optim/test_adamw_8bit.py", "optim/test_paging.py"]
+WITHOUT_KERNELS += ["quant/test_blocks_packing.py", "quant/test_plan.py", "train/test_limits.py"]
+READ = ["code_use", "codebook_trial", "held_out", "low_rank", "perplexity", "published_data_types", "rouge"]
+WITHOUT_KERNELS += [f"measure/test_{name}.py" for name in READ]
+WITHOUT_KERNELS += [f"model/test_{name}.py" for name in ("families", "gguf_in", "token_dependence", "wide")]
+WITHOUT_KERNELS += [f"show/test_{name}.py" for name in ("kernel_map", "levels", "low_rank", "normal_float")]
+# the same for products of the CPU
+WITHOUT_PRODUCTS = [*WITHOUT_KERNELS, "optim", "quant", "kernels/test_adamw.py"]
+WITHOUT_PRODUCTS += ["adapters/test_adapter_base.py", "adapters/test_model_tensors.py", "memory/test_paging_trace.py"]
+WITHOUT_PRODUCTS += ["measure/test_best_plan.py", "measure/test_constants.py", "model/test_share_in_4_bits.py"]
+WITHOUT_PRODUCTS += [f"show/test_{name}.py" for name in ("constants", "control", "data_types")]
+WITHOUT_PRODUCTS += ["test_readme.py", "test_wrong_answers.py"]
+
+
+def but(files: list[str], *options: str) -> list[str]:
+    """Command of the fast tests but those of these files, and those that are the same everywhere."""
+    return [*FAST, *(f"--ignore=tests/{name}" for name in [*SAME, *files]), *options]
+
+
+def unexpected(calls: set[str], path: Path) -> str | None:
+    """Name the choice that a test in this file has asked for, although the lists say that none of its tests does."""
+    for call, files in (("_choose", WITHOUT_KERNELS), ("race", WITHOUT_PRODUCTS)):
+        if call in calls and any(ROOT / "tests" / name in (path, *path.parents) for name in files):
+            return call
+    return None
+
+
+# --without: tests that set themselves, each in its turn, what the stage sets for all
+ARITHMETIC = but(WITHOUT_PRODUCTS, "--without=outcome")
+BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # five stages compile the same tests: keep what the first one compiled
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
-NBVAL = [*PYTEST, *WORKERS, "--dist", "loadfile", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=1200"]
+# the installed wheel runs the course, with the kernels that its first notebook has compiled
+FROM_WHEEL = [sys.executable, "tools/from_wheel.py"]
+NBVAL = [
+    *FROM_WHEEL,
+    *PYTEST,
+    *WORKERS,
+    "--dist",
+    "loadfile",
+    "--nbval",
+    "--nbval-current-env",
+    "--nbval-cell-timeout=1200",
+]
 NBVAL += ["--nbval-sanitize-with=nbval_sanitize.cfg"]
+LONGEST = "10_finetune_llama.ipynb"  # as long as four others; begun late, it would leave one worker without work
+LONGEST_FIRST = sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: (path.name != LONGEST, path.name))
 
 
 class Stage(NamedTuple):
@@ -45,17 +93,17 @@ class Stage(NamedTuple):
 
 STAGES = {
     "normalised": Stage([sys.executable, "tools/notebooks.py", "--check"]),
-    "fast": Stage([*FAST, "qlora_lab"]),
-    "float32": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "float32"}),
+    "fast": Stage([*FAST, "qlora_lab"], {"QLORA_LAB_PRODUCTS": "float32"}),
     "onednn": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "onednn"}),
     "bfloat16": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "bfloat16"}),
-    "old": Stage(ELSEWHERE, {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
-    "readable": Stage(ELSEWHERE, {"QLORA_LAB_KERNELS": "reference"}),
+    "old": Stage(but(WITHOUT_NUMBERS), {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
+    "readable": Stage(but(WITHOUT_KERNELS, "--without=with_kernels"), {"QLORA_LAB_KERNELS": "reference"}),
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
-    "slow": Stage([*PYTEST, *WORKERS, *TESTS, "-m", "slow"]),
+    # tests that share something slow are a group, which one worker runs: pytest.mark.xdist_group
+    "slow": Stage([*PYTEST, *WORKERS, "--dist", "loadgroup", *TESTS, "-m", "slow"]),
     "browser": Stage([*PYTEST, "tests/browser"]),
     # one after the other: a notebook and its solution share results in the temporary folder
-    "notebooks": Stage([*NBVAL, "--ignore=notebooks/solutions", "notebooks"]),
+    "notebooks": Stage([*NBVAL, "--no-loadscope-reorder", *map(str, LONGEST_FIRST)]),
     "solutions": Stage([*NBVAL, "notebooks/solutions"]),
 }
 

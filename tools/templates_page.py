@@ -35,6 +35,11 @@ TAIL = """
   `EncodeReport.notes.hidden`, and a warning and the doctor report them.
 - **The last answer is shown in part**: the template leaves out its thought too. The part that is shown is learned, and
   such answers are counted in `EncodeReport.notes.shortened`.
+- `--last-answer-only` (`ql.finetune(..., last_answer_only=True)`) learns the last answer of each conversation and shows
+  the others, under every template. It suits templates that rewrite earlier answers, and it is the only way for one that
+  ends no answer but the last. To learn every answer as the model has to write it, give a record for each.
+- Tool calls are learned like answers, up to the token that ends the turn. `reasoning_content` is learned where the
+  template shows it. Tools and results are shown only.
 - A template that marks what is generated, with `{% generation %}`, is taken at its word. SmolLM3's marks the headers of
   its answers too.
 - Text that a template writes after the end token, such as Phi-3's `<|endoftext|>` after the whole chat, is not learned.

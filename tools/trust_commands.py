@@ -32,7 +32,7 @@ TIMES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A command. words: its line, with MODEL, DATA, TEXT and OUT. again: the line that continues after a kill."""
+    """A command. words: its line, with names of a Home and OUT. again: the line that continues after a kill."""
 
     name: str
     words: str
@@ -41,7 +41,8 @@ class Case:
     earlier: str = ""  # a line that runs before it, into the same folder
 
     def line(self, home: "Home", out: Path, words: str | None = None) -> list[str]:
-        names = {"MODEL": home.model, "DATA": home.data, "TEXT": home.text, "OUT": out / self.out}
+        names = {"MODEL": home.model, "DATA": home.data, "TEXT": home.text, "ADAPTER": home.adapter}
+        names["OUT"] = out / self.out
         return [str(names.get(word, word)) for word in (words or self.words).split()]
 
     def rival(self) -> "Case":
@@ -82,6 +83,8 @@ CASES += [
         "block-size", "block-size MODEL --bits 5 --text TEXT --windows 2 --length 8 --quiet --out OUT", out="plan.json"
     ),
     Case("fetch", "fetch smollm2-135m --quiet"),
+    Case("merge", "merge MODEL --adapter ADAPTER --target requantised --anyway --quiet --out OUT"),
+    Case("gguf", "gguf MODEL --quiet --out OUT", out="model.gguf"),
 ]
 
 
@@ -91,6 +94,7 @@ class Home:
     def __init__(self, folder: Path):
         self.folder = folder
         self.model, self.data, self.text = folder / "model", folder / "data.jsonl", folder / "text.txt"
+        self.adapter = folder / "adapter"
 
     def warm(self) -> None:
         import torch
@@ -266,9 +270,28 @@ def _make_toy(home: Home) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=1.0, **shape)).save_pretrained(home.model)
     tokenizer.save_pretrained(home.model)
+    _make_adapter(home)
     examples = [{"instruction": f"double {i}", "output": str(2 * i)} for i in range(20)]
     home.data.write_text("".join(json.dumps(example) + "\n" for example in examples))
     home.text.write_text("the sum of the two numbers " * 20)
+
+
+def _make_adapter(home: Home) -> None:
+    import warnings
+
+    import torch
+
+    import qlora_lab as ql
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a small share in 4 bits
+        model, _ = ql.load(home.model, dtype=torch.float32, progress=False)
+    ql.add_lora(model, r=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.1)
+    ql.save_adapter(model, home.adapter)
 
 
 def _take_fetch_off_line(home: Home) -> None:

@@ -25,8 +25,8 @@ from qlora_lab.quant.quantize import QuantizedTensor
 WEIGHTS_KEY = "base_weights"  # in the metadata of the safetensors file
 
 
-def warn_of_base(model: nn.Module, bases: Iterable[nn.Module], config: dict, metadata: dict, where: str) -> None:
-    """Warn if the adapter `where` was trained on another model than `model`, or on other weights than those of `bases`.
+def warn_of_base(model: nn.Module, weights: Iterable, config: dict, metadata: dict, where: str) -> None:
+    """Warn if the adapter `where` was trained on another model than `model`, or beside other weights than `weights`.
 
     What only one side records is not compared.
     """
@@ -38,7 +38,7 @@ def warn_of_base(model: nn.Module, bases: Iterable[nn.Module], config: dict, met
     elif revision not in (None, "", "main"):
         _warn(f"{where} was trained on revision {revision} of {theirs}: make sure that this model is the same")
     stored = metadata.get(WEIGHTS_KEY)
-    own = weights_of(bases)
+    own = weights_of(weights)
     if stored and stored != own:
         _warn(
             f"{where} was trained beside weights in {stored}, but here they are in {own}: load the model as it was, or "
@@ -51,9 +51,9 @@ def same_model(a: str, b: str) -> bool:
     return _last_name(a) == _last_name(b)
 
 
-def weights_of(bases: Iterable[nn.Module]) -> str:
-    """Say how linear layers store their weights: "nf4, block size 64", "16 or 32 bits", or a count of each."""
-    counts = Counter(_stored_in(layer.weight) for layer in bases)  # a plan mixes data types
+def weights_of(weights: Iterable) -> str:
+    """Say how layers store their weights: "nf4, block size 64", "16 or 32 bits", or a count of each."""
+    counts = Counter(_stored_in(weight) for weight in weights)  # a plan mixes data types
     if len(counts) == 1:
         return next(iter(counts))
     return "; ".join(f"{count} x {kind}" for kind, count in sorted(counts.items()))

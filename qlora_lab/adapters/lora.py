@@ -6,24 +6,28 @@ In: x, (..., in_features). Out: y, (..., out_features). lora_A: (r, in_features)
 Source: LoRA (arXiv 2106.09685) section 4.1. A and B start as in PEFT and the authors' code: A uniform within
 1/sqrt(in_features), B zero, so that the adapted model first equals the base exactly. (The paper says A is Gaussian.)
 
-The adapter is stored in float32 whatever the model computes in: at lr 2e-4 an update is smaller than one unit in the
-last place of a bf16 weight and would be lost. The two products run in the dtype of x. Beside a Linear4bit on the CPU
-they run in float32 and are added before the layer's one rounding (kernels/product.py), unless there is dropout.
+The two products run in the dtype of x. Beside a Linear4bit on the CPU they run in float32 and are added before the
+layer's one rounding (kernels/product.py), unless there is dropout.
 
-Not here: variants such as DoRA; files (peft_format.py, which reads rsLoRA as plain LoRA with alpha * sqrt(r)).
+Not here: its relatives (rslora.py, dora.py, pissa.py, loftq.py, train/lora_plus.py); which layers (targets.py); files
+(peft_format.py).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from qlora_lab.model.linear4bit import Linear4bit, left_alone
+from qlora_lab.adapters.adapter import Adapter, adapters, method_of, put_into
+from qlora_lab.adapters.targets import linear_layers, strengths_of
+from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.quant.numbers import check_number, check_seed, check_whole
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Adapter):
     """`base`, an nn.Linear or Linear4bit, with an adapter of rank r beside it. The base is frozen.
 
     r: at least 1; above min(in_features, out_features) it costs memory and expresses nothing more.
@@ -31,6 +35,9 @@ class LoRALinear(nn.Module):
     dropout: on the adapter's input in training, 0 to below 1. generator: draws lora_A.
     Raises ValueError outside these ranges.
     """
+
+    method = "lora"
+    flags: ClassVar[dict[str, bool]] = {}  # what PEFT's configuration says of a relative
 
     def __init__(
         self,
@@ -55,37 +62,48 @@ class LoRALinear(nn.Module):
         """Set alpha, and thereby scaling = alpha / r, and dropout."""
         check_strength(alpha, dropout)
         self.alpha = alpha
-        # B A is a sum of r terms: dividing by r keeps its size, so a learning rate found at one r serves at another.
-        self.scaling = alpha / self.r
+        self.scaling = alpha / self.divisor(self.r)
         self.dropout.p = dropout
 
+    @staticmethod
+    def divisor(r: int) -> float:
+        # B A is a sum of r terms: dividing by r keeps its size, so a learning rate found at one r serves at another.
+        return r
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A, (r, in_features), and B, (out_features, r), of the product beside the base."""
+        return self.lora_A, self.lora_B
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        A, B = self.factors()  # lora_A and lora_B
         dropping = self.training and self.dropout.p > 0  # base and adapter then read different x
-        exact = self.lora_A.dtype == self.lora_B.dtype == torch.float32  # a caller can set .data
+        exact = A.dtype == B.dtype == torch.float32  # a caller can set .data
         if isinstance(self.base, Linear4bit) and self.base.takes_adapter and exact and not dropping:
-            return self.base(x, (self.lora_A, self.lora_B, self.scaling))  # the same as below, in one pass over x
-        A = self.lora_A.to(x.dtype)  # (r, in)
-        B = self.lora_B.to(x.dtype)  # (out, r)
+            return self.base(x, (A, B, self.scaling))  # the same as below, in one pass over x
+        A = A.to(x.dtype)  # (r, in)
+        B = B.to(x.dtype)  # (out, r)
         low = self.dropout(x) @ A.t() * self.scaling  # (..., in) @ (in, r) -> (..., r): scaled where it is thinnest
         return self.base(x) + low @ B.t()  # (..., r) @ (r, out) -> (..., out)
+
+    def change(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """Return what a merge adds to `weight`, these rows of the base's, (rows, in_features) float32 on any device."""
+        A, B = self.factors()
+        return (B[rows] @ A).mul_(self.scaling).to(weight.device)  # (rows, r) @ (r, in) -> (rows, in)
+
+    def plain(self) -> "LoRALinear":
+        """Return the layer of PEFT's kinds that computes the same, which files hold."""
+        return self
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha}"
 
-    def _apply(self, fn, recurse: bool = True):
-        exact = [(p, p.data, None if p.grad is None else p.grad.data) for p in (self.lora_A, self.lora_B)]
-        super()._apply(fn, recurse)  # may cast A and B
-        for parameter, data, grad in exact:  # A and B move to another device, but stay float32 with the same bits
-            if not data.is_meta:
-                parameter.grad = None  # torch refuses new data of another dtype than the gradient's
-                parameter.data = data.to(parameter.device)
-                parameter.grad = None if grad is None else grad.to(parameter.device)
-        return self
+    def settings(self) -> dict[str, float]:
+        return {"r": self.r, "alpha": self.alpha, "dropout": self.dropout.p}
 
 
 def add_lora(
     model: nn.Module,
-    r: int = 16,
+    r: int | Mapping[str, int] = 16,
     alpha: float = 16,
     dropout: float = 0.0,
     targets: str | Iterable[str] = "all-linear",
@@ -94,82 +112,83 @@ def add_lora(
 ) -> nn.Module:
     """Put an adapter beside the linear layers of `model`, in place, and freeze everything else. Returns `model`.
 
+    r: one rank, or a rank for each layer: patterns of the ends of their paths, of which the first that matches counts,
+    as in PEFT's rank_pattern: {"q_proj": 4, r"layers\\.0\\..*": 32, ".*": 8}. alpha is the same for all.
     targets: "all-linear", which the QLoRA paper found necessary (every linear layer except the head, routers, and
     layers whose weight the family's own code uses directly), or layer names: last names ("q_proj") or whole paths.
     seed: for lora_A. Raises ValueError for a name that matches nothing, a model without a linear layer to adapt, an
     adapter that is already there, or a rank, alpha or dropout that is not allowed.
     """
-    return adapt(model, dict.fromkeys(choose_targets(model, targets), (r, alpha)), dropout, seed=seed)
+    return put_into(model, partial(maker_of(LoRALinear), model, r, alpha, dropout, targets, seed=seed))
+
+
+def maker_of(kind: type[LoRALinear]) -> Callable[..., dict[str, LoRALinear]]:
+    """Return what makes layers of `kind`; its arguments and errors are those of add_lora."""
+
+    def made(
+        model: nn.Module,
+        r: int | Mapping[str, int] = 16,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        targets: str | Iterable[str] = "all-linear",
+        *,
+        seed: int = 0,
+    ) -> dict[str, LoRALinear]:
+        return make(kind, model, strengths_of(model, r, alpha, targets), dropout, seed=seed)
+
+    return made
 
 
 def adapt(
-    model: nn.Module, strengths: dict[str, tuple[int, float]], dropout: float = 0.0, *, seed: int = 0
+    model: nn.Module,
+    strengths: dict[str, tuple[int, float]],
+    dropout: float = 0.0,
+    kind: type[LoRALinear] = LoRALinear,
+    *,
+    seed: int = 0,
 ) -> nn.Module:
     """Do what add_lora does, with an (r, alpha) for each layer. strengths: path of a linear layer -> (r, alpha)."""
-    if has_adapters(model):
-        raise ValueError("this model has adapters already: load the model again")
+    return put_into(model, partial(make, kind, model, strengths, dropout, seed=seed))
+
+
+def make(
+    kind: type[LoRALinear],
+    model: nn.Module,
+    strengths: dict[str, tuple[int, float]],
+    dropout: float = 0.0,
+    *,
+    seed: int = 0,
+) -> dict[str, LoRALinear]:
+    """Make layers of `kind` for linear layers of `model`. strengths: path of a linear layer -> (r, alpha)."""
     check_seed(seed)
     layers = linear_layers(model)
     for r, alpha in strengths.values():  # all checks first: an error leaves the model as it was
         check_whole("r", r)
         check_strength(alpha, dropout)
-    model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # its own: torch's global draws stay as they are
-    for path, (r, alpha) in strengths.items():
-        training = layers[path].training  # a new module would be in training mode
-        model.set_submodule(path, LoRALinear(layers[path], r, alpha, dropout, generator).train(training))
-    return model
+    return {path: kind(layers[path], *strength, dropout, generator) for path, strength in strengths.items()}
 
 
-def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
-    """Return path -> linear layer for those that `targets` names (see add_lora), in the model's order."""
-    linears = linear_layers(model)
-    last_names = sorted({name.split(".")[-1] for name in linears})
-    if targets == "all-linear":
-        kept = left_alone(model)  # head, routers, weights used directly
-        chosen = {name: m for name, m in linears.items() if name not in kept}
-        if not chosen:  # GPT-2's are Conv1D
-            raise ValueError(f"{type(model).__name__} has no linear layer besides its head: choose a model with some")
-        return chosen
-    wanted = {targets} if isinstance(targets, str) else set(targets)
-    unknown = wanted - set(linears) - set(last_names)
-    if unknown or not wanted:
-        raise ValueError(
-            f"targets {sorted(unknown) or 'none'} match no linear layer: "
-            f"choose 'all-linear' or from {', '.join(last_names)}"
-        )
-    return {name: m for name, m in linears.items() if name in wanted or name.split(".")[-1] in wanted}
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return path -> layer for the layers of `model` that LoRA or a relative adapts.
 
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return path -> linear layer, in the model's order; for an adapted one its base, under the adapter's path."""
-    layers: dict[str, nn.Module] = {}
-    bases = set()
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            bases.add(module.base)  # named_modules comes to it next
-            module = module.base
-        elif module in bases:
-            continue
-        if isinstance(module, (nn.Linear, Linear4bit)):
-            layers[path] = module
-    return layers
-
-
-def has_adapters(model: nn.Module) -> bool:
-    return any(isinstance(module, LoRALinear) for module in model.modules())
-
-
-def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return path -> layer for the adapted layers of `model`. Raises ValueError if there are none."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not layers:
-        raise ValueError("this model has no adapter: call qlora_lab.add_lora(model) first")
+    Raises ValueError if there are none, or for adapters of another method.
+    """
+    layers = adapters(model)
+    if not all(isinstance(layer, LoRALinear) for layer in layers.values()):
+        raise ValueError(f"the adapters of this model are of method {method_of(model)}, but only LoRA can be used here")
     return layers
 
 
 def check_strength(alpha: float, dropout: float) -> None:
     """Raise ValueError unless 0 < alpha <= 1,000,000 and 0 <= dropout < 1."""
-    allowed = "a number above 0 and at most 1,000,000, usually r or 16"
-    check_number("alpha", alpha, lambda alpha: 0 < alpha <= 1e6, allowed)
-    check_number("dropout", dropout, lambda share: 0 <= share < 1, "a number from 0 to below 1, usually 0 to 0.1")
+    check_alpha("alpha", alpha)
+    check_dropout("dropout", dropout)
+
+
+def check_alpha(name: str, alpha: float) -> None:
+    check_number(name, alpha, lambda a: 0 < a <= 1e6, "a number above 0 and at most 1,000,000, usually r or 16")
+
+
+def check_dropout(name: str, dropout: float) -> None:
+    check_number(name, dropout, lambda share: 0 <= share < 1, "a number from 0 to below 1, usually 0 to 0.1")

@@ -8,27 +8,38 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from qlora_lab.adapters.adapter import Adapter
+from qlora_lab.adapters.add_adapter import MAKERS
 from qlora_lab.adapters.lora import LoRALinear
 from qlora_lab.model.linear4bit import Linear4bit, head_path
 from qlora_lab.quant.quantize import QuantizedTensor
 
 PACKED, LINEAR, EMBEDDINGS, HEAD = "packed weights", "linear layers", "embeddings", "head"
-ADAPTER = ("lora_A", "lora_B")  # an adapter's kind is its parameter's name
+# The kind of what learns: its name in LoRA and its relatives, otherwise its method. Constants go by their names.
+ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", *MAKERS, "lengths", "first_A", "first_B")
 
 
 def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
     """Yield (kind, tensor) for each packed weight, parameter and buffer; kind: a constant above, or one of ADAPTER."""
     head = head_path(model)
+    made = [module for module in model.modules() if isinstance(module, Adapter)]
+    made = [adapter for adapter in made if adapter.method != "full"]  # there each weight keeps its kind
+    kinds = {id(p): _learned_kind(adapter, name) for adapter in made for name, p in adapter.learned().items()}
+    kinds |= {id(constant): name for adapter in made for name, constant in adapter.constants().items()}
     for path, module in model.named_modules():
-        if isinstance(module, Linear4bit):  # its weight is neither a parameter nor a buffer
+        buffers = module.named_buffers(recurse=False)
+        if isinstance(module, Linear4bit):
             yield PACKED, module.weight
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            yield _kind(module, name, path == head), tensor
+            buffers = ()  # the same tensors
+        for name, tensor in (*module.named_parameters(recurse=False), *buffers):
+            yield kinds.get(id(tensor)) or _kind(module, name, path == head), tensor
+
+
+def _learned_kind(adapter: Adapter, name: str) -> str:
+    return name if isinstance(adapter, LoRALinear) else adapter.method
 
 
 def _kind(module: nn.Module, name: str, is_head: bool) -> str:
-    if isinstance(module, LoRALinear):
-        return name
     if isinstance(module, nn.Embedding):
         return EMBEDDINGS
     if isinstance(module, nn.Linear) and name == "weight":

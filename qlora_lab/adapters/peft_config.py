@@ -1,17 +1,19 @@
 """What adapter_config.json sets, field by field: honoured, known to change no answer, or refused by name.
 
-Source: PEFT 0.21, tuners/lora/config.py for the fields, layer.py for what each initialisation does to the base, and
-get_pattern_key in utils/other.py for patterns.
+Source: PEFT 0.21, tuners/lora/config.py for the fields, layer.py for what each initialisation does to the base.
 
 The lists name what is known to be harmless. A field or value that is in none of them, such as one of a later PEFT, is
 refused unless it is off: an adapter that is misread answers wrongly, and nothing says so.
 """
 
 import math
-import re
 from reprlib import repr as short
+from typing import Any
 
-from qlora_lab.adapters.lora import check_strength
+from qlora_lab.adapters.dora import DoRALinear
+from qlora_lab.adapters.layer_patterns import first_match
+from qlora_lab.adapters.lora import LoRALinear, check_alpha
+from qlora_lab.adapters.rslora import RsLoRALinear
 from qlora_lab.quant.numbers import check_whole
 
 HONOURED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
@@ -26,12 +28,12 @@ ALLOWED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_rslora": (True, False, None),
+    "use_dora": (True, False, None),
     # These draw A and B and leave the base alone. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract from the base what A
     # and B start with, and the file lacks that base; MiCA trains only one of the two.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 MUST_BE_OFF = {  # setting -> why an adapter that uses it is more than plain LoRA
-    "use_dora": "DoRA rescales the weights of the base",
     "kasa_config": "KaSA cuts the weights of the base",
     "layer_replication": "it repeats layers of the base",
     "modules_to_save": "whole modules were trained beside the adapter",
@@ -52,16 +54,13 @@ REASONS = MUST_BE_OFF | {
     "bias": "biases of the base were trained beside the adapter",
     "init_lora_weights": "not known to leave the weights of the base alone",
     "use_rslora": "neither true nor false",
+    "use_dora": "neither true nor false",
 }
-# A repeated group, or many repeats in a row, can make a pattern take for ever. pattern_of escapes whole paths.
-ENDLESS = re.compile(r"(?<!\\)\)[*+{]")
-REPEATS = re.compile(r"(?<!\\)[*+{]")
-MOST_REPEATS = 3
 UNKNOWN = "an unknown setting"
 
 
 def check_settings(config: dict, where: str) -> None:
-    """Raise ValueError for the first setting that makes an adapter anything but plain LoRA on an unchanged base.
+    """Raise ValueError for the first setting that makes an adapter anything but LoRA, rsLoRA or DoRA.
 
     config: the content of adapter_config.json. where: what an error calls the adapter.
     """
@@ -70,8 +69,8 @@ def check_settings(config: dict, where: str) -> None:
             shown = name if name.isprintable() else ascii(name)
             reason = REASONS.get(name, UNKNOWN)
             raise ValueError(
-                f"{where} has {shown}={short(config.get(name))} ({reason}), but only plain LoRA is read here: use it "
-                "with PEFT, or merge it there and load the result"
+                f"{where} has {shown}={short(config.get(name))} ({reason}), but only LoRA, rsLoRA and DoRA are read "
+                "here: use it with PEFT, or merge it there and load the result"
             )
     if missing := [name for name in ("r", "lora_alpha") if config.get(name) is None]:
         raise ValueError(f"{where} has no {missing[0]} in its configuration: save it again with PEFT")
@@ -81,20 +80,25 @@ def check_settings(config: dict, where: str) -> None:
 
 
 def strength_of(config: dict, path: str) -> tuple[int, float]:
-    """Return (r, alpha) of the adapter beside the layer at `path`, with alpha / r as its scaling, for rsLoRA too."""
-    r = _of_layer(config.get("rank_pattern"), path, config["r"])
-    alpha = _of_layer(config.get("alpha_pattern"), path, config["lora_alpha"])
-    check_whole("r", r)
-    check_strength(alpha, 0)
-    if config.get("use_rslora"):
-        alpha *= math.sqrt(r)  # rsLoRA scales by alpha / sqrt(r)
-        check_strength(alpha, 0)
+    """Return (r, alpha) of the adapter beside the layer at `path`, as a layer of kind_of(config) takes them.
+
+    Raises ValueError that names the setting, and its pattern, if the value is not allowed.
+    """
+    r_from, r = _of_layer(config, path, "rank_pattern", "r")
+    alpha_from, alpha = _of_layer(config, path, "alpha_pattern", "lora_alpha")
+    check_whole(r_from, r)
+    check_alpha(alpha_from, alpha)
+    if config.get("use_rslora") and kind_of(config) is not RsLoRALinear:
+        alpha *= math.sqrt(r)  # a DoRA that scales by alpha / sqrt(r)
+        check_alpha(f"use_rslora with {alpha_from} * sqrt(r)", alpha)
     return r, alpha
 
 
-def pattern_of(path: str) -> str:
-    """Return the pattern that matches the layer at `path` and no other."""
-    return f"^{re.escape(path)}"
+def kind_of(config: dict) -> type[LoRALinear]:
+    """Return the kind of layer that the settings mean."""
+    if config.get("use_dora"):
+        return DoRALinear
+    return RsLoRALinear if config.get("use_rslora") else LoRALinear
 
 
 def _is_read(name: str, value) -> bool:
@@ -105,16 +109,6 @@ def _is_read(name: str, value) -> bool:
     return value is None or value is False or value in ([], {}, "")  # off; 0 is not, it may be a number's value
 
 
-def _of_layer(patterns: dict | None, path: str, otherwise):
-    """Return the value of the first pattern that the end of `path` matches."""
-    for pattern, value in (patterns or {}).items():
-        if ENDLESS.search(pattern) or len(REPEATS.findall(pattern)) > MOST_REPEATS:
-            raise ValueError(f"{short(pattern)} in the adapter's configuration can take for ever: name its layers")
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error as error:
-            raise ValueError(
-                f"{pattern!r} in the adapter's configuration is not a pattern of layers: mend it ({error})"
-            ) from None
-    return otherwise
+def _of_layer(config: dict, path: str, patterns: str, otherwise: str) -> tuple[str, Any]:
+    """Return (its place in `config`, value) of the first pattern that the end of `path` matches, or of `otherwise`."""
+    return first_match(config.get(patterns) or {}, path, patterns) or (otherwise, config[otherwise])

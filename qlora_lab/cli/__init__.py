@@ -8,6 +8,7 @@ Output that cannot be printed changes no exit code unless it is the requested re
 import argparse
 import errno
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,15 +22,17 @@ from qlora_lab.train.interrupt import ending_like_ctrl_c
 
 # Each is a file of this folder.
 COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")
-COMMANDS += ("memory", "sweep", "block-size", "verify", "open")
+COMMANDS += ("merge", "gguf", "memory", "sweep", "block-size", "xray", "conformance", "verify", "open")
 LESS_MEMORY = "close other programs, or choose a smaller model"  # a command may know something better
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, beside ModelError
-PRINTING = ("generate", "doctor", "memory", "kernels", "verify")  # commands whose only effect is what they print
-EXITS = """Exit codes: 0 done; 1 doctor found a problem, verify found a difference, or memory found that a run does not
-fit; 2 a mistake, a full disk or too little memory, reported in one line; 130 interrupted. Ctrl-C, SIGTERM and a closed
-terminal all end a command in the same way: finetune finishes its step and saves; finetune --resume, quantize and sweep
-continue from there. Under nohup a closed terminal ends nothing."""
+# Commands whose only effect is what they print.
+PRINTING = ("generate", "doctor", "memory", "kernels", "xray", "conformance", "verify")
+EXITS = """Exit codes: 0 done; 1 doctor found a problem, verify or xray found a difference, conformance found one
+without a known reason, or memory found that a run does not fit; 2 a mistake, a full disk or too little memory, reported
+in one line, or faults that xray lists; 130 interrupted. Ctrl-C, SIGTERM and a closed terminal all end a command in the
+same way: finetune finishes its step and saves; finetune --resume, quantize and sweep continue from there. Under nohup a
+closed terminal ends nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = import_module(f"qlora_lab.cli.{name.replace('-', '_')}")
-        summary = (module.__doc__ or name).split(".")[0]  # python -OO keeps no docstring
+        summary = re.split(r"\.\s|\.$", module.__doc__ or name)[0]  # python -OO keeps no docstring
         command = commands.add_parser(
             name, help=summary[0].lower() + summary[1:], description=f"{summary}.", epilog=f"example: {module.EXAMPLE}"
         )

@@ -4,22 +4,23 @@ import argparse
 import json
 
 import qlora_lab as ql
-from qlora_lab.cli.loading import add_model, load_model, targets_of
+from qlora_lab.cli.loading import add_adapters, add_model, load_model
 from qlora_lab.cli.options import add_fields, common, from_arguments
 from qlora_lab.train.run_options import AdapterOptions, DataOptions, ModelOptions
 from qlora_lab.train.settings import Settings
 
 EXAMPLE = "qlora-lab doctor --model smollm2-135m --data docstrings"
+ADAPTER = ("method", "r", "targets", "source", "size", "virtual_tokens", "mlp", "start")
 LESS_MEMORY = "use a lower --batch-size or --max-length"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser.add_argument_group("model"))
     data = parser.add_argument_group("data")
-    add_fields(data, DataOptions, "data")
-    add_fields(data, Settings, "max_length", "packing")
+    add_fields(data, DataOptions, "data", "skip_bad")
+    add_fields(data, Settings, "last_answer_only", "max_length", "packing")
     add_fields(parser.add_argument_group("run"), Settings, "batch_size", "seed")
-    add_fields(parser.add_argument_group("adapter"), AdapterOptions, "r", "targets")
+    add_fields(parser.add_argument_group("adapter"), AdapterOptions, *ADAPTER)
     add_fields(parser.add_argument_group("optimizer"), Settings, "optimizer_bits")
     common(parser.add_argument_group("output"))
 
@@ -28,10 +29,10 @@ def run(a: argparse.Namespace) -> int:
     from qlora_lab.train.check_run import check_run
 
     settings = from_arguments(Settings, a)  # raises for a value that is not allowed
-    check_run(from_arguments(ModelOptions, a), from_arguments(AdapterOptions, a))
-    data = ql.load_data(a.data, progress=not a.quiet)
+    check_run(from_arguments(ModelOptions, a), from_arguments(AdapterOptions, a), settings)
+    data = ql.load_data(a.data, skip_bad=a.skip_bad, progress=not a.quiet)
     model, tokenizer = load_model(a)
-    ql.add_lora(model, a.r, targets=targets_of(a), seed=a.seed)  # alpha and dropout keep their defaults
-    report = ql.diagnose(model, tokenizer, data, settings, progress=not a.quiet)
+    add_adapters(a, model, tokenizer)  # alpha and dropout keep their defaults
+    report = ql.diagnose(model, tokenizer, data, settings, skip_bad=a.skip_bad, progress=not a.quiet)
     print(json.dumps(report.to_dict()) if a.json else f"{report}\n\n{report.dtypes}")
     return 0 if report.ok else 1

@@ -1,18 +1,21 @@
-"""Train a LoRA adapter on a quantised model, and test it on held-out examples before and after."""
+"""Train an adapter on a quantised model, and test it on held-out examples before and after."""
 
 import argparse
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import qlora_lab as ql
-from qlora_lab.cli.loading import add_model, is_first_process, load_model, print_note, targets_of
+from qlora_lab.cli.loading import add_adapters, add_model, is_first_process, load_model, print_note
 from qlora_lab.cli.options import add_field, add_fields, common, from_arguments, one_line
 from qlora_lab.cli.printing import report
+from qlora_lab.data.examples import last_answer_only
 from qlora_lab.train.run_options import AdapterOptions, DataOptions, ModelOptions, OutputOptions
 from qlora_lab.train.settings import Settings, check_held_out
 
 EXAMPLE = "qlora-lab finetune --model smollm2-135m --data docstrings --steps 60 --out runs/first"
 LESS_MEMORY = "use --micro-batch-size 1, --gradient-checkpointing or a lower --max-length"
+ADAPTER = [field.name for field in fields(AdapterOptions)]
 PREVIEW = 3  # answers shown before and after training
 
 
@@ -21,12 +24,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     add_fields(data, DataOptions, "data")
     add_field(data, DataOptions, "test_data", metavar="FILE")
-    add_fields(data, DataOptions, "held_out")
-    add_fields(data, Settings, "max_length", "packing", "group_by_length")
+    add_fields(data, DataOptions, "held_out", "skip_bad")
+    add_fields(data, Settings, "last_answer_only", "max_length", "packing", "group_by_length")
     batches = ("batch_size", "micro_batch_size", "gradient_checkpointing", "shard")
     add_fields(parser.add_argument_group("run"), Settings, "steps", *batches, "eval_every", "patience", "seed")
-    add_fields(parser.add_argument_group("adapter"), AdapterOptions, "r", "alpha", "dropout", "targets")
-    rates = ("lr", "schedule", "warmup_steps", "clip")
+    add_fields(parser.add_argument_group("adapter"), AdapterOptions, *ADAPTER)
+    rates = ("lr", "lora_plus", "schedule", "warmup_steps", "clip")
     add_fields(parser.add_argument_group("optimizer"), Settings, *rates, "optimizer_bits", "optimizer_budget")
     output = parser.add_argument_group("output")
     add_field(output, OutputOptions, "out", metavar="FOLDER")
@@ -38,43 +41,49 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
+    from qlora_lab.files.out_path import check_outside_model
     from qlora_lab.train.check_run import check_run  # torch is loaded here, after --help and the parser
     from qlora_lab.train.run_folder import reserved_run
 
     settings = from_arguments(Settings, a)  # raises for a value that is not allowed
     options = {"held_out": a.held_out, "resume": a.resume}
-    check_run(from_arguments(ModelOptions, a), from_arguments(AdapterOptions, a), **options)
+    check_run(from_arguments(ModelOptions, a), from_arguments(AdapterOptions, a), settings, **options)
+    check_outside_model(Path(a.out) / "adapter", a.model)  # before the lock, which would lie in it
     with reserved_run(a.out, a.overwrite, a.resume) if is_first_process() else nullcontext():
         _finetune(a, settings)
 
 
 def _finetune(a: argparse.Namespace, settings: Settings) -> None:
+    from qlora_lab.data.dataset import usable
     from qlora_lab.model.fetch import resolve
     from qlora_lab.train.distributed import check_shard, first_on_node, processes
 
     progress = not a.quiet
-    train = ql.load_data(a.data, progress=progress)  # before the model: data are checked in seconds
+    # before the model: data are checked in seconds
+    train = ql.load_data(a.data, skip_bad=a.skip_bad, progress=progress)
     test = _held_out_examples(a)
-    evaluated = test if settings.eval_every else []  # during training; a test before and after needs no eval_every
-    check_held_out(settings, evaluated)
+    check_held_out(settings, test if settings.eval_every else [])
     with processes() as rank:
         check_shard(a.shard)  # needs the process group
         first_on_node(lambda: resolve(a.model, progress=progress))  # one download per machine
         model, tokenizer = load_model(a)
-        ql.add_lora(model, a.r, a.alpha, a.dropout, targets_of(a), seed=a.seed)
+        test = usable(test, tokenizer) if test and a.skip_bad else test
+        evaluated = test if settings.eval_every else []  # during training; a test before and after needs no eval_every
+        add_adapters(a, model, tokenizer)
         if not (a.json or a.quiet):  # other processes than the first are quiet
             from qlora_lab.doctor.dtype_policy import dtype_policy
 
             print(f"{dtype_policy(model, a.optimizer_bits)}\n")
         tests = bool(test) and rank == 0  # only the first process tests and prints
         before = ql.held_out(model, tokenizer, test, progress=progress) if tests else None
-        options = asdict(settings) | asdict(from_arguments(OutputOptions, a))
+        options = asdict(settings) | asdict(from_arguments(OutputOptions, a)) | {"skip_bad": a.skip_bad}
         result = ql.finetune(model, tokenizer, train, held_out=evaluated, progress=progress, **options)
         after = ql.held_out(model, tokenizer, test, progress=progress) if tests else None
         if tests and not a.json:
             _show_answers(test, before.answers, after.answers)
         if rank == 0:
-            report(a, _summary(result, before, after))
+            reasons = {"skipped": result.data.skipped} if a.json and a.skip_bad else {}
+            report(a, _summary(result, before, after) | reasons)
 
 
 def _held_out_examples(a: argparse.Namespace) -> list:
@@ -85,7 +94,8 @@ def _held_out_examples(a: argparse.Namespace) -> list:
         print_note(a, f"nothing is tested: {a.data} has no held-out examples; add --test-data FILE, or --held-out 0")
         return []
     split = "test" if source == "docstrings" else "train"  # a file has one split, and its name is train
-    return ql.load_data(source, split, progress=not a.quiet)[: a.held_out]
+    examples = ql.load_data(source, split, skip_bad=a.skip_bad, progress=not a.quiet)[: a.held_out]
+    return last_answer_only(examples) if a.last_answer_only else examples
 
 
 def _show_answers(examples: list, before: list[str], after: list[str]) -> None:
@@ -106,6 +116,7 @@ def _summary(result, before, after) -> dict:
         "seconds": result.seconds,
         "examples_used": result.data.kept,
         "examples_too_long": result.data.too_long,
+        "records_skipped": len(result.data.skipped),
     }
     if result.held_out:
         step, loss = min(result.held_out, key=lambda evaluation: evaluation[1])

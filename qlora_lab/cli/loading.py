@@ -7,7 +7,7 @@ from pathlib import Path
 
 import qlora_lab as ql
 from qlora_lab.cli.options import add_field, add_fields, whole
-from qlora_lab.train.run_options import ModelOptions
+from qlora_lab.train.run_options import METHOD_OPTIONS, ModelOptions
 
 
 def add_model(group) -> None:
@@ -67,6 +67,16 @@ def print_note(a: argparse.Namespace, text: str) -> None:
 def is_first_process() -> bool:
     """Whether this is the one of torchrun's processes that writes and prints."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def add_adapters(a: argparse.Namespace, model, tokenizer) -> None:
+    """Put the adapters of --method into the model."""
+    options = {name: getattr(a, name) for name in METHOD_OPTIONS[a.method] if name in a}
+    if "targets" in options:
+        options["targets"] = targets_of(a)
+    if a.method == "prompt" and options["start"] is not None:
+        options["tokenizer"] = tokenizer
+    ql.add_adapter(model, a.method, seed=a.seed, progress=not a.quiet, **options)
 
 
 def targets_of(a: argparse.Namespace) -> str | list[str]:

@@ -10,7 +10,10 @@ from qlora_lab.cli.options import add_field, add_fields, common, number
 from qlora_lab.memory.setup import Setup
 
 EXAMPLE = "qlora-lab memory llama-7b --gpu 24 --r 64 --max-length 1024"
-NOT_OPTIONS = ("dropout", "padded", "paged", "fused_adapter", "wide_attention")  # of Setup: a run here decides them
+# Fields of Setup that a run here decides.
+NOT_OPTIONS = ("dropout", "padded", "paged", "master_copies", "fused_adapter", "wide_attention")
+
+ADAPTER = ("r", "targets", "size", "virtual_tokens", "mlp", "adapter_dtype")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     gpu_help = "memory of the card; recommends settings that fit, and shows their limits"
     run_group.add_argument("--gpu", type=number, metavar="GB", help=gpu_help)
     add_fields(run_group, Setup, "device", "batch_size", "micro_batch_size", "gradient_checkpointing")
-    add_fields(parser.add_argument_group("adapter"), Setup, "r", "targets", "adapter_dtype")
+    add_fields(parser.add_argument_group("adapter"), Setup, *ADAPTER)
     add_fields(parser.add_argument_group("optimizer"), Setup, "optimizer_bits", "optimizer_budget")
     common(parser.add_argument_group("output"))
 

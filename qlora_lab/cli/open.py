@@ -29,13 +29,14 @@ def run(a: argparse.Namespace) -> None:
         folder = Path(FOLDER if a.folder is None else a.folder)
         for name in copy_course(folder, not a.without_solutions):
             print(f"{folder / name} stays as you changed it; delete it to get the course's own again", file=sys.stderr)
-    # Without an address of its news, JupyterLab neither asks about them nor calls jupyter.org.
+    # The settings beside this file stop JupyterLab from asking about its news; without an address it calls no one.
+    settings = Path(__file__).with_name("jupyter")
     command = [sys.executable, "-m", "jupyterlab", str(folder / FIRST), "--LabApp.news_url=None"]
+    command.append(f"--LabServerApp.extra_labextensions_path={settings / 'labextensions'}")
     if a.no_browser:
         command.append("--no-browser")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # containers run as root, where Jupyter refuses to start without it
-    settings = str(Path(__file__).with_name("jupyter"))
     earlier = os.environ.get("JUPYTER_CONFIG_PATH")
-    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([settings, earlier] if earlier else [settings])
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join([str(settings), earlier] if earlier else [str(settings)])
     os.execv(sys.executable, command)

@@ -23,10 +23,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    from qlora_lab.model.quantized_folder import folder_in_4_bits
+    from qlora_lab.model.quantized_folder import folder_in_4_bits, read_by
+    from qlora_lab.quant.codebook import CODEBOOKS
 
+    if a.codebook == "none":
+        names = ", ".join(CODEBOOKS)
+        raise ValueError(f"--codebook none is given, but a copy is quantised: choose from {names}, or use the original")
     options = (a.codebook, a.block_size, a.double_quant)
     folder = ql.quantize_folder(a.model, a.out, *options, plan=a.plan, progress=not a.quiet)
     print_share(a, folder_in_4_bits(folder))  # from shapes: no weight is read
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # bytes
-    report(a, {"model": a.model, "folder": str(folder), "bytes_of_weights": size})
+    report(a, {"model": a.model, "folder": str(folder), "bytes_of_weights": size, "read_by": read_by(folder)})

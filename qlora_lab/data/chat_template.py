@@ -10,15 +10,18 @@ marks show where contents end. If the two texts differ in more than the marks, t
 Not here: tokens, and the end token of an answer (labels.py).
 """
 
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, count
 from os.path import commonprefix
 from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_lab.data.examples import Turns, check_text
+from qlora_lab.data.tool_calls import THOUGHT, Parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -35,6 +38,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
 )
+DEVELOPER = re.compile(r"""["']developer["']""")  # a template that knows this role compares a role with it
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")  # strftime's: %d, %-d
 # Replaces transformers' clock by the run's. A macro, since transformers passes no functions to a template. It ends in
@@ -51,7 +55,10 @@ Span = tuple[int, int]  # first and one-past-last character
 
 
 class Place(NamedTuple):
-    """Character `offset` of the content of `turn` stands at `place` in the text."""
+    """Character `offset` of the content of `turn` stands at `place` in the text.
+
+    An offset of -1 is the end of the first text of Parts.texts, -2 of the second; a tool's turn is -1.
+    """
 
     turn: int
     offset: int
@@ -79,11 +86,20 @@ class ChatTemplate:
 
     tokenizer: "Tokenizer"
     clock: datetime | None = None  # the time that the template writes; None: that of each call
+    parts: Parts = Parts()  # of the conversation: what it gets beside roles and texts
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
             name = type(self.tokenizer).__name__
             raise ValueError(f"{name} does not say where its tokens stand in a text: use a fast one (tokenizer.json)")
+        # In a text, it would be encoded as text; in these, no place tells which of a template's words they are.
+        spelt = self.control_texts.search(json.dumps([*self.parts.turns.values(), self.parts.tools], default=repr))
+        if spelt:
+            raise ValueError(f"a tool, a tool call or a thought spells the control token {spelt[0]!r}: leave it out")
+
+    def of(self, parts: Parts) -> "ChatTemplate":
+        """Return the template for a conversation with these parts."""
+        return self if parts == self.parts else replace(self, parts=parts)
 
     @cached_property
     def control(self) -> dict[str, int]:
@@ -114,6 +130,25 @@ class ChatTemplate:
         return "strftime_now" in self.source
 
     @cached_property
+    def _developer(self) -> str:
+        """The role under which a developer's text is written: most templates have only its older name, system."""
+        return "developer" if DEVELOPER.search(self.source) else "system"
+
+    @cached_property
+    def _thought(self) -> str:
+        """The name under which the template reads a thought: gpt-oss has one of its own."""
+        return THOUGHT if THOUGHT in self.source or "thinking" not in self.source else "thinking"
+
+    def _messages(self, turns: Turns, parts: Parts) -> list[dict]:
+        names = {THOUGHT: self._thought}
+        roles = {"developer": self._developer}
+        messages = []
+        for i, (role, content) in enumerate(turns):
+            fields = {names.get(name, name): value for name, value in parts.turns.get(i, {}).items()}
+            messages.append({"role": roles.get(role, role), "content": content} | fields)
+        return messages
+
+    @cached_property
     def _options(self) -> dict:
         if self.clock is None or not self.is_dated:
             return {"chat_template": self.source}
@@ -139,18 +174,18 @@ class ChatTemplate:
         Places come in the order of the text; what the template does not show is left out. Raises ValueError if marks
         change the render, so that they find nothing.
         """
-        used = text + "".join(content for _, content in turns)  # a mark must occur in none of it
+        used = text + "".join(content for _, content in turns) + str(self.parts)  # a mark must occur in none of it
         mark = next(chr(code) for code in MARKS if chr(code) not in used)
         for also_empty in (True, False):  # a template may ask whether there is content
             marked = tuple(
                 (role, self._marked(content, f"{mark}{i}{mark}", mark, also_empty))
                 for i, (role, content) in enumerate(turns)
             )
-            rendered = self._render(marked, add_generation_prompt=opens_answer)
-            parts = re.split(f"{mark}([0-9]+){mark}([0-9]+){mark}", rendered)
-            if "".join(parts[::3]) == text:
-                places = accumulate(len(part) for part in parts[::3])
-                marks = zip(parts[1::3], parts[2::3], places, strict=False)  # the text after the last mark is left
+            rendered = self._render(marked, self._marked_parts(mark), add_generation_prompt=opens_answer)
+            pieces = re.split(f"{mark}(-?[0-9]+){mark}(-?[0-9]+){mark}", rendered)
+            if "".join(pieces[::3]) == text:
+                places = accumulate(len(piece) for piece in pieces[::3])
+                marks = zip(pieces[1::3], pieces[2::3], places, strict=False)  # the text after the last mark is left
                 return [Place(int(turn), int(offset), place) for turn, offset, place in marks]
         raise ValueError(
             "the chat template writes a message differently when a mark follows it, so its turns cannot be located: "
@@ -164,20 +199,56 @@ class ChatTemplate:
         spelt = self.control_texts.sub(lambda match: f"{turn}{match.start()}{mark}{match[0]}", content)
         return f"{spelt}{turn}{len(content)}{mark}{text[len(content) :]}"
 
+    def _marked_parts(self, mark: str) -> Parts:
+        numbers = count(1)
+
+        def marked(turn: int, name: str, text: str) -> str:
+            shown = text.rstrip()
+            return f"{shown}{mark}{turn}{mark}-{next(numbers)}{mark}{text[len(shown) :]}"
+
+        return self.parts.marked(marked)
+
+    def hidden_thoughts(self, turns: Turns, places: list[Place]) -> set[int]:
+        """Return the earlier answers whose thoughts the template leaves out, as some do, to save room.
+
+        Raises ValueError, by name, for anything else of the parts that it leaves out.
+        """
+        shown = {-place.offset for place in places}
+        missing = [part for number, part in enumerate(self.parts.texts(), 1) if number not in shown]
+        hidden = set()
+        for turn, name, text in missing:
+            if name != THOUGHT or turn == len(turns) - 1 or self._thought not in self.source:
+                advice = "write it in the text as <think>...</think>, or use" if name == THOUGHT else "use"
+                raise ValueError(
+                    f"the chat template does not show {text[:60]!r} of {name!r}: {advice} another template"
+                )
+            hidden.add(turn)
+        closed = ends(turns, places)
+        for turn in self.parts.calling:
+            if turns[turn][1].strip() and turn not in closed:
+                text = f"{turns[turn][1][:60]!r}, the text beside a tool call"
+                raise ValueError(f"the chat template does not show {text}: leave it out, or use another template")
+        return hidden
+
     def answers(self, turns: Turns, text: str, closed: dict[int, int]) -> dict[int, Answer]:
         """Return turn -> Answer for each answer that `text` shows in part or whole. closed: turn -> end of its content.
 
         An answer starts where a prompt for it ends. What a prompt writes between a question and its answer is read
         once, from the prompt for the last answer: rendering a prompt for each turn would take quadratic time.
         """
-        opening = self._opening(turns[:-1])  # what a prompt writes before an answer
+        openings = {}  # role of the turn before an answer -> what a prompt writes between them
+        for i, (role, _) in enumerate(turns[:-1]):
+            if turns[i + 1][0] == "assistant":
+                openings[role] = i + 1
+        openings = {role: self._opening(turns[:i]) for role, i in openings.items()}
         blocks = self._generated(turns) if GENERATION.search(self.source) else None
         shown_answers = {}
         for i, (role, content) in enumerate(turns):
             if role != "assistant":
                 continue
             before = closed.get(i - 1)
-            start, stop = _span(content.rstrip(), text, before, closed.get(i), opening)
+            said = None if i in self.parts.calling else content.rstrip()  # calls follow the text, in unknown form
+            start, stop = _span(said, text, before, closed.get(i), openings.get(turns[i - 1][0]))
             if start is None:
                 continue
             shown = text[start if before is None else min(before, start) : stop]  # R1's prompts open the thought
@@ -198,13 +269,17 @@ class ChatTemplate:
     def _generated(self, turns: Turns) -> list[Span]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        options = {**self.tokenizer.special_tokens_map, **self._options}
-        _, (blocks,) = render_jinja_template([_messages(turns)], return_assistant_tokens_mask=True, **options)
+        options = {**self.tokenizer.special_tokens_map, **self._options, "tools": self.parts.tools or None}
+        _, (blocks,) = render_jinja_template(
+            [self._messages(turns, self.parts)], return_assistant_tokens_mask=True, **options
+        )
         return blocks
 
-    def _render(self, turns: Turns, **options) -> str:
+    def _render(self, turns: Turns, parts: Parts | None = None, **options) -> str:
+        parts = parts or self.parts
+        options |= self._options | {"tools": parts.tools or None}
         try:
-            text = self.tokenizer.apply_chat_template(_messages(turns), tokenize=False, **options, **self._options)
+            text = self.tokenizer.apply_chat_template(self._messages(turns, parts), tokenize=False, **options)
             check_text(text, "what it writes")
             return text
         except Exception as error:  # a template is somebody's program: it may raise anything
@@ -213,17 +288,22 @@ class ChatTemplate:
             raise ValueError(f"the chat template refuses the conversation that begins {opening}: {said}") from error
 
 
-def _messages(turns: Turns) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in turns]
+def ends(turns: Turns, places: list[Place], calling: Container[int] = ()) -> dict[int, int]:
+    """Return turn -> where its content ends, not counting white space around it, which some templates drop.
+
+    Turns that are `calling` end with the last text of their tool calls.
+    """
+    inside = [place for place in places if place.turn >= 0]
+    return {i: place for i, offset, place in inside if offset == len(turns[i][1].rstrip()) or i in calling}
 
 
-def ends(turns: Turns, places: list[Place]) -> dict[int, int]:
-    """Return turn -> where its content ends, not counting white space around it, which some templates drop."""
-    return {turn: place for turn, offset, place in places if offset == len(turns[turn][1].rstrip())}
+def _span(
+    content: str | None, text: str, before: int | None, end: int | None, opening: str | None
+) -> tuple[int | None, int]:
+    """Return start and end of an answer. before: where the content of the turn before it ends in `text`.
 
-
-def _span(content: str, text: str, before: int | None, end: int | None, opening: str | None) -> tuple[int | None, int]:
-    """Return start and end of an answer. before: where the content of the turn before it ends in `text`."""
+    content: None for one that only its opening can tell from what is before.
+    """
     prompt = before is not None and opening is not None and (end is None or before <= end)
     if end is None:  # not marked, as it is empty; or not shown
         end = before + len(opening) if prompt and not content and text.startswith(opening, before) else None
@@ -232,6 +312,8 @@ def _span(content: str, text: str, before: int | None, end: int | None, opening:
         return before + len(opening), end
     # Earlier turns are not always written as a prompt is: R1 opens a thought in prompts only.
     header = before + len(commonprefix([opening, text[before:end]])) if prompt else None
+    if content is None:
+        return header, end
     shown = next((c for c in (content, content.lstrip()) if text.endswith(c, 0, end)), None)
     if shown is None:
         return header, end

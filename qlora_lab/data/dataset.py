@@ -8,6 +8,7 @@ ask about half a function.
 """
 
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from qlora_lab.data.chat_template import ChatTemplate
 from qlora_lab.data.docstrings import docstring_split
-from qlora_lab.data.examples import Example, read_examples
+from qlora_lab.data.examples import Example, Examples, check_any_left, read_examples
 from qlora_lab.data.labels import (
     IGNORED,
     Encoded,
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
+REASONS = 5  # of skipped records, in a warning
+
+
 @dataclass(frozen=True)
 class EncodeReport:
     """What became of a data set."""
@@ -44,18 +48,50 @@ class EncodeReport:
     tokens: int  # of the examples that were kept
     learned_tokens: int  # of these, how many are labels
     notes: Notes = Notes()
+    skipped: tuple[str, ...] = ()  # place and reason of each record that could not be used
 
 
-def load_data(source: str | Path, split: str = "train", *, progress: bool = True) -> list[Example]:
-    """Return the examples of "docstrings" (splits "train" and "test") or of a file (one split, "train").
+def load_data(
+    source: str | Path | Iterable | Mapping[str, Iterable],
+    split: str = "train",
+    *,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> Examples:
+    """Return the examples of "docstrings" (splits "train" and "test"), a file, a list of dicts, or a data set.
 
-    Raises ValueError for an unknown split; for a file also what read_examples raises.
+    A data set is one of Hugging Face's `datasets`. Only those with splits, by name, have another split than "train".
+    skip_bad: leave out records that cannot be used, with a warning; `skipped` of the result holds place and reason of
+    each.
+    Raises ValueError for an unknown split; otherwise what read_examples raises.
     """
-    if source == "docstrings":
-        return docstring_split(split, progress)
+    if isinstance(source, str) and source == "docstrings":
+        return Examples(docstring_split(split, progress))
+    if isinstance(source, Mapping):  # such as a DatasetDict
+        if split not in source:
+            raise ValueError(
+                f"unknown split {split!r}: there are {', '.join(map(str, source))}; or give a list of dicts"
+            )
+        return _reported(read_examples(source[split], skip_bad))
     if split != "train":
-        raise ValueError(f'unknown split {split!r} of {source}: a file has only "train"; test on a second file')
-    return read_examples(source)
+        name = source if isinstance(source, (str, Path)) else "a list or a data set"
+        raise ValueError(f'unknown split {split!r} of {name}: it has only "train"; test on a second one')
+    if isinstance(source, Examples):  # read before, and reported
+        return source
+    return _reported(read_examples(source, skip_bad))
+
+
+def _reported(examples: Examples) -> Examples:
+    warn_of_skipped(examples.skipped)
+    return examples
+
+
+def warn_of_skipped(skipped: Sequence[str]) -> None:
+    """Warn of records that were left out, with the first reasons."""
+    if skipped:
+        count = "1 record was" if len(skipped) == 1 else f"{len(skipped):,} records were"
+        more = f"; and {len(skipped) - REASONS:,} more" if len(skipped) > REASONS else ""
+        warnings.warn(f"{count} skipped: {'; '.join(skipped[:REASONS])}{more}", stacklevel=3)
 
 
 def encode_all(
@@ -69,15 +105,22 @@ def encode_all(
     """Encode the first `enough` examples of at most `max_length` tokens, in their order, and count the longer ones.
 
     An example takes about 1 ms, so ask for as many as the training will see; None: all. clock: the time that a template
-    writes; None: now. Raises ValueError if no example is short enough, and for the first that cannot be encoded. Warns
-    of empty answers and of answers that the template hides.
+    writes; None: now. Raises ValueError if no example is short enough, and for the first that cannot be encoded; of
+    Examples with skip_bad, those are left out. Warns of them, of empty answers and of answers that the template hides.
     """
     template = ChatTemplate(tokenizer, clock or datetime.now())  # one date for all, also around midnight
     kept: list[Encoded] = []
     lengths = []  # of all, kept or not
     bar = tqdm(examples, "tokens", unit="example", leave=False, disable=not progress)
+    skipped: list[str] = []
     for example in bar:
-        encoded = encode_within(example, template, max_length)
+        try:
+            encoded = encode_within(example, template, max_length)
+        except ValueError as error:
+            if not (isinstance(examples, Examples) and examples.skip_bad):
+                raise
+            skipped.append(str(error))
+            continue
         if isinstance(encoded, int):
             lengths.append(encoded)
         else:
@@ -87,6 +130,7 @@ def encode_all(
             bar.total = None  # a notebook shows a bar that ends before its total in red, for ever
             break
     if not lengths:
+        check_any_left(skipped)
         raise ValueError("there are no examples: give at least one")
     longest = max(lengths)  # tells a user what max_length would take
     if not kept:
@@ -95,9 +139,25 @@ def encode_all(
     learned = sum(label != IGNORED for encoded in kept for label in encoded.labels)  # tokens
     tokens = sum(len(encoded.input_ids) for encoded in kept)
     notes = sum((encoded.notes for encoded in kept), Notes())
+    warn_of_skipped(skipped)
     for warning in notes.warnings():
         warnings.warn(warning, stacklevel=2)
-    return kept, EncodeReport(len(kept), len(lengths) - len(kept), longest, tokens, learned, notes)
+    return kept, EncodeReport(len(kept), len(lengths) - len(kept), longest, tokens, learned, notes, tuple(skipped))
+
+
+def usable(examples: Iterable[Example], tokenizer: "Tokenizer") -> Examples:
+    """Return the examples that can be encoded. Warns of the others; raises ValueError if none is left."""
+    template = ChatTemplate(tokenizer)
+    kept = Examples()
+    for example in examples:
+        try:
+            encode_within(example, template, None)
+            kept.append(example)
+        except ValueError as error:
+            kept.skipped.append(str(error))
+    if not kept:
+        check_any_left(kept.skipped)
+    return _reported(kept)
 
 
 def show_labels(encoded: Encoded, tokenizer: "Tokenizer") -> list[tuple[str, bool]]:

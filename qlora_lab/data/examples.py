@@ -1,15 +1,20 @@
 """Examples: a user's records become conversations that end with an answer.
 
-In: a JSON-lines file, or a JSON list, of records. Out: a list of `Example`, one a record, in the file's order.
-There are three forms; the keys of a record tell which it is:
+In: records of a file, a list or a data set (records.py). Out: a list of `Example`, one a record, in their order.
+There are four forms; the keys of a record tell which it is:
 
     Alpaca           {"instruction": ..., "input": ..., "output": ...}            input may be left out or empty
     ShareGPT         {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
     OpenAI messages  {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+    completion       {"prompt": ..., "completion": ...}                      each is a text or a list of turns
 
-A record may also have `system` (a text) and Alpaca's `history` ([[question, answer], ...]). A turn with `weight`: 0 or
-`train`: false is shown but not learned (fields.py). Fields that ask for something unsupported, such as tools and
-images, are refused by name. All others are ignored, and the doctor lists their names.
+Of a completion record, the answers in its prompt are shown but not learned. The text of a turn may be a list of parts:
+[{"type": "text", "text": ...}, ...].
+
+A record may also have `system` (a text), Alpaca's `history` ([[question, answer], ...]) and `tools`; an answer may have
+`tool_calls` and `reasoning_content` (tool_calls.py). A turn with `weight`: 0 or `train`: false is shown but not learned
+(fields.py). Fields that ask for something unsupported, such as images, are refused by name. All others are ignored, and
+the doctor lists their names.
 
 White space after a text is dropped, and so are blank lines or a single space before it. The indentation of its first
 line stays, because it matters in code. (Templates that trim, such as Llama 3's, drop it later.) Answers before the
@@ -18,38 +23,54 @@ first question are dropped, since nothing asked for them, and so is everything a
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_lab.data.fields import SWITCHES, is_empty, is_learned, printable, refuse_unsupported, unused_fields
-from qlora_lab.files.strict_json import parse
+from qlora_lab.data.records import records
+from qlora_lab.data.tool_calls import THOUGHT, Parts, read_fields, read_tools
 
 FORMS = (
-    "Alpaca (instruction, input, output), ShareGPT (conversations: from, value) or OpenAI messages "
-    "(messages: role, content)"
+    "Alpaca (instruction, input, output), ShareGPT (conversations: from, value), OpenAI messages "
+    "(messages: role, content) or completion (prompt, completion)"
 )
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")  # refused by name
+ROLES = {"human": "user", "gpt": "assistant"} | {
+    name: name for name in ("user", "assistant", "system", "developer", "tool")
+}
+LEADING = ("system", "developer")  # roles that say how to answer
+OTHER_TOOL_ROLES = ("function", "function_call", "observation", "ipython")  # refused by name
 # Dropped before a text: blank lines, and a single space, as completion files have it. More space is indentation.
 OUTER_SPACE = re.compile(r"\A(?:[^\S\n]*\n)*(?: (?=\S))?")
+TEXT_PART = '{"type": "text", "text": ...}'
 Turns = tuple[tuple[str, str], ...]  # (role, content) pairs
+
+
+class Turn(NamedTuple):
+    """A turn of a record."""
+
+    role: str
+    text: str
+    learned: bool
+    fields: dict = {}  # noqa: RUF012 - for the template; never changed
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation of system, user and assistant that ends with an answer."""
+    """A conversation of system or developer, user, assistant and tool that ends with an answer or a tool call."""
 
     messages: Turns
     not_learned: tuple[int, ...] = ()  # positions of answers that are shown but not learned; never the last
+    parts: Parts = Parts()  # tools, and what turns hold beside their texts
     unused: tuple[str, ...] = field(default=(), compare=False, repr=False)  # ignored fields of the record
     place: str = field(default="", compare=False, repr=False)  # "data.jsonl, line 3"
 
     def __post_init__(self) -> None:
         for role, content in self.messages:
             if role not in ROLES.values():
-                raise ValueError(f"unknown role {role!r}: a role is system, user or assistant")
+                raise ValueError(f"unknown role {role!r}: a role is system, developer, user, assistant or tool")
             check_text(content, f"the content of the {role} turn")
         if not self.messages or self.messages[-1][0] != "assistant":
             raise ValueError("no answer to learn from: add an assistant turn after a question")
@@ -60,6 +81,7 @@ class Example:
         earlier_answers = {i for i, (role, _) in enumerate(self.messages[:-1]) if role == "assistant"}
         if not set(self.not_learned) <= earlier_answers:
             raise ValueError(f"not_learned={self.not_learned} is not allowed: give positions of earlier answers")
+        _check_results(self)
 
     @property
     def prompt(self) -> Turns:
@@ -68,8 +90,20 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The last answer: the reference for a model that is asked `prompt`."""
-        return self.messages[-1][1]
+        """The last answer: the reference for a model that is asked `prompt`. Each tool call is a line of JSON."""
+        calls = self.parts.turns.get(len(self.messages) - 1, {}).get("tool_calls", ())
+        lines = [json.dumps(call["function"], ensure_ascii=False, default=repr) for call in calls]
+        return "\n".join(filter(None, [self.messages[-1][1], *lines]))
+
+
+def _check_results(example: Example) -> None:
+    """Raise ValueError for a tool call without a result, unless it is the last turn, and for a result of no answer."""
+    roles = [role for role, _ in example.messages]
+    for i, (role, following) in enumerate(pairwise(roles)):
+        if i in example.parts.calling and following != "tool":
+            raise ValueError(f"a turn of {following} follows a tool call: put a turn of tool with its result between")
+        if following == "tool" and role not in ("assistant", "tool"):
+            raise ValueError(f"a turn of tool follows a turn of {role}: it must follow the answer that calls the tool")
 
 
 def check_text(text: Any, name: str) -> None:
@@ -83,36 +117,86 @@ def check_text(text: Any, name: str) -> None:
         raise ValueError(f"{name} holds {half}, half of a surrogate pair and not a character: remove it") from error
 
 
-def read_examples(path: str | Path) -> list[Example]:
-    """Read all records of a JSON-lines file or JSON list as examples.
+class Examples(list[Example]):
+    """A list of examples. skipped: for each record that was left out its place and the reason.
+
+    skip_bad: whether an example that cannot be encoded is left out, too.
+    """
+
+    def __init__(self, examples: Iterable[Example] = (), skipped: Iterable[str] = (), skip_bad: bool = False) -> None:
+        super().__init__(examples)
+        self.skipped: list[str] = list(skipped)
+        self.skip_bad = skip_bad
+
+
+def read_examples(source: str | Path | Iterable, skip_bad: bool = False) -> Examples:
+    """Make an example of each record of a file, a list or a data set; an `Example` in a list stays as it is.
 
     Raises FileNotFoundError for a missing file, ValueError for an empty one and for the first record that cannot be
     used. The message names the file, the line (of JSON lines, from 1) or the record (of a list, from 1), and the fix.
+    skip_bad: leave such records out; ValueError if no other is left.
     """
-    path = Path(path)
-    examples = []
-    for place, record in _records(path):
+    examples = Examples()
+    for place, read in records(source):
         try:
-            examples.append(to_example(record, f"{path}, {place}"))
+            examples.append(_read(read, place))
         except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from error
+            if not skip_bad:
+                raise
+            examples.skipped.append(str(error))
     if not examples:
-        raise ValueError(f"{path} holds no examples: write one JSON object per line, in the form of {FORMS}")
+        check_any_left(examples.skipped)
+        if not isinstance(source, (str, Path)):
+            raise ValueError("there are no examples: give at least one")
+        raise ValueError(f"{source} holds no examples: write one JSON object per line, in the form of {FORMS}")
     return examples
 
 
+def last_answer_only(examples: Iterable[Example]) -> Examples:
+    """Return the examples with every answer but the last shown and not learned."""
+    kept = Examples(skipped=getattr(examples, "skipped", ()))
+    for example in examples:
+        earlier = (i for i, (role, _) in enumerate(example.messages[:-1]) if role == "assistant")
+        kept.append(replace(example, not_learned=tuple(earlier)))
+    return kept
+
+
+def _read(read: Callable[[], Any], place: str) -> Example:
+    record = read()  # its errors name the place
+    try:
+        return record if isinstance(record, Example) else to_example(record, place)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def check_any_left(skipped: Sequence[str]) -> None:
+    """Raise ValueError if records were skipped: called where none is left."""
+    if skipped:
+        raise ValueError(f"none of the {len(skipped):,} records can be used; the first: {skipped[0]}")
+
+
 def to_example(record: Any, place: str = "") -> Example:
-    """Make an Example of a record in any of the three forms. Raises ValueError for another, or one without answer."""
-    if not isinstance(record, dict):
+    """Make an Example of a record in any of the forms. Raises ValueError for another, or one without answer."""
+    if not isinstance(record, Mapping):
         raise ValueError(f"expected a JSON object in the form of {FORMS}, found {type(record).__name__}")
     refuse_unsupported(record, "record")  # first: its error is the clearest
+    example = _in_its_form(record, place)
+    tools = read_tools(record)
+    return replace(example, parts=replace(example.parts, tools=tools)) if tools else example
+
+
+def _in_its_form(record: Mapping, place: str) -> Example:
     is_alpaca = "instruction" in record and "output" in record
     named = [name for name in ("messages", "conversations") if name in record]
     filled = [name for name in named if not is_empty(record[name])]  # some files have every key, with null in others
     if filled or (named and not is_alpaca):
-        return _conversation(record, (filled or named)[0], place)
+        name = (filled or named)[0]
+        turns, unused = _turns(record[name], name)
+        return _conversation(record, turns, unused, (name,), place)
     if is_alpaca:
         return _alpaca(record, place)
+    if "prompt" in record and "completion" in record:
+        return _completion(record, place)
     raise ValueError(f"the record has the keys {', '.join(map(printable, record)) or '(none)'}; expected {FORMS}")
 
 
@@ -120,8 +204,8 @@ def _alpaca(record: dict, place: str) -> Example:
     parts = _text(record, "instruction"), _optional_text(record, "input")
     question = "\n\n".join(part for part in parts if part)
     turns = [*_system(record), *_history(record), ("user", question), ("assistant", _text(record, "output"))]
-    unused = unused_fields(record, ("instruction", "input", "output", "system", "history", "weight"))
-    return Example(tuple(turns), (), unused, place)
+    unused = unused_fields(record, ("instruction", "input", "output", "system", "history", "weight", "tools"))
+    return Example(tuple(turns), unused=unused, place=place)
 
 
 def _history(record: dict) -> list[tuple[str, str]]:
@@ -132,38 +216,72 @@ def _history(record: dict) -> list[tuple[str, str]]:
     return list(zip(["user", "assistant"] * len(pairs), texts, strict=True))
 
 
-def _conversation(record: dict, name: str, place: str) -> Example:
-    turns, unused = _turns(record[name], name)
-    system = [(role, text, True) for role, text in _system(record)]  # (role, text, learned), as turns
-    if system and any(role == "system" for role, _, _ in turns):
+def _completion(record: dict, place: str) -> Example:
+    """Learn the answers of the completion; those of the prompt are shown."""
+    prompt, unused = _side(record, "prompt", "user")
+    completion, more = _side(record, "completion", "assistant")
+    turns = [*(turn._replace(learned=False) for turn in prompt), *completion]
+    return _conversation(record, turns, unused | more, ("prompt", "completion"), place)
+
+
+def _side(record: dict, name: str, role: str) -> tuple[list[Turn], set[str]]:
+    """Read a prompt or a completion: a list of turns, or the text of one turn of `role`."""
+    if isinstance(record[name], list):
+        return _turns(record[name], "messages")
+    return [Turn(role, _text(record, name), role == "assistant")], set()
+
+
+def _conversation(record: dict, turns: list[Turn], unused: set[str], used: tuple[str, ...], place: str) -> Example:
+    system = [Turn(role, text, False) for role, text in _system(record)]
+    if system and any(turn.role in LEADING for turn in turns):
         raise ValueError("the record has both 'system' and a turn of the system: keep one of them")
-    first = next((i for i, (role, _, _) in enumerate(turns) if role == "user"), len(turns))
-    turns = system + [turn for i, turn in enumerate(turns) if turn[0] != "assistant" or i > first]
-    answers = [learned for role, _, learned in turns if role == "assistant"]  # whether each is learned
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    turns = system + [turn for i, turn in enumerate(turns) if turn.role != "assistant" or i > first]
+    answers = [turn.learned for turn in turns if turn.role == "assistant"]
     if answers and not any(answers):
         raise ValueError("no answer to learn from: all of them have weight 0, or train is false")
-    while turns and not (turns[-1][0] == "assistant" and turns[-1][2]):
+    while turns and not (turns[-1].role == "assistant" and turns[-1].learned):
         turns.pop()  # nothing after the last learned answer changes what is learned
-    not_learned = tuple(i for i, (role, _, learned) in enumerate(turns) if role == "assistant" and not learned)
-    unused |= set(unused_fields(record, (name, "system", "weight")))
-    return Example(tuple((role, text) for role, text, _ in turns), not_learned, tuple(sorted(unused)), place)
+    not_learned = tuple(i for i, turn in enumerate(turns) if turn.role == "assistant" and not turn.learned)
+    parts = Parts({i: turn.fields for i, turn in enumerate(turns) if turn.fields})
+    unused |= set(unused_fields(record, (*used, "system", "weight", "tools")))
+    texts = tuple((turn.role, turn.text) for turn in turns)
+    return Example(texts, not_learned, parts, tuple(sorted(unused)), place)
 
 
-def _turns(turns: Any, name: str) -> tuple[list[tuple[str, str, bool]], set[str]]:
+def _turns(turns: Any, name: str) -> tuple[list[Turn], set[str]]:
     """Return (role, text, learned) for each turn, and the names of ignored fields."""
     pairs = [("role", "content"), ("from", "value")]  # either pair under either name, since files mix them
     expected, other = pairs if name == "messages" else pairs[::-1]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"a conversation must be a list of turns with the keys {expected[0]} and {expected[1]}")
-    read: list[tuple[str, str, bool]] = []
+    read: list[Turn] = []
     unused: set[str] = set()
     for turn in turns:
         role_key, text_key = other if other[0] in turn and expected[0] not in turn else expected
         role = _role(_text(turn, role_key))
         refuse_unsupported(turn, "turn")
-        read.append((role, _text(turn, text_key), is_learned(turn, role)))
-        unused |= {f"{field} of a turn" for field in unused_fields(turn, (role_key, text_key, *SWITCHES))}
+        fields = read_fields(turn, role)
+        content = _joined(turn.get(text_key))
+        if "tool_calls" in fields and is_empty(content):
+            content = ""  # OpenAI writes null beside a call
+        read.append(Turn(role, _text({text_key: content}, text_key), is_learned(turn, role), fields))
+        used = (role_key, text_key, "tool_calls", THOUGHT, *fields, *SWITCHES)
+        unused |= {f"{field} of a turn" for field in unused_fields(turn, used)}
     return read, unused
+
+
+def _joined(content: Any) -> Any:
+    """Join the parts of a content into one text; what is no list stays as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"a part of the content is {_shown(part)}, but only {TEXT_PART} can be learned: leave it out"
+            )
+    return "".join(part["text"] for part in content)
 
 
 def _system(record: dict) -> list[tuple[str, str]]:
@@ -172,8 +290,8 @@ def _system(record: dict) -> list[tuple[str, str]]:
 
 
 def _role(name: str) -> str:
-    if name in TOOL_ROLES:
-        raise ValueError(f"a turn of {name!r} belongs to a tool call, which cannot be learned here: leave it out")
+    if name in OTHER_TOOL_ROLES:
+        raise ValueError(f"a turn of {name!r} is not read: write calls as 'tool_calls' of an answer, results as 'tool'")
     if name not in ROLES:
         raise ValueError(f"unknown role {name!r}: a role is one of {', '.join(ROLES)}")
     return ROLES[name]
@@ -181,30 +299,13 @@ def _role(name: str) -> str:
 
 def _text(record: dict, key: str) -> str:
     if not isinstance(record.get(key), str):
-        raise ValueError(f"{key!r} must be text, found {json.dumps(record.get(key))[:60]}")
+        raise ValueError(f"{key!r} must be text, found {_shown(record.get(key))}")
     return OUTER_SPACE.sub("", record[key].rstrip())
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=repr).strip('"')[:60]  # in Python, a table may hold dates and bytes
 
 
 def _optional_text(record: dict, key: str) -> str:
     return "" if is_empty(record.get(key)) else _text(record, key)  # some files say null
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("line 3" or "record 3", parsed JSON) for each record of the file."""
-    text = _read(path)
-    if text.lstrip().startswith("["):
-        records = parse(text, str(path), line=1, expected="a JSON list")
-        yield from ((f"record {i}", record) for i, record in enumerate(records, 1))
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at U+2028, legal in JSON
-        if line.strip():
-            yield f"line {number}", parse(line, str(path), line=number, expected="one JSON object per line")
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f'no data file at {path}: give a path to a JSON-lines file, or "docstrings"')
-    try:
-        return path.read_text(encoding="utf-8-sig")  # -sig: Windows editors add a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error

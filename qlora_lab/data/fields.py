@@ -10,25 +10,27 @@ from collections.abc import Iterable
 
 SWITCHES = ("weight", "train", "training", "loss")  # of a turn: 0 or false means shown but not learned
 # Reasons, which end up in errors.
-TOOLS = "tool calls cannot be learned here"
+TOOLS = "tools are read from 'tools' of a record, calls from 'tool_calls' of an answer, results from turns of 'tool'"
 MEDIA = "images, sound and video cannot be learned here"
 PREFERENCES = "preferences cannot be learned here"
 PARTS = "a turn is learned as a whole or not at all"
-THOUGHTS = "thoughts are read from the text alone, as <think>...</think>"
+THOUGHTS = "thoughts are read from 'reasoning_content', or from the text as <think>...</think>"
 OPTIONS = "a record cannot set options of the template"
 UNSUPPORTED = {
-    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id", "documents"), TOOLS),
+    **dict.fromkeys(("functions", "function_call"), TOOLS),
+    "documents": "documents beside the texts cannot be learned here",
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), MEDIA),
     **dict.fromkeys(("chosen", "rejected", "kto_tag", "rejected_response"), PREFERENCES),
     **dict.fromkeys(("train_detail", "training_detail", "loss_scale"), PARTS),
     **dict.fromkeys(("chat_template", "chat_template_kwargs"), OPTIONS),
 }
-UNSUPPORTED_IN_TURNS = UNSUPPORTED | dict.fromkeys(("thinking", "reasoning", "reasoning_content"), THOUGHTS)
+UNSUPPORTED_IN_RECORDS = UNSUPPORTED | dict.fromkeys(("tool_calls", "tool_call_id"), TOOLS)
+UNSUPPORTED_IN_TURNS = UNSUPPORTED | {"tools": TOOLS} | dict.fromkeys(("thinking", "reasoning"), THOUGHTS)
 
 
 def refuse_unsupported(values: dict, where: str) -> None:
     """Raise ValueError for the first field that asks for something unsupported. where: "record" or "turn"."""
-    for name, reason in (UNSUPPORTED if where == "record" else UNSUPPORTED_IN_TURNS).items():
+    for name, reason in (UNSUPPORTED_IN_RECORDS if where == "record" else UNSUPPORTED_IN_TURNS).items():
         if not is_empty(values.get(name)):
             raise ValueError(f"the {where} has {name!r}, but {reason}: leave it out")
     for name in SWITCHES if where == "record" else ():  # a record may not ask to count less: only turns have switches

@@ -9,6 +9,7 @@ would never learn to stop. If the template marks what is generated, exactly that
 Not here: where an answer stands (chat_template.py); tokens of a text (tokens.py); data sets and batches (dataset.py).
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING
 from qlora_lab.data.chat_template import Answer, ChatTemplate, Span, ends
 from qlora_lab.data.examples import Example, Turns
 from qlora_lab.data.tokens import Tokens, encode_messages_as_text, end_prompt_at, tokenise
+from qlora_lab.data.tool_calls import Parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+NO_PARTS = Parts()
 IGNORED = -100  # the ignore_index of torch.nn.functional.cross_entropy
 # Which token ends an answer depends on the template alone, so any conversation shows it.
 PROBE = Example((("user", "2 + 2?"), ("assistant", "4")))
@@ -69,12 +72,15 @@ def _are(count: int, noun: str) -> str:
     return f"{count:,} {noun} is" if count == 1 else f"{count:,} {noun}s are"
 
 
-def prompt_ids(messages: Turns, tokenizer: "Tokenizer", clock: datetime | None = None) -> list[int]:
+def prompt_ids(
+    messages: Turns, tokenizer: "Tokenizer", clock: datetime | None = None, parts: Parts = NO_PARTS
+) -> list[int]:
     """Return the tokens that a model gets before it answers: the conversation so far and the opening of an answer.
 
-    clock: the time that a template writes; None: now. Raises ValueError for what the template or tokenizer refuses.
+    clock: the time that a template writes; None: now. parts: those of the messages (Example.parts).
+    Raises ValueError for what the template or tokenizer refuses.
     """
-    template = ChatTemplate(tokenizer, clock)  # reads the template once
+    template = ChatTemplate(tokenizer, clock, parts)  # reads the template once
     tokens = tokenise(template.render(messages, opens_answer=True), tokenizer)
     if template.is_spelt_in(messages):
         encode_messages_as_text(tokens, messages, template.places(messages, tokens.text, opens_answer=True), template)
@@ -111,14 +117,18 @@ def end_token_id(tokenizer: "Tokenizer") -> int:
 
 def _encode(example: Example, template: ChatTemplate, max_length: int | None) -> Encoded | int:
     turns = example.messages
+    template = template.of(example.parts)
     tokens = tokenise(template.render(turns), template.tokenizer)
     if max_length is not None and len(tokens.ids) > max_length:
         return len(tokens.ids)
     places = template.places(turns, tokens.text)
     spelt = template.is_spelt_in(turns)  # text that looks like a control token must not act as one
     control_texts = encode_messages_as_text(tokens, turns, places, template) if spelt else 0
-    closed = ends(turns, places)  # turn -> where its content ends
-    learned = _learned(example, template.answers(turns, tokens.text, closed))
+    hidden = template.hidden_thoughts(turns, places)
+    closed = ends(turns, places, example.parts.calling)  # turn -> where its content ends
+    answers = template.answers(turns, tokens.text, closed)
+    learned = _learned(example, {i: answer for i, answer in answers.items() if i not in hidden})
+    _check_shown(turns, closed)
     for answer in learned.values():
         for place in answer.openings:
             end_prompt_at(tokens, place, template)  # else a token could span question and answer
@@ -126,10 +136,17 @@ def _encode(example: Example, template: ChatTemplate, max_length: int | None) ->
         return len(tokens.ids)
     # The mask of the loss: learn only the answers and their end tokens.
     labels = [IGNORED] * len(tokens.ids)
-    for start, stop in _learned_spans(learned, turns, tokens, closed.get(len(turns) - 2), template.control_names):
+    for start, stop in _learned_spans(example, learned, tokens, closed, template.control_names):
         positions = tokens.within(start, stop)  # a slice of tokens
         labels[positions] = tokens.ids[positions]
     return Encoded(tokens.ids, labels, _notes(example, learned, control_texts))
+
+
+def _check_shown(turns: Turns, closed: dict[int, int]) -> None:
+    """Raise ValueError for a text beside the answers that the template drops without a word."""
+    for i, (role, content) in enumerate(turns):
+        if role != "assistant" and content.strip() and i not in closed:
+            raise ValueError(f"the chat template does not show the {role} turn {content[:60]!r}: use another template")
 
 
 def _learned(example: Example, answers: dict[int, Answer]) -> dict[int, Answer]:
@@ -142,34 +159,57 @@ def _learned(example: Example, answers: dict[int, Answer]) -> dict[int, Answer]:
 
 
 def _notes(example: Example, learned: dict[int, Answer], control_texts: int) -> Notes:
-    empty = sum(not example.messages[i][1].strip() for i in learned)
+    empty = sum(not example.messages[i][1].strip() for i in learned if i not in example.parts.calling)
     answers = sum(role == "assistant" for role, _ in example.messages) - len(example.not_learned)
     return Notes(empty, answers - len(learned), sum(not answer.whole for answer in learned.values()), control_texts)
 
 
 def _learned_spans(
-    learned: dict[int, Answer], turns: Turns, tokens: Tokens, question_end: int | None, control: dict[int, str]
+    example: Example, learned: dict[int, Answer], tokens: Tokens, closed: dict[int, int], control: dict[int, str]
 ) -> list[Span]:
     """Return the span of each answer with its end token.
 
     A control token after an answer ends it if the last answer ends with it too, or if this token and the next are the
     two that follow a question. In a template that ends no turn, the next header's token is neither.
     """
-    last_end, _ = _ending(tokens, learned[len(turns) - 1].stop, control)
-    closing = _ending(tokens, question_end, control)
+    last = len(example.messages) - 1
+    last_end, _ = _ending(tokens, learned[last].stop, control)  # None behind the texts of a tool call
+    closing = _ending(tokens, closed.get(last - 1), control)
     spans = []  # characters of the text
     for i, answer in learned.items():
         end, following = _ending(tokens, answer.stop, control)
-        ends_it = end is not None and (end == last_end or (following is not None and (end, following) == closing))
-        stop = tokens.stops[tokens.control_after(answer.stop, control)] if ends_it else None
+        if i in example.parts.calling:
+            position = _end_of_calls(tokens, answer.stop, closed.get(i + 1), last_end, control)
+        elif end is not None and (end == last_end or (following is not None and (end, following) == closing)):
+            position = tokens.control_after(answer.stop, control)
+        else:
+            position = None
+        stop = None if position is None else tokens.stops[position]
         if stop is None or (answer.generated and answer.generated[1] < stop):
             within = " in its {% generation %} block" if answer.generated else ""
-            raise ValueError(
-                f"the chat template ends {turns[i][1][:60]!r} without a special token{within}, so the model would "
-                "never stop: use another template"
-            )
+            said = example.messages[i][1][:60] or "a tool call"
+            advice = "use another template" if i == last else "use another template, or last_answer_only"
+            fault = f"without a special token{within}, so the model would never stop"
+            raise ValueError(f"the chat template ends {said!r} {fault}: {advice}")
         spans.append(answer.generated or (answer.start, stop))
     return spans
+
+
+def _end_of_calls(
+    tokens: Tokens, stop: int, result: int | None, last_end: int | None, control: dict[int, str]
+) -> int | None:
+    """Return the position of the token that ends a turn whose last call has its last text before `stop`.
+
+    That is the first that ends the last answer, or else the first control token. result: where the call's result ends;
+    None for the last turn, after whose end only control tokens may follow.
+    """
+    after = range(bisect_left(tokens.starts, stop), len(tokens.ids))
+    ending = [i for i in after if (result is None or tokens.starts[i] < result) and tokens.is_control(i, control)]
+    if result is None and ending:
+        rest = [tokens.text[tokens.starts[i] : tokens.stops[i]] for i in after if i > ending[0] and i not in ending]
+        if "".join(rest).strip():
+            return None
+    return next((i for i in ending if tokens.ids[i] == last_end), next(iter(ending), None))
 
 
 def _ending(tokens: Tokens, place: int | None, control: dict[int, str]) -> tuple[int | None, int | None]:

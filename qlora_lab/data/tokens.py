@@ -107,6 +107,8 @@ def _spelling_spans(text: str, turns: Turns, places: list[Place], template: Chat
     spans: list[Span] = []
     begun = None  # turn, first and one-past-last character of a message that is not closed yet
     for turn, offset, place in places:
+        if offset < 0:  # in a part, which may spell none
+            continue
         if begun and begun[0] != turn:
             spans.append(begun[1:])
             begun = None

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from qlora_lab.adapters.lora import adapters
+from qlora_lab.adapters.adapter import Adapter, adapters, method_of
 from qlora_lab.data.dataset import IGNORED, Encoded, EncodeReport, collate, pad_token_id
 from qlora_lab.data.labels import end_token_id
-from qlora_lab.doctor.dtype_policy import GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
+from qlora_lab.doctor.dtype_policy import COPIES, GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.modes import checkpointing, mode, own_draws
 from qlora_lab.train.limits import position_limit, too_long, unknown_token, used_tokens
@@ -185,15 +185,15 @@ def finite_values(model: nn.Module, batch: Batch) -> Finding:
 
 
 def live_adapters(model: nn.Module, batch: Batch, name: str = LIVE) -> Finding:
-    """Check that one step of AdamW moves every lora_B and nothing that is frozen."""
+    """Check that one step of AdamW moves every adapter and nothing that is frozen."""
     frozen = _checksums(model)  # name -> sum of bytes
     with _borrowed(model, training=True) as trained:
-        # lora_B, because lora_A has no gradient while lora_B is zero
-        before = {path: layer.lora_B.clone() for path, layer in adapters(model).items()}
+        before = {path: _copies(adapter) for path, adapter in adapters(model).items()}
         _accumulate(model, [batch])
         if trained:
             torch.optim.AdamW(trained, lr=Settings.lr).step()
-        dead = [path for path, layer in adapters(model).items() if torch.equal(layer.lora_B, before[path])]
+        # one tensor is enough: lora_A has no gradient while lora_B is zero
+        dead = [path for path, adapter in adapters(model).items() if _same(_copies(adapter), before[path])]
     changed = [key for key, value in _checksums(model).items() if frozen[key] != value]
     if changed:
         return _finding(name, "problem", f"a step changed {_some(changed)} of the base, which is frozen")
@@ -201,6 +201,26 @@ def live_adapters(model: nn.Module, batch: Batch, name: str = LIVE) -> Finding:
         message = f"{len(dead)} of {len(before)} do not move in a step, their gradient is missing or 0: {_some(dead)}"
         return _finding(name, "problem", message)
     return _finding(name, "ok", f"one step moves all {len(before)}, and none of {len(frozen)} tensors of the base")
+
+
+def live_checkpointed(model: nn.Module, batch: Batch) -> Finding:
+    """Check the same with gradient checkpointing, which a prefix does without."""
+    if not _can_checkpoint(model):
+        return _finding(CHECKPOINTED, "ok", "leave it off: a prefix needs the keys and values that it drops")
+    with checkpointing(model):
+        return live_adapters(model, batch, CHECKPOINTED)
+
+
+def _can_checkpoint(model: nn.Module) -> bool:
+    return method_of(model) != "prefix"
+
+
+def _copies(adapter: Adapter) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in adapter.learned().values()]
+
+
+def _same(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
 
 
 def accumulation(
@@ -226,7 +246,7 @@ def accumulation(
     if not once.any():  # else the difference would be 0 / 0
         return _finding(ACCUMULATION, "problem", "there is no gradient at all")
     difference = ((once - added).norm() / once.norm()).item()  # relative
-    allowed = tolerance(model)
+    allowed = tolerance(model, sum(len(example.input_ids) for example in examples))
     message = f"{len(examples)} at once and {len(examples)} times 1 differ by {difference:.1e} of the gradient"
     if difference <= allowed:
         return _finding(ACCUMULATION, "ok", f"{message}; rounding explains up to {allowed:.1e}")
@@ -298,7 +318,8 @@ def memory(policy: DtypePolicy, full: int, checkpointed: int, free: int | None, 
 
     full, checkpointed: bytes of activations for `tokens` tokens at once, without and with gradient checkpointing.
     """
-    extra = sum(row.nbytes for row in policy.rows if row.what in (GRADIENTS, MOMENTS))  # bytes that the first step adds
+    first = (GRADIENTS, COPIES, MOMENTS)  # made by the first step
+    extra = sum(row.nbytes for row in policy.rows if row.what in first)  # bytes
     message = (
         f"{_mib(extra)} of gradients and moments, {_mib(full)} of activations for {tokens:,} tokens at once "
         f"({_mib(checkpointed)} with gradient checkpointing; measured on short examples and scaled)"
@@ -318,10 +339,12 @@ def memory(policy: DtypePolicy, full: int, checkpointed: int, free: int | None, 
 def activations(model: nn.Module, batch: Batch, tokens: int) -> tuple[int, int]:
     """Return the bytes kept for the backward pass of `tokens` tokens, without and with gradient checkpointing."""
     full = _kept(model, batch)  # bytes
+    measured = batch["input_ids"].numel()  # tokens of the batch, padding included
+    if not _can_checkpoint(model):
+        return full * tokens // measured, full * tokens // measured
     with checkpointing(model):
         # plus one layer at a time, recomputed in the backward pass
         less = _kept(model, batch) + full // max(1, getattr(model.config, "num_hidden_layers", 1))
-    measured = batch["input_ids"].numel()  # tokens of the batch, padding included
     return full * tokens // measured, min(full, less) * tokens // measured
 
 

@@ -7,20 +7,26 @@ from qlora_lab.data.examples import Example
 from qlora_lab.data.labels import Notes
 from qlora_lab.doctor.checks import ASKED, TEXTS, Finding, _finding
 
+ORDER = ("system", "developer", "user", "assistant", "tool")  # of roles, in the finding
 
-def asked_for(examples: Sequence[Example]) -> Finding:
-    """Count turns by role, answers that are shown but not learned, and fields that were not used."""
+
+def asked_for(examples: Sequence[Example], skipped: Sequence[str] = ()) -> Finding:
+    """Count turns by role, answers that are shown but not learned, fields not used, and records that were skipped."""
     if not examples:
         return _finding(ASKED, "ok", "not checked: the data came as tokens")
     roles = Counter(role for example in examples for role, _ in example.messages)
-    turns = ", ".join(f"{roles[role]:,} {role}" for role in ("system", "user", "assistant") if roles[role])
+    turns = ", ".join(
+        f"{roles[role]:,} {role}" for role in ("system", "developer", "user", "assistant", "tool") if roles[role]
+    )
     message = f"{len(examples):,} examples with the turns {turns}"
     if masked := sum(len(example.not_learned) for example in examples):
         message += f"; {masked:,} answers are shown but not learned, as their records ask"
     unused = Counter(name for example in examples for name in example.unused)
     if unused:
         message += f"; fields not used: {', '.join(f'{name} ({count:,})' for name, count in unused.most_common())}"
-    return _finding(ASKED, "ok", message)
+    if skipped:
+        message += f"; {len(skipped):,} skipped, the first: {skipped[0]}"
+    return _finding(ASKED, "warning" if skipped else "ok", message)
 
 
 def texts(notes: Notes, seen: int, as_tokens: bool = False) -> Finding:

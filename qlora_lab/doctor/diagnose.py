@@ -4,7 +4,7 @@ It examines a sample of the data: the tokens of 32 examples, and steps on 8 shor
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import wrap
@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from qlora_lab.adapters.lora import adapters
+from qlora_lab.adapters.adapter import adapters
 from qlora_lab.data.dataset import Encoded, EncodeReport, collate, encode_all, load_data, show_labels
-from qlora_lab.data.examples import Example
+from qlora_lab.data.examples import Example, Examples, last_answer_only
 from qlora_lab.data.labels import Notes
 from qlora_lab.doctor import checks
 from qlora_lab.doctor.checks import Finding
 from qlora_lab.doctor.data_checks import asked_for, texts
 from qlora_lab.doctor.dtype_policy import DtypePolicy, dtype_policy
 from qlora_lab.doctor.free_memory import free_memory
-from qlora_lab.model.modes import checkpointing
 from qlora_lab.train.limits import fill_id
 from qlora_lab.train.loop import shuffled
 from qlora_lab.train.settings import Settings
@@ -73,25 +72,30 @@ USUAL = Settings()  # a run with the defaults
 def diagnose(
     model: "PreTrainedModel",
     tokenizer: "Tokenizer",
-    data: str | Path | Sequence[Example] | Sequence[Encoded] = "docstrings",
+    data: str | Path | Iterable = "docstrings",
     settings: Settings = USUAL,
     *,
+    skip_bad: bool = False,
     progress: bool = True,
 ) -> Report:
     """Examine a run before it starts; this takes about as long as six of its steps on short examples.
 
     data: as for finetune, or examples that you encoded yourself. settings: of the planned run; max_length, batch_size
-    (rows at once), optimizer_bits, packing and seed count here.
+    (rows at once), optimizer_bits, last_answer_only, packing and seed count here. skip_bad: as for finetune.
     Raises ValueError for a model without adapters, data without a short enough example, or a setting out of range.
     """
     adapters(model)  # raises if there is none
     policy = dtype_policy(model, settings.optimizer_bits)  # before steps create gradients
-    examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
-    encoded, counts = _sample(examples, tokenizer, settings, progress)
+    as_tokens = isinstance(data, Sequence) and data and isinstance(data[0], Encoded)
+    examples = list(data) if as_tokens else load_data(data, skip_bad=skip_bad, progress=progress)
+    if settings.last_answer_only and not as_tokens:
+        examples = last_answer_only(examples)
+    encoded, counts = _sample(examples, tokenizer, settings, skip_bad, progress)
     findings = [checks.end_tokens(encoded, tokenizer), checks.learned_tokens(encoded)]
     findings.append(checks.left_out(counts, settings.max_length))
     records = [example for example in examples if isinstance(example, Example)]  # none if the data came as tokens
-    findings += [asked_for(records), texts(counts.notes, len(encoded), as_tokens=not records)]
+    skipped = [*getattr(examples, "skipped", ()), *counts.skipped]
+    findings += [asked_for(records, skipped), texts(counts.notes, len(encoded), as_tokens=not records)]
     findings += [checks.trained_share(policy), checks.new_tokens(model, tokenizer, encoded)]
     unseen = [checks.POSITIONS]
     if readable := findings[-1].status != "problem":  # otherwise no step can be made
@@ -104,14 +108,10 @@ def diagnose(
     tokens = settings.batch_size * settings.max_length  # at once, in the planned run
     free = free_memory(next(model.parameters()).device)  # before the steps below take some
 
-    def live_checkpointed() -> Finding:
-        with checkpointing(model):
-            return checks.live_adapters(model, batch, checks.CHECKPOINTED)
-
     steps = {
         checks.FINITE: lambda: checks.finite_values(model, batch),
         checks.LIVE: lambda: checks.live_adapters(model, batch),
-        checks.CHECKPOINTED: live_checkpointed,
+        checks.CHECKPOINTED: lambda: checks.live_checkpointed(model, batch),
         checks.ACCUMULATION: lambda: checks.accumulation(model, few, pad_id),
         checks.PACKED: lambda: checks.packed_rows(model, few, settings.packing),
         checks.MEMORY: lambda: checks.memory(policy, *checks.activations(model, batch, tokens), free, tokens),
@@ -126,14 +126,17 @@ def diagnose(
     return Report(tuple(findings), (*unseen, *steps), show_labels(encoded[0], tokenizer), policy)
 
 
-def _sample(examples: list, tokenizer, settings: Settings, progress: bool) -> tuple[list[Encoded], EncodeReport]:
+def _sample(
+    examples: list, tokenizer, settings: Settings, skip_bad: bool, progress: bool
+) -> tuple[list[Encoded], EncodeReport]:
     """Return up to SAMPLED examples that are short enough, drawn as the trainer does, and counts of the others."""
     max_length = settings.max_length
     examples = shuffled(examples, settings.seed)  # as the trainer draws its sample
     if not examples or isinstance(examples[0], Example):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the findings repeat them
-            return encode_all(examples, tokenizer, max_length, SAMPLED, progress)
+            drawn = Examples(examples, skip_bad=skip_bad)
+            return encode_all(drawn, tokenizer, max_length, SAMPLED, progress)
     lengths = [len(example.input_ids) for example in examples]
     kept = [example for example in examples if len(example.input_ids) <= max_length]
     if not kept:

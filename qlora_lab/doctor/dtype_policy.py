@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from qlora_lab.adapters.adapter import has_adapters, method_of
 from qlora_lab.adapters.model_tensors import ADAPTER, EMBEDDINGS, HEAD, LINEAR, PACKED, model_tensors
 from qlora_lab.optim.paged_adamw import UNIT
 
@@ -23,6 +24,7 @@ OTHER_TRAINED = "other trained weights"
 WORDS = {LINEAR: WEIGHTS, EMBEDDINGS: EMBEDDINGS, HEAD: HEAD} | dict.fromkeys(ADAPTER, ADAPTERS)
 GRADIENTS = "gradients"
 MOMENTS = "moments"
+COPIES = "master copies"
 COLUMNS = ("what", "dtype", "elements", "bytes", "bits each")
 
 
@@ -110,6 +112,8 @@ def dtype_policy(model: nn.Module, optimizer_bits: int = 32) -> DtypePolicy:
     trained = [tensor.trained for tensor in tensors if tensor.trained is not None]
     rows = [(tensor.what, tensor.dtype, tensor.elements, tensor.nbytes) for tensor in tensors]
     rows += [(GRADIENTS, _name(p.dtype), p.numel(), p.nbytes) for p in trained]
+    copied = [p for p in trained if _is_whole(model) and p.dtype != torch.float32]
+    rows += [(COPIES, "float32", p.numel(), 4 * p.numel()) for p in copied]
     together, size = UNIT[optimizer_bits]  # elements in a block, and its bytes
     moments = "float32" if optimizer_bits == 32 else f"8-bit codes, blocks of {together}"
     # Each parameter starts a new block, so bytes are not proportional to elements.
@@ -136,10 +140,16 @@ def _tensors(model: nn.Module) -> Iterator[_Tensor]:
         kinds = seen.setdefault(tensor, [])  # by identity: a tied head is one tensor of two kinds
         if (what := WORDS.get(kind, "norms, biases, buffers")) not in kinds:
             kinds.append(what)
+    known = _is_whole(model)  # all of it is saved
     for tensor, kinds in sorted(seen.items(), key=lambda item: ADAPTERS in item[1]):
         trained = tensor if tensor.requires_grad else None
-        what = " and ".join(kinds) if trained is None or kinds == [ADAPTERS] else OTHER_TRAINED
+        what = " and ".join(kinds) if known or trained is None or kinds == [ADAPTERS] else OTHER_TRAINED
         yield _Tensor(what, _name(tensor.dtype), tensor.numel(), tensor.nbytes, tensor.numel(), trained)
+
+
+def _is_whole(model: nn.Module) -> bool:
+    """Whether all weights learn, those of 16 bits by float32 copies."""
+    return has_adapters(model) and method_of(model) == "full"
 
 
 def _sums(rows: list[tuple[str, str, int, int]]) -> Iterator[Row]:

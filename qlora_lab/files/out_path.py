@@ -1,6 +1,7 @@
 """Check the path that a user names for results, before anything is computed."""
 
 import errno
+import os
 from pathlib import Path
 
 
@@ -22,6 +23,33 @@ def out_folder(path: str | Path) -> Path:
     except UnicodeEncodeError:
         raise ValueError(f"{ascii(str(path))} is not UTF-8, so no weights can be written there: name another") from None
     return Path(path)
+
+
+def check_apart(out: str | Path, *inputs: str | Path) -> None:
+    """Raise ValueError if `out` lies in a folder that is read for it, or contains one. The same path is allowed here.
+
+    A lock, a scratch folder and the result would lie among files that are somebody's own. An input that is not there,
+    such as the name of a model on a hub, is apart.
+    """
+    place = resolved(out)
+    for source in inputs:
+        if not resolved(source).exists():
+            continue
+        check_outside(out, source)
+        if place in resolved(source).parents:
+            raise ValueError(f"{out} contains {source}, which is an input: choose a folder beside it")
+
+
+def check_outside(out: str | Path, source: str | Path) -> None:
+    """Raise ValueError if `out` lies in the folder `source`. It may contain it, as a run may lie beside its model."""
+    if resolved(source) in resolved(out).parents:
+        raise ValueError(f"{out} lies inside {source}, which is an input: choose a place outside of it")
+
+
+def check_outside_model(out: str | Path, model: str | Path | None) -> None:
+    """Do the same for what a model was loaded from, if that is a folder: a name on the hub is none."""
+    if model and os.path.isfile(os.path.join(model, "config.json")):
+        check_outside(out, model)
 
 
 def resolved(path: str | Path) -> Path:

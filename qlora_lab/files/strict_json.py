@@ -15,6 +15,7 @@ from reprlib import repr as short
 from typing import Any, NamedTuple
 
 LARGEST = 16 * 2**20  # bytes: ten times the longest settings of a model, a list of its layers
+MOST_DIGITS = 4_300  # of a whole number: Python's own limit, which a user can lift; reading a million takes seconds
 DEEPEST = 64  # nested lists and objects; a tokenizer.json has about ten levels
 
 
@@ -87,7 +88,7 @@ def read_json(
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {short(content)}: it must be a JSON object")
     if "\\u" in text:  # only an escape can spell half of a surrogate pair
-        _check_characters(content, str(path))
+        check_characters(content, str(path))
     check_keys(content, rules or {}, str(path), needed)
     return content
 
@@ -122,6 +123,7 @@ def parse(
             text,
             object_pairs_hook=_without_repeats,
             parse_float=_finite,
+            parse_int=_whole,
             parse_constant=_constant if infinity else _no_constant,
         )
     except json.JSONDecodeError as error:
@@ -131,8 +133,6 @@ def parse(
         raise ValueError(f"{place}: {_TOO_DEEP}") from None
     except _RefusedError as error:
         raise ValueError(f"{place}: {error}") from None
-    except ValueError:  # from int(), which limits digits
-        raise ValueError(f"{place}: a number has too many digits; expected {expected}") from None
     if not _is_flat(value):
         raise ValueError(f"{place}: {_TOO_DEEP}")
     return value
@@ -154,6 +154,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict:
         repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise _RefusedError(f"the key {short(repeated)} appears twice: keep one of them")
     return content
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise _RefusedError(f"a number has too many digits: write one of at most {MOST_DIGITS:,}")
+    return int(digits)
 
 
 def _finite(digits: str) -> float:
@@ -180,7 +186,7 @@ def _is_flat(value: Any) -> bool:
     return not any(isinstance(part, (dict, list)) for part in level)
 
 
-def _check_characters(content: dict, where: str) -> None:
+def check_characters(content: dict, where: str) -> None:
     """Raise ValueError for half of a surrogate pair, which JSON can spell but UTF-8 cannot hold."""
     try:
         json.dumps(content, ensure_ascii=False).encode("utf-8")

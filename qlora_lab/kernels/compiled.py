@@ -1,6 +1,7 @@
 """Compile for all cores, keep the machine code on disk, and run it with as many threads as torch has.
 
 torch.compile cannot trace that, so `opaque` keeps it out of its graphs: numba's machine code runs between two of them.
+Products need no `opaque`: while a model is compiled they are operations of torch (model/product_ops.py).
 The GPU's kernels are operations of torch (triton/ops.py) and stay in the graph.
 """
 

@@ -11,7 +11,7 @@ import torch
 from numba import prange
 
 from qlora_lab.kernels import cpu, vector as v
-from qlora_lab.kernels.compiled import opaque, parallel, run
+from qlora_lab.kernels.compiled import parallel, run
 from qlora_lab.kernels.elements import FORM, read16, view, write
 from qlora_lab.kernels.packed_weight import PackedWeight
 
@@ -78,7 +78,6 @@ def can_multiply(columns: int, weight: PackedWeight) -> bool:
     return 8 < len(weight.levels) <= 16 and block_size % 32 == 0 and columns % block_size == 0 and cpu.FAST
 
 
-@opaque
 def multiply_blocks(x: torch.Tensor, weight: PackedWeight, rows: int) -> torch.Tensor:
     """Multiply by W^T: (tokens, columns) float32, bf16 or fp16 -> (tokens, rows), same dtype.
 

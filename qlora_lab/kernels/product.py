@@ -29,7 +29,6 @@ from typing import NamedTuple
 import torch
 
 from qlora_lab.kernels import cpu, few_tokens
-from qlora_lab.kernels.compiled import opaque
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 OVERRIDE = "QLORA_LAB_PRODUCTS"
@@ -154,7 +153,6 @@ def panel_width(rows: int, columns: int, block_size: int) -> int:
     return width - width % block_size if width > block_size else width
 
 
-@opaque
 def forward(x: torch.Tensor, weight: PackedWeight, rows: int, thin: Thin | None = None) -> torch.Tensor:
     """Multiply by W^T: (tokens, columns) -> (tokens, rows)."""
     columns = x.shape[1]  # of W
@@ -173,7 +171,6 @@ def forward(x: torch.Tensor, weight: PackedWeight, rows: int, thin: Thin | None 
     return _by_panels(x, rows, panel_height(columns, weight.block_size), panel_of, thin)
 
 
-@opaque
 def backward(grad: torch.Tensor, weight: PackedWeight, columns: int, thin: Thin | None = None) -> torch.Tensor:
     """Multiply by W: (tokens, rows) -> g W, (tokens, columns)."""
     rows = grad.shape[1]  # of W
@@ -188,7 +185,6 @@ def backward(grad: torch.Tensor, weight: PackedWeight, columns: int, thin: Thin 
     return _by_panels(grad, columns, panel_width(rows, columns, weight.block_size), panel_of, thin)
 
 
-@opaque
 def forward_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return x W^T in float32, (tokens, rows), for a bf16 or fp16 weight (rows, columns) that is not packed.
 
@@ -197,7 +193,6 @@ def forward_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _by_panels(x.float(), len(weight), panel_height(weight.shape[1]), partial(_widened_panel, weight), None)
 
 
-@opaque
 def backward_unpacked(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return g W in float32, (tokens, columns), from g (tokens, rows) float32; see forward_unpacked."""
     total = grad.new_zeros(len(grad), weight.shape[1])  # (tokens, columns)
@@ -212,7 +207,6 @@ def _widened_panel(weight: torch.Tensor, first: int, stop: int, dtype: torch.dty
     return _buffer("panel", (stop - first, weight.shape[1]), dtype).copy_(weight[first:stop])
 
 
-@opaque
 def outer(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return low^T x in float32, (r, columns), an adapter's gradient, from low (tokens, r) float32 and x."""
     total = low.new_zeros(low.shape[1], x.shape[1])  # (r, columns)

@@ -3,8 +3,8 @@
 Measuring changes no weight, no gradient, no random state and no training flag. (In some libraries it does.)
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from qlora_lab.data.dataset import encode_all, end_token_id, prompt_ids, to_device
-from qlora_lab.data.examples import Example, Turns
+from qlora_lab.data.examples import Example
 from qlora_lab.measure.rouge import rouge_l
 from qlora_lab.model.modes import measuring
 from qlora_lab.model.token_dependence import reads_padding
@@ -61,7 +61,9 @@ def generate(
     model: torch.nn.Module, tokenizer: "Tokenizer", question: str, max_new_tokens: int = 128, *, progress: bool = True
 ) -> str:
     """Answer a user's question greedily, under the tokenizer's chat template. Raises what held_out raises."""
-    return _answers(model, tokenizer, [(("user", question),)], max_new_tokens, progress)[0]
+    check_whole("max_new_tokens", max_new_tokens)
+    rows = [prompt_ids((("user", question),), tokenizer)]
+    return answers_to(model, tokenizer, rows, max_new_tokens, progress)[0]
 
 
 def generate_answers(
@@ -73,16 +75,22 @@ def generate_answers(
     progress: bool = True,
 ) -> list[str]:
     """Answer the prompts of `examples` greedily. Special tokens and outer white space are stripped."""
-    return _answers(model, tokenizer, [example.prompt for example in examples], max_new_tokens, progress)
+    check_whole("max_new_tokens", max_new_tokens)
+    rows = [prompt_ids(example.prompt, tokenizer, parts=example.parts) for example in examples]
+    return answers_to(model, tokenizer, rows, max_new_tokens, progress)
 
 
-def _answers(
-    model: torch.nn.Module, tokenizer: "Tokenizer", prompts: list[Turns], max_new_tokens: int, progress: bool
+def answers_to(
+    model: torch.nn.Module,
+    tokenizer: "Tokenizer",
+    rows: list[list[int]],
+    max_new_tokens: int,
+    progress: bool,
+    around: Callable[[list[int]], AbstractContextManager] | None = None,
 ) -> list[str]:
+    """Answer rows of tokens greedily. around: numbers of the rows in a batch -> what to enter while it is answered."""
     from transformers import GenerationConfig  # heavy, so not at the top
 
-    check_whole("max_new_tokens", max_new_tokens)
-    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]  # token ids
     check_tokens(model, tokenizer, {token for row in rows for token in row})
     longest = max(map(len, rows)) + max_new_tokens - 1  # the model never reads the last token
     fix = "ask a shorter question, or take fewer max_new_tokens (--max-new-tokens)"
@@ -95,7 +103,8 @@ def _answers(
     with measuring(model), _own_configuration_aside(model):
         for chosen in tqdm(batches, "answers", unit="batch", leave=False, disable=not progress):
             batch = to_device(_left_padded([rows[i] for i in chosen], fill), model)
-            generated = model.generate(**batch, generation_config=greedy)  # (batch, prompt + answer)
+            with around(chosen) if around else nullcontext():
+                generated = model.generate(**batch, generation_config=greedy)  # (batch, prompt + answer)
             new = generated[:, batch["input_ids"].shape[1] :].tolist()  # (batch, at most max_new_tokens)
             texts = tokenizer.batch_decode([_until(row, stop) for row in new], skip_special_tokens=True)
             answers |= zip(chosen, texts, strict=True)

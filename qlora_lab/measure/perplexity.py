@@ -7,6 +7,7 @@ tokenizer, length and windows.
 """
 
 import math
+import sys
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from qlora_lab.train.loss import batch_losses
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+LARGEST_LOSS = math.log(sys.float_info.max)  # its perplexity is the largest float
 WORD = 64  # tokens: a text that is cut within a word has other tokens at its end
 
 
@@ -41,14 +43,15 @@ def perplexity(
     *,
     progress: bool = True,
 ) -> float:
-    """Return the perplexity of the first `windows` windows of `length` tokens of `text`.
+    """Return the perplexity of the first `windows` windows of `length` tokens of `text`; infinity above 1.8e308.
 
     Raises ValueError if `text` is too short, if a window has no token to predict, or if the model lacks an embedding
     for a token or a position for a window's last token. Warns if a window is longer than the model was made for.
     """
     rows = text_windows(tokenizer, text, length, windows)
     check_windows_fit(model, tokenizer, rows)
-    return math.exp(fmean(window_losses(model, rows, progress)))  # all windows predict length - 1 tokens
+    loss = fmean(window_losses(model, rows, progress))  # all windows predict length - 1 tokens
+    return math.inf if loss > LARGEST_LOSS else math.exp(loss)
 
 
 def check_windows_fit(model: torch.nn.Module, tokenizer: "Tokenizer", rows: torch.Tensor) -> None:

@@ -1,4 +1,6 @@
-"""Read and append to the file of a sweep: one row per line, as JSON, in the order of the measurements.
+"""Read and append to a file of results: one row per line, as JSON, in the order of the measurements.
+
+A Kind says which fields a row has: SWEEP here, ABLATIONS in ablations.py.
 
 Each row ends with a checksum of itself; `qlora-lab verify` compares it, reading does not.
 A row counts once its new line is on the disk. A kill, a power cut or a full disk leaves a last line without one.
@@ -12,6 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +26,7 @@ from qlora_lab.files.strict_json import (
     OBJECT,
     SWITCH,
     TEXT,
+    Rule,
     check_keys,
     or_null,
     parse,
@@ -44,15 +48,28 @@ LARGEST = 64 * 2**20  # bytes; a row has about 4,000 for a model with 210 layers
 START = b'{"model": {"'  # of every row
 
 
-def identity(row: dict) -> str:
+@dataclass(frozen=True)
+class Kind:
+    """The rows of one kind of measurement."""
+
+    command: str  # that measures them
+    of: str  # what a row is a row of, for messages
+    rules: dict[str, Rule]  # of its fields
+    decisive: tuple[str, ...]  # fields that decide its figures
+
+
+SWEEP = Kind("sweep", "a sweep", ROW, IDENTITY)  # the default: it had its file before other kinds came
+
+
+def identity(row: dict, kind: Kind = SWEEP) -> str:
     """Return a text that is equal for two rows that measure the same. LookupError or TypeError if it is not a row."""
-    decides = {name: row[name] for name in IDENTITY}
+    decides = {name: row[name] for name in kind.decisive}
     decides["model"] = [row["model"][name] for name in ("weights_sha256", "config_sha256")]
     decides["data"] = row["data"]["tokens_sha256"]  # equal tokens, whatever the text's name
     return json.dumps(decides, sort_keys=True)
 
 
-def read_results(path: str | Path) -> list[dict]:
+def read_results(path: str | Path, kind: Kind = SWEEP) -> list[dict]:
     """Read the rows of a results file, without changing it; no rows if there is no file yet.
 
     A torn last line is left out, with a warning that quotes its start. Raises ValueError for a line that is not a row,
@@ -60,20 +77,24 @@ def read_results(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     _check_kind(path)
-    return _parsed(path, read_regular(path, LARGEST))[0] if path.exists() else []
+    return _parsed(path, read_regular(path, LARGEST), kind)[0] if path.exists() else []
 
 
 @contextmanager
-def open_results(path: Path) -> Iterator[tuple[list[dict], BinaryIO]]:
+def open_results(path: Path, kind: Kind = SWEEP) -> Iterator[tuple[list[dict], BinaryIO]]:
     """Yield the rows, and the file opened to append to, created if necessary. Raises what read_results raises.
 
     Cuts off a torn last line. Removes a file that it created and that got no row. BlockingIOError names the process
     that uses the file.
     """
     _check_kind(path)
-    with locked_file(path, "sweep"), _gone_if_empty(path), disk.open_for(path, "ab") as file:  # a write is one call
+    with (
+        locked_file(path, kind.command),
+        _gone_if_empty(path),
+        disk.open_for(path, "ab") as file,
+    ):  # a write is one call
         content = read_regular(path, LARGEST)
-        rows, end = _parsed(path, content)
+        rows, end = _parsed(path, content, kind)
         file.truncate(end)  # cuts off a torn line
         if end and content[end - 1 : end] != b"\n":  # the last row is whole but for its new line
             file.write(b"\n")
@@ -129,10 +150,10 @@ def _check_kind(path: Path) -> None:
         raise OSError(f"{path} is a folder or a device: name a file for the results")
 
 
-def _parsed(path: Path, content: bytes) -> tuple[list[dict], int]:
+def _parsed(path: Path, content: bytes, kind: Kind) -> tuple[list[dict], int]:
     """Parse the rows in `content`. Returns them and their end, in bytes."""
     *lines, last = content.split(b"\n")
-    rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]
+    rows = [_row(path, number, line, kind) for number, line in enumerate(lines, 1)]
     end = len(content) - len(last)
     if last:  # a whole write ends with a new line
         said = f"{path}: line {len(lines) + 1} was torn off"
@@ -140,20 +161,20 @@ def _parsed(path: Path, content: bytes) -> tuple[list[dict], int]:
             start = last[:60].decode("utf-8", "replace")
             said += f" and is left out, so its setting will run again; it began {start!r}"
         else:
-            rows.append(_row(path, len(lines) + 1, last))
+            rows.append(_row(path, len(lines) + 1, last, kind))
             end = len(content)
             said += " behind its last character, so nothing is lost"
         warnings.warn(said, stacklevel=3)
     return rows, end
 
 
-def _row(path: Path, number: int, line: bytes) -> dict:
+def _row(path: Path, number: int, line: bytes, kind: Kind) -> dict:
     try:
         row = parse(line.decode("utf-8-sig"), "it")  # an editor may have put a byte order mark before the first
-        check_keys(row, ROW, "it", ROW)
-        identity(row)  # LookupError if it lacks a checksum of the model or of the tokens
+        check_keys(row, kind.rules, "it", kind.rules)
+        identity(row, kind)  # LookupError if it lacks a checksum of the model or of the tokens
     except (ValueError, LookupError, TypeError) as error:
-        problem = f"line {number} is not a row of a sweep ({type(error).__name__}: {error})"
+        problem = f"line {number} is not a row of {kind.of} ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: {problem}: mend it, or name another file") from None
     return row
 

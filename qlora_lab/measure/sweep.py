@@ -15,7 +15,6 @@ Not here: the swap (in_place.py), the file (results_file.py), plots, and the blo
 import hashlib
 import math
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -32,7 +31,14 @@ from qlora_lab.files.out_path import out_path
 from qlora_lab.files.strict_json import TEXT, read_json
 from qlora_lab.measure.in_place import Source, Variant, checked, fitted, quantised, quantised_in_place
 from qlora_lab.measure.machine import machine
-from qlora_lab.measure.perplexity import check_windows, check_windows_fit, text_windows, topics_text, window_losses
+from qlora_lab.measure.perplexity import (
+    LARGEST_LOSS,
+    check_windows,
+    check_windows_fit,
+    text_windows,
+    topics_text,
+    window_losses,
+)
 from qlora_lab.measure.results_file import append_result, identity, open_results, with_checksum
 from qlora_lab.model.empty_model import stored_options
 from qlora_lab.model.fetch import resolve
@@ -44,8 +50,6 @@ from qlora_lab.train.identity import installed_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-LARGEST_LOSS = math.log(sys.float_info.max)  # its perplexity is the largest float
 
 
 def variants(
@@ -97,7 +101,7 @@ def sweep(
         source, tokenizer = _loaded(name_or_path, dtype, device, progress)
         tokens = text_windows(tokenizer, text, length, windows)  # (windows, length)
         check_windows_fit(source.model, tokenizer, tokens)
-        shared = {"model": _model_record(name_or_path, source.folder), "data": _data_record(data, text, tokens)}
+        shared = {"model": model_record(name_or_path, source.folder), "data": _data_record(data, text, tokens)}
         shared |= _run_record(source, tokens)
         measured = []
         bar = tqdm(settings, "sweep", unit="setting", disable=not progress)
@@ -162,7 +166,7 @@ def _run_record(source: Source, tokens: torch.Tensor) -> dict:
             "device": source.model.device.type,
         },
         "versions": {name: installed_version(name) for name in ("qlora-lab", "torch", "transformers")},
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine() | {"instructions": torch.backends.cpu.get_cpu_capability()},
     }
 
@@ -181,7 +185,7 @@ def _quantiser(variant: Variant, device: torch.device) -> str:
     return hashlib.sha256(restored.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def _model_record(name_or_path: str | Path, folder: Path) -> dict:
+def model_record(name_or_path: str | Path, folder: Path) -> dict:
     """Record a model's name and source, and checksums of its weights and config.json, which identify it."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
@@ -204,7 +208,7 @@ def _source_note(folder: Path) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Name the commit of the library's own checkout, with "-dirty" if files were changed; None if it is installed."""
     root = Path(__file__).parents[2]  # of the repository
     if not (root / ".git").exists():

@@ -12,13 +12,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qlora_lab.memory.setup import BYTES, Setup
+from qlora_lab.memory.learned import biased
+from qlora_lab.memory.setup import BYTES, LOW_RANK, Setup
 from qlora_lab.memory.shape import LinearShape, Shape
 
 FLOAT32 = 4
 # The kinds of activations: the names of their rows in the ledger.
 NORM, INPUT, ADAPTER = "inputs of norms", "inputs of linear layers", "adapters' inner products"
 ATTENTION, MASK, ROTARY = "attention", "attention masks", "rotary cosines and sines"
+TURNED = "outputs that DoRA turns"
 SWIGLU, CHECKPOINT, INDICES = "SwiGLU", "checkpoints", "indices and scalars"
 
 
@@ -33,11 +35,12 @@ class Kept(NamedTuple):
 
 
 LETTERS = "T tokens at once, d hidden, f inner, q queries, kv keys, h heads, r rank, n labels, V vocabulary, L layers"
+LETTERS += ", m bottleneck, p virtual tokens"
 
 
 def targeted(shape: Shape, setup: Setup) -> list[LinearShape]:
     """Return the linear layers of one layer that have an adapter. Raises ValueError for an unknown target."""
-    if setup.method == "full":
+    if setup.method not in LOW_RANK:
         return []
     names = [linear.name for linear in shape.linears]
     if setup.targets == "all-linear":
@@ -53,27 +56,40 @@ def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
     T = setup.tokens
     f = shape.inner
     adapted = {linear.name: linear for linear in targeted(shape, setup)}
-    full = setup.method == "full"
+    biases = {linear.name for linear in biased(shape, setup)}
     # Whether a gradient flows to this point. It starts at the first trained weight; from there on it never stops.
-    flows = full or not first
+    flows = setup.method in ("full", "prompt") or not first
     if flows:
         yield from _norm(setup, shape.hidden)
     yield from _linears(setup, adapted, ("q_proj", "k_proj", "v_proj"), shape.hidden, flows)
-    flows |= any(name in adapted for name in ("q_proj", "k_proj", "v_proj"))
+    flows |= setup.method == "prefix" or not {"q_proj", "k_proj", "v_proj"}.isdisjoint({*adapted, *biases})
     if flows:
         yield from _attention(shape, setup)
     # Attention has kept its result, which is o_proj's input, unless a cast to another dtype stands between them.
     yield from _linears(setup, adapted, ("o_proj",), shape.query, flows, stored=flows and not setup.widens)
-    flows |= "o_proj" in adapted
+    flows |= "o_proj" in {*adapted, *biases}
+    if setup.method == "houlsby":
+        yield from _bottleneck(setup, shape.hidden, flows)
+        flows = True
     if flows:
         yield from _norm(setup, shape.hidden)
     yield from _linears(setup, adapted, ("gate_proj", "up_proj"), shape.hidden, flows)
-    gate = flows or "gate_proj" in adapted
-    up = flows or "up_proj" in adapted
+    gate = flows or "gate_proj" in {*adapted, *biases}
+    up = flows or "up_proj" in {*adapted, *biases}
     if gate or up:  # silu(gate) * up keeps each factor for the gradient of the other; silu keeps its input
         yield _kept(SWIGLU, (2 * gate + up) * T * f, setup.dtype, "3 T f: gate, silu(gate), up")
     flows = gate or up
     yield from _linears(setup, adapted, ("down_proj",), f, flows)
+    if setup.method == "houlsby":
+        yield from _bottleneck(setup, shape.hidden, flows=True)
+
+
+def _bottleneck(setup: Setup, d: int, flows: bool) -> Iterator[Kept]:
+    """A Houlsby adapter keeps its input, the input and the output of its gelu, and the casts of its two matrices."""
+    T = setup.tokens
+    yield _kept(ADAPTER, T * (d + 2 * setup.size), setup.dtype, "T (d + 2 m)")
+    if setup.dtype != setup.adapter_dtype:  # that of `down` serves the gradient of the input
+        yield _kept(ADAPTER, (1 + flows) * setup.size * d, setup.dtype, "2 m d")
 
 
 def _norm(setup: Setup, d: int) -> Iterator[Kept]:
@@ -99,10 +115,25 @@ def _linears(
         if flows:  # the mask serves only the gradient of the input, which the first layer does not have
             yield _kept(INPUT, len(mine) * T * width, drawn, f"{len(mine)} T {letter}: dropped or not")
     for linear in mine:
-        yield _kept(ADAPTER, T * setup.r, "float32" if setup.fused else setup.dtype, "T r")
-        if not setup.fused and setup.dtype != setup.adapter_dtype:  # casts of lora_A and lora_B
-            width = linear.out_features + flows * linear.in_features
-            yield _kept(ADAPTER, setup.r * width, setup.dtype, "r (in + out)")
+        yield from _product(linear, setup, flows)
+
+
+def _product(linear: LinearShape, setup: Setup, flows: bool) -> Iterator[Kept]:
+    """What LoRA or a relative keeps beside a layer's input."""
+    T = setup.tokens
+    pissa = setup.method == "pissa"
+    r, letter = (2 * setup.r, "2 r") if pissa else (setup.r, "r")  # PiSSA multiplies with A and A0
+    yield _kept(ADAPTER, T * r, "float32" if setup.fused else setup.dtype, f"T {letter}")
+    # A matrix is kept if it is made for the product: a cast of lora_A or lora_B, or PiSSA's, of both.
+    cast = not setup.fused and setup.dtype != setup.adapter_dtype
+    if cast or pissa:
+        width = linear.out_features + (flows or setup.fused) * linear.in_features
+        yield _kept(ADAPTER, r * width, setup.dtype if cast else setup.adapter_dtype, f"{letter} (in + out)")
+    if setup.method == "dora":
+        out = linear.out_features
+        yield _kept(TURNED, T * out, setup.dtype, "T out")
+        yield _kept(TURNED, 2 * out, "float32", "2 out: factors and lengths")
+        yield _kept(TURNED, out, "bool", "out")
 
 
 def _attention(shape: Shape, setup: Setup) -> Iterator[Kept]:
@@ -114,10 +145,11 @@ def _attention(shape: Shape, setup: Setup) -> Iterator[Kept]:
     # With a mask, transformers copies keys and values to each query head; a single head needs only a view. Without a
     # mask torch repeats them itself and keeps no copy.
     keys, letter = (q, "q") if setup.masked and shape.key_value_heads > 1 else (kv, "kv")
-    yield _kept(ATTENTION, T * (2 * q + 2 * keys), dtype, f"T (2 q + 2 {letter})")
+    count = 2 * T * q + 2 * setup.rows * setup.key_length * keys
+    yield _kept(ATTENTION, count, dtype, f"T (2 q + 2 {letter})" + f" + p x 2 {letter}" * (setup.method == "prefix"))
     yield _kept(ATTENTION, T * shape.heads, "float32", "T h")
     if setup.masked:  # torch turns the booleans into numbers to add, again in each layer
-        yield _kept(MASK, T * setup.length, dtype, "T length")  # (rows, 1, length, length)
+        yield _kept(MASK, T * setup.key_length, dtype, "T length")  # (rows, 1, length, keys)
 
 
 def kept_by_layers(shape: Shape, setup: Setup) -> list[Kept]:
@@ -148,10 +180,12 @@ def kept_after_layers(shape: Shape, setup: Setup) -> list[Kept]:
     d = shape.hidden
     full = setup.method == "full"
     # cosines and sines: for each token if its position is its own (packing), else for one row
-    rotary = 2 * shape.head_dim * (T if setup.packing else setup.length)
+    rotary = 2 * shape.head_dim * (T if setup.packing else setup.read_length)
     kept = [_kept(ROTARY, rotary, setup.dtype, "2 x head_dim x positions"), *_norm(setup, d)]
     if full:
         kept.append(_kept(INPUT, setup.labels * d, setup.dtype, "n d: the head's"))
+    if setup.method == "prefix" and setup.mlp is not None:
+        kept.append(_kept(ADAPTER, setup.virtual_tokens * setup.mlp, "float32", "p x the MLP's width"))
     chosen = setup.rows * (setup.length - 1)  # booleans: has this next token a label?
     numbers = 8 * setup.labels + 8 * full * T  # int64: labels, and token ids for the gradient of the embeddings
     return [*kept, Kept(INDICES, chosen + setup.labels + full * T, "bool, int64", chosen + numbers + FLOAT32, "T + n")]

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qlora_lab.memory.activations import targeted
+from qlora_lab.memory.activations import LOW_RANK, targeted
 from qlora_lab.memory.ledger import Ledger
 from qlora_lab.memory.predict import ledger_of
 from qlora_lab.memory.setup import Setup
@@ -54,7 +54,7 @@ class MemoryFit:
     chosen: Ledger  # of the run that is advised
     settings: dict[str, Any]  # arguments of finetune
     switched: tuple[str, ...]  # the switches that the advised run turns on
-    switches: tuple[Switch, ...]  # each switch alone
+    switches: tuple[Switch, ...]  # each switch alone, if it saves anything
     longest: int  # most tokens in a single row, with the chosen switches
     rows: int  # most rows of the asked length at once, with the chosen switches
     rank: int  # largest rank for the asked rows, with the chosen switches
@@ -80,7 +80,7 @@ class MemoryFit:
         lines += [f"advised    {self.chosen.setup}", f"           {changes}: {_gib(self.chosen.peak)}, {verdict}"]
         lines += [f"           {name:<12}{_gib(size):>11}" for name, size in self.chosen.groups.items()]
         limits = f"{self.longest:,} tokens in a row of its own, {self.rows:,} rows of the length asked for"
-        lines.append(f"at most    {limits}, rank {self.rank:,}")
+        lines.append(f"at most    {limits}" + f", rank {self.rank:,}" * (self.rank > 0))
         for s in self.switches:
             saves = f"{_gib(s.peak):>11}, saves {_gib(s.saves)}; a row of {s.longest:,} tokens"
             lines.append(f"alone      {s.name:<24}{saves}")
@@ -107,15 +107,17 @@ def fit(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> Memor
     asked = ledger_of(shape, wanted)
     advised = wanted
     switched = []
-    for name in ORDER:
+    for name in _possible(ORDER, wanted):
         before = _peak(shape, advised)
         if before <= nbytes:
             break
-        advised = _switch(name, shape, advised, nbytes)
-        if _peak(shape, advised) < before:  # a switch without effect is not reported
+        changed = _switch(name, shape, advised, nbytes)
+        if _peak(shape, changed) < before:  # micro-batches of 16-bit weights, whose gradients are summed, can cost more
+            advised = changed
             switched.append(name)
     chosen = ledger_of(shape, advised)
-    compared = (*ORDER, EIGHT, *(PACKING,) * (wanted.mean_length is not None))
+    compared = _possible((*ORDER, EIGHT, *(PACKING,) * (wanted.mean_length is not None)), wanted)
+    alone = [_alone(name, shape, wanted, nbytes, asked.peak) for name in compared]
     return MemoryFit(
         nbytes=nbytes,
         fits=chosen.peak <= nbytes,
@@ -123,11 +125,17 @@ def fit(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> Memor
         chosen=chosen,
         settings=_settings(advised),
         switched=tuple(switched),
-        switches=tuple(_alone(name, shape, wanted, nbytes, asked.peak) for name in compared),
+        switches=tuple(switch for switch in alone if switch.saves > 0),
         longest=_longest(shape, advised, nbytes),
         rows=_most(MOST_ROWS, lambda n: _peak(shape, _rows(advised, n)) <= nbytes),
         rank=_largest_rank(shape, advised, nbytes),
     )
+
+
+def _possible(switches: tuple[str, ...], setup: Setup) -> list[str]:
+    """Return the switches that the method allows."""
+    refused = {"prefix": ("gradient checkpointing", PACKING), "prompt": (PACKING,)}.get(setup.method, ())
+    return [name for name in switches if name not in refused]
 
 
 def _peak(shape: Shape, setup: Setup) -> int:
@@ -136,6 +144,8 @@ def _peak(shape: Shape, setup: Setup) -> int:
 
 def _switch(name: str, shape: Shape, setup: Setup, nbytes: int) -> Setup:
     """Turn one more switch on. A micro-batch has as many rows as fit, at least one."""
+    if name == "micro-batches" and _peak(shape, setup) <= nbytes:  # all rows, whose gradients need no sums
+        return replace(setup, micro_batch_size=setup.rows)
     if name == "micro-batches":
         fitting = _most(setup.rows, lambda n: _peak(shape, replace(setup, micro_batch_size=n)) <= nbytes)
         return replace(setup, micro_batch_size=fitting or 1)
@@ -175,7 +185,7 @@ def _longest(shape: Shape, setup: Setup, nbytes: int) -> int:
 
 
 def _largest_rank(shape: Shape, setup: Setup, nbytes: int) -> int:
-    if setup.method == "full":
+    if setup.method not in LOW_RANK:
         return 0
     # beyond a layer's own rank a larger r expresses nothing more
     largest = max(min(linear.out_features, linear.in_features) for linear in targeted(shape, setup))

@@ -19,18 +19,34 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from qlora_lab.adapters.adapter import Adapter, adapters, has_adapters, method_of
+from qlora_lab.adapters.dora import DoRALinear
 from qlora_lab.adapters.lora import LoRALinear
 from qlora_lab.adapters.model_tensors import PACKED, model_tensors
+from qlora_lab.adapters.pissa import PissaLinear
+from qlora_lab.adapters.prefix_tuning import PATH as PREFIX
 from qlora_lab.data.dataset import IGNORED
 from qlora_lab.kernels import product
-from qlora_lab.memory.activations import ADAPTER, ATTENTION, CHECKPOINT, INDICES, INPUT, MASK, NORM, ROTARY, SWIGLU
+from qlora_lab.memory.activations import (
+    ADAPTER,
+    ATTENTION,
+    CHECKPOINT,
+    INDICES,
+    INPUT,
+    MASK,
+    NORM,
+    ROTARY,
+    SWIGLU,
+    TURNED,
+)
 from qlora_lab.memory.ledger import Ledger, LedgerRow
-from qlora_lab.memory.predict import MAP_BYTES, ledger_of
+from qlora_lab.memory.predict import MAP_BYTES, MASTERS, ledger_of
 from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import Shape, shape_of
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.modes import mode, own_draws
 from qlora_lab.model.wide import NAME as WIDE
+from qlora_lab.optim.master_copies import MasterCopies
 from qlora_lab.optim.paged_adamw import PagedAdamW
 from qlora_lab.quant.quantize import QuantizedTensor
 from qlora_lab.train.loss import answer_loss
@@ -42,6 +58,7 @@ STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): written to clear_refs, it sets VmHWM to the resident size of this moment
 LOG_SOFTMAX = "log-softmax"
+Running = tuple[str, nn.Module, int | None]  # path, module, and the address of what it reads
 
 
 def measure_memory(
@@ -94,6 +111,9 @@ def setup_of(
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     packed = [m.weight for m in model.modules() if isinstance(m, Linear4bit)]
     options: dict = {"method": "qlora" if packed else "lora" if layers else "full"}
+    if has_adapters(model) and method_of(model) != "lora":
+        options = {"method": method_of(model), "codebook": "none"}
+        options |= {} if layers else next(iter(adapters(model).values())).settings()
     if packed:
         q = packed[0]
         kinds = sorted({(weight.codebook, weight.block_size, weight.double_quant) for weight in packed})
@@ -125,10 +145,12 @@ def setup_of(
     options |= {"dtype": model.dtype, "device": model.device.type}
     options["wide_attention"] = model.config._attn_implementation == WIDE
     options["gradient_checkpointing"] = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    options["master_copies"] = optimizer is None or isinstance(optimizer, MasterCopies)
     return Setup(**options, **_optimizer_options(optimizer), **_batch_options(batch))
 
 
 def _optimizer_options(optimizer: torch.optim.Optimizer | None) -> dict:
+    optimizer = getattr(optimizer, "inner", optimizer)  # of MasterCopies
     if not isinstance(optimizer, PagedAdamW):
         return {}
     pages = optimizer.pages
@@ -191,6 +213,10 @@ def _walk_quantized(storages: _Storages, q: QuantizedTensor) -> None:
 
 def _moments(optimizer: torch.optim.Optimizer) -> Counter:
     sums = Counter()
+    if isinstance(optimizer, MasterCopies):
+        pairs = zip(optimizer.param_groups[0]["params"], optimizer.masters, strict=True)
+        sums[MASTERS] = sum(master.nbytes for p, master in pairs if p is not master)
+        optimizer = optimizer.inner
     for state in optimizer.state.values():
         for name, tensor in state.items():
             sums["step counters" if name == "step" else "moments"] += tensor.untyped_storage().nbytes()
@@ -206,13 +232,15 @@ def _watched(model: "PreTrainedModel", batch: dict[str, torch.Tensor], shape: Sh
     """Sum, by kind, the bytes that a forward pass keeps for its backward pass; weights do not count."""
     storages = _Storages()
     rotary: set[int] = set()
-    running: list[tuple[str, nn.Module]] = []
+    running: list[Running] = []
     for tensor in (*model.parameters(), *model.buffers()):
         storages.seen.add(_address(tensor))
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        path, module = running[-1] if running else ("", None)  # no module: the loss itself keeps it
+        path, module, _ = running[-1] if running else ("", None, None)  # no module: the loss itself keeps it
         kind = ROTARY if _address(tensor) in rotary else _kind(path, module, tensor, shape)
+        if _is_made_by_pissa(running, tensor):
+            kind = ADAPTER
         storages.add(kind, tensor)
         return tensor
 
@@ -229,12 +257,12 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def _following(model: nn.Module, running: list[tuple[str, nn.Module]], rotary: set[int]) -> Iterator[None]:
+def _following(model: nn.Module, running: list[Running], rotary: set[int]) -> Iterator[None]:
     """Keep in `running` the modules whose forward runs now, the innermost last, and in `rotary` the addresses of the
     rotary tables, which all layers share."""
     hooks = []
     for path, module in model.named_modules():
-        enter = lambda m, args, path=path: running.append((path, m))  # noqa: E731
+        enter = lambda m, args, path=path: running.append((path, m, _read(args)))  # noqa: E731
         leave = lambda m, args, output: running.pop() and None  # noqa: E731 - None leaves the output unchanged
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         if path.endswith("rotary_emb"):
@@ -246,18 +274,35 @@ def _following(model: nn.Module, running: list[tuple[str, nn.Module]], rotary: s
             hook.remove()
 
 
+def _read(args: tuple) -> int | None:
+    """Return the address of a module's first input, if it is a tensor."""
+    return _address(args[0]) if args and isinstance(args[0], torch.Tensor) else None
+
+
+def _is_made_by_pissa(running: list[Running], tensor: torch.Tensor) -> bool:
+    """Tell whether the base within a PissaLinear keeps a factor, or their inner product, and not its own input."""
+    inside = len(running) > 1 and isinstance(running[-2][1], PissaLinear)
+    return inside and _address(tensor) != running[-1][2]
+
+
 def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shape) -> str:
     """Tell what a tensor is, by the module that keeps it and then by its shape."""
     names = path.split(".")
     if module is None:
         return LOG_SOFTMAX if tensor.dim() == 2 and tensor.shape[-1] == shape.vocabulary else INDICES
+    if names[0] == PREFIX or (isinstance(module, Adapter) and not isinstance(module, LoRALinear)):
+        return ADAPTER
+    if isinstance(module, DoRALinear) and tensor.dim() != 2:  # matrices are those of LoRA's products
+        return TURNED
     if not tensor.is_floating_point():
         return INDICES if names[-1] != "dropout" else INPUT
     if "norm" in names[-1]:
         return NORM
     if names[-1] == "self_attn":
-        is_mask = tensor.dim() == 4 and tensor.shape[1] == 1 and tensor.shape[-1] == tensor.shape[-2]
-        return MASK if is_mask else ATTENTION  # a mask is (rows, 1, length, length)
+        # a prefix makes keys without queries, so a mask need not be square
+        own = tensor.dim() == 4 and tensor.shape[1] == 1  # a mask is (rows, 1, length, keys)
+        is_mask = own and (tensor.shape[-1] == tensor.shape[-2] or tensor.shape[-1] != shape.head_dim)
+        return MASK if is_mask else ATTENTION
     if names[-1] in ("mlp", "act_fn"):
         return SWIGLU
     if names[-1].isdigit():

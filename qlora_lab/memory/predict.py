@@ -12,12 +12,14 @@ No number is fitted. Not here: the table of activations (activations.py), sizes 
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from qlora_lab.kernels.product import PANEL, TILE, panel_height, panel_width
 from qlora_lab.memory.activations import LETTERS, kept_after_layers, kept_by_layer, kept_by_layers, targeted
+from qlora_lab.memory.learned import FORMULA, learned_by_method
 from qlora_lab.memory.ledger import PHASES, Ledger, LedgerRow
-from qlora_lab.memory.setup import BYTES, Setup
+from qlora_lab.memory.setup import BYTES, LOW_RANK, Setup
 from qlora_lab.memory.shape import LinearShape, Shape, shape_of
 from qlora_lab.optim.paged_adamw import UNIT
 from qlora_lab.optim.paging import PAGE_SIZE
@@ -26,12 +28,14 @@ from qlora_lab.quant.packing import group_of
 
 FLOAT32 = 4
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "weights", "adapters", "gradients", "optimizer"
+MASTERS = "master copies"
 ACTIVATIONS, LOSS, WORKSPACE, RUNTIME = "activations", "loss", "workspace", "runtime"
 MAP_BYTES = 256 * FLOAT32  # the table of double quantization, one per process
 # All kernels of torch 1.13 loaded, from pytorch/pytorch#86509; with lazy loading it starts at 287,047,680.
 CUDA_CONTEXT = 666_632_192
 CUDA_BLOCK = 20 * 2**20  # torch's CUDACachingAllocator requests this much at once for tensors below 10 MiB
 UNTIL_BACKWARD = ("loss", "backward")
+UNTIL_UPDATE = ("loss", "backward", "end")
 IN_BACKWARD = ("backward", "end")
 LATE = ("end", "update")
 
@@ -39,8 +43,8 @@ LATE = ("end", "update")
 def predict_memory(model: Any, method: str = "qlora", **setup: Any) -> Ledger:
     """Predict the ledger of one training step.
 
-    model: see shape_of; weights are not needed. method: "qlora", "lora" or "full". setup: fields of Setup, such as
-    r=64, length=512, batch_size=1, gradient_checkpointing=True.
+    model: see shape_of; weights are not needed. method: "qlora", "lora", or another of add_adapter's. setup: fields of
+    Setup, such as r=64, length=512, batch_size=1, gradient_checkpointing=True.
     Raises whatever shape_of and Setup raise, and ValueError for a target that the model does not have.
 
     >>> predict_memory("llama-7b", r=64).row("lora_A").count
@@ -69,7 +73,7 @@ def _notes(setup: Setup) -> tuple[str, ...]:
 def _weights(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     linears = [(linear, shape.layers) for linear in shape.linears]
     numel = sum(times * linear.numel for linear, times in linears)
-    if setup.method == "qlora":
+    if setup.is_packed:
         yield from _quantized(linears, setup)
     else:
         yield _row(WEIGHTS, "linear layers", numel, setup.dtype, "out in")
@@ -106,10 +110,13 @@ def _quantized(linears: list[tuple[LinearShape, int]], setup: Setup) -> Iterator
 
 def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
     """List (elements of a trained tensor, number of tensors of that size)."""
-    if setup.method != "full":
+    if setup.method in LOW_RANK:
         adapted = targeted(shape, setup)
         sizes = [(setup.r * linear.in_features, setup.r * linear.out_features) for linear in adapted]  # lora_A, lora_B
-        return [(n, shape.layers) for pair in sizes for n in pair]
+        magnitudes = [linear.out_features for linear in adapted if setup.method == "dora"]
+        return [(n, shape.layers) for n in (*chain(*sizes), *magnitudes)]
+    if setup.method != "full":
+        return learned_by_method(shape, setup)
     matrices = [(linear.numel, shape.layers) for linear in shape.linears]
     biases = [(linear.out_features, shape.layers) for linear in shape.linears if linear.bias]
     return [*matrices, *biases, (shape.hidden, 2 * shape.layers + 1), (shape.table, 2 - shape.tied)]
@@ -117,23 +124,46 @@ def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
 
 def _adapters(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     chosen = targeted(shape, setup)
+    if setup.method not in (*LOW_RANK, "full"):
+        count = sum(n * times for n, times in learned_by_method(shape, setup))
+        yield _row(ADAPTERS, setup.method, count, setup.adapter_dtype, FORMULA[setup.method])
+    if setup.copies:
+        count = sum(n * times for n, times in _trained(shape, setup))
+        yield _row(MOMENTS, MASTERS, count, "float32", "1 for each trained weight")
     if chosen:
         a = shape.layers * setup.r * sum(linear.in_features for linear in chosen)
         b = shape.layers * setup.r * sum(linear.out_features for linear in chosen)
         yield _row(ADAPTERS, "lora_A", a, setup.adapter_dtype, "r in")
         yield _row(ADAPTERS, "lora_B", b, setup.adapter_dtype, "r out")
+        out = shape.layers * sum(linear.out_features for linear in chosen)
+        if setup.method == "dora":
+            yield _row(ADAPTERS, "lora_magnitude_vector", out, setup.adapter_dtype, "out")
+            yield _row(ADAPTERS, "lengths", out, "float32", "out: of the base's rows")
+        if setup.method == "pissa":
+            yield _row(ADAPTERS, "first_A", a, "float32", "r in: what A was at first")
+            yield _row(ADAPTERS, "first_B", b, "float32", "r out")
 
 
 def _gradients(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     dtype = _trained_dtype(setup)
     numel = sum(n * times for n, times in _trained(shape, setup))
-    # Each micro-batch adds to the gradients of the one before, so from the second on they stay allocated.
-    when = PHASES if setup.micro_batches > 1 else LATE
+    summed = setup.micro_batches > 1
+    in_copies = summed and dtype != "float32"  # 16-bit gradients move into float32 sums, all but the last micro-batch's
+    if in_copies and setup.micro_batches == 2:  # no pass meets the sums: they are gradients again before the last one
+        when, sums_when = (*UNTIL_BACKWARD, "update"), ("end",)
+    else:  # each micro-batch adds to the gradients of the one before, so from the second on they stay allocated
+        when, sums_when = PHASES if summed and not in_copies else LATE, UNTIL_UPDATE
     yield _row(GRADIENTS, "gradients", numel, dtype, "1 for each trained weight", when)
+    if in_copies:
+        yield _row(GRADIENTS, "sums of gradients", numel, "float32", "1 for each trained weight", sums_when)
 
 
 def _trained_dtype(setup: Setup) -> str:
     return setup.dtype if setup.method == "full" else setup.adapter_dtype
+
+
+def _moments_dtype(setup: Setup) -> str:
+    return "float32" if setup.copies else _trained_dtype(setup)  # those of the master copies
 
 
 def _moments(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
@@ -149,7 +179,7 @@ def _moments(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
         words = f"{frames} of {pages} pages of {PAGE_SIZE:,} in memory, {units * nbytes:,} bytes of state"
         yield LedgerRow(MOMENTS, "moments", words, 2 * numel, dtype, frames * PAGE_SIZE)
     else:
-        yield _row(MOMENTS, "moments", 2 * numel, _trained_dtype(setup), "2 for each trained weight")
+        yield _row(MOMENTS, "moments", 2 * numel, _moments_dtype(setup), "2 for each trained weight")
     yield LedgerRow(MOMENTS, "step counters", "1 for each trained tensor", tensors, "float32", FLOAT32 * tensors)
 
 
@@ -175,7 +205,7 @@ def _workspace(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     count = 2 * setup.tokens * (shape.hidden + shape.inner)
     words = "2 T (d + f): of the residual stream, of up and gate"
     yield _row(WORKSPACE, "gradients of activations", count, setup.dtype, words, IN_BACKWARD)
-    if setup.method == "qlora":
+    if setup.is_packed:
         yield _buffer(shape, setup)
     yield _temporaries(shape, setup)
 
@@ -184,19 +214,23 @@ def _temporaries(shape: Shape, setup: Setup) -> LedgerRow:
     """The largest temporaries of an update, such as two roots of the second moments."""
     trained = _trained(shape, setup)
     largest = max(n for n, _ in trained)
-    dtype = _trained_dtype(setup)
+    numel = sum(n * times for n, times in trained)
+    dtype = _moments_dtype(setup)
     if setup.in_pages:  # a page at a time: 8-bit moments change in place; 16-bit weights are first copied to float32
         together, nbytes = UNIT[setup.optimizer_bits]
         copies = 2 * (setup.optimizer_bits == 32) + 2 * (dtype != "float32")
         count = copies * min(largest, PAGE_SIZE // nbytes * together)
         dtype = "float32"
         words = f"{copies} of a page"
-    elif setup.device == "cuda":  # torch's AdamW updates all parameters at once and, as documented, copies them
-        count = sum(n * times for n, times in trained)
-        words = "trained weights at once"
+    elif setup.device == "cuda":  # torch's AdamW updates all that it is given at once and, as documented, copies them
+        count = largest if setup.copies else numel
+        words = "the largest trained tensor" if setup.copies else "trained weights at once"
     else:
         count = 2 * largest
         words = "2 of the largest trained tensor"
+    if setup.copies:  # they are moved one at a time
+        count += largest
+        words += ", and the gradient of a copy"
     return _row(WORKSPACE, "the update's temporaries", count, dtype, words, ("update",))
 
 

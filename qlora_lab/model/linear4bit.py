@@ -13,15 +13,17 @@ train() or eval().
 import inspect
 import re
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora_lab.kernels import product_for
+from qlora_lab.model import product_4bit, product_ops
+from qlora_lab.quant.double_quant import DoubleQuantized
 from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import from_tensors, to_tensors
@@ -31,29 +33,16 @@ HEAD = "lm_head"  # the output layer in most models of transformers; neither qua
 DIRECT_USE = re.compile(r"^(?!.*\binit\.).*(?<!module)\.(\w+)\.weight(?= @|,$|\)|\.t\(|\.mul_|\.div_)", re.MULTILINE)
 
 
-def _product_for(weight: QuantizedTensor) -> ModuleType | None:  # None: no fast product for it
-    return product_for(weight.device.type, len(weight.levels), weight.block_size)
-
-
-def _matmul_4bit(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
-    if product := _product_for(weight):
-        return product.forward(x, weight.plain, weight.shape[0])
-    return x @ dequantize(weight, x.dtype).t()  # (tokens, in) @ (in, out) -> (tokens, out)
-
-
 class _MatMul4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
         ctx.weight = weight  # packed bytes, shared with the layer: no copy, and x is not kept
-        return _matmul_4bit(x, weight)
+        return product_4bit.forward(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        weight = ctx.weight
-        if product := _product_for(weight):
-            return product.backward(grad, weight.plain, weight.shape[1]), None
-        return grad @ dequantize(weight, grad.dtype), None  # (tokens, out) @ (out, in) -> (tokens, in)
+        return product_4bit.backward(grad, ctx.weight), None
 
 
 class _AdaptedMatMul4bit(torch.autograd.Function):
@@ -61,35 +50,39 @@ class _AdaptedMatMul4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: QuantizedTensor, A: torch.Tensor, B: torch.Tensor, scaling: float):
-        product = _product_for(weight)
-        thin = product.Thin(A.t(), scaling * B.t(), A.new_empty(len(x), len(A)))  # low: (tokens, r)
         ctx.weight = weight
         ctx.scaling = scaling
-        y = product.forward(x, weight.plain, weight.shape[0], thin)
-        ctx.save_for_backward(x, thin.low, A, B)
+        y, low = product_4bit.forward_adapted(x, weight, A, B, scaling)
+        ctx.save_for_backward(x, low, A, B)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        x, low, A, B = ctx.saved_tensors
-        weight = ctx.weight
-        scaling = ctx.scaling
-        product = _product_for(weight)
-        thin = product.Thin(scaling * B, A, torch.empty_like(low))  # the same product with A and B in swapped roles
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = product.backward(grad, weight.plain, weight.shape[1], thin)
-        else:  # the layer after a frozen embedding: only A and B learn
-            torch.mm(grad.to(B.dtype), thin.down, out=thin.low)  # (tokens, out) @ (out, r) -> (tokens, r)
-        grad_B = product.outer(low, grad).t() * scaling  # (r, out) -> (out, r)
-        return grad_x, None, product.outer(thin.low, x), grad_B, None
+        gradients = product_4bit.backward_adapted(
+            grad, ctx.saved_tensors, ctx.weight, ctx.scaling, ctx.needs_input_grad[0]
+        )
+        grad_x, grad_A, grad_B = gradients
+        return grad_x, None, grad_A, grad_B, None
+
+
+def _traced(tokens: torch.Tensor, weight: QuantizedTensor, adapter: tuple | None) -> torch.Tensor:
+    """The same products as operations, which torch.compile and torch.export leave whole."""
+    parts = product_ops.parts_of(weight)
+    if adapter is None:
+        return product_ops.forward_4bit(tokens, *parts)
+    return product_ops.forward_adapted(tokens, *parts, *adapter)[0]
+
+
+def _tensors_of(weight: QuantizedTensor) -> dict[str, torch.Tensor]:
+    return {"packed": weight.packed} | (vars(weight.constants) if weight.double_quant else {"absmax": weight.constants})
 
 
 class Linear4bit(nn.Module):
     """`nn.Linear` over a QuantizedTensor.
 
-    weight: quantised (out_features, in_features), frozen; it is not a Parameter, so no optimizer ever sees it.
+    weight: quantised (out_features, in_features), frozen; it is not a Parameter, so no optimizer ever sees it. Its
+    tensors are buffers that state_dict leaves out, so that other libraries count and move them.
     bias: (out_features,) or None. Raises ValueError for a weight that is not a matrix.
     Moving the module moves the weight. Casting it (.half(), .bfloat16()) casts only the bias: packed bytes stay.
     """
@@ -102,6 +95,26 @@ class Linear4bit(nn.Module):
         self.register_parameter("bias", bias)
 
     @property
+    def weight(self) -> QuantizedTensor:
+        weight = self._weight
+        return weight if self._buffers["packed"] is weight.packed else self._with_buffers(weight)
+
+    @weight.setter
+    def weight(self, weight: QuantizedTensor) -> None:
+        self._weight = weight
+        self._buffers.clear()
+        for name, tensor in _tensors_of(weight).items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _with_buffers(self, weight: QuantizedTensor) -> QuantizedTensor:
+        """Return, and keep, `weight` with the buffers as its tensors: accelerate and torch.export replace them."""
+        packed, *constants = (self._buffers[name] for name in _tensors_of(weight))
+        constants = DoubleQuantized(*constants) if weight.double_quant else constants[0]
+        levels = weight.levels.to(packed.device)
+        self._weight = replace(weight, packed=packed, constants=constants, levels=levels)
+        return self._weight
+
+    @property
     def out_features(self) -> int:
         return self.weight.shape[0]
 
@@ -112,24 +125,28 @@ class Linear4bit(nn.Module):
     @property
     def takes_adapter(self) -> bool:
         """Whether forward can add an adapter itself, as the CPU's product can."""
-        return self.weight.device.type == "cpu" and _product_for(self.weight) is not None
+        return self.weight.device.type == "cpu" and product_4bit.product_of(self.weight) is not None
 
     def forward(self, x: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None) -> torch.Tensor:
         """adapter: (lora_A, lora_B, scaling) of lora.py, added to the product; only where `takes_adapter`."""
         if x.dtype not in WEIGHT_DTYPES:
             raise TypeError(f"input is {x.dtype}: cast it to float32, bfloat16 or float16")
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"input has shape {tuple(x.shape)}, but its last dimension must be {self.in_features}")
+        weight = self.weight
+        out_features, in_features = weight.shape
+        if x.shape[-1] != in_features:
+            raise ValueError(f"input has shape {tuple(x.shape)}, but its last dimension must be {in_features}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)  # (tokens, in_features)
-        if adapter is not None:
-            y = _AdaptedMatMul4bit.apply(tokens, self.weight, *adapter)  # base and adapter, one rounding
+        tokens = x if x.dim() == 2 else x.reshape(-1, in_features)  # (tokens, in_features)
+        if torch.compiler.is_compiling():
+            y = _traced(tokens, weight, adapter)
+        elif adapter is not None:
+            y = _AdaptedMatMul4bit.apply(tokens, weight, *adapter)  # base and adapter, one rounding
         elif x.requires_grad and torch.is_grad_enabled():
-            y = _MatMul4bit.apply(tokens, self.weight)
+            y = _MatMul4bit.apply(tokens, weight)
         else:
-            y = _matmul_4bit(tokens, self.weight)
-        y = y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)  # (..., out_features)
+            y = product_4bit.forward(tokens, weight)
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)  # (..., out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -139,24 +156,42 @@ class Linear4bit(nn.Module):
         probe = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device))  # .to(dtype) leaves integers alone
         if probe.device != self.weight.device:
             self.weight = self.weight.to(probe.device)
-        return super()._apply(fn, recurse)
+        buffers = self._buffers
+        self._buffers = {}  # they have been moved, and are never cast
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._buffers = buffers
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update(to_tensors(self.weight, prefix + "weight"))  # by bitsandbytes' key names
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):  # rest: as torch passes it, a list of errors last
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        _, strict, missing_keys, _, error_msgs = rest  # as torch passes them
         key = prefix + "weight"
         ours = [k for k in state_dict if k == key or k.startswith(key + ".")]
+        if ours:
+            self._load_weight(state_dict, key, error_msgs)
+        elif strict:  # PEFT loads its adapters with strict=False, and without the base
+            missing_keys.append(key)
+        others = {k: v for k, v in state_dict.items() if k not in ours}
+        super()._load_from_state_dict(others, prefix, *rest)
+
+    def _load_weight(self, state_dict: Mapping[str, torch.Tensor], key: str, error_msgs: list[str]) -> None:
         try:
             weight = from_tensors(state_dict, key)
             if weight.shape != self.weight.shape:
                 raise ValueError(f"{key} has shape {tuple(weight.shape)}, but the layer has {tuple(self.weight.shape)}")
             self.weight = weight.to(self.weight.device)  # where the layer is, wherever the file was loaded
         except (KeyError, ValueError) as error:
-            rest[-1].append(str(error.args[0]))
-        others = {k: v for k, v in state_dict.items() if k not in ours}
-        super()._load_from_state_dict(others, prefix, *rest)
+            error_msgs.append(str(error.args[0]))
+
+
+def decoded(layer: nn.Module) -> torch.Tensor:
+    """Return the whole weight of a linear layer in float32, (out_features, in_features); not to be changed."""
+    weight = layer.weight
+    return dequantize(weight, torch.float32) if isinstance(weight, QuantizedTensor) else weight.detach().float()
 
 
 def head_path(model: nn.Module) -> str | None:

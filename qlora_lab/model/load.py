@@ -20,16 +20,18 @@ from tqdm.auto import tqdm
 
 from qlora_lab.model.empty_model import NO_VALUE, compute_buffers, dtypes_of, empty_model, stored_options, tokenizer_of
 from qlora_lab.model.fetch import KNOWN_MODELS, ModelError, resolve
-from qlora_lab.model.linear4bit import HEAD, Linear4bit, head_path, linears_to_quantise
+from qlora_lab.model.linear4bit import HEAD, Linear4bit, linears_to_quantise
 from qlora_lab.model.out_of_memory import telling_memory
+from qlora_lab.model.packed import packed_tensors
+from qlora_lab.model.parameter_count import ParameterCount
+from qlora_lab.model.saving import refuse_to_save
 from qlora_lab.model.share_in_4_bits import in_4_bits
-from qlora_lab.model.stored import check_shape, files_of, opened_once, stored_tensors
+from qlora_lab.model.stored import opened_once, stored_tensors
 from qlora_lab.model.wide import widen
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.plan import DEFAULT, Candidate, Plan, as_plan, of_layers
-from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
-from qlora_lab.quant.serialize import from_tensors
+from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,10 +71,7 @@ def load(
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype={dtype} is not supported: choose torch.float32, torch.bfloat16 or torch.float16")
     options = Candidate(codebook, block_size, double_quant)
-    stored = stored_options(folder)
-    if stored and (plan is not None or options not in (DEFAULT, stored)):  # DEFAULT: nothing was asked for
-        other = "by a plan" if plan is not None else f"as {tuple(options)}"
-        raise ValueError(f"{folder} is quantised as {stored}, not {other}: leave the options out, or load the original")
+    stored = check_options(folder, options, plan)
     with telling_memory(lambda: _too_large(folder, stored is not None, codebook)):
         model = empty_model(folder, dtype)
         model.config._name_or_path = model.name_or_path = public_name(name_or_path)
@@ -88,10 +87,22 @@ def load(
         missing = set(model.state_dict()) - set(placed)  # a head that is its embedding
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
         widen(model)  # attention and head, on a CPU that is slow in bf16
+        model.num_parameters = ParameterCount(model)
     _check_whole(model, placed)
     if codebook is not None or plan is not None:
         in_4_bits(model).warn_if_small(stacklevel=2)
+    if stored or codebook is not None or plan is not None:
+        refuse_to_save(model)
     return model.requires_grad_(False).eval(), tokenizer_of(folder)
+
+
+def check_options(folder: Path, options: Candidate, plan: Plan | None) -> tuple[str, int, bool] | str | None:
+    """Return stored_options. Raises ValueError for a folder that is quantised already, but not as it is asked for."""
+    stored = stored_options(folder)
+    if stored and (plan is not None or options not in (DEFAULT, stored)):  # DEFAULT: nothing was asked for
+        other = "by a plan" if plan is not None else f"as {tuple(options)}"
+        raise ValueError(f"{folder} is quantised as {stored}, not {other}: leave the options out, or load the original")
+    return stored
 
 
 def _too_large(folder: Path, mapped: bool, codebook: str | None) -> str:
@@ -160,32 +171,11 @@ def _mapped(
     model: "PreTrainedModel", folder: Path, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
     """Yield the tensors of a folder in 4 bits. On the CPU all are views of files: codes are not read before use."""
-    files = files_of(folder)  # key -> file
-    parts: dict[str, list[str]] = {}  # name in the model -> stored keys: a packed weight has several
-    for key in files:
-        name, dot, _ = key.partition(".weight.")
-        parts.setdefault(f"{name}.weight" if dot else key, []).append(key)
-    if not any(len(keys) > 1 for keys in parts.values()):
-        raise ModelError(f"{folder} is quantised by its config.json, but not its tensors: mend one of the two")
-    tensors = stored_tensors(model, folder, {name: files[keys[0]] for name, keys in parts.items()})
-    packed = {*linears_to_quantise(model), head_path(model)}  # what can stay packed
+    tensors = packed_tensors(model, folder)
+    files = {key: file for packed in tensors.values() for key, file in packed.files.items()}
     with opened_once(files) as opened_files:
-        for name, stored in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):
-            if stored.rule:
-                yield name, stored.read()
-                continue
-            key = next(iter(stored.files))
-            pieces = {part: opened_files[files[part]].get_tensor(part) for part in parts[key]}
-            try:
-                tensor = pieces[key] if len(pieces) == 1 else from_tensors(pieces, key)
-            except (KeyError, ValueError) as error:
-                raise ModelError(f"{stored.file}: {error.args[0]}") from None
-            if isinstance(tensor, QuantizedTensor):
-                check_shape(stored.file, name, tensor.shape, stored.shape)
-                # bitsandbytes also packs layers whose weight the family's code uses directly: these are decoded here.
-                yield name, tensor if name.removesuffix(".weight") in packed else dequantize(tensor, torch.float32)
-            else:
-                yield name, stored.checked(tensor)
+        for name, packed in tqdm(tensors.items(), "mapping", unit="tensor", disable=not progress):
+            yield name, packed.take(opened_files)
 
 
 def _place(

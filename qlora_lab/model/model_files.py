@@ -83,6 +83,15 @@ RULES = {  # file beside the weights -> rules of its keys
     "generation_config.json": TOKENS,
     "tokenizer_config.json": {"fast_tokenizer_files": ELSEWHERE, "model_max_length": or_null(NUMBER)},
 }
+# What tokenizers of transformers save and read under names of their own. A few are of one family: Marian has two
+# SentencePiece models, and tekken.json is Mistral's.
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+TOKENIZER_FILES += ["chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"]
+TOKENIZER_FILES += ["vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "sentencepiece.model", "spiece.model"]
+TOKENIZER_FILES += ["sentencepiece.bpe.model", "spm.model", "spm_char.model", "source.spm", "target.spm"]
+TOKENIZER_FILES += ["target_vocab.json", "vocab-src.json", "vocab-tgt.json", "entity_vocab.json", "byte_maps.json"]
+TOKENIZER_FILES += ["word_shape.json", "word_pronunciation.json", "emoji.json", "normalizer.json", "dict.txt"]
+TOKENIZER_FILES += ["bpe.codes", "prophetnet.tokenizer", "tekken.json"]
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")  # Jinja
 TEXTS = ("merges.txt", "vocab.txt")
 OBJECTS = {  # file -> bytes at most

@@ -1,7 +1,8 @@
 """Write a model folder with linear layers in 4 bits: made once, piece by piece, and then mapped in seconds.
 
 In: whatever `load` takes. Out: a folder with config.json, the tokenizer, and safetensors by bitsandbytes' key names.
-`load` maps it; for nf4 and fp4 transformers with bitsandbytes reads it too.
+`load` maps it, and so does transformers with bitsandbytes, if bitsandbytes can. If not, config.json has
+quant_method "qlora_lab", at which others stop, and says why.
 Source: quant/serialize.py for the keys, transformers' BitsAndBytesConfig for config.json.
 
 The work is cut into pieces of at most PIECE bytes, each written beside its place and renamed. Repeating an interrupted
@@ -13,6 +14,7 @@ Peak memory: one piece, quantised, and the largest tensor.
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,27 +23,31 @@ from tqdm.auto import tqdm
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import replace_sums
 from qlora_lab.files.lock import LOCK, locked_folder
-from qlora_lab.files.out_path import out_folder
+from qlora_lab.files.out_path import check_apart, out_folder
 from qlora_lab.files.ownership import MARK, QUANTISED, is_cut, is_marked, mark, read_object, scratch_name
 from qlora_lab.files.replace import replace_bytes, replace_text, replacing_file
 from qlora_lab.files.tensor_file import save_tensors
 from qlora_lab.model.empty_model import empty_model, fields_of, stored_options
-from qlora_lab.model.fetch import HUB_FILES, resolve
+from qlora_lab.model.fetch import resolve
 from qlora_lab.model.linear4bit import HEAD, head_path
 from qlora_lab.model.load import layer_sizes
-from qlora_lab.model.model_files import CONFIG, INDEX, ModelError
+from qlora_lab.model.model_files import CONFIG, INDEX, TOKENIZER_FILES, ModelError
 from qlora_lab.model.share_in_4_bits import Share, in_4_bits
 from qlora_lab.model.stored import Stored, opened, stored_tensors
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.quantize import quantize
-from qlora_lab.quant.serialize import BITSANDBYTES_READS, to_tensors
+from qlora_lab.quant.serialize import BITSANDBYTES_READS, BITSANDBYTES_SMALLEST, to_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PIECE = 2**30  # bytes of the original's tensors in a file: a quarter of it in memory, a few seconds of work
 UNFINISHED = "quantizing.json"  # what an interrupted call was doing
 PLAN = "plan.json"
-COPIED = [name for name in HUB_FILES if "model" not in name.split(".")[0] and name != CONFIG] + ["source.json"]
+OURS_ALONE = "not_for_bitsandbytes"  # in quantization_config: the reason
+COPIED = ["generation_config.json", "source.json", *TOKENIZER_FILES]
 
 
 def quantize_folder(
@@ -56,24 +62,26 @@ def quantize_folder(
 ) -> Path:
     """Write a quantised copy of a model to the folder `out`, or finish an interrupted one. Returns `out`.
 
-    plan: a Plan or its file, instead of the options, for layers that differ (quant/plan.py). It is kept in the folder,
-    which bitsandbytes then cannot read.
+    plan: a Plan or its file, instead of the options, for layers that differ (quant/plan.py). It is kept in the folder.
+    `read_by` says which tools read the folder.
     Raises what `load` raises, FileExistsError for a folder that holds anything else, BlockingIOError for one that
-    another process writes to, and ValueError for an empty path, a folder that was begun from another model or with
-    other options, and a plan of another model.
+    another process writes to, and ValueError for an empty path, a folder inside the model's, one that was begun from
+    another model or with other options, and a plan of another model.
     """
     out = out_folder(out)
     named_codebook(codebook)
     check_block_size(block_size)
     plan = as_plan(plan)
+    check_apart(out, name_or_path)  # before a lock lies there
     with locked_folder(out, "quantize"):
-        share = _quantize(name_or_path, out, Candidate(codebook, block_size, double_quant), plan, progress)
+        source = resolve(name_or_path, progress=progress)  # fetched if need be
+        check_apart(out, source)  # what a name stands for
+        share = _quantize(source, out, Candidate(codebook, block_size, double_quant), plan, progress)
     share.warn_if_small(stacklevel=2)
     return out
 
 
-def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan | None, progress: bool) -> Share:
-    source = resolve(name_or_path, progress=progress)  # fetched if need be
+def _quantize(source: Path, out: Path, chosen: Candidate, plan: Plan | None, progress: bool) -> Share:
     if already := stored_options(source):
         raise ModelError(f"{source} is in 4 bits already, as {already}: load it, or quantise its original")
     model = empty_model(source, torch.float32)  # names and shapes alone
@@ -108,8 +116,17 @@ def _quantize(name_or_path: str | Path, out: Path, chosen: Candidate, plan: Plan
         with opened(file) as whole:
             weight_map |= dict.fromkeys(whole.keys(), file.name)  # opening it proves that it is whole
     bar.close()
-    _finish(out, source, _described(chosen, plan, _kept(model, options)), plan, weight_map)
+    config = fields_of(source) | {"quantization_config": described(model, chosen, plan, options)}
+    if has_own_head(model, stored):
+        config["tie_word_embeddings"] = False
+    _finish(out, source, config, plan, weight_map)
     return in_4_bits(model, options)
+
+
+def read_by(folder: Path) -> str:
+    """Say which tools read a folder that quantize_folder wrote, and why bitsandbytes does not, if so."""
+    reason = fields_of(folder)["quantization_config"].get(OURS_ALONE)
+    return f"QLoRA Lab alone: {reason}" if reason else "QLoRA Lab, and transformers with bitsandbytes"
 
 
 def folder_in_4_bits(folder: Path) -> Share:
@@ -118,19 +135,25 @@ def folder_in_4_bits(folder: Path) -> Share:
 
 
 def _pieces(tensors: dict[str, Stored]) -> list[list[str]]:
-    """Cut the names, in their order, into lists of at most PIECE bytes."""
-    pieces: list[list[str]] = []
-    room = 0  # bytes left in the last one
+    sizes = {}
     for name, stored in tensors.items():
         with opened(stored.file) as file:
             dtype = file.get_slice(next(iter(stored.files))).get_dtype()
-        nbytes = stored.shape.numel() * (4 if dtype == "F32" else 2)
-        if not pieces or nbytes > room:
-            pieces.append([])
+        sizes[name] = stored.shape.numel() * (4 if dtype == "F32" else 2)
+    return pieces(sizes)
+
+
+def pieces(sizes: dict[str, int]) -> list[list[str]]:
+    """Cut names with their sizes in bytes, in their order, into lists of at most PIECE bytes, one for each file."""
+    lists: list[list[str]] = []
+    room = 0  # bytes left in the last one
+    for name, nbytes in sizes.items():
+        if not lists or nbytes > room:
+            lists.append([])
             room = PIECE
-        pieces[-1].append(name)
+        lists[-1].append(name)
         room -= nbytes  # may be negative: a tensor larger than PIECE has a file of its own
-    return pieces
+    return lists
 
 
 def _identity(source: Path, tensors: dict[str, Stored]) -> dict:
@@ -147,20 +170,51 @@ def _kept(model: nn.Module, layers: Collection[str]) -> list[str]:
     return [head, *(path for path in linears if path != head and path not in layers)]
 
 
-def _described(options: Candidate, plan: Plan | None, kept: list[str]) -> dict:
-    """Return the quantization_config. bitsandbytes knows one type and one block size for a whole model."""
-    theirs = not plan and options.codebook in BITSANDBYTES_READS  # bitsandbytes can read the folder
+def described(model: nn.Module, options: Candidate, plan: Plan | None, layers: Collection[str]) -> dict:
+    """Return the quantization_config of a folder with these layers of `model` in 4 bits."""
+    rows = {path: model.get_submodule(path).in_features for path in layers}  # weights in a row
+    return _described(options, plan, _kept(model, layers), _not_for_bitsandbytes(options, plan, rows))
+
+
+def _not_for_bitsandbytes(options: Candidate, plan: Plan | None, rows: dict[str, int]) -> str | None:
+    """Return why bitsandbytes 0.50 cannot read the folder; None if it can. rows: path -> weights in a row."""
+    if plan:
+        return "layers differ in data type or block size, and bitsandbytes knows one of each for a model"
+    if options.codebook not in BITSANDBYTES_READS:
+        return f"bitsandbytes knows {' and '.join(BITSANDBYTES_READS)}, but not {options.codebook}"
+    size = options.block_size
+    if size < BITSANDBYTES_SMALLEST:
+        return f"bitsandbytes reads blocks of at least {BITSANDBYTES_SMALLEST} weights, not of {size}"
+    for path, row in rows.items():
+        if row % size:  # on the CPU it decodes other weights in training, and fails in inference
+            return f"blocks of {size} weights cross rows of {row} ({path}), which bitsandbytes misreads on a CPU"
+    return None
+
+
+def _described(options: Candidate, plan: Plan | None, kept: list[str], reason: str | None) -> dict:
+    """Return the quantization_config. reason: why bitsandbytes cannot read the folder."""
     same = {
         "bnb_4bit_quant_type": options.codebook,
         "bnb_4bit_use_double_quant": options.double_quant,
         "block_size": options.block_size,
     }
-    return {
-        "quant_method": "bitsandbytes" if theirs else "qlora_lab",
-        "load_in_4bit": True,
-        "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_skip_modules": kept,
-    } | ({"plan": PLAN} if plan else same)
+    theirs = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    # Without load_in_4bit, by which transformers takes a folder for bitsandbytes' whatever its quant_method is.
+    ours = {"quant_method": "qlora_lab", OURS_ALONE: reason}
+    compute = {"bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": kept}
+    return (ours if reason else theirs) | compute | ({"plan": PLAN} if plan else same)
+
+
+def files_beside(folder: Path) -> list[str]:
+    """Return the names, with slashes, of the files that a copy of a model takes over as they are."""
+    paths = (path for pattern in COPIED for path in sorted(folder.glob(pattern)))
+    return [path.relative_to(folder).as_posix() for path in paths if path.exists()]
+
+
+def has_own_head(model: "PreTrainedModel", names: Collection[str]) -> bool:
+    """Tell whether two weights that the configuration ties are both among the names of those that are stored."""
+    ties = model.get_expanded_tied_weights_keys().items()  # by the configuration, whatever stored.py has untied
+    return any(target in names and source in names for target, source in ties)
 
 
 def _begin(out: Path, work: dict) -> None:
@@ -188,19 +242,17 @@ def _clear(out: Path) -> None:
     disk.remove_if_possible(out / mark(out, QUANTISED))
 
 
-def _finish(out: Path, source: Path, described: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:
-    """Write all small files; config.json, which makes the folder a model, comes last."""
+def _finish(out: Path, source: Path, config: dict, plan: Plan | None, weight_map: dict[str, str]) -> None:
+    """Write all small files; config.json, which makes the folder a model, comes last. config: its fields."""
     size = sum((out / name).stat().st_size for name in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    config = fields_of(source)  # the original's, plus one field
-    config["quantization_config"] = described
     if plan:
         plan.save(out / PLAN)
-    for name in COPIED:
-        if (source / name).exists():
-            with replacing_file(out / name) as new:
-                disk.copy(source / name, new)
-    copied = [name for name in COPIED if (out / name).exists()]
+    copied = files_beside(source)
+    for name in copied:
+        disk.make_folder((out / name).parent)
+        with replacing_file(out / name) as new:
+            disk.copy(source / name, new)
     files = {INDEX: index, CONFIG: config}
     contents = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
     replace_sums(out, [*set(weight_map.values()), *copied, *([PLAN] if plan else [])], contents)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from qlora_lab.kernels import product
+from qlora_lab.model import product_ops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +88,8 @@ class WideHead(nn.Linear):
         rows = x.reshape(-1, self.in_features)  # (rows, in_features)
         frozen_and_narrow = not self.weight.requires_grad and x.dtype == self.weight.dtype and x.dtype in NARROW
         if len(rows) > FEW and frozen_and_narrow and x.device.type == "cpu":  # it may have been moved or cast
-            return _Product.apply(rows, self.weight).view(*x.shape[:-1], self.out_features)
+            multiply = product_ops.forward_wide if torch.compiler.is_compiling() else _Product.apply
+            return multiply(rows, self.weight).view(*x.shape[:-1], self.out_features)
         return super().forward(x).float()
 
 

@@ -19,6 +19,7 @@ from reprlib import repr as short
 import torch
 
 from qlora_lab.files.strict_json import decoded, parse
+from qlora_lab.files.tensor_header import BEYOND, MOST_SIZES
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import CODEBOOKS, CUSTOM, bits_of, check_levels, codebook
 from qlora_lab.quant.double_quant import GROUP_SIZE, DoubleQuantized, dynamic_map
@@ -27,10 +28,10 @@ from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor
 
 BITSANDBYTES_READS = ("nf4", "fp4")  # by the type in the last key
+BITSANDBYTES_SMALLEST = 32  # weights in a block; its kernels know 32 to 4096
 # bnb_4bit_quant_storage lets bytes of codes pose as another dtype, for FSDP
 STORAGE_DTYPES = (torch.uint8, torch.int8, *WEIGHT_DTYPES, torch.float64)
 MOST_STATE = 2**12  # bytes of a description; real ones have about 250
-MOST_SIZES = 64  # dimensions of a numpy array
 LARGEST = torch.finfo(torch.float32).max  # sums beyond it become infinity
 AGAIN = "quantise its original again"
 _KNOWN = {"quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"}
@@ -71,13 +72,13 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> QuantizedTens
     if not isinstance(tensors, Mapping) or not isinstance(key, str):
         kinds = f"{type(tensors).__name__} and {type(key).__name__}"
         raise ValueError(f"{kinds} are given: give a dict of tensors and the key of one")
-    state = _read_state(tensors, key)
+    state = read_state(tensors, key)
     packed = _part(tensors, key, STORAGE_DTYPES).view(torch.uint8)
-    levels = _levels(tensors, key, state["quant_type"], packed.device)
+    levels = read_levels(tensors, key, state["quant_type"], packed.device)
     nested = "nested_offset" in state  # double quantization
     absmax = _part(tensors, f"{key}.absmax", (torch.uint8,) if nested else WEIGHT_DTYPES, packed.device)
     _check_sizes(tensors, key, state, len(packed), len(absmax), bits_of(levels))
-    constants = _nested(tensors, key, state, absmax) if nested else _not_negative(absmax, f"{key}.absmax")
+    constants = read_nested(tensors, key, state, absmax) if nested else not_negative(absmax, f"{key}.absmax")
     q = QuantizedTensor(
         packed=packed,
         constants=constants,
@@ -92,11 +93,13 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> QuantizedTens
     return q
 
 
-def _read_state(tensors: Mapping[str, torch.Tensor], key: str) -> dict:
+def read_state(tensors: Mapping[str, torch.Tensor], key: str) -> dict:
     prefix = f"{key}.quant_state."
     names = [name for name in tensors if isinstance(name, str) and name.startswith(prefix)]
     if len(names) != 1:
-        raise KeyError(f"{key}: expected one key that starts with {prefix!r}, found {names or 'none'}")
+        raise KeyError(
+            f"{key}: expected one key that starts with {prefix!r}, found {short(names) if names else 'none'}"
+        )
     state = _state(_part(tensors, names[0], (torch.uint8,)))
     if state is None:
         raise ValueError(f"{names[0]} cannot be read: the checkpoint is damaged")
@@ -118,6 +121,12 @@ def _read_state(tensors: Mapping[str, torch.Tensor], key: str) -> dict:
     return state
 
 
+def stored_as(tensors: Mapping[str, torch.Tensor], key: str) -> tuple[str, int, bool]:
+    """Return (codebook, block size, double quantization) of a stored tensor. Raises KeyError and ValueError."""
+    state = read_state(tensors, key)
+    return state["quant_type"], state["blocksize"], "nested_offset" in state
+
+
 def _state(encoded: torch.Tensor) -> dict | None:
     """Parse what bitsandbytes writes, a JSON object with numbers in their places; None for anything else."""
     if len(encoded) > MOST_STATE:
@@ -131,7 +140,8 @@ def _state(encoded: torch.Tensor) -> dict | None:
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
     right = isinstance(state["shape"], list) and len(state["shape"]) <= MOST_SIZES
-    right = right and all(type(n) is int and n > 0 for n in whole) and all(type(n) in (int, float) for n in numbers)
+    right = right and all(type(n) is int and n > 0 for n in whole) and all(n < BEYOND for n in state["shape"])
+    right = right and all(type(n) in (int, float) for n in numbers)
     return state if right and all(isinstance(name, str) for name in named) else None
 
 
@@ -156,7 +166,7 @@ def _part(
     return flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)  # one element
 
 
-def _levels(tensors: Mapping[str, torch.Tensor], key: str, name: str, device: torch.device) -> torch.Tensor:
+def read_levels(tensors: Mapping[str, torch.Tensor], key: str, name: str, device: torch.device) -> torch.Tensor:
     """Return the table of the codes. Raises ValueError for a bad table, or one that differs from its name's."""
     dtypes = WEIGHT_DTYPES if name == CUSTOM else (torch.float32,)
     flat = _part(tensors, f"{key}.quant_map", dtypes, device)
@@ -172,7 +182,7 @@ def _levels(tensors: Mapping[str, torch.Tensor], key: str, name: str, device: to
     return flat
 
 
-def _nested(tensors: Mapping[str, torch.Tensor], key: str, state: dict, codes: torch.Tensor) -> DoubleQuantized:
+def read_nested(tensors: Mapping[str, torch.Tensor], key: str, state: dict, codes: torch.Tensor) -> DoubleQuantized:
     """Return the constants of constants. Raises KeyError or ValueError for impossible ones."""
     if (size := state.get("nested_blocksize")) != GROUP_SIZE:
         raise ValueError(f"{key} groups constants by {short(size)}, but only {GROUP_SIZE} is known")
@@ -189,10 +199,10 @@ def _nested(tensors: Mapping[str, torch.Tensor], key: str, state: dict, codes: t
     if offset < 0:
         raise ValueError(f"{key} has nested_offset={offset:g}, but it is a mean of magnitudes: {AGAIN}")
     offset = torch.tensor(offset, dtype=torch.float32, device=codes.device)
-    return DoubleQuantized(codes, _not_negative(scale, f"{key}.nested_absmax"), offset)
+    return DoubleQuantized(codes, not_negative(scale, f"{key}.nested_absmax"), offset)
 
 
-def _not_negative(constants: torch.Tensor, name: str) -> torch.Tensor:
+def not_negative(constants: torch.Tensor, name: str) -> torch.Tensor:
     """Return `constants` as float32. Raises ValueError unless each can be the largest magnitude of a block."""
     if fault := first_not_finite(constants):
         raise ValueError(f"{name} holds {fault}, but the constant of a block is finite: {AGAIN}")
@@ -201,17 +211,26 @@ def _not_negative(constants: torch.Tensor, name: str) -> torch.Tensor:
     return constants.float()
 
 
+def part_sizes(state: Mapping, key: str, bits: int) -> dict[str, int]:
+    """Return how many entries each part of a tensor must have: packed bytes, constants and scales of constants."""
+    numel = math.prod(state["shape"])
+    n_blocks = -(-numel // state["blocksize"])  # rounded up: the last block may be partial
+    codes_of_group, bytes_of_group = group_of(bits)
+    sizes = {key: -(-numel // codes_of_group) * bytes_of_group, f"{key}.absmax": n_blocks}
+    nested = {f"{key}.nested_absmax": -(-n_blocks // GROUP_SIZE)} if "nested_offset" in state else {}
+    return sizes | nested
+
+
+def wrong_size(name: str, have: int, want: int, shape: list[int]) -> str:
+    return f"{name} has {have} entries, but shape {short(tuple(shape))} needs {short(want)}"
+
+
 def _check_sizes(
     tensors: Mapping[str, torch.Tensor], key: str, state: dict, n_bytes: int, n_constants: int, bits: int
 ) -> None:
     """Raise ValueError unless codes and constants fit the shape. Python's integers do not overflow here."""
-    numel = math.prod(state["shape"])
-    n_blocks = -(-numel // state["blocksize"])  # rounded up: the last block may be partial
-    codes_of_group, bytes_of_group = group_of(bits)
-    sizes = {key: (n_bytes, -(-numel // codes_of_group) * bytes_of_group), f"{key}.absmax": (n_constants, n_blocks)}
-    if "nested_offset" in state:
-        scales = _part(tensors, f"{key}.nested_absmax", WEIGHT_DTYPES)
-        sizes[f"{key}.nested_absmax"] = len(scales), -(-n_blocks // GROUP_SIZE)
-    for name, (have, want) in sizes.items():
+    found = {key: n_bytes, f"{key}.absmax": n_constants}
+    for name, want in part_sizes(state, key, bits).items():
+        have = found[name] if name in found else len(_part(tensors, name, WEIGHT_DTYPES))
         if have != want:
-            raise ValueError(f"{name} has {have} entries, but shape {short(tuple(state['shape']))} needs {short(want)}")
+            raise ValueError(wrong_size(name, have, want, state["shape"]))

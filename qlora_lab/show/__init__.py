@@ -5,5 +5,4 @@ figure.py    matplotlib -> `<img alt=...>`: `new_figure`, `picture`, `Blit`
 source.py    a function -> its highlighted source: `show_source`
 explorer.py  controls + figure + one sentence of numbers: `Explorer`
 live.py      a Training -> its Run, watched and stopped in a notebook: `live`
-check.py     a student's answer -> "correct" or a hint: `check`
 """

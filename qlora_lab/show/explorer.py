@@ -13,10 +13,11 @@ from abc import ABC, abstractmethod
 import ipywidgets as W
 from matplotlib.figure import Figure
 
-from qlora_lab.show.figure import Blit, WithSentence, caption, compressed, img
+from qlora_lab.show.figure import DRAWING, Blit, WithSentence, caption, compressed
+from qlora_lab.show.pane import Pane
 from qlora_lab.show.slider import Button
 from qlora_lab.show.source import called_functions, details_html, source_html
-from qlora_lab.show.still import KernelWatch, show_over
+from qlora_lab.show.still import StatusLine, show_over
 
 
 class Explorer(ABC):
@@ -53,7 +54,7 @@ class Explorer(ABC):
     def __init__(self, **state):
         self._controls = self.controls()
         self._blit = Blit(*self.draw())  # the only full draw
-        self._pane = W.HTML()  # picture, sentence and line of code
+        self._pane = Pane()  # picture, sentence and line of code
         self._paused = False  # True: controls change without a redraw
         self._lock = threading.RLock()  # JupyterLab sends the messages of some controls to a second thread
         self.set(**state)
@@ -102,7 +103,7 @@ class Explorer(ABC):
         self.update(self.result)
         self.png = self._blit.frame()
         sentence = self.describe(state, self.result)
-        self._pane.value = f"{img(self.png, sentence)}{caption(sentence)}<code>{html.escape(self.code())}</code>"
+        self._pane.show(self.png, sentence, f"{caption(sentence)}<code>{html.escape(self.code())}</code>")
 
     def _layout(self):
         """Put controls beside the picture, or above it if the window is narrow: a flex box that wraps."""
@@ -110,11 +111,11 @@ class Explorer(ABC):
         reset.observe(lambda _: self.reset(), "clicks")
         over = [self._controls[field] for field in self.above]
         beside = [control for control in self._controls.values() if control not in over]
-        panel = W.VBox([*beside, reset], layout=W.Layout(flex="1 1 240px", min_width="240px"))
+        panel = W.VBox([*beside, reset], layout=W.Layout(flex="1 1 240px", min_width="0"))
         figure = W.VBox([*over, self._pane], layout=W.Layout(flex="3 1 420px", min_width="0"))
         row = W.Box([panel, figure], layout=W.Layout(flex_flow="row wrap", grid_gap="8px 24px"))
         source = details_html("Show source", source_html(self.compute, *called_functions(self.compute)))
-        whole = W.VBox([KernelWatch(), row, W.HTML(source)])
+        whole = W.VBox([StatusLine(*self._controls.values(), reset), row, W.HTML(source)])
         whole.add_class("qlora-explorer")  # for the browser tests
         return whole
 
@@ -135,5 +136,6 @@ class Explorer(ABC):
 def fix_layout(fig: Figure) -> None:
     """Fix the layout of `fig` as it is now. Otherwise the first state's texts would decide the layout of all later
     states, and equal states would not give equal bytes."""
-    fig.draw_without_rendering()
+    with DRAWING:
+        fig.draw_without_rendering()
     fig.set_layout_engine("none")

@@ -6,11 +6,13 @@ A moved level lies on a grid of hundredths, at least a step from its neighbours;
 Messages are few: ipywidgets keeps one on its way, and only the last of those that wait.
 """
 
-import anywidget
+import reprlib
+
 import torch
 import traitlets as T
 
 from qlora_lab.quant.codebook import check_levels
+from qlora_lab.show.control import Control
 from qlora_lab.show.slider import FOCUS
 
 N_LEVELS = 16  # of a codebook of 4 bits
@@ -22,7 +24,7 @@ def shortest(levels: torch.Tensor) -> tuple[float, ...]:
     return tuple(float(str(level)) for level in levels.numpy())  # numpy prints a float32 so
 
 
-class Levels(anywidget.AnyWidget):
+class Levels(Control):
     """16 levels to drag. starts: named levels to begin with, a button for each.
 
     Left and right move the focused level by 0.01, with Shift by 0.1; Home and End take it to its neighbours. A level
@@ -30,7 +32,6 @@ class Levels(anywidget.AnyWidget):
     span: the places of -1 and 1, as shares of the control's width, to match the axis of a picture below.
     """
 
-    description = T.Unicode().tag(sync=True)
     value = T.Tuple().tag(sync=True)  # 16 floats
     starts = T.Dict().tag(sync=True)  # name -> 16 floats
     span = T.Tuple((0.02, 0.98)).tag(sync=True)
@@ -82,9 +83,11 @@ class Levels(anywidget.AnyWidget):
       });
 
       const show = () => {
+        const all = levels();                                        // another script can set anything
+        if (!Array.isArray(all) || all.length !== pins.length || !all.every(Number.isFinite)) return;
         const [a, b] = model.get("span"), place = (level) => `${100 * (a + (b - a) * (level + 1) / 2)}%`;
         line.setAttribute("x1", place(-1)); line.setAttribute("x2", place(1));
-        levels().forEach((level, i) => {
+        all.forEach((level, i) => {
           const [low, high] = limits(i), pin = pins[i];
           pin.setAttribute("x", place(level));
           pin.setAttribute("aria-valuenow", level);
@@ -160,7 +163,8 @@ class Levels(anywidget.AnyWidget):
         except (TypeError, ValueError, RuntimeError, OverflowError):  # words, None, ragged lists, 10**400
             table = torch.empty(0, 0)
         if table.dim() != 1:  # a scalar, a matrix, or no numbers at all
-            raise ValueError(f"{name}={value!r} is not allowed: give {N_LEVELS} ascending numbers in [-1, 1].")
+            short = reprlib.repr(value)
+            raise ValueError(f"{name}={short} is not allowed: give {N_LEVELS} ascending numbers in [-1, 1].")
         if len(table) != N_LEVELS:
             raise ValueError(f"{name}: {len(table)} are given: give {N_LEVELS}, ascending, in [-1, 1].")
         try:
@@ -170,10 +174,18 @@ class Levels(anywidget.AnyWidget):
 
     @T.validate("value")
     def _check_value(self, proposal):
+        return self.allowed(proposal["value"])
+
+    def takes(self, value):
+        if not (isinstance(value, list) and all(type(level) in (int, float) for level in value)):
+            return False
         try:
-            return self.allowed(proposal["value"])
-        except ValueError as error:  # traitlets undoes a message only for its own kind of error
-            raise T.TraitError(str(error)) from None
+            return bool(self.allowed(value))
+        except ValueError:
+            return False
+
+    def rule(self):
+        return f"{N_LEVELS} ascending numbers in [-1, 1]"
 
     def __repr__(self):
         return f"Levels({self.description!r}, {self.value!r})"

@@ -28,9 +28,10 @@ from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
 from qlora_lab.show.escape import for_html
-from qlora_lab.show.figure import COLOURS, Blit, WithSentence, img, new_figure
+from qlora_lab.show.figure import COLOURS, Blit, WithSentence, new_figure
+from qlora_lab.show.pane import Pane
 from qlora_lab.show.slider import Button
-from qlora_lab.show.still import KernelWatch, show_over
+from qlora_lab.show.still import StatusLine, show_over
 from qlora_lab.train.trainer import STOPPED, Run, Training
 
 WINDOW = 10  # steps in the smoothed line, in the speed, and in the two means of the sentence
@@ -87,13 +88,13 @@ class LivePlot:
         self.lines: list[dict] = []  # of the steps made until now
         self.png = b""
         self._blit = Blit(*self._draw())
-        self._pane = W.HTML()  # the picture
+        self._pane = Pane()
         self._text = W.HTML()  # the progress
         self._due = 0.0  # the time of the next picture
         self.button = Button("Stop after this step")
         self.button.observe(lambda _: training.stop(), "clicks")
         row = W.Box([self.button, self._text], layout=W.Layout(flex_flow="row wrap", grid_gap="2px 16px"))
-        self.widget = W.VBox([KernelWatch(), row, self._pane])
+        self.widget = W.VBox([StatusLine(self.button), row, self._pane])
         self.widget.add_class("qlora-live")
 
     def follow(self) -> None:
@@ -103,7 +104,7 @@ class LivePlot:
         if start < self._due:
             return
         self.redraw()
-        self._pane.value = img(self.png, self.summary())
+        self._pane.show(self.png, self.summary())
         self._text.value = f"<div>{for_html(self.progress())}</div>"
         end = time.perf_counter()
         self._due = end + max(REDRAW_EVERY, 9 * (end - start))  # 9 parts of training for 1 of drawing

@@ -14,7 +14,7 @@ from qlora_lab.measure.code_use import code_use
 from qlora_lab.measure.codebook_trial import SAMPLE, normal_weights, stretched_density
 from qlora_lab.quant.blocks import to_blocks
 from qlora_lab.quant.codebook import codebook, normal_float, normal_offset
-from qlora_lab.show.explorer import Explorer
+from qlora_lab.show.explorer import Explorer, fix_layout
 from qlora_lab.show.figure import COLOURS, new_figure
 from qlora_lab.show.slider import Slider, Steps, Toggle
 
@@ -46,7 +46,7 @@ class NormalFloatExplorer(Explorer):
         fig, (left, right) = new_figure(2, width=8.5)
         left.set(xlim=(-1.05, 1.05), ylim=(0, 1.1), xlabel="weight / absmax", ylabel="density", yticks=[])
         left.set_xticks([-1, -0.5, 0, 0.5, 1])
-        right.set(xlabel="code", ylabel="share of weights, %", ylim=(0, 30))
+        right.set(xlabel="code", ylabel="share of weights, %", ylim=(0, 250 / 2**6))
         nf4 = codebook("nf4")
         ends = zip(nf4, stretched_density(nf4, offset=normal_offset(4)), strict=True)
         ghost = left.add_collection(LineCollection([[(x, 0), (x, y)] for x, y in ends], colors="#cccccc", lw=6))
@@ -57,6 +57,7 @@ class NormalFloatExplorer(Explorer):
         (self.equal,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")  # the share that the rule aims for
         self.note = right.text(0.98, 0.95, "", transform=right.transAxes, ha="right", va="top")
         self.right = right
+        fix_layout(fig)  # with the limits of 6 bits, which have the widest labels
         return fig, [self.curve, self.levels, self.bars, self.equal, self.note]
 
     def update(self, result):
@@ -67,7 +68,7 @@ class NormalFloatExplorer(Explorer):
         self.bars.set_segments([[(code, 0), (code, s)] for code, s in enumerate(share)])
         self.bars.set_linewidth(100 / len(share))  # points: bars do not overlap at 6 bits
         self.right.set_xlim(-0.8, len(share) - 0.2)
-        self.right.set_ylim(0, 250 / len(share))  # depends on bits alone: each new limit costs a full redraw
+        self.right.set_ylim(0, 250 / len(share))  # depends on bits alone: each width has a background of its own
         self.equal.set_data([-0.8, len(share)], [100 / len(share)] * 2)
         self.note.set_text(f"relative error {100 * result['use'].relative_error:.3g} %")
 

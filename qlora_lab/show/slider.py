@@ -11,8 +11,9 @@ powers of two and words are one case, and JavaScript never rounds a float.
 import math
 from typing import NamedTuple
 
-import anywidget
 import traitlets as T
+
+from qlora_lab.show.control import Control
 
 FOCUS = "outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px;"
 
@@ -25,14 +26,14 @@ class Steps(NamedTuple):
     step: float = 1
 
 
-class Slider(anywidget.AnyWidget):
+class Slider(Control):
     """A named slider over `choices`, a list of values or Steps.
 
     A start value between two steps becomes a step of its own: Slider("Offset", 0.9677083, Steps(0.9, 1.0, 0.01)) has
     the paper's exact value between 0.96 and 0.97.
     """
 
-    description = T.Unicode().tag(sync=True)  # its accessible name
+    moved = "position"
     unit = T.Unicode().tag(sync=True)
     labels = T.List(T.Unicode()).tag(sync=True)  # what the browser shows for each choice
     position = T.Int().tag(sync=True)
@@ -89,9 +90,11 @@ class Slider(anywidget.AnyWidget):
                 return i
         raise ValueError(f"{name}={value!r} is not allowed: {self._rule}. {_nearest(value, self.choices)}")
 
-    @T.validate("position")
-    def _clamp_position(self, proposal):
-        return min(max(proposal["value"], 0), len(self.labels) - 1)  # a message of the browser is not trusted
+    def takes(self, value):
+        return type(value) is int and 0 <= value < len(self.choices)  # True is not 1
+
+    def rule(self):
+        return f"a whole number from 0 to {len(self.choices) - 1}"
 
     @T.validate("value")
     def _check_value(self, proposal):
@@ -110,10 +113,9 @@ class Slider(anywidget.AnyWidget):
         return f"Slider({self.description!r}, {self.value!r}{unit})"
 
 
-class Toggle(anywidget.AnyWidget):
+class Toggle(Control):
     """A named checkbox; `.value` is True or False."""
 
-    description = T.Unicode().tag(sync=True)
     value = T.Bool().tag(sync=True)
 
     _esm = """
@@ -144,14 +146,20 @@ class Toggle(anywidget.AnyWidget):
             raise ValueError(f"{name or self.description}={value!r} is not allowed: it is a switch. Use True or False.")
         return value
 
+    def takes(self, value):
+        return isinstance(value, bool)
+
+    def rule(self):
+        return "true or false"
+
     def __repr__(self):
         return f"Toggle({self.description!r}, {self.value!r})"
 
 
-class Button(anywidget.AnyWidget):
+class Button(Control):
     """A button; `.clicks` counts the presses, so `observe(..., "clicks")` is its event."""
 
-    description = T.Unicode().tag(sync=True)
+    moved = "clicks"
     clicks = T.Int(0).tag(sync=True)  # the browser counts
 
     _esm = """
@@ -173,6 +181,12 @@ class Button(anywidget.AnyWidget):
 
     def __init__(self, description):
         super().__init__(description=description)
+
+    def takes(self, value):
+        return type(value) is int and self.clicks <= value < 2**53  # beyond it JavaScript cannot add 1
+
+    def rule(self):
+        return f"a whole number of at least {self.clicks}"
 
     def __repr__(self):
         return f"Button({self.description!r})"

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.kernels.packed_weight import PackedWeight
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.quant.quantize import QuantizedTensor
@@ -69,10 +70,12 @@ class _Several(OneProcess):
         self._original = model
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        learned = [p.data for p in model.parameters() if p.requires_grad]
-        flat = torch.cat([p.reshape(-1) for p in learned])
+        made = [module for module in model.modules() if isinstance(module, Adapter)]
+        shared = [p.data for p in model.parameters() if p.requires_grad]
+        shared += [constant for adapter in made for constant in adapter.constants().values()]
+        flat = torch.cat([tensor.reshape(-1) for tensor in shared])
         dist.broadcast(flat, src=0)  # one message for all adapters
-        _spread_out(flat, learned)
+        _spread_out(flat, shared)
 
     def sum(self, *numbers: float) -> tuple[float, ...]:
         return _sum(*numbers)

@@ -20,7 +20,7 @@ from torch import nn
 
 from qlora_lab.kernels import choose, product
 from qlora_lab.model.linear4bit import Linear4bit
-from qlora_lab.model.wide import widen
+from qlora_lab.model.wide import NAME, widen
 
 VERSIONS = ("qlora-lab", "torch", "transformers", "numba")
 
@@ -94,7 +94,9 @@ def adopt_arithmetic(model: nn.Module, saved: dict) -> None:
         return
     if saved.get("race"):
         product.keep(product.Race(*(math.inf if seconds is None else seconds for seconds in saved["race"])))
-        widen(model)
+        # A model that was made without `load` began with narrow attention, whichever dtype won the race.
+        if NAME in (saved.get("attention"), model.config._attn_implementation):
+            widen(model)
     threads = saved.get("threads")
     own = torch.get_num_threads()
     if threads and threads != own and threads <= (os.cpu_count() or 1):  # more threads than cores: refused later

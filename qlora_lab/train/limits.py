@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_lab.adapters.virtual_tokens import virtual_tokens
 from qlora_lab.data.dataset import IGNORED, Encoded
 from qlora_lab.model.modes import measuring
 from qlora_lab.train.loss import answer_loss
@@ -80,14 +81,16 @@ def too_long(model: nn.Module, length: int) -> tuple[Literal["warning", "problem
     """Why a row of `length` tokens is too long for the model; None if it is not."""
     limit = position_limit(model)
     name = type(model).__name__
-    if limit is None or length <= limit:
+    virtual = virtual_tokens(model)
+    if limit is None or length + virtual <= limit:
         return None
+    before = f", and {virtual} virtual tokens come first" if virtual else ""
     stored = stored_positions(model, limit)
-    if stored is not None and length > stored:
-        return "problem", f"{name} stores {stored} positions"
+    if stored is not None and length > stored:  # found by reading, so behind the virtual tokens
+        return "problem", f"{name} stores {stored} positions{before}"
     if stored is None and not _reads(model, length):
-        return "problem", f"{name} cannot read more than {limit}"
-    return "warning", f"{name} was made for {limit} positions and gets worse beyond them"
+        return "problem", f"{name} cannot read more than {limit}{before}"
+    return "warning", f"{name} was made for {limit} positions and gets worse beyond them{before}"
 
 
 def position_limit(model: nn.Module) -> int | None:

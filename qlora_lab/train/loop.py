@@ -4,7 +4,8 @@ In: a model with adapters, its tokenizer, examples. Out: trained adapters, and a
 Source: QLoRA section 4 and appendix B: AdamW, constant learning rate 2e-4, gradient norm clipped at 0.3.
 
 At default settings the trainer computes the same bits; a test compares them.
-Not here: checkpoints, evaluations, packing, micro-batches, float16, more than one process (trainer.py has them).
+Not here: checkpoints, evaluations, LoRA+, last_answer_only, packing, micro-batches, float16, more than one process
+(trainer.py has them).
 """
 
 import numpy as np

@@ -45,17 +45,35 @@ def accumulate(
 ) -> float:
     """Add the gradients of the loss, the mean over the `answer_tokens` of all batches, to `.grad`. Returns the loss.
 
+    Gradients of 16 bits are summed in float32 and rounded once, before the last batch, whose own are then added: two
+    roundings, however many batches there are.
     scale: applied to the loss before it is differentiated. around: a context for each forward and backward pass; its
     argument is whether the batch is the last.
     """
     loss = 0.0
+    sums: dict[torch.nn.Parameter, torch.Tensor] = {}  # float32, of gradients that are not
     for number, batch in enumerate(batches, 1):
-        with around(number == len(batches)):
+        is_last = number == len(batches)
+        if is_last:
+            for parameter in list(sums):
+                parameter.grad = sums.pop(parameter).to(parameter.dtype)  # no name keeps a sum through the last pass
+        with around(is_last):
             part = answer_loss(model, batch)[0] / answer_tokens
             if part.requires_grad:  # false if the loss depends on no trained parameter
                 scale(part).backward()  # frees the graph, so one micro-batch is in memory at a time
+        if not is_last:
+            _sum_in_float32(model, sums)
         loss += part.item()
     return loss
+
+
+def _sum_in_float32(model: torch.nn.Module, sums: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    """Move gradients of 16 bits, as weights of 16 bits have them, into `sums`."""
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if gradient is not None and gradient.dtype != torch.float32:
+            sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient.float()
+            parameter.grad = None
 
 
 def held_out_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool = True) -> float:

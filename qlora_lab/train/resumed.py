@@ -23,6 +23,7 @@ from qlora_lab.files.strict_json import (
 )
 from qlora_lab.kernels.product import Race
 from qlora_lab.optim.adamw_8bit import BLOCK
+from qlora_lab.optim.master_copies import MASTER
 from qlora_lab.quant.finite import first_not_finite
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
@@ -103,17 +104,17 @@ def check_tensors(
 ) -> None:
     """Raise ValueError for the first of `tensors` that cannot be the state of this run.
 
-    adapter: lora_A and lora_B by PEFT's keys. parameters: in the optimizer's order; bits: of its moments. A parameter
-    that never had a gradient has no moments.
+    adapter: what learns, and constants, by their keys. parameters: in the optimizer's order; bits: of its moments. A
+    parameter that never had a gradient has no moments.
     """
-    wanted = {f"adapter.{key}": (tuple(tensor.shape), torch.float32) for key, tensor in adapter.items()}
+    wanted = {f"adapter.{key}": (tuple(tensor.shape), tensor.dtype) for key, tensor in adapter.items()}
     for number, parameter in enumerate(parameters):
         kinds = _moments(parameter, bits)
         if any(f"optimizer.{number}.{name}" in tensors for name in kinds):
             wanted |= {f"optimizer.{number}.{name}": kind for name, kind in kinds.items()}
     for name in sorted(wanted.keys() ^ tensors.keys()):
         fault = "is missing" if name in wanted else "is not part of this run"
-        raise ValueError(f"{file}: {name} {fault}: resume from another checkpoint")
+        raise ValueError(f"{file}: {name} {fault}: resume from another checkpoint, or start a new run")
     for name, kind in wanted.items():
         if fault := _fault(tensors[name], kind):
             raise ValueError(f"{file}: {name} {fault}: resume from another checkpoint")
@@ -124,6 +125,8 @@ def _moments(parameter: torch.Tensor, bits: int) -> dict[str, Kind]:
     shape = tuple(parameter.shape)
     scales = (-(-parameter.numel() // BLOCK),)  # (n_blocks,): one per block, the last block may be partial
     step = {"step": ((), torch.float32)}
+    if parameter.dtype != torch.float32:  # it learns in a copy
+        step |= {MASTER: (shape, torch.float32)}
     if bits == 32:
         return step | dict.fromkeys(("exp_avg", "exp_avg_sq"), (shape, torch.float32))
     codes = dict.fromkeys(("state1", "state2"), (shape, torch.uint8))

@@ -44,15 +44,35 @@ class ModelOptions:
     )
 
 
+# method -> its options; what the functions of adapters/ take
+METHOD_OPTIONS = dict.fromkeys(("lora", "rslora", "dora", "pissa"), ("r", "alpha", "dropout", "targets"))
+METHOD_OPTIONS |= {"loftq": ("r", "alpha", "dropout", "source")}
+RELATIVES = tuple(METHOD_OPTIONS)[1:]  # of lora
+VIRTUAL = ("prefix", "prompt")  # put tokens before each row
+METHOD_OPTIONS |= {"full": (), "houlsby": ("size",)}
+METHOD_OPTIONS |= {
+    "prefix": ("virtual_tokens", "mlp"),
+    "prompt": ("virtual_tokens", "start"),
+    "bitfit": (),
+    "zero_bias": (),
+}
+
+
 @documented
 @dataclass(frozen=True)
 class AdapterOptions:
-    """The adapters that are trained. The defaults are those of `add_lora`."""
+    """What learns beside the frozen model. The defaults are those of `add_lora` and `add_adapter`."""
 
+    method: str = option("lora", "what learns beside the frozen model", choices=tuple(METHOD_OPTIONS))
     r: int = option(16, "rank of the adapters")
-    alpha: float = option(16, "strength of the adapters, which are scaled by alpha / r")
+    alpha: float = option(16, "strength of the adapters, which are scaled by alpha / r; rslora: by alpha / sqrt(r)")
     dropout: float = option(0.0, "dropout on the input of the adapters, from 0 to below 1")  # the paper's for 7B: 0.1
     targets: str | tuple[str, ...] = option("all-linear", "layers to adapt: all-linear, or names such as q_proj")
+    source: str | None = option(None, "loftq: the model before quantisation, as for --model (default: --model)")
+    size: int = option(64, "houlsby: width of the bottleneck after each attention and feed-forward part", "features")
+    virtual_tokens: int = option(20, "prefix and prompt: learned tokens before each row", "tokens")
+    mlp: int | None = option(None, "prefix: width of an MLP that the prefix comes from in training", "features")
+    start: str | None = option(None, "prompt: a text to start from (default: words drawn from the vocabulary)")
 
 
 @documented
@@ -60,7 +80,10 @@ class AdapterOptions:
 class DataOptions:
     """What a run learns from, and what it is tested on."""
 
-    data: str = option("docstrings", "docstrings, or a JSONL file in Alpaca, ShareGPT or messages format")
+    data: str = option(
+        "docstrings", "docstrings, or a JSONL or parquet file in Alpaca, ShareGPT, messages or completion format"
+    )
+    skip_bad: bool = option(False, "skip records that cannot be used, and report each with its reason; otherwise stop")
     test_data: str | None = option(None, "held-out examples: docstrings (their test split) or a file like --data")
     held_out: int = option(50, "examples to test on; 0: no test", "examples")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_lab.adapters.lora import adapters
+from qlora_lab.adapters.adapter import Adapter, adapters
+from qlora_lab.adapters.lora import linear_layers
 from qlora_lab.data.chat_template import ChatTemplate
 from qlora_lab.data.dataset import Encoded, EncodeReport
 from qlora_lab.files.strict_json import TEXT, read_json
@@ -52,19 +53,21 @@ def record(
     """Everything that decided the run, as JSON can hold it."""
     layers = adapters(model)
     layer = next(iter(layers.values()))
-    strength = {name: _of(layers, name) for name in ("r", "alpha")}
+    linear = linear_layers(model)
+    base = next(linear[path] for path in (*layers, *linear) if path in linear)  # the first adapted, if one is linear
     data = asdict(report)  # counts of examples and tokens
     notes = data.pop("notes")  # beside the data: they decide nothing
+    del data["skipped"]  # places and reasons decide nothing either
     dated = {"clock": clock.isoformat()} if clock else {}
     decided = {
         "model": getattr(model, "name_or_path", None),
         "base_sha256": base_checksum(model),  # the name alone does not tell whether the weights changed
         "dtype": str(computes_in(model)).removeprefix("torch."),
-        "device": layer.lora_A.device.type,
-        "weights": str(layer.base.weight) if isinstance(layer.base, Linear4bit) else "not quantised",
-        "adapter": strength | {"dropout": layer.dropout.p, "layers": len(layers)},
+        "device": next(iter(layer.learned().values())).device.type,
+        "weights": str(base.weight) if isinstance(base, Linear4bit) else "not quantised",
+        "adapter": _settings(layers) | {"layers": len(layers)},
         "adapted": hashlib.sha256(" ".join(layers).encode()).hexdigest(),  # which layers have adapters
-        "data": data | {"sha256": _examples_checksum(encoded)},
+        "data": data | {"sha256": examples_checksum(encoded)},
         "notes": notes,
     }
     return asdict(settings) | dated | decided
@@ -77,6 +80,7 @@ def comparable(record: dict) -> dict:
 
 def check_same_run(folder: Path, saved: dict, record: dict, encoded: list[Encoded]) -> None:
     """Raise ValueError, with each difference, unless `record` and `encoded` are those of the saved run."""
+    saved = {"lora_plus": Settings.lora_plus} | saved  # which runs of earlier versions do not name
     if lines := obstacles(comparable(saved), comparable(record), encoded):
         raise ValueError(
             f"{folder} holds a different run, so it cannot be resumed: {'; '.join(lines)}. "
@@ -116,10 +120,11 @@ def _data_follow(saved: dict, now: dict, encoded: list[Encoded]) -> bool:
     if all(saved[name] == now[name] for name in NUMBER):
         return False
     kept = saved["data"]["kept"]  # the order is the same, so fewer examples are the first of more
-    return kept > len(encoded) or _examples_checksum(encoded[:kept]) == saved["data"]["sha256"]
+    return kept > len(encoded) or examples_checksum(encoded[:kept]) == saved["data"]["sha256"]
 
 
-def _examples_checksum(encoded: list[Encoded]) -> str:
+def examples_checksum(encoded: list[Encoded]) -> str:
+    """SHA-256 over tokens and labels of all examples, in their order."""
     return hashlib.sha256(repr([(example.input_ids, example.labels) for example in encoded]).encode()).hexdigest()
 
 
@@ -141,7 +146,10 @@ def computes_in(model: torch.nn.Module) -> torch.dtype:
     return getattr(model, "dtype", torch.float32)
 
 
-def _of(layers: dict, name: str):
-    """The value that all adapted layers share; if they differ, a list with one value per layer."""
-    values = [getattr(layer, name) for layer in layers.values()]
-    return values[0] if len(set(values)) == 1 else values
+def _settings(layers: dict[str, Adapter]) -> dict:
+    """The method, unless it is LoRA, and its settings; where layers differ, a list with one value per layer."""
+    first = next(iter(layers.values()))
+    of_layers = [layer.settings() for layer in layers.values()]
+    values = {name: [settings[name] for settings in of_layers] for name in first.settings()}
+    shared = {name: all_[0] if len(set(all_)) == 1 else all_ for name, all_ in values.items()}
+    return shared if first.method == "lora" else {"method": first.method} | shared

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from qlora_lab.adapters.lora import adapters
-from qlora_lab.adapters.peft_format import adapter_tensors
+from qlora_lab.adapters.adapter import adapters, learned
+from qlora_lab.adapters.peft_format import WRAPPER, adapter_tensors
 from qlora_lab.data.batches import Batches
 from qlora_lab.data.dataset import Encoded, EncodeReport
 from qlora_lab.files import disk
@@ -71,12 +71,12 @@ class RunState:
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """The adapters' parameters, in the optimizer's order."""
-        return self.optimizer.param_groups[0]["params"]
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def save(self, folder: Path, keep: int) -> None:
         """Write a checkpoint of this state to the run in `folder`; the newest `keep` checkpoints stay."""
         disk.sync(folder / LOG)  # the log may not end before the state that follows from it
-        tensors = {f"adapter.{key}": tensor for key, tensor in adapter_tensors(self.model).items()}
+        tensors = {f"adapter.{key}": tensor for key, tensor in self._adapter().items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             # qmap: bitsandbytes' look-up tables, which are constants
             moments = {name: tensor for name, tensor in state.items() if not name.startswith("qmap")}
@@ -104,7 +104,7 @@ class RunState:
         check_same_run(folder, facts["run"], self.record, encoded)
         lines = read_saved_log(folder / LOG, step, facts)
         file = state_file(folder, step, TENSORS)
-        check_tensors(file, tensors, adapter_tensors(self.model), self.parameters, settings.optimizer_bits)
+        check_tensors(file, tensors, self._adapter(), self.parameters, settings.optimizer_bits)
         adopt_saved(self.model, facts["arithmetic"], folder, other_arithmetic)
         self._take(tensors)
         self.batches.restore(facts["batches"])
@@ -112,9 +112,21 @@ class RunState:
         self.best = facts["best"]
         self.lines = lines
 
+    def _adapter(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of the adapters, by its key: what learns, and constants, which belong to it.
+
+        Another processor may decompose the same weight into singular vectors with opposite signs.
+        """
+        constants = {
+            f"{path.replace(WRAPPER, '')}.{name}": constant
+            for path, adapter in adapters(self.model).items()
+            for name, constant in adapter.constants().items()
+        }
+        return adapter_tensors(self.model) | constants
+
     @torch.no_grad()
     def _take(self, tensors: dict[str, torch.Tensor]) -> None:
-        for key, tensor in adapter_tensors(self.model).items():
+        for key, tensor in self._adapter().items():
             tensor.copy_(tensors[f"adapter.{key}"])
         state: dict[int, dict[str, torch.Tensor]] = {}  # parameter number -> name -> moment
         for key, tensor in tensors.items():
@@ -128,8 +140,8 @@ class RunState:
 def check_trained(model: torch.nn.Module) -> None:
     """Raise ValueError for a model without adapters, or one that trains anything else, which would not be saved."""
     # By identity, because a parameter may be reachable under several names.
-    learned = {id(p) for layer in adapters(model).values() for p in (layer.lora_A, layer.lora_B)}
-    if others := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in learned]:
+    known = {id(p) for p in learned(model).values()}
+    if others := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
         more = f" and {len(others) - 1} more" if others[1:] else ""
         message = "adapters alone are trained and saved: requires_grad_(False) freezes it"
         raise ValueError(f"{others[0]}{more} would be trained as well, but {message}")

@@ -31,12 +31,15 @@ class Settings:
         None, "rows computed at once; fewer need less memory for the same step (default: all)", "rows"
     )
     lr: float = option(2e-4, "learning rate of AdamW")  # the paper's, for 7B and 13B
+    lora_plus: float = option(1, "LoRA+: the learning rate of lora_B as a multiple of lr, usually 16; 1: the same")
     # constant is the paper's; cosine falls towards 0
     schedule: str = option("constant", "schedule of the learning rate: constant or cosine")
     warmup_steps: int = option(0, "steps of linear warm-up", "steps")  # from lr / (warmup_steps + 1) to lr
     clip: float = option(0.3, "largest gradient norm; longer gradients are scaled down")  # the paper's
     # memory follows the longest example, so there is a limit; those left out are counted
     max_length: int = option(256, "tokens per row; longer examples are left out", "tokens")
+    # for templates that rewrite earlier answers, so that the model would never write them so
+    last_answer_only: bool = option(False, "learn the last answer of each example only; show the others")
     # The model is asked first whether it keeps the examples apart (packed_rows.py).
     packing: bool = option(False, "put several examples into each row: less padding, the same loss")
     group_by_length: bool = option(False, "batch examples of similar length: less padding, but different batches")
@@ -67,8 +70,9 @@ class Settings:
                 check_whole(name, getattr(self, name), 1, most)
         check_seed(self.seed)
         check_number("lr", self.lr, lambda lr: 0 < lr <= 1e6, "a number above 0 and at most 1,000,000, usually 2e-4")
+        check_number("lora_plus", self.lora_plus, lambda ratio: 0 < ratio <= 1e3, "a number above 0 and at most 1,000")
         check_number("clip", self.clip, lambda clip: clip > 0, "a number above 0")
-        for name in ("packing", "group_by_length", "gradient_checkpointing", "shard"):
+        for name in ("last_answer_only", "packing", "group_by_length", "gradient_checkpointing", "shard"):
             if not isinstance(getattr(self, name), bool):  # "no" would count as true
                 raise ValueError(f"{name}={short(getattr(self, name))} is not allowed: choose True or False")
         if self.schedule not in SCHEDULES:

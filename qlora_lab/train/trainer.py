@@ -13,8 +13,9 @@ Not here: the state between steps (run_state.py), more processes (distributed.py
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -23,14 +24,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from qlora_lab.adapters.adapter import method_of
 from qlora_lab.adapters.peft_format import save_adapter
 from qlora_lab.data.batches import Batches, collate_rows, to_rows
 from qlora_lab.data.dataset import IGNORED, Encoded, encode_all, load_data
-from qlora_lab.data.examples import Example
+from qlora_lab.data.examples import Examples, last_answer_only
 from qlora_lab.files import disk
+from qlora_lab.files.out_path import check_outside_model
 from qlora_lab.model.modes import checkpointing, mode, own_draws
+from qlora_lab.optim.master_copies import MasterCopies
 from qlora_lab.optim.paged_adamw import PagedAdamW
 from qlora_lab.train.allocator import recycle_memory
+from qlora_lab.train.check_run import check_method
 from qlora_lab.train.checkpoint import BEST, saved_steps
 from qlora_lab.train.distributed import (
     OneProcess,
@@ -45,9 +50,11 @@ from qlora_lab.train.identity import adopt_arithmetic, arithmetic, own_threads
 from qlora_lab.train.interrupt import Interrupt, waiting
 from qlora_lab.train.limits import check_length, check_tokens, fill_id, used_tokens
 from qlora_lab.train.loop import shuffled, step_seed
+from qlora_lab.train.lora_plus import rate_groups, set_rates
 from qlora_lab.train.loss import accumulate, summed_loss
 from qlora_lab.train.packed_rows import check_packing
 from qlora_lab.train.run_folder import ADAPTER, LOG, replacing_run, reserved_run, rewind, write_result
+from qlora_lab.train.run_options import DataOptions
 from qlora_lab.train.run_record import record, run_clock
 from qlora_lab.train.run_state import Run, RunState, check_trained
 from qlora_lab.train.settings import Settings, check_held_out, learning_rate
@@ -61,23 +68,25 @@ STOPPED = "asked to stop"
 def finetune(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    data: str | Path | Sequence[Example] = "docstrings",
+    data: str | Path | Iterable = "docstrings",
     steps: int = Settings.steps,
     out: str | Path = "runs/first",
     **options: Any,
 ) -> Run:
     """Train the adapters of `model` for `steps` steps and save them to `out`/adapter.
 
-    data: "docstrings", a JSONL file (Alpaca, ShareGPT or OpenAI messages), or examples. options: any field of Settings,
-    such as lr=1e-4 or batch_size=16; resume, overwrite and other_arithmetic, as in OutputOptions (run_options.py); and:
-    held_out: examples for evaluations every `eval_every` steps, which it needs. progress: show progress bars.
+    data: "docstrings", a file, a list of dicts or examples, or a data set of `datasets`: see `load_data`.
+    options: any field of Settings, such as lr=1e-4 or batch_size=16; resume, overwrite and other_arithmetic, as in
+    OutputOptions (run_options.py); and: held_out: data like `data`, for evaluations every `eval_every` steps, which it
+    needs. skip_bad: leave out records that cannot be used; Run.data.skipped holds their places and reasons. progress:
+    show progress bars.
     Training flags and the random state are left as they were.
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
-    example longer than the model's table of positions, packing in a model whose rows leak, or a resume with other
-    settings, data, model or adapter; FileExistsError for an earlier run, and for a file of another origin under one of
-    a run's names; BlockingIOError while another process writes to `out`; FloatingPointError for a loss or gradient that
-    is not finite, with step, layer and dtype; OSError for a full disk and OutOfMemory, with what is saved;
-    KeyboardInterrupt for Ctrl-C, SIGTERM or SIGHUP, once everything is saved.
+    example longer than the model's table of positions, packing in a model whose rows leak, `out` in the model's folder,
+    or a resume with other settings, data, model or adapter; FileExistsError for an earlier run, and for a file of
+    another origin under one of a run's names; BlockingIOError while another process writes to `out`; FloatingPointError
+    for a loss or gradient that is not finite, with step, layer and dtype; OSError for a full disk and OutOfMemory, with
+    what is saved; KeyboardInterrupt for Ctrl-C, SIGTERM or SIGHUP, once everything is saved.
     Warns of examples longer than a model with computed positions was made for.
     """
     asked = {name: options.pop(name) for name in SETTINGS if name in options}
@@ -95,19 +104,23 @@ class Training:
         self,
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
-        data: str | Path | Sequence[Example] = "docstrings",
+        data: str | Path | Iterable = "docstrings",
         out: str | Path = "runs/first",
         settings: Settings = Settings(),  # noqa: B008 - frozen
         *,
-        held_out: Sequence[Example] = (),
+        held_out: Iterable = (),
         resume: bool | int = False,
         overwrite: bool = False,
         other_arithmetic: bool = False,
+        skip_bad: bool = DataOptions.skip_bad,
         progress: bool = True,
     ):
         check_trained(model)
+        check_method(method_of(model), settings)
+        check_outside_model(Path(out) / ADAPTER, getattr(model, "name_or_path", None))
         with failing_together(), reserved_run(out, overwrite, resume) if is_process_0() else nullcontext():
             pass  # the folder is free, and an earlier run that a kill had moved away is back in its place
+        held_out = load_data(held_out, skip_bad=skip_bad, progress=progress) if held_out else []
         check_held_out(settings, held_out)
         self.model = model
         self.settings = settings
@@ -121,13 +134,18 @@ class Training:
         self._begun = False  # a Training runs once
         self._engine = OneProcess(model)  # until the run begins
         self._state: RunState | None = None  # until the run begins
-        examples = load_data(data, progress=progress) if isinstance(data, (str, Path)) else list(data)
+        examples = load_data(data, skip_bad=skip_bad, progress=progress)
+        if settings.last_answer_only:
+            examples = last_answer_only(examples)
+            held_out = last_answer_only(held_out)
         needed = settings.steps * settings.batch_size  # examples; encoding takes about 1 ms each
         self._clock = run_clock(self.folder, tokenizer, resume)  # for templates that write the date
-        bars = {"progress": progress, "clock": self._clock}
-        examples = shuffled(examples, settings.seed)
-        self._encoded, self.report = encode_all(examples, tokenizer, settings.max_length, needed, **bars)
-        self._held_out = encode_all(held_out, tokenizer, settings.max_length, **bars)[0] if held_out else []
+        how = {"progress": progress, "clock": self._clock}
+        drawn = Examples(shuffled(examples, settings.seed), skip_bad=skip_bad)
+        self._encoded, encoding = encode_all(drawn, tokenizer, settings.max_length, needed, **how)
+        self.report = replace(encoding, skipped=(*examples.skipped, *encoding.skipped))
+        held_out = Examples(held_out, skip_bad=skip_bad)
+        self._held_out = encode_all(held_out, tokenizer, settings.max_length, **how)[0] if held_out else []
         self._check_readable(tokenizer)
         self._pad_id = fill_id(model, tokenizer)
 
@@ -223,8 +241,7 @@ class Training:
         examples = [self._encoded[i] for i in next(state.batches)]  # the same list on every process
         answer_tokens = sum(example.answer_tokens for example in examples)  # over all rows and processes
         micro_batches = self._micro_batches(examples)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+        set_rates(optimizer, learning_rate(settings, step))
         optimizer.zero_grad(set_to_none=True)
         with mode(engine.model, training=True), own_draws(self.model):
             torch.manual_seed(step_seed(settings.seed, step, engine.rank))  # for dropout
@@ -246,7 +263,7 @@ class Training:
         line = {
             "step": step,
             "loss": loss,  # nats per answer token
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": optimizer.param_groups[0]["lr"],  # lora_A's, under LoRA+
             "gradient_norm": norm if math.isfinite(norm) else None,  # before clipping; JSON has no infinity
             "tokens": tokens,
             "answer_tokens": answer_tokens,
@@ -369,9 +386,13 @@ def _optimizer(model: torch.nn.Module, settings: Settings, folder: Path) -> torc
     if settings.optimizer_bits != 32 or settings.optimizer_budget is not None:
         # Pages go to the run's own disk: the system's temporary folder is often in memory.
         make = partial(PagedAdamW, bits=settings.optimizer_bits, budget=settings.optimizer_budget, folder=folder)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     # No weight decay: it would pull the product B A, not the weight, towards zero.
-    return make(parameters, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    make = partial(make, lr=settings.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    groups = rate_groups(model, settings.lora_plus)
+    parameters = groups[0]["params"]
+    if len(groups) > 1 or all(p.dtype == torch.float32 for p in parameters):
+        return make(groups)
+    return MasterCopies(parameters, make)
 
 
 def _silent(example: Encoded) -> Encoded:

@@ -7,10 +7,11 @@ from copy import deepcopy
 import pytest
 import torch
 
+from qlora_lab.adapters.adapter import has_adapters
 from qlora_lab.adapters.adapter_base import same_model, weights_of
-from qlora_lab.adapters.lora import add_lora, has_adapters
+from qlora_lab.adapters.lora import add_lora
 from qlora_lab.adapters.peft_format import load_adapter, save_adapter
-from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
+from qlora_lab.model.linear4bit import quantize_linears
 from qlora_lab.quant.quantize import quantize
 
 INSTRUCT = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -126,8 +127,8 @@ def test_what_peft_saved_says_nothing_of_tables(tmp_path, tiny_llama):
 
 def test_tables_made_by_hand_and_mixes_are_told_apart():
     weight = torch.randn(8, 64)
-    a, b = (Linear4bit(quantize(weight, torch.tensor([-1, middle, 1]), 32)) for middle in (0.0, 0.1))
-    plain = torch.nn.Linear(64, 8)
+    a, b = (quantize(weight, torch.tensor([-1, middle, 1]), 32) for middle in (0.0, 0.1))
+    plain = weight
     assert weights_of([a]) == weights_of([a, a]) != weights_of([b])
     assert weights_of([a]).startswith("custom ") and weights_of([plain]) == "16 or 32 bits"
     assert weights_of([plain, a, plain]) == f"2 x 16 or 32 bits; 1 x {weights_of([a])}"

@@ -235,5 +235,5 @@ def test_adapters_are_added_once():
     m = add_lora(model(), r=2)
     with pytest.raises(ValueError, match="has adapters already"):
         add_lora(m)
-    with pytest.raises(ValueError, match="no adapter: call qlora_lab.add_lora"):
+    with pytest.raises(ValueError, match="no adapter: call qlora_lab.add_adapter"):
         adapters(model())

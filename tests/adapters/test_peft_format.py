@@ -233,7 +233,10 @@ def test_a_folder_without_an_adapter_says_what_it_has_instead(saved, tiny_llama,
         "has no adapter_model.safetensors, but model-00001-of-00002.safetensors: merge them into one file of this name"
     )
     renamed.rename(saved / "adapter_model.bin")
-    assert "has adapter_model.bin, a pickle, which can run code and is not read: load it with PEFT, and" in message()
+    assert (
+        "has adapter_model.bin, a pickle (safe_serialization=False), which can run code and is not read: load"
+        in message()
+    )
     (saved / "adapter_model.bin").unlink()
     assert message().endswith("has no adapter_model.safetensors, so it is not an adapter")
     (saved / "adapter_config.json").unlink()
@@ -245,9 +248,9 @@ def test_other_errors(saved, tiny_llama, tmp_path):
         save_adapter(tiny_llama, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     config = json.loads((saved / "adapter_config.json").read_text())
-    for change, what in (({"use_dora": True}, "True"), ({"peft_type": "IA3"}, "'IA3'")):
+    for change, what in (({"use_qalora": True}, "True"), ({"peft_type": "IA3"}, "'IA3'")):
         (saved / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=f"={what} .*but only plain LoRA"):
+        with pytest.raises(ValueError, match=f"={what} .*but only LoRA, rsLoRA and DoRA"):
             load_adapter(tiny_llama, saved)
     (saved / "adapter_model.safetensors").write_bytes(b"\x09")
     with pytest.raises(ValueError, match=f"{re.escape(str(saved))} cannot be read"):

@@ -3,15 +3,12 @@
 Only the cells that the explorers need are run; nbval runs the others.
 """
 
-import base64
-import io
 import re
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
-from PIL import Image
 from playwright.sync_api import expect
 
 NF4 = "-1 -0.696 -0.525 -0.395 -0.284 -0.185 -0.0911 0 0.0796 0.161 0.246 0.338 0.441 0.563 0.723 1"
@@ -154,10 +151,10 @@ def test_another_start_and_block_size(lab, codebook):
     expect(picture).to_have_attribute("alt", re.compile(f"blocks of 16 given weights: {same}"))
 
 
-def outermost_lines(picture):
+def outermost_lines(lab, picture):
     """Where on the page the picture draws its first and its last level."""
-    data, box = picture.get_attribute("src").partition("base64,")[2], picture.bounding_box()
-    row = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))[60].astype(int)  # across the histogram
+    box = picture.bounding_box()
+    row = lab.pixels(picture)[60].astype(int)  # across the histogram
     blue = np.flatnonzero((abs(row - [0, 114, 178]) < 9).all(axis=1)) + 0.5
     ends = blue[blue < blue[0] + 9].mean(), blue[blue > blue[-1] - 9].mean()
     return [box["x"] + end / len(row) * box["width"] for end in ends]
@@ -167,7 +164,7 @@ def test_handles_stand_over_their_lines(lab, codebook):
     """In a narrow window too."""
     for width in (600, 1280):
         lab.page.set_viewport_size({"width": width, "height": 900})
-        lines = outermost_lines(lab.picture("Level 0"))
+        lines = outermost_lines(lab, lab.picture("Level 0"))
         assert [middle(lab, 0), middle(lab, 15)] == pytest.approx(lines, abs=1.5)
 
 

@@ -44,6 +44,24 @@ def test_slider_by_keyboard_changes_alt_text_and_pixels(toy, tmp_path):
     toy.page.screenshot(path=tmp_path / "moved.png")
 
 
+WATCH_HEIGHT = """(image) => {
+  window.heights = [];
+  const look = () => {
+    window.heights.push(image.isConnected ? image.getBoundingClientRect().height : 0);
+    requestAnimationFrame(look);
+  };
+  look();
+}"""
+
+
+def test_the_page_does_not_jump_while_the_picture_changes(toy):
+    """The picture is in every frame, at the same height."""
+    toy.picture("Bits").evaluate(WATCH_HEIGHT)
+    for key in ("ArrowRight", "End", "Home"):
+        toy.move("Bits", key)
+    assert len(set(toy.page.evaluate("() => window.heights"))) == 1
+
+
 def test_reset_and_switch_work_by_keyboard(toy):
     toy.move("Bits", "Home")
     toy.page.get_by_role("button", name="Reset").press("Enter")

@@ -64,6 +64,7 @@ def test_quantize_then_generate(capsys, tmp_path, folder):
     )
     figures = json.loads(text)
     assert code == 0 and figures["folder"] == str(tmp_path / "small") and figures["bytes_of_weights"] > 0
+    assert figures["read_by"].startswith("QLoRA Lab alone: blocks of 64 weights cross rows of 16 (model.layers.0.")
     options = ["--model", tmp_path / "small", "--quiet", "--max-new-tokens", 2]
     assert run(capsys, "generate", "double 3", *options)[0] == 0
     code, _, err = run(capsys, "quantize", folder, "--out", tmp_path / "small", "--quiet")
@@ -93,6 +94,21 @@ def test_a_file_without_test_data_is_reported_as_not_tested(capsys, tmp_path, fo
     assert code == 0 and "--test-data" in line and "--held-out 0" in line and "rouge" not in text
     code, _, said = run(capsys, *options, "--held-out", 0, "--out", tmp_path / "b")
     assert code == 0 and "tested" not in said
+
+
+@pytest.mark.filterwarnings("always")
+def test_bad_records_are_skipped_when_asked(capsys, tmp_path, folder, data):
+    text = Path(data).read_text("utf-8")
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"instruction": 1}\n' + text, encoding="utf-8")
+    options = ["--model", folder, "--data", path, "--test-data", path, "--held-out", 2, "--steps", 1, "--r", 2]
+    out = ["--out", tmp_path / "run", "--json"]
+    code, _, said = run(capsys, "finetune", *options, *out)
+    assert code == 2 and "mixed.jsonl, line 1: " in said
+    code, text, said = run(capsys, "finetune", *options, *out, "--skip-bad")
+    figures = json.loads(text)
+    assert code == 0 and "1 record was skipped: " in said
+    assert figures["records_skipped"] == 1 and "mixed.jsonl, line 1: " in figures["skipped"][0]
 
 
 @pytest.mark.parametrize("data", [["--data", "docstrings"], ["--data", "own.jsonl", "--test-data", "docstrings"]])
@@ -198,8 +214,10 @@ def test_an_earlier_run_is_refused_before_the_model_is_loaded(capsys, tmp_path, 
 
 def test_the_seed_of_the_command_line_is_the_adapters_too(capsys, tmp_path, folder, data, monkeypatch):
     seeds = []
-    add_lora = cli.ql.add_lora
-    monkeypatch.setattr(cli.ql, "add_lora", lambda *args, **kw: seeds.append(kw.get("seed")) or add_lora(*args, **kw))
+    add_adapter = cli.ql.add_adapter
+    monkeypatch.setattr(
+        cli.ql, "add_adapter", lambda *args, **kw: seeds.append(kw.get("seed")) or add_adapter(*args, **kw)
+    )
     options = ["--model", folder, "--data", data, "--steps", 1, "--r", 2, "--held-out", 0, "--seed", 7]
     assert run(capsys, "finetune", *options, "--out", tmp_path / "run")[0] == 0 and seeds == [7]
 

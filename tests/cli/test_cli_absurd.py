@@ -7,9 +7,11 @@ import pytest
 import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.cli import options
+from qlora_lab.export import gguf_out, merge_folders
+from qlora_lab.measure import sensitivity, sweep
 from qlora_lab.measure.best_plan import check_limits
 from qlora_lab.memory.setup import Setup
-from qlora_lab.model import fetch, load as models
+from qlora_lab.model import fetch, load as models, quantized_folder
 from qlora_lab.train.settings import Settings
 
 ABSURD = ["nan", "inf", "-inf", "-1", "0", "1e400", str(10**30), "", " ", "１２", "1_000", "9" * 5000, "x\x1b[2J"]
@@ -18,9 +20,10 @@ MAY_BE_0 = {"held_out", "warmup_steps", "eval_every", "patience", "save_every", 
 MAY_BE_0 |= {"learned"}
 MAY_BE_HUGE = {"clip", "bits"}  # 10^30: no limit
 CHOICES = {"codebook", "codebooks", "schedule", "method", "dtype", "adapter_dtype", "device", "double_quant"}
-CHOICES |= {"sass", "ptx", "rungs"}
+CHOICES |= {"sass", "ptx", "rungs", "backend"}
 # Names, texts and paths: free, as long as nothing is there that they would have to fit.
 FREE = {"model", "question", "data", "test_data", "out", "text", "plan", "adapter", "folder", "notebook", "targets"}
+FREE |= {"original", "file", "other", "source", "start"}
 SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse._HelpAction, argparse._VersionAction)
 NUMERIC = (options.whole, options.number, options.size, options.levels)
 
@@ -75,7 +78,15 @@ def no_model(monkeypatch, tmp_path):
         raise AssertionError("a model is asked for")
 
     monkeypatch.chdir(tmp_path)
-    for home in (fetch, models):
+    for home in (
+        fetch,
+        models,
+        quantized_folder,
+        sensitivity,
+        sweep,
+        merge_folders,
+        gguf_out,
+    ):  # a first import now would keep `load`
         monkeypatch.setattr(home, "resolve", load)
     monkeypatch.setattr(ql, "fetch", load, raising=False)
     monkeypatch.setattr(ql, "load_data", lambda *args, **kwargs: [object()], raising=False)

@@ -8,22 +8,26 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
 import qlora_lab as ql
 from qlora_lab import cli
+from qlora_lab.adapters.add_adapter import LORA, MAKERS, METHODS
 from qlora_lab.cli.memory import NOT_OPTIONS
 from qlora_lab.memory.setup import Setup
 from qlora_lab.train.check_run import check_run
-from qlora_lab.train.run_options import AdapterOptions, DataOptions, ModelOptions, OutputOptions
+from qlora_lab.train.run_options import METHOD_OPTIONS, AdapterOptions, DataOptions, ModelOptions, OutputOptions
 from qlora_lab.train.settings import Settings
 from tests.test_architecture import HEAVY
 
 RUN = (ModelOptions, DataOptions, Settings, AdapterOptions, OutputOptions)
 OWNERS = {"finetune": RUN, "doctor": RUN, "generate": (ModelOptions,), "quantize": (ModelOptions,), "memory": (Setup,)}
-OF_THE_COMMAND = {"help", "json", "quiet", "gpu", "question", "adapter", "max_new_tokens", "plan"}
+OWNERS["merge"] = (ModelOptions,)
+OF_THE_COMMAND = {"help", "json", "quiet", "gpu", "question", "adapter", "max_new_tokens", "plan", "target"}
+OF_THE_COMMAND |= {"original", "anyway"}
 
 
 def options(command: str) -> dict[str, argparse.Action]:
@@ -43,7 +47,7 @@ def test_defaults_and_help_texts_are_those_of_the_dataclasses(command):
         positional = not action.option_strings
         if dest in OF_THE_COMMAND or (command == "memory" and dest == "model"):
             continue
-        if command == "quantize" and dest == "out":  # a copy has no usual place, a run has
+        if command in ("quantize", "merge") and dest == "out":  # a copy has no usual place, a run has
             continue
         field = field_of(command, dest)
         assert positional or action.default == field.default
@@ -117,6 +121,10 @@ def test_help_loads_nothing_heavy():
     assert not set(modules) & {*HEAVY, "tokenizers", "safetensors", "gguf"}
 
 
+CHECKPOINTED, PACKED = Settings(gradient_checkpointing=True), Settings(packing=True)
+PLUS, SHARD = Settings(lora_plus=16), Settings(shard=True)
+
+
 @pytest.mark.parametrize(
     "model, adapter, others, message",
     [
@@ -124,6 +132,19 @@ def test_help_loads_nothing_heavy():
         ({"block_size": 7}, {}, {}, "block_size=7 is not allowed"),
         ({}, {"r": 0}, {}, "r=0 is not allowed"),
         ({}, {"alpha": -1}, {}, "alpha=-1 is not allowed"),
+        ({}, {"method": "houlsby", "size": 0}, {}, "size=0 is not allowed"),
+        ({}, {"method": "prompt", "virtual_tokens": 0}, {}, "virtual_tokens=0 is not allowed"),
+        ({}, {"method": "prefix", "mlp": 0}, {}, "mlp=0 is not allowed"),
+        ({}, {"method": "ia3"}, {}, "method is 'ia3', but it must be one of lora, rslora, dora, pissa, loftq, full"),
+        ({}, {"method": "houlsby", "r": 8}, {}, "r is no option of method houlsby: its options are size"),
+        ({}, {"size": 8}, {}, "size is no option of method lora: its options are r, alpha"),
+        ({}, {"method": "bitfit", "targets": "q_proj"}, {}, "targets is no option of method bitfit: it has none"),
+        ({}, {"source": "m"}, {}, "source is no option of method lora: its options are r, alpha"),
+        ({}, {"method": "prefix"}, {"settings": CHECKPOINTED}, "method prefix cannot checkpoint gradients"),
+        ({}, {"method": "prefix"}, {"settings": PACKED}, "method prefix cannot train on packed rows"),
+        ({}, {"method": "prompt"}, {"settings": PACKED}, "method prompt cannot train on packed rows"),
+        ({}, {"method": "houlsby"}, {"settings": PLUS}, "lora_plus=16 is for lora_B, but method houlsby has none"),
+        ({"codebook": "none"}, {"method": "full"}, {"settings": SHARD}, "method full freezes none"),
         ({}, {"dropout": 1.0}, {}, "dropout=1.0 is not allowed"),
         ({}, {}, {"held_out": -1}, "held-out=-1 is not allowed"),
         ({}, {}, {"resume": 0}, "resume=0 is not allowed"),
@@ -136,3 +157,18 @@ def test_check_run_names_what_is_not_allowed(model, adapter, others, message):
 
 def test_check_run_allows_the_defaults_and_no_quantisation():
     check_run(ModelOptions(codebook="none"), AdapterOptions(), resume=True)
+    for method in ("lora", "rslora", "dora", "pissa", "loftq"):
+        check_run(ModelOptions(), AdapterOptions(method=method), PLUS)
+        check_run(ModelOptions(), AdapterOptions(method=method), PACKED)
+
+
+NO_OPTION = ("model", "tokenizer", "seed", "progress")
+
+
+def test_the_options_of_a_method_are_those_of_its_function():
+    for method, names in METHOD_OPTIONS.items():
+        parameters = signature((LORA | MAKERS)[method]).parameters
+        assert [name for name in parameters if name not in NO_OPTION] == list(names)
+        for name in names:
+            assert parameters[name].default == AdapterOptions.__dataclass_fields__[name].default
+    assert tuple(METHOD_OPTIONS) == METHODS

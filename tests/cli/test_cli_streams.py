@@ -15,13 +15,13 @@ from qlora_lab import cli
 from qlora_lab.cli.streams import patient_streams
 from qlora_lab.train import interrupt
 from tests.cli.test_cli import TRAIN
-from tests.cli.test_cli_quiet import COMMANDS
+from tests.cli.test_cli_quiet import COMMANDS, adapter
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's"),
 ]
-PRINTED = {"generate", "doctor", "memory"}  # what they print is all that they do
+PRINTED = {"generate", "doctor", "memory", "xray"}  # what they print is all that they do
 OTHERS = [name for name in COMMANDS if name not in PRINTED]
 
 
@@ -32,6 +32,8 @@ def argv(tmp_path, folder):
 
     def made(command, *more):
         places = {"MODEL": folder, "OUT": tmp_path / "out", "DATA": data}
+        if "ADAPTER" in COMMANDS[command]:
+            places["ADAPTER"] = adapter(folder, tmp_path)
         words = [str(places.get(word, word)) for word in COMMANDS[command]]
         if command in ("finetune", "generate", "doctor"):
             words += ["--model", str(folder)]

@@ -88,7 +88,7 @@ def test_answers_before_the_first_question_and_turns_after_the_last_answer_are_d
         ('{"messages": "a"}', "line 1: a conversation must be a list of turns with the keys role and content"),
         ('{"messages": [{"role": "user"}]}', "line 1: 'content' must be text, found null"),
         ('{"messages": [{"role": "critic", "content": "a"}]}', "line 1: unknown role 'critic': a role is one of human"),
-        ('{"messages": [{"role": "tool", "content": "a"}]}', "line 1: a turn of 'tool' belongs to a tool call"),
+        ('{"messages": [{"role": "tool", "content": "a"}]}', "line 1: no answer to learn from"),
         (
             r'{"instruction": "a\ud800", "output": "b"}',
             r"line 1: the content of the user turn holds '\\ud800', half of a",
@@ -204,6 +204,23 @@ def test_a_chat_template_that_cannot_be_learned_from_is_refused(tokenizer, chang
     tokenizer.chat_template = tokenizer.chat_template.replace(*change)
     with pytest.raises(ValueError, match=message):
         encode(EXAMPLE, tokenizer)
+
+
+def test_a_developer_is_written_as_system_unless_the_template_knows_the_role(tokenizer):
+    turns = (("developer", "Be brief."), QUESTION)
+    assert "<|im_start|>system\nBe brief." in tokenizer.decode(prompt_ids(turns, tokenizer))
+    tokenizer.chat_template = "{% set known = ['developer'] %}" + tokenizer.chat_template
+    assert "<|im_start|>developer\nBe brief." in tokenizer.decode(prompt_ids(turns, tokenizer))
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user"])
+def test_a_turn_that_the_template_drops_is_refused(tokenizer, role):
+    turns = ((role, "Be brief."), QUESTION, ("assistant", "4"))
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content", "(message.content if 'brief' not in message.content else '')"
+    )
+    with pytest.raises(ValueError, match=f"the chat template does not show the {role} turn 'Be brief.'"):
+        encode(Example(turns), tokenizer)
 
 
 def test_an_answer_that_would_melt_into_the_prompt_is_kept_apart(tokenizer):

@@ -77,6 +77,68 @@ def test_a_greeting_is_no_answer_also_behind_a_system_text():
     assert to_example(greeting).messages == (("system", "s"), ("user", "a"), ("assistant", "b"))
 
 
+# ------------------------------------------------------------------------------------------ completions, parts, roles
+
+
+def test_a_prompt_and_its_completion_are_a_question_and_an_answer():
+    assert to_example({"prompt": "a", "completion": " b\n"}) == to_example({"messages": TURNS})
+    assert to_example({"prompt": "a", "completion": "b", "system": "s"}).messages[0] == ("system", "s")
+    assert to_example({"prompt": "a", "completion": "b", "id": 7}).unused == ("id",)
+
+
+def test_of_turns_in_a_prompt_and_a_completion_only_the_completion_is_learned():
+    more = [{"role": "user", "content": "c"}]
+    example = to_example({"prompt": TURNS + more, "completion": [{"role": "assistant", "content": "d"}]})
+    assert example.messages == (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    assert example.not_learned == (1,)
+    assert to_example({"prompt": TURNS + more, "completion": "d"}) == example
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a", "completion": None}, "'completion' must be text, found null"),
+        ({"prompt": 4, "completion": "b"}, "'prompt' must be text, found 4"),
+        ({"prompt": [], "completion": "b"}, "the assistant speaks first|no answer to learn from"),
+        ({"prompt": ["a"], "completion": "b"}, "must be a list of turns with the keys role and content"),
+        ({"prompt": "a"}, "has the keys prompt; expected .* or completion"),
+    ],
+)
+def test_a_completion_that_cannot_be_used_is_named(record, message):
+    with pytest.raises(ValueError, match=message):
+        to_example(record)
+
+
+def test_parts_of_text_are_joined():
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "text", "text": "", "image_url": None},
+        {"type": "text", "text": "b"},
+    ]
+    assert to_example(chat(("user", parts), ("assistant", "c"))).messages == (("user", "ab"), ("assistant", "c"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "a.png"}}], "a part of the content is .*image_url.* but only"),
+        ([{"type": "text", "text": None}], "a part of the content is .*null"),
+        (["a"], "a part of the content is a, but only"),
+        ([], r"'content' must be text, found \[\]"),
+    ],
+)
+def test_a_part_that_is_no_text_is_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        to_example(chat(("user", parts), ("assistant", "c")))
+
+
+def test_a_developer_leads_as_a_system_does():
+    example = to_example(chat(("developer", "s"), ("user", "a"), ("assistant", "b")))
+    assert example.messages[0] == ("developer", "s")
+    with pytest.raises(ValueError, match="both 'system' and a turn of the system"):
+        to_example(chat(("developer", "s"), ("user", "a"), ("assistant", "b"), system="s"))
+
+
 # ----------------------------------------------------------------------------------------------------------- refused
 
 
@@ -84,10 +146,9 @@ def test_a_greeting_is_no_answer_also_behind_a_system_text():
     ("record", "message"),
     [
         (
-            chat(("user", "a"), ("assistant", "b"), tools=[{"name": "f"}]),
-            "the record has 'tools', but tool calls cannot",
+            chat(("user", "a"), ("assistant", "b"), functions=[{"name": "f"}]),
+            "the record has 'functions', but tools are",
         ),
-        ({"conversations": TURNS, "tools": '[{"name": "f"}]'}, "the record has 'tools', but tool calls cannot"),
         (ALPACA | {"images": ["a.png"]}, "the record has 'images', but images, sound and video cannot"),
         (ALPACA | {"rejected": "5"}, "the record has 'rejected', but preferences cannot"),
         (ALPACA | {"weight": 0.5}, "the record has 'weight': 0.5, but all records count alike"),
@@ -104,9 +165,8 @@ def test_a_greeting_is_no_answer_also_behind_a_system_text():
         ({"conversations": TURNS, "loss": False}, "the record has 'loss': False, but all records count alike"),
         (
             chat(("user", "a"), ("function_call", "f()"), ("assistant", "b")),
-            "a turn of 'function_call' belongs to",
+            "a turn of 'function_call' is not read",
         ),
-        (chat(("user", "a"), ("assistant", "", {"tool_calls": [{}]})), "the turn has 'tool_calls', but tool calls"),
         (chat(("user", "a"), ("assistant", "b", {"thinking": "c"})), "the turn has 'thinking', but thoughts are read"),
         (chat(("user", "a"), ("assistant", "b", {"train_detail": [{}]})), "'train_detail', but a turn is learned as a"),
         (chat(("user", "a"), ("assistant", "b", {"weight": 0.5})), "turn has 'weight': 0.5, but a turn"),

@@ -11,9 +11,19 @@ from transformers.utils import chat_template_utils
 
 from qlora_lab.data.chat_template import GENERATION, PLAIN_TEMPLATE, ChatTemplate
 from qlora_lab.data.dataset import encode_all
-from qlora_lab.data.examples import Example
+from qlora_lab.data.examples import Example, last_answer_only
 from qlora_lab.data.labels import IGNORED, Encoded, Notes, encode, end_token_id, prompt_ids
-from tests.data.chat_templates import CASES, CONVERSATIONS, LLAMA_2, ONE, QUESTION, SEVERAL, THOUGHTS, tokenizer_of
+from tests.data.chat_templates import (
+    CASES,
+    CHATML,
+    CONVERSATIONS,
+    LLAMA_2,
+    ONE,
+    QUESTION,
+    SEVERAL,
+    THOUGHTS,
+    tokenizer_of,
+)
 from tools.templates_page import COMMAND, PAGE, page
 
 NOON = datetime(2026, 3, 1, 12)
@@ -140,6 +150,26 @@ def test_a_turn_that_is_not_learned_is_shown(case):
     whole = encode(SEVERAL, tokenizer)
     assert masked.input_ids == whole.input_ids
     assert learned_texts(masked, tokenizer) == case.several[1:]
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+def test_the_last_answer_alone_is_learned_where_that_is_asked(case, kind):
+    tokenizer = tokenizer_of(case)
+    encoded = encode(last_answer_only([CONVERSATIONS[kind]])[0], tokenizer)
+    assert encoded.input_ids == encode(CONVERSATIONS[kind], tokenizer).input_ids
+    assert learned_texts(encoded, tokenizer) == getattr(case, kind)[-1:]
+    assert encoded.notes == Notes(shortened=case.shortened if kind == "thoughts" else 0)  # none is hidden
+
+
+def test_a_template_that_ends_the_last_answer_only_needs_that():
+    case = replace(
+        CASES["chatml"], template=CHATML.replace("'<|im_end|>\\n'", "('<|im_end|>\\n' if loop.last else '')")
+    )
+    tokenizer = tokenizer_of(case)
+    with pytest.raises(ValueError, match="ends '4' without a special token.*last_answer_only"):
+        encode(SEVERAL, tokenizer)
+    (example,) = last_answer_only([SEVERAL])
+    assert learned_texts(encode(example, tokenizer), tokenizer) == ("7<|im_end|>",)
 
 
 def test_a_system_text_is_shown_and_not_learned(case):

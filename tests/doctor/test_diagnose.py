@@ -31,7 +31,7 @@ from qlora_lab.doctor.diagnose import diagnose
 from qlora_lab.doctor.dtype_policy import dtype_policy
 from qlora_lab.model.linear4bit import quantize_linears
 from qlora_lab.model.modes import checkpointing, mode
-from qlora_lab.train.loss import answer_loss
+from qlora_lab.train.loss import accumulate, answer_loss
 from qlora_lab.train.rounding import tolerance
 from qlora_lab.train.settings import Settings
 from tests.model.families import tiny
@@ -192,6 +192,11 @@ def test_tokens_beyond_the_embedding(model, tokenizer, encoded):
     )
     assert {f.name for f in report.findings} | set(report.skipped) == set(THREADS), "each check was made, or is named"
     assert "\nskipped  row lengths, finite values, " in str(report)
+
+
+def test_skipped_records_are_a_warning_with_the_first_reason():
+    found = asked_for([Example((("user", "a"), ("assistant", "b")))], ["line 3: no answer", "line 7: not JSON"])
+    assert found.status == "warning" and "; 2 skipped, the first: line 3: no answer" in found.message
 
 
 def test_what_records_ask_for_is_counted(tmp_path):
@@ -356,6 +361,21 @@ def test_accumulation_that_averages_averages(model, encoded, tokenizer):
     )
 
 
+def test_accumulation_that_rounding_does_not_explain(model, encoded, tokenizer):
+    """Gradients of single examples are 1.5 tolerances too large; rounding itself takes less than half of one."""
+    few = encoded[:4]
+    allowed = tolerance(model, sum(len(example.input_ids) for example in few))
+
+    def inexact(model, batches):
+        accumulate(model, batches, sum(example.answer_tokens for example in few))
+        for p in model.parameters():
+            if p.grad is not None and len(batches) > 1:
+                p.grad *= 1 + 1.5 * allowed
+
+    found = accumulation(model, few, pad_token_id(tokenizer), inexact)
+    assert found.status == "problem" and f"rounding explains only {allowed:.1e}" in found.message
+
+
 def test_accumulation_without_gradients_or_with_one_example(model, encoded, tokenizer):
     assert accumulation(model, encoded[:1], 0).status == "warning"
     for parameter in model.parameters():
@@ -444,7 +464,7 @@ def test_activations_are_what_a_forward_pass_keeps(model, batch):
 
 
 def test_a_model_without_adapter_is_refused(tiny_llama, tokenizer):
-    with pytest.raises(ValueError, match="no adapter: call qlora_lab.add_lora"):
+    with pytest.raises(ValueError, match="no adapter: call qlora_lab.add_adapter"):
         diagnose(tiny_llama, tokenizer, DATA)
 
 

@@ -106,7 +106,8 @@ def test_open_names_what_stays_and_becomes_jupyterlab(source, tmp_path, monkeypa
     assert capsys.readouterr().err == ""
     folder, before = os.environ["JUPYTER_CONFIG_PATH"].split(os.pathsep)
     overrides = json.loads((Path(folder) / "labconfig" / "default_setting_overrides.json").read_text("utf-8"))
-    assert before == "before" and overrides["@jupyterlab/filebrowser-extension:browser"] == {"sortNotebooksFirst": True}
+    assert before == "before" and overrides["@jupyterlab/filebrowser-extension:browser"]["sortNotebooksFirst"] is True
+    assert f"--LabServerApp.extra_labextensions_path={Path(folder) / 'labextensions'}" in became[0]
     (mine / CHANGED).write_text("my own")
     assert cli.main(["open", str(mine)]) == 0
     assert (

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import qlora_lab as ql
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.adapters.peft_format import load_adapter, save_adapter
 from qlora_lab.files import disk, tensor_file
+from qlora_lab.files.out_path import check_apart
 from qlora_lab.files.replace import replace_bytes, replace_text, replacing_folder
 from qlora_lab.files.tensor_file import save_tensors
 from tests.faults import disk_faults
@@ -151,8 +153,7 @@ def read_while_saving(folder, save, saves):
 
 
 @pytest.mark.parametrize("saves", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_reader_always_finds_a_whole_adapter(tmp_path, tiny_llama, saves, monkeypatch):
-    monkeypatch.setattr(disk.os, "fsync", lambda handle: None)  # a power cut is not what is tried here
+def test_a_reader_always_finds_a_whole_adapter(tmp_path, tiny_llama, saves):
     model, folder = add_lora(tiny_llama, r=2), tmp_path / "adapter"
     save_adapter(model, folder)
     (tmp_path / "b").mkdir()
@@ -249,3 +250,28 @@ def test_a_file_is_replaced_whole_through_a_link(tmp_path):
     assert (tmp_path / "real.txt").read_text("utf-8") == "größer" and (tmp_path / "link.txt").is_symlink()
     replace_bytes(tmp_path / "link.txt", b"\xff")
     assert (tmp_path / "real.txt").read_bytes() == b"\xff" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["save_adapter", "save_pretrained"])
+def test_an_adapter_is_not_written_into_its_model(tmp_path, tiny_llama, kind):
+    model = add_lora(tiny_llama, r=2)
+    model.name_or_path = str(tmp_path / "model")
+    save = partial(save_adapter, model) if kind == "save_adapter" else model.save_pretrained
+    save(tmp_path / "model" / "adapter")  # no model lies there
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="lies inside .*model, which is an input: choose a place outside of it"):
+        save(tmp_path / "model" / "other")
+    with pytest.raises(ValueError, match="lies inside|is not part of an adapter"):
+        save(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["adapter", "config.json"]
+    save(tmp_path / "adapter")
+
+
+def test_what_is_written_lies_apart_from_what_is_read(tmp_path):
+    check_apart(tmp_path / "org/name/out", tmp_path / "org/name")  # a name on a hub is no folder
+    (tmp_path / "a/model").mkdir(parents=True)
+    for out in ("a/model", "a/other", "a/modelled/b"):
+        check_apart(tmp_path / out, tmp_path / "a/model")
+    for out, said in (("a/model/b/c", "lies inside"), ("a", "contains"), ("a/x/..", "contains")):
+        with pytest.raises(ValueError, match=f"{said} .*model, which is an input: choose a"):
+            check_apart(tmp_path / out, tmp_path / "other", tmp_path / "a/model")

@@ -21,6 +21,7 @@ from qlora_lab.gpu_code import aot
 from qlora_lab.gpu_code.cards import CARDS, LIMITS, occupancy, roof
 from qlora_lab.gpu_code.machine_code import Instruction, accesses, loops, main_loop, mix, parse, sections, way
 
+pytestmark = pytest.mark.xdist_group("aot")  # all kernels are compiled once, not in each worker
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton compiles on Linux only")
 ROOT = Path(__file__).parents[2]
 H100 = next(card for card in CARDS if card.name == "H100")
@@ -327,6 +328,7 @@ def test_packed_weights_and_results_move_in_128_bits(compiled, rung, arch, dtype
 OTHER_LAUNCHES = """
 import json, sys
 from dataclasses import replace
+from pathlib import Path
 from qlora_lab.gpu_code import aot
 from qlora_lab.kernels.triton.matmul_nf4 import FEW
 plain = {"GROUP_SIZE": 0, "scale": None, "offset": None, "table": None}
@@ -334,47 +336,49 @@ changes = [plain, plain | {"RANK": 0, "u": None, "lora_B": None}]
 changes += [{"n_tokens": 3, "TOKENS": tokens} for tokens in (2, 4, 8)] + [{"BLOCK_SIZE": size} for size in (32, 4096)]
 changes += [{"BLOCK_SIZE": 4096, "TILE": 4096, "num_warps": 4}, {"RANK": 256}]
 changes += [dict(zip(("TOKENS", "ROWS", "COLUMNS", "num_warps"), FEW))]
-name, number = sys.argv[2], int(sys.argv[3])
-change, rung = changes[number], aot.RUNGS[name]
-if name == "gemv_nf4" and "TOKENS" in change:
-    from qlora_lab.kernels.triton.gemv_nf4 import TILES
-    change |= dict(zip(("ROWS", "WORDS"), TILES[change["TOKENS"]]))
-if change.get("GROUP_SIZE") == 0:
-    double = "absmax:*u8 scale:*fp32 offset:*fp32 table:*fp32"
-    rung = replace(rung, signature=rung.signature.replace(double, "absmax:*fp32"))
-if change.get("RANK") == 0:
-    rung = replace(rung, signature=rung.signature.replace(" u:*T lora_B:*T", ""))
-aot.RUNGS[name] = replace(rung, launch=lambda m: rung.launch(m) | change)
-aot._main(sys.argv[1], json.dumps([[name, arch, "bfloat16"] for arch in (80, 90)]))
+folder, name, *numbers = sys.argv[1:]
+plain_rung = aot.RUNGS[name]
+for number in numbers:
+    change, rung = changes[int(number)], plain_rung
+    if name == "gemv_nf4" and "TOKENS" in change:
+        from qlora_lab.kernels.triton.gemv_nf4 import TILES
+        change |= dict(zip(("ROWS", "WORDS"), TILES[change["TOKENS"]]))
+    if change.get("GROUP_SIZE") == 0:
+        double = "absmax:*u8 scale:*fp32 offset:*fp32 table:*fp32"
+        rung = replace(rung, signature=rung.signature.replace(double, "absmax:*fp32"))
+    if change.get("RANK") == 0:
+        rung = replace(rung, signature=rung.signature.replace(" u:*T lora_B:*T", ""))
+    aot.RUNGS[name] = replace(rung, launch=lambda m: plain_rung.launch(m) | change)
+    (Path(folder) / number).mkdir()
+    aot._main(f"{folder}/{number}", json.dumps([[name, arch, "bfloat16"] for arch in (80, 90)]))
 """
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rung", "number"),
-    [("gemv_nf4", 0), ("matmul_nf4", 0), ("matmul_nf4", 1), ("matmul_nf4_backward", 0)]
-    + [("gemv_nf4", number) for number in (2, 3, 4, 5, 6)]
-    + [
-        ("matmul_nf4", 5),
-        ("matmul_nf4", 6),
-        ("matmul_nf4", 8),
-        ("matmul_nf4", 9),
-        ("quantize_nf4", 5),
-        ("quantize_nf4", 7),
-        ("dequantize_double", 6),
-    ],
+    ("rung", "numbers"),
+    {
+        "gemv_nf4": "0 2 3 4 5 6",
+        "matmul_nf4": "0 1 5 6 8 9",
+        "matmul_nf4_backward": "0",
+        "quantize_nf4": "5 7",
+        "dequantize_double": "6",
+    }.items(),
 )
-def test_other_launches_compile_without_spills(rung, number, tmp_path, monkeypatch):
-    """Constants that are not quantised, no adapter, more and fewer tokens, the smallest and the largest blocks."""
+def test_other_launches_compile_without_spills(rung, numbers, tmp_path, monkeypatch):
+    """Constants that are not quantised, no adapter, more and fewer tokens, the smallest and the largest blocks.
+
+    One process for each rung: each imports torch and Triton first.
+    """
     monkeypatch.delenv("TRITON_INTERPRET")
-    command = [sys.executable, "-W", "ignore", "-c", OTHER_LAUNCHES, str(tmp_path), rung, str(number)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    cubins = sorted(tmp_path.glob("*.cubin"))
-    assert len(cubins) == 2
-    for cubin in cubins:
-        (used,) = aot._resources(cubin).values()
-        assert used["local"] == 0
+    command = [sys.executable, "-W", "ignore", "-c", OTHER_LAUNCHES, str(tmp_path), rung, *numbers.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    used = {cubin: aot._resources(cubin) for cubin in tmp_path.glob("*/*.cubin")}
+    assert len(used) == 2 * len(numbers.split())
+    local = {cubin: [kernel["local"] for kernel in kernels.values()] for cubin, kernels in used.items()}
+    assert local == dict.fromkeys(used, [0])  # one kernel each
 
 
 @needs_triton

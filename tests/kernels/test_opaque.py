@@ -1,4 +1,4 @@
-"""torch.compile: kernels run between its graphs, with the same results and gradients."""
+"""torch.compile of single layers, and of functions whose kernels run between its graphs: the same results."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """Perplexity against its definition, window by window."""
 
+import math
 import sys
 
 import pytest
@@ -27,6 +28,11 @@ def test_it_is_exp_of_the_mean_loss_within_each_window(tiny_llama, tokenizer):
 def test_a_model_that_knows_nothing_is_undecided_among_the_whole_vocabulary(tiny_llama, tokenizer):
     torch.nn.init.zeros_(tiny_llama.lm_head.weight)
     assert perplexity(tiny_llama, tokenizer, TEXT, length=8, windows=2) == pytest.approx(280)
+
+
+def test_a_loss_beyond_every_number_gives_infinity(tiny_llama, tokenizer):
+    tiny_llama.lm_head.weight.data *= 1e6
+    assert perplexity(tiny_llama, tokenizer, TEXT, length=8, windows=2) == math.inf
 
 
 def test_no_bos_token_is_added(tiny_llama, tokenizer):

@@ -206,6 +206,7 @@ def test_every_way_to_a_quantised_model_takes_a_plan(folder, tmp_path, tiny_llam
     assert load_plan(small / "plan.json") == plan
     described = json.loads((small / "config.json").read_text())["quantization_config"]
     assert described["quant_method"] == "qlora_lab"  # bitsandbytes would read one block size for all
+    assert described["not_for_bitsandbytes"].startswith("layers differ in data type or block size")
     mapped, _ = load(small, dtype=torch.float32, progress=False)
     arrived, _ = load(folder, plan=plan, dtype=torch.float32, progress=False)
     after = quantize_linears(tiny_llama, plan=str(path)).eval()

@@ -121,23 +121,23 @@ def test_a_row_says_where_it_comes_from(folder, results):
     assert row.keys() == {*ROW, "seed", "date", "commit", "machine", "seconds", "sha256"}
     assert json.loads(results.read_text()) == row and results.read_bytes().startswith(START)
     (folder / "source.json").write_text('{"source": "a wheel"}')
-    assert module._model_record("known", folder)["source"] == "a wheel"
+    assert module.model_record("known", folder)["source"] == "a wheel"
     cached = folder.parent / "models--org--name" / "snapshots" / "c0ffee"
     shutil.copytree(folder, cached)
     for note in ("{}", "[1]", "no JSON"):  # somebody else's file of that name
         (cached / "source.json").write_text(note)
-        assert module._model_record("org/name", cached)["source"] == "hub org/name, commit c0ffee"
+        assert module.model_record("org/name", cached)["source"] == "hub org/name, commit c0ffee"
     (cached / "source.json").unlink()
-    assert module._model_record("org/name", cached)["source"] == "hub org/name, commit c0ffee"
+    assert module.model_record("org/name", cached)["source"] == "hub org/name, commit c0ffee"
 
 
 def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "__file__", str(tmp_path / "qlora_lab" / "measure" / "sweep.py"))
-    assert module._commit() is None
+    assert module.commit() is None
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     who = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
     subprocess.run(["git", "-C", tmp_path, *who, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    assert re.fullmatch("[0-9a-f]{40}", module._commit())
+    assert re.fullmatch("[0-9a-f]{40}", module.commit())
 
 
 # -------------------------------------------------------------------------------------------------------------- restore

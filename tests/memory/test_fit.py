@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from qlora_lab.memory.fit import EIGHT, GIB, ORDER, fit
-from qlora_lab.memory.predict import predict_memory
+from qlora_lab.memory.predict import ledger_of, predict_memory
+from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import shape_of
 from qlora_lab.optim.paging import PAGE_SIZE
 from qlora_lab.train.settings import Settings
@@ -91,6 +92,23 @@ def test_the_largest_rank_is_that_of_the_widest_layer():
     assert fit(replace(shape_of("smollm2-135m"), layers=1), 1000).rank == 576
 
 
+def test_micro_batches_that_cost_more_than_they_save_are_not_taken():
+    """Gradients of bf16 weights are summed in float32, 4 bytes a weight; with all rows at once there is no sum."""
+    shape = replace(shape_of("llama-7b"), layers=4)
+    asked = ledger_of(shape, Setup(method="full"))
+    summed = ledger_of(shape, Setup(method="full", micro_batch_size=1))
+    assert summed.row("sums of gradients").predicted == 4 * shape.parameters and summed.peak > asked.peak
+    found = fit(shape, (asked.peak - 1) / GIB, "full")
+    assert "micro-batches" not in found.switched and found.chosen.peak < asked.peak
+
+
+def test_a_switch_that_saves_nothing_is_not_listed():
+    """LLaMA-7B's micro-batches of full fine-tuning need sums of gradients, larger than what they save."""
+    found = fit("llama-7b", 24, "full")
+    assert "micro-batches" not in {switch.name for switch in found.switches} and "saves -" not in str(found)
+    assert found.switches and all(switch.saves > 0 for switch in found.switches)
+
+
 def test_full_fine_tuning_has_no_rank():
     assert fit(replace(shape_of("llama-7b"), layers=1), 24, "full").rank == 0
 
@@ -105,3 +123,24 @@ def test_a_plan_is_plain_values():
 def test_a_card_without_memory_is_refused(gb):
     with pytest.raises(ValueError, match="it is the memory of a card, above 0 GB"):
         fit("llama-7b", gb)
+
+
+@pytest.mark.parametrize("method", ["houlsby", "prefix", "prompt", "zero_bias"])
+def test_each_method_gets_advice_that_it_can_follow(method):
+    shape = replace(shape_of("llama-7b"), layers=2)
+    advice = fit(shape, 2, method, length=2048, batch_size=64, mean_length=500)
+    names = {switch.name for switch in advice.switches}
+    assert ("gradient checkpointing" in names) == (method != "prefix")
+    assert ("packing" in names) == (method in ("houlsby", "zero_bias"))
+    assert advice.rank == 0 and "rank" not in str(advice)
+
+
+def test_a_ledger_refuses_what_a_method_cannot_do():
+    with pytest.raises(ValueError, match="method='prefix' cannot checkpoint gradients"):
+        Setup(method="prefix", gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="rows cannot be packed with method='prompt'"):
+        Setup(method="prompt", packing=True)
+    with pytest.raises(ValueError, match="choose method='lora'"):
+        Setup(method="qlora", codebook="none")
+    with pytest.raises(ValueError, match="has no biases to train: use zero_bias"):
+        fit(replace(shape_of("llama-7b"), layers=1), 24, "bitfit")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import qlora_lab as ql
+from qlora_lab.adapters.adapter import method_of
 from qlora_lab.adapters.lora import adapt, linear_layers
 from qlora_lab.doctor.dtype_policy import dtype_policy
 from qlora_lab.memory import predict as memory
@@ -21,8 +23,10 @@ from qlora_lab.memory.predict import predict_memory
 from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.model.modes import checkpointing
 from qlora_lab.model.wide import NAME as WIDE, widen
+from qlora_lab.optim.master_copies import MasterCopies
 from qlora_lab.quant.quantize import QuantizedTensor
-from qlora_lab.train.loss import answer_loss
+from qlora_lab.train.lora_plus import rate_groups
+from qlora_lab.train.loss import accumulate as sum_gradients, answer_loss
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"vocab_size": 500}
@@ -48,7 +52,15 @@ def one_thread():
 
 
 def build(
-    shape="grouped queries, tied", method="qlora", dtype=torch.float32, dropout=0.0, targets="all-linear", r=8, **how
+    shape="grouped queries, tied",
+    method="qlora",
+    dtype=torch.float32,
+    dropout=0.0,
+    targets="all-linear",
+    r=8,
+    packed=False,
+    options=None,
+    **how,
 ):
     """A random model as load and add_lora leave it: rotary frequencies stay float32."""
     config, kind, sizes = SHAPES[shape]
@@ -58,9 +70,11 @@ def build(
     frequencies = model.model.rotary_emb
     model.to(dtype)
     model.model.rotary_emb = type(frequencies)(config=model.config)
-    if method == "qlora":
+    if method == "qlora" or packed:
         quantize_linears(model, **how)
-    return model if method == "full" else ql.add_lora(model, r=r, dropout=dropout, targets=targets)
+    if method in ("qlora", "lora"):
+        return ql.add_lora(model, r=r, dropout=dropout, targets=targets)
+    return model if method == "base" else ql.add_adapter(model, method, **(options or {}))
 
 
 def batch_of(padded=True, packed=False):
@@ -78,7 +92,8 @@ def batch_of(padded=True, packed=False):
 def measured(model, batch, optimizer="adamw", recompute=False):
     """The ledger after a step, so that gradients and moments are there."""
     params = [p for p in model.parameters() if p.requires_grad]
-    made = torch.optim.AdamW(params) if optimizer == "adamw" else ql.PagedAdamW(params, **optimizer)
+    make = torch.optim.AdamW if optimizer == "adamw" else partial(ql.PagedAdamW, **optimizer)
+    made = MasterCopies(params, make) if method_of(model) == "full" else make(params)  # as finetune does
     with checkpointing(model) if recompute else nullcontext():
         answer_loss(model.train(), batch)[0].backward()
         made.step()
@@ -101,7 +116,7 @@ def test_every_row_is_right_to_the_byte(shape):
 
 
 def test_a_ledger_has_one_rank():
-    layers = linear_layers(model := build(method="full"))
+    layers = linear_layers(model := build(method="base"))
     adapt(model, {path: (2 + (path.endswith("q_proj")), 8) for path in layers if path != "lm_head"})
     with pytest.raises(ValueError, match="adapters have ranks 2, 3, but a ledger has one: give all"):
         measure_memory(model)
@@ -117,6 +132,84 @@ def test_so_it_is_for_a_rank_above_every_layer():
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_so_is_every_row_without_quantisation(shape, method):
     assert not differences(measured(build(shape, method), batch_of()))
+
+
+METHODS = {
+    "houlsby": ("houlsby", {"size": 5}),
+    "prefix": ("prefix", {"virtual_tokens": 7}),
+    "prefix from an MLP": ("prefix", {"virtual_tokens": 7, "mlp": 9}),
+    "prompt": ("prompt", {"virtual_tokens": 7}),
+    "zero_bias": ("zero_bias", {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", METHODS)
+def test_so_is_every_row_of_each_method(case, packed, dtype):
+    method, options = METHODS[case]
+    shapes = list(SHAPES)[: 1 if packed or dtype == torch.bfloat16 else 4]  # the fifth has biases
+    for shape in shapes:
+        for padded in (True, False):
+            model = build(shape, method, dtype, packed=packed, options=options)
+            assert not differences(measured(model, batch_of(padded))), (shape, padded)
+
+
+def assert_rows(method, shape, packed, dtype):
+    model = build(shape, method, dtype, packed=packed, options={"r": 18})  # PiSSA's 2 r is the number of tokens
+    assert not differences(measured(model, batch_of()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["dora", "pissa"])
+def test_so_is_every_row_of_a_relative(method, dtype):
+    assert_rows(method, "qwen2's biases, tied", True, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", ["rslora", "dora", "pissa"])
+def test_so_it_is_for_each_relative_and_shape(method, shape, packed, dtype):
+    assert_rows(method, shape, packed, dtype)
+
+
+def test_loftq_is_lora_over_4_bits():
+    loftq, qlora = (predict_memory("llama-7b", method, r=64) for method in ("loftq", "qlora"))
+    assert loftq.rows == qlora.rows
+    with pytest.raises(ValueError, match="codebook='none' does not go with method='loftq'"):
+        predict_memory("llama-7b", "loftq", codebook="none")
+    with pytest.raises(ValueError, match="targets='q_proj' does not go with method='loftq', which adapts all"):
+        predict_memory("llama-7b", "loftq", targets="q_proj")
+
+
+def test_lora_plus_takes_no_more():
+    model = build()
+    optimizer = torch.optim.AdamW(rate_groups(model, 16))
+    batch = batch_of()
+    answer_loss(model.train(), batch)[0].backward()
+    optimizer.step()
+    assert not differences(measure_memory(model, optimizer, batch))
+
+
+def test_weights_without_copies_are_measured_without():
+    """A user's own loop: torch's AdamW on bf16 weights has bf16 moments."""
+    model = build(method="base", dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = batch_of()
+    answer_loss(model.train(), batch)[0].backward()
+    optimizer.step()
+    ledger = measure_memory(model, optimizer, batch)
+    assert not differences(ledger)
+    assert "master copies" not in {row.what for row in ledger.rows}
+
+
+def test_so_is_bitfit_on_a_model_with_biases():
+    biased = [name for name, (config, *_) in SHAPES.items() if config.__name__.startswith("Qwen2")]
+    for shape in biased:
+        assert not differences(measured(build(shape, "bitfit"), batch_of()))
+    assert biased
 
 
 def test_a_recomputed_layer_keeps_its_input():
@@ -259,13 +352,20 @@ def test_adapter_dtypes_of_peers_cost_16_12_and_8_bytes_a_weight():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_update_of_all_weights_at_once_takes_their_size_once_more(monkeypatch, dtype):
-    """torch's own list of roots, as it makes it on a GPU, is as large as the ledger's row: in the weights' dtype."""
+    """torch's own list of roots, as on a GPU, is as large as the ledger's row, but for the gradient of a copy.
+
+    Copies are moved one at a time, so the largest decides.
+    """
     model, made, roots = build(method="full", dtype=dtype), [], torch._foreach_sqrt
     monkeypatch.setattr(torch, "_foreach_sqrt", lambda tensors: made.append(roots(tensors)) or made[-1])
     answer_loss(model, batch_of())[0].backward()
-    torch.optim.AdamW(model.parameters(), foreach=True).step()
+    make = partial(torch.optim.AdamW, foreach=True)
+    (make(model.parameters()) if dtype == torch.float32 else MasterCopies(model.parameters(), make)).step()
     row = predict_memory(model, "full", dtype=dtype).row("the update's temporaries")
-    assert sum(tensor.nbytes for tensor in made[0]) == row.predicted == sum(p.nbytes for p in model.parameters())
+    size = max(sum(tensor.nbytes for tensor in group) for group in made)
+    sizes = [4 * p.numel() for p in model.parameters()]
+    assert size == (sum(sizes) if dtype == torch.float32 else max(sizes))
+    assert row.predicted == size * (1 if dtype == torch.float32 else 2)
 
 
 @pytest.mark.usefixtures("with_kernels")
@@ -277,7 +377,8 @@ def test_what_an_update_has_at_once_is_what_torch_allocates_in_it(monkeypatch, o
     model = build(method="full", dtype=dtype)
     params = list(model.parameters())
     bits = options.get("optimizer_bits", 32)
-    made = ql.PagedAdamW(params, bits=bits, page_size=2**16) if options else torch.optim.AdamW(params, foreach=False)
+    paged = partial(ql.PagedAdamW, bits=bits, page_size=2**16)
+    made = MasterCopies(params, paged if options else partial(torch.optim.AdamW, foreach=False))
     answer_loss(model, batch_of())[0].backward()
     made.step()  # makes the state
     seen = profiled_peak(made.step)
@@ -291,6 +392,21 @@ def profiled_peak(step):
         step()
     events = (one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]")
     return max(accumulate(one.nbytes() for one in sorted(events, key=lambda one: one.start_ns())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parts", "nbytes"), [(2, 4), (3, 6)])
+def test_sums_of_16_bit_gradients_are_there_as_long_as_predicted(parts, nbytes):
+    """Of two micro-batches, sums and gradients are never there together. Two tokens keep next to nothing else."""
+    model = build(method="full", dtype=torch.bfloat16)
+    ids = torch.tensor([[3, 5]])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    seen = profiled_peak(lambda: sum_gradients(model, [batch] * parts, parts))
+    weights = [p.numel() for p in model.parameters()]
+    assert nbytes * sum(weights) <= seen <= nbytes * sum(weights) + 4 * (max(weights) + 4)  # one in float32
+    ledger = predict_memory(model, "full", dtype="bfloat16", batch_size=parts, micro_batch_size=1)
+    rows = [ledger.row("gradients"), ledger.row("sums of gradients")]
+    assert sum(row.predicted for row in rows if "end" in row.when) == nbytes * sum(weights)
 
 
 def test_a_token_keeps_less_where_its_layers_are_recomputed():
@@ -317,7 +433,7 @@ def test_the_peak_is_the_largest_phase_and_rows_add_up():
 @pytest.mark.parametrize(
     ("setup", "message"),
     [
-        ({"method": "magic"}, "method='magic' is not known: choose from qlora, lora, full"),
+        ({"method": "magic"}, "method='magic' is not known: choose from qlora, lora, rslora, dora"),
         ({"dtype": "int8"}, "dtype='int8' is not known"),
         ({"r": 0}, "r=0 is not allowed"),
         ({"targets": ["k_projj"]}, r"targets \['k_projj'\]: choose 'all-linear' or from"),
@@ -338,9 +454,11 @@ def test_mistakes_are_named(setup, message):
 CHILD = """
 import json, sys
 from contextlib import nullcontext
+from functools import partial
 import torch
 from transformers import PreTrainedTokenizerFast
 import qlora_lab as ql
+from qlora_lab.train.loss import accumulate as sum_gradients
 from qlora_lab.train.loss import answer_loss
 from qlora_lab.model.modes import checkpointing
 from qlora_lab.memory.measured import measure_memory, peak_resident, reset_peak, resident

@@ -85,6 +85,7 @@ def test_code_of_the_generation_config_is_not_run(trap):
     load(trap, progress=False)
 
 
+@pytest.mark.slow
 def test_no_call_of_the_library_leaves_the_question_to_transformers():
     room = Path(empty_model_file.__file__).parent.parent
     calls = [node for path in room.rglob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))]

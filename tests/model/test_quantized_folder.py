@@ -1,17 +1,24 @@
 """A model that is quantised on disk: the same bits as one that is quantised on arrival, made once and whole."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.files import tensor_file
+from qlora_lab.files.checksums import SUMS, read_sums
 from qlora_lab.model import quantized_folder
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.load import load
-from qlora_lab.model.quantized_folder import quantize_folder
+from qlora_lab.model.model_files import TOKENIZER_FILES
+from qlora_lab.model.quantized_folder import files_beside, quantize_folder, read_by
+from qlora_lab.quant.serialize import BITSANDBYTES_SMALLEST
 
 IDS = torch.arange(3, 40)[None]
 
@@ -75,6 +82,52 @@ def test_transformers_with_bitsandbytes_reads_it(tmp_path, tokenizer):
     assert torch.equal(layer.weight.data.view(-1), twin.weight.packed)
     a, b = theirs(IDS).logits.float(), ours(IDS).logits
     assert (a - b).norm() < 0.02 * b.norm()  # theirs computes in bf16, whose step is 0.008
+    assert read_by(tmp_path / "small") == "QLoRA Lab, and transformers with bitsandbytes"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("int4", 16), "bitsandbytes knows nf4 and fp4, but not int4"),
+        (("nf4", 16), "bitsandbytes reads blocks of at least 32 weights, not of 16"),
+        (
+            ("fp4", 32),
+            "blocks of 32 weights cross rows of 16 (model.layers.0.self_attn.q_proj), which bitsandbytes mis",
+        ),
+    ],
+)
+def test_a_folder_that_bitsandbytes_cannot_read_says_so(folder, tmp_path, caplog, options, reason):
+    """In config.json, where transformers sees it: it says that it does not know qlora_lab, and the shapes stop it."""
+    from transformers import AutoModelForCausalLM
+
+    small = quantise(folder, tmp_path / "small", *options)
+    described = json.loads((small / "config.json").read_text())["quantization_config"]
+    assert described["quant_method"] == "qlora_lab" and described["not_for_bitsandbytes"].startswith(reason)
+    assert read_by(small) == f"QLoRA Lab alone: {described['not_for_bitsandbytes']}"
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(small)
+    assert "Unknown quantization type, got qlora_lab" in caplog.text
+    model, _ = load(small, progress=False)
+    config = json.loads((small / "config.json").read_text())
+    config["quantization_config"]["load_in_4bit"] = True  # as in folders of earlier versions
+    (small / "config.json").write_text(json.dumps(config))
+    again, _ = load(small, progress=False)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_bitsandbytes_has_no_kernel_for_blocks_of_16():
+    """Shapes alone are checked, as before a launch on a GPU."""
+    import bitsandbytes  # noqa: F401  (registers its operations)
+
+    for size in (16, BITSANDBYTES_SMALLEST):
+        packed = torch.empty(64 * 64 // 2, 1, dtype=torch.uint8, device="meta")
+        absmax = torch.empty(64 * 64 // size, device="meta")
+        given = (packed, absmax, size, "nf4", (64, 64), torch.bfloat16)
+        if size == 16:
+            with pytest.raises(RuntimeError, match="invalid blocksize 16"):
+                torch.ops.bitsandbytes.dequantize_4bit(*given)
+        else:
+            assert torch.ops.bitsandbytes.dequantize_4bit(*given).shape == (64, 64)
 
 
 def test_an_interrupted_one_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
@@ -188,3 +241,44 @@ def test_a_piece_that_lost_a_constant_is_named(folder, tmp_path):
     save_file(tensors, file)
     with pytest.raises(RuntimeError, match=f"{lost} is missing: the checkpoint is incomplete"):
         load(out, progress=False)
+
+
+# --------------------------------------------------------------------------------------------------- what comes along
+
+PAIRS = {"<unk>": 0, "a": 1, "b": 2, "a</w>": 3, "ab": 4, "ab</w>": 5, "<|endoftext|>": 6}
+VOCABULARIES = {
+    "vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n##a",
+    "vocab.json": json.dumps(PAIRS),
+    "merges.txt": "#version: 0.2\na b\n",
+}
+TEMPLATES = {"default": "{{ messages[0]['content'] }}", "tools": "{{ tools }}"}
+
+
+@pytest.mark.parametrize("name", ["GPT2", "CTRL", "Bert", "BertJapanese", "Esm", "CLIP", "Electra", "ByT5", "T5"])
+def test_every_file_of_a_tokenizer_comes_along(tmp_path, name):
+    """And with it each of several chat templates, which are files of a folder of their own."""
+    for file, text in VOCABULARIES.items():
+        (tmp_path / file).write_text(text)
+    tokenizer = getattr(transformers, f"{name}Tokenizer").from_pretrained(tmp_path)
+    tokenizer.chat_template = TEMPLATES
+    tokenizer.save_pretrained(tmp_path / "saved")
+    files = {path.relative_to(tmp_path / "saved").as_posix() for path in (tmp_path / "saved").rglob("*.*")}
+    assert "additional_chat_templates/tools.jinja" in files and set(files_beside(tmp_path / "saved")) == files
+
+
+def test_every_name_that_transformers_gives_to_a_vocabulary_is_known():
+    names = set()
+    for file in Path(transformers.__file__).parent.rglob("tokenization*.py"):
+        for block in re.findall(r"^VOCAB_FILES_NAMES = \{(.*?)\}", file.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+            names |= set(re.findall(r': *"([^"]+)"', block))
+    mistral = Path(transformers.__file__).parent / "tokenization_mistral_common.py"  # copies its file, and has no list
+    names |= set(re.findall(r"`(tekken\.json)`", mistral.read_text("utf-8")))
+    assert len(names) > 20 and "tekken.json" in names and names <= set(TOKENIZER_FILES)
+
+
+def test_a_copy_has_all_chat_templates(folder, tmp_path, tokenizer):
+    tokenizer.chat_template = TEMPLATES
+    tokenizer.save_pretrained(folder)
+    out = quantise(folder, tmp_path / "small")
+    assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATES
+    assert "additional_chat_templates/tools.jinja" in read_sums(out / SUMS)

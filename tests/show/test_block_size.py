@@ -117,6 +117,7 @@ def test_one_layer_without_any_error():
     )
 
 
+@pytest.mark.slow
 def test_a_picture_does_not_depend_on_the_one_before_it():
     """Names so long that the key makes room for them, with one digit behind them or two."""
     candidates = tuple(Candidate(f"nf{bits}", size, True) for bits in (4, 3) for size in (512, 1024))

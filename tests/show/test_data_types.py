@@ -147,6 +147,7 @@ def test_levels_serve_a_sweep():
         assert torch.equal(variant.levels, codebook("nf4"))
 
 
+@pytest.mark.slow
 def test_one_value_alone_leaves_no_error():
     alone = CodebookExplorer(torch.ones(1024))
     assert "relative error 0 % (NF4 0, FP4 0, INT4 0, Lloyd-Max 0), better than none of them; " in alone.summary()

@@ -48,7 +48,7 @@ def test_a_layer_of_any_name_has_its_place_on_the_map(name):
     explorer = BlockSizeExplorer(choices)
     (shown,) = (text._preprocess_math(text.get_text()) for text in explorer._blit.fig.axes[0].get_xticklabels())
     assert shown == (name.removesuffix("_proj"), False)
-    assert "<script>" not in explorer._pane.value
+    assert "<script>" not in explorer._pane.below
 
 
 @pytest.mark.parametrize("name", NAMES)

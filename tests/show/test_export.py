@@ -14,10 +14,10 @@ from qlora_lab.show.still import VIEW
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9]*.ipynb"))
 
 
-def alt_texts(notebook):
-    page, _ = HTMLExporter().from_notebook_node(notebook)
+def alt_texts(notebook, template="lab"):
+    page, _ = HTMLExporter(template_name=template).from_notebook_node(notebook)
     assert "No description has been provided" not in page
-    outputs = re.findall(r'<div class="[^"]*jp-OutputArea-output[^>]*>', page)
+    outputs = re.findall(r'<div class="[^"]*jp-OutputArea-output[^>]*>', page)  # the classic template has none
     assert all("data-mime-type=" in output for output in outputs)  # those without one are hidden where a still is
     return re.findall(r'<img alt="([^"]+)"', page), page.count("<img ")
 
@@ -27,9 +27,10 @@ def alt_texts(notebook):
 def test_pictures_of_the_course_have_their_alt_text(path):
     notebook = nbformat.read(path, 4)
     outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = sum("image/png" in data for data in outputs)
-    texts, count = alt_texts(notebook)
-    assert pictures and len(texts) == count == pictures
+    pictures = sum("data:image/png;base64," in data.get("text/html", "") for data in outputs)
+    for template in ("lab", "classic"):
+        texts, count = alt_texts(notebook, template)
+        assert pictures and len(texts) == count == pictures
 
 
 @pytest.mark.slow

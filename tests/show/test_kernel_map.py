@@ -129,6 +129,7 @@ def inside(loads, tensor):
     return set(at[(at >= 0) & (at < len(tensor))].tolist())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(STATES)
 def test_any_state_is_drawn(state):

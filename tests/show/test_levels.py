@@ -3,7 +3,6 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from traitlets import TraitError
 
 from qlora_lab.quant.codebook import codebook
 from qlora_lab.show.levels import Levels, shortest
@@ -34,9 +33,11 @@ def test_a_message_moves_levels_and_a_wrong_one_does_not():
     moved = [*EVEN[:15], 0.95]
     control.set_state({"value": moved})
     assert seen == [tuple(moved)]
-    with pytest.raises(TraitError, match="level 1, -1, is repeated"):
-        control.set_state({"value": [-1.0, -1.0, *EVEN[2:]]})
+    control.set_state({"value": [-1.0, -1.0, *EVEN[2:]]})
     assert control.value == tuple(moved)
+    assert control.refused.endswith("which must be 16 ascending numbers in [-1, 1].")
+    with pytest.raises(ValueError, match="level 1, -1, is repeated"):
+        control.value = [-1.0, -1.0, *EVEN[2:]]
 
 
 @pytest.mark.parametrize(

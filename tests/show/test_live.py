@@ -72,6 +72,7 @@ def test_a_plain_process_just_trains(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_watching_changes_no_number_and_leaves_one_picture(notebook, tmp_path):
     options = {"steps": 12, "eval_every": 4, "held_out": EXAMPLES[:2]}
     run = asyncio.run(live(toy_training(tmp_path / "a", **options)))
@@ -79,7 +80,7 @@ def test_watching_changes_no_number_and_leaves_one_picture(notebook, tmp_path):
     panel, picture = notebook.shown
     assert panel.training.progress is False
     assert notebook.stored[0]["text/plain"] == repr(panel) == "training: 12 steps of 4 examples"
-    assert sorted(notebook.stored[1]) == ["image/png", "text/html", "text/plain"]
+    assert sorted(notebook.stored[1]) == ["text/html", "text/plain"]
     first, last = np.mean(run.losses[:10]), np.mean(run.losses[-10:])
     step, best = min(run.held_out, key=lambda one: one[1])
     assert picture.alt == (
@@ -90,6 +91,7 @@ def test_watching_changes_no_number_and_leaves_one_picture(notebook, tmp_path):
     assert notebook.stored[3] == notebook.stored[1]  # a second run leaves no difference in a stored notebook
 
 
+@pytest.mark.slow
 def test_the_curves_are_the_log(tmp_path):
     training = toy_training(tmp_path / "run", steps=40, group_by_length=True, eval_every=20, held_out=EXAMPLES[:2])
     plot = LivePlot(training)
@@ -97,7 +99,7 @@ def test_the_curves_are_the_log(tmp_path):
         plot.follow()
         if line["step"] == 1:
             assert "step 1 of 40, loss " in plot._text.value and "tokens per second" in plot._text.value
-            assert 'alt="Training loss over 1 of 40 steps: ' in plot._pane.value
+            assert plot._pane.alt.startswith("Training loss over 1 of 40 steps: ")
             assert np.ptp(plot.left.get_ylim()) > 0.01  # it was 1e-12, with ticks such as 1e-13 + 3.997
     plot.redraw()
     lines = training.lines

@@ -51,3 +51,15 @@ def test_nf4_stays_behind_as_a_ghost():
 def test_a_state_that_is_not_allowed_is_named():
     with pytest.raises(ValueError, match="bits=7 is not allowed: from 2 to 6"):
         NormalFloatExplorer(bits=7)
+
+
+def test_axes_stand_still_and_no_label_leaves_the_picture():
+    """Each width has limits of its own. If its labels moved the axes, no background could be kept."""
+    explorer = NormalFloatExplorer()
+    fig = explorer.right.figure
+    places = [ax.get_position().bounds for ax in fig.axes]
+    for bits in (2, 6):
+        explorer.set(bits=bits)
+        assert [ax.get_position().bounds for ax in fig.axes] == places
+        shown = fig.get_tightbbox()  # inches
+        assert shown.x0 >= 0 and shown.y0 >= 0 and shown.x1 <= fig.bbox_inches.x1 and shown.y1 <= fig.bbox_inches.y1

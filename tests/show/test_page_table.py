@@ -40,6 +40,7 @@ def test_any_state_is_that_of_pages(state):
     assert EXPLORER.frames.image.get_array().count() == len(pages.resident)
 
 
+@pytest.mark.slow
 def test_one_frame_less_is_as_bad_as_half():
     all_, one_less, half = (PageTableExplorer(budget=budget) for budget in (320, 304, 160))
     assert [e.result["frames"] for e in (all_, one_less, half)] == [153, 152, 80]

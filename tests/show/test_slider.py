@@ -15,13 +15,6 @@ def test_value_and_position_follow_each_other():
     assert slider.position == 0
 
 
-@given(st.integers(-100, 100))
-def test_a_position_from_the_browser_is_clamped(position):
-    slider = Slider("Bits", 4, Steps(1, 8))
-    slider.set_state({"position": position})
-    assert slider.value == min(max(position, 0), 7) + 1
-
-
 @given(st.integers(-50, 50), st.integers(1, 40), st.integers(1, 7))
 def test_integer_steps_are_pythons_range(low, width, step):
     assert Slider("n", low, Steps(low, low + width, step)).choices == tuple(range(low, low + width + 1, step))

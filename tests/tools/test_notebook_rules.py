@@ -10,8 +10,15 @@ import pytest
 from tools.notebook_rules import LONGEST_CELL, headings, problems, unsolved
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-REFORMED = ["00_start_here", "01_codebook", "03_block_size", "04_double_quant"]  # lessons without test code
-REFORMED += ["05_kernels", "06_data_types", "07_lora", "08_memory", "09_paged_optimizer"]
+REFORMED = [
+    "00_start_here",
+    "01_codebook",
+    "02_packing",
+    "03_block_size",
+    "04_double_quant",
+]  # lessons without test code
+REFORMED += ["05_kernels", "06_data_types", "07_lora", "08_memory", "09_paged_optimizer", "11_peft_zoo"]
+REFORMED += ["13_merge_lab"]
 WIDEST_LINE = 88  # columns: a wider one scrolls in a window of 1280 pixels
 MEDIAN_LINES = 3  # of the cells that a student sees
 
@@ -106,35 +113,114 @@ def test_stored_pictures_need_alt_text(stored):
     assert broken(stored) == []
 
 
-def test_an_answer_is_out_of_sight(stored):
+ANSWER = {"tags": ["answer"], "jupyter": {"outputs_hidden": True}}
+
+
+@pytest.fixture
+def predicted(stored):
+    """A question to predict below the second heading, with its guess and its answer in cells 3 and 4."""
     stored.cells[2].source += "\n\n**Predict first:** what is the root?"
-    unanswered = "cell 2: nothing answers the question to predict. Tag the cell that does `answer`."
-    assert broken(stored) == [unanswered]
-    stored.cells[3].metadata = nbformat.from_dict({"tags": ["answer"]})
+    asked = nbformat.v4.new_output("display_data", {"text/plain": "What is it? Run this cell to guess."})
+    stored.cells.insert(3, nbformat.v4.new_code_cell('root = ql.guess("What is it?")', outputs=[asked]))
+    stored.cells[4].source += "\nroot.compare(step)"
+    stored.cells[4].metadata = nbformat.from_dict(ANSWER)
+    numbered(stored)
+    return stored
+
+
+def numbered(notebook):
+    for count, cell in enumerate([cell for cell in notebook.cells if cell.cell_type == "code"], 1):
+        cell.execution_count = count
+
+
+def test_an_answer_is_out_of_sight(predicted):
+    assert broken(predicted) == []
+    predicted.cells[4].metadata = nbformat.from_dict({"tags": ["answer"]})
     in_sight = "an answer is in sight. Hide the output of code (outputs_hidden), or use <details>."
-    assert broken(stored) == [f"cell 3: {in_sight}"]
-    stored.cells[3].metadata = nbformat.from_dict({"tags": ["answer"], "jupyter": {"outputs_hidden": True}})
-    assert broken(stored) == []
+    assert broken(predicted) == [f"cell 4: {in_sight}"]
+    predicted.cells[4].metadata = nbformat.from_dict(ANSWER)
     told = nbformat.v4.new_markdown_cell("It is a half.", metadata={"tags": ["answer"]})
-    stored.cells.insert(4, told)
-    assert broken(stored) == [f"cell 4: {in_sight}"]
+    predicted.cells.insert(5, told)
+    assert broken(predicted) == [f"cell 5: {in_sight}"]
     told.source = "<details><summary>What we saw</summary>\n\nIt is a half.\n\n</details>"
-    assert broken(stored) == []
+    assert broken(predicted) == []
 
 
-def test_an_answer_in_another_section_answers_nothing(stored):
-    stored.cells[2].source += "\n\n**Predict:** what is the root?"
-    stored.cells[3:3] = [nbformat.v4.new_markdown_cell("## Another")]
-    stored.cells[4].metadata = nbformat.from_dict({"tags": ["answer"], "jupyter": {"outputs_hidden": True}})
-    assert [sentence[:7] for sentence in broken(stored)] == ["cell 2:"]
+def test_a_question_to_predict_has_a_guess(predicted):
+    del predicted.cells[3]
+    numbered(predicted)
+    asked = "the question to predict has no guess. Ask in the next cell: name = ql.guess(...)."
+    assert broken(predicted) == [f"cell 2: {asked}"]
 
 
-def test_a_notebook_has_at_most_400_kilobytes(stored):
-    stored.cells[3].outputs[1].data["text/plain"] = "x" * 398_000
-    assert broken(stored) == []
-    stored.cells[3].outputs[1].data["text/plain"] = "x" * 400_000
+def test_a_guess_is_compared_in_its_section(predicted):
+    compared = "nothing compares the guess. Let an answer of its section end in root.compare(...)."
+    predicted.cells.insert(4, nbformat.v4.new_markdown_cell("## Another"))
+    assert broken(predicted) == [f"cell 3: {compared}"]
+    del predicted.cells[4]
+    predicted.cells[4].source = "step = 0.5"
+    assert broken(predicted) == [f"cell 3: {compared}"]
+
+
+def test_a_guess_is_compared_out_of_sight(predicted):
+    predicted.cells[4].metadata = nbformat.from_dict({})
+    in_sight = "the comparison with the guess root is in sight. Tag it `answer`, and hide its output."
+    assert broken(predicted) == [f"cell 4: {in_sight}"]
+
+
+def test_nothing_in_sight_stands_between_a_guess_and_its_answer(predicted):
+    shown = nbformat.v4.new_output("display_data", {"text/plain": "0.5", "text/html": "0.5"})
+    between = nbformat.v4.new_code_cell("step", outputs=[shown])
+    predicted.cells.insert(4, between)
+    numbered(predicted)
+    moved = "an output stands in sight between the guess root and its answer. Move it behind the answer."
+    assert broken(predicted) == [f"cell 4: {moved}"]
+    between.metadata = nbformat.from_dict(ANSWER)
+    assert broken(predicted) == []
+    between.metadata = nbformat.from_dict({})
+    shown.data["text/html"] += "<div>Run this cell to play.</div>"  # an explorer
+    assert broken(predicted) == []
+
+
+def test_a_comparison_of_another_guess_is_none(predicted):
+    """Of a guess whose name ends in this one's."""
+    predicted.cells[4].source = "step = 0.5\nevery_root.compare(step)"
+    compared = "nothing compares the guess. Let an answer of its section end in root.compare(...)."
+    assert broken(predicted) == [f"cell 3: {compared}"]
+
+
+def test_a_guess_shows_nothing_but_its_box(predicted):
+    """A stream beside the box would stand in sight of the question, in its own cell or in the next guess's."""
+    printed = nbformat.v4.new_output("stream", text="0.5\n")
+    more = nbformat.v4.new_output("display_data", {"text/plain": "0.5"})
+    second = nbformat.v4.new_code_cell('half = ql.guess("And this?")', outputs=predicted.cells[3].outputs)
+    guesses = [predicted.cells[3], second]
+    predicted.cells[4].source += "\nhalf.compare(step)"
+    predicted.cells.insert(4, second)
+    numbered(predicted)
+    assert broken(predicted) == []
+    for output in (printed, more):
+        for i in (0, 1):
+            box = guesses[i].outputs
+            guesses[i].outputs = [*box, output]
+            rest = f"cell {3 + i}: a guess shows more than its box. Move the rest behind the answer."
+            assert rest in broken(predicted)
+            guesses[i].outputs = box
+
+
+def test_a_picture_is_stored_in_html_alone(stored):
+    """What a figure of pyplot leaves: JupyterLab shows an image/png without alt text."""
+    stored.cells[3].outputs[1].data["image/png"] = "iVBORw0KGgo="
     (sentence,) = broken(stored)
-    assert sentence.startswith("the notebook has 40") and "bytes, at most 400,000. Run `make notebooks`" in sentence
+    assert sentence.startswith("cell 3: an image is stored outside of HTML, where its alt text is lost.")
+
+
+def test_a_notebook_has_at_most_250_kilobytes(stored):
+    stored.cells[3].outputs[1].data["text/plain"] = "x" * 248_000
+    assert broken(stored) == []
+    stored.cells[3].outputs[1].data["text/plain"] = "x" * 250_000
+    (sentence,) = broken(stored)
+    assert sentence.startswith("the notebook has 25") and "bytes, at most 250,000. Run `make notebooks`" in sentence
 
 
 def test_headings_in_fenced_code_do_not_count():

@@ -1,9 +1,13 @@
 """The whole check: every stage runs whichever fails, and the end says which did."""
 
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from qlora_lab.kernels import product
+from qlora_lab.quant.quantize import quantize
 from tools import stages
 from tools.stages import STAGES, Stage, main
 
@@ -51,3 +55,35 @@ def test_each_outcome_of_the_race_has_a_stage():
 
     winners = {stage.environment[OVERRIDE] for stage in STAGES.values() if OVERRIDE in stage.environment}
     assert winners == set(Race._fields)
+
+
+def test_a_test_that_asks_for_a_choice_is_missed_in_no_stage(calls):
+    """Files said not to ask for kernels or products are left out where they differ: conftest.py notes who asks."""
+    assert not calls
+    quantize(torch.ones(64))
+    assert calls == {"_choose"}
+    calls.clear()
+    product.race()
+    assert calls == {"race"}
+    calls.clear()  # this file is on the lists, too
+    tests = stages.ROOT / "tests"
+    for call, file, told in [
+        ("_choose", "data/test_batches.py", "_choose"),  # by its room
+        ("race", "test_architecture.py", "race"),
+        ("_choose", "quant/test_quantize.py", None),
+        ("race", "quant/test_quantize.py", "race"),
+        ("race", "train/test_trainer.py", None),
+        ("race", "train/test_new.py", None),
+    ]:
+        assert stages.unexpected({call}, tests / file) == told, file
+
+
+def test_each_list_names_what_exists():
+    assert all((stages.ROOT / "tests" / name).exists() for name in [*stages.SAME, *stages.WITHOUT_PRODUCTS])
+    assert set(stages.WITHOUT_NUMBERS) < set(stages.WITHOUT_KERNELS) < set(stages.WITHOUT_PRODUCTS)
+
+
+def test_notebooks_are_all_run_and_the_longest_is_begun_first():
+    first, *others = [Path(part) for part in STAGES["notebooks"].command if part.endswith(".ipynb")]
+    assert first.name == stages.LONGEST
+    assert sorted([first, *others]) == sorted((stages.ROOT / "notebooks").glob("*.ipynb"))

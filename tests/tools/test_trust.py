@@ -173,4 +173,7 @@ def test_importing_a_tool_changes_no_environment(path):
     """numba refuses all work once NUMBA_NUM_THREADS has changed under it."""
     before = dict(os.environ)
     runpy.run_path(str(path), run_name="imported")
-    assert dict(os.environ) == before
+    after = dict(os.environ)
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    # torch's compiler names its cache there when it is first imported, and later work finds the same one
+    assert changed <= {"TORCHINDUCTOR_CACHE_DIR"}

@@ -241,6 +241,7 @@ def test_another_run_is_not_resumed_and_the_difference_is_told(folder, stopped, 
         training(folder, stopped, resume=True, **change).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [

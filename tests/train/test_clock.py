@@ -57,6 +57,7 @@ def adapter_bytes(out):
     return (out / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_midnight_interrupts_is_the_undisturbed_one(dated, tmp_path, set_clock):
     set_clock(BEFORE)
     training(dated, tmp_path / "whole").run()

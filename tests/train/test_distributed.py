@@ -17,12 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qlora_lab as ql
 from qlora_lab import cli
+from qlora_lab.adapters.adapter import adapters, learned
+from qlora_lab.adapters.add_adapter import METHODS, add_adapter
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.data.dataset import IGNORED
 from qlora_lab.data.examples import Example
 from qlora_lab.kernels import product
 from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
-from qlora_lab.train import trainer
+from qlora_lab.train import distributed, trainer
 from qlora_lab.train.distributed import OneProcess, _Linear4bitShard, engine_for, first_on_node, processes
 from qlora_lab.train.loss import answer_loss
 from qlora_lab.train.settings import Settings
@@ -133,6 +135,19 @@ def errors(folder, out, rank, **settings):
     return raised
 
 
+def each_method(folder, out):
+    """Two steps of each; BitFit on a copy that has biases."""
+    runs = {}
+    for method in METHODS:
+        place = folder.with_name("biased") if method == "bitfit" else folder
+        codebook = None if method == "full" else "nf4"
+        model, tokenizer = ql.load(place, codebook, dtype=torch.float32, device="cpu", progress=False)
+        start = {name: p.clone() for name, p in learned(add_adapter(model, method, progress=False)).items()}
+        run = train((model, tokenizer), out / method, steps=2, lr=1e-4)
+        runs[method] = seen(run) | {"moved": any(not torch.equal(p, start[n]) for n, p in learned(model).items())}
+    return runs
+
+
 def main(folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     with processes() as rank:
@@ -146,6 +161,7 @@ def main(folder: Path, out: Path) -> None:
                 "bytes": bytes_held(folder, place / "bytes", shard=shard),
                 "errors": errors(folder, place / "errors", rank, shard=shard),
             }
+        results["methods"] = each_method(folder, out / "methods")
     torch.save(results, out / f"{rank}.pt")
 
 
@@ -164,9 +180,11 @@ def folder(tmp_path, tokenizer):
     shape = {"hidden_size": 18, "intermediate_size": 33, "num_hidden_layers": 2, "num_attention_heads": 3}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **shape)
-        LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+        for name in ("model", "biased"):
+            config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **shape)
+            config.attention_bias = name == "biased"
+            LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+            tokenizer.save_pretrained(tmp_path / name)
     return tmp_path / "model"
 
 
@@ -190,6 +208,12 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
         for kind in ("ddp", "fsdp"):
             equal(*results[kind]["resumed"])
         check_bytes(results["ddp"]["bytes"], results["fsdp"]["bytes"])
+    for method, one in each_method(folder, tmp_path / "each").items():
+        first, second = (results["methods"][method] for results in both)
+        assert first["moved"], method
+        equal(first, second)
+        torch.testing.assert_close(first["losses"], one["losses"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(first["adapters"], one["adapters"], rtol=0, atol=1e-5)  # of two steps of 1e-4
     for kind in ("ddp", "fsdp"):
         check_errors(*(results[kind]["errors"] for results in both))
 
@@ -254,6 +278,17 @@ def test_one_process_has_nobody_to_share_with(capsys, tiny_llama, tmp_path):
     (tmp_path / "data.jsonl").write_text(TRAIN % (1, 2))
     argv = ["finetune", "--model", "nowhere", "--data", tmp_path / "data.jsonl", "--shard", "--out", tmp_path / "run"]
     assert cli.main([str(a) for a in argv]) == 2 and "this is the only one" in capsys.readouterr().err
+
+
+def test_constants_of_process_0_become_those_of_all(tiny_llama, monkeypatch):
+    """PiSSA's A0 and B0 belong to the A and B that process 0 sends."""
+    model = add_adapter(tiny_llama, "pissa", r=2)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda flat, src: flat.fill_(0.5))
+    distributed._Several(model)
+    for layer in adapters(model).values():
+        assert all((tensor == 0.5).all() for tensor in (*layer.learned().values(), layer.first_A, layer.first_B))
 
 
 def test_a_row_without_answer_gives_zero_gradients(tiny_llama):

@@ -20,6 +20,7 @@ EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "two " * (1 + i % 3
 LONG = Example((("user", "1 and " * 300), ("assistant", "one")))  # left out: it has more than 256 tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"lr": 2e-2, "schedule": "cosine", "warmup_steps": 2, "seed": 3}], ids=["default", "cosine"]
 )

@@ -4,16 +4,19 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import qlora_lab as ql
+from qlora_lab.adapters.add_adapter import add_adapter
+from qlora_lab.adapters.lora import lora_layers
 from qlora_lab.data.examples import Example
 from qlora_lab.files.checksums import sha256
 from qlora_lab.kernels import product
 from qlora_lab.train.identity import own_threads
-from qlora_lab.train.resumed import check_facts, read_log
+from qlora_lab.train.resumed import check_facts, check_tensors, read_log
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training
 from tests.readers import copy_model
@@ -81,6 +84,22 @@ def test_a_forged_state_is_named(begun, tmp_path, path, value, said):
     (step / "SHA256SUMS").write_text("".join(f"{sha256(step / line[66:])}  {line[66:]}\n" for line in sums))
     with pytest.raises(ValueError, match=f"^{step / 'state.json'}.*{said}"):
         training(begun / "model", tmp_path / "run", resume=True).run()
+
+
+def test_a_checkpoint_without_the_start_of_pissa_says_what_to_do(tiny_llama):
+    """Those of runs begun before it was saved have only what learns."""
+    model = add_adapter(tiny_llama, "pissa", r=2)
+    wanted = {f"{path}.first_A": layer.first_A for path, layer in lora_layers(model).items()}
+    with pytest.raises(ValueError, match="first_A is missing: resume from another checkpoint, or start a new run$"):
+        check_tensors(Path("state.safetensors"), {}, wanted, [], 32)
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_run_in_the_model_s_folder_is_refused(begun, inside):
+    before = sorted((begun / "model").iterdir())
+    with pytest.raises(ValueError, match="adapter lies inside .*model, which is an input: choose a place outside"):
+        training(begun / "model", begun / "model" / inside)
+    assert sorted((begun / "model").iterdir()) == before
 
 
 def test_a_good_state_passes(begun):

@@ -232,6 +232,7 @@ def test_an_error_as_files_are_set_aside_puts_them_back(train, tmp_path, monkeyp
 # ------------------------------------------------------------------------------------------------------------- symlinks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "run/checkpoints", "run/best", "run/adapter"])
 def test_links_are_followed_and_stay(model, tokenizer, train, tmp_path, name):
     options = {"save_every": 1, "eval_every": 1, "held_out": EXAMPLES}
@@ -299,6 +300,8 @@ EMPTY = "the path is empty, perhaps because a shell variable is not set: name"
         ["quantize", "nowhere", "--out", ""],
         ["sweep", "nowhere", "--out", ""],
         ["block-size", "nowhere", "--bits", "4.5", "--out", ""],
+        ["gguf", "nowhere", "--out", ""],
+        ["merge", "nowhere", "--adapter", "nowhere", "--target", "dequantised", "--out", ""],
     ],
     ids=lambda argv: argv[0],
 )
@@ -310,7 +313,14 @@ def test_an_empty_path_is_refused_by_every_command_with_out(capsys, tmp_path, mo
 def test_no_command_with_out_is_forgotten():
     commands = cli.build_parser()._subparsers._group_actions[0].choices
     with_out = {name for name, parser in commands.items() if "--out" in parser.format_help()}
-    assert with_out == {"finetune", "quantize", "sweep", "block-size"}  # those of the test above: add yours there
+    assert with_out == {
+        "finetune",
+        "quantize",
+        "sweep",
+        "block-size",
+        "merge",
+        "gguf",
+    }  # those of the test above: add yours there
 
 
 def test_an_empty_path_is_refused_by_every_function_that_writes(model, tokenizer, tmp_path, monkeypatch):

@@ -49,6 +49,33 @@ def test_it_learns_and_only_the_adapter_moves(model, tokenizer, tmp_path):
     assert all(layer.lora_B.any() for layer in adapters(model).values())
 
 
+def test_the_last_answer_alone_is_learned_where_that_is_asked(model, tokenizer, tmp_path):
+    chat = [{"role": role, "content": "one"} for role in ("user", "assistant") * 2]
+    both, last = (
+        Training(
+            model,
+            tokenizer,
+            [{"messages": chat}],
+            tmp_path / str(only),
+            Settings(last_answer_only=only),
+            progress=False,
+        ).report
+        for only in (False, True)
+    )
+    assert last.tokens == both.tokens and 2 * last.learned_tokens == both.learned_tokens
+
+
+def test_records_that_cannot_be_used_are_skipped_and_reported(model, tokenizer, tmp_path):
+    record = {"instruction": "1 and 1", "output": "two"}
+    data = {"data": [{}, record], "held_out": [record, {}], "eval_every": 1, "steps": 1}
+    with pytest.raises(ValueError, match="record 2: the record has the keys"):
+        train(model, tokenizer, tmp_path / "run", **data)
+    with pytest.warns(UserWarning, match="1 record was skipped"):
+        run = train(model, tokenizer, tmp_path / "run", skip_bad=True, **data)
+    assert (run.data.kept, len(run.data.skipped)) == (1, 1) and "record 1: " in run.data.skipped[0]
+    assert "skipped" not in (tmp_path / "run" / "settings.json").read_text("utf-8")
+
+
 def test_the_same_seed_gives_the_same_run(tiny_llama, tokenizer, tmp_path):
     runs = []
     for i in range(2):
@@ -290,7 +317,7 @@ def test_errors_teach(model, tokenizer, tmp_path, kwargs, message):
 
 
 def test_a_model_without_adapter_is_refused(tiny_llama, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="no adapter: call qlora_lab.add_lora"):
+    with pytest.raises(ValueError, match="no adapter: call qlora_lab.add_adapter"):
         train(tiny_llama, tokenizer, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -154,7 +154,7 @@ def test_sha256sum_reads_what_is_written(run):
 # ------------------------------------------------------------------------------------------- adapters and other models
 
 
-def test_an_adapter_is_checked_without_its_card_and_peft_reads_it(run, folder):
+def test_an_adapter_is_checked_without_its_card_and_peft_reads_it(folder, run):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

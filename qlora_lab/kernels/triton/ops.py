@@ -56,7 +56,7 @@ def dequantize_into(
     packed: Tensor, constants: list[Tensor], group: int, levels: Tensor, block_size: int, out: Tensor
 ) -> None:
     """As dequantize_nf4, into a given contiguous tensor."""
-    if len(constants) == 1:
+    if len(constants) == 1:  # absmax alone: no double quantization
         rung2.dequantize_nf4(packed, constants[0], levels, block_size, out)
     else:
         rung3.dequantize_double(packed, PackedConstants(*constants, group), levels, block_size, out)
@@ -70,7 +70,7 @@ def double_quantize(absmax: Tensor, offset: Tensor, thresholds: Tensor, group: i
 
 @double_quantize.register_fake
 def _(absmax, offset, thresholds, group, tiny):
-    codes = absmax.new_empty(absmax.shape, dtype=torch.uint8)
+    codes = absmax.new_empty(absmax.shape, dtype=torch.uint8)  # one for each block
     return [codes, absmax.new_empty((absmax.shape[0] + group - 1) // group, dtype=torch.float32)]
 
 
@@ -105,9 +105,10 @@ def _keep_gemv(ctx, inputs, output) -> None:
 
 
 def _gemv_gradient(ctx, grad):
-    packed, levels, *constants = ctx.saved_tensors
+    packed, levels, *constants = ctx.saved_tensors  # the bytes of the layer itself, not copies
     rows, columns = ctx.shape
     weight = dequantize_nf4(packed, constants, ctx.group, levels, ctx.block_size, rows * columns, grad.dtype)
+    # (tokens, rows) @ (rows, columns): a few tokens do not pay for a kernel of their own
     return grad @ weight.view(rows, columns), None, [None] * len(constants), None, None, None, None
 
 
@@ -157,18 +158,20 @@ def _weight(packed, constants, group, levels, block_size) -> PackedWeight:
 
 def _keep(ctx, inputs, output) -> None:
     x, packed, constants, group, levels, block_size, _, lora_A, lora_B, scaling = inputs
+    # x serves the gradient of lora_A alone: the weight is frozen
     ctx.save_for_backward(x if lora_A is not None else None, lora_A, lora_B, packed, levels, *constants)
     ctx.columns, ctx.group, ctx.block_size, ctx.scaling = x.shape[1], group, block_size, scaling
 
 
 def _gradients(ctx, grad):
     x, lora_A, lora_B, packed, levels, *constants = ctx.saved_tensors
-    grad = grad.contiguous()
+    grad = grad.contiguous()  # kernels count addresses by rows
     grad_x = matmul_nf4_backward(grad, packed, constants, ctx.group, levels, ctx.block_size, ctx.columns)
     grad_A = grad_B = None
     if lora_A is not None:
         through = grad @ lora_B * ctx.scaling  # (tokens, r)
         grad_x = grad_x + through @ lora_A
+        # (r, tokens) @ (tokens, columns), and (rows, tokens) @ (tokens, r)
         grad_A, grad_B = through.t() @ x, grad.t() @ (x @ lora_A.t()) * ctx.scaling
     return grad_x, None, [None] * len(constants), None, None, None, None, grad_A, grad_B, None
 

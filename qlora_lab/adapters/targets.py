@@ -1,0 +1,65 @@
+"""Which layers a method adapts: by their names, and with a rank for each.
+
+In: a model, and names or patterns as add_lora takes them. Out: linear layers, or strengths, by path.
+Source: QLoRA section 4 and figure 2, which found that all linear layers must be adapted.
+"""
+
+from collections.abc import Iterable, Mapping
+from reprlib import repr as short
+
+from torch import nn
+
+from qlora_lab.adapters.adapter import Adapter
+from qlora_lab.adapters.layer_patterns import first_match
+from qlora_lab.model.linear4bit import Linear4bit, left_alone
+
+
+def strengths_of(
+    model: nn.Module, r: int | Mapping[str, int], alpha: float, targets: str | Iterable[str]
+) -> dict[str, tuple[int, float]]:
+    """Return path -> (r, alpha) for the layers that `targets` names (see add_lora)."""
+    chosen = choose_targets(model, targets)
+    if not isinstance(r, Mapping):
+        return dict.fromkeys(chosen, (r, alpha))
+    found = {path: first_match(r, path, "r") for path in chosen}  # path -> (its place, rank), or None
+    if lacking := [path for path, match in found.items() if match is None]:
+        raise ValueError(f"r has no rank for {lacking[0]}: name it, add '.*' for all others, or choose other targets")
+    used = {match[0] for match in found.values()}
+    if unused := [pattern for pattern in r if f"r[{short(pattern)}]" not in used]:
+        raise ValueError(f"r[{short(unused[0])}] matches no layer that an earlier name leaves: mend or drop it")
+    return {path: (rank, alpha) for path, (_, rank) in found.items()}
+
+
+def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
+    """Return path -> linear layer for those that `targets` names (see add_lora), in the model's order."""
+    linears = linear_layers(model)
+    last_names = sorted({name.split(".")[-1] for name in linears})
+    if targets == "all-linear":
+        kept = left_alone(model)  # head, routers, weights used directly
+        chosen = {name: m for name, m in linears.items() if name not in kept}
+        if not chosen:  # GPT-2's are Conv1D
+            raise ValueError(f"{type(model).__name__} has no linear layer besides its head: choose a model with some")
+        return chosen
+    wanted = {targets} if isinstance(targets, str) else set(targets)
+    unknown = wanted - set(linears) - set(last_names)
+    if unknown or not wanted:
+        raise ValueError(
+            f"targets {sorted(unknown) or 'none'} match no linear layer: "
+            f"choose 'all-linear' or from {', '.join(last_names)}"
+        )
+    return {name: m for name, m in linears.items() if name in wanted or name.split(".")[-1] in wanted}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> linear layer, in the model's order; for an adapted one its base, under the adapter's path."""
+    layers: dict[str, nn.Module] = {}
+    inside = ""  # of the last adapter: its base and what it learns
+    for path, module in model.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        if isinstance(module, Adapter):
+            inside = f"{path}."
+            module = getattr(module, "base", None)
+        if isinstance(module, (nn.Linear, Linear4bit)):
+            layers[path] = module
+    return layers

@@ -1,0 +1,200 @@
+"""The course in the real JupyterLab, where each notebook runs once: its controls by key and by mouse, both themes, and
+the next day.
+
+01, 02, 04, 05, 07, 08, 09 and 11 run whole. Of 03, 06, 10 and 13, which run for minutes, only the cells with a widget
+run, on drawn numbers or a toy model; 00 shows no widget. test_stored.py opens all of them as they are.
+"""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.controls import move_all
+from tests.browser.theme import DARK, LIGHT, set_theme, unreadable
+from tools.lab_server import SHUT_DOWN
+
+SHOW = Path(__file__).parents[1] / "show"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+KERNEL = {"kernelspec": {"display_name": "Python 3", "name": "python3"}}
+WIDGET = re.compile(r"\b[A-Z]\w+Explorer\((?!.*result)|ql\.live\(|ql\.load\(MODEL, codebook")
+DRAWN_LAYERS = """from qlora_lab.quant.plan import Candidate
+parts = {"q": 9, "k": 3, "v": 3, "o": 9, "gate": 24, "up": 24, "down": 24}
+layers = tuple(f"model.layers.{i}.mlp.{part}_proj" for i in range(30) for part in parts)
+numel = np.array(30 * list(parts.values())) * 2**12
+sizes = np.array([32, 64, 128, 256, 512, 1024])
+drawn = tuple(Candidate("nf4", int(size), False) for size in sizes)
+error = np.random.default_rng(0).lognormal(size=210)[:, None] * np.log2(sizes)
+choices = planner.Choices(layers, tuple(numel.tolist()), drawn, error, numel[:, None] * (4 + 32 / sizes))"""
+DRAWN_MERGES = """from qlora_lab.export.parity import Change, Parity
+layers = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(30) for part in "qkvo"]
+def drawn(factor):
+    left = factor / (8 + factor)
+    made = {layer: Change(left * (i % 4 + 1) / 4, left / 2) for i, layer in enumerate(layers)}
+    kl = 0.1 * factor**2
+    return Parity("requantised", kl * (1 - left), kl, 0.9, 18.0, 19.0, 192, 0.05, made)
+factors = survival.FACTORS
+survived = survival.Survival(dict.fromkeys(layers, 0.01), {f: drawn(f) for f in factors})"""
+TRAINING = "ql.Training(model, tokenizer, train, out, settings)"  # of the default model: minutes
+TOY_TRAINING = "__import__('toy_training').toy_training(out)"
+CUT = {  # what the cells need
+    "03_block_size": DRAWN_LAYERS,
+    "06_data_types": "",
+    "10_finetune_llama": "",
+    "13_merge_lab": DRAWN_MERGES,
+}
+MOVES = {  # control, key, part of the new alt text
+    "01_codebook": [
+        ("Bits", "ArrowLeft", "3 bits, offset 0.9330357 by the rule: 8 levels"),  # 1 - (1/14 + 1/16) / 2
+        ("Bits", "Home", "2 bits, offset 0.8541667 by the rule: 4 levels"),  # 1 - (1/6 + 1/8) / 2
+        ("Bits", "End", "6 bits, offset 0.9921255 by the rule: 64 levels"),  # 1 - (1/126 + 1/128) / 2
+        ("Offset", "End", "offset 0.995: 64 levels"),
+        ("Symmetric", "Space", "63 levels"),
+        ("Reset", "Enter", "4 bits, offset 0.9677083 by the rule: 16 levels"),
+    ],
+    "02_packing": [
+        ("Byte", "ArrowRight", "down_proj, byte 1, at 13,209"),
+        ("Byte", "ArrowDown", "down_proj, byte 9,"),
+        ("Byte", "End", "down_proj, byte 63,"),
+        ("Place", "End", "byte 442,367, at"),
+        ("Tensor", "ArrowRight", "gate_proj, byte 442,367, at"),
+        ("Byte", "Home", "gate_proj, byte 442,304, at"),
+        ("Reset", "Enter", "down_proj, byte 0, at"),
+    ],
+    "03_block_size": [
+        ("Budget", "ArrowRight", "Budget 4.625 bits per parameter"),
+        ("Budget", "End", "0.0 % less than 32 for all; block size 32 in 210"),
+        ("Budget", "Home", "0.0 % less than 1024 for all; block size 1024 in 210"),
+        ("Reset", "Enter", "Budget 4.5 bits per parameter, 4.5000 spent on 210 layers"),  # where it was opened
+    ],
+    "04_double_quant": [
+        ("Block size", "ArrowRight", "Block size 128, groups of 256: constants cost 0.25 bits"),
+        ("Group size", "Home", "0.07812 in 8 bits"),
+        ("Outlier", "End", "outliers of 80"),
+        ("Mean offset", "Space", "outliers of 80, the mean left in"),
+        ("Reset", "Enter", "0.5 bits per parameter in float32 and 0.127 in 8 bits"),
+    ],
+    "05_kernels": [
+        ("Weights", "ArrowRight", "204 weights"),
+        ("Block size", "ArrowLeft", "block size 32"),
+        ("Tile", "End", "tile 128: program 0 of 2 loads words 0 to 15"),
+        ("Program", "End", "program 7 of 2 is not launched"),
+        ("Reset", "Enter", "203 weights, block size 64, tile 64: program 0 of 4"),
+    ],
+    "07_lora": [
+        ("Rank r", "ArrowRight", "r=9: 1,152 parameters"),
+        ("Size d", "End", "128 x 128"),
+        ("Rank r", "Home", "r=1: 256 parameters, 2 % of 16,384"),
+        ("Decay", "End", "decay 3"),
+        ("Reset", "Enter", "64 x 64, decay 1, r=8: 1,024 parameters"),
+    ],
+    "08_memory": [
+        ("Model", "ArrowRight", "llama-3-8b, nf4/64 + double"),
+        ("Codebook", "Home", "nf2/64"),
+        ("Block size", "End", "nf2/512"),
+        ("r", "End", "r=256"),
+        ("Sequence length", "End", "1 x 65536 tokens"),
+        ("Rows at once", "End", "16 x 65536 tokens"),
+        ("Optimizer", "End", "paged 8-bit AdamW: QLoRA needs"),
+        ("Double quantization", "Space", "nf2/512, r=256"),
+        ("Gradient checkpointing", "Space", "tokens at once, paged 8-bit AdamW: QLoRA needs"),
+        (
+            "Reset",
+            "Enter",
+            "llama-7b, nf4/64 + double quantization, r=64, 1 x 512 tokens at once, gradient",
+        ),
+    ],
+    "09_paged_optimizer": [
+        ("Time", "ArrowRight", "at time 1.45 page 68 is asked for, a fault, and page 93 leaves"),
+        ("Budget", "ArrowRight", "a budget of 272 MiB with 136 frames"),
+        ("Budget", "End", "with 153 frames: in each step after the first 0 faults"),
+        ("r", "ArrowLeft", "r=15,"),
+        ("Page size", "ArrowLeft", "of 1 MiB"),
+        ("Moments", "ArrowLeft", "moments of 8 bits: 72.6 MiB of state"),
+        ("Reset", "Enter", "in 153 pages of 2 MiB, a budget of 256 MiB with 128 frames"),
+    ],
+    "11_peft_zoo": [
+        ("Model", "Home", "llama-7b in 4 bits, LoRA of rank 64 on all linear layers"),
+        ("Size", "End", "LoRA of rank 256"),
+        ("LoRA's layers", "Home", "LoRA of rank 256 on q and v"),
+        ("Method", "ArrowRight", "Houlsby of bottleneck 256"),
+        ("Method", "End", "in 4 bits, biases"),
+        ("4-bit base", "Space", "in 16 bits, biases"),
+        ("Length of a row", "Home", "a step over 16 tokens"),
+        ("Reset", "Enter", "llama-2-70b in 4 bits, LoRA of rank 64 on all linear layers"),  # where it was opened
+    ],
+}
+EXPLORERS = {"06_data_types": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other
+CONTROLS = {name: len({control for control, _, _ in moves}) for name, moves in MOVES.items()}
+CONTROLS |= {"06_data_types": 5 + 21, "10_finetune_llama": 0}  # 16 levels, 3 starts, block size and reset
+CONTROLS |= {"13_merge_lab": 3 + 3}
+NAMES = sorted(MOVES | EXPLORERS)
+
+
+def cut(name, folder):
+    """A copy of the notebook with its first cell of code, which imports, and the cells that show a widget."""
+    path = NOTEBOOKS / f"{name}.ipynb"
+    if name not in CUT:
+        return path
+    cells = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+    shown = [cell for cell in cells[1:] if WIDGET.search(cell.source) or "MODEL =" in cell.source]
+    before = [cell for cell in shown if "MODEL" in cell.source]
+    for cell in shown:
+        cell.source = cell.source.replace(TRAINING, TOY_TRAINING)
+    needed = nbformat.v4.new_code_cell(CUT[name])
+    after = [cell for cell in shown if cell not in before]
+    notebook = nbformat.v4.new_notebook(metadata=KERNEL, cells=[cells[0], *before, needed, *after])
+    nbformat.write(notebook, folder / path.name)
+    return folder / path.name
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def course(name, open_notebook, tmp_path_factory):
+    lab = open_notebook(cut(name, tmp_path_factory.mktemp(name)), SHOW / "toy_training.py")
+    yield lab
+    lab.page.evaluate(SHUT_DOWN)
+
+
+def test_keys_reach_the_kernel(course, name):
+    for control, key, said in MOVES.get(name, []):
+        assert said in course.move(control, key)
+
+
+def test_every_control_is_named_and_moves_by_key_and_by_mouse(course, name):
+    explorers = EXPLORERS.get(name, 1)
+    expect(course.page.locator(".qlora-explorer")).to_have_count(explorers)
+    assert move_all(course) == CONTROLS[name]
+    assert not explorers or course.unnamed() == []
+
+
+def test_explorers_are_readable_in_both_themes_and_in_a_narrow_window(course, name):
+    page = course.page
+    for summary in page.locator(".qlora-explorer summary").all():
+        summary.click()  # the source, too
+    page.evaluate("document.activeElement.blur()")
+    for theme in (DARK, LIGHT):
+        set_theme(page, theme)
+        for width in (600, 1280):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert unreadable(page) == []
+
+
+def test_pictures_stay_on_the_next_day(course, name):
+    """Saved, shut down, opened again."""
+    before = course.pictures()
+    guesses = course.page.get_by_text("Run this cell to guess.")
+    assert before
+    assert not any(guess.is_visible() for guess in guesses.all())  # below the live boxes
+    course.reopen()
+    explorers = EXPLORERS.get(name, 1)
+    course.expect_stills_alone(explorers)
+    assert course.pictures() == before
+    assert name in CUT or guesses.count() > 0
+    assert all(guess.is_visible() for guess in guesses.all())

@@ -1,0 +1,76 @@
+"""What the page looks like: its theme, the contrast of its text, and whether anything is cut off."""
+
+LIGHT, DARK = "JupyterLab Light", "JupyterLab Dark"
+CHANGE = """async (theme) => {
+  await window.jupyterapp.commands.execute("apputils:change-theme", { theme });
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+}"""
+NO_SPLASH = "() => !document.getElementById('jupyterlab-splash')"
+THEME = "theme => document.body.dataset.jpThemeName === theme"
+# Each visible text below 4.5 : 1 (WCAG 2.2, 1.4.3) with what it has. Colours may be see-through: they are laid over
+# each other from the first opaque background on, and `opacity` of any parent counts. Left out are JupyterLab's colours
+# of code in Markdown, which has brackets at 2.9 : 1, and what is switched off.
+FAINT = """(places) => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const over = (top, below, alpha) => top.slice(0, 3).map((c, i) => alpha * c + (1 - alpha) * below[i]);
+  const parents = (el) => { const all = []; for (; el; el = el.parentElement) all.push(el); return all; };
+  const ground = (el) => {
+    const layers = parents(el).map((p) => rgba(getComputedStyle(p).backgroundColor));
+    const opaque = layers.findIndex((layer) => layer[3] === 1);
+    const seen = opaque < 0 ? [...layers, [255, 255, 255, 1]] : layers.slice(0, opaque + 1);
+    return seen.reverse().reduce((below, layer) => over(layer, below, layer[3]), [255, 255, 255]);
+  };
+  const light = (colour) => {
+    const [r, g, b] = colour.map((c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const faint = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let seen = 0;
+  while (texts.nextNode()) {
+    const text = texts.currentNode.data.trim(), el = texts.currentNode.parentElement;
+    const left_out = !el.closest(places) || el.closest("[inert], .jp-RenderedMarkdown pre");
+    if (!text || left_out || !el.checkVisibility()) continue;
+    const below = ground(el), ink = rgba(getComputedStyle(el).color);
+    const alpha = parents(el).reduce((product, p) => product * getComputedStyle(p).opacity, ink[3]);
+    const [a, b] = [light(over(ink, below, alpha)), light(below)].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    seen += 1;
+    if (ratio < 4.5) faint.push(`${ratio.toFixed(2)} ${text.slice(0, 60)}`);
+  }
+  return { seen, faint };
+}"""
+# The colour in the corner of each visible picture: they are drawn in black on white.
+CORNERS = """(places) => [...document.querySelectorAll(places)].filter((img) => img.checkVisibility()).map((img) => {
+  const canvas = new OffscreenCanvas(img.naturalWidth, img.naturalHeight).getContext("2d");
+  canvas.drawImage(img, 0, 0);
+  return [...canvas.getImageData(0, 0, 1, 1).data].join();
+})"""
+# What is wider than its place: its end is cut off, or a bar to scroll appears. Code has such a bar on purpose.
+WIDE = """(places) => [...document.querySelectorAll(places)].flatMap((place) => {
+  const edge = place.getBoundingClientRect().right + 1;
+  return [...place.querySelectorAll("*")].filter((el) => el.checkVisibility() && !el.closest("pre")
+    && (el.getBoundingClientRect().right > edge)).map((el) => el.outerHTML.slice(0, 80));
+})"""
+OUTPUTS = ".jp-OutputArea-output"
+OURS = ".qlora-explorer, .qlora-live, .qlora-still"  # bars of tqdm are wider
+WHITE = "a picture on 255,255,255,255"
+
+
+def set_theme(page, theme):
+    """JupyterLab's splash covers the change. A second change before it is gone would remove it twice: an error."""
+    page.evaluate(CHANGE, theme)
+    page.wait_for_function(THEME, arg=theme)
+    page.wait_for_function(NO_SPLASH)
+
+
+def unreadable(page, places=OUTPUTS):
+    """Faults: text without contrast, a picture without its white background, things wider than their place."""
+    text = page.evaluate(FAINT, places)
+    nothing = [] if text["seen"] else [f"no text in {places}"]
+    grounds = {f"a picture on {ground}" for ground in page.evaluate(CORNERS, f"{places} img")} - {WHITE}
+    return nothing + text["faint"] + sorted(grounds) + page.evaluate(WIDE, OURS)

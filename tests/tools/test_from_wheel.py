@@ -1,0 +1,36 @@
+"""The notebooks of `make test` run from the installed wheel."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import from_wheel
+from tools.stages import STAGES
+
+
+@pytest.mark.slow
+def test_a_kernel_imports_the_wheel_and_not_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(from_wheel, "SITE", tmp_path / "wheel" / "site")
+    became = []
+    monkeypatch.setattr(os, "execvpe", lambda *call: became.append(call))
+    kernel = [sys.executable, "-c", "import qlora_lab; print(qlora_lab.__file__)"]
+    from_wheel.main(kernel)
+    ((_, command, environment),) = became
+    where = from_wheel.ROOT / "notebooks"  # nbval starts a kernel beside its notebook
+    file = subprocess.run(command, cwd=where, env=environment, check=True, capture_output=True, text=True).stdout
+    assert Path(file.strip()).is_relative_to(tmp_path)
+
+
+def test_a_library_from_elsewhere_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(from_wheel, "install", lambda: dict(os.environ))
+    monkeypatch.setattr(from_wheel, "imported", lambda _: str(tmp_path / "qlora_lab" / "__init__.py"))
+    with pytest.raises(SystemExit, match="not from the wheel"):
+        from_wheel.main(["true"])
+
+
+@pytest.mark.parametrize("stage", ["notebooks", "solutions"])
+def test_both_stages_of_notebooks_run_from_it(stage):
+    assert STAGES[stage].command[1] == "tools/from_wheel.py"
