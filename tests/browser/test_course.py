@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser.controls import move_all
-from tests.browser.theme import DARK, LIGHT, set_theme, unreadable
+from tests.browser.theme import DARK, LIGHT, resize, set_theme, unreadable
 from tools.lab_server import SHUT_DOWN
 
 SHOW = Path(__file__).parents[1] / "show"
@@ -182,7 +182,7 @@ def test_explorers_are_readable_in_both_themes_and_in_a_narrow_window(course, na
     for theme in (DARK, LIGHT):
         set_theme(page, theme)
         for width in (600, 1280):
-            page.set_viewport_size({"width": width, "height": 900})
+            resize(page, width)
             assert unreadable(page) == []
 
 

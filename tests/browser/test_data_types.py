@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
+from tests.browser.theme import resize
+
 NF4 = "-1 -0.696 -0.525 -0.395 -0.284 -0.185 -0.0911 0 0.0796 0.161 0.246 0.338 0.441 0.563 0.723 1"
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "06_data_types.ipynb"
 
@@ -163,7 +165,7 @@ def outermost_lines(lab, picture):
 def test_handles_stand_over_their_lines(lab, codebook):
     """In a narrow window too."""
     for width in (600, 1280):
-        lab.page.set_viewport_size({"width": width, "height": 900})
+        resize(lab.page, width)
         lines = outermost_lines(lab, lab.picture("Level 0"))
         assert [middle(lab, 0), middle(lab, 15)] == pytest.approx(lines, abs=1.5)
 

@@ -1,4 +1,4 @@
-"""What the page looks like: its theme, the contrast of its text, and whether anything is cut off."""
+"""What the page looks like: its theme, its width, the contrast of its text, and whether anything is cut off."""
 
 LIGHT, DARK = "JupyterLab Light", "JupyterLab Dark"
 CHANGE = """async (theme) => {
@@ -58,6 +58,10 @@ WIDE = """(places) => [...document.querySelectorAll(places)].flatMap((place) => 
 })"""
 OUTPUTS = ".jp-OutputArea-output"
 OURS = ".qlora-explorer, .qlora-live, .qlora-still"  # bars of tqdm are wider
+LAID_OUT = """(width) => {
+  const gap = width - document.querySelector(".jp-WindowedPanel-outer").getBoundingClientRect().right;
+  return gap > 0 && gap < 60;  // JupyterLab's right bar has 33 pixels
+}"""
 WHITE = "a picture on 255,255,255,255"
 
 
@@ -66,6 +70,12 @@ def set_theme(page, theme):
     page.evaluate(CHANGE, theme)
     page.wait_for_function(THEME, arg=theme)
     page.wait_for_function(NO_SPLASH)
+
+
+def resize(page, width):
+    """Give the window a width, in pixels. JupyterLab lays its panels out a moment later."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.wait_for_function(LAID_OUT, arg=width)
 
 
 def unreadable(page, places=OUTPUTS):
