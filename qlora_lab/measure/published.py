@@ -177,7 +177,7 @@ class RelativeTotals:
 
 @dataclass(frozen=True)
 class RelativeQuestions:
-    """Sums over questions, of one system beside ChatGPT; a score is the mean of the question's orders that were read."""
+    """Sums over questions, for one system beside ChatGPT. A question's score: the mean of its orders that were read."""
 
     system: str
     questions: int

@@ -2,8 +2,8 @@
 
     replay_results() -> Replay: the published figure, the figure that follows, do they agree in the printed digits?
 
-In: data/published/*.csv. A figure that does not come out has its row's `erratum` as the reason. A figure that follows
-from nothing published here (a rating by people, for example) is listed with ours = None, so that none goes missing.
+In: data/published/*.csv. A figure that does not come out has the erratum of its row as the reason. One that needs more
+than the tables (verdicts of people, games in many orders) is listed with ours = None, so that none goes missing.
 Source: QLoRA (arXiv 2305.14314), tables 1 and 4 to 7; slides on QLoRA, which print tables 4 to 6 again.
 Not here: the tables (published.py), memory figures (memory/published.py). Ratings from games need many orders of play:
 published_games() has the games.
@@ -40,7 +40,7 @@ class Replay:
     what: str
     published: str  # as printed, so that its decimal places are known
     unit: str
-    ours: float | None  # None: it does not follow from anything published here
+    ours: float | None  # None: it needs more than the tables
     formula: str
     reason: str = ""  # why it is not reproduced; empty if it is
     source: str = ""
@@ -56,7 +56,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many figures were computed again, how many of them agree, and how many follow from nothing published."""
+    """How many figures were computed again, how many of them agree, and how many need more than the tables."""
 
     reproduced: int
     replayed: int
@@ -99,7 +99,7 @@ def relative_score(row: RelativeQuestions) -> RelativeScore:
     Table 6: the lower end of the system's own interval over the upper end of ChatGPT's, subtracted from the ratio. The
     paper does not say so; this rule was found by trying, and gives 20 of its 21 rows. It treats the errors of the two
     means as perfectly opposed, and so it is too wide. Paired: the standard error of a ratio of means over the same
-    questions, to first order (W. G. Cochran, Sampling Techniques, 1977, section 2.11).
+    questions, to first order (W. G. Cochran, Sampling Techniques, 1977, chapter 6).
     """
     n = row.questions
     system, chatgpt = row.total_system / n, row.total_chatgpt / n
