@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
+import numpy as np
+
 from qlora_lab.measure.published import (
     Chatbot,
     Claim,
@@ -266,10 +268,9 @@ def _of_ratings() -> dict[str, tuple[float, str]]:
     judged = {system: elo["Vicuna", "GPT-4", system] for system in people}
     oa = {key[2]: value for key, value in elo.items() if key[0] == "Open Assistant"}
     games = published_games("vicuna")
-    wins = dict.fromkeys(games.systems, 0)
-    for first, second, verdict in zip(games.first, games.second, games.verdicts, strict=True):
-        if verdict < 2:  # 0: the first answer won; 1: the second
-            wins[games.systems[(first, second)[verdict]]] += 1
+    decided = games.verdicts < 2  # 0: the first answer won; 1: the second
+    winners = np.where(games.verdicts == 0, games.first, games.second)[decided]
+    wins = dict(zip(games.systems, np.bincount(winners).tolist(), strict=True))
     formula, place = "1 / (1 + 10^(-difference / 400)), table 7", "order in table 7"
     found = {"win.100_points": (100 * win_rate(100), formula)}
     found["win.10_points"] = 100 * (win_rate(10) - win_rate(0)), formula + ", between equals"

@@ -72,6 +72,20 @@ def test_figures_are_as_printed():
     assert (row.chatgpt_first, row.system_first, row.mean, row.interval) == ("96.7", "101.9", "99.3", "4.4")
 
 
+def test_columns_have_their_sums():
+    """Sums of columns as printed: a digit that is changed by accident is noticed."""
+    mmlu = [row for row in published("mmlu.csv", Mmlu) if row.table == 5]
+    sums = [sum(float(row.accuracy) for row in mmlu if row.size == size) for size in ("7B", "13B", "33B", "65B")]
+    assert sums == pytest.approx([334.8, 403.3, 507.6, 549.6])
+    glue = published("glue.csv", Glue)
+    sums = [sum(float(row.value) for row in glue if row.model.endswith(size)) for size in ("large", "3B", "11B")]
+    assert sums == pytest.approx([443.4, 332.0, 305.2])
+    elo = [row for row in published("elo.csv", Elo) if row.elo]
+    judges = ((1, "GPT-4", "Vicuna"), (7, "people", "Vicuna"), (7, "GPT-4", "Vicuna"), (7, "GPT-4", "Open Assistant"))
+    sums = [sum(int(row.elo) for row in elo if (row.table, row.judge, row.benchmark) == judge) for judge in judges]
+    assert sums == [7999, 8002, 7996, 7000]
+
+
 def test_games_are_those_of_the_files():
     games = published_games("vicuna")
     assert len(games) == 56 * 80 and games.questions == () and set(games.question) == {-1}

@@ -84,6 +84,9 @@ def test_each_erratum_is_shown_by_a_replay():
             assert f"{words}{theirs}" in row.erratum
             differ += 1
     assert differ == 2 * 4 + 2
+    sums = {table: sum(int(row.elo) for key, row in elo.items() if key[:3] == (table, *tournament)) for table in (1, 7)}
+    # what one system wins, another loses, so eight that start at 1000 keep 8000, but for rounding
+    assert f"table 1 make {sums[1]}, those of table 7 {sums[7]}" in elo[1, *tournament, "Guanaco 13B"].erratum
     assert elo[1, *tournament, "Guanaco 7B"].erratum == "table 6 prints 5 GB for the same model"
 
 
