@@ -1,6 +1,6 @@
 """Compute published memory figures again: reproduce each to its last digit, or give the reason why that fails.
 
-    data/published/memory.json -> Replay: the published figure, the figure that follows from the sizes, do they agree?
+    published_memory() -> Replay: the published figure, the figure that follows from the sizes, do they agree?
 
 Source: slides on QLoRA (their tables of bits per parameter, and of GB at 70 billion); QLoRA (arXiv 2305.14314) sections
 1 to 3, tables 1 and 6, figure 6; LoRA (arXiv 2106.09685) section 4.2.
@@ -8,9 +8,9 @@ GB is 10^9 bytes here, MiB 2^20; if a source says MB and means MiB, the formula 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from qlora_lab.measure.published import read_data
+from qlora_lab.measure.published import Chatbot, Elo, published, read_data
+from qlora_lab.measure.replay import Replay
 from qlora_lab.memory.predict import predict_memory
 from qlora_lab.memory.shape import Shape, shape_of
 from qlora_lab.quant.double_quant import GROUP_SIZE
@@ -27,32 +27,32 @@ SLIDES = {  # bits per parameter: weights, gradients, optimizer, adapters
 GPT3_LAYERS, GPT3_WIDTH, GPT3_WEIGHTS = 96, 12288, 175e9  # LoRA, section 4.2
 
 
-@dataclass(frozen=True)
-class Replay:
-    """One published figure, and the same figure computed here."""
+def published_memory() -> dict[str, dict]:
+    """Return key -> "value", "unit" and "what": data/published/memory.json, and the memory columns of tables 1 and 6.
 
-    key: str  # of data/published/memory.json
-    what: str
-    published: str  # as printed, so that its decimal places are known
-    unit: str
-    ours: float
-    formula: str
-    reason: str = ""  # why it is not reproduced; empty if it is
-
-    @property
-    def reproduced(self) -> bool:
-        """Whether ours, rounded to the same number of places, equals the printed figure."""
-        places = len(self.published.partition(".")[2])
-        return f"{self.ours:.{places}f}" == self.published
+    Raises FileNotFoundError without the course's data.
+    """
+    figures = dict(read_data("memory.json")["figures"])
+    chatbots = published("chatgpt.csv", Chatbot)
+    for name, system, bits in (("guanaco", "Guanaco", 4), ("vicuna", "Vicuna", 16), ("vicuna", "Open Assistant", 16)):
+        for row in (row for row in chatbots if row.system == system):
+            what = f"{bits}-bit {row.size}: memory"
+            figures[f"slides.{name}.{row.size.lower()}"] = {"value": row.memory_gb, "unit": "GB", "what": what}
+    (smallest,) = (row for row in published("elo.csv", Elo) if (row.table, row.system) == (1, "Guanaco 7B"))
+    figures["paper.table1.7b"] = {"value": smallest.memory_gb, "unit": "GB", "what": "4-bit 7B: memory in table 1"}
+    return figures
 
 
 def replay_published() -> tuple[Replay, ...]:
-    """Replay every figure of data/published/memory.json. Raises FileNotFoundError without a clone of the repository."""
-    figures = read_data("memory.json")["figures"]
+    """Replay every published memory figure. Raises FileNotFoundError without the course's data."""
+    figures = published_memory()
+    sources = read_data("memory.json")["sources"]
     replays = {}
     for key, ours, formula, *reason in (*_slides(), *_chatbots(), *_figure(), *_text()):
         figure = figures[key]
-        replays[key] = Replay(key, figure["what"], figure["value"], figure["unit"], ours, formula, *reason)
+        source = sources[key.split(".")[0]]
+        reason = "".join(reason)
+        replays[key] = Replay(key, figure["what"], figure["value"], figure["unit"], ours, formula, reason, source)
     return tuple(replays[key] for key in figures)  # in the order of the file
 
 

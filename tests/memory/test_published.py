@@ -2,11 +2,11 @@
 
 import pytest
 
-from qlora_lab.measure.published import read_data
 from qlora_lab.memory.predict import predict_memory
 from qlora_lab.memory.published import (
     SIZES,
     constant_bits,
+    published_memory,
     replay_published,
     slides_gb,
     swiglu_adapter,
@@ -14,7 +14,7 @@ from qlora_lab.memory.published import (
 )
 from qlora_lab.memory.shape import shape_of
 
-FIGURES = read_data("memory.json")["figures"]
+FIGURES = published_memory()
 # Figures that do not follow from the sizes, each looked into; the reason is in the record.
 ERRATA = {"slides.qlora.70b", "slides.lora.checkpoint", "paper.text.qlora", "paper.text.inputs", "paper.text.base"}
 ERRATA |= {f"slides.guanaco.{size}" for size in ("65b", "13b", "7b")}
