@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from qlora_lab.files.course import course_path
-from qlora_lab.measure.games import VERDICTS, Games
+from qlora_lab.measure.games import Games
 
 Printed = NewType("Printed", str)  # a number as printed: "53.0" has one decimal place, and a float forgets that
 Row = TypeVar("Row")
@@ -230,16 +230,12 @@ def published_games(benchmark: str) -> Games:
         raise ValueError(f"benchmark is {benchmark!r}; counted are {' and '.join(map(repr, QUESTIONS))}")
     name = f"guanaco_{benchmark}_pairs.csv"
     rows = published(name, PairCount)
-    systems = tuple(dict.fromkeys(name for row in rows for name in (row.first, row.second)))
-    counts = np.array([(row.first_wins, row.second_wins, row.ties, row.unparsed) for row in rows])  # as VERDICTS
-    if (wrong := counts.sum(1) != QUESTIONS[benchmark]).any():
-        row = rows[int(wrong.argmax())]
-        words = f"{row.first} and {row.second} have another number of games than {QUESTIONS[benchmark]}"
-        raise ValueError(f"{name}: {words}: restore the file")
-    first, second = (np.array([systems.index(getattr(row, side)) for row in rows]) for side in ("first", "second"))
-    games = counts.sum(1)
-    verdicts = np.repeat(np.tile(np.arange(len(VERDICTS)), len(rows)), counts.ravel())
-    return Games(systems, (), np.full(len(verdicts), -1), np.repeat(first, games), np.repeat(second, games), verdicts)
+    counts = [(row.first_wins, row.second_wins, row.ties, row.unparsed) for row in rows]  # as VERDICTS
+    for row, count in zip(rows, counts, strict=True):
+        if sum(count) != QUESTIONS[benchmark]:
+            words = f"{row.first} and {row.second} have another number of games than {QUESTIONS[benchmark]}"
+            raise ValueError(f"{name}: {words}: restore the file")
+    return Games.of_counts((row.first, row.second, count) for row, count in zip(rows, counts, strict=True))
 
 
 def relative_totals() -> tuple[RelativeTotals, ...]:

@@ -16,6 +16,8 @@ from statistics import fmean, median
 
 import numpy as np
 
+from qlora_lab.measure.agreement import rank_agreement
+from qlora_lab.measure.games import FIRST, TIE
 from qlora_lab.measure.published import (
     Chatbot,
     Claim,
@@ -268,8 +270,8 @@ def _of_ratings() -> dict[str, tuple[float, str]]:
     judged = {system: elo["Vicuna", "GPT-4", system] for system in people}
     oa = {key[2]: value for key, value in elo.items() if key[0] == "Open Assistant"}
     games = published_games("vicuna")
-    decided = games.verdicts < 2  # 0: the first answer won; 1: the second
-    winners = np.where(games.verdicts == 0, games.first, games.second)[decided]
+    decided = games.verdicts < TIE
+    winners = np.where(games.verdicts == FIRST, games.first, games.second)[decided]
     wins = dict(zip(games.systems, np.bincount(winners).tolist(), strict=True))
     formula, place = "1 / (1 + 10^(-difference / 400)), table 7", "order in table 7"
     found = {"win.100_points": (100 * win_rate(100), formula)}
@@ -281,22 +283,7 @@ def _of_ratings() -> dict[str, tuple[float, str]]:
         found[f"oa.guanaco_{size}"] = rank(oa[system], oa.values()), place
     ahead = judged["GPT-4"] - people["GPT-4"]
     found["win.gpt4_itself"] = 100 * (win_rate(ahead) - win_rate(0)), formula + ", against an equal of 1176"
-    both = [(people[system], judged[system]) for system in people]
-    found["agreement.kendall"] = kendall(both), "two columns of ratings in table 7"
-    found["agreement.spearman"] = spearman(both), "two columns of ratings in table 7"
+    both = rank_agreement(people, judged)
+    found["agreement.kendall"] = both.kendall, "two columns of ratings in table 7"
+    found["agreement.spearman"] = both.spearman, "two columns of ratings in table 7"
     return found
-
-
-def kendall(pairs: list[tuple[float, float]]) -> float:
-    """Return Kendall's tau of pairs without ties: agreeing minus disagreeing couples, over all couples."""
-    n = len(pairs)
-    signs = [(a[0] > b[0]) == (a[1] > b[1]) for i, a in enumerate(pairs) for b in pairs[:i]]
-    return (2 * sum(signs) - len(signs)) / (n * (n - 1) / 2)
-
-
-def spearman(pairs: list[tuple[float, float]]) -> float:
-    """Return Spearman's r of pairs without ties: 1 - 6 sum of squared differences in rank / (n (n^2 - 1))."""
-    n = len(pairs)
-    columns = list(zip(*pairs, strict=True))
-    squares = sum((rank(x, columns[0]) - rank(y, columns[1])) ** 2 for x, y in pairs)
-    return 1 - 6 * squares / (n * (n**2 - 1))
