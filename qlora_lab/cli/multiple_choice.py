@@ -37,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    from qlora_lab.measure.choice_rows import Task, choice_rows
+    from qlora_lab.measure.choice_rows import choice_rows
+    from qlora_lab.measure.multiple_choice import Task
     from qlora_lab.quant.numbers import check_seed, check_whole
     from qlora_lab.train.run_folder import find_adapter
 

@@ -43,7 +43,8 @@ def docstring_choice(
     """
     check_whole("questions", questions)
     check_seed(seed)
-    libraries = sorted(set(libraries))
+    if not (libraries := sorted(set(libraries))):
+        raise ValueError(f"no libraries are given: name at least one library, such as {LIBRARIES[0]}")
     if trained := [library for library in libraries if library in TRAIN]:
         raise ValueError(f"{trained[0]} is in the training docstrings: choose other libraries, such as {LIBRARIES[0]}")
     test = []
@@ -58,8 +59,8 @@ def docstring_choice(
 
 def _of_library(library: str, number: int, seed: int, progress: bool) -> list[Question]:
     pairs = list(_usable(docstring_pairs([library], progress)))  # in hash order: any beginning is a fair sample
-    if len(pairs) < max(number, 4):
-        least = max(number, 4) - EXAMPLES
+    if len(pairs) < number:
+        least = number - EXAMPLES
         raise ValueError(
             f"{library} has {len(pairs)} short functions with a summary, fewer than {least} questions and {EXAMPLES} "
             "examples: ask for fewer questions, or name more libraries"

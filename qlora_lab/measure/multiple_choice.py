@@ -17,7 +17,7 @@ Not here: reading questions (data/choice_files.py), accuracies (choice_summary.p
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +41,35 @@ HEADERS = {
     "letters": "The following are multiple choice questions (with answers) about  {}.\n\n",
     "texts": "The following are questions (with answers) about {}.\n\n",
 }
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked, and how. way: "letters" or "texts". shots: examples in a prompt; None: SHOTS."""
+
+    questions: Questions
+    shots: int | None = None
+    way: str = "letters"
+
+    def checked(self) -> "Task":
+        """Return the task with its number of examples: 0 for a file of whole prompts, which hold their own.
+
+        Raises ValueError for another way to ask, no questions, or a choice that whole prompts do not leave.
+        """
+        name = self.questions.name
+        if self.way not in WAYS:
+            raise ValueError(f"way={self.way!r} is not known: choose from {', '.join(WAYS)}")
+        if not self.questions.test:
+            raise ValueError(f"{name} holds no questions: name a folder or a file that does")
+        if self.questions.test[0].prompt is not None:
+            if self.way == "texts":
+                raise ValueError(f"{name} holds whole prompts, which list the options: take --answers letters")
+            if self.shots:
+                raise ValueError(f"{name} holds whole prompts, examples included: leave out --shots")
+            return replace(self, shots=0)
+        shots = SHOTS if self.shots is None else self.shots
+        check_whole("shots", shots, 0)
+        return replace(self, shots=shots)
 
 
 @dataclass(frozen=True)
@@ -81,52 +110,33 @@ def answers(question: Question, way: str) -> tuple[str, ...]:
     return tuple(f" {text}" for text in (LETTERS if way == "letters" else question.options))
 
 
-def examples(questions: Questions, subject: str, shots: int, way: str) -> str:
+def examples(task: Task, subject: str) -> str:
     """Return the beginning that all prompts of a subject share. Raises ValueError for too few examples."""
-    available = questions.dev.get(subject, ())
-    if len(available) < shots:
-        there = f"{len(available)} examples in dev/" if available else f"no dev/{subject}_dev.csv"
-        raise ValueError(
-            f"{questions.name}: the subject {subject!r} has {there}, but shots={shots}: take --shots {len(available)}, "
-            "or add examples"
-        )
-    worked = (f"{prompt(q, way)}{answers(q, way)[q.answer]}\n\n" for q in available[:shots])
-    return header(subject, way) + "".join(worked)
+    available = task.questions.dev.get(subject, ())
+    if len(available) < task.shots:
+        there = f"{len(available)} examples in dev/{subject}_dev.csv" if available else f"no dev/{subject}_dev.csv"
+        fix = f"take --shots {len(available)}, or add examples"
+        raise ValueError(f"{task.questions.name}: {subject!r} has {there}, but shots={task.shots}: {fix}")
+    worked = (f"{prompt(q, task.way)}{answers(q, task.way)[q.answer]}\n\n" for q in available[: task.shots])
+    return header(subject, task.way) + "".join(worked)
 
 
-def check_task(questions: Questions, shots: int | None, way: str) -> int:
-    """Return the number of examples in a prompt; None means SHOTS, or what a file of whole prompts holds.
-
-    Raises ValueError for another way to ask, no questions, or a choice that a file of whole prompts does not leave.
-    """
-    if way not in WAYS:
-        raise ValueError(f"answers={way!r} is not known: choose from {', '.join(WAYS)}")
-    if not questions.test:
-        raise ValueError(f"{questions.name} holds no questions: name a folder or a file that does")
-    if questions.test[0].prompt is not None:
-        if way == "texts":
-            raise ValueError(f"{questions.name} holds whole prompts, which list the options: take --answers letters")
-        if shots is not None:
-            raise ValueError(f"{questions.name} holds whole prompts, examples included: leave out --shots")
-        return 0
-    shots = SHOTS if shots is None else shots
-    check_whole("shots", shots, 0)
-    return shots
-
-
-def encode(
-    tokenizer: "Tokenizer", questions: Questions, shots: int | None = None, way: str = "letters"
-) -> list[Encoded]:
-    """Return prompts and answers in tokens, in the order of the questions. Raises what check_task and examples raise.
+def encode(tokenizer: "Tokenizer", task: Task) -> list[Encoded]:
+    """Return prompts and answers in tokens, in the order of the questions. Raises what Task.checked and examples raise.
 
     An answer's tokens are what the whole text has behind the tokens of the prompt, as in lm-evaluation-harness.
     """
-    shots = check_task(questions, shots, way)
+    task = task.checked()
     encoded = []
-    for subject, group in group_by_subject(questions.test).items():
-        beginning = "" if group[0].prompt is not None else examples(questions, subject, shots, way)
-        contexts = [q.prompt if q.prompt is not None else beginning + prompt(q, way) for q in group]
-        texts = [context + answer for context, q in zip(contexts, group, strict=True) for answer in answers(q, way)]
+    for subject, group in group_by_subject(task.questions.test).items():
+        if group[0].prompt is not None:
+            contexts = [question.prompt for question in group]
+        else:
+            beginning = examples(task, subject)
+            contexts = [beginning + prompt(question, task.way) for question in group]
+        texts = [
+            c + answer for c, question in zip(contexts, group, strict=True) for answer in answers(question, task.way)
+        ]
         ids = tokenizer(contexts + texts, verbose=False)["input_ids"]  # one call: it uses all cores
         for i in range(len(group)):
             context = ids[i]
@@ -135,23 +145,23 @@ def encode(
     return encoded
 
 
-def check_fits(model: torch.nn.Module, tokenizer: "Tokenizer", encoded: list[Encoded], task: tuple) -> None:
+def check_fits(model: torch.nn.Module, tokenizer: "Tokenizer", encoded: list[Encoded], task: Task) -> None:
     """Raise ValueError if a prompt with its answer is longer than the model was made for, or has an unknown token.
 
-    task: questions, shots, way, as for encode. The error says how many examples would fit.
+    encoded: what encode made of `task`. The error says how many examples would fit.
     """
     check_tokens(model, tokenizer, {token for one in encoded for row in (one.context, *one.answers) for token in row})
     limit = position_limit(model)
-    longest = _longest(encoded)
-    if limit is None or longest + virtual_tokens(model) <= limit:
+    virtual = virtual_tokens(model)  # they take positions, too
+    longest = _longest(encoded) + virtual
+    if limit is None or longest <= limit:
         return
-    questions, shots, way = task
-    shots = check_task(questions, shots, way)
     said = f"the longest prompt has {longest} tokens, but {type(model).__name__} was made for {limit}"
-    for fewer in range(shots - 1, -1, -1):
-        if _longest(encode(tokenizer, questions, fewer, way)) + virtual_tokens(model) <= limit:
-            raise ValueError(f"{said}: take --shots {fewer}")
-    raise ValueError(f"{said}, and without examples it does not fit either: leave that question out")
+    if task.questions.test[0].prompt is None:
+        for fewer in range(task.checked().shots - 1, -1, -1):
+            if _longest(encode(tokenizer, replace(task, shots=fewer))) + virtual <= limit:
+                raise ValueError(f"{said}: take --shots {fewer}")
+    raise ValueError(f"{said}, and fewer examples do not help: leave that question out")
 
 
 def _longest(encoded: list[Encoded]) -> int:
@@ -162,21 +172,19 @@ def _longest(encoded: list[Encoded]) -> int:
 def choice_scores(
     model: torch.nn.Module,
     tokenizer: "Tokenizer",
-    questions: Questions,
+    task: Task,
     *,
-    shots: int | None = None,
-    way: str = "letters",
     share: bool = True,
     progress: bool = True,
 ) -> list[Scores]:
-    """Return the log-likelihoods of the answers to each question, in the order of `questions.test`.
+    """Return the log-likelihoods of the answers to each question, in the order of `task.questions.test`.
 
-    shots: examples in a prompt; None: 5. way: "letters" or "texts". share: compute what prompts share once; the numbers
-    are equal up to rounding. Raises ValueError as encode and check_fits do.
+    share: compute what prompts share once; the numbers are equal up to rounding. Raises ValueError as encode and
+    check_fits do.
     """
-    encoded = encode(tokenizer, questions, shots, way)
-    check_fits(model, tokenizer, encoded, (questions, shots, way))
-    return score(model, encoded, questions, fill_id(model, tokenizer), share=share, progress=progress)
+    encoded = encode(tokenizer, task)
+    check_fits(model, tokenizer, encoded, task)
+    return score(model, encoded, task.questions, fill_id(model, tokenizer), share=share, progress=progress)
 
 
 def score(
@@ -273,10 +281,9 @@ def _batches(rows: dict[int, Encoded], shared: int) -> Iterator[list[int]]:
 def _of_tails(model: torch.nn.Module, one: Encoded, cache: "DynamicCache", fill: int) -> list[float]:
     """Return, for each answer, the log-likelihood of all its tokens but the first."""
     inputs = [answer[:-1] or [fill] for answer in one.answers]  # an answer of one token is read for nothing
-    places = range(max(map(len, inputs)))
     logits, _ = _continue(model, inputs, None, fill, _expanded(cache, len(inputs)))  # (4, longest, vocabulary)
-    logs = logits[:, list(places)].float().log_softmax(-1)
-    return [_picked(logs[i], answer[1:], 0) for i, answer in enumerate(one.answers)]
+    logs = logits.float().log_softmax(-1)
+    return [_picked(logs[i], answer[1:]) for i, answer in enumerate(one.answers)]
 
 
 def _alone(model: torch.nn.Module, one: Encoded, fill: int) -> list[float]:
@@ -284,12 +291,12 @@ def _alone(model: torch.nn.Module, one: Encoded, fill: int) -> list[float]:
     rows = [one.context + answer[:-1] for answer in one.answers]
     logits, _ = _continue(model, rows, None, fill, None)  # (4, longest, vocabulary)
     start = len(one.context) - 1  # this place predicts the first token of an answer
-    return [_picked(logits[i, start:].float().log_softmax(-1), answer, 0) for i, answer in enumerate(one.answers)]
+    return [_picked(logits[i, start:].float().log_softmax(-1), answer) for i, answer in enumerate(one.answers)]
 
 
-def _picked(logs: torch.Tensor, targets: Sequence[int], start: int) -> float:
-    """Sum the log-probabilities of `targets` from place `start` on; logs: (places, vocabulary)."""
-    return sum(logs[start + i, target].item() for i, target in enumerate(targets))
+def _picked(logs: torch.Tensor, targets: Sequence[int]) -> float:
+    """Sum the log-probabilities of `targets` in the first places; logs: (places, vocabulary)."""
+    return sum(logs[i, target].item() for i, target in enumerate(targets))  # in float64
 
 
 def _continue(
