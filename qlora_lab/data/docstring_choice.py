@@ -47,6 +47,7 @@ def docstring_choice(
         raise ValueError(f"no libraries are given: name at least one library, such as {LIBRARIES[0]}")
     if trained := [library for library in libraries if library in TRAIN]:
         raise ValueError(f"{trained[0]} is in the training docstrings: choose other libraries, such as {LIBRARIES[0]}")
+    # A library more or less changes no other library's questions, only how many of them are taken.
     test = []
     dev = {}
     for number, library in enumerate(libraries):
@@ -73,6 +74,7 @@ def _of_library(library: str, number: int, seed: int, progress: bool) -> list[Qu
     questions = []
     for (code, summary), answer in zip(pairs, answers, strict=False):
         first = min(max(place[summary] - NEAR // 2, 0), max(len(by_length) - NEAR - 1, 0))
+        # drawn from neighbours in length, not the nearest three: those would be the same in many questions
         near = [other for other in by_length[first : first + NEAR + 1] if other != summary]
         options = draw.sample(near, 3)
         options.insert(answer, summary)
@@ -82,6 +84,7 @@ def _of_library(library: str, number: int, seed: int, progress: bool) -> list[Qu
 
 def _usable(examples: list[Example]) -> Iterable[tuple[str, str]]:
     """Yield (code, summary) of each function that can be a question."""
+    # "Return the width." of six functions would be right for each of them
     owners = Counter(_plain(example.answer) for example in examples)
     for example in examples:
         code = example.messages[0][1].split("```python\n", 1)[1].removesuffix("\n```")

@@ -69,6 +69,7 @@ def choice_rows(
     dtype = torch.float32 if device.type == "cpu" else fast_dtype(device)
     with open_results(results, CHOICES) as (rows, file):
         done = {identity(row, CHOICES): row for row in rows}  # by earlier calls
+        # Tokens do not depend on the weights, so they are made once, before any model is loaded.
         encoded = encode(tokenizer_of(folder), task)
         shared = {"model": model_record(name_or_path, folder), "data": _data_record(task, encoded)}
         shared |= run_record({"answers": task.way, "shots": task.shots}, dtype, device) | _adapter_record(adapter)
@@ -111,6 +112,7 @@ def _measured(
     start = time.perf_counter()
     how = (variant.codebook, variant.block_size, bool(variant.double_quant))
     dtype = torch.float32 if not torch.cuda.is_available() else None
+    # Without its own bar: a load takes seconds, and the bar of models is there.
     model, tokenizer = load(name_or_path, *how, dtype=dtype, progress=False)
     if adapter is not None:
         load_adapter(model, adapter)
@@ -136,6 +138,7 @@ def _lengths(task: Task, scores: list[Scores]) -> dict[str, list[list[int]]] | N
     """Return how long the answers are, by the metric that divides by it; None for letters, which are equally long."""
     if task.way == "letters":
         return None
+    # Kept in the row, so that whoever reads it needs no questions.
     texts = [question.options for question in task.questions.test]
     return {
         "acc_norm": [[len(text) for text in options] for options in texts],  # characters
@@ -152,6 +155,7 @@ def _answer_key(task: Task) -> dict:
 
 def _data_record(task: Task, encoded: list[Encoded]) -> dict:
     """Record the questions. Their checksum covers prompts, answers and which one is right."""
+    # Tokens, not texts: two tokenizers read one text in different pieces.
     content = [[one.context, one.answers, q.answer] for one, q in zip(encoded, task.questions.test, strict=True)]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return {"name": task.questions.name, "questions": len(encoded), "tokens_sha256": digest}
@@ -161,6 +165,7 @@ def _adapter_record(adapter: str | Path | None) -> dict:
     """Record an adapter's name and the checksum of its files, which identifies it."""
     if adapter is None:
         return {"adapter": None, "adapter_name": None}
+    # Names do not identify an adapter: a second training writes into a folder of the same name.
     digest = hashlib.sha256()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         path = Path(adapter, name)

@@ -37,6 +37,7 @@ WAYS = ("letters", "texts")
 SHOTS = 5  # MMLU's number
 # Tokens in one pass: enough that unpacking the weights costs little, few enough that a batch needs little memory.
 TOKENS_AT_ONCE = 1024
+# evaluate.py joins the words of a subject with a space before each, and has one more in its sentence: two.
 HEADERS = {
     "letters": "The following are multiple choice questions (with answers) about  {}.\n\n",
     "texts": "The following are questions (with answers) about {}.\n\n",
@@ -107,6 +108,7 @@ def prompt(question: Question, way: str) -> str:
 
 def answers(question: Question, way: str) -> tuple[str, ...]:
     """Return the four texts that may follow the prompt; each begins with a space."""
+    # With the space: tokenizers have a token for " A", and another one for "A", which models see elsewhere.
     return tuple(f" {text}" for text in (LETTERS if way == "letters" else question.options))
 
 
@@ -138,6 +140,7 @@ def encode(tokenizer: "Tokenizer", task: Task) -> list[Encoded]:
             c + answer for c, question in zip(contexts, group, strict=True) for answer in answers(question, task.way)
         ]
         ids = tokenizer(contexts + texts, verbose=False)["input_ids"]  # one call: it uses all cores
+        # texts: four a question, in the order of the questions
         for i in range(len(group)):
             context = ids[i]
             wholes = ids[len(group) + 4 * i : len(group) + 4 * i + 4]
@@ -158,6 +161,7 @@ def check_fits(model: torch.nn.Module, tokenizer: "Tokenizer", encoded: list[Enc
         return
     said = f"the longest prompt has {longest} tokens, but {type(model).__name__} was made for {limit}"
     if task.questions.test[0].prompt is None:
+        # Rare, so encoding once for each number of examples is no cost that anybody pays.
         for fewer in range(task.checked().shots - 1, -1, -1):
             if _longest(encode(tokenizer, replace(task, shots=fewer))) + virtual <= limit:
                 raise ValueError(f"{said}: take --shots {fewer}")
@@ -197,6 +201,7 @@ def score(
     progress: bool = True,
 ) -> list[Scores]:
     """Do the same for what encode has returned. fill: any token to fill rows with."""
+    # Questions come back shortest first, so each is kept under its number.
     found: dict[int, list[float]] = {}  # number of the question -> log-likelihoods
     start = 0
     with measuring(model), tqdm(total=len(encoded), desc="questions", leave=False, disable=not progress) as bar:
@@ -220,12 +225,14 @@ def _of_subject(
         return
     for batch in _batches(rows, len(shared)):
         rests = [rows[number].context[len(shared) :] for number in batch]
+        # One forward pass for all questions of the batch: weights in 4 bits are unpacked once for all of them.
         last = [len(rest) - 1 for rest in rests]
         longer = _expanded(cache, len(batch))
         logits, longer = _continue(model, rests, last, fill, longer)  # (batch, 1, vocabulary) at the last tokens
         for i, number in enumerate(batch):
             first = logits[i, 0].float().log_softmax(-1)  # (vocabulary,)
             values = [first[answer[0]].item() for answer in rows[number].answers]
+            # What is left of an answer behind its first token, which the prompt's last token predicts.
             tails = [answer[1:] for answer in rows[number].answers]
             if any(tails):  # letters have one token each, so nothing is left to read
                 own = _cut(longer, i, len(shared) + len(rests[i]))
@@ -274,7 +281,7 @@ def _batches(rows: dict[int, Encoded], shared: int) -> Iterator[list[int]]:
         if batch and (len(batch) + 1) * (len(rows[number].context) - shared) > TOKENS_AT_ONCE:
             yield batch
             batch = []
-        batch.append(number)
+        batch.append(number)  # a question longer than TOKENS_AT_ONCE is a batch of its own
     yield batch
 
 
