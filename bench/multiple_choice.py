@@ -13,6 +13,7 @@ wide the intervals are as much as which data type is better.
 import argparse
 import datetime
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def table(result: dict) -> str:
     lines = [
         f"Measured on {result['date']}: {result['model']}, {result['questions']} questions of {result['data']}, "
         f"{result['shots']} examples, {result['machine']['processor']} {result['versions']['torch']}. Accuracies and "
-        "differences in percent, with 95 % intervals.",
+        f"differences in percent, with 95 % intervals. Load average at the end: {result['load']}.",
         "",
         "| answers | data type | accuracy | difference to bf16 | seconds |",
         "|---|---|---:|---:|---:|",
@@ -114,6 +115,7 @@ def main() -> None:
         answers[way] = figures(rows, way)
     head = {"date": datetime.date.today().isoformat(), "model": MODEL, "data": NAME, "questions": args.questions}
     head |= {"shots": args.shots, "machine": machine(), "versions": versions()}
+    head["load"] = round(os.getloadavg()[0], 1)  # of the last minute: an idle machine shows this bench's own threads
     result = head | {"answers": answers}
     write(args.out, json.dumps(result, indent=1) + "\n")
     if args.out == OUT:

@@ -16,7 +16,7 @@ their keys and values serve all questions of the subject; those of a question se
 Not here: reading questions (data/choice_files.py), accuracies (choice_summary.py), rows on disk (choice_rows.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -145,6 +145,8 @@ def encode(tokenizer: "Tokenizer", task: Task) -> list[Encoded]:
             context = ids[i]
             wholes = ids[len(group) + 4 * i : len(group) + 4 * i + 4]
             encoded.append(Encoded(context, tuple(whole[len(context) :] for whole in wholes)))
+            if not all(encoded[-1].answers):  # an empty text, if the tokenizer also drops the space before it
+                raise ValueError(f"{subject}: an option of question {i + 1} has no tokens: give each option a text")
     return encoded
 
 
@@ -226,11 +228,10 @@ def _of_subject(
     for batch in _batches(rows, len(shared)):
         rests = [rows[number].context[len(shared) :] for number in batch]
         # One forward pass for all questions of the batch: weights in 4 bits are unpacked once for all of them.
-        last = [len(rest) - 1 for rest in rests]
-        longer = _expanded(cache, len(batch))
-        logits, longer = _continue(model, rests, last, fill, longer)  # (batch, 1, vocabulary) at the last tokens
+        last = range(len(batch)), [len(rest) - 1 for rest in rests]
+        logits, longer = _continue(model, rests, fill, _expanded(cache, len(batch)), lambda h, last=last: h[last])
         for i, number in enumerate(batch):
-            first = logits[i, 0].float().log_softmax(-1)  # (vocabulary,)
+            first = logits[i].float().log_softmax(-1)  # (vocabulary,)
             values = [first[answer[0]].item() for answer in rows[number].answers]
             # What is left of an answer behind its first token, which the prompt's last token predicts.
             tails = [answer[1:] for answer in rows[number].answers]
@@ -256,7 +257,7 @@ def _read(model: torch.nn.Module, ids: list[int]) -> "DynamicCache | None":
     from transformers import DynamicCache  # heavy, so not at the top
     from transformers.cache_utils import DynamicLayer
 
-    cache = model(input_ids=_tensor([ids], model), use_cache=True).get("past_key_values")
+    _, cache = _continue(model, [ids], 0, None, lambda hidden: hidden[:, -1:], use_cache=True)
     # Layers with a sliding window or a recurrent state forget, so they cannot be cut back to a question's end.
     plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
     return cache if plain and cache.get_seq_length() == len(ids) else None
@@ -288,7 +289,7 @@ def _batches(rows: dict[int, Encoded], shared: int) -> Iterator[list[int]]:
 def _of_tails(model: torch.nn.Module, one: Encoded, cache: "DynamicCache", fill: int) -> list[float]:
     """Return, for each answer, the log-likelihood of all its tokens but the first."""
     inputs = [answer[:-1] or [fill] for answer in one.answers]  # an answer of one token is read for nothing
-    logits, _ = _continue(model, inputs, None, fill, _expanded(cache, len(inputs)))  # (4, longest, vocabulary)
+    logits, _ = _continue(model, inputs, fill, _expanded(cache, len(inputs)))  # (4, longest, vocabulary)
     logs = logits.float().log_softmax(-1)
     return [_picked(logs[i], answer[1:]) for i, answer in enumerate(one.answers)]
 
@@ -296,9 +297,10 @@ def _of_tails(model: torch.nn.Module, one: Encoded, cache: "DynamicCache", fill:
 def _alone(model: torch.nn.Module, one: Encoded, fill: int) -> list[float]:
     """Return the log-likelihoods of one question's answers from whole rows, without a cache."""
     rows = [one.context + answer[:-1] for answer in one.answers]
-    logits, _ = _continue(model, rows, None, fill, None)  # (4, longest, vocabulary)
     start = len(one.context) - 1  # this place predicts the first token of an answer
-    return [_picked(logits[i, start:].float().log_softmax(-1), answer) for i, answer in enumerate(one.answers)]
+    logits, _ = _continue(model, rows, fill, None, lambda hidden: hidden[:, start:])  # (4, longest - start, vocabulary)
+    logs = logits.float().log_softmax(-1)
+    return [_picked(logs[i], answer) for i, answer in enumerate(one.answers)]
 
 
 def _picked(logs: torch.Tensor, targets: Sequence[int]) -> float:
@@ -307,30 +309,25 @@ def _picked(logs: torch.Tensor, targets: Sequence[int]) -> float:
 
 
 def _continue(
-    model: torch.nn.Module, rows: list[list[int]], last: list[int] | None, fill: int, cache: "DynamicCache | None"
-) -> tuple[torch.Tensor, "DynamicCache | None"]:
-    """Read rows behind a cache, filled on the right. Returns logits and the longer cache.
+    model: torch.nn.Module,
+    rows: list[list[int]],
+    fill: int,
+    cache: "DynamicCache | None",
+    places: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden,
+    *,
+    use_cache: bool = False,
+) -> "tuple[torch.Tensor, DynamicCache | None]":
+    """Read rows behind a cache, filled on the right. Returns logits, and the longer cache if there is one.
 
-    last: one place in each row, for logits (rows, 1, vocabulary); None: all places, (rows, longest, vocabulary).
+    places: of the states before the head, (rows, longest, hidden), those that need logits. use_cache: begin a cache.
     A causal model never looks to the right, so what fills the rows changes nothing, and no mask is needed.
     """
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(_device(model))
-    if last is None:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-        return output.logits, output.get("past_key_values")
-    places = torch.arange(len(rows), device=ids.device), torch.tensor(last, device=ids.device)
-    # A hook, as in train/loss.py: the head takes most of the memory, and only one place of each row needs it.
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places][:, None],))
+    device = next(model.parameters()).device
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(device)
+    # A hook, as in train/loss.py: logits of all places would take 0.5 GB for four rows of 700 tokens.
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (places(inputs[0]),))
     try:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=use_cache or cache is not None)
     finally:
         hook.remove()
-    return output.logits, output.past_key_values
-
-
-def _tensor(rows: list[list[int]], model: torch.nn.Module) -> torch.Tensor:
-    return torch.tensor(rows, device=_device(model))
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return output.logits, output.get("past_key_values")

@@ -179,6 +179,17 @@ def test_a_prompt_that_is_too_long_names_the_most_examples_that_fit(tiny_llama, 
         choice_scores(tiny_llama, tokenizer, Task(questions, 2), progress=False)
 
 
+def test_an_option_without_tokens(questions):
+    """The space before an empty option vanishes in some tokenizers."""
+    question = Question("anatomy", "Which?", ("", "b", "c", "d"), 1)
+
+    def words(texts, verbose):
+        return {"input_ids": [[hash(word) for word in text.split()] for text in texts]}
+
+    with pytest.raises(ValueError, match="anatomy: an option of question 1 has no tokens: give each option a text"):
+        encode(words, Task(Questions("any", (question,), {}), 0, "texts"))
+
+
 def test_a_token_without_an_embedding(tiny_llama, tokenizer, questions):
     tiny_llama.resize_token_embeddings(100)
     with pytest.raises(ValueError, match="but the embedding has 100 rows"):
