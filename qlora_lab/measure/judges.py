@@ -7,7 +7,7 @@ callable (question, answer_a, answer_b) -> verdict; its `name` goes into the fil
     LogProbabilityJudge(model, tokenizer)   the answer that a model finds likelier
     always_first                            broken on purpose, for diagnosis.py to unmask
 
-The authors of QLoRA asked GPT-4 (section 6.2), which no notebook can replay. These two need no one else's server, and
+The authors of QLoRA asked GPT-4 (section 5.2), which no notebook can replay. These two need no one else's server, and
 each has a bias that is easy to name: ROUGE-L counts words and not truth, and a model likes what it would say itself.
 Not here: who asks a judge, and what becomes of one that fails (play.py).
 """
@@ -59,7 +59,10 @@ def questions_of(examples: Iterable[Example]) -> list[Question]:
 
 
 def judge_name(judge: Judge) -> str:
-    """Return what a file of games calls a judge: its `name`, or the name of the function or class."""
+    """Return what a file of games calls a judge: its `name`, or the name of the function or class.
+
+    A file tells judges apart by this name alone, so give a judge that you change another one.
+    """
     return str(getattr(judge, "name", None) or getattr(judge, "__name__", None) or type(judge).__name__)
 
 
