@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import qlora_lab as ql
-from qlora_lab.cli.options import add_field, add_fields, whole
+from qlora_lab.cli.options import add_field, add_fields, common, whole
 from qlora_lab.train.run_options import METHOD_OPTIONS, ModelOptions
+
+DOUBLE_QUANT = {"off": [False], "on": [True], "both": [False, True]}
 
 
 def add_model(group) -> None:
@@ -26,6 +28,20 @@ def add_measured(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the model that a measurement is made of, and return the group for its other options."""
     add_field(parser, ModelOptions, "model", positional=True)
     return parser.add_argument_group("model")
+
+
+def add_double_quant(group) -> None:
+    """Add the choice of a command that measures several models: without double quantization, with it, or both."""
+    group.add_argument(
+        "--double-quant", default="off", choices=tuple(DOUBLE_QUANT), help="quantise the scaling constants too"
+    )
+
+
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """Add the file of a measurement that goes on where it was interrupted."""
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", required=True, metavar="FILE", help="file for the results; existing rows are kept")
+    common(output)
 
 
 def add_text(parser: argparse.ArgumentParser, windows: int, length: int, default: str) -> None:

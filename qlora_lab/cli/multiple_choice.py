@@ -7,9 +7,10 @@ import argparse
 import json
 from pathlib import Path
 
-from qlora_lab.cli.loading import add_measured
-from qlora_lab.cli.options import common, whole
+from qlora_lab.cli.loading import DOUBLE_QUANT, add_double_quant, add_measured, add_rows
+from qlora_lab.cli.options import add_fields, whole
 from qlora_lab.cli.printing import table
+from qlora_lab.train.run_options import ModelOptions
 
 EXAMPLE = "qlora-lab multiple-choice smollm2-135m --codebooks none nf4 fp4 --answers texts --out rows.jsonl"
 LESS_MEMORY = "use fewer --shots; the rows that are in --out are kept"
@@ -17,12 +18,13 @@ NAMES = {"acc": "by sum", "acc_norm": "by character"}  # lm-evaluation-harness' 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add = add_measured(parser).add_argument
+    models = add_measured(parser)
+    add = models.add_argument
     add("--adapter", metavar="FOLDER", help="an adapter in PEFT's format, put on each of the models")
     kinds = "none (not quantised), nf4, fp4, int4, ...; the first is what the others are compared with"
     add("--codebooks", nargs="+", default=["none", "nf4"], metavar="NAME", help=kinds)
-    add("--block-size", type=whole, default=64, metavar="N", help="weights in a block, 16 to 4096")
-    add("--double-quant", default="off", choices=("off", "on", "both"), help="quantise the scaling constants too")
+    add_fields(models, ModelOptions, "block_size")
+    add_double_quant(models)
     add = parser.add_argument_group("questions").add_argument
     kept = "a folder in MMLU's form (dev/ and test/), or a file of whole prompts (default: generated from docstrings)"
     add("--data", metavar="PATH", help=kept)
@@ -31,14 +33,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ways = "choose among A, B, C and D, or among the options' texts"
     add("--answers", default="letters", choices=("letters", "texts"), help=ways)
     add("--seed", type=whole, default=0, metavar="N", help="seed of the generated questions")
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", required=True, metavar="FILE", help="file for the results; existing rows are kept")
-    common(output)
+    add_rows(parser)
 
 
 def run(a: argparse.Namespace) -> None:
     from qlora_lab.measure.choice_rows import choice_rows
     from qlora_lab.measure.multiple_choice import Task
+    from qlora_lab.measure.sweep import checked
     from qlora_lab.quant.numbers import check_seed, check_whole
     from qlora_lab.train.run_folder import find_adapter
 
@@ -46,8 +47,9 @@ def run(a: argparse.Namespace) -> None:
     check_seed(a.seed)
     if a.adapter is not None:  # a missing adapter should cost no time
         find_adapter(Path(a.adapter))
+    settings = [checked(setting) for setting in _settings(a)]  # before questions are generated
     task = Task(_questions(a), a.shots, a.answers)
-    rows = choice_rows(a.model, _settings(a), task, a.out, adapter=a.adapter, progress=not a.quiet)
+    rows = choice_rows(a.model, settings, task, a.out, adapter=a.adapter, progress=not a.quiet)
     if a.json:
         print(json.dumps([_record(row, rows[0]) for row in rows]))
         return
@@ -67,7 +69,7 @@ def _questions(a: argparse.Namespace):
 def _settings(a: argparse.Namespace) -> list[tuple]:
     """Return the variants to measure, each once."""
     # "none" has no constants to quantise, so --double-quant both makes one variant of it, not two.
-    switches = {"off": [False], "on": [True], "both": [False, True]}[a.double_quant]
+    switches = DOUBLE_QUANT[a.double_quant]
     settings = []
     for name in a.codebooks:
         settings += [(None,)] if name == "none" else [(name, a.block_size, switch) for switch in switches]

@@ -3,8 +3,8 @@
 import argparse
 import json
 
-from qlora_lab.cli.loading import add_measured, add_text, read_text
-from qlora_lab.cli.options import common, levels, whole
+from qlora_lab.cli.loading import DOUBLE_QUANT, add_double_quant, add_measured, add_rows, add_text, read_text
+from qlora_lab.cli.options import levels, whole
 from qlora_lab.cli.printing import table
 
 EXAMPLE = "qlora-lab sweep smollm2-135m --codebooks nf4 fp4 --block-sizes 64 128 --double-quant both --out rows.jsonl"
@@ -12,28 +12,27 @@ LESS_MEMORY = "use a lower --length; the rows that are in --out are kept"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add = add_measured(parser).add_argument
+    models = add_measured(parser)
+    add = models.add_argument
     kinds = "nf4, fp4, int4, ..., or lloyd-max, which is fitted to the model"
     add("--codebooks", nargs="+", default=["nf4", "fp4", "int4"], metavar="NAME", help=kinds)
     table_help = "a codebook of your own, from -1 to 1: mine=-1,-0.4,-0.1,0,0.1,0.3,0.6,1; may be repeated"
     add("--levels", action="append", type=levels, default=[], metavar="NAME=V1,V2,...", help=table_help)
     add("--block-sizes", nargs="+", type=whole, default=[64], metavar="N", help="weights in a block, 16 to 4096")
-    add("--double-quant", default="off", choices=("off", "on", "both"), help="quantise the scaling constants too")
+    add_double_quant(models)
     add("--seed", type=whole, default=0, metavar="N", help="seed for sampling the weights that lloyd-max is fitted to")
     add_text(parser, windows=8, length=512, default="Python's help topics")
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", required=True, metavar="FILE", help="file for the results; existing rows are kept")
-    common(output)
+    add_rows(parser)
 
 
 def run(a: argparse.Namespace) -> None:
     from qlora_lab.measure.sweep import sweep, variants
 
-    double_quant = {"off": [False], "on": [True], "both": [False, True]}[a.double_quant]
     tables = dict(a.levels)  # name -> levels
     if len(tables) < len(a.levels):
         raise ValueError("--levels: two codebooks have the same name: rename one of them")
-    grid = variants(dict.fromkeys([*a.codebooks, *tables]), a.block_sizes, double_quant)  # each codebook once
+    codebooks = dict.fromkeys([*a.codebooks, *tables])  # each once
+    grid = variants(codebooks, a.block_sizes, DOUBLE_QUANT[a.double_quant])
     grid = [variant._replace(levels=tables.get(variant.codebook)) for variant in grid]
     options = {"windows": a.windows, "length": a.length, "seed": a.seed, "progress": not a.quiet}
     if a.text is not None:
