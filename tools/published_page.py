@@ -13,17 +13,21 @@ from pathlib import Path
 from qlora_lab.files.replace import replace_text
 from qlora_lab.measure.published import (
     Chatbot,
+    Elo,
     Glue,
     LlavaFinding,
     Perplexity,
     RelativeQuestions,
     published,
     published_games,
+    read_bench,
     relative_totals,
 )
 from qlora_lab.measure.replay import CHATGPT, Replay, counts, relative_score, replay_results
+from qlora_lab.measure.tournament import Rules, elo
 from qlora_lab.memory.published import replay_published
 
+ORDERS = 1000  # enough for whole points: one order deviates by about 40
 PAGE = Path(__file__).parent.parent / "docs" / "published.md"
 COMMAND = "python -m tools.published_page"
 HEAD = f"""# Published figures, computed again
@@ -59,13 +63,34 @@ the answers show it, in all 72 files. `RelativeTotals.scores()` puts both kinds 
 3. **Missing questions.** Some files have three questions without scores. Table 6 then takes the other order alone for \
 these questions: with the totals of both orders instead, the means of Alpaca 13B and Self-Instruct 13B do not come out.
 """
+RATINGS = """
+## Elo from the judgments
+
+Elo depends on the order of the games. The paper plays them in 10,000 random orders and prints the mean, with K = 32 \
+and a start of 1000. The same from the counted judgments, in ORDERS orders, with verdicts that could not be read as \
+ties:
+
+""".replace("ORDERS", f"{ORDERS:,}")
+RULES = """
+The order of the systems on the Vicuna questions is the paper's. The ratings are not quite, and no rule that we tried \
+gives all of them. Each row below is a tournament of the 4,480 Vicuna games in 10,000 orders (`bench/elo_rules.py`). \
+*Left out* drops a verdict that could not be read. *Mean* plays one game for the two orders in which the judge read a \
+pair of answers. *Typical* is the root of the mean squared difference from table 1.
+
+"""
 
 
 def page() -> str:
     """Return docs/published.md."""
     results, memory = replay_results(), replay_published()
     parts = [HEAD, summary(results, memory), failures("What does not come out", results)]
-    parts += [failures("Memory figures that do not come out", memory), unanswered(results), TRAPS, position()]
+    parts += [
+        failures("Memory figures that do not come out", memory),
+        unanswered(results),
+        TRAPS,
+        position(),
+        ratings(),
+    ]
     return "".join([*parts, intervals(), conclusions(), llava()])
 
 
@@ -123,7 +148,7 @@ def unanswered(replays: Iterable[Replay]) -> str:
     for formula, group in groupby(open_ones, key=lambda one: one.formula):
         kinds = Counter(one.what.partition(" of ")[0] for one in group)
         lines.append(f"- {formula}: {'; '.join(f'{kind} ({n})' for kind, n in kinds.items())}\n")
-    words = "These figures need more than the tables. `published_games()` has the games of the tournaments.\n\n"
+    words = "These figures need more than the tables.\n\n"
     return f"\n## What is not computed here\n\n{words}{''.join(lines)}"
 
 
@@ -143,6 +168,35 @@ def position() -> str:
     gain = sum(ratios[system, True] > ratios[system, False] for system in systems)
     words = f"So do scores: {gain} of {len(systems)} systems score higher beside ChatGPT when they are read first.\n"
     return f"\nMore games are won by the answer that is read first:\n\n{table(heads, rows)}\n{words}"
+
+
+def ratings() -> str:
+    """Elo from the counted judgments beside tables 1 and 7, and what other rules give."""
+    names = {f"{row.system} {row.size}".strip(): row.counted for row in published("chatgpt.csv", Chatbot)}
+    rows = []
+    for benchmark, name, table_of in (("vicuna", "Vicuna", 1), ("oa", "Open Assistant", 7)):
+        found = elo(published_games(benchmark), Rules(unread="tie"), orders=ORDERS, progress=False)
+        for row in published("elo.csv", Elo):
+            if (
+                row.elo
+                and row.judge == "GPT-4"
+                and row.benchmark == name
+                and row.table == (1 if name == "Vicuna" else 7)
+            ):
+                system = names.get(row.system, CHATGPT)
+                ours, deviation = found.ratings[system], found.deviations[system]
+                rows.append(
+                    [name, row.system, row.elo, f"{ours:.0f}", f"{ours - float(row.elo):+.0f}", f"{deviation:.0f}"]
+                )
+    tried = read_bench("elo_rules.json")["rules"]
+    other = [
+        [f"{rule['k']:.0f}", rule["unread"], rule["both_orders"], f"{rule['ratings']['gpt-4']:.0f}"]
+        + [f"{rule['farthest']:.0f}", f"{rule['typical']:.0f}"]
+        for rule in sorted(tried, key=lambda rule: rule["farthest"])
+    ]
+    heads = ["benchmark", "system", "printed", "ours", "difference", "standard deviation of one order"]
+    rules = ["K", "verdicts without an answer", "two orders of a pair", "GPT-4", "largest difference", "typical"]
+    return RATINGS + f"{table(heads, rows)}{RULES}{table(rules, other)}"
 
 
 def intervals() -> str:

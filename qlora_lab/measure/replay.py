@@ -32,6 +32,7 @@ from qlora_lab.measure.published import (
 SIZES = ("7B", "13B", "33B", "65B")
 CHATGPT = "gpt-3.5"
 NF4 = "NFloat4 + DQ"
+RANDOM = "depends on random orders and on rules that are not printed: compared below"
 PEOPLE = "needs the verdicts of people, which are not counted here"
 Z = 1.96  # standard errors to either side of a mean, for 95 %
 
@@ -165,7 +166,7 @@ def _table_1() -> Iterator[Replay]:
         name, rest = row.system, _rest(row)
         ours = float(again[name])
         yield Replay(f"elo.table1.{name}", f"Elo of {name}", row.elo, "", ours, "the same tournament in table 7", *rest)
-        formula = "needs the games played in 10,000 orders"
+        formula = RANDOM
         yield Replay(f"elo.interval.{name}", f"half-width of {name}", row.interval, "", None, formula, *rest)
         if row.memory_gb:
             ours, words = float(memory[name]), f"memory of {name}"
@@ -185,7 +186,7 @@ def _table_7() -> Iterator[Replay]:
         ratings = [float(r.elo) for r in rows if (r.benchmark, r.judge) == (row.benchmark, row.judge)]
         ours = rank(float(row.elo), ratings)
         yield Replay(f"elo.rank.{key}", f"rank of {label}", row.rank, "", ours, "order of the printed ratings", *rest)
-        formula = "needs the games played in 10,000 orders" if row.judge == "GPT-4" else PEOPLE
+        formula = RANDOM if row.judge == "GPT-4" else PEOPLE
         yield Replay(f"elo.rating.{key}", f"Elo of {label}", row.elo, "", None, formula, *rest)
 
 
