@@ -177,17 +177,11 @@ def ratings() -> str:
     for benchmark, name, table_of in (("vicuna", "Vicuna", 1), ("oa", "Open Assistant", 7)):
         found = elo(published_games(benchmark), Rules(unread="tie"), orders=ORDERS, progress=False)
         for row in published("elo.csv", Elo):
-            if (
-                row.elo
-                and row.judge == "GPT-4"
-                and row.benchmark == name
-                and row.table == (1 if name == "Vicuna" else 7)
-            ):
+            if (row.table, row.judge, row.benchmark) == (table_of, "GPT-4", name):
                 system = names.get(row.system, CHATGPT)
                 ours, deviation = found.ratings[system], found.deviations[system]
-                rows.append(
-                    [name, row.system, row.elo, f"{ours:.0f}", f"{ours - float(row.elo):+.0f}", f"{deviation:.0f}"]
-                )
+                figures = f"{ours:.0f}", f"{ours - float(row.elo):+.0f}", f"{deviation:.0f}"
+                rows.append([name, row.system, row.elo, *figures])
     tried = read_bench("elo_rules.json")["rules"]
     other = [
         [f"{rule['k']:.0f}", rule["unread"], rule["both_orders"], f"{rule['ratings']['gpt-4']:.0f}"]
