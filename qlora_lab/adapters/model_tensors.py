@@ -11,7 +11,7 @@ from torch import nn
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.add_adapter import MAKERS
 from qlora_lab.adapters.lora import LoRALinear
-from qlora_lab.model.linear4bit import Linear4bit, head_path
+from qlora_lab.model.linear4bit import Linear4bit, head_path, is_linear
 from qlora_lab.quant.quantize import QuantizedTensor
 
 PACKED, LINEAR, EMBEDDINGS, HEAD = "packed weights", "linear layers", "embeddings", "head"
@@ -42,7 +42,7 @@ def _learned_kind(adapter: Adapter, name: str) -> str:
 def _kind(module: nn.Module, name: str, is_head: bool) -> str:
     if isinstance(module, nn.Embedding):
         return EMBEDDINGS
-    if isinstance(module, nn.Linear) and name == "weight":
+    if is_linear(module) and name == "weight":
         return HEAD if is_head else LINEAR
     if name == "bias":
         return "biases"

@@ -11,7 +11,7 @@ from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.layer_patterns import first_match
-from qlora_lab.model.linear4bit import Linear4bit, left_alone
+from qlora_lab.model.linear4bit import is_linear, left_alone
 
 
 def strengths_of(
@@ -37,7 +37,7 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     if targets == "all-linear":
         kept = left_alone(model)  # head, routers, weights used directly
         chosen = {name: m for name, m in linears.items() if name not in kept}
-        if not chosen:  # GPT-2's are Conv1D
+        if not chosen:
             raise ValueError(f"{type(model).__name__} has no linear layer besides its head: choose a model with some")
         return chosen
     wanted = {targets} if isinstance(targets, str) else set(targets)
@@ -60,6 +60,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, Adapter):
             inside = f"{path}."
             module = getattr(module, "base", None)
-        if isinstance(module, (nn.Linear, Linear4bit)):
+        if module is not None and is_linear(module):
             layers[path] = module
     return layers

@@ -48,6 +48,7 @@ from qlora_lab.files.replace import replacing_folder
 from qlora_lab.files.tensor_file import save_tensors
 from qlora_lab.model.empty_model import dtypes_of, empty_model, fields_of, stored_options, tokenizer_of
 from qlora_lab.model.fetch import known_name, resolve
+from qlora_lab.model.layer_kinds import as_matrix, turned
 from qlora_lab.model.model_files import CONFIG, INDEX
 from qlora_lab.model.quantized_folder import PLAN, described, files_beside, has_own_head, pieces
 from qlora_lab.quant.codebook import CUSTOM
@@ -181,7 +182,7 @@ def _work(model: "PreTrainedModel", source: Path, target: str) -> Work:
     read = reader(empty, source) if target == "original" else own
     untie(empty, model, target)
     work = Work(target, source, empty, read, own, adapted)
-    check_fits(work, {name: _shape(own, name) for name in work.names})
+    check_fits(work, {name: _shape(own, empty, name) for name in work.names})
     return work
 
 
@@ -206,14 +207,17 @@ def _own(model: "PreTrainedModel") -> Reader:
 
     def read(name: str) -> torch.Tensor | QuantizedTensor:
         path, _, leaf = name.rpartition(".")
-        return getattr(layers[path] if path in layers else model.get_submodule(path), leaf)
+        module = layers[path] if path in layers else model.get_submodule(path)
+        tensor = getattr(module, leaf)
+        return as_matrix(module, tensor) if leaf == "weight" and torch.is_tensor(tensor) else tensor
 
     return read
 
 
-def _shape(own: Reader, name: str) -> torch.Size | None:
+def _shape(own: Reader, empty: "PreTrainedModel", name: str) -> torch.Size | None:
+    """Return the shape of the model's own tensor, as its family keeps it; None if there is none."""
     try:
-        return own(name).shape
+        return turned(empty, name, torch.empty(own(name).shape, device="meta")).shape
     except AttributeError:
         return None
 
@@ -259,6 +263,8 @@ def _write_weights(work: Work, staged: Path, progress: bool) -> tuple[dict[str, 
                 made = _kept(work, name, base)
             if len(made) > 1:  # codes with their constants
                 packing[name.removesuffix(".weight")] = Candidate(*stored_as(made, name))
+            else:
+                made = {name: turned(work.empty, name, made[name]).contiguous()}
             tensors |= made
             bar.update()
         save_tensors(tensors, staged / file, {"format": "pt"})

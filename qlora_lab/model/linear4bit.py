@@ -23,6 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from qlora_lab.model import product_4bit, product_ops
+from qlora_lab.model.layer_kinds import as_matrix, is_conv1d, is_product, is_turned
 from qlora_lab.quant.double_quant import DoubleQuantized
 from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
@@ -83,15 +84,17 @@ class Linear4bit(nn.Module):
 
     weight: quantised (out_features, in_features), frozen; it is not a Parameter, so no optimizer ever sees it. Its
     tensors are buffers that state_dict leaves out, so that other libraries count and move them.
-    bias: (out_features,) or None. Raises ValueError for a weight that is not a matrix.
+    bias: (out_features,) or None. turned: the family's own layer, a Conv1D, keeps the transpose.
+    Raises ValueError for a weight that is not a matrix.
     Moving the module moves the weight. Casting it (.half(), .bfloat16()) casts only the bias: packed bytes stay.
     """
 
-    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None):
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None, turned: bool = False):
         super().__init__()
         if len(weight.shape) != 2:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, but needs (out_features, in_features)")
         self.weight = weight
+        self.turned = turned
         self.register_parameter("bias", bias)
 
     @property
@@ -191,7 +194,14 @@ class Linear4bit(nn.Module):
 def decoded(layer: nn.Module) -> torch.Tensor:
     """Return the whole weight of a linear layer in float32, (out_features, in_features); not to be changed."""
     weight = layer.weight
-    return dequantize(weight, torch.float32) if isinstance(weight, QuantizedTensor) else weight.detach().float()
+    if isinstance(weight, QuantizedTensor):
+        return dequantize(weight, torch.float32)
+    return as_matrix(layer, weight).detach().float()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether `module` can take an adapter: any nn.Linear, a Linear4bit, or a Conv1D."""
+    return isinstance(module, (nn.Linear, Linear4bit)) or is_conv1d(module)
 
 
 def head_path(model: nn.Module) -> str | None:
@@ -215,10 +225,10 @@ def left_alone(model: nn.Module) -> set[str]:
     }
 
 
-def linears_to_quantise(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return path -> layer for every plain nn.Linear that is not left alone."""
+def linears_to_quantise(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> layer for every plain linear layer that is not left alone (layer_kinds.py says what is plain)."""
     kept = left_alone(model)
-    return {path: m for path, m in model.named_modules() if type(m) is nn.Linear and path not in kept}
+    return {path: m for path, m in model.named_modules() if is_product(m) and path not in kept}
 
 
 @lru_cache
@@ -249,7 +259,7 @@ def quantize_linears(
     *,
     plan: Plan | str | Path | None = None,
 ) -> nn.Module:
-    """Replace each plain `nn.Linear` of `model` by a Linear4bit, in place, except `left_alone`. Returns `model`.
+    """Replace each plain linear layer of `model` by a Linear4bit, in place, except `left_alone`. Returns `model`.
 
     plan: a Plan or its file, instead of the options, for layers that differ (quant/plan.py).
     Raises what quantize raises, with the layer's name, and ValueError if there is nothing to replace, or for a plan of
@@ -257,10 +267,10 @@ def quantize_linears(
     """
     targets = linears_to_quantise(model)
     if not targets:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}: leave it as it is")
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantise besides {HEAD}: leave it as it is")
     numel = {name: linear.weight.numel() for name, linear in targets.items()}
     options = of_layers(Candidate(codebook, block_size, double_quant), as_plan(plan), numel)
     for name, linear in targets.items():
-        weight = quantize(linear.weight, *options[name], name=f"{name}.weight")
-        model.set_submodule(name, Linear4bit(weight, linear.bias))
+        weight = quantize(as_matrix(linear, linear.weight), *options[name], name=f"{name}.weight")
+        model.set_submodule(name, Linear4bit(weight, linear.bias, is_turned(linear)))
     return model

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from qlora_lab.model.empty_model import NO_VALUE, compute_buffers, dtypes_of, empty_model, stored_options, tokenizer_of
 from qlora_lab.model.fetch import KNOWN_MODELS, ModelError, resolve
+from qlora_lab.model.layer_kinds import as_matrix, is_turned
 from qlora_lab.model.linear4bit import HEAD, Linear4bit, linears_to_quantise
 from qlora_lab.model.out_of_memory import telling_memory
 from qlora_lab.model.packed import packed_tensors
@@ -52,6 +53,7 @@ def load(
 
     name_or_path: a known name, a local folder, or a hub id. codebook: a name that qlora_lab.codebook knows, or None: do
     not quantise. block_size, double_quant: see quantize. A folder that is quantised already keeps its own options.
+    The layers of GPT-2, Conv1D, lie turned in its files, and are quantised as their transpose.
     plan: a Plan or its file, instead of these options, for layers that differ (quant/plan.py).
     dtype: of everything that is not quantised, and of the computation. None: bf16 where the machine multiplies it fast,
     else float32 (fp16 on an older GPU). What transformers always keeps in float32, such as DeepSeek's routing bias,
@@ -139,9 +141,9 @@ def public_name(name_or_path: str | Path) -> str:
 def layer_sizes(model: nn.Module) -> dict[str, int]:
     """Return path -> number of weights for each layer to quantise. Raises ValueError for a model without any."""
     sizes = {path: linear.weight.numel() for path, linear in linears_to_quantise(model).items()}
-    if not sizes:  # GPT-2's are Conv1D
+    if not sizes:
         raise ValueError(
-            f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}: load it with codebook=None "
+            f"{type(model).__name__} has no linear layer to quantise besides {HEAD}: load it with codebook=None "
             "(on the command line: --codebook none)"
         )
     return sizes
@@ -162,7 +164,8 @@ def _quantised(
         tensor = stored.read().to(device)
         layer = name.removesuffix(".weight")
         if layer in options:
-            yield name, quantize(tensor, *options[layer], name=name)  # name: for errors
+            matrix = as_matrix(model.get_submodule(layer), tensor)
+            yield name, quantize(matrix, *options[layer], name=name)  # name: for errors
         else:  # a view of the file is copied, in the right dtype at once
             yield name, tensor.to(dtypes[name], copy=stored.rule is None)
 
@@ -189,7 +192,7 @@ def _place(
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(tensor, QuantizedTensor):
-        model.set_submodule(path, Linear4bit(tensor.to(device), module.bias))
+        model.set_submodule(path, Linear4bit(tensor.to(device), module.bias, is_turned(module)))
     elif leaf in module._buffers:
         module._buffers[leaf] = tensor.to(device, dtype)  # a saved buffer, such as a routing bias
     else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
+from qlora_lab.model.layer_kinds import is_turned
 from qlora_lab.model.linear4bit import head_path, linears_to_quantise
 from qlora_lab.model.model_files import ModelError
 from qlora_lab.model.stored import Stored, check_shape, files_of, opened_once, stored_tensors
@@ -31,6 +32,7 @@ class Packed:
     stored: Stored
     files: dict[str, Path]  # key of a piece -> its file
     stays: bool  # packed; else it is decoded at once
+    turned: bool = False  # a Conv1D's: packed as its transpose
 
     def read(self) -> torch.Tensor | QuantizedTensor:
         """Read the tensor; its files are opened anew, so dropping it frees their pages."""
@@ -49,9 +51,12 @@ class Packed:
             raise ModelError(f"{self.stored.file}: {error.args[0]}") from None
         if not isinstance(tensor, QuantizedTensor):
             return self.stored.checked(tensor)
-        check_shape(self.stored.file, self.stored.name, tensor.shape, self.stored.shape)
+        shape = self.stored.shape[::-1] if self.turned else self.stored.shape
+        check_shape(self.stored.file, self.stored.name, tensor.shape, torch.Size(shape))
         # bitsandbytes also packs layers whose weight the family's code uses directly: these are decoded here.
-        return tensor if self.stays else dequantize(tensor, torch.float32)
+        if self.stays:
+            return tensor
+        return dequantize(tensor, torch.float32).t() if self.turned else dequantize(tensor, torch.float32)
 
 
 def packed_tensors(model: "PreTrainedModel", folder: Path) -> dict[str, Packed]:
@@ -66,9 +71,11 @@ def packed_tensors(model: "PreTrainedModel", folder: Path) -> dict[str, Packed]:
         raise ModelError(f"{folder} is quantised by its config.json, but not its tensors: mend one of the two")
     tensors = stored_tensors(model, folder, {name: files[keys[0]] for name, keys in parts.items()})
     can_stay = {*linears_to_quantise(model), head_path(model)}
-    return {name: _packed(stored, parts, files, can_stay) for name, stored in tensors.items()}
+    turned = {path for path, module in model.named_modules() if is_turned(module)}
+    return {name: _packed(stored, parts, files, can_stay, turned) for name, stored in tensors.items()}
 
 
-def _packed(stored: Stored, parts: dict[str, list[str]], files: dict[str, Path], can_stay: set) -> Packed:
+def _packed(stored: Stored, parts: dict[str, list[str]], files: dict[str, Path], can_stay: set, turned: set) -> Packed:
     keys = [piece for key in stored.files for piece in parts[key]]
-    return Packed(stored, {key: files[key] for key in keys}, stored.name.removesuffix(".weight") in can_stay)
+    layer = stored.name.removesuffix(".weight")
+    return Packed(stored, {key: files[key] for key in keys}, layer in can_stay, layer in turned)

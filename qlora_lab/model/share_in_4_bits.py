@@ -1,4 +1,4 @@
-"""Count how much of a model is in 4 bits: only plain linear layers are, and some families keep most weights elsewhere.
+"""Count how much of a model is in 4 bits: only linear layers are, and some families keep most weights elsewhere.
 
 All parameters count but those of embeddings and head, which keep their precision in every model.
 """
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from qlora_lab.model.layer_kinds import is_turned
 from qlora_lab.model.linear4bit import Linear4bit, head_path
 
 ENOUGH = 0.9  # a LLaMA has 98 % or more; families with fused experts have 11 to 43 %
@@ -22,6 +23,7 @@ class Share(NamedTuple):
     in_4_bits: int
     weights: int
     others: tuple[str, ...]  # names of those that are not, largest first
+    turned: int = 0  # layers that are quantised as their transpose, GPT-2's Conv1D
 
     @property
     def part(self) -> float:
@@ -33,6 +35,7 @@ class Share(NamedTuple):
 
     def __str__(self) -> str:
         said = f"{100 * self.part:.1f} % of the weights outside embeddings and head are in 4 bits"
+        said += f", {self.turned} layers (Conv1D) as their transpose" * bool(self.turned)
         if self.is_enough:
             return said
         more = f" and {len(self.others) - NAMED} more" if len(self.others) > NAMED else ""
@@ -50,9 +53,11 @@ def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
     packed = 0
     total = 0
     others = Counter()
+    turned = 0
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) or path == head:
             continue
+        turned += is_turned(module) and (isinstance(module, Linear4bit) or path in layers)
         if isinstance(module, Linear4bit):
             packed += module.weight.shape.numel()  # weights, not packed bytes
             total += module.weight.shape.numel()
@@ -62,7 +67,7 @@ def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
                 packed += parameter.numel()
             else:
                 others[_pattern(f"{path}.{name}")] += parameter.numel()
-    return Share(packed, total, tuple(name for name, _ in others.most_common()))
+    return Share(packed, total, tuple(name for name, _ in others.most_common()), turned)
 
 
 def _pattern(name: str) -> str:
