@@ -166,8 +166,10 @@ NOTES = """
 transpose, as bitsandbytes does it, and `qlora-lab quantize` says how many. An adapter's `fan_in_fan_out` is then true.
 - A class of the family's own counts as linear if it computes what `nn.Linear` does, as Falcon's does. transformers \
 lets bitsandbytes pack no such class, so only QLoRA Lab reads the folders that `quantize_folder` writes of Falcon.
-- Only linear layers are quantised and adapted. Experts that a family keeps in one tensor, as Mixtral does, stay in 16 \
-bits, and so do weights that the family's own code uses directly, as in Mamba and RWKV.
+- Experts that a family keeps in one tensor, as Mixtral does, are quantised as one matrix for each expert, packed \
+together. A forward decodes those that a token is routed to. Routers and the gates of shared experts keep their \
+precision. Adapters go on the other linear layers, not on such experts. Only QLoRA Lab reads folders with such experts.
+- Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
 - **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still treats them \
 as experts. Use adapters of these layers with `load_adapter`, not with PEFT.
 """

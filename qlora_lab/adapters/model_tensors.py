@@ -11,7 +11,8 @@ from torch import nn
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.add_adapter import MAKERS
 from qlora_lab.adapters.lora import LoRALinear
-from qlora_lab.model.linear4bit import Linear4bit, head_path, is_linear
+from qlora_lab.model.linear4bit import head_path, is_linear
+from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.quant.quantize import QuantizedTensor
 
 PACKED, LINEAR, EMBEDDINGS, HEAD = "packed weights", "linear layers", "embeddings", "head"
@@ -28,7 +29,7 @@ def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | Quanti
     kinds |= {id(constant): name for adapter in made for name, constant in adapter.constants().items()}
     for path, module in model.named_modules():
         buffers = module.named_buffers(recurse=False)
-        if isinstance(module, Linear4bit):
+        if isinstance(module, PackedModule):
             yield PACKED, module.weight
             buffers = ()  # the same tensors
         for name, tensor in (*module.named_parameters(recurse=False), *buffers):

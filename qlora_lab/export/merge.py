@@ -47,15 +47,17 @@ from qlora_lab.files.out_path import check_apart, out_folder, resolved
 from qlora_lab.files.replace import replacing_folder
 from qlora_lab.files.tensor_file import save_tensors
 from qlora_lab.model.empty_model import dtypes_of, empty_model, fields_of, stored_options, tokenizer_of
+from qlora_lab.model.experts import is_stack
 from qlora_lab.model.fetch import known_name, resolve
 from qlora_lab.model.layer_kinds import as_matrix, turned
 from qlora_lab.model.model_files import CONFIG, INDEX
+from qlora_lab.model.packed_module import PackedModule, packed_tensors_of
 from qlora_lab.model.quantized_folder import PLAN, described, files_beside, has_own_head, pieces
 from qlora_lab.quant.codebook import CUSTOM
 from qlora_lab.quant.finite import first_not_finite
 from qlora_lab.quant.plan import DEFAULT, Candidate, load_plan
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
-from qlora_lab.quant.serialize import stored_as, to_tensors
+from qlora_lab.quant.stack import Quantized, QuantizedStack, dequantize_stack, stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -205,11 +207,15 @@ def untie(empty: "PreTrainedModel", model: "PreTrainedModel", target: str) -> No
 def _own(model: "PreTrainedModel") -> Reader:
     layers = linear_layers(model)  # an adapted layer's base has the layer's path
 
-    def read(name: str) -> torch.Tensor | QuantizedTensor:
+    def read(name: str) -> torch.Tensor | Quantized:
         path, _, leaf = name.rpartition(".")
         module = layers[path] if path in layers else model.get_submodule(path)
         tensor = getattr(module, leaf)
-        return as_matrix(module, tensor) if leaf == "weight" and torch.is_tensor(tensor) else tensor
+        if isinstance(tensor, PackedModule):  # a stack of experts
+            return tensor.weight
+        if torch.is_tensor(tensor) and path in layers and leaf == "weight":
+            return as_matrix(module, tensor)
+        return turned(model, name, tensor) if torch.is_tensor(tensor) and is_stack(model, name) else tensor
 
     return read
 
@@ -276,10 +282,11 @@ def _write_weights(work: Work, staged: Path, progress: bool) -> tuple[dict[str, 
     return changes, packing
 
 
-def _kept(work: Work, name: str, base: torch.Tensor | QuantizedTensor) -> dict[str, torch.Tensor]:
+def _kept(work: Work, name: str, base: torch.Tensor | Quantized) -> dict[str, torch.Tensor]:
     """Return a tensor that no adapter changes, as the target stores it."""
-    if isinstance(base, QuantizedTensor):
-        return _packed(base, name) if work.is_packed else {name: dequantize(base, work.dtypes[name])}
+    if isinstance(base, Quantized):
+        decode = dequantize_stack if isinstance(base, QuantizedStack) else dequantize
+        return _packed(base, name) if work.is_packed else {name: decode(base, work.dtypes[name])}
     dtype = work.dtypes[name] if base.is_floating_point() else base.dtype
     return {name: _finite(base.detach().to(dtype, copy=True), name)}  # a copy: it may be a view of a file
 
@@ -314,9 +321,9 @@ def requantised(merged: torch.Tensor, base: QuantizedTensor, name: str) -> Quant
     return replace(again, dtype=base.dtype)  # of the original, which bitsandbytes decodes to
 
 
-def _packed(q: QuantizedTensor, name: str) -> dict[str, torch.Tensor]:
+def _packed(q: Quantized, name: str) -> dict[str, torch.Tensor]:
     """All weights share a table, but safetensors stores no tensor under two names: each gets a copy of all."""
-    return {key: tensor.clone() for key, tensor in to_tensors(q, name).items()}
+    return {key: tensor.clone() for key, tensor in packed_tensors_of(q, name).items()}
 
 
 def _finite(value: torch.Tensor, name: str) -> torch.Tensor:

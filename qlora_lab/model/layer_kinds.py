@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from qlora_lab.model.experts import is_stack, layout_of, matrices
+
 LAYERS = "transformers.pytorch_utils"  # the module with Conv1D; a model that has one has imported it
 
 
@@ -59,12 +61,15 @@ def out_and_in(layer: nn.Module) -> tuple[int, int]:
 
 
 def turned(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor called `name`, from the family's layout to a matrix or back: its transpose for a Conv1D.
+    """Return the tensor called `name`, from the family's layout to matrices or back: a transpose, or the tensor itself.
 
-    Any other tensor comes back as it is.
+    Transposed are weights of a Conv1D, and stacks of experts that lie the same way.
     """
     path, _, leaf = name.rpartition(".")
-    return tensor.t() if leaf == "weight" and is_turned(model.get_submodule(path)) else tensor
+    module = model.get_submodule(path)
+    if leaf == "weight":
+        return tensor.t() if is_turned(module) else tensor
+    return matrices(tensor, layout_of(module).turned) if is_stack(model, name) else tensor
 
 
 def kept_shape(layer: nn.Module) -> torch.Size:

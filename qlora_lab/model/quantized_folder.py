@@ -28,18 +28,21 @@ from qlora_lab.files.ownership import MARK, QUANTISED, is_cut, is_marked, mark, 
 from qlora_lab.files.replace import replace_bytes, replace_text, replacing_file
 from qlora_lab.files.tensor_file import save_tensors
 from qlora_lab.model.empty_model import empty_model, fields_of, stored_options
+from qlora_lab.model.experts import is_stack, stacks_of
 from qlora_lab.model.fetch import resolve
-from qlora_lab.model.layer_kinds import as_matrix, is_conv1d, out_and_in
+from qlora_lab.model.layer_kinds import is_conv1d, out_and_in
 from qlora_lab.model.linear4bit import HEAD, head_path
 from qlora_lab.model.load import layer_sizes
 from qlora_lab.model.model_files import CONFIG, INDEX, TOKENIZER_FILES, ModelError
+from qlora_lab.model.packed_module import packed_tensors_of
+from qlora_lab.model.quantised import options_of, quantised
 from qlora_lab.model.share_in_4_bits import Share, in_4_bits
-from qlora_lab.model.stored import Stored, opened, stored_tensors
+from qlora_lab.model.stored import Stored, files_of, opened, stored_tensors
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
-from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
-from qlora_lab.quant.quantize import quantize
-from qlora_lab.quant.serialize import BITSANDBYTES_READS, BITSANDBYTES_SMALLEST, to_tensors
+from qlora_lab.quant.plan import Candidate, Plan, as_plan
+from qlora_lab.quant.serialize import BITSANDBYTES_READS, BITSANDBYTES_SMALLEST
+from qlora_lab.quant.stack import STATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +90,7 @@ def _quantize(source: Path, out: Path, chosen: Candidate, plan: Plan | None, pro
         raise ModelError(f"{source} is in 4 bits already, as {already}: load it, or quantise its original")
     model = empty_model(source, torch.float32)  # names and shapes alone
     stored = stored_tensors(model, source)
-    options = of_layers(chosen, plan, layer_sizes(model))
+    options = options_of(model, chosen, plan)
     pieces = _pieces(stored)  # the same cut in each call, so an interrupted one can continue
     work = chosen._asdict() | {"pieces": pieces}
     work |= {"source": _identity(source, stored), "plan": plan and {name: list(o) for name, o in options.items()}}
@@ -103,8 +106,7 @@ def _quantize(source: Path, out: Path, chosen: Candidate, plan: Plan | None, pro
                 bar.set_postfix_str(name.removeprefix("model."), refresh=False)
                 tensor = stored[name].read()
                 if (layer := name.removesuffix(".weight")) in options:
-                    matrix = as_matrix(model.get_submodule(layer), tensor)
-                    tensors |= to_tensors(quantize(matrix, *options[layer], name=name), name)
+                    tensors |= packed_tensors_of(quantised(model, layer, tensor, options[layer]), name)
                 else:
                     tensors[name] = tensor.clone()  # a view would keep the file mapped
                 bar.update()
@@ -133,7 +135,8 @@ def read_by(folder: Path) -> str:
 
 def folder_in_4_bits(folder: Path) -> Share:
     model = empty_model(folder, torch.float32)
-    return in_4_bits(model, layer_sizes(model))
+    stored = files_of(folder)  # experts may lie there in 16 bits, as other tools leave them
+    return in_4_bits(model, [*layer_sizes(model), *(path for path in stacks_of(model) if f"{path}.{STATE}" in stored)])
 
 
 def _pieces(tensors: dict[str, Stored]) -> list[list[str]]:
@@ -179,8 +182,11 @@ def _is_bitsandbytes(module: nn.Module) -> bool:
 
 def described(model: nn.Module, options: Candidate, plan: Plan | None, layers: Collection[str]) -> dict:
     """Return the quantization_config of a folder with these layers of `model` in 4 bits."""
-    modules = {path: model.get_submodule(path) for path in layers}
-    return _described(options, plan, _kept(model, layers), _not_for_bitsandbytes(options, plan, modules))
+    if stacks := [path for path in layers if is_stack(model, path)]:
+        reason = f"bitsandbytes packs linear layers alone, and {stacks[0]} holds experts in one tensor"
+    else:
+        reason = _not_for_bitsandbytes(options, plan, {path: model.get_submodule(path) for path in layers})
+    return _described(options, plan, _kept(model, layers), reason)
 
 
 def _not_for_bitsandbytes(options: Candidate, plan: Plan | None, layers: dict[str, nn.Module]) -> str | None:

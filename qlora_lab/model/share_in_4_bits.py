@@ -11,9 +11,10 @@ from typing import NamedTuple
 from torch import nn
 
 from qlora_lab.model.layer_kinds import is_turned
-from qlora_lab.model.linear4bit import Linear4bit, head_path
+from qlora_lab.model.linear4bit import head_path
+from qlora_lab.model.packed_module import PackedModule
 
-ENOUGH = 0.9  # a LLaMA has 98 % or more; families with fused experts have 11 to 43 %
+ENOUGH = 0.9  # a LLaMA has 98 % or more, and so have mixtures of experts; Mamba has half
 NAMED = 3  # others in the line
 
 
@@ -23,7 +24,7 @@ class Share(NamedTuple):
     in_4_bits: int
     weights: int
     others: tuple[str, ...]  # names of those that are not, largest first
-    turned: int = 0  # layers that are quantised as their transpose, GPT-2's Conv1D
+    turned: int = 0  # layers and stacks that are quantised as their transpose: GPT-2's Conv1D, GPT-OSS's experts
 
     @property
     def part(self) -> float:
@@ -35,7 +36,7 @@ class Share(NamedTuple):
 
     def __str__(self) -> str:
         said = f"{100 * self.part:.1f} % of the weights outside embeddings and head are in 4 bits"
-        said += f", {self.turned} layers (Conv1D) as their transpose" * bool(self.turned)
+        said += f", {self.turned} of the tensors as their transpose" * bool(self.turned)
         if self.is_enough:
             return said
         more = f" and {len(self.others) - NAMED} more" if len(self.others) > NAMED else ""
@@ -48,7 +49,7 @@ class Share(NamedTuple):
 
 
 def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
-    """Return the Share of `model`: of its Linear4bit, or of the paths in `layers` if it is not quantised yet."""
+    """Return the Share of `model`: of its packed weights, or of the paths in `layers` if it is not quantised yet."""
     head = head_path(model)  # not counted, whatever it is called
     packed = 0
     total = 0
@@ -57,13 +58,14 @@ def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) or path == head:
             continue
-        turned += is_turned(module) and (isinstance(module, Linear4bit) or path in layers)
-        if isinstance(module, Linear4bit):
+        is_packed = isinstance(module, PackedModule)
+        turned += is_turned(module) and (is_packed or path in layers)
+        if is_packed:
             packed += module.weight.shape.numel()  # weights, not packed bytes
             total += module.weight.shape.numel()
         for name, parameter in module.named_parameters(recurse=False):
             total += parameter.numel()
-            if path in layers and name == "weight":
+            if (path if name == "weight" else f"{path}.{name}") in layers:  # the path of a layer, or of a stack
                 packed += parameter.numel()
             else:
                 others[_pattern(f"{path}.{name}")] += parameter.numel()

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 import qlora_lab as ql
 from qlora_lab.adapters.add_adapter import add_adapter
 from qlora_lab.adapters.lora import adapters, add_lora
-from qlora_lab.adapters.targets import linear_layers
 from qlora_lab.export.merge import TARGETS
 from qlora_lab.measure.in_place import Source, Variant, quantised_in_place
 from qlora_lab.measure.sensitivity import choices_of, sensitivity
@@ -29,7 +28,7 @@ from qlora_lab.model.model_files import ModelError
 from qlora_lab.model.quantized_folder import quantize_folder, read_by
 from qlora_lab.model.share_in_4_bits import in_4_bits
 from qlora_lab.quant.quantize import quantize
-from tests.model.families import tiny
+from tests.model.families import tiny, with_decoded_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.arange(3, 30)[None]
@@ -48,15 +47,6 @@ def family(request, tmp_path, tokenizer):
 
 def loaded(folder, **options):
     return load(folder, dtype=torch.float32, device="cpu", progress=False, **options)[0]
-
-
-def with_decoded_weights(theirs, ours):
-    """Transformers' own model with the weights that the 4-bit model stands for."""
-    for path, layer in linear_layers(ours).items():  # of an adapted one the base
-        if isinstance(layer, Linear4bit):
-            own = theirs.get_submodule(path)
-            own.weight.data = as_matrix(own, decoded(layer)).contiguous()  # turned back: its own inverse
-    return theirs
 
 
 def test_what_a_layer_computes_is_found_by_running_it():
@@ -93,7 +83,7 @@ def test_logits_are_those_of_the_decoded_weights(family):
     ours = loaded(folder, block_size=16)
     packed = [layer for layer in ours.modules() if isinstance(layer, Linear4bit)]
     assert len(packed) == 8  # four in each of two layers
-    turned = f", {8} layers (Conv1D) as their transpose" if type(theirs).__name__.startswith("GPT2") else ""
+    turned = ", 8 of the tensors as their transpose" if type(theirs).__name__.startswith("GPT2") else ""
     assert str(in_4_bits(ours)).endswith(f"embeddings and head are in 4 bits{turned}")
     original = theirs(IDS).logits
     want = with_decoded_weights(theirs, ours)(IDS).logits
