@@ -169,6 +169,8 @@ lets bitsandbytes pack no such class, so only QLoRA Lab reads the folders that `
 - Experts that a family keeps in one tensor, as Mixtral does, are quantised as one matrix for each expert, packed \
 together. A forward decodes those that a token is routed to. Routers and the gates of shared experts keep their \
 precision. Adapters go on the other linear layers, not on such experts. Only QLoRA Lab reads folders with such experts.
+- `qlora_lab.memory.weights.predicted_weights` counts, from config.json alone, the bytes that a mixture stores and \
+those that one token uses.
 - Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
 - **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still treats them \
 as experts. Use adapters of these layers with `load_adapter`, not with PEFT.

@@ -165,22 +165,26 @@ def stack_from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> Quantiz
 
     Each member is checked as from_tensors checks a matrix, and errors are those of from_tensors.
     """
-    state = parsed_state(tensors[f"{key}.{STATE}"]) if f"{key}.{STATE}" in tensors else None
+    state = parsed_state(tensors[f"{key}.{STATE}"].reshape(-1)) if f"{key}.{STATE}" in tensors else None
     if state is None or len(state["shape"]) != 3:
         raise ValueError(f"{key}.{STATE} cannot be read: {AGAIN}")
     n = state["shape"][0]
     parts = {name: tensors[f"{key}.{name}"] for name in PARTS if f"{key}.{name}" in tensors} | {"": tensors[key]}
     for name, part in parts.items():
-        if part.dim() < 1 or len(part) != n:
-            raise ValueError(f"{key}.{name} has shape {tuple(part.shape)}, but the stack has {n} matrices: {AGAIN}")
+        if part.dim() != (1 if name == "nested_offset" else 2) or len(part) != n:
+            raise ValueError(f"{_named(key, name)} has shape {tuple(part.shape)}, but there are {n} matrices: {AGAIN}")
+        # Members are views of these very tensors, so no part may need a cast, as those of bitsandbytes may.
+        wanted = torch.uint8 if name == "" or (name == "absmax" and "nested_offset" in parts) else torch.float32
+        if part.dtype != wanted:
+            raise ValueError(f"{_named(key, name)} is {part.dtype}, but {wanted} is needed there: {AGAIN}")
     tables = {name: tensors[name] for name in (f"{key}.quant_map", f"{key}.nested_quant_map") if name in tensors}
     members = [from_tensors(tables | _member_tensors(parts, state, key, i), key) for i in range(n)]
     first = members[0]
     constants = parts["absmax"]
     if first.double_quant:
-        constants = DoubleQuantized(constants, parts["nested_absmax"].float(), parts["nested_offset"].float())
+        constants = DoubleQuantized(constants, parts["nested_absmax"], parts["nested_offset"])
     rest = first.levels, first.codebook, first.block_size, torch.Size(state["shape"]), first.dtype
-    return QuantizedStack(parts[""].view(n, -1), constants, *rest)
+    return QuantizedStack(parts[""], constants, *rest)
 
 
 def stored_as(tensors: Mapping[str, torch.Tensor], key: str) -> tuple[str, int, bool]:
@@ -196,8 +200,12 @@ def _member_tensors(parts: dict[str, torch.Tensor], state: dict, key: str, i: in
     own = state | {"shape": state["shape"][1:]}
     if "nested_offset" in parts:
         own["nested_offset"] = parts["nested_offset"][i].item()
-    tensors = {f"{key}.{name}" if name else key: part[i] for name, part in parts.items() if name != "nested_offset"}
+    tensors = {_named(key, name): part[i] for name, part in parts.items() if name != "nested_offset"}
     return tensors | {f"{key}.{_OF_MEMBER}{state['quant_type']}": _encoded(own)}
+
+
+def _named(key: str, part: str) -> str:
+    return f"{key}.{part}" if part else key  # the codes have the key itself
 
 
 def _encoded(state: dict) -> torch.Tensor:

@@ -14,16 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qlora_lab as ql
 from qlora_lab.adapters.lora import adapters, add_lora
 from qlora_lab.export.merge import TARGETS
+from qlora_lab.export.xray import Checkpoint, scanned
 from qlora_lab.kernels import product
 from qlora_lab.model import product_4bit
 from qlora_lab.model.experts import gates, layout_of, stacks_of
 from qlora_lab.model.experts4bit import Experts4bit, Stack4bit
-from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.model.linear4bit import Linear4bit, linears_to_quantise
 from qlora_lab.model.load import load
 from qlora_lab.model.model_files import ModelError
 from qlora_lab.model.quantised import put, quantised
 from qlora_lab.model.quantized_folder import quantize_folder, read_by
-from qlora_lab.quant.plan import Candidate
+from qlora_lab.quant.plan import Candidate, Plan
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.quant.stack import dequantize_stack
 from qlora_lab.train.identity import base_checksum
@@ -323,6 +324,29 @@ def test_without_double_quantization_and_with_another_table(tmp_path, tokenizer)
     out = quantize_folder(folder, tmp_path / "small", "int4", 32, False, progress=False)
     asked = {"codebook": "int4", "block_size": 32, "double_quant": False}
     assert base_checksum(loaded(folder, **asked)) == base_checksum(loaded(out, **asked))
+
+
+def test_xray_counts_stacks_and_finds_no_fault_in_them(tmp_path, tokenizer):
+    folder, _ = saved("Mixtral", tmp_path, tokenizer)
+    checkpoint = Checkpoint(quantize_folder(folder, tmp_path / "small", "nf4", 16, progress=False))
+    assert len(checkpoint.stacks) == 4 and len(checkpoint.tensors) == 8 and scanned(checkpoint, progress=False) == []
+    assert all(name in checkpoint.plain for stack in checkpoint.stacks for name in (stack, f"{stack}.stack_state"))
+
+
+def test_a_plan_decides_linear_layers_and_experts_take_the_default(tmp_path, tokenizer):
+    folder, theirs = saved("Mixtral", tmp_path, tokenizer)
+    linears = {path: layer.weight.numel() for path, layer in linears_to_quantise(theirs).items()}
+    plan = Plan("mixtral", dict.fromkeys(linears, Candidate("fp4", 32, False)), 0.0, 5.0, linears)
+    out = quantize_folder(folder, tmp_path / "small", plan=plan, progress=False)
+    asked = {"codebook": "nf4", "block_size": 64}
+    for model in (loaded(folder, plan=plan, **asked), loaded(out, **asked)):
+        kinds = {module.weight.codebook for module in packed_stacks(model).values()}
+        assert kinds == {"nf4"} and model.get_submodule(next(iter(linears))).weight.codebook == "fp4"
+    ours = add_lora(loaded(out, **asked), r=2)
+    ql.merge(ours, tmp_path / "merged", "requantised", source=out, anyway=True, progress=False)
+    merged = loaded(tmp_path / "merged", **asked)
+    for path, module in packed_stacks(loaded(out, **asked)).items():
+        assert torch.equal(merged.get_submodule(path).weight.packed, module.weight.packed)
 
 
 def test_a_damaged_stack_is_named(tmp_path, tokenizer):

@@ -82,7 +82,19 @@ def test_wrong_input_is_named():
     [
         (lambda t: t.pop(f"{KEY}.{STATE}"), "stack_state cannot be read"),
         (lambda t: t.update({f"{KEY}.{STATE}": torch.zeros(5, dtype=torch.uint8)}), "stack_state cannot be read"),
-        (lambda t: t.update({f"{KEY}.absmax": t[f"{KEY}.absmax"][:2]}), "absmax has shape .*, but the stack has 3"),
+        (
+            lambda t: t.update({f"{KEY}.absmax": t[f"{KEY}.absmax"][:2]}),
+            "absmax has shape .*, but there are 3 matrices",
+        ),
+        (lambda t: t.update({KEY: t[KEY].reshape(-1)}), r"down_proj has shape \(768,\), but there are 3 matrices"),
+        (lambda t: t.update({KEY: t[KEY].view(torch.bfloat16)}), "down_proj is torch.bfloat16, but torch.uint8 is"),
+        (lambda t: t.update({f"{KEY}.absmax": t[f"{KEY}.absmax"].float()}), "absmax is torch.float32, but torch.uint8"),
+        (
+            lambda t: t.update({f"{KEY}.nested_offset": torch.ones(3, 2)}),
+            r"nested_offset has shape \(3, 2\), but there",
+        ),
+        (lambda t: t.pop(f"{KEY}.nested_offset"), "absmax is torch.uint8, but torch.float32 is needed there"),
+        (lambda t: t.update({f"{KEY}.{STATE}": torch.tensor(7)}), "stack_state cannot be read"),
         (lambda t: t.update({KEY: t[KEY][:, :-1]}), "has 255 entries, but shape"),
         (lambda t: t[f"{KEY}.nested_offset"].fill_(-1), "nested_offset=-1, but it is a mean of magnitudes"),
         (lambda t: t[f"{KEY}.nested_absmax"].fill_(torch.inf), "NaN or infinity in its nested constants"),
