@@ -116,8 +116,8 @@ def add_lora(
 
     r: one rank, or a rank for each layer: patterns of the ends of their paths, of which the first that matches counts,
     as in PEFT's rank_pattern: {"q_proj": 4, r"layers\\.0\\..*": 32, ".*": 8}. alpha is the same for all.
-    targets: "all-linear", which the QLoRA paper found necessary (every linear layer except the head, routers, and
-    layers whose weight the family's own code uses directly), or layer names: last names ("q_proj") or whole paths.
+    targets: "all-linear", which the QLoRA paper found necessary (every linear layer except the head, routers, gates,
+    and layers whose weight the family's own code uses directly), or layer names: last names ("q_proj") or whole paths.
     seed: for lora_A. Raises ValueError for a name that matches nothing, a model without a linear layer to adapt, an
     adapter that is already there, or a rank, alpha or dropout that is not allowed.
     """

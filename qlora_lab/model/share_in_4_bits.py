@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from qlora_lab.model.experts import layout_of
 from qlora_lab.model.layer_kinds import is_turned
 from qlora_lab.model.linear4bit import head_path
 from qlora_lab.model.packed_module import PackedModule
@@ -58,15 +59,16 @@ def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) or path == head:
             continue
-        is_packed = isinstance(module, PackedModule)
-        turned += is_turned(module) and (is_packed or path in layers)
-        if is_packed:
+        if isinstance(module, PackedModule):
+            turned += is_turned(module)
             packed += module.weight.shape.numel()  # weights, not packed bytes
             total += module.weight.shape.numel()
         for name, parameter in module.named_parameters(recurse=False):
             total += parameter.numel()
-            if (path if name == "weight" else f"{path}.{name}") in layers:  # the path of a layer, or of a stack
+            layer = path if name == "weight" else f"{path}.{name}"  # a linear layer, or a stack of experts
+            if layer in layers:
                 packed += parameter.numel()
+                turned += is_turned(module) if layer == path else layout_of(module).turned
             else:
                 others[_pattern(f"{path}.{name}")] += parameter.numel()
     return Share(packed, total, tuple(name for name, _ in others.most_common()), turned)

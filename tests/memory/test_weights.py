@@ -8,6 +8,7 @@ from qlora_lab.memory.weights import EXPERTS, LINEAR, measured_weights, predicte
 from qlora_lab.model.load import load
 from tests.model.families import tiny
 
+SLOW = ["Mixtral", "Qwen3Moe", "Llama4Text", "GPT2", "Qwen2"]
 THREE_BITS = {"codebook": "int3", "block_size": 32, "double_quant": False}
 
 
@@ -17,7 +18,7 @@ def saved(name, folder, tokenizer, **options):
     return folder
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe", "Qwen3Moe", "GptOss", "Llama4Text", "GPT2", "Qwen2"])
+@pytest.mark.parametrize("name", ["Qwen2Moe", "GptOss", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 @pytest.mark.parametrize("options", [{}, THREE_BITS, {"codebook": None}])
 def test_predicted_is_what_a_loaded_model_holds(tmp_path, tokenizer, name, options):
     folder = saved(name, tmp_path / "model", tokenizer)

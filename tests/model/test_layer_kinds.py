@@ -150,7 +150,7 @@ def test_three_steps_leave_the_frozen_weights_alone(family):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dora", "pissa"))])
 @pytest.mark.parametrize("codebook", ["nf4", None])
 def test_peft_gives_the_same_logits_on_the_plain_model(family, tmp_path, method, codebook):
     folder, theirs = family
@@ -182,6 +182,7 @@ def test_an_adapter_by_peft_is_read(tmp_path, tokenizer):
     torch.testing.assert_close(ours(IDS).logits, made.eval()(input_ids=IDS).logits, **NEAR)
 
 
+@pytest.mark.slow  # four passes through the model for each target
 @pytest.mark.parametrize("target", TARGETS)
 def test_merges_keep_the_layout_of_the_family(family, tmp_path, target):
     folder, theirs = family
