@@ -171,6 +171,33 @@ def test_peft_gives_the_same_logits_on_the_plain_model(family, tmp_path, method,
     torch.testing.assert_close(again(IDS).logits, ours(IDS).logits, **NEAR)
 
 
+def test_loftq_brings_the_weights_nearer_to_the_original(family):
+    folder, theirs = family
+    ours = add_adapter(loaded(folder, block_size=16), "loftq", r=8, alpha=8, source=folder, progress=False)
+    for path, layer in adapters(ours).items():
+        own = theirs.get_submodule(path)
+        lost = as_matrix(own, own.weight) - decoded(layer.base)
+        assert (lost - layer.scaling * layer.lora_B @ layer.lora_A).norm() < 0.8 * lost.norm()
+
+
+def test_biases_learn_and_rows_use_several_adapters(tmp_path):
+    model = tiny("GPT2", vocab_size=280)
+    biases = adapters(add_adapter(model, "bitfit"))
+    assert biases["transformer.h.0.attn.c_attn"].delta.shape == (48,)  # 3 x 16 outputs
+    model = add_lora(tiny("GPT2", vocab_size=280), r=2)
+    for made in adapters(model).values():
+        made.lora_B.data.fill_(0.1)
+    want = model(IDS).logits
+    ql.save_adapter(model, tmp_path / "adapter")
+    model = tiny("GPT2", vocab_size=280)
+    bank = ql.AdapterBank(model)
+    bank.add("first", tmp_path / "adapter")
+    with bank.rows(["first", None]):
+        both = model(IDS.repeat(2, 1)).logits
+    torch.testing.assert_close(both[:1], want, **NEAR)
+    assert (both[1] - want[0]).abs().max() > 1e-3
+
+
 def test_an_adapter_by_peft_is_read(tmp_path, tokenizer):
     theirs = tiny("GPT2", vocab_size=280)
     theirs.save_pretrained(tmp_path / "model")
