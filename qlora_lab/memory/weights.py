@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.adapter import has_adapters
-from qlora_lab.model.empty_model import dtypes_of, empty_model
+from qlora_lab.model.empty_model import dtypes_of, empty_model, stored_options
 from qlora_lab.model.experts import is_stack, layout_of
 from qlora_lab.model.fetch import resolve
 from qlora_lab.model.linear4bit import head_path
@@ -79,10 +79,16 @@ def predicted_weights(
 ) -> WeightLedger:
     """Predict what `load` with these options holds, from config.json alone. Arguments and errors are those of `load`.
 
-    Raises ValueError also for a mixture whose configuration does not say how many experts a token is routed to.
+    A folder that is in 4 bits already keeps its own options. Raises ValueError also for one that a plan has quantised,
+    and for a mixture whose configuration does not say how many experts a token is routed to.
     """
-    model = empty_model(resolve(name_or_path, progress=False), dtype)
-    options = {} if codebook is None else options_of(model, Candidate(codebook, block_size, double_quant), None)
+    folder = resolve(name_or_path, progress=False)
+    stored = stored_options(folder)
+    if isinstance(stored, str):
+        raise ValueError(f"{folder} is {stored}, so layers differ: load it, and count with measured_weights")
+    model = empty_model(folder, dtype)
+    chosen = Candidate(*(stored or (codebook, block_size, double_quant)))
+    options = {} if chosen.codebook is None else options_of(model, chosen, None)
     dtypes = dtypes_of(model, dtype)
     tied = model.all_tied_weights_keys  # a head that is its embedding is stored once
     sizes = {}

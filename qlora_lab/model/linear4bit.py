@@ -200,6 +200,7 @@ def quantize_linears(
     """Replace each plain linear layer of `model` by a Linear4bit, in place, except `left_alone`. Returns `model`.
 
     plan: a Plan or its file, instead of the options, for layers that differ (quant/plan.py).
+    Stacks of experts stay as they are; `load` and quantize_folder quantise those, too.
     Raises what quantize raises, with the layer's name, and ValueError if there is nothing to replace, or for a plan of
     another model.
     """

@@ -5,7 +5,10 @@ import torch
 
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.memory.weights import EXPERTS, LINEAR, measured_weights, predicted_weights
+from qlora_lab.model.linear4bit import linears_to_quantise
 from qlora_lab.model.load import load
+from qlora_lab.model.quantized_folder import quantize_folder
+from qlora_lab.quant.plan import Candidate, Plan
 from tests.model.families import tiny
 
 SLOW = ["Mixtral", "Qwen3Moe", "Llama4Text", "GPT2", "Qwen2"]
@@ -40,6 +43,18 @@ def test_a_mixture_by_hand(tmp_path, tokenizer):
     others = ledger.stored - rows[EXPERTS].stored
     assert ledger.active == others + rows[EXPERTS].active and (ledger.experts, ledger.experts_per_token) == (4, 1)
     assert ledger.to_dict()["stored"] == ledger.stored and ledger.to_dict()["rows"][0]["what"] == EXPERTS
+
+
+def test_a_folder_in_4_bits_keeps_its_options(tmp_path, tokenizer):
+    folder = saved("Mixtral", tmp_path / "model", tokenizer)
+    out = quantize_folder(folder, tmp_path / "small", "fp4", 32, False, progress=False)
+    model, _ = load(out, dtype=torch.bfloat16, device="cpu", progress=False)
+    assert predicted_weights(out) == measured_weights(model) != predicted_weights(folder)
+    linears = {path: layer.weight.numel() for path, layer in linears_to_quantise(tiny("Mixtral")).items()}
+    plan = Plan("mixtral", dict.fromkeys(linears, Candidate("fp4", 32, False)), 0.0, 5.0, linears)
+    mixed = quantize_folder(folder, tmp_path / "mixed", plan=plan, progress=False)
+    with pytest.raises(ValueError, match="mixed is mixed by its plan.json, so layers differ: load it, and count with"):
+        predicted_weights(mixed)
 
 
 def test_what_cannot_be_counted_is_named(tmp_path, tokenizer, monkeypatch):
