@@ -126,6 +126,7 @@ class Checkpoint:
         self._maps = {file: _mapped(file) for file in {part.file for part in self.parts.values()}}
         self.tensors: dict[str, Tensor4bit] = {}
         self.faults: list[str] = []
+        # Found first, because their parts have the names of a matrix's.
         self.stacks = {name.removesuffix(OF_A_STACK) for name in self.parts if name.endswith(OF_A_STACK)}
         of_4_bits = self._describe_all()
         self.plain = [name for name in self.parts if name not in of_4_bits]

@@ -86,7 +86,7 @@ def predicted_weights(
     stored = stored_options(folder)
     if isinstance(stored, str):
         raise ValueError(f"{folder} is {stored}, so layers differ: load it, and count with measured_weights")
-    model = empty_model(folder, dtype)
+    model = empty_model(folder, dtype)  # on the meta device: shapes without bytes
     chosen = Candidate(*(stored or (codebook, block_size, double_quant)))
     options = {} if chosen.codebook is None else options_of(model, chosen, None)
     dtypes = dtypes_of(model, dtype)
@@ -108,6 +108,7 @@ def measured_weights(model: "PreTrainedModel") -> WeightLedger:
     sizes: dict[str, tuple[int, int]] = {}
     packed = set()
     seen = set()  # addresses: a tied head is the very tensor of the embeddings
+    # Buffers that no file holds, such as rotary frequencies, are no weights.
     for path, module in model.named_modules():
         if isinstance(module, PackedModule):
             name = module.key(f"{path}.")
@@ -131,9 +132,11 @@ def _itemsize(tensor: torch.Tensor, dtype: torch.dtype) -> int:
 
 def _packed_bytes(model: nn.Module, path: str, weight: torch.Tensor, options: Candidate) -> int:
     """Count codes and constants: each matrix of a stack has blocks, groups and an offset of its own."""
+    # serialize.py knows how many entries each part of a matrix has, also where blocks and groups are partial.
     matrices = len(weight) if is_stack(model, path) else 1
     state = {"shape": [weight.numel() // matrices], "blocksize": options.block_size}
     state |= {"nested_offset": 0.0} if options.double_quant else {}
+    # Parts come in the order codes, constants, and their scales with double quantization.
     codes, *constants = part_sizes(state, "", bits_of(named_codebook(options.codebook))).values()
     if not options.double_quant:
         return matrices * (codes + 4 * constants[0])  # float32
@@ -143,7 +146,7 @@ def _packed_bytes(model: nn.Module, path: str, weight: torch.Tensor, options: Ca
 
 def _ledger(model: "PreTrainedModel", sizes: dict[str, tuple[int, int]], packed: set[str]) -> WeightLedger:
     """sizes: name -> (weights, bytes) of each tensor once. packed: names of those in 4 bits."""
-    n = k = 0
+    n = k = 0  # a dense model has neither
     sums = {kind: [0, 0, 0] for kind in KINDS}
     head = head_path(model)
     for name, (weights, nbytes) in sizes.items():

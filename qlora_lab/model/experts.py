@@ -36,8 +36,10 @@ def layout_of(module: nn.Module) -> Layout | None:
         return None
     if not len(up) == len(down) == getattr(module, "num_experts", None):
         return None  # LongCat has experts without matrices
+    # Shapes cannot tell which way a square matrix lies, so the decorator's word counts where there is one.
     if all(hasattr(module, name) for name in DECORATED):
         return Layout(_up_of(module), module.is_transposed, sorted=False)
+    # Without indices, rows must come sorted: the module is told in no other way which expert a row belongs to.
     takes = list(inspect.signature(type(module).forward).parameters)[1:]
     # (n, d, 2 f) and (n, f, d): for the other layout, f would have to be d and 2 d at once
     lies_turned = up.shape[1] == down.shape[2] and up.shape[2] == 2 * down.shape[1]
@@ -56,6 +58,7 @@ def _is_stack(weight: torch.Tensor | None) -> bool:
 
 def _skips_zeros(module: nn.Module) -> bool:
     """Tell whether a row of zeros gives zeros and a gradient of zeros, so that it need not be computed."""
+    # act(gate) * up has the factor up = 0, so it is 0; its gradient has act(0), which is 0 for SiLU, GELU and ReLU.
     act = getattr(module, "act_fn", None)
     return callable(act) and float(act(torch.zeros(1))) == 0
 
@@ -93,6 +96,8 @@ def gates(model: nn.Module) -> set[str]:
     They are small, and an error in them sends a token elsewhere, so they keep their precision.
     """
     found = set()
+    # Qwen2-MoE's shared_expert_gate has one output. Routers of transformers 5 are classes of their own, mostly; a plain
+    # layer with an output for each expert is one all the same.
     for path, experts in experts_of(model).items():
         block = path.rpartition(".")[0]
         for name, module in model.get_submodule(block).named_modules(prefix=block):

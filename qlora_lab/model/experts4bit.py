@@ -41,6 +41,7 @@ class Stack4bit(PackedModule):
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """(rows, in_features) -> x W^T of one expert, (rows, out_features)."""
+        # As in Linear4bit: autocast knows torch's own products, and not ours.
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return product(x, self.weight[expert])
@@ -63,7 +64,7 @@ class Experts4bit(nn.Module):
 
     def pack(self, name: str, weight: QuantizedStack) -> None:
         """Replace the parameter `name` by its packed stack."""
-        del self._parameters[name]
+        del self._parameters[name]  # first: a module and a parameter of one name would hide each other
         self.add_module(name, Stack4bit(weight, self.layout.turned))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):

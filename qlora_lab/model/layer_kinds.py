@@ -32,6 +32,7 @@ def is_product(module: nn.Module) -> bool:
 @lru_cache
 def _computes_a_product(kind: type[nn.Module]) -> bool:
     """Run the forward of a subclass of nn.Linear on a plain layer: Falcon's passes, Llama 4's router does not."""
+    # Once for each class: a model has thousands of layers, and a handful of classes.
     if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
         return False
     plain = nn.Linear(3, 2, device="meta")  # without values, so torch's random numbers stay where they are
@@ -67,12 +68,12 @@ def turned(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if leaf == "weight":
+    if leaf == "weight":  # of a Linear4bit too, which remembers how its family keeps it
         return tensor.t() if is_turned(module) else tensor
     return matrices(tensor, layout_of(module).turned) if is_stack(model, name) else tensor
 
 
 def kept_shape(layer: nn.Module) -> torch.Size:
     """Return the shape that the family's files give the weight of `layer`, in 4 bits or not."""
-    shape = layer.weight.shape
+    shape = layer.weight.shape  # of packed weights (out, in); of the family's own as it lies
     return torch.Size(shape[::-1]) if getattr(layer, "turned", False) else shape

@@ -53,6 +53,7 @@ class Packed:
             raise ModelError(f"{self.stored.file}: {error.args[0]}") from None
         if not isinstance(tensor, Quantized):
             return self.stored.checked(tensor)
+        # Only the stored shape tells a matrix from its transpose: both have as many codes.
         *outer, rows, columns = self.stored.shape
         shape = (*outer, columns, rows) if self.turned else (*outer, rows, columns)
         check_shape(self.stored.file, self.stored.name, tensor.shape, torch.Size(shape))
@@ -71,6 +72,7 @@ def packed_tensors(model: "PreTrainedModel", folder: Path) -> dict[str, Packed]:
     files = files_of(folder)  # key -> file
     parts: dict[str, list[str]] = {}  # name in the model -> stored keys: a packed weight has several
     # bitsandbytes names pieces KEY.absmax, KEY.quant_map and so on.
+    # Parts of a stack have its key and one more word; a sibling parameter, such as a bias, has another key.
     stacks = {key.removesuffix(f".{STATE}") for key in files if key.endswith(f".{STATE}")}
     for key in files:
         name, dot, _ = key.partition(".weight.")

@@ -18,6 +18,7 @@ from qlora_lab.quant.stack import Quantized, QuantizedStack, stack_from_tensors,
 
 def packed_tensors_of(weight: Quantized, key: str) -> dict[str, torch.Tensor]:
     """Return the tensors of packed weights as files have them. They share memory with `weight`."""
+    # A linear layer's names are bitsandbytes', a stack's are ours alone.
     return stack_to_tensors(weight, key) if isinstance(weight, QuantizedStack) else to_tensors(weight, key)
 
 
@@ -31,12 +32,13 @@ class PackedModule(nn.Module):
     @property
     def weight(self) -> Quantized:
         weight = self._weight
+        # One comparison a use: other libraries put tensors into _buffers without telling the module.
         return weight if self._buffers["packed"] is weight.packed else self._with_buffers(weight)
 
     @weight.setter
     def weight(self, weight: Quantized) -> None:
         self._weight = weight
-        self._buffers.clear()
+        self._buffers.clear()  # double quantization has other buffers than plain constants
         for name, tensor in _buffers_of(weight).items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -68,7 +70,7 @@ class PackedModule(nn.Module):
             self._buffers = buffers
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # a bias, if there is one
         destination.update(packed_tensors_of(self.weight, self.key(prefix)))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
@@ -85,6 +87,7 @@ class PackedModule(nn.Module):
         return {k: v for k, v in state_dict.items() if k not in ours}
 
     def _load_weight(self, state_dict: Mapping[str, torch.Tensor], key: str, error_msgs: list[str]) -> None:
+        # The kind of weight is the module's: a file of a matrix never becomes a stack.
         read = stack_from_tensors if isinstance(self.weight, QuantizedStack) else from_tensors
         try:
             weight = read(state_dict, key)

@@ -18,6 +18,7 @@ from qlora_lab.quant.stack import Quantized, QuantizedStack, quantize_stack
 
 def quantised(model: nn.Module, path: str, weight: torch.Tensor, options: Candidate) -> Quantized:
     """Quantise the weight of the layer, or the stack, at `path`, given as the family keeps it."""
+    # A stack is a parameter, so its path is its name; a layer's weight is named below the layer.
     if is_stack(model, path):
         return quantize_stack(turned(model, path, weight), *options, name=path)
     name = f"{path}.weight"
@@ -28,7 +29,7 @@ def put(model: nn.Module, path: str, weight: Quantized) -> PackedModule:
     """Put a packed weight in the place of the family's own at `path`. Returns the module that holds it."""
     if isinstance(weight, QuantizedStack):
         return pack_stack(model, path, weight)
-    layer = model.get_submodule(path)
+    layer = model.get_submodule(path)  # its bias stays a parameter, in its own precision
     packed = Linear4bit(weight, layer.bias, is_turned(layer))
     model.set_submodule(path, packed)
     return packed
@@ -40,6 +41,7 @@ def options_of(model: nn.Module, options: Candidate, plan: Plan | None) -> dict[
     A plan names linear layers; experts beside it are quantised as by default. Raises ValueError for a plan of another
     model, and for a model without anything to quantise.
     """
+    # Plans come from a calibration of linear layers; experts see too few tokens each to be calibrated alike.
     linears, stacks = linears_to_quantise(model), stacks_of(model)
     if not linears and not stacks:
         raise nothing_to_quantise(model)

