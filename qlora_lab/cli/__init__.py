@@ -22,7 +22,18 @@ from qlora_lab.train.interrupt import ending_like_ctrl_c
 
 # Each is a file of this folder.
 COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")
-COMMANDS += ("merge", "gguf", "memory", "sweep", "block-size", "xray", "conformance", "verify", "open")
+COMMANDS += (
+    "merge",
+    "gguf",
+    "memory",
+    "sweep",
+    "block-size",
+    "multiple-choice",
+    "xray",
+    "conformance",
+    "verify",
+    "open",
+)
 LESS_MEMORY = "close other programs, or choose a smaller model"  # a command may know something better
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, beside ModelError

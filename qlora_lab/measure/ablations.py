@@ -41,7 +41,7 @@ ABLATIONS = Kind("ablations", "an ablation", RULES, ("model", "data", "config", 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` seeds and its 95 % interval, which is unbounded for a single seed."""
+    """A mean over `n` seeds or questions and its 95 % interval, which is unbounded for a single seed."""
 
     mean: float
     low: float

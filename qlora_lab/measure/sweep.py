@@ -109,7 +109,7 @@ def sweep(
             for variant in bar:
                 bar.set_postfix_str(str(variant))
                 full = fitted(variant, source, seed)  # with levels, if it named a fit
-                row = shared | _variant_record(full, source) | {"seed": None if full is variant else seed}
+                row = shared | variant_record(full, source.model.device) | {"seed": None if full is variant else seed}
                 if (same := identity(row)) not in done:
                     row = with_checksum(row | _measured(full, source, tokens, progress))
                     append_result(file, row)  # on the disk before the next setting
@@ -158,24 +158,25 @@ def _data_record(name: str, text: str, tokens: torch.Tensor) -> dict:
 
 def _run_record(source: Source, tokens: torch.Tensor) -> dict:
     windows, length = tokens.shape
+    return run_record({"windows": windows, "length": length}, source.model.dtype, source.model.device)
+
+
+def run_record(config: dict, dtype: torch.dtype, device: torch.device) -> dict:
+    """Record what was asked for, and with which versions, commit and machine it is computed."""
     return {
-        "config": {
-            "windows": windows,
-            "length": length,
-            "dtype": str(source.model.dtype).removeprefix("torch."),
-            "device": source.model.device.type,
-        },
+        "config": config | {"dtype": str(dtype).removeprefix("torch."), "device": device.type},
         "versions": {name: installed_version(name) for name in ("qlora-lab", "torch", "transformers")},
         "commit": commit(),
         "machine": machine() | {"instructions": torch.backends.cpu.get_cpu_capability()},
     }
 
 
-def _variant_record(variant: Variant, source: Source) -> dict:
+def variant_record(variant: Variant, device: torch.device) -> dict:
+    """Record how weights are quantised, with a checksum of what the quantiser does on this device."""
     if variant.codebook is None:
         return dict.fromkeys((*Variant._fields, "quantiser"))
     levels = None if variant.levels is None else variant.levels.tolist()
-    return variant._asdict() | {"levels": levels, "quantiser": _quantiser(variant, source.model.device)}
+    return variant._asdict() | {"levels": levels, "quantiser": _quantiser(variant, device)}
 
 
 def _quantiser(variant: Variant, device: torch.device) -> str:

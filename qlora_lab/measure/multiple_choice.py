@@ -1,0 +1,322 @@
+"""Multiple choice: which of four answers does a model find likeliest? Two ways to ask, both with n examples before.
+
+letters: the prompt lists the four options, and the answers are " A" to " D", as in MMLU's own evaluation
+  (D. Hendrycks et al., ICLR 2021; github.com/hendrycks/test, evaluate.py). Its first line reads "about  abstract
+  algebra" with two spaces; that is kept, for one space less is another prompt.
+texts: the prompt holds the question alone, and the answers are the texts of the options ("cloze"). Small models know
+  more than they can say in letters. The prompt is that of lm-evaluation-harness' mmlu_continuation. A long text is less
+  likely than a short one, so it is also judged per character, per byte and per token.
+
+In: a model, its tokenizer, Questions. Out: log-likelihoods, (questions, 4) in nats, summed over an answer's tokens.
+Tokens are those of the tokenizer's own settings, with a BOS token if it adds one; so does lm-evaluation-harness, and
+measure/lm_eval.py shows that the numbers are the same.
+
+Cost: the questions of a subject share their examples, about four tokens in five. Those go through the model once, and
+their keys and values serve all questions of the subject; those of a question serve its four answers.
+Not here: reading questions (data/choice_files.py), accuracies (choice_summary.py), rows on disk (choice_rows.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from qlora_lab.adapters.virtual_tokens import virtual_tokens
+from qlora_lab.data.choice_files import LETTERS, Question, Questions, group_by_subject
+from qlora_lab.model.modes import measuring
+from qlora_lab.quant.numbers import check_whole
+from qlora_lab.train.limits import check_tokens, fill_id, position_limit
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedTokenizerBase as Tokenizer
+
+WAYS = ("letters", "texts")
+SHOTS = 5  # MMLU's number
+# Tokens in one pass: enough that unpacking the weights costs little, few enough that a batch needs little memory.
+TOKENS_AT_ONCE = 1024
+HEADERS = {
+    "letters": "The following are multiple choice questions (with answers) about  {}.\n\n",
+    "texts": "The following are questions (with answers) about {}.\n\n",
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt and its answers, in tokens."""
+
+    context: list[int]
+    answers: tuple[list[int], ...]  # what follows the context
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model thinks of the answers of one question."""
+
+    log_likelihoods: tuple[float, ...]  # nats
+    tokens: tuple[int, ...]  # in each answer
+
+
+def header(subject: str, way: str) -> str:
+    """Return the first line of a prompt. Underscores in the subject are spaces.
+
+    >>> header("abstract_algebra", "letters")
+    'The following are multiple choice questions (with answers) about  abstract algebra.\\n\\n'
+    """
+    return HEADERS[way].format(subject.replace("_", " "))
+
+
+def prompt(question: Question, way: str) -> str:
+    """Return a question as it stands in a prompt, up to "Answer:"."""
+    if way == "texts":
+        return f"Question: {question.text.strip()}\nAnswer:"
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, question.options, strict=True))
+    return f"{question.text}{listed}\nAnswer:"
+
+
+def answers(question: Question, way: str) -> tuple[str, ...]:
+    """Return the four texts that may follow the prompt; each begins with a space."""
+    return tuple(f" {text}" for text in (LETTERS if way == "letters" else question.options))
+
+
+def examples(questions: Questions, subject: str, shots: int, way: str) -> str:
+    """Return the beginning that all prompts of a subject share. Raises ValueError for too few examples."""
+    available = questions.dev.get(subject, ())
+    if len(available) < shots:
+        there = f"{len(available)} examples in dev/" if available else f"no dev/{subject}_dev.csv"
+        raise ValueError(
+            f"{questions.name}: the subject {subject!r} has {there}, but shots={shots}: take --shots {len(available)}, "
+            "or add examples"
+        )
+    worked = (f"{prompt(q, way)}{answers(q, way)[q.answer]}\n\n" for q in available[:shots])
+    return header(subject, way) + "".join(worked)
+
+
+def check_task(questions: Questions, shots: int | None, way: str) -> int:
+    """Return the number of examples in a prompt; None means SHOTS, or what a file of whole prompts holds.
+
+    Raises ValueError for another way to ask, no questions, or a choice that a file of whole prompts does not leave.
+    """
+    if way not in WAYS:
+        raise ValueError(f"answers={way!r} is not known: choose from {', '.join(WAYS)}")
+    if not questions.test:
+        raise ValueError(f"{questions.name} holds no questions: name a folder or a file that does")
+    if questions.test[0].prompt is not None:
+        if way == "texts":
+            raise ValueError(f"{questions.name} holds whole prompts, which list the options: take --answers letters")
+        if shots is not None:
+            raise ValueError(f"{questions.name} holds whole prompts, examples included: leave out --shots")
+        return 0
+    shots = SHOTS if shots is None else shots
+    check_whole("shots", shots, 0)
+    return shots
+
+
+def encode(
+    tokenizer: "Tokenizer", questions: Questions, shots: int | None = None, way: str = "letters"
+) -> list[Encoded]:
+    """Return prompts and answers in tokens, in the order of the questions. Raises what check_task and examples raise.
+
+    An answer's tokens are what the whole text has behind the tokens of the prompt, as in lm-evaluation-harness.
+    """
+    shots = check_task(questions, shots, way)
+    encoded = []
+    for subject, group in group_by_subject(questions.test).items():
+        beginning = "" if group[0].prompt is not None else examples(questions, subject, shots, way)
+        contexts = [q.prompt if q.prompt is not None else beginning + prompt(q, way) for q in group]
+        texts = [context + answer for context, q in zip(contexts, group, strict=True) for answer in answers(q, way)]
+        ids = tokenizer(contexts + texts, verbose=False)["input_ids"]  # one call: it uses all cores
+        for i in range(len(group)):
+            context = ids[i]
+            wholes = ids[len(group) + 4 * i : len(group) + 4 * i + 4]
+            encoded.append(Encoded(context, tuple(whole[len(context) :] for whole in wholes)))
+    return encoded
+
+
+def check_fits(model: torch.nn.Module, tokenizer: "Tokenizer", encoded: list[Encoded], task: tuple) -> None:
+    """Raise ValueError if a prompt with its answer is longer than the model was made for, or has an unknown token.
+
+    task: questions, shots, way, as for encode. The error says how many examples would fit.
+    """
+    check_tokens(model, tokenizer, {token for one in encoded for row in (one.context, *one.answers) for token in row})
+    limit = position_limit(model)
+    longest = _longest(encoded)
+    if limit is None or longest + virtual_tokens(model) <= limit:
+        return
+    questions, shots, way = task
+    shots = check_task(questions, shots, way)
+    said = f"the longest prompt has {longest} tokens, but {type(model).__name__} was made for {limit}"
+    for fewer in range(shots - 1, -1, -1):
+        if _longest(encode(tokenizer, questions, fewer, way)) + virtual_tokens(model) <= limit:
+            raise ValueError(f"{said}: take --shots {fewer}")
+    raise ValueError(f"{said}, and without examples it does not fit either: leave that question out")
+
+
+def _longest(encoded: list[Encoded]) -> int:
+    """Return the tokens that a model reads of the longest row: the last token is only predicted."""
+    return max(len(one.context) + len(answer) - 1 for one in encoded for answer in one.answers)
+
+
+def choice_scores(
+    model: torch.nn.Module,
+    tokenizer: "Tokenizer",
+    questions: Questions,
+    *,
+    shots: int | None = None,
+    way: str = "letters",
+    share: bool = True,
+    progress: bool = True,
+) -> list[Scores]:
+    """Return the log-likelihoods of the answers to each question, in the order of `questions.test`.
+
+    shots: examples in a prompt; None: 5. way: "letters" or "texts". share: compute what prompts share once; the numbers
+    are equal up to rounding. Raises ValueError as encode and check_fits do.
+    """
+    encoded = encode(tokenizer, questions, shots, way)
+    check_fits(model, tokenizer, encoded, (questions, shots, way))
+    return score(model, encoded, questions, fill_id(model, tokenizer), share=share, progress=progress)
+
+
+def score(
+    model: torch.nn.Module,
+    encoded: list[Encoded],
+    questions: Questions,
+    fill: int,
+    *,
+    share: bool = True,
+    progress: bool = True,
+) -> list[Scores]:
+    """Do the same for what encode has returned. fill: any token to fill rows with."""
+    found: dict[int, list[float]] = {}  # number of the question -> log-likelihoods
+    start = 0
+    with measuring(model), tqdm(total=len(encoded), desc="questions", leave=False, disable=not progress) as bar:
+        for group in group_by_subject(questions.test).values():
+            rows = dict(enumerate(encoded[start : start + len(group)], start))
+            start += len(group)
+            for number, values in _of_subject(model, rows, fill, share):
+                found[number] = values
+                bar.update()
+    return [Scores(tuple(found[i]), tuple(map(len, one.answers))) for i, one in enumerate(encoded)]
+
+
+def _of_subject(
+    model: torch.nn.Module, rows: dict[int, Encoded], fill: int, share: bool
+) -> Iterator[tuple[int, list[float]]]:
+    """Yield (number, log-likelihoods) of each question of one subject, shortest first."""
+    shared = _shared([one.context for one in rows.values()])
+    cache = _read(model, shared) if share and shared and not virtual_tokens(model) else None
+    if cache is None:  # virtual tokens come before each row, and some families keep other states than keys and values
+        yield from ((number, _alone(model, one, fill)) for number, one in rows.items())
+        return
+    for batch in _batches(rows, len(shared)):
+        rests = [rows[number].context[len(shared) :] for number in batch]
+        last = [len(rest) - 1 for rest in rests]
+        longer = _expanded(cache, len(batch))
+        logits, longer = _continue(model, rests, last, fill, longer)  # (batch, 1, vocabulary) at the last tokens
+        for i, number in enumerate(batch):
+            first = logits[i, 0].float().log_softmax(-1)  # (vocabulary,)
+            values = [first[answer[0]].item() for answer in rows[number].answers]
+            tails = [answer[1:] for answer in rows[number].answers]
+            if any(tails):  # letters have one token each, so nothing is left to read
+                own = _cut(longer, i, len(shared) + len(rests[i]))
+                values = [v + more for v, more in zip(values, _of_tails(model, rows[number], own, fill), strict=True)]
+            yield number, values
+
+
+def _shared(contexts: list[list[int]]) -> list[int]:
+    """Return the tokens with which all contexts begin; at least one token of each is left over.
+
+    Counted in tokens: a token may reach over the end of the shared text.
+    """
+    first = min(contexts)
+    last = max(contexts)  # in the order of lists, what these two share is shared by all between them
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[: min(length, min(map(len, contexts)) - 1)]
+
+
+def _read(model: torch.nn.Module, ids: list[int]) -> "DynamicCache | None":
+    """Return the keys and values of some tokens; None for a model that keeps, or needs, something else."""
+    from transformers import DynamicCache  # heavy, so not at the top
+    from transformers.cache_utils import DynamicLayer
+
+    cache = model(input_ids=_tensor([ids], model), use_cache=True).get("past_key_values")
+    # Layers with a sliding window or a recurrent state forget, so they cannot be cut back to a question's end.
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return cache if plain and cache.get_seq_length() == len(ids) else None
+
+
+def _expanded(cache: "DynamicCache", rows: int) -> "DynamicCache":
+    """Return a cache for `rows` rows. It views the first one's memory, which a model never writes to: it appends."""
+    return type(cache)([(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1))
+                        for layer in cache.layers])  # fmt: skip
+
+
+def _cut(cache: "DynamicCache", row: int, length: int) -> "DynamicCache":
+    """Return the first `length` tokens of one row of a cache."""
+    return type(cache)([(layer.keys[row : row + 1, :, :length], layer.values[row : row + 1, :, :length])
+                        for layer in cache.layers])  # fmt: skip
+
+
+def _batches(rows: dict[int, Encoded], shared: int) -> Iterator[list[int]]:
+    """Group questions of similar length. What their filled rests add up to stays near TOKENS_AT_ONCE."""
+    batch: list[int] = []
+    for number in sorted(rows, key=lambda number: len(rows[number].context)):
+        if batch and (len(batch) + 1) * (len(rows[number].context) - shared) > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(number)
+    yield batch
+
+
+def _of_tails(model: torch.nn.Module, one: Encoded, cache: "DynamicCache", fill: int) -> list[float]:
+    """Return, for each answer, the log-likelihood of all its tokens but the first."""
+    inputs = [answer[:-1] or [fill] for answer in one.answers]  # an answer of one token is read for nothing
+    places = range(max(map(len, inputs)))
+    logits, _ = _continue(model, inputs, None, fill, _expanded(cache, len(inputs)))  # (4, longest, vocabulary)
+    logs = logits[:, list(places)].float().log_softmax(-1)
+    return [_picked(logs[i], answer[1:], 0) for i, answer in enumerate(one.answers)]
+
+
+def _alone(model: torch.nn.Module, one: Encoded, fill: int) -> list[float]:
+    """Return the log-likelihoods of one question's answers from whole rows, without a cache."""
+    rows = [one.context + answer[:-1] for answer in one.answers]
+    logits, _ = _continue(model, rows, None, fill, None)  # (4, longest, vocabulary)
+    start = len(one.context) - 1  # this place predicts the first token of an answer
+    return [_picked(logits[i, start:].float().log_softmax(-1), answer, 0) for i, answer in enumerate(one.answers)]
+
+
+def _picked(logs: torch.Tensor, targets: Sequence[int], start: int) -> float:
+    """Sum the log-probabilities of `targets` from place `start` on; logs: (places, vocabulary)."""
+    return sum(logs[start + i, target].item() for i, target in enumerate(targets))
+
+
+def _continue(
+    model: torch.nn.Module, rows: list[list[int]], last: list[int] | None, fill: int, cache: "DynamicCache | None"
+) -> tuple[torch.Tensor, "DynamicCache | None"]:
+    """Read rows behind a cache, filled on the right. Returns logits and the longer cache.
+
+    last: one place in each row, for logits (rows, 1, vocabulary); None: all places, (rows, longest, vocabulary).
+    A causal model never looks to the right, so what fills the rows changes nothing, and no mask is needed.
+    """
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(_device(model))
+    if last is None:
+        output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        return output.logits, output.get("past_key_values")
+    places = torch.arange(len(rows), device=ids.device), torch.tensor(last, device=ids.device)
+    # A hook, as in train/loss.py: the head takes most of the memory, and only one place of each row needs it.
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places][:, None],))
+    try:
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    finally:
+        hook.remove()
+    return output.logits, output.past_key_values
+
+
+def _tensor(rows: list[list[int]], model: torch.nn.Module) -> torch.Tensor:
+    return torch.tensor(rows, device=_device(model))
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
