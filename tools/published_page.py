@@ -52,9 +52,9 @@ TRAPS = """
 The QLoRA authors published GPT-4's judgments, one file for each ordered pair of systems. `guanaco_*.csv` holds their \
 counts and sums. Three things in the files are easy to get wrong:
 
-1. **Order.** For the systems that the authors tuned, whose names begin with a size, a file named \
-`65b-guanaco ... vs gpt-3.5` stores ChatGPT's answer and score first. For Bard, GPT-4 and Vicuna the order is that of \
-the name. The ids of the answers in the files show it. `RelativeTotals.scores()` puts both kinds in order.
+1. **Order.** Where the name of a system begins with a size, the order is reversed: `65b-guanaco ... vs gpt-3.5` \
+stores ChatGPT's answer and score first. For Bard, GPT-4 and Vicuna the order is that of the name. The ids of \
+the answers show it, in all 72 files. `RelativeTotals.scores()` puts both kinds in order.
 2. **Zero is a score.** An empty answer got it. Only -1 means that no score could be read.
 3. **Missing questions.** Some files have three questions without scores. Table 6 then takes the other order alone for \
 these questions: with the totals of both orders instead, the means of Alpaca 13B and Self-Instruct 13B do not come out.

@@ -1,4 +1,4 @@
-"""Read what others have published, figure by figure, with its source and with what is wrong with it.
+"""Read figures that others have published, each with its source and what is wrong with it, and figures of our benches.
 
     data/published/*.csv -> records: figures are texts, as printed, so that their decimal places are known
 
@@ -166,8 +166,8 @@ class RelativeTotals:
     def scores(self) -> dict[str, float]:
         """Return the total of each system, the one that the judge read first in front.
 
-        Names with a size ("65b-guanaco") are those of systems that the authors trained: their files store the scores
-        in the reverse order of the file's name.
+        Where a name begins with a size ("65b-guanaco"), the file stores answers and scores in the reverse order of its
+        own name.
         """
         names = [self.name_1_in_file, self.name_2_in_file]
         if any(name[0].isdigit() for name in names):
