@@ -127,7 +127,7 @@ def test_conda_environment_installs_this_project():
     (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert pip == ["-c constraints.txt", "-e .[test,docs]"] and '-c constraints.txt -e ".[test,docs]"' in makefile
-    assert {"test", "docs", "parquet"} == set(project()["optional-dependencies"])
+    assert {"test", "docs", "parquet", "eval"} == set(project()["optional-dependencies"])
 
 
 def test_constraints_pin_every_dependency_and_name_no_host():
@@ -146,7 +146,8 @@ def test_constraints_pin_every_dependency_and_name_no_host():
 
 
 def test_what_is_imported_is_declared():
-    requirements = project()["dependencies"] + project()["optional-dependencies"]["parquet"]
+    extras = project()["optional-dependencies"]
+    requirements = project()["dependencies"] + extras["parquet"] + extras["eval"]
     declared = {re.split(r"[^a-z0-9_-]", r.lower())[0].replace("-", "_") for r in requirements}
     names = {"PIL": "pillow", "rouge_score": "rouge_score"}
     for path in (ROOT / "qlora_lab").rglob("*.py"):

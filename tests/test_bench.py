@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import elo_rules, many_adapters, steps, tournament
+from bench import elo_rules, many_adapters, multiple_choice, steps, tournament
 from bench.render import BEGIN, END, ROWS, find, in_page, table
 from bench.timing import in_turn, peak_bytes
 
@@ -33,6 +33,17 @@ def test_so_is_the_page_of_many_adapters():
     assert many_adapters.in_page(page, result) == page, "run: python bench/many_adapters.py --render"
     assert all(case["ratio"]["eight"]["median"] <= 1.5 for case in result["cases"])  # what was recorded
     assert result["memory"]["bytes"]["held"] == result["memory"]["bytes"]["predicted"]
+
+
+def test_so_is_the_page_of_multiple_choice():
+    page = multiple_choice.PAGE.read_text("utf-8")
+    result = json.loads(multiple_choice.OUT.read_text("utf-8"))
+    assert multiple_choice.in_page(page, result) == page, "run: python bench/multiple_choice.py --render"
+    for way, models in result["answers"].items():
+        assert list(models) == list(multiple_choice.VARIANTS)
+        shares = [row["acc"]["over_questions"] for row in models.values()]
+        assert all(low <= share <= high for share, low, high in shares)
+        assert models["bf16"]["acc"]["difference"] is None, way
 
 
 def test_every_row_of_the_page_was_measured():

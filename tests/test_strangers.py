@@ -13,6 +13,7 @@ import pytest
 import qlora_lab as ql
 from qlora_lab import cli
 from tests import strangers
+from tests.data.test_choice_files import small_questions
 from tests.model import test_fetch
 
 wheel = test_fetch.wheel
@@ -32,6 +33,7 @@ COMMANDS = {
     "memory": "MODEL",
     "sweep": "MODEL --codebooks nf4 --out FREE.jsonl --text TEXT --windows 1 --length 8",
     "block-size": "MODEL --bits 5 --out FREE.json --text TEXT --windows 1 --length 8",
+    "multiple-choice": "MODEL --codebooks nf4 --out FREE.jsonl --data QUESTIONS --shots 1",
     "xray": "MODEL",
     "conformance": "--backend reference",
     "verify": "FREE",
@@ -65,6 +67,10 @@ PATHS = {
     ("block-size", "model"): [],
     ("block-size", "out"): [],
     ("block-size", "text"): [],
+    ("multiple-choice", "model"): [],
+    ("multiple-choice", "adapter"): [],
+    ("multiple-choice", "data"): [],
+    ("multiple-choice", "out"): [],
     ("xray", "file"): [],
     ("xray", "other"): [],
     ("verify", "folder"): [],
@@ -111,6 +117,7 @@ def names(tmp_path, folder, monkeypatch):
         "FREE": free / "folder",
         "FREE.gguf": free / "model.gguf",
         "FREE.jsonl": free / "rows.jsonl",
+        "QUESTIONS": small_questions(tmp_path / "questions"),
         "FREE.json": tmp_path / "plan.json",
     }
 

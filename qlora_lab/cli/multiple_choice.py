@@ -37,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    from qlora_lab.measure.choice_rows import Task, choice_rows
+    from qlora_lab.measure.choice_rows import choice_rows
+    from qlora_lab.measure.multiple_choice import Task
     from qlora_lab.quant.numbers import check_seed, check_whole
     from qlora_lab.train.run_folder import find_adapter
 
@@ -65,6 +66,7 @@ def _questions(a: argparse.Namespace):
 
 def _settings(a: argparse.Namespace) -> list[tuple]:
     """Return the variants to measure, each once."""
+    # "none" has no constants to quantise, so --double-quant both makes one variant of it, not two.
     switches = {"off": [False], "on": [True], "both": [False, True]}[a.double_quant]
     settings = []
     for name in a.codebooks:
@@ -119,6 +121,7 @@ def _lines(rows: list[dict]) -> list[str]:
         lines.append(table(cells))
         if found.categories:  # of the last row; all rows have the same subjects
             lines += _by_category(rows, metric)
+    # What was asked stands below the figures: without it they mean nothing.
     data = rows[0]["data"]
     asked = f"{data['questions']} questions of {data['name']}, {config['shots']} examples, {config['answers']}"
     return [*lines, f"{asked}; brackets: 95 % intervals, of differences paired by question"]

@@ -62,6 +62,7 @@ class Questions:
         It is the same on every machine: the questions whose checksums come first. Raises ValueError for less than one.
         """
         check_whole("questions", number)
+        # By checksum, not by a random generator: a larger sample contains the smaller one.
         ranked = sorted(range(len(self.test)), key=lambda i: hashlib.sha256(repr(self.test[i]).encode()).digest())
         return replace(self, test=tuple(self.test[i] for i in sorted(ranked[:number])))
 
@@ -155,6 +156,7 @@ def _question(subject: str, row: list[str], where: str) -> Question:
     if len(row) != 6:
         columns = "1 column" if len(row) == 1 else f"{len(row)} columns"
         raise ValueError(f"{where} has {columns}, but needs 6 ({COLUMNS}): put texts with a comma into double quotes")
+    # Outer spaces of a text stay: they are part of the original prompt. Those of the letter mean nothing.
     text, *options, letter = row
     if not LETTER.allows(letter.strip()):
         raise ValueError(f"{where} has the answer {letter[:40]!r}: it must be {LETTER.what}")
@@ -170,6 +172,7 @@ def _read_prompts(path: Path) -> Questions:
     if not test:
         raise ValueError(f"{path} holds no question: put one into each line, as subject, input and output")
     groups = group_by_subject(test)
+    # Subjects may be mixed in the file; together they share the beginning of their prompts.
     _check_subjects(groups, str(path))
     return Questions(path.stem, tuple(question for group in groups.values() for question in group), {})
 

@@ -43,9 +43,11 @@ def docstring_choice(
     """
     check_whole("questions", questions)
     check_seed(seed)
-    libraries = sorted(set(libraries))
+    if not (libraries := sorted(set(libraries))):
+        raise ValueError(f"no libraries are given: name at least one library, such as {LIBRARIES[0]}")
     if trained := [library for library in libraries if library in TRAIN]:
         raise ValueError(f"{trained[0]} is in the training docstrings: choose other libraries, such as {LIBRARIES[0]}")
+    # A library more or less changes no other library's questions, only how many of them are taken.
     test = []
     dev = {}
     for number, library in enumerate(libraries):
@@ -58,8 +60,8 @@ def docstring_choice(
 
 def _of_library(library: str, number: int, seed: int, progress: bool) -> list[Question]:
     pairs = list(_usable(docstring_pairs([library], progress)))  # in hash order: any beginning is a fair sample
-    if len(pairs) < max(number, 4):
-        least = max(number, 4) - EXAMPLES
+    if len(pairs) < number:
+        least = number - EXAMPLES
         raise ValueError(
             f"{library} has {len(pairs)} short functions with a summary, fewer than {least} questions and {EXAMPLES} "
             "examples: ask for fewer questions, or name more libraries"
@@ -72,6 +74,7 @@ def _of_library(library: str, number: int, seed: int, progress: bool) -> list[Qu
     questions = []
     for (code, summary), answer in zip(pairs, answers, strict=False):
         first = min(max(place[summary] - NEAR // 2, 0), max(len(by_length) - NEAR - 1, 0))
+        # drawn from neighbours in length, not the nearest three: those would be the same in many questions
         near = [other for other in by_length[first : first + NEAR + 1] if other != summary]
         options = draw.sample(near, 3)
         options.insert(answer, summary)
@@ -81,6 +84,7 @@ def _of_library(library: str, number: int, seed: int, progress: bool) -> list[Qu
 
 def _usable(examples: list[Example]) -> Iterable[tuple[str, str]]:
     """Yield (code, summary) of each function that can be a question."""
+    # "Return the width." of six functions would be right for each of them
     owners = Counter(_plain(example.answer) for example in examples)
     for example in examples:
         code = example.messages[0][1].split("```python\n", 1)[1].removesuffix("\n```")

@@ -14,7 +14,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,11 +21,11 @@ import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.adapters.peft_format import load_adapter
-from qlora_lab.data.choice_files import LETTERS, Questions, group_by_subject
+from qlora_lab.data.choice_files import LETTERS, group_by_subject
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.strict_json import LIST, OBJECT, SWITCH, TEXT, or_null, whole
 from qlora_lab.measure.in_place import Variant, checked
-from qlora_lab.measure.multiple_choice import Encoded, Scores, check_fits, check_task, encode, score
+from qlora_lab.measure.multiple_choice import Encoded, Scores, Task, check_fits, encode, score
 from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, read_results, with_checksum
 from qlora_lab.measure.sweep import model_record, run_record, variant_record
 from qlora_lab.model.empty_model import stored_options, tokenizer_of
@@ -39,15 +38,6 @@ RULES |= {"codebook": or_null(TEXT), "block_size": or_null(whole(1)), "double_qu
 RULES |= {"adapter": or_null(TEXT), "quantiser": or_null(TEXT), "lengths": or_null(OBJECT)}
 DECISIVE = ("model", "adapter", "data", "config", "codebook", "block_size", "double_quant", "quantiser", "versions")
 CHOICES = Kind("multiple-choice", "a multiple-choice run", RULES, DECISIVE)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is asked, and how."""
-
-    questions: Questions
-    shots: int | None = None  # examples in a prompt; None: 5
-    answers: str = "letters"  # or "texts"
 
 
 def choice_rows(
@@ -71,7 +61,7 @@ def choice_rows(
     """
     results = out_path(results)  # before anything is loaded
     settings = [_loadable(checked(setting)) for setting in settings]
-    check_task(task.questions, task.shots, task.answers)
+    task = task.checked()
     folder = resolve(name_or_path, progress=progress)
     if stored := stored_options(folder):
         raise ValueError(f"{folder} is quantised already, as {stored}: variants are made from the original")
@@ -79,9 +69,10 @@ def choice_rows(
     dtype = torch.float32 if device.type == "cpu" else fast_dtype(device)
     with open_results(results, CHOICES) as (rows, file):
         done = {identity(row, CHOICES): row for row in rows}  # by earlier calls
-        encoded = encode(tokenizer_of(folder), task.questions, task.shots, task.answers)
+        # Tokens do not depend on the weights, so they are made once, before any model is loaded.
+        encoded = encode(tokenizer_of(folder), task)
         shared = {"model": model_record(name_or_path, folder), "data": _data_record(task, encoded)}
-        shared |= run_record(_config(task), dtype, device) | _adapter_record(adapter)
+        shared |= run_record({"answers": task.way, "shots": task.shots}, dtype, device) | _adapter_record(adapter)
         measured = []
         bar = tqdm(settings, "multiple choice", unit="model", disable=not progress)
         try:
@@ -121,10 +112,11 @@ def _measured(
     start = time.perf_counter()
     how = (variant.codebook, variant.block_size, bool(variant.double_quant))
     dtype = torch.float32 if not torch.cuda.is_available() else None
+    # Without its own bar: a load takes seconds, and the bar of models is there.
     model, tokenizer = load(name_or_path, *how, dtype=dtype, progress=False)
     if adapter is not None:
         load_adapter(model, adapter)
-    check_fits(model, tokenizer, encoded, (task.questions, task.shots, task.answers))
+    check_fits(model, tokenizer, encoded, task)
     scores = score(model, encoded, task.questions, fill_id(model, tokenizer), progress=progress)
     _check_finite(scores, variant)
     return {
@@ -144,8 +136,9 @@ def _check_finite(scores: list[Scores], variant: Variant) -> None:
 
 def _lengths(task: Task, scores: list[Scores]) -> dict[str, list[list[int]]] | None:
     """Return how long the answers are, by the metric that divides by it; None for letters, which are equally long."""
-    if task.answers == "letters":
+    if task.way == "letters":
         return None
+    # Kept in the row, so that whoever reads it needs no questions.
     texts = [question.options for question in task.questions.test]
     return {
         "acc_norm": [[len(text) for text in options] for options in texts],  # characters
@@ -160,12 +153,9 @@ def _answer_key(task: Task) -> dict:
     return {"subjects": {subject: len(group) for subject, group in groups.items()}, "right": right}
 
 
-def _config(task: Task) -> dict:
-    return {"answers": task.answers, "shots": check_task(task.questions, task.shots, task.answers)}
-
-
 def _data_record(task: Task, encoded: list[Encoded]) -> dict:
     """Record the questions. Their checksum covers prompts, answers and which one is right."""
+    # Tokens, not texts: two tokenizers read one text in different pieces.
     content = [[one.context, one.answers, q.answer] for one, q in zip(encoded, task.questions.test, strict=True)]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return {"name": task.questions.name, "questions": len(encoded), "tokens_sha256": digest}
@@ -175,6 +165,7 @@ def _adapter_record(adapter: str | Path | None) -> dict:
     """Record an adapter's name and the checksum of its files, which identifies it."""
     if adapter is None:
         return {"adapter": None, "adapter_name": None}
+    # Names do not identify an adapter: a second training writes into a folder of the same name.
     digest = hashlib.sha256()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         path = Path(adapter, name)

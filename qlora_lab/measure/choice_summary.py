@@ -48,6 +48,7 @@ def right(row: dict, metric: str = "acc") -> list[bool]:
     sizes = row["lengths"] and row["lengths"].get(metric)
     if metric != "acc" and sizes is None:
         raise ValueError(f"{metric} needs answers of different lengths, but these are letters: take acc")
+    # log p / n is a mean per unit: a longer answer is no longer less likely only because it is longer.
     chosen = []
     for i, values in enumerate(row["log_likelihoods"]):
         weighed = values if metric == "acc" else [v / n for v, n in zip(values, sizes[i], strict=True)]
@@ -59,6 +60,7 @@ def accuracies(row: dict, metric: str = "acc") -> Accuracies:
     """Return the accuracies of a row. Raises what right raises."""
     answered = right(row, metric)
     by_subject: dict[str, list[bool]] = {}
+    # A row names each subject once: for 14,042 questions, names would fill a quarter of a megabyte.
     start = 0
     for subject, number in row["subjects"].items():  # in the order of the questions
         by_subject[subject] = answered[start : start + number]
@@ -100,6 +102,7 @@ def wilson(successes: int, trials: int) -> Interval:
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} of {trials} is not a share: give at least one question, and no more right ones")
+    # The two shares p with |share - p| = Z sqrt(p (1 - p) / trials): a quadratic equation, solved.
     share = successes / trials
     spread = Z * math.sqrt(share * (1 - share) / trials + Z**2 / (4 * trials**2))
     centre = share + Z**2 / (2 * trials)
@@ -138,6 +141,7 @@ def paired_difference(first: Iterable[bool], second: Iterable[bool]) -> Interval
     second = list(second)
     if len(first) != len(second) or not first:
         raise ValueError(f"{len(first)} and {len(second)} answers cannot be paired: give those to the same questions")
+    # Questions that both have right, or both wrong, say nothing of the difference.
     lost = sum(a and not b for a, b in zip(first, second, strict=True))
     gained = sum(b and not a for a, b in zip(first, second, strict=True))
     n = len(first) + 2  # half a question more in each cell: both right, both wrong, lost, gained

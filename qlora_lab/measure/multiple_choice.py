@@ -16,8 +16,8 @@ their keys and values serve all questions of the subject; those of a question se
 Not here: reading questions (data/choice_files.py), accuracies (choice_summary.py), rows on disk (choice_rows.py).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,10 +37,40 @@ WAYS = ("letters", "texts")
 SHOTS = 5  # MMLU's number
 # Tokens in one pass: enough that unpacking the weights costs little, few enough that a batch needs little memory.
 TOKENS_AT_ONCE = 1024
+# evaluate.py joins the words of a subject with a space before each, and has one more in its sentence: two.
 HEADERS = {
     "letters": "The following are multiple choice questions (with answers) about  {}.\n\n",
     "texts": "The following are questions (with answers) about {}.\n\n",
 }
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked, and how. way: "letters" or "texts". shots: examples in a prompt; None: SHOTS."""
+
+    questions: Questions
+    shots: int | None = None
+    way: str = "letters"
+
+    def checked(self) -> "Task":
+        """Return the task with its number of examples: 0 for a file of whole prompts, which hold their own.
+
+        Raises ValueError for another way to ask, no questions, or a choice that whole prompts do not leave.
+        """
+        name = self.questions.name
+        if self.way not in WAYS:
+            raise ValueError(f"way={self.way!r} is not known: choose from {', '.join(WAYS)}")
+        if not self.questions.test:
+            raise ValueError(f"{name} holds no questions: name a folder or a file that does")
+        if self.questions.test[0].prompt is not None:
+            if self.way == "texts":
+                raise ValueError(f"{name} holds whole prompts, which list the options: take --answers letters")
+            if self.shots:
+                raise ValueError(f"{name} holds whole prompts, examples included: leave out --shots")
+            return replace(self, shots=0)
+        shots = SHOTS if self.shots is None else self.shots
+        check_whole("shots", shots, 0)
+        return replace(self, shots=shots)
 
 
 @dataclass(frozen=True)
@@ -78,80 +108,66 @@ def prompt(question: Question, way: str) -> str:
 
 def answers(question: Question, way: str) -> tuple[str, ...]:
     """Return the four texts that may follow the prompt; each begins with a space."""
+    # With the space: tokenizers have a token for " A", and another one for "A", which models see elsewhere.
     return tuple(f" {text}" for text in (LETTERS if way == "letters" else question.options))
 
 
-def examples(questions: Questions, subject: str, shots: int, way: str) -> str:
+def examples(task: Task, subject: str) -> str:
     """Return the beginning that all prompts of a subject share. Raises ValueError for too few examples."""
-    available = questions.dev.get(subject, ())
-    if len(available) < shots:
-        there = f"{len(available)} examples in dev/" if available else f"no dev/{subject}_dev.csv"
-        raise ValueError(
-            f"{questions.name}: the subject {subject!r} has {there}, but shots={shots}: take --shots {len(available)}, "
-            "or add examples"
-        )
-    worked = (f"{prompt(q, way)}{answers(q, way)[q.answer]}\n\n" for q in available[:shots])
-    return header(subject, way) + "".join(worked)
+    available = task.questions.dev.get(subject, ())
+    if len(available) < task.shots:
+        there = f"{len(available)} examples in dev/{subject}_dev.csv" if available else f"no dev/{subject}_dev.csv"
+        fix = f"take --shots {len(available)}, or add examples"
+        raise ValueError(f"{task.questions.name}: {subject!r} has {there}, but shots={task.shots}: {fix}")
+    worked = (f"{prompt(q, task.way)}{answers(q, task.way)[q.answer]}\n\n" for q in available[: task.shots])
+    return header(subject, task.way) + "".join(worked)
 
 
-def check_task(questions: Questions, shots: int | None, way: str) -> int:
-    """Return the number of examples in a prompt; None means SHOTS, or what a file of whole prompts holds.
-
-    Raises ValueError for another way to ask, no questions, or a choice that a file of whole prompts does not leave.
-    """
-    if way not in WAYS:
-        raise ValueError(f"answers={way!r} is not known: choose from {', '.join(WAYS)}")
-    if not questions.test:
-        raise ValueError(f"{questions.name} holds no questions: name a folder or a file that does")
-    if questions.test[0].prompt is not None:
-        if way == "texts":
-            raise ValueError(f"{questions.name} holds whole prompts, which list the options: take --answers letters")
-        if shots is not None:
-            raise ValueError(f"{questions.name} holds whole prompts, examples included: leave out --shots")
-        return 0
-    shots = SHOTS if shots is None else shots
-    check_whole("shots", shots, 0)
-    return shots
-
-
-def encode(
-    tokenizer: "Tokenizer", questions: Questions, shots: int | None = None, way: str = "letters"
-) -> list[Encoded]:
-    """Return prompts and answers in tokens, in the order of the questions. Raises what check_task and examples raise.
+def encode(tokenizer: "Tokenizer", task: Task) -> list[Encoded]:
+    """Return prompts and answers in tokens, in the order of the questions. Raises what Task.checked and examples raise.
 
     An answer's tokens are what the whole text has behind the tokens of the prompt, as in lm-evaluation-harness.
     """
-    shots = check_task(questions, shots, way)
+    task = task.checked()
     encoded = []
-    for subject, group in group_by_subject(questions.test).items():
-        beginning = "" if group[0].prompt is not None else examples(questions, subject, shots, way)
-        contexts = [q.prompt if q.prompt is not None else beginning + prompt(q, way) for q in group]
-        texts = [context + answer for context, q in zip(contexts, group, strict=True) for answer in answers(q, way)]
+    for subject, group in group_by_subject(task.questions.test).items():
+        if group[0].prompt is not None:
+            contexts = [question.prompt for question in group]
+        else:
+            beginning = examples(task, subject)
+            contexts = [beginning + prompt(question, task.way) for question in group]
+        texts = [
+            c + answer for c, question in zip(contexts, group, strict=True) for answer in answers(question, task.way)
+        ]
         ids = tokenizer(contexts + texts, verbose=False)["input_ids"]  # one call: it uses all cores
+        # texts: four a question, in the order of the questions
         for i in range(len(group)):
             context = ids[i]
             wholes = ids[len(group) + 4 * i : len(group) + 4 * i + 4]
             encoded.append(Encoded(context, tuple(whole[len(context) :] for whole in wholes)))
+            if not all(encoded[-1].answers):  # an empty text, if the tokenizer also drops the space before it
+                raise ValueError(f"{subject}: an option of question {i + 1} has no tokens: give each option a text")
     return encoded
 
 
-def check_fits(model: torch.nn.Module, tokenizer: "Tokenizer", encoded: list[Encoded], task: tuple) -> None:
+def check_fits(model: torch.nn.Module, tokenizer: "Tokenizer", encoded: list[Encoded], task: Task) -> None:
     """Raise ValueError if a prompt with its answer is longer than the model was made for, or has an unknown token.
 
-    task: questions, shots, way, as for encode. The error says how many examples would fit.
+    encoded: what encode made of `task`. The error says how many examples would fit.
     """
     check_tokens(model, tokenizer, {token for one in encoded for row in (one.context, *one.answers) for token in row})
     limit = position_limit(model)
-    longest = _longest(encoded)
-    if limit is None or longest + virtual_tokens(model) <= limit:
+    virtual = virtual_tokens(model)  # they take positions, too
+    longest = _longest(encoded) + virtual
+    if limit is None or longest <= limit:
         return
-    questions, shots, way = task
-    shots = check_task(questions, shots, way)
     said = f"the longest prompt has {longest} tokens, but {type(model).__name__} was made for {limit}"
-    for fewer in range(shots - 1, -1, -1):
-        if _longest(encode(tokenizer, questions, fewer, way)) + virtual_tokens(model) <= limit:
-            raise ValueError(f"{said}: take --shots {fewer}")
-    raise ValueError(f"{said}, and without examples it does not fit either: leave that question out")
+    if task.questions.test[0].prompt is None:
+        # Rare, so encoding once for each number of examples is no cost that anybody pays.
+        for fewer in range(task.checked().shots - 1, -1, -1):
+            if _longest(encode(tokenizer, replace(task, shots=fewer))) + virtual <= limit:
+                raise ValueError(f"{said}: take --shots {fewer}")
+    raise ValueError(f"{said}, and fewer examples do not help: leave that question out")
 
 
 def _longest(encoded: list[Encoded]) -> int:
@@ -162,21 +178,19 @@ def _longest(encoded: list[Encoded]) -> int:
 def choice_scores(
     model: torch.nn.Module,
     tokenizer: "Tokenizer",
-    questions: Questions,
+    task: Task,
     *,
-    shots: int | None = None,
-    way: str = "letters",
     share: bool = True,
     progress: bool = True,
 ) -> list[Scores]:
-    """Return the log-likelihoods of the answers to each question, in the order of `questions.test`.
+    """Return the log-likelihoods of the answers to each question, in the order of `task.questions.test`.
 
-    shots: examples in a prompt; None: 5. way: "letters" or "texts". share: compute what prompts share once; the numbers
-    are equal up to rounding. Raises ValueError as encode and check_fits do.
+    share: compute what prompts share once; the numbers are equal up to rounding. Raises ValueError as encode and
+    check_fits do.
     """
-    encoded = encode(tokenizer, questions, shots, way)
-    check_fits(model, tokenizer, encoded, (questions, shots, way))
-    return score(model, encoded, questions, fill_id(model, tokenizer), share=share, progress=progress)
+    encoded = encode(tokenizer, task)
+    check_fits(model, tokenizer, encoded, task)
+    return score(model, encoded, task.questions, fill_id(model, tokenizer), share=share, progress=progress)
 
 
 def score(
@@ -189,6 +203,7 @@ def score(
     progress: bool = True,
 ) -> list[Scores]:
     """Do the same for what encode has returned. fill: any token to fill rows with."""
+    # Questions come back shortest first, so each is kept under its number.
     found: dict[int, list[float]] = {}  # number of the question -> log-likelihoods
     start = 0
     with measuring(model), tqdm(total=len(encoded), desc="questions", leave=False, disable=not progress) as bar:
@@ -212,12 +227,13 @@ def _of_subject(
         return
     for batch in _batches(rows, len(shared)):
         rests = [rows[number].context[len(shared) :] for number in batch]
-        last = [len(rest) - 1 for rest in rests]
-        longer = _expanded(cache, len(batch))
-        logits, longer = _continue(model, rests, last, fill, longer)  # (batch, 1, vocabulary) at the last tokens
+        # One forward pass for all questions of the batch: weights in 4 bits are unpacked once for all of them.
+        last = range(len(batch)), [len(rest) - 1 for rest in rests]
+        logits, longer = _continue(model, rests, fill, _expanded(cache, len(batch)), lambda h, last=last: h[last])
         for i, number in enumerate(batch):
-            first = logits[i, 0].float().log_softmax(-1)  # (vocabulary,)
+            first = logits[i].float().log_softmax(-1)  # (vocabulary,)
             values = [first[answer[0]].item() for answer in rows[number].answers]
+            # What is left of an answer behind its first token, which the prompt's last token predicts.
             tails = [answer[1:] for answer in rows[number].answers]
             if any(tails):  # letters have one token each, so nothing is left to read
                 own = _cut(longer, i, len(shared) + len(rests[i]))
@@ -241,7 +257,7 @@ def _read(model: torch.nn.Module, ids: list[int]) -> "DynamicCache | None":
     from transformers import DynamicCache  # heavy, so not at the top
     from transformers.cache_utils import DynamicLayer
 
-    cache = model(input_ids=_tensor([ids], model), use_cache=True).get("past_key_values")
+    _, cache = _continue(model, [ids], 0, None, lambda hidden: hidden[:, -1:], use_cache=True)
     # Layers with a sliding window or a recurrent state forget, so they cannot be cut back to a question's end.
     plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
     return cache if plain and cache.get_seq_length() == len(ids) else None
@@ -266,57 +282,52 @@ def _batches(rows: dict[int, Encoded], shared: int) -> Iterator[list[int]]:
         if batch and (len(batch) + 1) * (len(rows[number].context) - shared) > TOKENS_AT_ONCE:
             yield batch
             batch = []
-        batch.append(number)
+        batch.append(number)  # a question longer than TOKENS_AT_ONCE is a batch of its own
     yield batch
 
 
 def _of_tails(model: torch.nn.Module, one: Encoded, cache: "DynamicCache", fill: int) -> list[float]:
     """Return, for each answer, the log-likelihood of all its tokens but the first."""
     inputs = [answer[:-1] or [fill] for answer in one.answers]  # an answer of one token is read for nothing
-    places = range(max(map(len, inputs)))
-    logits, _ = _continue(model, inputs, None, fill, _expanded(cache, len(inputs)))  # (4, longest, vocabulary)
-    logs = logits[:, list(places)].float().log_softmax(-1)
-    return [_picked(logs[i], answer[1:], 0) for i, answer in enumerate(one.answers)]
+    logits, _ = _continue(model, inputs, fill, _expanded(cache, len(inputs)))  # (4, longest, vocabulary)
+    logs = logits.float().log_softmax(-1)
+    return [_picked(logs[i], answer[1:]) for i, answer in enumerate(one.answers)]
 
 
 def _alone(model: torch.nn.Module, one: Encoded, fill: int) -> list[float]:
     """Return the log-likelihoods of one question's answers from whole rows, without a cache."""
     rows = [one.context + answer[:-1] for answer in one.answers]
-    logits, _ = _continue(model, rows, None, fill, None)  # (4, longest, vocabulary)
     start = len(one.context) - 1  # this place predicts the first token of an answer
-    return [_picked(logits[i, start:].float().log_softmax(-1), answer, 0) for i, answer in enumerate(one.answers)]
+    logits, _ = _continue(model, rows, fill, None, lambda hidden: hidden[:, start:])  # (4, longest - start, vocabulary)
+    logs = logits.float().log_softmax(-1)
+    return [_picked(logs[i], answer) for i, answer in enumerate(one.answers)]
 
 
-def _picked(logs: torch.Tensor, targets: Sequence[int], start: int) -> float:
-    """Sum the log-probabilities of `targets` from place `start` on; logs: (places, vocabulary)."""
-    return sum(logs[start + i, target].item() for i, target in enumerate(targets))
+def _picked(logs: torch.Tensor, targets: Sequence[int]) -> float:
+    """Sum the log-probabilities of `targets` in the first places; logs: (places, vocabulary)."""
+    return sum(logs[i, target].item() for i, target in enumerate(targets))  # in float64
 
 
 def _continue(
-    model: torch.nn.Module, rows: list[list[int]], last: list[int] | None, fill: int, cache: "DynamicCache | None"
-) -> tuple[torch.Tensor, "DynamicCache | None"]:
-    """Read rows behind a cache, filled on the right. Returns logits and the longer cache.
+    model: torch.nn.Module,
+    rows: list[list[int]],
+    fill: int,
+    cache: "DynamicCache | None",
+    places: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden,
+    *,
+    use_cache: bool = False,
+) -> "tuple[torch.Tensor, DynamicCache | None]":
+    """Read rows behind a cache, filled on the right. Returns logits, and the longer cache if there is one.
 
-    last: one place in each row, for logits (rows, 1, vocabulary); None: all places, (rows, longest, vocabulary).
+    places: of the states before the head, (rows, longest, hidden), those that need logits. use_cache: begin a cache.
     A causal model never looks to the right, so what fills the rows changes nothing, and no mask is needed.
     """
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(_device(model))
-    if last is None:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-        return output.logits, output.get("past_key_values")
-    places = torch.arange(len(rows), device=ids.device), torch.tensor(last, device=ids.device)
-    # A hook, as in train/loss.py: the head takes most of the memory, and only one place of each row needs it.
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][places][:, None],))
+    device = next(model.parameters()).device
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(device)
+    # A hook, as in train/loss.py: logits of all places would take 0.5 GB for four rows of 700 tokens.
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (places(inputs[0]),))
     try:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=use_cache or cache is not None)
     finally:
         hook.remove()
-    return output.logits, output.past_key_values
-
-
-def _tensor(rows: list[list[int]], model: torch.nn.Module) -> torch.Tensor:
-    return torch.tensor(rows, device=_device(model))
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return output.logits, output.get("past_key_values")

@@ -9,6 +9,7 @@ import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.data import docstrings
+from tests.data.test_choice_files import small_questions
 
 ROOM = Path(cli.__file__).parents[1]
 SMALL = ["--windows", "2", "--length", "10"]
@@ -33,6 +34,7 @@ COMMANDS = {
     "merge": ["MODEL", "--adapter", "ADAPTER", "--anyway", "--out", "OUT"],
     "sweep": ["MODEL", "--out", "OUT", *SMALL],
     "block-size": ["MODEL", "--bits", "5", "--out", "OUT", *SMALL],
+    "multiple-choice": ["MODEL", "--out", "OUT", "--data", "QUESTIONS", "--shots", "1"],
     "memory": ["MODEL"],
     "xray": ["MODEL"],
 }
@@ -54,6 +56,7 @@ def shown(capsys, tmp_path, folder, monkeypatch):
     data = tmp_path / "train.jsonl"
     data.write_text("".join(f'{{"instruction": "double {i}", "output": "{2 * i}"}}\n' for i in range(12)))
     names = {"DATA": data, "MODEL": folder, "OUT": tmp_path / "out", "ADAPTER": adapter(folder, tmp_path)}
+    names["QUESTIONS"] = small_questions(tmp_path / "questions")
 
     def run(command, *options):
         argv = [str(names.get(word, word)) for word in COMMANDS[command]]

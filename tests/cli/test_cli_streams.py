@@ -16,6 +16,7 @@ from qlora_lab.cli.streams import patient_streams
 from qlora_lab.train import interrupt
 from tests.cli.test_cli import TRAIN
 from tests.cli.test_cli_quiet import COMMANDS, adapter
+from tests.data.test_choice_files import small_questions
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -32,6 +33,8 @@ def argv(tmp_path, folder):
 
     def made(command, *more):
         places = {"MODEL": folder, "OUT": tmp_path / "out", "DATA": data}
+        if "QUESTIONS" in COMMANDS[command]:
+            places["QUESTIONS"] = small_questions(tmp_path / "questions")
         if "ADAPTER" in COMMANDS[command]:
             places["ADAPTER"] = adapter(folder, tmp_path)
         words = [str(places.get(word, word)) for word in COMMANDS[command]]

@@ -1,0 +1,128 @@
+"""lm-evaluation-harness, which builds prompts and reads models on its own, finds the same numbers.
+
+It has an environment of its own (Makefile), so each comparison is a process there.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import qlora_lab as ql
+from qlora_lab.adapters.lora import adapters
+from qlora_lab.data.choice_files import Question, Questions, read_questions, write_questions
+from qlora_lab.data.docstring_choice import docstring_choice
+from qlora_lab.measure.lm_eval import harness_model, harness_tasks
+from qlora_lab.measure.multiple_choice import Task
+from tests.data.test_choice_files import small_questions
+
+ROOT = Path(__file__).parents[2]
+THERE = Path(sys.prefix, "eval", "bin", "python")
+HARNESS = sys.executable if find_spec("lm_eval") else str(THERE)
+installed = pytest.mark.skipif(
+    not (find_spec("lm_eval") or THERE.exists()), reason="lm-evaluation-harness is not there: make .venv/eval/.ready"
+)
+
+# model, adapter or "", folder of questions, shots, way, folder for the harness' files -> one line of JSON
+COMPARE = """
+import json, sys
+import torch
+from lm_eval import simple_evaluate
+import qlora_lab as ql
+from qlora_lab.data.choice_files import read_questions
+from qlora_lab.measure.choice_rows import _lengths
+from qlora_lab.measure.lm_eval import harness_model, harness_tasks
+from qlora_lab.measure.multiple_choice import Task, choice_scores
+name, adapter, folder, shots, way, files = sys.argv[1:]
+torch.set_num_threads(1)
+model, tokenizer = ql.load(name, "nf4", dtype=torch.float32, progress=False)
+if adapter:
+    ql.load_adapter(model, adapter)
+task = Task(read_questions(folder), int(shots), way)
+ours = choice_scores(model, tokenizer, task, progress=False)
+found = simple_evaluate(harness_model(model, tokenizer), tasks=harness_tasks(task, files), bootstrap_iters=0)
+theirs = [[value for value, _ in s["filtered_resps"]] for part in found["samples"].values() for s in part]
+accuracies = {name: {metric: values.get(f"{metric},none") for metric in ("acc", "acc_norm", "acc_bytes")}
+              for name, values in found["results"].items()}
+print(json.dumps({"ours": [one.log_likelihoods for one in ours], "theirs": theirs, "accuracies": accuracies,
+                  "lengths": _lengths(task, ours)}))
+"""
+
+
+def compared(tmp_path, name, adapter, questions: Questions, shots: int, way: str) -> dict:
+    """What both found, after a check that they agree on every log-likelihood and every accuracy."""
+    write_questions(questions, tmp_path / "any")
+    words = [name, adapter, tmp_path / "any", shots, way, tmp_path / "tasks"]
+    # No network: the harness looks for data and metrics on the hub first.
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    environment = os.environ | offline | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([HARNESS, "-c", COMPARE, *map(str, words)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["ours"]) == len(found["theirs"]) == len(questions.test)
+    for ours, theirs in zip(found["ours"], found["theirs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)  # float32 sums of another order
+    return found
+
+
+def check_accuracies(found: dict, questions: Questions, way: str) -> None:
+    from qlora_lab.measure.choice_rows import _answer_key
+    from qlora_lab.measure.choice_summary import accuracies
+
+    row = {"log_likelihoods": found["ours"], "lengths": found["lengths"], **_answer_key(Task(questions))}
+    for metric in ("acc",) if way == "letters" else ("acc", "acc_norm", "acc_bytes"):
+        shares = accuracies(row, metric).subjects
+        theirs = [values[metric] for values in found["accuracies"].values()]
+        assert [share.mean for share in shares.values()] == pytest.approx(theirs, abs=1e-12)
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["letters", "texts"])
+def test_the_harness_agrees_on_a_small_model_with_an_adapter(tmp_path, folder, way):
+    model, _ = ql.load(folder, progress=False)
+    ql.add_lora(model, r=2)
+    for layer in adapters(model).values():
+        layer.lora_B.data.normal_()
+    adapter = ql.save_adapter(model, tmp_path / "adapter")
+    questions = read_questions(small_questions(tmp_path / "mmlu"))
+    awkward = Question("anatomy", "  Où?\n\n ", ("é", " the two", "the  sum\n", "the sum of the two numbers"), 1)
+    questions = Questions("any", (*questions.test, awkward), questions.dev)  # bytes and characters differ
+    check_accuracies(compared(tmp_path, folder, adapter, questions, 2, way), questions, way)
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["letters", "texts"])
+def test_the_harness_agrees_on_the_default_model_in_nf4(tmp_path, way):
+    generated = docstring_choice(500, progress=False).sample(6)
+    questions = Questions("any", generated.test, generated.dev)
+    check_accuracies(compared(tmp_path, "smollm2-135m", "", questions, 1, way), questions, way)
+
+
+def test_a_task_has_the_harness_fields_and_its_data(tmp_path):
+    questions = read_questions(small_questions(tmp_path / "mmlu"))
+    first, second = harness_tasks(Task(questions, 1, "texts"), tmp_path / "tasks")
+    assert first["task"] == "mmlu_abstract_algebra_texts" and second["num_fewshot"] == 1
+    lines = Path(first["dataset_kwargs"]["data_files"]["test"]).read_text("utf-8").splitlines()
+    assert json.loads(lines[0]) == {
+        "question": "three\nlines, here",
+        "choices": ["1", "2", "None", "04"],
+        "answer": 2,
+    }
+
+
+def test_whole_prompts_are_no_task(tmp_path):
+    questions = Questions("prompts", (Question("x", "", (), 0, "Which?\nAnswer:"),), {})
+    with pytest.raises(ValueError, match="prompts holds whole prompts: give questions in MMLU's form"):
+        harness_tasks(Task(questions), tmp_path)
+
+
+def test_without_the_harness_the_error_says_what_to_install(monkeypatch, tiny_llama, tokenizer):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"lm-evaluation-harness is needed .*: pip install 'qlora-lab\[eval\]'"):
+        harness_model(tiny_llama, tokenizer)
