@@ -6,14 +6,16 @@
 Arrays of small integers, one entry a game, since thousands of replays read them; names and questions stand beside.
 A verdict that could not be read is one of its own. It is never a tie in silence: whoever rates the games says what
 becomes of it.
+Not here: files of games (judgments.py), games drawn at random (simulated_games.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 VERDICTS = ("first", "second", "tie", "unread")  # the answer that won; the index is its number in Games.verdicts
+FIRST, SECOND, TIE, UNREAD = range(4)
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,45 @@ class Games:
         >>> Games.of([("q1", "a", "b", "tie")]).verdicts
         array([2])
         """
-        rows = list(rows)
-        for number, (_, first, second, verdict) in enumerate(rows, 1):
+        systems, questions, numbers = {}, {}, []  # name -> index: a search in a list is slow for 40,000 games
+        for number, (question, first, second, verdict) in enumerate(rows, 1):
             if verdict not in VERDICTS:
                 raise ValueError(f"game {number}: the verdict is {verdict!r}; allowed are {', '.join(VERDICTS)}")
             if first == second:
                 raise ValueError(f"game {number}: {first!r} plays against itself: a game needs two systems")
-        systems = tuple(dict.fromkeys(name for _, *pair, _ in rows for name in pair))
-        questions = tuple(dict.fromkeys(row[0] for row in rows))
-        table = np.array(
-            [
-                (questions.index(q), systems.index(first), systems.index(second), VERDICTS.index(verdict))
-                for q, first, second, verdict in rows
-            ],
-            dtype=np.int64,
-        ).reshape(-1, 4)
-        return cls(systems, questions, *table.T)
+            pair = [systems.setdefault(name, len(systems)) for name in (first, second)]
+            numbers.append((questions.setdefault(question, len(questions)), *pair, VERDICTS.index(verdict)))
+        table = np.array(numbers, dtype=np.int64).reshape(-1, 4)
+        return cls(tuple(systems), tuple(questions), *table.T)
+
+    @classmethod
+    def of_counts(cls, rows: Iterable[tuple[str, str, Sequence[int]]]) -> "Games":
+        """Make games from rows of first system, second system, and how often each of VERDICTS fell.
+
+        The games then have no questions, so nothing can pair the two orders of one question, or resample questions.
+
+        >>> Games.of_counts([("a", "b", (2, 1, 0, 0))]).verdicts
+        array([0, 0, 1])
+        """
+        rows = list(rows)
+        games = cls.of(("", first, second, "tie") for first, second, _ in rows)  # one a row, for the checks and names
+        counts = np.array([counts for *_, counts in rows], dtype=np.int64).reshape(-1, len(VERDICTS))
+        if (counts < 0).any():
+            row = int((counts < 0).any(axis=1).argmax())
+            raise ValueError(f"row {row + 1}: the counts are {counts[row].tolist()}; a count is 0 or more")
+        verdicts = np.repeat(np.tile(np.arange(len(VERDICTS)), len(rows)), counts.ravel())
+        first, second = (np.repeat(side, counts.sum(axis=1)) for side in (games.first, games.second))
+        return cls(games.systems, (), np.full(len(verdicts), -1), first, second, verdicts)
 
     def __len__(self) -> int:
         return len(self.verdicts)
+
+    def where(self, chosen: np.ndarray) -> "Games":
+        """Return the games that a boolean array (n,) chooses. Systems and questions keep their numbers."""
+        arrays = (array[chosen] for array in (self.question, self.first, self.second, self.verdicts))
+        return Games(self.systems, self.questions, *arrays)
+
+    @property
+    def unread(self) -> int:
+        """How many verdicts could not be read."""
+        return int((self.verdicts == UNREAD).sum())

@@ -1,0 +1,248 @@
+"""Rate the systems of a tournament by a model of the judge: strengths, ties, and the advantage of being read first.
+
+    result = bradley_terry(games)        -> BradleyTerry: points on Elo's scale, each with a 95 % interval
+    result.ratings["gpt-4"]              -> Estimate(value=1494.0, low=1436.4, high=1567.5)
+    result.position                      -> Estimate of the points that the first answer gains by its place alone
+
+For systems of strengths s, a game of i (read first) against j has d = s_i - s_j + position, and its verdicts have
+    P(first) : P(second) : P(tie) = e^(d/2) : e^(-d/2) : nu
+Sources: Bradley and Terry, 1952; nu: R. Davidson, JASA 1970; position: Davidson and Beaver, Biometrics 1977. Points
+are 400 / ln 10 times the natural unit, and their mean is 1000. As in Elo, 400 points are odds of 10 to 1: here among
+the games that are decided, with the advantage of the place taken out.
+The likelihood is concave: scipy.optimize finds its only maximum, whatever the order of the games.
+Intervals come from resampled questions. Games of one question are no independent draws: a question that suits a
+system suits it in all its games, in both orders.
+Not here: who meets whom, and whether a maximum exists (connected.py).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr, stdtrit
+
+from qlora_lab.measure.connected import Decided, check_connected, check_maximum, without_exception
+from qlora_lab.measure.games import TIE, UNREAD, Games
+from qlora_lab.measure.tournament import Rules, rank_ranges
+
+POINTS = 400 / np.log(10)  # points in one natural unit of strength
+MEAN = 1000.0  # of the ratings
+STEPS = 40  # of Newton's method for a resample; near the estimate it takes five
+LONGEST = 1.0  # natural units, of one step: far from the maximum a full step overshoots
+FLAT = 1e-7  # curvature per game, below which a resample says nothing in some direction
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """Ratings with intervals. Points of Elo's scale."""
+
+    ratings: dict[str, Estimate]  # best first. Infinite for a system in `always`
+    ranks: dict[str, tuple[int, int]]  # best and worst rank in 95 % of the resamples, in the same order
+    position: Estimate | None  # the advantage of the first place, in points; None if it was ignored
+    ties: Estimate  # share of ties between equal systems if no place has an advantage, 0 to 1
+    always: dict[str, str]  # system -> "won" or "lost" every game: it has no finite rating, and the others have theirs
+    over: str  # "questions", or "games" where there are counts alone
+    games: int  # that were rated
+    unread: int  # verdicts of the tournament that could not be read
+    resamples: int  # that the intervals come from
+    without_answer: int  # further resamples, without a finite maximum. Above a few per cent, intervals are too short
+
+
+def bradley_terry(
+    games: Games, *, position: bool = True, unread: str = "left out", resamples: int = 1000, seed: int = 0
+) -> BradleyTerry:
+    """Fit strengths, ties and (unless position=False) the advantage of the first place; resample for intervals.
+
+    unread: "left out", or "tie". resamples: of questions with replacement; where the games have counts alone, of games
+    within each ordered pair, which is narrower than it should be.
+    A system that won (or lost) every game has no finite rating: it is named, and the others are rated without it.
+    Raises ValueError for systems that never met (it names the groups), for games that any larger strength, position or
+    number of ties would fit still better, and for fewer than two resamples.
+    """
+    Rules(unread=unread)  # checks the word
+    if resamples < 2:
+        raise ValueError(f"resamples is {resamples}, but an interval needs at least 2")
+    kept = games if unread == "tie" else games.where(games.verdicts != UNREAD)
+    decided = Decided.of(kept)
+    check_connected(decided, games.systems)
+    rated, always = without_exception(decided, games.systems)
+    model = _Model.of(rated, position)
+    check_maximum(rated, model.utilities, [*(games.systems[i] for i in rated.systems)], position)
+    found = model.fit(rated.counts)
+    drawn = _resampled(kept, rated, resamples, np.random.default_rng(seed))
+    solved = model.refit(drawn, found)
+    answered = np.isfinite(solved).all(axis=1)
+    if answered.sum() < 2:
+        raise ValueError(f"{resamples} resamples gave no interval: the tournament has too few questions or games")
+    solutions = np.vstack([found, solved[answered]])  # the estimate, then the resamples
+    points = _points(model.strengths(solutions), rated, always, games.systems)
+    order = np.argsort(-points[0], kind="stable")
+    tail = _tail(len(np.unique(kept.question))) if games.questions else 0.025
+    ranks = rank_ranges(points[1:], 1 - 2 * tail)
+    nu = model.nu(solutions)
+    return BradleyTerry(
+        ratings={games.systems[i]: _rating(points[:, i], tail) for i in order},
+        ranks={games.systems[i]: ranks[i] for i in order},
+        position=_estimate(POINTS * model.position_of(solutions), tail) if position else None,
+        ties=_estimate(nu / (2 + nu), tail),
+        always=always,
+        over="questions" if games.questions else "games",
+        games=len(kept),
+        unread=games.unread,
+        resamples=len(solutions) - 1,
+        without_answer=int((~answered).sum()),
+    )
+
+
+OUT = 1e9  # points: stands for infinity while ranks are taken, since two infinite ratings may have an order
+
+
+def _points(strengths: np.ndarray, rated: Decided, always: dict[str, str], names: tuple[str, ...]) -> np.ndarray:
+    """Turn strengths of the rated systems into points of all systems, (n, systems)."""
+    points = np.empty((len(strengths), len(names)))
+    points[:, rated.systems] = MEAN + POINTS * strengths
+    for number, (name, what) in enumerate(always.items()):
+        points[:, names.index(name)] = (1 if what == "won" else -1) * (
+            OUT - number
+        )  # the first set aside is farthest out
+    return points
+
+
+def _rating(points: np.ndarray, tail: float) -> Estimate:
+    if abs(points[0]) < OUT / 2:
+        return _estimate(points, tail)
+    infinite = float(np.copysign(np.inf, points[0]))
+    return Estimate(infinite, infinite, infinite)
+
+
+def _tail(questions: int) -> float:
+    """Return the share of resamples to leave out at each end of an interval: 0.025 for many questions, less for few.
+
+    Resamples of n questions vary less than n new questions would, by (n - 1) / n, and a normal's tails are thinner than
+    Student's. Source: T. Hesterberg, What Teachers Should Know About the Bootstrap, 2015, "expanded percentile".
+    """
+    if questions < 2:
+        return 0.0
+    return float(ndtr(-np.sqrt(questions / (questions - 1)) * stdtrit(questions - 1, 0.975)))
+
+
+def _estimate(values: np.ndarray, tail: float) -> Estimate:
+    """The first value, and the others but for a share of `tail` at each end."""
+    low, high = np.quantile(values[1:], [tail, 1 - tail])
+    return Estimate(float(values[0]), float(low), float(high))
+
+
+def _resampled(kept: Games, rated: Decided, resamples: int, draws: np.random.Generator) -> np.ndarray:
+    """Draw counts of verdicts, (resamples, pairs, 3), in the order of rated.counts."""
+    if not kept.questions:
+        totals = rated.counts.sum(axis=1)
+        shares = rated.counts / totals[:, None]
+        return draws.multinomial(totals.astype(np.int64), shares, size=(resamples, len(totals))).astype(float)
+    by_question = rated.by_question(kept)  # (questions, pairs, 3)
+    questions = len(by_question)
+    # A question that was drawn twice counts twice, with all its games.
+    times = draws.multinomial(questions, np.full(questions, 1 / questions), size=resamples)
+    flat = times.astype(float) @ by_question.reshape(questions, -1)
+    return flat.reshape(resamples, *by_question.shape[1:])
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The three utilities of a game, linear in the parameters: strengths but one, position, log nu."""
+
+    utilities: np.ndarray  # (pairs, outcomes, parameters): of a first win, a second win and, if any fell, a tie
+    basis: np.ndarray  # (systems, systems - 1): strengths that sum to zero
+    position: bool
+
+    @classmethod
+    def of(cls, rated: Decided, position: bool) -> "_Model":
+        systems, pairs = len(rated.systems), len(rated.counts)
+        # The last strength is minus the sum of the others. Without such a rule all could rise together.
+        basis = np.vstack([np.eye(systems - 1), -np.ones(systems - 1)])
+        difference = basis[rated.first] - basis[rated.second]
+        if position:
+            difference = np.column_stack([difference, np.ones(pairs)])
+        half = difference / 2
+        if not rated.counts[:, TIE].any():  # no tie fell: nu is 0, its logarithm no number
+            return cls(np.stack([half, -half], axis=1), basis, position)
+        utilities = np.zeros((pairs, 3, half.shape[1] + 1))
+        utilities[:, 0, :-1], utilities[:, 1, :-1], utilities[:, 2, -1] = half, -half, 1
+        return cls(utilities, basis, position)
+
+    def fit(self, counts: np.ndarray) -> np.ndarray:
+        """Return the parameters at the maximum of the likelihood, by scipy.optimize with gradient and Hessian."""
+        from scipy.optimize import minimize
+
+        counts = counts[:, : self.utilities.shape[1]]
+        games = counts.sum()
+
+        def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:  # nats per game
+            chosen = self.utilities @ parameters
+            highest = chosen.max(axis=1, keepdims=True)
+            log_total = highest + np.log(np.exp(chosen - highest).sum(axis=1, keepdims=True))
+            gradient, _ = self._slopes(counts[None], parameters[None])
+            return -(counts * (chosen - log_total)).sum() / games, -gradient[0] / games
+
+        def hessian(parameters: np.ndarray) -> np.ndarray:
+            return self._slopes(counts[None], parameters[None])[1][0] / games
+
+        start = np.zeros(self.utilities.shape[2])
+        result = minimize(loss, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": 1e-10})
+        return result.x
+
+    def refit(self, counts: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """Return the parameters of many tournaments, (n, parameters), from counts (n, pairs, 3); NaN without an answer.
+
+        Newton's method for all at once. A thousand calls of scipy.optimize take two hundred times as long.
+        """
+        counts = counts[:, :, : self.utilities.shape[1]]
+        solved = np.tile(start, (len(counts), 1))
+        small = 1e-12 * np.eye(len(start))  # keeps a flat direction from dividing by zero; _answered then refuses it
+        for _ in range(STEPS):
+            gradient, curvature = self._slopes(counts, solved)
+            step = np.linalg.solve(curvature + small, gradient[:, :, None])[:, :, 0]
+            longest = np.abs(step).max(axis=1, keepdims=True)
+            solved += step * np.minimum(1, LONGEST / np.maximum(longest, 1e-300))
+            if (longest < 1e-9).all():
+                break
+        # A resample without a finite maximum runs away, or its likelihood is flat.
+        flat = np.linalg.eigvalsh(curvature)[:, 0] < FLAT * counts.sum(axis=(1, 2))
+        solved[flat | (longest[:, 0] > 1e-6)] = np.nan
+        return solved
+
+    def _slopes(self, counts: np.ndarray, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return gradient (n, k) and negative Hessian (n, k, k) of the log-likelihood. counts: (n, pairs, outcomes)."""
+        pairs, outcomes, k = self.utilities.shape
+        flat = self.utilities.reshape(pairs * outcomes, k)
+        chosen = (parameters @ flat.T).reshape(-1, pairs, outcomes)
+        chances = np.exp(chosen - chosen.max(axis=2, keepdims=True))
+        chances /= chances.sum(axis=2, keepdims=True)
+        totals = counts.sum(axis=2, keepdims=True)
+        expected = totals * chances
+        gradient = (counts - expected).reshape(-1, pairs * outcomes) @ flat
+        # The variance of the utilities under the model: the mean of their squares less the square of their mean.
+        squares = (flat[:, :, None] * flat[:, None, :]).reshape(-1, k * k)
+        curvature = (expected.reshape(-1, pairs * outcomes) @ squares).reshape(-1, k, k)
+        means = np.einsum("npo,pok->npk", chances, self.utilities) * np.sqrt(totals)
+        return gradient, curvature - means.transpose(0, 2, 1) @ means
+
+    def strengths(self, parameters: np.ndarray) -> np.ndarray:
+        """(n, systems), natural units, sum 0."""
+        return parameters[:, : self.basis.shape[1]] @ self.basis.T
+
+    def position_of(self, parameters: np.ndarray) -> np.ndarray:
+        """(n,), natural units."""
+        return parameters[:, self.basis.shape[1]]
+
+    def nu(self, parameters: np.ndarray) -> np.ndarray:
+        """(n,): the weight of a tie, 0 if none fell."""
+        ties = self.utilities.shape[1] == 3
+        return np.exp(parameters[:, -1]) if ties else np.zeros(len(parameters))
