@@ -18,58 +18,54 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_lab.measure.games import VERDICTS, Games
+from qlora_lab.measure.agreement import FirstWins, position_bias
+from qlora_lab.measure.games import UNREAD, Games
 
-FIRST, SECOND, TIE, UNREAD = range(len(VERDICTS))
 LEVEL = 0.01  # of p: a judge is not accused lightly
 BROKEN = 0.5  # share of pairs without a common winner: a judge who throws a coin contradicts itself as often
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a judge did. Counts of games, and of pairs of games that differ in the order of the answers alone."""
+    """What a judge did. A pair: two answers to one question, read in both orders, both times with a verdict."""
 
-    first: int  # games that the answer in this place won
-    second: int
-    ties: int
-    unread: int
-    pairs: int  # of which both verdicts were read
+    verdicts: FirstWins
+    pairs: int
     contradictions: int  # pairs in which one place won both games
     to_first: int  # pairs that lean to the first place: it won both games, or one beside a tie
     to_second: int
-    p: float  # of the two-sided sign test of to_first against to_second, or of first against second without questions
-
-    @property
-    def share_first(self) -> float:
-        """The share of first wins among the games that were decided; NaN if none was."""
-        decided = self.first + self.second
-        return self.first / decided if decided else float("nan")
+    # Of the two-sided sign test of to_first against to_second; without questions, of first wins against second wins.
+    p: float | None  # None if neither can be tested
 
     @property
     def is_broken(self) -> bool:
         """Whether places explain the verdicts better than answers do."""
-        return self.p < LEVEL and self.contradictions > BROKEN * self.pairs
+        return self.p is not None and self.p < LEVEL and self.contradictions > BROKEN * self.pairs
 
     def __str__(self) -> str:
-        decided = self.first + self.second
-        if not decided:
-            return "no verdict could be read" if not self.ties else "every verdict is a tie: this judge tells nothing"
-        won = f"the first answer won {self.share_first:.0%} of {decided:,} decided games"
-        if not self.pairs and self.p == 1:
+        share = self.verdicts.share
+        if share is None:
+            ties = self.verdicts.ties
+            return "every verdict is a tie: this judge tells nothing" if ties else "no verdict could be read"
+        decided = self.verdicts.first + self.verdicts.second
+        won = f"the first answer won {share:.0%} of {decided:,} decided games"
+        if self.p is None:
             return f"{won}; no two answers were read in both orders, so place and strength cannot be told apart"
-        if not self.pairs:
-            favours = "the first" if self.first > self.second else "the second"
-            liking = f"this judge favours {favours} answer" if self.p < LEVEL else "no liking for a place was seen"
-            return f"{won}, with as many games in either order (p = {self.p:.2g}): {liking}"
-        turned = (
-            f"{self.contradictions:,} of {self.pairs:,} pairs changed their winner with the order (p = {self.p:.2g})"
-        )
+        if self.pairs:
+            turned = f"and {self.contradictions:,} of {self.pairs:,} pairs changed their winner with the order"
+        else:
+            turned = "with as many games in either order"
+        return f"{won}, {turned} (p = {self.p:.2g}): {self._verdict()}"
+
+    def _verdict(self) -> str:
         if self.is_broken:
-            return f"{won}, and {turned}: this judge reads positions, not answers"
-        if self.p < LEVEL:
-            place = "first" if self.to_first > self.to_second else "second"
-            return f"{won}, and {turned}: this judge favours the {place} answer, so only games in both orders are fair"
-        return f"{won}, and {turned}: no liking for a place was seen"
+            return "this judge reads positions, not answers"
+        if self.p >= LEVEL:
+            return "no liking for a place was seen"
+        leans = self.to_first - self.to_second if self.pairs else self.verdicts.first - self.verdicts.second
+        return (
+            f"this judge favours the {'first' if leans > 0 else 'second'} answer, so only games in both orders are fair"
+        )
 
 
 def diagnose_judge(games: Games) -> Diagnosis:
@@ -78,14 +74,13 @@ def diagnose_judge(games: Games) -> Diagnosis:
     >>> diagnose_judge(Games.of([("q", "a", "b", "first"), ("q", "b", "a", "first")])).contradictions
     1
     """
-    counts = np.bincount(games.verdicts, minlength=len(VERDICTS)).tolist()
+    total = position_bias(games).total
     leaning = _leaning(games)  # (pairs,) in -2..2: first wins minus second wins
     to_first, to_second = int((leaning > 0).sum()), int((leaning < 0).sum())
-    contradictions = int((abs(leaning) == 2).sum())
-    p = _sign_test(to_first, to_second)
-    if not len(leaning) and _is_balanced(games):  # counts: single games must do
-        p = _sign_test(*counts[:2])
-    return Diagnosis(*counts, len(leaning), contradictions, to_first, to_second, p)
+    p = _sign_test(to_first, to_second) if len(leaning) else None
+    if p is None and not games.questions and _is_balanced(games):  # counts: single games must do
+        p = _sign_test(total.first, total.second)
+    return Diagnosis(total, len(leaning), int((abs(leaning) == 2).sum()), to_first, to_second, p)
 
 
 def _is_balanced(games: Games) -> bool:

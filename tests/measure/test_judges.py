@@ -12,6 +12,7 @@ from torch.nn.functional import log_softmax
 from qlora_lab.data.dataset import prompt_ids
 from qlora_lab.data.examples import Example
 from qlora_lab.data.labels import end_token_id
+from qlora_lab.measure.agreement import position_bias
 from qlora_lab.measure.diagnosis import diagnose_judge
 from qlora_lab.measure.games import Games
 from qlora_lab.measure.judges import (
@@ -150,16 +151,16 @@ def by_text(q, first, second):
 
 def test_a_judge_who_reads_places_is_unmasked():
     found = diagnose_judge(played(always_first))
-    assert (found.first, found.second, found.pairs, found.contradictions) == (24, 0, 12, 12)
+    assert (found.verdicts.first, found.verdicts.second, found.pairs, found.contradictions) == (24, 0, 12, 12)
     assert found.is_broken and str(found).endswith("this judge reads positions, not answers")
     assert "the first answer won 100% of 24 decided games, and 12 of 12 pairs changed their winner" in str(found)
     last = diagnose_judge(played(lambda *_: "second"))
-    assert last.is_broken and last.share_first == 0
+    assert last.is_broken and last.verdicts.share == 0
 
 
 def test_one_who_reads_answers_is_not():
     found = diagnose_judge(played(by_text))
-    assert (found.share_first, found.contradictions, found.p) == (0.5, 0, 1.0) and not found.is_broken
+    assert (found.verdicts.share, found.contradictions, found.p) == (0.5, 0, 1.0) and not found.is_broken
     assert str(found).endswith("no liking for a place was seen")
 
 
@@ -185,7 +186,13 @@ def test_a_judge_who_throws_a_coin_is_not_accused_of_places():
 def test_a_win_beside_a_tie_leans_and_unread_games_make_no_pair():
     rows = [("q1", "a", "b", "first"), ("q1", "b", "a", "tie"), ("q2", "a", "b", "first"), ("q2", "b", "a", "unread")]
     found = diagnose_judge(Games.of(rows))
-    assert (found.pairs, found.contradictions, found.to_first, found.to_second, found.unread) == (1, 0, 1, 0, 1)
+    assert (found.pairs, found.contradictions, found.to_first, found.to_second, found.verdicts.unread) == (
+        1,
+        0,
+        1,
+        0,
+        1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,7 +214,7 @@ def test_counts_without_questions_are_judged_by_single_games():
     assert found.pairs == 0 and found.p == pytest.approx(binomtest(0, n).pvalue)
     assert "with as many games in either order" in str(found) and "favours the first answer" in str(found)
     one_order = diagnose_judge(Games(("a", "b"), (), arrays[0], 0 * arrays[1], 0 * arrays[1] + 1, arrays[3]))
-    assert one_order.p == 1.0 and "cannot be told apart" in str(one_order)
+    assert one_order.p is None and "cannot be told apart" in str(one_order)
 
 
 @given(st.lists(st.sampled_from(["first", "second", "tie", "unread"]), min_size=2, max_size=30))
@@ -216,11 +223,19 @@ def test_swapping_the_places_mirrors_the_diagnosis(verdicts):
     rows = [(f"q{i // 2}", *("ab" if i % 2 else "ba"), verdict) for i, verdict in enumerate(verdicts)]
     a = diagnose_judge(Games.of(rows))
     b = diagnose_judge(Games.of((*row[:3], mirror.get(row[3], row[3])) for row in rows))
-    assert (a.first, a.to_first, a.pairs, a.contradictions) == (b.second, b.to_second, b.pairs, b.contradictions)
-    assert (
-        a.p
-        == b.p
-        == pytest.approx(
-            binomtest(a.to_first, max(1, a.to_first + a.to_second)).pvalue if a.to_first + a.to_second else 1
-        )
+    assert (a.verdicts.first, a.to_first, a.pairs, a.contradictions, a.p) == (
+        b.verdicts.second,
+        b.to_second,
+        b.pairs,
+        b.contradictions,
+        b.p,
     )
+    if leaning := a.to_first + a.to_second:
+        assert a.p == pytest.approx(binomtest(a.to_first, leaning).pvalue)
+
+
+def test_pairs_are_those_of_position_bias():
+    """Both count the answers that were read in both orders."""
+    coin = np.random.default_rng(0)
+    games = played(lambda *_: ("first", "second", "tie", "unread")[coin.integers(4)], questions=50)
+    assert diagnose_judge(games).pairs == position_bias(games).repeated > 50
