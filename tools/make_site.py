@@ -21,7 +21,7 @@ PAGES = ["CHANGELOG.md", "LOG.md", "CONTRIBUTING.md", "LICENSE"]
 FOLDERS = {"docs": ["*.md", "*.gif", "*.png"], "bench": ["*.md", "*.json", "*.png"], "notebooks": ["*.ipynb"]}
 FOLDERS["notebooks/solutions"] = ["*.ipynb"]
 GUIDES = ["install", "finetune", "methods", "lora_relatives", "many_adapters", "long_runs", "devices", "files", "merge"]
-GUIDES += ["xray", "trust", "machines", "conformance", "families", "templates", "tools"]
+GUIDES += ["xray", "tournament", "trust", "machines", "conformance", "families", "templates", "tools"]
 FIGURES = ["ablations", "speed", "gpu"]
 
 

@@ -11,7 +11,9 @@ EXAMPLE = "qlora-lab verify runs/first"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="a folder from a command of qlora-lab, or the file of a sweep's or tournament's rows")
+    parser.add_argument(
+        "folder", help="a folder from a command of qlora-lab, or the file of a sweep's or tournament's rows"
+    )
     common(parser)
 
 
