@@ -31,8 +31,8 @@ PRINTING = ("generate", "doctor", "memory", "kernels", "xray", "conformance", "v
 EXITS = """Exit codes: 0 done; 1 doctor found a problem, verify or xray found a difference, conformance found one
 without a known reason, or memory found that a run does not fit; 2 a mistake, a full disk or too little memory, reported
 in one line, or faults that xray lists; 130 interrupted. Ctrl-C, SIGTERM and a closed terminal all end a command in the
-same way: finetune finishes its step and saves; finetune --resume, quantize, sweep and tournament continue from there. Under nohup a
-closed terminal ends nothing."""
+same way: finetune finishes its step and saves; finetune --resume, quantize, sweep and tournament continue from there.
+Under nohup a closed terminal ends nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import qlora_lab as ql
 from qlora_lab.cli.loading import print_note
-from qlora_lab.cli.options import add_fields, common, whole
+from qlora_lab.cli.options import add_fields, common, one_line, whole
 from qlora_lab.cli.printing import table
 from qlora_lab.train.run_options import ModelOptions
 
@@ -40,9 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     games.add_argument("--questions", type=whole, default=20, metavar="N", help="held-out docstrings to ask for")
     most = "maximum number of tokens in an answer"
     games.add_argument("--max-new-tokens", type=whole, default=40, metavar="N", help=most)
-    kinds = (
-        "rouge: ROUGE-L to the summary that a person wrote; logprob: log-probability per token under --judge-model; "
-    )
+    kinds = "rouge: ROUGE-L to the summary that a person wrote; logprob: log-probability per token, by --judge-model; "
     kinds += "logprob-sum: of the whole answer; always-first: a broken one, to see it unmasked"
     games.add_argument("--judge", choices=JUDGES, default="rouge", help=kinds)
     games.add_argument("--judge-model", metavar="MODEL", help="for logprob (default: the model, not quantised)")
@@ -186,7 +184,7 @@ def _report(a: argparse.Namespace, found: "Standings", said: list[str], **more) 
         print(json.dumps(_record(found) | more))
         return
     print(table([_cells(row) for row in found.rows]))
-    print("", *said, sep="\n")
+    print("", *map(one_line, said), sep="\n")
     if "page" in more:
         print_note(a, f"the answers side by side are in {more['page']}")
 
@@ -194,27 +192,24 @@ def _report(a: argparse.Namespace, found: "Standings", said: list[str], **more) 
 def _sentences(found: "Standings", rows: list[dict]) -> list[str]:
     """Say what to know before believing the table."""
     said = [f"{str(found.judge)[0].upper()}{str(found.judge)[1:]}."]
-    if found.place:
-        said.append(f"The first place is worth {_interval(found.place)} points.")
+    if found.position:
+        said.append(f"To be read first is worth {_interval(found.position)} points.")
     if found.no_rating:
         said.append(f"Bradley-Terry gives no rating: {found.no_rating}.")
     elif found.over == "games":
         said.append("Intervals are over games, for the questions are not known: they are narrower than they should be.")
     if found.judge.verdicts.unread:
-        first = next((row for row in rows if row["verdict"] == "unread"), None)
-        where = (
-            f"; the first: question {first['question']}, {first['first']} against {first['second']}" if first else ""
-        )
-        why = f" ({first['reason']})" if first else ""
-        said.append(
-            f"Verdicts that could not be read and count for nothing: {found.judge.verdicts.unread}{where}{why}."
-        )
+        words = f"Verdicts that could not be read and count for nothing: {found.judge.verdicts.unread}"
+        for row in [row for row in rows if row["verdict"] == "unread"][:1]:  # none, of games that others played
+            words += f"; the first: question {row['question']}, {row['first']} against {row['second']}"
+            words += f" ({row['reason']})"
+        said.append(f"{words}.")
     return said
 
 
 def _cells(row: "Standing") -> dict[str, str]:
     return {
-        "system": row.system,
+        "system": one_line(row.system),  # of a foreign file, perhaps
         "Elo": f"{row.elo:.0f} ± {row.one_order:.0f}",  # one order's standard deviation
         "Bradley-Terry (95 %)": _interval(row.rating),
         "rank": "" if row.ranks is None else "-".join(map(str, dict.fromkeys(row.ranks))),
@@ -243,7 +238,7 @@ def _record(found: "Standings") -> dict:
     return {
         "systems": [finite(asdict(row)) for row in found.rows],
         "judge": finite(asdict(found.judge)) | {"says": str(found.judge), "is_broken": found.judge.is_broken},
-        "first_place": found.place and asdict(found.place),
+        "position": found.position and asdict(found.position),
         "intervals_over": found.over,
         "no_rating": found.no_rating,
     }

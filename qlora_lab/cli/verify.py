@@ -1,4 +1,4 @@
-"""Check that a run, an adapter, a quantised copy, a fetched model or the rows of a sweep or tournament are as they were written."""
+"""Check that a run, an adapter, a model on disk or the rows of a sweep or tournament are as they were written."""
 
 import argparse
 import json

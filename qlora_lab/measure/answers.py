@@ -108,8 +108,9 @@ def answer_all(
     """Return system -> question's id -> answer; ask for those that the file `out` lacks, and append them.
 
     Models compute in float32 on the CPU, as in a sweep, and otherwise in load's choice for the GPU.
-    A row has system (name, model, codebook, block_size, double_quant, adapter, max_new_tokens, dtype, device,
-    versions), question, prompt_sha256, answer, date and sha256 (of all fields before it).
+    A row has system (name, weights_sha256, config_sha256, codebook, block_size, double_quant, adapter, max_new_tokens,
+    dtype, device, versions), question, prompt_sha256, model (name, source), answer, date and sha256 (of all fields
+    before it).
     An interrupt says how much is done. Raises what check_systems, load, load_adapter and open_results raise, and
     ValueError for a model that is quantised already.
     """
@@ -150,7 +151,9 @@ class _Asked:
             raise ValueError(f"{folder} is quantised already, as {stored}: a tournament starts from the original")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.float32 if self.device.type == "cpu" else fast_dtype(self.device)
-        self.model = model_record(name_or_path, folder)  # reads every weight once: 0.2 s for SmolLM2
+        record = model_record(name_or_path, folder)  # reads every weight once: 0.2 s for SmolLM2
+        self.sums = {name: record.pop(name) for name in ("weights_sha256", "config_sha256")}
+        self.model = record  # its name and source decide nothing: a folder may be moved
         self.versions = {name: installed_version(name) for name in ("qlora-lab", "torch", "transformers")}
 
     def record(self, system: System) -> dict:
@@ -158,7 +161,7 @@ class _Asked:
         quantised = system.codebook is not None
         return {
             "name": system.name,
-            "model": self.model,
+            **self.sums,
             "codebook": system.codebook,
             "block_size": system.block_size if quantised else None,
             "double_quant": system.double_quant if quantised else None,
@@ -181,8 +184,8 @@ class _Asked:
             examples = [question.answered(question.reference) for question in batch]  # only the prompt is read
             texts = generate_answers(model, tokenizer, examples, self.max_new_tokens, progress=self.progress)
             for question, text in zip(batch, texts, strict=True):
-                row = heads[question.id] | {"answer": text, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-                append_result(file, with_checksum(row))
+                row = heads[question.id] | {"model": self.model, "answer": text}
+                append_result(file, with_checksum(row | {"date": datetime.now(UTC).isoformat(timespec="seconds")}))
                 found[identity(row, ANSWERS)] = text
         return found
 

@@ -37,7 +37,7 @@ class Standings:
 
     rows: tuple[Standing, ...]  # best first
     judge: Diagnosis
-    place: Estimate | None  # points that the first place gains beside equal strength
+    position: Estimate | None  # points that an answer gains by being read first
     over: str | None  # what the intervals are over: "questions", or "games" where there are counts alone
     no_rating: str | None  # why Bradley-Terry has no answer
 
@@ -59,8 +59,8 @@ def standings(games: Games, orders: int = 10_000, resamples: int = 1000, *, prog
         unread = int((played & (games.verdicts == UNREAD)).sum())
         found = (fitted.ratings[system], fitted.ranks[system]) if fitted else (None, None)
         rows.append(Standing(system, rating, spread[system], *found, int(np.count_nonzero(played)), unread))
-    place, over = (fitted.position, fitted.over) if fitted else (None, None)
-    return Standings(tuple(rows), diagnose_judge(games), place, over, reason)
+    position, over = (fitted.position, fitted.over) if fitted else (None, None)
+    return Standings(tuple(rows), diagnose_judge(games), position, over, reason)
 
 
 def _fitted(games: Games, resamples: int) -> tuple[BradleyTerry | None, str | None]:

@@ -211,6 +211,12 @@ def test_games_that_were_played_are_rated_again_from_their_folder(capsys, model,
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+def test_names_in_a_file_cannot_move_the_cursor(capsys, tmp_path):
+    rows = [(q, *(f"{name}\x1b[2J" for name in pair), verdict) for q, *pair, verdict in both_orders()]
+    code, text, _ = run(capsys, "--games", write_games(tmp_path / "mine.jsonl", rows))
+    assert code == 0 and "\x1b" not in text and r"a\x1b[2J" in text
+
+
 def test_counts_say_what_their_intervals_are_over(capsys, tmp_path):
     path = tmp_path / "counts.csv"
     path.write_text("first,second,first_wins,second_wins,ties,unparsed\na,b,30,20,5,1\nb,a,35,15,4,0\n")

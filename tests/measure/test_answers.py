@@ -84,6 +84,13 @@ def test_nothing_is_asked_twice(folder, out, loads):
     }
 
 
+def test_a_model_that_was_moved_is_not_asked_again(folder, out, loads):
+    answers = answer_all(folder, systems([None, "nf4"]), QUESTIONS, out, **SHORT)
+    moved = folder.rename(folder.with_name("moved"))
+    assert answer_all(moved, systems([None, "nf4"]), QUESTIONS, out, **SHORT) == answers
+    assert loads["codebooks"] == [None, "nf4"]
+
+
 def test_an_interrupt_keeps_what_was_answered(folder, out, loads):
     loads["stop"] = 1
     with pytest.raises(KeyboardInterrupt, match=r"1 of 2 systems have answered in .*answers.jsonl; the same call goes"):
@@ -137,10 +144,12 @@ def test_what_decides_an_answer_asks_anew(folder, adapter, out, tmp_path, loads,
 
 def test_a_row_says_whose_answer_it_is(folder, out):
     answer_all(folder, systems([None, "nf4"], block_size=32, double_quant=False), QUESTIONS, out, **SHORT)
-    whole, nf4 = (row["system"] for row in read_results(out, ANSWERS)[::3])
+    rows = read_results(out, ANSWERS)
+    whole, nf4 = (row["system"] for row in rows[::3])
+    assert rows[0]["model"] == {"name": str(folder), "source": "a local folder"}
     assert whole["codebook"] is None and whole["block_size"] is None and whole["double_quant"] is None
     assert (nf4["name"], nf4["block_size"], nf4["double_quant"], nf4["adapter"]) == ("nf4", 32, False, None)
-    assert re.fullmatch("[0-9a-f]{64}", nf4["model"]["weights_sha256"]) and "torch" in nf4["versions"]
+    assert re.fullmatch("[0-9a-f]{64}", nf4["weights_sha256"]) and "torch" in nf4["versions"]
     assert ANSWERS.start in STARTS and out.read_bytes().startswith(ANSWERS.start)
 
 
