@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import many_adapters, steps
+from bench import elo_rules, many_adapters, steps, tournament
 from bench.render import BEGIN, END, ROWS, find, in_page, table
 from bench.timing import in_turn, peak_bytes
 
@@ -59,6 +59,29 @@ def test_contenders_run_in_turn():
     result = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, sample=0)
     assert "".join(order) == "aabb" + "ab" + "ba" + "ab"
     assert result["a"]["rounds"] == 3 and result["a"]["calls"] == 1
+
+
+def test_so_is_the_table_of_tournaments():
+    result = json.loads(tournament.OUT.read_text("utf-8"))
+    assert not result["quick"] and tournament.table(result) in tournament.PAGE.read_text("utf-8"), (
+        "run it with --render"
+    )
+
+
+def test_what_the_rules_of_elo_change_was_recorded():
+    """The figures that LOG.md quotes."""
+    result = json.loads((ROOT / "bench" / "elo_rules.json").read_text("utf-8"))
+    assert result["published"] == elo_rules.PUBLISHED and len(result["rules"]) == 12
+    assert min(row["farthest"] for row in result["rules"]) > 17  # none of them is the paper's
+    far = {(row["k"], row["unread"], row["both_orders"]): row["farthest"] for row in result["rules"]}
+    assert far[32, "tie", "apart"] == 26.6 and far[32, "left out", "tie if they differ"] == 21.7
+    assert far[16, "tie", "mean"] == min(far.values()) == 17.7
+    assert (result["answers read in both orders"], result["with one verdict"]) == (2227, 1367)
+    over_questions, over_games = result["bradley_terry"]
+    widths = [
+        fit["ratings"]["65b-guanaco"][2] - fit["ratings"]["65b-guanaco"][1] for fit in (over_questions, over_games)
+    ]
+    assert 1.8 < widths[0] / widths[1] < 2.2  # the same games; who forgets their questions claims half the width
 
 
 def test_the_x_ray_of_4_gb_held_less_than_200_mib():

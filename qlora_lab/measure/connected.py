@@ -68,7 +68,7 @@ def check_connected(decided: Decided, names: Sequence[str], apart_from: Sequence
         members = [[names[decided.systems[i]] for i in np.flatnonzero(group == number)] for number in range(groups)]
         said = " | ".join(", ".join(one) for one in members) or "no system"
         besides = f", apart from games of {', '.join(apart_from)}, who won or lost all of theirs" if apart_from else ""
-        words = "these groups never met" if groups > 1 else "a tournament needs two systems that met"
+        words = "these groups never met in a game with a verdict" if groups > 1 else "a tournament needs two systems"
         raise ValueError(f"{words}: {said}{besides}; let them answer the same questions, or rate each group alone")
 
 
@@ -84,10 +84,9 @@ def without_exception(decided: Decided, names: Sequence[str]) -> tuple[Decided, 
         for side, verdict in ((decided.first, FIRST), (decided.second, SECOND)):
             np.add.at(wins, side, decided.counts[:, verdict])
             np.add.at(games, side, decided.counts.sum(axis=1))
-        losses = games - wins - _ties(decided)
-        found = [(i, "won") for i in np.flatnonzero(wins == games)] + [
-            (i, "lost") for i in np.flatnonzero(losses == games)
-        ]
+        losses, played = games - wins - _ties(decided), games > 0  # who only met those set aside has no games left
+        found = [(i, "won") for i in np.flatnonzero(played & (wins == games))]
+        found += [(i, "lost") for i in np.flatnonzero(played & (losses == games))]
         if not found:
             break
         system, what = found[0]
@@ -116,6 +115,8 @@ def check_maximum(decided: Decided, utilities: np.ndarray, names: Sequence[str],
     """
     from scipy.optimize import linprog
 
+    if not decided.counts[:, [FIRST, SECOND]].any():
+        raise ValueError("no finite ratings exist: every verdict is a tie; play more games, or use elo")
     outcomes = utilities.shape[1]
     # (seen, other): how much more the seen verdict gains than each that did not fall. None may be negative.
     gains = np.concatenate(
@@ -140,5 +141,5 @@ def check_maximum(decided: Decided, utilities: np.ndarray, names: Sequence[str],
         above = strengths > strengths.max() - 1e-6
         groups = [", ".join(names[i] for i in np.flatnonzero(above == side)) for side in (True, False)]
         words.append(f"{groups[0]} over {groups[1]}")
-    said = " and ".join(words) or "ties, for every verdict is one"
+    said = " and ".join(words) or "a larger share of ties"
     raise ValueError(f"no finite ratings exist: no verdict ever speaks against {said}; play more games, or use elo")

@@ -21,7 +21,7 @@ from qlora_lab.measure.games import UNREAD, Games
 
 AS_UNREAD = ("left out", "tie")
 BOTH_ORDERS = ("apart", "mean", "tie if they differ")
-SHUFFLED = 2**22  # games that are shuffled at a time: 4 MB for up to 256 kinds of games, so memory stays small
+SHUFFLED = 2**23  # games that are shuffled at a time: 8 MB for up to 256 kinds of games, so memory stays small
 
 
 @dataclass(frozen=True)

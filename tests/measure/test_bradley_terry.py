@@ -1,0 +1,148 @@
+"""Bradley-Terry: tournaments solved by hand, intervals, and those that have no answer."""
+
+from math import inf, log
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from qlora_lab.measure.bradley_terry import POINTS, _Model, _resampled, _tail, bradley_terry
+from qlora_lab.measure.connected import Decided
+from qlora_lab.measure.games import VERDICTS, Games
+from qlora_lab.measure.simulated_games import simulate
+
+# Two systems, both orders, made so that the model fits exactly: in natural units d = position = ln 4, and nu = 1.
+# a first: e^((d + p) / 2) : e^-((d + p) / 2) : nu = 4 : 1/4 : 1. b first: the two cancel, 1 : 1 : 1.
+EXACT = [("a", "b", (16, 1, 4, 0)), ("b", "a", (4, 4, 4, 0))]
+
+
+def test_two_systems_by_hand():
+    found = bradley_terry(Games.of_counts(EXACT), resamples=50)
+    assert found.ratings["a"].value == pytest.approx(1000 + POINTS * log(4) / 2, abs=1e-5)
+    assert found.position.value == pytest.approx(POINTS * log(4), abs=1e-5)
+    assert found.ties.value == pytest.approx(1 / 3, abs=1e-7)
+    assert found.over == "games" and found.games == 33 and list(found.ratings) == ["a", "b"]
+
+
+def test_without_ties_and_position_odds_are_wins_to_losses():
+    games = Games.of_counts([("a", "b", (30, 10, 0, 0))])
+    found = bradley_terry(games, position=False, resamples=50)
+    difference = found.ratings["a"].value - found.ratings["b"].value
+    assert difference == pytest.approx(POINTS * log(3), abs=1e-5)
+    assert found.position is None and found.ties.value == 0
+
+
+def test_ratings_centre_on_1000_and_intervals_hold_them():
+    found = bradley_terry(simulate({"a": 1100, "b": 1000, "c": 850}, position=80, seed=3), resamples=200)
+    assert sum(one.value for one in found.ratings.values()) == pytest.approx(3000)
+    assert all(one.low < one.value < one.high for one in [*found.ratings.values(), found.position, found.ties])
+    assert found.over == "questions" and found.without_answer == 0 and found.resamples == 200
+
+
+def test_a_question_that_speaks_for_all_its_games_widens_the_interval():
+    games = simulate({"a": 1050, "b": 950}, questions=60, question_effect=1.0, seed=1)
+    apart = Games(games.systems, (), np.full(len(games), -1), games.first, games.second, games.verdicts)
+    by_question, by_game = (bradley_terry(one, resamples=400).ratings["a"] for one in (games, apart))
+    assert by_question.value == pytest.approx(by_game.value)
+    assert by_question.high - by_question.low > 1.2 * (by_game.high - by_game.low)  # sqrt 2 if both orders repeat
+
+
+def test_newton_s_resamples_are_scipy_s_maxima():
+    games = simulate({"a": 1100, "b": 1000, "c": 900, "d": 950}, position=100, questions=30, seed=2)
+    rated = Decided.of(games)
+    model = _Model.of(rated, position=True)
+    start = model.fit(rated.counts)
+    drawn = _resampled(games, rated, 20, np.random.default_rng(0))
+    one_by_one = np.stack([model.fit(counts) for counts in drawn])
+    # scipy stops at a slope of 1e-10 per game; the curvature per game is above 1e-2
+    np.testing.assert_allclose(model.refit(drawn, start), one_by_one, atol=1e-7)
+
+
+def test_resampled_questions_keep_their_games():
+    games = simulate({"a": 1000, "b": 1000}, questions=10, seed=0)
+    rated = Decided.of(games)
+    drawn = _resampled(games, rated, 30, np.random.default_rng(0))
+    assert (drawn.sum(axis=2) == 10).all()  # each question has one game of each ordered pair
+    assert drawn.std(axis=0).any()
+
+
+@settings(deadline=None, max_examples=10)
+@given(shuffle=st.randoms(use_true_random=False))
+def test_neither_the_order_of_games_nor_of_systems_matters(shuffle):
+    games = simulate({"a": 1100, "b": 1000, "c": 900}, position=50, questions=20, seed=4)
+    rows = np.column_stack([games.question, games.first, games.second, games.verdicts]).tolist()
+    shuffle.shuffle(rows)
+    other = Games.of((f"q{q}", games.systems[i], games.systems[j], VERDICTS[v]) for q, i, j, v in rows)
+    ours, theirs = (bradley_terry(one, resamples=2).ratings for one in (games, other))
+    assert {name: one.value for name, one in ours.items()} == pytest.approx(
+        {name: one.value for name, one in theirs.items()}, abs=1e-5
+    )
+
+
+def test_who_won_or_lost_everything_is_named_and_the_others_are_rated():
+    rows = [*EXACT, ("top", "a", (5, 0, 0, 0)), ("b", "top", (0, 5, 0, 0)), ("low", "b", (0, 3, 0, 0))]
+    found = bradley_terry(Games.of_counts(rows), resamples=50)
+    assert found.always == {"top": "won", "low": "lost"}
+    assert list(found.ratings) == ["top", "a", "b", "low"]
+    assert found.ratings["top"].value == inf and found.ratings["low"].high == -inf
+    assert found.ranks["top"] == (1, 1) and found.ranks["low"] == (4, 4)
+    alone = bradley_terry(Games.of_counts(EXACT), resamples=50)
+    assert found.ratings["a"].value == pytest.approx(alone.ratings["a"].value)
+
+
+def test_resamples_without_a_maximum_are_counted():
+    # b beat a once in eight questions, so every third resample has only wins of a
+    rows = [(f"q{i}", "a", "b", "second" if i == 0 else "first") for i in range(8)]
+    found = bradley_terry(Games.of(rows), position=False, resamples=400)
+    expected = 400 * (7 / 8) ** 8  # 137
+    assert found.without_answer == pytest.approx(expected, abs=40)  # four standard deviations of a binomial, 9.5
+    assert found.resamples + found.without_answer == 400
+
+
+def test_few_questions_have_thicker_tails():
+    assert _tail(10**6) == pytest.approx(0.025, abs=1e-5)
+    assert _tail(10) == pytest.approx(0.0086, abs=1e-4)  # Phi(-sqrt(10 / 9) * 2.262): t of 9 degrees from a table
+    assert _tail(1) == 0
+
+
+def test_unread_verdicts_are_left_out_or_ties():
+    rows = [("a", "b", (16, 1, 3, 1)), ("b", "a", (4, 4, 4, 0))]
+    left_out, tied = (bradley_terry(Games.of_counts(rows), unread=word, resamples=2) for word in ("left out", "tie"))
+    assert (left_out.games, tied.games) == (32, 33) and left_out.unread == tied.unread == 1
+    assert tied.ties.value == pytest.approx(1 / 3, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            [("a", "b", (1, 1, 0, 0)), ("c", "d", (1, 1, 0, 0))],
+            r"these groups never met in a game with a verdict: a, b \| c, d; let them answer",
+        ),
+        ([("a", "b", (1, 0, 0, 0)), ("b", "c", (3, 0, 0, 0))], "no finite ratings exist: .*a won all, b won all"),
+        ([("a", "b", (0, 0, 0, 4))], r"never met in a game with a verdict: a \| b; let"),
+        # always the first: the broken judge
+        ([("a", "b", (9, 0, 0, 0)), ("b", "a", (9, 0, 0, 0))], "no verdict ever speaks against the first answer read"),
+        ([("a", "b", (5, 2, 1, 0)), ("a", "c", (5, 2, 1, 0))], "strength and position cannot be told apart"),
+        ([("a", "b", (0, 0, 5, 0)), ("b", "a", (0, 0, 5, 0))], "every verdict is a tie; play more"),
+        (
+            [(*pair, (2, 1, 0, 0)) for pair in ("ab", "ba", "cd", "dc")]
+            + [("a", "c", (3, 0, 0, 0)), ("d", "b", (0, 2, 0, 0))],
+            "no verdict ever speaks against a, b over c, d",
+        ),
+        (
+            [("hub", "a", (2, 0, 0, 0)), ("hub", "b", (2, 0, 0, 0))],
+            r"these groups never met in a game with a verdict: a \| b, apart from games of hub, who won or lost all",
+        ),
+    ],
+)
+def test_tournaments_without_an_answer_say_why(rows, words):
+    with pytest.raises(ValueError, match=words):
+        bradley_terry(Games.of_counts(rows))
+
+
+def test_an_interval_needs_resamples():
+    with pytest.raises(ValueError, match="resamples is 1, but an interval needs at least 2"):
+        bradley_terry(Games.of_counts(EXACT), resamples=1)
+    with pytest.raises(ValueError, match="unread is 'no'"):
+        bradley_terry(Games.of_counts(EXACT), unread="no")
