@@ -193,7 +193,7 @@ def _sentences(found: "Standings", rows: list[dict]) -> list[str]:
     """Say what to know before believing the table."""
     said = [f"{str(found.judge)[0].upper()}{str(found.judge)[1:]}."]
     if found.position:
-        said.append(f"To be read first is worth {_interval(found.position)} points.")
+        said.append(f"Being read first is worth {_interval(found.position)} points.")
     if found.no_rating:
         said.append(f"Bradley-Terry gives no rating: {found.no_rating}.")
     elif found.over == "games":

@@ -7,7 +7,7 @@ callable (question, answer_a, answer_b) -> verdict; its `name` goes into the fil
     LogProbabilityJudge(model, tokenizer)   the answer that a model finds likelier
     always_first                            broken on purpose, for diagnosis.py to unmask
 
-The authors of QLoRA asked GPT-4 (section 6.2), which no notebook can replay. These two need no one else's server, and
+The authors of QLoRA asked GPT-4 (section 5.2), which no notebook can replay. These two need no one else's server, and
 each has a bias that is easy to name: ROUGE-L counts words and not truth, and a model likes what it would say itself.
 Not here: who asks a judge, and what becomes of one that fails (play.py).
 """
