@@ -59,7 +59,10 @@ def questions_of(examples: Iterable[Example]) -> list[Question]:
 
 
 def judge_name(judge: Judge) -> str:
-    """Return what a file of games calls a judge: its `name`, or the name of the function or class."""
+    """Return what a file of games calls a judge: its `name`, or the name of the function or class.
+
+    A file tells judges apart by this name alone, so give a judge that you change another one.
+    """
     return str(getattr(judge, "name", None) or getattr(judge, "__name__", None) or type(judge).__name__)
 
 

@@ -84,6 +84,7 @@ def test_nothing_is_asked_twice(folder, out, loads):
     }
 
 
+@pytest.mark.slow
 def test_a_model_that_was_moved_is_not_asked_again(folder, out, loads):
     answers = answer_all(folder, systems([None, "nf4"]), QUESTIONS, out, **SHORT)
     moved = folder.rename(folder.with_name("moved"))
@@ -120,10 +121,8 @@ def test_one_model_is_in_memory_at_a_time(folder, out, monkeypatch):
     assert len(alive) == 3
 
 
-SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in ("prompt", "tokens", "block size")]
-
-
-@pytest.mark.parametrize("what", ["adapter", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["adapter", "prompt", "tokens", "block size"])
 def test_what_decides_an_answer_asks_anew(folder, adapter, out, tmp_path, loads, what):
     players = [System("a", None), System("b", "nf4", adapter=adapter)]
     answer_all(folder, players, QUESTIONS, out, **SHORT)
@@ -142,6 +141,7 @@ def test_what_decides_an_answer_asks_anew(folder, adapter, out, tmp_path, loads,
     assert loads["codebooks"] == ([None, "nf4"] if both else ["nf4"])
 
 
+@pytest.mark.slow
 def test_a_row_says_whose_answer_it_is(folder, out):
     answer_all(folder, systems([None, "nf4"], block_size=32, double_quant=False), QUESTIONS, out, **SHORT)
     rows = read_results(out, ANSWERS)

@@ -123,6 +123,14 @@ class Dies(Judge):
         return super().__call__(*given)
 
 
+def test_an_early_check_leaves_the_warning_of_a_torn_line_to_play(out):
+    quiet(out, Judge())
+    out.write_bytes(out.read_bytes()[:-40])
+    check_tournament(out, "length", list(ANSWERS), QUESTIONS)  # warnings are errors in these tests
+    with pytest.warns(UserWarning, match="line 18 was torn off"):
+        quiet(out, Judge())
+
+
 # -------------------------------------------------------------------------------------------------- judges who fail
 
 
