@@ -26,6 +26,7 @@ from qlora_lab.measure.tournament import Rules, rank_ranges
 
 POINTS = 400 / np.log(10)  # points in one natural unit of strength
 MEAN = 1000.0  # of the ratings
+TOGETHER = 100  # resamples that are solved at once: 30 systems then take 70 MB
 STEPS = 40  # of Newton's method for a resample; near the estimate it takes five
 LONGEST = 1.0  # natural units, of one step: far from the maximum a full step overshoots
 FLAT = 1e-7  # curvature per game, below which a resample says nothing in some direction
@@ -57,7 +58,13 @@ class BradleyTerry:
 
 
 def bradley_terry(
-    games: Games, *, position: bool = True, unread: str = "left out", resamples: int = 1000, seed: int = 0
+    games: Games,
+    *,
+    position: bool = True,
+    unread: str = "left out",
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
 ) -> BradleyTerry:
     """Fit strengths, ties and (unless position=False) the advantage of the first place; resample for intervals.
 
@@ -65,12 +72,17 @@ def bradley_terry(
     within each ordered pair, which is narrower than it should be.
     A system that won (or lost) every game has no finite rating: it is named, and the others are rated without it.
     Raises ValueError for systems that never met (it names the groups), for games that any larger strength, position or
-    number of ties would fit still better, and for fewer than two resamples.
+    number of ties would fit still better, and for fewer than two resamples or questions.
     """
+    from tqdm.auto import tqdm
+
     Rules(unread=unread)  # checks the word
     if resamples < 2:
         raise ValueError(f"resamples is {resamples}, but an interval needs at least 2")
     kept = games if unread == "tie" else games.where(games.verdicts != UNREAD)
+    asked = len(np.unique(kept.question))
+    if games.questions and asked == 1:
+        raise ValueError("an interval over questions needs at least two with a verdict, but there is one: ask more")
     decided = Decided.of(kept)
     check_connected(decided, games.systems)
     rated, always = without_exception(decided, games.systems)
@@ -78,14 +90,16 @@ def bradley_terry(
     check_maximum(rated, model.utilities, [*(games.systems[i] for i in rated.systems)], position)
     found = model.fit(rated.counts)
     drawn = _resampled(kept, rated, resamples, np.random.default_rng(seed))
-    solved = model.refit(drawn, found)
+    parts = np.array_split(drawn, -(-resamples // TOGETHER))
+    bar = tqdm(parts, "resamples", unit="part", leave=False, delay=2, disable=not progress)
+    solved = np.concatenate([model.refit(part, found) for part in bar])
     answered = np.isfinite(solved).all(axis=1)
     if answered.sum() < 2:
         raise ValueError(f"{resamples} resamples gave no interval: the tournament has too few questions or games")
     solutions = np.vstack([found, solved[answered]])  # the estimate, then the resamples
     points = _points(model.strengths(solutions), rated, always, games.systems)
     order = np.argsort(-points[0], kind="stable")
-    tail = _tail(len(np.unique(kept.question))) if games.questions else 0.025
+    tail = _tail(asked) if games.questions else 0.025
     ranks = rank_ranges(points[1:], 1 - 2 * tail)
     nu = model.nu(solutions)
     return BradleyTerry(
@@ -110,9 +124,8 @@ def _points(strengths: np.ndarray, rated: Decided, always: dict[str, str], names
     points = np.empty((len(strengths), len(names)))
     points[:, rated.systems] = MEAN + POINTS * strengths
     for number, (name, what) in enumerate(always.items()):
-        points[:, names.index(name)] = (1 if what == "won" else -1) * (
-            OUT - number
-        )  # the first set aside is farthest out
+        out = OUT - number  # the first that was set aside is the farthest out
+        points[:, names.index(name)] = out if what == "won" else -out
     return points
 
 
@@ -129,8 +142,6 @@ def _tail(questions: int) -> float:
     Resamples of n questions vary less than n new questions would, by (n - 1) / n, and a normal's tails are thinner than
     Student's. Source: T. Hesterberg, What Teachers Should Know About the Bootstrap, 2015, "expanded percentile".
     """
-    if questions < 2:
-        return 0.0
     return float(ndtr(-np.sqrt(questions / (questions - 1)) * stdtrit(questions - 1, 0.975)))
 
 

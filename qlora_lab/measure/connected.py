@@ -117,6 +117,10 @@ def check_maximum(decided: Decided, utilities: np.ndarray, names: Sequence[str],
 
     if not decided.counts[:, [FIRST, SECOND]].any():
         raise ValueError("no finite ratings exist: every verdict is a tie; play more games, or use elo")
+    for place, loser in (("first", SECOND), ("second", FIRST)):
+        if position and not decided.counts[:, loser].any():  # a broken judge, or too few games
+            words = f"the {place} answer won all decided games, so the place alone explains them"
+            raise ValueError(f"no finite ratings exist: {words}; play more games, or pass position=False")
     outcomes = utilities.shape[1]
     # (seen, other): how much more the seen verdict gains than each that did not fall. None may be negative.
     gains = np.concatenate(

@@ -52,16 +52,18 @@ class Games:
         """Make games from rows of first system, second system, and how often each of VERDICTS fell.
 
         The games then have no questions, so nothing can pair the two orders of one question, or resample questions.
+        Raises ValueError for a bad row.
 
         >>> Games.of_counts([("a", "b", (2, 1, 0, 0))]).verdicts
         array([0, 0, 1])
         """
         rows = list(rows)
         games = cls.of(("", first, second, "tie") for first, second, _ in rows)  # one a row, for the checks and names
+        for number, (*_, counts) in enumerate(rows, 1):
+            if len(counts) != len(VERDICTS) or min(counts) < 0:
+                words = f"four of 0 or more are needed: of {', '.join(VERDICTS)}"
+                raise ValueError(f"row {number}: the counts are {list(counts)}; {words}")
         counts = np.array([counts for *_, counts in rows], dtype=np.int64).reshape(-1, len(VERDICTS))
-        if (counts < 0).any():
-            row = int((counts < 0).any(axis=1).argmax())
-            raise ValueError(f"row {row + 1}: the counts are {counts[row].tolist()}; a count is 0 or more")
         verdicts = np.repeat(np.tile(np.arange(len(VERDICTS)), len(rows)), counts.ravel())
         first, second = (np.repeat(side, counts.sum(axis=1)) for side in (games.first, games.second))
         return cls(games.systems, (), np.full(len(verdicts), -1), first, second, verdicts)

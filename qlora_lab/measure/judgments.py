@@ -43,7 +43,10 @@ def read_games(path: str | Path, *, progress: bool = True) -> Games:
     if not path.exists():
         raise FileNotFoundError(f"no games at {path}: give a folder of judgments, a CSV file of counts or a JSONL file")
     if path.suffix.lower() == ".csv":
-        return _made(path, lambda: Games.of_counts(list(_counts(path))))
+        try:
+            return _made(path, lambda: Games.of_counts(_counts(path)))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} is not a CSV file in UTF-8 ({error}): save it as one") from None
     return _made(path, lambda: Games.of(_own(place, read()) for place, read in records(path)))
 
 
@@ -118,6 +121,7 @@ def _counts(path: Path) -> Iterator[tuple[str, str, list[int]]]:
         for row in rows:
             place = f"{path}, line {rows.line_num}"
             counts = [row[name] or "" for name in COUNTS]
-            if not all(count.isascii() and count.isdigit() for count in counts):
-                raise ValueError(f"{place} has the counts {', '.join(counts)}: four whole numbers of 0 or more")
+            # a slip of a key must not ask for more games than memory holds
+            if not all(count.isascii() and count.isdigit() and len(count) < 8 for count in counts):
+                raise ValueError(f"{place} has the counts {', '.join(counts)}: they are whole numbers below 10,000,000")
             yield *_two(place, row["first"], row["second"]), [int(count) for count in counts]

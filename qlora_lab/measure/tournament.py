@@ -1,8 +1,8 @@
 """Rate the systems of a tournament by Elo, in thousands of random orders of its games.
 
     result = elo(games)                        -> Elo: 10,000 orders, start 1000, K = 32, as the QLoRA paper plays them
-    result.ratings                             -> {"gpt-4": 1375.2, ...}, the mean over orders, best first
-    result.deviations["gpt-4"]                 -> 39.8, the standard deviation of one order's rating
+    result.ratings                             -> {"gpt-4": 1374.7, ...}, the mean over orders, best first
+    result.deviations["gpt-4"]                 -> 40.3, the standard deviation of one order's rating
 
 After each game, the winner takes k (1 - p) points from the loser, where p = 1 / (1 + 10^((r_loser - r_winner) / 400))
 is the chance of winning that the ratings gave it (A. Elo, 1978). A tie is half a win. Later games weigh more than
@@ -83,7 +83,8 @@ def elo(games: Games, rules: Rules | None = None, orders: int = 10_000, *, seed:
     """Rate the systems in `orders` random orders of the games.
 
     All orders advance together, one game at a time: a row of numpy work for each game in place of a loop for each
-    order. The result does not depend on how many are shuffled at a time. Readable twin: elo_of_one_order.
+    order. The result does not depend on how many are shuffled at a time. Readable twin:
+    elo_of_one_order, equal but for the rounding of a power, which is numpy's here and Python's there.
     rules: None for Rules().
     Raises ValueError for no game that can be rated, for fewer than one order, and as scores does.
     """
@@ -203,16 +204,24 @@ class Replayed:
 
 
 def replays(
-    games: Games, published: Mapping[str, float], rules: Iterable[Rules], orders: int = 400, *, seed: int = 0
+    games: Games,
+    published: Mapping[str, float],
+    rules: Iterable[Rules],
+    orders: int = 400,
+    *,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Iterator[Replayed]:
     """Rate the games under each set of rules; yield how near each comes to the published ratings.
 
     published: name -> points, of every system. Raises ValueError for a system that has none, and as elo does.
     """
+    from tqdm.auto import tqdm
+
     missing = [name for name in games.systems if name not in published]
     if missing:
         raise ValueError(f"no published rating of {', '.join(missing)}: there are {', '.join(published)}")
-    for one in rules:
+    for one in tqdm(list(rules), "rules", leave=False, delay=2, disable=not progress):
         ratings = elo(games, one, orders, seed=seed, progress=False).ratings
         differences = np.array([ratings[name] - published[name] for name in games.systems])
         farthest, typical = np.abs(differences).max(), np.sqrt((differences**2).mean())

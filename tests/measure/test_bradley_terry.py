@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from qlora_lab.files.course import course_path
 from qlora_lab.measure.bradley_terry import POINTS, _Model, _resampled, _tail, bradley_terry
 from qlora_lab.measure.connected import Decided
 from qlora_lab.measure.games import VERDICTS, Games
+from qlora_lab.measure.judgments import read_games
 from qlora_lab.measure.simulated_games import simulate
 
 # Two systems, both orders, made so that the model fits exactly: in natural units d = position = ln 4, and nu = 1.
@@ -30,6 +32,13 @@ def test_without_ties_and_position_odds_are_wins_to_losses():
     difference = found.ratings["a"].value - found.ratings["b"].value
     assert difference == pytest.approx(POINTS * log(3), abs=1e-5)
     assert found.position is None and found.ties.value == 0
+
+
+def test_the_authors_judgments_in_the_paper_s_order():
+    found = bradley_terry(read_games(course_path("data", "published", "guanaco_vicuna_pairs.csv")), resamples=50)
+    order = ["gpt-4", "65b-guanaco", "33b-guanaco", "vicuna-13b", "gpt-3.5", "13b-guanaco", "bard", "7b-guanaco"]
+    assert list(found.ratings) == order and found.over == "games" and found.unread == 13
+    assert found.position.low > 100  # points, by its place alone
 
 
 def test_ratings_centre_on_1000_and_intervals_hold_them():
@@ -102,7 +111,6 @@ def test_resamples_without_a_maximum_are_counted():
 def test_few_questions_have_thicker_tails():
     assert _tail(10**6) == pytest.approx(0.025, abs=1e-5)
     assert _tail(10) == pytest.approx(0.0086, abs=1e-4)  # Phi(-sqrt(10 / 9) * 2.262): t of 9 degrees from a table
-    assert _tail(1) == 0
 
 
 def test_unread_verdicts_are_left_out_or_ties():
@@ -122,7 +130,11 @@ def test_unread_verdicts_are_left_out_or_ties():
         ([("a", "b", (1, 0, 0, 0)), ("b", "c", (3, 0, 0, 0))], "no finite ratings exist: .*a won all, b won all"),
         ([("a", "b", (0, 0, 0, 4))], r"never met in a game with a verdict: a \| b; let"),
         # always the first: the broken judge
-        ([("a", "b", (9, 0, 0, 0)), ("b", "a", (9, 0, 0, 0))], "no verdict ever speaks against the first answer read"),
+        (
+            [("a", "b", (9, 0, 1, 0)), ("b", "a", (9, 0, 0, 0))],
+            "the first answer won all decided games, so the place alone",
+        ),
+        ([("a", "b", (0, 9, 0, 0)), ("b", "a", (0, 9, 0, 0))], "the second answer won all decided games"),
         ([("a", "b", (5, 2, 1, 0)), ("a", "c", (5, 2, 1, 0))], "strength and position cannot be told apart"),
         ([("a", "b", (0, 0, 5, 0)), ("b", "a", (0, 0, 5, 0))], "every verdict is a tie; play more"),
         (
@@ -144,5 +156,7 @@ def test_tournaments_without_an_answer_say_why(rows, words):
 def test_an_interval_needs_resamples():
     with pytest.raises(ValueError, match="resamples is 1, but an interval needs at least 2"):
         bradley_terry(Games.of_counts(EXACT), resamples=1)
+    with pytest.raises(ValueError, match="needs at least two with a verdict, but there is one"):
+        bradley_terry(Games.of([("q", "a", "b", "first"), ("q", "b", "a", "first"), ("r", "a", "b", "unread")]))
     with pytest.raises(ValueError, match="unread is 'no'"):
         bradley_terry(Games.of_counts(EXACT), unread="no")

@@ -38,6 +38,8 @@ def test_a_bad_row_is_named(row, words):
         Games.of([("q", "a", "b", "tie"), row])
 
 
-def test_a_negative_count_is_named():
+def test_bad_counts_are_named():
     with pytest.raises(ValueError, match=r"row 2: the counts are \[0, -1, 0, 0\]"):
         Games.of_counts([("a", "b", (1, 0, 0, 0)), ("b", "a", (0, -1, 0, 0))])
+    with pytest.raises(ValueError, match=r"row 1: the counts are \[1, 2, 3\]; four of 0 or more are needed: of first"):
+        Games.of_counts([("a", "b", (1, 2, 3))] * 4)  # twelve numbers, which would also make three rows

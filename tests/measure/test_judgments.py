@@ -114,8 +114,9 @@ def test_folders_that_are_no_tournament(tmp_path):
     ("text", "words"),
     [
         ("first,second,ties\na,b,1\n", "line 1 lacks first_wins, second_wins, unparsed"),
-        ("first,second,{0}\na,b,1,2,3,4\na,b,1,2,3\n", "line 3 has the counts 1, 2, 3, : four whole numbers"),
+        ("first,second,{0}\na,b,1,2,3,4\na,b,1,2,3\n", "line 3 has the counts 1, 2, 3, : they are whole numbers"),
         ("first,second,{0}\na,b,1,-2,3,4\n", "line 2 has the counts 1, -2, 3, 4"),
+        ("first,second,{0}\na,b,1,2,3,99999999\n", "line 2 has the counts 1, 2, 3, 99999999: .* below 10,000,000"),
         ("first,second,{0}\na,a,1,2,3,4\n", "line 2: 'a' against 'a'"),
         ("first,second,{0}\n", "holds no game"),
         ("", "line 1 lacks first, second, first_wins"),
@@ -125,4 +126,11 @@ def test_bad_counts(tmp_path, text, words):
     path = tmp_path / "pairs.csv"
     path.write_text(text.format(",".join(COUNTS)), encoding="utf-8")
     with pytest.raises(ValueError, match=f"pairs.csv,? ?{words}"):
+        read_games(path)
+
+
+def test_counts_in_another_encoding(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes("first,second,größe".encode("latin-1"))
+    with pytest.raises(ValueError, match="pairs.csv is not a CSV file in UTF-8"):
         read_games(path)
