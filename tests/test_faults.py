@@ -47,6 +47,7 @@ COMMANDS = {  # the command, and what the second try adds
     "merge": ("merge MODEL --adapter ADAPTER --anyway --out OUT", ""),
     "gguf": ("gguf MODEL --out GGUF", ""),
     "sweep": (f"sweep MODEL --codebooks nf4 --out ROWS {WINDOWS}", ""),
+    "tournament": ("tournament MODEL --codebooks nf4 int4 --questions 2 --max-new-tokens 2 --out OUT", ""),
     "block-size": (f"block-size MODEL --bits 5 --block-sizes 64 128 --out PLAN {WINDOWS}", ""),
     "fetch": (f"fetch {NAME}", ""),
     "finetune": (FINETUNE, "--resume"),
@@ -54,7 +55,15 @@ COMMANDS = {  # the command, and what the second try adds
     "finetune --overwrite": (f"{FINETUNE} --overwrite", ""),
     "finetune --optimizer-budget": (f"{FINETUNE} --optimizer-budget 2080", "--resume"),
 }
-FEW = {"sweep": 99, "block-size": 99, "quantize": 3, "merge": 3, "gguf": 3, "fetch": 3}  # points; one of the others
+FEW = {
+    "sweep": 99,
+    "block-size": 99,
+    "tournament": 9,
+    "quantize": 3,
+    "merge": 3,
+    "gguf": 3,
+    "fetch": 3,
+}  # points; one of the others
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ def contents(root: Path) -> dict[str, object]:
 
 
 def _timeless(path: Path) -> object:
-    if path.name in ("log.jsonl", "rows.jsonl", "result.json"):
+    if path.name in ("log.jsonl", "rows.jsonl", "answers.jsonl", "games.jsonl", "result.json"):
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
         return [{k: v for k, v in _object(line).items() if k not in TIMES} for line in lines]
     return "there" if path.name in FOLLOW else path.read_bytes()

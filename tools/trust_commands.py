@@ -26,6 +26,8 @@ TIMES = {
     "result.json": ("seconds",),
     "state.json": ("log_sha256",),  # the log has times
     "rows.jsonl": ("seconds", "date", "sha256", "commit"),
+    "answers.jsonl": ("date", "sha256"),
+    "games.jsonl": ("date", "sha256"),
     "qlora-lab.json": ("scratch",),  # a random name
 }
 
@@ -79,6 +81,7 @@ CASES += [
         "sweep MODEL --codebooks nf4 fp4 --text TEXT --windows 2 --length 8 --quiet --out OUT",
         out="rows.jsonl",
     ),
+    Case("tournament", "tournament MODEL --codebooks nf4 int4 --questions 2 --max-new-tokens 2 --quiet --out OUT"),
     Case(
         "block-size", "block-size MODEL --bits 5 --text TEXT --windows 2 --length 8 --quiet --out OUT", out="plan.json"
     ),

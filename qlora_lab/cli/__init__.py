@@ -22,7 +22,7 @@ from qlora_lab.train.interrupt import ending_like_ctrl_c
 
 # Each is a file of this folder.
 COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")
-COMMANDS += ("merge", "gguf", "memory", "sweep", "block-size", "multiple-choice", "xray", "conformance")
+COMMANDS += ("merge", "gguf", "memory", "sweep", "tournament", "block-size", "multiple-choice", "xray", "conformance")
 COMMANDS += ("verify", "open")
 LESS_MEMORY = "close other programs, or choose a smaller model"  # a command may know something better
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -32,8 +32,8 @@ PRINTING = ("generate", "doctor", "memory", "kernels", "xray", "conformance", "v
 EXITS = """Exit codes: 0 done; 1 doctor found a problem, verify or xray found a difference, conformance found one
 without a known reason, or memory found that a run does not fit; 2 a mistake, a full disk or too little memory, reported
 in one line, or faults that xray lists; 130 interrupted. Ctrl-C, SIGTERM and a closed terminal all end a command in the
-same way: finetune finishes its step and saves; finetune --resume, quantize, sweep and multiple-choice continue from
-there. Under nohup a closed terminal ends nothing."""
+same way: finetune finishes its step and saves; finetune --resume, quantize, sweep, tournament and
+multiple-choice continue from there. Under nohup a closed terminal ends nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         with ending_like_ctrl_c():  # SIGTERM and SIGHUP, too
             code = _run(arguments)
-        if code < 2 and (getattr(arguments, "json", False) or arguments.command in PRINTING):  # `open` has no --json
+        prints = arguments.command in PRINTING or getattr(arguments, "games", None) is not None  # tournament --games
+        if code < 2 and (prints or getattr(arguments, "json", False)):  # `open` has no --json
             return 2 if _unprinted(stdout, f"qlora-lab {arguments.command}") else code
         return code
 

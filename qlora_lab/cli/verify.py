@@ -1,4 +1,4 @@
-"""Check that a run, an adapter, a quantised copy, a fetched model or a sweep's results are as they were written."""
+"""Check that a run, an adapter, a model on disk or the rows of a sweep or tournament are as they were written."""
 
 import argparse
 import json
@@ -11,7 +11,9 @@ EXAMPLE = "qlora-lab verify runs/first"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="a folder from a command of qlora-lab, or the file of a sweep's results")
+    parser.add_argument(
+        "folder", help="a folder from a command of qlora-lab, or the file of a sweep's or tournament's rows"
+    )
     common(parser)
 
 

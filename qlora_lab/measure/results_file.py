@@ -1,6 +1,6 @@
 """Read and append to a file of results: one row per line, as JSON, in the order of the measurements.
 
-A Kind says which fields a row has: SWEEP here, ABLATIONS in ablations.py.
+A Kind says which fields a row has: SWEEP here, ABLATIONS in ablations.py, ANSWERS in answers.py, GAMES in play.py.
 
 Each row ends with a checksum of itself; `qlora-lab verify` compares it, reading does not.
 A row counts once its new line is on the disk. A kill, a power cut or a full disk leaves a last line without one.
@@ -45,7 +45,6 @@ ROW |= {"codebook": or_null(TEXT), "block_size": or_null(whole(1)), "double_quan
 ROW |= {"levels": or_null(LIST), "code_share": or_null(LIST), "quantiser": or_null(TEXT)}
 CHECKSUM = re.compile(rb', "sha256": "([0-9a-f]{64})"}$')  # at the end of a row
 LARGEST = 64 * 2**20  # bytes; a row has about 4,000 for a model with 210 layers
-START = b'{"model": {"'  # of every row
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,30 @@ class Kind:
     of: str  # what a row is a row of, for messages
     rules: dict[str, Rule]  # of its fields
     decisive: tuple[str, ...]  # fields that decide its figures
+    first: str = "model"  # the field that each row begins with, an object
+
+    @property
+    def start(self) -> bytes:
+        """The first bytes of every row."""
+        return _start(self.first)
+
+
+def _start(first: str) -> bytes:
+    return f'{{"{first}": {{"'.encode()
 
 
 SWEEP = Kind("sweep", "a sweep", ROW, IDENTITY)  # the default: it had its file before other kinds came
+START = SWEEP.start
+STARTS = (START, _start("system"), _start("tournament"))  # of all kinds: `verify` is not told which
 
 
 def identity(row: dict, kind: Kind = SWEEP) -> str:
     """Return a text that is equal for two rows that measure the same. LookupError or TypeError if it is not a row."""
     decides = {name: row[name] for name in kind.decisive}
-    decides["model"] = [row["model"][name] for name in ("weights_sha256", "config_sha256")]
-    decides["data"] = row["data"]["tokens_sha256"]  # equal tokens, whatever the text's name
+    if "model" in decides:
+        decides["model"] = [row["model"][name] for name in ("weights_sha256", "config_sha256")]
+    if "data" in decides:
+        decides["data"] = row["data"]["tokens_sha256"]  # equal tokens, whatever the text's name
     return json.dumps(decides, sort_keys=True)
 
 
@@ -130,19 +143,21 @@ def append_result(file: BinaryIO, row: dict) -> None:
 
 
 def verify_rows(path: str | Path) -> list[Part]:
-    """Return a Part for each row, compared with its checksum. Raises ValueError for a file that is not of a sweep."""
+    """Return a Part for each row, compared with its checksum. Raises ValueError for a file without a row of ours."""
     path = Path(path)
     _check_kind(path)
     lines = read_regular(path, LARGEST).splitlines()  # of bytes
-    if not lines or not any(line.startswith(START) for line in lines):
-        raise ValueError(f"{path} holds no row of a sweep: name a file that a command of qlora-lab wrote")
+    if not lines or not any(line.startswith(STARTS) for line in lines):
+        raise ValueError(
+            f"{path} holds no row of a sweep or a tournament: name a file that a command of qlora-lab wrote"
+        )
     return [Part(f"row {number}", _state(line)) for number, line in enumerate(lines, 1)]
 
 
 def _state(line: bytes) -> str:
     match = CHECKSUM.search(line)
     same = match and hashlib.sha256(line[: match.start()] + b"}").hexdigest() == match[1].decode()
-    return OK if same and line.startswith(START) else DIFFERS
+    return OK if same and line.startswith(STARTS) else DIFFERS
 
 
 def _check_kind(path: Path) -> None:
@@ -157,9 +172,9 @@ def _parsed(path: Path, content: bytes, kind: Kind) -> tuple[list[dict], int]:
     end = len(content) - len(last)
     if last:  # a whole write ends with a new line
         said = f"{path}: line {len(lines) + 1} was torn off"
-        if _is_torn(last, first=not lines):
+        if _is_torn(last, kind.start, first=not lines):
             start = last[:60].decode("utf-8", "replace")
-            said += f" and is left out, so its setting will run again; it began {start!r}"
+            said += f" and is left out, so it will be measured again; it began {start!r}"
         else:
             rows.append(_row(path, len(lines) + 1, last, kind))
             end = len(content)
@@ -179,14 +194,14 @@ def _row(path: Path, number: int, line: bytes, kind: Kind) -> dict:
     return row
 
 
-def _is_torn(line: bytes, first: bool) -> bool:
-    """Tell whether `line` is the beginning of a row. A file of anything else is not ours to cut.
+def _is_torn(line: bytes, start: bytes, first: bool) -> bool:
+    """Tell whether `line` begins as a row does. A file of anything else is not ours to cut.
 
-    first: no row before it shows that the file is a sweep's, so a few bytes or zeros prove nothing.
+    start: the first bytes of a row. first: no row before it shows whose file it is, so a few bytes prove nothing.
     """
     begun = line.rstrip(b"\0")  # a power cut may leave zeros in place of bytes
     try:
         parse(begun.decode("utf-8-sig"), "it")
     except ValueError:
-        return begun.startswith(START) or (not first and START.startswith(begun))
+        return begun.startswith(start) or (not first and start.startswith(begun))
     return False

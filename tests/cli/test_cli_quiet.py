@@ -33,6 +33,7 @@ COMMANDS = {
     "quantize": ["MODEL", "--out", "OUT"],
     "merge": ["MODEL", "--adapter", "ADAPTER", "--anyway", "--out", "OUT"],
     "sweep": ["MODEL", "--out", "OUT", *SMALL],
+    "tournament": ["MODEL", "--questions", "2", "--max-new-tokens", "2", "--out", "OUT"],
     "block-size": ["MODEL", "--bits", "5", "--out", "OUT", *SMALL],
     "multiple-choice": ["MODEL", "--out", "OUT", "--data", "QUESTIONS", "--shots", "1"],
     "memory": ["MODEL"],

@@ -216,6 +216,8 @@ def pipe(tmp_path):
         ["block-size", "MODEL", "--bits", "4.5", "--out", "plan.json", "--text", "PIPE"],
         ["sweep", "MODEL", "--out", "rows.jsonl", "--text", "PIPE"],
         ["sweep", "MODEL", "--out", "PIPE"],
+        ["tournament", "MODEL", "--out", "PIPE"],
+        ["tournament", "--games", "PIPE"],
         ["quantize", "MODEL", "--out", "small", "--plan", "PIPE"],
         ["memory", "PIPE"],
         ["generate", "a", "--model", "PIPE"],

@@ -64,9 +64,12 @@ COMMANDS = {
     "quantize": "quantize MODEL --block-size {} --quiet --out OUT",
     "merge": "merge MODEL --block-size {} --adapter ADAPTER --anyway --quiet --out OUT",
     "sweep": "sweep MODEL --text TEXT --windows 1 --length 8 --block-sizes {} --quiet --out OUT",
+    "tournament": "tournament MODEL --codebooks none nf4 --questions 2 --max-new-tokens 1 --block-size {} --quiet "
+    "--out OUT",
     "block-size": "block-size MODEL --bits {}.5 --text TEXT --windows 1 --length 8 --quiet --out OUT",
 }
 TWO = {"finetune": (1, 2), "quantize": (64, 32), "merge": (64, 32), "sweep": (64, 32), "block-size": (5, 6)}
+TWO["tournament"] = (64, 32)
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_a_command_is_told_before_it_loads_a_model(line, tmp_path, capsys, comma
     from qlora_lab import cli
 
     out = tmp_path / "out"
-    take = locked_folder if command in ("finetune", "quantize") else locked_file
+    take = locked_folder if command in ("finetune", "quantize", "tournament") else locked_file
     words = [word if word != str(tmp_path / "model") else "nowhere" for word in line(command, 64, out)]
     with take(out, command):
         assert cli.main([*words, *mode.split()]) == 2

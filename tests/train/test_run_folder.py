@@ -13,6 +13,9 @@ from qlora_lab.adapters.lora import add_lora
 from qlora_lab.data.examples import Example
 from qlora_lab.files import disk, ownership
 from qlora_lab.files.checksums import SUMS
+from qlora_lab.measure.answers import answer_all
+from qlora_lab.measure.judges import always_first
+from qlora_lab.measure.play import play
 from qlora_lab.quant.plan import Plan
 from qlora_lab.train.checkpoint import saved_steps
 from qlora_lab.train.run_folder import MARK, check_free
@@ -299,6 +302,7 @@ EMPTY = "the path is empty, perhaps because a shell variable is not set: name"
         ["finetune", "--model", "nowhere", "--out", ""],
         ["quantize", "nowhere", "--out", ""],
         ["sweep", "nowhere", "--out", ""],
+        ["tournament", "nowhere", "--out", ""],
         ["block-size", "nowhere", "--bits", "4.5", "--out", ""],
         ["gguf", "nowhere", "--out", ""],
         ["merge", "nowhere", "--adapter", "nowhere", "--target", "dequantised", "--out", ""],
@@ -317,6 +321,7 @@ def test_no_command_with_out_is_forgotten():
         "finetune",
         "quantize",
         "sweep",
+        "tournament",
         "block-size",
         "merge",
         "gguf",
@@ -331,6 +336,8 @@ def test_an_empty_path_is_refused_by_every_function_that_writes(model, tokenizer
         lambda: ql.save_adapter(model, ""),
         lambda: ql.quantize_folder("nowhere", ""),
         lambda: ql.sweep("nowhere", [], ""),
+        lambda: play([], {}, always_first, ""),
+        lambda: answer_all("nowhere", [], [], ""),
         lambda: Plan("m", {}, 0.0, 4.5, {}).save(""),
     ]
     for write_there in writers:
@@ -388,7 +395,9 @@ def test_a_link_into_another_run_is_refused(begun, train, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["loop", "loop/x", "a"])
 @pytest.mark.parametrize(
-    "argv", ["finetune --model m", "quantize m", "sweep m", "block-size m --bits 4.5"], ids=lambda argv: argv.split()[0]
+    "argv",
+    ["finetune --model m", "quantize m", "sweep m", "tournament m", "block-size m --bits 4.5"],
+    ids=lambda argv: argv.split()[0],
 )
 def test_links_that_lead_in_a_circle_are_told(capsys, tmp_path, argv, name):
     for link, target in (("loop", "loop"), ("a", "b"), ("b", "a")):

@@ -1,0 +1,201 @@
+"""Let systems answer the questions of a tournament, one model in memory at a time, and keep every answer.
+
+A system is a model with one data type, and an adapter or none. An answer is a row of a file as soon as its batch is
+done, so no model is asked twice, and none is loaded whose answers are all there.
+Answers are greedy, in batches as held_out takes them. How rows are padded can move a logit in its last bits, so an
+answer may depend on the other questions of its batch where two tokens are all but equally likely.
+Not here: the games (play.py).
+"""
+
+import gc
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from tqdm.auto import tqdm
+
+from qlora_lab.adapters.peft_format import CONFIG, WEIGHTS, load_adapter, method_in
+from qlora_lab.files.checksums import sha256
+from qlora_lab.files.out_path import out_path
+from qlora_lab.files.strict_json import OBJECT, TEXT
+from qlora_lab.measure.held_out import ANSWER_TOKENS, ANSWERS_AT_ONCE, generate_answers
+from qlora_lab.measure.judges import Question
+from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, with_checksum
+from qlora_lab.measure.sweep import model_record
+from qlora_lab.model.empty_model import stored_options
+from qlora_lab.model.fetch import resolve
+from qlora_lab.model.load import fast_dtype, load
+from qlora_lab.quant.blocks import check_block_size
+from qlora_lab.quant.codebook import codebook as named_codebook
+from qlora_lab.quant.numbers import check_whole
+from qlora_lab.train.identity import installed_version
+
+RULES = {"system": OBJECT, "question": TEXT, "prompt_sha256": TEXT, "answer": TEXT}
+# The whole record of a system decides an answer, so an adapter that was trained anew in its folder answers anew.
+ANSWERS = Kind("tournament", "a system's answers", RULES, ("system", "question", "prompt_sha256"), "system")
+
+
+@dataclass(frozen=True)
+class System:
+    """One data type of a model, and an adapter's folder or None. The defaults are those of `load`."""
+
+    name: str
+    codebook: str | None = "nf4"  # None: not quantised
+    block_size: int = 64
+    double_quant: bool = True
+    adapter: str | Path | None = None
+
+
+def systems(
+    codebooks: Iterable[str | None],
+    adapters: Iterable[str | Path] = (),
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> list[System]:
+    """List each data type, without an adapter and with each of `adapters`.
+
+    >>> [system.name for system in systems([None, "nf4"], ["runs/first/adapter"])]
+    ['none', 'none + runs/first/adapter', 'nf4', 'nf4 + runs/first/adapter']
+    """
+    adapters = [None, *adapters]  # read once for each data type
+    return [
+        System(
+            (codebook or "none") + ("" if adapter is None else f" + {adapter}"),
+            codebook,
+            block_size,
+            double_quant,
+            adapter,
+        )
+        for codebook in codebooks
+        for adapter in adapters
+    ]
+
+
+def check_systems(contestants: Sequence[System]) -> None:
+    """Check everything that can be checked without a model.
+
+    Raises ValueError for a data type or block size that is not allowed, for a name that is there twice, and for fewer
+    than two systems; FileNotFoundError for a folder without an adapter.
+    """
+    for system in contestants:
+        if system.codebook is not None:
+            named_codebook(system.codebook)
+            check_block_size(system.block_size)
+    repeated = [name for name, count in Counter(system.name for system in contestants).items() if count > 1]
+    if repeated:
+        raise ValueError(f"system {repeated[0]!r} is there twice: name each data type and each adapter once")
+    if len(contestants) < 2:
+        names = ", ".join(system.name for system in contestants) or "none"
+        raise ValueError(f"the systems are {names}: a tournament needs at least two, so add a data type or an adapter")
+    for adapter in {system.adapter for system in contestants if system.adapter is not None}:
+        method_in(adapter)
+
+
+def answer_all(
+    name_or_path: str | Path,
+    contestants: Iterable[System],
+    questions: Sequence[Question],
+    out: str | Path,
+    *,
+    max_new_tokens: int = ANSWER_TOKENS,
+    progress: bool = True,
+) -> dict[str, dict[str, str]]:
+    """Return system -> question's id -> answer; ask for those that the file `out` lacks, and append them.
+
+    Models compute in float32 on the CPU, as in a sweep, and otherwise in load's choice for the GPU.
+    A row has system (name, weights_sha256, config_sha256, codebook, block_size, double_quant, adapter, max_new_tokens,
+    dtype, device, versions), question, prompt_sha256, model (name, source), answer, date and sha256 (of all fields
+    before it).
+    An interrupt says how much is done. Raises what check_systems, load, load_adapter and open_results raise, and
+    ValueError for a model that is quantised already.
+    """
+    out = out_path(out)  # before anything is loaded
+    contestants = list(contestants)
+    check_whole("max_new_tokens", max_new_tokens)
+    check_systems(contestants)
+    with open_results(out, ANSWERS) as (rows, file):
+        done = {identity(row, ANSWERS): row["answer"] for row in rows}
+        asked = _Asked(name_or_path, max_new_tokens, progress)
+        answers: dict[str, dict[str, str]] = {}
+        bar = tqdm(contestants, "systems", unit="system", disable=not progress)
+        try:
+            for system in bar:
+                bar.set_postfix_str(system.name)
+                record = asked.record(system)
+                heads = {question.id: _head(record, question) for question in questions}
+                missing = [question for question in questions if identity(heads[question.id], ANSWERS) not in done]
+                if missing:
+                    done |= asked.answer(system, missing, heads, file)
+                    gc.collect()  # a model's modules refer to each other, and the next must not come on top
+                answers[system.name] = {id: done[identity(head, ANSWERS)] for id, head in heads.items()}
+        except KeyboardInterrupt:
+            said = f"{len(answers)} of {len(contestants)} systems have answered in {out}; the same call goes on"
+            raise KeyboardInterrupt(said) from None
+    return answers
+
+
+class _Asked:
+    """The model that all systems share, on disk; each is loaded for itself."""
+
+    def __init__(self, name_or_path: str | Path, max_new_tokens: int, progress: bool):
+        self.name_or_path = name_or_path
+        self.max_new_tokens = max_new_tokens
+        self.progress = progress
+        folder = resolve(name_or_path, progress=progress)
+        if stored := stored_options(folder):
+            raise ValueError(f"{folder} is quantised already, as {stored}: a tournament starts from the original")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.float32 if self.device.type == "cpu" else fast_dtype(self.device)
+        record = model_record(name_or_path, folder)  # reads every weight once: 0.2 s for SmolLM2
+        self.sums = {name: record.pop(name) for name in ("weights_sha256", "config_sha256")}
+        self.model = record  # its name and source decide nothing: a folder may be moved
+        self.versions = {name: installed_version(name) for name in ("qlora-lab", "torch", "transformers")}
+
+    def record(self, system: System) -> dict:
+        """Record what decides the answers of a system."""
+        quantised = system.codebook is not None
+        return {
+            "name": system.name,
+            **self.sums,
+            "codebook": system.codebook,
+            "block_size": system.block_size if quantised else None,
+            "double_quant": system.double_quant if quantised else None,
+            "adapter": None if system.adapter is None else _digest(Path(system.adapter)),
+            "max_new_tokens": self.max_new_tokens,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "versions": self.versions,
+        }
+
+    def answer(self, system: System, questions: list[Question], heads: dict[str, dict], file: BinaryIO) -> dict:
+        """Load the system, append its answers batch by batch, and return identity -> answer."""
+        options = {"dtype": self.dtype, "device": self.device, "progress": self.progress}
+        model, tokenizer = load(self.name_or_path, system.codebook, system.block_size, system.double_quant, **options)
+        if system.adapter is not None:
+            load_adapter(model, system.adapter)
+        found = {}
+        for start in range(0, len(questions), ANSWERS_AT_ONCE):
+            batch = questions[start : start + ANSWERS_AT_ONCE]
+            examples = [question.answered(question.reference) for question in batch]  # only the prompt is read
+            texts = generate_answers(model, tokenizer, examples, self.max_new_tokens, progress=self.progress)
+            for question, text in zip(batch, texts, strict=True):
+                row = heads[question.id] | {"model": self.model, "answer": text}
+                append_result(file, with_checksum(row | {"date": datetime.now(UTC).isoformat(timespec="seconds")}))
+                found[identity(row, ANSWERS)] = text
+        return found
+
+
+def _head(record: dict, question: Question) -> dict:
+    """Return the fields of a row that decide its answer."""
+    prompt = hashlib.sha256(question.prompt.encode()).hexdigest()  # an id may stand for another text tomorrow
+    return {"system": record, "question": question.id, "prompt_sha256": prompt}
+
+
+def _digest(adapter: Path) -> str:
+    """Return a checksum of an adapter's settings and tensors."""
+    return hashlib.sha256("".join(sha256(adapter / name) for name in (CONFIG, WEIGHTS)).encode()).hexdigest()
