@@ -31,6 +31,7 @@ def exam_and_chat() -> tuple[Tuned, ...]:
     [44.5, 51.4, 59.2, 63.9]
     """
     questions = published("guanaco_relative_questions.csv", RelativeQuestions)
+    # with both orders of reading, so that no system gains by its place
     judged = {row.system: relative_score(row).percent for row in questions}
     # 13B alone has a row for every data set, so it alone says what the judgments call each: "13b-flan" is FLAN v2
     names = {row.system: row.counted for row in published("chatgpt.csv", Chatbot) if row.size == "13B"}

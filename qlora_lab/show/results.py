@@ -31,19 +31,20 @@ def intervals(
 ) -> Picture:
     """Draw a value and its interval in each row, the first one on top.
 
-    bars: name -> Bar, in `unit`. form: how numbers are written in the alt text. zero: what 0 means; a line stands there.
+    bars: name -> Bar, in `unit`. form: how the alt text writes numbers. zero: what 0 means; a line stands there.
     marked: what the marks are.
     """
     # taller with more rows, so that names keep their distance
     fig, ax = new_figure(width=7.5, height=1.5 + 0.42 * len(bars))
-    for y, (name, bar) in enumerate(bars.items()):
-        # whose intervals overlap is for the eye; no star or "significant" says it in place of the length
+    for y, bar in enumerate(bars.values()):
+        # No star for "significant": whether two bars overlap is for the reader's eye.
         ax.plot([bar.low, bar.high], [y, y], color=COLOURS["blue"], lw=3)
         ax.plot([bar.value], [y], "o", ms=8, color=COLOURS["blue"])
         if bar.mark is not None:  # 0 is a mark
             ax.plot([bar.mark], [y], "D", ms=7, mfc="none", mew=2, color=COLOURS["orange"])
         # right of the axes, where no interval can reach it
         ax.text(1.02, y, bar.note, transform=ax.get_yaxis_transform(), va="center", fontsize=12)
+    # over the bars, so that it shows which of them cross it
     if zero:
         ax.axvline(0, color=COLOURS["black"], lw=1, ls="--")
     ax.set_yticks(range(len(bars)), bars, fontsize=12)
@@ -78,6 +79,7 @@ def exam_and_chat_picture(models: Iterable[Tuned]) -> Picture:
     for model in models:
         by_data.setdefault(model.data, []).append(model)
     fig, ax = new_figure(width=7.5, height=4.2)
+    # in the order of the rows, so that a size follows the smaller one along its line
     for data, group in by_data.items():
         colour, mark = LOUD.get(data, (None, "o"))
         exam, chat = [model.mmlu for model in group], [model.chatgpt for model in group]
@@ -88,10 +90,11 @@ def exam_and_chat_picture(models: Iterable[Tuned]) -> Picture:
             ax.annotate(model.size, (model.mmlu, model.chatgpt), (0, -18), textcoords="offset points", ha="center")
         if colour:
             ax.annotate(data, (exam[-1], chat[-1]), (10, 0), textcoords="offset points", va="center", fontsize=12)
+    # one entry for all gray dots: which of them is which would not change what the picture says
     others = len(by_data.keys() - LOUD.keys())
     ax.plot([], [], "o", color=GRAY, ms=6, label=f"{others} other data sets, 7B to 65B")
     ax.legend(frameon=False, fontsize=12, loc="upper left")
-    ax.set(xlim=(30, 70), ylim=(28, 112))
+    ax.set(xlim=(30, 70), ylim=(28, 112))  # room for names on the right and for the key on top
     ax.set_xlabel("MMLU, % right")
     ax.set_ylabel("conversation, % of ChatGPT")
     _finish(ax, "Who is best depends on the exam")

@@ -29,6 +29,7 @@ class TournamentExplorer(Explorer):
 
     def controls(self):
         return {
+            # doubled: each step makes an interval shorter by the root of two
             "questions": Slider("Questions", 20, choices=[10, 20, 40, 80, 160, 320]),
             "place": Slider("Worth of the first place", 100, choices=list(range(0, 401, 50)), unit="points"),
             "both_orders": Toggle("Each pair in both orders", True),
@@ -38,9 +39,11 @@ class TournamentExplorer(Explorer):
     @staticmethod
     def compute(state):
         games = simulate(TRUTH, position=state["place"], questions=state["questions"], seed=SEED)
+        # the same verdicts as with both orders, less one half of them
         if not state["both_orders"]:
             games = games.where(games.first < games.second)
         order = np.random.default_rng(state["order"]).permutation(len(games))
+        # the readable loop: for one order it is faster than the arrays that play thousands
         points = elo_of_one_order(scores(games, Rules()), order, len(TRUTH), Rules())
         elo = dict(zip(TRUTH, points, strict=True))
         return {"games": len(games), "elo": elo, "fit": bradley_terry(games, resamples=RESAMPLES)}
@@ -52,15 +55,18 @@ class TournamentExplorer(Explorer):
         ax.set_yticks(range(len(TRUTH)), TRUTH, fontsize=12)
         ax.tick_params(labelsize=12)
         ax.set_xlabel("points", fontsize=12)
+        # drawn once, below all that moves: no control changes the truth
         rows = enumerate(TRUTH.values())
         truth = [ax.plot([points], [y], "|", ms=26, mew=2, color=black)[0] for y, points in rows]
         self.bars = [ax.plot([], [], color=blue, lw=3)[0] for _ in TRUTH]
         self.dots = [ax.plot([], [], "o", ms=9, color=blue)[0] for _ in TRUTH]
+        # hollow, so that a dot below it shows
         self.diamonds = [ax.plot([], [], "D", ms=8, mfc="none", mew=2, color=orange)[0] for _ in TRUTH]
         # right of the axes, so that no interval crosses them
         right = ax.get_yaxis_transform()
         self.ranks = [ax.text(1.02, y, "ranks 1 to 4", transform=right, va="center", fontsize=12) for y in range(4)]
         shown = [truth[0], self.dots[0], self.diamonds[0]]
+        # above the axes, because some interval crosses every place inside; ranks name themselves
         names = ["truth", "Bradley-Terry, 95 %", "Elo of this order"]
         ax.set_title("Another order of the same games moves the diamonds alone", fontsize=13, pad=34)
         legend = ax.legend(
@@ -72,6 +78,7 @@ class TournamentExplorer(Explorer):
 
     def update(self, result):
         fit = result["fit"]
+        # in the order of the list and not by rating: rows that changed places could not be followed
         for y, name in enumerate(TRUTH):
             rating = fit.ratings[name]
             self.bars[y].set_data(np.clip([rating.low, rating.high], *LIMITS), [y, y])
@@ -82,6 +89,7 @@ class TournamentExplorer(Explorer):
     @staticmethod
     def describe(state, result):
         fit = result["fit"]
+        # 4 of 4 in most states, not in all: one interval of twenty misses
         held = sum(fit.ratings[name].low <= points <= fit.ratings[name].high for name, points in TRUTH.items())
         best_first = sorted(result["elo"].items(), key=lambda item: -item[1])
         elo = ", ".join(f"{name} {points:.0f}" for name, points in best_first)
