@@ -195,7 +195,8 @@ def _sentences(found: "Standings", rows: list[dict]) -> list[str]:
     if found.position:
         said.append(f"Being read first is worth {_interval(found.position)} points.")
     if found.no_rating:
-        said.append(f"Bradley-Terry gives no rating: {found.no_rating}.")
+        reason = found.no_rating.split(";")[0]  # what follows advises callers in Python
+        said.append(f"Bradley-Terry gives no rating: {reason}.")
     elif found.over == "games":
         said.append("Intervals are over games, for the questions are not known: they are narrower than they should be.")
     if found.judge.verdicts.unread:

@@ -82,7 +82,7 @@ def test_a_broken_judge_is_unmasked(capsys, model, out):
     assert code == 0 and "The first answer won 100% of 36 decided games, and 18 of 18 pairs changed" in text
     assert "this judge reads positions, not answers." in text and "Bradley-Terry gives no rating: " in text
     found = json.loads(run(capsys, "--games", out, "--json")[1])
-    assert found["judge"]["is_broken"] and "the first answer read" in found["no_rating"]
+    assert found["judge"]["is_broken"] and "the first answer won all decided games" in found["no_rating"]
     assert all(row["rating"] is None and row["ranks"] is None for row in found["systems"])
 
 
