@@ -49,7 +49,7 @@ class TournamentExplorer(Explorer):
         return {"games": len(games), "elo": elo, "fit": bradley_terry(games, resamples=RESAMPLES)}
 
     def draw(self):
-        fig, ax = new_figure(width=8.2, height=4.0)
+        fig, ax = new_figure(width=7.0, height=4.0)
         blue, orange, black = (COLOURS[name] for name in ("blue", "orange", "black"))
         ax.set(xlim=LIMITS, ylim=(len(TRUTH) - 0.4, -0.6))
         ax.set_yticks(range(len(TRUTH)), TRUTH, fontsize=12)
