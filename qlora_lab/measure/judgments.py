@@ -115,11 +115,16 @@ def _verdict(place: str, score: Any) -> str:
 
 def _counts(path: Path) -> Iterator[tuple[str, str, list[int]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
+        lines = file.readlines()
+        # the published counts name their source in comments above the columns
+        above = next((number for number, line in enumerate(lines) if not line.startswith("#")), 0)
+        rows = csv.DictReader(lines[above:])
         if missing := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
-            raise ValueError(f"{path}, line 1 lacks {', '.join(missing)}: the columns are {','.join(COLUMNS)}")
+            raise ValueError(
+                f"{path}, line {above + 1} lacks {', '.join(missing)}: the columns are {','.join(COLUMNS)}"
+            )
         for row in rows:
-            place = f"{path}, line {rows.line_num}"
+            place = f"{path}, line {above + rows.line_num}"
             counts = [row[name] or "" for name in COUNTS]
             # a slip of a key must not ask for more games than memory holds
             if not all(count.isascii() and count.isdigit() and len(count) < 8 for count in counts):
