@@ -1,6 +1,8 @@
-"""Pictures of results: intervals of any table, and an exam against conversations.
+"""Pictures of results: intervals of any table, and an exam against conversations of the same models.
 
-In: numbers that measure/ has computed. Out: Pictures, whose alt text holds each number.
+In: numbers that measure/ has computed, or data/published holds. Out: Pictures, whose alt text holds each number.
+Source of the models: QLoRA (arXiv 2305.14314), table 5 for MMLU. Of the conversations its table 6 prints only some; the
+others are computed from the authors' judgments, by the ratio that gives the printed ones (measure/replay.py).
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,7 +10,8 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
-from qlora_lab.measure.exam_and_chat import Tuned
+from qlora_lab.measure.published import Chatbot, Mmlu, RelativeQuestions, published
+from qlora_lab.measure.replay import relative_score
 from qlora_lab.show.figure import COLOURS, Picture, new_figure, picture
 
 GRAY = "#767676"  # as pale as text on white may be: contrast 4.5 to 1
@@ -71,6 +74,34 @@ def rank_words(ranks: tuple[int, int]) -> str:
     """
     best, worst = ranks
     return f"rank {best}" if best == worst else f"ranks {best} to {worst}"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """LLaMA tuned with QLoRA on one data set."""
+
+    data: str
+    size: str  # "7B" to "65B"
+    mmlu: float  # 5-shot accuracy, %
+    chatgpt: float  # GPT-4's scores on 80 questions, in % of those of ChatGPT
+
+
+def exam_and_chat() -> tuple[Tuned, ...]:
+    """Return the models of table 5 that were tuned, in its order. Raises what published raises.
+
+    >>> [model.mmlu for model in exam_and_chat() if model.data == "FLAN v2"]
+    [44.5, 51.4, 59.2, 63.9]
+    """
+    questions = published("guanaco_relative_questions.csv", RelativeQuestions)
+    # with both orders of reading, so that no system gains by its place
+    judged = {row.system: relative_score(row).percent for row in questions}
+    # 13B alone has a row for every data set, so it alone says what the judgments call each: "13b-flan" is FLAN v2
+    names = {row.system: row.counted for row in published("chatgpt.csv", Chatbot) if row.size == "13B"}
+    return tuple(
+        Tuned(row.data, row.size, float(row.accuracy), judged[row.size.lower() + names[row.data].removeprefix("13b")])
+        for row in published("mmlu.csv", Mmlu)
+        if row.table == 5 and row.data != "none"
+    )
 
 
 def exam_and_chat_picture(models: Iterable[Tuned]) -> Picture:

@@ -2,10 +2,9 @@
 
 import pytest
 
-from qlora_lab.measure.exam_and_chat import Tuned
 from qlora_lab.show import results as module
 from qlora_lab.show.figure import COLOURS
-from qlora_lab.show.results import LOUD, Bar, exam_and_chat_picture, intervals, rank_words
+from qlora_lab.show.results import LOUD, Bar, Tuned, exam_and_chat_picture, intervals, rank_words
 
 BARS = {"NF4": Bar(-0.6, -2.1, 0.9, note="x"), "FP4": Bar(-1.4, -3.0, 0.2, mark=-1.0)}
 

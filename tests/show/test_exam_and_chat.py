@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora_lab.measure.exam_and_chat import exam_and_chat
 from qlora_lab.measure.published import Chatbot, published
+from qlora_lab.show.results import exam_and_chat
 
 MODELS = {(model.data, model.size): model for model in exam_and_chat()}
 
