@@ -107,9 +107,9 @@ class Checkpoint:
     """A checkpoint that is mapped, not read.
 
     parts: stored name -> Part, all of them. tensors: key -> Tensor4bit, those that can be decoded.
-    stacks: keys of packed experts (quant/stack.py), which are checked but not explained here. plain: names of tensors that are not
+    stacks: keys of packed experts (quant/stack.py), which are not decoded here. plain: names of tensors that are not
     quantised, and of the parts of stacks. faults: a sentence for each thing that is wrong; `scanned` adds
-    those that only the values show.
+    those that only the values show, and all those of stacks.
     """
 
     def __init__(self, path: str | Path):
