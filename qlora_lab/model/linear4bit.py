@@ -29,7 +29,9 @@ from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
 HEAD = "lm_head"  # the output layer in most models of transformers; neither quantised nor adapted
 # `self.dt_proj.weight @ x`, `out_proj=self.out_proj.weight,`: code that uses a weight itself cannot use a packed one
-DIRECT_USE = re.compile(r"^(?!.*\binit\.).*(?<!module)\.(\w+)\.weight(?= @|,$|\)|\.t\(|\.mul_|\.div_)", re.MULTILINE)
+DIRECT_USE = re.compile(
+    r"^(?!.*\binit\.).*(?<!module)\.(\w+)\.weight(?= @|,$|\)|\.t\(|\.mul_|\.div_|\.type\()", re.MULTILINE
+)
 
 
 class _MatMul4bit(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import pickle
 import warnings
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,29 @@ def test_what_only_looks_like_experts_is_left_alone():
     assert layout_of(Own()) is None and layout_of(Sorted(experts=5)) is None
     assert layout_of(Sorted(act=torch.sigmoid)) is None  # a row of zeros has a gradient there
     assert layout_of(Sorted()).sorted and layout_of(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("name", ["LongcatFlash", "JetMoe"])
+def test_routers_beside_unknown_experts_keep_their_precision(tmp_path, tokenizer, name):
+    folder, theirs = saved(name, tmp_path, tokenizer)
+    routers = {path for path, module in theirs.named_modules() if isinstance(module, nn.Linear) and "router" in path}
+    assert routers and not stacks_of(theirs) and routers <= gates(theirs)
+    with pytest.warns(UserWarning, match="of the weights outside embeddings and head are in 4 bits"):
+        ours = loaded(folder)
+    assert all(type(ours.get_submodule(path)) is nn.Linear for path in routers)
+    want = with_decoded_weights(theirs, ours)(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(ours(input_ids=IDS, use_cache=False).logits, want, **NEAR)
+
+
+def test_a_plain_gate_is_told_by_its_outputs_where_experts_are_unknown():
+    model = nn.Module()
+    model.gate, model.up_proj = nn.Linear(8, 6), nn.Linear(8, 16)
+    assert gates(model) == set()  # no configuration
+    model.config = SimpleNamespace(n_routed_experts=6)
+    assert gates(model) == {"gate"}
+    model.config = SimpleNamespace(num_experts=None, num_local_experts=1)  # one output for one expert says nothing
+    model.gate = nn.Linear(8, 1)
+    assert gates(model) == set()
 
 
 # --------------------------------------------------------------------------------------------------------- arithmetic
