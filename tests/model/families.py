@@ -70,12 +70,8 @@ def with_decoded_weights(theirs: PreTrainedModel, ours: PreTrainedModel) -> PreT
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
     """The causal model of `family`, frozen, drawn wide enough that attention decides."""
-    own = (FAMILIES | UNKNOWN_EXPERTS)[family] | {
-        "vocab_size": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
+    own = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    own = (FAMILIES | UNKNOWN_EXPERTS)[family] | own
     config = getattr(transformers, f"{family}Config")(**own | {"initializer_range": 0.5} | options)
     with torch.random.fork_rng():
         torch.manual_seed(0)
