@@ -14,7 +14,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qlora_lab.files.replace import replace_text
@@ -38,6 +38,8 @@ class Question:
     options: tuple[str, ...]  # four texts; none if `prompt` holds them
     answer: int  # number of the right option, from 0
     prompt: str | None = None  # the whole prompt with its examples, where the file gives that
+    # For messages. A copy of the file elsewhere holds the same questions and gives the same sample.
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _question(subject: str, row: list[str], where: str) -> Question:
     text, *options, letter = row
     if not LETTER.allows(letter.strip()):
         raise ValueError(f"{where} has the answer {letter[:40]!r}: it must be {LETTER.what}")
-    return Question(subject, text, tuple(options), LETTERS.index(letter.strip()))
+    return Question(subject, text, tuple(options), LETTERS.index(letter.strip()), where=where)
 
 
 def _read_prompts(path: Path) -> Questions:
@@ -185,4 +187,4 @@ def _prompted(line: str, path: Path, number: int) -> Question:
     check_keys(record, PROMPTED, where, PROMPTED)
     if not record["input"].endswith(PROMPT_END):
         raise ValueError(f"{where} has an input that does not end in {PROMPT_END!r}: it must be the whole prompt")
-    return Question(record["subject"], "", (), LETTERS.index(record["output"]), record["input"])
+    return Question(record["subject"], "", (), LETTERS.index(record["output"]), record["input"], where)

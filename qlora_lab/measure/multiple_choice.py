@@ -5,7 +5,7 @@ letters: the prompt lists the four options, and the answers are " A" to " D", as
   algebra" with two spaces; that is kept, for one space less is another prompt.
 texts: the prompt holds the question alone, and the answers are the texts of the options ("cloze"). Small models know
   more than they can say in letters. The prompt is that of lm-evaluation-harness' mmlu_continuation. A long text is less
-  likely than a short one, so it is also judged per character, per byte and per token.
+  likely than a short one, so it is also judged per character and per byte.
 
 In: a model, its tokenizer, Questions. Out: log-likelihoods, (questions, 4) in nats, summed over an answer's tokens.
 Tokens are those of the tokenizer's own settings, with a BOS token if it adds one; so does lm-evaluation-harness, and
@@ -55,7 +55,8 @@ class Task:
     def checked(self) -> "Task":
         """Return the task with its number of examples: 0 for a file of whole prompts, which hold their own.
 
-        Raises ValueError for another way to ask, no questions, or a choice that whole prompts do not leave.
+        Raises ValueError for another way to ask, no questions, an empty option among texts, or a choice that whole
+        prompts do not leave.
         """
         name = self.questions.name
         if self.way not in WAYS:
@@ -70,6 +71,12 @@ class Task:
             return replace(self, shots=0)
         shots = SHOTS if self.shots is None else self.shots
         check_whole("shots", shots, 0)
+        # A letter can stand for nothing ("none of these"); a text of no characters has no likelihood per character.
+        for question in self.questions.test if self.way == "texts" else ():
+            for letter, option in zip(LETTERS, question.options, strict=True):
+                if not option.strip():
+                    where = question.where or f"{name}, {question.subject}: {question.text[:40]!r}"
+                    raise ValueError(f"{where}: option {letter} is empty: give it a text, or take --answers letters")
         return replace(self, shots=shots)
 
 
@@ -79,14 +86,6 @@ class Encoded:
 
     context: list[int]
     answers: tuple[list[int], ...]  # what follows the context
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a model thinks of the answers of one question."""
-
-    log_likelihoods: tuple[float, ...]  # nats
-    tokens: tuple[int, ...]  # in each answer
 
 
 def header(subject: str, way: str) -> str:
@@ -124,9 +123,10 @@ def examples(task: Task, subject: str) -> str:
 
 
 def encode(tokenizer: "Tokenizer", task: Task) -> list[Encoded]:
-    """Return prompts and answers in tokens, in the order of the questions. Raises what Task.checked and examples raise.
+    """Return prompts and answers in tokens, in the order of the questions.
 
-    An answer's tokens are what the whole text has behind the tokens of the prompt, as in lm-evaluation-harness.
+    An answer's tokens are those that the whole text has after the prompt's, as in lm-evaluation-harness. Raises what
+    Task.checked and examples raise, and ValueError if the whole text does not begin with the prompt's tokens.
     """
     task = task.checked()
     encoded = []
@@ -144,8 +144,15 @@ def encode(tokenizer: "Tokenizer", task: Task) -> list[Encoded]:
         for i in range(len(group)):
             context = ids[i]
             wholes = ids[len(group) + 4 * i : len(group) + 4 * i + 4]
+            # One that appends an EOS token, for example, would have it in the place of the answer's first token.
+            if any(whole[: len(context)] != context for whole in wholes):
+                raise ValueError(
+                    f"{subject}: with an answer, the prompt of question {i + 1} has other tokens: use a tokenizer that "
+                    "appends none (EOS) and does not merge a prompt's end with the answer"
+                )
             encoded.append(Encoded(context, tuple(whole[len(context) :] for whole in wholes)))
-            if not all(encoded[-1].answers):  # an empty text, if the tokenizer also drops the space before it
+            # A text without tokens has the log-likelihood 0, above all others.
+            if not all(encoded[-1].answers):
                 raise ValueError(f"{subject}: an option of question {i + 1} has no tokens: give each option a text")
     return encoded
 
@@ -180,49 +187,36 @@ def choice_scores(
     tokenizer: "Tokenizer",
     task: Task,
     *,
-    share: bool = True,
+    encoded: list[Encoded] | None = None,
     progress: bool = True,
-) -> list[Scores]:
-    """Return the log-likelihoods of the answers to each question, in the order of `task.questions.test`.
+) -> list[tuple[float, ...]]:
+    """Return the log-likelihoods of the four answers to each question, in nats and in the order of the questions.
 
-    share: compute what prompts share once; the numbers are equal up to rounding. Raises ValueError as encode and
-    check_fits do.
+    encoded: what `encode` made of the task, if that is there already; several models share it. Raises ValueError as
+    encode and check_fits do.
     """
-    encoded = encode(tokenizer, task)
+    encoded = encode(tokenizer, task) if encoded is None else encoded
     check_fits(model, tokenizer, encoded, task)
-    return score(model, encoded, task.questions, fill_id(model, tokenizer), share=share, progress=progress)
-
-
-def score(
-    model: torch.nn.Module,
-    encoded: list[Encoded],
-    questions: Questions,
-    fill: int,
-    *,
-    share: bool = True,
-    progress: bool = True,
-) -> list[Scores]:
-    """Do the same for what encode has returned. fill: any token to fill rows with."""
+    fill = fill_id(model, tokenizer)
     # Questions come back shortest first, so each is kept under its number.
     found: dict[int, list[float]] = {}  # number of the question -> log-likelihoods
     start = 0
     with measuring(model), tqdm(total=len(encoded), desc="questions", leave=False, disable=not progress) as bar:
-        for group in group_by_subject(questions.test).values():
+        for group in group_by_subject(task.questions.test).values():
             rows = dict(enumerate(encoded[start : start + len(group)], start))
             start += len(group)
-            for number, values in _of_subject(model, rows, fill, share):
+            for number, values in _of_subject(model, rows, fill):
                 found[number] = values
                 bar.update()
-    return [Scores(tuple(found[i]), tuple(map(len, one.answers))) for i, one in enumerate(encoded)]
+    return [tuple(found[i]) for i in range(len(encoded))]
 
 
-def _of_subject(
-    model: torch.nn.Module, rows: dict[int, Encoded], fill: int, share: bool
-) -> Iterator[tuple[int, list[float]]]:
+def _of_subject(model: torch.nn.Module, rows: dict[int, Encoded], fill: int) -> Iterator[tuple[int, list[float]]]:
     """Yield (number, log-likelihoods) of each question of one subject, shortest first."""
     shared = _shared([one.context for one in rows.values()])
-    cache = _read(model, shared) if share and shared and not virtual_tokens(model) else None
-    if cache is None:  # virtual tokens come before each row, and some families keep other states than keys and values
+    # Virtual tokens come before each row, and some families keep other states than keys and values.
+    cache = _read(model, shared) if shared and not virtual_tokens(model) else None
+    if cache is None:
         yield from ((number, _alone(model, one, fill)) for number, one in rows.items())
         return
     for batch in _batches(rows, len(shared)):
@@ -233,7 +227,7 @@ def _of_subject(
         for i, number in enumerate(batch):
             first = logits[i].float().log_softmax(-1)  # (vocabulary,)
             values = [first[answer[0]].item() for answer in rows[number].answers]
-            # What is left of an answer behind its first token, which the prompt's last token predicts.
+            # What is left of an answer after its first token, which the prompt's last token predicts.
             tails = [answer[1:] for answer in rows[number].answers]
             if any(tails):  # letters have one token each, so nothing is left to read
                 own = _cut(longer, i, len(shared) + len(rests[i]))
@@ -317,7 +311,7 @@ def _continue(
     *,
     use_cache: bool = False,
 ) -> "tuple[torch.Tensor, DynamicCache | None]":
-    """Read rows behind a cache, filled on the right. Returns logits, and the longer cache if there is one.
+    """Read rows after a cache, filled on the right. Returns logits, and the longer cache if there is one.
 
     places: of the states before the head, (rows, longest, hidden), those that need logits. use_cache: begin a cache.
     A causal model never looks to the right, so what fills the rows changes nothing, and no mask is needed.

@@ -52,7 +52,7 @@ def test_a_row_says_what_load_and_choice_scores_say(folder, data, results, train
     for how, row in zip([(None,), ("nf4", 32, True)], rows, strict=True):
         model, tokenizer = ql.load(folder, *how, dtype=torch.float32, progress=False)
         ql.load_adapter(model, trained)
-        want = [one.log_likelihoods for one in choice_scores(model, tokenizer, task, progress=False)]
+        want = choice_scores(model, tokenizer, task, progress=False)
         assert row["log_likelihoods"] == [pytest.approx(values, rel=1e-6) for values in want]
     assert rows[0]["right"] == "CDDA" and rows[0]["subjects"] == {"abstract_algebra": 2, "anatomy": 2}
     if way == "texts":

@@ -48,8 +48,8 @@ found = simple_evaluate(harness_model(model, tokenizer), tasks=harness_tasks(tas
 theirs = [[value for value, _ in s["filtered_resps"]] for part in found["samples"].values() for s in part]
 accuracies = {name: {metric: values.get(f"{metric},none") for metric in ("acc", "acc_norm", "acc_bytes")}
               for name, values in found["results"].items()}
-print(json.dumps({"ours": [one.log_likelihoods for one in ours], "theirs": theirs, "accuracies": accuracies,
-                  "lengths": _lengths(task, ours)}))
+print(json.dumps({"ours": ours, "theirs": theirs, "accuracies": accuracies,
+                  "lengths": _lengths(task)}))
 """
 
 
