@@ -6,7 +6,8 @@ question, A, B, C, D, answer, without a header, as github.com/hendrycks/test has
 Out: Questions.
 
 Texts are taken as they stand. The original evaluation reads the CSV with pandas, which makes "nan" of an option "None"
-and "1.0" of a 1 in a column that also has fractions, so a few of its prompts differ from ours.
+and "1.0" of a 1 in a column that also has fractions, and it drops examples from prompts that are too long. So a few of
+its prompts differ from ours.
 Not here: prompts and scores (measure/multiple_choice.py), the generated set (docstring_choice.py).
 """
 

@@ -2,7 +2,7 @@
 
 letters: the prompt lists the four options, and the answers are " A" to " D", as in MMLU's own evaluation
   (D. Hendrycks et al., ICLR 2021; github.com/hendrycks/test, evaluate.py). Its first line reads "about  abstract
-  algebra" with two spaces; that is kept, for one space less is another prompt.
+  algebra" with two spaces; that is kept, because one space less is another prompt.
 texts: the prompt holds the question alone, and the answers are the texts of the options ("cloze"). Small models know
   more than they can say in letters. The prompt is that of lm-evaluation-harness' mmlu_continuation. A long text is less
   likely than a short one, so it is also judged per character and per byte.
@@ -170,7 +170,7 @@ def check_fits(model: torch.nn.Module, tokenizer: "Tokenizer", encoded: list[Enc
         return
     said = f"the longest prompt has {longest} tokens, but {type(model).__name__} was made for {limit}"
     if task.questions.test[0].prompt is None:
-        # Rare, so encoding once for each number of examples is no cost that anybody pays.
+        # Rare, so nobody waits for the texts to be encoded once for each number of examples.
         for fewer in range(task.checked().shots - 1, -1, -1):
             if _longest(encode(tokenizer, replace(task, shots=fewer))) + virtual <= limit:
                 raise ValueError(f"{said}: take --shots {fewer}")

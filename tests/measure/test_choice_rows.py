@@ -1,6 +1,7 @@
 """`qlora-lab multiple-choice`: rows that agree with the library, that resume, and mistakes in one line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from qlora_lab.measure.choice_rows import choice_rows, read_choices
 from qlora_lab.measure.choice_summary import accuracies, difference
 from qlora_lab.measure.multiple_choice import Task, choice_scores
 from qlora_lab.measure.results_file import verify_rows
-from qlora_lab.train.verify import OK
+from qlora_lab.train.verify import DIFFERS, OK
 from tests.data.test_choice_files import AUTHORS, small_questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +95,15 @@ def test_an_interrupt_says_how_far_it_came(folder, data, results, monkeypatch):
         quiet(folder, [(None,), ("nf4",)], Task(read_questions(data), 1), results)
 
 
+def test_a_changed_row_is_found(folder, data, results):
+    quiet(folder, [(None,), ("nf4",)], Task(read_questions(data), 1), results)
+    whole = results.read_text()
+    changed = re.sub(r'("log_likelihoods": \[\[-?\d)', r"\g<1>9", whole, count=1)
+    assert changed != whole
+    results.write_text(changed)
+    assert [part.state for part in verify_rows(results)] == [DIFFERS, OK]
+
+
 def test_what_is_not_finite_is_no_row(folder, data, results, monkeypatch):
     def broken(*how, **options):
         model, tokenizer = ql.load(*how, **options)
@@ -125,7 +135,8 @@ def test_tables_and_json(capsys, folder, data, results):
     assert lines[1].split() == ["codebook", "accuracy", "mean", "over", "subjects", "difference", "to", "the", "first"]
     assert [line.split("  ")[0] for line in lines[2:5]] == ["none", "nf4", "nf4 + DQ"]
     assert lines[5].split("  ")[0] == "codebook" and "STEM" in lines[5]  # MMLU's subjects have categories
-    assert lines[-1].startswith("4 questions of mmlu, 1 examples, texts; brackets: 95 % intervals")
+    assert lines[-2].startswith("4 questions of mmlu, 1 examples, texts; brackets: 95 % intervals")
+    assert re.fullmatch(r"rules that read no question: [\w' ]+ \d+.\d%, [\w' ]+ \d+.\d%; guessing 25 %", lines[-1])
     code, out, _ = run(capsys, folder, *options, "--json")
     records = json.loads(out)
     rows = read_choices(results)
@@ -136,11 +147,19 @@ def test_tables_and_json(capsys, folder, data, results):
     assert set(records[0]["acc"]["subjects"]) == {"abstract_algebra", "anatomy"}
 
 
+def test_double_quantization_is_on_as_in_load(capsys, folder, data, results):
+    options = ["--codebooks", "nf4", "--data", data, "--shots", 1, "--out", results, "--quiet"]
+    code, out, _ = run(capsys, folder, *options)
+    assert code == 0 and out.splitlines()[1].startswith("nf4 + DQ ")
+    assert [row["double_quant"] for row in read_choices(results)] == [True]
+
+
 def test_a_file_of_whole_prompts(capsys, folder, tmp_path, results):
     path = tmp_path / "zero_shot.json"
     path.write_text(json.dumps(AUTHORS) + "\n")
     code, out, _ = run(capsys, folder, "--data", path, "--out", results, "--quiet")
     assert code == 0 and "1 questions of zero_shot, 0 examples, letters" in out
+    assert "rules" not in out  # the options are not known apart
 
 
 @pytest.mark.parametrize(

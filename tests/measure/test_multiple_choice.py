@@ -179,7 +179,7 @@ def test_a_prompt_that_is_too_long_names_the_most_examples_that_fit(tiny_llama, 
 
 
 def test_a_tokenizer_that_appends_a_token(questions):
-    """Behind its EOS, the answers' first tokens would be lost without a word."""
+    """With an EOS after the prompt, the first token of each answer would be lost without a word."""
 
     def words(texts, verbose):
         return {"input_ids": [[*map(hash, text.split()), 2] for text in texts]}
