@@ -24,12 +24,12 @@ sys.path.insert(0, str(HERE.parent))
 from bench.cpu import versions  # noqa: E402
 from bench.files import between, write  # noqa: E402
 from qlora_lab.data.choice_baselines import baselines  # noqa: E402
+from qlora_lab.data.choice_prompts import WAYS, Task  # noqa: E402
 from qlora_lab.data.docstring_choice import NAME, docstring_choice  # noqa: E402
 from qlora_lab.measure.choice_rows import choice_rows  # noqa: E402
 from qlora_lab.measure.choice_summary import figures  # noqa: E402
 from qlora_lab.measure.in_place import Variant  # noqa: E402
 from qlora_lab.measure.machine import machine  # noqa: E402
-from qlora_lab.measure.multiple_choice import WAYS, Task  # noqa: E402
 
 MODEL = "smollm2-135m"
 QUESTIONS = 500

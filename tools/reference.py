@@ -75,6 +75,11 @@ def _is_public(node: ast.AST) -> bool:
     return isinstance(node, kinds) and not node.name.startswith("_")
 
 
+def _is_setter(node: ast.AST) -> bool:
+    """A property's second half: one entry for both."""
+    return any(ast.unparse(decorator).endswith(".setter") for decorator in node.decorator_list)
+
+
 def _definition(tree: ast.Module, name: str, path: Path) -> ast.AST:
     for node in tree.body:
         if getattr(node, "name", None) == name:
@@ -87,7 +92,7 @@ def _entry(node: ast.AST, dotted: str) -> str:
     kind = "class" if isinstance(node, ast.ClassDef) else "function"
     body = [as_markdown(ast.get_docstring(node) or "")]
     if isinstance(node, ast.ClassDef):
-        body += [_method(part, dotted) for part in node.body if _is_public(part)]
+        body += [_method(part, dotted) for part in node.body if _is_public(part) and not _is_setter(part)]
     text = "\n\n".join(body)
     return f"::::{{py:{kind}}} {dotted}{_signature(node)}\n\n{text}\n\n::::"
 

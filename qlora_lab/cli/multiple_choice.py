@@ -40,8 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
+    from qlora_lab.data.choice_prompts import Task
     from qlora_lab.measure.choice_rows import choice_rows
-    from qlora_lab.measure.multiple_choice import Task
     from qlora_lab.measure.sweep import checked
     from qlora_lab.quant.numbers import check_seed, check_whole
     from qlora_lab.train.run_folder import find_adapter
@@ -93,6 +93,7 @@ def _of_rules(task) -> list[str]:
 
     if task.questions.test[0].prompt is not None:  # its options are not known apart
         return []
+    # Two are enough: the best says what to beat, the second whether it stands alone.
     found = sorted(baselines(task.questions).items(), key=lambda pair: -pair[1])
     best = ", ".join(f"{name} {share:.1%}" for name, share in found[:2])
     return [f"rules that read no question: {best}; guessing 25 %"]

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from statistics import fmean
 
-from qlora_lab.data.choice_files import Question, Questions
+from qlora_lab.data.choice_files import ChoiceQuestion, Questions
 
 # Words without a meaning of their own, and those that stand in docstring_choice's task: shared ones say nothing.
 _GLUE = "a an and are as at be by code for from if in into is it its not of on or python summary that the this to with"
@@ -28,6 +28,7 @@ def content_words(text: str) -> frozenset[str]:
     ['get', 'line', 'width']
     """
     parted = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", text)
+    # Digits too: "log2" and "float16" name what a function does.
     return frozenset(re.findall(r"[a-z0-9]+", parted.lower())) - GLUE
 
 
@@ -38,6 +39,7 @@ def stems(text: str) -> frozenset[str]:
     ['axe', 'set']
     """
     # Crude, but a stemmer is one more library, and a rule that finds more would only need a stricter match.
+    # "is" and "its" are glue, so a final s of short words is nearly always a plural or a verb's.
     cut = (word[:STEM] for word in content_words(text))
     return frozenset(word.removesuffix("s") if len(word) == STEM else word for word in cut)
 
@@ -48,6 +50,7 @@ def name_of(text: str) -> str:
     >>> name_of("def get_width(self): ...")
     'get_width'
     """
+    # Not parsed: MMLU's questions hold pieces of code that are no Python file.
     found = re.search(r"\bdef (\w+)", text)
     return found[1] if found else ""
 
@@ -61,13 +64,14 @@ def baselines(questions: Questions) -> dict[str, float]:
     """
     if any(not question.options for question in questions.test):
         raise ValueError(f"{questions.name} holds whole prompts: baselines need the options one by one")
+    # Of all options, right and wrong: a rule must not know which are right.
     options = [option for question in questions.test for option in question.options]
     seen = Counter(stem for option in options for stem in stems(option))
 
-    def shared(one: Callable, other: Callable | None = None) -> Callable[[Question], list[float]]:
+    def shared(one: Callable, other: Callable | None = None) -> Callable[[ChoiceQuestion], list[float]]:
         return lambda q: [len(one(option) & (other or one)(q.text)) for option in q.options]
 
-    rules: dict[str, Callable[[Question], list[float]]] = {
+    rules: dict[str, Callable[[ChoiceQuestion], list[float]]] = {
         "longest": lambda q: [len(option) for option in q.options],
         "shortest": lambda q: [-len(option) for option in q.options],
         "nearest to the mean length": lambda q: _near_the_mean([len(option) for option in q.options]),
@@ -89,5 +93,6 @@ def _near_the_mean(lengths: list[int]) -> list[float]:
 
 def _expected(weights: list[float], answer: int) -> float:
     """Return the chance that a rule picks the answer: it takes the largest weight, and guesses among equal ones."""
+    # Equal up to the last bit: sums are of the same terms in the same order.
     best = [i for i, weight in enumerate(weights) if weight == max(weights)]
     return (answer in best) / len(best)

@@ -26,7 +26,7 @@ from dataclasses import replace
 from tqdm.auto import tqdm
 
 from qlora_lab.data.choice_baselines import name_of, stems
-from qlora_lab.data.choice_files import Question, Questions
+from qlora_lab.data.choice_files import ChoiceQuestion, Questions
 from qlora_lab.data.docstrings import TRAIN, docstring_pairs
 from qlora_lab.data.examples import Example
 from qlora_lab.quant.numbers import check_seed, check_whole
@@ -62,6 +62,7 @@ def docstring_choice(
     found = {library: _of_library(library, questions + EXAMPLES, seed, progress) for library in libraries}
     if short := [library for library in libraries if len(found[library]) <= EXAMPLES]:
         raise ValueError(f"{short[0]} has too few short functions with a summary: leave it out, or name a larger one")
+    # Examples come first, so that a larger set keeps the examples of a smaller one.
     shares = _shares({library: len(generated) - EXAMPLES for library, generated in found.items()}, questions)
     test = []
     dev = {}
@@ -89,12 +90,12 @@ def _shares(available: dict[str, int], questions: int) -> dict[str, int]:
     return {library: shares[library] for library in available}
 
 
-def _of_library(library: str, number: int, seed: int, progress: bool) -> list[Question]:
+def _of_library(library: str, number: int, seed: int, progress: bool) -> list[ChoiceQuestion]:
     """Return at most `number` questions, the right option first in each."""
     pairs = list(_usable(docstring_pairs([library], progress)))  # in hash order: any beginning is a fair sample
     # Wrong summaries are right ones of other questions, so that none is known by its kind.
     parts = {summary: stems(summary) for _, summary in pairs}
-    draw = _generator(seed, library)
+    draw = _generator(seed, library)  # of its own, so that no library shifts the draws of another
     seen = Counter(stem for words in parts.values() for stem in words)
     rarity = {stem: math.log(len(parts) / often) for stem, often in seen.items()}
     wanted: list[tuple[int, bool]] = []
@@ -108,7 +109,7 @@ def _of_library(library: str, number: int, seed: int, progress: bool) -> list[Qu
         if found := _drawn(summary, _alike(code, summary, parts, rarity), wanted, draw):
             wrong, place = found
             wanted.remove(place)
-            questions.append(Question(library, f"{TASK}\n{code}", (summary, *wrong), 0))
+            questions.append(ChoiceQuestion(library, f"{TASK}\n{code}", (summary, *wrong), 0))
     return questions
 
 
@@ -134,6 +135,7 @@ def _drawn(
     summary: str, near: list[str], wanted: list[tuple[int, bool]], draw: random.Random
 ) -> tuple[list[str], tuple[int, bool]] | None:
     """Draw three wrong summaries, and return them with the one of `wanted` that they meet; None if none is met."""
+    # Rank by rank: a function in the middle of the lengths can take any, one at the edge only some.
     shorter = [other for other in near if len(other) < len(summary)]
     longer = [other for other in near if len(other) > len(summary)]
     for rank, nearest in wanted:
@@ -148,11 +150,13 @@ def _drawn(
 
 def _is_nearest(summary: str, others: list[str]) -> bool:
     """Tell whether the summary's length is nearest to the mean of the four."""
+    # Of two equally near ones neither is: a rule would have to guess.
     mean = (len(summary) + sum(map(len, others))) / 4
     return abs(len(summary) - mean) < min(abs(len(other) - mean) for other in others)
 
 
-def _with_answer_at(letter: int, question: Question) -> Question:
+def _with_answer_at(letter: int, question: ChoiceQuestion) -> ChoiceQuestion:
+    # After the draw, so that letters are balanced over the questions that are taken, not over those that were made.
     right, *wrong = question.options
     return replace(question, options=(*wrong[:letter], right, *wrong[letter:]), answer=letter)
 

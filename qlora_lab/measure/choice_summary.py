@@ -169,6 +169,7 @@ def figures(row: dict, reference: dict | None, digits: int = 6) -> dict:
     def numbers(interval: Interval) -> list[float]:
         return [round(number, digits) for number in (interval.mean, interval.low, interval.high)]
 
+    # One home for the command and the bench, so that a page and a terminal never differ.
     found = {}
     for metric in METRICS if row["lengths"] else METRICS[:1]:  # letters are equally long
         shares = accuracies(row, metric)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_lab.data.choice_files import Question, group_by_subject
+from qlora_lab.data.choice_files import ChoiceQuestion, group_by_subject
+from qlora_lab.data.choice_prompts import Task, header
 from qlora_lab.files.replace import replace_text
-from qlora_lab.measure.multiple_choice import Task, header
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -65,7 +65,7 @@ def harness_tasks(task: Task, folder: str | Path) -> list[dict[str, Any]]:
     return tasks
 
 
-def _record(question: Question) -> dict[str, Any]:
+def _record(question: ChoiceQuestion) -> dict[str, Any]:
     return {"question": question.text, "choices": list(question.options), "answer": question.answer}
 
 

@@ -1,11 +1,4 @@
-"""Multiple choice: which of four answers does a model find likeliest? Two ways to ask, both with n examples before.
-
-letters: the prompt lists the four options, and the answers are " A" to " D", as in MMLU's own evaluation
-  (D. Hendrycks et al., ICLR 2021; github.com/hendrycks/test, evaluate.py). Its first line reads "about  abstract
-  algebra" with two spaces; that is kept, because one space less is another prompt.
-texts: the prompt holds the question alone, and the answers are the texts of the options ("cloze"). Small models know
-  more than they can say in letters. The prompt is that of lm-evaluation-harness' mmlu_continuation. A long text is less
-  likely than a short one, so it is also judged per character and per byte.
+"""Multiple choice: which of four answers does a model find likeliest?
 
 In: a model, its tokenizer, Questions. Out: log-likelihoods, (questions, 4) in nats, summed over an answer's tokens.
 Tokens are those of the tokenizer's own settings, with a BOS token if it adds one; so does lm-evaluation-harness, and
@@ -13,7 +6,8 @@ measure/lm_eval.py shows that the numbers are the same.
 
 Cost: the questions of a subject share their examples, about four tokens in five. Those go through the model once, and
 their keys and values serve all questions of the subject; those of a question serve its four answers.
-Not here: reading questions (data/choice_files.py), accuracies (choice_summary.py), rows on disk (choice_rows.py).
+Not here: questions and prompts (data/choice_files.py, data/choice_prompts.py), accuracies (choice_summary.py), rows on
+disk (choice_rows.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,59 +19,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from qlora_lab.adapters.virtual_tokens import virtual_tokens
-from qlora_lab.data.choice_files import LETTERS, Question, Questions, group_by_subject
+from qlora_lab.data.choice_files import group_by_subject
+from qlora_lab.data.choice_prompts import Task, answers, examples, prompt
 from qlora_lab.model.modes import measuring
-from qlora_lab.quant.numbers import check_whole
 from qlora_lab.train.limits import check_tokens, fill_id, position_limit
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedTokenizerBase as Tokenizer
 
-WAYS = ("letters", "texts")
-SHOTS = 5  # MMLU's number
 # Tokens in one pass: enough that unpacking the weights costs little, few enough that a batch needs little memory.
 TOKENS_AT_ONCE = 1024
-# evaluate.py joins the words of a subject with a space before each, and has one more in its sentence: two.
-HEADERS = {
-    "letters": "The following are multiple choice questions (with answers) about  {}.\n\n",
-    "texts": "The following are questions (with answers) about {}.\n\n",
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is asked, and how. way: "letters" or "texts". shots: examples in a prompt; None: SHOTS."""
-
-    questions: Questions
-    shots: int | None = None
-    way: str = "letters"
-
-    def checked(self) -> "Task":
-        """Return the task with its number of examples: 0 for a file of whole prompts, which hold their own.
-
-        Raises ValueError for another way to ask, no questions, an empty option among texts, or a choice that whole
-        prompts do not leave.
-        """
-        name = self.questions.name
-        if self.way not in WAYS:
-            raise ValueError(f"way={self.way!r} is not known: choose from {', '.join(WAYS)}")
-        if not self.questions.test:
-            raise ValueError(f"{name} holds no questions: name a folder or a file that does")
-        if self.questions.test[0].prompt is not None:
-            if self.way == "texts":
-                raise ValueError(f"{name} holds whole prompts, which list the options: take --answers letters")
-            if self.shots:
-                raise ValueError(f"{name} holds whole prompts, examples included: leave out --shots")
-            return replace(self, shots=0)
-        shots = SHOTS if self.shots is None else self.shots
-        check_whole("shots", shots, 0)
-        # A letter can stand for nothing ("none of these"); a text of no characters has no likelihood per character.
-        for question in self.questions.test if self.way == "texts" else ():
-            for letter, option in zip(LETTERS, question.options, strict=True):
-                if not option.strip():
-                    where = question.where or f"{name}, {question.subject}: {question.text[:40]!r}"
-                    raise ValueError(f"{where}: option {letter} is empty: give it a text, or take --answers letters")
-        return replace(self, shots=shots)
 
 
 @dataclass(frozen=True)
@@ -86,40 +37,6 @@ class Encoded:
 
     context: list[int]
     answers: tuple[list[int], ...]  # what follows the context
-
-
-def header(subject: str, way: str) -> str:
-    """Return the first line of a prompt. Underscores in the subject are spaces.
-
-    >>> header("abstract_algebra", "letters")
-    'The following are multiple choice questions (with answers) about  abstract algebra.\\n\\n'
-    """
-    return HEADERS[way].format(subject.replace("_", " "))
-
-
-def prompt(question: Question, way: str) -> str:
-    """Return a question as it stands in a prompt, up to "Answer:"."""
-    if way == "texts":
-        return f"Question: {question.text.strip()}\nAnswer:"
-    listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, question.options, strict=True))
-    return f"{question.text}{listed}\nAnswer:"
-
-
-def answers(question: Question, way: str) -> tuple[str, ...]:
-    """Return the four texts that may follow the prompt; each begins with a space."""
-    # With the space: tokenizers have a token for " A", and another one for "A", which models see elsewhere.
-    return tuple(f" {text}" for text in (LETTERS if way == "letters" else question.options))
-
-
-def examples(task: Task, subject: str) -> str:
-    """Return the beginning that all prompts of a subject share. Raises ValueError for too few examples."""
-    available = task.questions.dev.get(subject, ())
-    if len(available) < task.shots:
-        there = f"{len(available)} examples in dev/{subject}_dev.csv" if available else f"no dev/{subject}_dev.csv"
-        fix = f"take --shots {len(available)}, or add examples"
-        raise ValueError(f"{task.questions.name}: {subject!r} has {there}, but shots={task.shots}: {fix}")
-    worked = (f"{prompt(q, task.way)}{answers(q, task.way)[q.answer]}\n\n" for q in available[: task.shots])
-    return header(subject, task.way) + "".join(worked)
 
 
 def encode(tokenizer: "Tokenizer", task: Task) -> list[Encoded]:

@@ -5,9 +5,10 @@ import torch
 
 from qlora_lab.adapters.add_adapter import add_adapter
 from qlora_lab.adapters.lora import adapters, add_lora
-from qlora_lab.data.choice_files import Question, Questions, read_questions
+from qlora_lab.data.choice_files import ChoiceQuestion, Questions, read_questions
+from qlora_lab.data.choice_prompts import Task, examples, prompt
 from qlora_lab.measure import multiple_choice as module
-from qlora_lab.measure.multiple_choice import Task, choice_scores, encode, examples, prompt
+from qlora_lab.measure.multiple_choice import choice_scores, encode
 from tests.data.test_choice_files import small_questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,7 +131,7 @@ def test_measuring_changes_nothing(tiny_llama, tokenizer, questions):
 
 
 def whole_prompts() -> Questions:
-    return Questions("prompts", (Question("x", "", (), 0, "Which?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"),), {})
+    return Questions("prompts", (ChoiceQuestion("x", "", (), 0, "Which?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"),), {})
 
 
 def test_whole_prompts_are_read_as_they_are(tiny_llama, tokenizer):
@@ -197,14 +198,14 @@ def test_an_empty_option_is_refused_before_a_model_is_loaded(tmp_path, empty):
     Task(questions, 1).checked()  # a letter may stand for nothing
     with pytest.raises(ValueError, match="anatomy_test.csv, line 2: option C is empty: give it a text, or take --answ"):
         Task(questions, 1, "texts").checked()
-    made = Questions("made", (Question("x", "Which?", ("a", "b", empty, "d"), 0),), {})
+    made = Questions("made", (ChoiceQuestion("x", "Which?", ("a", "b", empty, "d"), 0),), {})
     with pytest.raises(ValueError, match="made, x: 'Which.': option C is empty"):
         Task(made, 0, "texts").checked()
 
 
 def test_an_option_without_tokens(questions):
     """Some tokenizers drop characters, and the space before them."""
-    question = Question("anatomy", "Which?", ("\u200b", "b", "c", "d"), 1)
+    question = ChoiceQuestion("anatomy", "Which?", ("\u200b", "b", "c", "d"), 1)
 
     def words(texts, verbose):
         return {"input_ids": [[hash(word) for word in text.replace("\u200b", "").split()] for text in texts]}
