@@ -127,8 +127,13 @@ def _lines(rows: list[dict]) -> list[str]:
             lines += _by_category(rows, metric)
     # What was asked stands below the figures: without it they mean nothing.
     data = rows[0]["data"]
-    asked = f"{data['questions']} questions of {data['name']}, {config['shots']} examples, {config['answers']}"
+    asked = f"{_counted(data['questions'], 'question')} of {data['name']}, {_counted(config['shots'], 'example')}"
+    asked += f", {config['answers']}"
     return [*lines, f"{asked}; brackets: 95 % intervals, of differences paired by question"]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _name(row: dict) -> str:

@@ -9,7 +9,7 @@ A question is kept if
 - its summary does not stand in its code, not even in a comment, and belongs to no other function of the library;
 - enough summaries of the library can stand beside it. A wrong summary has as many words in common with the code as the
   right one, and as many with the function's name (by stems, choice_baselines.py). Without that, the summary that shares
-  most words with the code was right in 87 of 100 questions, more often than a small model is.
+  most words with the code was right in 87 of 100 questions.
 The right one is the shortest, second, third and longest equally often, and half of the middle ones are not nearest to
 the mean length. choice_baselines.baselines measures what is left of such clues.
 The right answer is A, B, C and D equally often, in an order drawn by the seed.
@@ -77,7 +77,7 @@ def docstring_choice(
 
 
 def _shares(available: dict[str, int], questions: int) -> dict[str, int]:
-    """Return how many questions each library gives: equally many, but that one which has fewer gives all it has."""
+    """Return how many questions each library gives: equally many, but one that has fewer gives all it has."""
     if sum(available.values()) < questions:
         there = f"{', '.join(available)}: {sum(available.values())} questions"
         raise ValueError(f"{there}, fewer than {questions}: ask for fewer, or name more libraries")

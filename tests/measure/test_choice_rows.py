@@ -136,7 +136,7 @@ def test_tables_and_json(capsys, folder, data, results):
     assert lines[1].split() == ["codebook", "accuracy", "mean", "over", "subjects", "difference", "to", "the", "first"]
     assert [line.split("  ")[0] for line in lines[2:5]] == ["none", "nf4", "nf4 + DQ"]
     assert lines[5].split("  ")[0] == "codebook" and "STEM" in lines[5]  # MMLU's subjects have categories
-    assert lines[-2].startswith("4 questions of mmlu, 1 examples, texts; brackets: 95 % intervals")
+    assert lines[-2].startswith("4 questions of mmlu, 1 example, texts; brackets: 95 % intervals")
     assert re.fullmatch(r"rules that read no question: [\w' ]+ \d+.\d%, [\w' ]+ \d+.\d%; guessing 25 %", lines[-1])
     code, out, _ = run(capsys, folder, *options, "--json")
     records = json.loads(out)
@@ -159,7 +159,7 @@ def test_a_file_of_whole_prompts(capsys, folder, tmp_path, results):
     path = tmp_path / "zero_shot.json"
     path.write_text(json.dumps(AUTHORS) + "\n")
     code, out, _ = run(capsys, folder, "--data", path, "--out", results, "--quiet")
-    assert code == 0 and "1 questions of zero_shot, 0 examples, letters" in out
+    assert code == 0 and "1 question of zero_shot, 0 examples, letters" in out
     assert "rules" not in out  # the options are not known apart
 
 
