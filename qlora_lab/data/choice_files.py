@@ -6,7 +6,8 @@ question, A, B, C, D, answer, without a header, as github.com/hendrycks/test has
 Out: Questions.
 
 Texts are taken as they stand. The original evaluation reads the CSV with pandas, which makes "nan" of an option "None"
-and "1.0" of a 1 in a column that also has fractions, so a few of its prompts differ from ours.
+and "1.0" of a 1 in a column that also has fractions, and it drops examples from prompts that are too long. So a few of
+its prompts differ from ours.
 Not here: prompts and scores (measure/multiple_choice.py), the generated set (docstring_choice.py).
 """
 
@@ -14,7 +15,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qlora_lab.files.replace import replace_text
@@ -30,7 +31,7 @@ PROMPT_END = "\nAnswer:"
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """A question with four options."""
 
     subject: str
@@ -38,6 +39,8 @@ class Question:
     options: tuple[str, ...]  # four texts; none if `prompt` holds them
     answer: int  # number of the right option, from 0
     prompt: str | None = None  # the whole prompt with its examples, where the file gives that
+    # For messages. A copy of the file elsewhere holds the same questions and gives the same sample.
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Questions:
     """
 
     name: str
-    test: tuple[Question, ...]
-    dev: dict[str, tuple[Question, ...]]  # subject -> examples; empty for a file of whole prompts
+    test: tuple[ChoiceQuestion, ...]
+    dev: dict[str, tuple[ChoiceQuestion, ...]]  # subject -> examples; empty for a file of whole prompts
 
     def __post_init__(self) -> None:
         groups = group_by_subject(self.test)
@@ -96,9 +99,9 @@ def write_questions(questions: Questions, folder: str | Path) -> None:
             replace_text(path, text.getvalue())
 
 
-def group_by_subject(questions: Iterable[Question]) -> dict[str, tuple[Question, ...]]:
+def group_by_subject(questions: Iterable[ChoiceQuestion]) -> dict[str, tuple[ChoiceQuestion, ...]]:
     """Return subject -> its questions, in the order in which subjects first appear."""
-    groups: dict[str, list[Question]] = {}
+    groups: dict[str, list[ChoiceQuestion]] = {}
     for question in questions:
         groups.setdefault(question.subject, []).append(question)
     return {subject: tuple(group) for subject, group in groups.items()}
@@ -134,7 +137,7 @@ def _check_subjects(subjects: Iterable[str], where: str) -> None:
             raise ValueError(f"{where} has the subject {subject!r} twice, also as {other!r}: merge them into one")
 
 
-def _read_csv(subject: str, path: Path) -> tuple[Question, ...]:
+def _read_csv(subject: str, path: Path) -> tuple[ChoiceQuestion, ...]:
     try:
         text = read_regular(path, LARGEST).decode("utf-8-sig")  # an editor may have put a byte order mark
     except UnicodeDecodeError as error:
@@ -152,7 +155,7 @@ def _read_csv(subject: str, path: Path) -> tuple[Question, ...]:
     return tuple(questions)
 
 
-def _question(subject: str, row: list[str], where: str) -> Question:
+def _question(subject: str, row: list[str], where: str) -> ChoiceQuestion:
     if len(row) != 6:
         columns = "1 column" if len(row) == 1 else f"{len(row)} columns"
         raise ValueError(f"{where} has {columns}, but needs 6 ({COLUMNS}): put texts with a comma into double quotes")
@@ -160,7 +163,7 @@ def _question(subject: str, row: list[str], where: str) -> Question:
     text, *options, letter = row
     if not LETTER.allows(letter.strip()):
         raise ValueError(f"{where} has the answer {letter[:40]!r}: it must be {LETTER.what}")
-    return Question(subject, text, tuple(options), LETTERS.index(letter.strip()))
+    return ChoiceQuestion(subject, text, tuple(options), LETTERS.index(letter.strip()), where=where)
 
 
 def _read_prompts(path: Path) -> Questions:
@@ -177,7 +180,7 @@ def _read_prompts(path: Path) -> Questions:
     return Questions(path.stem, tuple(question for group in groups.values() for question in group), {})
 
 
-def _prompted(line: str, path: Path, number: int) -> Question:
+def _prompted(line: str, path: Path, number: int) -> ChoiceQuestion:
     where = f"{path}, line {number}"
     record = parse(line, str(path), line=number, expected='{"subject": ..., "input": ..., "output": "A"}')
     if not isinstance(record, dict):
@@ -185,4 +188,4 @@ def _prompted(line: str, path: Path, number: int) -> Question:
     check_keys(record, PROMPTED, where, PROMPTED)
     if not record["input"].endswith(PROMPT_END):
         raise ValueError(f"{where} has an input that does not end in {PROMPT_END!r}: it must be the whole prompt")
-    return Question(record["subject"], "", (), LETTERS.index(record["output"]), record["input"])
+    return ChoiceQuestion(record["subject"], "", (), LETTERS.index(record["output"]), record["input"], where)

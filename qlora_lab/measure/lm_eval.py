@@ -6,8 +6,7 @@
 
 In: a model of ql.load, or Questions. Out: an LM of the harness; tasks as dicts, their data as JSON lines in a folder.
 The harness builds the prompts, reads the model and counts on its own, so it is a witness of multiple_choice.py: the
-same accuracies, and log-likelihoods to 1e-4. It takes longer, for it reads every prompt whole, and once more for each
-answer that has several tokens.
+same accuracies, and log-likelihoods to 1e-4. It reads every prompt whole, and again for each answer of several tokens.
 """
 
 import json
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_lab.data.choice_files import Question, group_by_subject
+from qlora_lab.data.choice_files import ChoiceQuestion, group_by_subject
+from qlora_lab.data.choice_prompts import Task, header
 from qlora_lab.files.replace import replace_text
-from qlora_lab.measure.multiple_choice import Task, header
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -46,7 +45,7 @@ def harness_model(model: torch.nn.Module, tokenizer: "Tokenizer", batch_size: in
 def harness_tasks(task: Task, folder: str | Path) -> list[dict[str, Any]]:
     """Write the data of one task for each subject into `folder`, and return them as dicts for simple_evaluate.
 
-    Raises ValueError as Task.checked does, and for a file of whole prompts, of which there is nothing to build.
+    Raises ValueError as Task.checked does, and for a file of whole prompts, which leaves nothing to build.
     """
     task = task.checked()
     questions = task.questions
@@ -66,7 +65,7 @@ def harness_tasks(task: Task, folder: str | Path) -> list[dict[str, Any]]:
     return tasks
 
 
-def _record(question: Question) -> dict[str, Any]:
+def _record(question: ChoiceQuestion) -> dict[str, Any]:
     return {"question": question.text, "choices": list(question.options), "answer": question.answer}
 
 

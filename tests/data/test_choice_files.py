@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.data.choice_files import LETTERS, Question, Questions, read_questions, write_questions
+from qlora_lab.data.choice_files import LETTERS, ChoiceQuestion, Questions, read_questions, write_questions
 
 
 def small_questions(folder: Path) -> Path:
@@ -34,7 +34,7 @@ def test_a_folder_is_read_subject_by_subject(folder):
     assert questions.name == "mmlu"
     assert [q.subject for q in questions.test] == ["abstract_algebra"] * 2 + ["anatomy"] * 2  # sorted, as evaluate.py
     # pandas would make nan of None and 4.0 or 4 of 04
-    assert questions.test[0] == Question("abstract_algebra", "three\nlines, here", ("1", "2", "None", "04"), 2)
+    assert questions.test[0] == ChoiceQuestion("abstract_algebra", "three\nlines, here", ("1", "2", "None", "04"), 2)
     assert questions.test[2].text == "the sum, of the" and questions.test[2].options[1] == 'b "b"'
     assert [q.answer for q in questions.dev["anatomy"]] == [1, 2]
 
@@ -72,14 +72,14 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_siz
 )
 def test_what_is_written_is_read_again(tmp_path_factory, rows):
     """All characters but the carriage return, which CSV takes for the end of a line, and the null character."""
-    test = tuple(Question("any", text, options, answer) for text, options, answer in rows)
+    test = tuple(ChoiceQuestion("any", text, options, answer) for text, options, answer in rows)
     folder = tmp_path_factory.mktemp("questions")
     write_questions(Questions(folder.name, test, {"any": test[:1]}), folder)
     assert read_questions(folder) == Questions(folder.name, test, {"any": test[:1]})
 
 
 def test_a_sample_is_the_same_for_any_order_and_contained_in_larger_ones():
-    test = tuple(Question(s, f"{s} {i}", tuple("abcd"), i % 4) for s in ("x", "y") for i in range(40))
+    test = tuple(ChoiceQuestion(s, f"{s} {i}", tuple("abcd"), i % 4) for s in ("x", "y") for i in range(40))
     questions = Questions("any", test, {})
     smaller = questions.sample(10).test
     assert len(smaller) == 10 and set(smaller) < set(questions.sample(30).test)
@@ -150,12 +150,12 @@ def test_what_is_not_there(tmp_path):
 
 
 def test_whole_prompts_have_no_csv_form(tmp_path):
-    questions = Questions("prompts", (Question("x", "", (), 0, "?\nAnswer:"),), {})
+    questions = Questions("prompts", (ChoiceQuestion("x", "", (), 0, "?\nAnswer:"),), {})
     with pytest.raises(ValueError, match="prompts holds whole prompts"):
         write_questions(questions, tmp_path)
 
 
 def test_questions_of_a_subject_stand_together():
-    x, y = (Question(subject, "?", tuple("abcd"), 0) for subject in "xy")
+    x, y = (ChoiceQuestion(subject, "?", tuple("abcd"), 0) for subject in "xy")
     with pytest.raises(ValueError, match="any: questions of one subject stand apart"):
         Questions("any", (x, y, x), {})
