@@ -19,7 +19,7 @@ from typing import Any
 
 from qlora_lab.data.records import records
 from qlora_lab.files.strict_json import TEXT, check_keys
-from qlora_lab.measure.games import VERDICTS, Games
+from qlora_lab.measure.games import VERDICTS, Games, Row, once
 
 COUNTS = ("first_wins", "second_wins", "ties", "unparsed")  # in the order of VERDICTS
 COLUMNS = ("first", "second", *COUNTS)
@@ -28,7 +28,6 @@ PAIR = re.compile(r"(?P<first>.+)-vs-(?P<second>.+?)-gpt-?4-reviewer(-threeclass
 ANSWERS = re.compile(r"-(vicuna|oa)-generations.*")  # how a system's answers were sampled, behind its name
 # The authors' file names -> the paper's. LLaMA's "30b" has 32.5 billion parameters, and the paper writes 33B.
 RENAMED = {"gpt4": "gpt-4", "gpt35": "gpt-3.5"}
-Row = tuple[str, str, str, str]  # question, first, second, verdict
 
 
 def read_games(path: str | Path, *, progress: bool = True) -> Games:
@@ -39,7 +38,7 @@ def read_games(path: str | Path, *, progress: bool = True) -> Games:
     """
     path = Path(path)
     if path.is_dir():
-        return _made(path, lambda: Games.of(_of_folder(path, progress)))
+        return _made(path, lambda: Games.of(once(_of_folder(path, progress))))
     if not path.exists():
         raise FileNotFoundError(f"no games at {path}: give a folder of judgments, a CSV file of counts or a JSONL file")
     if path.suffix.lower() == ".csv":
@@ -47,7 +46,7 @@ def read_games(path: str | Path, *, progress: bool = True) -> Games:
             return _made(path, lambda: Games.of_counts(_counts(path)))
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is not a CSV file in UTF-8 ({error}): save it as one") from None
-    return _made(path, lambda: Games.of(_own(place, read()) for place, read in records(path)))
+    return _made(path, lambda: Games.of(once((place, _own(place, read())) for place, read in records(path))))
 
 
 def _made(path: Path, make: Callable[[], Games]) -> Games:
@@ -82,7 +81,7 @@ def _question(place: str, row: dict, *names: str) -> str:
     raise ValueError(f"{place} has no {' or '.join(names)} that is a text or a whole number: every game has a question")
 
 
-def _of_folder(folder: Path, progress: bool) -> Iterator[Row]:
+def _of_folder(folder: Path, progress: bool) -> Iterator[tuple[str, Row]]:
     from tqdm.auto import tqdm
 
     paths = sorted(folder.glob("*.jsonl"))
@@ -96,7 +95,7 @@ def _of_folder(folder: Path, progress: bool) -> Iterator[Row]:
         for place, read in records(path):
             row = read()
             question = _question(place, row if isinstance(row, dict) else {}, "question_id", "message_id")
-            yield question, first, second, _verdict(place, row.get("score"))
+            yield place, (question, first, second, _verdict(place, row.get("score")))
 
 
 def _system(name: str) -> str:

@@ -97,6 +97,21 @@ def test_a_bad_line_of_the_authors(tmp_path, row, words):
         read_games(tmp_path)
 
 
+def test_a_game_that_is_there_twice(tmp_path):
+    """Once more in the same file, and in a file whose other name means the same systems."""
+    path = write(tmp_path / "games.jsonl", GOOD, GOOD | {"first": "b", "second": "a"}, GOOD | {"verdict": "first"})
+    said = (
+        r"line 3 holds the game of 'a' against 'b' on question 'q' again, which is in .*games.jsonl, line 1: keep"
+    )
+    with pytest.raises(ValueError, match=said):
+        read_games(path)
+    path.unlink()
+    write(tmp_path / f"answer-gpt4-vs-bard{END}", judgment(1, 1), judgment(2, 1))
+    write(tmp_path / f"gpt-4-vs-bard{END}", judgment(3, 1), judgment(2, 1))
+    with pytest.raises(ValueError, match=rf"gpt-4-vs-bard{END}, line 2 .*'gpt-4' against 'bard' on question '2' again"):
+        read_games(tmp_path)
+
+
 def test_folders_that_are_no_tournament(tmp_path):
     with pytest.raises(ValueError, match="holds no .jsonl file"):
         read_games(tmp_path)
