@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "qlora-lab tournament smollm2-135m --codebooks none nf4 int4 --adapters runs/first/adapter --out runs/games"
 LESS_MEMORY = "use fewer --max-new-tokens, or a smaller --judge-model; the answers in --out are kept"
+LESS_GAMES = "close other programs, or rate fewer games"  # of --games, which loads no model
 JUDGES = ("rouge", "logprob", "logprob-sum", "always-first")
 ANSWERS, GAMES, PAGE = "answers.jsonl", "games.jsonl", "results.html"  # in --out
 NAMED = ("question", "first", "second", "reason")  # fields of a row that say why its verdict is unread
@@ -53,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     _check_words(a)
     if a.model is None:
+        a.less_memory = LESS_GAMES
         found = _existing(a)
         _report(a, found, _sentences(found, []))
         return
@@ -87,7 +89,8 @@ def _played(a: argparse.Namespace, players: list["System"], out: Path) -> tuple[
     judge = None if a.judge.startswith("logprob") else _judge(a)
     # What is known is compared before minutes are spent. A judge that is a model gets its name once it is loaded.
     check_tournament(out / GAMES, judge and judge.name, [player.name for player in players], questions)
-    options = {"max_new_tokens": a.max_new_tokens, "progress": not a.quiet}
+    # Where games are, a changed answer would be refused in the end, so a changed model is told now.
+    options = {"max_new_tokens": a.max_new_tokens, "judged": (out / GAMES).exists(), "progress": not a.quiet}
     answers = answer_all(a.model, players, questions, out / ANSWERS, **options)
     judge = judge or _judge(a)  # only now, so that one model is in memory at a time
     rows = play(questions, answers, judge, out / GAMES, progress=not a.quiet)

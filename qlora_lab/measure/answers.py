@@ -10,7 +10,7 @@ Not here: the games (play.py).
 import gc
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from qlora_lab.adapters.peft_format import CONFIG, WEIGHTS, load_adapter, method_in
 from qlora_lab.files.checksums import sha256
-from qlora_lab.files.out_path import out_path
+from qlora_lab.files.out_path import out_path, resolved
 from qlora_lab.files.strict_json import OBJECT, TEXT
 from qlora_lab.measure.held_out import ANSWER_TOKENS, ANSWERS_AT_ONCE, generate_answers
-from qlora_lab.measure.judges import Question
+from qlora_lab.measure.judges import Question, check_name
 from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, with_checksum
 from qlora_lab.measure.sweep import model_record
 from qlora_lab.model.empty_model import stored_options
@@ -38,6 +38,9 @@ from qlora_lab.train.identity import installed_version
 RULES = {"system": OBJECT, "question": TEXT, "prompt_sha256": TEXT, "answer": TEXT}
 # The whole record of a system decides an answer, so an adapter that was trained anew in its folder answers anew.
 ANSWERS = Kind("tournament", "a system's answers", RULES, ("system", "question", "prompt_sha256"), "system")
+# Fields of a system's record that its user chooses, in words. The others, such as versions, change answers rarely.
+CHOSEN = {"weights_sha256": "the model", "config_sha256": "the model's config.json", "adapter": "the adapter"}
+CHOSEN |= {name: name for name in ("codebook", "block_size", "double_quant", "max_new_tokens")}
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,18 @@ def systems(
 def check_systems(contestants: Sequence[System]) -> None:
     """Check everything that can be checked without a model.
 
-    Raises ValueError for a data type or block size that is not allowed, for a name that is there twice, and for fewer
-    than two systems; FileNotFoundError for a folder without an adapter.
+    Raises ValueError for a data type or block size that is not allowed, for a name that is empty or there twice, for an
+    adapter that is there in two spellings, and for fewer than two systems; FileNotFoundError for a folder without one.
     """
+    spellings: dict[tuple, str] = {}
     for system in contestants:
+        check_name("a system's name", system.name)
+        if system.adapter is not None:
+            # "ad" and "./ad" are one adapter: each game between them would be a tie that says nothing.
+            folder = resolved(system.adapter)
+            same = str(system.codebook), system.block_size, system.double_quant, folder
+            if (other := spellings.setdefault(same, str(system.adapter))) != str(system.adapter):
+                raise ValueError(f"adapters {other!r} and {str(system.adapter)!r} are one, {folder}: name it once")
         if system.codebook is not None:
             named_codebook(system.codebook)
             check_block_size(system.block_size)
@@ -103,6 +114,7 @@ def answer_all(
     out: str | Path,
     *,
     max_new_tokens: int = ANSWER_TOKENS,
+    judged: bool = False,
     progress: bool = True,
 ) -> dict[str, dict[str, str]]:
     """Return system -> question's id -> answer; ask for those that the file `out` lacks, and append them.
@@ -111,8 +123,10 @@ def answer_all(
     A row has system (name, weights_sha256, config_sha256, codebook, block_size, double_quant, adapter, max_new_tokens,
     dtype, device, versions), question, prompt_sha256, model (name, source), answer, date and sha256 (of all fields
     before it).
-    An interrupt says how much is done. Raises what check_systems, load, load_adapter and open_results raise, and
-    ValueError for a model that is quantised already.
+    judged: games about the answers in `out` exist, so a system must be what it was: ValueError, before anything is
+    loaded, if its model, adapter or options differ from those of its rows.
+    An interrupt says how many answers are kept. Raises what check_systems, load, load_adapter and open_results raise,
+    and ValueError for a model that is quantised already.
     """
     out = out_path(out)  # before anything is loaded
     contestants = list(contestants)
@@ -121,20 +135,25 @@ def answer_all(
     with open_results(out, ANSWERS) as (rows, file):
         done = {identity(row, ANSWERS): row["answer"] for row in rows}
         asked = _Asked(name_or_path, max_new_tokens, progress)
+        records = {system.name: asked.record(system) for system in contestants}
+        if judged:
+            _check_unchanged(rows, records, out)
+        wanted = {name: {q.id: _head(record, q) for q in questions} for name, record in records.items()}
         answers: dict[str, dict[str, str]] = {}
         bar = tqdm(contestants, "systems", unit="system", disable=not progress)
         try:
             for system in bar:
-                bar.set_postfix_str(system.name)
-                record = asked.record(system)
-                heads = {question.id: _head(record, question) for question in questions}
+                bar.set_postfix_str(repr(system.name)[1:-1])  # a folder's name may hold control characters
+                heads = wanted[system.name]
                 missing = [question for question in questions if identity(heads[question.id], ANSWERS) not in done]
                 if missing:
-                    done |= asked.answer(system, missing, heads, file)
+                    for same, answer in asked.answer(system, missing, heads, file):
+                        done[same] = answer  # one by one, so that an interrupt counts what is on the disk
                     gc.collect()  # a model's modules refer to each other, and the next must not come on top
                 answers[system.name] = {id: done[identity(head, ANSWERS)] for id, head in heads.items()}
         except KeyboardInterrupt:
-            said = f"{len(answers)} of {len(contestants)} systems have answered in {out}; the same call goes on"
+            kept = [identity(head, ANSWERS) in done for heads in wanted.values() for head in heads.values()]
+            said = f"{sum(kept)} of {len(kept)} answers are in {out}; the same call goes on from there"
             raise KeyboardInterrupt(said) from None
     return answers
 
@@ -172,13 +191,14 @@ class _Asked:
             "versions": self.versions,
         }
 
-    def answer(self, system: System, questions: list[Question], heads: dict[str, dict], file: BinaryIO) -> dict:
-        """Load the system, append its answers batch by batch, and return identity -> answer."""
+    def answer(
+        self, system: System, questions: list[Question], heads: dict[str, dict], file: BinaryIO
+    ) -> Iterator[tuple[str, str]]:
+        """Load the system, append its answers batch by batch, and yield each one's identity and text."""
         options = {"dtype": self.dtype, "device": self.device, "progress": self.progress}
         model, tokenizer = load(self.name_or_path, system.codebook, system.block_size, system.double_quant, **options)
         if system.adapter is not None:
             load_adapter(model, system.adapter)
-        found = {}
         for start in range(0, len(questions), ANSWERS_AT_ONCE):
             batch = questions[start : start + ANSWERS_AT_ONCE]
             examples = [question.answered(question.reference) for question in batch]  # only the prompt is read
@@ -186,8 +206,33 @@ class _Asked:
             for question, text in zip(batch, texts, strict=True):
                 row = heads[question.id] | {"model": self.model, "answer": text}
                 append_result(file, with_checksum(row | {"date": datetime.now(UTC).isoformat(timespec="seconds")}))
-                found[identity(row, ANSWERS)] = text
-        return found
+                yield identity(row, ANSWERS), text
+
+
+def _check_unchanged(rows: Iterable[Mapping], records: Mapping[str, dict], out: Path) -> None:
+    """Compare systems with those that gave the rows. A name without rows is new, or its rows were deleted."""
+    before: dict[str, list[dict]] = {}
+    for row in rows:
+        before.setdefault(row["system"].get("name"), []).append(row["system"])
+    changes: dict[str, list[str]] = {}  # what differs -> systems
+    for name, record in records.items():
+        # Any of them: a file that was copied to judge the answers anew may hold several.
+        found = [_changes(earlier, record) for earlier in before.get(name, ())]
+        for change in found[-1] if found and all(found) else ():
+            changes.setdefault(change, []).append(name)
+    if changes:
+        said = "; ".join(f"{change} ({', '.join(names)})" for change, names in changes.items())
+        raise ValueError(f"{out} holds answers that were judged, and now they may differ: {said}: name another place")
+
+
+def _changes(before: Mapping, now: Mapping) -> list[str]:
+    """Say what differs of what a user chooses; checksums are told by what they are of."""
+    found = []
+    for field, words in CHOSEN.items():
+        if before.get(field) != now[field]:
+            values = "" if words != field else f" from {before.get(field)} to {now[field]}"
+            found.append(f"{words} has changed{values}")
+    return found
 
 
 def _head(record: dict, question: Question) -> dict:

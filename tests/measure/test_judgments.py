@@ -100,9 +100,7 @@ def test_a_bad_line_of_the_authors(tmp_path, row, words):
 def test_a_game_that_is_there_twice(tmp_path):
     """Once more in the same file, and in a file whose other name means the same systems."""
     path = write(tmp_path / "games.jsonl", GOOD, GOOD | {"first": "b", "second": "a"}, GOOD | {"verdict": "first"})
-    said = (
-        r"line 3 holds the game of 'a' against 'b' on question 'q' again, which is in .*games.jsonl, line 1: keep"
-    )
+    said = r"line 3 holds the game of 'a' against 'b' on question 'q' again, which is in .*games.jsonl, line 1: keep"
     with pytest.raises(ValueError, match=said):
         read_games(path)
     path.unlink()
