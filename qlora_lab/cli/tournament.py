@@ -82,15 +82,16 @@ def run(a: argparse.Namespace) -> None:
 
 def _played(a: argparse.Namespace, players: list["System"], out: Path) -> tuple["Standings", list[str], list[dict]]:
     """Answer, judge, rate and write the page. Returns standings, sentences and rows."""
-    from qlora_lab.measure.answers import answer_all
+    from qlora_lab.measure.answers import answer_all, check_unchanged
     from qlora_lab.measure.play import check_tournament, games_of, play
 
     questions = _questions(a)
     judge = None if a.judge.startswith("logprob") else _judge(a)
     # What is known is compared before minutes are spent. A judge that is a model gets its name once it is loaded.
     check_tournament(out / GAMES, judge and judge.name, [player.name for player in players], questions)
-    # Where games are, a changed answer would be refused in the end, so a changed model is told now.
-    options = {"max_new_tokens": a.max_new_tokens, "judged": (out / GAMES).exists(), "progress": not a.quiet}
+    options = {"max_new_tokens": a.max_new_tokens, "progress": not a.quiet}
+    if (out / GAMES).exists():  # a changed answer would be refused in the end, minutes later
+        check_unchanged(a.model, players, out / ANSWERS, **options)
     answers = answer_all(a.model, players, questions, out / ANSWERS, **options)
     judge = judge or _judge(a)  # only now, so that one model is in memory at a time
     rows = play(questions, answers, judge, out / GAMES, progress=not a.quiet)

@@ -9,6 +9,7 @@ Not here: the games (play.py).
 
 import gc
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from qlora_lab.files.out_path import out_path, resolved
 from qlora_lab.files.strict_json import OBJECT, TEXT
 from qlora_lab.measure.held_out import ANSWER_TOKENS, ANSWERS_AT_ONCE, generate_answers
 from qlora_lab.measure.judges import Question, check_name
-from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, with_checksum
+from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, read_results, with_checksum
 from qlora_lab.measure.sweep import model_record
 from qlora_lab.model.empty_model import stored_options
 from qlora_lab.model.fetch import resolve
@@ -114,7 +115,6 @@ def answer_all(
     out: str | Path,
     *,
     max_new_tokens: int = ANSWER_TOKENS,
-    judged: bool = False,
     progress: bool = True,
 ) -> dict[str, dict[str, str]]:
     """Return system -> question's id -> answer; ask for those that the file `out` lacks, and append them.
@@ -123,8 +123,6 @@ def answer_all(
     A row has system (name, weights_sha256, config_sha256, codebook, block_size, double_quant, adapter, max_new_tokens,
     dtype, device, versions), question, prompt_sha256, model (name, source), answer, date and sha256 (of all fields
     before it).
-    judged: games about the answers in `out` exist, so a system must be what it was: ValueError, before anything is
-    loaded, if its model, adapter or options differ from those of its rows.
     An interrupt says how many answers are kept. Raises what check_systems, load, load_adapter and open_results raise,
     and ValueError for a model that is quantised already.
     """
@@ -136,8 +134,6 @@ def answer_all(
         done = {identity(row, ANSWERS): row["answer"] for row in rows}
         asked = _Asked(name_or_path, max_new_tokens, progress)
         records = {system.name: asked.record(system) for system in contestants}
-        if judged:
-            _check_unchanged(rows, records, out)
         wanted = {name: {q.id: _head(record, q) for q in questions} for name, record in records.items()}
         answers: dict[str, dict[str, str]] = {}
         bar = tqdm(contestants, "systems", unit="system", disable=not progress)
@@ -209,9 +205,24 @@ class _Asked:
                 yield identity(row, ANSWERS), text
 
 
-def _check_unchanged(rows: Iterable[Mapping], records: Mapping[str, dict], out: Path) -> None:
-    """Compare systems with those that gave the rows. A name without rows is new, or its rows were deleted."""
+def check_unchanged(
+    name_or_path: str | Path,
+    contestants: Iterable[System],
+    out: str | Path,
+    *,
+    max_new_tokens: int = ANSWER_TOKENS,
+    progress: bool = True,
+) -> None:
+    """Raise ValueError if a system's model, adapter or options differ from those of its rows in the file `out`.
+
+    For callers whose answers were judged already. It reads all weights, but loads no model. A name without rows is new.
+    """
+    asked = _Asked(name_or_path, max_new_tokens, progress)
+    records = {system.name: asked.record(system) for system in contestants}
     before: dict[str, list[dict]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a torn last line: answer_all says it when it cuts the line off
+        rows = read_results(out, ANSWERS)
     for row in rows:
         before.setdefault(row["system"].get("name"), []).append(row["system"])
     changes: dict[str, list[str]] = {}  # what differs -> systems

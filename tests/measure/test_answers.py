@@ -11,7 +11,7 @@ import torch
 import qlora_lab as ql
 from qlora_lab.adapters.lora import add_lora, lora_layers
 from qlora_lab.measure import answers as module
-from qlora_lab.measure.answers import ANSWERS, System, answer_all, check_systems, systems
+from qlora_lab.measure.answers import ANSWERS, System, answer_all, check_systems, check_unchanged, systems
 from qlora_lab.measure.held_out import generate_answers
 from qlora_lab.measure.judges import Question
 from qlora_lab.measure.results_file import STARTS, append_result, read_results
@@ -123,18 +123,16 @@ def test_the_progress_bar_prints_no_control_characters(folder, tmp_path, out, ca
     assert r"a\x1b[2Jb" in err and "\x1b[2J" not in err and r"ä\r]" in err
 
 
-def test_judged_answers_are_not_given_anew(folder, adapter, out, loads):
+def test_a_system_that_changed_is_told_without_a_load(folder, adapter, out, loads):
     players = [System("a", None), System("b", "nf4", adapter=adapter)]
+    check_unchanged(folder, players, out, **SHORT)  # no file yet
     answer_all(folder, players, QUESTIONS, out, **SHORT)
     del loads["codebooks"][:]
     trained(folder, adapter, -1.0)
     with pytest.raises(ValueError, match=r"may differ: the adapter has changed \(b\): name another"):
-        answer_all(folder, players, QUESTIONS, out, judged=True, **SHORT)
-    assert loads["codebooks"] == []
-    answer_all(folder, players, QUESTIONS, out, **SHORT)  # anew: the file now holds both
-    trained(folder, adapter, 1.0)
-    del loads["codebooks"][:]
-    answer_all(folder, players, QUESTIONS, out, judged=True, **SHORT)
+        check_unchanged(folder, players, out, **SHORT)
+    check_unchanged(folder, players[:1], out, **SHORT)
+    check_unchanged(folder, [System("b", None)], out.with_name("other"), **SHORT)
     assert loads["codebooks"] == []
 
 
