@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from bench.files import write  # noqa: E402
-from qlora_lab.measure.agreement import position_bias  # noqa: E402
 from qlora_lab.measure.bradley_terry import Estimate, bradley_terry  # noqa: E402
+from qlora_lab.measure.diagnosis import diagnose_judge  # noqa: E402
 from qlora_lab.measure.games import Games  # noqa: E402
 from qlora_lab.measure.judgments import read_games  # noqa: E402
 from qlora_lab.measure.tournament import AS_UNREAD, BOTH_ORDERS, Rules, elo, replays  # noqa: E402
@@ -58,7 +58,7 @@ def measured(games: Games, orders: int) -> dict:
         | {"ratings": rounded(row.ratings), "farthest": round(row.farthest, 1), "typical": round(row.typical, 1)}
         for row in replays(games, PUBLISHED, rules, orders)
     ]
-    bias = position_bias(games)
+    judge = diagnose_judge(games)
     # By name: "first" has those games in which the name that sorts first was read first. Each half is a tournament.
     halves = {"first": games.where(games.first < games.second), "second": games.where(games.first > games.second)}
     # The same games without their questions: what an interval over games would claim.
@@ -70,8 +70,8 @@ def measured(games: Games, orders: int) -> dict:
         "rules": rows,
         "deviation of one order": rounded(elo(games, orders=orders).deviations),
         "one order of each pair": {name: rounded(elo(half, orders=orders).ratings) for name, half in halves.items()},
-        "answers read in both orders": bias.repeated,
-        "with one verdict": bias.consistent,
+        "answers read in both orders": judge.pairs,
+        "with one verdict": judge.agreed,
         "bradley_terry": [fitted(games), fitted(apart)],
     }
 

@@ -72,11 +72,10 @@ def check_connected(decided: Decided, names: Sequence[str], apart_from: Sequence
         raise ValueError(f"{words}: {said}{besides}; let them answer the same questions, or rate each group alone")
 
 
-def without_exception(decided: Decided, names: Sequence[str]) -> tuple[Decided, dict[str, str]]:
+def set_aside(decided: Decided, names: Sequence[str]) -> tuple[Decided, dict[str, str]]:
     """Set aside, one after another, the systems that won (or lost) all their games. Returns the rest, and who did.
 
-    Their strength is infinite, and then their games say nothing about the others.
-    Raises ValueError if fewer than two are left, or if the rest no longer hangs together.
+    Their strength is infinite, and then their games say nothing about the others. At least one system is left.
     """
     always = {}
     while len(decided.systems) > 1:
@@ -92,6 +91,12 @@ def without_exception(decided: Decided, names: Sequence[str]) -> tuple[Decided, 
         system, what = found[0]
         always[names[decided.systems[system]]] = what
         decided = decided.without(int(system))
+    return decided, always
+
+
+def without_exception(decided: Decided, names: Sequence[str]) -> tuple[Decided, dict[str, str]]:
+    """Set systems aside as set_aside does. Raises ValueError if under two are left, or groups that never met."""
+    decided, always = set_aside(decided, names)
     if len(decided.systems) < 2:
         said = ", ".join(f"{name} {what} all" for name, what in always.items())
         raise ValueError(f"no finite ratings exist: one after another, {said} remaining games; play more, or use elo")

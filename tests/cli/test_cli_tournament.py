@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:the adapter in .* was trained beside:UserWarning"),
 ]
-EXAMPLES = [Example((("user", f"double {i} $x$ <b>"), ("assistant", f"Return {2 * i}."))) for i in range(6)]
+EXAMPLES = [Example((("user", f"double {i} $x$ <b>"), ("assistant", f"Return {2 * i}."))) for i in range(8)]
 SMALL = ["--codebooks", "none", "int2", "--questions", "4", "--max-new-tokens", "4", "--quiet"]
 
 
@@ -73,13 +73,13 @@ def test_data_types_and_an_adapter_play_every_game(capsys, tmp_path, model, out)
     head, *lines = text.splitlines()
     assert " ".join(head.split()) == "system Elo Bradley-Terry (95 %) rank games unread"
     points = [int(re.search(r"  +(\d+) ± \d+", line)[1]) for line in lines[:4]]
-    assert points == sorted(points, reverse=True) and "Judge: rouge, margin 0." in text
+    assert points == sorted(points, reverse=True) and "Judge: rouge." in text
 
 
 def test_a_broken_judge_is_unmasked(capsys, model, out):
-    options = ["--codebooks", "none", "int2", "int3", "--questions", 6, "--judge", "always-first", "--out", out]
+    options = ["--codebooks", "none", "int2", "int3", "--questions", 8, "--judge", "always-first", "--out", out]
     code, text, _ = run(capsys, model, *SMALL, *options)
-    assert code == 0 and "The first answer won 100% of 36 decided games, and 18 of 18 pairs changed" in text
+    assert code == 0 and "The first answer won 100% of 48 decided games, and 24 of 24 pairs changed" in text
     assert "this judge reads positions, not answers." in text and "Bradley-Terry gives no rating: " in text
     found = json.loads(run(capsys, "--games", out, "--json")[1])
     assert found["judge"]["is_broken"] and "the first answer won all decided games" in found["no_rating"]
@@ -200,7 +200,7 @@ def test_games_of_ones_own_are_rated(capsys, tmp_path):
     path = write_games(tmp_path / "mine.jsonl", both_orders("abc"))
     code, text, err = run(capsys, "--games", path)
     assert code == 0 and err == "" and [line.split()[0] for line in text.splitlines()[1:4]] == ["a", "b", "c"]
-    assert "no liking for a place was seen" in text and "results.html" not in text
+    assert "no favoured position was seen" in text and "results.html" not in text
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def test_who_wins_all_has_no_finite_rating(capsys, tmp_path):
         (["--adapters", ""], ". has no adapter_config.json"),
         (["--block-size", "8"], "block_size=8 is not allowed"),
         (["--questions", "0"], "questions=0 is not allowed: it is a whole number of at least 1"),
-        (["--questions", "7"], "--questions is 7, but there are 6 held-out docstrings: take fewer"),
+        (["--questions", "9"], "--questions is 9, but there are 8 held-out docstrings: take fewer"),
         (["--max-new-tokens", "0"], "max-new-tokens=0 is not allowed"),
         (["--judge-model", "MODEL"], "--judge-model is given, but --judge rouge asks no model"),
         (["--judge", "logprob", "--judge-model", "nowhere"], "'nowhere'"),
@@ -309,7 +309,7 @@ def test_a_judge_that_is_not_known(capsys, word):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--judge", "always-first"], "its judge is 'rouge, margin 0', not 'always-first'"),
+        (["--judge", "always-first"], "its judge is 'rouge', not 'always-first'"),
         pytest.param(["--questions", "3"], "its questions are 4, with checksum", marks=pytest.mark.slow),
         pytest.param(["--codebooks", "none", "int3"], "it has the systems int2 too; it lacks", marks=pytest.mark.slow),
     ],
