@@ -21,7 +21,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
-from qlora_lab.measure.connected import Decided, check_connected, check_maximum, set_aside, without_exception
+from qlora_lab.measure.connected import (
+    Decided,
+    NoRatingError,
+    check_connected,
+    check_maximum,
+    set_aside,
+    without_exception,
+)
 from qlora_lab.measure.games import TIE, UNREAD, Games
 from qlora_lab.measure.tournament import Rules, rank_ranges
 
@@ -74,8 +81,9 @@ def bradley_terry(
     A system that won (or lost) every game has no finite rating: it is named, and the others are rated without it. So it
     is in a resample: there it counts as infinite, and the others keep the mean that they have in the estimate. If that
     happens often enough, the interval of the system has an open end.
-    Raises ValueError for systems that never met (it names the groups), for games that any larger strength, position or
-    number of ties would fit still better, and for fewer than two resamples or questions.
+    Raises NoRatingError, a ValueError, for systems that never met (it names the groups), for games that any larger
+    strength, position or number of ties would fit still better, and for a single question; ValueError for fewer than
+    two resamples.
     """
     from tqdm.auto import tqdm
 
@@ -85,7 +93,7 @@ def bradley_terry(
     kept = games if unread == "tie" else games.where(games.verdicts != UNREAD)
     asked = len(np.unique(kept.question))
     if games.questions and asked == 1:
-        raise ValueError("an interval over questions needs at least two with a verdict, but there is one: ask more")
+        raise NoRatingError("an interval over questions needs two with a verdict, but there is one", "ask more")
     decided = Decided.of(kept)
     check_connected(decided, games.systems)
     rated, always = without_exception(decided, games.systems)
@@ -102,7 +110,7 @@ def bradley_terry(
     table[1 + lost] = _without_some(drawn[lost], rated, always, table[0], games.systems, position)
     answered = ~np.isnan(table[1:, 0])  # either all systems have points or none
     if answered.sum() < 2:
-        raise ValueError(f"{resamples} resamples gave no interval: the tournament has too few questions or games")
+        raise NoRatingError(f"{resamples} resamples gave no interval", "ask more questions, or play more games")
     points, (advantage, nu) = table[:, :-2], table[:, -2:].T
     order = np.argsort(-points[0], kind="stable")
     tail = _tail(asked) if games.questions else 0.025

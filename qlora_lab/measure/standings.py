@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_lab.measure.bradley_terry import BradleyTerry, Estimate, bradley_terry
-from qlora_lab.measure.connected import Decided, check_connected
+from qlora_lab.measure.connected import Decided, NoRatingError, check_connected
 from qlora_lab.measure.diagnosis import Diagnosis, diagnose_judge
 from qlora_lab.measure.games import UNREAD, Games
 from qlora_lab.measure.tournament import elo
@@ -70,5 +70,5 @@ def _fitted(games: Games, resamples: int, progress: bool) -> tuple[BradleyTerry 
     """Return the fit and None, or None and why there is no finite one."""
     try:
         return bradley_terry(games, resamples=resamples, progress=progress), None
-    except ValueError as error:  # of a tournament whose systems all met: nothing the user gave is wrong
-        return None, str(error)
+    except NoRatingError as error:  # of a tournament whose systems all met: nothing the user gave is wrong
+        return None, error.reason

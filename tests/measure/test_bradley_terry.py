@@ -166,14 +166,14 @@ def test_unread_verdicts_are_left_out_or_ties():
     [
         (
             [("a", "b", (1, 1, 0, 0)), ("c", "d", (1, 1, 0, 0))],
-            r"these groups never met in a game with a verdict: a, b \| c, d; let them answer",
+            r"these groups never met in a game with a verdict: 'a', 'b' \| 'c', 'd'; let them answer",
         ),
-        ([("a", "b", (1, 0, 0, 0)), ("b", "c", (3, 0, 0, 0))], "no finite ratings exist: .*a won all, b won all"),
-        ([("a", "b", (0, 0, 0, 4))], r"never met in a game with a verdict: a \| b; let"),
+        ([("a", "b", (1, 0, 0, 0)), ("b", "c", (3, 0, 0, 0))], "no finite ratings exist: .*'a' won all, 'b' won all"),
+        ([("a", "b", (0, 0, 0, 4))], r"never met in a game with a verdict: 'a' \| 'b'; let"),
         # always the first: the broken judge
         (
             [("a", "b", (9, 0, 1, 0)), ("b", "a", (9, 0, 0, 0))],
-            "the first answer won all decided games, so the place alone",
+            "the first answer won all decided games, so position alone",
         ),
         ([("a", "b", (0, 9, 0, 0)), ("b", "a", (0, 9, 0, 0))], "the second answer won all decided games"),
         ([("a", "b", (5, 2, 1, 0)), ("a", "c", (5, 2, 1, 0))], "strength and position cannot be told apart"),
@@ -181,11 +181,11 @@ def test_unread_verdicts_are_left_out_or_ties():
         (
             [(*pair, (2, 1, 0, 0)) for pair in ("ab", "ba", "cd", "dc")]
             + [("a", "c", (3, 0, 0, 0)), ("d", "b", (0, 2, 0, 0))],
-            "no verdict ever speaks against a, b over c, d",
+            "no verdict ever speaks against 'a', 'b' over 'c', 'd'",
         ),
         (
             [("hub", "a", (2, 0, 0, 0)), ("hub", "b", (2, 0, 0, 0))],
-            r"these groups never met in a game with a verdict: a \| b, apart from games of hub, who won or lost all",
+            r"these groups never met in .*: 'a' \| 'b', apart from games of 'hub', which won or lost all",
         ),
     ],
 )
@@ -197,7 +197,7 @@ def test_tournaments_without_an_answer_say_why(rows, words):
 def test_an_interval_needs_resamples():
     with pytest.raises(ValueError, match="resamples is 1, but an interval needs at least 2"):
         bradley_terry(Games.of_counts(EXACT), resamples=1)
-    with pytest.raises(ValueError, match="needs at least two with a verdict, but there is one"):
+    with pytest.raises(ValueError, match="needs two with a verdict, but there is one"):
         bradley_terry(Games.of([("q", "a", "b", "first"), ("q", "b", "a", "first"), ("r", "a", "b", "unread")]))
     with pytest.raises(ValueError, match="unread is 'no'"):
         bradley_terry(Games.of_counts(EXACT), unread="no")
