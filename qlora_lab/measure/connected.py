@@ -7,12 +7,12 @@ or proves that there is none.
 Not here: the maximum itself (bradley_terry.py).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qlora_lab.measure.games import FIRST, SECOND, TIE, UNREAD, Games
+from qlora_lab.measure.games import FIRST, SECOND, TIE, UNREAD, Games, quoted
 
 
 class NoRatingError(ValueError):
@@ -79,11 +79,6 @@ def check_connected(decided: Decided, names: Sequence[str], apart_from: Sequence
         words = "these groups never met in a game with a verdict" if groups > 1 else "a tournament needs two systems"
         advice = "let them answer the same questions, or rate each group alone"
         raise NoRatingError(f"{words}: {said}{besides}", advice)
-
-
-def quoted(names: Iterable[str]) -> str:
-    """List names in quotes: one may hold a comma, and one that is not quantised is called 'none'."""
-    return ", ".join(map(repr, names))
 
 
 def set_aside(decided: Decided, names: Sequence[str]) -> tuple[Decided, dict[str, str]]:
