@@ -1,7 +1,7 @@
 """Rate the systems of a tournament by a model of the judge: strengths, ties, and the advantage of being read first.
 
     result = bradley_terry(games)        -> BradleyTerry: points on Elo's scale, each with a 95 % interval
-    result.ratings["gpt-4"]              -> Estimate(value=1493.9, low=1457.2, high=1534.8), over games
+    result.ratings["gpt-4"]              -> Estimate(value=1494.0, low=1456.5, high=1535.0), over games
     result.position                      -> Estimate of the points that the first answer gains by its position alone
 
 For systems of strengths s, a game of i (read first) against j has d = s_i - s_j + position, and its verdicts have
