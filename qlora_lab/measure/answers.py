@@ -102,8 +102,8 @@ def check_systems(contestants: Sequence[System]) -> None:
     if repeated:
         raise ValueError(f"system {repeated[0]!r} is there twice: name each data type and each adapter once")
     if len(contestants) < 2:
-        names = ", ".join(system.name for system in contestants) or "none"
-        raise ValueError(f"the systems are {names}: a tournament needs at least two, so add a data type or an adapter")
+        words = f"only one system: {contestants[0].name!r}" if contestants else "no system"
+        raise ValueError(f"{words}; a tournament needs two or more, so add a data type or an adapter")
     for adapter in {system.adapter for system in contestants if system.adapter is not None}:
         method_in(adapter)
 

@@ -4,8 +4,8 @@
     games.systems, games.first, games.verdicts   -> ("nf4", "bf16"), array([0, 1]), array([1, 0])
 
 Arrays of small integers, one entry a game, since thousands of replays read them; names and questions stand beside.
-A verdict that could not be read is one of its own. It is never a tie in silence: whoever rates the games says what
-becomes of it.
+A verdict that could not be read is one of its own. It is never silently a tie: the rules of a rating say how it
+counts.
 Not here: files of games (judgments.py), games drawn at random (simulated_games.py).
 """
 
@@ -32,6 +32,11 @@ def once(placed: Iterable[tuple[str, Row]]) -> Iterator[Row]:
             game = f"the game of {first!r} against {second!r} on question {question!r}"
             raise ValueError(f"{place} holds {game} again, which is in {earlier}: keep one of them")
         yield row
+
+
+def quoted(names: Iterable[str]) -> str:
+    """List names in quotes: one may hold a comma, and one that is not quantised is called 'none'."""
+    return ", ".join(map(repr, names))
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Games:
 
     @classmethod
     def of_counts(cls, rows: Iterable[tuple[str, str, Sequence[int]]]) -> "Games":
-        """Make games from rows of first system, second system, and how often each of VERDICTS fell.
+        """Make games from rows of first system, second system, and the number of each of VERDICTS.
 
         The games then have no questions, so nothing can pair the two orders of one question, or resample questions.
         Raises ValueError for a bad row.

@@ -191,8 +191,8 @@ def test_a_row_says_whose_answer_it_is(folder, out):
 @pytest.mark.parametrize(
     "players, said",
     [
-        ([], "the systems are none: a tournament needs at least two"),
-        ([System("a")], "the systems are a: a tournament needs at least two"),
+        ([], "no system; a tournament needs two or more"),
+        ([System("a")], "only one system: 'a'; a tournament needs two or more"),
         ([System("a"), System("a", None)], "system 'a' is there twice"),
         ([System("a"), System("", None)], "a system's name is ''"),
         ([System("a", adapter="ad"), System("b", adapter="x/../ad")], "adapters 'ad' and 'x/../ad' are one, "),
