@@ -127,7 +127,7 @@ def _check_words(a: argparse.Namespace) -> None:
 
 def _changed(a: argparse.Namespace) -> list[str]:
     """Name the options that would be ignored by --games."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()  # never reads the command line; it only has the defaults
     add_options(parser)
     # Against a second parser's defaults, so that an option that is added later is refused as well.
     defaults = vars(parser.parse_args([]))
@@ -224,7 +224,7 @@ def _sentences(found: "Standings", rows: list[dict]) -> list[str]:
     if found.no_rating:
         said.append(f"Bradley-Terry gives no rating: {found.no_rating}.")
     elif found.over == "games":
-        why = "the questions are not known, and games of one question are not independent"
+        why = "their questions are unknown, and games of one question are not independent"
         said.append(f"Intervals and ranks come from resampled games, so both are too narrow: {why}.")
     if (found.without_answer or 0) > FEW:
         words = f"{found.without_answer:.0%} of the resampled tournaments rate nobody and were left out"
@@ -255,7 +255,8 @@ def _interval(estimate: "Estimate | None") -> str:
         return ""
     if math.isinf(estimate.value):
         return "won all" if estimate.value > 0 else "lost all"
-    low, high = ("" if math.isinf(end) else str(round(end)) for end in (estimate.low, estimate.high))  # never "-0"
+    # rounded as numbers: in an f-string a small negative number would be "-0"
+    low, high = ("" if math.isinf(end) else str(round(end)) for end in (estimate.low, estimate.high))
     # an open end: some resamples have a system that won or lost all of its games
     ends = f"{low} to {high}" if low and high else f"{low} and more" if low else f"{high} and less" if high else "any"
     return f"{round(estimate.value)} ({ends})"

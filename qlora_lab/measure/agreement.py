@@ -37,6 +37,8 @@ class FirstWins:
 class PositionBias:
     """Which position won."""
 
+    # both orders of a pair together: in one order alone, strength and position look the same
+
     total: FirstWins
     by_pair: dict[tuple[str, str], FirstWins]  # both orders of two systems, in the order of Games.systems
 

@@ -128,7 +128,7 @@ def win_rate(difference: float) -> float:
 
 
 def rank(value: float, others: Iterable[float]) -> int:
-    """Return the place of `value` among `others`, the highest first.
+    """Return the rank of `value` among `others`, the highest first.
 
     >>> rank(2.0, [3.0, 2.0, 1.0])
     2

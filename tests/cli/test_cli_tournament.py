@@ -444,7 +444,7 @@ def test_help_shows_an_example(capsys):
 
 @pytest.mark.slow
 def test_the_default_model_plays(capsys, out):
-    """Two questions, two data types, and the broken judge, who changes nothing of the answers."""
+    """Two questions, two data types, and a judge that reads references."""
     options = ["--codebooks", "nf4", "int4", "--questions", 2, "--max-new-tokens", 8, "--quiet", "--json"]
     code, text, _ = run(capsys, "smollm2-135m", *options, "--out", out)
     assert code == 0 and json.loads(text)["judge"]["contradictions"] == 0

@@ -38,7 +38,7 @@ def test_the_authors_judgments_in_the_paper_s_order():
     found = bradley_terry(read_games(course_path("data", "published", "guanaco_vicuna_pairs.csv")), resamples=50)
     order = ["gpt-4", "65b-guanaco", "33b-guanaco", "vicuna-13b", "gpt-3.5", "13b-guanaco", "bard", "7b-guanaco"]
     assert list(found.ratings) == order and found.over == "games" and found.unread == 13
-    assert found.position.low > 100  # points, by its place alone
+    assert found.position.low > 100  # points, by its position alone
 
 
 def test_ratings_centre_on_1000_and_intervals_hold_them():

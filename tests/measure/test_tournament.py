@@ -1,4 +1,4 @@
-"""Elo: one update by hand, the readable twin, what becomes of unread verdicts and orders, and the paper's table 1."""
+"""Elo: one update by hand, the readable twin, unread verdicts and both orders, and the paper's table 1."""
 
 import numpy as np
 import pytest
