@@ -185,9 +185,7 @@ class _Asked:
             **self.run,
         }
 
-    def answer(
-        self, system: System, questions: list[Question], heads: dict[str, dict], file: BinaryIO
-    ) -> Iterator[tuple[str, str]]:
+    def answer(self, system: System, questions: list[Question], heads: dict[str, dict], file: BinaryIO) -> Iterator:
         """Load the system, append its answers batch by batch, and yield each one's identity and text."""
         options = {"dtype": self.dtype, "device": self.device, "progress": self.progress}
         model, tokenizer = load(self.name_or_path, system.codebook, system.block_size, system.double_quant, **options)
@@ -204,32 +202,23 @@ class _Asked:
 
 
 def check_unchanged(
-    name_or_path: str | Path,
-    contestants: Iterable[System],
-    out: str | Path,
-    *,
-    max_new_tokens: int = ANSWER_TOKENS,
-    progress: bool = True,
+    name_or_path: str | Path, contestants: Iterable[System], out: str | Path, max_new_tokens: int, progress: bool = True
 ) -> None:
     """Raise ValueError if a system's model, adapter or options differ from those of its rows in the file `out`.
 
     For callers whose answers were judged already. It reads all weights, but loads no model. A name without rows is new.
     """
     asked = _Asked(name_or_path, max_new_tokens, progress)
-    records = {system.name: asked.record(system) for system in contestants}
-    before: dict[str, list[dict]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a torn last line: answer_all says it when it cuts the line off
         rows = read_results(out, ANSWERS)
-    for row in rows:
-        if isinstance(row["system"].get("config"), dict):  # whoever edits the file may break it
-            before.setdefault(row["system"].get("name"), []).append(row["system"])
     changes: dict[str, list[str]] = {}  # what differs -> systems
-    for name, record in records.items():
+    for system in contestants:
+        record = asked.record(system)
+        found = [_changes(row["system"], record) for row in rows if row["system"].get("name") == system.name]
         # Any of them: a file that was copied to judge the answers anew may hold several.
-        found = [_changes(earlier, record) for earlier in before.get(name, ())]
         for change in found[-1] if found and all(found) else ():
-            changes.setdefault(change, []).append(name)
+            changes.setdefault(change, []).append(system.name)
     if changes:
         said = "; ".join(f"{change} ({', '.join(names)})" for change, names in changes.items())
         raise ValueError(f"{out} holds answers that were judged, and now they may differ: {said}: name another place")
@@ -237,13 +226,14 @@ def check_unchanged(
 
 def _changes(before: dict, now: dict) -> list[str]:
     """Say what differs of what a user chooses; checksums are told by what they are of."""
-    theirs, ours = (record | record["config"] for record in (before, now))
-    found = []
-    for field, words in CHOSEN.items():
-        if theirs.get(field) != ours[field]:
-            values = "" if words != field else f" from {theirs.get(field)} to {ours[field]}"
-            found.append(f"{words} has changed{values}")
-    return found
+    config = before.get("config")
+    theirs = before | (config if isinstance(config, dict) else {})  # a file that was edited may hold anything
+    ours = now | now["config"]
+    return [
+        f"{words} has changed{f' from {theirs.get(field)} to {ours[field]}' if words == field else ''}"
+        for field, words in CHOSEN.items()
+        if theirs.get(field) != ours[field]
+    ]
 
 
 def _head(record: dict, question: Question) -> dict:

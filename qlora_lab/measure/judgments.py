@@ -138,8 +138,7 @@ def _counts(path: Path) -> Iterator[tuple[str, str, list[int]]]:
             words = f"they are whole numbers, {MOST_GAMES:,} at most"
             raise ValueError(f"{place} has the counts {', '.join(counts)}: {words}")
         numbers = [int(count) for count in counts]
-        total += sum(numbers)
-        if total > MOST_GAMES:
+        if (total := total + sum(numbers)) > MOST_GAMES:
             raise ValueError(f"{place} brings the games to {total:,}, but at most {MOST_GAMES:,} are read: count fewer")
         for name in (row["first"], row["second"]):
             if name != name.strip():  # behind a comma, a space would make another system that looks the same

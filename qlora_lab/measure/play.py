@@ -132,10 +132,7 @@ def _check(questions: list[Question], answers: Answers) -> None:
 
 
 def _check_rows(rows: Collection[Mapping], tournament: dict, out: Path) -> None:
-    """Compare every row's tournament with this one, and its game with those of the rows before it.
-
-    None in place of a judge or a checksum: it is not known yet.
-    """
+    """Compare every row's tournament with this one (None: not known yet), and its game with those before it."""
     for row in rows:
         if differences := _differences(row["tournament"], tournament):
             raise ValueError(f"{out} holds another tournament: {'; '.join(differences)}: name another file for this")

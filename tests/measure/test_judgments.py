@@ -134,6 +134,7 @@ def test_folders_that_are_no_tournament(tmp_path):
         ("first,second,{0},ties\na,b,1,2,3,4,5\n", "line 1 has the column ties twice"),
         ("first,second,{0}\na, b,1,2,3,4\n", "line 2: the name ' b' begins or ends with a space: remove it"),
         ("first,second,{0}\na,b,999999,0,0,0\nb,a,0,0,1,1\n", "line 3 brings the games to 1,000,001, but at most"),
+        ("# source: x\nfirst,second,ties\na,b,1\n", "line 2 lacks first_wins, second_wins, unparsed"),
         ("first,second,{0}\na,b,1,-2,3,4\n", "line 2 has the counts 1, -2, 3, 4"),
         ("first,second,{0}\na,b,1,2,3,99999999\n", "line 2 has the counts 1, 2, 3, 99999999: .* 1,000,000 at most"),
         ("first,second,{0}\na,a,1,2,3,4\n", "line 2: 'a' against 'a'"),
