@@ -131,7 +131,7 @@ def _fitted(
     model = _Model.of(rated, position)
     check_maximum(rated, model.utilities, [*(names[i] for i in rated.systems)], position)
     found = model.fit(rated.counts)
-    parts = np.array_split(drawn, -(-resamples // TOGETHER))
+    parts = np.array_split(drawn, -(-len(drawn) // TOGETHER))
     bar = tqdm(parts, "resamples", unit="part", leave=False, delay=2, disable=not progress)
     solved = np.concatenate([model.refit(part, found) for part in bar])
     table = _columns(model, np.vstack([found, solved]), rated, always, names)
