@@ -224,8 +224,9 @@ def _sentences(found: "Standings", rows: list[dict]) -> list[str]:
     if found.no_rating:
         said.append(f"Bradley-Terry gives no rating: {found.no_rating}.")
     elif found.over == "games":
-        why = "their questions are unknown, and games of one question are not independent"
-        said.append(f"Intervals and ranks come from resampled games, so both are too narrow: {why}.")
+        said.append("Intervals and ranks come from resampled games, since their questions are not in the file.")
+        # on the judgments of the QLoRA authors, whose files have the questions, by a factor of two (LOG.md)
+        said.append("Games of one question are not independent, so both are too narrow.")
     if (found.without_answer or 0) > FEW:
         words = f"{found.without_answer:.0%} of the resampled tournaments rate nobody and were left out"
         said.append(f"{words}, so intervals and ranks are too narrow: ask more questions.")

@@ -31,6 +31,7 @@ from qlora_lab.measure.connected import (
 )
 from qlora_lab.measure.games import TIE, UNREAD, Games
 from qlora_lab.measure.tournament import Rules, rank_ranges
+from qlora_lab.quant.numbers import check_seed, check_whole
 
 POINTS = 400 / np.log(10)  # points in one natural unit of strength
 MEAN = 1000.0  # of the ratings
@@ -86,8 +87,8 @@ def bradley_terry(
     two resamples.
     """
     Rules(unread=unread)  # checks the word
-    if resamples < 2:
-        raise ValueError(f"resamples is {resamples}, but an interval needs at least 2")
+    check_whole("resamples", resamples, 2)  # an interval has two ends
+    check_seed(seed)
     kept = games if unread == "tie" else games.where(games.verdicts != UNREAD)
     asked = len(np.unique(kept.question))
     if games.questions and asked == 1:
@@ -131,7 +132,7 @@ def _fitted(
     model = _Model.of(rated, position)
     check_maximum(rated, model.utilities, [*(names[i] for i in rated.systems)], position)
     found = model.fit(rated.counts)
-    parts = np.array_split(drawn, -(-resamples // TOGETHER))
+    parts = np.array_split(drawn, -(-len(drawn) // TOGETHER))
     bar = tqdm(parts, "resamples", unit="part", leave=False, delay=2, disable=not progress)
     solved = np.concatenate([model.refit(part, found) for part in bar])
     table = _columns(model, np.vstack([found, solved]), rated, always, names)

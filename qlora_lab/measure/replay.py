@@ -99,7 +99,7 @@ def counts(replays: Iterable[Replay]) -> Counts:
 
 
 def relative_score(row: RelativeQuestions) -> RelativeScore:
-    """Return the ratio of the two totals in %, and its interval as table 6 has it and as a paired comparison.
+    """Return the ratio of the two totals in %, and its interval as in table 6 and as a paired comparison.
 
     Table 6: the lower end of the system's own interval over the upper end of ChatGPT's, subtracted from the ratio. The
     paper does not say so; this rule was found by trying, and gives 20 of its 21 rows. It treats the errors of the two
