@@ -76,6 +76,8 @@ def read_questions(path: str | Path) -> Questions:
     Raises FileNotFoundError for a path that is not there, and ValueError, with file and line, for a wrong number of
     columns, an answer outside A to D, a line of another form, a folder or file without questions, or a subject twice.
     """
+    if not str(path):  # Path("") would be the current folder
+        raise ValueError("the path is empty, perhaps because a shell variable is not set: name a folder or a file")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: name a folder with dev/ and test/, or a file of JSON lines")
@@ -85,11 +87,17 @@ def read_questions(path: str | Path) -> Questions:
 def write_questions(questions: Questions, folder: str | Path) -> None:
     """Write questions as a folder of CSV files that read_questions reads. Files of the same names are replaced.
 
-    Raises ValueError for questions that are whole prompts.
+    Raises ValueError for questions that are whole prompts, for a subject that cannot be part of a file's name, and for
+    a folder with questions of other subjects.
     """
     if any(question.prompt is not None for question in questions.test):
         raise ValueError(f"{questions.name} holds whole prompts, which the CSV form has no column for")
     by_subject = {"test": group_by_subject(questions.test), "dev": questions.dev}
+    check_file_names({**by_subject["test"], **questions.dev}, questions.name)
+    for split, subjects in by_subject.items():  # before anything is written
+        # A reader takes all files of a folder, so one that is left over would mix its questions with these.
+        if others := _subjects(Path(folder), split).keys() - subjects.keys():
+            raise ValueError(f"{folder} holds {split} questions of {', '.join(sorted(others))} too: name a new folder")
     for split, subjects in by_subject.items():
         for subject, rows in subjects.items():
             path = Path(folder, split, f"{subject}_{split}.csv")
@@ -97,6 +105,17 @@ def write_questions(questions: Questions, folder: str | Path) -> None:
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows((q.text, *q.options, LETTERS[q.answer]) for q in rows)
             replace_text(path, text.getvalue())
+
+
+def check_file_names(subjects: Iterable[str], where: str) -> None:
+    """Raise ValueError for a subject that cannot be part of a file's name, or is there in two spellings."""
+    subjects = list(subjects)
+    for subject in subjects:
+        # A separator would lead to another folder; files that begin with a dot are not read again.
+        if not subject or subject.startswith(".") or any(sign in subject for sign in "/\\\0"):
+            words = "it names a file, so it has no / or \\ and does not begin with a dot"
+            raise ValueError(f"{where}: the subject {subject!r} is not allowed: {words}")
+    _check_subjects(subjects, where)
 
 
 def group_by_subject(questions: Iterable[ChoiceQuestion]) -> dict[str, tuple[ChoiceQuestion, ...]]:

@@ -90,7 +90,8 @@ def examples(task: Task, subject: str) -> str:
     """Return the beginning that all prompts of a subject share. Raises ValueError for too few examples."""
     available = task.questions.dev.get(subject, ())
     if len(available) < task.shots:
-        there = f"{len(available)} examples in dev/{subject}_dev.csv" if available else f"no dev/{subject}_dev.csv"
+        found = "an empty" if subject in task.questions.dev else "no"  # to look for a file that is there costs time
+        there = f"{f'{len(available)} examples in' if available else found} dev/{subject}_dev.csv"
         fix = f"take --shots {len(available)}, or add examples"
         raise ValueError(f"{task.questions.name}: {subject!r} has {there}, but shots={task.shots}: {fix}")
     # The first ones of the file, as in the original: drawn ones would be another benchmark.

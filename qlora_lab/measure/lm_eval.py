@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_lab.data.choice_files import ChoiceQuestion, group_by_subject
+from qlora_lab.data.choice_files import ChoiceQuestion, check_file_names, group_by_subject
 from qlora_lab.data.choice_prompts import Task, header
 from qlora_lab.files.replace import replace_text
 
@@ -45,15 +45,18 @@ def harness_model(model: torch.nn.Module, tokenizer: "Tokenizer", batch_size: in
 def harness_tasks(task: Task, folder: str | Path) -> list[dict[str, Any]]:
     """Write the data of one task for each subject into `folder`, and return them as dicts for simple_evaluate.
 
-    Raises ValueError as Task.checked does, and for a file of whole prompts, which leaves nothing to build.
+    Raises ValueError as Task.checked does, for a subject that cannot be part of a file's name, and for a file of whole
+    prompts, which leaves nothing to build.
     """
     task = task.checked()
     questions = task.questions
     if questions.test[0].prompt is not None:
         raise ValueError(f"{questions.name} holds whole prompts: give questions in MMLU's form")
+    groups = group_by_subject(questions.test)
+    check_file_names(groups, questions.name)
     folder = Path(folder).resolve()  # the harness reads later, perhaps from elsewhere
     tasks = []
-    for subject, group in group_by_subject(questions.test).items():
+    for subject, group in groups.items():
         files = {}
         for split, part in {"test": group, "dev": questions.dev.get(subject, ())}.items():
             if part:  # a split without examples is no file

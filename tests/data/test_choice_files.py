@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,8 @@ def test_a_mistake_in_a_file_of_prompts_is_named(tmp_path, text, said):
 
 
 def test_what_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="the path is empty, perhaps because a shell variable is not set"):
+        read_questions("")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: name a folder with dev/ and test/"):
         read_questions(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} has no test/SUBJECT_test.csv")):
@@ -153,6 +156,35 @@ def test_whole_prompts_have_no_csv_form(tmp_path):
     questions = Questions("prompts", (ChoiceQuestion("x", "", (), 0, "?\nAnswer:"),), {})
     with pytest.raises(ValueError, match="prompts holds whole prompts"):
         write_questions(questions, tmp_path)
+
+
+@pytest.mark.parametrize("subject", ["../x", "a/b", "a\\b", "..", ".x", "", "a\0b"])
+@pytest.mark.parametrize("split", ["test", "dev"])
+def test_a_subject_writes_no_file_elsewhere(tmp_path, subject, split):
+    one = ChoiceQuestion("x", "?", tuple("abcd"), 0)
+    test, dev = ((one,), {subject: (one,)}) if split == "dev" else ((replace(one, subject=subject),), {})
+    with pytest.raises(ValueError, match="any: the subject .* is not allowed: it names a file"):
+        write_questions(Questions("any", test, dev), tmp_path / "there" / "deep")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_questions_of_an_earlier_set_are_not_mixed_with_those_of_another(folder):
+    questions = read_questions(folder)
+    write_questions(questions, folder)  # the same subjects again
+    before = {path: path.read_bytes() for path in folder.rglob("*.csv")}
+    fewer = Questions("fewer", questions.test[:2], {})
+    with pytest.raises(ValueError, match="mmlu holds test questions of anatomy too: name a new folder"):
+        write_questions(fewer, folder)
+    (folder / "test" / "anatomy_test.csv").unlink()
+    with pytest.raises(ValueError, match="mmlu holds dev questions of abstract_algebra, anatomy too: name a new"):
+        write_questions(fewer, folder)
+    assert all(path.read_bytes() == text for path, text in before.items() if path.name != "anatomy_test.csv")
+
+
+def test_two_spellings_are_not_written(tmp_path):
+    x, y = (ChoiceQuestion(subject, "?", tuple("abcd"), 0) for subject in ("a b", "a_b"))
+    with pytest.raises(ValueError, match="any has the subject 'a_b' twice, also as 'a b'"):
+        write_questions(Questions("any", (x, y), {}), tmp_path)
 
 
 def test_questions_of_a_subject_stand_together():

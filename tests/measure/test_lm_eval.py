@@ -123,6 +123,13 @@ def test_whole_prompts_are_no_task(tmp_path):
         harness_tasks(Task(questions), tmp_path)
 
 
+def test_a_subject_writes_no_file_elsewhere(tmp_path):
+    questions = Questions("any", (ChoiceQuestion("../x", "?", tuple("abcd"), 0),), {})
+    with pytest.raises(ValueError, match=r"any: the subject '../x' is not allowed: it names a file"):
+        harness_tasks(Task(questions, 0), tmp_path / "tasks")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_the_harness_the_error_says_what_to_install(monkeypatch, tiny_llama, tokenizer):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"lm-evaluation-harness is needed .*: pip install 'qlora-lab\[eval\]'"):

@@ -165,6 +165,9 @@ def test_a_subject_without_examples(tokenizer, tmp_path):
     questions = read_questions(folder)
     with pytest.raises(ValueError, match="'anatomy' has no dev/anatomy_dev.csv, but shots=5: take --shots 0"):
         encode(tokenizer, Task(Questions("mmlu", questions.test[2:], questions.dev)))
+    (folder / "dev" / "anatomy_dev.csv").touch()
+    with pytest.raises(ValueError, match="'anatomy' has an empty dev/anatomy_dev.csv, but shots=5: take --shots 0"):
+        encode(tokenizer, Task(Questions("mmlu", questions.test[2:], read_questions(folder).dev)))
 
 
 def test_a_prompt_that_is_too_long_names_the_most_examples_that_fit(tiny_llama, tokenizer, questions):
