@@ -228,6 +228,7 @@ def _sentences(found: "Standings", rows: list[dict]) -> list[str]:
         said.append(f"{words}, so intervals and ranks are too narrow: ask more questions.")
     if unread := found.judge.verdicts.unread:
         one = "1 verdict could not be read and was left out"
+        # counted here too: a table with a column of zeros is read less closely than a sentence
         words = one if unread == 1 else f"{unread} verdicts could not be read and were left out"
         for row in [row for row in rows if row["verdict"] == "unread"][:1]:  # none, of games that others played
             words += f"; the first: question {row['question']}, {row['first']!r} against {row['second']!r}"
