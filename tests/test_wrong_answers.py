@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import qlora_lab as ql
-from qlora_lab.exercises import check, hints, hints_merging, hints_methods, hints_packing
+from qlora_lab.exercises import check, hints, hints_merging, hints_methods, hints_packing, hints_results
 from tools.notebooks import END, START
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -619,6 +619,145 @@ WRONG = {
             "without the function that checks it",
         ),
     },
+    "12 my_elo": {
+        "e for 10": (
+            "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
+            "    gain = 32 * (score - 1 / (1 + math.exp((ratings[second] - ratings[first]) / 400)))\n"
+            "    ratings[first] += gain\n    ratings[second] -= gain\nreturn ratings",
+            "Which number does the formula raise to a power?",
+        ),
+        "the difference turned": (
+            "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
+            "    gain = 32 * (score - 1 / (1 + 10 ** ((ratings[first] - ratings[second]) / 400)))\n"
+            "    ratings[first] += gain\n    ratings[second] -= gain\nreturn ratings",
+            "the stronger system is expected to lose",
+        ),
+        "not divided by 400": (
+            "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
+            "    gain = 32 * (score - 1 / (1 + 10 ** (ratings[second] - ratings[first])))\n"
+            "    ratings[first] += gain\n    ratings[second] -= gain\nreturn ratings",
+            "By what does the formula divide it?",
+        ),
+        "always 16 points": (
+            "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
+            "    ratings[first] += 32 * (score - 0.5)\n    ratings[second] -= 32 * (score - 0.5)\nreturn ratings",
+            "Do you use the ratings before *this* game?",
+        ),
+        "the first alone": (
+            "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
+            "    ratings[first] += 32 * (score - 1 / (1 + 10 ** ((ratings[second] - ratings[first]) / 400)))\n"
+            "return ratings",
+            "What does the second system do?",
+        ),
+        "the new rating used": (
+            "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
+            "    chance = lambda: 1 / (1 + 10 ** ((ratings[second] - ratings[first]) / 400))\n"
+            "    ratings[first] += 32 * (score - chance())\n    ratings[second] -= 32 * (score - chance())\n"
+            "return ratings",
+            "Compute the gain once",
+        ),
+        "an array": ("return np.full(systems, 1000.0)", "Read the task again"),
+        "a wrong type": ("return '1000'", TASK),
+        "nothing returned": ("ratings = [1000.0] * systems", RETURN),
+        "the library's own": (
+            "first, second, score = map(np.array, zip(*results))\n"
+            "played = tournament.Scores(first, second, score)\n"
+            "return tournament.elo_of_one_order(played, range(len(results)), systems, tournament.Rules())",
+            "without `elo_of_one_order`",
+        ),
+        "the check's own": ("return by_library(results, systems)", "without `elo_of_one_order`"),
+    },
+    "12 my_interval": {
+        "one standard error": (
+            "p = right / questions\ne = (p * (1 - p) / questions) ** 0.5\nreturn p - e, p + e",
+            "How many hold 95 of 100 exams?",
+        ),
+        "of one question": (
+            "p = right / questions\nd = 1.96 * (p * (1 - p)) ** 0.5\nreturn p - d, p + d",
+            "the spread of single questions",
+        ),
+        "no root": (
+            "p = right / questions\nd = 1.96 * p * (1 - p) / questions\nreturn p - d, p + d",
+            "A variance, not a standard error",
+        ),
+        "n outside of the root": (
+            "p = right / questions\nd = 1.96 * (p * (1 - p)) ** 0.5 / questions\nreturn p - d, p + d",
+            "What falls with the root of n?",
+        ),
+        "no 1 - p": (
+            "p = right / questions\nd = 1.96 * (p / questions) ** 0.5\nreturn p - d, p + d",
+            "answered wrong",
+        ),
+        "in percent": (
+            "p = right / questions\nd = 1.96 * (p * (1 - p) / questions) ** 0.5\nreturn 100 * (p - d), 100 * (p + d)",
+            "not percentages",
+        ),
+        "the upper end first": (
+            "p = right / questions\nd = 1.96 * (p * (1 - p) / questions) ** 0.5\nreturn p + d, p - d",
+            "The lower end comes first",
+        ),
+        "middle and half": (
+            "p = right / questions\nreturn p, 1.96 * (p * (1 - p) / questions) ** 0.5",
+            "Return both ends",
+        ),
+        "questions": (
+            "p = right / questions\nd = 1.96 * (p * (1 - p) * questions) ** 0.5\nreturn right - d, right + d",
+            "You count questions",
+        ),
+        "a wrong type": ("return right / questions", "with a comma between them"),
+        "nothing returned": ("p = right / questions", RETURN),
+        "the check's own": ("return by_scipy(right, questions)", "without the function that checks it"),
+    },
+    "12 my_percent": {
+        "mean of ratios": (
+            "r = [100 * a / b for a, b in zip(ours, theirs) if a >= 0]\nreturn sum(r) / len(r)",
+            "the mean of the ratios",
+        ),
+        "unread scores added": ("return 100 * sum(ours) / sum(theirs)", "You add up -1 like a score"),
+        "upside down": (
+            "return 100 * sum(b for b in theirs if b >= 0) / sum(a for a in ours if a >= 0)",
+            "Upside down",
+        ),
+        "a share": ("return sum(a for a in ours if a >= 0) / sum(b for b in theirs if b >= 0)", "How many per cent"),
+        "the lead": (
+            "return 100 * sum(a for a in ours if a >= 0) / sum(b for b in theirs if b >= 0) - 100",
+            "how far it is ahead",
+        ),
+        "zeros left out": (
+            "r = [(a, b) for a, b in zip(ours, theirs) if a > 0]\n"
+            "return 100 * sum(a for a, b in r) / sum(b for a, b in r)",
+            "0 is a score",
+        ),
+        "a wrong type": ("return f'{100 * sum(ours) / sum(theirs)} %'", "without quotation marks"),
+        "nothing returned": ("total = sum(ours)", RETURN),
+        "the library's own": (
+            "return replay.relative_score(published.RelativeQuestions('', 3, 17, 16, 149, 104, 86)).percent",
+            "without `relative_score`",
+        ),
+        "the check's own": ("return by_replay(ours, theirs)", "without `relative_score`"),
+    },
+    "12 my_errata": {
+        "not rounded": ("return [n for n in printed if float(printed[n]) != replayed[n]]", "Round first"),
+        "those that come out": (
+            "return [n for n, t in printed.items() if f'{replayed[n]:.{len(t.partition(\".\")[2])}f}' == t]",
+            "Which ones do not?",
+        ),
+        "a whole point forgiven": (
+            "return [n for n in printed if abs(float(printed[n]) - replayed[n]) > 1]",
+            "You forgive a whole point",
+        ),
+        "always one place": (
+            "return [n for n in printed if f'{replayed[n]:.1f}' != printed[n]]",
+            "How many does its text have?",
+        ),
+        "whole numbers": (
+            "return [n for n in printed if round(float(printed[n])) != round(replayed[n])]",
+            "The printed decimal places count, too",
+        ),
+        "a wrong type": ("return 'c'", TASK),
+        "nothing returned": ("print(printed)", RETURN),
+        "the check's own": ("return by_rounding(printed, replayed)", "without the function that checks it"),
+    },
     "13 my_merge": {
         "without absmax": (
             "return torch.searchsorted(midpoints(levels), levels[codes] + change)",
@@ -686,6 +825,7 @@ uses = {"int4": code_use(ql.codebook("int4"), normal)}""",
 def attend(q, k, v, prefix_k, prefix_v, mask):
     k, v, mask = torch.cat([prefix_k, k]), torch.cat([prefix_v, v]), pad(mask, (len(prefix_k), 0))
     return (q @ k.t() / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v""",
+    "12": "import math",
     "13": 'levels = ql.codebook("nf4")',
     "10": """
 import torch
@@ -833,7 +973,7 @@ def test_neither_the_notebook_nor_a_hint_hands_over_the_answer(exercise):
     cells = json.loads(path.read_text("utf-8"))["cells"]
     last = next(i for i, cell in enumerate(cells) if "## Exercises" in "".join(cell["source"]))
     in_sight = "".join("".join(cell["source"]) for cell in cells[last:])
-    sources = "".join(map(inspect.getsource, (hints, hints_methods, hints_merging, hints_packing)))
+    sources = "".join(map(inspect.getsource, (hints, hints_methods, hints_merging, hints_packing, hints_results)))
     in_sight += "\n".join(re.findall(r'"([^"]*)"', sources))
     assert answer and not [line for line in answer if line.removeprefix("return ") in in_sight]
 

@@ -162,8 +162,16 @@ sizes of the layers, so it differs in a full-size model. Loading warns if it is 
 |---|---|---|---|---|
 """
 NOTES = """
-- Only linear layers are quantised and adapted. Experts that a family keeps in one tensor, as Mixtral does, stay in 16 \
-bits, and so do weights that the family's own code uses directly, as in Mamba and RWKV.
+- GPT-2 keeps its weights as (inputs, outputs), in layers of the class `Conv1D`. They are quantised as their \
+transpose, as bitsandbytes does it, and `qlora-lab quantize` says how many. An adapter's `fan_in_fan_out` is then true.
+- A class of the family's own counts as linear if it computes what `nn.Linear` does, as Falcon's does. transformers \
+lets bitsandbytes pack no such class, so only QLoRA Lab reads the folders that `quantize_folder` writes of Falcon.
+- Experts that a family keeps in one tensor, as Mixtral does, are quantised as one matrix for each expert, packed \
+together. A forward decodes those that a token is routed to. Routers and the gates of shared experts keep their \
+precision. Adapters go on the other linear layers, not on such experts. Only QLoRA Lab reads folders with such experts.
+- `qlora_lab.memory.weights.predicted_weights` counts, from config.json alone, the bytes that a mixture stores and \
+those that one token uses.
+- Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
 - **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still treats them \
 as experts. Use adapters of these layers with `load_adapter`, not with PEFT.
 """
@@ -185,11 +193,7 @@ def row(family: Family) -> tuple[str, str, str, str]:
         except ModelError as refusal:
             return f"no: {_reason(refusal)}", "", "", ""
         loads = "yes" if same else "no: other logits"
-        try:
-            model = ours(folder, block_size=16)
-        except ValueError as refusal:  # nothing to quantise: the other columns use the model as it is
-            loads = f"{loads}, but not in 4 bits: {_reason(refusal)}"
-            model = ours(folder, codebook=None)
+        model = ours(folder, block_size=16)
         share = f"{100 * in_4_bits(model).part:.0f} %"
         return loads, share, _outcome(trains, model), _outcome(peft_agrees, folder)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.saving import AdapterSaver
-from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.saving import refuse_to_save
 
 
@@ -106,6 +106,6 @@ def remove_adapter(model: nn.Module) -> nn.Module:
     for path, adapter in adapters(model).items():
         adapter.take_out(model, path)
     vars(model).pop("save_pretrained", None)
-    if any(isinstance(module, Linear4bit) for module in model.modules()):
+    if any(isinstance(module, PackedModule) for module in model.modules()):
         refuse_to_save(model)
     return model

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter
-from qlora_lab.model.linear4bit import Linear4bit, left_alone
+from qlora_lab.model.layer_kinds import out_and_in
+from qlora_lab.model.linear4bit import is_linear, left_alone
 
 
 class BiasChange(Adapter):
@@ -24,8 +25,9 @@ class BiasChange(Adapter):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
+        width = out_and_in(base)[0] if is_linear(base) else base.weight.shape[-1]
         # (d,): float32, although the bias that it stands beside may have 16 bits
-        self.delta = nn.Parameter(torch.zeros(_width(base), device=base.weight.device))
+        self.delta = nn.Parameter(torch.zeros(width, device=base.weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)  # (..., d), with the frozen bias
@@ -50,7 +52,7 @@ def bitfit(model: nn.Module) -> dict[str, BiasChange]:
     if not with_bias:
         raise ValueError(f"{type(model).__name__} has no biases to train: use zero_bias, which adds some, or lora")
     # anything else that has a bias may use it in another way, such as a convolution
-    if others := [path for path, layer in with_bias.items() if not isinstance(layer, _KNOWN)]:
+    if others := [path for path, m in with_bias.items() if not (is_linear(m) or isinstance(m, nn.LayerNorm))]:
         kind = type(with_bias[others[0]]).__name__
         raise ValueError(f"bitfit knows biases of linear layers and LayerNorm, not of {kind} at {others[0]}: use lora")
     return {path: BiasChange(layer) for path, layer in with_bias.items()}
@@ -62,16 +64,8 @@ def zero_bias(model: nn.Module) -> dict[str, ZeroBias]:
     Raises ValueError for a model with biases.
     """
     kept = left_alone(model)  # a bias of the head would be a prior over words
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, _LINEAR) and path not in kept}
+    layers = {path: m for path, m in model.named_modules() if is_linear(m) and path not in kept}
     if not layers or any(layer.bias is not None for layer in layers.values()):
         reason = "has biases: use bitfit, which trains those" if layers else "has no linear layer besides its head"
         raise ValueError(f"{type(model).__name__} {reason}")
     return {path: ZeroBias(layer) for path, layer in layers.items()}
-
-
-_LINEAR = (nn.Linear, Linear4bit)
-_KNOWN = (*_LINEAR, nn.LayerNorm)
-
-
-def _width(layer: nn.Module) -> int:
-    return layer.out_features if isinstance(layer, _LINEAR) else layer.weight.shape[-1]

@@ -20,7 +20,7 @@ from torch import nn
 
 from qlora_lab.adapters.lora import LoRALinear
 from qlora_lab.model import product_4bit
-from qlora_lab.model.linear4bit import Linear4bit, decoded
+from qlora_lab.model.linear4bit import Linear4bit, as_matrix, decoded
 
 LEAST = 1e-12  # of ||W_i||^2: a row that is erased has a length of its rounding, and no square root of less than 0
 
@@ -88,7 +88,7 @@ class DoRALinear(LoRALinear):
     def _times_base(self, A: torch.Tensor) -> torch.Tensor:
         if isinstance(self.base, Linear4bit):
             return product_4bit.forward(A, self.base.weight)  # without the bias
-        return A.to(self.base.weight.dtype) @ self.base.weight.t()
+        return A.to(self.base.weight.dtype) @ as_matrix(self.base, self.base.weight).t()
 
     def change(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         return turned(weight, super().change(weight, rows), self.lora_magnitude_vector[rows])

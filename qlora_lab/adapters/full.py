@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter
-from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.model.packed_module import PackedModule
 
 PATH = "full_tuning"
 
@@ -52,7 +52,7 @@ class FullTuning(Adapter):
 
 def full(model: nn.Module) -> dict[str, FullTuning]:
     """Let every weight of `model` learn. Raises ValueError for packed weights, and for float16."""
-    packed = next((path for path, module in model.named_modules() if isinstance(module, Linear4bit)), None)
+    packed = next((path for path, module in model.named_modules() if isinstance(module, PackedModule)), None)
     if packed is not None:
         fix = "load it with codebook=None (--codebook none), or train an adapter"
         raise ValueError(f"full fine-tuning moves weights of 16 or 32 bits, but {packed} is packed in 4: {fix}")

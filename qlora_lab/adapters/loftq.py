@@ -19,6 +19,7 @@ from qlora_lab.adapters.lora import LoRALinear, make, strengths_of
 from qlora_lab.adapters.pissa import start
 from qlora_lab.model.empty_model import empty_model, stored_options
 from qlora_lab.model.fetch import known_name, resolve
+from qlora_lab.model.layer_kinds import kept_shape, turned
 from qlora_lab.model.linear4bit import Linear4bit, decoded
 from qlora_lab.model.stored import Stored, stored_tensors
 
@@ -45,7 +46,7 @@ def loftq(
     made = make(LoRALinear, model, strengths, dropout)
     generator = torch.Generator().manual_seed(0)  # for the decomposition
     for path, layer in tqdm(made.items(), "decomposing", disable=not progress, delay=2, unit="layer"):
-        weight = originals[path].read().to(layer.lora_A.device, torch.float32)
+        weight = turned(model, f"{path}.weight", originals[path].read().to(layer.lora_A.device, torch.float32))
         start(layer, weight - decoded(layer.base), generator)
     return made
 
@@ -59,7 +60,7 @@ def _originals(model: nn.Module, paths: list[str], source: str | Path, progress:
     for path in paths:
         name = f"{path}.weight"
         shape = tuple(stored[name].shape) if name in stored else "missing"
-        needed = tuple(model.get_submodule(path).weight.shape)
+        needed = tuple(kept_shape(model.get_submodule(path)))
         if shape != needed:
             raise ValueError(f"{folder} has {name} as {shape}, this model as {needed}: name its original")
     return {path: stored[f"{path}.weight"] for path in paths}

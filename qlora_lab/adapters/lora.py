@@ -23,12 +23,13 @@ from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter, adapters, method_of, put_into
 from qlora_lab.adapters.targets import linear_layers, strengths_of
+from qlora_lab.model.layer_kinds import out_and_in
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.quant.numbers import check_number, check_seed, check_whole
 
 
 class LoRALinear(Adapter):
-    """`base`, an nn.Linear or Linear4bit, with an adapter of rank r beside it. The base is frozen.
+    """`base`, an nn.Linear, Linear4bit or Conv1D, with an adapter of rank r beside it. The base is frozen.
 
     r: at least 1; above min(in_features, out_features) it costs memory and expresses nothing more.
     alpha: strength, above 0; the product is scaled by alpha / r.
@@ -53,10 +54,11 @@ class LoRALinear(Adapter):
         self.r = r
         self.dropout = nn.Dropout()  # its p comes next
         self.set_strength(alpha, dropout)
-        bound = 1 / math.sqrt(base.in_features)
-        A = torch.empty(r, base.in_features).uniform_(-bound, bound, generator=generator)  # on the CPU: one seed, one A
+        out_features, in_features = out_and_in(base)
+        bound = 1 / math.sqrt(in_features)
+        A = torch.empty(r, in_features).uniform_(-bound, bound, generator=generator)  # on the CPU: one seed, one A
         self.lora_A = nn.Parameter(A.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))  # (out, r)
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=base.weight.device))  # (out, r)
 
     def set_strength(self, alpha: float, dropout: float) -> None:
         """Set alpha, and thereby scaling = alpha / r, and dropout."""
@@ -114,8 +116,8 @@ def add_lora(
 
     r: one rank, or a rank for each layer: patterns of the ends of their paths, of which the first that matches counts,
     as in PEFT's rank_pattern: {"q_proj": 4, r"layers\\.0\\..*": 32, ".*": 8}. alpha is the same for all.
-    targets: "all-linear", which the QLoRA paper found necessary (every linear layer except the head, routers, and
-    layers whose weight the family's own code uses directly), or layer names: last names ("q_proj") or whole paths.
+    targets: "all-linear", which the QLoRA paper found necessary (every linear layer except the head, routers, gates,
+    and layers whose weight the family's own code uses directly), or layer names: last names ("q_proj") or whole paths.
     seed: for lora_A. Raises ValueError for a name that matches nothing, a model without a linear layer to adapt, an
     adapter that is already there, or a rank, alpha or dropout that is not allowed.
     """

@@ -27,6 +27,7 @@ from qlora_lab.adapters.adapter import Adapter, adapters, has_adapters, put_into
 from qlora_lab.adapters.full import FullTuning
 from qlora_lab.adapters.lora import LoRALinear
 from qlora_lab.adapters.peft_format import load_adapter, method_in, save_adapter
+from qlora_lab.model.layer_kinds import out_and_in
 from qlora_lab.model.linear4bit import Linear4bit
 
 MIXED = "rows of a batch use several adapters here, which can only answer: leave the `with bank.rows(...)` block first"
@@ -186,8 +187,9 @@ class RowsLinear(Adapter):
         self.adapted = torch.tensor(list(places), device=device)  # the rows that have an adapter
         self.places = torch.tensor(list(places.values()), device=device)  # where the result of each lies
         r = max(layer.r for layer in loras.values())
-        self.A = torch.zeros(len(loras), base.in_features, r, device=device)
-        self.B = torch.zeros(len(loras), r, base.out_features, device=device)
+        out_features, in_features = out_and_in(base)
+        self.A = torch.zeros(len(loras), in_features, r, device=device)
+        self.B = torch.zeros(len(loras), r, out_features, device=device)
         for number, layer in enumerate(loras.values()):
             self.A[number, :, : layer.r] = layer.lora_A.data.t()
             self.B[number, : layer.r] = layer.scaling * layer.lora_B.data.t()  # as the CPU's product scales it

@@ -11,7 +11,8 @@ from torch import nn
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.add_adapter import MAKERS
 from qlora_lab.adapters.lora import LoRALinear
-from qlora_lab.model.linear4bit import Linear4bit, head_path
+from qlora_lab.model.linear4bit import head_path, is_linear
+from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.quant.quantize import QuantizedTensor
 
 PACKED, LINEAR, EMBEDDINGS, HEAD = "packed weights", "linear layers", "embeddings", "head"
@@ -28,7 +29,7 @@ def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | Quanti
     kinds |= {id(constant): name for adapter in made for name, constant in adapter.constants().items()}
     for path, module in model.named_modules():
         buffers = module.named_buffers(recurse=False)
-        if isinstance(module, Linear4bit):
+        if isinstance(module, PackedModule):
             yield PACKED, module.weight
             buffers = ()  # the same tensors
         for name, tensor in (*module.named_parameters(recurse=False), *buffers):
@@ -42,7 +43,7 @@ def _learned_kind(adapter: Adapter, name: str) -> str:
 def _kind(module: nn.Module, name: str, is_head: bool) -> str:
     if isinstance(module, nn.Embedding):
         return EMBEDDINGS
-    if isinstance(module, nn.Linear) and name == "weight":
+    if is_linear(module) and name == "weight":
         return HEAD if is_head else LINEAR
     if name == "bias":
         return "biases"

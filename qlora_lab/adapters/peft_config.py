@@ -21,7 +21,7 @@ HONOURED += ("base_model_name_or_path", "revision")  # adapter_base.py compares 
 # The tensors' keys show which layers these settings chose.
 CHOICES_OF_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # Where the adapter came from and what it was trained for: its keys show if it fits. Settings that matter only together
-# with a refused one. fan_in_fan_out: a linear layer has one layout, and no other kind of layer is adapted.
+# with a refused one. fan_in_fan_out: the layer tells its layout (model/layer_kinds.py), as in PEFT.
 WITHOUT_EFFECT = ("auto_mapping", "peft_version", "task_type", "inference_mode", "runtime_config", "fan_in_fan_out")
 WITHOUT_EFFECT += ("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
 ALLOWED = {

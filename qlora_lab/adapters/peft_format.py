@@ -32,7 +32,8 @@ from qlora_lab.files.out_path import check_outside_model, out_folder
 from qlora_lab.files.replace import replacing_folder
 from qlora_lab.files.strict_json import parse, read_json
 from qlora_lab.files.tensor_file import save_tensors
-from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.model.layer_kinds import is_turned, out_and_in
+from qlora_lab.model.linear4bit import is_linear
 from qlora_lab.quant.finite import is_finite
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
 
@@ -123,8 +124,7 @@ def _fitting(model: nn.Module, folder: str | Path, config: dict, tensors: dict, 
     stored = _stored_paths(tensors, model, parts, where)
     dropout = config.get("lora_dropout") or 0.0
     try:
-        in_order = [path for path in layers if path in stored]  # the model's
-        strengths = {path: strength_of(config, stored[path]) for path in in_order}
+        strengths = {path: strength_of(config, stored[path]) for path in layers if path in stored}  # the model's order
         check_dropout("lora_dropout", dropout)
     except ValueError as error:
         raise ValueError(f"{Path(folder) / CONFIG}: {error}") from None
@@ -205,7 +205,7 @@ def _lora_config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict:
         **next(iter(layers.values())).flags,  # use_rslora, use_dora
         "target_modules": _target_names(model, list(layers)),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_turned(layer.base) for layer in layers.values()),  # as PEFT sets it for a Conv1D
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -344,7 +344,7 @@ def _why_strange(key: str, modules: dict[str, nn.Module], headless: str) -> str:
             "this model has other values: they were trained or extended, and stored by save_embedding_layers, so merge "
             "it into its base with PEFT"
         )
-    if isinstance(modules.get(path), (nn.Linear, Linear4bit)):
+    if path in modules and is_linear(modules[path]):
         return f"for a linear layer only {_key('PATH', 'lora_A')} and lora_B are read: save it again with PEFT"
     if path in modules:
         kind = type(modules[path]).__name__
@@ -362,8 +362,8 @@ def _check_tensors(
     where: str,
 ) -> None:
     for path, (r, _) in strengths.items():
-        rows = layers[path].out_features
-        wanted = (r, layers[path].in_features), (rows, r), (rows,)  # in the order of PARTS
+        rows, columns = out_and_in(layers[path])
+        wanted = (r, columns), (rows, r), (rows,)  # in the order of PARTS
         for name, shape in zip(parts, wanted, strict=False):
             tensor = tensors[_key(path, name)]
             if tensor.shape != shape:

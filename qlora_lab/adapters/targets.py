@@ -11,7 +11,8 @@ from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.layer_patterns import first_match
-from qlora_lab.model.linear4bit import Linear4bit, left_alone
+from qlora_lab.model.experts import DOWN, experts_of, layout_of
+from qlora_lab.model.linear4bit import is_linear, left_alone
 
 
 def strengths_of(
@@ -37,17 +38,27 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     if targets == "all-linear":
         kept = left_alone(model)  # head, routers, weights used directly
         chosen = {name: m for name, m in linears.items() if name not in kept}
-        if not chosen:  # GPT-2's are Conv1D
+        if not chosen:
             raise ValueError(f"{type(model).__name__} has no linear layer besides its head: choose a model with some")
         return chosen
     wanted = {targets} if isinstance(targets, str) else set(targets)
     unknown = wanted - set(linears) - set(last_names)
+    if stack := next((name for name in sorted(unknown) if _names_a_stack(model, name)), None):
+        raise ValueError(
+            f"{stack} holds experts in one tensor, which no adapter is put beside here: "
+            f"choose 'all-linear' or from {', '.join(last_names)}"
+        )
     if unknown or not wanted:
         raise ValueError(
             f"targets {sorted(unknown) or 'none'} match no linear layer: "
             f"choose 'all-linear' or from {', '.join(last_names)}"
         )
     return {name: m for name, m in linears.items() if name in wanted or name.split(".")[-1] in wanted}
+
+
+def _names_a_stack(model: nn.Module, name: str) -> bool:
+    paths = {f"{path}.{stack}" for path, m in experts_of(model).items() for stack in (layout_of(m).up, DOWN)}
+    return name in paths or name in {path.split(".")[-1] for path in paths}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -60,6 +71,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, Adapter):
             inside = f"{path}."
             module = getattr(module, "base", None)
-        if isinstance(module, (nn.Linear, Linear4bit)):
+        if module is not None and is_linear(module):
             layers[path] = module
     return layers

@@ -33,7 +33,7 @@ def run(a: argparse.Namespace) -> int:
     faults = {str(one.path): scanned(one, progress=not a.quiet) for one in checkpoints}
     if a.other is None:
         shown = {"tensors": [_figures(checkpoints[0], one) for one in checkpoints[0].tensors.values()]}
-        shown["not_quantised"] = checkpoints[0].plain
+        shown |= {"stacks": sorted(checkpoints[0].stacks), "not_quantised": _not_quantised(checkpoints[0])}
         lines = _described(checkpoints[0])
     else:
         differences = compare(*checkpoints, progress=not a.quiet)
@@ -91,8 +91,15 @@ def _described(checkpoint: "Checkpoint") -> list[str]:
         }
         for tensor in checkpoint.tensors.values()
     ]
-    count = f"{len(rows)} quantised, {len(checkpoint.plain)} not"
+    stacks = f"{len(checkpoint.stacks)} stacks of experts, which are not decoded here, " * bool(checkpoint.stacks)
+    count = f"{len(rows)} quantised, {stacks}{len(_not_quantised(checkpoint))} not"
     return [*([table(rows)] if rows else []), count]
+
+
+def _not_quantised(checkpoint: "Checkpoint") -> list[str]:
+    """List what is neither a tensor in 4 bits nor a part of packed experts."""
+    stacks = checkpoint.stacks
+    return [name for name in checkpoint.plain if name not in stacks and name.rpartition(".")[0] not in stacks]
 
 
 def _compared(differences: list["Difference"]) -> list[str]:

@@ -17,8 +17,8 @@ from qlora_lab.adapters.adapter import Adapter, adapters, method_of
 from qlora_lab.data.dataset import IGNORED, Encoded, EncodeReport, collate, pad_token_id
 from qlora_lab.data.labels import end_token_id
 from qlora_lab.doctor.dtype_policy import COPIES, GRADIENTS, MOMENTS, OTHER_TRAINED, DtypePolicy
-from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.modes import checkpointing, mode, own_draws
+from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.train.limits import position_limit, too_long, unknown_token, used_tokens
 from qlora_lab.train.loss import accumulate, answer_loss
 from qlora_lab.train.nonfinite import first_nonfinite
@@ -293,7 +293,7 @@ def _checksums(model: nn.Module) -> dict[str, int]:
     """Sum the bytes of every frozen tensor, by name: a copy of a large model would not fit beside it."""
     tensors = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     for path, module in model.named_modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, PackedModule):
             tensors |= {f"{path}.weight.packed": module.weight.packed, f"{path}.weight.absmax": module.weight.absmax}
     return {name: int(t.reshape(-1).view(torch.uint8).sum()) for name, t in tensors.items()}
 

@@ -17,16 +17,18 @@ import torch
 from torch import nn
 
 from qlora_lab.model.empty_model import compute_buffers, empty_model, stored_options
+from qlora_lab.model.layer_kinds import turned
 from qlora_lab.model.packed import Packed, packed_tensors
 from qlora_lab.model.stored import Stored, stored_tensors
 from qlora_lab.quant.packing import group_of
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize
+from qlora_lab.quant.stack import Quantized, QuantizedStack, dequantize_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PANEL = 2**19  # weights: 2 MiB in float32, a core's second-level cache
-Reader = Callable[[str], torch.Tensor | QuantizedTensor]  # name of a tensor -> the tensor
+Reader = Callable[[str], torch.Tensor | Quantized]  # name of a tensor -> the tensor
 
 
 def layerwise(folder: Path) -> "PreTrainedModel":
@@ -39,9 +41,17 @@ def layerwise(folder: Path) -> "PreTrainedModel":
 
 
 def reader(model: "PreTrainedModel", folder: Path) -> Reader:
-    """Return what reads the tensors of an empty model from its folder, one by one, as they are stored."""
+    """Return what reads the tensors of an empty model from its folder, one by one, as they are stored.
+
+    Weights of linear layers come as (out_features, in_features), also those of a Conv1D; stacks of experts likewise.
+    """
     tensors = (packed_tensors if stored_options(folder) else stored_tensors)(model, folder)
-    return lambda name: tensor_of(name, tensors, model).read()
+
+    def read(name: str) -> torch.Tensor | Quantized:
+        tensor = tensor_of(name, tensors, model).read()
+        return turned(model, name, tensor) if torch.is_tensor(tensor) else tensor
+
+    return read
 
 
 def streamed(model: "PreTrainedModel", read: Reader) -> "PreTrainedModel":
@@ -103,11 +113,13 @@ def tensor_of(name: str, stored: Mapping[str, Stored | Packed], model: "PreTrain
 
 def _fill(model: nn.Module, names: list[str], read: Reader, *_) -> None:
     for name in names:
-        _put(model, name, as_float(read(name)))
+        _put(model, name, turned(model, name, as_float(read(name))))
 
 
-def as_float(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:
+def as_float(tensor: torch.Tensor | Quantized) -> torch.Tensor:
     """Return a tensor in float32, exactly."""
+    if isinstance(tensor, QuantizedStack):
+        return dequantize_stack(tensor, torch.float32)
     return dequantize(tensor, torch.float32) if isinstance(tensor, QuantizedTensor) else tensor.float()
 
 

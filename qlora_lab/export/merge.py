@@ -47,14 +47,17 @@ from qlora_lab.files.out_path import check_apart, out_folder, resolved
 from qlora_lab.files.replace import replacing_folder
 from qlora_lab.files.tensor_file import save_tensors
 from qlora_lab.model.empty_model import dtypes_of, empty_model, fields_of, stored_options, tokenizer_of
+from qlora_lab.model.experts import is_stack
 from qlora_lab.model.fetch import known_name, resolve
+from qlora_lab.model.layer_kinds import as_matrix, turned
 from qlora_lab.model.model_files import CONFIG, INDEX
+from qlora_lab.model.packed_module import PackedModule, packed_tensors_of
 from qlora_lab.model.quantized_folder import PLAN, described, files_beside, has_own_head, pieces
 from qlora_lab.quant.codebook import CUSTOM
 from qlora_lab.quant.finite import first_not_finite
 from qlora_lab.quant.plan import DEFAULT, Candidate, load_plan
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
-from qlora_lab.quant.serialize import stored_as, to_tensors
+from qlora_lab.quant.stack import Quantized, QuantizedStack, dequantize_stack, stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,7 +184,7 @@ def _work(model: "PreTrainedModel", source: Path, target: str) -> Work:
     read = reader(empty, source) if target == "original" else own
     untie(empty, model, target)
     work = Work(target, source, empty, read, own, adapted)
-    check_fits(work, {name: _shape(own, name) for name in work.names})
+    check_fits(work, {name: _shape(own, empty, name) for name in work.names})
     return work
 
 
@@ -204,16 +207,23 @@ def untie(empty: "PreTrainedModel", model: "PreTrainedModel", target: str) -> No
 def _own(model: "PreTrainedModel") -> Reader:
     layers = linear_layers(model)  # an adapted layer's base has the layer's path
 
-    def read(name: str) -> torch.Tensor | QuantizedTensor:
+    def read(name: str) -> torch.Tensor | Quantized:
         path, _, leaf = name.rpartition(".")
-        return getattr(layers[path] if path in layers else model.get_submodule(path), leaf)
+        module = layers[path] if path in layers else model.get_submodule(path)
+        tensor = getattr(module, leaf)
+        if isinstance(tensor, PackedModule):  # a stack of experts
+            return tensor.weight
+        if torch.is_tensor(tensor) and path in layers and leaf == "weight":
+            return as_matrix(module, tensor)
+        return turned(model, name, tensor) if torch.is_tensor(tensor) and is_stack(model, name) else tensor
 
     return read
 
 
-def _shape(own: Reader, name: str) -> torch.Size | None:
+def _shape(own: Reader, empty: "PreTrainedModel", name: str) -> torch.Size | None:
+    """Return the shape of the model's own tensor, as its family keeps it; None if there is none."""
     try:
-        return own(name).shape
+        return turned(empty, name, torch.empty(own(name).shape, device="meta")).shape
     except AttributeError:
         return None
 
@@ -259,6 +269,8 @@ def _write_weights(work: Work, staged: Path, progress: bool) -> tuple[dict[str, 
                 made = _kept(work, name, base)
             if len(made) > 1:  # codes with their constants
                 packing[name.removesuffix(".weight")] = Candidate(*stored_as(made, name))
+            else:
+                made = {name: turned(work.empty, name, made[name]).contiguous()}
             tensors |= made
             bar.update()
         save_tensors(tensors, staged / file, {"format": "pt"})
@@ -270,10 +282,11 @@ def _write_weights(work: Work, staged: Path, progress: bool) -> tuple[dict[str, 
     return changes, packing
 
 
-def _kept(work: Work, name: str, base: torch.Tensor | QuantizedTensor) -> dict[str, torch.Tensor]:
+def _kept(work: Work, name: str, base: torch.Tensor | Quantized) -> dict[str, torch.Tensor]:
     """Return a tensor that no adapter changes, as the target stores it."""
-    if isinstance(base, QuantizedTensor):
-        return _packed(base, name) if work.is_packed else {name: dequantize(base, work.dtypes[name])}
+    if isinstance(base, Quantized):
+        decode = dequantize_stack if isinstance(base, QuantizedStack) else dequantize
+        return _packed(base, name) if work.is_packed else {name: decode(base, work.dtypes[name])}
     dtype = work.dtypes[name] if base.is_floating_point() else base.dtype
     return {name: _finite(base.detach().to(dtype, copy=True), name)}  # a copy: it may be a view of a file
 
@@ -308,9 +321,9 @@ def requantised(merged: torch.Tensor, base: QuantizedTensor, name: str) -> Quant
     return replace(again, dtype=base.dtype)  # of the original, which bitsandbytes decodes to
 
 
-def _packed(q: QuantizedTensor, name: str) -> dict[str, torch.Tensor]:
+def _packed(q: Quantized, name: str) -> dict[str, torch.Tensor]:
     """All weights share a table, but safetensors stores no tensor under two names: each gets a copy of all."""
-    return {key: tensor.clone() for key, tensor in to_tensors(q, name).items()}
+    return {key: tensor.clone() for key, tensor in packed_tensors_of(q, name).items()}
 
 
 def _finite(value: torch.Tensor, name: str) -> torch.Tensor:
@@ -349,7 +362,9 @@ def _options(work: Work, packing: dict[str, Candidate], staged: Path) -> dict:
         return described(work.empty, kinds.pop(), None, list(packing))
     file = work.source / PLAN
     plan = load_plan(file) if file.exists() else None
-    if plan is None or plan.chosen != packing:
+    # A plan names linear layers alone; experts beside it are packed as by default.
+    planned = {path: kind for path, kind in packing.items() if not is_stack(work.empty, path)}
+    if plan is None or plan.chosen != planned:
         raise ValueError(
             "layers of this model are quantised differently, by a plan: write the model with quantize_folder, load "
             "that folder with the adapter, and merge it"

@@ -24,7 +24,9 @@ from qlora_lab.files.lock import locked_file, reserved
 from qlora_lab.files.out_path import check_apart, out_folder
 from qlora_lab.model.empty_model import empty_model, tokenizer_of
 from qlora_lab.model.fetch import resolve
-from qlora_lab.model.load import check_options, layer_sizes, public_name
+from qlora_lab.model.layer_kinds import turned as as_kept
+from qlora_lab.model.load import check_options, public_name
+from qlora_lab.model.quantised import options_of, quantised
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.plan import DEFAULT, Candidate
@@ -72,8 +74,8 @@ def merge_folders(
         model = empty_model(folder, torch.float32)
         model.name_or_path = public_name(folders.model)  # which the adapter's is compared with
         learned = read_adapter(model, folders.adapter)
-        packing = {} if check_options(folder, options, None) else dict.fromkeys(layer_sizes(model), options)
-        read = _quantising(reader(model, folder), packing)
+        packing = {} if check_options(folder, options, None) else options_of(model, options, None)
+        read = _quantising(model, reader(model, folder), packing)
         _warn_of_base(model, learned, read, packing)
         adapted = _adapted(learned)
         base = reader(empty, source) if target == "original" else read
@@ -88,15 +90,16 @@ def merge_folders(
         return finish(work, out, (ids, alone, before), anyway, progress)
 
 
-def _quantising(read: Reader, packing: dict[str, Candidate]) -> Reader:
+def _quantising(model: "PreTrainedModel", read: Reader, packing: dict[str, Candidate]) -> Reader:
     """Return what reads as `read` does, and quantises layers as `load` would."""
 
     # Again in each pass: quantising is faster than a disk, and the codes of 7B would take 3.9 GB.
-    def quantised(name: str):
+    def packed(name: str):
         layer = name.removesuffix(".weight")
-        return quantize(read(name), *packing[layer], name=name) if layer in packing else read(name)
+        tensor = read(name)
+        return quantised(model, layer, as_kept(model, name, tensor), packing[layer]) if layer in packing else tensor
 
-    return quantised
+    return packed
 
 
 def _with_adapter(read: Reader, adapted: dict[str, Learned]) -> Reader:

@@ -34,6 +34,7 @@ from qlora_lab.quant.serialize import (
     read_state,
     wrong_size,
 )
+from qlora_lab.quant.stack import STATE as STACK_STATE
 
 PIECE = 2**20  # bytes or weights in memory at once
 SHORT = 2**16  # bytes: after a longer read the next bytes are probably asked for
@@ -42,6 +43,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 DTYPES |= {"U8": torch.uint8}  # all that a part of a 4-bit tensor can be
 KNOWN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 STATE = ".quant_state."
+OF_A_STACK = f".{STACK_STATE}"
 OF_A_PART = re.compile(rf"(.+)\.(?:{'|'.join(KNOWN)})", re.DOTALL)
 
 
@@ -104,7 +106,8 @@ class Checkpoint:
     """A checkpoint that is mapped, not read.
 
     parts: stored name -> Part, all of them. tensors: key -> Tensor4bit, those that can be decoded.
-    plain: names of tensors that are not quantised. faults: a sentence for each thing that is wrong; `scanned` adds
+    stacks: keys of packed experts (quant/stack.py), which are not decoded here. plain: names of tensors that are not
+    quantised, and of the parts of stacks. faults: a sentence for each thing that is wrong; `scanned` adds
     those that only the values show.
     """
 
@@ -123,6 +126,8 @@ class Checkpoint:
         self._maps = {file: _mapped(file) for file in {part.file for part in self.parts.values()}}
         self.tensors: dict[str, Tensor4bit] = {}
         self.faults: list[str] = []
+        # Found first, because their parts have the names of a matrix's.
+        self.stacks = {name.removesuffix(OF_A_STACK) for name in self.parts if name.endswith(OF_A_STACK)}
         of_4_bits = self._describe_all()
         self.plain = [name for name in self.parts if name not in of_4_bits]
 
@@ -162,6 +167,8 @@ class Checkpoint:
         """Fill `tensors` and `faults`. Return the names that belong to a 4-bit tensor, whole or not."""
         parts_of: dict[str, list[str]] = {}  # key -> its parts, without the codes
         for name in self.parts:
+            if name.rpartition(".")[0] in self.stacks:
+                continue  # the same names mean other shapes there
             if STATE in name:
                 parts_of.setdefault(name.rpartition(STATE)[0], []).append(name)
             elif match := OF_A_PART.fullmatch(name):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from qlora_lab.measure.code_use import CodeUse, code_counts
+from qlora_lab.model.layer_kinds import turned
 from qlora_lab.model.linear4bit import linears_to_quantise
 from qlora_lab.model.stored import stored_tensors
 from qlora_lab.quant.blocks import check_block_size
@@ -83,13 +84,17 @@ class Source:
             raise ValueError(f"{folder} has no linear layer to quantise besides the head: give a larger model")
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a weight as the file stores it: (out_features, in_features), on the CPU a view of the mapped file."""
+        """Read a weight as the file stores it, as (out_features, in_features), on the CPU a view of the mapped file."""
         with _no_interrupt():  # safetensors would turn a Ctrl-C into a ValueError
             return self.stored(name)
 
     def stored(self, name: str) -> torch.Tensor:
         """Do the same, for a caller that handles interrupts itself."""
-        return self._stored[name].read().to(self.model.get_parameter(name).device)
+        return turned(self.model, name, self._stored[name].read()).to(self.model.get_parameter(name).device)
+
+    def put(self, name: str, weight: torch.Tensor) -> None:
+        """Let the model compute with `weight`, (out_features, in_features)."""
+        self.model.get_parameter(name).data.copy_(turned(self.model, name, weight))
 
 
 @dataclass
@@ -138,7 +143,7 @@ def quantised_in_place(source: Source, variant: Variant) -> Iterator[Figures]:
         if variant.codebook is not None:
             with _no_interrupt():  # a half-restored model would give wrong numbers without any error
                 for name in source.linears:
-                    source.model.get_parameter(name).data.copy_(source.stored(name))
+                    source.put(name, source.stored(name))
 
 
 def _overwrite(source: Source, variant: Variant) -> Figures:
@@ -154,7 +159,7 @@ def _overwrite(source: Source, variant: Variant) -> Figures:
             continue
         q = quantised(weight, variant, name)  # from the precision of the file, as load does
         restored = dequantize(q, torch.float32)
-        source.model.get_parameter(name).data.copy_(restored)  # rounded once, if the model computes in 16 bits
+        source.put(name, restored)  # rounded once, if the model computes in 16 bits
         figures.bits += 8 * q.nbytes
         figures.errors[name] = _sum_of_squares(restored.sub_(wide))
         counts = code_counts(q).cpu()

@@ -34,6 +34,7 @@ from qlora_lab.measure.best_plan import Choices, bits_table
 from qlora_lab.measure.perplexity import check_windows_fit, text_windows
 from qlora_lab.model.empty_model import empty_model, stored_options
 from qlora_lab.model.fetch import resolve
+from qlora_lab.model.layer_kinds import as_matrix, out_and_in, turned
 from qlora_lab.model.linear4bit import linears_to_quantise
 from qlora_lab.model.load import layer_sizes, public_name
 from qlora_lab.model.modes import mode
@@ -77,8 +78,8 @@ def sensitivity(
         batches = text
     layers = linears_to_quantise(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no plain nn.Linear: load it with codebook=None to calibrate")
-    sums = {name: torch.zeros(module.in_features, dtype=torch.float64) for name, module in layers.items()}
+        raise ValueError(f"{type(model).__name__} has no plain linear layer: load it with codebook=None to calibrate")
+    sums = {name: torch.zeros(out_and_in(m)[1], dtype=torch.float64) for name, m in layers.items()}
     draws = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same labels
     tokens = 0
     bar = tqdm(batches, "sensitivity", unit="batch", disable=not progress, leave=False)
@@ -156,9 +157,10 @@ def _sensitivity_of(layer: str, weight: torch.Tensor, sensitivity: dict[str, tor
 def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[tuple[str, torch.Tensor]]]:
     """Return the model's name, the number of its linear layers, and an iterator of their paths and weights."""
     if isinstance(model, nn.Module):
-        linears = [(name, module.weight.detach()) for name, module in linears_to_quantise(model).items()]
+        layers = linears_to_quantise(model)
+        linears = [(name, as_matrix(module, module.weight.detach())) for name, module in layers.items()]
         if not linears:
-            raise ValueError(f"{type(model).__name__} has no plain nn.Linear: load it with codebook=None")
+            raise ValueError(f"{type(model).__name__} has no plain linear layer: load it with codebook=None")
         return model.name_or_path or type(model).__name__, len(linears), iter(linears)
     folder = resolve(model)
     if stored := stored_options(folder):
@@ -166,13 +168,14 @@ def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[
     empty = empty_model(folder, torch.float32)
     layers = layer_sizes(empty)
     stored = stored_tensors(empty, folder)
-    read = ((layer, stored[f"{layer}.weight"].read()) for layer in layers)  # in the model's order
+    names = {layer: f"{layer}.weight" for layer in layers}  # in the model's order
+    read = ((layer, turned(empty, name, stored[name].read())) for layer, name in names.items())
     return public_name(model), len(layers), read
 
 
 @contextmanager
 def _watched(
-    model: nn.Module, layers: dict[str, nn.Linear], sums: dict[str, torch.Tensor], fisher: bool
+    model: nn.Module, layers: dict[str, nn.Module], sums: dict[str, torch.Tensor], fisher: bool
 ) -> Iterator[list[torch.Tensor]]:
     """Add x_j^2 of each passing token to `sums`; with fisher, half the mean over i of each window's (dW_ij)^2.
 
@@ -181,7 +184,7 @@ def _watched(
     """
     embedded = []  # at most one: each backward pass takes it out
 
-    def keep(name: str, module: nn.Linear, inputs: tuple, output: torch.Tensor) -> None:
+    def keep(name: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         x = inputs[0].detach()  # (rows, tokens, in_features)
         if fisher:
             output.register_hook(lambda g: add_squares(name, x, g))

@@ -45,10 +45,11 @@ from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import Shape, shape_of
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.modes import mode, own_draws
+from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.wide import NAME as WIDE
 from qlora_lab.optim.master_copies import MasterCopies
 from qlora_lab.optim.paged_adamw import PagedAdamW
-from qlora_lab.quant.quantize import QuantizedTensor
+from qlora_lab.quant.stack import Quantized
 from qlora_lab.train.loss import answer_loss
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _walk(model: nn.Module) -> Counter:
             _walk_quantized(storages, tensor)
         else:
             storages.add(kind, tensor)
-    if any(isinstance(m, Linear4bit) and m.weight.double_quant for m in model.modules()):
+    if any(isinstance(m, PackedModule) and m.weight.double_quant for m in model.modules()):
         storages.sums["tables"] += MAP_BYTES  # one for the whole process
     storages.sums["head"] += 0  # a tied head shares the embeddings' storage, seen before
     for parameter in model.parameters():
@@ -200,7 +201,7 @@ def _walk(model: nn.Module) -> Counter:
     return storages.sums
 
 
-def _walk_quantized(storages: _Storages, q: QuantizedTensor) -> None:
+def _walk_quantized(storages: _Storages, q: Quantized) -> None:
     storages.add(PACKED, q.packed)
     storages.add("tables", q.levels)
     if q.double_quant:

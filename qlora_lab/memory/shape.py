@@ -140,6 +140,7 @@ def _from_config(config: dict, where: str) -> Shape:
     if family not in FAMILIES:
         raise ValueError(
             f"{where} has the architecture {family!r}, whose layers are unknown here: choose from {', '.join(FAMILIES)}"
+            "; qlora_lab.memory.weights counts the weights of any"
         )
     sizes = {name: _size(config, name, where) for name in NEEDED}
     heads = sizes["num_attention_heads"]

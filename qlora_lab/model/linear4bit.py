@@ -13,8 +13,6 @@ train() or eval().
 import inspect
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,10 +21,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from qlora_lab.model import product_4bit, product_ops
-from qlora_lab.quant.double_quant import DoubleQuantized
+from qlora_lab.model.experts import gates
+from qlora_lab.model.layer_kinds import as_matrix, is_conv1d, is_product, is_turned
+from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
 from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
-from qlora_lab.quant.serialize import from_tensors, to_tensors
 
 HEAD = "lm_head"  # the output layer in most models of transformers; neither quantised nor adapted
 # `self.dt_proj.weight @ x`, `out_proj=self.out_proj.weight,`: code that uses a weight itself cannot use a packed one
@@ -74,45 +73,32 @@ def _traced(tokens: torch.Tensor, weight: QuantizedTensor, adapter: tuple | None
     return product_ops.forward_adapted(tokens, *parts, *adapter)[0]
 
 
-def _tensors_of(weight: QuantizedTensor) -> dict[str, torch.Tensor]:
-    return {"packed": weight.packed} | (vars(weight.constants) if weight.double_quant else {"absmax": weight.constants})
+def product(tokens: torch.Tensor, weight: QuantizedTensor, adapter: tuple | None = None) -> torch.Tensor:
+    """Return x W^T of (tokens, in_features), with its gradient where one is asked for. adapter: see Linear4bit."""
+    if torch.compiler.is_compiling():
+        return _traced(tokens, weight, adapter)
+    if adapter is not None:
+        return _AdaptedMatMul4bit.apply(tokens, weight, *adapter)  # base and adapter, one rounding
+    if tokens.requires_grad and torch.is_grad_enabled():
+        return _MatMul4bit.apply(tokens, weight)
+    return product_4bit.forward(tokens, weight)
 
 
-class Linear4bit(nn.Module):
+class Linear4bit(PackedModule):
     """`nn.Linear` over a QuantizedTensor.
 
-    weight: quantised (out_features, in_features), frozen; it is not a Parameter, so no optimizer ever sees it. Its
-    tensors are buffers that state_dict leaves out, so that other libraries count and move them.
-    bias: (out_features,) or None. Raises ValueError for a weight that is not a matrix.
+    weight: quantised (out_features, in_features), frozen; packed_module.py keeps it.
+    bias: (out_features,) or None. turned: the family's own layer, a Conv1D, keeps the transpose.
+    Raises ValueError for a weight that is not a matrix.
     Moving the module moves the weight. Casting it (.half(), .bfloat16()) casts only the bias: packed bytes stay.
     """
 
-    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None):
-        super().__init__()
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None, turned: bool = False):
         if len(weight.shape) != 2:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, but needs (out_features, in_features)")
-        self.weight = weight
+        super().__init__(weight)
+        self.turned = turned
         self.register_parameter("bias", bias)
-
-    @property
-    def weight(self) -> QuantizedTensor:
-        weight = self._weight
-        return weight if self._buffers["packed"] is weight.packed else self._with_buffers(weight)
-
-    @weight.setter
-    def weight(self, weight: QuantizedTensor) -> None:
-        self._weight = weight
-        self._buffers.clear()
-        for name, tensor in _tensors_of(weight).items():
-            self.register_buffer(name, tensor, persistent=False)
-
-    def _with_buffers(self, weight: QuantizedTensor) -> QuantizedTensor:
-        """Return, and keep, `weight` with the buffers as its tensors: accelerate and torch.export replace them."""
-        packed, *constants = (self._buffers[name] for name in _tensors_of(weight))
-        constants = DoubleQuantized(*constants) if weight.double_quant else constants[0]
-        levels = weight.levels.to(packed.device)
-        self._weight = replace(weight, packed=packed, constants=constants, levels=levels)
-        return self._weight
 
     @property
     def out_features(self) -> int:
@@ -138,60 +124,22 @@ class Linear4bit(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tokens = x if x.dim() == 2 else x.reshape(-1, in_features)  # (tokens, in_features)
-        if torch.compiler.is_compiling():
-            y = _traced(tokens, weight, adapter)
-        elif adapter is not None:
-            y = _AdaptedMatMul4bit.apply(tokens, weight, *adapter)  # base and adapter, one rounding
-        elif x.requires_grad and torch.is_grad_enabled():
-            y = _MatMul4bit.apply(tokens, weight)
-        else:
-            y = product_4bit.forward(tokens, weight)
+        y = product(tokens, weight, adapter)
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)  # (..., out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        return repr(self.weight)
-
-    def _apply(self, fn, recurse: bool = True):
-        probe = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device))  # .to(dtype) leaves integers alone
-        if probe.device != self.weight.device:
-            self.weight = self.weight.to(probe.device)
-        buffers = self._buffers
-        self._buffers = {}  # they have been moved, and are never cast
-        try:
-            return super()._apply(fn, recurse)
-        finally:
-            self._buffers = buffers
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(to_tensors(self.weight, prefix + "weight"))  # by bitsandbytes' key names
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        _, strict, missing_keys, _, error_msgs = rest  # as torch passes them
-        key = prefix + "weight"
-        ours = [k for k in state_dict if k == key or k.startswith(key + ".")]
-        if ours:
-            self._load_weight(state_dict, key, error_msgs)
-        elif strict:  # PEFT loads its adapters with strict=False, and without the base
-            missing_keys.append(key)
-        others = {k: v for k, v in state_dict.items() if k not in ours}
-        super()._load_from_state_dict(others, prefix, *rest)
-
-    def _load_weight(self, state_dict: Mapping[str, torch.Tensor], key: str, error_msgs: list[str]) -> None:
-        try:
-            weight = from_tensors(state_dict, key)
-            if weight.shape != self.weight.shape:
-                raise ValueError(f"{key} has shape {tuple(weight.shape)}, but the layer has {tuple(self.weight.shape)}")
-            self.weight = weight.to(self.weight.device)  # where the layer is, wherever the file was loaded
-        except (KeyError, ValueError) as error:
-            error_msgs.append(str(error.args[0]))
 
 
 def decoded(layer: nn.Module) -> torch.Tensor:
     """Return the whole weight of a linear layer in float32, (out_features, in_features); not to be changed."""
     weight = layer.weight
-    return dequantize(weight, torch.float32) if isinstance(weight, QuantizedTensor) else weight.detach().float()
+    if isinstance(weight, QuantizedTensor):
+        return dequantize(weight, torch.float32)
+    return as_matrix(layer, weight).detach().float()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether `module` can take an adapter: any nn.Linear, a Linear4bit, or a Conv1D."""
+    return isinstance(module, (nn.Linear, Linear4bit)) or is_conv1d(module)
 
 
 def head_path(model: nn.Module) -> str | None:
@@ -202,7 +150,7 @@ def head_path(model: nn.Module) -> str | None:
 
 
 def left_alone(model: nn.Module) -> set[str]:
-    """Return paths of modules not to quantise or adapt: head, routers, and layers whose weight is used directly.
+    """Return paths of modules not to quantise or adapt: head, routers, gates, and layers whose weight is used directly.
 
     The source of the model's classes in transformers tells which those are.
     """
@@ -212,13 +160,13 @@ def left_alone(model: nn.Module) -> set[str]:
         path
         for path, module in model.named_modules()
         if path == head or path.split(".")[-1] in last_names or _gives_more(type(module))
-    }
+    } | gates(model)
 
 
-def linears_to_quantise(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return path -> layer for every plain nn.Linear that is not left alone."""
+def linears_to_quantise(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> layer for every plain linear layer that is not left alone (layer_kinds.py says what is plain)."""
     kept = left_alone(model)
-    return {path: m for path, m in model.named_modules() if type(m) is nn.Linear and path not in kept}
+    return {path: m for path, m in model.named_modules() if is_product(m) and path not in kept}
 
 
 @lru_cache
@@ -249,18 +197,19 @@ def quantize_linears(
     *,
     plan: Plan | str | Path | None = None,
 ) -> nn.Module:
-    """Replace each plain `nn.Linear` of `model` by a Linear4bit, in place, except `left_alone`. Returns `model`.
+    """Replace each plain linear layer of `model` by a Linear4bit, in place, except `left_alone`. Returns `model`.
 
     plan: a Plan or its file, instead of the options, for layers that differ (quant/plan.py).
+    Stacks of experts stay as they are; `load` and quantize_folder quantise those, too.
     Raises what quantize raises, with the layer's name, and ValueError if there is nothing to replace, or for a plan of
     another model.
     """
     targets = linears_to_quantise(model)
     if not targets:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}: leave it as it is")
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantise besides {HEAD}: leave it as it is")
     numel = {name: linear.weight.numel() for name, linear in targets.items()}
     options = of_layers(Candidate(codebook, block_size, double_quant), as_plan(plan), numel)
     for name, linear in targets.items():
-        weight = quantize(linear.weight, *options[name], name=f"{name}.weight")
-        model.set_submodule(name, Linear4bit(weight, linear.bias))
+        weight = quantize(as_matrix(linear, linear.weight), *options[name], name=f"{name}.weight")
+        model.set_submodule(name, Linear4bit(weight, linear.bias, is_turned(linear)))
     return model

@@ -20,18 +20,21 @@ from tqdm.auto import tqdm
 
 from qlora_lab.model.empty_model import NO_VALUE, compute_buffers, dtypes_of, empty_model, stored_options, tokenizer_of
 from qlora_lab.model.fetch import KNOWN_MODELS, ModelError, resolve
-from qlora_lab.model.linear4bit import HEAD, Linear4bit, linears_to_quantise
+from qlora_lab.model.linear4bit import linears_to_quantise
 from qlora_lab.model.out_of_memory import telling_memory
 from qlora_lab.model.packed import packed_tensors
+from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.parameter_count import ParameterCount
+from qlora_lab.model.quantised import nothing_to_quantise, options_of, put, quantised
 from qlora_lab.model.saving import refuse_to_save
 from qlora_lab.model.share_in_4_bits import in_4_bits
 from qlora_lab.model.stored import opened_once, stored_tensors
 from qlora_lab.model.wide import widen
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
-from qlora_lab.quant.plan import DEFAULT, Candidate, Plan, as_plan, of_layers
-from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, quantize
+from qlora_lab.quant.plan import DEFAULT, Candidate, Plan, as_plan
+from qlora_lab.quant.quantize import WEIGHT_DTYPES
+from qlora_lab.quant.stack import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +55,7 @@ def load(
 
     name_or_path: a known name, a local folder, or a hub id. codebook: a name that qlora_lab.codebook knows, or None: do
     not quantise. block_size, double_quant: see quantize. A folder that is quantised already keeps its own options.
+    The layers of GPT-2, Conv1D, lie turned in its files, and are quantised as their transpose.
     plan: a Plan or its file, instead of these options, for layers that differ (quant/plan.py).
     dtype: of everything that is not quantised, and of the computation. None: bf16 where the machine multiplies it fast,
     else float32 (fp16 on an older GPU). What transformers always keeps in float32, such as DeepSeek's routing bias,
@@ -80,8 +84,8 @@ def load(
         if stored:
             arriving = _mapped(model, folder, progress)
         else:
-            quantised = {} if codebook is None and plan is None else of_layers(options, plan, layer_sizes(model))
-            arriving = _quantised(model, folder, quantised, device, dtypes, progress)
+            chosen = {} if codebook is None and plan is None else options_of(model, options, plan)
+            arriving = _quantised(model, folder, chosen, device, dtypes, progress)
         # arriving yields one tensor at a time: it is in its place, or dropped, before the next one is read.
         placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in arriving}
         missing = set(model.state_dict()) - set(placed)  # a head that is its embedding
@@ -137,13 +141,10 @@ def public_name(name_or_path: str | Path) -> str:
 
 
 def layer_sizes(model: nn.Module) -> dict[str, int]:
-    """Return path -> number of weights for each layer to quantise. Raises ValueError for a model without any."""
+    """Return path -> weights for each linear layer to quantise, those that a plan names. Raises ValueError for none."""
     sizes = {path: linear.weight.numel() for path, linear in linears_to_quantise(model).items()}
-    if not sizes:  # GPT-2's are Conv1D
-        raise ValueError(
-            f"{type(model).__name__} has no nn.Linear to quantise besides {HEAD}: load it with codebook=None "
-            "(on the command line: --codebook none)"
-        )
+    if not sizes:
+        raise nothing_to_quantise(model)
     return sizes
 
 
@@ -154,7 +155,7 @@ def _quantised(
     device: torch.device,
     dtypes: dict[str, torch.dtype],
     progress: bool,
-) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
     """Yield the tensors of an original one at a time, quantising those of the layers in `options`."""
     bar = tqdm(stored_tensors(model, folder).items(), "loading", unit="tensor", disable=not progress)
     for name, stored in bar:
@@ -162,14 +163,12 @@ def _quantised(
         tensor = stored.read().to(device)
         layer = name.removesuffix(".weight")
         if layer in options:
-            yield name, quantize(tensor, *options[layer], name=name)  # name: for errors
+            yield name, quantised(model, layer, tensor, options[layer])
         else:  # a view of the file is copied, in the right dtype at once
             yield name, tensor.to(dtypes[name], copy=stored.rule is None)
 
 
-def _mapped(
-    model: "PreTrainedModel", folder: Path, progress: bool
-) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+def _mapped(model: "PreTrainedModel", folder: Path, progress: bool) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
     """Yield the tensors of a folder in 4 bits. On the CPU all are views of files: codes are not read before use."""
     tensors = packed_tensors(model, folder)
     files = {key: file for packed in tensors.values() for key, file in packed.files.items()}
@@ -181,15 +180,15 @@ def _mapped(
 def _place(
     model: "PreTrainedModel",
     name: str,
-    tensor: torch.Tensor | QuantizedTensor,
+    tensor: torch.Tensor | Quantized,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor | QuantizedTensor, int]:
+) -> tuple[torch.Tensor | Quantized, int]:
     """Put a tensor where it belongs. Returns what is there now, and how often that was written to."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if isinstance(tensor, QuantizedTensor):
-        model.set_submodule(path, Linear4bit(tensor.to(device), module.bias))
+    if isinstance(tensor, Quantized):
+        put(model, name.removesuffix(".weight"), tensor.to(device))
     elif leaf in module._buffers:
         module._buffers[leaf] = tensor.to(device, dtype)  # a saved buffer, such as a routing bias
     else:
@@ -197,13 +196,14 @@ def _place(
     return _seen(model, name)
 
 
-def _seen(model: nn.Module, name: str) -> tuple[torch.Tensor | QuantizedTensor, int]:
+def _seen(model: nn.Module, name: str) -> tuple[torch.Tensor | Quantized, int]:
     path, _, leaf = name.rpartition(".")
     tensor = getattr(model.get_submodule(path), leaf)
+    tensor = tensor.weight if isinstance(tensor, PackedModule) else tensor  # a stack: a module in a parameter's place
     return tensor, getattr(tensor, "_version", 0)  # torch counts writes in place; packed weights have no count
 
 
-def _check_whole(model: nn.Module, placed: dict[str, tuple[torch.Tensor | QuantizedTensor, int]]) -> None:
+def _check_whole(model: nn.Module, placed: dict[str, tuple[torch.Tensor | Quantized, int]]) -> None:
     """Raise ModelError unless each tensor is what was read from the files, unchanged, and none is without values."""
     for name, (tensor, version) in placed.items():
         there, version_there = _seen(model, name)

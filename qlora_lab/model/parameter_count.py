@@ -1,6 +1,6 @@
 """num_parameters of a model of transformers, which counts a 4-bit weight as what it stands for.
 
-transformers counts Parameters, and twice those of bitsandbytes, which are two weights a byte. A Linear4bit has none.
+transformers counts Parameters, and twice those of bitsandbytes, which are two weights a byte. A packed module has none.
 """
 
 import weakref
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.model.packed_module import PackedModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,4 +31,4 @@ class ParameterCount:
 
 
 def _packed(model: nn.Module) -> int:
-    return sum(module.weight.numel for module in model.modules() if isinstance(module, Linear4bit))
+    return sum(module.weight.numel for module in model.modules() if isinstance(module, PackedModule))

@@ -28,17 +28,21 @@ from qlora_lab.files.ownership import MARK, QUANTISED, is_cut, is_marked, mark, 
 from qlora_lab.files.replace import replace_bytes, replace_text, replacing_file
 from qlora_lab.files.tensor_file import save_tensors
 from qlora_lab.model.empty_model import empty_model, fields_of, stored_options
+from qlora_lab.model.experts import is_stack, stacks_of
 from qlora_lab.model.fetch import resolve
+from qlora_lab.model.layer_kinds import is_conv1d, out_and_in
 from qlora_lab.model.linear4bit import HEAD, head_path
 from qlora_lab.model.load import layer_sizes
 from qlora_lab.model.model_files import CONFIG, INDEX, TOKENIZER_FILES, ModelError
+from qlora_lab.model.packed_module import packed_tensors_of
+from qlora_lab.model.quantised import options_of, quantised
 from qlora_lab.model.share_in_4_bits import Share, in_4_bits
-from qlora_lab.model.stored import Stored, opened, stored_tensors
+from qlora_lab.model.stored import Stored, files_of, opened, stored_tensors
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
-from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
-from qlora_lab.quant.quantize import quantize
-from qlora_lab.quant.serialize import BITSANDBYTES_READS, BITSANDBYTES_SMALLEST, to_tensors
+from qlora_lab.quant.plan import Candidate, Plan, as_plan
+from qlora_lab.quant.serialize import BITSANDBYTES_READS, BITSANDBYTES_SMALLEST
+from qlora_lab.quant.stack import STATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +90,7 @@ def _quantize(source: Path, out: Path, chosen: Candidate, plan: Plan | None, pro
         raise ModelError(f"{source} is in 4 bits already, as {already}: load it, or quantise its original")
     model = empty_model(source, torch.float32)  # names and shapes alone
     stored = stored_tensors(model, source)
-    options = of_layers(chosen, plan, layer_sizes(model))
+    options = options_of(model, chosen, plan)
     pieces = _pieces(stored)  # the same cut in each call, so an interrupted one can continue
     work = chosen._asdict() | {"pieces": pieces}
     work |= {"source": _identity(source, stored), "plan": plan and {name: list(o) for name, o in options.items()}}
@@ -102,7 +106,7 @@ def _quantize(source: Path, out: Path, chosen: Candidate, plan: Plan | None, pro
                 bar.set_postfix_str(name.removeprefix("model."), refresh=False)
                 tensor = stored[name].read()
                 if (layer := name.removesuffix(".weight")) in options:
-                    tensors |= to_tensors(quantize(tensor, *options[layer], name=name), name)
+                    tensors |= packed_tensors_of(quantised(model, layer, tensor, options[layer]), name)
                 else:
                     tensors[name] = tensor.clone()  # a view would keep the file mapped
                 bar.update()
@@ -131,7 +135,8 @@ def read_by(folder: Path) -> str:
 
 def folder_in_4_bits(folder: Path) -> Share:
     model = empty_model(folder, torch.float32)
-    return in_4_bits(model, layer_sizes(model))
+    stored = files_of(folder)  # experts may lie there in 16 bits, as other tools leave them
+    return in_4_bits(model, [*layer_sizes(model), *(path for path in stacks_of(model) if f"{path}.{STATE}" in stored)])
 
 
 def _pieces(tensors: dict[str, Stored]) -> list[list[str]]:
@@ -166,18 +171,26 @@ def _identity(source: Path, tensors: dict[str, Stored]) -> dict:
 def _kept(model: nn.Module, layers: Collection[str]) -> list[str]:
     """Return paths of the head and of layers that are not packed, though bitsandbytes would expect it."""
     head = head_path(model) or HEAD
-    linears = (path for path, module in model.named_modules() if type(module) is nn.Linear)
+    linears = (path for path, module in model.named_modules() if _is_bitsandbytes(module))
     return [head, *(path for path in linears if path != head and path not in layers)]
+
+
+def _is_bitsandbytes(module: nn.Module) -> bool:
+    """Tell whether transformers lets bitsandbytes pack a layer of this kind: no subclass of nn.Linear, as Falcon's."""
+    return type(module) is nn.Linear or is_conv1d(module)
 
 
 def described(model: nn.Module, options: Candidate, plan: Plan | None, layers: Collection[str]) -> dict:
     """Return the quantization_config of a folder with these layers of `model` in 4 bits."""
-    rows = {path: model.get_submodule(path).in_features for path in layers}  # weights in a row
-    return _described(options, plan, _kept(model, layers), _not_for_bitsandbytes(options, plan, rows))
+    if stacks := [path for path in layers if is_stack(model, path)]:
+        reason = f"bitsandbytes packs linear layers alone, and {stacks[0]} holds experts in one tensor"
+    else:
+        reason = _not_for_bitsandbytes(options, plan, {path: model.get_submodule(path) for path in layers})
+    return _described(options, plan, _kept(model, layers), reason)
 
 
-def _not_for_bitsandbytes(options: Candidate, plan: Plan | None, rows: dict[str, int]) -> str | None:
-    """Return why bitsandbytes 0.50 cannot read the folder; None if it can. rows: path -> weights in a row."""
+def _not_for_bitsandbytes(options: Candidate, plan: Plan | None, layers: dict[str, nn.Module]) -> str | None:
+    """Return why bitsandbytes 0.50 cannot read the folder; None if it can. layers: those in 4 bits."""
     if plan:
         return "layers differ in data type or block size, and bitsandbytes knows one of each for a model"
     if options.codebook not in BITSANDBYTES_READS:
@@ -185,7 +198,10 @@ def _not_for_bitsandbytes(options: Candidate, plan: Plan | None, rows: dict[str,
     size = options.block_size
     if size < BITSANDBYTES_SMALLEST:
         return f"bitsandbytes reads blocks of at least {BITSANDBYTES_SMALLEST} weights, not of {size}"
-    for path, row in rows.items():
+    for path, layer in layers.items():
+        if not _is_bitsandbytes(layer):
+            return f"bitsandbytes packs nn.Linear and Conv1D alone, not {type(layer).__name__} ({path})"
+        row = out_and_in(layer)[1]  # weights in a row
         if row % size:  # on the CPU it decodes other weights in training, and fails in inference
             return f"blocks of {size} weights cross rows of {row} ({path}), which bitsandbytes misreads on a CPU"
     return None

@@ -1,4 +1,4 @@
-"""Count how much of a model is in 4 bits: only plain linear layers are, and some families keep most weights elsewhere.
+"""Count how much of a model is in 4 bits: only linear layers are, and some families keep most weights elsewhere.
 
 All parameters count but those of embeddings and head, which keep their precision in every model.
 """
@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from qlora_lab.model.linear4bit import Linear4bit, head_path
+from qlora_lab.model.experts import layout_of
+from qlora_lab.model.layer_kinds import is_turned
+from qlora_lab.model.linear4bit import head_path
+from qlora_lab.model.packed_module import PackedModule
 
-ENOUGH = 0.9  # a LLaMA has 98 % or more; families with fused experts have 11 to 43 %
+ENOUGH = 0.9  # a LLaMA has 98 % or more, and so have mixtures of experts; Mamba has half
 NAMED = 3  # others in the line
 
 
@@ -22,6 +25,7 @@ class Share(NamedTuple):
     in_4_bits: int
     weights: int
     others: tuple[str, ...]  # names of those that are not, largest first
+    turned: int = 0  # layers and stacks that are quantised as their transpose: GPT-2's Conv1D, GPT-OSS's experts
 
     @property
     def part(self) -> float:
@@ -33,6 +37,7 @@ class Share(NamedTuple):
 
     def __str__(self) -> str:
         said = f"{100 * self.part:.1f} % of the weights outside embeddings and head are in 4 bits"
+        said += f", {self.turned} of the tensors as their transpose" * bool(self.turned)
         if self.is_enough:
             return said
         more = f" and {len(self.others) - NAMED} more" if len(self.others) > NAMED else ""
@@ -45,24 +50,28 @@ class Share(NamedTuple):
 
 
 def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
-    """Return the Share of `model`: of its Linear4bit, or of the paths in `layers` if it is not quantised yet."""
+    """Return the Share of `model`: of its packed weights, or of the paths in `layers` if it is not quantised yet."""
     head = head_path(model)  # not counted, whatever it is called
     packed = 0
     total = 0
     others = Counter()
+    turned = 0
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) or path == head:
             continue
-        if isinstance(module, Linear4bit):
+        if isinstance(module, PackedModule):
+            turned += is_turned(module)
             packed += module.weight.shape.numel()  # weights, not packed bytes
             total += module.weight.shape.numel()
         for name, parameter in module.named_parameters(recurse=False):
             total += parameter.numel()
-            if path in layers and name == "weight":
+            layer = path if name == "weight" else f"{path}.{name}"  # a linear layer, or a stack of experts
+            if layer in layers:
                 packed += parameter.numel()
+                turned += is_turned(module) if layer == path else layout_of(module).turned
             else:
                 others[_pattern(f"{path}.{name}")] += parameter.numel()
-    return Share(packed, total, tuple(name for name, _ in others.most_common()))
+    return Share(packed, total, tuple(name for name, _ in others.most_common()), turned)
 
 
 def _pattern(name: str) -> str:

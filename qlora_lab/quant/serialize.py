@@ -100,7 +100,7 @@ def read_state(tensors: Mapping[str, torch.Tensor], key: str) -> dict:
         raise KeyError(
             f"{key}: expected one key that starts with {prefix!r}, found {short(names) if names else 'none'}"
         )
-    state = _state(_part(tensors, names[0], (torch.uint8,)))
+    state = parsed_state(_part(tensors, names[0], (torch.uint8,)))
     if state is None:
         raise ValueError(f"{names[0]} cannot be read: the checkpoint is damaged")
     if unknown := sorted(state.keys() - _KNOWN):
@@ -127,7 +127,7 @@ def stored_as(tensors: Mapping[str, torch.Tensor], key: str) -> tuple[str, int, 
     return state["quant_type"], state["blocksize"], "nested_offset" in state
 
 
-def _state(encoded: torch.Tensor) -> dict | None:
+def parsed_state(encoded: torch.Tensor) -> dict | None:
     """Parse what bitsandbytes writes, a JSON object with numbers in their places; None for anything else."""
     if len(encoded) > MOST_STATE:
         return None

@@ -148,6 +148,7 @@ class _Linear4bitShard(Linear4bit):
         self.packed = nn.Parameter(layer.weight.packed, requires_grad=False)
         rest = {field.name: getattr(layer.weight, field.name) for field in fields(QuantizedTensor)}
         self._rest = _Gathered(**rest | {"packed": None})
+        self.turned = layer.turned
         self.train(layer.training)
 
     @property

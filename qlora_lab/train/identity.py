@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from qlora_lab.kernels import choose, product
-from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.wide import NAME, widen
 
 VERSIONS = ("qlora-lab", "torch", "transformers", "numba")
@@ -41,7 +41,7 @@ def _base(model: nn.Module) -> dict[str, torch.Tensor]:
     for path, module in model.named_modules():
         stored = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
         tensors |= {f"{path}.{name}": buffer for name, buffer in stored.items()}
-        if isinstance(module, Linear4bit):
+        if isinstance(module, PackedModule):
             weight = module.weight
             constants = weight.constants
             parts = {"packed": weight.packed, "levels": weight.levels}

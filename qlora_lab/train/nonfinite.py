@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.modes import own_draws
+from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.quant.finite import largest_magnitude
 from qlora_lab.train.loss import answer_loss
 
@@ -137,7 +137,7 @@ def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
 def _parameter(model: nn.Module) -> NonFinite | None:
     for path, module in model.named_modules():
         # Codes cannot be bad, as all levels are finite. Their constants can, in a damaged file.
-        own = [("weight.absmax", module.weight.absmax)] if isinstance(module, Linear4bit) else []
+        own = [("weight.absmax", module.weight.absmax)] if isinstance(module, PackedModule) else []
         for name, tensor in [*own, *module.named_parameters(recurse=False)]:
             if not math.isfinite(largest_magnitude(tensor)):
                 return _report("parameter", f"{path}.{name}".lstrip("."), tensor, None)

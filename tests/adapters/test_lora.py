@@ -215,7 +215,7 @@ def test_errors_teach_and_leave_the_model_alone(kwargs, message):
 
 
 def test_a_model_without_a_layer_to_adapt_is_refused_and_left_alone():
-    """GPT-2's layers are Conv1D. It would be frozen, with nothing left to train."""
+    """It would be frozen, with nothing left to train."""
     m = nn.ModuleDict({"c_attn": nn.Conv1d(8, 8, 1), "lm_head": nn.Linear(8, 8)})
     with pytest.raises(ValueError, match="ModuleDict has no linear layer besides its head: choose a model"):
         add_lora(m, r=2)

@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from torch import nn
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from qlora_lab.adapters import peft_config
 from qlora_lab.adapters.layer_patterns import pattern_of
@@ -341,11 +342,12 @@ def test_an_adapter_of_an_embedding_is_refused(tmp_path, tiny_llama):
         load_adapter(tiny_llama, tmp_path)
 
 
-def test_layers_of_another_type_are_named(tmp_path):
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2))
-    made_by_peft(gpt2, tmp_path, target_modules=["c_attn"])
-    with pytest.raises(ValueError, match="transformer.h.0.attn.c_attn is of type Conv1D here: only linear layers are"):
-        load_adapter(gpt2, tmp_path)
+def test_layers_of_another_type_are_named(tmp_path, tiny_llama):
+    made_by_peft(tiny_llama, tmp_path)
+    path = "model.layers.0.self_attn.q_proj"
+    tiny_llama.set_submodule(path, nn.Conv1d(16, 16, 1))
+    with pytest.raises(ValueError, match=f"{path} is of type Conv1d here: only linear layers are adapted"):
+        load_adapter(tiny_llama, tmp_path)
 
 
 def test_a_gate_of_one_expert_takes_any_rank(tmp_path):

@@ -1,8 +1,8 @@
 """The course in the real JupyterLab, where each notebook runs once: its controls by key and by mouse, both themes, and
 the next day.
 
-01, 02, 04, 05, 07, 08, 09 and 11 run whole. Of 03, 06, 10 and 13, which run for minutes, only the cells with a widget
-run, on drawn numbers or a toy model; 00 shows no widget. test_stored.py opens all of them as they are.
+01, 02, 04, 05, 07, 08, 09, 11 and 12 run whole. Of 03, 06, 10 and 13, which run for minutes, only the cells with a
+widget run, on drawn numbers or a toy model; 00 shows no widget. test_stored.py opens all of them as they are.
 """
 
 import re
@@ -124,6 +124,13 @@ MOVES = {  # control, key, part of the new alt text
         ("4-bit base", "Space", "in 16 bits, biases"),
         ("Length of a row", "Home", "a step over 16 tokens"),
         ("Reset", "Enter", "llama-2-70b in 4 bits, LoRA of rank 64 on all linear layers"),  # where it was opened
+    ],
+    "12_results": [
+        ("Questions", "ArrowRight", "160 questions in both orders, 1,920 games"),
+        ("Worth of the first place", "End", "a first place worth 400 points"),
+        ("Each pair in both orders", "Space", "160 questions in one order of each pair, 960 games"),
+        ("Order of the games", "End", "order 10 of the games gives Elo A"),
+        ("Reset", "Enter", "80 questions in both orders, 960 games, a first place worth 150 points: order 1"),
     ],
 }
 EXPLORERS = {"06_data_types": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other

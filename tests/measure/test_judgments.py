@@ -114,6 +114,7 @@ def test_folders_that_are_no_tournament(tmp_path):
     ("text", "words"),
     [
         ("first,second,ties\na,b,1\n", "line 1 lacks first_wins, second_wins, unparsed"),
+        ("# source: x\nfirst,second,ties\na,b,1\n", "line 2 lacks first_wins, second_wins, unparsed"),
         ("first,second,{0}\na,b,1,2,3,4\na,b,1,2,3\n", "line 3 has the counts 1, 2, 3, : they are whole numbers"),
         ("first,second,{0}\na,b,1,-2,3,4\n", "line 2 has the counts 1, -2, 3, 4"),
         ("first,second,{0}\na,b,1,2,3,99999999\n", "line 2 has the counts 1, 2, 3, 99999999: .* below 10,000,000"),

@@ -4,6 +4,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qlora_lab.export.layerwise import as_float
+from qlora_lab.model.experts import is_stack
+from qlora_lab.model.layer_kinds import turned
+from qlora_lab.model.packed_module import PackedModule
+
 LIKE_LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 LIKE_LLAMA |= {"max_position_embeddings": 64}
 LIKE_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
@@ -31,14 +36,28 @@ FAMILIES = {
     "Mamba2": STATE_SPACE | {"num_heads": 4, "head_dim": 8, "n_groups": 1},
     "Mistral": GROUPED | {"sliding_window": 4},
     "Mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Llama4Text": GROUPED | {"intermediate_size_mlp": 32, "num_local_experts": 4, "num_experts_per_tok": 1},
     "Mpt": {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 64},
     "OPT": OPT | {"max_position_embeddings": 64},
     "Phi3": LIKE_LLAMA,
+    "Qwen2Moe": GROUPED
+    | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": GROUPED | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
     "Qwen2": LIKE_LLAMA | {"num_key_value_heads": 2},
     "RecurrentGemma": {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
     | {"num_key_value_heads": 1, "head_dim": 8, "lru_width": 16, "attention_window_size": 4},
     "Rwkv": {"hidden_size": 16, "attention_hidden_size": 16, "num_hidden_layers": 2, "context_length": 64},
 }
+
+
+def with_decoded_weights(theirs: PreTrainedModel, ours: PreTrainedModel) -> PreTrainedModel:
+    """Transformers' own model with the weights that the 4-bit model `ours` stands for, with adapters or without."""
+    for path, module in ours.named_modules():
+        if isinstance(module, PackedModule):
+            path = path.removesuffix(".base")
+            name = path if is_stack(theirs, path) else f"{path}.weight"
+            theirs.get_parameter(name).data = turned(theirs, name, as_float(module.weight)).contiguous()
+    return theirs
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:

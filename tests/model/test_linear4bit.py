@@ -170,7 +170,7 @@ def test_errors_teach():
         Linear4bit(quantize(torch.ones(4)))
     with pytest.raises(TypeError, match="input is torch.int64"):
         layer()(torch.ones(40, dtype=torch.int64))
-    with pytest.raises(ValueError, match="no nn.Linear to quantise besides lm_head"):
+    with pytest.raises(ValueError, match="no linear layer to quantise besides lm_head"):
         quantize_linears(nn.Sequential(nn.ReLU()))
     broken = nn.Sequential(nn.Linear(8, 8))
     broken[0].weight.data[0, 0] = torch.nan

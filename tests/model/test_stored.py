@@ -9,10 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_lab.model import stored as stored_file
+from qlora_lab.model.experts import stacks_of
 from qlora_lab.model.fetch import ModelError
 from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.model.load import load
+from qlora_lab.model.quantised import put, quantised
 from qlora_lab.model.quantized_folder import quantize_folder
+from qlora_lab.quant.plan import Candidate
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.quant.serialize import to_tensors
 from tools.families import FAMILIES, IDS, logits, ours, quiet, save, theirs
@@ -88,7 +91,10 @@ SLOW = "Gemma 3, text", "DeepSeek-V3", "Mamba"
 def test_quantised_on_arrival_after_loading_and_on_disk_are_the_same(saved, tmp_path, family):
     folder = saved(family)
     with quiet():
-        want = logits(quantize_linears(theirs(folder), block_size=16))
+        plain = quantize_linears(theirs(folder), block_size=16)
+        for path, stack in stacks_of(plain).items():  # experts, if it has some
+            put(plain, path, quantised(plain, path, stack, Candidate("nf4", 16, True)))
+        want = logits(plain)
     quantize_folder(folder, tmp_path / "small", "nf4", 16, progress=False)
     for model in (ours(folder, block_size=16), ours(tmp_path / "small")):
         torch.testing.assert_close(logits(model), want, rtol=0, atol=1e-5)

@@ -24,11 +24,12 @@ from qlora_lab.show.pane import Pane
 from qlora_lab.show.slider import Button, Slider, Toggle
 from qlora_lab.show.still import StatusLine
 from qlora_lab.show.survival import SurvivalExplorer
+from qlora_lab.show.tournament import TournamentExplorer
 from qlora_lab.show.xray import XrayExplorer
 from qlora_lab.show.zoo import ZooExplorer
 
 COURSE = [NormalFloatExplorer, ConstantsExplorer, KernelMapExplorer, OutlierExplorer, CodebookExplorer]
-COURSE += [LowRankExplorer, MemoryExplorer, PageTableExplorer, MidpointExplorer, ZooExplorer]
+COURSE += [LowRankExplorer, MemoryExplorer, PageTableExplorer, MidpointExplorer, ZooExplorer, TournamentExplorer]
 OF_DATA = {BlockSizeExplorer: LARGER, SurvivalExplorer: SURVIVED}
 EVEN = [i / 10 for i in range(-8, 8)]
 ANYTHING = ["x", "x" * 10**6, None, math.nan, math.inf, 1.5, [], [1], {}, {"a": [1]}, memoryview(b"12345678")]

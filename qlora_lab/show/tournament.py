@@ -1,0 +1,105 @@
+"""The tournament explorer: four systems whose strengths are known, and what games and ratings make of them.
+
+State: questions, place, both_orders, order. Each system has a row: its true strength, its Elo rating after one order of
+the games, and its Bradley-Terry rating with a 95 % interval and the ranks that go with it. The games are drawn by
+measure/simulated_games.py, and rated by measure/tournament.py and measure/bradley_terry.py.
+
+A is the weakest, and stands first in the list. So the judge always reads it first if each pair is judged in one order
+only, and if the first place is worth enough, Elo puts it on top.
+"""
+
+import numpy as np
+
+from qlora_lab.measure.bradley_terry import bradley_terry
+from qlora_lab.measure.simulated_games import simulate
+from qlora_lab.measure.tournament import Rules, elo_of_one_order, scores
+from qlora_lab.show.explorer import Explorer, fix_layout
+from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.results import rank_words
+from qlora_lab.show.slider import Slider, Toggle
+
+TRUTH = {"A": 940.0, "B": 1050.0, "C": 1020.0, "D": 990.0}  # points; their mean is 1000, as that of any Elo ratings
+RESAMPLES = 200  # for an interval that follows a slider: 10 to 20 ms, and its ends wobble by a tenth of its length
+SEED = 1  # of the games: the same draw for every state, so that a slider changes one thing
+LIMITS = (600, 1400)  # points. Few games give intervals that reach farther; these end at the picture's edge
+
+
+class TournamentExplorer(Explorer):
+    """Questions, the worth of the first place and the order of the games: what two ratings say. See Explorer."""
+
+    def controls(self):
+        return {
+            # doubled: each step makes an interval shorter by the root of two
+            "questions": Slider("Questions", 20, choices=[10, 20, 40, 80, 160, 320]),
+            "place": Slider("Worth of the first place", 100, choices=list(range(0, 401, 50)), unit="points"),
+            "both_orders": Toggle("Each pair in both orders", True),
+            "order": Slider("Order of the games", 1, choices=list(range(1, 11))),
+        }
+
+    @staticmethod
+    def compute(state):
+        games = simulate(TRUTH, position=state["place"], questions=state["questions"], seed=SEED)
+        # the same verdicts as with both orders, less one half of them
+        if not state["both_orders"]:
+            games = games.where(games.first < games.second)
+        order = np.random.default_rng(state["order"]).permutation(len(games))
+        # the readable loop: for one order it is faster than the arrays that play thousands
+        points = elo_of_one_order(scores(games, Rules()), order, len(TRUTH), Rules())
+        elo = dict(zip(TRUTH, points, strict=True))
+        return {"games": len(games), "elo": elo, "fit": bradley_terry(games, resamples=RESAMPLES)}
+
+    def draw(self):
+        fig, ax = new_figure(width=7.0, height=4.0)
+        blue, orange, black = (COLOURS[name] for name in ("blue", "orange", "black"))
+        ax.set(xlim=LIMITS, ylim=(len(TRUTH) - 0.4, -0.6))
+        ax.set_yticks(range(len(TRUTH)), TRUTH, fontsize=12)
+        ax.tick_params(labelsize=12)
+        ax.set_xlabel("points", fontsize=12)
+        # drawn once, below all that moves: no control changes the truth
+        rows = enumerate(TRUTH.values())
+        truth = [ax.plot([points], [y], "|", ms=26, mew=2, color=black)[0] for y, points in rows]
+        self.bars = [ax.plot([], [], color=blue, lw=3)[0] for _ in TRUTH]
+        self.dots = [ax.plot([], [], "o", ms=9, color=blue)[0] for _ in TRUTH]
+        # hollow, so that a dot below it shows
+        self.diamonds = [ax.plot([], [], "D", ms=8, mfc="none", mew=2, color=orange)[0] for _ in TRUTH]
+        # right of the axes, so that no interval crosses them
+        right = ax.get_yaxis_transform()
+        self.ranks = [ax.text(1.02, y, "ranks 1 to 4", transform=right, va="center", fontsize=12) for y in range(4)]
+        shown = [truth[0], self.dots[0], self.diamonds[0]]
+        # above the axes, because some interval crosses every place inside; ranks name themselves
+        names = ["truth", "Bradley-Terry, 95 %", "Elo of this order"]
+        ax.set_title("Another order of the same games moves the diamonds alone", fontsize=13, pad=34)
+        legend = ax.legend(
+            shown, names, frameon=False, fontsize=12, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1)
+        )
+        legend.legend_handles[0].set_markersize(14)
+        fix_layout(fig)
+        return fig, [*self.bars, *self.dots, *self.diamonds, *self.ranks]
+
+    def update(self, result):
+        fit = result["fit"]
+        # in the order of the list and not by rating: rows that changed places could not be followed
+        for y, name in enumerate(TRUTH):
+            rating = fit.ratings[name]
+            self.bars[y].set_data(np.clip([rating.low, rating.high], *LIMITS), [y, y])
+            self.dots[y].set_data([rating.value], [y])
+            self.diamonds[y].set_data([result["elo"][name]], [y])
+            self.ranks[y].set_text(rank_words(fit.ranks[name]))
+
+    @staticmethod
+    def describe(state, result):
+        fit = result["fit"]
+        # 4 of 4 in most states, not in all: one interval of twenty misses
+        held = sum(fit.ratings[name].low <= points <= fit.ratings[name].high for name, points in TRUTH.items())
+        best_first = sorted(result["elo"].items(), key=lambda item: -item[1])
+        elo = ", ".join(f"{name} {points:.0f}" for name, points in best_first)
+        ratings = ", ".join(
+            f"{name} {rating.value:.0f} ({rating.low:.0f} to {rating.high:.0f})" for name, rating in fit.ratings.items()
+        )
+        orders = "both orders" if state["both_orders"] else "one order of each pair"
+        return (
+            f"{state['questions']} questions in {orders}, {result['games']:,} games, a first place worth "
+            f"{state['place']} points: order {state['order']} of the games gives Elo "
+            f"{elo}; Bradley-Terry gives {ratings}, holds {held} of the 4 true strengths, and finds the first place "
+            f"worth {fit.position.value:.0f} points; in truth B has 1050, C 1020, D 990, A 940"
+        )
