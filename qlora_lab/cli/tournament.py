@@ -24,7 +24,7 @@ JUDGES = ("rouge", "logprob", "logprob-sum", "always-first")
 ANSWERS, GAMES, PAGE = "answers.jsonl", "games.jsonl", "results.html"  # in --out
 NAMED = ("question", "first", "second", "reason")  # fields of a row that say why its verdict is unread
 RATING = ("model", "games", "out", "json", "quiet")  # options that are checked apart, or that --games allows
-FEW = 0.03  # share of resamples without an answer that moves no printed end of an interval noticeably
+FEW = 0.03  # share of resamples without an answer, up to which leaving them out hardly moves an end
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
