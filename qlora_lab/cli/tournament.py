@@ -25,7 +25,7 @@ JUDGES = ("rouge", "logprob", "logprob-sum", "always-first")
 ANSWERS, GAMES, PAGE = "answers.jsonl", "games.jsonl", "results.html"  # in --out
 NAMED = ("question", "first", "second", "reason")  # fields of a row that say why its verdict is unread
 RATING = ("model", "games", "out", "json", "quiet")  # options that are checked apart, or that --games allows
-FEW = 0.03  # share of resamples without an answer that moves no printed end of an interval noticeably
+FEW = 0.03  # share of resamples without an answer, up to which leaving them out hardly moves an end
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -232,6 +232,7 @@ def _sentences(found: "Standings", rows: list[dict]) -> list[str]:
         said.append(f"{words}, so intervals and ranks are too narrow: ask more questions.")
     if unread := found.judge.verdicts.unread:
         one = "1 verdict could not be read and was left out"
+        # counted here too: a table with a column of zeros is read less closely than a sentence
         words = one if unread == 1 else f"{unread} verdicts could not be read and were left out"
         for row in [row for row in rows if row["verdict"] == "unread"][:1]:  # none, of games that others played
             words += f"; the first: question {row['question']}, {row['first']!r} against {row['second']!r}"

@@ -60,10 +60,7 @@ class BradleyTerry:
     ties: Estimate  # share of ties between equal systems if no position has an advantage, 0 to 1
     always: dict[str, str]  # system -> "won" or "lost" every game: it has no finite rating, and the others have theirs
     over: str  # "questions", or "games" where there are counts alone
-    games: int  # that were rated
-    unread: int  # verdicts of the tournament that could not be read
-    resamples: int  # that the intervals come from
-    without_answer: int  # further resamples, that rate nobody. Above a few per cent, intervals are too narrow
+    without_answer: int  # resamples that rate nobody and are left out. Above a few per cent, intervals are too narrow
 
 
 def bradley_terry(
@@ -113,9 +110,6 @@ def bradley_terry(
         ties=_estimate(nu / (2 + nu), tail),
         always=always,
         over="questions" if games.questions else "games",
-        games=len(kept),
-        unread=games.unread,
-        resamples=int(answered.sum()),
         without_answer=int((~answered).sum()),
     )
 
@@ -216,7 +210,7 @@ def _tail(questions: int) -> float:
 def _estimate(values: np.ndarray, tail: float) -> Estimate:
     """The first value, and the others but for a share of `tail` at each end. NaN: a resample that says nothing."""
     found = values[1:][~np.isnan(values[1:])]
-    if not len(found):
+    if not len(found):  # no resample says anything of position or ties, so any value fits
         return Estimate(float(values[0]), -np.inf, np.inf)
     # Between a number and infinity nothing can be interpolated, so the end is the outer one.
     methods = ("lower", "higher") if abs(found).max() > OUT / 2 else ("linear", "linear")

@@ -56,6 +56,7 @@ def standings(games: Games, orders: int = 10_000, resamples: int = 1000, *, prog
     rows = []
     for system, rating in points.ratings.items():
         number = games.systems.index(system)
+        # unread games stay in the count, so that a judge that fails on one system's answers shows
         played = (games.first == number) | (games.second == number)
         unread = int((played & (games.verdicts == UNREAD)).sum())
         found = (fitted.ratings[system], fitted.ranks[system]) if fitted else (None, None)
