@@ -1,21 +1,42 @@
-"""Hold the games of a tournament: two systems answer one question, and a judge who saw them in some order decides.
+"""Hold the games of a tournament: two systems answer one question, and a judge that saw them in some order decides.
 
     games = Games.of([("q1", "nf4", "bf16", "second"), ("q1", "bf16", "nf4", "first")])
     games.systems, games.first, games.verdicts   -> ("nf4", "bf16"), array([0, 1]), array([1, 0])
 
 Arrays of small integers, one entry a game, since thousands of replays read them; names and questions stand beside.
-A verdict that could not be read is one of its own. It is never a tie in silence: whoever rates the games says what
-becomes of it.
+A verdict that could not be read is one of its own. It is never silently a tie: the rules of a rating say how it
+counts.
 Not here: files of games (judgments.py), games drawn at random (simulated_games.py).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 VERDICTS = ("first", "second", "tie", "unread")  # the answer that won; the index is its number in Games.verdicts
 FIRST, SECOND, TIE, UNREAD = range(4)
+Row = tuple[str, str, str, str]  # question, first, second, verdict
+
+
+def once(placed: Iterable[tuple[str, Row]]) -> Iterator[Row]:
+    """Yield the rows of a file, each given with its place, such as "games.jsonl, line 3".
+
+    Raises ValueError, with both places, for a game that is there twice.
+    """
+    # Copies of a game agree with each other, so they hide a judge who contradicts himself, and narrow every interval.
+    places: dict[tuple[str, str, str], str] = {}
+    for place, row in placed:
+        question, first, second, _ = row
+        if (earlier := places.setdefault(row[:3], place)) is not place:
+            game = f"the game of {first!r} against {second!r} on question {question!r}"
+            raise ValueError(f"{place} holds {game} again, which is in {earlier}: keep one of them")
+        yield row
+
+
+def quoted(names: Iterable[str]) -> str:
+    """List names in quotes: one may hold a comma, and one that is not quantised is called 'none'."""
+    return ", ".join(map(repr, names))
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,7 @@ class Games:
     verdicts: np.ndarray  # indices into VERDICTS
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[str, str, str, str]]) -> "Games":
+    def of(cls, rows: Iterable[Row]) -> "Games":
         """Make games from rows of question, first system, second system and verdict. Raises ValueError for a bad row.
 
         >>> Games.of([("q1", "a", "b", "tie")]).verdicts
@@ -49,7 +70,7 @@ class Games:
 
     @classmethod
     def of_counts(cls, rows: Iterable[tuple[str, str, Sequence[int]]]) -> "Games":
-        """Make games from rows of first system, second system, and how often each of VERDICTS fell.
+        """Make games from rows of first system, second system, and the number of each of VERDICTS.
 
         The games then have no questions, so nothing can pair the two orders of one question, or resample questions.
         Raises ValueError for a bad row.

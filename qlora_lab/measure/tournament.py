@@ -1,23 +1,24 @@
 """Rate the systems of a tournament by Elo, in thousands of random orders of its games.
 
     result = elo(games)                        -> Elo: 10,000 orders, start 1000, K = 32, as the QLoRA paper plays them
-    result.ratings                             -> {"gpt-4": 1374.7, ...}, the mean over orders, best first
-    result.deviations["gpt-4"]                 -> 40.3, the standard deviation of one order's rating
+    result.ratings                             -> {"gpt-4": 1375.6, ...}, the mean over orders, best first
+    result.deviations["gpt-4"]                 -> 39.8, the standard deviation of one order's rating
 
 After each game, the winner takes k (1 - p) points from the loser, where p = 1 / (1 + 10^((r_loser - r_winner) / 400))
 is the chance of winning that the ratings gave it (A. Elo, 1978). A tie is half a win. Later games weigh more than
 earlier ones, so a rating depends on an order that means nothing here: a judge did not learn from game to game.
-Source: QLoRA, section 5 (arXiv 2305.14314), which prints the mean over 10,000 orders. It does not say what becomes of
-verdicts that cannot be read, or of the two orders of the same answers. Rules says it here.
+Source: QLoRA, section 5 (arXiv 2305.14314), which prints the mean over 10,000 orders. It does not say how
+verdicts that cannot be read count, or the two orders of the same answers. Here Rules says so.
 Not here: ratings that need no order, with intervals (bradley_terry.py).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from qlora_lab.measure.games import UNREAD, Games
+from qlora_lab.quant.numbers import check_number, check_seed, check_whole
 
 AS_UNREAD = ("left out", "tie")
 BOTH_ORDERS = ("apart", "mean", "tie if they differ")
@@ -30,16 +31,18 @@ class Rules:
 
     start: float = 1000.0  # points of every system before its first game; the paper's
     k: float = 32.0  # the most points that one game can move; the paper's
-    unread: str = "left out"  # what becomes of a verdict that nobody could read; or "tie"
+    unread: str = "left out"  # a verdict that could not be read; or "tie": it counts as one
     # "apart": two answers read in both orders are two games. "mean": one game with the mean of both scores.
-    # "tie if they differ": one game, decided only if both orders say the same. The last two need questions.
+    # "tie if they differ": one game, a tie unless every verdict on the two answers says the same; a pair of which one
+    # order alone has a verdict counts as that order says. The last two need questions.
     both_orders: str = "apart"
 
     def __post_init__(self) -> None:
         _check("unread", self.unread, AS_UNREAD)
         _check("both_orders", self.both_orders, BOTH_ORDERS)
-        if not self.k > 0 or not np.isfinite([self.k, self.start]).all():
-            raise ValueError(f"k is {self.k} and start is {self.start}: both must be finite, and k above 0")
+        # Their kind, too: True would count as 1, and a text would fail far from here, in NumPy's words.
+        check_number("k", self.k, lambda k: 0 < k < np.inf, "a finite number above 0")
+        check_number("start", self.start, np.isfinite, "a finite number")
 
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -62,9 +65,6 @@ class Elo:
 
     systems: tuple[str, ...]
     by_order: np.ndarray  # (orders, systems) float64, points: the ratings after the last game of each order
-    games: int  # rated in each order
-    unread: int  # verdicts of the tournament that could not be read; rules.unread says what became of them
-    rules: Rules
 
     @property
     def ratings(self) -> dict[str, float]:
@@ -86,13 +86,14 @@ def elo(games: Games, rules: Rules | None = None, orders: int = 10_000, *, seed:
     order. The result does not depend on how many are shuffled at a time. Readable twin:
     elo_of_one_order, equal but for the rounding of a power, which is numpy's here and Python's there.
     rules: None for Rules().
-    Raises ValueError for no game that can be rated, for fewer than one order, and as scores does.
+    Raises ValueError for no game that can be rated, for orders that are no whole number of at least 1, for a seed that
+    is negative or not whole, and as scores does.
     """
     from tqdm.auto import tqdm
 
     rules = rules or Rules()
-    if orders < 1:
-        raise ValueError(f"orders is {orders}, but at least one order must be played")
+    check_whole("orders", orders)
+    check_seed(seed)
     played = scores(games, rules)
     first, second, score, kinds = _kinds(played)
     draws = np.random.default_rng(seed)
@@ -105,7 +106,7 @@ def elo(games: Games, rules: Rules | None = None, orders: int = 10_000, *, seed:
             part = slice(begin, begin + count)
             by_order[part] = _play(np.ascontiguousarray(shuffled.T), first, second, score, len(games.systems), rules)
             bar.update(count)
-    return Elo(games.systems, by_order, len(kinds), games.unread, rules)
+    return Elo(games.systems, by_order)
 
 
 def elo_of_one_order(played: Scores, order: Iterable[int], systems: int, rules: Rules) -> list[float]:
@@ -164,6 +165,7 @@ def scores(games: Games, rules: Rules) -> Scores:
     turned = kept.first > kept.second  # bring every pair into one direction
     low, high = np.where(turned, kept.second, kept.first), np.where(turned, kept.first, kept.second)
     value = np.where(turned, 1 - value, value)
+    # a pair counts once however often it was read, or repeated verdicts would weigh more
     pairs, group = np.unique(np.column_stack([kept.question, low, high]), axis=0, return_inverse=True)
     group = group.ravel()
     mean = np.bincount(group, value) / np.bincount(group)
@@ -178,51 +180,19 @@ def rank_ranges(samples: np.ndarray, share: float = 0.95) -> list[tuple[int, int
     """Return, for each system, the ranks from best to worst that it has in the middle `share` of the samples.
 
     samples: (samples, systems), such as Elo.by_order. Rank 1 is the best; systems with equal points share the better
-    rank. Raises ValueError for a share that is not between 0 and 1.
+    rank. Raises ValueError for a share that is not between 0 and 1, and for no samples.
 
     >>> rank_ranges(np.array([[3.0, 2.0, 1.0], [2.0, 3.0, 1.0]]))
     [(1, 2), (1, 2), (3, 3)]
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, but it must be above 0 and at most 1")
+    if samples.ndim != 2 or not len(samples):
+        # A quantile of nothing would be an IndexError from inside NumPy.
+        raise ValueError(f"samples have the shape {samples.shape}: give (samples, systems), with at least one sample")
     above = samples[:, None, :] > samples[:, :, None]
     ranks = 1 + above.sum(axis=2)  # (samples, systems)
     tail = (1 - share) / 2
-    # a rank between two whole ones is none: the range takes the outer one
+    # no rank lies between two whole numbers: the range takes the outer one
     low, high = np.quantile(ranks, tail, axis=0, method="lower"), np.quantile(ranks, 1 - tail, axis=0, method="higher")
     return [(int(best), int(worst)) for best, worst in zip(low, high, strict=True)]
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """Ratings under one set of rules, beside published ones. Points."""
-
-    rules: Rules
-    ratings: dict[str, float]
-    farthest: float  # the largest absolute difference from the published ratings
-    typical: float  # the root of the mean squared difference
-
-
-def replays(
-    games: Games,
-    published: Mapping[str, float],
-    rules: Iterable[Rules],
-    orders: int = 400,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> Iterator[Replayed]:
-    """Rate the games under each set of rules; yield how near each comes to the published ratings.
-
-    published: name -> points, of every system. Raises ValueError for a system that has none, and as elo does.
-    """
-    from tqdm.auto import tqdm
-
-    missing = [name for name in games.systems if name not in published]
-    if missing:
-        raise ValueError(f"no published rating of {', '.join(missing)}: there are {', '.join(published)}")
-    for one in tqdm(list(rules), "rules", leave=False, delay=2, disable=not progress):
-        ratings = elo(games, one, orders, seed=seed, progress=False).ratings
-        differences = np.array([ratings[name] - published[name] for name in games.systems])
-        farthest, typical = np.abs(differences).max(), np.sqrt((differences**2).mean())
-        yield Replayed(one, ratings, float(farthest), float(typical))

@@ -10,6 +10,7 @@ import pytest
 from qlora_lab import cli
 from qlora_lab.measure.diagnosis import diagnose_judge
 from qlora_lab.measure.judges import Question, ReferenceJudge, always_first
+from qlora_lab.measure.judgments import read_games
 from qlora_lab.measure.play import GAMES, check_tournament, games_of, play
 from qlora_lab.measure.results_file import START, STARTS, append_result, read_results, verify_rows
 from qlora_lab.train.verify import DIFFERS, OK
@@ -24,7 +25,7 @@ ALL = 3 * 3 * 2  # games
 
 
 class Judge:
-    """One by length, who counts how often he is asked; `at` is the call at which `error` is raised."""
+    """One by length, which counts how often it is asked; `at` is the call at which `error` is raised."""
 
     name = "length"
 
@@ -131,7 +132,7 @@ def test_an_early_check_leaves_the_warning_of_a_torn_line_to_play(out):
         quiet(out, Judge())
 
 
-# -------------------------------------------------------------------------------------------------- judges who fail
+# -------------------------------------------------------------------------------------------------- judges that fail
 
 
 class UnprintableError(Exception):
@@ -190,6 +191,30 @@ def test_an_unread_game_whose_line_is_deleted_is_asked_again(out):
     assert len(judge.calls) == 1 and [row["verdict"] for row in rows].count("unread") == 0
 
 
+@pytest.mark.parametrize("verdict", ["first", "second"])
+def test_a_game_that_is_there_twice_is_refused_with_both_lines(out, verdict):
+    """The same for whoever goes on with the tournament, and for whoever reads its games."""
+    quiet(out, Judge())
+    lines = out.read_text().splitlines(keepends=True)
+    lines[6] = re.sub('"verdict": "[a-z]+"', f'"verdict": "{verdict}"', lines[0])
+    out.write_text("".join(lines))
+    before = out.read_bytes()
+    said = r"games.jsonl, line 7 holds the game of 'good' against 'half' on question 'q0' again, .*, line 1: keep"
+    with pytest.raises(ValueError, match=said):
+        quiet(out, judge := Judge())
+    with pytest.raises(ValueError, match=said):
+        check_tournament(out, "length", list(ANSWERS), QUESTIONS)
+    with pytest.raises(ValueError, match=said):
+        read_games(out, progress=False)
+    assert judge.calls == [] and out.read_bytes() == before
+
+
+@pytest.mark.parametrize("id", ["", "  ", 1, None, ["q"]])
+def test_a_question_needs_a_name(id):
+    with pytest.raises(ValueError, match="a question's id is .*: give a text that is not empty"):
+        Question(id, "Why?")
+
+
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
 def test_what_ends_a_program_is_no_verdict(out, error):
     with pytest.raises(error):
@@ -208,9 +233,9 @@ OTHERS = {
     "judge": ({"judge": always_first}, "its judge is 'length', not 'always-first'"),
     "questions": ({"questions": QUESTIONS[:2]}, "its questions are 3, with checksum [0-9a-f]{16}, not 2, with"),
     "reference": ({"questions": [*QUESTIONS[:2], Question("q2", "Describe 2.")]}, "its questions are 3, .*, not 3"),
-    "fewer": ({"answers": {name: ANSWERS[name] for name in ("good", "bad")}}, "it has the systems half too"),
-    "more": ({"answers": ANSWERS | {"new": ANSWERS["bad"]}}, "it lacks the systems new"),
-    "answers": ({"answers": changed("bad")}, "the answers of bad have changed"),
+    "fewer": ({"answers": {name: ANSWERS[name] for name in ("good", "bad")}}, "it has the systems 'half' too"),
+    "more": ({"answers": ANSWERS | {"new": ANSWERS["bad"]}}, "it lacks the systems 'new'"),
+    "answers": ({"answers": changed("bad")}, "the answers of 'bad' have changed"),
 }
 
 
@@ -219,7 +244,7 @@ def test_another_tournament_is_refused_with_the_difference(out, name):
     quiet(out, Judge())
     before = out.read_bytes()
     other, said = OTHERS[name]
-    with pytest.raises(ValueError, match=f"games.jsonl holds another tournament: .*{said}.*: name another place"):
+    with pytest.raises(ValueError, match=f"games.jsonl holds another tournament: .*{said}.*: name another file"):
         quiet(out, **{"judge": Judge()} | other)
     assert out.read_bytes() == before
 
@@ -228,7 +253,7 @@ def test_it_is_refused_before_anybody_answers(out):
     check_tournament(out, "length", list(ANSWERS), QUESTIONS)  # no file yet
     quiet(out, Judge())
     check_tournament(out, "length", list(ANSWERS), QUESTIONS)
-    with pytest.raises(ValueError, match="its judge is 'length', not 'rouge'; it has the systems half, bad too"):
+    with pytest.raises(ValueError, match="its judge is 'length', not 'rouge'; it has the systems 'half', 'bad' too"):
         check_tournament(out, "rouge", ["good"], QUESTIONS)
 
 
@@ -260,10 +285,12 @@ def test_a_row_with_a_verdict_of_ones_own_is_refused(out):
 @pytest.mark.parametrize(
     "given, said",
     [
+        ({"answers": ANSWERS | {"": ANSWERS["bad"]}}, "a system's name is '': give a text that is not empty"),
+        ({"answers": ANSWERS | {7: ANSWERS["bad"]}}, "a system's name is 7"),
         ({"questions": []}, "there are 0 questions: a tournament needs at least one"),
         ({"questions": [*QUESTIONS, QUESTIONS[1]]}, "question 'q1' is there twice"),
-        ({"answers": {}}, "the systems are none: a tournament needs at least two"),
-        ({"answers": {"good": ANSWERS["good"]}}, "the systems are 'good': a tournament needs at least two"),
+        ({"answers": {}}, "no system; a tournament needs two or more"),
+        ({"answers": {"good": ANSWERS["good"]}}, "only one system: 'good'; a tournament needs two or more"),
         ({"answers": ANSWERS | {"new": {"q0": "a"}}}, "system 'new' has no answer to question 'q1'"),
         ({"answers": ANSWERS | {"new": dict.fromkeys(ANSWERS["bad"])}}, "system 'new' has no answer to question 'q0'"),
     ],
