@@ -64,6 +64,9 @@ def streamed(model: "PreTrainedModel", read: Reader) -> "PreTrainedModel":
         names = [f"{path}.{name}".strip(".") for name, _ in module.named_parameters(recurse=whole)]
         module.register_forward_pre_hook(partial(_fill, model, names, read))
         module.register_forward_hook(partial(_empty, model, names))
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(_stand_in)  # after _empty
+    _stand_in(embedding)
     return model.requires_grad_(False).eval()
 
 
@@ -164,6 +167,13 @@ def _empty(model: nn.Module, names: list[str], *_) -> None:
     for name in names:
         path, _, leaf = name.rpartition(".")
         _put(model, name, getattr(model.get_submodule(path), leaf).to("meta"))
+
+
+def _stand_in(embedding: nn.Module, *_) -> None:
+    """Put one NaN on the CPU in the place of the embeddings, in all their rows and columns."""
+    # Llama 4 sends its ids to this weight's device before the hook brings it: on meta they would lose their values.
+    # Rows that are used without the hook show as NaN in every answer.
+    _put(embedding, "weight", torch.full((), torch.nan).expand(embedding.weight.shape))
 
 
 def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

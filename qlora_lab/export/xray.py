@@ -13,6 +13,7 @@ import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from qlora_lab.quant.serialize import (
     read_state,
     wrong_size,
 )
-from qlora_lab.quant.stack import STATE as STACK_STATE
+from qlora_lab.quant.stack import STATE as STACK_STATE, stack_from_tensors
 
 PIECE = 2**20  # bytes or weights in memory at once
 SHORT = 2**16  # bytes: after a longer read the next bytes are probably asked for
@@ -108,7 +109,7 @@ class Checkpoint:
     parts: stored name -> Part, all of them. tensors: key -> Tensor4bit, those that can be decoded.
     stacks: keys of packed experts (quant/stack.py), which are not decoded here. plain: names of tensors that are not
     quantised, and of the parts of stacks. faults: a sentence for each thing that is wrong; `scanned` adds
-    those that only the values show.
+    those that only the values show, and all those of stacks.
     """
 
     def __init__(self, path: str | Path):
@@ -260,16 +261,23 @@ def _dtype(name: str) -> torch.dtype:
 def scanned(checkpoint: Checkpoint, *, progress: bool = True) -> list[str]:
     """Return all faults, also those that values show: constants that are not finite or negative, codes without a level.
 
-    Reads all constants once, about a tenth of the bytes.
+    Reads the constants of matrices once, about a tenth of their bytes, and stacks of experts whole, one at a time.
     """
     faults = list(checkpoint.faults)
-    tensors = tqdm(checkpoint.tensors.values(), desc="scanning", unit="tensor", disable=not progress, delay=2)
-    for tensor in tensors:
+    checks = [partial(_check_values, checkpoint, tensor) for tensor in checkpoint.tensors.values()]
+    checks += [partial(_check_stack, checkpoint, key) for key in sorted(checkpoint.stacks)]
+    for check in tqdm(checks, desc="scanning", unit="tensor", disable=not progress, delay=2):
         try:
-            _check_values(checkpoint, tensor)
-        except ValueError as error:
-            faults.append(str(error))
+            check()
+        except (KeyError, ValueError) as error:
+            faults.append(str(error.args[0]))  # the text of a KeyError would come in quotes
     return faults
+
+
+def _check_stack(checkpoint: Checkpoint, key: str) -> None:
+    """Raise what `load` would raise for a stack: its reader knows every rule already."""
+    names = [name for name in checkpoint.parts if name == key or name.rpartition(".")[0] == key]
+    stack_from_tensors({name: checkpoint.read(name).view(checkpoint.parts[name].shape) for name in names}, key)
 
 
 def _check_values(checkpoint: Checkpoint, tensor: Tensor4bit) -> None:

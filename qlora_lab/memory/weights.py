@@ -23,9 +23,11 @@ from qlora_lab.model.fetch import resolve
 from qlora_lab.model.linear4bit import head_path
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.quantised import options_of
+from qlora_lab.model.stored import files_of
 from qlora_lab.quant.codebook import bits_of, codebook as named_codebook
 from qlora_lab.quant.plan import Candidate
 from qlora_lab.quant.serialize import part_sizes
+from qlora_lab.quant.stack import STATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,6 +91,9 @@ def predicted_weights(
     model = empty_model(folder, dtype)  # on the meta device: shapes without bytes
     chosen = Candidate(*(stored or (codebook, block_size, double_quant)))
     options = {} if chosen.codebook is None else options_of(model, chosen, None)
+    if stored:  # its experts may lie there in 16 bits, as bitsandbytes leaves them
+        files = files_of(folder)
+        options = {path: o for path, o in options.items() if not is_stack(model, path) or f"{path}.{STATE}" in files}
     dtypes = dtypes_of(model, dtype)
     tied = model.all_tied_weights_keys  # a head that is its embedding is stored once
     sizes = {}

@@ -25,6 +25,10 @@ NO_VALUE = "has no value: no file holds it and transformers does not compute it;
 WRONG_VALUES = AttributeError, LookupError, TypeError, ArithmeticError  # how transformers fails at bad values in a file
 QUANTISED_RULES = {"plan": TEXT, "bnb_4bit_quant_type": TEXT, "block_size": whole(1)}
 QUANTISED_RULES |= dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_use_double_quant"), SWITCH)
+DECODE_MXFP4 = (
+    "save it decoded, with from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)) of transformers and "
+    "save_pretrained, and load that"
+)
 UNKNOWN = "a \U0010fffd"  # a character that no vocabulary has
 MOST_BUFFERS = 2**30  # bytes; a mask for 8,192 positions has 64 MiB
 OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # part of a configuration -> what it reads
@@ -125,9 +129,9 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
     if method == "bitsandbytes" and settings.get("load_in_8bit"):
         raise ModelError(f"{folder} is in 8 bits by bitsandbytes, but only 4 bits are read: load its original")
     if method != "qlora_lab" and not (method == "bitsandbytes" and settings.get("load_in_4bit")):
-        raise ModelError(
-            f"{folder} holds a model quantised by {str(method):.60}: load the original, to quantise it here"
-        )
+        # GPT-OSS was published in MXFP4, so that is its original.
+        advice = DECODE_MXFP4 if method == "mxfp4" else "load the original, to quantise it here"
+        raise ModelError(f"{folder} holds a model quantised by {str(method):.60}: {advice}")
     try:
         check_keys(settings, QUANTISED_RULES, f"{folder / CONFIG}: quantization_config")
     except ValueError as error:

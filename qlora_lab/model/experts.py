@@ -16,6 +16,8 @@ from torch import nn
 GATED = "gate_up_proj"  # gate and up in one matrix
 UP = (GATED, "up_proj")  # or up alone, as in Nemotron-H
 DOWN = "down_proj"
+ROUTER = "router"  # in the paths of most, whatever class they are
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # names of n in configurations
 DECORATED = ("is_transposed", "has_gate", "has_bias")  # what the decorator sets
 
 
@@ -93,6 +95,7 @@ def matrices(weight: torch.Tensor, turned: bool) -> torch.Tensor:
 def gates(model: nn.Module) -> set[str]:
     """Return paths of linear layers that choose or weigh experts: they have an output for each expert, or one.
 
+    Where experts are not known, a router is told by its name or by the configuration's number of experts.
     They are small, and an error in them sends a token elsewhere, so they keep their precision.
     """
     found = set()
@@ -104,4 +107,11 @@ def gates(model: nn.Module) -> set[str]:
             beside = not name.startswith(f"{path}.")
             if beside and isinstance(module, nn.Linear) and module.out_features in (1, experts.num_experts):
                 found.add(name)
-    return found
+    # LongCat-Flash and JetMoE keep experts in ways that are not known here, and their routers are plain layers.
+    config = getattr(model, "config", None)
+    counts = set() if experts_of(model) else {getattr(config, name, None) for name in COUNTS} - {1}
+    return found | {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (ROUTER in path or module.out_features in counts)
+    }

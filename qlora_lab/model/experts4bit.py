@@ -41,10 +41,7 @@ class Stack4bit(PackedModule):
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """(rows, in_features) -> x W^T of one expert, (rows, out_features)."""
-        # As in Linear4bit: autocast knows torch's own products, and not ours.
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return product(x, self.weight[expert])
+        return product(self.taken(x), self.weight[expert])
 
 
 class Experts4bit(nn.Module):

@@ -25,11 +25,13 @@ from qlora_lab.model.experts import gates
 from qlora_lab.model.layer_kinds import as_matrix, is_conv1d, is_product, is_turned
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
-from qlora_lab.quant.quantize import WEIGHT_DTYPES, QuantizedTensor, dequantize, quantize
+from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
 HEAD = "lm_head"  # the output layer in most models of transformers; neither quantised nor adapted
 # `self.dt_proj.weight @ x`, `out_proj=self.out_proj.weight,`: code that uses a weight itself cannot use a packed one
-DIRECT_USE = re.compile(r"^(?!.*\binit\.).*(?<!module)\.(\w+)\.weight(?= @|,$|\)|\.t\(|\.mul_|\.div_)", re.MULTILINE)
+DIRECT_USE = re.compile(
+    r"^(?!.*\binit\.).*(?<!module)\.(\w+)\.weight(?= @|,$|\)|\.t\(|\.mul_|\.div_|\.type\()", re.MULTILINE
+)
 
 
 class _MatMul4bit(torch.autograd.Function):
@@ -115,14 +117,9 @@ class Linear4bit(PackedModule):
 
     def forward(self, x: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None) -> torch.Tensor:
         """adapter: (lora_A, lora_B, scaling) of lora.py, added to the product; only where `takes_adapter`."""
-        if x.dtype not in WEIGHT_DTYPES:
-            raise TypeError(f"input is {x.dtype}: cast it to float32, bfloat16 or float16")
+        x = self.taken(x)
         weight = self.weight
         out_features, in_features = weight.shape
-        if x.shape[-1] != in_features:
-            raise ValueError(f"input has shape {tuple(x.shape)}, but its last dimension must be {in_features}")
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         tokens = x if x.dim() == 2 else x.reshape(-1, in_features)  # (tokens, in_features)
         y = product(tokens, weight, adapter)
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)  # (..., out_features)

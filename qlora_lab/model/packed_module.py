@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qlora_lab.quant.double_quant import DoubleQuantized
+from qlora_lab.quant.quantize import WEIGHT_DTYPES
 from qlora_lab.quant.serialize import from_tensors, to_tensors
 from qlora_lab.quant.stack import Quantized, QuantizedStack, stack_from_tensors, stack_to_tensors
 
@@ -54,6 +55,18 @@ class PackedModule(nn.Module):
     def key(prefix: str) -> str:
         """Return the key of the weight; prefix: the module's path and a dot."""
         return f"{prefix}weight"
+
+    def taken(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., in_features) as the product takes it. Raises TypeError for its dtype, ValueError for its width.
+
+        The kernels read as many numbers as the weight has columns, so a narrower input would give garbage.
+        """
+        if x.dtype not in WEIGHT_DTYPES:
+            raise TypeError(f"input is {x.dtype}: cast it to float32, bfloat16 or float16")
+        if x.shape[-1] != (in_features := self.weight.shape[-1]):
+            raise ValueError(f"input has shape {tuple(x.shape)}, but its last dimension must be {in_features}")
+        # Autocast knows torch's own products, and not ours.
+        return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
     def extra_repr(self) -> str:
         return repr(self.weight)

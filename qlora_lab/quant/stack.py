@@ -172,7 +172,10 @@ def stack_from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> Quantiz
     if state is None or len(state["shape"]) != 3:
         raise ValueError(f"{key}.{STATE} cannot be read: {AGAIN}")
     n = state["shape"][0]  # may be absurd: compared with what is there before anything is made of it
-    parts = {name: tensors[f"{key}.{name}"] for name in PARTS if f"{key}.{name}" in tensors} | {"": tensors[key]}
+    parts = {name: tensors[f"{key}.{name}"] for name in PARTS if f"{key}.{name}" in tensors}
+    if key not in tensors:
+        raise KeyError(f"{key} is missing: the checkpoint is incomplete")
+    parts[""] = tensors[key]
     for name, part in parts.items():
         if part.dim() != (1 if name == "nested_offset" else 2) or len(part) != n:
             raise ValueError(f"{_named(key, name)} has shape {tuple(part.shape)}, but there are {n} matrices: {AGAIN}")
@@ -180,6 +183,9 @@ def stack_from_tensors(tensors: Mapping[str, torch.Tensor], key: str) -> Quantiz
         wanted = torch.uint8 if name == "" or (name == "absmax" and "nested_offset" in parts) else torch.float32
         if part.dtype != wanted:
             raise ValueError(f"{_named(key, name)} is {part.dtype}, but {wanted} is needed there: {AGAIN}")
+    if "nested_offset" in parts and not parts["nested_offset"].isfinite().all():
+        # The next check would look for it in a description, where a matrix has it.
+        raise ValueError(f"{key}.nested_offset has NaN or infinity, but a mean of magnitudes is finite: {AGAIN}")
     tables = {name: tensors[name] for name in (f"{key}.quant_map", f"{key}.nested_quant_map") if name in tensors}
     members = [from_tensors(tables | _member_tensors(parts, state, key, i), key) for i in range(n)]
     first = members[0]

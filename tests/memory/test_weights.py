@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.memory.weights import EXPERTS, LINEAR, measured_weights, predicted_weights
+from qlora_lab.model.experts import stacks_of
 from qlora_lab.model.linear4bit import linears_to_quantise
 from qlora_lab.model.load import load
 from qlora_lab.model.quantized_folder import quantize_folder
@@ -55,6 +57,19 @@ def test_a_folder_in_4_bits_keeps_its_options(tmp_path, tokenizer):
     mixed = quantize_folder(folder, tmp_path / "mixed", plan=plan, progress=False)
     with pytest.raises(ValueError, match="mixed is mixed by its plan.json, so layers differ: load it, and count with"):
         predicted_weights(mixed)
+
+
+def test_experts_of_a_folder_in_4_bits_may_lie_there_in_16(tmp_path, tokenizer):
+    """So bitsandbytes writes a mixture, and so did earlier versions."""
+    folder = saved("Qwen3Moe", tmp_path / "model", tokenizer)
+    (file,) = quantize_folder(folder, tmp_path / "small", block_size=16, progress=False).glob("*.safetensors")
+    tensors = load_file(file)
+    for path, stack in stacks_of(tiny("Qwen3Moe", vocab_size=280)).items():
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(path)} | {path: stack.bfloat16()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match="of the weights outside embeddings and head are in 4 bits"):
+        model, _ = load(tmp_path / "small", dtype=torch.bfloat16, device="cpu", progress=False)
+    assert predicted_weights(tmp_path / "small") == measured_weights(model)
 
 
 def test_what_cannot_be_counted_is_named(tmp_path, tokenizer, monkeypatch):

@@ -15,6 +15,14 @@ LIKE_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 STATE_SPACE = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 GROUPED = LIKE_LLAMA | {"num_key_value_heads": 2, "head_dim": 8}
 OPT = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+# Experts that are not known here. Only tests that name these take them: each costs every test over all families.
+UNKNOWN_EXPERTS = {
+    "JetMoe": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
+    "LongcatFlash": LIKE_LLAMA
+    | {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 32}
+    | {"num_layers": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    | {"v_head_dim": 8, "head_dim": 8, "num_key_value_heads": 2},
+}
 FAMILIES = {
     "BioGpt": LIKE_LLAMA,
     "Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
@@ -62,7 +70,8 @@ def with_decoded_weights(theirs: PreTrainedModel, ours: PreTrainedModel) -> PreT
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
     """The causal model of `family`, frozen, drawn wide enough that attention decides."""
-    own = FAMILIES[family] | {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    own = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    own = (FAMILIES | UNKNOWN_EXPERTS)[family] | own
     config = getattr(transformers, f"{family}Config")(**own | {"initializer_range": 0.5} | options)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -3,10 +3,12 @@
 import pickle
 import warnings
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +29,7 @@ from qlora_lab.model.quantized_folder import folder_in_4_bits, quantize_folder, 
 from qlora_lab.model.share_in_4_bits import in_4_bits
 from qlora_lab.quant.plan import Candidate, Plan
 from qlora_lab.quant.quantize import dequantize, quantize
-from qlora_lab.quant.stack import dequantize_stack
+from qlora_lab.quant.stack import dequantize_stack, quantize_stack, stack_to_tensors
 from qlora_lab.train.identity import base_checksum
 from tests.model.families import tiny, with_decoded_weights
 
@@ -104,6 +106,29 @@ def test_what_only_looks_like_experts_is_left_alone():
     assert layout_of(Sorted()).sorted and layout_of(nn.Linear(2, 2)) is None
 
 
+@pytest.mark.parametrize("name", ["LongcatFlash", "JetMoe"])
+def test_routers_beside_unknown_experts_keep_their_precision(tmp_path, tokenizer, name):
+    folder, theirs = saved(name, tmp_path, tokenizer)
+    routers = {path for path, module in theirs.named_modules() if isinstance(module, nn.Linear) and "router" in path}
+    assert routers and not stacks_of(theirs) and routers <= gates(theirs)
+    with pytest.warns(UserWarning, match="of the weights outside embeddings and head are in 4 bits"):
+        ours = loaded(folder)
+    assert all(type(ours.get_submodule(path)) is nn.Linear for path in routers)
+    want = with_decoded_weights(theirs, ours)(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(ours(input_ids=IDS, use_cache=False).logits, want, **NEAR)
+
+
+def test_a_plain_gate_is_told_by_its_outputs_where_experts_are_unknown():
+    model = nn.Module()
+    model.gate, model.up_proj = nn.Linear(8, 6), nn.Linear(8, 16)
+    assert gates(model) == set()  # no configuration
+    model.config = SimpleNamespace(n_routed_experts=6)
+    assert gates(model) == {"gate"}
+    model.config = SimpleNamespace(num_experts=None, num_local_experts=1)  # one output for one expert says nothing
+    model.gate = nn.Linear(8, 1)
+    assert gates(model) == set()
+
+
 # --------------------------------------------------------------------------------------------------------- arithmetic
 
 
@@ -178,6 +203,15 @@ def test_bf16_and_autocast(tmp_path, tokenizer, name):
     assert narrow.dtype == torch.bfloat16
     for other in (near, narrow):  # sums of 16 and 32 products, of factors rounded to 8 bits
         torch.testing.assert_close(other.float(), want, rtol=0.05, atol=0.05 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("width", [39, 41])
+def test_an_input_of_the_wrong_width_or_dtype_is_refused(width):
+    stack = Stack4bit(quantize_stack(torch.ones(2, 8, 40), block_size=16))
+    with pytest.raises(ValueError, match=rf"input has shape \(3, {width}\), but its last dimension must be 40"):
+        stack(torch.ones(3, width), 1)
+    with pytest.raises(TypeError, match="input is torch.float64: cast it to float32"):
+        stack(torch.ones(3, 40, dtype=torch.float64), 1)
 
 
 def test_no_tokens(tmp_path, tokenizer):
@@ -346,6 +380,25 @@ def test_xray_counts_stacks_and_finds_no_fault_in_them(tmp_path, tokenizer):
     assert all(name in checkpoint.plain for stack in checkpoint.stacks for name in (stack, f"{stack}.stack_state"))
 
 
+@pytest.mark.parametrize(
+    "part, damage, fault",
+    [
+        (".nested_absmax", lambda part: part[1].fill_(torch.nan), "NaN or infinity in its nested constants"),
+        ("", lambda codes: codes.set_(codes[:, :-1].contiguous()), "entries, but shape"),
+        (".nested_offset", lambda part: part[1].fill_(-1), "nested_offset=-1, but it is a mean of magnitudes"),
+        (".absmax", None, "absmax is missing: the checkpoint is incomplete"),
+    ],
+)
+def test_xray_names_the_faults_of_a_stack(tmp_path, part, damage, fault):
+    weight = torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(0))
+    stack = quantize_stack(weight, double_quant=True)
+    tensors = {name: part.clone() for name, part in stack_to_tensors(stack, "w").items()}
+    damage(tensors[f"w{part}"]) if damage else tensors.pop(f"w{part}")
+    save_file(tensors, tmp_path / "model.safetensors")
+    (found,) = scanned(Checkpoint(tmp_path / "model.safetensors"), progress=False)
+    assert found.startswith("w") and fault in found
+
+
 @pytest.mark.slow  # four models are loaded
 def test_a_plan_decides_linear_layers_and_experts_take_the_default(tmp_path, tokenizer):
     folder, theirs = saved("Mixtral", tmp_path, tokenizer)
@@ -413,7 +466,7 @@ def loaded_stack(folder):
 
 @pytest.mark.slow  # four passes through the model for each target
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Llama4Text"])
 def test_merges_keep_the_experts(tmp_path, tokenizer, name, target):
     folder, theirs = saved(name, tmp_path, tokenizer)
     ours = add_lora(loaded(folder), r=4)

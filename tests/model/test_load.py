@@ -141,6 +141,7 @@ def test_options_are_checked_before_anything_is_read(folder, kwargs, message):
     "quantised, message",
     [
         ({"quant_method": "gptq", "bits": 4}, "holds a model quantised by gptq: load the original"),
+        ({"quant_method": "mxfp4"}, r"by mxfp4: save it decoded, .*Mxfp4Config\(dequantize=True\)"),
         ({"quant_method": ["gptq"]}, r"holds a model quantised by \['gptq'\]: load the original"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "in 8 bits by bitsandbytes, but only 4 bits are read"),
         (

@@ -100,6 +100,11 @@ def test_wrong_input_is_named():
         (lambda t: t[f"{KEY}.nested_absmax"].fill_(torch.inf), "NaN or infinity in its nested constants"),
         (lambda t: t.pop(f"{KEY}.nested_absmax"), "nested_absmax is missing"),
         (lambda t: t.pop(f"{KEY}.absmax"), "absmax is missing"),
+        (lambda t: t.pop(KEY), "down_proj is missing: the checkpoint is incomplete"),
+        *(
+            (lambda t, bad=bad: t[f"{KEY}.nested_offset"][1:2].fill_(bad), "nested_offset has NaN or infinity")
+            for bad in (torch.nan, torch.inf)
+        ),
         (lambda t: t.update({f"{KEY}.{STATE}": of_a_matrix(t)}), "stack_state cannot be read"),
     ],
 )
