@@ -14,21 +14,28 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from bench.files import write  # noqa: E402
-from qlora_lab.measure.agreement import position_bias  # noqa: E402
 from qlora_lab.measure.bradley_terry import Estimate, bradley_terry  # noqa: E402
+from qlora_lab.measure.diagnosis import diagnose_judge  # noqa: E402
 from qlora_lab.measure.games import Games  # noqa: E402
 from qlora_lab.measure.judgments import read_games  # noqa: E402
-from qlora_lab.measure.tournament import AS_UNREAD, BOTH_ORDERS, Rules, elo, replays  # noqa: E402
+from qlora_lab.measure.published import Elo, published  # noqa: E402
+from qlora_lab.measure.tournament import AS_UNREAD, BOTH_ORDERS, Rules, elo  # noqa: E402
 
 SOURCE = "github.com/artidoro/qlora, commit 7f4e95a, eval/ratings-gpt4/vicuna/pairwise (MIT)"
-# Table 1 of arXiv 2305.14314, under the names of the authors' files
-PUBLISHED = {"gpt-4": 1348, "65b-guanaco": 1022, "33b-guanaco": 992, "vicuna-13b": 974, "gpt-3.5": 966}
-PUBLISHED |= {"13b-guanaco": 916, "bard": 902, "7b-guanaco": 879}
+# Its names of the systems -> those of the authors' files. The ratings themselves are read from data/published.
+NAMES = {"GPT-4": "gpt-4", "ChatGPT": "gpt-3.5", "Vicuna 13B": "vicuna-13b", "Bard": "bard"}
+NAMES |= {f"Guanaco {size}B": f"{size}b-guanaco" for size in (7, 13, 33, 65)}
+
+
+def table_1() -> dict[str, float]:
+    """The printed ratings, in points, by the names of the authors' files."""
+    return {NAMES[row.system]: float(row.elo) for row in published("elo.csv", Elo) if row.table == 1}
 
 
 def rounded(ratings: dict[str, float]) -> dict[str, float]:
@@ -51,27 +58,33 @@ def fitted(games: Games) -> dict:
     }
 
 
+def replayed(games: Games, printed: dict[str, float], rules: Rules, orders: int) -> dict:
+    """Ratings under one set of rules, and how far they are from the printed ones: at most, and root mean square."""
+    ratings = elo(games, rules, orders, progress=False).ratings
+    differences = np.array([ratings[name] - printed[name] for name in games.systems])
+    farthest, typical = np.abs(differences).max(), np.sqrt((differences**2).mean())
+    said = {"k": rules.k, "unread": rules.unread, "both_orders": rules.both_orders, "ratings": rounded(ratings)}
+    return said | {"farthest": round(float(farthest), 1), "typical": round(float(typical), 1)}
+
+
 def measured(games: Games, orders: int) -> dict:
+    printed = table_1()
     rules = [Rules(k=k, unread=u, both_orders=b) for k, u, b in product((16.0, 32.0), AS_UNREAD, BOTH_ORDERS)]
-    rows = [
-        {"k": row.rules.k, "unread": row.rules.unread, "both_orders": row.rules.both_orders}
-        | {"ratings": rounded(row.ratings), "farthest": round(row.farthest, 1), "typical": round(row.typical, 1)}
-        for row in replays(games, PUBLISHED, rules, orders)
-    ]
-    bias = position_bias(games)
+    rows = [replayed(games, printed, one, orders) for one in tqdm(rules, "rules")]
+    judge = diagnose_judge(games)
     # By name: "first" has those games in which the name that sorts first was read first. Each half is a tournament.
     halves = {"first": games.where(games.first < games.second), "second": games.where(games.first > games.second)}
     # The same games without their questions: what an interval over games would claim.
     apart = Games(games.systems, (), np.full(len(games), -1), games.first, games.second, games.verdicts)
     return {
         "source": SOURCE,
-        "published": PUBLISHED,
+        "published": printed,
         "orders": orders,
         "rules": rows,
         "deviation of one order": rounded(elo(games, orders=orders).deviations),
         "one order of each pair": {name: rounded(elo(half, orders=orders).ratings) for name, half in halves.items()},
-        "answers read in both orders": bias.repeated,
-        "with one verdict": bias.consistent,
+        "answers read in both orders": judge.pairs,
+        "with one verdict": judge.agreed,
         "bradley_terry": [fitted(games), fitted(apart)],
     }
 
@@ -83,7 +96,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "elo_rules.json", help="where the figures go")
     a = parser.parse_args()
     games = read_games(a.folder)
-    if set(games.systems) != set(PUBLISHED):
+    if set(games.systems) != set(table_1()):
         parser.error(f"{a.folder} holds other systems than table 1: name the folder vicuna/pairwise")
     about = {"date": datetime.date.today().isoformat()}
     write(a.out, json.dumps(about | measured(games, a.orders), indent=1) + "\n")

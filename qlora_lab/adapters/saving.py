@@ -1,14 +1,17 @@
 """save_pretrained of a model with adapters: it writes the adapter, as transformers does for adapters of PEFT.
 
 So a checkpoint of transformers' Trainer holds what was trained. Other files of the folder stay, unlike in save_adapter.
+adapter_checksum identifies an adapter on disk, for those who record what they measured.
 """
 
+import hashlib
 import weakref
 from pathlib import Path
 
 from torch import nn
 
 from qlora_lab.files import disk
+from qlora_lab.files.checksums import sha256
 from qlora_lab.files.out_path import check_outside_model, out_folder
 
 
@@ -39,3 +42,19 @@ class AdapterSaver:
 
     def __reduce__(self) -> tuple:
         return AdapterSaver, (self.model(),)  # a copy of the model saves its own adapter
+
+
+def adapter_checksum(folder: str | Path) -> str:
+    """Return a checksum of an adapter's settings and tensors. Raises FileNotFoundError for a folder without one.
+
+    A name does not identify an adapter: a second training writes into a folder of the same name.
+    """
+    from qlora_lab.adapters.peft_format import CONFIG, WEIGHTS
+
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        path = Path(folder, name)
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: name a folder that holds an adapter in PEFT's format")
+        digest.update(bytes.fromhex(sha256(path)))  # a checksum of checksums, as model_record's
+    return digest.hexdigest()

@@ -23,29 +23,39 @@ LESS_MEMORY = "use fewer --max-new-tokens, or a smaller --judge-model; the answe
 JUDGES = ("rouge", "logprob", "logprob-sum", "always-first")
 ANSWERS, GAMES, PAGE = "answers.jsonl", "games.jsonl", "results.html"  # in --out
 NAMED = ("question", "first", "second", "reason")  # fields of a row that say why its verdict is unread
+RATING = ("model", "games", "out", "json", "quiet")  # options that are checked apart, or that --games allows
+FEW = 0.03  # share of resamples without an answer that moves no printed end of an interval noticeably
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     what = f"{ModelOptions.__dataclass_fields__['model'].metadata['help']}; leave it out with --games"
     parser.add_argument("model", nargs="?", help=what)
-    given = "rate these games and play none: a folder of the QLoRA authors, a CSV of counts, JSONL, or an earlier --out"
+    given = "rate existing games instead of playing: an earlier --out, a folder of the QLoRA authors' judgments, a CSV "
+    given += "file of counts, or a JSONL file of your own"
     parser.add_argument("--games", metavar="PATH", help=given)
     systems = parser.add_argument_group("systems")
-    kinds = "data types: nf4, fp4, int4, ...; none: not quantised"
+    kinds = "data types to compare, such as nf4, fp4 or int4; none leaves the weights as they are"
     systems.add_argument("--codebooks", nargs="+", default=["none", "nf4", "int4"], metavar="NAME", help=kinds)
     add_fields(systems, ModelOptions, "block_size", "double_quant")
-    each = "adapters in PEFT's format; each plays on every data type, beside the model without one"
+    each = "adapters in PEFT's format; each plays on every data type, and the model without an adapter plays too"
     systems.add_argument("--adapters", nargs="+", default=[], metavar="FOLDER", help=each)
     games = parser.add_argument_group("games")
-    games.add_argument("--questions", type=whole, default=20, metavar="N", help="held-out docstrings to ask for")
+    games.add_argument(
+        "--questions", type=whole, default=20, metavar="N", help="how many held-out docstrings to ask for"
+    )
     most = "maximum number of tokens in an answer"
     games.add_argument("--max-new-tokens", type=whole, default=40, metavar="N", help=most)
-    kinds = "rouge: ROUGE-L to the summary that a person wrote; logprob: log-probability per token, by --judge-model; "
-    kinds += "logprob-sum: of the whole answer; always-first: a broken one, to see it unmasked"
+    kinds = "rouge: higher ROUGE-L to the summary that a person wrote; logprob: higher log-probability per token under "
+    kinds += "--judge-model; logprob-sum: the same for the whole answer; always-first: broken on purpose, to see that "
+    kinds += "the command notices"
     games.add_argument("--judge", choices=JUDGES, default="rouge", help=kinds)
-    games.add_argument("--judge-model", metavar="MODEL", help="for logprob (default: the model, not quantised)")
+    games.add_argument(
+        "--judge-model",
+        metavar="MODEL",
+        help="the model that judges, for logprob and logprob-sum (default: MODEL, not quantised)",
+    )
     output = parser.add_argument_group("output")
-    kept = "folder for answers, games and a page of results; what an earlier call left there is continued"
+    kept = "folder for answers, games and a page of results; a stopped tournament in it is continued"
     output.add_argument("--out", metavar="FOLDER", help=kept)
     common(output)
 
@@ -100,13 +110,26 @@ def _played(a: argparse.Namespace, players: list["System"], out: Path) -> tuple[
 
 def _check_words(a: argparse.Namespace) -> None:
     if (a.model is None) == (a.games is None):
-        raise ValueError("give either a model, whose data types play, or --games, to rate games that exist")
-    if a.games is not None and a.out is not None:
-        raise ValueError("--out is given with --games, which only rates: leave one of them out")
+        raise ValueError("give either a model, whose data types play, or --games, to rate existing games")
+    if a.games is not None and (changed := _changed(a)):
+        words = "is given with --games, which only rates: leave it out" if len(changed) == 1 else ""
+        words = words or "are given with --games, which only rates: leave them out"
+        raise ValueError(f"{', '.join(changed)} {words}")
     if a.model is not None and a.out is None:
         raise ValueError("--out is missing: name a folder for answers, games and the page of results")
     if a.judge_model is not None and not a.judge.startswith("logprob"):
         raise ValueError(f"--judge-model is given, but --judge {a.judge} asks no model: add --judge logprob")
+
+
+def _changed(a: argparse.Namespace) -> list[str]:
+    """Name the options that would be ignored by --games."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    # Against a second parser's defaults, so that an option that is added later is refused as well.
+    defaults = vars(parser.parse_args([]))
+    changed = [name for name, value in defaults.items() if name not in RATING and getattr(a, name) != value]
+    flags = [f"--{'no-' * (defaults[name] is True)}{name.replace('_', '-')}" for name in changed]
+    return flags + ["--out"] * (a.out is not None)
 
 
 def _existing(a: argparse.Namespace) -> "Standings":
@@ -195,14 +218,18 @@ def _sentences(found: "Standings", rows: list[dict]) -> list[str]:
     if found.position:
         said.append(f"Being read first is worth {_interval(found.position)} points.")
     if found.no_rating:
-        reason = found.no_rating.split(";")[0]  # what follows advises callers in Python
-        said.append(f"Bradley-Terry gives no rating: {reason}.")
+        said.append(f"Bradley-Terry gives no rating: {found.no_rating}.")
     elif found.over == "games":
-        said.append("Intervals are over games, for the questions are not known: they are narrower than they should be.")
-    if found.judge.verdicts.unread:
-        words = f"Verdicts that could not be read and count for nothing: {found.judge.verdicts.unread}"
+        why = "the questions are not known, and games of one question are not independent"
+        said.append(f"Intervals and ranks come from resampled games, so both are too narrow: {why}.")
+    if (found.without_answer or 0) > FEW:
+        words = f"{found.without_answer:.0%} of the resampled tournaments rate nobody and were left out"
+        said.append(f"{words}, so intervals and ranks are too narrow: ask more questions.")
+    if unread := found.judge.verdicts.unread:
+        one = "1 verdict could not be read and was left out"
+        words = one if unread == 1 else f"{unread} verdicts could not be read and were left out"
         for row in [row for row in rows if row["verdict"] == "unread"][:1]:  # none, of games that others played
-            words += f"; the first: question {row['question']}, {row['first']} against {row['second']}"
+            words += f"; the first: question {row['question']}, {row['first']!r} against {row['second']!r}"
             words += f" ({row['reason']})"
         said.append(f"{words}.")
     return said
@@ -224,23 +251,29 @@ def _interval(estimate: "Estimate | None") -> str:
         return ""
     if math.isinf(estimate.value):
         return "won all" if estimate.value > 0 else "lost all"
-    value, low, high = (round(number) for number in (estimate.value, estimate.low, estimate.high))  # never "-0"
-    return f"{value} ({low} to {high})"
+    low, high = ("" if math.isinf(end) else str(round(end)) for end in (estimate.low, estimate.high))  # never "-0"
+    # an open end: some resamples have a system that won or lost all of its games
+    ends = f"{low} to {high}" if low and high else f"{low} and more" if low else f"{high} and less" if high else "any"
+    return f"{round(estimate.value)} ({ends})"
 
 
 def _record(found: "Standings") -> dict:
-    """Return the standings for JSON, which has no infinity: a system that won or lost all has null for its rating."""
+    """Return the standings for JSON, which has no infinity: it is null there, and `says` has it in words."""
 
     def finite(value):
         if isinstance(value, dict):
             return {name: finite(inner) for name, inner in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
+    judge = found.judge
     return {
-        "systems": [finite(asdict(row)) for row in found.rows],
-        "judge": finite(asdict(found.judge)) | {"says": str(found.judge), "is_broken": found.judge.is_broken},
-        "position": found.position and asdict(found.position),
+        "systems": [finite(asdict(row)) | {"says": _interval(row.rating)} for row in found.rows],
+        "judge": finite(asdict(judge))
+        | {"p": judge.p, "p_winners": judge.p_winners, "is_broken": judge.is_broken}
+        | {"says": str(judge)},
+        "position": found.position and finite(asdict(found.position)),
         "intervals_over": found.over,
+        "without_answer": found.without_answer,
         "no_rating": found.no_rating,
     }
 

@@ -1,27 +1,26 @@
-"""Say what a judge does besides judging: prefer a place, contradict itself, agree with others or not.
+"""Say what judges do besides judging: prefer a position, agree with others or not.
 
     bias = position_bias(games)                 -> bias.total.share: how many of the decided games the first answer won
-    bias.repeated, bias.consistent              -> answers read in both orders, and how many had one verdict both times
     rank_agreement(elo_of_a, elo_of_b)          -> Kendall's tau and Spearman's rho of two tables of ratings
     judge_agreement([games_of_a, games_of_b])   -> Fleiss' kappa of the verdicts
 
 In: games, or ratings by name. Out: counts, shares and coefficients, without a unit.
 Sources: M. Kendall, Biometrika 1938 (tau-b); J. Fleiss, Psychological Bulletin 1971. The QLoRA paper, section 5, has
 tau 0.43 and rho 0.55 between GPT-4's and people's ranks of systems, and kappa 0.42 among people.
-Not here: the advantage of the first place in points, with its interval (bradley_terry.py).
+Not here: whether a judge contradicts itself (diagnosis.py), what the first position is worth (bradley_terry.py).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_lab.measure.games import FIRST, SECOND, TIE, UNREAD, Games
+from qlora_lab.measure.games import UNREAD, Games
 
 
 @dataclass(frozen=True)
 class FirstWins:
-    """Counted verdicts, by place."""
+    """Counted verdicts, by position."""
 
     first: int
     second: int
@@ -30,48 +29,29 @@ class FirstWins:
 
     @property
     def share(self) -> float | None:
-        """Share of decided games that the first answer won. With both orders played, 0.5 is fair. None: none."""
+        """Share of decided games that the first answer won: 0.5 is fair if both orders were played. None: of none."""
         return self.first / (self.first + self.second) if self.first + self.second else None
 
 
 @dataclass(frozen=True)
 class PositionBias:
-    """What the order of reading does to the verdicts."""
+    """Which position won."""
 
     total: FirstWins
     by_pair: dict[tuple[str, str], FirstWins]  # both orders of two systems, in the order of Games.systems
-    repeated: int  # pairs of answers that were read in both orders, both times with a verdict; 0 for counts alone
-    consistent: int  # of these, how many had the same winner, or a tie, in both orders
 
 
 def position_bias(games: Games) -> PositionBias:
-    """Count who won by place, over all games and by pair; and how often the turned order turned the verdict."""
+    """Count wins by position, over all games and by pair of systems."""
     low, high = np.minimum(games.first, games.second), np.maximum(games.first, games.second)
     by_pair = {}
     for i, j in np.unique(np.column_stack([low, high]), axis=0).tolist():
         by_pair[games.systems[i], games.systems[j]] = _counted(games.verdicts[(low == i) & (high == j)])
-    repeated, consistent = _both_orders(games) if games.questions else (0, 0)
-    return PositionBias(_counted(games.verdicts), by_pair, repeated, consistent)
+    return PositionBias(_counted(games.verdicts), by_pair)
 
 
 def _counted(verdicts: np.ndarray) -> FirstWins:
     return FirstWins(*np.bincount(verdicts, minlength=4).tolist())
-
-
-def _both_orders(games: Games) -> tuple[int, int]:
-    """Return how many pairs of answers have verdicts in both orders, and how many of them agree."""
-    read = games.where(games.verdicts != UNREAD)
-    turned = read.first > read.second
-    swapped = np.array([SECOND, FIRST, TIE])[read.verdicts]
-    winner = np.where(turned, swapped, read.verdicts)  # seen from the system with the smaller number
-    seen: dict[tuple[int, int, int], dict[bool, int]] = {}  # of an order that was read twice, the later verdict counts
-    low, high = np.minimum(read.first, read.second), np.maximum(read.first, read.second)
-    for question, i, j, order, won in zip(
-        *(array.tolist() for array in (read.question, low, high, turned, winner)), strict=True
-    ):
-        seen.setdefault((question, i, j), {})[order] = won
-    both = [orders for orders in seen.values() if len(orders) == 2]
-    return len(both), sum(orders[True] == orders[False] for orders in both)
 
 
 @dataclass(frozen=True)
@@ -136,12 +116,12 @@ class JudgeAgreement:
 def judge_agreement(judges: Sequence[Games]) -> JudgeAgreement:
     """Compare judges on the same question and the same answers in the same order, over first, second and tie.
 
-    Raises ValueError for fewer than two judges, for games without questions, for judges without a game in common, and
-    as fleiss_kappa does.
+    Raises ValueError for fewer than two judges, for games without questions, for a game that a judge judged twice, for
+    judges without a game in common, and as fleiss_kappa does.
     """
     if len(judges) < 2 or not all(games.questions for games in judges):
         raise ValueError("agreement needs at least two judges, and the question of each game: counts alone have none")
-    verdicts = [dict(_named(games)) for games in judges]
+    verdicts = [_named(games) for games in judges]
     everything = {game for one in verdicts for game in one}
     common = [game for game in everything if all(one.get(game, UNREAD) != UNREAD for one in verdicts)]
     if not common:
@@ -151,8 +131,14 @@ def judge_agreement(judges: Sequence[Games]) -> JudgeAgreement:
     return JudgeAgreement(fleiss_kappa(counts), len(common), len(everything) - len(common))
 
 
-def _named(games: Games) -> Iterable[tuple[tuple[str, str, str], int]]:
-    for question, first, second, verdict in zip(
-        *(array.tolist() for array in (games.question, games.first, games.second, games.verdicts)), strict=True
-    ):
-        yield (games.questions[question], games.systems[first], games.systems[second]), verdict
+def _named(games: Games) -> dict[tuple[str, str, str], int]:
+    """Return (question, first, second) -> verdict. Raises ValueError for a game that is there twice."""
+    arrays = games.question, games.first, games.second, games.verdicts
+    found: dict[tuple[str, str, str], int] = {}
+    for question, first, second, verdict in zip(*(array.tolist() for array in arrays), strict=True):
+        game = games.questions[question], games.systems[first], games.systems[second]
+        if game in found:  # which of the two is the judge's word?
+            words = f"{game[1]!r} against {game[2]!r} on question {game[0]!r} was judged twice by one judge"
+            raise ValueError(f"{words}: keep one verdict")
+        found[game] = verdict
+    return found

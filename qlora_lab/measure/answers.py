@@ -19,21 +19,21 @@ from typing import BinaryIO
 import torch
 from tqdm.auto import tqdm
 
-from qlora_lab.adapters.peft_format import CONFIG, WEIGHTS, load_adapter, method_in
-from qlora_lab.files.checksums import sha256
+from qlora_lab.adapters.peft_format import load_adapter, method_in
+from qlora_lab.adapters.saving import adapter_checksum
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.strict_json import OBJECT, TEXT
 from qlora_lab.measure.held_out import ANSWER_TOKENS, ANSWERS_AT_ONCE, generate_answers
+from qlora_lab.measure.in_place import Variant
 from qlora_lab.measure.judges import Question
 from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, with_checksum
-from qlora_lab.measure.sweep import model_record
+from qlora_lab.measure.sweep import model_record, run_record, variant_record
 from qlora_lab.model.empty_model import stored_options
 from qlora_lab.model.fetch import resolve
 from qlora_lab.model.load import fast_dtype, load
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.numbers import check_whole
-from qlora_lab.train.identity import installed_version
 
 RULES = {"system": OBJECT, "question": TEXT, "prompt_sha256": TEXT, "answer": TEXT}
 # The whole record of a system decides an answer, so an adapter that was trained anew in its folder answers anew.
@@ -90,8 +90,8 @@ def check_systems(contestants: Sequence[System]) -> None:
     if repeated:
         raise ValueError(f"system {repeated[0]!r} is there twice: name each data type and each adapter once")
     if len(contestants) < 2:
-        names = ", ".join(system.name for system in contestants) or "none"
-        raise ValueError(f"the systems are {names}: a tournament needs at least two, so add a data type or an adapter")
+        words = f"only one system: {contestants[0].name!r}" if contestants else "no system"
+        raise ValueError(f"{words}; a tournament needs two or more, so add a data type or an adapter")
     for adapter in {system.adapter for system in contestants if system.adapter is not None}:
         method_in(adapter)
 
@@ -108,9 +108,9 @@ def answer_all(
     """Return system -> question's id -> answer; ask for those that the file `out` lacks, and append them.
 
     Models compute in float32 on the CPU, as in a sweep, and otherwise in load's choice for the GPU.
-    A row has system (name, weights_sha256, config_sha256, codebook, block_size, double_quant, adapter, max_new_tokens,
-    dtype, device, versions), question, prompt_sha256, model (name, source), answer, date and sha256 (of all fields
-    before it).
+    A row has system (name, weights_sha256, config_sha256, adapter; codebook, block_size, double_quant, levels and
+    quantiser; config and versions, as in a sweep's rows), question, prompt_sha256, model (name, source), commit,
+    machine, answer, date and sha256 (of all fields before it). An edited quantiser answers anew.
     An interrupt says how much is done. Raises what check_systems, load, load_adapter and open_results raise, and
     ValueError for a model that is quantised already.
     """
@@ -153,23 +153,21 @@ class _Asked:
         self.dtype = torch.float32 if self.device.type == "cpu" else fast_dtype(self.device)
         record = model_record(name_or_path, folder)  # reads every weight once: 0.2 s for SmolLM2
         self.sums = {name: record.pop(name) for name in ("weights_sha256", "config_sha256")}
-        self.model = record  # its name and source decide nothing: a folder may be moved
-        self.versions = {name: installed_version(name) for name in ("qlora-lab", "torch", "transformers")}
+        run = run_record({"max_new_tokens": max_new_tokens}, self.dtype, self.device)
+        self.run = {name: run.pop(name) for name in ("config", "versions")}
+        # What a row names but is not identified by: a folder may be moved, and most commits change no answer.
+        self.about = {"model": record} | run
 
     def record(self, system: System) -> dict:
         """Record what decides the answers of a system."""
-        quantised = system.codebook is not None
+        adapter = None if system.adapter is None else adapter_checksum(system.adapter)
+        variant = Variant(system.codebook, system.block_size, system.double_quant)
         return {
             "name": system.name,
             **self.sums,
-            "codebook": system.codebook,
-            "block_size": system.block_size if quantised else None,
-            "double_quant": system.double_quant if quantised else None,
-            "adapter": None if system.adapter is None else _digest(Path(system.adapter)),
-            "max_new_tokens": self.max_new_tokens,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "versions": self.versions,
+            "adapter": adapter,
+            **variant_record(variant, self.device),  # the quantiser's checksum, since a checkout may be edited
+            **self.run,
         }
 
     def answer(self, system: System, questions: list[Question], heads: dict[str, dict], file: BinaryIO) -> dict:
@@ -184,7 +182,7 @@ class _Asked:
             examples = [question.answered(question.reference) for question in batch]  # only the prompt is read
             texts = generate_answers(model, tokenizer, examples, self.max_new_tokens, progress=self.progress)
             for question, text in zip(batch, texts, strict=True):
-                row = heads[question.id] | {"model": self.model, "answer": text}
+                row = heads[question.id] | self.about | {"answer": text}
                 append_result(file, with_checksum(row | {"date": datetime.now(UTC).isoformat(timespec="seconds")}))
                 found[identity(row, ANSWERS)] = text
         return found
@@ -194,8 +192,3 @@ def _head(record: dict, question: Question) -> dict:
     """Return the fields of a row that decide its answer."""
     prompt = hashlib.sha256(question.prompt.encode()).hexdigest()  # an id may stand for another text tomorrow
     return {"system": record, "question": question.id, "prompt_sha256": prompt}
-
-
-def _digest(adapter: Path) -> str:
-    """Return a checksum of an adapter's settings and tensors."""
-    return hashlib.sha256("".join(sha256(adapter / name) for name in (CONFIG, WEIGHTS)).encode()).hexdigest()

@@ -1,26 +1,34 @@
 """Rate the systems of a tournament by a model of the judge: strengths, ties, and the advantage of being read first.
 
     result = bradley_terry(games)        -> BradleyTerry: points on Elo's scale, each with a 95 % interval
-    result.ratings["gpt-4"]              -> Estimate(value=1494.0, low=1436.4, high=1567.5)
-    result.position                      -> Estimate of the points that the first answer gains by its place alone
+    result.ratings["gpt-4"]              -> Estimate(value=1494.0, low=1456.5, high=1535.0), over games
+    result.position                      -> Estimate of the points that the first answer gains by its position alone
 
 For systems of strengths s, a game of i (read first) against j has d = s_i - s_j + position, and its verdicts have
     P(first) : P(second) : P(tie) = e^(d/2) : e^(-d/2) : nu
 Sources: Bradley and Terry, 1952; nu: R. Davidson, JASA 1970; position: Davidson and Beaver, Biometrics 1977. Points
 are 400 / ln 10 times the natural unit, and their mean is 1000. As in Elo, 400 points are odds of 10 to 1: here among
-the games that are decided, with the advantage of the place taken out.
+the games that are decided, with the advantage of the position taken out.
 The likelihood is concave: scipy.optimize finds its only maximum, whatever the order of the games.
-Intervals come from resampled questions. Games of one question are no independent draws: a question that suits a
-system suits it in all its games, in both orders.
+Intervals come from resampled questions, or from resampled games where there are counts alone. Games of one question
+are not independent draws: a question that suits a system suits it in all its games, in both orders. So intervals over
+games are too narrow, as are the ranges of ranks: by a factor of two on the authors' judgments (LOG.md).
 Not here: who meets whom, and whether a maximum exists (connected.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
-from qlora_lab.measure.connected import Decided, check_connected, check_maximum, without_exception
+from qlora_lab.measure.connected import (
+    Decided,
+    NoRatingError,
+    check_connected,
+    check_maximum,
+    set_aside,
+    without_exception,
+)
 from qlora_lab.measure.games import TIE, UNREAD, Games
 from qlora_lab.measure.tournament import Rules, rank_ranges
 
@@ -34,7 +42,7 @@ FLAT = 1e-7  # curvature per game, below which a resample says nothing in some d
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval."""
+    """A value and its 95 % interval. An infinite end is open: the games allow any larger (or smaller) value."""
 
     value: float
     low: float
@@ -47,14 +55,14 @@ class BradleyTerry:
 
     ratings: dict[str, Estimate]  # best first. Infinite for a system in `always`
     ranks: dict[str, tuple[int, int]]  # best and worst rank in 95 % of the resamples, in the same order
-    position: Estimate | None  # the advantage of the first place, in points; None if it was ignored
-    ties: Estimate  # share of ties between equal systems if no place has an advantage, 0 to 1
+    position: Estimate | None  # the advantage of the first answer, in points; None if it was ignored
+    ties: Estimate  # share of ties between equal systems if no position has an advantage, 0 to 1
     always: dict[str, str]  # system -> "won" or "lost" every game: it has no finite rating, and the others have theirs
     over: str  # "questions", or "games" where there are counts alone
     games: int  # that were rated
     unread: int  # verdicts of the tournament that could not be read
     resamples: int  # that the intervals come from
-    without_answer: int  # further resamples, without a finite maximum. Above a few per cent, intervals are too short
+    without_answer: int  # further resamples, that rate nobody. Above a few per cent, intervals are too narrow
 
 
 def bradley_terry(
@@ -66,13 +74,16 @@ def bradley_terry(
     seed: int = 0,
     progress: bool = True,
 ) -> BradleyTerry:
-    """Fit strengths, ties and (unless position=False) the advantage of the first place; resample for intervals.
+    """Fit strengths, ties and (unless position=False) the advantage of the first answer; resample for intervals.
 
     unread: "left out", or "tie". resamples: of questions with replacement; where the games have counts alone, of games
     within each ordered pair, which is narrower than it should be.
-    A system that won (or lost) every game has no finite rating: it is named, and the others are rated without it.
-    Raises ValueError for systems that never met (it names the groups), for games that any larger strength, position or
-    number of ties would fit still better, and for fewer than two resamples or questions.
+    A system that won (or lost) every game has no finite rating: it is named, and the others are rated without it. So it
+    is in a resample: there it counts as infinite, and the others keep the mean that they have in the estimate. If that
+    happens often enough, the interval of the system has an open end.
+    Raises NoRatingError, a ValueError, for systems that never met (it names the groups), for games that any larger
+    strength, position or number of ties would fit still better, and for a single question; ValueError for fewer than
+    two resamples.
     """
     from tqdm.auto import tqdm
 
@@ -82,7 +93,7 @@ def bradley_terry(
     kept = games if unread == "tie" else games.where(games.verdicts != UNREAD)
     asked = len(np.unique(kept.question))
     if games.questions and asked == 1:
-        raise ValueError("an interval over questions needs at least two with a verdict, but there is one: ask more")
+        raise NoRatingError("an interval over questions needs two with a verdict, but there is one", "ask more")
     decided = Decided.of(kept)
     check_connected(decided, games.systems)
     rated, always = without_exception(decided, games.systems)
@@ -93,25 +104,27 @@ def bradley_terry(
     parts = np.array_split(drawn, -(-resamples // TOGETHER))
     bar = tqdm(parts, "resamples", unit="part", leave=False, delay=2, disable=not progress)
     solved = np.concatenate([model.refit(part, found) for part in bar])
-    answered = np.isfinite(solved).all(axis=1)
+    table = _columns(model, np.vstack([found, solved]), rated, always, games.systems)  # the estimate, then resamples
+    # In most of those without an answer one system won all: to leave them out would cut off its upper end.
+    lost = np.flatnonzero(np.isnan(solved).any(axis=1))
+    table[1 + lost] = _without_some(drawn[lost], rated, always, table[0], games.systems, position)
+    answered = ~np.isnan(table[1:, 0])  # either all systems have points or none
     if answered.sum() < 2:
-        raise ValueError(f"{resamples} resamples gave no interval: the tournament has too few questions or games")
-    solutions = np.vstack([found, solved[answered]])  # the estimate, then the resamples
-    points = _points(model.strengths(solutions), rated, always, games.systems)
+        raise NoRatingError(f"{resamples} resamples gave no interval", "ask more questions, or play more games")
+    points, (advantage, nu) = table[:, :-2], table[:, -2:].T
     order = np.argsort(-points[0], kind="stable")
     tail = _tail(asked) if games.questions else 0.025
-    ranks = rank_ranges(points[1:], 1 - 2 * tail)
-    nu = model.nu(solutions)
+    ranks = rank_ranges(points[1:][answered], 1 - 2 * tail)
     return BradleyTerry(
-        ratings={games.systems[i]: _rating(points[:, i], tail) for i in order},
+        ratings={games.systems[i]: _estimate(points[:, i], tail) for i in order},
         ranks={games.systems[i]: ranks[i] for i in order},
-        position=_estimate(POINTS * model.position_of(solutions), tail) if position else None,
+        position=_estimate(advantage, tail) if position else None,
         ties=_estimate(nu / (2 + nu), tail),
         always=always,
         over="questions" if games.questions else "games",
         games=len(kept),
         unread=games.unread,
-        resamples=len(solutions) - 1,
+        resamples=int(answered.sum()),
         without_answer=int((~answered).sum()),
     )
 
@@ -119,21 +132,62 @@ def bradley_terry(
 OUT = 1e9  # points: stands for infinity while ranks are taken, since two infinite ratings may have an order
 
 
-def _points(strengths: np.ndarray, rated: Decided, always: dict[str, str], names: tuple[str, ...]) -> np.ndarray:
-    """Turn strengths of the rated systems into points of all systems, (n, systems)."""
-    points = np.empty((len(strengths), len(names)))
-    points[:, rated.systems] = MEAN + POINTS * strengths
-    for number, (name, what) in enumerate(always.items()):
-        out = OUT - number  # the first that was set aside is the farthest out
-        points[:, names.index(name)] = out if what == "won" else -out
-    return points
+def _columns(
+    model: "_Model",
+    parameters: np.ndarray,
+    rated: Decided,
+    always: dict[str, str],
+    names: tuple[str, ...],
+    mean: float = MEAN,
+) -> np.ndarray:
+    """Turn parameters into points of all systems, points of the position, and nu: (n, systems + 2), NaN for no answer.
+
+    mean: of the points of the rated systems.
+    """
+    table = np.full((len(parameters), len(names) + 2), np.nan)
+    table[:, rated.systems] = mean + POINTS * model.strengths(parameters)
+    answered = np.isfinite(parameters).all(axis=1)
+    table[np.ix_(answered, [names.index(name) for name in always])] = _out(always)
+    if model.position:
+        table[:, -2] = POINTS * model.position_of(parameters)
+    table[:, -1] = np.where(answered, model.nu(parameters), np.nan)
+    return table
 
 
-def _rating(points: np.ndarray, tail: float) -> Estimate:
-    if abs(points[0]) < OUT / 2:
-        return _estimate(points, tail)
-    infinite = float(np.copysign(np.inf, points[0]))
-    return Estimate(infinite, infinite, infinite)
+def _out(always: dict[str, str]) -> list[float]:
+    """Return what stands for infinite points; the first that was set aside is the farthest out."""
+    return [OUT - number if what == "won" else number - OUT for number, what in enumerate(always.values())]
+
+
+def _without_some(
+    counts: np.ndarray,
+    rated: Decided,
+    always: dict[str, str],
+    estimate: np.ndarray,
+    names: tuple[str, ...],
+    position: bool,
+) -> np.ndarray:
+    """Rate resamples, (n, pairs, 3), after setting aside who won or lost all in them. Returns rows as _columns does.
+
+    A resample without ties has an answer, too: nu is 0.
+    """
+    alike: dict[tuple, list[tuple[int, Decided]]] = {}  # those that the same model fits are solved together
+    for number, one in enumerate(counts):
+        rest, more = set_aside(replace(rated, counts=one), names)
+        alike.setdefault((tuple(more.items()), bool(rest.counts[:, TIE].any())), []).append((number, rest))
+    table = np.full((len(counts), len(names) + 2), np.nan)
+    for (more, _), members in alike.items():
+        here, rest = [number for number, _ in members], members[0][1]
+        everyone = always | dict(more)
+        if len(rest.systems) == 1:  # whoever is left is at the other end; of position and ties nothing is known
+            everyone[names[rest.systems[0]]] = "lost" if more[-1][1] == "won" else "won"
+            table[np.ix_(here, [names.index(name) for name in everyone])] = _out(everyone)
+            continue
+        model = _Model.of(rest, position)
+        solved = model.refit(np.stack([one.counts for _, one in members]), np.zeros(model.utilities.shape[2]))
+        # Beside an infinite rating a common mean has no meaning, so the others stay where the estimate has them.
+        table[here] = _columns(model, solved, rest, everyone, names, estimate[list(rest.systems)].mean())
+    return table
 
 
 def _tail(questions: int) -> float:
@@ -146,9 +200,14 @@ def _tail(questions: int) -> float:
 
 
 def _estimate(values: np.ndarray, tail: float) -> Estimate:
-    """The first value, and the others but for a share of `tail` at each end."""
-    low, high = np.quantile(values[1:], [tail, 1 - tail])
-    return Estimate(float(values[0]), float(low), float(high))
+    """The first value, and the others but for a share of `tail` at each end. NaN: a resample that says nothing."""
+    found = values[1:][~np.isnan(values[1:])]
+    if not len(found):
+        return Estimate(float(values[0]), -np.inf, np.inf)
+    # Between a number and infinity nothing can be interpolated, so the end is the outer one.
+    methods = ("lower", "higher") if abs(found).max() > OUT / 2 else ("linear", "linear")
+    ends = [np.quantile(found, share, method=how) for share, how in zip((tail, 1 - tail), methods, strict=True)]
+    return Estimate(*(float(np.copysign(np.inf, one) if abs(one) > OUT / 2 else one) for one in (values[0], *ends)))
 
 
 def _resampled(kept: Games, rated: Decided, resamples: int, draws: np.random.Generator) -> np.ndarray:
@@ -169,7 +228,7 @@ def _resampled(kept: Games, rated: Decided, resamples: int, draws: np.random.Gen
 class _Model:
     """The three utilities of a game, linear in the parameters: strengths but one, position, log nu."""
 
-    utilities: np.ndarray  # (pairs, outcomes, parameters): of a first win, a second win and, if any fell, a tie
+    utilities: np.ndarray  # (pairs, outcomes, parameters): of a first win, a second win and, if there are any, a tie
     basis: np.ndarray  # (systems, systems - 1): strengths that sum to zero
     position: bool
 
@@ -182,7 +241,7 @@ class _Model:
         if position:
             difference = np.column_stack([difference, np.ones(pairs)])
         half = difference / 2
-        if not rated.counts[:, TIE].any():  # no tie fell: nu is 0, its logarithm no number
+        if not rated.counts[:, TIE].any():  # no tie: nu is 0 and has no logarithm
             return cls(np.stack([half, -half], axis=1), basis, position)
         utilities = np.zeros((pairs, 3, half.shape[1] + 1))
         utilities[:, 0, :-1], utilities[:, 1, :-1], utilities[:, 2, -1] = half, -half, 1
@@ -225,7 +284,7 @@ class _Model:
             if (longest < 1e-9).all():
                 break
         # A resample without a finite maximum runs away, or its likelihood is flat.
-        flat = np.linalg.eigvalsh(curvature)[:, 0] < FLAT * counts.sum(axis=(1, 2))
+        flat = np.linalg.eigvalsh(curvature)[:, 0] < FLAT * np.maximum(counts.sum(axis=(1, 2)), 1)
         solved[flat | (longest[:, 0] > 1e-6)] = np.nan
         return solved
 
@@ -254,6 +313,6 @@ class _Model:
         return parameters[:, self.basis.shape[1]]
 
     def nu(self, parameters: np.ndarray) -> np.ndarray:
-        """(n,): the weight of a tie, 0 if none fell."""
+        """(n,): the weight of a tie, 0 if there is none."""
         ties = self.utilities.shape[1] == 3
         return np.exp(parameters[:, -1]) if ties else np.zeros(len(parameters))

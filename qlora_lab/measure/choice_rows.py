@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.adapters.peft_format import load_adapter
+from qlora_lab.adapters.saving import adapter_checksum
 from qlora_lab.data.choice_files import LETTERS, group_by_subject
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.strict_json import LIST, OBJECT, SWITCH, TEXT, or_null, whole
@@ -165,12 +166,4 @@ def _adapter_record(adapter: str | Path | None) -> dict:
     """Record an adapter's name and the checksum of its files, which identifies it."""
     if adapter is None:
         return {"adapter": None, "adapter_name": None}
-    # Names do not identify an adapter: a second training writes into a folder of the same name.
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        path = Path(adapter, name)
-        if not path.is_file():
-            raise FileNotFoundError(f"{adapter} has no {name}: name a folder that holds an adapter in PEFT's format")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return {"adapter": digest.hexdigest(), "adapter_name": Path(adapter).name}
+    return {"adapter": adapter_checksum(adapter), "adapter_name": Path(adapter).name}

@@ -1,6 +1,6 @@
-"""Tell whether a tournament has an answer: who met whom, who won everything, what no game ever contradicts.
+"""Tell whether a tournament has an answer: which systems met, which won everything, what no game ever contradicts.
 
-In: games, counted by ordered pair. Out: nothing, or ValueError in words.
+In: games, counted by ordered pair. Out: nothing, or a NoRatingError in words.
 Strengths of a likelihood have no finite maximum if some direction of strengths, position and ties makes no observed
 verdict less likely (Albert and Anderson, Biometrika 1984, on logistic models). A linear program finds such a direction
 or proves that there is none.
@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qlora_lab.measure.games import FIRST, SECOND, TIE, UNREAD, Games
+from qlora_lab.measure.games import FIRST, SECOND, TIE, UNREAD, Games, quoted
+
+
+class NoRatingError(ValueError):
+    """A tournament has no answer. `reason` alone is for readers of a result, whom advice on arguments does not help."""
+
+    def __init__(self, reason: str, advice: str):
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Decided:
 
     @classmethod
     def of(cls, games: Games) -> "Decided":
-        """Count the games by ordered pair; an unread verdict counts as a tie, so leave it out first if it is none."""
+        """Count the games by ordered pair. An unread verdict counts as a tie: leave it out first if it should not."""
         pairs, pair = np.unique(np.column_stack([games.first, games.second]), axis=0, return_inverse=True)
         counts = np.zeros((len(pairs), 3))
         np.add.at(counts, (pair.ravel(), _as_tie(games)), 1)
@@ -34,12 +42,12 @@ class Decided:
 
     def by_question(self, games: Games) -> np.ndarray:
         """Count verdicts by question, (questions, pairs, 3): of the questions of `games`, and of the pairs here."""
-        place = np.full((len(games.systems),) * 2, -1)  # -1: a game of a system that was set aside
+        pair_of = np.full((len(games.systems),) * 2, -1)  # -1: a game of a system that was set aside
         systems = np.array(self.systems)
-        place[systems[self.first], systems[self.second]] = np.arange(len(self.first))
-        pair = place[games.first, games.second]
+        pair_of[systems[self.first], systems[self.second]] = np.arange(len(self.first))
+        pair = pair_of[games.first, games.second]
         here = pair >= 0
-        asked, question = np.unique(games.question, return_inverse=True)  # a question without a read verdict is none
+        asked, question = np.unique(games.question, return_inverse=True)  # no question without a read verdict
         counts = np.zeros((len(asked), len(self.counts), 3))
         np.add.at(counts, (question.ravel()[here], pair[here], _as_tie(games)[here]), 1)
         return counts
@@ -57,7 +65,7 @@ def _as_tie(games: Games) -> np.ndarray:
 
 
 def check_connected(decided: Decided, names: Sequence[str], apart_from: Sequence[str] = ()) -> None:
-    """Raise ValueError, with the groups, if some systems never met the others, not even through third ones."""
+    """Raise NoRatingError, with the groups, if some systems never met the others, not even through third ones."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -66,17 +74,17 @@ def check_connected(decided: Decided, names: Sequence[str], apart_from: Sequence
     groups, group = connected_components(met, directed=False)
     if groups > 1 or count < 2:
         members = [[names[decided.systems[i]] for i in np.flatnonzero(group == number)] for number in range(groups)]
-        said = " | ".join(", ".join(one) for one in members) or "no system"
-        besides = f", apart from games of {', '.join(apart_from)}, who won or lost all of theirs" if apart_from else ""
+        said = " | ".join(quoted(one) for one in members) or "no system"
+        besides = f", apart from games of {quoted(apart_from)}, which won or lost all of theirs" if apart_from else ""
         words = "these groups never met in a game with a verdict" if groups > 1 else "a tournament needs two systems"
-        raise ValueError(f"{words}: {said}{besides}; let them answer the same questions, or rate each group alone")
+        advice = "let them answer the same questions, or rate each group alone"
+        raise NoRatingError(f"{words}: {said}{besides}", advice)
 
 
-def without_exception(decided: Decided, names: Sequence[str]) -> tuple[Decided, dict[str, str]]:
+def set_aside(decided: Decided, names: Sequence[str]) -> tuple[Decided, dict[str, str]]:
     """Set aside, one after another, the systems that won (or lost) all their games. Returns the rest, and who did.
 
-    Their strength is infinite, and then their games say nothing about the others.
-    Raises ValueError if fewer than two are left, or if the rest no longer hangs together.
+    Their strength is infinite, and then their games say nothing about the others. At least one system is left.
     """
     always = {}
     while len(decided.systems) > 1:
@@ -84,7 +92,7 @@ def without_exception(decided: Decided, names: Sequence[str]) -> tuple[Decided, 
         for side, verdict in ((decided.first, FIRST), (decided.second, SECOND)):
             np.add.at(wins, side, decided.counts[:, verdict])
             np.add.at(games, side, decided.counts.sum(axis=1))
-        losses, played = games - wins - _ties(decided), games > 0  # who only met those set aside has no games left
+        losses, played = games - wins - _ties(decided), games > 0  # one that met only those set aside has no games left
         found = [(i, "won") for i in np.flatnonzero(played & (wins == games))]
         found += [(i, "lost") for i in np.flatnonzero(played & (losses == games))]
         if not found:
@@ -92,9 +100,17 @@ def without_exception(decided: Decided, names: Sequence[str]) -> tuple[Decided, 
         system, what = found[0]
         always[names[decided.systems[system]]] = what
         decided = decided.without(int(system))
+    return decided, always
+
+
+def without_exception(decided: Decided, names: Sequence[str]) -> tuple[Decided, dict[str, str]]:
+    """Set systems aside as set_aside does. Raises NoRatingError if under two are left, or groups that never met."""
+    decided, always = set_aside(decided, names)
     if len(decided.systems) < 2:
-        said = ", ".join(f"{name} {what} all" for name, what in always.items())
-        raise ValueError(f"no finite ratings exist: one after another, {said} remaining games; play more, or use elo")
+        said = ", ".join(f"{name!r} {what} all" for name, what in always.items())
+        raise NoRatingError(
+            f"no finite ratings exist: one after another, {said} remaining games", "play more, or use elo"
+        )
     if always:
         check_connected(decided, names, tuple(always))
     return decided, always
@@ -108,21 +124,21 @@ def _ties(decided: Decided) -> np.ndarray:
 
 
 def check_maximum(decided: Decided, utilities: np.ndarray, names: Sequence[str], position: bool) -> None:
-    """Raise ValueError if the likelihood has no single finite maximum, and say what grows without end.
+    """Raise NoRatingError if the likelihood has no single finite maximum, and say what grows without end.
 
     utilities: (pairs, outcomes, parameters), as in bradley_terry._Model; strengths of all systems but the last come
-    first, then the position if `position`, then the logarithm of nu if any tie fell.
+    first, then the position if `position`, then the logarithm of nu if there is any tie.
     """
     from scipy.optimize import linprog
 
     if not decided.counts[:, [FIRST, SECOND]].any():
-        raise ValueError("no finite ratings exist: every verdict is a tie; play more games, or use elo")
-    for place, loser in (("first", SECOND), ("second", FIRST)):
+        raise NoRatingError("no finite ratings exist: every verdict is a tie", "play more games, or use elo")
+    for side, loser in (("first", SECOND), ("second", FIRST)):
         if position and not decided.counts[:, loser].any():  # a broken judge, or too few games
-            words = f"the {place} answer won all decided games, so the place alone explains them"
-            raise ValueError(f"no finite ratings exist: {words}; play more games, or pass position=False")
+            words = f"the {side} answer won all decided games, so position alone explains them"
+            raise NoRatingError(f"no finite ratings exist: {words}", "play more games, or pass position=False")
     outcomes = utilities.shape[1]
-    # (seen, other): how much more the seen verdict gains than each that did not fall. None may be negative.
+    # (seen, other): how much more the seen verdict gains than each other one. None may be negative.
     gains = np.concatenate(
         [
             utilities[decided.counts[:, seen] > 0, seen] - utilities[decided.counts[:, seen] > 0, other]
@@ -133,7 +149,7 @@ def check_maximum(decided: Decided, utilities: np.ndarray, names: Sequence[str],
     )
     if np.linalg.matrix_rank(gains) < gains.shape[1]:
         words = "strength and position cannot be told apart: no pair was read in both orders, or no chain of systems"
-        raise ValueError(f"{words} links them; play both orders, or pass position=False")
+        raise NoRatingError(f"{words} links them", "play both orders, or pass position=False")
     found = linprog(-gains.sum(axis=0), A_ub=-gains, b_ub=np.zeros(len(gains)), bounds=(-1, 1))
     if found.status == 0 and -found.fun < 1e-7:
         return
@@ -143,7 +159,8 @@ def check_maximum(decided: Decided, utilities: np.ndarray, names: Sequence[str],
         words.append(f"the {'first' if found.x[len(names) - 1] > 0 else 'second'} answer read")
     if np.ptp(strengths) > 1e-6:
         above = strengths > strengths.max() - 1e-6
-        groups = [", ".join(names[i] for i in np.flatnonzero(above == side)) for side in (True, False)]
+        groups = [quoted(names[i] for i in np.flatnonzero(above == side)) for side in (True, False)]
         words.append(f"{groups[0]} over {groups[1]}")
     said = " and ".join(words) or "a larger share of ties"
-    raise ValueError(f"no finite ratings exist: no verdict ever speaks against {said}; play more games, or use elo")
+    reason = f"no finite ratings exist: no verdict ever speaks against {said}"
+    raise NoRatingError(reason, "play more games, or use elo")

@@ -4,8 +4,8 @@
     games.systems, games.first, games.verdicts   -> ("nf4", "bf16"), array([0, 1]), array([1, 0])
 
 Arrays of small integers, one entry a game, since thousands of replays read them; names and questions stand beside.
-A verdict that could not be read is one of its own. It is never a tie in silence: whoever rates the games says what
-becomes of it.
+A verdict that could not be read is one of its own. It is never silently a tie: the rules of a rating say how it
+counts.
 Not here: files of games (judgments.py), games drawn at random (simulated_games.py).
 """
 
@@ -16,6 +16,11 @@ import numpy as np
 
 VERDICTS = ("first", "second", "tie", "unread")  # the answer that won; the index is its number in Games.verdicts
 FIRST, SECOND, TIE, UNREAD = range(4)
+
+
+def quoted(names: Iterable[str]) -> str:
+    """List names in quotes: one may hold a comma, and one that is not quantised is called 'none'."""
+    return ", ".join(map(repr, names))
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Games:
 
     @classmethod
     def of_counts(cls, rows: Iterable[tuple[str, str, Sequence[int]]]) -> "Games":
-        """Make games from rows of first system, second system, and how often each of VERDICTS fell.
+        """Make games from rows of first system, second system, and the number of each of VERDICTS.
 
         The games then have no questions, so nothing can pair the two orders of one question, or resample questions.
         Raises ValueError for a bad row.

@@ -9,7 +9,7 @@ callable (question, answer_a, answer_b) -> verdict; its `name` goes into the fil
 
 The authors of QLoRA asked GPT-4 (section 5.2), which no notebook can replay. These two need no one else's server, and
 each has a bias that is easy to name: ROUGE-L counts words and not truth, and a model likes what it would say itself.
-Not here: who asks a judge, and what becomes of one that fails (play.py).
+Not here: asking a judge, and recording one that fails (play.py).
 """
 
 import hashlib
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from qlora_lab.data.examples import Example
 from qlora_lab.measure.rouge import rouge_l
-from qlora_lab.quant.numbers import check_number
 
 if TYPE_CHECKING:
     import torch
@@ -74,25 +73,16 @@ def always_first(question: Question, answer_a: str, answer_b: str) -> str:
 always_first.name = "always-first"
 
 
-@dataclass(frozen=True)
 class ReferenceJudge:
-    """Prefer the answer with the higher ROUGE-L to the reference. margin: a difference up to it is a tie."""
+    """Prefer the answer with the higher ROUGE-L to the reference. Equal scores tie."""
 
-    margin: float = 0.0  # 0: only equal scores tie, as the answers of two data types often are
-
-    def __post_init__(self) -> None:
-        # F-measures differ by at most 1, so with a margin of 1 every game would be a tie
-        check_number("margin", self.margin, lambda margin: 0 <= margin < 1, "a number from 0 to below 1")
-
-    @property
-    def name(self) -> str:
-        return f"rouge, margin {self.margin:g}"
+    name = "rouge"  # in the file of games; a judge with a tolerance would need another
 
     def __call__(self, question: Question, answer_a: str, answer_b: str) -> str:
         """Judge. Raises ValueError for a question without a reference."""
         if not question.reference:
             raise ValueError(f"question {question.id} has no reference: add one, or take another judge")
-        return _higher(*rouge_l([answer_a, answer_b], [question.reference] * 2), self.margin)
+        return _higher(*rouge_l([answer_a, answer_b], [question.reference] * 2))
 
 
 class LogProbabilityJudge:
@@ -114,7 +104,7 @@ class LogProbabilityJudge:
 
     def __call__(self, question: Question, answer_a: str, answer_b: str) -> str:
         """Judge. Raises ValueError for an answer that cannot be encoded, or whose score is not finite."""
-        return _higher(self.score(question, answer_a), self.score(question, answer_b), 0.0)
+        return _higher(self.score(question, answer_a), self.score(question, answer_b))
 
     def score(self, question: Question, answer: str) -> float:
         """Return the log-probability in nats: of the answer, or per token of it. Raises as a call does."""
@@ -152,8 +142,6 @@ def _weights(model: "torch.nn.Module") -> str:
     return digest.hexdigest()[:12]
 
 
-def _higher(score_a: float, score_b: float, margin: float) -> str:
+def _higher(score_a: float, score_b: float) -> str:
     """Return the verdict of two scores."""
-    if abs(score_a - score_b) <= margin:
-        return "tie"
-    return "first" if score_a > score_b else "second"
+    return "tie" if score_a == score_b else "first" if score_a > score_b else "second"

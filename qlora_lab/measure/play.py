@@ -3,8 +3,8 @@
     rows = play(questions, answers, judge, "games.jsonl")     answers: system -> question's id -> text
     games_of(rows)                                            -> Games, for the ratings
 
-Both orders, because judges have a place that they like: in the counted judgments of QLoRA's authors GPT-4 preferred the
-answer that it read first in 56 % of the games (2,512 of 4,480), the second in 30 %.
+Both orders, because judges favour a position: in the counted judgments of QLoRA's authors GPT-4 preferred the
+answer that it read first in 56 % of the games (2,512 of 4,480), and the second in 30 %.
 n systems and q questions are q * n * (n - 1) games. Each is a row of the file as soon as it is decided, so the same
 call continues a stopped tournament and asks no judge twice. A judge that raises, or returns anything but a verdict,
 loses no game: its row says "unread", and why.
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.strict_json import OBJECT, TEXT, Rule, or_null
-from qlora_lab.measure.games import VERDICTS, Games
+from qlora_lab.measure.games import VERDICTS, Games, quoted
 from qlora_lab.measure.judges import Judge, Question, judge_name
 from qlora_lab.measure.results_file import Kind, append_result, open_results, read_results, with_checksum
 
@@ -118,8 +118,8 @@ def _check(questions: list[Question], answers: Answers) -> None:
     if repeated:
         raise ValueError(f"question {repeated[0]!r} is there twice: leave one out, or give it another id")
     if len(answers) < 2:
-        names = ", ".join(map(repr, answers)) or "none"
-        raise ValueError(f"the systems are {names}: a tournament needs at least two")
+        words = f"only one system: {quoted(answers)}" if answers else "no system"
+        raise ValueError(f"{words}; a tournament needs two or more")
     for system, texts in answers.items():
         for question in questions:
             if not isinstance(texts.get(question.id), str):
@@ -130,7 +130,7 @@ def _check_same(rows: Iterable[Mapping], tournament: dict, out: Path) -> None:
     """Compare every row's tournament with this one. None in place of a judge or a checksum: it is not known yet."""
     for row in rows:
         if differences := _differences(row["tournament"], tournament):
-            raise ValueError(f"{out} holds another tournament: {'; '.join(differences)}: name another place for this")
+            raise ValueError(f"{out} holds another tournament: {'; '.join(differences)}: name another file for this")
 
 
 def _differences(theirs: Mapping, ours: Mapping) -> list[str]:
@@ -143,12 +143,12 @@ def _differences(theirs: Mapping, ours: Mapping) -> list[str]:
     before = theirs.get("systems")
     before = before if isinstance(before, dict) else {}  # whoever edits the file may break it
     if more := [name for name in before if name not in ours["systems"]]:
-        found.append(f"it has the systems {', '.join(more)} too")
+        found.append(f"it has the systems {quoted(more)} too")
     if lacking := [name for name in ours["systems"] if name not in before]:
-        found.append(f"it lacks the systems {', '.join(lacking)}")
+        found.append(f"it lacks the systems {quoted(lacking)}")
     changed = [name for name, sum_ in ours["systems"].items() if sum_ and name in before and before[name] != sum_]
     if changed:
-        found.append(f"the answers of {', '.join(changed)} have changed")
+        found.append(f"the answers of {quoted(changed)} have changed")
     return found
 
 

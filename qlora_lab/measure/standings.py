@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_lab.measure.bradley_terry import BradleyTerry, Estimate, bradley_terry
-from qlora_lab.measure.connected import Decided, check_connected
+from qlora_lab.measure.connected import Decided, NoRatingError, check_connected
 from qlora_lab.measure.diagnosis import Diagnosis, diagnose_judge
 from qlora_lab.measure.games import UNREAD, Games
 from qlora_lab.measure.tournament import elo
@@ -39,6 +39,7 @@ class Standings:
     judge: Diagnosis
     position: Estimate | None  # points that an answer gains by being read first
     over: str | None  # what the intervals are over: "questions", or "games" where there are counts alone
+    without_answer: float | None  # share of resamples that rate nobody; they are left out, so intervals are too narrow
     no_rating: str | None  # why Bradley-Terry has no answer
 
 
@@ -46,11 +47,11 @@ def standings(games: Games, orders: int = 10_000, resamples: int = 1000, *, prog
     """Rate the systems. Raises ValueError if no verdict was read, and for systems that never met, with their groups.
 
     Unread verdicts are left out of the ratings and counted. Where Bradley-Terry has no finite answer, as for a judge
-    who always names the first answer, `no_rating` says why, and Elo stands alone.
+    that always names the first answer, `no_rating` says why, and Elo stands alone.
     """
     points = elo(games, orders=orders, progress=progress)  # first: it raises where nothing was read
     check_connected(Decided.of(games.where(games.verdicts != UNREAD)), games.systems)
-    fitted, reason = _fitted(games, resamples)
+    fitted, reason = _fitted(games, resamples, progress)
     spread = points.deviations
     rows = []
     for system, rating in points.ratings.items():
@@ -59,13 +60,15 @@ def standings(games: Games, orders: int = 10_000, resamples: int = 1000, *, prog
         unread = int((played & (games.verdicts == UNREAD)).sum())
         found = (fitted.ratings[system], fitted.ranks[system]) if fitted else (None, None)
         rows.append(Standing(system, rating, spread[system], *found, int(np.count_nonzero(played)), unread))
-    position, over = (fitted.position, fitted.over) if fitted else (None, None)
-    return Standings(tuple(rows), diagnose_judge(games), position, over, reason)
+    if fitted is None:
+        return Standings(tuple(rows), diagnose_judge(games), None, None, None, reason)
+    lost = fitted.without_answer / resamples
+    return Standings(tuple(rows), diagnose_judge(games), fitted.position, fitted.over, lost, None)
 
 
-def _fitted(games: Games, resamples: int) -> tuple[BradleyTerry | None, str | None]:
+def _fitted(games: Games, resamples: int, progress: bool) -> tuple[BradleyTerry | None, str | None]:
     """Return the fit and None, or None and why there is no finite one."""
     try:
-        return bradley_terry(games, resamples=resamples), None
-    except ValueError as error:  # of a tournament whose systems all met: nothing the user gave is wrong
-        return None, str(error)
+        return bradley_terry(games, resamples=resamples, progress=progress), None
+    except NoRatingError as error:  # of a tournament whose systems all met: nothing the user gave is wrong
+        return None, error.reason

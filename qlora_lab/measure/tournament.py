@@ -1,18 +1,18 @@
 """Rate the systems of a tournament by Elo, in thousands of random orders of its games.
 
     result = elo(games)                        -> Elo: 10,000 orders, start 1000, K = 32, as the QLoRA paper plays them
-    result.ratings                             -> {"gpt-4": 1374.7, ...}, the mean over orders, best first
-    result.deviations["gpt-4"]                 -> 40.3, the standard deviation of one order's rating
+    result.ratings                             -> {"gpt-4": 1375.6, ...}, the mean over orders, best first
+    result.deviations["gpt-4"]                 -> 39.8, the standard deviation of one order's rating
 
 After each game, the winner takes k (1 - p) points from the loser, where p = 1 / (1 + 10^((r_loser - r_winner) / 400))
 is the chance of winning that the ratings gave it (A. Elo, 1978). A tie is half a win. Later games weigh more than
 earlier ones, so a rating depends on an order that means nothing here: a judge did not learn from game to game.
-Source: QLoRA, section 5 (arXiv 2305.14314), which prints the mean over 10,000 orders. It does not say what becomes of
-verdicts that cannot be read, or of the two orders of the same answers. Rules says it here.
+Source: QLoRA, section 5 (arXiv 2305.14314), which prints the mean over 10,000 orders. It does not say how
+verdicts that cannot be read count, or the two orders of the same answers. Here Rules says so.
 Not here: ratings that need no order, with intervals (bradley_terry.py).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,9 +30,10 @@ class Rules:
 
     start: float = 1000.0  # points of every system before its first game; the paper's
     k: float = 32.0  # the most points that one game can move; the paper's
-    unread: str = "left out"  # what becomes of a verdict that nobody could read; or "tie"
+    unread: str = "left out"  # a verdict that could not be read; or "tie": it counts as one
     # "apart": two answers read in both orders are two games. "mean": one game with the mean of both scores.
-    # "tie if they differ": one game, decided only if both orders say the same. The last two need questions.
+    # "tie if they differ": one game, a tie unless every verdict on the two answers says the same; a pair of which one
+    # order alone has a verdict counts as that order says. The last two need questions.
     both_orders: str = "apart"
 
     def __post_init__(self) -> None:
@@ -63,7 +64,7 @@ class Elo:
     systems: tuple[str, ...]
     by_order: np.ndarray  # (orders, systems) float64, points: the ratings after the last game of each order
     games: int  # rated in each order
-    unread: int  # verdicts of the tournament that could not be read; rules.unread says what became of them
+    unread: int  # verdicts of the tournament that could not be read; rules.unread says how they count
     rules: Rules
 
     @property
@@ -188,41 +189,6 @@ def rank_ranges(samples: np.ndarray, share: float = 0.95) -> list[tuple[int, int
     above = samples[:, None, :] > samples[:, :, None]
     ranks = 1 + above.sum(axis=2)  # (samples, systems)
     tail = (1 - share) / 2
-    # a rank between two whole ones is none: the range takes the outer one
+    # no rank lies between two whole numbers: the range takes the outer one
     low, high = np.quantile(ranks, tail, axis=0, method="lower"), np.quantile(ranks, 1 - tail, axis=0, method="higher")
     return [(int(best), int(worst)) for best, worst in zip(low, high, strict=True)]
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """Ratings under one set of rules, beside published ones. Points."""
-
-    rules: Rules
-    ratings: dict[str, float]
-    farthest: float  # the largest absolute difference from the published ratings
-    typical: float  # the root of the mean squared difference
-
-
-def replays(
-    games: Games,
-    published: Mapping[str, float],
-    rules: Iterable[Rules],
-    orders: int = 400,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> Iterator[Replayed]:
-    """Rate the games under each set of rules; yield how near each comes to the published ratings.
-
-    published: name -> points, of every system. Raises ValueError for a system that has none, and as elo does.
-    """
-    from tqdm.auto import tqdm
-
-    missing = [name for name in games.systems if name not in published]
-    if missing:
-        raise ValueError(f"no published rating of {', '.join(missing)}: there are {', '.join(published)}")
-    for one in tqdm(list(rules), "rules", leave=False, delay=2, disable=not progress):
-        ratings = elo(games, one, orders, seed=seed, progress=False).ratings
-        differences = np.array([ratings[name] - published[name] for name in games.systems])
-        farthest, typical = np.abs(differences).max(), np.sqrt((differences**2).mean())
-        yield Replayed(one, ratings, float(farthest), float(typical))

@@ -1,4 +1,4 @@
-"""`qlora-lab tournament`: answers, games, a table and a page; games that exist; a mistake is one line and code 2."""
+"""`qlora-lab tournament`: answers, games, a table and a page; existing games; a mistake is one line and code 2."""
 
 import json
 import os
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:the adapter in .* was trained beside:UserWarning"),
 ]
-EXAMPLES = [Example((("user", f"double {i} $x$ <b>"), ("assistant", f"Return {2 * i}."))) for i in range(6)]
+EXAMPLES = [Example((("user", f"double {i} $x$ <b>"), ("assistant", f"Return {2 * i}."))) for i in range(8)]
 SMALL = ["--codebooks", "none", "int2", "--questions", "4", "--max-new-tokens", "4", "--quiet"]
 
 
@@ -73,13 +73,13 @@ def test_data_types_and_an_adapter_play_every_game(capsys, tmp_path, model, out)
     head, *lines = text.splitlines()
     assert " ".join(head.split()) == "system Elo Bradley-Terry (95 %) rank games unread"
     points = [int(re.search(r"  +(\d+) ± \d+", line)[1]) for line in lines[:4]]
-    assert points == sorted(points, reverse=True) and "Judge: rouge, margin 0." in text
+    assert points == sorted(points, reverse=True) and "Judge: rouge." in text
 
 
 def test_a_broken_judge_is_unmasked(capsys, model, out):
-    options = ["--codebooks", "none", "int2", "int3", "--questions", 6, "--judge", "always-first", "--out", out]
+    options = ["--codebooks", "none", "int2", "int3", "--questions", 8, "--judge", "always-first", "--out", out]
     code, text, _ = run(capsys, model, *SMALL, *options)
-    assert code == 0 and "The first answer won 100% of 36 decided games, and 18 of 18 pairs changed" in text
+    assert code == 0 and "The first answer won 100% of 48 decided games, and 24 of 24 pairs changed" in text
     assert "this judge reads positions, not answers." in text and "Bradley-Terry gives no rating: " in text
     found = json.loads(run(capsys, "--games", out, "--json")[1])
     assert found["judge"]["is_broken"] and "the first answer won all decided games" in found["no_rating"]
@@ -121,8 +121,8 @@ def test_a_judge_that_fails_is_counted_and_named(capsys, model, out, monkeypatch
 
     monkeypatch.setattr(ReferenceJudge, "__call__", judge)
     code, text, _ = run(capsys, model, *SMALL, "--out", out)
-    assert code == 0 and "could not be read and count for nothing: 2; the first: question " in text
-    assert "int2 against none (the judge raised ConnectionError('the line is dead'))" in text
+    assert code == 0 and "2 verdicts could not be read and were left out; the first: question " in text
+    assert "'int2' against 'none' (the judge raised ConnectionError('the line is dead'))" in text
     found = json.loads(run(capsys, model, *SMALL, "--out", out, "--json")[1])
     assert len(found["unread"]) == 2 and all(row["unread"] == 2 for row in found["systems"])
     assert found["unread"][0].keys() == {"question", "first", "second", "reason"}
@@ -200,7 +200,7 @@ def test_games_of_ones_own_are_rated(capsys, tmp_path):
     path = write_games(tmp_path / "mine.jsonl", both_orders("abc"))
     code, text, err = run(capsys, "--games", path)
     assert code == 0 and err == "" and [line.split()[0] for line in text.splitlines()[1:4]] == ["a", "b", "c"]
-    assert "no liking for a place was seen" in text and "results.html" not in text
+    assert "no favoured position was seen" in text and "results.html" not in text
 
 
 @pytest.mark.slow
@@ -222,7 +222,8 @@ def test_counts_say_what_their_intervals_are_over(capsys, tmp_path):
     path = tmp_path / "counts.csv"
     path.write_text("first,second,first_wins,second_wins,ties,unparsed\na,b,30,20,5,1\nb,a,35,15,4,0\n")
     code, text, _ = run(capsys, "--games", path)
-    assert code == 0 and "Intervals are over games" in text and "count for nothing: 1." in text
+    assert code == 0 and "ranks come from resampled games" in text
+    assert "\n1 verdict could not be read and was left out.\n" in text
     assert "with as many games in either order" not in text  # 56 in one, 54 in the other
 
 
@@ -233,6 +234,24 @@ def test_who_wins_all_has_no_finite_rating(capsys, tmp_path):
     assert "won all" in run(capsys, "--games", path)[1]
     first = json.loads(run(capsys, "--games", path, "--json")[1])["systems"][0]
     assert first["system"] == "w" and first["rating"] == {"value": None, "low": None, "high": None}
+    assert first["says"] == "won all"
+
+
+def test_an_open_end_is_a_word_and_null(capsys, tmp_path):
+    rows = both_orders("ab", 20)
+    better = {"a": "first", "b": "second"}  # "a" wins all but question 0, so a third of the resamples are all its own
+    rows = [(q, x, y, {"0": better[y]}.get(q, better[x])) for q, x, y, _ in rows]
+    path = write_games(tmp_path / "mine.jsonl", rows)
+    text = run(capsys, "--games", path)[1]
+    assert re.search(r"^a .* \d+ \(\d+ and more\) ", text, re.M) and re.search(r"^b .* \(\d+ and less\) ", text, re.M)
+    first, second = json.loads(run(capsys, "--games", path, "--json")[1])["systems"]
+    assert first["rating"]["high"] is None and second["rating"]["low"] is None and "and more" in first["says"]
+
+
+def test_resamples_that_rate_nobody_are_told(capsys, tmp_path):
+    rows = [(str(q), *pair, "first" if q else "second") for q in range(8) for pair in ("ab", "ba")]
+    text = run(capsys, "--games", write_games(tmp_path / "mine.jsonl", rows))[1]
+    assert re.search(r"^3\d% of the resampled tournaments rate nobody and were left out, so intervals", text, re.M)
 
 
 # ----------------------------------------------------------------------------------------------------------- mistakes
@@ -242,14 +261,14 @@ def test_who_wins_all_has_no_finite_rating(capsys, tmp_path):
     "options, said",
     [
         (["--codebooks", "none", "nf5"], "nf5"),
-        (["--codebooks", "none"], "the systems are none: a tournament needs at least two"),
+        (["--codebooks", "none"], "only one system: 'none'; a tournament needs two or more"),
         (["--codebooks", "nf4", "nf4"], "system 'nf4' is there twice"),
         (["--adapters", "nowhere"], "nowhere is not a folder"),
         (["--adapters", "MODEL"], "has no adapter_config.json"),
         (["--adapters", ""], ". has no adapter_config.json"),
         (["--block-size", "8"], "block_size=8 is not allowed"),
         (["--questions", "0"], "questions=0 is not allowed: it is a whole number of at least 1"),
-        (["--questions", "7"], "--questions is 7, but there are 6 held-out docstrings: take fewer"),
+        (["--questions", "9"], "--questions is 9, but there are 8 held-out docstrings: take fewer"),
         (["--max-new-tokens", "0"], "max-new-tokens=0 is not allowed"),
         (["--judge-model", "MODEL"], "--judge-model is given, but --judge rouge asks no model"),
         (["--judge", "logprob", "--judge-model", "nowhere"], "'nowhere'"),
@@ -280,9 +299,16 @@ def test_a_mistake_is_one_line_and_code_2(capsys, tmp_path, model, out, monkeypa
         (["--games", "BAD"], "bad.jsonl, line 2"),
         (["--games", "BAD.csv"], "bad.csv, line 1 lacks"),
         (["--games", "NONE"], "none.jsonl"),
-        (["--games", "APART"], "never met in a game with a verdict: a, b | c, d"),
+        (["--games", "APART"], "never met in a game with a verdict: 'a', 'b' | 'c', 'd'"),
         (["--games", "UNREAD"], "no game can be rated: of 2 verdicts, 2 could not be read"),
-        (["--games", "GOOD", "--out", "there"], "--out is given with --games"),
+        (["--games", "GOOD", "--out", "there"], "--out is given with --games, which only rates: leave it out"),
+        (["--games", "GOOD", "--judge", "logprob", "--no-double-quant"], "--no-double-quant, --judge are given with"),
+        (["--games", "GOOD", "--codebooks", "nf4"], "--codebooks is given with --games"),
+        (["--games", "GOOD", "--block-size", "32"], "--block-size is given with --games"),
+        (["--games", "GOOD", "--adapters", "x"], "--adapters is given with --games"),
+        (["--games", "GOOD", "--questions", "3"], "--questions is given with --games"),
+        (["--games", "GOOD", "--max-new-tokens", "3"], "--max-new-tokens is given with --games"),
+        (["--games", "GOOD", "--judge-model", "x"], "--judge-model is given with --games"),
     ],
 )
 def test_games_that_cannot_be_rated_are_one_line(capsys, tmp_path, monkeypatch, argv, said):
@@ -309,9 +335,11 @@ def test_a_judge_that_is_not_known(capsys, word):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--judge", "always-first"], "its judge is 'rouge, margin 0', not 'always-first'"),
+        (["--judge", "always-first"], "its judge is 'rouge', not 'always-first'"),
         pytest.param(["--questions", "3"], "its questions are 4, with checksum", marks=pytest.mark.slow),
-        pytest.param(["--codebooks", "none", "int3"], "it has the systems int2 too; it lacks", marks=pytest.mark.slow),
+        pytest.param(
+            ["--codebooks", "none", "int3"], "it has the systems 'int2' too; it lacks", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_another_tournament_is_refused_before_a_model_is_loaded(capsys, model, out, monkeypatch, options, said):
@@ -327,7 +355,7 @@ def test_another_tournament_is_refused_before_a_model_is_loaded(capsys, model, o
 def test_answers_that_changed_are_refused(capsys, model, out, monkeypatch):
     run(capsys, model, *SMALL, "--out", out)
     code, _, err = run(capsys, model, *SMALL, "--out", out, "--block-size", 32, "--max-new-tokens", 2)
-    assert code == 2 and "the answers of none, int2 have changed" in err
+    assert code == 2 and "the answers of 'none', 'int2' have changed" in err
 
 
 @pytest.mark.parametrize("name", ["results.html", "games.jsonl", "answers.jsonl", "notes.txt"])

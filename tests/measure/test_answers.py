@@ -141,6 +141,16 @@ def test_what_decides_an_answer_asks_anew(folder, adapter, out, tmp_path, loads,
     assert loads["codebooks"] == ([None, "nf4"] if both else ["nf4"])
 
 
+def test_an_edited_quantiser_answers_anew_and_a_commit_does_not(folder, out, loads, monkeypatch):
+    answer_all(folder, systems([None, "nf4"]), QUESTIONS, out, **SHORT)
+    monkeypatch.setattr("qlora_lab.measure.sweep.commit", lambda: "another")
+    answer_all(folder, systems([None, "nf4"]), QUESTIONS, out, **SHORT)
+    assert loads["codebooks"] == [None, "nf4"]
+    monkeypatch.setattr("qlora_lab.measure.sweep._quantiser", lambda variant, device: "edited")
+    answer_all(folder, systems([None, "nf4"]), QUESTIONS, out, **SHORT)
+    assert loads["codebooks"] == [None, "nf4", "nf4"]  # the unquantised model has no quantiser
+
+
 @pytest.mark.slow
 def test_a_row_says_whose_answer_it_is(folder, out):
     answer_all(folder, systems([None, "nf4"], block_size=32, double_quant=False), QUESTIONS, out, **SHORT)
@@ -148,6 +158,8 @@ def test_a_row_says_whose_answer_it_is(folder, out):
     whole, nf4 = (row["system"] for row in rows[::3])
     assert rows[0]["model"] == {"name": str(folder), "source": "a local folder"}
     assert whole["codebook"] is None and whole["block_size"] is None and whole["double_quant"] is None
+    assert nf4["config"] == {"max_new_tokens": 3, "dtype": "float32", "device": "cpu"} and whole["quantiser"] is None
+    assert re.fullmatch("[0-9a-f]{16}", nf4["quantiser"]) and {"commit", "machine"} <= rows[0].keys()
     assert (nf4["name"], nf4["block_size"], nf4["double_quant"], nf4["adapter"]) == ("nf4", 32, False, None)
     assert re.fullmatch("[0-9a-f]{64}", nf4["weights_sha256"]) and "torch" in nf4["versions"]
     assert ANSWERS.start in STARTS and out.read_bytes().startswith(ANSWERS.start)
@@ -156,8 +168,8 @@ def test_a_row_says_whose_answer_it_is(folder, out):
 @pytest.mark.parametrize(
     "players, said",
     [
-        ([], "the systems are none: a tournament needs at least two"),
-        ([System("a")], "the systems are a: a tournament needs at least two"),
+        ([], "no system; a tournament needs two or more"),
+        ([System("a")], "only one system: 'a'; a tournament needs two or more"),
         ([System("a"), System("a", None)], "system 'a' is there twice"),
         ([System("a"), System("b", "nf5")], "nf5"),
         ([System("a"), System("b", "nf4", 8)], "block_size=8 is not allowed"),

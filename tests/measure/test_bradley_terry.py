@@ -99,12 +99,53 @@ def test_who_won_or_lost_everything_is_named_and_the_others_are_rated():
     assert found.ratings["a"].value == pytest.approx(alone.ratings["a"].value)
 
 
-def test_resamples_without_a_maximum_are_counted():
-    # b beat a once in eight questions, so every third resample has only wins of a
+def test_a_system_that_wins_all_in_some_resamples_has_an_open_end():
+    # b beat a once in eight questions, so every third resample, (7/8)^8, has only wins of a
     rows = [(f"q{i}", "a", "b", "second" if i == 0 else "first") for i in range(8)]
     found = bradley_terry(Games.of(rows), position=False, resamples=400)
-    expected = 400 * (7 / 8) ** 8  # 137
-    assert found.without_answer == pytest.approx(expected, abs=40)  # four standard deviations of a binomial, 9.5
+    assert (found.resamples, found.without_answer) == (400, 0)
+    a, b = found.ratings["a"], found.ratings["b"]
+    assert 1000 < a.value < inf and a.low < a.value and a.high == inf
+    assert (b.low, b.high) == (-inf, pytest.approx(2000 - a.low))
+
+
+def nearly_always(winner: str) -> Games:
+    """Both orders of three systems on 20 questions: "top" wins (or loses) all but two games, of one question."""
+    rows = []
+    for q in range(20):
+        for x, y in ("top", "b"), ("top", "c"), ("b", "c"):
+            better = {"won": x, "lost": y}[winner] if x == "top" else (x, y)[q % 2]
+            if q == 0 and y == "b":
+                better = y if better == x else x
+            rows += [(str(q), x, y, "first" if better == x else "second")]
+            rows += [(str(q), y, x, "first" if better == y else "second")]
+    return Games.of(rows)
+
+
+@pytest.mark.parametrize("winner", ["won", "lost"])
+def test_others_stay_finite_beside_an_open_end(winner):
+    found = bradley_terry(nearly_always(winner), resamples=400)
+    top = found.ratings["top"]
+    assert found.without_answer == 0 and (top.high if winner == "won" else -top.low) == inf
+    assert np.isfinite([top.value, top.low if winner == "won" else top.high]).all()
+    # the mean stays where it is, so no resample tears the others away
+    others = [found.ratings[name] for name in "bc"]
+    assert all(abs(end - one.value) < 200 for one in others for end in (one.low, one.high))
+    assert np.isfinite([found.position.low, found.position.high]).all()
+
+
+def test_resamples_without_a_tie_count():
+    rows = [(f"q{i}", *pair, ("first", "second")[i % 2]) for i in range(30) for pair in ("ab", "ba")]
+    found = bradley_terry(Games.of([*rows, ("q30", "a", "b", "tie")]), resamples=300)  # (30/31)^31: 36 % have none
+    assert found.without_answer == 0 and found.ties.low == 0 and 0 < found.ties.value < found.ties.high < 0.2
+
+
+def test_resamples_that_rate_nobody_are_counted():
+    # only on question 0 the second answer won, so every third resample knows nothing but the position
+    rows = [(f"q{i}", *pair, "first" if i else "second") for i in range(8) for pair in ("ab", "ba")]
+    found = bradley_terry(Games.of(rows), resamples=400)
+    # four standard deviations of a binomial, 9.5
+    assert found.without_answer == pytest.approx(400 * (7 / 8) ** 8, abs=40)
     assert found.resamples + found.without_answer == 400
 
 
@@ -125,14 +166,14 @@ def test_unread_verdicts_are_left_out_or_ties():
     [
         (
             [("a", "b", (1, 1, 0, 0)), ("c", "d", (1, 1, 0, 0))],
-            r"these groups never met in a game with a verdict: a, b \| c, d; let them answer",
+            r"these groups never met in a game with a verdict: 'a', 'b' \| 'c', 'd'; let them answer",
         ),
-        ([("a", "b", (1, 0, 0, 0)), ("b", "c", (3, 0, 0, 0))], "no finite ratings exist: .*a won all, b won all"),
-        ([("a", "b", (0, 0, 0, 4))], r"never met in a game with a verdict: a \| b; let"),
+        ([("a", "b", (1, 0, 0, 0)), ("b", "c", (3, 0, 0, 0))], "no finite ratings exist: .*'a' won all, 'b' won all"),
+        ([("a", "b", (0, 0, 0, 4))], r"never met in a game with a verdict: 'a' \| 'b'; let"),
         # always the first: the broken judge
         (
             [("a", "b", (9, 0, 1, 0)), ("b", "a", (9, 0, 0, 0))],
-            "the first answer won all decided games, so the place alone",
+            "the first answer won all decided games, so position alone",
         ),
         ([("a", "b", (0, 9, 0, 0)), ("b", "a", (0, 9, 0, 0))], "the second answer won all decided games"),
         ([("a", "b", (5, 2, 1, 0)), ("a", "c", (5, 2, 1, 0))], "strength and position cannot be told apart"),
@@ -140,11 +181,11 @@ def test_unread_verdicts_are_left_out_or_ties():
         (
             [(*pair, (2, 1, 0, 0)) for pair in ("ab", "ba", "cd", "dc")]
             + [("a", "c", (3, 0, 0, 0)), ("d", "b", (0, 2, 0, 0))],
-            "no verdict ever speaks against a, b over c, d",
+            "no verdict ever speaks against 'a', 'b' over 'c', 'd'",
         ),
         (
             [("hub", "a", (2, 0, 0, 0)), ("hub", "b", (2, 0, 0, 0))],
-            r"these groups never met in a game with a verdict: a \| b, apart from games of hub, who won or lost all",
+            r"these groups never met in .*: 'a' \| 'b', apart from games of 'hub', which won or lost all",
         ),
     ],
 )
@@ -156,7 +197,7 @@ def test_tournaments_without_an_answer_say_why(rows, words):
 def test_an_interval_needs_resamples():
     with pytest.raises(ValueError, match="resamples is 1, but an interval needs at least 2"):
         bradley_terry(Games.of_counts(EXACT), resamples=1)
-    with pytest.raises(ValueError, match="needs at least two with a verdict, but there is one"):
+    with pytest.raises(ValueError, match="needs two with a verdict, but there is one"):
         bradley_terry(Games.of([("q", "a", "b", "first"), ("q", "b", "a", "first"), ("r", "a", "b", "unread")]))
     with pytest.raises(ValueError, match="unread is 'no'"):
         bradley_terry(Games.of_counts(EXACT), unread="no")

@@ -208,9 +208,9 @@ OTHERS = {
     "judge": ({"judge": always_first}, "its judge is 'length', not 'always-first'"),
     "questions": ({"questions": QUESTIONS[:2]}, "its questions are 3, with checksum [0-9a-f]{16}, not 2, with"),
     "reference": ({"questions": [*QUESTIONS[:2], Question("q2", "Describe 2.")]}, "its questions are 3, .*, not 3"),
-    "fewer": ({"answers": {name: ANSWERS[name] for name in ("good", "bad")}}, "it has the systems half too"),
-    "more": ({"answers": ANSWERS | {"new": ANSWERS["bad"]}}, "it lacks the systems new"),
-    "answers": ({"answers": changed("bad")}, "the answers of bad have changed"),
+    "fewer": ({"answers": {name: ANSWERS[name] for name in ("good", "bad")}}, "it has the systems 'half' too"),
+    "more": ({"answers": ANSWERS | {"new": ANSWERS["bad"]}}, "it lacks the systems 'new'"),
+    "answers": ({"answers": changed("bad")}, "the answers of 'bad' have changed"),
 }
 
 
@@ -219,7 +219,7 @@ def test_another_tournament_is_refused_with_the_difference(out, name):
     quiet(out, Judge())
     before = out.read_bytes()
     other, said = OTHERS[name]
-    with pytest.raises(ValueError, match=f"games.jsonl holds another tournament: .*{said}.*: name another place"):
+    with pytest.raises(ValueError, match=f"games.jsonl holds another tournament: .*{said}.*: name another file"):
         quiet(out, **{"judge": Judge()} | other)
     assert out.read_bytes() == before
 
@@ -228,7 +228,7 @@ def test_it_is_refused_before_anybody_answers(out):
     check_tournament(out, "length", list(ANSWERS), QUESTIONS)  # no file yet
     quiet(out, Judge())
     check_tournament(out, "length", list(ANSWERS), QUESTIONS)
-    with pytest.raises(ValueError, match="its judge is 'length', not 'rouge'; it has the systems half, bad too"):
+    with pytest.raises(ValueError, match="its judge is 'length', not 'rouge'; it has the systems 'half', 'bad' too"):
         check_tournament(out, "rouge", ["good"], QUESTIONS)
 
 
@@ -262,8 +262,8 @@ def test_a_row_with_a_verdict_of_ones_own_is_refused(out):
     [
         ({"questions": []}, "there are 0 questions: a tournament needs at least one"),
         ({"questions": [*QUESTIONS, QUESTIONS[1]]}, "question 'q1' is there twice"),
-        ({"answers": {}}, "the systems are none: a tournament needs at least two"),
-        ({"answers": {"good": ANSWERS["good"]}}, "the systems are 'good': a tournament needs at least two"),
+        ({"answers": {}}, "no system; a tournament needs two or more"),
+        ({"answers": {"good": ANSWERS["good"]}}, "only one system: 'good'; a tournament needs two or more"),
         ({"answers": ANSWERS | {"new": {"q0": "a"}}}, "system 'new' has no answer to question 'q1'"),
         ({"answers": ANSWERS | {"new": dict.fromkeys(ANSWERS["bad"])}}, "system 'new' has no answer to question 'q0'"),
     ],

@@ -8,7 +8,7 @@ from qlora_lab.files.course import course_path
 from qlora_lab.measure import tournament
 from qlora_lab.measure.games import VERDICTS, Games
 from qlora_lab.measure.judgments import read_games
-from qlora_lab.measure.tournament import BOTH_ORDERS, Rules, elo, elo_of_one_order, rank_ranges, replays, scores
+from qlora_lab.measure.tournament import BOTH_ORDERS, Rules, elo, elo_of_one_order, rank_ranges, scores
 
 # QLoRA, arXiv 2305.14314, table 1, under the names of the authors' files
 TABLE_1 = {"gpt-4": 1348, "65b-guanaco": 1022, "33b-guanaco": 992, "vicuna-13b": 974, "gpt-3.5": 966}
@@ -108,15 +108,6 @@ def test_the_paper_s_table_1_comes_out_of_its_judgments():
     assert found.unread == 13 and found.games == 4480
 
 
-def test_replays_say_how_near_they_come():
-    rules = [Rules(k=16), Rules(unread="tie")]
-    rows = list(replays(vicuna(), TABLE_1, rules, orders=50))
-    assert [row.rules for row in rows] == rules
-    for row in rows:
-        assert row.farthest == pytest.approx(max(abs(row.ratings[name] - TABLE_1[name]) for name in TABLE_1))
-        assert 0 < row.typical < row.farthest
-
-
 @pytest.mark.parametrize(
     ("act", "words"),
     [
@@ -130,7 +121,6 @@ def test_replays_say_how_near_they_come():
         ),
         (lambda: elo(vicuna(), Rules(both_orders="mean")), "needs the question of each game, .* counts alone: read"),
         (lambda: rank_ranges(np.ones((1, 2)), 0), "share is 0"),
-        (lambda: list(replays(vicuna(), {"gpt-4": 1348}, [])), "no published rating of 13b-guanaco"),
     ],
 )
 def test_errors_say_what_to_do(act, words):
