@@ -49,7 +49,7 @@ def adapter_checksum(folder: str | Path) -> str:
 
     A name does not identify an adapter: a second training writes into a folder of the same name.
     """
-    from qlora_lab.adapters.peft_format import CONFIG, WEIGHTS
+    from qlora_lab.adapters.peft_format import CONFIG, WEIGHTS  # which imports this file
 
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):

@@ -123,7 +123,7 @@ def _check_words(a: argparse.Namespace) -> None:
 
 def _changed(a: argparse.Namespace) -> list[str]:
     """Name the options that would be ignored by --games."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser()  # never reads the command line; it only has the defaults
     add_options(parser)
     # Against a second parser's defaults, so that an option that is added later is refused as well.
     defaults = vars(parser.parse_args([]))
@@ -220,13 +220,15 @@ def _sentences(found: "Standings", rows: list[dict]) -> list[str]:
     if found.no_rating:
         said.append(f"Bradley-Terry gives no rating: {found.no_rating}.")
     elif found.over == "games":
-        why = "the questions are not known, and games of one question are not independent"
-        said.append(f"Intervals and ranks come from resampled games, so both are too narrow: {why}.")
+        said.append("Intervals and ranks come from resampled games, since their questions are not in the file.")
+        # on the judgments of the QLoRA authors, whose files have the questions, by a factor of two (LOG.md)
+        said.append("Games of one question are not independent, so both are too narrow.")
     if (found.without_answer or 0) > FEW:
         words = f"{found.without_answer:.0%} of the resampled tournaments rate nobody and were left out"
         said.append(f"{words}, so intervals and ranks are too narrow: ask more questions.")
     if unread := found.judge.verdicts.unread:
         one = "1 verdict could not be read and was left out"
+        # counted here too: a table with a column of zeros is read less closely than a sentence
         words = one if unread == 1 else f"{unread} verdicts could not be read and were left out"
         for row in [row for row in rows if row["verdict"] == "unread"][:1]:  # none, of games that others played
             words += f"; the first: question {row['question']}, {row['first']!r} against {row['second']!r}"
@@ -251,7 +253,8 @@ def _interval(estimate: "Estimate | None") -> str:
         return ""
     if math.isinf(estimate.value):
         return "won all" if estimate.value > 0 else "lost all"
-    low, high = ("" if math.isinf(end) else str(round(end)) for end in (estimate.low, estimate.high))  # never "-0"
+    # rounded as numbers: in an f-string a small negative number would be "-0"
+    low, high = ("" if math.isinf(end) else str(round(end)) for end in (estimate.low, estimate.high))
     # an open end: some resamples have a system that won or lost all of its games
     ends = f"{low} to {high}" if low and high else f"{low} and more" if low else f"{high} and less" if high else "any"
     return f"{round(estimate.value)} ({ends})"

@@ -37,6 +37,8 @@ class FirstWins:
 class PositionBias:
     """Which position won."""
 
+    # both orders of a pair together: in one order alone, strength and position look the same
+
     total: FirstWins
     by_pair: dict[tuple[str, str], FirstWins]  # both orders of two systems, in the order of Games.systems
 
@@ -60,7 +62,6 @@ class RankAgreement:
 
     kendall: float  # tau-b
     spearman: float  # rho
-    systems: int  # that both tables hold
 
 
 def rank_agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> RankAgreement:
@@ -81,7 +82,7 @@ def rank_agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Ra
     if any(len(set(values)) == 1 for values in pair):
         raise ValueError(f"one of the tables gives {', '.join(common)} one rating: that is no order")
     tau, rho = kendalltau(*pair).statistic, spearmanr(*pair).statistic
-    return RankAgreement(round(float(tau), 12), round(float(rho), 12), len(common))  # 0.49999999999999994 is 0.5
+    return RankAgreement(round(float(tau), 12), round(float(rho), 12))  # 0.49999999999999994 is 0.5
 
 
 def fleiss_kappa(counts: np.ndarray) -> float:

@@ -90,6 +90,7 @@ def check_systems(contestants: Sequence[System]) -> None:
     if repeated:
         raise ValueError(f"system {repeated[0]!r} is there twice: name each data type and each adapter once")
     if len(contestants) < 2:
+        # a data type alone is called 'none' if nothing is quantised, so names are quoted
         words = f"only one system: {contestants[0].name!r}" if contestants else "no system"
         raise ValueError(f"{words}; a tournament needs two or more, so add a data type or an adapter")
     for adapter in {system.adapter for system in contestants if system.adapter is not None}:

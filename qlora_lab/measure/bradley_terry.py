@@ -13,7 +13,7 @@ The likelihood is concave: scipy.optimize finds its only maximum, whatever the o
 Intervals come from resampled questions, or from resampled games where there are counts alone. Games of one question
 are not independent draws: a question that suits a system suits it in all its games, in both orders. So intervals over
 games are too narrow, as are the ranges of ranks: by a factor of two on the authors' judgments (LOG.md).
-Not here: who meets whom, and whether a maximum exists (connected.py).
+Not here: which systems met, and whether a maximum exists (connected.py).
 """
 
 from dataclasses import dataclass, replace
@@ -59,10 +59,7 @@ class BradleyTerry:
     ties: Estimate  # share of ties between equal systems if no position has an advantage, 0 to 1
     always: dict[str, str]  # system -> "won" or "lost" every game: it has no finite rating, and the others have theirs
     over: str  # "questions", or "games" where there are counts alone
-    games: int  # that were rated
-    unread: int  # verdicts of the tournament that could not be read
-    resamples: int  # that the intervals come from
-    without_answer: int  # further resamples, that rate nobody. Above a few per cent, intervals are too narrow
+    without_answer: int  # resamples that rate nobody and are left out. Above a few per cent, intervals are too narrow
 
 
 def bradley_terry(
@@ -85,8 +82,6 @@ def bradley_terry(
     strength, position or number of ties would fit still better, and for a single question; ValueError for fewer than
     two resamples.
     """
-    from tqdm.auto import tqdm
-
     Rules(unread=unread)  # checks the word
     if resamples < 2:
         raise ValueError(f"resamples is {resamples}, but an interval needs at least 2")
@@ -97,22 +92,14 @@ def bradley_terry(
     decided = Decided.of(kept)
     check_connected(decided, games.systems)
     rated, always = without_exception(decided, games.systems)
-    model = _Model.of(rated, position)
-    check_maximum(rated, model.utilities, [*(games.systems[i] for i in rated.systems)], position)
-    found = model.fit(rated.counts)
     drawn = _resampled(kept, rated, resamples, np.random.default_rng(seed))
-    parts = np.array_split(drawn, -(-resamples // TOGETHER))
-    bar = tqdm(parts, "resamples", unit="part", leave=False, delay=2, disable=not progress)
-    solved = np.concatenate([model.refit(part, found) for part in bar])
-    table = _columns(model, np.vstack([found, solved]), rated, always, games.systems)  # the estimate, then resamples
-    # In most of those without an answer one system won all: to leave them out would cut off its upper end.
-    lost = np.flatnonzero(np.isnan(solved).any(axis=1))
-    table[1 + lost] = _without_some(drawn[lost], rated, always, table[0], games.systems, position)
-    answered = ~np.isnan(table[1:, 0])  # either all systems have points or none
+    table = _fitted(rated, drawn, always, games.systems, position, progress)
+    answered = ~np.isnan(table[1:, 0])  # in a row either all systems have points or none
     if answered.sum() < 2:
         raise NoRatingError(f"{resamples} resamples gave no interval", "ask more questions, or play more games")
     points, (advantage, nu) = table[:, :-2], table[:, -2:].T
     order = np.argsort(-points[0], kind="stable")
+    # games are hundreds, for which Student's tails are the normal's
     tail = _tail(asked) if games.questions else 0.025
     ranks = rank_ranges(points[1:][answered], 1 - 2 * tail)
     return BradleyTerry(
@@ -122,14 +109,30 @@ def bradley_terry(
         ties=_estimate(nu / (2 + nu), tail),
         always=always,
         over="questions" if games.questions else "games",
-        games=len(kept),
-        unread=games.unread,
-        resamples=int(answered.sum()),
         without_answer=int((~answered).sum()),
     )
 
 
 OUT = 1e9  # points: stands for infinity while ranks are taken, since two infinite ratings may have an order
+
+
+def _fitted(
+    rated: Decided, drawn: np.ndarray, always: dict[str, str], names: tuple[str, ...], position: bool, progress: bool
+) -> np.ndarray:
+    """Return the estimate, then the resamples, as rows of _columns. drawn: (resamples, pairs, 3)."""
+    from tqdm.auto import tqdm
+
+    model = _Model.of(rated, position)
+    check_maximum(rated, model.utilities, [*(names[i] for i in rated.systems)], position)
+    found = model.fit(rated.counts)
+    parts = np.array_split(drawn, -(-len(drawn) // TOGETHER))
+    bar = tqdm(parts, "resamples", unit="part", leave=False, delay=2, disable=not progress)
+    solved = np.concatenate([model.refit(part, found) for part in bar])
+    table = _columns(model, np.vstack([found, solved]), rated, always, names)
+    # In most of those without an answer one system won all: to leave them out would cut off its upper end.
+    lost = np.flatnonzero(np.isnan(solved).any(axis=1))
+    table[1 + lost] = _without_some(drawn[lost], rated, always, table[0], names, position)
+    return table
 
 
 def _columns(
@@ -145,6 +148,7 @@ def _columns(
     mean: of the points of the rated systems.
     """
     table = np.full((len(parameters), len(names) + 2), np.nan)
+    # NaN parameters make NaN points; the infinite ones are set for rows with an answer alone, or they would hide it
     table[:, rated.systems] = mean + POINTS * model.strengths(parameters)
     answered = np.isfinite(parameters).all(axis=1)
     table[np.ix_(answered, [names.index(name) for name in always])] = _out(always)
@@ -167,25 +171,28 @@ def _without_some(
     names: tuple[str, ...],
     position: bool,
 ) -> np.ndarray:
-    """Rate resamples, (n, pairs, 3), after setting aside who won or lost all in them. Returns rows as _columns does.
+    """Rate resamples, (n, pairs, 3), without the systems that won or lost all in them. Returns rows as _columns does.
 
     A resample without ties has an answer, too: nu is 0.
     """
     alike: dict[tuple, list[tuple[int, Decided]]] = {}  # those that the same model fits are solved together
     for number, one in enumerate(counts):
+        # one at a time: who is set aside depends on who was before
         rest, more = set_aside(replace(rated, counts=one), names)
         alike.setdefault((tuple(more.items()), bool(rest.counts[:, TIE].any())), []).append((number, rest))
     table = np.full((len(counts), len(names) + 2), np.nan)
     for (more, _), members in alike.items():
         here, rest = [number for number, _ in members], members[0][1]
         everyone = always | dict(more)
-        if len(rest.systems) == 1:  # whoever is left is at the other end; of position and ties nothing is known
+        if len(rest.systems) == 1:
+            # The last one lost to all, or beat them: it is at the other end, and position and ties stay unknown.
             everyone[names[rest.systems[0]]] = "lost" if more[-1][1] == "won" else "won"
             table[np.ix_(here, [names.index(name) for name in everyone])] = _out(everyone)
             continue
         model = _Model.of(rest, position)
         solved = model.refit(np.stack([one.counts for _, one in members]), np.zeros(model.utilities.shape[2]))
         # Beside an infinite rating a common mean has no meaning, so the others stay where the estimate has them.
+        # With a mean of 1000 they would move by 200 points in the tests' example, and no game of theirs has changed.
         table[here] = _columns(model, solved, rest, everyone, names, estimate[list(rest.systems)].mean())
     return table
 
@@ -202,7 +209,7 @@ def _tail(questions: int) -> float:
 def _estimate(values: np.ndarray, tail: float) -> Estimate:
     """The first value, and the others but for a share of `tail` at each end. NaN: a resample that says nothing."""
     found = values[1:][~np.isnan(values[1:])]
-    if not len(found):
+    if not len(found):  # no resample says anything of position or ties, so any value fits
         return Estimate(float(values[0]), -np.inf, np.inf)
     # Between a number and infinity nothing can be interpolated, so the end is the outer one.
     methods = ("lower", "higher") if abs(found).max() > OUT / 2 else ("linear", "linear")

@@ -82,7 +82,7 @@ def check_connected(decided: Decided, names: Sequence[str], apart_from: Sequence
 
 
 def set_aside(decided: Decided, names: Sequence[str]) -> tuple[Decided, dict[str, str]]:
-    """Set aside, one after another, the systems that won (or lost) all their games. Returns the rest, and who did.
+    """Set aside, one after another, the systems that won (or lost) all their games. Returns the rest, and which did.
 
     Their strength is infinite, and then their games say nothing about the others. At least one system is left.
     """

@@ -45,6 +45,7 @@ class Diagnosis:
     @property
     def p(self) -> float | None:
         """Two-sided p of to_first against to_second. None if position and strength cannot be told apart."""
+        # strength does not cancel in games that were read in one order only
         tested = self.pairs or self.to_first or self.to_second
         return _sign_test(self.to_first, self.to_second) if tested else None
 
@@ -60,7 +61,7 @@ class Diagnosis:
 
     def __str__(self) -> str:
         share = self.verdicts.share
-        if share is None:
+        if share is None:  # no sentence about positions can be true
             ties = self.verdicts.ties
             return "every verdict is a tie: this judge tells nothing" if ties else "no verdict could be read"
         decided = self.verdicts.first + self.verdicts.second
@@ -77,7 +78,7 @@ class Diagnosis:
 
     def _verdict(self) -> tuple[str, float]:
         """Say the worst that was shown; where nothing was, say whether anything could have been. With the test's p."""
-        if self.is_broken:
+        if self.is_broken:  # before the favour, which such a judge often shows as well
             return "this judge reads positions, not answers", self.p_winners
         if favour := self._favour():
             return favour, self.p
@@ -99,7 +100,7 @@ class Diagnosis:
 def diagnose_judge(games: Games) -> Diagnosis:
     """Count what the judge did, in games, in pairs of games and in questions.
 
-    A pair of which one order was judged several times is left out.
+    A pair is left out if one of its orders was judged several times.
 
     >>> diagnose_judge(Games.of([("q", "a", "b", "first"), ("q", "b", "a", "first")])).contradictions
     1
@@ -108,6 +109,7 @@ def diagnose_judge(games: Games) -> Diagnosis:
     question, leaning, kept = _pairs(games)
     changed = abs(leaning) == 2
     favour = np.bincount(question, leaning)  # (questions,): first wins minus second wins
+    # One vote a question: with one vote a pair, a question that all systems find hard would count many times.
     winners = np.bincount(question, kept.astype(int) - changed)
     to_first, to_second = int((favour > 0).sum()), int((favour < 0).sum())
     if not games.questions and _is_balanced(games):  # counts: single games must do
@@ -147,7 +149,7 @@ def _pairs(games: Games) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows, pair = np.unique(np.column_stack([asked, low, high]), axis=0, return_inverse=True)
     pair = pair.ravel()
     straight, back = np.bincount(pair, ~turned), np.bincount(pair, turned)  # games in either order
-    both = (straight == 1) & (back == 1)
+    both = (straight == 1) & (back == 1)  # of several verdicts on one game, none is the judge's last word
     leaning = np.bincount(pair, value).astype(np.int64)
     # Seen from one answer, turned games count the other way round: 2 or -2 is a winner of both.
     won = np.bincount(pair, np.where(turned, -value, value))

@@ -1,4 +1,4 @@
-"""Hold the games of a tournament: two systems answer one question, and a judge who saw them in some order decides.
+"""Hold the games of a tournament: two systems answer one question, and a judge that saw them in some order decides.
 
     games = Games.of([("q1", "nf4", "bf16", "second"), ("q1", "bf16", "nf4", "first")])
     games.systems, games.first, games.verdicts   -> ("nf4", "bf16"), array([0, 1]), array([1, 0])

@@ -141,7 +141,7 @@ def _differences(theirs: Mapping, ours: Mapping) -> list[str]:
     if theirs.get("questions") != ours["questions"]:
         found.append(f"its questions are {theirs.get('questions')}, not {ours['questions']}")
     before = theirs.get("systems")
-    before = before if isinstance(before, dict) else {}  # whoever edits the file may break it
+    before = before if isinstance(before, dict) else {}  # a file that was edited by hand may hold anything
     if more := [name for name in before if name not in ours["systems"]]:
         found.append(f"it has the systems {quoted(more)} too")
     if lacking := [name for name in ours["systems"] if name not in before]:

@@ -239,7 +239,7 @@ def published_games(benchmark: str) -> Games:
 
 
 def relative_totals() -> tuple[RelativeTotals, ...]:
-    """Return GPT-4's scores of systems beside ChatGPT, summed file by file: 72 files, of which some lack questions."""
+    """Return GPT-4's scores of systems beside ChatGPT, summed file by file: 72 files, some of which lack questions."""
     return published("guanaco_relative_totals.csv", RelativeTotals)
 
 

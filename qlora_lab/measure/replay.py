@@ -99,7 +99,7 @@ def counts(replays: Iterable[Replay]) -> Counts:
 
 
 def relative_score(row: RelativeQuestions) -> RelativeScore:
-    """Return the ratio of the two totals in %, and its interval as table 6 has it and as a paired comparison.
+    """Return the ratio of the two totals in %, and its interval as in table 6 and as a paired comparison.
 
     Table 6: the lower end of the system's own interval over the upper end of ChatGPT's, subtracted from the ratio. The
     paper does not say so; this rule was found by trying, and gives 20 of its 21 rows. It treats the errors of the two
@@ -128,7 +128,7 @@ def win_rate(difference: float) -> float:
 
 
 def rank(value: float, others: Iterable[float]) -> int:
-    """Return the place of `value` among `others`, the highest first.
+    """Return the rank of `value` among `others`, the highest first.
 
     >>> rank(2.0, [3.0, 2.0, 1.0])
     2

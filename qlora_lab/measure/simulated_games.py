@@ -3,7 +3,7 @@
     games = simulate({"a": 1100, "b": 1000, "c": 900}, ties=0.2, position=100, questions=80)    -> Games, 480 of them
 
 Each verdict follows the model of bradley_terry.py exactly, so its strengths are the truth that a fit should find. The
-verdicts on one question are not independent, though. Behind each stands a normal number, part of which belongs to the
+verdicts on one question are not independent, though. Each is drawn from a normal number, part of which belongs to the
 question: how well each system answered it. It shifts all games of the question, and both orders alike.
 """
 
@@ -28,9 +28,9 @@ def simulate(
 ) -> Games:
     """Draw both orders of every pair on every question.
 
-    strengths: points on Elo's scale. ties: share of ties between equals where no place has an advantage, below 1.
-    position: points that the first answer gains by its place. question_effect: share of the variance behind a
-    verdict that belongs to its question, 0 (independent games) to 1.
+    strengths: points on Elo's scale. ties: share of ties between equals where position does not matter, below 1.
+    position: points that the first answer gains by its position. question_effect: share of a verdict's variance that
+    belongs to its question, 0 (independent games) to 1.
     Raises ValueError for fewer than two systems or one question, and for a share out of its range.
     """
     if len(strengths) < 2 or questions < 1:

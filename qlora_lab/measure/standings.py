@@ -56,11 +56,12 @@ def standings(games: Games, orders: int = 10_000, resamples: int = 1000, *, prog
     rows = []
     for system, rating in points.ratings.items():
         number = games.systems.index(system)
+        # unread games stay in the count, so that a judge that fails on one system's answers shows
         played = (games.first == number) | (games.second == number)
         unread = int((played & (games.verdicts == UNREAD)).sum())
         found = (fitted.ratings[system], fitted.ranks[system]) if fitted else (None, None)
         rows.append(Standing(system, rating, spread[system], *found, int(np.count_nonzero(played)), unread))
-    if fitted is None:
+    if fitted is None:  # Elo stands alone: a mean over orders exists for any games
         return Standings(tuple(rows), diagnose_judge(games), None, None, None, reason)
     lost = fitted.without_answer / resamples
     return Standings(tuple(rows), diagnose_judge(games), fitted.position, fitted.over, lost, None)

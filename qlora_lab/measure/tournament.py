@@ -63,9 +63,6 @@ class Elo:
 
     systems: tuple[str, ...]
     by_order: np.ndarray  # (orders, systems) float64, points: the ratings after the last game of each order
-    games: int  # rated in each order
-    unread: int  # verdicts of the tournament that could not be read; rules.unread says how they count
-    rules: Rules
 
     @property
     def ratings(self) -> dict[str, float]:
@@ -106,7 +103,7 @@ def elo(games: Games, rules: Rules | None = None, orders: int = 10_000, *, seed:
             part = slice(begin, begin + count)
             by_order[part] = _play(np.ascontiguousarray(shuffled.T), first, second, score, len(games.systems), rules)
             bar.update(count)
-    return Elo(games.systems, by_order, len(kinds), games.unread, rules)
+    return Elo(games.systems, by_order)
 
 
 def elo_of_one_order(played: Scores, order: Iterable[int], systems: int, rules: Rules) -> list[float]:
@@ -165,6 +162,7 @@ def scores(games: Games, rules: Rules) -> Scores:
     turned = kept.first > kept.second  # bring every pair into one direction
     low, high = np.where(turned, kept.second, kept.first), np.where(turned, kept.first, kept.second)
     value = np.where(turned, 1 - value, value)
+    # a pair counts once however often it was read, or repeated verdicts would weigh more
     pairs, group = np.unique(np.column_stack([kept.question, low, high]), axis=0, return_inverse=True)
     group = group.ravel()
     mean = np.bincount(group, value) / np.bincount(group)

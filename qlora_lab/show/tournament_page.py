@@ -13,7 +13,7 @@ from unicodedata import category
 from qlora_lab.measure.judges import Question
 from qlora_lab.show.escape import for_html
 
-START = "<!doctype html>\n<!-- qlora-lab tournament -->\n"  # whoever replaces the file looks for it
+START = "<!doctype html>\n<!-- qlora-lab tournament -->\n"  # the command replaces no page without it
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; }

@@ -171,7 +171,7 @@ def test_the_page_shows_answers_letter_by_letter(capsys, model, out, monkeypatch
     assert text.count("won ") == 4 * 2 and "default-src 'none'" in page
 
 
-# ----------------------------------------------------------------------------------------------------- games that exist
+# ------------------------------------------------------------------------------------------------------ existing games
 
 
 def write_games(path, rows):
@@ -222,7 +222,7 @@ def test_counts_say_what_their_intervals_are_over(capsys, tmp_path):
     path = tmp_path / "counts.csv"
     path.write_text("first,second,first_wins,second_wins,ties,unparsed\na,b,30,20,5,1\nb,a,35,15,4,0\n")
     code, text, _ = run(capsys, "--games", path)
-    assert code == 0 and "ranks come from resampled games" in text
+    assert code == 0 and "ranks come from resampled games" in text and "so both are too narrow" in text
     assert "\n1 verdict could not be read and was left out.\n" in text
     assert "with as many games in either order" not in text  # 56 in one, 54 in the other
 
@@ -418,7 +418,7 @@ def test_help_shows_an_example(capsys):
 
 @pytest.mark.slow
 def test_the_default_model_plays(capsys, out):
-    """Two questions, two data types, and the broken judge, who changes nothing of the answers."""
+    """Two questions, two data types, and a judge that reads references."""
     options = ["--codebooks", "nf4", "int4", "--questions", 2, "--max-new-tokens", 8, "--quiet", "--json"]
     code, text, _ = run(capsys, "smollm2-135m", *options, "--out", out)
     assert code == 0 and json.loads(text)["judge"]["contradictions"] == 0

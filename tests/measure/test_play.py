@@ -24,7 +24,7 @@ ALL = 3 * 3 * 2  # games
 
 
 class Judge:
-    """One by length, who counts how often he is asked; `at` is the call at which `error` is raised."""
+    """One by length, which counts how often it is asked; `at` is the call at which `error` is raised."""
 
     name = "length"
 
@@ -131,7 +131,7 @@ def test_an_early_check_leaves_the_warning_of_a_torn_line_to_play(out):
         quiet(out, Judge())
 
 
-# -------------------------------------------------------------------------------------------------- judges who fail
+# -------------------------------------------------------------------------------------------------- judges that fail
 
 
 class UnprintableError(Exception):

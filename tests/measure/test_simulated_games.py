@@ -84,5 +84,5 @@ def test_order_and_intervals_of_200_simulations():
     assert coverage["one order"] >= 0.91  # fewer games, and still sound
     # With both orders the bias cancels in the order of systems, but it works like noise and shrinks all differences.
     assert coverage["no position"] < 0.92
-    # Played in one order mostly, it is credited to whoever was read first.
+    # Played in one order mostly, it is credited to the system that was read first.
     assert coverage["one order, no position"] < 0.70
