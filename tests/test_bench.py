@@ -43,7 +43,7 @@ def test_so_is_the_page_of_multiple_choice():
         assert list(models) == list(multiple_choice.VARIANTS)
         shares = [row["acc"]["over_questions"] for row in models.values()]
         assert all(low <= share <= high for share, low, high in shares)
-        assert models["bf16"]["acc"]["difference"] is None, way
+        assert models["bf16 weights"]["acc"]["difference"] is None, way
 
 
 def test_every_row_of_the_page_was_measured():

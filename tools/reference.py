@@ -46,7 +46,7 @@ def public_page() -> str:
             parts.append(f"## {room}")
         for name in names:
             module = LIBRARY.joinpath(*homes()[name].split(".")).with_suffix(".py")
-            parts.append(_entry(_definition(_tree(module), name, module), f"qlora_lab.{name}", methods=True))
+            parts.append(_entry(_definition(_tree(module), name, module), f"qlora_lab.{name}"))
     return "\n\n".join(parts) + "\n"
 
 
@@ -62,7 +62,7 @@ def room_page(room: str) -> str:
         parts += [f"## {name}", as_markdown(ast.get_docstring(tree) or "")]
         dotted = ".".join(path.relative_to(LIBRARY.parent).with_suffix("").parts)
         definitions = [node for node in tree.body if _is_public(node)]
-        parts += [_entry(node, f"{dotted}.{node.name}", methods=False) for node in definitions]
+        parts += [_entry(node, f"{dotted}.{node.name}") for node in definitions]
     return "\n\n".join(parts) + "\n"
 
 
@@ -75,6 +75,11 @@ def _is_public(node: ast.AST) -> bool:
     return isinstance(node, kinds) and not node.name.startswith("_")
 
 
+def _is_setter(node: ast.AST) -> bool:
+    """A property's second half: one entry for both."""
+    return any(ast.unparse(decorator).endswith(".setter") for decorator in node.decorator_list)
+
+
 def _definition(tree: ast.Module, name: str, path: Path) -> ast.AST:
     for node in tree.body:
         if getattr(node, "name", None) == name:
@@ -82,12 +87,12 @@ def _definition(tree: ast.Module, name: str, path: Path) -> ast.AST:
     raise ValueError(f"{path.name} defines no {name}, which qlora_lab/__init__.py promises")
 
 
-def _entry(node: ast.AST, dotted: str, methods: bool) -> str:
-    """One function or class with its signature and docstring, and with its public methods if asked for."""
+def _entry(node: ast.AST, dotted: str) -> str:
+    """One function or class with its signature and docstring, and with its public methods."""
     kind = "class" if isinstance(node, ast.ClassDef) else "function"
     body = [as_markdown(ast.get_docstring(node) or "")]
-    if methods and isinstance(node, ast.ClassDef):
-        body += [_method(part, dotted) for part in node.body if _is_public(part)]
+    if isinstance(node, ast.ClassDef):
+        body += [_method(part, dotted) for part in node.body if _is_public(part) and not _is_setter(part)]
     text = "\n\n".join(body)
     return f"::::{{py:{kind}}} {dotted}{_signature(node)}\n\n{text}\n\n::::"
 

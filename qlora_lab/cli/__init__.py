@@ -85,7 +85,8 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"qlora-lab {arguments.command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as error:
-        message = _message(error, getattr(arguments.module, "LESS_MEMORY", LESS_MEMORY))
+        advice = getattr(arguments.module, "LESS_MEMORY", LESS_MEMORY)
+        message = _message(error, getattr(arguments, "less_memory", advice))  # one that its options choose
         if message is None:  # a bug of ours: its traceback helps to report it
             raise
         which = f" (process {process})" if process else ""

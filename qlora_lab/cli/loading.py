@@ -30,11 +30,10 @@ def add_measured(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return parser.add_argument_group("model")
 
 
-def add_double_quant(group) -> None:
+def add_double_quant(group, default: str) -> None:
     """Add the choice of a command that measures several models: without double quantization, with it, or both."""
-    group.add_argument(
-        "--double-quant", default="off", choices=tuple(DOUBLE_QUANT), help="quantise the scaling constants too"
-    )
+    words = "quantise the scaling constants too; both: measure each codebook without and with it"
+    group.add_argument("--double-quant", default=default, choices=tuple(DOUBLE_QUANT), help=words)
 
 
 def add_rows(parser: argparse.ArgumentParser) -> None:

@@ -24,21 +24,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     kinds = "none (not quantised), nf4, fp4, int4, ...; the first is what the others are compared with"
     add("--codebooks", nargs="+", default=["none", "nf4"], metavar="NAME", help=kinds)
     add_fields(models, ModelOptions, "block_size")
-    add_double_quant(models)
+    add_double_quant(models, "on")  # as load has it
     add = parser.add_argument_group("questions").add_argument
-    kept = "a folder in MMLU's form (dev/ and test/), or a file of whole prompts (default: generated from docstrings)"
-    add("--data", metavar="PATH", help=kept)
-    add("--questions", type=whole, default=500, metavar="N", help="number of questions; of a file, a fair sample")
+    kept = "folder with dev/ and test/ in MMLU's CSV, or JSON lines with subject, input (a whole prompt) and output "
+    add("--data", metavar="PATH", help=f"{kept}(default: generated from docstrings)")
+    most = "how many to generate, or the most to take from --data: a fair sample"
+    add("--questions", type=whole, default=500, metavar="N", help=most)
     add("--shots", type=whole, metavar="N", help="worked examples in each prompt (default: 5)")
-    ways = "choose among A, B, C and D, or among the options' texts"
+    ways = (
+        "what the model completes the prompt with: A to D, as in MMLU, or the options' texts, which suits small models"
+    )
     add("--answers", default="letters", choices=("letters", "texts"), help=ways)
     add("--seed", type=whole, default=0, metavar="N", help="seed of the generated questions")
     add_rows(parser)
 
 
 def run(a: argparse.Namespace) -> None:
+    from qlora_lab.data.choice_prompts import Task
     from qlora_lab.measure.choice_rows import choice_rows
-    from qlora_lab.measure.multiple_choice import Task
     from qlora_lab.measure.sweep import checked
     from qlora_lab.quant.numbers import check_seed, check_whole
     from qlora_lab.train.run_folder import find_adapter
@@ -53,7 +56,7 @@ def run(a: argparse.Namespace) -> None:
     if a.json:
         print(json.dumps([_record(row, rows[0]) for row in rows]))
         return
-    print("\n".join(_lines(rows)))
+    print("\n".join([*_lines(rows), *_of_rules(task)]))
 
 
 def _questions(a: argparse.Namespace):
@@ -77,24 +80,23 @@ def _settings(a: argparse.Namespace) -> list[tuple]:
 
 
 def _record(row: dict, first: dict) -> dict:
-    """Return a row's figures: accuracies and differences by metric, each as share, low and high of its interval."""
-    from qlora_lab.measure.choice_summary import METRICS, accuracies, difference
+    """Return a row's figures, with what was asked of which model."""
+    from qlora_lab.measure.choice_summary import figures
 
     record = {name: row[name] for name in ("codebook", "block_size", "double_quant", "adapter_name", "data", "config")}
-    for metric in METRICS if row["lengths"] else METRICS[:1]:
-        found = accuracies(row, metric)
-        record[metric] = {
-            "over_questions": _numbers(found.over_questions),
-            "over_subjects": _numbers(found.over_subjects),
-            "subjects": {name: _numbers(share) for name, share in found.subjects.items()},
-            "categories": {name: _numbers(share) for name, share in found.categories.items()},
-            "difference": None if row is first else _numbers(difference(row, first, metric)),
-        }
-    return record
+    return record | figures(row, None if row is first else first)
 
 
-def _numbers(interval) -> list[float]:
-    return [round(number, 6) for number in (interval.mean, interval.low, interval.high)]
+def _of_rules(task) -> list[str]:
+    """Return a line with the two best rules that read nothing: below them, an accuracy shows no understanding."""
+    from qlora_lab.data.choice_baselines import baselines
+
+    if task.questions.test[0].prompt is not None:  # its options are not known apart
+        return []
+    # Two are enough: the best says what to beat, the second whether it stands alone.
+    found = sorted(baselines(task.questions).items(), key=lambda pair: -pair[1])
+    best = ", ".join(f"{name} {share:.1%}" for name, share in found[:2])
+    return [f"rules that read no question: {best}; guessing 25 %"]
 
 
 def _lines(rows: list[dict]) -> list[str]:
@@ -114,7 +116,7 @@ def _lines(rows: list[dict]) -> list[str]:
             compared = "" if row is rows[0] else _percent(difference(row, rows[0], metric), "+")
             cells.append(
                 {
-                    "codebook": f"{row['codebook'] or 'none'}{' + DQ' * bool(row['double_quant'])}",
+                    "codebook": _name(row),
                     "accuracy": _percent(found.over_questions),
                     "mean over subjects": _percent(found.over_subjects),
                     "difference to the first": compared,
@@ -125,8 +127,18 @@ def _lines(rows: list[dict]) -> list[str]:
             lines += _by_category(rows, metric)
     # What was asked stands below the figures: without it they mean nothing.
     data = rows[0]["data"]
-    asked = f"{data['questions']} questions of {data['name']}, {config['shots']} examples, {config['answers']}"
+    asked = f"{_counted(data['questions'], 'question')} of {data['name']}, {_counted(config['shots'], 'example')}"
+    asked += f", {config['answers']}"
     return [*lines, f"{asked}; brackets: 95 % intervals, of differences paired by question"]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _name(row: dict) -> str:
+    """Name a data type as the paper's tables do: + DQ is double quantization."""
+    return f"{row['codebook'] or 'none'}{' + DQ' * bool(row['double_quant'])}"
 
 
 def _by_category(rows: list[dict], metric: str) -> list[str]:
@@ -136,8 +148,7 @@ def _by_category(rows: list[dict], metric: str) -> list[str]:
     cells = []
     for row in rows:
         shares = accuracies(row, metric).categories
-        name = f"{row['codebook'] or 'none'}{' + DQ' * bool(row['double_quant'])}"
-        cells.append({"codebook": name} | {category: _percent(share) for category, share in shares.items()})
+        cells.append({"codebook": _name(row)} | {category: _percent(share) for category, share in shares.items()})
     return [table(cells)]
 
 

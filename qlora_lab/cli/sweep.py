@@ -19,7 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     table_help = "a codebook of your own, from -1 to 1: mine=-1,-0.4,-0.1,0,0.1,0.3,0.6,1; may be repeated"
     add("--levels", action="append", type=levels, default=[], metavar="NAME=V1,V2,...", help=table_help)
     add("--block-sizes", nargs="+", type=whole, default=[64], metavar="N", help="weights in a block, 16 to 4096")
-    add_double_quant(models)
+    add_double_quant(models, "off")
     add("--seed", type=whole, default=0, metavar="N", help="seed for sampling the weights that lloyd-max is fitted to")
     add_text(parser, windows=8, length=512, default="Python's help topics")
     add_rows(parser)

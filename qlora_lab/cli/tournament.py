@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 EXAMPLE = "qlora-lab tournament smollm2-135m --codebooks none nf4 int4 --adapters runs/first/adapter --out runs/games"
 LESS_MEMORY = "use fewer --max-new-tokens, or a smaller --judge-model; the answers in --out are kept"
+LESS_GAMES = "close other programs, or rate fewer games"  # of --games, which loads no model
 JUDGES = ("rouge", "logprob", "logprob-sum", "always-first")
 ANSWERS, GAMES, PAGE = "answers.jsonl", "games.jsonl", "results.html"  # in --out
 NAMED = ("question", "first", "second", "reason")  # fields of a row that say why its verdict is unread
 RATING = ("model", "games", "out", "json", "quiet")  # options that are checked apart, or that --games allows
-FEW = 0.03  # share of resamples without an answer that moves no printed end of an interval noticeably
+FEW = 0.03  # share of resamples without an answer, up to which leaving them out hardly moves an end
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     _check_words(a)
     if a.model is None:
+        a.less_memory = LESS_GAMES
         found = _existing(a)
         _report(a, found, _sentences(found, []))
         return
@@ -90,7 +92,7 @@ def run(a: argparse.Namespace) -> None:
 
 def _played(a: argparse.Namespace, players: list["System"], out: Path) -> tuple["Standings", list[str], list[dict]]:
     """Answer, judge, rate and write the page. Returns standings, sentences and rows."""
-    from qlora_lab.measure.answers import answer_all
+    from qlora_lab.measure.answers import answer_all, check_unchanged
     from qlora_lab.measure.play import check_tournament, games_of, play
 
     questions = _questions(a)
@@ -98,6 +100,8 @@ def _played(a: argparse.Namespace, players: list["System"], out: Path) -> tuple[
     # What is known is compared before minutes are spent. A judge that is a model gets its name once it is loaded.
     check_tournament(out / GAMES, judge and judge.name, [player.name for player in players], questions)
     options = {"max_new_tokens": a.max_new_tokens, "progress": not a.quiet}
+    if (out / GAMES).exists():  # a changed answer would be refused in the end, minutes later
+        check_unchanged(a.model, players, out / ANSWERS, **options)
     answers = answer_all(a.model, players, questions, out / ANSWERS, **options)
     judge = judge or _judge(a)  # only now, so that one model is in memory at a time
     rows = play(questions, answers, judge, out / GAMES, progress=not a.quiet)

@@ -1,4 +1,4 @@
-"""Check that a run, an adapter, a model on disk or the rows of a sweep or tournament are as they were written."""
+"""Check that a run, an adapter, a model on disk, or rows of a sweep, multiple choice or tournament are as written."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ EXAMPLE = "qlora-lab verify runs/first"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", help="a folder from a command of qlora-lab, or the file of a sweep's or tournament's rows"
+        "folder", help="a folder from a command of qlora-lab, or a file of rows: sweep, multiple-choice, tournament"
     )
     common(parser)
 

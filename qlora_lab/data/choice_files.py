@@ -6,7 +6,8 @@ question, A, B, C, D, answer, without a header, as github.com/hendrycks/test has
 Out: Questions.
 
 Texts are taken as they stand. The original evaluation reads the CSV with pandas, which makes "nan" of an option "None"
-and "1.0" of a 1 in a column that also has fractions, so a few of its prompts differ from ours.
+and "1.0" of a 1 in a column that also has fractions, and it drops examples from prompts that are too long. So a few of
+its prompts differ from ours.
 Not here: prompts and scores (measure/multiple_choice.py), the generated set (docstring_choice.py).
 """
 
@@ -14,7 +15,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qlora_lab.files.replace import replace_text
@@ -30,7 +31,7 @@ PROMPT_END = "\nAnswer:"
 
 
 @dataclass(frozen=True)
-class Question:
+class ChoiceQuestion:
     """A question with four options."""
 
     subject: str
@@ -38,6 +39,8 @@ class Question:
     options: tuple[str, ...]  # four texts; none if `prompt` holds them
     answer: int  # number of the right option, from 0
     prompt: str | None = None  # the whole prompt with its examples, where the file gives that
+    # For messages. A copy of the file elsewhere holds the same questions and gives the same sample.
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Questions:
     """
 
     name: str
-    test: tuple[Question, ...]
-    dev: dict[str, tuple[Question, ...]]  # subject -> examples; empty for a file of whole prompts
+    test: tuple[ChoiceQuestion, ...]
+    dev: dict[str, tuple[ChoiceQuestion, ...]]  # subject -> examples; empty for a file of whole prompts
 
     def __post_init__(self) -> None:
         groups = group_by_subject(self.test)
@@ -73,6 +76,8 @@ def read_questions(path: str | Path) -> Questions:
     Raises FileNotFoundError for a path that is not there, and ValueError, with file and line, for a wrong number of
     columns, an answer outside A to D, a line of another form, a folder or file without questions, or a subject twice.
     """
+    if not str(path):  # Path("") would be the current folder
+        raise ValueError("the path is empty, perhaps because a shell variable is not set: name a folder or a file")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: name a folder with dev/ and test/, or a file of JSON lines")
@@ -82,11 +87,17 @@ def read_questions(path: str | Path) -> Questions:
 def write_questions(questions: Questions, folder: str | Path) -> None:
     """Write questions as a folder of CSV files that read_questions reads. Files of the same names are replaced.
 
-    Raises ValueError for questions that are whole prompts.
+    Raises ValueError for questions that are whole prompts, for a subject that cannot be part of a file's name, and for
+    a folder with questions of other subjects.
     """
     if any(question.prompt is not None for question in questions.test):
         raise ValueError(f"{questions.name} holds whole prompts, which the CSV form has no column for")
     by_subject = {"test": group_by_subject(questions.test), "dev": questions.dev}
+    check_file_names({**by_subject["test"], **questions.dev}, questions.name)
+    for split, subjects in by_subject.items():  # before anything is written
+        # A reader takes all files of a folder, so one that is left over would mix its questions with these.
+        if others := _subjects(Path(folder), split).keys() - subjects.keys():
+            raise ValueError(f"{folder} holds {split} questions of {', '.join(sorted(others))} too: name a new folder")
     for split, subjects in by_subject.items():
         for subject, rows in subjects.items():
             path = Path(folder, split, f"{subject}_{split}.csv")
@@ -96,9 +107,20 @@ def write_questions(questions: Questions, folder: str | Path) -> None:
             replace_text(path, text.getvalue())
 
 
-def group_by_subject(questions: Iterable[Question]) -> dict[str, tuple[Question, ...]]:
+def check_file_names(subjects: Iterable[str], where: str) -> None:
+    """Raise ValueError for a subject that cannot be part of a file's name, or is there in two spellings."""
+    subjects = list(subjects)
+    for subject in subjects:
+        # A separator would lead to another folder; files that begin with a dot are not read again.
+        if not subject or subject.startswith(".") or any(sign in subject for sign in "/\\\0"):
+            words = "it names a file, so it has no / or \\ and does not begin with a dot"
+            raise ValueError(f"{where}: the subject {subject!r} is not allowed: {words}")
+    _check_subjects(subjects, where)
+
+
+def group_by_subject(questions: Iterable[ChoiceQuestion]) -> dict[str, tuple[ChoiceQuestion, ...]]:
     """Return subject -> its questions, in the order in which subjects first appear."""
-    groups: dict[str, list[Question]] = {}
+    groups: dict[str, list[ChoiceQuestion]] = {}
     for question in questions:
         groups.setdefault(question.subject, []).append(question)
     return {subject: tuple(group) for subject, group in groups.items()}
@@ -134,7 +156,7 @@ def _check_subjects(subjects: Iterable[str], where: str) -> None:
             raise ValueError(f"{where} has the subject {subject!r} twice, also as {other!r}: merge them into one")
 
 
-def _read_csv(subject: str, path: Path) -> tuple[Question, ...]:
+def _read_csv(subject: str, path: Path) -> tuple[ChoiceQuestion, ...]:
     try:
         text = read_regular(path, LARGEST).decode("utf-8-sig")  # an editor may have put a byte order mark
     except UnicodeDecodeError as error:
@@ -152,7 +174,7 @@ def _read_csv(subject: str, path: Path) -> tuple[Question, ...]:
     return tuple(questions)
 
 
-def _question(subject: str, row: list[str], where: str) -> Question:
+def _question(subject: str, row: list[str], where: str) -> ChoiceQuestion:
     if len(row) != 6:
         columns = "1 column" if len(row) == 1 else f"{len(row)} columns"
         raise ValueError(f"{where} has {columns}, but needs 6 ({COLUMNS}): put texts with a comma into double quotes")
@@ -160,7 +182,7 @@ def _question(subject: str, row: list[str], where: str) -> Question:
     text, *options, letter = row
     if not LETTER.allows(letter.strip()):
         raise ValueError(f"{where} has the answer {letter[:40]!r}: it must be {LETTER.what}")
-    return Question(subject, text, tuple(options), LETTERS.index(letter.strip()))
+    return ChoiceQuestion(subject, text, tuple(options), LETTERS.index(letter.strip()), where=where)
 
 
 def _read_prompts(path: Path) -> Questions:
@@ -177,7 +199,7 @@ def _read_prompts(path: Path) -> Questions:
     return Questions(path.stem, tuple(question for group in groups.values() for question in group), {})
 
 
-def _prompted(line: str, path: Path, number: int) -> Question:
+def _prompted(line: str, path: Path, number: int) -> ChoiceQuestion:
     where = f"{path}, line {number}"
     record = parse(line, str(path), line=number, expected='{"subject": ..., "input": ..., "output": "A"}')
     if not isinstance(record, dict):
@@ -185,4 +207,4 @@ def _prompted(line: str, path: Path, number: int) -> Question:
     check_keys(record, PROMPTED, where, PROMPTED)
     if not record["input"].endswith(PROMPT_END):
         raise ValueError(f"{where} has an input that does not end in {PROMPT_END!r}: it must be the whole prompt")
-    return Question(record["subject"], "", (), LETTERS.index(record["output"]), record["input"])
+    return ChoiceQuestion(record["subject"], "", (), LETTERS.index(record["output"]), record["input"], where)

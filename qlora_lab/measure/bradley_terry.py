@@ -31,6 +31,7 @@ from qlora_lab.measure.connected import (
 )
 from qlora_lab.measure.games import TIE, UNREAD, Games
 from qlora_lab.measure.tournament import Rules, rank_ranges
+from qlora_lab.quant.numbers import check_seed, check_whole
 
 POINTS = 400 / np.log(10)  # points in one natural unit of strength
 MEAN = 1000.0  # of the ratings
@@ -83,8 +84,8 @@ def bradley_terry(
     two resamples.
     """
     Rules(unread=unread)  # checks the word
-    if resamples < 2:
-        raise ValueError(f"resamples is {resamples}, but an interval needs at least 2")
+    check_whole("resamples", resamples, 2)  # an interval has two ends
+    check_seed(seed)
     kept = games if unread == "tie" else games.where(games.verdicts != UNREAD)
     asked = len(np.unique(kept.question))
     if games.questions and asked == 1:

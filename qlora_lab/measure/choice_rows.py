@@ -23,16 +23,16 @@ from tqdm.auto import tqdm
 from qlora_lab.adapters.peft_format import load_adapter
 from qlora_lab.adapters.saving import adapter_checksum
 from qlora_lab.data.choice_files import LETTERS, group_by_subject
+from qlora_lab.data.choice_prompts import Task
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.strict_json import LIST, OBJECT, SWITCH, TEXT, or_null, whole
 from qlora_lab.measure.in_place import Variant, checked
-from qlora_lab.measure.multiple_choice import Encoded, Scores, Task, check_fits, encode, score
+from qlora_lab.measure.multiple_choice import Encoded, choice_scores, encode
 from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, read_results, with_checksum
 from qlora_lab.measure.sweep import model_record, run_record, variant_record
 from qlora_lab.model.empty_model import stored_options, tokenizer_of
 from qlora_lab.model.fetch import resolve
 from qlora_lab.model.load import fast_dtype, load
-from qlora_lab.train.limits import fill_id
 
 RULES = dict.fromkeys(("model", "data", "config", "versions", "subjects"), OBJECT) | {"log_likelihoods": LIST}
 RULES |= {"codebook": or_null(TEXT), "block_size": or_null(whole(1)), "double_quant": or_null(SWITCH), "right": TEXT}
@@ -117,34 +117,32 @@ def _measured(
     model, tokenizer = load(name_or_path, *how, dtype=dtype, progress=False)
     if adapter is not None:
         load_adapter(model, adapter)
-    check_fits(model, tokenizer, encoded, task)
-    scores = score(model, encoded, task.questions, fill_id(model, tokenizer), progress=progress)
+    scores = choice_scores(model, tokenizer, task, encoded=encoded, progress=progress)
     _check_finite(scores, variant)
     return {
-        # 7 digits, as float32 has: a file of MMLU's 14,042 questions stays below a megabyte a model
-        "log_likelihoods": [[float(f"{value:.7g}") for value in one.log_likelihoods] for one in scores],
-        "lengths": _lengths(task, scores),
+        # 7 digits, as float32 has: 0.6 MB for each model on MMLU's 14,042 questions, and lengths besides
+        "log_likelihoods": [[float(f"{value:.7g}") for value in values] for values in scores],
+        "lengths": _lengths(task),
         "seconds": float(f"{time.perf_counter() - start:.3g}"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _check_finite(scores: list[Scores], variant: Variant) -> None:
-    for number, one in enumerate(scores, 1):
-        if not all(abs(value) < float("inf") for value in one.log_likelihoods):  # true for NaN, too
-            raise FloatingPointError(f"{variant}: the log-likelihoods of question {number} are {one.log_likelihoods}")
+def _check_finite(scores: list[tuple[float, ...]], variant: Variant) -> None:
+    for number, values in enumerate(scores, 1):
+        if not all(abs(value) < float("inf") for value in values):  # true for NaN, too
+            raise FloatingPointError(f"{variant}: the log-likelihoods of question {number} are {values}")
 
 
-def _lengths(task: Task, scores: list[Scores]) -> dict[str, list[list[int]]] | None:
+def _lengths(task: Task) -> dict[str, list[list[int]]] | None:
     """Return how long the answers are, by the metric that divides by it; None for letters, which are equally long."""
     if task.way == "letters":
         return None
-    # Kept in the row, so that whoever reads it needs no questions.
+    # Kept in the row, so that its reader needs no questions.
     texts = [question.options for question in task.questions.test]
     return {
         "acc_norm": [[len(text) for text in options] for options in texts],  # characters
         "acc_bytes": [[len(text.encode()) for text in options] for options in texts],
-        "acc_tokens": [list(one.tokens) for one in scores],
     }
 
 

@@ -23,9 +23,8 @@ from qlora_lab.measure.ablations import Interval
 from qlora_lab.measure.published import read_data
 
 Z = NormalDist().inv_cdf(0.975)  # 1.96: 2.5 % lie beyond either end
-# How an answer is chosen: by the sum of its log-likelihoods, or by that sum per character, byte or token.
-# The first three have lm-evaluation-harness' names.
-METRICS = ("acc", "acc_norm", "acc_bytes", "acc_tokens")
+# How an answer is chosen: by the sum of its log-likelihoods, or by that sum per character or byte.
+METRICS = ("acc", "acc_norm", "acc_bytes")  # lm-evaluation-harness' names
 
 
 @dataclass(frozen=True)
@@ -115,14 +114,17 @@ def mean_over_subjects(counts: Sequence[tuple[int, int]]) -> Interval:
     """Return the mean of the subjects' accuracies, from (right, questions) of each, and its 95 % interval.
 
     The subjects are fixed and their questions a sample. The variance of each share is taken at Wilson's centre, so that
-    a subject whose answers are all right does not count as certain. Raises ValueError for no subjects.
+    a subject whose answers are all right does not count as certain. Raises ValueError for no subjects, or an empty one.
     """
     if not counts:
         raise ValueError("a mean over subjects needs at least one subject")
     variance = 0.0
     for successes, trials in counts:
+        if trials < 1:
+            raise ValueError("a subject has no questions: leave it out of the mean")
         share = (successes + Z**2 / 2) / (trials + Z**2)
-        variance += share * (1 - share) / (trials + Z**2)
+        # By the questions there are: Wilson's trials + Z^2 would make 57 intervals of 5 questions 0.75 times as wide.
+        variance += share * (1 - share) / trials
     mean = fmean(successes / trials for successes, trials in counts)
     half = Z * math.sqrt(variance) / len(counts)
     return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), len(counts))
@@ -147,7 +149,8 @@ def paired_difference(first: Iterable[bool], second: Iterable[bool]) -> Interval
     n = len(first) + 2  # half a question more in each cell: both right, both wrong, lost, gained
     difference = (gained - lost) / n
     half = Z * math.sqrt((gained + lost + 1) / n - difference**2) / math.sqrt(n)
-    return Interval((gained - lost) / len(first), difference - half, difference + half, len(first))
+    # No difference of two shares lies beyond -1 and 1.
+    return Interval((gained - lost) / len(first), max(-1.0, difference - half), min(1.0, difference + half), len(first))
 
 
 def difference(row: dict, reference: dict, metric: str = "acc") -> Interval:
@@ -155,3 +158,26 @@ def difference(row: dict, reference: dict, metric: str = "acc") -> Interval:
     if row["data"]["tokens_sha256"] != reference["data"]["tokens_sha256"]:
         raise ValueError("the two rows answered other questions, or read other prompts: measure both again")
     return paired_difference(right(reference, metric), right(row, metric))
+
+
+def figures(row: dict, reference: dict | None, digits: int = 6) -> dict:
+    """Return what a command or a bench prints of a row, by metric; an interval is [share, low, high], rounded.
+
+    reference: the row that it is compared with; None: it is the reference itself. Raises what difference raises.
+    """
+
+    def numbers(interval: Interval) -> list[float]:
+        return [round(number, digits) for number in (interval.mean, interval.low, interval.high)]
+
+    # One home for the command and the bench, so that a page and a terminal never differ.
+    found = {}
+    for metric in METRICS if row["lengths"] else METRICS[:1]:  # letters are equally long
+        shares = accuracies(row, metric)
+        found[metric] = {
+            "over_questions": numbers(shares.over_questions),
+            "over_subjects": numbers(shares.over_subjects),
+            "subjects": {name: numbers(share) for name, share in shares.subjects.items()},
+            "categories": {name: numbers(share) for name, share in shares.categories.items()},
+            "difference": None if reference is None else numbers(difference(row, reference, metric)),
+        }
+    return found

@@ -10,7 +10,7 @@ chance. Winners: a coin changes the winner of a pair as often as it keeps it, a 
 more often, and one that reads answers keeps it. A pair with a tie neither keeps nor changes a winner, so ties do not
 hide a judge that reads positions whenever it decides.
 Both are sign tests over questions. Pairs of one question share answers and perhaps a whim of the judge, so as
-independent draws they would accuse a fair judge: with 4 systems and 20 questions in 14 % of tournaments instead of 1 %.
+independent draws they would accuse a fair judge: with 4 systems and 20 questions in 14 % of tournaments (LOG.md).
 Counts without questions have no pairs; there single games are tested, if each order was played as often as the other.
 Not here: how much position weighs beside the strength of the systems (bradley_terry.py).
 """
@@ -35,9 +35,8 @@ class Diagnosis:
     agreed: int  # pairs with the same winner in both orders, or two ties
     kept: int  # pairs with the same winner in both orders
     contradictions: int  # pairs in which one position won both games
-    to_first: (
-        int  # questions whose pairs lean to the first position; without questions, games that the first answer won
-    )
+    # Questions whose pairs lean to the first position; without questions, games that the first answer won.
+    to_first: int
     to_second: int
     mostly_kept: int  # questions with more winners kept than changed
     mostly_changed: int

@@ -9,13 +9,29 @@ counts.
 Not here: files of games (judgments.py), games drawn at random (simulated_games.py).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 VERDICTS = ("first", "second", "tie", "unread")  # the answer that won; the index is its number in Games.verdicts
 FIRST, SECOND, TIE, UNREAD = range(4)
+Row = tuple[str, str, str, str]  # question, first, second, verdict
+
+
+def once(placed: Iterable[tuple[str, Row]]) -> Iterator[Row]:
+    """Yield the rows of a file, each given with its place, such as "games.jsonl, line 3".
+
+    Raises ValueError, with both places, for a game that is there twice.
+    """
+    # Copies of a game agree with each other, so they hide a judge who contradicts himself, and narrow every interval.
+    places: dict[tuple[str, str, str], str] = {}
+    for place, row in placed:
+        question, first, second, _ = row
+        if (earlier := places.setdefault(row[:3], place)) is not place:
+            game = f"the game of {first!r} against {second!r} on question {question!r}"
+            raise ValueError(f"{place} holds {game} again, which is in {earlier}: keep one of them")
+        yield row
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -35,7 +51,7 @@ class Games:
     verdicts: np.ndarray  # indices into VERDICTS
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[str, str, str, str]]) -> "Games":
+    def of(cls, rows: Iterable[Row]) -> "Games":
         """Make games from rows of question, first system, second system and verdict. Raises ValueError for a bad row.
 
         >>> Games.of([("q1", "a", "b", "tie")]).verdicts

@@ -26,13 +26,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
+def check_name(what: str, name: object) -> None:
+    """Raise ValueError unless `name`, of a question or a system, is a text that is not empty."""
+    # A number would be written, and refused only when the file is read again: its rows must hold texts.
+    if not (isinstance(name, str) and name.strip()):
+        raise ValueError(f"{what} is {name!r}: give a text that is not empty")
+
+
 @dataclass(frozen=True)
 class Question:
-    """A question to all systems. reference: the answer that a person gave; empty if there is none."""
+    """A question to all systems. reference: the answer that a person gave; empty if there is none.
+
+    Raises ValueError for an id that is empty or no text.
+    """
 
     id: str
     prompt: str
     reference: str = ""
+
+    def __post_init__(self) -> None:
+        check_name("a question's id", self.id)
 
     def answered(self, answer: str) -> Example:
         """Return the conversation of this question and an answer. Raises ValueError for a text that is not UTF-8."""

@@ -12,42 +12,45 @@ Not here: the judges (judges.py).
 """
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from qlora_lab.data.records import records
-from qlora_lab.files.strict_json import TEXT, check_keys
-from qlora_lab.measure.games import VERDICTS, Games
+from qlora_lab.files.strict_json import TEXT, check_keys, check_regular, read_regular
+from qlora_lab.measure.games import VERDICTS, Games, Row, once
 
 COUNTS = ("first_wins", "second_wins", "ties", "unparsed")  # in the order of VERDICTS
 COLUMNS = ("first", "second", *COUNTS)
+MOST_GAMES = 1_000_000  # of counts. Elo in 10,000 orders would take hours, and a slip of a key asks for any number
 SCORES = {1: "first", 2: "second", 3: "tie", -1: "unread"}  # of the authors' files
 PAIR = re.compile(r"(?P<first>.+)-vs-(?P<second>.+?)-gpt-?4-reviewer(-threeclass)?")
 ANSWERS = re.compile(r"-(vicuna|oa)-generations.*")  # how a system's answers were sampled, behind its name
 # The authors' file names -> the paper's. LLaMA's "30b" has 32.5 billion parameters, and the paper writes 33B.
 RENAMED = {"gpt4": "gpt-4", "gpt35": "gpt-3.5"}
-Row = tuple[str, str, str, str]  # question, first, second, verdict
 
 
 def read_games(path: str | Path, *, progress: bool = True) -> Games:
     """Read games: a folder of the authors' JSONL files, a CSV file of counts, or a JSONL file of one's own.
 
     Verdicts that the judge did not give are kept as "unread". Counts have no questions, so Games.questions is empty.
-    Raises FileNotFoundError for a path with nothing there; ValueError, with file and line, for what cannot be read.
+    Raises FileNotFoundError for a path with nothing there; ValueError, with file and line, for what cannot be read, for
+    a game that is there twice, and for counts of more than a million games.
     """
     path = Path(path)
     if path.is_dir():
-        return _made(path, lambda: Games.of(_of_folder(path, progress)))
+        return _made(path, lambda: Games.of(once(_of_folder(path, progress))))
     if not path.exists():
         raise FileNotFoundError(f"no games at {path}: give a folder of judgments, a CSV file of counts or a JSONL file")
+    check_regular(path)  # a FIFO would wait, and a device may never end
     if path.suffix.lower() == ".csv":
         try:
             return _made(path, lambda: Games.of_counts(_counts(path)))
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is not a CSV file in UTF-8 ({error}): save it as one") from None
-    return _made(path, lambda: Games.of(_own(place, read()) for place, read in records(path)))
+    return _made(path, lambda: Games.of(once((place, _own(place, read())) for place, read in records(path))))
 
 
 def _made(path: Path, make: Callable[[], Games]) -> Games:
@@ -82,7 +85,7 @@ def _question(place: str, row: dict, *names: str) -> str:
     raise ValueError(f"{place} has no {' or '.join(names)} that is a text or a whole number: every game has a question")
 
 
-def _of_folder(folder: Path, progress: bool) -> Iterator[Row]:
+def _of_folder(folder: Path, progress: bool) -> Iterator[tuple[str, Row]]:
     from tqdm.auto import tqdm
 
     paths = sorted(folder.glob("*.jsonl"))
@@ -93,10 +96,11 @@ def _of_folder(folder: Path, progress: bool) -> Iterator[Row]:
         if not pair:
             raise ValueError(f"{path} is not named FIRST-vs-SECOND-gpt-4-reviewer-threeclass.jsonl: whose answers?")
         first, second = _two(str(path), _system(pair["first"]), _system(pair["second"]))
+        check_regular(path)  # a FIFO among them would wait, too
         for place, read in records(path):
             row = read()
             question = _question(place, row if isinstance(row, dict) else {}, "question_id", "message_id")
-            yield question, first, second, _verdict(place, row.get("score"))
+            yield place, (question, first, second, _verdict(place, row.get("score")))
 
 
 def _system(name: str) -> str:
@@ -114,16 +118,29 @@ def _verdict(place: str, score: Any) -> str:
 
 
 def _counts(path: Path) -> Iterator[tuple[str, str, list[int]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = [(number, line) for number, line in enumerate(file, 1) if not line.startswith("#")]  # # is a comment
-        rows = csv.DictReader(line for _, line in lines)
-        if missing := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
-            place = f"{path}, line {lines[0][0] if lines else 1}"
-            raise ValueError(f"{place} lacks {', '.join(missing)}: the columns are {','.join(COLUMNS)}")
-        for row in rows:
-            place = f"{path}, line {lines[rows.line_num - 1][0]}"
-            counts = [row[name] or "" for name in COUNTS]
-            # a slip of a key must not ask for more games than memory holds
-            if not all(count.isascii() and count.isdigit() and len(count) < 8 for count in counts):
-                raise ValueError(f"{place} has the counts {', '.join(counts)}: they are whole numbers below 10,000,000")
-            yield *_two(place, row["first"], row["second"]), [int(count) for count in counts]
+    text = io.StringIO(read_regular(path).decode("utf-8-sig"), newline="")
+    lines = [(number, line) for number, line in enumerate(text, 1) if not line.startswith("#")]  # # is a comment
+    rows = csv.DictReader(line for _, line in lines)
+    names = list(rows.fieldnames or ())
+    place = f"{path}, line {lines[0][0] if lines else 1}"
+    if missing := [name for name in COLUMNS if name not in names]:
+        raise ValueError(f"{place} lacks {', '.join(missing)}: the columns are {','.join(COLUMNS)}")
+    if repeated := [name for name in COLUMNS if names.count(name) > 1]:
+        raise ValueError(f"{place} has the column {repeated[0]} twice: keep one of them")  # DictReader takes the last
+    total = 0
+    for row in rows:
+        place = f"{path}, line {lines[rows.line_num - 1][0]}"
+        if None in row or None in row.values():  # where DictReader puts cells too many, and what it puts for too few
+            raise ValueError(f"{place} has another number of cells than the {len(names)} columns")
+        counts = [row[name] for name in COUNTS]
+        # The length first: int() of a million digits takes seconds.
+        if not all(count.isascii() and count.isdigit() and len(count) < 8 for count in counts):
+            words = f"they are whole numbers, {MOST_GAMES:,} at most"
+            raise ValueError(f"{place} has the counts {', '.join(counts)}: {words}")
+        numbers = [int(count) for count in counts]
+        if (total := total + sum(numbers)) > MOST_GAMES:
+            raise ValueError(f"{place} brings the games to {total:,}, but at most {MOST_GAMES:,} are read: count fewer")
+        for name in (row["first"], row["second"]):
+            if name != name.strip():  # behind a comma, a space would make another system that looks the same
+                raise ValueError(f"{place}: the name {name!r} begins or ends with a space: remove it")
+        yield *_two(place, row["first"], row["second"]), numbers

@@ -6,8 +6,7 @@
 
 In: a model of ql.load, or Questions. Out: an LM of the harness; tasks as dicts, their data as JSON lines in a folder.
 The harness builds the prompts, reads the model and counts on its own, so it is a witness of multiple_choice.py: the
-same accuracies, and log-likelihoods to 1e-4. It takes longer, for it reads every prompt whole, and once more for each
-answer that has several tokens.
+same accuracies, and log-likelihoods to 1e-4. It reads every prompt whole, and again for each answer of several tokens.
 """
 
 import json
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_lab.data.choice_files import Question, group_by_subject
+from qlora_lab.data.choice_files import ChoiceQuestion, check_file_names, group_by_subject
+from qlora_lab.data.choice_prompts import Task, header
 from qlora_lab.files.replace import replace_text
-from qlora_lab.measure.multiple_choice import Task, header
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -46,15 +45,18 @@ def harness_model(model: torch.nn.Module, tokenizer: "Tokenizer", batch_size: in
 def harness_tasks(task: Task, folder: str | Path) -> list[dict[str, Any]]:
     """Write the data of one task for each subject into `folder`, and return them as dicts for simple_evaluate.
 
-    Raises ValueError as Task.checked does, and for a file of whole prompts, of which there is nothing to build.
+    Raises ValueError as Task.checked does, for a subject that cannot be part of a file's name, and for a file of whole
+    prompts, which leaves nothing to build.
     """
     task = task.checked()
     questions = task.questions
     if questions.test[0].prompt is not None:
         raise ValueError(f"{questions.name} holds whole prompts: give questions in MMLU's form")
+    groups = group_by_subject(questions.test)
+    check_file_names(groups, questions.name)
     folder = Path(folder).resolve()  # the harness reads later, perhaps from elsewhere
     tasks = []
-    for subject, group in group_by_subject(questions.test).items():
+    for subject, group in groups.items():
         files = {}
         for split, part in {"test": group, "dev": questions.dev.get(subject, ())}.items():
             if part:  # a split without examples is no file
@@ -66,7 +68,7 @@ def harness_tasks(task: Task, folder: str | Path) -> list[dict[str, Any]]:
     return tasks
 
 
-def _record(question: Question) -> dict[str, Any]:
+def _record(question: ChoiceQuestion) -> dict[str, Any]:
     return {"question": question.text, "choices": list(question.options), "answer": question.answer}
 
 

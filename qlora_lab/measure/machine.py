@@ -12,10 +12,11 @@ from qlora_lab.model.load import fast_dtype
 def machine() -> dict[str, str]:
     """Return fact -> value, as text: Python, torch, cores, memory, GPU, and the dtype in which load() would compute."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    threads = torch.get_num_threads()
     return {
         "Python": platform.python_version(),
         "torch": version("torch"),
-        "processor": f"{platform.machine()}, {torch.get_num_threads()} threads for torch",
+        "processor": f"{platform.machine()}, {threads} thread{'s' * (threads > 1)} for torch",
         "memory": _memory(),
         "GPU": torch.cuda.get_device_name() if device.type == "cuda" else "none: everything runs on the processor",
         "computes in": str(fast_dtype(device)).removeprefix("torch."),

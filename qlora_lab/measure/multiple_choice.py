@@ -1,11 +1,4 @@
-"""Multiple choice: which of four answers does a model find likeliest? Two ways to ask, both with n examples before.
-
-letters: the prompt lists the four options, and the answers are " A" to " D", as in MMLU's own evaluation
-  (D. Hendrycks et al., ICLR 2021; github.com/hendrycks/test, evaluate.py). Its first line reads "about  abstract
-  algebra" with two spaces; that is kept, for one space less is another prompt.
-texts: the prompt holds the question alone, and the answers are the texts of the options ("cloze"). Small models know
-  more than they can say in letters. The prompt is that of lm-evaluation-harness' mmlu_continuation. A long text is less
-  likely than a short one, so it is also judged per character, per byte and per token.
+"""Multiple choice: which of four answers does a model find likeliest?
 
 In: a model, its tokenizer, Questions. Out: log-likelihoods, (questions, 4) in nats, summed over an answer's tokens.
 Tokens are those of the tokenizer's own settings, with a BOS token if it adds one; so does lm-evaluation-harness, and
@@ -13,7 +6,8 @@ measure/lm_eval.py shows that the numbers are the same.
 
 Cost: the questions of a subject share their examples, about four tokens in five. Those go through the model once, and
 their keys and values serve all questions of the subject; those of a question serve its four answers.
-Not here: reading questions (data/choice_files.py), accuracies (choice_summary.py), rows on disk (choice_rows.py).
+Not here: questions and prompts (data/choice_files.py, data/choice_prompts.py), accuracies (choice_summary.py), rows on
+disk (choice_rows.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,52 +19,16 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from qlora_lab.adapters.virtual_tokens import virtual_tokens
-from qlora_lab.data.choice_files import LETTERS, Question, Questions, group_by_subject
+from qlora_lab.data.choice_files import group_by_subject
+from qlora_lab.data.choice_prompts import Task, answers, examples, prompt
 from qlora_lab.model.modes import measuring
-from qlora_lab.quant.numbers import check_whole
 from qlora_lab.train.limits import check_tokens, fill_id, position_limit
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedTokenizerBase as Tokenizer
 
-WAYS = ("letters", "texts")
-SHOTS = 5  # MMLU's number
 # Tokens in one pass: enough that unpacking the weights costs little, few enough that a batch needs little memory.
 TOKENS_AT_ONCE = 1024
-# evaluate.py joins the words of a subject with a space before each, and has one more in its sentence: two.
-HEADERS = {
-    "letters": "The following are multiple choice questions (with answers) about  {}.\n\n",
-    "texts": "The following are questions (with answers) about {}.\n\n",
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is asked, and how. way: "letters" or "texts". shots: examples in a prompt; None: SHOTS."""
-
-    questions: Questions
-    shots: int | None = None
-    way: str = "letters"
-
-    def checked(self) -> "Task":
-        """Return the task with its number of examples: 0 for a file of whole prompts, which hold their own.
-
-        Raises ValueError for another way to ask, no questions, or a choice that whole prompts do not leave.
-        """
-        name = self.questions.name
-        if self.way not in WAYS:
-            raise ValueError(f"way={self.way!r} is not known: choose from {', '.join(WAYS)}")
-        if not self.questions.test:
-            raise ValueError(f"{name} holds no questions: name a folder or a file that does")
-        if self.questions.test[0].prompt is not None:
-            if self.way == "texts":
-                raise ValueError(f"{name} holds whole prompts, which list the options: take --answers letters")
-            if self.shots:
-                raise ValueError(f"{name} holds whole prompts, examples included: leave out --shots")
-            return replace(self, shots=0)
-        shots = SHOTS if self.shots is None else self.shots
-        check_whole("shots", shots, 0)
-        return replace(self, shots=shots)
 
 
 @dataclass(frozen=True)
@@ -81,52 +39,11 @@ class Encoded:
     answers: tuple[list[int], ...]  # what follows the context
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a model thinks of the answers of one question."""
-
-    log_likelihoods: tuple[float, ...]  # nats
-    tokens: tuple[int, ...]  # in each answer
-
-
-def header(subject: str, way: str) -> str:
-    """Return the first line of a prompt. Underscores in the subject are spaces.
-
-    >>> header("abstract_algebra", "letters")
-    'The following are multiple choice questions (with answers) about  abstract algebra.\\n\\n'
-    """
-    return HEADERS[way].format(subject.replace("_", " "))
-
-
-def prompt(question: Question, way: str) -> str:
-    """Return a question as it stands in a prompt, up to "Answer:"."""
-    if way == "texts":
-        return f"Question: {question.text.strip()}\nAnswer:"
-    listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, question.options, strict=True))
-    return f"{question.text}{listed}\nAnswer:"
-
-
-def answers(question: Question, way: str) -> tuple[str, ...]:
-    """Return the four texts that may follow the prompt; each begins with a space."""
-    # With the space: tokenizers have a token for " A", and another one for "A", which models see elsewhere.
-    return tuple(f" {text}" for text in (LETTERS if way == "letters" else question.options))
-
-
-def examples(task: Task, subject: str) -> str:
-    """Return the beginning that all prompts of a subject share. Raises ValueError for too few examples."""
-    available = task.questions.dev.get(subject, ())
-    if len(available) < task.shots:
-        there = f"{len(available)} examples in dev/{subject}_dev.csv" if available else f"no dev/{subject}_dev.csv"
-        fix = f"take --shots {len(available)}, or add examples"
-        raise ValueError(f"{task.questions.name}: {subject!r} has {there}, but shots={task.shots}: {fix}")
-    worked = (f"{prompt(q, task.way)}{answers(q, task.way)[q.answer]}\n\n" for q in available[: task.shots])
-    return header(subject, task.way) + "".join(worked)
-
-
 def encode(tokenizer: "Tokenizer", task: Task) -> list[Encoded]:
-    """Return prompts and answers in tokens, in the order of the questions. Raises what Task.checked and examples raise.
+    """Return prompts and answers in tokens, in the order of the questions.
 
-    An answer's tokens are what the whole text has behind the tokens of the prompt, as in lm-evaluation-harness.
+    An answer's tokens are those that the whole text has after the prompt's, as in lm-evaluation-harness. Raises what
+    Task.checked and examples raise, and ValueError if the whole text does not begin with the prompt's tokens.
     """
     task = task.checked()
     encoded = []
@@ -144,8 +61,15 @@ def encode(tokenizer: "Tokenizer", task: Task) -> list[Encoded]:
         for i in range(len(group)):
             context = ids[i]
             wholes = ids[len(group) + 4 * i : len(group) + 4 * i + 4]
+            # One that appends an EOS token, for example, would have it in the place of the answer's first token.
+            if any(whole[: len(context)] != context for whole in wholes):
+                raise ValueError(
+                    f"{subject}: with an answer, the prompt of question {i + 1} has other tokens: use a tokenizer that "
+                    "appends none (EOS) and does not merge a prompt's end with the answer"
+                )
             encoded.append(Encoded(context, tuple(whole[len(context) :] for whole in wholes)))
-            if not all(encoded[-1].answers):  # an empty text, if the tokenizer also drops the space before it
+            # A text without tokens has the log-likelihood 0, above all others.
+            if not all(encoded[-1].answers):
                 raise ValueError(f"{subject}: an option of question {i + 1} has no tokens: give each option a text")
     return encoded
 
@@ -163,7 +87,7 @@ def check_fits(model: torch.nn.Module, tokenizer: "Tokenizer", encoded: list[Enc
         return
     said = f"the longest prompt has {longest} tokens, but {type(model).__name__} was made for {limit}"
     if task.questions.test[0].prompt is None:
-        # Rare, so encoding once for each number of examples is no cost that anybody pays.
+        # Rare, so nobody waits for the texts to be encoded once for each number of examples.
         for fewer in range(task.checked().shots - 1, -1, -1):
             if _longest(encode(tokenizer, replace(task, shots=fewer))) + virtual <= limit:
                 raise ValueError(f"{said}: take --shots {fewer}")
@@ -180,49 +104,36 @@ def choice_scores(
     tokenizer: "Tokenizer",
     task: Task,
     *,
-    share: bool = True,
+    encoded: list[Encoded] | None = None,
     progress: bool = True,
-) -> list[Scores]:
-    """Return the log-likelihoods of the answers to each question, in the order of `task.questions.test`.
+) -> list[tuple[float, ...]]:
+    """Return the log-likelihoods of the four answers to each question, in nats and in the order of the questions.
 
-    share: compute what prompts share once; the numbers are equal up to rounding. Raises ValueError as encode and
-    check_fits do.
+    encoded: what `encode` made of the task, if that is there already; several models share it. Raises ValueError as
+    encode and check_fits do.
     """
-    encoded = encode(tokenizer, task)
+    encoded = encode(tokenizer, task) if encoded is None else encoded
     check_fits(model, tokenizer, encoded, task)
-    return score(model, encoded, task.questions, fill_id(model, tokenizer), share=share, progress=progress)
-
-
-def score(
-    model: torch.nn.Module,
-    encoded: list[Encoded],
-    questions: Questions,
-    fill: int,
-    *,
-    share: bool = True,
-    progress: bool = True,
-) -> list[Scores]:
-    """Do the same for what encode has returned. fill: any token to fill rows with."""
+    fill = fill_id(model, tokenizer)
     # Questions come back shortest first, so each is kept under its number.
     found: dict[int, list[float]] = {}  # number of the question -> log-likelihoods
     start = 0
     with measuring(model), tqdm(total=len(encoded), desc="questions", leave=False, disable=not progress) as bar:
-        for group in group_by_subject(questions.test).values():
+        for group in group_by_subject(task.questions.test).values():
             rows = dict(enumerate(encoded[start : start + len(group)], start))
             start += len(group)
-            for number, values in _of_subject(model, rows, fill, share):
+            for number, values in _of_subject(model, rows, fill):
                 found[number] = values
                 bar.update()
-    return [Scores(tuple(found[i]), tuple(map(len, one.answers))) for i, one in enumerate(encoded)]
+    return [tuple(found[i]) for i in range(len(encoded))]
 
 
-def _of_subject(
-    model: torch.nn.Module, rows: dict[int, Encoded], fill: int, share: bool
-) -> Iterator[tuple[int, list[float]]]:
+def _of_subject(model: torch.nn.Module, rows: dict[int, Encoded], fill: int) -> Iterator[tuple[int, list[float]]]:
     """Yield (number, log-likelihoods) of each question of one subject, shortest first."""
     shared = _shared([one.context for one in rows.values()])
-    cache = _read(model, shared) if share and shared and not virtual_tokens(model) else None
-    if cache is None:  # virtual tokens come before each row, and some families keep other states than keys and values
+    # Virtual tokens come before each row, and some families keep other states than keys and values.
+    cache = _read(model, shared) if shared and not virtual_tokens(model) else None
+    if cache is None:
         yield from ((number, _alone(model, one, fill)) for number, one in rows.items())
         return
     for batch in _batches(rows, len(shared)):
@@ -233,7 +144,7 @@ def _of_subject(
         for i, number in enumerate(batch):
             first = logits[i].float().log_softmax(-1)  # (vocabulary,)
             values = [first[answer[0]].item() for answer in rows[number].answers]
-            # What is left of an answer behind its first token, which the prompt's last token predicts.
+            # What is left of an answer after its first token, which the prompt's last token predicts.
             tails = [answer[1:] for answer in rows[number].answers]
             if any(tails):  # letters have one token each, so nothing is left to read
                 own = _cut(longer, i, len(shared) + len(rests[i]))
@@ -317,7 +228,7 @@ def _continue(
     *,
     use_cache: bool = False,
 ) -> "tuple[torch.Tensor, DynamicCache | None]":
-    """Read rows behind a cache, filled on the right. Returns logits, and the longer cache if there is one.
+    """Read rows after a cache, filled on the right. Returns logits, and the longer cache if there is one.
 
     places: of the states before the head, (rows, longest, hidden), those that need logits. use_cache: begin a cache.
     A causal model never looks to the right, so what fills the rows changes nothing, and no mask is needed.

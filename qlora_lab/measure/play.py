@@ -14,7 +14,7 @@ Not here: ratings (tournament.py, bradley_terry.py), judges (judges.py), answers
 import hashlib
 import json
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from itertools import permutations
@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.strict_json import OBJECT, TEXT, Rule, or_null
-from qlora_lab.measure.games import VERDICTS, Games, quoted
-from qlora_lab.measure.judges import Judge, Question, judge_name
+from qlora_lab.measure.games import VERDICTS, Games, Row, once, quoted
+from qlora_lab.measure.judges import Judge, Question, check_name, judge_name
 from qlora_lab.measure.results_file import Kind, append_result, open_results, read_results, with_checksum
 
 VERDICT = Rule(f"one of {', '.join(VERDICTS)}", lambda value: value in VERDICTS)
@@ -48,8 +48,8 @@ def play(
     A row has tournament (judge, systems with a checksum of their answers, questions), question, first, second, verdict,
     reason (why the verdict is unread; else null), date and sha256 (of all fields before it).
     An interrupt says how much is done. An unread verdict counts as played: delete its line to ask again.
-    Raises ValueError for fewer than two systems, no question, a missing answer, and a file of another tournament (it
-    says what differs); otherwise what open_results raises.
+    Raises ValueError for fewer than two systems or a name that is no text, no question, a missing answer, a file that
+    holds a game twice, and a file of another tournament (it says what differs); otherwise what open_results raises.
     """
     out = out_path(out)
     questions = list(questions)
@@ -58,7 +58,7 @@ def play(
     systems = {system: _digest([texts[id] for id in ids]) for system, texts in answers.items()}
     tournament = {"judge": judge_name(judge), "systems": systems, "questions": _listed(questions)}
     with open_results(out, GAMES) as (rows, file):
-        _check_same(rows, tournament, out)
+        _check_rows(rows, tournament, out)
         done = {(row["question"], row["first"], row["second"]): row for row in rows}
         games = [(question, *pair) for question in questions for pair in permutations(systems, 2)]
         played = []
@@ -82,13 +82,17 @@ def play(
 
 def games_of(rows: Iterable[Mapping]) -> Games:
     """Make Games of rows."""
-    return Games.of((row["question"], row["first"], row["second"], row["verdict"]) for row in rows)
+    return Games.of(map(_game, rows))
+
+
+def _game(row: Mapping) -> Row:
+    return row["question"], row["first"], row["second"], row["verdict"]
 
 
 def check_tournament(
     out: str | Path, judge: str | None, systems: Collection[str], questions: Collection[Question]
 ) -> None:
-    """Raise ValueError if the file `out` holds games of another judge, other systems or other questions.
+    """Raise ValueError if the file `out` holds games of another judge, other systems or other questions, or one twice.
 
     judge: its name, or None if that is not known yet. For callers whose systems take minutes to answer: `play` also
     compares what they answered.
@@ -97,7 +101,7 @@ def check_tournament(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a torn last line: `play` says it when it cuts the line off
         rows = read_results(out, GAMES)
-    _check_same(rows, tournament, Path(out))
+    _check_rows(rows, tournament, Path(out))
 
 
 def _asked(judge: Judge, question: Question, answer_a: str, answer_b: str) -> tuple[str, str | None]:
@@ -121,16 +125,19 @@ def _check(questions: list[Question], answers: Answers) -> None:
         words = f"only one system: {quoted(answers)}" if answers else "no system"
         raise ValueError(f"{words}; a tournament needs two or more")
     for system, texts in answers.items():
+        check_name("a system's name", system)
         for question in questions:
             if not isinstance(texts.get(question.id), str):
                 raise ValueError(f"system {system!r} has no answer to question {question.id!r}: give a text for each")
 
 
-def _check_same(rows: Iterable[Mapping], tournament: dict, out: Path) -> None:
-    """Compare every row's tournament with this one. None in place of a judge or a checksum: it is not known yet."""
+def _check_rows(rows: Collection[Mapping], tournament: dict, out: Path) -> None:
+    """Compare every row's tournament with this one (None: not known yet), and its game with those before it."""
     for row in rows:
         if differences := _differences(row["tournament"], tournament):
             raise ValueError(f"{out} holds another tournament: {'; '.join(differences)}: name another file for this")
+    # Which copy of a game counts would depend on who reads the file, so none is chosen. A row is a line.
+    deque(once((f"{out}, line {number}", _game(row)) for number, row in enumerate(rows, 1)), maxlen=0)
 
 
 def _differences(theirs: Mapping, ours: Mapping) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from qlora_lab.measure.games import FIRST, SECOND, TIE, Games
+from qlora_lab.quant.numbers import check_seed, check_whole
 
 NATURAL = np.log(10) / 400  # natural units of strength in a point
 
@@ -33,8 +34,10 @@ def simulate(
     belongs to its question, 0 (independent games) to 1.
     Raises ValueError for fewer than two systems or one question, and for a share out of its range.
     """
-    if len(strengths) < 2 or questions < 1:
-        raise ValueError(f"{len(strengths)} systems and {questions} questions: at least two systems and one question")
+    check_whole("questions", questions)
+    check_seed(seed)
+    if len(strengths) < 2:
+        raise ValueError(f"there are {len(strengths)} strengths, but a tournament needs at least two systems")
     if not (0 <= ties < 1 and 0 <= question_effect <= 1):
         raise ValueError(f"ties={ties}, question_effect={question_effect}: shares lie between 0 and 1, ties below 1")
     draws = np.random.default_rng(seed)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_lab.measure.games import UNREAD, Games
+from qlora_lab.quant.numbers import check_number, check_seed, check_whole
 
 AS_UNREAD = ("left out", "tie")
 BOTH_ORDERS = ("apart", "mean", "tie if they differ")
@@ -39,8 +40,9 @@ class Rules:
     def __post_init__(self) -> None:
         _check("unread", self.unread, AS_UNREAD)
         _check("both_orders", self.both_orders, BOTH_ORDERS)
-        if not self.k > 0 or not np.isfinite([self.k, self.start]).all():
-            raise ValueError(f"k is {self.k} and start is {self.start}: both must be finite, and k above 0")
+        # Their kind, too: True would count as 1, and a text would fail far from here, in NumPy's words.
+        check_number("k", self.k, lambda k: 0 < k < np.inf, "a finite number above 0")
+        check_number("start", self.start, np.isfinite, "a finite number")
 
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -84,13 +86,14 @@ def elo(games: Games, rules: Rules | None = None, orders: int = 10_000, *, seed:
     order. The result does not depend on how many are shuffled at a time. Readable twin:
     elo_of_one_order, equal but for the rounding of a power, which is numpy's here and Python's there.
     rules: None for Rules().
-    Raises ValueError for no game that can be rated, for fewer than one order, and as scores does.
+    Raises ValueError for no game that can be rated, for orders that are no whole number of at least 1, for a seed that
+    is negative or not whole, and as scores does.
     """
     from tqdm.auto import tqdm
 
     rules = rules or Rules()
-    if orders < 1:
-        raise ValueError(f"orders is {orders}, but at least one order must be played")
+    check_whole("orders", orders)
+    check_seed(seed)
     played = scores(games, rules)
     first, second, score, kinds = _kinds(played)
     draws = np.random.default_rng(seed)
@@ -177,13 +180,16 @@ def rank_ranges(samples: np.ndarray, share: float = 0.95) -> list[tuple[int, int
     """Return, for each system, the ranks from best to worst that it has in the middle `share` of the samples.
 
     samples: (samples, systems), such as Elo.by_order. Rank 1 is the best; systems with equal points share the better
-    rank. Raises ValueError for a share that is not between 0 and 1.
+    rank. Raises ValueError for a share that is not between 0 and 1, and for no samples.
 
     >>> rank_ranges(np.array([[3.0, 2.0, 1.0], [2.0, 3.0, 1.0]]))
     [(1, 2), (1, 2), (3, 3)]
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, but it must be above 0 and at most 1")
+    if samples.ndim != 2 or not len(samples):
+        # A quantile of nothing would be an IndexError from inside NumPy.
+        raise ValueError(f"samples have the shape {samples.shape}: give (samples, systems), with at least one sample")
     above = samples[:, None, :] > samples[:, :, None]
     ranks = 1 + above.sum(axis=2)  # (samples, systems)
     tail = (1 - share) / 2

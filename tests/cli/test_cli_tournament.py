@@ -263,6 +263,7 @@ def test_resamples_that_rate_nobody_are_told(capsys, tmp_path):
         (["--codebooks", "none", "nf5"], "nf5"),
         (["--codebooks", "none"], "only one system: 'none'; a tournament needs two or more"),
         (["--codebooks", "nf4", "nf4"], "system 'nf4' is there twice"),
+        (["--adapters", "ad", "./ad"], "adapters 'ad' and './ad' are one, "),
         (["--adapters", "nowhere"], "nowhere is not a folder"),
         (["--adapters", "MODEL"], "has no adapter_config.json"),
         (["--adapters", ""], ". has no adapter_config.json"),
@@ -351,11 +352,36 @@ def test_another_tournament_is_refused_before_a_model_is_loaded(capsys, model, o
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-@pytest.mark.slow
-def test_answers_that_changed_are_refused(capsys, model, out, monkeypatch):
+def test_what_changes_answers_is_told_before_a_model_is_loaded(capsys, model, out, monkeypatch):
     run(capsys, model, *SMALL, "--out", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(answering, "load", None)
+    code, text, err = run(capsys, model, *SMALL, "--out", out, "--block-size", 32, "--max-new-tokens", 2)
+    assert (code, text) == (2, "") and "max_new_tokens has changed from 4 to 2 (none, int2)" in err
+    assert "block_size has changed from 64 to 32 (int2)" in err and err.count("\n") == 1
+    with (model / "config.json").open("a") as file:
+        file.write(" ")
+    code, text, err = run(capsys, model, *SMALL, "--out", out)
+    assert code == 2 and "the model's config.json has changed (none, int2)" in err
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.slow
+def test_answers_that_changed_are_refused(capsys, model, out):
+    """Without the rows of the earlier answers, their checksums in the games still tell."""
+    run(capsys, model, *SMALL, "--out", out)
+    (out / "answers.jsonl").unlink()
     code, _, err = run(capsys, model, *SMALL, "--out", out, "--block-size", 32, "--max-new-tokens", 2)
     assert code == 2 and "the answers of 'none', 'int2' have changed" in err
+
+
+def test_too_little_memory_for_games_gives_no_advice_about_models(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("qlora_lab.measure.standings.standings", full)
+    code, _, err = run(capsys, "--games", write_games(tmp_path / "mine.jsonl", both_orders()))
+    assert code == 2 and "out of memory: close other programs, or rate fewer games" in err
 
 
 @pytest.mark.parametrize("name", ["results.html", "games.jsonl", "answers.jsonl", "notes.txt"])

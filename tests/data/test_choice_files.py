@@ -2,12 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.data.choice_files import LETTERS, Question, Questions, read_questions, write_questions
+from qlora_lab.data.choice_files import LETTERS, ChoiceQuestion, Questions, read_questions, write_questions
 
 
 def small_questions(folder: Path) -> Path:
@@ -34,7 +35,7 @@ def test_a_folder_is_read_subject_by_subject(folder):
     assert questions.name == "mmlu"
     assert [q.subject for q in questions.test] == ["abstract_algebra"] * 2 + ["anatomy"] * 2  # sorted, as evaluate.py
     # pandas would make nan of None and 4.0 or 4 of 04
-    assert questions.test[0] == Question("abstract_algebra", "three\nlines, here", ("1", "2", "None", "04"), 2)
+    assert questions.test[0] == ChoiceQuestion("abstract_algebra", "three\nlines, here", ("1", "2", "None", "04"), 2)
     assert questions.test[2].text == "the sum, of the" and questions.test[2].options[1] == 'b "b"'
     assert [q.answer for q in questions.dev["anatomy"]] == [1, 2]
 
@@ -72,14 +73,14 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_siz
 )
 def test_what_is_written_is_read_again(tmp_path_factory, rows):
     """All characters but the carriage return, which CSV takes for the end of a line, and the null character."""
-    test = tuple(Question("any", text, options, answer) for text, options, answer in rows)
+    test = tuple(ChoiceQuestion("any", text, options, answer) for text, options, answer in rows)
     folder = tmp_path_factory.mktemp("questions")
     write_questions(Questions(folder.name, test, {"any": test[:1]}), folder)
     assert read_questions(folder) == Questions(folder.name, test, {"any": test[:1]})
 
 
 def test_a_sample_is_the_same_for_any_order_and_contained_in_larger_ones():
-    test = tuple(Question(s, f"{s} {i}", tuple("abcd"), i % 4) for s in ("x", "y") for i in range(40))
+    test = tuple(ChoiceQuestion(s, f"{s} {i}", tuple("abcd"), i % 4) for s in ("x", "y") for i in range(40))
     questions = Questions("any", test, {})
     smaller = questions.sample(10).test
     assert len(smaller) == 10 and set(smaller) < set(questions.sample(30).test)
@@ -140,6 +141,8 @@ def test_a_mistake_in_a_file_of_prompts_is_named(tmp_path, text, said):
 
 
 def test_what_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="the path is empty, perhaps because a shell variable is not set"):
+        read_questions("")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: name a folder with dev/ and test/"):
         read_questions(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} has no test/SUBJECT_test.csv")):
@@ -150,12 +153,41 @@ def test_what_is_not_there(tmp_path):
 
 
 def test_whole_prompts_have_no_csv_form(tmp_path):
-    questions = Questions("prompts", (Question("x", "", (), 0, "?\nAnswer:"),), {})
+    questions = Questions("prompts", (ChoiceQuestion("x", "", (), 0, "?\nAnswer:"),), {})
     with pytest.raises(ValueError, match="prompts holds whole prompts"):
         write_questions(questions, tmp_path)
 
 
+@pytest.mark.parametrize("subject", ["../x", "a/b", "a\\b", "..", ".x", "", "a\0b"])
+@pytest.mark.parametrize("split", ["test", "dev"])
+def test_a_subject_writes_no_file_elsewhere(tmp_path, subject, split):
+    one = ChoiceQuestion("x", "?", tuple("abcd"), 0)
+    test, dev = ((one,), {subject: (one,)}) if split == "dev" else ((replace(one, subject=subject),), {})
+    with pytest.raises(ValueError, match="any: the subject .* is not allowed: it names a file"):
+        write_questions(Questions("any", test, dev), tmp_path / "there" / "deep")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_questions_of_an_earlier_set_are_not_mixed_with_those_of_another(folder):
+    questions = read_questions(folder)
+    write_questions(questions, folder)  # the same subjects again
+    before = {path: path.read_bytes() for path in folder.rglob("*.csv")}
+    fewer = Questions("fewer", questions.test[:2], {})
+    with pytest.raises(ValueError, match="mmlu holds test questions of anatomy too: name a new folder"):
+        write_questions(fewer, folder)
+    (folder / "test" / "anatomy_test.csv").unlink()
+    with pytest.raises(ValueError, match="mmlu holds dev questions of abstract_algebra, anatomy too: name a new"):
+        write_questions(fewer, folder)
+    assert all(path.read_bytes() == text for path, text in before.items() if path.name != "anatomy_test.csv")
+
+
+def test_two_spellings_are_not_written(tmp_path):
+    x, y = (ChoiceQuestion(subject, "?", tuple("abcd"), 0) for subject in ("a b", "a_b"))
+    with pytest.raises(ValueError, match="any has the subject 'a_b' twice, also as 'a b'"):
+        write_questions(Questions("any", (x, y), {}), tmp_path)
+
+
 def test_questions_of_a_subject_stand_together():
-    x, y = (Question(subject, "?", tuple("abcd"), 0) for subject in "xy")
+    x, y = (ChoiceQuestion(subject, "?", tuple("abcd"), 0) for subject in "xy")
     with pytest.raises(ValueError, match="any: questions of one subject stand apart"):
         Questions("any", (x, y, x), {})

@@ -11,10 +11,10 @@ import torch
 import qlora_lab as ql
 from qlora_lab.adapters.lora import add_lora, lora_layers
 from qlora_lab.measure import answers as module
-from qlora_lab.measure.answers import ANSWERS, System, answer_all, check_systems, systems
+from qlora_lab.measure.answers import ANSWERS, System, answer_all, check_systems, check_unchanged, systems
 from qlora_lab.measure.held_out import generate_answers
 from qlora_lab.measure.judges import Question
-from qlora_lab.measure.results_file import STARTS, read_results
+from qlora_lab.measure.results_file import STARTS, append_result, read_results
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -94,11 +94,46 @@ def test_a_model_that_was_moved_is_not_asked_again(folder, out, loads):
 
 def test_an_interrupt_keeps_what_was_answered(folder, out, loads):
     loads["stop"] = 1
-    with pytest.raises(KeyboardInterrupt, match=r"1 of 2 systems have answered in .*answers.jsonl; the same call goes"):
+    with pytest.raises(KeyboardInterrupt, match=r"3 of 6 answers are in .*answers.jsonl; the same call goes on"):
         answer_all(folder, systems([None, "nf4"]), QUESTIONS, out, **SHORT)
     loads["stop"] = None
     answer_all(folder, systems([None, "nf4"]), QUESTIONS, out, **SHORT)
     assert loads["codebooks"] == [None, "nf4"]
+
+
+def test_an_interrupt_counts_answers_of_a_system_that_is_not_done(folder, out, monkeypatch):
+    calls = []
+
+    def stopped(file, row):
+        calls.append(row)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        append_result(file, row)
+
+    monkeypatch.setattr(module, "append_result", stopped)
+    with pytest.raises(KeyboardInterrupt, match=r"2 of 6 answers are in .*answers.jsonl; the same call goes on"):
+        answer_all(folder, systems([None, "nf4"]), QUESTIONS, out, **SHORT)
+    assert len(out.read_text().splitlines()) == 2
+
+
+def test_the_progress_bar_prints_no_control_characters(folder, tmp_path, out, capsys):
+    players = [System("a\x1b[2Jb", None), System("ä\r", "nf4")]
+    answer_all(folder, players, QUESTIONS, out, max_new_tokens=3, progress=True)
+    err = capsys.readouterr().err
+    assert r"a\x1b[2Jb" in err and "\x1b[2J" not in err and r"ä\r]" in err
+
+
+def test_a_system_that_changed_is_told_without_a_load(folder, adapter, out, loads):
+    players = [System("a", None), System("b", "nf4", adapter=adapter)]
+    check_unchanged(folder, players, out, **SHORT)  # no file yet
+    answer_all(folder, players, QUESTIONS, out, **SHORT)
+    del loads["codebooks"][:]
+    trained(folder, adapter, -1.0)
+    with pytest.raises(ValueError, match=r"may differ: the adapter has changed \(b\): name another"):
+        check_unchanged(folder, players, out, **SHORT)
+    check_unchanged(folder, players[:1], out, **SHORT)
+    check_unchanged(folder, [System("b", None)], out.with_name("other"), **SHORT)
+    assert loads["codebooks"] == []
 
 
 @pytest.mark.slow
@@ -171,6 +206,8 @@ def test_a_row_says_whose_answer_it_is(folder, out):
         ([], "no system; a tournament needs two or more"),
         ([System("a")], "only one system: 'a'; a tournament needs two or more"),
         ([System("a"), System("a", None)], "system 'a' is there twice"),
+        ([System("a"), System("", None)], "a system's name is ''"),
+        ([System("a", adapter="ad"), System("b", adapter="x/../ad")], "adapters 'ad' and 'x/../ad' are one, "),
         ([System("a"), System("b", "nf5")], "nf5"),
         ([System("a"), System("b", "nf4", 8)], "block_size=8 is not allowed"),
         ([System("a"), System("b", adapter="nowhere")], "nowhere is not a folder"),

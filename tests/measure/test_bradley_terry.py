@@ -194,8 +194,11 @@ def test_tournaments_without_an_answer_say_why(rows, words):
 
 
 def test_an_interval_needs_resamples():
-    with pytest.raises(ValueError, match="resamples is 1, but an interval needs at least 2"):
-        bradley_terry(Games.of_counts(EXACT), resamples=1)
+    for resamples in (1, 2.5, "10"):
+        with pytest.raises(ValueError, match="resamples=.* is not allowed: it is a whole number of at least 2"):
+            bradley_terry(Games.of_counts(EXACT), resamples=resamples)
+    with pytest.raises(ValueError, match="seed=-1 is not allowed"):
+        bradley_terry(Games.of_counts(EXACT), seed=-1)
     with pytest.raises(ValueError, match="needs two with a verdict, but there is one"):
         bradley_terry(Games.of([("q", "a", "b", "first"), ("q", "b", "a", "first"), ("r", "a", "b", "unread")]))
     with pytest.raises(ValueError, match="unread is 'no'"):

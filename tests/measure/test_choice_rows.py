@@ -1,6 +1,7 @@
 """`qlora-lab multiple-choice`: rows that agree with the library, that resume, and mistakes in one line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.data.choice_files import read_questions
+from qlora_lab.data.choice_prompts import Task
 from qlora_lab.measure import choice_rows as module
 from qlora_lab.measure.choice_rows import choice_rows, read_choices
 from qlora_lab.measure.choice_summary import accuracies, difference
-from qlora_lab.measure.multiple_choice import Task, choice_scores
+from qlora_lab.measure.multiple_choice import choice_scores
 from qlora_lab.measure.results_file import verify_rows
-from qlora_lab.train.verify import OK
+from qlora_lab.train.verify import DIFFERS, OK
 from tests.data.test_choice_files import AUTHORS, small_questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +54,7 @@ def test_a_row_says_what_load_and_choice_scores_say(folder, data, results, train
     for how, row in zip([(None,), ("nf4", 32, True)], rows, strict=True):
         model, tokenizer = ql.load(folder, *how, dtype=torch.float32, progress=False)
         ql.load_adapter(model, trained)
-        want = [one.log_likelihoods for one in choice_scores(model, tokenizer, task, progress=False)]
+        want = choice_scores(model, tokenizer, task, progress=False)
         assert row["log_likelihoods"] == [pytest.approx(values, rel=1e-6) for values in want]
     assert rows[0]["right"] == "CDDA" and rows[0]["subjects"] == {"abstract_algebra": 2, "anatomy": 2}
     if way == "texts":
@@ -94,6 +96,15 @@ def test_an_interrupt_says_how_far_it_came(folder, data, results, monkeypatch):
         quiet(folder, [(None,), ("nf4",)], Task(read_questions(data), 1), results)
 
 
+def test_a_changed_row_is_found(folder, data, results):
+    quiet(folder, [(None,), ("nf4",)], Task(read_questions(data), 1), results)
+    whole = results.read_text()
+    changed = re.sub(r'("log_likelihoods": \[\[-?\d)', r"\g<1>9", whole, count=1)
+    assert changed != whole
+    results.write_text(changed)
+    assert [part.state for part in verify_rows(results)] == [DIFFERS, OK]
+
+
 def test_what_is_not_finite_is_no_row(folder, data, results, monkeypatch):
     def broken(*how, **options):
         model, tokenizer = ql.load(*how, **options)
@@ -125,7 +136,8 @@ def test_tables_and_json(capsys, folder, data, results):
     assert lines[1].split() == ["codebook", "accuracy", "mean", "over", "subjects", "difference", "to", "the", "first"]
     assert [line.split("  ")[0] for line in lines[2:5]] == ["none", "nf4", "nf4 + DQ"]
     assert lines[5].split("  ")[0] == "codebook" and "STEM" in lines[5]  # MMLU's subjects have categories
-    assert lines[-1].startswith("4 questions of mmlu, 1 examples, texts; brackets: 95 % intervals")
+    assert lines[-2].startswith("4 questions of mmlu, 1 example, texts; brackets: 95 % intervals")
+    assert re.fullmatch(r"rules that read no question: [\w' ]+ \d+.\d%, [\w' ]+ \d+.\d%; guessing 25 %", lines[-1])
     code, out, _ = run(capsys, folder, *options, "--json")
     records = json.loads(out)
     rows = read_choices(results)
@@ -136,11 +148,19 @@ def test_tables_and_json(capsys, folder, data, results):
     assert set(records[0]["acc"]["subjects"]) == {"abstract_algebra", "anatomy"}
 
 
+def test_double_quantization_is_on_as_in_load(capsys, folder, data, results):
+    options = ["--codebooks", "nf4", "--data", data, "--shots", 1, "--out", results, "--quiet"]
+    code, out, _ = run(capsys, folder, *options)
+    assert code == 0 and out.splitlines()[1].startswith("nf4 + DQ ")
+    assert [row["double_quant"] for row in read_choices(results)] == [True]
+
+
 def test_a_file_of_whole_prompts(capsys, folder, tmp_path, results):
     path = tmp_path / "zero_shot.json"
     path.write_text(json.dumps(AUTHORS) + "\n")
     code, out, _ = run(capsys, folder, "--data", path, "--out", results, "--quiet")
-    assert code == 0 and "1 questions of zero_shot, 0 examples, letters" in out
+    assert code == 0 and "1 question of zero_shot, 0 examples, letters" in out
+    assert "rules" not in out  # the options are not known apart
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Reading games: the authors' folder with its traps, counts, one's own lines; what is bad is named by file and line."""
 
 import json
+import os
 
 import pytest
 
@@ -97,6 +98,19 @@ def test_a_bad_line_of_the_authors(tmp_path, row, words):
         read_games(tmp_path)
 
 
+def test_a_game_that_is_there_twice(tmp_path):
+    """Once more in the same file, and in a file whose other name means the same systems."""
+    path = write(tmp_path / "games.jsonl", GOOD, GOOD | {"first": "b", "second": "a"}, GOOD | {"verdict": "first"})
+    said = r"line 3 holds the game of 'a' against 'b' on question 'q' again, which is in .*games.jsonl, line 1: keep"
+    with pytest.raises(ValueError, match=said):
+        read_games(path)
+    path.unlink()
+    write(tmp_path / f"answer-gpt4-vs-bard{END}", judgment(1, 1), judgment(2, 1))
+    write(tmp_path / f"gpt-4-vs-bard{END}", judgment(3, 1), judgment(2, 1))
+    with pytest.raises(ValueError, match=rf"gpt-4-vs-bard{END}, line 2 .*'gpt-4' against 'bard' on question '2' again"):
+        read_games(tmp_path)
+
+
 def test_folders_that_are_no_tournament(tmp_path):
     with pytest.raises(ValueError, match="holds no .jsonl file"):
         read_games(tmp_path)
@@ -114,10 +128,15 @@ def test_folders_that_are_no_tournament(tmp_path):
     ("text", "words"),
     [
         ("first,second,ties\na,b,1\n", "line 1 lacks first_wins, second_wins, unparsed"),
+        ("first,second,{0}\na,b,1,2,3,4\na,b,1,2,3\n", "line 3 has another number of cells than the 6 columns"),
+        ("first,second,{0}\na,b,1,2,3,4,5\n", "line 2 has another number of cells than the 6 columns"),
+        ("first,second,{0}\na,b,1,2,3,\n", "line 2 has the counts 1, 2, 3, : they are whole numbers"),
+        ("first,second,{0},ties\na,b,1,2,3,4,5\n", "line 1 has the column ties twice"),
+        ("first,second,{0}\na, b,1,2,3,4\n", "line 2: the name ' b' begins or ends with a space: remove it"),
+        ("first,second,{0}\na,b,999999,0,0,0\nb,a,0,0,1,1\n", "line 3 brings the games to 1,000,001, but at most"),
         ("# source: x\nfirst,second,ties\na,b,1\n", "line 2 lacks first_wins, second_wins, unparsed"),
-        ("first,second,{0}\na,b,1,2,3,4\na,b,1,2,3\n", "line 3 has the counts 1, 2, 3, : they are whole numbers"),
         ("first,second,{0}\na,b,1,-2,3,4\n", "line 2 has the counts 1, -2, 3, 4"),
-        ("first,second,{0}\na,b,1,2,3,99999999\n", "line 2 has the counts 1, 2, 3, 99999999: .* below 10,000,000"),
+        ("first,second,{0}\na,b,1,2,3,99999999\n", "line 2 has the counts 1, 2, 3, 99999999: .* 1,000,000 at most"),
         ("first,second,{0}\na,a,1,2,3,4\n", "line 2: 'a' against 'a'"),
         ("first,second,{0}\n", "holds no game"),
         ("", "line 1 lacks first, second, first_wins"),
@@ -128,6 +147,30 @@ def test_bad_counts(tmp_path, text, words):
     path.write_text(text.format(",".join(COUNTS)), encoding="utf-8")
     with pytest.raises(ValueError, match=f"pairs.csv,? ?{words}"):
         read_games(path)
+
+
+def test_a_million_games_are_read(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"first,second,{','.join(COUNTS)}\na,b,999999,0,0,0\nb,a,0,0,1,0\n")
+    assert len(read_games(path)) == 1_000_000
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "games.jsonl", f"a-vs-b{END}"])
+def test_what_is_no_file_is_not_opened(tmp_path, name):
+    """A FIFO without a writer: opening it would wait for ever. And a device without an end."""
+    path = tmp_path / name
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(path)
+        for given in (path, tmp_path) if name.endswith(END) else (path,):
+            with pytest.raises(ValueError, match=f"{name} is a FIFO, a socket or a device, but must be a regular"):
+                read_games(given, progress=False)
+        path.unlink()
+
+
+def test_a_folder_among_the_judgments(tmp_path):
+    (tmp_path / f"a-vs-b{END}").mkdir()
+    with pytest.raises(ValueError, match=f"a-vs-b{END} is a folder, but must be a regular file"):
+        read_games(tmp_path)
 
 
 def test_counts_in_another_encoding(tmp_path):

@@ -14,10 +14,10 @@ import pytest
 
 import qlora_lab as ql
 from qlora_lab.adapters.lora import adapters
-from qlora_lab.data.choice_files import Question, Questions, read_questions, write_questions
+from qlora_lab.data.choice_files import ChoiceQuestion, Questions, read_questions, write_questions
+from qlora_lab.data.choice_prompts import Task
 from qlora_lab.data.docstring_choice import docstring_choice
 from qlora_lab.measure.lm_eval import harness_model, harness_tasks
-from qlora_lab.measure.multiple_choice import Task
 from tests.data.test_choice_files import small_questions
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,8 @@ import qlora_lab as ql
 from qlora_lab.data.choice_files import read_questions
 from qlora_lab.measure.choice_rows import _lengths
 from qlora_lab.measure.lm_eval import harness_model, harness_tasks
-from qlora_lab.measure.multiple_choice import Task, choice_scores
+from qlora_lab.data.choice_prompts import Task
+from qlora_lab.measure.multiple_choice import choice_scores
 name, adapter, folder, shots, way, files = sys.argv[1:]
 torch.set_num_threads(1)
 model, tokenizer = ql.load(name, "nf4", dtype=torch.float32, progress=False)
@@ -48,8 +49,8 @@ found = simple_evaluate(harness_model(model, tokenizer), tasks=harness_tasks(tas
 theirs = [[value for value, _ in s["filtered_resps"]] for part in found["samples"].values() for s in part]
 accuracies = {name: {metric: values.get(f"{metric},none") for metric in ("acc", "acc_norm", "acc_bytes")}
               for name, values in found["results"].items()}
-print(json.dumps({"ours": [one.log_likelihoods for one in ours], "theirs": theirs, "accuracies": accuracies,
-                  "lengths": _lengths(task, ours)}))
+print(json.dumps({"ours": ours, "theirs": theirs, "accuracies": accuracies,
+                  "lengths": _lengths(task)}))
 """
 
 
@@ -90,7 +91,7 @@ def test_the_harness_agrees_on_a_small_model_with_an_adapter(tmp_path, folder, w
         layer.lora_B.data.normal_()
     adapter = ql.save_adapter(model, tmp_path / "adapter")
     questions = read_questions(small_questions(tmp_path / "mmlu"))
-    awkward = Question("anatomy", "  Où?\n\n ", ("é", " the two", "the  sum\n", "the sum of the two numbers"), 1)
+    awkward = ChoiceQuestion("anatomy", "  Où?\n\n ", ("é", " the two", "the  sum\n", "the sum of the two numbers"), 1)
     questions = Questions("any", (*questions.test, awkward), questions.dev)  # bytes and characters differ
     check_accuracies(compared(tmp_path, folder, adapter, questions, 2, way), questions, way)
 
@@ -117,9 +118,16 @@ def test_a_task_has_the_harness_fields_and_its_data(tmp_path):
 
 
 def test_whole_prompts_are_no_task(tmp_path):
-    questions = Questions("prompts", (Question("x", "", (), 0, "Which?\nAnswer:"),), {})
+    questions = Questions("prompts", (ChoiceQuestion("x", "", (), 0, "Which?\nAnswer:"),), {})
     with pytest.raises(ValueError, match="prompts holds whole prompts: give questions in MMLU's form"):
         harness_tasks(Task(questions), tmp_path)
+
+
+def test_a_subject_writes_no_file_elsewhere(tmp_path):
+    questions = Questions("any", (ChoiceQuestion("../x", "?", tuple("abcd"), 0),), {})
+    with pytest.raises(ValueError, match=r"any: the subject '../x' is not allowed: it names a file"):
+        harness_tasks(Task(questions, 0), tmp_path / "tasks")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_harness_the_error_says_what_to_install(monkeypatch, tiny_llama, tokenizer):

@@ -5,9 +5,10 @@ import torch
 
 from qlora_lab.adapters.add_adapter import add_adapter
 from qlora_lab.adapters.lora import adapters, add_lora
-from qlora_lab.data.choice_files import Question, Questions, read_questions
+from qlora_lab.data.choice_files import ChoiceQuestion, Questions, read_questions
+from qlora_lab.data.choice_prompts import Task, examples, prompt
 from qlora_lab.measure import multiple_choice as module
-from qlora_lab.measure.multiple_choice import Task, choice_scores, encode, examples, prompt
+from qlora_lab.measure.multiple_choice import choice_scores, encode
 from tests.data.test_choice_files import small_questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,11 +63,11 @@ def test_shared_prefixes_change_nothing(tiny_llama, tokenizer, questions, way, s
     monkeypatch.setattr(module, "TOKENS_AT_ONCE", 150)  # some batches of one question, some of more
     task = Task(questions, shots, way)
     want = from_whole_rows(tiny_llama, encode(tokenizer, task))
-    for share in (True, False):
-        scores = choice_scores(tiny_llama, tokenizer, task, share=share, progress=False)
-        for one, values in zip(scores, want, strict=True):
-            assert one.log_likelihoods == pytest.approx(values, abs=1e-4)  # float32 sums in another order
-    assert {one.tokens for one in scores} == {(2, 2, 2, 2)} if way == "letters" else len(scores) == 4
+    scores = choice_scores(tiny_llama, tokenizer, task, progress=False)
+    for one, values in zip(scores, want, strict=True):
+        assert one == pytest.approx(values, abs=1e-4)  # float32 sums in another order
+    again = choice_scores(tiny_llama, tokenizer, task, encoded=encode(tokenizer, task), progress=False)
+    assert again == scores
 
 
 def test_a_cache_is_used(tiny_llama, tokenizer, questions):
@@ -75,10 +76,9 @@ def test_a_cache_is_used(tiny_llama, tokenizer, questions):
     hook = tiny_llama.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
     task = Task(questions, 2)
     choice_scores(tiny_llama, tokenizer, task, progress=False)
-    shared, read[:] = sum(read), []
-    choice_scores(tiny_llama, tokenizer, task, share=False, progress=False)
     hook.remove()
-    assert shared < sum(read) / 4
+    whole = sum(len(one.context) + len(row) - 1 for one in encode(tokenizer, task) for row in one.answers)
+    assert sum(read) < whole / 4
 
 
 def test_an_adapter_counts(tiny_llama, tokenizer, questions):
@@ -89,8 +89,8 @@ def test_an_adapter_counts(tiny_llama, tokenizer, questions):
         layer.lora_B.data.normal_()
     adapted = choice_scores(tiny_llama, tokenizer, task, progress=False)
     want = from_whole_rows(tiny_llama.eval(), encode(tokenizer, task))
-    assert adapted[0].log_likelihoods == pytest.approx(want[0], abs=1e-4)
-    assert adapted[0].log_likelihoods != pytest.approx(base[0].log_likelihoods, abs=1e-2)
+    assert adapted[0] == pytest.approx(want[0], abs=1e-4)
+    assert adapted[0] != pytest.approx(base[0], abs=1e-2)
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
@@ -99,7 +99,7 @@ def test_virtual_tokens_come_before_each_row(tiny_llama, tokenizer, questions, m
     task = Task(questions, 1, "texts")
     scores = choice_scores(tiny_llama, tokenizer, task, progress=False)
     want = from_whole_rows(tiny_llama.eval(), encode(tokenizer, task))
-    assert scores[0].log_likelihoods == pytest.approx(want[0], abs=1e-4)
+    assert scores[0] == pytest.approx(want[0], abs=1e-4)
 
 
 def test_a_model_with_a_window_is_read_whole(tokenizer, questions):
@@ -114,7 +114,7 @@ def test_a_model_with_a_window_is_read_whole(tokenizer, questions):
     task = Task(questions, 1, "texts")
     scores = choice_scores(model, tokenizer, task, progress=False)
     for one, values in zip(scores, from_whole_rows(model, encode(tokenizer, task)), strict=True):
-        assert one.log_likelihoods == pytest.approx(values, abs=1e-4)
+        assert one == pytest.approx(values, abs=1e-4)
 
 
 def test_measuring_changes_nothing(tiny_llama, tokenizer, questions):
@@ -131,13 +131,13 @@ def test_measuring_changes_nothing(tiny_llama, tokenizer, questions):
 
 
 def whole_prompts() -> Questions:
-    return Questions("prompts", (Question("x", "", (), 0, "Which?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"),), {})
+    return Questions("prompts", (ChoiceQuestion("x", "", (), 0, "Which?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"),), {})
 
 
 def test_whole_prompts_are_read_as_they_are(tiny_llama, tokenizer):
     task = Task(whole_prompts())
     (one,) = choice_scores(tiny_llama, tokenizer, task, progress=False)
-    assert one.log_likelihoods == pytest.approx(from_whole_rows(tiny_llama, encode(tokenizer, task))[0], abs=1e-4)
+    assert one == pytest.approx(from_whole_rows(tiny_llama, encode(tokenizer, task))[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,9 @@ def test_a_subject_without_examples(tokenizer, tmp_path):
     questions = read_questions(folder)
     with pytest.raises(ValueError, match="'anatomy' has no dev/anatomy_dev.csv, but shots=5: take --shots 0"):
         encode(tokenizer, Task(Questions("mmlu", questions.test[2:], questions.dev)))
+    (folder / "dev" / "anatomy_dev.csv").touch()
+    with pytest.raises(ValueError, match="'anatomy' has an empty dev/anatomy_dev.csv, but shots=5: take --shots 0"):
+        encode(tokenizer, Task(Questions("mmlu", questions.test[2:], read_questions(folder).dev)))
 
 
 def test_a_prompt_that_is_too_long_names_the_most_examples_that_fit(tiny_llama, tokenizer, questions):
@@ -179,12 +182,36 @@ def test_a_prompt_that_is_too_long_names_the_most_examples_that_fit(tiny_llama, 
         choice_scores(tiny_llama, tokenizer, Task(questions, 2), progress=False)
 
 
-def test_an_option_without_tokens(questions):
-    """The space before an empty option vanishes in some tokenizers."""
-    question = Question("anatomy", "Which?", ("", "b", "c", "d"), 1)
+def test_a_tokenizer_that_appends_a_token(questions):
+    """With an EOS after the prompt, the first token of each answer would be lost without a word."""
 
     def words(texts, verbose):
-        return {"input_ids": [[hash(word) for word in text.split()] for text in texts]}
+        return {"input_ids": [[*map(hash, text.split()), 2] for text in texts]}
+
+    with pytest.raises(ValueError, match="abstract_algebra: with an answer, the prompt of question 1 has other tokens"):
+        encode(words, Task(questions, 1))
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_option_is_refused_before_a_model_is_loaded(tmp_path, empty):
+    folder = small_questions(tmp_path / "mmlu")
+    path = folder / "test" / "anatomy_test.csv"
+    path.write_text(f"the sum,a,b,c,d,D\nthe numbers,a,b,{empty},d,A\n")
+    questions = read_questions(folder)
+    Task(questions, 1).checked()  # a letter may stand for nothing
+    with pytest.raises(ValueError, match="anatomy_test.csv, line 2: option C is empty: give it a text, or take --answ"):
+        Task(questions, 1, "texts").checked()
+    made = Questions("made", (ChoiceQuestion("x", "Which?", ("a", "b", empty, "d"), 0),), {})
+    with pytest.raises(ValueError, match="made, x: 'Which.': option C is empty"):
+        Task(made, 0, "texts").checked()
+
+
+def test_an_option_without_tokens(questions):
+    """Some tokenizers drop characters, and the space before them."""
+    question = ChoiceQuestion("anatomy", "Which?", ("\u200b", "b", "c", "d"), 1)
+
+    def words(texts, verbose):
+        return {"input_ids": [[hash(word) for word in text.replace("\u200b", "").split()] for text in texts]}
 
     with pytest.raises(ValueError, match="anatomy: an option of question 1 has no tokens: give each option a text"):
         encode(words, Task(Questions("any", (question,), {}), 0, "texts"))

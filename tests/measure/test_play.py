@@ -10,6 +10,7 @@ import pytest
 from qlora_lab import cli
 from qlora_lab.measure.diagnosis import diagnose_judge
 from qlora_lab.measure.judges import Question, ReferenceJudge, always_first
+from qlora_lab.measure.judgments import read_games
 from qlora_lab.measure.play import GAMES, check_tournament, games_of, play
 from qlora_lab.measure.results_file import START, STARTS, append_result, read_results, verify_rows
 from qlora_lab.train.verify import DIFFERS, OK
@@ -190,6 +191,30 @@ def test_an_unread_game_whose_line_is_deleted_is_asked_again(out):
     assert len(judge.calls) == 1 and [row["verdict"] for row in rows].count("unread") == 0
 
 
+@pytest.mark.parametrize("verdict", ["first", "second"])
+def test_a_game_that_is_there_twice_is_refused_with_both_lines(out, verdict):
+    """The same for whoever goes on with the tournament, and for whoever reads its games."""
+    quiet(out, Judge())
+    lines = out.read_text().splitlines(keepends=True)
+    lines[6] = re.sub('"verdict": "[a-z]+"', f'"verdict": "{verdict}"', lines[0])
+    out.write_text("".join(lines))
+    before = out.read_bytes()
+    said = r"games.jsonl, line 7 holds the game of 'good' against 'half' on question 'q0' again, .*, line 1: keep"
+    with pytest.raises(ValueError, match=said):
+        quiet(out, judge := Judge())
+    with pytest.raises(ValueError, match=said):
+        check_tournament(out, "length", list(ANSWERS), QUESTIONS)
+    with pytest.raises(ValueError, match=said):
+        read_games(out, progress=False)
+    assert judge.calls == [] and out.read_bytes() == before
+
+
+@pytest.mark.parametrize("id", ["", "  ", 1, None, ["q"]])
+def test_a_question_needs_a_name(id):
+    with pytest.raises(ValueError, match="a question's id is .*: give a text that is not empty"):
+        Question(id, "Why?")
+
+
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
 def test_what_ends_a_program_is_no_verdict(out, error):
     with pytest.raises(error):
@@ -260,6 +285,8 @@ def test_a_row_with_a_verdict_of_ones_own_is_refused(out):
 @pytest.mark.parametrize(
     "given, said",
     [
+        ({"answers": ANSWERS | {"": ANSWERS["bad"]}}, "a system's name is '': give a text that is not empty"),
+        ({"answers": ANSWERS | {7: ANSWERS["bad"]}}, "a system's name is 7"),
         ({"questions": []}, "there are 0 questions: a tournament needs at least one"),
         ({"questions": [*QUESTIONS, QUESTIONS[1]]}, "question 'q1' is there twice"),
         ({"answers": {}}, "no system; a tournament needs two or more"),

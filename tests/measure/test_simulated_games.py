@@ -40,8 +40,10 @@ def test_one_question_decides_both_orders_if_it_decides_all():
 @pytest.mark.parametrize(
     ("strengths", "options", "words"),
     [
-        ({"a": 1}, {}, "1 systems and 80 questions: at least two systems"),
-        ({"a": 1, "b": 2}, {"questions": 0}, "2 systems and 0 questions"),
+        ({"a": 1}, {}, "there are 1 strengths, but a tournament needs at least two systems"),
+        ({"a": 1, "b": 2}, {"questions": 0}, "questions=0 is not allowed"),
+        ({"a": 1, "b": 2}, {"questions": 2.5}, "questions=2.5 is not allowed"),
+        ({"a": 1, "b": 2}, {"seed": -1}, "seed=-1 is not allowed"),
         ({"a": 1, "b": 2}, {"ties": 1}, "ties=1, question_effect=0.5: shares lie between 0 and 1, ties below 1"),
         ({"a": 1, "b": 2}, {"question_effect": 1.5}, "question_effect=1.5"),
     ],

@@ -14,6 +14,7 @@ from qlora_lab.measure.tournament import BOTH_ORDERS, Rules, elo, elo_of_one_ord
 TABLE_1 = {"gpt-4": 1348, "65b-guanaco": 1022, "33b-guanaco": 992, "vicuna-13b": 974, "gpt-3.5": 966}
 TABLE_1 |= {"13b-guanaco": 916, "bard": 902, "7b-guanaco": 879}
 
+ONE = Games.of([("q", "a", "b", "tie")])
 ROWS = st.lists(
     st.tuples(
         st.sampled_from("pqr"), st.permutations("abcd").map(lambda names: tuple(names[:2])), st.sampled_from(VERDICTS)
@@ -118,8 +119,17 @@ def test_the_paper_s_table_1_comes_out_of_its_judgments():
     [
         (lambda: Rules(unread="dropped"), "unread is 'dropped'; allowed are 'left out', 'tie'"),
         (lambda: Rules(both_orders="sum"), "both_orders is 'sum'; allowed are 'apart', 'mean', 'tie if they differ'"),
-        (lambda: Rules(k=0), "k is 0 and start is 1000.0: both must be finite, and k above 0"),
-        (lambda: elo(Games.of([("q", "a", "b", "tie")]), orders=0), "orders is 0, but at least one order"),
+        (lambda: Rules(k=0), "k=0 is not allowed: it is a finite number above 0"),
+        (lambda: Rules(k="32"), "k='32' is not allowed"),
+        (lambda: Rules(k=float("inf")), "k=inf is not allowed"),
+        (lambda: Rules(start=float("nan")), "start=nan is not allowed: it is a finite number"),
+        (lambda: Rules(start=None), "start=None is not allowed"),
+        (lambda: elo(ONE, orders=0), "orders=0 is not allowed: it is a whole number of at least 1"),
+        (lambda: elo(ONE, orders=2.5), "orders=2.5 is not allowed"),
+        (lambda: elo(ONE, orders="10"), "orders='10' is not allowed"),
+        (lambda: elo(ONE, seed=-1), "seed=-1 is not allowed"),
+        (lambda: rank_ranges(np.empty((0, 2))), r"samples have the shape \(0, 2\): .* at least one sample"),
+        (lambda: rank_ranges(np.ones(3)), r"samples have the shape \(3,\)"),
         (
             lambda: elo(Games.of([("q", "a", "b", "unread")])),
             "no game can be rated: of 1 verdicts, 1 could not be read",
