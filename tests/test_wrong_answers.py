@@ -649,6 +649,7 @@ WRONG = {
             "return ratings",
             "What does the second system do?",
         ),
+        # a win and a loss would hide both of these, so the first case has two wins
         "both gain": (
             "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
             "    gain = 32 * (score - 1 / (1 + 10 ** ((ratings[second] - ratings[first]) / 400)))\n"
@@ -773,6 +774,7 @@ WRONG = {
             "return [n for n in printed if abs(float(printed[n]) - replayed[n]) > 0.5]",
             "You forgive too much",
         ),
+        # right for 12.3, too strict for 7 and too lax for 9.25
         "half a step of one place": (
             "return [n for n in printed if abs(float(printed[n]) - replayed[n]) > 0.05]",
             "What is half a step",

@@ -62,6 +62,7 @@ def _elo(results, systems, gain, second_system):
         # the classic slip of two lines that each compute the gain
         if second_system == "late":
             points = gain(score, ratings[first], ratings[second])
+        # "late" has changed the points and loses them like a right answer
         ratings[second] += {"stays": 0.0, "gains": points}.get(second_system, -points)
     return ratings
 

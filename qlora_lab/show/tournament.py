@@ -88,6 +88,7 @@ class TournamentExplorer(Explorer):
             self.diamonds[y].set_data([result["elo"][name]], [y])
             self.ranks[y].set_text(rank_words(fit.ranks[name]))
         ratings = [fit.ratings[name] for name in TRUTH]
+        # an open end is infinite, so it lies beyond, too
         beyond = ([r.low < LIMITS[0] for r in ratings], [r.high > LIMITS[1] for r in ratings])
         for arrows, edge, rows in zip(self.cut, LIMITS, beyond, strict=True):
             arrows.set_data([edge] * sum(rows), np.flatnonzero(rows))

@@ -92,11 +92,13 @@ def test_more_questions_give_shorter_intervals():
 
 
 def test_a_bar_that_is_cut_off_says_so():
+    # so few games leave A and D without a lower end in sight, and C without an upper one
     EXPLORER.set(questions=10, position=400, both_orders=False)
     ratings = [EXPLORER.result["fit"].ratings[name] for name in TRUTH]
     low, high = (list(zip(*arrows.get_data(), strict=True)) for arrows in EXPLORER.cut)
     assert low == [(LIMITS[0], y) for y, rating in enumerate(ratings) if rating.low < LIMITS[0]] != []
     assert high == [(LIMITS[1], y) for y, rating in enumerate(ratings) if rating.high > LIMITS[1]] != []
+    # arrows must go when their bars fit again
     EXPLORER.set(questions=320, both_orders=True)
     assert all(len(arrows.get_xdata()) == 0 for arrows in EXPLORER.cut)
 
