@@ -649,6 +649,30 @@ WRONG = {
             "return ratings",
             "What does the second system do?",
         ),
+        # a win and a loss would hide both of these, so the first case has two wins
+        "both gain": (
+            "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
+            "    gain = 32 * (score - 1 / (1 + 10 ** ((ratings[second] - ratings[first]) / 400)))\n"
+            "    ratings[first] += gain\n    ratings[second] += gain\nreturn ratings",
+            "What one wins, the other must lose",
+        ),
+        "the score turned": (
+            "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
+            "    gain = 32 * (1 - score - 1 / (1 + 10 ** ((ratings[second] - ratings[first]) / 400)))\n"
+            "    ratings[first] += gain\n    ratings[second] -= gain\nreturn ratings",
+            "Your winner loses points",
+        ),
+        "without the chance": (
+            "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
+            "    ratings[first] += 32 * score\n    ratings[second] -= 32 * score\nreturn ratings",
+            "You leave the chance out",
+        ),
+        "a start at 0": (
+            "ratings = [0.0] * systems\nfor first, second, score in results:\n"
+            "    gain = 32 * (score - 1 / (1 + 10 ** ((ratings[second] - ratings[first]) / 400)))\n"
+            "    ratings[first] += gain\n    ratings[second] -= gain\nreturn ratings",
+            "Where does everyone start?",
+        ),
         "the new rating used": (
             "ratings = [1000.0] * systems\nfor first, second, score in results:\n"
             "    chance = lambda: 1 / (1 + 10 ** ((ratings[second] - ratings[first]) / 400))\n"
@@ -744,7 +768,16 @@ WRONG = {
         ),
         "a whole point forgiven": (
             "return [n for n in printed if abs(float(printed[n]) - replayed[n]) > 1]",
-            "You forgive a whole point",
+            "You forgive too much",
+        ),
+        "half a point forgiven": (
+            "return [n for n in printed if abs(float(printed[n]) - replayed[n]) > 0.5]",
+            "You forgive too much",
+        ),
+        # right for 12.3, too strict for 7 and too lax for 9.25
+        "half a step of one place": (
+            "return [n for n in printed if abs(float(printed[n]) - replayed[n]) > 0.05]",
+            "What is half a step",
         ),
         "always one place": (
             "return [n for n in printed if f'{replayed[n]:.1f}' != printed[n]]",

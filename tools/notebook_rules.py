@@ -126,6 +126,21 @@ def _answers(cells):
             yield f"cell {i}: a guess shows more than its box. Move the rest behind the answer."
         for name in names:
             yield from _comparison(i, name, cells[place + 1 :])
+            yield from _bound_again(i, name, cells[:place] + cells[place + 1 :])
+
+
+def _bound_again(i, name, others):
+    """Cells that give the guess's name to something else: who goes back to the answer would compare that."""
+    for at, _, source in _code_cells(others):
+        for statement in _statements(source):
+            # what a function binds in its body is its own
+            if isinstance(statement, ast.FunctionDef):
+                bound = {statement.name}
+            else:
+                names = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
+                bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+            if name in bound:
+                yield f"cell {at}: it binds {name} again, the guess of cell {i}. Take another name."
 
 
 def _guesses(cells):

@@ -26,6 +26,7 @@ def my_elo(results, systems):
         rated(lambda score, own, other: right(score, 400 * own, 400 * other)),
         "You take the difference as it is. By what does the formula divide it?",
     )
+    yield rated(lambda score, own, other: 32 * score), "You leave the chance out. What does an expected win earn?"
     # as if all ratings were those of the start
     yield (
         rated(lambda score, own, other: 32 * (score - 0.5)),
@@ -40,8 +41,11 @@ def my_elo(results, systems):
         "Your winner loses points. Whose score is the third number?",
     )
     # the gain is right in these, and what becomes of it is not
+    yield rated(right, "gains"), "Both of your systems gain. What one wins, the other must lose."
     yield rated(right, "stays"), "The mean of all ratings must stay at 1000. What does the second system do?"
     yield rated(right, "late"), "You change the first rating and then use it for the second. Compute the gain once."
+    # a start moves all ratings alike, because a chance asks for differences alone
+    yield [rating - 1000 for rating in rated(right)], "All your ratings are 1000 too low. Where does everyone start?"
 
 
 def _chance(own, other):
@@ -58,7 +62,8 @@ def _elo(results, systems, gain, second_system):
         # the classic slip of two lines that each compute the gain
         if second_system == "late":
             points = gain(score, ratings[first], ratings[second])
-        ratings[second] -= 0.0 if second_system == "stays" else points
+        # "late" has changed the points and loses them like a right answer
+        ratings[second] += {"stays": 0.0, "gains": points}.get(second_system, -points)
     return ratings
 
 
@@ -110,8 +115,13 @@ def my_errata(printed, replayed):
         "These come out. Which ones do not?",
     )
     yield (
-        [name for name, text in printed.items() if abs(float(text) - replayed[name]) > 1],
-        "You forgive a whole point. How far can rounding move a figure with one decimal place?",
+        [name for name, text in printed.items() if abs(float(text) - replayed[name]) > 0.5],
+        "You forgive too much. How far can rounding move a figure with one decimal place?",
+    )
+    # half a step is right for one decimal place alone
+    yield (
+        [name for name, text in printed.items() if abs(float(text) - replayed[name]) > 0.05],
+        '0.05 is half a step of the first decimal place. What is half a step for "7", and for "9.25"?',
     )
     yield (
         [name for name, text in printed.items() if f"{replayed[name]:.1f}" != text],

@@ -5,6 +5,7 @@ Source of the models: QLoRA (arXiv 2305.14314), table 5 for MMLU. Of the convers
 others are computed from the authors' judgments, by the ratio that gives the printed ones (measure/replay.py).
 """
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -53,7 +54,9 @@ def intervals(
     ax.set_yticks(range(len(bars)), bars, fontsize=12)
     ax.set(ylim=(len(bars) - 0.5, -0.5))
     # a legend would cover bars, wherever it stood
-    ax.set_xlabel("; ".join(filter(None, [unit, zero and f"dashed: {zero}", marked and f"diamonds: {marked}"])))
+    label = "; ".join(filter(None, [unit, zero and f"dashed: {zero}", marked and f"diamonds: {marked}"]))
+    # the picture's edge would cut a longer line
+    ax.set_xlabel(textwrap.fill(label, 60))
     _finish(ax, title)
     return picture(
         fig, f"{title}. In {unit}: {'; '.join(_words(name, bar, form, marked) for name, bar in bars.items())}"
@@ -93,7 +96,7 @@ def exam_and_chat() -> tuple[Tuned, ...]:
     [44.5, 51.4, 59.2, 63.9]
     """
     questions = published("guanaco_relative_questions.csv", RelativeQuestions)
-    # with both orders of reading, so that no system gains by its place
+    # with both orders of reading, so that no system gains by its position
     judged = {row.system: relative_score(row).percent for row in questions}
     # 13B alone has a row for every data set, so it alone says what the judgments call each: "13b-flan" is FLAN v2
     names = {row.system: row.counted for row in published("chatgpt.csv", Chatbot) if row.size == "13B"}

@@ -89,7 +89,8 @@ class SurvivalExplorer(Explorer):
             heights = [min(point[name], MOST_LOST) for point in points]
             ax.plot(sizes, heights, mark, ls="-", ms=5, color=COLOURS[colour], label=name)
         ax.set(xscale="log", ylim=(-0.03, MOST_LOST + 0.02))
-        ax.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
+        # three digits: with two, 128 % would be 1.3e+02
+        ax.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
         ax.minorticks_off()
         ax.tick_params(labelsize=12)
         ax.set_xlabel("size of the change, % of the weights", fontsize=12)

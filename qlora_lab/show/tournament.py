@@ -1,11 +1,11 @@
 """The tournament explorer: four systems whose strengths are known, and what games and ratings make of them.
 
-State: questions, place, both_orders, order. Each system has a row: its true strength, its Elo rating after one order of
-the games, and its Bradley-Terry rating with a 95 % interval and the ranks that go with it. The games are drawn by
-measure/simulated_games.py, and rated by measure/tournament.py and measure/bradley_terry.py.
+State: questions, position, both_orders, order. Each system has a row: its true strength, its Elo rating after one
+order of the games, and its Bradley-Terry rating with a 95 % interval and the ranks that go with it. The games are drawn
+by measure/simulated_games.py, and rated by measure/tournament.py and measure/bradley_terry.py.
 
 A is the weakest, and stands first in the list. So the judge always reads it first if each pair is judged in one order
-only, and if the first place is worth enough, Elo puts it on top.
+only, and if the first position is worth enough, Elo puts it on top.
 """
 
 import numpy as np
@@ -21,24 +21,24 @@ from qlora_lab.show.slider import Slider, Toggle
 TRUTH = {"A": 940.0, "B": 1050.0, "C": 1020.0, "D": 990.0}  # points; their mean is 1000, as that of any Elo ratings
 RESAMPLES = 200  # for an interval that follows a slider: 10 to 20 ms, and its ends wobble by a tenth of its length
 SEED = 1  # of the games: the same draw for every state, so that a slider changes one thing
-LIMITS = (600, 1400)  # points. Few games give intervals that reach farther; these end at the picture's edge
+LIMITS = (600, 1400)  # points. Few games give intervals that reach farther; an arrow at the edge says so
 
 
 class TournamentExplorer(Explorer):
-    """Questions, the worth of the first place and the order of the games: what two ratings say. See Explorer."""
+    """Questions, the worth of the first position and the order of the games: what two ratings say. See Explorer."""
 
     def controls(self):
         return {
             # doubled: each step makes an interval shorter by the root of two
             "questions": Slider("Questions", 20, choices=[10, 20, 40, 80, 160, 320]),
-            "place": Slider("Worth of the first place", 100, choices=list(range(0, 401, 50)), unit="points"),
+            "position": Slider("Worth of the first position", 100, choices=list(range(0, 401, 50)), unit="points"),
             "both_orders": Toggle("Each pair in both orders", True),
             "order": Slider("Order of the games", 1, choices=list(range(1, 11))),
         }
 
     @staticmethod
     def compute(state):
-        games = simulate(TRUTH, position=state["place"], questions=state["questions"], seed=SEED)
+        games = simulate(TRUTH, position=state["position"], questions=state["questions"], seed=SEED)
         # the same verdicts as with both orders, less one half of them
         if not state["both_orders"]:
             games = games.where(games.first < games.second)
@@ -60,6 +60,8 @@ class TournamentExplorer(Explorer):
         truth = [ax.plot([points], [y], "|", ms=26, mew=2, color=black)[0] for y, points in rows]
         self.bars = [ax.plot([], [], color=blue, lw=3)[0] for _ in TRUTH]
         self.dots = [ax.plot([], [], "o", ms=9, color=blue)[0] for _ in TRUTH]
+        # a bar that is cut off would look like one that ends there
+        self.cut = [ax.plot([], [], mark, ms=8, color=blue, clip_on=False)[0] for mark in "<>"]
         # hollow, so that a dot below it shows
         self.diamonds = [ax.plot([], [], "D", ms=8, mfc="none", mew=2, color=orange)[0] for _ in TRUTH]
         # right of the axes, so that no interval crosses them
@@ -68,13 +70,13 @@ class TournamentExplorer(Explorer):
         shown = [truth[0], self.dots[0], self.diamonds[0]]
         # above the axes, because some interval crosses every place inside; ranks name themselves
         names = ["truth", "Bradley-Terry, 95 %", "Elo of this order"]
-        ax.set_title("Another order of the same games moves the diamonds alone", fontsize=13, pad=34)
+        ax.set_title("Another order of the same games moves only the diamonds", fontsize=13, pad=34)
         legend = ax.legend(
             shown, names, frameon=False, fontsize=12, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1)
         )
         legend.legend_handles[0].set_markersize(14)
         fix_layout(fig)
-        return fig, [*self.bars, *self.dots, *self.diamonds, *self.ranks]
+        return fig, [*self.bars, *self.cut, *self.dots, *self.diamonds, *self.ranks]
 
     def update(self, result):
         fit = result["fit"]
@@ -85,6 +87,11 @@ class TournamentExplorer(Explorer):
             self.dots[y].set_data([rating.value], [y])
             self.diamonds[y].set_data([result["elo"][name]], [y])
             self.ranks[y].set_text(rank_words(fit.ranks[name]))
+        ratings = [fit.ratings[name] for name in TRUTH]
+        # an open end is infinite, so it lies beyond, too
+        beyond = ([r.low < LIMITS[0] for r in ratings], [r.high > LIMITS[1] for r in ratings])
+        for arrows, edge, rows in zip(self.cut, LIMITS, beyond, strict=True):
+            arrows.set_data([edge] * sum(rows), np.flatnonzero(rows))
 
     @staticmethod
     def describe(state, result):
@@ -98,8 +105,8 @@ class TournamentExplorer(Explorer):
         )
         orders = "both orders" if state["both_orders"] else "one order of each pair"
         return (
-            f"{state['questions']} questions in {orders}, {result['games']:,} games, a first place worth "
-            f"{state['place']} points: order {state['order']} of the games gives Elo "
-            f"{elo}; Bradley-Terry gives {ratings}, holds {held} of the 4 true strengths, and finds the first place "
+            f"{state['questions']} questions in {orders}, {result['games']:,} games, a first position worth "
+            f"{state['position']} points: order {state['order']} of the games gives Elo "
+            f"{elo}; Bradley-Terry gives {ratings}, holds {held} of the 4 true strengths, and finds the first position "
             f"worth {fit.position.value:.0f} points; in truth B has 1050, C 1020, D 990, A 940"
         )

@@ -127,10 +127,10 @@ MOVES = {  # control, key, part of the new alt text
     ],
     "12_results": [
         ("Questions", "ArrowRight", "160 questions in both orders, 1,920 games"),
-        ("Worth of the first place", "End", "a first place worth 400 points"),
+        ("Worth of the first position", "End", "a first position worth 400 points"),
         ("Each pair in both orders", "Space", "160 questions in one order of each pair, 960 games"),
         ("Order of the games", "End", "order 10 of the games gives Elo A"),
-        ("Reset", "Enter", "80 questions in both orders, 960 games, a first place worth 150 points: order 1"),
+        ("Reset", "Enter", "80 questions in both orders, 960 games, a first position worth 150 points: order 1"),
     ],
 }
 EXPLORERS = {"06_data_types": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other

@@ -39,6 +39,13 @@ def test_intervals_without_more(drawn):
     assert fig.axes[0].get_xlabel() == "points" and len(fig.axes[0].get_lines()) == 2
 
 
+def test_a_long_unit_is_not_cut_off(drawn):
+    intervals("Ratings", "points; " + 5 * "a long word; ", {"a": Bar(1.0, 0.0, 2.0)}, marked="paper")
+    ((fig, alt),) = drawn
+    lines = fig.axes[0].get_xlabel().split("\n")
+    assert len(lines) == 2 and max(map(len, lines)) <= 60 and "\n" not in alt
+
+
 def test_a_mark_at_zero_is_drawn(drawn):
     intervals("x", "points", {"a": Bar(1.0, 0.0, 2.0, mark=0.0)}, marked="paper")
     assert "paper 0" in drawn[0][1] and len(drawn[0][0].axes[0].get_lines()) == 3

@@ -40,6 +40,12 @@ def test_any_state(factor, shown, field):
     assert heights == pytest.approx([made.cosine, made.nibbles_changed, min(made.kl / made.adapter_kl, 1.3)])
 
 
+def test_sizes_of_more_than_a_hundred_percent_are_written_out():
+    explorer = SurvivalExplorer(Survival(SURVIVED.sizes, SURVIVED.reports | {128: SURVIVED.reports[16]}))
+    axis = explorer.line.axes  # 1.5 % times 128 is 192 %, once 1.9e+02
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1.5", "6", "24", "192"]
+
+
 def test_the_sentence():
     EXPLORER.set(factor=4, shown="cosine")
     assert EXPLORER.summary() == (

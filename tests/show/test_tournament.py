@@ -42,9 +42,9 @@ def test_any_state(state):
 
 @pytest.mark.slow  # 108 states of 10 to 30 ms
 def test_every_tournament_has_ratings_inside_of_the_picture():
-    choices = [EXPLORER._controls[field].choices for field in ("questions", "place")]
-    for questions, place, both in itertools.product(*choices, (True, False)):
-        state = {"questions": questions, "place": place, "both_orders": both, "order": 1}
+    choices = [EXPLORER._controls[field].choices for field in ("questions", "position")]
+    for questions, position, both in itertools.product(*choices, (True, False)):
+        state = {"questions": questions, "position": position, "both_orders": both, "order": 1}
         result = TournamentExplorer.compute(state)  # raises if few games name no winner
         values = [*result["elo"].values(), *(rating.value for rating in result["fit"].ratings.values())]
         assert LIMITS[0] < min(values) and max(values) < LIMITS[1]
@@ -67,7 +67,7 @@ def test_another_order_moves_elo_alone():
 
 
 def test_read_first_the_weakest_wins_until_both_orders_are_played():
-    EXPLORER.set(questions=160, place=400, both_orders=False)
+    EXPLORER.set(questions=160, position=400, both_orders=False)
     elo = EXPLORER.result["elo"]
     assert max(elo, key=elo.get) == "A" == min(TRUTH, key=TRUTH.get)
     position = EXPLORER.result["fit"].position
@@ -86,14 +86,26 @@ def test_one_order_of_a_pair_reads_the_first_in_the_list_first():
 def test_more_questions_give_shorter_intervals():
     lengths = []
     for questions in (20, 80, 320):
-        EXPLORER.set(questions=questions, place=100, both_orders=True)
+        EXPLORER.set(questions=questions, position=100, both_orders=True)
         lengths.append(np.mean([rating.high - rating.low for rating in EXPLORER.result["fit"].ratings.values()]))
     assert lengths[0] > 1.6 * lengths[1] > 1.6**2 * lengths[2]  # four times the questions: half, give or take a draw
 
 
+def test_a_bar_that_is_cut_off_says_so():
+    # so few games leave A and D without a lower end in sight, and C without an upper one
+    EXPLORER.set(questions=10, position=400, both_orders=False)
+    ratings = [EXPLORER.result["fit"].ratings[name] for name in TRUTH]
+    low, high = (list(zip(*arrows.get_data(), strict=True)) for arrows in EXPLORER.cut)
+    assert low == [(LIMITS[0], y) for y, rating in enumerate(ratings) if rating.low < LIMITS[0]] != []
+    assert high == [(LIMITS[1], y) for y, rating in enumerate(ratings) if rating.high > LIMITS[1]] != []
+    # arrows must go when their bars fit again
+    EXPLORER.set(questions=320, both_orders=True)
+    assert all(len(arrows.get_xdata()) == 0 for arrows in EXPLORER.cut)
+
+
 def test_a_picture_does_not_depend_on_the_one_before_it():
-    EXPLORER.set(questions=10, place=400, both_orders=False, order=10)
-    EXPLORER.set(questions=40, place=0, both_orders=True, order=3)
+    EXPLORER.set(questions=10, position=400, both_orders=False, order=10)
+    EXPLORER.set(questions=40, position=0, both_orders=True, order=3)
     assert TournamentExplorer(**EXPLORER.state).png == EXPLORER.png
 
 

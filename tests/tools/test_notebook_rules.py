@@ -189,6 +189,15 @@ def test_a_comparison_of_another_guess_is_none(predicted):
     assert broken(predicted) == [f"cell 3: {compared}"]
 
 
+@pytest.mark.parametrize("source", ["root = 1", "def root(): ...", "_, root = 1, 2", "for root in (): ..."])
+def test_the_name_of_a_guess_is_bound_once(predicted, source):
+    predicted.cells[5].update(cell_type="code", source=source, outputs=[], execution_count=9)
+    again = "cell 5: it binds root again, the guess of cell 3. Take another name."
+    assert again in broken(predicted)
+    predicted.cells[5].source = "def other():\n    root = 1"  # a function's own
+    assert again not in broken(predicted)
+
+
 def test_a_guess_shows_nothing_but_its_box(predicted):
     """A stream beside the box would stand in sight of the question, in its own cell or in the next guess's."""
     printed = nbformat.v4.new_output("stream", text="0.5\n")
