@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qlora_lab.files import disk
 from qlora_lab.files.replace import replace_text
 from qlora_lab.files.strict_json import TEXT, Rule, check_keys, parse, read_regular
 from qlora_lab.quant.numbers import check_whole
@@ -101,7 +102,7 @@ def write_questions(questions: Questions, folder: str | Path) -> None:
     for split, subjects in by_subject.items():
         for subject, rows in subjects.items():
             path = Path(folder, split, f"{subject}_{split}.csv")
-            path.parent.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(path.parent)
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows((q.text, *q.options, LETTERS[q.answer]) for q in rows)
             replace_text(path, text.getvalue())

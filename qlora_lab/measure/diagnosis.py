@@ -66,7 +66,7 @@ class Diagnosis:
         decided = self.verdicts.first + self.verdicts.second
         won = f"the first answer won {share:.0%} of {decided:,} decided games"
         if self.p is None:
-            return f"{won}; no two answers were read in both orders, so position and strength cannot be told apart"
+            return f"{won}; the two orders were not read equally often, so position and strength cannot be told apart"
         if not self.pairs:
             # p would be right if games were independent draws, but the games of a question are not
             counted = f"with as many games in either order (p = {self.p:.2g} if games were independent)"

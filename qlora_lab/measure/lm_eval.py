@@ -17,6 +17,7 @@ import torch
 
 from qlora_lab.data.choice_files import ChoiceQuestion, check_file_names, group_by_subject
 from qlora_lab.data.choice_prompts import Task, header
+from qlora_lab.files import disk
 from qlora_lab.files.replace import replace_text
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def harness_tasks(task: Task, folder: str | Path) -> list[dict[str, Any]]:
         for split, part in {"test": group, "dev": questions.dev.get(subject, ())}.items():
             if part:  # a split without examples is no file
                 path = folder / f"{subject}_{split}.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
+                disk.make_folder(path.parent)
                 replace_text(path, "".join(f"{json.dumps(_record(question))}\n" for question in part))
                 files[split] = str(path)
         tasks.append(_harness_task(task, subject, files, folder))
