@@ -31,7 +31,7 @@ WITHOUT_NUMBERS = ["data", "exercises", "files", "tools", "test_architecture.py"
 WITHOUT_NUMBERS += ["test_notebook_06.py", "cli/test_cli_memory.py", "cli/test_cli_options.py", "model/test_fetch.py"]
 WITHOUT_NUMBERS += [f"memory/test_{name}.py" for name in ("fit", "published", "shape")]
 PICTURES = ["block_size", "escape", "explorer", "figure", "labels", "memory", "page_table", "slider", "source"]
-PICTURES += ["adapter_places", "zoo"]
+PICTURES += ["adapter_places", "results", "tournament", "tournament_page", "zoo"]
 WITHOUT_NUMBERS += [f"show/test_{name}.py" for name in PICTURES]
 # Nothing in these asks which kernels run: a test that does fails in the fast stage (own_race in tests/conftest.py), and
 # its file has to leave the list. A new file is in no list and runs in each stage.
@@ -40,6 +40,7 @@ WITHOUT_KERNELS += ["doctor/test_free_memory.py", "optim/test_adamw_8bit.py", "o
 WITHOUT_KERNELS += ["quant/test_blocks_packing.py", "quant/test_plan.py", "train/test_limits.py"]
 READ = ["code_use", "codebook_trial", "held_out", "judges", "low_rank", "perplexity", "play", "published"]
 READ += ["published_data_types", "replay", "rouge"]
+READ += ["agreement", "bradley_terry", "choice_summary", "diagnosis", "games", "judgments", "standings", "tournament"]
 WITHOUT_KERNELS += [f"measure/test_{name}.py" for name in READ]
 WITHOUT_KERNELS += [f"model/test_{name}.py" for name in ("families", "gguf_in", "token_dependence", "wide")]
 WITHOUT_KERNELS += [f"show/test_{name}.py" for name in ("kernel_map", "levels", "low_rank", "normal_float")]

@@ -1,9 +1,12 @@
 """docs/published.md says what the replays say."""
 
+import pytest
+
 from qlora_lab.measure.replay import Replay
 from tools.published_page import COMMAND, PAGE, failures, page
 
 
+@pytest.mark.slow
 def test_the_page_is_up_to_date():
     assert PAGE.read_text("utf-8") == page(), f"run: {COMMAND}"
 
