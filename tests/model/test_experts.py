@@ -285,6 +285,7 @@ def experts():
     return experts
 
 
+@pytest.mark.usefixtures("with_kernels")  # the readable functions decode a whole matrix, through wider numbers
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_forward_holds_a_panel_above_the_packed_model(experts, gradient, monkeypatch):
     """Two active experts may hold two panels each; one buffer serves all. And the bound can fail."""
