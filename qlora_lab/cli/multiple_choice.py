@@ -41,15 +41,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> None:
     from qlora_lab.data.choice_prompts import Task
+    from qlora_lab.data.docstring_choice import EXAMPLES
     from qlora_lab.files.out_path import out_path
     from qlora_lab.measure.choice_rows import choice_rows
     from qlora_lab.measure.sweep import checked
-    from qlora_lab.quant.numbers import check_seed, check_whole
+    from qlora_lab.quant.numbers import MOST, check_seed, check_whole
     from qlora_lab.train.run_folder import find_adapter
 
     out_path(a.out)  # questions take seconds to generate
     check_whole("questions", a.questions)
     check_seed(a.seed)
+    if a.shots is not None:  # a generated subject has EXAMPLES examples; a file tells when it is read
+        check_whole("shots", a.shots, 0, EXAMPLES if a.data is None else MOST)
     if a.adapter is not None:  # a missing adapter should cost no time
         find_adapter(Path(a.adapter))
     settings = [checked(setting) for setting in _settings(a)]  # before questions are generated

@@ -17,7 +17,7 @@ from qlora_lab.train.settings import Settings
 ABSURD = ["nan", "inf", "-inf", "-1", "0", "1e400", str(10**30), "", " ", "１２", "1_000", "9" * 5000, "x\x1b[2J"]
 # Fitting numbers for an option: 0 is one of these, and 2^63 - 1 fits seeds alone.
 MAY_BE_0 = {"held_out", "warmup_steps", "eval_every", "patience", "save_every", "seed", "share_below", "dropout"}
-MAY_BE_0 |= {"learned"}
+MAY_BE_0 |= {"learned", "shots"}
 MAY_BE_HUGE = {"clip", "bits"}  # 10^30: no limit
 CHOICES = {"codebook", "codebooks", "schedule", "method", "dtype", "adapter_dtype", "device", "double_quant"}
 CHOICES |= {"sass", "ptx", "rungs", "backend"}
@@ -63,6 +63,8 @@ def words(command: str, action: argparse.Action, value: str) -> list[str]:
         if other.required and other is not action and other.nargs != "*":
             text = "llama-7b" if command == "memory" else "nowhere"
             needed += [*other.option_strings[-1:], "4.5" if other.type else text]
+    if command == "tournament" and action.type:  # a model is needed where no --games are named
+        needed = ["nowhere", "--out", "nowhere"]
     many = 2 if action.nargs == 2 else 1
     if not action.option_strings:
         return [command, *([value] if action.dest in CHOICES else needed)]
