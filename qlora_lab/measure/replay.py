@@ -166,8 +166,7 @@ def _table_1() -> Iterator[Replay]:
         name, rest = row.system, _rest(row)
         ours = float(again[name])
         yield Replay(f"elo.table1.{name}", f"Elo of {name}", row.elo, "", ours, "the same tournament in table 7", *rest)
-        formula = RANDOM
-        yield Replay(f"elo.interval.{name}", f"half-width of {name}", row.interval, "", None, formula, *rest)
+        yield Replay(f"elo.interval.{name}", f"half-width of {name}", row.interval, "", None, RANDOM, *rest)
         if row.memory_gb:
             ours, words = float(memory[name]), f"memory of {name}"
             yield Replay(f"memory.table1.{name}", words, row.memory_gb, "GB", ours, "the same model in table 6", *rest)
