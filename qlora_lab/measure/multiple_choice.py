@@ -10,6 +10,7 @@ Not here: questions and prompts (data/choice_files.py, data/choice_prompts.py), 
 disk (choice_rows.py).
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -137,19 +138,17 @@ def _of_subject(model: torch.nn.Module, rows: dict[int, Encoded], fill: int) -> 
         yield from ((number, _alone(model, one, fill)) for number, one in rows.items())
         return
     for batch in _batches(rows, len(shared)):
-        rests = [rows[number].context[len(shared) :] for number in batch]
+        batched = [rows[number] for number in batch]
+        rests = [one.context[len(shared) :] for one in batched]
         # One forward pass for all questions of the batch: weights in 4 bits are unpacked once for all of them.
         last = range(len(batch)), [len(rest) - 1 for rest in rests]
         logits, longer = _continue(model, rests, fill, _expanded(cache, len(batch)), lambda h, last=last: h[last])
-        for i, number in enumerate(batch):
-            first = logits[i].float().log_softmax(-1)  # (vocabulary,)
-            values = [first[answer[0]].item() for answer in rows[number].answers]
-            # What is left of an answer after its first token, which the prompt's last token predicts.
-            tails = [answer[1:] for answer in rows[number].answers]
-            if any(tails):  # letters have one token each, so nothing is left to read
-                own = _cut(longer, i, len(shared) + len(rests[i]))
-                values = [v + more for v, more in zip(values, _of_tails(model, rows[number], own, fill), strict=True)]
-            yield number, values
+        logs = logits.float().log_softmax(-1)  # (questions, vocabulary)
+        values = [[logs[i, answer[0]].item() for answer in one.answers] for i, one in enumerate(batched)]
+        if any(len(answer) > 1 for one in batched for answer in one.answers):  # letters have one token each
+            more = _of_tails(model, batched, fill, longer)
+            values = [[a + b for a, b in zip(*both, strict=True)] for both in zip(values, more, strict=True)]
+        yield from zip(batch, values, strict=True)
 
 
 def _shared(contexts: list[list[int]]) -> list[int]:
@@ -168,6 +167,9 @@ def _read(model: torch.nn.Module, ids: list[int]) -> "DynamicCache | None":
     from transformers import DynamicCache  # heavy, so not at the top
     from transformers.cache_utils import DynamicLayer
 
+    # Recurrent states stay in the model, and a model that takes no positions (BLOOM, MPT) counts them by itself.
+    if model._is_stateful or "position_ids" not in inspect.signature(model.forward).parameters:
+        return None
     _, cache = _continue(model, [ids], 0, None, lambda hidden: hidden[:, -1:], use_cache=True)
     # Layers with a sliding window or a recurrent state forget, so they cannot be cut back to a question's end.
     plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -180,29 +182,47 @@ def _expanded(cache: "DynamicCache", rows: int) -> "DynamicCache":
                         for layer in cache.layers])  # fmt: skip
 
 
-def _cut(cache: "DynamicCache", row: int, length: int) -> "DynamicCache":
-    """Return the first `length` tokens of one row of a cache."""
-    return type(cache)([(layer.keys[row : row + 1, :, :length], layer.values[row : row + 1, :, :length])
-                        for layer in cache.layers])  # fmt: skip
-
-
 def _batches(rows: dict[int, Encoded], shared: int) -> Iterator[list[int]]:
-    """Group questions of similar length. What their filled rests add up to stays near TOKENS_AT_ONCE."""
+    """Group questions of similar length. What their filled rests and answers add up to stays near TOKENS_AT_ONCE."""
     batch: list[int] = []
+    longest = 0
     for number in sorted(rows, key=lambda number: len(rows[number].context)):
-        if batch and (len(batch) + 1) * (len(rows[number].context) - shared) > TOKENS_AT_ONCE:
+        longest = max(longest, len(rows[number].context) - shared + sum(map(len, rows[number].answers)))
+        if batch and (len(batch) + 1) * longest > TOKENS_AT_ONCE:
             yield batch
             batch = []
         batch.append(number)  # a question longer than TOKENS_AT_ONCE is a batch of its own
     yield batch
 
 
-def _of_tails(model: torch.nn.Module, one: Encoded, cache: "DynamicCache", fill: int) -> list[float]:
-    """Return, for each answer, the log-likelihood of all its tokens but the first."""
-    inputs = [answer[:-1] or [fill] for answer in one.answers]  # an answer of one token is read for nothing
-    logits, _ = _continue(model, inputs, fill, _expanded(cache, len(inputs)))  # (4, longest, vocabulary)
-    logs = logits.float().log_softmax(-1)
-    return [_picked(logs[i], answer[1:]) for i, answer in enumerate(one.answers)]
+def _of_tails(model: torch.nn.Module, batch: list[Encoded], fill: int, cache: "DynamicCache") -> list[list[float]]:
+    """Return, for each answer of each question, the log-likelihood of all its tokens but the first.
+
+    cache: the prompts' keys and values, filled on the right. A question is one row: its answers stand one after
+    another, and a mask keeps them from seeing each other, so its keys are read once and not four times.
+    """
+    tails = [[answer[:-1] for answer in one.answers] for one in batch]
+    rows = [[token for tail in question for token in tail] for question in tails]
+    filled, longest = cache.get_seq_length(), max(map(len, rows))
+    first = next(model.parameters())
+    hidden = torch.finfo(first.dtype).min
+    mask = torch.full((len(batch), 1, longest, filled + longest), hidden, dtype=first.dtype)
+    positions = torch.zeros(len(batch), longest, dtype=torch.long)
+    for i, (one, question) in enumerate(zip(batch, tails, strict=True)):
+        mask[i, ..., : len(one.context)] = 0
+        start = 0
+        for tail in question:
+            here, end = slice(start, start + len(tail)), start + len(tail)
+            positions[i, here] = torch.arange(len(one.context), len(one.context) + len(tail))
+            mask[i, 0, here, filled + start : filled + end].triu_(1)  # 0 where an answer sees itself and its past
+            start = end
+    extra = {"attention_mask": mask.to(first.device), "position_ids": positions.to(first.device)}
+    logits, _ = _continue(model, rows, fill, cache, **extra)  # (questions, longest, vocabulary)
+    found = []
+    for i, one in enumerate(batch):
+        logs = iter(logits[i].float().log_softmax(-1))
+        found.append([sum(next(logs)[token].item() for token in answer[1:]) for answer in one.answers])
+    return found
 
 
 def _alone(model: torch.nn.Module, one: Encoded, fill: int) -> list[float]:
@@ -227,6 +247,7 @@ def _continue(
     places: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden,
     *,
     use_cache: bool = False,
+    **extra: torch.Tensor,
 ) -> "tuple[torch.Tensor, DynamicCache | None]":
     """Read rows after a cache, filled on the right. Returns logits, and the longer cache if there is one.
 
@@ -238,7 +259,7 @@ def _continue(
     # A hook, as in train/loss.py: logits of all places would take 0.5 GB for four rows of 700 tokens.
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (places(inputs[0]),))
     try:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=use_cache or cache is not None)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=use_cache or cache is not None, **extra)
     finally:
         hook.remove()
     return output.logits, output.get("past_key_values")

@@ -10,6 +10,7 @@ from qlora_lab.data.choice_prompts import Task, examples, prompt
 from qlora_lab.measure import multiple_choice as module
 from qlora_lab.measure.multiple_choice import choice_scores, encode
 from tests.data.test_choice_files import small_questions
+from tools.families import FAMILIES, quiet, save, theirs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +52,7 @@ def from_whole_rows(model, encoded) -> list[list[float]]:
         found.append([])
         for answer in one.answers:
             with torch.no_grad():
-                logs = model(torch.tensor([one.context + answer])).logits[0].log_softmax(-1)
+                logs = model(torch.tensor([one.context + answer]), use_cache=False).logits[0].log_softmax(-1)
             places = range(len(one.context) - 1, len(one.context) + len(answer) - 1)
             found[-1].append(sum(logs[i, token].item() for i, token in zip(places, answer, strict=True)))
     return found
@@ -115,6 +116,30 @@ def test_a_model_with_a_window_is_read_whole(tokenizer, questions):
     scores = choice_scores(model, tokenizer, task, progress=False)
     for one, values in zip(scores, from_whole_rows(model, encode(tokenizer, task)), strict=True):
         assert one == pytest.approx(values, abs=1e-4)
+
+
+# one of each way to count positions, to mask, and to remember
+UNLIKE = ["Llama", "Gemma 2", "MPT", "BLOOM", "OPT", "BioGPT", "XGLM", "GPT-2", "GPT-J", "RecurrentGemma", "Mamba"]
+UNLIKE += ["DeepSeek-V3", "GPT-OSS"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [one for one in FAMILIES if one.name in UNLIKE], ids=lambda one: one.name)
+def test_answers_side_by_side_in_each_family(tmp_path, family):
+    """Positions and masks are passed on, but some families (BLOOM, MPT) count positions by themselves."""
+    with quiet():
+        save(family, tmp_path)
+        model = theirs(tmp_path)
+    encoded = [
+        module.Encoded([3, 17, 5, 40], ([8, 2, 7], [21], [2, 33, 11, 6], [9, 9])),
+        module.Encoded([3, 17, 6, 41, 4], ([8, 3], [22, 2], [2, 30], [10, 12, 13])),
+        module.Encoded([3, 17, 6, 41, 4, 44, 2, 50], ([8], [21, 9], [31, 33, 6, 6], [9, 9])),
+    ]
+    rows = dict(enumerate(encoded))
+    with torch.no_grad():
+        found = dict(module._of_subject(model, rows, fill=1))
+    for number, want in enumerate(from_whole_rows(model, encoded)):
+        assert found[number] == pytest.approx(want, abs=1e-4)
 
 
 def test_measuring_changes_nothing(tiny_llama, tokenizer, questions):
