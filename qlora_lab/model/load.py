@@ -60,7 +60,7 @@ def load(
     The layers of GPT-2, Conv1D, lie turned in its files, and are quantised as their transpose.
     plan: a Plan or its file, instead of these options, for layers that differ (quant/plan.py).
     also: parts to quantise beside the language model of one that sees, such as LLaVA: "vision_tower". By default none:
-    they are few bytes, and every answer depends on them. `processor` of its tokenizer, transformers' own, reads pictures.
+    they are few bytes, and every answer depends on them. Its tokenizer's `processor`, of transformers, reads pictures.
     dtype: of everything that is not quantised, and of the computation. None: bf16 where the machine multiplies it fast,
     else float32 (fp16 on an older GPU). What transformers always keeps in float32, such as DeepSeek's routing bias,
     stays so. device: None: a CUDA GPU if there is one.

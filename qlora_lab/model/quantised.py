@@ -40,7 +40,7 @@ def put(model: nn.Module, path: str, weight: Quantized) -> PackedModule:
 def options_of(
     model: nn.Module, options: Candidate, plan: Plan | None, also: Iterable[str] = ()
 ) -> dict[str, Candidate]:
-    """Return path -> options for each layer and each stack to quantise. also: parts beside the language model, see load.
+    """Return path -> options for each layer and each stack to quantise. also: parts beside the language model.
 
     A plan names linear layers; experts beside it are quantised as by default. Raises ValueError for a plan of another
     model, and for a model without anything to quantise.
