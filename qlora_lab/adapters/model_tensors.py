@@ -1,4 +1,4 @@
-"""Every tensor that a model holds, told apart by kind: packed weights, adapters, embeddings, head, norms and the rest.
+"""Every tensor that a model holds, by kind: packed weights, adapters, experts, embeddings, head, norms and the rest.
 
 A tensor that two modules share, such as a tied head, comes once for each of them.
 """
@@ -11,16 +11,18 @@ from torch import nn
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.add_adapter import MAKERS
 from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.model.experts import layout_of
 from qlora_lab.model.linear4bit import head_path, is_linear
 from qlora_lab.model.packed_module import PackedModule
-from qlora_lab.quant.quantize import QuantizedTensor
+from qlora_lab.quant.stack import Quantized, QuantizedStack
 
 PACKED, LINEAR, EMBEDDINGS, HEAD = "packed weights", "linear layers", "embeddings", "head"
+PACKED_EXPERTS, EXPERTS, ROUTER = "packed experts", "experts", "routers"
 # The kind of what learns: its name in LoRA and its relatives, otherwise its method. Constants go by their names.
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", *MAKERS, "lengths", "first_A", "first_B")
 
 
-def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | QuantizedTensor]]:
+def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
     """Yield (kind, tensor) for each packed weight, parameter and buffer; kind: a constant above, or one of ADAPTER."""
     head = head_path(model)
     made = [module for module in model.modules() if isinstance(module, Adapter)]
@@ -30,21 +32,25 @@ def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | Quanti
     for path, module in model.named_modules():
         buffers = module.named_buffers(recurse=False)
         if isinstance(module, PackedModule):
-            yield PACKED, module.weight
+            yield PACKED_EXPERTS if isinstance(module.weight, QuantizedStack) else PACKED, module.weight
             buffers = ()  # the same tensors
         for name, tensor in (*module.named_parameters(recurse=False), *buffers):
-            yield kinds.get(id(tensor)) or _kind(module, name, path == head), tensor
+            yield kinds.get(id(tensor)) or _kind(module, name, tensor, path == head), tensor
 
 
 def _learned_kind(adapter: Adapter, name: str) -> str:
     return name if isinstance(adapter, LoRALinear) else adapter.method
 
 
-def _kind(module: nn.Module, name: str, is_head: bool) -> str:
+def _kind(module: nn.Module, name: str, tensor: torch.Tensor, is_head: bool) -> str:
     if isinstance(module, nn.Embedding):
         return EMBEDDINGS
     if is_linear(module) and name == "weight":
         return HEAD if is_head else LINEAR
+    if tensor.dim() == 3 and layout_of(module):
+        return EXPERTS
+    if tensor.dim() == 2 and name == "weight":  # norms have vectors; most routers are classes of their own
+        return ROUTER
     if name == "bias":
         return "biases"
     return "rotary frequencies" if name.endswith("inv_freq") else "norms"

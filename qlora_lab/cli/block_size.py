@@ -12,6 +12,9 @@ from qlora_lab.cli.options import common, number, whole
 from qlora_lab.cli.printing import report
 
 if TYPE_CHECKING:
+    import torch
+
+    from qlora_lab.measure.best_plan import Choices
     from qlora_lab.quant.plan import Candidate, Plan
 
 EXAMPLE = "qlora-lab block-size smollm2-135m --bits 4.5 --out plan.json"
@@ -59,10 +62,10 @@ def run(a: argparse.Namespace) -> None:
 def _plan(a: argparse.Namespace, candidates: tuple["Candidate", ...]) -> "Plan":
     import torch
 
-    from qlora_lab.measure.best_plan import Choices, best_plan, bits_table, small_layers
+    from qlora_lab.measure.best_plan import Choices, best_plan, small_layers
     from qlora_lab.measure.perplexity import topics_text
     from qlora_lab.measure.sensitivity import choices_of, sensitivity
-    from qlora_lab.model.load import layer_sizes
+    from qlora_lab.model.quantised import shapes_to_quantise
 
     topics = topics_text()  # part of every Python, so nothing is downloaded
     # Perplexities are measured on the first half, so a plan is calibrated on the second.
@@ -73,13 +76,21 @@ def _plan(a: argparse.Namespace, candidates: tuple["Candidate", ...]) -> "Plan":
         groups = small_layers(choices, a.share_below)  # modules whose small layers choose as one
         return best_plan(choices, a.bits, constants_share=a.constants_share, groups=groups)
 
-    names, numel = zip(*layer_sizes(model).items(), strict=True)  # numel: weights of each layer
-    bits = bits_table(numel, candidates)  # (layers, candidates)
-    best(Choices(names, numel, candidates, error=bits, bits=bits))  # limits that are too low raise before the long part
+    best(_without_errors(shapes_to_quantise(model), candidates))  # limits that are too low raise before the long part
     options = {"windows": a.windows, "length": a.length, "fisher": True, "progress": not a.quiet}
     measured = sensitivity(model, tokenizer, text, **options)
     del model  # choices_of reads the weights again, layer by layer
     return best(choices_of(a.model, candidates, measured, progress=not a.quiet))
+
+
+def _without_errors(shapes: dict[str, "torch.Size"], candidates: tuple["Candidate", ...]) -> "Choices":
+    """Return choices whose errors are not measured yet: whether a plan exists depends on the bits alone."""
+    from qlora_lab.measure.best_plan import Choices, bits_table
+
+    numel = tuple(shape.numel() for shape in shapes.values())
+    matrices = tuple(shape[:-2].numel() for shape in shapes.values())  # experts of a stack, else 1
+    bits = bits_table(numel, candidates, matrices)  # (layers, candidates)
+    return Choices(tuple(shapes), numel, candidates, error=bits, bits=bits, matrices=matrices)
 
 
 def _report(a: argparse.Namespace, candidates: tuple["Candidate", ...], plan: "Plan", out: Path) -> None:

@@ -15,13 +15,16 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.adapter import has_adapters, method_of
-from qlora_lab.adapters.model_tensors import ADAPTER, EMBEDDINGS, HEAD, LINEAR, PACKED, model_tensors
+from qlora_lab.adapters.model_tensors import ADAPTER, EMBEDDINGS, EXPERTS, HEAD, LINEAR, ROUTER, model_tensors
 from qlora_lab.optim.paged_adamw import UNIT
+from qlora_lab.quant.stack import Quantized
 
 WEIGHTS = "base weights"
 ADAPTERS = "adapters"
 OTHER_TRAINED = "other trained weights"
-WORDS = {LINEAR: WEIGHTS, EMBEDDINGS: EMBEDDINGS, HEAD: HEAD} | dict.fromkeys(ADAPTER, ADAPTERS)
+WORDS = {LINEAR: WEIGHTS, EXPERTS: WEIGHTS, EMBEDDINGS: EMBEDDINGS, HEAD: HEAD, ROUTER: ROUTER} | dict.fromkeys(
+    ADAPTER, ADAPTERS
+)
 GRADIENTS = "gradients"
 MOMENTS = "moments"
 COPIES = "master copies"
@@ -132,7 +135,7 @@ def _tensors(model: nn.Module) -> Iterator[_Tensor]:
     """Yield every tensor of the model once, base before adapters."""
     seen: dict[nn.Parameter | torch.Tensor, list[str]] = {}
     for kind, tensor in model_tensors(model):
-        if kind == PACKED:  # a QuantizedTensor
+        if isinstance(tensor, Quantized):
             double = ", double quantization" if tensor.double_quant else ""
             words = f"{tensor.codebook}, blocks of {tensor.block_size}{double}"
             yield _Tensor(WEIGHTS, words, tensor.numel, tensor.nbytes, tensor.packed.numel(), None)

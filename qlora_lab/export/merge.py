@@ -362,8 +362,9 @@ def _options(work: Work, packing: dict[str, Candidate], staged: Path) -> dict:
         return described(work.empty, kinds.pop(), None, list(packing))
     file = work.source / PLAN
     plan = load_plan(file) if file.exists() else None
-    # A plan names linear layers alone; experts beside it are packed as by default.
-    planned = {path: kind for path, kind in packing.items() if not is_stack(work.empty, path)}
+    named = set() if plan is None else set(plan.chosen)
+    # A plan may name no stack of experts; they are then packed as by default.
+    planned = {path: kind for path, kind in packing.items() if path in named or not is_stack(work.empty, path)}
     if plan is None or plan.chosen != planned:
         raise ValueError(
             "layers of this model are quantised differently, by a plan: write the model with quantize_folder, load "

@@ -14,9 +14,10 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,9 +42,10 @@ INFEASIBLE = 2  # scipy.optimize.milp's status where no choice keeps the limits
 class Choices:
     """What each layer can become, and what that costs.
 
-    layers: paths of the linear layers. numel: their weights. candidates: the same for all layers.
+    layers: paths of linear layers and stacks of experts. numel: their weights. candidates: the same for all layers.
     error, bits: (layers, candidates) float64. The error is the expected damage, in a unit that may be summed over
     layers; the bits are those of codes and constants (stored_bits). model: its name, which the plan records.
+    matrices: of each layer, the number of experts in a stack; without them, 1.
     """
 
     layers: tuple[str, ...]
@@ -52,6 +54,7 @@ class Choices:
     error: np.ndarray
     bits: np.ndarray
     model: str = "model"
+    matrices: tuple[int, ...] = ()
 
     def __post_init__(self):
         shape = len(self.layers), len(self.candidates)
@@ -59,8 +62,11 @@ class Choices:
             raise ValueError(
                 f"{shape[0]} layers x {shape[1]} candidates leave nothing to choose from: give some of each"
             )
-        if len(self.numel) != len(self.layers):
-            raise ValueError(f"numel has {len(self.numel)} entries for {len(self.layers)} layers: give one each")
+        if not self.matrices:
+            object.__setattr__(self, "matrices", (1,) * len(self.layers))
+        for name, entries in (("numel", self.numel), ("matrices", self.matrices)):
+            if len(entries) != len(self.layers):
+                raise ValueError(f"{name} has {len(entries)} entries for {len(self.layers)} layers: give one each")
         for name, table in (("error", self.error), ("bits", self.bits)):
             if table.shape != shape:
                 raise ValueError(f"{name} has shape {table.shape}: give {shape[0]} layers x {shape[1]} candidates")
@@ -75,9 +81,15 @@ def stored_bits(numel: int, candidate: Candidate) -> int:
     return -(-numel // n_codes) * n_bytes * 8 + constant_bits(numel, candidate)
 
 
-def bits_table(numel: Iterable[int], candidates: Sequence[Candidate]) -> np.ndarray:
-    """Return stored_bits of each layer as each candidate: (layers, candidates) float64."""
-    return np.array([[stored_bits(n, candidate) for candidate in candidates] for n in numel], dtype=float)
+def bits_table(
+    numel: Iterable[int],
+    candidates: Sequence[Candidate],
+    matrices: Iterable[int] | None = None,
+    bits: Callable[[int, Candidate], int] = stored_bits,
+) -> np.ndarray:
+    """Return the bits of each layer as each candidate: (layers, candidates) float64. Each matrix begins new blocks."""
+    pairs = zip(numel, repeat(1) if matrices is None else matrices, strict=False)
+    return np.array([[m * bits(n // m, candidate) for candidate in candidates] for n, m in pairs], dtype=float)
 
 
 def constant_bits(numel: int, candidate: Candidate) -> int:
@@ -232,8 +244,8 @@ def _picked(table: np.ndarray, chosen: Sequence[int]) -> float:
 
 def _constants(choices: Choices, members: list[list[int]]) -> np.ndarray:
     """Return the bits of constants, (groups, candidates)."""
-    table = [[constant_bits(weights, candidate) for candidate in choices.candidates] for weights in choices.numel]
-    return np.stack([np.array(table, float)[rows].sum(0) for rows in members])
+    table = bits_table(choices.numel, choices.candidates, choices.matrices, constant_bits)
+    return np.stack([table[rows].sum(0) for rows in members])
 
 
 def _too_small(bits: np.ndarray, constants: np.ndarray, weights: int, asked: float, share: float | None) -> str:

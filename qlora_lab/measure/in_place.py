@@ -1,8 +1,8 @@
 """Let one model compute with its weights quantised one way after another, and give it its own weights back.
 
-One model is in memory. For each variant, dequantize(quantize(weight)) overwrites the weight of every linear layer but
-the head; afterwards each weight is read again from the checkpoint, which is mapped and not copied, so it comes back to
-the bit, even after an exception or Ctrl-C.
+One model is in memory. For each variant, dequantize(quantize(weight)) overwrites every weight that `load` quantises:
+linear layers but the head, and stacks of experts, one matrix at a time. Afterwards each weight is read again from the
+checkpoint, which is mapped and not copied, so it comes back to the bit, even after an exception or Ctrl-C.
 """
 
 import re
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from qlora_lab.measure.code_use import CodeUse, code_counts
+from qlora_lab.model.experts import stacks_of
 from qlora_lab.model.layer_kinds import turned
 from qlora_lab.model.linear4bit import linears_to_quantise
 from qlora_lab.model.stored import stored_tensors
@@ -73,18 +74,21 @@ def checked(setting: Variant | tuple) -> Variant:
 
 
 class Source:
-    """A model and the files that hold its weights. linears: names of the quantised weights, in the model's order."""
+    """A model and the files that hold its weights. names: of the quantised weights, linear layers before experts."""
 
     def __init__(self, model: torch.nn.Module, folder: Path):
         self.model = model
         self.folder = folder
         self._stored = stored_tensors(model, folder)
-        self.linears = [f"{layer}.weight" for layer in linears_to_quantise(model)]
-        if not self.linears:
+        self.names = [*(f"{layer}.weight" for layer in linears_to_quantise(model)), *stacks_of(model)]
+        if not self.names:
             raise ValueError(f"{folder} has no linear layer to quantise besides the head: give a larger model")
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a weight as the file stores it, as (out_features, in_features), on the CPU a view of the mapped file."""
+        """Read a weight as the file stores it, as (out_features, in_features), on the CPU a view of the mapped file.
+
+        A stack is (experts, out_features, in_features), here and in `put`.
+        """
         with _no_interrupt():  # safetensors would turn a Ctrl-C into a ValueError
             return self.stored(name)
 
@@ -94,7 +98,11 @@ class Source:
 
     def put(self, name: str, weight: torch.Tensor) -> None:
         """Let the model compute with `weight`, (out_features, in_features)."""
-        self.model.get_parameter(name).data.copy_(turned(self.model, name, weight))
+        self.place(name).copy_(weight)
+
+    def place(self, name: str) -> torch.Tensor:
+        """View the weight that the model computes with."""
+        return turned(self.model, name, self.model.get_parameter(name).data)
 
 
 @dataclass
@@ -142,29 +150,40 @@ def quantised_in_place(source: Source, variant: Variant) -> Iterator[Figures]:
     finally:
         if variant.codebook is not None:
             with _no_interrupt():  # a half-restored model would give wrong numbers without any error
-                for name in source.linears:
+                for name in source.names:
                     source.put(name, source.stored(name))
 
 
 def _overwrite(source: Source, variant: Variant) -> Figures:
     figures = Figures()
-    for name in source.linears:
-        weight = source.read(name)  # (out_features, in_features)
-        wide = weight.float()
-        figures.weights += weight.numel()
-        figures.squares[name] = _sum_of_squares(wide)
-        if variant.codebook is None:
-            figures.bits += 8 * weight.nbytes
-            figures.errors[name] = 0.0
-            continue
-        q = quantised(weight, variant, name)  # from the precision of the file, as load does
-        restored = dequantize(q, torch.float32)
-        source.put(name, restored)  # rounded once, if the model computes in 16 bits
-        figures.bits += 8 * q.nbytes
-        figures.errors[name] = _sum_of_squares(restored.sub_(wide))
-        counts = code_counts(q).cpu()
-        figures.counts = counts if figures.counts is None else figures.counts + counts
+    for name in source.names:
+        figures.errors[name] = figures.squares[name] = 0.0
+        # an expert at a time: a float32 copy of a whole stack could be as large as the model in 16 bits
+        for weight, place in zip(_matrices(source.read(name)), _matrices(source.place(name)), strict=True):
+            _overwrite_matrix(figures, name, weight, place, variant)
     return figures
+
+
+def _overwrite_matrix(figures: Figures, name: str, weight: torch.Tensor, place: torch.Tensor, variant: Variant) -> None:
+    """weight: (out_features, in_features) of the file. place: where the model reads it."""
+    wide = weight.float()
+    figures.weights += weight.numel()
+    figures.squares[name] += _sum_of_squares(wide)
+    if variant.codebook is None:
+        figures.bits += 8 * weight.nbytes
+        return
+    q = quantised(weight, variant, name)  # from the precision of the file, as load does
+    restored = dequantize(q, torch.float32)
+    place.copy_(restored)  # rounded once, if the model computes in 16 bits
+    figures.bits += 8 * q.nbytes
+    figures.errors[name] += _sum_of_squares(restored.sub_(wide))
+    counts = code_counts(q).cpu()
+    figures.counts = counts if figures.counts is None else figures.counts + counts
+
+
+def _matrices(weight: torch.Tensor) -> torch.Tensor:
+    """View a weight as (matrices, out_features, in_features)."""
+    return weight if weight.dim() == 3 else weight[None]
 
 
 def quantised(weight: torch.Tensor, variant: Variant, name: str = "weight") -> QuantizedTensor:
@@ -182,8 +201,10 @@ def fitted(variant: Variant, source: Source, seed: int) -> Variant:
     if variant.levels is not None or not (match := LLOYD_MAX.fullmatch(variant.codebook or "")):
         return variant
     generator = torch.Generator().manual_seed(seed)
-    share = SAMPLE / sum(source.model.get_parameter(name).numel() for name in source.linears)
-    parts = (scaled_sample(source.read(name), variant.block_size, share, generator) for name in source.linears)
+    share = SAMPLE / sum(source.model.get_parameter(name).numel() for name in source.names)
+    # blocks end with a matrix, so each expert is drawn from by itself
+    matrices = (matrix for name in source.names for matrix in _matrices(source.read(name)))
+    parts = (scaled_sample(matrix, variant.block_size, share, generator) for matrix in matrices)
     return variant._replace(levels=lloyd_max(torch.cat([part.cpu() for part in parts]), int(match[1] or 4)))
 
 

@@ -1,7 +1,8 @@
 """Estimate what an error in each layer's weights costs the model, so that bits can go where they matter.
 
 In: an unquantised model, and a text to calibrate on. Out: s, (in_features,) float32 for each linear layer: quantising W
-to Q is expected to do a damage of the sum over i, j of s_j (w_ij - q_ij)^2. Then Choices, for best_plan.
+to Q is expected to do a damage of the sum over i, j of s_j (w_ij - q_ij)^2. A stack of experts has one s for each,
+(experts, in_features); the tokens that are routed elsewhere count as zeros. Then Choices, for best_plan.
 
 Without fisher, s_j is the mean of x_j^2 over the tokens, where x is the layer's input. The damage is then the squared
 error of the layer's output, if errors of weights are independent (the diagonal of the Hessian in GPTQ, arXiv
@@ -18,11 +19,11 @@ SmolLM2-135M; the s of this file predicts 0.270; the cost is 0.275 (bench/block_
 Not here: the choice itself (best_plan.py), perplexity (perplexity.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -33,11 +34,13 @@ from qlora_lab.data.dataset import to_device
 from qlora_lab.measure.best_plan import Choices, bits_table
 from qlora_lab.measure.perplexity import check_windows_fit, text_windows
 from qlora_lab.model.empty_model import empty_model, stored_options
+from qlora_lab.model.experts import DOWN, stacks_of
+from qlora_lab.model.experts4bit import Experts4bit
 from qlora_lab.model.fetch import resolve
-from qlora_lab.model.layer_kinds import as_matrix, out_and_in, turned
-from qlora_lab.model.linear4bit import linears_to_quantise
-from qlora_lab.model.load import layer_sizes, public_name
+from qlora_lab.model.layer_kinds import turned
+from qlora_lab.model.load import public_name
 from qlora_lab.model.modes import mode
+from qlora_lab.model.quantised import shapes_to_quantise
 from qlora_lab.model.stored import stored_tensors
 from qlora_lab.quant.numbers import check_seed
 from qlora_lab.quant.plan import Candidate, check_candidate
@@ -60,7 +63,7 @@ def sensitivity(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Return path of each linear layer -> s, (in_features,) float32 on the CPU: see the module docstring.
+    """Return path of each linear layer and stack of experts -> s, float32 on the CPU: see the module docstring.
 
     text: its first `windows` windows of `length` tokens calibrate; or batches with input_ids, one window per row, and
     attention_mask if rows are padded (tokenizer, windows and length are unused then). fisher: adds a backward pass,
@@ -69,32 +72,60 @@ def sensitivity(
     Raises ValueError for a text that is too short, and for a model without plain linear layers; FloatingPointError for
     one that predicts NaN.
     """
+    batches = calibration(model, tokenizer, text, windows, length)
+    return calibrated(model, batches, fisher, seed, progress).means
+
+
+class Calibrated(NamedTuple):
+    """What a calibration has seen."""
+
+    means: dict[str, torch.Tensor]  # path -> s
+    routed: dict[str, torch.Tensor]  # path of a module of experts -> (experts,) int64: tokens that went to each
+    tokens: int  # that were read
+
+
+def calibration(
+    model: "PreTrainedModel", tokenizer: "Tokenizer | None", text: str | Batches, windows: int, length: int
+) -> Batches:
+    """Return the batches that `text` stands for: see sensitivity."""
+    if not isinstance(text, str):
+        return text
+    rows = text_windows(tokenizer, text, length, windows)  # (windows, length)
+    check_windows_fit(model, tokenizer, rows)
+    return [{"input_ids": row[None]} for row in rows]
+
+
+def calibrated(model: "PreTrainedModel", batches: Batches, fisher: bool, seed: int, progress: bool) -> Calibrated:
+    """Do what sensitivity does, and count the tokens that each expert gets."""
     check_seed(seed)
-    if isinstance(text, str):
-        rows = text_windows(tokenizer, text, length, windows)  # (windows, length)
-        check_windows_fit(model, tokenizer, rows)
-        batches = [{"input_ids": row[None]} for row in rows]
-    else:
-        batches = text
-    layers = linears_to_quantise(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no plain linear layer: load it with codebook=None to calibrate")
-    sums = {name: torch.zeros(out_and_in(m)[1], dtype=torch.float64) for name, m in layers.items()}
+    shapes = _shapes(model)
+    sums = {path: torch.zeros(*shape[:-2], shape[-1], dtype=torch.float64) for path, shape in shapes.items()}
+    stacks = stacks_of(model)
+    routed = {path.rpartition(".")[0]: torch.zeros(len(stack), dtype=torch.int64) for path, stack in stacks.items()}
     draws = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same labels
-    tokens = 0
+    tokens = read = 0
     bar = tqdm(batches, "sensitivity", unit="batch", disable=not progress, leave=False)
-    with mode(model, training=False), _watched(model, layers, sums, fisher) as embedded, torch.set_grad_enabled(fisher):
+    with mode(model, training=False), _watched(model, sums, routed, fisher) as embedded, torch.set_grad_enabled(fisher):
         for rows in (rows for batch in bar for rows in _without_padding(batch)):
             counted = rows["input_ids"][:, 1:] if fisher else rows["input_ids"]  # nothing predicts the first token
             if not counted.numel():
                 continue
             tokens += counted.numel()
+            read += rows["input_ids"].numel()
             logits = model(**to_device(rows, model), use_cache=False).logits
             if fisher:
                 torch.autograd.grad(_drawn_loss(logits, draws), embedded.pop())  # only for the hooks on its way
     if not tokens:
         raise ValueError("no batches with a token to predict: give at least one to calibrate on")
-    return {name: (total / tokens).float() for name, total in sums.items()}  # means
+    return Calibrated({name: (total / tokens).float() for name, total in sums.items()}, routed, read)
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    try:
+        return shapes_to_quantise(model)
+    except ValueError:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has no plain linear layer: load it with codebook=None to calibrate") from None
 
 
 def _without_padding(batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -127,81 +158,114 @@ def choices_of(
     for candidate in candidates:
         check_candidate(candidate)
     name, count, weights = _weights(model)  # weights are read one by one
-    layers: list[str] = []
-    numel: list[int] = []
+    shapes: dict[str, torch.Size] = {}
     error: list[list[float]] = []  # (layers, candidates)
     for layer, weight in tqdm(weights, "candidates", total=count, unit="layer", disable=not progress, leave=False):
         s = _sensitivity_of(layer, weight, sensitivity)
-        layers.append(layer)
-        numel.append(weight.numel())
-        error.append([_damage(weight, s, candidate, layer) for candidate in candidates])
-    return Choices(tuple(layers), tuple(numel), candidates, np.array(error), bits_table(numel, candidates), name)
+        shapes[layer] = weight.shape
+        error.append([sum(damages(weight, s, candidate, layer)) for candidate in candidates])
+    numel = tuple(shape.numel() for shape in shapes.values())
+    matrices = tuple(shape[:-2].numel() for shape in shapes.values())  # experts of a stack, else 1
+    bits = bits_table(numel, candidates, matrices)
+    return Choices(tuple(shapes), numel, candidates, np.array(error), bits, name, matrices)
 
 
-def _damage(weight: torch.Tensor, s: torch.Tensor, candidate: Candidate, layer: str) -> float:
-    q = quantize(weight, *candidate, name=f"{layer}.weight")
-    squares = dequantize(q, torch.float32).sub_(weight).square_()  # (out_features, in_features)
-    return float(squares.sum(0).double() @ s)  # all rows share s
+def damages(weight: torch.Tensor, s: torch.Tensor, candidate: Candidate, layer: str) -> list[float]:
+    """Return the damage of each expert in a stack, (experts, out_features, in_features), or of the one matrix."""
+    names = [f"{layer}[{i}]" for i in range(len(weight))]
+    if weight.dim() == 2:
+        names, weight, s = [f"{layer}.weight"], weight[None], s[None]
+    found = []
+    for name, matrix, sensitive in zip(names, weight, s, strict=True):
+        q = quantize(matrix, *candidate, name=name)
+        squares = dequantize(q, torch.float32).sub_(matrix).square_()  # (out_features, in_features)
+        found.append(float(squares.sum(0).double() @ sensitive))  # all rows share s
+    return found
 
 
 def _sensitivity_of(layer: str, weight: torch.Tensor, sensitivity: dict[str, torch.Tensor]) -> torch.Tensor:
     if layer not in sensitivity:
         raise ValueError(f"the sensitivity of {layer} is missing: calibrate on this model")
     s = sensitivity[layer]
-    if s.shape != weight.shape[1:]:
-        shape = f"shape {tuple(s.shape)}, but {weight.shape[1]} inputs"
+    if s.shape != weight.shape[:-2] + weight.shape[-1:]:
+        shape = f"shape {tuple(s.shape)}, but {weight.shape[-1]} inputs"
         raise ValueError(f"the sensitivity of {layer} has {shape}: calibrate on this model")
     return s.double().to(weight.device)
 
 
 def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[tuple[str, torch.Tensor]]]:
-    """Return the model's name, the number of its linear layers, and an iterator of their paths and weights."""
+    """Return the model's name, the number of its layers and stacks, and an iterator of their paths and weights."""
     if isinstance(model, nn.Module):
-        layers = linears_to_quantise(model)
-        linears = [(name, as_matrix(module, module.weight.detach())) for name, module in layers.items()]
-        if not linears:
-            raise ValueError(f"{type(model).__name__} has no plain linear layer: load it with codebook=None")
-        return model.name_or_path or type(model).__name__, len(linears), iter(linears)
+        names = _names(model, _shapes(model))
+        read = ((path, turned(model, name, model.get_parameter(name).detach())) for path, name in names.items())
+        return model.name_or_path or type(model).__name__, len(names), read
     folder = resolve(model)
     if stored := stored_options(folder):
         raise ValueError(f"{folder} is in 4 bits already, as {stored}: give the original")
     empty = empty_model(folder, torch.float32)
-    layers = layer_sizes(empty)
     stored = stored_tensors(empty, folder)
-    names = {layer: f"{layer}.weight" for layer in layers}  # in the model's order
-    read = ((layer, turned(empty, name, stored[name].read())) for layer, name in names.items())
-    return public_name(model), len(layers), read
+    names = _names(empty, shapes_to_quantise(empty))
+    read = ((path, turned(empty, name, stored[name].read())) for path, name in names.items())
+    return public_name(model), len(names), read
+
+
+def _names(model: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, str]:
+    """Return path -> name of the parameter: a stack is one itself."""
+    return {path: path if len(shape) == 3 else f"{path}.weight" for path, shape in shapes.items()}
+
+
+class _WatchedExperts(Experts4bit):
+    """Experts in their own precision that compute one by one, so that each product is seen. watch: called after it."""
+
+    def __init__(self, experts: nn.Module, watch: Callable[[str, int, torch.Tensor, torch.Tensor], None]):
+        super().__init__(experts)
+        self.watch = watch
+
+    def _multiply(self, name: str, x: torch.Tensor, expert: int) -> torch.Tensor:
+        y = super()._multiply(name, x, expert)
+        self.watch(name, expert, x, y)
+        return y
 
 
 @contextmanager
 def _watched(
-    model: nn.Module, layers: dict[str, nn.Module], sums: dict[str, torch.Tensor], fisher: bool
+    model: nn.Module, sums: dict[str, torch.Tensor], routed: dict[str, torch.Tensor], fisher: bool
 ) -> Iterator[list[torch.Tensor]]:
     """Add x_j^2 of each passing token to `sums`; with fisher, half the mean over i of each window's (dW_ij)^2.
+
+    routed: counts the tokens of each expert. Inside, experts compute one by one; the family's own come back at the end.
 
     Yields the list of embedded inputs, at which the backward pass ends: no weight gets a gradient, and the gradient
     flows through frozen weights, too.
     """
     embedded = []  # at most one: each backward pass takes it out
 
-    def keep(name: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        x = inputs[0].detach()  # (rows, tokens, in_features)
+    def keep(total: torch.Tensor, module: nn.Module | None, inputs: tuple, output: torch.Tensor) -> None:
+        x = inputs[0].detach()  # (rows, tokens, in_features), or (tokens, in_features) of an expert
         if fisher:
-            output.register_hook(lambda g: add_squares(name, x, g))
+            output.register_hook(lambda g: add_squares(total, x, g))
         else:
-            sums[name] += x.flatten(0, -2).double().square().sum(0).cpu()
+            total += x.flatten(0, -2).double().square().sum(0).cpu()
 
-    def add_squares(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
+    def keep_of_expert(path: str, name: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> None:
+        keep(sums[f"{path}.{name}"][expert], None, (x,), output)
+        routed[path][expert] += len(x) * (name == DOWN)  # once for both matrices
+
+    def add_squares(total: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> None:
         for x_row, g_row in zip(_windows(x), _windows(g), strict=True):
             gradient = g_row.float().t() @ x_row.float()  # (out, tokens) @ (tokens, in) -> (out_features, in_features)
             # -> (in_features,). In float32: a sum in float64 would take four times as long as the product.
-            sums[name] += gradient.square_().mean(0).double().cpu() / 2
+            total += gradient.square_().mean(0).double().cpu() / 2
 
     def begin(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         embedded.append(output.detach().requires_grad_())  # (rows, tokens, hidden), a new leaf of the graph
         return embedded[-1]
 
-    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in layers.items()]
+    linears = [path for path in sums if path.rpartition(".")[0] not in routed]
+    hooks = [model.get_submodule(path).register_forward_hook(partial(keep, sums[path])) for path in linears]
+    theirs = {path: model.get_submodule(path) for path in routed}
+    for path, experts in theirs.items():
+        model.set_submodule(path, _WatchedExperts(experts, partial(keep_of_expert, path)))
     if fisher:
         hooks.append(model.get_input_embeddings().register_forward_hook(begin))
     try:
@@ -209,6 +273,8 @@ def _watched(
     finally:
         for hook in hooks:
             hook.remove()
+        for path, experts in theirs.items():
+            model.set_submodule(path, experts)
 
 
 def _windows(x: torch.Tensor) -> torch.Tensor:

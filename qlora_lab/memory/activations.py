@@ -20,6 +20,7 @@ FLOAT32 = 4
 # The kinds of activations: the names of their rows in the ledger.
 NORM, INPUT, ADAPTER = "inputs of norms", "inputs of linear layers", "adapters' inner products"
 ATTENTION, MASK, ROTARY = "attention", "attention masks", "rotary cosines and sines"
+ROUTING, EXPERTS = "routing", "experts' SwiGLU and answers"
 TURNED = "outputs that DoRA turns"
 SWIGLU, CHECKPOINT, INDICES = "SwiGLU", "checkpoints", "indices and scalars"
 
@@ -35,7 +36,8 @@ class Kept(NamedTuple):
 
 
 LETTERS = "T tokens at once, d hidden, f inner, q queries, kv keys, h heads, r rank, n labels, V vocabulary, L layers"
-LETTERS += ", m bottleneck, p virtual tokens"
+LETTERS += ", m bottleneck, p virtual tokens, E experts, k of a token"
+SIZES = BYTES | {"bool": 1, "int32": 4, "int64": 8}
 
 
 def targeted(shape: Shape, setup: Setup) -> list[LinearShape]:
@@ -53,8 +55,6 @@ def targeted(shape: Shape, setup: Setup) -> list[LinearShape]:
 
 def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
     """Yield what one layer keeps. first: the model's first, whose input has a gradient only in full training."""
-    T = setup.tokens
-    f = shape.inner
     adapted = {linear.name: linear for linear in targeted(shape, setup)}
     biases = {linear.name for linear in biased(shape, setup)}
     # Whether a gradient flows to this point. It starts at the first trained weight; from there on it never stops.
@@ -62,6 +62,9 @@ def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
     if flows:
         yield from _norm(setup, shape.hidden)
     yield from _linears(setup, adapted, ("q_proj", "k_proj", "v_proj"), shape.hidden, flows)
+    for name, heads in (("q_proj", shape.heads), ("k_proj", shape.key_value_heads)):
+        if shape.head_norms and (flows or name in {*adapted, *biases}):
+            yield from _norm(setup, shape.head_dim, heads, " of each head")
     flows |= setup.method == "prefix" or not {"q_proj", "k_proj", "v_proj"}.isdisjoint({*adapted, *biases})
     if flows:
         yield from _attention(shape, setup)
@@ -73,6 +76,20 @@ def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
         flows = True
     if flows:
         yield from _norm(setup, shape.hidden)
+    if shape.experts:  # whatever learns does so before them, so that a gradient flows here
+        yield from _routed(shape, setup)
+    else:
+        yield from _dense(shape, setup, adapted, biases, flows)
+    if setup.method == "houlsby":
+        yield from _bottleneck(setup, shape.hidden, flows=True)
+
+
+def _dense(
+    shape: Shape, setup: Setup, adapted: dict[str, LinearShape], biases: set[str], flows: bool
+) -> Iterator[Kept]:
+    """The MLP of a model without experts."""
+    T = setup.tokens
+    f = shape.inner
     yield from _linears(setup, adapted, ("gate_proj", "up_proj"), shape.hidden, flows)
     gate = flows or "gate_proj" in {*adapted, *biases}
     up = flows or "up_proj" in {*adapted, *biases}
@@ -80,8 +97,29 @@ def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
         yield _kept(SWIGLU, (2 * gate + up) * T * f, setup.dtype, "3 T f: gate, silu(gate), up")
     flows = gate or up
     yield from _linears(setup, adapted, ("down_proj",), f, flows)
-    if setup.method == "houlsby":
-        yield from _bottleneck(setup, shape.hidden, flows=True)
+
+
+def _routed(shape: Shape, setup: Setup) -> Iterator[Kept]:
+    """A router and its experts: T k pairs of token and expert, however they are spread over the experts."""
+    T = setup.tokens
+    pairs = T * shape.experts_per_token
+    d, f = shape.hidden, shape.inner
+    full = setup.method == "full"
+    # A frozen router passes the gradient on, as every layer does: softmax keeps all shares, in float32.
+    yield _kept(ROUTING, T * shape.experts, "float32", "T E: shares")
+    if shape.normalised:
+        yield _kept(ROUTING, pairs + T, "float32", "T (k + 1): the chosen and their sum")
+    if full:
+        yield _kept(ROUTING, T * d, setup.dtype, "T d: its input")
+    # Mixtral multiplies 16-bit answers by float32 weights, Qwen3 rounds the weights first
+    wide = "float32" if shape.family == "mixtral" else setup.dtype
+    yield _kept(ROUTING, pairs, wide, "T k: weights")
+    yield _kept(ROUTING, 4 * pairs, "int64", "4 T k: the chosen, tokens by expert, there and back")
+    if not setup.is_packed:
+        yield _kept(ROUTING, shape.experts, "int32", "E: ends of groups")
+    yield _kept(EXPERTS, pairs * (3 * f + d), setup.dtype, "T k (3 f + d): gate, silu(gate), up; answers")
+    if full:
+        yield _kept(EXPERTS, pairs * (d + f), setup.dtype, "T k (d + f): inputs of their products")
 
 
 def _bottleneck(setup: Setup, d: int, flows: bool) -> Iterator[Kept]:
@@ -92,12 +130,15 @@ def _bottleneck(setup: Setup, d: int, flows: bool) -> Iterator[Kept]:
         yield _kept(ADAPTER, (1 + flows) * setup.size * d, setup.dtype, "2 m d")
 
 
-def _norm(setup: Setup, d: int) -> Iterator[Kept]:
-    """RMSNorm computes in float32: it keeps its widened input, and one reciprocal root mean square per token."""
-    T = setup.tokens
-    yield _kept(NORM, T * (d + 1), "float32", "T (d + 1)")
+def _norm(setup: Setup, d: int, heads: int = 1, each: str = "") -> Iterator[Kept]:
+    """RMSNorm computes in float32: it keeps its widened input, and one reciprocal root mean square per token.
+
+    heads: of which each has its own, d wide; `each` says so in the formula.
+    """
+    rows = setup.tokens * heads
+    yield _kept(NORM, rows * (d + 1), "float32", f"T (d + 1){each}")
     if setup.method == "full":
-        yield _kept(NORM, T * d, setup.dtype, "T d: for the gradient of its weight")
+        yield _kept(NORM, rows * d, setup.dtype, f"T d: for the gradient of its weight{each}")
 
 
 def _linears(
@@ -192,4 +233,4 @@ def kept_after_layers(shape: Shape, setup: Setup) -> list[Kept]:
 
 
 def _kept(kind: str, count: int, dtype: str, formula: str) -> Kept:
-    return Kept(kind, count, dtype, count * (1 if dtype == "bool" else BYTES[dtype]), formula)
+    return Kept(kind, count, dtype, count * SIZES[dtype], formula)

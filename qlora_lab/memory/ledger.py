@@ -36,6 +36,7 @@ class Ledger:
     setup: str  # the model and the setup, in words
     tokens: int  # that go through the model at once
     notes: tuple[str, ...] = ()  # what was assumed
+    idle: int = 0  # predicted bytes of the experts that one token is not routed to
 
     def at(self, phase: str) -> int:
         """Return the predicted bytes in a phase. Raises ValueError for a phase that is not in PHASES."""
@@ -66,6 +67,11 @@ class Ledger:
         kept = sum(row.predicted for row in self.rows if row.group == "activations" and "loss" in row.when)
         return kept / self.tokens
 
+    @property
+    def active(self) -> int:
+        """Predicted bytes of the weights that one token uses: all of them, but in a mixture of experts."""
+        return self.group("weights") - self.idle
+
     def group(self, name: str) -> int:
         """Return the predicted bytes of a group. Raises ValueError for a group without rows."""
         if name not in self.groups:
@@ -92,7 +98,7 @@ class Ledger:
         rows = [asdict(row) for row in self.rows]
         phases = {phase: self.at(phase) for phase in PHASES}
         sums = {"groups": self.groups, "phases": phases, "peak": self.peak, "peak_phase": self.phase}
-        sums["per_token"] = self.per_token
+        sums |= {"per_token": self.per_token, "stored_weights": self.group("weights"), "active_weights": self.active}
         return {"setup": self.setup, "rows": rows, **sums, "notes": list(self.notes)}
 
     def __str__(self) -> str:
@@ -113,7 +119,8 @@ class Ledger:
             for line in lines
         ]
         token = f"a token keeps {self.per_token:,.0f} bytes of activations from the forward to the backward pass"
-        return "\n".join([self.setup, *text, token, *self.notes])
+        used = f"a token uses {self.active:,} of the {self.group('weights'):,} bytes of weights that are stored"
+        return "\n".join([self.setup, *text, token, *[used] * bool(self.idle), *self.notes])
 
 
 def _cells(row: LedgerRow) -> tuple[str, ...]:

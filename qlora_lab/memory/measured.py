@@ -22,7 +22,7 @@ from torch import nn
 from qlora_lab.adapters.adapter import Adapter, adapters, has_adapters, method_of
 from qlora_lab.adapters.dora import DoRALinear
 from qlora_lab.adapters.lora import LoRALinear
-from qlora_lab.adapters.model_tensors import PACKED, model_tensors
+from qlora_lab.adapters.model_tensors import model_tensors
 from qlora_lab.adapters.pissa import PissaLinear
 from qlora_lab.adapters.prefix_tuning import PATH as PREFIX
 from qlora_lab.data.dataset import IGNORED
@@ -31,11 +31,13 @@ from qlora_lab.memory.activations import (
     ADAPTER,
     ATTENTION,
     CHECKPOINT,
+    EXPERTS,
     INDICES,
     INPUT,
     MASK,
     NORM,
     ROTARY,
+    ROUTING,
     SWIGLU,
     TURNED,
 )
@@ -43,6 +45,7 @@ from qlora_lab.memory.ledger import Ledger, LedgerRow
 from qlora_lab.memory.predict import MAP_BYTES, MASTERS, ledger_of
 from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import Shape, shape_of
+from qlora_lab.model.experts4bit import Stack4bit
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.modes import mode, own_draws
 from qlora_lab.model.packed_module import PackedModule
@@ -115,9 +118,10 @@ def setup_of(
     if has_adapters(model) and method_of(model) != "lora":
         options = {"method": method_of(model), "codebook": "none"}
         options |= {} if layers else next(iter(adapters(model).values())).settings()
+    stacks = [m.weight for m in model.modules() if isinstance(m, Stack4bit)]
     if packed:
         q = packed[0]
-        kinds = sorted({(weight.codebook, weight.block_size, weight.double_quant) for weight in packed})
+        kinds = sorted({(weight.codebook, weight.block_size, weight.double_quant) for weight in (*packed, *stacks)})
         if len(kinds) > 1:
             raise ValueError(
                 f"layers are quantised in {len(kinds)} ways, such as {kinds[0]} and {kinds[1]}: give all the same"
@@ -139,6 +143,11 @@ def setup_of(
     if packed and len(packed) != len(shape.linears) * shape.layers:
         raise ValueError(
             f"{len(packed)} of {len(shape.linears) * shape.layers} linear layers are quantised: quantise all of them"
+        )
+    if len(stacks) != len(shape.expert) * shape.layers * bool(packed):
+        raise ValueError(
+            f"{len(stacks)} of {len(shape.expert) * shape.layers} stacks of experts are quantised beside "
+            f"{len(packed)} linear layers: quantise all of them, or none"
         )
     if layers:
         exact = adapter.lora_A.dtype == torch.float32
@@ -188,8 +197,8 @@ class _Storages:
 def _walk(model: nn.Module) -> Counter:
     storages = _Storages()
     for kind, tensor in model_tensors(model):
-        if kind == PACKED:
-            _walk_quantized(storages, tensor)
+        if isinstance(tensor, Quantized):
+            _walk_quantized(storages, kind, tensor)
         else:
             storages.add(kind, tensor)
     if any(isinstance(m, PackedModule) and m.weight.double_quant for m in model.modules()):
@@ -201,8 +210,8 @@ def _walk(model: nn.Module) -> Counter:
     return storages.sums
 
 
-def _walk_quantized(storages: _Storages, q: Quantized) -> None:
-    storages.add(PACKED, q.packed)
+def _walk_quantized(storages: _Storages, kind: str, q: Quantized) -> None:
+    storages.add(kind, q.packed)
     storages.add("tables", q.levels)
     if q.double_quant:
         storages.add("absmax codes", q.constants.absmax_codes)
@@ -295,6 +304,11 @@ def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shap
         return ADAPTER
     if isinstance(module, DoRALinear) and tensor.dim() != 2:  # matrices are those of LoRA's products
         return TURNED
+    if "experts" in names:
+        # The weight of a pair is one number; Python cannot tell an answer from a gate of the same width.
+        return EXPERTS if tensor.is_floating_point() and tensor.shape[-1] > 1 else ROUTING
+    if shape.experts and names[-1] == "gate":
+        return ROUTING
     if not tensor.is_floating_point():
         return INDICES if names[-1] != "dropout" else INPUT
     if "norm" in names[-1]:

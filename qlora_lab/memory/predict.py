@@ -38,6 +38,7 @@ UNTIL_BACKWARD = ("loss", "backward")
 UNTIL_UPDATE = ("loss", "backward", "end")
 IN_BACKWARD = ("backward", "end")
 LATE = ("end", "update")
+Matrices = list[tuple[LinearShape, int]]  # each with the number of its like in the model
 
 
 def predict_memory(model: Any, method: str = "qlora", **setup: Any) -> Ledger:
@@ -54,11 +55,13 @@ def predict_memory(model: Any, method: str = "qlora", **setup: Any) -> Ledger:
 
 
 def ledger_of(shape: Shape, setup: Setup) -> Ledger:
-    """Do the same from a Shape and a Setup."""
+    """Do the same from a Shape and a Setup. Raises ValueError for Houlsby's adapters on a mixture of experts."""
+    if shape.experts and setup.method == "houlsby":
+        raise ValueError(f"{shape.name} routes tokens to experts, which method='houlsby' cannot adapt: choose qlora")
     rows = [*_weights(shape, setup), *_adapters(shape, setup), *_gradients(shape, setup), *_moments(shape, setup)]
     rows += [*_activations(shape, setup), *_loss(shape, setup), *_workspace(shape, setup), *_runtime(setup)]
     words = f"{shape.name}, {shape.parameters:,} weights: {setup}"
-    return Ledger(tuple(rows), words, setup.tokens, _notes(setup))
+    return Ledger(tuple(rows), words, setup.tokens, _notes(setup), _idle(shape, setup))
 
 
 def _notes(setup: Setup) -> tuple[str, ...]:
@@ -70,42 +73,63 @@ def _notes(setup: Setup) -> tuple[str, ...]:
     return LETTERS, labels, more
 
 
+def _idle(shape: Shape, setup: Setup) -> int:
+    """Bytes of experts that a token is not routed to, constants included: all experts are of one size."""
+    experts = [(matrix, shape.layers * (shape.experts - shape.experts_per_token)) for matrix in shape.expert]
+    if setup.is_packed:
+        return sum(row.predicted for row in _packed([], experts, setup))
+    return sum(times * matrix.numel for matrix, times in experts) * BYTES[setup.dtype]
+
+
 def _weights(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     linears = [(linear, shape.layers) for linear in shape.linears]
-    numel = sum(times * linear.numel for linear, times in linears)
+    experts = [(matrix, shape.layers * shape.experts) for matrix in shape.expert]
     if setup.is_packed:
-        yield from _quantized(linears, setup)
+        yield from _packed(linears, experts, setup)
+        tables = shape.layers * (len(shape.linears) + len(shape.expert))  # one for all matrices of a stack
+        levels = 2**setup.code_bits
+        count = tables * levels + setup.double_quant * MAP_BYTES // FLOAT32
+        yield _row(WEIGHTS, "tables", count, "float32", f"{levels} a layer{' + 256' * setup.double_quant}")
     else:
-        yield _row(WEIGHTS, "linear layers", numel, setup.dtype, "out in")
+        yield _row(WEIGHTS, "linear layers", _numel(linears), setup.dtype, "out in")
+        if experts:
+            yield _row(WEIGHTS, "experts", _numel(experts), setup.dtype, "E x 3 d f")
     biases = sum(times * linear.out_features for linear, times in linears if linear.bias)
     if biases:
         yield _row(WEIGHTS, "biases", biases, setup.dtype, "out")
     yield _row(WEIGHTS, "embeddings", shape.table, setup.dtype, "V d")
     head = "the embeddings, shared" if shape.tied else "V d"
     yield _row(WEIGHTS, "head", 0 if shape.tied else shape.table, setup.dtype, head)
-    yield _row(WEIGHTS, "norms", (2 * shape.layers + 1) * shape.hidden, setup.dtype, "(2 L + 1) d")
+    if shape.experts:
+        yield _row(WEIGHTS, "routers", shape.layers * shape.router, setup.dtype, "L E d")
+    heads = " + 2 L head_dim" * shape.head_norms
+    yield _row(WEIGHTS, "norms", shape.norms, setup.dtype, f"(2 L + 1) d{heads}")
     # transformers keeps its frequencies twice: as used, and as they were before any scaling
     yield _row(WEIGHTS, "rotary frequencies", 2 * (shape.head_dim // 2), "float32", "2 x head_dim / 2")
 
 
-def _quantized(linears: list[tuple[LinearShape, int]], setup: Setup) -> Iterator[LedgerRow]:
+def _numel(matrices: Matrices) -> int:
+    return sum(times * matrix.numel for matrix, times in matrices)
+
+
+def _packed(linears: Matrices, experts: Matrices, setup: Setup) -> Iterator[LedgerRow]:
+    """Codes and constants. Each expert is a matrix with blocks, groups and an offset of its own."""
     bits = setup.code_bits
     size = setup.block_size
     codes, nbytes = group_of(bits)  # of the smallest whole group: 2 codes in 1 byte for 4 bits
-    packed = sum(times * -(-linear.numel // codes) * nbytes for linear, times in linears)
-    blocks = [(-(-linear.numel // size), times) for linear, times in linears]  # the last block may be partial
+    for what, matrices in (("packed weights", linears), ("packed experts", experts)):
+        packed = sum(times * -(-matrix.numel // codes) * nbytes for matrix, times in matrices)
+        if matrices:
+            yield _row(WEIGHTS, what, packed, "uint8", f"weights x {bits} / 8")
+    blocks = [(-(-matrix.numel // size), times) for matrix, times in (*linears, *experts)]  # the last may be partial
     count = sum(times * n for n, times in blocks)
-    layers = sum(times for _, times in linears)
-    yield _row(WEIGHTS, "packed weights", packed, "uint8", f"weights x {bits} / 8")
     if setup.double_quant:
         scales = sum(times * -(-n // GROUP_SIZE) for n, times in blocks)
         yield _row(WEIGHTS, "absmax codes", count, "uint8", f"weights / {size}")
         yield _row(WEIGHTS, "group scales", scales, "float32", f"weights / ({size} x {GROUP_SIZE})")
-        yield _row(WEIGHTS, "offsets", layers, "float32", "1 a layer")
+        yield _row(WEIGHTS, "offsets", sum(times for _, times in blocks), "float32", "1 a matrix")
     else:
         yield _row(WEIGHTS, "absmax", count, "float32", f"weights / {size}")
-    tables = layers * 2**bits + setup.double_quant * MAP_BYTES // FLOAT32
-    yield _row(WEIGHTS, "tables", tables, "float32", f"{2**bits} a layer{' + 256' * setup.double_quant}")
 
 
 def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
@@ -119,7 +143,10 @@ def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
         return learned_by_method(shape, setup)
     matrices = [(linear.numel, shape.layers) for linear in shape.linears]
     biases = [(linear.out_features, shape.layers) for linear in shape.linears if linear.bias]
-    return [*matrices, *biases, (shape.hidden, 2 * shape.layers + 1), (shape.table, 2 - shape.tied)]
+    stacks = [(shape.experts * matrix.numel, shape.layers) for matrix in shape.expert]
+    experts = [*stacks, (shape.router, shape.layers)] * bool(shape.experts)
+    norms = [(shape.hidden, 2 * shape.layers + 1), *[(shape.head_dim, 2 * shape.layers)] * shape.head_norms]
+    return [*matrices, *biases, *experts, *norms, (shape.table, 2 - shape.tied)]
 
 
 def _adapters(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
@@ -202,8 +229,11 @@ def _loss(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
 
 
 def _workspace(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
-    count = 2 * setup.tokens * (shape.hidden + shape.inner)
-    words = "2 T (d + f): of the residual stream, of up and gate"
+    T, d, f = setup.tokens, shape.hidden, shape.inner
+    count, words = 2 * T * (d + f), "2 T (d + f): of the residual stream, of up and gate"
+    if shape.experts:  # a gradient goes from T k pairs to tokens; how many tokens one expert has at most is not known
+        count = 2 * T * d + T * shape.experts_per_token * 3 * d + 4 * T * f
+        words = "2 T d + 3 T k d + 4 T f: of the residual stream, of pairs, of an expert that all tokens share"
     yield _row(WORKSPACE, "gradients of activations", count, setup.dtype, words, IN_BACKWARD)
     if setup.is_packed:
         yield _buffer(shape, setup)
@@ -237,12 +267,13 @@ def _temporaries(shape: Shape, setup: Setup) -> LedgerRow:
 def _buffer(shape: Shape, setup: Setup) -> LedgerRow:
     """The decoded weight: on the CPU one panel of rows, kept for the next product; on a GPU a whole weight."""
     if setup.device == "cuda":
-        largest = max(linear.numel for linear in shape.linears)
+        largest = max(matrix.numel for matrix in (*shape.linears, *shape.expert))
         return _row(WORKSPACE, "decoded weight", largest, setup.dtype, "out in, the largest", IN_BACKWARD)
-    count = max(_panel(linear, setup.block_size) for linear in shape.linears)
+    count = max(_panel(matrix, setup.block_size) for matrix in (*shape.linears, *shape.expert))
     words = f"a panel of at most {PANEL:,}"
     if setup.dtype != "float32":  # tiles of x and y, if float32 products win the race; otherwise less is needed
-        count += 2 * min(TILE, setup.tokens * max(shape.inner, shape.hidden))
+        # gate and up of an expert are one product, twice as wide
+        count += 2 * min(TILE, setup.tokens * max(shape.inner * (1 + bool(shape.experts)), shape.hidden))
         words += f", tiles of at most {TILE:,}"
     return _row(WORKSPACE, "decoded weight", count, "float32", words)
 

@@ -1,7 +1,8 @@
 """Read the sizes of a LLaMA-like model from its configuration alone, without weights and without transformers.
 
 In: a known name, a folder with config.json, that file, a configuration (a dict, or one of transformers), or a model.
-Out: a Shape. Families: llama, mistral and qwen2, which differ only in their biases.
+Out: a Shape. Families: llama, mistral and qwen2, which differ only in their biases; qwen3, which normalises each head's
+query and key; mixtral and qwen3_moe, whose layers have experts in place of one MLP.
 Source: "LLaMA", table 2, for models known by name alone; field names and defaults are those of transformers.
 """
 
@@ -10,10 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_lab.model.experts import COUNTS
 from qlora_lab.model.fetch import KNOWN_MODELS, cache_dir, fetch
 from qlora_lab.model.model_files import read_config
 
-FAMILIES = ("llama", "mistral", "qwen2")
+MIXTURES = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}  # the name of f, inside one expert
+HEAD_NORMS = ("qwen3", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *MIXTURES)
+WEIGHTS_ALONE = "qlora_lab.memory.weights counts the weights of any"
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # name: layers, hidden, inner, heads, key and value heads, vocabulary. None ties its head to the embeddings.
 PUBLISHED = {
@@ -56,6 +61,10 @@ class Shape:
     attention_bias: bool = False  # of q_proj, k_proj and v_proj
     output_bias: bool = False  # of o_proj
     mlp_bias: bool = False  # of gate_proj, up_proj and down_proj
+    head_norms: bool = False  # q_norm and k_norm, over the head_dim numbers of each head
+    experts: int = 0  # E in each layer, 0 in a dense model; then f is the width inside one of them
+    experts_per_token: int = 0  # k
+    normalised: bool = False  # the k weights of a token are divided by their sum
 
     @property
     def query(self) -> int:
@@ -69,16 +78,39 @@ class Shape:
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
-        """The linear layers of one layer, in the model's order."""
-        return (
+        """The linear layers of one layer, in the model's order; those of a mixture are its attention's."""
+        attention = (
             LinearShape("q_proj", self.query, self.hidden, self.attention_bias),
             LinearShape("k_proj", self.key_value, self.hidden, self.attention_bias),
             LinearShape("v_proj", self.key_value, self.hidden, self.attention_bias),
             LinearShape("o_proj", self.hidden, self.query, self.output_bias),
+        )
+        if self.experts:
+            return attention
+        return (
+            *attention,
             LinearShape("gate_proj", self.inner, self.hidden, self.mlp_bias),
             LinearShape("up_proj", self.inner, self.hidden, self.mlp_bias),
             LinearShape("down_proj", self.hidden, self.inner, self.mlp_bias),
         )
+
+    @property
+    def expert(self) -> tuple[LinearShape, ...]:
+        """The two matrices of one expert; transformers keeps gate and up in one."""
+        if not self.experts:
+            return ()
+        up = LinearShape("gate_up_proj", 2 * self.inner, self.hidden, bias=False)
+        return up, LinearShape("down_proj", self.hidden, self.inner, bias=False)
+
+    @property
+    def router(self) -> int:
+        """Weights of one layer's router, (E, d)."""
+        return self.experts * self.hidden
+
+    @property
+    def norms(self) -> int:
+        """Weights of all norms: two in each layer and one after the last, and those of queries and keys."""
+        return (2 * self.layers + 1) * self.hidden + 2 * self.layers * self.head_dim * self.head_norms
 
     @property
     def table(self) -> int:
@@ -89,8 +121,8 @@ class Shape:
     def parameters(self) -> int:
         """All weights; a tied head counts once."""
         linears = sum(linear.numel + linear.bias * linear.out_features for linear in self.linears)
-        norms = (2 * self.layers + 1) * self.hidden  # two in each layer, one after the last
-        return self.layers * linears + norms + self.table * (2 - self.tied)
+        experts = self.experts * sum(matrix.numel for matrix in self.expert) + self.router
+        return self.layers * (linears + experts) + self.norms + self.table * (2 - self.tied)
 
 
 def shape_of(model: Any) -> Shape:
@@ -140,9 +172,10 @@ def _from_config(config: dict, where: str) -> Shape:
     if family not in FAMILIES:
         raise ValueError(
             f"{where} has the architecture {family!r}, whose layers are unknown here: choose from {', '.join(FAMILIES)}"
-            "; qlora_lab.memory.weights counts the weights of any"
+            f"; {WEIGHTS_ALONE}"
         )
     sizes = {name: _size(config, name, where) for name in NEEDED}
+    mixture = _mixture(config, family, where) if family in MIXTURES else {"inner": sizes["intermediate_size"]}
     heads = sizes["num_attention_heads"]
     # Configurations omit fields that equal the default of transformers, or set them to null.
     defaults = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
@@ -152,16 +185,37 @@ def _from_config(config: dict, where: str) -> Shape:
         family=family,
         layers=sizes["num_hidden_layers"],
         hidden=sizes["hidden_size"],
-        inner=sizes["intermediate_size"],
         heads=heads,
         key_value_heads=_size(filled, "num_key_value_heads", where),
         head_dim=_size(filled, "head_dim", where),
         vocabulary=sizes["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         attention_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
-        output_bias=family == "llama" and bool(config.get("attention_bias", False)),
+        # transformers gives o_proj a bias in these; in mistral and qwen2 it has none whatever the configuration says
+        output_bias=family in ("llama", *HEAD_NORMS) and bool(config.get("attention_bias", False)),
         mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
+        head_norms=family in HEAD_NORMS,
+        **mixture,
     )
+
+
+def _mixture(config: dict, family: str, where: str) -> dict[str, int | bool]:
+    """Return the fields of a mixture. Raises ValueError for layers that differ, and for noise in a router's input."""
+    # The ledger multiplies one layer by the number of layers, so a mixture with dense layers would come out wrong.
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise ValueError(f"{where} has layers without experts, which the ledger does not tell apart: {WEIGHTS_ALONE}")
+    if config.get("router_jitter_noise"):
+        raise ValueError(f"{where} has router_jitter_noise, whose activations are not counted: {WEIGHTS_ALONE}")
+    number = next(
+        (name for name in COUNTS if name in config), COUNTS[0]
+    )  # transformers writes another than the hub has
+    fields = {"inner": MIXTURES[family], "experts": number, "experts_per_token": "num_experts_per_tok"}
+    sizes = {field: _size(config, name, where) for field, name in fields.items()}
+    if sizes["experts_per_token"] > sizes["experts"]:
+        raise ValueError(
+            f"{where} routes a token to {sizes['experts_per_token']} of {sizes['experts']} experts: give fewer"
+        )
+    return sizes | {"normalised": family == "mixtral" or bool(config.get("norm_topk_prob", False))}
 
 
 def _size(config: dict, name: str, where: str) -> int:

@@ -26,6 +26,7 @@ def work(shape: Shape, setup: Setup, tokens: int) -> int:
     read = tokens + setup.virtual_tokens * (setup.method == "prompt")  # go through all layers
     keys = tokens + setup.virtual_tokens * (setup.method in VIRTUAL)  # attention looks at them
     weights = sum(linear.numel for linear in shape.linears) + _beside(shape, setup)
+    weights += shape.router + shape.experts_per_token * sum(matrix.numel for matrix in shape.expert)
     attention = 2 * shape.query * keys  # for a token: its scores, and the mean of the values
     return 2 * read * shape.layers * (weights + attention) + 2 * shape.table  # the head sees one token
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from qlora_lab.model.experts import is_stack, stacks_of
 from qlora_lab.model.experts4bit import pack_stack
-from qlora_lab.model.layer_kinds import is_turned, turned
+from qlora_lab.model.layer_kinds import is_turned, out_and_in, turned
 from qlora_lab.model.linear4bit import HEAD, Linear4bit, linears_to_quantise
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.quant.plan import Candidate, Plan, of_layers
@@ -42,15 +42,27 @@ def options_of(
 ) -> dict[str, Candidate]:
     """Return path -> options for each layer and each stack to quantise. also: parts beside the language model.
 
-    A plan names linear layers; experts beside it are quantised as by default. Raises ValueError for a plan of another
-    model, and for a model without anything to quantise.
+    A plan that names no stack leaves all of them to the default. Raises ValueError for a plan of another model, and for
+    a model without anything to quantise.
     """
-    # Plans come from a calibration of linear layers; experts see too few tokens each to be calibrated alike.
-    linears, stacks = linears_to_quantise(model, also), stacks_of(model)
+    numel = {path: shape.numel() for path, shape in shapes_to_quantise(model, also).items()}
+    stacks = stacks_of(model)
+    if plan is not None and stacks.keys().isdisjoint(plan.chosen):  # made by hand, or before plans knew experts
+        numel = {path: n for path, n in numel.items() if path not in stacks}
+    chosen = of_layers(options, plan, numel)
+    return chosen | {path: options for path in stacks if path not in chosen}
+
+
+def shapes_to_quantise(model: nn.Module, also: Iterable[str] = ()) -> dict[str, torch.Size]:
+    """Return path -> (out_features, in_features) of each linear layer, and (experts, out, in) of each stack.
+
+    Raises ValueError if there are none.
+    """
+    linears = {path: torch.Size(out_and_in(layer)) for path, layer in linears_to_quantise(model, also).items()}
+    stacks = {path: turned(model, path, stack).shape for path, stack in stacks_of(model).items()}
     if not linears and not stacks:
         raise nothing_to_quantise(model)
-    numel = {path: layer.weight.numel() for path, layer in linears.items()}
-    return of_layers(options, plan, numel) | dict.fromkeys(stacks, options)
+    return linears | stacks
 
 
 def nothing_to_quantise(model: nn.Module) -> ValueError:

@@ -27,10 +27,10 @@ DEFAULT = Candidate("nf4", 64, True)  # the paper's choice, and the default of l
 
 @dataclass(frozen=True)
 class Plan:
-    """One candidate for each linear layer of `model`.
+    """One candidate for each linear layer of `model`, and for each of its stacks of experts, or for none of these.
 
     error: the sum of the chosen errors. bits_per_parameter: of the quantised layers, with their constants.
-    numel: weights of each layer; they tell whether a plan fits a model.
+    numel: weights of each layer or stack; they tell whether a plan fits a model.
     """
 
     model: str
@@ -62,7 +62,8 @@ class Plan:
                 raise ValueError(f"the plan for {self.model} gives {name} {sizes}: {REMEDY}")
         for name in self.chosen:
             if name not in numel:
-                raise ValueError(f"the plan for {self.model} names {name}, not a linear layer of this model: {REMEDY}")
+                what = "neither a linear layer nor experts of this model"
+                raise ValueError(f"the plan for {self.model} names {name}, {what}: {REMEDY}")
 
 
 def of_layers(options: Candidate, plan: Plan | None, numel: dict[str, int]) -> dict[str, Candidate]:

@@ -23,9 +23,11 @@ from qlora_lab.measure.results_file import ROW, START, append_result, open_resul
 from qlora_lab.measure.sweep import sweep, variants
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.load import load
+from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.quantized_folder import quantize_folder
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.train.verify import DIFFERS, OK
+from tests.model.families import tiny
 
 TEXT = "the sum of the two numbers is a number, and nothing else. " * 4
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,6 +75,26 @@ def test_a_row_says_what_load_and_perplexity_say(folder, results, dtype):
         layers = [m.weight for m in model.modules() if isinstance(m, Linear4bit)]
         bits = 8 * sum(q.nbytes for q in layers) / sum(q.numel for q in layers) if layers else 32
         assert row["bits_per_parameter"] == pytest.approx(bits)
+
+
+def test_experts_of_a_mixture_are_swept_as_load_quantises_them(tmp_path, tokenizer, results):
+    mixture = tiny("Mixtral", vocab_size=280, initializer_range=0.3)
+    mixture.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    plain, row = quiet(tmp_path / "model", [Variant(None), Variant("nf3", 32, True)], results)
+    model, _ = load(tmp_path / "model", "nf3", 32, True, dtype=torch.float32, device="cpu", progress=False)
+    assert row["perplexity"] == pytest.approx(perplexity(model, tokenizer, TEXT, 12, 3), rel=1e-4)
+    packed = [m.weight for m in model.modules() if isinstance(m, PackedModule)]
+    assert row["bits_per_parameter"] == 8 * sum(q.nbytes for q in packed) / sum(q.numel for q in packed)
+    stacks = {f"model.layers.*.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    assert stacks < set(row["layer_errors"]) and len(row["layer_errors"]["model.layers.*.mlp.experts.down_proj"]) == 2
+    assert row["perplexity"] != plain["perplexity"]
+
+    source, before = Source(mixture, tmp_path / "model"), parameters(mixture)
+    with quantised_in_place(source, Variant("fp4", 32)):
+        changed = {name for name, weight in parameters(mixture).items() if not torch.equal(weight[1], before[name][1])}
+        assert changed == set(source.names) and len(changed) == 2 * (4 + 2)  # routers, embeddings and norms stay
+    assert same(mixture, before)
 
 
 def test_errors_and_codes_are_those_of_the_weights(folder, results):
@@ -158,8 +180,8 @@ def test_weights_come_back_to_the_bit_in_the_same_memory(folder, dtype):
     source, before = Source(model, folder), parameters(model)
     with quantised_in_place(source, Variant("nf4", 64)):
         changed = [n for n, p in model.named_parameters() if not torch.equal(p, before[n][1])]
-        assert sorted(changed) == sorted(source.linears) and len(changed) == 14 and "lm_head.weight" not in changed
-        name = source.linears[0]
+        assert sorted(changed) == sorted(source.names) and len(changed) == 14 and "lm_head.weight" not in changed
+        name = source.names[0]
         want = dequantize(quantize(load_file(folder / "model.safetensors")[name], "nf4"), dtype)
         assert torch.equal(model.get_parameter(name), want)
     assert same(model, before)
@@ -192,17 +214,17 @@ def test_ctrl_c_waits_for_a_tensor_and_for_all_that_come_back(folder, monkeypatc
     real, read = source.stored, []
 
     def pressed(name):
-        if name == source.linears[4]:
+        if name == source.names[4]:
             signal.raise_signal(signal.SIGINT)
         read.append(name)
         return real(name)
 
     with pytest.raises(KeyboardInterrupt), quantised_in_place(source, Variant("nf4", 64)):
         monkeypatch.setattr(source, "stored", pressed)
-    assert read == source.linears and same(model, before)
+    assert read == source.names and same(model, before)
     with pytest.raises(KeyboardInterrupt):
-        source.read(source.linears[4])
-    assert read[-1] == source.linears[4]  # not within it
+        source.read(source.names[4])
+    assert read[-1] == source.names[4]  # not within it
 
 
 # --------------------------------------------------------------------------------------------------------------- resume

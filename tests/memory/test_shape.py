@@ -1,10 +1,19 @@
 """Sizes are read from a configuration alone; what is missing or not known is named."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from qlora_lab.memory.shape import PUBLISHED, shape_of
 
@@ -17,6 +26,11 @@ CONFIGS = {
     "head_dim": LlamaConfig(**SIZES, head_dim=8, num_key_value_heads=1),
     "mistral": MistralConfig(**SIZES, num_key_value_heads=2),
     "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, attention_bias=True),
+    "mixtral": MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
 }
 
 
@@ -48,6 +62,38 @@ def test_published_sizes_are_what_their_names_say():
     assert set(known) == set(PUBLISHED)
     for name, billions in known.items():
         assert shape_of(name).parameters / 1e9 == pytest.approx(billions, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_have_the_shapes_that_transformers_gives_them(name):
+    with torch.device("meta"):
+        experts = AutoModelForCausalLM.from_config(CONFIGS[name]).model.layers[0].mlp.experts
+    shape = shape_of(CONFIGS[name])
+    for matrix in shape.expert:
+        stack = getattr(experts, matrix.name)
+        assert stack.shape == (shape.experts, matrix.out_features, matrix.in_features)
+    # config.json on the hub says num_experts, transformers writes num_local_experts
+    config = CONFIGS[name].to_dict()
+    config["num_experts"] = config.pop("num_local_experts")
+    assert replace(shape_of(config), name=shape.name) == shape
+
+
+@pytest.mark.parametrize(
+    "field, message",
+    [
+        (
+            {"mlp_only_layers": [1]},
+            "has layers without experts, which the ledger does not tell apart: .*memory.weights",
+        ),
+        ({"decoder_sparse_step": 2}, "has layers without experts"),
+        ({"router_jitter_noise": 0.1}, "has router_jitter_noise, whose activations are not counted"),
+        ({"num_experts_per_tok": 7}, "routes a token to 7 of 6 experts: give fewer"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok=None: it is a whole number of at least 1"),
+    ],
+)
+def test_a_mixture_that_would_be_counted_wrong_is_refused(field, message):
+    with pytest.raises(ValueError, match=message):
+        shape_of(CONFIGS["qwen3_moe"].to_dict() | field)
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"])

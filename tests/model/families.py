@@ -23,6 +23,7 @@ UNKNOWN_EXPERTS = {
     | {"num_layers": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
     | {"v_head_dim": 8, "head_dim": 8, "num_key_value_heads": 2},
 }
+BY_NAME = {"Qwen3": GROUPED}  # likewise, one that differs from Qwen3-MoE in its MLP alone
 FAMILIES = {
     "BioGpt": LIKE_LLAMA,
     "Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
@@ -71,7 +72,7 @@ def with_decoded_weights(theirs: PreTrainedModel, ours: PreTrainedModel) -> PreT
 def tiny(family: str, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
     """The causal model of `family`, frozen, drawn wide enough that attention decides."""
     own = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
-    own = (FAMILIES | UNKNOWN_EXPERTS)[family] | own
+    own = (FAMILIES | UNKNOWN_EXPERTS | BY_NAME)[family] | own
     config = getattr(transformers, f"{family}Config")(**own | {"initializer_range": 0.5} | options)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -123,7 +123,7 @@ def test_a_damaged_file_is_named(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("numel", "message"),
     [
-        ({"a": 64}, "the plan for tiny names b, not a linear layer of this model"),
+        ({"a": 64}, "the plan for tiny names b, neither a linear layer nor experts of this model"),
         ({"a": 64, "b": 32, "c": 8}, "the plan for tiny lacks c, which the model has"),
         ({"a": 64, "b": 8}, "for tiny gives b 32 weights, but the model's layer has 8"),
     ],

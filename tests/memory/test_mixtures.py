@@ -1,0 +1,165 @@
+"""Ledgers of mixtures of experts: every measured row to the byte, and the peak of a real step."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import qlora_lab as ql
+from qlora_lab.cli import main
+from qlora_lab.memory.measured import measure_memory
+from qlora_lab.memory.setup import Setup
+from qlora_lab.memory.shape import Shape, shape_of
+from qlora_lab.memory.weights import measured_weights
+from qlora_lab.memory.work import nothing_added
+from qlora_lab.model.experts4bit import Stack4bit
+from qlora_lab.model.quantised import options_of, put, quantised
+from qlora_lab.quant.plan import Candidate
+from tests.memory.test_predict import UNSEEN, assert_peak, batch_of, differences, measured
+from tests.model.families import tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NF4 = Candidate("nf4", 64, True)
+NARROW, WIDE = torch.bfloat16, torch.float32
+METHODS = ["qlora", "lora", "full"]
+OTHERS = ["rslora", "dora", "pissa", "prefix", "prompt", "zero_bias"]  # Houlsby's adapters are refused
+
+
+def build(family, method, dtype=WIDE, options=NF4, **sizes):
+    """A random mixture as load and add_lora leave it; method "base": packed, without adapters; None: as it is."""
+    model = tiny(family, **{"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 3} | sizes)
+    rotary = model.model.rotary_emb
+    model.to(dtype).model.rotary_emb = type(rotary)(config=model.config)  # its frequencies stay float32
+    if method in ("qlora", "base"):
+        pack(model, options_of(model, options, None))
+    if method in ("qlora", "lora"):
+        return ql.add_lora(model, r=8)
+    if method in ("base", None):
+        return model
+    ranks = {"r": 18} if method in ("rslora", "dora", "pissa") else {}  # no width of these models
+    return ql.add_adapter(model, method, **ranks)
+
+
+def pack(model, options):
+    for path, chosen in options.items():
+        weight = model.state_dict().get(path, model.state_dict().get(f"{path}.weight"))
+        put(model, path, quantised(model, path, weight, chosen))
+
+
+CASES = [
+    ("Mixtral", "qlora", WIDE),
+    ("Qwen3Moe", "qlora", NARROW),
+    ("Mixtral", "lora", NARROW),
+    ("Qwen3Moe", "full", WIDE),
+]
+REST = [(family, method, dtype) for family in ("Mixtral", "Qwen3Moe") for method in METHODS for dtype in (WIDE, NARROW)]
+REST += [("Qwen3Moe", method, NARROW) for method in OTHERS] + [("Qwen3", "qlora", WIDE), ("Qwen3", "full", NARROW)]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in REST if case not in CASES]
+
+
+@pytest.mark.parametrize("family, method, dtype", [*CASES, *SLOW])
+def test_every_row_is_right_to_the_byte(family, method, dtype):
+    assert not differences(measured(build(family, method, dtype), batch_of()))
+
+
+OPTIONS = [Candidate("int3", 32, False), Candidate("nf4", 4096, True)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_so_is_every_row_of_other_data_types_and_blocks(options):
+    """Blocks of 4096 weights reach over a whole matrix, and never into the next expert."""
+    assert not differences(measured(build("Qwen3Moe", "qlora", options=options, num_hidden_layers=1), batch_of()))
+
+
+def test_a_recomputed_layer_keeps_its_input():
+    ledger = measured(build("Mixtral", "qlora", NARROW), batch_of(), recompute=True)
+    assert not differences(ledger, UNSEEN | {"rotary cosines and sines"})
+
+
+@pytest.mark.parametrize("method", ["base", None])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_a_model_that_only_answers_stores_and_uses_what_the_weight_ledger_says(family, method):
+    model = build(family, method, NARROW, num_experts_per_tok=1)
+    ledger, weights = measure_memory(model), measured_weights(model)
+    assert not differences(ledger, {row.what for row in ledger.rows if row.group != "weights"})
+    # tables and frequencies are no weights of a file
+    beside = sum(row.predicted for row in ledger.rows if row.what in ("tables", "rotary frequencies"))
+    assert ledger.group("weights") - beside == weights.stored
+    assert ledger.active - beside == weights.active < weights.stored
+    assert ledger.to_dict()["active_weights"] == ledger.active
+
+
+def test_active_bytes_by_hand():
+    """Two layers of four experts, one of them used: gate and up 64 x 16, down 16 x 32; 4 bits and a constant of 64."""
+    shape = shape_of(tiny("Mixtral", num_experts_per_tok=1).config)
+    matrices = (64 * 16, 16 * 32)
+    expert = sum(n // 2 + n // 64 + 4 + 4 for n in matrices)  # codes, constants, their scale and offset
+    ledger = ql.predict_memory(shape)
+    assert ledger.idle == 2 * 3 * expert
+    assert f"a token uses {ledger.active:,} of the {ledger.group('weights'):,} bytes of weights" in str(ledger)
+    assert ql.predict_memory(shape, "lora").idle == 2 * 3 * sum(matrices) * 2
+    dense = ql.predict_memory("llama-7b")
+    assert dense.idle == 0 and dense.active == dense.group("weights") and "a token uses" not in str(dense)
+
+
+def test_mixtral_8x7b_has_the_sizes_of_its_paper():
+    """Mixtral (arXiv 2401.04088), table 1 and section 3: 47B parameters, of which a token uses 13B."""
+    shape = Shape("mixtral-8x7b", "mixtral", 32, 4096, 14336, 32, 8, 128, 32000, False, experts=8, experts_per_token=2)
+    expert = sum(matrix.numel for matrix in shape.expert)
+    assert shape.parameters == pytest.approx(47e9, rel=0.01)
+    assert shape.parameters - 32 * 6 * expert == pytest.approx(13e9, rel=0.01)
+
+
+def test_operations_are_those_of_the_experts_in_use():
+    model = tiny("Mixtral")
+    model.config._attn_implementation = model.config._experts_implementation = "eager"  # torch counts their parts
+    ids = torch.arange(3, 13)[None]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids, use_cache=False, logits_to_keep=1)
+    assert counter.get_total_flops() == nothing_added(shape_of(model), Setup(method="full"), tokens=10)
+
+
+def test_half_a_mixture_is_refused():
+    model = build("Mixtral", None)
+    pack(model, {path: o for path, o in options_of(model, NF4, None).items() if "down_proj" not in path})
+    with pytest.raises(
+        ValueError, match="3 of 6 stacks of experts are quantised beside 12 linear layers: quantise all"
+    ):
+        measure_memory(model)
+    model = build("Mixtral", "base")
+    stack = next(module for module in model.modules() if isinstance(module, Stack4bit))
+    path = next(path for path, module in model.named_modules() if module is stack)
+    other = build("Mixtral", "base", options=Candidate("fp4", 64, True))
+    stack.weight = other.get_submodule(path).weight
+    with pytest.raises(ValueError, match="layers are quantised in 2 ways"):
+        measure_memory(model)
+
+
+def test_houlsby_is_refused_before_anything_is_counted():
+    with pytest.raises(ValueError, match="routes tokens to experts, which method='houlsby' cannot adapt: choose qlora"):
+        ql.predict_memory(tiny("Mixtral"), "houlsby")
+
+
+def test_the_command_line_counts_a_mixture_and_names_a_family_that_it_cannot(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(tiny("Mixtral").config.to_json_string())
+    assert main(["memory", str(tmp_path), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["active_weights"] < figures["stored_weights"] == figures["groups"]["weights"]
+    (tmp_path / "config.json").write_text(tiny("GptOss").config.to_json_string())
+    assert main(["memory", str(tmp_path)]) == 2
+    assert "'gpt_oss', whose layers are unknown here: choose from llama, " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process's peak is read from /proc")
+@pytest.mark.parametrize("recompute, rows", [(False, 2), (True, 4)])
+def test_peak_of_a_step_of_a_mixture(recompute, rows, tmp_path, tiny_llama, tokenizer):
+    """Six layers of eight experts of 256 x 512: large enough that a process's own pages are a small part."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    sizes |= {"head_dim": 64, "num_local_experts": 8, "max_position_embeddings": 512, "vocab_size": 2000}
+    for name, model in (("small", tiny_llama), ("mixture", tiny("Mixtral", **sizes))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    assert_peak(tmp_path / "mixture", tmp_path / "small", recompute, rows)
