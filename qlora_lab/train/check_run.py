@@ -6,7 +6,7 @@ what a method forbids in a run; the trainer asks it again, for models that no co
 
 from dataclasses import fields
 
-from qlora_lab.adapters.lora import check_strength
+from qlora_lab.adapters.strength import check_strength
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.numbers import check_whole
