@@ -103,6 +103,7 @@ class Experts4bit(nn.Module):
         # Places for both stacks: the order of modules must not depend on that in which files hold them (base_checksum).
         self._modules = {self.layout.up: None, DOWN: None} | self._modules
         self.family = type(experts)  # of which `_apply_gate` is used
+        self.exchange: Callable | None = None  # asks other processes for answers (train/expert_parallel.py)
 
     def put(self, name: str, stack: nn.Module) -> None:
         """Let the module `stack` multiply in the place of the stack `name`, be that a parameter or a module."""
@@ -120,7 +121,8 @@ class Experts4bit(nn.Module):
         if any(self._modules[name] is not None for name in places):
             return self
         experts = self.family.__new__(self.family)  # without __init__, which would draw weights
-        vars(experts).update({name: value for name, value in vars(self).items() if name not in ("layout", "family")})
+        own = ("layout", "family", "exchange")
+        vars(experts).update({name: value for name, value in vars(self).items() if name not in own})
         vars(experts)["_modules"] = {name: m for name, m in self._modules.items() if name not in places}
         return experts
 
@@ -156,6 +158,9 @@ class Experts4bit(nn.Module):
 
     def answers(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """(rows, hidden), of which the first counts[0] are for expert 0, and so on -> (rows, hidden), in that order."""
+        return self.exchange(x, counts, self._computed) if self.exchange else self._computed(x, counts)
+
+    def _computed(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
         up, down = (self._opened(name) for name in (self.layout.up, DOWN))
         answers = [self._answer(rows, expert, up, down) for expert, rows in enumerate(x.split(counts)) if len(rows)]
         return torch.cat(answers) if answers else x  # without rows as it came, so that gradients have a way through

@@ -59,6 +59,8 @@ def check_method(method: str, settings: Settings) -> None:
         raise ValueError(f"method prefix cannot checkpoint gradients, {why}: leave out --gradient-checkpointing")
     if settings.shard and method == "full":
         raise ValueError("shard spreads frozen weights over processes, but method full freezes none: leave it out")
+    if settings.expert_parallel and method == "full":
+        raise ValueError("expert_parallel spreads frozen experts, but method full freezes none: leave it out")
 
 
 def _check_options(adapter: AdapterOptions) -> None:
