@@ -17,8 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import qlora_lab as ql
-from qlora_lab.adapters.lora import adapt, adapters, linear_layers
+from qlora_lab.adapters.lora import adapt, adapters
 from qlora_lab.adapters.peft_format import load_adapter, save_adapter
+from qlora_lab.adapters.targets import linear_layers
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.quantized_folder import quantize_folder, read_by
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize

@@ -20,7 +20,7 @@ from torch import nn
 
 from qlora_lab.model.load import public_name
 from qlora_lab.quant.codebook import CUSTOM
-from qlora_lab.quant.quantize import QuantizedTensor
+from qlora_lab.quant.stack import Quantized
 
 WEIGHTS_KEY = "base_weights"  # in the metadata of the safetensors file
 
@@ -60,7 +60,7 @@ def weights_of(weights: Iterable) -> str:
 
 
 def _stored_in(weight) -> str:
-    if isinstance(weight, QuantizedTensor):
+    if isinstance(weight, Quantized):
         table = f" {zlib.crc32(weight.levels.cpu().numpy().tobytes()):08x}" if weight.codebook == CUSTOM else ""
         return f"{weight.codebook}{table}, block size {weight.block_size}"
     return "16 or 32 bits" if weight.is_floating_point() else type(weight).__name__  # bitsandbytes' packed integers

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import gelu, linear
 
 from qlora_lab.adapters.adapter import Adapter
-from qlora_lab.adapters.lora import linear_layers
+from qlora_lab.adapters.targets import linear_layers
 from qlora_lab.quant.numbers import check_seed, check_whole
 
 DEVIATION = 1e-3

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
 
+WRAPPER = "_orig_mod."  # of torch.compile, around a model or a layer
 # A repeated group, or many repeats or choices in a row, can take very long to match: each choice doubles the ways, and
 # each repeat has as many as the path has letters. pattern_of escapes whole paths.
 ENDLESS = re.compile(r"(?<!\\)\)[*+{]")
@@ -41,6 +42,11 @@ def first_match(patterns: Mapping[str, Any], path: str, name: str) -> tuple[str,
 def pattern_of(path: str) -> str:
     """Return the pattern that matches the layer at `path` and no other."""
     return f"^{re.escape(path)}"
+
+
+def uncompiled(path: str) -> str:
+    """Return a path without what torch.compile adds to it."""
+    return path.replace(WRAPPER, "")
 
 
 def _is_endless(pattern: str) -> bool:

@@ -9,8 +9,8 @@ Source: LoRA (arXiv 2106.09685) section 4.1. A and B start as in PEFT and the au
 The two products run in the dtype of x. Beside a Linear4bit on the CPU they run in float32 and are added before the
 layer's one rounding (kernels/product.py), unless there is dropout.
 
-Not here: its relatives (rslora.py, dora.py, pissa.py, loftq.py, train/lora_plus.py); which layers (targets.py); files
-(peft_format.py).
+Not here: experts (expert_lora.py); its relatives (rslora.py, dora.py, pissa.py, loftq.py, train/lora_plus.py); which
+layers (targets.py); files (peft_format.py).
 """
 
 import math
@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter, adapters, method_of, put_into
-from qlora_lab.adapters.targets import linear_layers, strengths_of
+from qlora_lab.adapters.strength import check_strength
+from qlora_lab.adapters.targets import adaptable, strengths_of
 from qlora_lab.model.layer_kinds import out_and_in
 from qlora_lab.model.linear4bit import Linear4bit
-from qlora_lab.quant.numbers import check_number, check_seed, check_whole
+from qlora_lab.quant.numbers import check_seed, check_whole
 
 
 class LoRALinear(Adapter):
@@ -55,10 +56,12 @@ class LoRALinear(Adapter):
         self.dropout = nn.Dropout()  # its p comes next
         self.set_strength(alpha, dropout)
         out_features, in_features = out_and_in(base)
+        experts = base.weight.shape[:-2]  # () beside a linear layer
         bound = 1 / math.sqrt(in_features)
-        A = torch.empty(r, in_features).uniform_(-bound, bound, generator=generator)  # on the CPU: one seed, one A
+        # on the CPU: one seed, one A
+        A = torch.empty(*experts, r, in_features).uniform_(-bound, bound, generator=generator)  # (r, in)
         self.lora_A = nn.Parameter(A.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=base.weight.device))  # (out, r)
+        self.lora_B = nn.Parameter(torch.zeros(*experts, out_features, r, device=base.weight.device))  # (out, r)
 
     def set_strength(self, alpha: float, dropout: float) -> None:
         """Set alpha, and thereby scaling = alpha / r, and dropout."""
@@ -112,14 +115,16 @@ def add_lora(
     *,
     seed: int = 0,
 ) -> nn.Module:
-    """Put an adapter beside the linear layers of `model`, in place, and freeze everything else. Returns `model`.
+    """Put an adapter beside layers of `model`, in place, and freeze everything else. Returns `model`.
 
     r: one rank, or a rank for each layer: patterns of the ends of their paths, of which the first that matches counts,
     as in PEFT's rank_pattern: {"q_proj": 4, r"layers\\.0\\..*": 32, ".*": 8}. alpha is the same for all.
     targets: "all-linear", which the QLoRA paper found necessary (every linear layer except the head, routers, gates,
-    and layers whose weight the family's own code uses directly), or layer names: last names ("q_proj") or whole paths.
-    seed: for lora_A. Raises ValueError for a name that matches nothing, a model without a linear layer to adapt, an
-    adapter that is already there, or a rank, alpha or dropout that is not allowed.
+    and layers whose weight the family's own code uses directly); "attention", its linear layers; "experts", a pair for
+    each expert; "shared-experts", linear layers beside them, which all tokens pass; "all", linear layers and experts.
+    Or names: last names ("q_proj"), whole paths, or ends of paths of experts ("experts.down_proj"). Or several.
+    seed: for lora_A. Raises ValueError for a name that matches nothing, a model without a layer to adapt, an adapter
+    that is already there, a rank, alpha or dropout that is not allowed, or dropout beside experts.
     """
     return put_into(model, partial(maker_of(LoRALinear), model, r, alpha, dropout, targets, seed=seed))
 
@@ -149,7 +154,7 @@ def adapt(
     *,
     seed: int = 0,
 ) -> nn.Module:
-    """Do what add_lora does, with an (r, alpha) for each layer. strengths: path of a linear layer -> (r, alpha)."""
+    """Do what add_lora does, with an (r, alpha) for each layer. strengths: path of a layer or stack -> (r, alpha)."""
     return put_into(model, partial(make, kind, model, strengths, dropout, seed=seed))
 
 
@@ -161,14 +166,17 @@ def make(
     *,
     seed: int = 0,
 ) -> dict[str, LoRALinear]:
-    """Make layers of `kind` for linear layers of `model`. strengths: path of a linear layer -> (r, alpha)."""
+    """Make layers of `kind` for layers and stacks of `model`. strengths: path of one -> (r, alpha)."""
+    from qlora_lab.adapters.expert_lora import kind_beside  # which imports this file
+
     check_seed(seed)
-    layers = linear_layers(model)
+    layers = adaptable(model)
     for r, alpha in strengths.values():  # all checks first: an error leaves the model as it was
         check_whole("r", r)
         check_strength(alpha, dropout)
+    kinds = {path: kind_beside(layers[path], kind, dropout) for path in strengths}
     generator = torch.Generator().manual_seed(seed)  # its own: torch's global draws stay as they are
-    return {path: kind(layers[path], *strength, dropout, generator) for path, strength in strengths.items()}
+    return {path: kinds[path](layers[path], *strength, dropout, generator) for path, strength in strengths.items()}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -180,17 +188,3 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     if not all(isinstance(layer, LoRALinear) for layer in layers.values()):
         raise ValueError(f"the adapters of this model are of method {method_of(model)}, but only LoRA can be used here")
     return layers
-
-
-def check_strength(alpha: float, dropout: float) -> None:
-    """Raise ValueError unless 0 < alpha <= 1,000,000 and 0 <= dropout < 1."""
-    check_alpha("alpha", alpha)
-    check_dropout("dropout", dropout)
-
-
-def check_alpha(name: str, alpha: float) -> None:
-    check_number(name, alpha, lambda a: 0 < a <= 1e6, "a number above 0 and at most 1,000,000, usually r or 16")
-
-
-def check_dropout(name: str, dropout: float) -> None:
-    check_number(name, dropout, lambda share: 0 <= share < 1, "a number from 0 to below 1, usually 0 to 0.1")

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter, adapters, has_adapters, put_into, remove_adapter
+from qlora_lab.adapters.expert_lora import LoRAStack
 from qlora_lab.adapters.full import FullTuning
 from qlora_lab.adapters.lora import LoRALinear
 from qlora_lab.adapters.peft_format import load_adapter, method_in, save_adapter
@@ -137,6 +138,8 @@ class AdapterBank:
                 continue
             self._check(name)
             for adapter in self._sets[name].values():
+                if isinstance(adapter, LoRAStack):  # a router mixes the rows
+                    raise ValueError(f"{name!r} adapts experts, to which rows come mixed: use one adapter at a time")
                 if type(adapter).forward is not LoRALinear.forward:  # another equation
                     raise ValueError(f"{name!r} is of method {adapter.method}, but rows can differ in LoRA's alone")
 

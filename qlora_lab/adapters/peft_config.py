@@ -1,4 +1,4 @@
-"""What adapter_config.json sets, field by field: honoured, known to change no answer, or refused by name.
+"""What adapter_config.json sets, field by field: honoured, known to change no answer, or refused by name. And written.
 
 Source: PEFT 0.21, tuners/lora/config.py for the fields, layer.py for what each initialisation does to the base.
 
@@ -7,19 +7,26 @@ refused unless it is off: an adapter that is misread answers wrongly, and nothin
 """
 
 import math
+from collections import Counter
 from reprlib import repr as short
 from typing import Any
 
+from torch import nn
+
 from qlora_lab.adapters.dora import DoRALinear
-from qlora_lab.adapters.layer_patterns import first_match
-from qlora_lab.adapters.lora import LoRALinear, check_alpha
+from qlora_lab.adapters.expert_lora import LoRAStack
+from qlora_lab.adapters.layer_patterns import first_match, pattern_of, uncompiled
+from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.adapters.peft_parameters import is_named, misread, parameter_names
 from qlora_lab.adapters.rslora import RsLoRALinear
+from qlora_lab.adapters.strength import check_alpha
+from qlora_lab.model.layer_kinds import is_turned
 from qlora_lab.quant.numbers import check_whole
 
 HONOURED = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern")
 HONOURED += ("base_model_name_or_path", "revision")  # adapter_base.py compares them
 # The tensors' keys show which layers these settings chose.
-CHOICES_OF_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+CHOICES_OF_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 # Where the adapter came from and what it was trained for: its keys show if it fits. Settings that matter only together
 # with a refused one. fan_in_fan_out: the layer tells its layout (model/layer_kinds.py), as in PEFT.
 WITHOUT_EFFECT = ("auto_mapping", "peft_version", "task_type", "inference_mode", "runtime_config", "fan_in_fan_out")
@@ -39,7 +46,6 @@ MUST_BE_OFF = {  # setting -> why an adapter that uses it is more than plain LoR
     "modules_to_save": "whole modules were trained beside the adapter",
     "trainable_token_indices": "rows of the embeddings were trained beside the adapter",
     "ensure_weight_tying": "it ties adapters of the embeddings and the head",
-    "target_parameters": "it adapts parameters outside linear layers",
     "lora_bias": "its lora_B has a bias",
     "use_qalora": "QALoRA pools the adapter's input",
     "use_bdlora": "BD-LoRA's matrices are block-diagonal",
@@ -82,8 +88,11 @@ def check_settings(config: dict, where: str) -> None:
 def strength_of(config: dict, path: str) -> tuple[int, float]:
     """Return (r, alpha) of the adapter beside the layer at `path`, as a layer of kind_of(config) takes them.
 
+    Patterns see a layer's weight where target_parameters names that.
+
     Raises ValueError that names the setting, and its pattern, if the value is not allowed.
     """
+    path = f"{path}.weight" if is_named(config, f"{path}.weight") else path
     r_from, r = _of_layer(config, path, "rank_pattern", "r")
     alpha_from, alpha = _of_layer(config, path, "alpha_pattern", "lora_alpha")
     check_whole(r_from, r)
@@ -112,3 +121,51 @@ def _is_read(name: str, value) -> bool:
 def _of_layer(config: dict, path: str, patterns: str, otherwise: str) -> tuple[str, Any]:
     """Return (its place in `config`, value) of the first pattern that the end of `path` matches, or of `otherwise`."""
     return first_match(config.get(patterns) or {}, path, patterns) or (otherwise, config[otherwise])
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def lora_config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict:
+    """Return the settings of these adapters of `model`. Raises ValueError for layers that differ in dropout."""
+    dropouts = {layer.dropout.p for layer in layers.values()}
+    if len(dropouts) > 1:
+        raise ValueError(f"layers differ in dropout ({sorted(dropouts)}), but a folder holds one: set it in all layers")
+    # What PEFT finds by the name of a parameter, and what by that of a module.
+    parameters = {path: path for path, layer in layers.items() if isinstance(layer, LoRAStack)}
+    parameters |= {path: f"{path}.weight" for path in layers.keys() - parameters.keys() if misread(model, path)}
+    names = {uncompiled(parameters.get(path, path)): layer for path, layer in layers.items()}
+    modules = [path for path in layers if path not in parameters]
+    named = parameter_names(model, [uncompiled(parameters[path]) for path in layers if path in parameters])
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        **_strengths(names),  # r, lora_alpha, and patterns for layers that differ
+        "lora_dropout": dropouts.pop(),
+        **next(iter(layers.values())).flags,  # use_rslora, use_dora
+        "target_modules": _target_names(model, modules),
+        **({"target_parameters": named} if named else {}),
+        "bias": "none",
+        "fan_in_fan_out": any(is_turned(layers[path].base) for path in modules),  # as PEFT sets it for a Conv1D
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _strengths(layers: dict[str, LoRALinear]) -> dict:
+    """Return the settings for r and alpha: the most frequent values, and patterns for the other layers."""
+    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {pattern_of(name): layer.r for name, layer in layers.items() if layer.r != r},
+        "alpha_pattern": {pattern_of(name): layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
+    }
+
+
+def _target_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """Return last names if they match exactly these layers, else whole paths; PEFT takes either."""
+    names = sorted({path.split(".")[-1] for path in paths})  # q_proj, v_proj
+    meant = {path for path, _ in model.named_modules() if path.split(".")[-1] in names}
+    return names if meant <= set(paths) else [uncompiled(path) for path in paths]

@@ -11,7 +11,6 @@ Not here: what the configuration may hold (peft_config.py), other bases (adapter
 
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +21,21 @@ from torch import nn
 from qlora_lab.adapters.adapter import adapters, has_adapters, learned
 from qlora_lab.adapters.adapter_base import WEIGHTS_KEY, warn_of_base, weights_of
 from qlora_lab.adapters.dora import DoRALinear
-from qlora_lab.adapters.layer_patterns import pattern_of
-from qlora_lab.adapters.lora import LoRALinear, adapt, check_dropout, linear_layers, lora_layers
+from qlora_lab.adapters.expert_lora import kind_beside
+from qlora_lab.adapters.layer_patterns import WRAPPER, uncompiled
+from qlora_lab.adapters.lora import LoRALinear, adapt, lora_layers
 from qlora_lab.adapters.method_files import METHOD, config_of, load_method, tensors_of
-from qlora_lab.adapters.peft_config import check_settings, kind_of, strength_of
+from qlora_lab.adapters.peft_config import check_settings, kind_of, lora_config, strength_of
+from qlora_lab.adapters.peft_parameters import PAIR, by_layer, in_files
+from qlora_lab.adapters.strength import check_dropout
+from qlora_lab.adapters.targets import adaptable, linear_layers
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import SUMS, as_lines, sha256
 from qlora_lab.files.out_path import check_outside_model, out_folder
 from qlora_lab.files.replace import replacing_folder
 from qlora_lab.files.strict_json import parse, read_json
 from qlora_lab.files.tensor_file import save_tensors
-from qlora_lab.model.layer_kinds import is_turned, out_and_in
+from qlora_lab.model.layer_kinds import out_and_in
 from qlora_lab.model.linear4bit import is_linear
 from qlora_lab.quant.finite import is_finite
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
@@ -42,9 +45,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # refused: unpickling runs code
 CARD = "README.md"  # PEFT adds one, and users edit it
 PREFIX = "base_model.model."  # PEFT's two wrappers around a model
-PAIR = ("lora_A", "lora_B")
 PARTS = (*PAIR, "lora_magnitude_vector")  # PEFT makes a module of each, whose tensor is its weight
-WRAPPER = "_orig_mod."  # of torch.compile, around a model or a layer
 SHOWN = 3  # names in an error
 
 
@@ -61,8 +62,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         raise ValueError(f"{folder} holds {others[0]!r}, which is not part of an adapter: choose another folder")
     layers = {path: layer.plain() for path, layer in made.items() if isinstance(layer, LoRALinear)}
     config = {"base_model_name_or_path": getattr(model, "name_or_path", None)}
-    config = (_lora_config(model, layers) if layers else config_of(model)) | config
-    tensors = _lora_tensors(layers) if layers else tensors_of(model, PREFIX)
+    config = (lora_config(model, layers) if layers else config_of(model)) | config
+    tensors = in_files(model, _lora_tensors(layers), _key_of) if layers else tensors_of(model, PREFIX)
     bases = [layer.base for layer in layers.values()] if layers else linear_layers(model).values()
     metadata = {"format": "pt", WEIGHTS_KEY: weights_of(layer.weight for layer in bases)}
     with replacing_folder(folder) as staged:
@@ -117,12 +118,16 @@ def read_adapter(model: nn.Module, folder: str | Path) -> StoredLora:
 
 def _fitting(model: nn.Module, folder: str | Path, config: dict, tensors: dict, metadata: dict) -> StoredLora:
     where = f"the adapter in {folder}"
-    layers = linear_layers(model)
+    layers = adaptable(model)
     check_settings(config, str(Path(folder) / CONFIG))
     kind = kind_of(config)
     parts = _parts(kind)
-    stored = _stored_paths(tensors, model, parts, where)
+    tensors = by_layer(model, tensors, config, _key_of, where)
     dropout = config.get("lora_dropout") or 0.0
+    for path, layer in layers.items():
+        if _key(path, "lora_A") in tensors:
+            kind_beside(layer, kind, dropout)  # raises for DoRA beside experts
+    stored = _stored_paths(tensors, model, parts, where)
     try:
         strengths = {path: strength_of(config, stored[path]) for path in layers if path in stored}  # the model's order
         check_dropout("lora_dropout", dropout)
@@ -154,7 +159,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     adapter = _fitting(model, folder, config, tensors, metadata)  # everything is checked before the model changes
     if has_adapters(model):
         _check_own(lora_layers(model), adapter.kind, adapter.strengths, adapter.where)
-    layers = linear_layers(model)
+    layers = adaptable(model)
     weights = [layers[path].weight for path in adapter.strengths]
     warn_of_base(model, weights, adapter.config, adapter.metadata, adapter.where)
     if not has_adapters(model):
@@ -179,11 +184,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _key(path: str, name: str) -> str:
-    return f"{PREFIX}{_uncompiled(path)}.{name}{'.weight' * (name in PARTS)}"
+    return f"{_key_of(path)}.{name}{'.weight' * (name in PARTS)}"
 
 
-def _uncompiled(path: str) -> str:
-    return path.replace(WRAPPER, "")
+def _key_of(path: str) -> str:
+    return f"{PREFIX}{uncompiled(path)}"
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -191,45 +196,6 @@ def _uncompiled(path: str) -> str:
 
 def _lora_tensors(layers: dict[str, LoRALinear]) -> dict[str, torch.Tensor]:
     return {_key(path, name): p.data for path, layer in layers.items() for name, p in layer.learned().items()}
-
-
-def _lora_config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict:
-    dropouts = {layer.dropout.p for layer in layers.values()}
-    if len(dropouts) > 1:
-        raise ValueError(f"layers differ in dropout ({sorted(dropouts)}), but a folder holds one: set it in all layers")
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        **_strengths(layers),  # r, lora_alpha, and patterns for layers that differ
-        "lora_dropout": dropouts.pop(),
-        **next(iter(layers.values())).flags,  # use_rslora, use_dora
-        "target_modules": _target_names(model, list(layers)),
-        "bias": "none",
-        "fan_in_fan_out": any(is_turned(layer.base) for layer in layers.values()),  # as PEFT sets it for a Conv1D
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
-def _strengths(layers: dict[str, LoRALinear]) -> dict:
-    """Return the settings for r and alpha: the most frequent values, and patterns for the other layers."""
-    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
-    return {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {pattern_of(_uncompiled(path)): layer.r for path, layer in layers.items() if layer.r != r},
-        "alpha_pattern": {
-            pattern_of(_uncompiled(path)): layer.alpha for path, layer in layers.items() if layer.alpha != alpha
-        },
-    }
-
-
-def _target_names(model: nn.Module, paths: list[str]) -> list[str]:
-    """Return last names if they match exactly these layers, else whole paths; PEFT takes either."""
-    names = sorted({path.split(".")[-1] for path in paths})  # q_proj, v_proj
-    meant = {path for path, _ in model.named_modules() if path.split(".")[-1] in names}
-    return names if meant <= set(paths) else [_uncompiled(path) for path in paths]
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -279,8 +245,8 @@ def _stored_paths(
 
     Raises ValueError for a key that no adapter of a linear layer has, for half an adapter, and for two of one layer.
     """
-    layers = {_uncompiled(path): path for path in linear_layers(model)}
-    in_file = {key: path for key in tensors if _uncompiled(path := _adapted_path(key, parts)) in layers}
+    layers = {uncompiled(path): path for path in adaptable(model)}
+    in_file = {key: path for key in tensors if uncompiled(path := _adapted_path(key, parts)) in layers}
     _check_others({key: tensor for key, tensor in tensors.items() if key not in in_file}, model, where)
     paths = sorted(set(in_file.values()))
     halves = sorted({f"{PREFIX}{path}.{name}.weight" for path in paths for name in parts} - tensors.keys())
@@ -288,7 +254,7 @@ def _stored_paths(
         raise ValueError(f"{where} is not whole: {_some(halves)} missing from the file; copy or save it again")
     if not paths:
         raise ValueError(f"{where} holds no {' and '.join(parts)}: save it again with PEFT")
-    stored = {layers[_uncompiled(path)]: path for path in paths}
+    stored = {layers[uncompiled(path)]: path for path in paths}
     if len(stored) < len(paths):
         raise ValueError(f"{where} adapts a layer twice, with {WRAPPER!r} in its name and without: save it again")
     return stored
@@ -302,8 +268,8 @@ def _adapted_path(key: str, parts: tuple[str, ...]) -> str:
 
 def _check_others(tensors: dict[str, torch.Tensor], model: nn.Module, where: str) -> None:
     """Raise ValueError unless these tensors beside the adapters are the base's own."""
-    modules = {_uncompiled(path): module for path, module in model.named_modules()}
-    modules |= {_uncompiled(path): layer for path, layer in linear_layers(model).items()}  # as without adapters
+    modules = {uncompiled(path): module for path, module in model.named_modules()}
+    modules |= {uncompiled(path): layer for path, layer in linear_layers(model).items()}  # as without adapters
     if strange := sorted(key for key in tensors if not _same_values(tensors[key], _of_base(key, modules))):
         headless = f"{getattr(model, 'base_model_prefix', '')}."
         raise ValueError(f"{where} holds {_some(strange)}, but {_why_strange(strange[0], modules, headless)}")
@@ -311,7 +277,7 @@ def _check_others(tensors: dict[str, torch.Tensor], model: nn.Module, where: str
 
 def _of_base(key: str, modules: dict[str, nn.Module]) -> torch.Tensor | None:
     """Return the base's own tensor of that name: PEFT adds embeddings and head to some adapters."""
-    path, _, leaf = _uncompiled(key).removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+    path, _, leaf = uncompiled(key).removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
     own = getattr(modules.get(path), leaf, None)
     return own if isinstance(own, torch.Tensor) else None
 
@@ -334,7 +300,7 @@ def _same_values(stored: torch.Tensor, own: torch.Tensor | None) -> bool:
 
 
 def _why_strange(key: str, modules: dict[str, nn.Module], headless: str) -> str:
-    path = _uncompiled(key).removeprefix(PREFIX).split(".lora_")[0]
+    path = uncompiled(key).removeprefix(PREFIX).split(".lora_")[0]
     if "lora_embedding_" in key:
         return "adapters of embeddings (target_modules) are not read here: use it with PEFT, or merge it there"
     if ".trainable_tokens_" in key:
@@ -363,12 +329,13 @@ def _check_tensors(
 ) -> None:
     for path, (r, _) in strengths.items():
         rows, columns = out_and_in(layers[path])
-        wanted = (r, columns), (rows, r), (rows,)  # in the order of PARTS
+        experts = layers[path].weight.shape[:-2]  # () of a linear layer
+        wanted = (*experts, r, columns), (*experts, rows, r), (rows,)  # in the order of PARTS
         for name, shape in zip(parts, wanted, strict=False):
             tensor = tensors[_key(path, name)]
             if tensor.shape != shape:
                 fix = "load the model that the adapter was trained on"
-                if name == "lora_A" and tensor.shape[1:] == shape[1:]:  # only the rank differs
+                if name == "lora_A" and tensor.shape[-1:] == shape[-1:]:  # only the rank differs
                     fix = f"mend r or rank_pattern in its {CONFIG} (PEFT sorts patterns, and the first one counts)"
                 raise ValueError(
                     f"{where} does not fit: {path}.{name} has shape {tuple(tensor.shape)}, but with r={r} this model's "
@@ -384,7 +351,7 @@ def _check_own(
     own: dict[str, LoRALinear], kind: type[LoRALinear], strengths: dict[str, tuple[int, float]], where: str
 ) -> None:
     """Raise ValueError unless the model's own adapter has the same kind, layers and ranks."""
-    if others := {layer.method for layer in own.values() if type(layer) is not kind}:
+    if others := {layer.method for layer in own.values() if layer.method != kind.method}:
         found = others.pop()
         raise ValueError(f"{where} is of method {kind.method}, but the model's own is {found}: load the model anew")
     ours = {path: layer.r for path, layer in own.items()}

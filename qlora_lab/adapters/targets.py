@@ -1,6 +1,6 @@
 """Which layers a method adapts: by their names, and with a rank for each.
 
-In: a model, and names or patterns as add_lora takes them. Out: linear layers, or strengths, by path.
+In: a model, and names or patterns as add_lora takes them. Out: paths, layers, or strengths by path.
 Source: QLoRA section 4 and figure 2, which found that all linear layers must be adapted.
 """
 
@@ -11,9 +11,20 @@ from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.layer_patterns import first_match
-from qlora_lab.model.experts import DOWN, experts_of, layout_of
+from qlora_lab.model.experts4bit import stack_modules
 from qlora_lab.model.language_model import beside
 from qlora_lab.model.linear4bit import is_linear, left_alone
+
+# A name for several layers -> what a model lacks that has none of them.
+GROUPS = {
+    "all-linear": "linear layer besides its head",
+    "attention": "linear layer in attention",
+    "experts": "experts in one tensor",
+    "shared-experts": "shared experts",
+    "all": "layer besides its head",
+}
+# What a path has above the layer's own name. There is no other sign: a family may call its classes as it likes.
+PARTS_OF_PATHS = {"attention": ("attn", "attention"), "shared-experts": ("shared_expert", "shared_mlp")}
 
 
 def strengths_of(
@@ -32,40 +43,56 @@ def strengths_of(
     return {path: (rank, alpha) for path, (_, rank) in found.items()}
 
 
-def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
-    """Return path -> linear layer for those that `targets` names (see add_lora), in the model's order."""
-    linears = linear_layers(model)
+def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """Return paths of the linear layers and stacks of experts that `targets` names (see add_lora), in a fixed order."""
+    wanted = {targets} if isinstance(targets, str) else set(targets)
+    linears, stacks = list(linear_layers(model)), list(stacks_of_experts(model))
+    found = {name: _group(model, name, linears, stacks) for name in wanted}
+    unknown = sorted(name for name in wanted if name not in GROUPS and not found[name])
+    if unknown or not wanted:
+        outside = beside(model)
+        inside = {path.split(".")[-1] for path in linears if path not in outside}
+        names = sorted({".".join(path.split(".")[-2:]) for path in stacks} | inside)
+        raise ValueError(
+            f"targets {unknown or 'none'} match no linear layer: "
+            f"choose {', '.join(map(repr, GROUPS))} or from {', '.join(names)}"
+        )
+    for name in sorted(wanted):
+        if not found[name]:
+            raise ValueError(
+                f"{type(model).__name__} has no {GROUPS[name]}: choose a model with some, or other targets"
+            )
+    chosen = set().union(*found.values())
+    return [path for path in (*linears, *stacks) if path in chosen]
+
+
+def _group(model: nn.Module, name: str, linears: list[str], stacks: list[str]) -> list[str]:
+    """Return the paths that one of GROUPS, or a name, means."""
+    if name == "experts":
+        return stacks
+    if name in GROUPS:
+        kept = left_alone(model)  # head, routers, weights used directly
+        chosen = [path for path in linears if path not in kept]
+        if name in PARTS_OF_PATHS:
+            return [path for path in chosen if any(part in path.rpartition(".")[0] for part in PARTS_OF_PATHS[name])]
+        return chosen + (stacks if name == "all" else [])
+    # Linear layers first: DeepSeek has some of the names of its experts, and a name alone always meant those.
     # A tower has layers of the same names: q_proj alone means those of the language model.
     outside = beside(model)
-    last_names = sorted({name.split(".")[-1] for name in linears if name not in outside})
-    if targets == "all-linear":
-        kept = left_alone(model)  # head, routers, weights used directly
-        chosen = {name: m for name, m in linears.items() if name not in kept}
-        if not chosen:
-            raise ValueError(f"{type(model).__name__} has no linear layer besides its head: choose a model with some")
-        return chosen
-    wanted = {targets} if isinstance(targets, str) else set(targets)
-    unknown = wanted - set(linears) - set(last_names)
-    if stack := next((name for name in sorted(unknown) if _names_a_stack(model, name)), None):
-        raise ValueError(
-            f"{stack} holds experts in one tensor, which no adapter is put beside here: "
-            f"choose 'all-linear' or from {', '.join(last_names)}"
-        )
-    if unknown or not wanted:
-        raise ValueError(
-            f"targets {sorted(unknown) or 'none'} match no linear layer: "
-            f"choose 'all-linear' or from {', '.join(last_names)}"
-        )
+    named = [path for path in linears if name == path or (name == path.split(".")[-1] and path not in outside)]
+    return named or [path for path in stacks if path == name or path.endswith(f".{name}")]
+
+
+def stacks_of_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> stack of experts; for an adapted one its base, under the adapter's path."""
     return {
-        name: m
-        for name, m in linears.items()
-        if name in wanted or (name.split(".")[-1] in wanted and name not in outside)
+        path: module.base if isinstance(module, Adapter) else module for path, module in stack_modules(model).items()
     }
 
 
-def _names_a_stack(model: nn.Module, name: str) -> bool:
-    paths = {f"{path}.{stack}" for path, m in experts_of(model).items() for stack in (layout_of(m).up, DOWN)}
-    return name in paths or name in {path.split(".")[-1] for path in paths}
+def adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> what LoRA can stand beside: linear layers, and stacks of experts. For an adapted one its base."""
+    return linear_layers(model) | stacks_of_experts(model)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

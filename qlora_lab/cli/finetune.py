@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_field(data, DataOptions, "test_data", metavar="FILE")
     add_fields(data, DataOptions, "held_out", "skip_bad")
     add_fields(data, Settings, "last_answer_only", "max_length", "packing", "group_by_length")
-    batches = ("batch_size", "micro_batch_size", "gradient_checkpointing", "shard")
+    batches = ("batch_size", "micro_batch_size", "gradient_checkpointing", "shard", "expert_parallel")
     add_fields(parser.add_argument_group("run"), Settings, "steps", *batches, "eval_every", "patience", "seed")
     add_fields(parser.add_argument_group("adapter"), AdapterOptions, *ADAPTER)
     rates = ("lr", "lora_plus", "schedule", "warmup_steps", "clip")
@@ -56,7 +56,8 @@ def run(a: argparse.Namespace) -> None:
 def _finetune(a: argparse.Namespace, settings: Settings) -> None:
     from qlora_lab.data.dataset import usable
     from qlora_lab.model.fetch import resolve
-    from qlora_lab.train.distributed import check_shard, first_on_node, processes
+    from qlora_lab.train.distributed import first_on_node, processes
+    from qlora_lab.train.engines import check_several
 
     progress = not a.quiet
     # before the model: data are checked in seconds
@@ -64,7 +65,7 @@ def _finetune(a: argparse.Namespace, settings: Settings) -> None:
     test = _held_out_examples(a)
     check_held_out(settings, test if settings.eval_every else [])
     with processes() as rank:
-        check_shard(a.shard)  # needs the process group
+        check_several(a.shard, a.expert_parallel)  # needs the process group
         first_on_node(lambda: resolve(a.model, progress=progress))  # one download per machine
         model, tokenizer = load_model(a)
         test = usable(test, tokenizer) if test and a.skip_bad else test

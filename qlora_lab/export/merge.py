@@ -17,26 +17,34 @@ But: what a killed merge has written is removed by the next one, which starts fr
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
-from qlora_lab.adapters.lora import linear_layers, lora_layers
-from qlora_lab.export.layerwise import Reader, as_float, in_another_order, layerwise, panels, reader, streamed
+from qlora_lab.adapters.lora import lora_layers
+from qlora_lab.adapters.targets import linear_layers
+from qlora_lab.export.layerwise import Reader, in_another_order, layerwise, reader, streamed
+from qlora_lab.export.merged_weight import (
+    Learned,
+    finite,
+    merged_in_4_bits,
+    merged_in_16_bits,
+    merged_stack_in_4_bits,
+    packed,
+)
 from qlora_lab.export.parity import (
     SMALL_KL,
-    Alignment,
     Answers,
     Change,
     Parity,
     compare,
     divergence,
-    layer_change,
     log_probabilities,
     prompt_tokens,
 )
@@ -51,12 +59,9 @@ from qlora_lab.model.experts import is_stack
 from qlora_lab.model.fetch import known_name, resolve
 from qlora_lab.model.layer_kinds import as_matrix, turned
 from qlora_lab.model.model_files import CONFIG, INDEX
-from qlora_lab.model.packed_module import PackedModule, packed_tensors_of
 from qlora_lab.model.quantized_folder import PLAN, described, files_beside, has_own_head, pieces
-from qlora_lab.quant.codebook import CUSTOM
-from qlora_lab.quant.finite import first_not_finite
 from qlora_lab.quant.plan import DEFAULT, Candidate, load_plan
-from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
+from qlora_lab.quant.quantize import dequantize
 from qlora_lab.quant.stack import Quantized, QuantizedStack, dequantize_stack, stored_as
 
 if TYPE_CHECKING:
@@ -64,8 +69,6 @@ if TYPE_CHECKING:
 
 TARGETS = ("dequantised", "original", "requantised")
 REPORT = "parity.json"
-# From some rows of a weight, (rows, in_features) float32, and which they are, to what an adapter adds to them.
-Learned = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,8 @@ def _without_adapters(model: "PreTrainedModel") -> Iterator[None]:
 
 def _work(model: "PreTrainedModel", source: Path, target: str) -> Work:
     empty = empty_to_write(source, target)
-    adapted = {f"{path}.weight": layer.change for path, layer in lora_layers(model).items()}
+    layers = lora_layers(model)
+    adapted = {weight_name(model, path): layer.change for path, layer in layers.items()}
     own = _own(model)
     read = reader(empty, source) if target == "original" else own
     untie(empty, model, target)
@@ -211,13 +215,18 @@ def _own(model: "PreTrainedModel") -> Reader:
         path, _, leaf = name.rpartition(".")
         module = layers[path] if path in layers else model.get_submodule(path)
         tensor = getattr(module, leaf)
-        if isinstance(tensor, PackedModule):  # a stack of experts
-            return tensor.weight
+        if isinstance(tensor, nn.Module):  # a stack of experts
+            tensor = getattr(tensor, "base", tensor).weight
         if torch.is_tensor(tensor) and path in layers and leaf == "weight":
             return as_matrix(module, tensor)
         return turned(model, name, tensor) if torch.is_tensor(tensor) and is_stack(model, name) else tensor
 
     return read
+
+
+def weight_name(model: nn.Module, path: str) -> str:
+    """Return the name of the weight of a layer, or of the parameter that is a stack of experts."""
+    return path if is_stack(model, path) else f"{path}.weight"
 
 
 def _shape(own: Reader, empty: "PreTrainedModel", name: str) -> torch.Size | None:
@@ -286,50 +295,19 @@ def _kept(work: Work, name: str, base: torch.Tensor | Quantized) -> dict[str, to
     """Return a tensor that no adapter changes, as the target stores it."""
     if isinstance(base, Quantized):
         decode = dequantize_stack if isinstance(base, QuantizedStack) else dequantize
-        return _packed(base, name) if work.is_packed else {name: decode(base, work.dtypes[name])}
+        return packed(base, name) if work.is_packed else {name: decode(base, work.dtypes[name])}
     dtype = work.dtypes[name] if base.is_floating_point() else base.dtype
-    return {name: _finite(base.detach().to(dtype, copy=True), name)}  # a copy: it may be a view of a file
+    return {name: finite(base.detach().to(dtype, copy=True), name)}  # a copy: it may be a view of a file
 
 
-def _merged(work: Work, name: str, base: torch.Tensor | QuantizedTensor) -> tuple[dict[str, torch.Tensor], Change]:
-    """Return an adapted layer's weight, as the target stores it, and how it changed. All in float32 until then."""
-    if work.is_packed and isinstance(base, QuantizedTensor):
-        again, changed = merged_in_4_bits(base, work.adapted[name], name)
-        return _packed(again, name), changed
-    value = torch.empty(base.shape, dtype=work.dtypes[name])
-    change = Alignment()
-    for rows, before in panels(base):
-        learned = work.adapted[name](before, rows)
-        value[rows] = before + learned
-        change.add(value[rows].float().sub_(before), learned)  # what was really added, and what was to be
-    return {name: _finite(value, name)}, Change(change.cosine(), arrived=change.arrived())
-
-
-def merged_in_4_bits(base: QuantizedTensor, learned_of: Learned, name: str) -> tuple[QuantizedTensor, Change]:
-    """Return `base`, on the CPU, with what was learned, in 4 bits again, and what became of the change."""
-    before = as_float(base)
-    learned = learned_of(before, slice(None))
-    again = requantised(before + learned, base, name)
-    changed = (again.codes != base.codes).float().mean().item()
-    return again, layer_change(as_float(again).sub_(before), learned, changed)
-
-
-def requantised(merged: torch.Tensor, base: QuantizedTensor, name: str) -> QuantizedTensor:
-    """Quantise `merged`, float32 of the base's shape, with the settings of the base. name: what errors call it."""
-    codebook = base.levels if base.codebook == CUSTOM else base.codebook
-    again = quantize(merged, codebook, base.block_size, base.double_quant, name=name)
-    return replace(again, dtype=base.dtype)  # of the original, which bitsandbytes decodes to
-
-
-def _packed(q: Quantized, name: str) -> dict[str, torch.Tensor]:
-    """All weights share a table, but safetensors stores no tensor under two names: each gets a copy of all."""
-    return {key: tensor.clone() for key, tensor in packed_tensors_of(q, name).items()}
-
-
-def _finite(value: torch.Tensor, name: str) -> torch.Tensor:
-    if value.is_floating_point() and (fault := first_not_finite(value)):
-        raise ValueError(f"{name} holds {fault} after the merge in {value.dtype}: use the adapter of an earlier step")
-    return value
+def _merged(work: Work, name: str, base: torch.Tensor | Quantized) -> tuple[dict[str, torch.Tensor], Change]:
+    """Return an adapted weight, as the target stores it, and how it changed."""
+    learned = work.adapted[name]
+    if not (work.is_packed and isinstance(base, Quantized)):
+        return merged_in_16_bits(base, learned, work.dtypes[name], name)
+    again = merged_stack_in_4_bits if isinstance(base, QuantizedStack) else merged_in_4_bits
+    q, change = again(base, learned, name)
+    return packed(q, name), change
 
 
 # ----------------------------------------------------------------------------------------------------------- the others

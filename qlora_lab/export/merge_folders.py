@@ -17,8 +17,9 @@ import torch
 from qlora_lab.adapters.adapter_base import warn_of_base
 from qlora_lab.adapters.dora import turned
 from qlora_lab.adapters.peft_format import StoredLora, read_adapter
-from qlora_lab.export.layerwise import Reader, as_float, reader, streamed
-from qlora_lab.export.merge import Learned, Work, check_fits, check_new, check_target, empty_to_write, finish, untie
+from qlora_lab.export.layerwise import Reader, reader, streamed
+from qlora_lab.export.merge import Work, check_fits, check_new, check_target, empty_to_write, finish, untie, weight_name
+from qlora_lab.export.merged_weight import Learned, with_learned
 from qlora_lab.export.parity import Parity, log_probabilities, prompt_tokens
 from qlora_lab.files.lock import locked_file, reserved
 from qlora_lab.files.out_path import check_apart, out_folder
@@ -77,7 +78,7 @@ def merge_folders(
         packing = {} if check_options(folder, options, None) else options_of(model, options, None)
         read = _quantising(model, reader(model, folder), packing)
         _warn_of_base(model, learned, read, packing)
-        adapted = _adapted(learned)
+        adapted = {weight_name(model, path): partial(_change, learned, path) for path in learned.strengths}
         base = reader(empty, source) if target == "original" else read
         untie(empty, model, target)
         work = Work(target, source, empty, base, read, adapted)
@@ -107,18 +108,14 @@ def _with_adapter(read: Reader, adapted: dict[str, Learned]) -> Reader:
 
     def merged(name: str):
         base = read(name)
-        return as_float(base) + adapted[name](as_float(base)) if name in adapted else base
+        return with_learned(base, adapted[name]) if name in adapted else base
 
     return merged
 
 
-def _adapted(adapter: StoredLora) -> dict[str, Learned]:
-    return {f"{path}.weight": partial(_change, adapter, path) for path in adapter.strengths}
-
-
-def _change(adapter: StoredLora, path: str, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+def _change(adapter: StoredLora, path: str, weight: torch.Tensor, rows: slice, *expert: int) -> torch.Tensor:
     r, alpha = adapter.strengths[path]
-    lora_A, *by_row = adapter.parts(path)
+    lora_A, *by_row = (tensor[expert] for tensor in adapter.parts(path))  # [()] is the whole
     lora_B, *magnitude = (tensor[rows] for tensor in by_row)
     learned = (lora_B @ lora_A).mul_(alpha / adapter.kind.divisor(r))  # (rows, r) @ (r, in) -> (rows, in)
     return turned(weight, learned, *magnitude) if magnitude else learned
@@ -127,5 +124,5 @@ def _change(adapter: StoredLora, path: str, weight: torch.Tensor, rows: slice = 
 def _warn_of_base(model: "PreTrainedModel", adapter: StoredLora, read: Reader, packing: dict[str, Candidate]) -> None:
     """Warn as load_adapter does, of another base or other weights. A small tensor stands for each that is quantised."""
     samples = {path: quantize(torch.zeros(options.block_size), *options) for path, options in packing.items()}
-    weights = (samples[path] if path in samples else read(f"{path}.weight") for path in adapter.strengths)
+    weights = (samples[path] if path in samples else read(weight_name(model, path)) for path in adapter.strengths)
     warn_of_base(model, weights, adapter.config, adapter.metadata, adapter.where)

@@ -18,8 +18,9 @@ import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.adapters.adapter import method_of
+from qlora_lab.adapters.expert_lora import LoRAStack
 from qlora_lab.adapters.lora import LoRALinear, lora_layers
-from qlora_lab.export.merge import merged_in_4_bits
+from qlora_lab.export.merged_weight import merged_in_4_bits
 from qlora_lab.export.parity import Answers, Change, Parity, compare, log_probabilities, prompt_tokens
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.quant.numbers import check_number
@@ -60,6 +61,10 @@ def survival(
     if method_of(model) == "dora":
         raise ValueError("DoRA's magnitudes do not scale with a factor: measure LoRA, or merge and read the report")
     for path, layer in layers.items():
+        if isinstance(layer, LoRAStack):
+            raise ValueError(
+                f"{path} holds experts, of which only a merge tells what survives: merge, and read the report"
+            )
         if not isinstance(layer.base, Linear4bit):
             raise ValueError(f"{path} is not in 4 bits, so nothing is requantised: load the model with a codebook")
     if not factors:

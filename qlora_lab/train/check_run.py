@@ -6,7 +6,7 @@ what a method forbids in a run; the trainer asks it again, for models that no co
 
 from dataclasses import fields
 
-from qlora_lab.adapters.lora import check_strength
+from qlora_lab.adapters.strength import check_strength
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.numbers import check_whole
@@ -59,6 +59,8 @@ def check_method(method: str, settings: Settings) -> None:
         raise ValueError(f"method prefix cannot checkpoint gradients, {why}: leave out --gradient-checkpointing")
     if settings.shard and method == "full":
         raise ValueError("shard spreads frozen weights over processes, but method full freezes none: leave it out")
+    if settings.expert_parallel and method == "full":
+        raise ValueError("expert_parallel spreads frozen experts, but method full freezes none: leave it out")
 
 
 def _check_options(adapter: AdapterOptions) -> None:

@@ -1,23 +1,21 @@
-"""Divide the work of a run: one process, or several that share the rows of each step and, if asked, the base.
+"""Divide the work of a run: one process, or several that share the rows of each step.
 
 In: a model with adapters. Out: an engine, whose `model` the loop calls for a loss. Each process has:
-    OneProcess    all rows, all weights
-    DataParallel  its share of the rows, all weights; torch's DDP adds up the adapters' gradients, once per step
-    Sharded       its share of the rows, and of the bytes of each frozen weight; torch's FSDP2 gathers a decoder layer
-                  before each forward and backward pass of a micro-batch, and frees it afterwards (torch 2.7)
-Each process has whole adapters, gradients and optimizer state: they are small, and so clipping, paging and checkpoints
-need no second form. The loss is a sum over all rows of a step, so gradients are summed and never averaged.
+    OneProcess      all rows, all weights
+    DataParallel    its share of the rows, all weights; torch's DDP adds up the adapters' gradients, once per step
+    Sharded         its share of the rows, and of the bytes of each frozen weight (sharded.py)
+    ExpertParallel  its share of the rows, and of the experts of each layer (expert_parallel.py)
+Each process has whole adapters, gradients and optimizer state: so clipping, paging and checkpoints need no second form.
+The loss is a sum over all rows of a step, so gradients are summed and never averaged.
 
 `torchrun` starts the processes and numbers them in environment variables, which `processes` reads.
-Not covered: tensor and pipeline parallelism, adapters or optimizer state in shards.
+Not here: choosing an engine (engines.py). Not covered: tensor and pipeline parallelism, adapters or optimizer state in
+shards.
 """
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
-from dataclasses import fields, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,9 +24,6 @@ import torch.distributed as dist
 from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter
-from qlora_lab.kernels.packed_weight import PackedWeight
-from qlora_lab.model.linear4bit import Linear4bit
-from qlora_lab.quant.quantize import QuantizedTensor
 
 WAIT = timedelta(minutes=30)  # for another process, which may be testing the model meanwhile
 LATE = timedelta(seconds=20)  # at the end of a run, which all processes reach at once; a later one has failed
@@ -63,7 +58,7 @@ class OneProcess:
 
 
 class _Several(OneProcess):
-    """What both kinds of run with several processes share. The adapters of process 0 become those of all."""
+    """What all kinds of run with several processes share. The adapters of process 0 become those of all."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -104,6 +99,54 @@ class _Replica(nn.parallel.DistributedDataParallel):
         return self.module.get_output_embeddings()
 
 
+class Spread(_Several):
+    """A run whose base lies in pieces, one in each process, until it is closed."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        # Connections of its own, so that the end of a run never meets messages that an error left under way.
+        self._apart = dist.new_group(backend="gloo", timeout=WAIT)
+        self._closed = False
+
+    def finish(self, parameters: list[nn.Parameter]) -> None:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([g.reshape(-1) for g in gradients])  # one message instead of hundreds
+        dist.all_reduce(flat)
+        _spread_out(flat, gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    @torch.no_grad()
+    def close(self) -> None:
+        if self._closed:  # after an error a run closes it, and then engine_for does
+            return
+        try:
+            dist.monitored_barrier(self._apart, timeout=LATE)
+            self._put_together()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "not all processes reached the end, so the base is still spread over them: load the model again"
+            ) from error
+        finally:
+            self._closed = True
+            self._let_go()
+            dist.destroy_process_group(self._apart)
+
+    def _put_together(self) -> None:
+        """Give the model its whole weights back."""
+        raise NotImplementedError
+
+    def _let_go(self) -> None:
+        """Forget the pieces; after an error there is nothing else to do."""
+
+    def _gather(self, part: torch.Tensor) -> torch.Tensor:
+        """Return the parts of all processes, of one shape and on the CPU, one after another."""
+        whole = torch.empty(len(part) * self.size, *part.shape[1:], dtype=part.dtype)
+        part = part.contiguous()
+        dist.all_gather(list(_bytes(whole).split(part.nbytes)), _bytes(part), group=self._apart)
+        return whole
+
+
 class DataParallel(_Several):
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -121,139 +164,6 @@ def _summed(_, bucket):
     """DDP's own hook divides by the number of processes, but each loss was divided by all answer tokens already."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)  # while backward goes on
     return work.get_future().then(lambda future: future.value()[0])
-
-
-class _Gathered(QuantizedTensor):
-    """A weight whose `packed` is memory that FSDP2 fills before a layer runs, and takes back after it."""
-
-    @property
-    def plain(self) -> PackedWeight:
-        # Never kept, because the memory moves. A second tensor over the same memory, because numpy, through which
-        # kernels on the CPU read, forbids for good that its tensor changes size, and FSDP2 must change it.
-        packed = self.packed.detach()
-        packed = torch.from_dlpack(packed) if packed.device.type == "cpu" else packed
-        constants = self.constants.plain if self.double_quant else self.constants
-        return PackedWeight(packed, constants, self.levels, self.block_size)
-
-
-class _Linear4bitShard(Linear4bit):
-    """A Linear4bit whose packed bytes are a frozen Parameter, because FSDP2 spreads nothing else.
-
-    Constants stay whole: 1/32 of the packed bytes with double quantization at block size 64, 1/8 without it.
-    """
-
-    def __init__(self, layer: Linear4bit):
-        nn.Module.__init__(self)
-        self.register_parameter("bias", layer.bias)
-        self.packed = nn.Parameter(layer.weight.packed, requires_grad=False)
-        rest = {field.name: getattr(layer.weight, field.name) for field in fields(QuantizedTensor)}
-        self._rest = _Gathered(**rest | {"packed": None})
-        self.turned = layer.turned
-        self.train(layer.training)
-
-    @property
-    def weight(self) -> _Gathered:
-        return replace(self._rest, packed=self.packed)
-
-
-class Sharded(_Several):
-    # FSDP2 changes the class, the hooks and the parameters of what it shards, for good. So it gets a copy of the
-    # modules, which shares adapters and buffers with the original, whose frozen weights are empty until `close`.
-
-    def __init__(self, model: nn.Module):
-        super().__init__(model)
-        # Connections of its own, so that the end of a run never meets messages that an error left under way.
-        self._apart = dist.new_group(backend="gloo", timeout=WAIT)
-        # Each shard, and what puts the whole back.
-        self._whole: list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = []
-        # one dimension: every process has an equal part of each weight
-        mesh = dist.device_mesh.init_device_mesh(next(model.parameters()).device.type, (self.size,))
-        self.model = _copy_of_modules(model)
-        try:
-            self._spread(model, mesh)
-        except BaseException:
-            self.close()
-            raise
-
-    def _spread(self, model: nn.Module, mesh: dist.DeviceMesh) -> None:
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import DTensor
-
-        stay = {p for p in model.parameters() if p.requires_grad or not p.dim()}  # FSDP2 takes no scalars
-        for path in [*_layers(model), ""]:  # the last is all that is in no layer: embeddings, the last norm, the head
-            original = model.get_submodule(path)
-            copy = self.model.get_submodule(path)
-            frozen = {n: p for n, p in copy.named_parameters() if p not in stay and not isinstance(p, DTensor)}
-            fully_shard(copy, mesh=mesh, ignored_params=stay)
-            for name, p in frozen.items():
-                fill = _filler(original, name, p)
-                self._whole.append((copy.get_parameter(name), fill))
-                fill(p.new_empty(0))  # from here on this process has its shard only
-
-    def finish(self, parameters: list[nn.Parameter]) -> None:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([g.reshape(-1) for g in gradients])  # one message instead of hundreds
-        dist.all_reduce(flat)
-        _spread_out(flat, gradients)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-
-    @torch.no_grad()
-    def close(self) -> None:
-        if self.model is self._original:  # closed before: after an error a run closes it, and then engine_for does
-            return
-        try:
-            dist.monitored_barrier(self._apart, timeout=LATE)
-            for shard, fill in self._whole:
-                fill(self._gather(shard))
-        except RuntimeError as error:
-            raise RuntimeError(
-                "not all processes reached the end, so the base is still spread over them: load the model again"
-            ) from error
-        finally:
-            self.model = self._original
-            self._whole = []
-            gc.collect()  # FSDP2's objects hold each other, and with them the shards
-            dist.destroy_process_group(self._apart)
-
-    def _gather(self, shard: torch.Tensor) -> torch.Tensor:
-        """The whole of a tensor that is cut along its first dimension, on the shard's device."""
-        mine = shard.to_local()  # (rows of this process, ...)
-        length = -(-len(shard) // self.size)  # the last processes may have fewer rows
-        part = torch.zeros(length, *shard.shape[1:], dtype=shard.dtype)
-        part[: len(mine)] = mine
-        whole = torch.empty(length * self.size, *shard.shape[1:], dtype=shard.dtype)
-        dist.all_gather(list(_bytes(whole).split(part.nbytes)), _bytes(part), group=self._apart)
-        return whole[: len(shard)].to(mine.device, copy=True)  # without the padding
-
-
-@contextmanager
-def engine_for(model: nn.Module, shard: bool = False) -> Iterator[OneProcess]:
-    """The engine for all processes of torch's process group; OneProcess where there is none or only one.
-
-    shard: spread the frozen weights over the processes. Afterwards, even after an error, the model is as it was.
-    Raises ValueError for `shard` with one process.
-    """
-    check_shard(shard)
-    engine = (Sharded if shard else DataParallel)(model) if _joined() else OneProcess(model)
-    try:
-        yield engine
-    except BaseException as error:
-        try:
-            engine.close()
-        except RuntimeError as left:
-            error.add_note(str(left))
-        raise
-    engine.close()
-
-
-def check_shard(shard: bool) -> None:
-    """Raise ValueError for `shard` in a single process."""
-    if shard and not _joined():
-        raise ValueError(
-            "shard spreads the weights over processes, but this is the only one: start several with "
-            "`torchrun --nproc-per-node N -m -- qlora_lab.cli finetune ... --shard`, or leave it out"
-        )
 
 
 @contextmanager
@@ -285,7 +195,7 @@ def failing_together() -> Iterator[None]:
 
     Raises what the block raises, and ConnectionAbortedError where another process raised.
     """
-    if not _joined():
+    if not joined():
         yield
         return
     try:
@@ -298,7 +208,7 @@ def failing_together() -> Iterator[None]:
 
 
 def is_process_0() -> bool:
-    return not _joined() or dist.get_rank() == 0
+    return not joined() or dist.get_rank() == 0
 
 
 def on_process_0(work: Callable[[], object]) -> None:
@@ -318,14 +228,14 @@ def first_on_node(work: Callable[[], T]) -> T:
 
 def from_process_0(value: T) -> T:
     """The value that process 0 has, on all processes."""
-    if not _joined():
+    if not joined():
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def _joined() -> bool:
+def joined() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -344,38 +254,3 @@ def _spread_out(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
-
-
-def _copy_of_modules(model: nn.Module) -> nn.Module:
-    """A copy of every module, around the very tensors of the original."""
-    same = [*model.parameters(), *model.buffers()]  # tensors that the copy shares
-    quantised = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
-    same += [layer.weight for layer in quantised.values()]
-    copy = deepcopy(model, {id(tensor): tensor for tensor in same})
-    for name, layer in quantised.items():
-        copy.set_submodule(name, _Linear4bitShard(layer))
-    return copy
-
-
-def _layers(model: nn.Module) -> list[str]:
-    """Paths of the members of the outermost module lists: decoder layers. A list inside one may not run as a whole."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return [f"{name}.{i}" for name in outermost for i in range(len(model.get_submodule(name)))]
-
-
-def _filler(original: nn.Module, name: str, parameter: nn.Parameter) -> Callable[[torch.Tensor], None]:
-    """A function that gives the frozen tensor `name` of the original new contents."""
-    path, _, leaf = name.rpartition(".")
-    module = original.get_submodule(path)
-    # Two functions, because a single one would hold `parameter`, and with it the whole of a packed weight.
-    if leaf == "packed" and isinstance(module, Linear4bit):
-
-        def fill(contents: torch.Tensor) -> None:
-            module.weight = replace(module.weight, packed=contents)
-    else:
-
-        def fill(contents: torch.Tensor) -> None:
-            parameter.data = contents
-
-    return fill

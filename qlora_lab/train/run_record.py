@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qlora_lab.adapters.adapter import Adapter, adapters
-from qlora_lab.adapters.lora import linear_layers
+from qlora_lab.adapters.targets import linear_layers
 from qlora_lab.data.chat_template import ChatTemplate
 from qlora_lab.data.dataset import Encoded, EncodeReport
 from qlora_lab.files.strict_json import TEXT, read_json

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from qlora_lab.adapters.adapter import adapters, learned
-from qlora_lab.adapters.peft_format import WRAPPER, adapter_tensors
+from qlora_lab.adapters.layer_patterns import WRAPPER
+from qlora_lab.adapters.peft_format import adapter_tensors
 from qlora_lab.data.batches import Batches
 from qlora_lab.data.dataset import Encoded, EncodeReport
 from qlora_lab.files import disk

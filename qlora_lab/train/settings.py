@@ -47,6 +47,10 @@ class Settings:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     # each process keeps a part of the base weights: more traffic
     shard: bool = option(False, "under torchrun, spread the base weights over all processes to save memory")
+    # each token is sent to the processes of its experts: more traffic, and each waits for all
+    expert_parallel: bool = option(
+        False, "under torchrun, spread the experts of each layer over all processes to save memory"
+    )
     # with 8 bits, a quarter of the memory
     optimizer_bits: int = option(32, "bits of each of AdamW's two moments: 32 or 8", "bits")
     # A checkpoint takes the whole state into memory for a moment.
@@ -72,7 +76,8 @@ class Settings:
         check_number("lr", self.lr, lambda lr: 0 < lr <= 1e6, "a number above 0 and at most 1,000,000, usually 2e-4")
         check_number("lora_plus", self.lora_plus, lambda ratio: 0 < ratio <= 1e3, "a number above 0 and at most 1,000")
         check_number("clip", self.clip, lambda clip: clip > 0, "a number above 0")
-        for name in ("last_answer_only", "packing", "group_by_length", "gradient_checkpointing", "shard"):
+        switches = ("last_answer_only", "packing", "group_by_length", "gradient_checkpointing")
+        for name in (*switches, "shard", "expert_parallel"):
             if not isinstance(getattr(self, name), bool):  # "no" would count as true
                 raise ValueError(f"{name}={short(getattr(self, name))} is not allowed: choose True or False")
         if self.schedule not in SCHEDULES:
@@ -86,6 +91,8 @@ class Settings:
             raise ValueError(f"optimizer_bits={short(self.optimizer_bits)} is not allowed: moments have 32 or 8 bits")
         if self.patience and not self.eval_every:
             raise ValueError(f"patience={self.patience} needs evaluations: set eval_every as well")
+        if self.shard and self.expert_parallel:
+            raise ValueError("shard and expert_parallel exclude each other, because both spread the base: choose one")
         if self.packing and self.group_by_length:
             raise ValueError("packing and group_by_length exclude each other, because both save padding: choose one")
 

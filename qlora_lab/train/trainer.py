@@ -39,12 +39,12 @@ from qlora_lab.train.check_run import check_method
 from qlora_lab.train.checkpoint import BEST, saved_steps
 from qlora_lab.train.distributed import (
     OneProcess,
-    engine_for,
     failing_together,
     from_process_0,
     is_process_0,
     on_process_0,
 )
+from qlora_lab.train.engines import engine_for
 from qlora_lab.train.failures import explaining_errors, last_saved, where_not_finite
 from qlora_lab.train.identity import adopt_arithmetic, arithmetic, own_threads
 from qlora_lab.train.interrupt import Interrupt, waiting
@@ -192,7 +192,7 @@ class Training:
         decided = record(self.model, self.settings, self.report, self._encoded, self._clock)
         with (
             checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext(),
-            engine_for(self.model, self.settings.shard) as self._engine,
+            engine_for(self.model, self.settings.shard, self.settings.expert_parallel) as self._engine,
             ExitStack() as folder,
             own_threads(),
             waiting(self._interrupt),

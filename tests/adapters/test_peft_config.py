@@ -14,9 +14,10 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from qlora_lab.adapters import peft_config
 from qlora_lab.adapters.layer_patterns import pattern_of
-from qlora_lab.adapters.lora import adapters, linear_layers
+from qlora_lab.adapters.lora import adapters
 from qlora_lab.adapters.peft_config import check_settings, strength_of
 from qlora_lab.adapters.peft_format import load_adapter, save_adapter
+from qlora_lab.adapters.targets import linear_layers
 
 IDS = torch.arange(3, 30)[None]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -137,7 +138,6 @@ MADE = {
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
     "layer_replication": [[0, 2], [0, 2]],
-    "target_parameters": ["mlp.up_proj.weight"],
     "ensure_weight_tying": True,
 }
 WRITTEN = {

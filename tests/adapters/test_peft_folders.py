@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_lab.adapters.adapter import method_of
-from qlora_lab.adapters.lora import adapters, linear_layers
+from qlora_lab.adapters.lora import adapters
 from qlora_lab.adapters.peft_format import load_adapter, save_adapter
+from qlora_lab.adapters.targets import linear_layers
 
 IDS = torch.arange(3, 30)[None]
 EQUAL = "read, equal to PEFT's"
@@ -209,7 +210,7 @@ KINDS = {  # what its maker did -> how, and what we do
     # More than plain LoRA.
     "lora_bias": (by_settings(lora_bias=True), "lora_bias"),
     "layer_replication": (by_settings(layer_replication=[[0, 2], [0, 2]]), "layer_replication"),
-    "target_parameters": (by_settings(target_parameters=["mlp.up_proj.weight"]), "target_parameters"),
+    "target_parameters": (by_settings(target_parameters=["mlp.up_proj.weight"]), EQUAL),
     "init_lora_weights: pissa": (by_settings(init_lora_weights="pissa"), "init_lora_weights"),
     "AdaLoRA": (by_method(peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10)), "peft_type"),
     "VeRA": (by_method(peft.VeraConfig(target_modules=["q_proj"])), "peft_type"),

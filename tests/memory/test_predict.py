@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import qlora_lab as ql
 from qlora_lab.adapters.adapter import method_of
-from qlora_lab.adapters.lora import adapt, linear_layers
+from qlora_lab.adapters.lora import adapt
+from qlora_lab.adapters.targets import linear_layers
 from qlora_lab.doctor.dtype_policy import dtype_policy
 from qlora_lab.memory import predict as memory
 from qlora_lab.memory.ledger import PHASES

@@ -25,11 +25,14 @@ from qlora_lab.data.examples import Example
 from qlora_lab.kernels import product
 from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.train import distributed, trainer
-from qlora_lab.train.distributed import OneProcess, _Linear4bitShard, engine_for, first_on_node, processes
+from qlora_lab.train.distributed import OneProcess, first_on_node, processes
+from qlora_lab.train.engines import engine_for
 from qlora_lab.train.loss import answer_loss
 from qlora_lab.train.settings import Settings
+from qlora_lab.train.sharded import _Linear4bitShard
 from qlora_lab.train.trainer import Training
 
+ROOT = Path(__file__).parents[2]
 SIZE = 2
 # 19 examples in batches of 6: the last of an epoch has one row, so that one of two processes has nothing to learn
 EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "too " * (i % 5) + "two"))) for i in range(19)]
@@ -170,7 +173,7 @@ def main(folder: Path, out: Path) -> None:
 
 def torchrun(*argv):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(SIZE), *argv]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}  # as pytest's
     return subprocess.run([str(a) for a in command], capture_output=True, text=True, env=environment, timeout=600)
 
 
