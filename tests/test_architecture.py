@@ -127,7 +127,7 @@ def test_conda_environment_installs_this_project():
     (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert pip == ["-c constraints.txt", "-e .[test,docs]"] and '-c constraints.txt -e ".[test,docs]"' in makefile
-    assert {"test", "docs", "parquet", "eval"} == set(project()["optional-dependencies"])
+    assert {"test", "docs", "parquet", "eval", "energy"} == set(project()["optional-dependencies"])
 
 
 def test_constraints_pin_every_dependency_and_name_no_host():
@@ -147,9 +147,9 @@ def test_constraints_pin_every_dependency_and_name_no_host():
 
 def test_what_is_imported_is_declared():
     extras = project()["optional-dependencies"]
-    requirements = project()["dependencies"] + extras["parquet"] + extras["eval"]
+    requirements = project()["dependencies"] + extras["parquet"] + extras["eval"] + extras["energy"]
     declared = {re.split(r"[^a-z0-9_-]", r.lower())[0].replace("-", "_") for r in requirements}
-    names = {"PIL": "pillow", "rouge_score": "rouge_score"}
+    names = {"PIL": "pillow", "pynvml": "nvidia_ml_py"}
     for path in (ROOT / "qlora_lab").rglob("*.py"):
         modules = {m.split(".")[0] for node in ast.walk(tree_of(path)) for m in _modules(node)}
         outside = {names.get(m, m) for m in modules} - set(sys.stdlib_module_names) - {"qlora_lab", ""}

@@ -36,7 +36,8 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("always"),  # the command prints them, such as of a row that was torn off
 ]
-TIMES = {"seconds", "tokens_per_second", "date", "sha256"}  # of a row: its own checksum, with its date
+TIMES = {"seconds", "tokens_per_second", "processor_seconds", "gpu_seconds_held", "joules", "date"}
+TIMES |= {"sha256"}  # of a row: its own checksum, with its date
 FOLLOW = (MARK, SUMS, "state.json", "SHA256SUMS")  # have random names, or checksums of what has times
 
 FINETUNE = "finetune --model MODEL --data DATA --test-data DATA --held-out 2 --steps 2 --r 2 --save-every 1 --out OUT "

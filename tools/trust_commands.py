@@ -22,8 +22,8 @@ LIMIT = 60  # seconds; each command takes less than one, so after this it hangs
 PAGE = 1040  # bytes: the toy's optimizer state fills a few pages
 PIECE = 6000  # bytes of a piece of a quantised folder: the toy has several pieces
 TIMES = {
-    "log.jsonl": ("seconds", "tokens_per_second"),
-    "result.json": ("seconds",),
+    "log.jsonl": ("seconds", "tokens_per_second", "processor_seconds", "gpu_seconds_held", "joules"),
+    "result.json": ("seconds", "processor_seconds", "gpu_seconds_held", "joules"),
     "state.json": ("log_sha256",),  # the log has times
     "rows.jsonl": ("seconds", "date", "sha256", "commit"),
     "answers.jsonl": ("date", "sha256"),

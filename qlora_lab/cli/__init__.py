@@ -68,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=summary[0].lower() + summary[1:], description=f"{summary}.", epilog=f"example: {module.EXAMPLE}"
         )
+        # An option without a type takes a name or a path. A shell expands the ~ of `--out ~/x` but not that of
+        # `--out=~/x`, which would make a folder called "~".
+        command.register("type", None, os.path.expanduser)
         module.add_options(command)
         command.set_defaults(module=module)
     return parser

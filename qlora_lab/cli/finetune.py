@@ -115,6 +115,7 @@ def _summary(result, before, after) -> dict:
         "loss_last": result.losses[-1],
         "tokens_per_second": result.tokens_per_second,
         "seconds": result.seconds,
+        **asdict(result.cost),  # None for joules is null in JSON, with the reason beside it
         "examples_used": result.data.kept,
         "examples_too_long": result.data.too_long,
         "records_skipped": len(result.data.skipped),

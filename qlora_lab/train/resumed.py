@@ -31,6 +31,8 @@ Tensors = dict[str, torch.Tensor]
 LONGEST = 2**14  # bytes of a line; a real one has about 200
 LINE = {"step": whole(1), "loss": NUMBER, "tokens": whole(0), "seconds": NUMBER}
 EVALUATED = {"held_out_loss": NUMBER}  # only in the lines of some steps
+# not in those of earlier versions
+COST = {"processor_seconds": NUMBER, "gpu_seconds_held": NUMBER, "joules": or_null(NUMBER), "joules_note": TEXT}
 RACE = or_null(
     Rule(
         f"a list of {len(Race._fields)} numbers",
@@ -87,7 +89,7 @@ def _line(content: bytes, path: Path, number: int) -> dict:
     line = parse(decoded(content, where), str(path), line=number)
     if not isinstance(line, dict):
         raise ValueError(f"{where} is a {type(line).__name__}, but a line is a JSON object: it was changed by hand")
-    check_keys(line, LINE | EVALUATED, where, LINE)
+    check_keys(line, LINE | EVALUATED | COST, where, LINE)
     return line
 
 

@@ -17,6 +17,7 @@ from qlora_lab.data.dataset import Encoded, EncodeReport
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import sha256
 from qlora_lab.train.checkpoint import BEST, FACTS, TENSORS, load_checkpoint, save_checkpoint, state_file
+from qlora_lab.train.cost import Cost
 from qlora_lab.train.identity import arithmetic
 from qlora_lab.train.resumed import check_facts, check_tensors, read_saved_log
 from qlora_lab.train.run_folder import ADAPTER, LOG
@@ -36,6 +37,7 @@ class Run:
     seconds: float  # of all steps, those before a resume included
     tokens: int
     ended: str  # "all steps", "early stopping", or STOPPED: it can be resumed
+    cost: Cost  # processor and GPU seconds, joules
 
     @property
     def adapter(self) -> Path:

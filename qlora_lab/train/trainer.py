@@ -12,10 +12,9 @@ Not here: the state between steps (run_state.py), more processes (distributed.py
 
 import json
 import math
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -37,6 +36,7 @@ from qlora_lab.optim.paged_adamw import PagedAdamW
 from qlora_lab.train.allocator import recycle_memory
 from qlora_lab.train.check_run import check_method
 from qlora_lab.train.checkpoint import BEST, saved_steps
+from qlora_lab.train.cost import Meter, total
 from qlora_lab.train.distributed import (
     OneProcess,
     failing_together,
@@ -134,6 +134,7 @@ class Training:
         self._begun = False  # a Training runs once
         self._engine = OneProcess(model)  # until the run begins
         self._state: RunState | None = None  # until the run begins
+        self._meter = Meter(next(p for p in model.parameters() if p.requires_grad).device)
         examples = load_data(data, skip_bad=skip_bad, progress=progress)
         if settings.last_answer_only:
             examples, held_out = last_answer_only(examples), last_answer_only(held_out)
@@ -235,7 +236,7 @@ class Training:
 
     def _step(self, step: int) -> dict[str, Any]:
         """Make one step. Returns its line of the log."""
-        start = time.perf_counter()
+        start = self._meter.read()
         settings, state, engine = self.settings, self._state, self._engine
         optimizer, scaler = state.optimizer, state.scaler  # the scaler does nothing but in float16
         examples = [self._encoded[i] for i in next(state.batches)]  # the same list on every process
@@ -259,7 +260,7 @@ class Training:
         scaler.step(optimizer)
         scaler.update()  # halved after an overflow
         tokens = sum(len(example.input_ids) for example in examples)
-        seconds = time.perf_counter() - start
+        spent = self._meter.since(start, engine.sum)
         line = {
             "step": step,
             "loss": loss,  # nats per answer token
@@ -268,8 +269,8 @@ class Training:
             "tokens": tokens,
             "answer_tokens": answer_tokens,
             "mean_length": tokens / len(examples),
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": tokens / spent["seconds"],
+            **spent,
         }
         if settings.eval_every and (step % settings.eval_every == 0 or step == settings.steps):
             line["held_out_loss"] = self._evaluate(step)
@@ -282,8 +283,7 @@ class Training:
         rows += [[_silent(rows[0][0])]] * (-len(rows) % engine.size)  # processes wait for each other in every batch
         mine = rows[engine.rank :: engine.size]
         size = settings.micro_batch_size or len(mine)  # rows
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [collate_rows(part, self._pad_id) for part in parts]
+        return [collate_rows(mine[start : start + size], self._pad_id) for start in range(0, len(mine), size)]
 
     def _evaluate(self, step: int) -> float:
         """The held-out loss; if it is the lowest so far, save the adapter as the best."""
@@ -352,17 +352,17 @@ class Training:
         """Save the adapter and, unless the run may go on, how it ended."""
         lines = self._state.lines
         losses = [line["loss"] for line in lines]
-        tokens = sum(line["tokens"] for line in lines)
-        seconds = sum(line["seconds"] for line in lines)
+        tokens, seconds = (sum(line[name] for line in lines) for name in ("tokens", "seconds"))
+        cost = total(lines)
         held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
         with failing_together():
             if is_process_0():
                 save_adapter(self.model, self.folder / ADAPTER)
                 result = {"ended": ended, "steps": len(losses), "tokens": tokens, "seconds": seconds}
-                result |= {"loss": losses[-1], "best": self._state.best}
+                result |= asdict(cost) | {"loss": losses[-1], "best": self._state.best}
                 if ended != STOPPED:
                     write_result(self.folder, result)
-        self.result = Run(self.folder, self.settings, self.report, losses, held_out, seconds, tokens, ended)
+        self.result = Run(self.folder, self.settings, self.report, losses, held_out, seconds, tokens, ended, cost)
 
 
 SETTINGS = [name for name in signature(Settings).parameters if name != "steps"]

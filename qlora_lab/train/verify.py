@@ -65,6 +65,9 @@ def verify(folder: str | Path, progress: bool = True) -> list[Part]:
     states |= _compared(folder, digests, progress)  # reads every byte
     if is_marked(folder, RUN):
         states |= {name: state for name, state in _of_run(folder).items() if name not in states}
+        # A complete run has a list that names its result; one that is lost or cut off vouches for too little.
+        if (folder / RESULT).exists() and states[RESULT] == UNKNOWN:
+            states[SUMS] = DIFFERS if (folder / SUMS).exists() else MISSING
     if set(states.values()) <= {UNKNOWN}:  # nothing was checked, which must not look like success
         raise ValueError(
             f"{folder} has no checksums: qlora-lab did not write it, or their list is lost: write the folder again"

@@ -29,13 +29,15 @@ def run(capsys, *argv):
     return code, out, err
 
 
-def test_finetune_then_generate(capsys, tmp_path, folder, data):
+def test_finetune_then_generate(capsys, tmp_path, folder, data, monkeypatch):
+    monkeypatch.setattr("qlora_lab.train.cost.rapl", lambda _: (None, "root alone"))
     out = tmp_path / "run"
     common = ["--model", folder, "--quiet", "--json"]
     options = ["--data", data, "--test-data", data, "--held-out", 2, "--steps", 2, "--r", 2, "--out", out]
     code, text, _ = run(capsys, "finetune", *common, *options)
     figures = json.loads(text)
     assert code == 0 and figures["steps"] == 2 and {"rouge_l_before", "held_out_loss_after"} <= figures.keys()
+    assert figures["processor_seconds"] > 0 and (figures["joules"], figures["joules_note"]) == (None, "root alone")
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     code, text, _ = run(capsys, "generate", "double 3", *common, "--adapter", out / "adapter", "--max-new-tokens", 3)
     assert code == 0 and json.loads(text)["question"] == "double 3"
@@ -82,6 +84,7 @@ def test_plain_report(capsys, tmp_path, folder, data):
     code, text, said = run(capsys, "finetune", "--model", folder, *options)
     assert "98.5 % of the weights outside embeddings and head are in 4 bits\n" in said
     assert code == 0 and "written by a person" in text and "loss last" in text
+    assert all(f"\n{name}  " in text for name in ("processor seconds", "gpu seconds held ", "joules  ", "joules note"))
     assert "moments" in text and "float32" in text  # which bytes have which dtype, before the first step
     code, text, said = run(capsys, "finetune", "--model", folder, *options, "--overwrite", "--quiet")
     assert code == 0 and "loss last" in text and "moments" not in text and said == ""

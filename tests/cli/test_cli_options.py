@@ -172,3 +172,26 @@ def test_the_options_of_a_method_are_those_of_its_function():
         for name in names:
             assert parameters[name].default == AdapterOptions.__dataclass_fields__[name].default
     assert tuple(METHOD_OPTIONS) == METHODS
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "wanted"),
+    [
+        (["finetune", "--out=~/x"], "out", "HOME/x"),
+        (["finetune", "--data", "~/x.jsonl"], "data", "HOME/x.jsonl"),
+        (["finetune", "--model=~/x"], "model", "HOME/x"),
+        (["sweep", "~/x", "--out=~"], "out", "HOME"),
+        (["tournament", "m", "--adapters", "~/x", "y~/x"], "adapters", ["HOME/x", "y~/x"]),
+        (["verify", "~/x"], "folder", "HOME/x"),
+        (["xray", "~/x", "~/y"], "other", "HOME/y"),
+        (["finetune", "--out=~nobody-of-this-name/x"], "out", "~nobody-of-this-name/x"),  # as a shell leaves it
+        (["generate", "~/x"], "question", "~/x"),  # a text
+    ],
+)
+def test_every_path_knows_the_home_folder(words, name, wanted, monkeypatch, tmp_path):
+    """A shell expands the ~ of `--out ~/x`, but not that of `--out=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    found = getattr(cli.build_parser().parse_args(words), name)
+    several = [path.replace("HOME", str(tmp_path)) for path in ([wanted] if isinstance(wanted, str) else wanted)]
+    assert found == (several[0] if isinstance(wanted, str) else several)

@@ -32,9 +32,9 @@ def saved(name, folder):
 
 def test_weights_that_stay_are_named_in_a_warning(tmp_path):
     saved("Mamba", tmp_path / "model")
-    # by hand: hidden 32, inner 48, 2 layers; in_proj 96 x 32; of what the family uses itself, out_proj 32 x 48, x_proj
-    # 18 x 48, dt_proj 48 x 2 and its bias, A_log 48 x 8, D 48, a convolution of 48 x 4 and its bias, and norms
-    packed, others = 96 * 32, 32 * 48 + 18 * 48 + 48 * 2 + 48 + 48 * 8 + 48 + 48 * 4 + 48 + 32
+    # by hand: hidden 32, inner 64, 2 layers; in_proj 128 x 32; of what the family uses itself, out_proj 32 x 64, x_proj
+    # 18 x 64, dt_proj 64 x 2 and its bias, A_log 64 x 8, D 64, a convolution of 64 x 4 and its bias, and norms
+    packed, others = 128 * 32, 32 * 64 + 18 * 64 + 64 * 2 + 64 + 64 * 8 + 64 + 64 * 4 + 64 + 32
     share = 2 * packed / (2 * (packed + others) + 32)
     names = r"backbone.layers.\*.mixer.out_proj.weight, .*x_proj.weight, .*A_log"
     message = rf"^{100 * share:.1f} % of the weights .*; the largest others: {names}"
@@ -49,8 +49,8 @@ def test_weights_that_stay_are_named_in_a_warning(tmp_path):
 
 def test_experts_are_counted_and_their_router_is_not(tmp_path):
     saved("Mixtral", tmp_path / "model")
-    # hidden 32, 2 layers; q and o 32 x 32, k and v 16 x 32, the router 4 x 32, four experts of 3 x 48 x 32
-    attention, router, experts, norms = 2 * 32 * 32 + 2 * 16 * 32, 4 * 32, 4 * 3 * 48 * 32, 2 * 32
+    # hidden 32, 2 layers; q and o 32 x 32, k and v 16 x 32, the router 4 x 32, four experts of 3 x 64 x 32
+    attention, router, experts, norms = 2 * 32 * 32 + 2 * 16 * 32, 4 * 32, 4 * 3 * 64 * 32, 2 * 32
     model, _ = load(tmp_path / "model", block_size=16, dtype=torch.float32, progress=False)
     share = in_4_bits(model)
     assert share[:2] == (2 * (attention + experts), 2 * (attention + experts + router + norms) + 32)

@@ -30,6 +30,7 @@ EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "two" * (i % 3 + 1)
 MANY = EXAMPLES * 4  # more than 12 steps of 4 need
 SETTINGS = {"steps": 12, "batch_size": 4, "lr": 2e-2, "save_every": 2, "max_length": 40}
 slow = partial(pytest.param, marks=pytest.mark.slow)
+TIMES = ("seconds", "tokens_per_second", "processor_seconds", "gpu_seconds_held", "joules")
 PAGE, FRAMES = 1040, 2  # the state of the tiny model is 17 pages of 1040 bytes, or 14 with 8 bits
 VARIANTS = {
     "plain": {},
@@ -56,7 +57,7 @@ def lines(out):
     timeless = []
     for line in (out / "log.jsonl").read_text().splitlines():
         record = json.loads(line)
-        timeless.append({k: v for k, v in record.items() if k not in ("seconds", "tokens_per_second")})
+        timeless.append({k: v for k, v in record.items() if k not in TIMES})
     return timeless
 
 

@@ -96,11 +96,21 @@ def test_every_file_of_a_run_is_covered(run, capsys):
         assert code == 1 and DIFFERS in out, file
         file.write_bytes(content)
     for file in files:
-        if file.name != SUMS:
-            file.rename(run.parent / "away")
-            code, out, _ = command(capsys, run)
-            assert code == 1 and MISSING in out, file
-            (run.parent / "away").rename(file)
+        file.rename(run.parent / "away")
+        code, out, _ = command(capsys, run)
+        assert code == 1 and MISSING in out and file.name in out, file
+        (run.parent / "away").rename(file)
+
+
+def test_a_complete_run_without_all_of_its_list_is_told(run, capsys):
+    lines = (run / SUMS).read_text().splitlines(keepends=True)
+    (run / SUMS).write_text("".join(line for line in lines if "result.json" not in line))
+    assert states(run)[SUMS] == DIFFERS
+    for path in (run / SUMS, run / "adapter" / SUMS, run / "best" / SUMS):
+        path.unlink()
+    shutil.rmtree(run / "checkpoints")
+    code, out, _ = command(capsys, run)  # nothing has a checksum any more
+    assert code == 1 and [SUMS, MISSING] in [line.split() for line in out.splitlines()]
 
 
 def test_what_differs_is_named(run, capsys):
@@ -133,6 +143,11 @@ def test_a_run_that_was_killed_has_the_checksum_of_its_log_up_to_the_checkpoint(
     assert states(begun) == parts | {"log.jsonl": DIFFERS}
     shutil.rmtree(begun / "checkpoints")
     assert states(begun)["log.jsonl"] == UNKNOWN and command(capsys, begun)[0] == 0
+
+
+def test_a_run_that_is_not_complete_may_have_no_list_yet(begun, capsys):
+    (begun / SUMS).unlink()
+    assert set(states(begun).values()) == {OK, UNKNOWN} and command(capsys, begun)[0] == 0
 
 
 def test_a_resume_refuses_a_log_that_its_checkpoint_did_not_see(begun, model, tokenizer):
