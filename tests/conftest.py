@@ -104,6 +104,46 @@ def folder(tmp_path, tiny_llama, tokenizer):
     return tmp_path / "model"
 
 
+@pytest.fixture
+def llava_folder(tmp_path, tokenizer):
+    """A tiny LLaVA over the tokenizer and `<image>`: pictures of 16 x 16, a tower of two layers, 4 tokens a picture."""
+    import torch
+    from transformers import (
+        AddedToken,
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = LlamaConfig(vocab_size=VOCABULARY + 1, initializer_range=1.0, **shape)
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=vision,
+                text_config=text,
+                image_token_id=VOCABULARY,
+                image_seq_length=4,
+                vision_feature_layer=-1,
+            )
+        )
+    model.model.language_model.embed_tokens.weight.data *= 0.1  # as in tiny_llama
+    model.save_pretrained(tmp_path / "llava")
+    size = {"height": 16, "width": 16}
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+    options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template, **options).save_pretrained(
+        tmp_path / "llava"
+    )
+    return tmp_path / "llava"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_power_cut():
     """No test cuts the power, so none waits for the disk: 14,000 calls of 2 to 10 ms. A process of its own waits."""

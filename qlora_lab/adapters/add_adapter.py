@@ -45,7 +45,8 @@ def add_adapter(
     - "lora": r, alpha, dropout, targets; see add_lora. So do its relatives: "rslora", scaled by alpha / sqrt(r);
       "dora", with a magnitude for each row; "pissa", which starts as the largest part of the weight; "loftq", which
       starts as what quantisation lost in each 4-bit layer: source names the original (default: the model's name).
-    - "full": every weight, of a model that is not quantised.
+    - "full": every weight, of a model that is not quantised; parts: names of the modules that learn, such as
+      "multi_modal_projector", which may stand beside packed layers.
     - "houlsby": size of the bottleneck after each sublayer (default 64).
     - "prefix": virtual_tokens (20), keys and values in every layer; mlp: width of an MLP they come from.
     - "prompt": virtual_tokens (20), vectors before the embeddings; start, a text, and tokenizer: its embeddings.

@@ -34,6 +34,8 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     adapter.learned()  # raises where nothing can be saved
     config = {"peft_type": PEFT_TYPE[method], "task_type": "CAUSAL_LM"}
     config |= {setting: adapter.settings()[option] for option, setting in SIZES[method].items()}
+    if method == "full":
+        config |= {name: list(parts) for name, parts in adapter.settings().items()}
     if method == "prompt":
         config |= {"token_dim": adapter.prompt.shape[1], "num_transformer_submodules": 1}
     if method == "prefix":
@@ -58,6 +60,8 @@ def load_method(model: nn.Module, config: dict, tensors: dict[str, torch.Tensor]
     options = {option: config.get(setting) for option, setting in SIZES[method].items()}
     for option, size in options.items():
         check_whole(f"{SIZES[method][option]} of {where}", size)
+    if method == "full" and "parts" in config:
+        options["parts"] = _parts(config["parts"], where)
     if has_adapters(model):
         made = adapters(model)
         _check_own(model, method, options, where)
@@ -81,6 +85,13 @@ def _keyed(made: dict[str, Adapter], method: str, prefix: str) -> dict[str, torc
     return {f"{prefix}{name.replace('_orig_mod.', '')}": tensor for name, tensor in named.items()}  # torch.compile's
 
 
+def _parts(parts: Any, where: str) -> tuple[str, ...]:
+    """Return what learned, by the names of modules. Raises ValueError for anything but a list of texts."""
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{where} has parts={parts!r:.60}: it must be a list of names of modules")
+    return tuple(parts)
+
+
 def _check_own(model: nn.Module, method: str, options: dict[str, int], where: str) -> None:
     own = next(iter(adapters(model).values()))
     if own.method != method:
@@ -88,8 +99,7 @@ def _check_own(model: nn.Module, method: str, options: dict[str, int], where: st
     if isinstance(own, Prefix) and own.width is not None:
         raise ValueError(f"{where} holds a prefix, but the model's own comes from an MLP: load the model without it")
     for option, size in options.items():
-        if own.settings()[option] != size:
-            found = own.settings()[option]
+        if (found := own.settings().get(option)) != size:
             raise ValueError(f"{where} has {option}={size}, but the model's own has {found}: load the model without it")
 
 

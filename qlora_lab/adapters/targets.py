@@ -12,6 +12,7 @@ from torch import nn
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.layer_patterns import first_match
 from qlora_lab.model.experts import DOWN, experts_of, layout_of
+from qlora_lab.model.language_model import beside
 from qlora_lab.model.linear4bit import is_linear, left_alone
 
 
@@ -34,7 +35,9 @@ def strengths_of(
 def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, nn.Module]:
     """Return path -> linear layer for those that `targets` names (see add_lora), in the model's order."""
     linears = linear_layers(model)
-    last_names = sorted({name.split(".")[-1] for name in linears})
+    # A tower has layers of the same names: q_proj alone means those of the language model.
+    outside = beside(model)
+    last_names = sorted({name.split(".")[-1] for name in linears if name not in outside})
     if targets == "all-linear":
         kept = left_alone(model)  # head, routers, weights used directly
         chosen = {name: m for name, m in linears.items() if name not in kept}
@@ -53,7 +56,11 @@ def choose_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
             f"targets {sorted(unknown) or 'none'} match no linear layer: "
             f"choose 'all-linear' or from {', '.join(last_names)}"
         )
-    return {name: m for name, m in linears.items() if name in wanted or name.split(".")[-1] in wanted}
+    return {
+        name: m
+        for name, m in linears.items()
+        if name in wanted or (name.split(".")[-1] in wanted and name not in outside)
+    }
 
 
 def _names_a_stack(model: nn.Module, name: str) -> bool:

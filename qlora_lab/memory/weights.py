@@ -9,6 +9,7 @@ where its configuration says k.
 Not here: activations, adapters and moments, which predict.py knows for LLaMA-like models.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from qlora_lab.adapters.adapter import has_adapters
 from qlora_lab.model.empty_model import dtypes_of, empty_model, stored_options
 from qlora_lab.model.experts import is_stack, layout_of
 from qlora_lab.model.fetch import resolve
+from qlora_lab.model.language_model import as_names
 from qlora_lab.model.linear4bit import head_path
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.quantised import options_of
@@ -77,6 +79,7 @@ def predicted_weights(
     block_size: int = 64,
     double_quant: bool = True,
     *,
+    also: Iterable[str] = (),
     dtype: torch.dtype = torch.bfloat16,
 ) -> WeightLedger:
     """Predict what `load` with these options holds, from config.json alone. Arguments and errors are those of `load`.
@@ -90,7 +93,7 @@ def predicted_weights(
         raise ValueError(f"{folder} is {stored}, so layers differ: load it, and count with measured_weights")
     model = empty_model(folder, dtype)  # on the meta device: shapes without bytes
     chosen = Candidate(*(stored or (codebook, block_size, double_quant)))
-    options = {} if chosen.codebook is None else options_of(model, chosen, None)
+    options = {} if chosen.codebook is None else options_of(model, chosen, None, as_names(also))
     if stored:  # its experts may lie there in 16 bits, as bitsandbytes leaves them
         files = files_of(folder)
         options = {path: o for path, o in options.items() if not is_stack(model, path) or f"{path}.{STATE}" in files}

@@ -8,6 +8,7 @@ Buffers are computed as `from_pretrained` does it: every parameter is marked as 
 
 import re
 from importlib.util import find_spec
+from inspect import getmodule, getsource
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_lab.files.strict_json import SWITCH, TEXT, check_keys, whole
-from qlora_lab.model.model_files import CONFIG, ModelError, read_config
+from qlora_lab.model.language_model import language_model
+from qlora_lab.model.model_files import CONFIG, PROCESSOR_FILES, ModelError, read_config
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 NO_CODE = {"trust_remote_code": False}  # else transformers asks the user, and a yes runs the folder's code
 NO_VALUE = "has no value: no file holds it and transformers does not compute it; please report this family"
@@ -31,35 +33,34 @@ DECODE_MXFP4 = (
 )
 UNKNOWN = "a \U0010fffd"  # a character that no vocabulary has
 MOST_BUFFERS = 2**30  # bytes; a mask for 8,192 positions has 64 MiB
-OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}  # part of a configuration -> what it reads
+VISION, SOUND = "vision_config", "audio_config"  # parts of a configuration: what reads images, and sound
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Build the model of `folder` on the meta device. Raises ModelError for an unsupported family."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
     stored_options(folder)  # for its errors, which are clearer than transformers'
     config = _config(folder)  # no code of the folder is run
-    _drop_pad_without_row(config)  # models with an added pad token
-    # With `kernels` installed, transformers would fetch what a folder names here from the hub, and run it.
-    config._attn_implementation = config._experts_implementation = None
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # meant for transformers' own loader
-    for part, what in OTHER_SENSES.items():
-        if hasattr(config, part):
-            raise ModelError(
-                f"this family ({config.model_type}) is not supported, because it reads {what} too: "
-                "save its language model alone with transformers"
-            )
+    for part in (config, *_parts(config)):
+        _drop_pad_without_row(part)  # models with an added pad token
+        # With `kernels` installed, transformers would fetch what a folder names here from the hub, and run it.
+        part._attn_implementation = part._experts_implementation = None
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # meant for transformers' own loader
+    if hasattr(config, SOUND):
+        raise _unsupported(config, "it reads sound too: save its language model alone with transformers")
     try:
         with torch.device("meta"):  # shapes without bytes
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
+            if hasattr(config, VISION):
+                model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **NO_CODE)
+            else:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error) and "custom code" not in str(error):
             raise
-        raise ModelError(
-            f"this family ({config.model_type}) is not supported, because transformers has no causal language model "
-            "of it: use one that AutoModelForCausalLM loads"
+        raise _unsupported(
+            config, "transformers has no causal language model of it: use one that AutoModelForCausalLM loads"
         ) from None
     except (*WRONG_VALUES, AssertionError, ImportError, RuntimeError) as error:
         raise _unusable(folder / "config.json", error) from None
@@ -68,7 +69,29 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except (*WRONG_VALUES, OSError, ValueError) as error:
             raise _unusable(file, error) from None
+    _check_decoder(model)
     return model
+
+
+def _parts(config: "PretrainedConfig") -> "list[PretrainedConfig]":
+    """Return the configurations inside that of a model that sees: of its language model, and of its vision tower."""
+    parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+    return [part for part in parts if hasattr(part, "model_type")]
+
+
+def _check_decoder(model: "PreTrainedModel") -> None:
+    """Raise ModelError for a model that is no decoder, or whose decoder cannot be told from what sees."""
+    config = model.config
+    if hasattr(config, VISION) and (config.is_encoder_decoder or not language_model(model)):
+        raise _unsupported(config, "no decoder of its own stands beside what sees: choose one that is built like LLaVA")
+    # BERT reads what comes after a token unless its configuration says is_decoder. GPT-NeoX has that switch, too, and
+    # no code that asks for it; Bart's decoder switches it on itself.
+    if getattr(config, "is_decoder", None) is False and "is_decoder" in getsource(getmodule(type(model))):
+        raise _unsupported(config, "it is an encoder, whose tokens read the ones after them: choose a decoder")
+
+
+def _unsupported(config: "PretrainedConfig", reason: str) -> ModelError:
+    return ModelError(f"this family ({config.model_type}) is not supported, because {reason}")
 
 
 def fields_of(folder: Path) -> dict:
@@ -146,7 +169,17 @@ def stored_options(folder: Path) -> tuple[str, int, bool] | str | None:
 
 
 def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of `folder`. Raises ModelError if it is unreadable, or needs its own code or sentencepiece."""
+    """Load the tokenizer of `folder`; that of a model that sees has a `processor`, None in a folder without its files.
+
+    Raises ModelError if either is unreadable, and for a tokenizer that needs its own code or sentencepiece.
+    """
+    tokenizer = _text_tokenizer(folder)
+    if VISION in fields_of(folder):
+        tokenizer.processor = processor_of(folder, tokenizer)
+    return tokenizer
+
+
+def _text_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # tokenizer.json is the whole truth. AutoTokenizer rebuilds some classes from their parts and loses a rule: with
@@ -180,6 +213,25 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
                 f"{folder} has no tokenizer.json: copy the tokenizer's files of this model there"
             ) from None
         raise
+
+
+def processor_of(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> "ProcessorMixin | None":
+    """Load the processor of `folder`, which turns pictures into numbers, around its tokenizer; None without its files.
+
+    Raises ModelError for files that cannot be used, or that need code of their own.
+    """
+    from transformers import AutoProcessor
+
+    files = [name for name in PROCESSOR_FILES if (folder / name).exists()]
+    if not files:
+        return None  # texts work without
+    try:
+        processor = AutoProcessor.from_pretrained(folder, **NO_CODE)
+        processor.image_processor  # noqa: B018 - a tokenizer alone has none
+    except (*WRONG_VALUES, OSError, ValueError, ImportError) as error:
+        raise _unusable(folder / files[-1], error) from None
+    processor.tokenizer = tokenizer  # read from tokenizer.json, see _text_tokenizer
+    return processor
 
 
 def _at_fault(folder: Path) -> str:

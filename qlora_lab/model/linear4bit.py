@@ -13,6 +13,7 @@ train() or eval().
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_lab.model import product_4bit, product_ops
 from qlora_lab.model.experts import gates
+from qlora_lab.model.language_model import beside, chosen_parts
 from qlora_lab.model.layer_kinds import as_matrix, is_conv1d, is_product, is_turned
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.quant.plan import Candidate, Plan, as_plan, of_layers
@@ -146,11 +148,23 @@ def head_path(model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if module is head), None)
 
 
-def left_alone(model: nn.Module) -> set[str]:
+def left_alone(model: nn.Module, also: Iterable[str] = ()) -> set[str]:
     """Return paths of modules not to quantise or adapt: head, routers, gates, and layers whose weight is used directly.
 
-    The source of the model's classes in transformers tells which those are.
+    The source of the model's classes in transformers tells which those are. In a model that sees, what stands beside
+    the language model is left alone, too, but for the parts named in `also` (language_model.py).
     """
+    chosen = chosen_parts(model, also, packable(model)) if also else set()
+    return _unfit(model) | (beside(model) - chosen)
+
+
+def packable(model: nn.Module) -> set[str]:
+    """Return paths of plain linear layers that compute alike when packed, wherever they stand."""
+    unfit = _unfit(model)
+    return {path for path, module in model.named_modules() if is_product(module) and path not in unfit}
+
+
+def _unfit(model: nn.Module) -> set[str]:
     last_names = {HEAD, *_used_directly(frozenset(type(module).__module__ for module in model.modules()))}
     head = head_path(model)
     return {
@@ -160,9 +174,9 @@ def left_alone(model: nn.Module) -> set[str]:
     } | gates(model)
 
 
-def linears_to_quantise(model: nn.Module) -> dict[str, nn.Module]:
+def linears_to_quantise(model: nn.Module, also: Iterable[str] = ()) -> dict[str, nn.Module]:
     """Return path -> layer for every plain linear layer that is not left alone (layer_kinds.py says what is plain)."""
-    kept = left_alone(model)
+    kept = left_alone(model, also)
     return {path: m for path, m in model.named_modules() if is_product(m) and path not in kept}
 
 

@@ -9,7 +9,7 @@ Not here: the folder (fetch.py), the empty model and its buffers (empty_model.py
 (adapters/lora.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from qlora_lab.model.empty_model import NO_VALUE, compute_buffers, dtypes_of, empty_model, stored_options, tokenizer_of
 from qlora_lab.model.fetch import KNOWN_MODELS, ModelError, resolve
+from qlora_lab.model.language_model import as_names
 from qlora_lab.model.linear4bit import linears_to_quantise
 from qlora_lab.model.out_of_memory import telling_memory
 from qlora_lab.model.packed import packed_tensors
@@ -47,6 +48,7 @@ def load(
     double_quant: bool = True,
     *,
     plan: Plan | str | Path | None = None,
+    also: Iterable[str] = (),
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -57,6 +59,8 @@ def load(
     not quantise. block_size, double_quant: see quantize. A folder that is quantised already keeps its own options.
     The layers of GPT-2, Conv1D, lie turned in its files, and are quantised as their transpose.
     plan: a Plan or its file, instead of these options, for layers that differ (quant/plan.py).
+    also: parts to quantise beside the language model of one that sees, such as LLaVA: "vision_tower". By default none:
+    they are few bytes, and every answer depends on them. Its tokenizer's `processor`, of transformers, reads pictures.
     dtype: of everything that is not quantised, and of the computation. None: bf16 where the machine multiplies it fast,
     else float32 (fp16 on an older GPU). What transformers always keeps in float32, such as DeepSeek's routing bias,
     stays so. device: None: a CUDA GPU if there is one.
@@ -75,17 +79,16 @@ def load(
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype={dtype} is not supported: choose torch.float32, torch.bfloat16 or torch.float16")
     options = Candidate(codebook, block_size, double_quant)
-    stored = check_options(folder, options, plan)
+    also = as_names(also)
+    stored = check_options(folder, options, plan, also)
     with telling_memory(lambda: _too_large(folder, stored is not None, codebook)):
         model = empty_model(folder, dtype)
         model.config._name_or_path = model.name_or_path = public_name(name_or_path)
         dtypes = dtypes_of(model, dtype)  # some tensors stay in float32
         compute_buffers(model, device)  # rotary frequencies and the like, which no file holds
-        if stored:
-            arriving = _mapped(model, folder, progress)
-        else:
-            chosen = {} if codebook is None and plan is None else options_of(model, options, plan)
-            arriving = _quantised(model, folder, chosen, device, dtypes, progress)
+        chosen = {} if codebook is None and plan is None else options_of(model, options, plan, also)
+        new = _quantised(model, folder, chosen, device, dtypes, progress)
+        arriving = _mapped(model, folder, progress) if stored else new
         # arriving yields one tensor at a time: it is in its place, or dropped, before the next one is read.
         placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in arriving}
         missing = set(model.state_dict()) - set(placed)  # a head that is its embedding
@@ -100,11 +103,17 @@ def load(
     return model.requires_grad_(False).eval(), tokenizer_of(folder)
 
 
-def check_options(folder: Path, options: Candidate, plan: Plan | None) -> tuple[str, int, bool] | str | None:
+def check_options(
+    folder: Path, options: Candidate, plan: Plan | None, also: tuple[str, ...] = ()
+) -> tuple[str, int, bool] | str | None:
     """Return stored_options. Raises ValueError for a folder that is quantised already, but not as it is asked for."""
     stored = stored_options(folder)
-    if stored and (plan is not None or options not in (DEFAULT, stored)):  # DEFAULT: nothing was asked for
-        other = "by a plan" if plan is not None else f"as {tuple(options)}"
+    if also and options.codebook is None and plan is None:
+        raise ValueError(
+            f"also={also[0]!r} is to be quantised, but codebook=None quantises nothing: leave out one of them"
+        )
+    if stored and (plan is not None or also or options not in (DEFAULT, stored)):  # DEFAULT: nothing was asked for
+        other = "by a plan" if plan is not None else f"with {also[0]}" if also else f"as {tuple(options)}"
         raise ValueError(f"{folder} is quantised as {stored}, not {other}: leave the options out, or load the original")
     return stored
 

@@ -32,6 +32,7 @@ class ModelError(RuntimeError):
 
 
 CONFIG = "config.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # how pictures become numbers; older, newer
 INDEX = "model.safetensors.index.json"
 # Limits above every published model, yet small enough to build on the meta device in seconds.
 LAYERS = 1_000
@@ -45,13 +46,15 @@ SIZES = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads"), WIDTH),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), 2**14),
     "vocab_size": VOCABULARY,
+    **dict.fromkeys(("image_size", "patch_size"), 2**14),  # pixels
 }
 COPY = "put a whole copy in its place"
 INDEX_MIB = 64  # the longest published has 13
 TOKENIZER_MIB = 128  # the longest published has 33
 
 NEEDED = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
-NEEDED += ("intermediate_size", "ffn_dim")  # at least 1: with 0 there is no model
+NEEDED += ("intermediate_size", "ffn_dim", "image_size", "patch_size")  # at least 1: with 0 there is no model
+PARTS = ("text_config", "vision_config")  # configurations of their own, in that of a model that sees
 DROPOUTS = ("hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 
@@ -73,6 +76,7 @@ CONFIG_RULES = {
     "model_type": or_null(TEXT),
     "rope_theta": _list_or_one(ABOVE_0),
     "rope_parameters": or_null(OBJECT),
+    **dict.fromkeys(PARTS, or_null(OBJECT)),
     "configuration_files": ELSEWHERE,
     **{name: _list_or_one(whole(int(name in NEEDED), most)) for name, most in SIZES.items()},
     **dict.fromkeys(DROPOUTS, or_null(PROBABILITY)),
@@ -99,6 +103,7 @@ OBJECTS = {  # file -> bytes at most
     "special_tokens_map.json": LARGEST,
     "added_tokens.json": LARGEST,
     "tokenizer_config.json": LARGEST,
+    **dict.fromkeys(PROCESSOR_FILES, LARGEST),
     "vocab.json": TOKENIZER_MIB * 2**20,
     "tokenizer.json": TOKENIZER_MIB * 2**20,
 }
@@ -123,11 +128,19 @@ def check_folder(folder: Path) -> None:
 def read_config(path: Path) -> dict:
     """Read a config.json. Raises ValueError, with the key, if it is not a configuration, or too large for one."""
     config = read_json(path, CONFIG_RULES, infinity=True)
+    _check_rotary(config, str(path))
+    for name in PARTS:
+        if isinstance(part := config.get(name), dict):
+            check_keys(part, CONFIG_RULES, f"{path}: {name}")
+            _check_rotary(part, f"{path}: {name}")
+    return config
+
+
+def _check_rotary(config: dict, where: str) -> None:
     rotary = config.get("rope_parameters") or {}
     for part in (rotary, *rotary.values()):  # some families have an object for each kind of layer
         if isinstance(part, dict):
-            check_keys(part, {"rope_theta": ABOVE_0}, f"{path}: rope_parameters")
-    return config
+            check_keys(part, {"rope_theta": ABOVE_0}, f"{where}: rope_parameters")
 
 
 def _check_small_files(folder: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from qlora_lab.model.experts import layout_of, stacks_of
 from qlora_lab.model.layer_kinds import is_turned
-from qlora_lab.model.linear4bit import head_path, linears_to_quantise
+from qlora_lab.model.linear4bit import head_path, packable
 from qlora_lab.model.model_files import ModelError
 from qlora_lab.model.stored import Stored, check_shape, files_of, opened_once, stored_tensors
 from qlora_lab.quant.quantize import dequantize
@@ -81,7 +81,7 @@ def packed_tensors(model: "PreTrainedModel", folder: Path) -> dict[str, Packed]:
     if not any(len(keys) > 1 for keys in parts.values()):
         raise ModelError(f"{folder} is quantised by its config.json, but not its tensors: mend one of the two")
     tensors = stored_tensors(model, folder, {name: files[keys[0]] for name, keys in parts.items()})
-    can_stay = {*linears_to_quantise(model), head_path(model), *stacks_of(model)}
+    can_stay = {*packable(model), head_path(model), *stacks_of(model)}
     turned = {path for path, module in model.named_modules() if is_turned(module)}
     turned |= {path for path in stacks_of(model) if layout_of(model.get_submodule(path.rpartition(".")[0])).turned}
     return {name: _packed(stored, parts, files, can_stay, turned) for name, stored in tensors.items()}

@@ -3,6 +3,8 @@
 In: a model, and a weight as its family keeps it. Out: packed weights, and packed modules in the places of the family's.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -35,14 +37,16 @@ def put(model: nn.Module, path: str, weight: Quantized) -> PackedModule:
     return packed
 
 
-def options_of(model: nn.Module, options: Candidate, plan: Plan | None) -> dict[str, Candidate]:
-    """Return path -> options for each layer and each stack to quantise.
+def options_of(
+    model: nn.Module, options: Candidate, plan: Plan | None, also: Iterable[str] = ()
+) -> dict[str, Candidate]:
+    """Return path -> options for each layer and each stack to quantise. also: parts beside the language model.
 
     A plan names linear layers; experts beside it are quantised as by default. Raises ValueError for a plan of another
     model, and for a model without anything to quantise.
     """
     # Plans come from a calibration of linear layers; experts see too few tokens each to be calibrated alike.
-    linears, stacks = linears_to_quantise(model), stacks_of(model)
+    linears, stacks = linears_to_quantise(model, also), stacks_of(model)
     if not linears and not stacks:
         raise nothing_to_quantise(model)
     numel = {path: layer.weight.numel() for path, layer in linears.items()}

@@ -12,7 +12,7 @@ Peak memory: one piece, quantised, and the largest tensor.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,11 @@ from qlora_lab.files.tensor_file import save_tensors
 from qlora_lab.model.empty_model import empty_model, fields_of, stored_options
 from qlora_lab.model.experts import is_stack, stacks_of
 from qlora_lab.model.fetch import resolve
+from qlora_lab.model.language_model import as_names
 from qlora_lab.model.layer_kinds import is_conv1d, out_and_in
 from qlora_lab.model.linear4bit import HEAD, head_path
 from qlora_lab.model.load import layer_sizes
-from qlora_lab.model.model_files import CONFIG, INDEX, TOKENIZER_FILES, ModelError
+from qlora_lab.model.model_files import CONFIG, INDEX, PROCESSOR_FILES, TOKENIZER_FILES, ModelError
 from qlora_lab.model.packed_module import packed_tensors_of
 from qlora_lab.model.quantised import options_of, quantised
 from qlora_lab.model.share_in_4_bits import Share, in_4_bits
@@ -51,7 +52,7 @@ PIECE = 2**30  # bytes of the original's tensors in a file: a quarter of it in m
 UNFINISHED = "quantizing.json"  # what an interrupted call was doing
 PLAN = "plan.json"
 OURS_ALONE = "not_for_bitsandbytes"  # in quantization_config: the reason
-COPIED = ["generation_config.json", "source.json", *TOKENIZER_FILES]
+COPIED = ["generation_config.json", "source.json", *TOKENIZER_FILES, *PROCESSOR_FILES]
 
 
 def quantize_folder(
@@ -62,11 +63,13 @@ def quantize_folder(
     double_quant: bool = True,
     *,
     plan: Plan | str | Path | None = None,
+    also: Iterable[str] = (),
     progress: bool = True,
 ) -> Path:
     """Write a quantised copy of a model to the folder `out`, or finish an interrupted one. Returns `out`.
 
     plan: a Plan or its file, instead of the options, for layers that differ (quant/plan.py). It is kept in the folder.
+    also: parts of a model that sees to quantise beside its language model; see load.
     `read_by` says which tools read the folder.
     Raises what `load` raises, FileExistsError for a folder that holds anything else, BlockingIOError for one that
     another process writes to, and ValueError for an empty path, a folder inside the model's, one that was begun from
@@ -80,19 +83,21 @@ def quantize_folder(
     with locked_folder(out, "quantize"):
         source = resolve(name_or_path, progress=progress)  # fetched if need be
         check_apart(out, source)  # what a name stands for
-        share = _quantize(source, out, Candidate(codebook, block_size, double_quant), plan, progress)
+        share = _quantize(source, out, Candidate(codebook, block_size, double_quant), plan, as_names(also), progress)
     share.warn_if_small(stacklevel=2)
     return out
 
 
-def _quantize(source: Path, out: Path, chosen: Candidate, plan: Plan | None, progress: bool) -> Share:
+def _quantize(
+    source: Path, out: Path, chosen: Candidate, plan: Plan | None, also: tuple[str, ...], progress: bool
+) -> Share:
     if already := stored_options(source):
         raise ModelError(f"{source} is in 4 bits already, as {already}: load it, or quantise its original")
     model = empty_model(source, torch.float32)  # names and shapes alone
     stored = stored_tensors(model, source)
-    options = options_of(model, chosen, plan)
+    options = options_of(model, chosen, plan, also)
     pieces = _pieces(stored)  # the same cut in each call, so an interrupted one can continue
-    work = chosen._asdict() | {"pieces": pieces}
+    work = chosen._asdict() | {"pieces": pieces, "also": list(also)}
     work |= {"source": _identity(source, stored), "plan": plan and {name: list(o) for name, o in options.items()}}
     _begin(out, work)
     weight_map = {}  # key -> the file that holds it
@@ -237,7 +242,7 @@ def _begin(out: Path, work: dict) -> None:
     if (out / CONFIG).exists() and not (out / UNFINISHED).exists():
         raise FileExistsError(f"{out} holds a model already: choose another folder")
     if (out / UNFINISHED).exists():
-        begun = read_object(out / UNFINISHED)
+        begun = {"also": []} | read_object(out / UNFINISHED)  # as versions without it began
         if not begun.keys() >= work.keys():
             raise FileExistsError(f"{out / UNFINISHED} is damaged, or another program's: choose another folder")
         if differing := [name for name in work if begun.get(name) != work[name]]:

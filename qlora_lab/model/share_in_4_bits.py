@@ -1,6 +1,7 @@
 """Count how much of a model is in 4 bits: only linear layers are, and some families keep most weights elsewhere.
 
-All parameters count but those of embeddings and head, which keep their precision in every model.
+All parameters count but those of embeddings and head, which keep their precision in every model. Of a model that sees
+the language model counts alone: its tower and its projector are left in their precision on purpose.
 """
 
 import warnings
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from qlora_lab.model.experts import layout_of
+from qlora_lab.model.language_model import beside, language_model
 from qlora_lab.model.layer_kinds import is_turned
 from qlora_lab.model.linear4bit import head_path
 from qlora_lab.model.packed_module import PackedModule
@@ -26,6 +28,7 @@ class Share(NamedTuple):
     weights: int
     others: tuple[str, ...]  # names of those that are not, largest first
     turned: int = 0  # layers and stacks that are quantised as their transpose: GPT-2's Conv1D, GPT-OSS's experts
+    sees: bool = False  # the model reads pictures, too, and only its language model is counted
 
     @property
     def part(self) -> float:
@@ -36,7 +39,8 @@ class Share(NamedTuple):
         return self.part >= ENOUGH
 
     def __str__(self) -> str:
-        said = f"{100 * self.part:.1f} % of the weights outside embeddings and head are in 4 bits"
+        whose = "the language model's" if self.sees else "the"
+        said = f"{100 * self.part:.1f} % of {whose} weights outside embeddings and head are in 4 bits"
         said += f", {self.turned} of the tensors as their transpose" * bool(self.turned)
         if self.is_enough:
             return said
@@ -51,13 +55,13 @@ class Share(NamedTuple):
 
 def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
     """Return the Share of `model`: of its packed weights, or of the paths in `layers` if it is not quantised yet."""
-    head = head_path(model)  # not counted, whatever it is called
+    left_out = beside(model) | {head_path(model)}  # the head, whatever it is called
     packed = 0
     total = 0
     others = Counter()
     turned = 0
     for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) or path == head:
+        if isinstance(module, nn.Embedding) or path in left_out:
             continue
         if isinstance(module, PackedModule):
             turned += is_turned(module)
@@ -71,7 +75,7 @@ def in_4_bits(model: nn.Module, layers: Collection[str] = ()) -> Share:
                 turned += is_turned(module) if layer == path else layout_of(module).turned
             else:
                 others[_pattern(f"{path}.{name}")] += parameter.numel()
-    return Share(packed, total, tuple(name for name, _ in others.most_common()), turned)
+    return Share(packed, total, tuple(name for name, _ in others.most_common()), turned, bool(language_model(model)))
 
 
 def _pattern(name: str) -> str:

@@ -1,12 +1,13 @@
 """Full fine-tuning: all weights learn, by float32 copies; a resume gives the same bytes; 4-bit weights are refused."""
 
+import json
 from copy import deepcopy
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_lab.adapters.adapter import learned
+from qlora_lab.adapters.adapter import learned, remove_adapter
 from qlora_lab.adapters.add_adapter import add_adapter
 from qlora_lab.adapters.peft_format import load_adapter, save_adapter
 from qlora_lab.data.dataset import collate, encode_all
@@ -77,6 +78,42 @@ def test_it_goes_through_its_folder(tmp_path, tiny_llama):
         want = model(IDS).logits
         folder = save_adapter(model, tmp_path / "adapter")
         assert torch.equal(load_adapter(fresh, folder)(IDS).logits, want)
+
+
+def test_a_part_learns_beside_packed_layers_and_goes_through_its_folder(tmp_path, tiny_llama, tokenizer):
+    fresh = quantize_linears(tiny_llama)
+    model = add_adapter(deepcopy(fresh), "full", parts="embed_tokens")
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    assert list(learned(model)) == list(learned(deepcopy(model))) == ["model.embed_tokens.weight"]
+    run = train(model, tokenizer, tmp_path / "run")
+    moved = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+    assert moved == {"model.embed_tokens.weight"}
+    again = load_adapter(fresh, run.adapter)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert [name for name, p in again.named_parameters() if p.requires_grad] == ["model.embed_tokens.weight"]
+    with pytest.raises(ValueError, match="embed_tokens of this model learned, so there is no base"):
+        remove_adapter(again)
+
+
+def test_parts_that_are_none_are_told(tmp_path, tiny_llama):
+    with pytest.raises(ValueError, match="is called 'projector': choose from embed_tokens, layers, norm"):
+        add_adapter(tiny_llama, "full", parts=["norm", "projector"])
+    with pytest.raises(ValueError, match="packed in 4: load it with codebook=None"):
+        add_adapter(quantize_linears(tiny_llama), "full", parts="layers")
+    folder = save_adapter(add_adapter(tiny_llama, "full", parts="norm"), tmp_path / "norm")
+    other = deepcopy(tiny_llama)
+    with pytest.raises(ValueError, match="has parts="):
+        load_adapter(add_adapter(remake(other), "full", parts="embed_tokens"), folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"parts": 3}))
+    with pytest.raises(ValueError, match="has parts=3: it must be a list of names of modules"):
+        load_adapter(remake(other), folder)
+
+
+def remake(model):
+    """The model without the mark of what learns in it."""
+    del model.full_tuning
+    return model.requires_grad_(False)
 
 
 def test_packed_weights_are_refused(tiny_llama):

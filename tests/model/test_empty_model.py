@@ -105,8 +105,11 @@ def test_no_call_of_the_library_leaves_the_question_to_transformers():
             {"model_type": "t5"},
             r"this family \(t5\) is not supported, because transformers has no causal language model",
         ),
-        ({"model_type": "llava"}, r"this family \(llava\) is not supported, because it reads images too: save its"),
-        ({"model_type": "gemma3"}, r"this family \(gemma3\) is not supported, because it reads images too"),
+        ({"model_type": "bert"}, r"this family \(bert\) is not supported, because it is an encoder, whose tokens read"),
+        ({"model_type": "git"}, r"this family \(git\) is not supported, because no decoder of its own stands beside"),
+        ({"model_type": "gemma3n"}, r"this family \(gemma3n\) is not supported, because it reads sound too: save its"),
+        ({"model_type": "llava", "text_config": {"hidden_size": 0}}, r"config.json: text_config has hidden_size=0: it"),
+        ({"model_type": "llava", "vision_config": {"patch_size": 0}}, r"config.json: vision_config has patch_size=0"),
     ],
 )
 def test_what_is_not_supported_is_told_in_one_line(folder, fields, message):
