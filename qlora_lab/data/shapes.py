@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qlora_lab.files.replace import replacing_folder
 from qlora_lab.quant.numbers import check_seed, check_whole
 
 NAME = "toy-shapes"
@@ -44,7 +45,10 @@ SIDES = {  # its three cells, as (row, column)
 ASKED = {"colour": "Which colour?", "shape": "Which shape?", "number": "How many?", "side": "Which side?"}
 WORDS = {"colour": tuple(COLOURS), "shape": SHAPES, "number": NUMBERS, "side": tuple(SIDES)}
 FINER = 4  # samples a pixel in each direction, or edges would be stairs
+RECORDS = "questions.jsonl"
 NOISE = 8  # of 255, standard deviation
+
+BLANK = np.full((SIZE, SIZE, 3), 127, np.uint8)  # a picture of nothing
 
 
 class Scene(NamedTuple):
@@ -159,6 +163,25 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         turn = (np.arctan2(x, -y) / (2 * np.pi) * 5) % 1  # from one of five tips to the next
         return distance <= 0.42 + 0.58 * np.abs(2 * turn - 1)
     return (distance <= 1) & (distance >= (0.55 if shape == "ring" else 0))
+
+
+def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = False) -> Path:
+    """Write pictures and a file of records for `load_data`; returns the file. Every scene is asked one question.
+
+    The four questions take turns. blank: every picture is an empty gray one, so only words are left to learn from.
+    """
+    from PIL import Image
+
+    lines = []
+    with replacing_folder(folder) as new:
+        for number, scene in enumerate(scenes):
+            question, answer = questions(scene)[list(ASKED)[number % len(ASKED)]]
+            picture = BLANK if blank else draw(scene)
+            Image.fromarray(picture).save(new / f"{number:05d}.png")
+            record = {"image": f"{number:05d}.png", "instruction": f"<image>\n{question}", "output": answer}
+            lines.append(json.dumps(record))
+        (new / RECORDS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Path(folder) / RECORDS
 
 
 def frequent_answers(train: Iterable[Scene], test: Sequence[Scene]) -> dict[str, float]:
