@@ -40,6 +40,8 @@ PLAIN_TEMPLATE = (
 )
 DEVELOPER = re.compile(r"""["']developer["']""")  # a template that knows this role compares a role with it
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PART = re.compile(r"""\btype\b""")  # a template that reads parts asks for their type
+PROBE = "4"
 DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")  # strftime's: %d, %-d
 # Replaces transformers' clock by the run's. A macro, since transformers passes no functions to a template. It ends in
 # an empty expression, because Jinja drops a line break after a block.
@@ -87,6 +89,7 @@ class ChatTemplate:
     tokenizer: "Tokenizer"
     clock: datetime | None = None  # the time that the template writes; None: that of each call
     parts: Parts = Parts()  # of the conversation: what it gets beside roles and texts
+    marks: frozenset[str] = frozenset()  # control tokens that stand for a picture, which messages may hold as tokens
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
@@ -97,15 +100,16 @@ class ChatTemplate:
         if spelt:
             raise ValueError(f"a tool, a tool call or a thought spells the control token {spelt[0]!r}: leave it out")
 
-    def of(self, parts: Parts) -> "ChatTemplate":
-        """Return the template for a conversation with these parts."""
-        return self if parts == self.parts else replace(self, parts=parts)
+    def of(self, parts: Parts, marks: frozenset[str] = frozenset()) -> "ChatTemplate":
+        """Return the template for a conversation with these parts, and with pictures that take these marks."""
+        same = parts == self.parts and marks == self.marks
+        return self if same else replace(self, parts=parts, marks=marks)
 
     @cached_property
     def control(self) -> dict[str, int]:
         """Text -> id of the tokens that steer a model; no message may contain one as a token."""
         added = self.tokenizer.added_tokens_decoder
-        return {token.content: number for number, token in added.items() if token.special}
+        return {t.content: number for number, t in added.items() if t.special and t.content not in self.marks}
 
     @cached_property
     def control_names(self) -> dict[int, str]:
@@ -145,8 +149,14 @@ class ChatTemplate:
         messages = []
         for i, (role, content) in enumerate(turns):
             fields = {names.get(name, name): value for name, value in parts.turns.get(i, {}).items()}
-            messages.append({"role": roles.get(role, role), "content": content} | fields)
+            shown = [{"type": "text", "text": content}] if self._takes_parts else content
+            messages.append({"role": roles.get(role, role), "content": shown} | fields)
         return messages
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template shows a text only as a list of parts, as LLaVA's does: found out by trying."""
+        return bool(PART.search(self.source)) and _is_shown(self, [{"type": "text", "text": PROBE}])
 
     @cached_property
     def _options(self) -> dict:
@@ -286,6 +296,19 @@ class ChatTemplate:
             opening = f"{turns[0][0]}: {turns[0][1][:60]!r}"
             said = " ".join(str(error).split())[:LONGEST]
             raise ValueError(f"the chat template refuses the conversation that begins {opening}: {said}") from error
+
+
+def _is_shown(template: ChatTemplate, content: list | str) -> bool:
+    """Tell whether a template shows a question in this form, and not as a text. Templates that fail show nothing."""
+
+    def shown(content: list | str) -> bool:
+        messages = [{"role": "user", "content": content}]
+        try:
+            return PROBE in template.tokenizer.apply_chat_template(messages, tokenize=False, **template._options)
+        except Exception:  # a template is somebody's program
+            return False
+
+    return not shown(PROBE) and shown(content)
 
 
 def ends(turns: Turns, places: list[Place], calling: Container[int] = ()) -> dict[int, int]:

@@ -25,11 +25,13 @@ from qlora_lab.data.labels import (
     IGNORED,
     Encoded,
     Notes,
-    encode as encode,  # callers take these three from here
+    encode as encode,  # callers take these from here
     encode_within,
     end_token_id as end_token_id,
     prompt_ids as prompt_ids,
+    prompt_of as prompt_of,
 )
+from qlora_lab.data.pictures import picture_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -167,14 +169,19 @@ def show_labels(encoded: Encoded, tokenizer: "Tokenizer") -> list[tuple[str, boo
 
 
 def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad examples on the right: input_ids, attention_mask and labels, each (batch, longest of this batch) int64."""
+    """Pad examples on the right: input_ids, attention_mask and labels, each (batch, longest of this batch) int64.
+
+    With pictures also what picture_inputs returns, and its errors.
+    """
     rows = [torch.tensor(encoded.input_ids) for encoded in batch]  # (length,) each
     labels = [torch.tensor(encoded.labels) for encoded in batch]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
     return {
-        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_id),
+        "input_ids": input_ids,
         # From the lengths, not from `input_ids != pad_id`: where pad and end are one token, that would mask real ends.
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        **picture_inputs((encoded.pictures for encoded in batch), input_ids),
     }
 
 

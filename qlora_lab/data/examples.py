@@ -11,10 +11,10 @@ There are four forms; the keys of a record tell which it is:
 Of a completion record, the answers in its prompt are shown but not learned. The text of a turn may be a list of parts:
 [{"type": "text", "text": ...}, ...].
 
-A record may also have `system` (a text), Alpaca's `history` ([[question, answer], ...]) and `tools`; an answer may have
-`tool_calls` and `reasoning_content` (tool_calls.py). A turn with `weight`: 0 or `train`: false is shown but not learned
-(fields.py). Fields that ask for something unsupported, such as images, are refused by name. All others are ignored, and
-the doctor lists their names.
+A record may also have `system` (a text), Alpaca's `history` ([[question, answer], ...]), `tools`, and `image`
+or `images` (a path, or a list of them; pictures.py); an answer may have `tool_calls` and `reasoning_content`
+(tool_calls.py). A turn with `weight`: 0 or `train`: false is shown but not learned (fields.py). Fields that ask for
+something unsupported, such as sound, are refused by name. All others are ignored, and the doctor lists their names.
 
 White space after a text is dropped, and so are blank lines or a single space before it. The indentation of its first
 line stays, because it matters in code. (Templates that trim, such as Llama 3's, drop it later.) Answers before the
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_lab.data.fields import SWITCHES, is_empty, is_learned, printable, refuse_unsupported, unused_fields
+from qlora_lab.data.pictures import FIELDS, PLACEHOLDER, check_placeholders, picture_paths
 from qlora_lab.data.records import records
 from qlora_lab.data.tool_calls import THOUGHT, Parts, read_fields, read_tools
 
@@ -66,6 +67,7 @@ class Example:
     parts: Parts = Parts()  # tools, and what turns hold beside their texts
     unused: tuple[str, ...] = field(default=(), compare=False, repr=False)  # ignored fields of the record
     place: str = field(default="", compare=False, repr=False)  # "data.jsonl, line 3"
+    pictures: tuple[Path, ...] = ()  # image files, in the order of <image> in the texts
 
     def __post_init__(self) -> None:
         for role, content in self.messages:
@@ -81,6 +83,7 @@ class Example:
         earlier_answers = {i for i, (role, _) in enumerate(self.messages[:-1]) if role == "assistant"}
         if not set(self.not_learned) <= earlier_answers:
             raise ValueError(f"not_learned={self.not_learned} is not allowed: give positions of earlier answers")
+        check_placeholders(self.messages, self.pictures)
         _check_results(self)
 
     @property
@@ -137,9 +140,10 @@ def read_examples(source: str | Path | Iterable, skip_bad: bool = False) -> Exam
     skip_bad: leave such records out; ValueError if no other is left.
     """
     examples = Examples()
+    folder = Path(source).parent if isinstance(source, (str, Path)) else Path()  # where its pictures are named from
     for place, read in records(source):
         try:
-            examples.append(_read(read, place))
+            examples.append(_read(read, place, folder))
         except ValueError as error:
             if not skip_bad:
                 raise
@@ -161,10 +165,10 @@ def last_answer_only(examples: Iterable[Example]) -> Examples:
     return kept
 
 
-def _read(read: Callable[[], Any], place: str) -> Example:
+def _read(read: Callable[[], Any], place: str, folder: Path) -> Example:
     record = read()  # its errors name the place
     try:
-        return record if isinstance(record, Example) else to_example(record, place)
+        return record if isinstance(record, Example) else to_example(record, place, folder)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
 
@@ -175,14 +179,19 @@ def check_any_left(skipped: Sequence[str]) -> None:
         raise ValueError(f"none of the {len(skipped):,} records can be used; the first: {skipped[0]}")
 
 
-def to_example(record: Any, place: str = "") -> Example:
-    """Make an Example of a record in any of the forms. Raises ValueError for another, or one without answer."""
+def to_example(record: Any, place: str = "", folder: Path = Path()) -> Example:  # noqa: B008 - frozen
+    """Make an Example of a record in any of the forms. Raises ValueError for another, or one without answer.
+
+    folder: where its pictures are named from.
+    """
     if not isinstance(record, Mapping):
         raise ValueError(f"expected a JSON object in the form of {FORMS}, found {type(record).__name__}")
     refuse_unsupported(record, "record")  # first: its error is the clearest
     example = _in_its_form(record, place)
-    tools = read_tools(record)
-    return replace(example, parts=replace(example.parts, tools=tools)) if tools else example
+    if tools := read_tools(record):
+        example = replace(example, parts=replace(example.parts, tools=tools))
+    pictures = picture_paths(record, folder)
+    return replace(example, pictures=pictures) if pictures else example
 
 
 def _in_its_form(record: Mapping, place: str) -> Example:
@@ -204,7 +213,7 @@ def _alpaca(record: dict, place: str) -> Example:
     parts = _text(record, "instruction"), _optional_text(record, "input")
     question = "\n\n".join(part for part in parts if part)
     turns = [*_system(record), *_history(record), ("user", question), ("assistant", _text(record, "output"))]
-    unused = unused_fields(record, ("instruction", "input", "output", "system", "history", "weight", "tools"))
+    unused = unused_fields(record, ("instruction", "input", "output", "system", "history", "weight", "tools", *FIELDS))
     return Example(tuple(turns), unused=unused, place=place)
 
 
@@ -244,7 +253,7 @@ def _conversation(record: dict, turns: list[Turn], unused: set[str], used: tuple
         turns.pop()  # nothing after the last learned answer changes what is learned
     not_learned = tuple(i for i, turn in enumerate(turns) if turn.role == "assistant" and not turn.learned)
     parts = Parts({i: turn.fields for i, turn in enumerate(turns) if turn.fields})
-    unused |= set(unused_fields(record, (*used, "system", "weight", "tools")))
+    unused |= set(unused_fields(record, (*used, "system", "weight", "tools", *FIELDS)))
     texts = tuple((turn.role, turn.text) for turn in turns)
     return Example(texts, not_learned, parts, tuple(sorted(unused)), place)
 
@@ -277,11 +286,13 @@ def _joined(content: Any) -> Any:
         return content
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image" and len(part) == 1:  # as transformers' templates take it; its path is in 'images'
+            continue
         if kind != "text" or not isinstance(part.get("text"), str):
             raise ValueError(
                 f"a part of the content is {_shown(part)}, but only {TEXT_PART} can be learned: leave it out"
             )
-    return "".join(part["text"] for part in content)
+    return "".join(part.get("text", PLACEHOLDER) for part in content)
 
 
 def _system(record: dict) -> list[tuple[str, str]]:

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 SWITCHES = ("weight", "train", "training", "loss")  # of a turn: 0 or false means shown but not learned
 # Reasons, which end up in errors.
 TOOLS = "tools are read from 'tools' of a record, calls from 'tool_calls' of an answer, results from turns of 'tool'"
-MEDIA = "images, sound and video cannot be learned here"
+MEDIA = "sound and video cannot be learned here"
+PICTURES = "pictures are read from 'image' or 'images' of the record, and stand where <image> is in a text"
 PREFERENCES = "preferences cannot be learned here"
 PARTS = "a turn is learned as a whole or not at all"
 THOUGHTS = "thoughts are read from 'reasoning_content', or from the text as <think>...</think>"
@@ -19,13 +20,14 @@ OPTIONS = "a record cannot set options of the template"
 UNSUPPORTED = {
     **dict.fromkeys(("functions", "function_call"), TOOLS),
     "documents": "documents beside the texts cannot be learned here",
-    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), MEDIA),
+    **dict.fromkeys(("audio", "audios", "video", "videos"), MEDIA),
     **dict.fromkeys(("chosen", "rejected", "kto_tag", "rejected_response"), PREFERENCES),
     **dict.fromkeys(("train_detail", "training_detail", "loss_scale"), PARTS),
     **dict.fromkeys(("chat_template", "chat_template_kwargs"), OPTIONS),
 }
 UNSUPPORTED_IN_RECORDS = UNSUPPORTED | dict.fromkeys(("tool_calls", "tool_call_id"), TOOLS)
-UNSUPPORTED_IN_TURNS = UNSUPPORTED | {"tools": TOOLS} | dict.fromkeys(("thinking", "reasoning"), THOUGHTS)
+UNSUPPORTED_IN_TURNS = UNSUPPORTED | dict.fromkeys(("image", "images"), PICTURES)
+UNSUPPORTED_IN_TURNS |= {"tools": TOOLS} | dict.fromkeys(("thinking", "reasoning"), THOUGHTS)
 
 
 def refuse_unsupported(values: dict, where: str) -> None:

@@ -10,12 +10,13 @@ Not here: where an answer stands (chat_template.py); tokens of a text (tokens.py
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from qlora_lab.data.chat_template import Answer, ChatTemplate, Span, ends
 from qlora_lab.data.examples import Example, Turns
+from qlora_lab.data.pictures import Picture, expanded
 from qlora_lab.data.tokens import Tokens, encode_messages_as_text, end_prompt_at, tokenise
 from qlora_lab.data.tool_calls import Parts
 
@@ -61,6 +62,7 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]  # as many: the id again where it is learned, IGNORED elsewhere
     notes: Notes = field(default=Notes(), compare=False, repr=False)
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def answer_tokens(self) -> int:
@@ -85,6 +87,22 @@ def prompt_ids(
     if template.is_spelt_in(messages):
         encode_messages_as_text(tokens, messages, template.places(messages, tokens.text, opens_answer=True), template)
     return tokens.ids
+
+
+def prompt_of(example: Example, tokenizer: "Tokenizer") -> tuple[list[int], tuple[Picture, ...]]:
+    """Return the tokens of prompt_ids and the pictures that a model gets before the last answer of `example`."""
+    turns, pictures, marks = expanded(example.prompt, example.pictures, tokenizer)
+    if not pictures:
+        return prompt_ids(turns, tokenizer, parts=example.parts), ()
+    template = ChatTemplate(tokenizer, None, example.parts, marks)
+    _check_unspelt(turns, template)
+    return tokenise(template.render(turns, opens_answer=True), tokenizer).ids, pictures
+
+
+def _check_unspelt(turns: Turns, template: ChatTemplate) -> None:
+    """Raise ValueError for a text that spells a control token: encoded anew as text, it would take the marks along."""
+    if template.is_spelt_in(turns):
+        raise ValueError("a text beside pictures spells a control token: leave it out")
 
 
 def encode(example: Example, tokenizer: "Tokenizer", clock: datetime | None = None) -> Encoded:
@@ -116,13 +134,16 @@ def end_token_id(tokenizer: "Tokenizer") -> int:
 
 
 def _encode(example: Example, template: ChatTemplate, max_length: int | None) -> Encoded | int:
-    turns = example.messages
-    template = template.of(example.parts)
+    turns, pictures, marks = expanded(example.messages, example.pictures, template.tokenizer)
+    example = replace(example, messages=turns, pictures=()) if pictures else example
+    template = template.of(example.parts, marks)
     tokens = tokenise(template.render(turns), template.tokenizer)
     if max_length is not None and len(tokens.ids) > max_length:
         return len(tokens.ids)
     places = template.places(turns, tokens.text)
     spelt = template.is_spelt_in(turns)  # text that looks like a control token must not act as one
+    if pictures:
+        _check_unspelt(turns, template)
     control_texts = encode_messages_as_text(tokens, turns, places, template) if spelt else 0
     hidden = template.hidden_thoughts(turns, places)
     closed = ends(turns, places, example.parts.calling)  # turn -> where its content ends
@@ -139,7 +160,7 @@ def _encode(example: Example, template: ChatTemplate, max_length: int | None) ->
     for start, stop in _learned_spans(example, learned, tokens, closed, template.control_names):
         positions = tokens.within(start, stop)  # a slice of tokens
         labels[positions] = tokens.ids[positions]
-    return Encoded(tokens.ids, labels, _notes(example, learned, control_texts))
+    return Encoded(tokens.ids, labels, _notes(example, learned, control_texts), pictures)
 
 
 def _check_shown(turns: Turns, closed: dict[int, int]) -> None:

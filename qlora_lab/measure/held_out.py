@@ -3,10 +3,11 @@
 Measuring changes no weight, no gradient, no random state and no training flag. (In some libraries it does.)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.data.dataset import encode_all, end_token_id, prompt_ids, to_device
+from qlora_lab.data.dataset import encode_all, end_token_id, prompt_of, to_device
 from qlora_lab.data.examples import Example
+from qlora_lab.data.pictures import Picture, picture_inputs
 from qlora_lab.measure.rouge import rouge_l
 from qlora_lab.model.modes import measuring
 from qlora_lab.model.token_dependence import reads_padding
@@ -58,12 +60,20 @@ def held_out(
 
 
 def generate(
-    model: torch.nn.Module, tokenizer: "Tokenizer", question: str, max_new_tokens: int = 128, *, progress: bool = True
+    model: torch.nn.Module,
+    tokenizer: "Tokenizer",
+    question: str,
+    max_new_tokens: int = 128,
+    *,
+    pictures: Iterable[str | Path] = (),
+    progress: bool = True,
 ) -> str:
-    """Answer a user's question greedily, under the tokenizer's chat template. Raises what held_out raises."""
-    check_whole("max_new_tokens", max_new_tokens)
-    rows = [prompt_ids((("user", question),), tokenizer)]
-    return answers_to(model, tokenizer, rows, max_new_tokens, progress)[0]
+    """Answer a user's question greedily, under the tokenizer's chat template. Raises what held_out raises.
+
+    pictures: image files for a model that sees, in the order of `<image>` in the question, which stands for each.
+    """
+    asked = Example((("user", question), ("assistant", "")), pictures=tuple(map(Path, pictures)))  # only asked
+    return generate_answers(model, tokenizer, [asked], max_new_tokens, progress=progress)[0]
 
 
 def generate_answers(
@@ -76,8 +86,9 @@ def generate_answers(
 ) -> list[str]:
     """Answer the prompts of `examples` greedily. Special tokens and outer white space are stripped."""
     check_whole("max_new_tokens", max_new_tokens)
-    rows = [prompt_ids(example.prompt, tokenizer, parts=example.parts) for example in examples]
-    return answers_to(model, tokenizer, rows, max_new_tokens, progress)
+    prompts = [prompt_of(example, tokenizer) for example in examples]
+    rows = [row for row, _ in prompts]
+    return answers_to(model, tokenizer, rows, max_new_tokens, progress, pictures=[shown for _, shown in prompts])
 
 
 def answers_to(
@@ -87,8 +98,12 @@ def answers_to(
     max_new_tokens: int,
     progress: bool,
     around: Callable[[list[int]], AbstractContextManager] | None = None,
+    pictures: Sequence[Sequence[Picture]] = (),
 ) -> list[str]:
-    """Answer rows of tokens greedily. around: numbers of the rows in a batch -> what to enter while it is answered."""
+    """Answer rows of tokens greedily. around: numbers of the rows in a batch -> what to enter while it is answered.
+
+    pictures: those of each row, if any row has some.
+    """
     from transformers import GenerationConfig  # heavy, so not at the top
 
     check_tokens(model, tokenizer, {token for row in rows for token in row})
@@ -102,7 +117,9 @@ def answers_to(
     answers = {}  # number of the row -> text
     with measuring(model), _own_configuration_aside(model):
         for chosen in tqdm(batches, "answers", unit="batch", leave=False, disable=not progress):
-            batch = to_device(_left_padded([rows[i] for i in chosen], fill), model)
+            batch = _left_padded([rows[i] for i in chosen], fill)
+            batch |= picture_inputs([pictures[i] for i in chosen], batch["input_ids"]) if pictures else {}
+            batch = to_device(batch, model)
             with around(chosen) if around else nullcontext():
                 generated = model.generate(**batch, generation_config=greedy)  # (batch, prompt + answer)
             new = generated[:, batch["input_ids"].shape[1] :].tolist()  # (batch, at most max_new_tokens)

@@ -176,6 +176,8 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
     tokenizer = _text_tokenizer(folder)
     if VISION in fields_of(folder):
         tokenizer.processor = processor_of(folder, tokenizer)
+        # Older folders keep the template beside the processor, where a tokenizer does not look.
+        tokenizer.chat_template = tokenizer.chat_template or getattr(tokenizer.processor, "chat_template", None)
     return tokenizer
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lab.adapters.virtual_tokens import virtual_tokens
-from qlora_lab.data.dataset import IGNORED, Encoded
+from qlora_lab.data.dataset import IGNORED, Encoded, collate
 from qlora_lab.model.modes import measuring
 from qlora_lab.train.loss import answer_loss
 
@@ -62,6 +62,22 @@ def check_tokens(model: nn.Module, tokenizer: "Tokenizer", ids: Collection[int])
 def used_tokens(encoded: Iterable[Encoded]) -> set[int]:
     """All ids that a step reads or learns."""
     return {token for example in encoded for token in (*example.input_ids, *example.labels)} - {IGNORED}
+
+
+def check_pictures(model: nn.Module, encoded: Iterable[Encoded]) -> None:
+    """Raise ValueError if the model cannot read the first example with pictures, by trying: its tower decides."""
+    example = next((example for example in encoded if example.pictures), None)
+    if example is None:
+        return
+    try:
+        with measuring(model):
+            answer_loss(model, collate([example], 0))
+    except (ValueError, TypeError, RuntimeError) as error:  # TypeError: a model of texts takes no pixel_values
+        reason = " ".join(str(error).split())
+        fix = "use the processor of this model, which resizes pictures to what its tower takes"
+        raise ValueError(
+            f"{type(model).__name__} cannot read {example.pictures[0].path} ({reason:.120}): {fix}"
+        ) from None
 
 
 def check_length(model: nn.Module, length: int, row: str, advice: str) -> None:

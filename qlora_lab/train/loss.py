@@ -8,7 +8,7 @@ Only positions with a label go through the head: one in eleven for a prompt of 1
 does a fifth of SmolLM2's multiplications and, with a vocabulary of 49,152, takes most of its memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -88,14 +88,22 @@ def summed_loss(model: torch.nn.Module, encoded: list[Encoded], progress: bool =
     """Return (sum of cross entropies in nats, number of answer tokens) of held-out examples."""
     by_length = sorted(encoded, key=lambda example: len(example.input_ids))  # alike in length: little padding
     parts = [by_length[start : start + BATCH_SIZE] for start in range(0, len(by_length), BATCH_SIZE)]
-    losses = batch_losses(model, [collate(part, pad_id=0) for part in parts], "held-out loss", progress)
+    batches = (collate(part, pad_id=0) for part in parts)  # one at a time: pictures are large
+    losses = batch_losses(model, batches, "held-out loss", progress, len(parts))
     return sum(loss for loss, _ in losses), sum(labels for _, labels in losses)
 
 
 def batch_losses(
-    model: torch.nn.Module, batches: list[dict[str, torch.Tensor]], title: str, progress: bool = True
+    model: torch.nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    title: str,
+    progress: bool = True,
+    count: int | None = None,
 ) -> list[tuple[float, int]]:
-    """Return (sum of cross entropies in nats, number of labels) of each batch; `title` labels the progress bar."""
+    """Return (sum of cross entropies in nats, number of labels) of each batch; `title` labels the progress bar.
+
+    count: of the batches, for the bar, if they are no list.
+    """
     with measuring(model):
-        bar = tqdm(batches, title, unit="batch", leave=False, disable=not progress)
+        bar = tqdm(batches, title, count, unit="batch", leave=False, disable=not progress)
         return [(loss.item(), labels) for loss, labels in (answer_loss(model, batch) for batch in bar)]

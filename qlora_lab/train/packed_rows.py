@@ -24,7 +24,12 @@ from qlora_lab.train.rounding import tolerance
 
 
 def check_packing(model: nn.Module, encoded: list[Encoded], capacity: int) -> None:
-    """Raise ValueError if rows of `capacity` tokens would hold several examples, and the model mixes them."""
+    """Raise ValueError if rows of `capacity` tokens would hold several examples, and the model mixes them.
+
+    Examples with pictures are refused: how a family counts the places of their patches in a shared row is its own.
+    """
+    if any(example.pictures for example in encoded):
+        raise ValueError("examples with pictures cannot be packed: leave out packing (--packing)")
     shortest = sorted(encoded, key=lambda example: len(example.input_ids))[:2]  # if these do not fit, no two do
     share_a_row = len(shortest) == 2 and sum(len(example.input_ids) for example in shortest) <= capacity
     if share_a_row and (fault := packing_fault(model, *shortest)):

@@ -124,8 +124,9 @@ def _data_follow(saved: dict, now: dict, encoded: list[Encoded]) -> bool:
 
 
 def examples_checksum(encoded: list[Encoded]) -> str:
-    """SHA-256 over tokens and labels of all examples, in their order."""
-    return hashlib.sha256(repr([(example.input_ids, example.labels) for example in encoded]).encode()).hexdigest()
+    """SHA-256 over tokens, labels and pictures of all examples, in their order."""
+    rows = [(e.input_ids, e.labels, *(picture.sha256 for picture in e.pictures)) for e in encoded]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
 def differences(saved: dict, now: dict, prefix: str = "") -> list[str]:

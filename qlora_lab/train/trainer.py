@@ -48,7 +48,7 @@ from qlora_lab.train.distributed import (
 from qlora_lab.train.failures import explaining_errors, last_saved, where_not_finite
 from qlora_lab.train.identity import adopt_arithmetic, arithmetic, own_threads
 from qlora_lab.train.interrupt import Interrupt, waiting
-from qlora_lab.train.limits import check_length, check_tokens, fill_id, used_tokens
+from qlora_lab.train.limits import check_length, check_pictures, check_tokens, fill_id, used_tokens
 from qlora_lab.train.loop import shuffled, step_seed
 from qlora_lab.train.lora_plus import rate_groups, set_rates
 from qlora_lab.train.loss import accumulate, summed_loss
@@ -136,8 +136,7 @@ class Training:
         self._state: RunState | None = None  # until the run begins
         examples = load_data(data, skip_bad=skip_bad, progress=progress)
         if settings.last_answer_only:
-            examples = last_answer_only(examples)
-            held_out = last_answer_only(held_out)
+            examples, held_out = last_answer_only(examples), last_answer_only(held_out)
         needed = settings.steps * settings.batch_size  # examples; encoding takes about 1 ms each
         self._clock = run_clock(self.folder, tokenizer, resume)  # for templates that write the date
         how = {"progress": progress, "clock": self._clock}
@@ -155,6 +154,7 @@ class Training:
         check_tokens(self.model, tokenizer, used_tokens(everything))
         longest = max(len(example.input_ids) for example in everything)
         check_length(self.model, longest, "an example", "leave it out by a lower max_length (--max-length)")
+        check_pictures(self.model, everything)
         if self.settings.packing:
             check_packing(self.model, self._encoded, self.settings.max_length)
 
@@ -397,4 +397,4 @@ def _optimizer(model: torch.nn.Module, settings: Settings, folder: Path) -> torc
 
 def _silent(example: Encoded) -> Encoded:
     """The example with nothing to learn: a row for a process that would have none."""
-    return Encoded(example.input_ids, [IGNORED] * len(example.labels))
+    return replace(example, labels=[IGNORED] * len(example.labels))

@@ -149,7 +149,11 @@ def test_a_developer_leads_as_a_system_does():
             chat(("user", "a"), ("assistant", "b"), functions=[{"name": "f"}]),
             "the record has 'functions', but tools are",
         ),
-        (ALPACA | {"images": ["a.png"]}, "the record has 'images', but images, sound and video cannot"),
+        (ALPACA | {"videos": ["a.mp4"]}, "the record has 'videos', but sound and video cannot"),
+        (
+            chat(("user", "a", {"image": "a.png"}), ("assistant", "b")),
+            "the turn has 'image', but pictures are read from",
+        ),
         (ALPACA | {"rejected": "5"}, "the record has 'rejected', but preferences cannot"),
         (ALPACA | {"weight": 0.5}, "the record has 'weight': 0.5, but all records count alike"),
         (ALPACA | {"history": "a"}, "'history' must be a list of .question, answer. pairs"),

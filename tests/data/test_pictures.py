@@ -1,0 +1,169 @@
+"""Pictures in records: what a model that sees gets, and every kind of record that names them wrongly."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from qlora_lab.data.dataset import IGNORED, collate, encode, encode_all, load_data, prompt_of
+from qlora_lab.data.examples import Example, to_example
+from qlora_lab.data.pictures import expanded
+from qlora_lab.model.empty_model import tokenizer_of
+
+SIZES = {"red.png": (16, 16), "wide.jpg": (40, 20), "grey.gif": (7, 9)}
+
+
+@pytest.fixture
+def seeing(llava_folder):
+    return tokenizer_of(llava_folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Three pictures and a file that names them, in the forms of LLaVA, transformers and a table."""
+    (tmp_path / "pictures").mkdir()
+    for name, size in SIZES.items():
+        Image.new("L" if name == "grey.gif" else "RGB", size, 80).save(tmp_path / "pictures" / name)
+    turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]
+    parts = [{"type": "image"}, {"type": "text", "text": " and "}, {"type": "image"}]
+    both = [f"pictures/{name}" for name in ("wide.jpg", "grey.gif")]
+    records = [
+        {"image": "pictures/red.png", "conversations": turns},
+        {"images": both, "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "two"}]},
+        {"prompt": "no picture", "completion": "none"},
+    ]
+    path = tmp_path / "seen.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def opened(path):
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def test_records_name_pictures_from_the_folder_of_their_file(data):
+    first, second, third = load_data(data)
+    assert [path.name for path in (*first.pictures, *second.pictures)] == list(SIZES)
+    assert all(path.is_file() for path in (*first.pictures, *second.pictures)) and third.pictures == ()
+    assert second.messages[0] == ("user", "<image> and <image>") and first.unused == second.unused == ()
+
+
+def test_tokens_and_numbers_are_those_of_the_processor(data, seeing):
+    examples = load_data(data)
+    encoded, report = encode_all(examples, seeing, 256, progress=False)
+    assert report.kept == 3
+    for example, ours in zip(examples, encoded, strict=True):
+        messages = [{"role": role, "content": text} for role, text in example.messages]
+        text = seeing.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+        images = [opened(path) for path in example.pictures] or None
+        theirs = seeing.processor(images=images, text=[text], add_special_tokens=False, return_tensors="pt")
+        batch = collate([ours], 0)
+        assert batch["input_ids"][0, : theirs["input_ids"].shape[1]].tolist() == theirs["input_ids"][0].tolist()
+        assert batch.keys() - {"labels"} == theirs.keys()
+        if images:
+            assert torch.equal(batch["pixel_values"], theirs["pixel_values"])
+    whole = collate(encoded, 0)  # one row without a picture among them
+    assert whole["pixel_values"].shape == (3, 3, 16, 16) and whole["input_ids"].shape[0] == 3
+
+
+def test_only_the_answer_is_learned(data, seeing):
+    encoded = encode(load_data(data)[0], seeing)
+    learned = [token for token in encoded.labels if token != IGNORED]
+    assert seeing.decode(learned) == "red<|im_end|>"
+    assert encoded.input_ids.count(seeing.processor.image_token_id) == 4
+
+
+def test_a_prompt_ends_where_the_answer_begins(data, seeing):
+    example = load_data(data)[1]
+    encoded = encode(example, seeing)
+    ids, pictures = prompt_of(example, seeing)
+    start = next(i for i, label in enumerate(encoded.labels) if label != IGNORED)
+    assert ids == encoded.input_ids[:start] and pictures == encoded.pictures
+
+
+def test_a_template_that_takes_parts_alone_gets_parts(data, seeing):
+    """As LLaVA 1.5's, which shows nothing of a content that is a text; an end token is added here."""
+    seeing.chat_template = (
+        "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+        "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+        "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+    )
+    encoded = encode(load_data(data)[0], seeing)
+    assert seeing.decode(encoded.input_ids) == "USER: " + "<image>" * 4 + "\nWhat colour? ASSISTANT: red<|im_end|>"
+    assert sum(label != IGNORED for label in encoded.labels) == len(seeing.encode("red<|im_end|>"))
+
+
+ASKED = {"prompt": "<image> what?", "completion": "red"}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (ASKED | {"images": ["a", "b"]}, "has 2 pictures, but <image> 1 times: write <image> in a question where each"),
+        (ASKED | {"image": "a", "prompt": "what?"}, "has 1 picture, but <image> 0 times"),
+        (ASKED | {"image": "a", "prompt": "what?", "completion": "<image>"}, "an answer holds <image>, but pictures"),
+        (ASKED | {"image": "a", "images": ["b"]}, "has 'image' and 'images': keep one of them"),
+        (ASKED | {"image": 3}, "'image' must be the path of an image file, or a list of such, found 3"),
+        (ASKED | {"images": [{"bytes": "x"}]}, "'images' must be the path of an image file"),
+    ],
+)
+def test_a_record_with_wrong_places_is_refused(record, message):
+    with pytest.raises(ValueError, match=message):
+        to_example(record)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"line 1: no picture at .*red.png: name it from the folder of the data file"),
+        (b"", r"line 1: .*red.png is not a picture \(of no format that Pillow knows\): put a whole one"),
+        (b"no picture", "red.png is not a picture"),
+        ("cut off", "red.png is not a picture .*truncated"),
+    ],
+)
+def test_a_file_that_is_no_picture_is_named(data, seeing, content, message):
+    path = data.parent / "pictures" / "red.png"
+    Image.effect_noise((40, 40), 90).save(path)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:300] if content == "cut off" else content)
+    with pytest.raises(ValueError, match=message) as error:
+        encode_all(load_data(data), seeing, 256, progress=False)
+    assert "\n" not in str(error.value) and "0x" not in str(error.value)
+
+
+def test_a_picture_that_changes_after_encoding_is_noticed(data, seeing):
+    encoded = encode(load_data(data)[0], seeing)
+    Image.new("RGB", (16, 16), "blue").save(data.parent / "pictures" / "red.png")
+    with pytest.raises(ValueError, match="red.png has changed since it was first read"):
+        collate([encoded], 0)
+
+
+def test_what_does_not_belong_together_is_refused(data, seeing, tokenizer):
+    example = load_data(data)[0]
+    with pytest.raises(ValueError, match="line 1: the record has pictures, but the tokenizer has no processor"):
+        encode(example, tokenizer)
+    with pytest.raises(ValueError, match="a text holds <image>, but the record names no picture: name it in 'image'"):
+        encode(Example((("user", "<image>"), ("assistant", "a"))), seeing)
+    spelt = Example((("user", "<image> <|im_end|>"), ("assistant", "a")), pictures=example.pictures)
+    with pytest.raises(ValueError, match="a text beside pictures spells a control token: leave it out"):
+        encode(spelt, seeing)
+    with pytest.raises(ValueError, match="a text beside pictures spells a control token"):
+        prompt_of(spelt, seeing)
+
+
+def test_a_text_of_a_text_model_may_hold_the_placeholder(tokenizer):
+    turns = (("user", "what does <image> do?"), ("assistant", "a"))
+    assert expanded(turns, (), tokenizer) == (turns, (), frozenset())
+    assert "<image>" in tokenizer.decode(encode(Example(turns), tokenizer).input_ids)
+
+
+def test_pictures_of_other_shapes_are_not_joined(data, seeing):
+    seeing.processor.image_processor.do_resize = seeing.processor.image_processor.do_center_crop = False
+    encoded, _ = encode_all(load_data(data)[:2], seeing, 256, progress=False)
+    with pytest.raises(ValueError, match="red.png and .*wide.jpg become pixel_values of different shapes"):
+        collate(encoded, 0)
