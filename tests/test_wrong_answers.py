@@ -17,7 +17,15 @@ from pathlib import Path
 import pytest
 
 import qlora_lab as ql
-from qlora_lab.exercises import check, hints, hints_merging, hints_methods, hints_packing, hints_results
+from qlora_lab.exercises import (
+    check,
+    hints,
+    hints_merging,
+    hints_methods,
+    hints_packing,
+    hints_results,
+    hints_seeing,
+)
 from tools.notebooks import END, START
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -836,6 +844,70 @@ WRONG = {
         "nothing returned": ("new = zero - shift / scale", RETURN),
         "the check's own": ("return for_code_0(scale, zero, shift)", "without the function that checks it"),
     },
+    "14 my_picture": {
+        "one row": (
+            "row = size // patch\nreturn row, 4 * row * layers * kv_heads * head_dim",
+            "How many rows has a picture?",
+        ),
+        "pixels": ("return size**2, 4 * size**2 * layers * kv_heads * head_dim", "not for a pixel"),
+        "with the class token": (
+            "n = (size // patch) ** 2 + 1\nreturn n, 4 * n * layers * kv_heads * head_dim",
+            "leaves the tower's class token out",
+        ),
+        "keys alone": (
+            "n = (size // patch) ** 2\nreturn n, 2 * n * layers * kv_heads * head_dim",
+            "Half of it is missing",
+        ),
+        "one layer": ("n = (size // patch) ** 2\nreturn n, 4 * n * kv_heads * head_dim", "what one layer keeps"),
+        "the bytes first": (
+            "n = (size // patch) ** 2\nreturn 4 * n * layers * kv_heads * head_dim, n",
+            "Return the tokens first",
+        ),
+        "a wrong type": ("return 'nine'", "with a comma between them"),
+        "nothing returned": ("tokens = (size // patch) ** 2", RETURN),
+        "the check's own": (
+            "return by_cache(size, patch, layers, kv_heads, head_dim)",
+            "without the function that checks it",
+        ),
+    },
+    "14 my_saving": {
+        "all of 16 bits": (
+            "return 100 * counts[part] * (2 - 4.127 / 8) / (2 * sum(counts.values()))",
+            "What is it stored in here?",
+        ),
+        "the weights": ("return 100 * counts[part] / sum(counts.values())", "its share of the weights"),
+        "the bytes": (
+            "before = sum(n * (4.127 / 8 if name == 'language' else 2) for name, n in counts.items())\n"
+            "return 100 * 2 * counts[part] / before",
+            "it still takes some of them",
+        ),
+        "a share": (
+            "before = sum(n * (4.127 / 8 if name == 'language' else 2) for name, n in counts.items())\n"
+            "return counts[part] * (2 - 4.127 / 8) / before",
+            "How many per cent is it?",
+        ),
+        "a wrong type": ("return 'nothing'", "without quotation marks"),
+        "nothing returned": ("saved = counts[part]", RETURN),
+        "the check's own": ("return by_bytes(counts, part)", "without the function that checks it"),
+    },
+    "14 my_leak": {
+        "the clean ones": (
+            "learned = {s[:2] for s in train}\nreturn sorted({s[:2] for s in test} - learned)",
+            "Which ones are not?",
+        ),
+        "whole scenes": (
+            "return sorted({s[:2] for s in test if s in train})",
+            "You compare whole scenes",
+        ),
+        "all pairs": ("return sorted({s[:2] for s in train + test})", "Which ones occur in both lists?"),
+        "again and again": (
+            "learned = {s[:2] for s in train}\nreturn [s[:2] for s in test if s[:2] in learned]",
+            "what makes a set, and what sorts it?",
+        ),
+        "a wrong type": ("return None if train else []", RETURN),
+        "nothing returned": ("learned = {s[:2] for s in train}", RETURN),
+        "the check's own": ("return by_looking(train, test)", "without the function that checks it"),
+    },
 }
 
 # what the exercises need of the cells before them, as small as the question allows
@@ -1006,7 +1078,8 @@ def test_neither_the_notebook_nor_a_hint_hands_over_the_answer(exercise):
     cells = json.loads(path.read_text("utf-8"))["cells"]
     last = next(i for i, cell in enumerate(cells) if "## Exercises" in "".join(cell["source"]))
     in_sight = "".join("".join(cell["source"]) for cell in cells[last:])
-    sources = "".join(map(inspect.getsource, (hints, hints_methods, hints_merging, hints_packing, hints_results)))
+    files = (hints, hints_methods, hints_merging, hints_packing, hints_results, hints_seeing)
+    sources = "".join(map(inspect.getsource, files))
     in_sight += "\n".join(re.findall(r'"([^"]*)"', sources))
     assert answer and not [line for line in answer if line.removeprefix("return ") in in_sight]
 
