@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration
 from qlora_lab.adapters.lora import adapters, add_lora
 from qlora_lab.measure.perplexity import perplexity
 from qlora_lab.memory.predict import predict_memory
-from qlora_lab.memory.weights import measured_weights, predicted_weights
+from qlora_lab.memory.weights import BESIDE, measured_weights, predicted_weights
 from qlora_lab.model.empty_model import ModelError, empty_model
 from qlora_lab.model.language_model import beside, language_model, parts_beside
 from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
@@ -118,7 +118,12 @@ def test_a_damaged_processor_is_named(llava_folder):
 def test_weights_are_counted_to_the_byte(llava_folder, dtype):
     for also in ((), (TOWER, PROJECTOR)):
         model, _ = quiet(llava_folder, dtype=dtype, also=also)
-        assert predicted_weights(llava_folder, block_size=16, dtype=dtype, also=also) == measured_weights(model)
+        found = measured_weights(model)
+        assert predicted_weights(llava_folder, block_size=16, dtype=dtype, also=also) == found
+        (beside,) = (row for row in found.rows if row.what == BESIDE)
+        parts = model.model.vision_tower, model.model.multi_modal_projector
+        plain = sum(p.nbytes for part in parts for p in part.parameters())
+        assert beside.stored > plain if also else beside.stored == plain  # packed layers have no parameters
 
 
 def test_what_a_run_costs_is_refused_by_name(llava_folder):
