@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight learns, of the model or of the parts that are named. The others are compared with it.
+"""Full fine-tuning: every weight learns, of the model or of named parts. It is what other methods are compared with.
 
 In: a model whose weights that learn are bf16 or float32. Out: the same model.
 LLaVA is trained in two stages (arXiv 2304.08485, section 4.2): first its projector alone, which may stand beside a

@@ -13,6 +13,8 @@ from qlora_lab.model.packed_module import PackedModule
 def tensors_in(model: nn.Module, parts: tuple[str, ...] | None) -> dict[str, nn.Parameter]:
     """Return name -> parameter of the named modules, in the model's order. Raises ValueError for a name of none."""
     named = dict(model.named_parameters())
+    if parts == ():
+        raise ValueError("parts names no module, so nothing would learn: name one, or leave parts out")
     for part in parts or ():
         if not any(_is_in(name, (part,)) for name in named):
             children = getattr(model, "base_model", model).named_children()  # of transformers' model without its head

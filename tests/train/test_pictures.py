@@ -161,3 +161,4 @@ def test_the_doctor_finds_nothing(llava_folder, data):
     model, tokenizer = quiet(llava_folder)
     report = diagnose(add_lora(model), tokenizer, load_data(data), Settings(batch_size=2), progress=False)
     assert report.ok, str(report)
+    assert "7 assistant; 6 pictures" in str(report)
