@@ -17,7 +17,7 @@ from torch import nn
 from qlora_lab.adapters.adapter import has_adapters, method_of
 from qlora_lab.adapters.model_tensors import ADAPTER, EMBEDDINGS, EXPERTS, HEAD, LINEAR, ROUTER, model_tensors
 from qlora_lab.optim.paged_adamw import UNIT
-from qlora_lab.quant.stack import Quantized
+from qlora_lab.quant.quantize import Quantized
 
 WEIGHTS = "base weights"
 ADAPTERS = "adapters"
