@@ -438,7 +438,10 @@ def test_a_plan_decides_linear_layers_and_experts_too_if_it_names_them(tmp_path,
     asked = {"codebook": "nf4", "block_size": 64}
     for model in (loaded(folder, plan=plan, **asked), loaded(out, **asked)):
         kinds = {module.weight.codebook for module in packed_stacks(model).values()}
-        assert kinds == {"int3" if with_experts else "nf4"} and model.get_submodule(next(iter(linears))).weight.codebook == "fp4"
+        assert (
+            kinds == {"int3" if with_experts else "nf4"}
+            and model.get_submodule(next(iter(linears))).weight.codebook == "fp4"
+        )
     ours = add_lora(loaded(out, **asked), r=2)
     ql.merge(ours, tmp_path / "merged", "requantised", source=out, anyway=True, progress=False)
     merged = loaded(tmp_path / "merged", **asked)
