@@ -22,9 +22,8 @@ from qlora_lab.quant.quantize import Quantized
 WEIGHTS = "base weights"
 ADAPTERS = "adapters"
 OTHER_TRAINED = "other trained weights"
-WORDS = {LINEAR: WEIGHTS, EXPERTS: WEIGHTS, EMBEDDINGS: EMBEDDINGS, HEAD: HEAD, ROUTER: ROUTER} | dict.fromkeys(
-    ADAPTER, ADAPTERS
-)
+WORDS = dict.fromkeys((LINEAR, EXPERTS), WEIGHTS) | dict.fromkeys(ADAPTER, ADAPTERS)
+WORDS |= {kind: kind for kind in (EMBEDDINGS, HEAD, ROUTER)}
 GRADIENTS = "gradients"
 MOMENTS = "moments"
 COPIES = "master copies"
