@@ -56,8 +56,8 @@ from qlora_lab.model.quantized_folder import PLAN, described, files_beside, has_
 from qlora_lab.quant.codebook import CUSTOM
 from qlora_lab.quant.finite import first_not_finite
 from qlora_lab.quant.plan import DEFAULT, Candidate, load_plan
-from qlora_lab.quant.quantize import Quantized, QuantizedTensor, dequantize, quantize
-from qlora_lab.quant.stack import QuantizedStack, dequantize_stack, stored_as
+from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
+from qlora_lab.quant.stack import Quantized, QuantizedStack, dequantize_stack, stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
