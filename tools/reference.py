@@ -81,9 +81,14 @@ def _is_setter(node: ast.AST) -> bool:
 
 
 def _definition(tree: ast.Module, name: str, path: Path) -> ast.AST:
-    for node in tree.body:
-        if getattr(node, "name", None) == name:
-            return node
+    nodes = {node.name: node for node in tree.body if hasattr(node, "name")}
+    if name in nodes:
+        node = nodes[name]
+        # a class has its parent's fields and methods, too; a parent from another file has an entry of its own
+        for parent in (nodes[base.id] for base in getattr(node, "bases", ()) if getattr(base, "id", "") in nodes):
+            node.body += parent.body[1:]  # without its docstring
+            node.decorator_list += parent.decorator_list
+        return node
     raise ValueError(f"{path.name} defines no {name}, which qlora_lab/__init__.py promises")
 
 

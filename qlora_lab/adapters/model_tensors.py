@@ -14,7 +14,8 @@ from qlora_lab.adapters.lora import LoRALinear
 from qlora_lab.model.experts import layout_of
 from qlora_lab.model.linear4bit import head_path, is_linear
 from qlora_lab.model.packed_module import PackedModule
-from qlora_lab.quant.stack import Quantized, QuantizedStack
+from qlora_lab.quant.quantize import Quantized
+from qlora_lab.quant.stack import QuantizedStack
 
 PACKED, LINEAR, EMBEDDINGS, HEAD = "packed weights", "linear layers", "embeddings", "head"
 PACKED_EXPERTS, EXPERTS, ROUTER = "packed experts", "experts", "routers"

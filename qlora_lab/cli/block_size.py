@@ -12,9 +12,6 @@ from qlora_lab.cli.options import common, number, whole
 from qlora_lab.cli.printing import report
 
 if TYPE_CHECKING:
-    import torch
-
-    from qlora_lab.measure.best_plan import Choices
     from qlora_lab.quant.plan import Candidate, Plan
 
 EXAMPLE = "qlora-lab block-size smollm2-135m --bits 4.5 --out plan.json"
@@ -62,7 +59,7 @@ def run(a: argparse.Namespace) -> None:
 def _plan(a: argparse.Namespace, candidates: tuple["Candidate", ...]) -> "Plan":
     import torch
 
-    from qlora_lab.measure.best_plan import Choices, best_plan, small_layers
+    from qlora_lab.measure.best_plan import Choices, best_plan, small_layers, unmeasured
     from qlora_lab.measure.perplexity import topics_text
     from qlora_lab.measure.sensitivity import choices_of, sensitivity
     from qlora_lab.model.quantised import shapes_to_quantise
@@ -76,21 +73,11 @@ def _plan(a: argparse.Namespace, candidates: tuple["Candidate", ...]) -> "Plan":
         groups = small_layers(choices, a.share_below)  # modules whose small layers choose as one
         return best_plan(choices, a.bits, constants_share=a.constants_share, groups=groups)
 
-    best(_without_errors(shapes_to_quantise(model), candidates))  # limits that are too low raise before the long part
+    best(unmeasured(shapes_to_quantise(model), candidates))  # limits that are too low raise before the long part
     options = {"windows": a.windows, "length": a.length, "fisher": True, "progress": not a.quiet}
     measured = sensitivity(model, tokenizer, text, **options)
     del model  # choices_of reads the weights again, layer by layer
     return best(choices_of(a.model, candidates, measured, progress=not a.quiet))
-
-
-def _without_errors(shapes: dict[str, "torch.Size"], candidates: tuple["Candidate", ...]) -> "Choices":
-    """Return choices whose errors are not measured yet: whether a plan exists depends on the bits alone."""
-    from qlora_lab.measure.best_plan import Choices, bits_table
-
-    numel = tuple(shape.numel() for shape in shapes.values())
-    matrices = tuple(shape[:-2].numel() for shape in shapes.values())  # experts of a stack, else 1
-    bits = bits_table(numel, candidates, matrices)  # (layers, candidates)
-    return Choices(tuple(shapes), numel, candidates, error=bits, bits=bits, matrices=matrices)
 
 
 def _report(a: argparse.Namespace, candidates: tuple["Candidate", ...], plan: "Plan", out: Path) -> None:

@@ -17,14 +17,13 @@ from torch import nn
 from qlora_lab.adapters.adapter import has_adapters, method_of
 from qlora_lab.adapters.model_tensors import ADAPTER, EMBEDDINGS, EXPERTS, HEAD, LINEAR, ROUTER, model_tensors
 from qlora_lab.optim.paged_adamw import UNIT
-from qlora_lab.quant.stack import Quantized
+from qlora_lab.quant.quantize import Quantized
 
 WEIGHTS = "base weights"
 ADAPTERS = "adapters"
 OTHER_TRAINED = "other trained weights"
-WORDS = {LINEAR: WEIGHTS, EXPERTS: WEIGHTS, EMBEDDINGS: EMBEDDINGS, HEAD: HEAD, ROUTER: ROUTER} | dict.fromkeys(
-    ADAPTER, ADAPTERS
-)
+WORDS = dict.fromkeys((LINEAR, EXPERTS), WEIGHTS) | dict.fromkeys(ADAPTER, ADAPTERS)
+WORDS |= {kind: kind for kind in (EMBEDDINGS, HEAD, ROUTER)}
 GRADIENTS = "gradients"
 MOMENTS = "moments"
 COPIES = "master copies"

@@ -21,8 +21,8 @@ from qlora_lab.model.layer_kinds import turned
 from qlora_lab.model.packed import Packed, packed_tensors
 from qlora_lab.model.stored import Stored, stored_tensors
 from qlora_lab.quant.packing import group_of
-from qlora_lab.quant.quantize import QuantizedTensor, dequantize
-from qlora_lab.quant.stack import Quantized, QuantizedStack, dequantize_stack
+from qlora_lab.quant.quantize import Quantized, QuantizedTensor, dequantize
+from qlora_lab.quant.stack import QuantizedStack, dequantize_stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

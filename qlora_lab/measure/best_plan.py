@@ -14,10 +14,9 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,14 +80,25 @@ def stored_bits(numel: int, candidate: Candidate) -> int:
     return -(-numel // n_codes) * n_bytes * 8 + constant_bits(numel, candidate)
 
 
-def bits_table(
+def unmeasured(shapes: Mapping[str, Sequence[int]], candidates: tuple[Candidate, ...]) -> Choices:
+    """Return choices with bits, and the bits as errors: whether a plan exists does not depend on errors.
+
+    shapes: path -> (out_features, in_features), or (experts, out_features, in_features).
+    """
+    numel = tuple(map(math.prod, shapes.values()))
+    matrices = tuple(math.prod(shape[:-2]) for shape in shapes.values())
+    bits = _table(numel, matrices, candidates, stored_bits)
+    return Choices(tuple(shapes), numel, candidates, bits, bits, matrices=matrices)
+
+
+def _table(
     numel: Iterable[int],
+    matrices: Iterable[int],
     candidates: Sequence[Candidate],
-    matrices: Iterable[int] | None = None,
-    bits: Callable[[int, Candidate], int] = stored_bits,
+    bits: Callable[[int, Candidate], int],
 ) -> np.ndarray:
-    """Return the bits of each layer as each candidate: (layers, candidates) float64. Each matrix begins new blocks."""
-    pairs = zip(numel, repeat(1) if matrices is None else matrices, strict=False)
+    """Return `bits` of each layer as each candidate: (layers, candidates) float64. Each expert begins new blocks."""
+    pairs = zip(numel, matrices, strict=True)
     return np.array([[m * bits(n // m, candidate) for candidate in candidates] for n, m in pairs], dtype=float)
 
 
@@ -244,7 +254,7 @@ def _picked(table: np.ndarray, chosen: Sequence[int]) -> float:
 
 def _constants(choices: Choices, members: list[list[int]]) -> np.ndarray:
     """Return the bits of constants, (groups, candidates)."""
-    table = bits_table(choices.numel, choices.candidates, choices.matrices, constant_bits)
+    table = _table(choices.numel, choices.matrices, choices.candidates, constant_bits)
     return np.stack([table[rows].sum(0) for rows in members])
 
 

@@ -19,8 +19,9 @@ SmolLM2-135M; the s of this file predicts 0.270; the cost is 0.275 (bench/block_
 Not here: the choice itself (best_plan.py), perplexity (perplexity.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,15 +32,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from qlora_lab.data.dataset import to_device
-from qlora_lab.measure.best_plan import Choices, bits_table
+from qlora_lab.measure.best_plan import Choices, unmeasured
 from qlora_lab.measure.perplexity import check_windows_fit, text_windows
 from qlora_lab.model.empty_model import empty_model, stored_options
 from qlora_lab.model.experts import DOWN, stacks_of
-from qlora_lab.model.experts4bit import Experts4bit
 from qlora_lab.model.fetch import resolve
 from qlora_lab.model.layer_kinds import turned
 from qlora_lab.model.load import public_name
 from qlora_lab.model.modes import mode
+from qlora_lab.model.one_by_one import one_by_one
 from qlora_lab.model.quantised import shapes_to_quantise
 from qlora_lab.model.stored import stored_tensors
 from qlora_lab.quant.numbers import check_seed
@@ -98,7 +99,7 @@ def calibration(
 def calibrated(model: "PreTrainedModel", batches: Batches, fisher: bool, seed: int, progress: bool) -> Calibrated:
     """Do what sensitivity does, and count the tokens that each expert gets."""
     check_seed(seed)
-    shapes = _shapes(model)
+    shapes = shapes_to_quantise(model)
     sums = {path: torch.zeros(*shape[:-2], shape[-1], dtype=torch.float64) for path, shape in shapes.items()}
     stacks = stacks_of(model)
     routed = {path.rpartition(".")[0]: torch.zeros(len(stack), dtype=torch.int64) for path, stack in stacks.items()}
@@ -118,14 +119,6 @@ def calibrated(model: "PreTrainedModel", batches: Batches, fisher: bool, seed: i
     if not tokens:
         raise ValueError("no batches with a token to predict: give at least one to calibrate on")
     return Calibrated({name: (total / tokens).float() for name, total in sums.items()}, routed, read)
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    try:
-        return shapes_to_quantise(model)
-    except ValueError:
-        kind = type(model).__name__
-        raise ValueError(f"{kind} has no plain linear layer: load it with codebook=None to calibrate") from None
 
 
 def _without_padding(batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -164,10 +157,7 @@ def choices_of(
         s = _sensitivity_of(layer, weight, sensitivity)
         shapes[layer] = weight.shape
         error.append([sum(damages(weight, s, candidate, layer)) for candidate in candidates])
-    numel = tuple(shape.numel() for shape in shapes.values())
-    matrices = tuple(shape[:-2].numel() for shape in shapes.values())  # experts of a stack, else 1
-    bits = bits_table(numel, candidates, matrices)
-    return Choices(tuple(shapes), numel, candidates, np.array(error), bits, name, matrices)
+    return replace(unmeasured(shapes, candidates), error=np.array(error), model=name)
 
 
 def damages(weight: torch.Tensor, s: torch.Tensor, candidate: Candidate, layer: str) -> list[float]:
@@ -196,7 +186,7 @@ def _sensitivity_of(layer: str, weight: torch.Tensor, sensitivity: dict[str, tor
 def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[tuple[str, torch.Tensor]]]:
     """Return the model's name, the number of its layers and stacks, and an iterator of their paths and weights."""
     if isinstance(model, nn.Module):
-        names = _names(model, _shapes(model))
+        names = _names(model, shapes_to_quantise(model))
         read = ((path, turned(model, name, model.get_parameter(name).detach())) for path, name in names.items())
         return model.name_or_path or type(model).__name__, len(names), read
     folder = resolve(model)
@@ -214,27 +204,13 @@ def _names(model: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, str]:
     return {path: path if len(shape) == 3 else f"{path}.weight" for path, shape in shapes.items()}
 
 
-class _WatchedExperts(Experts4bit):
-    """Experts in their own precision that compute one by one, so that each product is seen. watch: called after it."""
-
-    def __init__(self, experts: nn.Module, watch: Callable[[str, int, torch.Tensor, torch.Tensor], None]):
-        super().__init__(experts)
-        self.watch = watch
-
-    def _multiply(self, name: str, x: torch.Tensor, expert: int) -> torch.Tensor:
-        y = super()._multiply(name, x, expert)
-        self.watch(name, expert, x, y)
-        return y
-
-
 @contextmanager
 def _watched(
     model: nn.Module, sums: dict[str, torch.Tensor], routed: dict[str, torch.Tensor], fisher: bool
 ) -> Iterator[list[torch.Tensor]]:
     """Add x_j^2 of each passing token to `sums`; with fisher, half the mean over i of each window's (dW_ij)^2.
 
-    routed: counts the tokens of each expert. Inside, experts compute one by one; the family's own come back at the end.
-
+    routed: counts the tokens of each expert.
     Yields the list of embedded inputs, at which the backward pass ends: no weight gets a gradient, and the gradient
     flows through frozen weights, too.
     """
@@ -263,18 +239,14 @@ def _watched(
 
     linears = [path for path in sums if path.rpartition(".")[0] not in routed]
     hooks = [model.get_submodule(path).register_forward_hook(partial(keep, sums[path])) for path in linears]
-    theirs = {path: model.get_submodule(path) for path in routed}
-    for path, experts in theirs.items():
-        model.set_submodule(path, _WatchedExperts(experts, partial(keep_of_expert, path)))
     if fisher:
         hooks.append(model.get_input_embeddings().register_forward_hook(begin))
     try:
-        yield embedded
+        with one_by_one(model, keep_of_expert):
+            yield embedded
     finally:
         for hook in hooks:
             hook.remove()
-        for path, experts in theirs.items():
-            model.set_submodule(path, experts)
 
 
 def _windows(x: torch.Tensor) -> torch.Tensor:

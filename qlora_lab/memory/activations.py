@@ -41,15 +41,20 @@ SIZES = BYTES | {"bool": 1, "int32": 4, "int64": 8}
 
 
 def targeted(shape: Shape, setup: Setup) -> list[LinearShape]:
-    """Return the linear layers of one layer that have an adapter. Raises ValueError for an unknown target."""
+    """Return the linear layers of one layer that have an adapter. Raises ValueError for an unknown target.
+
+    targets: names, or groups of them as add_lora takes them. Adapters on experts have no rows, and are refused.
+    """
     if setup.method not in LOW_RANK:
         return []
     names = [linear.name for linear in shape.linears]
-    if setup.targets == "all-linear":
-        return list(shape.linears)
-    wanted = {setup.targets} if isinstance(setup.targets, str) else set(setup.targets)
+    groups = {"all-linear": names, "attention": names[:4]}
+    asked = {setup.targets} if isinstance(setup.targets, str) else set(setup.targets)
+    wanted = set().union(*(groups.get(name, [name]) for name in asked))
     if wanted - set(names) or not wanted:
-        raise ValueError(f"targets {sorted(wanted - set(names)) or 'none'}: choose 'all-linear' or from {names}")
+        unknown = sorted(wanted - set(names)) or "none"
+        experts = "; adapters on experts are not counted" * bool(shape.experts)
+        raise ValueError(f"targets {unknown}: choose 'all-linear' or from {names}{experts}")
     return [linear for linear in shape.linears if linear.name in wanted]
 
 

@@ -52,7 +52,7 @@ from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.wide import NAME as WIDE
 from qlora_lab.optim.master_copies import MasterCopies
 from qlora_lab.optim.paged_adamw import PagedAdamW
-from qlora_lab.quant.stack import Quantized
+from qlora_lab.quant.quantize import Quantized
 from qlora_lab.train.loss import answer_loss
 
 if TYPE_CHECKING:

@@ -28,7 +28,12 @@ SMOLLM2_135M = Shape("smollm2-135m", "llama", 30, 576, 1536, 9, 3, 64, 49152, ti
 
 
 def adapter(model: Shape, r: int) -> list[int]:
-    """List the elements of lora_A and lora_B of all linear layers, in the order of the model's parameters."""
+    """List the elements of lora_A and lora_B of all linear layers, in the order of the model's parameters.
+
+    Raises ValueError for a mixture of experts, most of whose weights are in no linear layer.
+    """
+    if model.experts:
+        raise ValueError(f"{model.name} is a mixture of experts, which predict_memory counts: give a dense model")
     layer = [numel for linear in model.linears for numel in (r * linear.in_features, linear.out_features * r)]
     return layer * model.layers
 

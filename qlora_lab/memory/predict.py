@@ -127,7 +127,8 @@ def _packed(linears: Matrices, experts: Matrices, setup: Setup) -> Iterator[Ledg
         scales = sum(times * -(-n // GROUP_SIZE) for n, times in blocks)
         yield _row(WEIGHTS, "absmax codes", count, "uint8", f"weights / {size}")
         yield _row(WEIGHTS, "group scales", scales, "float32", f"weights / ({size} x {GROUP_SIZE})")
-        yield _row(WEIGHTS, "offsets", sum(times for _, times in blocks), "float32", "1 a matrix")
+        owner = "matrix" if experts else "layer"
+        yield _row(WEIGHTS, "offsets", sum(times for _, times in blocks), "float32", f"1 a {owner}")
     else:
         yield _row(WEIGHTS, "absmax", count, "float32", f"weights / {size}")
 

@@ -206,9 +206,8 @@ def _mixture(config: dict, family: str, where: str) -> dict[str, int | bool]:
         raise ValueError(f"{where} has layers without experts, which the ledger does not tell apart: {WEIGHTS_ALONE}")
     if config.get("router_jitter_noise"):
         raise ValueError(f"{where} has router_jitter_noise, whose activations are not counted: {WEIGHTS_ALONE}")
-    number = next(
-        (name for name in COUNTS if name in config), COUNTS[0]
-    )  # transformers writes another than the hub has
+    # num_experts on the hub becomes num_local_experts where transformers writes it
+    number = next((name for name in COUNTS if name in config), COUNTS[0])
     fields = {"inner": MIXTURES[family], "experts": number, "experts_per_token": "num_experts_per_tok"}
     sizes = {field: _size(config, name, where) for field, name in fields.items()}
     if sizes["experts_per_token"] > sizes["experts"]:

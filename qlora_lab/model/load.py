@@ -34,8 +34,7 @@ from qlora_lab.model.wide import widen
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
 from qlora_lab.quant.plan import DEFAULT, Candidate, Plan, as_plan
-from qlora_lab.quant.quantize import WEIGHT_DTYPES
-from qlora_lab.quant.stack import Quantized
+from qlora_lab.quant.quantize import WEIGHT_DTYPES, Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -19,9 +19,9 @@ from qlora_lab.model.layer_kinds import is_turned
 from qlora_lab.model.linear4bit import head_path, packable
 from qlora_lab.model.model_files import ModelError
 from qlora_lab.model.stored import Stored, check_shape, files_of, opened_once, stored_tensors
-from qlora_lab.quant.quantize import dequantize
+from qlora_lab.quant.quantize import Quantized, dequantize
 from qlora_lab.quant.serialize import from_tensors
-from qlora_lab.quant.stack import STATE, Quantized, stack_from_tensors
+from qlora_lab.quant.stack import STATE, stack_from_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

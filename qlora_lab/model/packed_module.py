@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from qlora_lab.quant.double_quant import DoubleQuantized
-from qlora_lab.quant.quantize import WEIGHT_DTYPES
+from qlora_lab.quant.quantize import WEIGHT_DTYPES, Quantized
 from qlora_lab.quant.serialize import from_tensors, to_tensors
-from qlora_lab.quant.stack import Quantized, QuantizedStack, stack_from_tensors, stack_to_tensors
+from qlora_lab.quant.stack import QuantizedStack, stack_from_tensors, stack_to_tensors
 
 
 def packed_tensors_of(weight: Quantized, key: str) -> dict[str, torch.Tensor]:

@@ -14,8 +14,8 @@ from qlora_lab.model.layer_kinds import is_turned, out_and_in, turned
 from qlora_lab.model.linear4bit import HEAD, Linear4bit, linears_to_quantise
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.quant.plan import Candidate, Plan, of_layers
-from qlora_lab.quant.quantize import quantize
-from qlora_lab.quant.stack import Quantized, QuantizedStack, quantize_stack
+from qlora_lab.quant.quantize import Quantized, quantize
+from qlora_lab.quant.stack import QuantizedStack, quantize_stack
 
 
 def quantised(model: nn.Module, path: str, weight: torch.Tensor, options: Candidate) -> Quantized:

@@ -8,9 +8,10 @@ The whole of it, for one block, is
     absmax = max |w|;   code = nearest(w / absmax, levels);   w' = levels[code] * absmax.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import lcm
+from typing import Self
 
 import torch
 
@@ -33,8 +34,8 @@ PIECE = 2**20  # weights quantised at a time: temporaries stay in cache, and pea
 
 
 @dataclass(frozen=True, eq=False)  # equal only if identical: == on tensors has no single answer
-class QuantizedTensor:
-    """A quantised weight: plain tensors and what is needed to read them. Nothing in it ever changes."""
+class Quantized:
+    """Plain tensors and what is needed to read them. Nothing in it ever changes. A stack's parts have n in front."""
 
     packed: torch.Tensor  # (ceil(numel * bits / 8),) uint8, first code in the high bits, in whole groups (packing.py)
     constants: torch.Tensor | DoubleQuantized  # absmax, (n_blocks,) float32, or its quantised form
@@ -49,24 +50,8 @@ class QuantizedTensor:
         """Whether the constants are quantised as well."""
         return isinstance(self.constants, DoubleQuantized)
 
-    @property
-    def absmax(self) -> torch.Tensor:
-        """Block constants, (n_blocks,) float32, with double quantization undone."""
-        return double_dequantize(self.constants) if self.double_quant else self.constants
-
-    @cached_property
-    def plain(self) -> PackedWeight:
-        """The tensors as kernels take them; made once per QuantizedTensor, because kernels cache in it."""
-        constants = self.constants.plain if self.double_quant else self.constants
-        return PackedWeight(self.packed, constants, self.levels, self.block_size)
-
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "plain"}  # a copy makes its own
-
-    @property
-    def codes(self) -> torch.Tensor:
-        """One code per weight, (numel,) uint8."""
-        return unpack(self.packed, self.numel, self.bits)
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # a copy caches its own
 
     @property
     def bits(self) -> int:
@@ -92,17 +77,37 @@ class QuantizedTensor:
     def device(self) -> torch.device:
         return self.packed.device
 
-    def to(self, device: torch.device | str) -> "QuantizedTensor":
-        """The same tensor on another device."""
+    def to(self, device: torch.device | str) -> Self:
+        """The same weight on another device."""
         constants = self.constants.to(device)
         return replace(self, packed=self.packed.to(device), constants=constants, levels=self.levels.to(device))
 
     def __repr__(self) -> str:
         double = ", double_quant" if self.double_quant else ""
         return (
-            f"QuantizedTensor({self.codebook}, shape={tuple(self.shape)}, block_size={self.block_size}{double}, "
+            f"{type(self).__name__}({self.codebook}, shape={tuple(self.shape)}, block_size={self.block_size}{double}, "
             f"{self.nbytes:,} bytes, {self.bits_per_parameter:.3f} bits per parameter)"
         )
+
+
+class QuantizedTensor(Quantized):
+    """A quantised weight. Several of one shape make a QuantizedStack (stack.py)."""
+
+    @property
+    def absmax(self) -> torch.Tensor:
+        """Block constants, (n_blocks,) float32, with double quantization undone."""
+        return double_dequantize(self.constants) if self.double_quant else self.constants
+
+    @cached_property
+    def plain(self) -> PackedWeight:
+        """The tensors as kernels take them; made once per QuantizedTensor, because kernels cache in it."""
+        constants = self.constants.plain if self.double_quant else self.constants
+        return PackedWeight(self.packed, constants, self.levels, self.block_size)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """One code per weight, (numel,) uint8."""
+        return unpack(self.packed, self.numel, self.bits)
 
 
 def quantize(

@@ -15,13 +15,12 @@ The key is not bitsandbytes' quant_state: it knows no stacks, and would take one
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from qlora_lab.quant.double_quant import DoubleQuantized
-from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
+from qlora_lab.quant.quantize import Quantized, QuantizedTensor, dequantize, quantize
 from qlora_lab.quant.serialize import AGAIN, from_tensors, parsed_state, stored_as as matrix_stored_as, to_tensors
 
 STATE = "stack_state"
@@ -29,21 +28,8 @@ PARTS = ("absmax", "nested_absmax", "nested_offset")  # of each member; tables a
 _OF_MEMBER = "quant_state.qlora_lab__"  # the key under which serialize.py reads a member's description
 
 
-@dataclass(frozen=True, eq=False)
-class QuantizedStack:
-    """Quantised matrices of one shape. The fields are those of QuantizedTensor, with n in front."""
-
-    packed: torch.Tensor  # (n, n_bytes) uint8
-    constants: torch.Tensor | DoubleQuantized  # absmax, (n, n_blocks) float32, or its quantised form
-    levels: torch.Tensor
-    codebook: str
-    block_size: int
-    shape: torch.Size  # (n, rows, columns)
-    dtype: torch.dtype  # of the original weight
-
-    @property
-    def double_quant(self) -> bool:
-        return isinstance(self.constants, DoubleQuantized)
+class QuantizedStack(Quantized):
+    """Quantised matrices of one shape, (n, rows, columns). packed: (n, n_bytes); constants: (n, n_blocks)."""
 
     @property
     def absmax(self) -> torch.Tensor:
@@ -70,38 +56,6 @@ class QuantizedStack:
 
     def __getitem__(self, i: int) -> QuantizedTensor:
         return self.members[i]
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "members"}  # a copy makes its own
-
-    @property
-    def numel(self) -> int:
-        """Number of weights, of all members."""
-        return self.shape.numel()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and constants."""
-        return self.packed.nbytes + self.constants.nbytes
-
-    @property
-    def device(self) -> torch.device:
-        return self.packed.device
-
-    def to(self, device: torch.device | str) -> "QuantizedStack":
-        """The same stack on another device."""
-        packed, constants, levels = (part.to(device) for part in (self.packed, self.constants, self.levels))
-        return QuantizedStack(packed, constants, levels, self.codebook, self.block_size, self.shape, self.dtype)
-
-    def __repr__(self) -> str:
-        double = ", double_quant" if self.double_quant else ""
-        return (
-            f"QuantizedStack({self.codebook}, shape={tuple(self.shape)}, block_size={self.block_size}{double}, "
-            f"{self.nbytes:,} bytes)"
-        )
-
-
-Quantized = QuantizedTensor | QuantizedStack
 
 
 def quantize_stack(

@@ -9,6 +9,7 @@ from qlora_lab.adapters.lora import adapters, add_lora
 from qlora_lab.doctor.dtype_policy import dtype_policy
 from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.optim.paged_adamw import PagedAdamW
+from tests.memory.test_mixtures import build
 
 LINEARS = 2 * (4 * 16 * 16 + 3 * 16 * 32)  # weights of the two layers: q, k, v, o; gate, up, down
 ADAPTED = 2 * (4 * 4 * (16 + 16) + 3 * 4 * (16 + 32))  # r = 4
@@ -38,6 +39,15 @@ def test_each_row(model):
     assert (gradients.dtype, gradients.elements, gradients.nbytes) == ("float32", ADAPTED, 4 * ADAPTED)
     assert (moments.dtype, moments.elements, moments.nbytes) == ("float32", 2 * ADAPTED, 8 * ADAPTED)
     assert policy.nbytes == sum(r.nbytes for r in policy.rows)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_experts_are_base_weights_and_routers_have_a_row(method):
+    mixture = build("Mixtral", method)
+    policy, experts = dtype_policy(mixture), 3 * 4 * 3 * 64 * 32  # layers, experts, gate and up and down
+    assert row(policy, "base weights").elements == experts + 3 * 4 * 64 * 16
+    assert row(policy, "routers").nbytes == 4 * 3 * 4 * 64
+    assert row(policy, "norms, biases, buffers").elements < 1000
 
 
 def test_bytes_are_those_of_all_tensors(model):

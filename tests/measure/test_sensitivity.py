@@ -180,7 +180,7 @@ def test_what_does_not_belong_together_is_named(folder, tiny_llama):
     del s[UP]
     with pytest.raises(ValueError, match=f"sensitivity of {UP} is missing"):
         choices_of(tiny_llama, CANDIDATES, s, progress=False)
-    with pytest.raises(ValueError, match="has no plain linear layer: load it with codebook=None"):
+    with pytest.raises(ValueError, match="has no linear layer to quantise besides lm_head: load it with codebook=None"):
         sensitivity(quantize_linears(tiny_llama), None, BATCHES)
 
 

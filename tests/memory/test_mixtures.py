@@ -137,6 +137,15 @@ def test_half_a_mixture_is_refused():
         measure_memory(model)
 
 
+def test_adapters_on_attention_are_counted_and_those_on_experts_refused():
+    shape = shape_of(tiny("Mixtral").config)
+    assert ql.predict_memory(shape, targets="attention").rows == ql.predict_memory(shape).rows
+    with pytest.raises(ValueError, match="targets .'experts'.: choose .*; adapters on experts are not counted"):
+        ql.predict_memory(shape, targets=["q_proj", "experts"])
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert ql.predict_memory("llama-7b", targets="attention").rows == ql.predict_memory("llama-7b", targets=names).rows
+
+
 def test_houlsby_is_refused_before_anything_is_counted():
     with pytest.raises(ValueError, match="routes tokens to experts, which method='houlsby' cannot adapt: choose qlora"):
         ql.predict_memory(tiny("Mixtral"), "houlsby")

@@ -109,6 +109,12 @@ def test_in_order_every_access_faults_until_all_fit(frames):
     assert T.faults_of_a_step(range(7), frames) == (0 if frames == 7 else 7)
 
 
+def test_a_mixture_is_refused():
+    mixture = replace(TOY, name="m", family="mixtral", experts=4, experts_per_token=2)
+    with pytest.raises(ValueError, match="m is a mixture of experts, which predict_memory counts: give a dense model"):
+        T.fixed_bytes(mixture, 8, 4.127)
+
+
 def test_bandwidth_is_the_published_one():
     assert [round(T.pcie_bandwidth(g) / 1e9, 1) for g in (3, 4, 5)] == [15.8, 31.5, 63.0]
     # bitsandbytes' maintainers: 1 GB evicted a step costs 125 ms on 16 lanes of 3.0 at best (their issue 962)

@@ -24,7 +24,7 @@ from qlora_lab.model.experts4bit import Experts4bit, Stack4bit
 from qlora_lab.model.linear4bit import Linear4bit, linears_to_quantise
 from qlora_lab.model.load import load
 from qlora_lab.model.model_files import ModelError
-from qlora_lab.model.quantised import put, quantised
+from qlora_lab.model.quantised import options_of, put, quantised
 from qlora_lab.model.quantized_folder import folder_in_4_bits, quantize_folder, read_by
 from qlora_lab.model.share_in_4_bits import in_4_bits
 from qlora_lab.quant.plan import Candidate, Plan
@@ -302,6 +302,28 @@ def test_a_forward_holds_a_panel_above_the_packed_model(experts, gradient, monke
     assert peak_of_a_forward(experts, gradient=gradient) > EXPERTS * MATRIX
 
 
+@pytest.mark.usefixtures("with_kernels")
+def test_a_forward_of_a_model_holds_less_than_the_active_experts_panels(monkeypatch):
+    """Equal tokens have equal values, so attention leaves them equal, and the router sends all to the same two."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_local_experts": EXPERTS}
+    model = tiny("Mixtral", **sizes)
+    for path, options in options_of(model, Candidate("nf4", 64, True), None).items():
+        kept = model.state_dict()
+        put(model, path, quantised(model, path, kept.get(path, kept.get(f"{path}.weight")), options))
+    used = []
+    answer = Experts4bit.answer
+    monkeypatch.setattr(Experts4bit, "answer", lambda self, x, expert: used.append(expert) or answer(self, x, expert))
+    ids = torch.full((1, 20), 7)
+    with torch.no_grad():
+        model(ids)  # products race, and matrices of the race are none of the model's
+        assert len(used) == 2 * 2  # two of 16 experts in each of two layers
+        vars(product._local).clear()
+        with Peak(model) as peak:
+            model(ids)
+    panels = 2 * (MATRIX + MATRIX // 2)  # two active experts, and both matrices of each
+    assert MATRIX < peak.most < panels
+
+
 def test_backward_keeps_no_decoded_weight(experts):
     kept = []
     x = torch.ones(3, HIDDEN, requires_grad=True)
@@ -393,15 +415,24 @@ def test_xray_names_the_faults_of_a_stack(tmp_path, part, damage, fault):
 
 
 @pytest.mark.slow  # four models are loaded
-def test_a_plan_decides_linear_layers_and_experts_take_the_default(tmp_path, tokenizer):
+@pytest.mark.parametrize("with_experts", [False, True])
+def test_a_plan_decides_linear_layers_and_experts_too_if_it_names_them(tmp_path, tokenizer, with_experts):
     folder, theirs = saved("Mixtral", tmp_path, tokenizer)
     linears = {path: layer.weight.numel() for path, layer in linears_to_quantise(theirs).items()}
-    plan = Plan("mixtral", dict.fromkeys(linears, Candidate("fp4", 32, False)), 0.0, 5.0, linears)
+    chosen, numel = dict.fromkeys(linears, Candidate("fp4", 32, False)), dict(linears)
+    if with_experts:
+        stacks = stacks_of(theirs)
+        chosen |= dict.fromkeys(stacks, Candidate("int3", 64, True))
+        numel |= {path: stack.numel() for path, stack in stacks.items()}
+    plan = Plan("mixtral", chosen, 0.0, 5.0, numel)
     out = quantize_folder(folder, tmp_path / "small", plan=plan, progress=False)
     asked = {"codebook": "nf4", "block_size": 64}
     for model in (loaded(folder, plan=plan, **asked), loaded(out, **asked)):
         kinds = {module.weight.codebook for module in packed_stacks(model).values()}
-        assert kinds == {"nf4"} and model.get_submodule(next(iter(linears))).weight.codebook == "fp4"
+        assert (
+            kinds == {"int3" if with_experts else "nf4"}
+            and model.get_submodule(next(iter(linears))).weight.codebook == "fp4"
+        )
     ours = add_lora(loaded(out, **asked), r=2)
     ql.merge(ours, tmp_path / "merged", "requantised", source=out, anyway=True, progress=False)
     merged = loaded(tmp_path / "merged", **asked)

@@ -65,7 +65,8 @@ def test_copies_and_moves_keep_the_bits():
     again = pickle.loads(pickle.dumps(stack))
     assert same(again[1], stack[1]) and same(stack.to("cpu")[2], stack[2])
     assert stack.to("meta").device.type == "meta"
-    assert repr(stack) == f"QuantizedStack(nf4, shape=(3, 8, 64), block_size=64, double_quant, {stack.nbytes:,} bytes)"
+    want = f"QuantizedStack(nf4, shape=(3, 8, 64), block_size=64, double_quant, {stack.nbytes:,} bytes, 4.2"
+    assert repr(stack).startswith(want) and stack.bits_per_parameter == 8 * stack.nbytes / (3 * 8 * 64)
 
 
 def test_wrong_input_is_named():

@@ -77,6 +77,8 @@ def test_the_reference_has_signatures_methods_and_files():
         "{py:class} qlora_lab.QuantizedTensor(" in public and "{py:attribute} qlora_lab.QuantizedTensor.codes" in public
     )
     assert "## packing.py" in room_page("quant") and "qlora_lab.quant.packing.pack(" in room_page("quant")
+    # a class has its parent's fields and properties
+    assert "qlora_lab.QuantizedTensor(packed: " in public and "} qlora_lab.QuantizedTensor.nbytes\n" in public
 
 
 @pytest.mark.slow
