@@ -105,15 +105,22 @@ class ExpertParallel(Spread):
     def __init__(self, model: nn.Module):
         check_experts(model, dist.get_world_size())
         super().__init__(model)
-        self._bases = stacks_of_experts(model)
-        for path, base in self._bases.items():
-            owner = path.rpartition(".")[0]
-            exchange = Exchange(len(base.weight), self.rank, self.size)
-            own = slice(exchange.first, exchange.first + exchange.own)
-            # In place, because other adapters of this model may lie outside it, and know their bases.
-            _set_weight(base, _with_parts(base.weight, lambda part, own=own: part[own].clone()))
-            self._put(path, StackPart(base, exchange.first))
-            model.get_submodule(owner).exchange = exchange
+        self._bases: dict[str, nn.Module] = {}  # path of a stack -> what holds a part of it
+        try:
+            for path, base in stacks_of_experts(model).items():
+                self._spread(path, base)
+        except BaseException:
+            self.close()
+            raise
+
+    def _spread(self, path: str, base: nn.Module) -> None:
+        exchange = Exchange(len(base.weight), self.rank, self.size)
+        own = slice(exchange.first, exchange.first + exchange.own)
+        # In place, because adapters of a bank that the model does not use know this base, too.
+        _set_weight(base, _with_parts(base.weight, lambda part: part[own].clone()))
+        self._bases[path] = base
+        self._put(path, StackPart(base, exchange.first))
+        self.model.get_submodule(path.rpartition(".")[0]).exchange = exchange
 
     def _put_together(self) -> None:
         for path, base in self._bases.items():
