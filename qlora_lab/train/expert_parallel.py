@@ -8,7 +8,7 @@ A forward of one layer of experts sends, of T tokens with k experts each, about 
 to other processes, and as many answers back; backward does the same with gradients. Two messages, and one that counts
 the rows. An expert computes for all processes at once, so its adapter's gradient is whole where it lies, and zero
 elsewhere: the sum over processes, which every engine takes, is right for them, too.
-But: the processes wait for each other twice in each layer, and a popular expert makes all of them wait.
+But: the processes wait for each other in every layer of experts, and a popular expert makes all of them wait.
 """
 
 from collections.abc import Callable

@@ -235,6 +235,8 @@ KEY = "base_model.model.model.layers.0.mlp.experts."
             lambda t, c: t.update({f"{KEY}lora_A.weight": torch.ones(10, 32)}),
             r"down_proj has \(10, 32\) and \(16, 12\), but 4 experts need \(rank times 4, inputs\)",
         ),
+        (lambda t, c: c.update(target_parameters="experts.down_proj"), "it must be a list of names of parameters"),
+        (lambda t, c: c.update(target_parameters=[5]), r"target_parameters=\[5\]: it must be a list of names"),
         (lambda t, c: c.update(r=2), r"gate_up_proj.lora_A has shape \(4, 3, 16\), but with r=2 .*mend r or rank_patt"),
         (lambda t, c: c.update(use_dora=True), "dora cannot adapt experts in one tensor"),
         (lambda t, c: c.update(lora_dropout=0.1), "dropout is 0.1, but PEFT has none beside experts"),
