@@ -47,6 +47,12 @@ def by_peft(model, folder):
         return PeftModel.from_pretrained(model, folder).eval()
 
 
+def made_by_peft(model, **config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, LoraConfig(**config)).eval()
+
+
 def near(ours, theirs):
     with torch.no_grad():
         torch.testing.assert_close(ours(IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-5, atol=2e-5)
@@ -196,17 +202,33 @@ def test_peft_reads_it_and_what_peft_saves_is_read_here(tmp_path, tokenizer, nam
     assert all(torch.equal(p, learned(back)[n]) for n, p in learned(ours).items())
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_that_peft_made_is_read(tmp_path, rslora):
+STACKS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    "config, method",
+    [
+        (STACKS, "lora"),
+        (STACKS | {"use_rslora": True}, "rslora"),
+        ({"target_modules": ["q_proj", "w1", "w2", "w3"]}, "lora"),  # PEFT makes two of them one, of twice the rank
+    ],
+)
+def test_an_adapter_that_peft_made_is_read(tmp_path, config, method):
     plain = tiny("Mixtral", num_hidden_layers=1)
     ours = deepcopy(plain)
-    stacks = ["experts.gate_up_proj", "experts.down_proj"]
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=stacks, use_rslora=rslora)
-    config.init_lora_weights = False  # both matrices random
-    theirs = get_peft_model(plain, config).eval()
+    theirs = made_by_peft(plain, r=4, lora_alpha=8, init_lora_weights=False, **config)
     theirs.save_pretrained(tmp_path / "adapter")
     near(load_adapter(ours, tmp_path / "adapter"), theirs)
-    assert {layer.method for layer in adapters(ours).values()} == {"rslora" if rslora else "lora"}
+    assert {layer.method for layer in adapters(ours).values()} == {method} and len(adapters(ours)) == 3
+
+
+def test_an_adapter_of_a_router_is_refused(tmp_path):
+    plain = tiny("Mixtral", num_hidden_layers=1)
+    made_by_peft(deepcopy(plain), r=4, target_modules="all-linear").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match="mlp.gate is of type MixtralTopKRouter here: only linear layers and experts are"
+    ):
+        load_adapter(plain, tmp_path / "adapter")
 
 
 def test_names_that_peft_takes_for_experts_are_written_as_parameters(tmp_path):
