@@ -28,7 +28,8 @@ class LoRAStack(LoRALinear):
 
     def opened(self) -> Multiply:
         """Return what multiplies the rows of an expert, for one forward of all experts."""
-        # Once a forward: the gradient of A[expert] alone would be as large as all of A, and there is one each expert.
+        # Once a forward. Backward of A[expert] makes a gradient as large as A, mostly zeros, for every expert in use;
+        # that of unbind makes one for all of them.
         A, B = self.lora_A.unbind(), self.lora_B.unbind()
         return lambda x, expert: self._adapted(x, expert, A[expert], B[expert])
 
@@ -47,9 +48,11 @@ class LoRAStack(LoRALinear):
         return (self.lora_B[expert, rows] @ self.lora_A[expert]).mul_(self.scaling).to(weight.device)
 
     def put_into(self, model: nn.Module, path: str) -> None:
+        """Take the place of the base, a module or a parameter."""
         put_stack(model, path, self.train(self.base.training))
 
     def take_out(self, model: nn.Module, path: str) -> None:
+        """Undo put_into: what was a parameter is one again, and its module the family's own."""
         put_stack(model, path, self.base)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):

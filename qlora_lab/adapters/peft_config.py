@@ -1,4 +1,4 @@
-"""What adapter_config.json sets, field by field: honoured, known to change no answer, or refused by name. And written.
+"""What adapter_config.json sets, field by field: honoured, known to change no answer, or refused by name.
 
 Source: PEFT 0.21, tuners/lora/config.py for the fields, layer.py for what each initialisation does to the base.
 
@@ -17,7 +17,7 @@ from qlora_lab.adapters.dora import DoRALinear
 from qlora_lab.adapters.expert_lora import LoRAStack
 from qlora_lab.adapters.layer_patterns import first_match, pattern_of, uncompiled
 from qlora_lab.adapters.lora import LoRALinear
-from qlora_lab.adapters.peft_parameters import is_named, misread, parameter_names
+from qlora_lab.adapters.peft_parameters import SETTING, is_named, misread, parameter_names
 from qlora_lab.adapters.rslora import RsLoRALinear
 from qlora_lab.adapters.strength import check_alpha
 from qlora_lab.model.layer_kinds import is_turned
@@ -83,6 +83,9 @@ def check_settings(config: dict, where: str) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):
             raise ValueError(f"{where} has {name}={short(config[name])}: it must map names of layers to numbers")
+    named = config.get(SETTING) or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"{where} has {SETTING}={short(named)}: it must be a list of names of parameters")
 
 
 def strength_of(config: dict, path: str) -> tuple[int, float]:

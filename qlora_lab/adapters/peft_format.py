@@ -314,7 +314,9 @@ def _why_strange(key: str, modules: dict[str, nn.Module], headless: str) -> str:
         return f"for a linear layer only {_key('PATH', 'lora_A')} and lora_B are read: save it again with PEFT"
     if path in modules:
         kind = type(modules[path]).__name__
-        return f"{path} is of type {kind} here: only linear layers are adapted, so train it with other target_modules"
+        return (
+            f"{path} is of type {kind} here: only linear layers and experts are adapted, so train it with other targets"
+        )
     if headless + path in modules:
         return "it was trained on a model without a head (task_type FEATURE_EXTRACTION): use it with PEFT on that model"
     return "this model has no such layer: load the model that the adapter was trained on"

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from qlora_lab.adapters.layer_patterns import uncompiled
 from qlora_lab.model.experts import DOWN, experts_of, layout_of
 
 SETTING = "target_parameters"
@@ -52,7 +53,7 @@ def parameter_names(model: nn.Module, parameters: list[str]) -> list[str]:
     short = sorted({".".join(path.split(".")[-2:]) for path in parameters})
     stacks = (f"{path}.{name}" for path, m in experts_of(model).items() for name in (layout_of(m).up, DOWN))
     weights = (f"{path}.weight" for path, module in model.named_modules() if hasattr(module, "weight"))
-    meant = {path for path in (*stacks, *weights) if is_named({SETTING: short}, path)}
+    meant = {uncompiled(path) for path in (*stacks, *weights) if is_named({SETTING: short}, path)}
     return short if meant <= set(parameters) else parameters
 
 
@@ -91,7 +92,8 @@ def by_layer(
         keys = [f"{plain(path)}.{inner}{part}.weight" for inner in (INNER, "") for part in PAIR]
         if tensors.keys().isdisjoint(keys):
             continue
-        named = [name for name in (layout_of(experts).up, DOWN) if is_named(config, f"{path}.{name}")]
+        names = (layout_of(experts).up, DOWN)
+        named = [name for name in names if is_named(config, f"{uncompiled(path)}.{name}")]
         needed = keys[-2 * len(named) :] if named else []
         if {key for key in keys if key in tensors} != set(needed):
             raise ValueError(

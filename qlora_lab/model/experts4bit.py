@@ -8,8 +8,8 @@ that are in use replaces one product over all stacks, which would need them deco
 
 An expert costs 0.5 byte a weight at rest. While it computes, one panel of it is decoded (kernels/product.py), and
 backward decodes it again.
-Not here: which modules are experts (experts.py), adapters beside stacks (adapters/lora.py), experts that lie in several
-processes (train/expert_parallel.py).
+Not here: which modules are experts (experts.py), adapters beside stacks (adapters/expert_lora.py), experts that lie in
+several processes (train/expert_parallel.py).
 """
 
 from collections.abc import Callable

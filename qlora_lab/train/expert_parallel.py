@@ -8,7 +8,7 @@ A forward of one layer of experts sends, of T tokens with k experts each, about 
 to other processes, and as many answers back; backward does the same with gradients. Two messages, and one that counts
 the rows. An expert computes for all processes at once, so its adapter's gradient is whole where it lies, and zero
 elsewhere: the sum over processes, which every engine takes, is right for them, too.
-But: the processes wait for each other twice in each layer, and a popular expert makes all of them wait.
+But: the processes wait for each other in every layer of experts, and a popular expert makes all of them wait.
 """
 
 from collections.abc import Callable
@@ -105,15 +105,22 @@ class ExpertParallel(Spread):
     def __init__(self, model: nn.Module):
         check_experts(model, dist.get_world_size())
         super().__init__(model)
-        self._bases = stacks_of_experts(model)
-        for path, base in self._bases.items():
-            owner = path.rpartition(".")[0]
-            exchange = Exchange(len(base.weight), self.rank, self.size)
-            own = slice(exchange.first, exchange.first + exchange.own)
-            # In place, because other adapters of this model may lie outside it, and know their bases.
-            _set_weight(base, _with_parts(base.weight, lambda part, own=own: part[own].clone()))
-            self._put(path, StackPart(base, exchange.first))
-            model.get_submodule(owner).exchange = exchange
+        self._bases: dict[str, nn.Module] = {}  # path of a stack -> what holds a part of it
+        try:
+            for path, base in stacks_of_experts(model).items():
+                self._spread(path, base)
+        except BaseException:
+            self.close()
+            raise
+
+    def _spread(self, path: str, base: nn.Module) -> None:
+        exchange = Exchange(len(base.weight), self.rank, self.size)
+        own = slice(exchange.first, exchange.first + exchange.own)
+        # In place, because adapters of a bank that the model does not use know this base, too.
+        _set_weight(base, _with_parts(base.weight, lambda part: part[own].clone()))
+        self._bases[path] = base
+        self._put(path, StackPart(base, exchange.first))
+        self.model.get_submodule(path.rpartition(".")[0]).exchange = exchange
 
     def _put_together(self) -> None:
         for path, base in self._bases.items():

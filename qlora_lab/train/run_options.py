@@ -67,7 +67,9 @@ class AdapterOptions:
     r: int = option(16, "rank of the adapters")
     alpha: float = option(16, "strength of the adapters, which are scaled by alpha / r; rslora: by alpha / sqrt(r)")
     dropout: float = option(0.0, "dropout on the input of the adapters, from 0 to below 1")  # the paper's for 7B: 0.1
-    targets: str | tuple[str, ...] = option("all-linear", "layers to adapt: all-linear, or names such as q_proj")
+    targets: str | tuple[str, ...] = option(
+        "all-linear", "layers to adapt: all-linear, attention, experts, shared-experts, all, or names such as q_proj"
+    )
     source: str | None = option(None, "loftq: the model before quantisation, as for --model (default: --model)")
     size: int = option(64, "houlsby: width of the bottleneck after each attention and feed-forward part", "features")
     virtual_tokens: int = option(20, "prefix and prompt: learned tokens before each row", "tokens")

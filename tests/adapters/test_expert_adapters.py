@@ -47,6 +47,12 @@ def by_peft(model, folder):
         return PeftModel.from_pretrained(model, folder).eval()
 
 
+def made_by_peft(model, **config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, LoraConfig(**config)).eval()
+
+
 def near(ours, theirs):
     with torch.no_grad():
         torch.testing.assert_close(ours(IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-5, atol=2e-5)
@@ -196,17 +202,33 @@ def test_peft_reads_it_and_what_peft_saves_is_read_here(tmp_path, tokenizer, nam
     assert all(torch.equal(p, learned(back)[n]) for n, p in learned(ours).items())
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_that_peft_made_is_read(tmp_path, rslora):
+STACKS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    "config, method",
+    [
+        (STACKS, "lora"),
+        (STACKS | {"use_rslora": True}, "rslora"),
+        ({"target_modules": ["q_proj", "w1", "w2", "w3"]}, "lora"),  # PEFT makes two of them one, of twice the rank
+    ],
+)
+def test_an_adapter_that_peft_made_is_read(tmp_path, config, method):
     plain = tiny("Mixtral", num_hidden_layers=1)
     ours = deepcopy(plain)
-    stacks = ["experts.gate_up_proj", "experts.down_proj"]
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], target_parameters=stacks, use_rslora=rslora)
-    config.init_lora_weights = False  # both matrices random
-    theirs = get_peft_model(plain, config).eval()
+    theirs = made_by_peft(plain, r=4, lora_alpha=8, init_lora_weights=False, **config)
     theirs.save_pretrained(tmp_path / "adapter")
     near(load_adapter(ours, tmp_path / "adapter"), theirs)
-    assert {layer.method for layer in adapters(ours).values()} == {"rslora" if rslora else "lora"}
+    assert {layer.method for layer in adapters(ours).values()} == {method} and len(adapters(ours)) == 3
+
+
+def test_an_adapter_of_a_router_is_refused(tmp_path):
+    plain = tiny("Mixtral", num_hidden_layers=1)
+    made_by_peft(deepcopy(plain), r=4, target_modules="all-linear").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match="mlp.gate is of type MixtralTopKRouter here: only linear layers and experts are"
+    ):
+        load_adapter(plain, tmp_path / "adapter")
 
 
 def test_names_that_peft_takes_for_experts_are_written_as_parameters(tmp_path):
@@ -235,6 +257,8 @@ KEY = "base_model.model.model.layers.0.mlp.experts."
             lambda t, c: t.update({f"{KEY}lora_A.weight": torch.ones(10, 32)}),
             r"down_proj has \(10, 32\) and \(16, 12\), but 4 experts need \(rank times 4, inputs\)",
         ),
+        (lambda t, c: c.update(target_parameters="experts.down_proj"), "it must be a list of names of parameters"),
+        (lambda t, c: c.update(target_parameters=[5]), r"target_parameters=\[5\]: it must be a list of names"),
         (lambda t, c: c.update(r=2), r"gate_up_proj.lora_A has shape \(4, 3, 16\), but with r=2 .*mend r or rank_patt"),
         (lambda t, c: c.update(use_dora=True), "dora cannot adapt experts in one tensor"),
         (lambda t, c: c.update(lora_dropout=0.1), "dropout is 0.1, but PEFT has none beside experts"),

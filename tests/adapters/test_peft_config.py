@@ -346,7 +346,7 @@ def test_layers_of_another_type_are_named(tmp_path, tiny_llama):
     made_by_peft(tiny_llama, tmp_path)
     path = "model.layers.0.self_attn.q_proj"
     tiny_llama.set_submodule(path, nn.Conv1d(16, 16, 1))
-    with pytest.raises(ValueError, match=f"{path} is of type Conv1d here: only linear layers are adapted"):
+    with pytest.raises(ValueError, match=f"{path} is of type Conv1d here: only linear layers and experts are adapted"):
         load_adapter(tiny_llama, tmp_path)
 
 

@@ -145,12 +145,13 @@ HALF, INFINITE = 0.5, float("inf")
 HOSTILE = [None, "1", -1, HALF, float("nan"), INFINITE, 10**400, True, [], b"1"]
 WHOLE = ["steps", "batch_size", "micro_batch_size", "max_length", "warmup_steps", "eval_every", "patience"]
 WHOLE += ["save_every", "keep", "seed", "optimizer_budget", "optimizer_bits"]
+ON_OR_OFF = ["packing", "group_by_length", "shard", "expert_parallel"]
 MAY_BE_NONE = {"micro_batch_size", "optimizer_budget"}
 
 
-@pytest.mark.parametrize("name", [*WHOLE, "lr", "clip", "schedule", "packing", "group_by_length", "shard"])
+@pytest.mark.parametrize("name", [*WHOLE, "lr", "clip", "schedule", *ON_OR_OFF])
 def test_settings_refuse_what_is_no_setting(name):
-    fits = [None] * (name in MAY_BE_NONE) + [True] * (name in ("packing", "group_by_length", "shard"))
+    fits = [None] * (name in MAY_BE_NONE) + [True] * (name in ON_OR_OFF)
     fits += [HALF] * (name in ("lr", "clip"))
     for value in HOSTILE:
         if not any(value is fit for fit in fits):

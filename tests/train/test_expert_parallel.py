@@ -12,25 +12,30 @@ import torch
 
 import qlora_lab as ql
 from qlora_lab import cli
+from qlora_lab.adapters.expert_lora import LoRAStack
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.model.experts4bit import Stack4bit
+from qlora_lab.quant.stack import quantize_stack
 from qlora_lab.train import expert_parallel
 from qlora_lab.train.distributed import processes
 from qlora_lab.train.engines import engine_for
-from qlora_lab.train.expert_parallel import Exchange, check_experts
+from qlora_lab.train.expert_parallel import Exchange, StackPart, _with_parts, check_experts
 from qlora_lab.train.settings import Settings
 from tests.model.families import tiny
 from tests.train.test_distributed import SIZE, TRAIN, bits, equal, same, seen, torchrun, train
 
 # One micro-batch a row, of which some have no token for some process; layers are computed again in backward.
 SMALL = {"micro_batch_size": 1, "gradient_checkpointing": True, "eval_every": 3, "steps": 4}
-# name -> codebook and targets. Llama 4 gives each expert rows of its own; "plain": experts that are not in 4 bits,
-# without an adapter beside one of their stacks
+SPREAD = {"expert_parallel": True}
+# name -> codebook, targets, settings, and those of several processes. Llama 4 gives each expert rows of its own;
+# "plain": experts that are not in 4 bits, without an adapter beside one of their stacks
 CASES = {
-    "Mixtral": ("nf4", "all", {}),
-    "small": ("nf4", "experts", SMALL),
-    "Llama4Text": ("nf4", "all", {"steps": 3}),
-    "plain": (None, ["attention", "experts.down_proj"], {"steps": 3}),
+    "Mixtral": ("nf4", "all", {}, SPREAD),
+    "small": ("nf4", "experts", SMALL, SPREAD),
+    "Llama4Text": ("nf4", "all", {"steps": 3}, SPREAD),
+    "plain": (None, ["attention", "experts.down_proj"], {"steps": 3}, SPREAD),
+    "ddp": ("nf4", "all", {"steps": 3}, {}),  # the other engines take adapters of experts, too
+    "fsdp": ("nf4", "all", {"steps": 3}, {"shard": True}),
 }
 
 
@@ -44,14 +49,23 @@ def folder_of(folders, case):
     return folders / (case if case == "Llama4Text" else "Mixtral")
 
 
-def result_of(folders, case, out, **more):
-    codebook, targets, settings = CASES[case]
+def result_of(folders, case, out, several=False):
+    codebook, targets, settings, more = CASES[case]
+    more = more if several else {}
     loaded = load(folder_of(folders, case), codebook, targets)
     before = bits(loaded[0])
     shapes = {name: type(module) for name, module in loaded[0].named_modules()}
     run = train(loaded, out / case, **settings | more)
     whole = {name: type(module) for name, module in loaded[0].named_modules()} == shapes
     return seen(run) | {"base_is_whole": whole and same(loaded[0], before), "adapter": out / case / "adapter"}
+
+
+def stopped_and_resumed(folders, out):
+    """The adapters of a run that was stopped after step 2 of 4, and of one that was not."""
+    options = SPREAD | {"steps": 4}
+    runs = [seen(train(load(folders / "Mixtral"), out / "uncut", **options))]
+    train(load(folders / "Mixtral"), out / "cut", lambda run, line: line["step"] == 2 and run.stop(), **options)
+    return [*runs, seen(train(load(folders / "Mixtral"), out / "cut", resume=True, **options))]
 
 
 def packed_bytes(model):
@@ -98,8 +112,12 @@ def errors(folders, out, rank):
 def main(folders: Path, out: Path) -> None:
     torch.set_num_threads(1)
     with processes() as rank:
-        results = {case: result_of(folders, case, out / "two", expert_parallel=True) for case in CASES}
-        results |= {"bytes": bytes_held(folders, out), "errors": errors(folders, out, rank)}
+        results = {case: result_of(folders, case, out / "two", several=True) for case in CASES}
+        results |= {
+            "resumed": stopped_and_resumed(folders, out),
+            "bytes": bytes_held(folders, out),
+            "errors": errors(folders, out, rank),
+        }
     torch.save(results, out / f"{rank}.pt")
     options = ["--model", folders / "Mixtral", "--data", out / "data.jsonl", "--held-out", 0, "--steps", 1, "--r", 2]
     options += ["--targets", "attention", "experts", "--expert-parallel", "--quiet", "--out", out / "by command"]
@@ -141,6 +159,7 @@ def test_two_processes_with_half_of_the_experts_do_what_one_does(folders, tmp_pa
     saved = {n: p for n, p in whole.named_parameters() if p.requires_grad}
     assert all(torch.equal(p, saved[n]) for n, p in both[1]["Mixtral"]["adapters"].items())
     for results in both:
+        equal(*results["resumed"])
         figures = results["bytes"]
         assert figures["held"] == [figures["whole"] // 2, figures["whole"]]
         assert figures["freed"] >= figures["whole"] // 2  # the other half lies nowhere else
@@ -172,6 +191,24 @@ def test_what_excludes_it_is_refused(capsys, tiny_llama, tmp_path):
         (["--expert-parallel", "--method", "full", "--codebook", "none"], "method full freezes none: leave it out"),
     ):
         assert cli.main([str(a) for a in [*argv, *more]]) == 2 and fault in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_part_of_a_stack_multiplies_as_the_whole(double_quant):
+    """The experts keep their numbers, and their bits; an adapter beside them stays whole."""
+    weight = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0))
+    stack = Stack4bit(quantize_stack(weight, block_size=16, double_quant=double_quant))
+    part = StackPart(Stack4bit(_with_parts(stack.weight, lambda tensor: tensor[2:].clone())), first=2)
+    assert part.weight.nbytes == stack.weight.nbytes // 2
+    x = torch.ones(3, 16)
+    assert torch.equal(part(x, 3), stack(x, 3))
+    both = []
+    for base in (stack, part):
+        layer = LoRAStack(stack, 2, 2, generator=torch.Generator().manual_seed(1))
+        layer.lora_B.data.fill_(0.1)
+        layer.base = base
+        both.append(layer(x, 2))
+    assert torch.equal(*both) and not torch.equal(both[0], stack(x, 2))
 
 
 def test_an_exchange_answers_in_the_order_of_the_rows(monkeypatch):
