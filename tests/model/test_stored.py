@@ -179,7 +179,7 @@ def test_reading_all_experts_opens_no_file_for_each_of_them(saved, monkeypatch):
 @pytest.mark.parametrize(
     "fragment, message",
     [
-        ("layers.0.block_sparse_moe.experts.3.", r"experts.gate_up_proj has shape \(3, 128, 32\), but .*(4, 128, 32"),
+        ("layers.0.block_sparse_moe.experts.3.", r"experts.gate_up_proj has shape \(3, 128, 32\), but .*\(4, 128, 32"),
         ("experts.3.w1.", "experts.0.w1.weight and 6 more cannot be put together as transformers does it"),
         (".experts.", r"^model.layers.0.mlp.experts.down_proj and 3 more: missing from"),
     ],
