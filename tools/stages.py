@@ -69,19 +69,10 @@ def unexpected(calls: set[str], path: Path) -> str | None:
 ARITHMETIC = but(WITHOUT_PRODUCTS, "--without=outcome")
 BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # five stages compile the same tests: keep what the first one compiled
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
-# the installed wheel runs the course, with the kernels that its first notebook has compiled
-FROM_WHEEL = [sys.executable, "tools/from_wheel.py"]
-NBVAL = [
-    *FROM_WHEEL,
-    *PYTEST,
-    *WORKERS,
-    "--dist",
-    "loadfile",
-    "--nbval",
-    "--nbval-current-env",
-    "--nbval-cell-timeout=1200",
-]
-NBVAL += ["--nbval-sanitize-with=nbval_sanitize.cfg"]
+# The installed wheel runs the course. A notebook and its solution are a pair for one worker and one kernel: they
+# share results in the temporary folder, and nearly all of their cells.
+COURSE = [sys.executable, "tools/from_wheel.py", *PYTEST, "-p", "tools.pairs", *WORKERS, "--dist", "loadfile"]
+COURSE += ["--nbval-current-env", "--nbval-cell-timeout=1200", "--nbval-sanitize-with=nbval_sanitize.cfg"]
 LONGEST = "10_finetune_llama.ipynb"  # as long as four others; begun late, it would leave one worker without work
 LONGEST_FIRST = sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: (path.name != LONGEST, path.name))
 
@@ -104,9 +95,8 @@ STAGES = {
     # tests that share something slow are a group, which one worker runs: pytest.mark.xdist_group
     "slow": Stage([*PYTEST, *WORKERS, "--dist", "loadgroup", *TESTS, "-m", "slow"]),
     "browser": Stage([*PYTEST, "tests/browser"]),
-    # one after the other: a notebook and its solution share results in the temporary folder
-    "notebooks": Stage([*NBVAL, "--no-loadscope-reorder", *map(str, LONGEST_FIRST)]),
-    "solutions": Stage([*NBVAL, "notebooks/solutions"]),
+    # the second path adds the rules of solutions
+    "notebooks": Stage([*COURSE, "--no-loadscope-reorder", *map(str, LONGEST_FIRST), "notebooks/solutions"]),
 }
 
 
