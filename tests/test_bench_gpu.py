@@ -10,8 +10,6 @@ import pytest
 
 from bench import gpu
 
-pytestmark = pytest.mark.xdist_group("gpu bench")  # it runs once, not in each worker
-
 ROOT = Path(__file__).parent.parent
 RUNGS = {
     "quantize_nf4", "dequantize_nf4", "dequantize_double", "double_quantize", "double_dequantize", "gemv_nf4",

@@ -22,8 +22,6 @@ from qlora_lab import kernels
 from qlora_lab.model.linear4bit import Linear4bit
 from tests.optim.test_paging import managed
 
-pytestmark = pytest.mark.xdist_group("gpu day")  # it runs once, not in each worker
-
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu_day.sh"
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # it is built once, not in each worker
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -92,8 +92,8 @@ STAGES = {
     "old": Stage(but(WITHOUT_NUMBERS), {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
     "readable": Stage(but(WITHOUT_KERNELS, "--without=with_kernels"), {"QLORA_LAB_KERNELS": "reference"}),
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
-    # tests that share something slow are a group, which one worker runs: pytest.mark.xdist_group
-    "slow": Stage([*PYTEST, *WORKERS, "--dist", "loadgroup", *TESTS, "-m", "slow"]),
+    # one worker runs a file's tests, which share what is slow: all kernels compiled, a wheel, a bench's rows
+    "slow": Stage([*PYTEST, *WORKERS, "--dist", "loadfile", *TESTS, "-m", "slow"]),
     "browser": Stage([*PYTEST, "tests/browser"]),
     # the second path adds the rules of solutions
     "notebooks": Stage([*COURSE, "--no-loadscope-reorder", *map(str, LONGEST_FIRST), "notebooks/solutions"]),

@@ -21,7 +21,6 @@ from qlora_lab.gpu_code import aot
 from qlora_lab.gpu_code.cards import CARDS, LIMITS, occupancy, roof
 from qlora_lab.gpu_code.machine_code import Instruction, accesses, loops, main_loop, mix, parse, sections, way
 
-pytestmark = pytest.mark.xdist_group("aot")  # all kernels are compiled once, not in each worker
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton compiles on Linux only")
 ROOT = Path(__file__).parents[2]
 H100 = next(card for card in CARDS if card.name == "H100")

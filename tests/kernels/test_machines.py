@@ -17,7 +17,6 @@ import torch
 from qlora_lab.kernels import vector
 
 AVX2 = "+avx,+avx2,+fma,+f16c,+sse4.2,+sse4.1,+ssse3,+sse3,+sse2,+sse,+popcnt"
-pytestmark = pytest.mark.xdist_group("machines")  # this one is probed once, not in each worker
 
 MACHINES = {
     "this one": {},
