@@ -7,12 +7,16 @@ them, and needs neither torch nor transformers (3 s a stage).
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from functools import wraps
 from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on the CPU, exactly
@@ -112,29 +116,31 @@ def no_power_cut():
         yield
 
 
-def _noting(function, calls: set[str]):
+def _noting(function, name: str, calls: set[str]):
     """Return `function`, which also notes in `calls` that it was called."""
 
     @wraps(function)
-    def call(*args):
-        calls.add(function.__name__)
-        return function(*args)
+    def call(*args, **options):
+        calls.add(name)
+        return function(*args, **options)
 
     return call
 
 
 @pytest.fixture(autouse=True, scope="session")
 def calls(no_power_cut):
-    """What a test has asked for of a machine's choices: "_choose" (kernels), "race" (products). Other processes' calls
-    are not seen."""
+    """What a test has asked for of a machine's choices: "_choose" (kernels), "race" (products). Another process's calls
+    are not seen, so "process" says that there was one."""
     from qlora_lab.kernels import product
 
     calls = set()
     with pytest.MonkeyPatch.context() as patch:
-        choose = _noting(kernels._choose, calls)
+        choose = _noting(kernels._choose, "_choose", calls)
         choose.cache_clear = kernels._choose.cache_clear
         patch.setattr(kernels, "_choose", choose)
-        patch.setattr(product, "race", _noting(product.race, calls))
+        patch.setattr(product, "race", _noting(product.race, "race", calls))
+        for home, name in [(subprocess.Popen, "__init__"), (os, "fork"), (BaseProcess, "start")]:
+            patch.setattr(home, name, _noting(getattr(home, name), "process", calls))
         yield calls
 
 
@@ -142,7 +148,8 @@ def calls(no_power_cut):
 def own_race(request, monkeypatch, calls):
     """What one test keeps of a race is gone in the next one, and each draws the same numbers in any order of tests.
 
-    A fast test that asks for a choice which its file is said not to ask for would be missing in some stages: it fails.
+    A fast test that asks for a choice although its file is said to hold no numbers would be missing in some stages: it
+    fails.
     """
     import torch
 
@@ -154,6 +161,7 @@ def own_race(request, monkeypatch, calls):
     torch.manual_seed(0)
     calls.clear()
     yield
+    request.node.stash[ASKED] = sorted(calls)
     if request.node.get_closest_marker("slow"):  # no stage repeats these
         return
     if call := stages.unexpected(calls, request.path):
@@ -166,14 +174,62 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+# A stage that changes one choice repeats the tests that asked for it. Each stage notes in this folder, for one run of
+# tools/stages.py, what the tests that passed have asked for.
+NOTES = os.environ.get(stages.NOTES)
+ASKED, PASSED = pytest.StashKey[list[str]](), pytest.StashKey[bool]()
+SHARED = {"calls", "no_power_cut", "tmp_path_factory"}  # fixtures of a wider scope that ask for nothing
+_shared: set[str] = set()  # all others: what they have asked for was asked before the test began
+_noted: dict[str, list[str]] = {}
+
+
+def pytest_fixture_setup(fixturedef, request):
+    if fixturedef.scope != "function" and fixturedef.argname not in SHARED:
+        _shared.add(fixturedef.argname)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Note what a test that passed has asked for. Where others may have asked before it, nothing is noted."""
+    report = yield
+    if NOTES and report.when == "call" and report.passed:
+        item.stash[PASSED] = True
+    if NOTES and report.when == "teardown" and report.passed and PASSED in item.stash and ASKED in item.stash:
+        kept = any(hasattr(value, "cache_clear") for value in vars(getattr(item, "module", pytest)).values())
+        if not kept and not _shared.intersection(item.fixturenames):
+            _noted[item.nodeid] = item.stash[ASKED]
+    return report
+
+
+def pytest_sessionfinish():
+    if _noted:
+        Path(NOTES, f"{os.getpid()}.json").write_text(json.dumps(_noted), "utf-8")
+
+
+def _unasked(call: str) -> set[str]:
+    """The tests that passed without this call in each stage, and without another process, which could have asked."""
+    asked, known = set(), set()
+    for path in Path(NOTES).glob("*.json") if NOTES else []:
+        for test, calls in json.loads(path.read_text("utf-8")).items():
+            known.add(test)
+            if call in calls or "process" in calls:
+                asked.add(test)
+    return known - asked
+
+
 def pytest_addoption(parser):
     parser.addoption("--without", metavar="FIXTURE", help="leave out the tests that use this fixture (tools/stages.py)")
+    parser.addoption(
+        "--asking", metavar="CALL", help="leave out tests that an earlier stage saw pass without this call"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    without = config.getoption("--without")
-    left_out = [item for item in items if without in getattr(item, "fixturenames", ())]
-    items[:] = [item for item in items if item not in left_out]
+    without, call = config.getoption("--without"), config.getoption("--asking")
+    unasked = _unasked(call) if call else ()
+    left_out = [item for item in items if without in getattr(item, "fixturenames", ()) or item.nodeid in unasked]
+    kept = set(items).difference(left_out)
+    items[:] = [item for item in items if item in kept]
     config.hook.pytest_deselected(items=left_out)
 
 

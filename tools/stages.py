@@ -8,12 +8,14 @@ A failed stage does not stop the others; Ctrl-C does. Exit code 1: a stage faile
 Two workers of pytest with one thread each are faster than one worker with two threads. Tests that need several threads
 set their number themselves. The fast stage fixes the winner of the race of products (qlora_lab/kernels/product.py) at
 float32. Four stages repeat, as on another machine, those fast tests that can differ there: two with another winner,
-"old" on a CPU without AVX2, and "readable" without kernels. In all other stages products race.
+"old" on a CPU without AVX2, and "readable" without kernels. Which these are, the fast stage notes: a test that has not
+asked who won, or which kernels run, cannot tell. In all other stages products race.
 """
 
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -26,47 +28,32 @@ FAST = [*PYTEST, *WORKERS, "--dist", "worksteal", *TESTS, "-m", "not slow"]
 # tests that are the same on every machine: the interpreter of GPU kernels, faults of disks and files
 SAME = ["kernels/triton", "gpu_code", "test_bench_gpu_day.py", "test_faults.py", "test_fuzz.py", "test_readers.py"]
 SAME += ["test_strangers.py", "cli/test_cli_absurd.py", "cli/test_cli_streams.py", "tools/test_trust.py"]
-# Text, files, pictures and plans. The next three lists name rooms and files of tests/, each list those before it, too.
+# Text, files, pictures and plans: rooms and files of tests/. Nothing in these asks which kernels or products run: a
+# test that does fails in the fast stage (own_race in tests/conftest.py), and its file has to leave the list. A new file
+# is in no list and runs in each stage.
 WITHOUT_NUMBERS = ["data", "exercises", "files", "tools", "test_architecture.py", "test_bench.py", "test_bench_gpu.py"]
 WITHOUT_NUMBERS += ["test_notebook_06.py", "cli/test_cli_memory.py", "cli/test_cli_options.py", "model/test_fetch.py"]
 WITHOUT_NUMBERS += [f"memory/test_{name}.py" for name in ("fit", "published", "shape")]
 PICTURES = ["block_size", "escape", "explorer", "figure", "labels", "memory", "page_table", "slider", "source"]
 PICTURES += ["adapter_places", "results", "tournament", "tournament_page", "zoo"]
 WITHOUT_NUMBERS += [f"show/test_{name}.py" for name in PICTURES]
-# Nothing in these asks which kernels run: a test that does fails in the fast stage (own_race in tests/conftest.py), and
-# its file has to leave the list. A new file is in no list and runs in each stage.
-WITHOUT_KERNELS = [*WITHOUT_NUMBERS, "adapters/test_peft_config.py", "adapters/test_peft_folders.py"]
-WITHOUT_KERNELS += ["doctor/test_free_memory.py", "optim/test_adamw_8bit.py", "optim/test_paging.py"]
-WITHOUT_KERNELS += ["quant/test_blocks_packing.py", "quant/test_plan.py", "train/test_limits.py"]
-READ = ["code_use", "codebook_trial", "held_out", "judges", "low_rank", "perplexity", "play", "published"]
-READ += ["published_data_types", "replay", "rouge"]
-READ += ["agreement", "bradley_terry", "choice_summary", "diagnosis", "games", "judgments", "standings", "tournament"]
-WITHOUT_KERNELS += [f"measure/test_{name}.py" for name in READ]
-WITHOUT_KERNELS += [f"model/test_{name}.py" for name in ("families", "gguf_in", "token_dependence", "wide")]
-WITHOUT_KERNELS += [f"show/test_{name}.py" for name in ("kernel_map", "levels", "low_rank", "normal_float")]
-# the same for products of the CPU
-WITHOUT_PRODUCTS = [*WITHOUT_KERNELS, "optim", "quant", "kernels/test_adamw.py"]
-WITHOUT_PRODUCTS += ["adapters/test_adapter_base.py", "adapters/test_model_tensors.py", "memory/test_paging_trace.py"]
-WITHOUT_PRODUCTS += ["measure/test_best_plan.py", "measure/test_constants.py", "model/test_share_in_4_bits.py"]
-WITHOUT_PRODUCTS += [f"show/test_{name}.py" for name in ("constants", "control", "data_types")]
-WITHOUT_PRODUCTS += ["test_readme.py", "test_wrong_answers.py"]
 
 
-def but(files: list[str], *options: str) -> list[str]:
-    """Command of the fast tests but those of these files, and those that are the same everywhere."""
-    return [*FAST, *(f"--ignore=tests/{name}" for name in [*SAME, *files]), *options]
+def again(*options: str) -> list[str]:
+    """Command of the fast tests but those that are the same everywhere."""
+    return [*FAST, *(f"--ignore=tests/{name}" for name in [*SAME, *WITHOUT_NUMBERS]), *options]
 
 
 def unexpected(calls: set[str], path: Path) -> str | None:
-    """Name the choice that a test in this file has asked for, although the lists say that none of its tests does."""
-    for call, files in (("_choose", WITHOUT_KERNELS), ("race", WITHOUT_PRODUCTS)):
-        if call in calls and any(ROOT / "tests" / name in (path, *path.parents) for name in files):
-            return call
-    return None
+    """Name the choice that a test in this file has asked for, although the list says that none of its tests does."""
+    listed = any(ROOT / "tests" / name in (path, *path.parents) for name in WITHOUT_NUMBERS)
+    return next((call for call in ("_choose", "race") if listed and call in calls), None)
 
 
 # --without: tests that set themselves, each in its turn, what the stage sets for all
-ARITHMETIC = but(WITHOUT_PRODUCTS, "--without=outcome")
+# --asking: after the fast stage, only the tests that asked for what the stage sets; alone, all of them
+ARITHMETIC = again("--without=outcome", "--asking=race")
+NOTES = "QLORA_LAB_TEST_NOTES"  # names the folder in which tests/conftest.py notes what each test has asked for
 BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # five stages compile the same tests: keep what the first one compiled
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 # The installed wheel runs the course. A notebook and its solution are a pair for one worker and one kernel: they
@@ -89,8 +76,8 @@ STAGES = {
     "fast": Stage([*FAST, "qlora_lab"], {"QLORA_LAB_PRODUCTS": "float32"}),
     "onednn": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "onednn"}),
     "bfloat16": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "bfloat16"}),
-    "old": Stage(but(WITHOUT_NUMBERS), {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
-    "readable": Stage(but(WITHOUT_KERNELS, "--without=with_kernels"), {"QLORA_LAB_KERNELS": "reference"}),
+    "old": Stage(again(), {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
+    "readable": Stage(again("--without=with_kernels", "--asking=_choose"), {"QLORA_LAB_KERNELS": "reference"}),
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
     # one worker runs a file's tests, which share what is slow: all kernels compiled, a wheel, a bench's rows
     "slow": Stage([*PYTEST, *WORKERS, "--dist", "loadfile", *TESTS, "-m", "slow"]),
@@ -100,7 +87,7 @@ STAGES = {
 }
 
 
-def run(names: list[str]) -> dict[str, tuple[int, float]]:
+def run(names: list[str], notes: str) -> dict[str, tuple[int, float]]:
     """Name -> (exit code, seconds) of each stage, in this order."""
     results = {}
     for name in names:
@@ -108,7 +95,7 @@ def run(names: list[str]) -> dict[str, tuple[int, float]]:
         stage = STAGES[name]
         start = time.monotonic()
         threads = {"OMP_NUM_THREADS": "1"} if "-n" in stage.command else {}
-        environment = os.environ | BYTECODE | threads | stage.environment
+        environment = os.environ | BYTECODE | threads | {NOTES: notes} | stage.environment
         process = subprocess.Popen(stage.command, cwd=ROOT, env=environment)
         try:
             code = process.wait()
@@ -135,7 +122,8 @@ def main(names: list[str]) -> int:
     if unknown := [name for name in names if name not in STAGES]:
         print(f"unknown stage {unknown[0]!r}: choose from {', '.join(STAGES)}", file=sys.stderr)
         return 2
-    results = run(names or list(STAGES))
+    with tempfile.TemporaryDirectory() as notes:
+        results = run(names or list(STAGES), notes)
     print(summary(results))
     codes = {code for code, _ in results.values()}
     return INTERRUPTED if INTERRUPTED in codes else int(codes != {0})
