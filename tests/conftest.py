@@ -212,7 +212,7 @@ def pytest_runtest_makereport(item, call):
     if NOTES and report.when == "call" and report.passed:
         item.stash[PASSED] = True
     if NOTES and report.when == "teardown" and report.passed and PASSED in item.stash and ASKED in item.stash:
-        kept = any(hasattr(value, "cache_clear") for value in vars(getattr(item, "module", pytest)).values())
+        kept = any(hasattr(type(value), "cache_clear") for value in vars(getattr(item, "module", pytest)).values())
         if not kept and not _shared.intersection(item.fixturenames):
             _noted[item.nodeid] = item.stash[ASKED]
     return report
