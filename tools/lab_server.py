@@ -22,7 +22,7 @@ from pathlib import Path
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 GRACE = 15  # seconds to end in, once asked
-START = 60  # seconds to start in
+START = 120  # seconds to start in; a busy machine takes more than one minute
 SETTINGS = {  # no news popup over the page, and nothing written back behind the reader
     "@jupyterlab/apputils-extension:notification": {
         "fetchNews": "false",

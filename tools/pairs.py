@@ -57,7 +57,7 @@ class End(IPyNbFile):
         yield from list(super().collect())[shared(self.parent.path, self.path) :]
 
     def setup(self):
-        self.kernel = self.parent.kernel
+        self.kernel, self.timed_out = self.parent.kernel, self.parent.timed_out
         self.setup_sanitize_files()
 
     def teardown(self):

@@ -60,7 +60,10 @@ INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 # share results in the temporary folder, and nearly all of their cells.
 COURSE = [sys.executable, "tools/from_wheel.py", *PYTEST, "-p", "tools.pairs", *WORKERS, "--dist", "loadfile"]
 COURSE += ["--nbval-current-env", "--nbval-cell-timeout=1200", "--nbval-sanitize-with=nbval_sanitize.cfg"]
-LONGEST = "10_finetune_llama.ipynb"  # as long as four others; begun late, it would leave one worker without work
+# files with long slow tests: begun late, they would leave one worker without work, too
+LONG = ["test_bench.py", "test_aot.py", "test_trust.py", "test_site.py", "test_families.py", "test_distributed.py"]
+LONG += ["test_checkpoint.py", "test_default_model.py", "test_wheel.py", "test_many.py"]
+LONGEST = "10_finetune_llama.ipynb"  # as long as four others
 LONGEST_FIRST = sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: (path.name != LONGEST, path.name))
 
 
@@ -80,8 +83,9 @@ STAGES = {
     "readable": Stage(again("--without=with_kernels", "--asking=_choose"), {"QLORA_LAB_KERNELS": "reference"}),
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
     # one worker runs a file's tests, which share what is slow: all kernels compiled, a wheel, a bench's rows
-    "slow": Stage([*PYTEST, *WORKERS, "--dist", "loadfile", *TESTS, "-m", "slow"]),
-    "browser": Stage([*PYTEST, "tests/browser"]),
+    "slow": Stage([*PYTEST, *WORKERS, "--dist", "loadfile", "--no-loadscope-reorder", *TESTS, "-m", "slow"]),
+    # halves of the list, each with a JupyterLab and a Chromium of its own: tests of one notebook stay together
+    "browser": Stage([*PYTEST, *WORKERS, "--dist", "worksteal", "tests/browser"]),
     # the second path adds the rules of solutions
     "notebooks": Stage([*COURSE, "--no-loadscope-reorder", *map(str, LONGEST_FIRST), "notebooks/solutions"]),
 }

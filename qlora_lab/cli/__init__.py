@@ -38,9 +38,11 @@ continue from there. Under nohup a closed terminal ends nothing."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    words = sys.argv[1:] if argv is None else argv
     with patient_streams() as stdout:
         try:
-            arguments = build_parser().parse_args(argv)
+            # the options of all commands take six times as long to make as those of one
+            arguments = build_parser(words[:1] if words and words[0] in COMMANDS else COMMANDS).parse_args(words)
         except SystemExit:  # after --help as well
             if _unprinted(stdout, "qlora-lab"):
                 raise SystemExit(2) from None
@@ -53,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Make the parser of all commands. Each takes its summary from its docstring, and adds its own options."""
+def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Make the parser of these commands. Each takes its summary from its docstring, and adds its own options."""
     parser = Parser(
         prog="qlora-lab",
         description="See how QLoRA works, then use it. Each command has its own --help with an example.",
@@ -62,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qlora-lab {ql.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
+    for name in names:
         module = import_module(f"qlora_lab.cli.{name.replace('-', '_')}")
         summary = re.split(r"\.\s|\.$", module.__doc__ or name)[0]  # python -OO keeps no docstring
         command = commands.add_parser(

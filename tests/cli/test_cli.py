@@ -238,6 +238,24 @@ def test_help_shows_an_example(capsys, command):
     assert stop.value.code == 0 and f"example: qlora-lab {command}" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_parser_of_one_command_is_that_among_all(capsys):
+    """`main` makes no other; without a command it knows all of them."""
+
+    def helps(parser):
+        return {name: command.format_help() for name, command in parser._subparsers._group_actions[0].choices.items()}
+
+    every = helps(cli.build_parser())
+    assert tuple(every) == cli.COMMANDS
+    for name in cli.COMMANDS:
+        assert helps(cli.build_parser([name])) == {name: every[name]}
+    for words in (["--help"], ["dance"], []):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+    said = capsys.readouterr()
+    assert all(f"    {name} " in said.out or f"    {name}\n" in said.out for name in cli.COMMANDS)
+    assert "choose from" in said.err and all(repr(name) in said.err for name in cli.COMMANDS)
+
+
 def test_help_is_quick_and_argparse_errors_are_code_2():
     code = "import sys, qlora_lab.cli; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

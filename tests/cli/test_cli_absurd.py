@@ -1,6 +1,7 @@
 """Absurd values of options: every option of every command, walked from the parser, so that new ones are covered."""
 
 import argparse
+from functools import cache
 
 import pytest
 
@@ -8,7 +9,7 @@ import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.cli import options
 from qlora_lab.export import gguf_out, merge_folders
-from qlora_lab.measure import sensitivity, sweep
+from qlora_lab.measure import answers, choice_rows, sensitivity, sweep
 from qlora_lab.measure.best_plan import check_limits
 from qlora_lab.memory.setup import Setup
 from qlora_lab.model import fetch, load as models, quantized_folder
@@ -28,6 +29,7 @@ SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse._Hel
 NUMERIC = (options.whole, options.number, options.size, options.levels)
 
 
+@cache
 def commands() -> dict[str, argparse.ArgumentParser]:
     (sub,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     return sub.choices
@@ -84,6 +86,8 @@ def no_model(monkeypatch, tmp_path):
         fetch,
         models,
         quantized_folder,
+        answers,
+        choice_rows,
         sensitivity,
         sweep,
         merge_folders,

@@ -335,10 +335,10 @@ changes = [plain, plain | {"RANK": 0, "u": None, "lora_B": None}]
 changes += [{"n_tokens": 3, "TOKENS": tokens} for tokens in (2, 4, 8)] + [{"BLOCK_SIZE": size} for size in (32, 4096)]
 changes += [{"BLOCK_SIZE": 4096, "TILE": 4096, "num_warps": 4}, {"RANK": 256}]
 changes += [dict(zip(("TOKENS", "ROWS", "COLUMNS", "num_warps"), FEW))]
-folder, name, *numbers = sys.argv[1:]
-plain_rung = aot.RUNGS[name]
-for number in numbers:
-    change, rung = changes[int(number)], plain_rung
+rungs = dict(aot.RUNGS)
+folder, launches = sys.argv[1], json.loads(sys.argv[2])
+for name, number in launches:
+    change, rung = changes[number], rungs[name]
     if name == "gemv_nf4" and "TOKENS" in change:
         from qlora_lab.kernels.triton.gemv_nf4 import TILES
         change |= dict(zip(("ROWS", "WORDS"), TILES[change["TOKENS"]]))
@@ -347,37 +347,37 @@ for number in numbers:
         rung = replace(rung, signature=rung.signature.replace(double, "absmax:*fp32"))
     if change.get("RANK") == 0:
         rung = replace(rung, signature=rung.signature.replace(" u:*T lora_B:*T", ""))
-    aot.RUNGS[name] = replace(rung, launch=lambda m: plain_rung.launch(m) | change)
-    (Path(folder) / number).mkdir()
-    aot._main(f"{folder}/{number}", json.dumps([[name, arch, "bfloat16"] for arch in (80, 90)]))
+    aot.RUNGS[name] = replace(rung, launch=lambda m: rungs[name].launch(m) | change)
+    (Path(folder) / f"{name}-{number}").mkdir()
+    aot._main(f"{folder}/{name}-{number}", json.dumps([[name, arch, "bfloat16"] for arch in (80, 90)]))
 """
+
+
+LAUNCHES = {
+    "gemv_nf4": [0, 2, 3, 4, 5, 6],
+    "matmul_nf4": [0, 1, 5, 6, 8, 9],
+    "matmul_nf4_backward": [0],
+    "quantize_nf4": [5, 7],
+    "dequantize_double": [6],
+}
 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rung", "numbers"),
-    {
-        "gemv_nf4": "0 2 3 4 5 6",
-        "matmul_nf4": "0 1 5 6 8 9",
-        "matmul_nf4_backward": "0",
-        "quantize_nf4": "5 7",
-        "dequantize_double": "6",
-    }.items(),
-)
-def test_other_launches_compile_without_spills(rung, numbers, tmp_path, monkeypatch):
+def test_other_launches_compile_without_spills(tmp_path, monkeypatch):
     """Constants that are not quantised, no adapter, more and fewer tokens, the smallest and the largest blocks.
 
-    One process for each rung: each imports torch and Triton first.
+    One process, which imports torch and Triton once, compiles all of them.
     """
     monkeypatch.delenv("TRITON_INTERPRET")
-    command = [sys.executable, "-W", "ignore", "-c", OTHER_LAUNCHES, str(tmp_path), rung, *numbers.split()]
+    launches = [(rung, number) for rung, numbers in LAUNCHES.items() for number in numbers]
+    command = [sys.executable, "-W", "ignore", "-c", OTHER_LAUNCHES, str(tmp_path), json.dumps(launches)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     used = {cubin: aot._resources(cubin) for cubin in tmp_path.glob("*/*.cubin")}
-    assert len(used) == 2 * len(numbers.split())
+    assert len(used) == 2 * len(launches)
     local = {cubin: [kernel["local"] for kernel in kernels.values()] for cubin, kernels in used.items()}
-    assert local == dict.fromkeys(used, [0])  # one kernel each
+    assert local == dict.fromkeys(used, [0])  # one kernel each; the folder names rung and change
 
 
 @needs_triton

@@ -125,6 +125,7 @@ def test_the_second_stage_runs_what_has_asked_and_what_is_not_known(tmp_path):
 
 def test_each_list_names_what_exists():
     assert all((stages.ROOT / "tests" / name).exists() for name in [*stages.SAME, *stages.WITHOUT_NUMBERS])
+    assert set(stages.LONG) <= {path.name for path in (stages.ROOT / "tests").rglob("test_*.py")}
 
 
 def test_notebooks_are_all_run_and_the_longest_is_begun_first():
