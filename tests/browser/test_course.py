@@ -1,7 +1,7 @@
 """The course in the real JupyterLab, where each notebook runs once: its controls by key and by mouse, both themes, and
 the next day.
 
-01, 02, 04, 05, 07, 08, 09, 11 and 12 run whole. Of 03, 06, 10 and 13, which run for minutes, only the cells with a
+01, 02, 04, 05, 07, 08, 09, 11, 12 and 14 run whole. Of 03, 06, 10 and 13, which run for minutes, only the cells with a
 widget run, on drawn numbers or a toy model; 00 shows no widget. test_stored.py opens all of them as they are.
 """
 
@@ -131,6 +131,15 @@ MOVES = {  # control, key, part of the new alt text
         ("Each pair in both orders", "Space", "160 questions in one order of each pair, 960 games"),
         ("Order of the games", "End", "order 10 of the games gives Elo A"),
         ("Reset", "Enter", "80 questions in both orders, 960 games, a first position worth 150 points: order 1"),
+    ],
+    "14_multimodal": [
+        ("Colour", "ArrowRight", "Two green rings on the left, pairs that training showed: asked for the colour"),
+        ("Shape", "Home", "Two green circles on the left"),
+        ("Number", "End", "Three green circles on the left"),
+        ("Side", "ArrowRight", "Three green circles on the right"),
+        ("Question", "End", "asked for the side, the tower as trained"),
+        ("Patches read by", "End", "; NF2, "),
+        ("Reset", "Enter", "Two red rings on the left, pairs that training showed: asked for the colour"),
     ],
 }
 EXPLORERS = {"06_data_types": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other
