@@ -79,7 +79,7 @@ class ToyTower(nn.Module):
 
     @torch.no_grad()
     def read(self, scenes: Sequence[Scene]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return what each patch holds, (n, 9) int64, a place in SHAPES or EMPTY, and each property's shares, (n, words).
+        """Return what each patch holds, (n, 9) int64, a place in SHAPES or EMPTY; and property -> shares, (n, words).
 
         Shares of colours and shapes are those of the patches, weighted by how surely a patch is not empty.
         """

@@ -31,8 +31,8 @@ def test_the_sentence():
     EXPLORER.set(**STATE)
     start = "Two blue crosses at the top, pairs that training never showed: asked for the colour, the tower as trained "
     assert EXPLORER.summary().startswith(start)
-    EXPLORER.set(shape="star", number="one", side="left", asked="side")
-    assert EXPLORER.summary().startswith("One blue star on the left, pairs that training showed: asked for the side")
+    EXPLORER.set(shape="ring", number="one", side="left", asked="side")
+    assert EXPLORER.summary().startswith("One blue ring on the left, pairs that training showed: asked for the side")
     EXPLORER.set(number="two", side="top")
     EXPLORER.set(colour="red", shape="circle")
     assert EXPLORER.summary().startswith("Two red circles at the top, pairs that training never showed")

@@ -1,4 +1,4 @@
-"""A tower is trained, becomes the eye of a LLaVA folder, and is asked about pictures. Tiny: nothing here has learned."""
+"""A tower is trained, becomes the eye of a LLaVA folder, and is asked about pictures. Nothing here has learned."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_a_seed_decides_the_tower_and_no_draw_of_the_caller_is_used(tower):
 
 def test_a_tower_says_what_it_reads(tower):
     kinds, shares = tower.read(SCENES)
-    assert kinds.shape == (8, 9) and 0 <= kinds.min() and kinds.max() <= EMPTY
+    assert kinds.shape == (8, 9) and kinds.min() >= 0 and kinds.max() <= EMPTY
     for name, words in WORDS.items():
         assert shares[name].shape == (8, len(words))
         # each share is one of a sum of softmaxes, rounded 9 times
