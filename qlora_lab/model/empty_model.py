@@ -33,6 +33,7 @@ DECODE_MXFP4 = (
 )
 UNKNOWN = "a \U0010fffd"  # a character that no vocabulary has
 MOST_BUFFERS = 2**30  # bytes; a mask for 8,192 positions has 64 MiB
+SWITCH_READ = re.compile(r"\bconfig\.is_decoder\b(?! =)")  # in the source of a family
 VISION, SOUND = "vision_config", "audio_config"  # parts of a configuration: what reads images, and sound
 
 
@@ -48,11 +49,11 @@ def empty_model(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
         part._attn_implementation = part._experts_implementation = None
         if hasattr(part, "quantization_config"):
             del part.quantization_config  # meant for transformers' own loader
-    if hasattr(config, SOUND):
+    if getattr(config, SOUND, None):
         raise _unsupported(config, "it reads sound too: save its language model alone with transformers")
     try:
         with torch.device("meta"):  # shapes without bytes
-            if hasattr(config, VISION):
+            if getattr(config, VISION, None):
                 model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **NO_CODE)
             else:
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
@@ -82,11 +83,11 @@ def _parts(config: "PretrainedConfig") -> "list[PretrainedConfig]":
 def _check_decoder(model: "PreTrainedModel") -> None:
     """Raise ModelError for a model that is no decoder, or whose decoder cannot be told from what sees."""
     config = model.config
-    if hasattr(config, VISION) and (config.is_encoder_decoder or not language_model(model)):
+    if getattr(config, VISION, None) and (config.is_encoder_decoder or not language_model(model)):
         raise _unsupported(config, "no decoder of its own stands beside what sees: choose one that is built like LLaVA")
     # BERT reads what comes after a token unless its configuration says is_decoder. GPT-NeoX has that switch, too, and
     # no code that asks for it; Bart's decoder switches it on itself.
-    if getattr(config, "is_decoder", None) is False and "is_decoder" in getsource(getmodule(type(model))):
+    if getattr(config, "is_decoder", None) is False and SWITCH_READ.search(getsource(getmodule(type(model)))):
         raise _unsupported(config, "it is an encoder, whose tokens read the ones after them: choose a decoder")
 
 
@@ -174,7 +175,7 @@ def tokenizer_of(folder: Path) -> "PreTrainedTokenizerBase":
     Raises ModelError if either is unreadable, and for a tokenizer that needs its own code or sentencepiece.
     """
     tokenizer = _text_tokenizer(folder)
-    if VISION in fields_of(folder):
+    if fields_of(folder).get(VISION):
         tokenizer.processor = processor_of(folder, tokenizer)
         # Older folders keep the template beside the processor, where a tokenizer does not look.
         tokenizer.chat_template = tokenizer.chat_template or getattr(tokenizer.processor, "chat_template", None)

@@ -119,6 +119,14 @@ def test_what_is_not_supported_is_told_in_one_line(folder, fields, message):
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
+@pytest.mark.parametrize("fields", [{"model_type": "bert", "is_decoder": True}, {"model_type": "gpt_neox"}])
+def test_a_decoder_is_one_whatever_its_switch_says(folder, fields):
+    """GPT-NeoX has is_decoder=False by default, and no code that asks for it."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (folder / "config.json").write_text(json.dumps(fields | small))
+    assert empty_model(folder, torch.float32).config.model_type == fields["model_type"]
+
+
 def test_a_config_without_a_family_is_told_so(folder):
     (folder / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"transformers does not know this family \(no model_type in config.json\)"):
