@@ -1,8 +1,8 @@
 """The course in the real JupyterLab, where each notebook runs once: its controls by key and by mouse, both themes, and
 the next day.
 
-01, 02, 04, 05, 07, 08, 09, 11, 12 and 14 run whole. Of 03, 06, 10 and 13, which run for minutes, only the cells with a
-widget run, on drawn numbers or a toy model; 00 shows no widget. test_stored.py opens all of them as they are.
+01, 02, 04, 05, 07, 08, 09, 11 and 12 run whole. Of 03, 06, 10, 13 and 14, which take long, only the cells
+with a widget run, on drawn numbers or a toy model; 00 shows no widget. test_stored.py opens all of them as they are.
 """
 
 import re
@@ -44,6 +44,7 @@ CUT = {  # what the cells need
     "06_data_types": "",
     "10_finetune_llama": "",
     "13_merge_lab": DRAWN_MERGES,
+    "14_multimodal": "tower = toy_llava.trained_tower(shapes.shapes_split(8, 4).train, 2)",
 }
 MOVES = {  # control, key, part of the new alt text
     "01_codebook": [
