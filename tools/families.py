@@ -17,7 +17,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models as tokenizer_models
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import qlora_lab as ql
 from qlora_lab.adapters.lora import adapters
@@ -63,6 +70,19 @@ DEEPSEEK = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1
 DEEPSEEK |= {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
 DEEPSEEK |= {"num_key_value_heads": 4, "first_k_dense_replace": 1}
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION |= {"image_size": 16, "patch_size": 8}
+
+
+def seeing(text: dict) -> dict:
+    """The options of a family that reads images too: a part for its language model, and one for its tower."""
+    return {"text_config": text, "vision_config": VISION}
+
+
+def auto(config: PreTrainedConfig) -> type:
+    """The class of transformers that makes the model of this configuration."""
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
 
 FAMILIES = [
     Family("Llama", "LlamaConfig"),
@@ -108,30 +128,31 @@ FAMILIES = [
     Family("DeepSeek-V3", "DeepseekV3Config", DEEPSEEK),
     Family("GPT-OSS", "GptOssConfig", EXPERTS | {"head_dim": 8} | TWO_KINDS),
     Family("Llama 4, text", "Llama4TextConfig", EXPERTS | {"head_dim": 8, "intermediate_size_mlp": 48}),
-    Family("Gemma 3, with images", "Gemma3Config", refused=True),
-    Family("Llava", "LlavaConfig", refused=True),
+    Family("Gemma 3, with images", "Gemma3Config", seeing(SMALL | {"head_dim": 8} | TWO_KINDS)),
+    Family("Llava", "LlavaConfig", seeing(SMALL | {"model_type": "llama"})),
     Family("T5", "T5Config", refused=True),
+    Family("BERT", "BertConfig", refused=True),
 ]
 
 
 def save(family: Family, folder: Path) -> None:
     """Save a model of this family with random weights, and a tokenizer of words, as transformers does."""
-    config = getattr(transformers, family.config)
+    kind = getattr(transformers, family.config)
     if family.refused:
-        config().save_pretrained(folder)
+        kind().save_pretrained(folder)
         save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
     else:
         torch.manual_seed(SEED)
-        AutoModelForCausalLM.from_config(config(**(SMALL | family.options)), dtype=torch.float32).save_pretrained(
-            folder
-        )
+        config = kind(**(family.options if "text_config" in family.options else SMALL | family.options))
+        auto(config).from_config(config, dtype=torch.float32).save_pretrained(folder)
     words = Tokenizer(tokenizer_models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
 
 
 def theirs(folder: Path) -> PreTrainedModel:
     """The model as transformers loads it. Frozen like ours: some families multiply differently with gradients."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    kind = auto(AutoConfig.from_pretrained(folder))
+    return kind.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
 
 
 def ours(folder: Path, **options) -> PreTrainedModel:
@@ -171,6 +192,8 @@ together. A forward decodes those that a token is routed to. Routers and the gat
 precision. Adapters go on the other linear layers, not on such experts. Only QLoRA Lab reads folders with such experts.
 - `qlora_lab.memory.weights.predicted_weights` counts, from config.json alone, the bytes that a mixture stores and \
 those that one token uses.
+- Of a model that reads images too, the language model is quantised and adapted, and the share counts it alone. \
+`load(..., also="vision_tower")` quantises the tower as well. The page compares texts; tests compare pictures.
 - Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
 - **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still treats them \
 as experts. Use adapters of these layers with `load_adapter`, not with PEFT.

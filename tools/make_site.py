@@ -22,7 +22,7 @@ FOLDERS = {"docs": ["*.md", "*.gif", "*.png"], "bench": ["*.md", "*.json", "*.pn
 FOLDERS["notebooks/solutions"] = ["*.ipynb"]
 GUIDES = ["install", "finetune", "methods", "lora_relatives", "many_adapters", "long_runs", "devices", "files", "merge"]
 GUIDES += ["multiple_choice", "tournament", "xray", "trust", "machines", "conformance", "families", "templates"]
-GUIDES += ["tools"]
+GUIDES += ["tools", "pictures"]
 FIGURES = ["ablations", "published", "speed", "gpu"]
 
 

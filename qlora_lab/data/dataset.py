@@ -25,6 +25,7 @@ from qlora_lab.data.labels import (
     IGNORED,
     Encoded,
     Notes,
+    Prompt as Prompt,
     encode as encode,  # callers take these from here
     encode_within,
     end_token_id as end_token_id,

@@ -12,7 +12,7 @@ Not here: where an answer stands (chat_template.py); tokens of a text (tokens.py
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_lab.data.chat_template import Answer, ChatTemplate, Span, ends
 from qlora_lab.data.examples import Example, Turns
@@ -89,14 +89,21 @@ def prompt_ids(
     return tokens.ids
 
 
-def prompt_of(example: Example, tokenizer: "Tokenizer") -> tuple[list[int], tuple[Picture, ...]]:
-    """Return the tokens of prompt_ids and the pictures that a model gets before the last answer of `example`."""
+class Prompt(NamedTuple):
+    """What a model gets before it answers."""
+
+    ids: list[int]  # tokens
+    pictures: tuple[Picture, ...] = ()
+
+
+def prompt_of(example: Example, tokenizer: "Tokenizer") -> Prompt:
+    """Return what a model gets before the last answer of `example`. Raises what prompt_ids and encode raise."""
     turns, pictures, marks = expanded(example.prompt, example.pictures, tokenizer)
     if not pictures:
-        return prompt_ids(turns, tokenizer, parts=example.parts), ()
+        return Prompt(prompt_ids(turns, tokenizer, parts=example.parts))
     template = ChatTemplate(tokenizer, None, example.parts, marks)
     _check_unspelt(turns, template)
-    return tokenise(template.render(turns, opens_answer=True), tokenizer).ids, pictures
+    return Prompt(tokenise(template.render(turns, opens_answer=True), tokenizer).ids, pictures)
 
 
 def _check_unspelt(turns: Turns, template: ChatTemplate) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "<image>"
 FIELDS = ("image", "images")  # of a record: a path, or a list of paths
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of others, Pillow starts Ghostscript for EPS
 TEXT_INPUTS = ("input_ids", "attention_mask")
 TYPES = "token_type_ids"  # the end of a name: tells which tokens are pictures, for models that see them both ways
 Turns = tuple[tuple[str, str], ...]  # as in examples.py, which imports this file
@@ -50,9 +51,9 @@ class Picture:
 
 
 def picture_paths(record: Mapping, folder: Path) -> tuple[Path, ...]:
-    """Return the paths that a record names, those that are relative from `folder`. Raises ValueError for anything else.
+    """Return the paths that a record names, relative ones from `folder`. Raises ValueError for anything else.
 
-    The files are not opened yet.
+    folder: of the data file; the current one for records that are in no file. The pictures are not opened yet.
     """
     filled = [name for name in FIELDS if not is_empty(record.get(name))]
     if len(filled) > 1:
@@ -169,14 +170,17 @@ def _read(path: Path) -> "tuple[bytes, Image]":
     """Return the bytes and the picture of a file. Raises ValueError for a missing file, or one that is no picture."""
     from PIL import Image, UnidentifiedImageError
 
-    if not path.is_file():
-        raise ValueError(f"no picture at {path}: name it from the folder of the data file")
-    content = path.read_bytes()
     try:
-        with Image.open(BytesIO(content)) as image:
+        if not path.is_file():
+            raise ValueError(f"no picture at {path}: name it from the folder of the data file")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
             return content, image.convert("RGB")  # decodes all of it, so a file that is cut off fails here
     except UnidentifiedImageError:  # its message names an object in memory
-        reason = "of no format that Pillow knows"
+        reason = f"in none of {', '.join(FORMATS)}"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for damaged files
-        reason = " ".join(str(error).split())
-    raise ValueError(f"{path} is not a picture ({reason:.80}): put a whole one in its place")
+        reason = f"{' '.join(str(error).split()):.80}"
+    raise ValueError(f"{path} is not a picture ({reason}): put a whole one in its place")

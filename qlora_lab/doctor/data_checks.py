@@ -19,6 +19,8 @@ def asked_for(examples: Sequence[Example], skipped: Sequence[str] = ()) -> Findi
         f"{roles[role]:,} {role}" for role in ("system", "developer", "user", "assistant", "tool") if roles[role]
     )
     message = f"{len(examples):,} examples with the turns {turns}"
+    if pictures := sum(len(example.pictures) for example in examples):
+        message += f"; {pictures:,} pictures"
     if masked := sum(len(example.not_learned) for example in examples):
         message += f"; {masked:,} answers are shown but not learned, as their records ask"
     unused = Counter(name for example in examples for name in example.unused)

@@ -3,7 +3,7 @@
 Measuring changes no weight, no gradient, no random state and no training flag. (In some libraries it does.)
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,9 +15,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.data.dataset import encode_all, end_token_id, prompt_of, to_device
+from qlora_lab.data.dataset import Prompt, encode_all, end_token_id, prompt_of, to_device
 from qlora_lab.data.examples import Example
-from qlora_lab.data.pictures import Picture, picture_inputs
+from qlora_lab.data.pictures import picture_inputs
 from qlora_lab.measure.rouge import rouge_l
 from qlora_lab.model.modes import measuring
 from qlora_lab.model.token_dependence import reads_padding
@@ -87,25 +87,21 @@ def generate_answers(
     """Answer the prompts of `examples` greedily. Special tokens and outer white space are stripped."""
     check_whole("max_new_tokens", max_new_tokens)
     prompts = [prompt_of(example, tokenizer) for example in examples]
-    rows = [row for row, _ in prompts]
-    return answers_to(model, tokenizer, rows, max_new_tokens, progress, pictures=[shown for _, shown in prompts])
+    return answers_to(model, tokenizer, prompts, max_new_tokens, progress)
 
 
 def answers_to(
     model: torch.nn.Module,
     tokenizer: "Tokenizer",
-    rows: list[list[int]],
+    prompts: list[Prompt],
     max_new_tokens: int,
     progress: bool,
     around: Callable[[list[int]], AbstractContextManager] | None = None,
-    pictures: Sequence[Sequence[Picture]] = (),
 ) -> list[str]:
-    """Answer rows of tokens greedily. around: numbers of the rows in a batch -> what to enter while it is answered.
-
-    pictures: those of each row, if any row has some.
-    """
+    """Answer prompts greedily. around: numbers of the prompts in a batch -> what to enter while it is answered."""
     from transformers import GenerationConfig  # heavy, so not at the top
 
+    rows = [prompt.ids for prompt in prompts]
     check_tokens(model, tokenizer, {token for row in rows for token in row})
     longest = max(map(len, rows)) + max_new_tokens - 1  # the model never reads the last token
     fix = "ask a shorter question, or take fewer max_new_tokens (--max-new-tokens)"
@@ -118,7 +114,7 @@ def answers_to(
     with measuring(model), _own_configuration_aside(model):
         for chosen in tqdm(batches, "answers", unit="batch", leave=False, disable=not progress):
             batch = _left_padded([rows[i] for i in chosen], fill)
-            batch |= picture_inputs([pictures[i] for i in chosen], batch["input_ids"]) if pictures else {}
+            batch |= picture_inputs([prompts[i].pictures for i in chosen], batch["input_ids"])
             batch = to_device(batch, model)
             with around(chosen) if around else nullcontext():
                 generated = model.generate(**batch, generation_config=greedy)  # (batch, prompt + answer)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_lab.adapters.many import AdapterBank
-from qlora_lab.data.dataset import prompt_ids
+from qlora_lab.data.dataset import Prompt, prompt_ids
 from qlora_lab.measure.held_out import answers_to
 from qlora_lab.quant.numbers import check_whole
 
@@ -39,9 +39,9 @@ def generate_routed(
         raise ValueError(f"questions is the text {questions[:20]!r}: give a list of texts")
     names = [route(question) for question in questions]
     bank.check_rows(names)  # before anything is answered
-    rows = [prompt_ids((("user", question),), tokenizer) for question in questions]
+    prompts = [Prompt(prompt_ids((("user", question),), tokenizer)) for question in questions]
 
     def routed(batch: list[int]):
         return bank.rows([names[number] for number in batch])
 
-    return answers_to(bank.model, tokenizer, rows, max_new_tokens, progress, routed)
+    return answers_to(bank.model, tokenizer, prompts, max_new_tokens, progress, routed)

@@ -21,8 +21,8 @@ from qlora_lab.adapters.adapter import has_adapters
 from qlora_lab.model.empty_model import dtypes_of, empty_model, stored_options
 from qlora_lab.model.experts import is_stack, layout_of
 from qlora_lab.model.fetch import resolve
-from qlora_lab.model.language_model import as_names
-from qlora_lab.model.linear4bit import head_path
+from qlora_lab.model.language_model import as_names, beside, parts_beside
+from qlora_lab.model.linear4bit import head_path, packable
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.quantised import options_of
 from qlora_lab.model.stored import files_of
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 EXPERTS, LINEAR = "experts", "linear layers in 4 bits"
 EMBEDDINGS, HEAD, OTHERS = "embeddings", "head", "everything else"
-KINDS = (EXPERTS, LINEAR, EMBEDDINGS, HEAD, OTHERS)
+BESIDE = "beside the language model"  # a vision tower and a projector, packed or not
+KINDS = (EXPERTS, LINEAR, EMBEDDINGS, HEAD, BESIDE, OTHERS)
 PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts")  # names of k
 
 
@@ -84,8 +85,9 @@ def predicted_weights(
 ) -> WeightLedger:
     """Predict what `load` with these options holds, from config.json alone. Arguments and errors are those of `load`.
 
-    A folder that is in 4 bits already keeps its own options. Raises ValueError also for one that a plan has quantised,
-    and for a mixture whose configuration does not say how many experts a token is routed to.
+    A folder that is in 4 bits already keeps its own options, which the names in its files tell. Raises ValueError also
+    for one that a plan has quantised, and for a mixture whose configuration does not say how many experts a token is
+    routed to.
     """
     folder = resolve(name_or_path, progress=False)
     stored = stored_options(folder)
@@ -93,9 +95,12 @@ def predicted_weights(
         raise ValueError(f"{folder} is {stored}, so layers differ: load it, and count with measured_weights")
     model = empty_model(folder, dtype)  # on the meta device: shapes without bytes
     chosen = Candidate(*(stored or (codebook, block_size, double_quant)))
+    files = files_of(folder) if stored else {}
+    if stored:  # its files say what beside the language model is packed
+        parts = parts_beside(model, packable(model))
+        also = [part for part, paths in parts.items() if any(f"{path}.weight.absmax" in files for path in paths)]
     options = {} if chosen.codebook is None else options_of(model, chosen, None, as_names(also))
     if stored:  # its experts may lie there in 16 bits, as bitsandbytes leaves them
-        files = files_of(folder)
         options = {path: o for path, o in options.items() if not is_stack(model, path) or f"{path}.{STATE}" in files}
     dtypes = dtypes_of(model, dtype)
     tied = model.all_tied_weights_keys  # a head that is its embedding is stored once
@@ -157,12 +162,16 @@ def _ledger(model: "PreTrainedModel", sizes: dict[str, tuple[int, int]], packed:
     n = k = 0  # a dense model has neither
     sums = {kind: [0, 0, 0] for kind in KINDS}
     head = head_path(model)
+    outside = beside(model) - {head}
     for name, (weights, nbytes) in sizes.items():
         path = name.removesuffix(".weight")
-        owner = model.get_submodule(name.rpartition(".")[0])
+        owner_path = name.rpartition(".")[0]
+        owner = model.get_submodule(owner_path)
         kind, active = OTHERS, nbytes
+        if owner_path in outside:
+            kind = BESIDE
         # Biases of experts are routed as their matrices are. A shared expert is an ordinary MLP, always used.
-        if is_stack(model, name) or (layout_of(owner) and name.endswith("_bias")):
+        elif is_stack(model, name) or (layout_of(owner) and name.endswith("_bias")):
             n, k = owner.num_experts, _experts_per_token(model)
             kind, active = EXPERTS, nbytes * k // n  # experts are of one size
         elif isinstance(owner, nn.Embedding):
@@ -177,9 +186,10 @@ def _ledger(model: "PreTrainedModel", sizes: dict[str, tuple[int, int]], packed:
 
 def _experts_per_token(model: "PreTrainedModel") -> int:
     # Routing is code of the family, not structure: only the configuration says how many experts it takes.
-    found = (getattr(model.config, name, None) for name in PER_TOKEN)
+    config = model.config.get_text_config()  # of a model that sees, a part of its configuration
+    found = (getattr(config, name, None) for name in PER_TOKEN)
     k = next((value for value in found if isinstance(value, int)), None)
     if k is None:
-        kind = type(model.config).__name__
+        kind = type(config).__name__
         raise ValueError(f"{kind} does not say how many experts a token is routed to: it needs {PER_TOKEN[0]}")
     return k

@@ -109,6 +109,7 @@ def gates(model: nn.Module) -> set[str]:
                 found.add(name)
     # LongCat-Flash and JetMoE keep experts in ways that are not known here, and their routers are plain layers.
     config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     counts = set() if experts_of(model) else {getattr(config, name, None) for name in COUNTS} - {1}
     return found | {
         path

@@ -98,6 +98,8 @@ def test_a_part_learns_beside_packed_layers_and_goes_through_its_folder(tmp_path
 def test_parts_that_are_none_are_told(tmp_path, tiny_llama):
     with pytest.raises(ValueError, match="is called 'projector': choose from embed_tokens, layers, norm"):
         add_adapter(tiny_llama, "full", parts=["norm", "projector"])
+    with pytest.raises(ValueError, match="parts names no module, so nothing would learn"):
+        add_adapter(tiny_llama, "full", parts=[])
     with pytest.raises(ValueError, match="packed in 4: load it with codebook=None"):
         add_adapter(quantize_linears(tiny_llama), "full", parts="layers")
     folder = save_adapter(add_adapter(tiny_llama, "full", parts="norm"), tmp_path / "norm")

@@ -106,6 +106,7 @@ ASKED = {"prompt": "<image> what?", "completion": "red"}
         (ASKED | {"image": "a", "prompt": "what?"}, "has 1 picture, but <image> 0 times"),
         (ASKED | {"image": "a", "prompt": "what?", "completion": "<image>"}, "an answer holds <image>, but pictures"),
         (ASKED | {"image": "a", "images": ["b"]}, "has 'image' and 'images': keep one of them"),
+        (ASKED | {"image": "a\0b"}, "'image' must be the path of an image file"),
         (ASKED | {"image": 3}, "'image' must be the path of an image file, or a list of such, found 3"),
         (ASKED | {"images": [{"bytes": "x"}]}, "'images' must be the path of an image file"),
     ],
@@ -119,7 +120,8 @@ def test_a_record_with_wrong_places_is_refused(record, message):
     ("content", "message"),
     [
         (None, r"line 1: no picture at .*red.png: name it from the folder of the data file"),
-        (b"", r"line 1: .*red.png is not a picture \(of no format that Pillow knows\): put a whole one"),
+        (b"", r"line 1: .*red.png is not a picture \(in none of BMP, GIF, .*\): put a whole one"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "red.png is not a picture"),  # Pillow would run it
         (b"no picture", "red.png is not a picture"),
         ("cut off", "red.png is not a picture .*truncated"),
     ],
@@ -134,6 +136,12 @@ def test_a_file_that_is_no_picture_is_named(data, seeing, content, message):
     with pytest.raises(ValueError, match=message) as error:
         encode_all(load_data(data), seeing, 256, progress=False)
     assert "\n" not in str(error.value) and "0x" not in str(error.value)
+
+
+def test_a_path_that_no_system_has_is_named(seeing):
+    example = to_example(ASKED | {"image": "a" * 5000})
+    with pytest.raises(ValueError, match="cannot be read: File name too long|no picture at a"):
+        encode(example, seeing)
 
 
 def test_a_picture_that_changes_after_encoding_is_noticed(data, seeing):

@@ -49,7 +49,7 @@ def batch_of(data, tokenizer):
     return collate(encode_all(load_data(data)[:4], tokenizer, 256, progress=False)[0], 0)
 
 
-@pytest.mark.parametrize("micro", [None, 1])
+@pytest.mark.parametrize("micro", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_resumed_run_gives_the_same_bits(llava_folder, data, tmp_path, micro):
     model, tokenizer = quiet(llava_folder)
     frozen = base_checksum(add_lora(model, r=4))
@@ -69,6 +69,7 @@ def test_a_resumed_run_gives_the_same_bits(llava_folder, data, tmp_path, micro):
     assert first == second
 
 
+@pytest.mark.slow
 def test_another_picture_is_another_run(llava_folder, data, tmp_path):
     model, tokenizer = quiet(llava_folder)
     how = {"steps": 4, "batch_size": 4, "lr": 1e-2, "save_every": 2}
@@ -80,6 +81,7 @@ def test_another_picture_is_another_run(llava_folder, data, tmp_path):
         trained(add_lora(quiet(llava_folder)[0], r=4), tokenizer, data, tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_the_projector_learns_beside_packed_layers_and_then_the_language_model(llava_folder, data, tmp_path):
     """Stage one and two of LLaVA: what learned in one is the base of the other."""
     model, tokenizer = quiet(llava_folder)
@@ -102,6 +104,7 @@ def test_the_projector_learns_beside_packed_layers_and_then_the_language_model(l
     trained(add_lora(second, r=4), seeing, data, tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_peft_reads_the_adapter_on_the_plain_model(llava_folder, data, tmp_path):
     from peft import PeftModel
 
@@ -117,6 +120,7 @@ def test_peft_reads_the_adapter_on_the_plain_model(llava_folder, data, tmp_path)
     torch.testing.assert_close(model(**batch).logits, theirs(**batch).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_and_asked_with_pictures(llava_folder, data, tmp_path):
     model, tokenizer = quiet(llava_folder)
     examples = load_data(data)
@@ -152,7 +156,9 @@ def test_pictures_are_not_packed(llava_folder, data, tmp_path):
         trained(add_lora(model), tokenizer, data, tmp_path / "run", packing=True)
 
 
+@pytest.mark.slow
 def test_the_doctor_finds_nothing(llava_folder, data):
     model, tokenizer = quiet(llava_folder)
     report = diagnose(add_lora(model), tokenizer, load_data(data), Settings(batch_size=2), progress=False)
     assert report.ok, str(report)
+    assert "7 assistant; 6 pictures" in str(report)
