@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -44,11 +45,11 @@ ROWS = Kind(
     ("settings", "seed", "run"),
     first="settings",
 )
-METHODS = ("full", "lora", "qlora", "blind")
+METHODS = ("qlora", "lora", "full", "blind")
 RATES = {"projector": 3e-3, "full": 1e-4, "lora": 1e-3, "qlora": 1e-3, "blind": 1e-3}
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 CODEBOOKS = ("nf4", "nf3", "nf2")
-RUNS = ("projector", *METHODS, *(f"{part} in {codebook}" for codebook in CODEBOOKS for part in PARTS))
+RUNS = ("projector", *METHODS, "damage")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def child(folder: Path, settings: Settings, seed: int, run: str) -> dict:
     """Make one run and return what it measured. Each reads what those before it left in the folder of its seed."""
     import torch
 
+    import qlora_lab as ql
     from qlora_lab.memory.measured import peak_resident, reset_peak, resident
 
     torch.manual_seed(seed)
@@ -81,15 +83,16 @@ def child(folder: Path, settings: Settings, seed: int, run: str) -> dict:
     empty = resident()  # Python and its libraries
     model, tokenizer = loaded(folder, run)
     row = {"weight_bytes": weight_bytes(model)}
-    if run in ("projector", *METHODS):
-        reset_peak()
-        start = time.process_time()
-        row |= trained(model, tokenizer, folder, settings, seed, run)
-        row["processor_seconds"] = round(time.process_time() - start, 1)
-        row["peak_bytes"] = peak_resident() - empty
-    else:
-        damage(model, folder, *run.split(" in "))
-    return row | {"right": right(model, tokenizer, split.test, run == "blind")}
+    ask = partial(right, model, tokenizer, split.test, run == "blind")
+    if run == "damage":
+        ql.load_adapter(model, folder / "runs" / "lora" / "adapter")
+        return row | {"right": ask(), "damaged": damaged(model, ask)}
+    reset_peak()
+    start = time.process_time()
+    row |= trained(model, tokenizer, folder, settings, seed, run)
+    row["processor_seconds"] = round(time.process_time() - start, 1)
+    row["peak_bytes"] = peak_resident() - empty
+    return row | {"right": ask()}
 
 
 def build(folder: Path, settings: Settings, seed: int, split) -> None:
@@ -157,18 +160,25 @@ def trained(model, tokenizer, folder: Path, settings: Settings, seed: int, run: 
     return {"learned": sum(p.numel() for p in learned(model).values()), "losses": losses}
 
 
-def damage(model, folder: Path, part: str, codebook: str) -> None:
-    """Put the trained adapter of the LoRA run onto the model, and quantise the weights of one part under it."""
+def damaged(model, ask) -> dict[str, dict]:
+    """Quantise one part of a model that was trained in 16 bits, ask, and put its weights back; part by part."""
     import torch
     from torch import nn
 
     import qlora_lab as ql
 
-    ql.load_adapter(model, folder / "runs" / "lora" / "adapter")
-    for path, layer in model.get_submodule(f"model.{part}").named_modules():
-        if isinstance(layer, nn.Linear) and "lora" not in path:
-            q = ql.quantize(layer.weight.data, codebook, double_quant=True)
-            layer.weight.data = ql.dequantize(q, torch.bfloat16)
+    answers = {}
+    for part in PARTS:
+        layers = [m for path, m in model.get_submodule(f"model.{part}").named_modules() if isinstance(m, nn.Linear)]
+        for codebook in CODEBOOKS:
+            kept = [layer.weight.data for layer in layers]
+            for layer in layers:
+                q = ql.quantize(layer.weight.data, codebook, double_quant=True)
+                layer.weight.data = ql.dequantize(q, torch.bfloat16)
+            answers[f"{part} in {codebook}"] = ask()
+            for layer, weight in zip(layers, kept, strict=True):
+                layer.weight.data = weight
+    return answers
 
 
 def weight_bytes(model) -> int:
@@ -219,11 +229,16 @@ def in_process(folder: Path, settings: Settings, seed: int, run: str) -> dict:
 def table(rows: list[dict]) -> str:
     lines = []
     for run in dict.fromkeys(row["run"] for row in rows):
-        each = [[sum(a) / len(a) for a in row["right"].values()] for row in rows if row["run"] == run]
-        means = ", ".join(f"{sum(shares) / len(shares):.3f}" for shares in each)
+        means = ", ".join(f"{accuracy(row['right']):.3f}" for row in rows if row["run"] == run)
         seconds = [row["processor_seconds"] for row in rows if row["run"] == run and "processor_seconds" in row]
         lines.append(f"{run:34} {means}  {seconds or ''}")
+    for row in rows:
+        lines += [f"seed {row['seed']}, {name}: {accuracy(r):.3f}" for name, r in row.get("damaged", {}).items()]
     return "\n".join(lines)
+
+
+def accuracy(right: dict[str, list[int]]) -> float:
+    return sum(map(sum, right.values())) / sum(map(len, right.values()))
 
 
 def main() -> None:

@@ -932,6 +932,7 @@ def attend(q, k, v, prefix_k, prefix_v, mask):
     return (q @ k.t() / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v""",
     "12": "import math",
     "13": 'levels = ql.codebook("nf4")',
+    "14": "split = shapes.shapes_split(200, 100)",
     "10": """
 import torch
 import qlora_lab as ql

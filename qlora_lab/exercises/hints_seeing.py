@@ -56,4 +56,4 @@ def my_leak(train, test):
     yield found, "Each pair once, in order: what makes a set, and what sorts it?"
     yield len(learned & tested), "That is their number. Which pairs are they?"
     colours = {scene[0] for scene in train}
-    yield sorted({scene[:2] for scene in test if scene[0] in colours}), "You look at colours alone. It is pairs that leak."
+    yield sorted({scene[:2] for scene in test if scene[0] in colours}), "You look at colours alone. Pairs leak."

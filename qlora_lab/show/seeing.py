@@ -43,12 +43,12 @@ class SeeingExplorer(Explorer):
 
     def compute(self, state):
         scene = Scene(*(state[name] for name in WORDS))
-        read = {name: tower.read(scene) for name, tower in self.towers.items()}
+        read = {name: tower.read([scene]) for name, tower in self.towers.items()}
         return {
             "pixels": draw(scene),  # (48, 48, 3)
-            "patches": read[state["read_by"]][0].tolist(),  # of nine patches: a place in SHAPES, or EMPTY
+            "patches": read[state["read_by"]][0][0].tolist(),  # of nine patches: a place in SHAPES, or EMPTY
             "words": WORDS[state["asked"]],
-            "shares": {name: shares[state["asked"]].tolist() for name, (_, shares) in read.items()},
+            "shares": {name: shares[state["asked"]][0].tolist() for name, (_, shares) in read.items()},
             "held_out": is_held_out(scene),
         }
 

@@ -38,7 +38,7 @@ PATCHES = (SIZE // CELL) ** 2
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOWER |= {"image_size": SIZE, "patch_size": CELL}
 BATCH = 64  # pictures
-RECOLOURED, BLURRED = 36, 20  # of them
+RECOLOURED, BLURRED = 40, 12  # of them
 RATE = 3e-3
 EMPTY = len(SHAPES)  # label of a patch without a shape
 # A question and an answer, and nothing else: each token is read in every step.
@@ -64,26 +64,35 @@ class ToyTower(nn.Module):
     def __init__(self, vision: "CLIPVisionModel"):
         super().__init__()
         self.vision = vision
-        sizes = {"kind": EMPTY + 1} | {name: len(words) for name, words in WORDS.items()}
+        sizes = {"kind": EMPTY + 1} | {name: len(WORDS[name]) for name in ("colour", "number", "side")}
         self.heads = nn.ModuleDict({name: nn.Linear(vision.config.hidden_size, n) for name, n in sizes.items()})
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return logits of each patch of pictures x, (n, 3, 48, 48) in [-1, 1].
+        """Return logits of pictures x, (n, 3, 48, 48) in [-1, 1].
 
-        kind, (n, 9, 7): the shape in this patch, or EMPTY; colour, shape, number and side of the whole picture, such as
-        (n, 9, 6): every patch is asked for them, so that each of them knows what the picture shows.
+        Of each patch: kind, (n, 9, 7), the shape in it, or EMPTY, and colour, (n, 9, 6). Of each picture, from the mean
+        of its patches: number, (n, 3), and side, (n, 4).
         """
         patches = self.vision(x).last_hidden_state[:, 1:]  # (n, 9, 128): without the class token, as LLaVA reads it
-        return {name: head(patches) for name, head in self.heads.items()}
+        picture = patches.mean(1)  # (n, 128)
+        return {name: head(patches if name in ("kind", "colour") else picture) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def read(self, scene: Scene) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return what each patch seems to hold, (9,) int64: a place in SHAPES, or EMPTY; and each property's shares.
+    def read(self, scenes: Sequence[Scene]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return what each patch holds, (n, 9) int64, a place in SHAPES or EMPTY; and property -> shares, (n, words).
 
-        The shares are means over patches, (6,) for colours.
+        Shares of colours and shapes are those of the patches, weighted by how surely a patch is not empty.
         """
-        found = {name: logits[0].softmax(-1) for name, logits in self(pixels([scene])).items()}
-        return found.pop("kind").argmax(1), {name: shares.mean(0) for name, shares in found.items()}
+        found = {name: logits.softmax(-1) for name, logits in self(pixels(scenes)).items()}
+        full = 1 - found["kind"][..., EMPTY]  # (n, 9)
+        total = full.sum(1, keepdim=True)
+        shares = {
+            "colour": (full[..., None] * found["colour"]).sum(1) / total,
+            "shape": found["kind"][..., :EMPTY].sum(1) / total,
+            "number": found["number"],
+            "side": found["side"],
+        }
+        return found["kind"].argmax(-1), shares
 
 
 def trained_tower(scenes: Sequence[Scene], steps: int = 400, *, seed: int = 0, progress: bool = True) -> ToyTower:
@@ -153,11 +162,11 @@ def _loss(tower: ToyTower, x: torch.Tensor, labels: dict[str, torch.Tensor]) -> 
     blurred = avg_pool2d(x[-BLURRED:], 5, 1, 2, count_include_pad=False)
     found = tower(torch.cat([x[:n].gather(1, order), x[n:-BLURRED], blurred]))
     loss = cross_entropy(found["kind"][:n].flatten(0, 1), labels["kind"][:n].flatten())
-    for name in WORDS:
-        part = slice(n, None) if name == "colour" else slice(n)
-        said = found[name][part].flatten(0, 1)  # (pictures * 9, words)
-        loss = loss + cross_entropy(said, labels[name][part].repeat_interleave(PATCHES))
-    return loss
+    loss = loss + cross_entropy(found["number"][:n], labels["number"][:n])
+    loss = loss + cross_entropy(found["side"][:n], labels["side"][:n])
+    full = labels["kind"][n:] != EMPTY  # (batch - n, 9): an empty patch has no colour
+    colour = labels["colour"][n:, None].expand_as(full)
+    return loss + cross_entropy(found["colour"][n:][full], colour[full])
 
 
 def toy_llava(
@@ -181,7 +190,8 @@ def toy_llava(
     source = resolve(language, progress=progress)
     text = LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     processor = _processor(source)
-    text.resize_token_embeddings(len(processor.tokenizer))  # one more row, that of IMAGE, which is never read
+    # One more row, that of IMAGE: it is never read, because patches take its place.
+    text.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     config = LlavaConfig(
         vision_config=tower.vision.config,
         text_config=text.config,
@@ -205,12 +215,12 @@ def toy_llava(
 
 def _processor(source: Path):
     """Return what reads a picture and a question: one IMAGE in a text becomes nine, one for each patch."""
-    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     size = {"height": SIZE, "width": SIZE}
-    images = CLIPImageProcessor(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    images = CLIPImageProcessorPil(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     tokenizer.chat_template = TEMPLATE
     return LlavaProcessor(
         images,

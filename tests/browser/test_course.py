@@ -50,6 +50,7 @@ CUT = {  # what the cells need
     "11_peft_zoo": "",
     "12_results": "",
     "13_merge_lab": DRAWN_MERGES,
+    "14_multimodal": "tower = toy_llava.trained_tower(shapes.shapes_split(8, 4).train, 2)",
 }
 MOVES = {  # control, key, part of the new alt text
     "01_codebook": [
@@ -137,6 +138,15 @@ MOVES = {  # control, key, part of the new alt text
         ("Each pair in both orders", "Space", "160 questions in one order of each pair, 960 games"),
         ("Order of the games", "End", "order 10 of the games gives Elo A"),
         ("Reset", "Enter", "80 questions in both orders, 960 games, a first position worth 150 points: order 1"),
+    ],
+    "14_multimodal": [
+        ("Colour", "ArrowRight", "Two green rings on the left, pairs that training showed: asked for the colour"),
+        ("Shape", "Home", "Two green circles on the left"),
+        ("Number", "End", "Three green circles on the left"),
+        ("Side", "ArrowRight", "Three green circles on the right"),
+        ("Question", "End", "asked for the side, the tower as trained"),
+        ("Patches read by", "End", "; NF2, "),
+        ("Reset", "Enter", "Two red rings on the left, pairs that training showed: asked for the colour"),
     ],
 }
 EXPLORERS = {"06_data_types": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other

@@ -4,6 +4,7 @@ import math
 
 import pytest
 from test_block_size import LARGER
+from test_seeing import TOWER
 from test_survival import SURVIVED
 from toy import RoundingExplorer
 from toy_checkpoint import toy_checkpoint
@@ -21,6 +22,7 @@ from qlora_lab.show.midpoint import MidpointExplorer
 from qlora_lab.show.normal_float import NormalFloatExplorer
 from qlora_lab.show.page_table import PageTableExplorer
 from qlora_lab.show.pane import Pane
+from qlora_lab.show.seeing import SeeingExplorer
 from qlora_lab.show.slider import Button, Slider, Toggle
 from qlora_lab.show.still import StatusLine
 from qlora_lab.show.survival import SurvivalExplorer
@@ -30,7 +32,7 @@ from qlora_lab.show.zoo import ZooExplorer
 
 COURSE = [NormalFloatExplorer, ConstantsExplorer, KernelMapExplorer, OutlierExplorer, CodebookExplorer]
 COURSE += [LowRankExplorer, MemoryExplorer, PageTableExplorer, MidpointExplorer, ZooExplorer, TournamentExplorer]
-OF_DATA = {BlockSizeExplorer: LARGER, SurvivalExplorer: SURVIVED}
+OF_DATA = {BlockSizeExplorer: LARGER, SurvivalExplorer: SURVIVED, SeeingExplorer: TOWER}
 EVEN = [i / 10 for i in range(-8, 8)]
 ANYTHING = ["x", "x" * 10**6, None, math.nan, math.inf, 1.5, [], [1], {}, {"a": [1]}, memoryview(b"12345678")]
 NO_LEVELS = [
