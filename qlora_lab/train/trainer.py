@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from qlora_lab.adapters.adapter import method_of
+from qlora_lab.adapters.adapter import learned, method_of
 from qlora_lab.adapters.peft_format import save_adapter
 from qlora_lab.data.batches import Batches, collate_rows, to_rows
 from qlora_lab.data.dataset import IGNORED, Encoded, encode_all, load_data
@@ -134,7 +134,7 @@ class Training:
         self._begun = False  # a Training runs once
         self._engine = OneProcess(model)  # until the run begins
         self._state: RunState | None = None  # until the run begins
-        self._meter = Meter(next(p for p in model.parameters() if p.requires_grad).device)
+        self._meter = Meter(next(iter(learned(model).values())).device)
         examples = load_data(data, skip_bad=skip_bad, progress=progress)
         if settings.last_answer_only:
             examples, held_out = last_answer_only(examples), last_answer_only(held_out)
