@@ -311,12 +311,12 @@ def test_a_forward_of_a_model_holds_less_than_the_active_experts_panels(monkeypa
         kept = model.state_dict()
         put(model, path, quantised(model, path, kept.get(path, kept.get(f"{path}.weight")), options))
     used = []
-    answer = Experts4bit.answer
-    monkeypatch.setattr(Experts4bit, "answer", lambda self, x, expert: used.append(expert) or answer(self, x, expert))
+    forward = Stack4bit.forward
+    monkeypatch.setattr(Stack4bit, "forward", lambda stack, x, expert: used.append(expert) or forward(stack, x, expert))
     ids = torch.full((1, 20), 7)
     with torch.no_grad():
         model(ids)  # products race, and matrices of the race are none of the model's
-        assert len(used) == 2 * 2  # two of 16 experts in each of two layers
+        assert len(used) == 2 * 2 * 2  # two of 16 experts in each of two layers, by two matrices each
         vars(product._local).clear()
         with Peak(model) as peak:
             model(ids)
