@@ -218,7 +218,7 @@ def test_errors_teach(folder, tmp_path):
 
 def test_a_model_without_linear_layers_is_refused(folder, tmp_path, monkeypatch):
     """It would come back as it was, or a folder would be written that cannot be loaded."""
-    monkeypatch.setattr("qlora_lab.model.quantised.linears_to_quantise", lambda model: {})  # every family here has some
+    monkeypatch.setattr("qlora_lab.model.quantised.linears_to_quantise", lambda *_: {})  # every family here has some
     advice = r"load it with codebook=None \(on the command line: --codebook none\)"
     for use in (lambda: quantise(folder, tmp_path / "small"), lambda: load(folder, progress=False)):
         with pytest.raises(ValueError, match=f"LlamaForCausalLM has no linear layer to quantise .*{advice}"):
