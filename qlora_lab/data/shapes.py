@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qlora_lab.data.pictures import PLACEHOLDER
 from qlora_lab.files.replace import replacing_folder
 from qlora_lab.quant.numbers import check_seed, check_whole
 
@@ -72,7 +73,7 @@ class Split:
 def is_held_out(scene: Scene) -> tuple[bool, bool]:
     """Tell whether the scene's colour and shape, and its colour and number, are pairs that training never shows.
 
-    Two of six shapes and one of three numbers are held out for each colour.
+    One of six shapes and one of three numbers are held out for each colour.
     """
     colour = WORDS["colour"].index(scene.colour)
     shape = SHAPES.index(scene.shape)
@@ -89,7 +90,7 @@ def shapes_split(train: int = 1920, test: int = 144, *, seed: int = 0) -> Split:
     check_whole("train", train)
     check_whole("test", test)
     check_seed(seed)
-    draw = np.random.default_rng([seed, 7])
+    draw = np.random.default_rng([seed, 7])  # 7: another stream than that of a picture with these dice
     kinds = [Scene(*words) for words in product(*WORDS.values())]
     seen = [scene for scene in kinds if not any(is_held_out(scene))]
     unseen = [scene for scene in kinds if all(is_held_out(scene))]
@@ -141,7 +142,7 @@ def cells(scene: Scene) -> list[tuple[int, int]]:
 
 
 def _fill(covered: np.ndarray, shape: str, x: float, y: float, radius: float) -> None:
-    """Mark the samples that lie in a shape around (x, y), in pixels. Looks at its surroundings only: 20 times faster"""
+    """Mark the samples that lie in a shape around (x, y), in pixels. Looks at the samples near it alone."""
     top, left = (max(int((middle - radius - 1) * FINER), 0) for middle in (y, x))
     bottom, right = (int((middle + radius + 1) * FINER) for middle in (y, x))
     window = covered[top:bottom, left:right]
@@ -178,7 +179,7 @@ def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = F
             question, answer = questions(scene)[list(ASKED)[number % len(ASKED)]]
             picture = BLANK if blank else draw(scene)
             Image.fromarray(picture).save(new / f"{number:05d}.png")
-            record = {"image": f"{number:05d}.png", "instruction": f"<image>\n{question}", "output": answer}
+            record = {"image": f"{number:05d}.png", "instruction": f"{PLACEHOLDER}\n{question}", "output": answer}
             lines.append(json.dumps(record))
         (new / RECORDS).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Path(folder) / RECORDS

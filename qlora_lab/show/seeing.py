@@ -16,7 +16,7 @@ from qlora_lab.show.figure import COLOURS, new_figure
 from qlora_lab.show.slider import Slider
 from qlora_lab.train.toy_llava import EMPTY, PATCHES, ToyTower, rounded
 
-STORED = {"float32": "as trained", "nf4": "NF4", "nf3": "NF3", "nf2": "NF2"}
+STORED = {"float32": "as trained", "nf4": "in NF4", "nf3": "in NF3", "nf2": "in NF2"}
 INKS = dict(zip(STORED, ("black", "blue", "green", "orange"), strict=True))
 MOST = max(map(len, WORDS.values()))  # words of a question
 GAP = 0.19  # between the bars of a word
@@ -46,6 +46,7 @@ class SeeingExplorer(Explorer):
         read = {name: tower.read([scene]) for name, tower in self.towers.items()}
         return {
             "pixels": draw(scene),  # (48, 48, 3)
+            "read_by": STORED[state["read_by"]],
             "patches": read[state["read_by"]][0][0].tolist(),  # of nine patches: a place in SHAPES, or EMPTY
             "words": WORDS[state["asked"]],
             "shares": {name: shares[state["asked"]][0].tolist() for name, (_, shares) in read.items()},
@@ -56,7 +57,8 @@ class SeeingExplorer(Explorer):
         fig, (left, right) = new_figure(2, width=8.4, height=3.9)
         left.get_gridspec().set_width_ratios([1, 1.4])
         self.image = left.imshow(np.zeros((SIZE, SIZE, 3), np.uint8), interpolation="nearest")
-        left.set(xticks=[], yticks=[], xlabel="what each patch seems to hold")
+        left.set(xticks=[], yticks=[], xlabel=" ")  # keeps room for the text that moves
+        self.reader = left.text(0.5, -0.03, "", transform=left.transAxes, ha="center", va="top", fontsize=12)
         edges = np.arange(CELL, SIZE, CELL) - 0.5  # a pixel's middle has the whole number
         lines = [[(e, -0.5), (e, SIZE - 0.5)] for e in edges] + [[(-0.5, e), (SIZE - 0.5, e)] for e in edges]
         grid = left.add_collection(LineCollection(lines, colors="white", lw=1))
@@ -72,10 +74,11 @@ class SeeingExplorer(Explorer):
         fig.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
         right.set_xlabel(" ", fontsize=16)  # keeps room for the words
         fix_layout(fig)
-        return fig, [self.image, grid, *self.labels, *self.bars.values(), *self.words]
+        return fig, [self.image, self.reader, grid, *self.labels, *self.bars.values(), *self.words]
 
     def update(self, result):
         self.image.set_data(result["pixels"])
+        self.reader.set_text(f"each patch, read by the tower {result['read_by']}")
         for label, held in zip(self.labels, result["patches"], strict=True):
             label.set_text("" if held == EMPTY else SHAPES[held])
             label.set_visible(held != EMPTY)  # an empty text would leave its box

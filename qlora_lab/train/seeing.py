@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from qlora_lab.data.pictures import PLACEHOLDER
 from qlora_lab.data.shapes import ASKED, BLANK, WORDS, Scene
 from qlora_lab.model.modes import measuring
-from qlora_lab.train.toy_llava import IMAGE, pixels
+from qlora_lab.train.toy_llava import pixels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +53,7 @@ def see(
     words = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in WORDS[asked]]
     if len(set(words)) < len(words):
         raise ValueError(f"two of {', '.join(WORDS[asked])} begin with one token: ask a model with another tokenizer")
-    text = f"{IMAGE}\n{ASKED[asked]}\n"
+    text = f"{PLACEHOLDER}\n{ASKED[asked]}\n"
     prompt = tokenizer.processor(text=[text], images=[Image.fromarray(BLANK)], return_tensors="pt").input_ids
     wanted = torch.tensor([words[WORDS[asked].index(getattr(scene, asked))] for scene in scenes])
     found = []

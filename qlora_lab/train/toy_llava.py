@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 from tqdm.auto import tqdm
 
+from qlora_lab.data.pictures import PLACEHOLDER
 from qlora_lab.data.shapes import CELL, SHAPES, SIZE, WORDS, Scene, cells, draw
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.replace import replacing_folder
@@ -33,7 +34,6 @@ from qlora_lab.quant.quantize import dequantize, quantize
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
 
-IMAGE = "<image>"  # in a text: here stands a picture. Also the token that stands for a patch, as in LLaVA
 PATCHES = (SIZE // CELL) ** 2
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOWER |= {"image_size": SIZE, "patch_size": CELL}
@@ -190,12 +190,12 @@ def toy_llava(
     source = resolve(language, progress=progress)
     text = LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     processor = _processor(source)
-    # One more row, that of IMAGE: it is never read, because patches take its place.
+    # One more row, that of PLACEHOLDER: it is never read, because patches take its place.
     text.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     config = LlavaConfig(
         vision_config=tower.vision.config,
         text_config=text.config,
-        image_token_id=processor.tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_id=processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER),
         image_seq_length=PATCHES,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -214,11 +214,11 @@ def toy_llava(
 
 
 def _processor(source: Path):
-    """Return what reads a picture and a question: one IMAGE in a text becomes nine, one for each patch."""
+    """Return what reads a picture and a question: one PLACEHOLDER in a text becomes nine, one for each patch."""
     from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]})
     size = {"height": SIZE, "width": SIZE}
     images = CLIPImageProcessorPil(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     tokenizer.chat_template = TEMPLATE
@@ -228,6 +228,6 @@ def _processor(source: Path):
         patch_size=CELL,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token, which "default" drops
-        image_token=IMAGE,
+        image_token=PLACEHOLDER,
         chat_template=TEMPLATE,
     )

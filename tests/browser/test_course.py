@@ -145,7 +145,7 @@ MOVES = {  # control, key, part of the new alt text
         ("Number", "End", "Three green circles on the left"),
         ("Side", "ArrowRight", "Three green circles on the right"),
         ("Question", "End", "asked for the side, the tower as trained"),
-        ("Patches read by", "End", "; NF2, "),
+        ("Patches read by", "End", "; in NF2, "),
         ("Reset", "Enter", "Two red rings on the left, pairs that training showed: asked for the colour"),
     ],
 }
