@@ -18,11 +18,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from qlora_lab.data.fields import is_empty
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase as Tokenizer, ProcessorMixin
 
@@ -42,7 +41,7 @@ class Picture:
     sha256: str  # of the file
     processor: "ProcessorMixin" = field(compare=False, repr=False)
 
-    def inputs(self) -> dict[str, torch.Tensor]:
+    def inputs(self) -> "dict[str, torch.Tensor]":
         """Read the file and return what the processor makes of it. Raises ValueError if the file has changed."""
         content, image = _read(self.path)
         if hashlib.sha256(content).hexdigest() != self.sha256:
@@ -118,12 +117,14 @@ def _filled(text: str, written: Iterable[str]) -> str:
     return first + "".join(next(written) + other for other in others)
 
 
-def picture_inputs(rows: Iterable[Sequence[Picture]], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def picture_inputs(rows: Iterable[Sequence[Picture]], input_ids: "torch.Tensor") -> "dict[str, torch.Tensor]":
     """Return what a model gets beside the texts of a batch; nothing without pictures.
 
     rows: pictures of each row, in the order of the batch. input_ids: (rows, longest) int64. Raises ValueError for
     pictures whose tensors cannot be joined.
     """
+    import torch  # heavy, and the command line reads this file for its options
+
     pictures = [picture for row in rows for picture in row]
     read = [picture.inputs() for picture in pictures]
     batch: dict[str, torch.Tensor] = {}
@@ -156,7 +157,7 @@ def _written(processor: "ProcessorMixin", size: tuple[int, int]) -> str:
     return "".join(control.get(i) or tokenizer.decode([i]) for i in inputs["input_ids"][0].tolist())
 
 
-def _processed(processor: "ProcessorMixin", image: "Image") -> dict[str, torch.Tensor]:
+def _processed(processor: "ProcessorMixin", image: "Image") -> "dict[str, torch.Tensor]":
     token = getattr(processor, "image_token", PLACEHOLDER)  # what its own templates write for a picture
     try:
         made = processor(images=[image], text=[token], add_special_tokens=False, return_tensors="pt")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_lab.data.pictures import PLACEHOLDER
+from qlora_lab.files import disk
 from qlora_lab.files.replace import replacing_folder
 from qlora_lab.quant.numbers import check_seed, check_whole
 
@@ -181,7 +182,7 @@ def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = F
             Image.fromarray(picture).save(new / f"{number:05d}.png")
             record = {"image": f"{number:05d}.png", "instruction": f"{PLACEHOLDER}\n{question}", "output": answer}
             lines.append(json.dumps(record))
-        (new / RECORDS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        disk.write_text(new / RECORDS, "\n".join(lines) + "\n")
     return Path(folder) / RECORDS
 
 

@@ -153,6 +153,7 @@ def test_an_exit_code_says_whether_a_promise_was_broken(monkeypatch, capsys, tmp
             pass
 
     monkeypatch.setattr("tools.trust_commands.Home", Home)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
     for failure, code in (("", 0), ("is lost (seed 0, trial 1)", 1)):
         monkeypatch.setattr(trust, "results_of", lambda *_, failure=failure: [Result("x", 1, failure, str(tmp_path))])
         assert trust.main(["kills"]) == code
