@@ -30,7 +30,7 @@ from qlora_lab.model.empty_model import empty_model
 from qlora_lab.model.gguf_in import convert
 from qlora_lab.model.quantized_folder import quantize_folder
 from tests.faults import disk_faults
-from tests.model.families import FAMILIES, tiny
+from tests.model.families import tiny
 from tests.model.test_gguf_in import rotary_pairs
 
 pytestmark = [
