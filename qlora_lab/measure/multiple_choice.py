@@ -5,12 +5,12 @@ Tokens are those of the tokenizer's own settings, with a BOS token if it adds on
 measure/lm_eval.py shows that the numbers are the same.
 
 Cost: the questions of a subject share their examples, about four tokens in five. Those go through the model once, and
-their keys and values serve all questions of the subject; those of a question serve its four answers.
+their keys and values serve all questions of the subject; those of a question serve its four answers, side by side in one
+row if the model keeps to a mask and to positions.
 Not here: questions and prompts (data/choice_files.py, data/choice_prompts.py), accuracies (choice_summary.py), rows on
 disk (choice_rows.py).
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -24,12 +24,14 @@ from qlora_lab.data.choice_files import group_by_subject
 from qlora_lab.data.choice_prompts import Task, answers, examples, prompt
 from qlora_lab.model.modes import measuring
 from qlora_lab.train.limits import check_tokens, fill_id, position_limit
+from qlora_lab.train.rounding import tolerance
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedTokenizerBase as Tokenizer
 
 # Tokens in one pass: enough that unpacking the weights costs little, few enough that a batch needs little memory.
 TOKENS_AT_ONCE = 1024
+Tails = Callable[..., list[list[float]]]  # _apart, or _side_by_side
 
 
 @dataclass(frozen=True)
@@ -130,13 +132,14 @@ def choice_scores(
 
 
 def _of_subject(model: torch.nn.Module, rows: dict[int, Encoded], fill: int) -> Iterator[tuple[int, list[float]]]:
-    """Yield (number, log-likelihoods) of each question of one subject, shortest first."""
+    """Yield (number, log-likelihoods) of each question of one subject, longest first."""
     shared = _shared([one.context for one in rows.values()])
     # Virtual tokens come before each row, and some families keep other states than keys and values.
     cache = _read(model, shared) if shared and not virtual_tokens(model) else None
     if cache is None:
         yield from ((number, _alone(model, one, fill)) for number, one in rows.items())
         return
+    tails_of = None  # the longest question decides
     for batch in _batches(rows, len(shared)):
         batched = [rows[number] for number in batch]
         rests = [one.context[len(shared) :] for one in batched]
@@ -146,7 +149,8 @@ def _of_subject(model: torch.nn.Module, rows: dict[int, Encoded], fill: int) -> 
         logs = logits.float().log_softmax(-1)  # (questions, vocabulary)
         values = [[logs[i, answer[0]].item() for answer in one.answers] for i, one in enumerate(batched)]
         if any(len(answer) > 1 for one in batched for answer in one.answers):  # letters have one token each
-            more = _of_tails(model, batched, fill, longer)
+            tails_of = tails_of or _fitting(model, batched, fill, longer)
+            more = tails_of(model, batched, fill, longer)
             values = [[a + b for a, b in zip(*both, strict=True)] for both in zip(values, more, strict=True)]
         yield from zip(batch, values, strict=True)
 
@@ -167,8 +171,7 @@ def _read(model: torch.nn.Module, ids: list[int]) -> "DynamicCache | None":
     from transformers import DynamicCache  # heavy, so not at the top
     from transformers.cache_utils import DynamicLayer
 
-    # Recurrent states stay in the model, and a model that takes no positions (BLOOM, MPT) counts them by itself.
-    if model._is_stateful or "position_ids" not in inspect.signature(model.forward).parameters:
+    if model._is_stateful:  # a recurrent state stays in the model
         return None
     _, cache = _continue(model, [ids], 0, None, lambda hidden: hidden[:, -1:], use_cache=True)
     # Layers with a sliding window or a recurrent state forget, so they cannot be cut back to a question's end.
@@ -182,24 +185,63 @@ def _expanded(cache: "DynamicCache", rows: int) -> "DynamicCache":
                         for layer in cache.layers])  # fmt: skip
 
 
+def _cut(cache: "DynamicCache", row: int, length: int) -> "DynamicCache":
+    """Return the first `length` tokens of one row of a cache."""
+    return type(cache)([(layer.keys[row : row + 1, :, :length], layer.values[row : row + 1, :, :length])
+                        for layer in cache.layers])  # fmt: skip
+
+
 def _batches(rows: dict[int, Encoded], shared: int) -> Iterator[list[int]]:
     """Group questions of similar length. What their filled rests and answers add up to stays near TOKENS_AT_ONCE."""
     batch: list[int] = []
     longest = 0
-    for number in sorted(rows, key=lambda number: len(rows[number].context)):
+    for number in sorted(rows, key=lambda number: len(rows[number].context), reverse=True):
         longest = max(longest, len(rows[number].context) - shared + sum(map(len, rows[number].answers)))
         if batch and (len(batch) + 1) * longest > TOKENS_AT_ONCE:
             yield batch
-            batch = []
+            batch, longest = [], len(rows[number].context) - shared + sum(map(len, rows[number].answers))
         batch.append(number)  # a question longer than TOKENS_AT_ONCE is a batch of its own
     yield batch
 
 
-def _of_tails(model: torch.nn.Module, batch: list[Encoded], fill: int, cache: "DynamicCache") -> list[list[float]]:
+def _fitting(model: torch.nn.Module, batch: list[Encoded], fill: int, cache: "DynamicCache") -> Tails:
+    """Return _side_by_side if it gives what _apart gives for the first question, which is the longest; else _apart.
+
+    No list of names says which families keep to the mask and the positions: GPT-Neo's window counts places in the
+    cache, Falcon makes alibi of another mask, and MPT counts positions by itself.
+    """
+    one, own = batch[:1], _cut(cache, 0, cache.get_seq_length())
+    (apart,) = _apart(model, one, fill, own)
+    try:
+        (beside,) = _side_by_side(model, one, fill, own)
+    except (ValueError, RuntimeError):
+        return _apart
+    # Rounding differs at each token, so it adds up as a random walk; that of logits is a few times the tolerance.
+    allowed = 4 * tolerance(model) * sum(map(len, one[0].answers)) ** 0.5
+    same = all(abs(a - b) <= allowed for a, b in zip(apart, beside, strict=True))
+    return _side_by_side if same else _apart
+
+
+def _apart(model: torch.nn.Module, batch: list[Encoded], fill: int, cache: "DynamicCache") -> list[list[float]]:
     """Return, for each answer of each question, the log-likelihood of all its tokens but the first.
 
-    cache: the prompts' keys and values, filled on the right. A question is one row: its answers stand one after
-    another, and a mask keeps them from seeing each other, so its keys are read once and not four times.
+    cache: the prompts' keys and values, filled on the right. An answer is a row of its own, after a copy of the prompt.
+    """
+    found = []
+    for i, one in enumerate(batch):
+        own = _expanded(_cut(cache, i, len(one.context)), len(one.answers))
+        # an answer of one token is read for nothing
+        logits, _ = _continue(model, [answer[:-1] or [fill] for answer in one.answers], fill, own)
+        logs = logits.float().log_softmax(-1)  # (4, longest, vocabulary)
+        found.append([_picked(row, answer[1:]) for row, answer in zip(logs, one.answers, strict=True)])
+    return found
+
+
+def _side_by_side(model: torch.nn.Module, batch: list[Encoded], fill: int, cache: "DynamicCache") -> list[list[float]]:
+    """Return what _apart returns, from one row for each question, and one pass for all of them.
+
+    Its answers stand one after another, and a mask keeps them from seeing each other, so the prompt's keys are read
+    once and not four times.
     """
     tails = [[answer[:-1] for answer in one.answers] for one in batch]
     rows = [[token for tail in question for token in tail] for question in tails]

@@ -1,5 +1,7 @@
 """Multiple choice: MMLU's prompts to the letter, log-likelihoods of whole rows, and a cache that changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -120,26 +122,31 @@ def test_a_model_with_a_window_is_read_whole(tokenizer, questions):
 
 # one of each way to count positions, to mask, and to remember
 UNLIKE = ["Llama", "Gemma 2", "MPT", "BLOOM", "OPT", "BioGPT", "XGLM", "GPT-2", "GPT-J", "RecurrentGemma", "Mamba"]
-UNLIKE += ["DeepSeek-V3", "GPT-OSS"]
+UNLIKE += ["DeepSeek-V3", "GPT-OSS", "Falcon", "GPT-Neo"]
+# alibi comes from a mask of two dimensions; a window of places in the cache, not of positions
+OTHERWISE = {"Falcon": {"alibi": True}, "GPT-Neo": {"window_size": 6}}
+BESIDE = {"Llama", "OPT", "BioGPT", "XGLM", "GPT-2", "GPT-J", "DeepSeek-V3"}  # families that keep to the mask and the positions
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [one for one in FAMILIES if one.name in UNLIKE], ids=lambda one: one.name)
-def test_answers_side_by_side_in_each_family(tmp_path, family):
-    """Positions and masks are passed on, but some families (BLOOM, MPT) count positions by themselves."""
+def test_answers_side_by_side_in_each_family(tmp_path, family, monkeypatch):
+    """Families that do not keep to the mask and the positions are found by trying, and read an answer a row."""
+    ways = []
+    monkeypatch.setattr(module, "_fitting", lambda *a, choose=module._fitting: ways.append(choose(*a)) or ways[-1])
     with quiet():
-        save(family, tmp_path)
+        save(replace(family, options=family.options | OTHERWISE.get(family.name, {})), tmp_path)
         model = theirs(tmp_path)
     encoded = [
         module.Encoded([3, 17, 5, 40], ([8, 2, 7], [21], [2, 33, 11, 6], [9, 9])),
         module.Encoded([3, 17, 6, 41, 4], ([8, 3], [22, 2], [2, 30], [10, 12, 13])),
         module.Encoded([3, 17, 6, 41, 4, 44, 2, 50], ([8], [21, 9], [31, 33, 6, 6], [9, 9])),
     ]
-    rows = dict(enumerate(encoded))
     with torch.no_grad():
-        found = dict(module._of_subject(model, rows, fill=1))
+        found = dict(module._of_subject(model, dict(enumerate(encoded)), fill=1))
     for number, want in enumerate(from_whole_rows(model, encoded)):
         assert found[number] == pytest.approx(want, abs=1e-4)
+    assert (ways == [module._side_by_side]) == (family.name in BESIDE), ways
 
 
 def test_measuring_changes_nothing(tiny_llama, tokenizer, questions):
