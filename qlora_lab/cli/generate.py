@@ -17,6 +17,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     add_model(model)
     model.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format")
+    place = "a picture that stands where the question has <image>; once for each"
+    model.add_argument("--picture", metavar="FILE", action="append", default=[], dest="pictures", help=place)
     output = parser.add_argument_group("output")
     most = "maximum number of tokens in the answer"
     output.add_argument("--max-new-tokens", type=whole, default=128, metavar="N", help=most)
@@ -33,5 +35,6 @@ def run(a: argparse.Namespace) -> None:
     model, tokenizer = load_model(a)  # the base; an adapter is added in place
     if a.adapter is not None:  # "" is a mistake, such as a shell variable that is not set
         ql.load_adapter(model, a.adapter)
-    answer = ql.generate(model, tokenizer, a.question, a.max_new_tokens, progress=not a.quiet)
+    options = {"pictures": a.pictures, "progress": not a.quiet}
+    answer = ql.generate(model, tokenizer, a.question, a.max_new_tokens, **options)
     print(json.dumps({"question": a.question, "answer": answer}) if a.json else answer)

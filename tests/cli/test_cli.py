@@ -73,6 +73,21 @@ def test_quantize_then_generate(capsys, tmp_path, folder):
     assert code == 2 and "holds a model already: choose another folder" in err
 
 
+def test_generate_shows_its_pictures_to_a_model_that_sees(capsys, tmp_path, llava_folder):
+    from PIL import Image
+
+    answers = set()
+    for colour in ("black", "white", "red", "blue"):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "one.png")
+        options = ["--model", llava_folder, "--codebook", "none", "--quiet", "--max-new-tokens", 8]
+        code, answer, _ = run(capsys, "generate", "<image> double", "--picture", tmp_path / "one.png", *options)
+        answers.add(answer)
+        assert code == 0
+    assert len(answers) > 1  # the picture counts
+    code, _, err = run(capsys, "generate", "no place", "--picture", tmp_path / "one.png", *options)
+    assert code == 2 and "<image>" in err and err.count("\n") == 1
+
+
 def test_quantize_tells_the_share_in_4_bits(capsys, tmp_path, folder):
     share = "98.5 % of the weights outside embeddings and head are in 4 bits\n"
     assert share in run(capsys, "quantize", folder, "--out", tmp_path / "told")[2]

@@ -24,7 +24,7 @@ CHOICES = {"codebook", "codebooks", "schedule", "method", "dtype", "adapter_dtyp
 CHOICES |= {"sass", "ptx", "rungs", "backend"}
 # Names, texts and paths: free, as long as nothing is there that they would have to fit.
 FREE = {"model", "question", "data", "test_data", "out", "text", "plan", "adapter", "folder", "notebook", "targets"}
-FREE |= {"original", "file", "other", "source", "start", "games", "adapters", "judge_model"}
+FREE |= {"original", "file", "other", "source", "start", "games", "adapters", "judge_model", "pictures"}
 SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse._HelpAction, argparse._VersionAction)
 NUMERIC = (options.whole, options.number, options.size, options.levels)
 

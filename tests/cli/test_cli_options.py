@@ -27,7 +27,7 @@ RUN = (ModelOptions, DataOptions, Settings, AdapterOptions, OutputOptions)
 OWNERS = {"finetune": RUN, "doctor": RUN, "generate": (ModelOptions,), "quantize": (ModelOptions,), "memory": (Setup,)}
 OWNERS["merge"] = (ModelOptions,)
 OF_THE_COMMAND = {"help", "json", "quiet", "gpu", "question", "adapter", "max_new_tokens", "plan", "target"}
-OF_THE_COMMAND |= {"original", "anyway"}
+OF_THE_COMMAND |= {"original", "anyway", "pictures"}
 
 
 def options(command: str) -> dict[str, argparse.Action]:

@@ -125,7 +125,15 @@ UNLIKE = ["Llama", "Gemma 2", "MPT", "BLOOM", "OPT", "BioGPT", "XGLM", "GPT-2", 
 UNLIKE += ["DeepSeek-V3", "GPT-OSS", "Falcon", "GPT-Neo"]
 # alibi comes from a mask of two dimensions; a window of places in the cache, not of positions
 OTHERWISE = {"Falcon": {"alibi": True}, "GPT-Neo": {"window_size": 6}}
-BESIDE = {"Llama", "OPT", "BioGPT", "XGLM", "GPT-2", "GPT-J", "DeepSeek-V3"}  # families that keep to the mask and the positions
+BESIDE = {
+    "Llama",
+    "OPT",
+    "BioGPT",
+    "XGLM",
+    "GPT-2",
+    "GPT-J",
+    "DeepSeek-V3",
+}  # families that keep to the mask and the positions
 
 
 @pytest.mark.slow
