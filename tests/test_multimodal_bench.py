@@ -7,9 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import qlora_lab as ql
 from bench import multimodal as bench
+from qlora_lab.data.shapes import shapes_split
+from qlora_lab.train.seeing import see
+from qlora_lab.train.toy_llava import toy_llava, trained_tower
 
+SCENES = shapes_split(8, 4).train
 TINY = bench.Settings(64, 2, 2, 2, 2, 4)
 RUNS = ("projector", "lora", "damage")
 ALL = [(0, run) for run in RUNS]
@@ -80,3 +86,34 @@ def test_rows_of_two_folders_are_not_mixed(runs, tmp_path):
     shutil.rmtree(next(tmp_path.glob("*-seed-0")))
     assert runs(TINY, stop_at=(0, "lora")) == ALL[:1]
     assert runs(TINY) == ALL[1:]  # the row that "lora" has is of the folder that is gone
+
+
+@pytest.fixture
+def model(folder, tmp_path):
+    tower = trained_tower(SCENES, 1, progress=False)
+    llava = toy_llava(tmp_path / "llava", tower, language=folder, progress=False)
+    return ql.load(llava, None, dtype=torch.float32, device="cpu", progress=False)
+
+
+def test_tokens_of_pictures_begin_as_large_as_those_of_words(model):
+    model, tokenizer = model
+    tokens = []
+    model.model.multi_modal_projector.register_forward_hook(lambda *call: tokens.append(call[-1]))
+    bench.as_large_as_words(model, SCENES)
+    see(model, tokenizer, SCENES, "side", progress=False)
+    words = model.get_input_embeddings().weight.std()
+    assert not 0.9 * words < tokens[0].std() < 1.1 * words  # or there would be nothing to test
+    assert tokens[-1].std() == pytest.approx(words.item(), rel=1e-3)
+
+
+def test_one_part_at_a_time_is_rounded_and_then_put_back(model, monkeypatch):
+    monkeypatch.setattr(bench, "CODEBOOKS", ("nf2",))
+    model, _ = model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def changed():
+        return {name.split(".")[1] for name, now in model.state_dict().items() if not torch.equal(now, before[name])}
+
+    answers = bench.damaged(model, changed)
+    assert answers == {f"{part} in nf2": {part} for part in bench.PARTS}
+    assert changed() == set()
