@@ -91,14 +91,15 @@ class SeeingExplorer(Explorer):
     @staticmethod
     def describe(state, result):
         read = [SHAPES[held] for held in result["patches"] if held != EMPTY]
+        patches = f"{len(read)} patch{'es' if len(read) > 1 else ''} as {', '.join(read)}" if read else "no shape"
         answers = []
         for name, shares in result["shares"].items():
             best = int(np.argmax(shares))
-            answers.append(f"{STORED[name]} {result['words'][best]} with {100 * shares[best]:.0f} %")
+            answers.append(f"{STORED[name]}, {result['words'][best]} ({100 * shares[best]:.0f} %)")
         seen = "pairs that training never showed" if any(result["held_out"]) else "pairs that training showed"
         return (
-            f"{counted(state)}, {seen}: asked for the {state['asked']}, the tower {', '.join(answers)}; "
-            f"{STORED[state['read_by']]}, {len(read)} patches are read as {', '.join(read) or 'empty'}"
+            f"{counted(state)}, {seen}: asked for the {state['asked']}, the tower answers: {'; '.join(answers)}; "
+            f"the tower {STORED[state['read_by']]} reads {patches}"
         )
 
     def code(self):

@@ -144,8 +144,8 @@ MOVES = {  # control, key, part of the new alt text
         ("Shape", "Home", "Two green circles on the left"),
         ("Number", "End", "Three green circles on the left"),
         ("Side", "ArrowRight", "Three green circles on the right"),
-        ("Question", "End", "asked for the side, the tower as trained"),
-        ("Patches read by", "End", "; in NF2, "),
+        ("Question", "End", "asked for the side, the tower answers: as trained"),
+        ("Patches read by", "End", "; the tower in NF2 reads "),
         ("Reset", "Enter", "Two red rings on the left, pairs that training showed: asked for the colour"),
     ],
 }
