@@ -83,16 +83,19 @@ def test_a_prompt_ends_where_the_answer_begins(data, seeing):
     assert ids == encoded.input_ids[:start] and pictures == encoded.pictures
 
 
-def test_a_template_that_takes_parts_alone_gets_parts(data, seeing):
+@pytest.mark.parametrize("date", ["", "1 Jan 2023 ", "4 Jan 2023 "])  # a template's own words are not the content
+def test_a_template_that_takes_parts_alone_gets_parts(data, seeing, date):
     """As LLaVA 1.5's, which shows nothing of a content that is a text; an end token is added here."""
     seeing.chat_template = (
+        f"{date}"
         "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
         "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
         "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
     )
     encoded = encode(load_data(data)[0], seeing)
-    assert seeing.decode(encoded.input_ids) == "USER: " + "<image>" * 4 + "\nWhat colour? ASSISTANT: red<|im_end|>"
+    written = f"{date}USER: " + "<image>" * 4 + "\nWhat colour? ASSISTANT: red<|im_end|>"
+    assert seeing.decode(encoded.input_ids) == written
     assert sum(label != IGNORED for label in encoded.labels) == len(seeing.encode("red<|im_end|>"))
 
 
