@@ -67,14 +67,18 @@ def picture_paths(record: Mapping, folder: Path) -> tuple[Path, ...]:
     return tuple(folder / path for path in paths)
 
 
-def check_placeholders(messages: Turns, pictures: Sequence[Path]) -> None:
-    """Raise ValueError unless the texts hold `<image>` once for each picture, and not in an answer."""
+def check_placeholders(messages: Turns, pictures: Sequence[Path], whole: str = "the record") -> None:
+    """Raise ValueError unless the texts hold `<image>` once for each picture, and not in an answer.
+
+    whole: what has these texts and pictures, as the error calls it.
+    """
     if not pictures:
         return  # without pictures it is a text like any other
     places = sum(text.count(PLACEHOLDER) for _, text in messages)
     if places != len(pictures):
-        has = f"{len(pictures)} picture{'s' * (len(pictures) > 1)}, but {PLACEHOLDER} {places} times"
-        raise ValueError(f"the record has {has}: write {PLACEHOLDER} in a question where each picture stands")
+        count = f"{len(pictures)} picture{'s' * (len(pictures) > 1)}"
+        has = f"{count}, but {PLACEHOLDER} {places} time{'s' * (places != 1)}"
+        raise ValueError(f"{whole} has {has}: write {PLACEHOLDER} in a question where each picture stands")
     if any(PLACEHOLDER in text for role, text in messages if role == "assistant"):
         raise ValueError(f"an answer holds {PLACEHOLDER}, but pictures are not learned: write it in a question")
 
@@ -91,11 +95,12 @@ def expanded(
     if processor is None:
         if paths:
             reason = "the tokenizer has no processor: load a model that sees, from a folder with processor_config.json"
-            raise ValueError(f"the record has pictures, but {reason}")
+            raise ValueError(f"there are pictures, but {reason}")
         return messages, (), frozenset()
     if not paths:
         if any(PLACEHOLDER in text for _, text in messages):
-            raise ValueError(f"a text holds {PLACEHOLDER}, but the record names no picture: name it in 'image'")
+            where = "in 'image' of a record, or in `pictures` of `generate`"
+            raise ValueError(f"a text holds {PLACEHOLDER}, but no picture is named: name it {where}")
         return messages, (), frozenset()
     pictures = []
     texts = []

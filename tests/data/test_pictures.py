@@ -105,7 +105,7 @@ ASKED = {"prompt": "<image> what?", "completion": "red"}
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (ASKED | {"images": ["a", "b"]}, "has 2 pictures, but <image> 1 times: write <image> in a question where each"),
+        (ASKED | {"images": ["a", "b"]}, "has 2 pictures, but <image> 1 time: write <image> in a question where each"),
         (ASKED | {"image": "a", "prompt": "what?"}, "has 1 picture, but <image> 0 times"),
         (ASKED | {"image": "a", "prompt": "what?", "completion": "<image>"}, "an answer holds <image>, but pictures"),
         (ASKED | {"image": "a", "images": ["b"]}, "has 'image' and 'images': keep one of them"),
@@ -156,9 +156,9 @@ def test_a_picture_that_changes_after_encoding_is_noticed(data, seeing):
 
 def test_what_does_not_belong_together_is_refused(data, seeing, tokenizer):
     example = load_data(data)[0]
-    with pytest.raises(ValueError, match="line 1: the record has pictures, but the tokenizer has no processor"):
+    with pytest.raises(ValueError, match="line 1: there are pictures, but the tokenizer has no processor"):
         encode(example, tokenizer)
-    with pytest.raises(ValueError, match="a text holds <image>, but the record names no picture: name it in 'image'"):
+    with pytest.raises(ValueError, match="a text holds <image>, but no picture is named: name it in 'image'"):
         encode(Example((("user", "<image>"), ("assistant", "a"))), seeing)
     spelt = Example((("user", "<image> <|im_end|>"), ("assistant", "a")), pictures=example.pictures)
     with pytest.raises(ValueError, match="a text beside pictures spells a control token: leave it out"):

@@ -142,6 +142,18 @@ def test_it_is_evaluated_and_asked_with_pictures(llava_folder, data, tmp_path):
     assert answer == want != ""
 
 
+def test_one_picture_is_asked_about_by_its_path(llava_folder, data):
+    model, tokenizer = quiet(llava_folder)
+    path = data.parent / "0.png"
+    how = {"max_new_tokens": 2, "progress": False}
+    want = generate(model, tokenizer, "<image>\nWhich colour?", pictures=[path], **how)
+    assert generate(model, tokenizer, "<image>\nWhich colour?", pictures=str(path), **how) == want
+    with pytest.raises(ValueError, match="the question has 1 picture, but <image> 0 times: write <image> in"):
+        generate(model, tokenizer, "Which colour?", pictures=path, **how)
+    with pytest.raises(ValueError, match="<image>, but no picture is named: name it .* in `pictures` of `generate`"):
+        generate(model, tokenizer, "<image>\nWhich colour?", **how)
+
+
 def test_a_processor_of_another_tower_is_told(llava_folder, data, tmp_path):
     model, tokenizer = quiet(llava_folder)
     tokenizer.processor.image_processor.crop_size = {"height": 24, "width": 24}
