@@ -31,6 +31,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of others, Pil
 TEXT_INPUTS = ("input_ids", "attention_mask")
 TYPES = "token_type_ids"  # the end of a name: tells which tokens are pictures, for models that see them both ways
 Turns = tuple[tuple[str, str], ...]  # as in examples.py, which imports this file
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # name -> shape of a tensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Picture:
     path: Path
     sha256: str  # of the file
     processor: "ProcessorMixin" = field(compare=False, repr=False)
+    shapes: "Shapes" = field(compare=False, repr=False)  # of what the processor makes of it
 
     def inputs(self) -> "dict[str, torch.Tensor]":
         """Read the file and return what the processor makes of it. Raises ValueError if the file has changed."""
@@ -106,8 +108,9 @@ def expanded(
     texts = []
     for path in paths:
         content, image = _read(path)
-        pictures.append(Picture(path, hashlib.sha256(content).hexdigest(), processor))
-        texts.append(_written(processor, image.size))
+        text, shapes = _of_size(processor, image.size)
+        pictures.append(Picture(path, hashlib.sha256(content).hexdigest(), processor, shapes))
+        texts.append(text)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     marks = frozenset(token for token in special if any(token in text for text in texts))
     for _, text in messages:
@@ -151,15 +154,20 @@ def picture_inputs(rows: Iterable[Sequence[Picture]], input_ids: "torch.Tensor")
 
 
 @lru_cache(maxsize=256)  # processing takes milliseconds, and data sets have few sizes
-def _written(processor: "ProcessorMixin", size: tuple[int, int]) -> str:
-    """Return the text that stands for a picture of this size: its tokens depend on nothing else."""
+def _of_size(processor: "ProcessorMixin", size: tuple[int, int]) -> tuple[str, Shapes]:
+    """Return the text that stands for a picture of this size, and the shapes of its tensors.
+
+    Both depend on nothing else, so a blank picture tells them.
+    """
     from PIL.Image import new
 
     tokenizer = processor.tokenizer
     inputs = _processed(processor, new("RGB", size))
     control = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
     # Token by token, because decoding would put spaces between control tokens of some tokenizers.
-    return "".join(control.get(i) or tokenizer.decode([i]) for i in inputs["input_ids"][0].tolist())
+    text = "".join(control.get(i) or tokenizer.decode([i]) for i in inputs["input_ids"][0].tolist())
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items() if name not in TEXT_INPUTS)
+    return text, shapes
 
 
 def _processed(processor: "ProcessorMixin", image: "Image") -> "dict[str, torch.Tensor]":

@@ -162,6 +162,20 @@ def test_a_processor_of_another_tower_is_told(llava_folder, data, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_later_picture_of_another_size_is_told_before_the_first_step(llava_folder, tmp_path):
+    """A processor that resizes nothing: the first three pictures fit the tower."""
+    model, tokenizer = quiet(llava_folder)
+    images = tokenizer.processor.image_processor
+    images.do_resize = images.do_center_crop = False
+    records = []
+    for i, size in enumerate([16, 16, 16, 24]):
+        Image.new("RGB", (size, size), "red").save(tmp_path / f"{i}.png")
+        records.append({"image": str(tmp_path / f"{i}.png"), "prompt": "<image>\nWhich?", "completion": "red"})
+    with pytest.raises(ValueError, match=r"LlavaFor.* cannot read .*3\.png \(.*24.*\): use the processor") as error:
+        trained(add_lora(model), tokenizer, records, tmp_path / "run", batch_size=1, steps=4)
+    assert "\n" not in str(error.value) and not (tmp_path / "run" / "log.jsonl").exists()
+
+
 def test_pictures_are_not_packed(llava_folder, data, tmp_path):
     model, tokenizer = quiet(llava_folder)
     with pytest.raises(ValueError, match="examples with pictures cannot be packed: leave out packing"):
