@@ -1,6 +1,9 @@
 """Pictures in records: what a model that sees gets, and every kind of record that names them wrongly."""
 
+import ast
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +100,18 @@ def test_a_template_that_takes_parts_alone_gets_parts(data, seeing, date):
     written = f"{date}USER: " + "<image>" * 4 + "\nWhat colour? ASSISTANT: red<|im_end|>"
     assert seeing.decode(encoded.input_ids) == written
     assert sum(label != IGNORED for label in encoded.labels) == len(seeing.encode("red<|im_end|>"))
+
+
+def test_the_template_of_the_documentation_ends_an_answer_and_one_without_end_is_refused(data, seeing):
+    page = (Path(__file__).parents[2] / "docs" / "pictures.md").read_text("utf-8")
+    seeing.chat_template = ast.literal_eval(re.search(r"chat_template = (\(.*?\n\))", page, re.DOTALL)[1])
+    encoded = encode(load_data(data)[0], seeing)
+    learned = seeing.decode([token for token in encoded.labels if token != IGNORED])
+    assert learned.strip() == f"red{seeing.eos_token}"
+    assert prompt_of(load_data(data)[0], seeing).ids == encoded.input_ids[: -sum(x != IGNORED for x in encoded.labels)]
+    seeing.chat_template = seeing.chat_template.replace("eos_token if m.role == 'assistant' else ", "")
+    with pytest.raises(ValueError, match="so the model would never stop"):
+        encode(load_data(data)[0], seeing)
 
 
 ASKED = {"prompt": "<image> what?", "completion": "red"}
