@@ -19,6 +19,7 @@ from qlora_lab.quant.stack import QuantizedStack
 
 PACKED, LINEAR, EMBEDDINGS, HEAD = "packed weights", "linear layers", "embeddings", "head"
 PACKED_EXPERTS, EXPERTS, ROUTER = "packed experts", "experts", "routers"
+OTHER = "other tensors"
 # The kind of what learns: its name in LoRA and its relatives, otherwise its method. Constants go by their names.
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", *MAKERS, "lengths", "first_A", "first_B")
 
@@ -50,8 +51,12 @@ def _kind(module: nn.Module, name: str, tensor: torch.Tensor, is_head: bool) -> 
         return HEAD if is_head else LINEAR
     if tensor.dim() == 3 and layout_of(module):
         return EXPERTS
-    if tensor.dim() == 2 and name == "weight":  # norms have vectors; most routers are classes of their own
-        return ROUTER
-    if name == "bias":
+    if name.endswith("bias"):  # of experts, too, which have a row for each
         return "biases"
-    return "rotary frequencies" if name.endswith("inv_freq") else "norms"
+    if name.endswith("inv_freq"):
+        return "rotary frequencies"
+    if tensor.dim() == 1 or "norm" in type(module).__name__.lower():  # Cohere's norms have a row for each head
+        return "norms"
+    if tensor.dim() == 2 and name == "weight":  # most routers are classes of their own
+        return ROUTER
+    return OTHER  # such as a tower's convolution over patches, or Gemma 3's projection

@@ -41,7 +41,7 @@ PLAIN_TEMPLATE = (
 DEVELOPER = re.compile(r"""["']developer["']""")  # a template that knows this role compares a role with it
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PART = re.compile(r"""\btype\b""")  # a template that reads parts asks for their type
-PROBE = "4"
+PROBE = "quizzaciously"  # to see whether a template shows it: a number could be that of a date which it writes
 DIRECTIVE = re.compile(r"%[-#]?[A-Za-z]")  # strftime's: %d, %-d
 # Replaces transformers' clock by the run's. A macro, since transformers passes no functions to a template. It ends in
 # an empty expression, because Jinja drops a line break after a block.

@@ -31,6 +31,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of others, Pil
 TEXT_INPUTS = ("input_ids", "attention_mask")
 TYPES = "token_type_ids"  # the end of a name: tells which tokens are pictures, for models that see them both ways
 Turns = tuple[tuple[str, str], ...]  # as in examples.py, which imports this file
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # name -> shape of a tensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Picture:
     path: Path
     sha256: str  # of the file
     processor: "ProcessorMixin" = field(compare=False, repr=False)
+    shapes: "Shapes" = field(compare=False, repr=False)  # of what the processor makes of it
 
     def inputs(self) -> "dict[str, torch.Tensor]":
         """Read the file and return what the processor makes of it. Raises ValueError if the file has changed."""
@@ -67,14 +69,18 @@ def picture_paths(record: Mapping, folder: Path) -> tuple[Path, ...]:
     return tuple(folder / path for path in paths)
 
 
-def check_placeholders(messages: Turns, pictures: Sequence[Path]) -> None:
-    """Raise ValueError unless the texts hold `<image>` once for each picture, and not in an answer."""
+def check_placeholders(messages: Turns, pictures: Sequence[Path], whole: str = "the record") -> None:
+    """Raise ValueError unless the texts hold `<image>` once for each picture, and not in an answer.
+
+    whole: what has these texts and pictures, as the error calls it.
+    """
     if not pictures:
         return  # without pictures it is a text like any other
     places = sum(text.count(PLACEHOLDER) for _, text in messages)
     if places != len(pictures):
-        has = f"{len(pictures)} picture{'s' * (len(pictures) > 1)}, but {PLACEHOLDER} {places} times"
-        raise ValueError(f"the record has {has}: write {PLACEHOLDER} in a question where each picture stands")
+        count = f"{len(pictures)} picture{'s' * (len(pictures) > 1)}"
+        has = f"{count}, but {PLACEHOLDER} {places} time{'s' * (places != 1)}"
+        raise ValueError(f"{whole} has {has}: write {PLACEHOLDER} in a question where each picture stands")
     if any(PLACEHOLDER in text for role, text in messages if role == "assistant"):
         raise ValueError(f"an answer holds {PLACEHOLDER}, but pictures are not learned: write it in a question")
 
@@ -91,18 +97,20 @@ def expanded(
     if processor is None:
         if paths:
             reason = "the tokenizer has no processor: load a model that sees, from a folder with processor_config.json"
-            raise ValueError(f"the record has pictures, but {reason}")
+            raise ValueError(f"there are pictures, but {reason}")
         return messages, (), frozenset()
     if not paths:
         if any(PLACEHOLDER in text for _, text in messages):
-            raise ValueError(f"a text holds {PLACEHOLDER}, but the record names no picture: name it in 'image'")
+            where = "in 'image' of a record, or in `pictures` of `generate`"
+            raise ValueError(f"a text holds {PLACEHOLDER}, but no picture is named: name it {where}")
         return messages, (), frozenset()
     pictures = []
     texts = []
     for path in paths:
         content, image = _read(path)
-        pictures.append(Picture(path, hashlib.sha256(content).hexdigest(), processor))
-        texts.append(_written(processor, image.size))
+        text, shapes = _of_size(processor, image.size)
+        pictures.append(Picture(path, hashlib.sha256(content).hexdigest(), processor, shapes))
+        texts.append(text)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     marks = frozenset(token for token in special if any(token in text for text in texts))
     for _, text in messages:
@@ -146,15 +154,20 @@ def picture_inputs(rows: Iterable[Sequence[Picture]], input_ids: "torch.Tensor")
 
 
 @lru_cache(maxsize=256)  # processing takes milliseconds, and data sets have few sizes
-def _written(processor: "ProcessorMixin", size: tuple[int, int]) -> str:
-    """Return the text that stands for a picture of this size: its tokens depend on nothing else."""
+def _of_size(processor: "ProcessorMixin", size: tuple[int, int]) -> tuple[str, Shapes]:
+    """Return the text that stands for a picture of this size, and the shapes of its tensors.
+
+    Both depend on nothing else, so a blank picture tells them.
+    """
     from PIL.Image import new
 
     tokenizer = processor.tokenizer
     inputs = _processed(processor, new("RGB", size))
     control = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
     # Token by token, because decoding would put spaces between control tokens of some tokenizers.
-    return "".join(control.get(i) or tokenizer.decode([i]) for i in inputs["input_ids"][0].tolist())
+    text = "".join(control.get(i) or tokenizer.decode([i]) for i in inputs["input_ids"][0].tolist())
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items() if name not in TEXT_INPUTS)
+    return text, shapes
 
 
 def _processed(processor: "ProcessorMixin", image: "Image") -> "dict[str, torch.Tensor]":

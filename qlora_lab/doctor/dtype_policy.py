@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.adapter import has_adapters, method_of
-from qlora_lab.adapters.model_tensors import ADAPTER, EMBEDDINGS, EXPERTS, HEAD, LINEAR, ROUTER, model_tensors
+from qlora_lab.adapters.model_tensors import ADAPTER, EMBEDDINGS, EXPERTS, HEAD, LINEAR, OTHER, ROUTER, model_tensors
 from qlora_lab.optim.paged_adamw import UNIT
 from qlora_lab.quant.quantize import Quantized
 
@@ -23,7 +23,7 @@ WEIGHTS = "base weights"
 ADAPTERS = "adapters"
 OTHER_TRAINED = "other trained weights"
 WORDS = dict.fromkeys((LINEAR, EXPERTS), WEIGHTS) | dict.fromkeys(ADAPTER, ADAPTERS)
-WORDS |= {kind: kind for kind in (EMBEDDINGS, HEAD, ROUTER)}
+WORDS |= {kind: kind for kind in (EMBEDDINGS, HEAD, ROUTER, OTHER)}
 GRADIENTS = "gradients"
 MOMENTS = "moments"
 COPIES = "master copies"

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from qlora_lab.data.dataset import Prompt, encode_all, end_token_id, prompt_of, to_device
 from qlora_lab.data.examples import Example
-from qlora_lab.data.pictures import picture_inputs
+from qlora_lab.data.pictures import check_placeholders, picture_inputs
 from qlora_lab.measure.rouge import rouge_l
 from qlora_lab.model.modes import measuring
 from qlora_lab.model.token_dependence import reads_padding
@@ -65,14 +65,19 @@ def generate(
     question: str,
     max_new_tokens: int = 128,
     *,
-    pictures: Iterable[str | Path] = (),
+    pictures: str | Path | Iterable[str | Path] = (),
     progress: bool = True,
 ) -> str:
     """Answer a user's question greedily, under the tokenizer's chat template. Raises what held_out raises.
 
-    pictures: image files for a model that sees, in the order of `<image>` in the question, which stands for each.
+    pictures: an image file for a model that sees, or several, in the order of `<image>` in the question, which stands
+    for each. Raises ValueError for more or fewer of them.
     """
-    asked = Example((("user", question), ("assistant", "")), pictures=tuple(map(Path, pictures)))  # only asked
+    paths = [pictures] if isinstance(pictures, (str, Path)) else pictures  # a path alone is not one of its letters
+    turns = ("user", question), ("assistant", "")  # only asked
+    files = tuple(map(Path, paths))
+    check_placeholders(turns, files, "the question")
+    asked = Example(turns, pictures=files)
     return generate_answers(model, tokenizer, [asked], max_new_tokens, progress=progress)[0]
 
 

@@ -43,18 +43,21 @@ SIZES = BYTES | {"bool": 1, "int32": 4, "int64": 8}
 def targeted(shape: Shape, setup: Setup) -> list[LinearShape]:
     """Return the linear layers of one layer that have an adapter. Raises ValueError for an unknown target.
 
-    targets: names, or groups of them as add_lora takes them. Adapters on experts have no rows, and are refused.
+    targets: names, or groups of them, as add_lora takes them. Adapters on experts have no rows, and are refused.
     """
     if setup.method not in LOW_RANK:
         return []
     names = [linear.name for linear in shape.linears]
-    groups = {"all-linear": names, "attention": names[:4]}
+    groups = {"all-linear": names, "attention": names[:4]} | ({} if shape.experts else {"all": names})
     asked = {setup.targets} if isinstance(setup.targets, str) else set(setup.targets)
+    allowed = f"choose {', '.join(map(repr, groups))} or from {', '.join(names)}"
+    matrices = [matrix.name for matrix in shape.expert]  # add_lora takes their names, too
+    beyond = asked & {"experts", "all", *matrices, *(f"experts.{name}" for name in matrices)}
+    if beyond and shape.experts:
+        raise ValueError(f"targets {sorted(beyond)}: adapters on experts are not in the ledger yet: {allowed}")
+    if (unknown := sorted(asked - {*groups, *names})) or not asked:
+        raise ValueError(f"targets {unknown or 'none'}: {allowed}")
     wanted = set().union(*(groups.get(name, [name]) for name in asked))
-    if wanted - set(names) or not wanted:
-        unknown = sorted(wanted - set(names)) or "none"
-        experts = "; adapters on experts are not counted" * bool(shape.experts)
-        raise ValueError(f"targets {unknown}: choose 'all-linear' or from {names}{experts}")
     return [linear for linear in shape.linears if linear.name in wanted]
 
 

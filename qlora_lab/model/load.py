@@ -85,11 +85,13 @@ def load(
         model.config._name_or_path = model.name_or_path = public_name(name_or_path)
         dtypes = dtypes_of(model, dtype)  # some tensors stay in float32
         compute_buffers(model, device)  # rotary frequencies and the like, which no file holds
-        chosen = {} if codebook is None and plan is None else options_of(model, options, plan, also)
-        new = _quantised(model, folder, chosen, device, dtypes, progress)
-        arriving = _mapped(model, folder, progress) if stored else new
-        # arriving yields one tensor at a time: it is in its place, or dropped, before the next one is read.
-        placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in arriving}
+        if stored:
+            tensors = _mapped(model, folder, progress)
+        else:
+            chosen = {} if codebook is None and plan is None else options_of(model, options, plan, also)
+            tensors = _quantised(model, folder, chosen, device, dtypes, progress)
+        # One at a time: each is in its place, or dropped, before the next one is read.
+        placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in tensors}
         missing = set(model.state_dict()) - set(placed)  # a head that is its embedding
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
         widen(model)  # attention and head, on a CPU that is slow in bf16

@@ -65,19 +65,23 @@ def used_tokens(encoded: Iterable[Encoded]) -> set[int]:
 
 
 def check_pictures(model: nn.Module, encoded: Iterable[Encoded]) -> None:
-    """Raise ValueError if the model cannot read the first example with pictures, by trying: its tower decides."""
-    example = next((example for example in encoded if example.pictures), None)
-    if example is None:
-        return
-    try:
-        with measuring(model):
-            answer_loss(model, collate([example], 0))
-    except (ValueError, TypeError, RuntimeError) as error:  # TypeError: a model of texts takes no pixel_values
-        reason = " ".join(str(error).split())
-        fix = "use the processor of this model, which resizes pictures to what its tower takes"
-        raise ValueError(
-            f"{type(model).__name__} cannot read {example.pictures[0].path} ({reason:.120}): {fix}"
-        ) from None
+    """Raise ValueError if the model cannot read a picture, by trying one of each shape: its tower decides.
+
+    Most processors give all pictures one shape, so that is one forward pass.
+    """
+    tried = set()
+    for example in encoded:
+        new = [picture for picture in example.pictures if picture.shapes not in tried]
+        if not new:
+            continue
+        tried.update(picture.shapes for picture in new)
+        try:
+            with measuring(model):
+                answer_loss(model, collate([example], 0))
+        except (ValueError, TypeError, RuntimeError) as error:  # TypeError: a model of texts takes no pixel_values
+            reason = " ".join(str(error).split())
+            fix = "use the processor of this model, which resizes pictures to what its tower takes"
+            raise ValueError(f"{type(model).__name__} cannot read {new[0].path} ({reason:.120}): {fix}") from None
 
 
 def check_length(model: nn.Module, length: int, row: str, advice: str) -> None:

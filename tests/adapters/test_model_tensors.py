@@ -1,5 +1,6 @@
 """One walk over a model's tensors, for the table of dtypes and for the measured ledger."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -31,3 +32,28 @@ def test_every_tensor_comes_with_its_kind():
     tensors = [tensor for _, tensor in model_tensors(toy)]
     assert tensors[1] is tensors[-1] is toy.embed.weight
     assert tensors[kinds.index("packed weights")] is toy.up.base.weight
+
+
+class HeadNorm(nn.Module):
+    """Known by the name of its class alone."""
+
+
+def holding(module, name, *shape):
+    module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        (holding(nn.Module(), "gate_up_proj_bias", 4, 6), "biases"),  # GPT-OSS: a row for each expert
+        (holding(nn.Module(), "mm_input_projection_weight", 4, 4), "other tensors"),  # Gemma 3's projector
+        (holding(nn.Module(), "in_proj_weight", 6, 2), "other tensors"),  # of SigLIP's pooling
+        (nn.Conv2d(3, 4, 2, bias=False), "other tensors"),  # CLIP's patches
+        (holding(HeadNorm(), "weight", 2, 4), "norms"),  # Cohere: a row for each head
+        (holding(nn.Module(), "weight", 4), "norms"),
+        (holding(nn.Module(), "weight", 4, 2), "routers"),
+    ],
+)
+def test_only_vectors_and_norms_are_norms(module, kind):
+    assert [kind for kind, _ in model_tensors(nn.ModuleList([module]))] == [kind]

@@ -53,7 +53,8 @@ def test_a_config_is_enough(capsys, tmp_path):
         ([], {"hidden_size": None}, "config.json has hidden_size=None"),
         ([], {"model_type": "gpt2"}, "'gpt2', whose layers are unknown here: choose from llama, mistral, qwen2"),
         (["--method", "magic"], {}, "method='magic' is not known"),
-        (["--targets", "nosuch"], {}, "targets ['nosuch']: choose 'all-linear' or from"),
+        (["--targets", "nosuch"], {}, "targets ['nosuch']: choose 'all-linear', 'attention', 'all' or from q_proj"),
+        (["--targets", "experts"], {}, "targets ['experts']: choose 'all-linear', 'attention', 'all' or from q_proj"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(capsys, tmp_path, options, config, message):

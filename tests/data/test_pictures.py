@@ -1,6 +1,9 @@
 """Pictures in records: what a model that sees gets, and every kind of record that names them wrongly."""
 
+import ast
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,17 +86,32 @@ def test_a_prompt_ends_where_the_answer_begins(data, seeing):
     assert ids == encoded.input_ids[:start] and pictures == encoded.pictures
 
 
-def test_a_template_that_takes_parts_alone_gets_parts(data, seeing):
+@pytest.mark.parametrize("date", ["", "1 Jan 2023 ", "4 Jan 2023 "])  # a template's own words are not the content
+def test_a_template_that_takes_parts_alone_gets_parts(data, seeing, date):
     """As LLaVA 1.5's, which shows nothing of a content that is a text; an end token is added here."""
     seeing.chat_template = (
+        f"{date}"
         "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
         "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
         "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
     )
     encoded = encode(load_data(data)[0], seeing)
-    assert seeing.decode(encoded.input_ids) == "USER: " + "<image>" * 4 + "\nWhat colour? ASSISTANT: red<|im_end|>"
+    written = f"{date}USER: " + "<image>" * 4 + "\nWhat colour? ASSISTANT: red<|im_end|>"
+    assert seeing.decode(encoded.input_ids) == written
     assert sum(label != IGNORED for label in encoded.labels) == len(seeing.encode("red<|im_end|>"))
+
+
+def test_the_template_of_the_documentation_ends_an_answer_and_one_without_end_is_refused(data, seeing):
+    page = (Path(__file__).parents[2] / "docs" / "pictures.md").read_text("utf-8")
+    seeing.chat_template = ast.literal_eval(re.search(r"chat_template = (\(.*?\n\))", page, re.DOTALL)[1])
+    encoded = encode(load_data(data)[0], seeing)
+    learned = seeing.decode([token for token in encoded.labels if token != IGNORED])
+    assert learned.strip() == f"red{seeing.eos_token}"
+    assert prompt_of(load_data(data)[0], seeing).ids == encoded.input_ids[: -sum(x != IGNORED for x in encoded.labels)]
+    seeing.chat_template = seeing.chat_template.replace("eos_token if m.role == 'assistant' else ", "")
+    with pytest.raises(ValueError, match="so the model would never stop"):
+        encode(load_data(data)[0], seeing)
 
 
 ASKED = {"prompt": "<image> what?", "completion": "red"}
@@ -102,7 +120,7 @@ ASKED = {"prompt": "<image> what?", "completion": "red"}
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (ASKED | {"images": ["a", "b"]}, "has 2 pictures, but <image> 1 times: write <image> in a question where each"),
+        (ASKED | {"images": ["a", "b"]}, "has 2 pictures, but <image> 1 time: write <image> in a question where each"),
         (ASKED | {"image": "a", "prompt": "what?"}, "has 1 picture, but <image> 0 times"),
         (ASKED | {"image": "a", "prompt": "what?", "completion": "<image>"}, "an answer holds <image>, but pictures"),
         (ASKED | {"image": "a", "images": ["b"]}, "has 'image' and 'images': keep one of them"),
@@ -153,9 +171,9 @@ def test_a_picture_that_changes_after_encoding_is_noticed(data, seeing):
 
 def test_what_does_not_belong_together_is_refused(data, seeing, tokenizer):
     example = load_data(data)[0]
-    with pytest.raises(ValueError, match="line 1: the record has pictures, but the tokenizer has no processor"):
+    with pytest.raises(ValueError, match="line 1: there are pictures, but the tokenizer has no processor"):
         encode(example, tokenizer)
-    with pytest.raises(ValueError, match="a text holds <image>, but the record names no picture: name it in 'image'"):
+    with pytest.raises(ValueError, match="a text holds <image>, but no picture is named: name it in 'image'"):
         encode(Example((("user", "<image>"), ("assistant", "a"))), seeing)
     spelt = Example((("user", "<image> <|im_end|>"), ("assistant", "a")), pictures=example.pictures)
     with pytest.raises(ValueError, match="a text beside pictures spells a control token: leave it out"):

@@ -140,10 +140,14 @@ def test_half_a_mixture_is_refused():
 def test_adapters_on_attention_are_counted_and_those_on_experts_refused():
     shape = shape_of(tiny("Mixtral").config)
     assert ql.predict_memory(shape, targets="attention").rows == ql.predict_memory(shape).rows
-    with pytest.raises(ValueError, match="targets .'experts'.: choose .*; adapters on experts are not counted"):
-        ql.predict_memory(shape, targets=["q_proj", "experts"])
+    for name in ("experts", "all", "experts.down_proj", "down_proj"):
+        with pytest.raises(
+            ValueError, match=f"targets .'{name}'.: adapters on experts are not in the ledger yet: choose"
+        ):
+            ql.predict_memory(shape, targets=["q_proj", name])
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert ql.predict_memory("llama-7b", targets="attention").rows == ql.predict_memory("llama-7b", targets=names).rows
+    assert ql.predict_memory("llama-7b", targets="all").rows == ql.predict_memory("llama-7b").rows  # nothing else
 
 
 def test_houlsby_is_refused_before_anything_is_counted():

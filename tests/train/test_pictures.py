@@ -142,12 +142,38 @@ def test_it_is_evaluated_and_asked_with_pictures(llava_folder, data, tmp_path):
     assert answer == want != ""
 
 
+def test_one_picture_is_asked_about_by_its_path(llava_folder, data):
+    model, tokenizer = quiet(llava_folder)
+    path = data.parent / "0.png"
+    how = {"max_new_tokens": 2, "progress": False}
+    want = generate(model, tokenizer, "<image>\nWhich colour?", pictures=[path], **how)
+    assert generate(model, tokenizer, "<image>\nWhich colour?", pictures=str(path), **how) == want
+    with pytest.raises(ValueError, match="the question has 1 picture, but <image> 0 times: write <image> in"):
+        generate(model, tokenizer, "Which colour?", pictures=path, **how)
+    with pytest.raises(ValueError, match="<image>, but no picture is named: name it .* in `pictures` of `generate`"):
+        generate(model, tokenizer, "<image>\nWhich colour?", **how)
+
+
 def test_a_processor_of_another_tower_is_told(llava_folder, data, tmp_path):
     model, tokenizer = quiet(llava_folder)
     tokenizer.processor.image_processor.crop_size = {"height": 24, "width": 24}
     with pytest.raises(ValueError, match=r"cannot read .*\.png \(.*24.*\): use the processor of this model") as error:
         trained(add_lora(model), tokenizer, data, tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+def test_a_later_picture_of_another_size_is_told_before_the_first_step(llava_folder, tmp_path):
+    """A processor that resizes nothing: the first three pictures fit the tower."""
+    model, tokenizer = quiet(llava_folder)
+    images = tokenizer.processor.image_processor
+    images.do_resize = images.do_center_crop = False
+    records = []
+    for i, size in enumerate([16, 16, 16, 24]):
+        Image.new("RGB", (size, size), "red").save(tmp_path / f"{i}.png")
+        records.append({"image": str(tmp_path / f"{i}.png"), "prompt": "<image>\nWhich?", "completion": "red"})
+    with pytest.raises(ValueError, match=r"LlavaFor.* cannot read .*3\.png \(.*24.*\): use the processor") as error:
+        trained(add_lora(model), tokenizer, records, tmp_path / "run", batch_size=1, steps=4)
+    assert "\n" not in str(error.value) and not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_pictures_are_not_packed(llava_folder, data, tmp_path):
