@@ -213,8 +213,8 @@ transpose, as bitsandbytes does it, and `qlora-lab quantize` says how many. An a
 lets bitsandbytes pack no such class, so only QLoRA Lab reads the folders that `quantize_folder` writes of Falcon.
 - Experts that a family keeps in one tensor, as Mixtral does, are quantised as one matrix for each expert, packed \
 together. A forward decodes those that a token is routed to. Routers and the gates of shared experts keep their \
-precision. `targets="all"` adapts the linear layers and the experts, a pair for each; both columns on the right did. \
-Only QLoRA Lab reads folders with such experts.
+precision. `targets="all"` adapts the linear layers and the experts, a pair for each; the columns *trains* and \
+*PEFT* did. Only QLoRA Lab reads folders with such experts.
 - `qlora_lab.memory.weights.predicted_weights` counts, from config.json alone, the bytes that a mixture stores and \
 those that one token uses.
 - Of a model that reads images too, the language model is quantised and adapted, and the share counts it alone. \
