@@ -190,8 +190,8 @@ transformers {transformers.__version__}, and loads it with QLoRA Lab. The column
 - **4 bits**: the share of the weights, outside the embeddings and the head, that is in 4 bits. It depends on the \
 sizes of the layers, so it differs in a full-size model. Loading warns if it is below 90 %.
 - **left**: what is not in 4 bits, beside embeddings and head. Norms, biases and other vectors are too few to matter. \
-Routers, and the gates of shared experts, are small, and an error in them sends a token elsewhere. Convolutions are no \
-matrix products. "used directly": the family's own code reads the weights of these layers, or of these matrices, \
+Routers, and the gates of shared experts, are small, and an error in them sends a token elsewhere. Convolutions are \
+not matrix products. "used directly": the family's own code reads the weights of these layers, or of these matrices, \
 so nothing else may stand in their place.
 - **decoded**: whether the logits of the model in 4 bits are those of transformers' model with the dequantised \
 weights, to float32 rounding ({ROUNDING:g} of the largest logit).

@@ -73,7 +73,9 @@ def check_placeholders(messages: Turns, pictures: Sequence[Path]) -> None:
         return  # without pictures it is a text like any other
     places = sum(text.count(PLACEHOLDER) for _, text in messages)
     if places != len(pictures):
-        has = f"{len(pictures)} picture{'s' * (len(pictures) > 1)}, but {PLACEHOLDER} {places} times"
+        has = (
+            f"{len(pictures)} picture{'s' * (len(pictures) > 1)}, but {PLACEHOLDER} {places} time{'s' * (places != 1)}"
+        )
         raise ValueError(f"the record has {has}: write {PLACEHOLDER} in a question where each picture stands")
     if any(PLACEHOLDER in text for role, text in messages if role == "assistant"):
         raise ValueError(f"an answer holds {PLACEHOLDER}, but pictures are not learned: write it in a question")
@@ -84,7 +86,7 @@ def expanded(
 ) -> tuple[Turns, tuple[Picture, ...], frozenset[str]]:
     """Return the messages with each `<image>` written out, the pictures, and the control tokens that this takes.
 
-    Raises ValueError for a model that reads no pictures, a file that is no picture, a text that spells one of those
+    Raises ValueError for a model that reads no pictures, a file that is not a picture, a text that spells one of those
     tokens itself, and `<image>` without a picture.
     """
     processor = getattr(tokenizer, "processor", None)
@@ -168,7 +170,7 @@ def _processed(processor: "ProcessorMixin", image: "Image") -> "dict[str, torch.
 
 
 def _read(path: Path) -> "tuple[bytes, Image]":
-    """Return the bytes and the picture of a file. Raises ValueError for a missing file, or one that is no picture."""
+    """Return the bytes and the picture of a file. Raises ValueError if it is missing, or not a picture."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -138,7 +138,7 @@ def _bottleneck(setup: Setup, d: int, flows: bool) -> Iterator[Kept]:
 def _norm(setup: Setup, d: int, heads: int = 1, each: str = "") -> Iterator[Kept]:
     """RMSNorm computes in float32: it keeps its widened input, and one reciprocal root mean square per token.
 
-    heads: of which each has its own, d wide; `each` says so in the formula.
+    heads: each has its own weights, d wide; `each` says so in the formula.
     """
     rows = setup.tokens * heads
     yield _kept(NORM, rows * (d + 1), "float32", f"T (d + 1){each}")

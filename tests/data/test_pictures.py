@@ -102,7 +102,7 @@ ASKED = {"prompt": "<image> what?", "completion": "red"}
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (ASKED | {"images": ["a", "b"]}, "has 2 pictures, but <image> 1 times: write <image> in a question where each"),
+        (ASKED | {"images": ["a", "b"]}, "has 2 pictures, but <image> 1 time: write <image> in a question where each"),
         (ASKED | {"image": "a", "prompt": "what?"}, "has 1 picture, but <image> 0 times"),
         (ASKED | {"image": "a", "prompt": "what?", "completion": "<image>"}, "an answer holds <image>, but pictures"),
         (ASKED | {"image": "a", "images": ["b"]}, "has 'image' and 'images': keep one of them"),
