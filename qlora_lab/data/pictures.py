@@ -63,7 +63,7 @@ def picture_paths(record: Mapping, folder: Path) -> tuple[Path, ...]:
     paths = named if isinstance(named, list) else [named]
     for path in paths:
         if not isinstance(path, (str, Path)) or not str(path) or "\0" in str(path):
-            raise ValueError(f"{filled[0]!r} must be the path of an image file, or a list of such, found {path!r:.60}")
+            raise ValueError(f"{filled[0]!r} must be the path of an image file, or a list of them, found {path!r:.60}")
     return tuple(folder / path for path in paths)
 
 

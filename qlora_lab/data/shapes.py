@@ -143,7 +143,7 @@ def cells(scene: Scene) -> list[tuple[int, int]]:
 
 
 def _fill(covered: np.ndarray, shape: str, x: float, y: float, radius: float) -> None:
-    """Mark the samples that lie in a shape around (x, y), in pixels. Looks at the samples near it alone."""
+    """Mark the samples that lie in a shape around (x, y), in pixels. Looks only at the samples near it."""
     top, left = (max(int((middle - radius - 1) * FINER), 0) for middle in (y, x))
     bottom, right = (int((middle + radius + 1) * FINER) for middle in (y, x))
     window = covered[top:bottom, left:right]

@@ -106,7 +106,7 @@ class Experts4bit(nn.Module):
         self.exchange: Callable | None = None  # asks other processes for answers (train/expert_parallel.py)
 
     def put(self, name: str, stack: nn.Module) -> None:
-        """Let the module `stack` multiply in the place of the stack `name`, be that a parameter or a module."""
+        """Let the module `stack` multiply in the place of the stack `name`, a parameter or a module."""
         self._parameters.pop(name, None)  # a module and a parameter of one name would hide each other
         self._modules[name] = stack
 
