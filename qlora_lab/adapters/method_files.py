@@ -14,6 +14,7 @@ from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter, adapters, has_adapters, method_of, put_into
 from qlora_lab.adapters.add_adapter import MAKERS
+from qlora_lab.adapters.layer_patterns import uncompiled
 from qlora_lab.adapters.prefix_tuning import Prefix
 from qlora_lab.quant.finite import is_finite
 from qlora_lab.quant.numbers import check_whole
@@ -82,7 +83,7 @@ def _keyed(made: dict[str, Adapter], method: str, prefix: str) -> dict[str, torc
     if method == "prefix":
         return {PROMPTS: next(iter(made.values())).flat.detach()}
     named = {name: p.data for path, adapter in made.items() for name, p in adapter.named(path).items()}
-    return {f"{prefix}{name.replace('_orig_mod.', '')}": tensor for name, tensor in named.items()}  # torch.compile's
+    return {f"{prefix}{uncompiled(name)}": tensor for name, tensor in named.items()}
 
 
 def _parts(parts: Any, where: str) -> tuple[str, ...]:

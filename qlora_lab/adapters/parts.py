@@ -11,7 +11,7 @@ from qlora_lab.model.packed_module import PackedModule
 
 
 def tensors_in(model: nn.Module, parts: tuple[str, ...] | None) -> dict[str, nn.Parameter]:
-    """Return name -> parameter of the named modules, in the model's order. Raises ValueError for a name of none."""
+    """Return name -> parameter of the named modules, in order. Raises ValueError for a name that fits none."""
     named = dict(model.named_parameters())
     if parts == ():
         raise ValueError("parts names no module, so nothing would learn: name one, or leave parts out")

@@ -65,7 +65,7 @@ def picture_paths(record: Mapping, folder: Path) -> tuple[Path, ...]:
     paths = named if isinstance(named, list) else [named]
     for path in paths:
         if not isinstance(path, (str, Path)) or not str(path) or "\0" in str(path):
-            raise ValueError(f"{filled[0]!r} must be the path of an image file, or a list of such, found {path!r:.60}")
+            raise ValueError(f"{filled[0]!r} must be the path of an image file, or a list of them, found {path!r:.60}")
     return tuple(folder / path for path in paths)
 
 
@@ -90,7 +90,7 @@ def expanded(
 ) -> tuple[Turns, tuple[Picture, ...], frozenset[str]]:
     """Return the messages with each `<image>` written out, the pictures, and the control tokens that this takes.
 
-    Raises ValueError for a model that reads no pictures, a file that is no picture, a text that spells one of those
+    Raises ValueError for a model that reads no pictures, a file that is not a picture, a text that spells one of those
     tokens itself, and `<image>` without a picture.
     """
     processor = getattr(tokenizer, "processor", None)
@@ -181,7 +181,7 @@ def _processed(processor: "ProcessorMixin", image: "Image") -> "dict[str, torch.
 
 
 def _read(path: Path) -> "tuple[bytes, Image]":
-    """Return the bytes and the picture of a file. Raises ValueError for a missing file, or one that is no picture."""
+    """Return the bytes and the picture of a file. Raises ValueError if it is missing, or not a picture."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -91,18 +91,18 @@ def shapes_split(train: int = 1920, test: int = 144, *, seed: int = 0) -> Split:
     check_whole("train", train)
     check_whole("test", test)
     check_seed(seed)
-    draw = np.random.default_rng([seed, 7])  # 7: another stream than that of a picture with these dice
+    rng = np.random.default_rng([seed, 7])  # 7: another stream than that of a picture with these dice
     kinds = [Scene(*words) for words in product(*WORDS.values())]
     seen = [scene for scene in kinds if not any(is_held_out(scene))]
     unseen = [scene for scene in kinds if all(is_held_out(scene))]
-    return Split(_drawn(seen, train, draw), _drawn(unseen, test, draw))
+    return Split(_drawn(seen, train, rng), _drawn(unseen, test, rng))
 
 
-def _drawn(kinds: Sequence[Scene], number: int, draw: np.random.Generator) -> tuple[Scene, ...]:
+def _drawn(kinds: Sequence[Scene], number: int, rng: np.random.Generator) -> tuple[Scene, ...]:
     """Go through all kinds again and again, each time in a new order."""
     rounds = -(-number // len(kinds))
-    order = np.concatenate([draw.permutation(len(kinds)) for _ in range(rounds)])[:number]
-    dice = draw.integers(2**31, size=number)
+    order = np.concatenate([rng.permutation(len(kinds)) for _ in range(rounds)])[:number]
+    dice = rng.integers(2**31, size=number)
     return tuple(kinds[i]._replace(dice=int(d)) for i, d in zip(order, dice, strict=True))
 
 
@@ -143,7 +143,7 @@ def cells(scene: Scene) -> list[tuple[int, int]]:
 
 
 def _fill(covered: np.ndarray, shape: str, x: float, y: float, radius: float) -> None:
-    """Mark the samples that lie in a shape around (x, y), in pixels. Looks at the samples near it alone."""
+    """Mark the samples that lie in a shape around (x, y), in pixels. Looks only at the samples near it."""
     top, left = (max(int((middle - radius - 1) * FINER), 0) for middle in (y, x))
     bottom, right = (int((middle + radius + 1) * FINER) for middle in (y, x))
     window = covered[top:bottom, left:right]

@@ -20,7 +20,7 @@ def asked_for(examples: Sequence[Example], skipped: Sequence[str] = ()) -> Findi
     )
     message = f"{len(examples):,} examples with the turns {turns}"
     if pictures := sum(len(example.pictures) for example in examples):
-        message += f"; {pictures:,} pictures"
+        message += f"; {pictures:,} picture{'s' * (pictures > 1)}"
     if masked := sum(len(example.not_learned) for example in examples):
         message += f"; {masked:,} answers are shown but not learned, as their records ask"
     unused = Counter(name for example in examples for name in example.unused)

@@ -63,7 +63,7 @@ def survival(
     for path, layer in layers.items():
         if isinstance(layer, LoRAStack):
             raise ValueError(
-                f"{path} holds experts, of which only a merge tells what survives: merge, and read the report"
+                f"{path} holds experts, and only a merge tells how much of them survives: merge, and read the report"
             )
         if not isinstance(layer.base, Linear4bit):
             raise ValueError(f"{path} is not in 4 bits, so nothing is requantised: load the model with a codebook")

@@ -25,12 +25,10 @@ from qlora_lab.adapters.saving import adapter_checksum
 from qlora_lab.files.out_path import out_path, resolved
 from qlora_lab.files.strict_json import OBJECT, TEXT
 from qlora_lab.measure.held_out import ANSWER_TOKENS, ANSWERS_AT_ONCE, generate_answers
-from qlora_lab.measure.in_place import Variant
+from qlora_lab.measure.in_place import Variant, original
 from qlora_lab.measure.judges import Question, check_name
 from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, read_results, with_checksum
 from qlora_lab.measure.sweep import model_record, run_record, variant_record
-from qlora_lab.model.empty_model import stored_options
-from qlora_lab.model.fetch import resolve
 from qlora_lab.model.load import fast_dtype, load
 from qlora_lab.quant.blocks import check_block_size
 from qlora_lab.quant.codebook import codebook as named_codebook
@@ -162,9 +160,7 @@ class _Asked:
         self.name_or_path = name_or_path
         self.max_new_tokens = max_new_tokens
         self.progress = progress
-        folder = resolve(name_or_path, progress=progress)
-        if stored := stored_options(folder):
-            raise ValueError(f"{folder} is quantised already, as {stored}: a tournament starts from the original")
+        folder = original(name_or_path, "a tournament starts", progress)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.float32 if self.device.type == "cpu" else fast_dtype(self.device)
         record = model_record(name_or_path, folder)  # reads every weight once: 0.2 s for SmolLM2

@@ -26,12 +26,11 @@ from qlora_lab.data.choice_files import LETTERS, group_by_subject
 from qlora_lab.data.choice_prompts import Task
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.strict_json import LIST, OBJECT, SWITCH, TEXT, or_null, whole
-from qlora_lab.measure.in_place import Variant, checked
+from qlora_lab.measure.in_place import Variant, checked, original
 from qlora_lab.measure.multiple_choice import Encoded, choice_scores, encode
 from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, read_results, with_checksum
 from qlora_lab.measure.sweep import model_record, run_record, variant_record
-from qlora_lab.model.empty_model import stored_options, tokenizer_of
-from qlora_lab.model.fetch import resolve
+from qlora_lab.model.empty_model import tokenizer_of
 from qlora_lab.model.load import fast_dtype, load
 
 RULES = dict.fromkeys(("model", "data", "config", "versions", "subjects"), OBJECT) | {"log_likelihoods": LIST}
@@ -63,9 +62,7 @@ def choice_rows(
     results = out_path(results)  # before anything is loaded
     settings = [_loadable(checked(setting)) for setting in settings]
     task = task.checked()
-    folder = resolve(name_or_path, progress=progress)
-    if stored := stored_options(folder):
-        raise ValueError(f"{folder} is quantised already, as {stored}: variants are made from the original")
+    folder = original(name_or_path, "variants are made", progress)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else fast_dtype(device)
     with open_results(results, CHOICES) as (rows, file):

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 
 from qlora_lab.measure.code_use import CodeUse, code_counts
+from qlora_lab.model.empty_model import stored_options
 from qlora_lab.model.experts import stacks_of
+from qlora_lab.model.fetch import resolve
 from qlora_lab.model.layer_kinds import turned
 from qlora_lab.model.linear4bit import linears_to_quantise
 from qlora_lab.model.stored import stored_tensors
@@ -103,6 +105,14 @@ class Source:
     def place(self, name: str) -> torch.Tensor:
         """View the weight that the model computes with."""
         return turned(self.model, name, self.model.get_parameter(name).data)
+
+
+def original(name_or_path: str | Path, what: str, progress: bool) -> Path:
+    """Return a model's folder. what: starts the advice, "a sweep starts". Raises ValueError for a model in 4 bits."""
+    folder = resolve(name_or_path, progress=progress)
+    if stored := stored_options(folder):
+        raise ValueError(f"{folder} is quantised already, as {stored}: {what} from the original")
+    return folder
 
 
 @dataclass

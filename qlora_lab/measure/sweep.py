@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.strict_json import TEXT, read_json
-from qlora_lab.measure.in_place import Source, Variant, checked, fitted, quantised, quantised_in_place
+from qlora_lab.measure.in_place import Source, Variant, checked, fitted, original, quantised, quantised_in_place
 from qlora_lab.measure.machine import machine
 from qlora_lab.measure.perplexity import (
     LARGEST_LOSS,
@@ -40,8 +40,6 @@ from qlora_lab.measure.perplexity import (
     window_losses,
 )
 from qlora_lab.measure.results_file import append_result, identity, open_results, with_checksum
-from qlora_lab.model.empty_model import stored_options
-from qlora_lab.model.fetch import resolve
 from qlora_lab.model.load import fast_dtype, load
 from qlora_lab.model.model_files import weight_files
 from qlora_lab.quant.numbers import check_seed
@@ -124,9 +122,7 @@ def sweep(
 def _loaded(
     name_or_path: str | Path, dtype: torch.dtype | None, device: str | torch.device | None, progress: bool
 ) -> "tuple[Source, Tokenizer]":
-    folder = resolve(name_or_path, progress=progress)
-    if stored := stored_options(folder):
-        raise ValueError(f"{folder} is quantised already, as {stored}: a sweep starts from the original")
+    folder = original(name_or_path, "a sweep starts", progress)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else fast_dtype(device))
     model, tokenizer = load(name_or_path, None, dtype=dtype, device=device, progress=progress)

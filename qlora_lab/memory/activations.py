@@ -20,7 +20,7 @@ FLOAT32 = 4
 # The kinds of activations: the names of their rows in the ledger.
 NORM, INPUT, ADAPTER = "inputs of norms", "inputs of linear layers", "adapters' inner products"
 ATTENTION, MASK, ROTARY = "attention", "attention masks", "rotary cosines and sines"
-ROUTING, EXPERTS = "routing", "experts' SwiGLU and answers"
+ROUTING, EXPERT_ACTIVATIONS = "routing", "experts' SwiGLU and answers"
 TURNED = "outputs that DoRA turns"
 SWIGLU, CHECKPOINT, INDICES = "SwiGLU", "checkpoints", "indices and scalars"
 
@@ -125,9 +125,9 @@ def _routed(shape: Shape, setup: Setup) -> Iterator[Kept]:
     yield _kept(ROUTING, 4 * pairs, "int64", "4 T k: the chosen, tokens by expert, there and back")
     if not setup.is_packed:
         yield _kept(ROUTING, shape.experts, "int32", "E: ends of groups")
-    yield _kept(EXPERTS, pairs * (3 * f + d), setup.dtype, "T k (3 f + d): gate, silu(gate), up; answers")
+    yield _kept(EXPERT_ACTIVATIONS, pairs * (3 * f + d), setup.dtype, "T k (3 f + d): gate, silu(gate), up; answers")
     if full:
-        yield _kept(EXPERTS, pairs * (d + f), setup.dtype, "T k (d + f): inputs of their products")
+        yield _kept(EXPERT_ACTIVATIONS, pairs * (d + f), setup.dtype, "T k (d + f): inputs of their products")
 
 
 def _bottleneck(setup: Setup, d: int, flows: bool) -> Iterator[Kept]:
@@ -141,7 +141,7 @@ def _bottleneck(setup: Setup, d: int, flows: bool) -> Iterator[Kept]:
 def _norm(setup: Setup, d: int, heads: int = 1, each: str = "") -> Iterator[Kept]:
     """RMSNorm computes in float32: it keeps its widened input, and one reciprocal root mean square per token.
 
-    heads: of which each has its own, d wide; `each` says so in the formula.
+    heads: each has its own weights, d wide; `each` says so in the formula.
     """
     rows = setup.tokens * heads
     yield _kept(NORM, rows * (d + 1), "float32", f"T (d + 1){each}")

@@ -31,7 +31,7 @@ from qlora_lab.memory.activations import (
     ADAPTER,
     ATTENTION,
     CHECKPOINT,
-    EXPERTS,
+    EXPERT_ACTIVATIONS,
     INDICES,
     INPUT,
     MASK,
@@ -306,7 +306,7 @@ def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shap
         return TURNED
     if "experts" in names:
         # The weight of a pair is one number; Python cannot tell an answer from a gate of the same width.
-        return EXPERTS if tensor.is_floating_point() and tensor.shape[-1] > 1 else ROUTING
+        return EXPERT_ACTIVATIONS if tensor.is_floating_point() and tensor.shape[-1] > 1 else ROUTING
     if shape.experts and names[-1] == "gate":
         return ROUTING
     if not tensor.is_floating_point():

@@ -81,7 +81,7 @@ def _parts(config: "PretrainedConfig") -> "list[PretrainedConfig]":
 
 
 def _check_decoder(model: "PreTrainedModel") -> None:
-    """Raise ModelError for a model that is no decoder, or whose decoder cannot be told from what sees."""
+    """Raise ModelError for a model that is not a decoder, or whose decoder cannot be told from what sees."""
     config = model.config
     if getattr(config, VISION, None) and (config.is_encoder_decoder or not language_model(model)):
         raise _unsupported(config, "no decoder of its own stands beside what sees: choose one that is built like LLaVA")

@@ -102,11 +102,11 @@ class Experts4bit(nn.Module):
         self.layout: Layout = layout_of(experts)
         # Places for both stacks: the order of modules must not depend on that in which files hold them (base_checksum).
         self._modules = {self.layout.up: None, DOWN: None} | self._modules
-        self.family = type(experts)  # of which `_apply_gate` is used
+        self.family = type(experts)  # for its `_apply_gate`
         self.exchange: Callable | None = None  # asks other processes for answers (train/expert_parallel.py)
 
     def put(self, name: str, stack: nn.Module) -> None:
-        """Let the module `stack` multiply in the place of the stack `name`, be that a parameter or a module."""
+        """Let the module `stack` multiply in the place of the stack `name`, a parameter or a module."""
         self._parameters.pop(name, None)  # a module and a parameter of one name would hide each other
         self._modules[name] = stack
 
@@ -157,7 +157,7 @@ class Experts4bit(nn.Module):
         return torch.zeros_like(hidden).index_copy(0, places, y)  # (experts tokens, hidden)
 
     def answers(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """(rows, hidden), of which the first counts[0] are for expert 0, and so on -> (rows, hidden), in that order."""
+        """(rows, hidden), the first counts[0] for expert 0, and so on -> (rows, hidden), in that order."""
         return self.exchange(x, counts, self._computed) if self.exchange else self._computed(x, counts)
 
     def _computed(self, x: torch.Tensor, counts: list[int]) -> torch.Tensor:

@@ -48,7 +48,7 @@ def chosen_parts(model: nn.Module, names: Iterable[str], paths: Iterable[str]) -
     for name in names:
         if name not in parts:
             choices = f"choose from {', '.join(parts)}" if parts else "leave it out"
-            raise ValueError(f"{name!r} is no part with linear layers beside the language model: {choices}")
+            raise ValueError(f"{name!r} is not a part with linear layers beside the language model: {choices}")
     return {path for name in names for path in parts[name]}
 
 

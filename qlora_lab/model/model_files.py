@@ -54,7 +54,7 @@ TOKENIZER_MIB = 128  # the longest published has 33
 
 NEEDED = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
 NEEDED += ("intermediate_size", "ffn_dim", "image_size", "patch_size")  # at least 1: with 0 there is no model
-PARTS = ("text_config", "vision_config")  # configurations of their own, in that of a model that sees
+CONFIG_PARTS = ("text_config", "vision_config")  # configurations of their own, in that of a model that sees
 DROPOUTS = ("hidden_dropout", "dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 
 
@@ -76,7 +76,7 @@ CONFIG_RULES = {
     "model_type": or_null(TEXT),
     "rope_theta": _list_or_one(ABOVE_0),
     "rope_parameters": or_null(OBJECT),
-    **dict.fromkeys(PARTS, or_null(OBJECT)),
+    **dict.fromkeys(CONFIG_PARTS, or_null(OBJECT)),
     "configuration_files": ELSEWHERE,
     **{name: _list_or_one(whole(int(name in NEEDED), most)) for name, most in SIZES.items()},
     **dict.fromkeys(DROPOUTS, or_null(PROBABILITY)),
@@ -129,7 +129,7 @@ def read_config(path: Path) -> dict:
     """Read a config.json. Raises ValueError, with the key, if it is not a configuration, or too large for one."""
     config = read_json(path, CONFIG_RULES, infinity=True)
     _check_rotary(config, str(path))
-    for name in PARTS:
+    for name in CONFIG_PARTS:
         if isinstance(part := config.get(name), dict):
             check_keys(part, CONFIG_RULES, f"{path}: {name}")
             _check_rotary(part, f"{path}: {name}")

@@ -10,25 +10,20 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
-from qlora_lab.model.experts import DOWN, experts_of, layout_of, matrices
-from qlora_lab.model.experts4bit import Experts4bit
+from qlora_lab.model.experts import DOWN, experts_of, layout_of
+from qlora_lab.model.experts4bit import Experts4bit, PlainStack
 
 Watch = Callable[[str, str, int, torch.Tensor, torch.Tensor], None]
 
 
-class _WatchedStack(nn.Module):
-    """Multiplies as a Stack4bit does, in the precision of the family's own parameter, which it shares."""
-
+class _WatchedStack(PlainStack):
     def __init__(self, weight: nn.Parameter, turned: bool, watch: Callable[[int, torch.Tensor, torch.Tensor], None]):
-        super().__init__()
-        self.weight = weight
-        self.turned = turned
+        super().__init__(weight, turned)
         self.watch = watch
 
     def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        y = linear(x, matrices(self.weight, self.turned)[expert])
+        y = super().forward(x, expert)
         self.watch(expert, x, y)  # before a bias is added, which changes no gradient
         return y
 

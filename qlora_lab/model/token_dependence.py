@@ -3,8 +3,8 @@
 A masked attention weight is exactly 0, and so is the gradient through it. So no tolerance is needed to tell what is
 read from what is not, and no dependence hides in rounding. The model is not changed.
 
-Source: the 24 families of tests/model/families.py. 12 of them read their neighbour in a packed row
-(train/packed_rows.py), and two, RWKV and RecurrentGemma, read left padding (measure/held_out.py).
+docs/families.md says which families read their neighbour in a packed row (train/packed_rows.py). Of the models of
+tests/model/families.py, RWKV and RecurrentGemma read left padding (measure/held_out.py).
 """
 
 import inspect

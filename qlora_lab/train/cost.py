@@ -128,7 +128,7 @@ def rapl(powercap: Path = POWERCAP) -> tuple[list[Counter] | None, str]:
                 read()
                 counters.append(Counter(name, read, _joules(zone / "max_energy_range_uj")))
     except PermissionError as error:  # since Linux 5.10: fine readings gave keys of other programs away
-        return None, f"{error.filename} can be read by root alone"
+        return None, f"{error.filename} can be read only by root"
     except (OSError, ValueError) as error:
         return None, f"RAPL cannot be read ({error})"
     if not any(counter.name.startswith(PACKAGE) for counter in counters):

@@ -5,9 +5,9 @@ In: a model with adapters and experts. Out: an engine (distributed.py). Process 
 Source: GShard (arXiv 2006.16668) section 3.2, with torch's all_to_all_single.
 
 A forward of one layer of experts sends, of T tokens with k experts each, about T k (P - 1) / P rows of the hidden size
-to other processes, and as many answers back; backward does the same with gradients. Two messages, and one that counts
-the rows. An expert computes for all processes at once, so its adapter's gradient is whole where it lies, and zero
-elsewhere: the sum over processes, which every engine takes, is right for them, too.
+to other processes, and the same number of answers back; backward does the same with gradients. Two messages, and one
+that counts the rows. An expert computes for all processes at once, so its adapter's gradient is whole where it lies,
+and zero elsewhere: the sum over processes, which every engine takes, is right for them, too.
 But: the processes wait for each other in every layer of experts, and a popular expert makes all of them wait.
 """
 
@@ -28,7 +28,7 @@ from qlora_lab.train.distributed import Spread
 
 
 class StackPart(nn.Module):
-    """The experts from `first` on of a stack, of which `base` holds no others; they keep their numbers."""
+    """The experts from `first` on of a stack: `base` holds no others. They keep their numbers."""
 
     def __init__(self, base: nn.Module, first: int):
         super().__init__()
@@ -152,8 +152,9 @@ def check_experts(model: nn.Module, processes: int) -> None:
     for path, experts in found.items():
         if experts.num_experts % processes:
             raise ValueError(
-                f"expert_parallel gives each process as many experts, but {path} has {experts.num_experts} for "
-                f"{processes} processes: start a number of them that divides {experts.num_experts}"
+                f"expert_parallel needs the same number of experts in each process, but {path} has "
+                f"{experts.num_experts} experts for {processes} processes: start a number of them that divides "
+                f"{experts.num_experts}"
             )
 
 

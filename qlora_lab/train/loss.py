@@ -102,7 +102,7 @@ def batch_losses(
 ) -> list[tuple[float, int]]:
     """Return (sum of cross entropies in nats, number of labels) of each batch; `title` labels the progress bar.
 
-    count: of the batches, for the bar, if they are no list.
+    count: of the batches, for the bar, if they are not a list.
     """
     with measuring(model):
         bar = tqdm(batches, title, count, unit="batch", leave=False, disable=not progress)

@@ -52,7 +52,9 @@ def see(
         raise ValueError("there are no scenes: give at least one")
     words = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in WORDS[asked]]
     if len(set(words)) < len(words):
-        raise ValueError(f"two of {', '.join(WORDS[asked])} begin with one token: ask a model with another tokenizer")
+        raise ValueError(
+            f"two of {', '.join(WORDS[asked])} begin with the same token: ask a model with another tokenizer"
+        )
     text = f"{PLACEHOLDER}\n{ASKED[asked]}\n"
     prompt = tokenizer.processor(text=[text], images=[Image.fromarray(BLANK)], return_tensors="pt").input_ids
     wanted = torch.tensor([words[WORDS[asked].index(getattr(scene, asked))] for scene in scenes])

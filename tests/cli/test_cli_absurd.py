@@ -46,7 +46,7 @@ WITH_CHOICES = [(name, action) for name, action in ALL if action.dest in CHOICES
 
 @pytest.mark.parametrize("command, action", ALL, ids=lambda value: getattr(value, "dest", value))
 def test_every_option_is_of_a_kind_that_is_tested_here(command, action):
-    # str: a text, in which ~ is no folder
+    # str: a text, where ~ is not a folder
     assert action.type in (None, str, *NUMERIC), "numbers are read by qlora_lab/cli/options.py, strictly"
     assert action.type or action.dest in CHOICES | FREE or action.choices, "is it a choice, or free?"
 

@@ -125,7 +125,7 @@ ASKED = {"prompt": "<image> what?", "completion": "red"}
         (ASKED | {"image": "a", "prompt": "what?", "completion": "<image>"}, "an answer holds <image>, but pictures"),
         (ASKED | {"image": "a", "images": ["b"]}, "has 'image' and 'images': keep one of them"),
         (ASKED | {"image": "a\0b"}, "'image' must be the path of an image file"),
-        (ASKED | {"image": 3}, "'image' must be the path of an image file, or a list of such, found 3"),
+        (ASKED | {"image": 3}, "'image' must be the path of an image file, or a list of them, found 3"),
         (ASKED | {"images": [{"bytes": "x"}]}, "'images' must be the path of an image file"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +212,12 @@ def test_what_records_ask_for_is_counted(tmp_path):
         "their records ask; fields not used: id (3), source (1)"
     )
     assert asked_for([]).message == "not checked: the data came as tokens"
+
+
+@pytest.mark.parametrize("pictures, said", [(1, "1 picture"), (2, "2 pictures")])
+def test_pictures_are_counted(pictures, said):
+    seen = Example((("user", "<image>" * pictures), ("assistant", "b")), pictures=(Path("a.png"),) * pictures)
+    assert asked_for([seen]).message == f"1 examples with the turns 1 user, 1 assistant; {said}"
 
 
 def test_texts_that_the_template_does_not_show_as_they_are(model, tokenizer):

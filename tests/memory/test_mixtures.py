@@ -84,7 +84,7 @@ def test_a_model_that_only_answers_stores_and_uses_what_the_weight_ledger_says(f
     model = build(family, method, NARROW, num_experts_per_tok=1)
     ledger, weights = measure_memory(model), measured_weights(model)
     assert not differences(ledger, {row.what for row in ledger.rows if row.group != "weights"})
-    # tables and frequencies are no weights of a file
+    # tables and frequencies are not weights of a file
     beside = sum(row.predicted for row in ledger.rows if row.what in ("tables", "rotary frequencies"))
     assert ledger.group("weights") - beside == weights.stored
     assert ledger.active - beside == weights.active < weights.stored
@@ -105,7 +105,7 @@ def test_active_bytes_by_hand():
 
 
 def test_mixtral_8x7b_has_the_sizes_of_its_paper():
-    """Mixtral (arXiv 2401.04088), table 1 and section 3: 47B parameters, of which a token uses 13B."""
+    """Mixtral (arXiv 2401.04088), table 1 and section 3: 47B parameters; a token uses 13B."""
     shape = Shape("mixtral-8x7b", "mixtral", 32, 4096, 14336, 32, 8, 128, 32000, False, experts=8, experts_per_token=2)
     expert = sum(matrix.numel for matrix in shape.expert)
     assert shape.parameters == pytest.approx(47e9, rel=0.01)

@@ -484,7 +484,7 @@ def prepare(name):
 
 recompute, rows, length, small, name = sys.argv[1] == "True", int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
 step(*prepare(small), 2, 16)  # libraries and kernels are in memory now
-tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(name))  # SmolLM2's 49,152 words are no bytes of a step
+tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(name))  # SmolLM2's 49,152 words are not a step's bytes
 bare = resident()
 model, optimizer = prepare(name)
 with checkpointing(model) if recompute else nullcontext():

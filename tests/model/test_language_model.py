@@ -151,9 +151,9 @@ def test_gemma_3_with_images_comes_from_the_same_description(tmp_path, tokenizer
 
 
 def test_an_unknown_part_is_told_with_the_known_ones(llava_folder, folder):
-    with pytest.raises(ValueError, match=f"'tower' is no part .*: choose from {PROJECTOR}, {TOWER}$"):
+    with pytest.raises(ValueError, match=f"'tower' is not a part .*: choose from {PROJECTOR}, {TOWER}$"):
         quiet(llava_folder, also="tower")
-    with pytest.raises(ValueError, match="'vision_tower' is no part .*: leave it out"):
+    with pytest.raises(ValueError, match="'vision_tower' is not a part .*: leave it out"):
         quiet(folder, also=TOWER)
     with pytest.raises(ValueError, match="also='vision_tower' is to be quantised, but codebook=None"):
         quiet(llava_folder, codebook=None, also=TOWER)

@@ -87,7 +87,7 @@ def test_counters_of_root_are_named(machine, monkeypatch):
         raise PermissionError(13, "Permission denied", str(file))  # a test that runs as root may read everything
 
     monkeypatch.setattr(cost, "_joules", forbidden)
-    assert rapl(machine) == (None, f"{machine / 'intel-rapl:0' / 'energy_uj'} can be read by root alone")
+    assert rapl(machine) == (None, f"{machine / 'intel-rapl:0' / 'energy_uj'} can be read only by root")
 
 
 def test_a_counter_that_goes_away_ends_no_run(machine):

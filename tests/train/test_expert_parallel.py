@@ -25,7 +25,7 @@ from qlora_lab.train.settings import Settings
 from tests.model.families import tiny
 from tests.train.test_distributed import SIZE, TRAIN, bits, equal, same, seen, torchrun, train
 
-# One micro-batch a row, of which some have no token for some process; layers are computed again in backward.
+# One micro-batch a row; some have no token for some process; layers are computed again in backward.
 SMALL = {"micro_batch_size": 1, "gradient_checkpointing": True, "eval_every": 3, "steps": 4}
 SPREAD = {"expert_parallel": True}
 # name -> codebook, targets, settings, and those of several processes. Llama 4 gives each expert rows of its own;
@@ -173,7 +173,7 @@ def test_two_processes_with_half_of_the_experts_do_what_one_does(folders, tmp_pa
         assert results["errors"]["step"] == ("ArithmeticError", "in the midst of a run", True)
         kind, words, is_whole = results["errors"]["three"]
         assert kind == "ValueError" and is_whole
-        assert "layers.0.mlp.experts has 3 for 2 processes: start a number of them that divides 3" in words
+        assert "layers.0.mlp.experts has 3 experts for 2 processes: start a number of them that divides 3" in words
     assert (tmp_path / "by command" / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -181,7 +181,7 @@ def test_a_model_without_experts_and_a_number_that_cannot_be_shared(tiny_llama):
     with pytest.raises(ValueError, match="LlamaForCausalLM has none in one tensor: leave it out, or use shard"):
         check_experts(tiny_llama, 2)
     check_experts(tiny("Mixtral", num_hidden_layers=1), 4)
-    with pytest.raises(ValueError, match="experts has 4 for 3 processes: start a number of them that divides 4"):
+    with pytest.raises(ValueError, match="has 4 experts for 3 processes: start a number of them that divides 4"):
         check_experts(tiny("Mixtral", num_hidden_layers=1), 3)
 
 
@@ -231,7 +231,7 @@ def test_an_exchange_answers_in_the_order_of_the_rows(monkeypatch):
         elif not given:  # rows for experts 0 and 1
             out.copy_(torch.cat([x[0][:2], x[1][:1]]))
             given.append(sent)
-        else:  # answers: to process 0 its own two, of which the first half came from here
+        else:  # answers: to process 0 its own two; the first half of them came from here
             given.append(sent)
             out.copy_(torch.cat([sent[:2], 10 * x[0][2:]]))
 

@@ -27,7 +27,7 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 @pytest.fixture
 def data(tmp_path):
-    """Six pictures of one colour each, and the question which; one record of text alone."""
+    """Six pictures of one colour each, and the question which; one record of text only."""
     lines = [json.dumps({"prompt": "no picture", "completion": "none"})]
     for i, (name, colour) in enumerate([*COLOURS.items()] * 2):
         Image.new("RGB", (16 + i, 20), colour).save(tmp_path / f"{i}.png")

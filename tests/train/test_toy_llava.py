@@ -120,5 +120,5 @@ def test_what_cannot_be_asked_is_refused(llava):
         see(model, tokenizer, SCENES, "size", progress=False)
     with pytest.raises(ValueError, match="there are no scenes: give at least one"):
         see(model, tokenizer, [], "colour", progress=False)
-    with pytest.raises(ValueError, match="two of circle, square, .* begin with one token"):
+    with pytest.raises(ValueError, match="two of circle, square, .* begin with the same token"):
         see(model, tokenizer, [Scene("red", "ring", "one", "top")], "shape", progress=False)
