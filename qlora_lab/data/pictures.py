@@ -11,12 +11,16 @@ Source: LLaVA (arXiv 2304.08485), section 4; processors of transformers.
 """
 
 import hashlib
+import struct
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from qlora_lab.data.fields import is_empty
 
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 PLACEHOLDER = "<image>"
 FIELDS = ("image", "images")  # of a record: a path, or a list of paths
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of others, Pillow starts Ghostscript for EPS
+LARGEST = 256 << 20  # bytes of a file, of which all are read: more than any picture of so many pixels needs
+PIXELS = 89_478_485  # where Pillow begins to warn: a file of a few kilobytes can claim more than the memory holds
 TEXT_INPUTS = ("input_ids", "attention_mask")
 TYPES = "token_type_ids"  # the end of a name: tells which tokens are pictures, for models that see them both ways
 Turns = tuple[tuple[str, str], ...]  # as in examples.py, which imports this file
@@ -181,20 +187,54 @@ def _processed(processor: "ProcessorMixin", image: "Image") -> "dict[str, torch.
 
 
 def _read(path: Path) -> "tuple[bytes, Image]":
-    """Return the bytes and the picture of a file. Raises ValueError if it is missing, or not a picture."""
+    """Return the bytes and the picture of a file, upright. Raises ValueError if it is missing, or not a picture.
+
+    Also for a file above LARGEST, a picture above PIXELS, and one whose numbers no rule maps to 8 bits.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
         if not path.is_file():
             raise ValueError(f"no picture at {path}: name it from the folder of the data file")
+        if (size := path.stat().st_size) > LARGEST:
+            raise ValueError(f"{path} has {size:,} bytes, but a picture has at most {LARGEST:,}: save a smaller one")
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        with Image.open(BytesIO(content), formats=FORMATS) as image:
-            return content, image.convert("RGB")  # decodes all of it, so a file that is cut off fails here
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by name below
+            with Image.open(BytesIO(content), formats=FORMATS) as image:
+                refused = _refusal(image)
+                if not refused:
+                    return content, _as_rgb(image)  # decodes all of it, so a file that is cut off fails here
     except UnidentifiedImageError:  # its message names an object in memory
-        reason = f"in none of {', '.join(FORMATS)}"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for damaged files
+        refused = f"is not a picture (in none of {', '.join(FORMATS)}): put a whole one in its place"
+    except Image.DecompressionBombError:  # from twice as many on, before there is an image
+        refused = f"has more than {PIXELS:,} pixels: make it smaller"
+    except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow's, for damaged files
         reason = f"{' '.join(str(error).split()):.80}"
-    raise ValueError(f"{path} is not a picture ({reason}): put a whole one in its place")
+        refused = f"is not a picture ({reason}): put a whole one in its place"
+    raise ValueError(f"{path} {refused}")
+
+
+def _refusal(image: "Image") -> str:
+    """Say what forbids to use a picture that Pillow has opened but not decoded; "" if nothing does."""
+    if image.width * image.height > PIXELS:
+        return f"has more than {PIXELS:,} pixels: make it smaller"
+    if image.mode in ("I", "F"):  # their range is unknown, and Pillow clips it at 255: a white picture
+        return f"has 32 bits a channel (Pillow's mode {image.mode}): save it with 8 bits a channel"
+    return ""
+
+
+def _as_rgb(image: "Image") -> "Image":
+    """Return the picture with 8 bits a channel, turned as its EXIF data say, which load_image of transformers does."""
+    from PIL import Image, ImageOps
+
+    if image.mode.startswith("I;16"):
+        # Pillow would clip at 255, so all but the darkest would be white. 65535 / 257 = 255.
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # (height, width)
+        scaled = Image.fromarray(grey.astype(np.uint8))
+        scaled.info = image.info  # EXIF data lie there
+        image = scaled
+    return ImageOps.exif_transpose(image).convert("RGB")

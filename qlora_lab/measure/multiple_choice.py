@@ -5,8 +5,8 @@ Tokens are those of the tokenizer's own settings, with a BOS token if it adds on
 measure/lm_eval.py shows that the numbers are the same.
 
 Cost: the questions of a subject share their examples, about four tokens in five. Those go through the model once, and
-their keys and values serve all questions of the subject; those of a question serve its four answers, side by side in one
-row if the model keeps to a mask and to positions.
+their keys and values serve all questions of the subject. Those of a question serve its four answers, side by side in
+one row if the model keeps to a mask and to positions.
 Not here: questions and prompts (data/choice_files.py, data/choice_prompts.py), accuracies (choice_summary.py), rows on
 disk (choice_rows.py).
 """

@@ -3,15 +3,18 @@
 import ast
 import json
 import re
+import struct
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from qlora_lab.data.dataset import IGNORED, collate, encode, encode_all, load_data, prompt_of
 from qlora_lab.data.examples import Example, to_example
-from qlora_lab.data.pictures import expanded
+from qlora_lab.data.pictures import _read, expanded
 from qlora_lab.model.empty_model import tokenizer_of
 
 SIZES = {"red.png": (16, 16), "wide.jpg": (40, 20), "grey.gif": (7, 9)}
@@ -154,6 +157,51 @@ def test_a_file_that_is_no_picture_is_named(data, seeing, content, message):
     with pytest.raises(ValueError, match=message) as error:
         encode_all(load_data(data), seeing, 256, progress=False)
     assert "\n" not in str(error.value) and "0x" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_a_grey_picture_of_16_bits_is_scaled_to_8(tmp_path, name):
+    levels = np.array([[0, 128, 129, 257, 65278, 65535]], np.uint16)  # 128 / 257 is just below half
+    Image.fromarray(levels).save(tmp_path / name)
+    _, image = _read(tmp_path / name)
+    assert np.asarray(image)[0].tolist() == [[grey] * 3 for grey in (0, 0, 1, 1, 254, 255)]
+
+
+@pytest.mark.parametrize(("mode", "name"), [("I", "ints.tif"), ("F", "floats.tif")])
+def test_a_picture_without_a_range_is_refused(tmp_path, mode, name):
+    Image.new(mode, (4, 4), 1000).save(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name} has 32 bits a channel .*mode {mode}.*: save it with 8 bits a chan"):
+        _read(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("name", ["turned.png", "turned.tif"])  # Pillow turns a TIFF itself, and not twice
+def test_a_picture_is_turned_as_its_exif_data_say(tmp_path, dtype, name):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees, clockwise
+    levels = np.zeros((2, 6), dtype)
+    levels[0, 0] = np.iinfo(dtype).max
+    Image.fromarray(levels).save(tmp_path / name, exif=exif)
+    seen = np.asarray(_read(tmp_path / name)[1])  # (height, width, 3)
+    assert seen.shape == (6, 2, 3) and seen[0, 1].tolist() == [255] * 3 and seen.sum() == 3 * 255
+
+
+@pytest.mark.parametrize("side", [9_460, 14_000])  # above Pillow's warning, and above its error
+@pytest.mark.filterwarnings("error")
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, side):
+    header = struct.pack(">II5B", side, side, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "bomb.png").write_bytes(data + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+    with pytest.raises(ValueError, match=r"bomb.png has more than 89,478,485 pixels: make it smaller"):
+        _read(tmp_path / "bomb.png")
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(50 << 30)  # sparse: no block of it is written
+    with pytest.raises(ValueError, match=r"huge.png has 53,687,091,200 bytes, but a picture has at most 268,435,456"):
+        _read(tmp_path / "huge.png")
 
 
 def test_a_path_that_no_system_has_is_named(seeing):
