@@ -71,14 +71,13 @@ def load(
     if codebook is not None:  # before anything is fetched or read
         named_codebook(codebook)
         check_block_size(block_size)
-    plan = as_plan(plan)  # reads and checks its file before the model's
+    plan, also = as_plan(plan), as_names(also)  # checked, a plan's file too, before the model's are read
     folder = resolve(name_or_path, progress=progress)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or fast_dtype(device)
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype={dtype} is not supported: choose torch.float32, torch.bfloat16 or torch.float16")
     options = Candidate(codebook, block_size, double_quant)
-    also = as_names(also)
     stored = check_options(folder, options, plan, also)
     with telling_memory(lambda: _too_large(folder, stored is not None, codebook)):
         model = empty_model(folder, dtype)
