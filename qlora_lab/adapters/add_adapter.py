@@ -17,7 +17,8 @@ from qlora_lab.adapters.dora import DoRALinear
 from qlora_lab.adapters.full import full
 from qlora_lab.adapters.houlsby import houlsby
 from qlora_lab.adapters.loftq import loftq
-from qlora_lab.adapters.lora import LoRALinear, maker_of
+from qlora_lab.adapters.lora import maker_of
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.adapters.pissa import pissa
 from qlora_lab.adapters.prefix_tuning import prefix
 from qlora_lab.adapters.prompt_tuning import prompt

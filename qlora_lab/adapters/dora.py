@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.model import product_4bit
 from qlora_lab.model.linear4bit import Linear4bit, as_matrix, decoded
 

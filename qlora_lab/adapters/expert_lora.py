@@ -13,7 +13,7 @@ Not here: which stacks (targets.py), their form in files (peft_parameters.py).
 import torch
 from torch import nn
 
-from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.adapters.rslora import RsLoRALinear
 from qlora_lab.model.experts4bit import Multiply, Stack4bit, put_stack
 from qlora_lab.model.linear4bit import is_linear

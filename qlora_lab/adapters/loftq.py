@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from qlora_lab.adapters.lora import LoRALinear, make, strengths_of
+from qlora_lab.adapters.lora import make, strengths_of
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.adapters.pissa import start
 from qlora_lab.model.empty_model import empty_model, stored_options
 from qlora_lab.model.fetch import known_name, resolve

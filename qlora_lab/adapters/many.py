@@ -26,7 +26,7 @@ from torch import nn
 from qlora_lab.adapters.adapter import Adapter, adapters, has_adapters, put_into, remove_adapter
 from qlora_lab.adapters.expert_lora import LoRAStack
 from qlora_lab.adapters.full import FullTuning
-from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.adapters.peft_format import load_adapter, method_in, save_adapter
 from qlora_lab.model.layer_kinds import out_and_in
 from qlora_lab.model.linear4bit import Linear4bit

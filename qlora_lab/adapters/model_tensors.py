@@ -10,7 +10,7 @@ from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.add_adapter import MAKERS
-from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.model.experts import layout_of
 from qlora_lab.model.linear4bit import head_path, is_linear
 from qlora_lab.model.packed_module import PackedModule

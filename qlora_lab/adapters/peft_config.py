@@ -16,7 +16,7 @@ from torch import nn
 from qlora_lab.adapters.dora import DoRALinear
 from qlora_lab.adapters.expert_lora import LoRAStack
 from qlora_lab.adapters.layer_patterns import first_match, pattern_of, uncompiled
-from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.adapters.peft_parameters import SETTING, is_named, misread, parameter_names
 from qlora_lab.adapters.rslora import RsLoRALinear
 from qlora_lab.adapters.strength import check_alpha

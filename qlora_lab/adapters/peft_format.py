@@ -23,7 +23,8 @@ from qlora_lab.adapters.adapter_base import WEIGHTS_KEY, warn_of_base, weights_o
 from qlora_lab.adapters.dora import DoRALinear
 from qlora_lab.adapters.expert_lora import kind_beside
 from qlora_lab.adapters.layer_patterns import WRAPPER, uncompiled
-from qlora_lab.adapters.lora import LoRALinear, adapt, lora_layers
+from qlora_lab.adapters.lora import adapt, lora_layers
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.adapters.method_files import METHOD, config_of, load_method, tensors_of
 from qlora_lab.adapters.peft_config import check_settings, kind_of, lora_config, strength_of
 from qlora_lab.adapters.peft_parameters import PAIR, by_layer, in_files

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from qlora_lab.adapters.lora import LoRALinear, make, strengths_of
+from qlora_lab.adapters.lora import make, strengths_of
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.adapters.strength import check_alpha
 from qlora_lab.model.linear4bit import decoded
 

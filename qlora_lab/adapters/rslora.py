@@ -9,7 +9,7 @@ Source: Kalajdzievski (arXiv 2312.03732), theorem 3.2.
 import math
 from typing import ClassVar
 
-from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.adapters.lora_linear import LoRALinear
 
 
 class RsLoRALinear(LoRALinear):

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from qlora_lab.adapters.adapter import method_of
 from qlora_lab.adapters.expert_lora import LoRAStack
-from qlora_lab.adapters.lora import LoRALinear, lora_layers
+from qlora_lab.adapters.lora import lora_layers
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.export.merged_weight import merged_in_4_bits
 from qlora_lab.export.parity import Answers, Change, Parity, compare, log_probabilities, prompt_tokens
 from qlora_lab.model.linear4bit import Linear4bit

@@ -21,7 +21,7 @@ from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter, adapters, has_adapters, method_of
 from qlora_lab.adapters.dora import DoRALinear
-from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.adapters.model_tensors import model_tensors
 from qlora_lab.adapters.pissa import PissaLinear
 from qlora_lab.adapters.prefix_tuning import PATH as PREFIX

@@ -99,7 +99,7 @@ def predicted_weights(
     if stored:  # its files say what beside the language model is packed
         parts = parts_beside(model, packable(model))
         also = [part for part, paths in parts.items() if any(f"{path}.weight.absmax" in files for path in paths)]
-    options = {} if chosen.codebook is None else options_of(model, chosen, None, as_names(also))
+    options = options_of(model, chosen, None, as_names(also))
     if stored:  # its experts may lie there in 16 bits, as bitsandbytes leaves them
         options = {path: o for path, o in options.items() if not is_stack(model, path) or f"{path}.{STATE}" in files}
     dtypes = dtypes_of(model, dtype)

@@ -3,8 +3,8 @@
 In: x, (..., in_features) float32, bf16 or fp16. Out: y, (..., out_features), same dtype.
 Source: QLoRA section 3, equation 5. The weight is dequantised, used, and dropped. Backward dequantises it again instead
 of keeping it, so 0.5 byte a weight stays in memory, not 2 or 4. The frozen weight has no gradient, so x is not kept
-either, unless an adapter (lora.py) needs it. The CPU kernels decode it one panel at a time (kernels/product.py). There
-is no second derivative.
+either, unless an adapter (lora_linear.py) needs it. The CPU kernels decode it one panel at a time
+(kernels/product.py). There is no second derivative.
 
 But: unlike bitsandbytes, no inference mode repacks the weight. What a layer computes and saves never depends on
 train() or eval().
@@ -118,7 +118,7 @@ class Linear4bit(PackedModule):
         return self.weight.device.type == "cpu" and product_4bit.product_of(self.weight) is not None
 
     def forward(self, x: torch.Tensor, adapter: tuple[torch.Tensor, torch.Tensor, float] | None = None) -> torch.Tensor:
-        """adapter: (lora_A, lora_B, scaling) of lora.py, added to the product; only where `takes_adapter`."""
+        """adapter: (lora_A, lora_B, scaling) of lora_linear.py, added to the product; only where `takes_adapter`."""
         x = self.taken(x)
         weight = self.weight
         out_features, in_features = weight.shape

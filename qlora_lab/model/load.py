@@ -85,11 +85,9 @@ def load(
         dtypes = dtypes_of(model, dtype)  # some tensors stay in float32
         compute_buffers(model, device)  # rotary frequencies and the like, which no file holds
         if stored:
-            tensors = _mapped(model, folder, progress)
+            tensors = _mapped(model, folder, progress)  # one at a time, each in its place before the next is read
         else:
-            chosen = {} if codebook is None and plan is None else options_of(model, options, plan, also)
-            tensors = _quantised(model, folder, chosen, device, dtypes, progress)
-        # One at a time: each is in its place, or dropped, before the next one is read.
+            tensors = _quantised(model, folder, options_of(model, options, plan, also), device, dtypes, progress)
         placed = {name: _place(model, name, tensor, device, dtypes[name]) for name, tensor in tensors}
         missing = set(model.state_dict()) - set(placed)  # a head that is its embedding
         model.tie_weights(missing_keys=missing, recompute_mapping=False)

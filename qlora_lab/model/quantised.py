@@ -40,11 +40,13 @@ def put(model: nn.Module, path: str, weight: Quantized) -> PackedModule:
 def options_of(
     model: nn.Module, options: Candidate, plan: Plan | None, also: Iterable[str] = ()
 ) -> dict[str, Candidate]:
-    """Return path -> options for each layer and each stack to quantise. also: parts beside the language model.
+    """Return path -> options for each layer and each stack to quantise; none without a codebook and a plan.
 
-    A plan that names no stack leaves all of them to the default. Raises ValueError for a plan of another model, and for
-    a model without anything to quantise.
+    also: parts beside the language model. A plan that names no stack leaves all of them to the default. Raises
+    ValueError for a plan of another model, and for a model without anything to quantise.
     """
+    if options.codebook is None and plan is None:
+        return {}
     numel = {path: shape.numel() for path, shape in shapes_to_quantise(model, also).items()}
     stacks = stacks_of(model)
     if plan is not None and stacks.keys().isdisjoint(plan.chosen):  # made by hand, or before plans knew experts
