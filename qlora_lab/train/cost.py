@@ -9,7 +9,6 @@ unless the device that trains is counted, and `joules_note` then says why.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from qlora_lab.train.distributed import is_first_on_node
 
 POWERCAP = Path("/sys/class/powercap")
 PACKAGE = "package"  # begins the name of a processor's zone
@@ -63,7 +64,7 @@ class Meter:
     def __init__(self, device: torch.device, powercap: Path = POWERCAP):
         self._gpus = int(device.type != "cpu")
         # A processor is counted once, by the first process of its machine; the others add 0.
-        counters, note = ([], "") if int(os.environ.get("LOCAL_RANK", 0)) else rapl(powercap)
+        counters, note = rapl(powercap) if is_first_on_node() else ([], "")
         if device.type == "cuda":
             # The processor's joules alone would pass for those of the run, so the GPU decides.
             gpu, said = nvml(device)

@@ -211,6 +211,11 @@ def is_process_0() -> bool:
     return not joined() or dist.get_rank() == 0
 
 
+def is_first_on_node() -> bool:
+    # Only torchrun's processes have a rank: without them, a LOCAL_RANK is a leftover of somebody's shell.
+    return not joined() or int(os.environ["LOCAL_RANK"]) == 0
+
+
 def on_process_0(work: Callable[[], object]) -> None:
     """work() on process 0, which writes files, while the others wait; its error is an error on all."""
     with failing_together():
@@ -220,7 +225,7 @@ def on_process_0(work: Callable[[], object]) -> None:
 
 def first_on_node(work: Callable[[], T]) -> T:
     """work() on the first process of each node, and then on the others, which find what it fetched."""
-    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    is_first = is_first_on_node()
     with failing_together():
         result = work() if is_first else None
     return result if is_first else work()

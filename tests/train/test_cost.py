@@ -11,7 +11,7 @@ import torch
 
 import qlora_lab as ql
 from qlora_lab.data.examples import Example
-from qlora_lab.train import cost
+from qlora_lab.train import cost, distributed
 from qlora_lab.train.cost import Counter, Meter, rapl, total
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training
@@ -179,6 +179,7 @@ def test_a_gpu_whose_counter_falls_has_no_figure(card, tmp_path):
 def test_processes_of_a_machine_count_its_processor_once(machine, tmp_path, monkeypatch):
     first = Meter(CPU, machine)
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(distributed, "joined", lambda: True)
     second = Meter(CPU, machine)
     blind = Meter(CPU, tmp_path / "none")  # not asked: it adds nothing
     starts = [meter.read() for meter in (first, second, blind)]
@@ -188,6 +189,17 @@ def test_processes_of_a_machine_count_its_processor_once(machine, tmp_path, monk
     # what the first process has where another one has no figure
     line = first.since(starts[0], lambda *numbers: tuple(2 * n for n in numbers[:2]) + (math.nan,))
     assert line["joules"] is None and line["joules_note"].startswith("another process has no figure")
+
+
+@pytest.mark.parametrize("left_over", ["", "1"])
+def test_a_process_alone_counts_whatever_its_shell_says(machine, tmp_path, monkeypatch, left_over):
+    monkeypatch.setenv("LOCAL_RANK", left_over)
+    meter = Meter(CPU, machine)
+    assert meter.since(meter.read())["joules_note"].startswith("RAPL: package-0")
+    meter = Meter(CPU, tmp_path / "none")
+    line = meter.since(meter.read())
+    assert line["joules"] is None and line["joules_note"].endswith("has no counter of a processor")
+    assert distributed.first_on_node(lambda: 5) == 5
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
