@@ -10,7 +10,7 @@ and number, no training picture had. The language-only baseline is the same QLoR
 
 Every run is a process of its own, so its peak of memory is its own. Seconds are those of the processor, over all
 threads: they bear other work beside them, within limits; elapsed seconds would not. A row is on the disk when its run
-has ended, and a row that is there is not measured again, unless the runs after it need what it left and that is gone.
+has ended, and a row that is there is not measured again, unless later runs need what it left and that is gone.
 
 It has not run in full with these settings, so no figures are stored; LOG.md has those of fewer steps.
 """
@@ -241,7 +241,8 @@ def rows_of(results: Path, work: Path, settings: Settings, seeds: int, runs: tup
 def usable(rows: list[dict | None], folder: Path) -> list[dict]:
     """Return the first rows of a seed, those that need not be made again.
 
-    Each run reads what those before it left. So all rows come from one folder, and if any lacks, it is still there.
+    Each run reads what those before it left. So the rows must come from one folder, and it must still be there if a
+    row is missing.
     """
     mark = rows[0] and rows[0]["mark"]
     own = list(takewhile(lambda row: row and row["mark"] == mark, rows))
