@@ -68,7 +68,8 @@ def load(
     mis-shaped, not finite or cut off, and for an unsupported family; OutOfMemory, which says what would need less.
     Warns where less than 90 % of the weights are in 4 bits, and where tied weights differ in the files.
     """
-    if codebook is not None:  # before anything is fetched or read
+    also = as_names(also)  # before anything is fetched or read
+    if codebook is not None:
         named_codebook(codebook)
         check_block_size(block_size)
     plan = as_plan(plan)  # reads and checks its file before the model's
@@ -78,7 +79,6 @@ def load(
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype={dtype} is not supported: choose torch.float32, torch.bfloat16 or torch.float16")
     options = Candidate(codebook, block_size, double_quant)
-    also = as_names(also)
     stored = check_options(folder, options, plan, also)
     with telling_memory(lambda: _too_large(folder, stored is not None, codebook)):
         model = empty_model(folder, dtype)
