@@ -14,6 +14,7 @@ layers (targets.py); files (peft_format.py).
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import ClassVar
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter, adapters, method_of, put_into
+from qlora_lab.adapters.peft_parameters import misread
 from qlora_lab.adapters.strength import check_strength
 from qlora_lab.adapters.targets import adaptable, strengths_of
 from qlora_lab.model.layer_kinds import out_and_in
@@ -124,7 +126,8 @@ def add_lora(
     each expert; "shared-experts", linear layers beside them, which all tokens pass; "all", linear layers and experts.
     Or names: last names ("q_proj"), whole paths, or ends of paths of experts ("experts.down_proj"). Or several.
     seed: for lora_A. Raises ValueError for a name that matches nothing, a model without a layer to adapt, an adapter
-    that is already there, a rank, alpha or dropout that is not allowed, or dropout beside experts.
+    that is already there, a rank, alpha or dropout that is not allowed, or dropout beside experts. Warns of dropout
+    beside layers whose names PEFT takes for those of experts (docs/families.md): it refuses to read such an adapter.
     """
     return put_into(model, partial(maker_of(LoRALinear), model, r, alpha, dropout, targets, seed=seed))
 
@@ -175,6 +178,13 @@ def make(
         check_whole("r", r)
         check_strength(alpha, dropout)
     kinds = {path: kind_beside(layers[path], kind, dropout) for path in strengths}
+    if dropout and (path := next((path for path in strengths if misread(model, path)), None)):
+        # It trains and loads here, and only PEFT refuses it: so no error.
+        warnings.warn(
+            f"PEFT will not read an adapter with dropout={dropout} beside {path}, whose name it takes for one of "
+            "experts: set dropout=0 if PEFT is to read it",
+            stacklevel=5,  # the caller of add_lora or add_adapter
+        )
     generator = torch.Generator().manual_seed(seed)  # its own: torch's global draws stay as they are
     return {path: kinds[path](layers[path], *strength, dropout, generator) for path, strength in strengths.items()}
 
