@@ -225,7 +225,7 @@ those that one token uses.
 its decoded weights and reads its folder here and in transformers; it is skipped without the package.
 - In DeepSeek's dense layers and their relatives, PEFT takes `gate_proj`, `up_proj` and `down_proj` for names of \
 experts. So `save_adapter` names the weights of those layers in `target_parameters`. PEFT then reads the adapter, but \
-refuses one with dropout.
+refuses one with dropout: `add_lora` warns of it.
 """
 
 

@@ -61,6 +61,6 @@ def full(model: nn.Module, parts: str | Iterable[str] | None = None) -> dict[str
 
     Raises ValueError for a name of no module, and for weights that cannot learn: packed ones, and float16.
     """
-    parts = None if parts is None else as_names(parts)
+    parts = None if parts is None else as_names(parts, "parts")
     check_can_learn(model, parts)
     return {PATH: FullTuning(model, parts)}

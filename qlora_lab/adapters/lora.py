@@ -5,6 +5,7 @@ Source: LoRA (arXiv 2106.09685) section 4; QLoRA section 4 for all linear layers
 Not here: what an adapter computes (lora_linear.py, expert_lora.py); which layers (targets.py); files (peft_format.py).
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -14,6 +15,7 @@ from torch import nn
 from qlora_lab.adapters.adapter import adapters, method_of, put_into
 from qlora_lab.adapters.expert_lora import kind_beside
 from qlora_lab.adapters.lora_linear import LoRALinear
+from qlora_lab.adapters.peft_parameters import misread
 from qlora_lab.adapters.strength import check_strength
 from qlora_lab.adapters.targets import adaptable, strengths_of
 from qlora_lab.quant.numbers import check_seed, check_whole
@@ -37,7 +39,8 @@ def add_lora(
     each expert; "shared-experts", linear layers beside them, which all tokens pass; "all", linear layers and experts.
     Or names: last names ("q_proj"), whole paths, or ends of paths of experts ("experts.down_proj"). Or several.
     seed: for lora_A. Raises ValueError for a name that matches nothing, a model without a layer to adapt, an adapter
-    that is already there, a rank, alpha or dropout that is not allowed, or dropout beside experts.
+    that is already there, a rank, alpha or dropout that is not allowed, or dropout beside experts. Warns of dropout
+    beside layers whose names PEFT takes for those of experts (docs/families.md): it refuses to read such an adapter.
     """
     return put_into(model, partial(maker_of(LoRALinear), model, r, alpha, dropout, targets, seed=seed))
 
@@ -86,6 +89,13 @@ def make(
         check_whole("r", r)
         check_strength(alpha, dropout)
     kinds = {path: kind_beside(layers[path], kind, dropout) for path in strengths}
+    if dropout and (path := next((path for path in strengths if misread(model, path)), None)):
+        # It trains and loads here, and only PEFT refuses it: so no error.
+        warnings.warn(
+            f"PEFT will not read an adapter with dropout={dropout} beside {path}, whose name it takes for one of "
+            "experts: set dropout=0 if PEFT is to read it",
+            stacklevel=5,  # the caller of add_lora or add_adapter
+        )
     generator = torch.Generator().manual_seed(seed)  # its own: torch's global draws stay as they are
     return {path: kinds[path](layers[path], *strength, dropout, generator) for path, strength in strengths.items()}
 

@@ -20,8 +20,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from qlora_lab.data.fields import is_empty
 
 if TYPE_CHECKING:
@@ -229,6 +227,7 @@ def _refusal(image: "Image") -> str:
 
 def _as_rgb(image: "Image") -> "Image":
     """Return the picture with 8 bits a channel, turned as its EXIF data say, which load_image of transformers does."""
+    import numpy as np  # heavy, see picture_inputs
     from PIL import Image, ImageOps
 
     if image.mode.startswith("I;16"):

@@ -13,7 +13,7 @@ change of an early expert is too low. A test compares those of a last layer with
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_lab.measure.sensitivity import Batches, calibrated, calibration, damages
+from qlora_lab.measure.sensitivity import Batches, calibrated, calibration, check_experts_are_bare, damages
 from qlora_lab.model.experts import stacks_of
 from qlora_lab.model.layer_kinds import turned
 from qlora_lab.quant.plan import DEFAULT, Candidate, check_candidate
@@ -45,9 +45,10 @@ def expert_use(
     """Return a row for each layer and expert, in the model's order. candidate: how an expert would be quantised.
 
     text: `windows` windows of 512 tokens of it, or batches, as for `sensitivity`, whose errors are raised here too.
-    Raises ValueError for a model without experts in one tensor, or with packed ones.
+    Raises ValueError for a model without experts in one tensor, or with packed or adapted ones.
     """
     check_candidate(candidate)
+    check_experts_are_bare(model)  # else it would seem to have none
     stacks = stacks_of(model)
     if not stacks:
         raise ValueError(f"{type(model).__name__} has no stacks of experts: give a mixture, loaded with codebook=None")

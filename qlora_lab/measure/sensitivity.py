@@ -31,6 +31,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from qlora_lab.adapters.expert_lora import LoRAStack
 from qlora_lab.data.dataset import to_device
 from qlora_lab.measure.best_plan import Choices, unmeasured
 from qlora_lab.measure.perplexity import check_windows_fit, text_windows
@@ -70,8 +71,8 @@ def sensitivity(
     attention_mask if rows are padded (tokenizer, windows and length are unused then). fisher: adds a backward pass,
     best in float32. seed: of the labels.
     Calibrate on a text that does not judge the result. Changes no weight, gradient or training flag.
-    Raises ValueError for a text that is too short, and for a model without plain linear layers; FloatingPointError for
-    one that predicts NaN.
+    Raises ValueError for a text that is too short, and for a model without plain linear layers or with adapters beside
+    experts; FloatingPointError for one that predicts NaN.
     """
     batches = calibration(model, tokenizer, text, windows, length)
     return calibrated(model, batches, fisher, seed, progress).means
@@ -99,6 +100,7 @@ def calibration(
 def calibrated(model: "PreTrainedModel", batches: Batches, fisher: bool, seed: int, progress: bool) -> Calibrated:
     """Do what sensitivity does, and count the tokens that each expert gets."""
     check_seed(seed)
+    check_experts_are_bare(model)
     shapes = shapes_to_quantise(model)
     sums = {path: torch.zeros(*shape[:-2], shape[-1], dtype=torch.float64) for path, shape in shapes.items()}
     stacks = stacks_of(model)
@@ -119,6 +121,12 @@ def calibrated(model: "PreTrainedModel", batches: Batches, fisher: bool, seed: i
     if not tokens:
         raise ValueError("no batches with a token to predict: give at least one to calibrate on")
     return Calibrated({name: (total / tokens).float() for name, total in sums.items()}, routed, read)
+
+
+def check_experts_are_bare(model: nn.Module) -> None:
+    """Raise ValueError for adapters beside stacks of experts, which then lie where no search for stacks finds them."""
+    if any(isinstance(module, LoRAStack) for module in model.modules()):
+        raise ValueError(f"experts of this {type(model).__name__} have adapters: remove the adapters first")
 
 
 def _without_padding(batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -186,6 +194,7 @@ def _sensitivity_of(layer: str, weight: torch.Tensor, sensitivity: dict[str, tor
 def _weights(model: "PreTrainedModel | str | Path") -> tuple[str, int, Iterator[tuple[str, torch.Tensor]]]:
     """Return the model's name, the number of its layers and stacks, and an iterator of their paths and weights."""
     if isinstance(model, nn.Module):
+        check_experts_are_bare(model)
         names = _names(model, shapes_to_quantise(model))
         read = ((path, turned(model, name, model.get_parameter(name).detach())) for path, name in names.items())
         return model.name_or_path or type(model).__name__, len(names), read

@@ -23,6 +23,7 @@ from qlora_lab.model.experts import is_stack, layout_of
 from qlora_lab.model.fetch import resolve
 from qlora_lab.model.language_model import as_names, beside, parts_beside
 from qlora_lab.model.linear4bit import head_path, packable
+from qlora_lab.model.load import check_options
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.quantised import options_of
 from qlora_lab.model.stored import files_of
@@ -89,17 +90,19 @@ def predicted_weights(
     for one that a plan has quantised, and for a mixture whose configuration does not say how many experts a token is
     routed to.
     """
+    also = as_names(also)
     folder = resolve(name_or_path, progress=False)
     stored = stored_options(folder)
     if isinstance(stored, str):
         raise ValueError(f"{folder} is {stored}, so layers differ: load it, and count with measured_weights")
+    check_options(folder, Candidate(codebook, block_size, double_quant), None, also)
     model = empty_model(folder, dtype)  # on the meta device: shapes without bytes
     chosen = Candidate(*(stored or (codebook, block_size, double_quant)))
     files = files_of(folder) if stored else {}
     if stored:  # its files say what beside the language model is packed
         parts = parts_beside(model, packable(model))
-        also = [part for part, paths in parts.items() if any(f"{path}.weight.absmax" in files for path in paths)]
-    options = options_of(model, chosen, None, as_names(also))
+        also = tuple(part for part, paths in parts.items() if any(f"{path}.weight.absmax" in files for path in paths))
+    options = options_of(model, chosen, None, also)
     if stored:  # its experts may lie there in 16 bits, as bitsandbytes leaves them
         options = {path: o for path, o in options.items() if not is_stack(model, path) or f"{path}.{STATE}" in files}
     dtypes = dtypes_of(model, dtype)

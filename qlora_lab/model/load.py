@@ -68,7 +68,8 @@ def load(
     mis-shaped, not finite or cut off, and for an unsupported family; OutOfMemory, which says what would need less.
     Warns where less than 90 % of the weights are in 4 bits, and where tied weights differ in the files.
     """
-    if codebook is not None:  # before anything is fetched or read
+    also = as_names(also)  # before anything is fetched or read
+    if codebook is not None:
         named_codebook(codebook)
         check_block_size(block_size)
     plan, also = as_plan(plan), as_names(also)  # checked, a plan's file too, before the model's are read

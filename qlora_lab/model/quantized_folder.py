@@ -75,6 +75,7 @@ def quantize_folder(
     another process writes to, and ValueError for an empty path, a folder inside the model's, one that was begun from
     another model or with other options, and a plan of another model.
     """
+    also = as_names(also)
     out = out_folder(out)
     named_codebook(codebook)
     check_block_size(block_size)
@@ -83,7 +84,7 @@ def quantize_folder(
     with locked_folder(out, "quantize"):
         source = resolve(name_or_path, progress=progress)  # fetched if need be
         check_apart(out, source)  # what a name stands for
-        share = _quantize(source, out, Candidate(codebook, block_size, double_quant), plan, as_names(also), progress)
+        share = _quantize(source, out, Candidate(codebook, block_size, double_quant), plan, also, progress)
     share.warn_if_small(stacklevel=2)
     return out
 

@@ -3,6 +3,7 @@
 import json
 import warnings
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -242,6 +243,27 @@ def test_names_that_peft_takes_for_experts_are_written_as_parameters(tmp_path):
     assert config["target_parameters"] == ["down_proj.weight", "gate_proj.weight", "up_proj.weight"]
     near(model, by_peft(deepcopy(plain), tmp_path / "adapter"))
     assert torch.equal(load_adapter(plain, tmp_path / "adapter")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "add", [add_lora, partial(ql.add_adapter, method="dora"), partial(ql.add_adapter, method="pissa")]
+)
+def test_dropout_that_only_peft_refuses_is_warned_of(tmp_path, add):
+    model = tiny("Qwen3Moe", mlp_only_layers=[0])
+    plain = deepcopy(model)
+    with pytest.warns(
+        UserWarning, match="PEFT will not read .* dropout=0.1 beside model.layers.0.mlp.gate_proj"
+    ) as told:
+        add(model, r=2, dropout=0.1, targets="all-linear")
+    assert told[0].filename == __file__
+    save_adapter(model, tmp_path / "adapter")
+    if add is add_lora:
+        with pytest.raises(ValueError, match="does not work with lora_dropout"):  # when PEFT does, the warning can go
+            by_peft(plain, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add(tiny("Qwen3Moe", mlp_only_layers=[0]), r=2, dropout=0.1, targets="attention")
+        add(tiny("Qwen3Moe", mlp_only_layers=[0]), r=2, targets="all-linear")
 
 
 KEY = "base_model.model.model.layers.0.mlp.experts."

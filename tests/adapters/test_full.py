@@ -100,6 +100,8 @@ def test_parts_that_are_none_are_told(tmp_path, tiny_llama):
         add_adapter(tiny_llama, "full", parts=["norm", "projector"])
     with pytest.raises(ValueError, match="parts names no module, so nothing would learn"):
         add_adapter(tiny_llama, "full", parts=[])
+    with pytest.raises(TypeError, match="parts is 3, but it must be a name or a list of names"):
+        add_adapter(tiny_llama, "full", parts=3)
     with pytest.raises(ValueError, match="packed in 4: load it with codebook=None"):
         add_adapter(quantize_linears(tiny_llama), "full", parts="layers")
     folder = save_adapter(add_adapter(tiny_llama, "full", parts="norm"), tmp_path / "norm")

@@ -7,6 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from qlora_lab import cli
+from qlora_lab.adapters.adapter import remove_adapter
+from qlora_lab.adapters.lora import add_lora
 from qlora_lab.measure.best_plan import best_plan
 from qlora_lab.measure.expert_use import expert_use
 from qlora_lab.measure.sensitivity import choices_of, sensitivity
@@ -114,6 +116,18 @@ def test_what_has_no_experts_is_named(tiny_llama):
         expert_use(tiny_llama, None, BATCHES)
     with pytest.raises(ValueError, match="block_size=8 is not allowed"):
         expert_use(tiny_llama, None, BATCHES, Candidate("nf4", 8, False))
+
+
+@pytest.mark.parametrize("targets", ["experts", "experts.down_proj"])
+def test_experts_with_adapters_are_refused(mixture, targets):
+    s = dict.fromkeys(stacks_of(mixture))
+    add_lora(mixture, r=2, targets=targets)
+    measures = (sensitivity, expert_use, lambda model, *rest, progress: choices_of(model, CANDIDATES, s))
+    for measure in measures:
+        with pytest.raises(ValueError, match="experts of this Mixtral.* have adapters: remove the adapters first"):
+            measure(mixture, None, BATCHES[:1], progress=False)
+    rows = expert_use(remove_adapter(mixture), None, BATCHES[:1], progress=False)
+    assert len(rows) == 8
 
 
 # ---------------------------------------------------------------------------------------------------- plans of mixtures

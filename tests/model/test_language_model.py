@@ -157,6 +157,16 @@ def test_an_unknown_part_is_told_with_the_known_ones(llava_folder, folder):
         quiet(folder, also=TOWER)
     with pytest.raises(ValueError, match="also='vision_tower' is to be quantised, but codebook=None"):
         quiet(llava_folder, codebook=None, also=TOWER)
+    with pytest.raises(ValueError, match="also='nonsense' is to be quantised, but codebook=None"):
+        predicted_weights(llava_folder, codebook=None, also=["nonsense"])
+
+
+@pytest.mark.parametrize("also", [3, None, [3]])
+def test_parts_that_are_no_names_are_refused_before_any_work(also, tmp_path):
+    for call in (load, predicted_weights, lambda model, also: quantize_folder(model, tmp_path / "out", also=also)):
+        with pytest.raises(TypeError, match=r"also is .*, but it must be a name or a list of names$"):
+            call(tmp_path / "nothing", also=also)
+    assert not any(tmp_path.iterdir())
 
 
 def test_adapters_go_into_the_language_model_unless_a_whole_path_says_otherwise(llava_folder):
