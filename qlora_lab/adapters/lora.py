@@ -14,7 +14,6 @@ layers (targets.py); files (peft_format.py).
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import ClassVar
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter, adapters, method_of, put_into
-from qlora_lab.adapters.peft_parameters import misread
+from qlora_lab.adapters.peft_parameters import warn_of_dropout
 from qlora_lab.adapters.strength import check_strength
 from qlora_lab.adapters.targets import adaptable, strengths_of
 from qlora_lab.model.layer_kinds import out_and_in
@@ -178,13 +177,7 @@ def make(
         check_whole("r", r)
         check_strength(alpha, dropout)
     kinds = {path: kind_beside(layers[path], kind, dropout) for path in strengths}
-    if dropout and (path := next((path for path in strengths if misread(model, path)), None)):
-        # It trains and loads here, and only PEFT refuses it: so no error.
-        warnings.warn(
-            f"PEFT will not read an adapter with dropout={dropout} beside {path}, whose name it takes for one of "
-            "experts: set dropout=0 if PEFT is to read it",
-            stacklevel=5,  # the caller of add_lora or add_adapter
-        )
+    warn_of_dropout(model, strengths, dropout)
     generator = torch.Generator().manual_seed(seed)  # its own: torch's global draws stay as they are
     return {path: kinds[path](layers[path], *strength, dropout, generator) for path, strength in strengths.items()}
 
