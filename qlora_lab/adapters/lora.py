@@ -5,7 +5,6 @@ Source: LoRA (arXiv 2106.09685) section 4; QLoRA section 4 for all linear layers
 Not here: what an adapter computes (lora_linear.py, expert_lora.py); which layers (targets.py); files (peft_format.py).
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -15,7 +14,7 @@ from torch import nn
 from qlora_lab.adapters.adapter import adapters, method_of, put_into
 from qlora_lab.adapters.expert_lora import kind_beside
 from qlora_lab.adapters.lora_linear import LoRALinear
-from qlora_lab.adapters.peft_parameters import misread
+from qlora_lab.adapters.peft_parameters import warn_of_dropout
 from qlora_lab.adapters.strength import check_strength
 from qlora_lab.adapters.targets import adaptable, strengths_of
 from qlora_lab.quant.numbers import check_seed, check_whole
@@ -89,13 +88,7 @@ def make(
         check_whole("r", r)
         check_strength(alpha, dropout)
     kinds = {path: kind_beside(layers[path], kind, dropout) for path in strengths}
-    if dropout and (path := next((path for path in strengths if misread(model, path)), None)):
-        # It trains and loads here, and only PEFT refuses it: so no error.
-        warnings.warn(
-            f"PEFT will not read an adapter with dropout={dropout} beside {path}, whose name it takes for one of "
-            "experts: set dropout=0 if PEFT is to read it",
-            stacklevel=5,  # the caller of add_lora or add_adapter
-        )
+    warn_of_dropout(model, strengths, dropout)
     generator = torch.Generator().manual_seed(seed)  # its own: torch's global draws stay as they are
     return {path: kinds[path](layers[path], *strength, dropout, generator) for path, strength in strengths.items()}
 

@@ -14,7 +14,8 @@ Source: PEFT 0.21, ParamWrapper in tuners/lora/layer.py, _inject_parameters in t
 utils/transformers_weight_conversion.py for the names that it takes for those of experts.
 """
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -40,6 +41,16 @@ def misread(model: nn.Module, path: str) -> bool:
     table = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     kind = table.get(getattr(getattr(model, "config", None), "model_type", None))
     return path.split(".")[-1] in MISREAD.get(kind, ())
+
+
+def warn_of_dropout(model: nn.Module, paths: Iterable[str], dropout: float) -> None:
+    """Warn of dropout beside a layer that is misread: it trains and loads here, and PEFT alone refuses it."""
+    if dropout and (path := next((path for path in paths if misread(model, path)), None)):
+        warnings.warn(
+            f"PEFT will not read an adapter with dropout={dropout} beside {path}, whose name it takes for one of "
+            "experts: set dropout=0 if PEFT is to read it",
+            stacklevel=6,  # the caller of add_lora or add_adapter
+        )
 
 
 def is_named(config: Mapping, parameter: str) -> bool:
