@@ -9,7 +9,7 @@ import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.cli import options
 from qlora_lab.export import gguf_out, merge_folders
-from qlora_lab.measure import answers, choice_rows, sensitivity, sweep
+from qlora_lab.measure import in_place, sensitivity
 from qlora_lab.measure.best_plan import check_limits
 from qlora_lab.memory.setup import Setup
 from qlora_lab.model import fetch, load as models, quantized_folder
@@ -83,17 +83,8 @@ def no_model(monkeypatch, tmp_path):
         raise AssertionError("a model is asked for")
 
     monkeypatch.chdir(tmp_path)
-    for home in (
-        fetch,
-        models,
-        quantized_folder,
-        answers,
-        choice_rows,
-        sensitivity,
-        sweep,
-        merge_folders,
-        gguf_out,
-    ):  # a first import now would keep `load`
+    # all that import it: a first import now would keep `load`
+    for home in (fetch, models, quantized_folder, in_place, sensitivity, merge_folders, gguf_out):
         monkeypatch.setattr(home, "resolve", load)
     monkeypatch.setattr(ql, "fetch", load, raising=False)
     monkeypatch.setattr(ql, "load_data", lambda *args, **kwargs: [object()], raising=False)
