@@ -52,6 +52,7 @@ PATHS = {
     ("finetune", "out"): [["--overwrite"], ["--resume"], ["--resume", "500"], ["--overwrite", "--resume"]],
     ("generate", "model"): [],
     ("generate", "adapter"): [],
+    ("generate", "pictures"): [],
     ("doctor", "model"): [],
     ("doctor", "source"): [["--method", "loftq"]],
     ("doctor", "data"): [],

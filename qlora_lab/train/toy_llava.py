@@ -27,6 +27,7 @@ from qlora_lab.data.pictures import PLACEHOLDER
 from qlora_lab.data.shapes import CELL, SHAPES, SIZE, WORDS, Scene, cells, draw
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.replace import replacing_folder
+from qlora_lab.model.empty_model import NO_CODE
 from qlora_lab.model.fetch import resolve
 from qlora_lab.quant.numbers import check_seed, check_whole
 from qlora_lab.quant.quantize import dequantize, quantize
@@ -217,7 +218,7 @@ def _processor(source: Path):
     """Return what reads a picture and a question: one PLACEHOLDER in a text becomes nine, one for each patch."""
     from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, **NO_CODE)
     tokenizer.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]})
     size = {"height": SIZE, "width": SIZE}
     images = CLIPImageProcessorPil(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
