@@ -118,7 +118,7 @@ def choice_scores(
     encoded = encode(tokenizer, task) if encoded is None else encoded
     check_fits(model, tokenizer, encoded, task)
     fill = fill_id(model, tokenizer)
-    # Questions come back shortest first, so each is kept under its number.
+    # Questions come back longest first, so each is kept under its number.
     found: dict[int, list[float]] = {}  # number of the question -> log-likelihoods
     start = 0
     with measuring(model), tqdm(total=len(encoded), desc="questions", leave=False, disable=not progress) as bar:
@@ -196,10 +196,11 @@ def _batches(rows: dict[int, Encoded], shared: int) -> Iterator[list[int]]:
     batch: list[int] = []
     longest = 0
     for number in sorted(rows, key=lambda number: len(rows[number].context), reverse=True):
-        longest = max(longest, len(rows[number].context) - shared + sum(map(len, rows[number].answers)))
+        length = len(rows[number].context) - shared + sum(map(len, rows[number].answers))
+        longest = max(longest, length)
         if batch and (len(batch) + 1) * longest > TOKENS_AT_ONCE:
             yield batch
-            batch, longest = [], len(rows[number].context) - shared + sum(map(len, rows[number].answers))
+            batch, longest = [], length
         batch.append(number)  # a question longer than TOKENS_AT_ONCE is a batch of its own
     yield batch
 
