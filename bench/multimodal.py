@@ -37,8 +37,8 @@ from tqdm.auto import tqdm  # noqa: E402
 from bench.cpu import versions  # noqa: E402
 from bench.files import write  # noqa: E402
 from qlora_lab.data.shapes import ASKED, RECORDS, shapes_split, write_shapes  # noqa: E402
+from qlora_lab.files.results_file import Kind, append_result, open_results, with_checksum  # noqa: E402
 from qlora_lab.files.strict_json import NUMBER, OBJECT, TEXT  # noqa: E402
-from qlora_lab.measure.results_file import Kind, append_result, open_results, with_checksum  # noqa: E402
 
 OUT = HERE / "multimodal.json"
 PROJECTOR = "projector.safetensors"

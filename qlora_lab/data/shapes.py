@@ -168,20 +168,24 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = False) -> Path:
-    """Write pictures and a file of records for `load_data`; returns the file. Every scene is asked one question.
+    """Write pictures and a file of records for `load_data`; returns the file.
 
-    The four questions take turns. blank: every picture is an empty gray one, so only words are left to learn from.
+    A record is a conversation about one picture, as LLaVA's data has them: four questions and answers, in an order that
+    the dice of its scene decide. blank: every picture is an empty gray one, so only words are left to learn from.
     """
     from PIL import Image
 
     lines = []
     with replacing_folder(folder) as new:
         for number, scene in enumerate(scenes):
-            question, answer = questions(scene)[list(ASKED)[number % len(ASKED)]]
-            picture = BLANK if blank else draw(scene)
-            Image.fromarray(picture).save(new / f"{number:05d}.png")
-            record = {"image": f"{number:05d}.png", "instruction": f"{PLACEHOLDER}\n{question}", "output": answer}
-            lines.append(json.dumps(record))
+            name = f"{number:05d}.png"
+            Image.fromarray(BLANK if blank else draw(scene)).save(new / name)
+            order = np.random.default_rng([scene.dice, 2]).permutation(len(ASKED))
+            pairs = [list(questions(scene).values())[place] for place in order]
+            turns = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            messages[0]["content"] = f"{PLACEHOLDER}\n{messages[0]['content']}"
+            lines.append(json.dumps({"image": name, "messages": messages}))
         disk.write_text(new / RECORDS, "\n".join(lines) + "\n")
     return Path(folder) / RECORDS
 
