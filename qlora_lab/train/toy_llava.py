@@ -1,15 +1,16 @@
 """Build a small model that sees, in LLaVA's form, out of what there is without a hub.
 
-    pictures of toy-shapes -> a vision tower, trained here -+
-                                     a projector, at random +-> a folder, as transformers writes one
-                          SmolLM2-135M, or another LLaMA -+
+    pictures of toy-shapes -> a vision tower, trained here ---+
+            a projector, from patches to embeddings of words -+-> a folder, as transformers writes one
+                            SmolLM2-135M, or another LLaMA ---+
 
 In: scenes to learn from (data/shapes.py). Out: a folder that `load` and transformers read.
 Source of the form: LLaVA (arXiv 2304.08485) and 1.5 (2310.03744): a tower of CLIP's architecture, a projector of two
 layers, and two stages of training, first the projector and then the language model.
 
 But: CLIP learns from captions of 400 million pictures. This tower learns, in half a minute, from labels: what lies in
-each patch, how many there are and on which side. It knows toy-shapes and nothing else.
+each patch, and the four properties of the picture. It knows toy-shapes and nothing else. CLIP's features are near those
+of words because it has read; this tower has not, so the projector is fitted to words before a language model reads it.
 """
 
 import copy
@@ -40,7 +41,8 @@ TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "
 TOWER |= {"image_size": SIZE, "patch_size": CELL}
 BATCH = 64  # pictures
 RECOLOURED, BLURRED = 40, 12  # of them
-RATE = 3e-3
+BLUR = 5  # pixels
+RATE, PROJECTOR_RATE = 3e-3, 2e-3
 EMPTY = len(SHAPES)  # label of a patch without a shape
 # A question and an answer, and nothing else: each token is read in every step.
 TEMPLATE = (
@@ -65,35 +67,28 @@ class ToyTower(nn.Module):
     def __init__(self, vision: "CLIPVisionModel"):
         super().__init__()
         self.vision = vision
-        sizes = {"kind": EMPTY + 1} | {name: len(WORDS[name]) for name in ("colour", "number", "side")}
+        sizes = {"kind": EMPTY + 1} | {name: len(words) for name, words in WORDS.items()}
         self.heads = nn.ModuleDict({name: nn.Linear(vision.config.hidden_size, n) for name, n in sizes.items()})
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return logits of pictures x, (n, 3, 48, 48) in [-1, 1].
+        """Return logits of each patch of pictures x, (n, 3, 48, 48) in [-1, 1].
 
-        Of each patch: kind, (n, 9, 7), the shape in it, or EMPTY, and colour, (n, 9, 6). Of each picture, from the mean
-        of its patches: number, (n, 3), and side, (n, 4).
+        kind: the shape in the patch, or EMPTY, (n, 9, 7). colour, shape, number, side: of the whole picture, which each
+        patch has to know, (n, 9, words). A language model that looks at any patch finds them; it took six times as many
+        steps to learn where to look (LOG.md).
         """
         patches = self.vision(x).last_hidden_state[:, 1:]  # (n, 9, 128): without the class token, as LLaVA reads it
-        picture = patches.mean(1)  # (n, 128)
-        return {name: head(patches if name in ("kind", "colour") else picture) for name, head in self.heads.items()}
+        return {name: head(patches) for name, head in self.heads.items()}
 
     @torch.no_grad()
     def read(self, scenes: Sequence[Scene]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return what each patch holds, (n, 9) int64, a place in SHAPES or EMPTY; and property -> shares, (n, words).
 
-        Shares of colours and shapes are those of the patches, weighted by how surely a patch is not empty.
+        Shares are the mean of what the nine patches say.
         """
-        found = {name: logits.softmax(-1) for name, logits in self(pixels(scenes)).items()}
-        full = 1 - found["kind"][..., EMPTY]  # (n, 9)
-        total = full.sum(1, keepdim=True)
-        shares = {
-            "colour": (full[..., None] * found["colour"]).sum(1) / total,
-            "shape": found["kind"][..., :EMPTY].sum(1) / total,
-            "number": found["number"],
-            "side": found["side"],
-        }
-        return found["kind"].argmax(-1), shares
+        shares = {name: logits.softmax(-1) for name, logits in self(pixels(scenes)).items()}
+        kind = shares.pop("kind").argmax(-1)
+        return kind, {name: share.mean(1) for name, share in shares.items()}
 
 
 def trained_tower(scenes: Sequence[Scene], steps: int = 400, *, seed: int = 0, progress: bool = True) -> ToyTower:
@@ -160,34 +155,39 @@ def _loss(tower: ToyTower, x: torch.Tensor, labels: dict[str, torch.Tensor]) -> 
     """
     n = RECOLOURED
     order = torch.rand(n, 3).argsort(1)[:, :, None, None].expand(-1, -1, SIZE, SIZE)
-    blurred = avg_pool2d(x[-BLURRED:], 5, 1, 2, count_include_pad=False)
+    blurred = avg_pool2d(x[-BLURRED:], BLUR, 1, BLUR // 2, count_include_pad=False)
     found = tower(torch.cat([x[:n].gather(1, order), x[n:-BLURRED], blurred]))
     loss = cross_entropy(found["kind"][:n].flatten(0, 1), labels["kind"][:n].flatten())
-    loss = loss + cross_entropy(found["number"][:n], labels["number"][:n])
-    loss = loss + cross_entropy(found["side"][:n], labels["side"][:n])
-    full = labels["kind"][n:] != EMPTY  # (batch - n, 9): an empty patch has no colour
-    colour = labels["colour"][n:, None].expand_as(full)
-    return loss + cross_entropy(found["colour"][n:][full], colour[full])
+    for name, of in (("shape", slice(n)), ("number", slice(n)), ("side", slice(n)), ("colour", slice(n, None))):
+        patches = labels[name][of, None].expand(-1, PATCHES)
+        loss = loss + cross_entropy(found[name][of].flatten(0, 1), patches.flatten())
+    return loss
 
 
 def toy_llava(
     out: str | Path,
     tower: ToyTower,
+    scenes: Sequence[Scene],
+    steps: int = 400,
     *,
     language: str | Path = "smollm2-135m",
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Put a tower and a random projector beside a language model, and write them as a LLaVA folder. Returns the folder.
+    """Put a tower and a projector beside a language model, and write them as a LLaVA folder. Returns the folder.
 
-    It cannot see before its projector has learned. language: what `load` takes, of LLaMA's architecture. seed: of the
-    projector. Raises FileExistsError for a folder that exists, and whatever fetch raises.
+    The projector is fitted, for `steps` steps, to words that describe `scenes`; the language model has not yet been
+    asked about a picture. language: what `load` takes, of LLaMA's architecture. seed: of the projector. Raises
+    FileExistsError for a folder that exists, ValueError for no scenes, and whatever fetch raises.
     """
     from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
     if out_path(out).exists():
         raise FileExistsError(f"{out} exists: name a folder that does not, or load this one")
     check_seed(seed)
+    check_whole("steps", steps)
+    if not scenes:
+        raise ValueError("there are no scenes: give those that the tower learned from")
     source = resolve(language, progress=progress)
     text = LlamaForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     processor = _processor(source)
@@ -204,7 +204,11 @@ def toy_llava(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+        model = LlavaForConditionalGeneration(config)  # float32, in which the projector is fitted
+        embeddings = text.get_input_embeddings().weight.detach()
+        words = _words_of_scenes(_labels(scenes), embeddings, processor.tokenizer)
+        _fit_projector(model.model.multi_modal_projector, _patches(tower, scenes), words, steps, progress)
+    model.to(torch.bfloat16)
     model.model.vision_tower.load_state_dict(tower.vision.state_dict())
     model.model.language_model.load_state_dict(text.model.state_dict())
     model.tie_weights()
@@ -212,6 +216,38 @@ def toy_llava(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     return Path(out)
+
+
+@torch.no_grad()
+def _patches(tower: ToyTower, scenes: Sequence[Scene]) -> torch.Tensor:
+    """Return what the tower makes of each patch, (scenes, 9, 128); of a few hundred scenes at once."""
+    parts = (pixels(scenes[start : start + 256]) for start in range(0, len(scenes), 256))
+    return torch.cat([tower.vision(part).last_hidden_state[:, 1:] for part in parts])
+
+
+def _words_of_scenes(labels: dict[str, torch.Tensor], embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
+    """Return for each scene the sum of the embeddings of its four words, (scenes, width) float32, as large as one."""
+    words = 0
+    for name, known in WORDS.items():
+        ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in known]
+        words = words + embeddings[ids].float()[labels[name]]
+    return words * (embeddings.float().std() / words.std())
+
+
+def _fit_projector(
+    projector: nn.Module, patches: torch.Tensor, words: torch.Tensor, steps: int, progress: bool
+) -> None:
+    """Fit what the projector makes of patches, (pictures, 9, 128), to the words of pictures, (pictures, width)."""
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=PROJECTOR_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PROJECTOR_RATE, total_steps=steps)
+    for _ in tqdm(range(steps), "projector", unit="step", disable=not progress):
+        picked = torch.randint(len(patches), (BATCH,))
+        # relative: 1 for a projector that always says the mean
+        loss = (projector(patches[picked]) - words[picked, None]).square().mean() / words.var()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 def _processor(source: Path):

@@ -20,7 +20,7 @@ def tower():
 
 @pytest.fixture
 def llava(folder, tower, tmp_path):
-    return toy_llava(tmp_path / "llava", tower, language=folder, progress=False)
+    return toy_llava(tmp_path / "llava", tower, SCENES, 2, language=folder, progress=False)
 
 
 def loaded(folder, codebook=None):
@@ -102,6 +102,8 @@ def test_it_learns_from_the_records(llava, tmp_path):
     [
         (lambda: trained_tower([], progress=False), ValueError, "there are no scenes: give those"),
         (lambda: trained_tower(SCENES, 0, progress=False), ValueError, "steps=0 is not allowed"),
+        (lambda: toy_llava("new", None, []), ValueError, "there are no scenes: give those that the tower learned from"),
+        (lambda: toy_llava("new", None, SCENES, 0), ValueError, "steps=0 is not allowed"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(call, error, said):
@@ -109,9 +111,24 @@ def test_what_cannot_be_trained_is_refused(call, error, said):
         call()
 
 
+def test_a_projector_is_fitted_to_the_words_of_its_pictures(folder, tower, tmp_path):
+    def error(steps):
+        out = toy_llava(tmp_path / str(steps), tower, SCENES, steps, language=folder, progress=False)
+        model, tokenizer = loaded(out)
+        embeddings = model.get_input_embeddings().weight
+        ids = [tokenizer(list(scene[:4]), add_special_tokens=False).input_ids for scene in SCENES]
+        words = torch.stack([sum(embeddings[word[0]] for word in four) for four in ids])  # (scenes, width)
+        words = words * (embeddings[:-1].std() / words.std())
+        patches = model.model.vision_tower(pixels(SCENES)).last_hidden_state[:, 1:]
+        made = model.model.multi_modal_projector(patches)  # (scenes, 9, width)
+        return ((made - words[:, None]).square().mean() / words.var()).item()
+
+    assert error(200) < 0.5 * error(1)
+
+
 def test_a_folder_that_exists_is_left_alone(tower, tmp_path):
     with pytest.raises(FileExistsError, match=r"exists: name a folder that does not"):
-        toy_llava(tmp_path, tower)
+        toy_llava(tmp_path, tower, SCENES)
 
 
 def test_what_cannot_be_asked_is_refused(llava):
