@@ -4,10 +4,9 @@ In: a seed. Out: Scenes; `draw` makes a picture of one, (48, 48, 3) uint8 RGB; `
 number and side, each with an answer of one word. It is drawn here and compares with no benchmark: a model that is
 perfect on it has learned to read four properties of a toy.
 
-A picture holds one to three equal shapes along one of its sides. Each colour has one shape with which it never occurs
-in training, and every picture of the test is of such a pair. Each colour, shape, number and side occurs in training
-equally often, so a model cannot answer by what is frequent. A model that only remembers whole pictures has never seen
-these; one that takes a shape for a sign of its colour is wrong, because here training says: never this one.
+A picture holds one to three equal shapes along one of its sides. No combination of colour, shape and number in the test
+ever occurs in training, so a model that only remembers whole pictures has never seen these. Each word, and each pair of
+words, occurs in training equally often: neither what is frequent nor one property tells anything of another.
 """
 
 import json
@@ -72,12 +71,13 @@ class Split:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Tell whether the scene's colour and shape are a pair that training never shows: one of six for each colour."""
-    return WORDS["colour"].index(scene.colour) == SHAPES.index(scene.shape)
+    """Tell whether training never shows this colour, shape and number together: one number of three for each pair."""
+    places = (WORDS[name].index(getattr(scene, name)) for name in ("colour", "shape", "number"))
+    return sum(places) % len(NUMBERS) == 0
 
 
 def shapes_split(train: int = 1920, test: int = 144, *, seed: int = 0) -> Split:
-    """Draw scenes: `train` of them without a held-out pair, `test` of them each with one.
+    """Draw scenes: `train` of them from the combinations of training, `test` of them from those held out.
 
     Each kind of scene occurs equally often, but for a remainder that the seed draws. Raises ValueError for a number
     below one.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d, cross_entropy
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from qlora_lab.data.pictures import PLACEHOLDER
@@ -40,8 +40,6 @@ PATCHES = (SIZE // CELL) ** 2
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOWER |= {"image_size": SIZE, "patch_size": CELL}
 BATCH = 64  # pictures
-RECOLOURED, BLURRED = 40, 12  # of them
-BLUR = 5  # pixels
 RATE, PROJECTOR_RATE = 3e-3, 2e-3
 EMPTY = len(SHAPES)  # label of a patch without a shape
 # A question and an answer, and nothing else: each token is read in every step.
@@ -139,29 +137,14 @@ def _fit(tower: ToyTower, x: torch.Tensor, labels: dict[str, torch.Tensor], step
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.15)
     for _ in tqdm(range(steps), "vision tower", unit="step", disable=not progress):
         picked = torch.randint(len(x), (BATCH,))
-        loss = _loss(tower, x[picked], {name: values[picked] for name, values in labels.items()})
+        loss = 0
+        for name, logits in tower(x[picked]).items():  # (batch, 9, words)
+            wanted = labels[name][picked].view(BATCH, -1).expand(-1, PATCHES)  # a picture's word is that of each patch
+            loss = loss + cross_entropy(logits.flatten(0, 1), wanted.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-
-
-def _loss(tower: ToyTower, x: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the loss of a batch, () float32.
-
-    Some pairs of colour and shape are missing from training. A tower that learned both from the same pictures would
-    take one for a sign of the other, and fail on new pairs. So shapes, numbers and sides are learned from pictures
-    whose channels are exchanged at random, and colours from the others, some of them blurred until shapes are gone.
-    """
-    n = RECOLOURED
-    order = torch.rand(n, 3).argsort(1)[:, :, None, None].expand(-1, -1, SIZE, SIZE)
-    blurred = avg_pool2d(x[-BLURRED:], BLUR, 1, BLUR // 2, count_include_pad=False)
-    found = tower(torch.cat([x[:n].gather(1, order), x[n:-BLURRED], blurred]))
-    loss = cross_entropy(found["kind"][:n].flatten(0, 1), labels["kind"][:n].flatten())
-    for name, of in (("shape", slice(n)), ("number", slice(n)), ("side", slice(n)), ("colour", slice(n, None))):
-        patches = labels[name][of, None].expand(-1, PATCHES)
-        loss = loss + cross_entropy(found[name][of].flatten(0, 1), patches.flatten())
-    return loss
 
 
 def toy_llava(
