@@ -40,7 +40,7 @@ PATCHES = (SIZE // CELL) ** 2
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOWER |= {"image_size": SIZE, "patch_size": CELL}
 BATCH = 64  # pictures
-RATE, PROJECTOR_RATE = 3e-3, 2e-3
+RATE, PROJECTOR_RATE = 3e-3, 5e-3
 EMPTY = len(SHAPES)  # label of a patch without a shape
 # A question and an answer, and nothing else: each token is read in every step.
 TEMPLATE = (
@@ -221,11 +221,14 @@ def _fit_projector(
     projector: nn.Module, patches: torch.Tensor, words: torch.Tensor, steps: int, progress: bool
 ) -> None:
     """Fit what the projector makes of patches, (pictures, 9, 128), to the words of pictures, (pictures, width)."""
+    # Features are five times as large as usual inputs, and most of a word is what all words share.
+    with torch.no_grad():
+        projector.linear_1.weight.div_(patches.std())
+        projector.linear_2.bias.copy_(words.mean(0))
     optimizer = torch.optim.AdamW(projector.parameters(), lr=PROJECTOR_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PROJECTOR_RATE, total_steps=steps)
     for _ in tqdm(range(steps), "projector", unit="step", disable=not progress):
         picked = torch.randint(len(patches), (BATCH,))
-        # relative: 1 for a projector that always says the mean
         loss = (projector(patches[picked]) - words[picked, None]).square().mean() / words.var()
         optimizer.zero_grad()
         loss.backward()
