@@ -3,6 +3,7 @@
 Measuring changes no weight, no gradient, no random state and no training flag. (In some libraries it does.)
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,14 +16,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.data.dataset import Prompt, encode_all, end_token_id, prompt_of, to_device
+from qlora_lab.data.dataset import Encoded, Prompt, encode_all, end_token_id, prompt_of, to_device
 from qlora_lab.data.examples import Example
 from qlora_lab.data.pictures import check_placeholders, picture_inputs
 from qlora_lab.measure.rouge import rouge_l
 from qlora_lab.model.modes import measuring
 from qlora_lab.model.token_dependence import reads_padding
 from qlora_lab.quant.numbers import check_whole
-from qlora_lab.train.limits import check_length, check_tokens, fill_id, used_tokens
+from qlora_lab.train.limits import check_length, check_pictures, check_tokens, fill_id, used_tokens
 from qlora_lab.train.loss import held_out_loss
 
 if TYPE_CHECKING:
@@ -43,17 +44,29 @@ class HeldOut:
 
 
 def held_out(
-    model: torch.nn.Module, tokenizer: "Tokenizer", examples: list[Example], *, progress: bool = True
+    model: torch.nn.Module,
+    tokenizer: "Tokenizer",
+    examples: list[Example],
+    *,
+    max_length: int = MAX_LENGTH,
+    progress: bool = True,
 ) -> HeldOut:
     """Measure loss and ROUGE-L on `examples`, which the model's training must not have seen.
 
-    Examples of more than MAX_LENGTH tokens count in ROUGE-L but not in the loss. Raises ValueError for a token without
-    an embedding in the model, and for a row that is longer than the model's table of positions.
+    max_length: tokens; longer examples count in ROUGE-L but not in the loss, with a warning that says how many. Raises
+    ValueError for a token without an embedding in the model, for a row that is longer than the model's table of
+    positions, for a picture that its tower cannot read, and if no example is short enough.
     """
-    encoded, _ = encode_all(examples, tokenizer, MAX_LENGTH, progress=progress)  # longer examples are dropped
+    check_whole("max_length", max_length)
+    encoded, report = encode_all(examples, tokenizer, max_length, progress=progress)
+    if report.too_long:  # a loss over fewer examples than were given is another figure
+        left_out = f"{report.too_long:,} of {len(examples):,} examples have more than {max_length} tokens"
+        fix = f"max_length={report.longest} (--max-length) counts all"
+        warnings.warn(f"{left_out} and do not count in the held-out loss: {fix}", stacklevel=2)
     check_tokens(model, tokenizer, used_tokens(encoded))
     longest = max(len(example.input_ids) for example in encoded)
     check_length(model, longest, "a held-out example", "take shorter ones")
+    check_pictures(model, encoded)
     loss = held_out_loss(model, encoded, progress)
     answers = generate_answers(model, tokenizer, examples, progress=progress)
     return HeldOut(loss, fmean(rouge_l(answers, [example.answer for example in examples])), answers)
@@ -111,6 +124,8 @@ def answers_to(
     longest = max(map(len, rows)) + max_new_tokens - 1  # the model never reads the last token
     fix = "ask a shorter question, or take fewer max_new_tokens (--max-new-tokens)"
     check_length(model, longest, "a prompt with its answer", fix)
+    # The whole prompt is read twice, but only where there are pictures: a tower's own error comes from deep inside it.
+    check_pictures(model, [Encoded(prompt.ids, prompt.ids, pictures=prompt.pictures) for prompt in prompts])
     stop = _stop_ids(model, tokenizer)
     fill = fill_id(model, tokenizer)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=fill)
