@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from qlora_lab.data.dataset import Encoded, Prompt, encode_all, end_token_id, prompt_of, to_device
 from qlora_lab.data.examples import Example
 from qlora_lab.data.pictures import check_placeholders, picture_inputs
+from qlora_lab.files.home import expanded
 from qlora_lab.measure.rouge import rouge_l
 from qlora_lab.model.modes import measuring
 from qlora_lab.model.token_dependence import reads_padding
@@ -88,7 +89,7 @@ def generate(
     """
     paths = [pictures] if isinstance(pictures, (str, Path)) else pictures  # a path alone is not one of its letters
     turns = ("user", question), ("assistant", "")  # only asked
-    files = tuple(map(Path, paths))
+    files = tuple(map(expanded, paths))
     check_placeholders(turns, files, "the question")
     asked = Example(turns, pictures=files)
     return generate_answers(model, tokenizer, [asked], max_new_tokens, progress=progress)[0]
