@@ -212,6 +212,7 @@ def world(tmp_path_factory, saved_llama):
 def home(world, monkeypatch, tmp_path):
     """The home folder, with T in it as it was at first. The current folder is another, and must stay empty."""
     monkeypatch.setenv("HOME", str(world.home))
+    monkeypatch.setenv("USERPROFILE", str(world.home))  # what Windows reads
     monkeypatch.chdir(tmp_path)
     (world.home / "taken").mkdir(exist_ok=True)
     (world.home / "taken" / OWN).write_text("mine")

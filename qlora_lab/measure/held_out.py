@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.data.dataset import Encoded, Prompt, encode_all, end_token_id, prompt_of, to_device
+from qlora_lab.data.dataset import IGNORED, Encoded, Prompt, encode_all, end_token_id, prompt_of, to_device
 from qlora_lab.data.examples import Example
 from qlora_lab.data.pictures import check_placeholders, picture_inputs
 from qlora_lab.files.home import expanded
@@ -125,8 +125,8 @@ def answers_to(
     longest = max(map(len, rows)) + max_new_tokens - 1  # the model never reads the last token
     fix = "ask a shorter question, or take fewer max_new_tokens (--max-new-tokens)"
     check_length(model, longest, "a prompt with its answer", fix)
-    # The whole prompt is read twice, but only where there are pictures: a tower's own error comes from deep inside it.
-    check_pictures(model, [Encoded(prompt.ids, prompt.ids, pictures=prompt.pictures) for prompt in prompts])
+    # A tower's own error comes from deep inside it. The price is a second pass over a prompt for each shape of picture.
+    check_pictures(model, [_as_example(prompt) for prompt in prompts if prompt.pictures])
     stop = _stop_ids(model, tokenizer)
     fill = fill_id(model, tokenizer)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=fill)
@@ -143,6 +143,11 @@ def answers_to(
             texts = tokenizer.batch_decode([_until(row, stop) for row in new], skip_special_tokens=True)
             answers |= zip(chosen, texts, strict=True)
     return [answers[i].strip() for i in range(len(rows))]  # in the order of the prompts
+
+
+def _as_example(prompt: Prompt) -> Encoded:
+    """Make an example of a prompt. One token is a label, so the head computes one row of logits."""
+    return Encoded(prompt.ids, [IGNORED] * (len(prompt.ids) - 1) + prompt.ids[-1:], pictures=prompt.pictures)
 
 
 def _at_once(model: torch.nn.Module, rows: list[list[int]], fill: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ import os
 
 
 def world_size() -> int:
-    """Return how many processes there are; 1 without torchrun. Raises ValueError for what is no number."""
+    """Return how many processes there are; 1 without torchrun. Raises ValueError for anything but a whole number."""
     return _number("WORLD_SIZE", 1)
 
 
@@ -29,6 +29,6 @@ def _number(name: str, unset: int | None = None) -> int:
     if not text and unset is not None:
         return unset
     if not text or not text.isdecimal():
-        said = f"{name}={text!r} is no process number" if text else f"{name} is not set, but WORLD_SIZE is"
+        said = f"{name}={text!r} is not a whole number" if text else f"{name} is not set, but WORLD_SIZE is"
         raise ValueError(f"{said}: start all processes with torchrun, which sets it, or unset WORLD_SIZE for one")
     return int(text)

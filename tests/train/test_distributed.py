@@ -287,8 +287,8 @@ def test_an_empty_variable_is_none(monkeypatch, capsys, empty):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no process number: start all processes with torchrun"),
-        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' is no process number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a whole number: start all processes with torchrun"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' is not a whole number"),
         ({"WORLD_SIZE": "2"}, "LOCAL_RANK is not set, but WORLD_SIZE is: start all processes with torchrun"),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK is not set, but .*, or unset WORLD_SIZE for one$"),
     ],

@@ -17,6 +17,7 @@ from qlora_lab.data.dataset import collate, encode_all, load_data
 from qlora_lab.doctor.diagnose import diagnose
 from qlora_lab.measure.held_out import generate, generate_answers, held_out
 from qlora_lab.model.load import load
+from qlora_lab.train import limits
 from qlora_lab.train.identity import base_checksum
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training, finetune
@@ -175,6 +176,17 @@ def test_a_tower_is_asked_before_an_answer_or_a_loss(llava_folder, data, monkeyp
         held_out(model, tokenizer, seen, progress=False)
     with pytest.raises(ValueError, match=message):
         generate_answers(model, tokenizer, seen, progress=False)
+
+
+def test_memory_that_runs_out_is_not_the_fault_of_a_picture(llava_folder, data, monkeypatch):
+    model, tokenizer = quiet(llava_folder)
+
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(limits, "answer_loss", full)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+        generate(model, tokenizer, "<image>\nWhich colour?", 2, pictures=data.parent / "0.png", progress=False)
 
 
 def test_a_later_picture_of_another_size_is_told_before_the_first_step(llava_folder, tmp_path):
