@@ -12,6 +12,7 @@ from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.add_adapter import MAKERS
 from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.model.experts import layout_of
+from qlora_lab.model.experts4bit import PlainStack
 from qlora_lab.model.linear4bit import head_path, is_linear
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.quant.quantize import Quantized
@@ -49,7 +50,7 @@ def _kind(module: nn.Module, name: str, tensor: torch.Tensor, is_head: bool) -> 
         return EMBEDDINGS
     if is_linear(module) and name == "weight":
         return HEAD if is_head else LINEAR
-    if tensor.dim() == 3 and layout_of(module):
+    if isinstance(module, PlainStack) or (tensor.dim() == 3 and layout_of(module)):
         return EXPERTS
     if name.endswith("bias"):  # of experts, too, which have a row for each
         return "biases"

@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from qlora_lab.memory.learned import biased
-from qlora_lab.memory.setup import BYTES, LOW_RANK, Setup
+from qlora_lab.memory.setup import BYTES, Setup
 from qlora_lab.memory.shape import LinearShape, Shape
+from qlora_lab.memory.targets import targeted
 
 FLOAT32 = 4
 # The kinds of activations: the names of their rows in the ledger.
 NORM, INPUT, ADAPTER = "inputs of norms", "inputs of linear layers", "adapters' inner products"
 ATTENTION, MASK, ROTARY = "attention", "attention masks", "rotary cosines and sines"
-ROUTING, EXPERT_ACTIVATIONS = "routing", "experts' SwiGLU and answers"
+ROUTING, EXPERT_ACTIVATIONS = "routing", "activations of experts"
 TURNED = "outputs that DoRA turns"
 SWIGLU, CHECKPOINT, INDICES = "SwiGLU", "checkpoints", "indices and scalars"
 
@@ -40,30 +41,9 @@ LETTERS += ", m bottleneck, p virtual tokens, E experts, k of a token"
 SIZES = BYTES | {"bool": 1, "int32": 4, "int64": 8}
 
 
-def targeted(shape: Shape, setup: Setup) -> list[LinearShape]:
-    """Return the linear layers of one layer that have an adapter. Raises ValueError for an unknown target.
-
-    targets: names, or groups of them, as add_lora takes them. Adapters on experts have no rows, and are refused.
-    """
-    if setup.method not in LOW_RANK:
-        return []
-    names = [linear.name for linear in shape.linears]
-    groups = {"all-linear": names, "attention": names[:4]} | ({} if shape.experts else {"all": names})
-    asked = {setup.targets} if isinstance(setup.targets, str) else set(setup.targets)
-    allowed = f"choose {', '.join(map(repr, groups))} or from {', '.join(names)}"
-    matrices = [matrix.name for matrix in shape.expert]  # add_lora takes their names, too
-    beyond = asked & {"experts", "all", *matrices, *(f"experts.{name}" for name in matrices)}
-    if beyond and shape.experts:
-        raise ValueError(f"targets {sorted(beyond)}: adapters on experts are not in the ledger yet: {allowed}")
-    if (unknown := sorted(asked - {*groups, *names})) or not asked:
-        raise ValueError(f"targets {unknown or 'none'}: {allowed}")
-    wanted = set().union(*(groups.get(name, [name]) for name in asked))
-    return [linear for linear in shape.linears if linear.name in wanted]
-
-
 def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
     """Yield what one layer keeps. first: the model's first, whose input has a gradient only in full training."""
-    adapted = {linear.name: linear for linear in targeted(shape, setup)}
+    adapted = {linear.name: linear for linear in targeted(shape, setup).linears}
     biases = {linear.name for linear in biased(shape, setup)}
     # Whether a gradient flows to this point. It starts at the first trained weight; from there on it never stops.
     flows = setup.method in ("full", "prompt") or not first
@@ -84,8 +64,8 @@ def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
         flows = True
     if flows:
         yield from _norm(setup, shape.hidden)
-    if shape.experts:  # whatever learns does so before them, so that a gradient flows here
-        yield from _routed(shape, setup)
+    if shape.experts:
+        yield from _routed(shape, setup, flows)
     else:
         yield from _dense(shape, setup, adapted, biases, flows)
     if setup.method == "houlsby":
@@ -107,27 +87,51 @@ def _dense(
     yield from _linears(setup, adapted, ("down_proj",), f, flows)
 
 
-def _routed(shape: Shape, setup: Setup) -> Iterator[Kept]:
+def _routed(shape: Shape, setup: Setup, flows: bool) -> Iterator[Kept]:
     """A router and its experts: T k pairs of token and expert, however they are spread over the experts."""
     T = setup.tokens
     pairs = T * shape.experts_per_token
-    d, f = shape.hidden, shape.inner
-    full = setup.method == "full"
-    # A frozen router passes the gradient on, as every layer does: softmax keeps all shares, in float32.
-    yield _kept(ROUTING, T * shape.experts, "float32", "T E: shares")
-    if shape.normalised:
-        yield _kept(ROUTING, pairs + T, "float32", "T (k + 1): the chosen and their sum")
-    if full:
-        yield _kept(ROUTING, T * d, setup.dtype, "T d: its input")
+    adapted = [matrix.name for matrix in targeted(shape, setup).experts]
+    if flows:  # a frozen router passes the gradient on, as every layer does: softmax keeps all shares, in float32
+        yield _kept(ROUTING, T * shape.experts, "float32", "T E: shares")
+        if shape.normalised:
+            yield _kept(ROUTING, pairs + T, "float32", "T (k + 1): the chosen and their sum")
+        if setup.method == "full":
+            yield _kept(ROUTING, T * shape.hidden, setup.dtype, "T d: its input")
+        yield _kept(ROUTING, 3 * pairs, "int64", "3 T k: the chosen, tokens by expert, there")
+    if not flows and not adapted:
+        return
     # Mixtral multiplies 16-bit answers by float32 weights, Qwen3 rounds the weights first
     wide = "float32" if shape.family == "mixtral" else setup.dtype
     yield _kept(ROUTING, pairs, wide, "T k: weights")
-    yield _kept(ROUTING, 4 * pairs, "int64", "4 T k: the chosen, tokens by expert, there and back")
-    if not setup.is_packed:
+    yield _kept(ROUTING, pairs, "int64", "T k: and back")
+    if not setup.is_packed and not adapted:  # torch's own grouped product
         yield _kept(ROUTING, shape.experts, "int32", "E: ends of groups")
-    yield _kept(EXPERT_ACTIVATIONS, pairs * (3 * f + d), setup.dtype, "T k (3 f + d): gate, silu(gate), up; answers")
-    if full:
+    yield from _expert(shape, setup, flows)
+
+
+def _expert(shape: Shape, setup: Setup, flows: bool) -> Iterator[Kept]:
+    """What all experts keep between them, adapters included. flows: whether their input has a gradient."""
+    pairs = setup.tokens * shape.experts_per_token
+    d, f = shape.hidden, shape.inner
+    adapted = {matrix.name: matrix for matrix in targeted(shape, setup).experts}
+    inner_flows = flows or "gate_up_proj" in adapted
+    if inner_flows:
+        yield _kept(EXPERT_ACTIVATIONS, 3 * pairs * f, setup.dtype, "3 T k f: gate, silu(gate), up")
+    if flows:  # an answer serves the gradient of its weight, which a router without one does not ask for
+        yield _kept(EXPERT_ACTIVATIONS, pairs * d, setup.dtype, "T k d: answers")
+    if setup.method == "full":
         yield _kept(EXPERT_ACTIVATIONS, pairs * (d + f), setup.dtype, "T k (d + f): inputs of their products")
+    for matrix in adapted.values():
+        letter = "f" if matrix.name == "down_proj" else "d"
+        yield _kept(EXPERT_ACTIVATIONS, pairs * matrix.in_features, setup.dtype, f"T k {letter}: inputs")
+        inner_dtype = "float32" if setup.fused else setup.dtype
+        yield _kept(EXPERT_ACTIVATIONS, pairs * setup.r, inner_dtype, "T k r: inner products")
+        if not setup.fused and setup.dtype != setup.adapter_dtype:
+            # Only experts with tokens cast their pair. How many is not known: all, if there are tokens enough.
+            used = min(shape.experts, pairs)
+            width = matrix.out_features + (inner_flows if letter == "f" else flows) * matrix.in_features
+            yield _kept(EXPERT_ACTIVATIONS, used * setup.r * width, setup.dtype, "E r (in + out): casts")
 
 
 def _bottleneck(setup: Setup, d: int, flows: bool) -> Iterator[Kept]:

@@ -21,6 +21,7 @@ from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter, adapters, has_adapters, method_of
 from qlora_lab.adapters.dora import DoRALinear
+from qlora_lab.adapters.expert_lora import LoRAStack
 from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.adapters.model_tensors import model_tensors
 from qlora_lab.adapters.pissa import PissaLinear
@@ -129,7 +130,7 @@ def setup_of(
         options |= {"codebook": q.codebook, "block_size": q.block_size, "double_quant": q.double_quant}
     if layers:
         adapter = layers[0]
-        names = {path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+        names = {_target(path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear)}
         options |= {"r": adapter.r, "targets": tuple(sorted(names)), "dropout": adapter.dropout.p}
         options |= {"adapter_dtype": adapter.lora_A.dtype}
         if len(layers) != len(names) * shape.layers:
@@ -157,6 +158,11 @@ def setup_of(
     options["gradient_checkpointing"] = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     options["master_copies"] = optimizer is None or isinstance(optimizer, MasterCopies)
     return Setup(**options, **_optimizer_options(optimizer), **_batch_options(batch))
+
+
+def _target(path: str, layer: LoRALinear) -> str:
+    """Return the name by which a target is asked for: a stack's with its module's, for layers may have the same."""
+    return ".".join(path.split(".")[-2 if isinstance(layer, LoRAStack) else -1 :])
 
 
 def _optimizer_options(optimizer: torch.optim.Optimizer | None) -> dict:
@@ -305,7 +311,8 @@ def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shap
     if isinstance(module, DoRALinear) and tensor.dim() != 2:  # matrices are those of LoRA's products
         return TURNED
     if "experts" in names:
-        # The weight of a pair is one number; Python cannot tell an answer from a gate of the same width.
+        # The weight of a pair is one number; Python cannot tell an answer from a gate of the same width, nor from what
+        # an adapter keeps. (On a GPU with r = 1 an inner product is one number, too, and counts as routing.)
         return EXPERT_ACTIVATIONS if tensor.is_floating_point() and tensor.shape[-1] > 1 else ROUTING
     if shape.experts and names[-1] == "gate":
         return ROUTING

@@ -16,11 +16,12 @@ from itertools import chain
 from typing import Any
 
 from qlora_lab.kernels.product import PANEL, TILE, panel_height, panel_width
-from qlora_lab.memory.activations import LETTERS, kept_after_layers, kept_by_layer, kept_by_layers, targeted
+from qlora_lab.memory.activations import LETTERS, kept_after_layers, kept_by_layer, kept_by_layers
 from qlora_lab.memory.learned import FORMULA, learned_by_method
 from qlora_lab.memory.ledger import PHASES, Ledger, LedgerRow
 from qlora_lab.memory.setup import BYTES, LOW_RANK, Setup
 from qlora_lab.memory.shape import LinearShape, Shape, shape_of
+from qlora_lab.memory.targets import targeted
 from qlora_lab.optim.paged_adamw import UNIT
 from qlora_lab.optim.paging import PAGE_SIZE
 from qlora_lab.quant.double_quant import GROUP_SIZE
@@ -136,10 +137,9 @@ def _packed(linears: Matrices, experts: Matrices, setup: Setup) -> Iterator[Ledg
 def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
     """List (elements of a trained tensor, number of tensors of that size)."""
     if setup.method in LOW_RANK:
-        adapted = targeted(shape, setup)
-        sizes = [(setup.r * linear.in_features, setup.r * linear.out_features) for linear in adapted]  # lora_A, lora_B
+        adapted = targeted(shape, setup).linears
         magnitudes = [linear.out_features for linear in adapted if setup.method == "dora"]
-        return [(n, shape.layers) for n in (*chain(*sizes), *magnitudes)]
+        return [(n, shape.layers) for n in (*chain(*_factors(shape, setup)), *magnitudes)]
     if setup.method != "full":
         return learned_by_method(shape, setup)
     matrices = [(linear.numel, shape.layers) for linear in shape.linears]
@@ -150,20 +150,28 @@ def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
     return [*matrices, *biases, *experts, *norms, (shape.table, 2 - shape.tied)]
 
 
+def _factors(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
+    """List the elements of lora_A and lora_B of each adapted matrix of a layer."""
+    adapted = targeted(shape, setup)
+    # a pair for each expert, and the pairs of all experts in two tensors: idle ones have theirs, too
+    matrices = [*((linear, 1) for linear in adapted.linears), *((matrix, shape.experts) for matrix in adapted.experts)]
+    return [(n * setup.r * matrix.in_features, n * setup.r * matrix.out_features) for matrix, n in matrices]
+
+
 def _adapters(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
-    chosen = targeted(shape, setup)
+    factors = _factors(shape, setup)
     if setup.method not in (*LOW_RANK, "full"):
         count = sum(n * times for n, times in learned_by_method(shape, setup))
         yield _row(ADAPTERS, setup.method, count, setup.adapter_dtype, FORMULA[setup.method])
     if setup.copies:
         count = sum(n * times for n, times in _trained(shape, setup))
         yield _row(MOMENTS, MASTERS, count, "float32", "1 for each trained weight")
-    if chosen:
-        a = shape.layers * setup.r * sum(linear.in_features for linear in chosen)
-        b = shape.layers * setup.r * sum(linear.out_features for linear in chosen)
-        yield _row(ADAPTERS, "lora_A", a, setup.adapter_dtype, "r in")
-        yield _row(ADAPTERS, "lora_B", b, setup.adapter_dtype, "r out")
-        out = shape.layers * sum(linear.out_features for linear in chosen)
+    if factors:
+        a, b = (shape.layers * sum(sizes) for sizes in zip(*factors, strict=True))
+        each = ", E r in for experts" * bool(targeted(shape, setup).experts)
+        yield _row(ADAPTERS, "lora_A", a, setup.adapter_dtype, f"r in{each}")
+        yield _row(ADAPTERS, "lora_B", b, setup.adapter_dtype, f"r out{each.replace('in', 'out')}")
+        out = b // setup.r
         if setup.method == "dora":
             yield _row(ADAPTERS, "lora_magnitude_vector", out, setup.adapter_dtype, "out")
             yield _row(ADAPTERS, "lengths", out, "float32", "out: of the base's rows")
@@ -236,6 +244,10 @@ def _workspace(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
         count = 2 * T * d + T * shape.experts_per_token * 3 * d + 4 * T * f
         words = "2 T d + 3 T k d + 4 T f: of the residual stream, of pairs, of an expert that all tokens share"
     yield _row(WORKSPACE, "gradients of activations", count, setup.dtype, words, IN_BACKWARD)
+    if pairs := targeted(shape, setup).experts:
+        numel = shape.experts * setup.r * sum(matrix.in_features + matrix.out_features for matrix in pairs)
+        words = "E r (in + out) of one layer: of each expert, before they are one tensor"
+        yield _row(WORKSPACE, "gradients of pairs", numel, setup.adapter_dtype, words, IN_BACKWARD)
     if setup.is_packed:
         yield _buffer(shape, setup)
     yield _temporaries(shape, setup)
