@@ -50,9 +50,9 @@ def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
     if flows:
         yield from _norm(setup, shape.hidden)
     yield from _linears(setup, adapted, ("q_proj", "k_proj", "v_proj"), shape.hidden, flows)
-    for name, heads in (("q_proj", shape.heads), ("k_proj", shape.key_value_heads)):
-        if shape.head_norms and (flows or name in {*adapted, *biases}):
-            yield from _norm(setup, shape.head_dim, heads, " of each head")
+    for name, width, heads in shape.inner_norms:
+        if flows or name in {*adapted, *biases}:
+            yield from _norm(setup, width, heads, f" of {'each head' if shape.head_norms else 'all heads'}")
     flows |= setup.method == "prefix" or not {"q_proj", "k_proj", "v_proj"}.isdisjoint({*adapted, *biases})
     if flows:
         yield from _attention(shape, setup)
@@ -65,19 +65,19 @@ def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
     if flows:
         yield from _norm(setup, shape.hidden)
     if shape.experts:
+        yield from _shared(shape, setup, adapted, biases, flows)
         yield from _routed(shape, setup, flows)
     else:
-        yield from _dense(shape, setup, adapted, biases, flows)
+        yield from _dense(shape, shape.inner, setup, adapted, biases, flows)
     if setup.method == "houlsby":
         yield from _bottleneck(setup, shape.hidden, flows=True)
 
 
 def _dense(
-    shape: Shape, setup: Setup, adapted: dict[str, LinearShape], biases: set[str], flows: bool
+    shape: Shape, f: int, setup: Setup, adapted: dict[str, LinearShape], biases: set[str], flows: bool
 ) -> Iterator[Kept]:
-    """The MLP of a model without experts."""
+    """The MLP of a model without experts, f wide, or a shared expert."""
     T = setup.tokens
-    f = shape.inner
     yield from _linears(setup, adapted, ("gate_proj", "up_proj"), shape.hidden, flows)
     gate = flows or "gate_proj" in {*adapted, *biases}
     up = flows or "up_proj" in {*adapted, *biases}
@@ -85,6 +85,20 @@ def _dense(
         yield _kept(SWIGLU, (2 * gate + up) * T * f, setup.dtype, "3 T f: gate, silu(gate), up")
     flows = gate or up
     yield from _linears(setup, adapted, ("down_proj",), f, flows)
+
+
+def _shared(
+    shape: Shape, setup: Setup, adapted: dict[str, LinearShape], biases: set[str], flows: bool
+) -> Iterator[Kept]:
+    """An expert that all tokens pass. A gate weighs its answer: each of the two serves the other's gradient."""
+    if not shape.shared:
+        return
+    T = setup.tokens
+    yield from _dense(shape, shape.shared, setup, adapted, biases, flows)
+    if flows or not {"gate_proj", "up_proj", "down_proj"}.isdisjoint({*adapted, *biases}):
+        yield _kept(ROUTING, T, setup.dtype, "T: the shared expert's gate")
+    if flows:  # without a gradient for the gate, its answer is not needed
+        yield _kept(ROUTING, T * shape.hidden, setup.dtype, "T d: its answer")
 
 
 def _routed(shape: Shape, setup: Setup, flows: bool) -> Iterator[Kept]:
@@ -96,7 +110,7 @@ def _routed(shape: Shape, setup: Setup, flows: bool) -> Iterator[Kept]:
         yield _kept(ROUTING, T * shape.experts, "float32", "T E: shares")
         if shape.normalised:
             yield _kept(ROUTING, pairs + T, "float32", "T (k + 1): the chosen and their sum")
-        if setup.method == "full":
+        if setup.method == "full" and not shape.shared:  # a shared expert keeps the same tensor
             yield _kept(ROUTING, T * shape.hidden, setup.dtype, "T d: its input")
         yield _kept(ROUTING, 3 * pairs, "int64", "3 T k: the chosen, tokens by expert, there")
     if not flows and not adapted:

@@ -308,7 +308,7 @@ def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shap
         return LOG_SOFTMAX if tensor.dim() == 2 and tensor.shape[-1] == shape.vocabulary else INDICES
     if names[0] == PREFIX or (isinstance(module, Adapter) and not isinstance(module, LoRALinear)):
         return ADAPTER
-    if isinstance(module, DoRALinear) and tensor.dim() != 2:  # matrices are those of LoRA's products
+    if isinstance(module, DoRALinear) and _is_turned(module, tensor):
         return TURNED
     if "experts" in names:
         # The weight of a pair is one number; Python cannot tell an answer from a gate of the same width, nor from what
@@ -325,11 +325,18 @@ def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shap
         own = tensor.dim() == 4 and tensor.shape[1] == 1  # a mask is (rows, 1, length, keys)
         is_mask = own and (tensor.shape[-1] == tensor.shape[-2] or tensor.shape[-1] != shape.head_dim)
         return MASK if is_mask else ATTENTION
-    if names[-1] in ("mlp", "act_fn"):
+    if shape.shared and names[-1] == "mlp":
+        return ROUTING  # the block weighs the shared expert's answer
+    if names[-1] in ("mlp", "act_fn", "shared_expert"):
         return SWIGLU
     if names[-1].isdigit():
         return CHECKPOINT  # a layer by its number: torch.utils.checkpoint keeps its input
     return _of_a_linear(names, tensor, module)
+
+
+def _is_turned(layer: DoRALinear, tensor: torch.Tensor) -> bool:
+    """Tell an output, (tokens, out) in a shared expert and elsewhere (rows, length, out), from LoRA's matrices."""
+    return tensor.dim() != 2 or (tensor.shape[-1] == layer.base.out_features and tensor.shape[0] != layer.r)
 
 
 def _of_a_linear(names: list[str], tensor: torch.Tensor, module: nn.Module) -> str:

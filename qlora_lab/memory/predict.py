@@ -102,8 +102,9 @@ def _weights(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     head = "the embeddings, shared" if shape.tied else "V d"
     yield _row(WEIGHTS, "head", 0 if shape.tied else shape.table, setup.dtype, head)
     if shape.experts:
-        yield _row(WEIGHTS, "routers", shape.layers * shape.router, setup.dtype, "L E d")
-    heads = " + 2 L head_dim" * shape.head_norms
+        gates = " + L d: of the shared expert" * bool(shape.shared)
+        yield _row(WEIGHTS, "routers", shape.layers * shape.router, setup.dtype, f"L E d{gates}")
+    heads = " + 2 L head_dim" * shape.head_norms + " + L (q + kv)" * shape.whole_norms
     yield _row(WEIGHTS, "norms", shape.norms, setup.dtype, f"(2 L + 1) d{heads}")
     # transformers keeps its frequencies twice: as used, and as they were before any scaling
     yield _row(WEIGHTS, "rotary frequencies", 2 * (shape.head_dim // 2), "float32", "2 x head_dim / 2")
@@ -145,8 +146,10 @@ def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
     matrices = [(linear.numel, shape.layers) for linear in shape.linears]
     biases = [(linear.out_features, shape.layers) for linear in shape.linears if linear.bias]
     stacks = [(shape.experts * matrix.numel, shape.layers) for matrix in shape.expert]
-    experts = [*stacks, (shape.router, shape.layers)] * bool(shape.experts)
-    norms = [(shape.hidden, 2 * shape.layers + 1), *[(shape.head_dim, 2 * shape.layers)] * shape.head_norms]
+    routers = [(shape.experts * shape.hidden, shape.layers)] * bool(shape.experts)
+    gates = [(shape.hidden, shape.layers)] * bool(shape.shared)
+    experts = [*stacks, *routers, *gates]
+    norms = [(shape.hidden, 2 * shape.layers + 1), *((width, shape.layers) for _, width, _ in shape.inner_norms)]
     return [*matrices, *biases, *experts, *norms, (shape.table, 2 - shape.tied)]
 
 
@@ -286,7 +289,7 @@ def _buffer(shape: Shape, setup: Setup) -> LedgerRow:
     words = f"a panel of at most {PANEL:,}"
     if setup.dtype != "float32":  # tiles of x and y, if float32 products win the race; otherwise less is needed
         # gate and up of an expert are one product, twice as wide
-        count += 2 * min(TILE, setup.tokens * max(shape.inner * (1 + bool(shape.experts)), shape.hidden))
+        count += 2 * min(TILE, setup.tokens * max(shape.inner * (1 + bool(shape.experts)), shape.shared, shape.hidden))
         words += f", tiles of at most {TILE:,}"
     return _row(WORKSPACE, "decoded weight", count, "float32", words)
 

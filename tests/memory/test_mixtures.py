@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NF4 = Candidate("nf4", 64, True)
 NARROW, WIDE = torch.bfloat16, torch.float32
 METHODS = ["qlora", "lora", "full"]
-OTHERS = ["rslora", "dora", "pissa", "prefix", "prompt", "zero_bias"]  # Houlsby's adapters are refused
+OTHERS = ["rslora", "dora", "pissa", "prefix", "prompt"]  # Houlsby's adapters are refused
 
 
 def build(family, method, dtype=WIDE, options=NF4, targets="all-linear", **sizes):
@@ -53,9 +53,14 @@ CASES = [
     ("Qwen3Moe", "qlora", NARROW),
     ("Mixtral", "lora", NARROW),
     ("Qwen3Moe", "full", WIDE),
+    ("Qwen2Moe", "full", NARROW),
+    ("Olmoe", "qlora", NARROW),
 ]
-REST = [(family, method, dtype) for family in ("Mixtral", "Qwen3Moe") for method in METHODS for dtype in (WIDE, NARROW)]
-REST += [("Qwen3Moe", method, NARROW) for method in OTHERS] + [("Qwen3", "qlora", WIDE), ("Qwen3", "full", NARROW)]
+MIXTURES = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")
+REST = [(family, method, dtype) for family in MIXTURES for method in METHODS for dtype in (WIDE, NARROW)]
+REST += [(family, method, NARROW) for family in ("Qwen2Moe", "Qwen3Moe") for method in OTHERS]
+REST += [("Qwen2Moe", "bitfit", NARROW), ("Qwen3Moe", "zero_bias", NARROW)]  # only the first has biases
+REST += [("Qwen3", "qlora", WIDE), ("Qwen3", "full", NARROW)]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in REST if case not in CASES]
 
 
@@ -70,11 +75,13 @@ ON_EXPERTS = [
     ("Qwen3Moe", "lora", NARROW, "all"),
     ("Qwen3Moe", "lora", WIDE, ("experts.down_proj",)),
     ("Mixtral", "qlora", WIDE, ("gate_up_proj", "o_proj")),
+    ("Qwen2Moe", "qlora", NARROW, "shared-experts"),
+    ("Qwen2Moe", "lora", NARROW, ("down_proj", "experts.down_proj")),
 ]
 EACH = ("experts", "all", ("down_proj",), ("experts.gate_up_proj", "o_proj"))
 REST_ON_EXPERTS = [
     pytest.param(family, method, dtype, targets, marks=pytest.mark.slow)
-    for family in ("Mixtral", "Qwen3Moe")
+    for family in MIXTURES
     for method in ("qlora", "lora")
     for dtype in (WIDE, NARROW)
     for targets in EACH
@@ -113,7 +120,7 @@ def test_a_recomputed_layer_keeps_its_input():
 
 
 @pytest.mark.parametrize("method", ["base", None])
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("family", MIXTURES)
 def test_a_model_that_only_answers_stores_and_uses_what_the_weight_ledger_says(family, method):
     model = build(family, method, NARROW, num_experts_per_tok=1)
     ledger, weights = measure_memory(model), measured_weights(model)
@@ -227,13 +234,15 @@ def test_the_command_line_counts_a_mixture_and_names_a_family_that_it_cannot(tmp
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process's peak is read from /proc")
-@pytest.mark.parametrize("targets", ["attention", "all"])
+@pytest.mark.parametrize("family, targets", [("Mixtral", "attention"), ("Mixtral", "all"), ("Qwen2Moe", "all")])
 @pytest.mark.parametrize("recompute, rows", [(False, 2), (True, 4)])
-def test_peak_of_a_step_of_a_mixture(recompute, rows, targets, tmp_path, tiny_llama, tokenizer):
+def test_peak_of_a_step_of_a_mixture(recompute, rows, family, targets, tmp_path, tiny_llama, tokenizer):
     """Six layers of eight experts of 256 x 512: large enough that a process's own pages are a small part."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
-    sizes |= {"head_dim": 64, "num_local_experts": 8, "max_position_embeddings": 512, "vocab_size": 2000}
-    for name, model in (("small", tiny_llama), ("mixture", tiny("Mixtral", **sizes))):
+    sizes |= {"head_dim": 64, "max_position_embeddings": 512, "vocab_size": 2000}
+    shared = {"num_experts": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 1024}
+    sizes |= shared if family == "Qwen2Moe" else {"num_local_experts": 8}
+    for name, model in (("small", tiny_llama), ("mixture", tiny(family, **sizes))):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     assert_peak(tmp_path / "mixture", tmp_path / "small", recompute, rows, targets)
