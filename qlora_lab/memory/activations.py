@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from qlora_lab.memory.learned import biased
+from qlora_lab.memory.linear_shape import LinearShape
 from qlora_lab.memory.setup import BYTES, Setup
-from qlora_lab.memory.shape import LinearShape, Shape
+from qlora_lab.memory.shape import Shape
+from qlora_lab.memory.sight import HEAD, PROJECTOR
 from qlora_lab.memory.targets import targeted
 
 FLOAT32 = 4
@@ -110,7 +112,7 @@ def _routed(shape: Shape, setup: Setup, flows: bool) -> Iterator[Kept]:
         yield _kept(ROUTING, T * shape.experts, "float32", "T E: shares")
         if shape.normalised:
             yield _kept(ROUTING, pairs + T, "float32", "T (k + 1): the chosen and their sum")
-        if setup.method == "full" and not shape.shared:  # a shared expert keeps the same tensor
+        if setup.whole and not shape.shared:  # a shared expert keeps the same tensor
             yield _kept(ROUTING, T * shape.hidden, setup.dtype, "T d: its input")
         yield _kept(ROUTING, 3 * pairs, "int64", "3 T k: the chosen, tokens by expert, there")
     if not flows and not adapted:
@@ -134,7 +136,7 @@ def _expert(shape: Shape, setup: Setup, flows: bool) -> Iterator[Kept]:
         yield _kept(EXPERT_ACTIVATIONS, 3 * pairs * f, setup.dtype, "3 T k f: gate, silu(gate), up")
     if flows:  # an answer serves the gradient of its weight, which a router without one does not ask for
         yield _kept(EXPERT_ACTIVATIONS, pairs * d, setup.dtype, "T k d: answers")
-    if setup.method == "full":
+    if setup.whole:
         yield _kept(EXPERT_ACTIVATIONS, pairs * (d + f), setup.dtype, "T k (d + f): inputs of their products")
     for matrix in adapted.values():
         letter = "f" if matrix.name == "down_proj" else "d"
@@ -163,7 +165,7 @@ def _norm(setup: Setup, d: int, heads: int = 1, each: str = "") -> Iterator[Kept
     """
     rows = setup.tokens * heads
     yield _kept(NORM, rows * (d + 1), "float32", f"T (d + 1){each}")
-    if setup.method == "full":
+    if setup.whole:
         yield _kept(NORM, rows * d, setup.dtype, f"T d: for the gradient of its weight{each}")
 
 
@@ -174,7 +176,7 @@ def _linears(
     T = setup.tokens
     letter = {"q_proj": "d", "o_proj": "q", "gate_proj": "d", "down_proj": "f"}[names[0]]
     mine = [adapted[name] for name in names if name in adapted]
-    if (mine and not setup.dropout and not stored) or (setup.method == "full" and not stored):
+    if (mine and not setup.dropout and not stored) or (setup.whole and not stored):
         yield _kept(INPUT, T * width, setup.dtype, f"T {letter}")
     if setup.dropout and mine:  # each adapter drops elements of its own: it keeps its input and its mask
         drawn = "bool" if setup.device == "cuda" else setup.dtype  # CUDA's fused dropout keeps booleans
@@ -245,17 +247,31 @@ def kept_after_layers(shape: Shape, setup: Setup) -> list[Kept]:
     """Return what the model keeps once: rotary tables, the last norm, the indices of labelled rows."""
     T = setup.tokens
     d = shape.hidden
-    full = setup.method == "full"
+    full = setup.whole
     # cosines and sines: for each token if its position is its own (packing), else for one row
     rotary = 2 * shape.head_dim * (T if setup.packing else setup.read_length)
     kept = [_kept(ROTARY, rotary, setup.dtype, "2 x head_dim x positions"), *_norm(setup, d)]
-    if full:
+    kept += _seen(shape, setup)
+    if full and (shape.tied or setup.learns(HEAD)):
         kept.append(_kept(INPUT, setup.labels * d, setup.dtype, "n d: the head's"))
     if setup.method == "prefix" and setup.mlp is not None:
         kept.append(_kept(ADAPTER, setup.virtual_tokens * setup.mlp, "float32", "p x the MLP's width"))
     chosen = setup.rows * (setup.length - 1)  # booleans: has this next token a label?
     numbers = 8 * setup.labels + 8 * full * T  # int64: labels, and token ids for the gradient of the embeddings
     return [*kept, Kept(INDICES, chosen + setup.labels + full * T, "bool, int64", chosen + numbers + FLOAT32, "T + n")]
+
+
+def _seen(shape: Shape, setup: Setup) -> Iterator[Kept]:
+    """What the way of pictures into the language model keeps; a frozen tower and projector keep nothing."""
+    projects = setup.learns(PROJECTOR)
+    pictures = setup.rows * setup.pictures
+    if shape.sight is None or not pictures:
+        return
+    if projects:  # a product keeps its input, and gelu too
+        yield _kept(INPUT, pictures * shape.sight.features, setup.dtype, "what the tower gives")
+        yield _kept(INPUT, 2 * pictures * shape.sight.tokens * shape.hidden, setup.dtype, "2 d a token of a picture")
+    if projects or setup.whole:  # where words and pictures part again, in the backward pass
+        yield _kept(INDICES, setup.tokens, "bool", "T: is this token of a picture?")
 
 
 def _kept(kind: str, count: int, dtype: str, formula: str) -> Kept:

@@ -2,15 +2,18 @@
 
 In: a known name, a folder with config.json, that file, a configuration (a dict, or one of transformers), or a model.
 Out: a Shape. Families: llama, mistral and qwen2, which differ only in their biases; qwen3, which normalises each head's
-query and key; mixtral, qwen2_moe, qwen3_moe and olmoe, whose layers have experts in place of one MLP.
+query and key; mixtral, qwen2_moe, qwen3_moe and olmoe, whose layers have experts in place of one MLP; llava, in which
+one of these is the language model.
 Source: "LLaMA", table 2, for models known by name alone; field names and defaults are those of transformers.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from qlora_lab.memory.linear_shape import LinearShape, size_of
+from qlora_lab.memory.sight import Sight, sight_of
 from qlora_lab.model.experts import COUNTS
 from qlora_lab.model.fetch import KNOWN_MODELS, cache_dir, fetch
 from qlora_lab.model.model_files import read_config
@@ -20,6 +23,7 @@ MIXTURES = {"mixtral": "intermediate_size", "olmoe": "intermediate_size"}
 MIXTURES |= dict.fromkeys(("qwen2_moe", "qwen3_moe"), "moe_intermediate_size")
 HEAD_NORMS = ("qwen3", "qwen3_moe")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *MIXTURES)
+SEEING = "llava"
 WEIGHTS_ALONE = "qlora_lab.memory.weights counts the weights of any"
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # name: layers, hidden, inner, heads, key and value heads, vocabulary. None ties its head to the embeddings.
@@ -31,19 +35,6 @@ PUBLISHED = {
     "llama-2-70b": (80, 8192, 28672, 64, 8, 32000),
     "llama-3-8b": (32, 4096, 14336, 32, 8, 128256),
 }
-
-
-class LinearShape(NamedTuple):
-    """One linear layer, its weight (out_features, in_features)."""
-
-    name: str  # the last part of its path
-    out_features: int
-    in_features: int
-    bias: bool
-
-    @property
-    def numel(self) -> int:
-        return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -69,6 +60,7 @@ class Shape:
     experts_per_token: int = 0  # k
     normalised: bool = False  # the k weights of a token are divided by their sum
     shared: int = 0  # the width inside a shared expert, which all tokens pass; 0 without one
+    sight: Sight | None = None  # of a model that sees: what stands beside its language model
 
     @property
     def query(self) -> int:
@@ -134,10 +126,11 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All weights; a tied head counts once."""
+        """All weights, a vision tower's included; a tied head counts once."""
+        beside = self.sight.parameters if self.sight else 0
         linears = sum(linear.numel + linear.bias * linear.out_features for linear in self.linears)
         experts = self.experts * sum(matrix.numel for matrix in self.expert) + self.router
-        return self.layers * (linears + experts) + self.norms + self.table * (2 - self.tied)
+        return self.layers * (linears + experts) + self.norms + self.table * (2 - self.tied) + beside
 
 
 def shape_of(model: Any) -> Shape:
@@ -184,12 +177,14 @@ def _from_name(name: str) -> Shape:
 
 def _from_config(config: dict, where: str) -> Shape:
     family = config.get("model_type")
+    if family == SEEING:
+        return _seeing(config, where)
     if family not in FAMILIES:
         raise ValueError(
             f"{where} has the architecture {family!r}, whose layers are unknown here: choose from {', '.join(FAMILIES)}"
-            f"; {WEIGHTS_ALONE}"
+            f", {SEEING}; {WEIGHTS_ALONE}"
         )
-    sizes = {name: _size(config, name, where) for name in NEEDED}
+    sizes = {name: size_of(config, name, where) for name in NEEDED}
     mixture = _mixture(config, family, where) if family in MIXTURES else {"inner": sizes["intermediate_size"]}
     heads = sizes["num_attention_heads"]
     # Configurations omit fields that equal the default of transformers, or set them to null.
@@ -201,8 +196,8 @@ def _from_config(config: dict, where: str) -> Shape:
         layers=sizes["num_hidden_layers"],
         hidden=sizes["hidden_size"],
         heads=heads,
-        key_value_heads=_size(filled, "num_key_value_heads", where),
-        head_dim=_size(filled, "head_dim", where),
+        key_value_heads=size_of(filled, "num_key_value_heads", where),
+        head_dim=size_of(filled, "head_dim", where),
         vocabulary=sizes["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         attention_bias=family == "qwen2" or bool(config.get("attention_bias", config.get("qkv_bias", False))),
@@ -213,6 +208,17 @@ def _from_config(config: dict, where: str) -> Shape:
         whole_norms=family == "olmoe",
         **mixture,
     )
+
+
+def _seeing(config: dict, where: str) -> Shape:
+    """Return the Shape of the language model, with what stands beside it."""
+    text = {"model_type": "llama"} | (config.get("text_config") or {})
+    if text["model_type"] == "llama":  # configurations omit what equals the default of LlamaConfig, a LLaMA-7B
+        text = dict(zip(NEEDED, (4096, 11008, 32, 32, 32000), strict=True)) | text
+    shape = _from_config(text, f"{where}, text_config")
+    tied = shape.tied or bool(config.get("tie_word_embeddings", False))
+    name = str(config.get("_name_or_path") or where)
+    return replace(shape, name=name, tied=tied, sight=sight_of(config, where, shape.hidden))
 
 
 def _mixture(config: dict, family: str, where: str) -> dict[str, int | bool]:
@@ -227,18 +233,9 @@ def _mixture(config: dict, family: str, where: str) -> dict[str, int | bool]:
     number = next((name for name in COUNTS if name in config), COUNTS[0])
     fields = {"inner": MIXTURES[family], "experts": number, "experts_per_token": "num_experts_per_tok"}
     fields |= {"shared": "shared_expert_intermediate_size"} if family == "qwen2_moe" else {}
-    sizes = {field: _size(config, name, where) for field, name in fields.items()}
+    sizes = {field: size_of(config, name, where) for field, name in fields.items()}
     if sizes["experts_per_token"] > sizes["experts"]:
         raise ValueError(
             f"{where} routes a token to {sizes['experts_per_token']} of {sizes['experts']} experts: give fewer"
         )
     return sizes | {"normalised": family == "mixtral" or bool(config.get("norm_topk_prob", False))}
-
-
-def _size(config: dict, name: str, where: str) -> int:
-    if name not in config:
-        raise ValueError(f"{where} has no {name!r}: add it, for every size depends on it")
-    value = config[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # True is an int in Python
-        raise ValueError(f"{where} has {name}={value!r}: it is a whole number of at least 1")
-    return value

@@ -6,8 +6,9 @@ Not here: the same choice in a model (adapters/targets.py).
 
 from typing import NamedTuple
 
+from qlora_lab.memory.linear_shape import LinearShape
 from qlora_lab.memory.setup import LOW_RANK, Setup
-from qlora_lab.memory.shape import LinearShape, Shape
+from qlora_lab.memory.shape import Shape
 
 BESIDE_STACKS = ("qlora", "lora", "rslora")  # of LOW_RANK, those that expert_lora.py has a form of
 ATTENTION = 4  # q_proj, k_proj, v_proj and o_proj come first in a shape

@@ -7,7 +7,7 @@ eager attention. A merged LoRA is the base: nothing_added counts it.
 Source: LoRA section 3 (no additional inference latency) and table 1; prefix tuning section 4.2.
 
 Operations are no seconds: a small product beside a large one, or after it, has to be started too, and on a short row
-that costs more than its operations. Not here: seconds (measure/latency.py), bytes (predict.py).
+that costs more than its operations. Not here: a vision tower, seconds (measure/latency.py), bytes (predict.py).
 """
 
 from dataclasses import replace
