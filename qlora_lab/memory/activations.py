@@ -39,7 +39,8 @@ class Kept(NamedTuple):
 
 
 LETTERS = "T tokens at once, d hidden, f inner, q queries, kv keys, h heads, r rank, n labels, V vocabulary, L layers"
-LETTERS += ", m bottleneck, p virtual tokens, E experts, k of a token"
+LETTERS += ", m bottleneck, p virtual tokens, E experts, k of a token, s inner of a shared expert"
+Width = tuple[int, str]  # features of an input, and their letter
 SIZES = BYTES | {"bool": 1, "int32": 4, "int64": 8}
 
 
@@ -51,7 +52,7 @@ def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
     flows = setup.method in ("full", "prompt") or not first
     if flows:
         yield from _norm(setup, shape.hidden)
-    yield from _linears(setup, adapted, ("q_proj", "k_proj", "v_proj"), shape.hidden, flows)
+    yield from _linears(setup, adapted, ("q_proj", "k_proj", "v_proj"), (shape.hidden, "d"), flows)
     for name, width, heads in shape.inner_norms:
         if flows or name in {*adapted, *biases}:
             yield from _norm(setup, width, heads, f" of {'each head' if shape.head_norms else 'all heads'}")
@@ -59,7 +60,7 @@ def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
     if flows:
         yield from _attention(shape, setup)
     # Attention has kept its result, which is o_proj's input, unless a cast to another dtype stands between them.
-    yield from _linears(setup, adapted, ("o_proj",), shape.query, flows, stored=flows and not setup.widens)
+    yield from _linears(setup, adapted, ("o_proj",), (shape.query, "q"), flows, stored=flows and not setup.widens)
     flows |= "o_proj" in {*adapted, *biases}
     if setup.method == "houlsby":
         yield from _bottleneck(setup, shape.hidden, flows)
@@ -70,23 +71,24 @@ def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
         yield from _shared(shape, setup, adapted, biases, flows)
         yield from _routed(shape, setup, flows)
     else:
-        yield from _dense(shape, shape.inner, setup, adapted, biases, flows)
+        yield from _dense(shape, (shape.inner, "f"), setup, adapted, biases, flows)
     if setup.method == "houlsby":
         yield from _bottleneck(setup, shape.hidden, flows=True)
 
 
 def _dense(
-    shape: Shape, f: int, setup: Setup, adapted: dict[str, LinearShape], biases: set[str], flows: bool
+    shape: Shape, inner: Width, setup: Setup, adapted: dict[str, LinearShape], biases: set[str], flows: bool
 ) -> Iterator[Kept]:
-    """The MLP of a model without experts, f wide, or a shared expert."""
+    """The MLP of a model without experts, or a shared expert."""
     T = setup.tokens
-    yield from _linears(setup, adapted, ("gate_proj", "up_proj"), shape.hidden, flows)
+    f, letter = inner
+    yield from _linears(setup, adapted, ("gate_proj", "up_proj"), (shape.hidden, "d"), flows)
     gate = flows or "gate_proj" in {*adapted, *biases}
     up = flows or "up_proj" in {*adapted, *biases}
     if gate or up:  # silu(gate) * up keeps each factor for the gradient of the other; silu keeps its input
-        yield _kept(SWIGLU, (2 * gate + up) * T * f, setup.dtype, "3 T f: gate, silu(gate), up")
+        yield _kept(SWIGLU, (2 * gate + up) * T * f, setup.dtype, f"3 T {letter}: gate, silu(gate), up")
     flows = gate or up
-    yield from _linears(setup, adapted, ("down_proj",), f, flows)
+    yield from _linears(setup, adapted, ("down_proj",), inner, flows)
 
 
 def _shared(
@@ -96,7 +98,7 @@ def _shared(
     if not shape.shared:
         return
     T = setup.tokens
-    yield from _dense(shape, shape.shared, setup, adapted, biases, flows)
+    yield from _dense(shape, (shape.shared, "s"), setup, adapted, biases, flows)
     if flows or not {"gate_proj", "up_proj", "down_proj"}.isdisjoint({*adapted, *biases}):
         yield _kept(ROUTING, T, setup.dtype, "T: the shared expert's gate")
     if flows:  # without a gradient for the gate, its answer is not needed
@@ -170,11 +172,16 @@ def _norm(setup: Setup, d: int, heads: int = 1, each: str = "") -> Iterator[Kept
 
 
 def _linears(
-    setup: Setup, adapted: dict[str, LinearShape], names: tuple[str, ...], width: int, flows: bool, stored: bool = False
+    setup: Setup,
+    adapted: dict[str, LinearShape],
+    names: tuple[str, ...],
+    read: Width,
+    flows: bool,
+    stored: bool = False,
 ) -> Iterator[Kept]:
-    """Linear layers that share one input of `width`. stored: another operation keeps that input already."""
+    """Linear layers that share one input. stored: another operation keeps that input already."""
     T = setup.tokens
-    letter = {"q_proj": "d", "o_proj": "q", "gate_proj": "d", "down_proj": "f"}[names[0]]
+    width, letter = read
     mine = [adapted[name] for name in names if name in adapted]
     if (mine and not setup.dropout and not stored) or (setup.whole and not stored):
         yield _kept(INPUT, T * width, setup.dtype, f"T {letter}")
