@@ -1,6 +1,7 @@
-"""The shape of one linear layer, and a size read from a configuration."""
+"""The shape of one linear layer, and what is read from a configuration: sizes, and configurations of parts."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class LinearShape(NamedTuple):
@@ -24,3 +25,11 @@ def size_of(config: dict, name: str, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # True is an int in Python
         raise ValueError(f"{where} has {name}={value!r}: it is a whole number of at least 1")
     return value
+
+
+def part_of(config: dict, name: str, where: str) -> dict[str, Any]:
+    """Return the configuration of a part, {} for none. Raises ValueError for anything else."""
+    part = config.get(name) or {}
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{where} has {name}={part!r:.60}: it is a configuration of its own")
+    return dict(part)

@@ -2,8 +2,8 @@
 
     measure_memory(model, optimizer, batch) -> Ledger: predicted beside measured
 
-A live storage counts once. A tensor that autograd keeps is named after the module that keeps it. A batch is one that
-data.collate makes.
+A live storage counts once. A batch is one that data.collate makes.
+Not here: what autograd keeps (watched.py).
 
 Python cannot see some rows (the loss's workspace, CUDA's context): they have no measured bytes. peak_resident asks
 Linux for the peak of the whole process.

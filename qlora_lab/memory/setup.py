@@ -103,6 +103,8 @@ class Setup:
         if self.mean_length is not None and self.mean_length > self.length:
             raise ValueError(f"mean_length={self.mean_length} exceeds length={self.length}: give at most that")
         check_whole("pictures", self.pictures, 0)
+        if self.parts == ():
+            raise ValueError("parts names no module, so nothing would learn: name one, or leave parts out")
         if self.parts is not None and self.method != "full":
             raise ValueError(f"parts={self.parts} does not go with method={self.method!r}: choose method='full'")
         if self.also and not self.is_packed:

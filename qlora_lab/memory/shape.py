@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_lab.memory.linear_shape import LinearShape, size_of
+from qlora_lab.memory.linear_shape import LinearShape, part_of, size_of
 from qlora_lab.memory.sight import Sight, sight_of
 from qlora_lab.model.experts import COUNTS
 from qlora_lab.model.fetch import KNOWN_MODELS, cache_dir, fetch
@@ -212,7 +212,9 @@ def _from_config(config: dict, where: str) -> Shape:
 
 def _seeing(config: dict, where: str) -> Shape:
     """Return the Shape of the language model, with what stands beside it."""
-    text = {"model_type": "llama"} | (config.get("text_config") or {})
+    text = {"model_type": "llama"} | part_of(config, "text_config", where)
+    if text["model_type"] == SEEING:
+        raise ValueError(f"{where} has a {SEEING} as its language model: it is one of {', '.join(FAMILIES)}")
     if text["model_type"] == "llama":  # configurations omit what equals the default of LlamaConfig, a LLaMA-7B
         text = dict(zip(NEEDED, (4096, 11008, 32, 32, 32000), strict=True)) | text
     shape = _from_config(text, f"{where}, text_config")

@@ -10,7 +10,7 @@ Not here: towers of other families, whose weights alone qlora_lab.memory.weights
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from qlora_lab.memory.linear_shape import LinearShape, size_of
+from qlora_lab.memory.linear_shape import LinearShape, part_of, size_of
 
 if TYPE_CHECKING:
     from qlora_lab.memory.setup import Setup
@@ -82,7 +82,7 @@ class Sight:
 
 def sight_of(config: dict, where: str, hidden: int) -> Sight:
     """Read the Sight of a LLaVA's configuration. Raises ValueError for a tower of another family."""
-    vision = config.get("vision_config") or {}
+    vision = part_of(config, "vision_config", where)
     family = vision.get("model_type")
     if family not in TOWERS:
         raise ValueError(
@@ -98,10 +98,10 @@ def sight_of(config: dict, where: str, hidden: int) -> Sight:
         inner=sizes["intermediate_size"],
         positions=(sizes["image_size"] // sizes["patch_size"]) ** 2 + 1,
         patch=sizes["num_channels"] * sizes["patch_size"] ** 2,
-        joined=1 if isinstance(layer, int) else len(layer),
+        joined=len(layer) if isinstance(layer, (list, tuple)) else 1,
         cropped=config.get("vision_feature_select_strategy", "default") == "default",
         hidden=hidden,
-        bias=config.get("multimodal_projector_bias", True),
+        bias=bool(config.get("multimodal_projector_bias", True)),
     )
 
 
@@ -110,9 +110,11 @@ def check_parts(name: str, sight: Sight | None, setup: "Setup") -> None:
     learn = (PROJECTOR, LANGUAGE, HEAD)
     for option, asked, known in (("also", setup.also, (TOWER, PROJECTOR)), ("parts", setup.parts or (), learn)):
         if asked and sight is None:
-            raise ValueError(f"{option}={asked}: {name} has no parts beside a language model: leave {option} out")
+            raise ValueError(f"{option}={asked}: the ledger knows parts of models that see, and {name} sees nothing")
         if unknown := sorted(set(asked) - set(known)):
             raise ValueError(f"{option}={unknown}: the ledger knows {', '.join(known)}")
+    if setup.learns(HEAD) and not setup.whole:
+        raise ValueError(f"parts={setup.parts}: the ledger counts a head only with {LANGUAGE}: name both, or neither")
     if both := sorted(set(setup.also) & set(setup.parts or ())):
         raise ValueError(f"{both[0]} is to learn in 16 bits and to be in 4: leave it out of parts or of also")
     if sight and setup.method == "full" and setup.parts is None:

@@ -136,8 +136,12 @@ def test_what_has_no_rows_is_refused_by_name(llava_folder):
     refused("also=.'vision_tower',. quantises, but this run does not: leave it out", method="lora", also=TOWER)
     refused("parts=.'lm_head',. does not go with method='qlora': choose method='full'", parts=HEAD)
     refused("pictures=-1 is not allowed", pictures=-1)
-    refused("llama-7b has no parts beside a language model: leave also out", "llama-7b", also=TOWER)
-    refused("llama-7b has no parts beside a language model: leave parts out", "llama-7b", method="full", parts=HEAD)
+    refused("parts names no module, so nothing would learn", method="full", parts=())
+    refused("counts a head only with language_model: name both, or neither", method="full", parts=(PROJECTOR, HEAD))
+    refused("also=.* the ledger knows parts of models that see, and llama-7b sees nothing", "llama-7b", also=TOWER)
+    refused("parts=.* and llama-7b sees nothing", "llama-7b", method="full", parts=HEAD)
+    refused("has vision_config=3: it is a configuration of its own", siglip | {"vision_config": 3})
+    refused("has a llava as its language model: it is one of llama", siglip | {"text_config": {"model_type": "llava"}})
 
 
 def test_rows_and_parts_that_differ_are_refused(llava_folder):
