@@ -188,10 +188,10 @@ def _adapters(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
         yield _row(MOMENTS, MASTERS, count, "float32", "1 for each trained weight")
     if factors:
         a, b = (shape.layers * sum(sizes) for sizes in zip(*factors, strict=True))
-        each = ", E r in for experts" * bool(targeted(shape, setup).experts)
-        yield _row(ADAPTERS, "lora_A", a, setup.adapter_dtype, f"r in{each}")
-        yield _row(ADAPTERS, "lora_B", b, setup.adapter_dtype, f"r out{each.replace('in', 'out')}")
-        out = b // setup.r
+        times = "; of experts E times" * bool(targeted(shape, setup).experts)
+        yield _row(ADAPTERS, "lora_A", a, setup.adapter_dtype, f"r in{times}")
+        yield _row(ADAPTERS, "lora_B", b, setup.adapter_dtype, f"r out{times}")
+        out = b // setup.r  # of linear layers: experts have neither DoRA nor PiSSA
         if setup.method == "dora":
             yield _row(ADAPTERS, "lora_magnitude_vector", out, setup.adapter_dtype, "out")
             yield _row(ADAPTERS, "lengths", out, "float32", "out: of the base's rows")

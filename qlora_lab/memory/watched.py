@@ -130,8 +130,9 @@ def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shap
         return TURNED
     if "experts" in names:
         # The weight of a pair is one number; Python cannot tell an answer from a gate of the same width, nor from what
-        # an adapter keeps. (On a GPU with r = 1 an inner product is one number, too, and counts as routing.)
-        return EXPERT_ACTIVATIONS if tensor.is_floating_point() and tensor.shape[-1] > 1 else ROUTING
+        # an adapter keeps. (Where an adapter has a product of its own, one of r = 1 counts as routing, too.)
+        is_weight = tensor.shape[-1] == 1 and names[-1] == "experts"
+        return EXPERT_ACTIVATIONS if tensor.is_floating_point() and not is_weight else ROUTING
     if shape.experts and names[-1] == "gate":
         return ROUTING
     if not tensor.is_floating_point():

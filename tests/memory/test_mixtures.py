@@ -94,6 +94,14 @@ def test_so_is_every_row_of_adapters_on_experts(family, method, dtype, targets):
     assert not differences(measured(build(family, method, dtype, targets=targets), batch_of()))
 
 
+@pytest.mark.slow  # cases more
+@pytest.mark.parametrize("method, r, recompute", [("rslora", 18, False), ("lora", 1, False), ("lora", 18, True)])
+def test_so_it_is_of_other_strengths_ranks_and_layers_computed_again(method, r, recompute):
+    model = ql.add_adapter(build("Qwen2Moe", "base", NARROW), method, r=r, targets=("experts", "o_proj"))
+    unseen = UNSEEN | ({"rotary cosines and sines"} if recompute else set())
+    assert not differences(measured(model, batch_of(), recompute=recompute), unseen)
+
+
 def test_pairs_of_experts_by_hand():
     """Two layers of four experts: gate and up 64 x 16, down 16 x 32; so r (16 + 64) and r (32 + 16) a pair."""
     shape = shape_of(tiny("Mixtral").config)
