@@ -24,12 +24,12 @@ from qlora_lab.train.torchrun import rank
 # Each is a file of this folder.
 COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")
 COMMANDS += ("merge", "gguf", "memory", "sweep", "multiple-choice", "tournament", "block-size", "xray", "conformance")
-COMMANDS += ("verify", "open")
+COMMANDS += ("experts", "verify", "open")
 LESS_MEMORY = "close other programs, or choose a smaller model"  # a command may know something better
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, beside ModelError
 # Commands whose only effect is what they print.
-PRINTING = ("generate", "doctor", "memory", "kernels", "xray", "conformance", "verify")
+PRINTING = ("generate", "doctor", "memory", "kernels", "xray", "conformance", "experts", "verify")
 EXITS = """Exit codes: 0 done; 1 doctor found a problem, verify or xray found a difference, conformance found one
 without a known reason, or memory found that a run does not fit; 2 a mistake, a full disk or too little memory, reported
 in one line, or faults that xray lists; 130 interrupted. Ctrl-C, SIGTERM and a closed terminal all end a command in the

@@ -16,7 +16,7 @@ def add_model(group) -> None:
     """Add the options of a model that is loaded."""
     add_field(group, ModelOptions, "model")
     add_quantization(group)
-    add_fields(group, ModelOptions, "dtype")
+    add_fields(group, ModelOptions, "also", "dtype")
 
 
 def add_quantization(group) -> None:
@@ -59,7 +59,8 @@ def load_model(a: argparse.Namespace):
         import torch
 
         dtype = getattr(torch, a.dtype)  # one of the choices, so it exists
-    model, tokenizer = ql.load(a.model, codebook, a.block_size, a.double_quant, dtype=dtype, progress=not a.quiet)
+    options = {"also": a.also, "dtype": dtype, "progress": not a.quiet}
+    model, tokenizer = ql.load(a.model, codebook, a.block_size, a.double_quant, **options)
     if codebook:
         from qlora_lab.model.share_in_4_bits import in_4_bits
 

@@ -162,7 +162,7 @@ def test_check_run_allows_the_defaults_and_no_quantisation():
         check_run(ModelOptions(), AdapterOptions(method=method), PACKED)
 
 
-NO_OPTION = ("model", "tokenizer", "seed", "progress", "parts")  # parts: in Python alone
+NO_OPTION = ("model", "tokenizer", "seed", "progress")
 
 
 def test_the_options_of_a_method_are_those_of_its_function():

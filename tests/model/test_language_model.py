@@ -12,7 +12,6 @@ from qlora_lab.adapters.adapter import adapters, remove_adapter
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.data.dataset import collate, encode, load_data
 from qlora_lab.measure.perplexity import perplexity
-from qlora_lab.memory.predict import predict_memory
 from qlora_lab.memory.weights import BESIDE, measured_weights, predicted_weights
 from qlora_lab.model.empty_model import ModelError, empty_model
 from qlora_lab.model.language_model import beside, language_model, parts_beside
@@ -205,13 +204,6 @@ def test_weights_are_counted_to_the_byte(llava_folder, dtype):
         parts = model.model.vision_tower, model.model.multi_modal_projector
         plain = sum(p.nbytes for part in parts for p in part.parameters())
         assert beside.stored > plain if also else beside.stored == plain  # packed layers have no parameters
-
-
-def test_what_a_run_costs_is_refused_by_name(llava_folder):
-    with pytest.raises(
-        ValueError, match="architecture 'llava', whose layers are unknown here.*counts the weights of any"
-    ):
-        predict_memory(llava_folder)
 
 
 def test_parts_are_named_by_where_they_stand(llava_folder):
