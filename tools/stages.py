@@ -6,10 +6,11 @@
 A failed stage does not stop the others; Ctrl-C does. Exit code 1: a stage failed. 2: a name is unknown. 130: Ctrl-C.
 
 Two workers of pytest with one thread each are faster than one worker with two threads. Tests that need several threads
-set their number themselves. The fast stage fixes the winner of the race of products (qlora_lab/kernels/product.py) at
-float32. Four stages repeat, as on another machine, those fast tests that can differ there: two with another winner,
-"old" on a CPU without AVX2, and "readable" without kernels. Which these are, the fast stage notes: a test that has not
-asked who won, or which kernels run, cannot tell. In all other stages products race.
+set their number themselves. "fast" has what takes less than a tenth of a second a test, "long" the rest of the tests
+that depend on the machine or need no second. Both fix the winner of the race of products (qlora_lab/kernels/product.py)
+at float32. Four stages repeat, as on another machine, those of their tests that can differ there: two with another
+winner, "old" on a CPU without AVX2, and "readable" without kernels. Which these are, the first two note: a test that
+has not asked who won, or which kernels run, cannot tell. In all other stages products race.
 """
 
 import os
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest"]
 WORKERS = ["-n", "2"]
 TESTS = ["-p", "no:nbval", "--ignore=tests/browser", "tests"]  # nbval takes a second to import
-FAST = [*PYTEST, *WORKERS, "--dist", "worksteal", *TESTS, "-m", "not slow"]
+STEALING = [*PYTEST, *WORKERS, "--dist", "worksteal", *TESTS]
 # tests that are the same on every machine: the interpreter of GPU kernels, faults of disks and files
 SAME = ["kernels/triton", "gpu_code", "test_bench_gpu_day.py", "test_faults.py", "test_fuzz.py", "test_readers.py"]
 SAME += ["test_strangers.py", "cli/test_cli_absurd.py", "cli/test_cli_streams.py", "tools/test_trust.py"]
@@ -40,8 +41,9 @@ WITHOUT_NUMBERS += [f"show/test_{name}.py" for name in PICTURES]
 
 
 def again(*options: str) -> list[str]:
-    """Command of the fast tests but those that are the same everywhere."""
-    return [*FAST, *(f"--ignore=tests/{name}" for name in [*SAME, *WITHOUT_NUMBERS]), *options]
+    """Command of the fast and long tests but those that are the same everywhere."""
+    ignored = (f"--ignore=tests/{name}" for name in [*SAME, *WITHOUT_NUMBERS])
+    return [*STEALING, "-m", "not slow", *ignored, *options]
 
 
 def unexpected(calls: set[str], path: Path) -> str | None:
@@ -53,10 +55,10 @@ def unexpected(calls: set[str], path: Path) -> str | None:
 
 
 # --without: tests that set themselves, each in its turn, what the stage sets for all
-# --asking: after the fast stage, only the tests that asked for what the stage sets; alone, all of them
+# --asking: after "fast" and "long", only the tests that asked for what the stage sets; alone, all of them
 ARITHMETIC = again("--without=outcome", "--asking=race")
 NOTES = "QLORA_LAB_TEST_NOTES"  # names the folder in which tests/conftest.py notes what each test has asked for
-BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # five stages compile the same tests: keep what the first one compiled
+BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # six stages compile the same tests: keep what the first one compiled
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 # The installed wheel runs the course. A notebook and its solution are a pair for one worker and one kernel: they
 # share results in the temporary folder, and nearly all of their cells.
@@ -78,7 +80,8 @@ class Stage(NamedTuple):
 
 STAGES = {
     "normalised": Stage([sys.executable, "tools/notebooks.py", "--check"]),
-    "fast": Stage([*FAST, "qlora_lab"], {"QLORA_LAB_PRODUCTS": "float32"}),
+    "fast": Stage([*STEALING, "qlora_lab", "-m", "not slow and not long"], {"QLORA_LAB_PRODUCTS": "float32"}),
+    "long": Stage([*STEALING, "-m", "long and not slow"], {"QLORA_LAB_PRODUCTS": "float32"}),
     "onednn": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "onednn"}),
     "bfloat16": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "bfloat16"}),
     "old": Stage(again(), {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),

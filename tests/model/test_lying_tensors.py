@@ -159,6 +159,7 @@ def interrupted(folder, tmp_path):
     return begun
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [32, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_forged_checkpoint_is_refused_by_its_tensor(folder, interrupted, bits):
     run = interrupted(bits)
