@@ -6,11 +6,11 @@
 A failed stage does not stop the others; Ctrl-C does. Exit code 1: a stage failed. 2: a name is unknown. 130: Ctrl-C.
 
 Two workers of pytest with one thread each are faster than one worker with two threads. Tests that need several threads
-set their number themselves. "fast" has what takes less than a tenth of a second a test, "long" the rest of the tests
-that depend on the machine or need no second. Both fix the winner of the race of products (qlora_lab/kernels/product.py)
-at float32. Four stages repeat, as on another machine, those of their tests that can differ there: two with another
-winner, "old" on a CPU without AVX2, and "readable" without kernels. Which these are, the first two note: a test that
-has not asked who won, or which kernels run, cannot tell. In all other stages products race.
+set their number themselves. "fast" runs what takes less than a tenth of a second, "long" what takes more and may differ
+on another machine. Both fix the winner of the race of products (qlora_lab/kernels/product.py) at float32. Four stages
+repeat, as on another machine, those of their tests that can differ there: two with another winner, "old" on a CPU
+without AVX2, and "readable" without kernels. Which these are, the first two note: a test that has not asked who won, or
+which kernels run, cannot tell. In all other stages products race.
 """
 
 import os
@@ -39,6 +39,9 @@ PICTURES = ["block_size", "escape", "explorer", "figure", "labels", "memory", "p
 PICTURES += ["adapter_places", "results", "tournament", "tournament_page", "zoo"]
 WITHOUT_NUMBERS += [f"show/test_{name}.py" for name in PICTURES]
 
+# Rooms whose readable code computes with torch itself, which has other last bits on a CPU without AVX2: linspace does.
+TORCH_ALONE = ["quant", "optim"]
+
 
 def again(*options: str) -> list[str]:
     """Command of the fast and long tests but those that are the same everywhere."""
@@ -46,9 +49,13 @@ def again(*options: str) -> list[str]:
     return [*STEALING, "-m", "not slow", *ignored, *options]
 
 
+def computes_with_torch(path: Path) -> bool:
+    return any(ROOT / "tests" / room in path.parents for room in TORCH_ALONE)
+
+
 def unexpected(calls: set[str], path: Path) -> str | None:
     """Name the choice that a test in this file has asked for, although the list says that none of its tests does."""
-    asked = next((call for call in ("_choose", "race") if call in calls), None)
+    asked = next((call for call in ("_choose", "race", "run") if call in calls), None)
     # Few tests ask, so few paths are compared.
     listed = asked and any(ROOT / "tests" / name in (path, *path.parents) for name in WITHOUT_NUMBERS)
     return asked if listed else None
@@ -64,9 +71,12 @@ INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 # share results in the temporary folder, and nearly all of their cells.
 COURSE = [sys.executable, "tools/from_wheel.py", *PYTEST, "-p", "tools.pairs", *WORKERS, "--dist", "loadfile"]
 COURSE += ["--nbval-current-env", "--nbval-cell-timeout=1200", "--nbval-sanitize-with=nbval_sanitize.cfg"]
-# files with long slow tests: begun late, they would leave one worker without work, too
-LONG = ["test_bench.py", "test_aot.py", "test_trust.py", "test_site.py", "test_families.py", "test_distributed.py"]
-LONG += ["test_checkpoint.py", "test_default_model.py", "test_wheel.py", "test_many.py"]
+# files with more than 20 s of slow tests, the longest first: begun late, they would leave one worker without work, too
+LONG = ["test_bench.py", "test_lm_eval.py", "test_cli_streams.py", "test_machines.py", "test_predict.py"]
+LONG += ["test_killed_overwrite.py", "test_rivals.py", "test_strangers.py", "test_distributed.py", "test_trust.py"]
+LONG += ["test_diagnose.py", "test_checkpoint.py", "test_cpu.py", "test_site.py", "test_aot.py"]
+LONG += ["test_simulated_games.py", "test_bench_gpu_day.py", "test_kills.py", "test_perplexity.py", "test_live.py"]
+LONG += ["test_paged_adamw.py", "test_default_model.py", "test_expert_parallel.py", "test_wheel.py", "test_families.py"]
 LONGEST = "10_finetune_llama.ipynb"  # as long as four others
 LONGEST_FIRST = sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: (path.name != LONGEST, path.name))
 
@@ -84,7 +94,9 @@ STAGES = {
     "long": Stage([*STEALING, "-m", "long and not slow"], {"QLORA_LAB_PRODUCTS": "float32"}),
     "onednn": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "onednn"}),
     "bfloat16": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "bfloat16"}),
-    "old": Stage(again(), {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
+    "old": Stage(
+        again("--asking=_choose,race,run,torch"), {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}
+    ),
     "readable": Stage(again("--without=with_kernels", "--asking=_choose"), {"QLORA_LAB_KERNELS": "reference"}),
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
     # one worker runs a file's tests, which share what is slow: all kernels compiled, a wheel, a bench's rows
