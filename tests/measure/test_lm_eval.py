@@ -104,7 +104,7 @@ def test_the_harness_agrees_on_a_small_model_with_an_adapter(tmp_path, folder):
 @installed
 @pytest.mark.slow
 def test_the_harness_agrees_on_the_default_model_in_nf4(tmp_path):
-    # One of each library, and of two of the four: what another prompt could add, the small model shows in seconds.
+    # One question each from two of the four libraries: the small model above reads the awkward ones in a second.
     generated = docstring_choice(2, libraries=LIBRARIES[:2], progress=False)
     questions = Questions("any", generated.test, generated.dev)
     compare(tmp_path, "smollm2-135m", "", questions, 1)

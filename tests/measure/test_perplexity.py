@@ -99,7 +99,7 @@ def test_four_bit_types_rank_on_a_real_llama_as_in_the_paper():
     """
     variants = {None: 14.25, "nf4": 18.63, "fp4": 20.54, "int4": 22.00}
     measured = {}
-    windows = 2  # 1,022 predictions tell these apart, and a read of eight takes two minutes in all
+    windows = 2  # 1,022 predictions tell these apart; eight windows took two minutes in all
     for codebook in variants:
         model, tokenizer = load("smollm2-135m", codebook, double_quant=False, dtype=torch.bfloat16, progress=False)
         measured[codebook] = perplexity(model, tokenizer, topics_text(), windows=windows)

@@ -249,6 +249,7 @@ def test_an_interrupted_sweep_goes_on(folder, results, tmp_path, counted):
     assert [row["window_losses"] for row in rows] == [row["window_losses"] for row in whole]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", ["text", "length", "dtype", "weights", "config", "version"])
 def test_a_row_of_something_else_is_not_taken(folder, results, counted, change, monkeypatch):
     quiet(folder, [Variant(None)], results)

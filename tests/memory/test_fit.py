@@ -31,6 +31,7 @@ def test_switches_come_in_the_order_of_their_price():
     assert switched == [ORDER[:0], ORDER[:1], ORDER[:2], ORDER[:3]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gb", [80, 24, 12, 8, 6])
 def test_the_ledger_of_the_advised_settings_says_the_same(gb):
     found = fit("llama-7b", gb, **WANTED)

@@ -12,6 +12,7 @@ STATE = {"colour": "blue", "shape": "cross", "number": "two", "side": "top", "as
 EXPLORER = SeeingExplorer(TOWER, **STATE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("asked", WORDS)
 @pytest.mark.parametrize("read_by", STORED)
 def test_any_state(asked, read_by):
