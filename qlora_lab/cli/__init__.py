@@ -19,6 +19,7 @@ import qlora_lab as ql
 from qlora_lab.cli.options import Parser, one_line
 from qlora_lab.cli.streams import Patient, patient_streams
 from qlora_lab.train.interrupt import ending_like_ctrl_c
+from qlora_lab.train.torchrun import rank
 
 # Each is a file of this folder.
 COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")
@@ -79,10 +80,11 @@ def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    process = int(os.environ.get("RANK", 0))  # set by torchrun
-    if process > 0:
-        arguments.quiet = True  # only the first process shows progress and prints
+    process = 0
     try:
+        process = rank()
+        if process > 0:
+            arguments.quiet = True  # only the first process shows progress and prints
         with _warnings_as_lines(arguments.command, silent=process > 0):
             return arguments.module.run(arguments) or 0
     except KeyboardInterrupt as interrupt:  # one from training says what is saved, and how to resume

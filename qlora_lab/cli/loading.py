@@ -1,13 +1,13 @@
 """What several commands read: the model with its options, its share in 4 bits, and a text to predict."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import qlora_lab as ql
 from qlora_lab.cli.options import add_field, add_fields, common, whole
 from qlora_lab.train.run_options import METHOD_OPTIONS, ModelOptions
+from qlora_lab.train.torchrun import rank
 
 DOUBLE_QUANT = {"off": [False], "on": [True], "both": [False, True]}
 
@@ -81,7 +81,7 @@ def print_note(a: argparse.Namespace, text: str) -> None:
 
 def is_first_process() -> bool:
     """Whether this is the one of torchrun's processes that writes and prints."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
 
 
 def add_adapters(a: argparse.Namespace, model, tokenizer) -> None:

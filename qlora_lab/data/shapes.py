@@ -22,6 +22,7 @@ import numpy as np
 
 from qlora_lab.data.pictures import PLACEHOLDER
 from qlora_lab.files import disk
+from qlora_lab.files.out_path import out_path
 from qlora_lab.files.replace import replacing_folder
 from qlora_lab.quant.numbers import check_seed, check_whole
 
@@ -175,6 +176,7 @@ def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = F
     from PIL import Image
 
     lines = []
+    folder = out_path(folder)
     with replacing_folder(folder) as new:
         for number, scene in enumerate(scenes):
             question, answer = questions(scene)[list(ASKED)[number % len(ASKED)]]
@@ -183,7 +185,7 @@ def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = F
             record = {"image": f"{number:05d}.png", "instruction": f"{PLACEHOLDER}\n{question}", "output": answer}
             lines.append(json.dumps(record))
         disk.write_text(new / RECORDS, "\n".join(lines) + "\n")
-    return Path(folder) / RECORDS
+    return folder / RECORDS
 
 
 def frequent_answers(train: Iterable[Scene], test: Sequence[Scene]) -> dict[str, float]:

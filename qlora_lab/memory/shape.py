@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_lab.files.home import expanded
 from qlora_lab.model.experts import COUNTS
 from qlora_lab.model.fetch import KNOWN_MODELS, cache_dir, fetch
 from qlora_lab.model.model_files import read_config
@@ -151,7 +152,7 @@ def _from_name(name: str) -> Shape:
         *sizes, vocabulary = PUBLISHED[name]
         _, hidden, _, heads, _ = sizes
         return Shape(name, "llama", *sizes, hidden // heads, vocabulary, tied=False)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name in KNOWN_MODELS:
         path = cache_dir() / name
         if not (path / "config.json").is_file():

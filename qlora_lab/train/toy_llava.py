@@ -185,7 +185,8 @@ def toy_llava(
     """
     from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
-    if out_path(out).exists():
+    out = out_path(out)
+    if out.exists():
         raise FileExistsError(f"{out} exists: name a folder that does not, or load this one")
     check_seed(seed)
     source = resolve(language, progress=progress)
@@ -211,7 +212,7 @@ def toy_llava(
     with replacing_folder(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    return Path(out)
+    return out
 
 
 def _processor(source: Path):

@@ -44,6 +44,18 @@ def test_finetune_then_generate(capsys, tmp_path, folder, data, monkeypatch):
 
 
 @pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize("limit", [600, 1000])
+def test_a_longer_row_in_training_is_also_tested(capsys, tmp_path, folder, data, limit):
+    """At most 512 tokens, unless training takes longer rows. The second example has some 800."""
+    path = tmp_path / "test.jsonl"
+    path.write_text(TRAIN % (1, 2) + json.dumps({"instruction": "two " * 200, "output": "six"}))
+    options = ["--data", data, "--test-data", path, "--steps", 1, "--r", 2, "--out", tmp_path / "run", "--quiet"]
+    code, _, err = run(capsys, "finetune", "--model", folder, "--max-length", limit, *options)
+    assert code == 0
+    assert ("1 of 2 examples have more than 600 tokens" in err) == (limit == 600), err
+
+
+@pytest.mark.filterwarnings("always")
 def test_an_adapter_of_another_model_is_told_in_one_line(capsys, tmp_path, folder):
     import qlora_lab as ql
 

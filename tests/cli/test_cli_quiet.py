@@ -90,6 +90,7 @@ def test_others_do(shown, command, bars):
 
 
 def test_other_processes_than_the_first_are_quiet(shown, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert shown("generate") == ""
 

@@ -263,6 +263,22 @@ def test_held_out_joins_loss_and_rouge(tiny_llama, tokenizer):
     assert result.loss == held_out_loss(tiny_llama, encode_all(EXAMPLES[:3], tokenizer, 512)[0])
 
 
+def test_the_limit_of_tokens_is_the_callers(tiny_llama, tokenizer):
+    short, long = EXAMPLES[0], Example((("user", "two " * 200), ("assistant", "the sum")))
+    tokens = len(encode(long, tokenizer).input_ids)
+    assert tokens > 512
+    one, both = (held_out_loss(tiny_llama, encode_all(some, tokenizer, tokens)[0]) for some in ([short], [short, long]))
+    said = rf"1 of 2 examples have more than 512 tokens and do not count .*: max_length={tokens} \(--max-length\)"
+    with pytest.warns(UserWarning, match=said):
+        assert held_out(tiny_llama, tokenizer, [short, long]).loss == one
+    result = held_out(tiny_llama, tokenizer, [short, long], max_length=tokens)
+    assert result.loss == both != one and len(result.answers) == 2
+    with pytest.raises(ValueError, match="no example has at most 3 tokens: allow at least"):
+        held_out(tiny_llama, tokenizer, [short], max_length=3)
+    with pytest.raises(ValueError, match="max_length=0 is not allowed: it is a whole number of at least 1"):
+        held_out(tiny_llama, tokenizer, [short], max_length=0)
+
+
 def test_measuring_changes_no_weight_gradient_flag_or_random_state(trained, tokenizer):
     state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     flags = [module.training for module in trained.modules()]

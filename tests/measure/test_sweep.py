@@ -143,7 +143,8 @@ def test_a_row_says_where_it_comes_from(folder, results):
     assert row["data"]["text_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
     assert {"processor", "GPU", "instructions"} <= row["machine"].keys()
     assert row["versions"]["torch"] == torch.__version__ and row["seconds"] > 0
-    assert row.keys() == {*ROW, "seed", "date", "commit", "machine", "seconds", "sha256"}
+    assert row["processor_seconds"] > 0
+    assert row.keys() == {*ROW, "seed", "date", "commit", "machine", "seconds", "processor_seconds", "sha256"}
     assert json.loads(results.read_text()) == row and results.read_bytes().startswith(START)
     (folder / "source.json").write_text('{"source": "a wheel"}')
     assert module.model_record("known", folder)["source"] == "a wheel"

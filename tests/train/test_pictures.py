@@ -15,8 +15,9 @@ from qlora_lab.adapters.lora import add_lora
 from qlora_lab.adapters.peft_format import load_adapter, save_adapter
 from qlora_lab.data.dataset import collate, encode_all, load_data
 from qlora_lab.doctor.diagnose import diagnose
-from qlora_lab.measure.held_out import generate, held_out
+from qlora_lab.measure.held_out import generate, generate_answers, held_out
 from qlora_lab.model.load import load
+from qlora_lab.train import limits
 from qlora_lab.train.identity import base_checksum
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training, finetune
@@ -163,6 +164,32 @@ def test_a_processor_of_another_tower_is_told(llava_folder, data, tmp_path):
     with pytest.raises(ValueError, match=r"cannot read .*\.png \(.*24.*\): use the processor of this model") as error:
         trained(add_lora(model), tokenizer, data, tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+def test_a_tower_is_asked_before_an_answer_or_a_loss(llava_folder, data, monkeypatch):
+    model, tokenizer = quiet(llava_folder)
+    tokenizer.processor.image_processor.crop_size = {"height": 24, "width": 24}
+    monkeypatch.setattr(model, "generate", None)  # nobody comes so far
+    message = r"LlavaFor.* cannot read .*\.png \(.*24.*\): use the processor of this model"
+    seen = [example for example in load_data(data) if example.pictures]
+    with pytest.raises(ValueError, match=message) as error:
+        generate(model, tokenizer, "<image>\nWhich colour?", 2, pictures=data.parent / "0.png", progress=False)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        held_out(model, tokenizer, seen, progress=False)
+    with pytest.raises(ValueError, match=message):
+        generate_answers(model, tokenizer, seen, progress=False)
+
+
+def test_memory_that_runs_out_is_not_the_fault_of_a_picture(llava_folder, data, monkeypatch):
+    model, tokenizer = quiet(llava_folder)
+
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(limits, "answer_loss", full)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+        generate(model, tokenizer, "<image>\nWhich colour?", 2, pictures=data.parent / "0.png", progress=False)
 
 
 @pytest.mark.long
