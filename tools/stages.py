@@ -6,8 +6,8 @@
 A failed stage does not stop the others; Ctrl-C does. Exit code 1: a stage failed. 2: a name is unknown. 130: Ctrl-C.
 
 Two workers of pytest with one thread each are faster than one worker with two threads. Tests that need several threads
-set their number themselves. "fast" runs what takes less than a tenth of a second, "long" what takes more and may differ
-on another machine. Both fix the winner of the race of products (qlora_lab/kernels/product.py) at float32. Four stages
+set their number themselves. "fast" runs what takes less than a tenth of a second, "long" what takes more and is not
+marked slow. Both fix the winner of the race of products (qlora_lab/kernels/product.py) at float32. Four stages
 repeat, as on another machine, those of their tests that can differ there: two with another winner, "old" on a CPU
 without AVX2, and "readable" without kernels. Which these are, the first two note: a test that has not asked who won, or
 which kernels run, cannot tell. In all other stages products race.
