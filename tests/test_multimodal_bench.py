@@ -95,6 +95,7 @@ def model(folder, tmp_path):
     return ql.load(llava, None, dtype=torch.float32, device="cpu", progress=False)
 
 
+@pytest.mark.long
 def test_tokens_of_pictures_begin_as_large_as_those_of_words(model):
     model, tokenizer = model
     tokens = []
@@ -106,6 +107,7 @@ def test_tokens_of_pictures_begin_as_large_as_those_of_words(model):
     assert tokens[-1].std() == pytest.approx(words.item(), rel=1e-3)
 
 
+@pytest.mark.long
 def test_one_part_at_a_time_is_rounded_and_then_put_back(model, monkeypatch):
     monkeypatch.setattr(bench, "CODEBOOKS", ("nf2",))
     model, _ = model

@@ -85,6 +85,7 @@ def test_quantize_then_generate(capsys, tmp_path, folder):
     assert code == 2 and "holds a model already: choose another folder" in err
 
 
+@pytest.mark.long
 def test_generate_shows_its_pictures_to_a_model_that_sees(capsys, tmp_path, llava_folder):
     from PIL import Image
 
@@ -117,6 +118,7 @@ def test_plain_report(capsys, tmp_path, folder, data):
     assert code == 0 and "loss last" in text and "moments" not in text and said == ""
 
 
+@pytest.mark.long
 def test_a_file_without_test_data_is_reported_as_not_tested(capsys, tmp_path, folder, data):
     options = ["finetune", "--model", folder, "--data", data, "--steps", 1, "--r", 2]
     code, text, said = run(capsys, *options, "--out", tmp_path / "a")
@@ -126,6 +128,7 @@ def test_a_file_without_test_data_is_reported_as_not_tested(capsys, tmp_path, fo
     assert code == 0 and "tested" not in said
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("always")
 def test_bad_records_are_skipped_when_asked(capsys, tmp_path, folder, data):
     text = Path(data).read_text("utf-8")
@@ -152,6 +155,7 @@ def test_docstrings_are_tested_on_their_test_split(monkeypatch, data):
     assert finetune._held_out_examples(arguments) == docstrings.docstring_pairs(("tqdm",), False)[:3] != []
 
 
+@pytest.mark.long
 def test_an_interrupted_run_is_resumed(capsys, tmp_path, folder, data, monkeypatch):
     from qlora_lab.train import trainer
 
@@ -291,6 +295,7 @@ def test_help_is_quick_and_argparse_errors_are_code_2():
     assert stop.value.code == 2
 
 
+@pytest.mark.long
 def test_commands_of_the_documentation_are_understood():
     root = Path(__file__).parents[2]
     pages = [root / "README.md", *(root / "docs").glob("*.md")]

@@ -179,6 +179,7 @@ def test_operations_of_adapters_are_those_of_the_experts_in_use():
     assert counter.get_total_flops() == work(shape_of(model), Setup(method="lora", r=4, targets="all"), tokens=10)
 
 
+@pytest.mark.long
 def test_half_a_mixture_is_refused():
     model = build("Mixtral", None)
     pack(model, {path: o for path, o in options_of(model, NF4, None).items() if "down_proj" not in path})

@@ -38,6 +38,7 @@ def in_4_bits_of(model) -> set[str]:
     return {path.split(".")[1] for path, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
+@pytest.mark.long
 def test_unquantised_equals_transformers(llava_folder):
     model, tokenizer = quiet(llava_folder, codebook=None)
     want = LlavaForConditionalGeneration.from_pretrained(llava_folder).requires_grad_(False)
@@ -57,6 +58,7 @@ def test_only_the_language_model_is_in_4_bits(llava_folder):
     assert str(in_4_bits(model)).startswith("98.5 % of the language model's weights")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("also", [(PROJECTOR, TOWER), *(pytest.param(n, marks=SLOW) for n in (PROJECTOR, (TOWER,)))])
 def test_tower_and_projector_are_quantised_when_asked_for(llava_folder, tmp_path, also):
     model, tokenizer = quiet(llava_folder, also=also)
@@ -194,6 +196,7 @@ def test_a_damaged_processor_is_named(llava_folder):
         quiet(llava_folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=SLOW)])
 def test_weights_are_counted_to_the_byte(llava_folder, dtype):
     for also in ((), (TOWER, PROJECTOR)):

@@ -12,6 +12,7 @@ STATE = {"colour": "blue", "shape": "cross", "number": "two", "side": "top", "as
 EXPLORER = SeeingExplorer(TOWER, **STATE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("asked", WORDS)
 @pytest.mark.parametrize("read_by", STORED)
 def test_any_state(asked, read_by):
@@ -27,6 +28,7 @@ def test_any_state(asked, read_by):
     assert [text.get_text() for text in EXPLORER.words if text.get_text()] == list(WORDS[asked])
 
 
+@pytest.mark.long
 def test_the_sentence():
     EXPLORER.set(**STATE)
     start = "Two blue crosses at the top, pairs that training never showed: asked for the colour, the tower answers: "
@@ -42,6 +44,7 @@ def test_the_sentence():
     assert EXPLORER.code().startswith("SeeingExplorer(tower, colour='red', shape='circle', ")
 
 
+@pytest.mark.long
 def test_a_picture_does_not_depend_on_the_one_before_it():
     EXPLORER.set(**{**STATE, "shape": "line", "asked": "shape"})
     EXPLORER.set(**STATE)

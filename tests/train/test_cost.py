@@ -281,6 +281,7 @@ def test_steps_are_added_up():
 EXAMPLES = [Example((("user", f"a {letter}"), ("assistant", "b"))) for letter in "abcdefgh"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 def test_a_resumed_run_adds_to_what_was_spent(folder, tmp_path, monkeypatch):
     joules = iter(range(0, 10**6, 3))  # 3 J between two readings

@@ -50,6 +50,7 @@ def batch_of(data, tokenizer):
     return collate(encode_all(load_data(data)[:4], tokenizer, 256, progress=False)[0], 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("micro", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_resumed_run_gives_the_same_bits(llava_folder, data, tmp_path, micro):
     model, tokenizer = quiet(llava_folder)
@@ -143,6 +144,7 @@ def test_it_is_evaluated_and_asked_with_pictures(llava_folder, data, tmp_path):
     assert answer == want != ""
 
 
+@pytest.mark.long
 def test_one_picture_is_asked_about_by_its_path(llava_folder, data):
     model, tokenizer = quiet(llava_folder)
     path = data.parent / "0.png"
@@ -155,6 +157,7 @@ def test_one_picture_is_asked_about_by_its_path(llava_folder, data):
         generate(model, tokenizer, "<image>\nWhich colour?", **how)
 
 
+@pytest.mark.long
 def test_a_processor_of_another_tower_is_told(llava_folder, data, tmp_path):
     model, tokenizer = quiet(llava_folder)
     tokenizer.processor.image_processor.crop_size = {"height": 24, "width": 24}
@@ -189,6 +192,7 @@ def test_memory_that_runs_out_is_not_the_fault_of_a_picture(llava_folder, data, 
         generate(model, tokenizer, "<image>\nWhich colour?", 2, pictures=data.parent / "0.png", progress=False)
 
 
+@pytest.mark.long
 def test_a_later_picture_of_another_size_is_told_before_the_first_step(llava_folder, tmp_path):
     """A processor that resizes nothing: the first three pictures fit the tower."""
     model, tokenizer = quiet(llava_folder)
@@ -203,6 +207,7 @@ def test_a_later_picture_of_another_size_is_told_before_the_first_step(llava_fol
     assert "\n" not in str(error.value) and not (tmp_path / "run" / "log.jsonl").exists()
 
 
+@pytest.mark.long
 def test_pictures_are_not_packed(llava_folder, data, tmp_path):
     model, tokenizer = quiet(llava_folder)
     with pytest.raises(ValueError, match="examples with pictures cannot be packed: leave out packing"):

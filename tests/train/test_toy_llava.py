@@ -27,6 +27,7 @@ def loaded(folder, codebook=None):
     return ql.load(folder, codebook, dtype=torch.float32, device="cpu", progress=False)
 
 
+@pytest.mark.long
 def test_a_seed_decides_the_tower_and_no_draw_of_the_caller_is_used(tower):
     torch.manual_seed(5)
     again = trained_tower(SCENES, 2, progress=False).state_dict()
@@ -56,6 +57,7 @@ def test_rounding_leaves_the_tower_alone_and_keeps_four_levels_a_block(tower):
     assert max(len(block.unique()) for block in weight.view(-1, 64)) == 4
 
 
+@pytest.mark.long
 def test_the_folder_reads_pictures_as_the_tower_did(llava, tower):
     model, tokenizer = loaded(llava)
     shown = tokenizer.processor.image_processor([Image.fromarray(draw(SCENES[0]))], return_tensors="pt")
@@ -65,6 +67,7 @@ def test_the_folder_reads_pictures_as_the_tower_did(llava, tower):
     assert torch.allclose(seen, tower.vision(shown.pixel_values).last_hidden_state, atol=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("asked", ["colour", "side"])  # words with first letters of their own
 def test_answers_are_those_of_the_whole_model(llava, asked):
     model, tokenizer = loaded(llava)
@@ -81,6 +84,7 @@ def test_answers_are_those_of_the_whole_model(llava, asked):
         assert right == (logits.argmax() == words[WORDS[asked].index(getattr(scene, asked))])
 
 
+@pytest.mark.long
 def test_blank_pictures_all_give_one_answer(llava):
     model, tokenizer = loaded(llava, "nf4")
     blind = see(model, tokenizer, SCENES, "colour", blank=True, progress=False).probabilities
@@ -88,6 +92,7 @@ def test_blank_pictures_all_give_one_answer(llava):
     assert not torch.allclose(blind, see(model, tokenizer, SCENES, "colour", progress=False).probabilities, atol=1e-6)
 
 
+@pytest.mark.long
 def test_it_learns_from_the_records(llava, tmp_path):
     model, tokenizer = loaded(llava, "nf4")
     ql.add_adapter(model, "full", parts="multi_modal_projector")
@@ -114,6 +119,7 @@ def test_a_folder_that_exists_is_left_alone(tower, tmp_path):
         toy_llava(tmp_path, tower)
 
 
+@pytest.mark.long
 def test_what_cannot_be_asked_is_refused(llava):
     model, tokenizer = loaded(llava)
     with pytest.raises(ValueError, match="asked='size' is not known: choose from colour, shape, number, side"):
