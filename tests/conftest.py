@@ -185,9 +185,9 @@ def _noting(function, name: str, calls: set[str]):
 
 @pytest.fixture(autouse=True, scope="session")
 def calls(no_power_cut):
-    """What a test has asked for of a machine's choices: "_choose" (kernels), "race" (products). Another process's calls
-    are not seen, so "process" says that there was one."""
-    from qlora_lab.kernels import product
+    """What a test has asked for of a machine's choices: "_choose" (kernels), "race" (products). "run": it ran a kernel
+    of the CPU, perhaps unasked. Another process's calls are not seen, so "process" says that there was one."""
+    from qlora_lab.kernels import adamw, cpu, few_tokens, product
 
     calls = set()
     with pytest.MonkeyPatch.context() as patch:
@@ -195,6 +195,8 @@ def calls(no_power_cut):
         choose.cache_clear = kernels._choose.cache_clear
         patch.setattr(kernels, "_choose", choose)
         patch.setattr(product, "race", _noting(product.race, "race", calls))
+        for home in (adamw, cpu, few_tokens):
+            patch.setattr(home, "run", _noting(home.run, "run", calls))
         for home, name in [(subprocess.Popen, "__init__"), (os, "fork"), (BaseProcess, "start")]:
             patch.setattr(home, name, _noting(getattr(home, name), "process", calls))
         yield calls
@@ -217,7 +219,7 @@ def own_race(request, monkeypatch, calls):
     torch.default_generator.manual_seed(0)  # torch.manual_seed also keeps a stack trace for each kind of GPU: 0.7 ms
     calls.clear()
     yield
-    request.node.stash[ASKED] = sorted(calls)
+    request.node.stash[ASKED] = sorted(calls | ({"torch"} if stages.computes_with_torch(request.path) else set()))
     if request.node.get_closest_marker("slow"):  # no stage repeats these
         return
     if call := stages.unexpected(calls, request.path):
@@ -263,13 +265,14 @@ def pytest_sessionfinish():
         Path(NOTES, f"{os.getpid()}.json").write_text(json.dumps(_noted), "utf-8")
 
 
-def _unasked(call: str) -> set[str]:
-    """The tests that passed without this call in each stage, and without another process, which could have asked."""
+def _unasked(choices: str) -> set[str]:
+    """The tests that passed without these calls in each stage, and without another process, which could have asked."""
+    looked_for = {"process", *choices.split(",")}
     asked, known = set(), set()
     for path in Path(NOTES).glob("*.json") if NOTES else []:
         for test, calls in json.loads(path.read_text("utf-8")).items():
             known.add(test)
-            if call in calls or "process" in calls:
+            if looked_for.intersection(calls):
                 asked.add(test)
     return known - asked
 
@@ -277,7 +280,7 @@ def _unasked(call: str) -> set[str]:
 def pytest_addoption(parser):
     parser.addoption("--without", metavar="FIXTURE", help="leave out the tests that use this fixture (tools/stages.py)")
     parser.addoption(
-        "--asking", metavar="CALL", help="leave out tests that an earlier stage saw pass without this call"
+        "--asking", metavar="CALLS", help="leave out tests that an earlier stage saw pass without these calls"
     )
 
 
@@ -286,8 +289,8 @@ def _place(file: str) -> int:
 
 
 def pytest_collection_modifyitems(config, items):
-    without, call = config.getoption("--without"), config.getoption("--asking")
-    unasked = _unasked(call) if call else ()
+    without, choices = config.getoption("--without"), config.getoption("--asking")
+    unasked = _unasked(choices) if choices else ()
     left_out = [item for item in items if without in getattr(item, "fixturenames", ()) or item.nodeid in unasked]
     kept = set(items).difference(left_out)
     # files of LONG first, in its order; all others as they were collected

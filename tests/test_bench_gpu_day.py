@@ -212,6 +212,7 @@ STORED = json.loads(gpu_steps.STORED.read_text("utf-8"))["cases"]
 SHORT = gpu_steps.CASES["toy"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", gpu_steps.DTYPES)
 def test_the_stored_losses_are_those_of_this_machine(dtype, outcome, one_thread):
     found = gpu_steps.train(SHORT, gpu_steps.DTYPES[dtype], CPU)
@@ -219,6 +220,7 @@ def test_the_stored_losses_are_those_of_this_machine(dtype, outcome, one_thread)
     assert len(found["losses"]) == SHORT.steps and found["losses"][-1] < found["losses"][0]
 
 
+@pytest.mark.long
 def test_another_codebook_is_beyond_the_limits(monkeypatch, one_thread):
     quantise = gpu_steps.quantize_linears
     monkeypatch.setattr(gpu_steps, "quantize_linears", lambda model: quantise(model, "fp4"))
@@ -227,6 +229,7 @@ def test_another_codebook_is_beyond_the_limits(monkeypatch, one_thread):
     assert failures[0] == "bfloat16: other codes than the CPU's" and "bfloat16: tokens are" in failures[1]
 
 
+@pytest.mark.long
 def test_another_learning_rate_is_beyond_the_limits(monkeypatch, one_thread):
     monkeypatch.setattr(gpu_steps, "LR", 2 * gpu_steps.LR)
     found = gpu_steps.train(SHORT, torch.bfloat16, CPU)

@@ -230,6 +230,7 @@ def refusing(number: int) -> Callable:
     return refuse
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
 def test_another_error_of_the_disk_is_one_line_too(case, capsys, number):
     one = case("block-size")
@@ -243,6 +244,7 @@ def test_another_error_of_the_disk_is_one_line_too(case, capsys, number):
     assert cli.main(one.again) == 0 and contents(one.root) == new
 
 
+@pytest.mark.long
 def test_a_bug_between_two_writes_still_gives_a_traceback(case):
     def bug(kind, path):
         raise AttributeError("a bug")

@@ -187,6 +187,7 @@ def variants(content: dict):
             yield changed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [

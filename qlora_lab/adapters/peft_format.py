@@ -32,6 +32,7 @@ from qlora_lab.adapters.strength import check_dropout
 from qlora_lab.adapters.targets import adaptable, linear_layers
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import SUMS, as_lines, sha256
+from qlora_lab.files.home import expanded
 from qlora_lab.files.out_path import check_outside_model, out_folder
 from qlora_lab.files.replace import replacing_folder
 from qlora_lab.files.strict_json import parse, read_json
@@ -114,13 +115,14 @@ class StoredLora:
 
 def read_adapter(model: nn.Module, folder: str | Path) -> StoredLora:
     """Read LoRA's adapter in `folder` for `model`, which stays as it is. Raises what load_adapter raises."""
-    return _fitting(model, folder, *_read(Path(folder)))
+    folder = expanded(folder)
+    return _fitting(model, folder, *_read(folder))
 
 
-def _fitting(model: nn.Module, folder: str | Path, config: dict, tensors: dict, metadata: dict) -> StoredLora:
+def _fitting(model: nn.Module, folder: Path, config: dict, tensors: dict, metadata: dict) -> StoredLora:
     where = f"the adapter in {folder}"
     layers = adaptable(model)
-    check_settings(config, str(Path(folder) / CONFIG))
+    check_settings(config, str(folder / CONFIG))
     kind = kind_of(config)
     parts = _parts(kind)
     tensors = by_layer(model, tensors, config, _key_of, where)
@@ -133,7 +135,7 @@ def _fitting(model: nn.Module, folder: str | Path, config: dict, tensors: dict, 
         strengths = {path: strength_of(config, stored[path]) for path in layers if path in stored}  # the model's order
         check_dropout("lora_dropout", dropout)
     except ValueError as error:
-        raise ValueError(f"{Path(folder) / CONFIG}: {error}") from None
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
     values = {_key(path, name): tensors[f"{PREFIX}{stored[path]}.{name}.weight"] for path in stored for name in parts}
     _check_tensors(values, parts, strengths, layers, where)
     return StoredLora(where, kind, strengths, values, dropout, config, metadata)
@@ -151,7 +153,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     setting that is not read, and for keys or shapes that differ from the model's; the model is then left as it was.
     Warns with UserWarning if the adapter was trained on another base, or on another code table.
     """
-    config, tensors, metadata = _read(Path(folder))
+    folder = expanded(folder)
+    config, tensors, metadata = _read(folder)
     if isinstance(config.get("peft_type"), str) and config["peft_type"] in METHOD:
         where = f"the adapter in {folder}"
         warn_of_base(model, [layer.weight for layer in linear_layers(model).values()], config, metadata, where)
@@ -175,8 +178,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 def method_in(folder: str | Path) -> str:
     """Return the method of the adapter in `folder`, "lora" for what is none of the others. Raises what reading does."""
-    _check_files(Path(folder))
-    return METHOD.get(str(read_json(Path(folder) / CONFIG).get("peft_type")), LoRALinear.method)
+    folder = expanded(folder)
+    _check_files(folder)
+    return METHOD.get(str(read_json(folder / CONFIG).get("peft_type")), LoRALinear.method)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

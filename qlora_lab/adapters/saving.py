@@ -12,6 +12,7 @@ from torch import nn
 
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import sha256
+from qlora_lab.files.home import expanded
 from qlora_lab.files.out_path import check_outside_model, out_folder
 
 
@@ -51,9 +52,10 @@ def adapter_checksum(folder: str | Path) -> str:
     """
     from qlora_lab.adapters.peft_format import CONFIG, WEIGHTS  # which imports this file
 
+    folder = expanded(folder)
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
-        path = Path(folder, name)
+        path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {name}: name a folder that holds an adapter in PEFT's format")
         digest.update(bytes.fromhex(sha256(path)))  # a checksum of checksums, as model_record's

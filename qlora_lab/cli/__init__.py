@@ -19,16 +19,17 @@ import qlora_lab as ql
 from qlora_lab.cli.options import Parser, one_line
 from qlora_lab.cli.streams import Patient, patient_streams
 from qlora_lab.train.interrupt import ending_like_ctrl_c
+from qlora_lab.train.torchrun import rank
 
 # Each is a file of this folder.
 COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")
 COMMANDS += ("merge", "gguf", "memory", "sweep", "multiple-choice", "tournament", "block-size", "xray", "conformance")
-COMMANDS += ("verify", "open")
+COMMANDS += ("experts", "verify", "open")
 LESS_MEMORY = "close other programs, or choose a smaller model"  # a command may know something better
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, beside ModelError
 # Commands whose only effect is what they print.
-PRINTING = ("generate", "doctor", "memory", "kernels", "xray", "conformance", "verify")
+PRINTING = ("generate", "doctor", "memory", "kernels", "xray", "conformance", "experts", "verify")
 EXITS = """Exit codes: 0 done; 1 doctor found a problem, verify or xray found a difference, conformance found one
 without a known reason, or memory found that a run does not fit; 2 a mistake, a full disk or too little memory, reported
 in one line, or faults that xray lists; 130 interrupted. Ctrl-C, SIGTERM and a closed terminal all end a command in the
@@ -79,10 +80,11 @@ def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    process = int(os.environ.get("RANK", 0))  # set by torchrun
-    if process > 0:
-        arguments.quiet = True  # only the first process shows progress and prints
+    process = 0
     try:
+        process = rank()
+        if process > 0:
+            arguments.quiet = True  # only the first process shows progress and prints
         with _warnings_as_lines(arguments.command, silent=process > 0):
             return arguments.module.run(arguments) or 0
     except KeyboardInterrupt as interrupt:  # one from training says what is saved, and how to resume

@@ -10,7 +10,7 @@ from qlora_lab.train.run_options import AdapterOptions, DataOptions, ModelOption
 from qlora_lab.train.settings import Settings
 
 EXAMPLE = "qlora-lab doctor --model smollm2-135m --data docstrings"
-ADAPTER = ("method", "r", "targets", "source", "size", "virtual_tokens", "mlp", "start")
+ADAPTER = ("method", "r", "targets", "source", "size", "virtual_tokens", "mlp", "parts", "start")
 LESS_MEMORY = "use a lower --batch-size or --max-length"
 
 

@@ -55,6 +55,7 @@ def run(a: argparse.Namespace) -> None:
 
 def _finetune(a: argparse.Namespace, settings: Settings) -> None:
     from qlora_lab.data.dataset import usable
+    from qlora_lab.measure.held_out import MAX_LENGTH
     from qlora_lab.model.fetch import resolve
     from qlora_lab.train.distributed import first_on_node, processes
     from qlora_lab.train.engines import check_several
@@ -76,10 +77,12 @@ def _finetune(a: argparse.Namespace, settings: Settings) -> None:
 
             print(f"{dtype_policy(model, a.optimizer_bits)}\n")
         tests = bool(test) and rank == 0  # only the first process tests and prints
-        before = ql.held_out(model, tokenizer, test, progress=progress) if tests else None
+        # At least the library's own limit, so that runs with other limits, up to it, are judged on the same examples.
+        tested = {"max_length": max(MAX_LENGTH, settings.max_length), "progress": progress}
+        before = ql.held_out(model, tokenizer, test, **tested) if tests else None
         options = asdict(settings) | asdict(from_arguments(OutputOptions, a)) | {"skip_bad": a.skip_bad}
         result = ql.finetune(model, tokenizer, train, held_out=evaluated, progress=progress, **options)
-        after = ql.held_out(model, tokenizer, test, progress=progress) if tests else None
+        after = ql.held_out(model, tokenizer, test, **tested) if tests else None
         if tests and not a.json:
             _show_answers(test, before.answers, after.answers)
         if rank == 0:

@@ -1,13 +1,13 @@
 """What several commands read: the model with its options, its share in 4 bits, and a text to predict."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import qlora_lab as ql
 from qlora_lab.cli.options import add_field, add_fields, common, whole
 from qlora_lab.train.run_options import METHOD_OPTIONS, ModelOptions
+from qlora_lab.train.torchrun import rank
 
 DOUBLE_QUANT = {"off": [False], "on": [True], "both": [False, True]}
 
@@ -16,7 +16,7 @@ def add_model(group) -> None:
     """Add the options of a model that is loaded."""
     add_field(group, ModelOptions, "model")
     add_quantization(group)
-    add_fields(group, ModelOptions, "dtype")
+    add_fields(group, ModelOptions, "also", "dtype")
 
 
 def add_quantization(group) -> None:
@@ -59,7 +59,8 @@ def load_model(a: argparse.Namespace):
         import torch
 
         dtype = getattr(torch, a.dtype)  # one of the choices, so it exists
-    model, tokenizer = ql.load(a.model, codebook, a.block_size, a.double_quant, dtype=dtype, progress=not a.quiet)
+    options = {"also": a.also, "dtype": dtype, "progress": not a.quiet}
+    model, tokenizer = ql.load(a.model, codebook, a.block_size, a.double_quant, **options)
     if codebook:
         from qlora_lab.model.share_in_4_bits import in_4_bits
 
@@ -81,7 +82,7 @@ def print_note(a: argparse.Namespace, text: str) -> None:
 
 def is_first_process() -> bool:
     """Whether this is the one of torchrun's processes that writes and prints."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
 
 
 def add_adapters(a: argparse.Namespace, model, tokenizer) -> None:

@@ -13,16 +13,16 @@ EXAMPLE = "qlora-lab memory llama-7b --gpu 24 --r 64 --max-length 1024"
 # Fields of Setup that a run here decides.
 NOT_OPTIONS = ("dropout", "padded", "paged", "master_copies", "fused_adapter", "wide_attention")
 
-ADAPTER = ("r", "targets", "size", "virtual_tokens", "mlp", "adapter_dtype")
+ADAPTER = ("r", "targets", "size", "virtual_tokens", "mlp", "parts", "adapter_dtype")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a known name, such as llama-7b or llama-2-70b, a folder, or a config.json")
     model = parser.add_argument_group("model")
-    add_fields(model, Setup, "method", "codebook", "block_size", "double_quant", "dtype")
+    add_fields(model, Setup, "method", "codebook", "block_size", "double_quant", "also", "dtype")
     data = parser.add_argument_group("data")
     add_field(data, Setup, "length", flag="--max-length")
-    add_fields(data, Setup, "mean_length", "packing", "learned")
+    add_fields(data, Setup, "mean_length", "packing", "learned", "pictures")
     run_group = parser.add_argument_group("run")
     gpu_help = "memory of the card; recommends settings that fit, and shows their limits"
     run_group.add_argument("--gpu", type=number, metavar="GB", help=gpu_help)

@@ -9,7 +9,7 @@ import argparse
 import math
 import re
 from dataclasses import Field, fields
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 from unicodedata import category
 
 DIGITS = 30  # more than 2^63 has
@@ -31,7 +31,7 @@ class _Formatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         default = action.default
-        if isinstance(default, bool) or default in (None, [], argparse.SUPPRESS):
+        if isinstance(default, bool) or default in (None, [], (), argparse.SUPPRESS):
             return action.help
         words = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
         return f"{action.help} (default: {words})"
@@ -84,7 +84,7 @@ def _reading(source: Field) -> dict[str, Any]:
         return {"type": whole, "metavar": (unit or "N").upper()}
     if float in types:
         return {"type": number, "metavar": "X"}
-    several = len(types) > 1 and type(None) not in types  # str | tuple: one word or more
+    several = any(get_origin(kind) is tuple for kind in (source.type, *types))  # one word or more
     return {"nargs": "+", "metavar": "NAME"} if several else {}
 
 

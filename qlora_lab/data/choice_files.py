@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qlora_lab.files import disk
+from qlora_lab.files.home import expanded
+from qlora_lab.files.out_path import out_path
 from qlora_lab.files.replace import replace_text
 from qlora_lab.files.strict_json import TEXT, Rule, check_keys, parse, read_regular
 from qlora_lab.quant.numbers import check_whole
@@ -79,7 +81,7 @@ def read_questions(path: str | Path) -> Questions:
     """
     if not str(path):  # Path("") would be the current folder
         raise ValueError("the path is empty, perhaps because a shell variable is not set: name a folder or a file")
-    path = Path(path)
+    path = expanded(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: name a folder with dev/ and test/, or a file of JSON lines")
     return _read_folder(path) if path.is_dir() else _read_prompts(path)
@@ -93,15 +95,16 @@ def write_questions(questions: Questions, folder: str | Path) -> None:
     """
     if any(question.prompt is not None for question in questions.test):
         raise ValueError(f"{questions.name} holds whole prompts, which the CSV form has no column for")
+    folder = out_path(folder)
     by_subject = {"test": group_by_subject(questions.test), "dev": questions.dev}
     check_file_names({**by_subject["test"], **questions.dev}, questions.name)
     for split, subjects in by_subject.items():  # before anything is written
         # A reader takes all files of a folder, so one that is left over would mix its questions with these.
-        if others := _subjects(Path(folder), split).keys() - subjects.keys():
+        if others := _subjects(folder, split).keys() - subjects.keys():
             raise ValueError(f"{folder} holds {split} questions of {', '.join(sorted(others))} too: name a new folder")
     for split, subjects in by_subject.items():
         for subject, rows in subjects.items():
-            path = Path(folder, split, f"{subject}_{split}.csv")
+            path = folder / split / f"{subject}_{split}.csv"
             disk.make_folder(path.parent)
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows((q.text, *q.options, LETTERS[q.answer]) for q in rows)

@@ -33,6 +33,7 @@ from qlora_lab.data.fields import SWITCHES, is_empty, is_learned, printable, ref
 from qlora_lab.data.pictures import FIELDS, PLACEHOLDER, check_placeholders, picture_paths
 from qlora_lab.data.records import records
 from qlora_lab.data.tool_calls import THOUGHT, Parts, read_fields, read_tools
+from qlora_lab.files.home import expanded
 
 FORMS = (
     "Alpaca (instruction, input, output), ShareGPT (conversations: from, value), OpenAI messages "
@@ -140,7 +141,7 @@ def read_examples(source: str | Path | Iterable, skip_bad: bool = False) -> Exam
     skip_bad: leave such records out; ValueError if no other is left.
     """
     examples = Examples()
-    folder = Path(source).parent if isinstance(source, (str, Path)) else Path()  # where its pictures are named from
+    folder = expanded(source).parent if isinstance(source, (str, Path)) else Path()  # where its pictures are named from
     for place, read in records(source):
         try:
             examples.append(_read(read, place, folder))

@@ -220,9 +220,15 @@ def _refusal(image: "Image") -> str:
     """Say what forbids to use a picture that Pillow has opened but not decoded; "" if nothing does."""
     if image.width * image.height > PIXELS:
         return f"has more than {PIXELS:,} pixels: make it smaller"
-    if image.mode in ("I", "F"):  # their range is unknown, and Pillow clips it at 255: a white picture
+    # Their range is unknown, and Pillow clips it at 255: a white picture.
+    if image.mode in ("I", "F") and not _has_16_bits(image):
         return f"has 32 bits a channel (Pillow's mode {image.mode}): save it with 8 bits a channel"
     return ""
+
+
+def _has_16_bits(image: "Image") -> bool:
+    """Whether white is 65535. Pillow also brings a PGM of more than 8 bits to this range, whatever its own maximum."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
 
 
 def _as_rgb(image: "Image") -> "Image":
@@ -230,7 +236,7 @@ def _as_rgb(image: "Image") -> "Image":
     import numpy as np  # heavy, see picture_inputs
     from PIL import Image, ImageOps
 
-    if image.mode.startswith("I;16"):
+    if _has_16_bits(image):
         # Pillow would clip at 255, so all but the darkest would be white. 65535 / 257 = 255.
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # (height, width)
         scaled = Image.fromarray(grey.astype(np.uint8))

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qlora_lab.files.home import expanded
 from qlora_lab.files.strict_json import parse
 
 LARGEST = 2 * 2**30  # bytes that a packed file may unpack to: a few kilobytes can hold any number of zeros
@@ -30,7 +31,7 @@ def records(source: str | Path | Iterable) -> Iterator[Placed]:
     Raises FileNotFoundError for a missing file, and ValueError for one that cannot be read from end to end.
     """
     if isinstance(source, (str, Path)):
-        path = Path(source)
+        path = expanded(source)
         if not path.is_file():
             raise FileNotFoundError(f'no data file at {path}: give a path to a JSONL or parquet file, or "docstrings"')
         yield from (_of_parquet if path.suffix.lower() == ".parquet" else _of_text)(path)

@@ -21,6 +21,7 @@ import numpy as np
 
 from qlora_lab.data.pictures import PLACEHOLDER
 from qlora_lab.files import disk
+from qlora_lab.files.out_path import out_path
 from qlora_lab.files.replace import replacing_folder
 from qlora_lab.quant.numbers import check_seed, check_whole
 
@@ -170,6 +171,7 @@ def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = F
     from PIL import Image
 
     lines = []
+    folder = out_path(folder)
     with replacing_folder(folder) as new:
         for number, scene in enumerate(scenes):
             name = f"{number:05d}.png"
@@ -181,7 +183,7 @@ def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = F
             messages[0]["content"] = f"{PLACEHOLDER}\n{messages[0]['content']}"
             lines.append(json.dumps({"image": name, "messages": messages}))
         disk.write_text(new / RECORDS, "\n".join(lines) + "\n")
-    return Path(folder) / RECORDS
+    return folder / RECORDS
 
 
 def frequent_answers(train: Iterable[Scene], test: Sequence[Scene]) -> dict[str, float]:

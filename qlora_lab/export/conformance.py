@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from qlora_lab.export.backends import KEY, Backend, Case, NotHereError, Tensors, check_backend, running
 from qlora_lab.files.course import course_path
+from qlora_lab.files.home import expanded
 from qlora_lab.files.strict_json import LIST, TEXT, decoded, parse, read_json, read_regular
 
 BYTES_EQUAL, VALUES_EQUAL, DIFFERS, REFUSED = "bytes equal", "values equal", "differs", "refused"
@@ -103,7 +104,7 @@ def conformance(backend: str, folder: str | Path | None = None, progress: bool =
     backend that cannot run here; ChildProcessError, with its last words, if that process fails.
     """
     check_backend(backend)
-    folder = course_path("data", "conformance") if folder is None else Path(folder)
+    folder = course_path("data", "conformance") if folder is None else expanded(folder)
     cases = read_cases(folder)
     divergences = read_divergences(folder)
     if backend == "triton" and os.environ.get(INTERPRET) != "1":

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from qlora_lab.export.gguf_vocabulary import add_vocabulary
 from qlora_lab.export.layerwise import as_float, tensor_of
 from qlora_lab.files import disk
+from qlora_lab.files.home import expanded
 from qlora_lab.files.lock import locked_file, reserved
 from qlora_lab.files.out_path import check_apart, out_path, resolved
 from qlora_lab.files.replace import replacing_file
@@ -149,7 +150,7 @@ def to_gguf(name_or_path: str | Path, out: str | Path, format: str = "q8_0", *, 
 
 def _title(name_or_path: str | Path) -> str:
     """Return a known name, the last part of a hub id, or the name of a folder, which ".." does not tell."""
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     return resolved(path).name if path.name in ("", "..") else path.name
 
 

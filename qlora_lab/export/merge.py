@@ -161,7 +161,8 @@ def check_target(target: str) -> None:
 
 def check_new(out: str | Path) -> None:
     """Raise FileExistsError unless a merged model may be written to the folder `out`: nothing may be there yet."""
-    path = resolved(out_folder(out))
+    out = out_folder(out)
+    path = resolved(out)
     if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose another folder for the merged model")
     if path.exists() and not path.is_dir():

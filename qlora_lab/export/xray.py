@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from qlora_lab.files.home import expanded
 from qlora_lab.files.tensor_header import Part, read_header
 from qlora_lab.model.model_files import weight_files
 from qlora_lab.quant.codebook import bits_of
@@ -117,7 +118,7 @@ class Checkpoint:
 
         Raises ValueError for anything else, and for damage to a header; OSError for what cannot be read.
         """
-        self.path = Path(path)
+        self.path = expanded(path)
         self.parts: dict[str, Part] = {}
         for file in weight_files(self.path) if self.path.is_dir() else [self.path]:
             for name, part in read_header(file).items():

@@ -4,25 +4,28 @@ import errno
 import os
 from pathlib import Path
 
+from qlora_lab.files.home import expanded
+
 
 def out_path(path: str | Path) -> Path:
-    """Return the path, unless it is empty: Path("") would mean the current folder.
+    """Return the path, ~ expanded, unless it is empty: Path("") would mean the current folder.
 
     Raises ValueError for "", and OSError for links that lead in a circle.
     """
     if not str(path):
         raise ValueError("the path is empty, perhaps because a shell variable is not set: name a place for the results")
     resolved(path)
-    return Path(path)
+    return expanded(path)
 
 
 def out_folder(path: str | Path) -> Path:
-    """Return the path of a folder of weights. Raises ValueError also where it is not UTF-8, as safetensors demands."""
+    """Do the same for a folder of weights. Raises ValueError also where it is not UTF-8, as safetensors demands."""
+    place = out_path(path)
     try:
-        str(resolved(out_path(path))).encode()
+        str(resolved(place)).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{ascii(str(path))} is not UTF-8, so no weights can be written there: name another") from None
-    return Path(path)
+    return place
 
 
 def check_apart(out: str | Path, *inputs: str | Path) -> None:
@@ -48,13 +51,13 @@ def check_outside(out: str | Path, source: str | Path) -> None:
 
 def check_outside_model(out: str | Path, model: str | Path | None) -> None:
     """Do the same for what a model was loaded from, if that is a folder: a name on the hub is none."""
-    if model and os.path.isfile(os.path.join(model, "config.json")):
+    if model and os.path.isfile(expanded(model) / "config.json"):
         check_outside(out, model)
 
 
 def resolved(path: str | Path) -> Path:
-    """Follow all links of a path. Raises OSError where they form a circle, for which Python raises RuntimeError."""
+    """Expand ~ and follow all links. Raises OSError where they form a circle, for which Python raises RuntimeError."""
     try:
-        return Path(path).resolve()
+        return expanded(path).resolve()
     except RuntimeError:
         raise OSError(errno.ELOOP, "Links lead in a circle, so name another place", str(path)) from None

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import DIFFERS, OK, Part
+from qlora_lab.files.home import expanded
 from qlora_lab.files.lock import locked_file
 from qlora_lab.files.strict_json import (
     LIST,
@@ -88,7 +89,7 @@ def read_results(path: str | Path, kind: Kind = SWEEP) -> list[dict]:
     A torn last line is left out, with a warning that quotes its start. Raises ValueError for a line that is not a row,
     OSError for a path that is not a file.
     """
-    path = Path(path)
+    path = expanded(path)
     _check_kind(path)
     return _parsed(path, read_regular(path, LARGEST), kind)[0] if path.exists() else []
 
@@ -144,7 +145,7 @@ def append_result(file: BinaryIO, row: dict) -> None:
 
 def verify_rows(path: str | Path) -> list[Part]:
     """Return a Part for each row, compared with its checksum. Raises ValueError for a file without a row of ours."""
-    path = Path(path)
+    path = expanded(path)
     _check_kind(path)
     lines = read_regular(path, LARGEST).splitlines()  # of bytes
     if not lines or not any(line.startswith(STARTS) for line in lines):

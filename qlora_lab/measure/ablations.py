@@ -23,6 +23,7 @@ from statistics import fmean, stdev
 from scipy.special import stdtr, stdtrit
 
 from qlora_lab.files.course import course_path
+from qlora_lab.files.home import expanded
 from qlora_lab.files.results_file import Kind, read_results
 from qlora_lab.files.strict_json import LIST, NUMBER, OBJECT, TEXT, or_null, whole
 
@@ -54,7 +55,7 @@ def read_ablations(path: str | Path | None = None) -> list[dict]:
 
     Raises what read_results raises, and FileNotFoundError if there is no file.
     """
-    path = Path(course_path(*RECORDED) if path is None else path)
+    path = course_path(*RECORDED) if path is None else expanded(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: bench/ablations.py of a clone of the repository makes it")
     return read_results(path, ABLATIONS)

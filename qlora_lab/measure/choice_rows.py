@@ -55,8 +55,8 @@ def choice_rows(
     A row has model, data (name, questions, tokens_sha256), config (answers, shots, dtype, device), codebook,
     block_size, double_quant, quantiser, adapter (a checksum, or null), adapter_name; subjects (name -> number of
     questions, in their order), right (a letter a question), log_likelihoods (four numbers a question, in nats), lengths
-    (of the answers, by the metric that divides by them; null for letters); versions, commit, machine, seconds, date,
-    sha256.
+    (of the answers, by the metric that divides by them; null for letters); versions, commit, machine, seconds,
+    processor_seconds (of all threads), date, sha256.
     Raises whatever load, load_adapter, encode, check_fits and open_results raise, and ValueError for fitted levels.
     """
     results = out_path(results)  # before anything is loaded
@@ -107,7 +107,7 @@ def _measured(
     adapter: str | Path | None,
     progress: bool,
 ) -> dict:
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     how = (variant.codebook, variant.block_size, bool(variant.double_quant))
     dtype = torch.float32 if not torch.cuda.is_available() else None
     # Without its own bar: a load takes seconds, and the bar of models is there.
@@ -121,6 +121,7 @@ def _measured(
         "log_likelihoods": [[float(f"{value:.7g}") for value in values] for values in scores],
         "lengths": _lengths(task),
         "seconds": float(f"{time.perf_counter() - start:.3g}"),
+        "processor_seconds": float(f"{time.process_time() - processor:.3g}"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

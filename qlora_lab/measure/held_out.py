@@ -3,6 +3,7 @@
 Measuring changes no weight, no gradient, no random state and no training flag. (In some libraries it does.)
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.data.dataset import Prompt, encode_all, end_token_id, prompt_of, to_device
+from qlora_lab.data.dataset import IGNORED, Encoded, Prompt, encode_all, end_token_id, prompt_of, to_device
 from qlora_lab.data.examples import Example
 from qlora_lab.data.pictures import check_placeholders, picture_inputs
+from qlora_lab.files.home import expanded
 from qlora_lab.measure.rouge import rouge_l
 from qlora_lab.model.modes import measuring
 from qlora_lab.model.token_dependence import reads_padding
 from qlora_lab.quant.numbers import check_whole
-from qlora_lab.train.limits import check_length, check_tokens, fill_id, used_tokens
+from qlora_lab.train.limits import check_length, check_pictures, check_tokens, fill_id, used_tokens
 from qlora_lab.train.loss import held_out_loss
 
 if TYPE_CHECKING:
@@ -43,17 +45,29 @@ class HeldOut:
 
 
 def held_out(
-    model: torch.nn.Module, tokenizer: "Tokenizer", examples: list[Example], *, progress: bool = True
+    model: torch.nn.Module,
+    tokenizer: "Tokenizer",
+    examples: list[Example],
+    *,
+    max_length: int = MAX_LENGTH,
+    progress: bool = True,
 ) -> HeldOut:
     """Measure loss and ROUGE-L on `examples`, which the model's training must not have seen.
 
-    Examples of more than MAX_LENGTH tokens count in ROUGE-L but not in the loss. Raises ValueError for a token without
-    an embedding in the model, and for a row that is longer than the model's table of positions.
+    max_length: tokens; longer examples count in ROUGE-L but not in the loss, with a warning that says how many. Raises
+    ValueError for a token without an embedding in the model, for a row that is longer than the model's table of
+    positions, for a picture that its tower cannot read, and if no example is short enough.
     """
-    encoded, _ = encode_all(examples, tokenizer, MAX_LENGTH, progress=progress)  # longer examples are dropped
+    check_whole("max_length", max_length)
+    encoded, report = encode_all(examples, tokenizer, max_length, progress=progress)
+    if report.too_long:  # a loss over fewer examples than were given is another figure
+        left_out = f"{report.too_long:,} of {len(examples):,} examples have more than {max_length} tokens"
+        fix = f"max_length={report.longest} (--max-length) counts all"
+        warnings.warn(f"{left_out} and do not count in the held-out loss: {fix}", stacklevel=2)
     check_tokens(model, tokenizer, used_tokens(encoded))
     longest = max(len(example.input_ids) for example in encoded)
     check_length(model, longest, "a held-out example", "take shorter ones")
+    check_pictures(model, encoded)
     loss = held_out_loss(model, encoded, progress)
     answers = generate_answers(model, tokenizer, examples, progress=progress)
     return HeldOut(loss, fmean(rouge_l(answers, [example.answer for example in examples])), answers)
@@ -75,7 +89,7 @@ def generate(
     """
     paths = [pictures] if isinstance(pictures, (str, Path)) else pictures  # a path alone is not one of its letters
     turns = ("user", question), ("assistant", "")  # only asked
-    files = tuple(map(Path, paths))
+    files = tuple(map(expanded, paths))
     check_placeholders(turns, files, "the question")
     asked = Example(turns, pictures=files)
     return generate_answers(model, tokenizer, [asked], max_new_tokens, progress=progress)[0]
@@ -111,6 +125,8 @@ def answers_to(
     longest = max(map(len, rows)) + max_new_tokens - 1  # the model never reads the last token
     fix = "ask a shorter question, or take fewer max_new_tokens (--max-new-tokens)"
     check_length(model, longest, "a prompt with its answer", fix)
+    # A tower's own error comes from deep inside it. The price is a second pass over a prompt for each shape of picture.
+    check_pictures(model, [_as_example(prompt) for prompt in prompts if prompt.pictures])
     stop = _stop_ids(model, tokenizer)
     fill = fill_id(model, tokenizer)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=fill)
@@ -127,6 +143,11 @@ def answers_to(
             texts = tokenizer.batch_decode([_until(row, stop) for row in new], skip_special_tokens=True)
             answers |= zip(chosen, texts, strict=True)
     return [answers[i].strip() for i in range(len(rows))]  # in the order of the prompts
+
+
+def _as_example(prompt: Prompt) -> Encoded:
+    """Make an example of a prompt. One token is a label, so the head computes one row of logits."""
+    return Encoded(prompt.ids, [IGNORED] * (len(prompt.ids) - 1) + prompt.ids[-1:], pictures=prompt.pictures)
 
 
 def _at_once(model: torch.nn.Module, rows: list[list[int]], fill: int) -> list[list[int]]:

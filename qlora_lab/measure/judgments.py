@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lab.data.records import records
+from qlora_lab.files.home import expanded
 from qlora_lab.files.strict_json import TEXT, check_keys, check_regular, read_regular
 from qlora_lab.measure.games import VERDICTS, Games, Row, once
 
@@ -39,7 +40,7 @@ def read_games(path: str | Path, *, progress: bool = True) -> Games:
     Raises FileNotFoundError for a path with nothing there; ValueError, with file and line, for what cannot be read, for
     a game that is there twice, and for counts of more than a million games.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.is_dir():
         return _made(path, lambda: Games.of(once(_of_folder(path, progress))))
     if not path.exists():

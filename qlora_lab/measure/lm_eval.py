@@ -18,6 +18,7 @@ import torch
 from qlora_lab.data.choice_files import ChoiceQuestion, check_file_names, group_by_subject
 from qlora_lab.data.choice_prompts import Task, header
 from qlora_lab.files import disk
+from qlora_lab.files.out_path import out_path
 from qlora_lab.files.replace import replace_text
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def harness_tasks(task: Task, folder: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{questions.name} holds whole prompts: give questions in MMLU's form")
     groups = group_by_subject(questions.test)
     check_file_names(groups, questions.name)
-    folder = Path(folder).resolve()  # the harness reads later, perhaps from elsewhere
+    folder = out_path(folder).resolve()  # the harness reads later, perhaps from elsewhere
     tasks = []
     for subject, group in groups.items():
         files = {}

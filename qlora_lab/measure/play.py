@@ -101,7 +101,7 @@ def check_tournament(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a torn last line: `play` says it when it cuts the line off
         rows = read_results(out, GAMES)
-    _check_rows(rows, tournament, Path(out))
+    _check_rows(rows, tournament, out_path(out))
 
 
 def _asked(judge: Judge, question: Question, answer_a: str, answer_b: str) -> tuple[str, str | None]:

@@ -6,9 +6,9 @@ weights and peak in bytes, losses, and what the steps cost.
     tower -> "projector" -> "full", "lora", "qlora", "blind" -> "damage"
 
 A seed draws its own pictures (toy-shapes), trains its own vision tower and projector, and from there on each method
-learns the same questions in the same order. All are tested on pictures whose pairs of colour and shape, and of colour
-and number, no training picture had. "blind", the language-only baseline, is QLoRA with empty pictures. "damage" rounds
-one part of the model that "lora" has made, then the next.
+learns the same questions in the same order. All are tested on combinations of colour, shape and number that no training
+picture had. "blind", the language-only baseline, is QLoRA with empty pictures. "damage" rounds one part of the model
+that "lora" has made, then the next.
 
 Every run is a process of its own, so its peak of memory is its own. Seconds are those of the processor, over all
 threads: they bear other work beside them, within limits; elapsed seconds would not.
@@ -27,14 +27,26 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from qlora_lab.adapters.adapter import learned
+from qlora_lab.adapters.add_adapter import add_adapter
+from qlora_lab.adapters.lora import add_lora
+from qlora_lab.adapters.model_tensors import model_tensors
+from qlora_lab.adapters.peft_format import load_adapter
 from qlora_lab.data.shapes import ASKED, RECORDS, shapes_split, write_shapes
 from qlora_lab.files import disk
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.results_file import Kind, append_result, open_results, with_checksum
 from qlora_lab.files.strict_json import NUMBER, OBJECT, TEXT
+from qlora_lab.model.load import load
 from qlora_lab.quant.numbers import check_whole
+from qlora_lab.train.resident import peak_resident, reset_peak, resident
+from qlora_lab.train.seeing import see
+from qlora_lab.train.toy_llava import rounded, toy_llava, trained_tower
+from qlora_lab.train.trainer import finetune
 
 PROJECTOR = "projector.safetensors"
 MARK = "mark"  # a file that tells a folder from another that had its name
@@ -46,7 +58,7 @@ ROWS = Kind(
     first="settings",
 )
 METHODS = ("qlora", "lora", "full", "blind")
-RATES = {"projector": 2e-3, "full": 1e-4, "lora": 1e-3, "qlora": 1e-3, "blind": 1e-3}
+RATES = {"projector": 1e-3, "full": 1e-4, "lora": 1e-3, "qlora": 1e-3, "blind": 1e-3}
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 CODEBOOKS = ("nf4", "nf3", "nf2")
 RUNS = ("projector", *METHODS, "damage")
@@ -58,10 +70,10 @@ class Settings:
 
     pictures: int = 3840  # for the tower
     tower_steps: int = 400
-    batch: int = 16  # pictures in a step, each with four questions
-    projector_steps: int = 100
-    language_steps: int = 100
-    test: int = 48  # pictures, each with four questions
+    batch: int = 8  # pictures in a step, each with four questions
+    projector_steps: int = 20
+    language_steps: int = 50
+    test: int = 72  # pictures, each with four questions
     r: int = 16
     alpha: int = 32
 
@@ -148,11 +160,6 @@ def one_run(asked: str) -> None:
 
 def _measured(folder: Path, settings: Settings, seed: int, run: str) -> dict:
     """Make one run and return what it measured. Each reads what those before it left in the folder of its seed."""
-    import torch
-
-    import qlora_lab as ql
-    from qlora_lab.memory.measured import peak_resident, reset_peak, resident
-
     torch.manual_seed(seed)
     split = shapes_split(settings.pictures, settings.test, seed=seed)
     if run == "projector":
@@ -162,7 +169,7 @@ def _measured(folder: Path, settings: Settings, seed: int, run: str) -> dict:
     row = {"weight_bytes": _weight_bytes(model)}
     ask = partial(_right, model, tokenizer, split.test, run == "blind")
     if run == "damage":
-        ql.load_adapter(model, folder / "runs" / "lora" / "adapter")
+        load_adapter(model, folder / "runs" / "lora" / "adapter")
         return row | {"right": ask(), "damaged": _damaged(model, ask)}
     reset_peak()
     row |= _trained(model, tokenizer, folder, settings, seed, run)
@@ -172,8 +179,6 @@ def _measured(folder: Path, settings: Settings, seed: int, run: str) -> dict:
 
 def _build(folder: Path, settings: Settings, seed: int, split) -> None:
     """Train the tower, and write the model and the questions of both stages."""
-    from qlora_lab.train.toy_llava import toy_llava, trained_tower
-
     tower = trained_tower(split.train, settings.tower_steps, seed=seed, progress=False)
     toy_llava(folder / "model", tower, split.train, seed=seed, progress=False)
     first = settings.batch * settings.projector_steps
@@ -185,13 +190,8 @@ def _build(folder: Path, settings: Settings, seed: int, split) -> None:
 
 def _loaded(folder: Path, run: str):
     """Load the model for a run; after the first stage with the projector that it has trained."""
-    import torch
-    from safetensors.torch import load_file
-
-    import qlora_lab as ql
-
     codebook = "nf4" if run in ("qlora", "blind") else None
-    model, tokenizer = ql.load(folder / "model", codebook, dtype=torch.bfloat16, device="cpu", progress=False)
+    model, tokenizer = load(folder / "model", codebook, dtype=torch.bfloat16, device="cpu", progress=False)
     if run != "projector":
         projector = load_file(folder / PROJECTOR)
         model.get_submodule(f"model.{PARTS[1]}").load_state_dict(projector)
@@ -200,19 +200,14 @@ def _loaded(folder: Path, run: str):
 
 def _trained(model, tokenizer, folder: Path, settings: Settings, seed: int, run: str) -> dict:
     """Train what the run trains, and keep what later runs need."""
-    from safetensors.torch import save_file
-
-    import qlora_lab as ql
-    from qlora_lab.adapters.adapter import learned
-
     if run in ("qlora", "lora", "blind"):
-        ql.add_lora(model, r=settings.r, alpha=settings.alpha, seed=seed)
+        add_lora(model, r=settings.r, alpha=settings.alpha, seed=seed)
     else:
         part = PARTS[1] if run == "projector" else PARTS[2]
-        ql.add_adapter(model, "full", parts=part)
+        add_adapter(model, "full", parts=part)
     first = run == "projector"
     data = folder / (run if run in ("projector", "blind") else "language") / RECORDS
-    done = ql.finetune(
+    done = finetune(
         model,
         tokenizer,
         data,
@@ -237,8 +232,6 @@ def _trained(model, tokenizer, folder: Path, settings: Settings, seed: int, run:
 
 def _damaged(model, ask) -> dict[str, dict]:
     """Round one part of a model that was trained in 16 bits, ask, and put the part back; part by part."""
-    from qlora_lab.train.toy_llava import rounded
-
     answers = {}
     for name in PARTS:
         part = getattr(model.model, name)
@@ -251,13 +244,9 @@ def _damaged(model, ask) -> dict[str, dict]:
 
 def _weight_bytes(model) -> int:
     """Bytes of all weights, packed ones with their constants; a tied head counts once."""
-    from qlora_lab.adapters.model_tensors import model_tensors
-
     return sum({id(tensor): tensor.nbytes for _, tensor in model_tensors(model)}.values())
 
 
 def _right(model, tokenizer, scenes, blank: bool) -> dict[str, list[int]]:
     """Return for each property which of the scenes got the right answer, as 0 or 1."""
-    from qlora_lab.train.seeing import see
-
     return {a: see(model, tokenizer, scenes, a, blank=blank, progress=False).right.int().tolist() for a in ASKED}

@@ -83,7 +83,7 @@ def sweep(
     double_quant, seed (if levels were fitted), quantiser (a checksum of its results); perplexity, window_losses (mean
     nats per token), bits_per_parameter (of the quantised weights and their constants), relative_error (squared, over
     all of them), layer_errors (the same, a list for each kind of layer, first layer first), entropy and code_share
-    (code_use.py); versions, commit, machine, seconds, date, sha256 (of all fields before it).
+    (code_use.py); versions, commit, machine, seconds, processor_seconds, date, sha256 (of all fields before it).
 
     A torn last line is removed, with a warning. An interrupt says how much is done.
     Raises whatever load, quantize, perplexity and open_results raise, and ValueError for an empty path.
@@ -130,7 +130,7 @@ def _loaded(
 
 
 def _measured(variant: Variant, source: Source, tokens: torch.Tensor, progress: bool) -> dict:
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     with quantised_in_place(source, variant) as figures:
         losses = window_losses(source.model, tokens, progress)
     if not fmean(losses) < LARGEST_LOSS:  # true for NaN, too
@@ -140,6 +140,7 @@ def _measured(variant: Variant, source: Source, tokens: torch.Tensor, progress: 
         "window_losses": losses,
         **figures.record(),
         "seconds": float(f"{time.perf_counter() - start:.3g}"),  # three digits: a small model takes milliseconds
+        "processor_seconds": float(f"{time.process_time() - processor:.3g}"),  # of all threads
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

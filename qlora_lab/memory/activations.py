@@ -13,14 +13,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from qlora_lab.memory.learned import biased
-from qlora_lab.memory.setup import BYTES, LOW_RANK, Setup
-from qlora_lab.memory.shape import LinearShape, Shape
+from qlora_lab.memory.linear_shape import LinearShape
+from qlora_lab.memory.setup import BYTES, Setup
+from qlora_lab.memory.shape import Shape
+from qlora_lab.memory.sight import HEAD, PROJECTOR
+from qlora_lab.memory.targets import targeted
 
 FLOAT32 = 4
 # The kinds of activations: the names of their rows in the ledger.
 NORM, INPUT, ADAPTER = "inputs of norms", "inputs of linear layers", "adapters' inner products"
 ATTENTION, MASK, ROTARY = "attention", "attention masks", "rotary cosines and sines"
-ROUTING, EXPERT_ACTIVATIONS = "routing", "experts' SwiGLU and answers"
+ROUTING, EXPERT_ACTIVATIONS = "routing", "activations of experts"
 TURNED = "outputs that DoRA turns"
 SWIGLU, CHECKPOINT, INDICES = "SwiGLU", "checkpoints", "indices and scalars"
 
@@ -36,98 +39,117 @@ class Kept(NamedTuple):
 
 
 LETTERS = "T tokens at once, d hidden, f inner, q queries, kv keys, h heads, r rank, n labels, V vocabulary, L layers"
-LETTERS += ", m bottleneck, p virtual tokens, E experts, k of a token"
+LETTERS += ", m bottleneck, p virtual tokens, E experts, k of a token, s inner of a shared expert"
+Width = tuple[int, str]  # features of an input, and their letter
 SIZES = BYTES | {"bool": 1, "int32": 4, "int64": 8}
-
-
-def targeted(shape: Shape, setup: Setup) -> list[LinearShape]:
-    """Return the linear layers of one layer that have an adapter. Raises ValueError for an unknown target.
-
-    targets: names, or groups of them, as add_lora takes them. Adapters on experts have no rows, and are refused.
-    """
-    if setup.method not in LOW_RANK:
-        return []
-    names = [linear.name for linear in shape.linears]
-    groups = {"all-linear": names, "attention": names[:4]} | ({} if shape.experts else {"all": names})
-    asked = {setup.targets} if isinstance(setup.targets, str) else set(setup.targets)
-    allowed = f"choose {', '.join(map(repr, groups))} or from {', '.join(names)}"
-    matrices = [matrix.name for matrix in shape.expert]  # add_lora takes their names, too
-    beyond = asked & {"experts", "all", *matrices, *(f"experts.{name}" for name in matrices)}
-    if beyond and shape.experts:
-        raise ValueError(f"targets {sorted(beyond)}: adapters on experts are not in the ledger yet: {allowed}")
-    if (unknown := sorted(asked - {*groups, *names})) or not asked:
-        raise ValueError(f"targets {unknown or 'none'}: {allowed}")
-    wanted = set().union(*(groups.get(name, [name]) for name in asked))
-    return [linear for linear in shape.linears if linear.name in wanted]
 
 
 def kept_by_layer(shape: Shape, setup: Setup, first: bool) -> Iterator[Kept]:
     """Yield what one layer keeps. first: the model's first, whose input has a gradient only in full training."""
-    adapted = {linear.name: linear for linear in targeted(shape, setup)}
+    adapted = {linear.name: linear for linear in targeted(shape, setup).linears}
     biases = {linear.name for linear in biased(shape, setup)}
     # Whether a gradient flows to this point. It starts at the first trained weight; from there on it never stops.
     flows = setup.method in ("full", "prompt") or not first
     if flows:
         yield from _norm(setup, shape.hidden)
-    yield from _linears(setup, adapted, ("q_proj", "k_proj", "v_proj"), shape.hidden, flows)
-    for name, heads in (("q_proj", shape.heads), ("k_proj", shape.key_value_heads)):
-        if shape.head_norms and (flows or name in {*adapted, *biases}):
-            yield from _norm(setup, shape.head_dim, heads, " of each head")
+    yield from _linears(setup, adapted, ("q_proj", "k_proj", "v_proj"), (shape.hidden, "d"), flows)
+    for name, width, heads in shape.inner_norms:
+        if flows or name in {*adapted, *biases}:
+            yield from _norm(setup, width, heads, f" of {'each head' if shape.head_norms else 'all heads'}")
     flows |= setup.method == "prefix" or not {"q_proj", "k_proj", "v_proj"}.isdisjoint({*adapted, *biases})
     if flows:
         yield from _attention(shape, setup)
     # Attention has kept its result, which is o_proj's input, unless a cast to another dtype stands between them.
-    yield from _linears(setup, adapted, ("o_proj",), shape.query, flows, stored=flows and not setup.widens)
+    yield from _linears(setup, adapted, ("o_proj",), (shape.query, "q"), flows, stored=flows and not setup.widens)
     flows |= "o_proj" in {*adapted, *biases}
     if setup.method == "houlsby":
         yield from _bottleneck(setup, shape.hidden, flows)
         flows = True
     if flows:
         yield from _norm(setup, shape.hidden)
-    if shape.experts:  # whatever learns does so before them, so that a gradient flows here
-        yield from _routed(shape, setup)
+    if shape.experts:
+        yield from _shared(shape, setup, adapted, biases, flows)
+        yield from _routed(shape, setup, flows)
     else:
-        yield from _dense(shape, setup, adapted, biases, flows)
+        yield from _dense(shape, (shape.inner, "f"), setup, adapted, biases, flows)
     if setup.method == "houlsby":
         yield from _bottleneck(setup, shape.hidden, flows=True)
 
 
 def _dense(
-    shape: Shape, setup: Setup, adapted: dict[str, LinearShape], biases: set[str], flows: bool
+    shape: Shape, inner: Width, setup: Setup, adapted: dict[str, LinearShape], biases: set[str], flows: bool
 ) -> Iterator[Kept]:
-    """The MLP of a model without experts."""
+    """The MLP of a model without experts, or a shared expert."""
     T = setup.tokens
-    f = shape.inner
-    yield from _linears(setup, adapted, ("gate_proj", "up_proj"), shape.hidden, flows)
+    f, letter = inner
+    yield from _linears(setup, adapted, ("gate_proj", "up_proj"), (shape.hidden, "d"), flows)
     gate = flows or "gate_proj" in {*adapted, *biases}
     up = flows or "up_proj" in {*adapted, *biases}
     if gate or up:  # silu(gate) * up keeps each factor for the gradient of the other; silu keeps its input
-        yield _kept(SWIGLU, (2 * gate + up) * T * f, setup.dtype, "3 T f: gate, silu(gate), up")
+        yield _kept(SWIGLU, (2 * gate + up) * T * f, setup.dtype, f"3 T {letter}: gate, silu(gate), up")
     flows = gate or up
-    yield from _linears(setup, adapted, ("down_proj",), f, flows)
+    yield from _linears(setup, adapted, ("down_proj",), inner, flows)
 
 
-def _routed(shape: Shape, setup: Setup) -> Iterator[Kept]:
+def _shared(
+    shape: Shape, setup: Setup, adapted: dict[str, LinearShape], biases: set[str], flows: bool
+) -> Iterator[Kept]:
+    """An expert that all tokens pass. A gate weighs its answer: each of the two serves the other's gradient."""
+    if not shape.shared:
+        return
+    T = setup.tokens
+    yield from _dense(shape, (shape.shared, "s"), setup, adapted, biases, flows)
+    if flows or not {"gate_proj", "up_proj", "down_proj"}.isdisjoint({*adapted, *biases}):
+        yield _kept(ROUTING, T, setup.dtype, "T: the shared expert's gate")
+    if flows:  # without a gradient for the gate, its answer is not needed
+        yield _kept(ROUTING, T * shape.hidden, setup.dtype, "T d: its answer")
+
+
+def _routed(shape: Shape, setup: Setup, flows: bool) -> Iterator[Kept]:
     """A router and its experts: T k pairs of token and expert, however they are spread over the experts."""
     T = setup.tokens
     pairs = T * shape.experts_per_token
-    d, f = shape.hidden, shape.inner
-    full = setup.method == "full"
-    # A frozen router passes the gradient on, as every layer does: softmax keeps all shares, in float32.
-    yield _kept(ROUTING, T * shape.experts, "float32", "T E: shares")
-    if shape.normalised:
-        yield _kept(ROUTING, pairs + T, "float32", "T (k + 1): the chosen and their sum")
-    if full:
-        yield _kept(ROUTING, T * d, setup.dtype, "T d: its input")
+    adapted = [matrix.name for matrix in targeted(shape, setup).experts]
+    if flows:  # a frozen router passes the gradient on, as every layer does: softmax keeps all shares, in float32
+        yield _kept(ROUTING, T * shape.experts, "float32", "T E: shares")
+        if shape.normalised:
+            yield _kept(ROUTING, pairs + T, "float32", "T (k + 1): the chosen and their sum")
+        if setup.whole and not shape.shared:  # a shared expert keeps the same tensor
+            yield _kept(ROUTING, T * shape.hidden, setup.dtype, "T d: its input")
+        yield _kept(ROUTING, 3 * pairs, "int64", "3 T k: the chosen, tokens by expert, there")
+    if not flows and not adapted:
+        return
     # Mixtral multiplies 16-bit answers by float32 weights, Qwen3 rounds the weights first
     wide = "float32" if shape.family == "mixtral" else setup.dtype
     yield _kept(ROUTING, pairs, wide, "T k: weights")
-    yield _kept(ROUTING, 4 * pairs, "int64", "4 T k: the chosen, tokens by expert, there and back")
-    if not setup.is_packed:
+    yield _kept(ROUTING, pairs, "int64", "T k: and back")
+    if not setup.is_packed and not adapted:  # torch's own grouped product
         yield _kept(ROUTING, shape.experts, "int32", "E: ends of groups")
-    yield _kept(EXPERT_ACTIVATIONS, pairs * (3 * f + d), setup.dtype, "T k (3 f + d): gate, silu(gate), up; answers")
-    if full:
+    yield from _expert(shape, setup, flows)
+
+
+def _expert(shape: Shape, setup: Setup, flows: bool) -> Iterator[Kept]:
+    """What all experts keep between them, adapters included. flows: whether their input has a gradient."""
+    pairs = setup.tokens * shape.experts_per_token
+    d, f = shape.hidden, shape.inner
+    adapted = {matrix.name: matrix for matrix in targeted(shape, setup).experts}
+    inner_flows = flows or "gate_up_proj" in adapted
+    if inner_flows:
+        yield _kept(EXPERT_ACTIVATIONS, 3 * pairs * f, setup.dtype, "3 T k f: gate, silu(gate), up")
+    if flows:  # an answer serves the gradient of its weight, which a router without one does not ask for
+        yield _kept(EXPERT_ACTIVATIONS, pairs * d, setup.dtype, "T k d: answers")
+    if setup.whole:
         yield _kept(EXPERT_ACTIVATIONS, pairs * (d + f), setup.dtype, "T k (d + f): inputs of their products")
+    for matrix in adapted.values():
+        letter = "f" if matrix.name == "down_proj" else "d"
+        yield _kept(EXPERT_ACTIVATIONS, pairs * matrix.in_features, setup.dtype, f"T k {letter}: inputs")
+        inner_dtype = "float32" if setup.fused else setup.dtype
+        yield _kept(EXPERT_ACTIVATIONS, pairs * setup.r, inner_dtype, "T k r: inner products")
+        if not setup.fused and setup.dtype != setup.adapter_dtype:
+            # Only experts with tokens cast their pair. How many is not known: all, if there are tokens enough.
+            used = min(shape.experts, pairs)
+            width = matrix.out_features + (inner_flows if letter == "f" else flows) * matrix.in_features
+            yield _kept(EXPERT_ACTIVATIONS, used * setup.r * width, setup.dtype, "E r (in + out): casts")
 
 
 def _bottleneck(setup: Setup, d: int, flows: bool) -> Iterator[Kept]:
@@ -145,18 +167,23 @@ def _norm(setup: Setup, d: int, heads: int = 1, each: str = "") -> Iterator[Kept
     """
     rows = setup.tokens * heads
     yield _kept(NORM, rows * (d + 1), "float32", f"T (d + 1){each}")
-    if setup.method == "full":
+    if setup.whole:
         yield _kept(NORM, rows * d, setup.dtype, f"T d: for the gradient of its weight{each}")
 
 
 def _linears(
-    setup: Setup, adapted: dict[str, LinearShape], names: tuple[str, ...], width: int, flows: bool, stored: bool = False
+    setup: Setup,
+    adapted: dict[str, LinearShape],
+    names: tuple[str, ...],
+    read: Width,
+    flows: bool,
+    stored: bool = False,
 ) -> Iterator[Kept]:
-    """Linear layers that share one input of `width`. stored: another operation keeps that input already."""
+    """Linear layers that share one input. stored: another operation keeps that input already."""
     T = setup.tokens
-    letter = {"q_proj": "d", "o_proj": "q", "gate_proj": "d", "down_proj": "f"}[names[0]]
+    width, letter = read
     mine = [adapted[name] for name in names if name in adapted]
-    if (mine and not setup.dropout and not stored) or (setup.method == "full" and not stored):
+    if (mine and not setup.dropout and not stored) or (setup.whole and not stored):
         yield _kept(INPUT, T * width, setup.dtype, f"T {letter}")
     if setup.dropout and mine:  # each adapter drops elements of its own: it keeps its input and its mask
         drawn = "bool" if setup.device == "cuda" else setup.dtype  # CUDA's fused dropout keeps booleans
@@ -227,17 +254,31 @@ def kept_after_layers(shape: Shape, setup: Setup) -> list[Kept]:
     """Return what the model keeps once: rotary tables, the last norm, the indices of labelled rows."""
     T = setup.tokens
     d = shape.hidden
-    full = setup.method == "full"
+    full = setup.whole
     # cosines and sines: for each token if its position is its own (packing), else for one row
     rotary = 2 * shape.head_dim * (T if setup.packing else setup.read_length)
     kept = [_kept(ROTARY, rotary, setup.dtype, "2 x head_dim x positions"), *_norm(setup, d)]
-    if full:
+    kept += _seen(shape, setup)
+    if full and (shape.tied or setup.learns(HEAD)):
         kept.append(_kept(INPUT, setup.labels * d, setup.dtype, "n d: the head's"))
     if setup.method == "prefix" and setup.mlp is not None:
         kept.append(_kept(ADAPTER, setup.virtual_tokens * setup.mlp, "float32", "p x the MLP's width"))
     chosen = setup.rows * (setup.length - 1)  # booleans: has this next token a label?
     numbers = 8 * setup.labels + 8 * full * T  # int64: labels, and token ids for the gradient of the embeddings
     return [*kept, Kept(INDICES, chosen + setup.labels + full * T, "bool, int64", chosen + numbers + FLOAT32, "T + n")]
+
+
+def _seen(shape: Shape, setup: Setup) -> Iterator[Kept]:
+    """What the way of pictures into the language model keeps; a frozen tower and projector keep nothing."""
+    projects = setup.learns(PROJECTOR)
+    pictures = setup.rows * setup.pictures
+    if shape.sight is None or not pictures:
+        return
+    if projects:  # a product keeps its input, and gelu too
+        yield _kept(INPUT, pictures * shape.sight.features, setup.dtype, "what the tower gives")
+        yield _kept(INPUT, 2 * pictures * shape.sight.tokens * shape.hidden, setup.dtype, "2 d a token of a picture")
+    if projects or setup.whole:  # where words and pictures part again, in the backward pass
+        yield _kept(INDICES, setup.tokens, "bool", "T: is this token of a picture?")
 
 
 def _kept(kind: str, count: int, dtype: str, formula: str) -> Kept:

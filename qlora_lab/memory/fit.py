@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qlora_lab.memory.activations import LOW_RANK, targeted
 from qlora_lab.memory.ledger import Ledger
 from qlora_lab.memory.predict import ledger_of
-from qlora_lab.memory.setup import Setup
+from qlora_lab.memory.setup import LOW_RANK, Setup
 from qlora_lab.memory.shape import Shape, shape_of
+from qlora_lab.memory.targets import targeted
 from qlora_lab.optim.paging import PAGE_SIZE
 from qlora_lab.quant.numbers import check_number
 
@@ -188,7 +188,8 @@ def _largest_rank(shape: Shape, setup: Setup, nbytes: int) -> int:
     if setup.method not in LOW_RANK:
         return 0
     # beyond a layer's own rank a larger r expresses nothing more
-    largest = max(min(linear.out_features, linear.in_features) for linear in targeted(shape, setup))
+    linears, experts = targeted(shape, setup)
+    largest = max(min(matrix.out_features, matrix.in_features) for matrix in (*linears, *experts))
     return _most(largest, lambda r: _peak(shape, replace(setup, r=r)) <= nbytes)
 
 

@@ -2,67 +2,44 @@
 
     measure_memory(model, optimizer, batch) -> Ledger: predicted beside measured
 
-A live storage counts once. A tensor that autograd keeps is named after the module that keeps it. A batch is one that
-data.collate makes.
+A live storage counts once. A batch is one that data.collate makes.
+Not here: what autograd keeps (watched.py).
 
-Python cannot see some rows (the loss's workspace, CUDA's context): they have no measured bytes. peak_resident asks
-Linux for the peak of the whole process.
+Python cannot see some rows (the loss's workspace, CUDA's context): they have no measured bytes. For the
+peak of the whole process ask train/resident.py.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from qlora_lab.adapters.adapter import Adapter, adapters, has_adapters, method_of
-from qlora_lab.adapters.dora import DoRALinear
+from qlora_lab.adapters.adapter import adapters, has_adapters, method_of
+from qlora_lab.adapters.expert_lora import LoRAStack
 from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.adapters.model_tensors import model_tensors
-from qlora_lab.adapters.pissa import PissaLinear
-from qlora_lab.adapters.prefix_tuning import PATH as PREFIX
 from qlora_lab.data.dataset import IGNORED
 from qlora_lab.kernels import product
-from qlora_lab.memory.activations import (
-    ADAPTER,
-    ATTENTION,
-    CHECKPOINT,
-    EXPERT_ACTIVATIONS,
-    INDICES,
-    INPUT,
-    MASK,
-    NORM,
-    ROTARY,
-    ROUTING,
-    SWIGLU,
-    TURNED,
-)
 from qlora_lab.memory.ledger import Ledger, LedgerRow
-from qlora_lab.memory.predict import MAP_BYTES, MASTERS, ledger_of
+from qlora_lab.memory.predict import MAP_BYTES, MASTERS, PLACES, ledger_of
 from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import Shape, shape_of
+from qlora_lab.memory.sight import PROJECTOR, TOWER
+from qlora_lab.memory.watched import Storages, watched
 from qlora_lab.model.experts4bit import Stack4bit
+from qlora_lab.model.language_model import parts_beside
 from qlora_lab.model.linear4bit import Linear4bit
-from qlora_lab.model.modes import mode, own_draws
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.wide import NAME as WIDE
 from qlora_lab.optim.master_copies import MasterCopies
 from qlora_lab.optim.paged_adamw import PagedAdamW
 from qlora_lab.quant.quantize import Quantized
-from qlora_lab.train.loss import answer_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-STATUS = Path("/proc/self/status")
-CLEAR = Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5): written to clear_refs, it sets VmHWM to the resident size of this moment
-LOG_SOFTMAX = "log-softmax"
-Running = tuple[str, nn.Module, int | None]  # path, module, and the address of what it reads
 
 
 def measure_memory(
@@ -83,7 +60,7 @@ def measure_memory(
     if optimizer is not None:
         measured.update(_moments(optimizer))
     if batch is not None:
-        measured.update(_watched(model, batch, shape))
+        measured.update(watched(model, batch, shape))
         if any(isinstance(m, Linear4bit) and m.takes_adapter for m in model.modules()):
             measured["decoded weight"] = sum(buffer.nbytes for buffer in vars(product._local).values())
     return replace(ledger, rows=tuple(_filled(ledger.rows, measured)))
@@ -129,7 +106,7 @@ def setup_of(
         options |= {"codebook": q.codebook, "block_size": q.block_size, "double_quant": q.double_quant}
     if layers:
         adapter = layers[0]
-        names = {path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+        names = {_target(path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear)}
         options |= {"r": adapter.r, "targets": tuple(sorted(names)), "dropout": adapter.dropout.p}
         options |= {"adapter_dtype": adapter.lora_A.dtype}
         if len(layers) != len(names) * shape.layers:
@@ -140,10 +117,10 @@ def setup_of(
         if len(ranks := {layer.r for layer in layers}) > 1:
             listed = ", ".join(map(str, sorted(ranks)))
             raise ValueError(f"adapters have ranks {listed}, but a ledger has one: give all the same")
-    if packed and len(packed) != len(shape.linears) * shape.layers:
-        raise ValueError(
-            f"{len(packed)} of {len(shape.linears) * shape.layers} linear layers are quantised: quantise all of them"
-        )
+    also, expected = _also(model, shape)
+    if packed and len(packed) != expected:
+        raise ValueError(f"{len(packed)} of {expected} linear layers are quantised: quantise all of them")
+    options["also"] = also
     if len(stacks) != len(shape.expert) * shape.layers * bool(packed):
         raise ValueError(
             f"{len(stacks)} of {len(shape.expert) * shape.layers} stacks of experts are quantised beside "
@@ -157,6 +134,19 @@ def setup_of(
     options["gradient_checkpointing"] = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     options["master_copies"] = optimizer is None or isinstance(optimizer, MasterCopies)
     return Setup(**options, **_optimizer_options(optimizer), **_batch_options(batch))
+
+
+def _also(model: nn.Module, shape: Shape) -> tuple[tuple[str, ...], int]:
+    """Return the parts beside the language model that are packed, and how many packed layers there are with them."""
+    found = parts_beside(model, {path for path, m in model.named_modules() if isinstance(m, Linear4bit)})
+    parts = [part for part in (shape.sight.parts if shape.sight else ()) if part.name in found]
+    beside = sum(times for part in parts for _, times in part.linears)
+    return tuple(part.name for part in parts), len(shape.linears) * shape.layers + beside
+
+
+def _target(path: str, layer: LoRALinear) -> str:
+    """Return the name by which a target is asked for: a stack's with its module's, for layers may have the same."""
+    return ".".join(path.split(".")[-2 if isinstance(layer, LoRAStack) else -1 :])
 
 
 def _optimizer_options(optimizer: torch.optim.Optimizer | None) -> dict:
@@ -173,34 +163,25 @@ def _batch_options(batch: dict[str, torch.Tensor] | None) -> dict:
         return {}
     rows, length = batch["input_ids"].shape
     labels = int((batch["labels"][:, 1:] != IGNORED).sum())  # the first token has nothing to predict it
+    pictures = len(batch.get("pixel_values", ()))
+    if pictures % rows:
+        raise ValueError(f"{pictures} pictures in {rows} rows: a ledger takes as many in each row")
     mask = batch.get("attention_mask")
-    options = {"batch_size": rows, "length": length, "learned": labels / (rows * length)}
+    options = {"batch_size": rows, "length": length, "learned": labels / (rows * length), "pictures": pictures // rows}
     return options | {"packing": "position_ids" in batch, "padded": mask is not None and not bool(mask.all())}
 
 
 # ------------------------------------------------------------------------------------ weights, gradients and moments
 
 
-@dataclass
-class _Storages:
-    """Bytes by kind. A storage counts once, as the kind that it was first seen as."""
-
-    sums: Counter = field(default_factory=Counter)
-    seen: set[int] = field(default_factory=set)  # addresses
-
-    def add(self, what: str, tensor: torch.Tensor) -> None:
-        new = _address(tensor) not in self.seen
-        self.sums[what] += tensor.untyped_storage().nbytes() if new else 0
-        self.seen.add(_address(tensor))
-
-
 def _walk(model: nn.Module) -> Counter:
-    storages = _Storages()
+    storages = Storages()
+    beside = _named_beside(model)
     for kind, tensor in model_tensors(model):
         if isinstance(tensor, Quantized):
             _walk_quantized(storages, kind, tensor)
         else:
-            storages.add(kind, tensor)
+            storages.add(beside.get(id(tensor), kind), tensor)
     if any(isinstance(m, PackedModule) and m.weight.double_quant for m in model.modules()):
         storages.sums["tables"] += MAP_BYTES  # one for the whole process
     storages.sums["head"] += 0  # a tied head shares the embeddings' storage, seen before
@@ -210,7 +191,19 @@ def _walk(model: nn.Module) -> Counter:
     return storages.sums
 
 
-def _walk_quantized(storages: _Storages, kind: str, q: Quantized) -> None:
+def _named_beside(model: nn.Module) -> dict[int, str]:
+    """Return id of a tensor -> its row, for those beside the language model; packed weights have rows of their own."""
+    names = {}
+    found = parts_beside(model, {path for path, _ in model.named_modules()})
+    for part in (TOWER, PROJECTOR):  # a head stands beside the language model, too
+        for module in map(model.get_submodule, found.get(part, ())):
+            owned = () if isinstance(module, PackedModule) else module.named_buffers(recurse=False)
+            names |= {id(p): part for p in module.parameters(recurse=False)}
+            names |= {id(buffer): PLACES if name == "position_ids" else part for name, buffer in owned}
+    return names
+
+
+def _walk_quantized(storages: Storages, kind: str, q: Quantized) -> None:
     storages.add(kind, q.packed)
     storages.add("tables", q.levels)
     if q.double_quant:
@@ -235,129 +228,4 @@ def _moments(optimizer: torch.optim.Optimizer) -> Counter:
     return sums
 
 
-# -------------------------------------------------------------------------------------------- what a forward pass keeps
-
-
-def _watched(model: "PreTrainedModel", batch: dict[str, torch.Tensor], shape: Shape) -> Counter:
-    """Sum, by kind, the bytes that a forward pass keeps for its backward pass; weights do not count."""
-    storages = _Storages()
-    rotary: set[int] = set()
-    running: list[Running] = []
-    for tensor in (*model.parameters(), *model.buffers()):
-        storages.seen.add(_address(tensor))
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        path, module, _ = running[-1] if running else ("", None, None)  # no module: the loss itself keeps it
-        kind = ROTARY if _address(tensor) in rotary else _kind(path, module, tensor, shape)
-        if _is_made_by_pissa(running, tensor):
-            kind = ADAPTER
-        storages.add(kind, tensor)
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    following = _following(model, running, rotary)
-    with mode(model, training=True), own_draws(model), following, torch.enable_grad(), hooks:
-        loss = answer_loss(model, batch)[0]  # keeps the graph alive, so that no address is used twice
-        del loss
-    return storages.sums
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-@contextmanager
-def _following(model: nn.Module, running: list[Running], rotary: set[int]) -> Iterator[None]:
-    """Keep in `running` the modules whose forward runs now, the innermost last, and in `rotary` the addresses of the
-    rotary tables, which all layers share."""
-    hooks = []
-    for path, module in model.named_modules():
-        enter = lambda m, args, path=path: running.append((path, m, _read(args)))  # noqa: E731
-        leave = lambda m, args, output: running.pop() and None  # noqa: E731 - None leaves the output unchanged
-        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-        if path.endswith("rotary_emb"):
-            hooks.append(module.register_forward_hook(lambda m, args, output: rotary.update(map(_address, output))))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _read(args: tuple) -> int | None:
-    """Return the address of a module's first input, if it is a tensor."""
-    return _address(args[0]) if args and isinstance(args[0], torch.Tensor) else None
-
-
-def _is_made_by_pissa(running: list[Running], tensor: torch.Tensor) -> bool:
-    """Tell whether the base within a PissaLinear keeps a factor, or their inner product, and not its own input."""
-    inside = len(running) > 1 and isinstance(running[-2][1], PissaLinear)
-    return inside and _address(tensor) != running[-1][2]
-
-
-def _kind(path: str, module: nn.Module | None, tensor: torch.Tensor, shape: Shape) -> str:
-    """Tell what a tensor is, by the module that keeps it and then by its shape."""
-    names = path.split(".")
-    if module is None:
-        return LOG_SOFTMAX if tensor.dim() == 2 and tensor.shape[-1] == shape.vocabulary else INDICES
-    if names[0] == PREFIX or (isinstance(module, Adapter) and not isinstance(module, LoRALinear)):
-        return ADAPTER
-    if isinstance(module, DoRALinear) and tensor.dim() != 2:  # matrices are those of LoRA's products
-        return TURNED
-    if "experts" in names:
-        # The weight of a pair is one number; Python cannot tell an answer from a gate of the same width.
-        return EXPERT_ACTIVATIONS if tensor.is_floating_point() and tensor.shape[-1] > 1 else ROUTING
-    if shape.experts and names[-1] == "gate":
-        return ROUTING
-    if not tensor.is_floating_point():
-        return INDICES if names[-1] != "dropout" else INPUT
-    if "norm" in names[-1]:
-        return NORM
-    if names[-1] == "self_attn":
-        # a prefix makes keys without queries, so a mask need not be square
-        own = tensor.dim() == 4 and tensor.shape[1] == 1  # a mask is (rows, 1, length, keys)
-        is_mask = own and (tensor.shape[-1] == tensor.shape[-2] or tensor.shape[-1] != shape.head_dim)
-        return MASK if is_mask else ATTENTION
-    if names[-1] in ("mlp", "act_fn"):
-        return SWIGLU
-    if names[-1].isdigit():
-        return CHECKPOINT  # a layer by its number: torch.utils.checkpoint keeps its input
-    return _of_a_linear(names, tensor, module)
-
-
-def _of_a_linear(names: list[str], tensor: torch.Tensor, module: nn.Module) -> str:
-    """Tell the input of a linear layer from an adapter's inner product, (tokens, r), and its cast matrices."""
-    inner = module.base if isinstance(module, LoRALinear) else module
-    width = getattr(inner, "in_features", tensor.shape[-1])
-    # A transposed (in, r) matrix: contiguous along its first axis. Its last axis can have any length.
-    thin = tensor.dim() == 2 and tensor.stride(0) == 1 < tensor.shape[0] and tensor.shape[0] != tensor.shape[1]
-    return INPUT if tensor.shape[-1] == width and not thin else ADAPTER
-
-
 # ---------------------------------------------------------------------------------------------------- the whole process
-
-
-def peak_resident() -> int | None:
-    """Return the peak of this process's resident bytes since its start or reset_peak. None on systems without /proc."""
-    return _status("VmHWM")
-
-
-def resident() -> int | None:
-    """Return the resident bytes of this process. None on systems without /proc."""
-    return _status("VmRSS")
-
-
-def reset_peak() -> bool:
-    """Start the peak of peak_resident again. Returns whether the system allowed it."""
-    try:
-        CLEAR.write_text(RESET_PEAK)
-    except OSError:
-        return False
-    return True
-
-
-def _status(name: str) -> int | None:
-    if not STATUS.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024  # Linux says kB and means KiB

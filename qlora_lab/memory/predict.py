@@ -16,11 +16,14 @@ from itertools import chain
 from typing import Any
 
 from qlora_lab.kernels.product import PANEL, TILE, panel_height, panel_width
-from qlora_lab.memory.activations import LETTERS, kept_after_layers, kept_by_layer, kept_by_layers, targeted
+from qlora_lab.memory.activations import LETTERS, kept_after_layers, kept_by_layer, kept_by_layers
 from qlora_lab.memory.learned import FORMULA, learned_by_method
 from qlora_lab.memory.ledger import PHASES, Ledger, LedgerRow
+from qlora_lab.memory.linear_shape import LinearShape
 from qlora_lab.memory.setup import BYTES, LOW_RANK, Setup
-from qlora_lab.memory.shape import LinearShape, Shape, shape_of
+from qlora_lab.memory.shape import Shape, shape_of
+from qlora_lab.memory.sight import check_parts
+from qlora_lab.memory.targets import targeted
 from qlora_lab.optim.paged_adamw import UNIT
 from qlora_lab.optim.paging import PAGE_SIZE
 from qlora_lab.quant.double_quant import GROUP_SIZE
@@ -28,7 +31,7 @@ from qlora_lab.quant.packing import group_of
 
 FLOAT32 = 4
 WEIGHTS, ADAPTERS, GRADIENTS, MOMENTS = "weights", "adapters", "gradients", "optimizer"
-MASTERS = "master copies"
+MASTERS, PLACES = "master copies", "places in a picture"
 ACTIVATIONS, LOSS, WORKSPACE, RUNTIME = "activations", "loss", "workspace", "runtime"
 MAP_BYTES = 256 * FLOAT32  # the table of double quantization, one per process
 # All kernels of torch 1.13 loaded, from pytorch/pytorch#86509; with lazy loading it starts at 287,047,680.
@@ -55,7 +58,11 @@ def predict_memory(model: Any, method: str = "qlora", **setup: Any) -> Ledger:
 
 
 def ledger_of(shape: Shape, setup: Setup) -> Ledger:
-    """Do the same from a Shape and a Setup. Raises ValueError for Houlsby's adapters on a mixture of experts."""
+    """Do the same from a Shape and a Setup.
+
+    Raises ValueError for Houlsby's adapters on a mixture of experts, and for parts that the model does not have.
+    """
+    check_parts(shape.name, shape.sight, setup)
     if shape.experts and setup.method == "houlsby":
         raise ValueError(f"{shape.name} routes tokens to experts, which method='houlsby' cannot adapt: choose qlora")
     rows = [*_weights(shape, setup), *_adapters(shape, setup), *_gradients(shape, setup), *_moments(shape, setup)]
@@ -85,8 +92,10 @@ def _weights(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     linears = [(linear, shape.layers) for linear in shape.linears]
     experts = [(matrix, shape.layers * shape.experts) for matrix in shape.expert]
     if setup.is_packed:
-        yield from _packed(linears, experts, setup)
+        beside = _packed_beside(shape, setup)
+        yield from _packed([*linears, *beside], experts, setup)
         tables = shape.layers * (len(shape.linears) + len(shape.expert))  # one for all matrices of a stack
+        tables += sum(times for _, times in beside)
         levels = 2**setup.code_bits
         count = tables * levels + setup.double_quant * MAP_BYTES // FLOAT32
         yield _row(WEIGHTS, "tables", count, "float32", f"{levels} a layer{' + 256' * setup.double_quant}")
@@ -101,11 +110,30 @@ def _weights(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
     head = "the embeddings, shared" if shape.tied else "V d"
     yield _row(WEIGHTS, "head", 0 if shape.tied else shape.table, setup.dtype, head)
     if shape.experts:
-        yield _row(WEIGHTS, "routers", shape.layers * shape.router, setup.dtype, "L E d")
-    heads = " + 2 L head_dim" * shape.head_norms
+        gates = " + L d: of the shared expert" * bool(shape.shared)
+        yield _row(WEIGHTS, "routers", shape.layers * shape.router, setup.dtype, f"L E d{gates}")
+    heads = " + 2 L head_dim" * shape.head_norms + " + L (q + kv)" * shape.whole_norms
     yield _row(WEIGHTS, "norms", shape.norms, setup.dtype, f"(2 L + 1) d{heads}")
     # transformers keeps its frequencies twice: as used, and as they were before any scaling
     yield _row(WEIGHTS, "rotary frequencies", 2 * (shape.head_dim // 2), "float32", "2 x head_dim / 2")
+    yield from _beside(shape, setup)
+
+
+def _packed_beside(shape: Shape, setup: Setup) -> Matrices:
+    """The linear layers of the parts that are quantised beside a language model."""
+    parts = shape.sight.parts if shape.sight else ()
+    return [matrix for part in parts if part.name in setup.also for matrix in part.linears]
+
+
+def _beside(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
+    """A tower and a projector, but for the linear layers that are packed with those of the language model."""
+    for part in shape.sight.parts if shape.sight else ():
+        packed = part.name in setup.also
+        count = part.rest + (0 if packed else _numel(part.linears))
+        yield _row(WEIGHTS, part.name, count, setup.dtype, "biases and the like" if packed else "all of it")
+    if shape.sight:
+        count = shape.sight.positions
+        yield LedgerRow(WEIGHTS, PLACES, "1 for each patch, and 1", count, "int64", 8 * count)
 
 
 def _numel(matrices: Matrices) -> int:
@@ -136,34 +164,34 @@ def _packed(linears: Matrices, experts: Matrices, setup: Setup) -> Iterator[Ledg
 def _trained(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
     """List (elements of a trained tensor, number of tensors of that size)."""
     if setup.method in LOW_RANK:
-        adapted = targeted(shape, setup)
-        sizes = [(setup.r * linear.in_features, setup.r * linear.out_features) for linear in adapted]  # lora_A, lora_B
+        adapted = targeted(shape, setup).linears
         magnitudes = [linear.out_features for linear in adapted if setup.method == "dora"]
-        return [(n, shape.layers) for n in (*chain(*sizes), *magnitudes)]
-    if setup.method != "full":
-        return learned_by_method(shape, setup)
-    matrices = [(linear.numel, shape.layers) for linear in shape.linears]
-    biases = [(linear.out_features, shape.layers) for linear in shape.linears if linear.bias]
-    stacks = [(shape.experts * matrix.numel, shape.layers) for matrix in shape.expert]
-    experts = [*stacks, (shape.router, shape.layers)] * bool(shape.experts)
-    norms = [(shape.hidden, 2 * shape.layers + 1), *[(shape.head_dim, 2 * shape.layers)] * shape.head_norms]
-    return [*matrices, *biases, *experts, *norms, (shape.table, 2 - shape.tied)]
+        return [(n, shape.layers) for n in (*chain(*_factors(shape, setup)), *magnitudes)]
+    return learned_by_method(shape, setup)
+
+
+def _factors(shape: Shape, setup: Setup) -> list[tuple[int, int]]:
+    """List the elements of lora_A and lora_B of each adapted matrix of a layer."""
+    adapted = targeted(shape, setup)
+    # a pair for each expert, and the pairs of all experts in two tensors: idle ones have theirs, too
+    matrices = [*((linear, 1) for linear in adapted.linears), *((matrix, shape.experts) for matrix in adapted.experts)]
+    return [(n * setup.r * matrix.in_features, n * setup.r * matrix.out_features) for matrix, n in matrices]
 
 
 def _adapters(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
-    chosen = targeted(shape, setup)
-    if setup.method not in (*LOW_RANK, "full"):
+    factors = _factors(shape, setup)
+    if setup.method not in (*LOW_RANK, "full"):  # full fine-tuning adds no weights
         count = sum(n * times for n, times in learned_by_method(shape, setup))
         yield _row(ADAPTERS, setup.method, count, setup.adapter_dtype, FORMULA[setup.method])
     if setup.copies:
         count = sum(n * times for n, times in _trained(shape, setup))
         yield _row(MOMENTS, MASTERS, count, "float32", "1 for each trained weight")
-    if chosen:
-        a = shape.layers * setup.r * sum(linear.in_features for linear in chosen)
-        b = shape.layers * setup.r * sum(linear.out_features for linear in chosen)
-        yield _row(ADAPTERS, "lora_A", a, setup.adapter_dtype, "r in")
-        yield _row(ADAPTERS, "lora_B", b, setup.adapter_dtype, "r out")
-        out = shape.layers * sum(linear.out_features for linear in chosen)
+    if factors:
+        a, b = (shape.layers * sum(sizes) for sizes in zip(*factors, strict=True))
+        times = "; of experts E times" * bool(targeted(shape, setup).experts)
+        yield _row(ADAPTERS, "lora_A", a, setup.adapter_dtype, f"r in{times}")
+        yield _row(ADAPTERS, "lora_B", b, setup.adapter_dtype, f"r out{times}")
+        out = b // setup.r  # of linear layers: experts have neither DoRA nor PiSSA
         if setup.method == "dora":
             yield _row(ADAPTERS, "lora_magnitude_vector", out, setup.adapter_dtype, "out")
             yield _row(ADAPTERS, "lengths", out, "float32", "out: of the base's rows")
@@ -236,6 +264,10 @@ def _workspace(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
         count = 2 * T * d + T * shape.experts_per_token * 3 * d + 4 * T * f
         words = "2 T d + 3 T k d + 4 T f: of the residual stream, of pairs, of an expert that all tokens share"
     yield _row(WORKSPACE, "gradients of activations", count, setup.dtype, words, IN_BACKWARD)
+    if pairs := targeted(shape, setup).experts:
+        numel = shape.experts * setup.r * sum(matrix.in_features + matrix.out_features for matrix in pairs)
+        words = "E r (in + out) of one layer: of each expert, before they are one tensor"
+        yield _row(WORKSPACE, "gradients of pairs", numel, setup.adapter_dtype, words, IN_BACKWARD)
     if setup.is_packed:
         yield _buffer(shape, setup)
     yield _temporaries(shape, setup)
@@ -267,14 +299,15 @@ def _temporaries(shape: Shape, setup: Setup) -> LedgerRow:
 
 def _buffer(shape: Shape, setup: Setup) -> LedgerRow:
     """The decoded weight: on the CPU one panel of rows, kept for the next product; on a GPU a whole weight."""
+    matrices = [*shape.linears, *shape.expert, *(linear for linear, _ in _packed_beside(shape, setup))]
     if setup.device == "cuda":
-        largest = max(matrix.numel for matrix in (*shape.linears, *shape.expert))
+        largest = max(matrix.numel for matrix in matrices)
         return _row(WORKSPACE, "decoded weight", largest, setup.dtype, "out in, the largest", IN_BACKWARD)
-    count = max(_panel(matrix, setup.block_size) for matrix in (*shape.linears, *shape.expert))
+    count = max(_panel(matrix, setup.block_size) for matrix in matrices)
     words = f"a panel of at most {PANEL:,}"
     if setup.dtype != "float32":  # tiles of x and y, if float32 products win the race; otherwise less is needed
         # gate and up of an expert are one product, twice as wide
-        count += 2 * min(TILE, setup.tokens * max(shape.inner * (1 + bool(shape.experts)), shape.hidden))
+        count += 2 * min(TILE, setup.tokens * max(shape.inner * (1 + bool(shape.experts)), shape.shared, shape.hidden))
         words += f", tiles of at most {TILE:,}"
     return _row(WORKSPACE, "decoded weight", count, "float32", words)
 

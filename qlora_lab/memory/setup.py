@@ -8,6 +8,7 @@ keeps adapters in float32, as this library does; TRL casts them to bf16.
 from dataclasses import dataclass
 from functools import cached_property
 
+from qlora_lab.memory.sight import LANGUAGE
 from qlora_lab.quant.numbers import MOST, MOST_BYTES, check_number, check_whole
 from qlora_lab.train.run_options import (
     METHOD_OPTIONS,
@@ -38,6 +39,7 @@ class Setup:
     codebook: str = option(
         ModelOptions.codebook, "data type of the quantised weights, such as nf4; none, for dora and so on: 16 bits"
     )
+    also: tuple[str, ...] = same_option(ModelOptions, "also")
     block_size: int = same_option(ModelOptions, "block_size")
     double_quant: bool = same_option(ModelOptions, "double_quant")
     dtype: str = option("bfloat16", "data type of computation, and of everything that is not quantised")
@@ -47,12 +49,14 @@ class Setup:
     r: int = same_option(AdapterOptions, "r")
     targets: str | tuple[str, ...] = same_option(AdapterOptions, "targets")
     dropout: float = same_option(AdapterOptions, "dropout")
+    parts: tuple[str, ...] | None = same_option(AdapterOptions, "parts")
     size: int = same_option(AdapterOptions, "size")
     virtual_tokens: int = same_option(AdapterOptions, "virtual_tokens")
     mlp: int | None = same_option(AdapterOptions, "mlp")
     batch_size: int = same_option(Settings, "batch_size")
     micro_batch_size: int | None = same_option(Settings, "micro_batch_size")
     length: int = option(Settings.max_length, "tokens per row", "tokens")
+    pictures: int = option(1, "of a model that sees: pictures per row", "pictures")
     # with packing it decides how many rows a batch needs
     mean_length: int | None = option(None, "mean tokens per example, for --packing (default: a whole row)", "tokens")
     packing: bool = same_option(Settings, "packing")
@@ -70,6 +74,7 @@ class Setup:
 
     def __post_init__(self):
         # imported here: torch costs a second, and the command line reads this class for its --help
+        from qlora_lab.model.language_model import as_names
         from qlora_lab.quant.blocks import check_block_size
         from qlora_lab.quant.codebook import codebook
 
@@ -77,6 +82,9 @@ class Setup:
         object.__setattr__(self, "adapter_dtype", _name(self.adapter_dtype))
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "also", as_names(self.also))
+        if self.parts is not None:
+            object.__setattr__(self, "parts", as_names(self.parts, "parts"))
         for name, allowed in (("method", METHODS), ("dtype", BYTES), ("adapter_dtype", BYTES), ("device", DEVICES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known: choose from {', '.join(allowed)}")
@@ -94,6 +102,13 @@ class Setup:
                 check_whole(name, getattr(self, name), 1, most)
         if self.mean_length is not None and self.mean_length > self.length:
             raise ValueError(f"mean_length={self.mean_length} exceeds length={self.length}: give at most that")
+        check_whole("pictures", self.pictures, 0)
+        if self.parts == ():
+            raise ValueError("parts names no module, so nothing would learn: name one, or leave parts out")
+        if self.parts is not None and self.method != "full":
+            raise ValueError(f"parts={self.parts} does not go with method={self.method!r}: choose method='full'")
+        if self.also and not self.is_packed:
+            raise ValueError(f"also={self.also} quantises, but this run does not: leave it out, or choose qlora")
         check_number("dropout", self.dropout, lambda share: 0 <= share < 1, "from 0 to below 1")
         check_number("learned", self.learned, lambda share: 0 <= share <= 1, "from 0 to 1")
         check_block_size(self.block_size)
@@ -138,8 +153,18 @@ class Setup:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the linear layers are in 4 bits."""
-        return self.method == "qlora" or (self.method not in ("lora", "full") and self.codebook != "none")
+        """Whether the linear layers are in 4 bits: also where parts that learn stand beside them."""
+        beside = self.method == "full" and not self.whole
+        return self.method == "qlora" or (self.codebook != "none" and (beside or self.method not in ("lora", "full")))
+
+    @property
+    def whole(self) -> bool:
+        """Whether every weight of the language model learns, but for a head that parts does not name."""
+        return self.method == "full" and (self.parts is None or LANGUAGE in self.parts)
+
+    def learns(self, part: str) -> bool:
+        """Tell whether a part of a model that sees learns as a whole."""
+        return self.method == "full" and (self.parts is None or part in self.parts)
 
     @property
     def read_length(self) -> int:
@@ -201,7 +226,8 @@ class Setup:
     def __str__(self) -> str:
         sizes = dict.fromkeys(RELATIVES, f", r={self.r}") | {"houlsby": f", size {self.size}"}
         sizes |= dict.fromkeys(VIRTUAL, f", {self.virtual_tokens} virtual tokens")
-        names = {"full": "full fine-tuning", "lora": f"LoRA, r={self.r}", "qlora": f"QLoRA, r={self.r}"}
+        full = "full fine-tuning" + f" of {', '.join(self.parts or ())}" * (self.parts is not None)
+        names = {"full": full, "lora": f"LoRA, r={self.r}", "qlora": f"QLoRA, r={self.r}"}
         method = names.get(self.method) or f"{self.method}{sizes.get(self.method, '')}"
         weights = f", {self.codebook}/{self.block_size}{' + double quantization' * self.double_quant}"
         switches = ", gradient checkpointing" * self.gradient_checkpointing + ", packing" * self.packing

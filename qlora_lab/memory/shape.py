@@ -2,22 +2,29 @@
 
 In: a known name, a folder with config.json, that file, a configuration (a dict, or one of transformers), or a model.
 Out: a Shape. Families: llama, mistral and qwen2, which differ only in their biases; qwen3, which normalises each head's
-query and key; mixtral and qwen3_moe, whose layers have experts in place of one MLP.
+query and key; mixtral, qwen2_moe, qwen3_moe and olmoe, whose layers have experts in place of one MLP; llava, in which
+one of these is the language model.
 Source: "LLaMA", table 2, for models known by name alone; field names and defaults are those of transformers.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from qlora_lab.files.home import expanded
+from qlora_lab.memory.linear_shape import LinearShape, part_of, size_of
+from qlora_lab.memory.sight import Sight, sight_of
 from qlora_lab.model.experts import COUNTS
 from qlora_lab.model.fetch import KNOWN_MODELS, cache_dir, fetch
 from qlora_lab.model.model_files import read_config
 
-MIXTURES = {"mixtral": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}  # the name of f, inside one expert
+# The name of f, inside one expert.
+MIXTURES = {"mixtral": "intermediate_size", "olmoe": "intermediate_size"}
+MIXTURES |= dict.fromkeys(("qwen2_moe", "qwen3_moe"), "moe_intermediate_size")
 HEAD_NORMS = ("qwen3", "qwen3_moe")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *MIXTURES)
+SEEING = "llava"
 WEIGHTS_ALONE = "qlora_lab.memory.weights counts the weights of any"
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # name: layers, hidden, inner, heads, key and value heads, vocabulary. None ties its head to the embeddings.
@@ -29,19 +36,6 @@ PUBLISHED = {
     "llama-2-70b": (80, 8192, 28672, 64, 8, 32000),
     "llama-3-8b": (32, 4096, 14336, 32, 8, 128256),
 }
-
-
-class LinearShape(NamedTuple):
-    """One linear layer, its weight (out_features, in_features)."""
-
-    name: str  # the last part of its path
-    out_features: int
-    in_features: int
-    bias: bool
-
-    @property
-    def numel(self) -> int:
-        return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -62,9 +56,12 @@ class Shape:
     output_bias: bool = False  # of o_proj
     mlp_bias: bool = False  # of gate_proj, up_proj and down_proj
     head_norms: bool = False  # q_norm and k_norm, over the head_dim numbers of each head
+    whole_norms: bool = False  # q_norm and k_norm, over all heads at once
     experts: int = 0  # E in each layer, 0 in a dense model; then f is the width inside one of them
     experts_per_token: int = 0  # k
     normalised: bool = False  # the k weights of a token are divided by their sum
+    shared: int = 0  # the width inside a shared expert, which all tokens pass; 0 without one
+    sight: Sight | None = None  # of a model that sees: what stands beside its language model
 
     @property
     def query(self) -> int:
@@ -78,20 +75,24 @@ class Shape:
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
-        """The linear layers of one layer, in the model's order; those of a mixture are its attention's."""
+        """The linear layers of one layer, attention first; those of a mixture are its attention's and shared expert's.
+
+        All tokens pass them. A shared expert has the names of an MLP.
+        """
         attention = (
             LinearShape("q_proj", self.query, self.hidden, self.attention_bias),
             LinearShape("k_proj", self.key_value, self.hidden, self.attention_bias),
             LinearShape("v_proj", self.key_value, self.hidden, self.attention_bias),
             LinearShape("o_proj", self.hidden, self.query, self.output_bias),
         )
-        if self.experts:
+        width = self.shared if self.experts else self.inner
+        if not width:
             return attention
         return (
             *attention,
-            LinearShape("gate_proj", self.inner, self.hidden, self.mlp_bias),
-            LinearShape("up_proj", self.inner, self.hidden, self.mlp_bias),
-            LinearShape("down_proj", self.hidden, self.inner, self.mlp_bias),
+            LinearShape("gate_proj", width, self.hidden, self.mlp_bias),
+            LinearShape("up_proj", width, self.hidden, self.mlp_bias),
+            LinearShape("down_proj", self.hidden, width, self.mlp_bias),
         )
 
     @property
@@ -104,13 +105,20 @@ class Shape:
 
     @property
     def router(self) -> int:
-        """Weights of one layer's router, (E, d)."""
-        return self.experts * self.hidden
+        """Weights of one layer's router, (E, d), and of the gate of its shared expert, (1, d)."""
+        return (self.experts + bool(self.shared)) * self.hidden
+
+    @property
+    def inner_norms(self) -> tuple[tuple[str, int, int], ...]:
+        """Norms after q_proj and k_proj: the layer's name, how wide a norm is, and how often a token passes it."""
+        if self.head_norms:
+            return ("q_proj", self.head_dim, self.heads), ("k_proj", self.head_dim, self.key_value_heads)
+        return (("q_proj", self.query, 1), ("k_proj", self.key_value, 1)) * self.whole_norms
 
     @property
     def norms(self) -> int:
         """Weights of all norms: two in each layer and one after the last, and those of queries and keys."""
-        return (2 * self.layers + 1) * self.hidden + 2 * self.layers * self.head_dim * self.head_norms
+        return (2 * self.layers + 1) * self.hidden + self.layers * sum(width for _, width, _ in self.inner_norms)
 
     @property
     def table(self) -> int:
@@ -119,10 +127,11 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All weights; a tied head counts once."""
+        """All weights, a vision tower's included; a tied head counts once."""
+        beside = self.sight.parameters if self.sight else 0
         linears = sum(linear.numel + linear.bias * linear.out_features for linear in self.linears)
         experts = self.experts * sum(matrix.numel for matrix in self.expert) + self.router
-        return self.layers * (linears + experts) + self.norms + self.table * (2 - self.tied)
+        return self.layers * (linears + experts) + self.norms + self.table * (2 - self.tied) + beside
 
 
 def shape_of(model: Any) -> Shape:
@@ -151,7 +160,7 @@ def _from_name(name: str) -> Shape:
         *sizes, vocabulary = PUBLISHED[name]
         _, hidden, _, heads, _ = sizes
         return Shape(name, "llama", *sizes, hidden // heads, vocabulary, tied=False)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name in KNOWN_MODELS:
         path = cache_dir() / name
         if not (path / "config.json").is_file():
@@ -169,12 +178,14 @@ def _from_name(name: str) -> Shape:
 
 def _from_config(config: dict, where: str) -> Shape:
     family = config.get("model_type")
+    if family == SEEING:
+        return _seeing(config, where)
     if family not in FAMILIES:
         raise ValueError(
             f"{where} has the architecture {family!r}, whose layers are unknown here: choose from {', '.join(FAMILIES)}"
-            f"; {WEIGHTS_ALONE}"
+            f", {SEEING}; {WEIGHTS_ALONE}"
         )
-    sizes = {name: _size(config, name, where) for name in NEEDED}
+    sizes = {name: size_of(config, name, where) for name in NEEDED}
     mixture = _mixture(config, family, where) if family in MIXTURES else {"inner": sizes["intermediate_size"]}
     heads = sizes["num_attention_heads"]
     # Configurations omit fields that equal the default of transformers, or set them to null.
@@ -186,17 +197,31 @@ def _from_config(config: dict, where: str) -> Shape:
         layers=sizes["num_hidden_layers"],
         hidden=sizes["hidden_size"],
         heads=heads,
-        key_value_heads=_size(filled, "num_key_value_heads", where),
-        head_dim=_size(filled, "head_dim", where),
+        key_value_heads=size_of(filled, "num_key_value_heads", where),
+        head_dim=size_of(filled, "head_dim", where),
         vocabulary=sizes["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
+        attention_bias=family == "qwen2" or bool(config.get("attention_bias", config.get("qkv_bias", False))),
         # transformers gives o_proj a bias in these; in mistral and qwen2 it has none whatever the configuration says
-        output_bias=family in ("llama", *HEAD_NORMS) and bool(config.get("attention_bias", False)),
+        output_bias=family in ("llama", "olmoe", *HEAD_NORMS) and bool(config.get("attention_bias", False)),
         mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
         head_norms=family in HEAD_NORMS,
+        whole_norms=family == "olmoe",
         **mixture,
     )
+
+
+def _seeing(config: dict, where: str) -> Shape:
+    """Return the Shape of the language model, with what stands beside it."""
+    text = {"model_type": "llama"} | part_of(config, "text_config", where)
+    if text["model_type"] == SEEING:
+        raise ValueError(f"{where} has a {SEEING} as its language model: it is one of {', '.join(FAMILIES)}")
+    if text["model_type"] == "llama":  # configurations omit what equals the default of LlamaConfig, a LLaMA-7B
+        text = dict(zip(NEEDED, (4096, 11008, 32, 32, 32000), strict=True)) | text
+    shape = _from_config(text, f"{where}, text_config")
+    tied = shape.tied or bool(config.get("tie_word_embeddings", False))
+    name = str(config.get("_name_or_path") or where)
+    return replace(shape, name=name, tied=tied, sight=sight_of(config, where, shape.hidden))
 
 
 def _mixture(config: dict, family: str, where: str) -> dict[str, int | bool]:
@@ -204,23 +229,16 @@ def _mixture(config: dict, family: str, where: str) -> dict[str, int | bool]:
     # The ledger multiplies one layer by the number of layers, so a mixture with dense layers would come out wrong.
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         raise ValueError(f"{where} has layers without experts, which the ledger does not tell apart: {WEIGHTS_ALONE}")
-    if config.get("router_jitter_noise"):
-        raise ValueError(f"{where} has router_jitter_noise, whose activations are not counted: {WEIGHTS_ALONE}")
+    for option in ("router_jitter_noise", "clip_qkv"):
+        if config.get(option):
+            raise ValueError(f"{where} has {option}, whose activations are not counted: {WEIGHTS_ALONE}")
     # num_experts on the hub becomes num_local_experts where transformers writes it
     number = next((name for name in COUNTS if name in config), COUNTS[0])
     fields = {"inner": MIXTURES[family], "experts": number, "experts_per_token": "num_experts_per_tok"}
-    sizes = {field: _size(config, name, where) for field, name in fields.items()}
+    fields |= {"shared": "shared_expert_intermediate_size"} if family == "qwen2_moe" else {}
+    sizes = {field: size_of(config, name, where) for field, name in fields.items()}
     if sizes["experts_per_token"] > sizes["experts"]:
         raise ValueError(
             f"{where} routes a token to {sizes['experts_per_token']} of {sizes['experts']} experts: give fewer"
         )
     return sizes | {"normalised": family == "mixtral" or bool(config.get("norm_topk_prob", False))}
-
-
-def _size(config: dict, name: str, where: str) -> int:
-    if name not in config:
-        raise ValueError(f"{where} has no {name!r}: add it, for every size depends on it")
-    value = config[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:  # True is an int in Python
-        raise ValueError(f"{where} has {name}={value!r}: it is a whole number of at least 1")
-    return value

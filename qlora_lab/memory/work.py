@@ -7,14 +7,14 @@ eager attention. A merged LoRA is the base: nothing_added counts it.
 Source: LoRA section 3 (no additional inference latency) and table 1; prefix tuning section 4.2.
 
 Operations are no seconds: a small product beside a large one, or after it, has to be started too, and on a short row
-that costs more than its operations. Not here: seconds (measure/latency.py), bytes (predict.py).
+that costs more than its operations. Not here: a vision tower, seconds (measure/latency.py), bytes (predict.py).
 """
 
 from dataclasses import replace
 
-from qlora_lab.memory.activations import targeted
 from qlora_lab.memory.setup import VIRTUAL, Setup
 from qlora_lab.memory.shape import Shape
+from qlora_lab.memory.targets import targeted
 
 
 def work(shape: Shape, setup: Setup, tokens: int) -> int:
@@ -41,4 +41,6 @@ def _beside(shape: Shape, setup: Setup) -> int:
     """Elements of the matrices in one layer that the method adds to the products of each token."""
     if setup.method == "houlsby":  # down and up, after attention and after the feed-forward part
         return 2 * 2 * setup.size * shape.hidden
-    return sum(setup.r * (linear.in_features + linear.out_features) for linear in targeted(shape, setup))
+    linears, experts = targeted(shape, setup)
+    used = [*linears, *shape.experts_per_token * experts]  # the pairs of the experts that a token is routed to
+    return sum(setup.r * (matrix.in_features + matrix.out_features) for matrix in used)

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import SUMS, as_lines, sha256
+from qlora_lab.files.home import expanded
 from qlora_lab.files.lock import clear_after_kill, locked_file
 from qlora_lab.model.hub_checksums import differing
 from qlora_lab.model.model_files import COPY, TOKENIZER_FILES, ModelError, check_folder
@@ -101,7 +102,7 @@ def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:
     name = str(name_or_path)
     if name in KNOWN_MODELS:
         return fetch(name, progress=progress)
-    folder = Path(name).expanduser()  # ~ is not the shell's alone
+    folder = expanded(name)
     if folder.exists():
         return _checked(folder)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -116,7 +117,7 @@ def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:
 def cache_dir() -> Path:
     """Return $QLORA_LAB_CACHE if it is set, else "qlora-lab" in the platform's folder for caches."""
     if own := os.environ.get("QLORA_LAB_CACHE"):
-        return Path(own).expanduser()
+        return expanded(own)
     if sys.platform == "win32":
         caches = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":

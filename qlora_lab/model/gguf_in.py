@@ -51,13 +51,13 @@ LAYER_PARTS = {
 OUTER_PARTS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def convert(gguf_path: str | Path, folder: str | Path, *, progress: bool = True) -> None:
+def convert(gguf_path: Path, folder: Path, *, progress: bool = True) -> None:
     """Write the model in `gguf_path` as a Hugging Face folder; `folder` is created and must not exist yet.
 
     Raises ValueError, naming the file, for a truncated file and for all that "Not here" above lists. Nothing is written
     until the whole file has been read; the caller makes the writing atomic (`fetch`).
     """
-    reader = open_gguf(Path(gguf_path))  # maps the file; nothing is read yet
+    reader = open_gguf(gguf_path)  # maps the file; nothing is read yet
     try:
         meta = {key: field.contents() for key, field in reader.fields.items()}
         check_metadata(meta)  # first: what follows trusts it
@@ -73,7 +73,7 @@ def convert(gguf_path: str | Path, folder: str | Path, *, progress: bool = True)
         raise ValueError(f"{gguf_path} cannot be converted: its metadata lacks {error}") from error
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{gguf_path} cannot be converted: {error}") from error
-    _write(Path(folder), settings, tokenizer, weights)
+    _write(folder, settings, tokenizer, weights)
 
 
 def _write(folder: Path, settings: dict[str, dict], tokenizer: Tokenizer, weights: dict[str, torch.Tensor]) -> None:

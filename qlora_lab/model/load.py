@@ -9,6 +9,7 @@ Not here: the folder (fetch.py), the empty model and its buffers (empty_model.py
 (adapters/lora.py).
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -145,7 +146,7 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def public_name(name_or_path: str | Path) -> str:
     """Return the name of its base that an adapter records: a hub id where there is one, never a path in a cache."""
     model = KNOWN_MODELS.get(str(name_or_path))
-    return model.hub_id if model else str(name_or_path)
+    return model.hub_id if model else os.path.expanduser(str(name_or_path))
 
 
 def layer_sizes(model: nn.Module) -> dict[str, int]:

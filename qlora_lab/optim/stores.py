@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 
 from qlora_lab.files import disk
+from qlora_lab.files.home import expanded
 
 Wait = Callable[[], BaseException | None]  # returns when a move is over: None, or the error that stopped it
 SYSTEM_PAGE = 4096  # bytes: the driver moves managed memory in whole system pages
@@ -47,7 +48,7 @@ class FileStore(_Frames):
         self.frames = torch.zeros(frames, page_size, dtype=torch.uint8)
         self.file = None
         if frames < count:  # else every page keeps its frame
-            self.file = disk.unnamed_file(folder)
+            self.file = disk.unnamed_file(folder and expanded(folder))
             weakref.finalize(self, self.file.close)
             self._thread = ThreadPoolExecutor(1)  # started by the first move
 

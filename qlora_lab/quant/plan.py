@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from qlora_lab.files.home import expanded
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.replace import replace_text
 from qlora_lab.files.strict_json import NUMBER, OBJECT, SWITCH, TEXT, check_keys, each, read_json, whole
@@ -102,7 +103,7 @@ def check_plan_path(path: str | Path) -> Path:
 
 def load_plan(path: str | Path) -> Plan:
     """Read a plan. Raises ValueError, with the reason, for a file that does not hold one."""
-    path = Path(path)
+    path = expanded(path)
     try:
         content = read_json(path, _PLAN_RULES, _PLAN_RULES)
         layers = content["layers"]

@@ -30,7 +30,8 @@ def check_run(
     """
     _check_options(adapter)
     check_method(adapter.method, settings)
-    if adapter.method == "full" and model.codebook != "none":
+    # parts that learn may stand beside packed ones; which they are, only the model says
+    if adapter.method == "full" and adapter.parts is None and model.codebook != "none":
         raise ValueError("method full needs weights that are not quantised: add codebook none (--codebook none)")
     if adapter.method == "loftq" and model.codebook == "none":
         raise ValueError("method loftq makes up for quantisation, but the codebook is none: choose one, such as nf4")

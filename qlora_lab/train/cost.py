@@ -2,7 +2,8 @@
 
 In: the device that trains, and the machine's counters. Out: the cost of a step, for its line of the log, and the Cost
 of all steps.
-Source: RAPL as Linux shows it (Documentation/power/powercap), NVML's nvmlDeviceGetTotalEnergyConsumption.
+Source: RAPL as Linux shows it (Documentation/power/powercap), in microjoules; NVML's
+nvmlDeviceGetTotalEnergyConsumption, in millijoules since the driver was loaded, from Volta on.
 
 Joules are those of whole processors, their memory and whole GPUs: other programs' work is in them. There is no figure
 unless the device that trains is counted, and `joules_note` then says why.
@@ -25,6 +26,10 @@ PACKAGE = "package"  # begins the name of a processor's zone
 # Zones within a package, such as its cores, are in its counter already; memory is not. A zone "psys" is not counted: it
 # is the whole board, packages included.
 COUNTED = (PACKAGE, "dram")
+# A counter that goes all the way round within a step looks as if it had hardly moved. AMD's ends at 65 kJ, 131 s of the
+# largest processors (500 W: EPYC 9965, Xeon 6980P); Intel's at 262 kJ, and that of its memory at 65.
+MOST_WATTS = 500
+UNKNOWN = "another process has no figure, a counter fell, or it may have gone all the way round in so long a step"
 EARLIER = "logged by an earlier version, which counted none"
 
 
@@ -91,7 +96,7 @@ class Meter:
         joules = math.nan  # in a sum it stays: one process without a figure leaves none
         if start.counters is not None and end.counters is not None:
             readings = zip(self._counters, start.counters, end.counters, strict=True)
-            joules = sum(_joules_between(*reading) for reading in readings)
+            joules = sum(_joules_between(*reading, seconds) for reading in readings)
         processor, held, joules = summed(end.processor - start.processor, self._gpus * seconds, joules)
         missing = math.isnan(joules)
         unexplained = missing and self._counters is not None
@@ -100,7 +105,7 @@ class Meter:
             "processor_seconds": processor,
             "gpu_seconds_held": held,
             "joules": None if missing else joules,
-            "joules_note": "another process has no figure, or a counter fell" if unexplained else self._note,
+            "joules_note": UNKNOWN if unexplained else self._note,
         }
 
 
@@ -165,6 +170,7 @@ def _joules(file: Path) -> float:
     return int(file.read_text("utf-8")) / 1e6  # from microjoules
 
 
-def _joules_between(counter: Counter, before: float, after: float) -> float:
-    # A package of 100 W wraps around after about 44 minutes, so once in a step at most.
+def _joules_between(counter: Counter, before: float, after: float, seconds: float) -> float:
+    if MOST_WATTS * seconds > counter.highest:  # false for NaN, a counter without an end
+        return math.nan
     return after - before if after >= before else after - before + counter.highest

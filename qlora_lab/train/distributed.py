@@ -8,12 +8,11 @@ In: a model with adapters. Out: an engine, whose `model` the loop calls for a lo
 Each process has whole adapters, gradients and optimizer state: so clipping, paging and checkpoints need no second form.
 The loss is a sum over all rows of a step, so gradients are summed and never averaged.
 
-`torchrun` starts the processes and numbers them in environment variables, which `processes` reads.
+`torchrun` starts the processes and numbers them (torchrun.py).
 Not here: choosing an engine (engines.py). Not covered: tensor and pipeline parallelism, adapters or optimizer state in
 shards.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter
+from qlora_lab.train import torchrun
 
 WAIT = timedelta(minutes=30)  # for another process, which may be testing the model meanwhile
 LATE = timedelta(seconds=20)  # at the end of a run, which all processes reach at once; a later one has failed
@@ -171,12 +171,13 @@ def processes() -> Iterator[int]:
     """Join the processes that torchrun started while the `with` block lasts; yields the rank of this one.
 
     NCCL where there is a GPU for each process of the node, else gloo. Without torchrun nothing is joined.
-    Raises ValueError for more processes on a node than it has GPUs, if it has any.
+    Raises ValueError for more processes on a node than it has GPUs, if it has any, and for numbers that torchrun would
+    not give.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if torchrun.world_size() <= 1:
         yield 0
         return
-    local = int(os.environ["LOCAL_RANK"])
+    local = torchrun.local_rank()
     gpus = torch.cuda.device_count()
     if gpus:
         if local >= gpus:
@@ -213,7 +214,7 @@ def is_process_0() -> bool:
 
 def is_first_on_node() -> bool:
     # Only torchrun's processes have a rank: without them, a LOCAL_RANK is a leftover of somebody's shell.
-    return not joined() or int(os.environ["LOCAL_RANK"]) == 0
+    return not joined() or torchrun.local_rank() == 0
 
 
 def on_process_0(work: Callable[[], object]) -> None:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_lab.adapters.virtual_tokens import virtual_tokens
 from qlora_lab.data.dataset import IGNORED, Encoded, collate
 from qlora_lab.model.modes import measuring
+from qlora_lab.model.out_of_memory import is_out_of_memory
 from qlora_lab.train.loss import answer_loss
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def check_pictures(model: nn.Module, encoded: Iterable[Encoded]) -> None:
             with measuring(model):
                 answer_loss(model, collate([example], 0))
         except (ValueError, TypeError, RuntimeError) as error:  # TypeError: a model of texts takes no pixel_values
+            if is_out_of_memory(error):  # which says nothing about the picture
+                raise
             reason = " ".join(str(error).split())
             fix = "use the processor of this model, which resizes pictures to what its tower takes"
             raise ValueError(f"{type(model).__name__} cannot read {new[0].path} ({reason:.120}): {fix}") from None

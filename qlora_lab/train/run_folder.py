@@ -139,7 +139,7 @@ def reserved_run(out: str | Path, overwrite: bool, resume: bool | int) -> Iterat
     Raises as check_free and replacing_run do.
     """
     with locked_folder(_checked(out, overwrite, resume), "finetune") as lock, reserved(lock):
-        restore_earlier(Path(out))
+        restore_earlier(out_folder(out))
         check_free(out, overwrite, resume)
         yield
 

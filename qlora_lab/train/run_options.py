@@ -36,6 +36,10 @@ class ModelOptions:
     codebook: str = option("nf4", "data type of the weights: nf4, fp4, int4, ...; none: do not quantise")
     block_size: int = option(64, "weights that share one scaling constant", "weights")
     double_quant: bool = option(True, "quantise the scaling constants to 8 bits")  # saves 0.37 bits per weight at 64
+    # a tower is a small part of the bytes, and every answer depends on it
+    also: tuple[str, ...] = option(
+        (), "of a model that sees: parts to quantise beside its language model: vision_tower, multi_modal_projector"
+    )
     # bf16 is chosen only where the machine multiplies it faster than float32
     dtype: str = option(
         "auto",
@@ -49,7 +53,7 @@ METHOD_OPTIONS = dict.fromkeys(("lora", "rslora", "dora", "pissa"), ("r", "alpha
 METHOD_OPTIONS |= {"loftq": ("r", "alpha", "dropout", "source")}
 RELATIVES = tuple(METHOD_OPTIONS)[1:]  # of lora
 VIRTUAL = ("prefix", "prompt")  # put tokens before each row
-METHOD_OPTIONS |= {"full": (), "houlsby": ("size",)}
+METHOD_OPTIONS |= {"full": ("parts",), "houlsby": ("size",)}
 METHOD_OPTIONS |= {
     "prefix": ("virtual_tokens", "mlp"),
     "prompt": ("virtual_tokens", "start"),
@@ -74,6 +78,9 @@ class AdapterOptions:
     size: int = option(64, "houlsby: width of the bottleneck after each attention and feed-forward part", "features")
     virtual_tokens: int = option(20, "prefix and prompt: learned tokens before each row", "tokens")
     mlp: int | None = option(None, "prefix: width of an MLP that the prefix comes from in training", "features")
+    parts: tuple[str, ...] | None = option(
+        None, "full: parts that learn, such as multi_modal_projector; the rest may be in 4 bits (default: all)"
+    )
     start: str | None = option(None, "prompt: a text to start from (default: words drawn from the vocabulary)")
 
 

@@ -29,7 +29,7 @@ from qlora_lab.data.batches import Batches, collate_rows, to_rows
 from qlora_lab.data.dataset import IGNORED, Encoded, encode_all, load_data
 from qlora_lab.data.examples import Examples, last_answer_only
 from qlora_lab.files import disk
-from qlora_lab.files.out_path import check_outside_model
+from qlora_lab.files.out_path import check_outside_model, out_folder
 from qlora_lab.model.modes import checkpointing, mode, own_draws
 from qlora_lab.optim.master_copies import MasterCopies
 from qlora_lab.optim.paged_adamw import PagedAdamW
@@ -117,14 +117,14 @@ class Training:
     ):
         check_trained(model)
         check_method(method_of(model), settings)
-        check_outside_model(Path(out) / ADAPTER, getattr(model, "name_or_path", None))
-        with failing_together(), reserved_run(out, overwrite, resume) if is_process_0() else nullcontext():
+        self.folder = out_folder(out)
+        check_outside_model(self.folder / ADAPTER, getattr(model, "name_or_path", None))
+        with failing_together(), reserved_run(self.folder, overwrite, resume) if is_process_0() else nullcontext():
             pass  # the folder is free, and an earlier run that a kill had moved away is back in its place
         held_out = load_data(held_out, skip_bad=skip_bad, progress=progress) if held_out else []
         check_held_out(settings, held_out)
         self.model = model
         self.settings = settings
-        self.folder = Path(out)
         self.resume = resume
         self.overwrite = overwrite
         self.other_arithmetic = other_arithmetic

@@ -135,6 +135,7 @@ def test_an_adapter_beside_one_stack_alone_leaves_the_other_a_parameter():
     assert len(stack_modules(model)) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["Mixtral", *OTHERS])
 def test_training_moves_adapters_of_routed_experts_alone(tmp_path, tokenizer, name):
     """Frozen bytes keep their bits, the loss falls, and an expert without a token gets a gradient of zeros."""
@@ -186,6 +187,7 @@ def test_gradients_are_those_of_the_sum(dtype):
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", ["all", pytest.param("experts.gate_up_proj", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["Mixtral", *OTHERS])
 def test_peft_reads_it_and_what_peft_saves_is_read_here(tmp_path, tokenizer, name, targets):
@@ -300,6 +302,7 @@ def test_faults_in_a_file_are_named_and_change_nothing(tmp_path, change, fault):
     assert dict(model.named_modules()) == modules
 
 
+@pytest.mark.long
 def test_state_dict_and_copies_hold_the_packed_stacks_of_adapted_experts(tmp_path, tokenizer):
     folder, _ = saved("Mixtral", tmp_path, tokenizer)
     ours = active(loaded(folder))

@@ -38,6 +38,7 @@ def test_every_weight_learns_and_a_tied_head_once(tiny_llama):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_resumed_run_gives_the_same_bytes(tmp_path, tiny_llama, tokenizer, dtype, bits):
@@ -80,6 +81,7 @@ def test_it_goes_through_its_folder(tmp_path, tiny_llama):
         assert torch.equal(load_adapter(fresh, folder)(IDS).logits, want)
 
 
+@pytest.mark.long
 def test_a_part_learns_beside_packed_layers_and_goes_through_its_folder(tmp_path, tiny_llama, tokenizer):
     fresh = quantize_linears(tiny_llama)
     model = add_adapter(deepcopy(fresh), "full", parts="embed_tokens")
@@ -155,6 +157,7 @@ def gradients(model, batches, tokens):
     return {name: p.grad.double() for name, p in learned(model).items()}
 
 
+@pytest.mark.long
 def test_bf16_gradients_of_many_batches_are_rounded_twice(tiny_llama, tokenizer):
     """Sums of all but the last, and of all: each is rounded by at most 2^-8 of it; 1 % are for float32's own."""
     model = add_adapter(tiny_llama.bfloat16(), "full")

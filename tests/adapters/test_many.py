@@ -119,6 +119,7 @@ def test_left_padding_changes_no_row(bank):
         assert_same_sums(logits(bank.model, **more), want)
 
 
+@pytest.mark.long
 def test_answers_with_a_cache_are_those_of_single_runs(bank):
     how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     want = []
@@ -190,6 +191,7 @@ def test_eight_adapters_over_smollm2_in_4_bits(tmp_path):
         assert (mixed[row] - want).pow(2).mean((1, 2)).argmin() == row  # its own answer, and no other row's
 
 
+@pytest.mark.long
 def test_questions_are_routed_by_a_callable(bank, tokenizer):
     questions = ["ab", "the sum of the two numbers", "assistant", "b", "user"]
     by_length = {2: "one", 26: "two", 9: None, 1: "four", 4: "one"}

@@ -236,6 +236,7 @@ def train(model, tokenizer, folder, **options):
     return finetune(model, tokenizer, out=folder, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "options"), ON_LLAMA)
 def test_it_learns_and_the_base_keeps_its_bits(tmp_path, tiny_llama, tokenizer, method, options):
     base = quantize_linears(tiny_llama)

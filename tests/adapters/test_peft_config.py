@@ -102,6 +102,7 @@ HONOURED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", HONOURED)
 def test_what_is_read_gives_logits_of_peft(name, tmp_path, tiny_llama):
     made_by_peft(tiny_llama, tmp_path, **HONOURED[name])

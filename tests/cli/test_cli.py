@@ -44,6 +44,18 @@ def test_finetune_then_generate(capsys, tmp_path, folder, data, monkeypatch):
 
 
 @pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize("limit", [600, 1000])
+def test_a_longer_row_in_training_is_also_tested(capsys, tmp_path, folder, data, limit):
+    """At most 512 tokens, unless training takes longer rows. The second example has some 800."""
+    path = tmp_path / "test.jsonl"
+    path.write_text(TRAIN % (1, 2) + json.dumps({"instruction": "two " * 200, "output": "six"}))
+    options = ["--data", data, "--test-data", path, "--steps", 1, "--r", 2, "--out", tmp_path / "run", "--quiet"]
+    code, _, err = run(capsys, "finetune", "--model", folder, "--max-length", limit, *options)
+    assert code == 0
+    assert ("1 of 2 examples have more than 600 tokens" in err) == (limit == 600), err
+
+
+@pytest.mark.filterwarnings("always")
 def test_an_adapter_of_another_model_is_told_in_one_line(capsys, tmp_path, folder):
     import qlora_lab as ql
 
@@ -73,6 +85,7 @@ def test_quantize_then_generate(capsys, tmp_path, folder):
     assert code == 2 and "holds a model already: choose another folder" in err
 
 
+@pytest.mark.long
 def test_generate_shows_its_pictures_to_a_model_that_sees(capsys, tmp_path, llava_folder):
     from PIL import Image
 
@@ -105,6 +118,7 @@ def test_plain_report(capsys, tmp_path, folder, data):
     assert code == 0 and "loss last" in text and "moments" not in text and said == ""
 
 
+@pytest.mark.long
 def test_a_file_without_test_data_is_reported_as_not_tested(capsys, tmp_path, folder, data):
     options = ["finetune", "--model", folder, "--data", data, "--steps", 1, "--r", 2]
     code, text, said = run(capsys, *options, "--out", tmp_path / "a")
@@ -114,6 +128,7 @@ def test_a_file_without_test_data_is_reported_as_not_tested(capsys, tmp_path, fo
     assert code == 0 and "tested" not in said
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("always")
 def test_bad_records_are_skipped_when_asked(capsys, tmp_path, folder, data):
     text = Path(data).read_text("utf-8")
@@ -140,6 +155,7 @@ def test_docstrings_are_tested_on_their_test_split(monkeypatch, data):
     assert finetune._held_out_examples(arguments) == docstrings.docstring_pairs(("tqdm",), False)[:3] != []
 
 
+@pytest.mark.long
 def test_an_interrupted_run_is_resumed(capsys, tmp_path, folder, data, monkeypatch):
     from qlora_lab.train import trainer
 
@@ -279,6 +295,7 @@ def test_help_is_quick_and_argparse_errors_are_code_2():
     assert stop.value.code == 2
 
 
+@pytest.mark.long
 def test_commands_of_the_documentation_are_understood():
     root = Path(__file__).parents[2]
     pages = [root / "README.md", *(root / "docs").glob("*.md")]

@@ -18,13 +18,25 @@ from qlora_lab.train.settings import Settings
 ABSURD = ["nan", "inf", "-inf", "-1", "0", "1e400", str(10**30), "", " ", "１２", "1_000", "9" * 5000, "x\x1b[2J"]
 # Fitting numbers for an option: 0 is one of these, and 2^63 - 1 fits seeds alone.
 MAY_BE_0 = {"held_out", "warmup_steps", "eval_every", "patience", "save_every", "seed", "share_below", "dropout"}
-MAY_BE_0 |= {"learned", "shots"}
+MAY_BE_0 |= {"learned", "shots", "pictures"}
 MAY_BE_HUGE = {"clip", "bits"}  # 10^30: no limit
 CHOICES = {"codebook", "codebooks", "schedule", "method", "dtype", "adapter_dtype", "device", "double_quant"}
 CHOICES |= {"sass", "ptx", "rungs", "backend"}
 # Names, texts and paths: free, as long as nothing is there that they would have to fit.
 FREE = {"model", "question", "data", "test_data", "out", "text", "plan", "adapter", "folder", "notebook", "targets"}
-FREE |= {"original", "file", "other", "source", "start", "games", "adapters", "judge_model", "pictures"}
+FREE |= {
+    "also",
+    "parts",
+    "original",
+    "file",
+    "other",
+    "source",
+    "start",
+    "games",
+    "adapters",
+    "judge_model",
+    "pictures",
+}
 SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse._HelpAction, argparse._VersionAction)
 NUMERIC = (options.whole, options.number, options.size, options.levels)
 

@@ -41,6 +41,7 @@ def test_a_problem_is_code_1(capsys, tmp_path, folder, data, tiny_llama):
     )
 
 
+@pytest.mark.long
 def test_json_is_one_line(capsys, folder, data):
     code, out, _ = run(
         capsys, "--model", folder, "--data", data, "--json", "--optimizer-bits", 8, "--targets", "q_proj"

@@ -100,6 +100,7 @@ def help_texts() -> list[str]:
     return texts
 
 
+@pytest.mark.long
 def test_each_help_text_has_one_home():
     texts = help_texts()
     assert len(texts) > 60
@@ -114,6 +115,7 @@ def test_a_text_that_says_its_default_in_words_is_not_followed_by_another():
                 assert action.default is None
 
 
+@pytest.mark.long
 def test_help_loads_nothing_heavy():
     """Of all commands: without one, their parsers are made together."""
     code = "import json, sys; from qlora_lab import cli; cli.build_parser(); print(json.dumps(list(sys.modules)))"
@@ -162,7 +164,7 @@ def test_check_run_allows_the_defaults_and_no_quantisation():
         check_run(ModelOptions(), AdapterOptions(method=method), PACKED)
 
 
-NO_OPTION = ("model", "tokenizer", "seed", "progress", "parts")  # parts: in Python alone
+NO_OPTION = ("model", "tokenizer", "seed", "progress")
 
 
 def test_the_options_of_a_method_are_those_of_its_function():

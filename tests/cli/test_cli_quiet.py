@@ -70,6 +70,7 @@ def shown(capsys, tmp_path, folder, monkeypatch):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_quiet_command_shows_no_progress(shown, command):
     assert shown(command, "--quiet") == ""
@@ -81,6 +82,7 @@ def test_the_help_of_quiet_says_what_it_leaves_out(capsys):
     assert "print only results: no progress bars, no notes" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command, bars", [("finetune", ["training", "held-out loss", "answers", "tokens", "loading"])])
 def test_others_do(shown, command, bars):
     err = shown(command)
@@ -88,6 +90,7 @@ def test_others_do(shown, command, bars):
 
 
 def test_other_processes_than_the_first_are_quiet(shown, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert shown("generate") == ""
 
@@ -107,6 +110,7 @@ def test_training_on_docstrings_is_silent_when_asked(capsys, monkeypatch, tiny_l
     assert docstrings._READ and capsys.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_each_bar_can_be_switched_off():
     """Where `disable` is left out, a bar is drawn whatever was asked."""
     always = [

@@ -4,6 +4,7 @@ worked; only a result that was asked for and could not be printed is a failure, 
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,8 +32,8 @@ def argv(tmp_path, folder):
     data = tmp_path / "train.jsonl"
     data.write_text("".join(TRAIN % (i, 2 * i) for i in range(12)))
 
-    def made(command, *more):
-        places = {"MODEL": folder, "OUT": tmp_path / "out", "DATA": data}
+    def made(command, *more, out="out"):
+        places = {"MODEL": folder, "OUT": tmp_path / out, "DATA": data}
         if "QUESTIONS" in COMMANDS[command]:
             places["QUESTIONS"] = small_questions(tmp_path / "questions")
         if "ADAPTER" in COMMANDS[command]:
@@ -74,11 +75,10 @@ BROKEN = {"full": full, "left": left, "closed": lambda: None}
 
 
 def pairs(commands):
-    """Each command with each broken stream; fast: all of them with the first, one with all."""
-    fast = {(command, name) for command in commands for name in BROKEN if name == "full" or command == "memory"}
+    """Each command with each broken stream; fast: the one that needs no model, with all."""
     every = [(command, name) for command in commands for name in BROKEN]
-    marks = {pair: () if pair in fast else pytest.mark.slow for pair in every}
-    return [pytest.param(c, BROKEN[name], id=f"{c}-{name}", marks=marks[c, name]) for c, name in every]
+    marks = {command: () if command == "memory" else pytest.mark.slow for command in commands}
+    return [pytest.param(c, BROKEN[name], id=f"{c}-{name}", marks=marks[c]) for c, name in every]
 
 
 @pytest.mark.parametrize("command, broken", pairs(COMMANDS))
@@ -135,6 +135,7 @@ def test_each_signal_ends_a_command_in_one_line(monkeypatch, argv, number):
     assert signal.getsignal(number) is (signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", interrupt.ENDING, ids=lambda number: number.name)
 def test_each_signal_lets_a_step_end_and_saves(monkeypatch, argv, number):
     from qlora_lab.train import trainer
@@ -150,6 +151,7 @@ def test_each_signal_lets_a_step_end_and_saves(monkeypatch, argv, number):
     assert code == 130 and "qlora-lab finetune: stopped after step 1 of 2, all of it saved in " in err
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not interrupt.HANGUP, reason="Windows has no SIGHUP")
 def test_under_nohup_a_closed_terminal_ends_nothing(monkeypatch, argv):
     from qlora_lab.train import trainer
@@ -189,9 +191,10 @@ def shell(line, **environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full", "2> >(true)"])
-def test_a_process_without_stderr_prints_the_same(closed):
-    assert shell(f"{MEMORY} --json {closed}") == shell(f"{MEMORY} --json")
+def test_a_process_without_stderr_prints_the_same():
+    usual = shell(f"{MEMORY} --json")
+    for closed in ("2>&-", "2>/dev/full", "2> >(true)"):
+        assert shell(f"{MEMORY} --json {closed}") == usual, closed
 
 
 @pytest.mark.slow
@@ -227,16 +230,28 @@ def test_what_a_library_prints_lands_in_no_file_of_ours(folder, tmp_path):
     assert not any(b"a warning of C" in path.read_bytes() for path in out.iterdir())
 
 
+# One process for all commands: its start takes longer than any of them.
+EACH = """
+import json, sys
+from qlora_lab import cli
+for argv in json.loads(sys.argv[1]):
+    print(f"{argv[0]} begins", flush=True)
+    print(f"{argv[0]} ends with {cli.main(argv)}", flush=True)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command, environment",
-    [("finetune", {"PYTHONIOENCODING": "ascii"}), *((command, C_LOCALE) for command in COMMANDS)],
-    ids=["finetune-PYTHONIOENCODING", *COMMANDS],
+    "commands, environment", [(["finetune"], {"PYTHONIOENCODING": "ascii"}), (list(COMMANDS), C_LOCALE)]
 )
-def test_an_ascii_terminal_serves_every_command(argv, command, environment):
-    code, out, err = shell(" ".join(map(repr, [sys.executable, "-m", "qlora_lab.cli", *argv(command)])), **environment)
-    assert code in ((0, 1) if command == "doctor" else (0,)), err
-    assert out.isascii() and out and "Traceback" not in err
+def test_an_ascii_terminal_serves_every_command(argv, commands, environment):
+    each = json.dumps([argv(command, out=command) for command in commands])
+    done = subprocess.run([sys.executable, "-c", EACH, each], capture_output=True, env=os.environ | environment)
+    out, err = done.stdout.decode("ascii"), done.stderr.decode()
+    assert done.returncode == 0 and "Traceback" not in err, err
+    for command in commands:
+        said, code = re.search(rf"^{command} begins\n(.+)^{command} ends with (\d)$", out, re.M | re.S).groups()
+        assert said and code in (("0", "1") if command == "doctor" else ("0",)), err
 
 
 @pytest.mark.slow

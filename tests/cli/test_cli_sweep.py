@@ -44,6 +44,7 @@ def test_rows_and_table(capsys, tmp_path, model):
     assert shown == sorted(shown) and shown == pytest.approx(sorted(row["perplexity"] for row in rows), abs=1e-3)
 
 
+@pytest.mark.long
 def test_a_text_and_a_codebook_of_ones_own(capsys, tmp_path, model):
     text = tmp_path / "mein Text é.txt"
     text.write_bytes("\ufeffthe sum of the two numbers is a number, é. \r\n".encode() * 4)
@@ -69,6 +70,7 @@ def test_a_text_and_a_codebook_of_ones_own(capsys, tmp_path, model):
     assert data["text_sha256"] == sha256(text.read_text(encoding="utf-8-sig").encode()).hexdigest()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("always")
 def test_a_torn_line_is_told_in_one_line(capsys, tmp_path, model):
     out = tmp_path / "rows.jsonl"

@@ -55,6 +55,7 @@ def write_adapter(folder, path):
 # ------------------------------------------------------------------------------------------------------- it is played
 
 
+@pytest.mark.long
 def test_data_types_and_an_adapter_play_every_game(capsys, tmp_path, model, out):
     adapter = write_adapter(model, tmp_path / "adapter")
     code, text, _ = run(capsys, model, *SMALL, "--adapters", adapter, "--out", out, "--json")
@@ -76,6 +77,7 @@ def test_data_types_and_an_adapter_play_every_game(capsys, tmp_path, model, out)
     assert points == sorted(points, reverse=True) and "Judge: rouge." in text
 
 
+@pytest.mark.long
 def test_a_broken_judge_is_unmasked(capsys, model, out):
     options = ["--codebooks", "none", "int2", "int3", "--questions", 8, "--judge", "always-first", "--out", out]
     code, text, _ = run(capsys, model, *SMALL, *options)
@@ -93,6 +95,7 @@ def test_a_model_judges(capsys, model, out, judge):
     assert code == 0 and f"log-probability {'in sum' if judge.endswith('sum') else 'per token'} by" in text
 
 
+@pytest.mark.long
 def test_an_interrupted_tournament_asks_nobody_twice(capsys, model, out, monkeypatch):
     asked = []
 
@@ -110,6 +113,7 @@ def test_an_interrupted_tournament_asks_nobody_twice(capsys, model, out, monkeyp
     assert code == 0 and len(asked) == 9  # the third was asked, but gave no verdict
 
 
+@pytest.mark.long
 def test_a_judge_that_fails_is_counted_and_named(capsys, model, out, monkeypatch):
     calls = []
 
@@ -155,6 +159,7 @@ class Elements(HTMLParser):
         self.texts.append(data)
 
 
+@pytest.mark.long
 def test_the_page_shows_answers_letter_by_letter(capsys, model, out, monkeypatch):
     hostile = "<script>alert(1)</script> $\\alpha$ </pre><img src=x onerror=y> \x1b[2J & \ud800 \u202e back"
     monkeypatch.setattr(answering, "generate_answers", lambda model, tokenizer, examples, *_, **__: [
@@ -227,6 +232,7 @@ def test_counts_say_what_their_intervals_are_over(capsys, tmp_path):
     assert "with as many games in either order" not in text  # 56 in one, 54 in the other
 
 
+@pytest.mark.long
 def test_who_wins_all_has_no_finite_rating(capsys, tmp_path):
     rows = both_orders("ab") + [(q, *pair, verdict) for q in "012" for pair, verdict in
                                 ((("w", "a"), "first"), (("a", "w"), "second"))]  # fmt: skip
@@ -237,6 +243,7 @@ def test_who_wins_all_has_no_finite_rating(capsys, tmp_path):
     assert first["says"] == "won all"
 
 
+@pytest.mark.long
 def test_an_open_end_is_a_word_and_null(capsys, tmp_path):
     rows = both_orders("ab", 20)
     better = {"a": "first", "b": "second"}  # "a" wins all but question 0, so a third of the resamples are all its own
@@ -333,6 +340,7 @@ def test_a_judge_that_is_not_known(capsys, word):
     assert stop.value.code == 2 and "always-first" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options, said",
     [
@@ -352,6 +360,7 @@ def test_another_tournament_is_refused_before_a_model_is_loaded(capsys, model, o
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+@pytest.mark.long
 def test_what_changes_answers_is_told_before_a_model_is_loaded(capsys, model, out, monkeypatch):
     run(capsys, model, *SMALL, "--out", out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}

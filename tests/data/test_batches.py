@@ -15,6 +15,7 @@ from qlora_lab.train.rounding import tolerance
 lengths_ = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
 
+@pytest.mark.long
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32))
 def test_an_epoch_holds_each_example_once(size, batch_size, seed):
     batches = Batches(size, batch_size, seed)
@@ -24,6 +25,7 @@ def test_an_epoch_holds_each_example_once(size, batch_size, seed):
         assert all(len(batch) == batch_size for batch in epoch[:-1])
 
 
+@pytest.mark.long
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 30))
 def test_restored_batches_go_on_where_they_were(size, batch_size, steps):
     batches = Batches(size, batch_size, seed=7)
@@ -47,6 +49,7 @@ def test_batches_refuse_nothing_and_another_data_set():
         Batches(6, 2, seed=0).restore(Batches(5, 2, seed=0).state())
 
 
+@pytest.mark.long
 @given(lengths_, st.integers(1, 12), st.integers(0, 9))
 def test_grouped_by_length_an_epoch_holds_each_example_once(lengths, batch_size, seed):
     batches = Batches(len(lengths), batch_size, seed, lengths)

@@ -67,6 +67,7 @@ def test_the_authors_form_keeps_its_prompts(tmp_path):
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=20)
 
 
+@pytest.mark.long
 @settings(max_examples=25)  # each writes two files
 @given(
     rows=st.lists(st.tuples(texts, st.tuples(texts, texts, texts, texts), st.integers(0, 3)), min_size=1, max_size=4)

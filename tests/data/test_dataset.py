@@ -161,6 +161,7 @@ def test_the_tokens_before_the_first_label_are_what_generation_is_given(tokenize
     assert encoded.labels[len(prompt)] != IGNORED
 
 
+@pytest.mark.long
 @same_tokenizer
 @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), st.sampled_from(["chatml", "plain"]))
 def test_every_answer_of_a_conversation_is_learned_whatever_it_says(tokenizer, turns, template):

@@ -22,6 +22,7 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
+@pytest.mark.long
 def test_each_library_is_a_subject_with_examples(questions):
     assert questions.name == "docstring-choice"
     counts = Counter(q.subject for q in questions.test)
@@ -91,6 +92,7 @@ def test_the_right_one_has_each_rank_of_length_equally_often(questions):
     assert sorted(ranks) == [0, 1, 2, 3] and max(ranks.values()) - min(ranks.values()) <= 8
 
 
+@pytest.mark.long
 def test_the_seed_decides():
     given = {"libraries": ["matplotlib", "IPython"], "progress": False}
     first = docstring_choice(40, **given)

@@ -165,6 +165,7 @@ def test_the_collector_is_left_as_it_was(library):
     assert gc.isenabled()
 
 
+@pytest.mark.long
 def test_an_installed_library_gives_real_pairs():
     pairs = docstring_pairs(["numpy"])
     assert len(pairs) > 900  # 1,113 in numpy 2.4

@@ -167,7 +167,23 @@ def test_a_grey_picture_of_16_bits_is_scaled_to_8(tmp_path, name):
     assert np.asarray(image)[0].tolist() == [[grey] * 3 for grey in (0, 0, 1, 1, 254, 255)]
 
 
-@pytest.mark.parametrize(("mode", "name"), [("I", "ints.tif"), ("F", "floats.tif")])
+@pytest.mark.parametrize("head", ["P5", "P2"])  # in bytes, the higher one first, and in words
+@pytest.mark.parametrize(("white", "seen"), [(65535, [0, 0, 1, 1, 254, 255]), (1023, [0, 32, 32, 64, 255, 255])])
+def test_a_grey_portable_map_of_more_than_8_bits_is_scaled_to_8(tmp_path, head, white, seen):
+    """Levels are parts of the highest, which the file names: 128 of 1023 are 32 of 255."""
+    levels = np.minimum([0, 128, 129, 257, 65278, 65535], white)
+    body = levels.astype(">u2").tobytes() if head == "P5" else " ".join(map(str, levels)).encode()
+    (tmp_path / "deep.pgm").write_bytes(f"{head}\n6 1\n{white}\n".encode() + body)
+    assert np.asarray(_read(tmp_path / "deep.pgm")[1])[0].tolist() == [[grey] * 3 for grey in seen]
+
+
+def test_a_coloured_portable_map_of_16_bits_is_scaled_to_8(tmp_path):
+    colours = np.array([[65535, 0, 257], [128, 32896, 65278]], ">u2")
+    (tmp_path / "deep.ppm").write_bytes(b"P6\n2 1\n65535\n" + colours.tobytes())
+    assert np.asarray(_read(tmp_path / "deep.ppm")[1])[0].tolist() == [[255, 0, 1], [0, 128, 254]]
+
+
+@pytest.mark.parametrize(("mode", "name"), [("I", "ints.tif"), ("F", "floats.tif"), ("F", "floats.pfm")])
 def test_a_picture_without_a_range_is_refused(tmp_path, mode, name):
     Image.new(mode, (4, 4), 1000).save(tmp_path / name)
     with pytest.raises(ValueError, match=rf"{name} has 32 bits a channel .*mode {mode}.*: save it with 8 bits a chan"):

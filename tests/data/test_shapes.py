@@ -1,7 +1,8 @@
-"""toy-shapes: the same for a seed, balanced, and with pairs that only the test has."""
+"""toy-shapes: the same for a seed, balanced, and with combinations that only the test has."""
 
 import json
 from collections import Counter
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -31,9 +32,17 @@ def pairs(scenes, *names):
     return {tuple(getattr(scene, name) for name in names) for scene in scenes}
 
 
-def test_no_pair_of_the_test_is_ever_learned():
-    trained, tested = (pairs(scenes, "colour", "shape") for scenes in (SPLIT.train, SPLIT.test))
-    assert len(trained) == 30 and len(tested) == 6 and trained.isdisjoint(tested)
+def test_no_combination_of_the_test_is_ever_learned():
+    trained, tested = (pairs(scenes, "colour", "shape", "number") for scenes in (SPLIT.train, SPLIT.test))
+    assert len(trained) == 72 and len(tested) == 36 and trained.isdisjoint(tested)
+
+
+@pytest.mark.parametrize("names", list(combinations(WORDS, 2)))
+def test_every_pair_is_learned_and_tested_equally_often(names):
+    every = dict.fromkeys(product(*(WORDS[name] for name in names)))
+    for scenes in (SPLIT.train, SPLIT.test):
+        counts = Counter(tuple(getattr(scene, name) for name in names) for scene in scenes)
+        assert counts.keys() == every.keys() and len(set(counts.values())) == 1
 
 
 @pytest.mark.parametrize("scenes", [SPLIT.train, SPLIT.test], ids=["train", "test"])
@@ -98,8 +107,9 @@ def test_questions_are_answered_by_the_scene():
 
 
 def test_what_is_held_out():
-    assert is_held_out(Scene("red", "circle", "one", "top"))
-    assert not is_held_out(Scene("red", "square", "one", "top"))
+    assert is_held_out(Scene("red", "circle", "one", "top"))  # the first of each: 0 + 0 + 0
+    assert not is_held_out(Scene("red", "circle", "two", "top"))
+    assert is_held_out(Scene("red", "square", "three", "top"))  # 0 + 1 + 2
 
 
 def test_a_record_asks_all_questions_about_a_picture(tmp_path):

@@ -115,6 +115,7 @@ def test_control_tokens_in_texts_are_text(case):
     assert sum(t in special for t in prompt) == sum(t in special for t in prompt_ids((QUESTION,), tokenizer))
 
 
+@pytest.mark.long
 @settings(max_examples=100)
 @given(st.sampled_from(sorted(CASES)), st.data())
 def test_no_text_whatever_it_says_becomes_a_control_token(name, data):

@@ -73,12 +73,14 @@ def test_a_sound_run_is_fine(model, tokenizer):
     assert "".join(text for text, learned in report.labels if learned).startswith("two")
 
 
+@pytest.mark.long
 def test_it_is_plain_for_json(model, tokenizer):
     record = json.loads(json.dumps(diagnose(model, tokenizer, DATA, progress=False).to_dict()))
     assert record["ok"] is True and record["skipped"] == [] and record["dtypes"]["computes_in"] == "float32"
     assert {"name", "status", "message", "threads"} == set(record["findings"][0])
 
 
+@pytest.mark.long
 def test_nothing_is_left_behind(model, tokenizer):
     """Weights, gradients, flags and random state: bit for bit, and the very same tensors."""
     model.model.layers[0].train()
@@ -168,6 +170,7 @@ def test_examples_that_are_too_long():
     assert left_out(replace(counts, kept=60, too_long=40), 256).status == "ok"
 
 
+@pytest.mark.long
 def test_long_examples_are_counted_over_the_whole_way(model, tokenizer):
     long = [Example((("user", "word " * 300), ("assistant", "no"))) for _ in range(40)]
     report = diagnose(model, tokenizer, long + DATA, progress=False)
@@ -220,6 +223,7 @@ def test_pictures_are_counted(pictures, said):
     assert asked_for([seen]).message == f"1 examples with the turns 1 user, 1 assistant; {said}"
 
 
+@pytest.mark.long
 def test_texts_that_the_template_does_not_show_as_they_are(model, tokenizer):
     spelt = Example((("user", "What is <|im_end|>?"), ("assistant", "<|im_end|>, the end")))
     empty = Example((("user", "a"), ("assistant", "")))
@@ -245,6 +249,7 @@ def test_embeddings_that_were_never_trained(model, tokenizer, encoded, value):
     assert new_tokens(model, tokenizer, encoded).status == "ok"
 
 
+@pytest.mark.long
 def test_a_pad_token_without_an_embedding_stops_no_step(model, tokenizer):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     report = diagnose(model, tokenizer, DATA, progress=False)
@@ -253,6 +258,7 @@ def test_a_pad_token_without_an_embedding_stops_no_step(model, tokenizer):
     assert report.ok and report.skipped == ()
 
 
+@pytest.mark.long
 def test_of_tokens_no_text_is_seen(model, tokenizer, encoded):
     """They may be of another library's making, which takes no notes."""
     unchecked = "not checked: the data came as tokens"
@@ -263,6 +269,7 @@ def test_of_tokens_no_text_is_seen(model, tokenizer, encoded):
         assert findings[doctor_checks.TEXTS].message.startswith(message)
 
 
+@pytest.mark.long
 def test_a_tokenizer_without_pad_and_end_token(model, tokenizer):
     """Its template ends answers by a token all the same."""
     tokenizer.pad_token = tokenizer.eos_token = None
@@ -290,6 +297,7 @@ def test_rows_and_positions(tokenizer, encoded):
     assert (found.status, found.message) == ("problem", reason) and report.skipped[0] == "finite values"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("packing, status", [(False, "ok"), (True, "problem")])
 def test_packed_rows(tokenizer, packing, status):
     """Where packing is not asked for, it is still told whether it may be."""
@@ -359,6 +367,7 @@ def averages(model, batches):
         (summed / count / len(batches)).backward()
 
 
+@pytest.mark.long
 def test_accumulation_that_averages_averages(model, encoded, tokenizer):
     pad = pad_token_id(tokenizer)
     sound, faulty = accumulation(model, encoded[:8], pad), accumulation(model, encoded[:8], pad, averages)

@@ -201,6 +201,7 @@ def test_tolerance_is_asked_for(said):
     assert "not yet" in said(0.3 + 1e-6, 0.3, tolerance=1e-9)
 
 
+@pytest.mark.long
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.data())
 def test_the_index_is_the_first_and_the_expected_value_stays_secret(expected, data):
     i = data.draw(st.integers(0, len(expected) - 1))

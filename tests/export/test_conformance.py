@@ -171,6 +171,7 @@ def test_damaged_reasons_are_named(copied, text):
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["reference", *(pytest.param(name, marks=pytest.mark.slow) for name in OURS[1:])])
 def test_ours_has_the_expected_bytes(name):
     found = report(name)

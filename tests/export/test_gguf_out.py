@@ -25,10 +25,10 @@ from qlora_lab.export import gguf_out
 from qlora_lab.export.gguf_out import FORMATS, to_gguf
 from qlora_lab.export.gguf_vocabulary import REST, RULES, WORDS, _other_ends
 from qlora_lab.export.layerwise import as_float, reader
-from qlora_lab.memory.measured import peak_resident
 from qlora_lab.model.empty_model import empty_model
 from qlora_lab.model.gguf_in import convert
 from qlora_lab.model.quantized_folder import quantize_folder
+from qlora_lab.train.resident import peak_resident
 from tests.faults import disk_faults
 from tests.model.families import tiny
 from tests.model.test_gguf_in import rotary_pairs
@@ -82,6 +82,7 @@ def metadata(file):
     return {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", FORMATS)
 def test_gguf_in_reads_it_back(tmp_path, tokenizer, format):
     folder = saved(tmp_path, tokenizer)
@@ -104,6 +105,7 @@ def test_gguf_in_reads_it_back(tmp_path, tokenizer, format):
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_reads_each_family(tmp_path, tokenizer, family, tied):
@@ -121,6 +123,7 @@ def _full(family):
     return {"Mistral": {"sliding_window": None}, "Qwen3": {"head_dim": 128}}.get(family, {})
 
 
+@pytest.mark.long
 def test_rows_of_q_and_k_are_turned_for_llama_alone(tmp_path, tokenizer):
     for family, turned in (("Llama", True), ("Qwen3", False)):
         folder = saved(tmp_path / family, tokenizer, family)
@@ -308,7 +311,7 @@ CHILD = """
 import json, sys
 from qlora_lab.export import gguf_out
 from qlora_lab.export.gguf_out import to_gguf
-from qlora_lab.memory.measured import peak_resident, reset_peak, resident
+from qlora_lab.train.resident import peak_resident, reset_peak, resident
 
 toy, model, out = sys.argv[1:]
 gguf_out.PIECE = 2**18
@@ -396,6 +399,7 @@ def exported(tmp_path, tokenizer):
     return tmp_path / "work", partial(to_gguf, folder, tmp_path / "work" / "a.gguf", progress=False)
 
 
+@pytest.mark.long
 def test_whatever_fails_on_the_disk_nothing_is_left(exported):
     """Every 7th thing that is asked of the disk fails once; the next try is whole."""
     work, export = exported
@@ -412,6 +416,7 @@ def test_whatever_fails_on_the_disk_nothing_is_left(exported):
         assert [path.name for path in work.iterdir()] == ["a.gguf"] and (work / "a.gguf").read_bytes() == whole
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["halves_to_neighbours", "_compare"])
 def test_a_killed_export_leaves_no_half_file(exported, monkeypatch, place):
     """SIGKILL while it writes or compares: no file has the name, and the next export removes what lies there."""

@@ -81,6 +81,7 @@ def moved(model, generator):
     return logits(model)
 
 
+@pytest.mark.long
 def test_dequantised_is_what_was_trained(folder, tmp_path):
     """Rounding to bf16 moves a weight by at most 2^-9 of itself, so the answers by less than moves of that size do."""
     model = adapted(folder)
@@ -103,6 +104,7 @@ def test_dequantised_is_what_was_trained(folder, tmp_path):
     assert 0 < off < (moved(theirs, torch.Generator().manual_seed(0)) - expected).norm()
 
 
+@pytest.mark.long
 def test_original_is_the_originals_weights_and_the_adapter(folder, tmp_path, tiny_llama):
     model = adapted(folder)
     report = merge(model, tmp_path / "out", "original", anyway=True, progress=False)
@@ -115,6 +117,7 @@ def test_original_is_the_originals_weights_and_the_adapter(folder, tmp_path, tin
     assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).isfinite().all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [(), ("fp4", 32, False), ("int4", 64, True)])
 @pytest.mark.parametrize("from_copy", [False, True])
 def test_requantised_is_quantize_of_the_merged_weights(folder, tmp_path, options, from_copy):
@@ -133,6 +136,7 @@ def test_requantised_is_quantize_of_the_merged_weights(folder, tmp_path, options
     assert report.kl > 0 and 0 < report.cosine < 1 and 0 < report.nibbles_changed < 1
 
 
+@pytest.mark.long
 def test_a_folder_has_all_that_a_model_needs(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(quantized_folder, "PIECE", 4096)
     (folder / "generation_config.json").write_text('{"eos_token_id": 2, "max_length": 77}')
@@ -170,6 +174,7 @@ def test_the_model_stays_as_it_was(folder, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- the gate
 
 
+@pytest.mark.long
 def test_an_adapter_that_changes_nothing_merges_to_the_base(folder, tmp_path):
     """lora_B = 0: the same nibbles, no direction to compare, and 4 bits again lose nothing."""
     model = add_lora(load(folder, "nf4", 64, False, dtype=torch.float32, progress=False)[0], r=2)
@@ -182,6 +187,7 @@ def test_an_adapter_that_changes_nothing_merges_to_the_base(folder, tmp_path):
         assert torch.equal(again.get_submodule(path).weight.packed, layer.base.weight.packed)
 
 
+@pytest.mark.long
 def test_the_gate_fires_and_leaves_nothing(folder, tmp_path):
     """Four bits for a large change of a model whose answers hang on each weight."""
     model = adapted(folder)
@@ -219,6 +225,7 @@ def test_an_erased_adapter_is_refused_however_small_it_is(tmp_path, tokenizer, t
     assert wide.verdict == "kept" and report.arrived < 0.1 and wide.arrived == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.long
 def test_a_change_as_small_as_rounding_cannot_be_told(tmp_path, tokenizer, tiny_llama):
     folder = saved(tmp_path, tokenizer, tiny_llama.half())
     report = merge(adapted(folder, scale=1e-8), tmp_path / "out", progress=False)
@@ -324,6 +331,7 @@ def test_a_cosine_tells_the_direction():
 # ------------------------------------------------------------------------------------------------------ kinds of models
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
 @pytest.mark.parametrize("target", TARGETS)
 def test_tied_embeddings_stay_tied_unless_the_head_learned(tmp_path, tokenizer, target, targets):
@@ -372,6 +380,7 @@ def test_another_order_changes_no_more_than_rounding(tmp_path, tokenizer, family
     assert not torch.equal(turned, plain)
 
 
+@pytest.mark.long
 def test_ranks_and_strengths_of_peft_are_honoured(folder, tmp_path):
     """rsLoRA and a rank of its own for a layer: the merge takes each layer's scaling."""
     from peft import LoraConfig, get_peft_model
@@ -394,6 +403,7 @@ def test_ranks_and_strengths_of_peft_are_honoured(folder, tmp_path):
         )
 
 
+@pytest.mark.long
 def test_float16_stays_float16(tmp_path, tokenizer, tiny_llama):
     source = saved(tmp_path, tokenizer, tiny_llama.half())
     merge(adapted(source), tmp_path / "out", progress=False)
@@ -407,6 +417,7 @@ def test_float16_stays_float16(tmp_path, tokenizer, tiny_llama):
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
+@pytest.mark.long
 def test_errors_teach(folder, tmp_path):
     plain, _ = load(folder, dtype=torch.float32, progress=False)
     with pytest.raises(ValueError, match=r"no adapter: call qlora_lab.add_adapter"):
@@ -437,6 +448,7 @@ def test_a_source_of_another_shape_is_refused(folder, tmp_path, tokenizer):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_full_disk_or_an_interrupt_leaves_nothing(folder, tmp_path, monkeypatch):
     model = adapted(folder)
     monkeypatch.setattr(quantized_folder, "PIECE", 4096)
@@ -491,6 +503,7 @@ def run(capsys, *words):
     return (code, *capsys.readouterr())
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("always")
 def test_the_command_merges_and_prints_the_report(folder, tmp_path, capsys):
     save_adapter(adapted(folder), tmp_path / "adapter")

@@ -15,11 +15,11 @@ from qlora_lab.adapters.peft_format import save_adapter
 from qlora_lab.export.gguf_out import to_gguf
 from qlora_lab.export.merge import TARGETS, merge
 from qlora_lab.export.merge_folders import Folders, merge_folders
-from qlora_lab.memory.measured import peak_resident
 from qlora_lab.model.empty_model import empty_model
 from qlora_lab.model.load import layer_sizes, load
 from qlora_lab.model.quantized_folder import quantize_folder
 from qlora_lab.quant.plan import DEFAULT, Candidate, Plan
+from qlora_lab.train.resident import peak_resident
 from tests.export.test_merge import adapted, learned, saved, weights
 from tests.model.families import tiny
 
@@ -55,6 +55,7 @@ def check_same(tmp_path, one, other):
         assert other.figures()[name] == (value if isinstance(value, str | None) else pytest.approx(value, 1e-3, 1e-5))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("options", [DEFAULT, Candidate("int4", 32, False)])
 def test_folders_merge_as_a_loaded_model_does(folder, tmp_path, target, options):
@@ -69,6 +70,7 @@ def test_a_copy_in_4_bits_too(folder, tmp_path, target):
     check_same(tmp_path, *merged_both_ways(copy, tmp_path, target, original=original))
 
 
+@pytest.mark.long
 def test_a_config_describes_what_is_written_whatever_the_copy_had_there(folder, tmp_path):
     """transformers stores some settings of a load that say nothing about the tensors, and never the block size."""
     copy = quantize_folder(folder, tmp_path / "copy", "fp4", 32, False, progress=False)
@@ -104,6 +106,7 @@ def test_experts_too(tmp_path, tokenizer, family):
     check_same(tmp_path, *merged_both_ways(source, tmp_path, "dequantised", scale=0.01))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_tied_head_that_learned(tmp_path, tokenizer, target):
     source = saved(tmp_path, tokenizer, tiny("Llama", torch.bfloat16, vocab_size=280, tie_word_embeddings=True))
@@ -126,6 +129,7 @@ def test_a_head_of_its_own_in_a_tied_model_is_kept(tmp_path, tokenizer, target):
         assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+@pytest.mark.long
 def test_another_base_is_told_as_by_load_adapter(folder, tmp_path):
     save_adapter(adapted(folder), tmp_path / "adapter")
     copy = quantize_folder(folder, tmp_path / "model-copy", "fp4", progress=False)
@@ -184,7 +188,7 @@ from qlora_lab.export import parity
 from qlora_lab.export.merge_folders import Folders, merge_folders
 from qlora_lab.model.empty_model import empty_model
 from qlora_lab.model.load import layer_sizes, load
-from qlora_lab.memory.measured import peak_resident, reset_peak, resident
+from qlora_lab.train.resident import peak_resident, reset_peak, resident
 from qlora_lab.model import quantized_folder
 
 torch.set_num_threads(1)

@@ -44,6 +44,7 @@ def logits(model):
         return model(IDS).logits
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("factor", [1, 4])
 def test_a_report_is_that_of_a_merge(adapted, tokenizer, tmp_path, factor):
     """Of the adapter times the factor. In float32 on both sides."""
@@ -58,6 +59,7 @@ def test_a_report_is_that_of_a_merge(adapted, tokenizer, tmp_path, factor):
         assert getattr(survived.reports[factor], name) == pytest.approx(getattr(made, name), rel=1e-4)
 
 
+@pytest.mark.long
 def test_sizes_and_a_larger_change_moves_more_codes(adapted, tokenizer):
     survived = survival(adapted, tokenizer, (0.01, 1, 100), progress=False)
     layer = adapted.model.layers[1].mlp.up_proj

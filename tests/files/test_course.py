@@ -72,6 +72,7 @@ def test_a_folder_of_somebody_else_is_refused(source, tmp_path, name):
     assert names_in(tmp_path / "mine") == {name} and (tmp_path / "mine" / name).read_text() == content
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lasting", [False, True])
 def test_every_fault_leaves_the_readers_files_and_the_next_call_completes_them(source, tmp_path, lasting):
     number = 0

@@ -290,6 +290,7 @@ def enter_often(folder, times, results):
     results.put(entered)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("times", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_rivals_are_never_both_inside_and_nothing_is_left(tmp_path, times):
     """The lock's file and its folder are made and removed all the time: a lock on a file without a name would show."""

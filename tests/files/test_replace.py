@@ -60,6 +60,7 @@ def writers(path: Path) -> set[str]:
     return found
 
 
+@pytest.mark.long
 def test_nothing_else_writes_to_a_disk():
     found = {
         (path.relative_to(ROOM).as_posix(), name)
@@ -152,6 +153,7 @@ def read_while_saving(folder, save, saves):
     return missed, len(looked)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("saves", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_reader_always_finds_a_whole_adapter(tmp_path, tiny_llama, saves):
     model, folder = add_lora(tiny_llama, r=2), tmp_path / "adapter"

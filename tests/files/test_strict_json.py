@@ -105,6 +105,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.long
 @given(JSON)
 def test_all_else_is_what_python_reads(value):
     text = json.dumps(value)

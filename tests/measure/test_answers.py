@@ -60,6 +60,7 @@ def loads(monkeypatch):
     return seen
 
 
+@pytest.mark.long
 def test_each_system_answers_as_it_does_alone(folder, adapter, out):
     answers = answer_all(folder, systems([None, "int4"], [adapter]), QUESTIONS, out, **SHORT)
     assert list(answers) == ["none", f"none + {adapter}", "int4", f"int4 + {adapter}"]
@@ -72,6 +73,7 @@ def test_each_system_answers_as_it_does_alone(folder, adapter, out):
     assert len({json.dumps(found) for found in answers.values()}) > 2  # the adapter changes answers
 
 
+@pytest.mark.long
 def test_nothing_is_asked_twice(folder, out, loads):
     given = folder, systems([None, "nf4"]), QUESTIONS, out
     answers = answer_all(*given, **SHORT)
@@ -92,6 +94,7 @@ def test_a_model_that_was_moved_is_not_asked_again(folder, out, loads):
     assert loads["codebooks"] == [None, "nf4"]
 
 
+@pytest.mark.long
 def test_an_interrupt_keeps_what_was_answered(folder, out, loads):
     loads["stop"] = 1
     with pytest.raises(KeyboardInterrupt, match=r"3 of 6 answers are in .*answers.jsonl; the same call goes on"):
@@ -116,6 +119,7 @@ def test_an_interrupt_counts_answers_of_a_system_that_is_not_done(folder, out, m
     assert len(out.read_text().splitlines()) == 2
 
 
+@pytest.mark.long
 def test_the_progress_bar_prints_no_control_characters(folder, tmp_path, out, capsys):
     players = [System("a\x1b[2Jb", None), System("ä\r", "nf4")]
     answer_all(folder, players, QUESTIONS, out, max_new_tokens=3, progress=True)
@@ -123,6 +127,7 @@ def test_the_progress_bar_prints_no_control_characters(folder, tmp_path, out, ca
     assert r"a\x1b[2Jb" in err and "\x1b[2J" not in err and r"ä\r]" in err
 
 
+@pytest.mark.long
 def test_a_system_that_changed_is_told_without_a_load(folder, adapter, out, loads):
     players = [System("a", None), System("b", "nf4", adapter=adapter)]
     check_unchanged(folder, players, out, **SHORT)  # no file yet
@@ -176,6 +181,7 @@ def test_what_decides_an_answer_asks_anew(folder, adapter, out, tmp_path, loads,
     assert loads["codebooks"] == ([None, "nf4"] if both else ["nf4"])
 
 
+@pytest.mark.long
 def test_an_edited_quantiser_answers_anew_and_a_commit_does_not(folder, out, loads, monkeypatch):
     answer_all(folder, systems([None, "nf4"]), QUESTIONS, out, **SHORT)
     monkeypatch.setattr("qlora_lab.measure.sweep.commit", lambda: "another")

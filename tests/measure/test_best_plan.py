@@ -127,6 +127,7 @@ def test_a_uniform_plan_of_a_large_model_fits_its_own_bits():
     assert best_plan(choices, same.bits_per_parameter) == same
 
 
+@pytest.mark.long
 def test_solvers_in_threads_leave_standard_output_as_it_was(capfd):
     choices = random_choices()
     with ThreadPoolExecutor(4) as pool:

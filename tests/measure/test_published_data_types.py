@@ -56,6 +56,7 @@ def _order(one):
     return "mean of the eight" not in one.metric
 
 
+@pytest.mark.long
 def test_what_the_errata_say_of_normal_weights():
     blocks = to_blocks(torch.randn(2**20, generator=torch.Generator().manual_seed(1)), 64)
     use = {name: code_use(codebook(name), blocks) for name in ("nf4", "e2m1", "e3m0")}

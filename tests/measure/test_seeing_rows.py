@@ -13,6 +13,7 @@ import qlora_lab as ql
 from qlora_lab.data.shapes import shapes_split
 from qlora_lab.measure import seeing_rows as made_rows
 from qlora_lab.measure.seeing_rows import RUNS as KNOWN, Settings, seeing_rows
+from qlora_lab.train import toy_llava as toy
 from qlora_lab.train.toy_llava import toy_llava, trained_tower
 
 SCENES = shapes_split(8, 4).train
@@ -108,12 +109,14 @@ def test_what_cannot_be_made_is_refused(options, said, tmp_path):
 
 
 @pytest.fixture
-def model(folder, tmp_path):
+def model(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "PROJECTOR_STEPS", 2)
     tower = trained_tower(SCENES, 1, progress=False)
-    llava = toy_llava(tmp_path / "llava", tower, SCENES, 1, language=folder, progress=False)
+    llava = toy_llava(tmp_path / "llava", tower, SCENES, language=folder, progress=False)
     return ql.load(llava, None, dtype=torch.float32, device="cpu", progress=False)
 
 
+@pytest.mark.long
 def test_one_part_at_a_time_is_rounded_and_then_put_back(model, monkeypatch):
     monkeypatch.setattr(made_rows, "CODEBOOKS", ("nf2",))
     model, _ = model

@@ -55,6 +55,7 @@ def test_fisher_is_the_squared_gradient_of_each_window(tiny_llama):
         assert torch.allclose(found[name].double(), total.mean(0) / 2 / 20, rtol=1e-4)  # 4 x 5 predicted tokens
 
 
+@pytest.mark.long
 def test_fisher_is_the_expectation_over_all_labels(tiny_llama):
     """Its definition: sum over tokens and labels of p (d log p / dW)^2, without draws. 400 draws of a window are near;
     squares summed token by token would be 16 times as much for this k_proj.
@@ -200,6 +201,7 @@ def plan(choices):
     return found
 
 
+@pytest.mark.long
 def test_every_way_to_a_quantised_model_takes_a_plan(folder, tmp_path, tiny_llama, plan):
     path = plan.save(tmp_path / "plan.json")
     small = quantize_folder(folder, tmp_path / "small", plan=path, progress=False)
@@ -240,6 +242,7 @@ def test_a_plan_is_read_before_a_model_is_fetched(tmp_path):
             use("org/nowhere", plan=tmp_path / "plan.json")
 
 
+@pytest.mark.long
 def test_a_folder_begun_by_another_plan_is_refused(folder, tmp_path, choices, plan, monkeypatch):
     from qlora_lab.model import quantized_folder
 
@@ -258,6 +261,7 @@ def test_the_ledger_refuses_a_mix(tiny_llama, plan):
         measure_memory(quantize_linears(tiny_llama, plan=plan))
 
 
+@pytest.mark.long
 def test_the_command_line_makes_a_plan_and_uses_it(folder, tmp_path, capsys, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("the sum of the two numbers, " * 40)

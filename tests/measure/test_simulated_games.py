@@ -9,6 +9,7 @@ from qlora_lab.measure.simulated_games import simulate
 from qlora_lab.measure.tournament import elo
 
 SIMULATIONS = 200
+BIASED = 60  # of them are also rated without the position: these miss the truth by far
 TRUTH = dict(zip("abcdef", np.linspace(1200, 800, 6).tolist(), strict=True))
 POSITION, TIES = 150.0, 0.2  # near what the authors' Vicuna judgments show: 145 points, 0.17
 
@@ -75,9 +76,10 @@ def test_order_and_intervals_of_200_simulations():
         shares["fit"].append(share)
         right["Bradley-Terry"] += found
         right["Elo"] += list(elo(games, orders=100, seed=seed, progress=False).ratings) == list(TRUTH)
-        shares["no position"].append(covered(games, seed, position=False)[0])
         shares["one order"].append(covered(hurried, seed)[0])
-        shares["one order, no position"].append(covered(hurried, seed, position=False)[0])
+        if seed < BIASED:
+            shares["no position"].append(covered(games, seed, position=False)[0])
+            shares["one order, no position"].append(covered(hurried, seed, position=False)[0])
     coverage = {name: np.mean(values) for name, values in shares.items()}
     print(coverage, right)
     # Neighbours lie 80 points apart, five standard errors of a difference, so nearly every simulation has the order.

@@ -66,6 +66,7 @@ def test_ranks_are_those_of_95_per_cent(wins, ranks):
     assert {row.system: row.ranks for row in standings(Games.of(duel(wins)), **QUICK).rows} == ranks
 
 
+@pytest.mark.long
 def test_an_open_end_is_infinite_and_resamples_without_an_answer_have_a_share():
     rating = standings(Games.of(duel(19, 20)), **QUICK).rows[0].rating  # 36 % of resamples are all a's
     assert rating.low > 1000 and rating.high == inf

@@ -58,6 +58,7 @@ def test_each_order_is_the_readable_loop(rows, both_orders, unread):
     assert found.by_order.sum(axis=1) == pytest.approx(0, abs=1e-9)  # what one gains another loses
 
 
+@pytest.mark.long
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch):
     games = vicuna()
     whole = elo(games, orders=5, seed=1).by_order
@@ -65,6 +66,7 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch):
     assert (elo(games, orders=5, seed=1).by_order == whole).all()
 
 
+@pytest.mark.long
 def test_a_seed_repeats_and_another_does_not():
     games = vicuna()
     first, again, other = (elo(games, orders=2, seed=seed).by_order for seed in (1, 1, 2))
@@ -106,6 +108,7 @@ def test_ranks_are_ranges():
     assert rank_ranges(np.array([[5.0, 5.0, 1.0]])) == [(1, 1), (1, 1), (3, 3)]  # equals share the better rank
 
 
+@pytest.mark.long
 def test_the_paper_s_table_1_comes_out_of_its_judgments():
     found = elo(vicuna(), Rules(unread="tie"), orders=2500)  # the standard error of a mean is 45 / sqrt(2500) = 0.9
     assert list(found.ratings) == list(TABLE_1)

@@ -25,11 +25,13 @@ def test_what_fits_is_left_as_it_is():
     assert found.chosen.peak == peak() and found.free == 80 * GIB - peak()
 
 
+@pytest.mark.long
 def test_switches_come_in_the_order_of_their_price():
     switched = [fit("llama-7b", gb, **WANTED).switched for gb in (80, 12, 7.5, 6)]
     assert switched == [ORDER[:0], ORDER[:1], ORDER[:2], ORDER[:3]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gb", [80, 24, 12, 8, 6])
 def test_the_ledger_of_the_advised_settings_says_the_same(gb):
     found = fit("llama-7b", gb, **WANTED)

@@ -13,7 +13,7 @@ from qlora_lab.memory.measured import measure_memory
 from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import Shape, shape_of
 from qlora_lab.memory.weights import measured_weights
-from qlora_lab.memory.work import nothing_added
+from qlora_lab.memory.work import nothing_added, work
 from qlora_lab.model.experts4bit import Stack4bit
 from qlora_lab.model.quantised import options_of, put, quantised
 from qlora_lab.quant.plan import Candidate
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NF4 = Candidate("nf4", 64, True)
 NARROW, WIDE = torch.bfloat16, torch.float32
 METHODS = ["qlora", "lora", "full"]
-OTHERS = ["rslora", "dora", "pissa", "prefix", "prompt", "zero_bias"]  # Houlsby's adapters are refused
+OTHERS = ["rslora", "dora", "pissa", "prefix", "prompt"]  # Houlsby's adapters are refused
 
 
-def build(family, method, dtype=WIDE, options=NF4, **sizes):
+def build(family, method, dtype=WIDE, options=NF4, targets="all-linear", **sizes):
     """A random mixture as load and add_lora leave it; method "base": packed, without adapters; None: as it is."""
     model = tiny(family, **{"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 3} | sizes)
     rotary = model.model.rotary_emb
@@ -35,7 +35,7 @@ def build(family, method, dtype=WIDE, options=NF4, **sizes):
     if method in ("qlora", "base"):
         pack(model, options_of(model, options, None))
     if method in ("qlora", "lora"):
-        return ql.add_lora(model, r=8)
+        return ql.add_lora(model, r=8, targets=targets)
     if method in ("base", None):
         return model
     ranks = {"r": 18} if method in ("rslora", "dora", "pissa") else {}  # no width of these models
@@ -53,15 +53,64 @@ CASES = [
     ("Qwen3Moe", "qlora", NARROW),
     ("Mixtral", "lora", NARROW),
     ("Qwen3Moe", "full", WIDE),
+    ("Qwen2Moe", "full", NARROW),
+    ("Olmoe", "qlora", NARROW),
 ]
-REST = [(family, method, dtype) for family in ("Mixtral", "Qwen3Moe") for method in METHODS for dtype in (WIDE, NARROW)]
-REST += [("Qwen3Moe", method, NARROW) for method in OTHERS] + [("Qwen3", "qlora", WIDE), ("Qwen3", "full", NARROW)]
+MIXTURES = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")
+REST = [(family, method, dtype) for family in MIXTURES for method in METHODS for dtype in (WIDE, NARROW)]
+REST += [(family, method, NARROW) for family in ("Qwen2Moe", "Qwen3Moe") for method in OTHERS]
+REST += [("Qwen2Moe", "bitfit", NARROW), ("Qwen3Moe", "zero_bias", NARROW)]  # only the first has biases
+REST += [("Qwen3", "qlora", WIDE), ("Qwen3", "full", NARROW)]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in REST if case not in CASES]
 
 
 @pytest.mark.parametrize("family, method, dtype", [*CASES, *SLOW])
 def test_every_row_is_right_to_the_byte(family, method, dtype):
     assert not differences(measured(build(family, method, dtype), batch_of()))
+
+
+# Without adapters before the first layer's experts, no gradient reaches their router and their input.
+ON_EXPERTS = [
+    ("Mixtral", "qlora", NARROW, "experts"),
+    ("Qwen3Moe", "lora", NARROW, "all"),
+    ("Qwen3Moe", "lora", WIDE, ("experts.down_proj",)),
+    ("Mixtral", "qlora", WIDE, ("gate_up_proj", "o_proj")),
+    ("Qwen2Moe", "qlora", NARROW, "shared-experts"),
+    ("Qwen2Moe", "lora", NARROW, ("down_proj", "experts.down_proj")),
+]
+EACH = ("experts", "all", ("down_proj",), ("experts.gate_up_proj", "o_proj"))
+REST_ON_EXPERTS = [
+    pytest.param(family, method, dtype, targets, marks=pytest.mark.slow)
+    for family in MIXTURES
+    for method in ("qlora", "lora")
+    for dtype in (WIDE, NARROW)
+    for targets in EACH
+]
+
+
+@pytest.mark.parametrize("family, method, dtype, targets", [*ON_EXPERTS, *REST_ON_EXPERTS])
+def test_so_is_every_row_of_adapters_on_experts(family, method, dtype, targets):
+    """36 tokens use all four experts of a layer: the ledger assumes that each casts its pair."""
+    assert not differences(measured(build(family, method, dtype, targets=targets), batch_of()))
+
+
+@pytest.mark.slow  # cases more
+@pytest.mark.parametrize("method, r, recompute", [("rslora", 18, False), ("lora", 1, False), ("lora", 18, True)])
+def test_so_it_is_of_other_strengths_ranks_and_layers_computed_again(method, r, recompute):
+    model = ql.add_adapter(build("Qwen2Moe", "base", NARROW), method, r=r, targets=("experts", "o_proj"))
+    unseen = UNSEEN | ({"rotary cosines and sines"} if recompute else set())
+    assert not differences(measured(model, batch_of(), recompute=recompute), unseen)
+
+
+def test_pairs_of_experts_by_hand():
+    """Two layers of four experts: gate and up 64 x 16, down 16 x 32; so r (16 + 64) and r (32 + 16) a pair."""
+    shape = shape_of(tiny("Mixtral").config)
+    ledger = ql.predict_memory(shape, r=8, targets="experts")
+    assert ledger.row("lora_A").count == 2 * 4 * 8 * (16 + 32)
+    assert ledger.row("lora_B").count == 2 * 4 * 8 * (64 + 16)
+    assert ledger.row("gradients").predicted == ledger.group("adapters") == 4 * 2 * 4 * 8 * (80 + 48)
+    assert ledger.row("step counters").count == 2 * 4  # the pairs of all experts lie in two tensors
+    assert ql.fit(shape, 24, targets="experts").rank == 16  # more than the narrower side expresses nothing
 
 
 OPTIONS = [Candidate("int3", 32, False), Candidate("nf4", 4096, True)]
@@ -79,7 +128,7 @@ def test_a_recomputed_layer_keeps_its_input():
 
 
 @pytest.mark.parametrize("method", ["base", None])
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("family", MIXTURES)
 def test_a_model_that_only_answers_stores_and_uses_what_the_weight_ledger_says(family, method):
     model = build(family, method, NARROW, num_experts_per_tok=1)
     ledger, weights = measure_memory(model), measured_weights(model)
@@ -121,6 +170,16 @@ def test_operations_are_those_of_the_experts_in_use():
     assert counter.get_total_flops() == nothing_added(shape_of(model), Setup(method="full"), tokens=10)
 
 
+def test_operations_of_adapters_are_those_of_the_experts_in_use():
+    model = ql.add_lora(tiny("Mixtral"), r=4, targets="all")
+    model.config._attn_implementation = "eager"  # torch counts its parts
+    ids = torch.arange(3, 13)[None]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids, use_cache=False, logits_to_keep=1)
+    assert counter.get_total_flops() == work(shape_of(model), Setup(method="lora", r=4, targets="all"), tokens=10)
+
+
+@pytest.mark.long
 def test_half_a_mixture_is_refused():
     model = build("Mixtral", None)
     pack(model, {path: o for path, o in options_of(model, NF4, None).items() if "down_proj" not in path})
@@ -137,17 +196,32 @@ def test_half_a_mixture_is_refused():
         measure_memory(model)
 
 
-def test_adapters_on_attention_are_counted_and_those_on_experts_refused():
+def test_targets_are_those_of_add_lora():
     shape = shape_of(tiny("Mixtral").config)
-    assert ql.predict_memory(shape, targets="attention").rows == ql.predict_memory(shape).rows
-    for name in ("experts", "all", "experts.down_proj", "down_proj"):
-        with pytest.raises(
-            ValueError, match=f"targets .'{name}'.: adapters on experts are not in the ledger yet: choose"
-        ):
-            ql.predict_memory(shape, targets=["q_proj", name])
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert ql.predict_memory(shape, targets="attention").rows == ql.predict_memory(shape).rows
     assert ql.predict_memory("llama-7b", targets="attention").rows == ql.predict_memory("llama-7b", targets=names).rows
     assert ql.predict_memory("llama-7b", targets="all").rows == ql.predict_memory("llama-7b").rows  # nothing else
+    with pytest.raises(ValueError, match="targets .'experts'.: choose 'all-linear', 'attention', 'all' or from q_proj"):
+        ql.predict_memory("llama-7b", targets="experts")
+    with pytest.raises(
+        ValueError, match="'experts', 'all' or from q_proj, .*o_proj, experts.gate_up_proj, experts.down"
+    ):
+        ql.predict_memory(shape, targets=["experts", "router"])
+
+
+@pytest.mark.parametrize(
+    "setup, message",
+    [
+        ({"method": "dora"}, "method='dora' cannot adapt experts: choose qlora, lora, rslora, or leave experts out"),
+        ({"dropout": 0.1}, "dropout=0.1 cannot be beside experts: set dropout=0, or leave experts out of targets"),
+    ],
+)
+def test_what_cannot_be_beside_experts_is_refused(setup, message):
+    shape = shape_of(tiny("Mixtral").config)
+    with pytest.raises(ValueError, match=message):
+        ql.predict_memory(shape, targets=["q_proj", "down_proj"], **setup)
+    assert ql.predict_memory(shape, targets="attention", **setup).row("lora_A").count  # it can be elsewhere
 
 
 def test_houlsby_is_refused_before_anything_is_counted():
@@ -160,6 +234,8 @@ def test_the_command_line_counts_a_mixture_and_names_a_family_that_it_cannot(tmp
     assert main(["memory", str(tmp_path), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["active_weights"] < figures["stored_weights"] == figures["groups"]["weights"]
+    assert main(["memory", str(tmp_path), "--json", "--targets", "attention", "experts"]) == 0
+    assert json.loads(capsys.readouterr().out)["groups"]["adapters"] > figures["groups"]["adapters"]
     (tmp_path / "config.json").write_text(tiny("GptOss").config.to_json_string())
     assert main(["memory", str(tmp_path)]) == 2
     assert "'gpt_oss', whose layers are unknown here: choose from llama, " in capsys.readouterr().err
@@ -167,12 +243,15 @@ def test_the_command_line_counts_a_mixture_and_names_a_family_that_it_cannot(tmp
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process's peak is read from /proc")
+@pytest.mark.parametrize("family, targets", [("Mixtral", "attention"), ("Mixtral", "all"), ("Qwen2Moe", "all")])
 @pytest.mark.parametrize("recompute, rows", [(False, 2), (True, 4)])
-def test_peak_of_a_step_of_a_mixture(recompute, rows, tmp_path, tiny_llama, tokenizer):
+def test_peak_of_a_step_of_a_mixture(recompute, rows, family, targets, tmp_path, tiny_llama, tokenizer):
     """Six layers of eight experts of 256 x 512: large enough that a process's own pages are a small part."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
-    sizes |= {"head_dim": 64, "num_local_experts": 8, "max_position_embeddings": 512, "vocab_size": 2000}
-    for name, model in (("small", tiny_llama), ("mixture", tiny("Mixtral", **sizes))):
+    sizes |= {"head_dim": 64, "max_position_embeddings": 512, "vocab_size": 2000}
+    shared = {"num_experts": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 1024}
+    sizes |= shared if family == "Qwen2Moe" else {"num_local_experts": 8}
+    for name, model in (("small", tiny_llama), ("mixture", tiny(family, **sizes))):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    assert_peak(tmp_path / "mixture", tmp_path / "small", recompute, rows)
+    assert_peak(tmp_path / "mixture", tmp_path / "small", recompute, rows, targets)

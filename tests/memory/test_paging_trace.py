@@ -87,6 +87,7 @@ def test_8_bits_take_a_quarter():
     assert T.state_bytes([n], 32) == 8 * n and T.state_bytes([n], 8) == (2 + 8 / 256) * n
 
 
+@pytest.mark.long
 @given(st.lists(st.integers(0, 8), max_size=40), st.integers(1, 9))
 def test_replay_is_what_pages_does(asked, frames):
     pages = Pages(9, 1, frames)

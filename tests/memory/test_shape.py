@@ -10,12 +10,14 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
-from qlora_lab.memory.shape import PUBLISHED, shape_of
+from qlora_lab.memory.shape import MIXTURES, PUBLISHED, shape_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"vocab_size": 500}
@@ -28,6 +30,10 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, attention_bias=True),
     "mixtral": MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+    "olmoe": OlmoeConfig(**SIZES, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2, attention_bias=True),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SIZES, num_key_value_heads=2, num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=40
+    ),
     "qwen3_moe": Qwen3MoeConfig(
         **SIZES, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24
     ),
@@ -64,7 +70,7 @@ def test_published_sizes_are_what_their_names_say():
         assert shape_of(name).parameters / 1e9 == pytest.approx(billions, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", MIXTURES)
 def test_experts_have_the_shapes_that_transformers_gives_them(name):
     with torch.device("meta"):
         experts = AutoModelForCausalLM.from_config(CONFIGS[name]).model.layers[0].mlp.experts
@@ -74,7 +80,7 @@ def test_experts_have_the_shapes_that_transformers_gives_them(name):
         assert stack.shape == (shape.experts, matrix.out_features, matrix.in_features)
     # config.json on the hub says num_experts, transformers writes num_local_experts
     config = CONFIGS[name].to_dict()
-    config["num_experts"] = config.pop("num_local_experts")
+    config["num_experts"] = config.pop("num_local_experts", shape.experts)
     assert replace(shape_of(config), name=shape.name) == shape
 
 
@@ -87,6 +93,7 @@ def test_experts_have_the_shapes_that_transformers_gives_them(name):
         ),
         ({"decoder_sparse_step": 2}, "has layers without experts"),
         ({"router_jitter_noise": 0.1}, "has router_jitter_noise, whose activations are not counted"),
+        ({"clip_qkv": 8.0}, "has clip_qkv, whose activations are not counted"),  # OLMoE may have it
         ({"num_experts_per_tok": 7}, "routes a token to 7 of 6 experts: give fewer"),
         ({"num_experts_per_tok": None}, "num_experts_per_tok=None: it is a whole number of at least 1"),
     ],

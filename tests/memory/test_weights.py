@@ -47,6 +47,7 @@ def test_a_mixture_by_hand(tmp_path, tokenizer):
     assert ledger.to_dict()["stored"] == ledger.stored and ledger.to_dict()["rows"][0]["what"] == EXPERTS
 
 
+@pytest.mark.long
 def test_a_folder_in_4_bits_keeps_its_options(tmp_path, tokenizer):
     folder = saved("Mixtral", tmp_path / "model", tokenizer)
     out = quantize_folder(folder, tmp_path / "small", "fp4", 32, False, progress=False)

@@ -23,7 +23,9 @@ UNKNOWN_EXPERTS = {
     | {"num_layers": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
     | {"v_head_dim": 8, "head_dim": 8, "num_key_value_heads": 2},
 }
-BY_NAME = {"Qwen3": GROUPED}  # likewise, one that differs from Qwen3-MoE in its MLP alone
+# Likewise, those that differ from a family below in one place: no experts, or norms over all heads.
+BY_NAME = {"Qwen3": GROUPED}
+BY_NAME |= {"Olmoe": LIKE_LLAMA | {"num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2}}
 FAMILIES = {
     "BioGpt": LIKE_LLAMA,
     "Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},

@@ -369,6 +369,7 @@ def test_peft_gives_the_same_logits_on_the_plain_model(tmp_path, tokenizer, name
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
+@pytest.mark.long
 def test_a_folder_comes_back_as_it_was_quantised(family, tmp_path):
     folder, theirs = family
     out = quantize_folder(folder, tmp_path / "small", "nf4", 16, progress=False)
@@ -381,6 +382,7 @@ def test_a_folder_comes_back_as_it_was_quantised(family, tmp_path):
     assert ours.num_parameters() == mapped.num_parameters() == theirs.num_parameters()
 
 
+@pytest.mark.long
 def test_without_double_quantization_and_with_another_table(tmp_path, tokenizer):
     folder, _ = saved("GptOss", tmp_path, tokenizer)
     out = quantize_folder(folder, tmp_path / "small", "int4", 32, False, progress=False)
@@ -467,6 +469,7 @@ def test_experts_of_unequal_shape_are_refused(tmp_path, tokenizer):
         loaded(folder)
 
 
+@pytest.mark.long
 def test_state_dict_copies_and_moves(tmp_path, tokenizer):
     folder, _ = saved("GptOss", tmp_path, tokenizer)
     ours = loaded(folder)

@@ -33,6 +33,7 @@ def tensors(model):
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", [marked(family) for family in FAMILIES if not family.refused])
 def test_a_family_loads_as_transformers_loads_it(family, tmp_path):

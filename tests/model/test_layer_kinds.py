@@ -102,6 +102,7 @@ def test_a_folder_comes_back_as_it_was_quantised(family, tmp_path):
             assert torch.equal(layer.weight.packed, again.weight.packed) and layer.turned == again.turned
 
 
+@pytest.mark.long
 def test_codes_of_the_untransposed_matrix_are_refused(family, tmp_path):
     """They have the right number, so only the stored shape tells."""
     folder, _ = family
@@ -117,6 +118,7 @@ def test_codes_of_the_untransposed_matrix_are_refused(family, tmp_path):
         loaded(out)
 
 
+@pytest.mark.long
 def test_bitsandbytes_reads_gpt2_and_not_falcon(tmp_path, tokenizer):
     for family, readers in (("GPT2", "and transformers with bitsandbytes"), ("Falcon", "not FalconLinear")):
         model = tiny(family, vocab_size=280, **({"n_embd": 32} if family == "GPT2" else {"hidden_size": 32}))

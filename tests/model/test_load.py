@@ -27,6 +27,7 @@ def test_unquantised_equals_transformers(folder):
     assert torch.equal(model(IDS).logits, LlamaForCausalLM.from_pretrained(folder)(IDS).logits)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codebook", ["nf4", "fp4", "int4", "nf3"])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_quantised_on_arrival_equals_quantised_after(folder, codebook, double_quant):

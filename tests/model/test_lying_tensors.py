@@ -57,6 +57,7 @@ def load(folder, **options):
         return ql.load(folder, progress=False, **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", [EMBEDDING, NORM, LINEAR])
 def test_weights_that_are_not_finite_are_refused(folder, tmp_path, name, value):
@@ -77,6 +78,7 @@ def test_a_float64_beyond_float32_is_not_finite(folder):
         load(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [EMBEDDING, NORM, pytest.param(LINEAR, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64])
 def test_integers_and_complex_numbers_are_no_weights(folder, tmp_path, name, dtype):
@@ -159,6 +161,7 @@ def interrupted(folder, tmp_path):
     return begun
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [32, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_forged_checkpoint_is_refused_by_its_tensor(folder, interrupted, bits):
     run = interrupted(bits)

@@ -108,6 +108,7 @@ def test_a_step_says_what_is_saved_and_its_advice_holds(folder, tmp_path, monkey
     same_result(out, tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_before_the_first_checkpoint_nothing_is_saved(folder, tmp_path, monkeypatch):
     said = short_in_step(training(folder, tmp_path / "run"), 1, monkeypatch)
     assert said.startswith(

@@ -67,6 +67,7 @@ def test_a_mapped_model_trains(folder, tmp_path):
     assert contents(tmp_path / "small") == before
 
 
+@pytest.mark.long
 def test_transformers_with_bitsandbytes_reads_it(tmp_path, tokenizer):
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -85,6 +86,7 @@ def test_transformers_with_bitsandbytes_reads_it(tmp_path, tokenizer):
     assert read_by(tmp_path / "small") == "QLoRA Lab, and transformers with bitsandbytes"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -130,6 +132,7 @@ def test_bitsandbytes_has_no_kernel_for_blocks_of_16():
             assert torch.ops.bitsandbytes.dequantize_4bit(*given).shape == (64, 64)
 
 
+@pytest.mark.long
 def test_an_interrupted_one_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
     whole = contents(quantise(folder, tmp_path / "whole"))
     save, saved = tensor_file.save_file, []
@@ -169,6 +172,7 @@ def test_what_a_killed_call_left_behind_is_removed(folder, tmp_path, monkeypatch
     assert names >= {".plan-personal", ".config.json-q1w2e3r4"} and not names & {scratch, "qlora-lab.json"}
 
 
+@pytest.mark.long
 def test_one_that_was_killed_before_its_first_piece_is_begun_again(folder, tmp_path, monkeypatch):
     for moment in ("replacing_file", "_pieces"):  # the mark is there alone; then nothing was
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*are in 4 bits;")
 ADVICE = r"packed layers of QLoRA Lab: call quantize_folder"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("codebook", ["nf4", None])
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_a_model_is_written_so_that_both_read_it_or_refused(folder, tmp_path, codebook, with_adapter):

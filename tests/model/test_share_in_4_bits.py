@@ -47,6 +47,7 @@ def test_weights_that_stay_are_named_in_a_warning(tmp_path):
     assert folder_in_4_bits(tmp_path / "small") == in_4_bits(model)
 
 
+@pytest.mark.long
 def test_experts_are_counted_and_their_router_is_not(tmp_path):
     saved("Mixtral", tmp_path / "model")
     # hidden 32, 2 layers; q and o 32 x 32, k and v 16 x 32, the router 4 x 32, four experts of 3 x 64 x 32

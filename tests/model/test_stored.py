@@ -52,6 +52,7 @@ TIED = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family, head, embedding", TIED)
 def test_a_tied_weight_is_stored_under_either_name(saved, tmp_path, family, head, embedding):
     folder = saved(family, tie_word_embeddings=True)
@@ -66,6 +67,7 @@ def test_a_tied_weight_is_stored_under_either_name(saved, tmp_path, family, head
         assert torch.equal(logits(ours(tmp_path / "small")), logits(ours(folder, block_size=16)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family, head, embedding", TIED[:2])
 def test_tied_weights_that_differ_are_two(saved, tmp_path, family, head, embedding):
     folder = saved(family, tie_word_embeddings=True)
@@ -83,6 +85,7 @@ def test_tied_weights_that_differ_are_two(saved, tmp_path, family, head, embeddi
 SLOW = "Gemma 3, text", "DeepSeek-V3", "Mamba"
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.* of the weights outside embeddings and head")
 @pytest.mark.parametrize(
     "family",
@@ -121,6 +124,7 @@ def test_what_is_stored_as_no_weights_is_named(saved, tmp_path, name, dtype):
             read(folder)
 
 
+@pytest.mark.long
 def test_float64_is_read_as_transformers_reads_it(saved, tmp_path):
     folder = saved("Llama")
     rewrite(folder, lambda tensors: tensors.update({name: 1.1 * tensor.double() for name, tensor in tensors.items()}))
@@ -149,6 +153,7 @@ def test_names_without_the_prefix_are_found(saved):
     assert_same(folder)
 
 
+@pytest.mark.long
 def test_experts_are_put_together_in_the_order_of_their_numbers(saved):
     folder = saved("Mixtral", num_local_experts=12, num_experts=12)
     assert (
@@ -200,6 +205,7 @@ def test_a_tensor_under_an_old_and_a_new_name_is_refused(saved):
         ours(folder, codebook=None)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.* of the weights outside embeddings and head")
 @pytest.mark.parametrize("family", ["Llama", "BioGPT", "CodeGen", "Llama 4, text", "Mamba", "RWKV"])
 def test_bitsandbytes_is_told_which_layers_are_not_packed(saved, tmp_path, family):

@@ -40,6 +40,7 @@ def test_the_first_step_is_that_of_torch():
     assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long
 def test_it_finds_the_minimum_that_32_bits_find():
     g = torch.Generator().manual_seed(0)
     target = torch.randn(512, generator=g)

@@ -71,6 +71,7 @@ def managed(free: int = 2**30) -> Iterator[FakeRuntime]:
 calls_ = st.lists(st.tuples(st.sampled_from(["page", "prefetch"]), st.integers(0, 8), st.integers(0, 255)), max_size=60)
 
 
+@pytest.mark.long
 @given(st.sampled_from(["file", "host", "managed"]), st.integers(1, 9), st.integers(1, 3), st.integers(1, 40), calls_)
 def test_no_order_of_calls_loses_a_byte(store, count, frames, page_size, calls):
     page_size = stores.SYSTEM_PAGE if store == "managed" else page_size

@@ -79,6 +79,7 @@ def test_bytes_and_values_are_equal(seed, kind):
         assert torch.equal(dequantize(q, torch.float32), dequantize_as_vector(packed, state))
 
 
+@pytest.mark.long
 def test_differences_in_partial_blocks_are_rare():
     differ = sum(
         len(differing(quantize(w, "nf4", b).packed, bnb.quantize_4bit(w, blocksize=b, quant_type="nf4")[0]))

@@ -28,6 +28,7 @@ def test_scaled_blocks_span_one():
     assert scaled[2].abs().max() < 0.02  # denormals are divided by 1e-38, not by themselves
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", range(2, 9))
 @given(data=st.data())
 def test_unpack_undoes_pack(bits, data):

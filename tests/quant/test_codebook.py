@@ -75,6 +75,7 @@ def test_relative_error_of_each_type_on_normal_weights():
         assert error.item() == pytest.approx(want, rel=0.01), name
 
 
+@pytest.mark.long
 @given(
     name=st.sampled_from(CODEBOOKS),
     values=st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=1, max_size=50),

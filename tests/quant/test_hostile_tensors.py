@@ -159,6 +159,7 @@ def read_or_refuse(tensors, key):
     return True
 
 
+@pytest.mark.long
 @settings(max_examples=200)
 @given(tensors=damaged_dicts(), key=st.sampled_from(["w"] * 30 + ["", "w.", "v", None, 3, b"w"]))
 def test_anything_is_read_or_refused_by_the_documented_errors(tensors, key):

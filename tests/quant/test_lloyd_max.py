@@ -54,6 +54,7 @@ def test_error_never_rises_and_is_what_rounding_leaves(bits, keep_ends):
     assert errors[0] == pytest.approx(mean_error(values, codebook(f"nf{bits}")), rel=1e-5)  # where it starts
 
 
+@pytest.mark.long
 @given(
     st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=50),
     st.integers(2, 4),
@@ -71,6 +72,7 @@ def test_the_result_is_a_codebook_whatever_the_values(values, bits, keep_ends, r
     assert torch.equal(lloyd_max(torch.tensor(values), bits, keep_ends=keep_ends), levels)
 
 
+@pytest.mark.long
 def test_normal_weights_in_blocks_of_64():
     """0.00799 with ends kept, by another implementation that weighs errors by absmax squared; NF4's is 0.00846."""
     weight = torch.randn(2**19, generator=torch.Generator().manual_seed(1))

@@ -22,6 +22,7 @@ weights = st.builds(
 )
 
 
+@pytest.mark.long
 @given(weight=weights, name=st.sampled_from(CODEBOOKS), block_size=st.integers(16, 300))
 def test_error_is_at_most_half_the_widest_gap(weight, name, block_size):
     q = quantize(weight, name, block_size)
@@ -30,6 +31,7 @@ def test_error_is_at_most_half_the_widest_gap(weight, name, block_size):
     assert ((dequantize(q) - weight).abs() <= bound * (1 + 1e-6)).all()
 
 
+@pytest.mark.long
 @given(weight=weights, name=st.sampled_from(["nf4", "nf3", "fp4", "e2m1", "int4"]))
 def test_quantizing_again_changes_nothing(weight, name):
     once = quantize(weight, name)
@@ -103,6 +105,7 @@ def test_moves_between_devices():
     assert quantize(torch.ones(64)).to("meta").constants.device.type == "meta"
 
 
+@pytest.mark.long
 @given(absmax=st.lists(st.floats(2**-10, 10, width=32), min_size=1, max_size=600))
 def test_double_quantization_error_is_bounded(absmax):
     absmax = torch.tensor(absmax)

@@ -28,6 +28,7 @@ def same(a, b):
     return torch.equal(a.packed, b.packed) and torch.equal(a.absmax, b.absmax) and a.shape == b.shape
 
 
+@pytest.mark.long
 @settings(max_examples=30)
 @given(
     st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 33)),  # odd lengths and partial blocks

@@ -53,6 +53,7 @@ def test_any_state_is_the_best_plan(budget):
     assert result["plan"].error <= same.error * (1 + 1e-9)
 
 
+@pytest.mark.long
 def test_the_sentence_by_hand():
     explorer = BlockSizeExplorer(TWO, budget=4.3125)
     assert explorer.summary() == (
@@ -73,6 +74,7 @@ def test_stops_are_what_uniform_plans_need_and_three_between():
     assert stops(uneven)[0] == 4.14286 > 29 / 7 and stops(uneven)[-1] == 4.57143 > 32 / 7  # never too small by rounding
 
 
+@pytest.mark.long
 def test_double_quantization_has_its_own_mark():
     candidates = (*sizes(64), Candidate("nf4", 64, True))
     assert list(names_of(candidates).values()) == ["64", "64, double"]
@@ -109,6 +111,7 @@ def test_two_layers_in_one_cell_are_named():
         BlockSizeExplorer(choices_of(layers, [[1.0, 2.0]] * 2, sizes(64, 256)))
 
 
+@pytest.mark.long
 def test_one_layer_without_any_error():
     """As of a weight that is zero everywhere."""
     explorer = BlockSizeExplorer(choices_of(("lm_head",), [[0.0, 0.0]], sizes(64, 256)), budget=4.125)
@@ -134,6 +137,7 @@ def test_names_on_the_frontier_are_apart():
     assert [plan.error for plan in apart(plans)] == [100, 90, 0]
 
 
+@pytest.mark.long
 def test_a_state_that_is_not_allowed_is_named():
     with pytest.raises(ValueError, match=r"budget=3 is not allowed: one of 4\.125, .*Nearest: 4\.125"):
         BlockSizeExplorer(TWO, budget=3)

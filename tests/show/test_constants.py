@@ -23,6 +23,7 @@ def drawn(collection: PolyCollection) -> float:
     return area([path.vertices for path in collection.get_paths()])
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(st.fixed_dictionaries({**STATES, "mean_offset": st.booleans()}))
 def test_any_state(state):

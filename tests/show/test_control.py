@@ -91,6 +91,7 @@ def test_every_explorer_is_tried():
     assert own == {*OF_DATA, XrayExplorer, *COURSE}
 
 
+@pytest.mark.long
 def test_an_impossible_value_changes_nothing_and_is_named(explorer, caplog, monkeypatch):
     before = shown(explorer)
     monkeypatch.setattr(explorer, "update", None)  # a redraw would raise

@@ -39,6 +39,7 @@ def test_the_outlier_of_the_slides():
     assert changed.tolist() == [False, True, False, False]  # weight number 100 is in the second block
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(states(OUTLIER))
 def test_any_outlier(state):
@@ -73,6 +74,7 @@ def test_fp4_is_shown_by_size_of_its_levels():
     assert result["counts"][0] == 1 and result["counts"][1:4].sum() == 0
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(LEVELS, st.sampled_from([16, 64, 256, 1024]))
 def test_any_levels(hundredths, block_size):
@@ -93,6 +95,7 @@ def test_any_levels(hundredths, block_size):
     assert MINE.beyond.get_xdata().tolist() == [i for i, one in enumerate(share) if one > MOST_USED]
 
 
+@pytest.mark.long
 def test_the_sentence_and_the_line_to_copy():
     MINE.reset()
     assert MINE.summary().startswith(
@@ -112,6 +115,7 @@ def test_the_sentence_and_the_line_to_copy():
     assert own.state == again.state
 
 
+@pytest.mark.long
 def test_a_picture_does_not_depend_on_the_one_before_it():
     """Levels that leave 1000 % of error, with the widest of texts, first or second."""
     extreme = {"levels": [0.85 + n / 100 for n in range(16)], "block_size": 1024}

@@ -17,6 +17,7 @@ from qlora_lab.show.source import Source
 NAMES = ["a$b_c", "$x^2$", r"$\frac$", r"a\$b", "$", "$$", "a_b^c", "<b>x</b>", "<script>", "`x`", "```", "& &amp;"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_in_a_picture_is_itself(name):
     fig, ax = new_figure()
@@ -39,6 +40,7 @@ def test_without_it_a_name_is_a_formula():
         picture(fig, "not drawn")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*NAMES[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[3:])])
 def test_a_layer_of_any_name_has_its_place_on_the_map(name):
     layers = (f"model.layers.0.{name}", f"model.layers.1.{name}")

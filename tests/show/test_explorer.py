@@ -37,6 +37,7 @@ def test_a_state_and_its_explorer_are_one(state):
     assert eval(fresh.code()).state == state  # the line to copy really makes it again
 
 
+@pytest.mark.long
 def test_a_control_moves_picture_alt_text_and_code():
     explorer = RoundingExplorer()
     before = explorer.png
@@ -46,6 +47,7 @@ def test_a_control_moves_picture_alt_text_and_code():
     assert "RoundingExplorer(bits=1, offset=0.25" in explorer._pane.below
 
 
+@pytest.mark.long
 def test_two_threads_leave_the_picture_of_the_last_state(monkeypatch):
     """JupyterLab has the kernel serve some controls in a second thread."""
     explorer, computing = RoundingExplorer(), threading.Event()
@@ -73,6 +75,7 @@ def test_two_threads_leave_the_picture_of_the_last_state(monkeypatch):
     assert (explorer._pane.png, explorer._pane.below) == (want._pane.png, want._pane.below)
 
 
+@pytest.mark.long
 def test_reset_returns_to_where_the_explorer_was_opened():
     explorer = RoundingExplorer(bits=1, clip=False)
     opened, picture = explorer.state, explorer.png
@@ -91,6 +94,7 @@ def test_the_reset_button_resets():
     assert explorer.state == {**START, "bits": 1}
 
 
+@pytest.mark.long
 def test_several_fields_at_once_draw_once(monkeypatch):
     explorer, drawn = RoundingExplorer(), []
     monkeypatch.setattr(explorer, "update", drawn.append)
@@ -98,6 +102,7 @@ def test_several_fields_at_once_draw_once(monkeypatch):
     assert len(drawn) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("state", "message"),
     [
@@ -117,6 +122,7 @@ def test_a_bad_state_is_refused_whole(state, message):
     assert explorer.state == START
 
 
+@pytest.mark.long
 def test_a_notebook_gets_a_still_and_after_it_the_view_alone(monkeypatch):
     """In one output JupyterLab would prefer the view, even when its widget is gone."""
     explorer, shown = RoundingExplorer(), []

@@ -39,6 +39,7 @@ def line_figure():
     return fig, ax, line
 
 
+@pytest.mark.long
 def test_picture_carries_alt_text_in_html_and_plain():
     shown = picture(line_figure()[0], 'A line: "slope" < 2')
     bundle = shown._repr_mimebundle_()
@@ -48,6 +49,7 @@ def test_picture_carries_alt_text_in_html_and_plain():
     assert b"Software" not in shown.png
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Picture, WithSentence])
 def test_a_notebook_stores_the_bytes_of_a_picture_once(kind):
     """In HTML, where all readers of notebooks find the alt text; an image/png has none in JupyterLab."""
@@ -65,10 +67,12 @@ def test_a_compressed_picture_looks_the_same():
     assert (away > 1).mean() < 0.01 and away.max() <= 17
 
 
+@pytest.mark.long
 def test_the_same_figure_gives_the_same_bytes():
     assert picture(line_figure()[0], "line").png == picture(line_figure()[0], "line").png
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("alt", ["", "  \n"])
 def test_alt_text_is_required(alt):
     with pytest.raises(ValueError, match="alt is empty: say in one sentence"):
@@ -77,6 +81,7 @@ def test_alt_text_is_required(alt):
         img(b"", alt)
 
 
+@pytest.mark.long
 def test_a_blitted_frame_equals_a_full_draw():
     fig, _, line = line_figure()
     blit = Blit(fig, [line])
@@ -104,6 +109,7 @@ def test_png_bytes_hold_every_pixel():
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png_bytes(rgba)))), rgba)
 
 
+@pytest.mark.long
 def test_a_background_is_drawn_once_for_its_axis_limits(monkeypatch):
     fig, ax, line = line_figure()
     fix_layout(fig)
@@ -124,6 +130,7 @@ def test_a_background_is_drawn_once_for_its_axis_limits(monkeypatch):
     assert frame == frames[2] and drawn[KEPT:] == [100, 2]
 
 
+@pytest.mark.long
 def test_the_backgrounds_of_all_figures_together_are_kept(monkeypatch):
     """A cell that runs again makes a new explorer, and ipywidgets keeps the old one alive."""
     drawn = []
@@ -144,6 +151,7 @@ def drag(explorer):
         explorer.set(bits=1 + i % 8)
 
 
+@pytest.mark.long
 def test_two_explorers_redraw_in_two_threads():
     """rcParams belong to the whole process: a thread must not restore what the other has set."""
     hinting = matplotlib.rcParams["text.hinting"]
@@ -165,6 +173,7 @@ def test_a_picture_during_a_drag_equals_the_picture_before():
     assert during == {before}
 
 
+@pytest.mark.long
 def test_an_old_background_is_not_used_where_the_layout_has_moved_the_axes():
     fig, ax, line = line_figure()
     blit = Blit(fig, [line])
@@ -176,6 +185,7 @@ def test_an_old_background_is_not_used_where_the_layout_has_moved_the_axes():
     assert np.array_equal(pixels(frame), pixels(Blit(fresh, [other]).frame()))
 
 
+@pytest.mark.long
 def test_new_axis_limits_redraw_the_background():
     fig, ax, line = line_figure()
     blit = Blit(fig, [line])
@@ -186,6 +196,7 @@ def test_new_axis_limits_redraw_the_background():
     assert not np.array_equal(pixels(blit.frame())[ticks], first[ticks])
 
 
+@pytest.mark.long
 def test_panel_is_white_and_colours_are_okabe_and_itos():
     shown = Image.open(io.BytesIO(picture(line_figure()[0], "line").png)).convert("RGB")
     assert shown.getpixel((0, 0)) == (255, 255, 255)
@@ -193,6 +204,7 @@ def test_panel_is_white_and_colours_are_okabe_and_itos():
     assert np.allclose(np.multiply(COLOURS["red"], 255), (213, 94, 0))
 
 
+@pytest.mark.long
 def test_pyplot_stays_out():
     code = "import sys, qlora_lab.show.explorer; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

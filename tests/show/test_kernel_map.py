@@ -48,6 +48,7 @@ def written(state, change=lambda packed, absmax: None):
     return torch.where(without[2] == POISON, with_it[2], POISON)
 
 
+@pytest.mark.long
 @settings(max_examples=25)
 @given(STATES)
 @example(START)
@@ -60,6 +61,7 @@ def test_one_program_writes_what_the_map_says(state):
         assert not found.words and not found.stored and not found.spare and not found.idle
 
 
+@pytest.mark.long
 @settings(max_examples=10)
 @given(STATES, st.integers(0, 127), st.integers(0, 7))
 @example(START, 101, 3)
@@ -85,6 +87,7 @@ def test_a_byte_or_a_constant_changes_the_weights_that_the_map_gives_it(state, b
     assert bool(changed) == (block in found.constants)
 
 
+@pytest.mark.long
 @settings(max_examples=10)
 @given(STATES)
 @example(START)
@@ -149,6 +152,7 @@ def test_starts_at_an_odd_tail():
     )
 
 
+@pytest.mark.long
 def test_a_program_that_is_not_launched_is_said():
     explorer = KernelMapExplorer(program=4)
     assert explorer.summary().endswith("program 4 of 4 is not launched")

@@ -65,6 +65,7 @@ async def beside(training, act):
     return run
 
 
+@pytest.mark.long
 def test_a_plain_process_just_trains(tmp_path, capsys):
     want = toy_training(tmp_path / "a").run()
     got = asyncio.run(live(toy_training(tmp_path / "b")))
@@ -113,6 +114,7 @@ def test_the_curves_are_the_log(tmp_path):
     assert plot.left.get_xlim()[1] == 41
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_pixels")
 def test_it_redraws_at_most_now_and_then(notebook, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "REDRAW_EVERY", 1e9)
@@ -122,6 +124,7 @@ def test_it_redraws_at_most_now_and_then(notebook, tmp_path, monkeypatch):
     assert drawn == [1, 6]  # the first step, and the picture that stays
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_pixels")
 def test_the_button_ends_the_run_after_the_step_and_it_can_be_resumed(notebook, tmp_path):
     whole = toy_training(tmp_path / "whole").run()
@@ -134,6 +137,7 @@ def test_the_button_ends_the_run_after_the_step_and_it_can_be_resumed(notebook, 
     assert notebook.shown[3].alt.startswith("Training loss over 6 of 6 steps")  # the resumed run shows all of it
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_pixels")
 def test_an_interrupt_ends_the_step_saves_and_is_a_keyboard_interrupt(notebook, tmp_path):
     before = signal.getsignal(signal.SIGINT)
@@ -158,6 +162,7 @@ def test_a_cancelled_run_is_saved(notebook, tmp_path):
     assert saved_steps(tmp_path / "run") == [3]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_pixels")
 def test_an_error_surfaces_under_the_picture_of_what_came_before(notebook, tmp_path):
     training = toy_training(tmp_path / "run")
@@ -169,6 +174,7 @@ def test_an_error_surfaces_under_the_picture_of_what_came_before(notebook, tmp_p
     assert notebook.kernel.shell_handlers == before
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_pixels")
 def test_an_error_before_the_first_step_leaves_no_picture(notebook, tmp_path):
     asyncio.run(live(toy_training(tmp_path / "run", steps=2)))
@@ -179,6 +185,7 @@ def test_an_error_before_the_first_step_leaves_no_picture(notebook, tmp_path):
     assert len(notebook.shown) == 3  # panel and picture of the first run, the panel of the second
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_pixels")
 def test_the_end_of_a_widgets_message_is_reported_once(notebook, tmp_path):
     handlers = notebook.kernel.shell_handlers

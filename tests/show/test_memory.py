@@ -23,6 +23,7 @@ def widths(collection) -> list[float]:
     return [right - left for (left, _), (right, _), *_ in outlines]
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(st.fixed_dictionaries(STATES))
 def test_any_state(state):
@@ -81,6 +82,7 @@ def test_it_agrees_with_fit():
     assert fit("llama-7b", card, **setup).switched == ()
 
 
+@pytest.mark.long
 def test_the_sentence():
     EXPLORER.reset()
     EXPLORER.set(model="llama-65b", rows=2, gradient_checkpointing=False, double_quant=False, optimizer="paged AdamW")

@@ -11,6 +11,7 @@ EXPLORER = MidpointExplorer()
 LEVELS = codebook("nf4")
 
 
+@pytest.mark.long
 def test_every_state_is_what_a_block_stores():
     """All codes and changes at once: the first weight of each block holds the constant."""
     for code in range(1, 14):
@@ -45,6 +46,7 @@ def test_the_sentences():
     assert "+5 % of absmax: the code becomes 8, and +8.0 % is stored" in EXPLORER.summary()
 
 
+@pytest.mark.long
 def test_a_picture_does_not_depend_on_the_one_before_it():
     EXPLORER.set(code=13, change=-25)
     EXPLORER.set(code=2, change=10)

@@ -17,6 +17,7 @@ def test_starts_at_nf4():
     assert "4 bits, offset 0.9677083 by the rule: 16 levels, relative error 0.8" in explorer.summary()
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=15)
 @given(
     bits=st.integers(2, 6),
@@ -33,6 +34,7 @@ def test_any_state(bits, offset, symmetric):
     assert f"{len(levels)} levels" in EXPLORER.summary()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", range(2, 7))
 def test_each_width_has_the_offset_of_the_rule(bits):
     """With NF4's offset NF6 was shown better than it is."""
@@ -41,6 +43,7 @@ def test_each_width_has_the_offset_of_the_rule(bits):
     assert f"offset {normal_offset(bits):.7g} by the rule" in explorer.summary()
 
 
+@pytest.mark.long
 def test_nf4_stays_behind_as_a_ghost():
     explorer = NormalFloatExplorer(bits=2)
     ghost, moving = explorer.levels.axes.collections[:2]
@@ -48,11 +51,13 @@ def test_nf4_stays_behind_as_a_ghost():
     assert [segment[0][0] for segment in ghost.get_segments()] == codebook("nf4").tolist()
 
 
+@pytest.mark.long
 def test_a_state_that_is_not_allowed_is_named():
     with pytest.raises(ValueError, match="bits=7 is not allowed: from 2 to 6"):
         NormalFloatExplorer(bits=7)
 
 
+@pytest.mark.long
 def test_axes_stand_still_and_no_label_leaves_the_picture():
     """Each width has limits of its own. If its labels moved the axes, no background could be kept."""
     explorer = NormalFloatExplorer()

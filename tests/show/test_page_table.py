@@ -20,6 +20,7 @@ def kinds(explorer: PageTableExplorer) -> np.ndarray:
     return explorer.pages.image.get_array().compressed()
 
 
+@pytest.mark.long
 @settings(max_examples=8)
 @given(STATES)
 def test_any_state_is_that_of_pages(state):
@@ -48,6 +49,7 @@ def test_one_frame_less_is_as_bad_as_half():
     assert (kinds(all_) == HIT).sum() == 1 and (kinds(one_less) == FILE).sum() == 0  # the one page now leaves
 
 
+@pytest.mark.long
 def test_the_sentence():
     assert PageTableExplorer().summary() == (
         "LLaMA-7B, r=16, moments of 32 bits: 305.0 MiB of state in 153 pages of 2 MiB, a budget of 256 MiB with 128 "
@@ -64,6 +66,7 @@ def test_nothing_has_happened_at_time_0():
     assert set(kinds(explorer)) == {ZERO} and explorer.frames.image.get_array().count() == 0
 
 
+@pytest.mark.long
 def test_a_single_page():
     explorer = PageTableExplorer(r=1, bits=8, page_size=8)
     assert (

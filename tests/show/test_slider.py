@@ -15,11 +15,13 @@ def test_value_and_position_follow_each_other():
     assert slider.position == 0
 
 
+@pytest.mark.long
 @given(st.integers(-50, 50), st.integers(1, 40), st.integers(1, 7))
 def test_integer_steps_are_pythons_range(low, width, step):
     assert Slider("n", low, Steps(low, low + width, step)).choices == tuple(range(low, low + width + 1, step))
 
 
+@pytest.mark.long
 @given(st.floats(0.01, 0.5))
 def test_every_float_choice_is_allowed_and_stays_within_bounds(step):
     slider = Slider("x", 0.0, Steps(0.0, 1.0, step))

@@ -40,6 +40,7 @@ def test_any_state(factor, shown, field):
     assert heights == pytest.approx([made.cosine, made.nibbles_changed, min(made.kl / made.adapter_kl, 1.3)])
 
 
+@pytest.mark.long
 def test_sizes_of_more_than_a_hundred_percent_are_written_out():
     explorer = SurvivalExplorer(Survival(SURVIVED.sizes, SURVIVED.reports | {128: SURVIVED.reports[16]}))
     axis = explorer.line.axes  # 1.5 % times 128 is 192 %, once 1.9e+02
@@ -56,6 +57,7 @@ def test_the_sentence():
     assert EXPLORER.code() == "SurvivalExplorer(survived, factor=4, shown='cosine')"
 
 
+@pytest.mark.long
 def test_it_starts_with_what_was_learned_or_with_the_smallest():
     assert EXPLORER._start == {"factor": 1, "shown": "cosine"}
     large = Survival(SURVIVED.sizes, {16: SURVIVED.reports[16], 4: report(0.0, 0.0, [None] * 6, [0.0] * 6)})
@@ -64,6 +66,7 @@ def test_it_starts_with_what_was_learned_or_with_the_smallest():
     assert "cosine 0.00" in explorer.summary()  # an adapter that changes nothing is shown, too
 
 
+@pytest.mark.long
 def test_a_picture_does_not_depend_on_the_one_before_it():
     EXPLORER.set(factor=1, shown="codes moved")
     EXPLORER.set(factor=16, shown="cosine")

@@ -20,6 +20,7 @@ STATES = {
 }
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(st.fixed_dictionaries(STATES))
 def test_any_state(state):
@@ -103,6 +104,7 @@ def test_a_bar_that_is_cut_off_says_so():
     assert all(len(arrows.get_xdata()) == 0 for arrows in EXPLORER.cut)
 
 
+@pytest.mark.long
 def test_a_picture_does_not_depend_on_the_one_before_it():
     EXPLORER.set(questions=10, position=400, both_orders=False, order=10)
     EXPLORER.set(questions=40, position=0, both_orders=True, order=3)

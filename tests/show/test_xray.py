@@ -18,6 +18,7 @@ def explorer(tmp_path_factory):
     return XrayExplorer(toy_checkpoint(tmp_path_factory.mktemp("toy")))
 
 
+@pytest.mark.long
 def test_every_byte_of_a_page(explorer):
     checkpoint = explorer.checkpoint
     explorer.set(tensor="k", place=0, byte=0)
@@ -72,6 +73,7 @@ def test_a_place_is_the_start_of_a_page(explorer):
         assert explorer.result["first"] == first == explorer._controls["byte"].first
 
 
+@pytest.mark.long
 def test_equal_states_are_equal_pictures(explorer):
     explorer.set(tensor="k", place=67, byte=9)
     other = XrayExplorer(explorer.checkpoint, tensor="k", place=67, byte=9)

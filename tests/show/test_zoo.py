@@ -17,6 +17,7 @@ STATES = {
 }
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(st.fixed_dictionaries(STATES))
 def test_any_state(state):
@@ -101,6 +102,7 @@ def test_a_whole_context_leaves_no_room_for_virtual_tokens(model, fits):
     assert EXPLORER.result["costs"]["prompt"]["fits"] and "GiB" in EXPLORER.summary()
 
 
+@pytest.mark.long
 def test_a_picture_does_not_depend_on_the_one_before_it():
     EXPLORER.set(model="llama-65b", method="full", size=256, length=2048)
     EXPLORER.set(model="llama-3-8b", method="prompt", size=8, length=16)

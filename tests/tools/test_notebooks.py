@@ -117,6 +117,7 @@ STATEMENTS = st.sampled_from(
 )
 
 
+@pytest.mark.long
 @given(st.lists(STATEMENTS), st.lists(STATEMENTS), st.integers(0, 8))
 def test_no_solution_leaks(first, second, spaces):
     indent, names = " " * spaces, {f"{SECRET} = ..."}

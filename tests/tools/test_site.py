@@ -70,6 +70,7 @@ def test_docstrings_are_shown_letter_by_letter():
     assert as_markdown(text) == f"{shown}\n\n```pycon\n>>> 1 + 1\n2\n```\n\n```text\n    aligned   as it stands\n```"
 
 
+@pytest.mark.long
 def test_the_reference_has_signatures_methods_and_files():
     public = public_page()
     assert "{py:function} qlora_lab.quantize(weight: torch.Tensor" in public

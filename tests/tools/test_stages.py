@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_lab.kernels import product
+from qlora_lab.kernels import choose, product
 from qlora_lab.quant.quantize import quantize
 from tools import stages
 from tools.stages import STAGES, Stage, main
@@ -63,7 +63,7 @@ def test_each_outcome_of_the_race_has_a_stage():
 def test_what_a_test_asks_for_is_seen(calls):
     assert not calls
     quantize(torch.ones(64))
-    assert calls == {"_choose"}
+    assert calls == ({"_choose", "run"} if choose("cpu").name == "cpu" else {"_choose"})
     calls.clear()
     product.race()
     assert calls == {"race"}
@@ -82,6 +82,13 @@ def test_a_file_without_numbers_that_asks_is_missed_in_no_stage():
         ("race", "train/test_new.py", None),
     ]:
         assert stages.unexpected({call}, stages.ROOT / "tests" / file) == told, file
+
+
+def test_rooms_that_compute_with_torch_itself_are_run_whole_on_an_old_cpu():
+    tests = stages.ROOT / "tests"
+    assert stages.computes_with_torch(tests / "quant" / "test_codebook.py")
+    assert not stages.computes_with_torch(tests / "data" / "test_batches.py")
+    assert "--asking=_choose,race,run,torch" in STAGES["old"].command
 
 
 TESTS = """
@@ -119,12 +126,14 @@ def test_the_second_stage_runs_what_has_asked_and_what_is_not_known(tmp_path):
     assert len(passed()) == 2 * 5
     every = {"itself[True]", "itself[False]", "before", "in_a_child", "kernels_only", "that_fails", "that_is_skipped"}
     wanted = {"a": every - {"itself[False]", "kernels_only"}, "b": every}
-    found = passed("--asking=race", AGAIN="1")
+    found = passed("--asking=race,run", AGAIN="1")
     assert found == {f"test_{file}.py::test_{name}" for file, names in wanted.items() for name in names}
 
 
 def test_each_list_names_what_exists():
-    assert all((stages.ROOT / "tests" / name).exists() for name in [*stages.SAME, *stages.WITHOUT_NUMBERS])
+    assert all(
+        (stages.ROOT / "tests" / name).exists() for name in [*stages.SAME, *stages.WITHOUT_NUMBERS, *stages.TORCH_ALONE]
+    )
     assert set(stages.LONG) <= {path.name for path in (stages.ROOT / "tests").rglob("test_*.py")}
 
 

@@ -38,6 +38,7 @@ def test_every_attack_keeps_its_promises_in_a_bounded_part():
     assert all(attack in out for attack in ATTACKS) and sum(case.name in out for case in CASES) >= 4
 
 
+@pytest.mark.long
 def test_what_breaks_is_counted_and_its_folder_is_kept(tmp_path):
     def good(folder, draws):
         return 3

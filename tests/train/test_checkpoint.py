@@ -74,6 +74,7 @@ def small_pages(monkeypatch):
     monkeypatch.setattr(trainer, "PagedAdamW", partial(PagedAdamW, page_size=PAGE))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "variant", ["evaluated", *(pytest.param(v, marks=pytest.mark.slow) for v in list(VARIANTS)[:-1])]
 )
@@ -134,6 +135,7 @@ def stop_at(step, *args, **kwargs):
     return run.result
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep", [slow(1), 2])
 def test_a_resume_from_an_older_step_takes_the_newer_ones_back(folder, tmp_path, keep):
     """Else they would outlive the log that belongs to them, and no later resume would find a whole state."""
@@ -187,6 +189,7 @@ def test_a_resume_goes_on_with_the_arithmetic_that_the_run_began_with(folder, tm
     assert finals["slow, then fast"] == finals["slow"] != finals["fast"]
 
 
+@pytest.mark.long
 def test_a_kill_between_a_save_and_the_removal_of_an_older_one_leaves_none_too_many(folder, tmp_path, monkeypatch):
     def killed(run, steps):
         if steps:
@@ -227,6 +230,7 @@ def stopped(folder, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -263,6 +267,7 @@ def test_a_cause_is_told_without_what_follows_from_it(folder, tmp_path, change, 
         training(folder, tmp_path / "run", resume=True, **{"examples": MANY} | change).run()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("steps", [14, slow(9)])
 def test_where_nothing_follows_from_the_number_of_steps_it_may_change(folder, tmp_path, steps):
     """All data are encoded either way and the rate is constant: the steps made so far are those of the other run."""
@@ -273,6 +278,7 @@ def test_where_nothing_follows_from_the_number_of_steps_it_may_change(folder, tm
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["steps"] == steps
 
 
+@pytest.mark.long
 def test_a_rate_that_follows_from_the_number_of_steps(folder, tmp_path):
     options = {"batch_size": 8, "schedule": "cosine"}
     stop_at(3, folder, tmp_path / "run", **options)
@@ -295,6 +301,7 @@ def test_what_changes_no_bit_may_change(folder, stopped, tmp_path):
     same_result(stopped, tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_log_that_lost_a_line_is_refused(folder, stopped):
     log = (stopped / "log.jsonl").read_text().splitlines(keepends=True)
     (stopped / "log.jsonl").write_text("".join(log[:2] + log[3:]))
@@ -306,6 +313,7 @@ FILES, DAMAGES = ["state.safetensors", "state.json", "SHA256SUMS"], ["bit flippe
 SOME = set(zip(FILES, DAMAGES, strict=True))  # the others are slow
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, damage",
     [pytest.param(n, d, marks=() if (n, d) in SOME else pytest.mark.slow) for n in FILES for d in DAMAGES],
@@ -375,14 +383,14 @@ def started(out):
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_no_bit(folder, tmp_path):
+def test_ten_kills_change_no_bit(folder, tmp_path):
     """kill -9 at random moments: in a forward pass, an update, a line of the log, a save."""
-    options = {"steps": 90, "save_every": 3, "optimizer_budget": FRAMES * PAGE}
+    options = {"steps": 45, "save_every": 3, "optimizer_budget": FRAMES * PAGE}
     child = in_child(train_on, folder, tmp_path / "whole", **options)
     child.join()
     assert child.exitcode == 0
     chance, out, lost = random.Random(0), tmp_path / "run", 0
-    for _ in range(20):
+    for _ in range(10):
         before = started(out)
         child = in_child(train_on, folder, out, **options)
         while not started(out) > before:
@@ -485,6 +493,7 @@ def test_a_save_that_fails_ends_the_run_and_the_earlier_state_is_left(folder, tm
     same_result(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_names_layer_dtype_and_the_last_checkpoint(folder, tmp_path):
     run = training(folder, tmp_path / "run")
     with pytest.raises(FloatingPointError) as error:
@@ -499,6 +508,7 @@ def test_a_loss_that_is_not_finite_names_layer_dtype_and_the_last_checkpoint(fol
     same_result(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_finetune_takes_the_same_settings(folder, tmp_path):
     model, tokenizer = ql.load(folder, dtype=torch.float32, progress=False)
     ql.add_lora(model, r=4, dropout=0.1)

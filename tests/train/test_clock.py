@@ -74,6 +74,7 @@ def test_a_run_that_midnight_interrupts_is_the_undisturbed_one(dated, tmp_path, 
     assert not all(torch.equal(differing[key], same[key]) for key in same), "the date does reach the model"
 
 
+@pytest.mark.long
 def test_a_template_without_a_date_keeps_no_clock(folder, tmp_path):
     training(folder, tmp_path / "run").run()
     record = json.loads((tmp_path / "run" / "settings.json").read_text())

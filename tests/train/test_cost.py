@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +20,22 @@ from qlora_lab.train.trainer import Training
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)  # of a machine that has one; nothing here computes on it
-HIGHEST = 262_143_328_850  # microjoules: max_energy_range_uj of an Intel processor, 2^32 steps of 61 microjoules
+# microjoules: max_energy_range_uj as machines show it, 2^32 steps of 61.0 and of 15.3 microjoules
+HIGHEST = 262_143_328_850  # of an Intel Core i5-7400
+HIGHEST_AMD = 65_532_610_987  # of an AMD EPYC 7543, and of the memory of Intel's servers
 
 
 def zone(home, place, name, microjoules, highest=HIGHEST):
-    folder = home / place
+    """A zone as Linux has it: a folder within that of its parent, and a link to it among those of all zones."""
+    kind, *numbers = place.split(":")
+    parents = [":".join([kind, *numbers[:count]]) for count in range(len(numbers) + 1)]  # intel-rapl, intel-rapl:0, ...
+    folder = home.joinpath("virtual", *parents)
     folder.mkdir(parents=True, exist_ok=True)
+    if not (home / place).is_symlink():
+        (home / place).symlink_to(folder)
+    (folder / "enabled").write_text("1\n")
+    if not numbers:  # a kind of control, which counts nothing
+        return None
     (folder / "name").write_text(f"{name}\n")
     (folder / "energy_uj").write_text(f"{microjoules}\n")
     (folder / "max_energy_range_uj").write_text(f"{highest}\n")
@@ -32,10 +44,10 @@ def zone(home, place, name, microjoules, highest=HIGHEST):
 
 @pytest.fixture
 def machine(tmp_path):
-    """RAPL of two packages with memory and cores, of the whole board, and of package 0 once more."""
-    names = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram"}
-    names |= {"intel-rapl:1": "package-1", "intel-rapl:1:0": "dram", "intel-rapl:2": "psys"}
-    names |= {"intel-rapl-mmio:0": "package-0", "intel-rapl": ""}
+    """RAPL of two packages with memory, cores and graphics, of the whole board, and of package 0 once more."""
+    names = {"intel-rapl": "", "intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram"}
+    names |= {"intel-rapl:0:2": "uncore", "intel-rapl:1": "package-1", "intel-rapl:1:0": "dram", "intel-rapl:2": "psys"}
+    names |= {"intel-rapl-mmio": "", "intel-rapl-mmio:0": "package-0"}
     for place, name in names.items():
         zone(tmp_path, place, name, 1_000_000)
     return tmp_path
@@ -54,12 +66,44 @@ def test_packages_and_their_memory_are_counted_once(machine):
     assert spent["gpu_seconds_held"] == 0
 
 
-def test_a_counter_wraps_around(tmp_path):
-    file = zone(tmp_path, "intel-rapl:0", "package-0-die-0", HIGHEST - 2_000_000)
+@pytest.mark.parametrize("highest", [HIGHEST, HIGHEST_AMD])
+def test_a_counter_wraps_around(tmp_path, highest):
+    file = zone(tmp_path, "intel-rapl:0", "package-0-die-0", highest - 2_000_000, highest)
     meter = Meter(CPU, tmp_path)
     start = meter.read()
     file.write_text("3000000")
     assert meter.since(start)["joules"] == pytest.approx(5, abs=1e-4)  # one step of the counter is 61 microjoules
+
+
+def test_a_processor_of_amd_counts_its_cores_once(tmp_path):
+    package = zone(tmp_path, "intel-rapl:0", "package-0", 38_419_855_704, HIGHEST_AMD)
+    cores = zone(tmp_path, "intel-rapl:0:0", "core", 31_041_919_121, HIGHEST_AMD)
+    meter = Meter(CPU, tmp_path)
+    start = meter.read()
+    package.write_text("38439855704")
+    cores.write_text("31053919121")
+    spent = meter.since(start)
+    assert spent["joules"] == pytest.approx(20) and spent["joules_note"] == "RAPL: package-0"
+
+
+@pytest.mark.parametrize(("highest", "seconds"), [(HIGHEST, 524), (HIGHEST_AMD, 131)])
+def test_a_step_in_which_a_counter_may_go_all_the_way_round_has_no_figure(tmp_path, highest, seconds):
+    """At 500 W. The counter then stands where it would after a step that took next to nothing."""
+    zone(tmp_path, "intel-rapl:0", "package-0", 1_000_000, highest)
+    meter = Meter(CPU, tmp_path)
+    now = meter.read()
+    assert meter.since(now._replace(elapsed=now.elapsed - seconds + 1))["joules"] == 0
+    spent = meter.since(now._replace(elapsed=now.elapsed - seconds - 1))
+    assert spent["joules"] is None and spent["joules_note"].endswith(
+        "may have gone all the way round in so long a step"
+    )
+
+
+def test_a_container_that_hides_its_host_is_told(machine, monkeypatch):
+    """As Docker does: the links are there, and lead to nothing."""
+    shutil.rmtree(machine / "virtual")
+    counters, note = rapl(machine)
+    assert counters is None and note.startswith("RAPL cannot be read (") and "intel-rapl:0/name" in note
 
 
 @pytest.mark.parametrize(
@@ -83,10 +127,14 @@ def test_a_missing_figure_has_a_reason(tmp_path, change, said):
 
 
 def test_counters_of_root_are_named(machine, monkeypatch):
-    def forbidden(file):
-        raise PermissionError(13, "Permission denied", str(file))  # a test that runs as root may read everything
+    read = Path.read_text
 
-    monkeypatch.setattr(cost, "_joules", forbidden)
+    def as_a_user(file, *encoding):  # a test that runs as root may read everything
+        if file.name == "energy_uj":  # of mode 0400 since Linux 5.10; all other files are everybody's
+            raise PermissionError(13, "Permission denied", str(file))
+        return read(file, *encoding)
+
+    monkeypatch.setattr(Path, "read_text", as_a_user)
     assert rapl(machine) == (None, f"{machine / 'intel-rapl:0' / 'energy_uj'} can be read only by root")
 
 
@@ -118,15 +166,19 @@ class NVMLError(Exception):
     pass
 
 
+class NVMLErrorNotSupported(NVMLError):
+    pass
+
+
 @pytest.fixture
 def card(monkeypatch):
-    """A module that looks like NVML's, with one GPU; `millijoules` is what it has used."""
+    """A module that looks like nvidia-ml-py, with one GPU; `millijoules` is what it has used since its driver began."""
     card = SimpleNamespace(millijoules=5_000_000, asked=[])
 
     def used(handle):
         card.asked.append(handle)
         if card.millijoules is None:
-            raise NVMLError("Not Supported")
+            raise NVMLErrorNotSupported("Not Supported")  # before Volta, and a part of a GPU
         return card.millijoules
 
     module = SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None)
@@ -160,6 +212,12 @@ def test_without_the_gpu_the_processor_is_no_figure(card, machine, monkeypatch):
     meter = Meter(GPU, machine)
     spent = meter.since(meter.read())
     assert spent["joules"] is None and spent["joules_note"] == "NVML has no counter of this GPU (NVML: Not Supported)"
+
+    def without_driver():
+        raise NVMLError("NVML Shared Library Not Found")
+
+    monkeypatch.setattr(sys.modules["pynvml"], "nvmlInit", without_driver)
+    assert cost.nvml(GPU) == (None, "NVML has no counter of this GPU (NVML Shared Library Not Found)")
     monkeypatch.setitem(sys.modules, "pynvml", None)  # its import fails
     meter = Meter(GPU, machine)
     spent = meter.since(meter.read())
@@ -173,7 +231,7 @@ def test_a_gpu_whose_counter_falls_has_no_figure(card, tmp_path):
     start = meter.read()
     card.millijoules = 0  # its driver began anew
     spent = meter.since(start)
-    assert spent["joules"] is None and spent["joules_note"] == "another process has no figure, or a counter fell"
+    assert spent["joules"] is None and spent["joules_note"] == cost.UNKNOWN
 
 
 def test_processes_of_a_machine_count_its_processor_once(machine, tmp_path, monkeypatch):
@@ -223,6 +281,7 @@ def test_steps_are_added_up():
 EXAMPLES = [Example((("user", f"a {letter}"), ("assistant", "b"))) for letter in "abcdefgh"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 def test_a_resumed_run_adds_to_what_was_spent(folder, tmp_path, monkeypatch):
     joules = iter(range(0, 10**6, 3))  # 3 J between two readings

@@ -6,6 +6,7 @@ Run by torchrun, this file is the work of one process: it goes through CASES and
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -263,6 +264,9 @@ def test_the_command_line_under_torchrun(folder, tmp_path):
 def test_other_processes_say_which_they_are(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert cli.main(["finetune", "--data", "no.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith("qlora-lab finetune: ")  # a RANK alone is left over
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cli.main(["finetune", "--data", "no.jsonl"]) == 2
     assert capsys.readouterr().err.startswith("qlora-lab finetune (process 3): ")
 
 
@@ -270,6 +274,34 @@ def test_one_process_is_no_group(tiny_llama):
     with processes() as rank, engine_for(tiny_llama) as engine:
         assert rank == 0 and type(engine) is OneProcess and engine.model is tiny_llama
         assert engine.sum(1.0, 2.0) == (1.0, 2.0) and first_on_node(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("empty", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_an_empty_variable_is_none(monkeypatch, capsys, empty):
+    monkeypatch.setenv(empty, "")
+    with processes() as rank:
+        assert rank == 0 and not distributed.joined()
+    assert cli.main(["finetune", "--data", "no.jsonl"]) == 2 and "no.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a whole number: start all processes with torchrun"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' is not a whole number"),
+        ({"WORLD_SIZE": "2"}, "LOCAL_RANK is not set, but WORLD_SIZE is: start all processes with torchrun"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK is not set, but .*, or unset WORLD_SIZE for one$"),
+    ],
+)
+def test_numbers_that_torchrun_does_not_give_are_refused(monkeypatch, capsys, tmp_path, variables, said):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said), processes():
+        pass
+    (tmp_path / "data.jsonl").write_text(TRAIN % (1, 2))
+    options = ["--data", str(tmp_path / "data.jsonl"), "--held-out", "0", "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main(["finetune", *options]) == 2
+    assert re.match(f"qlora-lab finetune: {said}", capsys.readouterr().err.rstrip())
 
 
 def test_one_process_has_nobody_to_share_with(capsys, tiny_llama, tmp_path):

@@ -66,6 +66,7 @@ def last_level(model):
     weight.levels[-1] = 0.99
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", [last_of_embeddings, last_block_constant, last_level])
 def test_another_base_is_not_resumed_wherever_it_differs(folder, stopped, change):
     with pytest.raises(
@@ -74,6 +75,7 @@ def test_another_base_is_not_resumed_wherever_it_differs(folder, stopped, change
         resume(folder, stopped, change=change)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_every_bit_of_the_base_counts_and_none_of_the_adapter(folder, double_quant):
     model = quantised(folder, double_quant)[0]
@@ -131,6 +133,7 @@ def rewrite(run, change):
     (step / "SHA256SUMS").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name, value, said",
     [
@@ -157,6 +160,7 @@ def test_other_arithmetic_is_told_in_one_line_with_what_accepts_it(folder, stopp
     assert json.loads((stopped / "settings.json").read_text())["arithmetic"][name] != value
 
 
+@pytest.mark.long
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="it has one core")
 def test_the_number_of_threads_is_taken_over_while_the_run_lasts(folder, stopped):
     rewrite(stopped, lambda facts: facts["arithmetic"].update(threads=2))
@@ -165,6 +169,7 @@ def test_the_number_of_threads_is_taken_over_while_the_run_lasts(folder, stopped
     assert seen == {2} and torch.get_num_threads() == 1
 
 
+@pytest.mark.long
 def test_the_outcome_of_the_race_is_recorded_and_taken_over(folder, tmp_path, outcome):
     for _ in (first := training(folder, tmp_path / "run")):
         first.stop()
@@ -177,6 +182,7 @@ def test_the_outcome_of_the_race_is_recorded_and_taken_over(folder, tmp_path, ou
     assert product.race() == product.Race.won_by(outcome)
 
 
+@pytest.mark.long
 def test_a_checkpoint_without_the_arithmetic_is_refused(folder, stopped):
     rewrite(stopped, lambda facts: facts["arithmetic"].pop("versions"))
     with pytest.raises(ValueError, match="with different arithmetic, .*: versions: None in the checkpoint"):

@@ -107,6 +107,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 EVALUATED = "its first evaluation"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "upto, options, stride",
     [
@@ -151,8 +152,8 @@ def test_the_earlier_run_is_whole_whenever_the_new_one_is_killed(run, tmp_path, 
 def test_two_kills_in_a_row_lose_nothing(run, tmp_path):
     earlier = seen(run)
     copy = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-copy"), symlinks=True)
-    for first in range(1, 120, 13):
-        for second in range(1, 120, 19):
+    for first in range(1, 120, 17):  # seven moments, and for each of them four: the test above has every moment
+        for second in range(1, 120, 31):
             killed(lambda: replace(run, "the end"), tmp_path, first)
             replaced = seen(run).get(ADAPTER[1], "").endswith("new run")
             killed(lambda: replace(run, "the end"), tmp_path, second)
@@ -189,6 +190,7 @@ def fork(function, *arguments):
         function(*arguments)
 
 
+@pytest.mark.long
 def test_an_adapter_whose_successor_never_began_is_there_again_when_it_is_asked_for(run):
     earlier = seen(run)
     fork(set_aside, run)
@@ -199,6 +201,7 @@ def test_an_adapter_whose_successor_never_began_is_there_again_when_it_is_asked_
     find_adapter(run / "adapter")  # nothing to do, and nothing to say
 
 
+@pytest.mark.long
 def test_an_adapter_that_is_kept_aside_is_told(run, capsys):
     fork(begun, run)
     assert cli.main(["generate", "why?", "--adapter", str(run / "adapter"), "--quiet"]) == 2

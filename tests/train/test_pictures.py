@@ -15,8 +15,9 @@ from qlora_lab.adapters.lora import add_lora
 from qlora_lab.adapters.peft_format import load_adapter, save_adapter
 from qlora_lab.data.dataset import collate, encode_all, load_data
 from qlora_lab.doctor.diagnose import diagnose
-from qlora_lab.measure.held_out import generate, held_out
+from qlora_lab.measure.held_out import generate, generate_answers, held_out
 from qlora_lab.model.load import load
+from qlora_lab.train import limits
 from qlora_lab.train.identity import base_checksum
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training, finetune
@@ -49,6 +50,7 @@ def batch_of(data, tokenizer):
     return collate(encode_all(load_data(data)[:4], tokenizer, 256, progress=False)[0], 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("micro", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_resumed_run_gives_the_same_bits(llava_folder, data, tmp_path, micro):
     model, tokenizer = quiet(llava_folder)
@@ -142,6 +144,7 @@ def test_it_is_evaluated_and_asked_with_pictures(llava_folder, data, tmp_path):
     assert answer == want != ""
 
 
+@pytest.mark.long
 def test_one_picture_is_asked_about_by_its_path(llava_folder, data):
     model, tokenizer = quiet(llava_folder)
     path = data.parent / "0.png"
@@ -154,6 +157,7 @@ def test_one_picture_is_asked_about_by_its_path(llava_folder, data):
         generate(model, tokenizer, "<image>\nWhich colour?", **how)
 
 
+@pytest.mark.long
 def test_a_processor_of_another_tower_is_told(llava_folder, data, tmp_path):
     model, tokenizer = quiet(llava_folder)
     tokenizer.processor.image_processor.crop_size = {"height": 24, "width": 24}
@@ -162,6 +166,33 @@ def test_a_processor_of_another_tower_is_told(llava_folder, data, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_tower_is_asked_before_an_answer_or_a_loss(llava_folder, data, monkeypatch):
+    model, tokenizer = quiet(llava_folder)
+    tokenizer.processor.image_processor.crop_size = {"height": 24, "width": 24}
+    monkeypatch.setattr(model, "generate", None)  # nobody comes so far
+    message = r"LlavaFor.* cannot read .*\.png \(.*24.*\): use the processor of this model"
+    seen = [example for example in load_data(data) if example.pictures]
+    with pytest.raises(ValueError, match=message) as error:
+        generate(model, tokenizer, "<image>\nWhich colour?", 2, pictures=data.parent / "0.png", progress=False)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        held_out(model, tokenizer, seen, progress=False)
+    with pytest.raises(ValueError, match=message):
+        generate_answers(model, tokenizer, seen, progress=False)
+
+
+def test_memory_that_runs_out_is_not_the_fault_of_a_picture(llava_folder, data, monkeypatch):
+    model, tokenizer = quiet(llava_folder)
+
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(limits, "answer_loss", full)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+        generate(model, tokenizer, "<image>\nWhich colour?", 2, pictures=data.parent / "0.png", progress=False)
+
+
+@pytest.mark.long
 def test_a_later_picture_of_another_size_is_told_before_the_first_step(llava_folder, tmp_path):
     """A processor that resizes nothing: the first three pictures fit the tower."""
     model, tokenizer = quiet(llava_folder)
@@ -176,6 +207,7 @@ def test_a_later_picture_of_another_size_is_told_before_the_first_step(llava_fol
     assert "\n" not in str(error.value) and not (tmp_path / "run" / "log.jsonl").exists()
 
 
+@pytest.mark.long
 def test_pictures_are_not_packed(llava_folder, data, tmp_path):
     model, tokenizer = quiet(llava_folder)
     with pytest.raises(ValueError, match="examples with pictures cannot be packed: leave out packing"):

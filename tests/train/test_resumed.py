@@ -132,6 +132,7 @@ def test_a_line_that_no_run_wrote_is_named(tmp_path, second, said):
         read_log(log, 2)
 
 
+@pytest.mark.long
 def test_no_file_of_a_run_is_waited_for(begun, tmp_path):
     """A FIFO in the place of any of them: the run goes on without it, or names it."""
     names = sorted(path.relative_to(begun / "run") for path in (begun / "run").rglob("*") if path.is_file())
@@ -148,6 +149,7 @@ def test_no_file_of_a_run_is_waited_for(begun, tmp_path):
                 assert name.name in str(error)
 
 
+@pytest.mark.long
 def test_a_race_that_one_routine_could_not_run_is_saved_and_resumed(begun, tmp_path):
     """Without oneDNN its time is infinity, which JSON has no word for: no checkpoint could be written."""
     product.keep(product.Race(1.0, math.inf, 2.0))

@@ -92,6 +92,7 @@ def test_a_users_file_under_a_name_of_a_run_is_refused_before_the_model_is_loade
     assert contents(out) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_a_users_files_under_all_other_names_stay_as_they_are(train, tmp_path, mode):
     """Among them names that earlier versions took for scratch of theirs, and those of a Hugging Face Trainer."""
@@ -125,6 +126,7 @@ def test_the_output_folder_of_a_hugging_face_trainer_survives(train, tiny_llama,
     assert before.items() <= contents(tmp_path).items()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["adapter/notes.md", "best/README.md", "checkpoints/step-00000001/notes.md"])
 def test_a_users_file_within_a_run_is_refused_by_name(train, tmp_path, name, mode):
@@ -137,6 +139,7 @@ def test_a_users_file_within_a_run_is_refused_by_name(train, tmp_path, name, mod
     assert contents(tmp_path) == before
 
 
+@pytest.mark.long
 def test_a_users_checkpoints_within_a_run_stay(train, tmp_path):
     train(tmp_path, 2, save_every=1)
     write(tmp_path, "checkpoints/checkpoint-500/model.bin", "checkpoints/.step-notes")
@@ -157,6 +160,7 @@ def test_what_a_user_makes_while_the_model_is_loaded_is_refused(model, tokenizer
 # ---------------------------------------------------------------------------------------------------- runs without mark
 
 
+@pytest.mark.long
 def test_a_run_that_lost_its_mark_is_refused(train, tmp_path):
     train(tmp_path / "a", 2, save_every=1)
     (tmp_path / "a" / MARK).unlink()
@@ -189,6 +193,7 @@ def test_a_mark_that_a_kill_left_empty_is_written_anew(train, tmp_path):
 # ---------------------------------------------------------------------------------------------------- scratch and kills
 
 
+@pytest.mark.long
 def test_only_recorded_scratch_of_a_killed_process_is_removed(train, tmp_path):
     train(tmp_path, 2, save_every=1)
     scratch = json.loads((tmp_path / MARK).read_text())["scratch"]
@@ -209,6 +214,7 @@ def test_scratch_of_a_run_that_was_killed_as_it_ended_goes_with_the_next_call(tr
     assert not (tmp_path / scratch).exists() and (tmp_path / scratch[:-1] / "mine").exists()
 
 
+@pytest.mark.long
 def test_scratch_has_another_name_in_each_folder(train, tmp_path):
     for name in "ab":
         train(tmp_path / name)
@@ -216,6 +222,7 @@ def test_scratch_has_another_name_in_each_folder(train, tmp_path):
     assert a != b and len(a) == len(b) == len(".qlora-lab-") + 32  # 128 bits
 
 
+@pytest.mark.long
 def test_an_error_as_files_are_set_aside_puts_them_back(train, tmp_path, monkeypatch):
     train(tmp_path, 2, save_every=1, eval_every=1, held_out=EXAMPLES)
     before, rename, calls = contents(tmp_path), disk.rename, []
@@ -362,6 +369,7 @@ def begun(train, tmp_path):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["overwrite", "resume"])
 @pytest.mark.parametrize("name", ["result.json", "log.jsonl", "settings.json"])
 @pytest.mark.parametrize("linked", [False, True])
@@ -382,6 +390,7 @@ def test_a_log_that_a_kill_cut_off_is_still_a_runs(begun, content):
     check_free(begun, overwrite=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["adapter", "checkpoints", "settings.json"])
 def test_a_link_into_another_run_is_refused(begun, train, tmp_path, name):
     train(tmp_path / "other", 2, save_every=1)

@@ -87,6 +87,7 @@ def test_the_same_seed_gives_the_same_run(tiny_llama, tokenizer, tmp_path):
         assert torch.equal(a.lora_A, b.lora_A) and torch.equal(a.lora_B, b.lora_B)
 
 
+@pytest.mark.long
 def test_measuring_in_between_changes_nothing(tiny_llama, tokenizer, tmp_path):
     """Evaluating and generating before, between and after training: no weight, no result, no byte differs."""
     results = []
@@ -109,6 +110,7 @@ def test_measuring_in_between_changes_nothing(tiny_llama, tokenizer, tmp_path):
     assert all(torch.equal(v, results[1][2][n]) for n, v in results[0][2].items())
 
 
+@pytest.mark.long
 def test_what_a_run_leaves_behind(model, tokenizer, tmp_path):
     run = train(model, tokenizer, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -124,6 +126,7 @@ def test_what_a_run_leaves_behind(model, tokenizer, tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_training_flags_and_random_state_return(model, tokenizer, tmp_path):
     model.model.layers[0].train()
     flags, state = {m: m.training for m in model.modules()}, torch.get_rng_state()
@@ -141,6 +144,7 @@ def test_the_loss_is_the_mean_over_answer_tokens(tiny_llama):
     torch.testing.assert_close(summed / count, want)
 
 
+@pytest.mark.long
 def test_a_pad_token_without_an_embedding_changes_no_run(tiny_llama, tokenizer, tmp_path):
     """Users add [PAD] and no row for it. What fills rows is neither learned nor attended to: any token will do."""
     runs = []
@@ -163,6 +167,7 @@ def test_a_token_without_an_embedding_is_named_before_the_first_step(model, toke
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_examples_beyond_the_positions(tokenizer, tmp_path):
     """Learned positions have an end; those that are computed do not, and get worse. Shorter examples are no matter."""
     stored, computed = (add_lora(tiny(family, vocab_size=280), r=2) for family in ("OPT", "Llama"))
@@ -175,6 +180,7 @@ def test_examples_beyond_the_positions(tokenizer, tmp_path):
     assert run.data.too_long == len(LONGER) and run.ended == "all steps"
 
 
+@pytest.mark.long
 def test_an_earlier_run_is_not_overwritten_unasked(model, tokenizer, tmp_path):
     train(model, tokenizer, tmp_path / "run")
     with pytest.raises(FileExistsError, match="holds an earlier run: choose another folder, or overwrite it"):
@@ -197,6 +203,7 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.long
 def test_a_failing_run_leaves_the_earlier_one_as_it_was(model, tokenizer, tmp_path):
     train(model, tokenizer, tmp_path / "run")
     before = contents(tmp_path / "run")
@@ -206,6 +213,7 @@ def test_a_failing_run_leaves_the_earlier_one_as_it_was(model, tokenizer, tmp_pa
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.long
 def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(model, tokenizer, tmp_path):
     def interrupt_in(step):
         for line in training:
@@ -225,6 +233,7 @@ def test_an_interrupt_ends_the_step_saves_and_says_how_to_go_on(model, tokenizer
         train(model, tokenizer, tmp_path / "run")
 
 
+@pytest.mark.long
 def test_an_interrupt_reaches_who_called(model, tokenizer, tmp_path):
     hook = model.model.norm.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(
@@ -246,6 +255,7 @@ def test_a_second_interrupt_stops_at_once(model, tokenizer, tmp_path):
     assert (tmp_path / "run" / "log.jsonl").read_text() == ""
 
 
+@pytest.mark.long
 def test_gradients_left_behind_are_not_added(tiny_llama, tokenizer, tmp_path):
     clean, dirty = (add_lora(deepcopy(tiny_llama), r=4) for _ in range(2))
     for parameter in dirty.parameters():
@@ -254,6 +264,7 @@ def test_gradients_left_behind_are_not_added(tiny_llama, tokenizer, tmp_path):
     assert train(clean, tokenizer, tmp_path / "a").losses == train(dirty, tokenizer, tmp_path / "b").losses
 
 
+@pytest.mark.long
 def test_short_examples_are_found_among_long_ones(model, tokenizer, tmp_path):
     long = [Example((("user", "word " * 300), ("assistant", "no"))) for _ in range(40)]
     run = train(model, tokenizer, tmp_path / "run", data=long + EXAMPLES[:3] + long, steps=1, batch_size=3)
@@ -341,6 +352,7 @@ def gradients(model, tokenizer, **kwargs):
     return loss, kept
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kwargs", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"packing": True}, {"gradient_checkpointing": True}]
 )
@@ -358,6 +370,7 @@ def test_a_step_is_the_same_however_it_is_cut(tiny_llama, tokenizer, tmp_path, k
         torch.testing.assert_close(cut[number], gradient, rtol=1e-4, atol=2e-5 * gradient.abs().max().item())
 
 
+@pytest.mark.long
 def test_a_mean_of_means_would_be_another_loss(tiny_llama, tokenizer, tmp_path):
     """So the test above can fail: these answers differ in length."""
     model = add_lora(tiny_llama, r=4)
@@ -381,6 +394,7 @@ def test_after_one_step_every_lora_B_has_moved(tiny_llama, tokenizer, tmp_path, 
     assert not model.is_gradient_checkpointing
 
 
+@pytest.mark.long
 def test_gradient_checkpointing_computes_layers_again(tiny_llama, tokenizer, tmp_path):
     model, calls = add_lora(tiny_llama, r=4), []
     model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # recomputing ends within
@@ -389,6 +403,7 @@ def test_gradient_checkpointing_computes_layers_again(tiny_llama, tokenizer, tmp
     assert len(calls) == 1 + 2
 
 
+@pytest.mark.long
 def test_the_rate_of_each_step_is_the_schedules(model, tokenizer, tmp_path):
     run = train(model, tokenizer, tmp_path / "run", schedule="cosine", warmup_steps=2, lr=1e-3)
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
@@ -407,6 +422,7 @@ def test_the_rate_moves_the_optimizer(tiny_llama, tokenizer, tmp_path):
         break
 
 
+@pytest.mark.long
 def test_evaluations_find_the_best_adapter(model, tokenizer, tmp_path):
     run = train(model, tokenizer, tmp_path / "run", steps=7, eval_every=3, held_out=EXAMPLES[:4], lr=5e-2)
     assert [step for step, _ in run.held_out] == [3, 6, 7]  # the last step is always evaluated
@@ -420,6 +436,7 @@ def test_evaluations_find_the_best_adapter(model, tokenizer, tmp_path):
     assert ql.held_out(model, tokenizer, EXAMPLES[:4]).loss == pytest.approx(best[1], rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_that_gets_no_better_stops_early(model, tokenizer, tmp_path):
     wrong = [Example((("user", f"{i} and {i}"), ("assistant", "two"[::-1]))) for i in range(4)]  # of what is learned
     run = train(model, tokenizer, tmp_path / "run", steps=40, eval_every=1, patience=2, held_out=wrong, lr=5e-2)
@@ -429,6 +446,7 @@ def test_a_run_that_gets_no_better_stops_early(model, tokenizer, tmp_path):
     assert (run.folder / "result.json").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"optimizer_budget": 2**21}, {"optimizer_bits": 8}])
 def test_paged_and_8_bit_optimizers_train(tiny_llama, tokenizer, tmp_path, options):
     a, b = (add_lora(deepcopy(tiny_llama), r=4) for _ in range(2))
@@ -440,6 +458,7 @@ def test_paged_and_8_bit_optimizers_train(tiny_llama, tokenizer, tmp_path, optio
         assert run.losses != plain.losses and run.losses[-1] < 0.7 * run.losses[0]
 
 
+@pytest.mark.long
 def test_float16_is_scaled_and_an_overflow_skips_a_step(tiny_llama, tokenizer, tmp_path):
     model = add_lora(tiny_llama.half(), r=4)
     training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=12, lr=2e-2), progress=False)
@@ -484,6 +503,7 @@ def test_a_stop_before_the_first_step_ends_after_it(model, tokenizer, tmp_path):
     assert [line["step"] for line in training] == [1] and training.result.ended == "asked to stop"
 
 
+@pytest.mark.long
 def test_a_failed_overwrite_puts_the_earlier_run_back_whole(tiny_llama, tokenizer, tmp_path):
     """Both runs have a best/; of the failed one nothing may be left among the earlier one's files."""
     model = add_lora(tiny_llama, r=4)
@@ -512,6 +532,7 @@ def test_adapters_that_get_no_gradient_stop_the_run(model, tokenizer, tmp_path, 
         train(model, tokenizer, tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_stop_and_then_one_interrupt_is_still_a_stop(model, tokenizer, tmp_path):
     training = Training(model, tokenizer, EXAMPLES, tmp_path / "run", Settings(steps=5), progress=False)
     for line in training:
@@ -537,6 +558,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(model, tokenizer, tmp_
         train(model, tokenizer, tmp_path / "run", eval_every=2, save_every=1, held_out=EXAMPLES[:2])
 
 
+@pytest.mark.long
 def test_what_a_killed_process_left_is_swept(model, tokenizer, tmp_path):
     (tmp_path / "run").mkdir()
     scratch = tmp_path / "run" / mark(tmp_path / "run", RUN)

@@ -74,6 +74,7 @@ def command(capsys, *words):
 # --------------------------------------------------------------------------------------------------------------- a run
 
 
+@pytest.mark.long
 def test_all_parts_of_a_run_are_well(run, capsys):
     before = tree(run)
     parts = ["adapter/", "best/", "checkpoints/step-00000001/", "checkpoints/step-00000002/"]
@@ -85,6 +86,7 @@ def test_all_parts_of_a_run_are_well(run, capsys):
     assert tree(run) == before
 
 
+@pytest.mark.long
 def test_every_file_of_a_run_is_covered(run, capsys):
     """But the mark, which is checked by what reads it; a flip in a list of checksums is found as well."""
     files = [path for path in run.rglob("*") if path.is_file() and path.name != "qlora-lab.json"]
@@ -102,6 +104,7 @@ def test_every_file_of_a_run_is_covered(run, capsys):
         (run.parent / "away").rename(file)
 
 
+@pytest.mark.long
 def test_a_complete_run_without_all_of_its_list_is_told(run, capsys):
     lines = (run / SUMS).read_text().splitlines(keepends=True)
     (run / SUMS).write_text("".join(line for line in lines if "result.json" not in line))
@@ -113,6 +116,7 @@ def test_a_complete_run_without_all_of_its_list_is_told(run, capsys):
     assert code == 1 and [SUMS, MISSING] in [line.split() for line in out.splitlines()]
 
 
+@pytest.mark.long
 def test_what_differs_is_named(run, capsys):
     flip(run / "adapter" / "adapter_model.safetensors")
     (run / "checkpoints" / "step-00000002" / "state.json").unlink()
@@ -124,6 +128,7 @@ def test_what_differs_is_named(run, capsys):
     assert found["adapter/"]["files"] == ["adapter/adapter_model.safetensors"]
 
 
+@pytest.mark.long
 def test_an_adapter_of_another_run_is_found(run, model, tokenizer, tmp_path):
     """It is whole by its own list, and not what this run made."""
     finetune(model, tokenizer, EXAMPLES, 1, tmp_path / "other", progress=False)
@@ -133,6 +138,7 @@ def test_an_adapter_of_another_run_is_found(run, model, tokenizer, tmp_path):
     assert states(run)["adapter/"] == DIFFERS
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_has_the_checksum_of_its_log_up_to_the_checkpoint(begun, capsys):
     parts = {"best/": OK, "checkpoints/step-00000002/": OK, "log.jsonl": OK, "settings.json": OK}
     assert states(begun) == parts and (begun / "log.jsonl").read_text().count("\n") == 3
@@ -145,11 +151,13 @@ def test_a_run_that_was_killed_has_the_checksum_of_its_log_up_to_the_checkpoint(
     assert states(begun)["log.jsonl"] == UNKNOWN and command(capsys, begun)[0] == 0
 
 
+@pytest.mark.long
 def test_a_run_that_is_not_complete_may_have_no_list_yet(begun, capsys):
     (begun / SUMS).unlink()
     assert set(states(begun).values()) == {OK, UNKNOWN} and command(capsys, begun)[0] == 0
 
 
+@pytest.mark.long
 def test_a_resume_refuses_a_log_that_its_checkpoint_did_not_see(begun, model, tokenizer):
     log = begun / "log.jsonl"
     log.write_text(log.read_text().replace('"loss": ', '"loss": 1', 1))
@@ -169,6 +177,7 @@ def test_sha256sum_reads_what_is_written(run):
 # ------------------------------------------------------------------------------------------- adapters and other models
 
 
+@pytest.mark.long
 def test_an_adapter_is_checked_without_its_card_and_peft_reads_it(folder, run):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -260,6 +269,7 @@ def test_a_download_that_differs_from_the_hubs_checksum_is_refused(tmp_path, mon
 # ----------------------------------------------------------------------------------------------------- what is not ours
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors", CHECKPOINT_SUMS])
 def test_a_fifo_is_not_waited_for(begun, name):
     file = begun / "checkpoints" / "step-00000002" / name
@@ -299,6 +309,7 @@ def test_a_list_without_end_is_not_read(tmp_path):
         read_sums(tmp_path / SUMS)
 
 
+@pytest.mark.long
 def test_the_checksums_are_those_of_the_files(run):
     sums = read_sums(run / SUMS)
     assert "adapter/adapter_model.safetensors" in sums and "result.json" in sums
