@@ -128,7 +128,7 @@ def test_a_projector_says_a_caption(folder, tower, tmp_path, monkeypatch):
         embeddings = model.get_input_embeddings().weight
         captions = [[scene[patch % 4] for patch in range(9)] for scene in SCENES]  # colour, shape, number, side, ...
         first = [[tokenizer(word, add_special_tokens=False).input_ids[0] for word in words] for words in captions]
-        words = embeddings[first]  # (scenes, 9, width)
+        words = embeddings[torch.tensor(first)]  # (scenes, 9, width)
         patches = model.model.vision_tower(pixels(SCENES)).last_hidden_state[:, 1:]
         made = model.model.multi_modal_projector(patches)
         return ((made - words).square().mean() / words.var()).item()
