@@ -37,10 +37,10 @@ from qlora_lab.data.chat_template import ChatTemplate  # noqa: E402
 from qlora_lab.data.dataset import encode_all  # noqa: E402
 from qlora_lab.data.examples import Example  # noqa: E402
 from qlora_lab.data.labels import encode_within  # noqa: E402
+from qlora_lab.files.results_file import append_result, identity, open_results, with_checksum  # noqa: E402
 from qlora_lab.measure.ablations import ABLATIONS  # noqa: E402
 from qlora_lab.measure.held_out import generate_answers  # noqa: E402
 from qlora_lab.measure.machine import machine  # noqa: E402
-from qlora_lab.measure.results_file import append_result, identity, open_results, with_checksum  # noqa: E402
 from qlora_lab.measure.rouge import rouge_l  # noqa: E402
 from qlora_lab.measure.sweep import commit, model_record  # noqa: E402
 from qlora_lab.model.empty_model import tokenizer_of  # noqa: E402

@@ -27,7 +27,7 @@ from bench.files import between, write  # noqa: E402
 from bench.timing import cpu_name  # noqa: E402
 from qlora_lab.adapters.adapter import learned  # noqa: E402
 from qlora_lab.adapters.many import AdapterBank  # noqa: E402
-from qlora_lab.memory.measured import resident  # noqa: E402
+from qlora_lab.train.resident import resident  # noqa: E402
 
 OUT = HERE / "many_adapters.json"
 PAGE = HERE.parent / "docs" / "many_adapters.md"

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from bench.steps import SEVEN_B, render  # noqa: E402
-from qlora_lab.memory.measured import peak_resident, reset_peak, resident  # noqa: E402
+from qlora_lab.train.resident import peak_resident, reset_peak, resident  # noqa: E402
 
 SHAPE = {
     "hidden_size": 4096,

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from bench.seven_b import SHAPE, TOY, write_checkpoint  # noqa: E402
-from qlora_lab.memory.measured import peak_resident, reset_peak, resident  # noqa: E402
+from qlora_lab.train.resident import peak_resident, reset_peak, resident  # noqa: E402
 
 SHARD = 10**9  # bytes
 R = 16

@@ -44,7 +44,7 @@ _HOME = {
     "generate_routed": "measure.routed",
     "held_out": "measure.held_out",
     "sweep": "measure.sweep",
-    "read_results": "measure.results_file",
+    "read_results": "files.results_file",
     "sensitivity": "measure.sensitivity",
     "published_nf4": "measure.published",
     # memory: what a run costs

@@ -27,8 +27,8 @@ from qlora_lab.adapters.peft_format import load_adapter
 from qlora_lab.data.examples import read_examples
 from qlora_lab.files import ownership
 from qlora_lab.files.checksums import sha256
+from qlora_lab.files.results_file import read_results
 from qlora_lab.files.strict_json import read_json
-from qlora_lab.measure.results_file import read_results
 from qlora_lab.measure.sweep import _source_note
 from qlora_lab.memory.shape import shape_of
 from qlora_lab.model.empty_model import empty_model, fields_of, tokenizer_of

@@ -18,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from qlora_lab.measure.results_file import verify_rows
+    from qlora_lab.files.results_file import verify_rows
     from qlora_lab.train.verify import verify
 
     parts = verify_rows(a.folder) if Path(a.folder).is_file() else verify(a.folder, progress=not a.quiet)

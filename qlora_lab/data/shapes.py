@@ -4,10 +4,9 @@ In: a seed. Out: Scenes; `draw` makes a picture of one, (48, 48, 3) uint8 RGB; `
 number and side, each with an answer of one word. It is drawn here and compares with no benchmark: a model that is
 perfect on it has learned to read four properties of a toy.
 
-A picture holds one to three equal shapes along one of its sides. HELD_OUT pairs, of colour and shape and of colour and
-number, never occur in training, and every picture of the test has one of each. Each colour, shape, number and side
-occurs in training equally often, so a model cannot answer by what is frequent, and a model that only remembers whole
-pictures has never seen these.
+A picture holds one to three equal shapes along one of its sides. No combination of colour, shape and number in the test
+ever occurs in training, so a model that only remembers whole pictures has never seen these. Each word, and each pair of
+words, occurs in training equally often: neither what is frequent nor one property tells anything of another.
 """
 
 import json
@@ -72,19 +71,14 @@ class Split:
     test: tuple[Scene, ...]
 
 
-def is_held_out(scene: Scene) -> tuple[bool, bool]:
-    """Tell whether the scene's colour and shape, and its colour and number, are pairs that training never shows.
-
-    One of six shapes and one of three numbers are held out for each colour.
-    """
-    colour = WORDS["colour"].index(scene.colour)
-    shape = SHAPES.index(scene.shape)
-    number = NUMBERS.index(scene.number)
-    return colour == shape, (colour + number) % 3 == 0
+def is_held_out(scene: Scene) -> bool:
+    """Tell whether training never shows this colour, shape and number together: one number of three for each pair."""
+    places = (WORDS[name].index(getattr(scene, name)) for name in ("colour", "shape", "number"))
+    return sum(places) % len(NUMBERS) == 0
 
 
 def shapes_split(train: int = 1920, test: int = 144, *, seed: int = 0) -> Split:
-    """Draw scenes: `train` of them without a held-out pair, `test` of them with one of each kind.
+    """Draw scenes: `train` of them from the combinations of training, `test` of them from those held out.
 
     Each kind of scene occurs equally often, but for a remainder that the seed draws. Raises ValueError for a number
     below one.
@@ -94,8 +88,8 @@ def shapes_split(train: int = 1920, test: int = 144, *, seed: int = 0) -> Split:
     check_seed(seed)
     rng = np.random.default_rng([seed, 7])  # 7: another stream than that of a picture with these dice
     kinds = [Scene(*words) for words in product(*WORDS.values())]
-    seen = [scene for scene in kinds if not any(is_held_out(scene))]
-    unseen = [scene for scene in kinds if all(is_held_out(scene))]
+    seen = [scene for scene in kinds if not is_held_out(scene)]
+    unseen = [scene for scene in kinds if is_held_out(scene)]
     return Split(_drawn(seen, train, rng), _drawn(unseen, test, rng))
 
 
@@ -169,9 +163,10 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = False) -> Path:
-    """Write pictures and a file of records for `load_data`; returns the file. Every scene is asked one question.
+    """Write pictures and a file of records for `load_data`; returns the file.
 
-    The four questions take turns. blank: every picture is an empty gray one, so only words are left to learn from.
+    A record is a conversation about one picture, as LLaVA's data has them: four questions and answers, in an order that
+    the dice of its scene decide. blank: every picture is an empty gray one, so only words are left to learn from.
     """
     from PIL import Image
 
@@ -179,11 +174,14 @@ def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = F
     folder = out_path(folder)
     with replacing_folder(folder) as new:
         for number, scene in enumerate(scenes):
-            question, answer = questions(scene)[list(ASKED)[number % len(ASKED)]]
-            picture = BLANK if blank else draw(scene)
-            Image.fromarray(picture).save(new / f"{number:05d}.png")
-            record = {"image": f"{number:05d}.png", "instruction": f"{PLACEHOLDER}\n{question}", "output": answer}
-            lines.append(json.dumps(record))
+            name = f"{number:05d}.png"
+            Image.fromarray(BLANK if blank else draw(scene)).save(new / name)
+            order = np.random.default_rng([scene.dice, 2]).permutation(len(ASKED))
+            pairs = [list(questions(scene).values())[place] for place in order]
+            turns = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            messages[0]["content"] = f"{PLACEHOLDER}\n{messages[0]['content']}"
+            lines.append(json.dumps({"image": name, "messages": messages}))
         disk.write_text(new / RECORDS, "\n".join(lines) + "\n")
     return folder / RECORDS
 

@@ -8,6 +8,7 @@ Loading verifies nothing: it would read every weight twice. Resuming verifies it
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +17,25 @@ from qlora_lab.files.replace import replace_bytes
 SUMS = "qlora-lab.sha256"
 LARGEST = 2**20  # bytes of a list: 10,000 lines
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")  # as sha256sum writes it
+
+OK = "ok"
+UNKNOWN = "has no checksum"
+MISSING = "missing"
+DIFFERS = "differs"
+RISING = (OK, UNKNOWN, MISSING, DIFFERS)  # from good to bad
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file, or a folder, that was checked. state: OK, UNKNOWN, MISSING or DIFFERS; files: those that are not OK."""
+
+    name: str
+    state: str
+    files: tuple[str, ...] = ()
+
+    @property
+    def is_well(self) -> bool:
+        return self.state in (OK, UNKNOWN)
 
 
 def replace_sums(folder: Path, names: Iterable[str], contents: Mapping[str, bytes] | None = None) -> None:

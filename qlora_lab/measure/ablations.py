@@ -24,8 +24,8 @@ from scipy.special import stdtr, stdtrit
 
 from qlora_lab.files.course import course_path
 from qlora_lab.files.home import expanded
+from qlora_lab.files.results_file import Kind, read_results
 from qlora_lab.files.strict_json import LIST, NUMBER, OBJECT, TEXT, or_null, whole
-from qlora_lab.measure.results_file import Kind, read_results
 
 RECORDED = ("data", "ablations.jsonl")  # of the course, which a wheel holds too
 SEEN, NOT_SEEN, NOISE = "seen here", "not seen here", "cannot be told from noise here"

@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 from qlora_lab.adapters.peft_format import load_adapter, method_in
 from qlora_lab.adapters.saving import adapter_checksum
 from qlora_lab.files.out_path import out_path, resolved
+from qlora_lab.files.results_file import Kind, append_result, identity, open_results, read_results, with_checksum
 from qlora_lab.files.strict_json import OBJECT, TEXT
 from qlora_lab.measure.held_out import ANSWER_TOKENS, ANSWERS_AT_ONCE, generate_answers
 from qlora_lab.measure.in_place import Variant, original
 from qlora_lab.measure.judges import Question, check_name
-from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, read_results, with_checksum
 from qlora_lab.measure.sweep import model_record, run_record, variant_record
 from qlora_lab.model.load import fast_dtype, load
 from qlora_lab.quant.blocks import check_block_size

@@ -25,10 +25,10 @@ from qlora_lab.adapters.saving import adapter_checksum
 from qlora_lab.data.choice_files import LETTERS, group_by_subject
 from qlora_lab.data.choice_prompts import Task
 from qlora_lab.files.out_path import out_path
+from qlora_lab.files.results_file import Kind, append_result, identity, open_results, read_results, with_checksum
 from qlora_lab.files.strict_json import LIST, OBJECT, SWITCH, TEXT, or_null, whole
 from qlora_lab.measure.in_place import Variant, checked, original
 from qlora_lab.measure.multiple_choice import Encoded, choice_scores, encode
-from qlora_lab.measure.results_file import Kind, append_result, identity, open_results, read_results, with_checksum
 from qlora_lab.measure.sweep import model_record, run_record, variant_record
 from qlora_lab.model.empty_model import tokenizer_of
 from qlora_lab.model.load import fast_dtype, load

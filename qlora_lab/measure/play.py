@@ -24,10 +24,10 @@ from reprlib import Repr
 from tqdm.auto import tqdm
 
 from qlora_lab.files.out_path import out_path
+from qlora_lab.files.results_file import Kind, append_result, open_results, read_results, with_checksum
 from qlora_lab.files.strict_json import OBJECT, TEXT, Rule, or_null
 from qlora_lab.measure.games import VERDICTS, Games, Row, once, quoted
 from qlora_lab.measure.judges import Judge, Question, check_name, judge_name
-from qlora_lab.measure.results_file import Kind, append_result, open_results, read_results, with_checksum
 
 VERDICT = Rule(f"one of {', '.join(VERDICTS)}", lambda value: value in VERDICTS)
 RULES = {"tournament": OBJECT, "question": TEXT, "first": TEXT, "second": TEXT}

@@ -28,6 +28,7 @@ import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.files.out_path import out_path
+from qlora_lab.files.results_file import append_result, identity, open_results, with_checksum
 from qlora_lab.files.strict_json import TEXT, read_json
 from qlora_lab.measure.in_place import Source, Variant, checked, fitted, original, quantised, quantised_in_place
 from qlora_lab.measure.machine import machine
@@ -39,7 +40,6 @@ from qlora_lab.measure.perplexity import (
     topics_text,
     window_losses,
 )
-from qlora_lab.measure.results_file import append_result, identity, open_results, with_checksum
 from qlora_lab.model.load import fast_dtype, load
 from qlora_lab.model.model_files import weight_files
 from qlora_lab.quant.numbers import check_seed

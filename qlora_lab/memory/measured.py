@@ -5,14 +5,13 @@
 A live storage counts once. A batch is one that data.collate makes.
 Not here: what autograd keeps (watched.py).
 
-Python cannot see some rows (the loss's workspace, CUDA's context): they have no measured bytes. peak_resident asks
-Linux for the peak of the whole process.
+Python cannot see some rows (the loss's workspace, CUDA's context): they have no measured bytes. For the
+peak of the whole process ask train/resident.py.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,10 +40,6 @@ from qlora_lab.quant.quantize import Quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-STATUS = Path("/proc/self/status")
-CLEAR = Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5): written to clear_refs, it sets VmHWM to the resident size of this moment
 
 
 def measure_memory(
@@ -234,29 +229,3 @@ def _moments(optimizer: torch.optim.Optimizer) -> Counter:
 
 
 # ---------------------------------------------------------------------------------------------------- the whole process
-
-
-def peak_resident() -> int | None:
-    """Return the peak of this process's resident bytes since its start or reset_peak. None on systems without /proc."""
-    return _status("VmHWM")
-
-
-def resident() -> int | None:
-    """Return the resident bytes of this process. None on systems without /proc."""
-    return _status("VmRSS")
-
-
-def reset_peak() -> bool:
-    """Start the peak of peak_resident again. Returns whether the system allowed it."""
-    try:
-        CLEAR.write_text(RESET_PEAK)
-    except OSError:
-        return False
-    return True
-
-
-def _status(name: str) -> int | None:
-    if not STATUS.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024  # Linux says kB and means KiB

@@ -96,7 +96,9 @@ class SeeingExplorer(Explorer):
         for name, shares in result["shares"].items():
             best = int(np.argmax(shares))
             answers.append(f"{STORED[name]}, {result['words'][best]} ({100 * shares[best]:.0f} %)")
-        seen = "pairs that training never showed" if any(result["held_out"]) else "pairs that training showed"
+        seen = (
+            "a combination that training never showed" if result["held_out"] else "a combination that training showed"
+        )
         return (
             f"{counted(state)}, {seen}: asked for the {state['asked']}, the tower answers: {'; '.join(answers)}; "
             f"the tower {STORED[state['read_by']]} reads {patches}"

@@ -55,7 +55,8 @@ def see(
         raise ValueError(
             f"two of {', '.join(WORDS[asked])} begin with the same token: ask a model with another tokenizer"
         )
-    text = f"{PLACEHOLDER}\n{ASKED[asked]}\n"
+    question = [{"role": "user", "content": f"{PLACEHOLDER}\n{ASKED[asked]}"}]
+    text = tokenizer.processor.apply_chat_template(question, tokenize=False)
     prompt = tokenizer.processor(text=[text], images=[Image.fromarray(BLANK)], return_tensors="pt").input_ids
     wanted = torch.tensor([words[WORDS[asked].index(getattr(scene, asked))] for scene in scenes])
     found = []

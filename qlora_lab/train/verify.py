@@ -5,12 +5,22 @@ Nothing is written, and the user's own files in the folder are not looked at.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from qlora_lab.files.checksums import SUMS, digest_like, log_sha256, read_sums
+from qlora_lab.files.checksums import (
+    DIFFERS,
+    MISSING,
+    OK,
+    RISING,
+    SUMS,
+    UNKNOWN,
+    Part,
+    digest_like,
+    log_sha256,
+    read_sums,
+)
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.ownership import RUN, is_marked
 from qlora_lab.files.strict_json import TEXT, read_json
@@ -18,25 +28,6 @@ from qlora_lab.model.hub_checksums import hub_files
 from qlora_lab.model.quantized_folder import UNFINISHED
 from qlora_lab.train.checkpoint import FACTS, FOLDER, SUMS as CHECKPOINT_SUMS, saved_steps, state_file, step_folders
 from qlora_lab.train.run_folder import ADAPTER, BEST, LOG, RECORD, RESULT
-
-OK = "ok"
-UNKNOWN = "has no checksum"
-MISSING = "missing"
-DIFFERS = "differs"
-RISING = (OK, UNKNOWN, MISSING, DIFFERS)  # from good to bad
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file, or a folder, that was checked. state: OK, UNKNOWN, MISSING or DIFFERS; files: those that are not OK."""
-
-    name: str
-    state: str
-    files: tuple[str, ...] = ()
-
-    @property
-    def is_well(self) -> bool:
-        return self.state in (OK, UNKNOWN)
 
 
 def verify(folder: str | Path, progress: bool = True) -> list[Part]:

@@ -25,10 +25,10 @@ from qlora_lab.export import gguf_out
 from qlora_lab.export.gguf_out import FORMATS, to_gguf
 from qlora_lab.export.gguf_vocabulary import REST, RULES, WORDS, _other_ends
 from qlora_lab.export.layerwise import as_float, reader
-from qlora_lab.memory.measured import peak_resident
 from qlora_lab.model.empty_model import empty_model
 from qlora_lab.model.gguf_in import convert
 from qlora_lab.model.quantized_folder import quantize_folder
+from qlora_lab.train.resident import peak_resident
 from tests.faults import disk_faults
 from tests.model.families import tiny
 from tests.model.test_gguf_in import rotary_pairs
@@ -311,7 +311,7 @@ CHILD = """
 import json, sys
 from qlora_lab.export import gguf_out
 from qlora_lab.export.gguf_out import to_gguf
-from qlora_lab.memory.measured import peak_resident, reset_peak, resident
+from qlora_lab.train.resident import peak_resident, reset_peak, resident
 
 toy, model, out = sys.argv[1:]
 gguf_out.PIECE = 2**18

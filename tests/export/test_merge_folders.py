@@ -15,11 +15,11 @@ from qlora_lab.adapters.peft_format import save_adapter
 from qlora_lab.export.gguf_out import to_gguf
 from qlora_lab.export.merge import TARGETS, merge
 from qlora_lab.export.merge_folders import Folders, merge_folders
-from qlora_lab.memory.measured import peak_resident
 from qlora_lab.model.empty_model import empty_model
 from qlora_lab.model.load import layer_sizes, load
 from qlora_lab.model.quantized_folder import quantize_folder
 from qlora_lab.quant.plan import DEFAULT, Candidate, Plan
+from qlora_lab.train.resident import peak_resident
 from tests.export.test_merge import adapted, learned, saved, weights
 from tests.model.families import tiny
 
@@ -188,7 +188,7 @@ from qlora_lab.export import parity
 from qlora_lab.export.merge_folders import Folders, merge_folders
 from qlora_lab.model.empty_model import empty_model
 from qlora_lab.model.load import layer_sizes, load
-from qlora_lab.memory.measured import peak_resident, reset_peak, resident
+from qlora_lab.train.resident import peak_resident, reset_peak, resident
 from qlora_lab.model import quantized_folder
 
 torch.set_num_threads(1)

@@ -36,7 +36,7 @@ EXCEPTIONS = {
     ("model/fetch.py", "open"): "what pip says, in scratch",
     ("files/tensor_file.py", "save_file"): "the home of this one",
     ("memory/measured.py", "write_text"): "/proc",
-    ("measure/results_file.py", "truncate"): "a row that was torn off, of an open file",
+    ("files/results_file.py", "truncate"): "a row that was torn off, of an open file",
     ("show/figure.py", "savefig"): "into memory",
 }
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlora_lab.files.results_file import append_result, identity, open_results, verify_rows, with_checksum
 from qlora_lab.measure.ablations import (
     ABLATIONS,
     NOISE,
@@ -20,7 +21,6 @@ from qlora_lab.measure.ablations import (
     surviving,
     verdict,
 )
-from qlora_lab.measure.results_file import append_result, identity, open_results, verify_rows, with_checksum
 
 
 def row(setting: str, seed: int, loss: float, **more) -> dict:

@@ -10,11 +10,11 @@ import torch
 
 import qlora_lab as ql
 from qlora_lab.adapters.lora import add_lora, lora_layers
+from qlora_lab.files.results_file import STARTS, append_result, read_results
 from qlora_lab.measure import answers as module
 from qlora_lab.measure.answers import ANSWERS, System, answer_all, check_systems, check_unchanged, systems
 from qlora_lab.measure.held_out import generate_answers
 from qlora_lab.measure.judges import Question
-from qlora_lab.measure.results_file import STARTS, append_result, read_results
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -11,12 +11,12 @@ from qlora_lab import cli
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.data.choice_files import read_questions
 from qlora_lab.data.choice_prompts import Task
+from qlora_lab.files.checksums import DIFFERS, OK
+from qlora_lab.files.results_file import verify_rows
 from qlora_lab.measure import choice_rows as module
 from qlora_lab.measure.choice_rows import choice_rows, read_choices
 from qlora_lab.measure.choice_summary import accuracies, difference
 from qlora_lab.measure.multiple_choice import choice_scores
-from qlora_lab.measure.results_file import verify_rows
-from qlora_lab.train.verify import DIFFERS, OK
 from tests.data.test_choice_files import AUTHORS, small_questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")

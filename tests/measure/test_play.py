@@ -8,12 +8,12 @@ from itertools import permutations
 import pytest
 
 from qlora_lab import cli
+from qlora_lab.files.checksums import DIFFERS, OK
+from qlora_lab.files.results_file import START, STARTS, append_result, read_results, verify_rows
 from qlora_lab.measure.diagnosis import diagnose_judge
 from qlora_lab.measure.judges import Question, ReferenceJudge, always_first
 from qlora_lab.measure.judgments import read_games
 from qlora_lab.measure.play import GAMES, check_tournament, games_of, play
-from qlora_lab.measure.results_file import START, STARTS, append_result, read_results, verify_rows
-from qlora_lab.train.verify import DIFFERS, OK
 
 QUESTIONS = [Question(f"q{i}", f"Describe {i}.", f"Return the number {i}.") for i in range(3)]
 ANSWERS = {

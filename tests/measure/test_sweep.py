@@ -15,18 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lab import cli
+from qlora_lab.files.checksums import DIFFERS, OK
+from qlora_lab.files.results_file import ROW, START, append_result, open_results, read_results, verify_rows
 from qlora_lab.measure import in_place, sweep as module
 from qlora_lab.measure.code_use import code_counts
 from qlora_lab.measure.in_place import Source, Variant, quantised_in_place
 from qlora_lab.measure.perplexity import perplexity
-from qlora_lab.measure.results_file import ROW, START, append_result, open_results, read_results, verify_rows
 from qlora_lab.measure.sweep import sweep, variants
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.load import load
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.quantized_folder import quantize_folder
 from qlora_lab.quant.quantize import dequantize, quantize
-from qlora_lab.train.verify import DIFFERS, OK
 from tests.model.families import tiny
 
 TEXT = "the sum of the two numbers is a number, and nothing else. " * 4

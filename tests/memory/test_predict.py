@@ -466,7 +466,8 @@ from qlora_lab.model.fetch import resolve
 from qlora_lab.train.loss import accumulate as sum_gradients
 from qlora_lab.train.loss import answer_loss
 from qlora_lab.model.modes import checkpointing
-from qlora_lab.memory.measured import measure_memory, peak_resident, reset_peak, resident
+from qlora_lab.memory.measured import measure_memory
+from qlora_lab.train.resident import peak_resident, reset_peak, resident
 
 def step(model, optimizer, rows, length):
     ids = torch.arange(rows * length).view(rows, length) % 280

@@ -31,16 +31,18 @@ def test_any_state(asked, read_by):
 @pytest.mark.long
 def test_the_sentence():
     EXPLORER.set(**STATE)
-    start = "Two blue crosses at the top, pairs that training never showed: asked for the colour, the tower answers: "
+    start = "Two blue crosses at the top, a combination that training never showed: asked for the colour, the tower answers: "
     shares = {name: tower.read([Scene("blue", "cross", "two", "top")])[1] for name, tower in EXPLORER.towers.items()}
     best = {name: share["colour"][0].max(0) for name, share in shares.items()}
     answers = [f"{STORED[n]}, {WORDS['colour'][b.indices]} ({100 * b.values:.0f} %)" for n, b in best.items()]
     assert EXPLORER.summary().startswith(f"{start}{'; '.join(answers)}; the tower in NF2 reads ")
     EXPLORER.set(shape="ring", number="one", side="left", asked="side")
-    assert EXPLORER.summary().startswith("One blue ring on the left, pairs that training showed: asked for the side")
+    assert EXPLORER.summary().startswith(
+        "One blue ring on the left, a combination that training never showed: asked for the side"
+    )
     EXPLORER.set(number="two", side="top")
     EXPLORER.set(colour="red", shape="circle")
-    assert EXPLORER.summary().startswith("Two red circles at the top, pairs that training never showed")
+    assert EXPLORER.summary().startswith("Two red circles at the top, a combination that training showed")
     assert EXPLORER.code().startswith("SeeingExplorer(tower, colour='red', shape='circle', ")
 
 

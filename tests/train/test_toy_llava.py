@@ -7,6 +7,7 @@ from PIL import Image
 
 import qlora_lab as ql
 from qlora_lab.data.shapes import WORDS, Scene, draw, shapes_split, write_shapes
+from qlora_lab.train import toy_llava as toy
 from qlora_lab.train.seeing import see
 from qlora_lab.train.toy_llava import EMPTY, pixels, rounded, toy_llava, trained_tower
 
@@ -18,9 +19,14 @@ def tower():
     return trained_tower(SCENES, 2, progress=False)
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(toy, "PROJECTOR_STEPS", 2)
+
+
 @pytest.fixture
 def llava(folder, tower, tmp_path):
-    return toy_llava(tmp_path / "llava", tower, language=folder, progress=False)
+    return toy_llava(tmp_path / "llava", tower, SCENES, language=folder, progress=False)
 
 
 def loaded(folder, codebook=None):
@@ -75,7 +81,7 @@ def test_answers_are_those_of_the_whole_model(llava, asked):
     words = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in WORDS[asked]]
     for scene, shares, right in zip(SCENES[:3], seen.probabilities, seen.right, strict=True):
         picture = Image.fromarray(draw(scene))
-        text = f"<image>\n{'Which colour?' if asked == 'colour' else 'Which side?'}\n"
+        text = f"<|im_start|><image>\n{'Which colour?' if asked == 'colour' else 'Which side?'}\n"
         inputs = tokenizer.processor(text=[text], images=[picture], return_tensors="pt")
         assert (inputs.input_ids == model.config.image_token_id).sum() == 9
         logits = model(**inputs).logits[0, -1]
@@ -107,6 +113,7 @@ def test_it_learns_from_the_records(llava, tmp_path):
     [
         (lambda: trained_tower([], progress=False), ValueError, "there are no scenes: give those"),
         (lambda: trained_tower(SCENES, 0, progress=False), ValueError, "steps=0 is not allowed"),
+        (lambda: toy_llava("new", None, []), ValueError, "there are no scenes: give those that the tower learned from"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(call, error, said):
@@ -114,9 +121,24 @@ def test_what_cannot_be_trained_is_refused(call, error, said):
         call()
 
 
+def test_a_projector_says_a_caption(folder, tower, tmp_path, monkeypatch):
+    def error(steps):
+        monkeypatch.setattr(toy, "PROJECTOR_STEPS", steps)
+        model, tokenizer = loaded(toy_llava(tmp_path / str(steps), tower, SCENES, language=folder, progress=False))
+        embeddings = model.get_input_embeddings().weight
+        captions = [[scene[patch % 4] for patch in range(9)] for scene in SCENES]  # colour, shape, number, side, ...
+        first = [[tokenizer(word, add_special_tokens=False).input_ids[0] for word in words] for words in captions]
+        words = embeddings[torch.tensor(first)]  # (scenes, 9, width)
+        patches = model.model.vision_tower(pixels(SCENES)).last_hidden_state[:, 1:]
+        made = model.model.multi_modal_projector(patches)
+        return ((made - words).square().mean() / words.var()).item()
+
+    assert error(200) < 0.5 * error(1)
+
+
 def test_a_folder_that_exists_is_left_alone(tower, tmp_path):
     with pytest.raises(FileExistsError, match=r"exists: name a folder that does not"):
-        toy_llava(tmp_path, tower)
+        toy_llava(tmp_path, tower, SCENES)
 
 
 @pytest.mark.long

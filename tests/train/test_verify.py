@@ -13,12 +13,12 @@ import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.adapters.lora import add_lora
 from qlora_lab.data.examples import Example
-from qlora_lab.files.checksums import LARGEST, SUMS, read_sums
+from qlora_lab.files.checksums import DIFFERS, LARGEST, MISSING, OK, SUMS, UNKNOWN, read_sums
 from qlora_lab.model.hub_checksums import differing
 from qlora_lab.train.checkpoint import SUMS as CHECKPOINT_SUMS
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training, finetune
-from qlora_lab.train.verify import DIFFERS, MISSING, OK, UNKNOWN, verify
+from qlora_lab.train.verify import verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

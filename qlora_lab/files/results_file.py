@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qlora_lab.files import disk
+from qlora_lab.files.checksums import DIFFERS, OK, Part
 from qlora_lab.files.home import expanded
 from qlora_lab.files.lock import locked_file
 from qlora_lab.files.strict_json import (
@@ -34,7 +35,6 @@ from qlora_lab.files.strict_json import (
     read_regular,
     whole,
 )
-from qlora_lab.train.verify import DIFFERS, OK, Part
 
 # The fields that decide a row's figures. The seed is not among them: the row holds the levels that it drew. Nor are
 # commit and machine: most commits change no figure, `quantiser` tells those that do, and sweep.py says what a processor

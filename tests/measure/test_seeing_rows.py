@@ -1,4 +1,4 @@
-"""The bench of models that see: a stopped one continues on its own models alone. Its runs are faked here."""
+"""Rows of models that see: a stopped call continues on its own models alone. Most runs are faked here."""
 
 import json
 import shutil
@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import qlora_lab as ql
-from bench import multimodal as bench
 from qlora_lab.data.shapes import shapes_split
-from qlora_lab.train.seeing import see
+from qlora_lab.measure import seeing_rows as made_rows
+from qlora_lab.measure.seeing_rows import RUNS as KNOWN, Settings, seeing_rows
+from qlora_lab.train import toy_llava as toy
 from qlora_lab.train.toy_llava import toy_llava, trained_tower
 
 SCENES = shapes_split(8, 4).train
-TINY = bench.Settings(64, 2, 2, 2, 2, 4)
-RUNS = ("projector", "lora", "damage")
+TINY = Settings(64, 2, 2, 2, 2, 4)
+RUNS = KNOWN[:3]
 ALL = [(0, run) for run in RUNS]
 
 
@@ -36,20 +37,20 @@ def runs(monkeypatch, tmp_path):
         Path(folder).mkdir(exist_ok=True)
         notes.write_text("\n".join([*before, f"{settings} {seed} {run}"]), "utf-8")
         made.append((seed, run))
-        return SimpleNamespace(stdout=json.dumps({"right": {"side": [1, 0]}}))
+        return SimpleNamespace(returncode=0, stdout=json.dumps({"right": {"side": [1, 0]}}))
 
     def call(settings, seeds=1, stop_at=()):
         made.clear()
         stop[:] = stop_at
         try:
-            rows = bench.rows_of(tmp_path / "rows.jsonl", tmp_path, settings, seeds, RUNS)
+            rows = seeing_rows(tmp_path / "rows.jsonl", tmp_path, settings, seeds, RUNS, progress=False)
         except KeyboardInterrupt:
             return list(made)
         assert [(row["seed"], row["run"]) for row in rows] == [(seed, run) for seed in range(seeds) for run in RUNS]
         assert all(len({row["mark"] for row in rows if row["seed"] == seed}) == 1 for seed in range(seeds))
         return list(made)
 
-    monkeypatch.setattr(bench.subprocess, "run", child)
+    monkeypatch.setattr(made_rows.subprocess, "run", child)
     return call
 
 
@@ -60,62 +61,70 @@ def test_a_run_is_made_once(runs):
 
 
 def test_a_stopped_bench_goes_on_with_its_own_models(runs):
-    assert runs(TINY, stop_at=(0, "lora")) == ALL[:1]
+    assert runs(TINY, stop_at=(0, RUNS[1])) == ALL[:1]
     assert runs(replace(TINY, test=3)) == ALL  # in between, as --quick is
     assert runs(TINY) == ALL[1:]
 
 
 def test_other_rates_are_other_settings(runs, monkeypatch):
     assert runs(TINY) == ALL
-    monkeypatch.setitem(bench.RATES, "lora", 1e-5)
+    monkeypatch.setitem(made_rows.RATES, "lora", 1e-5)
     assert runs(TINY) == ALL
 
 
 @pytest.mark.parametrize("gone", ["folder", "mark"])
 def test_without_its_models_a_stopped_bench_begins_anew(runs, tmp_path, gone):
-    assert runs(TINY, stop_at=(0, "damage")) == ALL[:2]
+    assert runs(TINY, stop_at=(0, RUNS[2])) == ALL[:2]
     (folder,) = tmp_path.glob("*-seed-0")
-    shutil.rmtree(folder) if gone == "folder" else (folder / bench.MARK).write_text("another's", "utf-8")
+    shutil.rmtree(folder) if gone == "folder" else (folder / made_rows.MARK).write_text("another's", "utf-8")
     assert runs(TINY) == ALL
     shutil.rmtree(folder)
     assert runs(TINY) == []  # nothing is left to make, so nothing needs it
 
 
 def test_rows_of_two_folders_are_not_mixed(runs, tmp_path):
-    assert runs(TINY, stop_at=(0, "damage")) == ALL[:2]
+    assert runs(TINY, stop_at=(0, RUNS[2])) == ALL[:2]
     shutil.rmtree(next(tmp_path.glob("*-seed-0")))
-    assert runs(TINY, stop_at=(0, "lora")) == ALL[:1]
-    assert runs(TINY) == ALL[1:]  # the row that "lora" has is of the folder that is gone
+    assert runs(TINY, stop_at=(0, RUNS[1])) == ALL[:1]
+    assert runs(TINY) == ALL[1:]  # the row of the second run is of the folder that is gone
+
+
+def test_a_run_that_fails_is_named_and_what_was_made_stays(runs, monkeypatch, tmp_path):
+    assert runs(TINY, stop_at=(0, RUNS[1])) == ALL[:1]
+    failed = SimpleNamespace(returncode=1, stderr="Traceback ...\nMemoryError: too large\n", stdout="")
+    with monkeypatch.context() as patch:
+        patch.setattr(made_rows.subprocess, "run", lambda *_, **__: failed)
+        with pytest.raises(RuntimeError, match="the run 'qlora' of seed 0 failed: MemoryError: too large. Call again"):
+            seeing_rows(tmp_path / "rows.jsonl", tmp_path, TINY, 1, RUNS, progress=False)
+    assert runs(TINY) == ALL[1:]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"seeds": 0}, "seeds=0"), ({"runs": ("lora",)}, "give the first of pro")]
+)
+def test_what_cannot_be_made_is_refused(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        seeing_rows(tmp_path / "rows.jsonl", tmp_path, **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
-def model(folder, tmp_path):
+def model(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "PROJECTOR_STEPS", 2)
     tower = trained_tower(SCENES, 1, progress=False)
-    llava = toy_llava(tmp_path / "llava", tower, language=folder, progress=False)
+    llava = toy_llava(tmp_path / "llava", tower, SCENES, language=folder, progress=False)
     return ql.load(llava, None, dtype=torch.float32, device="cpu", progress=False)
 
 
 @pytest.mark.long
-def test_tokens_of_pictures_begin_as_large_as_those_of_words(model):
-    model, tokenizer = model
-    tokens = []
-    model.model.multi_modal_projector.register_forward_hook(lambda *call: tokens.append(call[-1]))
-    bench.as_large_as_words(model, SCENES)
-    see(model, tokenizer, SCENES, "side", progress=False)
-    words = model.get_input_embeddings().weight.std()
-    assert not 0.9 * words < tokens[0].std() < 1.1 * words  # or there would be nothing to test
-    assert tokens[-1].std() == pytest.approx(words.item(), rel=1e-3)
-
-
-@pytest.mark.long
 def test_one_part_at_a_time_is_rounded_and_then_put_back(model, monkeypatch):
-    monkeypatch.setattr(bench, "CODEBOOKS", ("nf2",))
+    monkeypatch.setattr(made_rows, "CODEBOOKS", ("nf2",))
     model, _ = model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def changed():
         return {name.split(".")[1] for name, now in model.state_dict().items() if not torch.equal(now, before[name])}
 
-    answers = bench.damaged(model, changed)
-    assert answers == {f"{part} in nf2": {part} for part in bench.PARTS}
+    answers = made_rows._damaged(model, changed)
+    assert answers == {f"{part} in nf2": {part} for part in made_rows.PARTS}
     assert changed() == set()

@@ -1,0 +1,252 @@
+"""Train a small model that sees in full, by LoRA and by QLoRA, then quantise it part by part: what breaks first?
+
+In: seeds. Out: a row for each seed and run in a JSONL file (results_file.py): which questions were answered rightly,
+weights and peak in bytes, losses, and what the steps cost.
+
+    tower -> "projector" -> "full", "lora", "qlora", "blind" -> "damage"
+
+A seed draws its own pictures (toy-shapes), trains its own vision tower and projector, and from there on each method
+learns the same questions in the same order. All are tested on combinations of colour, shape and number that no training
+picture had. "blind", the language-only baseline, is QLoRA with empty pictures. "damage" rounds one part of the model
+that "lora" has made, then the next.
+
+Every run is a process of its own, so its peak of memory is its own. Seconds are those of the processor, over all
+threads: they bear other work beside them, within limits; elapsed seconds would not.
+Source of the question: LLaVA at scale (arXiv 2309.09958), section 3: full, LoRA and QLoRA are about as good.
+"""
+
+import hashlib
+import json
+import secrets
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from qlora_lab.adapters.adapter import learned
+from qlora_lab.adapters.add_adapter import add_adapter
+from qlora_lab.adapters.lora import add_lora
+from qlora_lab.adapters.model_tensors import model_tensors
+from qlora_lab.adapters.peft_format import load_adapter
+from qlora_lab.data.shapes import ASKED, RECORDS, shapes_split, write_shapes
+from qlora_lab.files import disk
+from qlora_lab.files.out_path import out_path
+from qlora_lab.files.results_file import Kind, append_result, open_results, with_checksum
+from qlora_lab.files.strict_json import NUMBER, OBJECT, TEXT
+from qlora_lab.model.load import load
+from qlora_lab.quant.numbers import check_whole
+from qlora_lab.train.resident import peak_resident, reset_peak, resident
+from qlora_lab.train.seeing import see
+from qlora_lab.train.toy_llava import rounded, toy_llava, trained_tower
+from qlora_lab.train.trainer import finetune
+
+PROJECTOR = "projector.safetensors"
+MARK = "mark"  # a file that tells a folder from another that had its name
+ROWS = Kind(
+    "seeing_rows",
+    "models that see",
+    {"settings": OBJECT, "seed": NUMBER, "run": TEXT, "mark": TEXT, "right": OBJECT},
+    ("settings", "seed", "run"),
+    first="settings",
+)
+METHODS = ("qlora", "lora", "full", "blind")
+RATES = {"projector": 1e-3, "full": 1e-4, "lora": 1e-3, "qlora": 1e-3, "blind": 1e-3}
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+CODEBOOKS = ("nf4", "nf3", "nf2")
+RUNS = ("projector", *METHODS, "damage")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the figures."""
+
+    pictures: int = 3840  # for the tower
+    tower_steps: int = 400
+    batch: int = 8  # pictures in a step, each with four questions
+    projector_steps: int = 20
+    language_steps: int = 50
+    test: int = 72  # pictures, each with four questions
+    r: int = 16
+    alpha: int = 32
+
+
+def seeing_rows(
+    results: str | Path,
+    work: str | Path,
+    settings: Settings | None = None,
+    seeds: int = 3,
+    runs: tuple[str, ...] = RUNS,
+    *,
+    progress: bool = True,
+) -> list[dict]:
+    """Return a row for each of `seeds` and `runs`, in their order; make and append those that `results` lacks.
+
+    work: a folder for the models of a stopped call; a seed needs about 2 GiB there. settings: Settings() if None. runs:
+    the first of RUNS, for each reads what those before it have left. A row that is there is not made again, unless
+    later runs need what it left and that is gone.
+    A row has settings, seed, run, mark (of the folder that it comes from), weight_bytes, right (property -> 0 or 1 for
+    each picture), date, sha256; one of a training also learned (weights), losses, cost (train/cost.py) and peak_bytes,
+    over Python and its libraries; "damage" also damaged ("part in codebook" -> as right).
+    Raises ValueError for no seeds or other runs, RuntimeError for a run that failed, and whatever open_results raises.
+    """
+    check_whole("seeds", seeds)
+    if not runs or runs != RUNS[: len(runs)]:
+        raise ValueError(f"runs={runs!r:.80} is not allowed: give the first of {', '.join(RUNS)}")
+    settings = settings or Settings()
+    decides = asdict(settings) | {"rates": RATES}
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    work = out_path(work)
+    disk.make_folder(work)
+    rows = []
+    bar = tqdm(total=seeds * len(runs), desc="runs", unit="run", disable=not progress)
+    with open_results(results, ROWS) as (stored, file), bar:
+        # Of several rows for one run, the last counts: it was made because what the others left was gone.
+        done = {(row["seed"], row["run"]): row for row in stored if row["settings"] == decides}
+        for seed in range(seeds):
+            folder = work / f"{digest}-seed-{seed}"
+            own = _usable([done.get((seed, run)) for run in runs], folder)
+            bar.update(len(own))
+            for run in runs[len(own) :]:
+                bar.set_postfix_str(f"seed {seed}, {run}")
+                measured = _in_process(folder, settings, seed, run)
+                mark = own[0]["mark"] if own else secrets.token_hex(8)
+                disk.write_text(folder / MARK, mark)
+                row = {"settings": decides, "seed": seed, "run": run, "mark": mark, **measured}
+                own.append(with_checksum(row | {"date": datetime.now(UTC).date().isoformat()}))
+                append_result(file, own[-1])
+                bar.update()
+            rows += own
+    return rows
+
+
+def _usable(rows: list[dict | None], folder: Path) -> list[dict]:
+    """Return the first rows of a seed: those that need not be made again.
+
+    Each run reads what those before it left. So the rows must come from one folder, and it must still be there if a
+    row is missing.
+    """
+    mark = rows[0] and rows[0]["mark"]
+    own = list(takewhile(lambda row: row and row["mark"] == mark, rows))
+    there = (folder / MARK).is_file() and (folder / MARK).read_text("utf-8") == mark
+    return own if there or len(own) == len(rows) else []
+
+
+def _in_process(folder: Path, settings: Settings, seed: int, run: str) -> dict:
+    """Make one run in a process of its own. A first run begins with an empty folder."""
+    if run == RUNS[0] and folder.exists():
+        shutil.rmtree(folder)
+    code = "import sys; from qlora_lab.measure.seeing_rows import one_run; one_run(sys.argv[1])"
+    asked = json.dumps([str(folder), asdict(settings), seed, run])
+    made = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True)
+    if made.returncode:
+        last = made.stderr.strip().splitlines()[-1:] or ["it was killed"]
+        raise RuntimeError(f"the run {run!r} of seed {seed} failed: {last[0]}. Call again to go on from there")
+    return json.loads(made.stdout.splitlines()[-1])
+
+
+def one_run(asked: str) -> None:
+    """Make one run in this process, and print its row as the last line: `seeing_rows` calls it in a new process."""
+    folder, settings, seed, run = json.loads(asked)
+    print(json.dumps(_measured(Path(folder), Settings(**settings), seed, run)))
+
+
+def _measured(folder: Path, settings: Settings, seed: int, run: str) -> dict:
+    """Make one run and return what it measured. Each reads what those before it left in the folder of its seed."""
+    torch.manual_seed(seed)
+    split = shapes_split(settings.pictures, settings.test, seed=seed)
+    if run == "projector":
+        _build(folder, settings, seed, split)
+    empty = resident()  # Python and its libraries
+    model, tokenizer = _loaded(folder, run)
+    row = {"weight_bytes": _weight_bytes(model)}
+    ask = partial(_right, model, tokenizer, split.test, run == "blind")
+    if run == "damage":
+        load_adapter(model, folder / "runs" / "lora" / "adapter")
+        return row | {"right": ask(), "damaged": _damaged(model, ask)}
+    reset_peak()
+    row |= _trained(model, tokenizer, folder, settings, seed, run)
+    row["peak_bytes"] = peak_resident() - empty
+    return row | {"right": ask()}
+
+
+def _build(folder: Path, settings: Settings, seed: int, split) -> None:
+    """Train the tower, and write the model and the questions of both stages."""
+    tower = trained_tower(split.train, settings.tower_steps, seed=seed, progress=False)
+    toy_llava(folder / "model", tower, split.train, seed=seed, progress=False)
+    first = settings.batch * settings.projector_steps
+    second = first + settings.batch * settings.language_steps
+    write_shapes(folder / "projector", split.train[:first])
+    write_shapes(folder / "language", split.train[first:second])
+    write_shapes(folder / "blind", split.train[first:second], blank=True)
+
+
+def _loaded(folder: Path, run: str):
+    """Load the model for a run; after the first stage with the projector that it has trained."""
+    codebook = "nf4" if run in ("qlora", "blind") else None
+    model, tokenizer = load(folder / "model", codebook, dtype=torch.bfloat16, device="cpu", progress=False)
+    if run != "projector":
+        projector = load_file(folder / PROJECTOR)
+        model.get_submodule(f"model.{PARTS[1]}").load_state_dict(projector)
+    return model, tokenizer
+
+
+def _trained(model, tokenizer, folder: Path, settings: Settings, seed: int, run: str) -> dict:
+    """Train what the run trains, and keep what later runs need."""
+    if run in ("qlora", "lora", "blind"):
+        add_lora(model, r=settings.r, alpha=settings.alpha, seed=seed)
+    else:
+        part = PARTS[1] if run == "projector" else PARTS[2]
+        add_adapter(model, "full", parts=part)
+    first = run == "projector"
+    data = folder / (run if run in ("projector", "blind") else "language") / RECORDS
+    done = finetune(
+        model,
+        tokenizer,
+        data,
+        settings.projector_steps if first else settings.language_steps,
+        folder / "runs" / run,
+        batch_size=settings.batch,
+        lr=RATES[run],
+        schedule="cosine",
+        warmup_steps=min(5, settings.language_steps - 1),
+        clip=1.0,
+        max_length=64,
+        save_every=0,
+        seed=seed,
+        overwrite=True,
+        progress=False,
+    )
+    if first:
+        save_file(model.get_submodule(f"model.{PARTS[1]}").state_dict(), folder / PROJECTOR)
+    losses = [round(loss, 4) for loss in done.losses]
+    return {"learned": sum(p.numel() for p in learned(model).values()), "losses": losses, "cost": asdict(done.cost)}
+
+
+def _damaged(model, ask) -> dict[str, dict]:
+    """Round one part of a model that was trained in 16 bits, ask, and put the part back; part by part."""
+    answers = {}
+    for name in PARTS:
+        part = getattr(model.model, name)
+        for codebook in CODEBOOKS:
+            setattr(model.model, name, rounded(part, codebook))
+            answers[f"{name} in {codebook}"] = ask()
+        setattr(model.model, name, part)
+    return answers
+
+
+def _weight_bytes(model) -> int:
+    """Bytes of all weights, packed ones with their constants; a tied head counts once."""
+    return sum({id(tensor): tensor.nbytes for _, tensor in model_tensors(model)}.values())
+
+
+def _right(model, tokenizer, scenes, blank: bool) -> dict[str, list[int]]:
+    """Return for each property which of the scenes got the right answer, as 0 or 1."""
+    return {a: see(model, tokenizer, scenes, a, blank=blank, progress=False).right.int().tolist() for a in ASKED}
