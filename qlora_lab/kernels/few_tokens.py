@@ -12,6 +12,7 @@ from numba import prange
 
 from qlora_lab.kernels import cpu, vector as v
 from qlora_lab.kernels.compiled import parallel, run
+from qlora_lab.kernels.constants import undouble
 from qlora_lab.kernels.elements import FORM, read16, view, write
 from qlora_lab.kernels.packed_weight import PackedWeight
 
@@ -44,7 +45,7 @@ def _multiply(x, form, zeros, packed, levels, constants, block_size, columns, ro
     for tile in prange((rows + TILE - 1) // TILE):
         first = tile * TILE
         last = min(first + TILE, rows)
-        scales = cpu.undouble(constants, first * blocks, (last - first) * blocks)  # of all blocks in the tile
+        scales = undouble(constants, first * blocks, (last - first) * blocks)  # of all blocks in the tile
         totals = np.empty((len(zeros), TILE), np.float32)  # (tokens, rows of the tile)
         for row in range(first, last, 2):
             other = min(row + 1, last - 1)  # of an odd number of rows the last is computed twice

@@ -1,7 +1,7 @@
 """Sixteen lanes at once, for numba: the few vector operations that the CPU kernels need.
 
 A table of 16 entries fits into one 512-bit register, and one instruction looks up 16 codes in it. numba has no name for
-that, so this file gives it one: a vector type, + * & | << >> between vectors, and permute(), the look-up. It is one
+that, so this file gives it one: a vector type, + * / & | << >> between vectors, and permute(), the look-up. It is one
 instruction with AVX-512, and four for each half with AVX2. All else is plain LLVM vector code, which any CPU runs.
 Where is_fast() is false, permute() and half_bits() compile but must not be called; cpu.py then runs its plain loops.
 """
@@ -56,6 +56,7 @@ def is_fast() -> bool:
 _EMIT = {  # operator -> (for floats, for ints)
     operator.add: ("fadd", "add"),
     operator.mul: ("fmul", "mul"),
+    operator.truediv: ("fdiv", None),
     operator.or_: (None, "or_"),
     operator.and_: (None, "and_"),
     operator.lshift: (None, "shl"),
@@ -102,6 +103,32 @@ def load(typing, array, index):
         return value if memory in (_F32, _I32) else builder.zext(value, _I32)
 
     return result(array, types.intp), emit
+
+
+@intrinsic
+def load_first(typing, array, index, count):
+    """The first `count` of 16 float32 of `array` from `index`, zeros after them; the rest is not read."""
+
+    def emit(context, builder, sig, args):
+        pointer = _pointer(context, builder, array, *args[:2], _F32)
+        i32 = ir.IntType(32)
+        wanted = _splat(builder, builder.trunc(args[2], i32))
+        mask = builder.icmp_signed("<", ir.Constant(_I32, list(range(LANES))), wanted)
+        zeros = ir.Constant(_F32, [0.0] * LANES)
+        name, align = "llvm.masked.load.v16f32.p0", ir.Constant(i32, 4)
+        return _call(builder, name, _F32, [pointer, align, mask, zeros])
+
+    return FLOATS(array, types.intp, types.intp), emit
+
+
+@intrinsic
+def fma(typing, left, right, addend):
+    """left * right + addend, rounded once."""
+
+    def emit(context, builder, sig, args):
+        return _call(builder, "llvm.fma.v16f32", _F32, args)
+
+    return FLOATS(FLOATS, FLOATS, FLOATS), emit
 
 
 @intrinsic
@@ -293,16 +320,53 @@ def fma_each(typing, sums, factor, array, column):
 
 
 @intrinsic
+def store_each(typing, sums, array, column):
+    """array[t, column : column + 16] = sums[t] for each t; array (len(sums), n), contiguous."""
+
+    def emit(context, builder, sig, args):
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            pointer = _row_pointer(context, builder, array, args[1], t, args[2])
+            builder.store(value, builder.bitcast(pointer, ir.PointerType(_F32)), align=_align(array))
+        return context.get_dummy_value()
+
+    return types.void(sums, array, types.intp), emit
+
+
+def _total(builder, value):
+    for width in (8, 4, 2, 1):
+        lanes = ir.Constant(_I32, [(i + width) % LANES for i in range(LANES)])
+        value = builder.fadd(value, builder.shuffle_vector(value, value, lanes))
+    return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))  # every lane holds the sum
+
+
+@intrinsic
+def total(typing, vector):
+    """The 16 lanes added up as store_totals does."""
+
+    def emit(context, builder, sig, args):
+        return _total(builder, *args)
+
+    return types.float32(FLOATS), emit
+
+
+@intrinsic
+def add_each(typing, sums, more):
+    """sums[t] + more[t] for each t."""
+
+    def emit(context, builder, sig, args):
+        pairs = zip(*(cgutils.unpack_tuple(builder, values) for values in args), strict=True)
+        return context.make_tuple(builder, sums, [builder.fadd(*pair) for pair in pairs])
+
+    return sums(sums, sums), emit
+
+
+@intrinsic
 def store_totals(typing, sums, array, column):
     """array[t, column] = the 16 lanes of sums[t] added up, i to i + 8, then i to i + 4 ..., for each t."""
 
     def emit(context, builder, sig, args):
         for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
-            for width in (8, 4, 2, 1):
-                lanes = ir.Constant(_I32, [(i + width) % LANES for i in range(LANES)])
-                value = builder.fadd(value, builder.shuffle_vector(value, value, lanes))
-            total = builder.extract_element(value, ir.Constant(ir.IntType(32), 0))  # every lane holds the sum
-            builder.store(total, _row_pointer(context, builder, array, args[1], t, args[2]))
+            builder.store(_total(builder, value), _row_pointer(context, builder, array, args[1], t, args[2]))
         return context.get_dummy_value()
 
     return types.void(sums, array, types.intp), emit
