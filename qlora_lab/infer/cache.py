@@ -5,8 +5,8 @@ of a row, it is, in float32,
 
     bytes = 4 * (2 * layers * rows * key heads * C * head_dim  +  2 * C * head_dim)
 
-The first part is keys and values, the second the cosines and sines of rotary embeddings. For SmolLM2-135M that is 45 KiB
-a token. The system gives memory when it is first written to, so a cache that stays half empty costs half.
+The first part is keys and values, the second the cosines and sines of rotary embeddings. For SmolLM2-135M that is
+45 KiB a token. The system gives memory when it is first written to, so a cache that stays half empty costs half.
 """
 
 from dataclasses import dataclass
@@ -35,15 +35,19 @@ class Cache:
         """Bytes of keys, values, cosines and sines."""
         return sum(tensor.nbytes for tensor in (self.keys, self.values, self.cos, self.sin))
 
+    def check_room(self, rows: torch.Tensor, tokens: int) -> None:
+        """Raise ValueError if one of `rows` (rows,) has no place for `tokens` more."""
+        longest = int(self.lengths[rows].max()) + tokens
+        if longest > self.capacity:
+            raise ValueError(f"{longest} tokens do not fit into a cache of {self.capacity}: make a larger one")
+
     def put(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write (key heads, tokens, head_dim) behind what is there, and return all, (key heads, all tokens, head_dim).
 
-        `lengths` grows only when the last layer has its part. Raises ValueError if there is no place.
+        `lengths` grows only when the last layer has its part.
         """
         start = int(self.lengths[row])
         stop = start + keys.shape[1]
-        if stop > self.capacity:
-            raise ValueError(f"{stop} tokens do not fit into a cache of {self.capacity}: make a larger one")
         self.keys[layer, row, :, start:stop] = keys
         self.values[layer, row, :, start:stop] = values
         return self.keys[layer, row, :, :stop], self.values[layer, row, :, :stop]

@@ -24,7 +24,7 @@ def step_of(stack: Stack) -> Step:
 
 
 def can_step(stack: Stack) -> bool:
-    """Whether the kernel computes this stack: sizes of whole registers, and 4-bit codes in blocks that end with rows."""
+    """Whether the kernel computes this stack: sizes of whole registers, 4-bit codes in blocks that end with rows."""
     from qlora_lab.kernels import decode_step
 
     hidden = stack.embedding.shape[1]
@@ -67,9 +67,8 @@ class FastStep:
 
     def __call__(self, ids: torch.Tensor, cache: Cache, rows: torch.Tensor) -> torch.Tensor:
         """Return logits (rows, vocabulary) float32, as step.step does. Raises ValueError where the cache is full."""
+        cache.check_room(rows, 1)
         positions = cache.lengths[rows]
-        if int(positions.max()) >= cache.capacity:
-            raise ValueError(f"a cache of {cache.capacity} tokens is full: make a larger one")
         stack = self._stack
         x = stack.embedding[ids].float()  # (rows, hidden)
         angles, kept = (cache.cos, cache.sin), (cache.keys, cache.values)

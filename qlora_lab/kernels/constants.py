@@ -26,7 +26,8 @@ def undouble_into(constants, first, n, values):
     """Write the constants of n blocks from `first` on into `values`, at least n long: nothing is allocated."""
     absmax, codes, scale, offset, table, group_shift = constants
     if len(codes) == 0:
-        values[:n] = absmax[first : first + n]
+        for i in range(n):  # a slice on the left makes numba compile 2 s longer, for its error message
+            values[i] = absmax[first + i]
         return
     i = 0
     while i < n:

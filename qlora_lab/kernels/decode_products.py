@@ -15,10 +15,10 @@ import torch
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
-from qlora_lab.kernels import cpu, vector as v
+from qlora_lab.kernels import cpu, sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel
 from qlora_lab.kernels.constants import undouble_into
-from qlora_lab.kernels.elements import BFLOAT16, FLOAT32, FORM, read16
+from qlora_lab.kernels.elements import FLOAT32, FORM, read16
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 PACKED = 3  # a form beside FLOAT32, BFLOAT16 and FLOAT16 of elements.py
@@ -98,10 +98,10 @@ def _constants(p):
 
 @njit(forceinline=True)
 def _beside(zeros, lora_B, row, rank, low):
-    """Sums to begin a row with: zeros, or what the adapter adds. Their lanes are added up with the rest, for nothing."""
-    sums = v.splat_each(zeros)
+    """Sums to begin a row with: what an adapter adds. Its lanes are added up with the rest of the row, for nothing."""
+    sums = each.splat(zeros)
     for k in range(0, rank, 16):
-        sums = v.fma_each(sums, v.load_first(lora_B, row * rank + k, rank - k), low, k)
+        sums = each.fma(sums, v.load_first(lora_B, row * rank + k, rank - k), low, k)
     return sums
 
 
@@ -121,7 +121,7 @@ def _packed_rows(p, first, last, halves, low, zeros, scales, lanes):
         byte, other_byte = row * columns // 2, other * columns // 2
         scale, other_scale = (row - first) * blocks, (other - first) * blocks
         # An addition waits for the one before it, 4 cycles: few tokens need more sums that do not wait for each other.
-        more, other_more = v.splat_each(zeros), v.splat_each(zeros)
+        more, other_more = each.splat(zeros), each.splat(zeros)
         column = 0
         for block in range(blocks):
             table = levels * v.splat(scales[scale + block])
@@ -132,19 +132,19 @@ def _packed_rows(p, first, last, halves, low, zeros, scales, lanes):
                 codes, other_codes = v.load(packed, byte), v.load(packed, other_byte)
                 high, other_high = codes >> v.splat(4), other_codes >> v.splat(4)
                 low_half, other_low = v.permute(table, codes), v.permute(other_table, other_codes)  # 4 bits are read
-                sums = v.fma_each(sums, v.permute(table, high), halves, column)
-                other_sums = v.fma_each(other_sums, v.permute(other_table, other_high), halves, column)
+                sums = each.fma(sums, v.permute(table, high), halves, column)
+                other_sums = each.fma(other_sums, v.permute(other_table, other_high), halves, column)
                 if len(zeros) <= 2:
-                    more = v.fma_each(more, low_half, halves, column + 16)
-                    other_more = v.fma_each(other_more, other_low, halves, column + 16)
+                    more = each.fma(more, low_half, halves, column + 16)
+                    other_more = each.fma(other_more, other_low, halves, column + 16)
                 else:
-                    sums = v.fma_each(sums, low_half, halves, column + 16)
-                    other_sums = v.fma_each(other_sums, other_low, halves, column + 16)
+                    sums = each.fma(sums, low_half, halves, column + 16)
+                    other_sums = each.fma(other_sums, other_low, halves, column + 16)
                 byte += 16
                 other_byte += 16
                 column += 32
-        v.store_each(v.add_each(sums, more), lanes, 16 * (row - first))
-        v.store_each(v.add_each(other_sums, other_more), lanes, 16 * (other - first))
+        each.store(each.add(sums, more), lanes, 16 * (row - first))
+        each.store(each.add(other_sums, other_more), lanes, 16 * (other - first))
 
 
 @njit(forceinline=True)
@@ -154,26 +154,8 @@ def _plain_rows(weight, form, columns, first, last, x, lora_B, rank, low, zeros,
         sums = _beside(zeros, lora_B, row, rank, low)
         start = row * columns
         for i in range(0, columns, 16):
-            sums = v.fma_each(sums, read16(weight, start + i, form), x, i)
-        v.store_each(sums, lanes, 16 * (row - first))
-
-
-@njit
-def _rows(p, first, last, x, halves, low, zeros, scales, lanes):
-    if p.form == PACKED:
-        _packed_rows(p, first, last, halves, low, zeros, scales, lanes)
-        return
-    n = p.rows * p.columns
-    lora_B = _at(p.lora_B, p.rows * p.rank, np.float32)
-    if p.form == FLOAT32:
-        weight = _at(p.data, n, np.float32)
-        _plain_rows(weight, FLOAT32, p.columns, first, last, x, lora_B, p.rank, low, zeros, lanes)
-    elif p.form == BFLOAT16:  # apart, so that how to read 16 bits is not asked for every vector
-        weight = _at(p.data, n, np.uint16)
-        _plain_rows(weight, BFLOAT16, p.columns, first, last, x, lora_B, p.rank, low, zeros, lanes)
-    else:
-        weight = _at(p.data, n, np.uint16)
-        _plain_rows(weight, p.form, p.columns, first, last, x, lora_B, p.rank, low, zeros, lanes)
+            sums = each.fma(sums, read16(weight, start + i, form), x, i)
+        each.store(sums, lanes, 16 * (row - first))
 
 
 @njit(forceinline=True)
@@ -192,7 +174,16 @@ def totals16(lanes):
 def _tile(p, first, x, halves, low, zeros, scales, lanes, out, column):
     """Write ROWS sums, or what is left of the rows from `first` on, into out (tokens, n) from `column` on."""
     last = min(first + ROWS, p.rows)
-    _rows(p, first, last, x, halves, low, zeros, scales, lanes)
+    n = p.rows * p.columns
+    lora_B = _at(p.lora_B, p.rows * p.rank, np.float32)
+    if p.form == PACKED:
+        _packed_rows(p, first, last, halves, low, zeros, scales, lanes)
+    elif p.form == FLOAT32:
+        weight = _at(p.data, n, np.float32)
+        _plain_rows(weight, FLOAT32, p.columns, first, last, x, lora_B, p.rank, low, zeros, lanes)
+    else:
+        weight = _at(p.data, n, np.uint16)
+        _plain_rows(weight, p.form, p.columns, first, last, x, lora_B, p.rank, low, zeros, lanes)
     bias = _at(p.bias, p.rows if p.bias else 0, np.float32)
     for token in range(len(zeros)):
         v.store(lanes[token], 0, totals16(lanes[token]))
@@ -206,10 +197,10 @@ def _low_rows(p, first, last, x, zeros, lanes, low):
     """Rows first to last of scaling x A^T, (tokens, rank), into low."""
     A = _at(p.lora_A, p.rank * p.columns, np.float32)
     for row in range(first, last):
-        sums = v.splat_each(zeros)
+        sums = each.splat(zeros)
         for i in range(0, p.columns, 16):
-            sums = v.fma_each(sums, v.load(A, row * p.columns + i), x, i)
-        v.store_totals(sums, low, row)
+            sums = each.fma(sums, v.load(A, row * p.columns + i), x, i)
+        each.store_totals(sums, low, row)
         for token in range(len(zeros)):
             low[token, row] *= p.scaling
 

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from qlora_lab.kernels import vector as v
+from qlora_lab.kernels import sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel, run, serial, thread_count
 from qlora_lab.kernels.decode_products import clear, multiply_group, sort_halves, totals16
 
 Q, K, V, O, GATE, UP, DOWN = range(7)  # the products of a layer, in the order of their table
 ROWS_AT_ONCE = 8  # rows of a batch: two rows of a weight with 8 sums each fill half of the vector registers
-_TUPLES = {n: (np.float32(0),) * n for n in (1, 2, 4, 8, 16)}  # one compiled form for each length
+_ZEROS = {rows: (np.float32(0),) * rows for rows in (1, 4, ROWS_AT_ONCE)}  # compiled once each, 10 s: so not for 2
+_PAIR = (np.float32(0),) * 2  # 32 columns of a head at a time
 
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2; the first has 9 bits
@@ -53,7 +54,7 @@ def _norm(x, weight, eps, out):
         for i in range(0, len(row), 16):
             values = v.load(row, i)
             squares = v.fma(values, values, squares)
-        scale = v.splat(np.float32(1) / np.sqrt(v.total(squares) / np.float32(len(row)) + eps))
+        scale = v.splat(np.float32(1) / np.sqrt(each.total(squares) / np.float32(len(row)) + eps))
         for i in range(0, len(row), 16):
             v.store(result, i, v.load(row, i) * scale * v.load(weight, i))
 
@@ -98,13 +99,13 @@ def _place(qkv, heads, cos, sin, rows, positions, keys, values):
             _rotate(qkv[token, head * head_dim : (head + 1) * head_dim], *angles)
         for head in range(kv_heads):
             start = (heads + head) * head_dim
-            keys[row, head, position] = qkv[token, start : start + head_dim]
-            start += kv_heads * head_dim
-            values[row, head, position] = qkv[token, start : start + head_dim]
+            for i in range(head_dim):
+                keys[row, head, position, i] = qkv[token, start + i]
+                values[row, head, position, i] = qkv[token, start + kv_heads * head_dim + i]
 
 
 @njit
-def _attend_head(query, keys, values, length, zeros, scores, lanes, out):
+def _attend_head(query, keys, values, length, scores, lanes, out):
     """softmax(query keys^T / sqrt(head_dim)) values for one head. keys and values: flat, (length, head_dim)."""
     head_dim = len(query)
     infinity = v.splat(np.float32(np.inf))
@@ -130,18 +131,19 @@ def _attend_head(query, keys, values, length, zeros, scores, lanes, out):
         powers = exp16(v.load(scores, first) + v.splat(-top))
         totals = totals + powers
         v.store(scores, first, powers)
-    sums = v.splat_each(zeros)  # (head_dim,), 16 a vector
-    columns = values.reshape(-1, 16)
-    for position in range(length):
-        sums = v.fma_each(sums, v.splat(scores[position]), columns, position * head_dim)
-    v.store_each(sums, out.reshape(-1, 16), 0)
-    share = v.splat(np.float32(1) / v.total(totals))
+    columns, result = values.reshape(-1, 16), out.reshape(-1, 16)
+    for d in range(0, head_dim, 32):
+        sums = each.splat(_PAIR)
+        for position in range(length):
+            sums = each.fma(sums, v.splat(scores[position]), columns, position * head_dim + d)
+        each.store(sums, result, d)
+    share = v.splat(np.float32(1) / each.total(totals))
     for d in range(0, head_dim, 16):
         v.store(out, d, v.load(out, d) * share)
 
 
 @parallel
-def _attend(qkv, heads, rows, positions, keys, values, zeros, parts, out):
+def _attend(qkv, heads, rows, positions, keys, values, parts, out):
     """All heads of all rows. keys and values: (rows of the cache, key heads, capacity, head_dim)."""
     kv_heads, capacity, head_dim = keys.shape[1], keys.shape[2], keys.shape[3]
     items = len(qkv) * heads
@@ -155,11 +157,11 @@ def _attend(qkv, heads, rows, positions, keys, values, zeros, parts, out):
             span = slice(head * head_dim, (head + 1) * head_dim)
             its_keys, its_values = keys[rows[token], its].reshape(-1), values[rows[token], its].reshape(-1)
             length = positions[token] + 1
-            _attend_head(qkv[token, span], its_keys, its_values, length, zeros, scores, lanes, out[token, span])
+            _attend_head(qkv[token, span], its_keys, its_values, length, scores, lanes, out[token, span])
 
 
 @serial
-def _step(x, weights, eps, heads, rotary, cache, rows, positions, zeros, head_zeros, parts, logits):
+def _step(x, weights, eps, heads, rotary, cache, rows, positions, zeros, parts, logits):
     layers, norms, head = weights  # PRODUCT (layers, 7), (2 layers + 1, hidden), PRODUCT (1,)
     keys, values = cache  # (layers, rows of the cache, key heads, capacity, head_dim)
     cos, sin = rotary  # (capacity, head_dim)
@@ -180,7 +182,7 @@ def _step(x, weights, eps, heads, rotary, cache, rows, positions, zeros, head_ze
         sort_halves(normed, halves)
         multiply_group(products, Q, O, normed, halves, zeros, parts, qkv)
         _place(qkv, heads, cos, sin, rows, positions, keys[i], values[i])
-        _attend(qkv, heads, rows, positions, keys[i], values[i], head_zeros, parts, attended)
+        _attend(qkv, heads, rows, positions, keys[i], values[i], parts, attended)
         sort_halves(attended, attended_halves)
         multiply_group(products, O, GATE, attended, attended_halves, zeros, parts, added)
         _add(x, added)
@@ -206,7 +208,7 @@ class Weights(NamedTuple):
 
 def can_step(hidden: int, head_dim: int, middle: int) -> bool:
     """Whether vectors of these sizes are whole registers, as the kernel reads them."""
-    return hidden % 32 == 0 and head_dim % 32 == 0 and head_dim // 16 in _TUPLES and middle % 32 == 0
+    return hidden % 32 == head_dim % 32 == middle % 32 == 0
 
 
 def step(
@@ -225,20 +227,19 @@ def step(
     capacity, head_dim), all contiguous float32. rows, positions: (rows,) int64, where each row's new token belongs.
     """
     logits = torch.empty(len(x), int(weights.head[0]["rows"]), device="cpu")
-    head_zeros = _TUPLES[cache[0].shape[-1] // 16]
     tables = tuple(t.numpy() for t in rotary), tuple(t.numpy() for t in cache)
     for first in range(0, len(x), ROWS_AT_ONCE):
         some = slice(first, min(first + ROWS_AT_ONCE, len(x)))
         part = x[some]
         n = len(part)
-        size = 1 << (n - 1).bit_length()  # 1, 2, 4 or 8
+        size = next(rows for rows in _ZEROS if rows >= n)
         where = rows[some], positions[some]
         if size > n:  # the last row once more: the same keys are written twice
             part, *where = (torch.cat([t, t[-1:].expand(size - n, *t.shape[1:])]) for t in (part, *where))
         out = logits[some] if size == n else logits.new_empty(size, logits.shape[1])
         arrays = (t.numpy() for t in where)
-        run(_step, part.numpy(), tuple(weights), np.float32(eps), heads, *tables, *arrays, _TUPLES[size], head_zeros,
-            thread_count(), out.numpy())  # fmt: skip
+        shape = np.float32(eps), heads
+        run(_step, part.numpy(), tuple(weights), *shape, *tables, *arrays, _ZEROS[size], thread_count(), out.numpy())
         if size > n:
             logits[some] = out[:n]
     return logits
