@@ -20,7 +20,7 @@ from qlora_lab.kernels import sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel, run, serial, thread_count
 from qlora_lab.kernels.decode_products import clear, multiply_group, sort_halves, totals16
 
-Q, K, V, O, GATE, UP, DOWN = range(7)  # the products of a layer, in the order of their table
+QKV, OUT, GATE_UP, DOWN, END = 0, 3, 4, 6, 7  # where the products begin that share an input, in a layer's table
 ROWS_AT_ONCE = 8  # rows of a batch: two rows of a weight with 8 sums each fill half of the vector registers
 _ZEROS = {rows: (np.float32(0),) * rows for rows in (1, 4, ROWS_AT_ONCE)}  # compiled once each, 10 s: so not for 2
 _PAIR = (np.float32(0),) * 2  # 32 columns of a head at a time
@@ -166,7 +166,7 @@ def _step(x, weights, eps, heads, rotary, cache, rows, positions, zeros, parts, 
     keys, values = cache  # (layers, rows of the cache, key heads, capacity, head_dim)
     cos, sin = rotary  # (capacity, head_dim)
     tokens, hidden = x.shape
-    wide, middle = heads * keys.shape[4], layers[0, GATE].rows
+    wide, middle = heads * keys.shape[4], layers[0, GATE_UP].rows
     normed = np.empty((tokens, hidden), np.float32)
     halves = np.empty((tokens, hidden), np.float32)
     qkv = np.empty((tokens, wide + 2 * keys.shape[2] * keys.shape[4]), np.float32)
@@ -180,18 +180,18 @@ def _step(x, weights, eps, heads, rotary, cache, rows, positions, zeros, parts, 
         products = layers[i]
         _norm(x, norms[2 * i], eps, normed)
         sort_halves(normed, halves)
-        multiply_group(products, Q, O, normed, halves, zeros, parts, qkv)
+        multiply_group(products, QKV, OUT, normed, halves, zeros, parts, qkv)
         _place(qkv, heads, cos, sin, rows, positions, keys[i], values[i])
         _attend(qkv, heads, rows, positions, keys[i], values[i], parts, attended)
         sort_halves(attended, attended_halves)
-        multiply_group(products, O, GATE, attended, attended_halves, zeros, parts, added)
+        multiply_group(products, OUT, GATE_UP, attended, attended_halves, zeros, parts, added)
         _add(x, added)
         _norm(x, norms[2 * i + 1], eps, normed)
         sort_halves(normed, halves)
-        multiply_group(products, GATE, DOWN, normed, halves, zeros, parts, gate_and_up)
+        multiply_group(products, GATE_UP, DOWN, normed, halves, zeros, parts, gate_and_up)
         _gate(gate_and_up, gated)
         sort_halves(gated, gated_halves)
-        multiply_group(products, DOWN, DOWN + 1, gated, gated_halves, zeros, parts, added)
+        multiply_group(products, DOWN, END, gated, gated_halves, zeros, parts, added)
         _add(x, added)
     _norm(x, norms[2 * len(layers)], eps, normed)
     sort_halves(normed, halves)

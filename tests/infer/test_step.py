@@ -197,9 +197,9 @@ def test_bytes_of_a_token(packed):
     model = quantize_linears(small(), double_quant=False)
     layer = 128 * 128 * 2 + 2 * 64 * 128 + 3 * 192 * 128  # q and o, k and v, gate and up and down
     assert bytes_read(read_stack(model)) == 2 * layer * 4.5 / 8 + 280 * 128 * 4
-    assert (
-        bytes_read(read_stack(adapted(model, 2))) - bytes_read(read_stack(quantize_linears(small()))) > 2 * 2 * 64 * 4
-    )
+    before = bytes_read(read_stack(model))
+    ends = 2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 192)  # columns of A and rows of B, of the seven products
+    assert bytes_read(read_stack(adapted(model, 2))) - before == 2 * ends * 2 * 4
 
 
 def hooked(model):
