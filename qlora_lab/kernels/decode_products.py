@@ -105,46 +105,92 @@ def _beside(zeros, lora_B, row, rank, low):
     return sums
 
 
+@njit(forceinline=True)
+def _packed_pair(packed, bytes_, levels, block_size, scales, halves, sums, zeros):
+    """Sums of two rows, for several tokens: both use the same vectors of x, which come from the second-level cache."""
+    first, second = bytes_
+    first_scales, second_scales = scales
+    a, b = sums
+    column = 0
+    for block in range(len(first_scales)):
+        a_table, b_table = levels * v.splat(first_scales[block]), levels * v.splat(second_scales[block])
+        v.prefetch(packed, first + AHEAD)
+        v.prefetch(packed, second + AHEAD)
+        for _ in range(block_size // 32):
+            a_codes, b_codes = v.load(packed, first), v.load(packed, second)
+            a = each.fma(a, v.permute(a_table, a_codes >> v.splat(4)), halves, column)
+            b = each.fma(b, v.permute(b_table, b_codes >> v.splat(4)), halves, column)
+            a = each.fma(a, v.permute(a_table, a_codes), halves, column + 16)  # permute reads 4 bits
+            b = each.fma(b, v.permute(b_table, b_codes), halves, column + 16)
+            first += 16
+            second += 16
+            column += 32
+    return a, b
+
+
+@njit(forceinline=True)
+def _packed_four(packed, rows, first, blocks, block_size, levels, lora_B, rank, halves, low, zeros, scales, lanes):
+    """Sums of four rows for one token; as _packed_pair, with names for four."""
+    half = blocks * block_size // 2  # bytes of a row
+    a_byte, b_byte, c_byte, d_byte = rows[0] * half, rows[1] * half, rows[2] * half, rows[3] * half
+    a, b = _beside(zeros, lora_B, rows[0], rank, low), _beside(zeros, lora_B, rows[1], rank, low)
+    c, d = _beside(zeros, lora_B, rows[2], rank, low), _beside(zeros, lora_B, rows[3], rank, low)
+    a_scale, b_scale = (rows[0] - first) * blocks, (rows[1] - first) * blocks
+    c_scale, d_scale = (rows[2] - first) * blocks, (rows[3] - first) * blocks
+    column = 0
+    for block in range(blocks):
+        a_table, b_table = levels * v.splat(scales[a_scale + block]), levels * v.splat(scales[b_scale + block])
+        c_table, d_table = levels * v.splat(scales[c_scale + block]), levels * v.splat(scales[d_scale + block])
+        for byte in (a_byte, b_byte, c_byte, d_byte):
+            v.prefetch(packed, byte + column // 2 + AHEAD)
+        for _ in range(block_size // 32):
+            i = column // 2
+            a_codes, b_codes = v.load(packed, a_byte + i), v.load(packed, b_byte + i)
+            c_codes, d_codes = v.load(packed, c_byte + i), v.load(packed, d_byte + i)
+            a = each.fma(a, v.permute(a_table, a_codes >> v.splat(4)), halves, column)
+            b = each.fma(b, v.permute(b_table, b_codes >> v.splat(4)), halves, column)
+            c = each.fma(c, v.permute(c_table, c_codes >> v.splat(4)), halves, column)
+            d = each.fma(d, v.permute(d_table, d_codes >> v.splat(4)), halves, column)
+            a = each.fma(a, v.permute(a_table, a_codes), halves, column + 16)
+            b = each.fma(b, v.permute(b_table, b_codes), halves, column + 16)
+            c = each.fma(c, v.permute(c_table, c_codes), halves, column + 16)
+            d = each.fma(d, v.permute(d_table, d_codes), halves, column + 16)
+            column += 32
+    each.store(a, lanes, 16 * (rows[0] - first))
+    each.store(b, lanes, 16 * (rows[1] - first))
+    each.store(c, lanes, 16 * (rows[2] - first))
+    each.store(d, lanes, 16 * (rows[3] - first))
+
+
 @njit
 def _packed_rows(p, first, last, halves, low, zeros, scales, lanes):
-    """Sums of the rows first to last, at most ROWS, into lanes (tokens, ROWS * 16): 16 parts of each sum."""
+    """Sums of the rows first to last, at most ROWS, into lanes (tokens, ROWS * 16): 16 parts of each sum.
+
+    An addition waits 4 cycles for the one before it. One token alone has too few sums to fill them with two rows, so it
+    takes four. The order of a sum is the same in both, so a row's logits do not depend on how many rows there are.
+    """
     columns, block_size, rank = p.columns, p.block_size, p.rank
     blocks = columns // block_size
     packed = _at(p.data, p.rows * columns // 2, np.uint8)
     levels = v.load(_at(p.levels, 16, np.float32), 0)
     lora_B = _at(p.lora_B, p.rows * rank, np.float32)
     undouble_into(_constants(p), first * blocks, (last - first) * blocks, scales)
-    for row in range(first, last, 2):
-        other = min(row + 1, last - 1)  # of an odd number of rows the last is computed twice
-        sums = _beside(zeros, lora_B, row, rank, low)
-        other_sums = _beside(zeros, lora_B, other, rank, low)
-        byte, other_byte = row * columns // 2, other * columns // 2
-        scale, other_scale = (row - first) * blocks, (other - first) * blocks
-        # An addition waits for the one before it, 4 cycles: few tokens need more sums that do not wait for each other.
-        more, other_more = each.splat(zeros), each.splat(zeros)
-        column = 0
-        for block in range(blocks):
-            table = levels * v.splat(scales[scale + block])
-            other_table = levels * v.splat(scales[other_scale + block])
-            v.prefetch(packed, byte + AHEAD)
-            v.prefetch(packed, other_byte + AHEAD)
-            for _ in range(block_size // 32):
-                codes, other_codes = v.load(packed, byte), v.load(packed, other_byte)
-                high, other_high = codes >> v.splat(4), other_codes >> v.splat(4)
-                low_half, other_low = v.permute(table, codes), v.permute(other_table, other_codes)  # 4 bits are read
-                sums = each.fma(sums, v.permute(table, high), halves, column)
-                other_sums = each.fma(other_sums, v.permute(other_table, other_high), halves, column)
-                if len(zeros) <= 2:
-                    more = each.fma(more, low_half, halves, column + 16)
-                    other_more = each.fma(other_more, other_low, halves, column + 16)
-                else:
-                    sums = each.fma(sums, low_half, halves, column + 16)
-                    other_sums = each.fma(other_sums, other_low, halves, column + 16)
-                byte += 16
-                other_byte += 16
-                column += 32
-        each.store(each.add(sums, more), lanes, 16 * (row - first))
-        each.store(each.add(other_sums, other_more), lanes, 16 * (other - first))
+    if len(zeros) == 1:
+        for row in range(first, last, 4):
+            rows = row, min(row + 1, last - 1), min(row + 2, last - 1), min(row + 3, last - 1)
+            _packed_four(
+                packed, rows, first, blocks, block_size, levels, lora_B, rank, halves, low, zeros, scales, lanes
+            )
+    else:
+        for row in range(first, last, 2):
+            other = min(row + 1, last - 1)  # of an odd number of rows the last is computed twice
+            start, other_start = (row - first) * blocks, (other - first) * blocks
+            own, others = scales[start : start + blocks], scales[other_start : other_start + blocks]
+            sums = _beside(zeros, lora_B, row, rank, low), _beside(zeros, lora_B, other, rank, low)
+            bytes_ = row * columns // 2, other * columns // 2
+            a, b = _packed_pair(packed, bytes_, levels, block_size, (own, others), halves, sums, zeros)
+            each.store(a, lanes, 16 * (row - first))
+            each.store(b, lanes, 16 * (other - first))
 
 
 @njit(forceinline=True)

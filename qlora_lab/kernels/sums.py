@@ -74,17 +74,6 @@ def total(typing, vector):
 
 
 @intrinsic
-def add(typing, sums, more):
-    """sums[t] + more[t] for each t."""
-
-    def emit(context, builder, sig, args):
-        pairs = zip(*(cgutils.unpack_tuple(builder, values) for values in args), strict=True)
-        return context.make_tuple(builder, sums, [builder.fadd(*pair) for pair in pairs])
-
-    return sums(sums, sums), emit
-
-
-@intrinsic
 def store_totals(typing, sums, array, column):
     """array[t, column] = the 16 lanes of sums[t] added up, i to i + 8, then i to i + 4 ..., for each t."""
 
