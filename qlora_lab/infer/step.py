@@ -19,7 +19,8 @@ from qlora_lab.kernels import product as panels
 from qlora_lab.model import product_4bit
 from qlora_lab.quant.quantize import QuantizedTensor
 
-AT_ONCE = 512  # tokens of a prompt: their temporaries stay below 10 MiB for SmolLM2, and no product gets faster by more
+NUMBERS_AT_ONCE = 2**20  # of a gate, for the tokens of a prompt that are read together: three such tensors are 12 MiB
+FEWEST, MOST = 64, 512  # tokens: fewer decode each weight too often, and more make no product faster
 
 
 def forward(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> torch.Tensor:
@@ -44,8 +45,10 @@ def forward(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> torc
 
 
 def read_prompt(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> None:
-    """Put keys and values of `ids` (tokens,) into `row` of the cache, AT_ONCE tokens at a time. Raises as forward."""
-    for some in ids.split(AT_ONCE) if len(ids) else ():
+    """Put keys and values of `ids` (tokens,) into `row` of the cache, a part of them at a time. Raises as forward."""
+    width = stack.layers[0].gate.weight.shape[0]
+    at_once = min(MOST, max(FEWEST, NUMBERS_AT_ONCE // width))
+    for some in ids.split(at_once) if len(ids) else ():
         forward(stack, some, cache, row)
 
 
@@ -90,8 +93,11 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.T
     heads of q share a head of keys. Returns (tokens, heads * head_dim).
     """
     tokens, total = q.shape[1], keys.shape[1]
-    visible = torch.ones(tokens, total, dtype=torch.bool).tril(total - tokens)  # token i sees total - tokens + i + 1
-    out = F.scaled_dot_product_attention(q[None], keys[None], values[None], visible, enable_gqa=True)[0]
+    causal = tokens == total  # torch then leaves out what no token sees: half of the work
+    # else token i sees total - tokens + i + 1
+    visible = None if causal else torch.ones(tokens, total, dtype=torch.bool).tril(total - tokens)
+    parts = q[None], keys[None], values[None]
+    out = F.scaled_dot_product_attention(*parts, visible, is_causal=causal, enable_gqa=True)[0]
     return out.transpose(0, 1).reshape(tokens, -1)  # (tokens, heads * head_dim)
 
 

@@ -260,36 +260,36 @@ def clear(array):
 
 
 @parallel
-def multiply_group(products, first, last, x, halves, zeros, parts, out):
-    """Multiply x by each of products[first:last] and write the results side by side into out (tokens, rows of all).
+def multiply_group(products, x, halves, zeros, parts, out):
+    """Multiply x by each of products and write the results side by side into out (tokens, rows of all).
 
     halves: x with the even columns of each 32 in front of the odd ones, as codes lie in bytes. parts: threads.
     """
     tokens = len(zeros)
     tiles = rank = columns = 0
-    for i in range(first, last):
+    for i in range(len(products)):
         tiles += (products[i].rows + ROWS - 1) // ROWS
         rank = max(rank, products[i].rank)
         columns = max(columns, products[i].columns)
-    low = np.empty((last - first, tokens, (rank + 15) // 16 * 16), np.float32)
+    low = np.empty((len(products), tokens, (rank + 15) // 16 * 16), np.float32)
     if rank:
         clear(low)
         for part in prange(parts):
             lanes = np.empty((tokens, 16), np.float32)
-            for i in range(first, last):
+            for i in range(len(products)):
                 p = products[i]
-                _low_rows(p, part * p.rank // parts, (part + 1) * p.rank // parts, x, zeros, lanes, low[i - first])
+                _low_rows(p, part * p.rank // parts, (part + 1) * p.rank // parts, x, zeros, lanes, low[i])
     for part in prange(parts):  # by hand, so that a thread allocates once and not for each tile
         scales = np.empty(ROWS * columns // 16, np.float32)  # a block has 32 columns at least
         lanes = np.empty((tokens, ROWS * 16), np.float32)
         clear(lanes)  # a last tile leaves rows of it as they are
         start, stop = part * tiles // parts, (part + 1) * tiles // parts
         tile = column = 0  # of the product's first row
-        for i in range(first, last):
+        for i in range(len(products)):
             p = products[i]
             end = tile + (p.rows + ROWS - 1) // ROWS
             for mine in range(max(tile, start), min(end, stop)):
-                _tile(p, (mine - tile) * ROWS, x, halves, low[i - first], zeros, scales, lanes, out, column)
+                _tile(p, (mine - tile) * ROWS, x, halves, low[i], zeros, scales, lanes, out, column)
             tile = end
             column += p.rows
 

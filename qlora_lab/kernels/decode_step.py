@@ -22,7 +22,7 @@ from qlora_lab.kernels.decode_products import clear, multiply_group, sort_halves
 
 QKV, OUT, GATE_UP, DOWN, END = 0, 3, 4, 6, 7  # where the products begin that share an input, in a layer's table
 ROWS_AT_ONCE = 8  # rows of a batch: two rows of a weight with 8 sums each fill half of the vector registers
-_ZEROS = {rows: (np.float32(0),) * rows for rows in (1, 4, ROWS_AT_ONCE)}  # compiled once each, 10 s: so not for 2
+_ZEROS = {rows: (np.float32(0),) * rows for rows in (1, 4, ROWS_AT_ONCE)}  # compiled once each, over 10 s: so not for 2
 _PAIR = (np.float32(0),) * 2  # 32 columns of a head at a time
 
 LOG2_E = np.float32(1.4426950408889634)
@@ -177,25 +177,25 @@ def _step(x, weights, eps, heads, rotary, cache, rows, positions, zeros, parts, 
     gated_halves = np.empty((tokens, middle), np.float32)
     added = np.empty((tokens, hidden), np.float32)
     for i in range(len(layers)):
-        products = layers[i]
+        products = layers[i]  # sliced, because numba compiles anew for each pair of constants
         _norm(x, norms[2 * i], eps, normed)
         sort_halves(normed, halves)
-        multiply_group(products, QKV, OUT, normed, halves, zeros, parts, qkv)
+        multiply_group(products[QKV:OUT], normed, halves, zeros, parts, qkv)
         _place(qkv, heads, cos, sin, rows, positions, keys[i], values[i])
         _attend(qkv, heads, rows, positions, keys[i], values[i], parts, attended)
         sort_halves(attended, attended_halves)
-        multiply_group(products, OUT, GATE_UP, attended, attended_halves, zeros, parts, added)
+        multiply_group(products[OUT:GATE_UP], attended, attended_halves, zeros, parts, added)
         _add(x, added)
         _norm(x, norms[2 * i + 1], eps, normed)
         sort_halves(normed, halves)
-        multiply_group(products, GATE_UP, DOWN, normed, halves, zeros, parts, gate_and_up)
+        multiply_group(products[GATE_UP:DOWN], normed, halves, zeros, parts, gate_and_up)
         _gate(gate_and_up, gated)
         sort_halves(gated, gated_halves)
-        multiply_group(products, DOWN, END, gated, gated_halves, zeros, parts, added)
+        multiply_group(products[DOWN:END], gated, gated_halves, zeros, parts, added)
         _add(x, added)
     _norm(x, norms[2 * len(layers)], eps, normed)
     sort_halves(normed, halves)
-    multiply_group(head, 0, 1, normed, halves, zeros, parts, logits)
+    multiply_group(head, normed, halves, zeros, parts, logits)
 
 
 class Weights(NamedTuple):

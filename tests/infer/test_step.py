@@ -79,6 +79,12 @@ def test_the_kernel_s_step_is_transformers(changes, with_kernels):
     assert_near(logits_of(model, FastStep), theirs(dequantised(model)))
 
 
+def test_a_prompt_that_is_read_in_parts(packed, monkeypatch):
+    monkeypatch.setattr(readable, "FEWEST", 7)
+    monkeypatch.setattr(readable, "NUMBERS_AT_ONCE", 0)
+    assert_near(logits_of(packed), theirs(dequantised(packed)))
+
+
 PACKINGS = {
     "nf4 without double quantization": ("nf4", 64, False),
     "int4 in blocks of 32": ("int4", 32, True),
