@@ -40,8 +40,8 @@ PICTURES = ["block_size", "escape", "explorer", "figure", "labels", "memory", "p
 PICTURES += ["adapter_places", "results", "tournament", "tournament_page", "zoo"]
 WITHOUT_NUMBERS += [f"show/test_{name}.py" for name in PICTURES]
 
-# Without AVX2 torch itself has other last bits: linspace does. Two rooms are chosen that compare bits of what torch alone
-# computes. Others could differ as well (train, adapters, model), but of these "old" repeats only what asked.
+# Without AVX2 torch itself has other last bits: linspace does. Chosen are two rooms that compare bits of what torch
+# computes alone. Others could differ as well (train, adapters, model), but of these "old" repeats only what asked.
 TORCH_ALONE = ["quant", "optim"]
 
 
