@@ -48,8 +48,8 @@ def _rows(a: argparse.Namespace, candidate) -> list["ExpertUse"]:
     from qlora_lab.measure.perplexity import topics_text
     from qlora_lab.measure.sensitivity import calibration
 
+    text = topics_text() if a.text is None else read_text(a.text)  # first: a model may have to be fetched
     _check_mixture(a)
-    text = topics_text() if a.text is None else read_text(a.text)
     model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)
     batches = calibration(model, tokenizer, text, a.windows, a.length)
     return expert_use(model, tokenizer, batches, candidate, progress=not a.quiet)

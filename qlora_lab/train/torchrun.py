@@ -44,8 +44,8 @@ def check_meeting_point() -> None:
     """Raise ValueError unless MASTER_ADDR and MASTER_PORT say where processes meet: torch would end in a traceback."""
     if not os.environ.get("MASTER_ADDR"):
         raise ValueError(_unset("MASTER_ADDR"))
-    if (port := _number("MASTER_PORT")) > LAST_PORT:
-        raise ValueError(f"MASTER_PORT={port} is not a port, which are numbers up to {LAST_PORT}: {FIX}")
+    if not 1 <= (port := _number("MASTER_PORT")) <= LAST_PORT:  # at 0 each process would be given another
+        raise ValueError(f"MASTER_PORT={port} is not allowed, ports are 1 to {LAST_PORT}: {FIX}")
 
 
 def _number(name: str, unset: int | None = None) -> int:

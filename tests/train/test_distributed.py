@@ -301,7 +301,8 @@ TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localh
         (TWO | {"MASTER_ADDR": ""}, "MASTER_ADDR is not set, but WORLD_SIZE is: start all"),
         (TWO | {"MASTER_PORT": ""}, "MASTER_PORT is not set, but WORLD_SIZE is: start all"),
         (TWO | {"MASTER_PORT": "zzz"}, "MASTER_PORT='zzz' is not a whole number: start all"),
-        (TWO | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port, which are numbers up to 65535: start all"),
+        (TWO | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not allowed, ports are 1 to 65535: start all"),
+        (TWO | {"MASTER_PORT": "0"}, "MASTER_PORT=0 is not allowed, ports are 1 to 65535"),
     ],
 )
 def test_variables_that_torchrun_does_not_set_are_refused(monkeypatch, capsys, tmp_path, variables, said):
