@@ -8,9 +8,9 @@ A failed stage does not stop the others; Ctrl-C does. Exit code 1: a stage faile
 Two workers of pytest with one thread each are faster than one worker with two threads. Tests that need several threads
 set their number themselves. "fast" runs what takes less than a tenth of a second, "long" what takes more and is not
 marked slow. Both fix the winner of the race of products (qlora_lab/kernels/product.py) at float32. Four stages
-repeat, as on another machine, those of their tests that can differ there: two with another winner, "old" on a CPU
-without AVX2, and "readable" without kernels. Which these are, the first two note: a test that has not asked who won, or
-which kernels run, cannot tell. In all other stages products race.
+repeat some of these as on another machine: two with another winner, "old" on a CPU without AVX2, and "readable" without
+kernels. They repeat the tests that the first two noted: a test that has not asked who won, or which kernels run, cannot
+tell. "old" also repeats the rooms of TORCH_ALONE, which is a choice. In all other stages products race.
 """
 
 import os
@@ -40,7 +40,8 @@ PICTURES = ["block_size", "escape", "explorer", "figure", "labels", "memory", "p
 PICTURES += ["adapter_places", "results", "tournament", "tournament_page", "zoo"]
 WITHOUT_NUMBERS += [f"show/test_{name}.py" for name in PICTURES]
 
-# Rooms whose readable code computes with torch itself, which has other last bits on a CPU without AVX2: linspace does.
+# Without AVX2 torch itself has other last bits: linspace does. Chosen are two rooms that compare bits of what torch
+# computes alone. Others could differ as well (train, adapters, model), but of these "old" repeats only what asked.
 TORCH_ALONE = ["quant", "optim"]
 
 

@@ -113,10 +113,13 @@ def _unprinted(stdout: Patient, command: str) -> bool:
 @contextmanager
 def _warnings_as_lines(command: str, silent: bool) -> Iterator[None]:
     """Print each warning to stderr as one line, without the source line that raised it. silent: print none."""
+    said = set()  # a test before training and one after it give the same warning, from two places
 
     def show(message, *_) -> None:
-        if not silent:
-            print(f"qlora-lab {command}: {one_line(str(message))}", file=sys.stderr)
+        line = one_line(str(message))
+        if not silent and line not in said:
+            said.add(line)
+            print(f"qlora-lab {command}: {line}", file=sys.stderr)
 
     with warnings.catch_warnings():  # undone at the end
         warnings.showwarning = show

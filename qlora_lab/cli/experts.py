@@ -8,9 +8,10 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import qlora_lab as ql
-from qlora_lab.cli.loading import add_measured, add_quantization, add_text, read_text
-from qlora_lab.cli.options import common
+from qlora_lab.cli.loading import add_measured, add_text, read_text
+from qlora_lab.cli.options import add_fields, common
 from qlora_lab.cli.printing import table
+from qlora_lab.train.run_options import ModelOptions
 
 if TYPE_CHECKING:
     from qlora_lab.measure.expert_use import ExpertUse
@@ -21,8 +22,10 @@ NAMED = 5  # experts of a layer; --json has all of them
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    # quantise an expert as these say, and the loss would rise by so much
-    add_quantization(add_measured(parser))
+    group = add_measured(parser)
+    tried = "data type to try on each expert, such as nf4, fp4 or int4: how much the loss would rise is reported"
+    group.add_argument("--codebook", default=ModelOptions.codebook, help=tried)  # none would be nothing to try
+    add_fields(group, ModelOptions, "block_size", "double_quant")
     add_text(parser, windows=8, length=512, default="Python's help topics")
     common(parser.add_argument_group("output"))
 
@@ -45,10 +48,25 @@ def _rows(a: argparse.Namespace, candidate) -> list["ExpertUse"]:
     from qlora_lab.measure.perplexity import topics_text
     from qlora_lab.measure.sensitivity import calibration
 
-    text = topics_text() if a.text is None else read_text(a.text)
+    text = topics_text() if a.text is None else read_text(a.text)  # first: a model may have to be fetched
+    _check_mixture(a)
     model, tokenizer = ql.load(a.model, codebook=None, dtype=torch.float32, progress=not a.quiet)
     batches = calibration(model, tokenizer, text, a.windows, a.length)
     return expert_use(model, tokenizer, batches, candidate, progress=not a.quiet)
+
+
+def _check_mixture(a: argparse.Namespace) -> None:
+    """Raise ValueError for a dense model, which its configuration tells in a second, and loading in minutes."""
+    import torch
+
+    from qlora_lab.model.empty_model import empty_model
+    from qlora_lab.model.experts import stacks_of
+    from qlora_lab.model.fetch import resolve
+
+    model = empty_model(resolve(a.model, progress=not a.quiet), torch.float32)
+    if not stacks_of(model):
+        family = type(model).__name__
+        raise ValueError(f"{a.model} is a {family}, which has no experts: give a mixture, such as {EXAMPLE.split()[2]}")
 
 
 def _by_layer(rows: list["ExpertUse"]) -> str:

@@ -77,7 +77,7 @@ def _finetune(a: argparse.Namespace, settings: Settings) -> None:
 
             print(f"{dtype_policy(model, a.optimizer_bits)}\n")
         tests = bool(test) and rank == 0  # only the first process tests and prints
-        # At least the library's own limit, so that runs with other limits, up to it, are judged on the same examples.
+        # At least 512, so that runs with lower limits are judged on the same examples.
         tested = {"max_length": max(MAX_LENGTH, settings.max_length), "progress": progress}
         before = ql.held_out(model, tokenizer, test, **tested) if tests else None
         options = asdict(settings) | asdict(from_arguments(OutputOptions, a)) | {"skip_bad": a.skip_bad}

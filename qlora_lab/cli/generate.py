@@ -13,7 +13,9 @@ LESS_MEMORY = "use fewer --max-new-tokens, or pass the copy from `qlora-lab quan
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("question", type=str, help="your question; the model's chat template is added")
+    parser.add_argument(
+        "question", type=str, help="your question, before any options; the model's chat template is added"
+    )
     model = parser.add_argument_group("model")
     add_model(model)
     model.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format")

@@ -23,6 +23,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required: ") and ": -" not in message:
+            # A word is missing, perhaps because --also, --targets and the like take all words up to the next option.
+            message += " (write it before the options)"
         self.exit(2, f"{self.prog}: {one_line(message)}; --help shows what is allowed\n")
 
 

@@ -56,7 +56,7 @@ def my_offset(bits):
 
 def my_nf3():
     """Each side goes from the offset to the median, 0.5, without the median. Which steps come after that?"""
-    from scipy.stats import norm  # here, because scipy.stats alone takes over a second to import
+    from scipy.stats import norm  # here, because scipy.stats alone takes half a second to import
 
     levels = normal_float(3)
     yield -levels.flip(0), "The halves are swapped: you have four levels below zero and three above."

@@ -72,7 +72,7 @@ def rank_agreement(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Ra
     >>> rank_agreement({"a": 3, "b": 2, "c": 1}, {"a": 30, "b": 10, "c": 20}).spearman
     0.5
     """
-    from scipy.stats import kendalltau, spearmanr  # here, because scipy.stats alone takes over a second to import
+    from scipy.stats import kendalltau, spearmanr  # here, because scipy.stats alone takes half a second to import
 
     common = [name for name in ours if name in theirs]
     if len(common) < 2:

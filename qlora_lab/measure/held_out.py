@@ -63,7 +63,7 @@ def held_out(
     encoded, report = encode_all(examples, tokenizer, max_length, progress=progress)
     if report.too_long:  # a loss over fewer examples than were given is another figure
         left_out = f"{report.too_long:,} of {len(examples):,} examples have more than {max_length} tokens"
-        fix = f"max_length={report.longest} (--max-length) counts all"
+        fix = f"max_length={report.longest} counts all (--max-length, which lengthens rows of training too)"
         warnings.warn(f"{left_out} and do not count in the held-out loss: {fix}", stacklevel=2)
     check_tokens(model, tokenizer, used_tokens(encoded))
     longest = max(len(example.input_ids) for example in encoded)

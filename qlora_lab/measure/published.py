@@ -286,7 +286,7 @@ def _printed(text: str) -> str:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal():  # no sign, no point
+    if not (text.isascii() and text.isdecimal()):  # no sign, no point, no digits of another script
         raise ValueError(text)
     return int(text)
 

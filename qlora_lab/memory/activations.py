@@ -122,7 +122,7 @@ def _routed(shape: Shape, setup: Setup, flows: bool) -> Iterator[Kept]:
     # Mixtral multiplies 16-bit answers by float32 weights, Qwen3 rounds the weights first
     wide = "float32" if shape.family == "mixtral" else setup.dtype
     yield _kept(ROUTING, pairs, wide, "T k: weights")
-    yield _kept(ROUTING, pairs, "int64", "T k: and back")
+    yield _kept(ROUTING, pairs, "int64", "T k: from pairs back to tokens")
     if not setup.is_packed and not adapted:  # torch's own grouped product
         yield _kept(ROUTING, shape.experts, "int32", "E: ends of groups")
     yield from _expert(shape, setup, flows)

@@ -181,7 +181,9 @@ def _rows(setup: Setup, rows: int) -> Setup:
 
 def _longest(shape: Shape, setup: Setup, nbytes: int) -> int:
     single = _rows(setup, 1)
-    return _most(MOST_TOKENS, lambda n: _peak(shape, replace(single, length=n)) <= nbytes)
+    # shorter rows have no room for their pictures: they fit if the shortest one with room does
+    least = setup.pictures * shape.sight.tokens if shape.sight else 0
+    return _most(MOST_TOKENS, lambda n: _peak(shape, replace(single, length=max(n, least))) <= nbytes)
 
 
 def _largest_rank(shape: Shape, setup: Setup, nbytes: int) -> int:

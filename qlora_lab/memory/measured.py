@@ -5,8 +5,8 @@
 A live storage counts once. A batch is one that data.collate makes.
 Not here: what autograd keeps (watched.py).
 
-Python cannot see some rows (the loss's workspace, CUDA's context): they have no measured bytes. For the
-peak of the whole process ask train/resident.py.
+Python cannot see some rows (the loss's workspace, CUDA's context): they have no measured bytes. For the peak of the
+whole process ask train/resident.py.
 """
 
 from collections import Counter

@@ -22,7 +22,7 @@ from qlora_lab.memory.ledger import PHASES, Ledger, LedgerRow
 from qlora_lab.memory.linear_shape import LinearShape
 from qlora_lab.memory.setup import BYTES, LOW_RANK, Setup
 from qlora_lab.memory.shape import Shape, shape_of
-from qlora_lab.memory.sight import check_parts
+from qlora_lab.memory.sight import check_seeing
 from qlora_lab.memory.targets import targeted
 from qlora_lab.optim.paged_adamw import UNIT
 from qlora_lab.optim.paging import PAGE_SIZE
@@ -60,24 +60,29 @@ def predict_memory(model: Any, method: str = "qlora", **setup: Any) -> Ledger:
 def ledger_of(shape: Shape, setup: Setup) -> Ledger:
     """Do the same from a Shape and a Setup.
 
-    Raises ValueError for Houlsby's adapters on a mixture of experts, and for parts that the model does not have.
+    Raises ValueError for Houlsby's adapters on a mixture of experts, for parts that the model does not have, and
+    for more pictures than a row has room for.
     """
-    check_parts(shape.name, shape.sight, setup)
+    check_seeing(shape, setup)
     if shape.experts and setup.method == "houlsby":
         raise ValueError(f"{shape.name} routes tokens to experts, which method='houlsby' cannot adapt: choose qlora")
     rows = [*_weights(shape, setup), *_adapters(shape, setup), *_gradients(shape, setup), *_moments(shape, setup)]
     rows += [*_activations(shape, setup), *_loss(shape, setup), *_workspace(shape, setup), *_runtime(setup)]
     words = f"{shape.name}, {shape.parameters:,} weights: {setup}"
-    return Ledger(tuple(rows), words, setup.tokens, _notes(setup), _idle(shape, setup))
+    return Ledger(tuple(rows), words, setup.tokens, _notes(shape, setup), _idle(shape, setup))
 
 
-def _notes(setup: Setup) -> tuple[str, ...]:
+def _notes(shape: Shape, setup: Setup) -> tuple[str, ...]:
     labels = f"{setup.labels:,} of {setup.tokens:,} tokens at once are labels: only their rows go through the head"
     if setup.device == "cuda":
         more = "CUDA's context and the allocator's rounding are assumptions: an H200 had 0.65 to 0.81 GB beside tensors"
     else:
         more = "this is what is asked for: glibc can hold twice as much, in gaps it cannot use; jemalloc does not"
-    return LETTERS, labels, more
+    notes = LETTERS, labels, more
+    if shape.sight and not setup.pictures:
+        tokens = shape.sight.tokens
+        return *notes, f"rows of text alone: with --pictures N a row has N, which take {tokens:,} of its tokens each"
+    return notes
 
 
 def _idle(shape: Shape, setup: Setup) -> int:

@@ -56,7 +56,8 @@ class Setup:
     batch_size: int = same_option(Settings, "batch_size")
     micro_batch_size: int | None = same_option(Settings, "micro_batch_size")
     length: int = option(Settings.max_length, "tokens per row", "tokens")
-    pictures: int = option(1, "of a model that sees: pictures per row", "pictures")
+    # A LLaVA's picture takes 576 tokens, more than the default length: a run of text is one that can exist.
+    pictures: int = option(0, "of a model that sees: pictures per row; their tokens count in its length")
     # with packing it decides how many rows a batch needs
     mean_length: int | None = option(None, "mean tokens per example, for --packing (default: a whole row)", "tokens")
     packing: bool = same_option(Settings, "packing")

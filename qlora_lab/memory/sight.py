@@ -14,6 +14,7 @@ from qlora_lab.memory.linear_shape import LinearShape, part_of, size_of
 
 if TYPE_CHECKING:
     from qlora_lab.memory.setup import Setup
+    from qlora_lab.memory.shape import Shape
 
 TOWER, PROJECTOR = "vision_tower", "multi_modal_projector"
 LANGUAGE, HEAD = "language_model", "lm_head"
@@ -105,17 +106,43 @@ def sight_of(config: dict, where: str, hidden: int) -> Sight:
     )
 
 
-def check_parts(name: str, sight: Sight | None, setup: "Setup") -> None:
-    """Raise ValueError for parts that the model `name` does not have, or whose training has no rows."""
-    learn = (PROJECTOR, LANGUAGE, HEAD)
-    for option, asked, known in (("also", setup.also, (TOWER, PROJECTOR)), ("parts", setup.parts or (), learn)):
+def check_seeing(shape: "Shape", setup: "Setup") -> None:
+    """Raise ValueError for pictures and parts that the model does not have, or whose training is not counted."""
+    name, sight = shape.name, shape.sight
+    for option, asked in (("also", setup.also), ("parts", setup.parts), ("pictures", setup.pictures)):
         if asked and sight is None:
-            raise ValueError(f"{option}={asked}: the ledger knows parts of models that see, and {name} sees nothing")
-        if unknown := sorted(set(asked) - set(known)):
-            raise ValueError(f"{option}={unknown}: the ledger knows {', '.join(known)}")
-    if setup.learns(HEAD) and not setup.whole:
-        raise ValueError(f"parts={setup.parts}: the ledger counts a head only with {LANGUAGE}: name both, or neither")
-    if both := sorted(set(setup.also) & set(setup.parts or ())):
-        raise ValueError(f"{both[0]} is to learn in 16 bits and to be in 4: leave it out of parts or of also")
-    if sight and setup.method == "full" and setup.parts is None:
-        raise ValueError(f"{name} sees, and what its tower keeps while it learns has no rows: give parts={learn}")
+            given = " ".join(asked) if isinstance(asked, tuple) else asked
+            raise ValueError(f"{name} reads no pictures: leave out {option} (--{option} {given})")
+    if sight is None:
+        return
+    if (taken := setup.pictures * sight.tokens) > setup.length:  # such a row is left out of a run, or stops it
+        many = "pictures take" if setup.pictures > 1 else "picture takes"
+        raise ValueError(
+            f"{setup.pictures} {many} {taken:,} tokens, but a row has {setup.length:,}: "
+            "raise length (--max-length), or lower pictures (--pictures)"
+        )
+    _check_parts(shape, setup)
+
+
+def _check_parts(shape: "Shape", setup: "Setup") -> None:
+    # A tied head is the table of embeddings, which learns with the language model, and no module of its own learns.
+    learn = (PROJECTOR, LANGUAGE) if shape.tied else (PROJECTOR, LANGUAGE, HEAD)
+    parts = setup.parts or ()
+    if unknown := sorted(set(setup.also) - {TOWER, PROJECTOR}):
+        raise ValueError(f"also names {', '.join(unknown)}: choose from {TOWER}, {PROJECTOR}")
+    if HEAD in parts and shape.tied:
+        raise ValueError(f"parts names {HEAD}, but this model's head is its table of embeddings: leave it out")
+    if unknown := sorted(set(parts) - set(learn)):
+        raise ValueError(f"parts names {', '.join(unknown)}: only training of {', '.join(learn)} can be counted")
+    if HEAD in parts and LANGUAGE not in parts:
+        raise ValueError(f"parts names {HEAD} without {LANGUAGE}, which is not counted: name both, or neither")
+    if both := sorted(set(setup.also) & set(parts)):
+        raise ValueError(
+            f"{both[0]} is named in both parts and also, but a part cannot learn and be packed: "
+            "leave it out of one of them"
+        )
+    if setup.method == "full" and setup.parts is None:
+        raise ValueError(
+            f"{shape.name} reads pictures, and what its tower needs to learn cannot be counted: "
+            f"say which parts learn, such as --parts {' '.join(learn)}"
+        )

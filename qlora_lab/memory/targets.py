@@ -25,7 +25,7 @@ def targeted(shape: Shape, setup: Setup) -> Targets:
     """Return what has an adapter.
 
     Raises ValueError for an unknown target, for a group that the model has none of, and for adapters on experts with a
-    method or a dropout that cannot be there.
+    method or a dropout that experts cannot take.
     """
     if setup.method not in LOW_RANK:
         return Targets([], [])

@@ -53,11 +53,11 @@ def chosen_parts(model: nn.Module, names: Iterable[str], paths: Iterable[str]) -
 
 
 def as_names(names: str | Iterable[str], option: str = "also") -> tuple[str, ...]:
-    """Return names as a tuple; a text is one name. Raises TypeError, which tells the option, for anything else."""
+    """Return names as a tuple, each once; a text is one name. Raises TypeError, with the option, for anything else."""
     named = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (names,)
     if not all(isinstance(name, str) for name in named):
         raise TypeError(f"{option} is {names!r:.60}, but it must be a name or a list of names")
-    return named
+    return tuple(dict.fromkeys(named))
 
 
 def _around(path: str) -> set[str]:

@@ -35,7 +35,7 @@ def normal_float(bits: int = 4, offset: float | None = None, symmetric: bool = F
     >>> normal_float(2).tolist()
     [-1.0, 0.0, 0.43581822514533997, 1.0]
     """
-    from scipy.special import ndtri  # scipy.stats' norm.ppf calls it, but takes over a second to import
+    from scipy.special import ndtri  # scipy.stats' norm.ppf calls it, but takes half a second to import
 
     if bits not in range(2, 9):
         raise ValueError(f"bits={bits!r} is not supported: choose a whole number from 2 to 8")

@@ -27,7 +27,8 @@ PACKAGE = "package"  # begins the name of a processor's zone
 # is the whole board, packages included.
 COUNTED = (PACKAGE, "dram")
 # A counter that goes all the way round within a step looks as if it had hardly moved. AMD's ends at 65 kJ, 131 s of the
-# largest processors (500 W: EPYC 9965, Xeon 6980P); Intel's at 262 kJ, and that of its memory at 65.
+# largest processors (500 W: EPYC 9965, Xeon 6980P); Intel's at 262 kJ, after nine minutes. That of Intel's memory ends
+# at 65 kJ; that memory draws at most as much as a processor is an assumption.
 MOST_WATTS = 500
 UNKNOWN = "another process has no figure, a counter fell, or it may have gone all the way round in so long a step"
 EARLIER = "logged by an earlier version, which counted none"

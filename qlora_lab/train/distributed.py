@@ -171,13 +171,15 @@ def processes() -> Iterator[int]:
     """Join the processes that torchrun started while the `with` block lasts; yields the rank of this one.
 
     NCCL where there is a GPU for each process of the node, else gloo. Without torchrun nothing is joined.
-    Raises ValueError for more processes on a node than it has GPUs, if it has any, and for numbers that torchrun would
-    not give.
+    Raises ValueError for more processes on a node than it has GPUs, if it has any, and for variables that torchrun
+    would not set so.
     """
     if torchrun.world_size() <= 1:
         yield 0
         return
+    torchrun.rank()  # raises for one that cannot be: torch would wait for it
     local = torchrun.local_rank()
+    torchrun.check_meeting_point()
     gpus = torch.cuda.device_count()
     if gpus:
         if local >= gpus:

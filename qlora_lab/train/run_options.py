@@ -38,7 +38,7 @@ class ModelOptions:
     double_quant: bool = option(True, "quantise the scaling constants to 8 bits")  # saves 0.37 bits per weight at 64
     # a tower is a small part of the bytes, and every answer depends on it
     also: tuple[str, ...] = option(
-        (), "of a model that sees: parts to quantise beside its language model: vision_tower, multi_modal_projector"
+        (), "parts of a model that sees to quantise too, such as vision_tower or multi_modal_projector"
     )
     # bf16 is chosen only where the machine multiplies it faster than float32
     dtype: str = option(

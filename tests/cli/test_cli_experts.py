@@ -54,7 +54,19 @@ def test_a_line_for_each_layer_names_the_busiest(mixture, text, capsys):
         assert counts == sorted(counts, reverse=True) and sum(counts) == 2 * 12 * 2  # a token takes two experts
 
 
-def test_a_dense_model_is_refused(folder, text, capsys):
+def test_a_dense_model_is_refused_before_it_is_loaded(folder, text, capsys, monkeypatch):
+    monkeypatch.setattr(ql, "load", None)  # which takes minutes
     capsys.readouterr()
     assert cli.main(["experts", str(folder), "--text", str(text), *WORDS]) == 2
-    assert "LlamaForCausalLM has no stacks of experts: give a mixture" in capsys.readouterr().err
+    said = " is a LlamaForCausalLM, which has no experts: give a mixture, such as allenai/OLMoE-1B-7B-0924\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
+def test_the_data_type_is_one_to_try(mixture, text, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["experts", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data type to try on each expert, such as nf4, fp4 or int4: how much the loss would rise" in said
+    assert "none: do not quantise" not in said
+    assert cli.main(["experts", str(mixture), "--codebook", "none", "--text", str(text), "--quiet"]) == 2
+    assert "'none'" in capsys.readouterr().err

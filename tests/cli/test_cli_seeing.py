@@ -39,6 +39,16 @@ def test_a_copy_has_the_parts_in_4_bits_that_are_named(llava_folder, tmp_path, c
     )
 
 
+def test_a_list_of_parts_takes_the_words_behind_it(capsys):
+    with pytest.raises(SystemExit) as end:
+        run("generate", "--model", "llava", "--also", TOWER, "hello")
+    assert end.value.code == 2
+    assert "are required: question (write it before the options); --help" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("sweep", "smollm2-135m")
+    assert "are required: --out; --help" in capsys.readouterr().err
+
+
 def test_a_projector_learns_beside_packed_parts(llava_folder, data, tmp_path, capsys):
     out = tmp_path / "run"
     words = ["finetune", "--model", llava_folder, "--data", data, "--held-out", 0, "--steps", 1, "--out", out]

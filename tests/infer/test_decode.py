@@ -46,6 +46,7 @@ def greedy_is_transformers(model, tokenizer, new: int) -> None:
         assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
 
 
+@pytest.mark.long
 def test_greedy_answers_are_those_of_transformers(packed, tokenizer):
     greedy_is_transformers(packed, tokenizer, 16)
 
@@ -55,6 +56,7 @@ def test_the_kernel_s_greedy_answers_are_those_of_transformers(packed, tokenizer
     greedy_is_transformers(packed, tokenizer, 40)
 
 
+@pytest.mark.long
 def test_an_end_token_ends_a_row_and_not_the_others(packed, tokenizer):
     free = decode(packed, tokenizer, PROMPTS, 12, progress=False)
     end = free[0].ids[5]
@@ -67,6 +69,7 @@ def test_an_end_token_ends_a_row_and_not_the_others(packed, tokenizer):
     assert ended[0].ended == "end"
 
 
+@pytest.mark.long
 def test_pieces_are_the_answer(packed, tokenizer):
     run = Decoding(packed, tokenizer, PROMPTS, 10)
     texts = ["", "", ""]
@@ -77,6 +80,7 @@ def test_pieces_are_the_answer(packed, tokenizer):
     assert run.answers == decode(packed, tokenizer, PROMPTS, 10, progress=False)
 
 
+@pytest.mark.long
 def test_a_stop_ends_an_answer_and_is_not_in_it(packed, tokenizer):
     (whole,) = decode(packed, tokenizer, PROMPTS[0], 30, progress=False)
     stop = whole.text[5:8]
@@ -85,6 +89,7 @@ def test_a_stop_ends_an_answer_and_is_not_in_it(packed, tokenizer):
     assert len(answer.ids) < len(whole.ids)
 
 
+@pytest.mark.long
 def test_an_iteration_that_is_left_can_go_on(packed, tokenizer):
     whole = decode(packed, tokenizer, PROMPTS, 9, progress=False)
     run = Decoding(packed, tokenizer, PROMPTS, 9)
@@ -94,6 +99,7 @@ def test_an_iteration_that_is_left_can_go_on(packed, tokenizer):
     assert list(run) and run.answers == whole
 
 
+@pytest.mark.long
 def test_ctrl_c_returns_what_was_said(packed, tokenizer, monkeypatch):
     steps = iter(range(100))
 
@@ -108,6 +114,7 @@ def test_ctrl_c_returns_what_was_said(packed, tokenizer, monkeypatch):
     assert {answer.ended for answer in answers} == {"interrupted"}
 
 
+@pytest.mark.long
 def test_a_full_context_says_so(packed, tokenizer):
     prompt = list(range(3, 63))  # 60 tokens of 64
     (answer,) = decode(packed, tokenizer, [prompt], 20, progress=False)
@@ -159,6 +166,7 @@ def test_a_nan_names_its_layer(tokenizer):
         decode(model, tokenizer, "a", progress=False)
 
 
+@pytest.mark.long
 def test_other_families_go_through_transformers_and_say_so(tokenizer):
     model = small(config=GemmaConfig, head_dim=64)
     with pytest.warns(UserWarning, match=r"not of llama, mistral, qwen2: transformers' generate answers"):
@@ -177,6 +185,7 @@ def test_other_families_go_through_transformers_and_say_so(tokenizer):
 # ------------------------------------------------------------------------------------------------------------- choosing
 
 
+@pytest.mark.long
 def test_one_seed_one_text(packed, tokenizer):
     hot = Sampling(temperature=1.5, seed=3)
     first, again = (decode(packed, tokenizer, PROMPTS, 12, hot, progress=False) for _ in range(2))
@@ -190,6 +199,7 @@ def test_one_seed_one_text(packed, tokenizer):
 logits = st.lists(st.floats(-20, 20, width=32), min_size=5, max_size=5).map(torch.tensor)
 
 
+@pytest.mark.long
 @given(logits, st.lists(st.integers(0, 4), min_size=1, max_size=6), st.floats(0.5, 2), st.floats(0.01, 1))
 def test_options_mean_what_they_mean_in_transformers(logits, seen, penalty, top_p):
     ids = torch.tensor([seen])
@@ -205,6 +215,7 @@ def test_options_mean_what_they_mean_in_transformers(logits, seen, penalty, top_
     assert ours.max() == shares.max()
 
 
+@pytest.mark.long
 def test_draws_have_the_shares_of_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -50.0])
     chooser = Chooser(Sampling(temperature=2.0), [])
@@ -216,6 +227,7 @@ def test_draws_have_the_shares_of_the_softmax():
 # --------------------------------------------------------------------------------------------------------------- pieces
 
 
+@pytest.mark.long
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
 def test_no_piece_cuts_a_character(byte_tokenizer, text):
     """Every byte is a token here, so a character comes in up to four tokens."""
@@ -226,6 +238,7 @@ def test_no_piece_cuts_a_character(byte_tokenizer, text):
     assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
 
 
+@pytest.mark.long
 @given(st.text("ab", max_size=10), st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3))
 def test_a_stop_is_found_wherever_it_begins(byte_tokenizer, text, stops):
     pieces = Pieces(byte_tokenizer, stops)

@@ -66,12 +66,14 @@ FAMILIES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
 def test_the_readable_step_is_transformers(changes, with_kernels):
     model = quantize_linears(small(**changes))
     assert_near(logits_of(model), theirs(dequantised(model)))
 
 
+@pytest.mark.long
 @kernel
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
 def test_the_kernel_s_step_is_transformers(changes, with_kernels):
@@ -79,6 +81,7 @@ def test_the_kernel_s_step_is_transformers(changes, with_kernels):
     assert_near(logits_of(model, FastStep), theirs(dequantised(model)))
 
 
+@pytest.mark.long
 def test_a_prompt_that_is_read_in_parts(packed, monkeypatch):
     monkeypatch.setattr(readable, "FEWEST", 7)
     monkeypatch.setattr(readable, "NUMBERS_AT_ONCE", 0)
@@ -92,6 +95,7 @@ PACKINGS = {
 }
 
 
+@pytest.mark.long
 @kernel
 @pytest.mark.parametrize("options", PACKINGS.values(), ids=PACKINGS)
 def test_every_packing(options, with_kernels):
@@ -99,6 +103,7 @@ def test_every_packing(options, with_kernels):
     assert_near(logits_of(model, FastStep), theirs(dequantised(model)))
 
 
+@pytest.mark.long
 @kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_weights_that_are_not_packed(dtype, with_kernels):
@@ -116,6 +121,7 @@ def expected_of(model) -> torch.Tensor:
     return theirs(wide)
 
 
+@pytest.mark.long
 @kernel
 @pytest.mark.parametrize("r", [1, 8, 16, 20])
 def test_adapters_of_any_rank(r, packed):
@@ -126,6 +132,7 @@ def test_adapters_of_any_rank(r, packed):
     assert (expected - theirs(dequantised(quantize_linears(small())))).abs().max() > 0.1  # they do something
 
 
+@pytest.mark.long
 @kernel
 def test_relatives_of_lora_that_are_a_product(packed):
     model = add_adapter(packed, "pissa", r=4, progress=False)
@@ -134,6 +141,7 @@ def test_relatives_of_lora_that_are_a_product(packed):
     assert_near(logits_of(model, FastStep), theirs(dequantised(model)))
 
 
+@pytest.mark.long
 @kernel
 def test_threads_change_nothing(packed, monkeypatch):
     """Each sum is one thread's, whichever that is."""
@@ -167,6 +175,7 @@ def test_rows_of_other_lengths_do_not_disturb_each_other(count, packed):
     assert together.lengths.tolist() == [len(ids) + 2 for ids in rows]
 
 
+@pytest.mark.long
 def test_sizes_that_the_kernel_does_not_take_are_computed(with_kernels):
     model = quantize_linears(small(hidden_size=48, num_attention_heads=2), block_size=16)
     step = step_of(read_stack(model))
@@ -187,6 +196,7 @@ def test_the_cache_has_the_bytes_of_its_formula(packed):
     assert cache.nbytes == 4 * (2 * 2 * 3 * 1 * 10 * 64 + 2 * 10 * 64)
 
 
+@pytest.mark.long  # compiles the product of a prompt
 def test_a_full_cache_is_refused(packed):
     stack = read_stack(packed)
     cache = make_cache(stack, 1, 4)

@@ -146,6 +146,7 @@ HEAD = "first,second,first_wins,second_wins,ties,unparsed\n"
         ("first,second\na,b\n", "line 1: the columns are first,second; they must be first,second,first_wins"),
         (f"# source\n\n{HEAD}a,b,1,2,3\n", "line 4: 5 cells; there must be 6"),
         (f"{HEAD}a,b,1,2,3,4,5\n", "line 2: 7 cells"),
+        (f"{HEAD}a,b,1,2,3,0\na,b,1,2,٣,0\n", "line 3: ties is '٣'; it must be a whole number of 0 or more"),
         (f"{HEAD}a,b,1,2,3,0\na,b,1,2,-3,0\n", "line 3: ties is '-3'; it must be a whole number of 0 or more"),
         (f"{HEAD}a,b,1,2,3.0,0\n", "line 2: ties is '3.0'"),
         (f"{HEAD}a,b,1,,3,0\n", "line 2: second_wins is ''"),

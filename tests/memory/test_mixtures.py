@@ -109,6 +109,8 @@ def test_pairs_of_experts_by_hand():
     assert ledger.row("lora_A").count == 2 * 4 * 8 * (16 + 32)
     assert ledger.row("lora_B").count == 2 * 4 * 8 * (64 + 16)
     assert ledger.row("gradients").predicted == ledger.group("adapters") == 4 * 2 * 4 * 8 * (80 + 48)
+    pairs = ledger.row("gradients of pairs")  # of one layer at a time, in float32
+    assert (pairs.count, pairs.predicted) == (4 * 8 * (80 + 48), 4 * 4 * 8 * (80 + 48))
     assert ledger.row("step counters").count == 2 * 4  # the pairs of all experts lie in two tensors
     assert ql.fit(shape, 24, targets="experts").rank == 16  # more than the narrower side expresses nothing
 

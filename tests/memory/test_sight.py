@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 import qlora_lab as ql
 from qlora_lab.cli import main
 from qlora_lab.memory.measured import measure_memory
+from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import shape_of
 from qlora_lab.memory.sight import HEAD, LANGUAGE, PROJECTOR, TOWER
 from qlora_lab.memory.weights import predicted_weights
@@ -127,19 +128,24 @@ def test_what_has_no_rows_is_refused_by_name(llava_folder):
     siglip = json.loads((llava_folder / "config.json").read_text())
     siglip["vision_config"]["model_type"] = "siglip_vision_model"
     refused("has the vision tower 'siglip_vision_model', whose layers are unknown here: the ledger knows clip", siglip)
-    refused("sees, and what its tower keeps while it learns has no rows: give parts=", method="full")
-    refused("parts=.'vision_tower'.: the ledger knows multi_modal_projector, lang", method="full", parts=TOWER)
-    refused("also=.'tower'.: the ledger knows vision_tower, multi_modal_projector", also="tower")
-    refused(
-        "multi_modal_projector is to learn in 16 bits and to be in 4", method="full", parts=PROJECTOR, also=PROJECTOR
-    )
+    refused(f"cannot be counted: say which parts learn, such as --parts {' '.join(ALL_THREE)}$", method="full")
+    refused("parts names vision_tower: only training of multi_modal_projector, lang", method="full", parts=TOWER)
+    refused("also names tower: choose from vision_tower, multi_modal_projector", also="tower")
+    both = "multi_modal_projector is named in both parts and also, but a part cannot learn and be packed: leave it out"
+    refused(both, method="full", parts=PROJECTOR, also=PROJECTOR)
     refused("also=.'vision_tower',. quantises, but this run does not: leave it out", method="lora", also=TOWER)
     refused("parts=.'lm_head',. does not go with method='qlora': choose method='full'", parts=HEAD)
     refused("pictures=-1 is not allowed", pictures=-1)
     refused("parts names no module, so nothing would learn", method="full", parts=())
-    refused("counts a head only with language_model: name both, or neither", method="full", parts=(PROJECTOR, HEAD))
-    refused("also=.* the ledger knows parts of models that see, and llama-7b sees nothing", "llama-7b", also=TOWER)
-    refused("parts=.* and llama-7b sees nothing", "llama-7b", method="full", parts=HEAD)
+    refused("lm_head without language_model, which is not counted: name both", method="full", parts=(PROJECTOR, HEAD))
+    for option in ({"also": TOWER}, {"method": "full", "parts": HEAD}, {"pictures": 1}):
+        name, given = list(option.items())[-1]
+        said = rf"llama-7b reads no pictures: leave out {name} \(--{name} {given}\)"
+        refused(said, "llama-7b", **option)
+    tied = siglip | {"vision_config": {"model_type": "clip_vision_model"}}
+    tied["text_config"] = tied["text_config"] | {"tie_word_embeddings": True}
+    refused("parts names lm_head, but this model's head is its table of emb", tied, method="full", parts=ALL_THREE)
+    refused("such as --parts multi_modal_projector language_model$", tied, method="full")
     refused("has vision_config=3: it is a configuration of its own", siglip | {"vision_config": 3})
     refused("has a llava as its language model: it is one of llama", siglip | {"text_config": {"model_type": "llava"}})
 
@@ -164,6 +170,30 @@ def test_the_command_line_counts_a_model_that_sees(llava_folder, capsys):
     plain, packed = figures(), figures("--also", TOWER, PROJECTOR)
     assert packed["groups"]["weights"] < plain["groups"]["weights"]
     learned = [figures("--method", "full", "--parts", PROJECTOR, "--pictures", n)["groups"] for n in ("1", "2")]
+    assert figures("--method", "full", "--parts", LANGUAGE, LANGUAGE) == figures(
+        "--method", "full", "--parts", LANGUAGE
+    )
     assert learned[0]["activations"] < learned[1]["activations"]
     assert main(["memory", str(llava_folder), "--method", "full"]) == 2
-    assert "has no rows: give parts=" in capsys.readouterr().err
+    assert "say which parts learn, such as --parts" in capsys.readouterr().err
+
+
+def test_pictures_have_room_in_their_row(llava_folder, capsys):
+    """A picture has 4 tokens here, and 576 in LLaVA-1.5, whose default configuration this is."""
+    assert ql.predict_memory(llava_folder, pictures=2, length=8).tokens == 8 * Setup.batch_size
+    with pytest.raises(
+        ValueError, match=r"2 pictures take 8 tokens, but a row has 7: raise length \(--max-length\), or"
+    ):
+        ql.predict_memory(llava_folder, pictures=2, length=7)
+    whole = LlavaConfig()
+    assert "with --pictures N a row has N, which take 576 of its tokens each" in str(ql.predict_memory(whole))
+    with pytest.raises(ValueError, match="1 picture takes 576 tokens, but a row has 256: "):
+        ql.predict_memory(whole, pictures=1)
+    assert "--pictures N" not in str(ql.predict_memory(whole, pictures=1, length=576))
+    assert "--pictures N" not in str(ql.predict_memory("llama-7b"))
+    found = ql.fit(whole, 24, pictures=1, length=600)
+    assert found.fits and found.longest > 576  # the search for the longest row does not end at those without room
+    assert ql.fit(whole, 1, pictures=1, length=600).longest == 0
+    assert main(["memory", str(llava_folder), "--pictures", "3", "--max-length", "9"]) == 2
+    said = capsys.readouterr().err
+    assert "3 pictures take 12 tokens" in said and said.count("\n") == 1

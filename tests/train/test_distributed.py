@@ -284,16 +284,28 @@ def test_an_empty_variable_is_none(monkeypatch, capsys, empty):
     assert cli.main(["finetune", "--data", "no.jsonl"]) == 2 and "no.jsonl" in capsys.readouterr().err
 
 
+TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a whole number: start all processes with torchrun"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' is not a whole number"),
-        ({"WORLD_SIZE": "2"}, "LOCAL_RANK is not set, but WORLD_SIZE is: start all processes with torchrun"),
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK is not set, but .*, or unset WORLD_SIZE for one$"),
+        ({"WORLD_SIZE": "٢"}, "WORLD_SIZE='٢' is not a whole number"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE='9{60}' is not a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is not allowed, there is at least 1 process: start all"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set, but WORLD_SIZE is: start all processes with torchrun"),
+        (TWO | {"RANK": "2"}, "RANK=2 is not allowed, WORLD_SIZE=2 has ranks from 0 to 1: start all"),
+        (TWO | {"LOCAL_RANK": ""}, "LOCAL_RANK is not set, but .*, or unset WORLD_SIZE for one$"),
+        (TWO | {"MASTER_ADDR": ""}, "MASTER_ADDR is not set, but WORLD_SIZE is: start all"),
+        (TWO | {"MASTER_PORT": ""}, "MASTER_PORT is not set, but WORLD_SIZE is: start all"),
+        (TWO | {"MASTER_PORT": "zzz"}, "MASTER_PORT='zzz' is not a whole number: start all"),
+        (TWO | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not allowed, ports are 1 to 65535: start all"),
+        (TWO | {"MASTER_PORT": "0"}, "MASTER_PORT=0 is not allowed, ports are 1 to 65535"),
     ],
 )
-def test_numbers_that_torchrun_does_not_give_are_refused(monkeypatch, capsys, tmp_path, variables, said):
+def test_variables_that_torchrun_does_not_set_are_refused(monkeypatch, capsys, tmp_path, variables, said):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=said), processes():
