@@ -3,7 +3,7 @@
 In: seeds. Out: a row for each seed and run in a JSONL file (results_file.py): which questions were answered rightly,
 weights and peak in bytes, losses, and what the steps cost.
 
-    tower -> "projector" -> "full", "lora", "qlora", "blind" -> "damage"
+    tower -> "projector" -> "qlora", "lora", "full", "blind" -> "damage"
 
 A seed draws its own pictures (toy-shapes), trains its own vision tower and projector, and from there on each method
 learns the same questions in the same order. All are tested on combinations of colour, shape and number that no training
@@ -12,7 +12,7 @@ that "lora" has made, then the next.
 
 Every run is a process of its own, so its peak of memory is its own. Seconds are those of the processor, over all
 threads: they bear other work beside them, within limits; elapsed seconds would not.
-Source of the question: LLaVA at scale (arXiv 2309.09958), section 3: full, LoRA and QLoRA are about as good.
+Source of the question: LLaVA at scale (arXiv 2309.09958), section 3: full, LoRA and QLoRA are about equally good.
 """
 
 import hashlib
@@ -41,8 +41,11 @@ from qlora_lab.files import disk
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.results_file import Kind, append_result, open_results, with_checksum
 from qlora_lab.files.strict_json import NUMBER, OBJECT, TEXT
+from qlora_lab.measure.machine import machine
+from qlora_lab.measure.sweep import commit
 from qlora_lab.model.load import load
 from qlora_lab.quant.numbers import check_whole
+from qlora_lab.train.identity import installed_version
 from qlora_lab.train.resident import peak_resident, reset_peak, resident
 from qlora_lab.train.seeing import see
 from qlora_lab.train.toy_llava import rounded, toy_llava, trained_tower
@@ -52,9 +55,17 @@ PROJECTOR = "projector.safetensors"
 MARK = "mark"  # a file that tells a folder from another that had its name
 ROWS = Kind(
     "seeing_rows",
-    "models that see",
-    {"settings": OBJECT, "seed": NUMBER, "run": TEXT, "mark": TEXT, "right": OBJECT},
-    ("settings", "seed", "run"),
+    "a comparison of models that see",
+    {
+        "settings": OBJECT,
+        "versions": OBJECT,
+        "machine": OBJECT,
+        "seed": NUMBER,
+        "run": TEXT,
+        "mark": TEXT,
+        "right": OBJECT,
+    },
+    ("settings", "versions", "seed", "run"),
     first="settings",
 )
 METHODS = ("qlora", "lora", "full", "blind")
@@ -72,7 +83,7 @@ class Settings:
     tower_steps: int = 400
     batch: int = 8  # pictures in a step, each with four questions
     projector_steps: int = 20
-    language_steps: int = 50
+    language_steps: int = 80
     test: int = 72  # pictures, each with four questions
     r: int = 16
     alpha: int = 32
@@ -89,19 +100,20 @@ def seeing_rows(
 ) -> list[dict]:
     """Return a row for each of `seeds` and `runs`, in their order; make and append those that `results` lacks.
 
-    work: a folder for the models of a stopped call; a seed needs about 2 GiB there. settings: Settings() if None. runs:
+    work: a folder for the models of a stopped call. settings: Settings() if None. runs:
     the first of RUNS, for each reads what those before it have left. A row that is there is not made again, unless
     later runs need what it left and that is gone.
-    A row has settings, seed, run, mark (of the folder that it comes from), weight_bytes, right (property -> 0 or 1 for
+    A row has settings, versions, commit, machine, seed, run, mark (of the folder that it comes from), weight_bytes, right (property -> 0 or 1 for
     each picture), date, sha256; one of a training also learned (weights), losses, cost (train/cost.py) and peak_bytes,
     over Python and its libraries; "damage" also damaged ("part in codebook" -> as right).
     Raises ValueError for no seeds or other runs, RuntimeError for a run that failed, and whatever open_results raises.
     """
     check_whole("seeds", seeds)
     if not runs or runs != RUNS[: len(runs)]:
-        raise ValueError(f"runs={runs!r:.80} is not allowed: give the first of {', '.join(RUNS)}")
+        raise ValueError(f"runs={runs!r:.80} is not allowed: give RUNS, {', '.join(RUNS)}, or how it begins")
     settings = settings or Settings()
     decides = asdict(settings) | {"rates": RATES}
+    made_by = {name: installed_version(name) for name in ("qlora-lab", "torch", "transformers")}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     work = out_path(work)
     disk.make_folder(work)
@@ -109,7 +121,8 @@ def seeing_rows(
     bar = tqdm(total=seeds * len(runs), desc="runs", unit="run", disable=not progress)
     with open_results(results, ROWS) as (stored, file), bar:
         # Of several rows for one run, the last counts: it was made because what the others left was gone.
-        done = {(row["seed"], row["run"]): row for row in stored if row["settings"] == decides}
+        own_rows = (row for row in stored if (row["settings"], row["versions"]) == (decides, made_by))
+        done = {(row["seed"], row["run"]): row for row in own_rows}
         for seed in range(seeds):
             folder = work / f"{digest}-seed-{seed}"
             own = _usable([done.get((seed, run)) for run in runs], folder)
@@ -119,7 +132,8 @@ def seeing_rows(
                 measured = _in_process(folder, settings, seed, run)
                 mark = own[0]["mark"] if own else secrets.token_hex(8)
                 disk.write_text(folder / MARK, mark)
-                row = {"settings": decides, "seed": seed, "run": run, "mark": mark, **measured}
+                row = {"settings": decides, "versions": made_by, "commit": commit(), "machine": machine()}
+                row |= {"seed": seed, "run": run, "mark": mark, **measured}
                 own.append(with_checksum(row | {"date": datetime.now(UTC).date().isoformat()}))
                 append_result(file, own[-1])
                 bar.update()

@@ -100,7 +100,7 @@ def test_a_run_that_fails_is_named_and_what_was_made_stays(runs, monkeypatch, tm
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"seeds": 0}, "seeds=0"), ({"runs": ("lora",)}, "give the first of pro")]
+    ("options", "said"), [({"seeds": 0}, "seeds=0"), ({"runs": ("lora",)}, "give RUNS, projector, qlora")]
 )
 def test_what_cannot_be_made_is_refused(options, said, tmp_path):
     with pytest.raises(ValueError, match=said):
