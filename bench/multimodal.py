@@ -49,8 +49,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick and args.out == OUT:
         parser.error("--quick needs --out: its figures mean nothing")
-    settings = Settings(64, 2, 2, 2, 2, 4) if args.quick else Settings()
-    rows = seeing_rows(args.work / "rows.jsonl", args.work, settings, args.seeds)
+    quick = Settings(pictures=64, tower_steps=2, batch=2, projector_steps=2, language_steps=2, test=4)
+    rows = seeing_rows(args.work, quick if args.quick else Settings(), args.seeds)
     result = {"rows": rows}
     write(args.out, json.dumps(result, indent=1) + "\n")
     print(table(rows))

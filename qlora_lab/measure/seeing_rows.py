@@ -17,10 +17,14 @@ Source of the question: LLaVA at scale (arXiv 2309.09958), section 3: full, LoRA
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -53,21 +57,14 @@ from qlora_lab.train.trainer import finetune
 
 PROJECTOR = "projector.safetensors"
 MARK = "mark"  # a file that tells a folder from another that had its name
-ROWS = Kind(
-    "seeing_rows",
-    "a comparison of models that see",
-    {
-        "settings": OBJECT,
-        "versions": OBJECT,
-        "machine": OBJECT,
-        "seed": NUMBER,
-        "run": TEXT,
-        "mark": TEXT,
-        "right": OBJECT,
-    },
-    ("settings", "versions", "seed", "run"),
-    first="settings",
-)
+RULES = dict.fromkeys(("settings", "versions", "machine", "right"), OBJECT) | {
+    "seed": NUMBER,
+    "run": TEXT,
+    "mark": TEXT,
+}
+DECISIVE = ("settings", "versions", "seed", "run")
+ROWS = Kind("seeing_rows", "a comparison of models that see", RULES, DECISIVE, first="settings")
+FILE = "rows.jsonl"
 METHODS = ("qlora", "lora", "full", "blind")
 RATES = {"projector": 1e-3, "full": 1e-4, "lora": 1e-3, "qlora": 1e-3, "blind": 1e-3}
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
@@ -88,30 +85,37 @@ class Settings:
     r: int = 16
     alpha: int = 32
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            check_whole(name, value)
+        asked = self.batch * (self.projector_steps + self.language_steps)
+        if asked > self.pictures:
+            raise ValueError(f"the steps read {asked} pictures, but there are {self.pictures}: take more pictures")
+
 
 def seeing_rows(
-    results: str | Path,
     work: str | Path,
-    settings: Settings | None = None,
+    settings: Settings = Settings(),  # noqa: B008 - it is frozen
     seeds: int = 3,
-    runs: tuple[str, ...] = RUNS,
+    runs: Sequence[str] = RUNS,
     *,
     progress: bool = True,
 ) -> list[dict]:
-    """Return a row for each of `seeds` and `runs`, in their order; make and append those that `results` lacks.
+    """Return a row for each of `seeds` and `runs`, in their order; make those that the folder `work` lacks.
 
-    work: a folder for the models of a stopped call. settings: Settings() if None. runs:
-    the first of RUNS, for each reads what those before it have left. A row that is there is not made again, unless
-    later runs need what it left and that is gone.
-    A row has settings, versions, commit, machine, seed, run, mark (of the folder that it comes from), weight_bytes, right (property -> 0 or 1 for
-    each picture), date, sha256; one of a training also learned (weights), losses, cost (train/cost.py) and peak_bytes,
-    over Python and its libraries; "damage" also damaged ("part in codebook" -> as right).
+    work: holds rows.jsonl, and the models that later runs of a stopped call need. runs: RUNS, or how it begins, for each
+    reads what those before it have left. A row that is there is not made again, unless later runs need what it left and
+    that is gone.
+    A row has settings, versions, commit, machine, seed, run, mark (of the folder that it comes from), weight_bytes,
+    right (property -> 0 or 1 for each picture), date, sha256; one of a training also learned (weights), losses, cost
+    (train/cost.py) and peak_bytes, over Python and its libraries (None where the system does not tell); "damage" also
+    damaged (each "part in codebook" -> as right).
     Raises ValueError for no seeds or other runs, RuntimeError for a run that failed, and whatever open_results raises.
     """
     check_whole("seeds", seeds)
+    runs = tuple(runs)
     if not runs or runs != RUNS[: len(runs)]:
         raise ValueError(f"runs={runs!r:.80} is not allowed: give RUNS, {', '.join(RUNS)}, or how it begins")
-    settings = settings or Settings()
     decides = asdict(settings) | {"rates": RATES}
     made_by = {name: installed_version(name) for name in ("qlora-lab", "torch", "transformers")}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
@@ -119,7 +123,7 @@ def seeing_rows(
     disk.make_folder(work)
     rows = []
     bar = tqdm(total=seeds * len(runs), desc="runs", unit="run", disable=not progress)
-    with open_results(results, ROWS) as (stored, file), bar:
+    with open_results(work / FILE, ROWS) as (stored, file), bar:
         # Of several rows for one run, the last counts: it was made because what the others left was gone.
         own_rows = (row for row in stored if (row["settings"], row["versions"]) == (decides, made_by))
         done = {(row["seed"], row["run"]): row for row in own_rows}
@@ -149,7 +153,7 @@ def _usable(rows: list[dict | None], folder: Path) -> list[dict]:
     """
     mark = rows[0] and rows[0]["mark"]
     own = list(takewhile(lambda row: row and row["mark"] == mark, rows))
-    there = (folder / MARK).is_file() and (folder / MARK).read_text("utf-8") == mark
+    there = own and (folder / MARK).is_file() and (folder / MARK).read_bytes() == mark.encode()
     return own if there or len(own) == len(rows) else []
 
 
@@ -157,19 +161,43 @@ def _in_process(folder: Path, settings: Settings, seed: int, run: str) -> dict:
     """Make one run in a process of its own. A first run begins with an empty folder."""
     if run == RUNS[0] and folder.exists():
         shutil.rmtree(folder)
+    code, printed, said = _process(json.dumps([str(folder), asdict(settings), seed, run]))
+    if code:
+        last = f"it was killed by signal {-code}" if code < 0 else said.strip().splitlines()[-1]
+        again = f"call again to go on from there, or remove {folder} to begin this seed anew"
+        raise RuntimeError(f"the run {run!r} of seed {seed} failed: {last}. Mend what it names, and {again}")
+    return json.loads(printed.splitlines()[-1])
+
+
+def _process(asked: str) -> tuple[int, str, str]:
+    """Call one_run in a new process, which ends with this one; return its exit code, its output and its errors."""
     code = "import sys; from qlora_lab.measure.seeing_rows import one_run; one_run(sys.argv[1])"
-    asked = json.dumps([str(folder), asdict(settings), seed, run])
-    made = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True)
-    if made.returncode:
-        last = made.stderr.strip().splitlines()[-1:] or ["it was killed"]
-        raise RuntimeError(f"the run {run!r} of seed {seed} failed: {last[0]}. Call again to go on from there")
-    return json.loads(made.stdout.splitlines()[-1])
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
+        command = [sys.executable, "-c", code, asked]
+        # Its input stays open as long as this process lives, whatever ends it. one_run watches that.
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=printed, stderr=said) as child:
+            try:
+                child.wait()
+            finally:
+                child.kill()
+        for file in (printed, said):
+            file.seek(0)
+        return child.returncode, printed.read(), said.read()
 
 
 def one_run(asked: str) -> None:
-    """Make one run in this process, and print its row as the last line: `seeing_rows` calls it in a new process."""
+    """Make one run in this process, and print its row as the last line: `seeing_rows` calls it in a new process.
+
+    Left alone by that one, it would go on writing into a folder that the next call has taken.
+    """
+    threading.Thread(target=_end_with_caller, daemon=True).start()
     folder, settings, seed, run = json.loads(asked)
     print(json.dumps(_measured(Path(folder), Settings(**settings), seed, run)))
+
+
+def _end_with_caller() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def _measured(folder: Path, settings: Settings, seed: int, run: str) -> dict:
@@ -187,7 +215,7 @@ def _measured(folder: Path, settings: Settings, seed: int, run: str) -> dict:
         return row | {"right": ask(), "damaged": _damaged(model, ask)}
     reset_peak()
     row |= _trained(model, tokenizer, folder, settings, seed, run)
-    row["peak_bytes"] = peak_resident() - empty
+    row["peak_bytes"] = None if empty is None else peak_resident() - empty
     return row | {"right": ask()}
 
 
@@ -221,16 +249,17 @@ def _trained(model, tokenizer, folder: Path, settings: Settings, seed: int, run:
         add_adapter(model, "full", parts=part)
     first = run == "projector"
     data = folder / (run if run in ("projector", "blind") else "language") / RECORDS
+    steps = settings.projector_steps if first else settings.language_steps
     done = finetune(
         model,
         tokenizer,
         data,
-        settings.projector_steps if first else settings.language_steps,
+        steps,
         folder / "runs" / run,
         batch_size=settings.batch,
         lr=RATES[run],
         schedule="cosine",
-        warmup_steps=min(5, settings.language_steps - 1),
+        warmup_steps=min(5, steps - 1),
         clip=1.0,
         max_length=64,
         save_every=0,
