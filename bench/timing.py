@@ -27,7 +27,7 @@ def in_turn(contenders: dict[str, Callable[[], object]], rounds: int, sample: fl
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             samples[name].append(_seconds(contenders[name], calls[name]))
-    return {name: {**_summary(times), "calls": calls[name], "rounds": rounds} for name, times in samples.items()}
+    return {name: {**spread(times), "calls": calls[name], "rounds": rounds} for name, times in samples.items()}
 
 
 def _seconds(function: Callable[[], object], calls: int) -> float:
@@ -37,7 +37,8 @@ def _seconds(function: Callable[[], object], calls: int) -> float:
     return (perf_counter() - start) / calls
 
 
-def _summary(times: list[float]) -> dict[str, float]:
+def spread(times: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
     low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return {"median": median, "low": low, "high": high}
 

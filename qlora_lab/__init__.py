@@ -35,6 +35,10 @@ _HOME = {
     "Training": "train.trainer",
     "Settings": "train.settings",
     "diagnose": "doctor.diagnose",
+    # infer: answers from packed weights
+    "decode": "infer.decode",
+    "Decoding": "infer.decode",
+    "Sampling": "infer.sampling",
     # export: a model without its adapter
     "merge": "export.merge",
     "to_gguf": "export.gguf_out",
@@ -68,6 +72,7 @@ _ROOMS = [
     "adapters",
     "optim",
     "train",
+    "infer",
     "export",
     "doctor",
     "measure",

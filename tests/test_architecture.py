@@ -26,6 +26,7 @@ ROOMS = [
     "adapters",
     "optim",
     "train",
+    "infer",
     "export",
     "doctor",
     "measure",

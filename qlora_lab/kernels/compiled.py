@@ -26,12 +26,21 @@ def _room() -> int:
 
 def parallel(function):
     """Compile for all cores; the machine code is kept on disk if a folder can be written."""
+    return _compiled(function, parallel=True)
+
+
+def serial(function):
+    """Compile for one core, on which functions that are compiled for all may be called; kept as those are."""
+    return _compiled(function)
+
+
+def _compiled(function, **options):
     function.__qualname__ += f"_{_room():08x}"  # part of the file's name in the cache
     try:
-        return njit(parallel=True, cache=True)(function)
+        return njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no folder that it can write to
         _warn_uncached("no folder for them can be written")
-        return njit(parallel=True)(function)
+        return njit(**options)(function)
 
 
 @lru_cache  # once
@@ -51,12 +60,17 @@ def _start_threads():
     torch.set_num_threads(threads)
 
 
+def thread_count() -> int:
+    """How many threads `run` gives a kernel."""
+    return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+
+
 def run(kernel, *args):
     """Call a compiled kernel with torch's number of threads."""
     _start_threads()
     threads = torch.get_num_threads()
     if getattr(_local, "threads", None) != threads:  # numba keeps a number for each Python thread, too
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(thread_count())
         _local.threads = threads
     try:
         kernel(*args)

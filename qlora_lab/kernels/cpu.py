@@ -18,6 +18,7 @@ from numba.extending import overload
 
 from qlora_lab.kernels import vector as v
 from qlora_lab.kernels.compiled import opaque, parallel, run
+from qlora_lab.kernels.constants import undouble
 from qlora_lab.kernels.elements import (
     FLOAT16,
     FORM,
@@ -213,26 +214,6 @@ def quantize_blocks(
 
 
 # --- dequantise -------------------------------------------------------------------------------------------------------
-
-
-@njit(forceinline=True)
-def undouble(constants, first, n):
-    """Constants of n blocks from `first` on, with double quantization undone."""
-    absmax, codes, scale, offset, table, group_shift = constants
-    if len(codes) == 0:
-        return absmax[first : first + n]  # they are not quantised
-    values = np.empty(n, np.float32)  # (n,)
-    i = 0
-    while i < n:
-        block = first + i
-        if i + 16 <= n and block >> group_shift == (block + 15) >> group_shift:  # 16 constants with one scale
-            factor = v.splat(scale[block >> group_shift])
-            v.store(values, i, v.gather(table, v.load(codes, block)) * factor + v.splat(offset))
-            i += 16
-        else:
-            values[i] = table[codes[block]] * scale[block >> group_shift] + offset
-            i += 1
-    return values
 
 
 @njit(forceinline=True)

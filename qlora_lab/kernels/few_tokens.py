@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numba import prange
 
-from qlora_lab.kernels import cpu, vector as v
+from qlora_lab.kernels import cpu, sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel, run
+from qlora_lab.kernels.constants import undouble
 from qlora_lab.kernels.elements import FORM, read16, view, write
 from qlora_lab.kernels.packed_weight import PackedWeight
 
@@ -44,13 +45,13 @@ def _multiply(x, form, zeros, packed, levels, constants, block_size, columns, ro
     for tile in prange((rows + TILE - 1) // TILE):
         first = tile * TILE
         last = min(first + TILE, rows)
-        scales = cpu.undouble(constants, first * blocks, (last - first) * blocks)  # of all blocks in the tile
+        scales = undouble(constants, first * blocks, (last - first) * blocks)  # of all blocks in the tile
         totals = np.empty((len(zeros), TILE), np.float32)  # (tokens, rows of the tile)
         for row in range(first, last, 2):
             other = min(row + 1, last - 1)  # of an odd number of rows the last is computed twice
             bytes_, other_bytes = packed[row * columns // 2 :], packed[other * columns // 2 :]
             scale, other_scale = scales[(row - first) * blocks :], scales[(other - first) * blocks :]
-            sums, other_sums = v.splat_each(zeros), v.splat_each(zeros)
+            sums, other_sums = each.splat(zeros), each.splat(zeros)
             byte = 0
             for block in range(blocks):
                 table = v.load(levels, 0) * v.splat(scale[block])  # 16 scaled levels are one register
@@ -60,13 +61,13 @@ def _multiply(x, form, zeros, packed, levels, constants, block_size, columns, ro
                 for _ in range(block_size // 32):
                     codes, other_codes = v.load(bytes_, byte), v.load(other_bytes, byte)
                     high, other_high = codes >> v.splat(4), other_codes >> v.splat(4)
-                    sums = v.fma_each(sums, v.permute(table, high), halves, 2 * byte)
-                    other_sums = v.fma_each(other_sums, v.permute(other_table, other_high), halves, 2 * byte)
-                    sums = v.fma_each(sums, v.permute(table, codes), halves, 2 * byte + 16)  # permute takes 4 bits
-                    other_sums = v.fma_each(other_sums, v.permute(other_table, other_codes), halves, 2 * byte + 16)
+                    sums = each.fma(sums, v.permute(table, high), halves, 2 * byte)
+                    other_sums = each.fma(other_sums, v.permute(other_table, other_high), halves, 2 * byte)
+                    sums = each.fma(sums, v.permute(table, codes), halves, 2 * byte + 16)  # permute takes 4 bits
+                    other_sums = each.fma(other_sums, v.permute(other_table, other_codes), halves, 2 * byte + 16)
                     byte += 16
-            v.store_totals(sums, totals, row - first)
-            v.store_totals(other_sums, totals, other - first)
+            each.store_totals(sums, totals, row - first)
+            each.store_totals(other_sums, totals, other - first)
         for token in range(tokens):
             for row in range(first, last):
                 write(out, token * rows + row, totals[token, row - first], form)

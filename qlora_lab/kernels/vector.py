@@ -1,7 +1,7 @@
 """Sixteen lanes at once, for numba: the few vector operations that the CPU kernels need.
 
 A table of 16 entries fits into one 512-bit register, and one instruction looks up 16 codes in it. numba has no name for
-that, so this file gives it one: a vector type, + * & | << >> between vectors, and permute(), the look-up. It is one
+that, so this file gives it one: a vector type, + * / & | << >> between vectors, and permute(), the look-up. It is one
 instruction with AVX-512, and four for each half with AVX2. All else is plain LLVM vector code, which any CPU runs.
 Where is_fast() is false, permute() and half_bits() compile but must not be called; cpu.py then runs its plain loops.
 """
@@ -12,7 +12,7 @@ from functools import lru_cache
 import numba
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, codegen
+from numba.core import codegen
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -35,8 +35,8 @@ class _VectorModel(models.PrimitiveModel):
 
 FLOATS = Vector(types.float32)
 INTS = Vector(types.int32)
-_I32 = ir.VectorType(ir.IntType(32), LANES)  # the same for LLVM
-_F32 = ir.VectorType(ir.FloatType(), LANES)
+I32 = ir.VectorType(ir.IntType(32), LANES)  # the same for LLVM
+F32 = ir.VectorType(ir.FloatType(), LANES)
 
 
 def host_features() -> set[str]:
@@ -56,6 +56,7 @@ def is_fast() -> bool:
 _EMIT = {  # operator -> (for floats, for ints)
     operator.add: ("fadd", "add"),
     operator.mul: ("fmul", "mul"),
+    operator.truediv: ("fdiv", None),
     operator.or_: (None, "or_"),
     operator.and_: (None, "and_"),
     operator.lshift: (None, "shl"),
@@ -86,7 +87,7 @@ def _pointer(context, builder, array_type, array, index, vector):
     return builder.bitcast(builder.gep(data, [index]), ir.PointerType(vector))
 
 
-def _align(array_type) -> int:
+def align_of(array_type) -> int:
     assert array_type.layout == "C", f"{array_type}: vectors are read from neighbouring elements"
     return array_type.dtype.bitwidth // 8  # arrays promise no more than the alignment of one element
 
@@ -98,10 +99,36 @@ def load(typing, array, index):
 
     def emit(context, builder, sig, args):
         memory = ir.VectorType(context.get_value_type(array.dtype), LANES)  # as it lies in memory
-        value = builder.load(_pointer(context, builder, array, *args, memory), align=_align(array))
-        return value if memory in (_F32, _I32) else builder.zext(value, _I32)
+        value = builder.load(_pointer(context, builder, array, *args, memory), align=align_of(array))
+        return value if memory in (F32, I32) else builder.zext(value, I32)
 
     return result(array, types.intp), emit
+
+
+@intrinsic
+def load_first(typing, array, index, count):
+    """The first `count` of 16 float32 of `array` from `index`, zeros after them; the rest is not read."""
+
+    def emit(context, builder, sig, args):
+        pointer = _pointer(context, builder, array, *args[:2], F32)
+        i32 = ir.IntType(32)
+        wanted = splatted(builder, builder.trunc(args[2], i32))
+        mask = builder.icmp_signed("<", ir.Constant(I32, list(range(LANES))), wanted)
+        zeros = ir.Constant(F32, [0.0] * LANES)
+        name, align = "llvm.masked.load.v16f32.p0", ir.Constant(i32, 4)
+        return call_intrinsic(builder, name, F32, [pointer, align, mask, zeros])
+
+    return FLOATS(array, types.intp, types.intp), emit
+
+
+@intrinsic
+def fma(typing, left, right, addend):
+    """left * right + addend, rounded once."""
+
+    def emit(context, builder, sig, args):
+        return call_intrinsic(builder, "llvm.fma.v16f32", F32, args)
+
+    return FLOATS(FLOATS, FLOATS, FLOATS), emit
 
 
 @intrinsic
@@ -112,7 +139,7 @@ def store(typing, array, index, vector):
         value = args[2]
         if array.dtype == types.uint8:
             value = builder.trunc(value, ir.VectorType(ir.IntType(8), LANES))
-        builder.store(value, _pointer(context, builder, array, *args[:2], value.type), align=_align(array))
+        builder.store(value, _pointer(context, builder, array, *args[:2], value.type), align=align_of(array))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), emit
@@ -125,13 +152,13 @@ def gather(typing, array, indices):
 
     def emit(context, builder, sig, args):
         first = context.make_array(array)(context, builder, args[0]).data
-        value = ir.Constant(_I32 if result == INTS else _F32, ir.Undefined)
+        value = ir.Constant(I32 if result == INTS else F32, ir.Undefined)
         if "avx512f" in host_features():
             name = f"llvm.x86.avx512.mask.gather.dp{'i' if result == INTS else 's'}.512"
             every = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)  # a mask of all lanes
             base = builder.bitcast(first, ir.PointerType(ir.IntType(8)))
             scale = ir.Constant(ir.IntType(32), 4)  # bytes of an element
-            return _call(builder, name, value.type, [value, base, args[1], every, scale])
+            return call_intrinsic(builder, name, value.type, [value, base, args[1], every, scale])
         for lane in range(LANES):
             position = ir.Constant(ir.IntType(32), lane)
             index = builder.zext(builder.extract_element(args[1], position), ir.IntType(64))
@@ -156,10 +183,10 @@ def prefetch(typing, array, index):
     return types.void(array, types.intp), emit
 
 
-def _splat(builder, scalar):
+def splatted(builder, scalar):
     vector = ir.VectorType(scalar.type, LANES)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(_I32, [0] * LANES))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(I32, [0] * LANES))
 
 
 @intrinsic
@@ -168,7 +195,7 @@ def splat(typing, number):
     result = FLOATS if number == types.float32 else INTS
 
     def emit(context, builder, sig, args):
-        return _splat(builder, context.cast(builder, args[0], number, result.element))
+        return splatted(builder, context.cast(builder, args[0], number, result.element))
 
     return result(number), emit
 
@@ -200,9 +227,9 @@ def half_bits(typing, vector):
 
     def emit(context, builder, sig, args):
         if not is_fast():
-            return ir.Constant(_I32, ir.Undefined)
+            return ir.Constant(I32, ir.Undefined)
         halves = builder.fptrunc(args[0], ir.VectorType(ir.HalfType(), LANES))  # rounds to nearest even
-        return builder.zext(builder.bitcast(halves, ir.VectorType(ir.IntType(16), LANES)), _I32)
+        return builder.zext(builder.bitcast(halves, ir.VectorType(ir.IntType(16), LANES)), I32)
 
     return INTS(FLOATS), emit
 
@@ -212,7 +239,7 @@ def where_greater(typing, left, right, value):
     """`value` where left > right, 0 elsewhere: (floats, floats, ints) -> ints. Never true for a NaN."""
 
     def emit(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[2], ir.Constant(_I32, [0] * LANES))
+        return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[2], ir.Constant(I32, [0] * LANES))
 
     return INTS(FLOATS, FLOATS, INTS), emit
 
@@ -232,7 +259,7 @@ def largest(typing, vector):
     """The largest of 16 int32."""
 
     def emit(context, builder, sig, args):
-        return _call(builder, "llvm.vector.reduce.smax.v16i32", ir.IntType(32), args)
+        return call_intrinsic(builder, "llvm.vector.reduce.smax.v16i32", ir.IntType(32), args)
 
     return types.int32(INTS), emit
 
@@ -253,59 +280,11 @@ def _zip(which):
     @intrinsic
     def zipped(typing, left, right):
         def emit(context, builder, sig, args):
-            return builder.shuffle_vector(*args, ir.Constant(_I32, list(which)))
+            return builder.shuffle_vector(*args, ir.Constant(I32, list(which)))
 
         return left(left, right), emit
 
     return zipped
-
-
-@intrinsic
-def splat_each(typing, numbers):
-    """A tuple of float32 as a tuple of vectors."""
-
-    def emit(context, builder, sig, args):
-        values = [_splat(builder, number) for number in cgutils.unpack_tuple(builder, args[0])]
-        return context.make_tuple(builder, sig.return_type, values)
-
-    return types.UniTuple(FLOATS, len(numbers))(numbers), emit
-
-
-def _row_pointer(context, builder, array_type, array, row, column):
-    made = context.make_array(array_type)(context, builder, array)
-    width = cgutils.unpack_tuple(builder, made.shape)[1]  # columns of the array
-    return builder.gep(made.data, [builder.add(builder.mul(width, context.get_constant(types.intp, row)), column)])
-
-
-@intrinsic
-def fma_each(typing, sums, factor, array, column):
-    """sums[t] + factor * array[t, column : column + 16] for each t, rounded once; array (len(sums), n), contiguous."""
-
-    def emit(context, builder, sig, args):
-        updated = []
-        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
-            pointer = builder.bitcast(_row_pointer(context, builder, array, args[2], t, args[3]), ir.PointerType(_F32))
-            operand = builder.load(pointer, align=_align(array))  # 16 float32
-            updated.append(_call(builder, "llvm.fma.v16f32", _F32, [args[1], operand, value]))
-        return context.make_tuple(builder, sums, updated)
-
-    return sums(sums, FLOATS, array, types.intp), emit
-
-
-@intrinsic
-def store_totals(typing, sums, array, column):
-    """array[t, column] = the 16 lanes of sums[t] added up, i to i + 8, then i to i + 4 ..., for each t."""
-
-    def emit(context, builder, sig, args):
-        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
-            for width in (8, 4, 2, 1):
-                lanes = ir.Constant(_I32, [(i + width) % LANES for i in range(LANES)])
-                value = builder.fadd(value, builder.shuffle_vector(value, value, lanes))
-            total = builder.extract_element(value, ir.Constant(ir.IntType(32), 0))  # every lane holds the sum
-            builder.store(total, _row_pointer(context, builder, array, args[1], t, args[2]))
-        return context.get_dummy_value()
-
-    return types.void(sums, array, types.intp), emit
 
 
 lower_half = _zip([i // 2 + LANES * (i % 2) for i in range(LANES)])  # l0 r0 l1 r1 ... of left and right
@@ -319,11 +298,11 @@ def permute(typing, table, indices):
     """table[index & 15] for each lane: the 16-entry look-up. `table` holds int32 or float32, `indices` int32."""
 
     def emit(context, builder, sig, args):
-        bits = builder.bitcast(args[0], _I32)
+        bits = builder.bitcast(args[0], I32)
         if not is_fast():
             return ir.Constant(args[0].type, ir.Undefined)
         if "avx512f" in host_features():
-            looked_up = _call(builder, "llvm.x86.avx512.permvar.si.512", _I32, [bits, args[1]])
+            looked_up = call_intrinsic(builder, "llvm.x86.avx512.permvar.si.512", I32, [bits, args[1]])
         else:
             looked_up = _permute_avx2(builder, bits, args[1])
         return builder.bitcast(looked_up, args[0].type)
@@ -331,7 +310,7 @@ def permute(typing, table, indices):
     return table(table, INTS), emit
 
 
-def _call(builder, name, result, args):
+def call_intrinsic(builder, name, result, args):
     function = builder.module.declare_intrinsic(name, (), ir.FunctionType(result, [a.type for a in args]))
     return builder.call(function, args)
 
@@ -343,10 +322,10 @@ def _permute_avx2(builder, table, indices):
     for lanes in halves:  # a register has 8 lanes and looks up 8 entries: look in both halves of the table, then choose
         index = builder.shuffle_vector(indices, indices, lanes)
         low, high = (
-            _call(builder, "llvm.x86.avx2.permd", eight, [builder.shuffle_vector(table, table, half), index])
+            call_intrinsic(builder, "llvm.x86.avx2.permd", eight, [builder.shuffle_vector(table, table, half), index])
             for half in halves
         )
         bit = builder.and_(index, ir.Constant(eight, [8] * 8))  # which half of the table
         is_high = builder.icmp_signed("!=", bit, ir.Constant(eight, [0] * 8))
         looked_up.append(builder.select(is_high, high, low))
-    return builder.shuffle_vector(*looked_up, ir.Constant(_I32, list(range(LANES))))
+    return builder.shuffle_vector(*looked_up, ir.Constant(I32, list(range(LANES))))

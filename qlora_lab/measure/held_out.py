@@ -4,8 +4,8 @@ Measuring changes no weight, no gradient, no random state and no training flag. 
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,10 +16,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.data.dataset import IGNORED, Encoded, Prompt, encode_all, end_token_id, prompt_of, to_device
+from qlora_lab.data.dataset import IGNORED, Encoded, Prompt, encode_all, prompt_of, to_device
 from qlora_lab.data.examples import Example
 from qlora_lab.data.pictures import check_placeholders, picture_inputs
 from qlora_lab.files.home import expanded
+from qlora_lab.infer.fallback import own_configuration_aside, stop_ids, until
 from qlora_lab.measure.rouge import rouge_l
 from qlora_lab.model.modes import measuring
 from qlora_lab.model.token_dependence import reads_padding
@@ -127,12 +128,12 @@ def answers_to(
     check_length(model, longest, "a prompt with its answer", fix)
     # A tower's own error comes from deep inside it. The price is a second pass over a prompt for each shape of picture.
     check_pictures(model, [_as_example(prompt) for prompt in prompts if prompt.pictures])
-    stop = _stop_ids(model, tokenizer)
+    stop = stop_ids(model, tokenizer)
     fill = fill_id(model, tokenizer)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=fill)
     batches = _at_once(model, rows, fill)
     answers = {}  # number of the row -> text
-    with measuring(model), _own_configuration_aside(model):
+    with measuring(model), own_configuration_aside(model):
         for chosen in tqdm(batches, "answers", unit="batch", leave=False, disable=not progress):
             batch = _left_padded([rows[i] for i in chosen], fill)
             batch |= picture_inputs([prompts[i].pictures for i in chosen], batch["input_ids"])
@@ -140,7 +141,7 @@ def answers_to(
             with around(chosen) if around else nullcontext():
                 generated = model.generate(**batch, generation_config=greedy)  # (batch, prompt + answer)
             new = generated[:, batch["input_ids"].shape[1] :].tolist()  # (batch, at most max_new_tokens)
-            texts = tokenizer.batch_decode([_until(row, stop) for row in new], skip_special_tokens=True)
+            texts = tokenizer.batch_decode([until(row, stop) for row in new], skip_special_tokens=True)
             answers |= zip(chosen, texts, strict=True)
     return [answers[i].strip() for i in range(len(rows))]  # in the order of the prompts
 
@@ -160,36 +161,6 @@ def _at_once(model: torch.nn.Module, rows: list[list[int]], fill: int) -> list[l
     return [
         group[start : start + ANSWERS_AT_ONCE] for group in groups for start in range(0, len(group), ANSWERS_AT_ONCE)
     ]
-
-
-@contextmanager
-def _own_configuration_aside(model: torch.nn.Module) -> Iterator[None]:
-    """Make `generate` follow the configuration that it is passed, and nothing else.
-
-    transformers fills unset fields from the model's own configuration, which may sample, punish repetitions, suppress
-    tokens or search beams. Passing a neutral value for each field would miss those whose neutral value is None, and the
-    fields of later versions. So an empty configuration replaces the model's own for a while.
-    """
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _stop_ids(model: torch.nn.Module, tokenizer: "Tokenizer") -> list[int]:
-    """Collect the template's end token and the model's own end tokens (one id, several, or none)."""
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]  # None becomes [None], which is removed
-    return sorted({end_token_id(tokenizer), *own} - {None})
-
-
-def _until(row: list[int], stop: list[int]) -> list[int]:
-    """Cut the row before the first token that ends it. Only padding follows, of any token."""
-    return row[: next((i for i, token in enumerate(row) if token in stop), len(row))]
 
 
 def _left_padded(prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:

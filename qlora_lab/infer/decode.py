@@ -1,0 +1,210 @@
+"""Write what follows a text, token by token: greedy or drawn, for several texts at once, as a stream of pieces.
+
+In: a model, its tokenizer, and texts or ids. Out: an Answer for each, or pieces of text while they come.
+
+    prompt -> read_prompt, all tokens but the last -> step: logits -> choose -> a piece of text
+                                                       ^______________ the token __|
+
+Models of LLaMA's shape on the CPU are computed from their packed weights in float32 (stack.py, fast.py): the answer is
+that of the dequantised model. All others go through transformers' `generate`, and a warning says so.
+Rows of different lengths need no padding: each has its own place in the cache. A row that ends makes the rest faster.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from qlora_lab.infer.cache import Cache, make_cache
+from qlora_lab.infer.fallback import generated, stop_ids
+from qlora_lab.infer.fast import step_of
+from qlora_lab.infer.pieces import Pieces
+from qlora_lab.infer.sampling import Chooser, Sampling
+from qlora_lab.infer.stack import Stack, UnlikeLlama, read_stack
+from qlora_lab.infer.step import forward, read_prompt
+from qlora_lab.quant.numbers import check_whole
+from qlora_lab.train.limits import check_tokens, position_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+GREEDY = Sampling()
+Ended = Literal["end", "stop", "length", "context", "interrupted"]
+
+
+class Piece(NamedTuple):
+    """Text that belongs to the answer of one prompt. Never half a character."""
+
+    row: int  # of the prompts, from 0
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What follows one prompt."""
+
+    text: str
+    ids: list[int] = field(repr=False)  # without the token that ends it
+    ended: Ended  # by its end token, a stop, max_new_tokens, the end of the context, or Ctrl-C
+
+
+def decode(
+    model: torch.nn.Module,
+    tokenizer: "Tokenizer",
+    prompts: "str | Sequence[str | Sequence[int]]",
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    *,
+    progress: bool = True,
+) -> list[Answer]:
+    """Continue texts, or rows of ids, and return an Answer for each. One text counts as a list of one.
+
+    Texts are continued as they are: for a question, apply the tokenizer's chat template. sampling: greedy by default,
+    without a stop. Ctrl-C ends all answers where they are, and returns them.
+    Raises ValueError for a prompt without tokens, or longer than the context, with both numbers, for a token without
+    embedding, and for options that are not allowed; FloatingPointError, which names the layer, for a NaN.
+    Warns where the model's family is left to transformers.
+    """
+    run = Decoding(model, tokenizer, prompts, max_new_tokens, sampling)
+    bar = tqdm(desc="answers", unit="piece", leave=False, delay=2, disable=not progress)
+    with bar:
+        try:
+            for _ in run:
+                bar.update()
+        except KeyboardInterrupt:
+            pass  # what was said so far is there
+    return run.answers
+
+
+class Decoding:
+    """The answers to prompts while they come: iterate over its pieces. Arguments and errors are those of `decode`.
+
+    An iteration that ends early, by `break` or Ctrl-C, leaves what was said in `answers`, as "interrupted".
+    """
+
+    def __init__(self, model, tokenizer, prompts, max_new_tokens=128, sampling=GREEDY):
+        check_whole("max_new_tokens", max_new_tokens)
+        self._model, self._tokenizer, self._most, self._sampling = model, tokenizer, max_new_tokens, sampling
+        self._prompts = _as_ids(prompts, tokenizer)
+        check_tokens(model, tokenizer, {token for ids in self._prompts for token in ids})
+        self._limit = position_limit(model)
+        for number, ids in enumerate(self._prompts):
+            _check_prompt(number, len(ids), self._limit)
+        self._rows = [_Row(ids, tokenizer, sampling, i) for i, ids in enumerate(self._prompts)]
+        self._ends = stop_ids(model, tokenizer)
+
+    @property
+    def answers(self) -> list[Answer]:
+        """One for each prompt, of what was said so far."""
+        return [Answer("".join(row.text), row.ids, row.ended or "interrupted") for row in self._rows]
+
+    def __iter__(self) -> Iterator[Piece]:
+        try:
+            stack = read_stack(self._model)
+        except UnlikeLlama as reason:
+            warnings.warn(f"{reason}: transformers' generate answers, more slowly", stacklevel=2)
+            return self._by_transformers()
+        return self._by_steps(stack)
+
+    def _by_steps(self, stack: Stack) -> Iterator[Piece]:
+        longest = max(map(len, self._prompts)) + self._most - 1  # the model never reads the last token
+        cache = make_cache(stack, len(self._rows), min(longest, self._limit or longest))
+        step = step_of(stack)
+        for number, ids in enumerate(self._prompts):
+            known = [*ids, *self._rows[number].ids]  # a second iteration goes on where the first one ended
+            with torch.no_grad():
+                read_prompt(stack, torch.tensor(known[:-1]), cache, number)
+        while active := [number for number, row in enumerate(self._rows) if row.ended is None]:
+            last = torch.tensor([self._rows[number].last for number in active])
+            with torch.no_grad():  # inside the loop: the caller's code between two pieces is not ours
+                logits = step(last, cache, torch.tensor(active))
+                if not logits.isfinite().all():
+                    raise _where(stack, last, cache, active)
+            for number, its in zip(active, logits, strict=True):
+                full = int(cache.lengths[number]) == self._limit
+                yield from self._said(number, self._rows[number].take(its, self._ends, self._most, full))
+
+    def _said(self, number: int, text: str) -> Iterator[Piece]:
+        if text:
+            yield Piece(number, text)
+
+    def _by_transformers(self) -> Iterator[Piece]:
+        for number, (ids, row) in enumerate(zip(self._prompts, self._rows, strict=True)):
+            room = self._most if self._limit is None else min(self._most, self._limit - len(ids) + 1)
+            new = generated(self._model, self._tokenizer, ids, room, self._sampling, number)
+            text = "".join(row.add(token) for token in new)
+            if row.ended is None:
+                ended = "end" if len(new) < room else "length" if room == self._most else "context"
+                text += row.end(ended)
+            yield from self._said(number, text)
+
+
+class _Row:
+    """One prompt and its answer so far."""
+
+    def __init__(self, prompt: list[int], tokenizer: "Tokenizer", sampling: Sampling, number: int):
+        self.last = prompt[-1]
+        self.ids: list[int] = []
+        self.text: list[str] = []
+        self.ended: Ended | None = None
+        self._pieces = Pieces(tokenizer, sampling.stops)
+        self._chooser = Chooser(sampling, prompt, number)
+
+    def take(self, logits: torch.Tensor, ends: list[int], most: int, full: bool) -> str:
+        """Choose the next token, and return the text that it makes certain."""
+        token = self._chooser.choose(logits)
+        if token in ends:
+            return self.end("end")
+        text = self.add(token)
+        if self.ended is None and (full or len(self.ids) == most):
+            text += self.end("length" if len(self.ids) == most else "context")
+        return text
+
+    def add(self, token: int) -> str:
+        if self.ended is not None:
+            return ""
+        self.last = token
+        self.ids.append(token)
+        text = self._pieces.add(token)
+        self.text.append(text)
+        if self._pieces.stopped:
+            self.ended = "stop"
+        return text
+
+    def end(self, why: Ended) -> str:
+        text = self._pieces.rest()
+        self.text.append(text)
+        self.ended = "stop" if self._pieces.stopped else why
+        return text
+
+
+def _as_ids(prompts, tokenizer: "Tokenizer") -> list[list[int]]:
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    elif not isinstance(prompts, Sequence) or not prompts:
+        raise ValueError(f"prompts={prompts!r:.60} is not allowed: give a text, or a list with a text or ids for each")
+    encoded = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    if wrong := [ids for ids in encoded if not all(type(token) is int for token in ids)]:
+        raise ValueError(f"a prompt is {wrong[0]!r:.60}, but it must be a text, or a list of whole numbers")
+    return encoded
+
+
+def _check_prompt(number: int, length: int, limit: int | None) -> None:
+    if not length:
+        raise ValueError(f"prompt {number} has no token: give at least one, such as the tokenizer's first")
+    if limit is not None and length > limit:
+        raise ValueError(f"prompt {number} has {length} tokens, but the context of this model is {limit}: shorten it")
+
+
+def _where(stack: Stack, last: torch.Tensor, cache: Cache, rows: list[int]) -> FloatingPointError:
+    """Compute the step once more by the readable twin, which names the layer."""
+    try:
+        for token, row in zip(last, rows, strict=True):
+            cache.lengths[row] -= 1
+            forward(stack, token[None], cache, row)
+    except FloatingPointError as error:
+        return error
+    return FloatingPointError("the head, or the norm in front of it, computes a logit that is not finite")

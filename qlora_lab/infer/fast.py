@@ -1,0 +1,87 @@
+"""Hand a stack to the kernel that computes a token in one call (kernels/decode_step.py), where it can.
+
+In: a Stack. Out: a function with the signature of step.step without the stack, equal to it within rounding. One token
+of a row reads every weight once; so many bytes are the floor of its time, whoever computes it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from qlora_lab.infer import step as readable
+from qlora_lab.infer.cache import Cache
+from qlora_lab.infer.stack import Product, Stack
+from qlora_lab.model import product_4bit
+from qlora_lab.quant.quantize import QuantizedTensor
+
+Step = Callable[[torch.Tensor, Cache, torch.Tensor], torch.Tensor]
+
+
+def step_of(stack: Stack) -> Step:
+    """Return the kernel's step, or the readable one for sizes and code tables that the kernel does not take."""
+    return FastStep(stack) if can_step(stack) else partial(readable.step, stack)
+
+
+def can_step(stack: Stack) -> bool:
+    """Whether the kernel computes this stack: sizes of whole registers, 4-bit codes in blocks that end with rows."""
+    from qlora_lab.kernels import decode_step
+
+    hidden = stack.embedding.shape[1]
+    middle = stack.layers[0].gate.weight.shape[0]
+    if not decode_step.can_step(hidden, stack.head_dim, middle):
+        return False
+    return all(_fits(part) for layer in stack.layers for part in layer.products) and _fits(stack.head)
+
+
+def _fits(part: Product) -> bool:
+    from qlora_lab.kernels import few_tokens
+
+    if not isinstance(part.weight, QuantizedTensor):
+        return part.weight.is_contiguous()
+    # QLORA_LAB_KERNELS can switch kernels off
+    known = product_4bit.product_of(part.weight) is not None
+    return known and few_tokens.can_multiply(part.weight.shape[1], part.weight.plain)
+
+
+def bytes_read(stack: Stack) -> int:
+    """Bytes of weights and adapters that one token reads, whatever its position. Keys and values come on top."""
+    parts = [part for layer in stack.layers for part in layer.products] + [stack.head]
+    return sum(part.weight.nbytes + sum(t.nbytes for t in (part.lora or ())[:2]) for part in parts)
+
+
+class FastStep:
+    """The kernel's step over one stack. Keeps all tensors whose addresses it passes."""
+
+    def __init__(self, stack: Stack):
+        from qlora_lab.kernels import decode_products, decode_step
+
+        self._stack = stack
+        self._kept: list[torch.Tensor] = []
+        layers = decode_products.table([[self._described(part) for part in layer.products] for layer in stack.layers])
+        head = decode_products.table([self._described(stack.head)])
+        pairs = ((layer.attention_norm, layer.mlp_norm) for layer in stack.layers)
+        norms = [norm for pair in pairs for norm in pair] + [stack.norm]
+        self._weights = decode_step.Weights(layers, torch.stack(norms).float().numpy(), head)
+        self._step = decode_step.step
+
+    def __call__(self, ids: torch.Tensor, cache: Cache, rows: torch.Tensor) -> torch.Tensor:
+        """Return logits (rows, vocabulary) float32, as step.step does. Raises ValueError where the cache is full."""
+        cache.check_room(rows, 1)
+        positions = cache.lengths[rows]
+        stack = self._stack
+        x = stack.embedding[ids].float()  # (rows, hidden)
+        angles, kept = (cache.cos, cache.sin), (cache.keys, cache.values)
+        logits = self._step(x, self._weights, stack.eps, stack.heads, angles, kept, rows, positions)
+        cache.lengths[rows] = positions + 1
+        return logits
+
+    def _described(self, part: Product):
+        from qlora_lab.kernels import decode_products
+
+        weight = part.weight.plain if isinstance(part.weight, QuantizedTensor) else part.weight
+        bias = None if part.bias is None else part.bias.float().contiguous()
+        lora = part.lora and (*(factor.float().contiguous() for factor in part.lora[:2]), part.lora[2])
+        described, kept = decode_products.describe(weight, part.weight.shape, bias, lora)
+        self._kept.append(kept)
+        return described

@@ -1,0 +1,75 @@
+"""Choose the next token of one row from its logits: the likeliest, or a draw.
+
+In: logits (vocabulary,) float32, and the tokens so far. Out: an id. The options mean what they mean in transformers,
+and act in its order: repetition penalty (Keskar et al., arXiv 1909.05858, section 4.1), temperature, top-p (Holtzman
+et al., arXiv 1904.09751, section 3.1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from qlora_lab.quant.numbers import check_number, check_seed
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and which text ends an answer. Raises ValueError for a value that is not allowed."""
+
+    temperature: float = 0.0  # logits are divided by it; 0: no draw, the likeliest token
+    top_p: float = 1.0  # draw among the likeliest tokens that have this share together; 1: among all
+    repetition_penalty: float = 1.0  # logits of tokens that are there are divided by it, negative ones multiplied
+    seed: int = 0  # row i of several draws with seed + i: its text does not depend on its neighbours
+    stop: str | tuple[str, ...] = ()  # texts that end an answer, and do not belong to it
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature, lambda x: x >= 0, "0, for the likeliest token, or more")
+        check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
+        check_number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0; 1 changes nothing")
+        check_seed(self.seed)
+        if not all(isinstance(text, str) and text for text in self.stops):
+            raise ValueError(f"stop={self.stop!r:.60} is not allowed: it is a text, or several, none of them empty")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as several."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class Chooser:
+    """Chooses the tokens of one row, `seen` first among them, and remembers them."""
+
+    def __init__(self, sampling: Sampling, seen: list[int], row: int = 0):
+        self._sampling = sampling
+        self._seen = set(seen)
+        self._generator = torch.Generator().manual_seed(sampling.seed + row)
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """Return the id of the next token. logits: (vocabulary,) float32, left as they are."""
+        sampling = self._sampling
+        if sampling.repetition_penalty != 1:
+            logits = penalised(logits, sorted(self._seen), sampling.repetition_penalty)
+        if sampling.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            shares = kept(torch.softmax(logits / sampling.temperature, 0), sampling.top_p)
+            token = int(torch.multinomial(shares, 1, generator=self._generator))
+        self._seen.add(token)
+        return token
+
+
+def penalised(logits: torch.Tensor, seen: list[int], penalty: float) -> torch.Tensor:
+    """Return logits (vocabulary,) in which those of `seen` are lower, for a penalty above 1."""
+    changed = logits.clone()
+    own = logits[seen]
+    changed[seen] = torch.where(own > 0, own / penalty, own * penalty)
+    return changed
+
+
+def kept(shares: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return shares (vocabulary,) with zeros but for the likeliest tokens that reach top_p together; at least one."""
+    if top_p == 1:
+        return shares
+    ordered, order = shares.sort(descending=True, stable=True)
+    before = ordered.cumsum(0) - ordered  # what the likelier ones have together
+    return shares.index_fill(0, order[before >= top_p], 0.0)

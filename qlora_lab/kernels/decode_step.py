@@ -1,0 +1,245 @@
+"""One token of each row of a batch through all decoder layers and the head, in one call from Python.
+
+In: the embeddings x (rows, hidden) float32, tables of weights (decode_products.py), and the cache of keys and values.
+Out: logits (rows, vocabulary) float32; the cache holds the new keys and values. Twin of infer/step.py, up to the order
+of the sums: everything is float32, and weights are not rounded.
+
+A token of SmolLM2-135M has 210 products of 3 to 50 us. From Python each costs 15 us around it, so a token took twice
+the time of its products. Here threads are woken five times a layer, 1 us each on numba's OpenMP layer. A barrier in one
+region for the whole token would save those, but waits for ever where a machine gives fewer threads than were asked for.
+What stands between the products (norms, rotations, gates) is a few vectors, and one thread does it.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from qlora_lab.kernels import sums as each, vector as v
+from qlora_lab.kernels.compiled import parallel, run, serial, thread_count
+from qlora_lab.kernels.decode_products import clear, multiply_group, sort_halves, totals16
+
+QKV, OUT, GATE_UP, DOWN, END = 0, 3, 4, 6, 7  # where the products begin that share an input, in a layer's table
+ROWS_AT_ONCE = 8  # rows of a batch: two rows of a weight with 8 sums each fill half of the vector registers
+_ZEROS = {rows: (np.float32(0),) * rows for rows in (1, 4, ROWS_AT_ONCE)}  # compiled once each, over 10 s: so not for 2
+_PAIR = (np.float32(0),) * 2  # 32 columns of a head at a time
+
+LOG2_E = np.float32(1.4426950408889634)
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2; the first has 9 bits
+ROUND = np.float32(1.5 * 2**23)  # added, it leaves a whole number in the low bits
+# e^r for |r| <= ln(2) / 2 by Horner's rule: the terms 1/7! to 1, Taylor's, whose rest is below half a unit
+FACTORS = tuple(np.float32(1 / f) for f in (5040, 720, 120, 24, 6, 2, 1, 1))
+
+
+@njit(forceinline=True)
+def exp16(x):
+    """e^x for 16 float32, within 2 units in the last place; x below -87 counts as -87, above 88 as 88."""
+    x = v.clamp(x, v.splat(np.float32(-87)), v.splat(np.float32(88)))
+    shifted = v.fma(x, v.splat(LOG2_E), v.splat(ROUND))
+    n = shifted + v.splat(-ROUND)  # x / ln 2, rounded
+    r = v.fma(n, v.splat(-LN2_LOW), v.fma(n, v.splat(-LN2_HIGH), x))
+    power = v.splat(FACTORS[0])
+    for i in range(1, len(FACTORS)):
+        power = v.fma(power, r, v.splat(FACTORS[i]))
+    return power * v.as_floats((v.as_ints(shifted) << v.splat(23)) + v.splat(127 << 23))  # 2^n by its exponent
+
+
+@njit
+def _norm(x, weight, eps, out):
+    """out = x / root mean square of its row * weight."""
+    for token in range(len(x)):
+        row, result = x[token], out[token]
+        squares = v.splat(np.float32(0))
+        for i in range(0, len(row), 16):
+            values = v.load(row, i)
+            squares = v.fma(values, values, squares)
+        scale = v.splat(np.float32(1) / np.sqrt(each.total(squares) / np.float32(len(row)) + eps))
+        for i in range(0, len(row), 16):
+            v.store(result, i, v.load(row, i) * scale * v.load(weight, i))
+
+
+@njit
+def _add(x, more):
+    for token in range(len(x)):
+        for i in range(x.shape[1]):
+            x[token, i] += more[token, i]
+
+
+@njit
+def _gate(gate_and_up, out):
+    """silu(gate) * up, where silu(g) = g / (1 + e^-g)."""
+    size = out.shape[1]
+    for token in range(len(out)):
+        both, result = gate_and_up[token], out[token]
+        for i in range(0, size, 16):
+            gate = v.load(both, i)
+            below = v.splat(np.float32(1)) + exp16(gate * v.splat(np.float32(-1)))
+            v.store(result, i, gate / below * v.load(both, size + i))
+
+
+@njit
+def _rotate(vector, cos, sin):
+    """Turn the pairs (i, i + half) of a head's vector, each by its own angle."""
+    half = len(vector) // 2
+    for i in range(half):
+        left, right = vector[i], vector[i + half]
+        vector[i] = left * cos[i] - right * sin[i]
+        vector[i + half] = right * cos[i + half] + left * sin[i + half]
+
+
+@njit
+def _place(qkv, heads, cos, sin, rows, positions, keys, values):
+    """Turn queries where they are, and put keys, turned, and values into the cache."""
+    kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    for token in range(len(qkv)):
+        position, row = positions[token], rows[token]
+        angles = cos[position], sin[position]
+        for head in range(heads + kv_heads):
+            _rotate(qkv[token, head * head_dim : (head + 1) * head_dim], *angles)
+        for head in range(kv_heads):
+            start = (heads + head) * head_dim
+            for i in range(head_dim):
+                keys[row, head, position, i] = qkv[token, start + i]
+                values[row, head, position, i] = qkv[token, start + kv_heads * head_dim + i]
+
+
+@njit
+def _attend_head(query, keys, values, length, scores, lanes, out):
+    """softmax(query keys^T / sqrt(head_dim)) values for one head. keys and values: flat, (length, head_dim)."""
+    head_dim = len(query)
+    infinity = v.splat(np.float32(np.inf))
+    scale = v.splat(np.float32(1) / np.sqrt(np.float32(head_dim)))
+    tops = v.splat(np.float32(-np.inf))
+    for first in range(0, length, 16):
+        for i in range(min(16, length - first)):
+            sums = v.splat(np.float32(0))
+            for d in range(0, head_dim, 16):
+                sums = v.fma(v.load(query, d), v.load(keys, (first + i) * head_dim + d), sums)
+            v.store(lanes, 16 * i, sums)
+        v.store(scores, first, totals16(lanes) * scale)
+        for i in range(length - first, 16):
+            scores[first + i] = np.float32(-np.inf)  # behind the last position
+        tops = v.clamp(v.load(scores, first), tops, infinity)  # the larger of the two
+    v.store(lanes, 0, tops)
+    top = lanes[0]
+    for i in range(1, 16):
+        top = max(top, lanes[i])
+    totals = v.splat(np.float32(0))
+    for first in range(0, length, 16):
+        # Behind the last position stand 1e-38, which no sum of 1 or more feels.
+        powers = exp16(v.load(scores, first) + v.splat(-top))
+        totals = totals + powers
+        v.store(scores, first, powers)
+    columns, result = values.reshape(-1, 16), out.reshape(-1, 16)
+    for d in range(0, head_dim, 32):
+        sums = each.splat(_PAIR)
+        for position in range(length):
+            sums = each.fma(sums, v.splat(scores[position]), columns, position * head_dim + d)
+        each.store(sums, result, d)
+    share = v.splat(np.float32(1) / each.total(totals))
+    for d in range(0, head_dim, 16):
+        v.store(out, d, v.load(out, d) * share)
+
+
+@parallel
+def _attend(qkv, heads, rows, positions, keys, values, parts, out):
+    """All heads of all rows. keys and values: (rows of the cache, key heads, capacity, head_dim)."""
+    kv_heads, capacity, head_dim = keys.shape[1], keys.shape[2], keys.shape[3]
+    items = len(qkv) * heads
+    for part in prange(parts):
+        scores = np.empty((capacity + 15) // 16 * 16, np.float32)
+        lanes = np.empty(256, np.float32)
+        clear(lanes)
+        for item in range(part * items // parts, (part + 1) * items // parts):
+            token, head = item // heads, item % heads
+            its = head * kv_heads // heads  # key heads are shared by neighbours
+            span = slice(head * head_dim, (head + 1) * head_dim)
+            its_keys, its_values = keys[rows[token], its].reshape(-1), values[rows[token], its].reshape(-1)
+            length = positions[token] + 1
+            _attend_head(qkv[token, span], its_keys, its_values, length, scores, lanes, out[token, span])
+
+
+@serial
+def _step(x, weights, eps, heads, rotary, cache, rows, positions, zeros, parts, logits):
+    layers, norms, head = weights  # PRODUCT (layers, 7), (2 layers + 1, hidden), PRODUCT (1,)
+    keys, values = cache  # (layers, rows of the cache, key heads, capacity, head_dim)
+    cos, sin = rotary  # (capacity, head_dim)
+    tokens, hidden = x.shape
+    wide, middle = heads * keys.shape[4], layers[0, GATE_UP].rows
+    normed = np.empty((tokens, hidden), np.float32)
+    halves = np.empty((tokens, hidden), np.float32)
+    qkv = np.empty((tokens, wide + 2 * keys.shape[2] * keys.shape[4]), np.float32)
+    attended = np.empty((tokens, wide), np.float32)
+    attended_halves = np.empty((tokens, wide), np.float32)
+    gate_and_up = np.empty((tokens, 2 * middle), np.float32)
+    gated = np.empty((tokens, middle), np.float32)
+    gated_halves = np.empty((tokens, middle), np.float32)
+    added = np.empty((tokens, hidden), np.float32)
+    for i in range(len(layers)):
+        products = layers[i]  # sliced, because numba compiles anew for each pair of constants
+        _norm(x, norms[2 * i], eps, normed)
+        sort_halves(normed, halves)
+        multiply_group(products[QKV:OUT], normed, halves, zeros, parts, qkv)
+        _place(qkv, heads, cos, sin, rows, positions, keys[i], values[i])
+        _attend(qkv, heads, rows, positions, keys[i], values[i], parts, attended)
+        sort_halves(attended, attended_halves)
+        multiply_group(products[OUT:GATE_UP], attended, attended_halves, zeros, parts, added)
+        _add(x, added)
+        _norm(x, norms[2 * i + 1], eps, normed)
+        sort_halves(normed, halves)
+        multiply_group(products[GATE_UP:DOWN], normed, halves, zeros, parts, gate_and_up)
+        _gate(gate_and_up, gated)
+        sort_halves(gated, gated_halves)
+        multiply_group(products[DOWN:END], gated, gated_halves, zeros, parts, added)
+        _add(x, added)
+    _norm(x, norms[2 * len(layers)], eps, normed)
+    sort_halves(normed, halves)
+    multiply_group(head, normed, halves, zeros, parts, logits)
+
+
+class Weights(NamedTuple):
+    """What _step reads of a model."""
+
+    layers: np.ndarray  # (layers, 7) of PRODUCT
+    norms: np.ndarray  # (2 layers + 1, hidden) float32
+    head: np.ndarray  # (1,) of PRODUCT
+
+
+def can_step(hidden: int, head_dim: int, middle: int) -> bool:
+    """Whether vectors of these sizes are whole registers, as the kernel reads them."""
+    return hidden % 32 == head_dim % 32 == middle % 32 == 0
+
+
+def step(
+    x: torch.Tensor,
+    weights: Weights,
+    eps: float,
+    heads: int,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, torch.Tensor],
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Return logits (rows, vocabulary) float32. x: (rows, hidden) float32, which is overwritten.
+
+    rotary: cosines and sines, (capacity, head_dim). cache: keys and values, (layers, rows of the cache, key heads,
+    capacity, head_dim), all contiguous float32. rows, positions: (rows,) int64, where each row's new token belongs.
+    """
+    logits = torch.empty(len(x), int(weights.head[0]["rows"]), device="cpu")
+    tables = tuple(t.numpy() for t in rotary), tuple(t.numpy() for t in cache)
+    for first in range(0, len(x), ROWS_AT_ONCE):
+        some = slice(first, min(first + ROWS_AT_ONCE, len(x)))
+        part = x[some]
+        n = len(part)
+        size = next(rows for rows in _ZEROS if rows >= n)
+        where = rows[some], positions[some]
+        if size > n:  # the last row once more: the same keys are written twice
+            part, *where = (torch.cat([t, t[-1:].expand(size - n, *t.shape[1:])]) for t in (part, *where))
+        out = logits[some] if size == n else logits.new_empty(size, logits.shape[1])
+        arrays = (t.numpy() for t in where)
+        shape = np.float32(eps), heads
+        run(_step, part.numpy(), tuple(weights), *shape, *tables, *arrays, _ZEROS[size], thread_count(), out.numpy())
+        if size > n:
+            logits[some] = out[:n]
+    return logits

@@ -1,0 +1,85 @@
+"""Tuples of vectors for numba: one sum of 16 lanes for each token, in registers and not in an array.
+
+In and out: tuples of the vectors of vector.py. A tuple's length is part of its type, so a kernel is compiled for each.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from qlora_lab.kernels import vector as v
+
+
+@intrinsic
+def splat(typing, numbers):
+    """A tuple of float32 as a tuple of vectors."""
+
+    def emit(context, builder, sig, args):
+        values = [v.splatted(builder, number) for number in cgutils.unpack_tuple(builder, args[0])]
+        return context.make_tuple(builder, sig.return_type, values)
+
+    return types.UniTuple(v.FLOATS, len(numbers))(numbers), emit
+
+
+def _row_pointer(context, builder, array_type, array, row, column):
+    made = context.make_array(array_type)(context, builder, array)
+    width = cgutils.unpack_tuple(builder, made.shape)[1]  # columns of the array
+    return builder.gep(made.data, [builder.add(builder.mul(width, context.get_constant(types.intp, row)), column)])
+
+
+@intrinsic
+def fma(typing, sums, factor, array, column):
+    """sums[t] + factor * array[t, column : column + 16] for each t, rounded once; array (len(sums), n), contiguous."""
+
+    def emit(context, builder, sig, args):
+        updated = []
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            pointer = builder.bitcast(_row_pointer(context, builder, array, args[2], t, args[3]), ir.PointerType(v.F32))
+            operand = builder.load(pointer, align=v.align_of(array))  # 16 float32
+            updated.append(v.call_intrinsic(builder, "llvm.fma.v16f32", v.F32, [args[1], operand, value]))
+        return context.make_tuple(builder, sums, updated)
+
+    return sums(sums, v.FLOATS, array, types.intp), emit
+
+
+@intrinsic
+def store(typing, sums, array, column):
+    """array[t, column : column + 16] = sums[t] for each t; array (len(sums), n), contiguous."""
+
+    def emit(context, builder, sig, args):
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            pointer = _row_pointer(context, builder, array, args[1], t, args[2])
+            builder.store(value, builder.bitcast(pointer, ir.PointerType(v.F32)), align=v.align_of(array))
+        return context.get_dummy_value()
+
+    return types.void(sums, array, types.intp), emit
+
+
+def _total(builder, value):
+    for width in (8, 4, 2, 1):
+        lanes = ir.Constant(v.I32, [(i + width) % v.LANES for i in range(v.LANES)])
+        value = builder.fadd(value, builder.shuffle_vector(value, value, lanes))
+    return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))  # every lane holds the sum
+
+
+@intrinsic
+def total(typing, vector):
+    """The 16 lanes added up as store_totals does."""
+
+    def emit(context, builder, sig, args):
+        return _total(builder, *args)
+
+    return types.float32(v.FLOATS), emit
+
+
+@intrinsic
+def store_totals(typing, sums, array, column):
+    """array[t, column] = the 16 lanes of sums[t] added up, i to i + 8, then i to i + 4 ..., for each t."""
+
+    def emit(context, builder, sig, args):
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            builder.store(_total(builder, value), _row_pointer(context, builder, array, args[1], t, args[2]))
+        return context.get_dummy_value()
+
+    return types.void(sums, array, types.intp), emit

@@ -1,0 +1,302 @@
+"""Answers: greedy ones equal transformers', rows do not depend on each other, and every end is told."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from transformers import GemmaConfig, GenerationConfig
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import qlora_lab as ql
+from qlora_lab.infer import decode as decoding, fast
+from qlora_lab.infer.decode import Decoding, decode
+from qlora_lab.infer.pieces import Pieces
+from qlora_lab.infer.sampling import Chooser, Sampling, kept, penalised
+from qlora_lab.infer.step import step
+from tests.infer.conftest import dequantised, small
+
+PROMPTS = ["the sum of", "user and assistant", "numbers"]
+
+
+@pytest.fixture(autouse=True)
+def readable_only(request, monkeypatch):
+    """The kernel is compiled once for 1 row and once for 4, 10 s each: fast tests take the readable step."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(fast, "can_step", lambda stack: False)
+
+
+def generated(model, ids: list[int], new: int) -> list[int]:
+    how = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
+    with torch.no_grad():
+        rows = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), generation_config=how)
+    return rows[0, len(ids) :].tolist()
+
+
+def greedy_is_transformers(model, tokenizer, new: int) -> None:
+    answers = decode(model, tokenizer, PROMPTS, new, progress=False)
+    twin = dequantised(model)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        expected = generated(twin, tokenizer(prompt)["input_ids"], new)
+        assert answer.ids == expected and answer.ended == "length"
+        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_greedy_answers_are_those_of_transformers(packed, tokenizer):
+    greedy_is_transformers(packed, tokenizer, 16)
+
+
+@pytest.mark.slow
+def test_the_kernel_s_greedy_answers_are_those_of_transformers(packed, tokenizer):
+    greedy_is_transformers(packed, tokenizer, 40)
+
+
+def test_an_end_token_ends_a_row_and_not_the_others(packed, tokenizer):
+    free = decode(packed, tokenizer, PROMPTS, 12, progress=False)
+    end = free[0].ids[5]
+    packed.generation_config.eos_token_id = end
+    ended = decode(packed, tokenizer, PROMPTS, 12, progress=False)
+    for before, after in zip(free, ended, strict=True):
+        cut = before.ids.index(end) if end in before.ids else None
+        assert after.ids == before.ids[:cut]
+        assert after.ended == ("length" if cut is None else "end")
+    assert ended[0].ended == "end"
+
+
+def test_pieces_are_the_answer(packed, tokenizer):
+    run = Decoding(packed, tokenizer, PROMPTS, 10)
+    texts = ["", "", ""]
+    for piece in run:
+        assert piece.text
+        texts[piece.row] += piece.text
+    assert texts == [answer.text for answer in run.answers]
+    assert run.answers == decode(packed, tokenizer, PROMPTS, 10, progress=False)
+
+
+def test_a_stop_ends_an_answer_and_is_not_in_it(packed, tokenizer):
+    (whole,) = decode(packed, tokenizer, PROMPTS[0], 30, progress=False)
+    stop = whole.text[5:8]
+    (answer,) = decode(packed, tokenizer, PROMPTS[0], 30, Sampling(stop=(stop, "never said")), progress=False)
+    assert answer.text == whole.text[: whole.text.index(stop)] and answer.ended == "stop"
+    assert len(answer.ids) < len(whole.ids)
+
+
+def test_an_iteration_that_is_left_can_go_on(packed, tokenizer):
+    whole = decode(packed, tokenizer, PROMPTS, 9, progress=False)
+    run = Decoding(packed, tokenizer, PROMPTS, 9)
+    for _ in run:
+        break
+    assert run.answers[0].ended == "interrupted" and len(run.answers[0].ids) < 9
+    assert list(run) and run.answers == whole
+
+
+def test_ctrl_c_returns_what_was_said(packed, tokenizer, monkeypatch):
+    steps = iter(range(100))
+
+    def interrupted(stack, *given):
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return step(stack, *given)
+
+    monkeypatch.setattr(decoding, "step_of", lambda stack: lambda *given: interrupted(stack, *given))
+    answers = decode(packed, tokenizer, PROMPTS, 20, progress=False)
+    assert [len(answer.ids) for answer in answers] == [4, 4, 4]
+    assert {answer.ended for answer in answers} == {"interrupted"}
+
+
+def test_a_full_context_says_so(packed, tokenizer):
+    prompt = list(range(3, 63))  # 60 tokens of 64
+    (answer,) = decode(packed, tokenizer, [prompt], 20, progress=False)
+    assert answer.ended == "context" and len(answer.ids) == 5  # the last is said, and never read
+    assert answer.ids == generated(dequantised(packed), prompt, 5)
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([[5] * 3, [5] * 65], {}, "prompt 1 has 65 tokens, but the context of this model is 64: shorten it"),
+        ([[]], {}, "prompt 0 has no token"),
+        ([], {}, "prompts=.. is not allowed"),
+        (7, {}, "prompts=7 is not allowed"),
+        ([[1.5]], {}, "must be a text, or a list of whole numbers"),
+        ([[280]], {}, "has id 280, but the embedding has 280 rows"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens=0 is not allowed"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(prompts, options, message, packed, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        decode(packed, tokenizer, prompts, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": -1}, "temperature=-1 is not allowed"),
+        ({"top_p": 0}, "top_p=0 is not allowed: it is above 0 and at most 1"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty=nan is not allowed"),
+        ({"stop": ("a", "")}, "none of them empty"),
+        ({"seed": -1}, "seed=-1 is not allowed"),
+    ],
+)
+def test_options_outside_their_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+def test_a_nan_names_its_layer(tokenizer):
+    model = small()
+    model.model.layers[1].mlp.down_proj.weight.data[3, 3] = torch.nan
+    for prompt in ("a", "the sum of"):  # in the step, and in the prompt before it
+        with pytest.raises(FloatingPointError, match="layer 1 of 2 computes a number that is not finite"):
+            decode(model, tokenizer, prompt, progress=False)
+    model = small()
+    model.lm_head.weight.data[3, 3] = torch.inf
+    with pytest.raises(FloatingPointError, match="the head, or the norm in front of it"):
+        decode(model, tokenizer, "a", progress=False)
+
+
+def test_other_families_go_through_transformers_and_say_so(tokenizer):
+    model = small(config=GemmaConfig, head_dim=64)
+    with pytest.warns(UserWarning, match=r"not of llama, mistral, qwen2: transformers' generate answers"):
+        answers = decode(model, tokenizer, PROMPTS, 6, progress=False)
+    assert [a.ids for a in answers] == [generated(model, tokenizer(p)["input_ids"], 6) for p in PROMPTS]
+    assert {answer.ended for answer in answers} == {"length"}
+    with pytest.warns(UserWarning, match="transformers"):
+        (answer,) = decode(model, tokenizer, [[7] * 62], 6, progress=False)
+    assert answer.ended == "context" and len(answer.ids) == 3
+    stop = answers[0].text[2:4]
+    with pytest.warns(UserWarning, match="transformers"):
+        (answer,) = decode(model, tokenizer, PROMPTS[0], 6, Sampling(temperature=1e-9, stop=stop), progress=False)
+    assert answer.text == answers[0].text[: answers[0].text.index(stop)] and answer.ended == "stop"
+
+
+# ------------------------------------------------------------------------------------------------------------- choosing
+
+
+def test_one_seed_one_text(packed, tokenizer):
+    hot = Sampling(temperature=1.5, seed=3)
+    first, again = (decode(packed, tokenizer, PROMPTS, 12, hot, progress=False) for _ in range(2))
+    assert first == again
+    other = decode(packed, tokenizer, PROMPTS, 12, Sampling(temperature=1.5, seed=99), progress=False)
+    assert [a.ids for a in first] != [a.ids for a in other]
+    alone = decode(packed, tokenizer, PROMPTS[0], 12, hot, progress=False)
+    assert alone[0].ids == first[0].ids  # whatever stands beside it
+
+
+logits = st.lists(st.floats(-20, 20, width=32), min_size=5, max_size=5).map(torch.tensor)
+
+
+@given(logits, st.lists(st.integers(0, 4), min_size=1, max_size=6), st.floats(0.5, 2), st.floats(0.01, 1))
+def test_options_mean_what_they_mean_in_transformers(logits, seen, penalty, top_p):
+    ids = torch.tensor([seen])
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits[None].clone())
+    assert torch.equal(penalised(logits, sorted(set(seen)), penalty), expected[0])
+    cut = TopPLogitsWarper(top_p)(ids, TemperatureLogitsWarper(0.5)(ids, logits[None]))[0]
+    shares = torch.softmax(logits / 0.5, 0)
+    ours = kept(shares, top_p)
+    # sums of shares within a rounding of top_p may fall on either side of it
+    sums = shares.sort(descending=True).values.cumsum(0)
+    if (sums - top_p).abs().min() > 1e-6 and len(shares.unique()) == 5:
+        assert torch.equal(ours > 0, (cut > -math.inf) & (shares > 0))
+    assert ours.max() == shares.max()
+
+
+def test_draws_have_the_shares_of_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -50.0])
+    chooser = Chooser(Sampling(temperature=2.0), [])
+    drawn = torch.tensor([chooser.choose(logits) for _ in range(4000)]).bincount(minlength=4) / 4000
+    # four standard deviations of a share of at most 1/2
+    assert (drawn - torch.softmax(logits / 2, 0)).abs().max() < 4 * 0.5 / 4000**0.5
+
+
+# --------------------------------------------------------------------------------------------------------------- pieces
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
+def test_no_piece_cuts_a_character(byte_tokenizer, text):
+    """Every byte is a token here, so a character comes in up to four tokens."""
+    ids = byte_tokenizer(text)["input_ids"]
+    pieces = Pieces(byte_tokenizer)
+    parts = [pieces.add(token) for token in ids] + [pieces.rest()]
+    assert "".join(parts) == text
+    assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
+
+
+@given(st.text("ab", max_size=10), st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_a_stop_is_found_wherever_it_begins(byte_tokenizer, text, stops):
+    pieces = Pieces(byte_tokenizer, stops)
+    said = ""
+    for token in byte_tokenizer(text)["input_ids"]:
+        said += pieces.add(token)
+        if pieces.stopped:
+            break
+    said += pieces.rest()
+    first = [next((end for end in range(len(text) + 1) if text[:end].endswith(stop)), None) for stop in stops]
+    ends = [end for end in first if end is not None]
+    assert pieces.stopped == bool(ends)
+    # the answer ends where the stop that is complete first begins
+    starts = [e - len(s) for e, s in zip(first, stops, strict=True) if e is not None and e == min(ends)]
+    assert said == (text if not ends else text[: min(starts)])
+
+
+def test_bytes_that_never_become_a_character_are_told_at_the_end(byte_tokenizer):
+    pieces = Pieces(byte_tokenizer)
+    first = byte_tokenizer("é")["input_ids"][0]
+    assert (pieces.add(first), pieces.rest()) == ("", "\ufffd")
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    from tests.conftest import _tokenizer
+
+    return _tokenizer()
+
+
+# ----------------------------------------------------------------------------------------------------------------- real
+
+
+def first_difference(ours: list[int], theirs: list[int]) -> int | None:
+    return next((i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+
+
+QUESTIONS = ["The capital of France is", "def add(a, b):", "Water boils at", "Once upon a time"]
+
+
+@pytest.mark.slow
+def test_the_default_model_says_what_transformers_says(record_property):
+    model, tokenizer = ql.load("smollm2-135m", progress=False)
+    model.generation_config.eos_token_id = None
+    answers = decode(model, tokenizer, QUESTIONS, 48, progress=False)
+    twin = dequantised(model)
+    ties = []
+    for prompt, answer in zip(QUESTIONS, answers, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        expected = generated(twin, ids, len(answer.ids))
+        at = first_difference(answer.ids, expected[: len(answer.ids)])
+        if at is not None:
+            with torch.no_grad():
+                logits = twin(torch.tensor([ids + expected[:at]])).logits[0, -1]
+            ties.append((prompt, at, (logits[expected[at]] - logits[answer.ids[at]]).item()))
+    record_property("ties", ties)
+    assert all(gap < 1e-3 for _, _, gap in ties), ties  # logits reach 30, and differ by 2e-5 in float32
+
+
+@pytest.mark.slow
+def test_perplexity_of_the_default_model_is_that_of_transformers():
+    from qlora_lab.infer.cache import make_cache
+    from qlora_lab.infer.fast import step_of
+    from qlora_lab.infer.stack import read_stack
+
+    model, tokenizer = ql.load("smollm2-135m", progress=False)
+    ids = torch.tensor(tokenizer(" ".join(ql.Sampling.__doc__.split()) + decoding.__doc__)["input_ids"])[:200]
+    stack = read_stack(model)
+    cache, run = make_cache(stack, 1, len(ids)), step_of(stack)
+    with torch.no_grad():
+        ours = torch.cat([run(ids[i : i + 1], cache, torch.tensor([0])) for i in range(len(ids) - 1)])
+        theirs = dequantised(model)(ids[None]).logits[0, :-1]
+    losses = [torch.nn.functional.cross_entropy(some, ids[1:]).item() for some in (ours, theirs)]
+    assert abs(math.exp(losses[0] - losses[1]) - 1) < 1e-4
