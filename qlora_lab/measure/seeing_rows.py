@@ -57,11 +57,8 @@ from qlora_lab.train.trainer import finetune
 
 PROJECTOR = "projector.safetensors"
 MARK = "mark"  # a file that tells a folder from another that had its name
-RULES = dict.fromkeys(("settings", "versions", "machine", "right"), OBJECT) | {
-    "seed": NUMBER,
-    "run": TEXT,
-    "mark": TEXT,
-}
+RULES = dict.fromkeys(("settings", "versions", "machine", "right"), OBJECT)
+RULES |= {"seed": NUMBER, "run": TEXT, "mark": TEXT}
 DECISIVE = ("settings", "versions", "seed", "run")
 ROWS = Kind("seeing_rows", "a comparison of models that see", RULES, DECISIVE, first="settings")
 FILE = "rows.jsonl"
@@ -103,9 +100,9 @@ def seeing_rows(
 ) -> list[dict]:
     """Return a row for each of `seeds` and `runs`, in their order; make those that the folder `work` lacks.
 
-    work: holds rows.jsonl, and the models that later runs of a stopped call need. runs: RUNS, or how it begins, for each
-    reads what those before it have left. A row that is there is not made again, unless later runs need what it left and
-    that is gone.
+    work: holds rows.jsonl, and the models that later runs of a stopped call need. runs: RUNS, or how it begins, for
+    each reads what those before it have left. A row that is there is not made again, unless later runs need what it
+    left and that is gone.
     A row has settings, versions, commit, machine, seed, run, mark (of the folder that it comes from), weight_bytes,
     right (property -> 0 or 1 for each picture), date, sha256; one of a training also learned (weights), losses, cost
     (train/cost.py) and peak_bytes, over Python and its libraries (None where the system does not tell); "damage" also

@@ -111,9 +111,7 @@ def test_a_run_that_fails_is_named_and_what_was_made_stays(runs, monkeypatch, tm
     assert runs(TINY, stop_at=(0, RUNS[1])) == ALL[:1]
     with monkeypatch.context() as patch:
         patch.setattr(made_rows, "_process", lambda _: (code, "", errors))
-        with pytest.raises(
-            RuntimeError, match=f"the run 'qlora' of seed 0 failed: {said}. Mend what it names, and call"
-        ):
+        with pytest.raises(RuntimeError, match=f"the run 'qlora' of seed 0 failed: {said}. Mend what"):
             seeing_rows(tmp_path, TINY, 1, RUNS, progress=False)
     assert runs(TINY) == ALL[1:]
 
@@ -157,9 +155,8 @@ made_rows.one_run('["folder", {{}}, 0, "lora"]')
 @pytest.mark.slow  # an import of the library
 def test_a_run_prints_its_row():
     code = RUN.format(wait='{"right": {}}')
-    done = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert json.loads(done.stdout.read()) == {"right": {}} and done.wait() == 0
-    done.stdin.close()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert json.loads(run.stdout.read()) == {"right": {}} and run.wait() == 0
 
 
 @pytest.mark.slow
