@@ -18,9 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench.cpu import versions  # noqa: E402
 from bench.files import write  # noqa: E402
-from qlora_lab.measure.machine import machine  # noqa: E402
 from qlora_lab.measure.seeing_rows import Settings, seeing_rows  # noqa: E402
 
 OUT = HERE / "multimodal.json"
@@ -51,9 +49,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick and args.out == OUT:
         parser.error("--quick needs --out: its figures mean nothing")
-    settings = Settings(64, 2, 2, 2, 2, 4) if args.quick else Settings()
-    rows = seeing_rows(args.work / "rows.jsonl", args.work, settings, args.seeds)
-    result = {"machine": machine(), "versions": versions(), "rows": rows}
+    quick = Settings(pictures=64, tower_steps=2, batch=2, projector_steps=2, language_steps=2, test=4)
+    rows = seeing_rows(args.work, quick if args.quick else Settings(), args.seeds)
+    result = {"rows": rows}
     write(args.out, json.dumps(result, indent=1) + "\n")
     print(table(rows))
 

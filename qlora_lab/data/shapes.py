@@ -5,8 +5,9 @@ number and side, each with an answer of one word. It is drawn here and compares 
 perfect on it has learned to read four properties of a toy.
 
 A picture holds one to three equal shapes along one of its sides. No combination of colour, shape and number in the test
-ever occurs in training, so a model that only remembers whole pictures has never seen these. Each word, and each pair of
-words, occurs in training equally often: neither what is frequent nor one property tells anything of another.
+ever occurs in training, so a model that only remembers whole pictures does not know the test's. Each word, and each
+pair of words, occurs in training equally often (but for a remainder), so neither a frequent word nor one property gives
+away another. Two of the three together do, and they mislead: they exclude the value that a picture of the test has.
 """
 
 import json

@@ -70,7 +70,7 @@ def _start(first: str) -> bytes:
 
 SWEEP = Kind("sweep", "a sweep", ROW, IDENTITY)  # the default: it had its file before other kinds came
 START = SWEEP.start
-STARTS = (START, _start("system"), _start("tournament"))  # of all kinds: `verify` is not told which
+STARTS = (START, _start("system"), _start("tournament"), _start("settings"))  # of all kinds: `verify` is not told which
 
 
 def identity(row: dict, kind: Kind = SWEEP) -> str:

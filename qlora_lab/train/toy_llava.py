@@ -45,7 +45,7 @@ PROJECTOR_RATE, PROJECTOR_STEPS = 5e-3, 800
 EMPTY = len(SHAPES)  # label of a patch without a shape
 # Questions and answers, and nothing else: each token is read in every step. One token of the model's own comes first,
 # because models send there whatever attention is not needed (arXiv 2309.17453). With a picture in that place, gradients
-# of norm 250 to 1,700 came in a quarter of the steps (LOG.md).
+# were up to 1,700 long (LOG.md).
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
@@ -75,8 +75,7 @@ class ToyTower(nn.Module):
         """Return logits of each patch of pictures x, (n, 3, 48, 48) in [-1, 1].
 
         kind: the shape in the patch, or EMPTY, (n, 9, 7). colour, shape, number, side: of the whole picture, which each
-        patch has to know, (n, 9, words). A language model that looks at any patch finds them; it took six times as many
-        steps to learn where to look (LOG.md).
+        patch has to know, (n, 9, words), for a language model learns slowly which of nine patches to look at (LOG.md).
         """
         patches = self.vision(x).last_hidden_state[:, 1:]  # (n, 9, 128): without the class token, as LLaVA reads it
         return {name: head(patches) for name, head in self.heads.items()}

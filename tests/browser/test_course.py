@@ -140,13 +140,17 @@ MOVES = {  # control, key, part of the new alt text
         ("Reset", "Enter", "80 questions in both orders, 960 games, a first position worth 150 points: order 1"),
     ],
     "14_multimodal": [
-        ("Colour", "ArrowRight", "Two green rings on the left, pairs that training showed: asked for the colour"),
+        (
+            "Colour",
+            "ArrowRight",
+            "Two green rings on the left, a combination that training never showed: asked for the colour",
+        ),
         ("Shape", "Home", "Two green circles on the left"),
         ("Number", "End", "Three green circles on the left"),
         ("Side", "ArrowRight", "Three green circles on the right"),
         ("Question", "End", "asked for the side, the tower answers: as trained"),
         ("Patches read by", "End", "; the tower in NF2 reads "),
-        ("Reset", "Enter", "Two red rings on the left, pairs that training showed: asked for the colour"),
+        ("Reset", "Enter", "Two red rings on the left, a combination that training showed: asked for the colour"),
     ],
 }
 EXPLORERS = {"06_data_types": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other

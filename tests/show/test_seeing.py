@@ -31,7 +31,8 @@ def test_any_state(asked, read_by):
 @pytest.mark.long
 def test_the_sentence():
     EXPLORER.set(**STATE)
-    start = "Two blue crosses at the top, a combination that training never showed: asked for the colour, the tower answers: "
+    start = "Two blue crosses at the top, a combination that training never showed: asked for the colour, "
+    start += "the tower answers: "
     shares = {name: tower.read([Scene("blue", "cross", "two", "top")])[1] for name, tower in EXPLORER.towers.items()}
     best = {name: share["colour"][0].max(0) for name, share in shares.items()}
     answers = [f"{STORED[n]}, {WORDS['colour'][b.indices]} ({100 * b.values:.0f} %)" for n, b in best.items()]
