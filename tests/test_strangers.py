@@ -26,6 +26,7 @@ COMMANDS = {
     "finetune": "--model MODEL --data DATA --test-data DATA --held-out 2 --eval-every 1 --out FREE --steps 2 "
     "--save-every 1 --r 2 --batch-size 2",
     "generate": "hello --model MODEL --max-new-tokens 1",
+    "chat": "MODEL --max-new-tokens 1",
     "doctor": "--model MODEL --data DATA --r 2 --batch-size 2",
     "kernels": "no_such_rung",
     "merge": "MODEL --adapter ADAPTER --anyway --out FREE",
@@ -54,6 +55,8 @@ PATHS = {
     ("generate", "model"): [],
     ("generate", "adapter"): [],
     ("generate", "pictures"): [],
+    ("chat", "model"): [],
+    ("chat", "adapter"): [],
     ("doctor", "model"): [],
     ("doctor", "source"): [["--method", "loftq"]],
     ("doctor", "data"): [],
