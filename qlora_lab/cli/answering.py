@@ -21,6 +21,7 @@ def add_answer(group, most: int) -> None:
     longest = "maximum number of tokens in the answer"
     group.add_argument("--max-new-tokens", type=whole, default=most, metavar="N", help=longest)
 
+    # SUPPRESS: an option that is not given leaves no trace, so a default has one home
     def add(option: str, kind, metavar: str, text: str, **more) -> None:
         group.add_argument(option, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS, **more)
 
@@ -37,6 +38,7 @@ def sampling_of(a: argparse.Namespace) -> "ql.Sampling":
     """Return the Sampling that the options ask for."""
     from qlora_lab.infer.sampling import Sampling  # loads torch
 
+    # only what was given: Sampling knows the rest
     options = ("temperature", "top_p", "repetition_penalty", "seed")
     chosen = {name: getattr(a, name) for name in options if name in a}
     return Sampling(**chosen, stop=tuple(getattr(a, "stop", ())))

@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> None:
     """Answer one line after the other: of a terminal, or of whatever stdin is."""
+    # before the model: a mistake should not cost the minute that it takes
     if a.compare and a.adapter is None:
         raise ValueError("nothing to compare the base with: add --adapter FOLDER")
     from qlora_lab.infer.chat import Chat  # loads torch
@@ -48,6 +49,7 @@ def run(a: argparse.Namespace) -> None:
     check_whole("max-new-tokens", a.max_new_tokens)
     sampling = sampling_of(a)
     model, tokenizer = load_with_adapter(a)
+    # both read the same packed weights: the second conversation costs its own keys and values alone
     names = {"base": False, "adapter": True} if a.compare else {"": True}
     chats = {n: Chat(model, tokenizer, a.max_new_tokens, sampling, adapter=adapter) for n, adapter in names.items()}
     terminal = _is_terminal()
@@ -85,6 +87,7 @@ def _questions(terminal: bool) -> Iterator[str]:
             except EOFError:  # Ctrl-D
                 print()
                 return
+        # a process may have no stdin at all
         elif not (line := sys.stdin.readline() if sys.stdin else ""):
             return
         if line.strip():
@@ -102,7 +105,7 @@ def _answer(a: argparse.Namespace, name: str, chat, question: str, terminal: boo
     whole = True
     try:
         with closing(chat.ask(question)) as pieces:
-            if a.json:
+            if a.json:  # a line is printed once it is whole
                 for _ in pieces:
                     pass
             else:
@@ -117,7 +120,7 @@ def _answer(a: argparse.Namespace, name: str, chat, question: str, terminal: boo
     except KeyboardInterrupt as interrupt:
         if not terminal or isinstance(interrupt, Terminated):
             raise
-        whole = False
+        whole = False  # nor does the adapter answer: who stops the base does not wait for the other
     if chat.reply is not None:  # an interrupt can come before the first token
         _report(a, name, question, chat.reply)
     return whole
@@ -129,6 +132,5 @@ def _report(a: argparse.Namespace, name: str, question: str, reply) -> None:
         figures = {"ended": reply.ended, "tokens": reply.tokens, "tokens_per_second": reply.rate}
         print(json.dumps({"question": question, **who, "answer": reply.text.strip(), **figures}), flush=True)
         return
-    speed = "" if reply.rate is None else f"{reply.rate:.3g} tokens per second, "
-    note = f"{speed}first words after {reply.wait:.2g} s"
-    print_note(a, f"[{'; '.join([note, *filter(None, [ENDINGS.get(reply.ended)])])}]")
+    notes = reply.speed, f"first words after {reply.wait:.1f} s", ENDINGS.get(reply.ended)
+    print_note(a, f"[{'; '.join(filter(None, notes))}]")

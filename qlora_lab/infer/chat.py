@@ -38,6 +38,12 @@ class Reply(NamedTuple):
     wait: float  # seconds until the first piece: reading the conversation, and compiling the kernel once
     rate: float | None  # tokens per second from then on; None for an answer of one piece
 
+    @property
+    def speed(self) -> str:
+        """The rate in words, "" if it is unknown."""
+        # three digits: two runs differ in the third
+        return "" if self.rate is None else f"{self.rate:.{0 if self.rate >= 100 else 1}f} tokens per second"
+
 
 class Chat:
     """A conversation with a model.
@@ -78,11 +84,12 @@ class Chat:
         turns = (*self.turns, ("user", question), ("assistant", ""))  # the last is only asked for
         ids = prompt_of(Example(turns), self._tokenizer).ids
         limit = position_limit(self._model)
+        # Decoding would refuse it, too, but speak of a prompt, which nobody here has written
         if limit is not None and len(ids) > limit:
             fix = "reset the conversation, or ask a shorter question"
             raise ValueError(f"the conversation has {len(ids)} tokens, but the context of this model is {limit}: {fix}")
-        options = {"adapter": self._adapter}
-        run = Decoding(self._model, self._tokenizer, [ids], self._most, self._sampling, **options)
+        run = Decoding(self._model, self._tokenizer, [ids], self._most, self._sampling, adapter=self._adapter)
+        self.reply = None  # a caller that stops before the first piece must not find the last answer here
         return self._answer(question, run)
 
     def _answer(self, question: str, run: Decoding) -> Iterator[str]:
@@ -98,10 +105,11 @@ class Chat:
                     break
                 first = first or len(run.answers[0].ids)
                 yield piece.text
-        finally:
+        finally:  # also after an interrupt, and when the caller closes the iteration
             (answer,) = run.answers
             later = sum(spent[1:])
             rate = (len(answer.ids) - first) / later if later and len(answer.ids) > first else None
             self.reply = Reply(answer.text, answer.ended, len(answer.ids), sum(spent[:1]), rate)
+            # a turn without a word would teach the model to say nothing, and some templates refuse it
             if answer.text.strip():
                 self.turns += [("user", question), ("assistant", answer.text)]

@@ -50,6 +50,7 @@ def ending_like_ctrl_c() -> Iterator[None]:
 
 
 def _end(number: int, *_: object) -> None:
+    # a subclass, so that whoever catches KeyboardInterrupt still catches both
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
