@@ -58,6 +58,10 @@ class QuestionField(Control):
         model.set("sent", [model.get("sent")[0] + 1, input.value]); model.save_changes();
         input.value = "";
       });
+      input.addEventListener("keydown", event => {                     // Lab takes the browser's own Enter away
+        if (event.key !== "Enter" || event.isComposing) return;        // an input method's Enter chooses a word
+        event.preventDefault(); event.stopPropagation(); form.requestSubmit();
+      });
       const show = () => { button.disabled = model.get("busy"); };
       model.on("change:busy", show); show();
     } };
