@@ -4,6 +4,7 @@ A new command, or a new argument that takes text, fails `test_every_argument_is_
 """
 
 import argparse
+import io
 import json
 import os
 from itertools import product
@@ -122,6 +123,7 @@ def names(tmp_path, folder, monkeypatch):
     data.write_text("".join(json.dumps({"instruction": f"double {i}", "output": str(2 * i)}) + "\n" for i in range(6)))
     text.write_text("the sum of the two numbers " * 20)
     monkeypatch.setattr(os, "execv", lambda *_: None)  # of `open`, which would become JupyterLab
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))  # of `chat`
     free = tmp_path / "free"
     adapted, _ = ql.load(folder, progress=False)
     return {

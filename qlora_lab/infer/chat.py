@@ -8,7 +8,7 @@ In: a model and its tokenizer, then one question after the other. Out: pieces of
     print(chat.reply.rate, "tokens per second")
 
 Every question reads the whole conversation again, since a template may render an earlier turn differently once another
-follows it (some leave out old thoughts). It costs a prompt a question.
+follows it (some leave out old thoughts). So each question costs a whole prompt.
 """
 
 import time
