@@ -60,6 +60,7 @@ _HOME = {
     "check": "exercises.check",
     "guess": "exercises.guess",
     "live": "show.live",
+    "ChatPanel": "show.chat_panel",
     "picture": "show.figure",
     "show_source": "show.source",
 }

@@ -4,6 +4,7 @@ A new command, or a new argument that takes text, fails `test_every_argument_is_
 """
 
 import argparse
+import io
 import json
 import os
 from itertools import product
@@ -26,6 +27,7 @@ COMMANDS = {
     "finetune": "--model MODEL --data DATA --test-data DATA --held-out 2 --eval-every 1 --out FREE --steps 2 "
     "--save-every 1 --r 2 --batch-size 2",
     "generate": "hello --model MODEL --max-new-tokens 1",
+    "chat": "MODEL --max-new-tokens 1",
     "doctor": "--model MODEL --data DATA --r 2 --batch-size 2",
     "kernels": "no_such_rung",
     "merge": "MODEL --adapter ADAPTER --anyway --out FREE",
@@ -54,6 +56,8 @@ PATHS = {
     ("generate", "model"): [],
     ("generate", "adapter"): [],
     ("generate", "pictures"): [],
+    ("chat", "model"): [],
+    ("chat", "adapter"): [],
     ("doctor", "model"): [],
     ("doctor", "source"): [["--method", "loftq"]],
     ("doctor", "data"): [],
@@ -119,6 +123,7 @@ def names(tmp_path, folder, monkeypatch):
     data.write_text("".join(json.dumps({"instruction": f"double {i}", "output": str(2 * i)}) + "\n" for i in range(6)))
     text.write_text("the sum of the two numbers " * 20)
     monkeypatch.setattr(os, "execv", lambda *_: None)  # of `open`, which would become JupyterLab
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))  # of `chat`
     free = tmp_path / "free"
     adapted, _ = ql.load(folder, progress=False)
     return {

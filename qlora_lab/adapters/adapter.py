@@ -6,7 +6,8 @@ place of a bf16 weight and would be lost.
 Not here: the methods (lora.py, houlsby.py, ...), choosing one (add_adapter.py), their files (peft_format.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +97,24 @@ def put_into(model: nn.Module, make: Callable[[], dict[str, Adapter]]) -> nn.Mod
     if method_of(model) != "full":  # transformers can save that
         model.save_pretrained = AdapterSaver(model)
     return model
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Make `model` the base inside the `with` block; afterwards its adapters stand where they stood.
+
+    No weight is copied or moved. Raises ValueError if there are none, or if all weights learned.
+    """
+    there = adapters(model)
+    out = {}  # those that are out by now: one that refuses leaves the others as they were
+    try:
+        for path, adapter in there.items():
+            adapter.take_out(model, path)
+            out[path] = adapter
+        yield
+    finally:
+        for path, adapter in out.items():
+            adapter.put_into(model, path)
 
 
 def remove_adapter(model: nn.Module) -> nn.Module:

@@ -22,19 +22,19 @@ from qlora_lab.train.interrupt import ending_like_ctrl_c
 from qlora_lab.train.torchrun import rank
 
 # Each is a file of this folder.
-COMMANDS = ("fetch", "quantize", "finetune", "generate", "doctor", "kernels")
+COMMANDS = ("fetch", "quantize", "finetune", "generate", "chat", "doctor", "kernels")
 COMMANDS += ("merge", "gguf", "memory", "sweep", "multiple-choice", "tournament", "block-size", "xray", "conformance")
 COMMANDS += ("experts", "verify", "open")
 LESS_MEMORY = "close other programs, or choose a smaller model"  # a command may know something better
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, beside ModelError
 # Commands whose only effect is what they print.
-PRINTING = ("generate", "doctor", "memory", "kernels", "xray", "conformance", "experts", "verify")
+PRINTING = ("generate", "chat", "doctor", "memory", "kernels", "xray", "conformance", "experts", "verify")
 EXITS = """Exit codes: 0 done; 1 doctor found a problem, verify or xray found a difference, conformance found one
 without a known reason, or memory found that a run does not fit; 2 a mistake, a full disk or too little memory, reported
 in one line, or faults that xray lists; 130 interrupted. Ctrl-C, SIGTERM and a closed terminal all end a command in the
 same way: finetune finishes its step and saves; finetune --resume, quantize, sweep, multiple-choice and tournament
-continue from there. Under nohup a closed terminal ends nothing."""
+continue from there. In a chat, Ctrl-C ends the answer alone. Under nohup a closed terminal ends nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

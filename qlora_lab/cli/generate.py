@@ -2,14 +2,22 @@
 
 import argparse
 import json
-from pathlib import Path
+from collections import deque
 
 import qlora_lab as ql
-from qlora_lab.cli.loading import add_model, load_model
-from qlora_lab.cli.options import common, whole
+from qlora_lab.cli.answering import (
+    LESS_MEMORY as LESS_MEMORY,
+    add_adapter,
+    add_answer,
+    load_with_adapter,
+    print_pieces,
+    sampling_of,
+    tidy,
+)
+from qlora_lab.cli.loading import add_model
+from qlora_lab.cli.options import common
 
 EXAMPLE = 'qlora-lab generate "What is the capital of France?" --adapter runs/first/adapter'
-LESS_MEMORY = "use fewer --max-new-tokens, or pass the copy from `qlora-lab quantize` as --model"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,25 +26,45 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     model = parser.add_argument_group("model")
     add_model(model)
-    model.add_argument("--adapter", metavar="FOLDER", help="an adapter in PEFT's format")
+    add_adapter(model)
     place = "a picture that stands where the question has <image>; once for each"
     model.add_argument("--picture", metavar="FILE", action="append", default=[], dest="pictures", help=place)
     output = parser.add_argument_group("output")
-    most = "maximum number of tokens in the answer"
-    output.add_argument("--max-new-tokens", type=whole, default=128, metavar="N", help=most)
+    add_answer(output, 128)
     common(output)
 
 
 def run(a: argparse.Namespace) -> None:
+    from qlora_lab.infer.sampling import Sampling
     from qlora_lab.quant.numbers import check_whole
-    from qlora_lab.train.run_folder import find_adapter
 
     check_whole("max-new-tokens", a.max_new_tokens)
-    if a.adapter:  # a missing adapter should not cost the minute that a model takes
-        find_adapter(Path(a.adapter))
-    model, tokenizer = load_model(a)  # the base; an adapter is added in place
-    if a.adapter is not None:  # "" is a mistake, such as a shell variable that is not set
-        ql.load_adapter(model, a.adapter)
-    options = {"pictures": a.pictures, "progress": not a.quiet}
-    answer = ql.generate(model, tokenizer, a.question, a.max_new_tokens, **options)
-    print(json.dumps({"question": a.question, "answer": answer}) if a.json else answer)
+    sampling = sampling_of(a)
+    if a.pictures and sampling != Sampling():
+        raise ValueError("about pictures only the likeliest answer is given: leave out the options that draw or stop")
+    model, tokenizer = load_with_adapter(a)
+    if a.pictures:
+        options = {"pictures": a.pictures, "progress": not a.quiet}
+        answer = ql.generate(model, tokenizer, a.question, a.max_new_tokens, **options)
+        print(json.dumps({"question": a.question, "answer": answer}) if a.json else "".join(tidy([answer])))
+        return
+    _stream(a, ql.Decoding(model, tokenizer, [_asked(a.question, tokenizer)], a.max_new_tokens, sampling))
+
+
+def _asked(question: str, tokenizer) -> list[int]:
+    from qlora_lab.data.dataset import prompt_of
+    from qlora_lab.data.examples import Example
+
+    return prompt_of(Example((("user", question), ("assistant", ""))), tokenizer).ids
+
+
+def _stream(a: argparse.Namespace, run: "ql.Decoding") -> None:
+    """Print the answer while it comes, or as one line of JSON. Ctrl-C leaves what was said on stdout."""
+    if not a.json:
+        return print_pieces(piece.text for piece in run)
+    try:
+        deque(run, maxlen=0)
+    finally:
+        (answer,) = run.answers
+        # json.dumps spells control characters by itself
+        print(json.dumps({"question": a.question, "answer": answer.text.strip(), "ended": answer.ended}))

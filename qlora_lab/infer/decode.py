@@ -12,12 +12,14 @@ Rows of different lengths need no padding: each has its own place in the cache. 
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
+from qlora_lab.adapters.adapter import without_adapters
 from qlora_lab.infer.cache import Cache, make_cache
 from qlora_lab.infer.fallback import generated, stop_ids
 from qlora_lab.infer.fast import step_of
@@ -83,10 +85,13 @@ class Decoding:
     """The answers to prompts while they come: iterate over its pieces. Arguments and errors are those of `decode`.
 
     An iteration that ends early, by `break` or Ctrl-C, leaves what was said in `answers`, as "interrupted".
+    adapter: False answers as the base does, from the same packed weights; an iteration raises ValueError if the model
+    has no adapter, or if all of its weights learned.
     """
 
-    def __init__(self, model, tokenizer, prompts, max_new_tokens=128, sampling=GREEDY):
+    def __init__(self, model, tokenizer, prompts, max_new_tokens=128, sampling=GREEDY, *, adapter=True):
         check_whole("max_new_tokens", max_new_tokens)
+        self._adapter = adapter
         self._model, self._tokenizer, self._most, self._sampling = model, tokenizer, max_new_tokens, sampling
         self._prompts = _as_ids(prompts, tokenizer)
         check_tokens(model, tokenizer, {token for ids in self._prompts for token in ids})
@@ -103,11 +108,15 @@ class Decoding:
 
     def __iter__(self) -> Iterator[Piece]:
         try:
-            stack = read_stack(self._model)
+            with self._asked_model():  # a stack holds the weights themselves, so the adapter can come back at once
+                stack = read_stack(self._model)
         except UnlikeLlama as reason:
             warnings.warn(f"{reason}: transformers' generate answers, more slowly", stacklevel=2)
             return self._by_transformers()
         return self._by_steps(stack)
+
+    def _asked_model(self):
+        return nullcontext() if self._adapter else without_adapters(self._model)
 
     def _by_steps(self, stack: Stack) -> Iterator[Piece]:
         longest = max(map(len, self._prompts)) + self._most - 1  # the model never reads the last token
@@ -134,7 +143,8 @@ class Decoding:
     def _by_transformers(self) -> Iterator[Piece]:
         for number, (ids, row) in enumerate(zip(self._prompts, self._rows, strict=True)):
             room = self._most if self._limit is None else min(self._most, self._limit - len(ids) + 1)
-            new = generated(self._model, self._tokenizer, ids, room, self._sampling, number)
+            with self._asked_model():
+                new = generated(self._model, self._tokenizer, ids, room, self._sampling, number)
             text = "".join(row.add(token) for token in new)
             if row.ended is None:
                 ended = "end" if len(new) < room else "length" if room == self._most else "context"

@@ -5,4 +5,5 @@ figure.py    matplotlib -> `<img alt=...>`: `new_figure`, `picture`, `Blit`
 source.py    a function -> its highlighted source: `show_source`
 explorer.py  controls + figure + one sentence of numbers: `Explorer`
 live.py      a Training -> its Run, watched and stopped in a notebook: `live`
+chat_panel.py  a model -> a conversation in a notebook: `ChatPanel`
 """

@@ -6,6 +6,7 @@ text by text; a fence of CommonMark (section 4.5) ends at a line of as many back
 
 import html
 import re
+from unicodedata import category
 
 
 def for_picture(text: str) -> str:
@@ -20,6 +21,17 @@ def for_picture(text: str) -> str:
 def for_html(text: str) -> str:
     """Escape `text` as the content of an element. Each dollar sign gets its own element, so MathJax finds no pair."""
     return html.escape(text).replace("$", "<span>$</span>")
+
+
+def spelled(text: str) -> str:
+    """Spell out control characters, and halves of surrogate pairs that no file can hold; lines and tabs stay.
+
+    A terminal obeys them: an answer could move its cursor, or change its title.
+
+    >>> print(spelled("\x1b[2J gone"))
+    \\x1b[2J gone
+    """
+    return "".join(ascii(c)[1:-1] if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
 
 
 def fenced(code: str, language: str = "") -> str:

@@ -8,10 +8,9 @@ Not here: the ratings (measure/standings.py), writing the file (cli/tournament.p
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from unicodedata import category
 
 from qlora_lab.measure.judges import Question
-from qlora_lab.show.escape import for_html
+from qlora_lab.show.escape import for_html, spelled
 
 START = "<!doctype html>\n<!-- qlora-lab tournament -->\n"  # the command replaces no page without it
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -68,5 +67,4 @@ def _text(text: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """Escape a text; control characters, and halves of surrogate pairs that no file can hold, are spelled out."""
-    return for_html("".join(ascii(c)[1:-1] if category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text))
+    return for_html(spelled(text))

@@ -13,6 +13,10 @@ HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # Windows has no 
 ENDING = [signal.SIGINT, signal.SIGTERM, *HANGUP]
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: they end a command even where Ctrl-C ends only a part of it."""
+
+
 class Interrupt:
     """asked: whether the user wants the run to stop."""
 
@@ -37,14 +41,17 @@ def waiting(interrupt: Interrupt) -> Iterator[None]:
 
 @contextmanager
 def ending_like_ctrl_c() -> Iterator[None]:
-    """Inside the `with` block SIGTERM and SIGHUP raise KeyboardInterrupt, so that open files are closed and removed.
+    """Inside the `with` block SIGTERM and SIGHUP raise Terminated, so that open files are closed and removed.
 
     A signal that has a handler already, or is ignored, stays as it is.
     """
-    with _handled(
-        signal.default_int_handler, [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
-    ):
+    with _handled(_end, [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]):
         yield
+
+
+def _end(number: int, *_: object) -> None:
+    # a subclass, so that whoever catches KeyboardInterrupt still catches both
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 @contextmanager

@@ -25,9 +25,10 @@ from tests.test_architecture import HEAVY
 
 RUN = (ModelOptions, DataOptions, Settings, AdapterOptions, OutputOptions)
 OWNERS = {"finetune": RUN, "doctor": RUN, "generate": (ModelOptions,), "quantize": (ModelOptions,), "memory": (Setup,)}
-OWNERS["merge"] = (ModelOptions,)
+OWNERS["merge"] = OWNERS["chat"] = (ModelOptions,)
 OF_THE_COMMAND = {"help", "json", "quiet", "gpu", "question", "adapter", "max_new_tokens", "plan", "target"}
-OF_THE_COMMAND |= {"original", "anyway", "pictures"}
+OF_THE_COMMAND |= {"original", "anyway", "pictures", "compare"}
+OF_THE_COMMAND |= {"temperature", "top_p", "repetition_penalty", "seed", "stop"}
 
 
 def options(command: str) -> dict[str, argparse.Action]:

@@ -122,14 +122,14 @@ def test_a_letter_that_the_terminal_lacks_is_spelled(monkeypatch):
 
 def test_a_bug_still_gives_a_traceback(monkeypatch, argv):
     """Only what is a user's mistake, disk or memory is one line."""
-    monkeypatch.setattr(cli.ql, "generate", lambda *_, **__: None.attribute)
+    monkeypatch.setattr(cli.ql, "Decoding", lambda *_, **__: None.attribute)
     with pytest.raises(AttributeError, match="has no attribute 'attribute'"):
         run(monkeypatch, argv("generate"), io.StringIO(), io.StringIO())
 
 
 @pytest.mark.parametrize("number", interrupt.ENDING, ids=lambda number: number.name)
 def test_each_signal_ends_a_command_in_one_line(monkeypatch, argv, number):
-    monkeypatch.setattr(cli.ql, "generate", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr(cli.ql, "Decoding", lambda *_, **__: signal.raise_signal(number))
     code, _, err = run(monkeypatch, argv("generate", "--quiet"), io.StringIO(), io.StringIO())
     assert (code, err) == (130, "qlora-lab generate: interrupted\n")
     assert signal.getsignal(number) is (signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

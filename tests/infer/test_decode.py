@@ -18,6 +18,7 @@ from qlora_lab.infer.decode import Decoding, decode
 from qlora_lab.infer.pieces import Pieces
 from qlora_lab.infer.sampling import Chooser, Sampling, kept, penalised
 from qlora_lab.infer.step import step
+from qlora_lab.model.linear4bit import quantize_linears
 from tests.infer.conftest import dequantised, small
 
 PROMPTS = ["the sum of", "user and assistant", "numbers"]
@@ -112,6 +113,25 @@ def test_ctrl_c_returns_what_was_said(packed, tokenizer, monkeypatch):
     answers = decode(packed, tokenizer, PROMPTS, 20, progress=False)
     assert [len(answer.ids) for answer in answers] == [4, 4, 4]
     assert {answer.ended for answer in answers} == {"interrupted"}
+
+
+@pytest.mark.long
+def test_the_base_answers_beside_its_adapter(packed, tokenizer):
+    base = decode(packed, tokenizer, PROMPTS, 8, progress=False)
+    ql.add_lora(packed, r=2)
+    for name, factor in packed.named_parameters():
+        if "lora_" in name:
+            factor.data = torch.randn(factor.shape, generator=torch.Generator().manual_seed(len(name)))
+    tuned = decode(packed, tokenizer, PROMPTS, 8, progress=False)
+    run = Decoding(packed, tokenizer, PROMPTS, 8, adapter=False)
+    next(iter(run))
+    assert decode(packed, tokenizer, PROMPTS, 8, progress=False) == tuned  # the adapter is there between two pieces
+    assert list(run) and run.answers == base != tuned
+    dora = ql.add_adapter(quantize_linears(small()), "dora", r=2)
+    run = Decoding(dora, tokenizer, PROMPTS, 8, adapter=False)
+    assert list(run) and run.answers == base  # the base is computed here, whatever stands beside it
+    with pytest.raises(ValueError, match="this model has no adapter"):
+        list(Decoding(ql.remove_adapter(packed), tokenizer, PROMPTS, 8, adapter=False))
 
 
 @pytest.mark.long

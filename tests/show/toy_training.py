@@ -20,18 +20,23 @@ TEMPLATE = (
 EXAMPLES = [Example((("user", " ".join(WORDS[: i + 1])), ("assistant", WORDS[i]))) for i in range(6)]  # counting
 
 
-def toy_training(out: str | Path, steps: int = 6, **options) -> Training:
-    """Always the same one. options: fields of Settings, and what else Training takes."""
-    names = {name: options.pop(name) for name in ("held_out", "resume", "overwrite") if name in options}
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """Each word is a token."""
     ids = {word: number for number, word in enumerate(["<|end|>", *ROLES, *WORDS])}
     words = Tokenizer(models.WordLevel(ids, unk_token="<|end|>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<|end|>", extra_special_tokens=ROLES, chat_template=TEMPLATE
     )
+
+
+def toy_training(out: str | Path, steps: int = 6, **options) -> Training:
+    """Always the same one. options: fields of Settings, and what else Training takes."""
+    names = {name: options.pop(name) for name in ("held_out", "resume", "overwrite") if name in options}
+    tokenizer = toy_tokenizer()
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=len(ids), **shape)), r=4)
+        model = add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)), r=4)
     settings = Settings(steps=steps, **{"batch_size": 4, "max_length": 16, "lr": 1e-2, **options})
     return Training(model, tokenizer, EXAMPLES, out, settings, progress=False, **names)
