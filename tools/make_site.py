@@ -20,7 +20,18 @@ SITE = ROOT / "build" / "site"
 PAGES = ["CHANGELOG.md", "LOG.md", "CONTRIBUTING.md", "LICENSE"]
 FOLDERS = {"docs": ["*.md", "*.gif", "*.png"], "bench": ["*.md", "*.json", "*.png"], "notebooks": ["*.ipynb"]}
 FOLDERS["notebooks/solutions"] = ["*.ipynb"]
-GUIDES = ["install", "finetune", "methods", "lora_relatives", "many_adapters", "long_runs", "devices", "files", "merge"]
+GUIDES = [
+    "install",
+    "finetune",
+    "answers",
+    "methods",
+    "lora_relatives",
+    "many_adapters",
+    "long_runs",
+    "devices",
+    "files",
+    "merge",
+]
 GUIDES += ["multiple_choice", "tournament", "xray", "trust", "machines", "conformance", "families", "templates"]
 GUIDES += ["tools", "pictures"]
 FIGURES = ["ablations", "published", "speed", "gpu"]
