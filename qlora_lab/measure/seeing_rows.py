@@ -44,7 +44,7 @@ from qlora_lab.data.shapes import ASKED, RECORDS, shapes_split, write_shapes
 from qlora_lab.files import disk
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.results_file import Kind, append_result, open_results, with_checksum
-from qlora_lab.files.strict_json import NUMBER, OBJECT, TEXT
+from qlora_lab.files.strict_json import NUMBER, OBJECT, TEXT, parse
 from qlora_lab.measure.machine import machine
 from qlora_lab.measure.sweep import commit
 from qlora_lab.model.load import load
@@ -163,7 +163,7 @@ def _in_process(folder: Path, settings: Settings, seed: int, run: str) -> dict:
         last = f"it was killed by signal {-code}" if code < 0 else said.strip().splitlines()[-1]
         again = f"call again to go on from there, or remove {folder} to begin this seed anew"
         raise RuntimeError(f"the run {run!r} of seed {seed} failed: {last}. Mend what it names, and {again}")
-    return json.loads(printed.splitlines()[-1])
+    return parse(printed.splitlines()[-1], f"the row of {run!r}")
 
 
 def _process(asked: str) -> tuple[int, str, str]:
@@ -188,7 +188,7 @@ def one_run(asked: str) -> None:
     Left alone by that one, it would go on writing into a folder that the next call has taken.
     """
     threading.Thread(target=_end_with_caller, daemon=True).start()
-    folder, settings, seed, run = json.loads(asked)
+    folder, settings, seed, run = parse(asked, "the run")
     print(json.dumps(_measured(Path(folder), Settings(**settings), seed, run)))
 
 

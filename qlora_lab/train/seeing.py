@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from qlora_lab.data.pictures import PLACEHOLDER
 from qlora_lab.data.shapes import ASKED, BLANK, WORDS, Scene
 from qlora_lab.model.modes import measuring
-from qlora_lab.train.toy_llava import pixels
+from qlora_lab.train.toy_llava import first_tokens, pixels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ def see(
         raise ValueError(f"asked={asked!r:.40} is not known: choose from {', '.join(ASKED)}")
     if not scenes:
         raise ValueError("there are no scenes: give at least one")
-    words = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in WORDS[asked]]
+    words = first_tokens(WORDS[asked], tokenizer)
     if len(set(words)) < len(words):
         raise ValueError(
             f"two of {', '.join(WORDS[asked])} begin with the same token: ask a model with another tokenizer"

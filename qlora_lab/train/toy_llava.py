@@ -34,7 +34,7 @@ from qlora_lab.quant.numbers import check_seed, check_whole
 from qlora_lab.quant.quantize import dequantize, quantize
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModel
+    from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
 PATCHES = (SIZE // CELL) ** 2
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -209,6 +209,11 @@ def _patches(tower: ToyTower, scenes: Sequence[Scene]) -> torch.Tensor:
     return torch.cat([tower.vision(part).last_hidden_state[:, 1:] for part in parts])
 
 
+def first_tokens(words: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the token that each word begins with, where it begins a text: an answer is told by it."""
+    return [tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
+
+
 def _captions(labels: dict[str, torch.Tensor], embeddings: torch.Tensor, tokenizer) -> torch.Tensor:
     """Return an embedding for each patch, (scenes, 9, width) float32: a caption, word by word, again and again.
 
@@ -216,8 +221,7 @@ def _captions(labels: dict[str, torch.Tensor], embeddings: torch.Tensor, tokeniz
     """
     words = []
     for name, known in WORDS.items():
-        ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in known]
-        words.append(embeddings[ids].float()[labels[name]])  # (scenes, width)
+        words.append(embeddings[first_tokens(known, tokenizer)].float()[labels[name]])  # (scenes, width)
     return torch.stack([words[patch % len(words)] for patch in range(PATCHES)], dim=1)
 
 
