@@ -11,6 +11,13 @@ import torch
 
 from qlora_lab.quant.numbers import check_number, check_seed
 
+FAIR = "from 0.01 to 100"  # logits times or divided by these stay far from what float32 cannot hold
+
+
+def fair(value: float) -> bool:
+    """Whether logits may be multiplied and divided by it."""
+    return 0.01 <= value <= 100
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -23,9 +30,9 @@ class Sampling:
     stop: str | tuple[str, ...] = ()  # texts that end an answer, and do not belong to it
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, lambda x: x >= 0, "0, for the likeliest token, or more")
+        check_number("temperature", self.temperature, lambda x: x == 0 or fair(x), f"0, for the likeliest token, or {FAIR}")
         check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
-        check_number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0; 1 changes nothing")
+        check_number("repetition_penalty", self.repetition_penalty, fair, f"{FAIR}; 1 changes nothing")
         check_seed(self.seed)
         if not all(isinstance(text, str) and text for text in self.stops):
             raise ValueError(f"stop={self.stop!r:.60} is not allowed: it is a text, or several, none of them empty")

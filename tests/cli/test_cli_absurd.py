@@ -18,7 +18,7 @@ from qlora_lab.train.settings import Settings
 ABSURD = ["nan", "inf", "-inf", "-1", "0", "1e400", str(10**30), "", " ", "１２", "1_000", "9" * 5000, "x\x1b[2J"]
 # Fitting numbers for an option: 0 is one of these, and 2^63 - 1 fits seeds alone.
 MAY_BE_0 = {"held_out", "warmup_steps", "eval_every", "patience", "save_every", "seed", "share_below", "dropout"}
-MAY_BE_0 |= {"learned", "shots", "pictures"}
+MAY_BE_0 |= {"learned", "shots", "pictures", "temperature"}
 MAY_BE_HUGE = {"clip", "bits"}  # 10^30: no limit
 CHOICES = {"codebook", "codebooks", "schedule", "method", "dtype", "adapter_dtype", "device", "double_quant"}
 CHOICES |= {"sass", "ptx", "rungs", "backend"}

@@ -162,9 +162,11 @@ def test_what_cannot_be_answered_is_refused(prompts, options, message, packed, t
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"temperature": -1}, "temperature=-1 is not allowed"),
+        ({"temperature": -1}, "temperature=-1 is not allowed: it is 0, for the likeliest token, or from 0.01 to 100"),
+        ({"temperature": 1e-9}, "temperature=1e-09 is not allowed"),
         ({"top_p": 0}, "top_p=0 is not allowed: it is above 0 and at most 1"),
         ({"repetition_penalty": math.nan}, "repetition_penalty=nan is not allowed"),
+        ({"repetition_penalty": 101}, "repetition_penalty=101 is not allowed: it is from 0.01 to 100"),
         ({"stop": ("a", "")}, "none of them empty"),
         ({"seed": -1}, "seed=-1 is not allowed"),
     ],
@@ -198,7 +200,7 @@ def test_other_families_go_through_transformers_and_say_so(tokenizer):
     assert answer.ended == "context" and len(answer.ids) == 3
     stop = answers[0].text[2:4]
     with pytest.warns(UserWarning, match="transformers"):
-        (answer,) = decode(model, tokenizer, PROMPTS[0], 6, Sampling(temperature=1e-9, stop=stop), progress=False)
+        (answer,) = decode(model, tokenizer, PROMPTS[0], 6, Sampling(temperature=0.01, stop=stop), progress=False)
     assert answer.text == answers[0].text[: answers[0].text.index(stop)] and answer.ended == "stop"
 
 

@@ -141,7 +141,7 @@ import torch, transformers, safetensors.torch
 from qlora_lab import cli
 from qlora_lab.model import load as models
 from qlora_lab.train import trainer
-from qlora_lab.memory.measured import _status
+from qlora_lab.train.resident import _status
 
 def little(kibibytes):
     size = _status("VmSize") + 1024 * kibibytes
