@@ -20,6 +20,7 @@ from qlora_lab.quant.quantize import QuantizedTensor
 
 FAMILIES = ("llama", "mistral", "qwen2")  # model_type of their configurations
 STATIC = ("default", "linear", "llama3", "yarn")  # rotary embeddings that are the same at every length
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that are not packed
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -75,20 +76,22 @@ def read_stack(model: nn.Module) -> Stack:
     config = getattr(model, "config", None)
     _check_config(model, config)
     body, head = model.model, model.get_output_embeddings()
-    if hooked := next((path for path, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks), None):
-        raise UnlikeLlama(f"{hooked or 'the model'} has a hook, which only its own forward calls")
+    _check_modules(model, body, config.model_type)
     layers = tuple(_layer(layer, f"layers.{i}") for i, layer in enumerate(body.layers))
-    _check_adapters(model, [product for layer in layers for product in layer.products])
-    width = config.head_dim if getattr(config, "head_dim", None) else config.hidden_size // config.num_attention_heads
+    last = _product(head, "the head")
+    _check_adapters(model, [*(product for layer in layers for product in layer.products), last])
+    _check_sizes(body, layers)
+    # the modules' own sizes: a configuration may be changed after they are made
+    first, width = layers[0], body.layers[0].self_attn.head_dim
     return Stack(
         body.embed_tokens.weight.detach(),
         layers,
         body.norm.weight.detach(),
-        _product(head, "the head"),
-        config.num_attention_heads,
-        config.num_key_value_heads,
+        last,
+        first.q.weight.shape[0] // width,
+        first.k.weight.shape[0] // width,
         width,
-        config.rms_norm_eps,
+        body.norm.variance_epsilon,
         _rotary_of(body.rotary_emb),
     )
 
@@ -98,17 +101,45 @@ def _check_config(model: nn.Module, config) -> None:
     name = type(model).__name__
     if family not in FAMILIES or not name.endswith("ForCausalLM") or not hasattr(model, "model"):
         raise UnlikeLlama(f"{name} is not of {', '.join(FAMILIES)}")
-    if config.hidden_act != "silu":
-        raise UnlikeLlama(f"its gate is {config.hidden_act}, not silu")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     # Qwen2's configuration names a window that its layers do not use; their types tell.
     if kinds or (not hasattr(config, "layer_types") and getattr(config, "sliding_window", None)):
         raise UnlikeLlama("its attention sees a window of the text only")
-    rotary = getattr(config, "rope_parameters", None) or {}
-    if rotary.get("rope_type", "default") not in STATIC:
-        raise UnlikeLlama(f"its rotary embedding, {rotary['rope_type']}, changes with the length of the text")
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         raise UnlikeLlama("it is not on the CPU")
+
+
+def _check_modules(model: nn.Module, body: nn.Module, family: str) -> None:
+    """Raise UnlikeLlama where a module computes something else than its family's does."""
+    for path, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnlikeLlama(f"{path or 'the model'} has a hook, which only its own forward calls")
+        if "forward" in vars(module):  # put there by hand, or by a library that moves weights
+            raise UnlikeLlama(f"{path or 'the model'} has a forward of its own")
+    inner = [part for x in body.layers for part in (x, x.self_attn, x.mlp, *(getattr(x, name) for name in NORMS))]
+    for module in (model, body, body.norm, body.rotary_emb, *inner):
+        if type(module).__module__ != f"transformers.models.{family}.modeling_{family}":  # a subclass, for example
+            raise UnlikeLlama(f"its {type(module).__name__} is not one of transformers' {family}")
+    if body.rotary_emb.rope_type not in STATIC:
+        raise UnlikeLlama(f"its rotary embedding, {body.rotary_emb.rope_type}, changes with the length of the text")
+    if type(body.embed_tokens) is not nn.Embedding:
+        raise UnlikeLlama(f"its embedding is a {type(body.embed_tokens).__name__}")
+    gates = {type(layer.mlp.act_fn).__name__ for layer in body.layers} - {"SiLU", "SiLUActivation"}
+    if gates:
+        raise UnlikeLlama(f"its gate is {', '.join(sorted(gates))}, not SiLU")
+
+
+def _check_sizes(body: nn.Module, layers: tuple[Layer, ...]) -> None:
+    """Raise UnlikeLlama for layers that differ: one number stands for all, and the kernel's buffers have one size."""
+    parts = [layer.self_attn for layer in body.layers]
+    norms = [body.norm, *(getattr(layer, name) for layer in body.layers for name in NORMS)]
+    shapes = {tuple(product.weight.shape for product in layer.products) for layer in layers}
+    if len(shapes) > 1 or len({part.head_dim for part in parts}) > 1:
+        raise UnlikeLlama("its layers differ in size")
+    if len({norm.variance_epsilon for norm in norms}) > 1:
+        raise UnlikeLlama("its norms differ in eps")
+    if any(part.scaling != part.head_dim**-0.5 for part in parts):
+        raise UnlikeLlama("its attention has a scale of its own")
 
 
 def _layer(layer: nn.Module, path: str) -> Layer:
@@ -131,16 +162,19 @@ def _product(module: nn.Module, path: str) -> Product:
         A, B = (factor.detach() for factor in module.factors())
         lora = A, B, module.scaling
         module = module.base
-    plain = isinstance(module, nn.Linear) and type(module.weight.data) is torch.Tensor
+    # of no other class or dtype: those of other libraries keep packed weights in such a tensor
+    plain = type(module) is nn.Linear and type(module.weight.data) is torch.Tensor and module.weight.dtype in DTYPES
     if not plain and not (isinstance(module, Linear4bit) and not module.turned):
-        raise UnlikeLlama(f"{path} is a {type(module).__name__}")
+        what = f" of {module.weight.dtype}" if type(module) is nn.Linear else ""
+        raise UnlikeLlama(f"{path} is a {type(module).__name__}{what}")
     weight = module.weight if isinstance(module, Linear4bit) else module.weight.detach()
     return Product(weight, None if module.bias is None else module.bias.detach(), lora)
 
 
 def _check_adapters(model: nn.Module, products: list[Product]) -> None:
     """Raise UnlikeLlama for an adapter that stands elsewhere than beside one of the products."""
-    there = [module for module in model.modules() if isinstance(module, Adapter)]
+    all_of_them = (module for module in model.modules() if isinstance(module, Adapter))
+    there = [module for module in all_of_them if next(module.parameters(), None) is not None]  # not the mark of `full`
     if len(there) > sum(product.lora is not None for product in products):
         raise UnlikeLlama(f"its adapter is a {type(there[0]).__name__}, not LoRA beside a linear layer")
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import GemmaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from torch import nn
+from transformers import GemmaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 from qlora_lab.adapters.add_adapter import add_adapter
 from qlora_lab.adapters.lora import adapters, add_lora
@@ -227,7 +228,7 @@ REFUSED = {
     "another family": (lambda: small(config=GemmaConfig, head_dim=64), "not of llama, mistral, qwen2"),
     "one with more norms": (lambda: small(config=Qwen3Config, head_dim=64), "not of llama, mistral, qwen2"),
     "a window": (lambda: small(config=MistralConfig, sliding_window=8), "sees a window"),
-    "another gate": (lambda: small(hidden_act="gelu"), "its gate is gelu, not silu"),
+    "another gate": (lambda: small(hidden_act="gelu"), "its gate is GELUActivation, not SiLU"),
     "rotary angles that change": (
         lambda: small(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
         "its rotary embedding, dynamic, changes",
@@ -237,6 +238,76 @@ REFUSED = {
     "a prefix": (lambda: add_adapter(small(), "prefix"), "model has a hook"),
     "a hook": (lambda: hooked(small()), "layers.1 has a hook"),
 }
+
+
+def changed(path: str, **attributes):
+    """`small` with other attributes of one module, as a caller may set them: transformers computes with them."""
+    model = small()
+    module = model.get_submodule(path)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return model
+
+
+class LouderForCausalLM(LlamaForCausalLM):
+    """Another model under a name that ends as theirs do."""
+
+
+class Scaled(nn.Embedding):
+    """Gemma's embedding does this."""
+
+
+class Foreign(nn.Linear):
+    """Other libraries pack weights in subclasses."""
+
+
+ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
+REFUSED |= {
+    "a gate that was replaced": (lambda: changed(MLP, act_fn=nn.GELU()), "its gate is GELU, not SiLU"),
+    "a forward that was replaced": (lambda: changed(MLP, forward=abs), "model.layers.1.mlp has a forward of its own"),
+    "a subclass": (
+        lambda: changed("", __class__=LouderForCausalLM),
+        "its LouderForCausalLM is not one of",
+    ),
+    "another norm": (lambda: changed("model", norm=nn.LayerNorm(128)), "its LayerNorm is not one of"),
+    "another embedding": (lambda: changed("model.embed_tokens", __class__=Scaled), "its embedding is a Scaled"),
+    "another linear layer": (lambda: changed(f"{MLP}.up_proj", __class__=Foreign), r"layers.1.up_proj is a Foreign"),
+    "float64": (lambda: small().double(), "layers.0.q_proj is a Linear of torch.float64"),
+    "another scale": (lambda: changed(ATTENTION, scaling=0.5), "its attention has a scale of its own"),
+    "another eps": (lambda: changed("model.norm", variance_epsilon=0.5), "its norms differ in eps"),
+    "a pruned layer": (
+        lambda: changed(MLP, gate_proj=nn.Linear(128, 96, False), up_proj=nn.Linear(128, 96, False)),
+        "its layers differ in size",
+    ),
+}
+
+
+@pytest.mark.long
+@kernel
+def test_a_configuration_that_is_changed_later_changes_nothing(with_kernels):
+    """The modules were made with the numbers that it had."""
+    model = quantize_linears(small())
+    expected = theirs(dequantised(model))
+    model.config.rms_norm_eps, model.config.num_key_value_heads, model.config.hidden_act = 0.5, 2, "gelu"
+    assert_near(logits_of(model, FastStep), expected)
+
+
+@pytest.mark.long
+@kernel
+def test_an_adapter_beside_the_head(packed):
+    model = add_lora(packed, r=3, alpha=6, targets=["lm_head", "q_proj"])
+    for layer in adapters(model).values():
+        layer.lora_B.data.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    expected = theirs(dequantised(model))
+    assert_near(logits_of(model), expected)
+    assert_near(logits_of(model, FastStep), expected)
+
+
+@pytest.mark.long
+@kernel
+def test_a_model_all_of_whose_weights_learned(with_kernels):
+    model = add_adapter(small(), "full")
+    assert_near(logits_of(model, FastStep), theirs(small()))
 
 
 @pytest.mark.parametrize("make, reason", REFUSED.values(), ids=REFUSED)
