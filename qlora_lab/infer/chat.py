@@ -20,10 +20,9 @@ import torch
 from qlora_lab.adapters.adapter import without_adapters
 from qlora_lab.data.dataset import prompt_of
 from qlora_lab.data.examples import Example
-from qlora_lab.infer.decode import GREEDY, Decoding, Ended
+from qlora_lab.infer.decode import GREEDY, Answer, Decoding, Ended, check_context
 from qlora_lab.infer.sampling import Sampling
 from qlora_lab.quant.numbers import check_whole
-from qlora_lab.train.limits import position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -78,21 +77,20 @@ class Chat:
         """Return the pieces of the answer, which never cut a character.
 
         An iteration that is closed or interrupted keeps what was said as the answer; an answer without a word is
-        forgotten with its question. Raises ValueError for a conversation longer than the context, with both numbers,
+        forgotten with its question, and so is one whose conversation was reset, or went on with another question, in
+        the meantime. Raises ValueError for a conversation longer than the context, with both numbers,
         and for a question that the template or the tokenizer refuses; the conversation then is as before.
         """
         turns = (*self.turns, ("user", question), ("assistant", ""))  # the last is only asked for
         ids = prompt_of(Example(turns), self._tokenizer).ids
-        limit = position_limit(self._model)
         # Decoding would refuse it, too, but speak of a prompt, which nobody here has written
-        if limit is not None and len(ids) > limit:
-            fix = "reset the conversation, or ask a shorter question"
-            raise ValueError(f"the conversation has {len(ids)} tokens, but the context of this model is {limit}: {fix}")
+        fix = "reset the conversation, or ask a shorter question"
+        check_context("the conversation", len(ids), self._model, self._adapter, fix)
         run = Decoding(self._model, self._tokenizer, [ids], self._most, self._sampling, adapter=self._adapter)
         self.reply = None  # a caller that stops before the first piece must not find the last answer here
-        return self._answer(question, run)
+        return self._answer(question, run, self.turns)
 
-    def _answer(self, question: str, run: Decoding) -> Iterator[str]:
+    def _answer(self, question: str, run: Decoding, before: list[tuple[str, str]]) -> Iterator[str]:
         pieces = iter(run)
         spent: list[float] = []  # of each piece; what the caller does between two is not the model's time
         first = 0  # tokens in the first piece
@@ -106,10 +104,15 @@ class Chat:
                 first = first or len(run.answers[0].ids)
                 yield piece.text
         finally:  # also after an interrupt, and when the caller closes the iteration
-            (answer,) = run.answers
-            later = sum(spent[1:])
-            rate = (len(answer.ids) - first) / later if later and len(answer.ids) > first else None
-            self.reply = Reply(answer.text, answer.ended, len(answer.ids), sum(spent[:1]), rate)
-            # a turn without a word would teach the model to say nothing, and some templates refuse it
-            if answer.text.strip():
-                self.turns += [("user", question), ("assistant", answer.text)]
+            # a conversation that was reset, or went on with another question, is no longer the one that was read
+            if self.turns is before:
+                self._keep(question, run.answers[0], first, spent)
+
+    def _keep(self, question: str, answer: Answer, first: int, spent: list[float]) -> None:
+        """Write a reply down. first: tokens in the first piece; spent: seconds for each piece, and for the end."""
+        later = sum(spent[1:])
+        rate = (len(answer.ids) - first) / later if later and len(answer.ids) > first else None
+        self.reply = Reply(answer.text, answer.ended, len(answer.ids), sum(spent[:1]), rate)
+        # a turn without a word would teach the model to say nothing, and some templates refuse it
+        if answer.text.strip():
+            self.turns = [*self.turns, ("user", question), ("assistant", answer.text)]

@@ -20,6 +20,8 @@ import torch
 from tqdm.auto import tqdm
 
 from qlora_lab.adapters.adapter import without_adapters
+from qlora_lab.adapters.virtual_tokens import virtual_tokens
+from qlora_lab.data.examples import check_text
 from qlora_lab.infer.cache import Cache, make_cache
 from qlora_lab.infer.fallback import generated, stop_ids
 from qlora_lab.infer.fast import step_of
@@ -67,8 +69,8 @@ def decode(
     Texts are continued as they are: for a question, apply the tokenizer's chat template. sampling: greedy by default,
     without a stop. Ctrl-C ends all answers where they are, and returns them.
     Raises ValueError for a prompt without tokens, or longer than the context, with both numbers, for a token without
-    embedding, and for options that are not allowed; FloatingPointError, which names the layer, for a NaN.
-    Warns where the model's family is left to transformers.
+    embedding, and for options that are not allowed; TypeError for a `sampling` of another type; FloatingPointError for
+    a NaN, which names the layer. Warns where the model is left to transformers, which names none.
     """
     run = Decoding(model, tokenizer, prompts, max_new_tokens, sampling)
     bar = tqdm(desc="answers", unit="piece", leave=False, delay=2, disable=not progress)
@@ -91,20 +93,24 @@ class Decoding:
 
     def __init__(self, model, tokenizer, prompts, max_new_tokens=128, sampling=GREEDY, *, adapter=True):
         check_whole("max_new_tokens", max_new_tokens)
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling={sampling!r:.60} is not allowed: give a qlora_lab.Sampling")
         self._adapter = adapter
         self._model, self._tokenizer, self._most, self._sampling = model, tokenizer, max_new_tokens, sampling
         self._prompts = _as_ids(prompts, tokenizer)
         check_tokens(model, tokenizer, {token for ids in self._prompts for token in ids})
-        self._limit = position_limit(model)
+        self._limit = context_of(model, adapter)
         for number, ids in enumerate(self._prompts):
-            _check_prompt(number, len(ids), self._limit)
+            if not ids:
+                raise ValueError(f"prompt {number} has no token: give at least one, such as the tokenizer's first")
+            check_context(f"prompt {number}", len(ids), model, adapter, "shorten it")
         self._rows = [_Row(ids, tokenizer, sampling, i) for i, ids in enumerate(self._prompts)]
         self._ends = stop_ids(model, tokenizer)
 
     @property
     def answers(self) -> list[Answer]:
         """One for each prompt, of what was said so far."""
-        return [Answer("".join(row.text), row.ids, row.ended or "interrupted") for row in self._rows]
+        return [Answer("".join(row.text), [*row.ids], row.ended or "interrupted") for row in self._rows]
 
     def __iter__(self) -> Iterator[Piece]:
         try:
@@ -122,8 +128,10 @@ class Decoding:
         longest = max(map(len, self._prompts)) + self._most - 1  # the model never reads the last token
         cache = make_cache(stack, len(self._rows), min(longest, self._limit or longest))
         step = step_of(stack)
-        for number, ids in enumerate(self._prompts):
-            known = [*ids, *self._rows[number].ids]  # a second iteration goes on where the first one ended
+        for number, (ids, row) in enumerate(zip(self._prompts, self._rows, strict=True)):
+            if row.ended is not None:  # in an iteration before this one, which goes on where that was left
+                continue
+            known = [*ids, *row.ids]
             with torch.no_grad():
                 read_prompt(stack, torch.tensor(known[:-1]), cache, number)
         while active := [number for number, row in enumerate(self._rows) if row.ended is None]:
@@ -142,6 +150,8 @@ class Decoding:
 
     def _by_transformers(self) -> Iterator[Piece]:
         for number, (ids, row) in enumerate(zip(self._prompts, self._rows, strict=True)):
+            if row.ended is not None:
+                continue
             room = self._most if self._limit is None else min(self._most, self._limit - len(ids) + 1)
             with self._asked_model():
                 new = generated(self._model, self._tokenizer, ids, room, self._sampling, number)
@@ -196,17 +206,34 @@ def _as_ids(prompts, tokenizer: "Tokenizer") -> list[list[int]]:
         prompts = [prompts]
     elif not isinstance(prompts, Sequence) or not prompts:
         raise ValueError(f"prompts={prompts!r:.60} is not allowed: give a text, or a list with a text or ids for each")
-    encoded = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    if wrong := [ids for ids in encoded if not all(type(token) is int for token in ids)]:
-        raise ValueError(f"a prompt is {wrong[0]!r:.60}, but it must be a text, or a list of whole numbers")
-    return encoded
+    return [_ids_of(f"prompt {number}", prompt, tokenizer) for number, prompt in enumerate(prompts)]
 
 
-def _check_prompt(number: int, length: int, limit: int | None) -> None:
-    if not length:
-        raise ValueError(f"prompt {number} has no token: give at least one, such as the tokenizer's first")
-    if limit is not None and length > limit:
-        raise ValueError(f"prompt {number} has {length} tokens, but the context of this model is {limit}: shorten it")
+def _ids_of(name: str, prompt, tokenizer: "Tokenizer") -> list[int]:
+    if isinstance(prompt, str):
+        check_text(prompt, name)
+        return tokenizer(prompt)["input_ids"]
+    # bytes are a sequence of whole numbers, too
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or any(type(token) is not int for token in prompt):
+        advice = "it must be a text, or a list of whole numbers (of a tensor: .tolist())"
+        raise ValueError(f"{name} is {prompt!r:.60}, but {advice}")
+    return list(prompt)
+
+
+def context_of(model: torch.nn.Module, adapter: bool = True) -> int | None:
+    """How many tokens a text may have: virtual ones of an adapter take places, too. None if the model does not say."""
+    limit = position_limit(model)
+    return limit if limit is None or not adapter else limit - virtual_tokens(model)
+
+
+def check_context(what: str, length: int, model: torch.nn.Module, adapter: bool, fix: str) -> None:
+    """Raise ValueError if `length` tokens of `what` are more than the context holds, with both numbers."""
+    limit = context_of(model, adapter)
+    if limit is None or length <= limit:
+        return
+    whole = position_limit(model)
+    first = f", and {whole - limit} virtual tokens come first" if whole > limit else ""
+    raise ValueError(f"{what} has {length} tokens, but the context of this model is {whole}{first}: {fix}")
 
 
 def _where(stack: Stack, last: torch.Tensor, cache: Cache, rows: list[int]) -> FloatingPointError:

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 def generated(
     model: torch.nn.Module, tokenizer: "Tokenizer", ids: list[int], new: int, sampling: Sampling, row: int
 ) -> list[int]:
-    """Return at most `new` ids that continue one prompt, without the one that ends them."""
-    from transformers import GenerationConfig  # heavy, so not at the top
+    """Return at most `new` ids that continue one prompt, without the one that ends them.
+
+    Raises FloatingPointError for a NaN: transformers would choose token 0, or fail while it draws.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList  # heavy, so not at the top
 
     stop = stop_ids(model, tokenizer)
     how = {"max_new_tokens": new, "eos_token_id": stop, "pad_token_id": fill_id(model, tokenizer)}
@@ -32,8 +35,15 @@ def generated(
     batch = to_device({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}, model)
     with measuring(model), own_configuration_aside(model), own_draws(model):
         torch.manual_seed(sampling.seed + row)
-        rows = model.generate(**batch, generation_config=GenerationConfig(**how))
+        checks = LogitsProcessorList([_checked])
+        rows = model.generate(**batch, generation_config=GenerationConfig(**how), logits_processor=checks)
     return until(rows[0, len(ids) :].tolist(), stop)
+
+
+def _checked(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    if logits.isnan().any():
+        raise FloatingPointError("the model computes a logit that is not a number")
+    return logits
 
 
 @contextmanager

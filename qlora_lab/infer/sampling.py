@@ -36,8 +36,11 @@ class Sampling:
         check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
         check_number("repetition_penalty", self.repetition_penalty, fair, f"{FAIR}; 1 changes nothing")
         check_seed(self.seed)
-        if not all(isinstance(text, str) and text for text in self.stops):
+        several = isinstance(self.stop, (tuple, list))  # no iterator: it would be empty at its second use
+        if not (several or isinstance(self.stop, str)) or not all(isinstance(t, str) and t for t in self.stops):
             raise ValueError(f"stop={self.stop!r:.60} is not allowed: it is a text, or several, none of them empty")
+        if several:
+            object.__setattr__(self, "stop", self.stops)  # which nobody can change
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from transformers.generation.logits_process import (
 )
 
 import qlora_lab as ql
+from qlora_lab.adapters.adapter import learned
 from qlora_lab.infer import decode as decoding, fast
 from qlora_lab.infer.decode import Decoding, decode
 from qlora_lab.infer.pieces import Pieces
@@ -135,6 +136,20 @@ def test_the_base_answers_beside_its_adapter(packed, tokenizer):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("method", ["rslora", "pissa", "houlsby", "prefix", "zero_bias"])
+def test_the_base_answers_beside_any_adapter(method, packed, tokenizer):
+    """PiSSA keeps the base's bits here, so that its base is the original."""
+    base = decode(packed, tokenizer, PROMPTS, 6, progress=False)
+    model = ql.add_adapter(packed, method)
+    for number, tensor in enumerate(learned(model).values()):
+        tensor.data += 0.2 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number))
+    run = Decoding(model, tokenizer, PROMPTS, 6, adapter=False)
+    assert list(run) and run.answers == base
+    if method in ("rslora", "pissa"):  # others go through transformers, and say so
+        assert decode(model, tokenizer, PROMPTS, 6, progress=False) != base
+
+
+@pytest.mark.long
 def test_a_full_context_says_so(packed, tokenizer):
     prompt = list(range(3, 63))  # 60 tokens of 64
     (answer,) = decode(packed, tokenizer, [prompt], 20, progress=False)
@@ -149,7 +164,13 @@ def test_a_full_context_says_so(packed, tokenizer):
         ([[]], {}, "prompt 0 has no token"),
         ([], {}, "prompts=.. is not allowed"),
         (7, {}, "prompts=7 is not allowed"),
-        ([[1.5]], {}, "must be a text, or a list of whole numbers"),
+        ([[1.5]], {}, "prompt 0 is .1.5., but it must be a text, or a list of whole numbers"),
+        ([[5], torch.tensor([5, 6])], {}, r"prompt 1 is tensor.*\.tolist"),
+        ([5, 6, 7], {}, "prompt 0 is 5, but it must be"),
+        ([None], {}, "prompt 0 is None, but it must be"),
+        ([b"the sum"], {}, "prompt 0 is b'the sum', but it must be"),
+        ([iter([5])], {}, "prompt 0 is <list_iterator"),
+        (["a", "\ud800"], {}, "prompt 1 holds .*half of a surrogate pair"),
         ([[280]], {}, "has id 280, but the embedding has 280 rows"),
         (["a"], {"max_new_tokens": 0}, "max_new_tokens=0 is not allowed"),
     ],
@@ -168,12 +189,67 @@ def test_what_cannot_be_answered_is_refused(prompts, options, message, packed, t
         ({"repetition_penalty": math.nan}, "repetition_penalty=nan is not allowed"),
         ({"repetition_penalty": 101}, "repetition_penalty=101 is not allowed: it is from 0.01 to 100"),
         ({"stop": ("a", "")}, "none of them empty"),
+        ({"stop": None}, "stop=None is not allowed"),
+        ({"stop": iter(["a"])}, "stop=<list_iterator"),  # it would be used up by the check
+        ({"stop": b"a"}, "stop=b'a' is not allowed"),
         ({"seed": -1}, "seed=-1 is not allowed"),
     ],
 )
 def test_options_outside_their_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_a_sampling_of_another_type_is_refused(packed, tokenizer):
+    with pytest.raises(TypeError, match="sampling={'seed': 3} is not allowed: give a qlora_lab.Sampling"):
+        Decoding(packed, tokenizer, "a", sampling={"seed": 3})
+
+
+def test_stops_that_are_a_list_cannot_change_later():
+    stops = ["a", "b"]
+    sampling = Sampling(stop=stops)
+    stops.append("c")
+    assert sampling.stops == ("a", "b") and sampling == Sampling(stop=("a", "b")) and hash(sampling)
+
+
+@pytest.mark.long
+def test_answers_are_those_of_their_moment(packed, tokenizer):
+    run = Decoding(packed, tokenizer, PROMPTS[0], 6)
+    pieces = iter(run)
+    next(pieces)
+    (early,) = run.answers
+    text = tokenizer.decode(early.ids)
+    list(pieces)
+    assert tokenizer.decode(early.ids) == text and len(run.answers[0].ids) == 6
+
+
+@pytest.mark.long
+def test_rows_that_have_ended_are_not_computed_again(packed, tokenizer, monkeypatch):
+    read = []
+    real = decoding.read_prompt
+    monkeypatch.setattr(decoding, "read_prompt", lambda *given: (read.append(given[3]), real(*given)))
+    run = Decoding(packed, tokenizer, PROMPTS, 4)
+    list(run)
+    assert list(run) == [] and read == [0, 1, 2]
+    with pytest.warns(UserWarning, match="transformers"):  # a whole answer a row
+        run = Decoding(ql.add_adapter(packed, "dora", r=2), tokenizer, PROMPTS, 4)
+        next(iter(run))
+    first = run.answers[0]
+    monkeypatch.setattr(decoding, "generated", lambda *given: [7] * 4)  # what is computed from now on
+    with pytest.warns(UserWarning, match="transformers"):
+        assert list(run)
+    assert run.answers[0] == first and [a.ids for a in run.answers[1:]] == [[7] * 4] * 2
+
+
+@pytest.mark.long
+def test_virtual_tokens_take_places_of_the_context(tokenizer):
+    model = ql.add_adapter(small(), "prompt", virtual_tokens=20)
+    with pytest.warns(UserWarning, match="transformers"):
+        (answer,) = decode(model, tokenizer, [[7] * 40], 30, progress=False)
+    assert answer.ended == "context" and len(answer.ids) == 5  # 20 + 40 + 4 places, and one that is never read
+    with pytest.raises(ValueError, match="has 45 tokens, but the context of this model is 64, and 20 virtual tokens"):
+        Decoding(model, tokenizer, [[7] * 45])
+    Decoding(model, tokenizer, [[7] * 64], adapter=False)  # the base has none
 
 
 def test_a_nan_names_its_layer(tokenizer):
@@ -186,6 +262,14 @@ def test_a_nan_names_its_layer(tokenizer):
     model.lm_head.weight.data[3, 3] = torch.inf
     with pytest.raises(FloatingPointError, match="the head, or the norm in front of it"):
         decode(model, tokenizer, "a", progress=False)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_nan_is_told_by_other_families_as_well(tokenizer, temperature):
+    model = small(config=GemmaConfig, head_dim=64)
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.warns(UserWarning, match="transformers"), pytest.raises(FloatingPointError, match="not a number"):
+        decode(model, tokenizer, "a", 3, Sampling(temperature=temperature), progress=False)
 
 
 @pytest.mark.long

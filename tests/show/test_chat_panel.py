@@ -58,7 +58,7 @@ def test_markup_is_escaped_also_half_of_it_at_the_end_of_a_piece(panel, monkeypa
     shown = []
     monkeypatch.setattr(module, "REDRAW_EVERY", 0)
     panel.columns[0].observe(lambda change: shown.append(change["new"]), "turns")
-    monkeypatch.setattr(module.Chat, "_answer", lambda chat, question, run: (c for c in FOREIGN))
+    monkeypatch.setattr(module.Chat, "_answer", lambda *given: (c for c in FOREIGN))
     panel.ask("<b>?")
     assert len(shown) > len(FOREIGN)  # after each letter
     for page in shown:
