@@ -8,9 +8,11 @@ import sys
 import pytest
 
 from qlora_lab.infer.cache import make_cache
+from qlora_lab.infer.fast import bytes_read
 from qlora_lab.infer.stack import read_stack
-from qlora_lab.memory.answers import predict_cache
+from qlora_lab.memory.answers import Machine, StepWork, predict_cache, step_work
 from qlora_lab.memory.shape import Shape
+from qlora_lab.model.linear4bit import quantize_linears
 from tests.infer.conftest import small
 
 SHAPES = {
@@ -87,3 +89,37 @@ def test_an_answer_takes_its_cache_and_little_more(rows, prompt, new, record_pro
     record_property("above the cache", found["rise"] - found["cache"])
     # a prompt that is shorter than its cache leaves pages that nothing has written to
     assert 0 < found["rise"] - found["cache"] <= MOST, found
+
+
+def test_the_work_of_a_step_worked_by_hand():
+    """LLaMA-7B: 32 layers of 202,375,168 weights, a head of 131,072,000; 4,096 numbers of a key and of a value."""
+    work = step_work("llama-7b", 10, 4)
+    assert work.weight_bytes == 32 * 202_375_168 / 2 + 131_072_000 * 2
+    assert work.text_bytes == 10 * 32 * 2 * 4096 * 4
+    assert work.operations == 2 * (32 * 202_375_168 + 131_072_000) + 10 * 32 * 4096 * 4
+    assert StepWork(100.0, 10, 1000).seconds(Machine(10, 500), 3) == (13.0, 6.0)
+
+
+def test_the_weights_of_a_step_are_those_that_a_token_reads():
+    model = quantize_linears(small())
+    stack = read_stack(model)
+    weights = [part.weight for layer in stack.layers for part in layer.products]
+    packed = sum(weight.nbytes for weight in weights)
+    bits = 8 * packed / sum(weight.numel for weight in weights)
+    head_beyond = stack.head.weight.nbytes / 2  # this model's head is float32
+    assert step_work(model, 1, bits).weight_bytes == pytest.approx(bytes_read(stack) - head_beyond)
+
+
+def test_at_the_ridge_both_take_equally_long():
+    work, machine = step_work("llama-7b", 64, 4.127), Machine(20e9, 200e9)
+    assert work.seconds(machine, work.ridge(machine))[0] == pytest.approx(work.seconds(machine, work.ridge(machine))[1])
+    assert step_work("llama-7b", 8192, 4.127).ridge(machine) is None
+
+
+@pytest.mark.parametrize(
+    "context, bits, message",
+    [(0, 4, "context=0 is not allowed"), (1, 0, "bits=0 is not allowed"), (1, 33, "at most 32")],
+)
+def test_no_work_is_refused(context, bits, message):
+    with pytest.raises(ValueError, match=message):
+        step_work("llama-7b", context, bits)
