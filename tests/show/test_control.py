@@ -9,6 +9,7 @@ from test_survival import SURVIVED
 from toy import RoundingExplorer
 from toy_checkpoint import toy_checkpoint
 
+from qlora_lab.show.answers import AnswerSpeedExplorer
 from qlora_lab.show.block_size import BlockSizeExplorer
 from qlora_lab.show.constants import ConstantsExplorer
 from qlora_lab.show.data_types import CodebookExplorer, OutlierExplorer
@@ -32,6 +33,7 @@ from qlora_lab.show.zoo import ZooExplorer
 
 COURSE = [NormalFloatExplorer, ConstantsExplorer, KernelMapExplorer, OutlierExplorer, CodebookExplorer]
 COURSE += [LowRankExplorer, MemoryExplorer, PageTableExplorer, MidpointExplorer, ZooExplorer, TournamentExplorer]
+COURSE += [AnswerSpeedExplorer]
 OF_DATA = {BlockSizeExplorer: LARGER, SurvivalExplorer: SURVIVED, SeeingExplorer: TOWER}
 EVEN = [i / 10 for i in range(-8, 8)]
 ANYTHING = ["x", "x" * 10**6, None, math.nan, math.inf, 1.5, [], [1], {}, {"a": [1]}, memoryview(b"12345678")]

@@ -1,0 +1,105 @@
+"""Predict an answer from a model's configuration alone: the bytes of its cache, and what limits the speed of a token.
+
+In: what shape_of takes, the number of texts, and their tokens. Out: bytes to the byte (predict_cache), and the least
+time of a step on a machine of two rates (step_work). A step gives each text one token: it reads the weights once,
+whatever the number of texts, but each text has its own keys and values, and its own products.
+Source: infer/cache.py; the roofline of Williams, Waterman and Patterson (CACM 52(4), 2009): a machine that moves bytes
+while it computes is busy for the longer of the two times.
+
+Not here: measured times (bench/decode.py).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_lab.infer.stack import FAMILIES
+from qlora_lab.memory.shape import Shape, shape_of
+from qlora_lab.quant.numbers import check_whole
+
+FLOAT32 = 4
+HEAD_BITS = 16  # the head stays as it was loaded
+
+
+def predict_cache(model: Any, rows: int = 1, capacity: int = 2048) -> int:
+    """Return the bytes of keys, values, cosines and sines for `rows` texts of at most `capacity` tokens.
+
+    capacity: tokens of the longest prompt and its answer, but for the answer's last, which the model never reads.
+    Raises whatever shape_of raises, and ValueError for a family that transformers' generate answers for, whose cache
+    grows and has another dtype.
+
+    >>> predict_cache("llama-7b", 1, 2048)
+    2149580800
+    """
+    check_whole("rows", rows)
+    check_whole("capacity", capacity)
+    shape = _decoded(model)
+    kept = rows * capacity * _kept_by_token(shape)  # rows share no prefix: each has its own
+    angles = 2 * capacity * shape.head_dim  # one table for all layers and rows
+    return kept + FLOAT32 * angles
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Two rates of a machine: what it moves from memory, and what it computes."""
+
+    bytes_per_second: float
+    operations_per_second: float  # a multiplication and an addition are two
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a step moves and computes: something once, and something for each text."""
+
+    weight_bytes: float
+    text_bytes: int  # keys and values of one text
+    operations: int  # for one text
+
+    def seconds(self, machine: Machine, rows: int) -> tuple[float, float]:
+        """Return the least seconds of moving and of computing for `rows` texts; a step takes at least the longer."""
+        moved = self.weight_bytes + rows * self.text_bytes
+        return moved / machine.bytes_per_second, rows * self.operations / machine.operations_per_second
+
+    def ridge(self, machine: Machine) -> float | None:
+        """Return the number of texts at which both take equally long, or None if moving is longer for any number.
+
+        Then the keys and values of one text take longer to read than its products to compute.
+        """
+        slope = self.operations / machine.operations_per_second - self.text_bytes / machine.bytes_per_second
+        return self.weight_bytes / machine.bytes_per_second / slope if slope > 0 else None
+
+
+def step_work(model: Any, context: int, bits: float) -> StepWork:
+    """Return the work of a step after `context` tokens, with `bits` per weight of the layers, constants included.
+
+    Raises as predict_cache, and ValueError for a context below 1 or for bits that are not above 0 and at most 32.
+
+    >>> step_work("llama-7b", 512, 16).weight_bytes
+    13214154752.0
+    """
+    check_whole("context", context)
+    if not 0 < bits <= 32:
+        raise ValueError(f"bits={bits} is not allowed: it is above 0 and at most 32")
+    shape = _decoded(model)
+    layers = shape.layers * sum(linear.numel for linear in shape.linears)
+    # each query is multiplied by a key, and the result by a value; softmax, norms and gates are below a hundredth
+    attention = 4 * shape.layers * shape.query * context
+    return StepWork(
+        weight_bytes=(layers * bits + shape.table * HEAD_BITS) / 8,
+        text_bytes=context * _kept_by_token(shape),
+        operations=2 * (layers + shape.table) + attention,
+    )
+
+
+def _kept_by_token(shape: Shape) -> int:
+    """Bytes of the keys and values of one token in all layers."""
+    return FLOAT32 * 2 * shape.layers * shape.key_value
+
+
+def _decoded(model: Any) -> Shape:
+    shape = shape_of(model)
+    if shape.family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(
+            f"{shape.name} is of the family {shape.family}, whose cache transformers makes: choose {known}"
+        )
+    return shape

@@ -1,0 +1,123 @@
+"""The explorer of an answer's speed: how many tokens come in a second, and whether memory or computing limits them.
+
+State: rows (texts at once), context (tokens of each so far), bits (per weight of the layers, constants included).
+The picture: tokens per second of all texts together over the number of texts, on two logarithmic axes. One roof is
+what memory lets through, the other what the processor computes; a step cannot be above either. They meet at the ridge.
+"""
+
+from qlora_lab.memory.answers import Machine, step_work
+from qlora_lab.show.escape import for_picture
+from qlora_lab.show.explorer import Explorer, fix_layout
+from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.slider import Slider
+
+ROUND = Machine(20e9, 400e9)  # round numbers near those of a laptop, so that each machine stores the same picture
+ROWS = [2**i for i in range(9)]
+CONTEXTS = [2**i for i in range(4, 14)]
+BITS = [2.127, 3.127, 4.127, 8.127, 16]  # with double quantization, but for the last
+
+
+class AnswerSpeedExplorer(Explorer):
+    """Texts at once, context and bits: tokens per second under a roofline. See Explorer.
+
+    AnswerSpeedExplorer(rows=8): a LLaMA-7B on a machine of round numbers. model: what shape_of takes; machine: a
+    Machine with the rates that you have measured.
+    """
+
+    def __init__(self, model="llama-7b", machine: Machine = ROUND, **state):
+        self.model, self.machine = model, machine
+        super().__init__(**state)
+
+    def controls(self):
+        return {
+            "rows": Slider("Texts at once", 1, choices=ROWS),
+            "context": Slider("Context", 128, choices=CONTEXTS, unit="tokens each"),
+            "bits": Slider("Bits per weight", 4.127, choices=BITS),
+        }
+
+    def compute(self, state):
+        work = step_work(self.model, state["context"], state["bits"])
+        times = {rows: work.seconds(self.machine, rows) for rows in ROWS}
+        moving, computing = times[state["rows"]]
+        return {
+            "moving": {rows: rows / each[0] for rows, each in times.items()},  # tokens per second under each roof
+            "computing": {rows: rows / each[1] for rows, each in times.items()},
+            "rows": state["rows"],
+            "step": max(moving, computing),  # seconds
+            "limit": "memory" if moving >= computing else "computing",
+            "ridge": (ridge := work.ridge(self.machine)),
+            "corner": None if ridge is None else (ridge, ridge / work.seconds(self.machine, ridge)[1]),
+        }
+
+    def draw(self):
+        fig, ax = new_figure(width=6.8, height=4)
+        ax.set(xlim=(ROWS[0] / 1.3, ROWS[-1] * 1.3), ylim=self._range())
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(ROWS, map(str, ROWS))
+        ax.yaxis.set_major_formatter("{x:,g}")
+        ax.minorticks_off()
+        ax.tick_params(labelsize=12)
+        ax.set_xlabel("texts at once", fontsize=12)
+        ax.set_ylabel("tokens per second, of all texts", fontsize=12)
+        # a dash tells them apart where colours do not
+        (self.memory,) = ax.plot([], [], "--", lw=2, color=COLOURS["blue"], label="memory's roof")
+        (self.processor,) = ax.plot([], [], ":", lw=2.5, color=COLOURS["red"], label="computing's roof")
+        (self.below,) = ax.plot([], [], lw=3, color=COLOURS["black"], alpha=0.35, label="the lower of both")
+        (self.ridge,) = ax.plot([], [], lw=1, color=COLOURS["black"], transform=ax.get_xaxis_transform())
+        (self.point,) = ax.plot([], [], "o", ms=11, color=COLOURS["orange"], mec=COLOURS["black"])
+        self.name = ax.text(0, 0.02, "", transform=ax.get_xaxis_transform(), fontsize=12)  # y in parts of the axis
+        self.title = ax.text(0, 1.02, "0", transform=ax.transAxes, va="bottom", fontsize=12)
+        ax.legend(frameon=False, fontsize=12, loc="lower right")
+        fix_layout(fig)
+        return fig, [self.memory, self.processor, self.below, self.ridge, self.point, self.name, self.title]
+
+    def _range(self) -> tuple[float, float]:
+        """Tokens per second from the slowest state to well above computing's roof; the axis must not move."""
+        slowest = step_work(self.model, CONTEXTS[-1], BITS[-1]).seconds(self.machine, 1)
+        _, computing = step_work(self.model, CONTEXTS[0], BITS[0]).seconds(self.machine, 1)
+        return 0.5 / max(slowest), 8 / computing
+
+    def update(self, result):
+        moving, computing = (list(result[roof].values()) for roof in ("moving", "computing"))
+        self.memory.set_data(ROWS, moving)
+        self.processor.set_data(ROWS, computing)
+        ridge = result["ridge"]
+        shown = ridge is not None and ROWS[0] <= ridge <= ROWS[-1]
+        self.below.set_data(*_lower(moving, computing, result["corner"]))
+        self.ridge.set_data([ridge, ridge] if shown else [], [0, 1] if shown else [])
+        # left of the line where there is no room on its right
+        right = shown and ridge < ROWS[-1] / 8
+        self.name.set_text("ridge " if shown and not right else " ridge" if shown else "")
+        self.name.set_x(ridge if shown else 1)
+        self.name.set_ha("left" if right else "right")
+        rows = result["rows"]
+        self.point.set_data([rows], [rows / result["step"]])
+        self.title.set_text(for_picture(_said(result)))
+
+    @staticmethod
+    def describe(state, result):
+        ridge = result["ridge"]
+        where = "memory limits any number of texts" if ridge is None else f"the ridge is at {ridge:.3g} texts"
+        return (
+            f"{_texts(state['rows'])} at once, {state['context']} tokens each, {state['bits']:g} bits per weight: "
+            f"{_said(result)}; {where}"
+        )
+
+
+def _lower(moving: list[float], computing: list[float], corner: tuple[float, float] | None):
+    """The lower of two roofs with the corner between them, as x and y: both roofs are sampled at ROWS alone."""
+    points = [(rows, min(pair)) for rows, *pair in zip(ROWS, moving, computing, strict=True)]
+    inside = [corner] if corner and ROWS[0] < corner[0] < ROWS[-1] else []
+    return zip(*sorted(points + inside), strict=True)
+
+
+def _said(result: dict) -> str:
+    rate = result["rows"] / result["step"]
+    step = 1000 * result["step"]  # three digits, and no exponent
+    milliseconds = f"{step:,.0f}" if step >= 100 else f"{step:.3g}"
+    return f"{milliseconds} ms a step, {rate:.3g} tokens per second: {result['limit']} is the limit"
+
+
+def _texts(rows: int) -> str:
+    return "1 text" if rows == 1 else f"{rows} texts"
