@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qlora_lab.data.examples import check_text
 from qlora_lab.quant.numbers import check_number, check_seed
 
 FAIR = "from 0.01 to 100"  # logits times or divided by these stay far from what float32 cannot hold
@@ -39,6 +40,8 @@ class Sampling:
         several = isinstance(self.stop, (tuple, list))  # no iterator: it would be empty at its second use
         if not (several or isinstance(self.stop, str)) or not all(isinstance(t, str) and t for t in self.stops):
             raise ValueError(f"stop={self.stop!r:.60} is not allowed: it is a text, or several, none of them empty")
+        for text in self.stops:
+            check_text(text, "a stop")  # what no tokenizer writes would never be found
         if several:
             object.__setattr__(self, "stop", self.stops)  # which nobody can change
 

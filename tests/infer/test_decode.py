@@ -192,6 +192,7 @@ def test_what_cannot_be_answered_is_refused(prompts, options, message, packed, t
         ({"stop": None}, "stop=None is not allowed"),
         ({"stop": iter(["a"])}, "stop=<list_iterator"),  # it would be used up by the check
         ({"stop": b"a"}, "stop=b'a' is not allowed"),
+        ({"stop": ("a", "\ud800")}, "a stop holds .*half of a surrogate pair"),
         ({"seed": -1}, "seed=-1 is not allowed"),
     ],
 )
