@@ -1,6 +1,7 @@
 """Answers: greedy ones equal transformers', rows do not depend on each other, and every end is told."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -99,6 +100,51 @@ def test_an_iteration_that_is_left_can_go_on(packed, tokenizer):
         break
     assert run.answers[0].ended == "interrupted" and len(run.answers[0].ids) < 9
     assert list(run) and run.answers == whole
+
+
+class Interrupting:
+    """Raises KeyboardInterrupt at line `number` of those that run in the files of the infer room that choose tokens."""
+
+    FILES = ("decode.py", "pieces.py", "sampling.py")
+
+    def __init__(self, number: int):
+        self.left = number
+
+    def __call__(self, frame, event, _):
+        if not frame.f_code.co_filename.endswith(tuple(f"infer/{name}" for name in self.FILES)):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("by", ["steps", "transformers"])
+@pytest.mark.filterwarnings("ignore:.*transformers' generate answers")
+def test_after_ctrl_c_at_any_line_it_goes_on_to_the_same_answers(by, packed, tokenizer, monkeypatch):
+    """Also to the same draws, and to the same end."""
+    if by == "transformers":
+        ql.add_adapter(packed, "dora", r=2)
+        monkeypatch.setattr(decoding, "generated", lambda *given: [40, 50, 60, 70])  # which takes 50 ms
+    hot = Sampling(temperature=1.0, repetition_penalty=1.3, seed=5, stop="zz")
+    whole = decode(packed, tokenizer, PROMPTS[:2], 4, hot, progress=False)
+    interrupted = 0
+    # a few lines a token: the largest number is beyond them all; a stride of 11 meets every line at some token
+    for number in range(1, 400, 11):
+        run = Decoding(packed, tokenizer, PROMPTS[:2], 4, hot)
+        before = sys.gettrace()  # that of coverage
+        sys.settrace(Interrupting(number))
+        try:
+            list(run)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(before)
+        list(run)
+        assert run.answers == whole, number
+    assert interrupted > 10
 
 
 @pytest.mark.long
@@ -326,7 +372,7 @@ def test_options_mean_what_they_mean_in_transformers(logits, seen, penalty, top_
 def test_draws_have_the_shares_of_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -50.0])
     chooser = Chooser(Sampling(temperature=2.0), [])
-    drawn = torch.tensor([chooser.choose(logits) for _ in range(4000)]).bincount(minlength=4) / 4000
+    drawn = torch.tensor([chooser.choose(logits, [0] * place) for place in range(4000)]).bincount(minlength=4) / 4000
     # four standard deviations of a share of at most 1/2
     assert (drawn - torch.softmax(logits / 2, 0)).abs().max() < 4 * 0.5 / 4000**0.5
 
