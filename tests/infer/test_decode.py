@@ -182,16 +182,17 @@ def test_the_base_answers_beside_its_adapter(packed, tokenizer):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["rslora", "pissa", "houlsby", "prefix", "zero_bias"])
-def test_the_base_answers_beside_any_adapter(method, packed, tokenizer):
-    """PiSSA keeps the base's bits here, so that its base is the original."""
+@pytest.mark.parametrize("method", ["rslora", "pissa", "loftq", "houlsby", "prefix", "zero_bias"])
+def test_the_base_answers_beside_any_adapter(method, packed, tokenizer, tmp_path):
+    """PiSSA and LoftQ keep the base's bits here, so that their base is the original."""
     base = decode(packed, tokenizer, PROMPTS, 6, progress=False)
-    model = ql.add_adapter(packed, method)
+    small().save_pretrained(tmp_path)
+    model = ql.add_adapter(packed, method, **({"source": tmp_path} if method == "loftq" else {}))
     for number, tensor in enumerate(learned(model).values()):
         tensor.data += 0.2 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number))
     run = Decoding(model, tokenizer, PROMPTS, 6, adapter=False)
     assert list(run) and run.answers == base
-    if method in ("rslora", "pissa"):  # others go through transformers, and say so
+    if method in ("rslora", "pissa", "loftq"):  # others go through transformers, and say so
         assert decode(model, tokenizer, PROMPTS, 6, progress=False) != base
 
 
