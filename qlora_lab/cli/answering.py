@@ -1,6 +1,7 @@
 """What the commands that answer share: how tokens are chosen, and an answer on its way to a terminal or a file."""
 
 import argparse
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -72,10 +73,20 @@ def tidy(pieces: Iterable[str]) -> Iterator[str]:
             yield spelled(kept)
 
 
+def unheard() -> bool:
+    """Whether stdout takes nothing any more: its reader is gone, or the disk is full (streams.py keeps the error)."""
+    return getattr(sys.stdout, "error", None) is not None
+
+
 def print_pieces(pieces: Iterable[str]) -> None:
-    """Print an answer while it comes, and end its line; an interrupt ends the line, too, and goes on."""
+    """Print an answer while it comes, and end its line; an interrupt ends the line, too, and goes on.
+
+    Ends where nobody listens any more: `| head -c 100` should not cost the rest of a long answer.
+    """
     try:
         for piece in tidy(pieces):
             print(piece, end="", flush=True)  # into a file or a pipe the same text goes
+            if unheard():
+                break
     finally:
         print(flush=True)

@@ -13,6 +13,7 @@ from qlora_lab.cli.answering import (
     load_with_adapter,
     print_pieces,
     sampling_of,
+    unheard,
 )
 from qlora_lab.cli.loading import add_measured, add_quantization, print_note
 from qlora_lab.cli.options import add_fields, common, one_line
@@ -66,6 +67,8 @@ def run(a: argparse.Namespace) -> None:
         for name, chat in chats.items():
             if not _answer(a, name, chat, question, terminal):
                 break
+            if unheard():  # a long file of questions would be answered to nobody
+                return
 
 
 def _is_terminal() -> bool:

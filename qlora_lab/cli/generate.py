@@ -35,9 +35,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
+    from qlora_lab.data.examples import check_text
     from qlora_lab.infer.sampling import Sampling
     from qlora_lab.quant.numbers import check_whole
 
+    check_text(a.question, "the question")  # half a character, as a shell can pass, before the model is loaded
     check_whole("max-new-tokens", a.max_new_tokens)
     sampling = sampling_of(a)
     if a.pictures and sampling != Sampling():

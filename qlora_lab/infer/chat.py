@@ -78,8 +78,9 @@ class Chat:
 
         An iteration that is closed or interrupted keeps what was said as the answer; an answer without a word is
         forgotten with its question, and so is one whose conversation was reset, or went on with another question, in
-        the meantime. Raises ValueError for a conversation longer than the context, with both numbers,
-        and for a question that the template or the tokenizer refuses; the conversation then is as before.
+        the meantime.
+        Raises ValueError for a conversation longer than the context, with both numbers, and for a question that the
+        template or the tokenizer refuses; the conversation then is as before.
         """
         turns = (*self.turns, ("user", question), ("assistant", ""))  # the last is only asked for
         ids = prompt_of(Example(turns), self._tokenizer).ids

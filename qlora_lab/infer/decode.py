@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -86,7 +87,8 @@ def decode(
 class Decoding:
     """The answers to prompts while they come: iterate over its pieces. Arguments and errors are those of `decode`.
 
-    An iteration that ends early, by `break` or Ctrl-C, leaves what was said in `answers`, as "interrupted".
+    An iteration that ends early, by `break` or Ctrl-C, leaves what was said in `answers`, as "interrupted". Another
+    one goes on to the same answers; after Ctrl-C, the piece that was being written may be in `answers` alone.
     adapter: False answers as the base does, from the same packed weights; an iteration raises ValueError if the model
     has no adapter, or if all of its weights learned.
     """
@@ -96,7 +98,7 @@ class Decoding:
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling={sampling!r:.60} is not allowed: give a qlora_lab.Sampling")
         self._adapter = adapter
-        self._model, self._tokenizer, self._most, self._sampling = model, tokenizer, max_new_tokens, sampling
+        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._prompts = _as_ids(prompts, tokenizer)
         check_tokens(model, tokenizer, {token for ids in self._prompts for token in ids})
         self._limit = context_of(model, adapter)
@@ -104,7 +106,11 @@ class Decoding:
             if not ids:
                 raise ValueError(f"prompt {number} has no token: give at least one, such as the tokenizer's first")
             check_context(f"prompt {number}", len(ids), model, adapter, "shorten it")
-        self._rows = [_Row(ids, tokenizer, sampling, i) for i, ids in enumerate(self._prompts)]
+        self._rows = [_Row(ids, tokenizer, sampling, i, max_new_tokens) for i, ids in enumerate(self._prompts)]
+        for row in self._rows:
+            room = max_new_tokens if self._limit is None else self._limit - len(row.prompt) + 1  # the last is not read
+            if room < max_new_tokens:
+                row.room, row.cut = room, "context"
         self._ends = stop_ids(model, tokenizer)
 
     @property
@@ -125,74 +131,80 @@ class Decoding:
         return nullcontext() if self._adapter else without_adapters(self._model)
 
     def _by_steps(self, stack: Stack) -> Iterator[Piece]:
-        longest = max(map(len, self._prompts)) + self._most - 1  # the model never reads the last token
-        cache = make_cache(stack, len(self._rows), min(longest, self._limit or longest))
+        longest = max(len(row.prompt) + row.room for row in self._rows) - 1  # the model never reads the last token
+        cache = make_cache(stack, len(self._rows), longest)
         step = step_of(stack)
-        for number, (ids, row) in enumerate(zip(self._prompts, self._rows, strict=True)):
-            if row.ended is not None:  # in an iteration before this one, which goes on where that was left
-                continue
-            known = [*ids, *row.ids]
+        for row in self._unended():  # an iteration goes on where the one before it was left
+            row.begin(row.ids)
             with torch.no_grad():
-                read_prompt(stack, torch.tensor(known[:-1]), cache, number)
-        while active := [number for number, row in enumerate(self._rows) if row.ended is None]:
-            last = torch.tensor([self._rows[number].last for number in active])
+                read_prompt(stack, torch.tensor(row.known[:-1]), cache, row.number)
+        while rows := self._unended():
+            active = [row.number for row in rows]
+            last = torch.tensor([row.known[-1] for row in rows])
             with torch.no_grad():  # inside the loop: the caller's code between two pieces is not ours
                 logits = step(last, cache, torch.tensor(active))
                 if not logits.isfinite().all():
                     raise _where(stack, last, cache, active)
-            for number, its in zip(active, logits, strict=True):
-                full = int(cache.lengths[number]) == self._limit
-                yield from self._said(number, self._rows[number].take(its, self._ends, self._most, full))
+            for row, its in zip(rows, logits, strict=True):
+                if text := row.take(its, self._ends):
+                    yield Piece(row.number, text)
 
-    def _said(self, number: int, text: str) -> Iterator[Piece]:
-        if text:
-            yield Piece(number, text)
+    def _unended(self) -> "list[_Row]":
+        return [row for row in self._rows if row.ended is None]
 
     def _by_transformers(self) -> Iterator[Piece]:
-        for number, (ids, row) in enumerate(zip(self._prompts, self._rows, strict=True)):
-            if row.ended is not None:
-                continue
-            room = self._most if self._limit is None else min(self._most, self._limit - len(ids) + 1)
+        for row in self._unended():
             with self._asked_model():
-                new = generated(self._model, self._tokenizer, ids, room, self._sampling, number)
+                new = generated(self._model, self._tokenizer, row.prompt, row.room, self._sampling, row.number)
+            row.begin([])  # of an answer that was interrupted while it was written down
             text = "".join(row.add(token) for token in new)
             if row.ended is None:
-                ended = "end" if len(new) < room else "length" if room == self._most else "context"
-                text += row.end(ended)
-            yield from self._said(number, text)
+                text += row.end("end")
+            if text:
+                yield Piece(row.number, text)
 
 
 class _Row:
-    """One prompt and its answer so far."""
+    """One prompt and its answer so far. `ids` are the truth: Ctrl-C may come between a token and its text."""
 
-    def __init__(self, prompt: list[int], tokenizer: "Tokenizer", sampling: Sampling, number: int):
-        self.last = prompt[-1]
+    def __init__(self, prompt: list[int], tokenizer: "Tokenizer", sampling: Sampling, number: int, most: int):
+        self.prompt, self.number, self.room = prompt, number, most
+        self.cut: Ended = "length"  # what ends it when there is no more room
         self.ids: list[int] = []
         self.text: list[str] = []
         self.ended: Ended | None = None
-        self._pieces = Pieces(tokenizer, sampling.stops)
+        self._new_pieces = partial(Pieces, tokenizer, sampling.stops)
+        self._pieces = self._new_pieces()
         self._chooser = Chooser(sampling, prompt, number)
 
-    def take(self, logits: torch.Tensor, ends: list[int], most: int, full: bool) -> str:
+    @property
+    def known(self) -> list[int]:
+        return [*self.prompt, *self.ids]
+
+    def begin(self, said: list[int]) -> None:
+        """Have said these ids, and no more."""
+        pieces = self._new_pieces()
+        text = [pieces.add(token) for token in said]
+        self._pieces, self.text, self.ids = pieces, text, [*said]
+        self._end_if_due()
+
+    def take(self, logits: torch.Tensor, ends: list[int]) -> str:
         """Choose the next token, and return the text that it makes certain."""
-        token = self._chooser.choose(logits)
-        if token in ends:
-            return self.end("end")
-        text = self.add(token)
-        if self.ended is None and (full or len(self.ids) == most):
-            text += self.end("length" if len(self.ids) == most else "context")
-        return text
+        token = self._chooser.choose(logits, self.ids)
+        return self.end("end") if token in ends else self.add(token)
 
     def add(self, token: int) -> str:
         if self.ended is not None:
             return ""
-        self.last = token
         self.ids.append(token)
         text = self._pieces.add(token)
         self.text.append(text)
+        return text + self._end_if_due()
+
+    def _end_if_due(self) -> str:
         if self._pieces.stopped:
             self.ended = "stop"
-        return text
+        return self.end(self.cut) if self.ended is None and len(self.ids) == self.room else ""
 
     def end(self, why: Ended) -> str:
         text = self._pieces.rest()

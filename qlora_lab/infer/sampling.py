@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qlora_lab.data.examples import check_text
 from qlora_lab.quant.numbers import check_number, check_seed
 
 FAIR = "from 0.01 to 100"  # logits times or divided by these stay far from what float32 cannot hold
@@ -39,6 +40,8 @@ class Sampling:
         several = isinstance(self.stop, (tuple, list))  # no iterator: it would be empty at its second use
         if not (several or isinstance(self.stop, str)) or not all(isinstance(t, str) and t for t in self.stops):
             raise ValueError(f"stop={self.stop!r:.60} is not allowed: it is a text, or several, none of them empty")
+        for text in self.stops:
+            check_text(text, "a stop")  # what no tokenizer writes would never be found
         if several:
             object.__setattr__(self, "stop", self.stops)  # which nobody can change
 
@@ -49,25 +52,31 @@ class Sampling:
 
 
 class Chooser:
-    """Chooses the tokens of one row, `seen` first among them, and remembers them."""
+    """Chooses the tokens that follow one prompt."""
 
-    def __init__(self, sampling: Sampling, seen: list[int], row: int = 0):
+    def __init__(self, sampling: Sampling, prompt: list[int], row: int = 0):
         self._sampling = sampling
-        self._seen = set(seen)
+        self._prompt = frozenset(prompt)
         self._generator = torch.Generator().manual_seed(sampling.seed + row)
+        self._begun = -1, self._generator.get_state()  # place of the last draw, and the state before it
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """Return the id of the next token. logits: (vocabulary,) float32, left as they are."""
+    def choose(self, logits: torch.Tensor, said: list[int]) -> int:
+        """Return the id of the token behind `said`. logits: (vocabulary,) float32, left as they are.
+
+        A second call for the same place draws the same again: Ctrl-C may have come before the first was written down.
+        """
         sampling = self._sampling
         if sampling.repetition_penalty != 1:
-            logits = penalised(logits, sorted(self._seen), sampling.repetition_penalty)
+            logits = penalised(logits, sorted(self._prompt.union(said)), sampling.repetition_penalty)
         if sampling.temperature == 0:
-            token = int(logits.argmax())
+            return int(logits.argmax())
+        place, state = self._begun
+        if place == len(said):
+            self._generator.set_state(state)
         else:
-            shares = kept(torch.softmax(logits / sampling.temperature, 0), sampling.top_p)
-            token = int(torch.multinomial(shares, 1, generator=self._generator))
-        self._seen.add(token)
-        return token
+            self._begun = len(said), self._generator.get_state()
+        shares = kept(torch.softmax(logits / sampling.temperature, 0), sampling.top_p)
+        return int(torch.multinomial(shares, 1, generator=self._generator))
 
 
 def penalised(logits: torch.Tensor, seen: list[int], penalty: float) -> torch.Tensor:

@@ -90,13 +90,14 @@ def test_a_stop_is_not_printed(run):
         (["--temperature", "-1"], "temperature=-1.0 is not allowed"),
         (["--top-p", "0"], "top_p=0.0 is not allowed"),
         (["--stop", ""], "none of them empty"),
+        (["--stop", "\udce9"], "a stop holds .*half of a surrogate pair"),
         (["--picture", "cat.png", "--seed", "3"], "leave out the options that draw or stop"),
     ],
 )
 def test_options_that_are_not_allowed_cost_no_loading(run, monkeypatch, words, message):
     monkeypatch.setattr(ql, "load", None)
     code, out, err = run("generate", "double 3", *words)
-    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and re.search(message, err) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [[], ["--json"]])
@@ -110,6 +111,31 @@ def test_ctrl_c_leaves_what_was_said(run, monkeypatch, words):
         assert said["ended"] == "interrupted" and all_of_it["answer"].startswith(said["answer"]) and said["answer"]
     else:
         assert whole.startswith(out[:-1]) and 1 < len(out) < len(whole)
+
+
+def test_half_a_character_costs_no_loading(run, monkeypatch):
+    monkeypatch.setattr(ql, "load", None)
+    code, out, err = run("generate", "caf\udce9")
+    assert (code, out) == (2, "") and "the question holds '\\udce9', half of a surrogate pair" in err
+
+
+class Left(io.StringIO):
+    """A pipe whose reader has gone after the first word."""
+
+    def write(self, text):
+        if self.tell():
+            raise BrokenPipeError(32, "Broken pipe")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("words", [("generate", "double 3"), ("chat",), ("chat", "--json")])
+def test_a_reader_who_has_gone_costs_no_more_answers(run, monkeypatch, words):
+    steps = []
+    monkeypatch.setattr(decoding, "step_of", lambda stack: lambda *given: (steps.append(1), step(stack, *given))[1])
+    monkeypatch.setattr(sys, "stdout", Left())
+    code, _, err = run(*words, "--max-new-tokens", "30", lines="double 3\n" * 20)
+    assert code == 2 and err.endswith("the result could not be printed (Broken pipe)\n")
+    assert len(steps) < (61 if "--json" in words else 30)  # a line of JSON is an answer: the second has no reader
 
 
 def test_control_characters_are_spelled():

@@ -1,6 +1,7 @@
 """Answers: greedy ones equal transformers', rows do not depend on each other, and every end is told."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -102,6 +103,51 @@ def test_an_iteration_that_is_left_can_go_on(packed, tokenizer):
     assert list(run) and run.answers == whole
 
 
+class Interrupting:
+    """Raises KeyboardInterrupt at line `number` of those that run in the files of the infer room that choose tokens."""
+
+    FILES = ("decode.py", "pieces.py", "sampling.py")
+
+    def __init__(self, number: int):
+        self.left = number
+
+    def __call__(self, frame, event, _):
+        if not frame.f_code.co_filename.endswith(tuple(f"infer/{name}" for name in self.FILES)):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("by", ["steps", "transformers"])
+@pytest.mark.filterwarnings("ignore:.*transformers' generate answers")
+def test_after_ctrl_c_at_any_line_it_goes_on_to_the_same_answers(by, packed, tokenizer, monkeypatch):
+    """Also to the same draws, and to the same end."""
+    if by == "transformers":
+        ql.add_adapter(packed, "dora", r=2)
+        monkeypatch.setattr(decoding, "generated", lambda *given: [40, 50, 60, 70])  # which takes 50 ms
+    hot = Sampling(temperature=1.0, repetition_penalty=1.3, seed=5, stop="zz")
+    whole = decode(packed, tokenizer, PROMPTS[:2], 4, hot, progress=False)
+    interrupted = 0
+    # a few lines a token: the largest number is beyond them all; a stride of 11 meets every line at some token
+    for number in range(1, 400, 11):
+        run = Decoding(packed, tokenizer, PROMPTS[:2], 4, hot)
+        before = sys.gettrace()  # that of coverage
+        sys.settrace(Interrupting(number))
+        try:
+            list(run)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(before)
+        list(run)
+        assert run.answers == whole, number
+    assert interrupted > 10
+
+
 @pytest.mark.long
 def test_ctrl_c_returns_what_was_said(packed, tokenizer, monkeypatch):
     steps = iter(range(100))
@@ -137,16 +183,17 @@ def test_the_base_answers_beside_its_adapter(packed, tokenizer):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["rslora", "pissa", "houlsby", "prefix", "zero_bias"])
-def test_the_base_answers_beside_any_adapter(method, packed, tokenizer):
-    """PiSSA keeps the base's bits here, so that its base is the original."""
+@pytest.mark.parametrize("method", ["rslora", "pissa", "loftq", "houlsby", "prefix", "zero_bias"])
+def test_the_base_answers_beside_any_adapter(method, packed, tokenizer, tmp_path):
+    """PiSSA and LoftQ keep the base's bits here, so that their base is the original."""
     base = decode(packed, tokenizer, PROMPTS, 6, progress=False)
-    model = ql.add_adapter(packed, method)
+    small().save_pretrained(tmp_path)
+    model = ql.add_adapter(packed, method, **({"source": tmp_path} if method == "loftq" else {}))
     for number, tensor in enumerate(learned(model).values()):
         tensor.data += 0.2 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number))
     run = Decoding(model, tokenizer, PROMPTS, 6, adapter=False)
     assert list(run) and run.answers == base
-    if method in ("rslora", "pissa"):  # others go through transformers, and say so
+    if method in ("rslora", "pissa", "loftq"):  # others go through transformers, and say so
         assert decode(model, tokenizer, PROMPTS, 6, progress=False) != base
 
 
@@ -193,6 +240,7 @@ def test_what_cannot_be_answered_is_refused(prompts, options, message, packed, t
         ({"stop": None}, "stop=None is not allowed"),
         ({"stop": iter(["a"])}, "stop=<list_iterator"),  # it would be used up by the check
         ({"stop": b"a"}, "stop=b'a' is not allowed"),
+        ({"stop": ("a", "\ud800")}, "a stop holds .*half of a surrogate pair"),
         ({"seed": -1}, "seed=-1 is not allowed"),
     ],
 )
@@ -326,7 +374,7 @@ def test_options_mean_what_they_mean_in_transformers(logits, seen, penalty, top_
 def test_draws_have_the_shares_of_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -50.0])
     chooser = Chooser(Sampling(temperature=2.0), [])
-    drawn = torch.tensor([chooser.choose(logits) for _ in range(4000)]).bincount(minlength=4) / 4000
+    drawn = torch.tensor([chooser.choose(logits, [0] * place) for place in range(4000)]).bincount(minlength=4) / 4000
     # four standard deviations of a share of at most 1/2
     assert (drawn - torch.softmax(logits / 2, 0)).abs().max() < 4 * 0.5 / 4000**0.5
 
