@@ -11,7 +11,7 @@ import scipy.stats  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import qlora_lab.cli
-import qlora_lab.train.trainer
+import qlora_lab.train.trainer  # noqa: F401
 import tests.warm  # noqa: F401
 from qlora_lab import kernels
 
