@@ -1,6 +1,5 @@
 """The default model, for real: peak memory of the load, and an adapter that PEFT reads."""
 
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ import qlora_lab as ql
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.quant.quantize import dequantize
+from tests import warm
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ SLACK = 300 * 2**20
 
 
 def peak_of_load(folder) -> list[int]:
-    return [int(x) for x in subprocess.check_output([sys.executable, "-c", MEASURE, folder], text=True).split()]
+    return [int(x) for x in warm.run([sys.executable, "-c", MEASURE, folder]).stdout.split()]
 
 
 def test_peak_memory_of_the_load():

@@ -74,11 +74,11 @@ INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 COURSE = [sys.executable, "tools/from_wheel.py", *PYTEST, "-p", "tools.pairs", *WORKERS, "--dist", "loadfile"]
 COURSE += ["--nbval-current-env", "--nbval-cell-timeout=1200", "--nbval-sanitize-with=nbval_sanitize.cfg"]
 # files with more than 20 s of slow tests, the longest first: begun late, they would leave one worker without work, too
-LONG = ["test_bench.py", "test_lm_eval.py", "test_cli_streams.py", "test_machines.py", "test_predict.py"]
-LONG += ["test_killed_overwrite.py", "test_rivals.py", "test_strangers.py", "test_distributed.py", "test_trust.py"]
-LONG += ["test_diagnose.py", "test_checkpoint.py", "test_cpu.py", "test_site.py", "test_aot.py"]
-LONG += ["test_simulated_games.py", "test_bench_gpu_day.py", "test_kills.py", "test_perplexity.py", "test_live.py"]
-LONG += ["test_paged_adamw.py", "test_default_model.py", "test_expert_parallel.py", "test_wheel.py", "test_families.py"]
+LONG = ["test_trust.py", "test_lm_eval.py", "test_cli_streams.py", "test_machines.py", "test_distributed.py"]
+LONG += ["test_killed_overwrite.py", "test_strangers.py", "test_site.py", "test_checkpoint.py", "test_bench_gpu_day.py"]
+LONG += ["test_aot.py", "test_predict.py", "test_diagnose.py", "test_families.py", "test_live.py", "test_bench.py"]
+LONG += ["test_mixtures.py", "test_default_model.py", "test_expert_parallel.py", "test_cpu.py", "test_paged_adamw.py"]
+LONG += ["test_simulated_games.py", "test_kills.py", "test_perplexity.py", "test_wheel.py"]
 LONGEST = "10_finetune_llama.ipynb"  # as long as four others
 LONGEST_FIRST = sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: (path.name != LONGEST, path.name))
 

@@ -15,7 +15,8 @@ from qlora_lab.data.examples import Example
 from qlora_lab.train.checkpoint import saved_steps
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training
-from tests.train.test_checkpoint import in_child, lines
+from tests.train.test_checkpoint import lines
+from tests.warm import start
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -98,7 +99,7 @@ def test_every_method_is_here():
 
 
 def finish(target, *args):
-    child = in_child(target, *args)
+    child = start(target, *args)
     child.join()
     return child.exitcode
 

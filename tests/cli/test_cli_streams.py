@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from qlora_lab import cli
 from qlora_lab.cli.streams import patient_streams
 from qlora_lab.train import interrupt
+from tests import warm
 from tests.cli.test_cli import TRAIN
 from tests.cli.test_cli_quiet import COMMANDS, adapter
 from tests.data.test_choice_files import small_questions
@@ -259,11 +261,13 @@ def test_an_ascii_terminal_serves_every_command(argv, commands, environment):
 def test_a_process_that_is_told_to_end_leaves_a_run_to_resume(argv, tmp_path, number):
     words = [sys.executable, "-m", "qlora_lab.cli", *argv("finetune"), "--steps", "10000", "--save-every", "0"]
     log = tmp_path / "out" / "log.jsonl"
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
-        while not (log.exists() and log.read_bytes().count(b"\n") > 3):
-            assert child.poll() is None
-        child.send_signal(number)
-        said = child.stderr.read().splitlines()[-1]
-        assert child.wait() == 130
+    child = warm.program(words, err=tmp_path / "said")
+    while not (log.exists() and log.read_bytes().count(b"\n") > 3):
+        assert child.is_alive()
+        time.sleep(0.01)  # the other process needs the core
+    os.kill(child.pid, number)
+    child.join()
+    assert child.exitcode == 130
+    said = (tmp_path / "said").read_text("utf-8").splitlines()[-1]
     assert "qlora-lab finetune: stopped after step " in said and "(--resume on the command line)" in said
     assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 1

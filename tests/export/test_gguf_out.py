@@ -3,11 +3,9 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -29,6 +27,7 @@ from qlora_lab.model.empty_model import empty_model
 from qlora_lab.model.gguf_in import convert
 from qlora_lab.model.quantized_folder import quantize_folder
 from qlora_lab.train.resident import peak_resident
+from tests import warm
 from tests.faults import disk_faults
 from tests.model.families import tiny
 from tests.model.test_gguf_in import rotary_pairs
@@ -329,14 +328,8 @@ def test_memory_is_that_of_pieces(tmp_path, tokenizer):
     """The largest matrix has 32 MiB in float32 and 16 as it is mapped: 22 were measured."""
     toy = saved(tmp_path / "toy", tokenizer)
     model = saved(tmp_path / "large", tokenizer, intermediate_size=2**17, num_hidden_layers=1)
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *map(str, (toy, model, tmp_path))],
-        stdout=subprocess.PIPE,
-        check=True,
-        cwd=Path(__file__).parents[2],
-        # what is freed goes back to the system at once: glibc keeps up to 90 MiB for later, by chance
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-    )
+    done = warm.run([sys.executable, "-c", warm.GIVE_BACK + CHILD, toy, model, tmp_path])
+    assert done.returncode == 0, done.stderr
     peak = json.loads(done.stdout)
     assert peak < 28 * MIB, f"{peak / MIB:.1f} MiB"
 

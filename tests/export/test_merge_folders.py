@@ -1,10 +1,7 @@
 """A merge of folders writes what a merge of the loaded model writes, and holds a layer at a time."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from qlora_lab.model.load import layer_sizes, load
 from qlora_lab.model.quantized_folder import quantize_folder
 from qlora_lab.quant.plan import DEFAULT, Candidate, Plan
 from qlora_lab.train.resident import peak_resident
+from tests import warm
 from tests.export.test_merge import adapted, learned, saved, weights
 from tests.model.families import tiny
 
@@ -214,14 +212,8 @@ def test_memory_is_that_of_a_few_layers(tmp_path, tokenizer):
         source = saved(tmp_path / name, tokenizer, tiny("Llama", torch.bfloat16, **sizes | {"num_attention_heads": 4}))
         save_adapter(learned(adapted(source)), tmp_path / "adapters" / name)
     folders = [tmp_path / name for name in ("toy/model", "model/model", "adapters", "out")]
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *map(str, folders)],
-        stdout=subprocess.PIPE,
-        check=True,
-        cwd=Path(__file__).parents[2],
-        # what is freed goes back to the system at once: glibc keeps up to 90 MiB for later, by chance
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-    )
+    done = warm.run([sys.executable, "-c", warm.GIVE_BACK + CHILD, *folders])
+    assert done.returncode == 0, done.stderr
     whole = sum(path.stat().st_size for path in (tmp_path / "model/model").glob("*.safetensors"))
     peak = json.loads(done.stdout)
     assert peak < 0.7 * whole < 40 * MIB, f"{peak / MIB:.1f} MiB for a model of {whole / MIB:.1f} MiB"

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +13,7 @@ import qlora_lab as ql
 from qlora_lab.model import load as models
 from qlora_lab.model.out_of_memory import OutOfMemory, is_out_of_memory
 from qlora_lab.train import trainer
+from tests import warm
 from tests.conftest import VOCABULARY
 from tests.faults import NO_MEMORY, allocation_faults
 from tests.train.test_checkpoint import same_result, training
@@ -179,7 +179,7 @@ def test_a_process_that_has_too_little_says_one_line(large, tokenizer, tmp_path,
     argv = ["finetune", "--model", str(large), "--data", str(data), "--held-out", "0", "--steps", "1", "--quiet"]
     argv += ["--codebook", "none" if where == "load" else "nf4", "--dtype", "float32", "--out", str(tmp_path / "run")]
     words = [sys.executable, "-c", LITTLE, json.dumps([where, room, argv])]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = warm.run(words)
     assert done.returncode == 2, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line)
     assert line.startswith("qlora-lab finetune: out of memory")

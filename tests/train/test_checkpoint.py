@@ -23,6 +23,7 @@ from qlora_lab.train.checkpoint import load_checkpoint, save_checkpoint, saved_s
 from qlora_lab.train.run_record import comparable, differences
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training, finetune
+from tests.warm import start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -356,15 +357,6 @@ def test_differences_name_the_path():
 # -------------------------------------------------------------------------------------------- processes that are killed
 
 
-def in_child(target, *args, **kwargs):
-    """A process for `target`, forked from one that has torch loaded and has not computed yet."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qlora_lab.train.trainer", "transformers.models.llama.modeling_llama", "peft"])
-    child = context.Process(target=target, args=args, kwargs=kwargs)
-    child.start()
-    return child
-
-
 def train_on(folder, out, **options):
     torch.set_num_threads(1)
     trainer.PagedAdamW = partial(PagedAdamW, page_size=PAGE)
@@ -386,13 +378,13 @@ def started(out):
 def test_ten_kills_change_no_bit(folder, tmp_path):
     """kill -9 at random moments: in a forward pass, an update, a line of the log, a save."""
     options = {"steps": 45, "save_every": 3, "optimizer_budget": FRAMES * PAGE}
-    child = in_child(train_on, folder, tmp_path / "whole", **options)
+    child = start(train_on, folder, tmp_path / "whole", **options)
     child.join()
     assert child.exitcode == 0
     chance, out, lost = random.Random(0), tmp_path / "run", 0
     for _ in range(10):
         before = started(out)
-        child = in_child(train_on, folder, out, **options)
+        child = start(train_on, folder, out, **options)
         while not started(out) > before:
             time.sleep(0.002)
         goal = logged(out) + chance.randint(0, 5)
@@ -404,7 +396,7 @@ def test_ten_kills_change_no_bit(folder, tmp_path):
         child.join()
         lost += logged(out) - max(saved_steps(out), default=0)
     assert lost > 0  # steps were lost and made again
-    child = in_child(train_on, folder, out, **options)
+    child = start(train_on, folder, out, **options)
     child.join()
     assert child.exitcode == 0
     same_result(out, tmp_path / "whole")
@@ -437,14 +429,14 @@ def die_in_save(folder, out, moment):
 @pytest.mark.parametrize("moment", ["half a file", 1, 2, 3, 4, 5])
 def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(folder, tmp_path, moment, monkeypatch):
     monkeypatch.setenv(OVERRIDE, "reference")  # a forked child has no other kernels
-    child = in_child(die_in_save, folder, tmp_path / "run", moment)
+    child = start(die_in_save, folder, tmp_path / "run", moment)
     child.join()
     assert child.exitcode == -signal.SIGKILL
     steps = saved_steps(tmp_path / "run")
     assert steps == ([2, 4] if moment == 5 else [2])  # the fifth flush comes after the rename
     for step in steps:
         load_checkpoint(tmp_path / "run", step)
-    child = in_child(train_on, folder, tmp_path / "run")  # as forked as the first, so with the same kernels
+    child = start(train_on, folder, tmp_path / "run")  # as forked as the first, so with the same kernels
     child.join()
     assert child.exitcode == 0
     training(folder, tmp_path / "whole").run()
@@ -465,7 +457,7 @@ def fill_the_disk(out, tensors, errors):
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path):
     ours, theirs = multiprocessing.Pipe()
     tensors = {"x": torch.arange(9.0)}
-    child = in_child(fill_the_disk, tmp_path, tensors, theirs)
+    child = start(fill_the_disk, tmp_path, tensors, theirs)
     child.join()
     assert ours.poll()
     message = ours.recv()

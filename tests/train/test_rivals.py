@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ from qlora_lab.data.examples import Example
 from qlora_lab.files.lock import LOCK, locked_file, locked_folder
 from qlora_lab.train.settings import Settings
 from qlora_lab.train.trainer import Training, finetune
+from tests import warm
 
 EXAMPLES = [Example((("user", f"{i} and {i}"), ("assistant", "two"))) for i in range(4)]
 TOLD = (
@@ -102,16 +102,19 @@ def test_a_command_is_told_before_it_loads_a_model(line, tmp_path, capsys, comma
     assert not out.exists()
 
 
-@pytest.mark.slow  # it starts Python twice a pair
+@pytest.mark.slow  # two processes a pair
 @pytest.mark.filterwarnings("ignore:the adapter in .* was trained beside weights in nf4")  # the merges differ in that
 @pytest.mark.parametrize("command", COMMANDS)
 def test_two_processes_never_mix_their_results(line, tmp_path, command):
     out = tmp_path / "out"
     start = [sys.executable, "-m", "qlora_lab.cli"]
     lines = [start + line(command, value, out) for value in TWO[command]]
-    both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for words in lines]
-    said = [child.communicate()[1] for child in both]
-    codes = [child.returncode for child in both]
+    errors = [tmp_path / "first", tmp_path / "second"]
+    both = [warm.program(words, err=path) for words, path in zip(lines, errors, strict=True)]
+    for child in both:
+        child.join()
+    said = [path.read_text("utf-8") for path in errors]
+    codes = [child.exitcode for child in both]
     assert 0 in codes and set(codes) <= {0, 2}, said
     for code, line_said in zip(codes, said, strict=True):
         told = re.search(TOLD.format(command, command), line_said)
