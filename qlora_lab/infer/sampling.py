@@ -30,7 +30,9 @@ class Sampling:
     stop: str | tuple[str, ...] = ()  # texts that end an answer, and do not belong to it
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature, lambda x: x == 0 or fair(x), f"0, for the likeliest token, or {FAIR}")
+        check_number(
+            "temperature", self.temperature, lambda x: x == 0 or fair(x), f"0, for the likeliest token, or {FAIR}"
+        )
         check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
         check_number("repetition_penalty", self.repetition_penalty, fair, f"{FAIR}; 1 changes nothing")
         check_seed(self.seed)
