@@ -18,7 +18,6 @@ from qlora_lab.kernels.constants import undouble
 from qlora_lab.kernels.elements import write
 
 TILE = 16  # rows of a product that a thread takes at a time
-COLUMNS = 1024  # of x that meet all rows of a tile: 8 tokens are 16 KiB, and stay in the first-level cache
 
 
 @njit(forceinline=True)
@@ -49,10 +48,12 @@ def _table(levels, scale):
 
 
 @njit(forceinline=True)
-def _two_rows(packed, bytes_, levels, block_size, scales, first_scales, blocks, pairs, start, n, ahead, sums):
-    """Add to the sums of two rows, for n tokens, what `blocks` blocks of each say, from bytes_ on."""
+def _two_rows(packed, bytes_, levels, block_size, scales, first_scales, blocks, pairs, n, zeros):
+    """Sums of two rows, which begin at bytes_, for n tokens."""
     a_byte, b_byte = bytes_
-    a, b = sums
+    a, b = each.splat(zeros), each.splat(zeros)
+    ahead = blocks * block_size  # bytes to the next two rows
+    start = 0
     for block in range(blocks):
         a_table = _table(levels, scales[first_scales[0] + block])
         b_table = _table(levels, scales[first_scales[1] + block])
@@ -72,10 +73,11 @@ def _two_rows(packed, bytes_, levels, block_size, scales, first_scales, blocks, 
 
 
 @njit(forceinline=True)
-def _four_rows(packed, bytes_, levels, block_size, scales, first_scales, blocks, pairs, n, ahead, zeros):
-    """Sums of four whole rows, for n tokens; as _two_rows, with names for four."""
+def _four_rows(packed, bytes_, levels, block_size, scales, first_scales, blocks, pairs, n, zeros):
+    """Sums of four rows; as _two_rows, with names for four."""
     a_byte, b_byte, c_byte, d_byte = bytes_
     a, b, c, d = each.splat(zeros), each.splat(zeros), each.splat(zeros), each.splat(zeros)
+    ahead = 2 * blocks * block_size  # the next four rows: 4 KiB would ask for what is just being read
     start = 0
     for block in range(blocks):
         a_table = _table(levels, scales[first_scales[0] + block])
@@ -110,47 +112,29 @@ def multiply_pairs(x, form, zeros, packed, levels, constants, block_size, column
 
     x and out are flat: bf16 as uint16, or for out what `form` says.
     """
-    blocks, n = columns // block_size, len(zeros)
-    at_once = max(1, COLUMNS // block_size)  # blocks
+    blocks, half, n = columns // block_size, columns // 2, len(zeros)  # half: bytes of a row
     pairs = _sorted(x, n, columns)
     for tile in prange((rows + TILE - 1) // TILE):
         first = tile * TILE
         last = min(first + TILE, rows)
         scales = undouble(constants, first * blocks, (last - first) * blocks)  # of all blocks in the tile
-        # 16 parts of each sum. Those of 8 tokens wait here while their rows meet the next columns: 8 KiB a tile.
-        lanes = np.zeros((n, TILE * 16), np.float32)
+        totals = np.empty((n, TILE), np.float32)  # (tokens, rows of the tile)
         table = v.load(levels, 0)
-        if n <= 4:
-            ahead = 4 * columns // 2  # the next four rows: 4 KiB would ask for what is just being read
-            for row in range(first, last, 4):
-                last_row = last - 1  # of a number of rows that four do not divide the last is computed again
-                four = row, min(row + 1, last_row), min(row + 2, last_row), min(row + 3, last_row)
-                bytes_ = four[0] * columns // 2, four[1] * columns // 2, four[2] * columns // 2, four[3] * columns // 2
-                a_scale, b_scale = (four[0] - first) * blocks, (four[1] - first) * blocks
-                c_scale, d_scale = (four[2] - first) * blocks, (four[3] - first) * blocks
-                starts = a_scale, b_scale, c_scale, d_scale
-                a, b, c, d = _four_rows(
-                    packed, bytes_, table, block_size, scales, starts, blocks, pairs, n, ahead, zeros
-                )
-                each.store(a, lanes, 16 * (four[0] - first))
-                each.store(b, lanes, 16 * (four[1] - first))
-                each.store(c, lanes, 16 * (four[2] - first))
-                each.store(d, lanes, 16 * (four[3] - first))
-        else:
-            for block in range(0, blocks, at_once):
-                some = min(at_once, blocks - block)
-                for row in range(first, last, 2):
-                    other = min(row + 1, last - 1)  # itself, if the number of rows is odd
-                    sums = each.load(zeros, lanes, 16 * (row - first)), each.load(zeros, lanes, 16 * (other - first))
-                    starts = (row - first) * blocks + block, (other - first) * blocks + block
-                    column = block * block_size
-                    bytes_ = (row * columns + column) // 2, (other * columns + column) // 2
-                    a, b = _two_rows(
-                        packed, bytes_, table, block_size, scales, starts, some, pairs, column * n, n, columns, sums
-                    )
-                    each.store(a, lanes, 16 * (row - first))
-                    each.store(b, lanes, 16 * (other - first))
+        for row in range(first, last, 4 if n <= 4 else 2):
+            # if the rows run out, the last one is computed again
+            i, j = row - first, min(row + 1, last - 1) - first
+            bytes_, starts = ((first + i) * half, (first + j) * half), (i * blocks, j * blocks)
+            if n <= 4:
+                k, m = min(row + 2, last - 1) - first, min(row + 3, last - 1) - first
+                four = *bytes_, (first + k) * half, (first + m) * half
+                their = *starts, k * blocks, m * blocks
+                a, b, c, d = _four_rows(packed, four, table, block_size, scales, their, blocks, pairs, n, zeros)
+                each.store_totals(c, totals, k)
+                each.store_totals(d, totals, m)
+            else:
+                a, b = _two_rows(packed, bytes_, table, block_size, scales, starts, blocks, pairs, n, zeros)
+            each.store_totals(a, totals, i)
+            each.store_totals(b, totals, j)
         for token in range(len(x) // columns):
             for row in range(first, last):
-                total = each.total(v.load(lanes[token], 16 * (row - first)))
-                write(out, token * rows + row, total, form)
+                write(out, token * rows + row, totals[token, row - first], form)

@@ -64,20 +64,6 @@ def dot_pairs(typing, sums, pairs, array, start):
 
 
 @intrinsic
-def load(typing, zeros, array, column):
-    """array[t, column : column + 16] for each t, a tuple as long as `zeros`; array (len(zeros), n), contiguous."""
-
-    def emit(context, builder, sig, args):
-        loaded = []
-        for t in range(len(zeros)):
-            pointer = _row_pointer(context, builder, array, args[1], t, args[2])
-            loaded.append(builder.load(builder.bitcast(pointer, ir.PointerType(v.F32)), align=v.align_of(array)))
-        return context.make_tuple(builder, sig.return_type, loaded)
-
-    return types.UniTuple(v.FLOATS, len(zeros))(zeros, array, types.intp), emit
-
-
-@intrinsic
 def store(typing, sums, array, column):
     """array[t, column : column + 16] = sums[t] for each t; array (len(sums), n), contiguous."""
 

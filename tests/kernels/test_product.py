@@ -104,7 +104,7 @@ def test_a_few_tokens(tokens):
         torch.set_num_threads(before)
 
 
-PAIRS = [(33, 192, 64), (5, 2176, 64), (4, 4096, 4096)]  # odd rows; several tiles of columns; a block beyond a tile
+PAIRS = [(33, 192, 64), (1, 128, 128), (7, 4096, 4096)]  # two tiles and one row; a row alone; a block that is a row
 
 
 @pytest.mark.parametrize("rows, columns, block_size", PAIRS)
