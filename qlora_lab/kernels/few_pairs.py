@@ -3,7 +3,8 @@
 In: x (tokens, columns) bf16 and a packed W. Out: (tokens, rows), one float32 sum each, rounded once at most. The twin
 is x @ dequantize(W, bf16).t(): a block's 16 levels are scaled in float32 and rounded to bf16, as in the bf16 panels of
 product.py. AVX512-BF16 then multiplies 32 weights by 32 numbers of x in one instruction, where float32 takes two, and
-one look-up finds 32 weights instead of 16. It counts subnormals as 0: below 2^-126 a weight or a product is lost.
+one look-up finds 32 weights instead of 16. It counts subnormals as 0: a weight, a number of x or a sum below 2^-126
+is lost.
 
 Two rows of W share each load of x. One to four tokens take four rows, because an addition waits 6 cycles for the one
 before it. The order of a sum is the same in both, so an output depends on its row of x and its row of W alone.
@@ -24,8 +25,8 @@ TILE = 16  # rows of a product that a thread takes at a time
 def _sorted(x, n, columns):
     """x as (columns / 32, n tokens, 32), flat: of each 64 columns the even ones, then the odd ones.
 
-    So lie the codes of 32 bytes: 32 high halves, then 32 low ones. All tokens lie side by side, because rows that are
-    8 KiB apart would all want the same lines of the first-level cache: 16 tokens took three times as long.
+    The codes of 32 bytes have this order: 32 high halves, then 32 low ones. Tokens lie side by side, because rows that
+    are 8 KiB apart want the same lines of the first-level cache: 16 tokens, a row of W at a time, took twice as long.
     """
     # Zeros for the tokens that are missing to 1, 2, 4 or 8. Sorting x once is cheaper than interleaving weights.
     pairs = np.zeros(columns * n, np.uint16)

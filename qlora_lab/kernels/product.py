@@ -158,11 +158,11 @@ def forward(x: torch.Tensor, weight: PackedWeight, rows: int, thin: Thin | None 
     """Multiply by W^T: (tokens, columns) -> (tokens, rows)."""
     columns = x.shape[1]  # of W
     if len(x) <= few_tokens.MAX_TOKENS and few_tokens.can_multiply(columns, weight):
-        # asked in this order, so that a processor without the instruction runs no race for it
+        # Asked in this order, so that a processor without the instruction runs no race for it.
         pairs = x.dtype == torch.bfloat16 and few_tokens.can_pair(weight) and race().use_bfloat16
         if thin is None:
             return few_tokens.multiply_blocks(x, weight, rows, pairs)
-        # an adapter stays in float32, whoever multiplies the base
+        # An adapter stays in float32, whichever routine multiplies the base.
         wide = _widened(x)  # (tokens, columns) float32
         source = x if pairs else wide
         product = few_tokens.multiply_blocks(source, weight, rows, pairs, torch.float32)  # the same sums, not rounded
