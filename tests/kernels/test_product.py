@@ -107,6 +107,7 @@ def test_a_few_tokens(tokens):
 PAIRS = [(33, 192, 64), (1, 128, 128), (7, 4096, 4096)]  # two tiles and one row; a row alone; a block that is a row
 
 
+@pytest.mark.long  # compiles a kernel for four numbers of tokens
 @pytest.mark.parametrize("rows, columns, block_size", PAIRS)
 @pytest.mark.skipif(not vector.has_pairs(), reason="needs AVX512-BF16")
 def test_a_few_tokens_in_pairs(rows, columns, block_size):
@@ -124,6 +125,7 @@ def test_a_few_tokens_in_pairs(rows, columns, block_size):
     assert torch.equal(few_tokens.multiply_blocks(x, q.plain, rows, True), single.bfloat16())
 
 
+@pytest.mark.long  # compiles for bf16 and for float32 results
 def test_who_multiplies_a_few_tokens(outcome, monkeypatch):
     q = quantize(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)))
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
