@@ -3,7 +3,7 @@
 A token of an answer multiplies each weight of a model by one vector, so nothing but reading W takes time, and packed W
 is an eighth of float32's bytes. A level is looked up and multiplied while it is in a register. Moved for each weight at
 block size 64: 0.56 bytes are read, for all tokens together. For more tokens, decoding a panel once and calling BLAS is
-faster (product.py).
+faster (product.py). few_pairs.py is the variant for bf16 where bf16 products are the fast ones.
 """
 
 import numpy as np
@@ -14,6 +14,7 @@ from qlora_lab.kernels import cpu, sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel, run
 from qlora_lab.kernels.constants import undouble
 from qlora_lab.kernels.elements import FORM, read16, view, write
+from qlora_lab.kernels.few_pairs import multiply_pairs
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 MAX_TOKENS = 16  # up to here multiply_blocks beats decoding a panel and calling BLAS
@@ -79,24 +80,33 @@ def can_multiply(columns: int, weight: PackedWeight) -> bool:
     return 8 < len(weight.levels) <= 16 and block_size % 32 == 0 and columns % block_size == 0 and cpu.FAST
 
 
-def multiply_blocks(x: torch.Tensor, weight: PackedWeight, rows: int) -> torch.Tensor:
+def can_pair(weight: PackedWeight) -> bool:
+    """Whether multiply_blocks can multiply pairs of bf16, for a weight that it takes."""
+    return weight.block_size % 64 == 0 and v.has_pairs()
+
+
+def multiply_blocks(
+    x: torch.Tensor, weight: PackedWeight, rows: int, pairs: bool = False, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Multiply by W^T: (tokens, columns) float32, bf16 or fp16 -> (tokens, rows), same dtype.
 
     Products and sums are float32 and the weights are not rounded to the dtype of x, so an output depends on its row of
     x and its row of W alone. Works where can_multiply says so.
+    pairs: few_pairs.py multiplies x, which is bf16, and rounds the weights to bf16; works where can_pair says so. An
+    output still depends on its rows alone. dtype: float32 then returns the sums as they are.
     """
     tokens, columns = x.shape
     arrays = cpu.arrays_of(weight)
     cpu.check_length(weight, rows * columns, arrays.numel)
-    out = torch.empty(tokens, rows, dtype=x.dtype, device="cpu")
+    out = torch.empty(tokens, rows, dtype=dtype or x.dtype, device="cpu")
     flat = view(x.contiguous())
     result = view(out)
-    form = FORM[x.dtype]
+    kernel, form = multiply_pairs if pairs else _multiply, FORM[out.dtype]
     for first in range(0, tokens, TOKENS_AT_ONCE):
         last = min(first + TOKENS_AT_ONCE, tokens)
         zeros = _ZEROS[(last - first - 1).bit_length()]
         x_part = flat[first * columns : last * columns]
         out_part = result[first * rows : last * rows]
         parts = arrays.packed, arrays.levels, arrays.constants
-        run(_multiply, x_part, form, zeros, *parts, weight.block_size, columns, rows, out_part)
+        run(kernel, x_part, form, zeros, *parts, weight.block_size, columns, rows, out_part)
     return out

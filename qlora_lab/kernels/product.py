@@ -17,6 +17,7 @@ The routine that multiplies is found by a race, once per process, because no CPU
 products took a quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire Rapids without AMX.
 Where float32 is faster, bf16 is widened, a tile of tokens at a time, and rounded at the end. The environment variable
 QLORA_LAB_PRODUCTS names the winner (float32, onednn or bfloat16) without a race, so that several machines choose alike.
+The same race chooses the routine for a few tokens, so that a run records one choice and its rows round alike.
 """
 
 import os
@@ -157,10 +158,14 @@ def forward(x: torch.Tensor, weight: PackedWeight, rows: int, thin: Thin | None 
     """Multiply by W^T: (tokens, columns) -> (tokens, rows)."""
     columns = x.shape[1]  # of W
     if len(x) <= few_tokens.MAX_TOKENS and few_tokens.can_multiply(columns, weight):
+        # Asked in this order, so that a processor without the instruction runs no race for it.
+        pairs = x.dtype == torch.bfloat16 and few_tokens.can_pair(weight) and race().use_bfloat16
         if thin is None:
-            return few_tokens.multiply_blocks(x, weight, rows)
+            return few_tokens.multiply_blocks(x, weight, rows, pairs)
+        # An adapter stays in float32, whichever routine multiplies the base.
         wide = _widened(x)  # (tokens, columns) float32
-        product = few_tokens.multiply_blocks(wide, weight, rows)  # the same float32 sums, not rounded yet
+        source = x if pairs else wide
+        product = few_tokens.multiply_blocks(source, weight, rows, pairs, torch.float32)  # the same sums, not rounded
         return product.addmm_(torch.mm(wide, thin.down, out=thin.low), thin.up).to(x.dtype)
 
     def panel_of(first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:

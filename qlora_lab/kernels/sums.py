@@ -44,6 +44,26 @@ def fma(typing, sums, factor, array, column):
 
 
 @intrinsic
+def dot_pairs(typing, sums, pairs, array, start):
+    """sums[t] + the products of 32 bf16 in `pairs` with array[start + 32 t : start + 32 t + 32], for each t.
+
+    Only where vector.has_pairs(). Each product is added in float32; subnormals count as 0.
+    """
+
+    def emit(context, builder, sig, args):
+        updated = []
+        # One pointer and constant offsets: rows of an array would need an address each, more than there are registers.
+        first = context.make_array(array)(context, builder, args[2]).data
+        pointer = builder.bitcast(builder.gep(first, [args[3]]), ir.PointerType(v.I32))
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            operand = builder.load(builder.gep(pointer, [context.get_constant(types.intp, t)]), align=v.align_of(array))
+            updated.append(v.dotted_pairs(builder, value, args[1], operand))
+        return context.make_tuple(builder, sums, updated)
+
+    return sums(sums, v.INTS, array, types.intp), emit
+
+
+@intrinsic
 def store(typing, sums, array, column):
     """array[t, column : column + 16] = sums[t] for each t; array (len(sums), n), contiguous."""
 

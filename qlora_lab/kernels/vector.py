@@ -36,6 +36,7 @@ class _VectorModel(models.PrimitiveModel):
 FLOATS = Vector(types.float32)
 INTS = Vector(types.int32)
 I32 = ir.VectorType(ir.IntType(32), LANES)  # the same for LLVM
+I16 = ir.VectorType(ir.IntType(16), 2 * LANES)  # two words in each of 16 lanes
 F32 = ir.VectorType(ir.FloatType(), LANES)
 
 
@@ -51,6 +52,12 @@ def is_fast() -> bool:
     """Whether this CPU has instructions for permute() and half_bits()."""
     features = host_features()
     return "f16c" in features and bool(features & {"avx512f", "avx2"})
+
+
+@lru_cache
+def has_pairs() -> bool:
+    """Whether this CPU looks up 32 words at once and multiplies pairs of bf16: load_words() to dot_pairs()."""
+    return {"avx512bw", "avx512bf16"} <= host_features() and is_fast()
 
 
 _EMIT = {  # operator -> (for floats, for ints)
@@ -329,3 +336,45 @@ def _permute_avx2(builder, table, indices):
         is_high = builder.icmp_signed("!=", bit, ir.Constant(eight, [0] * 8))
         looked_up.append(builder.select(is_high, high, low))
     return builder.shuffle_vector(*looked_up, ir.Constant(I32, list(range(LANES))))
+
+
+# --- two bf16 in each lane: only where has_pairs() --------------------------------------------------------------------
+
+
+@intrinsic
+def load_words(typing, array, index):
+    """32 bytes of `array` from `index`, each in a word of its own: two in a lane."""
+
+    def emit(context, builder, sig, args):
+        memory = ir.VectorType(ir.IntType(8), 2 * LANES)
+        value = builder.load(_pointer(context, builder, array, *args, memory), align=1)
+        return builder.bitcast(builder.zext(value, I16), I32)
+
+    return INTS(array, types.intp), emit
+
+
+@intrinsic
+def permute_words(typing, table, indices):
+    """table[index & 31] for each of 32 words."""
+
+    def emit(context, builder, sig, args):
+        words = [builder.bitcast(arg, I16) for arg in args]
+        return builder.bitcast(call_intrinsic(builder, "llvm.x86.avx512.permvar.hi.512", I16, words), I32)
+
+    return table(INTS, INTS), emit
+
+
+@intrinsic
+def bfloat16_twice(typing, values):
+    """16 float32 rounded to bf16, as words 0 to 15 and again as 16 to 31; subnormals become 0."""
+
+    def emit(context, builder, sig, args):
+        # LLVM's own type for bf16 is missing in llvmlite; it takes the words of earlier versions and converts them.
+        rounded = call_intrinsic(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", I16, [args[0], args[0]])
+        return builder.bitcast(rounded, I32)
+
+    return INTS(FLOATS), emit
+
+
+def dotted_pairs(builder, sums, left, right):
+    return call_intrinsic(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32, [sums, left, right])

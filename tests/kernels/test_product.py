@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_lab.kernels import cpu, few_tokens, product
+from qlora_lab.kernels import cpu, few_tokens, product, vector
 from qlora_lab.kernels.product import Race
 from qlora_lab.quant.quantize import dequantize, quantize
 
@@ -102,6 +102,44 @@ def test_a_few_tokens(tokens):
         assert torch.equal(few_tokens.multiply_blocks(x, q.plain, 33), y)
     finally:
         torch.set_num_threads(before)
+
+
+PAIRS = [(33, 192, 64), (1, 128, 128), (7, 4096, 4096)]  # two tiles and one row; a row alone; a block that is a row
+
+
+@pytest.mark.long  # compiles a kernel for four numbers of tokens
+@pytest.mark.parametrize("rows, columns, block_size", PAIRS)
+@pytest.mark.skipif(not vector.has_pairs(), reason="needs AVX512-BF16")
+def test_a_few_tokens_in_pairs(rows, columns, block_size):
+    """The readable twin rounds the weight to bf16 as well; then only the order of the float32 sums differs."""
+    g = torch.Generator().manual_seed(0)
+    q = quantize(torch.randn(rows, columns, generator=g), "nf4", block_size, True)
+    x = torch.randn(16, columns, generator=g).bfloat16()
+    single = torch.cat([few_tokens.multiply_blocks(row, q.plain, rows, True, torch.float32) for row in x.split(1)])
+    twin = dequantize(q, torch.bfloat16).double().t()
+    size = x.double().abs() @ twin.abs()
+    assert ((single.double() - x.double() @ twin).abs() <= columns * 2.0**-24 * size).all()  # Higham, section 3.1
+    for tokens in (2, 3, 8, 11, 16):  # each number of sums: a token's result depends on nothing beside it
+        y = few_tokens.multiply_blocks(x[:tokens], q.plain, rows, True, torch.float32)
+        assert torch.equal(y, single[:tokens])
+    assert torch.equal(few_tokens.multiply_blocks(x, q.plain, rows, True), single.bfloat16())
+
+
+@pytest.mark.long  # compiles for bf16 and for float32 results
+def test_who_multiplies_a_few_tokens(outcome, monkeypatch):
+    q = quantize(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    in_pairs = outcome == "bfloat16" and vector.has_pairs()
+    float32 = few_tokens.multiply_blocks(x.float(), q.plain, 8) if cpu.FAST else product.forward(x.float(), q.plain, 8)
+    twin = dequantize(q, torch.bfloat16 if in_pairs else torch.float32)
+    exact, size = x.double() @ twin.double().t(), x.double().abs() @ twin.double().t().abs()
+    low = torch.zeros(2, 1)
+    thin = product.Thin(torch.zeros(128, 1), torch.zeros(1, 8), low)
+    for y in (product.forward(x, q.plain, 8), product.forward(x, q.plain, 8, thin)):
+        assert ((y.double() - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-17 * size).all()
+    monkeypatch.setattr(vector, "has_pairs", lambda: False)  # as on a processor without the instruction
+    if cpu.FAST:
+        assert torch.equal(product.forward(x, q.plain, 8), float32.bfloat16())
 
 
 def test_a_nan_stays_in_its_row():
