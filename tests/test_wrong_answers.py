@@ -953,8 +953,8 @@ WRONG = {
             "How often is it right?",
         ),
         "the first place": (
-            "found = [next((j for j in range(n, i) if ids[j - n : j] == ids[i - n : i]), None) for i in range(len(ids))]\n"
-            "return sum(j is not None and ids[j] == ids[i] for i, j in enumerate(found))",
+            "same = lambda i: [j for j in range(n, i) if ids[j - n : j] == ids[i - n : i]]\n"
+            "return sum(bool(same(i)) and ids[same(i)[0]] == ids[i] for i in range(n, len(ids)))",
             "Take the latest one",
         ),
         "any place": (

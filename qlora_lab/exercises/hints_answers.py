@@ -21,7 +21,7 @@ def my_floor(weights, bits, head, moved):
 
 
 def my_ridge(weight_bytes, text_bytes, operations, moved, computed):
-    """Write down both times for `rows` texts. How much does one more text add to each, and what is there at the start?"""
+    """Write down both times for `rows` texts. What does one more text add to each, and what is there at the start?"""
     # seconds: once for all texts, and more computing than moving with each of them
     start, more = weight_bytes / moved, operations / computed - text_bytes / moved
     if more > 0:
