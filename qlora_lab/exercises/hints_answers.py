@@ -45,6 +45,7 @@ def my_hits(ids, n):
     yield len(guessed), "That is how often there is a guess. How often is it right?"
     first = sum(ids[earlier[0]] == ids[i] for i, earlier in guessed.items())
     yield first, "You take the first place at which these tokens stand. Take the latest one."
+    # a lookup that may guess as often as it likes
     any_of = sum(any(ids[j] == ids[i] for j in earlier) for i, earlier in guessed.items())
     yield any_of, "You count a hit if any earlier place is right. There is only one guess: the latest."
     wrong = sum(ids[earlier[-1]] != ids[i] for i, earlier in guessed.items())
