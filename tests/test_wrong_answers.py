@@ -20,6 +20,7 @@ import qlora_lab as ql
 from qlora_lab.exercises import (
     check,
     hints,
+    hints_answers,
     hints_merging,
     hints_methods,
     hints_packing,
@@ -908,6 +909,63 @@ WRONG = {
         "nothing returned": ("learned = {s[:2] for s in train}", RETURN),
         "the check's own": ("return by_looking(train, test)", "without the function that checks it"),
     },
+    "15 my_floor": {
+        "seconds": ("return (weights * bits / 8 + 2 * head) / moved", "How many milliseconds are they?"),
+        "the layers alone": ("return 1000 * weights * bits / 8 / moved", "A token passes the head, too"),
+        "a packed head": ("return 1000 * (weights + head) * bits / 8 / moved", "The head is not quantised"),
+        "bits": ("return 1000 * (weights * bits + 16 * head) / moved", "What does the rate count?"),
+        "tokens per second": ("return moved / (weights * bits / 8 + 2 * head)", "How long does one take?"),
+        "a wrong type": ("return 'long'", "without quotation marks"),
+        "nothing returned": ("read = weights * bits / 8", RETURN),
+        "the check's own": ("return by_bits(weights, bits, head, moved)", "without the function that checks it"),
+    },
+    "15 my_ridge": {
+        "not whole": (
+            "return weight_bytes / moved / (operations / computed - text_bytes / moved)",
+            "Which whole number of texts comes next?",
+        ),
+        "one too few": (
+            "return int(weight_bytes / moved / (operations / computed - text_bytes / moved))",
+            "There memory is still the limit",
+        ),
+        "without the cache": (
+            "return math.ceil(weight_bytes / moved * computed / operations)",
+            "You leave out the keys and values",
+        ),
+        "below zero": (
+            "return math.ceil(weight_bytes / moved / (operations / computed - text_bytes / moved))",
+            "Fewer than no texts",
+        ),
+        "its size": (
+            "return abs(math.ceil(weight_bytes / moved / (operations / computed - text_bytes / moved)))",
+            "Do the times ever meet?",
+        ),
+        "a wrong type": ("return 'many'", "without quotation marks"),
+        "nothing returned": ("start = weight_bytes / moved", RETURN),
+        "the check's own": (
+            "return by_trying(weight_bytes, text_bytes, operations, moved, computed)",
+            "without the function that checks it",
+        ),
+    },
+    "15 my_hits": {
+        "every guess": (
+            "return sum(any(ids[j - n : j] == ids[i - n : i] for j in range(n, i)) for i in range(n, len(ids)))",
+            "How often is it right?",
+        ),
+        "the first place": (
+            "same = lambda i: [j for j in range(n, i) if ids[j - n : j] == ids[i - n : i]]\n"
+            "return sum(bool(same(i)) and ids[same(i)[0]] == ids[i] for i in range(n, len(ids)))",
+            "Take the latest one",
+        ),
+        "any place": (
+            "return sum(ids[i - n : i + 1] in [ids[j - n : j + 1] for j in range(n, i)] for i in range(n, len(ids)))",
+            "There is only one guess",
+        ),
+        "its own place": ("return len(ids) - n", "A guess may look only at what comes before"),
+        "a wrong type": ("return 'some'", "without quotation marks"),
+        "nothing returned": ("hits = 0", RETURN),
+        "the check's own": ("return by_memory(ids, n)", "without the function that checks it"),
+    },
 }
 
 # what the exercises need of the cells before them, as small as the question allows
@@ -1088,7 +1146,7 @@ def test_neither_the_notebook_nor_a_hint_hands_over_the_answer(exercise):
     cells = json.loads(path.read_text("utf-8"))["cells"]
     last = next(i for i, cell in enumerate(cells) if "## Exercises" in "".join(cell["source"]))
     in_sight = "".join("".join(cell["source"]) for cell in cells[last:])
-    files = (hints, hints_methods, hints_merging, hints_packing, hints_results, hints_seeing)
+    files = (hints, hints_answers, hints_methods, hints_merging, hints_packing, hints_results, hints_seeing)
     sources = "".join(map(inspect.getsource, files))
     in_sight += "\n".join(re.findall(r'"([^"]*)"', sources))
     assert answer and not [line for line in answer if line.removeprefix("return ") in in_sight]

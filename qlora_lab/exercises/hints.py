@@ -11,7 +11,7 @@ import inspect
 
 import torch
 
-from qlora_lab.exercises import hints_merging, hints_methods, hints_packing, hints_results, hints_seeing
+from qlora_lab.exercises import hints_answers, hints_merging, hints_methods, hints_packing, hints_results, hints_seeing
 from qlora_lab.memory.fit import fit
 from qlora_lab.memory.shape import shape_of
 from qlora_lab.quant.codebook import nearest_codes, normal_float, normal_offset
@@ -372,12 +372,12 @@ def bytes_for_the_adapter(trainable):
 
 
 _ALL = vars(hints_packing) | vars(hints_methods) | vars(hints_results) | vars(hints_merging)
-_ALL |= vars(hints_seeing) | globals()
+_ALL |= vars(hints_seeing) | vars(hints_answers) | globals()
 EXERCISES = {name: value for name, value in _ALL.items() if inspect.isgeneratorfunction(value)}
 _QUANTIZE = ("quant.quantize.quantize", "quant.quantize.quantize_blocks")
 _LORA = ("adapters.lora_linear.LoRALinear.__init__", "adapters.lora_linear.LoRALinear.forward")
 WITHOUT = hints_packing.WITHOUT | hints_methods.WITHOUT | hints_results.WITHOUT | hints_merging.WITHOUT
-WITHOUT |= hints_seeing.WITHOUT
+WITHOUT |= hints_seeing.WITHOUT | hints_answers.WITHOUT
 WITHOUT |= dict.fromkeys(("where", "bits_per_weight", "my_block_size", "first_wrong", "my_bytes"), _QUANTIZE)
 WITHOUT |= {
     "my_offset": ("quant.codebook.normal_offset",),

@@ -64,6 +64,7 @@ class StepWork:
 
         Then the keys and values of one text take longer to read than its products to compute.
         """
+        # each text adds computing and moving; the weights are a start that computing has to catch up with
         slope = self.operations / machine.operations_per_second - self.text_bytes / machine.bytes_per_second
         return self.weight_bytes / machine.bytes_per_second / slope if slope > 0 else None
 
@@ -80,6 +81,7 @@ def step_work(model: Any, context: int, bits: float) -> StepWork:
     if not 0 < bits <= 32:
         raise ValueError(f"bits={bits} is not allowed: it is above 0 and at most 32")
     shape = _decoded(model)
+    # biases and norms are left out: less than a thousandth of the weights
     layers = shape.layers * sum(linear.numel for linear in shape.linears)
     # each query is multiplied by a key, and the result by a value; softmax, norms and gates are below a hundredth
     attention = 4 * shape.layers * shape.query * context

@@ -36,6 +36,7 @@ class AnswerSpeedExplorer(Explorer):
         }
 
     def compute(self, state):
+        # all of ROWS, since the roofs are drawn as well
         work = step_work(self.model, state["context"], state["bits"])
         times = {rows: work.seconds(self.machine, rows) for rows in ROWS}
         moving, computing = times[state["rows"]]
@@ -74,6 +75,7 @@ class AnswerSpeedExplorer(Explorer):
 
     def _range(self) -> tuple[float, float]:
         """Tokens per second from the slowest state to well above computing's roof; the axis must not move."""
+        # any state of the sliders lies between these two
         slowest = step_work(self.model, CONTEXTS[-1], BITS[-1]).seconds(self.machine, 1)
         _, computing = step_work(self.model, CONTEXTS[0], BITS[0]).seconds(self.machine, 1)
         return 0.5 / max(slowest), 8 / computing
@@ -107,6 +109,7 @@ class AnswerSpeedExplorer(Explorer):
 
 def _lower(moving: list[float], computing: list[float], corner: tuple[float, float] | None):
     """The lower of two roofs with the corner between them, as x and y: both roofs are sampled at ROWS alone."""
+    # without the corner a straight line would cut it off
     points = [(rows, min(pair)) for rows, *pair in zip(ROWS, moving, computing, strict=True)]
     inside = [corner] if corner and ROWS[0] < corner[0] < ROWS[-1] else []
     return zip(*sorted(points + inside), strict=True)

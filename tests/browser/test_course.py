@@ -51,6 +51,7 @@ CUT = {  # what the cells need
     "12_results": "",
     "13_merge_lab": DRAWN_MERGES,
     "14_multimodal": "tower = toy_llava.trained_tower(shapes.shapes_split(8, 4).train, 2)",
+    "15_answers": "",
 }
 MOVES = {  # control, key, part of the new alt text
     "01_codebook": [
@@ -151,6 +152,13 @@ MOVES = {  # control, key, part of the new alt text
         ("Question", "End", "asked for the side, the tower answers: as trained"),
         ("Patches read by", "End", "; the tower in NF2 reads "),
         ("Reset", "Enter", "Two red rings on the left, a combination that training showed: asked for the colour"),
+    ],
+    "15_answers": [
+        ("Texts at once", "ArrowRight", "2 texts at once, 128 tokens each, 4.127 bits per weight"),
+        ("Texts at once", "End", "256 texts at once, 128 tokens each, 4.127 bits per weight"),
+        ("Context", "End", "memory is the limit; memory limits any number of texts"),
+        ("Bits per weight", "End", "8192 tokens each, 16 bits per weight"),
+        ("Reset", "Enter", "1 text at once, 128 tokens each, 4.127 bits per weight: 187 ms a step"),
     ],
 }
 EXPLORERS = {"06_data_types": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other

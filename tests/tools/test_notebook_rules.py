@@ -18,7 +18,7 @@ REFORMED = [
     "04_double_quant",
 ]  # lessons without test code
 REFORMED += ["05_kernels", "06_data_types", "07_lora", "08_memory", "09_paged_optimizer", "11_peft_zoo"]
-REFORMED += ["12_results", "13_merge_lab", "14_multimodal"]
+REFORMED += ["12_results", "13_merge_lab", "14_multimodal", "15_answers"]
 WIDEST_LINE = 88  # columns: a wider one scrolls in a window of 1280 pixels
 MEDIAN_LINES = 3  # of the cells that a student sees
 
