@@ -90,16 +90,17 @@ def stepped_perplexity(model: nn.Module, rows: torch.Tensor) -> float:
 
 def compare(prompts: list[str], new: int, windows: int = 4) -> dict:
     """Return what is equal, where answers part, and both perplexities."""
-    model, tokenizer = ql.load(MODEL, dtype=torch.float32, progress=False)
+    # bf16 as most models come; what is computed with its weights is float32 on both sides
+    model, tokenizer = ql.load(MODEL, dtype=torch.bfloat16, progress=False)
     kernel = can_step(read_stack(model))
     text = topics_text()  # of this Python: other versions have other perplexities, but the same difference
     rows = text_windows(tokenizer, text, LENGTH, windows)
     found = {"ours": stepped_perplexity(model, rows)}
-    found["library"] = ql.perplexity(model, tokenizer, text, LENGTH, windows, progress=False)
-    found["relative"] = abs(found["ours"] / found["library"] - 1)
     # one after the other: a user's single answer takes another kernel than eight at once
     answers = [ql.decode(model, tokenizer, prompt, new, progress=False)[0] for prompt in tqdm(prompts, leave=False)]
     twin, parted, equal = dequantised(model), [], 0
+    found["library"] = ql.perplexity(twin, tokenizer, text, LENGTH, windows, progress=False)
+    found["relative"] = abs(found["ours"] / found["library"] - 1)
     for prompt, answer in zip(tqdm(prompts, leave=False), answers, strict=True):
         ids = tokenizer(prompt)["input_ids"]
         expected = theirs(twin, ids, new)

@@ -435,20 +435,3 @@ def test_the_default_model_says_what_transformers_says(record_property):
     assert found["kernel"] and found["prompts"] == 6
     assert all(0 <= row["gap"] < decode_equal.TIE for row in found["parted"]), found["parted"]
     assert found["perplexity"]["relative"] < 1e-4
-
-
-@pytest.mark.slow
-def test_perplexity_of_a_model_with_a_head_of_16_bits_is_that_of_transformers():
-    from qlora_lab.infer.cache import make_cache
-    from qlora_lab.infer.fast import step_of
-    from qlora_lab.infer.stack import read_stack
-
-    model, tokenizer = ql.load("smollm2-135m", progress=False)
-    ids = torch.tensor(tokenizer(" ".join(ql.Sampling.__doc__.split()) + decoding.__doc__)["input_ids"])[:200]
-    stack = read_stack(model)
-    cache, run = make_cache(stack, 1, len(ids)), step_of(stack)
-    with torch.no_grad():
-        ours = torch.cat([run(ids[i : i + 1], cache, torch.tensor([0])) for i in range(len(ids) - 1)])
-        theirs = dequantised(model)(ids[None]).logits[0, :-1]
-    losses = [torch.nn.functional.cross_entropy(some, ids[1:]).item() for some in (ours, theirs)]
-    assert abs(math.exp(losses[0] - losses[1]) - 1) < 1e-4
