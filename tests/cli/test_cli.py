@@ -210,7 +210,7 @@ def test_a_size_that_is_none_is_a_mistake(capsys):
         (["generate", "hi", "--model", "MODEL", "--adapter", "nowhere"], "nowhere is not a folder: name a"),
         (["generate", "hi", "--model", "MODEL", "--adapter", ""], " has no adapter_config.json"),
         (["finetune", "--data", "DATA", "--model", "MODEL", "--test-data", ""], "no data file at ."),
-        (["generate", "caf\udce9", "--model", "MODEL"], r"the user turn holds '\udce9', half of a surrogate pair"),
+        (["generate", "caf\udce9", "--model", "MODEL"], r"the question holds '\udce9', half of a surrogate pair"),
         (["block-size", "MODEL", "--bits", "4.03", "--out", "p.json"], "too small: the smallest plan takes 4.08"),
         (["block-size", "MODEL", "--bits", "4.5", "--out", "p.json", "--text", "BYTES"], "bytes is not UTF-8 text"),
         (["block-size", "nowhere", "--bits", "4.5", "--out", "p.json", "--codebooks", "nf9"], "'nf9' is not known"),
