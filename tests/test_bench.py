@@ -152,11 +152,11 @@ def run_bench(monkeypatch, tmp_path, capsys):
 def test_it_runs_from_end_to_end(monkeypatch, tmp_path, run_bench):
     said = []
 
-    def run(command, env=None, **_):
+    def run(command, env=None, cwd=None, check=False, stdout=None, stderr=None, text=True):
         """Kernels come from the cache of every other test: to compile them twice takes half a minute."""
         environment = {name: value for name, value in (env or os.environ).items() if name != "NUMBA_CACHE_DIR"}
-        done = warm.run([word for word in command if word not in ("-W", "ignore")], env=environment)
-        assert done.returncode == 0, done.stderr
+        words = [word for word in command if word not in ("-W", "ignore")]  # options of an interpreter
+        done = warm.run(words, cwd=cwd, env=environment, check=check)
         said.append(done.stdout)
         return done
 
@@ -174,8 +174,7 @@ def test_it_runs_from_end_to_end(monkeypatch, tmp_path, run_bench):
 @pytest.mark.slow
 def test_the_bench_of_paging_runs(tmp_path):
     command = [sys.executable, "bench/paging.py", "--quick", "--out", str(tmp_path / "paging.json")]
-    done = warm.run(command, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    done = warm.run(command, cwd=ROOT, check=True)
     result = json.loads((tmp_path / "paging.json").read_text())
     assert result["state_bytes"] == 8 * 2**12 and set(result["seconds"]) == {
         "torch.optim.AdamW", "all in memory", "a quarter", "a tenth", "copy",
@@ -207,7 +206,10 @@ def test_the_bench_of_a_training_step_runs(monkeypatch, tmp_path, run_bench):
 
 @pytest.mark.slow
 def test_the_bench_of_a_7b_model_runs(monkeypatch, tmp_path, run_bench):
-    monkeypatch.setattr(seven_b, "subprocess", SimpleNamespace(run=warm.run, PIPE=None))
+    def run(command, stdout, text):
+        return warm.run(command, check=True)
+
+    monkeypatch.setattr(seven_b, "subprocess", SimpleNamespace(run=run, PIPE=None))
     result, _ = run_bench(seven_b, "--scratch", tmp_path)
     stages = result["stages"]
     assert list(stages) == ["load", "quantise", "map_again", "step", "answer"]

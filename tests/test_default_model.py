@@ -30,7 +30,7 @@ SLACK = 300 * 2**20
 
 
 def peak_of_load(folder) -> list[int]:
-    return [int(x) for x in warm.run([sys.executable, "-c", MEASURE, folder]).stdout.split()]
+    return [int(x) for x in warm.run([sys.executable, "-c", MEASURE, folder], check=True).stdout.split()]
 
 
 def test_peak_memory_of_the_load():

@@ -10,8 +10,6 @@ Not here: what an interpreter reads before its first line (PYTHON..., MALLOC_...
 costs or drags in, and a stream that is closed. A test of these starts an interpreter with subprocess.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy
@@ -56,8 +54,11 @@ def program(words, *, cwd=None, env=None, out=os.devnull, err=os.devnull) -> mul
     return start(_become, words, str(cwd or Path.cwd()), dict(env or os.environ), str(out), str(err))
 
 
-def run(words, *, cwd=None, env=None, timeout=600, **_) -> subprocess.CompletedProcess:
-    """Wait for a program; its text is always captured, whatever else subprocess.run was asked for."""
+def run(words, *, cwd=None, env=None, timeout=600, check=False) -> subprocess.CompletedProcess:
+    """Wait for a program, whose streams are captured as text. A program that takes too long is killed: exit code -9.
+
+    check: raises CalledProcessError, with what the program said, for any exit code but 0.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         child = program(words, cwd=cwd, env=env, out=out, err=err)
@@ -65,7 +66,11 @@ def run(words, *, cwd=None, env=None, timeout=600, **_) -> subprocess.CompletedP
         if child.exitcode is None:
             child.kill()
             child.join()
-        return subprocess.CompletedProcess(words, child.exitcode, out.read_text("utf-8"), err.read_text("utf-8"))
+        done = subprocess.CompletedProcess(words, child.exitcode, out.read_text("utf-8"), err.read_text("utf-8"))
+    if check and done.returncode:
+        print(done.stderr, file=sys.stderr)  # the exception's own text leaves it out
+        done.check_returncode()
+    return done
 
 
 def _become(words: list[str], folder: str, environment: dict[str, str], out: str, err: str) -> None:

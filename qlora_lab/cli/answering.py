@@ -74,14 +74,14 @@ def tidy(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def unheard() -> bool:
-    """Whether stdout takes nothing any more: its reader is gone, or the disk is full (streams.py keeps the error)."""
+    """Whether stdout no longer takes anything: its reader is gone, or the disk is full (streams.py keeps the error)."""
     return getattr(sys.stdout, "error", None) is not None
 
 
 def print_pieces(pieces: Iterable[str]) -> None:
-    """Print an answer while it comes, and end its line; an interrupt ends the line, too, and goes on.
+    """Print an answer while it comes, and end its line; an interrupt ends the line, too, and is passed on.
 
-    Ends where nobody listens any more: `| head -c 100` should not cost the rest of a long answer.
+    Stops when nobody reads any more: `| head -c 100` should not cost the rest of a long answer.
     """
     try:
         for piece in tidy(pieces):

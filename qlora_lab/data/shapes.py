@@ -167,7 +167,7 @@ def write_shapes(folder: str | Path, scenes: Sequence[Scene], *, blank: bool = F
     """Write pictures and a file of records for `load_data`; returns the file.
 
     A record is a conversation about one picture, as LLaVA's data has them: four questions and answers, in an order that
-    the dice of its scene decide. blank: every picture is an empty gray one, so only words are left to learn from.
+    the dice of its scene decide. blank: every picture is plain grey, so only words are left to learn from.
     """
     from PIL import Image
 

@@ -77,8 +77,8 @@ class Chat:
         """Return the pieces of the answer, which never cut a character.
 
         An iteration that is closed or interrupted keeps what was said as the answer; an answer without a word is
-        forgotten with its question, and so is one whose conversation was reset, or went on with another question, in
-        the meantime.
+        forgotten with its question. So is an answer whose conversation was meanwhile reset, or continued with another
+        question.
         Raises ValueError for a conversation longer than the context, with both numbers, and for a question that the
         template or the tokenizer refuses; the conversation then is as before.
         """
@@ -105,7 +105,7 @@ class Chat:
                 first = first or len(run.answers[0].ids)
                 yield piece.text
         finally:  # also after an interrupt, and when the caller closes the iteration
-            # a conversation that was reset, or went on with another question, is no longer the one that was read
+            # else the conversation was reset, or continued with another question, while this answer came
             if self.turns is before:
                 self._keep(question, run.answers[0], first, spent)
 

@@ -71,7 +71,7 @@ def decode(
     without a stop. Ctrl-C ends all answers where they are, and returns them.
     Raises ValueError for a prompt without tokens, or longer than the context, with both numbers, for a token without
     embedding, and for options that are not allowed; TypeError for a `sampling` of another type; FloatingPointError for
-    a NaN, which names the layer. Warns where the model is left to transformers, which names none.
+    a NaN, which names the layer. Warns where transformers answers; a NaN's layer is then not named.
     """
     run = Decoding(model, tokenizer, prompts, max_new_tokens, sampling)
     bar = tqdm(desc="answers", unit="piece", leave=False, delay=2, disable=not progress)
@@ -134,7 +134,7 @@ class Decoding:
         longest = max(len(row.prompt) + row.room for row in self._rows) - 1  # the model never reads the last token
         cache = make_cache(stack, len(self._rows), longest)
         step = step_of(stack)
-        for row in self._unended():  # an iteration goes on where the one before it was left
+        for row in self._unended():  # an iteration goes on where the last one stopped
             row.begin(row.ids)
             with torch.no_grad():
                 read_prompt(stack, torch.tensor(row.known[:-1]), cache, row.number)
@@ -156,7 +156,7 @@ class Decoding:
         for row in self._unended():
             with self._asked_model():
                 new = generated(self._model, self._tokenizer, row.prompt, row.room, self._sampling, row.number)
-            row.begin([])  # of an answer that was interrupted while it was written down
+            row.begin([])  # an interrupt may have left a part of this answer
             text = "".join(row.add(token) for token in new)
             if row.ended is None:
                 text += row.end("end")
@@ -165,7 +165,7 @@ class Decoding:
 
 
 class _Row:
-    """One prompt and its answer so far. `ids` are the truth: Ctrl-C may come between a token and its text."""
+    """One prompt and its answer so far. If they differ, `ids` count: Ctrl-C may come between a token and its text."""
 
     def __init__(self, prompt: list[int], tokenizer: "Tokenizer", sampling: Sampling, number: int, most: int):
         self.prompt, self.number, self.room = prompt, number, most
@@ -182,7 +182,7 @@ class _Row:
         return [*self.prompt, *self.ids]
 
     def begin(self, said: list[int]) -> None:
-        """Have said these ids, and no more."""
+        """Set the answer so far to these ids, and to their text."""
         pieces = self._new_pieces()
         text = [pieces.add(token) for token in said]
         self._pieces, self.text, self.ids = pieces, text, [*said]
@@ -233,7 +233,7 @@ def _ids_of(name: str, prompt, tokenizer: "Tokenizer") -> list[int]:
 
 
 def context_of(model: torch.nn.Module, adapter: bool = True) -> int | None:
-    """How many tokens a text may have: virtual ones of an adapter take places, too. None if the model does not say."""
+    """Return how many tokens a text may have, less an adapter's virtual ones. None if the model does not say."""
     limit = position_limit(model)
     return limit if limit is None or not adapter else limit - virtual_tokens(model)
 

@@ -12,12 +12,13 @@ import torch
 from qlora_lab.data.examples import check_text
 from qlora_lab.quant.numbers import check_number, check_seed
 
-FAIR = "from 0.01 to 100"  # logits times or divided by these stay far from what float32 cannot hold
+LEAST, MOST = 0.01, 100  # logits that are multiplied or divided by these stay far from the limits of float32
+SCALES = f"from {LEAST} to {MOST}"
 
 
-def fair(value: float) -> bool:
+def is_scale(value: float) -> bool:
     """Whether logits may be multiplied and divided by it."""
-    return 0.01 <= value <= 100
+    return LEAST <= value <= MOST
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_number(
-            "temperature", self.temperature, lambda x: x == 0 or fair(x), f"0, for the likeliest token, or {FAIR}"
+            "temperature", self.temperature, lambda x: x == 0 or is_scale(x), f"0, for the likeliest token, or {SCALES}"
         )
         check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
-        check_number("repetition_penalty", self.repetition_penalty, fair, f"{FAIR}; 1 changes nothing")
+        check_number("repetition_penalty", self.repetition_penalty, is_scale, f"{SCALES}; 1 changes nothing")
         check_seed(self.seed)
         several = isinstance(self.stop, (tuple, list))  # no iterator: it would be empty at its second use
         if not (several or isinstance(self.stop, str)) or not all(isinstance(t, str) and t for t in self.stops):
@@ -61,7 +62,7 @@ class Chooser:
         self._begun = -1, self._generator.get_state()  # place of the last draw, and the state before it
 
     def choose(self, logits: torch.Tensor, said: list[int]) -> int:
-        """Return the id of the token behind `said`. logits: (vocabulary,) float32, left as they are.
+        """Return the id of the token that follows `said`. logits: (vocabulary,) float32, left as they are.
 
         A second call for the same place draws the same again: Ctrl-C may have come before the first was written down.
         """

@@ -110,7 +110,7 @@ def _check_config(model: nn.Module, config) -> None:
 
 
 def _check_modules(model: nn.Module, body: nn.Module, family: str) -> None:
-    """Raise UnlikeLlama where a module computes something else than its family's does."""
+    """Raise UnlikeLlama where a module computes something other than its family's does."""
     for path, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnlikeLlama(f"{path or 'the model'} has a hook, which only its own forward calls")
@@ -130,7 +130,10 @@ def _check_modules(model: nn.Module, body: nn.Module, family: str) -> None:
 
 
 def _check_sizes(body: nn.Module, layers: tuple[Layer, ...]) -> None:
-    """Raise UnlikeLlama for layers that differ: one number stands for all, and the kernel's buffers have one size."""
+    """Raise UnlikeLlama for layers that differ: one number stands for all, and the kernel's buffers have one size.
+
+    Norms must share their eps, and attention must have the usual scale.
+    """
     parts = [layer.self_attn for layer in body.layers]
     norms = [body.norm, *(getattr(layer, name) for layer in body.layers for name in NORMS)]
     shapes = {tuple(product.weight.shape for product in layer.products) for layer in layers}
@@ -162,7 +165,7 @@ def _product(module: nn.Module, path: str) -> Product:
         A, B = (factor.detach() for factor in module.factors())
         lora = A, B, module.scaling
         module = module.base
-    # of no other class or dtype: those of other libraries keep packed weights in such a tensor
+    # no subclass and no other dtype: other libraries keep packed weights in those
     plain = type(module) is nn.Linear and type(module.weight.data) is torch.Tensor and module.weight.dtype in DTYPES
     if not plain and not (isinstance(module, Linear4bit) and not module.turned):
         what = f" of {module.weight.dtype}" if type(module) is nn.Linear else ""

@@ -3,11 +3,12 @@
 In: x (tokens, columns) bf16 and a packed W. Out: (tokens, rows), one float32 sum each, rounded once at most. The twin
 is x @ dequantize(W, bf16).t(): a block's 16 levels are scaled in float32 and rounded to bf16, as in the bf16 panels of
 product.py. AVX512-BF16 then multiplies 32 weights by 32 numbers of x in one instruction, where float32 takes two, and
-one look-up finds 32 weights instead of 16. It counts subnormals as 0: a weight, a number of x or a sum below 2^-126
-is lost.
+one look-up finds 32 weights instead of 16. The instruction counts subnormals as 0: a weight, a number of x or a sum
+below 2^-126 is lost.
 
-Two rows of W share each load of x. One to four tokens take four rows, because an addition waits 6 cycles for the one
-before it. The order of a sum is the same in both, so an output depends on its row of x and its row of W alone.
+Two rows of W share each load of x. One to four tokens take four rows, because an addition waits for the one
+before it, 6 cycles on a Zen 4. The order of a sum is the same in both, so an output depends on its row of x and its
+row of W alone.
 """
 
 import numpy as np
@@ -28,7 +29,7 @@ def _sorted(x, n, columns):
     The codes of 32 bytes have this order: 32 high halves, then 32 low ones. Tokens lie side by side, because rows that
     are 8 KiB apart want the same lines of the first-level cache: 16 tokens, a row of W at a time, took twice as long.
     """
-    # Zeros for the tokens that are missing to 1, 2, 4 or 8. Sorting x once is cheaper than interleaving weights.
+    # Zeros pad the tokens to 1, 2, 4 or 8. Sorting x once is cheaper than interleaving weights.
     pairs = np.zeros(columns * n, np.uint16)
     for token in range(len(x) // columns):
         for i in range(0, columns, 64):
@@ -43,8 +44,8 @@ def _sorted(x, n, columns):
 
 @njit(forceinline=True)
 def _table(levels, scale):
-    # Unscaled levels and one scale for each sum of a block would save one token a fifth of its time at most, cost eight
-    # tokens an addition for each, and the weights would no longer be those of the bf16 panels.
+    # Unscaled levels, with one scale for each sum of a block, would save one token a fifth of its time at most. But
+    # they would cost eight tokens an addition each, and the weights would not be those of the bf16 panels.
     return v.bfloat16_twice(levels * v.splat(scale))
 
 

@@ -88,12 +88,12 @@ def can_pair(weight: PackedWeight) -> bool:
 def multiply_blocks(
     x: torch.Tensor, weight: PackedWeight, rows: int, pairs: bool = False, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Multiply by W^T: (tokens, columns) float32, bf16 or fp16 -> (tokens, rows), same dtype.
+    """Multiply by W^T: (tokens, columns) float32, bf16 or fp16 -> (tokens, rows), of x's dtype or of `dtype`.
 
-    Products and sums are float32 and the weights are not rounded to the dtype of x, so an output depends on its row of
-    x and its row of W alone. Works where can_multiply says so.
-    pairs: few_pairs.py multiplies x, which is bf16, and rounds the weights to bf16; works where can_pair says so. An
-    output still depends on its rows alone. dtype: float32 then returns the sums as they are.
+    Products and sums are float32, and an output depends on its row of x and its row of W alone. Works where
+    can_multiply says so.
+    pairs: False keeps the weights in float32. True is for x in bf16, where can_pair says so: few_pairs.py rounds the
+    weights to bf16, too. dtype: float32 returns the sums unrounded.
     """
     tokens, columns = x.shape
     arrays = cpu.arrays_of(weight)

@@ -17,7 +17,7 @@ The routine that multiplies is found by a race, once per process, because no CPU
 products took a quarter of float32's time on an AMD Zen 5 and twice its time on an Intel Sapphire Rapids without AMX.
 Where float32 is faster, bf16 is widened, a tile of tokens at a time, and rounded at the end. The environment variable
 QLORA_LAB_PRODUCTS names the winner (float32, onednn or bfloat16) without a race, so that several machines choose alike.
-The same race chooses the routine for a few tokens, so that a run records one choice and its rows round alike.
+The same race chooses the routine for a few tokens, so that a run records one choice and all its tokens round alike.
 """
 
 import os

@@ -369,7 +369,7 @@ def bfloat16_twice(typing, values):
     """16 float32 rounded to bf16, as words 0 to 15 and again as 16 to 31; subnormals become 0."""
 
     def emit(context, builder, sig, args):
-        # LLVM's own type for bf16 is missing in llvmlite; it takes the words of earlier versions and converts them.
+        # llvmlite has no bf16 type. LLVM still accepts the signature of its earlier versions, with 16-bit words.
         rounded = call_intrinsic(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", I16, [args[0], args[0]])
         return builder.bitcast(rounded, I32)
 

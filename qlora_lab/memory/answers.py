@@ -23,9 +23,9 @@ HEAD_BITS = 16  # the head stays as it was loaded
 def predict_cache(model: Any, rows: int = 1, capacity: int = 2048) -> int:
     """Return the bytes of keys, values, cosines and sines for `rows` texts of at most `capacity` tokens.
 
-    capacity: tokens of the longest prompt and its answer, but for the answer's last, which the model never reads.
-    Raises whatever shape_of raises, and ValueError for a family that transformers' generate answers for, whose cache
-    grows and has another dtype.
+    capacity: tokens of the longest prompt and its answer, less the answer's last, which the model never reads.
+    Raises what shape_of raises, and ValueError for a family that is left to transformers' generate, whose cache grows
+    and has another dtype.
 
     >>> predict_cache("llama-7b", 1, 2048)
     2149580800
@@ -60,9 +60,9 @@ class StepWork:
         return moved / machine.bytes_per_second, rows * self.operations / machine.operations_per_second
 
     def ridge(self, machine: Machine) -> float | None:
-        """Return the number of texts at which both take equally long, or None if moving is longer for any number.
+        """Return the number of texts at which both take equally long, or None if moving always takes longer.
 
-        Then the keys and values of one text take longer to read than its products to compute.
+        None means that one text's keys and values take longer to read than its products take to compute.
         """
         # each text adds computing and moving; the weights are a start that computing has to catch up with
         slope = self.operations / machine.operations_per_second - self.text_bytes / machine.bytes_per_second

@@ -88,7 +88,7 @@ class AnswerSpeedExplorer(Explorer):
         shown = ridge is not None and ROWS[0] <= ridge <= ROWS[-1]
         self.below.set_data(*_lower(moving, computing, result["corner"]))
         self.ridge.set_data([ridge, ridge] if shown else [], [0, 1] if shown else [])
-        # left of the line where there is no room on its right
+        # the label stands left of the line where there is no room on its right
         right = shown and ridge < ROWS[-1] / 8
         self.name.set_text("ridge " if shown and not right else " ridge" if shown else "")
         self.name.set_x(ridge if shown else 1)
@@ -108,8 +108,8 @@ class AnswerSpeedExplorer(Explorer):
 
 
 def _lower(moving: list[float], computing: list[float], corner: tuple[float, float] | None):
-    """The lower of two roofs with the corner between them, as x and y: both roofs are sampled at ROWS alone."""
-    # without the corner a straight line would cut it off
+    """Return x and y of the lower of two roofs, with the corner where they meet."""
+    # both roofs are sampled at ROWS alone: without the corner, a straight line would cut it off
     points = [(rows, min(pair)) for rows, *pair in zip(ROWS, moving, computing, strict=True)]
     inside = [corner] if corner and ROWS[0] < corner[0] < ROWS[-1] else []
     return zip(*sorted(points + inside), strict=True)

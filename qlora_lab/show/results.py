@@ -124,7 +124,7 @@ def exam_and_chat_picture(models: Iterable[Tuned]) -> Picture:
             ax.annotate(model.size, (model.mmlu, model.chatgpt), (0, -18), textcoords="offset points", ha="center")
         if colour:
             ax.annotate(data, (exam[-1], chat[-1]), (10, 0), textcoords="offset points", va="center", fontsize=12)
-    # one entry for all gray dots: which of them is which would not change what the picture says
+    # one entry for all grey dots: which of them is which would not change what the picture says
     others = len(by_data.keys() - LOUD.keys())
     ax.plot([], [], "o", color=GRAY, ms=6, label=f"{others} other data sets, 7B to 65B")
     ax.legend(frameon=False, fontsize=12, loc="upper left")

@@ -43,7 +43,7 @@ def see(
 ) -> Seen:
     """Ask for one property of each scene: "colour", "shape", "number" or "side".
 
-    blank: show an empty gray picture each time, for a model that learned from such pictures.
+    blank: show a plain grey picture each time, for a model that learned from such pictures.
     Raises ValueError for another property, no scenes, or a tokenizer that begins two words with the same token.
     """
     if asked not in ASKED:

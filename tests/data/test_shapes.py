@@ -70,7 +70,7 @@ def test_shapes_lie_in_their_cells_and_have_their_colour(colour, shape):
     for number in NUMBERS:
         scene = Scene(colour, shape, number, "bottom", 1)
         pixels = draw(scene).astype(int)
-        # a gray background differs between channels by its noise alone, and the colours by more than 100
+        # a grey background differs between channels by its noise alone, and the colours by more than 100
         coloured = np.ptp(pixels, axis=2) > 75
         rows, columns = np.nonzero(coloured)
         assert rows.min() >= 31  # a shape may reach one pixel into the cell above

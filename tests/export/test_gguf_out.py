@@ -328,8 +328,7 @@ def test_memory_is_that_of_pieces(tmp_path, tokenizer):
     """The largest matrix has 32 MiB in float32 and 16 as it is mapped: 22 were measured."""
     toy = saved(tmp_path / "toy", tokenizer)
     model = saved(tmp_path / "large", tokenizer, intermediate_size=2**17, num_hidden_layers=1)
-    done = warm.run([sys.executable, "-c", warm.GIVE_BACK + CHILD, toy, model, tmp_path])
-    assert done.returncode == 0, done.stderr
+    done = warm.run([sys.executable, "-c", warm.GIVE_BACK + CHILD, toy, model, tmp_path], check=True)
     peak = json.loads(done.stdout)
     assert peak < 28 * MIB, f"{peak / MIB:.1f} MiB"
 

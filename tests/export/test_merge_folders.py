@@ -212,8 +212,7 @@ def test_memory_is_that_of_a_few_layers(tmp_path, tokenizer):
         source = saved(tmp_path / name, tokenizer, tiny("Llama", torch.bfloat16, **sizes | {"num_attention_heads": 4}))
         save_adapter(learned(adapted(source)), tmp_path / "adapters" / name)
     folders = [tmp_path / name for name in ("toy/model", "model/model", "adapters", "out")]
-    done = warm.run([sys.executable, "-c", warm.GIVE_BACK + CHILD, *folders])
-    assert done.returncode == 0, done.stderr
+    done = warm.run([sys.executable, "-c", warm.GIVE_BACK + CHILD, *folders], check=True)
     whole = sum(path.stat().st_size for path in (tmp_path / "model/model").glob("*.safetensors"))
     peak = json.loads(done.stdout)
     assert peak < 0.7 * whole < 40 * MIB, f"{peak / MIB:.1f} MiB for a model of {whole / MIB:.1f} MiB"

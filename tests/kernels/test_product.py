@@ -136,7 +136,10 @@ def test_who_multiplies_a_few_tokens(outcome, monkeypatch):
     low = torch.zeros(2, 1)
     thin = product.Thin(torch.zeros(128, 1), torch.zeros(1, 8), low)
     for y in (product.forward(x, q.plain, 8), product.forward(x, q.plain, 8, thin)):
+        # one rounding to bf16, and 128 additions in float32
         assert ((y.double() - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-17 * size).all()
+    if cpu.FAST:  # the bound alone is too wide to tell a rounded weight from an unrounded one
+        assert torch.equal(product.forward(x, q.plain, 8), few_tokens.multiply_blocks(x, q.plain, 8, in_pairs))
     monkeypatch.setattr(vector, "has_pairs", lambda: False)  # as on a processor without the instruction
     if cpu.FAST:
         assert torch.equal(product.forward(x, q.plain, 8), float32.bfloat16())

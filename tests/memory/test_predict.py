@@ -515,8 +515,8 @@ def assert_peak(name, small, recompute, rows, targets="all-linear", length=256):
     to give every large block back at once: by default it holds more (LOG.md).
     small: a model whose step brings libraries and kernels into memory.
     """
-    done = warm.run([sys.executable, "-c", warm.GIVE_BACK + CHILD, recompute, rows, length, small, name, targets])
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", warm.GIVE_BACK + CHILD, recompute, rows, length, small, name, targets]
+    done = warm.run(command, check=True)
     found = json.loads(done.stdout)
     ledger, peak = found["ledger"], found["peak"]
     assert ledger["peak"] == pytest.approx(peak, rel=0.1), f"{ledger['peak'] / peak:.3f} of the measured peak"

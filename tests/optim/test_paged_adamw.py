@@ -241,7 +241,7 @@ def test_a_quarter_of_the_state_is_a_quarter_of_the_memory(tmp_path):
     used = []
     for budget in (state, state // 4):
         command = [sys.executable, "-c", RESIDENT, str(budget), str(tmp_path)]
-        used.append(int(warm.run(command).stdout))
+        used.append(int(warm.run(command, check=True).stdout))
     assert used[0] > 0.95 * state and used[1] < 0.3 * used[0], used
 
 
