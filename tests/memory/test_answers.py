@@ -48,8 +48,9 @@ def test_what_has_no_such_cache_is_refused(given, message):
         predict_cache(make(), *sizes)
 
 
-# A small model first, in the same process: what is compiled and imported once is not memory of an answer, but what the
-# real model's sizes need on top (panels, tables of addresses, logits) is.
+# A small model first, in the same process and with as many texts, since each number has a kernel of its own: what is
+# compiled and imported once is not memory of an answer, but what the real model's sizes need on top (panels, tables of
+# addresses, logits) is.
 CHILD = """
 import ctypes, gc, json, sys
 import torch
@@ -64,7 +65,7 @@ model, tokenizer = ql.load("smollm2-135m", progress=False)
 model.generation_config.eos_token_id = None
 sampling = ql.Sampling(temperature=0.8, top_p=0.9)
 tokens = [range(1000 + row, 1000 + row + prompt - 10 * row) for row in range(rows)]
-ql.decode(quantize_linears(small()), tokenizer, [[5, 6], [7]][:rows], 3, progress=False)
+ql.decode(quantize_linears(small()), tokenizer, [[5, 6]] * rows, 3, progress=False)
 touched = sum(float(t.float().sum()) for t in model.parameters())  # a mapped file counts once it is read
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
