@@ -71,7 +71,7 @@ BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # six stages compile the same tests:
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 # The installed wheel runs the course. A notebook and its solution are a pair for one worker and one kernel: they
 # share results in the temporary folder, and nearly all of their cells.
-COURSE = [sys.executable, "tools/from_wheel.py", *PYTEST, "-p", "tools.pairs", *WORKERS, "--dist", "loadfile"]
+COURSE = [sys.executable, "tools/from_wheel.py", *PYTEST, "-p", "tools.pairs", "--no-loadscope-reorder"]
 COURSE += ["--nbval-current-env", "--nbval-cell-timeout=1200", "--nbval-sanitize-with=nbval_sanitize.cfg"]
 # files with more than 20 s of slow tests, the longest first: begun late, they would leave one worker without work, too
 LONG = ["test_trust.py", "test_lm_eval.py", "test_cli_streams.py", "test_machines.py", "test_distributed.py"]
@@ -79,8 +79,9 @@ LONG += ["test_killed_overwrite.py", "test_strangers.py", "test_site.py", "test_
 LONG += ["test_aot.py", "test_predict.py", "test_diagnose.py", "test_families.py", "test_live.py", "test_bench.py"]
 LONG += ["test_mixtures.py", "test_default_model.py", "test_expert_parallel.py", "test_cpu.py", "test_paged_adamw.py"]
 LONG += ["test_simulated_games.py", "test_kills.py", "test_perplexity.py", "test_wheel.py"]
-LONGEST = "10_finetune_llama.ipynb"  # as long as four others
-LONGEST_FIRST = sorted((ROOT / "notebooks").glob("*.ipynb"), key=lambda path: (path.name != LONGEST, path.name))
+# Longer than all others on one worker: a stage of its own, where it has both cores
+LONGEST = ROOT / "notebooks" / "10_finetune_llama.ipynb"
+OTHERS = sorted(path for path in (ROOT / "notebooks").glob("*.ipynb") if path != LONGEST)
 
 
 class Stage(NamedTuple):
@@ -105,8 +106,9 @@ STAGES = {
     "slow": Stage([*PYTEST, *WORKERS, "--dist", "loadfile", "--no-loadscope-reorder", *TESTS, "-m", "slow"]),
     # halves of the list, each with a JupyterLab and a Chromium of its own: tests of one notebook stay together
     "browser": Stage([*PYTEST, *WORKERS, "--dist", "worksteal", "tests/browser"]),
+    "fine-tune": Stage([*COURSE, str(LONGEST)]),
     # the second path adds the rules of solutions
-    "notebooks": Stage([*COURSE, "--no-loadscope-reorder", *map(str, LONGEST_FIRST), "notebooks/solutions"]),
+    "notebooks": Stage([*COURSE, *WORKERS, "--dist", "loadfile", *map(str, OTHERS), "notebooks/solutions"]),
 }
 
 
