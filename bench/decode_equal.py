@@ -46,8 +46,8 @@ def dequantised(model: nn.Module) -> nn.Module:
     for path, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
             weight = dequantize(module.weight, torch.float32)
-            plain = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-            plain.weight = nn.Parameter(weight, requires_grad=False)
+            plain = nn.Linear(*weight.shape[::-1], bias=module.bias is not None, device="meta")
+            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
             model.set_submodule(path, plain)
     return model.float().eval()
 

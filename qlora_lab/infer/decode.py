@@ -140,7 +140,7 @@ class Decoding:
                 read_prompt(stack, torch.tensor(row.known[:-1]), cache, row.number)
         while rows := self._unended():
             active = [row.number for row in rows]
-            last = torch.tensor([row.known[-1] for row in rows])
+            last = torch.tensor([row.last for row in rows])
             with torch.no_grad():  # inside the loop: the caller's code between two pieces is not ours
                 logits = step(last, cache, torch.tensor(active))
                 if not logits.isfinite().all():
@@ -180,6 +180,11 @@ class _Row:
     @property
     def known(self) -> list[int]:
         return [*self.prompt, *self.ids]
+
+    @property
+    def last(self) -> int:
+        """The token that the next step reads; `known` would copy all of them for each token."""
+        return (self.ids or self.prompt)[-1]
 
     def begin(self, said: list[int]) -> None:
         """Set the answer so far to these ids, and to their text."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
-from qlora_lab.quant.quantize import dequantize
+from bench import decode_equal
+from qlora_lab.model.linear4bit import quantize_linears
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"num_key_value_heads": 1, "vocab_size": 280, "max_position_embeddings": 64, "initializer_range": 0.2}
@@ -31,16 +31,7 @@ def small(seed: int = 0, config=None, **changes) -> nn.Module:
 
 def dequantised(model: nn.Module) -> nn.Module:
     """The model with plain layers in float32, as transformers computes it."""
-    twin = copy.deepcopy(model)
-    for path, module in list(twin.named_modules()):
-        if isinstance(module, Linear4bit):
-            weight = dequantize(module.weight, torch.float32)
-            plain = nn.Linear(*weight.shape[::-1], bias=module.bias is not None)
-            plain.weight.data = weight
-            if module.bias is not None:
-                plain.bias.data = module.bias.data.float()
-            twin.set_submodule(path, plain)
-    return twin.float().eval()
+    return decode_equal.dequantised(copy.deepcopy(model))
 
 
 @pytest.fixture
