@@ -129,7 +129,8 @@ def test_a_few_tokens_in_pairs(rows, columns, block_size):
 def test_who_multiplies_a_few_tokens(outcome, monkeypatch):
     q = quantize(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)))
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    rounded = outcome == "bfloat16" and (vector.has_pairs() or not cpu.FAST)  # in pairs, or in a panel
+    in_pairs = outcome == "bfloat16" and vector.has_pairs()
+    rounded = in_pairs or (outcome == "bfloat16" and not cpu.FAST)  # else in a panel of bf16
     float32 = few_tokens.multiply_blocks(x.float(), q.plain, 8) if cpu.FAST else product.forward(x.float(), q.plain, 8)
     twin = dequantize(q, torch.bfloat16 if rounded else torch.float32)
     exact, size = x.double() @ twin.double().t(), x.double().abs() @ twin.double().t().abs()
