@@ -2,7 +2,7 @@
 
     npm install --prefix build node-llama-cpp    once, for llama.cpp; without it the others run
     python bench/decode.py                       writes decode.json; leave the machine idle meanwhile
-    python bench/decode.py --seven-b             a model with the shape of Llama-2-7B and random bytes; needs 6 GB
+    python bench/decode.py --seven-b             the shape of Llama-2-7B, random bytes; 13 GB of memory, 9 of disk
 
 In each round every contender answers once, each starting with another one: the first token after a prompt, and the rest
 one by one. "floor" is the time of reading all bytes that a token reads, at the speed at which a copy in the same round
@@ -29,6 +29,7 @@ from torch import nn  # noqa: E402
 import qlora_lab as ql  # noqa: E402
 from bench.cpu import bnb_linear  # noqa: E402
 from bench.files import write  # noqa: E402
+from bench.random_gguf import FORMATS, write_random  # noqa: E402
 from bench.timing import cpu_name, spread  # noqa: E402
 from qlora_lab.adapters.lora import adapters, add_lora  # noqa: E402
 from qlora_lab.infer.cache import make_cache  # noqa: E402
@@ -117,6 +118,17 @@ class LlamaCpp:
         self._process.wait()
 
 
+def installed(packages: Path) -> bool:
+    return (packages / "node_modules" / "node-llama-cpp").exists()
+
+
+def closed(programs: dict[str, LlamaCpp]) -> dict[str, dict]:
+    """End them, and return their versions."""
+    for program in programs.values():
+        program.close()
+    return {name: program.version for name, program in programs.items()}
+
+
 def copy_seconds(n_bytes: int) -> float:
     """Seconds in which a copy moves so many bytes, half of them read and half written."""
     source = torch.ones(2**26)  # 256 MiB: no cache holds it
@@ -194,8 +206,8 @@ def smollm2(packages: Path, scratch: Path, rounds: int, tokens: int) -> list[dic
     contenders |= {"transformers, bf16": theirs(narrow), "transformers, float32": theirs(wide)}
     contenders |= {"generate on our layers": theirs(packed), "bitsandbytes": theirs(of_bitsandbytes(narrow))}
     programs = {}
-    if (packages / "node_modules" / "node-llama-cpp").exists():
-        for format in ("q4_1", "q4_0"):
+    if installed(packages):
+        for format in FORMATS:
             ql.to_gguf(ql.fetch(MODEL), scratch / f"{format}.gguf", format, progress=False)
             programs[f"llama.cpp, {format}"] = LlamaCpp(scratch / f"{format}.gguf", packages)
     n_bytes = bytes_read(read_stack(packed))
@@ -203,16 +215,21 @@ def smollm2(packages: Path, scratch: Path, rounds: int, tokens: int) -> list[dic
     rows = [measure(every, n_bytes, (32, tokens), rounds), measure(every, n_bytes, (512, 1), rounds)]
     batch = {"ours": contenders["ours"], f"ours, {ROWS} rows": ours(packed, ROWS)}
     rows.append(measure(batch, n_bytes, (32, tokens), rounds))
-    for program in programs.values():
-        program.close()
-    names = {name: program.version for name, program in programs.items()}
+    names = closed(programs)
     return [{"model": MODEL, "programs": names} | row for row in rows]
 
 
-def seven_b(layers: int, rounds: int) -> list[dict]:
+def seven_b(packages: Path, scratch: Path, rounds: int, layers: int) -> list[dict]:
+    shape = LLAMA_7B | {"num_hidden_layers": layers}
     model = random_7b(layers)
-    shape = {"model": "random weights", "shape": LLAMA_7B | {"num_hidden_layers": layers}}
-    return [shape | measure({"ours": ours(model)}, bytes_read(read_stack(model)), (32, 32), rounds)]
+    programs = {}
+    if installed(packages):
+        for format in FORMATS:
+            file = scratch / f"{format}.gguf"
+            write_random(file, format, shape)
+            programs[f"llama.cpp, {format}"] = LlamaCpp(file, packages)
+    result = measure({"ours": ours(model)} | programs, bytes_read(read_stack(model)), (32, 32), rounds)
+    return [{"model": "random weights", "shape": shape, "programs": closed(programs)} | result]
 
 
 def main() -> None:
@@ -225,7 +242,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "decode.json")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        rows = seven_b(a.layers, a.rounds) if a.seven_b else smollm2(a.packages, Path(home), a.rounds, a.tokens)
+        where = a.packages, Path(home), a.rounds
+        rows = seven_b(*where, a.layers) if a.seven_b else smollm2(*where, a.tokens)
     earlier = json.loads(a.out.read_text("utf-8"))["rows"] if a.out.exists() else []
     kept = [row for row in earlier if row["model"] not in {row["model"] for row in rows}]  # of the other model
     facts = {"date": date.today().isoformat(), "processor": cpu_name(), "threads": torch.get_num_threads()}
