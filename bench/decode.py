@@ -28,6 +28,7 @@ from torch import nn  # noqa: E402
 
 import qlora_lab as ql  # noqa: E402
 from bench.cpu import bnb_linear  # noqa: E402
+from bench.decode_page import STORED, render  # noqa: E402
 from bench.files import write  # noqa: E402
 from bench.random_gguf import FORMATS, write_random  # noqa: E402
 from bench.timing import cpu_name, spread  # noqa: E402
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, default=HERE.parent / "build", help="where node-llama-cpp is")
     parser.add_argument("--seven-b", action="store_true", help="only the model with the shape of Llama-2-7B")
     parser.add_argument("--layers", type=int, default=32, help="of that model")
-    parser.add_argument("--out", type=Path, default=HERE / "decode.json")
+    parser.add_argument("--out", type=Path, default=STORED)
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         where = a.packages, Path(home), a.rounds
@@ -249,6 +250,8 @@ def main() -> None:
     facts = {"date": date.today().isoformat(), "processor": cpu_name(), "threads": torch.get_num_threads()}
     result = {"torch": torch.__version__, "rows": kept + [facts | row for row in rows]}
     write(a.out, json.dumps(result, indent=1) + "\n")
+    if a.out == STORED:
+        render()
     for row in rows:
         print(f"{row['model']}: prompt {row['prompt']}, {row['tokens']} tokens, floor {row['floor']['median']:.4f} s")
         for name, of in row["contenders"].items():

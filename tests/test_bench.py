@@ -12,6 +12,7 @@ from bench import (
     block_size,
     cpu,
     data_types,
+    decode_page,
     elo_rules,
     many_adapters,
     multiple_choice,
@@ -38,6 +39,12 @@ def test_so_is_its_section_on_steps():
     page = (ROOT / "docs" / "speed.md").read_text("utf-8")
     found = [json.loads((ROOT / "bench" / name).read_text("utf-8")) for name in (steps.TRAIN_STEP, steps.SEVEN_B)]
     assert steps.in_page(page, *found) == page, "run: python bench/steps.py"
+
+
+def test_so_is_its_section_on_answers():
+    result = json.loads(decode_page.STORED.read_text("utf-8"))
+    page = decode_page.PAGE.read_text("utf-8")
+    assert decode_page.in_page(page, result) == page, "run: python bench/decode_page.py"
 
 
 def test_so_is_the_page_of_many_adapters():
