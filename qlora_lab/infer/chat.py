@@ -7,8 +7,8 @@ In: a model and its tokenizer, then one question after the other. Out: pieces of
         print(piece, end="")
     print(chat.reply.rate, "tokens per second")
 
-Every question reads the whole conversation again, since a template may render an earlier turn differently once another
-follows it (some leave out old thoughts). So each question costs a whole prompt.
+A question reads what is new: keys and values of the turns before it are kept (prefix.py). Some templates render an
+earlier turn differently once another follows it, such as without its thoughts; from there on all is read again.
 """
 
 import time
@@ -21,6 +21,7 @@ from qlora_lab.adapters.adapter import without_adapters
 from qlora_lab.data.dataset import prompt_of
 from qlora_lab.data.examples import Example
 from qlora_lab.infer.decode import GREEDY, Answer, Decoding, Ended, check_context
+from qlora_lab.infer.prefix import Prefix
 from qlora_lab.infer.sampling import Sampling
 from qlora_lab.quant.numbers import check_whole
 
@@ -34,7 +35,7 @@ class Reply(NamedTuple):
     text: str
     ended: Ended
     tokens: int
-    wait: float  # seconds until the first piece: reading the conversation, and compiling the kernel once
+    wait: float  # seconds until the first piece: reading what is new, and compiling the kernel once
     rate: float | None  # tokens per second from then on; None for an answer of one piece
 
     @property
@@ -68,10 +69,11 @@ class Chat:
         self._adapter = adapter
         self.turns: list[tuple[str, str]] = []  # (role, text)
         self.reply: Reply | None = None  # to the last question
+        self._prefix: Prefix | None = None  # what the last answer has read
 
     def reset(self) -> None:
         """Forget all turns."""
-        self.turns, self.reply = [], None
+        self.turns, self.reply, self._prefix = [], None, None
 
     def ask(self, question: str) -> Iterator[str]:
         """Return the pieces of the answer, which never cut a character.
@@ -88,6 +90,7 @@ class Chat:
         fix = "reset the conversation, or ask a shorter question"
         check_context("the conversation", len(ids), self._model, self._adapter, fix)
         run = Decoding(self._model, self._tokenizer, [ids], self._most, self._sampling, adapter=self._adapter)
+        run.prefix, self._prefix = self._prefix, None  # an old cache goes as soon as the new one holds what is in it
         self.reply = None  # a caller that stops before the first piece must not find the last answer here
         return self._answer(question, run, self.turns)
 
@@ -105,8 +108,10 @@ class Chat:
                 first = first or len(run.answers[0].ids)
                 yield piece.text
         finally:  # also after an interrupt, and when the caller closes the iteration
+            pieces.close()  # after an interrupt it would otherwise end with the last reference to it
             # else the conversation was reset, or continued with another question, while this answer came
             if self.turns is before:
+                self._prefix = run.prefix
                 self._keep(question, run.answers[0], first, spent)
 
     def _keep(self, question: str, answer: Answer, first: int, spent: list[float]) -> None:

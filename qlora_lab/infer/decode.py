@@ -25,8 +25,9 @@ from qlora_lab.adapters.virtual_tokens import virtual_tokens
 from qlora_lab.data.examples import check_text
 from qlora_lab.infer.cache import Cache, make_cache
 from qlora_lab.infer.fallback import generated, stop_ids
-from qlora_lab.infer.fast import step_of
+from qlora_lab.infer.fast import Step, step_of
 from qlora_lab.infer.pieces import Pieces
+from qlora_lab.infer.prefix import Prefix, take_over, weights_of
 from qlora_lab.infer.sampling import Chooser, Sampling
 from qlora_lab.infer.stack import Stack, UnlikeLlama, read_stack
 from qlora_lab.infer.step import forward, read_prompt
@@ -91,6 +92,8 @@ class Decoding:
     one goes on to the same answers; after Ctrl-C, the piece that was being written may be in `answers` alone.
     adapter: False answers as the base does, from the same packed weights; an iteration raises ValueError if the model
     has no adapter, or if all of its weights learned.
+    prefix: set it to that of an earlier Decoding, whose tokens are then not read again where a prompt begins with them.
+    An iteration leaves what it read; None where transformers answered.
     """
 
     def __init__(self, model, tokenizer, prompts, max_new_tokens=128, sampling=GREEDY, *, adapter=True):
@@ -98,6 +101,7 @@ class Decoding:
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling={sampling!r:.60} is not allowed: give a qlora_lab.Sampling")
         self._adapter = adapter
+        self.prefix: Prefix | None = None
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._prompts = _as_ids(prompts, tokenizer)
         check_tokens(model, tokenizer, {token for ids in self._prompts for token in ids})
@@ -134,10 +138,25 @@ class Decoding:
         longest = max(len(row.prompt) + row.room for row in self._rows) - 1  # the model never reads the last token
         cache = make_cache(stack, len(self._rows), longest)
         step = step_of(stack)
+        weights = weights_of(stack)
+        before, self.prefix = self.prefix, None
+        if before is not None:
+            take_over(before, [row.known[:-1] for row in self._rows], weights, cache)
+            del before  # its cache: two would stay
+        try:
+            yield from self._answers(stack, step, cache)
+        finally:
+            read = zip(self._rows, cache.lengths.tolist(), strict=True)
+            self.prefix = Prefix([row.known[:n] for row, n in read], cache, weights)
+
+    def _answers(self, stack: Stack, step: Step, cache: Cache) -> Iterator[Piece]:
         for row in self._unended():  # an iteration goes on where the last one stopped
             row.begin(row.ids)
+            if row.ended is not None:
+                continue
             with torch.no_grad():
-                read_prompt(stack, torch.tensor(row.known[:-1]), cache, row.number)
+                new = row.known[int(cache.lengths[row.number]) : -1]
+                read_prompt(stack, torch.tensor(new, dtype=torch.int64), cache, row.number)
         while rows := self._unended():
             active = [row.number for row in rows]
             last = torch.tensor([row.last for row in rows])

@@ -1,0 +1,176 @@
+"""What a cache has read is not read again, and never belongs to other weights."""
+
+import pytest
+import torch
+
+import qlora_lab as ql
+from qlora_lab.adapters.lora import adapters
+from qlora_lab.infer import decode as module, fast
+from qlora_lab.infer.chat import Chat
+from qlora_lab.infer.decode import Decoding, decode
+from qlora_lab.infer.prefix import weights_of
+from qlora_lab.infer.stack import read_stack
+
+pytestmark = pytest.mark.long
+PROMPT = [5, 9, 17, 33, 2, 40, 7]
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[int]:
+    """How many tokens each prompt that is read had. The readable step runs, so nothing is compiled."""
+    counts = []
+    original = module.read_prompt
+
+    def counted(stack, ids, cache, row=0):
+        counts.append(len(ids))
+        return original(stack, ids, cache, row)
+
+    monkeypatch.setattr(module, "read_prompt", counted)
+    monkeypatch.setattr(fast, "can_step", lambda stack: False)
+    return counts
+
+
+def answered(model, tokenizer, ids, prefix=None, **how):
+    run = Decoding(model, tokenizer, [ids], 6, **how)
+    run.prefix = prefix
+    for _ in run:
+        pass
+    return run
+
+
+def test_a_longer_text_reads_what_is_new(packed, tokenizer, read):
+    first = answered(packed, tokenizer, PROMPT)
+    longer = [*PROMPT, *first.answers[0].ids, 8, 3]
+    second = answered(packed, tokenizer, longer, first.prefix)
+    # six tokens were said, and five of them read; the last token of a prompt belongs to the first step
+    assert read == [len(PROMPT) - 1, len(longer) - 1 - (len(PROMPT) + 5)]
+    assert second.answers == decode(packed, tokenizer, [longer], 6, progress=False)
+    assert second.prefix.ids == [[*longer, *second.answers[0].ids[:5]]]
+
+
+def test_another_text_reads_from_the_first_difference(packed, tokenizer, read):
+    first = answered(packed, tokenizer, PROMPT)
+    other = [*PROMPT[:4], 50, 51, 52]
+    second = answered(packed, tokenizer, other, first.prefix)
+    assert read == [len(PROMPT) - 1, 2]
+    assert second.answers == decode(packed, tokenizer, [other], 6, progress=False)
+
+
+def test_the_same_text_and_a_shorter_one_read_nothing(packed, tokenizer, read):
+    first = answered(packed, tokenizer, PROMPT)
+    for ids in (PROMPT, PROMPT[:3], PROMPT[:1]):
+        assert answered(packed, tokenizer, ids, first.prefix).answers == answered(packed, tokenizer, ids).answers
+    assert read == [len(PROMPT) - 1, 0, len(PROMPT) - 1, 0, 2, 0, 0]
+
+
+def by_data(model):
+    model.model.layers[1].self_attn.k_proj.lora_B.data.normal_()  # no version counter notices
+
+
+def by_numpy(model):
+    model.model.layers[1].mlp.up_proj.lora_A.detach().numpy()[0, 0] += 1
+
+
+def a_code(model):
+    model.model.layers[0].mlp.up_proj.base.weight.packed[3] ^= 1
+
+
+def a_constant(model):
+    model.model.layers[0].self_attn.q_proj.base.weight.constants.absmax_scale[0] *= 2
+
+
+def a_norm(model):
+    model.model.layers[0].input_layernorm.weight.data[0] *= 2
+
+
+def an_embedding(model):
+    model.model.embed_tokens.weight.data[7, 3] += 1
+
+
+def the_scaling(model):
+    model.model.layers[1].self_attn.k_proj.scaling *= 2
+
+
+def the_angles(model):
+    model.model.rotary_emb.inv_freq *= 2
+
+
+def the_adapter(model):
+    ql.remove_adapter(model)
+
+
+CHANGES = [by_data, by_numpy, a_code, a_constant, a_norm, an_embedding, the_scaling, the_angles, the_adapter]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_weights_read_everything(change, packed, tokenizer, read):
+    model = ql.add_lora(packed, 2)
+    for adapter in adapters(model).values():
+        adapter.lora_B.data.normal_(std=0.1)
+    first = answered(model, tokenizer, PROMPT)
+    change(model)
+    second = answered(model, tokenizer, PROMPT, first.prefix)
+    assert read == [len(PROMPT) - 1] * 2
+    assert second.answers == decode(model, tokenizer, [PROMPT], 6, progress=False)
+
+
+def test_the_base_and_the_adapter_have_their_own(packed, tokenizer, read):
+    model = ql.add_lora(packed, 2)
+    first = answered(model, tokenizer, PROMPT)
+    answered(model, tokenizer, PROMPT, first.prefix, adapter=False)
+    assert read == [len(PROMPT) - 1] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_tensor_counts_whatever_its_size_and_place(dtype, packed):
+    """Sums go over words of 8 bytes, where a tensor has whole ones."""
+    stack = read_stack(packed)
+    for size in (1, 3, 4, 5, 8, 13):
+        storage = torch.zeros(size + 1, dtype=dtype)
+        norm = storage[1:]  # at an odd place
+        before = weights_of(stack._replace(norm=norm))
+        for i in range(size):
+            norm[i] = 1
+            assert weights_of(stack._replace(norm=norm)) != before, i
+            norm[i] = 0
+        assert weights_of(stack._replace(norm=norm.clone())) == before
+        turned = torch.zeros(2, size, dtype=dtype).t()  # not contiguous
+        assert weights_of(stack._replace(norm=turned)) != weights_of(stack._replace(norm=turned + 1))
+
+
+def test_what_is_left_is_taken_up_without_reading(packed, tokenizer, read):
+    whole = decode(packed, tokenizer, [PROMPT, PROMPT[:3]], 6, progress=False)
+    run = Decoding(packed, tokenizer, [PROMPT, PROMPT[:3]], 6)
+    next(iter(run))
+    assert list(run) and run.answers == whole
+    assert read[2:] == [len(PROMPT) - 1, 2, 0, 0]
+
+
+def test_a_prefix_of_other_rows_is_not_used(packed, tokenizer, read):
+    two = Decoding(packed, tokenizer, [PROMPT, PROMPT[:3]], 6)
+    assert list(two)
+    answered(packed, tokenizer, PROMPT, two.prefix)
+    assert read == [len(PROMPT) - 1, 2, len(PROMPT) - 1]
+
+
+def test_a_conversation_reads_each_turn_once(packed, tokenizer, read):
+    chat = Chat(packed, tokenizer, 6)
+    said = ["".join(chat.ask(question)) for question in "abc"]
+    fresh = Chat(packed, tokenizer, 6)
+    fresh.turns = chat.turns[:-2]  # the turns before the last question
+    assert "".join(fresh.ask("c")) == said[-1]
+    # read[3] is the whole conversation; a random answer's letters need not come back as the same tokens
+    assert read[0] + read[1] < read[3] - read[2]
+    chat.reset()
+    assert "".join(chat.ask("a")) == said[0] and read[4] == read[0]
+
+
+def test_an_interrupted_answer_keeps_what_was_read(packed, tokenizer, read):
+    chat = Chat(packed, tokenizer, 20)
+    pieces = chat.ask("a")
+    next(pieces)
+    pieces.close()
+    fresh = Chat(packed, tokenizer, 20)
+    fresh.turns = [*chat.turns]
+    said = "".join(chat.ask("b"))
+    assert "".join(fresh.ask("b")) == said and read[1] <= read[2] - read[0]
