@@ -13,6 +13,7 @@ from qlora_lab.infer import step as readable
 from qlora_lab.infer.cache import Cache
 from qlora_lab.infer.stack import Product, Stack
 from qlora_lab.model import product_4bit
+from qlora_lab.quant.codebook import codebook, rounding
 from qlora_lab.quant.quantize import QuantizedTensor
 
 Step = Callable[[torch.Tensor, Cache, torch.Tensor], torch.Tensor]
@@ -63,6 +64,7 @@ class FastStep:
         pairs = ((layer.attention_norm, layer.mlp_norm) for layer in stack.layers)
         norms = [norm for pair in pairs for norm in pair] + [stack.norm]
         self._weights = decode_step.Weights(layers, torch.stack(norms).float().numpy(), head)
+        self._thresholds, _ = rounding(codebook("int8"))
         self._step = decode_step.step
 
     def __call__(self, ids: torch.Tensor, cache: Cache, rows: torch.Tensor) -> torch.Tensor:
@@ -71,8 +73,8 @@ class FastStep:
         positions = cache.lengths[rows]
         stack = self._stack
         x = stack.embedding[ids].float()  # (rows, hidden)
-        angles, kept = (cache.cos, cache.sin), (cache.keys, cache.values)
-        logits = self._step(x, self._weights, stack.eps, stack.heads, angles, kept, rows, positions)
+        given = stack.eps, stack.heads, (cache.cos, cache.sin), cache.kept
+        logits = self._step(x, self._weights, *given, rows, positions, self._thresholds)
         cache.lengths[rows] = positions + 1
         return logits
 

@@ -39,14 +39,14 @@ def take_over(prefix: Prefix, rows: list[list[int]], weights: tuple, cache: Cach
     Tokens from the first different one on have to be read.
     """
     old = prefix.cache
-    if weights != prefix.weights or len(rows) != len(prefix.ids):
+    if weights != prefix.weights or len(rows) != len(prefix.ids) or cache.keys.dtype != old.keys.dtype:
         return
-    for row, (new, known) in enumerate(zip(rows, prefix.ids, strict=True)):
-        n = _common(new, known)
+    for row, (new, read) in enumerate(zip(rows, prefix.ids, strict=True)):
+        n = _common(new, read)
         # other angles would turn a key of the same token in another way
         if torch.equal(cache.cos[:n], old.cos[:n]) and torch.equal(cache.sin[:n], old.sin[:n]):
-            cache.keys[:, row, :, :n] = old.keys[:, row, :, :n]
-            cache.values[:, row, :, :n] = old.values[:, row, :, :n]
+            for part, known in zip(cache.kept, old.kept, strict=True):
+                part[:, row, :, :n] = known[:, row, :, :n]
             cache.lengths[row] = n
 
 

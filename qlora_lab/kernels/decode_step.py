@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit, prange, types
+from numba.extending import overload
 
 from qlora_lab.kernels import sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel, run, serial, thread_count
@@ -23,7 +24,8 @@ from qlora_lab.kernels.decode_products import clear, multiply_group, sort_halves
 QKV, OUT, GATE_UP, DOWN, END = 0, 3, 4, 6, 7  # where the products begin that share an input, in a layer's table
 ROWS_AT_ONCE = 8  # rows of a batch: two rows of a weight with 8 sums each fill half of the vector registers
 _ZEROS = {rows: (np.float32(0),) * rows for rows in (1, 4, ROWS_AT_ONCE)}  # compiled once each, over 10 s: so not for 2
-_PAIR = (np.float32(0),) * 2  # 32 columns of a head at a time
+TINY = np.float32(1e-38)  # quant.blocks.TINY
+INT8_STEP = np.float32(1 / 127)  # between two levels of INT8, over a block's constant
 
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2; the first has 9 bits
@@ -88,9 +90,67 @@ def _rotate(vector, cos, sin):
         vector[i + half] = right * cos[i + half] + left * sin[i + half]
 
 
+def _keep(vector, kept, absmax, thresholds):
+    """Put a head's vector into `kept`; codes need a constant, which goes into absmax (1,)."""
+
+
+@overload(_keep)
+def _keep_as(vector, kept, absmax, thresholds):
+    if kept.dtype == types.float32:
+
+        def keep(vector, kept, absmax, thresholds):
+            for i in range(len(vector)):
+                kept[i] = vector[i]
+
+        return keep
+
+    def keep_codes(vector, kept, absmax, thresholds):
+        largest = np.float32(0)
+        for number in vector:
+            largest = max(largest, abs(number)) if abs(number) < np.inf else np.float32(np.nan)  # also of a NaN
+            if np.isnan(largest):
+                break
+        absmax[0] = largest
+        # quant.blocks.scale_blocks, and nearest_codes by a guess that is at most one off
+        inverse = np.float32(1) / max(largest, TINY)
+        for i in range(len(vector)):
+            scaled = min(max(vector[i] * inverse, np.float32(-1)), np.float32(1))
+            code = np.int64(np.floor(scaled * np.float32(127) + np.float32(128.5))) if largest == largest else 128
+            if code < 255 and scaled > thresholds[code]:
+                code += 1
+            elif code > 0 and scaled <= thresholds[code - 1]:
+                code -= 1
+            kept[i] = code
+
+    return keep_codes
+
+
+def _kept16(kept, index):
+    """16 numbers of the cache from `index`; codes as whole numbers from -128 to 127."""
+
+
+@overload(_kept16)
+def _kept16_as(kept, index):
+    if kept.dtype == types.float32:
+        return lambda kept, index: v.load(kept, index)
+    return lambda kept, index: v.to_floats(v.load(kept, index)) + v.splat(np.float32(-128))
+
+
+def _unit(kept, absmax, position):
+    """What a 1 of _kept16 stands for at this position."""
+
+
+@overload(_unit)
+def _unit_as(kept, absmax, position):
+    if kept.dtype == types.float32:
+        return lambda kept, absmax, position: np.float32(1)
+    return lambda kept, absmax, position: absmax[position] * INT8_STEP
+
+
 @njit
-def _place(qkv, heads, cos, sin, rows, positions, keys, values):
+def _place(qkv, heads, cos, sin, rows, positions, cache, thresholds):
     """Turn queries where they are, and put keys, turned, and values into the cache."""
+    keys, values, key_absmax, value_absmax = cache
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     for token in range(len(qkv)):
         position, row = positions[token], rows[token]
@@ -99,13 +159,15 @@ def _place(qkv, heads, cos, sin, rows, positions, keys, values):
             _rotate(qkv[token, head * head_dim : (head + 1) * head_dim], *angles)
         for head in range(kv_heads):
             start = (heads + head) * head_dim
-            for i in range(head_dim):
-                keys[row, head, position, i] = qkv[token, start + i]
-                values[row, head, position, i] = qkv[token, start + kv_heads * head_dim + i]
+            key = qkv[token, start : start + head_dim]
+            value = qkv[token, start + kv_heads * head_dim : start + (kv_heads + 1) * head_dim]
+            there = slice(position, position + 1)
+            _keep(key, keys[row, head, position], key_absmax[row, head, there], thresholds)
+            _keep(value, values[row, head, position], value_absmax[row, head, there], thresholds)
 
 
 @njit
-def _attend_head(query, keys, values, length, scores, lanes, out):
+def _attend_head(query, keys, values, key_absmax, value_absmax, length, scores, lanes, out):
     """softmax(query keys^T / sqrt(head_dim)) values for one head. keys and values: flat, (length, head_dim)."""
     head_dim = len(query)
     infinity = v.splat(np.float32(np.inf))
@@ -115,8 +177,8 @@ def _attend_head(query, keys, values, length, scores, lanes, out):
         for i in range(min(16, length - first)):
             sums = v.splat(np.float32(0))
             for d in range(0, head_dim, 16):
-                sums = v.fma(v.load(query, d), v.load(keys, (first + i) * head_dim + d), sums)
-            v.store(lanes, 16 * i, sums)
+                sums = v.fma(v.load(query, d), _kept16(keys, (first + i) * head_dim + d), sums)
+            v.store(lanes, 16 * i, sums * v.splat(_unit(keys, key_absmax, first + i)))
         v.store(scores, first, totals16(lanes) * scale)
         for i in range(length - first, 16):
             scores[first + i] = np.float32(-np.inf)  # behind the last position
@@ -131,20 +193,23 @@ def _attend_head(query, keys, values, length, scores, lanes, out):
         powers = exp16(v.load(scores, first) + v.splat(-top))
         totals = totals + powers
         v.store(scores, first, powers)
-    columns, result = values.reshape(-1, 16), out.reshape(-1, 16)
-    for d in range(0, head_dim, 32):
-        sums = each.splat(_PAIR)
-        for position in range(length):
-            sums = each.fma(sums, v.splat(scores[position]), columns, position * head_dim + d)
-        each.store(sums, result, d)
+    for position in range(length):
+        scores[position] *= _unit(values, value_absmax, position)
     share = v.splat(np.float32(1) / each.total(totals))
-    for d in range(0, head_dim, 16):
-        v.store(out, d, v.load(out, d) * share)
+    for d in range(0, head_dim, 32):  # two sums: one alone would wait for itself
+        left = right = v.splat(np.float32(0))
+        for position in range(length):
+            weight, start = v.splat(scores[position]), position * head_dim + d
+            left = v.fma(weight, _kept16(values, start), left)
+            right = v.fma(weight, _kept16(values, start + 16), right)
+        v.store(out, d, left * share)
+        v.store(out, d + 16, right * share)
 
 
 @parallel
-def _attend(qkv, heads, rows, positions, keys, values, parts, out):
-    """All heads of all rows. keys and values: (rows of the cache, key heads, capacity, head_dim)."""
+def _attend(qkv, heads, rows, positions, cache, parts, out):
+    """All heads of all rows. cache: of a layer, keys and values (rows of the cache, key heads, capacity, head_dim)."""
+    keys, values, key_absmax, value_absmax = cache
     kv_heads, capacity, head_dim = keys.shape[1], keys.shape[2], keys.shape[3]
     items = len(qkv) * heads
     for part in prange(parts):
@@ -156,14 +221,15 @@ def _attend(qkv, heads, rows, positions, keys, values, parts, out):
             its = head * kv_heads // heads  # key heads are shared by neighbours
             span = slice(head * head_dim, (head + 1) * head_dim)
             its_keys, its_values = keys[rows[token], its].reshape(-1), values[rows[token], its].reshape(-1)
+            absmax = key_absmax[rows[token], its], value_absmax[rows[token], its]
             length = positions[token] + 1
-            _attend_head(qkv[token, span], its_keys, its_values, length, scores, lanes, out[token, span])
+            _attend_head(qkv[token, span], its_keys, its_values, *absmax, length, scores, lanes, out[token, span])
 
 
 @serial
-def _step(x, weights, eps, heads, rotary, cache, rows, positions, zeros, parts, logits):
+def _step(x, weights, eps, heads, rotary, cache, thresholds, rows, positions, zeros, parts, logits):
     layers, norms, head = weights  # PRODUCT (layers, 7), (2 layers + 1, hidden), PRODUCT (1,)
-    keys, values = cache  # (layers, rows of the cache, key heads, capacity, head_dim)
+    keys, values, key_absmax, value_absmax = cache  # (layers, rows of the cache, key heads, capacity, ...)
     cos, sin = rotary  # (capacity, head_dim)
     tokens, hidden = x.shape
     wide, middle = heads * keys.shape[4], layers[0, GATE_UP].rows
@@ -181,8 +247,9 @@ def _step(x, weights, eps, heads, rotary, cache, rows, positions, zeros, parts, 
         _norm(x, norms[2 * i], eps, normed)
         sort_halves(normed, halves)
         multiply_group(products[QKV:OUT], normed, halves, zeros, parts, qkv)
-        _place(qkv, heads, cos, sin, rows, positions, keys[i], values[i])
-        _attend(qkv, heads, rows, positions, keys[i], values[i], parts, attended)
+        layer = keys[i], values[i], key_absmax[i], value_absmax[i]
+        _place(qkv, heads, cos, sin, rows, positions, layer, thresholds)
+        _attend(qkv, heads, rows, positions, layer, parts, attended)
         sort_halves(attended, attended_halves)
         multiply_group(products[OUT:GATE_UP], attended, attended_halves, zeros, parts, added)
         _add(x, added)
@@ -217,14 +284,17 @@ def step(
     eps: float,
     heads: int,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    cache: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, ...],
     rows: torch.Tensor,
     positions: torch.Tensor,
+    thresholds: torch.Tensor,
 ) -> torch.Tensor:
     """Return logits (rows, vocabulary) float32. x: (rows, hidden) float32, which is overwritten.
 
     rotary: cosines and sines, (capacity, head_dim). cache: keys and values, (layers, rows of the cache, key heads,
-    capacity, head_dim), all contiguous float32. rows, positions: (rows,) int64, where each row's new token belongs.
+    capacity, head_dim), float32 or codes of INT8, and their constants (layers, rows of the cache, key heads, capacity),
+    of float32 none; thresholds: (255,) float32, between those codes. All are contiguous. rows, positions: (rows,)
+    int64, where each row's new token belongs.
     """
     logits = torch.empty(len(x), int(weights.head[0]["rows"]), device="cpu")
     tables = tuple(t.numpy() for t in rotary), tuple(t.numpy() for t in cache)
@@ -239,7 +309,8 @@ def step(
         out = logits[some] if size == n else logits.new_empty(size, logits.shape[1])
         arrays = (t.numpy() for t in where)
         shape = np.float32(eps), heads
-        run(_step, part.numpy(), tuple(weights), *shape, *tables, *arrays, _ZEROS[size], thread_count(), out.numpy())
+        given = *shape, *tables, thresholds.numpy(), *arrays
+        run(_step, part.numpy(), tuple(weights), *given, _ZEROS[size], thread_count(), out.numpy())
         if size > n:
             logits[some] = out[:n]
     return logits

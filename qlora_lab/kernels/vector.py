@@ -229,6 +229,16 @@ def as_floats(typing, value):
 
 
 @intrinsic
+def to_floats(typing, value):
+    """16 int32 as float32."""
+
+    def emit(context, builder, sig, args):
+        return builder.sitofp(args[0], F32)
+
+    return FLOATS(INTS), emit
+
+
+@intrinsic
 def half_bits(typing, vector):
     """16 float32 rounded to fp16, as the low 16 bits of int32."""
 

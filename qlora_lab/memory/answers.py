@@ -16,24 +16,28 @@ from qlora_lab.infer.stack import FAMILIES
 from qlora_lab.memory.shape import Shape, shape_of
 from qlora_lab.quant.numbers import check_whole
 
-FLOAT32 = 4
+FLOAT32 = 4  # bytes
+CACHES = {32: (4, 0), 8: (1, 4)}  # bits of a cache -> bytes of a number, and of a head's constant
 HEAD_BITS = 16  # the head stays as it was loaded
 
 
-def predict_cache(model: Any, rows: int = 1, capacity: int = 2048) -> int:
+def predict_cache(model: Any, rows: int = 1, capacity: int = 2048, bits: int = 32) -> int:
     """Return the bytes of keys, values, cosines and sines for `rows` texts of at most `capacity` tokens.
 
     capacity: tokens of the longest prompt and its answer, less the answer's last, which the model never reads.
-    Raises what shape_of raises, and ValueError for a family that is left to transformers' generate, whose cache grows
-    and has another dtype.
+    bits: 32 or 8, of a key's and a value's numbers; in 8, each head's has a constant.
+    Raises what shape_of raises, and ValueError for other bits and for a family that is left to transformers' generate,
+    whose cache grows and has another dtype.
 
-    >>> predict_cache("llama-7b", 1, 2048)
-    2149580800
+    >>> predict_cache("llama-7b", 1, 2048), predict_cache("llama-7b", 1, 2048, bits=8)
+    (2149580800, 555745280)
     """
     check_whole("rows", rows)
     check_whole("capacity", capacity)
+    if bits not in CACHES:
+        raise ValueError(f"bits={bits!r} is not allowed: a cache has {' or '.join(map(str, CACHES))}")
     shape = _decoded(model)
-    kept = rows * capacity * _kept_by_token(shape)  # rows share no prefix: each has its own
+    kept = rows * capacity * _kept_by_token(shape, bits)  # rows share no prefix: each has its own
     angles = 2 * capacity * shape.head_dim  # one table for all layers and rows
     return kept + FLOAT32 * angles
 
@@ -92,9 +96,10 @@ def step_work(model: Any, context: int, bits: float) -> StepWork:
     )
 
 
-def _kept_by_token(shape: Shape) -> int:
+def _kept_by_token(shape: Shape, bits: int = 32) -> int:
     """Bytes of the keys and values of one token in all layers."""
-    return FLOAT32 * 2 * shape.layers * shape.key_value
+    number, constant = CACHES[bits]
+    return 2 * shape.layers * (number * shape.key_value + constant * shape.key_value_heads)
 
 
 def _decoded(model: Any) -> Shape:

@@ -1,35 +1,42 @@
 """A step: the readable one equals transformers, the kernel's equals the readable one, whatever the model is made of."""
 
 import copy
+from contextlib import nullcontext
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from numba import njit
 from torch import nn
 from transformers import GemmaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 from qlora_lab.adapters.add_adapter import add_adapter
 from qlora_lab.adapters.lora import adapters, add_lora
 from qlora_lab.infer import step as readable
-from qlora_lab.infer.cache import make_cache
+from qlora_lab.infer.cache import Cache, make_cache
 from qlora_lab.infer.fast import FastStep, bytes_read, step_of
 from qlora_lab.infer.stack import UnlikeLlama, read_stack
 from qlora_lab.kernels import decode_step, few_tokens
 from qlora_lab.model.linear4bit import quantize_linears
+from qlora_lab.quant.codebook import codebook, rounding
+from qlora_lab.quant.quantize import dequantize, quantize
 from tests.infer.conftest import dequantised, small
 
 # Error of a logit over the largest: float32 has 24 bits, sums of up to 128 terms come in any order, and each of the two
 # layers passes on what the one before it rounded. The largest that was seen is 4e-6, between transformers and step.py.
 BOUND = 2.0**-17
 IDS = torch.arange(3, 43) * 7 % 280
+ROW = torch.tensor([0])
 kernel = pytest.mark.skipif(not few_tokens.cpu.FAST, reason="this CPU does not look up 16 codes at once")
 
 
-def logits_of(model, step=None, ids=IDS, prompt=20) -> torch.Tensor:
+def logits_of(model, step=None, ids=IDS, prompt=20, bits=32) -> torch.Tensor:
     """Logits (tokens, vocabulary) of the tokens behind the prompt, one step each, in a cache that was full of NaN."""
     stack = read_stack(model)
-    cache = make_cache(stack, 1, len(ids))
-    cache.keys.fill_(torch.nan)
-    cache.values.fill_(torch.nan)
+    cache = make_cache(stack, 1, len(ids), bits)
+    for part in cache.kept:
+        part.fill_(torch.nan if part.is_floating_point() else 255)
     step = step(stack) if step else lambda *given: readable.step(stack, *given)
     with torch.no_grad():
         readable.read_prompt(stack, ids[:prompt], cache)
@@ -176,6 +183,78 @@ def test_rows_of_other_lengths_do_not_disturb_each_other(count, packed):
     assert together.lengths.tolist() == [len(ids) + 2 for ids in rows]
 
 
+HEADS = {name: FAMILIES[name] for name in ("llama", "mistral", "four heads for each key head")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("changes", HEADS.values(), ids=HEADS)
+def test_a_cache_of_8_bits(changes, with_kernels, monkeypatch):
+    """The same as rounding each key and value of a head to INT8 in a cache of 32 bits."""
+    model = quantize_linears(small(**changes))
+    narrow = logits_of(model, bits=8)
+    put = Cache.put
+
+    def rounding(self, layer, row, keys, values):
+        rounded = (dequantize(quantize(part, "int8", part.shape[-1])) for part in (keys, values))
+        return put(self, layer, row, *rounded)
+
+    wide = logits_of(model)
+    monkeypatch.setattr(Cache, "put", rounding)
+    assert torch.equal(narrow, logits_of(model))
+    assert (narrow - wide).abs().max() > 2**-12 * wide.abs().max()  # 32 bits are something else
+
+
+@pytest.mark.long
+@kernel
+@pytest.mark.parametrize("changes", HEADS.values(), ids=HEADS)
+def test_the_kernel_s_cache_of_8_bits(changes, with_kernels):
+    """Where the last bit of a key decides between two codes, kernel and twin may differ by a step of that number.
+
+    So the bound is a step of one number in 64, 1/127 of the largest, on its way through two layers.
+    """
+    model = quantize_linears(small(**changes))
+    assert_near(logits_of(model, FastStep, bits=8), logits_of(model, bits=8), 2.0**-10)
+
+
+@kernel
+@pytest.mark.long
+def test_the_kernel_s_codes_are_those_of_int8():
+    g = torch.Generator().manual_seed(0)
+    levels = codebook("int8")
+    ties = (levels[1:] + levels[:-1]) / 2  # between two levels, as far as float32 holds that
+    cases = [torch.randn(64, generator=g) * 10.0**power for power in (-44, -38, -20, 0, 20, 37)]
+    cases += [torch.cat([some, torch.ones(64 - len(some))]) for some in ties.split(60)]
+    cases += [torch.cat([some * 3.7, torch.full((64 - len(some),), 3.7)]) for some in ties.split(60)]
+    cases += [torch.zeros(64), -torch.zeros(64), torch.randn(64, generator=g).clamp(-0.1, 1)]
+    thresholds = rounding(levels)[0].numpy()
+    for case in cases:
+        codes, absmax = np.zeros(64, np.uint8), np.zeros(1, np.float32)
+        kept(case.numpy(), codes, absmax, thresholds)
+        block = quantize(case, "int8", 64)
+        assert codes.tolist() == block.packed.tolist() and absmax.tolist() == block.absmax.tolist()
+    for wrong in (np.nan, np.inf, -np.inf):
+        for place in (0, 31, 63):
+            case = torch.ones(64)
+            case[place] = wrong
+            kept(case.numpy(), codes, absmax, thresholds)
+            assert np.isnan(absmax[0])
+
+
+@njit
+def kept(vector, codes, absmax, thresholds):
+    decode_step._keep(vector, codes, absmax, thresholds)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", [None, pytest.param(FastStep, marks=kernel)])
+def test_a_nan_passes_a_cache_of_8_bits(step, packed):
+    packed.model.layers[0].input_layernorm.weight.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="layer 0 of 2") if step is None else nullcontext():
+        stack = read_stack(packed)
+        logits = (step(stack) if step else partial(readable.step, stack))(IDS[:1], make_cache(stack, 1, 4, 8), ROW)
+        assert logits.isnan().all()
+
+
 @pytest.mark.long
 def test_sizes_that_the_kernel_does_not_take_are_computed(with_kernels):
     model = quantize_linears(small(hidden_size=48, num_attention_heads=2), block_size=16)
@@ -195,6 +274,8 @@ def test_kernels_can_be_switched_off(packed, monkeypatch):
 def test_the_cache_has_the_bytes_of_its_formula(packed):
     cache = make_cache(read_stack(packed), rows=3, capacity=10)
     assert cache.nbytes == 4 * (2 * 2 * 3 * 1 * 10 * 64 + 2 * 10 * 64)
+    narrow = make_cache(read_stack(packed), rows=3, capacity=10, bits=8)
+    assert narrow.nbytes == (64 + 4) * 2 * 2 * 3 * 1 * 10 + 4 * 2 * 10 * 64
 
 
 @pytest.mark.long  # compiles the product of a prompt

@@ -25,9 +25,10 @@ SHAPES = {
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rows, capacity", [(1, 1), (3, 17)])
-def test_a_cache_is_predicted_to_the_byte(changes, rows, capacity):
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_cache_is_predicted_to_the_byte(changes, rows, capacity, bits):
     model = small(**changes)
-    assert predict_cache(model, rows, capacity) == make_cache(read_stack(model), rows, capacity).nbytes
+    assert predict_cache(model, rows, capacity, bits) == make_cache(read_stack(model), rows, capacity, bits).nbytes
 
 
 def mixture() -> Shape:
@@ -39,6 +40,7 @@ def mixture() -> Shape:
     [
         ((small, 0, 5), "rows=0 is not allowed"),
         ((small, 1, 0), "capacity=0 is not allowed"),
+        ((small, 1, 5, 16), "bits=16 is not allowed: a cache has 32 or 8"),
         ((mixture, 1, 5), "mixture is of the family mixtral, whose cache transformers makes: choose llama, mistral"),
     ],
 )
