@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qlora_lab.adapters.saving import AdapterSaver
+from qlora_lab.model.loaded import check_model
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.saving import refuse_to_save
 
@@ -62,11 +63,14 @@ class Adapter(nn.Module):
 
 
 def has_adapters(model: nn.Module) -> bool:
+    """Raises TypeError for what is no model: nearly every way to an adapter begins here."""
+    check_model(model)
     return any(isinstance(module, Adapter) for module in model.modules())
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return path -> adapter, in the model's order. Raises ValueError if there are none."""
+    check_model(model)
     found = {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
     if not found:
         raise ValueError("this model has no adapter: call qlora_lab.add_adapter(model) first")

@@ -39,6 +39,7 @@ from qlora_lab.files.strict_json import parse, read_json
 from qlora_lab.files.tensor_file import save_tensors
 from qlora_lab.model.layer_kinds import out_and_in
 from qlora_lab.model.linear4bit import is_linear
+from qlora_lab.model.loaded import check_model
 from qlora_lab.quant.finite import is_finite
 from qlora_lab.quant.quantize import WEIGHT_DTYPES
 
@@ -153,6 +154,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     setting that is not read, and for keys or shapes that differ from the model's; the model is then left as it was.
     Warns with UserWarning if the adapter was trained on another base, or on another code table.
     """
+    check_model(model)
     folder = expanded(folder)
     config, tensors, metadata = _read(folder)
     if isinstance(config.get("peft_type"), str) and config["peft_type"] in METHOD:

@@ -21,6 +21,7 @@ from qlora_lab.doctor.checks import Finding
 from qlora_lab.doctor.data_checks import asked_for, texts
 from qlora_lab.doctor.dtype_policy import DtypePolicy, dtype_policy
 from qlora_lab.doctor.free_memory import free_memory
+from qlora_lab.model.loaded import check_pair
 from qlora_lab.train.limits import fill_id
 from qlora_lab.train.loop import shuffled
 from qlora_lab.train.settings import Settings
@@ -84,6 +85,7 @@ def diagnose(
     (rows at once), optimizer_bits, last_answer_only, packing and seed count here. skip_bad: as for finetune.
     Raises ValueError for a model without adapters, data without a short enough example, or a setting out of range.
     """
+    check_pair(model, tokenizer)
     adapters(model)  # raises if there is none
     policy = dtype_policy(model, settings.optimizer_bits)  # before steps create gradients
     as_tokens = isinstance(data, Sequence) and data and isinstance(data[0], Encoded)

@@ -23,6 +23,7 @@ from qlora_lab.data.examples import Example
 from qlora_lab.infer.decode import GREEDY, Answer, Decoding, Ended, check_context
 from qlora_lab.infer.prefix import Prefix
 from qlora_lab.infer.sampling import Sampling
+from qlora_lab.model.loaded import check_pair
 from qlora_lab.quant.numbers import check_whole
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Chat:
         *,
         adapter: bool = True,
     ):
+        check_pair(model, tokenizer)
         check_whole("max_new_tokens", max_new_tokens)
         if not adapter:
             with without_adapters(model):

@@ -31,6 +31,7 @@ from qlora_lab.infer.prefix import Prefix, take_over, weights_of
 from qlora_lab.infer.sampling import Chooser, Sampling
 from qlora_lab.infer.stack import Stack, UnlikeLlama, read_stack
 from qlora_lab.infer.step import forward, read_prompt
+from qlora_lab.model.loaded import check_pair
 from qlora_lab.quant.numbers import check_whole
 from qlora_lab.train.limits import check_tokens, position_limit
 
@@ -97,6 +98,7 @@ class Decoding:
     """
 
     def __init__(self, model, tokenizer, prompts, max_new_tokens=128, sampling=GREEDY, *, adapter=True):
+        check_pair(model, tokenizer)
         check_whole("max_new_tokens", max_new_tokens)
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling={sampling!r:.60} is not allowed: give a qlora_lab.Sampling")

@@ -22,6 +22,7 @@ from qlora_lab.data.pictures import check_placeholders, picture_inputs
 from qlora_lab.files.home import expanded
 from qlora_lab.infer.fallback import own_configuration_aside, stop_ids, until
 from qlora_lab.measure.rouge import rouge_l
+from qlora_lab.model.loaded import check_pair
 from qlora_lab.model.modes import measuring
 from qlora_lab.model.token_dependence import reads_padding
 from qlora_lab.quant.numbers import check_whole
@@ -59,6 +60,7 @@ def held_out(
     ValueError for a token without an embedding in the model, for a row that is longer than the model's table of
     positions, for a picture that its tower cannot read, and if no example is short enough.
     """
+    check_pair(model, tokenizer)
     check_whole("max_length", max_length)
     encoded, report = encode_all(examples, tokenizer, max_length, progress=progress)
     if report.too_long:  # a loss over fewer examples than were given is another figure
@@ -105,6 +107,7 @@ def generate_answers(
     progress: bool = True,
 ) -> list[str]:
     """Answer the prompts of `examples` greedily. Special tokens and outer white space are stripped."""
+    check_pair(model, tokenizer)
     check_whole("max_new_tokens", max_new_tokens)
     prompts = [prompt_of(example, tokenizer) for example in examples]
     return answers_to(model, tokenizer, prompts, max_new_tokens, progress)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from qlora_lab.adapters.virtual_tokens import virtual_tokens
 from qlora_lab.data.choice_files import group_by_subject
 from qlora_lab.data.choice_prompts import Task, answers, examples, prompt
+from qlora_lab.model.loaded import check_pair
 from qlora_lab.model.modes import measuring
 from qlora_lab.train.limits import check_tokens, fill_id, position_limit
 from qlora_lab.train.rounding import tolerance
@@ -115,6 +116,7 @@ def choice_scores(
     encoded: what `encode` made of the task, if that is there already; several models share it. Raises ValueError as
     encode and check_fits do.
     """
+    check_pair(model, tokenizer)
     encoded = encode(tokenizer, task) if encoded is None else encoded
     check_fits(model, tokenizer, encoded, task)
     fill = fill_id(model, tokenizer)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qlora_lab.model.loaded import check_pair
 from qlora_lab.quant.numbers import check_whole
 from qlora_lab.train.limits import check_length, check_tokens
 from qlora_lab.train.loss import batch_losses
@@ -48,6 +49,7 @@ def perplexity(
     Raises ValueError if `text` is too short, if a window has no token to predict, or if the model lacks an embedding
     for a token or a position for a window's last token. Warns if a window is longer than the model was made for.
     """
+    check_pair(model, tokenizer)
     rows = text_windows(tokenizer, text, length, windows)
     check_windows_fit(model, tokenizer, rows)
     loss = fmean(window_losses(model, rows, progress))  # all windows predict length - 1 tokens

@@ -40,6 +40,7 @@ from qlora_lab.model.experts import DOWN, stacks_of
 from qlora_lab.model.fetch import resolve
 from qlora_lab.model.layer_kinds import turned
 from qlora_lab.model.load import public_name
+from qlora_lab.model.loaded import check_model, check_pair
 from qlora_lab.model.modes import mode
 from qlora_lab.model.one_by_one import one_by_one
 from qlora_lab.model.quantised import shapes_to_quantise
@@ -74,6 +75,7 @@ def sensitivity(
     Raises ValueError for a text that is too short, and for a model without plain linear layers or with adapters beside
     experts; FloatingPointError for one that predicts NaN.
     """
+    check_pair(model, tokenizer) if isinstance(text, str) else check_model(model)
     batches = calibration(model, tokenizer, text, windows, length)
     return calibrated(model, batches, fisher, seed, progress).means
 

@@ -32,6 +32,7 @@ from qlora_lab.memory.watched import Storages, watched
 from qlora_lab.model.experts4bit import Stack4bit
 from qlora_lab.model.language_model import parts_beside
 from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.model.loaded import check_model
 from qlora_lab.model.packed_module import PackedModule
 from qlora_lab.model.wide import NAME as WIDE
 from qlora_lab.optim.master_copies import MasterCopies
@@ -54,6 +55,7 @@ def measure_memory(
     Raises whatever shape_of raises, and ValueError for a model that has adapters on, or quantises, some layers of a
     name but not all of them.
     """
+    check_model(model)
     shape = shape_of(model)
     ledger = ledger_of(shape, setup_of(model, shape, optimizer, batch))
     measured = _walk(model)

@@ -30,6 +30,7 @@ from qlora_lab.data.dataset import IGNORED, Encoded, encode_all, load_data
 from qlora_lab.data.examples import Examples, last_answer_only
 from qlora_lab.files import disk
 from qlora_lab.files.out_path import check_outside_model, out_folder
+from qlora_lab.model.loaded import check_pair
 from qlora_lab.model.modes import checkpointing, mode, own_draws
 from qlora_lab.optim.master_copies import MasterCopies
 from qlora_lab.optim.paged_adamw import PagedAdamW
@@ -115,6 +116,7 @@ class Training:
         skip_bad: bool = DataOptions.skip_bad,
         progress: bool = True,
     ):
+        check_pair(model, tokenizer)
         check_trained(model)
         check_method(method_of(model), settings)
         self.folder = out_folder(out)
@@ -123,10 +125,8 @@ class Training:
             pass  # the folder is free, and an earlier run that a kill had moved away is back in its place
         held_out = load_data(held_out, skip_bad=skip_bad, progress=progress) if held_out else []
         check_held_out(settings, held_out)
-        self.model = model
-        self.settings = settings
-        self.resume = resume
-        self.overwrite = overwrite
+        self.model, self.settings = model, settings
+        self.resume, self.overwrite = resume, overwrite
         self.other_arithmetic = other_arithmetic
         self.progress = progress
         self.result: Run | None = None
