@@ -91,7 +91,8 @@ def test_a_stop_is_not_printed(run):
         (["--top-p", "0"], "top_p=0.0 is not allowed"),
         (["--stop", ""], "none of them empty"),
         (["--stop", "\udce9"], "a stop holds .*half of a surrogate pair"),
-        (["--picture", "cat.png", "--seed", "3"], "leave out the options that draw or stop"),
+        (["--picture", "cat.png", "--seed", "3"], "leave out the options that draw, stop or read in int8"),
+        (["--picture", "cat.png", "--int8-prompt"], "leave out the options that draw, stop or read in int8"),
     ],
 )
 def test_options_that_are_not_allowed_cost_no_loading(run, monkeypatch, words, message):
