@@ -33,6 +33,10 @@ def add_answer(group, most: int) -> None:
     add(
         "--stop", str, "TEXT", "a text that ends the answer and does not belong to it; may be repeated", action="append"
     )
+    less = "bits of a key or value: 32, or 8, which takes a quarter of the memory and is not exact"
+    add("--cache-bits", whole, "N", less)
+    faster = "read the prompt in int8: faster, not exact (docs/answers.md has the figures)"
+    group.add_argument("--int8-prompt", action="store_true", help=faster)
 
 
 def sampling_of(a: argparse.Namespace) -> "ql.Sampling":
@@ -40,9 +44,9 @@ def sampling_of(a: argparse.Namespace) -> "ql.Sampling":
     from qlora_lab.infer.sampling import Sampling  # loads torch
 
     # only what was given: Sampling knows the rest
-    options = ("temperature", "top_p", "repetition_penalty", "seed")
+    options = ("temperature", "top_p", "repetition_penalty", "seed", "cache_bits")
     chosen = {name: getattr(a, name) for name in options if name in a}
-    return Sampling(**chosen, stop=tuple(getattr(a, "stop", ())))
+    return Sampling(**chosen, stop=tuple(getattr(a, "stop", ())), int8_prompt=a.int8_prompt)
 
 
 def load_with_adapter(a: argparse.Namespace):

@@ -43,7 +43,8 @@ def run(a: argparse.Namespace) -> None:
     check_whole("max-new-tokens", a.max_new_tokens)
     sampling = sampling_of(a)
     if a.pictures and sampling != Sampling():
-        raise ValueError("about pictures only the likeliest answer is given: leave out the options that draw or stop")
+        only = "about pictures only the likeliest answer is given, by transformers"
+        raise ValueError(f"{only}: leave out the options that draw, stop or take fewer bits")
     model, tokenizer = load_with_adapter(a)
     if a.pictures:
         options = {"pictures": a.pictures, "progress": not a.quiet}

@@ -20,7 +20,7 @@ import torch
 from qlora_lab.adapters.adapter import without_adapters
 from qlora_lab.data.dataset import prompt_of
 from qlora_lab.data.examples import Example
-from qlora_lab.infer.decode import GREEDY, Answer, Decoding, Ended, check_context
+from qlora_lab.infer.decode import GREEDY, Answer, Decoding, Ended, check_bits, check_context
 from qlora_lab.infer.prefix import Prefix
 from qlora_lab.infer.sampling import Sampling
 from qlora_lab.model.loaded import check_pair
@@ -50,7 +50,8 @@ class Chat:
     """A conversation with a model.
 
     adapter: False talks with the base, from the same packed weights; ValueError if the model has no adapter, or if all
-    of its weights learned. max_new_tokens: of an answer. Each answer draws with the seed of `sampling`.
+    of its weights learned. max_new_tokens: of an answer. Each answer draws with the seed of `sampling`. Prompts in int8
+    are refused here where `decode` would refuse them.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Chat:
     ):
         check_pair(model, tokenizer)
         check_whole("max_new_tokens", max_new_tokens)
+        check_bits(model, sampling, adapter)
         if not adapter:
             with without_adapters(model):
                 pass  # now, and not at the first question, it says whether there is a base to go back to

@@ -6,7 +6,8 @@ In: a model, its tokenizer, and texts or ids. Out: an Answer for each, or pieces
                                                        ^______________ the token __|
 
 Models of LLaMA's shape on the CPU are computed from their packed weights in float32 (stack.py, fast.py): the answer is
-that of the dequantised model. All others go through transformers' `generate`, and a warning says so.
+that of the dequantised model, up to what a prompt in int8 loses. All others go through transformers' `generate`, and a
+warning says so.
 Rows of different lengths need no padding: each has its own place in the cache. A row that ends makes the rest faster.
 """
 
@@ -25,7 +26,8 @@ from qlora_lab.adapters.virtual_tokens import virtual_tokens
 from qlora_lab.data.examples import check_text
 from qlora_lab.infer.cache import Cache, make_cache
 from qlora_lab.infer.fallback import generated, stop_ids
-from qlora_lab.infer.fast import Step, step_of
+from qlora_lab.infer.fast import step_of
+from qlora_lab.infer.int8 import with_int8
 from qlora_lab.infer.pieces import Pieces
 from qlora_lab.infer.prefix import Prefix, take_over, weights_of
 from qlora_lab.infer.sampling import Chooser, Sampling
@@ -72,8 +74,9 @@ def decode(
     Texts are continued as they are: for a question, apply the tokenizer's chat template. sampling: greedy by default,
     without a stop. Ctrl-C ends all answers where they are, and returns them.
     Raises ValueError for a prompt without tokens, or longer than the context, with both numbers, for a token without
-    embedding, and for options that are not allowed; TypeError for a `sampling` of another type; FloatingPointError for
-    a NaN, which names the layer. Warns where transformers answers; a NaN's layer is then not named.
+    embedding, for options that are not allowed, and for a prompt in int8 where no weight fits or transformers answers;
+    TypeError for a `sampling` of another type; FloatingPointError for a NaN, which names the layer. Warns where
+    transformers answers; a NaN's layer is then not named.
     """
     run = Decoding(model, tokenizer, prompts, max_new_tokens, sampling)
     bar = tqdm(desc="answers", unit="piece", leave=False, delay=2, disable=not progress)
@@ -118,6 +121,7 @@ class Decoding:
             if room < max_new_tokens:
                 row.room, row.cut = room, "context"
         self._ends = stop_ids(model, tokenizer)
+        check_bits(model, sampling, adapter)  # now, and not with the first piece
 
     @property
     def answers(self) -> list[Answer]:
@@ -126,39 +130,38 @@ class Decoding:
 
     def __iter__(self) -> Iterator[Piece]:
         try:
-            with self._asked_model():  # a stack holds the weights themselves, so the adapter can come back at once
+            with asked(self._model, self._adapter):  # a stack holds the weights themselves: the adapter can come back
                 stack = read_stack(self._model)
         except UnlikeLlama as reason:
             warnings.warn(f"{reason}: transformers' generate answers, more slowly", stacklevel=2)
             return self._by_transformers()
         return self._by_steps(stack)
 
-    def _asked_model(self):
-        return nullcontext() if self._adapter else without_adapters(self._model)
-
     def _by_steps(self, stack: Stack) -> Iterator[Piece]:
         longest = max(len(row.prompt) + row.room for row in self._rows) - 1  # the model never reads the last token
-        cache = make_cache(stack, len(self._rows), longest)
-        step = step_of(stack)
-        weights = weights_of(stack)
+        cache = make_cache(stack, len(self._rows), longest, self._sampling.cache_bits)
+        reader = with_int8(stack) if self._sampling.int8_prompt else stack
+        weights = weights_of(reader)
         before, self.prefix = self.prefix, None
         if before is not None:
             take_over(before, [row.known[:-1] for row in self._rows], weights, cache)
             del before  # its cache: two would stay
         try:
-            yield from self._answers(stack, step, cache)
+            yield from self._answers(stack, reader, cache)
         finally:
             read = zip(self._rows, cache.lengths.tolist(), strict=True)
             self.prefix = Prefix([row.known[:n] for row, n in read], cache, weights)
 
-    def _answers(self, stack: Stack, step: Step, cache: Cache) -> Iterator[Piece]:
+    def _answers(self, stack: Stack, reader: Stack, cache: Cache) -> Iterator[Piece]:
+        """stack: for one token after the other. reader: for prompts."""
+        step = step_of(stack)
         for row in self._unended():  # an iteration goes on where the last one stopped
             row.begin(row.ids)
             if row.ended is not None:
                 continue
             with torch.no_grad():
                 new = row.known[int(cache.lengths[row.number]) : -1]
-                read_prompt(stack, torch.tensor(new, dtype=torch.int64), cache, row.number)
+                read_prompt(reader, torch.tensor(new, dtype=torch.int64), cache, row.number)
         while rows := self._unended():
             active = [row.number for row in rows]
             last = torch.tensor([row.last for row in rows])
@@ -175,7 +178,7 @@ class Decoding:
 
     def _by_transformers(self) -> Iterator[Piece]:
         for row in self._unended():
-            with self._asked_model():
+            with asked(self._model, self._adapter):
                 new = generated(self._model, self._tokenizer, row.prompt, row.room, self._sampling, row.number)
             row.begin([])  # an interrupt may have left a part of this answer
             text = "".join(row.add(token) for token in new)
@@ -237,6 +240,25 @@ class _Row:
         self.text.append(text)
         self.ended = "stop" if self._pieces.stopped else why
         return text
+
+
+def asked(model: torch.nn.Module, adapter: bool):
+    """Return a context in which the model is as it is, or without its adapter."""
+    return nullcontext() if adapter else without_adapters(model)
+
+
+def check_bits(model: torch.nn.Module, sampling: Sampling, adapter: bool) -> None:
+    """Raise ValueError for a prompt in int8, or a cache of 8 bits, if this model cannot have it."""
+    if not sampling.int8_prompt and sampling.cache_bits == 32:
+        return
+    what = "prompts of this model are not read in int8" if sampling.int8_prompt else "this model has no cache of 8 bits"
+    try:
+        with asked(model, adapter):
+            stack = read_stack(model)
+    except UnlikeLlama as reason:
+        raise ValueError(f"{what} ({reason}): leave the option out") from None
+    if sampling.int8_prompt:
+        with_int8(stack)
 
 
 def _as_ids(prompts, tokenizer: "Tokenizer") -> list[list[int]]:

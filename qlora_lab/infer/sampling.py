@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_lab.data.examples import check_text
+from qlora_lab.infer.cache import BITS
 from qlora_lab.quant.numbers import check_number, check_seed
 
 LEAST, MOST = 0.01, 100  # logits that are multiplied or divided by these stay far from the limits of float32
@@ -23,13 +24,18 @@ def is_scale(value: float) -> bool:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, and which text ends an answer. Raises ValueError for a value that is not allowed."""
+    """How tokens are chosen, which text ends an answer, and in how many bits it is computed.
+
+    Raises ValueError for a value that is not allowed.
+    """
 
     temperature: float = 0.0  # logits are divided by it; 0: no draw, the likeliest token
     top_p: float = 1.0  # draw among the likeliest tokens that have this share together; 1: among all
     repetition_penalty: float = 1.0  # logits of tokens that are there are divided by it, negative ones multiplied
     seed: int = 0  # row i of several draws with seed + i: its text does not depend on its neighbours
     stop: str | tuple[str, ...] = ()  # texts that end an answer, and do not belong to it
+    cache_bits: int = 32  # of keys and values; 8: a bit more than a quarter of the memory, not exact (cache.py)
+    int8_prompt: bool = False  # read prompts in int8: faster, not exact (int8.py). The answer's tokens stay in float32
 
     def __post_init__(self) -> None:
         check_number(
@@ -41,6 +47,10 @@ class Sampling:
         several = isinstance(self.stop, (tuple, list))  # no iterator: it would be empty at its second use
         if not (several or isinstance(self.stop, str)) or not all(isinstance(t, str) and t for t in self.stops):
             raise ValueError(f"stop={self.stop!r:.60} is not allowed: it is a text, or several, none of them empty")
+        if isinstance(self.cache_bits, bool) or self.cache_bits not in BITS:
+            raise ValueError(f"cache_bits={self.cache_bits!r:.60} is not allowed: it is {' or '.join(map(str, BITS))}")
+        if not isinstance(self.int8_prompt, bool):
+            raise ValueError(f"int8_prompt={self.int8_prompt!r:.60} is not allowed: it is True or False")
         for text in self.stops:
             check_text(text, "a stop")  # what no tokenizer writes would never be found
         if several:

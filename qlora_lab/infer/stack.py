@@ -36,6 +36,7 @@ class Product(NamedTuple):
     weight: QuantizedTensor | torch.Tensor  # (out_features, in_features)
     bias: torch.Tensor | None = None  # (out_features,)
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None  # A (r, in), B (out, r) and scaling
+    int8: bool = False  # x W^T is computed with whole numbers (int8.py); what stands beside it is not
 
 
 class Layer(NamedTuple):

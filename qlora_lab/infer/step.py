@@ -13,6 +13,7 @@ Source: LLaMA (arXiv 2302.13971) section 2.2: pre-normalization [RMSNorm], SwiGL
 import torch
 from torch.nn import functional as F
 
+from qlora_lab.infer import int8
 from qlora_lab.infer.cache import Cache
 from qlora_lab.infer.stack import Layer, Product, Stack
 from qlora_lab.kernels import product as panels
@@ -60,7 +61,9 @@ def step(stack: Stack, ids: torch.Tensor, cache: Cache, rows: torch.Tensor) -> t
 
 def multiply(x: torch.Tensor, part: Product) -> torch.Tensor:
     """(tokens, in_features) float32 -> (tokens, out_features) float32."""
-    if isinstance(part.weight, QuantizedTensor):
+    if part.int8:
+        y = int8.forward(x, part.weight)
+    elif isinstance(part.weight, QuantizedTensor):
         y = product_4bit.forward(x, part.weight)
     elif part.weight.dtype == torch.float32:
         y = x @ part.weight.t()

@@ -9,6 +9,7 @@ from qlora_lab.infer import decode as module, fast
 from qlora_lab.infer.chat import Chat
 from qlora_lab.infer.decode import Decoding, decode
 from qlora_lab.infer.prefix import weights_of
+from qlora_lab.infer.sampling import Sampling
 from qlora_lab.infer.stack import read_stack
 
 pytestmark = pytest.mark.long
@@ -112,6 +113,22 @@ def test_other_weights_read_everything(change, packed, tokenizer, read):
     second = answered(model, tokenizer, PROMPT, first.prefix)
     assert read == [len(PROMPT) - 1] * 2
     assert second.answers == decode(model, tokenizer, [PROMPT], 6, progress=False)
+
+
+OTHER = {"cache_bits": Sampling(cache_bits=8), "int8_prompt": Sampling(int8_prompt=True)}
+
+
+@pytest.mark.parametrize("sampling", OTHER.values(), ids=OTHER)
+def test_other_bits_read_everything_and_their_own_nothing(sampling, packed, tokenizer, read):
+    first = answered(packed, tokenizer, PROMPT)
+    narrow = answered(packed, tokenizer, PROMPT, first.prefix, sampling=sampling)
+    assert read == [len(PROMPT) - 1] * 2
+    assert narrow.answers == decode(packed, tokenizer, [PROMPT], 6, sampling, progress=False)
+    longer = [*PROMPT, *narrow.answers[0].ids, 8]
+    taken = answered(packed, tokenizer, longer, narrow.prefix, sampling=sampling)
+    assert read[3:] == [1] and len(taken.answers[0].ids) == 6
+    answered(packed, tokenizer, PROMPT, narrow.prefix)
+    assert read[4:] == [len(PROMPT) - 1]
 
 
 def test_the_base_and_the_adapter_have_their_own(packed, tokenizer, read):
