@@ -18,9 +18,25 @@ TRAIN_STEP, SEVEN_B = "train_step.json", "seven_b.json"
 MIB, GIB = 2**20, 2**30
 
 
-def section(step: dict, seven_b: dict) -> str:
+def stored(file: Path) -> list[dict]:
+    """Results of a bench, one for each processor that it ran on."""
+    return json.loads(file.read_text("utf-8")) if file.exists() else []
+
+
+def of_processor(file: Path, processor: str) -> dict | None:
+    return next((result for result in stored(file) if result["processor"] == processor), None)
+
+
+def keep(file: Path, result: dict) -> None:
+    """Write `result` into the file, in the place of an earlier one of its processor."""
+    others = [other for other in stored(file) if other["processor"] != result["processor"]]
+    write(file, json.dumps([*others, result], indent=1) + "\n")
+
+
+def section(steps: list[dict], seven_b: list[dict]) -> str:
     """The section of docs/speed.md, in Markdown."""
-    return "\n".join([*_steps(step), "", *_seven_b(seven_b), ""])
+    parts = [part for result in steps for part in (*_steps(result), "")]
+    return "\n".join(parts + [part for result in seven_b for part in (*_seven_b(result), "")])
 
 
 def _steps(result: dict) -> list[str]:
@@ -58,7 +74,7 @@ def _seven_b(result: dict) -> list[str]:
     load, step, mapped, answer = s["load"], s["step"], s["map_again"], s["answer"]
     original = load["MB per core-second"] * load["core_seconds"] / 1e3
     return [
-        f"A LLaMA of 7B parameters on the same machine ({result['model']}, {result['date']}, `bench/seven_b.py`): "
+        f"A LLaMA of 7B parameters on {result['processor']} ({result['model']}, {result['date']}, `bench/seven_b.py`): "
         f"loading and quantising its {original:.1f} GB takes {load['seconds']:.0f} s and at most "
         f"{load['peak_bytes_above_import'] / GIB:.2f} GiB above the imports ({load['MB per core-second']:.0f} MB per "
         f"core-second); quantising it to disk takes {s['quantise']['seconds']:.0f} s and "
@@ -70,15 +86,14 @@ def _seven_b(result: dict) -> list[str]:
     ]
 
 
-def in_page(text: str, step: dict, seven_b: dict) -> str:
+def in_page(text: str, step: list[dict], seven_b: list[dict]) -> str:
     """Renew the section between the two marks of `text`. Raises ValueError if a mark is missing."""
     return between(text, BEGIN, END, section(step, seven_b), "docs/speed.md")
 
 
 def render() -> None:
     """Renew docs/speed.md from the two files."""
-    results = [json.loads((HERE / name).read_text("utf-8")) for name in (TRAIN_STEP, SEVEN_B)]
-    write(PAGE, in_page(PAGE.read_text("utf-8"), *results))
+    write(PAGE, in_page(PAGE.read_text("utf-8"), *(stored(HERE / name) for name in (TRAIN_STEP, SEVEN_B))))
 
 
 if __name__ == "__main__":

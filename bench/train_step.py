@@ -1,6 +1,7 @@
 """Time a training step of SmolLM2-135M on the CPU: ours, PEFT with bitsandbytes, and ours without quantisation.
 
-    python bench/train_step.py                     measure and write train_step.json, a quarter of an hour
+    python bench/train_step.py                     measure and write train_step.json, a quarter of an hour; what was
+                                                   measured on another processor stays in it
     python bench/train_step.py --quick --out FILE  a toy model, two rounds: to see that it runs
 
 A step is forward, backward, clipping at 0.3 and AdamW, in bf16: 4 rows of 256 random tokens, LoRA r=16 on all linear
@@ -20,7 +21,6 @@ highest resident set of the first two steps minus the one after loading. Nothing
 
 import argparse
 import datetime
-import json
 import multiprocessing
 import statistics
 import sys
@@ -40,8 +40,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from bench.cpu import versions  # noqa: E402
-from bench.files import write  # noqa: E402
-from bench.steps import TRAIN_STEP, render  # noqa: E402
+from bench.steps import TRAIN_STEP, keep, of_processor, render  # noqa: E402
 from bench.timing import cpu_name, in_turn, peak_bytes  # noqa: E402
 from qlora_lab.data.dataset import IGNORED  # noqa: E402
 from qlora_lab.model.modes import checkpointing  # noqa: E402
@@ -317,7 +316,8 @@ def main() -> None:
         from qlora_lab.model.fetch import resolve
 
         chosen = cases(str(resolve("smollm2-135m")), 4, 256)
-        measured = [] if args.case is None else json.loads(args.out.read_text())["cases"]
+        stored = of_processor(args.out, cpu_name())
+        measured = [] if args.case is None or stored is None else stored["cases"]
         for number, case in enumerate(chosen):
             if args.case in (None, number):
                 measured[number : number + 1] = [measure(case, 7, profiled=number == 0)]
@@ -327,7 +327,7 @@ def main() -> None:
         "versions": versions() | {"peft": version("peft")},
         "cases": measured,
     }
-    write(args.out, json.dumps(result, indent=1) + "\n")
+    keep(args.out, result)
     print(table(result))
     if args.out == OUT:
         render()

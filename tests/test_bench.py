@@ -37,8 +37,16 @@ def test_the_page_is_made_from_the_json():
 
 def test_so_is_its_section_on_steps():
     page = (ROOT / "docs" / "speed.md").read_text("utf-8")
-    found = [json.loads((ROOT / "bench" / name).read_text("utf-8")) for name in (steps.TRAIN_STEP, steps.SEVEN_B)]
+    found = [steps.stored(ROOT / "bench" / name) for name in (steps.TRAIN_STEP, steps.SEVEN_B)]
     assert steps.in_page(page, *found) == page, "run: python bench/steps.py"
+
+
+def test_a_result_replaces_only_the_one_of_its_processor(tmp_path):
+    file = tmp_path / "steps.json"
+    for processor, figure in (("one", 1), ("other", 2), ("one", 3)):
+        steps.keep(file, {"processor": processor, "figure": figure})
+    assert [result["figure"] for result in steps.stored(file)] == [2, 3]
+    assert steps.of_processor(file, "one")["figure"] == 3 and steps.of_processor(file, "none") is None
 
 
 def test_so_is_its_section_on_answers():
@@ -196,7 +204,7 @@ def test_the_bench_of_paging_runs(tmp_path):
 @pytest.mark.slow
 def test_the_bench_of_a_training_step_runs(monkeypatch, tmp_path, run_bench):
     monkeypatch.setattr(train_step, "multiprocessing", SimpleNamespace(get_context=lambda _: warm.context()))
-    result, printed = run_bench(train_step)
+    (result,), printed = run_bench(train_step)
     (case,) = result["cases"]
     contenders = {"ours", "unquantised"} | {
         f"PEFT, {model}, {allocator}" for model in ("prepared", "as loaded") for allocator in ("stock", "recycled")
@@ -217,7 +225,7 @@ def test_the_bench_of_a_7b_model_runs(monkeypatch, tmp_path, run_bench):
         return warm.run(command, check=True)
 
     monkeypatch.setattr(seven_b, "subprocess", SimpleNamespace(run=run, PIPE=None))
-    result, _ = run_bench(seven_b, "--scratch", tmp_path)
+    (result,), _ = run_bench(seven_b, "--scratch", tmp_path)
     stages = result["stages"]
     assert list(stages) == ["load", "quantise", "map_again", "step", "answer"]
     assert stages["step"]["tokens"] == 512 and stages["step"]["learned_tokens"] == 64
