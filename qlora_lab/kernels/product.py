@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from qlora_lab.kernels import cpu, few_tokens
+from qlora_lab.kernels import cpu, few_tokens, thin as in_registers
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 OVERRIDE = "QLORA_LAB_PRODUCTS"
@@ -214,6 +214,8 @@ def _widened_panel(weight: torch.Tensor, first: int, stop: int, dtype: torch.dty
 
 def outer(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return low^T x in float32, (r, columns), an adapter's gradient, from low (tokens, r) float32 and x."""
+    if in_registers.can_multiply(x, x.shape[1], low.shape[1]) and race().use_bfloat16:
+        return in_registers.outer(low, x)
     total = low.new_zeros(low.shape[1], x.shape[1])  # (r, columns)
     tile = max(1, TILE // x.shape[1])  # tokens
     for some_low, some in zip(low.split(tile), x.split(tile), strict=True):
@@ -227,6 +229,10 @@ def _widened(x: torch.Tensor) -> torch.Tensor:
 
 def _add_thin(out: torch.Tensor, x: torch.Tensor, thin: Thin) -> None:
     """Add x down up, computed in float32, to `out` (tokens, size), a tile of tokens at a time."""
+    if in_registers.can_multiply(x, out.shape[1], len(thin.up)):
+        in_registers.lower(x, thin.down, thin.low)
+        in_registers.add(out, thin.low, thin.up)
+        return
     tile = max(1, TILE // max(x.shape[1], out.shape[1]))
     for rows, some, low in zip(out.split(tile), x.split(tile), thin.low.split(tile), strict=True):
         torch.mm(_widened(some), thin.down, out=low)
