@@ -82,6 +82,26 @@ def dot_pairs(typing, sums, pairs, array, start):
 
 
 @intrinsic
+def dot_scalars(typing, sums, pairs, array, start, step):
+    """sums[t] + the products of each lane's two bf16 in `pairs` with the two in array[start + t * step], for each t.
+
+    array: int32, contiguous. See dot_pairs.
+    """
+
+    def emit(context, builder, sig, args):
+        updated = []
+        first = context.make_array(array)(context, builder, args[2]).data
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            offset = builder.add(args[3], builder.mul(args[4], context.get_constant(types.intp, t)))
+            # a load that fills all lanes costs no more than one of 4 bytes
+            both = v.splatted(builder, builder.load(builder.gep(first, [offset])))
+            updated.append(v.dotted_pairs(builder, value, args[1], both))
+        return context.make_tuple(builder, sums, updated)
+
+    return sums(sums, v.INTS, array, types.intp, types.intp), emit
+
+
+@intrinsic
 def store(typing, sums, array, column):
     """array[t, column : column + 16] = sums[t] for each t; array (len(sums), n), contiguous."""
 

@@ -125,6 +125,7 @@ def _outer(low, x, form, zeros, total):
 def lower(x: torch.Tensor, down: torch.Tensor, low: torch.Tensor) -> None:
     """Write x down into low (tokens, r) float32, from x (tokens, columns) and down (columns, r) float32."""
     columns, r = down.shape
+    # a copy in backward, where down is B: a hundredth of x
     rows = down.t().contiguous().view(r // 4, 4, columns)
     run(_lower, view(x.contiguous()), FORM[x.dtype], rows.detach().numpy(), FOUR, low.numpy())
 
@@ -132,6 +133,7 @@ def lower(x: torch.Tensor, down: torch.Tensor, low: torch.Tensor) -> None:
 def add(out: torch.Tensor, low: torch.Tensor, up: torch.Tensor) -> None:
     """Add low up to out (tokens, size) bf16, rounding once, from low (tokens, r) and up (r, size) float32."""
     r, size = up.shape
+    # 64 columns side by side for all r, so that the innermost loop reads on
     parts = up.view(r, size // 64, 4, 16).permute(1, 2, 0, 3).contiguous()  # (size / 64, 4, r, 16)
     run(_add, low.numpy(), parts.view(-1, 4, 16 * r).detach().numpy(), view(out))
 
