@@ -8,7 +8,8 @@ faster.
 Either takes a product of two thin matrices, such as an adapter, to add to the weight: x (W^T + down up), twin
 x @ dequantize(W).t() + x @ down @ up. The thin products run in float32 whichever routine multiplies the weight, so what
 an adapter learns is not rounded to bf16 on one maker's processors alone. x is widened once for both, and the float32
-sums are added before they are rounded. Only where bf16 products win, torch returns the base's sum already rounded.
+sums are added before they are rounded. Only where bf16 products win, torch returns the base's sum already rounded, and
+thin.py multiplies, which widens x in registers.
 
 The panel is the only decoded weight in memory: PANEL float32 for each Python thread, allocated once. Nothing else is
 allocated but the result, and what oneDNN returns for a panel. A few tokens need no panel (few_tokens.py).
