@@ -11,7 +11,7 @@ from qlora_lab.memory.setup import Setup
 
 EXAMPLE = "qlora-lab memory llama-7b --gpu 24 --r 64 --max-length 1024"
 # Fields of Setup that a run here decides.
-NOT_OPTIONS = ("dropout", "padded", "paged", "master_copies", "fused_adapter", "wide_attention")
+NOT_OPTIONS = ("dropout", "padded", "paged", "master_copies", "fused_adapter", "wide_attention", "pair_attention")
 
 ADAPTER = ("r", "targets", "size", "virtual_tokens", "mlp", "parts", "adapter_dtype")
 

@@ -18,7 +18,7 @@ from numba.extending import overload
 
 from qlora_lab.kernels import vector as v
 from qlora_lab.kernels.compiled import opaque, parallel, run
-from qlora_lab.kernels.constants import undouble
+from qlora_lab.kernels.constants import undouble_into
 from qlora_lab.kernels.elements import (
     FLOAT16,
     FORM,
@@ -36,6 +36,7 @@ from qlora_lab.kernels.packed_weight import PackedWeight
 
 PIECE = 2**13  # weights a thread takes at a time: 32 KiB of float32 stay in the first-level cache between two readings
 AHEAD = PIECE  # how far in front of the encoder memory is asked for: a third off the time of a large weight
+ROWS_AHEAD = 6  # the same where a panel of columns is decoded
 FAST = v.is_fast()
 
 
@@ -284,20 +285,31 @@ def _decode(packed, bits, levels, scales, block_size, start, stop, out, position
 @parallel
 def _dequantize(packed, bits, levels, constants, block_size, first, stride, length, limit, out, form, vector):
     """Runs of `length` weights, `stride` apart from `first` on, none beyond `limit`; `out` holds them side by side."""
-    for i in prange((len(out) + length - 1) // length):
-        start = first + i * stride
-        position = i * length
-        stop = min(start + length, limit)
-        block = start // block_size
-        scales = undouble(constants, block, (stop - 1) // block_size + 1 - block)  # of the blocks that the run touches
-        if vector and start % block_size == 0:
-            whole = (stop - start) // block_size  # blocks
-            _decode16(packed, levels, scales[:whole], block_size, start, out, position, form)
-            scales = scales[whole:]
-            start += whole * block_size
-            position += whole * block_size
-        if start < stop:  # part of a block at the end, or all of it without 16 look-ups at once
-            _decode(packed, bits, levels, scales, block_size, start, stop, out, position, form)
+    # Short runs, rows of a panel of columns, share what is allocated: alone it takes longer than 320 weights.
+    together = max(1, PIECE // length)
+    runs = (len(out) + length - 1) // length
+    for group in prange((runs + together - 1) // together):
+        room = np.empty(length // block_size + 2, np.float32)  # constants of the blocks that a run touches
+        for i in range(group * together, min((group + 1) * together, runs)):
+            start = first + i * stride
+            position = i * length
+            if stride > length:  # no processor foresees a jump to the next row: ask for bytes of a row some rows on
+                ahead = (start + ROWS_AHEAD * stride) * bits // 8
+                for byte in range(ahead, ahead + length * bits // 8, 64):
+                    v.prefetch(packed, byte)
+            stop = min(start + length, limit)
+            block = start // block_size
+            touched = (stop - 1) // block_size + 1 - block
+            undouble_into(constants, block, touched, room)
+            scales = room[:touched]
+            if vector and start % block_size == 0:
+                whole = (stop - start) // block_size  # blocks
+                _decode16(packed, levels, scales[:whole], block_size, start, out, position, form)
+                scales = scales[whole:]
+                start += whole * block_size
+                position += whole * block_size
+            if start < stop:  # part of a block at the end, or all of it without 16 look-ups at once
+                _decode(packed, bits, levels, scales, block_size, start, stop, out, position, form)
 
 
 class Arrays(NamedTuple):

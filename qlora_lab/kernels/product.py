@@ -8,9 +8,10 @@ faster.
 Either takes a product of two thin matrices, such as an adapter, to add to the weight: x (W^T + down up), twin
 x @ dequantize(W).t() + x @ down @ up. The thin products run in float32 whichever routine multiplies the weight, so what
 an adapter learns is not rounded to bf16 on one maker's processors alone. x is widened once for both, and the float32
-sums are added before they are rounded. Only where bf16 products win, torch returns the base's sum already rounded.
+sums are added before they are rounded. Only where bf16 products win, torch returns the base's sum already rounded, and
+thin.py multiplies, which widens x in registers.
 
-The panel is the only decoded weight in memory: PANEL elements for each Python thread, allocated once. Nothing else is
+The panel is the only decoded weight in memory: PANEL float32 for each Python thread, allocated once. Nothing else is
 allocated but the result, and what oneDNN returns for a panel. A few tokens need no panel (few_tokens.py).
 
 The routine that multiplies is found by a race, once per process, because no CPU flag tells: with AVX512-BF16, bf16
@@ -29,11 +30,13 @@ from typing import NamedTuple
 
 import torch
 
-from qlora_lab.kernels import cpu, few_tokens
+from qlora_lab.kernels import cpu, few_tokens, thin as in_registers
 from qlora_lab.kernels.packed_weight import PackedWeight
 
 OVERRIDE = "QLORA_LAB_PRODUCTS"
-PANEL = 2**22  # 16 MiB of float32: BLAS loses an eighth of its speed on panels half as large
+# 16 MiB of float32: BLAS loses an eighth of its speed on panels half as large. Of bf16 as many bytes, so twice as many
+# elements: each row of a panel of columns is a jump in memory, so wide panels decode faster.
+PANEL = 2**22
 TILE = 2**21  # elements of x or g that are widened to float32 at a time: 8 MiB; 32 was not faster
 _local = threading.local()
 _kept: list["Race"] = []
@@ -141,16 +144,20 @@ def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tens
     return kept[: numel * dtype.itemsize].view(dtype).view(shape)
 
 
-def panel_height(columns: int, block_size: int = 1) -> int:
-    """Rows of W that `forward` decodes at a time: PANEL elements at most, and whole blocks if that is possible."""
-    height = max(1, PANEL // columns)
+def panel_height(columns: int, block_size: int = 1, narrow: bool = False) -> int:
+    """Rows of W that `forward` decodes at a time: PANEL elements at most, and whole blocks if that is possible.
+
+    narrow: the panel is in bf16, and holds twice as many.
+    """
+    height = max(1, (PANEL << narrow) // columns)
     unit = block_size // gcd(block_size, columns)  # rows after which a block starts again
     return height - height % unit if height > unit else height
 
 
-def panel_width(rows: int, columns: int, block_size: int) -> int:
-    """Columns of W that `backward` decodes at a time: PANEL elements at most, and whole blocks if that is possible."""
-    width = columns if rows * columns <= PANEL else max(1, PANEL // rows)
+def panel_width(rows: int, columns: int, block_size: int, narrow: bool = False) -> int:
+    """Columns of W that `backward` decodes at a time; see panel_height."""
+    numel = PANEL << narrow
+    width = columns if rows * columns <= numel else max(1, numel // rows)
     return width - width % block_size if width > block_size else width
 
 
@@ -173,7 +180,7 @@ def forward(x: torch.Tensor, weight: PackedWeight, rows: int, thin: Thin | None 
         cpu.dequantize_blocks(weight, panel, first * columns)  # rows lie side by side in memory: one run
         return panel
 
-    return _by_panels(x, rows, panel_height(columns, weight.block_size), panel_of, thin)
+    return _by_panels(x, rows, panel_height(columns, weight.block_size, _is_narrow(x)), panel_of, thin)
 
 
 def backward(grad: torch.Tensor, weight: PackedWeight, columns: int, thin: Thin | None = None) -> torch.Tensor:
@@ -184,10 +191,11 @@ def backward(grad: torch.Tensor, weight: PackedWeight, columns: int, thin: Thin 
         # By columns, so that each output is a whole sum over the rows: a panel of rows would have to be added up in
         # the dtype of g, or in float32 memory of its own.
         panel = _buffer("panel", (rows, stop - first), dtype)
-        cpu.dequantize_blocks(weight, panel, first, columns)
+        whole = stop - first == columns  # one run, as in forward
+        cpu.dequantize_blocks(weight, panel, first, 0 if whole else columns)
         return panel.t()  # a view: BLAS reads either order
 
-    return _by_panels(grad, columns, panel_width(rows, columns, weight.block_size), panel_of, thin)
+    return _by_panels(grad, columns, panel_width(rows, columns, weight.block_size, _is_narrow(grad)), panel_of, thin)
 
 
 def forward_unpacked(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -214,11 +222,18 @@ def _widened_panel(weight: torch.Tensor, first: int, stop: int, dtype: torch.dty
 
 def outer(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return low^T x in float32, (r, columns), an adapter's gradient, from low (tokens, r) float32 and x."""
+    if in_registers.can_multiply(x, x.shape[1], low.shape[1]) and race().use_bfloat16:
+        return in_registers.outer(low, x)
     total = low.new_zeros(low.shape[1], x.shape[1])  # (r, columns)
     tile = max(1, TILE // x.shape[1])  # tokens
     for some_low, some in zip(low.split(tile), x.split(tile), strict=True):
         total.addmm_(some_low.t(), _widened(some))
     return total
+
+
+def _is_narrow(x: torch.Tensor) -> bool:
+    """Whether x is multiplied in bf16, and W decoded to it."""
+    return x.dtype == torch.bfloat16 and race().use_bfloat16
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:
@@ -227,6 +242,10 @@ def _widened(x: torch.Tensor) -> torch.Tensor:
 
 def _add_thin(out: torch.Tensor, x: torch.Tensor, thin: Thin) -> None:
     """Add x down up, computed in float32, to `out` (tokens, size), a tile of tokens at a time."""
+    if in_registers.can_multiply(x, out.shape[1], len(thin.up)):
+        in_registers.lower(x, thin.down, thin.low)
+        in_registers.add(out, thin.low, thin.up)
+        return
     tile = max(1, TILE // max(x.shape[1], out.shape[1]))
     for rows, some, low in zip(out.split(tile), x.split(tile), thin.low.split(tile), strict=True):
         torch.mm(_widened(some), thin.down, out=low)
@@ -240,7 +259,7 @@ def _by_panels(x: torch.Tensor, size: int, step: int, panel_of, thin: Thin | Non
     """Multiply x by each panel_of(first, stop), (step, x.shape[1]), side by side, and add x down up: (len(x), size)."""
     out = torch.empty(len(x), size, dtype=x.dtype, device="cpu")  # (tokens, size)
     multiply = _onednn if x.dtype == torch.float32 and race().use_onednn else _blas
-    if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and race().use_bfloat16):
+    if x.dtype == torch.float32 or _is_narrow(x):
         for first in range(0, size, step):
             stop = min(first + step, size)
             multiply(x, panel_of(first, stop, x.dtype), out[:, first:stop])

@@ -44,6 +44,24 @@ def fma(typing, sums, factor, array, column):
 
 
 @intrinsic
+def fma_scalars(typing, sums, vector, array, start):
+    """sums[t] + vector * array[start + t] for each t, rounded once; array float32, contiguous."""
+
+    def emit(context, builder, sig, args):
+        updated = []
+        first = context.make_array(array)(context, builder, args[2]).data
+        pointer = builder.gep(first, [args[3]])  # one pointer and constant offsets, as below
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            factor = builder.load(builder.gep(pointer, [context.get_constant(types.intp, t)]))
+            updated.append(
+                v.call_intrinsic(builder, "llvm.fma.v16f32", v.F32, [args[1], v.splatted(builder, factor), value])
+            )
+        return context.make_tuple(builder, sums, updated)
+
+    return sums(sums, v.FLOATS, array, types.intp), emit
+
+
+@intrinsic
 def dot_pairs(typing, sums, pairs, array, start):
     """sums[t] + the products of 32 bf16 in `pairs` with array[start + 32 t : start + 32 t + 32], for each t.
 
@@ -61,6 +79,26 @@ def dot_pairs(typing, sums, pairs, array, start):
         return context.make_tuple(builder, sums, updated)
 
     return sums(sums, v.INTS, array, types.intp), emit
+
+
+@intrinsic
+def dot_scalars(typing, sums, pairs, array, start, step):
+    """sums[t] + the products of each lane's two bf16 in `pairs` with the two in array[start + t * step], for each t.
+
+    array: int32, contiguous. See dot_pairs.
+    """
+
+    def emit(context, builder, sig, args):
+        updated = []
+        first = context.make_array(array)(context, builder, args[2]).data
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            offset = builder.add(args[3], builder.mul(args[4], context.get_constant(types.intp, t)))
+            # a load that fills all lanes costs no more than one of 4 bytes
+            both = v.splatted(builder, builder.load(builder.gep(first, [offset])))
+            updated.append(v.dotted_pairs(builder, value, args[1], both))
+        return context.make_tuple(builder, sums, updated)
+
+    return sums(sums, v.INTS, array, types.intp, types.intp), emit
 
 
 @intrinsic

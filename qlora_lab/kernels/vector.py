@@ -153,6 +153,18 @@ def store(typing, array, index, vector):
 
 
 @intrinsic
+def store_words(typing, array, index, vector):
+    """Write the low 16 bits of 16 int32 lanes into a uint16 array from `index`; store() would write all 64 bytes."""
+
+    def emit(context, builder, sig, args):
+        value = builder.trunc(args[2], ir.VectorType(ir.IntType(16), LANES))
+        builder.store(value, _pointer(context, builder, array, *args[:2], value.type), align=align_of(array))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), emit
+
+
+@intrinsic
 def gather(typing, array, indices):
     """array[indices[lane]] for each lane; the array holds float32 or int32, and every index lies inside."""
     result = FLOATS if array.dtype == types.float32 else INTS

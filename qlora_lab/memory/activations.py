@@ -219,12 +219,13 @@ def _attention(shape: Shape, setup: Setup) -> Iterator[Kept]:
     kv = shape.key_value
     dtype = "float32" if setup.widens else setup.dtype
     # With a mask, transformers copies keys and values to each query head; a single head needs only a view. Without a
-    # mask torch repeats them itself and keeps no copy.
-    keys, letter = (q, "q") if setup.masked and shape.key_value_heads > 1 else (kv, "kv")
+    # mask torch repeats them itself and keeps no copy. Our kernel for pairs of bf16 reads the booleans and needs none.
+    masked = setup.masked and not (setup.pairs and shape.head_dim % 32 == 0)
+    keys, letter = (q, "q") if masked and shape.key_value_heads > 1 else (kv, "kv")
     count = 2 * T * q + 2 * setup.rows * setup.key_length * keys
     yield _kept(ATTENTION, count, dtype, f"T (2 q + 2 {letter})" + f" + p x 2 {letter}" * (setup.method == "prefix"))
     yield _kept(ATTENTION, T * shape.heads, "float32", "T h")
-    if setup.masked:  # torch turns the booleans into numbers to add, again in each layer
+    if masked:  # torch turns the booleans into numbers to add, again in each layer
         yield _kept(MASK, T * setup.key_length, dtype, "T length")  # (rows, 1, length, keys)
 
 

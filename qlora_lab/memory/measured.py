@@ -34,6 +34,7 @@ from qlora_lab.model.language_model import parts_beside
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.loaded import check_model
 from qlora_lab.model.packed_module import PackedModule
+from qlora_lab.model.pair_attention import NAME as PAIRS
 from qlora_lab.model.wide import NAME as WIDE
 from qlora_lab.optim.master_copies import MasterCopies
 from qlora_lab.optim.paged_adamw import PagedAdamW
@@ -133,6 +134,7 @@ def setup_of(
         options["fused_adapter"] = bool(packed) and adapter.base.takes_adapter and exact and not adapter.dropout.p
     options |= {"dtype": model.dtype, "device": model.device.type}
     options["wide_attention"] = model.config._attn_implementation == WIDE
+    options["pair_attention"] = model.config._attn_implementation == PAIRS
     options["gradient_checkpointing"] = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     options["master_copies"] = optimizer is None or isinstance(optimizer, MasterCopies)
     return Setup(**options, **_optimizer_options(optimizer), **_batch_options(batch))

@@ -72,6 +72,7 @@ class Setup:
     device: str = option("cuda", "where the run computes: cuda or cpu")
     fused_adapter: bool | None = None  # one product for weight and adapter, as on the CPU; None: as the device does
     wide_attention: bool | None = None  # computed in float32 (model/wide.py); None: as `load` decides on this machine
+    pair_attention: bool | None = None  # computed by our kernel (model/pair_attention.py); None: the same
 
     def __post_init__(self):
         # imported here: torch costs a second, and the command line reads this class for its --help
@@ -213,6 +214,18 @@ class Setup:
         from qlora_lab.kernels.product import race
 
         return self.device == "cpu" and not race().use_bfloat16  # bf16 products are slow on some processors
+
+    @property
+    def pairs(self) -> bool:
+        """Whether attention is computed in pairs of bf16, if the heads have a size for that."""
+        if self.pair_attention is not None:
+            return self.pair_attention
+        if self.dtype != "bfloat16" or self.device != "cpu":
+            return False
+        from qlora_lab.kernels.product import race
+        from qlora_lab.kernels.vector import has_pairs
+
+        return has_pairs() and race().use_bfloat16
 
     @property
     def copies(self) -> bool:

@@ -1,4 +1,4 @@
-"""Attention and the head of a bf16 model in float32, on a CPU that multiplies float32 faster.
+"""Attention and the head of a bf16 model on a CPU: in float32 where that multiplies faster, else in pairs of bf16.
 
 Queries, keys and values are widened for attention alone, and the result is rounded back; the head gives logits in
 float32. All else stays as it was, including what other layers keep.
@@ -7,6 +7,7 @@ torch multiplies in the dtype that it gets. On a CPU with slow bf16 products (ke
 backward takes three times as long in bf16 as in float32, and the head's products twice as long.
 The price: attention keeps twice as much for backward, 3 MiB more a layer for SmolLM2-135M at 4 x 256 tokens. The head
 costs nothing: logits become float32 for the loss anyway, and its weight is widened a panel at a time.
+Where bf16 is the fast type, the head is torch's, and attention is pair_attention.py's if the CPU has its instruction.
 """
 
 from typing import TYPE_CHECKING
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora_lab.kernels import product
-from qlora_lab.model import product_ops
+from qlora_lab.kernels import choose, product
+from qlora_lab.kernels.vector import has_pairs
+from qlora_lab.model import pair_attention, product_ops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +30,7 @@ FEW = 48  # rows up to which widening the head's weight takes longer than it sav
 
 
 def widen(model: "PreTrainedModel") -> bool:
-    """Let a bf16 or fp16 model on the CPU compute attention and head in float32, if that is faster.
+    """Let a bf16 or fp16 model on the CPU compute attention and head in float32, if that is faster; else see above.
 
     Returns whether its attention is now wide. Attention other than torch's, and heads that are not plain, stay.
     """
@@ -41,14 +43,16 @@ def widen(model: "PreTrainedModel") -> bool:
 
 def _widen_attention(model: "PreTrainedModel", wide: bool) -> bool:
     can = getattr(model, "_can_set_attn_implementation", lambda: True)()
-    if not can or model.config._attn_implementation not in (TORCH, NAME):
+    if not can or model.config._attn_implementation not in (TORCH, NAME, pair_attention.NAME):
         return False
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, _in_float32)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # booleans, which need no widening
-    model.set_attn_implementation(NAME if wide else TORCH)
+    for name, function in ((NAME, _in_float32), (pair_attention.NAME, pair_attention.attend)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)  # booleans, which need no widening
+    in_pairs = model.dtype == torch.bfloat16 and has_pairs() and choose().product is not None
+    model.set_attn_implementation(NAME if wide else pair_attention.NAME if in_pairs else TORCH)
     return wide
 
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from qlora_lab.kernels import choose, product
 from qlora_lab.model.packed_module import PackedModule
-from qlora_lab.model.wide import NAME, widen
+from qlora_lab.model.pair_attention import NAME as PAIRS
+from qlora_lab.model.wide import NAME, TORCH, widen
 
 VERSIONS = ("qlora-lab", "torch", "transformers", "numba")
 
@@ -94,8 +95,12 @@ def adopt_arithmetic(model: nn.Module, saved: dict) -> None:
         return
     if saved.get("race"):
         product.keep(product.Race(*(math.inf if seconds is None else seconds for seconds in saved["race"])))
-        # A model that was made without `load` began with narrow attention, whichever dtype won the race.
-        if NAME in (saved.get("attention"), model.config._attn_implementation):
+        # A model that was made without `load`, or by an earlier version, began with torch's attention, whichever dtype
+        # won the race.
+        own = model.config._attn_implementation
+        if saved.get("attention") == TORCH and own == PAIRS:
+            model.set_attn_implementation(TORCH)
+        elif {NAME, PAIRS} & {saved.get("attention"), own}:
             widen(model)
     threads = saved.get("threads")
     own = torch.get_num_threads()

@@ -53,22 +53,23 @@ def test_products_are_right(shape, dtype, outcome, narrow):
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-def test_two_thin_matrices_are_added_to_the_weight(dtype, outcome, narrow):
+@pytest.mark.parametrize(("rows", "r"), [(96, 4), (128, 8)])  # of 128 rows and rank 8, thin.py takes bf16
+def test_two_thin_matrices_are_added_to_the_weight(rows, r, dtype, outcome, narrow):
     g = torch.Generator().manual_seed(0)
-    q = quantize(0.02 * torch.randn(96, 384, generator=g), double_quant=True)
-    W, A, B = dequantize(q, torch.float32), *(0.1 * torch.randn(s, generator=g) for s in ((4, 384), (96, 4)))
+    q = quantize(0.02 * torch.randn(rows, 384, generator=g), double_quant=True)
+    W, A, B = dequantize(q, torch.float32), *(0.1 * torch.randn(s, generator=g) for s in ((r, 384), (rows, r)))
     bound = max(4 * torch.finfo(dtype).eps, 2.0**-19)  # of the largest: a few roundings, or float32 sums of 384 terms
 
     def check(result, exact, bound=bound):
         assert (result.double() - exact).abs().max() < bound * exact.abs().max()
 
     for tokens in (1, 3, 40):
-        x, grad = (torch.randn(tokens, n, generator=g).to(dtype) for n in (384, 96))
+        x, grad = (torch.randn(tokens, n, generator=g).to(dtype) for n in (384, rows))
         for run, base, left, down, up in (
-            (lambda thin, x=x: product.forward(x, q.plain, 96, thin), W.t(), x, A.t(), B.t()),
+            (lambda thin, x=x: product.forward(x, q.plain, rows, thin), W.t(), x, A.t(), B.t()),
             (lambda thin, grad=grad: product.backward(grad, q.plain, 384, thin), W, grad, B, A),
         ):
-            low = torch.full((tokens, 4), torch.nan)
+            low = torch.full((tokens, r), torch.nan)
             poison()
             check(run(product.Thin(down, up, low)), left.double() @ (base.double() + down.double() @ up.double()))
             check(low, left.double() @ down.double(), 2.0**-19)  # never less than float32, whatever x and the base are

@@ -21,6 +21,7 @@ from qlora_lab.memory.measured import measure_memory
 from qlora_lab.memory.predict import predict_memory
 from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.model.modes import checkpointing
+from qlora_lab.model.pair_attention import NAME as PAIRS
 from qlora_lab.model.wide import NAME as WIDE, widen
 from qlora_lab.optim.master_copies import MasterCopies
 from qlora_lab.quant.quantize import QuantizedTensor
@@ -256,6 +257,20 @@ def test_attention_in_float32_keeps_twice_as_much(monkeypatch):
     assert widen(model) and model.config._attn_implementation == WIDE
     ledger = measured(model, batch_of())
     assert not differences(ledger) and ledger.row("attention").dtype == "float32"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_in_pairs_keeps_no_copy_for_a_mask(padded, monkeypatch):
+    from qlora_lab.kernels import product, vector
+
+    if not vector.has_pairs():
+        pytest.skip("needs AVX512-BF16")
+    monkeypatch.setitem(SIZES, "head_dim", 32)
+    monkeypatch.setattr(product, "race", lambda: product.Race.won_by("bfloat16"))
+    model = build(dtype=torch.bfloat16)
+    assert not widen(model) and model.config._attn_implementation == PAIRS
+    assert not differences(measured(model, batch_of(padded)))
 
 
 def test_adapters_in_bf16_are_cast_for_every_product():
