@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from qlora_lab.kernels import sums as each, vector as v
+from qlora_lab.kernels import sums as each, vector as v, words
 from qlora_lab.kernels.compiled import parallel, run
 from qlora_lab.kernels.decode_step import exp16
 from qlora_lab.kernels.elements import BFLOAT16, bfloat16_of, read16, view
@@ -28,7 +28,7 @@ _INFINITY = np.float32(np.inf)
 
 def can_attend(head_dim: int) -> bool:
     """Whether forward and backward take heads of this size, on this CPU."""
-    return head_dim % 32 == 0 and head_dim <= MOST and v.has_pairs()
+    return head_dim % 32 == 0 and head_dim <= MOST and words.has_pairs()
 
 
 @njit
@@ -134,7 +134,7 @@ def _softmax(scores, row, end, scale, powers, room):
     for i in range(0, end, 16):
         power = _power(v.fma(v.load(values, i), v.splat(scale), shift))
         totals = totals + power
-        v.store_words(powers, row * room + i, bfloat16_of(power))
+        words.store_words(powers, row * room + i, bfloat16_of(power))
     return each.total(totals), top
 
 
@@ -175,7 +175,7 @@ def _forward_of(item, q, k, values, mask, scale, zeros, shape, out, kept):
             for row in range(count):
                 for i in range(0, head_dim, 16):
                     share = v.load(result[row], i) * v.splat(shares[row])
-                    v.store_words(out, place + row * heads * head_dim + i, bfloat16_of(share))
+                    words.store_words(out, place + row * heads * head_dim + i, bfloat16_of(share))
 
 
 @parallel
@@ -216,8 +216,10 @@ def _eight_queries(scores, changes, scale, shifts, deltas, place, shared, both, 
             right = (v.load(changes[row + 1], i) + v.splat(-deltas[row + 1])) * right * v.splat(scale)
             left_bits, right_bits = bfloat16_of(left), bfloat16_of(right)
             v.store(both, there, left_bits | right_bits << v.splat(16))
-            v.store_words(alone, row * room + key + i, left_bits)  # by query, where gradients of queries are added up
-            v.store_words(alone, row * room + room + key + i, right_bits)
+            words.store_words(
+                alone, row * room + key + i, left_bits
+            )  # by query, where gradients of queries are added up
+            words.store_words(alone, row * room + room + key + i, right_bits)
 
 
 @njit
@@ -240,7 +242,7 @@ def _write(total, out, first, step, rows, head_dim):
     flat = total.reshape(-1)
     for row in range(rows):
         for i in range(0, head_dim, 16):
-            v.store_words(out, first + row * step + i, bfloat16_of(v.load(flat, row * head_dim + i)))
+            words.store_words(out, first + row * step + i, bfloat16_of(v.load(flat, row * head_dim + i)))
 
 
 @njit
@@ -330,8 +332,8 @@ def forward(
     """
     out = torch.empty_like(q)
     kept = torch.empty(q.shape[0], q.shape[2], q.shape[1])  # log of the sum of powers
-    words = view(q).view(np.int32), view(k).view(np.int32)
-    run(_forward, *words, view(values), _flat(mask), np.float32(scale), EIGHT, _shape(q, k), view(out), kept.numpy())
+    pairs = view(q).view(np.int32), view(k).view(np.int32)
+    run(_forward, *pairs, view(values), _flat(mask), np.float32(scale), EIGHT, _shape(q, k), view(out), kept.numpy())
     return out, kept
 
 

@@ -14,7 +14,7 @@ row of W alone.
 import numpy as np
 from numba import njit, prange
 
-from qlora_lab.kernels import sums as each, vector as v
+from qlora_lab.kernels import sums as each, vector as v, words
 from qlora_lab.kernels.compiled import parallel
 from qlora_lab.kernels.constants import undouble
 from qlora_lab.kernels.elements import write
@@ -46,7 +46,7 @@ def _sorted(x, n, columns):
 def _table(levels, scale):
     # Unscaled levels, with one scale for each sum of a block, would save one token a fifth of its time at most. But
     # they would cost eight tokens an addition each, and the weights would not be those of the bf16 panels.
-    return v.bfloat16_twice(levels * v.splat(scale))
+    return words.bfloat16_twice(levels * v.splat(scale))
 
 
 @njit(forceinline=True)
@@ -62,12 +62,16 @@ def _two_rows(packed, bytes_, levels, block_size, scales, first_scales, blocks, 
         v.prefetch(packed, a_byte + ahead)
         v.prefetch(packed, b_byte + ahead)
         for _ in range(block_size // 64):
-            a_codes, b_codes = v.load_words(packed, a_byte), v.load_words(packed, b_byte)
-            a = each.dot_pairs(a, v.permute_words(a_table, a_codes >> v.splat(4)), pairs, start)
-            b = each.dot_pairs(b, v.permute_words(b_table, b_codes >> v.splat(4)), pairs, start)
+            a_codes, b_codes = words.load_words(packed, a_byte), words.load_words(packed, b_byte)
+            a = each.dot_pairs(a, words.permute_words(a_table, a_codes >> v.splat(4)), pairs, start)
+            b = each.dot_pairs(b, words.permute_words(b_table, b_codes >> v.splat(4)), pairs, start)
             start += 32 * n
-            a = each.dot_pairs(a, v.permute_words(a_table, a_codes), pairs, start)  # a look-up reads 5 bits: the table
-            b = each.dot_pairs(b, v.permute_words(b_table, b_codes), pairs, start)  # is there twice, so 4 of them count
+            a = each.dot_pairs(
+                a, words.permute_words(a_table, a_codes), pairs, start
+            )  # a look-up reads 5 bits: the table
+            b = each.dot_pairs(
+                b, words.permute_words(b_table, b_codes), pairs, start
+            )  # is there twice, so 4 of them count
             start += 32 * n
             a_byte += 32
             b_byte += 32
@@ -89,17 +93,17 @@ def _four_rows(packed, bytes_, levels, block_size, scales, first_scales, blocks,
         for byte in (a_byte, b_byte, c_byte, d_byte):
             v.prefetch(packed, byte + ahead)
         for _ in range(block_size // 64):
-            a_codes, b_codes = v.load_words(packed, a_byte), v.load_words(packed, b_byte)
-            c_codes, d_codes = v.load_words(packed, c_byte), v.load_words(packed, d_byte)
-            a = each.dot_pairs(a, v.permute_words(a_table, a_codes >> v.splat(4)), pairs, start)
-            b = each.dot_pairs(b, v.permute_words(b_table, b_codes >> v.splat(4)), pairs, start)
-            c = each.dot_pairs(c, v.permute_words(c_table, c_codes >> v.splat(4)), pairs, start)
-            d = each.dot_pairs(d, v.permute_words(d_table, d_codes >> v.splat(4)), pairs, start)
+            a_codes, b_codes = words.load_words(packed, a_byte), words.load_words(packed, b_byte)
+            c_codes, d_codes = words.load_words(packed, c_byte), words.load_words(packed, d_byte)
+            a = each.dot_pairs(a, words.permute_words(a_table, a_codes >> v.splat(4)), pairs, start)
+            b = each.dot_pairs(b, words.permute_words(b_table, b_codes >> v.splat(4)), pairs, start)
+            c = each.dot_pairs(c, words.permute_words(c_table, c_codes >> v.splat(4)), pairs, start)
+            d = each.dot_pairs(d, words.permute_words(d_table, d_codes >> v.splat(4)), pairs, start)
             start += 32 * n
-            a = each.dot_pairs(a, v.permute_words(a_table, a_codes), pairs, start)
-            b = each.dot_pairs(b, v.permute_words(b_table, b_codes), pairs, start)
-            c = each.dot_pairs(c, v.permute_words(c_table, c_codes), pairs, start)
-            d = each.dot_pairs(d, v.permute_words(d_table, d_codes), pairs, start)
+            a = each.dot_pairs(a, words.permute_words(a_table, a_codes), pairs, start)
+            b = each.dot_pairs(b, words.permute_words(b_table, b_codes), pairs, start)
+            c = each.dot_pairs(c, words.permute_words(c_table, c_codes), pairs, start)
+            d = each.dot_pairs(d, words.permute_words(d_table, d_codes), pairs, start)
             start += 32 * n
             a_byte += 32
             b_byte += 32

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from qlora_lab.kernels import cpu, sums as each, vector as v
+from qlora_lab.kernels import cpu, sums as each, vector as v, words
 from qlora_lab.kernels.compiled import parallel, run
 from qlora_lab.kernels.constants import undouble
 from qlora_lab.kernels.elements import FORM, read16, view, write
@@ -82,7 +82,7 @@ def can_multiply(columns: int, weight: PackedWeight) -> bool:
 
 def can_pair(weight: PackedWeight) -> bool:
     """Whether multiply_blocks can multiply pairs of bf16, for a weight that it takes."""
-    return weight.block_size % 64 == 0 and v.has_pairs()
+    return weight.block_size % 64 == 0 and words.has_pairs()
 
 
 def multiply_blocks(

@@ -9,6 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qlora_lab.kernels import vector as v
+from qlora_lab.kernels.words import dotted_pairs
 
 
 @intrinsic
@@ -65,7 +66,7 @@ def fma_scalars(typing, sums, vector, array, start):
 def dot_pairs(typing, sums, pairs, array, start):
     """sums[t] + the products of 32 bf16 in `pairs` with array[start + 32 t : start + 32 t + 32], for each t.
 
-    Only where vector.has_pairs(). Each product is added in float32; subnormals count as 0.
+    Only where words.has_pairs(). Each product is added in float32; subnormals count as 0.
     """
 
     def emit(context, builder, sig, args):
@@ -75,7 +76,7 @@ def dot_pairs(typing, sums, pairs, array, start):
         pointer = builder.bitcast(builder.gep(first, [args[3]]), ir.PointerType(v.I32))
         for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
             operand = builder.load(builder.gep(pointer, [context.get_constant(types.intp, t)]), align=v.align_of(array))
-            updated.append(v.dotted_pairs(builder, value, args[1], operand))
+            updated.append(dotted_pairs(builder, value, args[1], operand))
         return context.make_tuple(builder, sums, updated)
 
     return sums(sums, v.INTS, array, types.intp), emit
@@ -95,7 +96,7 @@ def dot_scalars(typing, sums, pairs, array, start, step):
             offset = builder.add(args[3], builder.mul(args[4], context.get_constant(types.intp, t)))
             # a load that fills all lanes costs no more than one of 4 bytes
             both = v.splatted(builder, builder.load(builder.gep(first, [offset])))
-            updated.append(v.dotted_pairs(builder, value, args[1], both))
+            updated.append(dotted_pairs(builder, value, args[1], both))
         return context.make_tuple(builder, sums, updated)
 
     return sums(sums, v.INTS, array, types.intp, types.intp), emit

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from qlora_lab.kernels import cpu, sums as each, vector as v
+from qlora_lab.kernels import cpu, sums as each, vector as v, words
 from qlora_lab.kernels.compiled import parallel, run
 from qlora_lab.kernels.decode_products import totals16
 from qlora_lab.kernels.elements import BFLOAT16, FORM, bfloat16_of, read16, view
@@ -70,10 +70,10 @@ def _read64(out, i):
 
 @njit(forceinline=True)
 def _write64(out, i, values):
-    v.store_words(out, i, bfloat16_of(values[0]))
-    v.store_words(out, i + 16, bfloat16_of(values[1]))
-    v.store_words(out, i + 32, bfloat16_of(values[2]))
-    v.store_words(out, i + 48, bfloat16_of(values[3]))
+    words.store_words(out, i, bfloat16_of(values[0]))
+    words.store_words(out, i + 16, bfloat16_of(values[1]))
+    words.store_words(out, i + 32, bfloat16_of(values[2]))
+    words.store_words(out, i + 48, bfloat16_of(values[3]))
 
 
 @parallel

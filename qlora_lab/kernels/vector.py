@@ -36,7 +36,6 @@ class _VectorModel(models.PrimitiveModel):
 FLOATS = Vector(types.float32)
 INTS = Vector(types.int32)
 I32 = ir.VectorType(ir.IntType(32), LANES)  # the same for LLVM
-I16 = ir.VectorType(ir.IntType(16), 2 * LANES)  # two words in each of 16 lanes
 F32 = ir.VectorType(ir.FloatType(), LANES)
 
 
@@ -52,12 +51,6 @@ def is_fast() -> bool:
     """Whether this CPU has instructions for permute() and half_bits()."""
     features = host_features()
     return "f16c" in features and bool(features & {"avx512f", "avx2"})
-
-
-@lru_cache
-def has_pairs() -> bool:
-    """Whether this CPU looks up 32 words at once and multiplies pairs of bf16: load_words() to dot_pairs()."""
-    return {"avx512bw", "avx512bf16"} <= host_features() and is_fast()
 
 
 _EMIT = {  # operator -> (for floats, for ints)
@@ -89,7 +82,7 @@ for _operation in _EMIT:
     _binary(_operation)
 
 
-def _pointer(context, builder, array_type, array, index, vector):
+def pointer_to(context, builder, array_type, array, index, vector):
     data = context.make_array(array_type)(context, builder, array).data  # the address of element 0
     return builder.bitcast(builder.gep(data, [index]), ir.PointerType(vector))
 
@@ -106,7 +99,7 @@ def load(typing, array, index):
 
     def emit(context, builder, sig, args):
         memory = ir.VectorType(context.get_value_type(array.dtype), LANES)  # as it lies in memory
-        value = builder.load(_pointer(context, builder, array, *args, memory), align=align_of(array))
+        value = builder.load(pointer_to(context, builder, array, *args, memory), align=align_of(array))
         return value if memory in (F32, I32) else builder.zext(value, I32)
 
     return result(array, types.intp), emit
@@ -117,7 +110,7 @@ def load_first(typing, array, index, count):
     """The first `count` of 16 float32 of `array` from `index`, zeros after them; the rest is not read."""
 
     def emit(context, builder, sig, args):
-        pointer = _pointer(context, builder, array, *args[:2], F32)
+        pointer = pointer_to(context, builder, array, *args[:2], F32)
         i32 = ir.IntType(32)
         wanted = splatted(builder, builder.trunc(args[2], i32))
         mask = builder.icmp_signed("<", ir.Constant(I32, list(range(LANES))), wanted)
@@ -146,19 +139,7 @@ def store(typing, array, index, vector):
         value = args[2]
         if array.dtype == types.uint8:
             value = builder.trunc(value, ir.VectorType(ir.IntType(8), LANES))
-        builder.store(value, _pointer(context, builder, array, *args[:2], value.type), align=align_of(array))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, vector), emit
-
-
-@intrinsic
-def store_words(typing, array, index, vector):
-    """Write the low 16 bits of 16 int32 lanes into a uint16 array from `index`; store() would write all 64 bytes."""
-
-    def emit(context, builder, sig, args):
-        value = builder.trunc(args[2], ir.VectorType(ir.IntType(16), LANES))
-        builder.store(value, _pointer(context, builder, array, *args[:2], value.type), align=align_of(array))
+        builder.store(value, pointer_to(context, builder, array, *args[:2], value.type), align=align_of(array))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), emit
@@ -192,7 +173,7 @@ def prefetch(typing, array, index):
     """Ask for the 64 bytes around array[index] ahead of time; an index beyond the end does no harm."""
 
     def emit(context, builder, sig, args):
-        pointer = _pointer(context, builder, array, *args, ir.IntType(8))
+        pointer = pointer_to(context, builder, array, *args, ir.IntType(8))
         i32 = ir.IntType(32)
         function = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
         declared = builder.module.declare_intrinsic("llvm.prefetch.p0", (), function)  # read, locality 2, data
@@ -358,45 +339,3 @@ def _permute_avx2(builder, table, indices):
         is_high = builder.icmp_signed("!=", bit, ir.Constant(eight, [0] * 8))
         looked_up.append(builder.select(is_high, high, low))
     return builder.shuffle_vector(*looked_up, ir.Constant(I32, list(range(LANES))))
-
-
-# --- two bf16 in each lane: only where has_pairs() --------------------------------------------------------------------
-
-
-@intrinsic
-def load_words(typing, array, index):
-    """32 bytes of `array` from `index`, each in a word of its own: two in a lane."""
-
-    def emit(context, builder, sig, args):
-        memory = ir.VectorType(ir.IntType(8), 2 * LANES)
-        value = builder.load(_pointer(context, builder, array, *args, memory), align=1)
-        return builder.bitcast(builder.zext(value, I16), I32)
-
-    return INTS(array, types.intp), emit
-
-
-@intrinsic
-def permute_words(typing, table, indices):
-    """table[index & 31] for each of 32 words."""
-
-    def emit(context, builder, sig, args):
-        words = [builder.bitcast(arg, I16) for arg in args]
-        return builder.bitcast(call_intrinsic(builder, "llvm.x86.avx512.permvar.hi.512", I16, words), I32)
-
-    return table(INTS, INTS), emit
-
-
-@intrinsic
-def bfloat16_twice(typing, values):
-    """16 float32 rounded to bf16, as words 0 to 15 and again as 16 to 31; subnormals become 0."""
-
-    def emit(context, builder, sig, args):
-        # llvmlite has no bf16 type. LLVM still accepts the signature of its earlier versions, with 16-bit words.
-        rounded = call_intrinsic(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", I16, [args[0], args[0]])
-        return builder.bitcast(rounded, I32)
-
-    return INTS(FLOATS), emit
-
-
-def dotted_pairs(builder, sums, left, right):
-    return call_intrinsic(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32, [sums, left, right])

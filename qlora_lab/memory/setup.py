@@ -223,7 +223,7 @@ class Setup:
         if self.dtype != "bfloat16" or self.device != "cpu":
             return False
         from qlora_lab.kernels.product import race
-        from qlora_lab.kernels.vector import has_pairs
+        from qlora_lab.kernels.words import has_pairs
 
         return has_pairs() and race().use_bfloat16
 

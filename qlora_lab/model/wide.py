@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from qlora_lab.kernels import choose, product
-from qlora_lab.kernels.vector import has_pairs
+from qlora_lab.kernels.words import has_pairs
 from qlora_lab.model import pair_attention, product_ops
 
 if TYPE_CHECKING:

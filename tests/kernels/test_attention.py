@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from qlora_lab.kernels import attention, vector
+from qlora_lab.kernels import attention, words
 
 pytestmark = [
     pytest.mark.long,  # compiles for seconds
-    pytest.mark.skipif(not vector.has_pairs(), reason="needs AVX512-BF16"),
+    pytest.mark.skipif(not words.has_pairs(), reason="needs AVX512-BF16"),
 ]
 
 # batch, tokens, heads, kv_heads, head_dim: blocks of 8 and 64 queries and 32 keys that are full, partial, and alone

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_lab.kernels import cpu, few_tokens, product, vector
+from qlora_lab.kernels import cpu, few_tokens, product, words
 from qlora_lab.kernels.product import Race
 from qlora_lab.quant.quantize import dequantize, quantize
 
@@ -110,7 +110,7 @@ PAIRS = [(33, 192, 64), (1, 128, 128), (7, 4096, 4096)]  # two tiles and one row
 
 @pytest.mark.long  # compiles a kernel for four numbers of tokens
 @pytest.mark.parametrize("rows, columns, block_size", PAIRS)
-@pytest.mark.skipif(not vector.has_pairs(), reason="needs AVX512-BF16")
+@pytest.mark.skipif(not words.has_pairs(), reason="needs AVX512-BF16")
 def test_a_few_tokens_in_pairs(rows, columns, block_size):
     """The readable twin rounds the weight to bf16 as well; then only the order of the float32 sums differs."""
     g = torch.Generator().manual_seed(0)
@@ -130,7 +130,7 @@ def test_a_few_tokens_in_pairs(rows, columns, block_size):
 def test_who_multiplies_a_few_tokens(outcome, monkeypatch):
     q = quantize(torch.randn(8, 128, generator=torch.Generator().manual_seed(0)))
     x = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    in_pairs = outcome == "bfloat16" and vector.has_pairs()
+    in_pairs = outcome == "bfloat16" and words.has_pairs()
     rounded = in_pairs or (outcome == "bfloat16" and not cpu.FAST)  # else in a panel of bf16
     float32 = few_tokens.multiply_blocks(x.float(), q.plain, 8) if cpu.FAST else product.forward(x.float(), q.plain, 8)
     twin = dequantize(q, torch.bfloat16 if rounded else torch.float32)
@@ -142,7 +142,7 @@ def test_who_multiplies_a_few_tokens(outcome, monkeypatch):
         assert ((y.double() - exact).abs() <= 2.0**-8 * exact.abs() + 2.0**-17 * size).all()
     if cpu.FAST:  # the bound alone is too wide to tell a rounded weight from an unrounded one
         assert torch.equal(product.forward(x, q.plain, 8), few_tokens.multiply_blocks(x, q.plain, 8, in_pairs))
-    monkeypatch.setattr(vector, "has_pairs", lambda: False)  # as on a processor without the instruction
+    monkeypatch.setattr(words, "has_pairs", lambda: False)  # as on a processor without the instruction
     if cpu.FAST:
         assert torch.equal(product.forward(x, q.plain, 8), float32.bfloat16())
 

@@ -262,9 +262,9 @@ def test_attention_in_float32_keeps_twice_as_much(monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("padded", [True, False])
 def test_attention_in_pairs_keeps_no_copy_for_a_mask(padded, monkeypatch):
-    from qlora_lab.kernels import product, vector
+    from qlora_lab.kernels import product, words
 
-    if not vector.has_pairs():
+    if not words.has_pairs():
         pytest.skip("needs AVX512-BF16")
     monkeypatch.setitem(SIZES, "head_dim", 32)
     monkeypatch.setattr(product, "race", lambda: product.Race.won_by("bfloat16"))

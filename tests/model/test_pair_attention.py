@@ -5,14 +5,14 @@ from copy import deepcopy
 import pytest
 import torch
 
-from qlora_lab.kernels import product, vector
+from qlora_lab.kernels import product, words
 from qlora_lab.kernels.product import Race
 from qlora_lab.model import pair_attention
 from qlora_lab.model.pair_attention import NAME, attend
 from qlora_lab.model.wide import widen
 from qlora_lab.train.identity import adopt_arithmetic, arithmetic
 
-needs_pairs = pytest.mark.skipif(not vector.has_pairs(), reason="needs AVX512-BF16")
+needs_pairs = pytest.mark.skipif(not words.has_pairs(), reason="needs AVX512-BF16")
 
 
 @pytest.fixture
