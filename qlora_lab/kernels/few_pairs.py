@@ -66,12 +66,9 @@ def _two_rows(packed, bytes_, levels, block_size, scales, first_scales, blocks, 
             a = each.dot_pairs(a, words.permute_words(a_table, a_codes >> v.splat(4)), pairs, start)
             b = each.dot_pairs(b, words.permute_words(b_table, b_codes >> v.splat(4)), pairs, start)
             start += 32 * n
-            a = each.dot_pairs(
-                a, words.permute_words(a_table, a_codes), pairs, start
-            )  # a look-up reads 5 bits: the table
-            b = each.dot_pairs(
-                b, words.permute_words(b_table, b_codes), pairs, start
-            )  # is there twice, so 4 of them count
+            # a look-up reads 5 bits: the table is there twice, so 4 of them count
+            a = each.dot_pairs(a, words.permute_words(a_table, a_codes), pairs, start)
+            b = each.dot_pairs(b, words.permute_words(b_table, b_codes), pairs, start)
             start += 32 * n
             a_byte += 32
             b_byte += 32
