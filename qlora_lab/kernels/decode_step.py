@@ -18,7 +18,7 @@ from numba import njit, prange
 
 from qlora_lab.kernels import sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel, run, serial, thread_count
-from qlora_lab.kernels.decode_products import clear, multiply_group, sort_halves, totals16
+from qlora_lab.kernels.decode_products import clear, multiply_group, side_by_side, sort_halves, totals16
 
 QKV, OUT, GATE_UP, DOWN, END = 0, 3, 4, 6, 7  # where the products begin that share an input, in a layer's table
 ROWS_AT_ONCE = 8  # rows of a batch: two rows of a weight with 8 sums each fill half of the vector registers
@@ -136,7 +136,7 @@ def _attend_head(query, keys, values, length, scores, lanes, out):
         sums = each.splat(_PAIR)
         for position in range(length):
             sums = each.fma(sums, v.splat(scores[position]), columns, position * head_dim + d)
-        each.store(sums, result, d)
+        each.store(sums, result, (d,))
     share = v.splat(np.float32(1) / each.total(totals))
     for d in range(0, head_dim, 16):
         v.store(out, d, v.load(out, d) * share)
@@ -176,26 +176,27 @@ def _step(x, weights, eps, heads, rotary, cache, rows, positions, zeros, parts, 
     gated = np.empty((tokens, middle), np.float32)
     gated_halves = np.empty((tokens, middle), np.float32)
     added = np.empty((tokens, hidden), np.float32)
+    beside = np.empty(tokens * max(hidden, wide, middle), np.float32)
     for i in range(len(layers)):
         products = layers[i]  # sliced, because numba compiles anew for each pair of constants
         _norm(x, norms[2 * i], eps, normed)
         sort_halves(normed, halves)
-        multiply_group(products[QKV:OUT], normed, halves, zeros, parts, qkv)
+        multiply_group(products[QKV:OUT], side_by_side(normed, beside), halves, zeros, parts, qkv)
         _place(qkv, heads, cos, sin, rows, positions, keys[i], values[i])
         _attend(qkv, heads, rows, positions, keys[i], values[i], parts, attended)
         sort_halves(attended, attended_halves)
-        multiply_group(products[OUT:GATE_UP], attended, attended_halves, zeros, parts, added)
+        multiply_group(products[OUT:GATE_UP], side_by_side(attended, beside), attended_halves, zeros, parts, added)
         _add(x, added)
         _norm(x, norms[2 * i + 1], eps, normed)
         sort_halves(normed, halves)
-        multiply_group(products[GATE_UP:DOWN], normed, halves, zeros, parts, gate_and_up)
+        multiply_group(products[GATE_UP:DOWN], side_by_side(normed, beside), halves, zeros, parts, gate_and_up)
         _gate(gate_and_up, gated)
         sort_halves(gated, gated_halves)
-        multiply_group(products[DOWN:END], gated, gated_halves, zeros, parts, added)
+        multiply_group(products[DOWN:END], side_by_side(gated, beside), gated_halves, zeros, parts, added)
         _add(x, added)
     _norm(x, norms[2 * len(layers)], eps, normed)
     sort_halves(normed, halves)
-    multiply_group(head, normed, halves, zeros, parts, logits)
+    multiply_group(head, side_by_side(normed, beside), halves, zeros, parts, logits)
 
 
 class Weights(NamedTuple):
