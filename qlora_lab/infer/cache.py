@@ -81,6 +81,7 @@ def _put(kept: torch.Tensor, absmax: torch.Tensor, new: torch.Tensor, start: int
 
 def make_cache(stack: Stack, rows: int, capacity: int, bits: int = 32) -> Cache:
     """Return an empty cache for `rows` texts of at most `capacity` tokens, with keys and values in 32 or 8 bits."""
+    # capacity behind the heads: a head's keys lie side by side, as attention reads them
     shape = len(stack.layers), rows, stack.kv_heads, capacity, stack.head_dim
     dtype, constants = (torch.float32, 0) if bits == 32 else (torch.uint8, capacity)
     keys, values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)

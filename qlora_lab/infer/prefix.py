@@ -39,6 +39,7 @@ def take_over(prefix: Prefix, rows: list[list[int]], weights: tuple, cache: Cach
     Tokens from the first different one on have to be read.
     """
     old = prefix.cache
+    # a cache of other bits holds other numbers, and other rows are other texts
     if weights != prefix.weights or len(rows) != len(prefix.ids) or cache.keys.dtype != old.keys.dtype:
         return
     for row, (new, read) in enumerate(zip(rows, prefix.ids, strict=True)):

@@ -79,8 +79,8 @@ def _multiply(zeros, rows, step, columns, start, width, count, out, place):
         left, right = v.load(columns, start + i * width), v.load(columns, start + i * width + 16)
         a = each.dot_scalars(a, left, rows, i, step)
         b = each.dot_scalars(b, right, rows, i, step)
-    each.store(a, out, place)
-    each.store(b, out, place + 16)
+    each.store(a, out, (place,))
+    each.store(b, out, (place + 16,))
 
 
 @njit
@@ -233,8 +233,8 @@ def _add_keys(zeros, pairs, columns, count, end, room, head_dim, total):
                 left, right = v.load(columns, j * head_dim + i), v.load(columns, j * head_dim + i + 16)
                 a = each.dot_scalars(a, left, pairs, j * room + key, 1)
                 b = each.dot_scalars(b, right, pairs, j * room + key, 1)
-            each.store(each.fma(a, v.splat(np.float32(1)), rows, i), rows, i)
-            each.store(each.fma(b, v.splat(np.float32(1)), rows, i + 16), rows, i + 16)
+            each.store(each.fma(a, v.splat(np.float32(1)), rows, i), rows, (i,))
+            each.store(each.fma(b, v.splat(np.float32(1)), rows, i + 16), rows, (i + 16,))
 
 
 @njit

@@ -132,6 +132,7 @@ def _packed_pair(packed, bytes_, levels, block_size, scales, halves, sums, zeros
 def _packed_four(packed, rows, first, blocks, block_size, levels, lora_B, rank, halves, low, zeros, scales, lanes):
     """Sums of four rows for one token; as _packed_pair, with names for four."""
     half = blocks * block_size // 2  # bytes of a row
+    ahead = 16 * half  # four groups of rows: what lies 4 KiB in front may be being read already
     a_byte, b_byte, c_byte, d_byte = rows[0] * half, rows[1] * half, rows[2] * half, rows[3] * half
     a, b = _beside(zeros, lora_B, rows[0], rank, low), _beside(zeros, lora_B, rows[1], rank, low)
     c, d = _beside(zeros, lora_B, rows[2], rank, low), _beside(zeros, lora_B, rows[3], rank, low)
@@ -142,7 +143,7 @@ def _packed_four(packed, rows, first, blocks, block_size, levels, lora_B, rank, 
         a_table, b_table = levels * v.splat(scales[a_scale + block]), levels * v.splat(scales[b_scale + block])
         c_table, d_table = levels * v.splat(scales[c_scale + block]), levels * v.splat(scales[d_scale + block])
         for byte in (a_byte, b_byte, c_byte, d_byte):
-            v.prefetch(packed, byte + column // 2 + AHEAD)
+            v.prefetch(packed, byte + column // 2 + ahead)
         for _ in range(block_size // 32):
             i = column // 2
             a_codes, b_codes = v.load(packed, a_byte + i), v.load(packed, b_byte + i)
@@ -156,10 +157,10 @@ def _packed_four(packed, rows, first, blocks, block_size, levels, lora_B, rank, 
             c = each.fma(c, v.permute(c_table, c_codes), halves, column + 16)
             d = each.fma(d, v.permute(d_table, d_codes), halves, column + 16)
             column += 32
-    each.store(a, lanes, 16 * (rows[0] - first))
-    each.store(b, lanes, 16 * (rows[1] - first))
-    each.store(c, lanes, 16 * (rows[2] - first))
-    each.store(d, lanes, 16 * (rows[3] - first))
+    each.store(a, lanes, (16 * (rows[0] - first),))
+    each.store(b, lanes, (16 * (rows[1] - first),))
+    each.store(c, lanes, (16 * (rows[2] - first),))
+    each.store(d, lanes, (16 * (rows[3] - first),))
 
 
 @njit
@@ -189,19 +190,35 @@ def _packed_rows(p, first, last, halves, low, zeros, scales, lanes):
             sums = _beside(zeros, lora_B, row, rank, low), _beside(zeros, lora_B, other, rank, low)
             bytes_ = row * columns // 2, other * columns // 2
             a, b = _packed_pair(packed, bytes_, levels, block_size, (own, others), halves, sums, zeros)
-            each.store(a, lanes, 16 * (row - first))
-            each.store(b, lanes, 16 * (other - first))
+            each.store(a, lanes, (16 * (row - first),))
+            each.store(b, lanes, (16 * (other - first),))
 
 
 @njit(forceinline=True)
 def _plain_rows(weight, form, columns, first, last, x, lora_B, rank, low, zeros, lanes):
-    """The same for a weight that is not packed."""
-    for row in range(first, last):
-        sums = _beside(zeros, lora_B, row, rank, low)
-        start = row * columns
-        for i in range(0, columns, 16):
-            sums = each.fma(sums, read16(weight, start + i, form), x, i)
-        each.store(sums, lanes, 16 * (row - first))
+    """The same for a weight that is not packed. x: flat, from side_by_side.
+
+    One token waits for memory, which is read ahead best as one stream. Several wait for x: two rows share a load of it.
+    """
+    n = len(zeros)
+    if n == 1:
+        for row in range(first, last):
+            sums = _beside(zeros, lora_B, row, rank, low)
+            start = row * columns
+            for i in range(0, columns, 16):
+                sums = each.fma_beside(sums, (read16(weight, start + i, form),), x, i)
+            each.store(sums, lanes, (16 * (row - first),))
+    else:
+        for row in range(first, last, 2):
+            other = min(row + 1, last - 1)
+            sums = _beside(zeros, lora_B, row, rank, low) + _beside(zeros, lora_B, other, rank, low)
+            start, other_start = row * columns, other * columns
+            for i in range(0, columns, 16):
+                v.prefetch(weight, start + i + AHEAD // 2)  # in elements
+                v.prefetch(weight, other_start + i + AHEAD // 2)
+                factors = read16(weight, start + i, form), read16(weight, other_start + i, form)
+                sums = each.fma_beside(sums, factors, x, n * i)
+            each.store(sums, lanes, (16 * (row - first), 16 * (other - first)))
 
 
 @njit(forceinline=True)
@@ -245,7 +262,7 @@ def _low_rows(p, first, last, x, zeros, lanes, low):
     for row in range(first, last):
         sums = each.splat(zeros)
         for i in range(0, p.columns, 16):
-            sums = each.fma(sums, v.load(A, row * p.columns + i), x, i)
+            sums = each.fma_beside(sums, (v.load(A, row * p.columns + i),), x, len(zeros) * i)
         each.store_totals(sums, low, row)
         for token in range(len(zeros)):
             low[token, row] *= p.scaling
@@ -263,7 +280,8 @@ def clear(array):
 def multiply_group(products, x, halves, zeros, parts, out):
     """Multiply x by each of products and write the results side by side into out (tokens, rows of all).
 
-    halves: x with the even columns of each 32 in front of the odd ones, as codes lie in bytes. parts: threads.
+    x: flat, from side_by_side. halves: (tokens, columns), with the even columns of each 32 in front of the odd ones,
+    as codes lie in bytes. parts: threads.
     """
     tokens = len(zeros)
     tiles = rank = columns = 0
@@ -303,3 +321,16 @@ def sort_halves(x, halves):
             left, right = v.load(row, i), v.load(row, i + 16)
             v.store(half, i, v.evens(left, right))
             v.store(half, i + 16, v.odds(left, right))
+
+
+@njit
+def side_by_side(x, beside):
+    """x (tokens, columns) as (columns / 16, tokens, 16), flat: one address for all tokens. One token is so already."""
+    tokens = len(x)
+    if tokens == 1:
+        return x.reshape(-1)
+    for token in range(tokens):
+        row = x[token]
+        for i in range(0, x.shape[1], 16):
+            v.store(beside, i * tokens + 16 * token, v.load(row, i))
+    return beside

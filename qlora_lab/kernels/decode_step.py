@@ -19,7 +19,7 @@ from numba.extending import overload
 
 from qlora_lab.kernels import sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel, run, serial, thread_count
-from qlora_lab.kernels.decode_products import clear, multiply_group, sort_halves, totals16
+from qlora_lab.kernels.decode_products import clear, multiply_group, side_by_side, sort_halves, totals16
 
 QKV, OUT, GATE_UP, DOWN, END = 0, 3, 4, 6, 7  # where the products begin that share an input, in a layer's table
 ROWS_AT_ONCE = 8  # rows of a batch: two rows of a weight with 8 sums each fill half of the vector registers
@@ -107,6 +107,7 @@ def _keep_as(vector, kept, absmax, thresholds):
     def keep_codes(vector, kept, absmax, thresholds):
         largest = np.float32(0)
         for number in vector:
+            # a comparison with NaN is false, so max() alone would forget one
             largest = max(largest, abs(number)) if abs(number) < np.inf else np.float32(np.nan)  # also of a NaN
             if np.isnan(largest):
                 break
@@ -193,6 +194,7 @@ def _attend_head(query, keys, values, key_absmax, value_absmax, length, scores, 
         powers = exp16(v.load(scores, first) + v.splat(-top))
         totals = totals + powers
         v.store(scores, first, powers)
+    # here and not for each of its numbers: a value's constant belongs to all of them
     for position in range(length):
         scores[position] *= _unit(values, value_absmax, position)
     share = v.splat(np.float32(1) / each.total(totals))
@@ -242,27 +244,28 @@ def _step(x, weights, eps, heads, rotary, cache, thresholds, rows, positions, ze
     gated = np.empty((tokens, middle), np.float32)
     gated_halves = np.empty((tokens, middle), np.float32)
     added = np.empty((tokens, hidden), np.float32)
+    beside = np.empty(tokens * max(hidden, wide, middle), np.float32)
     for i in range(len(layers)):
         products = layers[i]  # sliced, because numba compiles anew for each pair of constants
         _norm(x, norms[2 * i], eps, normed)
         sort_halves(normed, halves)
-        multiply_group(products[QKV:OUT], normed, halves, zeros, parts, qkv)
+        multiply_group(products[QKV:OUT], side_by_side(normed, beside), halves, zeros, parts, qkv)
         layer = keys[i], values[i], key_absmax[i], value_absmax[i]
         _place(qkv, heads, cos, sin, rows, positions, layer, thresholds)
         _attend(qkv, heads, rows, positions, layer, parts, attended)
         sort_halves(attended, attended_halves)
-        multiply_group(products[OUT:GATE_UP], attended, attended_halves, zeros, parts, added)
+        multiply_group(products[OUT:GATE_UP], side_by_side(attended, beside), attended_halves, zeros, parts, added)
         _add(x, added)
         _norm(x, norms[2 * i + 1], eps, normed)
         sort_halves(normed, halves)
-        multiply_group(products[GATE_UP:DOWN], normed, halves, zeros, parts, gate_and_up)
+        multiply_group(products[GATE_UP:DOWN], side_by_side(normed, beside), halves, zeros, parts, gate_and_up)
         _gate(gate_and_up, gated)
         sort_halves(gated, gated_halves)
-        multiply_group(products[DOWN:END], gated, gated_halves, zeros, parts, added)
+        multiply_group(products[DOWN:END], side_by_side(gated, beside), gated_halves, zeros, parts, added)
         _add(x, added)
     _norm(x, norms[2 * len(layers)], eps, normed)
     sort_halves(normed, halves)
-    multiply_group(head, normed, halves, zeros, parts, logits)
+    multiply_group(head, side_by_side(normed, beside), halves, zeros, parts, logits)
 
 
 class Weights(NamedTuple):

@@ -154,7 +154,7 @@ def _multiply(x, per, zeros, packed, table, unit, constants, block_size, parts, 
                 some = out[tile * size : (tile + 1) * size]
                 for i in range(n):  # so that a tile's numbers come from the first-level cache for all rows but 16
                     sums = _sums(panel[i], scales[i], block_size // 4, blocks, x, tile, per, zeros)
-                    each.store(sums, some, min((first + i) * ROWS, rows - ROWS))
+                    each.store(sums, some, (min((first + i) * ROWS, rows - ROWS),))
 
 
 def can_multiply(rows: int) -> bool:

@@ -11,6 +11,8 @@ from numba.extending import intrinsic
 from qlora_lab.kernels import vector as v
 from qlora_lab.kernels.words import dotted_pairs
 
+FMA = "llvm.fma.v16f32"
+
 
 @intrinsic
 def splat(typing, numbers):
@@ -38,7 +40,7 @@ def fma(typing, sums, factor, array, column):
         for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
             pointer = builder.bitcast(_row_pointer(context, builder, array, args[2], t, args[3]), ir.PointerType(v.F32))
             operand = builder.load(pointer, align=v.align_of(array))  # 16 float32
-            updated.append(v.call_intrinsic(builder, "llvm.fma.v16f32", v.F32, [args[1], operand, value]))
+            updated.append(v.call_intrinsic(builder, FMA, v.F32, [args[1], operand, value]))
         return context.make_tuple(builder, sums, updated)
 
     return sums(sums, v.FLOATS, array, types.intp), emit
@@ -60,6 +62,31 @@ def fma_scalars(typing, sums, vector, array, start):
         return context.make_tuple(builder, sums, updated)
 
     return sums(sums, v.FLOATS, array, types.intp), emit
+
+
+@intrinsic
+def fma_beside(typing, sums, factors, array, start):
+    """sums[r, t] + factors[r] * array[start + 16 t : start + 16 t + 16] for each row r and token t, rounded once.
+
+    sums: a tuple of rows * tokens vectors, those of the first row first. factors: a tuple of vectors, one for each row.
+    array: flat.
+    """
+
+    def emit(context, builder, sig, args):
+        values, rows = (cgutils.unpack_tuple(builder, arg) for arg in args[:2])
+        tokens = len(values) // len(rows)
+        # One pointer and constant offsets: rows of an array would need an address each, more than there are registers.
+        first = builder.gep(context.make_array(array)(context, builder, args[2]).data, [args[3]])
+        pointer = builder.bitcast(first, ir.PointerType(v.F32))
+        places = (builder.gep(pointer, [context.get_constant(types.intp, t)]) for t in range(tokens))
+        vectors = [builder.load(place, align=v.align_of(array)) for place in places]
+        pairs = [[factor, vector] for factor in rows for vector in vectors]
+        updated = [
+            v.call_intrinsic(builder, FMA, v.F32, [*pair, value]) for pair, value in zip(pairs, values, strict=True)
+        ]
+        return context.make_tuple(builder, sums, updated)
+
+    return sums(sums, factors, array, types.intp), emit
 
 
 @intrinsic
@@ -103,16 +130,18 @@ def dot_scalars(typing, sums, pairs, array, start, step):
 
 
 @intrinsic
-def store(typing, sums, array, column):
-    """array[t, column : column + 16] = sums[t] for each t; array (len(sums), n), contiguous."""
+def store(typing, sums, array, starts):
+    """array[t, starts[r] : starts[r] + 16] = sums[r, t] for each row r and token t; array (tokens, n), contiguous."""
 
     def emit(context, builder, sig, args):
-        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
-            pointer = _row_pointer(context, builder, array, args[1], t, args[2])
+        values, rows = (cgutils.unpack_tuple(builder, args[i]) for i in (0, 2))
+        for i, value in enumerate(values):
+            row, token = divmod(i, len(values) // len(rows))
+            pointer = _row_pointer(context, builder, array, args[1], token, rows[row])
             builder.store(value, builder.bitcast(pointer, ir.PointerType(v.F32)), align=v.align_of(array))
         return context.get_dummy_value()
 
-    return types.void(sums, array, types.intp), emit
+    return types.void(sums, array, starts), emit
 
 
 def _total(builder, value):

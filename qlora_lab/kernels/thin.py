@@ -50,10 +50,10 @@ def _lower(x, form, down, zeros, low):
                     b = each.fma(b, read16(x, q + i, form), rows, i)
                     c = each.fma(c, read16(x, s + i, form), rows, i)
                     d = each.fma(d, read16(x, u + i, form), rows, i)
-                each.store(a, lanes, 0)
-                each.store(b, lanes, 16)
-                each.store(c, lanes, 32)
-                each.store(d, lanes, 48)
+                each.store(a, lanes, (0,))
+                each.store(b, lanes, (16,))
+                each.store(c, lanes, (32,))
+                each.store(d, lanes, (48,))
                 v.store(flat, 0, totals16(flat))  # (rank, token)
                 for k in range(4):
                     low[t, 4 * group + k] = flat[4 * k]
@@ -118,8 +118,8 @@ def _outer(low, x, form, zeros, total):
                         a = each.fma_scalars(a, left, flat, t * r + 8 * group)
                         b = each.fma_scalars(b, right, flat, t * r + 8 * group)
                     rows = total[group]
-                    each.store(each.fma(a, v.splat(np.float32(1)), rows, i), rows, i)
-                    each.store(each.fma(b, v.splat(np.float32(1)), rows, i + 16), rows, i + 16)
+                    each.store(each.fma(a, v.splat(np.float32(1)), rows, i), rows, (i,))
+                    each.store(each.fma(b, v.splat(np.float32(1)), rows, i + 16), rows, (i + 16,))
 
 
 def lower(x: torch.Tensor, down: torch.Tensor, low: torch.Tensor) -> None:

@@ -24,5 +24,6 @@ def check_pair(model: nn.Module, tokenizer: "Tokenizer") -> None:
     check_model(model)
     if not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"model is a {type(model).__name__}, not a language model of transformers: {ADVICE}")
+    # tests and users have tokenizers of many makers, but all are called
     if not callable(tokenizer) or isinstance(tokenizer, nn.Module):
         raise TypeError(f"tokenizer is {tokenizer!r:.60}, not a tokenizer of transformers: {ADVICE}")

@@ -255,6 +255,21 @@ def test_a_nan_passes_a_cache_of_8_bits(step, packed):
         assert logits.isnan().all()
 
 
+@kernel
+@pytest.mark.slow  # compiles the step for four rows
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_head_with_an_odd_number_of_rows(dtype):
+    """A batch reads weights that are not packed two rows at a time, and the last of 281 twice."""
+    stack = read_stack(small(vocab_size=281).to(dtype))
+    step, every = FastStep(stack), torch.arange(3)
+    together, alone = make_cache(stack, 3, 4), [make_cache(stack, 1, 4) for _ in every]
+    with torch.no_grad():
+        logits = step(IDS[:3], together, every)
+        expected = torch.cat([step(IDS[i : i + 1], alone[i], torch.tensor([0])) for i in range(3)])
+    assert logits.shape == (3, 281)
+    assert torch.equal(logits, expected)
+
+
 @pytest.mark.long
 def test_sizes_that_the_kernel_does_not_take_are_computed(with_kernels):
     model = quantize_linears(small(hidden_size=48, num_attention_heads=2), block_size=16)
