@@ -50,8 +50,8 @@ Sample = dict[str, float]  # seconds: first, of the prompt and a token; rest, of
 Contender = Callable[[list[int], int], Sample]
 
 
-def ours(model: nn.Module, rows: int = 1) -> Contender:
-    """Answer through the decode path, `rows` times the same prompt at once."""
+def ours(model: nn.Module, rows: int = 1, int8: bool = False) -> Contender:
+    """Answer through the decode path, `rows` times the same prompt at once, read in int8 or in float32."""
     stack = read_stack(model)
     step, every = step_of(stack), torch.arange(rows)
 
@@ -60,7 +60,7 @@ def ours(model: nn.Module, rows: int = 1) -> Contender:
         cache = make_cache(stack, rows, len(prompt) + tokens)
         with torch.no_grad():
             for row in range(rows):
-                read_prompt(stack, torch.tensor(prompt[:-1]), cache, row)
+                read_prompt(stack, torch.tensor(prompt[:-1]), cache, row, int8)
             token = step(torch.tensor(prompt[-1:] * rows), cache, every).argmax(-1)
             first = perf_counter() - start
             for _ in range(tokens - 1):
@@ -191,6 +191,7 @@ def smollm2(packages: Path, scratch: Path, rounds: int, tokens: int) -> list[dic
     packed, _ = ql.load(MODEL, progress=False)
     narrow, wide = (ql.load(MODEL, None, dtype=dtype, progress=False)[0] for dtype in (torch.bfloat16, torch.float32))
     contenders = {"ours": ours(packed), f"ours, LoRA r={RANK}": ours(adapted(packed))}
+    contenders["ours, prompt in int8"] = ours(packed, int8=True)
     contenders |= {"transformers, bf16": theirs(narrow), "transformers, float32": theirs(wide)}
     contenders |= {"generate on our layers": theirs(packed), "bitsandbytes": theirs(of_bitsandbytes(narrow))}
     programs = {}
@@ -212,7 +213,8 @@ def smollm2(packages: Path, scratch: Path, rounds: int, tokens: int) -> list[dic
 def seven_b(layers: int, rounds: int) -> list[dict]:
     model = random_7b(layers)
     shape = {"model": "random weights", "shape": LLAMA_7B | {"num_hidden_layers": layers}}
-    return [shape | measure({"ours": ours(model)}, bytes_read(read_stack(model)), (32, 32), rounds)]
+    contenders = {"ours": ours(model), "ours, prompt in int8": ours(model, int8=True)}
+    return [shape | measure(contenders, bytes_read(read_stack(model)), (32, 32), rounds)]
 
 
 def main() -> None:

@@ -135,11 +135,15 @@ class Decoding:
         longest = max(len(row.prompt) + row.room for row in self._rows) - 1  # the model never reads the last token
         cache = make_cache(stack, len(self._rows), longest)
         step = step_of(stack)
-        reader = with_int8(stack) if self._sampling.int8_prompt else stack
         for row in self._unended():  # an iteration goes on where the last one stopped
             row.begin(row.ids)
             with torch.no_grad():
-                read_prompt(reader, torch.tensor(row.known[:-1]), cache, row.number)
+                prompt = torch.tensor(row.prompt[:-1])
+                read_prompt(stack, prompt, cache, row.number, self._sampling.int8_prompt)
+                said = torch.tensor(
+                    row.known[len(row.prompt) - 1 : -1]
+                )  # never in int8: the same text as without a break
+                read_prompt(stack, said, cache, row.number)
         while rows := self._unended():
             active = [row.number for row in rows]
             last = torch.tensor([row.last for row in rows])
