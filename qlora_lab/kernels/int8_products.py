@@ -5,10 +5,9 @@ rows) float32. What a block adds up is exact, so results differ from the twin's 
 and an output depends on its row of x and its row of W alone.
 
 Moved for each weight and call: 0.5 bytes packed and 1/64 of a constant, and 1 byte of a panel that is decoded once,
-stays in the second-level cache, and is read again for each tile of tokens. A lane of a register is a row of W, so the
-sum of a block becomes float32 at the cost of 3 instructions for 16 products of 64: a fifth more than the products
-alone. On a Zen 4 at 3.7 GHz the product of 512 tokens runs at 190 billion multiplications a second, where 64 a
-cycle would be 237; rounding x is a tenth of it.
+stays in the second-level cache, and is read again for each tile of tokens. A lane of a register is a row of W, so a
+sum becomes float32 at the cost of 3 instructions for each 8 that multiply. On a core of a Zen 4 the products of 511
+tokens of SmolLM2-135M take 0.34 s, 160 billion multiplications a second, and rounding x 0.05 s; in float32 they take 1.3.
 """
 
 import numpy as np
