@@ -7,7 +7,8 @@ and an output depends on its row of x and its row of W alone.
 Moved for each weight and call: 0.5 bytes packed and 1/64 of a constant, and 1 byte of a panel that is decoded once,
 stays in the second-level cache, and is read again for each tile of tokens. A lane of a register is a row of W, so a
 sum becomes float32 at the cost of 3 instructions for each 8 that multiply. On a core of a Zen 4 the products of 511
-tokens of SmolLM2-135M take 0.34 s, 160 billion multiplications a second, and rounding x 0.05 s; in float32 they take 1.3.
+tokens of SmolLM2-135M take 0.34 s, 160 billion multiplications a second, and rounding x 0.05 s. In float32 they take
+1.3 s.
 """
 
 import numpy as np
