@@ -10,8 +10,8 @@ by about 1 % of its size. kernels/int8_products.py is the fast twin: it adds up 
 
 n and m are whole numbers from -127 to 127. One instruction multiplies and adds 64 pairs of them, where float32 has 16.
 The levels of NF4 are no multiples of one unit, so m errs as well: by 0.4 % of absmax at most, and NF4 itself by up to
-15 %. Source: absmax rounding to int8 is equation 1 of LLM.int8() (arXiv 2208.07339), here for each block of columns.
-llama.cpp rounds activations in blocks of 32, too.
+15 %. Source: LLM.int8() (arXiv 2208.07339), section 2, absmax quantization, here for each block of columns. llama.cpp
+rounds activations in blocks of 32, too.
 """
 
 from functools import lru_cache
