@@ -140,28 +140,30 @@ class Decoding:
     def _by_steps(self, stack: Stack) -> Iterator[Piece]:
         longest = max(len(row.prompt) + row.room for row in self._rows) - 1  # the model never reads the last token
         cache = make_cache(stack, len(self._rows), longest, self._sampling.cache_bits)
-        reader = with_int8(stack) if self._sampling.int8_prompt else stack
-        weights = weights_of(reader)
+        weights = weights_of(stack), self._sampling.int8_prompt
         before, self.prefix = self.prefix, None
         if before is not None:
             take_over(before, [row.known[:-1] for row in self._rows], weights, cache)
             del before  # its cache: two would stay
         try:
-            yield from self._answers(stack, reader, cache)
+            yield from self._answers(stack, cache)
         finally:
             read = zip(self._rows, cache.lengths.tolist(), strict=True)
             self.prefix = Prefix([row.known[:n] for row, n in read], cache, weights)
 
-    def _answers(self, stack: Stack, reader: Stack, cache: Cache) -> Iterator[Piece]:
-        """stack: for one token after the other. reader: for prompts."""
+    def _answers(self, stack: Stack, cache: Cache) -> Iterator[Piece]:
         step = step_of(stack)
         for row in self._unended():  # an iteration goes on where the last one stopped
             row.begin(row.ids)
             if row.ended is not None:
                 continue
             with torch.no_grad():
-                new = row.known[int(cache.lengths[row.number]) : -1]
-                read_prompt(reader, torch.tensor(new, dtype=torch.int64), cache, row.number)
+                there = int(cache.lengths[row.number])  # taken over
+                prompt = torch.tensor(row.prompt[there:-1], dtype=torch.int64)
+                read_prompt(stack, prompt, cache, row.number, self._sampling.int8_prompt)
+                # never in int8: an answer that was left goes on as it would have
+                said = torch.tensor(row.known[max(there, len(row.prompt) - 1) : -1], dtype=torch.int64)
+                read_prompt(stack, said, cache, row.number)
         while rows := self._unended():
             active = [row.number for row in rows]
             last = torch.tensor([row.last for row in rows])

@@ -3,17 +3,18 @@
 In: x (tokens, in_features) float32, and W as a QuantizedTensor. Out: x W^T, (tokens, out_features) float32, which errs
 by about 1 % of its size. kernels/int8_products.py is the fast twin: it adds up the same whole numbers.
 
-    a block of x, of one token      ~  s n,               s = max |x| / 127,       n = round(x / s)
-    the same block of a row of W    =  absmax levels[codes]
-                                    ~  absmax / 127 m,    m = round(127 levels[codes])
-    x W^T  ~  sum over blocks of  (s absmax / 127) (n m^T)
+    32 columns of x, of one token  ~  s n,                     s = max |x| / 127,  n = round(x / s)
+    the same columns of a row of W  =  absmax levels[codes]
+                                   ~  absmax unit m,           m = round(levels[codes] / unit)
+    x W^T  ~  sum over these blocks of  (s absmax unit) (n m^T)
 
 n and m are whole numbers from -127 to 127. One instruction multiplies and adds 64 pairs of them, where float32 has 16.
-The levels of NF4 are no multiples of 1/127, so m errs as well: by 1/254 of absmax at most, and NF4 itself by up to
-1/6.6 of it. Source: absmax rounding to int8 is equation 1 of LLM.int8() (arXiv 2208.07339), here for each block of
-columns. llama.cpp rounds activations in blocks, too.
+The levels of NF4 are no multiples of one unit, so m errs as well: by 0.4 % of absmax at most, and NF4 itself by up to
+15 %. Source: LLM.int8() (arXiv 2208.07339), section 2, absmax quantization, here for each block of columns. llama.cpp
+rounds activations in blocks of 32, too.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from qlora_lab.quant.quantize import QuantizedTensor
 
 TOP = 127  # -128 has no counterpart
 TINY = 1e-30  # an absmax below it counts as this: its reciprocal has to be finite
-BLOCK = 64  # a block of a weight is a multiple of this: one vector register of bytes
+BLOCK = 32  # columns of x with one scale, as in llama.cpp: with 64, logits err by a quarter more
 
 
 class Rounded(NamedTuple):
@@ -50,9 +51,23 @@ def round_blocks(x: torch.Tensor, block_size: int) -> Rounded:
 
 
 def round_levels(levels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return the levels as whole numbers from -127 to 127, (n_levels,) float32, and what 1 of them stands for."""
-    top = levels.abs().max().item()
-    return (levels * (TOP / top)).round(), top / TOP
+    """Return the levels as whole numbers from -127 to 127, (n_levels,) float32, and what 1 of them stands for.
+
+    The largest becomes the number, 64 at least, that lets all of them err least: 112 for NF4, 120 for FP4 as
+    bitsandbytes has it, and a multiple of 8 for int4, which then has no error.
+    """
+    return _rounded_levels(tuple(levels.tolist()))
+
+
+@lru_cache  # asked for each product of a prompt
+def _rounded_levels(levels: tuple[float, ...]) -> tuple[torch.Tensor, float]:
+    exact = torch.tensor(levels, dtype=torch.float64)
+    top = exact.abs().max()
+    tops = torch.arange(64, TOP + 1)[:, None]  # (candidates, 1)
+    wanted = exact / top * tops  # (candidates, n_levels)
+    errors = ((wanted.round() - wanted) / tops).square().sum(1)
+    best = int(errors.argmin())
+    return wanted[best].round().float(), (top / tops[best]).item()
 
 
 def forward(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
@@ -63,20 +78,19 @@ def forward(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     levels, unit = round_levels(weight.levels)
     if product_4bit.product_of(weight) and int8_products.can_multiply(rows):
         return int8_products.multiply(x, weight.plain, rows, levels, unit)
-    numbers, scales = round_blocks(x, weight.block_size)
-    blocks = columns // weight.block_size
-    whole = levels[weight.codes.long()].view(rows, blocks, -1)  # (rows, blocks, block_size)
-    absmax = weight.absmax.view(rows, blocks) * unit
+    numbers, scales = round_blocks(x, BLOCK)
+    blocks = columns // BLOCK
+    whole = levels[weight.codes.long()].view(rows, blocks, BLOCK)
+    absmax = weight.absmax.repeat_interleave(weight.block_size // BLOCK).view(rows, blocks) * unit
     total = x.new_zeros(len(x), rows)  # (tokens, rows)
     for b in range(blocks):
-        # float64, because a block of 4096 has sums above 2^24, up to which float32 holds every whole number
-        sums = (numbers[:, b].double() @ whole[:, b].t().double()).float()
+        sums = numbers[:, b] @ whole[:, b].t()  # (tokens, rows): whole numbers below 2^24, so float32 is exact
         total += sums * absmax[:, b] * scales[:, b, None]
     return total
 
 
 def can_multiply(part: Product) -> bool:
-    """Whether `forward` takes the weight: 4-bit codes, in blocks of a multiple of 64 that end with the rows."""
+    """Whether `forward` takes the weight: 4-bit codes, in blocks of a multiple of 32 that end with the rows."""
     weight = part.weight
     if not isinstance(weight, QuantizedTensor) or weight.bits != 4:
         return False
@@ -95,7 +109,7 @@ def with_int8(stack: Stack) -> Stack:
         layers.append(layer._replace(**{n: part._replace(int8=can_multiply(part)) for n, part in parts.items()}))
     if not any(part.int8 for layer in layers for part in layer.products):
         raise ValueError(
-            "a prompt in int8 needs weights in 4 bits, in blocks of a multiple of 64 that end with the rows, and no "
+            "a prompt in int8 needs weights in 4 bits, in blocks of a multiple of 32 that end with the rows, and no "
             "layer has them: quantise with block_size=64, or leave the option out"
         )
     return stack._replace(layers=tuple(layers))

@@ -21,7 +21,7 @@ class Prefix(NamedTuple):
 
     ids: list[list[int]]
     cache: Cache
-    weights: tuple  # of the stack that read them, from weights_of
+    weights: tuple  # of the stack that read them, from weights_of, and whether it read prompts in int8
 
 
 def weights_of(stack: Stack) -> tuple:

@@ -13,6 +13,7 @@ from qlora_lab.infer.decode import Decoding, decode
 from qlora_lab.infer.sampling import Sampling
 from qlora_lab.infer.stack import Product, read_stack
 from qlora_lab.model.linear4bit import quantize_linears
+from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.quantize import dequantize, quantize
 from tests.infer.conftest import dequantised, small
 from tests.infer.test_step import IDS, adapted
@@ -28,9 +29,20 @@ def test_blocks_by_hand():
     assert scales[0].tolist() == [torch.tensor(2 / 127).item(), 0] and scales[1].isnan().all()
 
 
-def test_levels_are_whole_numbers_of_their_largest():
+@pytest.mark.parametrize("name, top, worst", [("nf4", 112, 0.0039), ("fp4", 120, 0.0032), ("int4", None, 1e-6)])
+def test_the_largest_level_suits_all_of_them(name, top, worst):
+    """Half a unit of 127 is 0.0039. Every multiple of 8 is exact for int4, -8 to 7 over 7."""
+    levels, unit = int8.round_levels(codebook(name))
+    largest = int(levels.abs().max())
+    assert (largest % 8 == 0 if top is None else largest == top) and unit == pytest.approx(
+        codebook(name).abs().max().item() / largest, rel=1e-6
+    )
+    assert (levels * unit - codebook(name)).abs().max() < worst
+
+
+def test_levels_need_not_end_at_1():
     levels, unit = int8.round_levels(torch.tensor([-0.5, 0.1, 2.0]))
-    assert (levels.tolist(), unit) == ([-32, 6, 127], 2 / 127)
+    assert (levels.tolist(), unit) == ([-20, 4, 80], 2 / 80)
 
 
 @pytest.mark.long  # compiles the kernel
@@ -46,18 +58,19 @@ LAYOUTS = {  # rows, columns, tokens; options of quantize
     "single constants, and a row more than two tiles": ((33, 256, 25), ("nf4", 128, False)),
     "fp4, whose codes are not sorted, and one token": ((17, 128, 1), ("fp4", 64, True)),
     "int4, which has 15 levels, in the largest blocks": ((16, 4096, 12), ("int4", 4096, False)),
+    "blocks of 32, and columns that 64 does not divide": ((20, 96, 14), ("nf4", 32, True)),
     "fewer rows than lanes": ((15, 128, 3), ("nf4", 64, True)),
 }
 
 
 def exactly(x: torch.Tensor, q) -> tuple[torch.Tensor, torch.Tensor]:
     """The product in float64 from the same whole numbers, and the sum of the sizes of its blocks."""
-    numbers, scales = int8.round_blocks(x, q.block_size)
+    numbers, scales = int8.round_blocks(x, 32)
     levels, unit = int8.round_levels(q.levels)
-    blocks = q.shape[1] // q.block_size
+    blocks = q.shape[1] // 32
     whole = levels[q.codes.long()].view(q.shape[0], blocks, -1).double()
     terms = torch.einsum("tbk,rbk->trb", numbers.double(), whole) * scales.double()[:, None]
-    terms *= q.absmax.view(-1, blocks).double() * unit
+    terms *= q.absmax.double().repeat_interleave(q.block_size // 32).view(-1, blocks) * unit
     return terms.sum(-1), terms.abs().sum(-1)
 
 
@@ -75,7 +88,7 @@ def test_both_add_up_the_same_whole_numbers(shape, options, override, monkeypatc
     y = int8.forward(x, q)
     exact, size = exactly(x, q)
     assert y.shape == (tokens, rows) and y.dtype == torch.float32
-    assert ((y - exact).abs() <= (columns // q.block_size + 5) * 2.0**-24 * size).all()
+    assert ((y - exact).abs() <= (columns // 32 + 5) * 2.0**-24 * size).all()
     exact = x.double() @ dequantize(q, torch.float32).t().double()
     share = ((y - exact).norm(dim=1) / exact.norm(dim=1)).median()
     assert 0.002 < share < 0.03, share  # it is int8: 1/254 of a block's largest for each factor
@@ -132,8 +145,8 @@ def test_layers_that_do_not_fit_stay_as_they_are(with_kernels):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: small(), lambda: quantize_linears(small(), block_size=32), lambda: quantize_linears(small(), "nf3")],
-    ids=["not quantised", "blocks of 32", "3 bits"],
+    [lambda: small(), lambda: quantize_linears(small(), block_size=16), lambda: quantize_linears(small(), "nf3")],
+    ids=["not quantised", "blocks of 16", "3 bits"],
 )
 def test_weights_that_do_not_fit_are_refused(make, tokenizer, with_kernels):
     for door in (Chat, lambda *given, **more: decode(*given, "a", progress=False, **more)):
@@ -162,15 +175,31 @@ def test_bits_that_no_cache_has(bits):
 
 @pytest.mark.long
 def test_only_the_prompt_is_read_in_int8(packed, tokenizer, monkeypatch):
-    """A prompt of one token is a step, and steps are float32: the answers are equal. Others have other keys."""
+    """The first token is read in float32, and the last one is a step: of two tokens none is rounded."""
     monkeypatch.setattr(fast, "can_step", lambda stack: False)  # nothing is compiled
     calls = []
     forward = int8.forward
     monkeypatch.setattr(int8, "forward", lambda x, weight: calls.append(len(x)) or forward(x, weight))
-    one, five = [[7]], [[7, 8, 9, 10, 11]]
-    assert decode(packed, tokenizer, one, 5, sampling=INT8) == decode(packed, tokenizer, one, 5) and not calls
+    two, five = [[7, 8]], [[7, 8, 9, 10, 11]]
+    assert decode(packed, tokenizer, two, 5, sampling=INT8) == decode(packed, tokenizer, two, 5) and not calls
     (answer,) = decode(packed, tokenizer, five, 5, sampling=INT8)
-    assert len(answer.ids) == 5 and calls == [4] * 7 * 2  # all tokens but the last, in 7 products of 2 layers
+    assert (
+        len(answer.ids) == 5 and calls == [3] * 7 * 2
+    )  # all tokens but the first and the last, in 7 products of 2 layers
+
+
+@pytest.mark.long
+def test_what_was_said_is_read_in_float32(packed, tokenizer, monkeypatch):
+    """Else an answer that was left would go on differently."""
+    monkeypatch.setattr(fast, "can_step", lambda stack: False)
+    calls = []
+    forward = int8.forward
+    monkeypatch.setattr(int8, "forward", lambda x, weight: calls.append(len(x)) or forward(x, weight))
+    run = Decoding(packed, tokenizer, [[7, 8, 9]], 9, INT8)
+    for _ in run:
+        break
+    list(run)
+    assert run.answers == decode(packed, tokenizer, [[7, 8, 9]], 9, INT8) and set(calls) == {1}
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ import json
 import torch
 
 from qlora_lab.adapters.lora import LoRALinear
+from qlora_lab.infer import int8
 from qlora_lab.kernels import choose, cpu, product
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.optim.paged_adamw import PagedAdamW
@@ -105,6 +106,13 @@ def adapter_errors() -> dict[str, float]:
     return found
 
 
+def int8_product() -> str:
+    """Digest of a product in int8: whole numbers, and float32 sums in one order."""
+    x = numbers(40, 384, seed=3)
+    x[7, :40], x[9, 3] = 0, 1e4
+    return digest(int8.forward(x, quantize(hard(96, 384), double_quant=True)))
+
+
 def eight_bit_steps() -> str:
     """Digest of a parameter after three steps of AdamW with moments of 8 bits."""
     parameter = torch.nn.Parameter(numbers(5000))
@@ -123,5 +131,6 @@ if __name__ == "__main__":
             "bytes": quantised_bytes() | {"AdamW, 8 bits": eight_bit_steps()},
             "products": worst_errors(),
             "adapters": adapter_errors(),
+            "int8": int8_product(),
         }
     print(json.dumps({"vector": cpu.FAST, "kernels": choose("cpu").name, "threads": results}))

@@ -61,6 +61,8 @@ def test_bytes_are_equal_on_every_machine_and_products_within_a_bound(machine, t
     assert there["vector"] == (vector.is_fast() and machine != "a CPU of 2004")
     for found in there["threads"].values():
         assert found["bytes"] == here["threads"]["1"]["bytes"] and len(found["bytes"]) == 16
+        # the readable product rounds its float32 factors in another order
+        assert readable or found["int8"] == here["threads"]["1"]["int8"]
         assert 0 < max(found["products"].values()) <= 1, found["products"]
         # float32 sums of at most 384 terms; the readable layer multiplies adapters in the dtype of x
         bound = torch.finfo(torch.bfloat16).eps if readable else 384 * 2.0**-24
