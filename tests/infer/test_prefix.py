@@ -80,6 +80,11 @@ def a_constant(model):
     model.model.layers[0].self_attn.q_proj.base.weight.constants.absmax_scale[0] *= 2
 
 
+def rows_in_another_order(model):
+    packed = model.model.layers[0].self_attn.k_proj.base.weight.packed
+    packed.copy_(packed.view(64, -1).flip(0).flatten())
+
+
 def a_norm(model):
     model.model.layers[0].input_layernorm.weight.data[0] *= 2
 
@@ -100,7 +105,7 @@ def the_adapter(model):
     ql.remove_adapter(model)
 
 
-CHANGES = [by_data, by_numpy, a_code, a_constant, a_norm, an_embedding, the_scaling, the_angles, the_adapter]
+CHANGES = [by_data, by_numpy, a_code, a_constant, rows_in_another_order, a_norm, an_embedding, the_scaling, the_angles, the_adapter]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -140,19 +145,30 @@ def test_the_base_and_the_adapter_have_their_own(packed, tokenizer, read):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_tensor_counts_whatever_its_size_and_place(dtype, packed):
-    """Sums go over words of 8 bytes, where a tensor has whole ones."""
+    """Sums go over words of 8 bytes in whole runs; the last two sizes leave a rest, in both dtypes."""
     stack = read_stack(packed)
-    for size in (1, 3, 4, 5, 8, 13):
+    for size in (1, 3, 4, 5, 8, 13, 4097, 4099):
         storage = torch.zeros(size + 1, dtype=dtype)
         norm = storage[1:]  # at an odd place
         before = weights_of(stack._replace(norm=norm))
-        for i in range(size):
+        for i in (*range(min(size, 13)), size - 1):
             norm[i] = 1
             assert weights_of(stack._replace(norm=norm)) != before, i
             norm[i] = 0
         assert weights_of(stack._replace(norm=norm.clone())) == before
         turned = torch.zeros(2, size, dtype=dtype).t()  # not contiguous
         assert weights_of(stack._replace(norm=turned)) != weights_of(stack._replace(norm=turned + 1))
+
+
+@pytest.mark.parametrize("size", [256, 5000], ids=["small", "large"])
+def test_other_signs_are_other_weights(size, packed):
+    """Half of the numbers are negative, so the bits of the signs add up to the same before and after."""
+    stack = read_stack(packed)
+    norm = torch.rand(size) + 1
+    norm[::4] *= -1
+    norm[1::4] *= -1
+    assert weights_of(stack._replace(norm=norm)) != weights_of(stack._replace(norm=-norm))
+    assert weights_of(stack._replace(norm=norm)) != weights_of(stack._replace(norm=norm.flip(0)))
 
 
 def test_what_is_left_is_taken_up_without_reading(packed, tokenizer, read):
