@@ -80,7 +80,7 @@ def a_constant(model):
     model.model.layers[0].self_attn.q_proj.base.weight.constants.absmax_scale[0] *= 2
 
 
-def rows_in_another_order(model):
+def the_rows(model):
     packed = model.model.layers[0].self_attn.k_proj.base.weight.packed
     packed.copy_(packed.view(64, -1).flip(0).flatten())
 
@@ -105,7 +105,7 @@ def the_adapter(model):
     ql.remove_adapter(model)
 
 
-CHANGES = [by_data, by_numpy, a_code, a_constant, rows_in_another_order, a_norm, an_embedding, the_scaling, the_angles, the_adapter]
+CHANGES = [by_data, by_numpy, a_code, a_constant, the_rows, a_norm, an_embedding, the_scaling, the_angles, the_adapter]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -177,6 +177,24 @@ def test_what_is_left_is_taken_up_without_reading(packed, tokenizer, read):
     next(iter(run))
     assert list(run) and run.answers == whole
     assert read[2:] == [len(PROMPT) - 1, 2, 0, 0]
+
+
+def test_of_two_iterations_the_earlier_one_ends(packed, tokenizer, read):
+    """Its cache misses what the later one says, and its end must not replace the later one's prefix."""
+    run = Decoding(packed, tokenizer, [PROMPT], 6)
+    earlier, later = iter(run), iter(run)
+    next(earlier), next(later)
+    with pytest.raises(ValueError, match="another iteration over these answers has begun: go on with that one"):
+        next(earlier)
+    assert list(later) and run.answers == decode(packed, tokenizer, [PROMPT], 6, progress=False)
+    assert run.prefix.ids == [[*PROMPT, *run.answers[0].ids[:5]]]
+
+
+@pytest.mark.filterwarnings("ignore:.*transformers' generate answers")
+def test_transformers_leaves_no_prefix(packed, tokenizer, read):
+    first = answered(packed, tokenizer, PROMPT)
+    packed.model.norm.register_forward_hook(lambda *given: None)
+    assert first.prefix is not None and answered(packed, tokenizer, PROMPT, first.prefix).prefix is None
 
 
 def test_a_prefix_of_other_rows_is_not_used(packed, tokenizer, read):
