@@ -63,7 +63,7 @@ class Adapter(nn.Module):
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Return whether the model has an adapter. Raises TypeError for what is no model: most ways to adapters begin here."""
+    """Return whether the model has an adapter. Raises TypeError for what is no model: most doors ask this first."""
     check_model(model)
     return any(isinstance(module, Adapter) for module in model.modules())
 
