@@ -63,7 +63,7 @@ class Adapter(nn.Module):
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Raises TypeError for what is no model: nearly every way to an adapter begins here."""
+    """Return whether the model has an adapter. Raises TypeError for what is no model: most doors ask this first."""
     check_model(model)
     return any(isinstance(module, Adapter) for module in model.modules())
 

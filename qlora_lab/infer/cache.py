@@ -28,10 +28,8 @@ class Cache:
 
     keys: torch.Tensor  # (layers, rows, key heads, capacity, head_dim) float32, or uint8 codes; turned by positions
     values: torch.Tensor  # the same
-    key_absmax: (
-        torch.Tensor
-    )  # (layers, rows, key heads, capacity) float32, constants of blocks; of float32 none: (.., 0)
-    value_absmax: torch.Tensor
+    key_absmax: torch.Tensor  # of codes: (layers, rows, key heads, capacity) float32; of float32 none, (..., 0)
+    value_absmax: torch.Tensor  # the same
     cos: torch.Tensor  # (capacity, head_dim) float32
     sin: torch.Tensor
     lengths: torch.Tensor  # (rows,) int64: tokens that are there
@@ -47,7 +45,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values, cosines and sines."""
+        """Bytes of keys, values, their constants, cosines and sines."""
         return sum(tensor.nbytes for tensor in (*self.kept, self.cos, self.sin))
 
     def check_room(self, rows: torch.Tensor, tokens: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from qlora_lab.adapters.adapter import without_adapters
 from qlora_lab.data.dataset import prompt_of
 from qlora_lab.data.examples import Example
-from qlora_lab.infer.decode import GREEDY, Answer, Decoding, Ended, check_bits, check_context
+from qlora_lab.infer.decode import GREEDY, Answer, Decoding, Ended, check_context, check_sampling
 from qlora_lab.infer.prefix import Prefix
 from qlora_lab.infer.sampling import Sampling
 from qlora_lab.model.loaded import check_pair
@@ -65,7 +65,7 @@ class Chat:
     ):
         check_pair(model, tokenizer)
         check_whole("max_new_tokens", max_new_tokens)
-        check_bits(model, sampling, adapter)
+        check_sampling(model, sampling, adapter)
         if not adapter:
             with without_adapters(model):
                 pass  # now, and not at the first question, it says whether there is a base to go back to

@@ -93,7 +93,8 @@ class Decoding:
     """The answers to prompts while they come: iterate over its pieces. Arguments and errors are those of `decode`.
 
     An iteration that ends early, by `break` or Ctrl-C, leaves what was said in `answers`, as "interrupted". Another
-    one goes on to the same answers; after Ctrl-C, the piece that was being written may be in `answers` alone.
+    one goes on to the same answers; after Ctrl-C, the piece that was being written may be in `answers` alone. While it
+    runs, the earlier one raises ValueError.
     adapter: False answers as the base does, from the same packed weights; an iteration raises ValueError if the model
     has no adapter, or if all of its weights learned.
     prefix: set it to that of an earlier Decoding, whose tokens are then not read again where a prompt begins with them.
@@ -103,9 +104,9 @@ class Decoding:
     def __init__(self, model, tokenizer, prompts, max_new_tokens=128, sampling=GREEDY, *, adapter=True):
         check_pair(model, tokenizer)
         check_whole("max_new_tokens", max_new_tokens)
-        if not isinstance(sampling, Sampling):
-            raise TypeError(f"sampling={sampling!r:.60} is not allowed: give a qlora_lab.Sampling")
+        check_sampling(model, sampling, adapter)  # now, and not with the first piece
         self._adapter = adapter
+        self._begun = 0  # iterations
         self.prefix: Prefix | None = None
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._prompts = _as_ids(prompts, tokenizer)
@@ -121,7 +122,6 @@ class Decoding:
             if room < max_new_tokens:
                 row.room, row.cut = room, "context"
         self._ends = stop_ids(model, tokenizer)
-        check_bits(model, sampling, adapter)  # now, and not with the first piece
 
     @property
     def answers(self) -> list[Answer]:
@@ -145,11 +145,18 @@ class Decoding:
         if before is not None:
             take_over(before, [row.known[:-1] for row in self._rows], weights, cache)
             del before  # its cache: two would stay
+        self._begun += 1
+        number = self._begun
         try:
-            yield from self._answers(stack, cache)
+            for piece in self._answers(stack, cache):
+                yield piece
+                # the other has said tokens that are not in this cache
+                if number != self._begun:
+                    raise ValueError("another iteration over these answers has begun: go on with that one")
         finally:
-            read = zip(self._rows, cache.lengths.tolist(), strict=True)
-            self.prefix = Prefix([row.known[:n] for row, n in read], cache, weights)
+            if number == self._begun:
+                read = zip(self._rows, cache.lengths.tolist(), strict=True)
+                self.prefix = Prefix([row.known[:n] for row, n in read], cache, weights)
 
     def _answers(self, stack: Stack, cache: Cache) -> Iterator[Piece]:
         step = step_of(stack)
@@ -179,6 +186,7 @@ class Decoding:
         return [row for row in self._rows if row.ended is None]
 
     def _by_transformers(self) -> Iterator[Piece]:
+        self.prefix = None
         for row in self._unended():
             with asked(self._model, self._adapter):
                 new = generated(self._model, self._tokenizer, row.prompt, row.room, self._sampling, row.number)
@@ -249,8 +257,10 @@ def asked(model: torch.nn.Module, adapter: bool):
     return nullcontext() if adapter else without_adapters(model)
 
 
-def check_bits(model: torch.nn.Module, sampling: Sampling, adapter: bool) -> None:
-    """Raise ValueError for a prompt in int8, or a cache of 8 bits, if this model cannot have it."""
+def check_sampling(model: torch.nn.Module, sampling: Sampling, adapter: bool) -> None:
+    """Raise TypeError for what is no Sampling, ValueError for int8 or a cache of 8 bits if the model cannot have it."""
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling={sampling!r:.60} is not allowed: give a qlora_lab.Sampling")
     if not sampling.int8_prompt and sampling.cache_bits == 32:
         return
     what = "prompts of this model are not read in int8" if sampling.int8_prompt else "this model has no cache of 8 bits"

@@ -75,7 +75,10 @@ def sensitivity(
     Raises ValueError for a text that is too short, and for a model without plain linear layers or with adapters beside
     experts; FloatingPointError for one that predicts NaN.
     """
-    check_pair(model, tokenizer) if isinstance(text, str) else check_model(model)
+    if isinstance(text, str):
+        check_pair(model, tokenizer)
+    else:
+        check_model(model)  # batches need no tokenizer
     batches = calibration(model, tokenizer, text, windows, length)
     return calibrated(model, batches, fisher, seed, progress).means
 

@@ -25,7 +25,6 @@ from qlora_lab.adapters.adapter import has_adapters
 from qlora_lab.infer.chat import Chat
 from qlora_lab.infer.decode import GREEDY
 from qlora_lab.infer.sampling import Sampling
-from qlora_lab.model.loaded import check_pair
 from qlora_lab.show.control import Control, Shown
 from qlora_lab.show.escape import for_html, spelled
 from qlora_lab.show.slider import FOCUS, Button
@@ -154,7 +153,6 @@ class ChatPanel:
     def __init__(
         self, model: torch.nn.Module, tokenizer, max_new_tokens: int = 256, sampling: Sampling = GREEDY
     ) -> None:
-        check_pair(model, tokenizer)
         # the base on the left, where reading begins: a reader asks what the adapter changed
         names = {"Base": False, "With the adapter": True} if has_adapters(model) else {"Model": True}
         made = {n: Chat(model, tokenizer, max_new_tokens, sampling, adapter=adapter) for n, adapter in names.items()}

@@ -17,6 +17,7 @@ import qlora_lab as ql
 from bench import decode_equal
 from qlora_lab.adapters.adapter import learned
 from qlora_lab.infer import decode as decoding, fast
+from qlora_lab.infer.chat import Chat
 from qlora_lab.infer.decode import Decoding, decode
 from qlora_lab.infer.pieces import Pieces
 from qlora_lab.infer.sampling import Chooser, Sampling, kept, penalised
@@ -251,8 +252,9 @@ def test_options_outside_their_range_are_refused(options, message):
 
 
 def test_a_sampling_of_another_type_is_refused(packed, tokenizer):
-    with pytest.raises(TypeError, match="sampling={'seed': 3} is not allowed: give a qlora_lab.Sampling"):
-        Decoding(packed, tokenizer, "a", sampling={"seed": 3})
+    for door in (Chat, lambda *pair, **more: Decoding(*pair, "a", **more)):
+        with pytest.raises(TypeError, match="sampling={'seed': 3} is not allowed: give a qlora_lab.Sampling"):
+            door(packed, tokenizer, sampling={"seed": 3})
 
 
 def test_stops_that_are_a_list_cannot_change_later():

@@ -80,6 +80,11 @@ def a_constant(model):
     model.model.layers[0].self_attn.q_proj.base.weight.constants.absmax_scale[0] *= 2
 
 
+def the_rows(model):
+    packed = model.model.layers[0].self_attn.k_proj.base.weight.packed
+    packed.copy_(packed.view(64, -1).flip(0).flatten())
+
+
 def a_norm(model):
     model.model.layers[0].input_layernorm.weight.data[0] *= 2
 
@@ -100,7 +105,7 @@ def the_adapter(model):
     ql.remove_adapter(model)
 
 
-CHANGES = [by_data, by_numpy, a_code, a_constant, a_norm, an_embedding, the_scaling, the_angles, the_adapter]
+CHANGES = [by_data, by_numpy, a_code, a_constant, the_rows, a_norm, an_embedding, the_scaling, the_angles, the_adapter]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -140,13 +145,13 @@ def test_the_base_and_the_adapter_have_their_own(packed, tokenizer, read):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_tensor_counts_whatever_its_size_and_place(dtype, packed):
-    """Sums go over words of 8 bytes, where a tensor has whole ones."""
+    """Sums go over words of 8 bytes in whole runs; the last two sizes leave a rest, in both dtypes."""
     stack = read_stack(packed)
-    for size in (1, 3, 4, 5, 8, 13):
+    for size in (1, 3, 4, 5, 8, 13, 4097, 4099):
         storage = torch.zeros(size + 1, dtype=dtype)
         norm = storage[1:]  # at an odd place
         before = weights_of(stack._replace(norm=norm))
-        for i in range(size):
+        for i in (*range(min(size, 13)), size - 1):
             norm[i] = 1
             assert weights_of(stack._replace(norm=norm)) != before, i
             norm[i] = 0
@@ -155,12 +160,41 @@ def test_each_tensor_counts_whatever_its_size_and_place(dtype, packed):
         assert weights_of(stack._replace(norm=turned)) != weights_of(stack._replace(norm=turned + 1))
 
 
+@pytest.mark.parametrize("size", [256, 5000], ids=["small", "large"])
+def test_other_signs_are_other_weights(size, packed):
+    """Half of the numbers are negative, so the bits of the signs add up to the same before and after."""
+    stack = read_stack(packed)
+    norm = torch.rand(size) + 1
+    norm[::4] *= -1
+    norm[1::4] *= -1
+    assert weights_of(stack._replace(norm=norm)) != weights_of(stack._replace(norm=-norm))
+    assert weights_of(stack._replace(norm=norm)) != weights_of(stack._replace(norm=norm.flip(0)))
+
+
 def test_what_is_left_is_taken_up_without_reading(packed, tokenizer, read):
     whole = decode(packed, tokenizer, [PROMPT, PROMPT[:3]], 6, progress=False)
     run = Decoding(packed, tokenizer, [PROMPT, PROMPT[:3]], 6)
     next(iter(run))
     assert list(run) and run.answers == whole
     assert read[2:] == [len(PROMPT) - 1, 2, 0, 0]
+
+
+def test_of_two_iterations_the_earlier_one_ends(packed, tokenizer, read):
+    """Its cache misses what the later one says, and its end must not replace the later one's prefix."""
+    run = Decoding(packed, tokenizer, [PROMPT], 6)
+    earlier, later = iter(run), iter(run)
+    next(earlier), next(later)
+    with pytest.raises(ValueError, match="another iteration over these answers has begun: go on with that one"):
+        next(earlier)
+    assert list(later) and run.answers == decode(packed, tokenizer, [PROMPT], 6, progress=False)
+    assert run.prefix.ids == [[*PROMPT, *run.answers[0].ids[:5]]]
+
+
+@pytest.mark.filterwarnings("ignore:.*transformers' generate answers")
+def test_transformers_leaves_no_prefix(packed, tokenizer, read):
+    first = answered(packed, tokenizer, PROMPT)
+    packed.model.norm.register_forward_hook(lambda *given: None)
+    assert first.prefix is not None and answered(packed, tokenizer, PROMPT, first.prefix).prefix is None
 
 
 def test_a_prefix_of_other_rows_is_not_used(packed, tokenizer, read):
