@@ -5,7 +5,10 @@ import torch
 
 from qlora_lab.kernels import cpu, thin
 
-pytestmark = pytest.mark.skipif(not cpu.FAST, reason="product.py does not ask without vectors")
+pytestmark = [
+    pytest.mark.long,  # compiles for seconds
+    pytest.mark.skipif(not cpu.FAST, reason="product.py does not ask without vectors"),
+]
 
 CASES = [(1, 64, 128, 8), (5, 192, 64, 16), (70, 320, 192, 24), (131, 64, 64, 8)]  # tokens, columns, size, r
 
