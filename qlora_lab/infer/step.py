@@ -50,7 +50,8 @@ def read_prompt(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0, in_
 
     in_int8: all but a text's first token pass layers that compute in int8; ValueError if no layer can. Nearly every
     head looks at the first token (attention sinks, arXiv 2309.17453), whose numbers are the largest: its error would
-    reach all others. In float32 it costs a hundredth of a prompt of 512, and the tokens' distributions move a quarter less.
+    reach all others. In float32 it costs a hundredth of a prompt of 512, and the tokens' distributions move a quarter
+    less.
     """
     if in_int8:
         if not cache.lengths[row]:
