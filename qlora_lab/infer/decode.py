@@ -140,9 +140,8 @@ class Decoding:
             with torch.no_grad():
                 prompt = torch.tensor(row.prompt[:-1])
                 read_prompt(stack, prompt, cache, row.number, self._sampling.int8_prompt)
-                # never in int8: an answer that was left goes on as it would have
-                said = torch.tensor(row.known[len(row.prompt) - 1 : -1])
-                read_prompt(stack, said, cache, row.number)
+                if row.ids:  # never in int8: an answer that was left goes on as it would have
+                    read_prompt(stack, torch.tensor(row.known[len(row.prompt) - 1 : -1]), cache, row.number)
         while rows := self._unended():
             active = [row.number for row in rows]
             last = torch.tensor([row.last for row in rows])
