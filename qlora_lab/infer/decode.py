@@ -168,9 +168,9 @@ class Decoding:
                 there = int(cache.lengths[row.number])  # taken over
                 prompt = torch.tensor(row.prompt[there:-1], dtype=torch.int64)
                 read_prompt(stack, prompt, cache, row.number, self._sampling.int8_prompt)
-                # never in int8: an answer that was left goes on as it would have
-                said = torch.tensor(row.known[max(there, len(row.prompt) - 1) : -1], dtype=torch.int64)
-                read_prompt(stack, said, cache, row.number)
+                if said := row.known[max(there, len(row.prompt) - 1) : -1]:
+                    # never in int8: an answer that was left goes on as it would have
+                    read_prompt(stack, torch.tensor(said), cache, row.number)
         while rows := self._unended():
             active = [row.number for row in rows]
             last = torch.tensor([row.last for row in rows])
