@@ -222,10 +222,11 @@ class Setup:
             return self.pair_attention
         if self.dtype != "bfloat16" or self.device != "cpu":
             return False
+        from qlora_lab.kernels import choose
         from qlora_lab.kernels.product import race
         from qlora_lab.kernels.words import has_pairs
 
-        return has_pairs() and race().use_bfloat16
+        return has_pairs() and choose().product is not None and race().use_bfloat16  # as model/wide.py decides
 
     @property
     def copies(self) -> bool:

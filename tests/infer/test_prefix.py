@@ -22,9 +22,9 @@ def read(monkeypatch) -> list[int]:
     counts = []
     original = module.read_prompt
 
-    def counted(stack, ids, cache, row=0):
+    def counted(stack, ids, cache, row=0, in_int8=False):
         counts.append(len(ids))
-        return original(stack, ids, cache, row)
+        return original(stack, ids, cache, row, in_int8)
 
     monkeypatch.setattr(module, "read_prompt", counted)
     monkeypatch.setattr(fast, "can_step", lambda stack: False)

@@ -5,6 +5,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from qlora_lab.memory import predict as memory
 from qlora_lab.memory.ledger import PHASES
 from qlora_lab.memory.measured import measure_memory
 from qlora_lab.memory.predict import predict_memory
+from qlora_lab.memory.setup import Setup
 from qlora_lab.model.linear4bit import Linear4bit, quantize_linears
 from qlora_lab.model.modes import checkpointing
 from qlora_lab.model.pair_attention import NAME as PAIRS
@@ -271,6 +273,21 @@ def test_attention_in_pairs_keeps_no_copy_for_a_mask(padded, monkeypatch):
     model = build(dtype=torch.bfloat16)
     assert not widen(model) and model.config._attn_implementation == PAIRS
     assert not differences(measured(model, batch_of(padded)))
+
+
+def test_attention_in_pairs_is_expected_where_load_installs_it(monkeypatch):
+    from qlora_lab import kernels
+    from qlora_lab.kernels import product, words
+
+    monkeypatch.setattr(words, "has_pairs", lambda: True)
+    monkeypatch.setattr(kernels, "choose", lambda: SimpleNamespace(product=object()))
+    for winner, pairs in (("bfloat16", True), ("float32", False)):
+        monkeypatch.setattr(product, "race", lambda winner=winner: product.Race.won_by(winner))
+        assert [Setup(dtype=dtype).pairs for dtype in ("bfloat16", "float16", "float32")] == [pairs, False, False]
+        assert not Setup(dtype="bfloat16", device="cuda").pairs
+    monkeypatch.setattr(product, "race", lambda: product.Race.won_by("bfloat16"))
+    monkeypatch.setattr(kernels, "choose", lambda: SimpleNamespace(product=None))  # QLORA_LAB_KERNELS=reference
+    assert not Setup(dtype="bfloat16").pairs
 
 
 def test_adapters_in_bf16_are_cast_for_every_product():
