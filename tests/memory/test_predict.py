@@ -283,7 +283,11 @@ def test_attention_in_pairs_is_expected_where_load_installs_it(monkeypatch):
     monkeypatch.setattr(kernels, "choose", lambda: SimpleNamespace(product=object()))
     for winner, pairs in (("bfloat16", True), ("float32", False)):
         monkeypatch.setattr(product, "race", lambda winner=winner: product.Race.won_by(winner))
-        assert [Setup(dtype=dtype, device="cpu").pairs for dtype in ("bfloat16", "float16", "float32")] == [pairs, False, False]
+        assert [Setup(dtype=dtype, device="cpu").pairs for dtype in ("bfloat16", "float16", "float32")] == [
+            pairs,
+            False,
+            False,
+        ]
         assert not Setup(dtype="bfloat16", device="cuda").pairs
     monkeypatch.setattr(product, "race", lambda: product.Race.won_by("bfloat16"))
     monkeypatch.setattr(kernels, "choose", lambda: SimpleNamespace(product=None))  # QLORA_LAB_KERNELS=reference
