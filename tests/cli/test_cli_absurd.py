@@ -185,9 +185,9 @@ CALLS = {
     "r": lambda value: ql.add_lora(tiny(), r=value),
     "alpha": lambda value: ql.add_lora(tiny(), alpha=value),
     "seed": lambda value: ql.add_lora(tiny(), seed=value),
-    "max_new_tokens": lambda value: ql.generate(None, None, "hi", value),
-    "length": lambda value: ql.perplexity(None, None, "text", length=value),
-    "windows": lambda value: ql.perplexity(None, None, "text", windows=value),
+    "max_new_tokens": lambda value: ql.generate(embedder(), len, "hi", value),
+    "length": lambda value: ql.perplexity(embedder(), len, "text", length=value),
+    "windows": lambda value: ql.perplexity(embedder(), len, "text", windows=value),
     "block_size": lambda value: ql.load("nowhere", block_size=value),
 }
 
@@ -196,6 +196,13 @@ def tiny():
     import torch
 
     return torch.nn.Sequential(torch.nn.Linear(4, 4))
+
+
+def embedder():
+    """Looks like a language model until it is used."""
+    model = tiny()
+    model.get_input_embeddings = lambda: model[0]
+    return model
 
 
 @pytest.mark.parametrize("name", CALLS)
