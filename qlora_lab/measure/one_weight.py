@@ -98,14 +98,15 @@ def follow(
     rows, columns = weight.shape
     check_whole("row", row, 0, rows - 1)
     check_whole("column", column, 0, columns - 1)
+    # 16-bit weights are quantised as they are; what follows shows them in float32, which changes no value
     weight = weight.detach().float()
     position = row * columns + column
     block, place = divmod(position, block_size)
     # to_blocks pads and copies a whole matrix; one block is enough here
     (values,) = to_blocks(weight.reshape(-1)[block * block_size :][:block_size], block_size)
-    codes = q.codes
-    code = int(codes[position])
+    code = int(q.codes[position])  # the library's; by hand it is a half of the byte below
     byte = int(q.packed[position // 2])
+    # cut off at the edges of the matrix, where the weight is not in the middle
     top, left = max(0, row - NEAR[0] // 2), max(0, column - NEAR[1] // 2)
     decoded = dequantize(q, torch.float32)[row, column].item()
     value = weight[row, column].item()
@@ -148,6 +149,7 @@ def _quantised(
     if isinstance(weight, torch.Tensor) and weight.is_floating_point() and not torch.isfinite(weight).all():
         # quantize would say so too, but its advice is to keep NaN, which double quantization cannot
         raise ValueError("weight holds NaN or infinity: repair it, for example with torch.nan_to_num")
+    # Its constants are exact. quantize(double_quant=True) would have the same codes, but keeps no exact constants.
     plain = quantize(weight, codebook, block_size)
     if plain.bits != BITS:
         raise ValueError(
@@ -159,6 +161,7 @@ def _quantised(
 
 def _interval(levels: torch.Tensor, code: int) -> tuple[float, float]:
     """Return the scaled values between which `code` is the nearest; FP4's codes are not in the order of its levels."""
+    # the outermost levels have no midpoint beyond them, and nothing lies beyond 1
     ordered = levels.sort().values
     edges = [-1.0, *midpoints(ordered).tolist(), 1.0]
     place = int((ordered < levels[code]).sum())
@@ -176,6 +179,7 @@ def _trained(weight: torch.Tensor, q: QuantizedTensor, row: int, column: int) ->
     # frames for half of the pages, so that some must leave: with frames for all, paging would do nothing
     budget = SYSTEM_PAGE * max(1, pages // 2)
     optimizer = PagedAdamW([layer.lora_A, layer.lora_B], lr=LR, page_size=SYSTEM_PAGE, budget=budget)
+    # No data set is needed: all that the adapter can learn here is the error of the 4-bit weight.
     wanted = x @ weight.T  # (tokens, out)
     for _ in range(STEPS):
         optimizer.zero_grad()

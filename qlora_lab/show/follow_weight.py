@@ -45,6 +45,8 @@ class Way(Control):
     """
 
     moved = "place"
+    # Only the place comes back from the page. All pictures go there once, 50 KB: a step then needs no kernel, and
+    # takes as long as the page takes to draw.
     place = T.Int().tag(sync=True)
     stations = T.List(T.Dict()).tag(sync=True)  # never changes
     size = T.List([WIDTH, HEIGHT], read_only=True).tag(sync=True)
@@ -124,7 +126,7 @@ class Way(Control):
     .qlora-way {{ max-width: 860px; margin: 2px; color: var(--jp-ui-font-color1, inherit);
                   font-size: var(--jp-ui-font-size1, 13px); line-height: 1.5; }}
     .qlora-way .row {{ position: relative; display: flex; flex-wrap: wrap; row-gap: 4px; }}
-    .qlora-way .row button {{ position: relative; flex: 1 0 52px; padding: 22px 0 4px; border: 0; background: none;
+    .qlora-way .row button {{ position: relative; flex: 1 0 auto; padding: 22px 4px 4px; border: 0; background: none;
                               color: inherit; font: inherit; font-size: max(12px, 0.93em); cursor: pointer; }}
     .qlora-way .row button::before {{ content: ""; position: absolute; top: 5px; left: calc(50% - 5px); width: 6px;
                               height: 6px; border: 2px solid currentColor; border-radius: 50%; z-index: 1;
@@ -184,6 +186,7 @@ class FollowWeight:
         self.seen = follow(weight, row, column, codebook, block_size)
         self.pictures = [station.draw(self.seen) for station in STATIONS]
         self._sentences = [station.say(self.seen) for station in STATIONS]
+        # strings: a page that is opened late, or twice, gets the same ones
         shown = map(_for_page, STATIONS, self.pictures, self._sentences)
         self.way = Way(description="Follow one weight", place=place, stations=list(shown))
         self.widget = W.VBox([StatusLine(self.way), self.way])
@@ -209,6 +212,7 @@ class FollowWeight:
     def _repr_mimebundle_(self, include=None, exclude=None):
         """Give a static page the picture of one station and the sentences of all."""
         place = self.way.place
+        # JupyterLab drops <svg> from notebooks that it does not trust, and keeps <img>
         source = base64.b64encode(_svg(self.pictures[place]).encode()).decode()
         sentence = self.summary()
         page = (
@@ -230,6 +234,7 @@ class FollowWeight:
 
 
 def _for_page(station: Station, picture: Picture, said: str) -> dict:
+    # the name that show_source can be given, after an import
     function = station.function
     return {
         "name": station.name,
@@ -247,6 +252,7 @@ def _svg(picture: Picture) -> str:
     x, y = picture.mark
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     dot = f'<circle cx="{x:.4g}" cy="{y:.4g}" r="7" fill="{OURS}"/>'
+    # as a shape: the background of an SVG's root is not drawn in every viewer
     ground = f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}"/>'
     return f'{head} font-family="sans-serif" fill="currentColor">{_GROUNDS}{ground}{picture.parts}{dot}</svg>'
 

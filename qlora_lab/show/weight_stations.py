@@ -90,6 +90,7 @@ def _error(seen: OneWeight) -> str:
 
 
 def _product(seen: OneWeight) -> str:
+    # Python multiplies in double precision: what is shown is rounded anyway
     made = seen.decoded * seen.step.activation
     return (
         f"{number(seen.decoded)} × {number(seen.step.activation)} = {number(made)}. "
@@ -105,6 +106,7 @@ def _adapter(seen: OneWeight) -> str:
 
 
 def _gradient(seen: OneWeight) -> str:
+    # the largest alone: 32 numbers would say nothing, and the bars show the others
     most = max(seen.step.grad_A.abs().max().item(), seen.step.grad_B.abs().max().item())
     return (
         f"The output's error reaches {RANK} numbers in row {seen.row} of B and {RANK} in column {seen.column} of A; "
@@ -114,6 +116,7 @@ def _gradient(seen: OneWeight) -> str:
 
 def _page(seen: OneWeight) -> str:
     step = seen.step
+    # of the row's 16 numbers the first stands for all; two pages may share a row
     first, second = map(number, step.moments)
     return (
         f"Page {step.page} holds the two moments of B[{seen.row}, 0], {first} and {second}. "
@@ -121,11 +124,13 @@ def _page(seen: OneWeight) -> str:
     )
 
 
+# In the order of the course. A station's first notebook explains it; with the others, each notebook has a station to
+# end with.
 STATIONS = (
     Station(
         "weight",
         "A weight is one number of a matrix",
-        ("00_start_here", "14_multimodal"),
+        ("00_start_here", "14_multimodal"),  # a weight of a model that reads, or of one that sees
         follow,
         pictures.weight,
         _weight,
@@ -162,15 +167,15 @@ STATIONS = (
     Station(
         "error",
         "What comes back is not quite what went in",
-        ("06_data_types", "12_results"),
-        follow,
+        ("06_data_types", "12_results"),  # how large it is, and what it costs a model
+        follow,  # a difference, and no function of its own
         pictures.error,
         _error,
     ),
     Station(
         "product",
         "The decoded weight is used once, then dropped",
-        ("05_kernels", "15_answers"),
+        ("05_kernels", "15_answers"),  # of many tokens, and of one
         Linear4bit.forward,
         pictures.product,
         _product,
@@ -187,7 +192,7 @@ STATIONS = (
         "gradient",
         "The adapter learns, the weight does not",
         ("10_finetune_llama",),
-        backward_adapted,
+        backward_adapted,  # has gradients of A, B and x, none of the weight
         pictures.gradient,
         _gradient,
     ),

@@ -52,7 +52,11 @@ def tab(lab, name):
 def shown(lab):
     """What the panel has: title, sentence, drawing."""
     panel = way(lab).get_by_role("tabpanel")
-    return panel.locator(".title").inner_text(), panel.locator(".said").inner_text(), panel.locator("g").inner_html()
+    return (
+        panel.locator(".title").inner_text(),
+        panel.locator(".said").inner_text(),
+        panel.locator(".parts").inner_html(),
+    )
 
 
 def expect_chosen(lab, name):
