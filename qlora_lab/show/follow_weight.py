@@ -135,7 +135,7 @@ class Way(Control):
                               background: currentColor; opacity: 0.35; }}
     .qlora-way .row button:first-of-type::after {{ left: 50%; }}
     .qlora-way .row button:last-of-type::after {{ right: 50%; }}
-    .qlora-way .row button[aria-selected="true"] {{ font-weight: 700; }}
+    .qlora-way .row button[aria-selected="true"] {{ -webkit-text-stroke: 0.03em currentColor; }}
     .qlora-way .row button:focus-visible {{ {FOCUS} border-radius: 3px; }}
     .qlora-way .rider {{ position: absolute; top: 3px; left: -7px; width: 14px; height: 14px; border-radius: 50%;
                          background: {OURS}; z-index: 2; pointer-events: none; }}
@@ -144,6 +144,7 @@ class Way(Control):
     @media (prefers-reduced-motion: reduce) {{ .qlora-way :is(.rider, .dot) {{ transition: none; }} }}
     .qlora-way .title {{ margin-top: 10px; font-size: 1.2em; font-weight: 600; }}
     .qlora-way svg {{ display: block; width: 100%; height: auto; fill: currentColor; font-family: inherit; }}
+    .qlora-way .said {{ min-height: 3em; }}
     .qlora-way a {{ color: var(--jp-content-link-color, inherit); }}
     .qlora-way .more {{ font-size: max(12px, 0.93em); overflow-wrap: anywhere; }}
     """

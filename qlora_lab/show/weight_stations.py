@@ -174,7 +174,7 @@ STATIONS = (
     ),
     Station(
         "product",
-        "The decoded weight is used once, then dropped",
+        "A decoded weight is used, then dropped",
         ("05_kernels", "15_answers"),  # of many tokens, and of one
         Linear4bit.forward,
         pictures.product,

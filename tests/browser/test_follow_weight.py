@@ -1,7 +1,5 @@
 """Follow one weight in the real JupyterLab: moved by keys and by mouse, read aloud, in both themes, on the next day."""
 
-import re
-
 import nbformat
 import pytest
 from playwright.sync_api import expect
@@ -15,6 +13,16 @@ CELLS = ["import qlora_lab as ql", "followed = ql.FollowWeight()\nfollowed", "fo
 NAMES = [station.name for station in STATIONS]
 AT = "(dot) => { const box = dot.getBoundingClientRect(); return [box.x, box.y].map(Math.round).join() }"
 STILL = """() => { document.getAnimations().forEach((one) => one.finish()) }"""
+LINKED = """() => {
+  const context = window.jupyterapp.shell.currentWidget?.context;
+  return context?.path.endsWith("/04_double_quant.ipynb") && context.isReady;
+}"""
+CLOSE = """async () => {
+  const opened = window.jupyterapp.shell.currentWidget;
+  await opened.sessionContext.ready;
+  await opened.sessionContext.shutdown();
+  opened.dispose();
+}"""
 RUN_LAST = """async () => {
   window.jupyterapp.shell.currentWidget.content.activeCellIndex = 2;
   await window.jupyterapp.commands.execute("notebook:run-cell");
@@ -32,9 +40,11 @@ GROUND = """async (img) => {
 @pytest.fixture(scope="module")
 def lab(open_notebook, tmp_path_factory):
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
+    linked = tmp_path_factory.mktemp("linked") / "04_double_quant.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(metadata=KERNEL), linked)
     path = tmp_path_factory.mktemp("follow") / "follow.ipynb"
     nbformat.write(nbformat.v4.new_notebook(metadata=KERNEL, cells=cells), path)
-    lab = open_notebook(path)
+    lab = open_notebook(path, linked)
     expect(way(lab).get_by_role("tab")).to_have_count(len(NAMES))
     yield lab
     set_theme(lab.page, LIGHT)
@@ -82,6 +92,7 @@ def test_keys_go_from_station_to_station(lab):
     for key, name in (("Enter", "byte"), ("Space", "code")):
         tab(lab, name).press(key)
         expect_chosen(lab, name)
+    lab.page.keyboard.press("b")  # JupyterLab would insert a cell
     expect(lab.page.locator(".jp-Cell")).to_have_count(len(CELLS))  # no key has reached JupyterLab
 
 
@@ -123,10 +134,14 @@ def test_every_station_is_readable_in_both_themes_and_in_a_narrow_window(lab, tm
 
 
 def test_a_link_opens_the_notebook_of_the_station(lab):
+    """In JupyterLab, beside this one, without loading the page anew."""
     tab(lab, "constant").click()
-    link = way(lab).get_by_role("link", name="04_double_quant")
-    assert link.get_attribute("data-commandlinker-command") == "docmanager:open"
-    assert re.fullmatch(r'\{"path":"\w+/04_double_quant.ipynb"\}', link.get_attribute("data-commandlinker-args"))
+    lab.page.evaluate("() => { window.stays = true }")
+    way(lab).get_by_role("link", name="04_double_quant").click()
+    lab.page.wait_for_function(LINKED)
+    assert lab.page.evaluate("window.stays")
+    lab.page.evaluate(CLOSE)
+    expect(tab(lab, "constant")).to_be_visible()
 
 
 def test_one_picture_and_all_sentences_stay_on_the_next_day(lab):
