@@ -170,6 +170,8 @@ def _interval(levels: torch.Tensor, code: int) -> tuple[float, float]:
 
 def _trained(weight: torch.Tensor, q: QuantizedTensor, row: int, column: int) -> AdapterStep:
     """Train an adapter beside `q` to give the outputs of `weight`, and read what it holds for one place."""
+    from tqdm.auto import tqdm
+
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, weight.shape[1], generator=generator)  # (tokens, in)
     layer = LoRALinear(Linear4bit(q), RANK, RANK, generator=generator)  # alpha = r: a scaling of 1, as in notebook 00
@@ -181,7 +183,7 @@ def _trained(weight: torch.Tensor, q: QuantizedTensor, row: int, column: int) ->
     optimizer = PagedAdamW([layer.lora_A, layer.lora_B], lr=LR, page_size=SYSTEM_PAGE, budget=budget)
     # No data set is needed: all that the adapter can learn here is the error of the 4-bit weight.
     wanted = x @ weight.T  # (tokens, out)
-    for _ in range(STEPS):
+    for _ in tqdm(range(STEPS), "steps", unit="step", leave=False, delay=2):  # seconds for a 7B model's matrix
         optimizer.zero_grad()
         (layer(x) - wanted).square().mean().backward()
         optimizer.step()
