@@ -63,6 +63,16 @@ class OneWeight:
         """Its number in the matrix, row by row."""
         return self.row * self.q.shape[1] + self.column
 
+    @property
+    def product(self) -> float:
+        """What it adds to the output of the frozen layer for the first token."""
+        return self.decoded * self.step.activation  # in double precision: a layer adds products without rounding each
+
+    @property
+    def exact_product(self) -> float:
+        """What the weight before quantisation would add."""
+        return self.value * self.step.activation
+
 
 @dataclass(frozen=True)
 class AdapterStep:
@@ -70,8 +80,7 @@ class AdapterStep:
 
     activation: float  # the first token's input at the weight's column
     output: float  # of the frozen layer for that token, at the weight's row
-    scaling: float
-    correction: float  # scaling * B[row] A[:, column], after the last step
+    correction: float  # B[row] A[:, column], times alpha / r, after the last step
     grad_A: torch.Tensor  # (r,) float32, of A[:, column], in the last step
     grad_B: torch.Tensor  # (r,) float32, of B[row], in the last step
     moments: tuple[float, float]  # of B[row, 0], after the last step
@@ -94,12 +103,14 @@ def follow(
     >>> seen.code, seen.byte, hex(seen.packed)
     (15, 31, '0xff')
     """
+    if isinstance(weight, torch.Tensor):
+        weight = weight.detach().cpu()  # the tokens and the pages of the adapter are there
     exact, q = _quantised(weight, codebook, block_size)
     rows, columns = weight.shape
     check_whole("row", row, 0, rows - 1)
     check_whole("column", column, 0, columns - 1)
     # 16-bit weights are quantised as they are; what follows shows them in float32, which changes no value
-    weight = weight.detach().float()
+    weight = weight.float()
     position = row * columns + column
     block, place = divmod(position, block_size)
     # to_blocks pads and copies a whole matrix; one block is enough here
@@ -192,7 +203,6 @@ def _trained(weight: torch.Tensor, q: QuantizedTensor, row: int, column: int) ->
     return AdapterStep(
         activation=x[0, column].item(),
         output=layer.base(x[:1])[0, row].item(),
-        scaling=layer.scaling,
         correction=layer.change(weight, slice(row, row + 1))[0, column].item(),
         grad_A=layer.lora_A.grad[:, column].clone(),
         grad_B=layer.lora_B.grad[row].clone(),

@@ -176,8 +176,8 @@ class FollowWeight:
     Raises TypeError for a weight that quantize refuses; ValueError for one that is not a matrix or not finite, for a
     place outside it, for another station, and for codes of another width.
 
-    >>> FollowWeight(torch.linspace(-1, 1, 64).view(4, 16), 3, 15, lit="byte")
-    Station 7 of 14, byte: Byte 31 is 0xFF: code 15 is its low half, and code 15 the other.
+    >>> FollowWeight(lit="byte")
+    Station 7 of 14, byte: Byte 323 is 0xA6: code 6 is its low half, and code 10 the other.
     """
 
     def __init__(self, weight=None, row=5, column=7, lit="weight", codebook="nf4", block_size=64):

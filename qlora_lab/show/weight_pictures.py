@@ -238,9 +238,7 @@ def error(seen: OneWeight) -> Picture:
 
 def product(seen: OneWeight) -> Picture:
     step = seen.step
-    made = number(seen.decoded * step.activation)
-    # a layer adds these products without rounding each, so none of them is anywhere in memory
-    named = ("weight", number(seen.decoded)), ("activation", number(step.activation)), ("product", made)
+    named = ("weight", number(seen.decoded)), ("activation", number(step.activation)), ("product", number(seen.product))
     said = f"one of {seen.q.shape[1]:,} products that add up to output {seen.row}: {number(step.output)}"
     return Picture(_boxes(60, *named, signs="×=") + _text(WIDTH / 2, 180, said), (WIDTH * 5 / 6, 42))
 

@@ -39,12 +39,14 @@ def _weight(seen: OneWeight) -> str:
 
 def _block(seen: OneWeight) -> str:
     return (
-        f"It is at place {seen.place} of block {seen.block}. The block's constant is its largest magnitude, "
-        f"absmax = {number(seen.absmax)}."
+        f"Number {seen.position:,}, row by row, is at place {seen.place} of block {seen.block}, "
+        f"whose largest magnitude is absmax = {number(seen.absmax)}."
     )
 
 
 def _scaled(seen: OneWeight) -> str:
+    if not seen.absmax:  # the library divides by the smallest number that it allows
+        return "All weights of the block are zero, and stay zero."
     return f"{number(seen.value)} / {number(seen.absmax)} = {number(seen.scaled)}."
 
 
@@ -90,11 +92,9 @@ def _error(seen: OneWeight) -> str:
 
 
 def _product(seen: OneWeight) -> str:
-    # Python multiplies in double precision: what is shown is rounded anyway
-    made = seen.decoded * seen.step.activation
     return (
-        f"{number(seen.decoded)} × {number(seen.step.activation)} = {number(made)}. "
-        f"The exact weight would give {number(seen.value * seen.step.activation)}."
+        f"{number(seen.decoded)} × {number(seen.step.activation)} = {number(seen.product)}. "
+        f"The exact weight would give {number(seen.exact_product)}."
     )
 
 
@@ -119,8 +119,8 @@ def _page(seen: OneWeight) -> str:
     # of the row's 16 numbers the first stands for all; two pages may share a row
     first, second = map(number, step.moments)
     return (
-        f"Page {step.page} holds the two moments of B[{seen.row}, 0], {first} and {second}. "
-        f"{len(step.resident)} of {step.page_count} pages are in frames."
+        f"Page {step.page} holds both moments of B[{seen.row}, 0]: {first} and {second}. "
+        f"{len(step.resident)} of {step.page_count} pages, of {step.page_size:,} bytes each, are in frames."
     )
 
 
@@ -225,5 +225,5 @@ def place_of(lit: str) -> int:
     )
 
 
-def _names(notebooks: tuple[str, ...]) -> set[str]:
-    return {*notebooks, *(name.partition("_")[2] for name in notebooks)}
+def _names(notebooks: tuple[str, ...]) -> list[str]:
+    return [*notebooks, *(name.partition("_")[2] for name in notebooks)]

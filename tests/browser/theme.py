@@ -44,8 +44,8 @@ FAINT = """(places) => {
   }
   return { seen, faint };
 }"""
-# The colour in the corner of each visible picture that has another one than it should: a PNG is drawn in black on white,
-# an SVG has JupyterLab's ground, white or dark.
+# The colour in the corner of each visible picture, where it is wrong: a PNG is drawn in black on white, an SVG has the
+# ground of JupyterLab's theme.
 CORNERS = """(places) => [...document.querySelectorAll(places)].filter((img) => img.checkVisibility()).map((img) => {
   const dark = img.src.startsWith("data:image/svg") && document.body.dataset.jpThemeLight === "false";
   const canvas = new OffscreenCanvas(img.naturalWidth, img.naturalHeight).getContext("2d");

@@ -64,7 +64,7 @@ def test_the_adapter_is_that_of_plain_torch():
     assert seen.step.moments[0] == pytest.approx(optimizer.state[B]["exp_avg"][5, 0].item(), rel=1e-3)
     assert seen.step.output == pytest.approx((dense[5] @ x[0]).item(), rel=1e-4)
     assert seen.step.activation == x[0, 7]
-    assert seen.step.scaling == 1
+    assert (seen.product, seen.exact_product) == (seen.decoded * x[0, 7].item(), weight[5, 7].item() * x[0, 7].item())
     assert not list(start.base.parameters())  # nothing in the 4-bit layer could have a gradient
 
 

@@ -33,7 +33,7 @@ def followed():
 
 SENTENCES = {
     "weight": "The weight in row 1, column 3 of a 2 × 16 matrix is 0.5000.",
-    "block": "It is at place 3 of block 1. The block's constant is its largest magnitude, absmax = 1.000.",
+    "block": "Number 19, row by row, is at place 3 of block 1, whose largest magnitude is absmax = 1.000.",
     "scaled": "0.5000 / 1.000 = 0.5000.",
     "level": "0.5000 lies between 0.3893 and 0.5017, where level 0.4407 is the nearest.",
     "code": "In the codebook nf4, level 0.4407 has code 12.",
@@ -54,13 +54,16 @@ def test_the_sentences(followed, name):
 
 def test_sentences_of_training_have_the_numbers_of_its_record(followed):
     step = followed.seen.step
-    made = number(followed.seen.decoded * step.activation)
     largest = number(max(step.grad_A.abs().max().item(), step.grad_B.abs().max().item()))
-    wanted = {"product": made, "adapter": number(step.correction), "gradient": largest}
+    wanted = {"product": number(followed.seen.product), "adapter": number(step.correction), "gradient": largest}
     wanted["page"] = f"{number(step.moments[0])} and {number(step.moments[1])}"
     for name, said in wanted.items():
         followed.go(name)
         assert said in followed.summary()
+
+
+def test_a_block_of_zeros_is_not_divided():
+    assert "All weights of the block are zero, and stay zero." in repr(FollowWeight(torch.zeros(2, 8), 0, 0, "scaled"))
 
 
 def test_numbers_are_written_as_one_reads_them():
@@ -112,6 +115,8 @@ def test_every_notebook_has_a_station(notebook):
 def test_lit_at_the_start():
     assert FollowWeight(by_hand(), 1, 3, lit="codebook").station == "code"
     assert FollowWeight(by_hand(), 1, 3, lit="04_double_quant").station == "constant"
+    with pytest.raises(ValueError, match=r"lit=\[3\] is no station"):
+        FollowWeight(lit=[3])
     with pytest.raises(ValueError, match="lit='trunk' is no station: choose one of weight, .*, page, or the name"):
         FollowWeight(lit="trunk")
 
