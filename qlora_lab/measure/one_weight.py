@@ -117,8 +117,7 @@ def follow(
     (values,) = to_blocks(weight.reshape(-1)[block * block_size :][:block_size], block_size)
     code = int(q.codes[position])  # the library's; by hand it is a half of the byte below
     byte = int(q.packed[position // 2])
-    # cut off at the edges of the matrix, where the weight is not in the middle
-    top, left = max(0, row - NEAR[0] // 2), max(0, column - NEAR[1] // 2)
+    top, left = _window(row, rows, NEAR[0]), _window(column, columns, NEAR[1])
     decoded = dequantize(q, torch.float32)[row, column].item()
     value = weight[row, column].item()
     return OneWeight(
@@ -149,6 +148,11 @@ def follow(
         error=decoded - value,
         step=_trained(weight, q, row, column),
     )
+
+
+def _window(place: int, count: int, width: int) -> int:
+    """Return where a window of `width` begins that has `place` in its middle, or as near to it as the edges allow."""
+    return max(0, min(place - width // 2, count - width))
 
 
 def _quantised(

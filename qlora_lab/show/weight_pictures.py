@@ -148,8 +148,9 @@ def block(seen: OneWeight) -> Picture:
     y = 100 - sign * 80
     parts = _bars(values, 20, 100, 600, 80, seen.place)
     parts += _dashed(_line(20, y, 620, y, CONSTANT, 2)) + _ring(20 + step * (largest + 0.5), y, CONSTANT)
-    # beside the line, on the side away from the bars
-    parts += _text(620, y - 6 if sign > 0 else y + 17, f"absmax {number(seen.absmax)}", "end")
+    # beside the line, on the side away from the bars, and at the end away from the ring
+    x, anchor = (620, "end") if largest < len(values) / 2 else (20, "start")
+    parts += _text(x, y - 6 if sign > 0 else y + 17, f"absmax {number(seen.absmax)}", anchor)
     return Picture(parts, (20 + step * (seen.place + 0.5), 100 - 80 * seen.value / most))
 
 

@@ -42,6 +42,13 @@ def test_a_neighbour_in_the_low_half():
     assert (seen.byte, seen.packed, seen.high, seen.code, seen.neighbour) == (9, 0x7C, True, 7, 12)
 
 
+def test_the_window_stays_in_the_matrix():
+    weight = torch.arange(30.0 * 40).view(30, 40)
+    for row, column in ((0, 0), (29, 39), (15, 20), (2, 36)):
+        seen = follow(weight, row, column)
+        assert seen.near.shape == (7, 15) and seen.near[seen.near_place] == weight[row, column]
+
+
 def test_the_adapter_is_that_of_plain_torch():
     """The same steps with torch.optim.AdamW and a dense decoded weight."""
     torch.manual_seed(1)
