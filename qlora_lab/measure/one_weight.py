@@ -14,7 +14,7 @@ from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.optim.paged_adamw import UNIT, PagedAdamW
 from qlora_lab.optim.stores import SYSTEM_PAGE
 from qlora_lab.quant.blocks import scale_blocks, to_blocks
-from qlora_lab.quant.codebook import midpoints
+from qlora_lab.quant.codebook import rounding
 from qlora_lab.quant.double_quant import GROUP_SIZE, double_quantize
 from qlora_lab.quant.numbers import check_whole
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
@@ -176,13 +176,14 @@ def _quantised(
 
 def _interval(levels: torch.Tensor, code: int) -> tuple[float, float]:
     """Return the scaled values between which `code` is the nearest; FP4's codes are not in the order of its levels."""
-    # the outermost levels have no midpoint beyond them, and nothing lies beyond 1
-    ordered = levels.sort().values
-    edges = [-1.0, *midpoints(ordered).tolist(), 1.0]
-    place = int((ordered < levels[code]).sum())
+    thresholds, order = rounding(levels)
+    # the outermost levels have no threshold beyond them, and no scaled value lies beyond 1
+    edges = [-1.0, *thresholds.tolist(), 1.0]
+    place = order.tolist().index(code)
     return edges[place], edges[place + 1]
 
 
+@torch.enable_grad()  # a reader's cell may have switched gradients off
 def _trained(weight: torch.Tensor, q: QuantizedTensor, row: int, column: int) -> AdapterStep:
     """Train an adapter beside `q` to give the outputs of `weight`, and read what it holds for one place."""
     from tqdm.auto import tqdm

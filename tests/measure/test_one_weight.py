@@ -111,10 +111,20 @@ def test_edges_are_finite_and_agree_with_dequantize(weight):
     assert seen.packed == int(seen.q.packed[seen.byte])
 
 
-def test_fp4_whose_codes_are_not_in_order():
-    seen = follow(torch.linspace(-1, 1, 64).view(4, 16), 1, 4, "fp4")
-    assert seen.interval[0] <= seen.scaled <= seen.interval[1]
-    assert seen.level == codebook("fp4")[seen.code]
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int4", "e2m1"])
+def test_the_interval_holds_the_scaled_weight(name):
+    """FP4's codes are not in the order of its levels, and two of them are zero."""
+    weight = torch.tensor([[-1.0, -0.7, -0.2, -0.01, -1e-4, 0.0, 1e-4, 0.01, 0.3, 0.9, 1.0]])
+    for column in range(weight.numel()):
+        seen = follow(weight, 0, column, name)
+        low, high = seen.interval
+        assert low <= seen.scaled <= high and low < high
+        assert seen.level == codebook(name)[seen.code]
+
+
+def test_gradients_may_be_switched_off_around_it():
+    with torch.no_grad():
+        assert follow(by_hand(), 1, 3).step.grad_B.any()
 
 
 @pytest.mark.parametrize(
