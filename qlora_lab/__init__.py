@@ -61,6 +61,7 @@ _HOME = {
     "guess": "exercises.guess",
     "live": "show.live",
     "ChatPanel": "show.chat_panel",
+    "FollowWeight": "show.follow_weight",
     "picture": "show.figure",
     "show_source": "show.source",
 }

@@ -2,7 +2,7 @@
 the next day.
 
 01, 02 and 04 run whole. Of the others only the cells with a widget run, on drawn numbers or a toy model where they need
-any: nbval runs all cells, and test_stored.py shows all stored outputs. 00 has no explorer.
+any: nbval runs all cells, and test_stored.py shows all stored outputs. test_follow_weight.py has the map of 00.
 """
 
 import re

@@ -24,7 +24,8 @@ IMAGES = """(places) => [...document.querySelectorAll(places)].filter((img) => i
 EMPTY = """() => [...document.querySelectorAll(".jp-OutputArea-output")].filter((output) => output.checkVisibility()
   && !output.innerText.trim() && !output.querySelector("img")).map((output) => output.outerHTML.slice(0, 200))"""
 NO_SENTENCE = re.compile("Error displaying|Loading widget|Error rendering|Traceback|model not found|No output")
-EXPLORER = re.compile(r"(?:\w+\.)?[A-Z]\w+Explorer\(.*\)|explorer")  # the last line of a cell that shows one
+# The last line of a cell that shows one:
+EXPLORER = re.compile(r"(?:\w+\.)?(?:[A-Z]\w+Explorer|FollowWeight)\(.*\)|explorer")
 
 
 @pytest.fixture(scope="module")

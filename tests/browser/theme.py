@@ -44,12 +44,15 @@ FAINT = """(places) => {
   }
   return { seen, faint };
 }"""
-# The colour in the corner of each visible picture: they are drawn in black on white.
+# The colour in the corner of each visible picture, where it is wrong: a PNG is drawn in black on white, an SVG has the
+# ground of JupyterLab's theme.
 CORNERS = """(places) => [...document.querySelectorAll(places)].filter((img) => img.checkVisibility()).map((img) => {
+  const dark = img.src.startsWith("data:image/svg") && document.body.dataset.jpThemeLight === "false";
   const canvas = new OffscreenCanvas(img.naturalWidth, img.naturalHeight).getContext("2d");
   canvas.drawImage(img, 0, 0);
-  return [...canvas.getImageData(0, 0, 1, 1).data].join();
-})"""
+  const corner = [...canvas.getImageData(0, 0, 1, 1).data].join();
+  return corner === (dark ? "17,17,17,255" : "255,255,255,255") ? "" : corner;
+}).filter(Boolean)"""
 # What is wider than its place: its end is cut off, or a bar to scroll appears. Code has such a bar on purpose.
 WIDE = """(places) => [...document.querySelectorAll(places)].flatMap((place) => {
   const edge = place.getBoundingClientRect().right + 1;
@@ -62,7 +65,6 @@ LAID_OUT = """(width) => {
   const gap = width - document.querySelector(".jp-WindowedPanel-outer").getBoundingClientRect().right;
   return gap > 0 && gap < 60;  // JupyterLab's right bar has 33 pixels
 }"""
-WHITE = "a picture on 255,255,255,255"
 
 
 def set_theme(page, theme):
@@ -79,8 +81,8 @@ def resize(page, width):
 
 
 def unreadable(page, places=OUTPUTS):
-    """Faults: text without contrast, a picture without its white background, things wider than their place."""
+    """Faults: text without contrast, a picture without its ground, things wider than their place."""
     text = page.evaluate(FAINT, places)
     nothing = [] if text["seen"] else [f"no text in {places}"]
-    grounds = {f"a picture on {ground}" for ground in page.evaluate(CORNERS, f"{places} img")} - {WHITE}
+    grounds = {f"a picture on {ground}" for ground in page.evaluate(CORNERS, f"{places} img")}
     return nothing + text["faint"] + sorted(grounds) + page.evaluate(WIDE, OURS)
