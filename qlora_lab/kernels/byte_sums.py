@@ -13,6 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qlora_lab.kernels import vector as v
+from qlora_lab.kernels.words import I16
 
 BYTES = ir.VectorType(ir.IntType(8), 4 * v.LANES)
 TOKENS = 12  # that share a look-up: 12 sums in int32, 12 in float32 and a weight fit into 32 registers
@@ -134,7 +135,7 @@ def dot(typing, sums, weights, x, start):
 def _dotted_words(builder, left, right):
     """The sum of two products of words in each lane. LLVM finds the one instruction that x86 has for it."""
     wide = ir.VectorType(ir.IntType(32), 2 * v.LANES)
-    product = builder.mul(*(builder.sext(builder.bitcast(part, v.I16), wide) for part in (left, right)))
+    product = builder.mul(*(builder.sext(builder.bitcast(part, I16), wide) for part in (left, right)))
     even, odd = (
         builder.shuffle_vector(product, product, ir.Constant(v.I32, list(range(first, 2 * v.LANES, 2))))
         for first in (0, 1)
