@@ -263,7 +263,7 @@ def test_attention_in_float32_keeps_twice_as_much(monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("padded", [True, False])
-def test_attention_in_pairs_keeps_no_copy_for_a_mask(padded, monkeypatch):
+def test_attention_in_pairs_keeps_no_copy_for_a_mask(padded, monkeypatch, with_kernels):
     from qlora_lab.kernels import product, words
 
     if not words.has_pairs():
