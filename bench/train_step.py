@@ -52,6 +52,7 @@ R = 16
 CLIP = 0.3
 LR = 2e-4
 OURS = "ours"
+OWN_KERNELS = "kernels of the layers"  # they decode panels, and multiply an adapter where bf16 products win
 # name -> (who, whether memory is recycled)
 CONTENDERS = {
     OURS: ("ours", True),
@@ -248,12 +249,12 @@ def group_of(event, vocabulary: int) -> str:
         return "LoRA products" if R in sizes else "base products"
     own_time_of_a_layer = "MatMul4bit" in event.name  # numba's kernels show as time of their caller
     while event:
-        if "scaled_dot_product" in event.name:
+        if "scaled_dot_product" in event.name or event.name.startswith("_Attention"):  # torch's, ours
             return "attention"
         if event.name == "optimizer":
             return "clipping and AdamW"
         if "dequantize_4bit" in event.name or own_time_of_a_layer:
-            return "decoding"
+            return OWN_KERNELS
         if "MatMul4bit" in event.name:
             return "casts in the layers"
         event = event.cpu_parent
