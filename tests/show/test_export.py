@@ -27,7 +27,8 @@ def alt_texts(notebook, template="lab"):
 def test_pictures_of_the_course_have_their_alt_text(path):
     notebook = nbformat.read(path, 4)
     outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = sum("data:image/png;base64," in data.get("text/html", "") for data in outputs)
+    kinds = "data:image/png;base64,", "data:image/svg+xml;base64,"
+    pictures = sum(any(kind in data.get("text/html", "") for kind in kinds) for data in outputs)
     for template in ("lab", "classic"):
         texts, count = alt_texts(notebook, template)
         assert pictures and len(texts) == count == pictures
