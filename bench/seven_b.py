@@ -27,7 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench.steps import SEVEN_B, keep, render  # noqa: E402
+from bench.steps import SEVEN_B, render  # noqa: E402
 from qlora_lab.train.resident import peak_resident, reset_peak, resident  # noqa: E402
 
 SHAPE = {
@@ -284,12 +284,13 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     from bench.cpu import versions
+    from bench.files import write
     from bench.timing import cpu_name
 
     weights = "random weights" if a.folder is None else a.folder.name
-    head = {"date": datetime.date.today().isoformat(), "processor": cpu_name(), "versions": versions()}
+    head = {"date": datetime.date.today().isoformat(), "machine": cpu_name(), "versions": versions()}
     head |= {"memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "model": weights}
-    keep(a.out, head | {"stages": results})
+    write(a.out, json.dumps(head | {"stages": results}, indent=1) + "\n")
     if a.out == OUT:
         render()
 

@@ -33,10 +33,10 @@ def keep(file: Path, result: dict) -> None:
     write(file, json.dumps([*others, result], indent=1) + "\n")
 
 
-def section(steps: list[dict], seven_b: list[dict]) -> str:
+def section(steps: list[dict], seven_b: dict) -> str:
     """The section of docs/speed.md, in Markdown."""
     parts = [part for result in steps for part in (*_steps(result), "")]
-    return "\n".join(parts + [part for result in seven_b for part in (*_seven_b(result), "")])
+    return "\n".join([*parts, *_seven_b(seven_b), ""])
 
 
 def _steps(result: dict) -> list[str]:
@@ -74,7 +74,7 @@ def _seven_b(result: dict) -> list[str]:
     load, step, mapped, answer = s["load"], s["step"], s["map_again"], s["answer"]
     original = load["MB per core-second"] * load["core_seconds"] / 1e3
     return [
-        f"A LLaMA of 7B parameters on {result['processor']} ({result['model']}, {result['date']}, `bench/seven_b.py`): "
+        f"A LLaMA of 7B parameters on {result['machine']} ({result['model']}, {result['date']}, `bench/seven_b.py`): "
         f"loading and quantising its {original:.1f} GB takes {load['seconds']:.0f} s and at most "
         f"{load['peak_bytes_above_import'] / GIB:.2f} GiB above the imports ({load['MB per core-second']:.0f} MB per "
         f"core-second); quantising it to disk takes {s['quantise']['seconds']:.0f} s and "
@@ -86,14 +86,15 @@ def _seven_b(result: dict) -> list[str]:
     ]
 
 
-def in_page(text: str, step: list[dict], seven_b: list[dict]) -> str:
+def in_page(text: str, step: list[dict], seven_b: dict) -> str:
     """Renew the section between the two marks of `text`. Raises ValueError if a mark is missing."""
     return between(text, BEGIN, END, section(step, seven_b), "docs/speed.md")
 
 
 def render() -> None:
     """Renew docs/speed.md from the two files."""
-    write(PAGE, in_page(PAGE.read_text("utf-8"), *(stored(HERE / name) for name in (TRAIN_STEP, SEVEN_B))))
+    seven_b = json.loads((HERE / SEVEN_B).read_text("utf-8"))
+    write(PAGE, in_page(PAGE.read_text("utf-8"), stored(HERE / TRAIN_STEP), seven_b))
 
 
 if __name__ == "__main__":
