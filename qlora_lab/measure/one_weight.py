@@ -91,11 +91,17 @@ class AdapterStep:
 
 
 def follow(
-    weight: torch.Tensor, row: int, column: int, codebook: str | torch.Tensor = "nf4", block_size: int = 64
+    weight: torch.Tensor,
+    row: int,
+    column: int,
+    codebook: str | torch.Tensor = "nf4",
+    block_size: int = 64,
+    *,
+    progress: bool = True,
 ) -> OneWeight:
     """Follow weight[row, column] through quantisation with double quantization, a product, and an adapter's training.
 
-    codebook, block_size: as quantize takes them, with codes of 4 bits.
+    codebook, block_size: as quantize takes them, with codes of 4 bits. progress: show a bar if it takes seconds.
     Raises TypeError for a weight that quantize refuses, ValueError for one that is not a matrix or not finite, for a
     place outside it, and for a codebook with codes of another width.
 
@@ -146,7 +152,7 @@ def follow(
         absmax_stored=q.absmax[block].item(),
         decoded=decoded,
         error=decoded - value,
-        step=_trained(weight, q, row, column),
+        step=_trained(weight, q, row, column, progress),
     )
 
 
@@ -184,7 +190,7 @@ def _interval(levels: torch.Tensor, code: int) -> tuple[float, float]:
 
 
 @torch.enable_grad()  # a reader's cell may have switched gradients off
-def _trained(weight: torch.Tensor, q: QuantizedTensor, row: int, column: int) -> AdapterStep:
+def _trained(weight: torch.Tensor, q: QuantizedTensor, row: int, column: int, progress: bool) -> AdapterStep:
     """Train an adapter beside `q` to give the outputs of `weight`, and read what it holds for one place."""
     from tqdm.auto import tqdm
 
@@ -199,7 +205,8 @@ def _trained(weight: torch.Tensor, q: QuantizedTensor, row: int, column: int) ->
     optimizer = PagedAdamW([layer.lora_A, layer.lora_B], lr=LR, page_size=SYSTEM_PAGE, budget=budget)
     # No data set is needed: all that the adapter can learn here is the error of the 4-bit weight.
     wanted = x @ weight.T  # (tokens, out)
-    for _ in tqdm(range(STEPS), "steps", unit="step", leave=False, delay=2):  # seconds for a 7B model's matrix
+    bar = tqdm(range(STEPS), "steps", unit="step", leave=False, delay=2, disable=not progress)
+    for _ in bar:  # seconds for a 7B model's matrix
         optimizer.zero_grad()
         (layer(x) - wanted).square().mean().backward()
         optimizer.step()
