@@ -90,11 +90,14 @@ class AdapterStep:
     page_size: int  # bytes
 
 
+Levels = str | torch.Tensor  # a codebook's name, or its levels
+
+
 def follow(
     weight: torch.Tensor,
     row: int,
     column: int,
-    codebook: str | torch.Tensor = "nf4",
+    codebook: Levels = "nf4",
     block_size: int = 64,
     *,
     progress: bool = True,
