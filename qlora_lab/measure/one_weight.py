@@ -90,17 +90,11 @@ class AdapterStep:
     page_size: int  # bytes
 
 
-Levels = str | torch.Tensor  # a codebook's name, or its levels
+Table = str | torch.Tensor  # a codebook's name, or its levels
 
 
 def follow(
-    weight: torch.Tensor,
-    row: int,
-    column: int,
-    codebook: Levels = "nf4",
-    block_size: int = 64,
-    *,
-    progress: bool = True,
+    weight: torch.Tensor, row: int, column: int, codebook: Table = "nf4", block_size: int = 64, *, progress: bool = True
 ) -> OneWeight:
     """Follow weight[row, column] through quantisation with double quantization, a product, and an adapter's training.
 
