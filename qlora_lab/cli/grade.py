@@ -45,7 +45,7 @@ def run(a: argparse.Namespace) -> None:
     with locked_file(out, "grade") as lock, reserved(lock):  # two commands must not write the same scores
         grades = _graded(a, submissions, out)
     _report(a, grades)
-    print_note(a, f"what is wrong with each answer is in {out}")
+    print_note(a, f"what is wrong with an answer is in {out}")
 
 
 def _graded(a: argparse.Namespace, submissions: list["Submission"], out) -> list["Grade"]:

@@ -14,16 +14,17 @@ import os
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from qlora_lab.exercises.submission import ADDED, CHECK, Piece, Submission, read_submission, without
-from qlora_lab.exercises.verdicts import OPEN, PASSED
+from qlora_lab.exercises.submission import ADDED, CHECK, NotOfCourseError, Piece, Submission, read_submission, without
+from qlora_lab.exercises.verdicts import FAILED, OPEN, PASSED
 from qlora_lab.files import disk
 from qlora_lab.files.course import course_path, is_packaged
 from qlora_lab.files.home import expanded
@@ -34,6 +35,7 @@ from qlora_lab.files.strict_json import LIST, SWITCH, TEXT, read_json, whole
 ERROR = "error"  # no verdict: the answer raised an error, did not end, or ended its kernel
 NOBODY = ""  # in the place of an exercise: a cell of the course that belongs to none
 LONGEST = 200  # characters of a line that says why
+TRIES = 3  # to start a kernel
 START_SECONDS = 300  # for a kernel to answer; it takes two on a quiet machine, and many start at once in a class
 
 
@@ -66,7 +68,7 @@ class Grade:
 class _Run(NamedTuple):
     """What one kernel told. errors: exercise -> its first error. stopped: index of the piece that ended it, and how."""
 
-    verdicts: dict[str, list[str]]
+    verdicts: dict[str, tuple[str, str]]
     errors: dict[str, str]
     stopped: tuple[int, str] | None
 
@@ -74,15 +76,14 @@ class _Run(NamedTuple):
 def find_notebooks(paths: Sequence[str | Path]) -> list[Submission]:
     """Read all notebooks that are named, and those of the course in folders, before any kernel starts.
 
-    In a folder, what is not of the course is left out, as are solutions and JupyterLab's checkpoints. Raises ValueError
-    for a file that is not a notebook of the course, and for a folder without one; OSError for one that cannot be read.
+    In a folder, solutions and JupyterLab's checkpoints are left out, and so are other notebooks, with a warning. Raises
+    ValueError for a file that is damaged or not of the course, and for a folder without a notebook of the course;
+    OSError for one that cannot be read.
     """
     found = []
     for path in paths:
         if not str(path):  # would be the current folder
-            raise ValueError(
-                "a path is empty, perhaps because a shell variable is not set: name a notebook or a folder"
-            )
+            raise ValueError("a path is empty, perhaps because a shell variable is not set: name a notebook")
         path = expanded(path)
         if not path.is_dir():
             found.append(read_submission(path))
@@ -90,8 +91,12 @@ def find_notebooks(paths: Sequence[str | Path]) -> list[Submission]:
         inside = [p for p in sorted(path.rglob("*.ipynb")) if p.is_file() and not _is_aside(p.relative_to(path))]
         submissions = []
         for notebook in inside:
-            with suppress(ValueError):  # a student's own experiments lie beside the course
+            try:
                 submissions.append(read_submission(notebook))
+            except (
+                NotOfCourseError
+            ) as error:  # a student's own experiment; a damaged file could be an answer, and ends it
+                warnings.warn(f"left out: {error}", stacklevel=2)
         if not submissions:
             raise ValueError(f"{path} holds no notebook of this course: name a folder of students' notebooks")
         found += submissions
@@ -158,29 +163,52 @@ def _run(submission: Submission, seconds: float) -> _Run:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     verdicts, errors, stopped = {}, {}, None
-    with disk.scratch(Path(tempfile.gettempdir()), "qlora-lab-grade-") as scratch:
+    with disk.scratch(Path(tempfile.gettempdir()), "qlora-lab-grade-") as scratch, ExitStack() as stack:
+        disk.make_folder(scratch / "work")  # where the kernel runs; verdicts lie beside it
         cells = [(index, source) for index, piece in enumerate(submission.pieces) for source in _cells(piece, scratch)]
         client = _client([source for _, source in cells])
-        with client.setup_kernel(**_options(scratch)):
-            end = time.monotonic() + seconds  # a kernel that starts slowly is not the student's fault
-            client.timeout_func = lambda cell: max(1, end - time.monotonic())  # 0 would be no limit
-            # not client.execute(), which takes Ctrl-C for itself, and does not say that it came
-            for place, (index, _) in enumerate(cells):
-                try:
-                    _execute(client, place)
-                except CellTimeoutError:
-                    stopped = index, f"did not end within {seconds / 60:g} min"
-                    break
-                except DeadKernelError:
-                    stopped = index, "ended its kernel"
-                    break
-                piece = submission.pieces[index]
-                for output in client.nb.cells[place].outputs[:1] if piece.kind != ADDED else ():
-                    errors.setdefault(piece.exercise, _short(f"{output.ename}: {output.evalue}"))
-        for name in submission.exercises:
-            if (scratch / f"{name}.json").exists():
-                verdicts |= read_json(scratch / f"{name}.json")
+        _start(client, scratch, stack)
+        end = time.monotonic() + seconds  # a kernel that starts slowly is not the student's fault
+        client.timeout_func = lambda cell: max(1, end - time.monotonic())  # 0 would be no limit
+        # not client.execute(), which takes Ctrl-C for itself, and does not say that it came
+        for place, (index, _) in enumerate(cells):
+            try:
+                _execute(client, place)
+            except CellTimeoutError:
+                stopped = index, f"did not end within {seconds / 60:g} min"
+                break
+            except DeadKernelError:
+                stopped = index, "ended its kernel"
+                break
+            piece = submission.pieces[index]
+            for output in client.nb.cells[place].outputs[:1] if piece.kind != ADDED else ():
+                errors.setdefault(piece.exercise, _short(f"{output.ename}: {output.evalue}").rstrip(": "))
+        verdicts = {name: found for name in submission.exercises if (found := _verdict(scratch / f"{name}.json", name))}
     return _Run(verdicts, errors, stopped)
+
+
+def _start(client, scratch: Path, stack: ExitStack) -> None:
+    """Start the kernel; it ends with `stack`.
+
+    Jupyter looks for free ports first and takes them later. Where several kernels start at once, one may be gone.
+    """
+    for tries_left in reversed(range(TRIES)):
+        try:
+            stack.enter_context(client.setup_kernel(**_options(scratch)))
+            return
+        except RuntimeError as error:
+            if not tries_left:
+                advice = "`python -m ipykernel --version` says whether it is installed"
+                raise OSError(f"Jupyter's kernel does not start ({_short(str(error))}): {advice}") from error
+
+
+def _verdict(file: Path, name: str) -> tuple[str, str] | None:
+    """Read what a check has saved; None where it saved nothing, or where a student wrote over it."""
+    try:
+        verdict, line = read_json(file, {name: LIST}, [name])[name]
+    except (FileNotFoundError, ValueError):
+        return None
+    return (verdict, line) if verdict in (PASSED, FAILED, OPEN) and isinstance(line, str) else None
 
 
 def _execute(client, place: int) -> None:
@@ -231,7 +259,7 @@ def _options(scratch: Path) -> dict:
         earlier = os.environ.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(course_path()), earlier]))
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return {"cwd": str(scratch), "env": environment, **silent}
+    return {"cwd": str(scratch / "work"), "env": environment, **silent}
 
 
 # ---------------------------------------------------------------------------------------------------- the score file

@@ -23,6 +23,10 @@ LARGEST = 64 * 2**20  # bytes: the course's own have less than 1 MiB, and a stud
 ANSWER, ADDED, COURSE, CHECK = "answer", "added", "course", "check"
 
 
+class NotOfCourseError(ValueError):
+    """A notebook that can be read, and is not one of the course's."""
+
+
 class Cell(NamedTuple):
     """A code cell."""
 
@@ -61,15 +65,18 @@ class Submission(NamedTuple):
 def read_submission(path: str | Path) -> Submission:
     """Read one notebook. Nothing in it is run.
 
-    Raises ValueError, in one line, for a file that is not a notebook or not one of the course's, and OSError for a file
-    that cannot be read.
+    Raises NotOfCourseError for another notebook, ValueError for a file that is not a notebook, each in one line, and
+    OSError for a file that cannot be read.
     """
     path = expanded(path)
     title, cells = _read_cells(path)
     named = [name for name, (known, _) in course().items() if title == known]
     named = named or [name for name in course() if name in path.stem]  # its first heading was edited
     if not named:
-        raise ValueError(f"{path} is not a notebook of this course: neither its first heading nor its name is known")
+        known = "neither its first heading nor its name is known"
+        raise NotOfCourseError(
+            f"{path} is not a notebook of this course: {known}; name one that `qlora-lab open` copied"
+        )
     (name, *_) = named
     exercises = exercises_of(name)
     pieces = _merged(cells, course()[name][1], exercises)
@@ -180,68 +187,85 @@ _NOTEBOOK = {"cells": LIST, "nbformat": whole(4, 4)}
 
 def _merged(student: list[Cell], own: list[Cell], exercises: list[Exercise]) -> list[Piece]:
     """Put what a student wrote between the course's cells."""
-    answers, edited, added = _matched(student, own, exercises)
+    matched = _matched(student, own, exercises)
     zone = {}  # index of a cell -> the exercise that it belongs to: from its answer to its check
     for exercise in exercises:
         zone.update(dict.fromkeys(range(exercise.cell, exercise.check + 1), exercise))
-    before = {}  # index of a cell -> pieces that run after it; -1: before all
-    for after, source in added:
-        exercise = zone.get(after)
-        # Inside of an exercise, what a student adds runs before the course's cells, so that these are as they were
-        place = exercise.cell if exercise and after < exercise.check else after
-        before.setdefault(place, []).append(Piece(ADDED, source, exercise.name if exercise else ""))
-    pieces = before.get(-1, [])
+    pieces = [Piece(ADDED, source) for source in matched.added.get(-1, [])]
     for index, cell in enumerate(own):
         exercise = zone.get(index)
         name = exercise.name if exercise else ""
-        if index in edited:
-            pieces += [Piece(ADDED, part, name) for part in _new_parts(edited[index], cell.source)]
+        if index in matched.edited:
+            pieces += [Piece(ADDED, part, name) for part in _new_parts(matched.edited[index], cell.source)]
         source = cell.source
         if exercise and index == exercise.cell:
-            pieces.append(Piece(ANSWER, answers.get(name, exercise.stub), name))
-            pieces += before.pop(index, [])
+            pieces.append(Piece(ANSWER, matched.answers.get(name, exercise.stub), name))
+            # before the course's cells, so that these are as they were when the check runs
+            pieces += [Piece(ADDED, more, name) for more in matched.inside.get(name, [])]
             source = exercise.rest
         checks = exercise and index == exercise.check
         if source.strip():
             pieces.append(Piece(CHECK if checks else COURSE, source, name))
-        pieces += before.get(index, [])
+        pieces += [Piece(ADDED, more) for more in matched.added.get(index, [])]
     return pieces
 
 
-def _matched(
-    student: list[Cell], own: list[Cell], exercises: list[Exercise]
-) -> tuple[dict[str, str], dict[int, str], list[tuple[int, str]]]:
+class _Matched(NamedTuple):
+    """What a student's cells are: answers and what belongs to them, by exercise; the rest, by index of a course's cell.
+
+    edited: cells of the course that were changed. added: cells that follow this one (-1: that come before all).
+    """
+
+    answers: dict[str, str]
+    inside: dict[str, list[str]]
+    edited: dict[int, str]
+    added: dict[int, list[str]]
+
+
+def _matched(student: list[Cell], own: list[Cell], exercises: list[Exercise]) -> _Matched:
     """Compare a student's cells with the course's.
 
-    Returns the answers, by exercise; the edited cells, by index; and the added ones, each with the index of the cell of
-    the course that it follows (-1: none). Text decides first, because another version of the course may number its
-    cells in another way, and some services drop the ids.
+    Text decides first, because another version of the course may number its cells in another way, and some services
+    drop the ids.
     """
+    matched = _Matched({}, {}, {}, {})
     place = _same_text(student, own)
-    answers = {}
     for exercise in exercises:
-        mine = [i for i, cell in enumerate(student) if i not in place and exercise.binds <= _names_in(cell.source)]
-        # the cell of that id comes first; a copy of it that a student made has another one
-        mine.sort(key=lambda i: student[i].id != own[exercise.cell].id)
-        if mine and exercise.cell not in place.values():
-            place[mine[0]] = exercise.cell
-            answers[exercise.name] = student[mine[0]].source
+        answer = _answer(student, own, place, exercise, exercises)
+        if answer is not None and exercise.cell not in place.values():
+            place[answer] = exercise.cell
+            matched.answers[exercise.name] = student[answer].source
     free = {cell.id: i for i, cell in enumerate(own) if i not in place.values() and cell.id}
-    edited = {}
     for i, cell in enumerate(student):
         if i not in place and cell.id in free:
             place[i] = free.pop(cell.id)
-            edited[place[i]] = cell.source
-    added = []
+            matched.edited[place[i]] = cell.source
     after = -1
     for i, cell in enumerate(student):
         if i in place:
             after = place[i]
             continue
         names = _names_in(cell.source)
-        again = [exercise for exercise in exercises if exercise.binds <= names and exercise.cell < after]
-        added.append((again[0].cell if again else after, cell.source))  # an answer given once more, below its check
-    return answers, edited, added
+        # between an answer and its check, or an answer given once more, below the check
+        owners = [exercise for exercise in exercises if exercise.cell <= after < exercise.check]
+        owners += [exercise for exercise in exercises if exercise.binds <= names and exercise.cell <= after]
+        if owners:
+            matched.inside.setdefault(owners[0].name, []).append(cell.source)
+        else:
+            matched.added.setdefault(after, []).append(cell.source)
+    return matched
+
+
+def _answer(
+    student: list[Cell], own: list[Cell], place: dict[int, int], exercise: Exercise, exercises: list[Exercise]
+) -> int | None:
+    """The index of the student's cell that answers: one that binds the names, or else the one with the id."""
+    free = [i for i in range(len(student)) if i not in place]
+    named = {i: {other.name for other in exercises if other.binds <= _names_in(student[i].source)} for i in free}
+    same = [i for i in free if student[i].id == own[exercise.cell].id]
+    mine = [i for i in [*same, *free] if exercise.name in named[i]]
+    # with the id and another name: `def my_answer` in place of `def my_pack`; its check will say what is missing
+    return next(iter([*mine, *(i for i in same if not named[i])]), None)
 
 
 def _same_text(student: list[Cell], own: list[Cell]) -> dict[int, int]:

@@ -35,7 +35,7 @@ def test_a_low_score_is_no_mistake_and_the_table_names_what_failed(graded, tmp_p
     assert header.split() == ["file", "notebook", "passed", "seconds", "not", "passed"]
     assert anna.split()[:5] == ["handed-in/anna.ipynb", toy.NAME, "1", "of", "2"] and anna.endswith("my_square failed")
     assert ben.endswith("  2 not attempted")
-    assert "grading:" in err and err.endswith("what is wrong with each answer is in scores.json\n")
+    assert "grading:" in err and err.endswith("what is wrong with an answer is in scores.json\n")
     content = json.loads((tmp_path / "scores.json").read_text())
     assert content["complete"] and [row["passed"] for row in content["notebooks"]] == [1, 0]
 

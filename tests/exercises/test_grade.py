@@ -104,6 +104,30 @@ def test_check_records_what_it_prints(tmp_path, capsys, monkeypatch):
     assert found == {"a": ["passed", ""], "b": ["failed", "Yours: 3."], "c": ["not attempted", ""]}
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"a": 1}', '{"a": []}', '{"a": ["won", ""]}', '{"a": ["passed", 1]}']
+)
+def test_a_verdict_that_a_student_wrote_over_is_none(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    assert module._verdict(tmp_path / "a.json", "a") is None
+    assert module._verdict(tmp_path / "nowhere.json", "a") is None
+
+
+def test_a_kernel_is_started_again_and_not_for_ever(toy_course, monkeypatch):
+    """Another program may take the port that Jupyter has chosen: seen where several kernels started at once."""
+    started = []
+
+    class Client:
+        def setup_kernel(self, **_):
+            started.append(self)
+            raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(module, "_client", lambda sources: Client())
+    with pytest.raises(OSError, match="kernel does not start .Kernel died before replying to kernel_info.: `python -m"):
+        only(toy_course(toy.OWN))
+    assert len(started) == module.TRIES and len(set(started)) == 1
+
+
 # ---------------------------------------------------------------------------------------------------- files and folders
 
 
@@ -112,13 +136,22 @@ def test_a_folder_gives_the_course_notebooks_in_it_and_nothing_beside_them(toy_c
     toy_course(toy.OWN, "anna/solutions/07_toy.ipynb")
     toy_course(toy.OWN, ".ipynb_checkpoints/07_toy-checkpoint.ipynb")
     toy_course(["1"], "anna/my own.ipynb", title="# Mine")
-    (paths[0].parent / "empty.ipynb").write_text("")
     home = paths[1].parent
-    assert {found.path for found in find_notebooks([home])} == set(paths)
+    with pytest.warns(UserWarning, match="left out: .*my own.ipynb is not a notebook of this course"):
+        assert {found.path for found in find_notebooks([home])} == set(paths)
+    (home / "anna" / "my own.ipynb").unlink()
     assert [found.path for found in find_notebooks([paths[2], home / "anna"])] == [paths[2], paths[0]]
     assert [found.path.parent.name for found in find_notebooks([home / "anna" / "solutions"])] == ["solutions"]
 
 
+def test_a_damaged_file_in_a_folder_is_named_and_not_left_out(toy_course):
+    home = toy_course(toy.OWN).parent
+    (home / "ben.ipynb").write_text("")
+    with pytest.raises(ValueError, match="ben.ipynb, line 1, column 1: it is empty"):
+        find_notebooks([home])
+
+
+@pytest.mark.filterwarnings("ignore:left out")
 def test_bad_paths_are_named_before_anything_runs(toy_course, tmp_path):
     toy_course(["1"], "mine.ipynb", title="# Mine")
     with pytest.raises(ValueError, match="handed-in holds no notebook of this course: name a folder"):

@@ -81,6 +81,28 @@ def test_a_broken_answer_is_still_the_answer(toy_course):
         assert (ANSWER, "def my_square(x:") in found
 
 
+def test_an_answer_under_another_name_is_the_answer_and_not_an_open_one(toy_course):
+    found = shown(read_submission(toy_course(changed(4, "def my_answer(x):\n    return x * x"))))
+    assert (ANSWER, "def my_answer(x):\n    return x * x") in found and (ANSWER, toy.SQUARE) not in found
+
+
+def test_answers_of_another_version_of_the_course_are_found_by_name(toy_course):
+    """Whose ids are those of other cells."""
+    cells = [
+        ("code-005", toy.IMPORTS),
+        ("code-004", f"{RIGHT}\n\n{SIX}"),
+        ("code-002", SQUARED),
+        ("code-000", toy.CHECK),
+    ]
+    found = shown(read_submission(toy_course(cells)))
+    assert (ANSWER, f"{RIGHT}\n\n{SIX}") in found and (ANSWER, SQUARED) in found
+
+
+def test_an_answer_below_a_check_in_its_own_cell_counts(toy_course):
+    found = shown(read_submission(toy_course([*toy.OWN[:4], ("mine", RIGHT), *toy.OWN[4:]])))
+    assert found.index((ADDED, RIGHT)) < found.index((CHECK, SIX))
+
+
 def test_a_magic_that_nothing_needs_does_not_run(toy_course):
     found = shown(read_submission(toy_course([*toy.OWN, ("mine", "!rm -rf everything")])))
     assert not any("everything" in source for _, source in found)
