@@ -17,12 +17,14 @@ COMMAND = "python -m tools.predictions_page"
 HEAD = f"""# Questions to predict, and their answers
 
 Students record a guess before the cell that measures. This page has all questions, with what the stored notebooks
-measured, for those who [teach the course](teaching.md). An answer marked with \\* can differ on your machine.
+measured, for those who [teach the course](teaching.md). What is indented is the explanation that students find below
+the answer. An answer marked with \\* can differ on your machine.
 
 `{COMMAND}` writes this page; a test fails when it is out of date.
 """
 _ANSWER = re.compile(r"The answer is (.+)\. \(You recorded no guess\.\)")
 _SEEN = re.compile(r"<details>\s*<summary>What we saw</summary>(.*?)</details>", re.S)
+_PREDICT = re.compile(r"^(.*)\*\*Predict(?: first)?:\*\*(.*)$", re.M)
 _UNASKED = " Run this cell to guess."
 
 
@@ -34,21 +36,34 @@ def page() -> str:
 def _section(path: Path) -> str:
     """The questions of one notebook, in groups: each ends with its "What we saw"."""
     cells = json.loads(path.read_text("utf-8"))["cells"]
-    asked = {}  # variable -> [question, choices, answer]
+    asked = {}  # variable -> [question, choices, answer, what is told before it]
+    told = ""
     out = [f"\n## [{path.stem}](../notebooks/{path.name})\n"]
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code":
-            asked |= _questions(cell, source)
+            new = _questions(cell, source)
+            for question in new.values():
+                question.append(told)
+                told = ""  # of several questions, the first has it
+            asked |= new
             _answer(cell, source, asked)
-        elif seen := _SEEN.search(source):
+            continue
+        if predict := _PREDICT.search(source):
+            told = _told(predict)
+        if seen := _SEEN.search(source):
             answered = {name: question for name, question in asked.items() if question[2]}
-            asked = {
-                name: question for name, question in asked.items() if name not in answered
-            }  # answered further down
-            out += [*map(_row, answered.values()), f"\n\n{_moved(seen[1])}\n"]
+            # others are answered further down
+            asked = {name: question for name, question in asked.items() if name not in answered}
+            out += [*map(_row, answered.values()), f"\n{_quoted(_moved(seen[1]))}\n"]
     out += map(_row, asked.values())  # of a notebook that gives no reason
     return "".join(out) if len(out) > 1 else ""
+
+
+def _told(predict: re.Match) -> str:
+    """The paragraph that asks, without "Predict first:"."""
+    before, question = predict[1].strip(), predict[2].strip()
+    return _moved(f"{before} {question[0].upper()}{question[1:]}".strip())
 
 
 def _questions(cell: dict, source: str) -> dict[str, list[str]]:
@@ -82,8 +97,13 @@ def _shown(cell: dict) -> str:
 
 
 def _row(question: list[str]) -> str:
-    text, choices, answer = question
-    return f"\n- {text}{f' ({choices})' if choices else ''} {answer}"
+    text, choices, answer, told = question
+    lead = f"\n{told}\n" if told else ""
+    return f"{lead}\n- {text}{f' ({choices})' if choices else ''} {answer}"
+
+
+def _quoted(prose: str) -> str:
+    return "\n" + "\n".join(f"> {line}".rstrip() for line in prose.splitlines())
 
 
 def _moved(prose: str) -> str:
