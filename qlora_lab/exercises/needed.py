@@ -22,7 +22,7 @@ BUILTINS = vars(builtins).keys()
 class Names(NamedTuple):
     """What a cell does with global names. inner: function -> the names that it reads, which is when it is called."""
 
-    read: set[str]
+    read: set[str]  # as earlier cells left them
     bound: set[str]
     sure: set[str]  # bound whatever happens, not in an `if` or a loop
     changed: set[str]
@@ -83,21 +83,28 @@ def _names_of(source: str) -> Names | None:
     tree = parsed(source)
     if tree is None:
         return None
-    try:
-        table = symtable.symtable(ast.unparse(tree), "cell", "exec")  # unparse: magics are calls by now
-    except SyntaxError:  # `return` outside of a function parses, and is refused only here
-        return None
-    bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
-    read = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced()} | _globals_in(table)
-    names = Names(read - BUILTINS, bound, set(), set(), set(), {})
-    for child in table.get_children():
-        names.inner.setdefault(child.get_name(), set()).update(_globals_in(child) - BUILTINS)
-    for node in tree.body:
-        names.sure.update(_bound_for_sure(node))
+    names = Names(set(), set(), set(), set(), set(), {})
+    for statement in tree.body:
+        try:
+            _add_statement(statement, names)
+        except SyntaxError:  # `return` outside of a function parses, and is refused only here
+            return None
     for node in ast.walk(tree):
         _add_node(node, names)
     names.changed.difference_update(BUILTINS)
     return names
+
+
+def _add_statement(statement: ast.stmt, names: Names) -> None:
+    """Add what a statement at the top of a cell reads and binds. What the cell has bound before comes from no other."""
+    table = symtable.symtable(ast.unparse(statement), "cell", "exec")  # unparse: magics are calls by now
+    symbols = table.get_symbols()
+    read = {symbol.get_name() for symbol in symbols if symbol.is_referenced()} | _globals_in(table)
+    names.read.update(read - BUILTINS - names.sure)
+    names.bound.update(symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported())
+    names.sure.update(_bound_for_sure(statement))
+    for child in table.get_children():
+        names.inner.setdefault(child.get_name(), set()).update(_globals_in(child) - BUILTINS)
 
 
 def _globals_in(table: symtable.SymbolTable) -> set[str]:

@@ -12,6 +12,8 @@ CASES = {
     "the later of two, which does not look at the earlier": (["a = 1", "a = 2", "a"], [1, 2]),
     "the earlier, too, of one that adds": (["a = 1", "a += 2", "a"], [0, 1, 2]),
     "the earlier, too, of one that may not happen": (["a = 1", "if x:\n    a = 2", "a"], [0, 1, 2]),
+    "nothing earlier of what it binds before it reads": (["a = 1", "a = 2\nb = a", "b"], [1, 2]),
+    "the earlier, too, of what it reads before it binds": (["a = 1", "b = a\na = 2", "b"], [0, 1, 2]),
     "a method that changes": (["a = []", "a.append(1)", "a"], [0, 1, 2]),
     "an attribute": (["a = b()", "a.data.zero_()", "a.weight.data = 1", "a[0][1] = 2", "a"], [0, 1, 2, 3, 4]),
     "a function that changes": (["a = []", "fill(a)", "a"], [0, 1, 2]),
