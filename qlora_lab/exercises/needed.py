@@ -10,6 +10,7 @@ One that a function makes while it returns something else, as in `y = f(x)`, is 
 import ast
 import builtins
 import symtable
+import warnings
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -36,9 +37,12 @@ def parsed(source: str) -> ast.Module | None:
     from IPython.core.inputtransformer2 import TransformerManager  # half a second to import
 
     try:
-        return ast.parse(TransformerManager().transform_cell(source))
+        with warnings.catch_warnings(action="ignore"):  # of a student's "\d", say: the kernel warns as well
+            tree = ast.parse(TransformerManager().transform_cell(source))
+            symtable.symtable(ast.unparse(tree), "cell", "exec")  # refuses what parses and is no program: `return 3`
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: a zero byte
         return None
+    return tree
 
 
 def needed(sources: Sequence[str], always: Collection[int]) -> list[int]:
@@ -85,10 +89,7 @@ def _names_of(source: str) -> Names | None:
         return None
     names = Names(set(), set(), set(), set(), set(), {})
     for statement in tree.body:
-        try:
-            _add_statement(statement, names)
-        except SyntaxError:  # `return` outside of a function parses, and is refused only here
-            return None
+        _add_statement(statement, names)
     for node in ast.walk(tree):
         _add_node(node, names)
     names.changed.difference_update(BUILTINS)

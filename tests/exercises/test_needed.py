@@ -37,3 +37,14 @@ def test_the_last_cell_needs(case):
 
 def test_what_runs_in_any_case_runs_even_if_it_is_not_python():
     assert needed(["b = 1", "a = (", "b\x00", "b"], {1, 2}) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "source", ["f(" + "(" * 300, "-" * 5000 + "1", "def f(x):\n\treturn x\n  x", "a\x85b\u2028", '"""', "await x"]
+)
+def test_odd_text_is_read_without_an_error_and_without_a_warning(source):
+    assert 1 in needed([source, "x"], {1})
+
+
+def test_an_escape_that_python_warns_of_is_read_in_silence(recwarn):
+    assert needed(["x = '\\d'", "x"], {1}) == [0, 1] and not recwarn.list
