@@ -171,7 +171,7 @@ EXAMPLE = {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant"
 NOTEBOOK = {"cells": [{"cell_type": "code", "id": "a", "source": ["my_offset = 1"]}], "nbformat": 4}
 
 READERS: dict[str, Reader] = {
-    "notebook": Reader("01_codebook.ipynb", _write("01_codebook.ipynb", NOTEBOOK), read_submission, cheap=False),
+    "notebook": Reader("01_codebook.ipynb", _write("01_codebook.ipynb", NOTEBOOK), read_submission),
     "any object": Reader("any.json", _write("any.json", {"x": [1, 2.5, None, True, {"b": "c"}]}), read_json),
     "plan": Reader("plan.json", _plan, load_plan),
     "quantised tensor": Reader("state.json", _quantised, _read_quantised, (ValueError, KeyError)),

@@ -82,6 +82,7 @@ def _with_inner(names: set[str], inner: dict[str, set[str]]) -> set[str]:
     return found
 
 
+@lru_cache(maxsize=1024)
 def _names_of(source: str) -> Names | None:
     """Collect the names of a cell, or None if it is not Python."""
     tree = parsed(source)
