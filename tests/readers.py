@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from qlora_lab.adapters.adapter_base import WEIGHTS_KEY
 from qlora_lab.adapters.peft_format import load_adapter
 from qlora_lab.data.examples import read_examples
+from qlora_lab.exercises.submission import read_submission
 from qlora_lab.files import ownership
 from qlora_lab.files.checksums import sha256
 from qlora_lab.files.results_file import read_results
@@ -167,7 +168,10 @@ RECORD = {"clock": "2026-11-26T12:00:00", "steps": 3, "base_sha256": "0" * 64, "
 LOG = "".join(f'{{"step": {step}, "loss": 2.5, "tokens": 9, "seconds": 0.1}}\n' for step in (1, 2))
 EXAMPLE = {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}], "extra": [1.5]}
 
+NOTEBOOK = {"cells": [{"cell_type": "code", "id": "a", "source": ["my_offset = 1"]}], "nbformat": 4}
+
 READERS: dict[str, Reader] = {
+    "notebook": Reader("01_codebook.ipynb", _write("01_codebook.ipynb", NOTEBOOK), read_submission),
     "any object": Reader("any.json", _write("any.json", {"x": [1, 2.5, None, True, {"b": "c"}]}), read_json),
     "plan": Reader("plan.json", _plan, load_plan),
     "quantised tensor": Reader("state.json", _quantised, _read_quantised, (ValueError, KeyError)),

@@ -150,7 +150,7 @@ def test_what_is_imported_is_declared():
     extras = project()["optional-dependencies"]
     requirements = project()["dependencies"] + extras["parquet"] + extras["eval"] + extras["energy"]
     declared = {re.split(r"[^a-z0-9_-]", r.lower())[0].replace("-", "_") for r in requirements}
-    names = {"PIL": "pillow", "pynvml": "nvidia_ml_py"}
+    names = {"PIL": "pillow", "pynvml": "nvidia_ml_py", "IPython": "ipython"}
     for path in (ROOT / "qlora_lab").rglob("*.py"):
         modules = {m.split(".")[0] for node in ast.walk(tree_of(path)) for m in _modules(node)}
         outside = {names.get(m, m) for m in modules} - set(sys.stdlib_module_names) - {"qlora_lab", ""}

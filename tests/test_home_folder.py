@@ -119,6 +119,10 @@ CALLS = {
         m.Folders(w.home / "model", w.adapter), T, **quiet
     ),
     "export.xray.Checkpoint(path)": lambda w, m: m.Checkpoint(T),
+    "exercises.grade.find_notebooks(paths)": lambda w, m: m.find_notebooks([T]),
+    "exercises.grade.check_scores_path(path)": lambda w, m: m.check_scores_path(T),
+    "exercises.grade.save_scores(path)": lambda w, m: m.save_scores(T, [], ""),
+    "exercises.submission.read_submission(path)": lambda w, m: m.read_submission(T),
     "files.results_file.read_results(path)": lambda w, m: m.read_results(T),
     "files.results_file.verify_rows(path)": lambda w, m: m.verify_rows(T),
     "measure.ablations.read_ablations(path)": lambda w, m: m.read_ablations(T),

@@ -8,6 +8,7 @@ import io
 import json
 import os
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from tests.data.test_choice_files import small_questions
 from tests.model import test_fetch
 
 wheel = test_fetch.wheel
+ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 # What makes each command quick and complete, where it is not the argument under test. MODEL and others are made below.
@@ -42,6 +44,7 @@ COMMANDS = {
     "experts": "MODEL --text TEXT --windows 1 --length 8",
     "verify": "FREE",
     "open": "FREE",
+    "grade": "NOTEBOOK --out FREE.json",
 }
 # Arguments that take a path; a list of those after which the same path is tried again, as `--out PATH --overwrite`.
 PATHS = {
@@ -89,6 +92,8 @@ PATHS = {
     ("experts", "text"): [],
     ("verify", "folder"): [],
     ("open", "folder"): [],
+    ("grade", "notebooks"): [],
+    ("grade", "out"): [],
 }
 # Arguments that take text that is no path.
 WORDS = {
@@ -136,6 +141,7 @@ def names(tmp_path, folder, monkeypatch):
         "FREE.jsonl": free / "rows.jsonl",
         "QUESTIONS": small_questions(tmp_path / "questions"),
         "FREE.json": tmp_path / "plan.json",
+        "NOTEBOOK": ROOT / "notebooks" / "01_codebook.ipynb",  # read, and no more: --out is refused before it runs
     }
 
 

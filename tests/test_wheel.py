@@ -94,3 +94,15 @@ def test_a_notebook_of_the_copy_runs(installed, tmp_path):
     notebook.cells.append(nbformat.v4.new_code_cell("import qlora_lab; qlora_lab.__file__"))
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path / "mine"}}).execute(env=installed)
     assert installed["QLORA_LAB_SITE"] in notebook.cells[-1].outputs[0]["data"]["text/plain"]
+
+
+def test_grade_gives_the_students_copy_nothing_and_the_solution_everything(installed, tmp_path):
+    code = """
+from qlora_lab import cli
+cli.main(['open', 'mine', '--copy-only', '--without-solutions'])
+cli.main(['grade', 'mine/01_codebook.ipynb', 'SOLVED', '--json', '--quiet'])"""
+    solved = str(ROOT / "notebooks" / "solutions" / "01_codebook.ipynb")
+    scores = json.loads(python(code.replace("SOLVED", solved), installed, tmp_path))
+    assert [(row["passed"], row["out_of"]) for row in scores["notebooks"]] == [(0, 2), (2, 2)]
+    assert {exercise["result"] for exercise in scores["notebooks"][0]["exercises"].values()} == {"not attempted"}
+    assert not (tmp_path / "mine" / "solutions").exists()

@@ -34,6 +34,7 @@ GUIDES = [
 ]
 GUIDES += ["multiple_choice", "tournament", "xray", "trust", "machines", "conformance", "families", "templates"]
 GUIDES += ["tools", "pictures"]
+TEACHING = ["teaching", "predictions", "capstone"]
 FIGURES = ["ablations", "published", "speed", "gpu"]
 
 
@@ -42,7 +43,7 @@ def contents() -> str:
     notebooks = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     solutions = sorted(path.stem for path in (ROOT / "notebooks" / "solutions").glob("*.ipynb"))
     groups = {
-        "Learn": [f"notebooks/{name}" for name in notebooks],
+        "Learn": [*(f"notebooks/{name}" for name in notebooks), *(f"docs/{name}" for name in TEACHING)],
         "Fine-tune": [f"docs/{name}" for name in GUIDES],
         "Read": ["reference/public", *(f"reference/{room}" for room in rooms())],
         "Measured": [*(f"docs/{name}" for name in FIGURES), "bench/README", "LOG"],

@@ -34,7 +34,13 @@ SAME += ["tools/test_trust.py"]
 # test that does fails in the fast stage (own_race in tests/conftest.py), and its file has to leave the list. A new file
 # is in no list and runs in each stage.
 WITHOUT_NUMBERS = ["data", "exercises", "files", "tools", "test_architecture.py", "test_bench.py", "test_bench_gpu.py"]
-WITHOUT_NUMBERS += ["test_notebook_06.py", "cli/test_cli_memory.py", "cli/test_cli_options.py", "model/test_fetch.py"]
+WITHOUT_NUMBERS += [
+    "test_notebook_06.py",
+    "cli/test_cli_memory.py",
+    "cli/test_cli_options.py",
+    "cli/test_cli_grade.py",
+    "model/test_fetch.py",
+]
 WITHOUT_NUMBERS += [f"memory/test_{name}.py" for name in ("fit", "published", "shape")]
 PICTURES = ["block_size", "escape", "explorer", "figure", "labels", "memory", "page_table", "slider", "source"]
 PICTURES += ["adapter_places", "results", "tournament", "tournament_page", "zoo"]

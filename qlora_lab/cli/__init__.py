@@ -24,7 +24,7 @@ from qlora_lab.train.torchrun import rank
 # Each is a file of this folder.
 COMMANDS = ("fetch", "quantize", "finetune", "generate", "chat", "doctor", "kernels")
 COMMANDS += ("merge", "gguf", "memory", "sweep", "multiple-choice", "tournament", "block-size", "xray", "conformance")
-COMMANDS += ("experts", "verify", "open")
+COMMANDS += ("experts", "verify", "open", "grade")
 LESS_MEMORY = "close other programs, or choose a smaller model"  # a command may know something better
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MISTAKES = (ValueError, FloatingPointError, OSError)  # what the library raises on purpose, beside ModelError

@@ -1,4 +1,4 @@
-"""Open the course in JupyterLab."""
+"""Open the course in JupyterLab, or copy it."""
 
 import argparse
 import os
@@ -16,19 +16,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("folder", nargs="?", help=where)
     parser.add_argument("--without-solutions", action="store_true", help="copy no solved exercises")
+    copy = "copy the course and stop, such as to hand it out"
+    parser.add_argument("--copy-only", action="store_true", help=copy)
     parser.add_argument("--no-browser", action="store_true", help="print the address instead of opening a browser")
 
 
 def run(a: argparse.Namespace) -> None:
-    """Replace this process by JupyterLab with the first notebook; its token stays on."""
+    """Replace this process by JupyterLab with the first notebook; its token stays on. --copy-only: start nothing."""
     from qlora_lab.files.course import FIRST, copy_course, course_path, is_packaged
 
-    if a.folder is None and not is_packaged():
+    if a.folder is None and not is_packaged() and not a.copy_only:
         folder = course_path("notebooks")
     else:
         folder = Path(FOLDER if a.folder is None else a.folder)
         for name in copy_course(folder, not a.without_solutions):
             print(f"{folder / name} stays as you changed it; delete it to get the course's own again", file=sys.stderr)
+    if a.copy_only:
+        return
     # The settings beside this file stop JupyterLab from asking about its news; without an address it calls no one.
     settings = Path(__file__).with_name("jupyter")
     command = [sys.executable, "-m", "jupyterlab", str(folder / FIRST), "--LabApp.news_url=None"]

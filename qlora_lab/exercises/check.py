@@ -19,6 +19,7 @@ import textwrap
 from types import CodeType
 from typing import NamedTuple
 
+from qlora_lab.exercises import verdicts
 from qlora_lab.exercises.hints import EXERCISES, WITHOUT
 
 _said = {}  # name of an exercise -> {hint: the fault it was said about}, until the answer is correct
@@ -93,10 +94,13 @@ def check(answer, expected, *, name, cases=None, tolerance=0.0):
 
 def _verdict(name, fault):
     if fault == _OPEN:
+        verdicts.record(name, verdicts.OPEN)
         return _OPEN
     if fault is None:
+        verdicts.record(name, verdicts.PASSED)
         _said.pop(name, None)  # a later mistake may hear each hint again
         return "correct"
+    verdicts.record(name, verdicts.FAILED, " ".join(" ".join(fault.lines).split()))
     hint = _unsaid(name, fault)
     hint = textwrap.fill(f"Hint: {hint}", _WIDTH, subsequent_indent="        ") if hint else ""
     return "\n  ".join([f"not yet. {fault.lines[0]}", *fault.lines[1:], *filter(None, [hint])])

@@ -23,7 +23,7 @@ MAY_BE_HUGE = {"clip", "bits"}  # 10^30: no limit
 CHOICES = {"codebook", "codebooks", "schedule", "method", "dtype", "adapter_dtype", "device", "double_quant"}
 CHOICES |= {"sass", "ptx", "rungs", "backend"}
 # Names, texts and paths: free, as long as nothing is there that they would have to fit.
-FREE = {"model", "question", "data", "test_data", "out", "text", "plan", "adapter", "folder", "notebook", "targets"}
+FREE = {"model", "question", "data", "test_data", "out", "text", "plan", "adapter", "folder", "notebooks", "targets"}
 FREE |= {
     "also",
     "parts",
