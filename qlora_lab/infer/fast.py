@@ -4,14 +4,17 @@ In: a Stack. Out: a function with the signature of step.step without the stack, 
 of a row reads every weight once; so many bytes are the floor of its time, whoever computes it.
 """
 
+import resource
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 
 import torch
 
 from qlora_lab.infer import step as readable
 from qlora_lab.infer.cache import Cache
 from qlora_lab.infer.stack import Product, Stack
+from qlora_lab.infer.thread_choice import ThreadChoice
 from qlora_lab.model import product_4bit
 from qlora_lab.quant.codebook import codebook, rounding
 from qlora_lab.quant.quantize import QuantizedTensor
@@ -56,6 +59,7 @@ class FastStep:
 
     def __init__(self, stack: Stack):
         from qlora_lab.kernels import decode_products, decode_step
+        from qlora_lab.kernels.compiled import thread_count
 
         self._stack = stack
         self._kept: list[torch.Tensor] = []
@@ -66,6 +70,7 @@ class FastStep:
         self._weights = decode_step.Weights(layers, torch.stack(norms).float().numpy(), head)
         self._thresholds, _ = rounding(codebook("int8"))
         self._step = decode_step.step
+        self._threads = ThreadChoice(thread_count())
 
     def __call__(self, ids: torch.Tensor, cache: Cache, rows: torch.Tensor) -> torch.Tensor:
         """Return logits (rows, vocabulary) float32, as step.step does. Raises ValueError where the cache is full."""
@@ -74,7 +79,9 @@ class FastStep:
         stack = self._stack
         x = stack.embedding[ids].float()  # (rows, hidden)
         given = stack.eps, stack.heads, (cache.cos, cache.sin), cache.kept
-        logits = self._step(x, self._weights, *given, rows, positions, self._thresholds)
+        start, switches = perf_counter(), _switches()
+        logits = self._step(x, self._weights, *given, rows, positions, self._thresholds, self._threads.count)
+        self._threads.took(perf_counter() - start, _switches() - switches)
         cache.lengths[rows] = positions + 1
         return logits
 
@@ -87,3 +94,8 @@ class FastStep:
         described, kept = decode_products.describe(weight, part.weight.shape, bias, lora)
         self._kept.append(kept)
         return described
+
+
+def _switches() -> int:
+    """How often the system has taken a core away from a thread of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

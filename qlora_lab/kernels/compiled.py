@@ -65,12 +65,12 @@ def thread_count() -> int:
     return min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
 
 
-def run(kernel, *args):
-    """Call a compiled kernel with torch's number of threads."""
+def run(kernel, *args, threads=None):
+    """Call a compiled kernel with at most so many threads; without `threads`, with torch's number of them."""
     _start_threads()
-    threads = torch.get_num_threads()
+    threads = min(threads or torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     if getattr(_local, "threads", None) != threads:  # numba keeps a number for each Python thread, too
-        numba.set_num_threads(thread_count())
+        numba.set_num_threads(threads)
         _local.threads = threads
     try:
         kernel(*args)

@@ -18,7 +18,7 @@ from numba import njit, prange, types
 from numba.extending import overload
 
 from qlora_lab.kernels import sums as each, vector as v
-from qlora_lab.kernels.compiled import parallel, run, serial, thread_count
+from qlora_lab.kernels.compiled import parallel, run, serial
 from qlora_lab.kernels.decode_products import clear, multiply_group, side_by_side, sort_halves, totals16
 
 QKV, OUT, GATE_UP, DOWN, END = 0, 3, 4, 6, 7  # where the products begin that share an input, in a layer's table
@@ -291,6 +291,7 @@ def step(
     rows: torch.Tensor,
     positions: torch.Tensor,
     thresholds: torch.Tensor,
+    threads: int,
 ) -> torch.Tensor:
     """Return logits (rows, vocabulary) float32. x: (rows, hidden) float32, which is overwritten.
 
@@ -313,7 +314,7 @@ def step(
         arrays = (t.numpy() for t in where)
         shape = np.float32(eps), heads
         given = *shape, *tables, thresholds.numpy(), *arrays
-        run(_step, part.numpy(), tuple(weights), *given, _ZEROS[size], thread_count(), out.numpy())
+        run(_step, part.numpy(), tuple(weights), *given, _ZEROS[size], threads, out.numpy(), threads=threads)
         if size > n:
             logits[some] = out[:n]
     return logits

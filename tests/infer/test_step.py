@@ -17,7 +17,7 @@ from qlora_lab.infer import step as readable
 from qlora_lab.infer.cache import Cache, make_cache
 from qlora_lab.infer.fast import FastStep, bytes_read, step_of
 from qlora_lab.infer.stack import UnlikeLlama, read_stack
-from qlora_lab.kernels import decode_step, few_tokens
+from qlora_lab.kernels import compiled, decode_step, few_tokens
 from qlora_lab.model.linear4bit import quantize_linears
 from qlora_lab.quant.codebook import codebook, rounding
 from qlora_lab.quant.quantize import dequantize, quantize
@@ -151,12 +151,16 @@ def test_relatives_of_lora_that_are_a_product(packed):
 
 @pytest.mark.long
 @kernel
-def test_threads_change_nothing(packed, monkeypatch):
+def test_threads_change_nothing(monkeypatch):
     """Each sum is one thread's, whichever that is."""
+    threads_of = []
+    step_before = decode_step.step
+    monkeypatch.setattr(decode_step, "step", lambda *given: (threads_of.append(given[-1]), step_before(*given))[1])
     one, three = [], []
     for threads, into in ((1, one), (3, three)):
-        monkeypatch.setattr(decode_step, "thread_count", lambda threads=threads: threads)
+        monkeypatch.setattr(compiled, "thread_count", lambda threads=threads: threads)
         into.append(logits_of(adapted(quantize_linears(small()), 4), FastStep))
+    assert set(threads_of) == {1, 3}
     assert torch.equal(*one, *three)
 
 
