@@ -5,7 +5,7 @@ last, each product added with one rounding, so an output depends on its row of x
 
 As in int8_products.py a lane is a row of W, and a panel of decoded weights stays in the second-level cache while all
 tokens pass: 64 bytes of it and 12 numbers of x for 12 multiplications of 16 lanes, one a cycle on a Zen 4. A weight is
-decoded once for a prompt, in a hundredth of the time, and never lies in memory.
+decoded once for a prompt, in a thirtieth of the time for 512 tokens.
 """
 
 import numpy as np

@@ -5,8 +5,8 @@ heads * head_dim) float32, equal to step.attend(step.rotate(q), ...) up to the o
 
 8 queries of a head meet 32 keys in registers, so a number that is loaded is used 8 or 32 times, and what no query of
 the 8 sees is left out. A row of scores is whole before its softmax, which so needs one pass. Heads that share keys read
-the same copy of them. On a core of a Zen 4 a layer of SmolLM2-135M takes 512 tokens 3 ms, torch's routine 9; the
-multiplications alone would take 2.6.
+the same copy of them. On a core of a Zen 4 it takes 4 ms for a layer of SmolLM2-135M and 512 tokens,
+torch's routine 9; the multiplications alone would take 2.6.
 """
 
 from functools import lru_cache

@@ -17,8 +17,9 @@ from qlora_lab.infer import fast, step as readable
 from qlora_lab.infer.cache import Cache, make_cache
 from qlora_lab.infer.fast import FastStep, bytes_read, step_of
 from qlora_lab.infer.stack import UnlikeLlama, read_stack
-from qlora_lab.kernels import decode_step, few_tokens
+from qlora_lab.kernels import decode_step, few_tokens, product
 from qlora_lab.model.linear4bit import quantize_linears
+from qlora_lab.model.wide import WideHead, widen
 from qlora_lab.quant.codebook import codebook, rounding
 from qlora_lab.quant.quantize import dequantize, quantize
 from tests.infer.conftest import dequantised, small
@@ -295,6 +296,14 @@ def test_the_cache_has_the_bytes_of_its_formula(packed):
 
 
 @pytest.mark.long  # compiles the product of a prompt
+def test_a_head_that_load_has_widened_is_read(monkeypatch):
+    """Where float32 products win, `load` gives a model of 16 bits such a head; it is computed here, too."""
+    model = small().bfloat16()
+    monkeypatch.setattr(product, "race", lambda: product.Race.won_by("float32"))
+    assert widen(model) and type(model.get_output_embeddings()) is WideHead
+    assert torch.equal(read_stack(model).head.weight, model.get_output_embeddings().weight)
+
+
 def test_a_full_cache_is_refused(packed):
     stack = read_stack(packed)
     cache = make_cache(stack, 1, 4)
