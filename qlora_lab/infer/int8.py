@@ -72,12 +72,16 @@ def _rounded_levels(levels: tuple[float, ...]) -> tuple[torch.Tensor, float]:
 
 def forward(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     """Return x W^T, (tokens, out_features) float32, for a weight that can_multiply takes."""
-    from qlora_lab.kernels import int8_products
+    from qlora_lab.kernels import int8_products, prompt_rows
 
     rows, columns = weight.shape
     levels, unit = round_levels(weight.levels)
     if product_4bit.product_of(weight) and int8_products.can_multiply(rows):
-        return int8_products.multiply(x, weight.plain, rows, levels, unit)
+        room = prompt_rows.Room(len(x))
+        rounded = prompt_rows.as_they_are(x.contiguous(), room, frozenset({"numbers"})).numbers
+        out = room.out(rows)
+        int8_products.multiply(rounded, weight.plain, weight.shape, levels, unit, out)
+        return out[: len(x)]
     numbers, scales = round_blocks(x, BLOCK)
     blocks = columns // BLOCK
     whole = levels[weight.codes.long()].view(rows, blocks, BLOCK)

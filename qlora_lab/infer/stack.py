@@ -16,6 +16,7 @@ from torch import nn
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.lora_linear import LoRALinear
 from qlora_lab.model.linear4bit import Linear4bit
+from qlora_lab.model.wide import WideHead
 from qlora_lab.quant.quantize import QuantizedTensor
 
 FAMILIES = ("llama", "mistral", "qwen2")  # model_type of their configurations
@@ -167,9 +168,11 @@ def _product(module: nn.Module, path: str) -> Product:
         lora = A, B, module.scaling
         module = module.base
     # no subclass and no other dtype: other libraries keep packed weights in those
-    plain = type(module) is nn.Linear and type(module.weight.data) is torch.Tensor and module.weight.dtype in DTYPES
+    # a WideHead computes what is computed here: float32 logits, whatever the weight's dtype
+    linear = type(module) in (nn.Linear, WideHead)
+    plain = linear and type(module.weight.data) is torch.Tensor and module.weight.dtype in DTYPES
     if not plain and not (isinstance(module, Linear4bit) and not module.turned):
-        what = f" of {module.weight.dtype}" if type(module) is nn.Linear else ""
+        what = f" of {module.weight.dtype}" if linear else ""
         raise UnlikeLlama(f"{path} is a {type(module).__name__}{what}")
     weight = module.weight if isinstance(module, Linear4bit) else module.weight.detach()
     return Product(weight, None if module.bias is None else module.bias.detach(), lora)

@@ -35,7 +35,7 @@ def forward(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> torc
     x = stack.embedding[ids].float()  # (tokens, hidden)
     for i, layer in enumerate(stack.layers):
         normed = rms_norm(x, layer.attention_norm, stack.eps)
-        q, k, v = (_heads(multiply(normed, part), stack.head_dim) for part in (layer.q, layer.k, layer.v))
+        q, k, v = (by_heads(multiply(normed, part), stack.head_dim) for part in (layer.q, layer.k, layer.v))
         keys, values = cache.put(i, row, rotate(k, *angles), v)
         x = x + multiply(attend(rotate(q, *angles), keys, values), layer.o)
         x = x + gated(rms_norm(x, layer.mlp_norm, stack.eps), layer)
@@ -58,10 +58,13 @@ def read_prompt(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0, in_
             read_prompt(stack, ids[:1], cache, row)
             ids = ids[1:]
         stack = int8.with_int8(stack)
+    from qlora_lab.infer import fast, prompt  # built on this file
+
+    through = prompt.forward if fast.can_step(stack) else forward
     width = stack.layers[0].gate.weight.shape[0]
     at_once = min(MOST, max(FEWEST, NUMBERS_AT_ONCE // width))
     for some in ids.split(at_once) if len(ids) else ():
-        forward(stack, some, cache, row)
+        through(stack, some, cache, row)
 
 
 def step(stack: Stack, ids: torch.Tensor, cache: Cache, rows: torch.Tensor) -> torch.Tensor:
@@ -80,9 +83,18 @@ def multiply(x: torch.Tensor, part: Product) -> torch.Tensor:
         y = x @ part.weight.t()
     else:
         y = panels.forward_unpacked(x, part.weight)  # widens a panel at a time
-    if part.lora is not None:
-        A, B, scaling = part.lora
-        y = y + scaling * (x @ A.float().t()) @ B.float().t()  # (tokens, r) @ (r, out)
+    return y if part.lora is None and part.bias is None else y + beside(x, part)
+
+
+def beside(x: torch.Tensor, part: Product) -> torch.Tensor:
+    """Return what stands beside a weight, for x (tokens, in_features): scaling (x A^T) B^T + bias, or one of the two.
+
+    The shape is (tokens, out_features), or (out_features,) of a bias alone.
+    """
+    if part.lora is None:
+        return part.bias.float()
+    A, B, scaling = part.lora
+    y = scaling * (x @ A.float().t()) @ B.float().t()  # (tokens, r) @ (r, out)
     return y if part.bias is None else y + part.bias.float()
 
 
@@ -120,5 +132,6 @@ def gated(x: torch.Tensor, layer: Layer) -> torch.Tensor:
     return multiply(F.silu(multiply(x, layer.gate)) * multiply(x, layer.up), layer.down)
 
 
-def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+def by_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """(tokens, heads * head_dim) -> (heads, tokens, head_dim)."""
     return x.view(len(x), -1, head_dim).transpose(0, 1)  # (heads, tokens, head_dim)

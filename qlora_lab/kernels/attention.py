@@ -110,7 +110,7 @@ def _hide(scores, row, start, stop, mask, mask_row, query, keys):
 
 
 @njit(forceinline=True)
-def _power(x):
+def power(x):
     """e^x for 16 float32, 0 below -87, so that a hidden key gets and gives exactly nothing. NaN stays."""
     keep = v.where_greater(v.splat(LEAST), x, v.splat(1)) + v.splat(-1)  # 0 below, else all bits
     return v.as_floats(v.as_ints(exp16(x)) & keep)
@@ -132,9 +132,9 @@ def _softmax(scores, row, end, scale, powers, room):
     shift = v.splat(-top if top > -_INFINITY else np.float32(0))
     totals = v.splat(np.float32(0))
     for i in range(0, end, 16):
-        power = _power(v.fma(v.load(values, i), v.splat(scale), shift))
-        totals = totals + power
-        words.store_words(powers, row * room + i, bfloat16_of(power))
+        powered = power(v.fma(v.load(values, i), v.splat(scale), shift))
+        totals = totals + powered
+        words.store_words(powers, row * room + i, bfloat16_of(powered))
     return each.total(totals), top
 
 
@@ -208,8 +208,8 @@ def _eight_queries(scores, changes, scale, shifts, deltas, place, shared, both, 
     for row in range(0, 8, 2):
         for i in range(0, 32, 16):
             # two queries at a time, because a pair of them shares a lane where gradients of keys are added up
-            left = _power(v.fma(v.load(scores[row], i), v.splat(scale), v.splat(-shifts[row])))
-            right = _power(v.fma(v.load(scores[row + 1], i), v.splat(scale), v.splat(-shifts[row + 1])))
+            left = power(v.fma(v.load(scores[row], i), v.splat(scale), v.splat(-shifts[row])))
+            right = power(v.fma(v.load(scores[row + 1], i), v.splat(scale), v.splat(-shifts[row + 1])))
             there = place + row // 2 * room + i
             v.store(shared, there, bfloat16_of(left) | bfloat16_of(right) << v.splat(16))
             left = (v.load(changes[row], i) + v.splat(-deltas[row])) * left * v.splat(scale)

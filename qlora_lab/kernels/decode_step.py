@@ -48,7 +48,7 @@ def exp16(x):
 
 
 @njit
-def _norm(x, weight, eps, out):
+def norm(x, weight, eps, out):
     """out = x / root mean square of its row * weight."""
     for token in range(len(x)):
         row, result = x[token], out[token]
@@ -69,15 +69,15 @@ def _add(x, more):
 
 
 @njit
-def _gate(gate_and_up, out):
+def gate(gate_and_up, out):
     """silu(gate) * up, where silu(g) = g / (1 + e^-g)."""
     size = out.shape[1]
     for token in range(len(out)):
         both, result = gate_and_up[token], out[token]
         for i in range(0, size, 16):
-            gate = v.load(both, i)
-            below = v.splat(np.float32(1)) + exp16(gate * v.splat(np.float32(-1)))
-            v.store(result, i, gate / below * v.load(both, size + i))
+            left = v.load(both, i)
+            below = v.splat(np.float32(1)) + exp16(left * v.splat(np.float32(-1)))
+            v.store(result, i, left / below * v.load(both, size + i))
 
 
 @njit
@@ -247,7 +247,7 @@ def _step(x, weights, eps, heads, rotary, cache, thresholds, rows, positions, ze
     beside = np.empty(tokens * max(hidden, wide, middle), np.float32)
     for i in range(len(layers)):
         products = layers[i]  # sliced, because numba compiles anew for each pair of constants
-        _norm(x, norms[2 * i], eps, normed)
+        norm(x, norms[2 * i], eps, normed)
         sort_halves(normed, halves)
         multiply_group(products[QKV:OUT], side_by_side(normed, beside), halves, zeros, parts, qkv)
         layer = keys[i], values[i], key_absmax[i], value_absmax[i]
@@ -256,14 +256,14 @@ def _step(x, weights, eps, heads, rotary, cache, thresholds, rows, positions, ze
         sort_halves(attended, attended_halves)
         multiply_group(products[OUT:GATE_UP], side_by_side(attended, beside), attended_halves, zeros, parts, added)
         _add(x, added)
-        _norm(x, norms[2 * i + 1], eps, normed)
+        norm(x, norms[2 * i + 1], eps, normed)
         sort_halves(normed, halves)
         multiply_group(products[GATE_UP:DOWN], side_by_side(normed, beside), halves, zeros, parts, gate_and_up)
-        _gate(gate_and_up, gated)
+        gate(gate_and_up, gated)
         sort_halves(gated, gated_halves)
         multiply_group(products[DOWN:END], side_by_side(gated, beside), gated_halves, zeros, parts, added)
         _add(x, added)
-    _norm(x, norms[2 * len(layers)], eps, normed)
+    norm(x, norms[2 * len(layers)], eps, normed)
     sort_halves(normed, halves)
     multiply_group(head, side_by_side(normed, beside), halves, zeros, parts, logits)
 

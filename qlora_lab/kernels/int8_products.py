@@ -1,8 +1,8 @@
 """x W^T with int8 activations: whole numbers within a block, float32 between blocks. Twin of infer/int8.py.
 
-In: x (tokens, columns) float32, a packed W of 4 bits, and its levels as whole numbers from -127 to 127. Out: (tokens,
-rows) float32. What a block adds up is exact, so results differ from the twin's by the rounding of float32 sums alone,
-and an output depends on its row of x and its row of W alone.
+In: x (tokens, columns) float32, which round_row rounds, a packed W of 4 bits, and its levels as whole numbers from -127
+to 127. Out: (tokens, rows) float32. What a block adds up is exact, so results differ from the twin's by the rounding of
+float32 sums alone, and an output depends on its row of x and its row of W alone.
 
 Moved for each weight and call: 0.5 bytes packed and 1/64 of a constant, and 1 byte of a panel that is decoded once,
 stays in the second-level cache, and is read again for each tile of tokens. A lane of a register is a row of W, so a
@@ -11,6 +11,8 @@ tokens of SmolLM2-135M take 0.34 s, 160 billion multiplications a second, and ro
 1.3 s.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numba import njit, prange
@@ -18,9 +20,12 @@ from numba import njit, prange
 from qlora_lab.kernels import byte_sums, cpu, sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel, run, thread_count
 from qlora_lab.kernels.constants import undouble_into
-from qlora_lab.kernels.elements import INFINITY, MAGNITUDE, NAN, view
+from qlora_lab.kernels.elements import INFINITY, MAGNITUDE, NAN
 from qlora_lab.kernels.packed_weight import PackedWeight
 
+# Constants, so that a compiled loop knows them: rounding takes a third of the time that it took with arguments.
+SIZE, AS_BYTES = byte_sums.tokens_at_once(), byte_sums.has_bytes()  # tokens of a tile, and the form of their numbers
+WORDS = 1 if AS_BYTES else 2  # int32 for 4 numbers
 TOP = 127  # the largest int8 that is used, on both sides of 0
 MIDDLE = 128  # added to levels: the instruction takes one of its factors without a sign
 BLOCK = 32  # columns of x with one scale, as in the twin
@@ -38,48 +43,46 @@ def _whole(x, i, factor):
 
 
 @njit(forceinline=True)
-def _write(words, signed, numbers, start, size, as_bytes):
-    """32 int8 of a token, the even columns first, into every size-th place of `numbers`.
+def _write(words, signed, numbers, start):
+    """32 int8 of a token, the even columns first, into every SIZE-th place of `numbers`.
 
     words, signed: the 32 as int32 and as int8.
     """
-    if as_bytes:
+    if AS_BYTES:
         for k in range(8):
-            numbers[start + k * size] = words[k]
+            numbers[start + k * SIZE] = words[k]
         return
     for k in range(16):
         i = k // 2 * 4 + k % 2  # 0 and 2, 1 and 3, 4 and 6 ...: pairs as byte_sums.dot reads them
-        numbers[start + k * size] = np.int32(signed[i]) & 0xFFFF | np.int32(signed[i + 2]) << 16
+        numbers[start + k * SIZE] = np.int32(signed[i]) & 0xFFFF | np.int32(signed[i + 2]) << 16
 
 
-@parallel
-def _round_rows(x, tokens, columns, size, as_bytes, numbers, scales, starts):
-    """Round x, flat, to int8, in tiles of `size` tokens, which lie side by side.
+@njit
+def round_row(row, token, codes, numbers, scales, starts):
+    """Round a token's row (columns,) to int8, beside those of the other tokens of its tile.
 
-    numbers: of a tile (columns / 4, size) int32, twice as many in words. scales, starts: of a tile (columns / BLOCK,
-    size), the scale of each block, and what its integer sum begins with: it takes off what MIDDLE adds.
+    numbers: of a tile (columns / 4, SIZE) int32, twice as many in words. scales, starts: of a tile (columns / BLOCK,
+    SIZE), the scale of each block, and what its integer sum begins with: it takes off what MIDDLE adds. codes: (BLOCK,)
+    uint8, room for a block.
     """
-    blocks = columns // BLOCK
-    per = BLOCK // 4 * size if as_bytes else BLOCK // 2 * size  # places for a block of each token
+    words, signed = codes.view(np.int32), codes.view(np.int8)
+    blocks = len(row) // BLOCK
+    per = BLOCK // 4 * WORDS * SIZE  # places for a block of each token
     magnitude = v.splat(MAGNITUDE)
-    for tile in prange((tokens + size - 1) // size):
-        codes = np.empty(BLOCK, np.uint8)
-        words, signed = codes.view(np.int32), codes.view(np.int8)  # made here: for each block they took half the time
-        for t in range(min(size, tokens - tile * size)):
-            row = (tile * size + t) * columns
-            for block in range(blocks):
-                i = row + block * BLOCK
-                tops = v.larger(v.as_ints(v.load(x, i)) & magnitude, v.as_ints(v.load(x, i + 16)) & magnitude)
-                top = v.largest(tops)  # bits of floats are ordered as floats are, and NaN comes last
-                absmax = v.as_floats(top)
-                place = (tile * blocks + block) * size + t
-                scales[place] = absmax / np.float32(TOP) if top < INFINITY else NAN
-                factor = v.splat(np.float32(TOP) * (np.float32(1) / max(absmax, TINY)))
-                left, right = _whole(x, i, factor), _whole(x, i + 16, factor)
-                starts[place] = -MIDDLE * byte_sums.total(left + right)
-                v.store(codes, 0, v.evens(left, right))
-                v.store(codes, 16, v.odds(left, right))
-                _write(words, signed, numbers, (tile * blocks + block) * per + t, size, as_bytes)
+    tile, t = token // SIZE, token % SIZE
+    for block in range(blocks):
+        i = block * BLOCK
+        tops = v.larger(v.as_ints(v.load(row, i)) & magnitude, v.as_ints(v.load(row, i + 16)) & magnitude)
+        top = v.largest(tops)  # bits of floats are ordered as floats are, and NaN comes last
+        absmax = v.as_floats(top)
+        place = (tile * blocks + block) * SIZE + t
+        scales[place] = absmax / np.float32(TOP) if top < INFINITY else NAN
+        factor = v.splat(np.float32(TOP) * (np.float32(1) / max(absmax, TINY)))
+        left, right = _whole(row, i, factor), _whole(row, i + 16, factor)
+        starts[place] = -MIDDLE * byte_sums.total(left + right)
+        v.store(codes, 0, v.evens(left, right))
+        v.store(codes, 16, v.odds(left, right))
+        _write(words, signed, numbers, (tile * blocks + block) * per + t)
 
 
 @njit(forceinline=True)
@@ -100,7 +103,7 @@ def _decode(packed, table, row, columns, panel, start):
 
 
 @njit(forceinline=True)
-def _constants(constants, row, blocks, unit, values, scales, start):
+def constants_of(constants, row, blocks, unit, values, scales, start):
     """Constants of ROWS rows times `unit`, as (blocks, ROWS) into `scales` from `start` on."""
     undouble_into(constants, row * blocks, ROWS * blocks, values)
     for block in range(blocks):
@@ -109,13 +112,12 @@ def _constants(constants, row, blocks, unit, values, scales, start):
 
 
 @njit(forceinline=True)
-def _sums(panel, scales, parts, x, tile, per, zeros):
+def _sums(panel, scales, parts, x, tile, zeros):
     """Sums of ROWS rows for a tile of tokens. parts: BLOCKs in a block of the weight."""
     numbers, factors, starts = x
-    size = len(zeros)
     totals = each.splat(zeros)
     blocks = len(scales) // ROWS
-    weight, number, place = 0, tile * blocks * parts * (BLOCK // 4) * per, tile * blocks * parts * size
+    weight, number, place = 0, tile * blocks * parts * BLOCK // 4 * WORDS * SIZE, tile * blocks * parts * SIZE
     for block in range(blocks):
         scale = v.load(scales, block * ROWS)
         for _ in range(parts):
@@ -123,21 +125,23 @@ def _sums(panel, scales, parts, x, tile, per, zeros):
             for _ in range(BLOCK // 4):
                 sums = byte_sums.dot(sums, v.load(panel, weight), numbers, number)
                 weight += 16
-                number += per
+                number += WORDS * SIZE
             totals = byte_sums.add_scaled(totals, sums, scale, factors, place)
-            place += size
+            place += SIZE
     return totals
 
 
 @parallel
-def _multiply(x, per, zeros, packed, table, unit, constants, block_size, parts, out):
-    """out (tokens, rows) = x W^T, tokens filled up to whole tiles. x: what _round_rows writes. parts: threads."""
-    tokens, rows = out.shape
+def _multiply(x, zeros, packed, table, unit, constants, rows, block_size, parts, out, column):
+    """out (tokens, rows) = x W^T, tokens filled up to whole tiles. x: what round_row writes. parts: threads.
+
+    out may be wider: the result then begins at `column`.
+    """
+    tokens = len(out)
     columns = len(packed) * 8 // rows
     blocks = columns // block_size
     tiles = (rows + ROWS - 1) // ROWS
     height = max(1, PANEL // columns // ROWS)  # tiles that are decoded before all tokens pass
-    size = len(zeros)
     for part in prange(parts):  # by hand, so that a thread allocates once and not for each panel
         panel = np.empty((height, ROWS * columns // 4), np.int32)
         scales = np.empty((height, ROWS * blocks), np.float32)
@@ -148,12 +152,12 @@ def _multiply(x, per, zeros, packed, table, unit, constants, block_size, parts, 
             for i in range(n):
                 row = min((first + i) * ROWS, rows - ROWS)  # the last tile may compute rows of its neighbour once more
                 _decode(packed, v.load(table, 0), row, columns, panel[i], 0)
-                _constants(constants, row, blocks, unit, values, scales[i], 0)
-            for tile in range(tokens // size):
-                some = out[tile * size : (tile + 1) * size]
+                constants_of(constants, row, blocks, unit, values, scales[i], 0)
+            for tile in range(tokens // SIZE):
+                some = out[tile * SIZE : (tile + 1) * SIZE]
                 for i in range(n):  # so that a tile's numbers come from the first-level cache for all rows but 16
-                    sums = _sums(panel[i], scales[i], block_size // BLOCK, x, tile, per, zeros)
-                    each.store(sums, some, (min((first + i) * ROWS, rows - ROWS),))
+                    sums = _sums(panel[i], scales[i], block_size // BLOCK, x, tile, zeros)
+                    each.store(sums, some, (column + min((first + i) * ROWS, rows - ROWS),))
 
 
 def can_multiply(rows: int) -> bool:
@@ -161,29 +165,41 @@ def can_multiply(rows: int) -> bool:
     return rows >= ROWS
 
 
-def multiply(x: torch.Tensor, weight: PackedWeight, rows: int, levels: torch.Tensor, unit: float) -> torch.Tensor:
-    """Multiply by W^T: (tokens, columns) float32 -> (tokens, rows) float32.
+class Numbers(NamedTuple):
+    """Tokens as round_row rounds them, in tiles: filled up with zeros."""
 
-    weight: 4-bit codes, in blocks of a multiple of BLOCK that end with the rows. levels: at most 16 whole numbers from
-    -127 to 127, float32; 1 of them stands for `unit`.
+    numbers: np.ndarray
+    scales: np.ndarray
+    starts: np.ndarray
+
+
+def room_for(tiles: int, columns: int) -> Numbers:
+    """Return Numbers of zeros, for so many tiles of tokens."""
+    blocks = tiles * columns // BLOCK * SIZE
+    numbers = np.zeros(blocks * BLOCK // 4 * WORDS, np.int32)
+    return Numbers(numbers, np.zeros(blocks, np.float32), np.zeros(blocks, np.int32))
+
+
+def multiply(
+    x: Numbers,
+    weight: PackedWeight,
+    shape: tuple[int, int],
+    levels: torch.Tensor,
+    unit: float,
+    out: torch.Tensor,
+    column: int = 0,
+) -> None:
+    """Write x W^T, (tokens, rows), into `out` (tokens of whole tiles, at least rows) float32 from `column` on.
+
+    weight: 4-bit codes of `shape` (rows, columns), in blocks of a multiple of BLOCK that end with the rows. levels: at
+    most 16 whole numbers from -127 to 127, float32; 1 of them stands for `unit`.
     """
-    tokens, columns = x.shape
-    block_size = weight.block_size
+    rows, columns = shape
     arrays = cpu.arrays_of(weight)
     cpu.check_length(weight, rows * columns, arrays.numel)
-    size, as_bytes = byte_sums.tokens_at_once(), byte_sums.has_bytes()
-    per = size if as_bytes else 2 * size
-    filled = -(-tokens // size) * size  # with tokens of zeros: whole tiles
-    numbers = np.zeros(filled // size * columns // 4 * per, np.int32)
-    scales = np.zeros(filled * columns // BLOCK, np.float32)
-    starts = np.zeros(len(scales), np.int32)
-    run(_round_rows, view(x.contiguous()), tokens, columns, size, as_bytes, numbers, scales, starts)
     table = np.zeros(16, np.uint8)
     table[: len(levels)] = levels.numpy() + MIDDLE
-    out = torch.empty(filled, rows, device="cpu")
     packed = arrays.packed[: rows * columns // 2].view(np.int32)
     looked_up = packed, np.tile(table, 4).view(np.int32), np.float32(unit), arrays.constants
-    zeros = (np.float32(0),) * size  # a tuple, so that sums are registers and not an array
-    given = (numbers, scales, starts), per, zeros
-    run(_multiply, *given, *looked_up, block_size, thread_count(), out.numpy())
-    return out[:tokens]
+    zeros = (np.float32(0),) * SIZE  # a tuple, so that sums are registers and not an array
+    run(_multiply, tuple(x), zeros, *looked_up, rows, weight.block_size, thread_count(), out.numpy(), column)

@@ -65,6 +65,22 @@ def fma_scalars(typing, sums, vector, array, start):
 
 
 @intrinsic
+def fma_steps(typing, sums, vector, array, start, step):
+    """sums[t] + vector * array[start + t * step] for each t, rounded once; array float32, contiguous."""
+
+    def emit(context, builder, sig, args):
+        updated = []
+        first = context.make_array(array)(context, builder, args[2]).data
+        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
+            offset = builder.add(args[3], builder.mul(args[4], context.get_constant(types.intp, t)))
+            factor = v.splatted(builder, builder.load(builder.gep(first, [offset])))
+            updated.append(v.call_intrinsic(builder, FMA, v.F32, [args[1], factor, value]))
+        return context.make_tuple(builder, sums, updated)
+
+    return sums(sums, v.FLOATS, array, types.intp, types.intp), emit
+
+
+@intrinsic
 def fma_beside(typing, sums, factors, array, start):
     """sums[r, t] + factors[r] * array[start + 16 t : start + 16 t + 16] for each row r and token t, rounded once.
 

@@ -13,12 +13,13 @@ from transformers import GemmaConfig, LlamaForCausalLM, MistralConfig, Qwen2Conf
 
 from qlora_lab.adapters.add_adapter import add_adapter
 from qlora_lab.adapters.lora import adapters, add_lora
-from qlora_lab.infer import step as readable
+from qlora_lab.infer import fast, step as readable
 from qlora_lab.infer.cache import Cache, make_cache
 from qlora_lab.infer.fast import FastStep, bytes_read, step_of
 from qlora_lab.infer.stack import UnlikeLlama, read_stack
-from qlora_lab.kernels import compiled, decode_step, few_tokens
+from qlora_lab.kernels import compiled, decode_step, few_tokens, product
 from qlora_lab.model.linear4bit import quantize_linears
+from qlora_lab.model.wide import WideHead, widen
 from qlora_lab.quant.codebook import codebook, rounding
 from qlora_lab.quant.quantize import dequantize, quantize
 from tests.infer.conftest import dequantised, small
@@ -194,6 +195,7 @@ HEADS = {name: FAMILIES[name] for name in ("llama", "mistral", "four heads for e
 @pytest.mark.parametrize("changes", HEADS.values(), ids=HEADS)
 def test_a_cache_of_8_bits(changes, with_kernels, monkeypatch):
     """The same as rounding each key and value of a head to INT8 in a cache of 32 bits."""
+    monkeypatch.setattr(fast, "can_step", lambda stack: False)  # the kernel for prompts does without Cache.put
     model = quantize_linears(small(**changes))
     narrow = logits_of(model, bits=8)
     put = Cache.put
@@ -298,6 +300,14 @@ def test_the_cache_has_the_bytes_of_its_formula(packed):
 
 
 @pytest.mark.long  # compiles the product of a prompt
+def test_a_head_that_load_has_widened_is_read(monkeypatch):
+    """Where float32 products win, `load` gives a model of 16 bits such a head; it is computed here, too."""
+    model = small().bfloat16()
+    monkeypatch.setattr(product, "race", lambda: product.Race.won_by("float32"))
+    assert widen(model) and type(model.get_output_embeddings()) is WideHead
+    assert torch.equal(read_stack(model).head.weight, model.get_output_embeddings().weight)
+
+
 def test_a_full_cache_is_refused(packed):
     stack = read_stack(packed)
     cache = make_cache(stack, 1, 4)
