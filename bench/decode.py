@@ -53,9 +53,9 @@ Contender = Callable[[list[int], int], Sample]
 
 
 def ours(model: nn.Module, rows: int = 1, int8: bool = False) -> Contender:
-    """Answer through the decode path, `rows` times the same prompt at once, read in int8 or in float32."""
+    """Answer through the decode path, `rows` times the same prompt at once, in int8 or in float32."""
     stack = read_stack(model)
-    step, every = step_of(stack), torch.arange(rows)
+    step, every = step_of(stack, int8), torch.arange(rows)
 
     def answer(prompt: list[int], tokens: int) -> Sample:
         start = perf_counter()
@@ -204,7 +204,7 @@ def smollm2(packages: Path, scratch: Path, rounds: int, tokens: int) -> list[dic
     packed, _ = ql.load(MODEL, progress=False)
     narrow, wide = (ql.load(MODEL, None, dtype=dtype, progress=False)[0] for dtype in (torch.bfloat16, torch.float32))
     contenders = {"ours": ours(packed), f"ours, LoRA r={RANK}": ours(adapted(packed))}
-    contenders["ours, prompt in int8"] = ours(packed, int8=True)
+    contenders["ours, int8"] = ours(packed, int8=True)
     contenders |= {"transformers, bf16": theirs(narrow), "transformers, float32": theirs(wide)}
     contenders |= {"generate on our layers": theirs(packed), "bitsandbytes": theirs(of_bitsandbytes(narrow))}
     programs = {}
@@ -230,7 +230,7 @@ def seven_b(packages: Path, scratch: Path, rounds: int, layers: int) -> list[dic
             file = scratch / f"{format}.gguf"
             write_random(file, format, shape)
             programs[f"llama.cpp, {format}"] = LlamaCpp(file, packages)
-    contenders = {"ours": ours(model), "ours, prompt in int8": ours(model, int8=True)}
+    contenders = {"ours": ours(model), "ours, int8": ours(model, int8=True)}
     result = measure(contenders | programs, bytes_read(read_stack(model)), (32, 32), rounds)
     return [{"model": "random weights", "shape": shape, "programs": closed(programs)} | result]
 

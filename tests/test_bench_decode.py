@@ -15,7 +15,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2,
 
 def test_answers_are_timed_one_after_the_other(monkeypatch):
     monkeypatch.setattr(decode, "copy_seconds", lambda n_bytes: n_bytes / 1e9)
-    monkeypatch.setattr(decode, "step_of", lambda stack: partial(step, stack))  # nothing is compiled
+    monkeypatch.setattr(decode, "step_of", lambda stack, int8: partial(step, stack))  # nothing is compiled
     monkeypatch.setattr(decode, "LLAMA_7B", decode.LLAMA_7B | SIZES | {"vocab_size": 2048})
     model = decode.random_7b(layers=2)
     contenders = {

@@ -302,7 +302,7 @@ def multiply_group(products, x, halves, numbers, zeros, parts, out):
     """Multiply x by each of products and write the results side by side into out (tokens, rows of all).
 
     x: flat, from side_by_side. halves: (tokens, columns), with the even columns of each 32 in front of the odd ones,
-    as codes lie in bytes. numbers: x in int8, as decode_int8.round_rows writes it, if a product is ROUNDED. parts: threads.
+    as codes lie in bytes. numbers: x as decode_int8.round_rows writes it, where a product is ROUNDED. parts: threads.
     """
     tokens = len(zeros)
     tiles = rank = columns = 0

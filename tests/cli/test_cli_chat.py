@@ -94,7 +94,7 @@ def test_a_stop_is_not_printed(run):
         (["--picture", "cat.png", "--seed", "3"], "leave out the options that draw, stop or take fewer bits"),
         (["--cache-bits", "16"], "cache_bits=16 is not allowed: it is 32 or 8"),
         (["--picture", "cat.png", "--cache-bits", "8"], "leave out the options that draw, stop or take fewer bits"),
-        (["--picture", "cat.png", "--int8-prompt"], "leave out the options that draw, stop or take fewer bits"),
+        (["--picture", "cat.png", "--int8"], "leave out the options that draw, stop or take fewer bits"),
     ],
 )
 def test_options_that_are_not_allowed_cost_no_loading(run, monkeypatch, words, message):
