@@ -37,9 +37,11 @@ def test_what_int8_loses_is_measured(monkeypatch, tokenizer):
     monkeypatch.setattr(fast, "can_step", lambda stack: False)
     model = decode.random_7b(layers=2)
     found = decode_int8.over_text(read_stack(model), torch.arange(24).view(2, 12))
-    both = found["perplexity"]
-    assert both["relative"] == both["int8"] / both["float32"] - 1 != 0
-    assert 0 < found["divergence"] < 0.1 and 0.001 < found["logits, relative"] < 0.3
+    every = found["perplexity"]
+    assert list(every) == list(decode_int8.WAYS)
+    for how in decode_int8.WAYS[1:]:
+        assert found[how]["perplexity, relative"] == every[how] / every["float32"] - 1 != 0
+        assert 0 < found[how]["divergence"] < 0.1 and 0.001 < found[how]["logits, relative"] < 0.3
     assert decode.ours(model, 2, int8=True)([1, 2, 3], 1)["first"] > 0
     answers = decode_int8.over_answers(model, tokenizer, [[3, 4, 5, 6], "the sum"], 4)
     assert answers["prompts"] == 2 and answers["parted"] == len(answers["first different token"])
