@@ -4,10 +4,11 @@ In: x (tokens, columns) float32, rounded once for all products that read it, and
 Out: 16 parts of each row's sum, float32. What 8 columns add up is exact, as in int8_products.py, so results differ from
 the twin's by the rounding of float32 sums alone, and the order of a sum does not depend on the number of tokens.
 
-A register of 64 bytes holds 128 weights of a row. Two look-ups turn their codes into levels, two VNNI instructions
-multiply and add them, and three more make float32 of 16 sums: 11 instructions, where float32 products need 40. On a
-Zen 4 that takes 1.9 cycles for 32 weights from the second-level cache, and their constants 0.65. Memory gives a core
-32 weights in 3.2 cycles, and each of two cores in 4.5, so what is left to wait for is memory.
+Read for each weight, for all tokens together: 0.52 bytes with double quantization. A register of 64 bytes holds 128
+weights of a row. Two look-ups turn their codes into levels, two VNNI instructions multiply and add them, and three more
+make float32 of 16 sums: 11 instructions, less than half of what float32 sums take. On a Zen 4 that is 1.9 cycles for 32
+weights from the second-level cache, and 0.7 for their constants. Memory gives a core 32 weights in 3.2 cycles, so a
+large weight waits for memory alone.
 """
 
 import numpy as np
@@ -23,6 +24,7 @@ from qlora_lab.kernels.words import I16
 
 CHUNK = 128  # columns of a row whose codes fill a register
 PER_CHUNK = 64  # int32 that x takes for a chunk of a token: 16 of even columns, of odd ones, of starts, of scales
+FOR_ONE, FOR_SEVERAL = 4, 2  # rows that share loads of x: of eight tokens, 16 sums and 4 registers of levels are there
 AHEAD = 2**12  # words of 4 bytes: the least distance at which codes are asked for
 
 
@@ -159,6 +161,20 @@ def _add_dots(typing, totals, levels, constants, x, start):
     return totals(totals, levels, constants, x, types.intp), emit
 
 
+@intrinsic
+def _together(typing, zeros, row, last):
+    """The rows from `row` on that share loads of x, as a tuple; where they run out before `last`, the last again."""
+    count = FOR_ONE if len(zeros) == 1 else FOR_SEVERAL  # a tuple's length belongs to its type
+
+    def emit(context, builder, sig, args):
+        end = builder.sub(args[2], context.get_constant(types.intp, 1))
+        rows = [builder.add(args[1], context.get_constant(types.intp, k)) for k in range(count)]
+        rows = [builder.select(builder.icmp_signed("<", row, end), row, end) for row in rows]
+        return context.make_tuple(builder, sig.return_type, rows)
+
+    return types.UniTuple(types.intp, count)(zeros, types.intp, types.intp), emit
+
+
 @njit(forceinline=True)
 def _add_rows(sums, rows, first, columns, codes, table, scales, blocks, shift, places, x, tokens):
     """sums + the products of `rows` (a tuple), whose constants begin with those of row `first`."""
@@ -198,17 +214,9 @@ def add_rows(codes, table, scales, unit, block_size, first, last, columns, x, ze
         v.store(scales, i, v.load(scales, i) * v.splat(unit))
     looked_up = v.load(table, 0)
     tokens = len(zeros)
-    if tokens == 1:  # one token shares its loads of x among four rows
-        for row in range(first, last, 4):
-            rows = row, min(row + 1, last - 1), min(row + 2, last - 1), min(row + 3, last - 1)
-            starts = each.scaled(rows, 16, -16 * first)
-            sums = each.load(zeros, lanes, starts)
-            sums = _add_rows(sums, rows, first, columns, codes, looked_up, scales, blocks, shift, places, x, tokens)
-            each.store(sums, lanes, starts)
-    else:
-        for row in range(first, last, 2):
-            rows = row, min(row + 1, last - 1)  # of an odd number of rows the last is computed twice
-            starts = each.scaled(rows, 16, -16 * first)
-            sums = each.load(zeros, lanes, starts)
-            sums = _add_rows(sums, rows, first, columns, codes, looked_up, scales, blocks, shift, places, x, tokens)
-            each.store(sums, lanes, starts)
+    for row in range(first, last, FOR_ONE if tokens == 1 else FOR_SEVERAL):
+        rows = _together(zeros, row, last)
+        starts = each.scaled(rows, 16, -16 * first)
+        sums = each.load(zeros, lanes, starts)
+        sums = _add_rows(sums, rows, first, columns, codes, looked_up, scales, blocks, shift, places, x, tokens)
+        each.store(sums, lanes, starts)
