@@ -47,7 +47,8 @@ class Program:
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}: see what it wrote above")
+            self.__exit__()
+            raise RuntimeError(f"{self._process.args} ended with {self._process.returncode}: see what it wrote above")
         return json.loads(line)
 
     def contender(self, name: str) -> Contender:
@@ -64,6 +65,7 @@ class Program:
     def __exit__(self, *_: object) -> None:
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def installed(packages: Path) -> bool:

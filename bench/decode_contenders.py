@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from typing import TextIO
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -45,9 +46,9 @@ Contender = Callable[[list[int], int], Sample]
 
 
 def ours(model: nn.Module, rows: int = 1, int8: bool = False) -> Contender:
-    """Answer through the decode path, `rows` times the same prompt at once, read in int8 or in float32."""
+    """Answer through the decode path, `rows` times the same prompt at once, in int8 or in float32."""
     stack = read_stack(model)
-    step, every = step_of(stack), torch.arange(rows)
+    step, every = step_of(stack, int8), torch.arange(rows)
 
     def answer(prompt: list[int], tokens: int) -> Sample:
         start = perf_counter()
@@ -126,7 +127,7 @@ def random_7b(layers: int) -> nn.Module:
 def of_ours() -> tuple[dict[str, Contender], int]:
     packed, _ = ql.load(MODEL, progress=False)
     contenders = {"ours": ours(packed), f"ours, LoRA r={RANK}": ours(adapted(packed))}
-    contenders |= {"ours, prompt in int8": ours(packed, int8=True), f"ours, {ROWS} rows": ours(packed, ROWS)}
+    contenders |= {"ours, int8": ours(packed, int8=True), f"ours, {ROWS} rows": ours(packed, ROWS)}
     return contenders, bytes_read(read_stack(packed))
 
 
@@ -144,11 +145,18 @@ def of_bnb() -> tuple[dict[str, Contender], None]:
 
 def of_ours_7b(layers: int) -> tuple[dict[str, Contender], int]:
     model = random_7b(layers)
-    contenders = {"ours": ours(model), "ours, prompt in int8": ours(model, int8=True)}
+    contenders = {"ours": ours(model), "ours, int8": ours(model, int8=True)}
     return contenders, bytes_read(read_stack(model))
 
 
 PROGRAMS = {"ours": of_ours, "peers": of_peers, "bitsandbytes": of_bnb, "ours_7b": of_ours_7b}
+
+
+def own_output() -> TextIO:
+    """Standard output, for replies alone: what a library prints goes to standard error from now on."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return replies
 
 
 def main() -> None:
@@ -156,8 +164,7 @@ def main() -> None:
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("--layers", type=int, help="of ours_7b")
     a = parser.parse_args()
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no reply
+    replies = own_output()
     contenders, n_bytes = PROGRAMS[a.program](*[a.layers] * (a.layers is not None))
     print(json.dumps({"contenders": list(contenders), "bytes": n_bytes}), file=replies, flush=True)
     for line in sys.stdin:

@@ -1,10 +1,10 @@
-"""Measure what SmolLM2-135M in NF4 loses when text is read in int8 instead of float32 (qlora_lab/infer/int8.py).
+"""Measure what SmolLM2-135M in NF4 loses when it computes in int8 instead of float32 (qlora_lab/infer/int8.py).
 
     python bench/decode_int8.py         writes decode_int8.json; a few minutes
 
-Windows of text pass all layers, once in float32 and once in int8. Compared are the perplexities, the logits at each
-place, and the tokens that are likeliest there. Then 50 prompts of 128 tokens are answered greedily both ways: their
-tokens are float32 in both, but they see the keys and values of the prompt.
+Windows of text pass all layers in float32, in int8 as a prompt is read, and in int8 token by token, as an answer is
+written. Compared are the perplexities, the logits at each place, and the tokens that are likeliest there. Then 50
+prompts of 128 tokens, and 50 of a few words, are answered greedily in float32 and in int8.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from bench.decode_equal import LENGTH, MODEL, PROMPTS  # noqa: E402
 from bench.files import write  # noqa: E402
 from bench.timing import cpu_name  # noqa: E402
 from qlora_lab.infer.cache import make_cache  # noqa: E402
+from qlora_lab.infer.fast import step_of  # noqa: E402
 from qlora_lab.infer.int8 import with_int8  # noqa: E402
 from qlora_lab.infer.stack import Stack, read_stack  # noqa: E402
 from qlora_lab.infer.step import forward, multiply  # noqa: E402
@@ -33,37 +34,50 @@ from qlora_lab.measure.perplexity import text_windows, topics_text  # noqa: E402
 
 WINDOWS = 32
 PROMPT = 128  # tokens of a prompt that is answered
+WAYS = "float32", "int8", "int8, token by token"  # of computing a text
 
 
-@torch.no_grad()
-def logits_of(stack: Stack, ids: torch.Tensor, in_int8: bool) -> torch.Tensor:
-    """Logits (tokens, vocabulary) of ids (tokens,), which pass the layers as read_prompt passes them."""
+def logits_of(stack: Stack, ids: torch.Tensor, how: str) -> torch.Tensor:
+    """Logits (tokens, vocabulary) of ids (tokens,), which pass the layers as `how`, one of WAYS, says."""
     cache = make_cache(stack, 1, len(ids))
-    parts = (stack, ids[:1]), (with_int8(stack) if in_int8 else stack, ids[1:])
-    return multiply(torch.cat([forward(layers, some, cache) for layers, some in parts]), stack.head)
+    with torch.no_grad():
+        if how == "int8, token by token":
+            step, only = step_of(stack, True), torch.tensor([0])
+            return torch.cat([step(token[None], cache, only) for token in ids])
+        rest = with_int8(stack) if how == "int8" else stack
+        parts = (stack, ids[:1]), (rest, ids[1:])  # as read_prompt takes them
+        return multiply(torch.cat([forward(layers, some, cache) for layers, some in parts]), stack.head)
 
 
 def over_text(stack: Stack, rows: torch.Tensor) -> dict:
-    """Compare both on windows (windows, length) int64."""
-    losses, divergences, shifts, same = {"float32": [], "int8": []}, [], [], []
+    """Compare all WAYS with the first on windows (windows, length) int64."""
+    losses = {how: [] for how in WAYS}
+    found = {how: {"divergence": [], "logits, relative": [], "same likeliest token": []} for how in WAYS[1:]}
     for row in tqdm(rows, desc="windows", leave=False):
-        both = {name: logits_of(stack, row[:-1], name == "int8") for name in losses}  # (length - 1, vocabulary) each
-        for name, logits in both.items():
-            losses[name].append(torch.nn.functional.cross_entropy(logits, row[1:]).item())
-        first, second = (logits.log_softmax(-1) for logits in both.values())
-        divergences.append((first.exp() * (first - second)).sum(-1).mean().item())
-        # a constant that is added to all logits of a place changes nothing: compare what is around their mean
-        centred = [logits - logits.mean(-1, keepdim=True) for logits in both.values()]
-        shifts.append(((centred[1] - centred[0]).pow(2).mean() / centred[0].pow(2).mean()).item())
-        same.append((first.argmax(-1) == second.argmax(-1)).double().mean().item())
-    mean = {name: sum(values) / len(values) for name, values in losses.items()}
-    found = {name: math.exp(value) for name, value in mean.items()}
+        every = {how: logits_of(stack, row[:-1], how) for how in WAYS}  # (length - 1, vocabulary) each
+        for how, logits in every.items():
+            losses[how].append(torch.nn.functional.cross_entropy(logits, row[1:]).item())
+        for how, values in found.items():
+            for name, value in differences(every[WAYS[0]], every[how]).items():
+                values[name].append(value)
+    mean = {how: {name: sum(values) / len(values) for name, values in of.items()} for how, of in found.items()}
+    perplexity = {how: math.exp(sum(values) / len(values)) for how, values in losses.items()}
+    for how, of in mean.items():
+        of["logits, relative"] = math.sqrt(of["logits, relative"])
+        of["perplexity, relative"] = perplexity[how] / perplexity[WAYS[0]] - 1
+    return {"windows": list(rows.shape), "perplexity": perplexity} | mean
+
+
+def differences(exact: torch.Tensor, rounded: torch.Tensor) -> dict[str, float]:
+    """Compare logits (tokens, vocabulary): their distributions, the logits themselves, and their largest."""
+    first, second = exact.log_softmax(-1), rounded.log_softmax(-1)
+    # a constant that is added to all logits of a place changes nothing: compare what is around their mean
+    centred = [logits - logits.mean(-1, keepdim=True) for logits in (exact, rounded)]
     return {
-        "windows": list(rows.shape),
-        "perplexity": found | {"relative": found["int8"] / found["float32"] - 1},
-        "logits, relative": math.sqrt(sum(shifts) / len(shifts)),  # root mean square of the difference over the logits'
-        "divergence": sum(divergences) / len(divergences),  # Kullback-Leibler, nats a token
-        "same likeliest token": sum(same) / len(same),
+        "divergence": (first.exp() * (first - second)).sum(-1).mean().item(),  # Kullback-Leibler, nats a token
+        # mean square of the difference over that of the logits: a root is taken at the end
+        "logits, relative": ((centred[1] - centred[0]).pow(2).mean() / centred[0].pow(2).mean()).item(),
+        "same likeliest token": (exact.argmax(-1) == rounded.argmax(-1)).double().mean().item(),
     }
 
 
@@ -71,7 +85,7 @@ def over_answers(model, tokenizer, prompts: list, new: int) -> dict:
     """Answer prompts both ways, one at a time; where two answers part."""
     parted = []
     for prompt in tqdm(prompts, desc="answers", leave=False):
-        pair = [ql.decode(model, tokenizer, [prompt], new, ql.Sampling(int8_prompt=int8), progress=False)[0].ids
+        pair = [ql.decode(model, tokenizer, [prompt], new, ql.Sampling(int8=int8), progress=False)[0].ids
                 for int8 in (False, True)]  # fmt: skip
         if pair[0] != pair[1]:
             parted.append(

@@ -35,8 +35,8 @@ def add_answer(group, most: int) -> None:
     )
     less = "bits of a key or value: 32, or 8, which takes a quarter of the memory and is not exact"
     add("--cache-bits", whole, "N", less)
-    faster = "read the prompt in int8, in half the time: logits then err by some 3 percent (docs/answers.md)"
-    group.add_argument("--int8-prompt", action="store_true", help=faster)
+    faster = "compute layers in int8, which is faster: logits then err by some 3 percent (docs/answers.md)"
+    group.add_argument("--int8", action="store_true", help=faster)
 
 
 def sampling_of(a: argparse.Namespace) -> "ql.Sampling":
@@ -46,7 +46,7 @@ def sampling_of(a: argparse.Namespace) -> "ql.Sampling":
     # only what was given: Sampling knows the rest
     options = ("temperature", "top_p", "repetition_penalty", "seed", "cache_bits")
     chosen = {name: getattr(a, name) for name in options if name in a}
-    return Sampling(**chosen, stop=tuple(getattr(a, "stop", ())), int8_prompt=a.int8_prompt)
+    return Sampling(**chosen, stop=tuple(getattr(a, "stop", ())), int8=a.int8)
 
 
 def load_with_adapter(a: argparse.Namespace):

@@ -6,8 +6,8 @@ In: a model, its tokenizer, and texts or ids. Out: an Answer for each, or pieces
                                                        ^______________ the token __|
 
 Models of LLaMA's shape on the CPU are computed from their packed weights in float32 (stack.py, fast.py): the answer is
-that of the dequantised model, up to what a prompt in int8 loses. All others go through transformers' `generate`, and a
-warning says so.
+that of the dequantised model, up to what int8 loses where it was asked for. All others go through transformers'
+`generate`, and a warning says so.
 Rows of different lengths need no padding: each has its own place in the cache. A row that ends makes the rest faster.
 """
 
@@ -74,7 +74,7 @@ def decode(
     Texts are continued as they are: for a question, apply the tokenizer's chat template. sampling: greedy by default,
     without a stop. Ctrl-C ends all answers where they are, and returns them.
     Raises ValueError for a prompt without tokens, or longer than the context, with both numbers, for a token without
-    embedding, for options that are not allowed, and for a prompt in int8 where no weight fits or transformers answers;
+    embedding, for options that are not allowed, and for int8 where no weight fits or transformers answers;
     TypeError for a `sampling` of another type; FloatingPointError for a NaN, which names the layer. Warns where
     transformers answers; a NaN's layer is then not named.
     """
@@ -140,7 +140,7 @@ class Decoding:
     def _by_steps(self, stack: Stack) -> Iterator[Piece]:
         longest = max(len(row.prompt) + row.room for row in self._rows) - 1  # the model never reads the last token
         cache = make_cache(stack, len(self._rows), longest, self._sampling.cache_bits)
-        weights = weights_of(stack), self._sampling.int8_prompt
+        weights = weights_of(stack), self._sampling.int8
         before, self.prefix = self.prefix, None
         if before is not None:
             take_over(before, [row.known[:-1] for row in self._rows], weights, cache)
@@ -159,7 +159,7 @@ class Decoding:
                 self.prefix = Prefix([row.known[:n] for row, n in read], cache, weights)
 
     def _answers(self, stack: Stack, cache: Cache) -> Iterator[Piece]:
-        step = step_of(stack)
+        step = step_of(stack, self._sampling.int8)
         for row in self._unended():  # an iteration goes on where the last one stopped
             row.begin(row.ids)
             if row.ended is not None:
@@ -167,10 +167,10 @@ class Decoding:
             with torch.no_grad():
                 there = int(cache.lengths[row.number])  # taken over
                 prompt = torch.tensor(row.prompt[there:-1], dtype=torch.int64)
-                read_prompt(stack, prompt, cache, row.number, self._sampling.int8_prompt)
+                read_prompt(stack, prompt, cache, row.number, self._sampling.int8)
                 if said := row.known[max(there, len(row.prompt) - 1) : -1]:
-                    # never in int8: an answer that was left goes on as it would have
-                    read_prompt(stack, torch.tensor(said), cache, row.number)
+                    # an answer that was left goes on as it would have, up to the order of sums
+                    read_prompt(stack, torch.tensor(said), cache, row.number, self._sampling.int8)
         while rows := self._unended():
             active = [row.number for row in rows]
             last = torch.tensor([row.last for row in rows])
@@ -261,15 +261,15 @@ def check_sampling(model: torch.nn.Module, sampling: Sampling, adapter: bool) ->
     """Raise TypeError for what is no Sampling, ValueError for int8 or a cache of 8 bits if the model cannot have it."""
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling={sampling!r:.60} is not allowed: give a qlora_lab.Sampling")
-    if not sampling.int8_prompt and sampling.cache_bits == 32:
+    if not sampling.int8 and sampling.cache_bits == 32:
         return
-    what = "prompts of this model are not read in int8" if sampling.int8_prompt else "this model has no cache of 8 bits"
+    what = "this model does not compute in int8" if sampling.int8 else "this model has no cache of 8 bits"
     try:
         with asked(model, adapter):
             stack = read_stack(model)
     except UnlikeLlama as reason:
         raise ValueError(f"{what} ({reason}): leave the option out") from None
-    if sampling.int8_prompt:
+    if sampling.int8:
         with_int8(stack)
 
 

@@ -11,7 +11,7 @@ from time import perf_counter
 
 import torch
 
-from qlora_lab.infer import step as readable
+from qlora_lab.infer import int8, step as readable
 from qlora_lab.infer.cache import Cache
 from qlora_lab.infer.stack import Product, Stack
 from qlora_lab.infer.thread_choice import ThreadChoice
@@ -22,9 +22,32 @@ from qlora_lab.quant.quantize import QuantizedTensor
 Step = Callable[[torch.Tensor, Cache, torch.Tensor], torch.Tensor]
 
 
-def step_of(stack: Stack) -> Step:
-    """Return the kernel's step, or the readable one for sizes and code tables that the kernel does not take."""
+def step_of(stack: Stack, in_int8: bool = False) -> Step:
+    """Return the kernel's step, or the readable one for sizes and code tables that the kernel does not take.
+
+    in_int8: all but a text's first token pass layers that compute in int8, as in read_prompt.
+    """
+    if in_int8:
+        return _after_the_first(stack)
     return FastStep(stack) if can_step(stack) else partial(readable.step, stack)
+
+
+def _after_the_first(stack: Stack) -> Step:
+    """Return a step in int8 for tokens that are not their text's first, and in float32 for those that are."""
+    rounded = step_of(int8.with_int8(stack))
+
+    def step(ids: torch.Tensor, cache: Cache, rows: torch.Tensor) -> torch.Tensor:
+        first = cache.lengths[rows] == 0  # (rows,)
+        if not first.any():
+            return rounded(ids, cache, rows)
+        logits = torch.empty(len(ids), stack.head.weight.shape[0])
+        # only a prompt of one token gets here, so the second table of weights is not kept
+        for mine, its in ((first, step_of(stack)), (~first, rounded)):
+            if mine.any():
+                logits[mine] = its(ids[mine], cache, rows[mine])
+        return logits
+
+    return step
 
 
 def can_step(stack: Stack) -> bool:
@@ -39,12 +62,14 @@ def can_step(stack: Stack) -> bool:
 
 
 def _fits(part: Product) -> bool:
-    from qlora_lab.kernels import few_tokens
+    from qlora_lab.kernels import decode_int8, few_tokens
 
     if not isinstance(part.weight, QuantizedTensor):
         return part.weight.is_contiguous()
     # QLORA_LAB_KERNELS can switch kernels off
     known = product_4bit.product_of(part.weight) is not None
+    if part.int8 and not decode_int8.can_multiply(part.weight.shape[1], part.weight.block_size):
+        return False
     return known and few_tokens.can_multiply(part.weight.shape[1], part.weight.plain)
 
 
@@ -91,7 +116,8 @@ class FastStep:
         weight = part.weight.plain if isinstance(part.weight, QuantizedTensor) else part.weight
         bias = None if part.bias is None else part.bias.float().contiguous()
         lora = part.lora and (*(factor.float().contiguous() for factor in part.lora[:2]), part.lora[2])
-        described, kept = decode_products.describe(weight, part.weight.shape, bias, lora)
+        whole = int8.round_levels(part.weight.levels) if part.int8 else None
+        described, kept = decode_products.describe(weight, part.weight.shape, bias, lora, whole)
         self._kept.append(kept)
         return described
 

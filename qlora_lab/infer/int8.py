@@ -1,7 +1,8 @@
-"""Products of a prompt in int8: x and the levels of W are rounded to whole numbers, and only their sums are scaled.
+"""Products in int8: x and the levels of W are rounded to whole numbers, and only their sums are scaled.
 
 In: x (tokens, in_features) float32, and W as a QuantizedTensor. Out: x W^T, (tokens, out_features) float32, which errs
-by about 1 % of its size. kernels/int8_products.py is the fast twin: it adds up the same whole numbers.
+by about 1 % of its size. The fast twins add up the same whole numbers: kernels/int8_products.py for a prompt,
+kernels/decode_int8.py for a token of an answer.
 
     32 columns of x, of one token  ~  s n,                     s = max |x| / 127,  n = round(x / s)
     the same columns of a row of W  =  absmax levels[codes]
@@ -59,7 +60,7 @@ def round_levels(levels: torch.Tensor) -> tuple[torch.Tensor, float]:
     return _rounded_levels(tuple(levels.tolist()))
 
 
-@lru_cache  # asked for each product of a prompt
+@lru_cache  # asked for each product
 def _rounded_levels(levels: tuple[float, ...]) -> tuple[torch.Tensor, float]:
     exact = torch.tensor(levels, dtype=torch.float64)
     top = exact.abs().max()
@@ -113,7 +114,7 @@ def with_int8(stack: Stack) -> Stack:
         layers.append(layer._replace(**{n: part._replace(int8=can_multiply(part)) for n, part in parts.items()}))
     if not any(part.int8 for layer in layers for part in layer.products):
         raise ValueError(
-            "a prompt in int8 needs weights in 4 bits, in blocks of a multiple of 32 that end with the rows, and no "
-            "layer has them: quantise with block_size=64, or leave the option out"
+            "int8 needs 4-bit weights, in blocks of a multiple of 32 that end with the rows, and no layer has them: "
+            "quantise with block_size=64, or leave the option out"
         )
     return stack._replace(layers=tuple(layers))

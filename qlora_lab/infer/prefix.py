@@ -25,7 +25,7 @@ class Prefix(NamedTuple):
 
     ids: list[list[int]]
     cache: Cache
-    weights: tuple  # of the stack that read them, from weights_of, and whether it read prompts in int8
+    weights: tuple  # of the stack that read them, from weights_of, and whether they computed in int8
 
 
 def weights_of(stack: Stack) -> tuple:

@@ -35,7 +35,7 @@ class Sampling:
     seed: int = 0  # row i of several draws with seed + i: its text does not depend on its neighbours
     stop: str | tuple[str, ...] = ()  # texts that end an answer, and do not belong to it
     cache_bits: int = 32  # of keys and values; 8: a bit more than a quarter of the memory, not exact (cache.py)
-    int8_prompt: bool = False  # read prompts in int8: faster, not exact (int8.py). The answer's tokens stay in float32
+    int8: bool = False  # layers compute in int8, prompts and tokens: faster, not exact (int8.py)
 
     def __post_init__(self) -> None:
         check_number(
@@ -49,8 +49,8 @@ class Sampling:
             raise ValueError(f"stop={self.stop!r:.60} is not allowed: it is a text, or several, none of them empty")
         if isinstance(self.cache_bits, bool) or self.cache_bits not in BITS:
             raise ValueError(f"cache_bits={self.cache_bits!r:.60} is not allowed: it is {' or '.join(map(str, BITS))}")
-        if not isinstance(self.int8_prompt, bool):
-            raise ValueError(f"int8_prompt={self.int8_prompt!r:.60} is not allowed: it is True or False")
+        if not isinstance(self.int8, bool):
+            raise ValueError(f"int8={self.int8!r:.60} is not allowed: it is True or False")
         for text in self.stops:
             check_text(text, "a stop")  # what no tokenizer writes would never be found
         if several:

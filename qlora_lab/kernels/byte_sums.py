@@ -47,21 +47,25 @@ def permute_bytes(typing, table, indices):
     """table[index] for each of 64 bytes, of which each is below 16. `table`: 16 bytes, four times over."""
 
     def emit(context, builder, sig, args):
-        entries, codes = (builder.bitcast(arg, BYTES) for arg in args)
-        features = v.host_features()
-        if "avx512bw" in features:
-            looked_up = v.call_intrinsic(builder, "llvm.x86.avx512.pshuf.b.512", BYTES, [entries, codes])
-        elif "avx2" in features:
-            looked_up = _permute_halves(builder, entries, codes)
-        else:  # one after the other: a weight is looked up once for a whole prompt
-            looked_up = ir.Constant(BYTES, ir.Undefined)
-            for i in range(4 * v.LANES):
-                place = ir.Constant(ir.IntType(32), i)
-                index = builder.zext(builder.extract_element(codes, place), ir.IntType(32))
-                looked_up = builder.insert_element(looked_up, builder.extract_element(entries, index), place)
-        return builder.bitcast(looked_up, v.I32)
+        return permuted_bytes(builder, *args)
 
     return v.INTS(v.INTS, v.INTS), emit
+
+
+def permuted_bytes(builder, table, indices):
+    entries, codes = (builder.bitcast(part, BYTES) for part in (table, indices))
+    features = v.host_features()
+    if "avx512bw" in features:
+        looked_up = v.call_intrinsic(builder, "llvm.x86.avx512.pshuf.b.512", BYTES, [entries, codes])
+    elif "avx2" in features:
+        looked_up = _permute_halves(builder, entries, codes)
+    else:  # one after the other: a weight is looked up once for a whole prompt
+        looked_up = ir.Constant(BYTES, ir.Undefined)
+        for i in range(4 * v.LANES):
+            place = ir.Constant(ir.IntType(32), i)
+            index = builder.zext(builder.extract_element(codes, place), ir.IntType(32))
+            looked_up = builder.insert_element(looked_up, builder.extract_element(entries, index), place)
+    return builder.bitcast(looked_up, v.I32)
 
 
 def _permute_halves(builder, entries, codes):
@@ -125,14 +129,14 @@ def dot(typing, sums, weights, x, start):
             else:
                 for k, word in enumerate(words):
                     number = v.splatted(builder, _number(context, builder, x, *args[2:], k * n + t))
-                    value = builder.add(value, _dotted_words(builder, word, number))
+                    value = builder.add(value, dotted_words(builder, word, number))
             updated.append(value)
         return context.make_tuple(builder, sums, updated)
 
     return sums(sums, v.INTS, x, types.intp), emit
 
 
-def _dotted_words(builder, left, right):
+def dotted_words(builder, left, right):
     """The sum of two products of words in each lane. LLVM finds the one instruction that x86 has for it."""
     wide = ir.VectorType(ir.IntType(32), 2 * v.LANES)
     product = builder.mul(*(builder.sext(builder.bitcast(part, I16), wide) for part in (left, right)))

@@ -15,13 +15,13 @@ import torch
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
-from qlora_lab.kernels import cpu, sums as each, vector as v
+from qlora_lab.kernels import cpu, decode_int8, sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel
 from qlora_lab.kernels.constants import undouble_into
 from qlora_lab.kernels.elements import FLOAT32, FORM, read16
 from qlora_lab.kernels.packed_weight import PackedWeight
 
-PACKED = 3  # a form beside FLOAT32, BFLOAT16 and FLOAT16 of elements.py
+PACKED, ROUNDED = 3, 4  # forms beside FLOAT32, BFLOAT16 and FLOAT16 of elements.py: packed, with x as it is or in int8
 ROWS = 16  # of a weight whose sums are added up together
 AHEAD = 2**12  # bytes in front that are asked for, as few_tokens.BYTES_AHEAD
 
@@ -31,16 +31,17 @@ PRODUCT = np.dtype(
         *((name, np.int64) for name in ("rows", "columns", "form", "data", "bias")),
         *((name, np.int64) for name in ("block_size", "levels", "absmax", "codes", "scale", "table", "shift")),
         *((name, np.int64) for name in ("lora_A", "lora_B", "rank")),
-        *((name, np.float32) for name in ("offset", "scaling")),
+        *((name, np.float32) for name in ("offset", "scaling", "unit")),
     ]
 )
 
 
-def describe(weight: PackedWeight | torch.Tensor, shape, bias, lora) -> tuple[tuple, list]:
+def describe(weight: PackedWeight | torch.Tensor, shape, bias, lora, whole=None) -> tuple[tuple, list]:
     """Return a row of PRODUCT, and what has to stay in memory while it is used.
 
     weight: packed, or contiguous (rows, columns). bias: (rows,) float32 or None. lora: A (rank, columns) and
-    B (rows, rank), float32, and scaling, or None. All of them contiguous.
+    B (rows, rank), float32, and scaling, or None. All of them contiguous. whole: for a product in int8, the levels of a
+    packed weight as whole numbers, (n_levels,), and what 1 of them stands for (infer/int8.py).
     """
     p = np.zeros((), PRODUCT)
     p["rows"], p["columns"] = shape
@@ -56,6 +57,10 @@ def describe(weight: PackedWeight | torch.Tensor, shape, bias, lora) -> tuple[tu
             p[name] = array.ctypes.data if len(array) else 0
         p["form"], p["block_size"], p["shift"], p["offset"] = PACKED, weight.block_size, shift, offset
         kept.append(arrays)
+        if whole is not None:
+            levels, p["unit"] = decode_int8.level_bytes(whole[0].numpy()), whole[1]
+            p["form"], p["levels"] = ROUNDED, levels.ctypes.data
+            kept.append(levels)
     if bias is not None:
         p["bias"] = bias.data_ptr()
     if lora is not None:
@@ -194,6 +199,20 @@ def _packed_rows(p, first, last, halves, low, zeros, scales, lanes):
             each.store(b, lanes, (16 * (other - first),))
 
 
+@njit
+def _rounded_rows(p, first, last, numbers, low, zeros, scales, lanes):
+    """The same for a product in int8. numbers: x as decode_int8.round_rows writes it."""
+    blocks = p.columns // p.block_size
+    codes = _at(p.data, p.rows * p.columns // 8, np.int32)
+    table = _at(p.levels, 16, np.int32)
+    lora_B = _at(p.lora_B, p.rows * p.rank, np.float32)
+    undouble_into(_constants(p), first * blocks, (last - first) * blocks, scales)
+    for row in range(first, last):
+        each.store(_beside(zeros, lora_B, row, p.rank, low), lanes, (16 * (row - first),))
+    part = p.unit, p.block_size, first, last, p.columns
+    decode_int8.add_rows(codes, table, scales, *part, numbers, zeros, lanes)
+
+
 @njit(forceinline=True)
 def _plain_rows(weight, form, columns, first, last, x, lora_B, rank, low, zeros, lanes):
     """The same for a weight that is not packed. x: flat, from side_by_side.
@@ -234,13 +253,15 @@ def totals16(lanes):
 
 
 @njit
-def _tile(p, first, x, halves, low, zeros, scales, lanes, out, column):
+def _tile(p, first, x, halves, numbers, low, zeros, scales, lanes, out, column):
     """Write ROWS sums, or what is left of the rows from `first` on, into out (tokens, n) from `column` on."""
     last = min(first + ROWS, p.rows)
     n = p.rows * p.columns
     lora_B = _at(p.lora_B, p.rows * p.rank, np.float32)
     if p.form == PACKED:
         _packed_rows(p, first, last, halves, low, zeros, scales, lanes)
+    elif p.form == ROUNDED:
+        _rounded_rows(p, first, last, numbers, low, zeros, scales, lanes)
     elif p.form == FLOAT32:
         weight = _at(p.data, n, np.float32)
         _plain_rows(weight, FLOAT32, p.columns, first, last, x, lora_B, p.rank, low, zeros, lanes)
@@ -277,11 +298,11 @@ def clear(array):
 
 
 @parallel
-def multiply_group(products, x, halves, zeros, parts, out):
+def multiply_group(products, x, halves, numbers, zeros, parts, out):
     """Multiply x by each of products and write the results side by side into out (tokens, rows of all).
 
     x: flat, from side_by_side. halves: (tokens, columns), with the even columns of each 32 in front of the odd ones,
-    as codes lie in bytes. parts: threads.
+    as codes lie in bytes. numbers: x as decode_int8.round_rows writes it, where a product is ROUNDED. parts: threads.
     """
     tokens = len(zeros)
     tiles = rank = columns = 0
@@ -307,7 +328,7 @@ def multiply_group(products, x, halves, zeros, parts, out):
             p = products[i]
             end = tile + (p.rows + ROWS - 1) // ROWS
             for mine in range(max(tile, start), min(end, stop)):
-                _tile(p, (mine - tile) * ROWS, x, halves, low[i], zeros, scales, lanes, out, column)
+                _tile(p, (mine - tile) * ROWS, x, halves, numbers, low[i], zeros, scales, lanes, out, column)
             tile = end
             column += p.rows
 

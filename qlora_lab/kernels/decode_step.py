@@ -17,9 +17,9 @@ import torch
 from numba import njit, prange, types
 from numba.extending import overload
 
-from qlora_lab.kernels import sums as each, vector as v
+from qlora_lab.kernels import decode_int8, sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel, run, serial
-from qlora_lab.kernels.decode_products import clear, multiply_group, side_by_side, sort_halves, totals16
+from qlora_lab.kernels.decode_products import ROUNDED, clear, multiply_group, side_by_side, sort_halves, totals16
 
 QKV, OUT, GATE_UP, DOWN, END = 0, 3, 4, 6, 7  # where the products begin that share an input, in a layer's table
 ROWS_AT_ONCE = 8  # rows of a batch: two rows of a weight with 8 sums each fill half of the vector registers
@@ -228,6 +228,17 @@ def _attend(qkv, heads, rows, positions, cache, parts, out):
             _attend_head(qkv[token, span], its_keys, its_values, *absmax, length, scores, lanes, out[token, span])
 
 
+@njit
+def _products(products, x, halves, beside, numbers, zeros, parts, out):
+    """x through products that share it. The rest but `out` is memory for the forms in which they read x."""
+    for i in range(len(products)):
+        if products[i].form == ROUNDED:
+            decode_int8.round_rows(x, numbers)
+            break
+    sort_halves(x, halves)
+    multiply_group(products, side_by_side(x, beside), halves, numbers, zeros, parts, out)
+
+
 @serial
 def _step(x, weights, eps, heads, rotary, cache, thresholds, rows, positions, zeros, parts, logits):
     layers, norms, head = weights  # PRODUCT (layers, 7), (2 layers + 1, hidden), PRODUCT (1,)
@@ -245,27 +256,24 @@ def _step(x, weights, eps, heads, rotary, cache, thresholds, rows, positions, ze
     gated_halves = np.empty((tokens, middle), np.float32)
     added = np.empty((tokens, hidden), np.float32)
     beside = np.empty(tokens * max(hidden, wide, middle), np.float32)
+    chunks = (max(hidden, wide, middle) + decode_int8.CHUNK - 1) // decode_int8.CHUNK
+    numbers = decode_int8.aligned(chunks * tokens * decode_int8.PER_CHUNK)
     for i in range(len(layers)):
         products = layers[i]  # sliced, because numba compiles anew for each pair of constants
         norm(x, norms[2 * i], eps, normed)
-        sort_halves(normed, halves)
-        multiply_group(products[QKV:OUT], side_by_side(normed, beside), halves, zeros, parts, qkv)
+        _products(products[QKV:OUT], normed, halves, beside, numbers, zeros, parts, qkv)
         layer = keys[i], values[i], key_absmax[i], value_absmax[i]
         _place(qkv, heads, cos, sin, rows, positions, layer, thresholds)
         _attend(qkv, heads, rows, positions, layer, parts, attended)
-        sort_halves(attended, attended_halves)
-        multiply_group(products[OUT:GATE_UP], side_by_side(attended, beside), attended_halves, zeros, parts, added)
+        _products(products[OUT:GATE_UP], attended, attended_halves, beside, numbers, zeros, parts, added)
         _add(x, added)
         norm(x, norms[2 * i + 1], eps, normed)
-        sort_halves(normed, halves)
-        multiply_group(products[GATE_UP:DOWN], side_by_side(normed, beside), halves, zeros, parts, gate_and_up)
+        _products(products[GATE_UP:DOWN], normed, halves, beside, numbers, zeros, parts, gate_and_up)
         gate(gate_and_up, gated)
-        sort_halves(gated, gated_halves)
-        multiply_group(products[DOWN:END], side_by_side(gated, beside), gated_halves, zeros, parts, added)
+        _products(products[DOWN:END], gated, gated_halves, beside, numbers, zeros, parts, added)
         _add(x, added)
     norm(x, norms[2 * len(layers)], eps, normed)
-    sort_halves(normed, halves)
-    multiply_group(head, side_by_side(normed, beside), halves, zeros, parts, logits)
+    _products(head, normed, halves, beside, numbers, zeros, parts, logits)
 
 
 class Weights(NamedTuple):

@@ -37,7 +37,7 @@ TINY = np.float32(1e-30)  # as in the twin
 
 
 @njit(forceinline=True)
-def _whole(x, i, factor):
+def whole16(x, i, factor):
     """16 numbers, scaled and rounded to whole ones; int32."""
     return v.as_ints(v.load(x, i) * factor + v.splat(ROUND)) + v.splat(-ROUND_BITS)
 
@@ -78,7 +78,7 @@ def round_row(row, token, codes, numbers, scales, starts):
         place = (tile * blocks + block) * SIZE + t
         scales[place] = absmax / np.float32(TOP) if top < INFINITY else NAN
         factor = v.splat(np.float32(TOP) * (np.float32(1) / max(absmax, TINY)))
-        left, right = _whole(row, i, factor), _whole(row, i + 16, factor)
+        left, right = whole16(row, i, factor), whole16(row, i + 16, factor)
         starts[place] = -MIDDLE * byte_sums.total(left + right)
         v.store(codes, 0, v.evens(left, right))
         v.store(codes, 16, v.odds(left, right))

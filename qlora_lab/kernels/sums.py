@@ -160,6 +160,33 @@ def store(typing, sums, array, starts):
     return types.void(sums, array, starts), emit
 
 
+@intrinsic
+def load(typing, zeros, array, starts):
+    """What store() writes, as a tuple; zeros: a tuple with a number for each token."""
+
+    def emit(context, builder, sig, args):
+        rows = cgutils.unpack_tuple(builder, args[2])
+        places = (_row_pointer(context, builder, array, args[1], t, row) for row in rows for t in range(len(zeros)))
+        pointers = (builder.bitcast(place, ir.PointerType(v.F32)) for place in places)
+        values = [builder.load(pointer, align=v.align_of(array)) for pointer in pointers]
+        return context.make_tuple(builder, sig.return_type, values)
+
+    return types.UniTuple(v.FLOATS, len(zeros) * len(starts))(zeros, array, starts), emit
+
+
+@intrinsic
+def scaled(typing, numbers, factor, addend):
+    """factor * number + addend for each of a tuple of indices."""
+
+    def emit(context, builder, sig, args):
+        values = cgutils.unpack_tuple(builder, args[0])
+        results = [builder.add(builder.mul(value, args[1]), args[2]) for value in values]
+        return context.make_tuple(builder, sig.return_type, results)
+
+    every = types.UniTuple(types.intp, len(numbers))
+    return every(every, types.intp, types.intp), emit
+
+
 def _total(builder, value):
     for width in (8, 4, 2, 1):
         lanes = ir.Constant(v.I32, [(i + width) % v.LANES for i in range(v.LANES)])

@@ -308,16 +308,20 @@ def permute(typing, table, indices):
     """table[index & 15] for each lane: the 16-entry look-up. `table` holds int32 or float32, `indices` int32."""
 
     def emit(context, builder, sig, args):
-        bits = builder.bitcast(args[0], I32)
-        if not is_fast():
-            return ir.Constant(args[0].type, ir.Undefined)
-        if "avx512f" in host_features():
-            looked_up = call_intrinsic(builder, "llvm.x86.avx512.permvar.si.512", I32, [bits, args[1]])
-        else:
-            looked_up = _permute_avx2(builder, bits, args[1])
-        return builder.bitcast(looked_up, args[0].type)
+        return permuted(builder, *args)
 
     return table(table, INTS), emit
+
+
+def permuted(builder, table, indices):
+    bits = builder.bitcast(table, I32)
+    if not is_fast():
+        return ir.Constant(table.type, ir.Undefined)
+    if "avx512f" in host_features():
+        looked_up = call_intrinsic(builder, "llvm.x86.avx512.permvar.si.512", I32, [bits, indices])
+    else:
+        looked_up = _permute_avx2(builder, bits, indices)
+    return builder.bitcast(looked_up, table.type)
 
 
 def call_intrinsic(builder, name, result, args):

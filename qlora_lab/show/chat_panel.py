@@ -147,7 +147,7 @@ class ChatPanel:
 
     panel.ask("...") asks from Python, and waits for the answers. panel.chats: the conversations, by column.
     Raises ValueError for a max_new_tokens that is not allowed, for a model all of whose weights learned, and for
-    prompts in int8 (`sampling`) where `decode` would refuse them.
+    int8 (`sampling`) where `decode` would refuse them.
     """
 
     def __init__(

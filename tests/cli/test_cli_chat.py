@@ -94,7 +94,7 @@ def test_a_stop_is_not_printed(run):
         (["--picture", "cat.png", "--seed", "3"], "leave out the options that draw, stop or take fewer bits"),
         (["--cache-bits", "16"], "cache_bits=16 is not allowed: it is 32 or 8"),
         (["--picture", "cat.png", "--cache-bits", "8"], "leave out the options that draw, stop or take fewer bits"),
-        (["--picture", "cat.png", "--int8-prompt"], "leave out the options that draw, stop or take fewer bits"),
+        (["--picture", "cat.png", "--int8"], "leave out the options that draw, stop or take fewer bits"),
     ],
 )
 def test_options_that_are_not_allowed_cost_no_loading(run, monkeypatch, words, message):
@@ -134,7 +134,9 @@ class Left(io.StringIO):
 @pytest.mark.parametrize("words", [("generate", "double 3"), ("chat",), ("chat", "--json")])
 def test_a_reader_who_has_gone_costs_no_more_answers(run, monkeypatch, words):
     steps = []
-    monkeypatch.setattr(decoding, "step_of", lambda stack: lambda *given: (steps.append(1), step(stack, *given))[1])
+    monkeypatch.setattr(
+        decoding, "step_of", lambda stack, int8: lambda *given: (steps.append(1), step(stack, *given))[1]
+    )
     monkeypatch.setattr(sys, "stdout", Left())
     code, _, err = run(*words, "--max-new-tokens", "30", lines="double 3\n" * 20)
     assert code == 2 and err.endswith("the result could not be printed (Broken pipe)\n")

@@ -28,7 +28,7 @@ OWNERS = {"finetune": RUN, "doctor": RUN, "generate": (ModelOptions,), "quantize
 OWNERS["merge"] = OWNERS["chat"] = (ModelOptions,)
 OF_THE_COMMAND = {"help", "json", "quiet", "gpu", "question", "adapter", "max_new_tokens", "plan", "target"}
 OF_THE_COMMAND |= {"original", "anyway", "pictures", "compare"}
-OF_THE_COMMAND |= {"temperature", "top_p", "repetition_penalty", "seed", "stop", "cache_bits", "int8_prompt"}
+OF_THE_COMMAND |= {"temperature", "top_p", "repetition_penalty", "seed", "stop", "cache_bits", "int8"}
 
 
 def options(command: str) -> dict[str, argparse.Action]:

@@ -1,9 +1,13 @@
 """Products in int8: the whole numbers by hand, the kernel beside its twin, and prompts that are read with them."""
 
 import copy
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from numba import njit
+from transformers import Qwen2Config
 
 from qlora_lab import kernels
 from qlora_lab.infer import fast, int8, step as readable
@@ -12,13 +16,14 @@ from qlora_lab.infer.chat import Chat
 from qlora_lab.infer.decode import Decoding, decode
 from qlora_lab.infer.sampling import Sampling
 from qlora_lab.infer.stack import Product, read_stack
+from qlora_lab.kernels import decode_int8, few_tokens
 from qlora_lab.model.linear4bit import quantize_linears
 from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.quantize import dequantize, quantize
 from tests.infer.conftest import dequantised, small
-from tests.infer.test_step import IDS, adapted
+from tests.infer.test_step import BOUND, IDS, adapted, assert_near, kernel
 
-INT8 = Sampling(int8_prompt=True)
+INT8 = Sampling(int8=True)
 
 
 def test_blocks_by_hand():
@@ -156,7 +161,7 @@ def test_weights_that_do_not_fit_are_refused(make, tokenizer, with_kernels):
 
 def test_a_model_that_transformers_answers_for_is_refused(tokenizer):
     model = small(hidden_act="gelu")
-    with pytest.raises(ValueError, match="not read in int8 .its gate is GELUActivation.*leave the option out"):
+    with pytest.raises(ValueError, match="does not compute in int8 .its gate is GELUActivation.*leave the option out"):
         Decoding(model, tokenizer, "a", sampling=INT8)
 
 
@@ -174,32 +179,137 @@ def test_bits_that_no_cache_has(bits):
 
 
 @pytest.mark.long
-def test_only_the_prompt_is_read_in_int8(packed, tokenizer, monkeypatch):
-    """The first token is read in float32, and the last one is a step: of two tokens none is rounded."""
+@pytest.mark.parametrize("prompts, read", [([7, 8, 9, 10, 11], [3]), ([7, 8], []), ([7], None)], ids=str)
+def test_all_but_the_first_token_are_computed_in_int8(prompts, read, packed, tokenizer, monkeypatch):
+    """Of five tokens, three are read together, and the last is a step, as are four of the answer's five."""
     monkeypatch.setattr(fast, "can_step", lambda stack: False)  # nothing is compiled
     calls = []
     forward = int8.forward
     monkeypatch.setattr(int8, "forward", lambda x, weight: calls.append(len(x)) or forward(x, weight))
-    two, five = [[7, 8]], [[7, 8, 9, 10, 11]]
-    assert decode(packed, tokenizer, two, 5, sampling=INT8) == decode(packed, tokenizer, two, 5) and not calls
-    (answer,) = decode(packed, tokenizer, five, 5, sampling=INT8)
-    assert (
-        len(answer.ids) == 5 and calls == [3] * 7 * 2
-    )  # all tokens but the first and the last, in 7 products of 2 layers
+    (answer,) = decode(packed, tokenizer, [prompts], 5, sampling=INT8)
+    steps = [1] * (4 if read is None else 5)  # if the prompt has one token, the first step is in float32
+    assert len(answer.ids) == 5 and calls == [n for n in [*(read or []), *steps] for _ in range(7 * 2)]
 
 
 @pytest.mark.long
-def test_what_was_said_is_read_in_float32(packed, tokenizer, monkeypatch):
-    """Else an answer that was left would go on differently."""
+def test_rows_that_begin_beside_rows_that_go_on(packed, monkeypatch):
+    """A row's logits are those that it has alone: its first token in float32, all others in int8."""
     monkeypatch.setattr(fast, "can_step", lambda stack: False)
-    calls = []
-    forward = int8.forward
-    monkeypatch.setattr(int8, "forward", lambda x, weight: calls.append(len(x)) or forward(x, weight))
+    stack = read_stack(packed)
+    step, together, alone = fast.step_of(stack, True), make_cache(stack, 3, 4), make_cache(stack, 3, 4)
+    with torch.no_grad():
+        for rows in ([1], [0, 1, 2], [2, 0]):
+            rows = torch.tensor(rows)
+            logits = step(IDS[rows], together, rows)
+            expected = [step(IDS[row : row + 1], alone, row[None]) for row in rows]
+            assert_near(logits, torch.cat(expected))  # the head multiplies all rows at once, in another order
+    exact = readable.step(stack, IDS[:1], make_cache(stack, 1, 4), torch.tensor([0]))
+    assert torch.equal(step(IDS[:1], make_cache(stack, 1, 4), torch.tensor([0])), exact)
+
+
+@pytest.mark.long
+def test_an_answer_that_was_left_goes_on(packed, tokenizer, monkeypatch):
+    """What was said is read in int8, as it was when it was said."""
+    monkeypatch.setattr(fast, "can_step", lambda stack: False)
     run = Decoding(packed, tokenizer, [[7, 8, 9]], 9, INT8)
-    for _ in run:
-        break
+    for number, _ in enumerate(run):
+        if number == 3:
+            break
+    run.prefix = None  # all of it is read again
     list(run)
-    assert run.answers == decode(packed, tokenizer, [[7, 8, 9]], 9, INT8) and set(calls) == {1}
+    assert run.answers == decode(packed, tokenizer, [[7, 8, 9]], 9, INT8)
+
+
+@njit
+def added(x, codes, table, scales, unit, block_size, rows, zeros, lanes):
+    """Rows of a weight through decode_int8, 16 at a time, as decode_products does."""
+    columns = x.shape[1]
+    numbers = decode_int8.aligned((columns + 127) // 128 * len(x) * decode_int8.PER_CHUNK)
+    decode_int8.round_rows(x, numbers)
+    for first in range(0, rows, 16):
+        own = scales[first * columns // block_size :]
+        place = first, min(first + 16, rows), columns
+        decode_int8.add_rows(codes, table, own, unit, block_size, *place, numbers, zeros, lanes[first // 16])
+
+
+def by_kernel(x: torch.Tensor, q) -> torch.Tensor:
+    """The product (tokens, rows) of 1, 4 or 8 tokens."""
+    rows, tokens = q.shape[0], len(x)
+    levels, unit = int8.round_levels(q.levels)
+    table = decode_int8.level_bytes(levels.numpy())
+    lanes = np.zeros((-(-rows // 16), tokens, 256), np.float32)
+    scales = np.concatenate([q.absmax.numpy(), np.full(16, np.nan, np.float32)])  # what is behind a row counts nothing
+    zeros = (np.float32(0),) * tokens
+    added(x.numpy(), q.packed.numpy().view(np.int32), table, scales, np.float32(unit), q.block_size, rows, zeros, lanes)
+    totals = torch.from_numpy(lanes).view(-1, tokens, 16, 16).sum(-1)  # (tiles, tokens, 16)
+    return totals.transpose(0, 1).reshape(tokens, -1)[:, :rows]
+
+
+TOKEN_LAYOUTS = {  # rows, columns; options of quantize
+    "nf4, and a chunk that begins in the one before": ((32, 192), ("nf4", 64, True)),
+    "single constants, and a row more than two tiles": ((33, 256), ("nf4", 128, False)),
+    "fp4, whose codes are not sorted, in one chunk": ((3, 128), ("fp4", 64, True)),
+    "int4, which has 15 levels, in the largest blocks": ((2, 4096), ("int4", 4096, False)),
+    "blocks of 32, of which a chunk repeats three": ((18, 160), ("nf4", 32, True)),
+}
+
+
+@kernel
+@pytest.mark.long
+@pytest.mark.parametrize("shape, options", TOKEN_LAYOUTS.values(), ids=TOKEN_LAYOUTS)
+def test_a_token_adds_up_the_same_whole_numbers(shape, options):
+    """Float32 rounds a lane's part of each chunk four times, then the sums of chunks, and those of lanes."""
+    rows, columns = shape
+    g = torch.Generator().manual_seed(rows)
+    q = quantize(torch.randn(rows, columns, generator=g), *options)
+    xs = torch.randn(4, columns, generator=g) * torch.tensor([1.0, 1e-20, 1e20, 3.0])[:, None]
+    xs[3, :64] = 0
+    numbers, scales = int8.round_blocks(xs, 32)
+    levels, unit = int8.round_levels(q.levels)
+    whole = levels[q.codes.long()].view(rows, columns).double()
+    weight = whole * q.absmax.double().repeat_interleave(q.block_size).view(rows, columns) * unit
+    rounded = (numbers.double() * scales.double()[..., None]).view(4, columns)
+    bound = (columns // 128 + 24) * 2.0**-24 * (rounded.abs() @ weight.abs().t())
+    alone = torch.cat([by_kernel(x[None], q) for x in xs])
+    assert ((alone - rounded @ weight.t()).abs() <= bound).all()
+    assert torch.equal(by_kernel(xs, q), alone)  # however many there are
+    xs[1, 40], xs[2, 3] = torch.nan, torch.inf
+    broken = by_kernel(xs, q)
+    assert broken[1:3].isnan().all() and torch.equal(broken[::3], alone[::3])
+
+
+@kernel
+@pytest.mark.long
+@pytest.mark.parametrize("options", [("nf4", 64, True), ("int4", 32, False)], ids=str)
+def test_the_kernel_s_step_in_int8_is_the_readable_one(options, with_kernels):
+    """Where the last bit of x decides between two whole numbers, all that follows is as far off as int8 is: 0.02 seen.
+
+    So each token continues a prompt that both read in the same way, and most must agree to float32's bound.
+    """
+    model = adapted(quantize_linears(small(config=Qwen2Config), *options), 4)  # with biases
+    exact = read_stack(model)
+    stack = int8.with_int8(exact)
+    assert fast.can_step(stack)
+    row, errors = torch.tensor([0]), []
+    with torch.no_grad():
+        for place in range(1, 13):
+            both = []
+            for step in (fast.FastStep(stack), partial(readable.step, stack)):
+                cache = make_cache(stack, 1, place + 1)
+                readable.read_prompt(exact, IDS[:place], cache)
+                both.append(step(IDS[place : place + 1], cache, row))
+            errors.append(((both[0] - both[1]).abs().max() / both[1].abs().max()).item())
+    assert sorted(errors)[6] < BOUND and max(errors) < 0.15, errors
+
+
+def test_sizes_without_a_kernel_for_a_token(with_kernels):
+    """A row of 96 columns has no chunk, and blocks of 96 do not lie alike in each chunk: the readable step computes."""
+    for changes, block_size in (({"hidden_size": 96, "num_attention_heads": 1, "head_dim": 96}, 32), ({}, 96)):
+        sizes = {"hidden_size": 192, "intermediate_size": 192, "num_attention_heads": 3} | changes
+        stack = read_stack(quantize_linears(small(**sizes), block_size=block_size))
+        rounded = int8.with_int8(stack)
+        assert rounded.layers[0].q.int8 and not fast.can_step(rounded)
+        assert fast.can_step(stack) == few_tokens.cpu.FAST
 
 
 @pytest.mark.long

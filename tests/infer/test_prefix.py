@@ -120,7 +120,7 @@ def test_other_weights_read_everything(change, packed, tokenizer, read):
     assert second.answers == decode(model, tokenizer, [PROMPT], 6, progress=False)
 
 
-OTHER = {"cache_bits": Sampling(cache_bits=8), "int8_prompt": Sampling(int8_prompt=True)}
+OTHER = {"cache_bits": Sampling(cache_bits=8), "int8": Sampling(int8=True)}
 
 
 @pytest.mark.parametrize("sampling", OTHER.values(), ids=OTHER)

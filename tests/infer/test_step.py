@@ -16,6 +16,7 @@ from qlora_lab.adapters.lora import adapters, add_lora
 from qlora_lab.infer import fast, step as readable
 from qlora_lab.infer.cache import Cache, make_cache
 from qlora_lab.infer.fast import FastStep, bytes_read, step_of
+from qlora_lab.infer.int8 import with_int8
 from qlora_lab.infer.stack import UnlikeLlama, read_stack
 from qlora_lab.kernels import compiled, decode_step, few_tokens, product
 from qlora_lab.model.linear4bit import quantize_linears
@@ -167,10 +168,12 @@ def test_threads_change_nothing(monkeypatch):
 
 @kernel
 @pytest.mark.slow
+@pytest.mark.parametrize("rounded", [False, True], ids=["float32", "int8"])
 @pytest.mark.parametrize("count", [2, 3, 11])
-def test_rows_of_other_lengths_do_not_disturb_each_other(count, packed):
+def test_rows_of_other_lengths_do_not_disturb_each_other(count, rounded, packed):
     """Equal to each row alone, to the last bit."""
     stack = read_stack(adapted(packed, 4))
+    stack = with_int8(stack) if rounded else stack
     step = FastStep(stack)
     rows = [IDS[: 3 + 2 * i] for i in range(count)]
     together = make_cache(stack, count, len(IDS))

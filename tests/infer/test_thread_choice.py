@@ -8,7 +8,7 @@ ALONE = 1.0  # seconds of a token with one thread
 
 
 def answer(choice: ThreadChoice, tokens: int, free: int) -> list[int]:
-    """Threads of each of the tokens on a machine with so many free cores. One too few makes a token stall; one thread waits for none."""
+    """Threads of each token with so many free cores. One too few makes a token stall; one thread waits for none."""
     counts = []
     for _ in range(tokens):
         count = choice.count
