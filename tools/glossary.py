@@ -35,6 +35,7 @@ _FORMS = {
     "backward pass": r"\bbackward(?: pass(?:es)?)?\b",
     "bf16": r"\bbf(?:loat)?16\b",
     "double quantization": r"\bdouble quanti[sz]ation\b",
+    "evict": r"\bevict(?:s|ed|ing)?\b",
     "fused": r"\bfus(?:ed?|ing)\b",
     "gradient checkpointing": r"\b(?:gradient )?checkpointing\b",
     "kl divergence": r"(?-i:\bKL\b)(?: divergence)?",

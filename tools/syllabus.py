@@ -41,7 +41,8 @@ HEAD = f"""# Syllabus
 One idea, one notebook. The six notebooks of the **spine** tell the whole story, from a weight to a fine-tuned model.
 The **electives** go deeper, in any order that their column "read first" allows. Before you start, you should be able
 to read Python and to multiply matrices, and you should know that training follows a gradient downhill. The terms of
-the field are in the [glossary](glossary.md); each is linked where the course first uses it.
+the field are in the [glossary](glossary.md); each is linked where the course first uses it. Every notebook ends with
+the map of one weight, on which its own station is lit.
 
 `{COMMAND}` writes this page from the notebooks; a test fails when it is out of date.
 """
