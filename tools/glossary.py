@@ -11,6 +11,7 @@ What is not prose has no link: headings, code, formulas, names of controls, and 
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,14 +97,20 @@ def unlinked(notebooks: Sequence[tuple[str, list[str]]], wanted: Sequence[Term])
 
 def _first(text: str, term: Term) -> tuple[int | None, int | None]:
     """Where in a cell the term stands first without a link, and where its first link is."""
-    found = term.pattern.search(_NO_PROSE.sub(lambda part: " " * len(part[0]), text))
+    found = term.pattern.search(_prose_alone(text))
     link = next((link for link in LINK.finditer(text) if link[2] == term.anchor), None)
     return found and found.start(), link and link.start()
 
 
+@cache  # a cell is looked through once for each term
+def _prose_alone(text: str) -> str:
+    """Blank out what is no prose; every other letter stays in its place."""
+    return _NO_PROSE.sub(lambda part: " " * len(part[0]), text)
+
+
 def link_first(text: str, term: Term, prefix: str) -> str:
     """Make the first use in a cell a link."""
-    found = term.pattern.search(_NO_PROSE.sub(lambda part: " " * len(part[0]), text))
+    found = term.pattern.search(_prose_alone(text))
     word = text[found.start() : found.end()]
     return f"{text[: found.start()]}[{word}]({prefix}glossary.md#{term.anchor}){text[found.end() :]}"
 

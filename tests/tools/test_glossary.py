@@ -20,17 +20,18 @@ def prose_of(paths):
 
 @pytest.fixture(scope="module")
 def course():
-    return prose_of(orders()[0])
+    return dict(prose_of(orders()[0]))
 
 
 @pytest.mark.parametrize("way", [0, 1], ids=["course", "spine"])
-def test_every_first_use_is_linked(way):
-    missing = [f"{name}, prose {i}: {term.name}" for name, i, term in unlinked(prose_of(orders()[way]), terms())]
+def test_every_first_use_is_linked(course, way):
+    read = [(path.stem, course[path.stem]) for path in orders()[way]]
+    missing = [f"{name}, prose {i}: {term.name}" for name, i, term in unlinked(read, terms())]
     assert not missing, f"run: {COMMAND}"
 
 
 def test_every_link_has_an_entry_and_every_entry_a_link(course):
-    linked = {link[1] for _, cells in course for text in cells for link in LINK.findall(text)}
+    linked = {link[1] for cells in course.values() for text in cells for link in LINK.findall(text)}
     assert linked == {term.anchor for term in terms()}
 
 
@@ -41,7 +42,7 @@ def test_an_entry_is_two_sentences_and_a_notebook_that_uses_the_term(course, ter
     assert len(re.findall(r"[.!?](?= |$)", said)) == 2
     (name,) = term.notebooks
     assert named == f"[{name}]({name}.ipynb)."
-    assert any(term.pattern.search(text) for text in dict(course)[name])
+    assert any(term.pattern.search(text) for text in course[name])
 
 
 def test_entries_are_in_order_and_in_small_letters():
