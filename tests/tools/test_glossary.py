@@ -1,5 +1,6 @@
 """Each term of the glossary is linked where it is first used, on the spine as well, and each link has its entry."""
 
+import json
 import re
 import shutil
 
@@ -13,9 +14,8 @@ ENTRIES = dict(re.findall(r"^## (.*)\n\n((?:.+\n)+)", PAGE.read_text("utf-8"), r
 
 
 def prose_of(paths):
-    return [
-        (path.stem, [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]) for path in paths
-    ]
+    read = ((path.stem, json.loads(path.read_text("utf-8"))["cells"]) for path in paths)
+    return [(name, ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]) for name, cells in read]
 
 
 @pytest.fixture(scope="module")
