@@ -41,7 +41,7 @@ def test_nothing_but_the_library_and_the_course_is_in_it(installed):
     files = {path for path in course.rglob("*") if path.is_file() and path.suffix != ".pyc"}  # pip compiles scripts
     names = {path.relative_to(course).as_posix() for path in files}
     data = [path for path in ROOT.glob("data/**/*.*") if "__pycache__" not in path.parts]
-    kept = [*ROOT.glob("notebooks/**/*.ipynb"), *data, *ROOT.glob("bench/*.json")]
+    kept = [*ROOT.glob("notebooks/**/*.ipynb"), *ROOT.glob("notebooks/*.md"), *data, *ROOT.glob("bench/*.json")]
     assert names == {path.relative_to(ROOT).as_posix() for path in kept if ".ipynb_checkpoints" not in path.parts}
     jupyter = [home / "qlora_lab" / "cli" / "jupyter" for home in (site, ROOT)]
     inside, kept = ({file.relative_to(home) for file in home.rglob("*") if file.is_file()} for home in jupyter)

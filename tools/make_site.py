@@ -18,7 +18,7 @@ from tools.reference import public_page, room_page, rooms
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "site"
 PAGES = ["CHANGELOG.md", "LOG.md", "CONTRIBUTING.md", "LICENSE"]
-FOLDERS = {"docs": ["*.md", "*.gif", "*.png"], "bench": ["*.md", "*.json", "*.png"], "notebooks": ["*.ipynb"]}
+FOLDERS = {"docs": ["*.md", "*.gif", "*.png"], "bench": ["*.md", "*.json", "*.png"], "notebooks": ["*.ipynb", "*.md"]}
 FOLDERS["notebooks/solutions"] = ["*.ipynb"]
 GUIDES = [
     "install",
@@ -43,7 +43,12 @@ def contents() -> str:
     notebooks = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     solutions = sorted(path.stem for path in (ROOT / "notebooks" / "solutions").glob("*.ipynb"))
     groups = {
-        "Learn": [*(f"notebooks/{name}" for name in notebooks), *(f"docs/{name}" for name in TEACHING)],
+        "Learn": [
+            "notebooks/README",
+            *(f"notebooks/{name}" for name in notebooks),
+            "notebooks/glossary",
+            *(f"docs/{name}" for name in TEACHING),
+        ],
         "Fine-tune": [f"docs/{name}" for name in GUIDES],
         "Read": ["reference/public", *(f"reference/{room}" for room in rooms())],
         "Measured": [*(f"docs/{name}" for name in FIGURES), "bench/README", "LOG"],

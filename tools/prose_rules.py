@@ -18,6 +18,7 @@ _NO_PROSE = re.compile(r"`[^`]*`|</?\w+[^>]*>|\bnotebooks? \d\d\b|(?<![\d.,])0\d
 _ENTRY = r"\s*(?:- |\d+\. )"  # of a list
 _CONTROL = re.compile(r"\s*- \*\*[^*]+\*\*:")
 _SOURCE = re.compile(r"\]\(|arXiv|[Pp]aper|[Ss]lides?\b|data sheet|\(\d\d\)|\b(bench|docs)/|\((\D*, )?(19|20)\d\d\)")
+_GLOSSARY = re.compile(r"\[([^]]*)\]\((?:\.\./)?glossary\.md#[\w-]+\)")  # explains a word, and is no source
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
 _LITERAL = re.compile(r"(?<![\w.])\d[\d_,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 _POWER = re.compile(r"(?<![\w.)])(\d+) ?\*\* ?(\d+)\b")
@@ -87,7 +88,7 @@ def _sections(cells):
 def _paragraphs(cells):
     """(number of the cell, paragraph or entry of a list without code, whether it names a source) of the markdown."""
     for i, cell, source in cells:
-        whole = re.sub(r"^(```|~~~).*?^\1", "", source, flags=re.M | re.S)
+        whole = _GLOSSARY.sub(r"\1", re.sub(r"^(```|~~~).*?^\1", "", source, flags=re.M | re.S))
         intro = ""
         for text in re.split(rf"\n\s*\n|\n(?={_ENTRY})", whole if cell["cell_type"] == "markdown" else ""):
             intro = intro if re.match(_ENTRY, text) else text

@@ -27,15 +27,15 @@ def course_path(*names: str) -> Path:
 
 
 def copy_course(folder: str | Path, solutions: bool = True) -> list[str]:
-    """Copy the notebooks to `folder`; return the names of those left alone because the reader has changed them.
+    """Copy the course to `folder`; return the names of files left alone because the reader has changed them.
 
-    A notebook that is still as an earlier call copied it is replaced by a newer one. Raises FileExistsError for a
-    folder that holds anything else, OSError for a place that cannot be written, and ValueError for a damaged list of
-    checksums.
+    Syllabus and glossary go with the notebooks, which link to them. A file that is still as an earlier call copied it
+    is replaced by a newer one. Raises FileExistsError for a folder that holds anything else, OSError for a place that
+    cannot be written, and ValueError for a damaged list of checksums.
     """
     folder = out_path(folder)
     source = course_path("notebooks")
-    paths = [*source.glob("*.ipynb"), *(source.glob("solutions/*.ipynb") if solutions else ())]
+    paths = [*source.glob("*.ipynb"), *source.glob("*.md"), *(source.glob("solutions/*.ipynb") if solutions else ())]
     contents = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
     copied = read_sums(folder / SUMS) if (folder / SUMS).exists() else {}
     if FIRST in copied:

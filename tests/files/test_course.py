@@ -16,10 +16,10 @@ CHANGED = "solutions/01_codebook.ipynb"
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A course of three notebooks."""
+    """A course of three notebooks and a syllabus."""
     notebooks = tmp_path / "packaged" / "notebooks"
     (notebooks / "solutions").mkdir(parents=True)
-    for name in (course.FIRST, "01_codebook.ipynb", CHANGED):
+    for name in (course.FIRST, "01_codebook.ipynb", CHANGED, "README.md"):
         (notebooks / name).write_text(f"the first edition of {name}")
     monkeypatch.setattr(course, "PACKAGED", tmp_path / "packaged")
     return notebooks
@@ -37,7 +37,7 @@ def test_a_copy_has_the_course_in_it(source, tmp_path):
 
 def test_solutions_can_be_left_out(source, tmp_path):
     course.copy_course(tmp_path / "mine", solutions=False)
-    assert names_in(tmp_path / "mine") == {course.FIRST, "01_codebook.ipynb", SUMS}
+    assert names_in(tmp_path / "mine") == {course.FIRST, "01_codebook.ipynb", "README.md", SUMS}
 
 
 def test_a_newer_edition_replaces_what_the_reader_has_not_changed(source, tmp_path):

@@ -1,5 +1,6 @@
 """Follow one weight: its words and pictures have the library's numbers, and a page can change only the station."""
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,7 +16,8 @@ from qlora_lab.show.source import show_source
 from qlora_lab.show.weight_pictures import HEIGHT, WIDTH, number
 from qlora_lab.show.weight_stations import STATIONS, place_of
 
-NOTEBOOKS = sorted(path.stem for path in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 NAMES = [station.name for station in STATIONS]
 
 
@@ -110,6 +112,17 @@ def test_every_station_names_a_function_whose_source_can_be_shown(followed):
 def test_every_notebook_has_a_station(notebook):
     assert notebook in STATIONS[place_of(notebook)].notebooks
     assert place_of(notebook[3:]) == place_of(notebook)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS[1:])  # 00 follows a weight of the model, before its exercises
+def test_every_notebook_ends_with_its_own_station(notebook):
+    last = json.loads((FOLDER / f"{notebook}.ipynb").read_text("utf-8"))["cells"][-1]
+    assert "".join(last["source"]) == f'ql.FollowWeight(lit="{notebook}")'
+    (output,) = last["outputs"]
+    said = "".join(output["data"]["text/plain"])
+    assert said.startswith(
+        f"Station {place_of(notebook) + 1} of {len(STATIONS)}, {STATIONS[place_of(notebook)].name}: "
+    )
 
 
 def test_lit_at_the_start():

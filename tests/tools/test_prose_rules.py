@@ -47,6 +47,14 @@ def test_notebook_07_promised_a_notebook_that_was_not_there():
     assert found(promise.replace("A later notebook", "A later notebook, [13](13_merge.ipynb),")) == []
 
 
+def test_a_link_to_the_glossary_is_no_source():
+    printed = ("print(x)", "2.35")
+    for prefix in ("", "../"):
+        prose = f"It costs 2.6 [nats]({prefix}glossary.md#nat)."
+        assert found(printed, prose) == found(printed, "It costs 2.6 nats.") != []
+    assert found(printed, "It costs 2.6 [nats](other.md#nat).") == []
+
+
 @pytest.mark.parametrize(
     ("prose", "missing"),
     [

@@ -13,7 +13,7 @@ from tools.reference import as_markdown, public_page, room_page, rooms
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("notebooks/solutions/*.ipynb")]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("notebooks/*.md"), ROOT / "bench" / "README.md"]
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
@@ -44,7 +44,10 @@ def test_links_of_a_notebook_lead_to_a_file_from_where_it_lies(notebook):
     prose = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     links = [target for target in LINK.findall(prose) if "://" not in target]
     assert links  # each notebook names the next one
-    assert not [target for target in links if not (notebook.parent / target).is_file()]
+    for target in links:
+        path, _, anchor = target.partition("#")
+        assert (notebook.parent / path).is_file(), f"{target}: there is no such file"
+        assert not anchor or anchor in anchors(notebook.parent / path), f"{target}: there is no such heading"
 
 
 def test_a_broken_link_is_seen():
@@ -60,7 +63,7 @@ def test_pictures_have_words_for_those_who_do_not_see_them():
 def test_no_page_is_left_out_of_the_contents():
     listed = set(contents().split())
     written = {f"docs/{page.stem}" for page in (ROOT / "docs").glob("*.md")}
-    notebooks = {f"notebooks/{page.stem}" for page in (ROOT / "notebooks").glob("*.ipynb")}
+    notebooks = {f"notebooks/{page.stem}" for kind in ("ipynb", "md") for page in ROOT.glob(f"notebooks/*.{kind}")}
     assert written | notebooks | {f"reference/{room}" for room in rooms()} <= listed
 
 
