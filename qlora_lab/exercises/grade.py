@@ -93,9 +93,8 @@ def find_notebooks(paths: Sequence[str | Path]) -> list[Submission]:
         for notebook in inside:
             try:
                 submissions.append(read_submission(notebook))
-            except (
-                NotOfCourseError
-            ) as error:  # a student's own experiment; a damaged file could be an answer, and ends it
+            except NotOfCourseError as error:
+                # a student's own experiment; a damaged file could be an answer, and ends it
                 warnings.warn(f"left out: {error}", stacklevel=2)
         if not submissions:
             raise ValueError(f"{path} holds no notebook of this course: name a folder of students' notebooks")
@@ -122,6 +121,7 @@ def _grade(submission: Submission, seconds: float) -> list[Result]:
     """Run a notebook, and once more without each answer that stops it."""
     final = {}  # exercise -> what stopped the kernel
     run = None
+    # each run takes one answer out, so it ends
     for _ in range(len(submission.exercises) + 1):
         run = _run(submission, seconds)
         if run.stopped is None:
@@ -208,6 +208,7 @@ def _verdict(file: Path, name: str) -> tuple[str, str] | None:
         verdict, line = read_json(file, {name: LIST}, [name])[name]
     except (FileNotFoundError, ValueError):
         return None
+    # a student's program may write here, too
     return (verdict, line) if verdict in (PASSED, FAILED, OPEN) and isinstance(line, str) else None
 
 

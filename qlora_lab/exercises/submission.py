@@ -70,6 +70,7 @@ def read_submission(path: str | Path) -> Submission:
     """
     path = expanded(path)
     title, cells = _read_cells(path)
+    # the heading first: students rename files
     named = [name for name, (known, _) in course().items() if title == known]
     named = named or [name for name in course() if name in path.stem]  # its first heading was edited
     if not named:
@@ -100,7 +101,7 @@ def without(submission: Submission, index: int) -> Submission | None:
             if piece.exercise != blamed.exercise or piece.kind in (ANSWER, COURSE):
                 pieces.append(piece)
         return submission._replace(pieces=pieces)
-    if blamed.kind == ADDED:
+    if blamed.kind == ADDED:  # a student's own cell, which no exercise owns
         return submission._replace(pieces=submission.pieces[:index] + submission.pieces[index + 1 :])
     return None
 
@@ -128,7 +129,7 @@ def exercises_of(notebook: str) -> list[Exercise]:
             end = answers[-1].end_lineno
             binds = frozenset().union(*map(_binds, answers))
             opened = index, binds, "\n".join(lines[:end]), "\n".join(lines[end:])
-        name = _checked(statements)
+        name = _checked(statements)  # often cells later: text and hints lie between
         if name and opened:
             place, binds, stub, rest = opened
             found.append(Exercise(name, binds, place, index, stub, rest))
@@ -191,7 +192,7 @@ def _merged(student: list[Cell], own: list[Cell], exercises: list[Exercise]) -> 
     zone = {}  # index of a cell -> the exercise that it belongs to: from its answer to its check
     for exercise in exercises:
         zone.update(dict.fromkeys(range(exercise.cell, exercise.check + 1), exercise))
-    pieces = [Piece(ADDED, source) for source in matched.added.get(-1, [])]
+    pieces = [Piece(ADDED, source) for source in matched.added.get(-1, [])]  # cells above the first one
     for index, cell in enumerate(own):
         exercise = zone.get(index)
         name = exercise.name if exercise else ""
@@ -235,6 +236,7 @@ def _matched(student: list[Cell], own: list[Cell], exercises: list[Exercise]) ->
         if answer is not None and exercise.cell not in place.values():
             place[answer] = exercise.cell
             matched.answers[exercise.name] = student[answer].source
+    # what is left may be a cell of the course that was edited: its id then tells
     free = {cell.id: i for i, cell in enumerate(own) if i not in place.values() and cell.id}
     for i, cell in enumerate(student):
         if i not in place and cell.id in free:
@@ -272,7 +274,7 @@ def _same_text(student: list[Cell], own: list[Cell]) -> dict[int, int]:
     """Pair cells of the same text, in order: index of the student's cell -> index of the course's."""
     waiting = {}
     for index, cell in enumerate(own):
-        waiting.setdefault(cell.source.strip(), []).append(index)
+        waiting.setdefault(cell.source.strip(), []).append(index)  # some cells occur twice
     place = {}
     for index, cell in enumerate(student):
         if waiting.get(cell.source.strip()):

@@ -100,7 +100,7 @@ class FastStep:
     def __call__(self, ids: torch.Tensor, cache: Cache, rows: torch.Tensor) -> torch.Tensor:
         """Return logits (rows, vocabulary) float32, as step.step does. Raises ValueError where the cache is full."""
         cache.check_room(rows, 1)
-        positions = cache.lengths[rows]
+        positions = cache.lengths[rows]  # where the new token of each row belongs
         stack = self._stack
         x = stack.embedding[ids].float()  # (rows, hidden)
         given = stack.eps, stack.heads, (cache.cos, cache.sin), cache.kept
@@ -114,11 +114,12 @@ class FastStep:
         from qlora_lab.kernels import decode_products
 
         weight = part.weight.plain if isinstance(part.weight, QuantizedTensor) else part.weight
+        # once for an answer, so that a token finds float32
         bias = None if part.bias is None else part.bias.float().contiguous()
         lora = part.lora and (*(factor.float().contiguous() for factor in part.lora[:2]), part.lora[2])
         whole = int8.round_levels(part.weight.levels) if part.int8 else None
         described, kept = decode_products.describe(weight, part.weight.shape, bias, lora, whole)
-        self._kept.append(kept)
+        self._kept.append(kept)  # a table holds addresses, which keep nothing alive
         return described
 
 

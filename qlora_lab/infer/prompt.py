@@ -30,7 +30,7 @@ def forward(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> None
     for i in range(len(stack.layers)):
         found = _normed(stack, i, "attention", x, more, room)
         kept = _put(stack, cache, i, row, found[:tokens])
-        if i < len(stack.layers) - 1:
+        if i < len(stack.layers) - 1:  # what the last one adds to x nobody reads
             attended = prompt_attention.attend(found[:tokens], stack.heads, (cache.cos, cache.sin), kept, start)
             more = _passed(attended, stack.layers[i].o, room)
             both = _normed(stack, i, "mlp", x, more, room)
@@ -61,12 +61,12 @@ def _passed(x: torch.Tensor, part: Product, room: Room) -> torch.Tensor:
 def multiply(rows: Rows, room: Room, *parts: Product) -> torch.Tensor:
     """Return the products side by side: (tokens, filled up to whole tiles; rows of all weights) float32."""
     sizes = [part.weight.shape[0] for part in parts]
-    out = room.out(sum(sizes))
+    out = room.out(sum(sizes))  # side by side, as rotation and gate read them
     column = 0
     for part, size in zip(parts, sizes, strict=True):
         weight, theirs = part.weight, out[: room.tokens, column : column + size]
         form = _form(room.tokens, part)
-        if form == "numbers":
+        if form == "numbers":  # rounded to int8
             levels = int8.round_levels(weight.levels)
             int8_products.multiply(rows.numbers, weight.plain, weight.shape, *levels, out, column)
         elif form == "tiles":
@@ -86,7 +86,7 @@ def _form(tokens: int, part: Product) -> str:
         return "plain"
     if part.int8:
         return "numbers"
-    return "tiles" if tokens > few_tokens.MAX_TOKENS else "plain"
+    return "tiles" if tokens > few_tokens.MAX_TOKENS else "plain"  # few tokens have a kernel of their own
 
 
 def _forms(tokens: int, *parts: Product) -> frozenset[str]:
@@ -104,6 +104,7 @@ def _put(stack: Stack, cache: Cache, layer: int, row: int, found: torch.Tensor) 
         kept = cache.keys[layer, row], cache.values[layer, row]
         prompt_attention.put(found, (cache.cos, cache.sin), kept, start)
         return kept
+    # of a cache in 8 bits: the twin rounds them, and they are read back as attention needs them
     there = slice(start, start + len(found))
     width = stack.kv_heads * stack.head_dim
     k, v = (readable.by_heads(part, stack.head_dim) for part in found[:, -2 * width :].split(width, 1))

@@ -59,10 +59,10 @@ def _multiply(x, zeros, packed, levels, constants, shape, block_size, parts, out
         scales, values = np.empty(ROWS * blocks, np.float32), np.empty(ROWS * blocks, np.float32)
         stop = (part + 1) * tiles // parts
         for first in range(part * tiles // parts, stop, height):
-            n = min(height, stop - first)
+            n = min(height, stop - first)  # of the last panel
             for i in range(n):
                 row = min((first + i) * ROWS, rows - ROWS)  # the last tile may compute rows of its neighbour once more
-                constants_of(constants, row, blocks, ONE, values, scales, 0)
+                constants_of(constants, row, blocks, ONE, values, scales, 0)  # of double quantization, decoded once
                 _decode(packed, levels, row, scales, block_size, panel[i])
             for tile in range(len(out) // SIZE):
                 some = out[tile * SIZE : (tile + 1) * SIZE]

@@ -26,7 +26,7 @@ _NONE, _NO_WEIGHT = np.empty((0, 0), np.float32), np.empty(0, np.float32)
 class Rows(NamedTuple):
     """The input of products, in the forms that they ask for; a form that nobody asks for is empty."""
 
-    plain: torch.Tensor  # (tokens, columns) float32
+    plain: torch.Tensor  # (tokens, columns) float32; adapters and weights that are not packed read it
     tiles: np.ndarray  # flat float32: (tiles, columns, tokens of a tile), zeros behind the last token
     numbers: int8_products.Numbers
 
@@ -36,7 +36,7 @@ class Room:
 
     def __init__(self, tokens: int):
         self.tokens, self.tiles = tokens, -(-tokens // SIZE)
-        self.filled = self.tiles * SIZE  # whole tiles
+        self.filled = self.tiles * SIZE  # whole tiles: the kernels know no shorter one
         self._rows: dict[tuple, Rows] = {}
         self._out: dict[int, torch.Tensor] = {}
 
@@ -64,7 +64,7 @@ def _first(what, x, more, weight, eps, token, row):
     if what == GATE:
         gate(some, row)
     elif what == NORM:
-        if len(more):
+        if len(more):  # but for the first layer, into which nothing was added yet
             values, others = x[token], more[token]
             for i in range(0, len(values), 16):
                 total = v.load(values, i) + v.load(others, i)
@@ -74,7 +74,7 @@ def _first(what, x, more, weight, eps, token, row):
     else:
         for i in range(row.shape[1]):
             row[0, i] = some[0, i]
-    return v.largest(top) < INFINITY
+    return v.largest(top) < INFINITY  # NaN comes behind it
 
 
 @parallel
@@ -83,14 +83,14 @@ def _prepare(what, x, more, weight, eps, columns, plain, tiles, numbers, finite)
     rounded, scales, starts = numbers
     for tile in prange((len(x) + SIZE - 1) // SIZE):
         row, codes = np.empty((1, columns), np.float32), np.empty(int8_products.BLOCK, np.uint8)
-        finite[tile] = True
+        finite[tile] = True  # one for each tile: threads that write to one place would wait for each other
         for token in range(tile * SIZE, min((tile + 1) * SIZE, len(x))):
             finite[tile] &= _first(what, x, more, weight, eps, token, row)
             if len(plain):
                 for i in range(columns):
                     plain[token, i] = row[0, i]
             if len(tiles):
-                place = tile * SIZE * columns + token % SIZE
+                place = tile * SIZE * columns + token % SIZE  # numbers of a column lie side by side
                 for i in range(columns):
                     tiles[place + i * SIZE] = row[0, i]
             if len(rounded):
@@ -99,6 +99,7 @@ def _prepare(what, x, more, weight, eps, columns, plain, tiles, numbers, finite)
 
 def _prepare_rows(room, what, x, rows, columns, more=_NONE, weight=_NO_WEIGHT, eps=0.0) -> bool:
     finite = np.empty(room.tiles, np.bool_)
+    # numba compiles one function for all three uses: the arrays that a use does not have are empty
     given = what, x.numpy(), more, weight, np.float32(eps), columns
     run(_prepare, *given, rows.plain.numpy(), rows.tiles, tuple(rows.numbers), finite)
     return bool(finite.all())
