@@ -40,7 +40,7 @@ def interrupted_at(monkeypatch, number, sent=signal.SIGINT):
     """A signal arrives in step `number`, counted over all answers."""
     steps = iter(range(10**6))
 
-    def stepped(stack):
+    def stepped(stack, int8):
         def one(*given):
             if next(steps) == number:
                 signal.raise_signal(sent)
