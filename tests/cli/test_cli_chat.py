@@ -40,7 +40,7 @@ def interrupted_at(monkeypatch, number, sent=signal.SIGINT):
     """A signal arrives in step `number`, counted over all answers."""
     steps = iter(range(10**6))
 
-    def stepped(stack, int8):
+    def stepped(stack, in_int8):
         def one(*given):
             if next(steps) == number:
                 signal.raise_signal(sent)
@@ -134,9 +134,11 @@ class Left(io.StringIO):
 @pytest.mark.parametrize("words", [("generate", "double 3"), ("chat",), ("chat", "--json")])
 def test_a_reader_who_has_gone_costs_no_more_answers(run, monkeypatch, words):
     steps = []
-    monkeypatch.setattr(
-        decoding, "step_of", lambda stack, int8: lambda *given: (steps.append(1), step(stack, *given))[1]
-    )
+
+    def counted(stack, in_int8):
+        return lambda *given: (steps.append(1), step(stack, *given))[1]
+
+    monkeypatch.setattr(decoding, "step_of", counted)
     monkeypatch.setattr(sys, "stdout", Left())
     code, _, err = run(*words, "--max-new-tokens", "30", lines="double 3\n" * 20)
     assert code == 2 and err.endswith("the result could not be printed (Broken pipe)\n")

@@ -159,7 +159,7 @@ def test_ctrl_c_returns_what_was_said(packed, tokenizer, monkeypatch):
             raise KeyboardInterrupt
         return step(stack, *given)
 
-    monkeypatch.setattr(decoding, "step_of", lambda stack, int8: lambda *given: interrupted(stack, *given))
+    monkeypatch.setattr(decoding, "step_of", lambda stack, in_int8: lambda *given: interrupted(stack, *given))
     answers = decode(packed, tokenizer, PROMPTS, 20, progress=False)
     assert [len(answer.ids) for answer in answers] == [4, 4, 4]
     assert {answer.ended for answer in answers} == {"interrupted"}

@@ -118,7 +118,7 @@ def test_an_error_is_told_in_the_status_line(panel, monkeypatch):
     assert "but the context of this model is 2048: reset the conversation" in panel._status.text
     assert not panel.question.busy and not panel.columns[0].busy
 
-    def broken(stack, int8):
+    def broken(stack, in_int8):
         raise FloatingPointError("layer 1 of 2 computes a number that is not finite")
 
     monkeypatch.setattr(decoding, "step_of", broken)
