@@ -108,7 +108,7 @@ def _quoted(prose: str) -> str:
 
 def _moved(prose: str) -> str:
     """Links as they are right in docs/."""
-    return re.sub(r"\]\((?=\d\d_\w+\.ipynb)", "](../notebooks/", prose.strip())
+    return re.sub(r"\]\((?:\.\./)?(?=\d\d_\w+\.ipynb|glossary\.md)", "](../notebooks/", prose.strip())
 
 
 if __name__ == "__main__":

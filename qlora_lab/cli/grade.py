@@ -37,8 +37,8 @@ def run(a: argparse.Namespace) -> None:
     from qlora_lab.files.lock import locked_file, reserved
     from qlora_lab.files.out_path import resolved
 
-    submissions = find_notebooks(a.notebooks)  # all of them, before minutes are spent on the first
     out = check_scores_path(a.out)
+    submissions = find_notebooks(a.notebooks)  # all of them, before minutes are spent on the first
     parent = resolved(out).parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise FileNotFoundError(f"{parent} is not a folder that can be written to: create it, or choose another")

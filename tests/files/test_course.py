@@ -122,4 +122,4 @@ def test_open_names_what_stays_and_becomes_jupyterlab(source, tmp_path, monkeypa
 def test_a_copy_to_hand_out_starts_nothing(source, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("JupyterLab starts"))
     assert cli.main(["open", str(tmp_path / "mine"), "--copy-only", "--without-solutions"]) == 0
-    assert names_in(tmp_path / "mine") == {course.FIRST, "01_codebook.ipynb", SUMS}
+    assert names_in(tmp_path / "mine") == {course.FIRST, "01_codebook.ipynb", "README.md", SUMS}

@@ -313,6 +313,7 @@ EMPTY = "the path is empty, perhaps because a shell variable is not set: name"
         ["multiple-choice", "nowhere", "--out", ""],
         ["block-size", "nowhere", "--bits", "4.5", "--out", ""],
         ["gguf", "nowhere", "--out", ""],
+        ["grade", "nowhere", "--out", ""],
         ["merge", "nowhere", "--adapter", "nowhere", "--target", "dequantised", "--out", ""],
     ],
     ids=lambda argv: argv[0],
@@ -334,6 +335,7 @@ def test_no_command_with_out_is_forgotten():
         "block-size",
         "merge",
         "gguf",
+        "grade",
     }  # those of the test above: add yours there
 
 
