@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -250,6 +250,7 @@ ASKED, PASSED = pytest.StashKey[list[str]](), pytest.StashKey[bool]()
 SHARED = {"calls", "no_power_cut", "saved_llama", "tmp_path_factory"}  # fixtures of a wider scope that ask for nothing
 _shared: set[str] = set()  # all others: what they have asked for was asked before the test began
 _noted: dict[str, list[str]] = {}
+_collected: dict[str, list[str]] = {}  # file -> its tests but the slow ones, as a stage without --asking found them
 
 
 def pytest_fixture_setup(fixturedef, request):
@@ -272,19 +273,32 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_sessionfinish():
     if _noted:
-        Path(NOTES, f"{os.getpid()}.json").write_text(json.dumps(_noted), "utf-8")
+        notes = {"asked": _noted, "collected": _collected}
+        Path(NOTES, f"{os.getpid()}.json").write_text(json.dumps(notes), "utf-8")
 
 
-def _unasked(choices: str) -> set[str]:
-    """The tests that passed without these calls in each stage, and without another process, which could have asked."""
+@cache
+def _earlier(choices: str) -> tuple[set[str], set[str]]:
+    """The tests that passed without these calls in each stage, and without another process, which could have asked.
+
+    And the files with no other test: to import and collect these takes a stage some seconds.
+    """
     looked_for = {"process", *choices.split(",")}
-    asked, known = set(), set()
+    asked, known, files = set(), set(), {}
     for path in Path(NOTES).glob("*.json") if NOTES else []:
-        for test, calls in json.loads(path.read_text("utf-8")).items():
+        notes = json.loads(path.read_text("utf-8"))
+        files |= notes["collected"]
+        for test, calls in notes["asked"].items():
             known.add(test)
             if looked_for.intersection(calls):
                 asked.add(test)
-    return known - asked
+    unasked = known - asked
+    return unasked, {file for file, tests in files.items() if unasked.issuperset(tests)}
+
+
+def pytest_ignore_collect(collection_path, config):
+    choices = config.getoption("--asking")
+    return True if choices and str(collection_path) in _earlier(choices)[1] else None  # None: others decide
 
 
 def pytest_addoption(parser):
@@ -300,7 +314,10 @@ def _place(file: str) -> int:
 
 def pytest_collection_modifyitems(config, items):
     without, choices = config.getoption("--without"), config.getoption("--asking")
-    unasked = _unasked(choices) if choices else ()
+    unasked = _earlier(choices)[0] if choices else ()
+    for item in () if choices else items:
+        if not item.get_closest_marker("slow"):
+            _collected.setdefault(str(item.path), []).append(item.nodeid)
     left_out = [item for item in items if without in getattr(item, "fixturenames", ()) or item.nodeid in unasked]
     kept = set(items).difference(left_out)
     # files of LONG first, in its order; all others as they were collected

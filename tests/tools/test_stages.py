@@ -116,14 +116,29 @@ def test_the_second_stage_runs_what_has_asked_and_what_is_not_known(tmp_path):
     (tmp_path / "test_a.py").write_text(TESTS, "utf-8")
     cached = "\n@functools.cache\ndef asked_once(): return product.race()\n"  # perhaps for an earlier test
     (tmp_path / "test_b.py").write_text(TESTS + cached, "utf-8")
-    command = [*stages.PYTEST, "-p", "tests.conftest", "-p", "no:cacheprovider", "-v", f"--rootdir={tmp_path}", "."]
+    # a file that need not even be imported again, and one whose slow test alone is left
+    (tmp_path / "test_c.py").write_text("import os\nassert 'AGAIN' not in os.environ\ndef test_c(): pass\n", "utf-8")
+    slow = "import pytest\ndef test_d(): pass\n@pytest.mark.slow\ndef test_e(): pass\n"
+    (tmp_path / "test_d.py").write_text(slow, "utf-8")
+    command = [
+        *stages.PYTEST,
+        "-p",
+        "tests.conftest",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        "-v",
+        f"--rootdir={tmp_path}",
+        ".",
+    ]
     environment = os.environ | {stages.NOTES: str(tmp_path), "PYTHONPATH": str(stages.ROOT)}
 
     def passed(*options: str, **more: str) -> set[str]:
         how = {"cwd": tmp_path, "env": environment | more, "capture_output": True, "text": True}
         return set(re.findall(r"^(\S+) PASSED", subprocess.run([*command, *options], **how).stdout, re.M))
 
-    assert len(passed()) == 2 * 5
+    assert len(passed()) == 2 * 5 + 2
     every = {"itself[True]", "itself[False]", "before", "in_a_child", "kernels_only", "that_fails", "that_is_skipped"}
     wanted = {"a": every - {"itself[False]", "kernels_only"}, "b": every}
     found = passed("--asking=race,run", AGAIN="1")
