@@ -7,10 +7,11 @@ A failed stage does not stop the others; Ctrl-C does. Exit code 1: a stage faile
 
 Two workers of pytest with one thread each are faster than one worker with two threads. Tests that need several threads
 set their number themselves. "fast" runs what takes less than a tenth of a second, "long" what takes more and is not
-marked slow. Both fix the winner of the race of products (qlora_lab/kernels/product.py) at float32. Four stages
-repeat some of these as on another machine: two with another winner, "old" on a CPU without AVX2, and "readable" without
-kernels. They repeat the tests that the first two noted: a test that has not asked who won, or which kernels run, cannot
-tell. "old" also repeats the rooms of TORCH_ALONE, which is a choice. In all other stages products race.
+marked slow. Both fix the winner of the race of products (qlora_lab/kernels/product.py) at float32. Four stages repeat
+some of these as on another machine: two with another winner, "old" on a CPU without AVX2, and "readable" without
+kernels; "onednn" and "readable" repeat none of "long". They repeat the tests that the first two noted: a test that has
+not asked who won, or which kernels run, cannot tell. "old" also repeats the rooms of TORCH_ALONE, which is a choice. In
+all other stages products race.
 """
 
 import os
@@ -72,6 +73,9 @@ def unexpected(calls: set[str], path: Path) -> str | None:
 # --without: tests that set themselves, each in its turn, what the stage sets for all
 # --asking: after "fast" and "long", only the tests that asked for what the stage sets; alone, all of them
 ARITHMETIC = again("--without=outcome", "--asking=race")
+# For oneDNN, whose products are float32 as those of "long" are and differ in the order of sums, and for the readable
+# functions, which kernels are compared with everywhere: the last -m counts.
+FAST = ["-m", "not slow and not long"]
 NOTES = "QLORA_LAB_TEST_NOTES"  # names the folder in which tests/conftest.py notes what each test has asked for
 BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}  # six stages compile the same tests: keep what the first one compiled
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
@@ -99,15 +103,14 @@ class Stage(NamedTuple):
 
 STAGES = {
     "normalised": Stage([sys.executable, "tools/notebooks.py", "--check"]),
-    "fast": Stage([*STEALING, "qlora_lab", "-m", "not slow and not long"], {"QLORA_LAB_PRODUCTS": "float32"}),
+    "fast": Stage([*STEALING, "qlora_lab", *FAST], {"QLORA_LAB_PRODUCTS": "float32"}),
     "long": Stage([*STEALING, "-m", "long and not slow"], {"QLORA_LAB_PRODUCTS": "float32"}),
-    # the fast tests alone: beside "long" these are other float32 products, which differ in the order of their sums
-    "onednn": Stage([*ARITHMETIC, "-m", "not slow and not long"], {"QLORA_LAB_PRODUCTS": "onednn"}),
+    "onednn": Stage([*ARITHMETIC, *FAST], {"QLORA_LAB_PRODUCTS": "onednn"}),
     "bfloat16": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "bfloat16"}),
     "old": Stage(
         again("--asking=_choose,race,run,torch"), {"NUMBA_CPU_NAME": "generic", "ATEN_CPU_CAPABILITY": "default"}
     ),
-    "readable": Stage(again("--without=with_kernels", "--asking=_choose"), {"QLORA_LAB_KERNELS": "reference"}),
+    "readable": Stage(again("--without=with_kernels", "--asking=_choose", *FAST), {"QLORA_LAB_KERNELS": "reference"}),
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
     # one worker runs a file's tests, which share what is slow: all kernels compiled, a wheel, a bench's rows
     "slow": Stage([*PYTEST, *WORKERS, "--dist", "loadfile", "--no-loadscope-reorder", *TESTS, "-m", "slow"]),
