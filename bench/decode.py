@@ -102,50 +102,49 @@ def measure(contenders: dict[str, Contender], n_bytes: int, sizes: tuple[int, in
             "contenders": rows}  # fmt: skip
 
 
-def of_python(program: str, *options: str) -> Program:
-    return Program(sys.executable, HERE / "decode_contenders.py", program, *options)
+def started(stack: ExitStack, ours: list[str], others: list[str], files: dict[str, Path], packages: Path):
+    """Start all programs, which end with `stack`. Returns what ours says of itself, contenders, and llama.cpp's hellos.
+
+    ours: arguments of decode_contenders.py. others: programs of it. files: format -> what llama.cpp reads.
+    """
+    python = [sys.executable, HERE / "decode_contenders.py"]
+    first, *rest = (stack.enter_context(Program(*python, *words)) for words in (ours, *([name] for name in others)))
+    contenders = {name: program.contender(name) for program in (first, *rest) for name in program.hello["contenders"]}
+    hellos = {}
+    for format, file in files.items():
+        options = {"file": str(file), "threads": torch.get_num_threads(), "packages": str(packages.resolve())}
+        program = stack.enter_context(Program("node", HERE / "decode.mjs", first=options))
+        name = f"llama.cpp, {format}"
+        contenders[name], hellos[name] = program.contender(name), program.hello
+    return first.hello, contenders, hellos
 
 
-def of_llama_cpp(files: dict[str, Path], packages: Path) -> dict[str, Program]:
-    """Name -> llama.cpp with the file of a format; nothing where it is not installed."""
-    options = {"threads": torch.get_num_threads(), "packages": str(packages.resolve())}
-    return {
-        f"llama.cpp, {format}": Program("node", HERE / "decode.mjs", first=options | {"file": str(file)})
-        for format, file in files.items()
-    }
+def gguf_files(packages: Path, scratch: Path) -> dict[str, Path]:
+    """Format -> a path for it; nothing where llama.cpp is not installed."""
+    return {format: scratch / f"{format}.gguf" for format in FORMATS if installed(packages)}
 
 
 def smollm2(packages: Path, scratch: Path, rounds: int, tokens: int) -> list[dict]:
-    files = {format: scratch / f"{format}.gguf" for format in FORMATS if installed(packages)}
+    files = gguf_files(packages, scratch)
     for format, file in files.items():
         ql.to_gguf(ql.fetch(MODEL), file, format, progress=False)
     with ExitStack() as stack:
-        ours, *others = (stack.enter_context(of_python(name)) for name in ("ours", "peers", "bitsandbytes"))
-        every = {name: program.contender(name) for program in (ours, *others) for name in program.hello["contenders"]}
-        programs = {n: stack.enter_context(p) for n, p in of_llama_cpp(files, packages).items()}
-        every |= {name: program.contender(name) for name, program in programs.items()}
-        batch = {name: every[name] for name in ("ours", f"ours, {ROWS} rows")}
-        every.pop(f"ours, {ROWS} rows")
-        n_bytes = ours.hello["bytes"]
-        rows = [measure(every, n_bytes, (32, tokens), rounds), measure(every, n_bytes, (512, 1), rounds)]
-        rows.append(measure(batch, n_bytes, (32, tokens), rounds))
-    names = {name: program.hello for name, program in programs.items()}
-    return [{"model": MODEL, "programs": names} | row for row in rows]
+        ours, every, programs = started(stack, ["ours"], ["peers", "bitsandbytes"], files, packages)
+        batch = {"ours": every["ours"], f"ours, {ROWS} rows": every.pop(f"ours, {ROWS} rows")}
+        sizes = (every, (32, tokens)), (every, (512, 1)), (batch, (32, tokens))
+        rows = [measure(contenders, ours["bytes"], size, rounds) for contenders, size in sizes]
+    return [{"model": MODEL, "programs": programs} | row for row in rows]
 
 
 def seven_b(packages: Path, scratch: Path, rounds: int, layers: int) -> list[dict]:
     shape = LLAMA_7B | {"num_hidden_layers": layers}
-    files = {format: scratch / f"{format}.gguf" for format in FORMATS if installed(packages)}
+    files = gguf_files(packages, scratch)
     for format, file in files.items():
         write_random(file, format, shape)
     with ExitStack() as stack:
-        ours = stack.enter_context(of_python("ours_7b", "--layers", str(layers)))
-        every = {name: ours.contender(name) for name in ours.hello["contenders"]}
-        programs = {n: stack.enter_context(p) for n, p in of_llama_cpp(files, packages).items()}
-        every |= {name: program.contender(name) for name, program in programs.items()}
-        result = measure(every, ours.hello["bytes"], (32, 32), rounds)
-    names = {name: program.hello for name, program in programs.items()}
-    return [{"model": "random weights", "shape": shape, "programs": names} | result]
+        ours, every, programs = started(stack, ["ours_7b", "--layers", str(layers)], [], files, packages)
+        result = measure(every, ours["bytes"], (32, 32), rounds)
+    return [{"model": "random weights", "shape": shape, "programs": programs} | result]
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python bench/decode_contenders.py ours | peers | bitsandbytes | ours_7b [--layers N]
 
-bitsandbytes has a process of its own: it brings an OpenMP runtime, beside which our products take twice as long. Speaks
-JSON, a line at a time. Out, once: {"contenders": names, "bytes": of our weights that a token reads, or null}. Then, for
+Each library has a process of its own, so that none finds threads or memory as another one left them. Speaks JSON, a
+line at a time. Out, once: {"contenders": names, "bytes": of our weights that a token reads, or null}. Then, for
 each line {"contender", "prompt", "steps"}: {"first", "rest", "tokens"}, with seconds.
 """
 

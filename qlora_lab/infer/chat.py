@@ -50,8 +50,8 @@ class Chat:
     """A conversation with a model.
 
     adapter: False talks with the base, from the same packed weights; ValueError if the model has no adapter, or if all
-    of its weights learned. max_new_tokens: of an answer. Each answer draws with the seed of `sampling`. int8
-    are refused here where `decode` would refuse them.
+    of its weights learned. max_new_tokens: of an answer. Each answer draws with the seed of `sampling`. int8 is
+    refused here where `decode` would refuse it.
     """
 
     def __init__(

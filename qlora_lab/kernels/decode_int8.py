@@ -18,8 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qlora_lab.kernels import byte_sums, sums as each, vector as v
-from qlora_lab.kernels.elements import INFINITY, MAGNITUDE, NAN
-from qlora_lab.kernels.int8_products import BLOCK, MIDDLE, TINY, TOP, whole16
+from qlora_lab.kernels.int8_products import BLOCK, MIDDLE, rounded_block
 from qlora_lab.kernels.words import I16
 
 CHUNK = 128  # columns of a row whose codes fill a register
@@ -31,13 +30,6 @@ AHEAD = 2**12  # words of 4 bytes: the least distance at which codes are asked f
 def can_multiply(columns: int, block_size: int) -> bool:
     """Whether rows of so many columns have a chunk, and a chunk the same places of blocks wherever it begins."""
     return columns >= CHUNK and block_size >= BLOCK and block_size & (block_size - 1) == 0
-
-
-def level_bytes(levels) -> np.ndarray:
-    """Whole levels, at most 16, as a register's look-up table (16,) int32: without a sign, four times over."""
-    table = np.zeros(16, np.uint8)
-    table[: len(levels)] = levels + MIDDLE
-    return np.tile(table, 4).view(np.int32)
 
 
 @njit
@@ -59,19 +51,13 @@ def round_rows(x, numbers):
     blocks = columns // BLOCK
     chunks = (columns + CHUNK - 1) // CHUNK
     signed, scales = numbers.view(np.uint8), numbers.view(np.float32)
-    magnitude = v.splat(MAGNITUDE)
     sums = np.empty(16, np.int32)
     for i in range((chunks - 1) * tokens * PER_CHUNK, chunks * tokens * PER_CHUNK):
         numbers[i] = 0
     for token in range(tokens):
         row = x[token]
         for block in range(blocks):
-            i = block * BLOCK
-            tops = v.larger(v.as_ints(v.load(row, i)) & magnitude, v.as_ints(v.load(row, i + 16)) & magnitude)
-            top = v.largest(tops)  # bits of floats are ordered as floats are, and NaN comes last
-            absmax = v.as_floats(top)
-            factor = v.splat(np.float32(TOP) * (np.float32(1) / max(absmax, TINY)))
-            left, right = whole16(row, i, factor), whole16(row, i + 16, factor)
+            scale, left, right = rounded_block(row, block * BLOCK)
             even, odd = v.evens(left, right), v.odds(left, right)
             chunk, quarter = block // 4, block % 4
             if chunk == chunks - 1:
@@ -83,7 +69,7 @@ def round_rows(x, numbers):
             for lane in range(4):
                 total = sums[4 * lane] + sums[4 * lane + 1] + sums[4 * lane + 2] + sums[4 * lane + 3]
                 numbers[place + 32 + lane] = -MIDDLE * total
-                scales[place + 48 + lane] = absmax / np.float32(TOP) if top < INFINITY else NAN
+                scales[place + 48 + lane] = scale
 
 
 def _loaded(context, builder, array_type, array, index, kind):

@@ -15,7 +15,7 @@ import torch
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
-from qlora_lab.kernels import cpu, decode_int8, sums as each, vector as v
+from qlora_lab.kernels import cpu, decode_int8, int8_products, sums as each, vector as v
 from qlora_lab.kernels.compiled import parallel
 from qlora_lab.kernels.constants import undouble_into
 from qlora_lab.kernels.elements import FLOAT32, FORM, read16
@@ -58,7 +58,7 @@ def describe(weight: PackedWeight | torch.Tensor, shape, bias, lora, whole=None)
         p["form"], p["block_size"], p["shift"], p["offset"] = PACKED, weight.block_size, shift, offset
         kept.append(arrays)
         if whole is not None:
-            levels, p["unit"] = decode_int8.level_bytes(whole[0].numpy()), whole[1]
+            levels, p["unit"] = int8_products.level_bytes(whole[0]), whole[1]
             p["form"], p["levels"] = ROUNDED, levels.ctypes.data
             kept.append(levels)
     if bias is not None:

@@ -37,9 +37,28 @@ TINY = np.float32(1e-30)  # as in the twin
 
 
 @njit(forceinline=True)
-def whole16(x, i, factor):
+def _whole(x, i, factor):
     """16 numbers, scaled and rounded to whole ones; int32."""
     return v.as_ints(v.load(x, i) * factor + v.splat(ROUND)) + v.splat(-ROUND_BITS)
+
+
+@njit(forceinline=True)
+def rounded_block(row, i):
+    """BLOCK numbers from `i` on as their scale and two vectors of whole numbers, int32."""
+    magnitude = v.splat(MAGNITUDE)
+    tops = v.larger(v.as_ints(v.load(row, i)) & magnitude, v.as_ints(v.load(row, i + 16)) & magnitude)
+    top = v.largest(tops)  # bits of floats are ordered as floats are, and NaN comes last
+    absmax = v.as_floats(top)
+    scale = absmax / np.float32(TOP) if top < INFINITY else NAN
+    factor = v.splat(np.float32(TOP) * (np.float32(1) / max(absmax, TINY)))
+    return scale, _whole(row, i, factor), _whole(row, i + 16, factor)
+
+
+def level_bytes(levels: torch.Tensor) -> np.ndarray:
+    """Whole levels, at most 16, as a register's look-up table (16,) int32: without a sign, four times over."""
+    table = np.zeros(16, np.uint8)
+    table[: len(levels)] = levels.numpy() + MIDDLE
+    return np.tile(table, 4).view(np.int32)
 
 
 @njit(forceinline=True)
@@ -68,17 +87,10 @@ def round_row(row, token, codes, numbers, scales, starts):
     words, signed = codes.view(np.int32), codes.view(np.int8)
     blocks = len(row) // BLOCK
     per = BLOCK // 4 * WORDS * SIZE  # places for a block of each token
-    magnitude = v.splat(MAGNITUDE)
     tile, t = token // SIZE, token % SIZE
     for block in range(blocks):
-        i = block * BLOCK
-        tops = v.larger(v.as_ints(v.load(row, i)) & magnitude, v.as_ints(v.load(row, i + 16)) & magnitude)
-        top = v.largest(tops)  # bits of floats are ordered as floats are, and NaN comes last
-        absmax = v.as_floats(top)
         place = (tile * blocks + block) * SIZE + t
-        scales[place] = absmax / np.float32(TOP) if top < INFINITY else NAN
-        factor = v.splat(np.float32(TOP) * (np.float32(1) / max(absmax, TINY)))
-        left, right = whole16(row, i, factor), whole16(row, i + 16, factor)
+        scales[place], left, right = rounded_block(row, block * BLOCK)
         starts[place] = -MIDDLE * byte_sums.total(left + right)
         v.store(codes, 0, v.evens(left, right))
         v.store(codes, 16, v.odds(left, right))
@@ -197,9 +209,7 @@ def multiply(
     rows, columns = shape
     arrays = cpu.arrays_of(weight)
     cpu.check_length(weight, rows * columns, arrays.numel)
-    table = np.zeros(16, np.uint8)
-    table[: len(levels)] = levels.numpy() + MIDDLE
     packed = arrays.packed[: rows * columns // 2].view(np.int32)
-    looked_up = packed, np.tile(table, 4).view(np.int32), np.float32(unit), arrays.constants
+    looked_up = packed, level_bytes(levels), np.float32(unit), arrays.constants
     zeros = (np.float32(0),) * SIZE  # a tuple, so that sums are registers and not an array
     run(_multiply, tuple(x), zeros, *looked_up, rows, weight.block_size, thread_count(), out.numpy(), column)

@@ -16,7 +16,7 @@ from qlora_lab.infer.chat import Chat
 from qlora_lab.infer.decode import Decoding, decode
 from qlora_lab.infer.sampling import Sampling
 from qlora_lab.infer.stack import Product, read_stack
-from qlora_lab.kernels import decode_int8, few_tokens
+from qlora_lab.kernels import decode_int8, few_tokens, int8_products
 from qlora_lab.model.linear4bit import quantize_linears
 from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.quantize import dequantize, quantize
@@ -236,7 +236,7 @@ def by_kernel(x: torch.Tensor, q) -> torch.Tensor:
     """The product (tokens, rows) of 1, 4 or 8 tokens."""
     rows, tokens = q.shape[0], len(x)
     levels, unit = int8.round_levels(q.levels)
-    table = decode_int8.level_bytes(levels.numpy())
+    table = int8_products.level_bytes(levels)
     lanes = np.zeros((-(-rows // 16), tokens, 256), np.float32)
     scales = np.concatenate([q.absmax.numpy(), np.full(16, np.nan, np.float32)])  # what is behind a row counts nothing
     zeros = (np.float32(0),) * tokens
