@@ -5,9 +5,9 @@
     python bench/decode.py --seven-b             the shape of Llama-2-7B, random bytes; 13 GB of memory, 9 of disk
 
 In each round every contender answers once, each starting with another one: the first token after a prompt, and the rest
-one by one. Contenders run in four programs (decode_contenders.py, decode.mjs), of which one works at a time, each with
-the same number of threads. "floor" is the time of reading all bytes that a token reads, at the speed at which a copy in
-the same round moves bytes. llama.cpp reads Q4_1 and Q4_0 files that this library writes.
+one by one. Each library runs in a program of its own (decode_contenders.py, decode.mjs), of which one works at a time,
+all with the same number of threads. "floor" is the time of reading all bytes that a token reads, at the speed at which
+a copy in the same round moves bytes. llama.cpp reads Q4_1 and Q4_0 files that this library writes.
 """
 
 import argparse
