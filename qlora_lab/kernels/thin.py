@@ -13,14 +13,14 @@ import torch
 from numba import njit, prange
 
 from qlora_lab.kernels import cpu, sums as each, vector as v, words
-from qlora_lab.kernels.compiled import parallel, run
+from qlora_lab.kernels.compiled import parallel, run, thread_count
 from qlora_lab.kernels.decode_products import totals16
 from qlora_lab.kernels.elements import BFLOAT16, FORM, bfloat16_of, read16, view
 
 FOUR = (np.float32(0),) * 4  # sums at once; four of these tuples fill half of the 32 vector registers
 EIGHT = (np.float32(0),) * 8
 TOKENS = 64  # that a thread takes at a time: their rows of x and of the result stay in the second-level cache
-STRIP = 256  # columns of x that a thread takes at a time in _outer
+STRIP = 8  # runs of 32 columns of x that a thread takes at a time in _outer
 MANY = 128  # tokens for which a part of a strip is added up
 
 
@@ -103,23 +103,26 @@ def _add(low, up, out):
 
 
 @parallel
-def _outer(low, x, form, zeros, total):
-    """total (r / 8, 8, columns), zeros, += low^T x; low (tokens, r)."""
+def _outer(low, x, form, zeros, total, parts):
+    """total (r / 8, 8, columns), zeros, += low^T x; low (tokens, r). parts: threads."""
     tokens, r = low.shape
     groups, _, columns = total.shape
     flat = low.reshape(tokens * r)
-    for strip in prange((columns + STRIP - 1) // STRIP):
-        for start in range(0, tokens, MANY):
-            for i in range(strip * STRIP, min((strip + 1) * STRIP, columns), 32):
-                for group in range(groups):
-                    a, b = each.splat(zeros), each.splat(zeros)  # 8 rows of 32 columns
-                    for t in range(start, min(start + MANY, tokens)):
-                        left, right = read16(x, t * columns + i, form), read16(x, t * columns + i + 16, form)
-                        a = each.fma_scalars(a, left, flat, t * r + 8 * group)
-                        b = each.fma_scalars(b, right, flat, t * r + 8 * group)
-                    rows = total[group]
-                    each.store(each.fma(a, v.splat(np.float32(1)), rows, i), rows, (i,))
-                    each.store(each.fma(b, v.splat(np.float32(1)), rows, i + 16), rows, (i + 16,))
+    runs = columns // 32
+    for part in prange(parts):  # by hand: of the 576 columns of a small model, whole strips gave one thread 512
+        stop = (part + 1) * runs // parts
+        for first in range(part * runs // parts, stop, STRIP):
+            for start in range(0, tokens, MANY):
+                for i in range(32 * first, 32 * min(first + STRIP, stop), 32):
+                    for group in range(groups):
+                        a, b = each.splat(zeros), each.splat(zeros)  # 8 rows of 32 columns
+                        for t in range(start, min(start + MANY, tokens)):
+                            left, right = read16(x, t * columns + i, form), read16(x, t * columns + i + 16, form)
+                            a = each.fma_scalars(a, left, flat, t * r + 8 * group)
+                            b = each.fma_scalars(b, right, flat, t * r + 8 * group)
+                        rows = total[group]
+                        each.store(each.fma(a, v.splat(np.float32(1)), rows, i), rows, (i,))
+                        each.store(each.fma(b, v.splat(np.float32(1)), rows, i + 16), rows, (i + 16,))
 
 
 def lower(x: torch.Tensor, down: torch.Tensor, low: torch.Tensor) -> None:
@@ -142,5 +145,5 @@ def outer(low: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return low^T x in float32, (r, columns), from low (tokens, r) float32 and x (tokens, columns)."""
     r, columns = low.shape[1], x.shape[1]
     total = low.new_zeros(r // 8, 8, columns)
-    run(_outer, low.numpy(), view(x.contiguous()), FORM[x.dtype], EIGHT, total.numpy())
+    run(_outer, low.numpy(), view(x.contiguous()), FORM[x.dtype], EIGHT, total.numpy(), thread_count())
     return total.view(r, columns)
