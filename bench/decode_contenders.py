@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -25,11 +26,12 @@ from torch import nn  # noqa: E402
 
 import qlora_lab as ql  # noqa: E402
 from bench.cpu import bnb_linear  # noqa: E402
+from bench.seven_b import byte_tokenizer  # noqa: E402
 from qlora_lab.adapters.lora import adapters, add_lora  # noqa: E402
-from qlora_lab.infer.cache import make_cache  # noqa: E402
-from qlora_lab.infer.fast import bytes_read, step_of  # noqa: E402
+from qlora_lab.infer.decode import Decoding  # noqa: E402
+from qlora_lab.infer.fast import bytes_read  # noqa: E402
+from qlora_lab.infer.sampling import Sampling  # noqa: E402
 from qlora_lab.infer.stack import read_stack  # noqa: E402
-from qlora_lab.infer.step import read_prompt  # noqa: E402
 from qlora_lab.model.linear4bit import Linear4bit, linears_to_quantise  # noqa: E402
 from qlora_lab.model.modes import measuring  # noqa: E402
 from qlora_lab.quant.codebook import codebook  # noqa: E402
@@ -45,28 +47,21 @@ Sample = dict[str, float]  # seconds: first, of the prompt and a token; rest, of
 Contender = Callable[[list[int], int], Sample]
 
 
-def ours(model: nn.Module, rows: int = 1, int8: bool = False) -> Contender:
-    """Answer through the decode path, `rows` times the same prompt at once, in int8 or in float32."""
-    stack = read_stack(model)
-    step, every = step_of(stack, int8), torch.arange(rows)
+def ours(model: nn.Module, tokenizer, rows: int = 1, int8: bool = False) -> Contender:
+    """Answer as a user does, `rows` times the same prompt at once, in int8 or in float32."""
 
-    def answer(prompt: list[int], tokens: int) -> Sample:
+    def seconds(prompt: list[int], tokens: int) -> float:
         start = perf_counter()
-        cache = make_cache(stack, rows, len(prompt) + tokens)
-        with torch.no_grad():
-            for row in range(rows):
-                read_prompt(stack, torch.tensor(prompt[:-1]), cache, row, int8)
-            token = step(torch.tensor(prompt[-1:] * rows), cache, every).argmax(-1)
-            first = perf_counter() - start
-            for _ in range(tokens - 1):
-                token = step(token, cache, every).argmax(-1)
-        return {"first": first, "rest": perf_counter() - start - first}
+        run = Decoding(model, tokenizer, [prompt] * rows, tokens, Sampling(int8=int8))
+        run._ends = []  # no end token, as for the others
+        deque(run, maxlen=0)
+        return perf_counter() - start
 
-    return answer
+    return _in_two_lengths(seconds)
 
 
 def theirs(model: nn.Module) -> Contender:
-    """Answer through transformers' generate; answers of two lengths separate the first token from the rest."""
+    """Answer through transformers' generate."""
     from transformers import GenerationConfig
 
     def seconds(prompt: list[int], tokens: int) -> float:
@@ -76,6 +71,12 @@ def theirs(model: nn.Module) -> Contender:
         with measuring(model):
             model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=GenerationConfig(**how))
         return perf_counter() - start
+
+    return _in_two_lengths(seconds)
+
+
+def _in_two_lengths(seconds: Callable[[list[int], int], float]) -> Contender:
+    """Answers of two lengths separate the first token from the rest."""
 
     def answer(prompt: list[int], tokens: int) -> Sample:
         first = seconds(prompt, 1)
@@ -125,9 +126,9 @@ def random_7b(layers: int) -> nn.Module:
 
 
 def of_ours() -> tuple[dict[str, Contender], int]:
-    packed, _ = ql.load(MODEL, progress=False)
-    contenders = {"ours": ours(packed), f"ours, LoRA r={RANK}": ours(adapted(packed))}
-    contenders |= {"ours, int8": ours(packed, int8=True), f"ours, {ROWS} rows": ours(packed, ROWS)}
+    packed, words = ql.load(MODEL, progress=False)
+    contenders = {"ours": ours(packed, words), f"ours, LoRA r={RANK}": ours(adapted(packed), words)}
+    contenders |= {"ours, int8": ours(packed, words, int8=True), f"ours, {ROWS} rows": ours(packed, words, ROWS)}
     return contenders, bytes_read(read_stack(packed))
 
 
@@ -144,8 +145,8 @@ def of_bnb() -> tuple[dict[str, Contender], None]:
 
 
 def of_ours_7b(layers: int) -> tuple[dict[str, Contender], int]:
-    model = random_7b(layers)
-    contenders = {"ours": ours(model), "ours, int8": ours(model, int8=True)}
+    model, words = random_7b(layers), byte_tokenizer()
+    contenders = {"ours": ours(model, words), "ours, int8": ours(model, words, int8=True)}
     return contenders, bytes_read(read_stack(model))
 
 

@@ -63,7 +63,7 @@ def write_checkpoint(folder: Path, shape: dict, shard_bytes: int) -> None:
     config = LlamaConfig(**shape, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
     shards = []
@@ -94,7 +94,7 @@ def _draw(shape, generator):
     return torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
 
 
-def _tokenizer():
+def byte_tokenizer():
     """A tokenizer with one token per byte, so that a text can have any number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -3,15 +3,14 @@
 import io
 import json
 import sys
-from functools import partial
 
 import pytest
 import torch
 
 from bench import decode, decode_contenders as contenders_of, decode_int8
+from bench.seven_b import byte_tokenizer
 from qlora_lab.infer import fast
 from qlora_lab.infer.stack import read_stack
-from qlora_lab.infer.step import step
 
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -28,13 +27,12 @@ for line in sys.stdin:
 
 def test_answers_are_timed_one_after_the_other(monkeypatch):
     monkeypatch.setattr(decode, "copy_seconds", lambda n_bytes: n_bytes / 1e9)
-    monkeypatch.setattr(contenders_of, "step_of", lambda stack, int8: partial(step, stack))  # nothing is compiled
     monkeypatch.setattr(fast, "can_step", lambda stack: False)
     monkeypatch.setattr(contenders_of, "LLAMA_7B", contenders_of.LLAMA_7B | SIZES | {"vocab_size": 2048})
-    model = contenders_of.random_7b(layers=2)
+    model, words = contenders_of.random_7b(layers=2), byte_tokenizer()
     contenders = {
-        "ours": contenders_of.ours(model),
-        "rows": contenders_of.ours(model, 2, int8=True),
+        "ours": contenders_of.ours(model, words),
+        "rows": contenders_of.ours(model, words, 2, int8=True),
         "transformers": contenders_of.theirs(model),
     }
     row = decode.measure(contenders, 1000, (4, 3), rounds=2)
@@ -42,7 +40,7 @@ def test_answers_are_timed_one_after_the_other(monkeypatch):
     assert all(of["first"]["median"] > 0 and of["token"]["median"] > 0 for of in row["contenders"].values())
     prompt = decode.measure(contenders, 1000, (4, 1), rounds=2)
     assert all(set(of) == {"first"} for of in prompt["contenders"].values())
-    assert contenders_of.ours(contenders_of.adapted(model))([1, 2], 2).keys() == {"first", "rest"}
+    assert contenders_of.ours(contenders_of.adapted(model), words)([1, 2], 2).keys() == {"first", "rest"}
 
 
 def test_a_program_is_asked_line_by_line():
@@ -78,6 +76,6 @@ def test_what_int8_loses_is_measured(monkeypatch, tokenizer):
     for how in decode_int8.WAYS[1:]:
         assert found[how]["perplexity, relative"] == every[how] / every["float32"] - 1 != 0
         assert 0 < found[how]["divergence"] < 0.1 and 0.001 < found[how]["logits, relative"] < 0.3
-    assert contenders_of.ours(model, 2, int8=True)([1, 2, 3], 1)["first"] > 0
+    assert contenders_of.ours(model, tokenizer, 2, int8=True)([1, 2, 3], 1)["first"] > 0
     answers = decode_int8.over_answers(model, tokenizer, [[3, 4, 5, 6], "the sum"], 4)
     assert answers["prompts"] == 2 and answers["parted"] == len(answers["first different token"])

@@ -29,7 +29,7 @@ def add_answer(group, most: int) -> None:
     add("--temperature", number, "X", "draw tokens, the more freely the higher; without it, the likeliest is taken")
     add("--top-p", number, "X", "draw among the likeliest tokens that have this share together")
     add("--repetition-penalty", number, "X", "above 1: tokens that were there before become less likely")
-    add("--seed", whole, "N", "of the draws: the same seed gives the same text")
+    add("--seed", whole, "N", "start of the random draws, beside --temperature: the same seed gives the same text")
     add(
         "--stop", str, "TEXT", "a text that ends the answer and does not belong to it; may be repeated", action="append"
     )

@@ -115,7 +115,7 @@ def _answer(a: argparse.Namespace, name: str, chat, question: str, terminal: boo
                 if name:
                     print(f"{name}: ", end="")
                 print_pieces(pieces)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         if not terminal:
             raise
         print(f"qlora-lab chat: {one_line(str(error))}", file=sys.stderr)
@@ -123,7 +123,7 @@ def _answer(a: argparse.Namespace, name: str, chat, question: str, terminal: boo
     except KeyboardInterrupt as interrupt:
         if not terminal or isinstance(interrupt, Terminated):
             raise
-        whole = False  # nor does the adapter answer: who stops the base does not wait for the other
+        whole = False  # nor does the adapter answer: if you stop the base, you do not want to wait for the other
     if chat.reply is not None:  # an interrupt can come before the first token
         _report(a, name, question, chat.reply)
     return whole

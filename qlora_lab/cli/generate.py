@@ -64,10 +64,17 @@ def _asked(question: str, tokenizer) -> list[int]:
 def _stream(a: argparse.Namespace, run: "ql.Decoding") -> None:
     """Print the answer while it comes, or as one line of JSON. Ctrl-C leaves what was said on stdout."""
     if not a.json:
-        return print_pieces(piece.text for piece in run)
+        print_pieces(piece.text for piece in run)
+        return
     try:
         deque(run, maxlen=0)
-    finally:
-        (answer,) = run.answers
-        # json.dumps spells control characters by itself
-        print(json.dumps({"question": a.question, "answer": answer.text.strip(), "ended": answer.ended}))
+    except KeyboardInterrupt:
+        _print_json(a, run)
+        raise
+    _print_json(a, run)
+
+
+def _print_json(a: argparse.Namespace, run: "ql.Decoding") -> None:
+    (answer,) = run.answers
+    # json.dumps spells control characters by itself
+    print(json.dumps({"question": a.question, "answer": answer.text.strip(), "ended": answer.ended}))

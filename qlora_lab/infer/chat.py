@@ -83,8 +83,8 @@ class Chat:
         """Return the pieces of the answer, which never cut a character.
 
         An iteration that is closed or interrupted keeps what was said as the answer; an answer without a word is
-        forgotten with its question. So is an answer whose conversation was meanwhile reset, or continued with another
-        question.
+        forgotten with its question. So is an answer that an error ends, and one whose conversation was meanwhile reset,
+        or continued with another question.
         Raises ValueError for a conversation longer than the context, with both numbers, and for a question that the
         template or the tokenizer refuses; the conversation then is as before.
         """
@@ -102,6 +102,7 @@ class Chat:
         pieces = iter(run)
         spent: list[float] = []  # of each piece; what the caller does between two is not the model's time
         first = 0  # tokens in the first piece
+        failed = False
         try:
             while True:
                 begin = time.perf_counter()
@@ -111,10 +112,13 @@ class Chat:
                     break
                 first = first or len(run.answers[0].ids)
                 yield piece.text
+        except Exception:  # neither an interrupt nor the caller who closes the iteration
+            failed = True
+            raise
         finally:  # also after an interrupt, and when the caller closes the iteration
             pieces.close()  # after an interrupt it would otherwise end with the last reference to it
             # else the conversation was reset, or continued with another question, while this answer came
-            if self.turns is before:
+            if self.turns is before and not failed:
                 self._prefix = run.prefix
                 self._keep(question, run.answers[0], first, spent)
 

@@ -11,10 +11,11 @@ that of the dequantised model, up to what int8 loses where it was asked for. All
 Rows of different lengths need no padding: each has its own place in the cache. A row that ends makes the rest faster.
 """
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -35,17 +36,19 @@ from qlora_lab.infer.stack import Stack, UnlikeLlama, read_stack
 from qlora_lab.infer.step import forward, read_prompt
 from qlora_lab.model.loaded import check_pair
 from qlora_lab.quant.numbers import check_whole
+from qlora_lab.train.interrupt import Terminated
 from qlora_lab.train.limits import check_tokens, position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 GREEDY = Sampling()
+_ASKING = threading.RLock()  # the base is asked by taking the adapter out of the model that another thread may read
 Ended = Literal["end", "stop", "length", "context", "interrupted"]
 
 
 class Piece(NamedTuple):
-    """Text that belongs to the answer of one prompt. Never half a character."""
+    """Text that belongs to the answer of one prompt; half a character only where the model itself ends in it."""
 
     row: int  # of the prompts, from 0
     text: str
@@ -56,8 +59,8 @@ class Answer:
     """What follows one prompt."""
 
     text: str
-    ids: list[int] = field(repr=False)  # without the token that ends it
-    ended: Ended  # by its end token, a stop, max_new_tokens, the end of the context, or Ctrl-C
+    ids: list[int] = field(repr=False)  # without the end token; with the tokens of a stop
+    ended: Ended  # by its end token, a stop, max_new_tokens, the end of the context, or Ctrl-C or an error
 
 
 def decode(
@@ -72,18 +75,21 @@ def decode(
     """Continue texts, or rows of ids, and return an Answer for each. One text counts as a list of one.
 
     Texts are continued as they are: for a question, apply the tokenizer's chat template. sampling: greedy by default,
-    without a stop. Ctrl-C ends all answers where they are, and returns them.
+    without a stop. Ctrl-C ends all answers where they are, and returns them; Terminated is passed on.
     Raises ValueError for a prompt without tokens, or longer than the context, with both numbers, for a token without
     embedding, for options that are not allowed, and for int8 where no weight fits or transformers answers;
     TypeError for a `sampling` of another type; FloatingPointError for a NaN, which names the layer. Warns where
     transformers answers; a NaN's layer is then not named.
     """
     run = Decoding(model, tokenizer, prompts, max_new_tokens, sampling)
+    run._remembers = False  # nobody can ask this one for its prefix
     bar = tqdm(desc="answers", unit="piece", leave=False, delay=2, disable=not progress)
     with bar:
         try:
             for _ in run:
                 bar.update()
+        except Terminated:  # a KeyboardInterrupt as well
+            raise
         except KeyboardInterrupt:
             pass  # what was said so far is there
     return run.answers
@@ -107,6 +113,7 @@ class Decoding:
         check_sampling(model, sampling, adapter)  # now, and not with the first piece
         self._adapter = adapter
         self._begun = 0  # iterations
+        self._remembers = True  # leaves a prefix
         self.prefix: Prefix | None = None
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._prompts = _as_ids(prompts, tokenizer)
@@ -140,8 +147,9 @@ class Decoding:
     def _by_steps(self, stack: Stack) -> Iterator[Piece]:
         longest = max(len(row.prompt) + row.room for row in self._rows) - 1  # the model never reads the last token
         cache = make_cache(stack, len(self._rows), longest, self._sampling.cache_bits)
-        weights = weights_of(stack), self._sampling.int8
         before, self.prefix = self.prefix, None
+        needed = self._remembers or before is not None
+        weights = (weights_of(stack), self._sampling.int8) if needed else ()
         if before is not None:
             take_over(before, [row.known[:-1] for row in self._rows], weights, cache)
             del before  # its cache: two would stay
@@ -154,7 +162,7 @@ class Decoding:
                 if number != self._begun:
                     raise ValueError("another iteration over these answers has begun: go on with that one")
         finally:
-            if number == self._begun:
+            if number == self._begun and self._remembers:
                 read = zip(self._rows, cache.lengths.tolist(), strict=True)
                 self.prefix = Prefix([row.known[:n] for row, n in read], cache, weights)
 
@@ -188,8 +196,14 @@ class Decoding:
     def _by_transformers(self) -> Iterator[Piece]:
         self.prefix = None
         for row in self._unended():
-            with asked(self._model, self._adapter):
-                new = generated(self._model, self._tokenizer, row.prompt, row.room, self._sampling, row.number)
+            new: list[int] = []
+            own = replace(self._sampling, seed=self._sampling.seed + row.number)
+            try:
+                with asked(self._model, self._adapter):
+                    generated(self._model, self._tokenizer, row.prompt, row.room, own, new)
+            except KeyboardInterrupt:
+                row.begin(new)
+                raise
             row.begin([])  # an interrupt may have left a part of this answer
             text = "".join(row.add(token) for token in new)
             if row.ended is None:
@@ -207,7 +221,7 @@ class _Row:
         self.ids: list[int] = []
         self.text: list[str] = []
         self.ended: Ended | None = None
-        self._new_pieces = partial(Pieces, tokenizer, sampling.stops)
+        self._new_pieces = partial(Pieces, tokenizer, sampling.stops, prompt[-1])
         self._pieces = self._new_pieces()
         self._chooser = Chooser(sampling, prompt, number)
 
@@ -246,19 +260,21 @@ class _Row:
         return self.end(self.cut) if self.ended is None and len(self.ids) == self.room else ""
 
     def end(self, why: Ended) -> str:
-        text = self._pieces.rest()
+        text = self._pieces.rest(cut=why != "end")
         self.text.append(text)
         self.ended = "stop" if self._pieces.stopped else why
         return text
 
 
-def asked(model: torch.nn.Module, adapter: bool):
-    """Return a context in which the model is as it is, or without its adapter."""
-    return nullcontext() if adapter else without_adapters(model)
+@contextmanager
+def asked(model: torch.nn.Module, adapter: bool) -> Iterator[None]:
+    """Inside the `with` block the model is as it is, or without its adapter, for this thread alone."""
+    with _ASKING, nullcontext() if adapter else without_adapters(model):
+        yield
 
 
 def check_sampling(model: torch.nn.Module, sampling: Sampling, adapter: bool) -> None:
-    """Raise TypeError for what is no Sampling, ValueError for int8 or a cache of 8 bits if the model cannot have it."""
+    """Raise TypeError for anything but a Sampling, ValueError for int8 or an 8-bit cache that the model cannot have."""
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling={sampling!r:.60} is not allowed: give a qlora_lab.Sampling")
     if not sampling.int8 and sampling.cache_bits == 32:

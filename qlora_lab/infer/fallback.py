@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_lab.data.dataset import end_token_id, to_device
+from qlora_lab.infer.pieces import Pieces
 from qlora_lab.infer.sampling import Sampling
 from qlora_lab.model.modes import measuring, own_draws
 from qlora_lab.train.limits import fill_id
@@ -19,30 +20,38 @@ if TYPE_CHECKING:
 
 
 def generated(
-    model: torch.nn.Module, tokenizer: "Tokenizer", ids: list[int], new: int, sampling: Sampling, row: int
-) -> list[int]:
-    """Return at most `new` ids that continue one prompt, without the one that ends them.
+    model: torch.nn.Module, tokenizer: "Tokenizer", ids: list[int], most: int, sampling: Sampling, new: list[int]
+) -> None:
+    """Write at most `most` ids that continue one prompt into `new`, while they come, without the one that ends them.
 
-    Raises FloatingPointError for a NaN: transformers would choose token 0, or fail while it draws.
+    Raises FloatingPointError for a NaN or an infinity: transformers would choose token 0, or fail while it draws.
     """
-    from transformers import GenerationConfig, LogitsProcessorList  # heavy, so not at the top
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList  # heavy, so not at the top
 
     stop = stop_ids(model, tokenizer)
-    how = {"max_new_tokens": new, "eos_token_id": stop, "pad_token_id": fill_id(model, tokenizer)}
+    pieces = Pieces(tokenizer, sampling.stops, ids[-1])
+
+    def watch(rows: torch.Tensor, _scores) -> torch.Tensor:
+        new[:] = until(rows[0, len(ids) :].tolist(), stop)
+        pieces.add(int(rows[0, -1]))
+        return torch.tensor([pieces.stopped], device=rows.device)
+
+    how = {"max_new_tokens": most, "eos_token_id": stop, "pad_token_id": fill_id(model, tokenizer)}
     how |= {"do_sample": sampling.temperature > 0, "repetition_penalty": float(sampling.repetition_penalty)}
     if sampling.temperature > 0:  # transformers warns of them beside greedy answers
         how |= {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p), "top_k": 0}
     batch = to_device({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}, model)
     with measuring(model), own_configuration_aside(model), own_draws(model):
-        torch.manual_seed(sampling.seed + row)
+        torch.manual_seed(sampling.seed)
         checks = LogitsProcessorList([_checked])
-        rows = model.generate(**batch, generation_config=GenerationConfig(**how), logits_processor=checks)
-    return until(rows[0, len(ids) :].tolist(), stop)
+        watches = StoppingCriteriaList([watch])
+        config = GenerationConfig(**how)
+        model.generate(**batch, generation_config=config, logits_processor=checks, stopping_criteria=watches)
 
 
 def _checked(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    if logits.isnan().any():
-        raise FloatingPointError("the model computes a logit that is not a number")
+    if not (logits < torch.inf).all():  # a processor may have set some to -inf
+        raise FloatingPointError("the model computes a logit that is not a finite number")
     return logits
 
 

@@ -1,11 +1,12 @@
 """Hand a stack to the kernel that computes a token in one call (kernels/decode_step.py), where it can.
 
 In: a Stack. Out: a function with the signature of step.step without the stack, equal to it within rounding. One token
-of a row reads every weight once; so many bytes are the floor of its time, whoever computes it.
+of a row reads every weight once; so many bytes are the floor of its time, however it is computed.
 """
 
-import resource
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from time import perf_counter
 
@@ -15,6 +16,7 @@ from qlora_lab.infer import int8, step as readable
 from qlora_lab.infer.cache import Cache
 from qlora_lab.infer.stack import Product, Stack
 from qlora_lab.infer.thread_choice import ThreadChoice
+from qlora_lab.kernels import choose
 from qlora_lab.model import product_4bit
 from qlora_lab.quant.codebook import codebook, rounding
 from qlora_lab.quant.quantize import QuantizedTensor
@@ -52,11 +54,13 @@ def _after_the_first(stack: Stack) -> Step:
 
 def can_step(stack: Stack) -> bool:
     """Whether the kernel computes this stack: sizes of whole registers, 4-bit codes in blocks that end with rows."""
-    from qlora_lab.kernels import decode_step
+    if choose().blocks is None:  # switched off, or a forked process: 16-bit weights need them, too
+        return False
+    from qlora_lab.kernels import decode_step, prompt_attention
 
     hidden = stack.embedding.shape[1]
     middle = stack.layers[0].gate.weight.shape[0]
-    if not decode_step.can_step(hidden, stack.head_dim, middle):
+    if not decode_step.can_step(hidden, stack.head_dim, middle) or not prompt_attention.can_attend(stack.head_dim):
         return False
     return all(_fits(part) for layer in stack.layers for part in layer.products) and _fits(stack.head)
 
@@ -66,7 +70,6 @@ def _fits(part: Product) -> bool:
 
     if not isinstance(part.weight, QuantizedTensor):
         return part.weight.is_contiguous()
-    # QLORA_LAB_KERNELS can switch kernels off
     known = product_4bit.product_of(part.weight) is not None
     if part.int8 and not decode_int8.can_multiply(part.weight.shape[1], part.weight.block_size):
         return False
@@ -95,7 +98,8 @@ class FastStep:
         self._weights = decode_step.Weights(layers, torch.stack(norms).float().numpy(), head)
         self._thresholds, _ = rounding(codebook("int8"))
         self._step = decode_step.step
-        self._threads = ThreadChoice(thread_count())
+        # by number of rows: each number has a kernel and a time of its own
+        self._threads = defaultdict(partial(ThreadChoice, thread_count()))
 
     def __call__(self, ids: torch.Tensor, cache: Cache, rows: torch.Tensor) -> torch.Tensor:
         """Return logits (rows, vocabulary) float32, as step.step does. Raises ValueError where the cache is full."""
@@ -103,10 +107,11 @@ class FastStep:
         positions = cache.lengths[rows]  # where the new token of each row belongs
         stack = self._stack
         x = stack.embedding[ids].float()  # (rows, hidden)
-        given = stack.eps, stack.heads, (cache.cos, cache.sin), cache.kept
+        read = stack.eps, stack.heads, (cache.cos, cache.sin), cache.kept
+        threads = self._threads[len(rows)]
         start, switches = perf_counter(), _switches()
-        logits = self._step(x, self._weights, *given, rows, positions, self._thresholds, self._threads.count)
-        self._threads.took(perf_counter() - start, _switches() - switches)
+        logits = self._step(x, self._weights, *read, rows, positions, self._thresholds, threads.count)
+        threads.took(perf_counter() - start, _switches() - switches)
         cache.lengths[rows] = positions + 1
         return logits
 
@@ -124,5 +129,9 @@ class FastStep:
 
 
 def _switches() -> int:
-    """How often the system has taken a core away from a thread of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    """How often the system has taken a core away from a thread of this process; 0 on Windows, which does not tell."""
+    with suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    return 0

@@ -10,7 +10,7 @@ kernels/decode_int8.py for a token of an answer.
     x W^T  ~  sum over these blocks of  (s absmax unit) (n m^T)
 
 n and m are whole numbers from -127 to 127. One instruction multiplies and adds 64 pairs of them, where float32 has 16.
-The levels of NF4 are no multiples of one unit, so m errs as well: by 0.4 % of absmax at most, and NF4 itself by up to
+The levels of NF4 are not multiples of one unit, so m errs as well: by 0.4 % of absmax at most, and NF4 itself by up to
 15 %. Source: LLM.int8() (arXiv 2208.07339), section 2, absmax quantization, here for each block of columns. llama.cpp
 rounds activations in blocks of 32, too.
 """

@@ -3,7 +3,7 @@
 In: ids, one at a time. Out: the text that is certain by now. All pieces of a row together are its answer.
 
 A token may hold half a character, so the text of the tokens so far can end with U+FFFD, which stands for bytes that are
-no character yet; that text waits. So does text that could be the beginning of a stop.
+not a character yet; that text waits. So does text that could be the beginning of a stop.
 """
 
 from collections.abc import Sequence
@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-HALF = "\ufffd"  # what a tokenizer writes for bytes that are no character
+HALF = "\ufffd"  # what a tokenizer writes for bytes that are not a character
 
 
 class Pieces:
-    """The text of one row. stops: texts that end it, and are not part of it."""
+    """The text of one row. stops: texts that end it, and are not part of it. before: the token that it follows."""
 
-    def __init__(self, tokenizer: "Tokenizer", stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: "Tokenizer", stops: Sequence[str] = (), before: int | None = None):
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._ids: list[int] = []
+        self._ids: list[int] = [] if before is None else [before]
         self._first = 0  # of the tokens that are decoded again, because a token's text depends on the one before it
-        self._done = 0  # tokens whose text was taken
+        if self._text(len(self._ids)).endswith(HALF):  # the rest of that character would be missed
+            self._ids = []
+        self._done = len(self._ids)  # tokens whose text was taken
         self._waiting = ""
         self.stopped = False
 
@@ -35,16 +37,19 @@ class Pieces:
             return ""
         return self._certain(self._take(text))
 
-    def rest(self) -> str:
-        """Return what still waits, at the end of an answer."""
+    def rest(self, cut: bool) -> str:
+        """Return what still waits, at the end of an answer. cut: it would have gone on; half a character is dropped."""
         text, self._waiting = self._waiting + self._take(self._text(len(self._ids))), ""
-        cut = self._stop_in(text)
-        self.stopped |= cut is not None
-        return text[:cut]
+        text = text.removesuffix(HALF) if cut else text
+        end = self._stop_in(text)
+        self.stopped |= end is not None
+        return text[:end]
 
     def _take(self, text: str) -> str:
         new = text[len(self._text(self._done)) :]
-        self._first, self._done = self._done, len(self._ids)
+        if new:  # a token without text, such as a special one, tells the next nothing: keep the one before it
+            self._first = self._done
+        self._done = len(self._ids)
         return new
 
     def _text(self, stop: int) -> str:

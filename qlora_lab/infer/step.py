@@ -36,13 +36,18 @@ def forward(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> torc
     for i, layer in enumerate(stack.layers):
         normed = rms_norm(x, layer.attention_norm, stack.eps)
         q, k, v = (by_heads(multiply(normed, part), stack.head_dim) for part in (layer.q, layer.k, layer.v))
+        _check(i, stack, q, k)  # torch's softmax makes the NaN of a single key a finite number
         keys, values = cache.put(i, row, rotate(k, *angles), v)
         x = x + multiply(attend(rotate(q, *angles), keys, values), layer.o)
         x = x + gated(rms_norm(x, layer.mlp_norm, stack.eps), layer)
-        if not x.isfinite().all():
-            raise FloatingPointError(f"layer {i} of {len(stack.layers)} computes a number that is not finite")
+        _check(i, stack, x)
     cache.lengths[row] += len(ids)
     return rms_norm(x, stack.norm, stack.eps)
+
+
+def _check(i: int, stack: Stack, *numbers: torch.Tensor) -> None:
+    if not all(some.isfinite().all() for some in numbers):
+        raise FloatingPointError(f"layer {i} of {len(stack.layers)} computes a number that is not finite")
 
 
 def read_prompt(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0, in_int8: bool = False) -> None:

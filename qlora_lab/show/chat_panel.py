@@ -109,7 +109,7 @@ class Column(Shown):
         log.ariaBusy = String(model.get("busy"));                      // read aloud once it is whole
         log.innerHTML = model.get("turns");
         speed.textContent = model.get("speed");
-        if (atEnd) log.scrollTop = log.scrollHeight;                   // but who reads further up stays there
+        if (atEnd) log.scrollTop = log.scrollHeight;                   // but a reader who has scrolled up stays there
       };
       model.on("change", show); show();
     } };
@@ -233,6 +233,9 @@ class ChatPanel:
                 yield
         except (ValueError, FloatingPointError) as error:  # such as a full context
             self._status.text = str(error)
+        except Exception as error:  # such as no memory; a task keeps its error to itself
+            self._status.text = f"{type(error).__name__}: {error}"
+            raise
         finally:  # a task that is cancelled comes here as well
             for one in writing:
                 one.close()

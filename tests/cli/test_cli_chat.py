@@ -20,6 +20,7 @@ from qlora_lab.infer.step import step
 from tests.cli.test_cli_quiet import adapter
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*are in 4 bits;")]
+ASKED = "<|im_start|>user\ndouble 3<|im_end|>\n<|im_start|>assistant\n"
 FEW = ["--max-new-tokens", "6", "--quiet"]
 
 
@@ -65,11 +66,34 @@ def learned(folder, tmp_path) -> Path:
 
 def test_a_piped_answer_is_the_one_of_the_library(run, folder):
     model, tokenizer = ql.load(folder, progress=False)
-    (want,) = ql.decode(model, tokenizer, "<|im_start|>user\ndouble 3<|im_end|>\n<|im_start|>assistant\n", 6)
+    (want,) = ql.decode(model, tokenizer, ASKED, 6, progress=False)
     code, out, err = run("generate", "double 3")
     assert (code, err) == (0, "") and out == "".join(tidy([want.text])) + "\n"
     said = json.loads(run("generate", "double 3", "--json")[1])
     assert said == {"question": "double 3", "answer": want.text.strip(), "ended": "length"}
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_options_reach_the_answer(run, folder, name):
+    model, tokenizer = ql.load(folder, progress=False)
+    sampling = ql.Sampling(temperature=3, top_p=0.9, repetition_penalty=1.5, seed=5)
+    (want,) = ql.decode(model, tokenizer, ASKED, 6, sampling, progress=False)
+    hot = ["--temperature", "3", "--top-p", "0.9", "--repetition-penalty", "1.5", "--seed", "5", "--json"]
+    given = {"generate": (["double 3"], ""), "chat": ([], "double 3\n")}
+    words, lines = given[name]
+    assert json.loads(run(name, *words, *hot, lines=lines)[1])["answer"] == want.text.strip()
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_a_failed_answer_is_not_printed(run, monkeypatch, name):
+    def broken(*given):
+        raise FloatingPointError("layer 0 of 2 computes a number that is not finite")
+
+    monkeypatch.setattr(decoding, "step_of", lambda stack, in_int8: broken)
+    given = {"generate": (["double 3"], ""), "chat": ([], "double 3\n")}
+    words, lines = given[name]
+    code, out, err = run(name, *words, "--json", lines=lines)
+    assert (code, out) == (2, "") and "layer 0 of 2" in err
 
 
 def test_one_seed_one_text(run):
@@ -89,6 +113,7 @@ def test_a_stop_is_not_printed(run):
     [
         (["--temperature", "-1"], "temperature=-1.0 is not allowed"),
         (["--top-p", "0"], "top_p=0.0 is not allowed"),
+        (["--top-p", "0.5"], "top_p=0.5 needs draws, but temperature is 0"),
         (["--stop", ""], "none of them empty"),
         (["--stop", "\udce9"], "a stop holds .*half of a surrogate pair"),
         (["--picture", "cat.png", "--seed", "3"], "leave out the options that draw, stop or take fewer bits"),

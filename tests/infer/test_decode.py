@@ -2,6 +2,8 @@
 
 import math
 import sys
+import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,14 +18,17 @@ from transformers.generation.logits_process import (
 import qlora_lab as ql
 from bench import decode_equal
 from qlora_lab.adapters.adapter import learned
+from qlora_lab.adapters.lora import adapters
 from qlora_lab.infer import decode as decoding, fast
 from qlora_lab.infer.chat import Chat
 from qlora_lab.infer.decode import Decoding, decode
-from qlora_lab.infer.pieces import Pieces
+from qlora_lab.infer.pieces import HALF, Pieces
 from qlora_lab.infer.sampling import Chooser, Sampling, kept, penalised
+from qlora_lab.infer.stack import read_stack
 from qlora_lab.infer.step import step
 from qlora_lab.kernels import cpu
 from qlora_lab.model.linear4bit import quantize_linears
+from qlora_lab.train.interrupt import Terminated
 from tests.infer.conftest import dequantised, small
 
 PROMPTS = ["the sum of", "user and assistant", "numbers"]
@@ -49,7 +54,8 @@ def greedy_is_transformers(model, tokenizer, new: int) -> None:
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         expected = generated(twin, tokenizer(prompt)["input_ids"], new)
         assert answer.ids == expected and answer.ended == "length"
-        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
+        # an answer that is cut does not end in half a character
+        assert answer.text == tokenizer.decode(expected, skip_special_tokens=True).removesuffix(HALF)
 
 
 @pytest.mark.long
@@ -236,6 +242,7 @@ def test_what_cannot_be_answered_is_refused(prompts, options, message, packed, t
         ({"temperature": -1}, "temperature=-1 is not allowed: it is 0, for the likeliest token, or from 0.01 to 100"),
         ({"temperature": 1e-9}, "temperature=1e-09 is not allowed"),
         ({"top_p": 0}, "top_p=0 is not allowed: it is above 0 and at most 1"),
+        ({"top_p": 0.9}, "top_p=0.9 needs draws, but temperature is 0"),
         ({"repetition_penalty": math.nan}, "repetition_penalty=nan is not allowed"),
         ({"repetition_penalty": 101}, "repetition_penalty=101 is not allowed: it is from 0.01 to 100"),
         ({"stop": ("a", "")}, "none of them empty"),
@@ -287,7 +294,7 @@ def test_rows_that_have_ended_are_not_computed_again(packed, tokenizer, monkeypa
         run = Decoding(ql.add_adapter(packed, "dora", r=2), tokenizer, PROMPTS, 4)
         next(iter(run))
     first = run.answers[0]
-    monkeypatch.setattr(decoding, "generated", lambda *given: [7] * 4)  # what is computed from now on
+    monkeypatch.setattr(decoding, "generated", lambda *given: given[-1].extend([7] * 4))  # what is computed from now on
     with pytest.warns(UserWarning, match="transformers"):
         assert list(run)
     assert run.answers[0] == first and [a.ids for a in run.answers[1:]] == [[7] * 4] * 2
@@ -310,6 +317,11 @@ def test_a_nan_names_its_layer(tokenizer):
     for prompt in ("a", "the sum of"):  # in the step, and in the prompt before it
         with pytest.raises(FloatingPointError, match="layer 1 of 2 computes a number that is not finite"):
             decode(model, tokenizer, prompt, progress=False)
+    for part in ("q_proj", "k_proj"):  # of one key, softmax would make it a finite number
+        model = small()
+        getattr(model.model.layers[1].self_attn, part).weight.data[3, 3] = torch.nan
+        with pytest.raises(FloatingPointError, match="layer 1 of 2 computes a number that is not finite"):
+            decode(model, tokenizer, [[5]], 1, progress=False)
     model = small()
     model.lm_head.weight.data[3, 3] = torch.inf
     with pytest.raises(FloatingPointError, match="the head, or the norm in front of it"):
@@ -317,10 +329,11 @@ def test_a_nan_names_its_layer(tokenizer):
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_nan_is_told_by_other_families_as_well(tokenizer, temperature):
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_nan_is_told_by_other_families_as_well(tokenizer, temperature, wrong):
     model = small(config=GemmaConfig, head_dim=64)
-    model.model.norm.weight.data[3] = torch.nan
-    with pytest.warns(UserWarning, match="transformers"), pytest.raises(FloatingPointError, match="not a number"):
+    model.model.norm.weight.data[3] = wrong
+    with pytest.warns(UserWarning, match="transformers"), pytest.raises(FloatingPointError, match="not a finite"):
         decode(model, tokenizer, "a", 3, Sampling(temperature=temperature), progress=False)
 
 
@@ -340,6 +353,74 @@ def test_other_families_go_through_transformers_and_say_so(tokenizer):
     assert answer.text == answers[0].text[: answers[0].text.index(stop)] and answer.ended == "stop"
 
 
+def test_a_signal_that_ends_the_process_passes_through(packed, tokenizer, monkeypatch):
+    for interrupt, passed in ((KeyboardInterrupt, False), (Terminated, True)):
+
+        def choose(*given, interrupt=interrupt):
+            raise interrupt
+
+        monkeypatch.setattr(Chooser, "choose", choose)
+        with pytest.raises(Terminated) if passed else nullcontext():
+            assert decode(packed, tokenizer, "a", 3, progress=False)[0].ended == "interrupted"
+
+
+@pytest.mark.long
+def test_transformers_stops_where_a_stop_is_said_and_ctrl_c_keeps_the_text(tokenizer, monkeypatch):
+    model = small(config=GemmaConfig, head_dim=64)
+    passes = []
+    model.register_forward_hook(lambda *given: passes.append(1))
+    with pytest.warns(UserWarning, match="transformers"):
+        (whole,) = decode(model, tokenizer, "a", 30, progress=False)
+    stop = whole.text[3:5]
+    passes.clear()
+    with pytest.warns(UserWarning, match="transformers"):
+        (stopped,) = decode(model, tokenizer, "a", 30, Sampling(stop=stop), progress=False)
+    assert stopped.ended == "stop" and len(passes) == len(stopped.ids) < 30
+    passes.clear()
+
+    def press(*given):
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+
+    model.register_forward_pre_hook(press)
+    with pytest.warns(UserWarning, match="transformers"):
+        (begun,) = decode(model, tokenizer, "a", 30, progress=False)
+    assert (begun.ids, begun.ended) == (whole.ids[:4], "interrupted") and whole.text.startswith(begun.text) != ""
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_no_kernel_runs_where_kernels_are_switched_off(request, quantised, monkeypatch, with_kernels):
+    stack = read_stack(quantize_linears(small()) if quantised else small())
+    monkeypatch.undo()  # of readable_only
+    monkeypatch.setenv("QLORA_LAB_KERNELS", "reference")
+    assert not fast.can_step(stack)
+    monkeypatch.delenv("QLORA_LAB_KERNELS")
+    assert fast.can_step(stack) == (cpu.FAST or not quantised)
+
+
+@pytest.mark.long
+def test_threads_that_ask_the_base_do_not_disturb_others(packed, tokenizer):
+    """The base is asked without its adapter, which is taken out of the model that the other thread reads."""
+    model = ql.add_lora(packed, 2)
+    for adapter in adapters(model).values():
+        adapter.lora_B.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    tuned, base = (list(Decoding(model, tokenizer, "a", 2, adapter=a)) for a in (True, False))
+    assert tuned != base
+    ends = threading.Event()
+
+    def ask_the_base():
+        while not ends.is_set():
+            assert list(Decoding(model, tokenizer, "a", 2, adapter=False)) == base
+
+    other = threading.Thread(target=ask_the_base)
+    other.start()
+    try:
+        assert all(list(Decoding(model, tokenizer, "a", 2)) == tuned for _ in range(40))
+    finally:
+        ends.set()
+        other.join()
+
+
 # ------------------------------------------------------------------------------------------------------------- choosing
 
 
@@ -352,6 +433,29 @@ def test_one_seed_one_text(packed, tokenizer):
     assert [a.ids for a in first] != [a.ids for a in other]
     alone = decode(packed, tokenizer, PROMPTS[0], 12, hot, progress=False)
     assert alone[0].ids == first[0].ids  # whatever stands beside it
+
+
+def test_the_smallest_top_p_leaves_the_likeliest():
+    shares = torch.tensor([0.2, 0.5, 0.3])
+    assert kept(shares, 1e-300).tolist() == [0, 0.5, 0]  # 0 in float32
+    even = torch.full((4096,), 2.0**-12)  # more than the thousand among which it looks first; all sums are exact
+    assert kept(even, 0.5).count_nonzero() == 2048
+
+
+def test_a_chooser_does_what_transformers_do():
+    """Repetition penalty over prompt and answer, then temperature, then top-p, then a draw with the row's own seed."""
+    torch.manual_seed(0)
+    logits, prompt, said = 4 * torch.randn(50), [3, 4, 5], [6, 7]
+    logits[[3, 6]] = logits.max() + 1  # the penalty decides
+    sampling = Sampling(temperature=0.7, top_p=0.6, repetition_penalty=1.8, seed=11)
+    ids = torch.tensor([prompt + said])
+    warped = RepetitionPenaltyLogitsProcessor(1.8)(ids, logits[None].clone())
+    warped = TopPLogitsWarper(0.6)(ids, TemperatureLogitsWarper(0.7)(ids, warped))
+    for row in range(8):
+        expected = torch.multinomial(warped.softmax(-1)[0], 1, generator=torch.Generator().manual_seed(11 + row))
+        assert Chooser(sampling, prompt, row).choose(logits, said) == int(expected)
+    draws = {Chooser(sampling, prompt, row).choose(logits, said) for row in range(64)}
+    assert draws == set(warped[0].isfinite().nonzero().flatten().tolist())  # and no other: nearly certain for 64 draws
 
 
 logits = st.lists(st.floats(-20, 20, width=32), min_size=5, max_size=5).map(torch.tensor)
@@ -391,9 +495,8 @@ def test_no_piece_cuts_a_character(byte_tokenizer, text):
     """Every byte is a token here, so a character comes in up to four tokens."""
     ids = byte_tokenizer(text)["input_ids"]
     pieces = Pieces(byte_tokenizer)
-    parts = [pieces.add(token) for token in ids] + [pieces.rest()]
+    parts = [pieces.add(token) for token in ids] + [pieces.rest(cut=False)]
     assert "".join(parts) == text
-    assert all("\ufffd" not in part for part in parts) or "\ufffd" in text
 
 
 @pytest.mark.long
@@ -405,7 +508,7 @@ def test_a_stop_is_found_wherever_it_begins(byte_tokenizer, text, stops):
         said += pieces.add(token)
         if pieces.stopped:
             break
-    said += pieces.rest()
+    said += pieces.rest(cut=True)
     first = [next((end for end in range(len(text) + 1) if text[:end].endswith(stop)), None) for stop in stops]
     ends = [end for end in first if end is not None]
     assert pieces.stopped == bool(ends)
@@ -414,10 +517,48 @@ def test_a_stop_is_found_wherever_it_begins(byte_tokenizer, text, stops):
     assert said == (text if not ends else text[: min(starts)])
 
 
-def test_bytes_that_never_become_a_character_are_told_at_the_end(byte_tokenizer):
+@pytest.mark.parametrize("cut, text", [(False, HALF), (True, "")])
+def test_half_a_character_is_told_where_the_model_ends_in_it(byte_tokenizer, cut, text):
     pieces = Pieces(byte_tokenizer)
     first = byte_tokenizer("é")["input_ids"][0]
-    assert (pieces.add(first), pieces.rest()) == ("", "\ufffd")
+    assert (pieces.add(first), pieces.rest(cut)) == ("", text)
+
+
+def test_an_answer_that_is_cut_does_not_end_in_half_a_character(packed, byte_tokenizer, monkeypatch):
+    ids = byte_tokenizer("Hi 😀😀")["input_ids"]  # 4 bytes each, a token a byte
+    said = iter(ids)
+    monkeypatch.setattr(Chooser, "choose", lambda *given: next(said))
+    (answer,) = decode(packed, byte_tokenizer, "a", len(ids) - 2, progress=False)
+    assert (answer.text, answer.ids, answer.ended) == ("Hi 😀", ids[:-2], "length")
+
+
+@pytest.fixture(scope="module")
+def sentence_tokenizer():
+    """As sentencepiece's: a word begins with its space, and decoding strips the first space of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "</s>", "\u2581Paris", "\u2581is", "\u2581big"]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    plain.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="</s>")
+
+
+def test_no_space_is_lost(sentence_tokenizer):
+    """Neither behind a special token in an answer, nor between a text and what continues it."""
+    pieces = Pieces(sentence_tokenizer)
+    assert (
+        "".join(pieces.add(token) for token in (2, 1, 3, 4)) == sentence_tokenizer.decode([2, 3, 4]) == "Paris is big"
+    )
+    following = Pieces(sentence_tokenizer, before=2)
+    assert "Paris" + "".join(following.add(token) for token in (3, 4)) == "Paris is big"
+
+
+def test_a_prompt_that_ends_in_half_a_character_loses_nothing(byte_tokenizer):
+    first, *others = byte_tokenizer("éa")["input_ids"]
+    pieces = Pieces(byte_tokenizer, before=first)
+    assert "".join(pieces.add(token) for token in others).endswith("a")
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,6 @@ def test_the_base_and_the_adapter_have_their_own(packed, tokenizer, read):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_tensor_counts_whatever_its_size_and_place(dtype, packed):
-    """Sums go over words of 8 bytes in whole runs; the last two sizes leave a rest, in both dtypes."""
     stack = read_stack(packed)
     for size in (1, 3, 4, 5, 8, 13, 4097, 4099):
         storage = torch.zeros(size + 1, dtype=dtype)
@@ -162,13 +161,18 @@ def test_each_tensor_counts_whatever_its_size_and_place(dtype, packed):
 
 @pytest.mark.parametrize("size", [256, 5000], ids=["small", "large"])
 def test_other_signs_are_other_weights(size, packed):
-    """Half of the numbers are negative, so the bits of the signs add up to the same before and after."""
+    """A sum over words loses changes that cancel: as many signs that come as go, or two top bits."""
     stack = read_stack(packed)
     norm = torch.rand(size) + 1
     norm[::4] *= -1
     norm[1::4] *= -1
     assert weights_of(stack._replace(norm=norm)) != weights_of(stack._replace(norm=-norm))
     assert weights_of(stack._replace(norm=norm)) != weights_of(stack._replace(norm=norm.flip(0)))
+    few = norm.clone()
+    few[[1, 3]] *= -1
+    columns = norm.view(-1, 8).clone()
+    columns[:, 1] *= -1
+    assert len({weights_of(stack._replace(norm=tensor)) for tensor in (norm, few, columns.view(-1))}) == 3
 
 
 def test_what_is_left_is_taken_up_without_reading(packed, tokenizer, read):
