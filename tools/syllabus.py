@@ -51,8 +51,8 @@ ESTIMATE = f"""## How the minutes were found
 They are estimates: no class has been timed. A notebook's minutes are the words of its prose at {WORDS_A_MINUTE} a
 minute, plus its visible cells at {CELLS_A_MINUTE} a minute, {GUESS} minute for each prediction, {WIDGET} for each
 widget and {EXERCISE} for each exercise. Notebook 10 also trains for {TRAINING["10"]} minutes on two cores. The sum is
-rounded to {STEP} minutes. If you skip the exercises, subtract {EXERCISE} minutes for each. The line "Runs in" of a
-notebook says how long its cells take.
+rounded to {STEP} minutes. An appendix is not counted. If you skip the exercises, subtract {EXERCISE} minutes for
+each. The line "Runs in" of a notebook says how long its cells take.
 """
 
 
@@ -77,7 +77,7 @@ class Lesson:
 def lesson(path: Path) -> Lesson:
     """Read one notebook. ValueError names a line of the opening that is missing."""
     cells = json.loads(path.read_text("utf-8"))["cells"]
-    text = [("".join(cell["source"]), cell) for cell in cells]
+    text = _without_appendix([("".join(cell["source"]), cell) for cell in cells])
     prose = "\n\n".join(source for source, cell in text if cell["cell_type"] == "markdown")
     # a guard is folded away: nobody reads it
     code = [s for s, c in text if c["cell_type"] == "code" and "guard" not in c["metadata"].get("tags", [])]
@@ -95,6 +95,17 @@ def lesson(path: Path) -> Lesson:
         exercises=exercises,
         minutes=STEP * round(minutes / STEP),
     )
+
+
+def _without_appendix(text: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """Leave out the section "Appendix", which nothing else in the course needs."""
+    kept, inside = [], False
+    for source, cell in text:
+        if source.startswith("## "):
+            inside = source.startswith("## Appendix")
+        if not inside:
+            kept.append((source, cell))
+    return kept
 
 
 def _line(path: Path, prose: str, label: str) -> str:

@@ -103,7 +103,7 @@ def _weights(shape: Shape, setup: Setup) -> Iterator[LedgerRow]:
         tables += sum(times for _, times in beside)
         levels = 2**setup.code_bits
         count = tables * levels + setup.double_quant * MAP_BYTES // FLOAT32
-        yield _row(WEIGHTS, "tables", count, "float32", f"{levels} a layer{' + 256' * setup.double_quant}")
+        yield _row(WEIGHTS, "tables", count, "float32", f"{levels} a matrix{' + 256' * setup.double_quant}")
     else:
         yield _row(WEIGHTS, "linear layers", _numel(linears), setup.dtype, "out in")
         if experts:
@@ -160,8 +160,7 @@ def _packed(linears: Matrices, experts: Matrices, setup: Setup) -> Iterator[Ledg
         scales = sum(times * -(-n // GROUP_SIZE) for n, times in blocks)
         yield _row(WEIGHTS, "absmax codes", count, "uint8", f"weights / {size}")
         yield _row(WEIGHTS, "group scales", scales, "float32", f"weights / ({size} x {GROUP_SIZE})")
-        owner = "matrix" if experts else "layer"
-        yield _row(WEIGHTS, "offsets", sum(times for _, times in blocks), "float32", f"1 a {owner}")
+        yield _row(WEIGHTS, "offsets", sum(times for _, times in blocks), "float32", "1 a matrix")
     else:
         yield _row(WEIGHTS, "absmax", count, "float32", f"weights / {size}")
 

@@ -69,6 +69,10 @@ def test_a_notebook_by_hand(tmp_path):
     assert (found.widgets, found.exercises) == (("ToyExplorer",), 2)
     # 2 exercises of 8 minutes, a widget of 4, a guess of 1, five visible cells and a few words: 22.8
     assert found.minutes == 25
+    sections = ["## Appendix\n\n" + "word " * 3000, "### More\n\n" + "word " * 3000, "## Check yourself"]
+    appendix = [{"cell_type": "markdown", "source": [source], "metadata": {}} for source in sections]
+    path.write_text(json.dumps({"cells": [*cells[:6], *appendix, *cells[6:]]}))
+    assert lesson(path) == found
     path.write_text(json.dumps({"cells": [dict(cells[0], source=["# How?"])]}))
     with pytest.raises(ValueError, match=r"42_toy\.ipynb has no line '- \*\*Paper section\*\*: \.\.\.'"):
         lesson(path)
