@@ -222,6 +222,48 @@ def test_one_line_in_twelve_has_a_comment():
     assert comments >= 0.08 * total
 
 
+# Without dtype= these take the default that torch.set_default_dtype has set, perhaps another library's. For whole numbers
+# torch takes int64, but only the reader of the arguments knows that they are whole.
+CONSTRUCTORS = {"empty", "zeros", "ones", "full", "tensor", "as_tensor", "linspace", "logspace", "eye"}
+CONSTRUCTORS |= {"rand", "randn", "normal", "scalar_tensor", "Tensor", "empty_strided"}
+
+
+def constructors_without_dtype(tree: ast.Module) -> Iterator[ast.Call]:
+    """Yield calls such as torch.zeros(3); also torch.arange with a float written out, and new linear layers."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name = ast.unparse(node.func)
+        floats = any(isinstance(a, ast.Constant) and isinstance(a.value, float) for a in node.args)
+        makes = name in {"nn.Linear", "nn.Embedding"} or name == "torch.arange" and floats
+        if (makes or name in {f"torch.{c}" for c in CONSTRUCTORS}) and "dtype" not in {k.arg for k in node.keywords}:
+            yield node
+
+
+def test_no_tensor_has_the_default_dtype_of_torch():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)}: say dtype="
+        for path in LIBRARY
+        for call in constructors_without_dtype(tree_of(path))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("torch.zeros(3, device=cpu)", 1),
+        ("torch.tensor(torch.ones(1))", 2),
+        ("torch.arange(6.0)", 1),
+        ("nn.Linear(3, 2)", 1),
+        ("torch.arange(6) + torch.zeros(3, dtype=torch.float32)", 0),
+        ("torch.zeros_like(x)", 0),
+    ],
+)
+def test_a_constructor_without_dtype_is_found(line, found):
+    assert len(list(constructors_without_dtype(ast.parse(line)))) == found
+
+
 # Each method has the file of its name; prefixes and prompts share one more.
 METHOD_FILES = ["full", "lora", "houlsby", "prefix_tuning", "prompt_tuning", "virtual_tokens", "bitfit"]
 METHOD_FILES += ["rslora", "dora", "pissa", "loftq"]

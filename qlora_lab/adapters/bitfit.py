@@ -27,7 +27,7 @@ class BiasChange(Adapter):
         self.base = base.requires_grad_(False)
         width = out_and_in(base)[0] if is_linear(base) else base.weight.shape[-1]
         # (d,): float32, although the bias that it stands beside may have 16 bits
-        self.delta = nn.Parameter(torch.zeros(width, device=base.weight.device))
+        self.delta = nn.Parameter(torch.zeros(width, dtype=torch.float32, device=base.weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)  # (..., d), with the frozen bias

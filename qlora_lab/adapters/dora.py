@@ -71,7 +71,7 @@ class DoRALinear(LoRALinear):
         return (square + change.sum(0)).maximum(LEAST * square).sqrt().float()
 
     def _kept_lengths(self) -> torch.Tensor:
-        now = (self.lora_A.detach(), self.lora_B.detach(), torch.tensor(self.scaling))
+        now = (self.lora_A.detach(), self.lora_B.detach(), torch.tensor(self.scaling, dtype=torch.float32))
         # Compared by value, because an assignment to .data leaves no other trace.
         if self._kept is None or not all(map(torch.equal, now, self._kept[:3])):
             self._kept = (*(tensor.clone() for tensor in now), self.adapted_lengths())

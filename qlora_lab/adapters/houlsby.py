@@ -33,9 +33,9 @@ class HoulsbyLinear(Adapter):
         self.base = base.requires_grad_(False)
         self.down = nn.Parameter(_near_zero(size, base.out_features, generator).to(base.weight.device))
         # a bias starts at zero, so that gelu starts where its slope is one half
-        self.down_bias = nn.Parameter(torch.zeros(size, device=base.weight.device))
+        self.down_bias = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=base.weight.device))
         self.up = nn.Parameter(_near_zero(base.out_features, size, generator).to(base.weight.device))
-        self.up_bias = nn.Parameter(torch.zeros(base.out_features, device=base.weight.device))
+        self.up_bias = nn.Parameter(torch.zeros(base.out_features, dtype=torch.float32, device=base.weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)  # (..., d)
@@ -68,5 +68,5 @@ def houlsby(model: nn.Module, size: int = 64, *, seed: int = 0) -> dict[str, Hou
 
 
 def _near_zero(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    weight = torch.empty(rows, columns)
+    weight = torch.empty(rows, columns, dtype=torch.float32)
     return nn.init.trunc_normal_(weight, std=DEVIATION, a=-2 * DEVIATION, b=2 * DEVIATION, generator=generator)

@@ -56,9 +56,10 @@ class LoRALinear(Adapter):
         experts = base.weight.shape[:-2]  # () beside a linear layer
         bound = 1 / math.sqrt(in_features)
         # on the CPU: one seed, one A
-        A = torch.empty(*experts, r, in_features).uniform_(-bound, bound, generator=generator)  # (r, in)
-        self.lora_A = nn.Parameter(A.to(base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(*experts, out_features, r, device=base.weight.device))  # (out, r)
+        A = torch.empty(*experts, r, in_features, dtype=torch.float32)  # (r, in)
+        A.uniform_(-bound, bound, generator=generator)
+        B = torch.zeros(*experts, out_features, r, dtype=torch.float32, device=base.weight.device)  # (out, r)
+        self.lora_A, self.lora_B = nn.Parameter(A.to(base.weight.device)), nn.Parameter(B)
 
     def set_strength(self, alpha: float, dropout: float) -> None:
         """Set alpha, and thereby scaling = alpha / r, and dropout."""

@@ -184,15 +184,17 @@ class RowsLinear(Adapter):
         groups = [[row for row, name in enumerate(names) if name == own] for own in loras]
         largest = max(map(len, groups))
         # (adapters x largest): row that fills each place; a short group repeats its first row, and drops the result
-        self.taken = torch.tensor([group + group[:1] * (largest - len(group)) for group in groups]).flatten().to(device)
+        taken = [row for group in groups for row in group + group[:1] * (largest - len(group))]
+        self.taken = torch.tensor(taken, dtype=torch.int64, device=device)
         self.in_order = self.taken.tolist() == list(range(len(names)))
         places = {row: place * largest + i for place, group in enumerate(groups) for i, row in enumerate(group)}
-        self.adapted = torch.tensor(list(places), device=device)  # the rows that have an adapter
-        self.places = torch.tensor(list(places.values()), device=device)  # where the result of each lies
+        self.adapted = torch.tensor(list(places), dtype=torch.int64, device=device)  # the rows that have an adapter
+        # where the result of each lies
+        self.places = torch.tensor(list(places.values()), dtype=torch.int64, device=device)
         r = max(layer.r for layer in loras.values())
         out_features, in_features = out_and_in(base)
-        self.A = torch.zeros(len(loras), in_features, r, device=device)
-        self.B = torch.zeros(len(loras), r, out_features, device=device)
+        self.A = torch.zeros(len(loras), in_features, r, dtype=torch.float32, device=device)
+        self.B = torch.zeros(len(loras), r, out_features, dtype=torch.float32, device=device)
         for number, layer in enumerate(loras.values()):
             self.A[number, :, : layer.r] = layer.lora_A.data.t()
             self.B[number, : layer.r] = layer.scaling * layer.lora_B.data.t()  # as the CPU's product scales it

@@ -58,7 +58,8 @@ def start(layer: LoRALinear, weight: torch.Tensor, generator: torch.Generator) -
 
     A weight with fewer than r rows or columns leaves the other rows of A, and columns of B, as they are.
     """
-    probe = torch.randn(weight.shape[1], min(layer.r + EXTRA, *weight.shape), generator=generator)  # (in, k)
+    k = min(layer.r + EXTRA, *weight.shape)
+    probe = torch.randn(weight.shape[1], k, dtype=torch.float32, generator=generator)  # (in, k)
     q = torch.linalg.qr(weight @ probe.to(weight.device)).Q  # (out, k): where the weight's largest part lies
     for _ in range(ROUNDS):
         q = torch.linalg.qr(weight @ (weight.t() @ q)).Q

@@ -38,9 +38,10 @@ class Prefix(VirtualTokens):
         narrow = keys_and_values[0, 0].numel()  # heads x head_dim, as in PEFT
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            self.embedding = nn.Parameter(torch.randn(self.count, narrow).to(device))
-            layers = nn.Linear(narrow, mlp), nn.Tanh(), nn.Linear(mlp, flat.shape[1])
-        self.mlp = nn.Sequential(*layers).to(device)
+            self.embedding = nn.Parameter(torch.randn(self.count, narrow, dtype=torch.float32).to(device))
+            first = nn.Linear(narrow, mlp, dtype=torch.float32)
+            second = nn.Linear(mlp, flat.shape[1], dtype=torch.float32)
+        self.mlp = nn.Sequential(first, nn.Tanh(), second).to(device)
 
     @property
     def flat(self) -> torch.Tensor:

@@ -80,7 +80,8 @@ def prompt(
         words = tokenizer(start, add_special_tokens=False)["input_ids"]
         if not words:
             raise ValueError("start has no token: give some words, such as the task's description")
-        ids = torch.tensor((words * -(-virtual_tokens // len(words)))[:virtual_tokens], device=model.device)
+        words = (words * -(-virtual_tokens // len(words)))[:virtual_tokens]
+        ids = torch.tensor(words, dtype=torch.int64, device=model.device)
     with torch.no_grad():
         words = model.get_input_embeddings()(ids)
     return {PATH: SoftPrompt(words)}

@@ -174,8 +174,8 @@ def collate(batch: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
 
     With pictures also what picture_inputs returns, and its errors.
     """
-    rows = [torch.tensor(encoded.input_ids) for encoded in batch]  # (length,) each
-    labels = [torch.tensor(encoded.labels) for encoded in batch]
+    rows = [torch.tensor(encoded.input_ids, dtype=torch.int64) for encoded in batch]  # (length,) each
+    labels = [torch.tensor(encoded.labels, dtype=torch.int64) for encoded in batch]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
     return {
         "input_ids": input_ids,

@@ -89,7 +89,8 @@ def end_tokens(encoded: list[Encoded], tokenizer: "Tokenizer") -> Finding:
     batch = collate(encoded, 0 if pad is None else pad)
     text = tokenizer.decode([end])
     total = f"of {len(encoded)} examples"
-    masked = batch["attention_mask"].sum(1) != torch.tensor([len(e.input_ids) for e in encoded])  # (examples,)
+    lengths = torch.tensor([len(e.input_ids) for e in encoded], dtype=torch.int64)  # (examples,)
+    masked = batch["attention_mask"].sum(1) != lengths
     if masked.any():  # a mask made from ids also hides the end token where it serves as padding
         message = f"padding is masked by its id, and with it real tokens in {masked.sum()} {total}"
         return _finding(END, "problem", message)
@@ -241,7 +242,7 @@ def accumulation(
         with _borrowed(model, training=False) as trained:  # without dropout, which would draw differently
             (accumulate or _accumulate)(model, [collate(part, pad_id) for part in parts])
             gradients = [p.grad.flatten().double() for p in trained if p.grad is not None]
-            runs.append(torch.cat(gradients) if gradients else torch.zeros(1))  # (trained elements,)
+            runs.append(torch.cat(gradients or [torch.zeros(1, dtype=torch.float64)]))  # (trained elements,)
     once, added = runs  # (trained elements,) each
     if not once.any():  # else the difference would be 0 / 0
         return _finding(ACCUMULATION, "problem", "there is no gradient at all")

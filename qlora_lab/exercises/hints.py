@@ -147,10 +147,10 @@ def my_map():
 
 def _map(end=10.0**-6, edges=None):
     """Return the dynamic map, not sorted, with decade 0 up to `end`, and edges of steps instead of their middles."""
-    steps = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
+    steps = [torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32) for i in range(7)]
     places = [step[edges] if edges else (step[:-1] + step[1:]) / 2 for step in steps]
     up = torch.cat([10.0**i * end * place for i, place in enumerate(places)])
-    return torch.cat([-up, torch.tensor([0.0, 1.0]), up])
+    return torch.cat([-up, torch.tensor([0.0, 1.0], dtype=torch.float32), up])
 
 
 # --------------------------------------------------------------------------------------------------------- 05 kernels
@@ -203,7 +203,7 @@ def first_wrong(weights, levels, codes):
 
 
 def _wrong(scaled, levels, codes):
-    return (nearest_codes(scaled, levels) != torch.tensor(codes)).nonzero().flatten().tolist()
+    return (nearest_codes(scaled, levels) != torch.tensor(codes, dtype=torch.int64)).nonzero().flatten().tolist()
 
 
 def my_block(weights, levels):

@@ -136,7 +136,7 @@ def panels(weight: torch.Tensor | QuantizedTensor) -> Iterator[tuple[slice, torc
     height = min(max(1, PANEL // (columns * unit)) * unit, n_rows)
     if isinstance(weight, QuantizedTensor):
         weight = replace(weight, constants=weight.absmax)  # once for all panels
-    buffer = torch.empty(height, columns)
+    buffer = torch.empty(height, columns, dtype=torch.float32)
     for first in range(0, n_rows, height):
         rows = slice(first, min(first + height, n_rows))
         panel = buffer[: rows.stop - first]
@@ -173,7 +173,7 @@ def _stand_in(embedding: nn.Module, *_) -> None:
     """Put one NaN on the CPU in the place of the embeddings, in all their rows and columns."""
     # Llama 4 sends its ids to this weight's device before the hook brings it: on meta they would lose their values.
     # Rows that are used without the hook show as NaN in every answer.
-    _put(embedding, "weight", torch.full((), torch.nan).expand(embedding.weight.shape))
+    _put(embedding, "weight", torch.full((), torch.nan, dtype=torch.float32).expand(embedding.weight.shape))
 
 
 def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

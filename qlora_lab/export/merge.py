@@ -233,7 +233,7 @@ def weight_name(model: nn.Module, path: str) -> str:
 def _shape(own: Reader, empty: "PreTrainedModel", name: str) -> torch.Size | None:
     """Return the shape of the model's own tensor, as its family keeps it; None if there is none."""
     try:
-        return turned(empty, name, torch.empty(own(name).shape, device="meta")).shape
+        return turned(empty, name, torch.empty(own(name).shape, dtype=torch.float32, device="meta")).shape
     except AttributeError:
         return None
 

@@ -123,6 +123,7 @@ def _change(adapter: StoredLora, path: str, weight: torch.Tensor, rows: slice, *
 
 def _warn_of_base(model: "PreTrainedModel", adapter: StoredLora, read: Reader, packing: dict[str, Candidate]) -> None:
     """Warn as load_adapter does, of another base or other weights. A small tensor stands for each that is quantised."""
-    samples = {path: quantize(torch.zeros(options.block_size), *options) for path, options in packing.items()}
+    zeros = {path: torch.zeros(options.block_size, dtype=torch.float32) for path, options in packing.items()}
+    samples = {path: quantize(zeros[path], *options) for path, options in packing.items()}
     weights = (samples[path] if path in samples else read(weight_name(model, path)) for path in adapter.strengths)
     warn_of_base(model, weights, adapter.config, adapter.metadata, adapter.where)

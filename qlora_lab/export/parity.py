@@ -144,7 +144,7 @@ def prompt_tokens(model: nn.Module, tokenizer: "Tokenizer") -> torch.Tensor:
     length = min(LENGTH, *map(len, rows))
     if length < 2:  # a tokenizer that gives one token a text predicts nothing
         raise ValueError(f"the tokenizer makes {length} tokens of a sentence, but at least 2 are needed: mend it")
-    ids = torch.tensor([row[:length] for row in rows])  # (prompts, tokens)
+    ids = torch.tensor([row[:length] for row in rows], dtype=torch.int64)  # (prompts, tokens)
     check_tokens(model, tokenizer, set(ids.flatten().tolist()))
     return ids
 

@@ -108,7 +108,7 @@ def _scale(layers: dict[str, LoRALinear], factor: float) -> None:
 
 def change_of(layer: LoRALinear) -> torch.Tensor:
     """Return what the adapter of `layer` adds to its weight: (out_features, in_features) float32, on the CPU."""
-    return layer.change(torch.empty(0)).detach()  # on the CPU, as this is
+    return layer.change(torch.empty(0, dtype=torch.float32)).detach()  # on the CPU, as this is
 
 
 def _size(layer: LoRALinear) -> float:

@@ -197,7 +197,7 @@ class Checkpoint:
         if nested and not faults:
             try:
                 scale = {f"{key}.nested_absmax": self.read(f"{key}.nested_absmax")}
-                read_nested(small | scale, key, state, torch.empty(0))
+                read_nested(small | scale, key, state, torch.empty(0, dtype=torch.uint8))
             except ValueError as error:
                 faults.append(str(error))
         self.faults += faults
@@ -369,12 +369,12 @@ def byte_at(checkpoint: Checkpoint, key: str, offset: int) -> Byte:
 def _half(checkpoint: Checkpoint, tensor: Tensor4bit, code: int, index: int) -> Half:
     if index >= tensor.numel:  # whatever it holds, nobody decodes it
         return Half(code, tensor.levels[code].item() if code < len(tensor.levels) else None, None)
-    _check_codes(tensor, torch.tensor([code]))
+    _check_codes(tensor, torch.tensor([code], dtype=torch.uint8))
     level = tensor.levels[code].item()
     block = index // tensor.block_size
     constant = constants(checkpoint, tensor.key, block, block + 1)
     value = (tensor.levels[code].float() * constant).to(tensor.dtype).item()
-    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), tensor.shape))
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(index, dtype=torch.int64), tensor.shape))
     half = Half(code, level, index, place, block, constant.item(), value)
     return half if tensor.offset is None else _with_nested(checkpoint, tensor, half)
 

@@ -83,5 +83,5 @@ def make_cache(stack: Stack, rows: int, capacity: int, bits: int = 32) -> Cache:
     shape = len(stack.layers), rows, stack.kv_heads, capacity, stack.head_dim
     dtype, constants = (torch.float32, 0) if bits == 32 else (torch.uint8, capacity)
     keys, values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-    absmax = (torch.empty(*shape[:3], constants) for _ in range(2))
+    absmax = (torch.empty(*shape[:3], constants, dtype=torch.float32) for _ in range(2))
     return Cache(keys, values, *absmax, *stack.rotary(capacity), torch.zeros(rows, dtype=torch.int64))

@@ -178,12 +178,12 @@ class Decoding:
                 read_prompt(stack, prompt, cache, row.number, self._sampling.int8)
                 if said := row.known[max(there, len(row.prompt) - 1) : -1]:
                     # an answer that was left goes on as it would have, up to the order of sums
-                    read_prompt(stack, torch.tensor(said), cache, row.number, self._sampling.int8)
+                    read_prompt(stack, torch.tensor(said, dtype=torch.int64), cache, row.number, self._sampling.int8)
         while rows := self._unended():
             active = [row.number for row in rows]
-            last = torch.tensor([row.last for row in rows])
+            last = torch.tensor([row.last for row in rows], dtype=torch.int64)
             with torch.no_grad():  # inside the loop: the caller's code between two pieces is not ours
-                logits = step(last, cache, torch.tensor(active))
+                logits = step(last, cache, torch.tensor(active, dtype=torch.int64))
                 if not logits.isfinite().all():
                     raise _where(stack, last, cache, active)
             for row, its in zip(rows, logits, strict=True):

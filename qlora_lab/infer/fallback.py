@@ -40,7 +40,8 @@ def generated(
     how |= {"do_sample": sampling.temperature > 0, "repetition_penalty": float(sampling.repetition_penalty)}
     if sampling.temperature > 0:  # transformers warns of them beside greedy answers
         how |= {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p), "top_k": 0}
-    batch = to_device({"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}, model)
+    input_ids = torch.tensor([ids], dtype=torch.int64)
+    batch = to_device({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, model)
     with measuring(model), own_configuration_aside(model), own_draws(model):
         torch.manual_seed(sampling.seed)
         checks = LogitsProcessorList([_checked])

@@ -42,7 +42,7 @@ def _after_the_first(stack: Stack) -> Step:
         first = cache.lengths[rows] == 0  # (rows,)
         if not first.any():
             return rounded(ids, cache, rows)
-        logits = torch.empty(len(ids), stack.head.weight.shape[0])
+        logits = torch.empty(len(ids), stack.head.weight.shape[0], dtype=torch.float32)
         # only a prompt of one token gets here, so the second table of weights is not kept
         for mine, its in ((first, step_of(stack)), (~first, rounded)):
             if mine.any():

@@ -22,7 +22,7 @@ def forward(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> None
 
     A NaN of the last layer is left to the step that follows, which reads what it has put into the cache.
     """
-    cache.check_room(torch.tensor([row]), len(ids))
+    cache.check_room(torch.tensor([row], dtype=torch.int64), len(ids))
     start, tokens = int(cache.lengths[row]), len(ids)
     room = prompt_rows.Room(tokens)
     x = stack.embedding[ids].float()  # (tokens, hidden)

@@ -29,7 +29,7 @@ def forward(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> torc
 
     Raises ValueError if they do not fit, and FloatingPointError, which names the layer, for a NaN.
     """
-    cache.check_room(torch.tensor([row]), len(ids))
+    cache.check_room(torch.tensor([row], dtype=torch.int64), len(ids))
     start = int(cache.lengths[row])
     angles = cache.cos[start : start + len(ids)], cache.sin[start : start + len(ids)]  # (tokens, head_dim) each
     x = stack.embedding[ids].float()  # (tokens, hidden)

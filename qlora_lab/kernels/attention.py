@@ -331,7 +331,7 @@ def forward(
     mask: (batch or 1, tokens, keys) bool, True where a query sees a key; None: each query sees the keys up to its own.
     """
     out = torch.empty_like(q)
-    kept = torch.empty(q.shape[0], q.shape[2], q.shape[1])  # log of the sum of powers
+    kept = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)  # log of the sum of powers
     pairs = view(q).view(np.int32), view(k).view(np.int32)
     run(_forward, *pairs, view(values), _flat(mask), np.float32(scale), EIGHT, _shape(q, k), view(out), kept.numpy())
     return out, kept

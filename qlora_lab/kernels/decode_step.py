@@ -308,7 +308,7 @@ def step(
     of float32 none; thresholds: (255,) float32, between those codes. All are contiguous. rows, positions: (rows,)
     int64, where each row's new token belongs.
     """
-    logits = torch.empty(len(x), int(weights.head[0]["rows"]), device="cpu")
+    logits = torch.empty(len(x), int(weights.head[0]["rows"]), dtype=torch.float32, device="cpu")
     tables = tuple(t.numpy() for t in rotary), tuple(t.numpy() for t in cache)
     for first in range(0, len(x), ROWS_AT_ONCE):
         some = slice(first, min(first + ROWS_AT_ONCE, len(x)))

@@ -178,7 +178,7 @@ def attend(q: torch.Tensor, heads: int, rotary, kept: tuple[torch.Tensor, torch.
     rotary: cosines and sines, (positions, head_dim). kept: keys, turned, and values, (key heads, capacity, head_dim);
     the first start + tokens are read. start: the position of the first query. All are float32 and contiguous.
     """
-    out = torch.empty(len(q), heads * kept[0].shape[2], device="cpu")
+    out = torch.empty(len(q), heads * kept[0].shape[2], dtype=torch.float32, device="cpu")
     arrays = [tensor.numpy() for tensor in (*rotary, *kept)]
     run(_attend, q.numpy(), heads, tuple(arrays[:2]), *arrays[2:], start, _zeros(), thread_count(), out.numpy())
     return out

@@ -43,7 +43,8 @@ class Room:
     def rows(self, columns: int, forms: frozenset[str]) -> Rows:
         """Return Rows with these forms, names of its fields; those of the last call for this size are overwritten."""
         if (columns, forms) not in self._rows:
-            plain = torch.empty((self.tokens, columns) if "plain" in forms else (0, 0), device="cpu")
+            size = (self.tokens, columns) if "plain" in forms else (0, 0)
+            plain = torch.empty(size, dtype=torch.float32, device="cpu")
             tiles = np.zeros(self.filled * columns if "tiles" in forms else 0, np.float32)
             numbers = int8_products.room_for(self.tiles if "numbers" in forms else 0, columns)
             self._rows[columns, forms] = Rows(plain, tiles, numbers)
@@ -52,7 +53,7 @@ class Room:
     def out(self, width: int) -> torch.Tensor:
         """Return (whole tiles of tokens, width) float32 for a product, the same for each of this width."""
         if width not in self._out:
-            self._out[width] = torch.empty(self.filled, width, device="cpu")
+            self._out[width] = torch.empty(self.filled, width, dtype=torch.float32, device="cpu")
         return self._out[width]
 
 

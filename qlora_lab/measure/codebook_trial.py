@@ -17,7 +17,7 @@ LARGEST_BLOCK = 1024
 @lru_cache
 def normal_weights(n: int) -> torch.Tensor:
     """Draw (n,) float32, standard normal, always the same."""
-    return torch.randn(n, generator=torch.Generator().manual_seed(0))
+    return torch.randn(n, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
 
 
 def some_runs(weight: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,8 @@ def some_runs(weight: torch.Tensor) -> torch.Tensor:
     if not n_runs:
         raise ValueError(f"weight has {weight.numel()} elements: give at least {LARGEST_BLOCK}, such as a linear layer")
     runs = weight.detach().reshape(-1)[: n_runs * LARGEST_BLOCK].view(n_runs, LARGEST_BLOCK)
-    chosen = runs[torch.linspace(0, n_runs - 1, min(n_runs, SAMPLE // LARGEST_BLOCK)).long()].double().cpu()
+    spread = torch.linspace(0, n_runs - 1, min(n_runs, SAMPLE // LARGEST_BLOCK), dtype=torch.float32).long()
+    chosen = runs[spread].double().cpu()
     largest = float(chosen.abs().max())
     if not 0 < largest < math.inf:  # false for NaN, too
         raise ValueError(f"the largest of the weights is {largest:g}: nothing can be compared on them, give others")
@@ -53,9 +54,9 @@ def shaped_levels(curve: float = 1.0, below: int = 7, zero: bool = True) -> torc
     half = 0.0 if zero else 0.5  # a step
 
     def side(n: int) -> torch.Tensor:
-        return ((torch.arange(1, n + 1) - half) / (n - half)) ** curve  # (n,)
+        return ((torch.arange(1, n + 1, dtype=torch.float32) - half) / (n - half)) ** curve  # (n,)
 
-    middle = torch.zeros(1) if zero else torch.zeros(0)
+    middle = torch.zeros(int(zero), dtype=torch.float32)
     return torch.cat([-side(below).flip(0), middle, side(16 - below - len(middle))])
 
 
@@ -65,7 +66,7 @@ def stretched_density(x: torch.Tensor, offset: float) -> torch.Tensor:
     >>> stretched_density(torch.tensor([0.0, 1.0]), 0.8413447).round(decimals=4).tolist()  # one standard deviation
     [1.0, 0.6065000295639038]
     """
-    edge = torch.special.ndtri(torch.tensor(offset))  # standard deviations
+    edge = torch.special.ndtri(torch.tensor(offset, dtype=torch.float32))  # standard deviations
     return torch.exp(-((x * edge) ** 2) / 2)
 
 

@@ -47,7 +47,7 @@ def stored_constants(
     [1.002, 1.002, 1.002, 2.0]
     """
     levels = constants_table(table)
-    offset = absmax.mean() if mean_offset else torch.zeros(())
+    offset = absmax.mean() if mean_offset else torch.zeros((), dtype=torch.float32)
     groups = to_blocks(absmax - offset, group_size)  # (n_groups, group_size)
     scale = block_absmax(groups)  # (n_groups,)
     codes = nearest_codes(scale_blocks(groups, scale), levels)  # (n_groups, group_size)

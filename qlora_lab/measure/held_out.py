@@ -168,7 +168,7 @@ def _at_once(model: torch.nn.Module, rows: list[list[int]], fill: int) -> list[l
 
 def _left_padded(prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
     """Make input_ids and attention_mask, (batch, longest), padded on the left so that all answers begin together."""
-    rows = [torch.tensor(prompt) for prompt in prompts]
+    rows = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
     masks = [torch.ones_like(row) for row in rows]
     return {
         "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left"),

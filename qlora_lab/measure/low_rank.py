@@ -12,13 +12,14 @@ import torch
 @lru_cache  # a moving slider asks for the same sizes again, and nothing else takes as long
 def directions(size: int) -> torch.Tensor:
     """Return (2, size, size) float32: two random orthogonal matrices, always the same."""
-    return torch.linalg.qr(torch.randn(2, size, size, generator=torch.Generator().manual_seed(0))).Q
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(2, size, size, dtype=torch.float32, generator=generator)).Q
 
 
 def target(size: int, decay: float) -> torch.Tensor:
     """Make (size, size) float32 with singular values k^-decay, k = 1, 2, ..., in random directions."""
     left, right = directions(size)
-    return left * torch.arange(1, size + 1) ** -decay @ right.t()
+    return left * torch.arange(1, size + 1, dtype=torch.float32) ** -decay @ right.t()
 
 
 def best_of_rank(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

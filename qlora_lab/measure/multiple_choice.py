@@ -300,7 +300,8 @@ def _continue(
     A causal model never looks to the right, so what fills the rows changes nothing, and no mask is needed.
     """
     device = next(model.parameters()).device
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(device)
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    ids = pad_sequence(ids, batch_first=True, padding_value=fill).to(device)  # (rows, longest)
     # A hook, as in train/loss.py: logits of all places would take 0.5 GB for four rows of 700 tokens.
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (places(inputs[0]),))
     try:

@@ -192,7 +192,7 @@ def _trained(weight: torch.Tensor, q: QuantizedTensor, row: int, column: int, pr
     from tqdm.auto import tqdm
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(TOKENS, weight.shape[1], generator=generator)  # (tokens, in)
+    x = torch.randn(TOKENS, weight.shape[1], dtype=torch.float32, generator=generator)  # (tokens, in)
     layer = LoRALinear(Linear4bit(q), RANK, RANK, generator=generator)  # alpha = r: a scaling of 1, as in notebook 00
     numel = layer.lora_A.numel() + layer.lora_B.numel()
     per_page = SYSTEM_PAGE // UNIT[32][1]  # elements whose two moments one page holds

@@ -71,7 +71,7 @@ def text_windows(tokenizer: "Tokenizer", text: str, length: int = 512, windows: 
         raise ValueError(
             f"the text has {len(ids)} tokens, fewer than {windows} windows of {length}: take {fewer} or a longer text"
         )
-    return torch.tensor(ids[: length * windows]).view(windows, length)
+    return torch.tensor(ids[: length * windows], dtype=torch.int64).view(windows, length)
 
 
 def _first_ids(tokenizer: "Tokenizer", text: str, needed: int) -> list[int]:

@@ -28,12 +28,12 @@ QUESTIONS = {"vicuna": 80, "oa": 953}  # paper, section 5.2: the prompts of each
 
 def published_nf4() -> torch.Tensor:
     """Return the 16 NF4 levels of bitsandbytes: (16,) float32, ascending."""
-    return torch.tensor(read_data("nf4.json")["levels"])
+    return torch.tensor(read_data("nf4.json")["levels"], dtype=torch.float32)
 
 
 def published_af4() -> torch.Tensor:
     """Return bitsandbytes' 16 levels of AbnormalFloat for blocks of 64. Shape and dtype as in published_nf4."""
-    return torch.tensor(read_data("af4.json")["levels"])
+    return torch.tensor(read_data("af4.json")["levels"], dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------- rows of the tables

@@ -62,7 +62,7 @@ def _skips_zeros(module: nn.Module) -> bool:
     """Tell whether a row of zeros gives zeros and a gradient of zeros, so that it need not be computed."""
     # act(gate) * up has the factor up = 0, so it is 0; its gradient has act(0), which is 0 for SiLU, GELU and ReLU.
     act = getattr(module, "act_fn", None)
-    return callable(act) and float(act(torch.zeros(1))) == 0
+    return callable(act) and float(act(torch.zeros(1, dtype=torch.float32))) == 0
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -182,7 +182,8 @@ def read_weights(reader: gguf.GGUFReader, config: dict[str, Any], *, progress: b
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)  # (out_features, in_features), float32
         if part in heads:
             weight = neighbours_to_halves(weight, heads[part])
-        weights[name] = torch.tensor(weight).to(torch.bfloat16)  # torch.tensor copies: the map may go
+        # torch.tensor copies: the map may go
+        weights[name] = torch.tensor(weight, dtype=torch.float32).to(torch.bfloat16)
     if missing := sorted(_expected_names(config) - weights.keys()):
         raise ValueError(f"it lacks {len(missing)} tensors, {missing[0]} first")
     return weights

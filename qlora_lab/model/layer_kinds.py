@@ -35,10 +35,13 @@ def _computes_a_product(kind: type[nn.Module]) -> bool:
     # Once for each class: a model has thousands of layers, and a handful of classes.
     if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
         return False
-    plain = nn.Linear(3, 2, device="meta")  # without values, so torch's random numbers stay where they are
-    plain.weight = nn.Parameter(torch.arange(6.0).view(2, 3))
-    plain.bias = nn.Parameter(torch.tensor([10.0, 20.0]))
-    x = torch.tensor([[[1.0, 2.0, 4.0]]])  # (1, 1, 3): small whole numbers, so any order of summing is exact
+    plain = nn.Linear(
+        3, 2, dtype=torch.float32, device="meta"
+    )  # without values, so torch's random numbers stay where they are
+    plain.weight = nn.Parameter(torch.arange(6, dtype=torch.float32).view(2, 3))
+    plain.bias = nn.Parameter(torch.tensor([10.0, 20.0], dtype=torch.float32))
+    # small whole numbers, so any order of summing is exact
+    x = torch.tensor([[[1.0, 2.0, 4.0]]], dtype=torch.float32)  # (1, 1, 3)
     try:
         y = kind.forward(plain, x)
     except Exception:  # anything at all: it needs what a plain layer lacks, such as a router's top_k

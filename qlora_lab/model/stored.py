@@ -172,7 +172,7 @@ def _made(rule: Rule, files: dict[str, Path], expected: dict[str, torch.Tensor])
     """Find out what `rule` makes of these files, with tensors that have shapes but no bytes."""
     with opened_once(files) as stored:
         sizes = {name: stored[file].get_slice(name).get_shape() for name, file in files.items()}
-    parts = [(name, torch.empty(size, device="meta")) for name, size in sizes.items()]
+    parts = [(name, torch.empty(size, dtype=torch.float32, device="meta")) for name, size in sizes.items()]
     try:
         shapes = rule.apply(parts)
     except (RuntimeError, ValueError, IndexError) as error:

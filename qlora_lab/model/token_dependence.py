@@ -41,7 +41,8 @@ def reach(model: nn.Module, batch: dict[str, torch.Tensor], places: list[Places]
     finally:
         hook.remove()  # the model is as before
     # Random weights, so that parts of the sum do not cancel; small ones, so that float16 can hold it.
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)) / logits.shape[1] ** 0.5
+    weights = torch.randn(logits.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    weights /= logits.shape[1] ** 0.5
     weighted = logits * weights.to(logits.device)
     depends = []
     for outputs, inputs in places:
@@ -55,7 +56,7 @@ def reads_padding(model: nn.Module, row: list[int], fill: int) -> bool:
 
     Tries the first TRIED tokens of the row, with positions as transformers' `generate` counts them.
     """
-    ids = torch.tensor([[fill] * FILLED + row[:TRIED]])  # (1, tokens)
+    ids = torch.tensor([[fill] * FILLED + row[:TRIED]], dtype=torch.int64)  # (1, tokens)
     masked = torch.ones_like(ids)
     masked[:, :FILLED] = 0  # 0: not to be read
     batch = {"input_ids": ids, "attention_mask": masked}

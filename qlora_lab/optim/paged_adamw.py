@@ -36,7 +36,7 @@ WRAPPED = "__bnb_optimizer_quant_state__"  # bitsandbytes' key for its 8-bit par
 
 # MKL computes torch's square roots and picks its code path in the first call. If two threads share that call, one may
 # pick another path and round differently, so a step would differ between processes. One thread picks it here.
-torch.ones(1).sqrt()
+torch.ones(1, dtype=torch.float32).sqrt()
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -118,7 +118,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _step(self, p: torch.Tensor, group: dict, pieces: Iterable[Piece]) -> None:
         state = self.state[p]
-        state["step"] = state.get("step", torch.tensor(0.0)) + 1
+        state["step"] = state.get("step", torch.tensor(0.0, dtype=torch.float32)) + 1
         settings = AdamW(int(state["step"].item()), group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         flat = p.reshape(-1)  # (numel,): a view, or a copy where p is not contiguous
         grad = p.grad.reshape(-1)
@@ -195,7 +195,8 @@ class PagedAdamW(torch.optim.Optimizer):
                 shape = tuple(saved[number][name].shape) if name in saved[number] else None
                 if shape != expected:
                     raise ValueError(f"{name} of parameter {number} has shape {shape}, but it must be {expected}")
-        steps = {number: {"step": torch.tensor(float(state["step"]))} for number, state in saved.items()}
+        done = {number: torch.tensor(float(state["step"]), dtype=torch.float32) for number, state in saved.items()}
+        steps = {number: {"step": step} for number, step in done.items()}
         had_state = {p for p in self._parameters() if p in self.state}
         super().load_state_dict(state_dict | {"state": steps})  # groups and steps only: moments go into pages
         for number, p in enumerate(self._parameters()):

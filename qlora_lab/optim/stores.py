@@ -150,7 +150,7 @@ class _Managed:
 
 
 def _view(memory: _Managed, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(memory, device=device)
+    return torch.as_tensor(memory, dtype=torch.uint8, device=device)
 
 
 def _free(device: torch.device) -> int:

@@ -49,7 +49,7 @@ def normal_float(bits: int = 4, offset: float | None = None, symmetric: bool = F
         probabilities = evenly_spaced(offset, 0.5, n + 1)[:-1]  # (n,)
         return torch.from_numpy(ndtri(probabilities.numpy()))
 
-    levels = torch.cat([-side(n_negative), torch.zeros(1), side(n_positive)]).sort().values
+    levels = torch.cat([-side(n_negative), torch.zeros(1, dtype=torch.float32), side(n_positive)]).sort().values
     return levels / levels.abs().max()
 
 
@@ -59,7 +59,7 @@ def evenly_spaced(start: float, end: float, n: int) -> torch.Tensor:
     torch.linspace itself rounds twice on a CPU without AVX2, and numpy's version gives other last bits again, so their
     tables would differ between machines.
     """
-    first, last = torch.tensor([start, end])
+    first, last = torch.tensor([start, end], dtype=torch.float32)
     step = (last - first) / (n - 1)
     i = torch.arange(n)
     # a product of two float32 is exact in float64, so .float() is the one rounding; each half is counted from its end
@@ -195,4 +195,4 @@ def rounding(levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def zero_code(levels: torch.Tensor) -> int:
     """Return the code of 0, used as padding."""
-    return int(nearest_codes(torch.zeros(1), levels.cpu()))
+    return int(nearest_codes(torch.zeros(1, dtype=torch.float32), levels.cpu()))

@@ -55,7 +55,7 @@ def _dynamic_map(signed: bool = True) -> torch.Tensor:
         edges = evenly_spaced(0.1, 1, 2 ** (i + (not signed)) + 1)
         positive += (10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
     negative = [-p for p in positive] if signed else []  # the same values below 0
-    return torch.tensor(negative + [0.0, 1.0] + positive).sort().values  # (256,)
+    return torch.tensor(negative + [0.0, 1.0] + positive, dtype=torch.float32).sort().values  # (256,)
 
 
 @lru_cache

@@ -162,7 +162,7 @@ class CodebookExplorer(Explorer):
         }
 
     def compute(self, state):
-        levels = torch.tensor(state["levels"])  # (16,)
+        levels = torch.tensor(state["levels"], dtype=torch.float32)  # (16,)
         compared = self._compare(state["block_size"])
         return {"levels": levels, "use": code_use(levels, compared["blocks"]), **compared}
 

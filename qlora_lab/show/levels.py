@@ -161,7 +161,7 @@ class Levels(Control):
         try:
             table = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
         except (TypeError, ValueError, RuntimeError, OverflowError):  # words, None, ragged lists, 10**400
-            table = torch.empty(0, 0)
+            table = torch.empty(0, 0, dtype=torch.float32)
         if table.dim() != 1:  # a scalar, a matrix, or no numbers at all
             short = reprlib.repr(value)
             raise ValueError(f"{name}={short} is not allowed: give {N_LEVELS} ascending numbers in [-1, 1].")

@@ -34,7 +34,8 @@ class MidpointExplorer(Explorer):
     def compute(state):
         level = LEVELS[state["code"]]
         total = level + state["change"] / 100
-        again = quantize(torch.stack([torch.tensor(1.0), total]), "nf4")  # beside the largest weight of its block
+        # beside the largest weight of its block
+        again = quantize(torch.stack([torch.ones_like(total), total]), "nf4")
         edges = midpoints(LEVELS)  # (15,): edges[i] lies between the levels i and i + 1
         return {
             "level": level.item(),

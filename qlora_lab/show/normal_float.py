@@ -22,7 +22,7 @@ BLOCK_SIZE = 64
 RULE = "rule"  # the offset that normal_offset gives for the bits
 STEPS = [round(0.8 + 0.005 * i, 3) for i in range(40)]  # 0.8 to 0.995
 OFFSETS = (RULE, *sorted([*STEPS, normal_offset(4)]))  # NF4's offset at other widths, too
-X = torch.linspace(-1, 1, 201)  # where the curve is drawn
+X = torch.linspace(-1, 1, 201, dtype=torch.float32)  # where the curve is drawn
 
 
 class NormalFloatExplorer(Explorer):

@@ -83,13 +83,14 @@ class Exchange:
 
         answers: what this process computes, from rows and counts of the same kind.
         """
-        out = torch.tensor(counts, device=x.device).view(self.size, self.own)  # (to process, its expert)
+        out = torch.tensor(counts, dtype=torch.int64, device=x.device)
+        out = out.view(self.size, self.own)  # (to process, its expert)
         here = torch.empty_like(out)  # (from process, own expert)
         dist.all_to_all_single(here, out)
         sent, received = out.sum(1).tolist(), here.sum(1).tolist()
         # A process that gets no rows must still send gradients of none, or the others would wait for it without end:
         # so each exchange is part of the graph on all of them.
-        anchor = torch.empty(0, device=x.device, requires_grad=True)
+        anchor = torch.empty(0, dtype=torch.float32, device=x.device, requires_grad=True)
         rows = _Swap.apply(x, anchor, sent, received)
         expert = torch.arange(self.own, device=x.device).repeat(self.size).repeat_interleave(here.flatten())
         order = expert.argsort(stable=True)  # rows come by process; an expert takes those of all at once

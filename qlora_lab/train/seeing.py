@@ -58,7 +58,7 @@ def see(
     question = [{"role": "user", "content": f"{PLACEHOLDER}\n{ASKED[asked]}"}]
     text = tokenizer.processor.apply_chat_template(question, tokenize=False)
     prompt = tokenizer.processor(text=[text], images=[Image.fromarray(BLANK)], return_tensors="pt").input_ids
-    wanted = torch.tensor([words[WORDS[asked].index(getattr(scene, asked))] for scene in scenes])
+    wanted = torch.tensor([words[WORDS[asked].index(getattr(scene, asked))] for scene in scenes], dtype=torch.int64)
     found = []
     with measuring(model):
         for start in tqdm(range(0, len(scenes), ROWS), f"{asked}?", unit="batch", leave=False, disable=not progress):

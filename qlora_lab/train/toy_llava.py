@@ -14,7 +14,8 @@ of words because it has read; this tower has not, so the projector is fitted to 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,8 @@ class ToyTower(nn.Module):
         super().__init__()
         self.vision = vision
         sizes = {"kind": EMPTY + 1} | {name: len(words) for name, words in WORDS.items()}
-        self.heads = nn.ModuleDict({name: nn.Linear(vision.config.hidden_size, n) for name, n in sizes.items()})
+        width = vision.config.hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n, dtype=torch.float32) for name, n in sizes.items()})
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return logits of each patch of pictures x, (n, 3, 48, 48) in [-1, 1].
@@ -91,6 +93,17 @@ class ToyTower(nn.Module):
         return kind, {name: share.mean(1) for name, share in shares.items()}
 
 
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Set torch's default dtype, in which transformers makes a new model, and then the caller's again."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def trained_tower(scenes: Sequence[Scene], steps: int = 400, *, seed: int = 0, progress: bool = True) -> ToyTower:
     """Train a tower of two layers of 128 features on labels of the scenes. It takes half a minute on one core.
 
@@ -102,7 +115,7 @@ def trained_tower(scenes: Sequence[Scene], steps: int = 400, *, seed: int = 0, p
     check_seed(seed)
     if not scenes:
         raise ValueError("there are no scenes: give those of a split's train")
-    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
+    with torch.random.fork_rng(devices=[]), _float32_by_default():  # the caller's random state stays as it is
         torch.manual_seed(seed)
         tower = ToyTower(CLIPVisionModel(CLIPVisionConfig(**TOWER))).train()
         # CLIP draws positions so small that a model as young as this never hears of them.
@@ -125,8 +138,9 @@ def rounded(module: nn.Module, codebook: str) -> nn.Module:
 
 def _labels(scenes: Sequence[Scene]) -> dict[str, torch.Tensor]:
     """Return the word of each property, (scenes,), and kind, (scenes, 9): the shape in each patch, or EMPTY; int64."""
-    labels = {name: torch.tensor([words.index(getattr(s, name)) for s in scenes]) for name, words in WORDS.items()}
-    kind = torch.full((len(scenes), PATCHES), EMPTY)
+    indices = {name: [words.index(getattr(scene, name)) for scene in scenes] for name, words in WORDS.items()}
+    labels = {name: torch.tensor(of, dtype=torch.int64) for name, of in indices.items()}
+    kind = torch.full((len(scenes), PATCHES), EMPTY, dtype=torch.int64)
     for number, scene in enumerate(scenes):
         for row, column in cells(scene):
             kind[number, SIZE // CELL * row + column] = labels["shape"][number]
@@ -186,7 +200,7 @@ def toy_llava(
         vision_feature_select_strategy="default",
         tie_word_embeddings=text.config.tie_word_embeddings,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _float32_by_default():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)  # float32, in which the projector is fitted
         embeddings = text.get_input_embeddings().weight.detach()
