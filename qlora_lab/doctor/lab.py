@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 from qlora_lab.doctor.room import OK, PROBLEM, WARNING, Check
 
 SERVER, WIDGETS, KERNEL = "JupyterLab", "widgets", "kernel"  # names of the checks
-START_SECONDS = 30  # for the server; it takes 3 on a quiet machine
-KERNEL_SECONDS = 30  # for a kernel to start, and to import torch and matplotlib
+START_SECONDS = 60  # for the server; it takes 3 on a quiet machine
+KERNEL_SECONDS = 60  # for a kernel to start, and to import torch and matplotlib
 # Shutting down waits for kernels, so a moment is not enough.
 GRACE = 10  # seconds to end in, once asked
 SETTINGS = Path(__file__).parents[1] / "cli" / "jupyter"
@@ -149,12 +149,14 @@ def check_widgets(server: Server) -> Check:
 
 def check_kernel(server: Server, edition: str) -> Check:
     """Check that a kernel starts, imports this edition of the library, and shows an explorer of the course."""
+    from tornado.httpclient import HTTPClientError  # its own, and no OSError
+
     # the usual reason: a kernel called python3 that another environment left in the home folder
     same = "run `python -m ipykernel install --sys-prefix` in the environment of the course"
     try:
         printed, kinds = asyncio.run(_ask(server, QUESTION))
         answer = json.loads(printed)
-    except (OSError, RuntimeError, TimeoutError, ValueError) as error:
+    except (OSError, RuntimeError, TimeoutError, ValueError, HTTPClientError) as error:
         reason = str(error) or f"no answer within {KERNEL_SECONDS} s"
         return Check(KERNEL, PROBLEM, f"a notebook cannot run: {reason}; {same}")
     if answer["version"] != edition:
