@@ -3,7 +3,7 @@
 #   make test   install, then run all tests and all notebooks
 # and one builds the documentation:
 #   make site   pages in build/site/html, which open and search from disk
-.PHONY: lab test gemma site picture fast trust notebooks bench bench-gpu lint clean chromium
+.PHONY: lab test gemma site slides picture fast trust notebooks bench bench-gpu lint clean chromium
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,6 +25,10 @@ gemma: $(GEMMA)
 
 site: $(READY)
 	$(BIN)/python -m tools.make_site
+
+# the slides of the two-hour lab (docs/teaching.md), from tagged cells: build/slides.html, which opens from disk
+slides: $(READY)
+	$(BIN)/python -m tools.slides
 
 # the README's picture: the explorer of notebook 01 while its offset is dragged
 picture: $(READY)

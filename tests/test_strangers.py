@@ -64,6 +64,7 @@ PATHS = {
     ("doctor", "model"): [],
     ("doctor", "source"): [["--method", "loftq"]],
     ("doctor", "data"): [],
+    ("doctor", "out"): [["--machine"]],
     ("merge", "model"): [],
     ("merge", "adapter"): [],
     ("merge", "original"): [["--target", "original"]],
@@ -92,6 +93,7 @@ PATHS = {
     ("experts", "text"): [],
     ("verify", "folder"): [],
     ("open", "folder"): [],
+    ("open", "hosted"): [["--copy-only"]],
     ("grade", "notebooks"): [],
     ("grade", "out"): [],
 }

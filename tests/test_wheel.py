@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import site
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -106,3 +108,25 @@ cli.main(['grade', 'mine/01_codebook.ipynb', 'SOLVED', '--json', '--quiet'])"""
     assert [(row["passed"], row["out_of"]) for row in scores["notebooks"]] == [(0, 2), (2, 2)]
     assert {exercise["result"] for exercise in scores["notebooks"][0]["exercises"].values()} == {"not attempted"}
     assert not (tmp_path / "mine" / "solutions").exists()
+
+
+def test_a_hosted_copy_installs_the_wheel_beside_it(installed, tmp_path):
+    """In an environment that has all packages but this library. Once it is there, the cell needs no wheel any more."""
+    (wheel,) = Path(installed["QLORA_LAB_SITE"]).parent.glob("*.whl")
+    words = ["open", "mine", "--copy-only", "--hosted", str(wheel)]
+    python(f"from qlora_lab import cli; cli.main({words})", installed, tmp_path)
+    venv.create(tmp_path / "service", with_pip=False)
+    (inside,) = (tmp_path / "service").glob("lib/python*/site-packages")
+    (tmp_path / "others").mkdir()
+    for path in Path(site.getsitepackages()[0]).iterdir():
+        if "qlora_lab" not in path.name:  # an editable install has a file that leads to the checkout, too
+            (tmp_path / "others" / path.name).symlink_to(path)
+    (inside / "others.pth").write_text(str(tmp_path / "others"))
+    cell = nbformat.read(tmp_path / "mine" / "01_codebook.ipynb", 4).cells[0].source
+    code = f"{cell}\nimport qlora_lab\nprint(qlora_lab.__file__)"
+    command = [tmp_path / "service" / "bin" / "python", "-c", code]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path / "mine", env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == str(inside / "qlora_lab" / "__init__.py"), done.stderr
+        (tmp_path / "mine" / wheel.name).unlink(missing_ok=True)

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qlora_lab.files.replace import replace_text
+from tools import slides
 from tools.reference import public_page, room_page, rooms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +92,8 @@ def main() -> int:
     shutil.rmtree(pages, ignore_errors=True)
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(source), str(pages)]
     code = subprocess.run(command, check=False).returncode
+    if code == 0:
+        replace_text(pages / "slides.html", slides.page())  # no page links to it: in the repository it is not there
     print(f"the site is in {pages / 'index.html'}" if code == 0 else "the site has errors, listed above")
     return code
 

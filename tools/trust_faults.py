@@ -17,7 +17,7 @@ from tools.trust_commands import CASES, Case, Home, end, said, start
 from tools.trust_kills import Reference, reference
 from tools.trust_trials import Trial, part
 
-NAMES = ("finetune, evaluated", "finetune, overwrite", "quantize", "sweep", "block-size", "fetch")
+NAMES = ("finetune, evaluated", "finetune, overwrite", "quantize", "sweep", "block-size", "fetch", "grade")
 REMOVES = ("unlink", "rmdir")  # what a full disk never refuses
 
 

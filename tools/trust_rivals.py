@@ -12,8 +12,17 @@ from tools.trust_commands import CASES, Case, Home, contents, difference, end, k
 from tools.trust_kills import Reference, reference
 from tools.trust_trials import Trial, part
 
-TRIALS = 13  # of each case: 104 pairs
-NAMES = ("finetune, plain", "finetune, evaluated", "finetune, overwrite", "quantize", "sweep", "block-size", "fetch")
+TRIALS = 13  # of each case: 117 pairs
+NAMES = (
+    "finetune, plain",
+    "finetune, evaluated",
+    "finetune, overwrite",
+    "quantize",
+    "sweep",
+    "block-size",
+    "fetch",
+    "grade",
+)
 RESUME = "finetune, both resume"
 
 

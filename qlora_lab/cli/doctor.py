@@ -1,4 +1,4 @@
-"""Check, before a run, for failures that raise no error."""
+"""Check, before a run, for failures that raise no error, or with --machine a room's machine before a lesson."""
 
 import argparse
 import json
@@ -22,10 +22,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_fields(parser.add_argument_group("run"), Settings, "batch_size", "seed")
     add_fields(parser.add_argument_group("adapter"), AdapterOptions, *ADAPTER)
     add_fields(parser.add_argument_group("optimizer"), Settings, "optimizer_bits")
+    machine = parser.add_argument_group("machine")
+    what = "check this machine for the course instead of a run: under a minute, nothing is trained or downloaded"
+    machine.add_argument("--machine", action="store_true", help=what)
+    kept = "with --machine: file for the report, as JSON; an earlier report there is replaced"
+    machine.add_argument("--out", metavar="FILE", help=kept)
     common(parser.add_argument_group("output"))
 
 
 def run(a: argparse.Namespace) -> int:
+    if a.machine:
+        return _machine(a)
+    if a.out is not None:
+        raise ValueError("--out keeps the report of a machine: add --machine, or use --json for that of a run")
     from qlora_lab.train.check_run import check_run
 
     settings = from_arguments(Settings, a)  # raises for a value that is not allowed
@@ -35,4 +44,16 @@ def run(a: argparse.Namespace) -> int:
     add_adapters(a, model, tokenizer)  # alpha and dropout keep their defaults
     report = ql.diagnose(model, tokenizer, data, settings, skip_bad=a.skip_bad, progress=not a.quiet)
     print(json.dumps(report.to_dict()) if a.json else f"{report}\n\n{report.dtypes}")
+    return 0 if report.ok else 1
+
+
+def _machine(a: argparse.Namespace) -> int:
+    from qlora_lab.doctor.room import check_report_path, check_room, save_report
+
+    if a.out is not None:
+        check_report_path(a.out)  # before half a minute is spent
+    report = check_room(ql.__version__, progress=not a.quiet)
+    if a.out is not None:
+        save_report(a.out, report)
+    print(json.dumps(report.to_dict()) if a.json else report)
     return 0 if report.ok else 1

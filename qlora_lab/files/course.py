@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import SUMS, as_lines, read_sums
+from qlora_lab.files.hosted import wheel_beside, with_setup
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.replace import replace_bytes, replacing_folder
 
@@ -26,17 +27,21 @@ def course_path(*names: str) -> Path:
     return (PACKAGED if is_packaged() else PACKAGED.parents[1]).joinpath(*names)
 
 
-def copy_course(folder: str | Path, solutions: bool = True) -> list[str]:
+def copy_course(folder: str | Path, solutions: bool = True, hosted: str | None = None) -> list[str]:
     """Copy the course to `folder`; return the names of files left alone because the reader has changed them.
 
     Syllabus and glossary go with the notebooks, which link to them. A file that is still as an earlier call copied it
-    is replaced by a newer one. Raises FileExistsError for a folder that holds anything else, OSError for a place that
-    cannot be written, and ValueError for a damaged list of checksums.
+    is replaced by a newer one. hosted: an address of a wheel, or a wheel on this machine, which is copied too; each
+    notebook then begins with a cell that installs it (hosted.py). Raises FileExistsError for a folder that holds
+    anything else, OSError for a place that cannot be written, and ValueError for a damaged list of checksums or an
+    address that is not allowed.
     """
     folder = out_path(folder)
     source = course_path("notebooks")
     paths = [*source.glob("*.ipynb"), *source.glob("*.md"), *(source.glob("solutions/*.ipynb") if solutions else ())]
     contents = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
+    if hosted is not None:
+        contents = _hosted(contents, hosted)
     copied = read_sums(folder / SUMS) if (folder / SUMS).exists() else {}
     if FIRST in copied:
         return _update(folder, contents, copied)
@@ -44,6 +49,17 @@ def copy_course(folder: str | Path, solutions: bool = True) -> list[str]:
         raise FileExistsError(f"{folder} holds other files than the course: name a new folder")
     with replacing_folder(folder) as new:  # a kill leaves nothing
         return _update(new, contents, {})
+
+
+def _hosted(contents: dict[str, bytes], where: str) -> dict[str, bytes]:
+    """Put the cell that installs in front of each notebook, and the wheel, if it is a file, beside them."""
+    wheel = wheel_beside(where)
+    made = {}
+    for name, content in contents.items():
+        # solutions lie one folder deeper than the wheel
+        seen = where if wheel is None else "../" * name.count("/") + wheel.name
+        made[name] = with_setup(content, seen) if name.endswith(".ipynb") else content
+    return made if wheel is None else made | {wheel.name: wheel.read_bytes()}
 
 
 def _update(folder: Path, contents: dict[str, bytes], copied: dict[str, str]) -> list[str]:

@@ -52,6 +52,11 @@ def _warn_uncached(reason):
     )
 
 
+def kept() -> bool:
+    """Whether the machine code of all kernels so far could be kept on disk."""
+    return _warn_uncached.cache_info().currsize == 0  # an entry is a warning that was given
+
+
 @lru_cache  # once
 def _start_threads():
     """Start numba's threads without changing torch's number: both may share one OpenMP library."""

@@ -87,6 +87,17 @@ def fetch(name: str, *, progress: bool = True) -> Path:
             ) from no_wheel
 
 
+def on_disk(name: str) -> Path | None:
+    """Return the folder of a known model if it is on this machine already, or None; nothing is fetched.
+
+    Raises ValueError for an unknown name, and as `fetch` does for a damaged folder.
+    """
+    if name not in KNOWN_MODELS:
+        raise ValueError(_unknown(name))
+    folder = cache_dir() / name
+    return _checked(folder) if folder.exists() else _in_hub_cache(KNOWN_MODELS[name].hub_id)
+
+
 def known_name(name: str | Path) -> str | Path:
     """Return the known name of a model whose hub id is recorded: it may not have come from the hub."""
     return next((known for known, model in KNOWN_MODELS.items() if model.hub_id == str(name)), name)
@@ -174,7 +185,7 @@ def _from_hub(hub_id: str, progress: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        _ask_hub(hub_id)
+        ask_hub(hub_id)
         folder = snapshot_download(hub_id, allow_patterns=HUB_FILES, tqdm_class=None if progress else _NoBar)
     except Exception as error:  # any error of its network libraries; the message keeps the reason
         reason = " ".join(str(error).split())  # the hub's errors have several lines, the useful one last
@@ -184,8 +195,8 @@ def _from_hub(hub_id: str, progress: bool) -> Path:
     return _checked(Path(folder))
 
 
-def _ask_hub(hub_id: str) -> None:
-    """Raise within HUB_SECONDS unless the hub has this model.
+def ask_hub(hub_id: str) -> None:
+    """Raise within HUB_SECONDS unless the hub has this model: any error of its network libraries.
 
     The deadline is our own, because connection timeouts apply to each address, name look-ups have none, and a download
     retries for minutes. HF_HUB_OFFLINE makes this raise at once.

@@ -28,7 +28,8 @@ def show_over(still, widget):
     page = f'<div class="qlora-still"><style>{_CSS}</style>{still["text/html"]}</div>'
     display = sys.modules["IPython"].display.display  # ipywidgets has imported it
     display({**still, "text/html": page}, raw=True)
-    display({VIEW: widget._repr_mimebundle_()[VIEW]}, raw=True)
+    # as ipywidgets 8 describes a view; version 7, which hosted services keep, has no _repr_mimebundle_ to ask
+    display({VIEW: {"model_id": widget.model_id, "version_major": 2, "version_minor": 0}}, raw=True)
 
 
 class StatusLine(Shown):

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.theme import DARK, LIGHT, set_theme, unreadable
+from tests.browser.theme import DARK, LIGHT, keep_pictures, set_theme, unreadable
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 OPEN = """async (path) => {
@@ -73,3 +73,4 @@ def test_a_stored_notebook(page, lab, path):
     for theme in (LIGHT, DARK):
         set_theme(page, theme)
         assert unreadable(page) == []
+    keep_pictures(page, path.stem)

@@ -1,5 +1,8 @@
 """What the page looks like: its theme, its width, the contrast of its text, and whether anything is cut off."""
 
+import base64
+from pathlib import Path
+
 LIGHT, DARK = "JupyterLab Light", "JupyterLab Dark"
 CHANGE = """async (theme) => {
   await window.jupyterapp.commands.execute("apputils:change-theme", { theme });
@@ -86,3 +89,32 @@ def unreadable(page, places=OUTPUTS):
     nothing = [] if text["seen"] else [f"no text in {places}"]
     grounds = {f"a picture on {ground}" for ground in page.evaluate(CORNERS, f"{places} img")}
     return nothing + text["faint"] + sorted(grounds) + page.evaluate(WIDE, OURS)
+
+
+# ------------------------------------------------------------------------------------------------ pictures for people
+
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"  # an ignored folder; each run replaces them
+TALLEST = 16_000  # pixels: Chromium draws no more in one picture
+CHANGED = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+LENGTH = "() => document.querySelector('.jp-WindowedPanel-outer').scrollHeight"
+
+
+def keep_pictures(page, name):
+    """Keep what the notebook on the page looks like, in the theme that it has: as it is, and at 200 % zoom.
+
+    No test compares them: they are for people who look through a course, from its first cell as far as TALLEST goes.
+    """
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    session = page.context.new_cdp_session(page)
+    for zoom in (1, 2):
+        # a browser's zoom of 2 is a window of half the size in which a pixel of CSS is two of the screen
+        width, kind = 1280 // zoom, "dark" if zoom == 1 else "dark-200"
+        height = min(page.evaluate(LENGTH) + 100, TALLEST // zoom)
+        metrics = {"width": width, "height": height, "deviceScaleFactor": zoom, "mobile": False}
+        session.send("Emulation.setDeviceMetricsOverride", metrics)
+        page.evaluate(CHANGED)
+        # not page.screenshot(), which would set the window back first
+        taken = session.send("Page.captureScreenshot", {"format": "jpeg", "quality": 60})
+        (SCREENSHOTS / f"{name}-{kind}.jpg").write_bytes(base64.b64decode(taken["data"]))
+    session.send("Emulation.clearDeviceMetricsOverride")
+    session.detach()

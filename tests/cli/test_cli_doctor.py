@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qlora_lab import cli
+from qlora_lab.doctor import room
 from qlora_lab.doctor.checks import THREADS
 
 
@@ -75,3 +76,48 @@ def test_help_shows_an_example(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["doctor", "--help"])
     assert stop.value.code == 0 and "example: qlora-lab doctor" in " ".join(capsys.readouterr().out.split())
+
+
+# ---------------------------------------------------------------------------------------------------------- --machine
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The machine's report is given, not made."""
+
+    def make(*statuses):
+        report = room.RoomReport(tuple(room.Check(f"check {i}", status, "said") for i, status in enumerate(statuses)))
+        monkeypatch.setattr(room, "check_room", lambda edition, progress: report)
+
+    return make
+
+
+def test_a_machine_with_a_problem_is_code_1_and_with_a_warning_0(capsys, checked, tmp_path):
+    out = tmp_path / "room.json"
+    checked("ok", "warning")
+    code, said, err = run(capsys, "--machine", "--out", out)
+    assert (code, said, err) == (0, "ok        check 0: said\nwarning   check 1: said\n", "")
+    assert json.loads(out.read_text())["ok"] is True
+    checked("ok", "problem")
+    code, said, _ = run(capsys, "--machine", "--out", out, "--json")
+    assert code == 1 and said.count("\n") == 1 and json.loads(said) == json.loads(out.read_text())
+
+
+def test_a_place_for_the_report_is_judged_first(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(room, "check_room", lambda edition, progress: pytest.fail("too late"))
+    (tmp_path / "thesis.json").write_text("{}")
+    code, _, err = run(capsys, "--machine", "--out", tmp_path / "thesis.json")
+    assert code == 2 and "holds no report" in err
+    code, _, err = run(capsys, "--out", tmp_path / "room.json")
+    assert code == 2 and "add --machine" in err
+
+
+@pytest.mark.slow
+def test_all_checks_of_this_machine(capsys):
+    """Whatever this machine has, each check reports in one line, and none fails by itself."""
+    code, out, _ = run(capsys, "--machine", "--json")
+    report = json.loads(out)
+    names = [check["name"] for check in report["checks"]]
+    assert code == (0 if report["ok"] else 1) and len(names) == len({*names}) == 13
+    assert not [check for check in report["checks"] if "the check itself failed" in check["message"]]
+    assert not [check for check in report["checks"] if "\n" in check["message"]]

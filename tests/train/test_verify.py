@@ -261,7 +261,7 @@ def test_a_download_that_differs_from_the_hubs_checksum_is_refused(tmp_path, mon
     folder = snapshot(tmp_path)
     (folder / "config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
-    monkeypatch.setattr(fetch, "_ask_hub", lambda hub_id: None)
+    monkeypatch.setattr(fetch, "ask_hub", lambda hub_id: None)
     with pytest.raises(ValueError, match=rf"config.json is not what the hub has: delete .*{SMALL_FILES_HELLO} and"):
         fetch._from_hub("org/name", False)
 

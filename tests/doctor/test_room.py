@@ -1,0 +1,335 @@
+"""Each check of a room's machine is forced to fail, and says in one line what is wrong and what to do."""
+
+import builtins
+import json
+import shutil
+import sys
+import tempfile
+import webbrowser
+from collections import namedtuple
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+from qlora_lab.doctor import free_memory as counting, lab, room
+from qlora_lab.doctor.room import OK, PROBLEM, WARNING, Check, RoomReport
+from qlora_lab.files import requirements
+from qlora_lab.kernels import Choice
+from qlora_lab.model import fetch
+
+GIB = 2**30
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """No model on this machine, and none in the cache of Hugging Face."""
+    monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch, "_in_hub_cache", lambda hub_id: None)
+    return tmp_path / "cache"
+
+
+def not_installed(*_):
+    raise PackageNotFoundError("qlora-lab")
+
+
+# ------------------------------------------------------------------------------------------------- what is installed
+
+
+def test_what_is_installed_is_fine_here():
+    assert room.python().status == room.packages().status == OK
+    assert f"all {len(requirements.required())} that are required, with torch " in room.packages().message
+
+
+def test_an_old_python(monkeypatch):
+    monkeypatch.setattr(room.platform, "python_version", lambda: "3.9.18")
+    assert room.python() == Check("Python", PROBLEM, "3.9.18 is not >=3.11: make the environment with a newer Python")
+
+
+def test_packages_that_are_old_or_missing(monkeypatch):
+    there = {"ipywidgets": "7.7.1", "anywidget": None}
+    installed = requirements._installed
+    monkeypatch.setattr(requirements, "_installed", lambda name: there.get(name, installed(name)))
+    found = room.packages()
+    assert found.status == PROBLEM
+    lacking = "anywidget is missing (needed: anywidget>=0.9.13), ipywidgets 7.7.1 (needed: ipywidgets>=8.1.5)"
+    assert found.message.startswith(f"{lacking}: ")
+    assert found.message.endswith("-m pip install 'anywidget>=0.9.13' 'ipywidgets>=8.1.5'")
+
+
+@pytest.mark.parametrize("check", [room.python, room.packages])
+def test_a_library_that_was_never_installed(check, monkeypatch):
+    monkeypatch.setattr(requirements, "metadata", not_installed)
+    found = check()
+    assert found.status == PROBLEM and "is not installed" in found.message and "install the wheel" in found.message
+
+
+def test_a_requirement_of_another_system_is_none(monkeypatch):
+    lines = ["a>=1", "b>=2; sys_platform == 'nowhere'", "c>=3; extra == 'test'"]
+    monkeypatch.setattr(requirements, "metadata", lambda name: namedtuple("M", "get_all")(lambda key: lines))
+    assert requirements.required() == [("a", "a>=1")]
+    assert requirements.unmet() == [("a", "a>=1", None)]
+
+
+# ------------------------------------------------------------------------------------------------------ what is free
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (Path.home, "your home folder, {}, cannot be written (no): set HOME"),
+        (fetch.cache_dir, "the model's cache, {}, cannot be written (no): set QLORA_LAB_CACHE"),
+        (tempfile.gettempdir, "temporary files, {}, cannot be written (no): set TMPDIR"),
+        (Path.cwd, "this folder, {}, cannot be written (no): change to another folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_written(place, says, tmp_path, monkeypatch):
+    for name in ("home", "cache", "temporary", "work"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path / "work")
+    assert room.folders().status == OK
+    refused = place()
+    monkeypatch.setattr(room, "_unwritable", lambda folder: "no" if folder == Path(refused) else "")
+    assert room.folders() == Check("folders", PROBLEM, says.format(refused))
+
+
+def test_why_a_folder_cannot_be_written(tmp_path):
+    assert room._unwritable(tmp_path) == ""
+    assert room._unwritable(tmp_path / "missing") == "No such file or directory"
+    assert room._nearest(tmp_path / "a" / "b") == tmp_path
+
+
+def test_a_full_disk(empty_cache, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0.5 * GIB))
+    found = room.disk()  # the model is still to come
+    assert found.status == PROBLEM and found.message.endswith("but 0.8 GiB are needed: free some space")
+    monkeypatch.setattr(room, "model", lambda: Check("model", OK, ""))
+    assert room.disk().status == OK
+
+
+def test_too_little_memory_names_the_notebooks(monkeypatch):
+    peaks = {"01_codebook": GIB // 2, "10_finetune_llama": 3 * GIB}
+    monkeypatch.setattr(room, "notebook_peaks", lambda: peaks)
+    monkeypatch.setattr(counting, "free_memory", lambda device: 2 * GIB)
+    assert room.memory() == Check(
+        "memory",
+        PROBLEM,
+        "2.0 GiB free, too little for 10_finetune_llama; 10_finetune_llama, the largest notebook, needs 4.0 GiB with "
+        "JupyterLab and a browser: close other programs, or leave these notebooks out",
+    )
+    monkeypatch.setattr(counting, "free_memory", lambda device: 4 * GIB)
+    assert room.memory().status == OK
+    monkeypatch.setattr(counting, "free_memory", lambda device: None)
+    assert room.memory().status == WARNING
+
+
+def test_every_notebook_was_measured():
+    notebooks = {path.stem for path in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb")}
+    peaks = room.notebook_peaks()
+    assert set(peaks) == notebooks, "run: python bench/notebooks.py"
+    assert all(GIB / 10 < peak < 8 * GIB for peak in peaks.values())  # 8 GB is what notebook 10 asks for
+
+
+# --------------------------------------------------------------------------------------------------------- what runs
+
+
+def test_a_model_that_is_not_here(empty_cache):
+    found = room.model()
+    assert found.status == PROBLEM and "run `qlora-lab fetch smollm2-135m`" in found.message
+
+
+def test_a_damaged_model(empty_cache):
+    (empty_cache / room.MODEL).mkdir(parents=True)
+    found = room.model()
+    assert found.status == PROBLEM and "smollm2-135m has no config.json" in found.message
+    assert found.message.endswith("; delete that folder, and run `qlora-lab fetch smollm2-135m`")
+
+
+def test_a_processor_without_vector_instructions(monkeypatch):
+    from qlora_lab import kernels
+    from qlora_lab.kernels import vector
+
+    assert "core" in room.processor().message
+    monkeypatch.setattr(vector, "host_features", lambda: set())
+    vector.is_fast.cache_clear()
+    monkeypatch.setattr(kernels, "choose", lambda device: Choice("cpu", "with plain loops"))
+    found = room.processor()
+    vector.is_fast.cache_clear()
+    assert found.status == WARNING
+    assert "no vector instructions known: kernels are cpu, with plain loops" in found.message
+
+
+@pytest.mark.long
+def test_kernels_that_cannot_be_kept_or_are_wrong(monkeypatch):
+    import torch
+
+    from qlora_lab import kernels
+    from qlora_lab.kernels import compiled
+    from qlora_lab.quant import quantize
+
+    assert room.kernels().status == OK
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        compiled._warn_uncached("no folder for them can be written")
+    found = room.kernels()
+    compiled._warn_uncached.cache_clear()
+    assert found.status == PROBLEM and found.message.endswith("set NUMBA_CACHE_DIR to a folder with space")
+    wrong = namedtuple("Q", "codes")(torch.zeros(4096, dtype=torch.uint8))
+    monkeypatch.setattr(quantize, "quantize", lambda *args, **kwargs: wrong)
+    assert room.kernels().status == PROBLEM and "gives other codes" in room.kernels().message
+    monkeypatch.setattr(kernels, "choose", lambda device: Choice("reference", "QLORA_LAB_KERNELS asks for it"))
+    assert room.kernels().status == WARNING
+
+
+def test_a_broken_library_is_a_problem_and_no_traceback(monkeypatch):
+    real = builtins.__import__
+
+    def broken(name, *args, **kwargs):
+        if name == "torch":
+            raise ImportError("libtorch.so: cannot open\nshared object file")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    (found,) = room._tried("kernels", room.kernels)
+    said = "the check itself failed (ImportError: libtorch.so: cannot open shared object file)"
+    assert found == Check("kernels", PROBLEM, f"{said}: install the environment again")
+
+
+# ------------------------------------------------------------------------------------------------------- what is said
+
+
+def test_a_network_and_a_browser_are_said_and_never_a_problem(monkeypatch):
+    def unreachable(hub_id):
+        raise TimeoutError("no answer\nwithin 5 s")
+
+    monkeypatch.setattr(fetch, "ask_hub", unreachable)
+    found = room.network()
+    assert found.status == WARNING and "(TimeoutError: no answer within 5 s); no notebook needs it" in found.message
+    monkeypatch.setattr(fetch, "ask_hub", lambda hub_id: None)
+    assert room.network().status == OK
+
+    def no_browser():
+        raise webbrowser.Error("could not locate runnable browser")
+
+    monkeypatch.setattr(webbrowser, "get", no_browser)
+    assert room.browser().status == WARNING and "--no-browser" in room.browser().message
+    monkeypatch.setattr(webbrowser, "get", lambda: namedtuple("B", "name")("firefox"))
+    assert room.browser() == Check("browser", OK, "firefox")
+
+
+# --------------------------------------------------------------------------------------------------------- JupyterLab
+
+SERVER = lab.Server("http://localhost:8889/", "0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    ("without", "token", "with_token", "status", "says"),
+    [
+        (403, SERVER.token, 200, OK, "answers on port 8889, and wants its token"),
+        (200, SERVER.token, 200, PROBLEM, "without a token, so others on this machine can use it: remove"),
+        (403, None, 200, WARNING, "a password or token of your own"),
+        (403, SERVER.token, 502, PROBLEM, "refuses its own token with status 502: a proxy"),
+    ],
+)
+def test_a_server_wants_its_token(without, token, with_token, status, says, monkeypatch):
+    monkeypatch.setattr(lab, "_status", lambda server, with_token: codes[with_token])
+    codes = {False: without, True: with_token}
+    found = lab.check_server(SERVER._replace(token=token))
+    assert found.status == status and says in found.message
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        ({"federated_extensions": [{"name": name} for name in lab.EXTENSIONS]}, None),
+        ({"federated_extensions": [{"name": "anywidget"}]}, "@jupyter-widgets/jupyterlab-manager"),
+        (
+            {"federated_extensions": [{"name": name} for name in lab.EXTENSIONS], "disabledExtensions": ["anywidget"]},
+            "anywidget",
+        ),
+    ],
+)
+def test_a_page_loads_the_extensions_of_widgets(config, missing, tmp_path):
+    """The page comes from a file here; urllib opens both."""
+    (tmp_path / "lab").write_text(f'<script id="jupyter-config-data" type="json">{json.dumps(config)}</script>')
+    found = lab.check_widgets(lab.Server(f"file://{tmp_path}/", None))
+    assert (found.status, missing or "") == (PROBLEM if missing else OK, missing or "")
+    assert not missing or f"does not load {missing}: run" in found.message
+
+
+def told(printed, kinds=(lab.VIEW,)):
+    async def ask(server, code):
+        if isinstance(printed, Exception):
+            raise printed
+        return json.dumps({"python": "/usr/bin/python3", "version": "0.1.0"} | printed), set(kinds)
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (told(RuntimeError("ModuleNotFoundError: No module named 'qlora_lab'")), "No module named 'qlora_lab'; run"),
+        (told(TimeoutError()), "no answer within 60 s; run"),
+        (told({"version": "0.0.9"}), "/usr/bin/python3, has version 0.0.9 of this library, not 0.1.0: run"),
+        (told({}, ["text/html"]), "its explorers have no live view: run"),
+    ],
+)
+def test_a_kernel_that_cannot_run_the_course(ask, says, monkeypatch):
+    monkeypatch.setattr(lab, "_ask", ask)
+    found = lab.check_kernel(SERVER, "0.1.0")
+    assert found.status == PROBLEM and says in found.message
+    monkeypatch.setattr(lab, "_ask", told({}))
+    assert lab.check_kernel(SERVER, "0.1.0").status == OK
+
+
+def test_a_server_is_there_once_it_listens():
+    assert not lab._listens(SERVER._replace(address="http://localhost:9/"))  # nobody does
+
+
+def test_a_server_that_stops_or_does_not_answer(tmp_path, monkeypatch):
+    def command(code):
+        monkeypatch.setattr(lab, "lab_command", lambda place, browser: ([sys.executable, "-c", code], {}))
+
+    command("print('no such option'); raise SystemExit(3)")
+    (found,) = lab.check_lab(tmp_path, "0.1.0")
+    assert found.status == PROBLEM and "stopped with exit code 3 and said 'no such option': run" in found.message
+    command("import time; time.sleep(60)")
+    monkeypatch.setattr(lab, "START_SECONDS", 0)
+    (found,) = lab.check_lab(tmp_path, "0.1.0")
+    assert found.status == PROBLEM and "did not answer within 0 s and said 'nothing'" in found.message
+
+
+@pytest.mark.slow
+def test_a_real_server_answers_with_its_kernel_and_its_widgets(tmp_path):
+    found = lab.check_lab(tmp_path, "0.1.0")
+    assert [check.name for check in found] == [lab.SERVER, lab.WIDGETS, lab.KERNEL]
+    assert {check.status for check in found} == {OK}, found
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def test_a_report_is_a_line_for_each_check():
+    checks = Check("Python", OK, "3.11"), Check("browser", WARNING, "none"), Check("disk", PROBLEM, "full")
+    report = RoomReport(checks)
+    assert not report.ok and RoomReport(checks[:2]).ok
+    assert str(report).splitlines() == ["ok        Python: 3.11", "warning   browser: none", "problem   disk: full"]
+
+
+def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
+    report = RoomReport((Check("Python", OK, "3.11"),))
+    path = room.save_report(tmp_path / "room.json", report)
+    assert json.loads(room.save_report(path, report).read_text())["checks"][0]["name"] == "Python"
+    own = tmp_path / "own.json"
+    own.write_text('{"ok": true}')
+    with pytest.raises(FileExistsError, match="holds no report, so it is kept: name another file"):
+        room.save_report(own, report)
+    with pytest.raises(FileExistsError, match="is a folder"):
+        room.save_report(tmp_path, report)
+    with pytest.raises(FileNotFoundError, match="there is no folder .*: create it"):
+        room.save_report(tmp_path / "no" / "room.json", report)
+    assert own.read_text() == '{"ok": true}'
