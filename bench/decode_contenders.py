@@ -32,6 +32,7 @@ from qlora_lab.infer.decode import Decoding  # noqa: E402
 from qlora_lab.infer.fast import bytes_read  # noqa: E402
 from qlora_lab.infer.sampling import Sampling  # noqa: E402
 from qlora_lab.infer.stack import read_stack  # noqa: E402
+from qlora_lab.kernels import huge_pages  # noqa: E402
 from qlora_lab.model.linear4bit import Linear4bit, linears_to_quantise  # noqa: E402
 from qlora_lab.model.modes import measuring  # noqa: E402
 from qlora_lab.quant.codebook import codebook  # noqa: E402
@@ -113,13 +114,14 @@ def random_7b(layers: int) -> nn.Module:
         n = linear.weight.numel()
         codes = torch.randint(0, 256, (n // 64,), dtype=torch.uint8, generator=g)
         constants = DoubleQuantized(codes, torch.full((-(-len(codes) // 256),), 0.01), torch.tensor(0.05))
-        packed = torch.randint(0, 256, (n // 2,), dtype=torch.uint8, generator=g)
+        packed = huge_pages.empty((n // 2,), torch.uint8).random_(0, 256, generator=g)
         shape, name = linear.weight.shape, "nf4"
         q = QuantizedTensor(packed, constants, codebook(name), name, 64, shape, torch.bfloat16)
         model.set_submodule(path, Linear4bit(q))
     for name, parameter in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
-        value = torch.randn(parameter.shape, generator=g).mul_(0.02).bfloat16() + (parameter.dim() == 1)
+        value = huge_pages.empty(parameter.shape, torch.bfloat16)  # as `load` and quantize take theirs
+        value.copy_(torch.randn(parameter.shape, generator=g).mul_(0.02)).add_(parameter.dim() == 1)
         setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return model.eval()

@@ -16,7 +16,7 @@ import torch
 from numba import njit, prange, types
 from numba.extending import overload
 
-from qlora_lab.kernels import vector as v
+from qlora_lab.kernels import huge_pages, vector as v
 from qlora_lab.kernels.compiled import opaque, parallel, run
 from qlora_lab.kernels.constants import undouble_into
 from qlora_lab.kernels.elements import (
@@ -206,7 +206,7 @@ def quantize_blocks(
     for level, step in enumerate((4, 2, 1), start=1):
         tree[level, : 16 - step] = ranks[step - 1 : 15]  # entry r: the next threshold to try after rank r
     fill = int(codes[np.searchsorted(ranks, 0)])  # the code of 0
-    packed = torch.empty(-(-n // group) * group * bits // 8, dtype=torch.uint8, device="cpu")
+    packed = huge_pages.empty((-(-n // group) * group * bits // 8,), torch.uint8)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device="cpu")
     vector = bits in (4, 8) and block_size % 32 == 0 and FAST  # else the plain loops
     tables = ranks, tree.ravel(), codes, bits, fill, group, block_size, piece, np.float32(tiny)

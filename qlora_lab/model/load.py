@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from qlora_lab.kernels import huge_pages
 from qlora_lab.model.empty_model import NO_VALUE, compute_buffers, dtypes_of, empty_model, stored_options, tokenizer_of
 from qlora_lab.model.fetch import KNOWN_MODELS, ModelError, resolve
 from qlora_lab.model.language_model import as_names
@@ -173,8 +174,10 @@ def _quantised(
         layer = name.removesuffix(".weight")
         if layer in options:
             yield name, quantised(model, layer, tensor, options[layer])
-        else:  # a view of the file is copied, in the right dtype at once
-            yield name, tensor.to(dtypes[name], copy=stored.rule is None)
+        elif stored.rule is None and device.type == "cpu":  # a view of the file is copied, in the right dtype at once
+            yield name, huge_pages.empty(tensor.shape, dtypes[name]).copy_(tensor)  # each token reads all of the head
+        else:
+            yield name, tensor.to(dtypes[name])
 
 
 def _mapped(model: "PreTrainedModel", folder: Path, progress: bool) -> Iterator[tuple[str, torch.Tensor | Quantized]]:
