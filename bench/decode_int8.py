@@ -11,8 +11,11 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -24,9 +27,11 @@ import qlora_lab as ql  # noqa: E402
 from bench.decode_equal import LENGTH, MODEL, PROMPTS  # noqa: E402
 from bench.files import write  # noqa: E402
 from bench.timing import cpu_name  # noqa: E402
+from qlora_lab.infer import step as readable  # noqa: E402
 from qlora_lab.infer.cache import make_cache  # noqa: E402
-from qlora_lab.infer.fast import step_of  # noqa: E402
+from qlora_lab.infer.fast import can_step, step_of  # noqa: E402
 from qlora_lab.infer.int8 import with_int8  # noqa: E402
+from qlora_lab.infer.prompt import attention_of  # noqa: E402
 from qlora_lab.infer.stack import Stack, read_stack  # noqa: E402
 from qlora_lab.infer.step import forward, multiply  # noqa: E402
 from qlora_lab.kernels.byte_sums import has_bytes  # noqa: E402
@@ -44,9 +49,21 @@ def logits_of(stack: Stack, ids: torch.Tensor, how: str) -> torch.Tensor:
         if how == "int8, token by token":
             step, only = step_of(stack, True), torch.tensor([0])
             return torch.cat([step(token[None], cache, only) for token in ids])
-        rest = with_int8(stack) if how == "int8" else stack
+        if how == "float32":
+            return multiply(forward(stack, ids, cache), stack.head)
+        rest = with_int8(stack)
         parts = (stack, ids[:1]), (rest, ids[1:])  # as read_prompt takes them
-        return multiply(torch.cat([forward(layers, some, cache) for layers, some in parts]), stack.head)
+        attend = partial(by_kernel, attention_of(rest.layers[0], rest)) if can_step(rest) else readable.attend
+        with patch.object(readable, "attend", attend):
+            return multiply(torch.cat([forward(layers, some, cache) for layers, some in parts]), stack.head)
+
+
+def by_kernel(attend: Callable, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """step.attend through the kernel of a prompt, which turns q: by angles of 0, because it has been turned."""
+    tokens, total = q.shape[1], keys.shape[1]
+    angles = torch.ones(keys.shape[1:]), torch.zeros(keys.shape[1:])  # cosines and sines, (total, head_dim)
+    rows = q.transpose(0, 1).reshape(tokens, -1)  # (tokens, heads * head_dim)
+    return attend(rows, len(q), angles, (keys.contiguous(), values.contiguous()), total - tokens)
 
 
 def over_text(stack: Stack, rows: torch.Tensor) -> dict:

@@ -1,8 +1,9 @@
 """The tokens of a prompt through all layers with kernels, for their keys and values: the fast twin of step.forward.
 
 In: ids (tokens,) of one row, and the cache. Out: the cache holds their keys and values, equal to step.forward's within
-rounding; in layers that compute in int8 (int8.py) within what the rounding of x does there. Nobody asks for the hidden
-states of a prompt but the layers, so the last layer computes keys and values alone.
+rounding; in layers that compute in int8 (int8.py) within what the rounding of x does there, and of their attention to
+bf16 on a CPU that multiplies pairs of bf16. Nobody asks for the hidden states of a prompt but the layers, so the last
+layer computes keys and values alone.
 
 Between two products a row of a token is read and written once: residual sum, norm and rounding are one pass.
 """
@@ -11,8 +12,16 @@ import torch
 
 from qlora_lab.infer import int8, step as readable
 from qlora_lab.infer.cache import Cache
-from qlora_lab.infer.stack import Product, Stack
-from qlora_lab.kernels import few_tokens, float_products, int8_products, prompt_attention, prompt_rows
+from qlora_lab.infer.stack import Layer, Product, Stack
+from qlora_lab.kernels import (
+    few_tokens,
+    float_products,
+    int8_products,
+    prompt_attention,
+    prompt_gate,
+    prompt_pairs,
+    prompt_rows,
+)
 from qlora_lab.kernels.prompt_rows import Room, Rows
 from qlora_lab.quant.quantize import QuantizedTensor
 
@@ -27,31 +36,52 @@ def forward(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> None
     room = prompt_rows.Room(tokens)
     x = stack.embedding[ids].float()  # (tokens, hidden)
     more = None  # what a layer adds to x: the next pass over x adds it
-    for i in range(len(stack.layers)):
-        found = _normed(stack, i, "attention", x, more, room)
+    count = len(stack.layers)
+    for i, layer in enumerate(stack.layers):
+        last = i == count - 1
+        parts = (layer.k, layer.v) if last else (layer.q, layer.k, layer.v)
+        # what the layer before added comes to light here
+        rows = _normed(x, more, (layer.attention_norm, stack.eps), room, parts, f"layer {i - 1} of {count}")
+        found = multiply(rows, room, *parts)
         kept = _put(stack, cache, i, row, found[:tokens])
-        if i < len(stack.layers) - 1:  # what the last one adds to x nobody reads
-            attended = prompt_attention.attend(found[:tokens], stack.heads, (cache.cos, cache.sin), kept, start)
-            more = _passed(attended, stack.layers[i].o, room)
-            both = _normed(stack, i, "mlp", x, more, room)
-            down = stack.layers[i].down
-            more = multiply(prompt_rows.gated(both, room, _forms(tokens, down)), room, down)
+        if not last:  # what the last one adds to x nobody reads
+            attended = attention_of(layer, stack)(found[:tokens], stack.heads, (cache.cos, cache.sin), kept, start)
+            more = _passed(attended, layer.o, room)
+            both = layer.gate, layer.up
+            rows = _normed(x, more, (layer.mlp_norm, stack.eps), room, both, f"layer {i} of {count}")
+            more = multiply(_gated(rows, layer, room), room, layer.down)
     cache.lengths[row] += tokens
 
 
-def _normed(stack: Stack, i: int, part: str, x: torch.Tensor, more: torch.Tensor | None, room: Room) -> torch.Tensor:
-    """Add `more` to x, and return what layer i multiplies the norm of it with, in its attention or its mlp."""
-    layer = stack.layers[i]
-    if part == "mlp":
-        weight, parts = layer.mlp_norm, (layer.gate, layer.up)
-    else:
-        last = i == len(stack.layers) - 1
-        weight, parts = layer.attention_norm, (layer.k, layer.v) if last else (layer.q, layer.k, layer.v)
-    rows, finite = prompt_rows.normed(x, more, (weight.float(), stack.eps), room, _forms(room.tokens, *parts))
+def attention_of(layer: Layer, stack: Stack):
+    """Return the kernel's `attend` for a layer: in pairs of bf16 if it computes in int8 and this CPU has them."""
+    in_int8 = any(part.int8 for part in layer.products)
+    return (prompt_pairs if in_int8 and prompt_pairs.can_attend(stack.head_dim) else prompt_attention).attend
+
+
+def _normed(x: torch.Tensor, more: torch.Tensor | None, norm: tuple, room: Room, parts, guilty: str) -> Rows:
+    """Add `more` to x, and return the norm of it as `parts` read it. norm: weight and eps. guilty: whose sum it is."""
+    weight, eps = norm
+    rows, finite = prompt_rows.normed(x, more, (weight.float(), eps), room, _forms(room.tokens, *parts))
     if not finite:
-        guilty = i if part == "mlp" else i - 1  # what the layer before added comes to light here
-        raise FloatingPointError(f"layer {guilty} of {len(stack.layers)} computes a number that is not finite")
-    return multiply(rows, room, *parts)
+        raise FloatingPointError(f"{guilty} computes a number that is not finite")
+    return rows
+
+
+def _gated(rows: Rows, layer: Layer, room: Room) -> Rows:
+    """Return silu(gate) * up of these rows, as the layer's `down` reads it."""
+    parts, forms = (layer.gate, layer.up), _forms(room.tokens, layer.down)
+    weights = [part.weight for part in parts]
+    size, columns = weights[0].shape
+    alone = all(part.int8 and part.lora is None and part.bias is None for part in parts)
+    # Rows of one size share their memory, so what is read must have another size than what is written.
+    if alone and forms == {"numbers"} and size != columns and prompt_gate.can_multiply(*weights):
+        levels = [int8.round_levels(weight.levels) for weight in weights]
+        gated = room.rows(size, forms)
+        plain = [weight.plain for weight in weights]
+        prompt_gate.multiply(rows.numbers, plain, levels, (size, columns), gated.numbers)
+        return gated
+    return prompt_rows.gated(multiply(rows, room, *parts), room, forms)
 
 
 def _passed(x: torch.Tensor, part: Product, room: Room) -> torch.Tensor:

@@ -65,10 +65,11 @@ def read_prompt(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0, in_
         stack = int8.with_int8(stack)
     from qlora_lab.infer import fast, prompt  # built on this file
 
-    through = prompt.forward if fast.can_step(stack) else forward
+    by_kernel = fast.can_step(stack)
     width = stack.layers[0].gate.weight.shape[0]
     at_once = min(MOST, max(FEWEST, NUMBERS_AT_ONCE // width))
     for some in ids.split(at_once) if len(ids) else ():
+        through = (prompt.forward if len(some) > 1 else fast.read_token) if by_kernel else forward
         through(stack, some, cache, row)
 
 

@@ -69,16 +69,17 @@ def _eight(words, first, step, count, half, rows):
 
 
 @njit
-def _multiply(zeros, rows, step, columns, start, width, count, out, place):
-    """Write 8 x 32 sums into out from column `place` on: `count` pairs of 8 rows times the columns from `start` on.
+def multiply(zeros, rows, step, columns, start, width, count, out, place):
+    """Write sums of 32 columns for as many rows as `zeros` into out from column `place` on.
 
-    rows: flat int32, `step` apart. columns: (count, width) int32, flat.
+    rows: flat, `step` apart. columns: (count, width), flat, read from `start` on. Both are float32, or pairs of bf16 as
+    int32.
     """
     a, b = each.splat(zeros), each.splat(zeros)
     for i in range(count):
         left, right = v.load(columns, start + i * width), v.load(columns, start + i * width + 16)
-        a = each.dot_scalars(a, left, rows, i, step)
-        b = each.dot_scalars(b, right, rows, i, step)
+        a = each.add_steps(a, left, rows, i, step)
+        b = each.add_steps(b, right, rows, i, step)
     each.store(a, out, (place,))
     each.store(b, out, (place + 16,))
 
@@ -162,7 +163,7 @@ def _forward_of(item, q, k, values, mask, scale, zeros, shape, out, kept):
             _eight(q, place // 2, heads * half, count, half, rows)
             end = (_end(mask, text * mask_step, first, count, keys) + 31) // 32 * 32
             for i in range(0, end, 32):
-                _multiply(zeros, rows, half, columns, i, room, half, scores, i)
+                multiply(zeros, rows, half, columns, i, room, half, scores, i)
             _clear(power_pairs)  # of missing queries, too
             for row in range(count):
                 _hide(scores, row, 0, end, mask, text * mask_step, first + row, keys)
@@ -171,7 +172,7 @@ def _forward_of(item, q, k, values, mask, scale, zeros, shape, out, kept):
                 shares[row] = np.float32(1) / total if seen else np.float32(0)
                 kept[text, head, first + row] = top + np.log(total) if seen else _INFINITY
             for i in range(0, head_dim, 32):
-                _multiply(zeros, power_pairs, room // 2, pairs, i, head_dim, end // 2, result, i)
+                multiply(zeros, power_pairs, room // 2, pairs, i, head_dim, end // 2, result, i)
             for row in range(count):
                 for i in range(0, head_dim, 16):
                     share = v.load(result[row], i) * v.splat(shares[row])
@@ -231,8 +232,8 @@ def _add_keys(zeros, pairs, columns, count, end, room, head_dim, total):
             a, b = each.splat(zeros), each.splat(zeros)
             for j in range(count):
                 left, right = v.load(columns, j * head_dim + i), v.load(columns, j * head_dim + i + 16)
-                a = each.dot_scalars(a, left, pairs, j * room + key, 1)
-                b = each.dot_scalars(b, right, pairs, j * room + key, 1)
+                a = each.add_steps(a, left, pairs, j * room + key, 1)
+                b = each.add_steps(b, right, pairs, j * room + key, 1)
             each.store(each.fma(a, v.splat(np.float32(1)), rows, i), rows, (i,))
             each.store(each.fma(b, v.splat(np.float32(1)), rows, i + 16), rows, (i + 16,))
 
@@ -290,14 +291,14 @@ def _backward_of(item, q, k, values, out, grad, kept, mask, scale, zeros, shape,
                 end = (_end(mask, text * mask_step, first, count, keys) + 31) // 32 * 32
                 last = max(last, end)
                 for i in range(0, end, 32):
-                    _multiply(zeros, rows, half, k_columns, i, room, half, scores, 0)
-                    _multiply(zeros, grads, half, v_columns, i, room, half, changes, 0)
+                    multiply(zeros, rows, half, k_columns, i, room, half, scores, 0)
+                    multiply(zeros, grads, half, v_columns, i, room, half, changes, 0)
                     for row in range(count):
                         _hide(scores, row, i, i + 32, mask, text * mask_step, first + row, keys)
                     pair = (first - start) // 2 * room + i
                     _eight_queries(scores, changes, scale, shifts, deltas, pair, shared, both, alone, room)
                 for i in range(0, head_dim, 32):
-                    _multiply(zeros, alone_pairs, room // 2, k_pairs, i, head_dim, end // 2, result, i)
+                    multiply(zeros, alone_pairs, room // 2, k_pairs, i, head_dim, end // 2, result, i)
                 _write(result, grad_q, place, step, count, head_dim)
             place = ((text * tokens + start) * heads + head) * head_dim
             _pairs(q, in_block, place, step, head_dim, q_pairs)

@@ -68,16 +68,20 @@ def _add(x, more):
             x[token, i] += more[token, i]
 
 
+@njit(forceinline=True)
+def gate16(left, right):
+    """silu(left) * right, where silu(g) = g / (1 + e^-g)."""
+    return left / (v.splat(np.float32(1)) + exp16(left * v.splat(np.float32(-1)))) * right
+
+
 @njit
 def gate(gate_and_up, out):
-    """silu(gate) * up, where silu(g) = g / (1 + e^-g)."""
+    """silu(gate) * up of rows in which both lie side by side."""
     size = out.shape[1]
     for token in range(len(out)):
         both, result = gate_and_up[token], out[token]
         for i in range(0, size, 16):
-            left = v.load(both, i)
-            below = v.splat(np.float32(1)) + exp16(left * v.splat(np.float32(-1)))
-            v.store(result, i, left / below * v.load(both, size + i))
+            v.store(result, i, gate16(v.load(both, i), v.load(both, size + i)))
 
 
 @njit
@@ -281,7 +285,7 @@ class Weights(NamedTuple):
 
     layers: np.ndarray  # (layers, 7) of PRODUCT
     norms: np.ndarray  # (2 layers + 1, hidden) float32
-    head: np.ndarray  # (1,) of PRODUCT
+    head: np.ndarray  # (1,) of PRODUCT, or (0,): no logits are asked for
 
 
 def can_step(hidden: int, head_dim: int, middle: int) -> bool:
@@ -308,7 +312,7 @@ def step(
     of float32 none; thresholds: (255,) float32, between those codes. All are contiguous. rows, positions: (rows,)
     int64, where each row's new token belongs.
     """
-    logits = torch.empty(len(x), int(weights.head[0]["rows"]), dtype=torch.float32, device="cpu")
+    logits = torch.empty(len(x), int(weights.head["rows"].sum()), dtype=torch.float32, device="cpu")
     tables = tuple(t.numpy() for t in rotary), tuple(t.numpy() for t in cache)
     for first in range(0, len(x), ROWS_AT_ONCE):
         some = slice(first, min(first + ROWS_AT_ONCE, len(x)))

@@ -46,7 +46,8 @@ def _sorted(x, n, columns):
 def _table(levels, scale):
     # Unscaled levels, with one scale for each sum of a block, would save one token a fifth of its time at most. But
     # they would cost eight tokens an addition each, and the weights would not be those of the bf16 panels.
-    return words.bfloat16_twice(levels * v.splat(scale))
+    scaled = levels * v.splat(scale)
+    return words.bfloat16_words(scaled, scaled)  # twice: a look-up of words reads 5 bits
 
 
 @njit(forceinline=True)

@@ -76,29 +76,42 @@ def _write(words, signed, numbers, start):
         numbers[start + k * SIZE] = np.int32(signed[i]) & 0xFFFF | np.int32(signed[i + 2]) << 16
 
 
-@njit
-def round_row(row, token, codes, numbers, scales, starts):
-    """Round a token's row (columns,) to int8, beside those of the other tokens of its tile.
+@njit(forceinline=True)
+def round_block(row, i, place, codes, numbers, scales, starts):
+    """Round BLOCK numbers of a token's row, from `i` on, to int8, beside those of the other tokens of its tile.
 
-    numbers: of a tile (columns / 4, SIZE) int32, twice as many in words. scales, starts: of a tile (columns / BLOCK,
-    SIZE), the scale of each block, and what its integer sum begins with: it takes off what MIDDLE adds. codes: (BLOCK,)
-    uint8, room for a block.
+    place: the block, counted through all tiles, and the token's place in its tile. numbers: of a tile (columns / 4,
+    SIZE) int32, twice as many in words. scales, starts: of a tile (blocks, SIZE), the scale of each block, and what its
+    integer sum begins with: it takes off what MIDDLE adds. codes: from room_for_block.
     """
-    words, signed = codes.view(np.int32), codes.view(np.int8)
-    blocks = len(row) // BLOCK
-    per = BLOCK // 4 * WORDS * SIZE  # places for a block of each token
-    tile, t = token // SIZE, token % SIZE
-    for block in range(blocks):
-        place = (tile * blocks + block) * SIZE + t
-        scales[place], left, right = rounded_block(row, block * BLOCK)
-        starts[place] = -MIDDLE * byte_sums.total(left + right)
-        v.store(codes, 0, v.evens(left, right))
-        v.store(codes, 16, v.odds(left, right))
-        _write(words, signed, numbers, (tile * blocks + block) * per + t)
+    block, t = place
+    own, words, signed = codes
+    scales[block * SIZE + t], left, right = rounded_block(row, i)
+    starts[block * SIZE + t] = -MIDDLE * byte_sums.total(left + right)
+    v.store(own, 0, v.evens(left, right))
+    v.store(own, 16, v.odds(left, right))
+    _write(words, signed, numbers, block * (BLOCK // 4 * WORDS * SIZE) + t)
 
 
 @njit(forceinline=True)
-def _decode(packed, table, row, columns, panel, start):
+def room_for_block():
+    """Memory for round_block: BLOCK uint8, and the same as int32 and as int8."""
+    # made once: numba counts the users of an array, and a block is rounded in the time of a few counts
+    codes = np.empty(BLOCK, np.uint8)
+    return codes, codes.view(np.int32), codes.view(np.int8)
+
+
+@njit
+def round_row(row, token, codes, numbers, scales, starts):
+    """Round a token's row (columns,), all blocks of it, as round_block does."""
+    blocks = len(row) // BLOCK
+    first = token // SIZE * blocks  # of all tokens' blocks, those of its tile
+    for block in range(blocks):
+        round_block(row, block * BLOCK, (first + block, token % SIZE), codes, numbers, scales, starts)
+
+
+@njit(forceinline=True)
+def decode(packed, table, row, columns, panel, start):
     """Levels of ROWS rows from `row` on, uint8, as (columns / 4, ROWS, 4) into panel, int32, from `start` on.
 
     A gather takes 8 codes of each row, so rows come to lie side by side without a transposition.
@@ -124,7 +137,7 @@ def constants_of(constants, row, blocks, unit, values, scales, start):
 
 
 @njit(forceinline=True)
-def _sums(panel, scales, parts, x, tile, zeros):
+def sums_of(panel, scales, parts, x, tile, zeros):
     """Sums of ROWS rows for a tile of tokens. parts: BLOCKs in a block of the weight."""
     numbers, factors, starts = x
     totals = each.splat(zeros)
@@ -163,13 +176,21 @@ def _multiply(x, zeros, packed, table, unit, constants, rows, block_size, parts,
             n = min(height, stop - first)
             for i in range(n):
                 row = min((first + i) * ROWS, rows - ROWS)  # the last tile may compute rows of its neighbour once more
-                _decode(packed, v.load(table, 0), row, columns, panel[i], 0)
+                decode(packed, v.load(table, 0), row, columns, panel[i], 0)
                 constants_of(constants, row, blocks, unit, values, scales[i], 0)
             for tile in range(tokens // SIZE):
                 some = out[tile * SIZE : (tile + 1) * SIZE]
                 for i in range(n):  # so that a tile's numbers come from the first-level cache for all rows but 16
-                    sums = _sums(panel[i], scales[i], block_size // BLOCK, x, tile, zeros)
+                    sums = sums_of(panel[i], scales[i], block_size // BLOCK, x, tile, zeros)
                     each.store(sums, some, (column + min((first + i) * ROWS, rows - ROWS),))
+
+
+def described(weight: PackedWeight, shape: tuple[int, int], levels: torch.Tensor, unit: float) -> tuple:
+    """Return a weight as the kernels take it: its codes, 8 in an int32, the look-up table, unit, and constants."""
+    numel = shape[0] * shape[1]
+    arrays = cpu.arrays_of(weight)
+    cpu.check_length(weight, numel, arrays.numel)
+    return arrays.packed[: numel // 2].view(np.int32), level_bytes(levels), np.float32(unit), arrays.constants
 
 
 def can_multiply(rows: int) -> bool:
@@ -206,10 +227,6 @@ def multiply(
     weight: 4-bit codes of `shape` (rows, columns), in blocks of a multiple of BLOCK that end with the rows. levels: at
     most 16 whole numbers from -127 to 127, float32; 1 of them stands for `unit`.
     """
-    rows, columns = shape
-    arrays = cpu.arrays_of(weight)
-    cpu.check_length(weight, rows * columns, arrays.numel)
-    packed = arrays.packed[: rows * columns // 2].view(np.int32)
-    looked_up = packed, level_bytes(levels), np.float32(unit), arrays.constants
+    looked_up = described(weight, shape, levels, unit)
     zeros = (np.float32(0),) * SIZE  # a tuple, so that sums are registers and not an array
-    run(_multiply, tuple(x), zeros, *looked_up, rows, weight.block_size, thread_count(), out.numpy(), column)
+    run(_multiply, tuple(x), zeros, *looked_up, shape[0], weight.block_size, thread_count(), out.numpy(), column)

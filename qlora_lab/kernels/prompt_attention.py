@@ -16,7 +16,7 @@ import torch
 from numba import njit, prange
 
 from qlora_lab.kernels import sums as each, vector as v
-from qlora_lab.kernels.attention import power
+from qlora_lab.kernels.attention import multiply, power
 from qlora_lab.kernels.compiled import parallel, run, thread_count
 
 WIDE = 32  # keys, or numbers of a head, that are added up together: two vectors
@@ -37,7 +37,7 @@ def can_attend(head_dim: int) -> bool:
 
 
 @njit
-def _turn(vector, start, cos, sin, scale, out, place):
+def turn(vector, start, cos, sin, scale, out, place):
     """Write a head's vector, turned by its position and scaled, into `out` from `place` on."""
     half = len(cos) // 2
     scales = v.splat(scale)
@@ -63,23 +63,8 @@ def _columns(keys, tile, total, columns):
 
 
 @njit
-def _multiply(zeros, rows, step, columns, start, width, count, out, place):
-    """Write sums of `count` numbers of each row times the columns from `start` on into out, from `place` on.
-
-    rows: flat float32, `step` apart. columns: (count, width) float32, flat.
-    """
-    a, b = each.splat(zeros), each.splat(zeros)
-    for i in range(count):
-        left, right = v.load(columns, start + i * width), v.load(columns, start + i * width + 16)
-        a = each.fma_steps(a, left, rows, i, step)
-        b = each.fma_steps(b, right, rows, i, step)
-    each.store(a, out, (place,))
-    each.store(b, out, (place + 16,))
-
-
-@njit
-def _softmax(scores, seen, end, lanes):
-    """Replace scores by e^(score - largest), and by 0 from `seen` on. Returns their sum. lanes: room for 16."""
+def hide(scores, seen, end, lanes):
+    """Set scores from `seen` on to -inf, and return the largest of all. lanes: room for 16."""
     for i in range(seen, end):
         scores[i] = -_INFINITY
     tops = v.splat(-_INFINITY)
@@ -89,6 +74,13 @@ def _softmax(scores, seen, end, lanes):
     top = lanes[0]
     for lane in lanes:
         top = max(top, lane)
+    return top
+
+
+@njit
+def _softmax(scores, seen, end, lanes):
+    """Replace scores by e^(score - largest), and by 0 from `seen` on. Returns their sum."""
+    top = hide(scores, seen, end, lanes)
     totals = v.splat(np.float32(0))
     for i in range(0, end, 16):
         powers = power(v.load(scores, i) + v.splat(-top))
@@ -107,16 +99,16 @@ def _queries(first, head, q, rotary, start, columns, values, zeros, scratch, out
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
     for row in range(count):  # rows that are missing keep what they had, and are not written
         token = first + row
-        _turn(q[token], head * head_dim, cos[start + token], sin[start + token], scale, rows, row * head_dim)
+        turn(q[token], head * head_dim, cos[start + token], sin[start + token], scale, rows, row * head_dim)
     seen = start + first + count  # by the last of them
     end = (seen + WIDE - 1) // WIDE * WIDE
     for i in range(0, end, WIDE):
-        _multiply(zeros, rows, head_dim, columns, i * head_dim, WIDE, head_dim, scores, i)
+        multiply(zeros, rows, head_dim, columns, i * head_dim, WIDE, head_dim, scores, i)
     flat = scores.reshape(-1)
     for row in range(count):
         shares[row] = np.float32(1) / _softmax(scores[row], start + first + row + 1, end, lanes)
     for i in range(0, head_dim, WIDE):
-        _multiply(zeros, flat, room, values.reshape(-1), i, head_dim, seen, result, i)
+        multiply(zeros, flat, room, values.reshape(-1), i, head_dim, seen, result, i)
     for row in range(count):
         share = v.splat(shares[row])
         for i in range(0, head_dim, 16):
@@ -132,7 +124,7 @@ def _put(found, rotary, start, keys, values):
         row, position = found[token], start + token
         for head in range(kv_heads):
             first = len(row) - (2 * kv_heads - head) * head_dim
-            _turn(row, first, cos[position], sin[position], np.float32(1), keys[head, position], 0)
+            turn(row, first, cos[position], sin[position], np.float32(1), keys[head, position], 0)
             for i in range(head_dim):
                 values[head, position, i] = row[first + kv_heads * head_dim + i]
 

@@ -83,7 +83,7 @@ def _prepare(what, x, more, weight, eps, columns, plain, tiles, numbers, finite)
     """Fill those of plain, tiles and numbers that are not empty, and finite (tiles,)."""
     rounded, scales, starts = numbers
     for tile in prange((len(x) + SIZE - 1) // SIZE):
-        row, codes = np.empty((1, columns), np.float32), np.empty(int8_products.BLOCK, np.uint8)
+        row, codes = np.empty((1, columns), np.float32), int8_products.room_for_block()
         finite[tile] = True  # one for each tile: threads that write to one place would wait for each other
         for token in range(tile * SIZE, min((tile + 1) * SIZE, len(x))):
             finite[tile] &= _first(what, x, more, weight, eps, token, row)

@@ -65,19 +65,26 @@ def fma_scalars(typing, sums, vector, array, start):
 
 
 @intrinsic
-def fma_steps(typing, sums, vector, array, start, step):
-    """sums[t] + vector * array[start + t * step] for each t, rounded once; array float32, contiguous."""
+def add_steps(typing, sums, vector, array, start, step):
+    """sums[t] + vector * array[start + t * step] for each t; array contiguous.
+
+    Both float32: rounded once. Both int32: the products of each lane's two bf16, see dot_pairs.
+    """
 
     def emit(context, builder, sig, args):
         updated = []
         first = context.make_array(array)(context, builder, args[2]).data
         for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
             offset = builder.add(args[3], builder.mul(args[4], context.get_constant(types.intp, t)))
+            # a load that fills all lanes costs no more than one of 4 bytes
             factor = v.splatted(builder, builder.load(builder.gep(first, [offset])))
-            updated.append(v.call_intrinsic(builder, FMA, v.F32, [args[1], factor, value]))
+            if vector == v.FLOATS:  # known when it is compiled
+                updated.append(v.call_intrinsic(builder, FMA, v.F32, [args[1], factor, value]))
+            else:
+                updated.append(dotted_pairs(builder, value, args[1], factor))
         return context.make_tuple(builder, sums, updated)
 
-    return sums(sums, v.FLOATS, array, types.intp, types.intp), emit
+    return sums(sums, vector, array, types.intp, types.intp), emit
 
 
 @intrinsic
@@ -123,26 +130,6 @@ def dot_pairs(typing, sums, pairs, array, start):
         return context.make_tuple(builder, sums, updated)
 
     return sums(sums, v.INTS, array, types.intp), emit
-
-
-@intrinsic
-def dot_scalars(typing, sums, pairs, array, start, step):
-    """sums[t] + the products of each lane's two bf16 in `pairs` with the two in array[start + t * step], for each t.
-
-    array: int32, contiguous. See dot_pairs.
-    """
-
-    def emit(context, builder, sig, args):
-        updated = []
-        first = context.make_array(array)(context, builder, args[2]).data
-        for t, value in enumerate(cgutils.unpack_tuple(builder, args[0])):
-            offset = builder.add(args[3], builder.mul(args[4], context.get_constant(types.intp, t)))
-            # a load that fills all lanes costs no more than one of 4 bytes
-            both = v.splatted(builder, builder.load(builder.gep(first, [offset])))
-            updated.append(dotted_pairs(builder, value, args[1], both))
-        return context.make_tuple(builder, sums, updated)
-
-    return sums(sums, v.INTS, array, types.intp, types.intp), emit
 
 
 @intrinsic

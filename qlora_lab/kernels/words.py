@@ -57,15 +57,15 @@ def permute_words(typing, table, indices):
 
 
 @intrinsic
-def bfloat16_twice(typing, values):
-    """16 float32 rounded to bf16, as words 0 to 15 and again as 16 to 31; subnormals become 0."""
+def bfloat16_words(typing, first, second):
+    """16 float32 and 16 more rounded to bf16, as words 0 to 15 and 16 to 31; subnormals become 0."""
 
     def emit(context, builder, sig, args):
         # llvmlite has no bf16 type. LLVM still accepts the signature of its earlier versions, with 16-bit words.
-        rounded = call_intrinsic(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", I16, [args[0], args[0]])
+        rounded = call_intrinsic(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", I16, [args[1], args[0]])
         return builder.bitcast(rounded, I32)
 
-    return INTS(v.FLOATS), emit
+    return INTS(v.FLOATS, v.FLOATS), emit
 
 
 def dotted_pairs(builder, sums, left, right):

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_lab.infer import step as readable
-from qlora_lab.kernels import float_products, prompt_attention, prompt_rows, vector
+from qlora_lab.infer import int8, step as readable
+from qlora_lab.kernels import (
+    float_products,
+    int8_products,
+    prompt_attention,
+    prompt_gate,
+    prompt_pairs,
+    prompt_rows,
+    vector,
+    words,
+)
 from qlora_lab.quant.quantize import dequantize, quantize
 
 pytestmark = [
@@ -47,12 +56,38 @@ def test_attention_is_that_of_torch(shape, queries, monkeypatch):
     assert (prompt_attention.attend(*given) - exact).abs().max() < 64 * 2.0**-24 * exact.abs().max()
 
 
-def test_no_query_feels_a_key_behind_it():
+pairs = pytest.mark.skipif(not words.has_pairs(), reason="needs AVX512-BF16")
+
+
+@pairs
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_in_pairs_is_as_near_as_that_of_torch(shape):
+    q, heads, rotary, kept, start = drawn(*shape)
+    exact = exactly(q, heads, rotary, kept, start)
+    stop, head_dim = start + len(q), shape[3]
+    turned = readable.rotate(readable.by_heads(q[:, : heads * head_dim], head_dim), *(t[start:stop] for t in rotary))
+    theirs = readable.attend(turned.bfloat16(), *(part[:, :stop].bfloat16() for part in kept))
+    found = prompt_pairs.attend(q, heads, rotary, kept, start)
+    limit = max((theirs.double() - exact).norm() / exact.norm(), 2.0**-9)
+    # Both round each factor of a product to 8 bits. 1.2: chance, in small cases.
+    assert (found - exact).norm() / exact.norm() < 1.2 * limit
+
+
+@pairs
+def test_attention_in_pairs_does_not_depend_on_threads(one_thread):
+    given = drawn(*SHAPES[1])
+    alone = prompt_pairs.attend(*given)
+    torch.set_num_threads(2)  # the fixture sets the number back
+    assert torch.equal(alone, prompt_pairs.attend(*given))
+
+
+@pytest.mark.parametrize("attention", [prompt_attention, pytest.param(prompt_pairs, marks=pairs)])
+def test_no_query_feels_a_key_behind_it(attention):
     q, heads, rotary, kept, _ = drawn(50, 2, 1, 32, 0)
-    before = prompt_attention.attend(q, heads, rotary, kept, 0)
+    before = attention.attend(q, heads, rotary, kept, 0)
     for part in kept:
         part[:, 40:50] = 1e30
-    after = prompt_attention.attend(q, heads, rotary, kept, 0)
+    after = attention.attend(q, heads, rotary, kept, 0)
     assert torch.equal(before[:40], after[:40]) and not torch.equal(before[40:], after[40:])
 
 
@@ -113,6 +148,32 @@ def test_a_norm_a_gate_and_their_sums():
     gated = prompt_rows.gated(both, room, frozenset({"plain"})).plain
     wanted = torch.nn.functional.silu(both[:14, :96]) * both[:14, 96:]
     torch.testing.assert_close(gated, wanted, rtol=1e-5, atol=1e-6)
+
+
+GATES = {  # rows, columns, tokens; options of quantize for the gate, and for up
+    "five tokens": ((96, 64, 5), ("nf4", 64, True), ("nf4", 64, True)),
+    "several tiles of tokens, single constants": ((64, 256, 25), ("nf4", 128, False), ("fp4", 128, False)),
+    "blocks of 32, more columns than a panel holds": ((32, 4096, 13), ("int4", 32, False), ("nf4", 32, True)),
+}
+
+
+@pytest.mark.parametrize("shape, gate, up", GATES.values(), ids=GATES)
+def test_gate_and_up_in_one_pass_are_the_same_numbers(shape, gate, up):
+    rows, columns, tokens = shape
+    g = torch.Generator().manual_seed(rows)
+    weights = [quantize(torch.randn(rows, columns, generator=g) * 0.1, *options) for options in (gate, up)]
+    levels = [int8.round_levels(weight.levels) for weight in weights]
+    room, numbers = prompt_rows.Room(tokens), frozenset({"numbers"})
+    x = prompt_rows.as_they_are(torch.randn(tokens, columns, generator=g), room, numbers).numbers
+    both = room.out(2 * rows)
+    for i, weight in enumerate(weights):
+        int8_products.multiply(x, weight.plain, weight.shape, *levels[i], both, i * rows)
+    wanted = prompt_rows.gated(both, room, numbers).numbers
+    found = prompt_rows.Room(tokens).rows(rows, numbers).numbers
+    assert prompt_gate.can_multiply(*weights)
+    prompt_gate.multiply(x, [weight.plain for weight in weights], levels, shape[:2], found)
+    for name, part, other in zip(wanted._fields, wanted, found, strict=True):
+        assert np.array_equal(part, other), name
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
