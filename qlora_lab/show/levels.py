@@ -187,5 +187,19 @@ class Levels(Control):
     def rule(self):
         return f"{N_LEVELS} ascending numbers in [-1, 1]"
 
+    def rounds(self):
+        named = {self.value, *self.starts.values()}
+        return [list(named), self._moved(0.5), self._moved(0.25, 0.75)]
+
+    def _moved(self, *shares):
+        """List the levels with one of them moved: by each share of its way to a neighbour, and on the other side."""
+        edges = (-1.0, *self.value, 1.0)
+        found = []
+        for i, level in enumerate(self.value):
+            for end in (edges[i], edges[i + 2]):
+                moved = [round(level + share * (end - level), 2) for share in shares]
+                found += [(*self.value[:i], m, *self.value[i + 1 :]) for m in moved if min(abs(m - level), abs(m - end)) > 1e-9]
+        return [tuple(levels) for levels in found if list(levels) == sorted(set(levels))]
+
     def __repr__(self):
         return f"Levels({self.description!r}, {self.value!r})"
