@@ -71,7 +71,7 @@ class Frames:
                 if number not in order:
                     order[number] = len(order)
                     step[place] = NEXT
-                elif number == pictures[0][place]:
+                elif picture is not pictures[0] and number == pictures[0][place]:
                     step[place] = FIRST
                 else:
                     step[place] = OLDER - 1 + len(order) - order[number]  # how long ago: small for a neighbour's

@@ -56,10 +56,6 @@ const makeScreen = (canvas, { width, height, tile, across }, sheet) => {
 
 const play = async () => {
   const status = document.querySelector(".qlora-status");
-  if (!globalThis.DecompressionStream) {
-    status.textContent = "This browser is too old for this page: it has no DecompressionStream.";
-    return;
-  }
   const [words, steps, sheet] = document.getElementById("film").textContent.split(" ");
   const page = JSON.parse(new TextDecoder().decode(await inflated(words)));
   const { controls, states, together, places } = page, count = states.length;
@@ -81,20 +77,17 @@ const play = async () => {
                                                 [controls[c].moved]: controls[c].stops[now[c]] }));
   };
 
-  // The stop for a value that a control has asked for. A list of levels has few: a key goes to the next one that way,
-  // a finger to the nearest.
+  // The stop for a value that a control has asked for, or -1. Of lists of levels there are few: a key goes to the next
+  // one that way, a finger or a button to the nearest.
   const stopFor = (c, value) => {
     const stops = controls[c].stops, exact = stops.findIndex((stop) => String(stop) === String(value));
     if (exact >= 0 || !Array.isArray(value)) return exact;
-    const old = stops[now[c]], away = value.map((level, i) => Math.abs(level - old[i]));
-    const i = away.indexOf(Math.max(...away)), way = Math.sign(value[i] - old[i]);
-    const cost = (stop) => Math.abs(stop[i] - value[i]) + 1e-3 * stop.reduce((sum, x, k) => sum + Math.abs(x - old[k]), 0);
-    let best = now[c];
-    stops.forEach((stop, s) => {
-      if (byKey && Math.sign(stop[i] - old[i]) !== way) return;
-      if ((byKey && best === now[c]) || cost(stop) < cost(stops[best])) best = s;
-    });
-    return best;
+    const old = stops[now[c]], moved = value.map((level, i) => i).filter((i) => value[i] !== old[i]), i = moved[0];
+    const way = (stop) => Math.sign(stop[i] - old[i]) === Math.sign(value[i] - old[i]);
+    const choice = stops.filter((stop) => !byKey || moved.length > 1 || way(stop));
+    // first the level that moved: of all others, as few as possible
+    const cost = (stop) => stop.reduce((sum, x, k) => sum + Math.abs(x - value[k]) * (k === i ? 1000 : 1), 0);
+    return stops.indexOf(choice.sort((a, b) => cost(a) - cost(b))[0]);
   };
 
   const move = (c, value) => {
@@ -130,14 +123,36 @@ const play = async () => {
   show();
 };
 
-// In a frame of another page: it is told how high this one is, and says which colours it has.
+// A control that needs no pictures of ours: all that it shows is in its state.
+const playAlone = async () => {
+  const { kind, moved, state } = JSON.parse(new TextDecoder().decode(await inflated(document.getElementById("film").textContent)));
+  RENDER[kind].render({ model: makeModel(state, moved, () => {}), el: document.querySelector(".alone") });
+};
+
+// In a frame of another page: it is told how high this one is and which notebook a link names, and says which colours
+// it has. Elsewhere there is no notebook that a link could open.
 const frame = () => {
-  if (window.parent === window) return;
-  const tell = () => window.parent.postMessage({ qloraHeight: document.body.offsetHeight }, "*");
-  new ResizeObserver(tell).observe(document.body);
+  const framed = window.parent !== window, tell = (message) => window.parent.postMessage(message, "*");
+  const isLink = (el) => el.closest?.("a")?.getAttribute("href")?.match(/^(\w+)\.ipynb$/)?.[1];
+  if (!framed) {
+    const plain = () => document.querySelectorAll("a[href$='.ipynb']").forEach((a) => a.removeAttribute("href"));
+    new MutationObserver(plain).observe(document.body, { childList: true, subtree: true });
+    return;
+  }
+  new ResizeObserver(() => tell({ qloraHeight: document.documentElement.offsetHeight })).observe(document.body);
+  document.addEventListener("click", (e) => {
+    if (!isLink(e.target)) return;
+    e.preventDefault(); tell({ qloraNotebook: isLink(e.target) });
+  });
   window.addEventListener("message", ({ data }) => {
     if (["light", "dark"].includes(data?.qloraTheme)) document.documentElement.dataset.theme = data.qloraTheme;
   });
 };
 
-frame();
+const begin = (player) => {
+  frame();
+  player().catch((error) => {
+    document.querySelector(".qlora-status").textContent = `This page does not work in this browser: ${error.message}.`;
+    throw error;
+  });
+};

@@ -138,11 +138,16 @@ def save_page(explorer: "Explorer", path: str | Path, progress: bool) -> SavedPa
         grid, text = _fitted(drawn)
     finally:
         drawn.close()
-    replace_text(path, text)
-    stops = {
-        field: (len(grid.stops(i)), sum(map(len, grid.rounds[i]))) for i, field in enumerate(drawn.controls)
-    }
+    save_text(path, text)
+    stops = {field: (len(grid.stops(i)), sum(map(len, grid.rounds[i]))) for i, field in enumerate(drawn.controls)}
     return SavedPage(path, len(text.encode()), len(grid), stops, grid.together)
+
+
+def save_text(path: str | Path, text: str) -> Path:
+    """Write a page, whole or not at all, and return its path."""
+    path = check_page_path(path)
+    replace_text(path, text)
+    return path
 
 
 def _fitted(drawn: Drawn) -> tuple[Grid, str]:
@@ -211,10 +216,18 @@ def explorer_page(drawn: Drawn, states: list[tuple], grid: Grid) -> str:
     }
     steps = film.steps.astype("<u4" if wide else "<u2").tobytes()
     title = type(drawn.explorer).__name__
-    classes = list({type(control) for control in drawn.controls.values()} | {Button})
+    kinds = {type(control).__name__: control for control in drawn.controls.values()} | {"Button": Button("Reset")}
     compute = drawn.explorer.compute
     source = details_html("Show source", source_html(compute, *called_functions(compute)))
-    return whole_page(title, classes, content, (steps, film.sheet), source, _note(drawn, grid))
+    body = f'''<div class="row">
+<div class="beside"></div>
+<div class="figure"><div class="above"></div>
+<div class="qlora-pane"><canvas role="img"></canvas><p class="said" aria-live="polite"></p><code></code></div></div>
+</div>
+{source}
+<p class="note">{html.escape(_note(drawn, grid))}</p>'''
+    parts = [_packed(_json(content)), _packed(steps), base64.b64encode(film.sheet).decode()]
+    return whole_page(title, kinds, parts, "play", body)
 
 
 def _changed(first: list[dict], fields: list[dict]) -> list[dict]:
@@ -235,19 +248,30 @@ def _note(drawn: Drawn, grid: Grid) -> str:
     return f"Drawn before, without a kernel: {'; '.join(left_out)}." if left_out else ""
 
 
-def whole_page(title: str, classes: list[type[Control]], content: dict, film: tuple, source: str, note: str) -> str:
-    """Return a page that shows `content` with the modules of these controls. film: steps, sheet."""
-    words = json.dumps(content, separators=(",", ":")).encode()
-    # escaped by its alphabet: no text of it can end the element that holds it
-    parts = [base64.b64encode(zlib.compress(part, 9)).decode() for part in (words, film[0])]
-    packed = " ".join([*parts, base64.b64encode(film[1]).decode()])
-    classes = sorted(classes, key=lambda kind: kind.__name__)
-    modules = ",\n".join(f"{kind.__name__}: (() => {{{_module(kind)}}})()" for kind in classes)
-    script = f'"use strict";\nconst RENDER = {{{modules}}};\n{SCRIPT.read_text("utf-8")}\nplay();\n'
+def way_page(way: Control) -> str:
+    """Return the HTML of a control alone, which brings all that it shows."""
+    kind = type(way).__name__
+    content = {"kind": kind, "moved": way.moved, "state": _fields(way) | {way.moved: getattr(way, way.moved)}}
+    return whole_page(way.description, {kind: way}, [_packed(_json(content))], "playAlone", '<div class="alone"></div>')
+
+
+def _json(content: dict) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def _packed(content: bytes) -> str:
+    """Compress, in an alphabet that no element's end and no escape is written in."""
+    return base64.b64encode(zlib.compress(content, 9)).decode()
+
+
+def whole_page(title: str, kinds: dict[str, Control], parts: list[str], player: str, body: str) -> str:
+    """Return a page. kinds: a control of each kind, for its module. parts: in base64, for the player in playable.js."""
+    modules = ",\n".join(f"{name}: (() => {{{_module(control)}}})()" for name, control in sorted(kinds.items()))
+    script = f'"use strict";\nconst RENDER = {{{modules}}};\n{SCRIPT.read_text("utf-8")}\nbegin({player});\n'
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # a page that can load nothing and run nothing but this script, whatever a name in it says
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src blob: data:"
-    styles = "".join(dict.fromkeys(str(kind._css) for kind in (*classes, Pane, StatusLine)))
+    styles = "".join(kind._css for kind in (*kinds.values(), Pane, StatusLine))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -262,24 +286,18 @@ def whole_page(title: str, classes: list[type[Control]], content: dict, film: tu
 <div class="qlora-explorer">
 <noscript>This page needs JavaScript.</noscript>
 <div class="qlora-status" role="status"></div>
-<div class="row">
-<div class="beside"></div>
-<div class="figure"><div class="above"></div>
-<div class="qlora-pane"><canvas role="img"></canvas><p class="said" aria-live="polite"></p><code></code></div></div>
+{body}
 </div>
-{source}
-<p class="note">{html.escape(note)}</p>
-</div>
-<script type="text/plain" id="film">{packed}</script>
+<script type="text/plain" id="film">{" ".join(parts)}</script>
 <script>{script}</script>
 </body>
 </html>
 """
 
 
-def _module(kind: type[Control]) -> str:
+def _module(control: Control) -> str:
     """Return the module of a control as the body of a function: a script of the page cannot import it."""
-    return str(kind._esm).replace("export default", "return", 1)
+    return control._esm.replace("export default", "return", 1)
 
 
 def check_page_path(path: str | Path) -> Path:
