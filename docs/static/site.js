@@ -8,11 +8,12 @@ const colour = (frame) => {
 };
 window.addEventListener("message", ({ data, source }) => {
   const frame = frames().find((one) => one.contentWindow === source);
-  if (!frame) return;
+  if (!frame || !data) return;
   if (Number.isFinite(data.qloraHeight)) {
     frame.style.height = `${Math.min(Math.ceil(data.qloraHeight), 5000)}px`;
     colour(frame);                                                     // its page has begun to listen
   }
-  if (/^\w+$/.test(data.qloraNotebook)) window.location.href = `${data.qloraNotebook}.html`;
+  const name = data.qloraNotebook;
+  if (typeof name === "string" && /^\w+$/.test(name)) window.location.href = `${name}.html`;
 });
 new MutationObserver(() => frames().forEach(colour)).observe(document.documentElement, { attributeFilter: ["data-theme"] });

@@ -40,17 +40,19 @@ SCRIPT = Path(__file__).with_suffix(".js")
 BASE = set(anywidget.AnyWidget.class_trait_names(sync=True))  # fields that all widgets have
 # light-dark() takes the side that color-scheme chooses: the reader's system, or the page around this one
 _CSS = """
-:root { color-scheme: light dark; --jp-ui-font-color0: light-dark(#000, #fff); --jp-ui-font-color1: light-dark(#1f2328, #e6e6e6);
-        --jp-layout-color0: light-dark(#fff, #14181e); --jp-layout-color2: light-dark(#eee, #343b45);
-        --jp-border-color1: light-dark(#777, #999); --jp-brand-color1: light-dark(#1976d2, #64b5f6);
+:root { color-scheme: light dark; --jp-ui-font-color0: light-dark(#000, #fff);
+        --jp-ui-font-color1: light-dark(#1f2328, #e6e6e6); --jp-layout-color0: light-dark(#fff, #121212);
+        --jp-layout-color2: light-dark(#eee, #343b45); --jp-border-color1: light-dark(#777, #999);
+        --jp-brand-color1: light-dark(#1976d2, #64b5f6);
         --jp-content-link-color: light-dark(#0b5cad, #82b9f5); --jp-ui-font-size1: 14px; }
 :root[data-theme="light"] { color-scheme: light; }
 :root[data-theme="dark"] { color-scheme: dark; }
 body { margin: 0; padding: 8px; font: 14px/1.4 system-ui, sans-serif; box-sizing: border-box;
        color: var(--jp-ui-font-color1); background: var(--jp-layout-color0); }
 .row { display: flex; flex-flow: row wrap; gap: 8px 24px; }
-.beside { flex: 1 1 240px; min-width: 0; }
-.figure { flex: 3 1 420px; min-width: 0; }
+.beside { flex: 1 1 240px; min-width: 0; display: grid; gap: 0 24px; align-content: start; justify-items: stretch;
+          grid-template-columns: repeat(auto-fill, minmax(min(220px, 100%), 1fr)); }
+.figure { flex: 3 1 600px; min-width: 0; }
 .qlora-status { min-height: 1.4em; display: block !important; }
 canvas { max-width: 100%; height: auto; background: #fff; }
 .said { margin: 4px 0; }
