@@ -2,8 +2,8 @@
 
     python -m tools.playable notebooks/01_codebook.ipynb build/pages      one page for each cell that shows an explorer
 
-In: notebooks as they are stored. Out: pages named after notebook and cell, such as 01_codebook-061.html. Cells are found
-by the line under a still explorer, so no list of explorers is kept. Only cells that these need run
+In: notebooks as they are stored. Out: pages named after notebook and cell, such as 01_codebook-061.html. Cells are
+found by the line under a still explorer, so no list of explorers is kept. Only cells that these need run
 (qlora_lab/exercises/needed.py), in a shell of IPython without a kernel. Pages of an earlier run are kept as long as
 neither the library nor those cells changed.
 """

@@ -47,6 +47,7 @@ class Frames:
         pixels[: self.height, : self.width] = np.ascontiguousarray(rgba).view(np.uint32)[..., 0]
         tiles = pixels.reshape(high, TILE, wide, TILE).swapaxes(1, 2).reshape(high * wide, TILE * TILE)
         numbers = self._numbers
+        # all beside the first picture: most tiles are its own, and only the others are looked up
         if self._pictures:
             first = next(iter(self._pictures.values()))
             found = first.copy()
@@ -62,6 +63,7 @@ class Frames:
     def film(self, keys: Iterable[tuple]) -> Film:
         """Pack some of the pictures, in this order. The first one that was added must be the first."""
         pictures = [self._pictures[key] for key in keys]
+        # numbered anew: a page leaves out pictures that were drawn in vain, and their tiles
         order: dict[int, int] = {}  # number here -> number on the film, in order of appearance
         steps = np.zeros((len(pictures), len(pictures[0])), np.uint32)
         before = np.full(len(pictures[0]), -1)
@@ -82,6 +84,7 @@ class Frames:
 
 def _sheet(tiles: list[bytes]) -> bytes:
     rows = -(-len(tiles) // ACROSS)
+    # the last row is filled up
     blank = bytes(len(tiles[0])) * (rows * ACROSS - len(tiles))
     pixels = np.frombuffer(b"".join(tiles) + blank, np.uint8).reshape(rows, ACROSS, TILE, TILE, 4)
     image = Image.fromarray(pixels.swapaxes(1, 2).reshape(rows * TILE, ACROSS * TILE, 4), "RGBX").convert("RGB")

@@ -54,6 +54,7 @@ class Grid:
 
     def larger(self) -> Iterator["Grid"]:
         """Yield the grids that are one step larger, the one to prefer first."""
+        # two controls that move freely teach more than one with twice the stops
         if self.together < len(self.start):
             yield replace(self, together=self.together + 1)
         unfinished = [place for place, rounds in enumerate(self.rounds) if self.used[place] < len(rounds)]

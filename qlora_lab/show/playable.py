@@ -94,6 +94,7 @@ class Drawn:
         """
         explorer = self.explorer
         with explorer._lock, ExitStack() as waiting:
+            # the values at the end are those at the beginning, so a live page gets nothing new
             for control in self.controls.values():
                 waiting.enter_context(control.hold_sync())
             explorer._paused = True
@@ -116,9 +117,11 @@ class Drawn:
         values = explorer.state
         result = explorer.compute(values)
         explorer.update(result)
+        # the PNG is made for nothing, 4 ms of 20; to read it again would take twice as long
         explorer._blit.frame()
         self.frames.add(state, np.asarray(explorer._blit.canvas.buffer_rgba()))
         self.texts[state] = explorer.describe(values, result), explorer.code()
+        # update() of some explorers tells a control what to show: a page of bytes, or the levels to start from
         self.fields[state] = [_fields(control) for control in self.controls.values()]
         self._bar.update()
 
@@ -134,7 +137,7 @@ def _fields(control: Control) -> dict:
 
 def save_page(explorer: "Explorer", path: str | Path, progress: bool) -> SavedPage:
     """Write the page of an explorer (Explorer.save_html says how it is chosen)."""
-    path = check_page_path(path)
+    path = check_page_path(path)  # before half a minute of drawing
     drawn = Drawn(explorer, progress)
     try:
         grid, text = _fitted(drawn)
@@ -158,6 +161,7 @@ def _fitted(drawn: Drawn) -> tuple[Grid, str]:
     Sizes are predicted from those of smaller grids, because to measure one costs a second or two: a state beside many
     others shares more tiles with them, so that the prediction is rarely too small.
     """
+    # even if it is too large: a page with fewer than three stops would show nothing
     grid = smallest([control.rounds() for control in drawn.controls.values()], drawn.start)
     drawn.draw([drawn.start])
     fixed = len(explorer_page(drawn, [drawn.start], grid))
@@ -166,6 +170,7 @@ def _fitted(drawn: Drawn) -> tuple[Grid, str]:
     while True:
         each = max(1.0, (len(text) - fixed) / max(1, len(grid) - 1))  # bytes of a state
         larger = grid
+        # as many steps as are predicted to fit, and one measurement after them
         while better := next((g for g in larger.larger() if g not in refused and _fits(g, fixed, each)), None):
             larger = better
         if larger is grid:
@@ -174,6 +179,7 @@ def _fitted(drawn: Drawn) -> tuple[Grid, str]:
         if len(tried) <= LIMIT:
             grid, text = larger, tried
         else:
+            # what was drawn for it stays in memory: the next attempt shares most of it
             refused.add(larger)
 
 
@@ -194,12 +200,13 @@ def explorer_page(drawn: Drawn, states: list[tuple], grid: Grid) -> str:
     places = []  # for each control: value -> number of its stop
     for i, (field, control) in enumerate(drawn.controls.items()):
         stops = grid.stops(i)
-        changed, there = control.on_page(stops)
+        changed, there = control.on_page(stops)  # a slider counts the stops of the page
         state = _fields(control) | changed | {control.moved: there[stops.index(drawn.start[i])]}
         kind = type(control).__name__
         above = field in drawn.explorer.above
         controls.append({"kind": kind, "moved": control.moved, "above": above, "stops": there, "state": state})
         places.append({value: number for number, value in enumerate(stops)})
+    # two bytes as long as they suffice: fewer zeros for deflate to tell
     wide = film.steps.max() >= 2**16
     first = drawn.fields[drawn.start]
     content = {
@@ -218,27 +225,32 @@ def explorer_page(drawn: Drawn, states: list[tuple], grid: Grid) -> str:
     }
     steps = film.steps.astype("<u4" if wide else "<u2").tobytes()
     title = type(drawn.explorer).__name__
+    # instances: anywidget makes a class of its own for each, whose _esm is no text but a trait
     kinds = {type(control).__name__: control for control in drawn.controls.values()} | {"Button": Button("Reset")}
     compute = drawn.explorer.compute
     source = details_html("Show source", source_html(compute, *called_functions(compute)))
-    body = f'''<div class="row">
+    body = f"""<div class="row">
 <div class="beside"></div>
 <div class="figure"><div class="above"></div>
 <div class="qlora-pane"><canvas role="img"></canvas><p class="said" aria-live="polite"></p><code></code></div></div>
 </div>
 {source}
-<p class="note">{html.escape(_note(drawn, grid))}</p>'''
+<p class="note">{html.escape(_note(drawn, grid))}</p>"""
     parts = [_packed(_json(content)), _packed(steps), base64.b64encode(film.sheet).decode()]
     return whole_page(title, kinds, parts, "play", body)
 
 
 def _changed(first: list[dict], fields: list[dict]) -> list[dict]:
     """Return the fields of each control that differ from the first state's."""
-    return [{name: value for name, value in now.items() if value != then[name]} for then, now in zip(first, fields, strict=True)]
+    return [
+        {name: value for name, value in now.items() if value != then[name]}
+        for then, now in zip(first, fields, strict=True)
+    ]
 
 
 def _note(drawn: Drawn, grid: Grid) -> str:
     """Say what a notebook has and this page has not."""
+    # a reader who misses a stop should not take it for impossible
     left_out = []
     for i, control in enumerate(drawn.controls.values()):
         shown, all_of_it = len(grid.stops(i)), sum(map(len, grid.rounds[i]))
@@ -273,6 +285,7 @@ def whole_page(title: str, kinds: dict[str, Control], parts: list[str], player: 
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # a page that can load nothing and run nothing but this script, whatever a name in it says
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src blob: data:"
+    # the page's own rules come last, and win
     styles = "".join(kind._css for kind in (*kinds.values(), Pane, StatusLine))
     return f"""<!doctype html>
 <html lang="en">
@@ -311,6 +324,7 @@ def check_page_path(path: str | Path) -> Path:
     if path.exists() and not path.is_file():
         raise FileExistsError(f"{path} is a folder, but a page is a file: name a file")
     if path.exists():
+        # the mark stands in the head: nobody's large file is read
         with path.open("rb") as file:
             if MARK.encode() not in file.read(1000):
                 raise FileExistsError(f"{path} exists and is no explorer's page, so it is kept: name another file")

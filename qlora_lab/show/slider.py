@@ -17,6 +17,7 @@ from qlora_lab.show.control import Control
 from qlora_lab.show.grid import halved
 
 FOCUS = "outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px;"
+MANY = 12  # words, of which a page without a kernel leaves out none
 
 
 class Steps(NamedTuple):
@@ -98,7 +99,8 @@ class Slider(Control):
         return f"a whole number from 0 to {len(self.choices) - 1}"
 
     def rounds(self):
-        if all(isinstance(choice, str) for choice in self.choices):  # nothing lies between two words
+        # nothing lies between two words; but a model has hundreds of tensors
+        if len(self.choices) <= MANY and all(isinstance(choice, str) for choice in self.choices):
             return [list(range(len(self.choices)))]
         return halved(len(self.choices), self.position)
 

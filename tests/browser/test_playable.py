@@ -38,8 +38,8 @@ from tests.browser.controls import EXPLORERS, FOCUSABLE, KIND, by_key
 from tests.browser.theme import FAINT
 from tests.show.toy_checkpoint import toy_checkpoint
 
-MOST = 60  # states of a page here; the whole page takes half a minute
-FAR = 24  # of 255: a pixel of 256 colours for all states, beside one of 256 for its own
+MOST = 80  # states of a page here; the whole page takes half a minute
+FAR = 17  # of 255, of a pixel: 256 colours for all states of a page; figure.compressed allows as much for one
 SHOWN = "canvas => canvas.toDataURL().split(',')[1]"
 CUT_OFF = "() => document.documentElement.scrollWidth > window.innerWidth"
 
@@ -146,10 +146,10 @@ def as_in_a_kernel(page, explorer):
     explorer.set(**{part.arg: ast.literal_eval(part.value) for part in code.keywords})
     canvas = page.locator(".qlora-pane canvas")
     assert page.locator(".said").inner_text() == canvas.get_attribute("aria-label") == explorer.summary()
-    shown, wanted = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int) for png in (
-        base64.b64decode(canvas.evaluate(SHOWN)), explorer.png))
+    pictures = base64.b64decode(canvas.evaluate(SHOWN)), explorer.png
+    shown, wanted = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int) for png in pictures)
     away = np.abs(shown - wanted)
-    assert away.max() <= FAR and (away.max(-1) > 0).mean() < 0.25, (away.max(), (away.max(-1) > 0).mean())
+    assert away.max() <= FAR and away.mean() < 2, (away.max(), away.mean())
 
 
 def test_a_control_too_many_sends_the_first_one_back(open_page, tmp_path, monkeypatch):
