@@ -42,7 +42,7 @@ GUIDES = [
 ]
 GUIDES += ["multiple_choice", "tournament", "xray", "trust", "machines", "conformance", "families", "templates"]
 GUIDES += ["tools", "pictures"]
-TEACHING = ["teaching", "predictions", "capstone"]
+TEACHING = ["teaching", "playable", "predictions", "capstone"]
 FIGURES = ["ablations", "published", "speed", "gpu"]
 
 

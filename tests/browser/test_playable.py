@@ -3,6 +3,7 @@
 import ast
 import base64
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from tests.browser.controls import EXPLORERS, FOCUSABLE, KIND, by_key
 from tests.browser.theme import FAINT
 from tests.show.toy_checkpoint import toy_checkpoint
 
+ROOT = Path(__file__).parents[2]
 MOST = 80  # states of a page here; the whole page takes half a minute
 FAR = 17  # of 255, of a pixel: 256 colours for all states of a page; figure.compressed allows as much for one
 SHOWN = "canvas => canvas.toDataURL().split(',')[1]"
@@ -187,3 +189,29 @@ def test_follow_weight_by_key(open_page, tmp_path):
         expect(page.locator(".said")).to_have_text(way.summary().partition(": ")[2])
         page.get_by_role("tab", name=name, exact=True).press("ArrowRight")
     assert page.get_by_role("link").count() == 0  # no notebook lies beside the page
+
+
+def test_a_page_in_a_frame_of_the_site(open_page, tmp_path, monkeypatch):
+    """Its height, its colours, and a link to another notebook, as docs/static/site.js arranges them."""
+    monkeypatch.setattr(playable, "MOST", 10)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "03_block_size.html").write_text("<!doctype html><title>three</title>", "utf-8")
+    MidpointExplorer().save_html(tmp_path / "midpoint.html", progress=False)
+    FollowWeight(lit="block").save_html(tmp_path / "way.html")
+    frames = "".join(f'<iframe class="qlora-playable" src="../{name}.html"></iframe>' for name in ("midpoint", "way"))
+    script = f"<script>{(ROOT / 'docs' / 'static' / 'site.js').read_text('utf-8')}</script>"
+    text = f'<!doctype html><html data-theme="dark"><title>one</title>{script}{frames}</html>'
+    outer = tmp_path / "notebooks" / "01_codebook.html"
+    outer.write_text(text, "utf-8")
+    page = open_page(outer)
+    way = page.frame_locator("iframe").nth(1)
+    expect(way.get_by_role("tab", name="block", exact=True)).to_be_visible()
+    body = page.frame_locator("iframe").first.locator("body")
+    expect(body).to_have_css("background-color", "rgb(18, 18, 18)")
+    page.evaluate("document.documentElement.dataset.theme = 'light'")
+    expect(body).to_have_css("background-color", "rgb(255, 255, 255)")
+    expect(body.locator(".said")).to_have_text(MidpointExplorer().summary())
+    high, inside = page.locator("iframe").first.bounding_box()["height"], body.bounding_box()["height"]
+    assert inside <= high < inside + 20  # no bar to scroll
+    way.get_by_role("link", name="03_block_size").click()
+    expect(page).to_have_title("three")

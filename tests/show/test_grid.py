@@ -1,5 +1,6 @@
 """Which states a page holds: counted without a list, nested as it grows, and never one that a control has not."""
 
+import pytest
 from hypothesis import given, strategies as st
 
 from qlora_lab.show.grid import halved, smallest
@@ -15,6 +16,7 @@ def grown(sizes, steps):
     return grid
 
 
+@pytest.mark.long
 @given(SIZES, st.integers(0, 12))
 def test_states_are_counted_as_they_are_listed(sizes, steps):
     grid = grown(sizes, steps)
@@ -26,11 +28,13 @@ def test_states_are_counted_as_they_are_listed(sizes, steps):
     assert all(0 <= value < n for state in states for value, n in zip(state, sizes, strict=True))
 
 
+@pytest.mark.long
 @given(SIZES, st.integers(0, 12))
 def test_a_larger_grid_keeps_the_states_of_a_smaller_one(sizes, steps):
     assert set(grown(sizes, steps)) <= set(grown(sizes, steps + 1))
 
 
+@pytest.mark.long
 @given(SIZES)
 def test_the_largest_grid_is_the_whole_product(sizes):
     product = 1
@@ -39,6 +43,7 @@ def test_the_largest_grid_is_the_whole_product(sizes):
     assert len(grown(sizes, 100)) == product
 
 
+@pytest.mark.long
 @given(st.integers(1, 300), st.data())
 def test_rounds_hold_each_position_once(count, data):
     start = data.draw(st.integers(0, count - 1))
