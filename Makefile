@@ -23,7 +23,9 @@ test: $(READY) chromium $(EVAL)
 # a real model beside the default one, for tests/test_gemma.py: 242 MB under terms of its own, so not unasked
 gemma: $(GEMMA)
 
+# explorers are playable there; the first time, notebooks 03, 13 and 14 compute and train for some minutes
 site: $(READY)
+	$(BIN)/qlora-lab fetch smollm2-135m
 	$(BIN)/python -m tools.make_site
 
 # the slides of the two-hour lab (docs/teaching.md), from tagged cells: build/slides.html, which opens from disk

@@ -25,6 +25,8 @@ html_theme_options = {
 }
 html_static_path = ["docs/static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
+html_extra_path = ["extra"]  # playable explorers: whole pages, which frames show
 highlight_language = "none"  # for code without a language: commands and their output
 toc_object_entries_show_parents = "hide"
 html_show_sourcelink = False

@@ -1,20 +1,28 @@
 """Build the documentation: README, docs/, notebooks as stored, and a reference from docstrings. `make site`.
 
-    python -m tools.make_site            build/site/html/index.html, which opens from disk and is searched there
+    python -m tools.make_site                   build/site/html/index.html, which opens from disk and is searched there
+    python -m tools.make_site 01_codebook       explorers of this notebook alone are playable, which takes seconds
 
 In: the repository. Out: a folder of pages. Sphinx treats each warning as an error, so a link that leads nowhere fails.
 The pages are copied to build/site/source in the repository's own layout, so one relative link is right in both places.
+Explorers play: in the place of each still is a frame with a page that the notebook's own cells made, in a process of
+its own for each notebook. build/site/playable keeps these pages until the library or those cells change.
 
-Not here: the text of the reference (reference.py), the look (docs/conf.py).
+Not here: the text of the reference (reference.py), pages of explorers (playable.py), the look (docs/conf.py).
 """
 
+import argparse
+import html
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
+
 from qlora_lab.files.replace import replace_text
 from tools import slides
+from tools.playable import STILL, page_name, shows_explorer
 from tools.reference import public_page, room_page, rooms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +44,7 @@ GUIDES = [
 ]
 GUIDES += ["multiple_choice", "tournament", "xray", "trust", "machines", "conformance", "families", "templates"]
 GUIDES += ["tools", "pictures"]
-TEACHING = ["teaching", "predictions", "capstone"]
+TEACHING = ["teaching", "playable", "predictions", "capstone"]
 FIGURES = ["ablations", "published", "speed", "gpu"]
 
 
@@ -85,10 +93,51 @@ def assemble(source: Path) -> None:
         (reference / f"{room}.md").write_text(room_page(room), "utf-8")
 
 
-def main() -> int:
-    """Build the site; Sphinx's exit code."""
+def make_playable(source: Path, names: list[str]) -> list[str]:
+    """Put a page in the place of each explorer's still in these notebooks; return the names of those that failed."""
+    pages = SITE / "playable"
+    copies = source / "extra" / "playable"  # beside the notebooks' pages in the end
+    copies.mkdir(parents=True)
+    failed = []
+    for number, name in enumerate(names, 1):
+        print(f"[{number}/{len(names)}] explorers of {name}", flush=True)
+        command = [sys.executable, "-m", "tools.playable", str(ROOT / "notebooks" / f"{name}.ipynb"), str(pages)]
+        if subprocess.run(command, cwd=ROOT, check=False).returncode:
+            failed.append(name)
+            continue
+        path = source / "notebooks" / f"{name}.ipynb"
+        notebook = nbformat.read(path, 4)
+        for i, cell in enumerate(notebook.cells):
+            if shows_explorer(cell):
+                shutil.copy(pages / page_name(name, i), copies)
+                _play(cell, f"../playable/{page_name(name, i)}")
+        nbformat.write(notebook, path)
+    return failed
+
+
+def _play(cell: nbformat.NotebookNode, address: str) -> None:
+    """Show a page in the place of a cell's still, which stays for browsers without scripts."""
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if STILL in data.get("text/html", ""):
+            title = html.escape(f"Explorer: {data['text/plain']}")
+            frame = f'<iframe class="qlora-playable" loading="lazy" src="{address}" title="{title}"></iframe>'
+            data["text/html"] = f"{frame}<noscript>{data['text/html']}</noscript>"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build the site; Sphinx's exit code, or 1 if a notebook's explorers failed."""
+    known = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    parser = argparse.ArgumentParser(description="Build the documentation as pages that open from disk.")
+    parser.add_argument("notebook", nargs="*", help="notebooks whose explorers are playable (default: all)")
+    names = parser.parse_args(arguments).notebook or known
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no notebook is called {unknown[0]}: choose from {', '.join(known)}")
     source, pages = SITE / "source", SITE / "html"
     assemble(source)
+    if failed := make_playable(source, names):
+        print(f"explorers failed in {', '.join(failed)}, as said above", file=sys.stderr)
+        return 1
     shutil.rmtree(pages, ignore_errors=True)
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(source), str(pages)]
     code = subprocess.run(command, check=False).returncode

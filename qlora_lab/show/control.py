@@ -20,6 +20,8 @@ class Control(anywidget.AnyWidget):
 
     A subclass adds two methods: takes(value) says whether the field may become `value`, which can be anything that JSON
     or a buffer holds, and rule() ends the sentence "it must be ...".
+    A control of an explorer adds a third: rounds() lists values of the field from coarse to fine, for a page without a
+    kernel (playable.py).
     """
 
     moved = "value"
@@ -34,6 +36,10 @@ class Control(anywidget.AnyWidget):
             self.send_state()  # the page shows the true state again
         else:
             super().set_state(sync_data)
+
+    def on_page(self, stops):
+        """Return what a page with these stops alone changes of the state, and what `moved` is there for each stop."""
+        return {}, stops
 
     def _refusal(self, sync_data):
         start = f'Refused: "{self.description}" got'

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from qlora_lab.show.figure import DRAWING, Blit, WithSentence, caption, compressed
 from qlora_lab.show.pane import Pane
+from qlora_lab.show.playable import SavedPage, save_page
 from qlora_lab.show.slider import Button
 from qlora_lab.show.source import called_functions, details_html, source_html
 from qlora_lab.show.still import StatusLine, show_over
@@ -92,6 +93,15 @@ class Explorer(ABC):
     def code(self):
         """Return the line of Python that makes this explorer again, in its present state."""
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.state.items())})"
+
+    def save_html(self, path, progress=True) -> SavedPage:
+        """Write a page that plays in a browser without a kernel or a network, and begins with the present state.
+
+        Its states are drawn now, for up to a minute. It has at most half a megabyte, so it leaves stops out where they
+        are many; SavedPage says how many. A page that an earlier call wrote is replaced. Raises FileExistsError for any
+        other file, OSError for a place that cannot be written, and ValueError for an empty path.
+        """
+        return save_page(self, path, progress)
 
     def _redraw(self, _change=None):
         with self._lock:

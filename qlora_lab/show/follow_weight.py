@@ -21,6 +21,7 @@ from qlora_lab.measure.codebook_trial import normal_weights
 from qlora_lab.measure.one_weight import follow
 from qlora_lab.show.control import Control
 from qlora_lab.show.figure import caption
+from qlora_lab.show.playable import save_text, way_page
 from qlora_lab.show.slider import FOCUS
 from qlora_lab.show.source import details_html
 from qlora_lab.show.still import StatusLine, show_over
@@ -206,6 +207,13 @@ class FollowWeight:
         """Return the sentence of the station that is shown: alt text, and the text that nbval compares."""
         place = self.way.place
         return f"Station {place + 1} of {len(STATIONS)}, {self.station}: {self._sentences[place]}"
+
+    def save_html(self, path):
+        """Write a page that plays in a browser without a kernel or a network, and begins with the present station.
+
+        Returns its path. Raises what Explorer.save_html raises.
+        """
+        return save_text(path, way_page(self.way))
 
     def __repr__(self):
         return self.summary()

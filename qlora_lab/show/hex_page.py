@@ -114,5 +114,8 @@ class HexPage(Control):
     def rule(self):
         return f"a whole number from 0 to {N_BYTES - 1}"
 
+    def rounds(self):
+        return [list(range(N_BYTES))]  # keys go from byte to byte
+
     def __repr__(self):
         return f"HexPage({self.description!r}, {self.value!r})"

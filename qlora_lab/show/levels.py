@@ -187,5 +187,24 @@ class Levels(Control):
     def rule(self):
         return f"{N_LEVELS} ascending numbers in [-1, 1]"
 
+    def rounds(self):
+        named = {self.value, *self.starts.values()}
+        return [[*named, *self._moved(0.5)], self._moved(0.25, 0.75)]  # each handle has somewhere to go
+
+    def _moved(self, *shares):
+        """List the levels with one of them moved, by each share of its way to either neighbour or to the end."""
+        edges = (-1.0, *self.value, 1.0)
+        found = []
+        for i, level in enumerate(self.value):
+            for end in (edges[i], edges[i + 2]):
+                moved = (round(level + share * (end - level), 2) for share in shares)
+                found += [(*self.value[:i], place, *self.value[i + 1 :]) for place in moved]
+        # rounded to hundredths, a level can have met its neighbour, or not have left its place
+        return [levels for levels in dict.fromkeys(found) if levels != self.value and _ascends(levels)]
+
     def __repr__(self):
         return f"Levels({self.description!r}, {self.value!r})"
+
+
+def _ascends(levels: tuple[float, ...]) -> bool:
+    return all(low < high for low, high in zip(levels, levels[1:], strict=False))

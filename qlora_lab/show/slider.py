@@ -14,8 +14,10 @@ from typing import NamedTuple
 import traitlets as T
 
 from qlora_lab.show.control import Control
+from qlora_lab.show.grid import halved
 
 FOCUS = "outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px;"
+MANY = 12  # words, of which a page without a kernel leaves out none
 
 
 class Steps(NamedTuple):
@@ -96,6 +98,15 @@ class Slider(Control):
     def rule(self):
         return f"a whole number from 0 to {len(self.choices) - 1}"
 
+    def rounds(self):
+        # nothing lies between two words; but a model has hundreds of tensors
+        if len(self.choices) <= MANY and all(isinstance(choice, str) for choice in self.choices):
+            return [list(range(len(self.choices)))]
+        return halved(len(self.choices), self.position)
+
+    def on_page(self, stops):
+        return {"labels": [self.labels[stop] for stop in stops]}, list(range(len(stops)))
+
     @T.validate("value")
     def _check_value(self, proposal):
         return self.allowed(proposal["value"])
@@ -151,6 +162,9 @@ class Toggle(Control):
 
     def rule(self):
         return "true or false"
+
+    def rounds(self):
+        return [[False, True]]
 
     def __repr__(self):
         return f"Toggle({self.description!r}, {self.value!r})"
