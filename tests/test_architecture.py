@@ -222,8 +222,8 @@ def test_one_line_in_twelve_has_a_comment():
     assert comments >= 0.08 * total
 
 
-# Without dtype= these take the default that torch.set_default_dtype has set, perhaps another library's. For whole
-# numbers torch takes int64, but only the reader of the arguments knows that they are whole.
+# Without dtype= these take what torch.set_default_dtype has set, perhaps by another library. Of whole numbers some make
+# int64, but this test cannot see which are whole.
 CONSTRUCTORS = {"empty", "zeros", "ones", "full", "tensor", "as_tensor", "linspace", "logspace", "eye"}
 CONSTRUCTORS |= {"rand", "randn", "normal", "scalar_tensor", "Tensor", "empty_strided"}
 
