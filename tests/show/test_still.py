@@ -4,7 +4,7 @@ from qlora_lab.show.still import VIEW, show_over
 
 
 def test_a_view_needs_no_bundle_of_the_widget(monkeypatch):
-    """ipywidgets 7 makes none, and the cell that installs the library on a hosted service keeps the service's version."""
+    """ipywidgets 7 makes none, and on a hosted service the service's version is kept."""
     import ipywidgets
 
     shown = []
