@@ -215,7 +215,15 @@ async def _run(server: Server, kernel: str, code: str) -> tuple[str, set[str]]:
     header = {"msg_id": number, "msg_type": "execute_request", "session": number, "username": "", "version": "5.3"}
     content = {"code": code, "silent": False, "store_history": False, "allow_stdin": False, "stop_on_error": True}
     message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
-    await connection.write_message(json.dumps(message))
+    try:
+        await connection.write_message(json.dumps(message))
+        return await _until_idle(connection, number)
+    finally:
+        connection.close()  # the kernel itself ends with the server
+
+
+async def _until_idle(connection, number: str) -> tuple[str, set[str]]:
+    """Collect what answers the message of this number, until the kernel is idle again."""
     printed, kinds = "", set()
     while True:
         text = await connection.read_message()

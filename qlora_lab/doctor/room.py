@@ -252,7 +252,7 @@ def memory() -> Check:
 
 def notebook_peaks() -> dict[str, int]:
     """Return notebook -> bytes of its kernel at the peak, as measured. Raises OSError where the file is missing."""
-    rows = json.loads(course_path("bench", "notebooks.json").read_text("utf-8"))["notebooks"]
+    rows = read_json(course_path("bench", "notebooks.json"))["notebooks"]
     return {name: row["peak_bytes"] for name, row in rows.items()}
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qlora_lab.files.home import expanded
 from qlora_lab.files.requirements import unmet
+from qlora_lab.files.strict_json import decoded, parse
 
 # Parts of the service: a newer one would not fit the page in the browser. JupyterLab is not needed there at all.
 PARTS_OF_SERVICE = {"ipykernel", "ipython", "ipywidgets", "jupyterlab"}
@@ -59,7 +60,7 @@ def wheel_beside(where: str) -> Path | None:
 
 def with_setup(notebook: bytes, wheel: str) -> bytes:
     """Return a notebook with the cell in front. wheel: an address, or a path as seen from the notebook's folder."""
-    content = json.loads(notebook)
+    content = parse(decoded(notebook, "a notebook of the course"), "a notebook of the course")
     # JSON's quotes are Python's, too, whatever stands in the path
     lines = CELL.format(wheel=json.dumps(wheel)).splitlines(keepends=True)
     cell = {"cell_type": "code", "execution_count": None, "id": "setup", "metadata": {"tags": ["setup"]}}

@@ -4,7 +4,7 @@ from qlora_lab.show.still import VIEW, show_over
 
 
 def test_a_view_needs_no_bundle_of_the_widget(monkeypatch):
-    """ipywidgets 7 makes none: Colab has that version, and the set-up cell of hosted services keeps it."""
+    """ipywidgets 7 makes none, and on a hosted service the service's version is kept."""
     import ipywidgets
 
     shown = []

@@ -95,6 +95,7 @@ def test_the_site_builds_without_a_warning():
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
     pages = ROOT / "build" / "site" / "html"
+    assert (pages / "slides.html").read_text("utf-8").count("<section") == 12
     front = (pages / "index.html").read_text("utf-8")
     assert 'alt="A hand drags' in front and (pages / "searchindex.js").stat().st_size > 100_000
     notebook = (pages / "notebooks" / "03_block_size.html").read_text("utf-8")
