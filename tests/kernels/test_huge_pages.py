@@ -64,6 +64,7 @@ def test_it_is_a_tensor_as_torch_makes_one(shape, dtype, large, small_pages):
     assert tensor.sum(dtype=torch.float32) == 3 * tensor.numel()
 
 
+@needs_linux
 def test_small_tensors_are_torch_s(monkeypatch):
     monkeypatch.setattr(huge_pages.mmap, "mmap", None)
     assert empty((HUGE - 1,), torch.uint8).shape == (HUGE - 1,)
