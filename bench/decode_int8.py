@@ -2,9 +2,10 @@
 
     python bench/decode_int8.py         writes decode_int8.json; a few minutes
 
-Windows of text pass all layers in float32, in int8 as a prompt is read, and in int8 token by token, as an answer is
-written. Compared are the perplexities, the logits at each place, and the tokens that are likeliest there. Then 50
-prompts of 128 tokens, and 50 of a few words, are answered greedily in float32 and in int8.
+Windows of text pass all layers in float32, in int8 as a prompt is read, its attention by the prompt's kernel, and in
+int8 token by token, as an answer is written. Compared are the perplexities, the logits at each place, and the tokens
+that are likeliest there. Then 50 prompts of 128 tokens, and 50 of a few words, are answered greedily in float32 and in
+int8.
 """
 
 import argparse
@@ -52,10 +53,10 @@ def logits_of(stack: Stack, ids: torch.Tensor, how: str) -> torch.Tensor:
         if how == "float32":
             return multiply(forward(stack, ids, cache), stack.head)
         rest = with_int8(stack)
-        parts = (stack, ids[:1]), (rest, ids[1:])  # as read_prompt takes them
+        first = forward(stack, ids[:1], cache)  # as read_prompt does
         attend = partial(by_kernel, attention_of(rest.layers[0], rest)) if can_step(rest) else readable.attend
         with patch.object(readable, "attend", attend):
-            return multiply(torch.cat([forward(layers, some, cache) for layers, some in parts]), stack.head)
+            return multiply(torch.cat([first, forward(rest, ids[1:], cache)]), stack.head)
 
 
 def by_kernel(attend: Callable, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

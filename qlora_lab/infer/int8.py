@@ -13,6 +13,9 @@ n and m are whole numbers from -127 to 127. One instruction multiplies and adds 
 The levels of NF4 are not multiples of one unit, so m errs as well: by 0.4 % of absmax at most, and NF4 itself by up to
 15 %. Source: LLM.int8() (arXiv 2208.07339), section 2, absmax quantization, here for each block of columns. llama.cpp
 rounds activations in blocks of 32, too.
+
+Attention is not part of this: it stays in float32, but that a prompt's kernel may round what it multiplies to bf16
+(kernels/prompt_pairs.py).
 """
 
 from functools import lru_cache
