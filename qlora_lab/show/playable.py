@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qlora_lab.show.explorer import Explorer
 
 LIMIT = 500_000  # bytes of a page
-MOST = 600  # states of a page: half a minute of drawing, and a few MB of the reader's memory
+MOST = 700  # states of a page: half a minute of drawing, and a few MB of the reader's memory
 MARK = '<meta name="generator" content="qlora_lab explorer">'  # so that save_html knows its own pages
 SCRIPT = Path(__file__).with_suffix(".js")
 BASE = set(anywidget.AnyWidget.class_trait_names(sync=True))  # fields that all widgets have
