@@ -1,5 +1,5 @@
-// An explorer's page without a kernel: its own controls over pictures that were drawn before. Plain JavaScript; the page
-// (playable.py) puts RENDER, the controls' own modules by their class, before it. Nothing here fetches anything.
+// An explorer's page without a kernel: its own controls over pictures that were drawn beforehand. Plain JavaScript; the
+// page (playable.py) puts RENDER, the controls' own modules by their class, before it. Nothing here fetches anything.
 //
 // A state is a list with the number of a stop for each control. It exists if at most `together` controls are away from
 // their start; a control that moves beyond that sends the one that rested longest back to its start, and a line says so.

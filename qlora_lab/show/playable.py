@@ -1,4 +1,4 @@
-"""An explorer as a page of its own: its states drawn before, moved by plain JavaScript, without a kernel or a network.
+"""An explorer as a page of its own that plays in a browser: its states are drawn beforehand, so it needs no kernel.
 
 In: an Explorer or a FollowWeight. Out: one HTML file of at most LIMIT bytes, with the controls, the pictures and the
 sentences that a kernel would give for the same states (playable.js shows them).
@@ -259,7 +259,7 @@ def _note(drawn: Drawn, grid: Grid) -> str:
     if grid.together < len(drawn.controls):
         one = "one control" if grid.together == 1 else f"{grid.together} controls"
         left_out.append(f"{one} at a time can be away from where it began")
-    return f"Drawn before, without a kernel: {'; '.join(left_out)}." if left_out else ""
+    return f"Drawn beforehand, without a kernel: {'; '.join(left_out)}." if left_out else ""
 
 
 def way_page(way: Control) -> str:
