@@ -188,8 +188,9 @@ class Levels(Control):
         return f"{N_LEVELS} ascending numbers in [-1, 1]"
 
     def rounds(self):
-        named = {self.value, *self.starts.values()}
-        return [[*named, *self._moved(0.5)], self._moved(0.25, 0.75)]  # each handle has somewhere to go
+        first = list(dict.fromkeys([self.value, *map(tuple, self.starts.values()), *self._moved(0.5)]))
+        known = set(first)  # levels close together have no place for quarters
+        return [first, [levels for levels in self._moved(0.25, 0.75) if levels not in known]]
 
     def _moved(self, *shares):
         """List the levels with one of them moved, by each share of its way to either neighbour or to the end."""

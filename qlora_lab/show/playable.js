@@ -1,5 +1,5 @@
-// An explorer's page without a kernel: its own controls over pictures that were drawn before. Plain JavaScript; the page
-// (playable.py) puts RENDER, the controls' own modules by their class, before it. Nothing here fetches anything.
+// An explorer's page without a kernel: its own controls over pictures that were drawn beforehand. Plain JavaScript; the
+// page (playable.py) puts RENDER, the controls' own modules by their class, before it. Nothing here fetches anything.
 //
 // A state is a list with the number of a stop for each control. It exists if at most `together` controls are away from
 // their start; a control that moves beyond that sends the one that rested longest back to its start, and a line says so.
@@ -35,7 +35,10 @@ const unrolled = (steps, pictures, places) => {
     const before = all[p - 1], now = new Uint32Array(places);
     for (let i = 0; i < places; i++) {
       const step = steps[p * places + i];
-      now[i] = step === SAME ? before[i] : step === FIRST ? all[0][i] : step === NEXT ? known++ : known - step + OLDER - 1;
+      if (step === SAME) now[i] = before[i];
+      else if (step === FIRST) now[i] = all[0][i];
+      else if (step === NEXT) now[i] = known++;
+      else now[i] = known - (step - OLDER + 1);                        // so many tiles ago
     }
     all.push(now);
   }
@@ -85,8 +88,9 @@ const play = async () => {
     const old = stops[now[c]], moved = value.map((level, i) => i).filter((i) => value[i] !== old[i]), i = moved[0];
     const way = (stop) => Math.sign(stop[i] - old[i]) === Math.sign(value[i] - old[i]);
     const choice = stops.filter((stop) => !byKey || moved.length > 1 || way(stop));
-    // first the level that moved: of all others, as few as possible
-    const cost = (stop) => stop.reduce((sum, x, k) => sum + Math.abs(x - value[k]) * (k === i ? 1000 : 1), 0);
+    // the level that moved counts most: it follows the finger, and the others return to where they can
+    const weight = moved.length === 1 ? 1000 : 1;
+    const cost = (stop) => stop.reduce((sum, x, k) => sum + Math.abs(x - value[k]) * (k === i ? weight : 1), 0);
     return stops.indexOf(choice.sort((a, b) => cost(a) - cost(b))[0]);
   };
 
@@ -101,8 +105,8 @@ const play = async () => {
     }
     if (stop >= 0 && stop !== now[c]) rested = [...rested.filter((other) => other !== c), c];
     now = want;
-    const many = together === 1 ? "One control" : `${together} controls`;
-    status.textContent = back.length ? `${many} at a time: ${back.join(" and ")} went back to where this page began.` : "";
+    const many = together === 1 ? "One control" : `${together} controls`, names = back.join(" and ");
+    status.textContent = names && `${many} at a time: ${names} went back to where this page began.`;
     show();
   };
 
@@ -125,7 +129,8 @@ const play = async () => {
 
 // A control that needs no pictures of ours: all that it shows is in its state.
 const playAlone = async () => {
-  const { kind, moved, state } = JSON.parse(new TextDecoder().decode(await inflated(document.getElementById("film").textContent)));
+  const words = await inflated(document.getElementById("film").textContent);
+  const { kind, moved, state } = JSON.parse(new TextDecoder().decode(words));
   RENDER[kind].render({ model: makeModel(state, moved, () => {}), el: document.querySelector(".alone") });
 };
 

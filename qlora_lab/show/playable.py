@@ -1,4 +1,4 @@
-"""An explorer as a page of its own: its states drawn before, moved by plain JavaScript, without a kernel or a network.
+"""An explorer as a page of its own that plays in a browser: its states are drawn beforehand, so it needs no kernel.
 
 In: an Explorer or a FollowWeight. Out: one HTML file of at most LIMIT bytes, with the controls, the pictures and the
 sentences that a kernel would give for the same states (playable.js shows them).
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qlora_lab.show.explorer import Explorer
 
 LIMIT = 500_000  # bytes of a page
-MOST = 600  # states of a page: half a minute of drawing, and a few MB of the reader's memory
+MOST = 700  # states of a page: half a minute of drawing, and a few MB of the reader's memory
 MARK = '<meta name="generator" content="qlora_lab explorer">'  # so that save_html knows its own pages
 SCRIPT = Path(__file__).with_suffix(".js")
 BASE = set(anywidget.AnyWidget.class_trait_names(sync=True))  # fields that all widgets have
@@ -259,7 +259,7 @@ def _note(drawn: Drawn, grid: Grid) -> str:
     if grid.together < len(drawn.controls):
         one = "one control" if grid.together == 1 else f"{grid.together} controls"
         left_out.append(f"{one} at a time can be away from where it began")
-    return f"Drawn before, without a kernel: {'; '.join(left_out)}." if left_out else ""
+    return f"Drawn beforehand, without a kernel: {'; '.join(left_out)}." if left_out else ""
 
 
 def way_page(way: Control) -> str:

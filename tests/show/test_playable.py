@@ -12,9 +12,10 @@ import pytest
 from toy import RoundingExplorer
 
 from qlora_lab.show import playable
-from qlora_lab.show.data_types import CodebookExplorer
+from qlora_lab.show.data_types import STARTS
 from qlora_lab.show.follow_weight import FollowWeight
 from qlora_lab.show.hex_page import HexPage
+from qlora_lab.show.levels import Levels
 from qlora_lab.show.slider import Slider, Steps
 
 
@@ -105,11 +106,11 @@ def test_follow_weight_keeps_its_station(tmp_path):
     assert (state["place"], len(state["stations"]), path.stat().st_size < 100_000) == (6, 14, True)
 
 
-@pytest.mark.long
-def test_levels_on_a_page_are_levels():
-    control = CodebookExplorer()._controls["levels"]
+@pytest.mark.parametrize("levels", [STARTS["NF4"], tuple(i / 100 for i in range(-8, 8)), tuple(range(-8, 8))])
+def test_levels_on_a_page_are_levels(levels):
+    control = Levels("Levels", [level / max(1, -levels[0]) for level in levels], starts=STARTS)
     stops = sum(control.rounds(), [])
-    assert control.value in stops and len(set(stops)) == len(stops)
+    assert control.value in stops and set(STARTS.values()) <= set(stops) and len(set(stops)) == len(stops)
     assert all(control.takes(list(stop)) for stop in stops)
 
 
