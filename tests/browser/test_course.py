@@ -122,6 +122,7 @@ MOVES = {  # control, key, part of the new alt text
         ("r", "ArrowLeft", "r=15,"),
         ("Page size", "ArrowLeft", "of 1 MiB"),
         ("Moments", "ArrowLeft", "moments of 8 bits: 72.6 MiB of state"),
+        ("Play", "Enter", "at time "),
         ("Reset", "Enter", "in 153 pages of 2 MiB, a budget of 256 MiB with 128 frames"),
     ],
     "11_peft_zoo": [
@@ -165,7 +166,7 @@ MOVES = {  # control, key, part of the new alt text
 EXPLORERS = {"06_data_types": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other
 CONTROLS = {name: len({control for control, _, _ in moves}) for name, moves in MOVES.items()}
 CONTROLS |= {"06_data_types": 5 + 21, "10_finetune_llama": 0}  # 16 levels, 3 starts, block size and reset
-CONTROLS |= {"13_merge_lab": 3 + 3}
+CONTROLS |= {"13_merge_lab": 4 + 3}
 NAMES = sorted(MOVES | EXPLORERS)
 
 
