@@ -1,8 +1,8 @@
 """The block size explorer: a budget of bits, the block size that it buys each layer, and the gain of this mix.
 
-State: budget. The picture: above a map of the model with a column for each block of layers and a row for each projection,
-coloured by the chosen candidate, and the number of layers for each; below bits against error, of the best mix for every
-budget and of one candidate for all layers.
+State: budget. The picture: above a map of the model with a column for each block of layers and a row for each
+projection, coloured by the chosen candidate, and the number of layers for each; below bits against error, of the best
+mix for every budget and of one candidate for all layers.
 """
 
 import math

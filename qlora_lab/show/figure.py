@@ -23,8 +23,10 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
+from qlora_lab.show import lettering
 from qlora_lab.show.escape import for_html
 
 # Okabe and Ito's eight colours, distinct in any colour vision; matplotlib holds the values. Black is for ink; yellow is
@@ -167,9 +169,12 @@ class Blit:
         """Return PNG bytes of the figure with its artists as they are now."""
         with DRAWING, matplotlib.rc_context({"text.hinting": "none"}):  # at 144 dpi as sharp, and half of a text's time
             self.canvas.restore_region(self._background())
-            for artist in self.moving:
-                self.fig.draw_artist(artist)
             pixels = np.asarray(self.canvas.buffer_rgba())
+            for artist in self.moving:
+                if isinstance(artist, Text) and lettering.is_plain(artist):
+                    lettering.draw(self.fig, artist, pixels)
+                else:
+                    self.fig.draw_artist(artist)
         return png_bytes(pixels)
 
     def _background(self):

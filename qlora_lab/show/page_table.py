@@ -2,7 +2,8 @@
 
 State: budget, page_size, r, bits, time. The picture: on the left every page of the state of LLaMA-7B's adapter, in the
 order in which a step asks for them; on the right the frames, coloured by the time of the last request for their page;
-both numbered row by row. Below, the faults of a step for every budget: a cliff where the last page gets a frame.
+both numbered row by row. Below, the faults of a step for every budget up to this one: a cliff where the last page gets
+a frame.
 
 It shows what Pages does if nothing is fetched ahead; tests/show/test_page_table.py compares the two.
 """
@@ -160,7 +161,10 @@ class PageTableExplorer(Explorer):
         self.frames.show(ages, _number(result["frames"], "frame"))
         self.used.set_data(*([], []) if last is None else self.frames.centre(last.frame))
         whole = result["whole"]
-        self.cliff.set_data([0, whole, whole, BUDGETS.high], [100, 100, 0, 0])  # % of the pages
+        budget = result["budget"]
+        # up to the budget: what a larger one would do is for the reader to predict
+        ends = [whole, whole, budget] if budget >= whole else [budget] * 3
+        self.cliff.set_data([0, *ends], [100, 100, *[0 if budget >= whole else 100] * 2])  # % of the pages
         self.here.set_data([result["budget"]], [100 if result["faults"] else 0])
         self.note.set_text(
             f"{result['frames']} frames for {_number(result['pages'], 'page')}: {result['faults']} faults in a step"

@@ -102,10 +102,11 @@ def test_the_cliff_is_where_faults_end():
     for pages in (1, 2, 7):
         assert [faults_of_a_step(range(pages), frames) for frames in range(1, pages + 1)] == [pages] * (pages - 1) + [0]
     explorer = PageTableExplorer()
-    (x, y), whole = explorer.cliff.get_data(), 153 * 2  # MiB
-    assert (list(x), list(y)) == ([0, whole, whole, 1280], [100, 100, 0, 0])
     for budget, height in ((304, 100), (320, 0)):  # 152 and 153 frames
         explorer.set(budget=budget)
+        x, y = explorer.cliff.get_data()
+        assert (max(x), list(y)) == (budget, [100, 100, height, height])
+        assert x[1] == (306 if height == 0 else budget)  # MiB of 153 pages
         assert (*explorer.here.get_data()[0], *explorer.here.get_data()[1]) == (budget, height)
 
 
