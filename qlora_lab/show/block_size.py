@@ -182,7 +182,7 @@ class BlockSizeExplorer(Explorer):
             text.set_text(for_picture(f"{self.names[candidate]}: {count}"))
         self.point.set_data([plan.bits_per_parameter], [plan.error])
         gain = _gain(self.names, result)
-        self.note.set_text(for_picture(f"The mix has an error {gain}" if result["uniform"] else gain.capitalize()))
+        self.note.set_text(for_picture(f"The mix's error is {gain}" if result["uniform"] else gain.capitalize()))
 
     def describe(self, state, result):
         plan = result["plan"]

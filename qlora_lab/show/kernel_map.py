@@ -108,8 +108,7 @@ class KernelMapExplorer(Explorer):
         for line in self.lines[len(rows) + bool(rows) :]:
             line.set_text("")
         self.word.set_text(f"Word {touched.words.stop - 1}, the last one loaded" if rows else "")
-        vain = len(touched.spare) + len(touched.idle)
-        works = f"stores {len(touched.stored)} weights, and {vain} of its lanes work in vain"
+        works = f"stores {len(touched.stored)} weights and decodes {len(touched.spare)} in vain"
         self.title.set_text(f"This program {works if rows else 'is not launched'}")
 
     @staticmethod

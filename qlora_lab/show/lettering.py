@@ -33,24 +33,32 @@ def draw(fig: Figure, text: Text, pixels: np.ndarray) -> None:
     place = int(64 * (x % 1)), int(64 * (y % 1))
     font = text.get_fontproperties()
     look = text.get_text(), hash(font), text.get_ha(), text.get_va(), text.get_parse_math(), fig.dpi, place
-    if look not in _kept:
+    if look in _kept:
+        top, left, coverage = _kept[look]
+    else:
+        top, left, coverage, whole = _coverage(fig, text, row, column, pixels.shape[:2])
         if len(_kept) == KEPT:
             _kept.pop(next(iter(_kept)))  # the oldest
-        _kept[look] = _coverage(fig, text, row, column, pixels.shape[:2])
-    top, left, coverage = _kept[look]
+        if whole:  # what an edge cuts here has room elsewhere
+            _kept[look] = top, left, coverage
     _lay(coverage, row + top, column + left, np.array(to_rgb(text.get_color())) * 255, pixels)
 
 
-def _coverage(fig: Figure, text: Text, row: int, column: int, shape: tuple[int, int]) -> tuple[int, int, np.ndarray]:
-    """Draw the text alone and cut it out: (rows, columns, 1) float32 in [0, 1], with its place from the anchor."""
+def _coverage(
+    fig: Figure, text: Text, row: int, column: int, shape: tuple[int, int]
+) -> tuple[int, int, np.ndarray, bool]:
+    """Draw the text alone and cut it out: its place from the anchor, (rows, columns, 1) float32 in [0, 1], and whether
+    no edge of the figure cuts it."""
     height, width = shape
     renderer = RendererAgg(width, height, fig.dpi)
     text.draw(renderer)
     box = text.get_window_extent(renderer)
-    top, left = max(0, height - int(box.y1) - MARGIN), max(0, int(box.x0) - MARGIN)
-    bottom, right = height - int(box.y0) + MARGIN, int(box.x1) + MARGIN  # beyond the edge a slice ends by itself
+    top, left = height - int(box.y1) - MARGIN, int(box.x0) - MARGIN
+    bottom, right = height - int(box.y0) + MARGIN, int(box.x1) + MARGIN
+    whole = top >= 0 and left >= 0 and bottom <= height and right <= width
+    top, left = max(0, top), max(0, left)  # a slice ends at the other edges by itself
     alpha = np.asarray(renderer.buffer_rgba())[top:bottom, left:right, 3:]
-    return top - row, left - column, alpha.astype(np.float32) / 255
+    return top - row, left - column, alpha.astype(np.float32) / 255, whole
 
 
 def _lay(coverage: np.ndarray, top: int, left: int, colour: np.ndarray, pixels: np.ndarray) -> None:
