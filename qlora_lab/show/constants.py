@@ -115,6 +115,7 @@ class ConstantsExplorer(Explorer):
         fig.legend(kinds, names, loc="outside upper right", ncols=3, frameon=False, **CLOSE)
         below.set(yscale="log", ylim=(LEAST, MOST), xlim=(-0.6, len(TABLES) - 0.4), ylabel="% of NF4's error")
         below.set_xticks(range(len(TABLES)), NAMES.values())
+        below.set_yticks([LEAST, 1, MOST], ["0.001", "1", "1000"])  # an exponent would be too small to read
         below.axhline(100, color=COLOURS["black"], lw=1, ls="--")  # as large as NF4's own error
         self.bars = below.add_collection(LineCollection([], colors=COLOURS["orange"], lw=20, capstyle="butt"))
         self.values = [below.text(i, 1, "", ha="center", va="bottom", fontsize=10) for i in range(len(TABLES))]

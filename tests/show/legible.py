@@ -1,5 +1,6 @@
 """What is wrong with the text of a figure, as it is drawn: too small, cut off, or over another text."""
 
+import re
 from contextlib import contextmanager
 from itertools import combinations
 
@@ -8,6 +9,7 @@ from matplotlib.text import Text
 
 from qlora_lab.show.figure import SMALLEST
 
+EXPONENT = re.compile(r"\^\{|[⁰¹²³⁴-⁹]")  # its letters have 70 % of the size
 ROOM = 0.3  # of a line's height is room above and below its letters: two lines may share it
 
 
@@ -45,6 +47,7 @@ def faults(fig, moving=(), kept=None):
     texts = kept[axes] + moved
     assert texts, "no text was drawn"
     wrong = [f"{text!r} has {size:g} points" for text, size, _ in texts if size < SMALLEST]
+    wrong += [f"{text!r} has a raised exponent" for text, _, _ in texts if EXPONENT.search(text)]
     edge = fig.bbox
     for text, _, box in texts:
         if box.x0 < 0 or box.y0 < 0 or box.x1 > edge.x1 or box.y1 > edge.y1:

@@ -124,12 +124,14 @@ def test_each_fault_is_found():
     ax.set(xticks=[], yticks=[])
     fix_layout(fig)  # else it would make room
     ax.text(0.1, 0.5, "small", fontsize=8)
+    ax.text(0.1, 0.3, "$10^{3}$")
     ax.text(0.1, 0.1, "one text")
     ax.text(0.15, 0.12, "another")
     ax.text(0.5, 0.8, "a text that is wider than the picture")
     found = faults(fig)
     assert "'small' has 8 points" in found and "'one text' lies over 'another'" in found
-    assert "'a text that is wider than the picture' is cut off" in found and len(found) == 3
+    assert "'a text that is wider than the picture' is cut off" in found
+    assert "'$10^{3}$' has a raised exponent" in found and len(found) == 4
 
 
 def test_an_inch_is_wide_enough():
