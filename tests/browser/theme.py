@@ -45,9 +45,11 @@ FAINT = """(places) => {
   return { seen, faint };
 }"""
 # The colour in the corner of each visible picture, where it is wrong: white, and in a dark theme dark. A PNG is drawn
-# in black on white and the page's filter turns it; an SVG has a ground of its own.
+# in black on white and the page's filter turns it; an SVG has a ground of its own. From a notebook that is not trusted
+# JupyterLab removes the <style> with the filter.
 CORNERS = """(places) => [...document.querySelectorAll(places)].filter((img) => img.checkVisibility()).map((img) => {
-  const dark = document.body.dataset.jpThemeLight === "false";
+  const turned = img.src.startsWith("data:image/svg") || img.closest(".qlora-pane") || img.previousElementSibling;
+  const dark = turned && document.body.dataset.jpThemeLight === "false";
   const canvas = new OffscreenCanvas(img.naturalWidth, img.naturalHeight).getContext("2d");
   canvas.filter = getComputedStyle(img).filter;
   canvas.drawImage(img, 0, 0);
