@@ -55,7 +55,7 @@ class SeeingExplorer(Explorer):
 
     def draw(self):
         fig, (left, right) = new_figure(2, width=BESIDE, height=3.1)
-        left.get_gridspec().set_width_ratios([1, 1.4])
+        left.get_gridspec().set_width_ratios([1, 1.75])
         self.image = left.imshow(np.zeros((SIZE, SIZE, 3), np.uint8), interpolation="nearest")
         left.set(xticks=[], yticks=[], xlabel=" ")  # keeps room for the text that moves
         self.reader = left.text(0.5, -0.03, "", transform=left.transAxes, ha="center", va="top")
@@ -83,7 +83,7 @@ class SeeingExplorer(Explorer):
         self.image.set_data(result["pixels"])
         self.reader.set_text(f"patches, read {result['read_by']}")
         answers = {result["words"][int(np.argmax(shares))] for shares in result["shares"].values()}
-        agree = f"All four towers say {min(answers)}" if len(answers) == 1 else "The four towers do not agree"
+        agree = f"All four towers say {min(answers)}" if len(answers) == 1 else "The towers disagree"
         self.title.set_text(agree)
         for label, held in zip(self.labels, result["patches"], strict=True):
             label.set_text("" if held == EMPTY else SHAPES[held])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from legible import faults
+from test_seeing import TOWER
 from toy import RoundingExplorer
 from toy_checkpoint import toy_checkpoint
 
@@ -25,6 +26,7 @@ from qlora_lab.show.midpoint import MidpointExplorer
 from qlora_lab.show.normal_float import NormalFloatExplorer
 from qlora_lab.show.page_table import PageTableExplorer
 from qlora_lab.show.results import Bar
+from qlora_lab.show.seeing import SeeingExplorer
 from qlora_lab.show.survival import SurvivalExplorer
 from qlora_lab.show.tournament import TournamentExplorer
 from qlora_lab.show.xray import XrayExplorer
@@ -86,6 +88,12 @@ def test_the_xray(tmp_path):
     explorer = XrayExplorer(toy_checkpoint(tmp_path))
     check_all_states(explorer)
     explorer.set(tensor="v")  # with groups, and a byte behind the last one
+    check_all_states(explorer)
+
+
+@pytest.mark.slow
+def test_what_a_tower_sees():
+    explorer = SeeingExplorer(TOWER, asked="colour")  # has the most words
     check_all_states(explorer)
 
 
