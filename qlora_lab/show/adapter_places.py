@@ -7,7 +7,7 @@ its feed-forward part, both beside the residual stream, which runs below them.
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from qlora_lab.show.figure import COLOURS, Picture, new_figure, picture
+from qlora_lab.show.figure import ACROSS, COLOURS, Picture, new_figure, picture
 
 LINEARS = {"q": (5.1, 6.2), "k": (5.1, 4.7), "v": (5.1, 3.2), "o": (10.0, 4.7)}  # name -> its middle
 LINEARS |= {"gate": (15.6, 5.7), "up": (15.6, 3.7), "down": (19.1, 4.7)}
@@ -30,13 +30,13 @@ ALT = (
 
 def adapter_places() -> Picture:
     """Draw the layer. The picture's alt text names each place."""
-    fig, ax = new_figure(width=9, height=5)
+    fig, ax = new_figure(width=ACROSS, height=4.6)
     ax.set(xlim=(-1.2, 23.2), ylim=(-3.0, 8.1))
     ax.set_axis_off()
-    ax.set_title("One layer, and what each method adds to it", fontsize=13)
+    ax.set_title("One layer, and what each method adds to it", fontsize=12)
     frame = {"fill": False, "ls": "--", "lw": 1, "edgecolor": "#767676"}
     ax.add_patch(Rectangle((2.15, 0.5), 20.1, 7.4, **frame))
-    ax.text(2.4, 7.3, "one layer", fontsize=11)
+    ax.text(2.4, 7.3, "one layer", fontsize=10)
     _stream(ax)
     _wires(ax)
     _base(ax)
@@ -57,15 +57,15 @@ def adapter_places() -> Picture:
 
 def _stream(ax: Axes) -> None:
     """The residual stream with its two sums, and the names of the two parts that branch off it."""
-    ax.text(0.5, -0.5, "tokens", ha="center", va="center", fontsize=11)
+    ax.text(0.5, -0.5, "tokens", ha="center", va="center", fontsize=10)
     _arrow(ax, (0.5, -0.15), (0.5, 0.87))
     _box(ax, (0.5, STREAM), "embeddings", "#ffffff", width=3.0)
     _arrow(ax, (2.0, STREAM), (23.1, STREAM))
     for back in (12.2, 21.5):
         ax.plot([back], [STREAM], "o", ms=15, color="#ffffff", mec=COLOURS["black"], zorder=5)  # over the arrow
         ax.text(back, STREAM - 0.04, "+", ha="center", va="center", fontsize=12, zorder=6)
-    ax.text(8.05, 7.3, "attention", ha="center", fontsize=11)
-    ax.text(17.5, 7.3, "feed-forward", ha="center", fontsize=11)
+    ax.text(8.05, 7.3, "attention", ha="center", fontsize=10)
+    ax.text(17.5, 7.3, "feed-forward", ha="center", fontsize=10)
 
 
 def _wires(ax: Axes) -> None:
@@ -101,7 +101,7 @@ def _box(ax: Axes, place: tuple, text: str, colour: str, width: float = 1.4, hei
     x, y = place
     edge = COLOURS["black"]
     ax.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, facecolor=colour, edgecolor=edge, lw=1))
-    ax.text(x, y, text, ha="center", va="center", fontsize=11)
+    ax.text(x, y, text, ha="center", va="center", fontsize=10)
 
 
 def _arrow(ax: Axes, start: tuple, end: tuple, colour: str = COLOURS["black"]) -> None:
@@ -113,4 +113,4 @@ def _key(ax: Axes) -> None:
     for i, (words, (colour, mark)) in enumerate(METHODS.items()):
         x, y = 2.5 + 10.6 * (i % 2), -0.6 - 0.85 * (i // 2)
         ax.plot([x], [y], mark, ms=9, color=COLOURS[colour], clip_on=False)
-        ax.text(x + 0.45, y, words, va="center", fontsize=11)
+        ax.text(x + 0.45, y, words, va="center", fontsize=10)

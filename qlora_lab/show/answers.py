@@ -6,9 +6,8 @@ what memory lets through, the other what the processor computes; a step cannot b
 """
 
 from qlora_lab.memory.answers import Machine, step_work
-from qlora_lab.show.escape import for_picture
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.figure import BESIDE, COLOURS, TITLE, new_figure
 from qlora_lab.show.slider import Slider
 
 ROUND = Machine(20e9, 400e9)  # round numbers near those of a laptop, so that each machine stores the same picture
@@ -51,24 +50,23 @@ class AnswerSpeedExplorer(Explorer):
         }
 
     def draw(self):
-        fig, ax = new_figure(width=6.8, height=4)
+        fig, ax = new_figure(width=BESIDE, height=3.7)
         ax.set(xlim=(ROWS[0] / 1.3, ROWS[-1] * 1.3), ylim=self._range())
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks(ROWS, map(str, ROWS))
         ax.yaxis.set_major_formatter("{x:,g}")
         ax.minorticks_off()
-        ax.tick_params(labelsize=12)
-        ax.set_xlabel("texts at once", fontsize=12)
-        ax.set_ylabel("tokens per second, of all texts", fontsize=12)
+        ax.set_xlabel("texts at once")
+        ax.set_ylabel("tokens per second, of all texts")
         # a dash tells them apart where colours do not
         (self.memory,) = ax.plot([], [], "--", lw=2, color=COLOURS["blue"], label="memory's roof")
         (self.processor,) = ax.plot([], [], ":", lw=2.5, color=COLOURS["red"], label="computing's roof")
         (self.below,) = ax.plot([], [], lw=3, color=COLOURS["black"], alpha=0.35, label="the lower of both")
         (self.ridge,) = ax.plot([], [], lw=1, color=COLOURS["black"], transform=ax.get_xaxis_transform())
         (self.point,) = ax.plot([], [], "o", ms=11, color=COLOURS["orange"], mec=COLOURS["black"])
-        self.name = ax.text(0, 0.02, "", transform=ax.get_xaxis_transform(), fontsize=12)  # y in parts of the axis
-        self.title = ax.text(0, 1.02, "0", transform=ax.transAxes, va="bottom", fontsize=12)
+        self.name = ax.text(0, 0.02, "", transform=ax.get_xaxis_transform())  # y in parts of the axis
+        self.title = ax.set_title("0", loc="left", fontsize=TITLE)
         ax.legend(frameon=False, fontsize=12, loc="lower right")
         fix_layout(fig)
         return fig, [self.memory, self.processor, self.below, self.ridge, self.point, self.name, self.title]
@@ -95,7 +93,7 @@ class AnswerSpeedExplorer(Explorer):
         self.name.set_ha("left" if right else "right")
         rows = result["rows"]
         self.point.set_data([rows], [rows / result["step"]])
-        self.title.set_text(for_picture(_said(result)))
+        self.title.set_text(f"{_rate(result)}: {result['limit']} is the limit")
 
     @staticmethod
     def describe(state, result):
@@ -116,10 +114,13 @@ def _lower(moving: list[float], computing: list[float], corner: tuple[float, flo
 
 
 def _said(result: dict) -> str:
-    rate = result["rows"] / result["step"]
     step = 1000 * result["step"]  # three digits, and no exponent
     milliseconds = f"{step:,.0f}" if step >= 100 else f"{step:.3g}"
-    return f"{milliseconds} ms a step, {rate:.3g} tokens per second: {result['limit']} is the limit"
+    return f"{milliseconds} ms a step, {_rate(result)}: {result['limit']} is the limit"
+
+
+def _rate(result: dict) -> str:
+    return f"{result['rows'] / result['step']:.3g} tokens per second"
 
 
 def _texts(rows: int) -> str:

@@ -1,8 +1,8 @@
 """The block size explorer: a budget of bits, the block size that it buys each layer, and the gain of this mix.
 
-State: budget. The picture: on the left a map of the model with a row for each block of layers and a column for each
-projection, coloured by the chosen candidate, and the number of layers for each; on the right bits against error, of the
-best mix for every budget and of one candidate for all layers.
+State: budget. The picture: above a map of the model with a column for each block of layers and a row for each
+projection, coloured by the chosen candidate, and the number of layers for each; below bits against error, of the best
+mix for every budget and of one candidate for all layers.
 """
 
 import math
@@ -12,12 +12,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from matplotlib.text import Text
 
 from qlora_lab.measure.best_plan import Choices, best_plan, uniform
 from qlora_lab.quant.plan import Candidate, Plan
 from qlora_lab.show.escape import for_picture
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import COLOURS, all_masked, new_figure
+from qlora_lab.show.figure import BESIDE, COLOURS, SMALLEST, TITLE, all_masked, new_figure
 from qlora_lab.show.slider import Slider
 
 BETWEEN = 4  # budgets from one uniform plan's bits to the next plan's
@@ -44,7 +45,8 @@ def round_up(bits: float) -> float:
 
 
 def places(layers: tuple[str, ...]) -> tuple[list[int], list[str], dict[str, tuple[int, int]]]:
-    """Return block numbers, projections, and the (row, column) of each layer. ValueError if two layers share a cell.
+    """Return block numbers, projections, and the (row, column) of each layer: a row for each projection, and a column
+    for each block, since a page is wider than a picture is high. ValueError if two layers share a cell.
 
     A projection is the part of a name after its first number. Its last word stands for it, if no other ends in that.
 
@@ -56,16 +58,30 @@ def places(layers: tuple[str, ...]) -> tuple[list[int], list[str], dict[str, tup
     parts = list(dict.fromkeys(part for _, part in split.values()))
     last = [part.rpartition(".")[2] for part in parts]
     names = [w.removesuffix("_proj") if last.count(w) == 1 else part for part, w in zip(parts, last, strict=True)]
-    rows = sorted(set(number.values()))  # block numbers, without gaps on the map
-    cells = {layer: (rows.index(number[layer]), parts.index(part)) for layer, (_, part) in split.items()}
+    blocks = sorted(set(number.values()))  # their numbers, without gaps on the map
+    cells = {layer: (parts.index(part), blocks.index(number[layer])) for layer, (_, part) in split.items()}
     taken: dict[tuple[int, int], str] = {}
     for layer, cell in cells.items():
         if taken.setdefault(cell, layer) != layer:
             raise ValueError(
-                f"{taken[cell]} and {layer} share one place on the map, block {number[layer]}, {names[cell[1]]}: "
+                f"{taken[cell]} and {layer} share one place on the map, block {number[layer]}, {names[cell[0]]}: "
                 "leave one of them out of the choices"
             )
-    return rows, names, cells
+    return blocks, names, cells
+
+
+def draw_map(ax: Axes, layers: tuple[str, ...]) -> tuple[np.ma.MaskedArray, dict[str, tuple[int, int]]]:
+    """Name the sides of a map of the model; return its cells, all masked, (projections, blocks), and their places.
+
+    Raises ValueError if two layers share a cell.
+    """
+    blocks, names, cells = places(layers)
+    ax.set_yticks(range(len(names)), map(for_picture, names), fontsize=SMALLEST)
+    ax.set_xticks(range(0, len(blocks), max(1, len(blocks) // 6)))
+    ax.set_xticklabels([blocks[i] for i in ax.get_xticks()])
+    ax.set_xlabel("block of layers")
+    ax.tick_params(length=0)
+    return all_masked((len(names), len(blocks))), cells
 
 
 def names_of(candidates: tuple[Candidate, ...]) -> dict[Candidate, str]:
@@ -106,35 +122,36 @@ class BlockSizeExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (left, middle, right) = new_figure(3, width=8.2, height=4.4)
-        left.get_gridspec().set_width_ratios([1, 0.62, 1.9])
         ranks = [candidate for candidate, _ in self.uniform]
+        key = max(1.6, 0.2 * len(ranks))  # inches: names beside the map keep their size, so many of them make it higher
+        fig, ax = new_figure(width=BESIDE, height=3.4 + key)
+        ax.remove()  # its upper part is divided
+        upper, lower = fig.add_gridspec(2, 1, height_ratios=[key, 2.2])
+        left, middle = upper.subgridspec(1, 2, width_ratios=[2.2, 1]).subplots()
         colours = matplotlib.colormaps["cividis"](np.linspace(0, 1, max(2, len(ranks))))
         self.image = self._draw_map(left, colours)
-        middle.set(xlim=(0, 1), ylim=(max(10, len(ranks)), 0))
-        middle.set_axis_off()
-        crowded = len(ranks) > 12  # names still fit in a smaller font
-        square = {"marker": "s", "ms": 7 if crowded else 13, "mec": "#777777"}
-        for i in range(len(ranks)):
-            middle.plot([0.1], [i + 0.5], color=colours[i], **square)
-        longest = [f"{self.names[candidate]}: {len(self.choices.layers)}" for candidate in ranks]  # reserves the room
-        font = {"va": "center", "fontsize": 8 if crowded else 12}
-        self.texts = [middle.text(0.24, i + 0.5, for_picture(text), **font) for i, text in enumerate(longest)]
-        self._draw_frontier(right)
-        (self.point,) = right.plot([], [], "o", ms=11, color=COLOURS["blue"], mec="#ffffff")
-        self.note = right.text(1, 1.03, "less", transform=right.transAxes, ha="right", va="bottom", fontsize=12)
+        self.texts = self._draw_key(middle, ranks, colours)
+        below = fig.add_subplot(lower)
+        for axis in (left, below):
+            axis.spines[["top", "right"]].set_visible(False)
+        self._draw_frontier(below)
+        (self.point,) = below.plot([], [], "o", ms=11, color=COLOURS["blue"], mec="#ffffff")
+        self.note = left.set_title("less", loc="left", fontsize=TITLE)
         fix_layout(fig)
         return fig, [self.image, *self.texts, self.point, self.note]
 
+    def _draw_key(self, ax: Axes, ranks: list[Candidate], colours: np.ndarray) -> list[Text]:
+        ax.set(xlim=(0, 1), ylim=(max(8, len(ranks)), 0))
+        ax.set_axis_off()
+        square = {"marker": "s", "ms": 9, "mec": "#777777"}
+        for i in range(len(ranks)):
+            ax.plot([0.05], [i + 0.5], color=colours[i], **square)
+        longest = [f"{self.names[candidate]}: {len(self.choices.layers)}" for candidate in ranks]  # reserves the room
+        return [ax.text(0.16, i + 0.5, for_picture(text), va="center") for i, text in enumerate(longest)]
+
     def _draw_map(self, ax: Axes, colours: np.ndarray):
-        rows, columns, self._cells = places(self.choices.layers)
-        self._map = all_masked((len(rows), len(columns)))
+        self._map, self._cells = draw_map(ax, self.choices.layers)
         scale = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(colours) - 0.5}  # one colour per candidate
-        ax.set_xticks(range(len(columns)), map(for_picture, columns), rotation=90, fontsize=12)
-        ax.set_yticks(range(0, len(rows), max(1, len(rows) // 6)))
-        ax.set_yticklabels([rows[i] for i in ax.get_yticks()], fontsize=12)
-        ax.set_ylabel("block of layers", fontsize=12)
-        ax.tick_params(length=0)
         return ax.imshow(self._map, aspect="auto", interpolation="nearest", **scale)
 
     def _draw_frontier(self, ax: Axes) -> None:
@@ -151,11 +168,9 @@ class BlockSizeExplorer(Explorer):
             for (candidate, plan), place in zip(plans, points, strict=True):
                 name = self.names[candidate].removesuffix(DOUBLE)  # the marker shows it
                 if plan in named:
-                    ax.annotate(for_picture(name), place, (6, 3), textcoords="offset points", fontsize=11)
-        ax.set_xlabel("bits per parameter", fontsize=12)
-        ax.set_ylabel("error, summed over layers", fontsize=12)
-        ax.tick_params(labelsize=12)
-        ax.legend(frameon=False, fontsize=12)
+                    ax.annotate(for_picture(name), place, (6, 3), textcoords="offset points", fontsize=SMALLEST)
+        ax.set(xlabel="bits per parameter", ylabel="error, summed over layers")
+        ax.legend(frameon=False)
 
     def update(self, result):
         plan = result["plan"]
@@ -166,7 +181,8 @@ class BlockSizeExplorer(Explorer):
         for text, (candidate, count) in zip(self.texts, result["counts"].items(), strict=True):
             text.set_text(for_picture(f"{self.names[candidate]}: {count}"))
         self.point.set_data([plan.bits_per_parameter], [plan.error])
-        self.note.set_text(for_picture(_gain(self.names, result)))
+        gain = _gain(self.names, result)
+        self.note.set_text(for_picture(f"The mix's error is {gain}" if result["uniform"] else gain.capitalize()))
 
     def describe(self, state, result):
         plan = result["plan"]

@@ -1,8 +1,8 @@
 """The constants explorer: bytes of constants beside those of their weights, and the error of storing them smaller.
 
-State: block_size, group_size, outlier, mean_offset. The picture: on the left the bytes of 2,048 weights, before and
-after double quantization, a cell for each byte and 32 in a column, so that the axis shows bits per parameter; on the
-right the shift of the weights by each table of 8 bits, as a share of the squared error of NF4 itself.
+State: block_size, group_size, outlier, mean_offset. The picture: above the bytes of 2,048 weights, before and after
+double quantization, a cell for each byte and 32 in a column, so that the axis shows bits per parameter; below the
+shift of the weights by each table of 8 bits, as a share of the squared error of NF4 itself.
 """
 
 from functools import lru_cache
@@ -16,8 +16,8 @@ from qlora_lab.measure.codebook_trial import normal_weights
 from qlora_lab.measure.constants import TABLES, squared_error, stored_constants
 from qlora_lab.memory.published import constant_bits
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
-from qlora_lab.show.explorer import Explorer
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.explorer import Explorer, fix_layout
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, TITLE, bars, new_figure
 from qlora_lab.show.slider import Slider, Toggle
 
 SIZES = [16, 32, 64, 128, 256, 512]
@@ -67,7 +67,7 @@ class Bytes:
         codes = PolyCollection(cells(0, CODES * PER_BIT * ROWS), facecolors=COLOURS["sky"])
         self.constants = ax.add_collection(PolyCollection([], facecolors=COLOURS["orange"]))
         self.scales = ax.add_collection(PolyCollection([], facecolors=COLOURS["red"]))
-        self.title = ax.text(0, 1.03, "", transform=ax.transAxes, va="bottom", fontsize=12)
+        self.title = ax.set_title("bits", loc="left", fontsize=TITLE)
         lines = LineCollection(byte_lines, colors="#ffffff", lw=0.4)
         self.artists = [ax.add_collection(codes), self.constants, self.scales, ax.add_collection(lines), self.title]
 
@@ -107,40 +107,34 @@ class ConstantsExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (before, right) = new_figure(2, width=7.2, height=3.5)
-        grid = right.get_gridspec()
-        grid.set_width_ratios([1.4, 1])
-        before.remove()  # its place is split in two
-        left = grid[0].subgridspec(2, 1).subplots()
-        for ax in left:
-            ax.spines[["top", "right"]].set_visible(False)
-        self.before, self.after = map(Bytes, left)
-        left[1].set_xlabel("bits per parameter")
+        fig, (before, after, below) = new_figure(rows=3, width=BESIDE, height=5.4)
+        self.before, self.after = Bytes(before), Bytes(after)
+        after.set_xlabel("bits per parameter")
         kinds = [Patch(color=COLOURS[name]) for name in ("sky", "orange", "red")]
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.4), "ncols": 3, "frameon": False, "columnspacing": 1}
-        left[1].legend(kinds, ["codes", "constants", "their scales"], **below)
-        right.set(
-            yscale="log", ylim=(LEAST, MOST), xlim=(-0.6, len(TABLES) - 0.4), ylabel="squared shift, % of NF4's error"
-        )
-        right.set_xticks(range(len(TABLES)), NAMES.values())
-        right.axhline(100, color=COLOURS["black"], lw=1, ls="--")  # as large as NF4's own error
-        self.bars = right.add_collection(LineCollection([], colors=COLOURS["orange"], lw=20, capstyle="butt"))
-        self.values = [right.text(i, 1, "", ha="center", va="bottom", fontsize=11) for i in range(len(TABLES))]
-        self.note = right.text(0, 1.03, "", transform=right.transAxes, va="bottom", fontsize=12)
+        names = ["codes", "constants", "their scales"]
+        fig.legend(kinds, names, loc="outside upper right", ncols=3, frameon=False, **CLOSE)
+        below.set(yscale="log", ylim=(LEAST, MOST), xlim=(-0.6, len(TABLES) - 0.4), ylabel="% of NF4's error")
+        below.set_xticks(range(len(TABLES)), NAMES.values())
+        below.set_yticks([LEAST, 1, MOST], ["0.001", "1", "1000"])  # an exponent would be too small to read
+        below.axhline(100, color=COLOURS["black"], lw=1, ls="--")  # as large as NF4's own error
+        self.bars = below.add_collection(LineCollection([], colors=COLOURS["orange"], lw=20, capstyle="butt"))
+        self.values = [below.text(i, 1, "", ha="center", va="bottom", fontsize=10) for i in range(len(TABLES))]
+        self.note = below.set_title("shift", loc="left", fontsize=TITLE)
+        fix_layout(fig)
         return fig, [*self.before.artists, *self.after.artists, self.bars, *self.values, self.note]
 
     def update(self, result):
         before = result["before"]
         codes = result["codes"]
         scales = result["after"] - codes
-        self.before.show(before, 0, f"in float32: {CODES} + {before:.4g} bits")
-        self.after.show(codes, scales, f"in 8 bits: {CODES} + {codes:.4g} + {scales:.3g} bits")
+        self.before.show(before, 0, f"Constants in float32: {CODES} + {before:.4g} bits")
+        self.after.show(codes, scales, f"In 8 bits: {CODES} + {codes:.4g} + {scales:.3g} bits")
         moved = [100 * share for share in result["moved"].values()]  # %
-        self.bars.set_segments([[(i, LEAST), (i, value)] for i, value in enumerate(moved)])
+        self.bars.set_segments(bars(range(len(moved)), moved, LEAST))
         for text, value in zip(self.values, moved, strict=True):
             text.set_y(1.15 * value)
             text.set_text(f"{value:.2g}")
-        self.note.set_text(f"NF4's error: {100 * result['relative_error']:.3g} %")
+        self.note.set_text(f"Squared shift by 8 bits, beside NF4's error of {100 * result['relative_error']:.3g} %")
 
     @staticmethod
     def describe(state, result):

@@ -30,7 +30,7 @@ from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.lloyd_max import lloyd_max
 from qlora_lab.quant.quantize import QuantizedTensor, quantize
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, SMALLEST, TITLE, bars, new_figure
 from qlora_lab.show.levels import Levels, shortest
 from qlora_lab.show.slider import Slider, Steps
 
@@ -73,23 +73,23 @@ class OutlierExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (left, right) = new_figure(2, width=8.4, height=3.9)
-        left.get_gridspec().set_width_ratios([2, 1])
-        left.set(xlim=(-1, N_WEIGHTS), ylim=(-FARTHEST - 0.5, FARTHEST + 0.5), xlabel="number of the weight")
-        left.set_ylabel("weight and levels, standard deviations")
-        left.set_xticks(range(0, N_WEIGHTS + 1, 64))
-        self.free = left.add_collection(LineCollection([], colors=COLOURS["orange"], lw=0.8, label="level not used"))
-        self.levels = left.add_collection(LineCollection([], colors=COLOURS["blue"], lw=1.2, label="level in use"))
-        (self.dots,) = left.plot([], [], ".", ms=3, color=COLOURS["black"], label="weight")
-        (self.outlier,) = left.plot([0], [0], "o", ms=7, color=COLOURS["red"], clip_on=False, label="outlier")
-        fig.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
-        right.set(xlim=(-0.8, 15.8), ylim=(0, 140), xlabel="code, by size of its level", ylabel="share of the block, %")
-        right.set_yticks(range(0, 101, 20))  # the room above is for the note
-        self.bars = right.add_collection(LineCollection([], colors=COLOURS["blue"], lw=7))
-        (self.unused,) = right.plot([0], [2], "x", ms=6, mew=2, color=COLOURS["orange"], clip_on=False)
-        self.note = right.text(0.98, 0.99, "", transform=right.transAxes, ha="right", va="top", fontsize=12)
+        fig, (upper, lower) = new_figure(rows=2, width=BESIDE, height=4.6, heights=[2, 1])
+        upper.set(xlim=(-1, N_WEIGHTS), ylim=(-FARTHEST - 0.5, FARTHEST + 0.5), xlabel="number of the weight")
+        upper.set_ylabel("standard deviations")
+        upper.set_xticks(range(0, N_WEIGHTS + 1, 64))
+        self.free = upper.add_collection(LineCollection([], colors=COLOURS["orange"], lw=0.8, label="level not used"))
+        self.levels = upper.add_collection(LineCollection([], colors=COLOURS["blue"], lw=1.2, label="level in use"))
+        (self.dots,) = upper.plot([], [], ".", ms=3, color=COLOURS["black"], label="weight")
+        (self.outlier,) = upper.plot([0], [0], "o", ms=7, color=COLOURS["red"], clip_on=False, label="outlier")
+        fig.legend(*upper.get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, **CLOSE)
+        lower.set(xlim=(-0.8, 15.8), ylim=(0, 104), xlabel="code, by size of its level", ylabel="% of the block")
+        lower.set_yticks([0, 50, 100])
+        self.bars = lower.add_collection(LineCollection([], colors=COLOURS["blue"], lw=10, capstyle="butt"))
+        (self.unused,) = lower.plot([0], [2], "x", ms=6, mew=2, color=COLOURS["orange"], clip_on=False)
+        self.title = upper.set_title("codes", loc="left", fontsize=TITLE)
+        self.note = lower.set_title("error", loc="left", fontsize=TITLE)
         fix_layout(fig)
-        return fig, [self.free, self.levels, self.dots, self.outlier, self.bars, self.unused, self.note]
+        return fig, [self.free, self.levels, self.dots, self.outlier, self.bars, self.unused, self.title, self.note]
 
     def update(self, result):
         weight = result["weight"]
@@ -101,14 +101,12 @@ class OutlierExplorer(Explorer):
         self.dots.set_data(range(len(weight)), weight)
         far = int((weight - normal_weights(N_WEIGHTS)).abs().argmax())  # the outlier's place
         self.outlier.set_data([far], [weight[far]])
-        self.bars.set_segments([[(i, 0), (i, 100 * n / q.block_size)] for i, n in enumerate(counts)])
+        self.bars.set_segments(bars(range(len(counts)), 100 * counts / q.block_size))
         unused = np.flatnonzero(counts == 0)
         self.unused.set_data(unused, np.full(len(unused), 2))
+        self.title.set_text(f"Beside the outlier {result['used']} of {len(counts)} codes are in use")
         error, without = (f"{100 * result[name]:.3g} %" for name in ("error", "without"))
-        note = (
-            f"{result['used']} of {len(counts)} codes used\nerror of the others:\nwith it {error}\nwithout it {without}"
-        )
-        self.note.set_text(note)
+        self.note.set_text(f"Error of the others {error}, without the outlier {without}")
 
     @staticmethod
     def describe(state, result):
@@ -182,9 +180,9 @@ class CodebookExplorer(Explorer):
         return self._compared[block_size]
 
     def draw(self):
-        fig, ax = new_figure(width=7.6, height=4.4)
+        fig, ax = new_figure(width=BESIDE, height=4.4)
         ax.remove()  # its place is divided below
-        grid = fig.add_gridspec(2, 2, height_ratios=[1, 1.3], width_ratios=[1.5, 1])
+        grid = fig.add_gridspec(2, 2, height_ratios=[1, 1.3], width_ratios=[1.1, 1])
         top, left, right = (fig.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
         for ax in (top, left, right):
             ax.spines[["top", "right"]].set_visible(False)
@@ -196,49 +194,48 @@ class CodebookExplorer(Explorer):
 
     def _draw_levels(self, ax: Axes) -> list[Artist]:
         ax.set(xlim=(-1.04, 1.04), ylim=(0, 1.05), yticks=[], xlabel="weight / absmax", ylabel="weights")
-        self.density = ax.add_collection(LineCollection([], colors=COLOURS["sky"], lw=6, capstyle="butt"))
+        self.density = ax.add_collection(LineCollection([], colors=COLOURS["sky"], lw=4, capstyle="butt"))
         self.lines = ax.add_collection(LineCollection([], colors=COLOURS["blue"], lw=1.8))
-        return [self.density, self.lines]
+        self.note = ax.set_title("better than", loc="left", fontsize=TITLE)
+        return [self.density, self.lines, self.note]
 
     def _draw_use(self, ax: Axes) -> list[Artist]:
         ax.set(xlim=(-0.8, 15.8), ylim=(0, MOST_USED), xlabel="code", ylabel="use, % of weights")
         ax.set_xticks(range(0, 16, 3))
-        self.bars = ax.add_collection(LineCollection([], colors=COLOURS["orange"], lw=10, capstyle="butt"))
+        self.bars = ax.add_collection(LineCollection([], colors=COLOURS["orange"], lw=6, capstyle="butt"))
         (equal,) = ax.plot([-0.8, 15.8], [100 / 16] * 2, color=COLOURS["black"], lw=1, ls="--")
         (self.beyond,) = ax.plot([0], [MOST_USED], "^", ms=8, color=COLOURS["orange"], clip_on=False)
-        self.entropy = ax.text(0, 1.06, "0 bits", transform=ax.transAxes, va="bottom", fontsize=12)
+        self.entropy = ax.set_title("bits", loc="left", fontsize=10)
         return [self.bars, equal, self.beyond, self.entropy]
 
     def _draw_errors(self, ax: Axes) -> list[Artist]:
         names = ["yours", *(NAMES[name] for name in COMPARED), "Lloyd-\nMax"]
-        ax.set(yscale="log", ylim=(LEAST, 1.4 * MOST), xlim=(-0.8, len(names) - 0.4), ylabel="relative error, %")
-        ax.set_xticks(range(len(names)), names, fontsize=11)
+        ax.set(yscale="log", ylim=(LEAST, 1.4 * MOST), xlim=(-0.6, len(names) - 0.4), ylabel="relative error, %")
+        ax.set_xticks(range(len(names)), names, fontsize=SMALLEST)
         ax.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
         colours = [COLOURS["blue"], *[COLOURS["orange"]] * (len(names) - 1)]
-        self.errors = ax.add_collection(LineCollection([], colors=colours, lw=18, capstyle="butt"))
-        self.values = [ax.text(i, 1, "", ha="center", va="bottom", fontsize=11) for i in range(len(names))]
-        self.note = ax.text(1, 1.06, "better", transform=ax.transAxes, ha="right", va="bottom", fontsize=12)
-        return [self.errors, *self.values, self.note]
+        self.errors = ax.add_collection(LineCollection([], colors=colours, lw=14, capstyle="butt"))
+        self.values = [ax.text(i, 1, "", ha="center", va="bottom", fontsize=SMALLEST) for i in range(len(names))]
+        return [self.errors, *self.values]
 
     def update(self, result):
         self._controls["levels"].starts = STARTS | {"Lloyd-Max": result["fitted"]}
         use = result["use"]
-        density = (result["density"] / result["density"].max()).tolist()
-        middles = ((np.arange(BINS) + 0.5) * 2 / BINS - 1).tolist()
-        self.density.set_segments([[(x, 0), (x, y)] for x, y in zip(middles, density, strict=True)])
-        self.lines.set_segments([[(x, 0), (x, 1)] for x in result["levels"].tolist()])
+        middles = (np.arange(BINS) + 0.5) * 2 / BINS - 1
+        self.density.set_segments(bars(middles, result["density"] / result["density"].max()))
+        self.lines.set_segments(bars(result["levels"], 1.0))
         share = 100 * use.share.numpy()  # %
-        self.bars.set_segments([[(code, 0), (code, min(s, MOST_USED))] for code, s in enumerate(share)])
+        self.bars.set_segments(bars(range(16), np.minimum(share, MOST_USED)))
         over = np.flatnonzero(share > MOST_USED)  # codes whose bars leave the axis
         self.beyond.set_data(over, np.full(len(over), MOST_USED))
         self.entropy.set_text(f"{use.entropy:z.2f} bits of information in 4")
         errors = [100 * other.relative_error for other in (use, *result["others"].values())]  # %
         ends = [min(max(error, LEAST), MOST) for error in errors]
-        self.errors.set_segments([[(i, LEAST), (i, end)] for i, end in enumerate(ends)])
+        self.errors.set_segments(bars(range(len(ends)), ends, LEAST))
         for text, error, end in zip(self.values, errors, ends, strict=True):
             text.set_y(1.05 * end)
             text.set_text(f"{error:.2f}" if error <= MOST else f"{error:.0f}↑")
-        self.note.set_text(f"better than {better_than(use, result['others']) or 'none'}")
+        self.note.set_text(f"Your levels are better than {better_than(use, result['others']) or 'none'}")
 
     def describe(self, state, result):
         use = result["use"]

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from qlora_lab.show.figure import DRAWING, Blit, WithSentence, caption, compressed
 from qlora_lab.show.pane import Pane
+from qlora_lab.show.play import Play
 from qlora_lab.show.playable import SavedPage, save_page
 from qlora_lab.show.slider import Button
 from qlora_lab.show.source import called_functions, details_html, source_html
@@ -26,9 +27,11 @@ class Explorer(ABC):
 
     explorer.set(bits=3); explorer.reset(); explorer.state; explorer.result; explorer.summary(); explorer.png
     above: fields whose controls stand over the picture, as wide as it, instead of beside it.
+    played: the field whose slider has a button that plays it.
     """
 
     above: tuple[str, ...] = ()
+    played: str = ""
 
     @abstractmethod
     def controls(self):
@@ -121,11 +124,12 @@ class Explorer(ABC):
         reset.observe(lambda _: self.reset(), "clicks")
         over = [self._controls[field] for field in self.above]
         beside = [control for control in self._controls.values() if control not in over]
-        panel = W.VBox([*beside, reset], layout=W.Layout(flex="1 1 240px", min_width="0"))
+        play = [Play(self._controls[self.played])] if self.played else []
+        panel = W.VBox([*beside, *play, reset], layout=W.Layout(flex="1 1 240px", min_width="0"))
         figure = W.VBox([*over, self._pane], layout=W.Layout(flex="3 1 420px", min_width="0"))
         row = W.Box([panel, figure], layout=W.Layout(flex_flow="row wrap", grid_gap="8px 24px"))
         source = details_html("Show source", source_html(self.compute, *called_functions(self.compute)))
-        whole = W.VBox([StatusLine(*self._controls.values(), reset), row, W.HTML(source)])
+        whole = W.VBox([StatusLine(*self._controls.values(), *play, reset), row, W.HTML(source)])
         whole.add_class("qlora-explorer")  # for the browser tests
         return whole
 

@@ -1,8 +1,12 @@
 """Show matplotlib figures as `<img alt=...>`, so that a page reads on paper, on a code host and in a screen reader.
 
 nbval compares the alt text but never the pixels, so the numbers in the alt text guard a stored figure. pyplot is never
-imported: it keeps each figure alive and would print it twice. The panel is white, since black ink on a transparent one
-cannot be read in Lab's dark theme.
+imported: it keeps each figure alive and would print it twice. The panel is white; where JupyterLab's theme is dark, a
+filter of the page turns it dark (DARK).
+
+The rule for text: an inch of a picture takes at least INCH pixels of the page, and no text has fewer points than
+SMALLEST. So no text is below 12 pixels, and all grow with the zoom of the browser. A page that is narrower than the
+picture scrolls it. A picture beside the controls of an explorer is BESIDE inches wide, any other at most ACROSS.
 
 The picture's bytes are stored once, in the HTML. An image/png beside it would store them again; alone it has no alt
 text: JupyterLab 4.6, nbconvert's lab template and myst-nb 1.4 do not read {"image/png": {"alt": ...}}.
@@ -19,8 +23,10 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
+from qlora_lab.show import lettering
 from qlora_lab.show.escape import for_html
 
 # Okabe and Ito's eight colours, distinct in any colour vision; matplotlib holds the values. Black is for ink; yellow is
@@ -28,21 +34,43 @@ from qlora_lab.show.escape import for_html
 _NAMES = ("black", "orange", "sky", "green", "yellow", "blue", "red", "purple")
 COLOURS = dict(zip(_NAMES, matplotlib.color_sequences["okabe_ito"], strict=True))
 _CYCLE = [COLOURS[name] for name in ("blue", "orange", "green", "red", "purple", "sky")]
+INCH = 96  # CSS pixels of the page for an inch of a picture, at least: a point is then 4/3 of a pixel
+SMALLEST = 9  # points: 12 pixels
+TITLE = 11  # points: a picture says its idea in a line above it, and 5 inches of that hold 60 letters
+BESIDE = 5.4  # inches: they fit beside the controls in a window of 1280 pixels
+ACROSS = 8.0  # inches: a notebook's whole column in that window
+DPI = 144
+CLOSE = {"columnspacing": 1.0, "handletextpad": 0.4, "borderaxespad": 0.2}  # a legend in little room
 KEPT = 8  # backgrounds of all figures together, of 2 MB each
+# White becomes a dark grey and black a light one. The turn gives each colour its hue back, so that "blue" stays blue.
+# More light keeps orange from brown. Paper is white whatever the theme, hence the screen.
+DARK = """@media screen {
+  [data-jp-theme-light="false"] .qlora-picture img { filter: invert(0.93) hue-rotate(180deg) brightness(1.25); }
+}"""
 DRAWING = threading.RLock()  # rcParams belong to the whole process
 
 
-def new_figure(columns=1, *, width=6.5, height=2.8):
-    """Make a white figure of `width` x `height` inches and its axes (one, or an array of `columns`), without pyplot.
+def new_figure(columns=1, *, rows=1, width=6.5, height=2.8, heights=None):
+    """Make a white figure of `width` x `height` inches and its axes, without pyplot.
 
-    6.5 inches at 144 dots fill a notebook's column, and the text stays legible beside an explorer's controls.
+    The axes are one, or an array of `columns` or of `rows`. heights: of the rows, beside each other.
+
+    BESIDE and ACROSS are the widths that fit a page. Text keeps the rule above if nothing makes it smaller.
     """
-    fig = Figure(figsize=(width, height), dpi=144, facecolor="white", layout="constrained")
-    axes = fig.subplots(1, columns)
-    for ax in np.atleast_1d(axes):
+    fig = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+    axes = fig.subplots(rows, columns, height_ratios=heights)
+    for ax in np.ravel(axes):
         ax.set_prop_cycle(color=_CYCLE)
         ax.spines[["top", "right"]].set_visible(False)  # less ink
     return fig, axes
+
+
+def bars(places, heights, foot=0.0):
+    """Return upright lines for a LineCollection, (n, 2, 2) float64: at each place from `foot` to its height."""
+    lines = np.full((len(places), 2, 2), float(foot))
+    lines[:, :, 0] = np.asarray(places, dtype=float)[:, None]
+    lines[:, 1, 1] = heights
+    return lines
 
 
 def all_masked(shape):
@@ -52,11 +80,22 @@ def all_masked(shape):
 
 
 def img(png, alt):
-    """Return the HTML of one picture: PNG bytes and their alt text."""
+    """Return the HTML of one picture: PNG bytes and their alt text.
+
+    A notebook that is not trusted loses the <style>, so there the picture stays white in a dark theme.
+    """
     if not alt.strip():
         raise ValueError("alt is empty: say in one sentence what the picture shows, with its key numbers.")
     data = base64.b64encode(png).decode()
-    return f'<img alt="{html.escape(alt)}" style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
+    size = f"max-width:100%;min-width:{least_width(png)}px;height:auto"
+    image = f'<img alt="{html.escape(alt)}" style="{size}" src="data:image/png;base64,{data}">'
+    return f'<div class="qlora-picture" style="overflow-x:auto"><style>{DARK}</style>{image}</div>'
+
+
+def least_width(png):
+    """Return the CSS pixels below which a picture's text would be too small to read; a narrower page scrolls it."""
+    (width,) = struct.unpack_from(">I", png, 16)  # a PNG begins with 8 bytes of signature and 8 of a chunk's head
+    return round(width * INCH / DPI)
 
 
 def caption(sentence):
@@ -130,9 +169,12 @@ class Blit:
         """Return PNG bytes of the figure with its artists as they are now."""
         with DRAWING, matplotlib.rc_context({"text.hinting": "none"}):  # at 144 dpi as sharp, and half of a text's time
             self.canvas.restore_region(self._background())
-            for artist in self.moving:
-                self.fig.draw_artist(artist)
             pixels = np.asarray(self.canvas.buffer_rgba())
+            for artist in self.moving:
+                if isinstance(artist, Text) and lettering.is_plain(artist):
+                    lettering.draw(self.fig, artist, pixels)
+                else:
+                    self.fig.draw_artist(artist)
         return png_bytes(pixels)
 
     def _background(self):

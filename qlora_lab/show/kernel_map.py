@@ -1,7 +1,7 @@
 """The kernel map: the bytes, words, codes and constants that a program of rung 2 touches, and the lanes it masks.
 
-State: weights, block_size, tile, program. The picture: on the left every weight, 32 in a row, eight in a word, two in a
-byte; on the right the eight codes of the last word that the program loads, where an odd tail shows.
+State: weights, block_size, tile, program. The picture: above every weight, 32 in a row, eight in a word, two in a byte;
+below the eight codes of the last word that the program loads, where an odd tail shows.
 
 The library's own tile is larger than this map.
 """
@@ -11,8 +11,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 
 from qlora_lab.gpu_code.touched import touched
-from qlora_lab.show.explorer import Explorer
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.explorer import Explorer, fix_layout
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, SMALLEST, TITLE, new_figure
 from qlora_lab.show.slider import Slider, Steps
 
 MOST = 256  # weights on the map
@@ -41,37 +41,37 @@ class KernelMapExplorer(Explorer):
         return {**state, "touched": touched(**state)}
 
     def draw(self):
-        fig, (left, right) = new_figure(2, width=8.5, height=3.4)
+        fig, (upper, lower) = new_figure(rows=2, width=BESIDE, height=4.6, heights=[1, 0.85])
         rows = MOST // ROW
-        left.set(xlim=(0, ROW + 11), ylim=(rows, -0.1), xticks=range(0, ROW + 1, 8))
-        left.set_yticks([r + 0.5 for r in range(rows)], [f"{ROW * r}" for r in range(rows)])
-        left.set_xlabel("weights; a tall line ends a word, a short one a byte", x=ROW / 2 / (ROW + 11))
-        left.spines[["left", "bottom"]].set_visible(False)  # cells have lines of their own
-        left.tick_params(length=0)
+        upper.set(xlim=(0, ROW + 9.5), ylim=(rows, -0.1), xticks=range(0, ROW + 1, 8))
+        upper.set_yticks([r + 0.5 for r in range(rows)], [f"{ROW * r}" for r in range(rows)])
+        upper.set_xlabel("weights; a tall line ends a word, a short one a byte", loc="left")
+        upper.spines[["left", "bottom"]].set_visible(False)  # cells have lines of their own
+        upper.tick_params(length=0)
         fill = ["#ffffff", *(colour for colour, _ in KINDS.values())]  # 0 is not a lane
         scale = {"cmap": ListedColormap(fill), "vmin": 0, "vmax": len(KINDS)}
-        self.cells = left.imshow([[0] * ROW] * rows, extent=(0, ROW, rows, 0), aspect="auto", **scale)
+        self.cells = upper.imshow([[0] * ROW] * rows, extent=(0, ROW, rows, 0), aspect="auto", **scale)
         marks = {"ls": "", "ms": 3, "color": COLOURS["black"]}  # colour alone would not do on a grey print
-        (self.crosses,), (self.dots,) = (left.plot([], [], marker=marker, **marks) for marker in "x.")
+        (self.crosses,), (self.dots,) = (upper.plot([], [], marker=marker, **marks) for marker in "x.")
         ends = [[(x, r), (x, r + (1 if x % 8 == 0 else 0.25))] for r in range(rows) for x in range(0, ROW + 1, 2)]
-        lines = left.add_collection(LineCollection(ends, colors="#777777", lw=0.8))
-        self.blocks = left.add_collection(LineCollection([], lw=3))
-        self.names = [left.text(ROW + 1.4, 0, "", va="center", fontsize=10) for _ in range(rows)]
-        right.set_axis_off()
-        self.title = right.text(0, 1, "", transform=right.transAxes, va="top", fontsize=11.5, weight="bold")
-        places = [0.9 - 0.08 * line for line in range(9)]
-        self.lines = [
-            right.text(0, y, "", transform=right.transAxes, va="top", fontsize=11.5, family="monospace") for y in places
-        ]
+        lines = upper.add_collection(LineCollection(ends, colors="#777777", lw=0.8))
+        self.blocks = upper.add_collection(LineCollection([], lw=3))
+        self.names = [upper.text(ROW + 1.4, 0, "", va="center") for _ in range(rows)]
+        self.title = upper.set_title("program", loc="left", fontsize=TITLE)
+        lower.set_axis_off()
+        self.word = lower.set_title("word", loc="left", fontsize=10)
+        places = [0.95 - 0.11 * line for line in range(9)]
+        font = {"va": "top", "fontsize": SMALLEST, "family": "monospace", "transform": lower.transAxes}
+        self.lines = [lower.text(0, y, "", **font) for y in places]
         mark = {"ls": "", "marker": "s", "ms": 9, "mec": "#777777"}
         kinds = [
             (Line2D([], [], mfc=colour, **mark), Line2D([], [], color="k", marker=m, ms=4, ls=""))
             for colour, m in KINDS.values()
         ]
-        narrow = {"ncols": 2, "fontsize": 10, "borderaxespad": 0, "handletextpad": 0.3, "columnspacing": 1.2}
-        right.legend(kinds, KINDS, loc="lower left", frameon=False, **narrow)
-        moving = [self.cells, self.crosses, self.dots, lines, self.blocks, *self.names, self.title, *self.lines]
-        return fig, moving
+        lower.legend(kinds, KINDS, loc="center right", frameon=False, **CLOSE)
+        fix_layout(fig)
+        moving = [self.cells, self.crosses, self.dots, lines, self.blocks, *self.names]
+        return fig, [*moving, self.title, self.word, *self.lines]
 
     def update(self, result):
         touched = result["touched"]
@@ -102,13 +102,14 @@ class KernelMapExplorer(Explorer):
         for i in range(8 * (touched.words.stop - 1), 8 * touched.words.stop) if touched.words else ():
             half = "low " if i % 2 else "high"  # the first of two weights lies in the high nibble
             byte = "padding" if i // 2 in touched.padding else f"byte {i // 2}"
-            rows.append(f"{i:4} {byte:>9} {half} {i // block_size:8} {'yes' if i < weights else 'no':>6}")
-        for line, text in zip(self.lines, ["lane      from half constant stored", *rows] if rows else [], strict=False):
+            rows.append(f"{i:4} {byte:>8} {half} {i // block_size:8} {'yes' if i < weights else 'no':>6}")
+        for line, text in zip(self.lines, ["lane     from half constant stored", *rows] if rows else [], strict=False):
             line.set_text(text)
         for line in self.lines[len(rows) + bool(rows) :]:
             line.set_text("")
-        last = f"Word {touched.words.stop - 1}, the last one loaded" if rows else "This program is not launched"
-        self.title.set_text(last)
+        self.word.set_text(f"Word {touched.words.stop - 1}, the last one loaded" if rows else "")
+        works = f"stores {len(touched.stored)} weights and decodes {len(touched.spare)} in vain"
+        self.title.set_text(f"This program {works if rows else 'is not launched'}")
 
     @staticmethod
     def describe(state, result):

@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
 from qlora_lab.show.escape import for_html
-from qlora_lab.show.figure import COLOURS, Blit, WithSentence, new_figure
+from qlora_lab.show.figure import ACROSS, COLOURS, Blit, WithSentence, new_figure
 from qlora_lab.show.pane import Pane
 from qlora_lab.show.slider import Button
 from qlora_lab.show.still import StatusLine, show_over
@@ -132,7 +132,7 @@ class LivePlot:
 
     def _draw(self) -> tuple[Figure, list[Line2D]]:
         settings = self.training.settings
-        fig, self.left = new_figure(width=8.5, height=3)
+        fig, self.left = new_figure(width=ACROSS, height=3)
         right = self.left.twinx()  # for lengths, in tokens
         self.left.set(xlabel="step", ylabel="loss, nats per answer token")
         right.set(ylim=(0, settings.max_length), ylabel="mean length, tokens")

@@ -1,14 +1,14 @@
 """The low-rank explorer: a matrix, the best product of two thin matrices, and what is missing.
 
 State: r, size, decay. The picture: the target, its best approximation of rank r, and the residual, all in one range of
-colours; on the right the target's singular values, kept up to r and cut off beyond it.
+colours; below the target's singular values, kept up to r and cut off beyond it.
 """
 
 from matplotlib.collections import LineCollection
 
 from qlora_lab.measure.low_rank import best_of_rank, energy, relative_error, target
-from qlora_lab.show.explorer import Explorer
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.explorer import Explorer, fix_layout
+from qlora_lab.show.figure import BESIDE, COLOURS, TITLE, bars, new_figure
 from qlora_lab.show.slider import Slider, Steps
 
 SIZES = [32, 64, 128]  # rows and columns of the target
@@ -38,21 +38,28 @@ class LowRankExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (*squares, right) = new_figure(4, width=7.2, height=2.3)
+        fig, ax = new_figure(width=BESIDE, height=4.1)
+        ax.remove()  # three squares have its upper part
+        upper, lower = fig.add_gridspec(2, 1, height_ratios=[1.55, 1])
+        squares = upper.subgridspec(1, 3).subplots()
+        below = fig.add_subplot(lower)
         self.images = [ax.imshow([[0]], extent=(0, 1, 0, 1), cmap="RdBu", interpolation="nearest") for ax in squares]
         for ax in squares:
             ax.set(xticks=[], yticks=[])
-            ax.spines[["left", "bottom"]].set_visible(False)
-        self.titles = [ax.text(0.5, 1.04, "", transform=ax.transAxes, ha="center", fontsize=12) for ax in squares]
-        right.set(xlabel="k", ylim=(0, 1.05), xscale="log", yticks=[0, 0.5, 1])
-        right.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], ["1", "2", "4", "8", "16", "32", "64", "128"])
-        right.minorticks_off()
-        right.set_title("singular values", fontsize=12)
-        self.kept = right.add_collection(LineCollection([], colors=COLOURS["blue"], lw=2))
-        self.cut_off = right.add_collection(LineCollection([], colors=COLOURS["orange"], lw=2))
-        (self.cut,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")
-        self.right = right  # its limits follow the size
-        return fig, [*self.images, *self.titles, self.kept, self.cut_off, self.cut]
+            ax.spines[:].set_visible(False)
+        self.names = [ax.text(0.5, -0.05, "d", transform=ax.transAxes, ha="center", va="top") for ax in squares]
+        self.title = squares[0].set_title("energy", loc="left", fontsize=TITLE)
+        below.spines[["top", "right"]].set_visible(False)
+        below.set(xlabel="k", ylim=(0, 1.05), xscale="log", yticks=[0, 0.5, 1], ylabel="singular value")
+        below.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], ["1", "2", "4", "8", "16", "32", "64", "128"])
+        below.minorticks_off()
+        self.kept = below.add_collection(LineCollection([], colors=COLOURS["blue"], lw=2))
+        self.cut_off = below.add_collection(LineCollection([], colors=COLOURS["orange"], lw=2))
+        (self.cut,) = below.plot([], [], color=COLOURS["black"], lw=1, ls="--")
+        self.below = below  # its limits follow the size
+        below.set_xlim(0.8, 1.2 * SIZES[-1])
+        fix_layout(fig)
+        return fig, [*self.images, *self.names, self.title, self.kept, self.cut_off, self.cut]
 
     def update(self, result):
         matrix = result["matrix"]
@@ -64,13 +71,15 @@ class LowRankExplorer(Explorer):
         for image, shown in zip(self.images, (matrix, product, matrix - product), strict=True):
             image.set_data(shown.numpy())
             image.set_clim(-reach, reach)  # one range for all: a pale residual is a small one
-        for title, text in zip(self.titles, (f"target {size} x {size}", f"rank {r}", "residual"), strict=True):
-            title.set_text(text)
-        lines = [[(k, 0), (k, value)] for k, value in enumerate((s / s[0]).tolist(), 1)]  # shares of the largest
+        for name, text in zip(self.names, (f"target {size} x {size}", f"rank {r}", "residual"), strict=True):
+            name.set_text(text)
+        share = 100 * result["parameters"] / size**2  # %
+        self.title.set_text(f"{share:.0f} % of the numbers hold {100 * result['energy']:.1f} % of the energy")
+        lines = bars(range(1, size + 1), s / s[0])  # shares of the largest
         self.kept.set_segments(lines[:r])
         self.cut_off.set_segments(lines[r:])
         self.cut.set_data([r + 0.5] * 2, [0, 1.05])
-        self.right.set_xlim(0.8, 1.2 * size)  # a new limit costs a full redraw
+        self.below.set_xlim(0.8, 1.2 * size)  # a new limit costs a full redraw
 
     @staticmethod
     def describe(state, result):

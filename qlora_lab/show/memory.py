@@ -15,8 +15,8 @@ from qlora_lab.memory.ledger import Ledger
 from qlora_lab.memory.predict import predict_memory
 from qlora_lab.memory.shape import PUBLISHED, shape_of
 from qlora_lab.optim.paging import PAGE_SIZE
-from qlora_lab.show.explorer import Explorer
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.explorer import Explorer, fix_layout
+from qlora_lab.show.figure import BESIDE, COLOURS, SMALLEST, TITLE, new_figure
 from qlora_lab.show.slider import Slider, Toggle
 
 GIB = 2**30
@@ -75,13 +75,13 @@ def stacked(ax: Axes, names: list[str]) -> PolyCollection:
     return ax.add_collection(PolyCollection([], facecolors=colours, edgecolors="#ffffff", lw=0.5))
 
 
-def key(ax: Axes, columns: int = 4) -> list[Text]:
-    """Make an axis the key of the colours: a square for each group, and beside it a text to fill in."""
+def key(ax: Axes, columns: int = 4, size: float = 10) -> list[Text]:
+    """Make an axis the key of the colours: squares, and beside each a text to fill in, of `size` points."""
     places = [(i % columns, i // columns) for i in range(len(GROUPS))]
-    ax.set(xlim=(0, columns), ylim=(1.6, -0.6))
+    ax.set(xlim=(0, columns), ylim=((len(GROUPS) - 1) // columns + 0.6, -0.6))
     ax.set_axis_off()
-    ax.scatter(*zip(*places, strict=True), s=90, marker="s", c=list(GROUPS.values()), clip_on=False)
-    return [ax.text(x + 0.07, y, "", va="center", fontsize=10) for x, y in places]
+    ax.scatter(*zip(*places, strict=True), s=9 * size, marker="s", c=list(GROUPS.values()), clip_on=False)
+    return [ax.text(x + 0.07, y, "", va="center", fontsize=size) for x, y in places]
 
 
 class MemoryExplorer(Explorer):
@@ -113,24 +113,23 @@ class MemoryExplorer(Explorer):
         }
 
     def draw(self):
-        fig, ax = new_figure(width=7.4, height=4.6)
-        ax.remove()
-        upper, lower, names = fig.subplots(3, 1, height_ratios=[3, 0.7, 0.6])
+        fig, (upper, lower, names) = new_figure(rows=3, width=BESIDE, height=4.4, heights=[2.6, 0.7, 1])
         for axis in (upper, lower):
-            axis.spines[["top", "right", "left"]].set_visible(False)
-        upper.set(xlim=(0, WIDEST), xlabel="GiB at the peak of a step")
-        upper.set_xticks([0, *CARDS], ["0", *(f"{card} GB" for card in CARDS)])
+            axis.spines["left"].set_visible(False)
+        upper.set(xlim=(0, WIDEST), xlabel="GiB at the peak of a step; dashed: cards on sale")
+        upper.set_xticks([0, *CARDS], ["0", *map(str, CARDS)])
         lower.set(xlim=(0, 100), xlabel="% of QLoRA's peak")
         self.bars = stacked(upper, list(METHODS.values()))
         self.strip = stacked(lower, ["QLoRA"])
         ends = [[(card, -0.5), (card, len(METHODS) - 0.5)] for card in CARDS]
         cards = upper.add_collection(LineCollection(ends, colors=COLOURS["black"], lw=1, ls="--"))
         box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.5}
-        self.peaks = [upper.text(0, y, "", va="center", fontsize=11, bbox=box) for y in range(len(METHODS))]
-        self.shares = [lower.text(0, 0, "", ha="center", va="center", fontsize=10) for _ in GROUPS]
+        self.peaks = [upper.text(0, y, "", va="center", bbox=box) for y in range(len(METHODS))]
+        self.shares = [lower.text(0, 0, "", ha="center", va="center") for _ in GROUPS]
         self.shares[list(GROUPS).index("optimizer")].set_color("#ffffff")  # black on dark blue is hard to read
-        self.title = upper.text(0, 1.02, "", transform=upper.transAxes, va="bottom", fontsize=12)
-        self.names = key(names)
+        self.title = upper.set_title("QLoRA", loc="left", fontsize=TITLE)
+        self.names = key(names, 3, SMALLEST)
+        fix_layout(fig)
         return fig, [self.bars, cards, *self.peaks, self.strip, *self.shares, *self.names, self.title]
 
     def update(self, result):

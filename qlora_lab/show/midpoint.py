@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from qlora_lab.quant.codebook import codebook, midpoints
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.figure import BESIDE, COLOURS, TITLE, new_figure
 from qlora_lab.show.slider import Slider, Steps
 
 LEVELS = codebook("nf4")  # (16,)
@@ -23,6 +23,8 @@ EDGE = REACH + 12  # of the picture: the level beyond the farthest midpoint
 
 class MidpointExplorer(Explorer):
     """A code, a change, and whether the code moves. See Explorer for its methods."""
+
+    played = "change"
 
     def controls(self):
         return {
@@ -47,9 +49,9 @@ class MidpointExplorer(Explorer):
         }
 
     def draw(self):
-        fig, ax = new_figure(width=7.2, height=2.9)
+        fig, ax = new_figure(width=BESIDE, height=2.8)
         ax.set(xlim=(-EDGE, EDGE), ylim=(-0.55, 1.6), yticks=[0, 1], xlabel="% of absmax from the weight")
-        ax.set_yticklabels(["stored", "weight + change"], fontsize=12)
+        ax.set_yticklabels(["stored", "weight\n+ change"])
         ax.spines["left"].set_visible(False)
         ax.tick_params(axis="y", length=0)
         self.kept = ax.add_collection(LineCollection([], colors=COLOURS["sky"], lw=14, alpha=0.5, capstyle="butt"))
@@ -59,9 +61,8 @@ class MidpointExplorer(Explorer):
         self.falls = ax.add_collection(LineCollection([], colors=COLOURS["blue"], lw=1.5, ls=":"))
         (self.total,) = ax.plot([], [], "D", ms=8, color=COLOURS["orange"])
         (self.stored,) = ax.plot([], [], "o", ms=11, color=COLOURS["blue"])
-        self.names = [ax.text(0, -0.28, "", ha="center", va="top", fontsize=12) for _ in LEVELS]
-        self.note = ax.text(0, 1.02, "", transform=ax.transAxes, va="bottom", fontsize=12)
-        ax.text(0, 1.02, " ", transform=ax.transAxes, va="bottom", fontsize=12)  # reserves the room of the note
+        self.names = [ax.text(0, -0.28, "", ha="center", va="top", fontsize=10) for _ in LEVELS]
+        self.note = ax.set_title("stays", loc="left", fontsize=TITLE)
         fix_layout(fig)
         moving = [self.kept, self.levels, self.edges, self.change, self.falls, self.total, self.stored]
         return fig, [*moving, *self.names, self.note]
@@ -80,7 +81,8 @@ class MidpointExplorer(Explorer):
         for code, (text, x) in enumerate(zip(self.names, places, strict=True)):
             text.set_x(x)
             text.set_text(str(code) if abs(x) < EDGE else "")
-        self.note.set_text(_arrived(result))
+        said = _arrived(result)
+        self.note.set_text(said[0].upper() + said[1:])
 
     @staticmethod
     def describe(state, result):

@@ -1,12 +1,13 @@
 """The NormalFloat explorer: levels under the bell curve, and how often each code is used.
 
-State: bits, offset, symmetric. The picture: on the left the normal density that the rule assumes, cut off at `offset`
-and stretched to [-1, 1], with a line for each level, and pale behind them the levels of NF4; on the right the share of
-each code on normal weights in blocks of 64, against the equal share that the rule aims for.
+State: bits, offset, symmetric. The picture: above the normal density that the rule assumes, cut off at `offset` and
+stretched to [-1, 1], with a line for each level, and pale behind them the levels of NF4; below the share of each code
+on normal weights in blocks of 64, against the equal share that the rule aims for.
 """
 
 from functools import partial
 
+import numpy as np
 import torch
 from matplotlib.collections import LineCollection
 
@@ -15,7 +16,7 @@ from qlora_lab.measure.codebook_trial import SAMPLE, normal_weights, stretched_d
 from qlora_lab.quant.blocks import to_blocks
 from qlora_lab.quant.codebook import codebook, normal_float, normal_offset
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.figure import BESIDE, COLOURS, TITLE, bars, new_figure
 from qlora_lab.show.slider import Slider, Steps, Toggle
 
 BLOCK_SIZE = 64
@@ -43,34 +44,35 @@ class NormalFloatExplorer(Explorer):
         return {"levels": levels, "offset": offset, "use": use, "density": partial(stretched_density, offset=offset)}
 
     def draw(self):
-        fig, (left, right) = new_figure(2, width=8.5)
-        left.set(xlim=(-1.05, 1.05), ylim=(0, 1.1), xlabel="weight / absmax", ylabel="density", yticks=[])
-        left.set_xticks([-1, -0.5, 0, 0.5, 1])
-        right.set(xlabel="code", ylabel="share of weights, %", ylim=(0, 250 / 2**6))
+        fig, (upper, lower) = new_figure(rows=2, width=BESIDE, height=4)
+        upper.set(xlim=(-1.05, 1.05), ylim=(0, 1.1), xlabel="weight / absmax", ylabel="density", yticks=[])
+        upper.set_xticks([-1, -0.5, 0, 0.5, 1])
+        upper.set_title("Levels lie close where weights are many", loc="left", fontsize=TITLE)
+        lower.set(xlabel="code", ylabel="% of weights", ylim=(0, 250 / 2**2))
         nf4 = codebook("nf4")
         ends = zip(nf4, stretched_density(nf4, offset=normal_offset(4)), strict=True)
-        ghost = left.add_collection(LineCollection([[(x, 0), (x, y)] for x, y in ends], colors="#cccccc", lw=6))
-        left.legend([ghost], ["NF4"], loc="upper left", frameon=False)
-        (self.curve,) = left.plot([], [], color=COLOURS["black"], lw=1)
-        self.levels = left.add_collection(LineCollection([], colors=COLOURS["blue"], lw=2))
-        self.bars = right.add_collection(LineCollection([], colors=COLOURS["orange"]))
-        (self.equal,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")  # the share that the rule aims for
-        self.note = right.text(0.98, 0.95, "", transform=right.transAxes, ha="right", va="top")
-        self.right = right
-        fix_layout(fig)  # with the limits of 6 bits, which have the widest labels
+        ghost = upper.add_collection(LineCollection([[(x, 0), (x, y)] for x, y in ends], colors="#cccccc", lw=6))
+        upper.legend([ghost], ["NF4"], loc="upper left", frameon=False)
+        (self.curve,) = upper.plot([], [], color=COLOURS["black"], lw=1)
+        self.levels = upper.add_collection(LineCollection([], colors=COLOURS["blue"], lw=2))
+        self.bars = lower.add_collection(LineCollection([], colors=COLOURS["orange"]))
+        (self.equal,) = lower.plot([], [], color=COLOURS["black"], lw=1, ls="--")  # the share that the rule aims for
+        self.note = lower.set_title("error", loc="left", fontsize=TITLE)
+        self.lower = lower
+        fix_layout(fig)  # with the limits of 2 bits, which have the widest labels
         return fig, [self.curve, self.levels, self.bars, self.equal, self.note]
 
     def update(self, result):
-        levels = result["levels"]
-        share = 100 * result["use"].share  # %
+        levels = result["levels"].numpy()
+        share = 100 * result["use"].share.numpy()  # %
         self.curve.set_data(X, result["density"](X))
-        self.levels.set_segments([[(x, 0), (x, y)] for x, y in zip(levels, result["density"](levels), strict=True)])
-        self.bars.set_segments([[(code, 0), (code, s)] for code, s in enumerate(share)])
-        self.bars.set_linewidth(100 / len(share))  # points: bars do not overlap at 6 bits
-        self.right.set_xlim(-0.8, len(share) - 0.2)
-        self.right.set_ylim(0, 250 / len(share))  # depends on bits alone: each width has a background of its own
+        self.levels.set_segments(bars(levels, result["density"](result["levels"])))
+        self.bars.set_segments(bars(np.arange(len(share)), share))
+        self.bars.set_linewidth(200 / len(share))  # points: bars do not overlap at 6 bits
+        self.lower.set_xlim(-0.8, len(share) - 0.2)
+        self.lower.set_ylim(0, 250 / len(share))  # depends on bits alone: each width has a background of its own
         self.equal.set_data([-0.8, len(share)], [100 / len(share)] * 2)
-        self.note.set_text(f"relative error {100 * result['use'].relative_error:.3g} %")
+        self.note.set_text(f"Use of the codes; dashed: equal. Error {100 * result['use'].relative_error:.3g} %")
 
     @staticmethod
     def describe(state, result):

@@ -1,7 +1,9 @@
 """The page table explorer: the pages of an adapter's AdamW state that are in frames, at any time of three steps.
 
 State: budget, page_size, r, bits, time. The picture: on the left every page of the state of LLaMA-7B's adapter, in the
-order in which a step asks for them; on the right the frames, coloured by the time of the last request for their page.
+order in which a step asks for them; on the right the frames, coloured by the time of the last request for their page;
+both numbered row by row. Below, the faults of a step for every budget up to this one: a cliff where the last page gets
+a frame.
 
 It shows what Pages does if nothing is fetched ahead; tests/show/test_page_table.py compares the two.
 """
@@ -17,10 +19,14 @@ from matplotlib.lines import Line2D
 
 from qlora_lab.memory import paging_trace as trace
 from qlora_lab.show.explorer import Explorer
-from qlora_lab.show.figure import COLOURS, all_masked, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, SMALLEST, TITLE, all_masked, new_figure
 from qlora_lab.show.slider import Slider, Steps
 
 MIB = 2**20
+NUMBERED = 5  # rows of a grid with the number of their first cell: every cell would need letters of 5 pixels
+BUDGETS = Steps(16, 1280, 16)  # MiB
+# left, bottom, width and height of both grids, the key and the cliff, as shares of the figure
+PLACES = [(0.08, 0.51, 0.4, 0.43), (0.58, 0.51, 0.4, 0.43), (0.03, 0.36, 0.95, 0.13), (0.12, 0.09, 0.82, 0.2)]
 KINDS = {  # kind of page: colour and mark
     "zero, not asked for yet": ("#ffffff", ""),
     "in the file": ("#cccccc", ""),
@@ -34,7 +40,8 @@ AGES = matplotlib.colormaps["cividis"]  # of frames: 0 leaves next, 1 was used l
 
 
 class Grid:
-    """A panel filled with any number of cells, in reading order: an image, lines around the cells, a title."""
+    """A panel filled with any number of cells, in reading order: an image, lines around the cells, a title, and the
+    number of the first cell in some of the rows."""
 
     def __init__(self, ax: Axes, colours: matplotlib.colors.Colormap, most: float):
         ax.set(xlim=(0, 1), ylim=(1, 0))
@@ -42,8 +49,10 @@ class Grid:
         scale = {"cmap": colours, "vmin": 0, "vmax": most, "interpolation": "nearest", "aspect": "auto"}
         self.image = ax.imshow([[0]], extent=(0, 1, 1, 0), **scale)
         self.lines = ax.add_collection(LineCollection([], colors="#777777"))
-        self.title = ax.text(0, 1.02, "", transform=ax.transAxes, va="bottom", fontsize=13)
-        self.artists = [self.image, self.lines, self.title]
+        self.title = ax.set_title("pages", loc="left", fontsize=10)
+        font = {"ha": "right", "va": "center", "fontsize": SMALLEST}
+        self.numbers = [ax.text(-0.03, 0, "", **font) for _ in range(NUMBERED)]
+        self.artists = [self.image, self.lines, self.title, *self.numbers]
 
     def show(self, values: np.ndarray, title: str) -> None:
         """Show a cell for each value; a masked value is white. Few cells stay small."""
@@ -62,6 +71,11 @@ class Grid:
         self.lines.set_segments(upright + level)
         self.lines.set_linewidth(0.8 if count < 400 else 0.2)  # else lines would hide small cells
         self.title.set_text(title)
+        step = -(-self.rows // NUMBERED)  # rows from one number to the next
+        for place, text in enumerate(self.numbers):
+            first = place * step * self.columns
+            text.set_text(str(first) if first < count else "")
+            text.set_y((place * step + 0.5) / self.rows)
 
     def centre(self, cell: int) -> tuple[list[float], list[float]]:
         return [(cell % self.columns + 0.5) / self.columns], [(cell // self.columns + 0.5) / self.rows]
@@ -70,9 +84,11 @@ class Grid:
 class PageTableExplorer(Explorer):
     """Budget, page size, r, bits and time: where each page of LLaMA-7B's adapter state is. See Explorer."""
 
+    played = "time"
+
     def controls(self):
         return {
-            "budget": Slider("Budget", 256, Steps(16, 1280, 16), unit="MiB"),
+            "budget": Slider("Budget", 256, BUDGETS, unit="MiB"),
             "page_size": Slider("Page size", 2, choices=[0.5, 1, 2, 4, 8], unit="MiB"),
             "r": Slider("r", 16, Steps(1, 64)),
             "bits": Slider("Moments", 32, choices=[8, 32], unit="bits"),
@@ -96,29 +112,35 @@ class PageTableExplorer(Explorer):
             "last": accesses[-1] if accesses else None,
             "table": table,  # page -> frame, least recently used first
             "faults": faults,  # in each step after the first
+            "budget": state["budget"],  # MiB
+            "whole": count * page_size / MIB,  # MiB: a frame for each page, and no faults; below it all pages fault
             "moved": 2 * faults * page_size,  # bytes: each fault writes one page back and fetches one
             "pageable": trace.pageable_share(numels),  # in bitsandbytes
         }
 
     def draw(self):
-        fig, (left, right) = new_figure(2, width=8.5, height=4.8)
+        fig, (left, right, key, cliff) = new_figure(4, width=BESIDE, height=5.2)
+        fig.set_layout_engine("none")  # nothing here depends on a state
+        for axis, place in zip((left, right, key, cliff), PLACES, strict=True):
+            axis.set_position(place)
         self.pages = Grid(left, ListedColormap([colour for colour, _ in KINDS.values()]), len(KINDS) - 1)
         self.frames = Grid(right, AGES, 1)
-        mark = {"ls": "", "ms": 7, "mfc": COLOURS["black"], "mec": "#ffffff"}
+        mark = {"ls": "", "ms": 6, "mfc": COLOURS["black"], "mec": "#ffffff"}
         markers = [marker for _, marker in KINDS.values()]
         self.marks = {kind: left.plot([], [], marker=markers[kind], **mark)[0] for kind in (HIT, FAULT, LEAVES)}
         (self.used,) = right.plot([], [], marker=markers[FAULT], **mark)
-        square = {"ls": "", "marker": "s", "ms": 11, "mec": "#777777"}
-        kinds = [
-            (Line2D([], [], mfc=colour, **square), Line2D([], [], marker=marker, **mark))
-            for colour, marker in KINDS.values()
-        ]
-        ages = [Line2D([], [], mfc=colour, **square) for colour in (AGES(1.0), AGES(0.0), "#ffffff")]
-        ages[0] = (ages[0], kinds[FAULT][1])
-        key = {"loc": "upper left", "bbox_to_anchor": (0, 0), "frameon": False, "fontsize": 11.5, "borderaxespad": 0.2}
-        left.legend(kinds, KINDS, ncols=2, handletextpad=0.2, columnspacing=0.6, **key)
-        right.legend(ages, ["asked for last", "leaves next", "free"], handletextpad=0.2, **key)
-        return fig, [*self.pages.artists, *self.frames.artists, *self.marks.values(), self.used]
+        _key(key, mark)
+        self._draw_cliff(cliff)
+        moving = [*self.pages.artists, *self.frames.artists, *self.marks.values(), self.used]
+        return fig, [*moving, self.cliff, self.here, self.note]
+
+    def _draw_cliff(self, ax: Axes) -> None:
+        ax.set(xlim=(0, BUDGETS.high), ylim=(0, 110), xlabel="budget, MiB", ylabel="faults, %")
+        ax.set_xticks(range(0, BUDGETS.high + 1, 256))
+        ax.set_yticks([0, 50, 100])
+        (self.cliff,) = ax.plot([], [], color=COLOURS["orange"], lw=2)
+        (self.here,) = ax.plot([], [], "o", ms=9, color=COLOURS["black"], clip_on=False)
+        self.note = ax.set_title("faults", loc="left", fontsize=TITLE)
 
     def update(self, result):
         table = result["table"]
@@ -138,6 +160,15 @@ class PageTableExplorer(Explorer):
         ages[list(table.values())] = 1 - np.linspace(0, 1, len(table))[::-1]  # a single page was used last
         self.frames.show(ages, _number(result["frames"], "frame"))
         self.used.set_data(*([], []) if last is None else self.frames.centre(last.frame))
+        whole = result["whole"]
+        budget = result["budget"]
+        # up to the budget: what a larger one would do is for the reader to predict
+        ends = [whole, whole, budget] if budget >= whole else [budget] * 3
+        self.cliff.set_data([0, *ends], [100, 100, *[0 if budget >= whole else 100] * 2])  # % of the pages
+        self.here.set_data([result["budget"]], [100 if result["faults"] else 0])
+        self.note.set_text(
+            f"{result['frames']} frames for {_number(result['pages'], 'page')}: {result['faults']} faults in a step"
+        )
 
     @staticmethod
     def describe(state, result):
@@ -153,6 +184,20 @@ class PageTableExplorer(Explorer):
             f"fetched ahead, and {result['moved'] / MIB:g} MiB moved; at time {state['time']:g} {now}; bitsandbytes "
             f"can page {100 * result['pageable']:.0f} % of the state"
         )
+
+
+def _key(ax: Axes, mark: dict) -> None:
+    """Explain both grids: three columns, the last one for the frames."""
+    ax.set_axis_off()
+    square = {"ls": "", "marker": "s", "ms": 9, "mec": "#777777"}
+    kinds = [
+        (Line2D([], [], mfc=colour, **square), Line2D([], [], marker=marker, **mark))
+        for colour, marker in KINDS.values()
+    ]
+    ages = [Line2D([], [], mfc=colour, **square) for colour in (AGES(1.0), AGES(0.0), "#ffffff")]
+    ages[0] = (ages[0], kinds[FAULT][1])
+    names = [*KINDS, "asked for last", "leaves next", "free"]
+    ax.legend([*kinds, *ages], names, loc="center left", ncols=3, frameon=False, fontsize=SMALLEST, **CLOSE)
 
 
 def _number(count: int, name: str) -> str:

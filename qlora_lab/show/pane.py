@@ -9,6 +9,7 @@ Not here: the still that stays when a notebook is closed (still.py).
 import traitlets as T
 
 from qlora_lab.show.control import Shown
+from qlora_lab.show.figure import DARK, least_width
 
 
 class Pane(Shown):
@@ -16,16 +17,18 @@ class Pane(Shown):
 
     png = T.Bytes().tag(sync=True)
     alt = T.Unicode().tag(sync=True)
+    least = T.Int().tag(sync=True)  # CSS pixels: a narrower page scrolls the picture
     below = T.Unicode().tag(sync=True)
 
     _esm = """
     export default { render({ model, el }) {
-      const image = document.createElement("img"), below = document.createElement("div");
+      const [place, below] = [0, 1].map(() => document.createElement("div")), image = document.createElement("img");
       el.classList.add("qlora-pane");
-      el.append(image, below);
+      place.className = "qlora-picture"; place.append(image);
+      el.append(place, below);
       const show = () => {
         const before = image.src;
-        image.alt = model.get("alt");
+        image.alt = model.get("alt"); image.style.minWidth = `${model.get("least")}px`;
         image.src = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
         URL.revokeObjectURL(before);
         below.innerHTML = model.get("below");
@@ -34,14 +37,17 @@ class Pane(Shown):
       return () => URL.revokeObjectURL(image.src);
     } };
     """
-    _css = """
-    .qlora-pane { margin: 2px; }  /* as ipywidgets have */
-    .qlora-pane img { max-width: 100%; height: auto; }
+    _css = f"""
+    .qlora-pane {{ margin: 2px; }}  /* as ipywidgets have */
+    .qlora-pane .qlora-picture {{ overflow-x: auto; }}
+    .qlora-pane img {{ max-width: 100%; height: auto; }}
+    {DARK}
     """
 
     def show(self, png, alt, below=""):
         """Change all in one message."""
         with self.hold_sync():
             self.png = png
+            self.least = least_width(png)
             self.alt = alt
             self.below = below

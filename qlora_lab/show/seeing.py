@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 
 from qlora_lab.data.shapes import CELL, SHAPES, SIZE, WORDS, Scene, draw, is_held_out
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, SMALLEST, TITLE, bars, new_figure
 from qlora_lab.show.slider import Slider
 from qlora_lab.train.toy_llava import EMPTY, PATCHES, ToyTower, rounded
 
@@ -54,37 +54,43 @@ class SeeingExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (left, right) = new_figure(2, width=8.4, height=3.9)
-        left.get_gridspec().set_width_ratios([1, 1.4])
+        fig, (left, right) = new_figure(2, width=BESIDE, height=3.1)
+        left.get_gridspec().set_width_ratios([1, 1.75])
         self.image = left.imshow(np.zeros((SIZE, SIZE, 3), np.uint8), interpolation="nearest")
         left.set(xticks=[], yticks=[], xlabel=" ")  # keeps room for the text that moves
-        self.reader = left.text(0.5, -0.03, "", transform=left.transAxes, ha="center", va="top", fontsize=12)
+        self.reader = left.text(0.5, -0.03, "", transform=left.transAxes, ha="center", va="top")
         edges = np.arange(CELL, SIZE, CELL) - 0.5  # a pixel's middle has the whole number
         lines = [[(e, -0.5), (e, SIZE - 0.5)] for e in edges] + [[(-0.5, e), (SIZE - 0.5, e)] for e in edges]
         grid = left.add_collection(LineCollection(lines, colors="white", lw=1))
         middles = [(np.array(divmod(patch, SIZE // CELL)[::-1]) + 0.5) * CELL for patch in range(PATCHES)]
         box = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1}
-        self.labels = [left.text(x, y, "", ha="center", va="center", fontsize=11, bbox=box) for x, y in middles]
+        self.labels = [left.text(x, y, "", ha="center", va="center", fontsize=SMALLEST, bbox=box) for x, y in middles]
         right.set(xlim=(-0.6, MOST - 0.4), ylim=(0, 100), xticks=[], ylabel="probability, %")
         self.bars = {}
         for name, label in STORED.items():
-            style = {"colors": COLOURS[INKS[name]], "lw": 7, "capstyle": "butt", "label": label}
+            style = {"colors": COLOURS[INKS[name]], "lw": 5, "capstyle": "butt", "label": label}
             self.bars[name] = right.add_collection(LineCollection([], **style))
-        self.words = [right.text(i, -4, "", ha="center", va="top", fontsize=12, clip_on=False) for i in range(MOST)]
-        fig.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
-        right.set_xlabel(" ", fontsize=16)  # keeps room for the words
+        self.words = [
+            right.text(i, -4, "", ha="center", va="top", fontsize=SMALLEST, clip_on=False) for i in range(MOST)
+        ]
+        fig.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False, **CLOSE)
+        right.set_xlabel(" ", fontsize=14)  # keeps room for the words
+        self.title = left.set_title("picture", loc="left", fontsize=TITLE)
         fix_layout(fig)
-        return fig, [self.image, self.reader, grid, *self.labels, *self.bars.values(), *self.words]
+        return fig, [self.image, self.reader, grid, *self.labels, *self.bars.values(), *self.words, self.title]
 
     def update(self, result):
         self.image.set_data(result["pixels"])
-        self.reader.set_text(f"each patch, read by the tower {result['read_by']}")
+        self.reader.set_text(f"patches, read {result['read_by']}")
+        answers = {result["words"][int(np.argmax(shares))] for shares in result["shares"].values()}
+        agree = f"All four towers say {min(answers)}" if len(answers) == 1 else "The towers disagree"
+        self.title.set_text(agree)
         for label, held in zip(self.labels, result["patches"], strict=True):
             label.set_text("" if held == EMPTY else SHAPES[held])
             label.set_visible(held != EMPTY)  # an empty text would leave its box
         for place, (name, shares) in enumerate(result["shares"].items()):
             shift = (place - 1.5) * GAP
-            self.bars[name].set_segments([[(i + shift, 0), (i + shift, 100 * s)] for i, s in enumerate(shares)])
+            self.bars[name].set_segments(bars(np.arange(len(shares)) + shift, 100 * np.array(shares)))
         for text, word in zip(self.words, (*result["words"], *[""] * (MOST - len(result["words"]))), strict=True):
             text.set_text(word)
 

@@ -1,7 +1,7 @@
 """The survival explorer: what of an adapter's change a merge into 4 bits keeps, by layer, for changes of several sizes.
 
-State: factor, shown. The picture: on the left a map of the model with a row for each block of layers and a column for
-each projection, coloured by what survives; on the right, over the size of the change, the mean of both figures and the
+State: factor, shown. The picture: above a map of the model with a column for each block of layers and a row for
+each projection, coloured by what survives; below, over the size of the change, the mean of both figures and the
 share of the adapter's effect that the merge loses (KL after the merge / KL of the adapter itself).
 
 All merges are made before (export/survival.py): a slider cannot wait for them.
@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 
 from qlora_lab.export.parity import Parity
 from qlora_lab.export.survival import Survival
-from qlora_lab.show.block_size import places
-from qlora_lab.show.escape import for_picture
+from qlora_lab.show.block_size import draw_map
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import COLOURS, all_masked, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, TITLE, new_figure
 from qlora_lab.show.slider import Slider
 
 SHOWN = {"cosine": "cosine", "codes moved": "nibbles_changed"}  # name -> field of a layer's Change
@@ -59,26 +58,19 @@ class SurvivalExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (left, right) = new_figure(2, width=8.2, height=4.4)
-        left.get_gridspec().set_width_ratios([1, 1.6])
-        self.image = self._draw_map(left)
-        bar = fig.colorbar(self.image, ax=left, fraction=0.08, pad=0.04, ticks=[0, 0.5, 1])
-        bar.ax.tick_params(labelsize=12)
-        self.title = left.text(0, 1.03, "codes moved", transform=left.transAxes, va="bottom", fontsize=12)
-        self._draw_lines(right)
-        (self.line,) = right.plot([], [], color=COLOURS["black"], lw=1, ls="--")
-        self.dots = [right.plot([], [], mark, ms=10, color=COLOURS[c], mec="#ffffff")[0] for c, mark in LINES.values()]
+        fig, (upper, lower) = new_figure(rows=2, width=BESIDE, height=4.8, heights=[1, 1.25])
+        self.image = self._draw_map(upper)
+        bar = fig.colorbar(self.image, ax=upper, fraction=0.08, pad=0.02, ticks=[0, 0.5, 1])
+        self.name = bar.ax.text(0.5, 1.05, "moved", transform=bar.ax.transAxes, ha="center", va="bottom")
+        self.title = upper.set_title("effect", loc="left", fontsize=TITLE)
+        self._draw_lines(lower)
+        (self.line,) = lower.plot([], [], color=COLOURS["black"], lw=1, ls="--")
+        self.dots = [lower.plot([], [], mark, ms=10, color=COLOURS[c], mec="#ffffff")[0] for c, mark in LINES.values()]
         fix_layout(fig)
-        return fig, [self.image, self.title, self.line, *self.dots]
+        return fig, [self.image, self.name, self.title, self.line, *self.dots]
 
     def _draw_map(self, ax: Axes):
-        rows, columns, self._cells = places(tuple(self.survived.sizes))
-        self._map = all_masked((len(rows), len(columns)))
-        ax.set_xticks(range(len(columns)), map(for_picture, columns), rotation=90, fontsize=12)
-        ax.set_yticks(range(0, len(rows), max(1, len(rows) // 6)))
-        ax.set_yticklabels([rows[i] for i in ax.get_yticks()], fontsize=12)
-        ax.set_ylabel("block of layers", fontsize=12)
-        ax.tick_params(length=0)
+        self._map, self._cells = draw_map(ax, tuple(self.survived.sizes))
         return ax.imshow(self._map, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0, vmax=1)
 
     def _draw_lines(self, ax: Axes) -> None:
@@ -92,16 +84,16 @@ class SurvivalExplorer(Explorer):
         # three digits: with two, 128 % would be 1.3e+02
         ax.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
         ax.minorticks_off()
-        ax.tick_params(labelsize=12)
-        ax.set_xlabel("size of the change, % of the weights", fontsize=12)
-        ax.set_ylabel("share", fontsize=12)
-        ax.legend(frameon=False, fontsize=12, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3, columnspacing=1)
+        ax.set(xlabel="size of the change, % of the weights", ylabel="share")
+        ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, **CLOSE)
 
     def update(self, result):
         for layer, value in result["values"].items():
             self._map[self._cells[layer]] = 0.0 if value is None else value
         self.image.set_data(self._map)
-        self.title.set_text(result["shown"])
+        self.name.set_text(result["shown"].removeprefix("codes "))
+        lost = 100 * min(1.0, result["shares"]["effect lost"])
+        self.title.set_text(f"A merge into 4 bits loses {lost:.0f} % of the effect")
         size = 100 * result["size"]
         self.line.set_data([size, size], [0, MOST_LOST])
         for dot, value in zip(self.dots, result["shares"].values(), strict=True):

@@ -14,7 +14,7 @@ from qlora_lab.measure.bradley_terry import bradley_terry
 from qlora_lab.measure.simulated_games import simulate
 from qlora_lab.measure.tournament import Rules, elo_of_one_order, scores
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, TITLE, new_figure
 from qlora_lab.show.results import rank_words
 from qlora_lab.show.slider import Slider, Toggle
 
@@ -49,12 +49,11 @@ class TournamentExplorer(Explorer):
         return {"games": len(games), "elo": elo, "fit": bradley_terry(games, resamples=RESAMPLES)}
 
     def draw(self):
-        fig, ax = new_figure(width=7.0, height=4.0)
+        fig, ax = new_figure(width=BESIDE, height=3.6)
         blue, orange, black = (COLOURS[name] for name in ("blue", "orange", "black"))
         ax.set(xlim=LIMITS, ylim=(len(TRUTH) - 0.4, -0.6))
-        ax.set_yticks(range(len(TRUTH)), TRUTH, fontsize=12)
-        ax.tick_params(labelsize=12)
-        ax.set_xlabel("points", fontsize=12)
+        ax.set_yticks(range(len(TRUTH)), TRUTH)
+        ax.set_xlabel("points")
         # drawn once, below all that moves: no control changes the truth
         rows = enumerate(TRUTH.values())
         truth = [ax.plot([points], [y], "|", ms=26, mew=2, color=black)[0] for y, points in rows]
@@ -66,14 +65,13 @@ class TournamentExplorer(Explorer):
         self.diamonds = [ax.plot([], [], "D", ms=8, mfc="none", mew=2, color=orange)[0] for _ in TRUTH]
         # right of the axes, so that no interval crosses them
         right = ax.get_yaxis_transform()
-        self.ranks = [ax.text(1.02, y, "ranks 1 to 4", transform=right, va="center", fontsize=12) for y in range(4)]
+        self.ranks = [ax.text(1.02, y, "ranks 1 to 4", transform=right, va="center") for y in range(4)]
         shown = [truth[0], self.dots[0], self.diamonds[0]]
         # above the axes, because some interval crosses every place inside; ranks name themselves
         names = ["truth", "Bradley-Terry, 95 %", "Elo of this order"]
-        ax.set_title("Another order of the same games moves only the diamonds", fontsize=13, pad=34)
-        legend = ax.legend(
-            shown, names, frameon=False, fontsize=12, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1)
-        )
+        title = "Another order of the same games moves only the diamonds"
+        fig.suptitle(title, x=0.02, ha="left", fontsize=TITLE)
+        legend = fig.legend(shown, names, loc="outside lower left", ncols=3, frameon=False, **CLOSE)
         legend.legend_handles[0].set_markersize(14)
         fix_layout(fig)
         return fig, [*self.bars, *self.cut, *self.dots, *self.diamonds, *self.ranks]

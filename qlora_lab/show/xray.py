@@ -9,7 +9,7 @@ import os.path
 from qlora_lab.export.xray import Byte, Checkpoint, Half, byte_at, codes
 from qlora_lab.quant.double_quant import dynamic_map
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.figure import BESIDE, COLOURS, TITLE, new_figure
 from qlora_lab.show.hex_page import N_BYTES, HexPage
 from qlora_lab.show.slider import Slider, Steps
 
@@ -64,24 +64,25 @@ class XrayExplorer(Explorer):
         }
 
     def draw(self):
-        fig, (left, right) = new_figure(2, width=8.2, height=3.6)
+        fig, (left, right) = new_figure(2, width=BESIDE, height=3.3)
+        left.get_gridspec().set_width_ratios([1.35, 1])
         left.set(xlim=(0, 3), ylim=(len(ROWS) + 1, 0))
         left.set_axis_off()
         for row, name in enumerate(ROWS, 1):
-            left.text(0, row + 0.5, name, va="center", fontsize=12)
+            left.text(0, row + 0.5, name, va="center")
         for column, (name, ink) in enumerate(zip(HALVES, INKS, strict=True), 1):
-            left.text(column + 0.9, 0.5, name, va="center", ha="right", fontsize=12, color=ink, weight="bold")
-        font = {"va": "center", "ha": "right", "fontsize": 12}
+            left.text(column + 0.9, 0.5, name, va="center", ha="right", color=ink, weight="bold")
+        font = {"va": "center", "ha": "right"}
         self.texts = [
             [left.text(column + 0.9, row + 0.5, "", color=INKS[column - 1], **font) for row in range(1, len(ROWS) + 1)]
             for column in (1, 2)
         ]
         right.set(xlim=(-0.02, 1.02), ylim=(-1.08, 1.08), ylabel="level", xticks=[])
-        right.set_xlabel("weights of the block, in their order")
+        right.set_xlabel("weights of the block")
         self.lines = right.hlines([0] * 16, 0, 1, colors="#dddddd", lw=0.8)
         (self.dots,) = right.plot([], [], "o", ms=4, color="#777777")
         self.marks = [right.plot([], [], "o", ms=9, color=ink)[0] for ink in INKS]
-        self.title = right.text(0, 1.03, "block", transform=right.transAxes, va="bottom", fontsize=12)
+        self.title = left.set_title("byte", loc="left", fontsize=TITLE)
         fix_layout(fig)
         return fig, [self.lines, self.dots, *self.marks, self.title, *self.texts[0], *self.texts[1]]
 
@@ -98,7 +99,7 @@ class XrayExplorer(Explorer):
             mark.set_data([places[half.index - start]], [half.level]) if inside else mark.set_data([], [])
             for text, said in zip(self.texts[column], _column(half), strict=True):
                 text.set_text(said)
-        self.title.set_text("" if byte is None else _block(byte.halves[0]))
+        self.title.set_text("No byte is there" if byte is None else _two(byte))
 
     def describe(self, state, result):
         byte = result["byte"]
@@ -137,8 +138,9 @@ def _column(half: Half | None) -> list[str]:
     return [*start, f"x {half.constant:.4g}", f"= {half.value:.4g}", f"{half.index:,}", f"{half.block:,}", group]
 
 
-def _block(half: Half) -> str:
-    return f"block {half.block:,}, constant {half.constant:.4g}"
+def _two(byte: Byte) -> str:
+    values = " and ".join("padding" if half.index is None else f"{half.value:.4g}" for half in byte.halves)
+    return f"Byte 0x{byte.value:02x} is two weights: {values}"
 
 
 def _said(half: Half) -> str:

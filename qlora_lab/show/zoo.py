@@ -17,7 +17,7 @@ from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import PUBLISHED, Shape, shape_of
 from qlora_lab.memory.work import nothing_added, work
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import COLOURS, new_figure
+from qlora_lab.show.figure import BESIDE, COLOURS, SMALLEST, TITLE, new_figure
 from qlora_lab.show.slider import Slider, Toggle
 
 GIB = 2**30
@@ -36,7 +36,7 @@ LONGEST = {"llama-2-70b": 4096, "llama-3-8b": 8192}  # tokens of a context; the 
 # Limits hold every state, so that axes stay where they are: tests try the extremes. Logarithms, because full
 # fine-tuning would press all other methods into the corner.
 PANELS = {  # field of a result: title, limits of its axis, and its marks with their names
-    "trained": ("trainable parameters", (3e3, 3e13), {1e4: "10⁴", 1e6: "10⁶", 1e8: "10⁸", 1e10: "10¹⁰"}),
+    "trained": ("trainable parameters", (3e3, 3e13), {1e4: "10 k", 1e7: "10 M", 1e10: "10 G"}),
     "peak": ("memory of a step, GiB", (1.5 * GIB, 6e4 * GIB), {4 * GIB: "4", 32 * GIB: "32", 256 * GIB: "256"}),
     "work": ("work, base = 1", (0.9, 60), {1: "1", 2: "2", 4: "4", 8: "8", 16: "16"}),
 }
@@ -85,7 +85,7 @@ class ZooExplorer(Explorer):
         return {"costs": found, "chosen": state["method"], "parameters": shape.parameters}
 
     def draw(self):
-        fig, axes = new_figure(3, width=8.2, height=3.6)
+        fig, axes = new_figure(3, width=BESIDE, height=3.4)
         self.dots = []
         self.lines = []
         self.texts = []
@@ -93,10 +93,11 @@ class ZooExplorer(Explorer):
             _prepare(ax, title, limits, marks, named=ax is axes[0])
             self.lines.append(ax.add_collection(LineCollection([], lw=2)))
             self.dots.append([ax.plot([], [], "o", ms=9)[0] for _ in NAMES])
-            self.texts.append([ax.text(1, y, "", va="center", fontsize=12) for y in range(len(NAMES))])
+            self.texts.append([ax.text(1, y, "", va="center", fontsize=SMALLEST) for y in range(len(NAMES))])
+        self.title = fig.suptitle("learns", x=0.01, ha="left", fontsize=TITLE)
         fix_layout(fig)  # the numbers beside the dots would move the axes
         moving = [artist for dots, texts in zip(self.dots, self.texts, strict=True) for artist in (*dots, *texts)]
-        return fig, [*self.lines, *moving]
+        return fig, [*self.lines, *moving, self.title]
 
     def update(self, result):
         # never by colour alone: the sentence below the picture names the method
@@ -114,6 +115,8 @@ class ZooExplorer(Explorer):
                 self.dots[panel][y].set_color(colours[y])
                 self.texts[panel][y].set_x(value * _room(field))
                 self.texts[panel][y].set_text(_label(field, value) if value > low else "does not fit")
+        share = _percent(result["costs"][result["chosen"]]["trained"] / result["parameters"])
+        self.title.set_text(f"{NAMES[result['chosen']]} learns {share} of the model's numbers")
 
     @staticmethod
     def describe(state, result):
@@ -139,17 +142,17 @@ class ZooExplorer(Explorer):
 
 def _prepare(ax: Axes, title: str, limits: tuple, marks: dict, named: bool) -> None:
     ax.set(xscale="log", xlim=limits, ylim=(len(NAMES) - 0.4, -0.6))
-    ax.set_xticks(list(marks), list(marks.values()), fontsize=12)
+    ax.set_xticks(list(marks), list(marks.values()))
     ax.minorticks_off()
-    ax.set_yticks(range(len(NAMES)), NAMES.values() if named else [""] * len(NAMES), fontsize=12)
+    ax.set_yticks(range(len(NAMES)), NAMES.values() if named else [""] * len(NAMES))
     ax.tick_params(axis="y", length=0)
-    ax.set_title(title, fontsize=12)
+    ax.set_xlabel(title, fontsize=SMALLEST)
 
 
 def _room(field: str) -> float:
     """Factor from a dot to its number, on a logarithmic axis."""
     low, high = PANELS[field][1]
-    return (high / low) ** 0.05
+    return (high / low) ** 0.06
 
 
 def _label(field: str, value: float) -> str:

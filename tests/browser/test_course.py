@@ -97,7 +97,7 @@ MOVES = {  # control, key, part of the new alt text
         ("Size d", "End", "128 x 128"),
         ("Rank r", "Home", "r=1: 256 parameters, 2 % of 16,384"),
         ("Decay", "End", "decay 3"),
-        ("Reset", "Enter", "64 x 64, decay 1, r=8: 1,024 parameters"),
+        ("Change", "End", "the code becomes"),
     ],
     "08_memory": [
         ("Model", "ArrowRight", "llama-3-8b, nf4/64 + double"),
@@ -122,6 +122,7 @@ MOVES = {  # control, key, part of the new alt text
         ("r", "ArrowLeft", "r=15,"),
         ("Page size", "ArrowLeft", "of 1 MiB"),
         ("Moments", "ArrowLeft", "moments of 8 bits: 72.6 MiB of state"),
+        ("Play", "Enter", "at time "),
         ("Reset", "Enter", "in 153 pages of 2 MiB, a budget of 256 MiB with 128 frames"),
     ],
     "11_peft_zoo": [
@@ -162,10 +163,10 @@ MOVES = {  # control, key, part of the new alt text
         ("Reset", "Enter", "1 text at once, 128 tokens each, 4.127 bits per weight: 187 ms a step"),
     ],
 }
-EXPLORERS = {"06_data_types": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other
+EXPLORERS = {"06_data_types": 2, "07_lora": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other
 CONTROLS = {name: len({control for control, _, _ in moves}) for name, moves in MOVES.items()}
 CONTROLS |= {"06_data_types": 5 + 21, "10_finetune_llama": 0}  # 16 levels, 3 starts, block size and reset
-CONTROLS |= {"13_merge_lab": 3 + 3}
+CONTROLS |= {"07_lora": 4 + 4, "13_merge_lab": 4 + 3}
 NAMES = sorted(MOVES | EXPLORERS)
 
 

@@ -47,19 +47,24 @@ FAINT = """(places) => {
   }
   return { seen, faint };
 }"""
-# The colour in the corner of each visible picture, where it is wrong: a PNG is drawn in black on white, an SVG has the
-# ground of JupyterLab's theme.
+# The colour in the corner of each visible picture, where it is wrong: white, and in a dark theme dark. A PNG is drawn
+# in black on white and the page's filter turns it; an SVG has a ground of its own. From a notebook that is not trusted
+# JupyterLab removes the <style> with the filter.
 CORNERS = """(places) => [...document.querySelectorAll(places)].filter((img) => img.checkVisibility()).map((img) => {
-  const dark = img.src.startsWith("data:image/svg") && document.body.dataset.jpThemeLight === "false";
+  const turned = img.src.startsWith("data:image/svg") || img.closest(".qlora-pane") || img.previousElementSibling;
+  const dark = turned && document.body.dataset.jpThemeLight === "false";
   const canvas = new OffscreenCanvas(img.naturalWidth, img.naturalHeight).getContext("2d");
+  canvas.filter = getComputedStyle(img).filter;
   canvas.drawImage(img, 0, 0);
-  const corner = [...canvas.getImageData(0, 0, 1, 1).data].join();
-  return corner === (dark ? "17,17,17,255" : "255,255,255,255") ? "" : corner;
+  const corner = canvas.getImageData(0, 0, 1, 1).data;
+  const right = dark ? corner[0] < 32 : corner[0] === 255;
+  return right && new Set(corner.slice(0, 3)).size === 1 && corner[3] === 255 ? "" : corner.join();
 }).filter(Boolean)"""
-# What is wider than its place: its end is cut off, or a bar to scroll appears. Code has such a bar on purpose.
+# What is wider than its place: its end is cut off, or a bar to scroll appears. Code has such a bar on purpose, and so
+# has a picture whose text would be too small to read.
 WIDE = """(places) => [...document.querySelectorAll(places)].flatMap((place) => {
   const edge = place.getBoundingClientRect().right + 1;
-  return [...place.querySelectorAll("*")].filter((el) => el.checkVisibility() && !el.closest("pre")
+  return [...place.querySelectorAll("*")].filter((el) => el.checkVisibility() && !el.closest("pre, .qlora-picture *")
     && (el.getBoundingClientRect().right > edge)).map((el) => el.outerHTML.slice(0, 80));
 })"""
 OUTPUTS = ".jp-OutputArea-output"

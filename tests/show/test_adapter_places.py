@@ -21,4 +21,3 @@ def test_the_picture_and_its_words(monkeypatch):
     assert {*LINEARS, *METHODS, "prefix", "prompt", "tokens", "embeddings", "silu", "softmax\n(q kᵀ) v"} <= set(words)
     assert words.count("norm") == words.count("+") == 2
     assert all(name in alt for name in [*LINEARS, "LoRA", "Houlsby", "prefix", "prompt", "biases"])
-    assert min(text.get_fontsize() for text in ax.texts if text.get_text()) >= 11

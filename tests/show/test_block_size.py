@@ -39,7 +39,7 @@ def test_any_state_is_the_best_plan(budget):
     plan, result = best_plan(LARGER, budget), EXPLORER.result
     assert result["plan"].error == pytest.approx(plan.error) and plan.bits_per_parameter <= budget
     ranks = EXPLORER.image.get_array()
-    assert ranks.shape == (4, 3) and ranks.count() == 12
+    assert ranks.shape == (3, 4) and ranks.count() == 12
     order = sizes(256, 128, 64, 32)  # by bits, fewest first
     drawn = {layer: order[int(ranks[cell])] for layer, cell in places(LARGER.layers)[2].items()}
     assert drawn == result["plan"].chosen
@@ -60,7 +60,7 @@ def test_the_sentence_by_hand():
         "Budget 4.3125 bits per parameter, 4.3125 spent on 2 layers: error 6, 50.0 % less than 256 for all; "
         "block size 256 in 1, 64 in 1"
     )
-    assert explorer.image.get_array().tolist() == [[1, 0]]  # q has 64
+    assert explorer.image.get_array().tolist() == [[1], [0]]  # q has 64
     assert explorer.code() == "BlockSizeExplorer(choices, budget=4.3125)"
     explorer.set(budget=4.125)
     assert "error 12, 0.0 % less than 256 for all; block size 256 in 2" in explorer.summary()
@@ -87,19 +87,19 @@ def test_double_quantization_has_its_own_mark():
 
 
 def test_places_read_names():
-    rows, columns, cells = places(("model.layers.9.mlp.up_proj", "model.layers.10.mlp.up_proj", "lm_head"))
-    assert (rows, columns) == ([0, 9, 10], ["up", "lm_head"])
+    blocks, names, cells = places(("model.layers.9.mlp.up_proj", "model.layers.10.mlp.up_proj", "lm_head"))
+    assert (blocks, names) == ([0, 9, 10], ["up", "lm_head"])
     assert cells == {
-        "model.layers.9.mlp.up_proj": (1, 0),
-        "model.layers.10.mlp.up_proj": (2, 0),
-        "lm_head": (0, 1),
+        "model.layers.9.mlp.up_proj": (0, 1),
+        "model.layers.10.mlp.up_proj": (0, 2),
+        "lm_head": (1, 0),
     }
 
 
 def test_words_that_end_two_projections_are_written_out():
     """GPT-2 has two of c_proj in a block, and a mixture of experts has many of up_proj."""
     gpt2 = places(("transformer.h.0.attn.c_proj.weight", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"))
-    assert gpt2[1] == ["attn.c_proj", "c_fc", "mlp.c_proj"] and list(gpt2[2].values()) == [(0, 0), (0, 1), (0, 2)]
+    assert gpt2[1] == ["attn.c_proj", "c_fc", "mlp.c_proj"] and list(gpt2[2].values()) == [(0, 0), (1, 0), (2, 0)]
     experts = places(tuple(f"model.layers.{i}.experts.{j}.up_proj" for i in (0, 1) for j in (0, 1)))
     assert experts[:2] == ([0, 1], ["experts.0.up_proj", "experts.1.up_proj"])
     assert places(("0", "2.fc"))[:2] == ([0], ["0", "fc"])  # of a Sequential

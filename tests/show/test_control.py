@@ -23,6 +23,7 @@ from qlora_lab.show.midpoint import MidpointExplorer
 from qlora_lab.show.normal_float import NormalFloatExplorer
 from qlora_lab.show.page_table import PageTableExplorer
 from qlora_lab.show.pane import Pane
+from qlora_lab.show.play import Play
 from qlora_lab.show.seeing import SeeingExplorer
 from qlora_lab.show.slider import Button, Slider, Toggle
 from qlora_lab.show.still import StatusLine
@@ -45,11 +46,12 @@ HOSTILE = {
     Slider: [*ANYTHING, 10**9, -1, True, 10**400],
     Toggle: [*ANYTHING, 3, 0, 1],
     Button: [*ANYTHING, -1, 2**53, True],
+    Play: [*ANYTHING, -1, 2**53, True],
     Levels: [*ANYTHING, *NO_LEVELS],
     HexPage: [*ANYTHING, -1, 64, True, 10**400],
 }
 NO_STATES = [[1], 5, None, "x", True]
-SHOWN = {"png": memoryview(b"x"), "alt": "x", "below": "<img src=x onerror=alert(1)>", "text": "x"}
+SHOWN = {"png": memoryview(b"x"), "alt": "x", "least": 5, "below": "<img src=x onerror=alert(1)>", "text": "x"}
 FOREIGN = {"description": "x", "labels": ["x"], "unit": 3, "layout": None, "_esm": "export default 1", "colour": 1}
 
 
@@ -63,10 +65,11 @@ def send_any(control, state):
 
 
 def parts(explorer):
-    """The status line and the controls with the reset button."""
+    """The status line and the controls with the buttons."""
     line, row, _ = explorer.widget.children
-    (reset,) = (child for child in row.children[0].children if isinstance(child, Button))
-    return line, [*explorer._controls.values(), reset]
+    buttons = [child for child in row.children[0].children if isinstance(child, (Button, Play))]
+    assert len(buttons) == 1 + bool(explorer.played)
+    return line, [*explorer._controls.values(), *buttons]
 
 
 def now(control):

@@ -59,15 +59,6 @@ def test_any_outlier(state):
     assert drawn == {round(value, 4) for value in dequantize(q)[block].tolist()}  # lines in use are where weights lie
 
 
-def test_no_bar_reaches_the_note():
-    """INT4 in blocks of 16 gives 13 of them one code beside a far outlier: 81 %, under the third line of the note."""
-    OUTLIER.set(codebook="int4", block_size=16, outlier=-12, position=45)
-    OUTLIER._blit.frame()
-    note, ax = OUTLIER.note.get_window_extent(), OUTLIER.note.axes
-    assert 81 < max(line[1][1] for line in OUTLIER.bars.get_segments()) < 82
-    assert ax.transData.inverted().transform((0, note.y0))[1] > 100
-
-
 def test_fp4_is_shown_by_size_of_its_levels():
     """Bit patterns are another order: the outlier of -10 has the lowest level, and so the first bar."""
     result = OUTLIER.compute({**START, "codebook": "fp4"})

@@ -48,7 +48,7 @@ def test_a_layer_of_any_name_has_its_place_on_the_map(name):
     bits = np.array([[4.5 * 1024, 4.25 * 1024]] * 2)
     choices = Choices(layers, (1024, 1024), candidates, np.array([[1.0, 2.0], [1.0, 4.0]]), bits)
     explorer = BlockSizeExplorer(choices)
-    (shown,) = (text._preprocess_math(text.get_text()) for text in explorer._blit.fig.axes[0].get_xticklabels())
+    (shown,) = (text._preprocess_math(text.get_text()) for text in explorer.image.axes.get_yticklabels())
     assert shown == (name.removesuffix("_proj"), False)
     assert "<script>" not in explorer._pane.below
 

@@ -19,17 +19,19 @@ from toy_training import EXAMPLES, toy_training
 
 from qlora_lab.adapters.lora import adapters
 from qlora_lab.show import live as module
+from qlora_lab.show.figure import png_bytes
 from qlora_lab.show.live import LivePlot, live
 from qlora_lab.train.checkpoint import saved_steps
 from tools.notebooks import execute, normalise, text_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PNG = png_bytes(np.zeros((1, 1, 4), np.uint8))
 
 
 @pytest.fixture
 def no_pixels(monkeypatch):
     """A full draw takes 0.2 s."""
-    monkeypatch.setattr(module.Blit, "frame", lambda blit: b"png")
+    monkeypatch.setattr(module.Blit, "frame", lambda blit: PNG)
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_a_state_that_is_not_allowed_is_named():
 def test_axes_stand_still_and_no_label_leaves_the_picture():
     """Each width has limits of its own. If its labels moved the axes, no background could be kept."""
     explorer = NormalFloatExplorer()
-    fig = explorer.right.figure
+    fig = explorer.lower.figure
     places = [ax.get_position().bounds for ax in fig.axes]
     for bits in (2, 6):
         explorer.set(bits=bits)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from qlora_lab.memory.paging_trace import LLAMA_7B, adapter
+from qlora_lab.memory.paging_trace import LLAMA_7B, adapter, faults_of_a_step
 from qlora_lab.optim.paging import Pages
 from qlora_lab.show import page_table
 from qlora_lab.show.page_table import FAULT, FILE, FRAME, HIT, LEAVES, ZERO, PageTableExplorer
@@ -95,3 +95,22 @@ def test_each_kind_has_its_number():
 def test_a_state_that_is_not_allowed_is_named():
     with pytest.raises(ValueError, match=r"bits=16 is not allowed: one of 8, 32\. Nearest"):
         PageTableExplorer(bits=16)
+
+
+def test_the_cliff_is_where_faults_end():
+    """Every budget below a frame for each page costs all faults: counted, frame by frame."""
+    for pages in (1, 2, 7):
+        assert [faults_of_a_step(range(pages), frames) for frames in range(1, pages + 1)] == [pages] * (pages - 1) + [0]
+    explorer = PageTableExplorer()
+    for budget, height in ((304, 100), (320, 0)):  # 152 and 153 frames
+        explorer.set(budget=budget)
+        x, y = explorer.cliff.get_data()
+        assert (max(x), list(y)) == (budget, [100, 100, height, height])
+        assert x[1] == (306 if height == 0 else budget)  # MiB of 153 pages
+        assert (*explorer.here.get_data()[0], *explorer.here.get_data()[1]) == (budget, height)
+
+
+def test_rows_are_numbered():
+    grid = PageTableExplorer().frames  # 128 frames, 12 in a row
+    numbers = [(text.get_text(), round(text.get_position()[1] * grid.rows - 0.5)) for text in grid.numbers]
+    assert numbers == [("0", 0), ("36", 3), ("72", 6), ("108", 9), ("", 12)]

@@ -31,9 +31,11 @@ EXPLORER = SurvivalExplorer(SURVIVED)
 def test_any_state(factor, shown, field):
     EXPLORER.set(factor=factor, shown=shown)
     made = SURVIVED.reports[factor]
-    drawn = np.asarray(EXPLORER.image.get_array()).ravel()  # a row for each block, q before up
+    drawn = np.asarray(EXPLORER.image.get_array()).T.ravel()  # a column for each block, q above up
     assert drawn.tolist() == [getattr(change, field) or 0.0 for change in made.layers.values()]
-    assert EXPLORER.title.get_text() == shown
+    assert EXPLORER.name.get_text() == shown.split()[-1]
+    lost = {1: 100, 4: 150, 16: 10}[factor]  # at 100 the merge is as far from the adapter model as the base is
+    assert EXPLORER.title.get_text() == f"A merge into 4 bits loses {min(lost, 100)} % of the effect"
     places = [dot.get_data() for dot in EXPLORER.dots]
     assert all(x == [pytest.approx(1.5 * factor)] for x, _ in places)
     heights = [y[0] for _, y in places]

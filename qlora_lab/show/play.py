@@ -1,0 +1,85 @@
+"""A button that plays a slider: it takes the next of the slider's values, again and again, and the picture follows.
+
+In: presses, and the page's clock. Out: values of the slider. The page asks for the next value when the picture of the
+one before is there, so a slow kernel plays slowly and nothing waits in a queue. Any other control of the explorer stops
+it. Where the reader's system asks for reduced motion, a press takes a single step.
+"""
+
+import traitlets as T
+
+from qlora_lab.show.control import Control
+from qlora_lab.show.slider import Slider
+
+
+class Play(Control):
+    """A button that moves `slider` to its last value; at the end it starts from the first one.
+
+    ticks: the moves that the page has asked for. shown: the last of them that was drawn.
+    """
+
+    moved = "ticks"
+    ticks = T.Int(0).tag(sync=True)  # the browser counts
+    shown = T.Int(0).tag(sync=True)
+    last = T.Bool(False).tag(sync=True)  # no value follows
+
+    _esm = """
+    const PACE = 250;                                                // milliseconds, at the fastest
+    export default { render({ model, el }) {
+      const button = document.createElement("button"), calm = matchMedia("(prefers-reduced-motion: reduce)");
+      const events = ["click", "input", "keydown"];
+      let clock = null;
+      el.classList.add("qlora-button", "qlora-control");             // it looks like Button
+      button.type = "button"; button.dataset.lmSuppressShortcuts = "true";
+      el.append(button);
+      const name = () => { button.textContent = clock ? "Pause" : calm.matches ? "Step" : "Play"; };
+      const tick = () => { model.set("ticks", model.get("ticks") + 1); model.save_changes(); };
+      const stop = () => { clearInterval(clock); clock = null; name(); };
+      const turn = () => {
+        if (el.inert || model.get("last")) stop();
+        else if (model.get("shown") === model.get("ticks")) tick();  // else its picture is still to come
+      };
+      button.addEventListener("click", () => {
+        if (clock) return stop();
+        tick();
+        if (!calm.matches) clock = setInterval(turn, PACE);
+        name();
+      });
+      const elsewhere = ({ target }) => {
+        if (clock && !el.contains(target) && el.closest(".qlora-explorer")?.contains(target)) stop();
+      };
+      for (const event of events) document.addEventListener(event, elsewhere, true);
+      calm.addEventListener("change", stop);
+      name();
+      return () => {
+        stop(); calm.removeEventListener("change", stop);
+        for (const event of events) document.removeEventListener(event, elsewhere, true);
+      };
+    } };
+    """
+
+    def __init__(self, slider: Slider):
+        super().__init__(description=f"Play {slider.description}", last=_is_last(slider))
+        self._slider = slider
+        slider.observe(self._look, "position")
+
+    @T.observe("ticks")
+    def _tick(self, change):
+        slider = self._slider
+        slider.position = 0 if _is_last(slider) else slider.position + 1  # its observers draw before the next line
+        self.shown = change["new"]
+
+    def _look(self, _change):
+        self.last = _is_last(self._slider)
+
+    def takes(self, value):
+        return type(value) is int and self.ticks <= value < 2**53  # beyond it JavaScript cannot add 1
+
+    def rule(self):
+        return f"a whole number of at least {self.ticks}"
+
+    def __repr__(self):
+        return f"Play({self._slider.description!r})"
+
+
+def _is_last(slider: Slider) -> bool:
+    return slider.position == len(slider.choices) - 1
