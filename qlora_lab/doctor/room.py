@@ -305,7 +305,7 @@ def kernels() -> Check:
     if choose("cpu").name != "cpu":
         return Check("kernels", WARNING, f"not compiled: {choose('cpu').why}; the readable functions run, slowly")
     # 64 blocks of 64: small, and through the compiled kernel all the same
-    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(64, 64, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is not kept is asked below: this process may have said it
         codes = quantize(weight, "nf4", block_size=64).codes

@@ -34,7 +34,7 @@ def generated(
     def watch(rows: torch.Tensor, _scores) -> torch.Tensor:
         new[:] = until(rows[0, len(ids) :].tolist(), stop)
         pieces.add(int(rows[0, -1]))
-        return torch.tensor([pieces.stopped], device=rows.device)
+        return torch.tensor([pieces.stopped], dtype=torch.bool, device=rows.device)
 
     how = {"max_new_tokens": most, "eos_token_id": stop, "pad_token_id": fill_id(model, tokenizer)}
     how |= {"do_sample": sampling.temperature > 0, "repetition_penalty": float(sampling.repetition_penalty)}

@@ -88,7 +88,7 @@ def read_token(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> N
     All layers are one call: of SmolLM2-135M 13 ms on a core, with the table of weights, where 210 calls take 27.
     """
     # The table of weights is made anew for each prompt: one that is kept could be that of weights before a training.
-    x, _ = FastStep(stack, head=False).both(ids, cache, torch.tensor([row]))
+    x, _ = FastStep(stack, head=False).both(ids, cache, torch.tensor([row], dtype=torch.int64))
     if not x.isfinite().all():
         cache.lengths[row] -= 1
         readable.forward(stack, ids, cache, row)  # names the layer

@@ -129,7 +129,7 @@ def _attend(q, heads, rotary, keys, values, start, zeros, parts, out):
 
 def attend(q: torch.Tensor, heads: int, rotary, kept: tuple[torch.Tensor, torch.Tensor], start: int) -> torch.Tensor:
     """Return (tokens, heads * head_dim) float32. The arguments are those of prompt_attention.attend."""
-    out = torch.empty(len(q), heads * kept[0].shape[2], device="cpu")
+    out = torch.empty(len(q), heads * kept[0].shape[2], dtype=torch.float32, device="cpu")
     arrays = [tensor.numpy() for tensor in (*rotary, *kept)]
     run(_attend, q.numpy(), heads, tuple(arrays[:2]), *arrays[2:], start, EIGHT, thread_count(), out.numpy())
     return out
