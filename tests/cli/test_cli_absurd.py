@@ -36,6 +36,7 @@ FREE |= {
     "adapters",
     "judge_model",
     "pictures",
+    "hosted",
 }
 SWITCHES = (argparse._StoreTrueAction, argparse._StoreFalseAction, argparse._HelpAction, argparse._VersionAction)
 NUMERIC = (options.whole, options.number, options.size, options.levels)

@@ -314,6 +314,7 @@ EMPTY = "the path is empty, perhaps because a shell variable is not set: name"
         ["block-size", "nowhere", "--bits", "4.5", "--out", ""],
         ["gguf", "nowhere", "--out", ""],
         ["grade", "nowhere", "--out", ""],
+        ["doctor", "--machine", "--out", ""],
         ["merge", "nowhere", "--adapter", "nowhere", "--target", "dequantised", "--out", ""],
     ],
     ids=lambda argv: argv[0],
@@ -336,6 +337,7 @@ def test_no_command_with_out_is_forgotten():
         "merge",
         "gguf",
         "grade",
+        "doctor",
     }  # those of the test above: add yours there
 
 
