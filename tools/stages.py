@@ -30,7 +30,7 @@ STEALING = [*PYTEST, *WORKERS, "--dist", "worksteal", *TESTS]
 # tests that are the same on every machine: the interpreter of GPU kernels, faults of disks and files
 SAME = ["kernels/triton", "gpu_code", "test_bench_gpu_day.py", "test_faults.py", "test_fuzz.py", "test_readers.py"]
 SAME += ["test_strangers.py", "test_home_folder.py", "cli/test_cli_absurd.py", "cli/test_cli_streams.py"]
-SAME += ["tools/test_trust.py"]
+SAME += ["tools/test_trust.py", "test_default_dtype.py"]
 # Text, files, pictures and plans: rooms and files of tests/. Nothing in these asks which kernels or products run: a
 # test that does fails in the fast stage (own_race in tests/conftest.py), and its file has to leave the list. A new file
 # is in no list and runs in each stage.

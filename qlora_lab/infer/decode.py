@@ -197,7 +197,7 @@ class Decoding:
         self.prefix = None
         for row in self._unended():
             new: list[int] = []
-            own = replace(self._sampling, seed=self._sampling.seed + row.number)
+            own = replace(self._sampling, seed=(self._sampling.seed + row.number) % 2**63)
             try:
                 with asked(self._model, self._adapter):
                     generated(self._model, self._tokenizer, row.prompt, row.room, own, new)

@@ -1,12 +1,11 @@
 """Hand a stack to the kernel that computes a token in one call (kernels/decode_step.py), where it can.
 
 In: a Stack. Out: a function with the signature of step.step without the stack, equal to it within rounding. One token
-of a row reads every weight once; so many bytes are the floor of its time, however it is computed.
+of a row reads every weight once: the time to read them is the floor.
 """
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from time import perf_counter
 
@@ -20,6 +19,11 @@ from qlora_lab.kernels import choose
 from qlora_lab.model import product_4bit
 from qlora_lab.quant.codebook import codebook, rounding
 from qlora_lab.quant.quantize import QuantizedTensor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 Step = Callable[[torch.Tensor, Cache, torch.Tensor], torch.Tensor]
 
@@ -85,7 +89,7 @@ def bytes_read(stack: Stack) -> int:
 def read_token(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> None:
     """Put keys and values of one token, ids (1,), into `row` of the cache, as prompt.forward does for several.
 
-    All layers are one call: of SmolLM2-135M 13 ms on a core, with the table of weights, where 210 calls take 27.
+    All layers are one call: of SmolLM2-135M 11 ms on a core, with the table of weights, where 210 calls take 27.
     """
     # The table of weights is made anew for each prompt: one that is kept could be that of weights before a training.
     x, _ = FastStep(stack, head=False).both(ids, cache, torch.tensor([row], dtype=torch.int64))
@@ -149,8 +153,4 @@ class FastStep:
 
 def _switches() -> int:
     """How often the system has taken a core away from a thread of this process; 0 on Windows, which does not tell."""
-    with suppress(ImportError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-    return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0

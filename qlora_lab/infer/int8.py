@@ -14,7 +14,7 @@ The levels of NF4 are not multiples of one unit, so m errs as well: by 0.4 % of 
 15 %. Source: LLM.int8() (arXiv 2208.07339), section 2, absmax quantization, here for each block of columns. llama.cpp
 rounds activations in blocks of 32, too.
 
-Attention is not part of this: it stays in float32, but that a prompt's kernel may round what it multiplies to bf16
+Attention is not part of this: it stays in float32, except that a prompt's kernel may round what it multiplies to bf16
 (kernels/prompt_pairs.py).
 """
 

@@ -40,7 +40,7 @@ class Pieces:
     def rest(self, cut: bool) -> str:
         """Return what still waits, at the end of an answer. cut: it would have gone on; half a character is dropped."""
         text, self._waiting = self._waiting + self._take(self._text(len(self._ids))), ""
-        text = text.removesuffix(HALF) if cut else text
+        text = text.rstrip(HALF) if cut else text  # some tokenizers write one for each byte of a run that is not whole
         end = self._stop_in(text)
         self.stopped |= end is not None
         return text[:end]

@@ -44,7 +44,7 @@ def forward(stack: Stack, ids: torch.Tensor, cache: Cache, row: int = 0) -> None
         rows = _normed(x, more, (layer.attention_norm, stack.eps), room, parts, f"layer {i - 1} of {count}")
         found = multiply(rows, room, *parts)
         kept = _put(stack, cache, i, row, found[:tokens])
-        if not last:  # what the last one adds to x nobody reads
+        if not last:  # nobody reads what the last one adds to x
             attended = attention_of(layer, stack)(found[:tokens], stack.heads, (cache.cos, cache.sin), kept, start)
             more = _passed(attended, layer.o, room)
             both = layer.gate, layer.up

@@ -44,7 +44,9 @@ class Sampling:
         )
         check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
         if self.top_p < 1 and self.temperature == 0:
-            raise ValueError(f"top_p={self.top_p!r} needs draws, but temperature is 0: set it, for example to 0.8")
+            raise ValueError(
+                f"top_p={self.top_p!r} needs draws, but temperature is 0: set a temperature, for example 0.8"
+            )
         check_number("repetition_penalty", self.repetition_penalty, is_scale, f"{SCALES}; 1 changes nothing")
         check_seed(self.seed)
         several = isinstance(self.stop, (tuple, list))  # no iterator: it would be empty at its second use

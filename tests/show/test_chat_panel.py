@@ -43,7 +43,7 @@ def test_base_and_adapter_stand_side_by_side(tiny_llama, tokenizer):
     ql.add_lora(tiny_llama, r=2)
     for name, factor in tiny_llama.named_parameters():
         if "lora_" in name:
-            factor.data = torch.randn(factor.shape, generator=torch.Generator().manual_seed(len(name)))
+            factor.data = torch.randn(factor.shape, generator=torch.Generator().manual_seed(len(name) + 1))
     panel = ChatPanel(tiny_llama, tokenizer, 6)
     assert [column.title for column in panel.columns] == ["Base", "With the adapter"]
     answers = panel.ask("double 3")
