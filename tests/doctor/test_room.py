@@ -2,16 +2,23 @@
 
 import builtins
 import json
+import os
 import shutil
+import socket
 import sys
 import tempfile
+import threading
+import urllib.request
 import webbrowser
 from collections import namedtuple
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+import qlora_lab as ql
 from qlora_lab.doctor import free_memory as counting, lab, room
 from qlora_lab.doctor.room import OK, PROBLEM, WARNING, Check, RoomReport
 from qlora_lab.files import requirements
@@ -26,6 +33,7 @@ def empty_cache(tmp_path, monkeypatch):
     """No model on this machine, and none in the cache of Hugging Face."""
     monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetch, "_in_hub_cache", lambda hub_id: None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "cache"
 
 
@@ -53,8 +61,9 @@ def test_packages_that_are_old_or_missing(monkeypatch):
     found = room.packages()
     assert found.status == PROBLEM
     lacking = "anywidget is missing (needed: anywidget>=0.9.13), ipywidgets 7.7.1 (needed: ipywidgets>=8.1.5)"
-    assert found.message.startswith(f"{lacking}: ")
-    assert found.message.endswith("-m pip install 'anywidget>=0.9.13' 'ipywidgets>=8.1.5'")
+    # double quotes: cmd.exe knows no others, and would take > for a file to write
+    command = f'"{sys.executable}" -m pip install "anywidget>=0.9.13" "ipywidgets>=8.1.5"'
+    assert found.message == f"{lacking}: {command}"
 
 
 @pytest.mark.parametrize("check", [room.python, room.packages])
@@ -79,15 +88,15 @@ def test_a_requirement_of_another_system_is_none(monkeypatch):
     [
         (Path.home, "your home folder, {}, cannot be written (no): set HOME"),
         (fetch.cache_dir, "the model's cache, {}, cannot be written (no): set QLORA_LAB_CACHE"),
+        (lambda: constants.HF_HUB_CACHE, "the hub's cache, {}, cannot be written (no): set HF_HUB_CACHE"),
         (tempfile.gettempdir, "temporary files, {}, cannot be written (no): set TMPDIR"),
         (Path.cwd, "this folder, {}, cannot be written (no): change to another folder"),
     ],
 )
-def test_a_folder_that_cannot_be_written(place, says, tmp_path, monkeypatch):
-    for name in ("home", "cache", "temporary", "work"):
+def test_a_folder_that_cannot_be_written(place, says, empty_cache, tmp_path, monkeypatch):
+    for name in ("home", "cache", "hub", "temporary", "work"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path / "work")
     assert room.folders().status == OK
@@ -96,19 +105,47 @@ def test_a_folder_that_cannot_be_written(place, says, tmp_path, monkeypatch):
     assert room.folders() == Check("folders", PROBLEM, says.format(refused))
 
 
+def test_a_cache_that_holds_the_model_need_not_be_written(empty_cache, monkeypatch):
+    """A school shares one copy, which students can only read."""
+    caches = [room._nearest(Path(place)) for place in (empty_cache, constants.HF_HUB_CACHE)]
+    monkeypatch.setattr(room, "_unwritable", lambda folder: "no" if folder in caches else "")
+    assert room.folders().status == PROBLEM
+    monkeypatch.setattr(room, "model", lambda: Check("model", OK, ""))
+    assert room.folders().status == OK
+
+
 def test_why_a_folder_cannot_be_written(tmp_path):
     assert room._unwritable(tmp_path) == ""
     assert room._unwritable(tmp_path / "missing") == "No such file or directory"
     assert room._nearest(tmp_path / "a" / "b") == tmp_path
 
 
-def test_a_full_disk(empty_cache, monkeypatch):
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0.5 * GIB))
-    found = room.disk()  # the model is still to come
-    assert found.status == PROBLEM and found.message.endswith("but 0.8 GiB are needed: free some space")
-    monkeypatch.setattr(room, "model", lambda: Check("model", OK, ""))
-    assert room.disk().status == OK
+@pytest.mark.parametrize(
+    ("free", "model_is_here", "apart", "lacks"),
+    [
+        (0.5, False, False, "0.8"),  # one disk: the model comes to one of its two caches, and a run beside it
+        (0.8, False, False, None),
+        (0.5, True, False, None),
+        (0.2, True, False, "0.2"),
+        (0.4, False, True, "0.5"),  # temporary files have a disk of their own
+        (0.5, False, True, None),
+    ],
+)
+def test_a_disk_holds_what_goes_there(free, model_is_here, apart, lacks, empty_cache, monkeypatch):
+    temporary = Path(tempfile.gettempdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: namedtuple("usage", "free")(free * GIB))
+    monkeypatch.setattr(room, "_device", lambda place: int(apart and place == temporary))
+    if model_is_here:
+        monkeypatch.setattr(room, "model", lambda: Check("model", OK, ""))
+    found = room.disk()
+    assert found.status == (PROBLEM if lacks else OK)
+    assert not lacks or found.message.endswith(f"but {lacks} GiB are needed: free some space"), found
+    if not model_is_here and lacks:
+        assert str(empty_cache) in found.message
+
+
+def test_folders_of_one_disk_are_on_one_device(tmp_path):
+    assert room._device(tmp_path / "a" / "b") == room._device(tmp_path)
 
 
 def test_too_little_memory_names_the_notebooks(monkeypatch):
@@ -231,7 +268,7 @@ SERVER = lab.Server("http://localhost:8889/", "0123456789abcdef")
         (403, SERVER.token, 200, OK, "answers on port 8889, and wants its token"),
         (200, SERVER.token, 200, PROBLEM, "without a token, so others on this machine can use it: remove"),
         (403, None, 200, WARNING, "a password or token of your own"),
-        (403, SERVER.token, 502, PROBLEM, "refuses its own token with status 502: a proxy"),
+        (403, SERVER.token, 502, PROBLEM, "refuses its own token with status 502: run `qlora-lab open"),
     ],
 )
 def test_a_server_wants_its_token(without, token, with_token, status, says, monkeypatch):
@@ -250,6 +287,13 @@ def test_a_server_wants_its_token(without, token, with_token, status, says, monk
             {"federated_extensions": [{"name": name} for name in lab.EXTENSIONS], "disabledExtensions": ["anywidget"]},
             "anywidget",
         ),
+        (
+            {
+                "federated_extensions": [{"name": name} for name in lab.EXTENSIONS],
+                "disabledExtensions": ["anywidget:x"],
+            },
+            "anywidget",  # by the name of its plugin
+        ),
     ],
 )
 def test_a_page_loads_the_extensions_of_widgets(config, missing, tmp_path):
@@ -260,11 +304,31 @@ def test_a_page_loads_the_extensions_of_widgets(config, missing, tmp_path):
     assert not missing or f"does not load {missing}: run" in found.message
 
 
+def test_a_page_without_settings_is_a_problem_of_the_widgets_alone(tmp_path, monkeypatch):
+    (tmp_path / "lab").write_text("<title>maintenance</title>")
+    server = lab.Server(f"file://{tmp_path}/", SERVER.token)
+    monkeypatch.setattr(lab, "started", lambda folder: nullcontext(server))
+    monkeypatch.setattr(lab, "check_server", lambda server: Check(lab.SERVER, OK, "answers"))
+    monkeypatch.setattr(lab, "check_kernel", lambda server, version: Check(lab.KERNEL, OK, "answers"))
+    _, widgets, kernel = lab.check_lab(tmp_path, ql.__version__)
+    assert widgets == Check(lab.WIDGETS, PROBLEM, "JupyterLab's page has no settings to read: report it")
+    assert kernel.status == OK
+
+
+def test_a_check_that_breaks_down_keeps_what_was_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "started", lambda folder: nullcontext(SERVER))
+    monkeypatch.setattr(lab, "check_server", lambda server: Check(lab.SERVER, OK, "answers"))
+    monkeypatch.setattr(lab, "_OPEN", lambda request, timeout: (_ for _ in ()).throw(ConnectionResetError("reset")))
+    server, widgets = lab.check_lab(tmp_path, ql.__version__)
+    assert server.status == OK and (widgets.name, widgets.status) == (lab.WIDGETS, PROBLEM)
+    assert widgets.message.startswith("reset: run `qlora-lab open")
+
+
 def told(printed, kinds=(lab.VIEW,)):
     async def ask(server, code):
         if isinstance(printed, Exception):
             raise printed
-        return json.dumps({"python": "/usr/bin/python3", "version": "0.1.0"} | printed), set(kinds)
+        return json.dumps({"python": "/usr/bin/python3", "version": ql.__version__} | printed), set(kinds)
 
     return ask
 
@@ -274,20 +338,47 @@ def told(printed, kinds=(lab.VIEW,)):
     [
         (told(RuntimeError("ModuleNotFoundError: No module named 'qlora_lab'")), "No module named 'qlora_lab'; run"),
         (told(TimeoutError()), "no answer within 60 s; run"),
-        (told({"version": "0.0.9"}), "/usr/bin/python3, has version 0.0.9 of this library, not 0.1.0: run"),
+        (told({"version": "0.0.9"}), f"/usr/bin/python3, has version 0.0.9 of this library, not {ql.__version__}: run"),
         (told({}, ["text/html"]), "its explorers have no live view: run"),
     ],
 )
 def test_a_kernel_that_cannot_run_the_course(ask, says, monkeypatch):
     monkeypatch.setattr(lab, "_ask", ask)
-    found = lab.check_kernel(SERVER, "0.1.0")
+    found = lab.check_kernel(SERVER, ql.__version__)
     assert found.status == PROBLEM and says in found.message
     monkeypatch.setattr(lab, "_ask", told({}))
-    assert lab.check_kernel(SERVER, "0.1.0").status == OK
+    assert lab.check_kernel(SERVER, ql.__version__).status == OK
 
 
-def test_a_server_is_there_once_it_listens():
+@contextmanager
+def answering(reply: bytes):
+    """A server of this process that sends these bytes, once, and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield SERVER._replace(address=f"http://127.0.0.1:{listening.getsockname()[1]}/")
+        thread.join()
+
+
+def test_a_server_is_there_once_it_answers():
     assert not lab._listens(SERVER._replace(address="http://localhost:9/"))  # nobody does
+    with answering(b"") as server:  # it accepts, and is not ready
+        assert not lab._listens(server)
+
+
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # the one that urlopen keeps knows other proxies
+    with answering(b"HTTP/1.1 204 No Content\r\n\r\n") as server:
+        assert lab._status(server, with_token=False) == 204
 
 
 def test_a_server_that_stops_or_does_not_answer(tmp_path, monkeypatch):
@@ -295,17 +386,31 @@ def test_a_server_that_stops_or_does_not_answer(tmp_path, monkeypatch):
         monkeypatch.setattr(lab, "lab_command", lambda place, browser: ([sys.executable, "-c", code], {}))
 
     command("print('no such option'); raise SystemExit(3)")
-    (found,) = lab.check_lab(tmp_path, "0.1.0")
+    (found,) = lab.check_lab(tmp_path, ql.__version__)
     assert found.status == PROBLEM and "stopped with exit code 3 and said 'no such option': run" in found.message
     command("import time; time.sleep(60)")
     monkeypatch.setattr(lab, "START_SECONDS", 0)
-    (found,) = lab.check_lab(tmp_path, "0.1.0")
+    (found,) = lab.check_lab(tmp_path, ql.__version__)
     assert found.status == PROBLEM and "did not answer within 0 s and said 'nothing'" in found.message
+
+
+def test_a_server_reads_nothing_that_is_typed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "lab_command", lambda place, browser: ([sys.executable, "-c", "print(input())"], {}))
+    kept, (reading, writing) = os.dup(0), os.pipe()
+    os.write(writing, b"typed\n")
+    os.dup2(reading, 0)
+    try:
+        (found,) = lab.check_lab(tmp_path, ql.__version__)
+    finally:
+        os.dup2(kept, 0)
+        for number in (kept, reading, writing):
+            os.close(number)
+    assert "EOFError" in found.message
 
 
 @pytest.mark.slow
 def test_a_real_server_answers_with_its_kernel_and_its_widgets(tmp_path):
-    found = lab.check_lab(tmp_path, "0.1.0")
+    found = lab.check_lab(tmp_path, ql.__version__)
     assert [check.name for check in found] == [lab.SERVER, lab.WIDGETS, lab.KERNEL]
     assert {check.status for check in found} == {OK}, found
 

@@ -71,6 +71,14 @@ def test_the_cell_installs_the_wheel_and_then_what_is_missing(runs, monkeypatch)
     assert runs == [[*pip, "--no-deps", ADDRESS], [*pip, "safetensors>=0.5"]]
 
 
+def test_a_part_of_the_service_that_is_absent_is_installed(runs, monkeypatch, recwarn):
+    """Without ipywidgets no explorer shows, and there is no version that the service's page could fit."""
+    absent = [Unmet("ipywidgets", "ipywidgets>=8.1.5", None), Unmet("jupyterlab", "jupyterlab>=4.4", None)]
+    monkeypatch.setattr(hosted, "unmet", lambda: absent)
+    install_unmet()
+    assert runs == [[sys.executable, "-m", "pip", "install", "--quiet", "ipywidgets>=8.1.5"]] and not recwarn.list
+
+
 def test_nothing_is_installed_or_said_where_nothing_is_missing(runs, monkeypatch, recwarn):
     monkeypatch.setattr(hosted, "unmet", list)
     install_unmet()
@@ -119,6 +127,13 @@ def test_hosted_is_for_copies(tmp_path, capsys):
     assert "add --copy-only" in capsys.readouterr().err and not (tmp_path / "mine").exists()
     assert cli.main(["open", str(tmp_path / "mine"), "--copy-only", "--hosted", "nothing"]) == 2
     assert "nothing' is neither" in capsys.readouterr().err and not (tmp_path / "mine").exists()
+
+
+def test_a_name_that_is_not_english_stays_legible():
+    (cell, *_) = sources(
+        with_setup((NOTEBOOKS / "01_codebook.ipynb").read_bytes(), "Übung/qlora_lab-0.1.0-py3-none-any.whl")
+    )
+    assert 'wheel = "Übung/qlora_lab-' in cell
 
 
 def test_grade_reads_a_copy_as_it_reads_the_course(tmp_path):
