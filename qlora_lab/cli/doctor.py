@@ -23,10 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_fields(parser.add_argument_group("adapter"), AdapterOptions, *ADAPTER)
     add_fields(parser.add_argument_group("optimizer"), Settings, "optimizer_bits")
     machine = parser.add_argument_group("machine")
-    what = (
-        "check this machine for the course instead of a run, in about a minute: the options of a run are ignored, and "
-    )
-    what += "nothing is trained or downloaded"
+    what = "check this machine for the course instead of a run, in about a minute: nothing is trained or downloaded, "
+    what += "and the options of a run are ignored"
     machine.add_argument("--machine", action="store_true", help=what)
     kept = "with --machine: file for the report, as JSON; an earlier report there is replaced"
     machine.add_argument("--out", metavar="FILE", help=kept)

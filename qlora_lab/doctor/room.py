@@ -360,9 +360,8 @@ def network() -> Check:
         # behind a proxy too, as the download would go
         ask_hub(KNOWN_MODELS[MODEL].hub_id)
     except Exception as error:  # any error of its network libraries
-        return Check(
-            "network", WARNING, f"the Hugging Face hub does not answer ({_reason(error, 120)}); no notebook needs it"
-        )
+        said = f"the Hugging Face hub does not answer ({_reason(error, 120)})"
+        return Check("network", WARNING, f"{said}; no notebook needs it")
     return Check("network", OK, "the Hugging Face hub answers; no notebook needs it once the model is here")
 
 

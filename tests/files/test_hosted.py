@@ -130,9 +130,7 @@ def test_hosted_is_for_copies(tmp_path, capsys):
 
 
 def test_a_name_that_is_not_english_stays_legible():
-    (cell, *_) = sources(
-        with_setup((NOTEBOOKS / "01_codebook.ipynb").read_bytes(), "Übung/qlora_lab-0.1.0-py3-none-any.whl")
-    )
+    (cell, *_) = sources(with_setup((NOTEBOOKS / "01_codebook.ipynb").read_bytes(), f"Übung/{Path(ADDRESS).name}"))
     assert 'wheel = "Übung/qlora_lab-' in cell
 
 
