@@ -49,11 +49,11 @@ def run(a: argparse.Namespace) -> int:
 
 
 def _machine(a: argparse.Namespace) -> int:
-    from qlora_lab.doctor.room import check_report_path, check_room, save_report
+    from qlora_lab.doctor.machine import check_machine, check_report_path, save_report
 
     if a.out is not None:
         check_report_path(a.out)  # before a minute is spent
-    report = check_room(ql.__version__, progress=not a.quiet)
+    report = check_machine(ql.__version__, progress=not a.quiet)
     if a.out is not None:
         save_report(a.out, report)
     print(json.dumps(report.to_dict()) if a.json else report)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from qlora_lab.doctor.room import OK, PROBLEM, WARNING, Check
+from qlora_lab.doctor.machine import OK, PROBLEM, WARNING, Check
 
 SERVER, WIDGETS, KERNEL = "JupyterLab", "widgets", "kernel"  # names of the checks
 START_SECONDS = 60  # for the server, on a busy machine, too

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_lab import cli
-from qlora_lab.doctor import room
+from qlora_lab.doctor import machine
 from qlora_lab.doctor.checks import THREADS
 from qlora_lab.model import fetch
 
@@ -87,8 +87,9 @@ def checked(monkeypatch):
     """The machine's report is given, not made."""
 
     def make(*statuses):
-        report = room.RoomReport(tuple(room.Check(f"check {i}", status, "said") for i, status in enumerate(statuses)))
-        monkeypatch.setattr(room, "check_room", lambda expected_version, progress: report)
+        checks = tuple(machine.Check(f"check {i}", status, "said") for i, status in enumerate(statuses))
+        report = machine.MachineReport(checks)
+        monkeypatch.setattr(machine, "check_machine", lambda expected_version, progress: report)
 
     return make
 
@@ -105,7 +106,7 @@ def test_a_machine_with_a_problem_is_code_1_and_with_a_warning_0(capsys, checked
 
 
 def test_a_place_for_the_report_is_judged_first(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(room, "check_room", lambda expected_version, progress: pytest.fail("too late"))
+    monkeypatch.setattr(machine, "check_machine", lambda expected_version, progress: pytest.fail("too late"))
     (tmp_path / "thesis.json").write_text("{}")
     code, _, err = run(capsys, "--machine", "--out", tmp_path / "thesis.json")
     assert code == 2 and "holds no report" in err

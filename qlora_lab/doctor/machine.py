@@ -1,7 +1,7 @@
 """Check a machine the day before a lesson: what is installed, what is free, and whether a notebook can run on it.
 
-In: this machine. Out: a RoomReport of Checks, each "ok", "warning" (said, but harmless) or "problem", which says what
-is wrong and what to do. Nothing is trained, downloaded or changed, except that compiled kernels are kept.
+In: this machine. Out: a MachineReport of Checks, each "ok", "warning" (said, but harmless) or "problem", which says
+what is wrong and what to do. Nothing is trained, downloaded or changed, except that compiled kernels are kept.
 
 What a notebook needs was measured: bench/notebooks.json. Heavy libraries are imported inside the checks that need them:
 on a machine where torch is broken, the other checks still report.
@@ -51,7 +51,7 @@ class Check(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RoomReport:
+class MachineReport:
     """All checks of a machine, a line each."""
 
     checks: tuple[Check, ...]
@@ -93,14 +93,14 @@ def check_report_path(path: str | Path) -> Path:
 _REPORT = {"ok": SWITCH, "machine": OBJECT, "checks": LIST}
 
 
-def save_report(path: str | Path, report: RoomReport) -> Path:
+def save_report(path: str | Path, report: MachineReport) -> Path:
     """Write a report as JSON, replacing an earlier one, and return the path. Raises as check_report_path does."""
     path = check_report_path(path)
     replace_text(path, json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return path
 
 
-def check_room(expected_version: str, *, progress: bool = True) -> RoomReport:
+def check_machine(expected_version: str, *, progress: bool = True) -> MachineReport:
     """Make all checks; this takes about as long as opening a notebook, and longer where kernels must be compiled.
 
     expected_version: the version of this library, which a notebook's kernel has to find as well.
@@ -126,7 +126,7 @@ def check_room(expected_version: str, *, progress: bool = True) -> RoomReport:
     for name in bar:  # the name is shown while its check runs: JupyterLab takes most of the time
         bar.set_postfix_str(name)
         found += _tried(name, checks[name])
-    return RoomReport(tuple(found))
+    return MachineReport(tuple(found))
 
 
 def _tried(name: str, check: Callable) -> list[Check]:
@@ -146,7 +146,7 @@ def _reason(error: Exception, most: int = 300) -> str:
 
 def _in_scratch(check: Callable[[Path], list[Check]]) -> list[Check]:
     # Windows keeps an open log: what is left there is in the folder for temporary files
-    with tempfile.TemporaryDirectory(prefix="qlora-lab-room-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="qlora-lab-machine-", ignore_cleanup_errors=True) as folder:
         return check(Path(folder))
 
 
@@ -226,7 +226,7 @@ def _unwritable(folder: Path) -> str:
     """Return why no file can be made in a folder, or "": permissions alone do not tell, as on a full or shared disk."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"room")
+            file.write(b"machine")
     except OSError as error:
         return error.strerror or str(error)
     return ""
