@@ -35,7 +35,7 @@ if importlib.util.find_spec("qlora_lab") is None:
     importlib.invalidate_caches()
     importlib.import_module("qlora_lab.files.hosted").install_unmet()"""
 # https alone: what the address sends is installed, and run.
-_ADDRESS = re.compile(r"(git\+)?https://[^\s\"']+")
+_ADDRESS = re.compile(r"(git\+)?https://[^\s\"'\ud800-\udfff]+")  # a lone surrogate: bytes that are not UTF-8
 _WHEEL = re.compile(r"qlora_lab-[\w.+!]+-py3-none-any\.whl")
 
 
@@ -62,7 +62,7 @@ def wheel_beside(where: str) -> Path | None:
 def with_setup(notebook: bytes, wheel: str) -> bytes:
     """Return a notebook with the cell in front. wheel: an address, or a path as seen from the notebook's folder."""
     content = parse(decoded(notebook, "a notebook of the course"), "a notebook of the course")
-    # JSON's quotes are Python's, too, whatever stands in the path; students read it, so letters stay letters
+    # JSON's quotes are Python's, too. Its escapes are not: of a letter beyond 16 bits it makes two halves
     lines = CELL.format(wheel=json.dumps(wheel, ensure_ascii=False)).splitlines(keepends=True)
     cell = {"cell_type": "code", "execution_count": None, "id": "setup", "metadata": {"tags": ["setup"]}}
     content["cells"].insert(0, cell | {"outputs": [], "source": lines})
