@@ -1,10 +1,11 @@
 """Measure the memory of each notebook's kernel: bench/notebooks.json, which `qlora-lab doctor --machine` reads.
 
-    python bench/notebooks.py                      all, in about half an hour on one core
+    python bench/notebooks.py                      all, in an hour or more on one core
     python bench/notebooks.py 01_codebook          only these; the other rows stay
 
 In: the notebooks, which are copied. Out: for each, the largest resident set of its kernel or of a process that the
-kernel started, in bytes, and the seconds of the whole. Memory depends little on what else the machine does; seconds do.
+kernel started, in bytes, the seconds of the whole, and when and where that was: rows are measured on different days.
+Memory depends little on what else the machine does; seconds do.
 """
 
 import argparse
@@ -37,15 +38,19 @@ notebook.cells = [cell for cell in notebook.cells if "guard" not in cell.metadat
 execute(notebook, path.parent)"""
 
 
-def measured(path: Path) -> dict[str, float]:
-    """Run a notebook; bytes at the peak, and seconds. Raises RuntimeError if a cell raises."""
+def measured(path: Path) -> dict[str, float | str]:
+    """Run a notebook; bytes at the peak, seconds, date and machine. Raises RuntimeError if a cell raises."""
     begin = time.monotonic()
     process = subprocess.Popen([sys.executable, "-c", RUN, str(path)], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)  # or Popen would look for the process again
     if process.returncode:
         raise RuntimeError(f"{path.name} ended with {process.returncode}: run it with tools/notebooks.py")
-    return {"peak_bytes": usage.ru_maxrss * UNIT, "seconds": round(time.monotonic() - begin, 1)}
+    # no name of the kernel: it can tell whose machine it was
+    system = f"{platform.system()} {platform.machine()}"
+    machine = {"system": system, "python": platform.python_version(), "cores": os.cpu_count()}
+    seconds = round(time.monotonic() - begin, 1)
+    return {"peak_bytes": usage.ru_maxrss * UNIT, "seconds": seconds, "date": str(datetime.date.today())} | machine
 
 
 def main(argv: list[str]) -> None:
@@ -62,8 +67,7 @@ def main(argv: list[str]) -> None:
         for name in a.names or known:
             rows[name] = measured(copy / f"{name}.ipynb")
             print(f"{name}: {rows[name]['peak_bytes'] / 2**20:,.0f} MiB, {rows[name]['seconds']} s", flush=True)
-            machine = {"system": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()}
-            content = {"date": str(datetime.date.today()), "machine": machine, "notebooks": dict(sorted(rows.items()))}
+            content = {"notebooks": dict(sorted(rows.items()))}
             replace_text(a.out, json.dumps(content, indent=1) + "\n")  # after each: an interruption loses one
 
 

@@ -16,6 +16,7 @@ from bench import (
     elo_rules,
     many_adapters,
     multiple_choice,
+    notebooks,
     seven_b,
     steps,
     tournament,
@@ -27,6 +28,18 @@ from tests import warm
 
 ROOT = Path(__file__).parent.parent
 RESULT = json.loads((ROOT / "bench" / "cpu.json").read_text("utf-8"))
+
+
+def test_a_notebook_that_is_measured_again_leaves_the_other_rows(tmp_path, monkeypatch):
+    """Each row says when and where it was measured, but not on whose machine."""
+    stored = json.loads((ROOT / "bench" / "notebooks.json").read_text("utf-8"))["notebooks"]
+    assert all(row["date"] and len(row["system"].split()) == 2 for row in stored.values())  # Linux x86_64
+    earlier, now = {"peak_bytes": 1, "date": "2026-01-01"}, {"peak_bytes": 2, "seconds": 1.0, "date": "2026-02-02"}
+    out = tmp_path / "notebooks.json"
+    out.write_text(json.dumps({"notebooks": {"02_packing": earlier}}))
+    monkeypatch.setattr(notebooks, "measured", lambda path: now)
+    notebooks.main(["01_codebook", "--out", str(out)])
+    assert json.loads(out.read_text()) == {"notebooks": {"01_codebook": now, "02_packing": earlier}}
 
 
 def test_the_page_is_made_from_the_json():

@@ -5,7 +5,7 @@
 
 In: the repository. Out: a folder of pages. Sphinx treats each warning as an error, so a link that leads nowhere fails.
 The pages are copied to build/site/source in the repository's own layout, so one relative link is right in both places.
-Explorers play: in the place of each still is a frame with a page that the notebook's own cells made, in a process of
+Explorers play: in place of each still is a frame with a page that the notebook's own cells made, in a process of
 its own for each notebook. build/site/playable keeps these pages until the library or those cells change.
 
 Not here: the text of the reference (reference.py), pages of explorers (playable.py), the look (docs/conf.py).
@@ -94,7 +94,7 @@ def assemble(source: Path) -> None:
 
 
 def make_playable(source: Path, names: list[str]) -> list[str]:
-    """Put a page in the place of each explorer's still in these notebooks; return the names of those that failed."""
+    """Put a page in place of each explorer's still in these notebooks; return the names of those that failed."""
     pages = SITE / "playable"
     copies = source / "extra" / "playable"  # beside the notebooks' pages in the end
     copies.mkdir(parents=True)
@@ -116,7 +116,7 @@ def make_playable(source: Path, names: list[str]) -> list[str]:
 
 
 def _play(cell: nbformat.NotebookNode, address: str) -> None:
-    """Show a page in the place of a cell's still, which stays for browsers without scripts."""
+    """Show a page in place of a cell's still, which stays for browsers without scripts."""
     for output in cell.outputs:
         data = output.get("data", {})
         if STILL in data.get("text/html", ""):

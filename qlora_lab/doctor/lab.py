@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from qlora_lab.doctor.room import OK, PROBLEM, WARNING, Check
+from qlora_lab.doctor.machine import OK, PROBLEM, WARNING, Check
 
 SERVER, WIDGETS, KERNEL = "JupyterLab", "widgets", "kernel"  # names of the checks
-START_SECONDS = 60  # for the server; it takes 3 on a quiet machine
+START_SECONDS = 60  # for the server, on a busy machine, too
 KERNEL_SECONDS = 60  # for a kernel to start, and to import torch and matplotlib
 # Shutting down waits for kernels, so a moment is not enough.
 GRACE = 10  # seconds to end in, once asked
@@ -33,6 +33,9 @@ EXTENSIONS = ("@jupyter-widgets/jupyterlab-manager", "anywidget")  # without the
 _ADDRESS = re.compile(r"(http://(?:localhost|127\.0\.0\.1):\d+/\S*?)lab\S*\s")
 _TOKEN = re.compile(r"[?&]token=(\w{16,})\s")
 _CONFIG = re.compile(r'<script id="jupyter-config-data"[^>]*>(.*?)</script>', re.S)
+# http_proxy may name a proxy without no_proxy naming this machine, which a browser leaves out by itself.
+_OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+BY_HAND = "run `qlora-lab open room-check` and read what it says"
 VIEW = "application/vnd.jupyter.widget-view+json"
 # What the kernel is asked: which Python it is, which library it finds, and to show an explorer of notebook 01.
 QUESTION = """import json, sys
@@ -65,19 +68,25 @@ def lab_command(place: Path, browser: bool = True) -> tuple[list[str], dict[str,
     return command, {"JUPYTER_CONFIG_PATH": os.pathsep.join([str(SETTINGS), *([earlier] if earlier else [])])}
 
 
-def check_lab(folder: Path, edition: str) -> list[Check]:
+def check_lab(folder: Path, expected_version: str) -> list[Check]:
     """Start JupyterLab on an empty folder, ask it, and end it. What follows a failure is left out.
 
-    edition: the version of this library, which the kernel has to find as well.
+    expected_version: the version of this library, which the kernel has to find as well.
     """
+    found: list[Check] = []
+    name = SERVER  # of the check that runs: an error is its own, and what was found before stays
     try:
         with started(folder) as server:
-            found = [check_server(server)]
+            found.append(check_server(server))
             if server.token is None or found[0].status == PROBLEM:
                 return found
-            return [*found, check_widgets(server), check_kernel(server, edition)]
-    except (OSError, RuntimeError) as error:
-        return [Check(SERVER, PROBLEM, f"{error}: run `qlora-lab open room-check` and read what it says")]
+            name = WIDGETS
+            found.append(check_widgets(server))
+            name = KERNEL
+            found.append(check_kernel(server, expected_version))
+    except (OSError, RuntimeError, ValueError) as error:
+        found.append(Check(name, PROBLEM, f"{error}: {BY_HAND}"))
+    return found
 
 
 @contextmanager
@@ -85,9 +94,10 @@ def started(folder: Path) -> Iterator[Server]:
     """Yield a JupyterLab on the port that it finds free. Raises RuntimeError if it stops or does not answer in time."""
     command, changes = lab_command(folder, browser=False)
     log = folder / "server.log"
-    # a file, not a pipe: nobody has to read it, or the server would stop at a full one
+    # a file: a full pipe that nobody reads would stop the server
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder, env=os.environ | changes)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}  # it reads nothing typed
+        process = subprocess.Popen(command, **streams, cwd=folder, env=os.environ | changes)
     try:
         yield _wait(process, log)
     finally:
@@ -129,26 +139,28 @@ def check_server(server: Server) -> Check:
         asked = "widgets and kernel were not checked: open a notebook by hand, and run one cell"
         return Check(SERVER, WARNING, f"{port}, with a password or token of your own; {asked}")
     if (status := _status(server, with_token=True)) != 200:
-        fix = "a proxy may stand between: set no_proxy=localhost,127.0.0.1"
-        return Check(SERVER, PROBLEM, f"{port}, and refuses its own token with status {status}: {fix}")
+        return Check(SERVER, PROBLEM, f"{port}, and refuses its own token with status {status}: {BY_HAND}")
     return Check(SERVER, OK, f"{port}, and wants its token")
 
 
 def check_widgets(server: Server) -> Check:
     """Check that the page which JupyterLab sends loads the extensions that draw widgets."""
-    with urllib.request.urlopen(_request(server, "lab"), timeout=START_SECONDS) as answer:
+    with _OPEN(_request(server, "lab"), timeout=START_SECONDS) as answer:
         page = answer.read().decode()
-    config = json.loads(_CONFIG.search(page)[1])  # what the page will load: truer than the files on the disk
+    if not (settings := _CONFIG.search(page)):
+        return Check(WIDGETS, PROBLEM, "JupyterLab's page has no settings to read: report it")
+    config = json.loads(settings[1])  # what the page will load: truer than the files on the disk
     loaded = {extension["name"] for extension in config.get("federated_extensions", ())}
-    off = set(config.get("disabledExtensions", ()))  # by the user, or by the image of the room
+    # by the user, or by the image of the room; some name a plugin, as in "anywidget:plugin"
+    off = {entry.split(":")[0] for entry in config.get("disabledExtensions", ())}
     if missing := [name for name in EXTENSIONS if name not in loaded or name in off]:
         fix = "run `python -m pip install --force-reinstall jupyterlab_widgets anywidget`, or enable them"
         return Check(WIDGETS, PROBLEM, f"JupyterLab does not load {' and '.join(missing)}: {fix}")
     return Check(WIDGETS, OK, f"JupyterLab loads {' and '.join(EXTENSIONS)}")
 
 
-def check_kernel(server: Server, edition: str) -> Check:
-    """Check that a kernel starts, imports this edition of the library, and shows an explorer of the course."""
+def check_kernel(server: Server, expected_version: str) -> Check:
+    """Check that a kernel starts, imports this version of the library, and shows an explorer of the course."""
     from tornado.httpclient import HTTPClientError  # its own, and no OSError
 
     # the usual reason: a kernel called python3 that another environment left in the home folder
@@ -159,9 +171,9 @@ def check_kernel(server: Server, edition: str) -> Check:
     except (OSError, RuntimeError, TimeoutError, ValueError, HTTPClientError) as error:
         reason = str(error) or f"no answer within {KERNEL_SECONDS} s"
         return Check(KERNEL, PROBLEM, f"a notebook cannot run: {reason}; {same}")
-    if answer["version"] != edition:
+    if answer["version"] != expected_version:
         found = f"the kernel's Python, {answer['python']}, has version {answer['version']} of this library"
-        return Check(KERNEL, PROBLEM, f"{found}, not {edition}: {same}")
+        return Check(KERNEL, PROBLEM, f"{found}, not {expected_version}: {same}")
     if VIEW not in kinds:
         fix = "run `python -m pip install --force-reinstall ipywidgets anywidget`"
         return Check(KERNEL, PROBLEM, f"the kernel answers, and its explorers have no live view: {fix}")
@@ -179,7 +191,7 @@ def _request(server: Server, path: str, method: str = "GET", body: bytes | None 
 def _listens(server: Server) -> bool:
     try:
         return _status(server, with_token=False) > 0
-    except urllib.error.URLError:
+    except OSError:  # URLError is one; a server that has begun to listen can hang up, or keep silent
         return False
 
 
@@ -187,7 +199,7 @@ def _status(server: Server, with_token: bool) -> int:
     """Return the status of a request that reads the list of files, which is not for everybody."""
     asked = server if with_token else server._replace(token=None)
     try:
-        with urllib.request.urlopen(_request(asked, "api/contents"), timeout=START_SECONDS) as answer:
+        with _OPEN(_request(asked, "api/contents"), timeout=START_SECONDS) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -199,7 +211,7 @@ async def _ask(server: Server, code: str) -> tuple[str, set[str]]:
     Raises RuntimeError with the kernel's error, and TimeoutError.
     """
     body = json.dumps({"name": "python3"}).encode()
-    with urllib.request.urlopen(_request(server, "api/kernels", "POST", body), timeout=START_SECONDS) as answer:
+    with _OPEN(_request(server, "api/kernels", "POST", body), timeout=START_SECONDS) as answer:
         kernel = json.loads(answer.read())["id"]
     return await asyncio.wait_for(_run(server, kernel, code), KERNEL_SECONDS)
 

@@ -1,11 +1,12 @@
 """A cell that installs the library where a notebook is opened in a hosted service, such as Colab, Kaggle or Binder.
 
 In: a notebook of the course, and where the wheel lies. Out: the notebook with that cell in front. Where the library is
-installed, the cell only looks for it. The wheel is named by whoever hands the course out, and never looked for by name
-on a package index: there, anybody could offer a package called qlora-lab.
+installed, the cell only looks for it. The wheel is named by the teacher who hands the course out, and is never looked
+up on a package index: anyone could publish a package called qlora-lab there.
 
 But: on a hosted service, what shows widgets is the service's own page, which fits the ipywidgets and ipykernel that are
-there. So these stay as they are, even where they are older than the course asks for (docs/teaching.md).
+there. So these stay as they are, even where they are older than the course asks for (docs/teaching.md). A part that is
+absent is installed: without ipywidgets no explorer shows.
 """
 
 import json
@@ -34,7 +35,7 @@ if importlib.util.find_spec("qlora_lab") is None:
     importlib.invalidate_caches()
     importlib.import_module("qlora_lab.files.hosted").install_unmet()"""
 # https alone: what the address sends is installed, and run.
-_ADDRESS = re.compile(r"(git\+)?https://[^\s\"']+")
+_ADDRESS = re.compile(r"(git\+)?https://[^\s\"'\ud800-\udfff]+")  # a lone surrogate: bytes that are not UTF-8
 _WHEEL = re.compile(r"qlora_lab-[\w.+!]+-py3-none-any\.whl")
 
 
@@ -61,8 +62,8 @@ def wheel_beside(where: str) -> Path | None:
 def with_setup(notebook: bytes, wheel: str) -> bytes:
     """Return a notebook with the cell in front. wheel: an address, or a path as seen from the notebook's folder."""
     content = parse(decoded(notebook, "a notebook of the course"), "a notebook of the course")
-    # JSON's quotes are Python's, too, whatever stands in the path
-    lines = CELL.format(wheel=json.dumps(wheel)).splitlines(keepends=True)
+    # JSON's quotes are Python's, too. Its escapes are not: of a letter beyond 16 bits it makes two halves
+    lines = CELL.format(wheel=json.dumps(wheel, ensure_ascii=False)).splitlines(keepends=True)
     cell = {"cell_type": "code", "execution_count": None, "id": "setup", "metadata": {"tags": ["setup"]}}
     content["cells"].insert(0, cell | {"outputs": [], "source": lines})
     # as nbformat writes it, so that a copy differs from the course in this cell alone
@@ -76,11 +77,12 @@ def install_unmet() -> None:
     """
     lacking = unmet()
     # all at once, so that pip finds versions that fit each other
-    wanted = [one.requirement for one in lacking if one.name not in PARTS_OF_SERVICE]
+    absent = [one for one in lacking if one.installed is None and one.name != "jupyterlab"]
+    wanted = [one.requirement for one in lacking if one.name not in PARTS_OF_SERVICE or one in absent]
     if wanted:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
     older = [one for one in lacking if one.name in PARTS_OF_SERVICE and one.installed]
     if older:
         names = ", ".join(f"{one.name} {one.installed} (tested: {one.requirement})" for one in older)
-        kept = "they belong to this service and were kept; live views during training may come only at the end"
+        kept = "they belong to this service and were kept; live views during training may appear only at the end"
         warnings.warn(f"{names}: {kept}", stacklevel=2)

@@ -1,4 +1,4 @@
-"""Memory for large weights in pages of 2 MiB, so that whoever reads them waits less for their addresses.
+"""Memory for large weights in pages of 2 MiB, so that a read waits less for addresses.
 
 In: a shape and a dtype. Out: a tensor without values, as torch.empty gives it, with not a byte more in memory.
 A processor finds memory through a table of pages, and remembers a few thousand entries. With pages of 4 KiB, a model of

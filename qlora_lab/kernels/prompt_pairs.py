@@ -1,7 +1,7 @@
 """Attention of a prompt in pairs of bf16: prompt_attention.py where int8 was asked for. Twin of infer/step.py.
 
 In and out as there, float32. Queries, keys, values and powers are rounded to bf16; scores, sums of powers and results
-are float32. A result so errs by some 2^-8 of the values, where the int8 products around it err by a hundredth.
+are float32. So a result errs by about 2^-8 of the values, and the int8 products around it by about a hundredth.
 
 One instruction multiplies 32 pairs, where float32 takes two. On a core of a Zen 4 it takes 2.7 ms for a layer of
 SmolLM2-135M and 512 tokens, float32 4.2; the multiplications alone would take 1.4, exponentials 0.5.

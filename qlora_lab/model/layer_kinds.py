@@ -35,9 +35,8 @@ def _computes_a_product(kind: type[nn.Module]) -> bool:
     # Once for each class: a model has thousands of layers, and a handful of classes.
     if not issubclass(kind, nn.Linear) or kind.forward is nn.Linear.forward:
         return False
-    plain = nn.Linear(
-        3, 2, dtype=torch.float32, device="meta"
-    )  # without values, so torch's random numbers stay where they are
+    # on meta, without values, so torch's random numbers stay where they are
+    plain = nn.Linear(3, 2, dtype=torch.float32, device="meta")
     plain.weight = nn.Parameter(torch.arange(6, dtype=torch.float32).view(2, 3))
     plain.bias = nn.Parameter(torch.tensor([10.0, 20.0], dtype=torch.float32))
     # small whole numbers, so any order of summing is exact

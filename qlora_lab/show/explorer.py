@@ -100,9 +100,9 @@ class Explorer(ABC):
     def save_html(self, path, progress=True) -> SavedPage:
         """Write a page that plays in a browser without a kernel or a network, and begins with the present state.
 
-        Its states are drawn now, for up to a minute. It has at most half a megabyte, so it leaves stops out where they
-        are many; SavedPage says how many. A page that an earlier call wrote is replaced. Raises FileExistsError for any
-        other file, OSError for a place that cannot be written, and ValueError for an empty path.
+        Its states are drawn now, for up to half a minute. It has at most half a megabyte, so it leaves stops out where
+        they are many; SavedPage says how many. A page that an earlier call wrote is replaced. Raises FileExistsError
+        for any other file, OSError for a place that cannot be written, and ValueError for an empty path.
         """
         return save_page(self, path, progress)
 
@@ -124,12 +124,12 @@ class Explorer(ABC):
         reset.observe(lambda _: self.reset(), "clicks")
         over = [self._controls[field] for field in self.above]
         beside = [control for control in self._controls.values() if control not in over]
-        play = [Play(self._controls[self.played])] if self.played else []
-        panel = W.VBox([*beside, *play, reset], layout=W.Layout(flex="1 1 240px", min_width="0"))
+        self._play = [Play(self._controls[self.played])] if self.played else []  # it follows its slider
+        panel = W.VBox([*beside, *self._play, reset], layout=W.Layout(flex="1 1 240px", min_width="0"))
         figure = W.VBox([*over, self._pane], layout=W.Layout(flex="3 1 420px", min_width="0"))
         row = W.Box([panel, figure], layout=W.Layout(flex_flow="row wrap", grid_gap="8px 24px"))
         source = details_html("Show source", source_html(self.compute, *called_functions(self.compute)))
-        whole = W.VBox([StatusLine(*self._controls.values(), *play, reset), row, W.HTML(source)])
+        whole = W.VBox([StatusLine(*self._controls.values(), *self._play, reset), row, W.HTML(source)])
         whole.add_class("qlora-explorer")  # for the browser tests
         return whole
 

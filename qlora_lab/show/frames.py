@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-TILE = 16  # pixels: 8 make a sheet a tenth smaller, and what says where its tiles go twice as large
+TILE = 16  # pixels: 8 make a sheet a sixth smaller, and what says where its tiles go twice as large
 ACROSS = 64  # tiles on the sheet
 SAME, FIRST, NEXT, OLDER = range(4)  # a tile is that of the picture before or of the first one, or new, or an older one
 

@@ -65,7 +65,7 @@ class Grid:
 
 
 def smallest(rounds: list[list[list]], start: tuple) -> Grid:
-    """Make the grid with the coarsest stops, of which one control at a time is away from its start."""
+    """Make the grid with the coarsest stops, with one control at a time away from its start."""
     return Grid(tuple(tuple(map(tuple, each)) for each in rounds), start, (1,) * len(start), 1)
 
 

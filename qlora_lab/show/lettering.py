@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-KEPT = 512  # texts of all figures together, of some 10 kB each
+KEPT = 512  # texts of all figures together, about 10 kB each
 MARGIN = 2  # pixels: letters lean out of the box that their metrics give
 
 _kept: dict[tuple, tuple[int, int, np.ndarray]] = {}  # look -> first row and column from the anchor, coverage
@@ -37,9 +37,9 @@ def draw(fig: Figure, text: Text, pixels: np.ndarray) -> None:
         top, left, coverage = _kept[look]
     else:
         top, left, coverage, whole = _coverage(fig, text, row, column, pixels.shape[:2])
-        if len(_kept) == KEPT:
-            _kept.pop(next(iter(_kept)))  # the oldest
         if whole:  # what an edge cuts here has room elsewhere
+            if len(_kept) == KEPT:
+                _kept.pop(next(iter(_kept)))  # the oldest
             _kept[look] = top, left, coverage
     _lay(coverage, row + top, column + left, np.array(to_rgb(text.get_color())) * 255, pixels)
 

@@ -74,7 +74,8 @@ const play = async () => {
   const show = () => {
     const number = found.get(now.join());
     draw(pictures[number]);
-    canvas.ariaLabel = sentence.textContent = page.sentences[number];
+    sentence.textContent = page.sentences[number];
+    canvas.setAttribute("aria-label", page.sentences[number]);         // some browsers have no property for it
     code.textContent = page.codes[number];
     models.forEach((model, c) => model.update({ ...first[c], ...page.fields[number][c],
                                                 [controls[c].moved]: controls[c].stops[now[c]] }));

@@ -1,7 +1,7 @@
 """An explorer as a page of its own that plays in a browser: its states are drawn beforehand, so it needs no kernel.
 
-In: an Explorer or a FollowWeight. Out: one HTML file of at most LIMIT bytes, with the controls, the pictures and the
-sentences that a kernel would give for the same states (playable.js shows them).
+In: an Explorer or a FollowWeight. Out: one HTML file of at most LIMIT bytes, unless the smallest page is larger, with
+the controls, the pictures and the sentences that a kernel would give for the same states (playable.js shows them).
 
 Not here: which states (grid.py), how pictures become small (frames.py).
 """
@@ -65,7 +65,7 @@ summary { margin-top: 8px; }
 class SavedPage(NamedTuple):
     """What save_html has written. stops: field -> how many values its control has there, and how many in a notebook.
 
-    together: how many controls can be away from where the page begins, at a time.
+    together: how many controls can differ from the start, at a time.
     """
 
     path: Path
@@ -95,7 +95,7 @@ class Drawn:
         explorer = self.explorer
         with explorer._lock, ExitStack() as waiting:
             # the values at the end are those at the beginning, so a live page gets nothing new
-            for control in self.controls.values():
+            for control in (*self.controls.values(), *explorer._play):
                 waiting.enter_context(control.hold_sync())
             explorer._paused = True
             try:
@@ -145,7 +145,7 @@ def save_page(explorer: "Explorer", path: str | Path, progress: bool) -> SavedPa
         drawn.close()
     save_text(path, text)
     stops = {field: (len(grid.stops(i)), sum(map(len, grid.rounds[i]))) for i, field in enumerate(drawn.controls)}
-    return SavedPage(path, len(text.encode()), len(grid), stops, grid.together)
+    return SavedPage(path, _size(text), len(grid), stops, grid.together)
 
 
 def save_text(path: str | Path, text: str) -> Path:
@@ -164,11 +164,11 @@ def _fitted(drawn: Drawn) -> tuple[Grid, str]:
     # even if it is too large: a page with fewer than three stops would show nothing
     grid = smallest([control.rounds() for control in drawn.controls.values()], drawn.start)
     drawn.draw([drawn.start])
-    fixed = len(explorer_page(drawn, [drawn.start], grid))
+    fixed = _size(explorer_page(drawn, [drawn.start], grid))
     text = _page_of(drawn, grid)
     refused = set()
     while True:
-        each = max(1.0, (len(text) - fixed) / max(1, len(grid) - 1))  # bytes of a state
+        each = max(1.0, (_size(text) - fixed) / max(1, len(grid) - 1))  # bytes of a state
         larger = grid
         # as many steps as are predicted to fit, and one measurement after them
         while better := next((g for g in larger.larger() if g not in refused and _fits(g, fixed, each)), None):
@@ -176,11 +176,16 @@ def _fitted(drawn: Drawn) -> tuple[Grid, str]:
         if larger is grid:
             return grid, text
         tried = _page_of(drawn, larger)
-        if len(tried) <= LIMIT:
+        if _size(tried) <= LIMIT:
             grid, text = larger, tried
         else:
             # what was drawn for it stays in memory: the next attempt shares most of it
             refused.add(larger)
+
+
+def _size(text: str) -> int:
+    """Return the bytes of a page: names and source that it shows are not all ASCII."""
+    return len(text.encode())
 
 
 def _fits(grid: Grid, fixed: int, each: float) -> bool:
@@ -258,7 +263,9 @@ def _note(drawn: Drawn, grid: Grid) -> str:
             left_out.append(f"{control.description} has {shown} of {all_of_it} stops")
     if grid.together < len(drawn.controls):
         one = "one control" if grid.together == 1 else f"{grid.together} controls"
-        left_out.append(f"{one} at a time can be away from where it began")
+        left_out.append(f"{one} at a time can differ from the start")
+    if drawn.explorer.played:
+        left_out.append("the Play button is left out")
     return f"Drawn beforehand, without a kernel: {'; '.join(left_out)}." if left_out else ""
 
 
@@ -318,14 +325,17 @@ def _module(control: Control) -> str:
 def check_page_path(path: str | Path) -> Path:
     """Return the path if a page may be written there: nothing is there, or a page that save_html wrote.
 
-    Raises FileExistsError for anything else, and ValueError for an empty path.
+    Raises FileExistsError for anything else, FileNotFoundError for a folder that is not there, and ValueError for an
+    empty path.
     """
     path = out_path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}: create it, or choose another")
     if path.exists() and not path.is_file():
         raise FileExistsError(f"{path} is a folder, but a page is a file: name a file")
     if path.exists():
         # the mark stands in the head: nobody's large file is read
         with path.open("rb") as file:
             if MARK.encode() not in file.read(1000):
-                raise FileExistsError(f"{path} exists and is no explorer's page, so it is kept: name another file")
+                raise FileExistsError(f"{path} exists and is not an explorer's page, so it is kept: name another file")
     return path

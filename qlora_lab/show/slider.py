@@ -17,7 +17,7 @@ from qlora_lab.show.control import Control
 from qlora_lab.show.grid import halved
 
 FOCUS = "outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px;"
-MANY = 12  # words, of which a page without a kernel leaves out none
+MANY = 12  # words: up to this many, a page without a kernel keeps them all
 
 
 class Steps(NamedTuple):

@@ -14,6 +14,11 @@ OUT = """() => {
 }"""
 
 
+def wait_for(deck, number):
+    """Wait until a slide is in sight: the browser tells of a new address a moment after the key."""
+    deck.wait_for_function(f"number => ({SEEN})() === `${{number}}`", arg=number)
+
+
 @pytest.fixture(scope="module")
 def deck(context, tmp_path_factory):
     path = tmp_path_factory.mktemp("slides") / "slides.html"
@@ -33,7 +38,7 @@ def test_every_slide_fits_its_window(deck, size):
     deck.set_viewport_size({"width": size[0], "height": size[1]})
     deck.keyboard.press("Home")
     for number in range(1, 13):
-        assert deck.evaluate(SEEN) == str(number)
+        wait_for(deck, number)
         assert max(deck.evaluate(OUT)) <= 1, f"slide {number}"
         deck.keyboard.press("ArrowRight")
     assert deck.evaluate(SEEN) == "12"  # the last stays
@@ -41,9 +46,11 @@ def test_every_slide_fits_its_window(deck, size):
 
 def test_keys_go_both_ways_and_a_reload_stays(deck):
     deck.keyboard.press("Home")
-    for key, number in (("PageDown", "2"), (" ", "3"), ("ArrowLeft", "2"), ("End", "12"), ("PageUp", "11")):
+    wait_for(deck, 1)
+    keys = {"PageDown": 2, " ": 3, "ArrowLeft": 2, "ArrowRight": 3, "Shift+ ": 2, "End": 12, "PageUp": 11}
+    for key, number in keys.items():
         deck.keyboard.press(key)
-        assert deck.evaluate(SEEN) == number
+        wait_for(deck, number)
     deck.reload()
     assert deck.evaluate(SEEN) == "11" and deck.title() == "Play with every byte"
 
@@ -56,6 +63,18 @@ def test_n_shows_the_answer_and_hides_it_again(deck):
         assert answer.is_visible() == seen
         deck.keyboard.press("n")
     deck.keyboard.press("n")
+
+
+def test_long_notes_are_scrolled_and_the_slide_stays(deck):
+    deck.set_viewport_size({"width": 1280, "height": 300})
+    deck.keyboard.press("End")
+    wait_for(deck, 12)
+    deck.keyboard.press("n")
+    deck.keyboard.press("ArrowDown")
+    deck.wait_for_function("scrollY > 0")
+    assert deck.evaluate(SEEN) == "12"
+    deck.keyboard.press("n")
+    deck.set_viewport_size({"width": 1280, "height": 720})
 
 
 def test_a_print_has_a_page_for_each_slide(deck):

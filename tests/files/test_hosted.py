@@ -71,6 +71,14 @@ def test_the_cell_installs_the_wheel_and_then_what_is_missing(runs, monkeypatch)
     assert runs == [[*pip, "--no-deps", ADDRESS], [*pip, "safetensors>=0.5"]]
 
 
+def test_a_part_of_the_service_that_is_absent_is_installed(runs, monkeypatch, recwarn):
+    """Without ipywidgets no explorer shows, and there is no version that the service's page could fit."""
+    absent = [Unmet("ipywidgets", "ipywidgets>=8.1.5", None), Unmet("jupyterlab", "jupyterlab>=4.4", None)]
+    monkeypatch.setattr(hosted, "unmet", lambda: absent)
+    install_unmet()
+    assert runs == [[sys.executable, "-m", "pip", "install", "--quiet", "ipywidgets>=8.1.5"]] and not recwarn.list
+
+
 def test_nothing_is_installed_or_said_where_nothing_is_missing(runs, monkeypatch, recwarn):
     monkeypatch.setattr(hosted, "unmet", list)
     install_unmet()
@@ -94,6 +102,7 @@ def test_an_address_is_no_file(where):
         ("", ValueError, "is neither an https address nor a wheel"),
         ("other-1.0-py3-none-any.whl", ValueError, "is neither an https address nor a wheel"),
         ('https://example.org/a" b.whl', ValueError, "begins with https"),
+        ("https://example.org/\udcff.whl", ValueError, "begins with https"),
         ("qlora_lab-9.9-py3-none-any.whl", FileNotFoundError, "there is no wheel qlora_lab-9.9.*: build it"),
     ],
 )
@@ -119,6 +128,12 @@ def test_hosted_is_for_copies(tmp_path, capsys):
     assert "add --copy-only" in capsys.readouterr().err and not (tmp_path / "mine").exists()
     assert cli.main(["open", str(tmp_path / "mine"), "--copy-only", "--hosted", "nothing"]) == 2
     assert "nothing' is neither" in capsys.readouterr().err and not (tmp_path / "mine").exists()
+
+
+def test_letters_of_a_path_stay_letters():
+    where = f"Übung-𠀀/{Path(ADDRESS).name}"
+    (cell, *_) = sources(with_setup((NOTEBOOKS / "01_codebook.ipynb").read_bytes(), where))
+    assert f'wheel = "{where}"\n' in cell
 
 
 def test_grade_reads_a_copy_as_it_reads_the_course(tmp_path):

@@ -42,8 +42,8 @@ EXCEPTIONS = {
     ("files/results_file.py", "truncate"): "a row that was torn off, of an open file",
     ("show/figure.py", "savefig"): "into memory",
     ("doctor/lab.py", "open"): "what JupyterLab says, in the system's temporary folder",
-    ("doctor/room.py", "TemporaryDirectory"): "where the check works",
-    ("doctor/room.py", "TemporaryFile"): "the question whether a folder takes a file",
+    ("doctor/machine.py", "TemporaryDirectory"): "where the check works",
+    ("doctor/machine.py", "TemporaryFile"): "the question whether a folder takes a file",
 }
 
 

@@ -62,7 +62,7 @@ EXPLORERS += [KernelMapExplorer, MemoryExplorer, PageTableExplorer, MidpointExpl
 EXPLORERS += [TournamentExplorer, ZooExplorer, block_sizes, many_block_sizes, survival]
 
 
-def check_all_states(explorer):
+def check_ends(explorer):
     """The start, and each control at both of its ends; the Blit keeps the background of a setting, and so do we."""
     kept = {}
     start = explorer.state
@@ -80,21 +80,21 @@ def check_all_states(explorer):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", EXPLORERS, ids=lambda make: make.__name__)
 def test_an_explorer(make):
-    check_all_states(make())
+    check_ends(make())
 
 
 @pytest.mark.slow
 def test_the_xray(tmp_path):
     explorer = XrayExplorer(toy_checkpoint(tmp_path))
-    check_all_states(explorer)
+    check_ends(explorer)
     explorer.set(tensor="v")  # with groups, and a byte behind the last one
-    check_all_states(explorer)
+    check_ends(explorer)
 
 
 @pytest.mark.slow
 def test_what_a_tower_sees():
     explorer = SeeingExplorer(TOWER, asked="colour")  # has the most words
-    check_all_states(explorer)
+    check_ends(explorer)
 
 
 @pytest.mark.slow

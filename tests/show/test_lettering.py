@@ -66,6 +66,8 @@ def test_few_texts_are_kept(page, monkeypatch):
     for said in "abca":
         both(page, said=said)
     assert [look[0] for look in kept] == ["c", "a"]
+    both(page, said="cut", x=0.95)  # an edge cuts it, so it is not kept, and takes nobody's place
+    assert [look[0] for look in kept] == ["c", "a"]
 
 
 def test_a_text_that_an_edge_cuts_has_all_its_letters_elsewhere(page):

