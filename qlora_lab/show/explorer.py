@@ -126,7 +126,12 @@ class Explorer(ABC):
         beside = [control for control in self._controls.values() if control not in over]
         self._play = [Play(self._controls[self.played])] if self.played else []  # it follows its slider
         panel = W.VBox([*beside, *self._play, reset], layout=W.Layout(flex="1 1 240px", min_width="0"))
-        figure = W.VBox([*over, self._pane], layout=W.Layout(flex="3 1 420px", min_width="0"))
+        # what stands over the picture scrolls with it, and is never narrower: a handle stands over its line
+        least = f"{self._pane.least + 4}px" if over else "0"  # 2 on each side are the picture's margin
+        figure = W.VBox([*over, self._pane], layout=W.Layout(min_width=least, width="100%"))
+        figure = W.Box([figure], layout=W.Layout(flex="3 1 420px", min_width="0", overflow="auto" if over else None))
+        if over:
+            figure.add_class("qlora-picture")  # a place that scrolls, as the pane's own
         row = W.Box([panel, figure], layout=W.Layout(flex_flow="row wrap", grid_gap="8px 24px"))
         source = details_html("Show source", source_html(self.compute, *called_functions(self.compute)))
         whole = W.VBox([StatusLine(*self._controls.values(), *self._play, reset), row, W.HTML(source)])

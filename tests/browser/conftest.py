@@ -91,12 +91,13 @@ class LabNotebook:
         return self.page.get_by_role("slider", name=name, exact=True)
 
     def control(self, name):
+        """The control of this name; of several, such as "Reset" of two explorers, the first."""
         roles = [self.page.get_by_role(role, name=name, exact=True) for role in ("slider", "checkbox", "button")]
-        return roles[0].or_(roles[1]).or_(roles[2])
+        return roles[0].or_(roles[1]).or_(roles[2]).first
 
     def picture(self, name):
         """The picture of the explorer that this control belongs to."""
-        return self.page.locator(".qlora-explorer").filter(has=self.control(name)).locator("img")
+        return self.control(name).locator("xpath=ancestor::*[contains(@class, 'qlora-explorer')]").locator("img")
 
     def move(self, name, key):
         """Press a key on a control; the alt text and the pixels must change. Returns the new alt text."""

@@ -97,7 +97,7 @@ MOVES = {  # control, key, part of the new alt text
         ("Size d", "End", "128 x 128"),
         ("Rank r", "Home", "r=1: 256 parameters, 2 % of 16,384"),
         ("Decay", "End", "decay 3"),
-        ("Change", "End", "the code becomes"),
+        ("Reset", "Enter", "64 x 64, decay 1, r=8: 1,024 parameters"),
     ],
     "08_memory": [
         ("Model", "ArrowRight", "llama-3-8b, nf4/64 + double"),
