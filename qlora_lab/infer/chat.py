@@ -94,6 +94,7 @@ class Chat:
         fix = "reset the conversation, or ask a shorter question"
         check_context("the conversation", len(ids), self._model, self._adapter, fix)
         run = Decoding(self._model, self._tokenizer, [ids], self._most, self._sampling, adapter=self._adapter)
+        run.remember = True
         run.prefix, self._prefix = self._prefix, None  # an old cache goes as soon as the new one holds what is in it
         self.reply = None  # a caller that stops before the first piece must not find the last answer here
         return self._answer(question, run, self.turns)

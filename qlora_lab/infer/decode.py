@@ -82,7 +82,6 @@ def decode(
     transformers answers; a NaN's layer is then not named.
     """
     run = Decoding(model, tokenizer, prompts, max_new_tokens, sampling)
-    run._remembers = False  # nobody can ask this one for its prefix
     bar = tqdm(desc="answers", unit="piece", leave=False, delay=2, disable=not progress)
     with bar:
         try:
@@ -104,7 +103,8 @@ class Decoding:
     adapter: False answers as the base does, from the same packed weights; an iteration raises ValueError if the model
     has no adapter, or if all of its weights learned.
     prefix: set it to that of an earlier Decoding, whose tokens are then not read again where a prompt begins with them.
-    An iteration leaves what it read; None where transformers answered.
+    remember: set it to True, and an iteration leaves what it read in `prefix`; None where transformers answered. All
+    weights are looked at for that, which takes the time of a few tokens.
     """
 
     def __init__(self, model, tokenizer, prompts, max_new_tokens=128, sampling=GREEDY, *, adapter=True):
@@ -113,8 +113,8 @@ class Decoding:
         check_sampling(model, sampling, adapter)  # now, and not with the first piece
         self._adapter = adapter
         self._begun = 0  # iterations
-        self._remembers = True  # leaves a prefix
         self.prefix: Prefix | None = None
+        self.remember = False
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._prompts = _as_ids(prompts, tokenizer)
         check_tokens(model, tokenizer, {token for ids in self._prompts for token in ids})
@@ -148,7 +148,7 @@ class Decoding:
         longest = max(len(row.prompt) + row.room for row in self._rows) - 1  # the model never reads the last token
         cache = make_cache(stack, len(self._rows), longest, self._sampling.cache_bits)
         before, self.prefix = self.prefix, None
-        needed = self._remembers or before is not None
+        needed = self.remember or before is not None
         weights = (weights_of(stack), self._sampling.int8) if needed else ()
         if before is not None:
             take_over(before, [row.known[:-1] for row in self._rows], weights, cache)
@@ -162,7 +162,7 @@ class Decoding:
                 if number != self._begun:
                     raise ValueError("another iteration over these answers has begun: go on with that one")
         finally:
-            if number == self._begun and self._remembers:
+            if number == self._begun and self.remember:
                 read = zip(self._rows, cache.lengths.tolist(), strict=True)
                 self.prefix = Prefix([row.known[:n] for row, n in read], cache, weights)
 

@@ -33,7 +33,7 @@ def read(monkeypatch) -> list[int]:
 
 def answered(model, tokenizer, ids, prefix=None, **how):
     run = Decoding(model, tokenizer, [ids], 6, **how)
-    run.prefix = prefix
+    run.prefix, run.remember = prefix, True
     for _ in run:
         pass
     return run
@@ -177,15 +177,20 @@ def test_other_signs_are_other_weights(size, packed):
 
 def test_what_is_left_is_taken_up_without_reading(packed, tokenizer, read):
     whole = decode(packed, tokenizer, [PROMPT, PROMPT[:3]], 6, progress=False)
-    run = Decoding(packed, tokenizer, [PROMPT, PROMPT[:3]], 6)
-    next(iter(run))
-    assert list(run) and run.answers == whole
-    assert read[2:] == [len(PROMPT) - 1, 2, 0, 0]
+    for remember, again in ((True, [0, 0]), (False, [len(PROMPT) - 1, 1, 2, 1])):
+        del read[:]
+        run = Decoding(packed, tokenizer, [PROMPT, PROMPT[:3]], 6)
+        run.remember = remember
+        next(iter(run))
+        assert list(run) and run.answers == whole
+        assert read[:2] == [len(PROMPT) - 1, 2] and read[2:] == again
+        assert (run.prefix is not None) == remember
 
 
 def test_of_two_iterations_the_earlier_one_ends(packed, tokenizer, read):
     """Its cache misses what the later one says, and its end must not replace the later one's prefix."""
     run = Decoding(packed, tokenizer, [PROMPT], 6)
+    run.remember = True
     earlier, later = iter(run), iter(run)
     next(earlier), next(later)
     with pytest.raises(ValueError, match="another iteration over these answers has begun: go on with that one"):
