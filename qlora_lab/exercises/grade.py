@@ -4,7 +4,7 @@ In: notebooks, or folders of them. Out: a Grade for each, and a file of scores. 
 kernel runs its answers, the course's checks and the cells that these need, in a scratch folder. An answer that does not
 end, or that ends its kernel, costs its own exercise alone: the notebook runs once more without it.
 
-But: answers are programs, and run with the rights of whoever grades. Grade strangers' work in an account or a container
+But: answers are programs, and run with your own rights. Grade strangers' work in an account or a container
 of its own.
 """
 
@@ -254,7 +254,7 @@ def _client(sources: list[str]):
 
 
 def _options(scratch: Path) -> dict:
-    """How the kernel starts: in scratch, silent, and without the profile of whoever grades."""
+    """How the kernel starts: in scratch, silent, and without your own profile."""
     environment = os.environ | {"IPYTHONDIR": str(scratch / "ipython")}
     if not is_packaged():  # the library that checks is the one that grades, whichever is installed beside a checkout
         earlier = os.environ.get("PYTHONPATH")

@@ -2,7 +2,7 @@
 
 In: a verdict for each check. Out: JSON, {exercise: [verdict, line]}. A student's code can print "correct", or send all
 printed text elsewhere; neither changes a grade.
-But: it runs in the student's own process. Whoever wants to forge a verdict can, and will have read this file.
+But: it runs in the student's own process. A student who wants to forge a verdict can, and will have read this file.
 """
 
 import json

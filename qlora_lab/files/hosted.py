@@ -77,12 +77,12 @@ def install_unmet() -> None:
     """
     lacking = unmet()
     # all at once, so that pip finds versions that fit each other
-    absent = [one for one in lacking if one.installed is None and one.name != "jupyterlab"]
-    wanted = [one.requirement for one in lacking if one.name not in PARTS_OF_SERVICE or one in absent]
+    absent = [package for package in lacking if package.installed is None and package.name != "jupyterlab"]
+    wanted = [package.requirement for package in lacking if package.name not in PARTS_OF_SERVICE or package in absent]
     if wanted:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
-    older = [one for one in lacking if one.name in PARTS_OF_SERVICE and one.installed]
+    older = [package for package in lacking if package.name in PARTS_OF_SERVICE and package.installed]
     if older:
-        names = ", ".join(f"{one.name} {one.installed} (tested: {one.requirement})" for one in older)
+        names = ", ".join(f"{package.name} {package.installed} (tested: {package.requirement})" for package in older)
         kept = "they belong to this service and were kept; live views during training may appear only at the end"
         warnings.warn(f"{names}: {kept}", stacklevel=2)
