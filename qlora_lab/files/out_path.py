@@ -18,6 +18,14 @@ def out_path(path: str | Path) -> Path:
     return expanded(path)
 
 
+def out_file(path: str | Path) -> Path:
+    """Do the same for a single file. Raises FileNotFoundError also where its folder is not there."""
+    place = out_path(path)
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {place.parent}: create it, or choose another")
+    return place
+
+
 def out_folder(path: str | Path) -> Path:
     """Do the same for a folder of weights. Raises ValueError also where it is not UTF-8, as safetensors demands."""
     place = out_path(path)

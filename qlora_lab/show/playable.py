@@ -20,7 +20,7 @@ import anywidget
 import numpy as np
 from tqdm.auto import tqdm
 
-from qlora_lab.files.out_path import out_path
+from qlora_lab.files.out_path import out_file
 from qlora_lab.files.replace import replace_text
 from qlora_lab.show.control import Control
 from qlora_lab.show.frames import ACROSS, TILE, Frames
@@ -328,9 +328,7 @@ def check_page_path(path: str | Path) -> Path:
     Raises FileExistsError for anything else, FileNotFoundError for a folder that is not there, and ValueError for an
     empty path.
     """
-    path = out_path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent}: create it, or choose another")
+    path = out_file(path)
     if path.exists() and not path.is_file():
         raise FileExistsError(f"{path} is a folder, but a page is a file: name a file")
     if path.exists():
