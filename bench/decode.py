@@ -160,9 +160,11 @@ def main() -> None:
         where = a.packages, Path(home), a.rounds
         rows = seven_b(*where, a.layers) if a.seven_b else smollm2(*where, a.tokens)
     earlier = json.loads(a.out.read_text("utf-8"))["rows"] if a.out.exists() else []
-    kept = [row for row in earlier if row["model"] not in {row["model"] for row in rows}]  # of the other model
     facts = {"date": date.today().isoformat(), "processor": cpu_name(), "threads": torch.get_num_threads()}
-    result = {"torch": torch.__version__, "rows": kept + [facts | row for row in rows]}
+    facts["torch"] = torch.__version__
+    # of other machines, and of the other model
+    kept = [row for row in earlier if (row["processor"], row["model"]) != (cpu_name(), rows[0]["model"])]
+    result = {"rows": sorted(kept + [facts | row for row in rows], key=lambda row: row["processor"])}
     write(a.out, json.dumps(result, indent=1) + "\n")
     if a.out == STORED:
         render()

@@ -127,8 +127,10 @@ def random_7b(layers: int) -> nn.Module:
 
 
 def of_ours() -> tuple[dict[str, Contender], int]:
-    packed, words = ql.load(MODEL, progress=False)
-    tuned = adapted(ql.load(MODEL, progress=False)[0])  # loaded, not copied: a copy's head would lie in small pages
+    # as `qlora-lab generate` and `chat` load it
+    packed, words = ql.load(MODEL, dtype=torch.bfloat16, progress=False)
+    # loaded, not copied: a copy's head would lie in small pages
+    tuned = adapted(ql.load(MODEL, dtype=torch.bfloat16, progress=False)[0])
     contenders = {"ours": ours(packed, words), f"ours, LoRA r={RANK}": ours(tuned, words)}
     contenders |= {"ours, int8": ours(packed, words, int8=True), f"ours, {ROWS} rows": ours(packed, words, ROWS)}
     return contenders, bytes_read(read_stack(packed))

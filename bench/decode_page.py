@@ -5,6 +5,7 @@ python bench/decode_page.py      renew the section, as bench/decode.py does afte
 
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -19,12 +20,16 @@ OURS = "ours", "ours, int8"  # whose bytes are those of the floor
 
 
 def section(result: dict) -> str:
-    """The section of docs/speed.md, in Markdown."""
-    rows = result["rows"]
+    """The section of docs/speed.md, in Markdown: a table for each machine."""
+    machines = groupby(result["rows"], key=lambda row: row["processor"])
+    return "\n".join(_machine([*rows]) for _, rows in machines)
+
+
+def _machine(rows: list[dict]) -> str:
     named = [row for row in rows if "shape" not in row]  # of a model that can be fetched
     short, long, batch = (next(row for row in named if test(row)) for test in (_is_short, _is_long, _is_batch))
     words = [
-        f"Measured on {short['date']}: {short['processor']}, torch {result['torch']}{_versions(short)}. Greedy answers "
+        f"Measured on {short['date']}: {short['processor']}, torch {short['torch']}{_versions(short)}. Greedy answers "
         f"of {short['model']}, all contenders in turn with {short['threads']} threads; figures are medians. A prompt's "
         "time holds its first token.",
         "",

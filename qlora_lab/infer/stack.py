@@ -8,6 +8,7 @@ weights. So families are named here, each is compared with transformers by a tes
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.lora_linear import LoRALinear
+from qlora_lab.model.empty_model import fields_of
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.wide import WideHead
 from qlora_lab.quant.quantize import QuantizedTensor
@@ -71,6 +73,18 @@ class Stack(NamedTuple):
     head_dim: int
     eps: float  # of the norms
     rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]]  # n -> cosines and sines of positions 0 to n - 1
+
+
+def answer_dtype(folder: Path) -> str:
+    """Return "bfloat16" for a model that only answers, and whose file holds bf16: then nothing is rounded or widened.
+
+    A token passes the layers in float32, whatever the model's dtype, and reads all of the head: in bf16, half the
+    bytes. "auto", the library's choice, for other files and families, and on a GPU: there transformers answers.
+    """
+    config = fields_of(folder)
+    stored = config.get("dtype", config.get("torch_dtype"))
+    ours = config.get("model_type") in FAMILIES and not torch.cuda.is_available()
+    return "bfloat16" if ours and stored == "bfloat16" else "auto"
 
 
 def read_stack(model: nn.Module) -> Stack:

@@ -10,17 +10,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.cli import chat as command
 from qlora_lab.cli.answering import tidy
 from qlora_lab.infer import decode as decoding
+from qlora_lab.infer.stack import answer_dtype
 from qlora_lab.infer.step import step
+from qlora_lab.kernels import product
+from qlora_lab.model.load import load
 from tests.cli.test_cli_quiet import adapter
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*are in 4 bits;")]
 ASKED = "<|im_start|>user\ndouble 3<|im_end|>\n<|im_start|>assistant\n"
+GIVEN = {"generate": (["double 3"], ""), "chat": ([], "double 3\n")}  # command -> words, and lines of stdin
 FEW = ["--max-new-tokens", "6", "--quiet"]
 
 
@@ -54,8 +59,6 @@ def interrupted_at(monkeypatch, number, sent=signal.SIGINT):
 
 def learned(folder, tmp_path) -> Path:
     """An adapter that changes what the model says."""
-    import torch
-
     from qlora_lab.adapters.adapter import learned as tensors
 
     model = ql.add_lora(ql.load(folder, progress=False)[0], r=2)
@@ -73,14 +76,46 @@ def test_a_piped_answer_is_the_one_of_the_library(run, folder):
     assert said == {"question": "double 3", "answer": want.text.strip(), "ended": "length"}
 
 
+def stored_as(folder, dtype):
+    """The model in `folder` in another dtype."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_a_head_in_bf16_is_read_as_it_is_stored(run, folder, monkeypatch, name):
+    """Where float32 products are faster, too: an answer computes in float32 anyway, and reads half as much."""
+    product.keep(product.Race.won_by("float32"))
+    stored_as(folder, torch.bfloat16)
+    words, lines = GIVEN[name]
+    want = run(name, *words, "--json", "--dtype", "float32", lines=lines)[1]
+    heads = []
+    monkeypatch.setattr(ql, "load", lambda *given, **options: heads.append(load(*given, **options)) or heads[-1])
+    said = run(name, *words, "--json", lines=lines)[1]
+    assert json.loads(said)["answer"] == json.loads(want)["answer"]
+    assert heads[0][0].get_output_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_only_a_file_in_bf16_of_a_family_that_we_answer_for_is_left_in_it(folder, monkeypatch):
+    assert answer_dtype(folder) == "auto"  # float32 would be rounded
+    stored_as(folder, torch.bfloat16)
+    assert answer_dtype(folder) == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there transformers answers
+    assert answer_dtype(folder) == "auto"
+    monkeypatch.undo()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
+    assert answer_dtype(folder) == "auto"
+
+
 @pytest.mark.parametrize("name", ["generate", "chat"])
 def test_options_reach_the_answer(run, folder, name):
     model, tokenizer = ql.load(folder, progress=False)
     sampling = ql.Sampling(temperature=3, top_p=0.9, repetition_penalty=1.5, seed=5)
     (want,) = ql.decode(model, tokenizer, ASKED, 6, sampling, progress=False)
     hot = ["--temperature", "3", "--top-p", "0.9", "--repetition-penalty", "1.5", "--seed", "5", "--json"]
-    given = {"generate": (["double 3"], ""), "chat": ([], "double 3\n")}
-    words, lines = given[name]
+    words, lines = GIVEN[name]
     assert json.loads(run(name, *words, *hot, lines=lines)[1])["answer"] == want.text.strip()
 
 
@@ -90,8 +125,7 @@ def test_a_failed_answer_is_not_printed(run, monkeypatch, name):
         raise FloatingPointError("layer 0 of 2 computes a number that is not finite")
 
     monkeypatch.setattr(decoding, "step_of", lambda stack, in_int8: broken)
-    given = {"generate": (["double 3"], ""), "chat": ([], "double 3\n")}
-    words, lines = given[name]
+    words, lines = GIVEN[name]
     code, out, err = run(name, *words, "--json", lines=lines)
     assert (code, out) == (2, "") and "layer 0 of 2" in err
 
