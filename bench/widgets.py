@@ -1,6 +1,6 @@
 """How long an explorer takes from a key press to the changed picture, in the real JupyterLab, with its parts.
 
-    .venv/bin/python bench/widgets.py      all explorers of the course: three minutes, on an otherwise idle machine
+    .venv/bin/python bench/widgets.py      all explorers of the course: five minutes, on an otherwise idle machine
 
 For each slider of each explorer (of 16 levels the first six) a key is pressed, one press at a time, and these times are
 taken on one clock:
@@ -23,17 +23,29 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import torch
 from playwright.sync_api import Page, sync_playwright
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.files import write  # noqa: E402
 from bench.timing import cpu_name  # noqa: E402
+from qlora_lab.data.shapes import shapes_split  # noqa: E402
+from qlora_lab.export.parity import Change, Parity  # noqa: E402
+from qlora_lab.export.survival import FACTORS, Survival  # noqa: E402
+from qlora_lab.export.xray import Checkpoint  # noqa: E402
 from qlora_lab.measure.best_plan import Choices  # noqa: E402
 from qlora_lab.quant.plan import Candidate  # noqa: E402
+from qlora_lab.quant.quantize import quantize  # noqa: E402
+from qlora_lab.quant.serialize import to_tensors  # noqa: E402
 from qlora_lab.show import figure  # noqa: E402
 from qlora_lab.show.block_size import BlockSizeExplorer  # noqa: E402
+from qlora_lab.show.seeing import SeeingExplorer  # noqa: E402
+from qlora_lab.show.survival import SurvivalExplorer  # noqa: E402
+from qlora_lab.show.xray import XrayExplorer  # noqa: E402
+from qlora_lab.train.toy_llava import trained_tower  # noqa: E402
 from tools.lab_server import FLAGS, IDLE, RUN_ALL, SHUT_DOWN, find_chromium, lab_server  # noqa: E402
 
 JSON = ROOT / "bench" / "widgets.json"
@@ -47,6 +59,13 @@ EXPLORERS = {  # class -> what makes it, as its notebook does
     "LowRankExplorer": "from qlora_lab.show.low_rank import LowRankExplorer as explorer; e = explorer()",
     "MemoryExplorer": "from qlora_lab.show.memory import MemoryExplorer as explorer; e = explorer()",
     "PageTableExplorer": "from qlora_lab.show.page_table import PageTableExplorer as explorer; e = explorer()",
+    "MidpointExplorer": "from qlora_lab.show.midpoint import MidpointExplorer as explorer; e = explorer()",
+    "ZooExplorer": "from qlora_lab.show.zoo import ZooExplorer as explorer; e = explorer()",
+    "TournamentExplorer": "from qlora_lab.show.tournament import TournamentExplorer as explorer; e = explorer()",
+    "AnswerSpeedExplorer": "from qlora_lab.show.answers import AnswerSpeedExplorer as explorer; e = explorer()",
+    "SurvivalExplorer": "from bench.widgets import merged; e = merged()",
+    "SeeingExplorer": "from bench.widgets import seeing; e = seeing()",
+    "XrayExplorer": "from bench.widgets import checkpoint_bytes; e = checkpoint_bytes()",
 }
 PARTS = ["to the kernel", "compute", "draw", "encode", "to the page", "front end"]
 PRESSES = 8  # of each control
@@ -90,14 +109,43 @@ ASK_KERNEL = """async (code) => {
 }"""
 
 
+def smollm2_layers() -> tuple[str, ...]:
+    parts = ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"]
+    return tuple(f"model.layers.{i}.{part}_proj" for i in range(30) for part in parts)
+
+
 def block_sizes():
     """The explorer of notebook 03, of a model with SmolLM2-135M's 210 layers and errors drawn from a seed."""
-    parts = ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"]
-    layers = tuple(f"model.layers.{i}.{part}_proj" for i in range(30) for part in parts)
+    layers = smollm2_layers()
     candidates = tuple(Candidate("nf4", size, True) for size in (32, 64, 128, 256))
     bits = np.array([[2**16 * (4 + 8 / c.block_size) for c in candidates]] * len(layers))
     error = np.random.default_rng(0).lognormal(size=(len(layers), 1)) * np.array([5.0, 6, 7, 8])
     return BlockSizeExplorer(Choices(layers, (2**16,) * len(layers), candidates, error, bits))
+
+
+def merged():
+    """The explorer of notebook 13, of a model with as many layers and changes that are made up."""
+    layers, reports = smollm2_layers(), {}
+    for factor in FACTORS:
+        left = factor / (8 + factor)
+        changes = dict.fromkeys(layers, Change(left, left / 2))
+        kl = 0.1 * factor**2
+        reports[factor] = Parity("requantised", kl * (1 - left), kl, 0.9, 18.0, 19.0, 192, 0.05, changes)
+    return SurvivalExplorer(Survival(dict.fromkeys(layers, 0.01), reports))
+
+
+def seeing():
+    """The explorer of notebook 14, of a tower that is hardly trained."""
+    return SeeingExplorer(trained_tower(shapes_split(8, 4).train, 2, progress=False))
+
+
+def checkpoint_bytes():
+    """The explorer of notebook 02, of one layer in 4 bits with double quantization."""
+    weight = torch.randn(576, 576, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as home:
+        file = Path(home) / "layer.safetensors"
+        save_file(to_tensors(quantize(weight, double_quant=True), "model.layers.0.self_attn.q_proj.weight"), file)
+        return XrayExplorer(Checkpoint(file))
 
 
 def watched(explorer):

@@ -1,5 +1,6 @@
 """The bench runs from end to end, and docs/speed.md says what its JSON says. No test asserts a time."""
 
+import importlib
 import json
 import os
 import sys
@@ -21,9 +22,11 @@ from bench import (
     steps,
     tournament,
     train_step,
+    widgets,
 )
 from bench.render import BEGIN, END, ROWS, find, in_page, table
 from bench.timing import in_turn, peak_bytes
+from qlora_lab.show.explorer import Explorer
 from tests import warm
 
 ROOT = Path(__file__).parent.parent
@@ -275,3 +278,11 @@ def test_the_bench_of_data_types_runs(monkeypatch, tmp_path, saved_llama, run_be
     nats = [settings[name]["more_nats_than_nf4"]["mean"] for name in (wide, fine)]
     assert result["more_nats"][f"{wide} less {fine}"]["mean"] == pytest.approx(nats[0] - nats[1])
     assert wide in printed and {path.name for path in tmp_path.iterdir()} == {"result.json", "rows.jsonl"}
+
+
+def test_every_explorer_of_the_course_is_timed():
+    for file in (ROOT / "qlora_lab" / "show").glob("*.py"):
+        importlib.import_module(f"qlora_lab.show.{file.stem}")
+    ours = {made.__name__ for made in Explorer.__subclasses__() if made.__module__.startswith("qlora_lab.")}
+    assert set(widgets.EXPLORERS) == ours
+    assert set(json.loads(widgets.JSON.read_text("utf-8"))["explorers"]) == ours, "run: python bench/widgets.py"

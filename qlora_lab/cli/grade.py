@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from typing import TYPE_CHECKING
 
 import qlora_lab as ql
@@ -35,13 +34,9 @@ def run(a: argparse.Namespace) -> None:
         raise ValueError(f"--minutes is {a.minutes:g}, but must be above 0 and at most {MOST_MINUTES:,}: try 10")
     from qlora_lab.exercises.grade import check_scores_path, find_notebooks
     from qlora_lab.files.lock import locked_file, reserved
-    from qlora_lab.files.out_path import resolved
 
     out = check_scores_path(a.out)
     submissions = find_notebooks(a.notebooks)  # all of them, before minutes are spent on the first
-    parent = resolved(out).parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise FileNotFoundError(f"{parent} is not a folder that can be written to: create it, or choose another")
     with locked_file(out, "grade") as lock, reserved(lock):  # two commands must not write the same scores
         grades = _graded(a, submissions, out)
     _report(a, grades)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 
 from qlora_lab.files.course import course_path
-from qlora_lab.files.out_path import out_file
+from qlora_lab.files.out_path import out_replacing
 from qlora_lab.files.replace import replace_text
 from qlora_lab.files.requirements import required, required_python, unmet
 from qlora_lab.files.strict_json import LIST, OBJECT, SWITCH, read_json
@@ -76,15 +76,7 @@ def check_report_path(path: str | Path) -> Path:
     Raises FileExistsError for a path that holds anything but a report, FileNotFoundError for a folder that is not
     there, and ValueError for an empty path.
     """
-    path = out_file(path)
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a folder, but a report is a file: name a file")
-    if path.exists():
-        try:
-            read_json(path, _REPORT, _REPORT)
-        except ValueError as error:
-            raise FileExistsError(f"{path} exists and holds no report, so it is kept: name another file") from error
-    return path
+    return out_replacing(path, "a report", lambda path: read_json(path, _REPORT, _REPORT))
 
 
 # What tells a report from a user's own JSON.

@@ -28,7 +28,7 @@ from qlora_lab.exercises.verdicts import FAILED, OPEN, PASSED
 from qlora_lab.files import disk
 from qlora_lab.files.course import course_path, is_packaged
 from qlora_lab.files.home import expanded
-from qlora_lab.files.out_path import out_path
+from qlora_lab.files.out_path import out_replacing
 from qlora_lab.files.replace import replace_text
 from qlora_lab.files.strict_json import LIST, SWITCH, TEXT, read_json, whole
 
@@ -293,17 +293,10 @@ def save_scores(path: str | Path, grades: Sequence[Grade], version: str, complet
 def check_scores_path(path: str | Path) -> Path:
     """Return the path if scores may be written there.
 
-    Raises FileExistsError for a path that holds anything but scores, and ValueError for an empty path.
+    Raises FileExistsError for a path that holds anything but scores, FileNotFoundError for a folder that is not there,
+    and ValueError for an empty path.
     """
-    path = out_path(path)
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is a folder, but scores are a file: name a file")
-    if path.exists():
-        try:
-            read_json(path, _SCORES, _SCORES)
-        except ValueError as error:
-            raise FileExistsError(f"{path} exists and holds no scores, so it is kept: name another file") from error
-    return path
+    return out_replacing(path, "a file of scores", lambda path: read_json(path, _SCORES, _SCORES))
 
 
 _SCORES = {"qlora_lab": TEXT, "complete": SWITCH, "passed": whole(0), "out_of": whole(0), "notebooks": LIST}

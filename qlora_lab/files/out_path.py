@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from qlora_lab.files.home import expanded
@@ -19,10 +20,28 @@ def out_path(path: str | Path) -> Path:
 
 
 def out_file(path: str | Path) -> Path:
-    """Do the same for a single file. Raises FileNotFoundError also where its folder is not there."""
+    """Do the same for a single file. Raises FileNotFoundError also where its folder is not there, or is read-only."""
     place = out_path(path)
-    if not place.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {place.parent}: create it, or choose another")
+    parent = resolved(place).parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise FileNotFoundError(f"{parent} is not a folder that can be written to: create it, or choose another")
+    return place
+
+
+def out_replacing(path: str | Path, kind: str, read: Callable[[Path], object]) -> Path:
+    """Do the same for a file that may replace an earlier one of its kind, and nothing else.
+
+    kind: "a plan", say. read: raises ValueError for a file of another kind. Raises FileExistsError for such a file, and
+    for a folder.
+    """
+    place = out_file(path)
+    if place.exists() and not place.is_file():
+        raise FileExistsError(f"{place} is not a file, so it cannot become {kind}: name a file")
+    if place.exists():
+        try:
+            read(place)
+        except ValueError as error:
+            raise FileExistsError(f"{place} exists and is not {kind}, so it is kept: name another file") from error
     return place
 
 

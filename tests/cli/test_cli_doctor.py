@@ -109,7 +109,7 @@ def test_a_place_for_the_report_is_judged_first(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "check_machine", lambda expected_version, progress: pytest.fail("too late"))
     (tmp_path / "thesis.json").write_text("{}")
     code, _, err = run(capsys, "--machine", "--out", tmp_path / "thesis.json")
-    assert code == 2 and "holds no report" in err
+    assert code == 2 and "is not a report" in err
     code, _, err = run(capsys, "--out", tmp_path / "room.json")
     assert code == 2 and "add --machine" in err
 

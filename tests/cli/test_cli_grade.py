@@ -72,9 +72,9 @@ BAD = {
     "one of two": (["handed-in/anna.ipynb", "nowhere.ipynb"], "No such file or directory: 'nowhere.ipynb'"),
     "no time": (["handed-in", "--minutes", "0"], "--minutes is 0, but must be above 0 and at most 1,440: try 10"),
     "too much time": (["handed-in", "--minutes", "1e9"], "--minutes is 1e+09, but must be above 0"),
-    "somebody's file": (["handed-in", "--out", "notes.txt"], "notes.txt exists and holds no scores, so it is kept"),
-    "a folder": (["handed-in", "--out", "empty"], "empty is a folder, but scores are a file"),
-    "a student's notebook": (["handed-in", "--out", "handed-in/anna.ipynb"], "anna.ipynb exists and holds no scores"),
+    "somebody's file": (["handed-in", "--out", "notes.txt"], "notes.txt exists and is not a file of scores"),
+    "a folder": (["handed-in", "--out", "empty"], "empty is not a file, so it cannot become a file of scores"),
+    "a student's notebook": (["handed-in", "--out", "handed-in/anna.ipynb"], "anna.ipynb exists and is not"),
     "no such folder": (["handed-in", "--out", "nowhere/s.json"], "nowhere is not a folder that can be written to"),
 }
 

@@ -433,10 +433,10 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path):
     assert json.loads(machine.save_report(path, report).read_text())["checks"][0]["name"] == "Python"
     own = tmp_path / "own.json"
     own.write_text('{"ok": true}')
-    with pytest.raises(FileExistsError, match="holds no report, so it is kept: name another file"):
+    with pytest.raises(FileExistsError, match="is not a report, so it is kept: name another file"):
         machine.save_report(own, report)
-    with pytest.raises(FileExistsError, match="is a folder"):
+    with pytest.raises(FileExistsError, match="is not a file, so it cannot become a report"):
         machine.save_report(tmp_path, report)
-    with pytest.raises(FileNotFoundError, match="there is no folder .*: create it"):
+    with pytest.raises(FileNotFoundError, match="no is not a folder that can be written to: create it"):
         machine.save_report(tmp_path / "no" / "room.json", report)
     assert own.read_text() == '{"ok": true}'

