@@ -6,7 +6,8 @@
 In: the repository. Out: a folder of pages. Sphinx treats each warning as an error, so a link that leads nowhere fails.
 The pages are copied to build/site/source in the repository's own layout, so one relative link is right in both places.
 Explorers play: in place of each still is a frame with a page that the notebook's own cells made, in a process of
-its own for each notebook. build/site/playable keeps these pages until the library or those cells change.
+its own for each notebook. build/site/playable keeps these pages until the library or those cells change. An explorer
+that is missing or too large is an error.
 
 Not here: the text of the reference (reference.py), pages of explorers (playable.py), the look (docs/conf.py).
 """
@@ -21,8 +22,9 @@ from pathlib import Path
 import nbformat
 
 from qlora_lab.files.replace import replace_text
+from qlora_lab.show.playable import LIMIT
 from tools import slides
-from tools.playable import STILL, page_name, shows_explorer
+from tools.playable import STILL, makes_explorer, page_name, shows_explorer
 from tools.reference import public_page, room_page, rooms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,8 +127,23 @@ def _play(cell: nbformat.NotebookNode, address: str) -> None:
             data["text/html"] = f"{frame}<noscript>{data['text/html']}</noscript>"
 
 
+def faults(pages: Path, names: list[str]) -> list[str]:
+    """Say what is wrong with the explorers of these notebooks in the built site; an empty list if nothing is."""
+    found = []
+    for name in names:
+        shown = (pages / "notebooks" / f"{name}.html").read_text("utf-8")
+        cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
+        for i in (i for i, cell in enumerate(cells) if makes_explorer(cell) or shows_explorer(cell)):
+            page = pages / "playable" / page_name(name, i)
+            if not page.exists() or f'src="../playable/{page.name}"' not in shown:
+                found.append(f"{name}, cell {i}: its explorer is not on the page; run `make notebooks` to store it")
+            elif page.stat().st_size > LIMIT:
+                found.append(f"{name}, cell {i}: its explorer has {page.stat().st_size:,} bytes, above {LIMIT:,}")
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Build the site; Sphinx's exit code, or 1 if a notebook's explorers failed."""
+    """Build the site; Sphinx's exit code, or 1 if a notebook's explorers failed, are missing or are too large."""
     known = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
     parser = argparse.ArgumentParser(description="Build the documentation as pages that open from disk.")
     parser.add_argument("notebook", nargs="*", help="notebooks whose explorers are playable (default: all)")
@@ -143,6 +160,9 @@ def main(arguments: list[str] | None = None) -> int:
     code = subprocess.run(command, check=False).returncode
     if code == 0:
         replace_text(pages / "slides.html", slides.page())  # no page links to it: in the repository it is not there
+        for fault in faults(pages, names):
+            print(fault, file=sys.stderr)
+            code = 1
     print(f"the site is in {pages / 'index.html'}" if code == 0 else "the site has errors, listed above")
     return code
 

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,12 +25,20 @@ from qlora_lab.files.replace import replace_text
 ROOT = Path(__file__).resolve().parents[1]
 STILL = "Run this cell to play."  # under each explorer that a notebook has stored
 DIGEST = "{}.sha256"
+# the last line of a cell that shows an explorer
+_MAKES = re.compile(r"(?:\w+\.)?(?:[A-Z]\w+Explorer|FollowWeight)\(.*\)|explorer")
 
 
 def shows_explorer(cell: nbformat.NotebookNode) -> bool:
     """Tell whether a cell has stored an explorer's still."""
     outputs = cell.get("outputs", ())
     return any(STILL in output.get("data", {}).get("text/html", "") for output in outputs)
+
+
+def makes_explorer(cell: nbformat.NotebookNode) -> bool:
+    """Tell whether a cell shows an explorer when it runs, by its last line."""
+    last = cell.source.rstrip().rpartition("\n")[2]
+    return cell.cell_type == "code" and _MAKES.fullmatch(last) is not None
 
 
 def page_name(notebook: str, number: int) -> str:

@@ -1,6 +1,7 @@
 """One weight on its way through QLoRA: every number between its float and the page that holds its adapter's moments.
 
-In: a weight, (out_features, in_features) float32, bf16 or fp16, a row and a column. Out: a OneWeight.
+In: a weight, (out_features, in_features) float32, bf16 or fp16, a row and a column; course_weight() is the matrix that
+all notebooks follow. Out: a OneWeight.
 Source: QLoRA sections 2 and 3. The adapter learns for STEPS steps to undo the layer's quantisation error: the loss is
 the mean squared difference between its outputs and those of the weight before quantisation.
 """
@@ -8,8 +9,10 @@ the mean squared difference between its outputs and those of the weight before q
 from dataclasses import dataclass, replace
 
 import torch
+from safetensors import safe_open
 
 from qlora_lab.adapters.lora_linear import LoRALinear
+from qlora_lab.model.fetch import on_disk
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.optim.paged_adamw import UNIT, PagedAdamW
 from qlora_lab.optim.stores import SYSTEM_PAGE
@@ -19,6 +22,8 @@ from qlora_lab.quant.double_quant import GROUP_SIZE, double_quantize
 from qlora_lab.quant.numbers import check_whole
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 
+MODEL = "smollm2-135m"
+MATRIX = "model.layers.0.self_attn.q_proj.weight"
 BITS = 4  # two codes in a byte: a code of 3 bits can lie in two bytes
 RANK = 16
 TOKENS = 32
@@ -91,6 +96,19 @@ class AdapterStep:
 
 
 Table = str | torch.Tensor  # a codebook's name, or its levels
+
+
+def course_weight() -> torch.Tensor | None:
+    """Return the matrix whose weight the course follows, (576, 576) bf16, or None where its model is not here.
+
+    It is the query projection of the first layer of SmolLM2-135M-Instruct, as notebook 00 reads it. Nothing else of the
+    model is read.
+    """
+    folder = on_disk(MODEL)
+    if folder is None:
+        return None
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return file.get_tensor(MATRIX)
 
 
 def follow(

@@ -1,10 +1,10 @@
 """Follow one weight: the map of the course, on which one real weight goes from station to station.
 
-In: a weight, a row and a column. Out: a row of stations to move along by mouse or keys; the picture, the sentence and
-the notebook of the one that is chosen.
+In: a weight, a row and a column. Out: a row of stations to move along by mouse, by keys or with Play; the picture, the
+sentence and the notebook of the one that is chosen.
 
-    ql.FollowWeight()                          a small drawn weight; needs no model
-    ql.FollowWeight(weight, 5, 7, lit="04_double_quant")
+    ql.FollowWeight(lit="04_double_quant")     the weight of notebook 00; without its model, a drawn one
+    ql.FollowWeight(weight, 5, 7)              a weight of yours
 
 The page has all pictures from the start, so a step waits for no kernel. Python hears which station is shown.
 
@@ -13,22 +13,24 @@ Not here: the numbers (measure/one_weight.py), the words (weight_stations.py), t
 
 import base64
 import html
+import warnings
 
 import ipywidgets as W
 import traitlets as T
 
 from qlora_lab.measure.codebook_trial import normal_weights
-from qlora_lab.measure.one_weight import follow
+from qlora_lab.measure.one_weight import MODEL, course_weight, follow
 from qlora_lab.show.control import Control
 from qlora_lab.show.figure import caption
+from qlora_lab.show.play import PLAYER
 from qlora_lab.show.playable import save_text, way_page
-from qlora_lab.show.slider import FOCUS
+from qlora_lab.show.slider import FOCUS, Button
 from qlora_lab.show.source import details_html
 from qlora_lab.show.still import StatusLine, show_over
 from qlora_lab.show.weight_pictures import HEIGHT, OURS, WIDTH, Picture
 from qlora_lab.show.weight_stations import STATIONS, Station, place_of
 
-DRAWN = 128, 128  # of the weight that is drawn where none is given
+DRAWN = 576, 576  # of the weight that is drawn where the course's model is missing: the shape of its matrix
 DEVIATION = 0.02  # of it: the weights of trained layers are about as small
 # A picture in an <img> takes no ink from its page. It brings a ground of its own, which Chromium turns dark if the
 # element's color-scheme is; JupyterLab sets none, so the still does.
@@ -42,7 +44,8 @@ class Way(Control):
     """The stations in a row, and the panel of one of them. place: the number of the station that is shown.
 
     Left and right move along the row, Home and End to its ends; Enter and the space bar choose, as a click does. To a
-    screen reader they are tabs, and the sentence of the panel is read when it changes.
+    screen reader they are tabs, and the sentence of the panel is read when it changes. Play goes along the row by
+    itself, from station to station.
     """
 
     moved = "place"
@@ -52,7 +55,9 @@ class Way(Control):
     stations = T.List(T.Dict()).tag(sync=True)  # never changes
     size = T.List([WIDTH, HEIGHT], read_only=True).tag(sync=True)
 
-    _esm = """
+    _esm = (
+        PLAYER
+        + """
     const SVG = "http://www.w3.org/2000/svg";
     export default { render({ model, el }) {
       const stations = model.get("stations"), id = "qlora-" + Math.random().toString(36).slice(2);
@@ -62,7 +67,7 @@ class Way(Control):
         return made;
       };
       el.classList.add("qlora-way", "qlora-control");
-      const row = make("div", el, "row"), panel = make("div", el, "panel");
+      const row = make("div", el, "row"), press = make("div", el, "play"), panel = make("div", el, "panel");
       row.setAttribute("role", "tablist"); row.setAttribute("aria-label", model.get("description"));
       panel.id = id; panel.setAttribute("role", "tabpanel");
       const title = make("div", panel, "title"), svg = make("svg", panel, "", SVG);
@@ -81,7 +86,8 @@ class Way(Control):
         button.addEventListener("click", () => choose(i));
         return button;
       });
-      const choose = (i) => { model.set("place", i); model.save_changes(); show(); buttons[i].focus(); };
+      const go = (i) => { model.set("place", i); model.save_changes(); show(); };
+      const choose = (i) => { go(i); buttons[i].focus(); };
       row.addEventListener("keydown", (e) => {
         const now = model.get("place"), last = stations.length - 1;
         const next = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: last }[e.key];
@@ -120,13 +126,19 @@ class Way(Control):
       const watch = new ResizeObserver(ride);                          // a narrow row wraps
       watch.observe(row);
       model.on("change:place", show); show();
-      return () => watch.disconnect();
+      const ended = () => model.get("place") === stations.length - 1;
+      const leave = player({                                           // time to read a sentence and see the picture
+        el: press, pace: 3000, around: () => el, ended, ready: () => true,
+        step: () => go(ended() ? 0 : model.get("place") + 1),
+      });
+      return () => { leave(); watch.disconnect(); };
     } };
     """
-    _css = f"""
+    )
+    _css = f"""{Button._css}
     .qlora-way {{ max-width: 860px; margin: 2px; color: var(--jp-ui-font-color1, inherit);
                   font-size: var(--jp-ui-font-size1, 13px); line-height: 1.5; }}
-    .qlora-way .row {{ position: relative; display: flex; flex-wrap: wrap; row-gap: 4px; }}
+    .qlora-way .row {{ position: relative; display: flex; flex-wrap: wrap; gap: 4px 0; }}
     .qlora-way .row button {{ position: relative; flex: 1 0 auto; padding: 22px 4px 4px; border: 0; background: none;
                               color: inherit; font: inherit; font-size: max(12px, 0.93em); cursor: pointer; }}
     .qlora-way .row button::before {{ content: ""; position: absolute; top: 5px; left: calc(50% - 5px); width: 6px;
@@ -143,10 +155,11 @@ class Way(Control):
     .qlora-way .dot {{ fill: {OURS}; }}
     .qlora-way :is(.rider, .dot) {{ transition: transform 250ms ease-in-out; }}
     @media (prefers-reduced-motion: reduce) {{ .qlora-way :is(.rider, .dot) {{ transition: none; }} }}
+    .qlora-way .play {{ margin-top: 8px; }}
     .qlora-way .title {{ margin-top: 10px; font-size: 1.2em; font-weight: 600; }}
     .qlora-way svg {{ display: block; width: 100%; height: auto; fill: currentColor; font-family: inherit; }}
     .qlora-way .said {{ min-height: 3em; }}
-    .qlora-way a {{ color: var(--jp-content-link-color, inherit); }}
+    .qlora-way a:any-link {{ color: var(--jp-content-link-color, inherit); }}
     .qlora-way .more {{ font-size: max(12px, 0.93em); overflow-wrap: anywhere; }}
     """
 
@@ -170,22 +183,29 @@ class Way(Control):
 class FollowWeight:
     """One weight of a matrix, from its float to the page of its adapter's moments: 14 stations, each with a picture.
 
-    weight: (out_features, in_features) float32, bf16 or fp16; None draws a small one. row, column: of the weight that
-    is followed. lit: the station that is shown first, by its name ("block") or by a notebook ("03_block_size").
-    codebook, block_size: as `quantize` takes them, with codes of 4 bits.
+    weight: (out_features, in_features) float32, bf16 or fp16; None takes the matrix of notebook 00, `course_weight()`,
+    or one that is drawn, with a warning, where the model is not on this machine.
+    row, column: of the weight that is followed. lit: the station that is shown first, by its name ("block") or by a
+    notebook ("03_block_size"). codebook, block_size: as `quantize` takes them, with codes of 4 bits.
     `.station` is the name of the station that is shown, `.seen` has all numbers.
     Raises TypeError for a weight that quantize refuses; ValueError for one that is not a matrix or not finite, for a
     place outside it, for another station, and for codes of another width.
 
-    >>> FollowWeight(lit="byte")
-    Station 7 of 14, byte: Byte 323 is 0xA6: code 6 is its low half, and code 10 the other.
+    >>> import torch
+    >>> FollowWeight(torch.linspace(-1, 1, 64).view(4, 16), 3, 15, lit="byte")
+    Station 7 of 14, byte: Byte 31 is 0xFF: code 15 is its low half, and code 15 the other.
     """
 
     def __init__(self, weight=None, row=5, column=7, lit="weight", codebook="nf4", block_size=64):
         place = place_of(lit)  # before the numbers: an error comes at once
-        if weight is None:
+        given = weight is not None
+        if not given and (weight := course_weight()) is None:
+            fix = f"`qlora-lab fetch {MODEL}` brings the one that the course follows"
+            warnings.warn(
+                f"this weight is drawn, because the course's model is not on this machine: {fix}", stacklevel=2
+            )
             weight = DEVIATION * normal_weights(DRAWN[0] * DRAWN[1]).view(DRAWN)
-        self.seen = follow(weight, row, column, codebook, block_size)
+        self.seen = follow(weight, row, column, codebook, block_size, progress=given)  # ours is small
         self.pictures = [station.draw(self.seen) for station in STATIONS]
         self._sentences = [station.say(self.seen) for station in STATIONS]
         # strings: a page that is opened late, or twice, gets the same ones

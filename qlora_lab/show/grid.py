@@ -5,6 +5,7 @@ their start, over the stops that each control has on the page. With all controls
 
 Stops come in rounds, from coarse to fine: a control's `rounds()`. The rule by which they are dropped to fit:
 first as many controls together as fit with the coarsest stops, then finer stops for the control that has the fewest.
+A control that a Play button moves keeps all its stops, or it would jump.
 
 Not here: what fits (playable.py).
 """
@@ -64,9 +65,13 @@ class Grid:
             yield replace(self, used=tuple(used))
 
 
-def smallest(rounds: list[list[list]], start: tuple) -> Grid:
-    """Make the grid with the coarsest stops, with one control at a time away from its start."""
-    return Grid(tuple(tuple(map(tuple, each)) for each in rounds), start, (1,) * len(start), 1)
+def smallest(rounds: list[list[list]], start: tuple, played: int | None = None) -> Grid:
+    """Make the grid with the coarsest stops, with one control at a time away from its start.
+
+    played: the number of a control that has all its stops.
+    """
+    used = tuple(len(each) if place == played else 1 for place, each in enumerate(rounds))
+    return Grid(tuple(tuple(map(tuple, each)) for each in rounds), start, used, 1)
 
 
 def halved(count: int, start: int) -> list[list[int]]:

@@ -8,7 +8,43 @@ it. Where the reader's system asks for reduced motion, a press takes a single st
 import traitlets as T
 
 from qlora_lab.show.control import Control
-from qlora_lab.show.slider import Slider
+from qlora_lab.show.slider import Button, Slider
+
+# The page's part of it, which the map of the course shares (follow_weight.py): a button in `el` that calls step() at
+# once and then every `pace` milliseconds, if ready() says that the picture before is there, until ended(). Whatever
+# the reader does elsewhere in `around` stops it.
+PLAYER = """
+    const player = ({ el, around, pace, step, ready, ended }) => {
+      const button = document.createElement("button"), calm = matchMedia("(prefers-reduced-motion: reduce)");
+      const events = ["click", "input", "keydown"];
+      let clock = null;
+      el.classList.add("qlora-button");                              // it looks like Button
+      button.type = "button"; button.dataset.lmSuppressShortcuts = "true";
+      el.append(button);
+      const name = () => { button.textContent = clock ? "Pause" : calm.matches ? "Step" : "Play"; };
+      const stop = () => { clearInterval(clock); clock = null; name(); };
+      const turn = () => {
+        if (el.closest("[inert]") || ended()) stop();
+        else if (ready()) step();
+      };
+      button.addEventListener("click", () => {
+        if (clock) return stop();
+        step();
+        if (!calm.matches) clock = setInterval(turn, pace);
+        name();
+      });
+      const elsewhere = ({ target }) => {
+        if (clock && !el.contains(target) && around()?.contains(target)) stop();
+      };
+      for (const event of events) document.addEventListener(event, elsewhere, true);
+      calm.addEventListener("change", stop);
+      name();
+      return () => {
+        stop(); calm.removeEventListener("change", stop);
+        for (const event of events) document.removeEventListener(event, elsewhere, true);
+      };
+    };
+"""
 
 
 class Play(Control):
@@ -22,40 +58,21 @@ class Play(Control):
     shown = T.Int(0).tag(sync=True)
     last = T.Bool(False).tag(sync=True)  # no value follows
 
-    _esm = """
-    const PACE = 250;                                                // milliseconds, at the fastest
+    _esm = (
+        PLAYER
+        + """
     export default { render({ model, el }) {
-      const button = document.createElement("button"), calm = matchMedia("(prefers-reduced-motion: reduce)");
-      const events = ["click", "input", "keydown"];
-      let clock = null;
-      el.classList.add("qlora-button", "qlora-control");             // it looks like Button
-      button.type = "button"; button.dataset.lmSuppressShortcuts = "true";
-      el.append(button);
-      const name = () => { button.textContent = clock ? "Pause" : calm.matches ? "Step" : "Play"; };
-      const tick = () => { model.set("ticks", model.get("ticks") + 1); model.save_changes(); };
-      const stop = () => { clearInterval(clock); clock = null; name(); };
-      const turn = () => {
-        if (el.inert || model.get("last")) stop();
-        else if (model.get("shown") === model.get("ticks")) tick();  // else its picture is still to come
-      };
-      button.addEventListener("click", () => {
-        if (clock) return stop();
-        tick();
-        if (!calm.matches) clock = setInterval(turn, PACE);
-        name();
+      el.classList.add("qlora-control");
+      return player({
+        el, pace: 250, around: () => el.closest(".qlora-explorer"),
+        step: () => { model.set("ticks", model.get("ticks") + 1); model.save_changes(); },
+        ready: () => model.get("shown") === model.get("ticks"),      // else its picture is still to come
+        ended: () => model.get("last"),
       });
-      const elsewhere = ({ target }) => {
-        if (clock && !el.contains(target) && el.closest(".qlora-explorer")?.contains(target)) stop();
-      };
-      for (const event of events) document.addEventListener(event, elsewhere, true);
-      calm.addEventListener("change", stop);
-      name();
-      return () => {
-        stop(); calm.removeEventListener("change", stop);
-        for (const event of events) document.removeEventListener(event, elsewhere, true);
-      };
     } };
     """
+    )
+    _css = Button._css
 
     def __init__(self, slider: Slider):
         super().__init__(description=f"Play {slider.description}", last=_is_last(slider))

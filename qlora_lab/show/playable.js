@@ -79,6 +79,7 @@ const play = async () => {
     code.textContent = page.codes[number];
     models.forEach((model, c) => model.update({ ...first[c], ...page.fields[number][c],
                                                 [controls[c].moved]: controls[c].stops[now[c]] }));
+    player?.update({ last: isLast() });
   };
 
   // The stop for a value that a control has asked for, or -1. Of lists of levels there are few: a key goes to the next
@@ -117,12 +118,22 @@ const play = async () => {
     document.querySelector(above ? ".above" : ".beside").append(el);
     RENDER[kind].render({ model: models[c], el });
   });
+  // The Play button of some explorers goes through the stops of one control: play.py does so where a kernel draws.
+  const played = page.play?.control, isLast = () => now[played] === controls[played].stops.length - 1;
+  const player = page.play && makeModel(page.play.state, "ticks", (ticks) => {
+    move(played, controls[played].stops[isLast() ? 0 : now[played] + 1]);
+    player.update({ shown: ticks });                                   // the next tick may come
+  });
   const reset = makeModel({ description: "Reset", clicks: 0 }, "clicks", () => {
     now = start; status.textContent = ""; show();
   });
-  const el = document.createElement("div");
-  document.querySelector(".beside").append(el);
-  RENDER.Button.render({ model: reset, el });
+  const addButton = (kind, model) => {
+    const el = document.createElement("div");
+    document.querySelector(".beside").append(el);
+    RENDER[kind].render({ model, el });
+  };
+  if (player) addButton("Play", player);
+  addButton("Button", reset);
   document.addEventListener("keydown", () => { byKey = true; }, true);
   document.addEventListener("keydown", () => { byKey = false; });
   show();

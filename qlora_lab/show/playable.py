@@ -52,6 +52,7 @@ body { margin: 0; padding: 8px; font: 14px/1.4 system-ui, sans-serif; box-sizing
 .row { display: flex; flex-flow: row wrap; gap: 8px 24px; }
 .beside { flex: 1 1 240px; min-width: 0; display: grid; gap: 0 24px; align-content: start; justify-items: stretch;
           grid-template-columns: repeat(auto-fill, minmax(min(220px, 100%), 1fr)); }
+.beside .qlora-button { margin: 2px 0; }
 .figure { flex: 3 1 600px; min-width: 0; }
 .qlora-status { min-height: 1.4em; display: block !important; }
 canvas { max-width: 100%; height: auto; background: #fff; }
@@ -162,7 +163,8 @@ def _fitted(drawn: Drawn) -> tuple[Grid, str]:
     others shares more tiles with them, so that the prediction is rarely too small.
     """
     # even if it is too large: a page with fewer than three stops would show nothing
-    grid = smallest([control.rounds() for control in drawn.controls.values()], drawn.start)
+    played = _played(drawn.explorer)
+    grid = smallest([control.rounds() for control in drawn.controls.values()], drawn.start, played)
     drawn.draw([drawn.start])
     fixed = _size(explorer_page(drawn, [drawn.start], grid))
     text = _page_of(drawn, grid)
@@ -223,6 +225,7 @@ def explorer_page(drawn: Drawn, states: list[tuple], grid: Grid) -> str:
         "across": ACROSS,
         "controls": controls,
         "together": grid.together,
+        "play": _play_button(drawn.explorer),
         "states": [[place[value] for place, value in zip(places, state, strict=True)] for state in states],
         "sentences": [drawn.texts[state][0] for state in states],
         "codes": [drawn.texts[state][1] for state in states],
@@ -231,7 +234,8 @@ def explorer_page(drawn: Drawn, states: list[tuple], grid: Grid) -> str:
     steps = film.steps.astype("<u4" if wide else "<u2").tobytes()
     title = type(drawn.explorer).__name__
     # instances: anywidget makes a class of its own for each, whose _esm is no text but a trait
-    kinds = {type(control).__name__: control for control in drawn.controls.values()} | {"Button": Button("Reset")}
+    buttons = [*drawn.explorer._play, Button("Reset")]
+    kinds = {type(control).__name__: control for control in (*drawn.controls.values(), *buttons)}
     compute = drawn.explorer.compute
     source = details_html("Show source", source_html(compute, *called_functions(compute)))
     body = f"""<div class="row">
@@ -243,6 +247,20 @@ def explorer_page(drawn: Drawn, states: list[tuple], grid: Grid) -> str:
 <p class="note">{html.escape(_note(drawn, grid))}</p>"""
     parts = [_packed(_json(content)), _packed(steps), base64.b64encode(film.sheet).decode()]
     return whole_page(title, kinds, parts, "play", body)
+
+
+def _played(explorer: "Explorer") -> int | None:
+    """Return the number of the control that a Play button moves."""
+    return list(explorer._controls).index(explorer.played) if explorer.played else None
+
+
+def _play_button(explorer: "Explorer") -> dict | None:
+    """Return the state of the Play button, and the number of the control that it moves."""
+    if not explorer.played:
+        return None
+    (play,) = explorer._play
+    # the page counts its presses from 0, whatever a live view has counted
+    return {"control": _played(explorer), "state": _fields(play) | {"ticks": 0, "shown": 0}}
 
 
 def _changed(first: list[dict], fields: list[dict]) -> list[dict]:
@@ -264,8 +282,6 @@ def _note(drawn: Drawn, grid: Grid) -> str:
     if grid.together < len(drawn.controls):
         one = "one control" if grid.together == 1 else f"{grid.together} controls"
         left_out.append(f"{one} at a time can differ from the start")
-    if drawn.explorer.played:
-        left_out.append("the Play button is left out")
     return f"Drawn beforehand, without a kernel: {'; '.join(left_out)}." if left_out else ""
 
 
@@ -292,8 +308,8 @@ def whole_page(title: str, kinds: dict[str, Control], parts: list[str], player: 
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # a page that can load nothing and run nothing but this script, whatever a name in it says
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src blob: data:"
-    # the page's own rules come last, and win
-    styles = "".join(kind._css for kind in (*kinds.values(), Pane, StatusLine))
+    # the page's own rules come last, and win; the two kinds of button look alike
+    styles = "".join(dict.fromkeys(kind._css for kind in (*kinds.values(), Pane, StatusLine)))
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -104,6 +104,23 @@ def test_the_kernel_hears_which_station_is_shown(lab):
     expect(lab.page.locator(".qlora-way").nth(1).locator('[aria-selected="true"]')).to_have_text("error")
 
 
+def test_play_goes_from_station_to_station_until_the_reader_does(lab):
+    play, pause, step = (way(lab).get_by_role("button", name=word, exact=True) for word in ("Play", "Pause", "Step"))
+    tab(lab, "decoded").click()
+    play.press("Enter")
+    for name in ("error", "product"):  # at once, and three seconds later
+        expect(tab(lab, name)).to_have_attribute("aria-selected", "true", timeout=10_000)
+    expect(pause).to_be_focused()  # it takes the reader nowhere
+    tab(lab, "block").click()
+    expect(play).to_be_visible()
+    lab.page.emulate_media(reduced_motion="reduce")
+    step.press("Enter")
+    expect_chosen(lab, "scaled")
+    lab.page.wait_for_timeout(3500)  # more than its pace
+    expect_chosen(lab, "scaled")
+    lab.page.emulate_media(reduced_motion="no-preference")
+
+
 def test_the_dot_rides_and_respects_those_who_want_no_motion(lab):
     dot = way(lab).locator(".dot")
     places = set()

@@ -40,6 +40,7 @@ from tests.browser.theme import FAINT
 from tests.show.toy_checkpoint import toy_checkpoint
 
 ROOT = Path(__file__).parents[2]
+PACE, STATION = 250, 3000  # milliseconds between two moves of Play: of a slider, and of the map
 MOST = 80  # states of a page here; the whole page takes half a minute
 FAR = 17  # of 255, of a pixel: 256 colours for all states of a page; figure.compressed allows as much for one
 SHOWN = "canvas => canvas.toDataURL().split(',')[1]"
@@ -143,6 +144,39 @@ def test_each_control_by_key(name, makers, open_page, tmp_path, monkeypatch):
     expect(page.locator(".said")).to_have_text(makers[name]().summary())
 
 
+@pytest.mark.parametrize("name", ["MidpointExplorer", "PageTableExplorer"])
+def test_play_goes_through_the_stops_of_the_page(name, makers, open_page, tmp_path, monkeypatch):
+    monkeypatch.setattr(playable, "MOST", MOST)
+    explorer = makers[name]()
+    saved = explorer.save_html(tmp_path / "page.html", progress=False)
+    last = saved.stops[explorer.played][0] - 1
+    page = open_page(saved.path)
+    slider = page.get_by_role("slider", name=explorer._controls[explorer.played].description, exact=True)
+    play, pause = (page.get_by_role("button", name=word, exact=True) for word in ("Play", "Pause"))
+    slider.press("End")
+    slider.press("ArrowLeft")
+    page.clock.install(time=0)
+    page.clock.pause_at(1000)  # from here on time passes where the test says so
+    play.press("Enter")
+    expect(slider).to_have_value(str(last))
+    page.clock.run_for(PACE)
+    expect(play).to_be_visible()  # at the end
+    play.press("Enter")
+    expect(slider).to_have_value("0")  # from the end to the start
+    page.clock.run_for(PACE)
+    expect(slider).to_have_value("1")  # and on, by its clock
+    as_in_a_kernel(page, explorer)
+    expect(pause).to_be_visible()
+    page.get_by_role("slider").first.press("ArrowRight")
+    expect(play).to_be_visible()  # any other control stops it
+    slider.press("Home")
+    page.emulate_media(reduced_motion="reduce")
+    page.get_by_role("button", name="Step", exact=True).press("Enter")
+    page.clock.run_for(3 * PACE)
+    expect(slider).to_have_value("1")
+    as_in_a_kernel(page, explorer)
+
+
 def as_in_a_kernel(page, explorer):
     code = ast.parse(page.locator(".qlora-pane code").inner_text(), mode="eval").body
     explorer.set(**{part.arg: ast.literal_eval(part.value) for part in code.keywords})
@@ -189,6 +223,18 @@ def test_follow_weight_by_key(open_page, tmp_path):
         expect(page.locator(".said")).to_have_text(way.summary().partition(": ")[2])
         page.get_by_role("tab", name=name, exact=True).press("ArrowRight")
     assert page.get_by_role("link").count() == 0  # no notebook lies beside the page
+    assert len({tab.bounding_box()["y"] for tab in page.get_by_role("tab").all()}) == 1  # one row, as in a notebook
+    page.get_by_role("tab", name="gradient", exact=True).click()
+    chosen, play = page.locator('[aria-selected="true"]'), page.get_by_role("button", name="Play", exact=True)
+    page.clock.install(time=0)
+    page.clock.pause_at(1000)
+    play.press("Enter")
+    expect(chosen).to_have_text("page")
+    page.clock.run_for(STATION)
+    play.press("Enter")  # at the end it has stopped
+    for station in ("weight", "block", "scaled"):
+        expect(chosen).to_have_text(station)
+        page.clock.run_for(STATION)
 
 
 def test_a_page_in_a_frame_of_the_site(open_page, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser.theme import DARK, LIGHT, keep_pictures, set_theme, unreadable
+from tools.playable import makes_explorer
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 OPEN = """async (path) => {
@@ -24,8 +25,6 @@ IMAGES = """(places) => [...document.querySelectorAll(places)].filter((img) => i
 EMPTY = """() => [...document.querySelectorAll(".jp-OutputArea-output")].filter((output) => output.checkVisibility()
   && !output.innerText.trim() && !output.querySelector("img")).map((output) => output.outerHTML.slice(0, 200))"""
 NO_SENTENCE = re.compile("Error displaying|Loading widget|Error rendering|Traceback|model not found|No output")
-# The last line of a cell that shows one:
-EXPLORER = re.compile(r"(?:\w+\.)?(?:[A-Z]\w+Explorer|FollowWeight)\(.*\)|explorer")
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +59,12 @@ def closed(page):
 def test_a_stored_notebook(page, lab, path):
     """As stored, then with the answers that a reader opens, then in the dark."""
     cells = nbformat.read(path, 4).cells
-    sources = [cell.source.rstrip().rpartition("\n")[2] for cell in cells if cell.cell_type == "code"]
     shutil.copy(path, lab[2])
     page.evaluate(OPEN, path.name)
     expect(page.locator(".jp-Notebook .jp-Cell")).to_have_count(len(cells))
     assert page.evaluate(KERNEL) is None
     play = page.get_by_text("Run this cell to play.")
-    assert [line.is_visible() for line in play.all()] == [True] * sum(map(bool, map(EXPLORER.fullmatch, sources)))
+    assert [line.is_visible() for line in play.all()] == [True] * sum(map(makes_explorer, cells))
     assert_pictures_and_sentences(page)
     page.evaluate(SHOW_ALL)
     assert_pictures_and_sentences(page)

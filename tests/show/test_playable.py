@@ -9,6 +9,7 @@ import re
 import zlib
 
 import pytest
+import torch
 from toy import RoundingExplorer
 
 from qlora_lab.show import playable
@@ -67,14 +68,18 @@ class Played(RoundingExplorer):
 
 
 @pytest.mark.long
-def test_the_play_button_is_left_out_and_hears_nothing_of_the_drawing(tmp_path, monkeypatch):
+def test_a_page_has_the_play_button_which_hears_nothing_of_the_drawing(tmp_path, monkeypatch):
     monkeypatch.setattr(playable, "MOST", 9)  # the smallest page, which shows the last value of the slider, too
     explorer = Played(bits=3)
     sent = []
     monkeypatch.setattr(Play, "send_state", lambda play, key=None: sent.append(play.last))
-    page = explorer.save_html(tmp_path / "toy.html", progress=False).path.read_text("utf-8")
+    path = explorer.save_html(tmp_path / "toy.html", progress=False).path
     assert set(sent) <= {False}
-    assert "; the Play button is left out." in page
+    button = {"description": "Play Bits", "last": False, "shown": 0, "ticks": 0}
+    assert content_of(path)["play"] == {"control": 0, "state": button}
+    assert "Play:" in path.read_text("utf-8")  # its module
+    path = RoundingExplorer().save_html(tmp_path / "still.html", progress=False).path
+    assert content_of(path)["play"] is None and "Play:" not in path.read_text("utf-8")
 
 
 @pytest.mark.long
@@ -92,7 +97,7 @@ def test_a_page_grows_until_its_limit(tmp_path, monkeypatch):
 def test_a_file_of_somebody_else_stays(tmp_path):
     mine = tmp_path / "notes.html"
     mine.write_text("<!doctype html><title>notes</title>")
-    for thing in (RoundingExplorer(), FollowWeight()):
+    for thing in (RoundingExplorer(), FollowWeight(torch.eye(16))):
         with pytest.raises(
             FileExistsError, match="notes.html exists and is not an explorer's page, so it is kept: name"
         ):

@@ -68,7 +68,7 @@ def test_another_order_moves_elo_alone():
 
 
 def test_read_first_the_weakest_wins_until_both_orders_are_played():
-    EXPLORER.set(questions=160, position=400, both_orders=False)
+    EXPLORER.set(questions=160, position=400, both_orders=False, order=2)
     elo = EXPLORER.result["elo"]
     assert max(elo, key=elo.get) == "A" == min(TRUTH, key=TRUTH.get)
     position = EXPLORER.result["fit"].position

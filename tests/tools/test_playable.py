@@ -3,7 +3,7 @@
 import nbformat
 import pytest
 
-from tools.playable import STILL, main, page_name, pages_of, shows_explorer
+from tools.playable import STILL, main, makes_explorer, page_name, pages_of, shows_explorer
 
 CELL = nbformat.v4
 FAILS = "raise ValueError('this cell does not have to run')"
@@ -39,6 +39,15 @@ def test_a_cell_shows_an_explorer_if_its_still_is_stored():
     assert shows_explorer(still("explorer"))
     assert not shows_explorer(CELL.new_code_cell("ql.guess()", outputs=[guess]))
     assert not shows_explorer(CELL.new_markdown_cell(STILL))
+
+
+@pytest.mark.parametrize(
+    ("source", "makes"),
+    [("explorer", True), ("x = 1\nshow.ZooExplorer(size=64)\n", True), ("made = ZooExplorer()", False), ("", False)],
+)
+def test_a_cell_makes_an_explorer_by_its_last_line(source, makes):
+    assert makes_explorer(CELL.new_code_cell(source)) == makes
+    assert not makes_explorer(CELL.new_markdown_cell(source))
 
 
 @pytest.mark.long

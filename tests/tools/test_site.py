@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
+from tools import make_site
 from tools.make_site import contents
+from tools.playable import STILL
 from tools.reference import as_markdown, public_page, room_page, rooms
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +86,27 @@ def test_the_reference_has_signatures_methods_and_files():
     assert "## packing.py" in room_page("quant") and "qlora_lab.quant.packing.pack(" in room_page("quant")
     # a class has its parent's fields and properties
     assert "qlora_lab.QuantizedTensor(packed: " in public and "} qlora_lab.QuantizedTensor.nbytes\n" in public
+
+
+def test_an_explorer_that_is_missing_or_too_large_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_site, "ROOT", tmp_path)
+    monkeypatch.setattr(make_site, "LIMIT", 10)
+    cell = nbformat.v4
+    stored = cell.new_output("display_data", {"text/html": STILL, "text/plain": "Station 2"})
+    cells = [cell.new_code_cell('ql.FollowWeight(lit="block")', outputs=[stored]), cell.new_code_cell("explorer = 3")]
+    cells += [cell.new_code_cell("explorer = ZooExplorer(size=64)\nexplorer")]  # nothing is stored
+    for folder in ("notebooks", "playable"):
+        (tmp_path / folder).mkdir()
+    nbformat.write(cell.new_notebook(cells=cells), tmp_path / "notebooks" / "16_weights.ipynb")
+    (tmp_path / "notebooks" / "16_weights.html").write_text('<iframe src="../playable/16_weights-000.html">')
+    page = tmp_path / "playable" / "16_weights-000.html"
+    missing = "16_weights, cell {}: its explorer is not on the page; run `make notebooks` to store it"
+    assert make_site.faults(tmp_path, ["16_weights"]) == [missing.format(0), missing.format(2)]
+    page.write_text("0123456789")
+    assert make_site.faults(tmp_path, ["16_weights"]) == [missing.format(2)]
+    page.write_text("0123456789a")
+    large = "16_weights, cell 0: its explorer has 11 bytes, above 10"
+    assert make_site.faults(tmp_path, ["16_weights"]) == [large, missing.format(2)]
 
 
 @pytest.mark.slow
