@@ -77,10 +77,8 @@ class NormalFloatExplorer(Explorer):
     @staticmethod
     def describe(state, result):
         use = result["use"]
-        used = 100 * use.share  # %
         rule = " by the rule" if state["offset"] == RULE else ""
         return (
             f"NormalFloat, {state['bits']} bits, offset {result['offset']:.7g}{rule}: {len(result['levels'])} levels, "
-            f"relative error {100 * use.relative_error:.3g} %, codes used {used.min():.1f} to {used.max():.1f} % "
-            f"of the time, {use.entropy:.2f} bits of information in {state['bits']}"
+            f"relative error {100 * use.relative_error:.3g} %, {use.entropy:.2f} bits of information in {state['bits']}"
         )
