@@ -7,7 +7,6 @@ right the block of the first weight, each weight at its level.
 import os.path
 
 from qlora_lab.export.xray import Byte, Checkpoint, Half, byte_at, codes
-from qlora_lab.quant.double_quant import dynamic_map
 from qlora_lab.show.explorer import Explorer, fix_layout
 from qlora_lab.show.figure import BESIDE, COLOURS, TITLE, new_figure
 from qlora_lab.show.hex_page import N_BYTES, HexPage
@@ -106,7 +105,7 @@ class XrayExplorer(Explorer):
         where = f"{state['tensor']}, byte {result['first'] + state['byte']:,}"
         if byte is None:
             return f"{where}: no byte is there, the last is {result['n_bytes'] - 1:,}"
-        halves = "; ".join(f"{name} {_said(half)}" for name, half in zip(HALVES, byte.halves, strict=True))
+        halves = "; ".join(map(_said, byte.halves))  # the picture has the rest of their way
         return f"{where}, at {byte.at:,} in the file, is 0x{byte.value:02x}: {halves}"
 
     def code(self):
@@ -146,11 +145,4 @@ def _two(byte: Byte) -> str:
 def _said(half: Half) -> str:
     if half.index is None:
         return f"code {half.code}, padding"
-    place = ", ".join(map(str, half.place))
-    said = f"code {half.code}, level {half.level:.4f} x {half.constant:.4g} of block {half.block} = {half.value:.4g}"
-    said += f", weight ({place})"
-    if half.group is None:
-        return said
-    value = dynamic_map()[half.constant_code].item()
-    nested = f"{value:.4g} x scale {half.scale:.4g} of group {half.group} + offset {half.offset:.4g}"
-    return f"{said}, constant by code {half.constant_code}: {nested}"
+    return f"code {half.code}, weight ({', '.join(map(str, half.place))}) = {half.value:.4g}"
