@@ -110,11 +110,11 @@ class OutlierExplorer(Explorer):
 
     @staticmethod
     def describe(state, result):
-        errors = f"{100 * result['error']:.3g} %, without the outlier {100 * result['without']:.3g} %"
+        errors = f"{100 * result['error']:.3g} %, without it {100 * result['without']:.3g} %"
         return (
             f"{NAMES[state['codebook']]}, blocks of {state['block_size']}, an outlier of {state['outlier']} at "
             f"{state['position']}: its block uses {result['used']} of {len(result['counts'])} codes; error of the "
-            f"block's other weights {errors}"
+            f"others {errors}"
         )
 
 
@@ -239,13 +239,11 @@ class CodebookExplorer(Explorer):
 
     def describe(self, state, result):
         use = result["use"]
-        share = 100 * use.share  # %
         others = ", ".join(f"{name} {percent(other.relative_error)}" for name, other in result["others"].items())
         return (
             f"Levels {' '.join(f'{level:z.3g}' for level in state['levels'])}, blocks of {state['block_size']} "
             f"{'given' if self._own else 'normal'} weights: relative error {percent(use.relative_error)} % ({others}), "
-            f"better than {better_than(use, result['others']) or 'none of them'}; codes used {share.min():.1f} to "
-            f"{share.max():.1f} % of the time, {use.entropy:z.2f} bits of information in 4"
+            f"{use.entropy:z.2f} bits of information in 4"
         )
 
     def code(self):
