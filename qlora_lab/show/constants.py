@@ -139,10 +139,5 @@ class ConstantsExplorer(Explorer):
     @staticmethod
     def describe(state, result):
         moved = ", ".join(f"{NAMES[table]} {100 * share:.2g} %" for table, share in result["moved"].items())
-        mean = "the mean taken off" if state["mean_offset"] else "the mean left in"
-        return (
-            f"Block size {state['block_size']}, groups of {state['group_size']}: constants cost {result['before']:.4g} "
-            f"bits per parameter in float32 and {result['after']:.4g} in 8 bits; relative error of NF4 "
-            f"{100 * result['relative_error']:.3g} %; outliers of {state['outlier']}, {mean}: 8 bits move the "
-            f"weights by {moved} of that error"
-        )
+        cost = f"Constants: {result['after']:.4g} bits per parameter, not {result['before']:.4g}"
+        return f"{cost}; added to NF4's error: {moved}"
