@@ -115,16 +115,14 @@ class KernelMapExplorer(Explorer):
     def describe(state, result):
         touched = result["touched"]
         start = (
-            f"{state['weights']} weights, block size {state['block_size']}, tile {state['tile']}: "
+            f"{state['weights']} weights, blocks of {state['block_size']}, tile {state['tile']}: "
             f"program {state['program']} of {touched.programs} "
         )
         if not touched.words:
             return f"{start}is not launched"
         return (
-            f"{start}loads {_span('word', touched.words)}, which is {_span('byte', touched.bytes)} and "
-            f"{len(touched.padding)} of padding, and {_span('constant', touched.constants)}; it stores "
-            f"{_span('weight', touched.stored)}; of {state['tile']} lanes {len(touched.spare)} decode and do not "
-            f"store, {len(touched.idle)} load nothing"
+            f"{start}loads {_span('word', touched.words)} and {_span('constant', touched.constants)}, and stores "
+            f"{_span('weight', touched.stored)}"
         )
 
 
