@@ -187,10 +187,9 @@ class BlockSizeExplorer(Explorer):
     def describe(self, state, result):
         plan = result["plan"]
         counts = ", ".join(f"{self.names[c]} in {count}" for c, count in result["counts"].items() if count)
-        layers = "1 layer" if len(plan.chosen) == 1 else f"{len(plan.chosen)} layers"
         return (
-            f"Budget {state['budget']:.7g} bits per parameter, {plan.bits_per_parameter:.4f} spent on "
-            f"{layers}: error {plan.error:.4g}, {_gain(self.names, result)}; block size {counts}"
+            f"Budget {state['budget']:.7g} bits per parameter, {plan.bits_per_parameter:.4f} spent: "
+            f"error {plan.error:.4g}, {_gain(self.names, result)}; block size {counts}"
         )
 
     def code(self):
