@@ -17,7 +17,7 @@ from qlora_lab.measure.constants import TABLES, squared_error, stored_constants
 from qlora_lab.memory.published import constant_bits
 from qlora_lab.quant.quantize import QuantizedTensor, dequantize, quantize
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, TITLE, bars, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, IN_DETAIL, TITLE, bars, new_figure
 from qlora_lab.show.slider import Slider, Toggle
 
 SIZES = [16, 32, 64, 128, 256, 512]
@@ -140,4 +140,9 @@ class ConstantsExplorer(Explorer):
     def describe(state, result):
         moved = ", ".join(f"{NAMES[table]} {100 * share:.2g} %" for table, share in result["moved"].items())
         cost = f"Constants: {result['after']:.4g} bits per parameter, not {result['before']:.4g}"
-        return f"{cost}; added to NF4's error: {moved}"
+        mean = "taken off" if state["mean_offset"] else "left in"
+        return (
+            f"{cost}; added to NF4's error: {moved}{IN_DETAIL}blocks of {state['block_size']}, groups of "
+            f"{state['group_size']}, outliers of {state['outlier']}, the mean {mean}: relative error of NF4 "
+            f"{100 * result['relative_error']:.3g} %"
+        )

@@ -30,7 +30,7 @@ from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.lloyd_max import lloyd_max
 from qlora_lab.quant.quantize import QuantizedTensor, quantize
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, SMALLEST, TITLE, bars, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, IN_DETAIL, SMALLEST, TITLE, bars, new_figure
 from qlora_lab.show.levels import Levels, shortest
 from qlora_lab.show.slider import Slider, Steps
 
@@ -239,11 +239,14 @@ class CodebookExplorer(Explorer):
 
     def describe(self, state, result):
         use = result["use"]
+        share = 100 * use.share  # %
         others = ", ".join(f"{name} {percent(other.relative_error)}" for name, other in result["others"].items())
         return (
+            f"Relative error {percent(use.relative_error)} % ({others}), better than "
+            f"{better_than(use, result['others']) or 'none of them'}{IN_DETAIL}"
             f"Levels {' '.join(f'{level:z.3g}' for level in state['levels'])}, blocks of {state['block_size']} "
-            f"{'given' if self._own else 'normal'} weights: relative error {percent(use.relative_error)} % ({others}), "
-            f"{use.entropy:z.2f} bits of information in 4"
+            f"{'given' if self._own else 'normal'} weights; codes used {share.min():.1f} to {share.max():.1f} % of "
+            f"the time, {use.entropy:z.2f} bits of information in 4"
         )
 
     def code(self):

@@ -28,6 +28,7 @@ from PIL import Image
 
 from qlora_lab.show import lettering
 from qlora_lab.show.escape import for_html
+from qlora_lab.show.source import details_html
 
 # Okabe and Ito's eight colours, distinct in any colour vision; matplotlib holds the values. Black is for ink; yellow is
 # too pale for a line on white.
@@ -41,6 +42,7 @@ BESIDE = 5.4  # inches: they fit beside the controls in a window of 1280 pixels
 ACROSS = 8.0  # inches: a notebook's whole column in that window
 DPI = 144
 CLOSE = {"columnspacing": 1.0, "handletextpad": 0.4, "borderaxespad": 0.2}  # a legend in little room
+IN_DETAIL = ". In detail: "  # in a sentence of numbers, between its short line and the rest
 KEPT = 8  # backgrounds of all figures together, of 2 MB each
 # White becomes a dark grey and black a light one. The turn gives each colour its hue back, so that "blue" stays blue.
 # More light keeps orange from brown. Paper is white whatever the theme, hence the screen.
@@ -99,8 +101,13 @@ def least_width(png):
 
 
 def caption(sentence):
-    """Return the HTML of a picture's alt text underneath it, which screen readers have spoken already."""
-    return f'<div aria-hidden="true">{for_html(sentence)}</div>'
+    """Return the HTML of a picture's alt text underneath it, which screen readers have spoken already.
+
+    What follows IN_DETAIL is folded away, so that the line stays short.
+    """
+    line, _, details = sentence.partition(IN_DETAIL)
+    folded = details_html("In detail", f"<div>{for_html(details)}</div>") if details else ""
+    return f'<div aria-hidden="true">{for_html(line)}</div>{folded}'
 
 
 class Picture:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from qlora_lab.gpu_code.touched import touched
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, SMALLEST, TITLE, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, IN_DETAIL, SMALLEST, TITLE, new_figure
 from qlora_lab.show.slider import Slider, Steps
 
 MOST = 256  # weights on the map
@@ -122,7 +122,9 @@ class KernelMapExplorer(Explorer):
             return f"{start}is not launched"
         return (
             f"{start}loads {_span('word', touched.words)} and {_span('constant', touched.constants)}, and stores "
-            f"{_span('weight', touched.stored)}"
+            f"{_span('weight', touched.stored)}{IN_DETAIL}{_span('byte', touched.bytes)} and {len(touched.padding)} "
+            f"of padding; of {state['tile']} lanes {len(touched.spare)} decode and do not store, {len(touched.idle)} "
+            "load nothing"
         )
 
 

@@ -16,7 +16,7 @@ from qlora_lab.measure.codebook_trial import SAMPLE, normal_weights, stretched_d
 from qlora_lab.quant.blocks import to_blocks
 from qlora_lab.quant.codebook import codebook, normal_float, normal_offset
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, COLOURS, TITLE, bars, new_figure
+from qlora_lab.show.figure import BESIDE, COLOURS, IN_DETAIL, TITLE, bars, new_figure
 from qlora_lab.show.slider import Slider, Steps, Toggle
 
 BLOCK_SIZE = 64
@@ -77,8 +77,10 @@ class NormalFloatExplorer(Explorer):
     @staticmethod
     def describe(state, result):
         use = result["use"]
+        used = 100 * use.share  # %
         rule = " by the rule" if state["offset"] == RULE else ""
         return (
             f"NormalFloat, {state['bits']} bits, offset {result['offset']:.7g}{rule}: {len(result['levels'])} levels, "
             f"relative error {100 * use.relative_error:.3g} %, {use.entropy:.2f} bits of information in {state['bits']}"
+            f"{IN_DETAIL}codes used {used.min():.1f} to {used.max():.1f} % of the time"
         )

@@ -27,11 +27,12 @@ class Pane(Shown):
       place.className = "qlora-picture"; place.append(image);
       el.append(place, below);
       const show = () => {
-        const before = image.src;
+        const before = image.src, open = below.querySelector("details")?.open;
         image.alt = model.get("alt"); image.style.minWidth = `${model.get("least")}px`;
         image.src = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
         URL.revokeObjectURL(before);
         below.innerHTML = model.get("below");
+        if (open) below.querySelector("details")?.setAttribute("open", "");  // as the reader left it
       };
       model.on("change", show); show();
       return () => URL.revokeObjectURL(image.src);

@@ -7,8 +7,9 @@ right the block of the first weight, each weight at its level.
 import os.path
 
 from qlora_lab.export.xray import Byte, Checkpoint, Half, byte_at, codes
+from qlora_lab.quant.double_quant import dynamic_map
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, COLOURS, TITLE, new_figure
+from qlora_lab.show.figure import BESIDE, COLOURS, IN_DETAIL, TITLE, new_figure
 from qlora_lab.show.hex_page import N_BYTES, HexPage
 from qlora_lab.show.slider import Slider, Steps
 
@@ -105,8 +106,9 @@ class XrayExplorer(Explorer):
         where = f"{state['tensor']}, byte {result['first'] + state['byte']:,}"
         if byte is None:
             return f"{where}: no byte is there, the last is {result['n_bytes'] - 1:,}"
-        halves = "; ".join(map(_said, byte.halves))  # the picture has the rest of their way
-        return f"{where}, at {byte.at:,} in the file, is 0x{byte.value:02x}: {halves}"
+        weights = "; ".join(map(_said, byte.halves))
+        ways = "; ".join(f"{name} {_way(half)}" for name, half in zip(HALVES, byte.halves, strict=True))
+        return f"{where}, at {byte.at:,} in the file, is 0x{byte.value:02x}: {weights}{IN_DETAIL}{ways}"
 
     def code(self):
         return f"XrayExplorer(checkpoint, {', '.join(f'{k}={v!r}' for k, v in self.state.items())})"
@@ -146,3 +148,14 @@ def _said(half: Half) -> str:
     if half.index is None:
         return f"code {half.code}, padding"
     return f"code {half.code}, weight ({', '.join(map(str, half.place))}) = {half.value:.4g}"
+
+
+def _way(half: Half) -> str:
+    if half.index is None:
+        return "padding"
+    said = f"level {half.level:.4f} x {half.constant:.4g} of block {half.block}"
+    if half.group is None:
+        return said
+    value = dynamic_map()[half.constant_code].item()
+    nested = f"{value:.4g} x scale {half.scale:.4g} of group {half.group} + offset {half.offset:.4g}"
+    return f"{said}, constant by code {half.constant_code}: {nested}"

@@ -56,9 +56,9 @@ def codebook(lab):
     """The explorer of levels in its start state."""
     explorer = lab.page.locator(".qlora-explorer").filter(has=lab.slider("Level 0"))
     lab.slider("Level 0").scroll_into_view_if_needed()  # the mouse needs it
-    if not re.match(f"Levels {NF4}, blocks of 64 ", explorer.locator("img").get_attribute("alt")):
+    if not re.search(f"Levels {NF4}, blocks of 64 ", explorer.locator("img").get_attribute("alt")):
         explorer.get_by_role("button", name="Reset").press("Enter")  # the next message may overtake it
-    expect(explorer.locator("img")).to_have_attribute("alt", re.compile(f"^Levels {NF4}, blocks of 64 given weights"))
+    expect(explorer.locator("img")).to_have_attribute("alt", re.compile(f"Levels {NF4}, blocks of 64 given weights"))
     return explorer
 
 
@@ -87,7 +87,7 @@ def test_a_level_is_dragged(lab, codebook):
     pixels = picture.get_attribute("src")
     drag(lab, 9, by=0.05)
     assert value(lab, 9) == pytest.approx(0.21, abs=0.011)
-    expect(picture).to_have_attribute("alt", re.compile(rf"^Levels -1 .* 0 0.0796 {value(lab, 9)} 0.246 .* 1, blocks"))
+    expect(picture).to_have_attribute("alt", re.compile(rf"Levels -1 .* 0 0.0796 {value(lab, 9)} 0.246 .* 1, blocks"))
     assert picture.get_attribute("src") != pixels
     expect(codebook.locator("code")).to_contain_text("CodebookExplorer(weight, levels=(-1.0, -0.6961928, ")
     expect(codebook.locator("code")).to_contain_text(f"0.0795803, {value(lab, 9)}, 0.2461123, ")
@@ -103,7 +103,7 @@ def test_levels_cannot_cross(lab, codebook):
     assert value(lab, 15) == 1
     drag(lab, 0, by=-0.5)
     assert value(lab, 0) == -1
-    expect(lab.picture("Level 9")).to_have_attribute("alt", re.compile("^Levels -1 .* 0.0796 0.23 0.24 0.338 .* 1, "))
+    expect(lab.picture("Level 9")).to_have_attribute("alt", re.compile("Levels -1 .* 0.0796 0.23 0.24 0.338 .* 1, "))
 
 
 def test_a_level_is_moved_by_keys(lab, codebook):
@@ -134,23 +134,23 @@ def test_zero_is_caught(lab, codebook):
     assert value(lab, 7) == 0.06
     drag(lab, 7, by=-0.045)
     assert value(lab, 7) == 0
-    expect(lab.picture("Level 7")).to_have_attribute("alt", re.compile("^Levels -1 .* -0.0911 0 0.0796 "))
+    expect(lab.picture("Level 7")).to_have_attribute("alt", re.compile("Levels -1 .* -0.0911 0 0.0796 "))
 
 
 def test_another_start_and_block_size(lab, codebook):
     picture = lab.picture("Level 0")
     size = codebook.get_by_role("slider", name="Block size", exact=True)
     size.press("End")
-    expect(picture).to_have_attribute("alt", re.compile("^Levels -1 -0.696 .* blocks of 1024 given weights"))
+    expect(picture).to_have_attribute("alt", re.compile("Levels -1 -0.696 .* blocks of 1024 given weights"))
     codebook.get_by_role("button", name="Start from even steps").click()
-    expect(picture).to_have_attribute("alt", re.compile("^Levels -1 -0.857 .* 0.125 .* blocks of 1024 given weights"))
+    expect(picture).to_have_attribute("alt", re.compile("Levels -1 -0.857 .* 0.125 .* blocks of 1024 given weights"))
     codebook.get_by_role("button", name="Start from Lloyd-Max").press("Enter")
-    same = r"relative error (\S+) % \(.* Lloyd-Max \1\)"
-    expect(picture).to_have_attribute("alt", re.compile(f"blocks of 1024 given weights: {same}"))
+    same = r"Relative error (\S+) % \(.* Lloyd-Max \1\)"
+    expect(picture).to_have_attribute("alt", re.compile(f"{same}.* blocks of 1024 given weights"))
     size.press("Home")
     expect(picture).to_have_attribute("alt", re.compile("blocks of 16 given weights"))
     codebook.get_by_role("button", name="Start from Lloyd-Max").press("Enter")  # of these blocks now
-    expect(picture).to_have_attribute("alt", re.compile(f"blocks of 16 given weights: {same}"))
+    expect(picture).to_have_attribute("alt", re.compile(f"{same}.* blocks of 16 given weights"))
 
 
 def outermost_lines(lab, picture):

@@ -8,6 +8,7 @@ from matplotlib.collections import PolyCollection
 from qlora_lab.measure.constants import squared_error
 from qlora_lab.quant.quantize import dequantize, quantize
 from qlora_lab.show.constants import PER_BIT, ROWS, ConstantsExplorer, cells, quantised
+from qlora_lab.show.figure import IN_DETAIL
 
 EXPLORER = ConstantsExplorer()
 START = EXPLORER.state
@@ -62,10 +63,11 @@ def test_the_sentence():
     EXPLORER.reset()
     assert EXPLORER.summary() == (
         "Constants: 0.127 bits per parameter, not 0.5; added to NF4's error: dynamic 0.053 %, int8 0.024 %, "
-        "E4M3 0.19 %, E5M2 0.84 %"
+        f"E4M3 0.19 %, E5M2 0.84 %{IN_DETAIL}blocks of 64, groups of 256, outliers of 0, the mean taken off: relative "
+        "error of NF4 0.848 %"
     )
     EXPLORER.set(mean_offset=False)
-    assert "added to NF4's error: dynamic 0.5" in EXPLORER.summary()
+    assert "added to NF4's error: dynamic 0.5" in EXPLORER.summary() and "the mean left in" in EXPLORER.summary()
 
 
 def test_cells_go_down_and_then_to_the_right():

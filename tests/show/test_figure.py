@@ -15,11 +15,13 @@ from toy import RoundingExplorer
 from qlora_lab.show.explorer import fix_layout
 from qlora_lab.show.figure import (
     COLOURS,
+    IN_DETAIL,
     KEPT,
     Blit,
     Picture,
     WithSentence,
     all_masked,
+    caption,
     compressed,
     img,
     new_figure,
@@ -55,6 +57,13 @@ def test_a_notebook_stores_the_bytes_of_a_picture_once(kind):
     """In HTML, where all readers of notebooks find the alt text; an image/png has none in JupyterLab."""
     shown = kind(picture(line_figure()[0], "line").png, "line")
     assert str(shown._repr_mimebundle_()).count(base64.b64encode(shown.png).decode()) == 1
+
+
+def test_a_caption_folds_the_details_away():
+    assert caption("bits < 5. Two. ") == '<div aria-hidden="true">bits &lt; 5. Two. </div>'
+    line, folded = caption(f"bits < 5{IN_DETAIL}error > 1").split("<details>")
+    assert line == '<div aria-hidden="true">bits &lt; 5</div>'
+    assert folded.endswith("In detail</summary><div>error &gt; 1</div></details>")
 
 
 def test_a_compressed_picture_looks_the_same():

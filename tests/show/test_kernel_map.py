@@ -9,6 +9,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from qlora_lab.kernels.triton.dequantize_nf4 import _dequantize_nf4_kernel
 from qlora_lab.kernels.triton.launch import words_of
 from qlora_lab.quant.codebook import codebook
+from qlora_lab.show.figure import IN_DETAIL
 from qlora_lab.show.kernel_map import KernelMapExplorer, touched
 
 EXPLORER = KernelMapExplorer()
@@ -148,7 +149,7 @@ def test_any_state_is_drawn(state):
 def test_starts_at_an_odd_tail():
     assert KernelMapExplorer().summary() == (
         "203 weights, blocks of 64, tile 64: program 3 of 4 loads words 24 to 25 and constant 3, and stores weights "
-        "192 to 202"
+        f"192 to 202{IN_DETAIL}bytes 96 to 101 and 2 of padding; of 64 lanes 5 decode and do not store, 48 load nothing"
     )
 
 

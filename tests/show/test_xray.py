@@ -6,8 +6,10 @@ from safetensors.torch import save_file
 from toy_checkpoint import ODD, SMALL, toy_checkpoint
 
 from qlora_lab.export.xray import Checkpoint, byte_at, values
+from qlora_lab.quant.double_quant import dynamic_map
 from qlora_lab.quant.quantize import quantize
 from qlora_lab.quant.serialize import to_tensors
+from qlora_lab.show.figure import IN_DETAIL
 from qlora_lab.show.hex_page import N_BYTES, HexPage
 from qlora_lab.show.xray import XrayExplorer
 
@@ -42,10 +44,17 @@ def test_the_sentence(explorer):
     explorer.set(tensor="v", place=0, byte=3)
     byte = byte_at(explorer.checkpoint, ODD, 3)
     high, low = byte.halves
-    assert explorer.summary() == (
+    line, _, details = explorer.summary().partition(IN_DETAIL)
+    assert line == (
         f"v, byte 3, at {byte.at:,} in the file, is 0x{byte.value:02x}: code {high.code}, weight (0, 6) = "
         f"{high.value:.4g}; code {low.code}, weight (0, 7) = {low.value:.4g}"
     )
+    value = dynamic_map()[high.constant_code]
+    assert details.startswith(
+        f"high half level {high.level:.4f} x {high.constant:.4g} of block 0, constant by code {high.constant_code}: "
+        f"{value:.4g} x scale {high.scale:.4g} of group 0 + offset "
+    )
+    assert f"; low half level {low.level:.4f} x {low.constant:.4g} of block 0, " in details
     assert explorer.code() == "XrayExplorer(checkpoint, tensor='v', place=0, byte=3)"
     texts = [text.get_text() for text in explorer.texts[0]]
     assert texts[:2] == [f"{high.code:04b}", f"{high.code}"] and texts[-1] == f"0, code {high.constant_code}"
@@ -53,7 +62,9 @@ def test_the_sentence(explorer):
 
 def test_padding_and_what_lies_behind_the_last_byte(explorer):
     explorer.set(tensor="v", place=100, byte=60)
-    assert explorer.summary().endswith(f"; code {explorer.result['byte'].halves[1].code}, padding")
+    line, _, details = explorer.summary().partition(IN_DETAIL)
+    assert line.endswith(f"; code {explorer.result['byte'].halves[1].code}, padding")
+    assert details.endswith("; low half padding")
     assert [text.get_text() for text in explorer.texts[1]][3:5] == ["", "padding"]
     assert list(explorer.marks[1].get_data()[0]) == []
     explorer.set(byte=61)
