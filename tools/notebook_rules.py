@@ -15,6 +15,7 @@ import re
 from tools.prose_rules import unsupported
 
 LONGEST_CELL = 10
+TITLE_WORDS = 4  # of a figure, at least: a bare label has fewer, a claim has more
 LARGEST = 250_000  # bytes: a code host shows it, and a change to it can be read
 OPENING = ("You need", "Runs in", "Paper section", "After this you can")
 TAIL = ["Check yourself", "Exercises", "What we left out", "Next"]
@@ -28,7 +29,7 @@ _ALT = re.compile(r"\balt\s*=\s*(\"[^\"]*[^\"\s][^\"]*\"|'[^']*[^'\s][^']*')")
 def problems(notebook):
     """Every rule that the notebook breaks, in the order of its cells."""
     cells = [(i, c, "".join(c["source"])) for i, c in enumerate(notebook["cells"])]
-    rules = (_runs, _code, _images, _headings, _opening, _answers, unsupported)
+    rules = (_runs, _code, _images, _titles, _headings, _opening, _answers, unsupported)
     return [sentence for rule in rules for sentence in rule(cells)] + list(_size(notebook))
 
 
@@ -76,6 +77,28 @@ def _images(cells):
             yield f"cell {i}: an image has no alt text. Say what it shows, with its key numbers."
         if any(kind.startswith("image/") for o in cell.get("outputs", []) for kind in o.get("data", {})):
             yield f"cell {i}: an image is stored outside of HTML, where its alt text is lost. Show it with picture()."
+
+
+def _titles(cells):
+    """A figure says its idea above itself. Its stored pixels cannot be asked, so the code that draws it is."""
+    drawing = []
+    for i, _, source in _code_cells(cells):
+        calls = [node for part in _statements(source) for node in ast.walk(part) if isinstance(node, ast.Call)]
+        named = {ast.unparse(call.func).rpartition(".")[2] for call in calls}
+        drawing = calls if "new_figure" in named else drawing + calls
+        if "picture" in named and max(map(_title_words, drawing)) < TITLE_WORDS:
+            said = "a figure has no title that says what it shows"
+            yield f"cell {i}: {said}. Write one of {TITLE_WORDS} words or more: ax.set_title(...)."
+
+
+def _title_words(call):
+    """How many words a call writes above a figure: set_title, suptitle, or `title=`, in plain or formatted text."""
+    given = [keyword.value for keyword in call.keywords if keyword.arg == "title"]
+    if isinstance(call.func, ast.Attribute) and call.func.attr in ("set_title", "suptitle"):
+        given += call.args[:1]
+    parts = [node for text in given for node in ast.walk(text)]
+    texts = [node.value for node in parts if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return len(" ".join(texts).split())
 
 
 def _headings(cells):

@@ -113,6 +113,40 @@ def test_stored_pictures_need_alt_text(stored):
     assert broken(stored) == []
 
 
+TITLED = [  # above a figure: the lines that draw it
+    'ax.set_title("Small blocks cost less")',
+    'fig.suptitle(f"At {size} weights {name} errs least")',
+    'ax.set(xlabel="size", title="Small blocks cost less")',
+]
+UNTITLED = [
+    "ax.plot(x)",
+    'ax.set_title("Error of blocks")',
+    'ax.set_title(f"{name}: {error:.2f} %")',
+    'ax.set(xlabel="the size of a block")',
+    'ax.plot(x, label="the size of a block")',
+]
+
+
+@pytest.mark.parametrize(("title", "count"), [*((line, 0) for line in TITLED), *((line, 1) for line in UNTITLED)])
+@pytest.mark.parametrize("joint", ["\n", None], ids=["one cell", "two cells"])
+def test_a_figure_has_a_title_that_says_what_it_shows(stored, title, count, joint):
+    lines = ["fig, ax = new_figure()", title, 'ql.picture(fig, "error 1 to 2 %")']
+    if joint:
+        stored.cells[3].source = joint.join(lines)
+    else:
+        stored.cells[3].source = lines[0]
+        stored.cells[4].update(source="\n".join(lines[1:]), metadata={})
+    found = [sentence for sentence in broken(stored) if "a figure has no title" in sentence]
+    assert len(found) == count and all(sentence.startswith(f"cell {3 if joint else 4}: ") for sentence in found)
+
+
+def test_the_title_of_another_figure_does_not_count(stored):
+    first, second = (f'fig, ax = new_figure()\n{line}\nql.picture(fig, "a")' for line in (TITLED[0], UNTITLED[0]))
+    stored.cells[3].source = first
+    stored.cells[4].update(source=second, metadata={})
+    assert [sentence[:7] for sentence in broken(stored) if "a figure has no title" in sentence] == ["cell 4:"]
+
+
 ANSWER = {"tags": ["answer"], "jupyter": {"outputs_hidden": True}}
 
 
