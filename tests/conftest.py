@@ -281,7 +281,7 @@ def pytest_sessionfinish():
 def _earlier(choices: str) -> tuple[set[str], set[str]]:
     """The tests that passed without these calls in each stage, and without another process, which could have asked.
 
-    And the files with no other test: to import and collect these takes a stage some seconds.
+    And the files with no other test.
     """
     looked_for = {"process", *choices.split(",")}
     asked, known, files = set(), set(), {}
@@ -296,9 +296,18 @@ def _earlier(choices: str) -> tuple[set[str], set[str]]:
     return unasked, {file for file, tests in files.items() if unasked.issuperset(tests)}
 
 
+def _holds(path: Path, mark: str) -> bool:
+    return f"mark.{mark}" in path.read_text("utf-8")
+
+
 def pytest_ignore_collect(collection_path, config):
-    choices = config.getoption("--asking")
-    return True if choices and str(collection_path) in _earlier(choices)[1] else None  # None: others decide
+    """Leave out files without a test that this stage would run: to import and collect them takes it some seconds."""
+    choices, mark = config.getoption("--asking"), config.getoption("--marked")
+    if choices and str(collection_path) in _earlier(choices)[1]:
+        return True
+    if mark and collection_path.suffix == ".py" and not _holds(collection_path, mark):
+        return True
+    return None  # others decide
 
 
 def pytest_addoption(parser):
@@ -306,14 +315,23 @@ def pytest_addoption(parser):
     parser.addoption(
         "--asking", metavar="CALLS", help="leave out tests that an earlier stage saw pass without these calls"
     )
+    parser.addoption("--marked", metavar="MARK", help="leave out files that do not hold the words mark.MARK")
 
 
 def _place(file: str) -> int:
     return stages.LONG.index(file) if file in stages.LONG else len(stages.LONG)
 
 
+def _check_marks(items) -> None:
+    """A mark that a test has from elsewhere would leave it out of every stage."""
+    marked = {(item.path, mark) for item in items for mark in ("slow", "long") if item.get_closest_marker(mark)}
+    if wrong := [f"{path.name}: {mark}" for path, mark in sorted(marked) if not _holds(path, mark)]:
+        raise pytest.UsageError(f"{', '.join(wrong)}: write pytest.mark... in the file of the test (tools/stages.py)")
+
+
 def pytest_collection_modifyitems(config, items):
     without, choices = config.getoption("--without"), config.getoption("--asking")
+    _check_marks(items)
     unasked = _earlier(choices)[0] if choices else ()
     for item in () if choices else items:
         if not item.get_closest_marker("slow"):

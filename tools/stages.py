@@ -27,6 +27,7 @@ PYTEST = [sys.executable, "-m", "pytest"]
 WORKERS = ["-n", "2"]
 TESTS = ["-p", "no:nbval", "--ignore=tests/browser", "tests"]  # nbval takes a second to import
 STEALING = [*PYTEST, *WORKERS, "--dist", "worksteal", *TESTS]
+BY_FILE = [*PYTEST, *WORKERS, "--dist", "loadfile", "--no-loadscope-reorder"]
 # tests that are the same on every machine: the interpreter of GPU kernels, faults of disks and files
 SAME = ["kernels/triton", "gpu_code", "test_bench_gpu_day.py", "test_faults.py", "test_fuzz.py", "test_readers.py"]
 SAME += ["test_strangers.py", "test_home_folder.py", "cli/test_cli_absurd.py", "cli/test_cli_streams.py"]
@@ -72,6 +73,7 @@ def unexpected(calls: set[str], path: Path) -> str | None:
 
 # --without: tests that set themselves, each in its turn, what the stage sets for all
 # --asking: after "fast" and "long", only the tests that asked for what the stage sets; alone, all of them
+# --marked: only files that hold this mark
 ARITHMETIC = again("--without=outcome", "--asking=race")
 # For oneDNN, whose products are float32 as those of "long" are and differ in the order of sums, and for the readable
 # functions, which kernels are compared with everywhere: the last -m counts.
@@ -104,7 +106,7 @@ class Stage(NamedTuple):
 STAGES = {
     "normalised": Stage([sys.executable, "tools/notebooks.py", "--check"]),
     "fast": Stage([*STEALING, "qlora_lab", *FAST], {"QLORA_LAB_PRODUCTS": "float32"}),
-    "long": Stage([*STEALING, "-m", "long and not slow"], {"QLORA_LAB_PRODUCTS": "float32"}),
+    "long": Stage([*STEALING, "--marked=long", "-m", "long and not slow"], {"QLORA_LAB_PRODUCTS": "float32"}),
     "onednn": Stage([*ARITHMETIC, *FAST], {"QLORA_LAB_PRODUCTS": "onednn"}),
     "bfloat16": Stage(ARITHMETIC, {"QLORA_LAB_PRODUCTS": "bfloat16"}),
     "old": Stage(
@@ -113,7 +115,7 @@ STAGES = {
     "readable": Stage(again("--without=with_kernels", "--asking=_choose", *FAST), {"QLORA_LAB_KERNELS": "reference"}),
     "model": Stage([sys.executable, "-m", "qlora_lab.cli", "fetch", "smollm2-135m"]),
     # one worker runs a file's tests, which share what is slow: all kernels compiled, a wheel, a bench's rows
-    "slow": Stage([*PYTEST, *WORKERS, "--dist", "loadfile", "--no-loadscope-reorder", *TESTS, "-m", "slow"]),
+    "slow": Stage([*BY_FILE, *TESTS, "--marked=slow", "-m", "slow"]),
     # halves of the list, each with a JupyterLab and a Chromium of its own: tests of one notebook stay together
     "browser": Stage([*PYTEST, *WORKERS, "--dist", "worksteal", "tests/browser"]),
     "fine-tune": Stage([*COURSE, str(LONGEST)]),

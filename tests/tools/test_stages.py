@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qlora_lab.kernels import choose, product
 from qlora_lab.quant.quantize import quantize
+from tests import conftest
 from tools import stages
 from tools.stages import STAGES, Stage, main
 
@@ -82,6 +84,18 @@ def test_a_file_without_numbers_that_asks_is_missed_in_no_stage():
         ("race", "train/test_new.py", None),
     ]:
         assert stages.unexpected({call}, stages.ROOT / "tests" / file) == told, file
+
+
+def test_a_mark_that_its_own_file_does_not_hold_is_refused(tmp_path):
+    """--marked would leave the file out of every stage."""
+    for name, text in (("test_a.py", "@pytest.mark.slow"), ("test_b.py", "from test_a import slow")):
+        (tmp_path / name).write_text(text, "utf-8")
+    items = [SimpleNamespace(path=path, get_closest_marker="slow".__eq__) for path in sorted(tmp_path.iterdir())]
+    conftest._check_marks(items[:1])
+    with pytest.raises(pytest.UsageError, match="^test_b.py: slow: write pytest.mark"):
+        conftest._check_marks(items)
+    marked = {name: stage.command for name, stage in STAGES.items() if any("--marked" in w for w in stage.command)}
+    assert all(f"--marked={name}" in command for name, command in marked.items()) and set(marked) == {"slow", "long"}
 
 
 def test_rooms_that_compute_with_torch_itself_are_run_whole_on_an_old_cpu():
