@@ -1,6 +1,6 @@
 """lm-evaluation-harness, which builds prompts and reads models on its own, finds the same numbers.
 
-It has an environment of its own (Makefile), so each comparison is a process there.
+It has an environment of its own (Makefile), so the comparisons are a process there.
 """
 
 import json
@@ -9,8 +9,10 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
 import qlora_lab as ql
 from qlora_lab.adapters.lora import adapters
@@ -27,8 +29,8 @@ installed = pytest.mark.skipif(
     not (find_spec("lm_eval") or THERE.exists()), reason="lm-evaluation-harness is not there: make .venv/eval/.ready"
 )
 
-# model, adapter or "", folder of questions, shots, folder for the harness' files -> a line of JSON: way -> findings.
-# One process for both ways: to import the harness and to load a model costs more than a few questions.
+# [model, adapter or "", folder of questions, shots, folder for the harness' files], ... as JSON -> a line of JSON for
+# each: way -> findings. One process for all: to import the harness and to load a model costs more than a few questions.
 COMPARE = """
 import json, sys
 import torch
@@ -39,35 +41,78 @@ from qlora_lab.measure.choice_rows import _lengths
 from qlora_lab.measure.lm_eval import harness_model, harness_tasks
 from qlora_lab.data.choice_prompts import Task
 from qlora_lab.measure.multiple_choice import choice_scores
-name, adapter, folder, shots, files = sys.argv[1:]
 torch.set_num_threads(1)
-model, tokenizer = ql.load(name, "nf4", dtype=torch.float32, progress=False)
-if adapter:
-    ql.load_adapter(model, adapter)
-lines = {}
-for way in ("letters", "texts"):
-    task = Task(read_questions(folder), int(shots), way)
-    tasks = harness_tasks(task, f"{files}/{way}")
-    found = simple_evaluate(harness_model(model, tokenizer), tasks=tasks, bootstrap_iters=0)
-    theirs = [[value for value, _ in s["filtered_resps"]] for part in found["samples"].values() for s in part]
-    accuracies = {name: {metric: values.get(f"{metric},none") for metric in ("acc", "acc_norm", "acc_bytes")}
-                  for name, values in found["results"].items()}
-    lines[way] = {"ours": choice_scores(model, tokenizer, task, progress=False), "theirs": theirs,
-                  "accuracies": accuracies, "lengths": _lengths(task)}
-print(json.dumps(lines))
+for name, adapter, folder, shots, files in json.loads(sys.argv[1]):
+    model, tokenizer = ql.load(name, "nf4", dtype=torch.float32, progress=False)
+    if adapter:
+        ql.load_adapter(model, adapter)
+    lines = {}
+    for way in ("letters", "texts"):
+        task = Task(read_questions(folder), shots, way)
+        tasks = harness_tasks(task, f"{files}/{way}")
+        found = simple_evaluate(harness_model(model, tokenizer), tasks=tasks, bootstrap_iters=0)
+        theirs = [[value for value, _ in s["filtered_resps"]] for part in found["samples"].values() for s in part]
+        accuracies = {name: {metric: values.get(f"{metric},none") for metric in ("acc", "acc_norm", "acc_bytes")}
+                      for name, values in found["results"].items()}
+        lines[way] = {"ours": choice_scores(model, tokenizer, task, progress=False), "theirs": theirs,
+                      "accuracies": accuracies, "lengths": _lengths(task)}
+    print(json.dumps(lines))
 """
 
 
-def compare(tmp_path, name, adapter, questions: Questions, shots: int) -> None:
-    """Check that both agree on every log-likelihood and every accuracy, by letters and by texts."""
-    write_questions(questions, tmp_path / "any")
-    words = [name, adapter, tmp_path / "any", shots, tmp_path / "tasks"]
+class Job(NamedTuple):
+    """What both are asked: a model, the folder of an adapter or "", and questions with so many shots."""
+
+    model: str
+    adapter: str
+    questions: Questions
+    shots: int
+
+
+def small_model(folder: Path, home: Path) -> Job:
+    model, _ = ql.load(folder, progress=False)
+    ql.add_lora(model, r=2)
+    generator = torch.Generator().manual_seed(0)
+    for layer in adapters(model).values():
+        layer.lora_B.data.normal_(generator=generator)
+    adapter = ql.save_adapter(model, home / "adapter")
+    questions = read_questions(small_questions(home / "mmlu"))
+    awkward = ChoiceQuestion("anatomy", "  Où?\n\n ", ("é", " the two", "the  sum\n", "the sum of the two numbers"), 1)
+    questions = Questions("any", (*questions.test, awkward), questions.dev)  # bytes and characters differ
+    return Job(str(folder), str(adapter), questions, 2)
+
+
+def default_model() -> Job:
+    # One question each from two of the four libraries: the small model above reads the awkward ones in a second.
+    generated = docstring_choice(2, libraries=LIBRARIES[:2], progress=False)
+    return Job("smollm2-135m", "", Questions("any", generated.test, generated.dev), 1)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, saved_llama) -> dict[str, tuple[Questions, dict]]:
+    """Which model -> its questions, and what both found by letters and by texts."""
+    home = tmp_path_factory.mktemp("harness")
+    jobs = {"small": small_model(saved_llama, home), "default": default_model()}
+    words = []
+    for name, job in jobs.items():
+        write_questions(job.questions, home / name / "any")
+        words.append([job.model, job.adapter, str(home / name / "any"), job.shots, str(home / name / "tasks")])
     # No network: the harness looks for data and metrics on the hub first.
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home / "home")}
     environment = os.environ | offline | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([HARNESS, "-c", COMPARE, *map(str, words)], env=environment, capture_output=True, text=True)
+    command = [HARNESS, "-c", COMPARE, json.dumps(words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = json.loads(done.stdout.splitlines()[-1])
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"letters"')]
+    return {name: (job.questions, lines) for (name, job), lines in zip(jobs.items(), found, strict=True)}
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["small", "default"])
+def test_the_harness_agrees_on_a_small_model_with_an_adapter_and_on_the_default_one_in_nf4(compared, which):
+    """On every log-likelihood and every accuracy, by letters and by texts."""
+    questions, lines = compared[which]
     assert list(lines) == ["letters", "texts"]
     for way, found in lines.items():
         assert len(found["ours"]) == len(found["theirs"]) == len(questions.test)
@@ -85,29 +130,6 @@ def check_accuracies(found: dict, questions: Questions, way: str) -> None:
         shares = accuracies(row, metric).subjects
         theirs = [values[metric] for values in found["accuracies"].values()]
         assert [share.mean for share in shares.values()] == pytest.approx(theirs, abs=1e-12)
-
-
-@installed
-@pytest.mark.slow
-def test_the_harness_agrees_on_a_small_model_with_an_adapter(tmp_path, folder):
-    model, _ = ql.load(folder, progress=False)
-    ql.add_lora(model, r=2)
-    for layer in adapters(model).values():
-        layer.lora_B.data.normal_()
-    adapter = ql.save_adapter(model, tmp_path / "adapter")
-    questions = read_questions(small_questions(tmp_path / "mmlu"))
-    awkward = ChoiceQuestion("anatomy", "  Où?\n\n ", ("é", " the two", "the  sum\n", "the sum of the two numbers"), 1)
-    questions = Questions("any", (*questions.test, awkward), questions.dev)  # bytes and characters differ
-    compare(tmp_path, folder, adapter, questions, 2)
-
-
-@installed
-@pytest.mark.slow
-def test_the_harness_agrees_on_the_default_model_in_nf4(tmp_path):
-    # One question each from two of the four libraries: the small model above reads the awkward ones in a second.
-    generated = docstring_choice(2, libraries=LIBRARIES[:2], progress=False)
-    questions = Questions("any", generated.test, generated.dev)
-    compare(tmp_path, "smollm2-135m", "", questions, 1)
 
 
 def test_a_task_has_the_harness_fields_and_its_data(tmp_path):
