@@ -16,20 +16,17 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tools import from_wheel
+
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> dict[str, str]:
-    """The environment of a process that imports the library from the wheel."""
-    home = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", home, ROOT], check=True)
-    (wheel,) = home.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", home / "site", wheel], check=True)
-    return os.environ | {"PYTHONPATH": str(home / "site"), "QLORA_LAB_SITE": str(home / "site")}
+def installed() -> dict[str, str]:
+    """The environment of a process that imports the library from the wheel; the stages of notebooks use it again."""
+    return from_wheel.install() | {"QLORA_LAB_SITE": str(from_wheel.SITE)}
 
 
 def python(code: str, installed, where) -> str:

@@ -2,7 +2,7 @@
 
     python tools/from_wheel.py pytest --nbval notebooks
 
-In: the checkout. Out: the command's exit code, after the wheel was built and installed into build/wheel. The process
+In: the checkout. Out: the command's exit code, after the wheel was built and is installed in build/wheel. The process
 becomes the command, so that Ctrl-C reaches it.
 
 Not here: what the wheel holds (tests/test_wheel.py).
@@ -20,12 +20,22 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
 def install() -> dict[str, str]:
-    """Build the wheel and install it alone. Returns the environment that imports it."""
-    shutil.rmtree(SITE.parent, ignore_errors=True)
-    build = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(SITE.parent), str(ROOT)]
+    """Build the wheel and install it alone. Returns the environment that imports it.
+
+    A wheel with the bytes of the one that is installed changes nothing: the kernels that its library has compiled lie
+    beside it, and the next stage would compile them again for minutes.
+    """
+    built = SITE.parent / "built"
+    shutil.rmtree(built, ignore_errors=True)
+    build = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(built), str(ROOT)]
     subprocess.run(build, check=True)
-    (wheel,) = SITE.parent.glob("*.whl")
-    subprocess.run([*PIP, "install", "--no-deps", "--target", str(SITE), str(wheel)], check=True)
+    (wheel,) = built.glob("*.whl")
+    installed = SITE.parent / wheel.name
+    if not (installed.is_file() and installed.read_bytes() == wheel.read_bytes()):
+        installed.unlink(missing_ok=True)
+        shutil.rmtree(SITE, ignore_errors=True)
+        subprocess.run([*PIP, "install", "--no-deps", "--target", str(SITE), str(wheel)], check=True)
+        wheel.replace(installed)  # last: what was interrupted is done again
     return os.environ | {"PYTHONPATH": str(SITE)}
 
 

@@ -23,6 +23,15 @@ def test_a_kernel_imports_the_wheel_and_not_the_checkout(tmp_path, monkeypatch):
     file = subprocess.run(command, cwd=where, env=environment, check=True, capture_output=True, text=True).stdout
     assert Path(file.strip()).is_relative_to(tmp_path)
 
+    compiled = tmp_path / "wheel" / "site" / "qlora_lab" / "kernels" / "__pycache__" / "compiled"
+    compiled.touch()
+    from_wheel.install()
+    assert compiled.exists()  # the wheel has the same bytes
+    (wheel,) = compiled.parents[4].glob("*.whl")
+    wheel.write_bytes(b"of another day")
+    from_wheel.install()
+    assert not compiled.exists() and wheel.stat().st_size > 10_000
+
 
 def test_a_library_from_elsewhere_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(from_wheel, "install", lambda: dict(os.environ))
