@@ -20,10 +20,9 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from tests.browser.controls import NEW_PICTURE_MS, pixels
+from tests.browser.controls import alt_text, pixels
 from tools.lab_server import (
     FLAGS,
-    IDLE,
     RUN_ALL,
     SHUT_DOWN,
     find_chromium,
@@ -36,6 +35,17 @@ from tools.lab_server import (
 # What ipykernel says on stderr of encryption, when it starts, reaches JupyterLab without its header at times.
 NOT_OURS = "Kernel message validation error: Unexpected token 's', \"stream.stderr\" is not valid JSON"
 SAVE = "() => window.jupyterapp.commands.execute('docmanager:save')"
+OPEN = "async (path) => { await window.jupyterapp.commands.execute('docmanager:open', { path }) }"
+CLOSE = """async () => {
+  const opened = window.jupyterapp.shell.currentWidget;
+  await opened.sessionContext.ready;
+  await opened.sessionContext.shutdown();
+  opened.dispose();
+}"""
+IDLE = """(path) => {
+  const opened = window.jupyterapp?.shell.currentWidget;
+  return opened?.context?.path === path && opened.sessionContext?.session?.kernel?.status === "idle";
+}"""
 OPENED = "() => window.jupyterapp?.shell.currentWidget?.context?.isReady"
 
 
@@ -84,8 +94,9 @@ def context(chromium):
 class LabNotebook:
     """A notebook that has run to its end in JupyterLab."""
 
-    def __init__(self, page):
+    def __init__(self, page, address):
         self.page = page
+        self.address = address
 
     def slider(self, name):
         return self.page.get_by_role("slider", name=name, exact=True)
@@ -104,9 +115,10 @@ class LabNotebook:
         picture = self.picture(name)
         alt, before = picture.get_attribute("alt"), pixels(picture)
         self.control(name).press(key)
-        expect(picture).not_to_have_attribute("alt", alt, timeout=NEW_PICTURE_MS)
+        said = alt_text(picture, alt, same=False)
+        assert said != alt, f"{key} on {name!r}: {said}, as before"
         assert not np.array_equal(before, pixels(picture)), f"{key} on {name!r}: new alt text, same pixels"
-        return picture.get_attribute("alt")
+        return said
 
     def pixels(self, picture):
         return pixels(picture)
@@ -120,7 +132,7 @@ class LabNotebook:
         """What a student sees on the next day: save, shut the kernel down, load the page anew, run nothing."""
         self.page.evaluate(SAVE)
         self.page.evaluate(SHUT_DOWN)
-        self.page.reload()
+        self.page.goto(self.address)
         self.page.wait_for_function(OPENED, timeout=60_000)
 
     def expect_stills_alone(self, count):
@@ -146,26 +158,35 @@ class LabNotebook:
 
 @pytest.fixture(scope="module")
 def open_notebook(lab, context, browser_run, tmp_path_factory):
-    """open_notebook(path, *beside): run a copy of a notebook, with the files it needs beside it, in JupyterLab."""
+    """open_notebook(path, *beside): run a copy of a notebook, with the files it needs beside it, in JupyterLab.
+
+    A module's notebooks follow each other on one page, because JupyterLab takes seconds to load.
+    """
     url, token, served = lab
-    pages, errors = [], []
+    page, opened, errors = context.new_page(), [], []
+    page.on("pageerror", lambda error: NOT_OURS in str(error) or errors.append(f"{opened[-1:]}: {error.stack}"))
 
     def open_and_run(path, *beside):
-        folder, page = served / secrets.token_hex(4), context.new_page()
-        pages.append(page)
-        page.on("pageerror", lambda error: NOT_OURS in str(error) or errors.append(f"{path.name}: {error.stack}"))
+        folder = served / secrets.token_hex(4)
         folder.mkdir()
         for file in (path, *beside):
             shutil.copy(file, folder)
-        page.goto(f"{url}lab/tree/{folder.name}/{path.name}?token={token}&reset")
-        page.wait_for_function(IDLE, timeout=60_000)
+        here = f"{folder.name}/{path.name}"
+        address = f"{url}lab/tree/{here}?token={token}&reset"
+        page.set_viewport_size({"width": 1280, "height": 900})
+        if opened:
+            page.evaluate(CLOSE)
+            page.evaluate(OPEN, here)
+        else:
+            page.goto(address)
+        opened.append(path.name)
+        page.wait_for_function(IDLE, arg=here, timeout=60_000)
         assert page.evaluate(RUN_ALL), page.locator(".jp-OutputArea-output").all_inner_texts()
-        return LabNotebook(page)
+        return LabNotebook(page, address)
 
     yield open_and_run
-    for page in pages:
-        page.set_viewport_size({"width": 1280, "height": 900})
-        page.screenshot(path=tmp_path_factory.mktemp("last") / "page.png")
-        page.evaluate(SHUT_DOWN)
-        page.close()
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.screenshot(path=tmp_path_factory.mktemp("last") / "page.png")
+    page.evaluate(SHUT_DOWN)
+    page.close()
     assert not errors, errors

@@ -18,9 +18,9 @@ MEASURED = 'has_gradient.compare("lora_B")'  # what the notebook's cell needs is
 NUMBER = 'codes = ql.guess("How many codes?", unit="codes")'
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def opened(lab, context):
-    """Notebook 00's question about two gradients, its guess and its answer, and a number: as stored, not run."""
+    """Notebook 00's question about two gradients, its guess and its answer, and a number: as stored, not run yet."""
     url, token, served = lab
     cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
     (asked,) = [i for i, cell in enumerate(cells) if re.search(r"\*\*Predict", "".join(cell["source"]))]

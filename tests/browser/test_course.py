@@ -1,9 +1,9 @@
 """The course in the real JupyterLab, where each notebook runs once: its controls by key and by mouse, both themes, and
 the next day.
 
-01, 02 and 04 run whole. Of the others only the cells with a widget run, on drawn numbers or a toy model where they need
-any: nbval runs all cells, and test_stored.py shows all stored outputs. test_follow_weight.py moves along the map that
-ends each notebook; here it is looked at where a notebook runs whole.
+00, 01, 02 and 04 run whole. Of the others only the cells with a widget run, on drawn numbers or a toy model where they
+need any: nbval runs all cells, and test_stored.py shows all stored outputs. test_follow_weight.py moves along the map
+that ends each notebook; here it is looked at where a notebook runs whole.
 """
 
 import re
@@ -15,7 +15,6 @@ from playwright.sync_api import expect
 
 from tests.browser.controls import move_all
 from tests.browser.theme import DARK, LIGHT, resize, set_theme, unreadable
-from tools.lab_server import SHUT_DOWN
 
 SHOW = Path(__file__).parents[1] / "show"
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -163,10 +162,10 @@ MOVES = {  # control, key, part of the new alt text
         ("Reset", "Enter", "1 text at once, 128 tokens each, 4.127 bits per weight: 187 ms a step"),
     ],
 }
-EXPLORERS = {"06_data_types": 2, "07_lora": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # one in any other
+EXPLORERS = {"00_start_here": 0, "06_data_types": 2, "07_lora": 2, "10_finetune_llama": 0, "13_merge_lab": 2}  # else 1
 CONTROLS = {name: len({control for control, _, _ in moves}) for name, moves in MOVES.items()}
-CONTROLS |= {"06_data_types": 5 + 21, "10_finetune_llama": 0}  # 16 levels, 3 starts, block size and reset
-CONTROLS |= {"07_lora": 4 + 4, "13_merge_lab": 4 + 3}
+CONTROLS |= {"00_start_here": 0, "10_finetune_llama": 0, "07_lora": 4 + 4, "13_merge_lab": 4 + 3}
+CONTROLS |= {"06_data_types": 5 + 21}  # 16 levels, 3 starts, block size and reset
 NAMES = sorted(MOVES | EXPLORERS)
 
 
@@ -194,9 +193,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def course(name, open_notebook, tmp_path_factory):
-    lab = open_notebook(cut(name, tmp_path_factory.mktemp(name)), SHOW / "toy_training.py")
-    yield lab
-    lab.page.evaluate(SHUT_DOWN)
+    return open_notebook(cut(name, tmp_path_factory.mktemp(name)), SHOW / "toy_training.py")
 
 
 def test_keys_reach_the_kernel(course, name):

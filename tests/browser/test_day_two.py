@@ -25,26 +25,34 @@ START = re.compile("^Rounding explorer: 8 steps")
 STOPPED = "The kernel has stopped: run this cell again."
 
 
-@pytest.fixture
-def ran(open_notebook, tmp_path):
+@pytest.fixture(scope="module")
+def run_day(open_notebook, tmp_path_factory):
+    """run_day() runs the notebook in a new kernel."""
     kernel = {"kernelspec": {"display_name": "Python 3", "name": "python3"}}
     notebook = nbformat.v4.new_notebook(metadata=kernel, cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    nbformat.write(notebook, tmp_path / "day.ipynb")
-    return open_notebook(tmp_path / "day.ipynb", SHOW / "toy.py", SHOW / "toy_training.py")
+    path = tmp_path_factory.mktemp("day") / "day.ipynb"
+    nbformat.write(notebook, path)
+    return lambda: open_notebook(path, SHOW / "toy.py", SHOW / "toy_training.py")
 
 
-def test_pictures_stay_when_the_notebook_is_opened_again(ran, tmp_path):
-    expect(ran.page.get_by_text("Run this cell to play.").first).to_be_hidden()  # the live views cover the stills
-    before = ran.pictures()
+@pytest.fixture(scope="module")
+def ran(run_day):
+    """Each test leaves a kernel that has run all cells, but for the last one."""
+    return run_day()
+
+
+def test_pictures_stay_when_the_notebook_is_opened_again(run_day, tmp_path):
+    lab = run_day()
+    expect(lab.page.get_by_text("Run this cell to play.").first).to_be_hidden()  # the live views cover the stills
+    before = lab.pictures()
     assert len(before) == 3 and START.match(before[0])
-    ran.reopen()
-    ran.expect_stills_alone(2)
-    ran.page.screenshot(path=tmp_path / "reopened.png")
-    assert ran.pictures() == before
+    lab.reopen()
+    lab.expect_stills_alone(2)
+    lab.page.screenshot(path=tmp_path / "reopened.png")
+    assert lab.pictures() == before
 
 
-@pytest.mark.parametrize("stop", [SHUT_DOWN, RESTART, KILL], ids=["shut down", "restarted", "killed"])
-def test_controls_say_that_the_kernel_has_stopped(ran, stop, tmp_path):
+def expect_controls_to_say_so(ran, stop, picture):
     page = ran.page
     said = page.get_by_role("status").filter(has_text=STOPPED)
     controls = page.locator(".qlora-explorer .qlora-control")
@@ -53,7 +61,7 @@ def test_controls_say_that_the_kernel_has_stopped(ran, stop, tmp_path):
     expect(said).to_have_count(0)
     page.evaluate(stop)
     expect(said).to_have_count(2)  # one for each explorer
-    page.screenshot(path=tmp_path / "stopped.png")
+    page.screenshot(path=picture)
     page.keyboard.press("ArrowRight")
     page.locator(".qlora-slider input").first.click(force=True, position={"x": 5, "y": 5})
     expect(page.locator(".qlora-slider span").first).to_have_text("4")
@@ -62,9 +70,15 @@ def test_controls_say_that_the_kernel_has_stopped(ran, stop, tmp_path):
     assert {control.evaluate("control => getComputedStyle(control).opacity") for control in controls.all()} == {"0.4"}
 
 
-def test_controls_work_again_after_the_cell_has_run(ran):
-    ran.page.evaluate(RESTART)
-    expect(ran.page.get_by_text(STOPPED)).to_have_count(2)
+@pytest.mark.parametrize("stop", [RESTART, KILL], ids=["restarted", "killed"])
+def test_controls_say_that_the_kernel_has_stopped_and_work_after_the_cell_has_run(ran, stop, tmp_path):
+    expect_controls_to_say_so(ran, stop, tmp_path / "stopped.png")
+    ran.page.keyboard.press("Escape")  # JupyterLab tells of a killed kernel in a dialog
     assert ran.page.evaluate(RUN_ALL)
     expect(ran.page.get_by_text(STOPPED)).to_have_count(0)
     assert "16 steps" in ran.move("Bits", "ArrowRight")
+    assert "8 steps" in ran.move("Bits", "ArrowLeft")
+
+
+def test_controls_say_that_the_kernel_was_shut_down(ran, tmp_path):
+    expect_controls_to_say_so(ran, SHUT_DOWN, tmp_path / "stopped.png")
