@@ -16,7 +16,7 @@ from qlora_lab.memory.predict import predict_memory
 from qlora_lab.memory.shape import PUBLISHED, shape_of
 from qlora_lab.optim.paging import PAGE_SIZE
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, COLOURS, SMALLEST, TITLE, new_figure
+from qlora_lab.show.figure import BESIDE, COLOURS, IN_DETAIL, SMALLEST, TITLE, new_figure
 from qlora_lab.show.slider import Slider, Toggle
 
 GIB = 2**30
@@ -158,10 +158,10 @@ class MemoryExplorer(Explorer):
         parts = ", ".join(f"{group} {_gib(n)}" for group, n in result["groups"]["qlora"].items())
         peaks = {method: f"{_gib(result['peak'][method])}, {_fits(result['card'][method])}" for method in METHODS}
         return (
+            f"QLoRA needs {peaks['qlora']}; LoRA {peaks['lora']}; full fine-tuning {peaks['full']}{IN_DETAIL}"
             f"{state['model']}, {state['codebook']}/{state['block_size']}{double}, r={state['r']}, "
-            f"{state['rows']} x {state['length']} tokens at once{again}, {state['optimizer']}: QLoRA needs "
-            f"{peaks['qlora']}; its peak is {_when(result['phase']['qlora'])}: {parts}; LoRA {peaks['lora']}; "
-            f"full fine-tuning {peaks['full']}"
+            f"{state['rows']} x {state['length']} tokens at once{again}, {state['optimizer']}: QLoRA's peak is "
+            f"{_when(result['phase']['qlora'])}: {parts}"
         )
 
 

@@ -19,11 +19,11 @@ from matplotlib.lines import Line2D
 
 from qlora_lab.memory import paging_trace as trace
 from qlora_lab.show.explorer import Explorer
-from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, SMALLEST, TITLE, all_masked, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, IN_DETAIL, SMALLEST, TITLE, all_masked, new_figure
 from qlora_lab.show.slider import Slider, Steps
 
 MIB = 2**20
-NUMBERED = 5  # rows of a grid with the number of their first cell: every cell would need letters of 5 pixels
+NUMBERED = 15  # rows of a grid with the number of their first cell: more of them would touch
 BUDGETS = Steps(16, 1280, 16)  # MiB
 # left, bottom, width and height of both grids, the key and the cliff, as shares of the figure
 PLACES = [(0.08, 0.51, 0.4, 0.43), (0.58, 0.51, 0.4, 0.43), (0.03, 0.36, 0.95, 0.13), (0.12, 0.09, 0.82, 0.2)]
@@ -178,11 +178,11 @@ class PageTableExplorer(Explorer):
             left = "" if last.evicted is None else f", and page {last.evicted} leaves"
             now = f"page {last.page} is asked for{', a fault' if last.fault else ', in a frame'}{left}"
         return (
+            f"At time {state['time']:g} {now}; {result['faults']} faults in each step after the first{IN_DETAIL}"
             f"LLaMA-7B, r={state['r']}, moments of {state['bits']} bits: {result['bytes'] / MIB:.1f} MiB of state in "
             f"{_number(result['pages'], 'page')} of {state['page_size']:g} MiB, a budget of {state['budget']} MiB with "
-            f"{_number(result['frames'], 'frame')}: in each step after the first {result['faults']} faults, unless "
-            f"fetched ahead, and {result['moved'] / MIB:g} MiB moved; at time {state['time']:g} {now}; bitsandbytes "
-            f"can page {100 * result['pageable']:.0f} % of the state"
+            f"{_number(result['frames'], 'frame')}; each step moves {result['moved'] / MIB:g} MiB, and nothing is "
+            f"fetched ahead; bitsandbytes can page {100 * result['pageable']:.0f} % of the state"
         )
 
 

@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 
 from qlora_lab.data.shapes import CELL, SHAPES, SIZE, WORDS, Scene, draw, is_held_out
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, SMALLEST, TITLE, bars, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, IN_DETAIL, SMALLEST, TITLE, bars, new_figure
 from qlora_lab.show.slider import Slider
 from qlora_lab.train.toy_llava import EMPTY, PATCHES, ToyTower, rounded
 
@@ -106,8 +106,8 @@ class SeeingExplorer(Explorer):
             "a combination that training never showed" if result["held_out"] else "a combination that training showed"
         )
         return (
-            f"{counted(state)}, {seen}: asked for the {state['asked']}, the tower answers: {'; '.join(answers)}; "
-            f"the tower {STORED[state['read_by']]} reads {patches}"
+            f"{counted(state)}, {seen}{IN_DETAIL}asked for the {state['asked']}, the tower answers: "
+            f"{'; '.join(answers)}; the tower {STORED[state['read_by']]} reads {patches}"
         )
 
     def code(self):

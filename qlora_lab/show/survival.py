@@ -13,7 +13,7 @@ from qlora_lab.export.parity import Parity
 from qlora_lab.export.survival import Survival
 from qlora_lab.show.block_size import draw_map
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, TITLE, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, IN_DETAIL, TITLE, new_figure
 from qlora_lab.show.slider import Slider
 
 SHOWN = {"cosine": "cosine", "codes moved": "nibbles_changed"}  # name -> field of a layer's Change
@@ -106,9 +106,10 @@ class SurvivalExplorer(Explorer):
         values = [value for value in result["values"].values() if value is not None]
         return (
             f"A change {state['factor']:g} times the learned one, {100 * result['size']:.2g} % of the weights: "
-            f"{100 * found['codes moved']:.2g} % of the codes move, cosine {found['cosine']:.2f}; merged into 4 bits "
-            f"the model is {report.kl:.2g} nats a token from the adapter model, which is {report.adapter_kl:.2g} from "
-            f"its base; {state['shown']} of the layers {min(values, default=0):.2g} to {max(values, default=0):.2g}"
+            f"{100 * found['codes moved']:.2g} % of the codes move, cosine {found['cosine']:.2f}{IN_DETAIL}"
+            f"merged into 4 bits the model is {report.kl:.2g} nats a token from the adapter model, which is "
+            f"{report.adapter_kl:.2g} from its base; {state['shown']} of the layers {min(values, default=0):.2g} to "
+            f"{max(values, default=0):.2g}"
         )
 
     def code(self):

@@ -14,7 +14,7 @@ from qlora_lab.measure.bradley_terry import bradley_terry
 from qlora_lab.measure.simulated_games import simulate
 from qlora_lab.measure.tournament import Rules, elo_of_one_order, scores
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, TITLE, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, IN_DETAIL, TITLE, new_figure
 from qlora_lab.show.results import rank_words
 from qlora_lab.show.slider import Slider, Toggle
 
@@ -102,9 +102,12 @@ class TournamentExplorer(Explorer):
             f"{name} {rating.value:.0f} ({rating.low:.0f} to {rating.high:.0f})" for name, rating in fit.ratings.items()
         )
         orders = "both orders" if state["both_orders"] else "one order of each pair"
+        strongest = max(fit.ratings, key=lambda name: fit.ratings[name].value)
         return (
+            f"Elo puts {best_first[0][0]} first, Bradley-Terry {strongest}; its intervals hold {held} of the 4 true "
+            f"strengths{IN_DETAIL}"
             f"{state['questions']} questions in {orders}, {result['games']:,} games, a first position worth "
-            f"{state['position']} points: order {state['order']} of the games gives Elo "
-            f"{elo}; Bradley-Terry gives {ratings}, holds {held} of the 4 true strengths, and finds the first position "
-            f"worth {fit.position.value:.0f} points; in truth B has 1050, C 1020, D 990, A 940"
+            f"{state['position']} points: order {state['order']} of the games gives Elo {elo}; Bradley-Terry gives "
+            f"{ratings}, and finds the first position worth {fit.position.value:.0f} points; in truth B has 1050, "
+            "C 1020, D 990, A 940"
         )

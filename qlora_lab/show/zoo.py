@@ -17,7 +17,7 @@ from qlora_lab.memory.setup import Setup
 from qlora_lab.memory.shape import PUBLISHED, Shape, shape_of
 from qlora_lab.memory.work import nothing_added, work
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, COLOURS, SMALLEST, TITLE, new_figure
+from qlora_lab.show.figure import BESIDE, COLOURS, IN_DETAIL, SMALLEST, TITLE, new_figure
 from qlora_lab.show.slider import Slider, Toggle
 
 GIB = 2**30
@@ -130,7 +130,7 @@ class ZooExplorer(Explorer):
         bits = "4 bits" if state["four_bit"] and method != "full" else "16 bits"
         learns = (
             f"{state['model']} in {bits}, {NAMES[method]}{size}{where}: {mine['trained']:,} trainable parameters, "
-            f"{_percent(mine['trained'] / result['parameters'])} of the model; "
+            f"{_percent(mine['trained'] / result['parameters'])} of the model{IN_DETAIL}"
         )
         if not mine["fits"]:
             return f"{learns}a row of {state['length']} tokens does not fit into the model's context beside them"

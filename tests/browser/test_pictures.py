@@ -11,9 +11,11 @@ from tests.browser.controls import NEW_PICTURE_MS
 from tests.browser.theme import resize
 
 CELLS = [
-    "import qlora_lab as ql\nfrom qlora_lab.show import figure\nfrom qlora_lab.show.midpoint import MidpointExplorer",
+    "import qlora_lab as ql\nfrom qlora_lab.show import figure\nfrom qlora_lab.show.midpoint import MidpointExplorer\n"
+    "from qlora_lab.show.memory import MemoryExplorer",
     "MidpointExplorer(change=22)",
     "fig, ax = figure.new_figure(width=figure.ACROSS)\nql.picture(fig, 'axes alone')",
+    "MemoryExplorer()",
 ]
 # CSS pixels of a point in each picture that is seen, from its size on the page
 POINTS = """(dpi) => [...document.querySelectorAll(".qlora-picture img")].filter((img) => img.checkVisibility())
@@ -38,12 +40,12 @@ def smallest_text(lab):
 
 def test_text_has_12_pixels_and_grows_with_the_zoom(lab):
     texts = smallest_text(lab)
-    assert len(texts) == 2 and min(texts) >= 12
-    assert lab.page.evaluate(SCROLLS) == [False, False]  # there is room for them in a window of 1280
+    assert len(texts) == 3 and min(texts) >= 12
+    assert lab.page.evaluate(SCROLLS) == [False] * 3  # there is room for them in a window of 1280
     # a page at 200 % has half the width, in pixels of twice the size
     resize(lab.page, 640)
     assert min(2 * text for text in smallest_text(lab)) >= 24
-    assert lab.page.evaluate(SCROLLS) == [True, True]
+    assert lab.page.evaluate(SCROLLS) == [True] * 3
     resize(lab.page, 1280)
 
 
@@ -71,3 +73,12 @@ def test_with_reduced_motion_a_press_is_one_step(lab):
     lab.page.wait_for_timeout(600)  # more than two paces
     expect(lab.slider("Change")).to_have_value("1")
     lab.page.emulate_media(reduced_motion="no-preference")
+
+
+def test_details_stay_open_while_a_control_moves(lab):
+    details = lab.page.locator(".qlora-pane details")
+    details.locator("summary").click()
+    expect(details).to_contain_text("r=64")
+    lab.move("r", "Home")
+    expect(details).to_contain_text("r=1,")
+    expect(details).to_have_attribute("open", "")

@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from qlora_lab.memory.fit import fit
 from qlora_lab.memory.ledger import PHASES
 from qlora_lab.memory.predict import predict_memory
+from qlora_lab.show.figure import IN_DETAIL
 from qlora_lab.show.memory import CARDS, GIB, GROUPS, METHODS, MemoryExplorer, _gib, at_peak, card_for
 from qlora_lab.show.slider import Slider
 
@@ -87,9 +88,11 @@ def test_the_sentence():
     EXPLORER.reset()
     EXPLORER.set(model="llama-65b", rows=2, gradient_checkpointing=False, double_quant=False, optimizer="paged AdamW")
     result = EXPLORER.result
-    assert EXPLORER.summary().startswith("llama-65b, nf4/64, r=64, 2 x 512 tokens at once, paged AdamW: QLoRA needs ")
-    assert f"activations {result['groups']['qlora']['activations'] / GIB:.1f} GiB" in EXPLORER.summary()
-    assert EXPLORER.summary().endswith("too large for 80 GB")
+    line, details = EXPLORER.summary().split(IN_DETAIL)
+    assert line.startswith(f"QLoRA needs {_gib(result['peak']['qlora'])}, ") and line.endswith("too large for 80 GB")
+    assert details.startswith("llama-65b, nf4/64, r=64, 2 x 512 tokens at once, paged AdamW: QLoRA's peak is ")
+    assert details.endswith(f"runtime {_gib(result['groups']['qlora']['runtime'])}")
+    assert f"activations {result['groups']['qlora']['activations'] / GIB:.1f} GiB" in details
     assert EXPLORER.peaks[0].get_text().endswith("→")  # the bar leaves the picture
 
 

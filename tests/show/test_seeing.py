@@ -31,7 +31,7 @@ def test_any_state(asked, read_by):
 @pytest.mark.long
 def test_the_sentence():
     EXPLORER.set(**STATE)
-    start = "Two blue crosses at the top, a combination that training never showed: asked for the colour, "
+    start = "Two blue crosses at the top, a combination that training never showed. In detail: asked for the colour, "
     start += "the tower answers: "
     shares = {name: tower.read([Scene("blue", "cross", "two", "top")])[1] for name, tower in EXPLORER.towers.items()}
     best = {name: share["colour"][0].max(0) for name, share in shares.items()}
@@ -39,7 +39,7 @@ def test_the_sentence():
     assert EXPLORER.summary().startswith(f"{start}{'; '.join(answers)}; the tower in NF2 reads ")
     EXPLORER.set(shape="ring", number="one", side="left", asked="side")
     assert EXPLORER.summary().startswith(
-        "One blue ring on the left, a combination that training never showed: asked for the side"
+        "One blue ring on the left, a combination that training never showed. In detail: asked for the side"
     )
     EXPLORER.set(number="two", side="top")
     EXPLORER.set(colour="red", shape="circle")

@@ -52,9 +52,9 @@ def test_sizes_of_more_than_a_hundred_percent_are_written_out():
 def test_the_sentence():
     EXPLORER.set(factor=4, shown="cosine")
     assert EXPLORER.summary() == (
-        "A change 4 times the learned one, 6 % of the weights: 2 % of the codes move, cosine 0.20; merged into 4 bits "
-        "the model is 1.2 nats a token from the adapter model, which is 0.8 from its base; cosine of the layers 0.1 "
-        "to 0.5"
+        "A change 4 times the learned one, 6 % of the weights: 2 % of the codes move, cosine 0.20. In detail: merged "
+        "into 4 bits the model is 1.2 nats a token from the adapter model, which is 0.8 from its base; cosine of the "
+        "layers 0.1 to 0.5"
     )
     assert EXPLORER.code() == "SurvivalExplorer(survived, factor=4, shown='cosine')"
 

@@ -67,11 +67,14 @@ def test_each_control_has_its_effect():
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("lora", "LoRA of rank 16 on all linear layers: 39,976,960 trainable parameters, 0.59 % of the model;"),
-        ("houlsby", "Houlsby of bottleneck 16: 8,651,776 trainable parameters, 0.13 % of the model;"),
-        ("prompt", "prompt of 16 tokens: 65,536 trainable parameters, 0.00097 % of the model;"),
+        (
+            "lora",
+            "LoRA of rank 16 on all linear layers: 39,976,960 trainable parameters, 0.59 % of the model. In detail: ",
+        ),
+        ("houlsby", "Houlsby of bottleneck 16: 8,651,776 trainable parameters, 0.13 % of the model. In detail: "),
+        ("prompt", "prompt of 16 tokens: 65,536 trainable parameters, 0.00097 % of the model. In detail: "),
         ("zero_bias", "llama-7b in 4 bits, biases: 1,359,872 trainable parameters,"),
-        ("full", "llama-7b in 16 bits, full: 6,738,415,616 trainable parameters, 100 % of the model;"),
+        ("full", "llama-7b in 16 bits, full: 6,738,415,616 trainable parameters, 100 % of the model. In detail: "),
     ],
 )
 def test_the_sentences(method, said):
@@ -86,7 +89,7 @@ def test_one_token_of_a_large_model():
     EXPLORER.reset()
     EXPLORER.set(method="prompt", size=1)
     # 4096 of 6,738,415,616 parameters
-    assert "prompt of 1 token: 4,096 trainable parameters, 0.000061 % of the model;" in EXPLORER.summary()
+    assert "prompt of 1 token: 4,096 trainable parameters, 0.000061 % of the model. In detail: " in EXPLORER.summary()
     EXPLORER.set(method="lora", layers="q and v")
     assert "LoRA of rank 1 on q and v: " in EXPLORER.summary()
 
