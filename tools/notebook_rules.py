@@ -21,6 +21,7 @@ OPENING = ("You need", "Runs in", "Paper section", "After this you can")
 TAIL = ["Check yourself", "Exercises", "What we left out", "Next"]
 _NOT_COMPARED = re.compile(r"\bOutput\(|\binteract(ive_output|_manual)?\(|@interact\b|clear_output\(|display_id=")
 _BANNED = re.compile(r"^\s*[%!]\s*(pip|conda)\b|%autoreload|%load_ext autoreload|filterwarnings|simplefilter", re.M)
+_BY_HAND = re.compile(r"\bby[ _]hand\b", re.I)
 _GUESS = re.compile(r"^(\w+) = ql\.guess\(", re.M)
 _LIVE = re.compile(r"Run this cell to (guess|play)\.")  # below the still of a guess box or an explorer
 _ALT = re.compile(r"\balt\s*=\s*(\"[^\"]*[^\"\s][^\"]*\"|'[^']*[^'\s][^']*')")
@@ -29,7 +30,7 @@ _ALT = re.compile(r"\balt\s*=\s*(\"[^\"]*[^\"\s][^\"]*\"|'[^']*[^'\s][^']*')")
 def problems(notebook):
     """Every rule that the notebook breaks, in the order of its cells."""
     cells = [(i, c, "".join(c["source"])) for i, c in enumerate(notebook["cells"])]
-    rules = (_runs, _code, _images, _titles, _headings, _opening, _answers, unsupported)
+    rules = (_runs, _code, _asserts, _images, _titles, _headings, _opening, _answers, unsupported)
     return [sentence for rule in rules for sentence in rule(cells)] + list(_size(notebook))
 
 
@@ -66,6 +67,24 @@ def _code(cells):
             yield f"cell {i}: installs, warning filters and autoreload stay out of notebooks."
         if number and any(isinstance(s, (ast.Import, ast.ImportFrom)) for s in _statements(source)):
             yield f"cell {i}: imports belong in the first code cell, and only there."
+
+
+def _asserts(cells):
+    """An assertion in sight compares a result by hand with the library's: its cell or the prose right above says so."""
+    for place, (i, cell, source) in enumerate(cells):
+        if cell["cell_type"] == "code" and "guard" not in _tags(cell) and _checks(source):
+            above = cells[place - 1 : place]  # nothing above the first cell
+            prose = "".join(text for _, c, text in above if c["cell_type"] == "markdown")
+            if not _BY_HAND.search(source + prose):
+                unsaid = 'an assertion is in sight, but neither its cell nor the prose right above says "by hand"'
+                yield f"cell {i}: {unsaid}. Print both values, or move it to a guard."
+
+
+def _checks(source):
+    """Whether code asserts something, by the statement or by a function such as torch.testing.assert_close."""
+    nodes = [node for statement in _statements(source) for node in ast.walk(statement)]
+    called = [ast.unparse(node.func).rpartition(".")[2] for node in nodes if isinstance(node, ast.Call)]
+    return any(isinstance(node, ast.Assert) for node in nodes) or any(name.startswith("assert") for name in called)
 
 
 def _images(cells):

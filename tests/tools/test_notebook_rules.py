@@ -10,15 +10,7 @@ import pytest
 from tools.notebook_rules import LONGEST_CELL, headings, problems, unsolved
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-REFORMED = [
-    "00_start_here",
-    "01_codebook",
-    "02_packing",
-    "03_block_size",
-    "04_double_quant",
-]  # lessons without test code
-REFORMED += ["05_kernels", "06_data_types", "07_lora", "08_memory", "09_paged_optimizer", "11_peft_zoo"]
-REFORMED += ["12_results", "13_merge_lab", "14_multimodal", "15_answers"]
+ALL = sorted(NOTEBOOKS.rglob("*_*.ipynb"))
 WIDEST_LINE = 88  # columns: a wider one scrolls in a window of 1280 pixels
 MEDIAN_LINES = 3  # of the cells that a student sees
 
@@ -316,20 +308,38 @@ def _guard_problems(cell, following):
             yield "a guard asserts, and shows nothing"
 
 
-@pytest.mark.parametrize(
-    "path", sorted(NOTEBOOKS.rglob("*_*.ipynb")), ids=lambda path: f"{path.parent.name}-{path.stem}"
-)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_each_notebook_keeps_the_rules(path):
     """As nbval's stage finds a quarter of an hour later."""
     assert problems(json.loads(path.read_text("utf-8"))) == []
 
 
-@pytest.mark.parametrize("stem", REFORMED)
-@pytest.mark.parametrize("folder", [".", "solutions"])
-def test_a_lesson_shows_no_test_code(stem, folder):
-    path = NOTEBOOKS / folder / f"{stem}.ipynb"
-    if path.exists():  # notebook 10 has no solution beside it
-        assert list(lesson_problems(nbformat.read(path, 4))) == []
+@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_lesson_shows_no_test_code(path):
+    assert list(lesson_problems(nbformat.read(path, 4))) == []
+
+
+@pytest.mark.parametrize("check", ["assert step == 0.5", "if step:\n    testing.assert_close(step, 0.5)"])
+def test_an_assertion_in_sight_compares_with_a_result_by_hand(stored, check):
+    prose, code = stored.cells[2:4]
+    prose.source = said = "## One step"
+    code.source = check
+    rule = 'cell 3: an assertion is in sight, but neither its cell nor the prose right above says "by hand"'
+    (sentence,) = broken(stored)
+    assert sentence.startswith(rule)
+    for text, source in (
+        (f"{said}\n\nBy hand:", check),
+        (said, f"{check}  # by hand"),
+        (said, f"by_hand = 1\n{check}"),
+    ):
+        prose.source, code.source = text, source
+        assert broken(stored) == []
+    prose.source, code.source = f"{said}\n\nBy hand:", check
+    stored.cells.insert(3, nbformat.v4.new_code_cell("step = 0.5"))  # between the prose and the assertion
+    numbered(stored)
+    assert broken(stored)[0].startswith(rule.replace("3", "4"))
+    stored.cells[4].metadata = nbformat.from_dict(GUARD)
+    assert broken(stored) == []
 
 
 GUARD = {"tags": ["guard"], "jupyter": {"source_hidden": True}}
