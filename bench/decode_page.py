@@ -27,6 +27,11 @@ def section(result: dict) -> str:
 
 def _machine(rows: list[dict]) -> str:
     named = [row for row in rows if "shape" not in row]  # of a model that can be fetched
+    large = [_large(row) for row in rows if "shape" in row]
+    return "\n\n".join([*([_table(named)] if named else []), *large]) + "\n"
+
+
+def _table(named: list[dict]) -> str:
     short, long, batch = (next(row for row in named if test(row)) for test in (_is_short, _is_long, _is_batch))
     words = [
         f"Measured on {short['date']}: {short['processor']}, torch {short['torch']}{_versions(short)}. Greedy answers "
@@ -47,10 +52,7 @@ def _machine(rows: list[dict]) -> str:
         f"A token reads {short['bytes'] / 1e6:.0f} MB, which a copy in the same rounds moves in {_ms(short['floor'])} "
         f"ms. A step of {label} takes {many / one:.1f} times one of a single row.",
     ]
-    for row in rows:
-        if "shape" in row:
-            words += ["", _large(row)]
-    return "\n".join([*words, ""])
+    return "\n".join(words)
 
 
 def _is_short(row: dict) -> bool:
@@ -85,7 +87,8 @@ def _large(row: dict) -> str:
     ]
     return (
         f"A model with the shape of Llama-2-7B ({row['shape']['num_hidden_layers']} layers, {row['model']}, "
-        f"{row['date']}), {row['tokens']} tokens after a prompt of {row['prompt']}: {'; '.join(parts)}."
+        f"{row['processor']}, {row['date']}), {row['tokens']} tokens after a prompt of {row['prompt']}: "
+        f"{'; '.join(parts)}."
     )
 
 

@@ -53,6 +53,7 @@ def _steps(result: dict) -> list[str]:
     ]
     for case in result["cases"]:
         label = f"{case['labels']} of {case['tokens']} tokens learned" + ", checkpointing" * case["checkpointing"]
+        label += f" ({case['date']})" * (len(dates) > 1)
         for name, ratio in case["ratio"].items():
             peak = case["peak_bytes"][name]
             memory = "" if peak is None else f"{peak / MIB:.0f}"
@@ -79,10 +80,10 @@ def _seven_b(result: dict) -> list[str]:
         f"{load['peak_bytes_above_import'] / GIB:.2f} GiB above the imports ({load['MB per core-second']:.0f} MB per "
         f"core-second); quantising it to disk takes {s['quantise']['seconds']:.0f} s and "
         f"{s['quantise']['peak_bytes_above_import'] / GIB:.2f} GiB; mapping that folder "
-        f"({mapped['folder_bytes'] / GIB:.2f} GiB) {mapped['seconds']:.2f} s. One training step of {step['tokens']} "
-        f"tokens, r = {step['r']}, gradient checkpointing: {step['seconds']:.0f} s "
-        f"(the first {step['first_seconds']:.0f}), {step['over_floor']:.2f} times the matrix products that it cannot "
-        f"avoid, and at most {step['peak_bytes'] / GIB:.2f} GiB. "
+        f"({mapped['folder_bytes'] / GIB:.2f} GiB) {mapped['seconds']:.2f} s. Of two training steps of "
+        f"{step['tokens']} tokens, r = {step['r']}, gradient checkpointing, the first takes "
+        f"{step['first_seconds']:.0f} s and the second {step['seconds']:.0f}, {step['over_floor']:.2f} times the "
+        f"matrix products that it cannot avoid; both take at most {step['peak_bytes'] / GIB:.2f} GiB. "
         f"An answer of {answer['most_tokens']} tokens takes {answer['seconds']:.0f} s."
     ]
 

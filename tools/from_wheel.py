@@ -30,12 +30,13 @@ def install() -> dict[str, str]:
     build = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(built), str(ROOT)]
     subprocess.run(build, check=True)
     (wheel,) = built.glob("*.whl")
-    installed = SITE.parent / wheel.name
-    if not (installed.is_file() and installed.read_bytes() == wheel.read_bytes()):
-        installed.unlink(missing_ok=True)
+    earlier = list(SITE.parent.glob("*.whl"))  # of another version, perhaps
+    if [file.name for file in earlier] != [wheel.name] or earlier[0].read_bytes() != wheel.read_bytes():
+        for file in earlier:
+            file.unlink()
         shutil.rmtree(SITE, ignore_errors=True)
         subprocess.run([*PIP, "install", "--no-deps", "--target", str(SITE), str(wheel)], check=True)
-        wheel.replace(installed)  # last: what was interrupted is done again
+        wheel.replace(SITE.parent / wheel.name)  # last: what was interrupted is done again
     return os.environ | {"PYTHONPATH": str(SITE)}
 
 

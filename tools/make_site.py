@@ -135,10 +135,13 @@ def faults(pages: Path, names: list[str]) -> list[str]:
         cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
         for i in (i for i, cell in enumerate(cells) if makes_explorer(cell) or shows_explorer(cell)):
             page = pages / "playable" / page_name(name, i)
-            if not page.exists() or f'src="../playable/{page.name}"' not in shown:
-                found.append(f"{name}, cell {i}: its explorer is not on the page; run `make notebooks` to store it")
+            if not shows_explorer(cells[i]):
+                found.append(f"{name}, cell {i}: its explorer is not stored: run `make notebooks`")
+            elif not page.exists() or f'src="../playable/{page.name}"' not in shown:
+                found.append(f"{name}, cell {i}: its explorer is not on the page: delete build/site and try again")
             elif page.stat().st_size > LIMIT:
-                found.append(f"{name}, cell {i}: its explorer has {page.stat().st_size:,} bytes, above {LIMIT:,}")
+                size = f"{page.stat().st_size:,} bytes, above {LIMIT:,}"
+                found.append(f"{name}, cell {i}: its explorer has {size}: give its controls fewer stops")
     return found
 
 

@@ -112,7 +112,8 @@ def _titles(cells):
 
 def _title_words(call):
     """How many words a call writes above a figure: set_title, suptitle, or `title=`, in plain or formatted text."""
-    given = [keyword.value for keyword in call.keywords if keyword.arg == "title"]
+    above = not ast.unparse(call.func).endswith("legend")  # a legend's title is none of the figure
+    given = [keyword.value for keyword in call.keywords if keyword.arg == "title" and above]
     if isinstance(call.func, ast.Attribute) and call.func.attr in ("set_title", "suptitle"):
         given += call.args[:1]
     parts = [node for text in given for node in ast.walk(text)]

@@ -9,12 +9,14 @@ neither the library nor those cells changed.
 """
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import io
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -25,8 +27,8 @@ from qlora_lab.files.replace import replace_text
 ROOT = Path(__file__).resolve().parents[1]
 STILL = "Run this cell to play."  # under each explorer that a notebook has stored
 DIGEST = "{}.sha256"
-# the last line of a cell that shows an explorer
-_MAKES = re.compile(r"(?:\w+\.)?(?:[A-Z]\w+Explorer|FollowWeight)\(.*\)|explorer")
+# what a cell that shows an explorer calls at its end, or names
+_MAKES = re.compile(r"(?:\w+\.)?(?:[A-Z]\w+Explorer|FollowWeight)|explorer")
 
 
 def shows_explorer(cell: nbformat.NotebookNode) -> bool:
@@ -36,9 +38,13 @@ def shows_explorer(cell: nbformat.NotebookNode) -> bool:
 
 
 def makes_explorer(cell: nbformat.NotebookNode) -> bool:
-    """Tell whether a cell shows an explorer when it runs, by its last line."""
-    last = cell.source.rstrip().rpartition("\n")[2]
-    return cell.cell_type == "code" and _MAKES.fullmatch(last) is not None
+    """Tell whether a cell shows an explorer when it runs, by its last expression."""
+    if cell.cell_type != "code" or not cell.source.strip():
+        return False
+    last = ast.parse(cell.source).body[-1]
+    shown = last.value if isinstance(last, ast.Expr) else None
+    called = shown.func if isinstance(shown, ast.Call) else shown
+    return called is not None and _MAKES.fullmatch(ast.unparse(called)) is not None
 
 
 def page_name(notebook: str, number: int) -> str:
@@ -73,7 +79,8 @@ def _run(path: Path, sources: list[str], run: list[int], pages: dict[int, Path])
     from IPython.core.interactiveshell import InteractiveShell
 
     shell = InteractiveShell.instance()
-    with contextlib.chdir(path.parent):
+    with contextlib.chdir(path.parent), warnings.catch_warnings():
+        warnings.filterwarnings("error", "this weight is drawn")  # the page would be kept when the model is there
         for place in run:
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):  # tables of results, and errors with their colours

@@ -51,16 +51,16 @@ def sampling_of(a: argparse.Namespace) -> "ql.Sampling":
 
 def load_with_adapter(a: argparse.Namespace):
     """Load the model with the adapter of --adapter, and its tokenizer."""
-    from qlora_lab.infer.stack import answer_dtype
-    from qlora_lab.model.fetch import resolve
+    from qlora_lab.infer.stack import narrow_head
     from qlora_lab.train.run_folder import find_adapter
 
     if a.adapter:  # a missing adapter should not cost the minute that a model takes
         find_adapter(Path(a.adapter))
-    auto = answer_dtype(resolve(a.model, progress=not a.quiet))
-    model, tokenizer = load_model(a, auto)  # the base; an adapter is added in place
+    model, tokenizer = load_model(a)  # the base; an adapter is added in place
     if a.adapter is not None:  # "" is a mistake, such as a shell variable that is not set
         ql.load_adapter(model, a.adapter)
+    if a.dtype == "auto":
+        narrow_head(model)
     return model, tokenizer
 
 

@@ -51,14 +51,14 @@ def add_text(parser: argparse.ArgumentParser, windows: int, length: int, default
     add("--length", type=whole, default=length, metavar="TOKENS", help="tokens per window")
 
 
-def load_model(a: argparse.Namespace, auto: str = "auto"):
-    """Load the model and its tokenizer, and report how much of it is in 4 bits. auto: what --dtype auto stands for."""
+def load_model(a: argparse.Namespace):
+    """Load the model and its tokenizer, and report how much of it is in 4 bits."""
     codebook = None if a.codebook == "none" else a.codebook  # load's word for it
     dtype = None  # the library chooses
-    if (name := auto if a.dtype == "auto" else a.dtype) != "auto":
+    if a.dtype != "auto":
         import torch
 
-        dtype = getattr(torch, name)  # one of the choices, so it exists
+        dtype = getattr(torch, a.dtype)  # one of the choices, so it exists
     options = {"also": a.also, "dtype": dtype, "progress": not a.quiet}
     model, tokenizer = ql.load(a.model, codebook, a.block_size, a.double_quant, **options)
     if codebook:

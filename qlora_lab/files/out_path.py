@@ -20,11 +20,13 @@ def out_path(path: str | Path) -> Path:
 
 
 def out_file(path: str | Path) -> Path:
-    """Do the same for a single file. Raises FileNotFoundError also where its folder is not there, or is read-only."""
+    """Do the same for a single file. Raises OSError where its folder is not there, or is known to be read-only."""
     place = out_path(path)
     parent = resolved(place).parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise FileNotFoundError(f"{parent} is not a folder that can be written to: create it, or choose another")
+    if not parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {parent}: create it, or choose another")
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"{parent} cannot be written to: choose another folder, or change its rights")
     return place
 
 

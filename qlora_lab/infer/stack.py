@@ -8,7 +8,6 @@ weights. So families are named here, each is compared with transformers by a tes
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from qlora_lab.adapters.adapter import Adapter
 from qlora_lab.adapters.lora_linear import LoRALinear
-from qlora_lab.model.empty_model import fields_of
+from qlora_lab.kernels import huge_pages
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.model.wide import WideHead
 from qlora_lab.quant.quantize import QuantizedTensor
@@ -75,16 +74,24 @@ class Stack(NamedTuple):
     rotary: Callable[[int], tuple[torch.Tensor, torch.Tensor]]  # n -> cosines and sines of positions 0 to n - 1
 
 
-def answer_dtype(folder: Path) -> str:
-    """Return "bfloat16" for a model that only answers, and whose file holds bf16: then nothing is rounded or widened.
+def narrow_head(model: nn.Module) -> None:
+    """Put embedding and head into bf16, in place, where that changes no number: a token reads all of the head.
 
-    A token passes the layers in float32, whatever the model's dtype, and reads all of the head: in bf16, half the
-    bytes. "auto", the library's choice, for other files and families, and on a GPU: there transformers answers.
+    For a model that only answers. A token passes the layers in float32 whatever their dtype. Models that read_stack
+    refuses stay as they are: transformers computes their answers, in the dtype that they have.
     """
-    config = fields_of(folder)
-    stored = config.get("dtype", config.get("torch_dtype"))
-    ours = config.get("model_type") in FAMILIES and not torch.cuda.is_available()
-    return "bfloat16" if ours and stored == "bfloat16" else "auto"
+    try:
+        read_stack(model)
+    except UnlikeLlama:
+        return
+    # a head that is its embedding is one parameter, and is put into bf16 once
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        wide = module.weight.data
+        if wide.dtype != torch.float32:
+            continue
+        narrow = huge_pages.empty(wide.shape, torch.bfloat16).copy_(wide)
+        if torch.equal(narrow.float(), wide):
+            module.weight.data = narrow
 
 
 def read_stack(model: nn.Module) -> Stack:

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from qlora_lab.adapters.lora_linear import LoRALinear
+from qlora_lab.model.empty_model import stored_options
 from qlora_lab.model.fetch import on_disk
 from qlora_lab.model.linear4bit import Linear4bit
 from qlora_lab.optim.paged_adamw import UNIT, PagedAdamW
@@ -102,11 +103,13 @@ def course_weight() -> torch.Tensor | None:
     """Return the matrix whose weight the course follows, (576, 576) bf16, or None where its model is not here.
 
     It is the query projection of the first layer of SmolLM2-135M-Instruct, as notebook 00 reads it. Nothing else of the
-    model is read.
+    model is read. Raises as `fetch` does for a damaged folder.
     """
     folder = on_disk(MODEL)
     if folder is None:
         return None
+    if stored_options(folder) is not None or not (folder / "model.safetensors").exists():
+        return None  # somebody's own copy, in 4 bits or in parts
     with safe_open(folder / "model.safetensors", "pt") as file:
         return file.get_tensor(MATRIX)
 

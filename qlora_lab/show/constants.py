@@ -142,7 +142,7 @@ class ConstantsExplorer(Explorer):
         cost = f"Constants: {result['after']:.4g} bits per parameter, not {result['before']:.4g}"
         mean = "taken off" if state["mean_offset"] else "left in"
         return (
-            f"{cost}; added to NF4's error: {moved}{IN_DETAIL}blocks of {state['block_size']}, groups of "
+            f"{cost}; shifts in percent of NF4's error: {moved}{IN_DETAIL}blocks of {state['block_size']}, groups of "
             f"{state['group_size']}, outliers of {state['outlier']}, the mean {mean}: relative error of NF4 "
             f"{100 * result['relative_error']:.3g} %"
         )

@@ -106,11 +106,11 @@ class OutlierExplorer(Explorer):
         self.unused.set_data(unused, np.full(len(unused), 2))
         self.title.set_text(f"Beside the outlier {result['used']} of {len(counts)} codes are in use")
         error, without = (f"{100 * result[name]:.3g} %" for name in ("error", "without"))
-        self.note.set_text(f"Error of the others {error}, without the outlier {without}")
+        self.note.set_text(f"Error of the other weights {error}, without the outlier {without}")
 
     @staticmethod
     def describe(state, result):
-        errors = f"{100 * result['error']:.3g} %, without it {100 * result['without']:.3g} %"
+        errors = f"{100 * result['error']:.3g} %, without the outlier {100 * result['without']:.3g} %"
         return (
             f"{NAMES[state['codebook']]}, blocks of {state['block_size']}, an outlier of {state['outlier']} at "
             f"{state['position']}: its block uses {result['used']} of {len(result['counts'])} codes; error of the "

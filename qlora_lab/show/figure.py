@@ -101,9 +101,9 @@ def least_width(png):
 
 
 def caption(sentence):
-    """Return the HTML of a picture's alt text underneath it, which screen readers have spoken already.
+    """Return the HTML of a picture's alt text underneath it, a short line; what follows IN_DETAIL is folded away.
 
-    What follows IN_DETAIL is folded away, so that the line stays short.
+    The line is hidden from screen readers, which have spoken the alt text already; anyone can open the details.
     """
     line, _, details = sentence.partition(IN_DETAIL)
     folded = details_html("In detail", f"<div>{for_html(details)}</div>") if details else ""

@@ -75,7 +75,6 @@ class Way(Control):
       const parts = make("g", svg, "parts", SVG), dot = make("circle", svg, "dot", SVG);
       dot.setAttribute("r", 7);
       const said = make("div", panel, "said"), more = make("div", panel, "more");
-      said.setAttribute("aria-live", "polite");
       const rider = make("span", row, "rider");                        // the same weight, on the map
       rider.ariaHidden = "true";
       const buttons = stations.map((station, i) => {
@@ -130,6 +129,7 @@ class Way(Control):
       const leave = player({                                           // time to read a sentence and see the picture
         el: press, pace: 3000, around: () => el, ended, ready: () => true,
         step: () => go(ended() ? 0 : model.get("place") + 1),
+        playing: (on) => said.setAttribute("aria-live", on ? "off" : "polite"),
       });
       return () => { leave(); watch.disconnect(); };
     } };

@@ -181,8 +181,8 @@ class PageTableExplorer(Explorer):
             f"At time {state['time']:g} {now}; {result['faults']} faults in each step after the first{IN_DETAIL}"
             f"LLaMA-7B, r={state['r']}, moments of {state['bits']} bits: {result['bytes'] / MIB:.1f} MiB of state in "
             f"{_number(result['pages'], 'page')} of {state['page_size']:g} MiB, a budget of {state['budget']} MiB with "
-            f"{_number(result['frames'], 'frame')}; each step moves {result['moved'] / MIB:g} MiB, and nothing is "
-            f"fetched ahead; bitsandbytes can page {100 * result['pageable']:.0f} % of the state"
+            f"{_number(result['frames'], 'frame')}; each later step moves {result['moved'] / MIB:g} MiB, and nothing "
+            f"is fetched ahead; bitsandbytes can page {100 * result['pageable']:.0f} % of the state"
         )
 
 

@@ -26,13 +26,15 @@ class Pane(Shown):
       el.classList.add("qlora-pane");
       place.className = "qlora-picture"; place.append(image);
       el.append(place, below);
+      let open = false;
       const show = () => {
-        const before = image.src, open = below.querySelector("details")?.open;
+        const before = image.src, details = below.querySelector("details");
+        if (details) open = details.open;                              // as the reader left it; a state may have none
         image.alt = model.get("alt"); image.style.minWidth = `${model.get("least")}px`;
         image.src = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
         URL.revokeObjectURL(before);
         below.innerHTML = model.get("below");
-        if (open) below.querySelector("details")?.setAttribute("open", "");  // as the reader left it
+        if (open) below.querySelector("details")?.setAttribute("open", "");
       };
       model.on("change", show); show();
       return () => URL.revokeObjectURL(image.src);

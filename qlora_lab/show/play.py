@@ -12,20 +12,26 @@ from qlora_lab.show.slider import Button, Slider
 
 # The page's part of it, which the map of the course shares (follow_weight.py): a button in `el` that calls step() at
 # once and then every `pace` milliseconds, if ready() says that the picture before is there, until ended(). Whatever
-# the reader does elsewhere in `around` stops it.
+# the reader does elsewhere in `around` stops it. playing() is told whether it plays: a screen reader cannot keep up.
 PLAYER = """
-    const player = ({ el, around, pace, step, ready, ended }) => {
+    const player = ({ el, around, pace, step, ready, ended, playing }) => {
       const button = document.createElement("button"), calm = matchMedia("(prefers-reduced-motion: reduce)");
       const events = ["click", "input", "keydown"];
       let clock = null;
       el.classList.add("qlora-button");                              // it looks like Button
       button.type = "button"; button.dataset.lmSuppressShortcuts = "true";
       el.append(button);
-      const name = () => { button.textContent = clock ? "Pause" : calm.matches ? "Step" : "Play"; };
+      const name = () => {
+        button.textContent = clock ? "Pause" : calm.matches ? "Step" : "Play";
+        playing(clock !== null);
+      };
       const stop = () => { clearInterval(clock); clock = null; name(); };
       const turn = () => {
         if (el.closest("[inert]") || ended()) stop();
-        else if (ready()) step();
+        else if (ready()) {
+          step();
+          if (ended()) stop();
+        }
       };
       button.addEventListener("click", () => {
         if (clock) return stop();
@@ -68,6 +74,10 @@ class Play(Control):
         step: () => { model.set("ticks", model.get("ticks") + 1); model.save_changes(); },
         ready: () => model.get("shown") === model.get("ticks"),      // else its picture is still to come
         ended: () => model.get("last"),
+        playing: (on) => {
+          const said = el.closest(".qlora-explorer")?.querySelector(".said");  // of a saved page
+          said?.setAttribute("aria-live", on ? "off" : "polite");
+        },
       });
     } };
     """

@@ -104,8 +104,8 @@ class TournamentExplorer(Explorer):
         orders = "both orders" if state["both_orders"] else "one order of each pair"
         strongest = max(fit.ratings, key=lambda name: fit.ratings[name].value)
         return (
-            f"Elo puts {best_first[0][0]} first, Bradley-Terry {strongest}; its intervals hold {held} of the 4 true "
-            f"strengths{IN_DETAIL}"
+            f"Elo puts {best_first[0][0]} first, Bradley-Terry {strongest}; Bradley-Terry's intervals hold {held} of "
+            f"the 4 true strengths{IN_DETAIL}"
             f"{state['questions']} questions in {orders}, {result['games']:,} games, a first position worth "
             f"{state['position']} points: order {state['order']} of the games gives Elo {elo}; Bradley-Terry gives "
             f"{ratings}, and finds the first position worth {fit.position.value:.0f} points; in truth B has 1050, "

@@ -130,12 +130,12 @@ class ZooExplorer(Explorer):
         bits = "4 bits" if state["four_bit"] and method != "full" else "16 bits"
         learns = (
             f"{state['model']} in {bits}, {NAMES[method]}{size}{where}: {mine['trained']:,} trainable parameters, "
-            f"{_percent(mine['trained'] / result['parameters'])} of the model{IN_DETAIL}"
+            f"{_percent(mine['trained'] / result['parameters'])} of the model"
         )
         if not mine["fits"]:
-            return f"{learns}a row of {state['length']} tokens does not fit into the model's context beside them"
+            return f"{learns}; a row of {state['length']} tokens does not fit into the model's context beside them"
         return (
-            f"{learns}a step over {state['length']} tokens needs {mine['peak'] / GIB:.1f} GiB; "
+            f"{learns}{IN_DETAIL}a step over {state['length']} tokens needs {mine['peak'] / GIB:.1f} GiB; "
             f"reading them takes {_percent(mine['work'] - 1)} more operations than the base takes{merged}"
         )
 

@@ -43,7 +43,7 @@ class ModelOptions:
     # bf16 is chosen only where the machine multiplies it faster than float32
     dtype: str = option(
         "auto",
-        "data type for computation; auto: the fastest on this machine (to answer: bfloat16 as it is stored)",
+        "data type for computation; auto: the fastest on this machine",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -216,7 +217,7 @@ def test_a_page_can_be_read_in_both_schemes_and_on_a_narrow_screen(scheme, open_
 
 
 def test_follow_weight_by_key(open_page, tmp_path):
-    way = FollowWeight(lit="byte")
+    way = FollowWeight(torch.eye(16), lit="byte")
     page = open_page(way.save_html(tmp_path / "way.html"))
     for name in ("byte", "constant"):
         way.go(name)
@@ -243,7 +244,7 @@ def test_a_page_in_a_frame_of_the_site(open_page, tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "03_block_size.html").write_text("<!doctype html><title>three</title>", "utf-8")
     MidpointExplorer().save_html(tmp_path / "midpoint.html", progress=False)
-    FollowWeight(lit="block").save_html(tmp_path / "way.html")
+    FollowWeight(torch.eye(16), lit="block").save_html(tmp_path / "way.html")
     frames = "".join(f'<iframe class="qlora-playable" src="../{name}.html"></iframe>' for name in ("midpoint", "way"))
     script = f"<script>{(ROOT / 'docs' / 'static' / 'site.js').read_text('utf-8')}</script>"
     text = f'<!doctype html><html data-theme="dark"><title>one</title>{script}{frames}</html>'

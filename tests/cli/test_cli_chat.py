@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import qlora_lab as ql
 from qlora_lab import cli
 from qlora_lab.cli import chat as command
 from qlora_lab.cli.answering import tidy
 from qlora_lab.infer import decode as decoding
-from qlora_lab.infer.stack import answer_dtype
+from qlora_lab.infer.stack import narrow_head
 from qlora_lab.infer.step import step
 from qlora_lab.kernels import product
 from qlora_lab.model.load import load
@@ -83,30 +84,33 @@ def stored_as(folder, dtype):
     AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["generate", "chat"])
-def test_a_head_in_bf16_is_read_as_it_is_stored(run, folder, monkeypatch, name):
-    """Where float32 products are faster, too: an answer computes in float32 anyway, and reads half as much."""
+def head_of(run, monkeypatch, name, *words):
+    """What a command answers, and the dtype of its model's head while it does, where float32 products are faster."""
     product.keep(product.Race.won_by("float32"))
-    stored_as(folder, torch.bfloat16)
-    words, lines = GIVEN[name]
-    want = run(name, *words, "--json", "--dtype", "float32", lines=lines)[1]
-    heads = []
-    monkeypatch.setattr(ql, "load", lambda *given, **options: heads.append(load(*given, **options)) or heads[-1])
-    said = run(name, *words, "--json", lines=lines)[1]
-    assert json.loads(said)["answer"] == json.loads(want)["answer"]
-    assert heads[0][0].get_output_embeddings().weight.dtype == torch.bfloat16
+    models = []
+    monkeypatch.setattr(ql, "load", lambda *given, **options: models.append(load(*given, **options)) or models[-1])
+    asked, lines = GIVEN[name]
+    answer = json.loads(run(name, *asked, *words, "--json", lines=lines)[1])["answer"]
+    return answer, models[0][0].get_output_embeddings().weight.dtype
 
 
-def test_only_a_file_in_bf16_of_a_family_that_we_answer_for_is_left_in_it(folder, monkeypatch):
-    assert answer_dtype(folder) == "auto"  # float32 would be rounded
-    stored_as(folder, torch.bfloat16)
-    assert answer_dtype(folder) == "bfloat16"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there transformers answers
-    assert answer_dtype(folder) == "auto"
-    monkeypatch.undo()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
-    assert answer_dtype(folder) == "auto"
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_a_head_of_bf16_stays_in_bf16(run, folder, monkeypatch, name):
+    """Where float32 products are faster, too: an answer computes in float32 anyway, and reads half as much."""
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    asked, dtype = head_of(run, monkeypatch, name, "--dtype", "float32")
+    assert dtype == torch.float32  # as it was asked for
+    assert head_of(run, monkeypatch, name) == (asked, torch.bfloat16)
+
+
+def test_a_head_that_bf16_would_round_stays_in_float32(run, monkeypatch):
+    assert head_of(run, monkeypatch, "generate")[1] == torch.float32
+
+
+def test_a_model_that_transformers_answers_for_keeps_its_dtype(tiny_llama):
+    tiny_llama.to(torch.bfloat16).float().model.register_forward_hook(lambda *given: None)
+    narrow_head(tiny_llama)
+    assert tiny_llama.lm_head.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["generate", "chat"])

@@ -75,7 +75,7 @@ BAD = {
     "somebody's file": (["handed-in", "--out", "notes.txt"], "notes.txt exists and is not a file of scores"),
     "a folder": (["handed-in", "--out", "empty"], "empty is not a file, so it cannot become a file of scores"),
     "a student's notebook": (["handed-in", "--out", "handed-in/anna.ipynb"], "anna.ipynb exists and is not"),
-    "no such folder": (["handed-in", "--out", "nowhere/s.json"], "nowhere is not a folder that can be written to"),
+    "no such folder": (["handed-in", "--out", "nowhere/s.json"], "nowhere: create it, or choose another"),
 }
 
 

@@ -32,6 +32,11 @@ def test_a_kernel_imports_the_wheel_and_not_the_checkout(tmp_path, monkeypatch):
     from_wheel.install()
     assert not compiled.exists() and wheel.stat().st_size > 10_000
 
+    compiled.touch()
+    wheel.with_name("qlora_lab-0.0.9-py3-none-any.whl").write_bytes(b"an earlier version")  # is it the one in site?
+    from_wheel.install()
+    assert not compiled.exists() and list(wheel.parent.glob("*.whl")) == [wheel]
+
 
 def test_a_library_from_elsewhere_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(from_wheel, "install", lambda: dict(os.environ))
