@@ -65,7 +65,7 @@ const play = async () => {
   const wide = page.bytes === 2 ? Uint16Array : Uint32Array;
   const pictures = unrolled(new wide(await inflated(steps)), count, places);
   const canvas = document.querySelector(".qlora-pane canvas"), sentence = document.querySelector(".said");
-  const code = document.querySelector(".qlora-pane code");
+  const code = document.querySelector(".qlora-pane code"), details = document.querySelector(".qlora-pane details");
   const draw = makeScreen(canvas, page, await createImageBitmap(new Blob([bytes(sheet)], { type: "image/webp" })));
   const first = controls.map(({ state }) => ({ ...state }));           // a model changes its own
   const start = states[0], found = new Map(states.map((state, i) => [state.join(), i]));
@@ -74,7 +74,10 @@ const play = async () => {
   const show = () => {
     const number = found.get(now.join());
     draw(pictures[number]);
-    sentence.textContent = page.sentences[number];
+    const [line, more] = page.sentences[number].split(page.in_detail);
+    sentence.textContent = line;                                       // short: it is read aloud after each move
+    details.hidden = !more;
+    details.querySelector("div").textContent = more ?? "";
     canvas.setAttribute("aria-label", page.sentences[number]);         // some browsers have no property for it
     code.textContent = page.codes[number];
     models.forEach((model, c) => model.update({ ...first[c], ...page.fields[number][c],

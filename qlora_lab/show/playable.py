@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from qlora_lab.files.out_path import out_replacing
 from qlora_lab.files.replace import replace_text
 from qlora_lab.show.control import Control
+from qlora_lab.show.figure import IN_DETAIL
 from qlora_lab.show.frames import ACROSS, TILE, Frames
 from qlora_lab.show.grid import Grid, smallest
 from qlora_lab.show.pane import Pane
@@ -228,6 +229,7 @@ def explorer_page(drawn: Drawn, states: list[tuple], grid: Grid) -> str:
         "play": _play_button(drawn.explorer),
         "states": [[place[value] for place, value in zip(places, state, strict=True)] for state in states],
         "sentences": [drawn.texts[state][0] for state in states],
+        "in_detail": IN_DETAIL,
         "codes": [drawn.texts[state][1] for state in states],
         "fields": [_changed(first, drawn.fields[state]) for state in states],
     }
@@ -238,10 +240,11 @@ def explorer_page(drawn: Drawn, states: list[tuple], grid: Grid) -> str:
     kinds = {type(control).__name__: control for control in (*drawn.controls.values(), *buttons)}
     compute = drawn.explorer.compute
     source = details_html("Show source", source_html(compute, *called_functions(compute)))
+    details = details_html("In detail", "<div></div>")
     body = f"""<div class="row">
 <div class="beside"></div>
 <div class="figure"><div class="above"></div>
-<div class="qlora-pane"><canvas role="img"></canvas><p class="said" aria-live="polite"></p><code></code></div></div>
+<div class="qlora-pane"><canvas role="img"></canvas><p class="said" aria-live="polite"></p>{details}<code></code></div></div>
 </div>
 {source}
 <p class="note">{html.escape(_note(drawn, grid))}</p>"""

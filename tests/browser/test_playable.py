@@ -23,6 +23,7 @@ from qlora_lab.show.block_size import BlockSizeExplorer
 from qlora_lab.show.constants import ConstantsExplorer
 from qlora_lab.show.data_types import CodebookExplorer, OutlierExplorer
 from qlora_lab.show.explorer import Explorer
+from qlora_lab.show.figure import IN_DETAIL
 from qlora_lab.show.follow_weight import FollowWeight
 from qlora_lab.show.kernel_map import KernelMapExplorer
 from qlora_lab.show.low_rank import LowRankExplorer
@@ -132,17 +133,18 @@ def test_each_control_by_key(name, makers, open_page, tmp_path, monkeypatch):
     saved = explorer.save_html(tmp_path / "page.html", progress=False)
     assert saved.states <= MOST and saved.nbytes <= playable.LIMIT
     page = open_page(saved.path)
-    expect(page.locator(".said")).to_have_text(explorer.summary())
+    picture = page.locator(".qlora-pane canvas")
+    expect(picture).to_have_attribute("aria-label", explorer.summary())
     assert page.locator(FOCUSABLE).count() > len(saved.stops)  # Reset, too
     for control in page.locator(f"{EXPLORERS} {FOCUSABLE}").all():
         if control.evaluate(KIND) == "button":
             continue
-        before = page.locator(".said").inner_text()
+        before = picture.get_attribute("aria-label")
         by_key(control)
-        expect(page.locator(".said")).not_to_have_text(before)
+        expect(picture).not_to_have_attribute("aria-label", before)
         as_in_a_kernel(page, explorer)
     page.get_by_role("button", name="Reset", exact=True).press("Enter")
-    expect(page.locator(".said")).to_have_text(makers[name]().summary())
+    expect(picture).to_have_attribute("aria-label", makers[name]().summary())
 
 
 @pytest.mark.parametrize("name", ["MidpointExplorer", "PageTableExplorer"])
@@ -182,7 +184,11 @@ def as_in_a_kernel(page, explorer):
     code = ast.parse(page.locator(".qlora-pane code").inner_text(), mode="eval").body
     explorer.set(**{part.arg: ast.literal_eval(part.value) for part in code.keywords})
     canvas = page.locator(".qlora-pane canvas")
-    assert page.locator(".said").inner_text() == canvas.get_attribute("aria-label") == explorer.summary()
+    line, _, more = explorer.summary().partition(IN_DETAIL)
+    assert canvas.get_attribute("aria-label") == explorer.summary()
+    assert page.locator(".said").inner_text() == line
+    details = page.locator(".qlora-pane details")
+    assert details.is_visible() == bool(more) and details.locator("div").text_content() == more
     pictures = base64.b64decode(canvas.evaluate(SHOWN)), explorer.png
     shown, wanted = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int) for png in pictures)
     away = np.abs(shown - wanted)
