@@ -244,7 +244,8 @@ def explorer_page(drawn: Drawn, states: list[tuple], grid: Grid) -> str:
     body = f"""<div class="row">
 <div class="beside"></div>
 <div class="figure"><div class="above"></div>
-<div class="qlora-pane"><canvas role="img"></canvas><p class="said" aria-live="polite"></p>{details}<code></code></div></div>
+<div class="qlora-pane"><canvas role="img"></canvas><p class="said" aria-live="polite"></p>{details}<code></code></div>
+</div>
 </div>
 {source}
 <p class="note">{html.escape(_note(drawn, grid))}</p>"""
