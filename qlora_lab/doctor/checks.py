@@ -249,8 +249,8 @@ def accumulation(
     difference = ((once - added).norm() / once.norm()).item()  # relative
     allowed = tolerance(model, sum(len(example.input_ids) for example in examples))
     if getattr(model, "dtype", torch.float32) == torch.float32:
-        # It is a root mean square, and a query's gradients are sums that cancel. A fault is a thousand times as large,
-        # while in 16 bits a wrong average can be only twice as large as rounding.
+        # It is a root mean square, and a query's gradients are sums that cancel. In 16 bits a wrong average would be
+        # too near for that.
         allowed *= 4
     message = f"{len(examples)} at once and {len(examples)} times 1 differ by {difference:.1e} of the gradient"
     if difference <= allowed:
