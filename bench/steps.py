@@ -80,10 +80,9 @@ def _seven_b(result: dict) -> list[str]:
         f"{load['peak_bytes_above_import'] / GIB:.2f} GiB above the imports ({load['MB per core-second']:.0f} MB per "
         f"core-second); quantising it to disk takes {s['quantise']['seconds']:.0f} s and "
         f"{s['quantise']['peak_bytes_above_import'] / GIB:.2f} GiB; mapping that folder "
-        f"({mapped['folder_bytes'] / GIB:.2f} GiB) {mapped['seconds']:.2f} s. Of two training steps of "
-        f"{step['tokens']} tokens, r = {step['r']}, gradient checkpointing, the first takes "
-        f"{step['first_seconds']:.0f} s and the second {step['seconds']:.0f}, {step['over_floor']:.2f} times the "
-        f"matrix products that it cannot avoid; both take at most {step['peak_bytes'] / GIB:.2f} GiB. "
+        f"({mapped['folder_bytes'] / GIB:.2f} GiB) {mapped['seconds']:.2f} s. One training step of {step['tokens']} "
+        f"tokens, r = {step['r']}, gradient checkpointing: {step['seconds']:.0f} s, {step['over_floor']:.2f} times the "
+        f"matrix products that it cannot avoid, and at most {step['peak_bytes'] / GIB:.2f} GiB. "
         f"An answer of {answer['most_tokens']} tokens takes {answer['seconds']:.0f} s."
     ]
 

@@ -62,12 +62,16 @@ def test_outliers_decide_between_tables():
 def test_the_sentence():
     EXPLORER.reset()
     assert EXPLORER.summary() == (
-        "Constants: 0.127 bits per parameter, not 0.5; added to NF4's error: dynamic 0.053 %, int8 0.024 %, "
+        "Constants: 0.127 bits per parameter, not 0.5; shifts in percent of NF4's error: dynamic 0.053 %, "
+        "int8 0.024 %, "
         f"E4M3 0.19 %, E5M2 0.84 %{IN_DETAIL}blocks of 64, groups of 256, outliers of 0, the mean taken off: relative "
         "error of NF4 0.848 %"
     )
     EXPLORER.set(mean_offset=False)
-    assert "added to NF4's error: dynamic 0.5" in EXPLORER.summary() and "the mean left in" in EXPLORER.summary()
+    assert (
+        "shifts in percent of NF4's error: dynamic 0.5" in EXPLORER.summary()
+        and "the mean left in" in EXPLORER.summary()
+    )
 
 
 def test_cells_go_down_and_then_to_the_right():

@@ -54,7 +54,8 @@ def test_the_sentence():
     assert PageTableExplorer().summary() == (
         "At time 1.4 page 60 is asked for, a fault, and page 85 leaves; 153 faults in each step after the first. In "
         "detail: LLaMA-7B, r=16, moments of 32 bits: 305.0 MiB of state in 153 pages of 2 MiB, a budget of 256 MiB "
-        "with 128 frames; each step moves 612 MiB, and nothing is fetched ahead; bitsandbytes can page 42 % of the "
+        "with 128 frames; each later step moves 612 MiB, and nothing is fetched ahead; "
+        "bitsandbytes can page 42 % of the "
         "state"
     )
     assert 8 * sum(adapter(LLAMA_7B, 16)) == 305 * 2**20
@@ -71,7 +72,7 @@ def test_nothing_has_happened_at_time_0():
 def test_a_single_page():
     explorer = PageTableExplorer(r=1, bits=8, page_size=8)
     assert "; 0 faults in each step after the first. " in explorer.summary()
-    assert "in 1 page of 8 MiB, a budget of 256 MiB with 1 frame; each step moves 0 MiB" in explorer.summary()
+    assert "in 1 page of 8 MiB, a budget of 256 MiB with 1 frame; each later step moves 0 MiB" in explorer.summary()
     assert explorer.frames.image.get_array().compressed().tolist() == [1]
 
 

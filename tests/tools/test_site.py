@@ -100,13 +100,14 @@ def test_an_explorer_that_is_missing_or_too_large_is_named(tmp_path, monkeypatch
     nbformat.write(cell.new_notebook(cells=cells), tmp_path / "notebooks" / "16_weights.ipynb")
     (tmp_path / "notebooks" / "16_weights.html").write_text('<iframe src="../playable/16_weights-000.html">')
     page = tmp_path / "playable" / "16_weights-000.html"
-    missing = "16_weights, cell {}: its explorer is not on the page; run `make notebooks` to store it"
-    assert make_site.faults(tmp_path, ["16_weights"]) == [missing.format(0), missing.format(2)]
+    missing = "16_weights, cell 0: its explorer is not on the page: delete build/site and try again"
+    unstored = "16_weights, cell 2: its explorer is not stored: run `make notebooks`"
+    assert make_site.faults(tmp_path, ["16_weights"]) == [missing, unstored]
     page.write_text("0123456789")
-    assert make_site.faults(tmp_path, ["16_weights"]) == [missing.format(2)]
+    assert make_site.faults(tmp_path, ["16_weights"]) == [unstored]
     page.write_text("0123456789a")
-    large = "16_weights, cell 0: its explorer has 11 bytes, above 10"
-    assert make_site.faults(tmp_path, ["16_weights"]) == [large, missing.format(2)]
+    large = "16_weights, cell 0: its explorer has 11 bytes, above 10: give its controls fewer stops"
+    assert make_site.faults(tmp_path, ["16_weights"]) == [large, unstored]
 
 
 @pytest.mark.slow
