@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from tests.browser.controls import alt_text, pixels
+from tests.browser.controls import CLOSE, alt_text, pixels
 from tools.lab_server import (
     FLAGS,
     RUN_ALL,
@@ -36,12 +36,6 @@ from tools.lab_server import (
 NOT_OURS = "Kernel message validation error: Unexpected token 's', \"stream.stderr\" is not valid JSON"
 SAVE = "() => window.jupyterapp.commands.execute('docmanager:save')"
 OPEN = "async (path) => { await window.jupyterapp.commands.execute('docmanager:open', { path }) }"
-CLOSE = """async () => {
-  const opened = window.jupyterapp.shell.currentWidget;
-  await opened.sessionContext.ready;
-  await opened.sessionContext.shutdown();
-  opened.dispose();
-}"""
 IDLE = """(path) => {
   const opened = window.jupyterapp?.shell.currentWidget;
   return opened?.context?.path === path && opened.sessionContext?.session?.kernel?.status === "idle";

@@ -22,6 +22,13 @@ SAYS = """async (image, [alt, same, most]) => {
   return image.alt;
 }"""
 EXPLORERS = ".qlora-explorer"
+# a notebook, without asking whether to save it
+CLOSE = """async () => {
+  const opened = window.jupyterapp.shell.currentWidget;
+  await opened.sessionContext.ready;
+  await opened.sessionContext.shutdown();
+  opened.dispose();
+}"""
 FOCUSABLE = ":is(input, button, select, textarea, [tabindex], [role=slider]):not(summary)"
 KIND = """el => el.getAttribute("role") || (el.tagName === "BUTTON" ? "button" : el.type)"""
 NUMBERS = """el => [el.min || el.ariaValueMin, el.value || el.ariaValueNow, el.max || el.ariaValueMax].map(Number)"""

@@ -5,6 +5,7 @@ import pytest
 from playwright.sync_api import expect
 
 from qlora_lab.show.weight_stations import STATIONS
+from tests.browser.controls import CLOSE
 from tests.browser.theme import DARK, LIGHT, resize, set_theme, unreadable
 from tools.lab_server import SHUT_DOWN
 
@@ -16,12 +17,6 @@ STILL = """() => { document.getAnimations().forEach((one) => one.finish()) }"""
 LINKED = """() => {
   const context = window.jupyterapp.shell.currentWidget?.context;
   return context?.path.endsWith("/04_double_quant.ipynb") && context.isReady;
-}"""
-CLOSE = """async () => {
-  const opened = window.jupyterapp.shell.currentWidget;
-  await opened.sessionContext.ready;
-  await opened.sessionContext.shutdown();
-  opened.dispose();
 }"""
 RUN_LAST = """async () => {
   window.jupyterapp.shell.currentWidget.content.activeCellIndex = 2;
