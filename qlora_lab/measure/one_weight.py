@@ -30,6 +30,7 @@ RANK = 16
 TOKENS = 32
 STEPS = 10  # after one step A has no gradient yet, because B was zero
 LR = 1e-3
+LARGE = 2**22  # weights: a smaller matrix takes less than a second, if nothing else runs
 NEAR = 7, 15  # rows and columns of the matrix that are shown around the weight
 
 
@@ -119,9 +120,9 @@ def follow(
 ) -> OneWeight:
     """Follow weight[row, column] through quantisation with double quantization, a product, and an adapter's training.
 
-    codebook, block_size: as quantize takes them, with codes of 4 bits. progress: show a bar if it takes seconds.
-    Raises TypeError for a weight that quantize refuses, ValueError for one that is not a matrix or not finite, for a
-    place outside it, and for a codebook with codes of another width.
+    codebook, block_size: as quantize takes them, with codes of 4 bits. progress: show a bar for a large matrix, if it
+    takes seconds. Raises TypeError for a weight that quantize refuses, ValueError for one that is not a matrix or not
+    finite, for a place outside it, and for a codebook with codes of another width.
 
     >>> seen = follow(torch.linspace(-1, 1, 64).view(4, 16), 3, 15)
     >>> seen.code, seen.byte, hex(seen.packed)
@@ -170,7 +171,7 @@ def follow(
         absmax_stored=q.absmax[block].item(),
         decoded=decoded,
         error=decoded - value,
-        step=_trained(weight, q, row, column, progress),
+        step=_trained(weight, q, row, column, progress and weight.numel() >= LARGE),
     )
 
 

@@ -198,14 +198,13 @@ class FollowWeight:
 
     def __init__(self, weight=None, row=5, column=7, lit="weight", codebook="nf4", block_size=64):
         place = place_of(lit)  # before the numbers: an error comes at once
-        given = weight is not None
-        if not given and (weight := course_weight()) is None:
+        if weight is None and (weight := course_weight()) is None:
             fix = f"`qlora-lab fetch {MODEL}` brings the one that the course follows"
             warnings.warn(
                 f"this weight is drawn, because the course's model is not on this machine: {fix}", stacklevel=2
             )
             weight = DEVIATION * normal_weights(DRAWN[0] * DRAWN[1]).view(DRAWN)
-        self.seen = follow(weight, row, column, codebook, block_size, progress=given)  # ours is small
+        self.seen = follow(weight, row, column, codebook, block_size)
         self.pictures = [station.draw(self.seen) for station in STATIONS]
         self._sentences = [station.say(self.seen) for station in STATIONS]
         # strings: a page that is opened late, or twice, gets the same ones
