@@ -7,8 +7,7 @@ from test_seeing import TOWER
 from toy import RoundingExplorer
 from toy_checkpoint import toy_checkpoint
 
-from qlora_lab.export.parity import Change, Parity
-from qlora_lab.export.survival import FACTORS, Survival
+from bench.widgets import merged, smollm2_layers
 from qlora_lab.measure.best_plan import Choices
 from qlora_lab.quant.plan import Candidate
 from qlora_lab.show import adapter_places, results
@@ -27,13 +26,11 @@ from qlora_lab.show.normal_float import NormalFloatExplorer
 from qlora_lab.show.page_table import PageTableExplorer
 from qlora_lab.show.results import Bar
 from qlora_lab.show.seeing import SeeingExplorer
-from qlora_lab.show.survival import SurvivalExplorer
 from qlora_lab.show.tournament import TournamentExplorer
 from qlora_lab.show.xray import XrayExplorer
 from qlora_lab.show.zoo import ZooExplorer
 
-PARTS = ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"]
-LAYERS = tuple(f"model.layers.{i}.{part}_proj" for i in range(30) for part in PARTS)  # as SmolLM2-135M
+LAYERS = smollm2_layers()
 
 
 def block_sizes(count=4):
@@ -48,18 +45,9 @@ def many_block_sizes():
     return block_sizes(8)
 
 
-def survival():
-    reports = {}
-    for factor in FACTORS:
-        share = factor / (8 + factor)
-        layers = dict.fromkeys(LAYERS, Change(share, share / 2))
-        reports[factor] = Parity("requantised", 0.1 * factor**2 * (1 - share), 0.1, 0.9, 18.0, 19.0, 192, 0.05, layers)
-    return SurvivalExplorer(Survival(dict.fromkeys(LAYERS, 0.01), reports))
-
-
 EXPLORERS = [NormalFloatExplorer, OutlierExplorer, CodebookExplorer, LowRankExplorer, ConstantsExplorer]
 EXPLORERS += [KernelMapExplorer, MemoryExplorer, PageTableExplorer, MidpointExplorer, AnswerSpeedExplorer]
-EXPLORERS += [TournamentExplorer, ZooExplorer, block_sizes, many_block_sizes, survival]
+EXPLORERS += [TournamentExplorer, ZooExplorer, block_sizes, many_block_sizes, merged]
 
 
 def check_ends(explorer):
