@@ -24,14 +24,50 @@ def pair(notebook, tmp_path):
     return tmp_path / "01_step.ipynb", solution
 
 
+def free(stored, text, picture="AAAA"):
+    """The notebook with a cell whose figures differ from run to run: what it says, and a picture of it."""
+    notebook = nbformat.from_dict(stored)
+    cell = notebook.cells[3]
+    cell.metadata.tags = ["nbval-ignore-output"]
+    html = f'<img alt="{text}" src="data:image/png;base64,{picture}">'
+    cell.outputs = [nbformat.v4.new_output("display_data", {"text/html": html, "text/plain": text})]
+    return notebook
+
+
+@pytest.mark.parametrize(
+    "new, alike",
+    [
+        (("a token takes 10.25 ms", "BBBB"), True),
+        (("a token takes -1e-05 ms", "BBBB"), True),
+        (("a token takes 9.95 ms", "AAAA"), True),
+        (("a token takes 9.95 ms", "BBBB"), False),  # drawn in a new way
+        (("a prompt takes 9.95 ms", "AAAA"), False),
+    ],
+)
+def test_a_notebook_is_stored_again_for_words_and_pictures_and_not_for_figures(stored, new, alike):
+    assert notebooks._alike(free(stored, "a token takes 9.95 ms"), free(stored, *new)) is alike
+
+
+def test_figures_elsewhere_sources_and_cells_are_always_stored(stored):
+    before = free(stored, "9 ms")
+    other, source, fewer = (free(stored, "8 ms") for _ in range(3))
+    other.cells[4].outputs[0].text = "False\n"
+    source.cells[3].source = "print('half')"
+    fewer.cells.pop()
+    assert not any(notebooks._alike(before, new) for new in (other, source, fewer))
+    assert notebooks._alike(before, free(stored, "8 ms"))
+
+
 TOY = Path(__file__).parents[1] / "show" / "toy.py"
 
 
 @pytest.mark.slow
 def test_two_runs_leave_the_same_bytes(pair, notebook, capsys):
-    """With a live explorer and a static picture in it, whose widget ids differ from run to run."""
+    """With a live explorer and a static picture in it, whose widget ids differ from run to run, and a clock."""
     student, solution = pair
     notebook.cells[1].source = "from qlora_lab.show.figure import new_figure, picture\nfrom toy import RoundingExplorer"
+    clock = nbformat.v4.new_code_cell("import time; print(time.time())", metadata={"tags": ["nbval-ignore-output"]})
+    notebook.cells.insert(5, clock)
     notebook.cells[3].source = "display(picture(new_figure()[0], 'An empty panel'))\nRoundingExplorer()"
     nbformat.write(notebook, solution)
     for folder in (student.parent, solution.parent):
