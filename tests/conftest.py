@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import shutil
 import signal
@@ -37,6 +38,8 @@ from qlora_lab import kernels  # noqa: E402
 from tools import stages  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 NEED_TRITON = ["test_bench_gpu.py", "test_bench_gpu_day.py", "show/test_kernel_map.py"]
@@ -385,3 +388,18 @@ def threads(request):
     """One thread computes, and two share the work."""
     with _with_threads(request.param):
         yield
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What any logger says from here on. (pytest's caplog visits all loggers three times a test, used or not.)"""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    every = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    hearing = [logging.root, *(logger for logger in every if not logger.propagate)]
+    for logger in hearing:
+        logger.addHandler(handler)
+    yield said
+    for logger in hearing:
+        logger.removeHandler(handler)

@@ -1,5 +1,7 @@
 """The block size explorer: its map is the best plan for the budget, and no uniform plan of those bits is better."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -30,23 +32,27 @@ LARGER = choices_of(
     SENSITIVITY[:, None] * np.array([5.0, 6, 7, 8]),
     sizes(32, 64, 128, 256),
 )
-EXPLORER = BlockSizeExplorer(LARGER)
+
+
+@cache
+def shared() -> BlockSizeExplorer:
+    return BlockSizeExplorer(LARGER)
 
 
 @pytest.mark.parametrize("budget", stops(LARGER))
 def test_any_state_is_the_best_plan(budget):
-    EXPLORER.set(budget=budget)
-    plan, result = best_plan(LARGER, budget), EXPLORER.result
+    shared().set(budget=budget)
+    plan, result = best_plan(LARGER, budget), shared().result
     assert result["plan"].error == pytest.approx(plan.error) and plan.bits_per_parameter <= budget
-    ranks = EXPLORER.image.get_array()
+    ranks = shared().image.get_array()
     assert ranks.shape == (3, 4) and ranks.count() == 12
     order = sizes(256, 128, 64, 32)  # by bits, fewest first
     drawn = {layer: order[int(ranks[cell])] for layer, cell in places(LARGER.layers)[2].items()}
     assert drawn == result["plan"].chosen
     assert sum(result["counts"].values()) == 12
-    name, worth = EXPLORER.texts[0].get_text().split(": ")
+    name, worth = shared().texts[0].get_text().split(": ")
     assert (name, int(worth)) == ("256", result["counts"][order[0]])
-    (x,), (y,) = EXPLORER.point.get_data()
+    (x,), (y,) = shared().point.get_data()
     assert (x, y) == (result["plan"].bits_per_parameter, result["plan"].error)
     candidate, same = result["uniform"]
     assert same == uniform(LARGER, candidate) and same.bits_per_parameter <= budget

@@ -97,7 +97,7 @@ def test_every_explorer_is_tried():
 
 
 @pytest.mark.long
-def test_an_impossible_value_changes_nothing_and_is_named(explorer, caplog, monkeypatch):
+def test_an_impossible_value_changes_nothing_and_is_named(explorer, logged, monkeypatch):
     before = shown(explorer)
     monkeypatch.setattr(explorer, "update", None)  # a redraw would raise
     line, controls = parts(explorer)
@@ -119,7 +119,7 @@ def test_an_impossible_value_changes_nothing_and_is_named(explorer, caplog, monk
         assert part.get_state() == kept
     monkeypatch.undo()
     assert shown(explorer) == before
-    assert caplog.records == []  # ipywidgets logs what a message raises
+    assert logged == []  # ipywidgets logs what a message raises
     send(controls[0], **now(controls[0]))
     assert line.text == ""
 
