@@ -18,6 +18,7 @@ import io
 import struct
 import threading
 import zlib
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -44,6 +45,7 @@ DPI = 144
 CLOSE = {"columnspacing": 1.0, "handletextpad": 0.4, "borderaxespad": 0.2}  # a legend in little room
 IN_DETAIL = ". In detail: "  # in a sentence of numbers, between its short line and the rest
 KEPT = 8  # backgrounds of all figures together, of 2 MB each
+BAND = 16  # rows that are deflated together: fewer are more bytes (16 cost 4 %), more are deflated again in vain
 # White becomes a dark grey and black a light one. The turn gives each colour its hue back, so that "blue" stays blue.
 # More light keeps orange from brown. Paper is white whatever the theme, hence the screen.
 DARK = """@media screen {
@@ -198,18 +200,56 @@ class Blit:
         return tuple((*ax.get_xlim(), *ax.get_ylim(), *ax.get_position().bounds) for ax in self.fig.axes)
 
 
+class _Band(NamedTuple):
+    """Some rows of a picture, deflated."""
+
+    rgba: np.ndarray
+    deflated: bytes
+    adler: int
+    length: int  # of the bytes before they were deflated
+
+
+_bands = {}  # first row -> the band that begins there in the last picture, of whichever figure: 2 MB in all
+
+
 def png_bytes(rgba):
     """Return PNG bytes of pixels, (height, width, 4) uint8, for the browser that shows them now.
 
-    Pillow takes 11 to 14 ms, mostly to choose a filter for each row. Without filters this takes 4, for 4 to 58 % more
-    bytes.
+    Pillow takes 11 to 14 ms, mostly to choose a filter for each row. Without filters this takes 4, for 5 % fewer to
+    40 % more bytes, and less where rows are as in the picture before: each BAND of rows is deflated by itself.
     """
     height, width, _ = rgba.shape
-    rows = np.zeros((height, 1 + 4 * width), np.uint8)  # each row begins with the number of its filter: none
-    rows[:, 1:] = rgba.reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)  # 8 bits, RGBA
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")]
+    deflated = [b"\x78\x01"]  # a zlib stream: a window of 32 kB, level 1
+    adler = zlib.adler32(b"")
+    for row in range(0, height, BAND):
+        rows = rgba[row : row + BAND]
+        band = _bands.get(row)
+        if band is None or not np.array_equal(band.rgba, rows):
+            band = _bands[row] = _deflate(rows)
+        deflated.append(band.deflated)
+        adler = _adler_of_both(adler, band)
+    deflated.append(b"\x03\x00" + struct.pack(">I", adler))  # the last block is empty
+    chunks = [(b"IHDR", header), (b"IDAT", b"".join(deflated)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+
+
+def _deflate(rgba):
+    rows = np.zeros((len(rgba), 1 + rgba[0].size), np.uint8)  # each row begins with the number of its filter: none
+    rows[:, 1:] = rgba.reshape(len(rgba), -1)
+    stream = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)  # no header, no sum
+    deflated = stream.compress(rows) + stream.flush(zlib.Z_FULL_FLUSH)  # ends with a byte, and refers to nothing before
+    return _Band(rgba.copy(), deflated, zlib.adler32(rows), rows.size)
+
+
+def _adler_of_both(adler, band):
+    """Return the Adler-32 of some bytes and a band after them, from the sums of both.
+
+    The low half is 1 plus all bytes; the high half adds up the low one after each byte, here with `low - 1` more.
+    """
+    low, high = adler & 0xFFFF, adler >> 16
+    added_low, added_high = band.adler & 0xFFFF, band.adler >> 16
+    return (low + added_low - 1) % 65521 | (high + added_high + band.length * (low - 1)) % 65521 << 16
 
 
 def _chunk(kind, data):

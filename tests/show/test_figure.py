@@ -2,18 +2,23 @@
 
 import base64
 import io
+import struct
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 from PIL import Image
 from toy import RoundingExplorer
 
+from qlora_lab.show import figure
 from qlora_lab.show.explorer import fix_layout
 from qlora_lab.show.figure import (
+    BAND,
     COLOURS,
     IN_DETAIL,
     KEPT,
@@ -111,11 +116,70 @@ def test_nothing_of_the_old_frame_stays():
     assert blit.frame() == first
 
 
-def test_png_bytes_hold_every_pixel():
-    rgba = np.random.default_rng(0).integers(0, 256, (5, 7, 4), np.uint8)
-    image = Image.open(io.BytesIO(png_bytes(rgba)))
-    image.verify()  # the sums of the chunks
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png_bytes(rgba)))), rgba)
+def idat(png):
+    """The chunks of data, put together, when each chunk's sum is right."""
+    Image.open(io.BytesIO(png)).verify()
+    start = png.index(b"IDAT")
+    (length,) = struct.unpack_from(">I", png, start - 4)
+    assert png[start + 4 + length + 4 :][4:8] == b"IEND"
+    return png[start + 4 : start + 4 + length]
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 4), np.uint8)
+
+
+@st.composite
+def films(draw):
+    """Pictures one after the other: of two sizes, with all rows new, or with some that change or none."""
+    sizes = draw(st.lists(st.tuples(st.integers(1, 3 * BAND + 1), st.integers(1, 9)), min_size=1, max_size=2))
+    shown = [noise(*size) for size in sizes]
+    for _ in range(draw(st.integers(1, 5))):
+        rgba = draw(st.sampled_from(shown)).copy()
+        for row in draw(st.sets(st.integers(0, len(rgba) - 1))):
+            rgba[row] += 1
+        shown.append(rgba)
+    return shown
+
+
+@given(films())
+def test_png_bytes_hold_every_pixel(film):
+    for rgba in film:
+        png = png_bytes(rgba)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), rgba)
+        rows = np.frombuffer(zlib.decompress(idat(png)), np.uint8).reshape(len(rgba), -1)  # checks the Adler-32
+        assert not rows[:, 0].any() and np.array_equal(rows[:, 1:], rgba.reshape(len(rgba), -1))
+
+
+def test_png_bytes_depend_on_nothing_but_the_pixels(monkeypatch):
+    rgba = noise(5 * BAND, 7)
+    some = rgba.copy()
+    some[BAND + 3] = 0
+    first, second = png_bytes(rgba), png_bytes(some)
+    png_bytes(noise(BAND, 9))  # of another size
+    assert png_bytes(rgba) == first
+    monkeypatch.setattr(figure, "_bands", {})
+    assert png_bytes(some) == second
+
+
+def test_only_rows_that_changed_are_deflated_again(monkeypatch):
+    deflated = []
+    deflate = figure._deflate
+    monkeypatch.setattr(figure, "_bands", {})
+    monkeypatch.setattr(figure, "_deflate", lambda rows: deflated.append(len(rows)) or deflate(rows))
+    rgba = noise(2 * BAND + 3, 7)
+    png_bytes(rgba)
+    assert deflated == [BAND, BAND, 3]
+    rgba[-1, -1, -1] += 1  # in place, as a canvas draws
+    png_bytes(rgba)
+    assert deflated[3:] == [3]
+
+
+def test_what_is_kept_of_a_picture_does_not_grow_with_their_number(monkeypatch):
+    monkeypatch.setattr(figure, "_bands", bands := {})
+    for seed in range(9):
+        png_bytes(noise(2 * BAND, 7, seed))
+    assert len(bands) == 2
 
 
 @pytest.mark.long
