@@ -135,6 +135,8 @@ def _word(font: FontProperties, dpi: float, word: str, size: Size, right: float,
     renderer = RendererAgg(2 * room + ceil(width), baseline + ceil(descent) + room, dpi)
     renderer.draw_text(renderer.new_gc(), room + right / 64, baseline - up / 64, word, font, 0)
     alpha = np.asarray(renderer.buffer_rgba())[..., 3:]
+    if not alpha.any():  # a space without width
+        return Piece(0, 0, np.zeros((0, 0, 1), np.float32))
     rows, columns = np.flatnonzero(alpha.any(axis=(1, 2))), np.flatnonzero(alpha.any(axis=(0, 2)))
     inked = alpha[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return Piece(rows[0] - baseline, columns[0] - room, inked.astype(np.float32) / 255)

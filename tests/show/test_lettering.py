@@ -86,7 +86,7 @@ def test_a_title_in_which_a_number_changes_draws_that_number(page, monkeypatch):
 
 
 def test_an_empty_or_hidden_text_draws_nothing(page):
-    for look in ({"said": " "}, {"visible": False}):
+    for look in ({"said": " "}, {"visible": False}, {"said": "\u200b"}, {"x": np.nan}):  # a space without width
         _, ours, empty = both(page, **look)
         assert np.array_equal(ours, empty)
 
