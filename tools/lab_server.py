@@ -1,4 +1,4 @@
-"""A JupyterLab that knows nothing of the user's own settings and kernels, with its token kept.
+"""A JupyterLab with the settings of `qlora-lab open` that knows nothing of the user's own, with its token kept.
 
     with lab_server(folder) as (address, token, served): ...
 
@@ -18,12 +18,14 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora_lab.doctor.lab import SETTINGS
+
 # What Chromium is started with.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 GRACE = 15  # seconds to end in, once asked
 START = 120  # seconds to start in; a busy machine takes more than one minute
-SETTINGS = {  # no news popup over the page, and nothing written back behind the reader
+FOR_TESTS = {  # no news popup over the page, and nothing written back behind the reader
     "@jupyterlab/apputils-extension:notification": {
         "fetchNews": "false",
         "checkForUpdates": False,
@@ -48,7 +50,7 @@ def lab_server(home: Path) -> Iterator[tuple[str, str, Path]]:
     token = secrets.token_hex(16)
     (home / "served").mkdir()
     (home / "app").mkdir()
-    (home / "app" / "overrides.json").write_text(json.dumps(SETTINGS))  # read once, when the server starts
+    (home / "app" / "overrides.json").write_text(json.dumps(FOR_TESTS))  # read once, when the server starts
     with started([sys.executable, "-m", "jupyterlab", *_options(home, token)], home) as server:
         yield wait_for(server, home, token), token, home / "served"
 
@@ -86,6 +88,7 @@ def _options(home: Path, token: str) -> list[str]:
 def clean_environment(home: Path) -> dict[str, str]:
     folders = {f"JUPYTER_{kind}_DIR": str(home / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
     folders |= {f"JUPYTERLAB_{kind}_DIR": str(home / kind) for kind in ("SETTINGS", "WORKSPACES")}
+    folders["JUPYTER_CONFIG_PATH"] = str(SETTINGS)
     return {**os.environ, **folders, "IPYTHONDIR": str(home / "ipython"), "OMP_NUM_THREADS": "1"}
 
 

@@ -311,7 +311,7 @@ def whole_page(title: str, kinds: dict[str, Control], parts: list[str], player: 
     script = f'"use strict";\nconst RENDER = {{{modules}}};\n{SCRIPT.read_text("utf-8")}\nbegin({player});\n'
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # a page that can load nothing and run nothing but this script, whatever a name in it says
-    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src blob: data:"
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
     # the page's own rules come last, and win; the two kinds of button look alike
     styles = "".join(dict.fromkeys(kind._css for kind in (*kinds.values(), Pane, StatusLine)))
     return f"""<!doctype html>
