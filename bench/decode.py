@@ -31,6 +31,7 @@ from bench.decode_page import STORED, render  # noqa: E402
 from bench.files import write  # noqa: E402
 from bench.random_gguf import FORMATS, write_random  # noqa: E402
 from bench.timing import cpu_name, spread  # noqa: E402
+from qlora_lab.measure.latency import orders  # noqa: E402
 
 
 class Program:
@@ -89,9 +90,8 @@ def measure(contenders: dict[str, Contender], n_bytes: int, sizes: tuple[int, in
         run(prompt, min(tokens, 3))  # kernels compile, memory is there
     found = {name: {"first": [], "token": []} for name in contenders}
     floors = []
-    names = list(contenders)
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+    for order in orders(contenders, rounds):
+        for name in order:
             sample = contenders[name](prompt, tokens)
             found[name]["first"].append(sample["first"])
             if tokens > 1:

@@ -45,6 +45,7 @@ from qlora_lab.kernels.triton.gemv_nf4 import MAX_TOKENS, gemv_nf4  # noqa: E402
 from qlora_lab.kernels.triton.matmul_nf4 import matmul_nf4  # noqa: E402
 from qlora_lab.kernels.triton.matmul_nf4_backward import matmul_nf4_backward  # noqa: E402
 from qlora_lab.kernels.triton.quantize_nf4 import quantize_nf4  # noqa: E402
+from qlora_lab.measure.latency import orders  # noqa: E402
 from qlora_lab.model.linear4bit import Linear4bit  # noqa: E402
 from qlora_lab.optim import adamw_8bit as readable_adamw  # noqa: E402
 from qlora_lab.quant import double_quant  # noqa: E402
@@ -150,11 +151,10 @@ class Bench:
                     ready[name] = function, min(100, ceil(5e-3 / once)) if self.on_gpu else 1, [], []
             except Exception as error:  # a library may raise anything for an input that it does not accept
                 times[name] = {"error": first_line(error)}
-        names = list(ready)
-        for i in range(self.rounds if names else 0):
+        for i, order in enumerate(orders(ready, self.rounds)):
             if i >= LEAST and perf_counter() > self.row_end:
                 break
-            for name in names[i % len(names) :] + names[: i % len(names)]:
+            for name in order:
                 function, calls, cold, warm = ready[name]
                 cold.append(self.sample(function))
                 warm.append(self.call(function, calls) if self.on_gpu else cold[-1])

@@ -27,6 +27,7 @@ from bench.files import between, write  # noqa: E402
 from bench.timing import cpu_name  # noqa: E402
 from qlora_lab.adapters.adapter import learned  # noqa: E402
 from qlora_lab.adapters.many import AdapterBank  # noqa: E402
+from qlora_lab.measure.latency import orders  # noqa: E402
 from qlora_lab.train.resident import resident  # noqa: E402
 
 OUT = HERE / "many_adapters.json"
@@ -102,8 +103,8 @@ def cases(bank: AdapterBank, names: list[str], rounds: int) -> list[dict]:
         for run in contenders.values():  # kernels compile, buffers are made
             run(bank, names, call)
         times = {name: [] for name in contenders}
-        for number in range(rounds):
-            for name in list(contenders)[number % 3 :] + list(contenders)[: number % 3]:
+        for order in orders(contenders, rounds):
+            for name in order:
                 times[name].append(contenders[name](bank, names, call))
         case = {"what": what, "dtype": str(bank.model.dtype).removeprefix("torch.")}
         case["seconds"] = {name: spread(values) for name, values in times.items()}

@@ -11,21 +11,23 @@ from math import ceil
 from pathlib import Path
 from time import perf_counter
 
+from qlora_lab.measure.latency import orders
+
 
 def in_turn(contenders: dict[str, Callable[[], object]], rounds: int, sample: float) -> dict[str, dict]:
     """name -> {median, low, high (quartiles), in seconds per call; calls per sample; rounds}.
 
     sample: seconds that one sample lasts at least; a shorter call is repeated. Each round runs every contender once,
-    starting with a different one each time, so that other work on the machine affects all of them alike.
+    in an order drawn anew, so that other work on the machine, and what a contender leaves in the caches, affects all
+    of them alike.
     """
     calls = {}
     samples = {name: [] for name in contenders}
     for name, function in contenders.items():
         for _ in range(2):
             calls[name] = max(1, ceil(sample / _seconds(function, 1)))
-    names = list(contenders)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    for order in orders(contenders, rounds):
+        for name in order:
             samples[name].append(_seconds(contenders[name], calls[name]))
     return {name: {**spread(times), "calls": calls[name], "rounds": rounds} for name, times in samples.items()}
 

@@ -392,7 +392,7 @@ def threads(request):
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
-    """What any logger says from here on. (pytest's caplog visits all loggers three times a test, used or not.)"""
+    """What loggers that exist by now say from here on. (pytest's own capture visits all in each phase of each test.)"""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

@@ -1,4 +1,4 @@
-"""A JupyterLab with the settings of `qlora-lab open` that knows nothing of the user's own, with its token kept.
+"""A JupyterLab that has the configuration of `qlora-lab open` and none of the user's, with its token kept.
 
     with lab_server(folder) as (address, token, served): ...
 
@@ -51,15 +51,16 @@ def lab_server(home: Path) -> Iterator[tuple[str, str, Path]]:
     (home / "served").mkdir()
     (home / "app").mkdir()
     (home / "app" / "overrides.json").write_text(json.dumps(FOR_TESTS))  # read once, when the server starts
-    with started([sys.executable, "-m", "jupyterlab", *_options(home, token)], home) as server:
+    command = [sys.executable, "-m", "jupyterlab", *_options(home, token)]
+    with started(command, home, JUPYTER_CONFIG_PATH=str(SETTINGS)) as server:
         yield wait_for(server, home, token), token, home / "served"
 
 
 @contextlib.contextmanager
-def started(command: list[str], home: Path) -> Iterator[subprocess.Popen]:
+def started(command: list[str], home: Path, **variables: str) -> Iterator[subprocess.Popen]:
     """Yield a server that writes to server.log in `home`. It ends with the block, by force if need be."""
     with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=clean_environment(home))
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=clean_environment(home) | variables)
     try:
         yield server
     finally:
@@ -88,7 +89,7 @@ def _options(home: Path, token: str) -> list[str]:
 def clean_environment(home: Path) -> dict[str, str]:
     folders = {f"JUPYTER_{kind}_DIR": str(home / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
     folders |= {f"JUPYTERLAB_{kind}_DIR": str(home / kind) for kind in ("SETTINGS", "WORKSPACES")}
-    folders["JUPYTER_CONFIG_PATH"] = str(SETTINGS)
+    folders["JUPYTER_CONFIG_PATH"] = ""
     return {**os.environ, **folders, "IPYTHONDIR": str(home / "ipython"), "OMP_NUM_THREADS": "1"}
 
 

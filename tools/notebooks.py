@@ -5,8 +5,8 @@ normalised: fixed cell ids, counts 1, 2, 3, ..., no timestamps, no widget state,
 as a whole or not at all.
 
 Seconds differ from run to run, and losses from machine to machine. A cell that shows them is tagged
-`nbval-ignore-output`, and if all that changed in a notebook is digits in such cells, the stored file stays as it is.
-To store new figures, clear the notebook's outputs first.
+`nbval-ignore-output`. If all that changed in a notebook is numbers in such cells, and pictures drawn from them, the
+stored file stays as it is, and the cells are named. `--figures` stores them.
 
 If a notebook has a solution, the student's notebook is generated from it. In a cell tagged `exercise`, the lines
 
@@ -27,7 +27,6 @@ Not here: what a good notebook looks like (notebook_rules.py), and comparing out
 
 import argparse
 import ast
-import json
 import os
 import re
 import sys
@@ -42,10 +41,11 @@ from nbclient.exceptions import CellExecutionError
 from qlora_lab.files.replace import replace_text
 
 START, END = "# solution", "# end solution"
-FREE = "nbval-ignore-output"  # the tag of a cell whose figures may differ from run to run
+UNCOMPARED = "nbval-ignore-output"  # the tag of a cell whose figures may differ from run to run
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 _PICTURE = re.compile(r"data:image/[a-z+]+;base64,[A-Za-z0-9+/=]+")
-_FIGURE = re.compile(r" *[-+]?\d[\d.,]*(e[-+]?\d+)?")
+_FIGURE = re.compile(r" *(?<![A-Za-z\d#])[-+]?\d+([.,]\d+)*(e[-+]?\d+)?")  # a number, and no part of a name
+_STYLE = re.compile(r'style="[^"]*"')
 _VIEW = "application/vnd.jupyter.widget-view+json"
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -179,34 +179,54 @@ def _sources(notebook):
     return [(c.cell_type, c.source, c.metadata.get("tags", [])) for c in notebook.cells]
 
 
-def run(path):
-    """Generate one notebook from its solution if it has one, run and store it. Returns True if the file changed."""
+def run(path, figures=False):
+    """Generate one notebook from its solution if it has one, run it, and store it if it changed. Returns the news.
+
+    figures: store new numbers of cells that may show others in each run, too.
+    """
     source = solution_of(path) if solution_of(path).exists() else path
     notebook = nbformat.read(source, 4)
     if source != path:
         notebook = student_version(notebook)
     new = normalise(execute(notebook, path.parent))
-    changed = not path.exists() or not _alike(nbformat.read(path, 4), new)
-    if changed:
-        replace_text(path, text_of(new))
-    return changed
+    old = path.read_text("utf-8") if path.exists() else ""
+    left = [] if figures else _left(old, new)
+    if old == text_of(new):
+        return "unchanged"
+    if left:
+        return f"unchanged but for figures in cells {', '.join(map(str, left))}, which --figures stores"
+    replace_text(path, text_of(new))
+    return "changed"
 
 
-def _alike(old, new):
-    """Whether two notebooks are equal but for the figures of cells that may show others in each run."""
-    if len(old.cells) != len(new.cells):
-        return False
+def _left(old, new):
+    """The cells whose figures alone are new, if nothing else in the notebook is. old: its text as it is stored."""
+    try:
+        stored = nbformat.reads(old, 4)
+    except nbformat.reader.NotJSONError:
+        return []
     compared = nbformat.from_dict(new)
-    for before, cell in zip(old.cells, compared.cells, strict=True):
-        if cell.source == before.source and FREE in cell.metadata.get("tags", []) and _says_the_same(before, cell):
-            cell.outputs = before.outputs
-    return text_of(old) == text_of(compared)
+    pairs = list(enumerate(zip(stored.cells, compared.cells, strict=False)))
+    left = [i for i, (before, cell) in pairs if before.source == cell.source and _says_the_same(before, cell)]
+    for i in left:
+        compared.cells[i].outputs = stored.cells[i].outputs
+    return left if old == text_of(compared) else []
 
 
 def _says_the_same(before, cell):
-    """Whether two cells show different figures in the same words. A picture that alone is new is drawn in a new way."""
-    words = [_FIGURE.sub(" 0", _PICTURE.sub("", json.dumps(c.outputs, sort_keys=True))) for c in (before, cell)]
+    """Whether a cell that may do so shows new figures in the same words. A picture that alone is new is drawn anew."""
+    if UNCOMPARED not in cell.metadata.get("tags", []):
+        return False
+    texts = [_PICTURE.sub("", "\n".join(_said(c))) for c in (before, cell)]
+    words = [(_FIGURE.sub(" 0", _STYLE.sub("", text)), _STYLE.findall(text)) for text in texts]
     return words[0] == words[1] and _plain(before) != _plain(cell)
+
+
+def _said(cell):
+    """All texts of a cell's outputs, with what kind of output each is."""
+    for output in cell.outputs:
+        yield from (output.output_type, output.get("name", ""), output.get("text", ""))
+        yield from (f"{kind}: {text}" for kind, text in sorted(output.get("data", {}).items()))
 
 
 def _plain(cell):
@@ -223,6 +243,7 @@ def find(paths):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Run and store the notebooks so that a second run leaves no diff.")
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks (default: all in notebooks/)")
+    parser.add_argument("--figures", action="store_true", help="store new figures of cells that may differ, too")
     parser.add_argument("--check", action="store_true", help="start no kernel; exit 1 if anything would change")
     args = parser.parse_args(arguments)
     for path in args.paths:
@@ -230,18 +251,19 @@ def main(arguments=None):
             parser.error(f"{path} does not exist.")
     paths = find(args.paths)
     failed = sum(
-        _report(path, f"[{n}/{len(paths)}] {os.path.relpath(path)}", args.check) for n, path in enumerate(paths, 1)
+        _report(path, f"[{n}/{len(paths)}] {os.path.relpath(path)}", args.check, args.figures)
+        for n, path in enumerate(paths, 1)
     )
     return 1 if failed else 0
 
 
-def _report(path, label, check_only):
+def _report(path, label, check_only, figures):
     """Check or run one notebook, print one line, and say whether it failed."""
     print(label, end=" ", flush=True)
     start = time.monotonic()
     try:
         problems = check(path) if check_only else []
-        news = "" if check_only else "changed" if run(path) else "unchanged"
+        news = "" if check_only else run(path, figures)
     except (CellExecutionError, nbformat.ValidationError, ValueError) as err:
         problems = [f"failed, the file is untouched:\n{err}"]
     print("; ".join(problems) or f"{news or 'ok'} ({time.monotonic() - start:.0f} s)")

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from nbval.plugin import IPyNbFile
 
-from tools.notebooks import FREE
+from tools.notebooks import UNCOMPARED
 
 
 def _code(path: Path) -> list[tuple]:
     """What nbval runs and compares of each code cell: source, tags, outputs."""
     cells = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
     tags = [cell["metadata"].get("tags", []) for cell in cells]
-    outputs = [None if FREE in tag else cell["outputs"] for cell, tag in zip(cells, tags, strict=True)]
+    outputs = [None if UNCOMPARED in tag else cell["outputs"] for cell, tag in zip(cells, tags, strict=True)]
     return [(cell["source"], tag, output) for cell, tag, output in zip(cells, tags, outputs, strict=True)]
 
 

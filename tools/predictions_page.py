@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from qlora_lab.files.replace import replace_text
-from tools.notebooks import FREE
+from tools.notebooks import UNCOMPARED
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "predictions.md"
@@ -86,7 +86,7 @@ def _answer(cell: dict, source: str, asked: dict[str, list[str]]) -> None:
     compared = re.search(r"^(\w+)\.compare\(", source, re.M)
     answer = _ANSWER.search(_shown(cell))
     if compared and answer and compared[1] in asked:
-        varies = FREE in cell["metadata"].get("tags", [])
+        varies = UNCOMPARED in cell["metadata"].get("tags", [])
         text = answer[1].strip('"')
         asked[compared[1]][2] = f"**{text}**" + r" \*" * varies
 

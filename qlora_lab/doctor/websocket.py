@@ -1,13 +1,13 @@
 """A Jupyter server extension: a picture does not wait for the page to acknowledge what came before it.
 
-Tornado leaves Nagle's algorithm on: the end of a message waits while an earlier one is unacknowledged, and a page that
-has nothing to say acknowledges after 40 ms. A slider's picture follows two short messages, "busy" and the echo of its
-value. On one machine it is a single segment if it has less than 64 kB, and then came 30 ms late (bench/widgets.py).
+Tornado leaves Nagle's algorithm on: the last segment of a message waits until everything before it is acknowledged, and
+a receiver with nothing to send may take 40 ms for that (Linux). A slider's picture follows two short messages, "busy"
+and the echo of its value. On one machine a picture below 64 kB is a single segment, and came 23 to 36 ms late (LOG.md).
 
 jupyter/jupyter_server_config.d in the command line's room switches it on, for what `qlora-lab open` starts.
 """
 
-CLASS = "kernel_websocket_connection_class"  # the server's setting
+CONNECTION_CLASS = "kernel_websocket_connection_class"  # the server's setting
 
 
 def _jupyter_server_extension_points() -> list[dict[str, str]]:
@@ -16,11 +16,12 @@ def _jupyter_server_extension_points() -> list[dict[str, str]]:
 
 def _load_jupyter_server_extension(app) -> None:
     """Have the server's connections to kernels, of whatever class, send each message at once."""
-    given = app.web_app.settings[CLASS]
+    configured = app.web_app.settings[CONNECTION_CLASS]
 
-    class AtOnce(given):
+    class AtOnce(configured):
         def connect(self):
-            self.websocket_handler.set_nodelay(True)
+            if self.websocket_handler.ws_connection:  # a gateway also reconnects for a page that has left
+                self.websocket_handler.set_nodelay(True)
             return super().connect()
 
-    app.web_app.settings[CLASS] = AtOnce
+    app.web_app.settings[CONNECTION_CLASS] = AtOnce

@@ -1,17 +1,18 @@
 """Compare how long models take for the same work: ratios to one of them, from one run.
 
 In: models by name, and what each has to do. Out: for each name the ratio in every round. In a round all models work,
-one after the other, so whatever else the machine does meets all of them; only times of one round are compared. Each
-round starts with the next model, so none is always the first. Give one model under two names: the ratio of the second
-is the noise of this machine.
+one after the other, so whatever else the machine does meets all of them; only times of one round are compared. The
+order is drawn anew for each round: what a model leaves in the caches meets the next one, so no model may have one that
+it always follows. Give one model under two names: the ratio of the second is the noise of this machine.
 
     latency_ratios({"base": model, "base again": model, "houlsby": adapted}, lambda model: model(input_ids))
 
 Not here: operations, which are the same on every machine (memory/work.py).
 """
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
@@ -35,14 +36,20 @@ def latency_ratios(
         _seconds(model, call, clock)  # what only a first call does
     names = list(models)  # a dict keeps its order
     ratios = {name: [] for name in models}
-    for i in range(rounds):
-        first = i % len(names)
-        # what a model leaves in the caches meets the next one, so no place in the order may belong to one model
-        seconds = {name: _seconds(models[name], call, clock) for name in names[first:] + names[:first]}
+    for order in orders(names, rounds):
+        seconds = {name: _seconds(models[name], call, clock) for name in order}
         # within the round: a pause of the machine meets one model, and must not meet its base of another round
-        for name, taken in seconds.items():
-            ratios[name].append(taken / seconds[names[0]])
+        for name in names:
+            ratios[name].append(seconds[name] / seconds[names[0]])
     return ratios
+
+
+def orders(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
+    """Yield the names in an order for each round, the same orders in every run."""
+    drawn = random.Random(0)
+    names = list(names)
+    for _ in range(rounds):
+        yield drawn.sample(names, len(names))
 
 
 def _seconds(model: nn.Module, call: Callable[[nn.Module], object], clock: Callable[[], float]) -> float:

@@ -45,7 +45,7 @@ DPI = 144
 CLOSE = {"columnspacing": 1.0, "handletextpad": 0.4, "borderaxespad": 0.2}  # a legend in little room
 IN_DETAIL = ". In detail: "  # in a sentence of numbers, between its short line and the rest
 KEPT = 8  # backgrounds of all figures together, of 2 MB each
-BAND = 16  # rows that are deflated together: fewer are more bytes (16 cost 4 %), more are deflated again in vain
+BAND = 16  # rows that are deflated together; fewer cost more bytes (16 cost 4 %), and of more, some are unchanged
 # White becomes a dark grey and black a light one. The turn gives each colour its hue back, so that "blue" stays blue.
 # More light keeps orange from brown. Paper is white whatever the theme, hence the screen.
 DARK = """@media screen {

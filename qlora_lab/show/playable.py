@@ -119,7 +119,7 @@ class Drawn:
         values = explorer.state
         result = explorer.compute(values)
         explorer.update(result)
-        # the PNG is made for nothing, 4 ms of 20; to read it again would take twice as long
+        # the PNG is made for nothing, 2 to 4 ms; to read it again would take twice as long
         explorer._blit.frame()
         self.frames.add(state, np.asarray(explorer._blit.canvas.buffer_rgba()))
         self.texts[state] = explorer.describe(values, result), explorer.code()

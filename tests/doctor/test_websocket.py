@@ -4,12 +4,13 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from jupyter_server.services.kernels.websocket import KernelWebsocketHandler
 
 import qlora_lab as ql
 from qlora_lab.doctor import lab, websocket
 
 
-class Given:
+class Configured:
     """A connection of the server's own, or of a gateway."""
 
     def __init__(self, handler):
@@ -21,19 +22,24 @@ class Given:
 
 
 def test_nothing_waits_from_the_first_message_on():
-    app = SimpleNamespace(web_app=SimpleNamespace(settings={websocket.CLASS: Given}))
+    app = SimpleNamespace(web_app=SimpleNamespace(settings={websocket.CONNECTION_CLASS: Configured}))
     websocket._load_jupyter_server_extension(app)
     done = []
-    handler = SimpleNamespace(done=done, set_nodelay=lambda value: done.append(("no delay", value)))
-    connection = app.web_app.settings[websocket.CLASS](handler)
-    assert isinstance(connection, Given)
+    handler = SimpleNamespace(ws_connection=1, done=done, set_nodelay=lambda value: done.append(("no delay", value)))
+    connection = app.web_app.settings[websocket.CONNECTION_CLASS](handler)
+    assert isinstance(connection, Configured)
     assert asyncio.run(connection.connect()) == "the kernel"
     assert done == [("no delay", True), "connected"]
+    server = SimpleNamespace(settings=app.web_app.settings)
+    assert KernelWebsocketHandler.kernel_websocket_connection_class.fget(server) is type(connection)
+    handler.ws_connection = None  # the page has left
+    done.clear()
+    assert asyncio.run(connection.connect()) == "the kernel" and done == ["connected"]
 
 
 @pytest.mark.slow
 def test_the_server_of_open_has_it(tmp_path):
-    """Its class is the one that kernels are connected by: the setting is read when a page asks for a kernel."""
+    """It is loaded, and a kernel still answers."""
     (extension,) = websocket._jupyter_server_extension_points()
     with lab.started(tmp_path) as server:
         assert lab.check_kernel(server, ql.__version__).status == lab.OK

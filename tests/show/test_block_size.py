@@ -1,7 +1,5 @@
 """The block size explorer: its map is the best plan for the budget, and no uniform plan of those bits is better."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 
@@ -32,27 +30,23 @@ LARGER = choices_of(
     SENSITIVITY[:, None] * np.array([5.0, 6, 7, 8]),
     sizes(32, 64, 128, 256),
 )
-
-
-@cache
-def shared() -> BlockSizeExplorer:
-    return BlockSizeExplorer(LARGER)
+EXPLORER = BlockSizeExplorer(LARGER)
 
 
 @pytest.mark.parametrize("budget", stops(LARGER))
 def test_any_state_is_the_best_plan(budget):
-    shared().set(budget=budget)
-    plan, result = best_plan(LARGER, budget), shared().result
+    EXPLORER.set(budget=budget)
+    plan, result = best_plan(LARGER, budget), EXPLORER.result
     assert result["plan"].error == pytest.approx(plan.error) and plan.bits_per_parameter <= budget
-    ranks = shared().image.get_array()
+    ranks = EXPLORER.image.get_array()
     assert ranks.shape == (3, 4) and ranks.count() == 12
     order = sizes(256, 128, 64, 32)  # by bits, fewest first
     drawn = {layer: order[int(ranks[cell])] for layer, cell in places(LARGER.layers)[2].items()}
     assert drawn == result["plan"].chosen
     assert sum(result["counts"].values()) == 12
-    name, worth = shared().texts[0].get_text().split(": ")
+    name, worth = EXPLORER.texts[0].get_text().split(": ")
     assert (name, int(worth)) == ("256", result["counts"][order[0]])
-    (x,), (y,) = shared().point.get_data()
+    (x,), (y,) = EXPLORER.point.get_data()
     assert (x, y) == (result["plan"].bits_per_parameter, result["plan"].error)
     candidate, same = result["uniform"]
     assert same == uniform(LARGER, candidate) and same.bits_per_parameter <= budget

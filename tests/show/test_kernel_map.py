@@ -1,7 +1,5 @@
 """The kernel map: what it shows is what the interpreted kernel touches, address by address and byte by byte."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
@@ -14,12 +12,7 @@ from qlora_lab.quant.codebook import codebook
 from qlora_lab.show.figure import IN_DETAIL
 from qlora_lab.show.kernel_map import KernelMapExplorer, touched
 
-
-@cache
-def shared() -> KernelMapExplorer:
-    return KernelMapExplorer()
-
-
+EXPLORER = KernelMapExplorer()
 POISON = -777.0
 STATES = st.fixed_dictionaries(
     {
@@ -144,13 +137,13 @@ def inside(loads, tensor):
 @settings(deadline=None, max_examples=15)
 @given(STATES)
 def test_any_state_is_drawn(state):
-    shared().set(**state)
+    EXPLORER.set(**state)
     found = touched(**state)
-    assert shared().result["touched"] == found
-    drawn = np.asarray(shared().cells.get_array()).ravel()
+    assert EXPLORER.result["touched"] == found
+    drawn = np.asarray(EXPLORER.cells.get_array()).ravel()
     assert (drawn == 2).nonzero()[0].tolist() == list(found.stored)
-    assert len(shared().crosses.get_xdata()) == len(found.idle) and len(shared().dots.get_xdata()) == len(found.spare)
-    assert len(shared().blocks.get_segments()) == -(-state["weights"] // state["block_size"])
+    assert len(EXPLORER.crosses.get_xdata()) == len(found.idle) and len(EXPLORER.dots.get_xdata()) == len(found.spare)
+    assert len(EXPLORER.blocks.get_segments()) == -(-state["weights"] // state["block_size"])
 
 
 def test_starts_at_an_odd_tail():

@@ -55,7 +55,7 @@ def test_the_pixels_are_matplotlibs(page, look):
     for _ in range(2):  # drawn, then kept
         plain, ours, empty = both(page, **look)
         assert np.abs(plain - ours).max() <= 1  # Agg rounds a product another way
-        assert (plain != empty).any() or look["x"] == -9
+        assert (plain != empty).any() or look.get("x") == -9
 
 
 @pytest.mark.long
@@ -93,7 +93,14 @@ def test_an_empty_or_hidden_text_draws_nothing(page):
 
 @pytest.mark.parametrize(
     "look",
-    [{"bbox": {}}, {"rotation": 90}, {"alpha": 0.5}, {"clip_on": True}, {"said": "$x^2$"}, {"usetex": True}],
+    [{"bbox": {}}, {"rotation": 90}, {"alpha": 0.5}, {"clip_on": True}, {"said": "$x^2$"}, {"usetex": True}]
+    + [
+        {"color": "none"},
+        {"color": (1, 0, 0, 0.5)},
+        {"antialiased": False},
+        {"wrap": True},
+        {"fontfeatures": ["ss01"]},
+    ],
 )
 def test_what_is_more_than_letters_is_left_to_matplotlib(page, look):
     _, ax, _ = page
@@ -104,6 +111,21 @@ def test_what_is_more_than_letters_is_left_to_matplotlib(page, look):
 def test_a_title_is_plain(page):
     """It has clip_on without anything to be clipped by."""
     assert lettering.is_plain(page[1].set_title("x", loc="left"))
+
+
+@pytest.mark.parametrize("change", [{"linespacing": 2}, {"multialignment": "right"}, {"family": "monospace"}])
+def test_a_kept_text_is_not_taken_for_one_in_another_look(page, change):
+    said = "one\ntwo words"
+    before = both(page, said=said)[1]
+    plain, ours, _ = both(page, said=said, **change)
+    assert np.abs(plain - ours).max() <= 1 and (ours != before).any()
+
+
+def test_letters_follow_the_family_that_is_set(page):
+    before = both(page)[1]
+    with matplotlib.rc_context({"font.sans-serif": ["DejaVu Serif"]}):
+        plain, ours, _ = both(page)
+    assert np.abs(plain - ours).max() <= 1 and (ours != before).any()
 
 
 def test_few_are_kept(monkeypatch):

@@ -1,7 +1,5 @@
 """The memory explorer: its bars are the ledger's, its cards the smallest that hold them."""
 
-from functools import cache
-
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -12,15 +10,11 @@ from qlora_lab.show.figure import IN_DETAIL
 from qlora_lab.show.memory import CARDS, GIB, GROUPS, METHODS, MemoryExplorer, _gib, at_peak, card_for
 from qlora_lab.show.slider import Slider
 
-
-@cache
-def shared() -> MemoryExplorer:
-    return MemoryExplorer()
-
-
+EXPLORER = MemoryExplorer()
+START = EXPLORER.state
 STATES = {
     name: st.sampled_from(control.choices) if isinstance(control, Slider) else st.booleans()
-    for name, control in shared()._controls.items()
+    for name, control in EXPLORER._controls.items()
 }
 
 
@@ -34,10 +28,10 @@ def widths(collection) -> list[float]:
 @settings(max_examples=8, deadline=None)
 @given(st.fixed_dictionaries(STATES))
 def test_any_state(state):
-    shared().set(**state)
-    drawn, strip, n = widths(shared().bars), widths(shared().strip), len(GROUPS)
+    EXPLORER.set(**state)
+    drawn, strip, n = widths(EXPLORER.bars), widths(EXPLORER.strip), len(GROUPS)
     for number, method in enumerate(METHODS):
-        peak, card = shared().result["peak"][method], shared().result["card"][method]
+        peak, card = EXPLORER.result["peak"][method], EXPLORER.result["card"][method]
         assert sum(drawn[number * n : (number + 1) * n]) == pytest.approx(peak / GIB)
         assert card is None or peak <= card * GIB
         assert all(peak > smaller * GIB for smaller in CARDS if card is None or smaller < card)
@@ -45,10 +39,10 @@ def test_any_state(state):
 
 
 def test_the_start_is_the_ledger_of_its_setup():
-    shared().reset()
+    EXPLORER.reset()
     ledger = predict_memory("llama-7b", r=64, length=512, batch_size=1, gradient_checkpointing=True)
-    assert shared().result["peak"]["qlora"] == ledger.peak and shared().result["phase"]["qlora"] == ledger.phase
-    assert sum(widths(shared().bars)[-len(GROUPS) :]) == pytest.approx(ledger.peak / GIB)
+    assert EXPLORER.result["peak"]["qlora"] == ledger.peak and EXPLORER.result["phase"]["qlora"] == ledger.phase
+    assert sum(widths(EXPLORER.bars)[-len(GROUPS) :]) == pytest.approx(ledger.peak / GIB)
 
 
 def test_groups_add_up_in_every_phase():
@@ -74,7 +68,7 @@ def test_groups_add_up_in_every_phase():
     ],
 )
 def test_every_control_costs_what_it_should(field, less, more):
-    peaks = [shared().compute({**shared()._start, field: value})["peak"]["qlora"] for value in (less, more)]
+    peaks = [EXPLORER.compute({**START, field: value})["peak"]["qlora"] for value in (less, more)]
     assert peaks[0] < peaks[1]
 
 
@@ -85,21 +79,21 @@ def test_a_card_is_full_at_its_last_byte():
 def test_it_agrees_with_fit():
     """Nothing is switched on by fit where the explorer says that a card is large enough."""
     setup = {"r": 64, "length": 512, "batch_size": 1, "gradient_checkpointing": True}
-    card = shared().compute(shared()._start)["card"]["qlora"]
+    card = EXPLORER.compute(START)["card"]["qlora"]
     assert fit("llama-7b", card, **setup).switched == ()
 
 
 @pytest.mark.long
 def test_the_sentence():
-    shared().reset()
-    shared().set(model="llama-65b", rows=2, gradient_checkpointing=False, double_quant=False, optimizer="paged AdamW")
-    result = shared().result
-    line, details = shared().summary().split(IN_DETAIL)
+    EXPLORER.reset()
+    EXPLORER.set(model="llama-65b", rows=2, gradient_checkpointing=False, double_quant=False, optimizer="paged AdamW")
+    result = EXPLORER.result
+    line, details = EXPLORER.summary().split(IN_DETAIL)
     assert line.startswith(f"QLoRA needs {_gib(result['peak']['qlora'])}, ") and line.endswith("too large for 80 GB")
     assert details.startswith("llama-65b, nf4/64, r=64, 2 x 512 tokens at once, paged AdamW: QLoRA's peak is ")
     assert details.endswith(f"runtime {_gib(result['groups']['qlora']['runtime'])}")
     assert f"activations {result['groups']['qlora']['activations'] / GIB:.1f} GiB" in details
-    assert shared().peaks[0].get_text().endswith("→")  # the bar leaves the picture
+    assert EXPLORER.peaks[0].get_text().endswith("→")  # the bar leaves the picture
 
 
 def test_sizes_have_three_digits_and_fit_the_key():
@@ -110,4 +104,4 @@ def test_sizes_have_three_digits_and_fit_the_key():
 
 def test_a_state_that_is_not_allowed_is_named():
     with pytest.raises(ValueError, match="rows=3 is not allowed: one of 1, 2, 4, 8, 16. Nearest: 2"):
-        shared().set(rows=3)
+        EXPLORER.set(rows=3)

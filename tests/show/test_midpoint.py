@@ -1,7 +1,5 @@
 """The midpoint explorer: what it shows is what a block of 64 weights stores."""
 
-from functools import cache
-
 import pytest
 import torch
 
@@ -9,12 +7,7 @@ from qlora_lab.quant.codebook import codebook
 from qlora_lab.quant.quantize import quantize
 from qlora_lab.show.midpoint import MidpointExplorer
 
-
-@cache
-def shared() -> MidpointExplorer:
-    return MidpointExplorer()
-
-
+EXPLORER = MidpointExplorer()
 LEVELS = codebook("nf4")
 
 
@@ -35,31 +28,31 @@ def test_every_state_is_what_a_block_stores():
 @pytest.mark.parametrize(("change", "stored"), [(3, 7), (4, 8), (-4, 7), (-5, 6)])
 def test_a_state_is_drawn(change, stored):
     """Zero's neighbours are -0.0911 and 0.0796, so its midpoints are -0.0455 and 0.0398."""
-    shared().set(code=7, change=change)
-    (x,), (y,) = shared().stored.get_data()
+    EXPLORER.set(code=7, change=change)
+    (x,), (y,) = EXPLORER.stored.get_data()
     assert (x, y) == pytest.approx((100 * LEVELS[stored].item(), 0), abs=1e-4)
-    ((left, right),) = shared().kept.get_segments()
+    ((left, right),) = EXPLORER.kept.get_segments()
     assert (left[0], right[0]) == pytest.approx((-4.55, 3.98), abs=0.01)
-    assert [text.get_text() for text in shared().names if text.get_text()] == ["4", "5", "6", "7", "8", "9", "10", "11"]
+    assert [text.get_text() for text in EXPLORER.names if text.get_text()] == ["4", "5", "6", "7", "8", "9", "10", "11"]
 
 
 def test_the_sentences():
-    shared().reset()
-    assert shared().summary() == (
+    EXPLORER.reset()
+    assert EXPLORER.summary() == (
         "A weight at code 7, a change of +3 % of absmax: the code stays, and nothing of the change is stored; "
         "the midpoints lie at -4.6 and +4.0 %"
     )
-    shared().set(change=5)
-    assert "+5 % of absmax: the code becomes 8, and +8.0 % is stored" in shared().summary()
+    EXPLORER.set(change=5)
+    assert "+5 % of absmax: the code becomes 8, and +8.0 % is stored" in EXPLORER.summary()
 
 
 @pytest.mark.long
 def test_a_picture_does_not_depend_on_the_one_before_it():
-    shared().set(code=13, change=-25)
-    shared().set(code=2, change=10)
-    assert MidpointExplorer(code=2, change=10).png == shared().png
+    EXPLORER.set(code=13, change=-25)
+    EXPLORER.set(code=2, change=10)
+    assert MidpointExplorer(code=2, change=10).png == EXPLORER.png
 
 
 def test_a_state_that_is_not_allowed_is_named():
     with pytest.raises(ValueError, match="code=15 is not allowed: from 1 to 13 in steps of 1. Nearest: 13"):
-        shared().set(code=15)
+        EXPLORER.set(code=15)

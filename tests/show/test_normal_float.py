@@ -1,7 +1,5 @@
 """The NormalFloat explorer: what it shows is what the library computes, in every state."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
@@ -10,10 +8,7 @@ from hypothesis import given, settings, strategies as st
 from qlora_lab.quant.codebook import codebook, normal_float, normal_offset
 from qlora_lab.show.normal_float import RULE, NormalFloatExplorer
 
-
-@cache
-def shared() -> NormalFloatExplorer:
-    return NormalFloatExplorer()
+EXPLORER = NormalFloatExplorer()
 
 
 def test_starts_at_nf4():
@@ -26,17 +21,17 @@ def test_starts_at_nf4():
 @settings(deadline=None, max_examples=15)
 @given(
     bits=st.integers(2, 6),
-    offset=st.sampled_from(shared()._controls["offset"].choices),
+    offset=st.sampled_from(EXPLORER._controls["offset"].choices),
     symmetric=st.booleans(),
 )
 def test_any_state(bits, offset, symmetric):
-    shared().set(bits=bits, offset=offset, symmetric=symmetric)
+    EXPLORER.set(bits=bits, offset=offset, symmetric=symmetric)
     levels = normal_float(bits, None if offset == RULE else offset, symmetric)
-    assert torch.equal(shared().result["levels"], levels)
-    drawn = np.array([segment[0][0] for segment in shared().levels.get_segments()])
+    assert torch.equal(EXPLORER.result["levels"], levels)
+    drawn = np.array([segment[0][0] for segment in EXPLORER.levels.get_segments()])
     np.testing.assert_allclose(drawn, levels, rtol=1e-6)
-    assert len(shared().bars.get_segments()) == 2**bits
-    assert f"{len(levels)} levels" in shared().summary()
+    assert len(EXPLORER.bars.get_segments()) == 2**bits
+    assert f"{len(levels)} levels" in EXPLORER.summary()
 
 
 @pytest.mark.long

@@ -1,7 +1,5 @@
 """The page table: what it draws is where the real Pages have each page, in any state."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -11,14 +9,9 @@ from qlora_lab.optim.paging import Pages
 from qlora_lab.show import page_table
 from qlora_lab.show.page_table import FAULT, FILE, FRAME, HIT, LEAVES, ZERO, PageTableExplorer
 
-
-@cache
-def shared() -> PageTableExplorer:
-    return PageTableExplorer()
-
-
+EXPLORER = PageTableExplorer()
 STATES = st.fixed_dictionaries(
-    {name: st.sampled_from(control.choices) for name, control in shared()._controls.items()}
+    {name: st.sampled_from(control.choices) for name, control in EXPLORER._controls.items()}
     | {"page_size": st.sampled_from([2, 4, 8])}  # below, Pages take a while
 )
 
@@ -31,8 +24,8 @@ def kinds(explorer: PageTableExplorer) -> np.ndarray:
 @settings(max_examples=8)
 @given(STATES)
 def test_any_state_is_that_of_pages(state):
-    shared().set(**state)
-    result, drawn = shared().result, kinds(shared())
+    EXPLORER.set(**state)
+    result, drawn = EXPLORER.result, kinds(EXPLORER)
     count, frames = result["pages"], result["frames"]
     pages = Pages(count, 1, frames)
     for i in range(round(state["time"] * count)):
@@ -45,7 +38,7 @@ def test_any_state_is_that_of_pages(state):
     resident = np.isin(drawn, (FRAME, HIT, FAULT)).nonzero()[0]
     assert resident.tolist() == sorted(pages.resident)
     assert (drawn == ZERO).sum() == max(0, count - round(state["time"] * count))
-    assert shared().frames.image.get_array().count() == len(pages.resident)
+    assert EXPLORER.frames.image.get_array().count() == len(pages.resident)
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """The tournament explorer shows what the ratings say, and its lesson holds."""
 
 import itertools
-from functools import cache
 
 import numpy as np
 import pytest
@@ -14,15 +13,10 @@ from qlora_lab.show.results import rank_words
 from qlora_lab.show.slider import Slider
 from qlora_lab.show.tournament import LIMITS, SEED, TRUTH, TournamentExplorer
 
-
-@cache
-def shared() -> TournamentExplorer:
-    return TournamentExplorer()
-
-
+EXPLORER = TournamentExplorer()
 STATES = {
     name: st.sampled_from(control.choices) if isinstance(control, Slider) else st.booleans()
-    for name, control in shared()._controls.items()
+    for name, control in EXPLORER._controls.items()
 }
 
 
@@ -30,26 +24,26 @@ STATES = {
 @settings(max_examples=8, deadline=None)
 @given(st.fixed_dictionaries(STATES))
 def test_any_state(state):
-    shared().set(**state)
-    result = shared().result
+    EXPLORER.set(**state)
+    result = EXPLORER.result
     pairs = 12 if state["both_orders"] else 6  # of four systems
     assert result["games"] == pairs * state["questions"]
     assert sum(result["elo"].values()) == pytest.approx(4000)  # what one gains the other loses
     assert sum(rating.value for rating in result["fit"].ratings.values()) == pytest.approx(4000)
     for y, name in enumerate(TRUTH):
         rating = result["fit"].ratings[name]
-        assert shared().dots[y].get_data() == ([rating.value], [y])
-        assert shared().diamonds[y].get_data() == ([result["elo"][name]], [y])
-        ends, _ = shared().bars[y].get_data()
+        assert EXPLORER.dots[y].get_data() == ([rating.value], [y])
+        assert EXPLORER.diamonds[y].get_data() == ([result["elo"][name]], [y])
+        ends, _ = EXPLORER.bars[y].get_data()
         assert ends.tolist() == [max(rating.low, LIMITS[0]), min(rating.high, LIMITS[1])]
-        assert shared().ranks[y].get_text() == rank_words(result["fit"].ranks[name])
-        assert f"{name} {rating.value:.0f} ({rating.low:.0f} to {rating.high:.0f})" in shared().summary()
-        assert f"{name} {result['elo'][name]:.0f}" in shared().summary()
+        assert EXPLORER.ranks[y].get_text() == rank_words(result["fit"].ranks[name])
+        assert f"{name} {rating.value:.0f} ({rating.low:.0f} to {rating.high:.0f})" in EXPLORER.summary()
+        assert f"{name} {result['elo'][name]:.0f}" in EXPLORER.summary()
 
 
 @pytest.mark.slow  # 108 states of 10 to 30 ms
 def test_every_tournament_has_ratings_inside_of_the_picture():
-    choices = [shared()._controls[field].choices for field in ("questions", "position")]
+    choices = [EXPLORER._controls[field].choices for field in ("questions", "position")]
     for questions, position, both in itertools.product(*choices, (True, False)):
         state = {"questions": questions, "position": position, "both_orders": both, "order": 1}
         result = TournamentExplorer.compute(state)  # raises if few games name no winner
@@ -58,29 +52,29 @@ def test_every_tournament_has_ratings_inside_of_the_picture():
 
 
 def test_the_start_is_what_the_ratings_say():
-    shared().reset()
+    EXPLORER.reset()
     games = simulate(TRUTH, position=100, questions=20, seed=SEED)
     order = np.random.default_rng(1).permutation(len(games))
-    assert list(shared().result["elo"].values()) == elo_of_one_order(scores(games, Rules()), order, 4, Rules())
-    assert shared().result["fit"] == bradley_terry(games, resamples=200)
+    assert list(EXPLORER.result["elo"].values()) == elo_of_one_order(scores(games, Rules()), order, 4, Rules())
+    assert EXPLORER.result["fit"] == bradley_terry(games, resamples=200)
 
 
 def test_another_order_moves_elo_alone():
-    shared().reset()
-    before = shared().result
-    shared().set(order=2)
-    assert shared().result["fit"] == before["fit"]
-    assert shared().result["elo"] != before["elo"]
+    EXPLORER.reset()
+    before = EXPLORER.result
+    EXPLORER.set(order=2)
+    assert EXPLORER.result["fit"] == before["fit"]
+    assert EXPLORER.result["elo"] != before["elo"]
 
 
 def test_read_first_the_weakest_wins_until_both_orders_are_played():
-    shared().set(questions=160, position=400, both_orders=False, order=2)
-    elo = shared().result["elo"]
+    EXPLORER.set(questions=160, position=400, both_orders=False, order=2)
+    elo = EXPLORER.result["elo"]
     assert max(elo, key=elo.get) == "A" == min(TRUTH, key=TRUTH.get)
-    position = shared().result["fit"].position
+    position = EXPLORER.result["fit"].position
     assert position.low < 400 < position.high
-    shared().set(both_orders=True)
-    elo = shared().result["elo"]
+    EXPLORER.set(both_orders=True)
+    elo = EXPLORER.result["elo"]
     assert max(elo, key=elo.get) == "B" == max(TRUTH, key=TRUTH.get)
 
 
@@ -93,30 +87,30 @@ def test_one_order_of_a_pair_reads_the_first_in_the_list_first():
 def test_more_questions_give_shorter_intervals():
     lengths = []
     for questions in (20, 80, 320):
-        shared().set(questions=questions, position=100, both_orders=True)
-        lengths.append(np.mean([rating.high - rating.low for rating in shared().result["fit"].ratings.values()]))
+        EXPLORER.set(questions=questions, position=100, both_orders=True)
+        lengths.append(np.mean([rating.high - rating.low for rating in EXPLORER.result["fit"].ratings.values()]))
     assert lengths[0] > 1.6 * lengths[1] > 1.6**2 * lengths[2]  # four times the questions: half, give or take a draw
 
 
 def test_a_bar_that_is_cut_off_says_so():
     # so few games leave A and D without a lower end in sight, and C without an upper one
-    shared().set(questions=10, position=400, both_orders=False)
-    ratings = [shared().result["fit"].ratings[name] for name in TRUTH]
-    low, high = (list(zip(*arrows.get_data(), strict=True)) for arrows in shared().cut)
+    EXPLORER.set(questions=10, position=400, both_orders=False)
+    ratings = [EXPLORER.result["fit"].ratings[name] for name in TRUTH]
+    low, high = (list(zip(*arrows.get_data(), strict=True)) for arrows in EXPLORER.cut)
     assert low == [(LIMITS[0], y) for y, rating in enumerate(ratings) if rating.low < LIMITS[0]] != []
     assert high == [(LIMITS[1], y) for y, rating in enumerate(ratings) if rating.high > LIMITS[1]] != []
     # arrows must go when their bars fit again
-    shared().set(questions=320, both_orders=True)
-    assert all(len(arrows.get_xdata()) == 0 for arrows in shared().cut)
+    EXPLORER.set(questions=320, both_orders=True)
+    assert all(len(arrows.get_xdata()) == 0 for arrows in EXPLORER.cut)
 
 
 @pytest.mark.long
 def test_a_picture_does_not_depend_on_the_one_before_it():
-    shared().set(questions=10, position=400, both_orders=False, order=10)
-    shared().set(questions=40, position=0, both_orders=True, order=3)
-    assert TournamentExplorer(**shared().state).png == shared().png
+    EXPLORER.set(questions=10, position=400, both_orders=False, order=10)
+    EXPLORER.set(questions=40, position=0, both_orders=True, order=3)
+    assert TournamentExplorer(**EXPLORER.state).png == EXPLORER.png
 
 
 def test_a_state_that_is_not_allowed_is_named():
     with pytest.raises(ValueError, match="questions=7 is not allowed: one of 10, 20"):
-        shared().set(questions=7)
+        EXPLORER.set(questions=7)
