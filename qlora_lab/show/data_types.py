@@ -106,7 +106,7 @@ class OutlierExplorer(Explorer):
         self.unused.set_data(unused, np.full(len(unused), 2))
         self.title.set_text(f"Beside the outlier {result['used']} of {len(counts)} codes are in use")
         error, without = (f"{100 * result[name]:.3g} %" for name in ("error", "without"))
-        self.note.set_text(f"Error of the other weights {error}, without the outlier {without}")
+        self.note.set_text(f"The others' error is {error}, without the outlier {without}")
 
     @staticmethod
     def describe(state, result):

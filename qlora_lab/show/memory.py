@@ -149,7 +149,7 @@ class MemoryExplorer(Explorer):
             text.set_text(f"{100 * n / peak:.0f} %" if n >= LEAST_LABELLED * peak else "")
         for text, (group, n) in zip(self.names, mine.items(), strict=True):
             text.set_text(f"{group} {_gib(n)}")
-        self.title.set_text(f"QLoRA: {_gib(peak)} {_when(result['phase']['qlora'])}, {_fits(result['card']['qlora'])}")
+        self.title.set_text(f"QLoRA: {_gib(peak)} {_when(result['phase']['qlora'])}, {_fits(result['card']['qlora'], 'over')}")
 
     @staticmethod
     def describe(state, result):
@@ -170,8 +170,8 @@ def _gib(nbytes: int) -> str:
     return f"{size:.{2 if size < 9.995 else 1 if size < 99.95 else 0}f} {unit}"  # three digits
 
 
-def _fits(card: int | None) -> str:
-    return f"fits on {card} GB" if card else f"too large for {CARDS[-1]} GB"
+def _fits(card: int | None, if_not: str = "too large for") -> str:
+    return f"fits on {card} GB" if card else f"{if_not} {CARDS[-1]} GB"
 
 
 def _when(phase: str) -> str:

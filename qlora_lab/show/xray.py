@@ -13,7 +13,7 @@ from qlora_lab.show.figure import BESIDE, COLOURS, IN_DETAIL, TITLE, new_figure
 from qlora_lab.show.hex_page import N_BYTES, HexPage
 from qlora_lab.show.slider import Slider, Steps
 
-ROWS = ("bits", "code", "level", "constant", "weight", "number", "block", "group")
+ROWS = ("bits", "code", "level", "constant", "weight", "number", "block", "group: code")
 HALVES = ("high half", "low half")
 INKS = (COLOURS["blue"], COLOURS["red"])
 
@@ -135,7 +135,7 @@ def _column(half: Half | None) -> list[str]:
     start = [f"{half.code:04b}", f"{half.code}", f"{half.level:.4f}"]
     if half.index is None:
         return [*start, "", "padding", "", "", ""]
-    group = "none" if half.group is None else f"{half.group}, code {half.constant_code}"
+    group = "none" if half.group is None else f"{half.group}: {half.constant_code}"
     return [*start, f"x {half.constant:.4g}", f"= {half.value:.4g}", f"{half.index:,}", f"{half.block:,}", group]
 
 

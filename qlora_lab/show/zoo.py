@@ -159,7 +159,7 @@ def _label(field: str, value: float) -> str:
     if field == "trained":
         unit, name = next((u, n) for u, n in ((1e9, " G"), (1e6, " M"), (1e3, " k"), (1, "")) if value >= u)
         return f"{value / unit:.3g}{name}"
-    return f"{value / GIB:.1f}" if field == "peak" else f"{value:.3f}"
+    return f"{value / GIB:.1f}" if field == "peak" else f"{value:.{3 if value < 10 else 1}f}"
 
 
 def _percent(share: float) -> str:

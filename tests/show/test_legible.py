@@ -1,5 +1,7 @@
 """All text of all pictures: 12 pixels of the page at least, none cut off, none over another one."""
 
+import random
+
 import numpy as np
 import pytest
 from legible import faults
@@ -7,7 +9,7 @@ from test_seeing import TOWER
 from toy import RoundingExplorer
 from toy_checkpoint import toy_checkpoint
 
-from bench.widgets import merged, smollm2_layers
+from bench.widgets import checkpoint_bytes, merged, smollm2_layers
 from qlora_lab.measure.best_plan import Choices
 from qlora_lab.quant.plan import Candidate
 from qlora_lab.show import adapter_places, results
@@ -47,11 +49,14 @@ def many_block_sizes():
 
 EXPLORERS = [NormalFloatExplorer, OutlierExplorer, CodebookExplorer, LowRankExplorer, ConstantsExplorer]
 EXPLORERS += [KernelMapExplorer, MemoryExplorer, PageTableExplorer, MidpointExplorer, AnswerSpeedExplorer]
-EXPLORERS += [TournamentExplorer, ZooExplorer, block_sizes, many_block_sizes, merged]
+EXPLORERS += [TournamentExplorer, ZooExplorer, block_sizes, many_block_sizes, merged, checkpoint_bytes]
 
 
 def check_ends(explorer):
-    """The start, and each control at both of its ends; the Blit keeps the background of a setting, and so do we."""
+    """The start, each control at both of its ends, and fifty states on the way through all controls.
+
+    The Blit keeps the background of a setting, and so do we.
+    """
     kept = {}
     start = explorer.state
     fig, moving = explorer._blit.fig, explorer._blit.moving
@@ -63,6 +68,12 @@ def check_ends(explorer):
             explorer.set(**{field: choice})
             assert faults(fig, moving, kept) == [], explorer.code()
         explorer.set(**start)
+    choices = {field: list(getattr(control, "choices", ())) for field, control in explorer._controls.items()}
+    choices |= {field: [False, True] for field in start if isinstance(start[field], bool)}
+    drawn = random.Random(0)
+    for _ in range(50):
+        explorer.set(**{field: drawn.choice(values) for field, values in choices.items() if values})
+        assert faults(fig, moving, kept) == [], explorer.code()
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_the_sentence(explorer):
     assert f"; low half level {low.level:.4f} x {low.constant:.4g} of block 0, " in details
     assert explorer.code() == "XrayExplorer(checkpoint, tensor='v', place=0, byte=3)"
     texts = [text.get_text() for text in explorer.texts[0]]
-    assert texts[:2] == [f"{high.code:04b}", f"{high.code}"] and texts[-1] == f"0, code {high.constant_code}"
+    assert texts[:2] == [f"{high.code:04b}", f"{high.code}"] and texts[-1] == f"0: {high.constant_code}"
 
 
 def test_padding_and_what_lies_behind_the_last_byte(explorer):
