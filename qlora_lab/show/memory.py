@@ -149,7 +149,8 @@ class MemoryExplorer(Explorer):
             text.set_text(f"{100 * n / peak:.0f} %" if n >= LEAST_LABELLED * peak else "")
         for text, (group, n) in zip(self.names, mine.items(), strict=True):
             text.set_text(f"{group} {_gib(n)}")
-        self.title.set_text(f"QLoRA: {_gib(peak)} {_when(result['phase']['qlora'])}, {_fits(result['card']['qlora'], 'over')}")
+        fits = _fits(result["card"]["qlora"], "over")
+        self.title.set_text(f"QLoRA: {_gib(peak)} {_when(result['phase']['qlora'])}, {fits}")
 
     @staticmethod
     def describe(state, result):
