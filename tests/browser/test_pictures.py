@@ -63,11 +63,17 @@ def test_another_control_stops_it(lab):
     lab.control("Play").press("Enter")
     lab.slider("Code of the weight").press("ArrowRight")
     expect(lab.control("Play")).to_be_visible()
+    lab.page.wait_for_timeout(600)  # a move that was asked for before is still drawn
+    stopped = lab.slider("Change").input_value()
+    lab.page.wait_for_timeout(600)  # more than two paces
+    expect(lab.slider("Change")).to_have_value(stopped)
 
 
 def test_with_reduced_motion_a_press_is_one_step(lab):
     lab.slider("Change").press("Home")
     lab.page.emulate_media(reduced_motion="reduce")
+    picture = lab.picture("Change")
+    expect(picture).to_have_attribute("alt", re.compile(r"a change of -25 % of absmax"), timeout=NEW_PICTURE_MS)
     lab.control("Step").press("Enter")
     expect(lab.slider("Change")).to_have_value("1", timeout=NEW_PICTURE_MS)
     lab.page.wait_for_timeout(600)  # more than two paces
