@@ -18,8 +18,8 @@ def in_turn(contenders: dict[str, Callable[[], object]], rounds: int, sample: fl
     """name -> {median, low, high (quartiles), in seconds per call; calls per sample; rounds}.
 
     sample: seconds that one sample lasts at least; a shorter call is repeated. Each round runs every contender once,
-    in an order drawn anew, so that other work on the machine, and what a contender leaves in the caches, affects all
-    of them alike.
+    in another order, so that other work on the machine, and what a contender leaves in the caches, affects all of them
+    alike.
     """
     calls = {}
     samples = {name: [] for name in contenders}

@@ -203,7 +203,8 @@ def _left(old, new):
     """The cells whose figures alone are new, if nothing else in the notebook is. old: its text as it is stored."""
     try:
         stored = nbformat.reads(old, 4)
-    except nbformat.reader.NotJSONError:
+        nbformat.validate(stored)
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError):  # JSON that is no notebook
         return []
     compared = nbformat.from_dict(new)
     pairs = list(enumerate(zip(stored.cells, compared.cells, strict=False)))
@@ -215,7 +216,7 @@ def _left(old, new):
 
 def _says_the_same(before, cell):
     """Whether a cell that may do so shows new figures in the same words. A picture that alone is new is drawn anew."""
-    if UNCOMPARED not in cell.metadata.get("tags", []):
+    if {before.cell_type, cell.cell_type} != {"code"} or UNCOMPARED not in cell.metadata.get("tags", []):
         return False
     texts = [_PICTURE.sub("", "\n".join(_said(c))) for c in (before, cell)]
     words = [(_FIGURE.sub(" 0", _STYLE.sub("", text)), _STYLE.findall(text)) for text in texts]
@@ -225,7 +226,8 @@ def _says_the_same(before, cell):
 def _said(cell):
     """All texts of a cell's outputs, with what kind of output each is."""
     for output in cell.outputs:
-        yield from (output.output_type, output.get("name", ""), output.get("text", ""))
+        yield from (output.output_type, output.get("name", ""), output.get("text", ""), output.get("evalue", ""))
+        yield str(output.get("metadata", ""))
         yield from (f"{kind}: {text}" for kind, text in sorted(output.get("data", {}).items()))
 
 

@@ -1,16 +1,15 @@
 """Compare how long models take for the same work: ratios to one of them, from one run.
 
 In: models by name, and what each has to do. Out: for each name the ratio in every round. In a round all models work,
-one after the other, so whatever else the machine does meets all of them; only times of one round are compared. The
-order is drawn anew for each round: what a model leaves in the caches meets the next one, so no model may have one that
-it always follows. Give one model under two names: the ratio of the second is the noise of this machine.
+one after the other, so whatever else the machine does meets all of them; only times of one round are compared. What a
+model leaves in the caches meets the next one, so the order changes from round to round until each has followed each.
+Give one model under two names: the ratio of the second is the noise of this machine.
 
     latency_ratios({"base": model, "base again": model, "houlsby": adapted}, lambda model: model(input_ids))
 
 Not here: operations, which are the same on every machine (memory/work.py).
 """
 
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -45,11 +44,19 @@ def latency_ratios(
 
 
 def orders(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
-    """Yield the names in an order for each round, the same orders in every run."""
-    drawn = random.Random(0)
+    """Yield the names in an order for each round: a Williams design, without chance.
+
+    In as many rounds as there are names, or twice as many if that is odd, each is first equally often, and each follows
+    each other one in a round equally often.
+    """
     names = list(names)
-    for _ in range(rounds):
-        yield drawn.sample(names, len(names))
+    n = len(names)
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(n)]  # 0, 1, -1, 2, -2: all differences occur once
+    rows = [[names[(place + shift) % n] for place in zigzag] for shift in range(n)]
+    if n % 2:  # then all differences occur with one sign in half of these
+        rows += [row[::-1] for row in rows]
+    for i in range(rounds):
+        yield rows[i % len(rows)] if rows else []
 
 
 def _seconds(model: nn.Module, call: Callable[[nn.Module], object], clock: Callable[[], float]) -> float:

@@ -1,12 +1,14 @@
 """Ratios of one run, with a clock that the test holds: no second of this machine is in them."""
 
+import itertools
+from collections import Counter
 from statistics import median
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qlora_lab.measure.latency import latency_ratios
+from qlora_lab.measure.latency import latency_ratios, orders
 
 
 class Slow(torch.nn.Module):
@@ -56,14 +58,22 @@ def test_a_model_that_finds_its_own_weights_in_the_caches_is_no_faster():
     assert median(found["base again"]) == 1 and median(found["merged"]) == 1
 
 
-def test_no_model_always_follows_the_same_one():
+@pytest.mark.parametrize("names", ["ab", "abc", "abcd", "abcdefg"])
+def test_each_model_follows_each_other_one_equally_often(names):
+    rounds = len(names) * (1 + len(names) % 2)
+    found = ["".join(order) for order in orders(names, 2 * rounds)]
+    assert {"".join(sorted(order)) for order in found} == {names}
+    assert set(Counter(order[0] for order in found).values()) == {2 * rounds // len(names)}
+    pairs = Counter(pair for order in found for pair in itertools.pairwise(order))
+    assert len(pairs) == len(names) * (len(names) - 1) and len(set(pairs.values())) == 1
+
+
+def test_models_are_called_in_these_orders():
     asked = []
     models = {name: torch.nn.Identity() for name in "abc"}
     names = {model: name for name, model in models.items()}
-    latency_ratios(models, lambda model: asked.append(names[model]), rounds=20)
-    rounds = ["".join(asked[i : i + 3]) for i in range(3, 63, 3)]  # the first three are not counted
-    assert {order[:2] for order in rounds} | {order[1:] for order in rounds} == {"ab", "ba", "ac", "ca", "bc", "cb"}
-    assert {"".join(sorted(order)) for order in rounds} == {"abc"}
+    latency_ratios(models, lambda model: asked.append(names[model]), rounds=4)
+    assert asked[3:] == [name for order in orders("abc", 4) for name in order]  # the first three are not counted
 
 
 def test_models_are_left_in_their_mode(tiny_llama):

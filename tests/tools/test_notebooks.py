@@ -65,10 +65,27 @@ def test_figures_elsewhere_sources_and_cells_are_always_stored(stored):
     assert notebooks._left(before, free(stored, "8 ms")) == [3]
 
 
+def test_a_cell_of_another_kind_and_another_error_are_stored(stored):
+    before, prose = free(stored, "9 ms"), free(stored, "8 ms")
+    prose.cells[2].metadata.tags = ["nbval-ignore-output"]
+    assert not notebooks._left(notebooks.text_of(before), prose)
+    failed = [free(stored, text) for text in ("9 ms", "8 ms")]
+    for notebook, said in zip(failed, ("too long", "too short"), strict=True):
+        notebook.cells[3].outputs.append(nbformat.v4.new_output("error", ename="ValueError", evalue=said, traceback=[]))
+    assert not notebooks._left(notebooks.text_of(failed[0]), failed[1])
+
+
 def test_what_is_no_notebook_or_not_normalised_is_stored_again(stored):
     new, before = free(stored, "8 ms"), notebooks.text_of(free(stored, "9 ms"))
     assert notebooks._left(before, new)
-    for old in ("", "<<<<<<< ours\n" + before, before.replace("\n", "\n ")):
+    for old in (
+        "",
+        "null",
+        "{}",
+        before.replace('"outputs"', '"output"'),
+        "<<<<<<< ours\n" + before,
+        before.replace("\n", "\n "),
+    ):
         assert not notebooks._left(old, new)
 
 
