@@ -78,7 +78,7 @@ def section(result: dict) -> str:
         f"torchao {versions['torchao']}, in turn in one process. Times are medians for NF4, block size 64, double "
         "quantization; a ratio is their time over ours. Under the stock allocator, much of a ratio is the cost of "
         f"fresh memory, which {PEER} requests for each result, and QLoRA Lab only to quantise. "
-        f"The last column is the ratio when the C library "
+        "The last column is the ratio when the C library "
         "recycles memory, as `qlora-lab finetune` makes it do.",
         "",
         f"| work | ours | {PEER} | ratio | ratio, recycling |",

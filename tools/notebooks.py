@@ -189,13 +189,12 @@ def run(path, figures=False):
     if source != path:
         notebook = student_version(notebook)
     new = normalise(execute(notebook, path.parent))
-    old = path.read_text("utf-8") if path.exists() else ""
-    left = [] if figures else _left(old, new)
-    if old == text_of(new):
+    old, text = path.read_text("utf-8") if path.exists() else "", text_of(new)
+    if old == text:
         return "unchanged"
-    if left:
+    if not figures and (left := _left(old, new)):
         return f"unchanged but for figures in cells {', '.join(map(str, left))}, which --figures stores"
-    replace_text(path, text_of(new))
+    replace_text(path, text)
     return "changed"
 
 
@@ -207,7 +206,7 @@ def _left(old, new):
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError):  # JSON that is no notebook
         return []
     compared = nbformat.from_dict(new)
-    pairs = list(enumerate(zip(stored.cells, compared.cells, strict=False)))
+    pairs = enumerate(zip(stored.cells, compared.cells, strict=False))
     left = [i for i, (before, cell) in pairs if before.source == cell.source and _says_the_same(before, cell)]
     for i in left:
         compared.cells[i].outputs = stored.cells[i].outputs

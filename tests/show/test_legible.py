@@ -62,17 +62,17 @@ def check_ends(explorer):
     fig, moving = explorer._blit.fig, explorer._blit.moving
     assert fig.get_figwidth() == BESIDE
     assert faults(fig, moving, kept) == []
-    for field, control in explorer._controls.items():
-        choices = getattr(control, "choices", (not start[field],) if isinstance(start[field], bool) else ())
-        for choice in {choices[0], choices[-1]} if choices else ():
+    choices = {field: list(getattr(control, "choices", ())) for field, control in explorer._controls.items()}
+    choices |= {field: [False, True] for field in start if isinstance(start[field], bool)}
+    choices = {field: values for field, values in choices.items() if values}
+    for field, values in choices.items():
+        for choice in {values[0], values[-1]}:
             explorer.set(**{field: choice})
             assert faults(fig, moving, kept) == [], explorer.code()
         explorer.set(**start)
-    choices = {field: list(getattr(control, "choices", ())) for field, control in explorer._controls.items()}
-    choices |= {field: [False, True] for field in start if isinstance(start[field], bool)}
     drawn = random.Random(0)
     for _ in range(50):
-        explorer.set(**{field: drawn.choice(values) for field, values in choices.items() if values})
+        explorer.set(**{field: drawn.choice(values) for field, values in choices.items()})
         assert faults(fig, moving, kept) == [], explorer.code()
 
 
