@@ -1,4 +1,4 @@
-"""Does 4 bits blind a model? Train one that sees in full, by LoRA and by QLoRA, and quantise it part by part.
+"""Do 4 bits blind a model? Train one that sees in full, by LoRA and by QLoRA, and quantise it part by part.
 
     python bench/multimodal.py                     three seeds
     python bench/multimodal.py --seeds 1           the first seed alone

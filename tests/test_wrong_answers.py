@@ -751,7 +751,7 @@ WRONG = {
             "return 100 * sum(b for b in theirs if b >= 0) / sum(a for a in ours if a >= 0)",
             "Upside down",
         ),
-        "a share": ("return sum(a for a in ours if a >= 0) / sum(b for b in theirs if b >= 0)", "How many per cent"),
+        "a share": ("return sum(a for a in ours if a >= 0) / sum(b for b in theirs if b >= 0)", "How many percent"),
         "the lead": (
             "return 100 * sum(a for a in ours if a >= 0) / sum(b for b in theirs if b >= 0) - 100",
             "how far it is ahead",
@@ -885,7 +885,7 @@ WRONG = {
         "a share": (
             "before = sum(n * (4.127 / 8 if name == 'language' else 2) for name, n in counts.items())\n"
             "return counts[part] * (2 - 4.127 / 8) / before",
-            "How many per cent is it?",
+            "How many percent is it?",
         ),
         "a wrong type": ("return 'nothing'", "without quotation marks"),
         "nothing returned": ("saved = counts[part]", RETURN),

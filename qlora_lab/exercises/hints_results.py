@@ -97,7 +97,7 @@ def my_percent(ours, theirs):
     yield 100 * sum(ours) / sum(theirs), "You add up -1 like a score. What does it mean?"
     # the sums are right from here on
     yield 100 * other / total, "Upside down: that is ChatGPT in % of the system."
-    yield total / other, "That is a share. How many per cent is it?"
+    yield total / other, "That is a share. How many percent is it?"
     yield 100 * (total - other) / other, "That is how far it is ahead. Which % is a system that is just as good?"
     scored = [(a, b) for a, b in read if a > 0]
     yield 100 * sum(a for a, _ in scored) / sum(b for _, b in scored), "0 is a score, that of an empty answer."

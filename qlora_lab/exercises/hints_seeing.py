@@ -33,10 +33,10 @@ def my_saving(counts, part):
     yield 100 * counts[part] / everything, "That is its share of the weights. A weight of 16 bits costs more bytes."
     yield 100 * 2 * counts[part] / before, "That is its share of the bytes. Packed, it still takes some of them."
     # the right ratio, told in another way
-    yield saved / before, "That is a share. How many per cent is it?"
+    yield saved / before, "That is a share. How many percent is it?"
     yield 100 * saved / (before - saved), "You divide by the bytes afterwards. Of what is it a saving?"
     yield 100 * (before - saved) / before, "That is what is left. How much is gone?"
-    yield saved, "These are bytes. How many per cent of all bytes before are they?"
+    yield saved, "These are bytes. How many percent of all bytes before are they?"
 
 
 def my_leak(train, test):

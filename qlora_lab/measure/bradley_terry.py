@@ -60,7 +60,7 @@ class BradleyTerry:
     ties: Estimate  # share of ties between equal systems if no position has an advantage, 0 to 1
     always: dict[str, str]  # system -> "won" or "lost" every game: it has no finite rating, and the others have theirs
     over: str  # "questions", or "games" where there are counts alone
-    without_answer: int  # resamples that rate nobody and are left out. Above a few per cent, intervals are too narrow
+    without_answer: int  # resamples that rate nobody and are left out. Above a few percent, intervals are too narrow
 
 
 def bradley_terry(

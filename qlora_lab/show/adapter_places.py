@@ -14,6 +14,7 @@ LINEARS |= {"gate": (15.6, 5.7), "up": (15.6, 3.7), "down": (19.1, 4.7)}
 HOULSBY = ((11.45, 4.7), (20.6, 4.7))
 # below everything, so that no line crosses a box
 STREAM = 1.3  # height of the residual stream
+LOW = 0.85  # height of most boxes
 METHODS = {  # colour and sign of each, in the key
     "LoRA: two thin matrices beside a weight": ("green", "s"),
     "Houlsby: a bottleneck behind each part": ("orange", "s"),
@@ -43,12 +44,12 @@ def adapter_places() -> Picture:
     for place in LINEARS.values():
         _beside(ax, *place)
     for place in HOULSBY:
-        _box(ax, place, "", COLOURS["orange"], width=0.8, height=1.5)
-    _box(ax, (7.3, 2.1), "prefix", COLOURS["purple"], width=1.8)
+        _box(ax, place, "", (0.8, 1.5), COLOURS["orange"])
+    _box(ax, (7.3, 2.1), "prefix", (1.8, LOW), edge=COLOURS["purple"])
     for x, y in ((6.9, 3.2), (6.6, 4.7)):  # to the values and to the keys
         _arrow(ax, (x, 2.53), (x, y), COLOURS["purple"])
         ax.plot([x], [y], "o", ms=4, color=COLOURS["purple"], zorder=4)
-    _box(ax, (0.5, 3.2), "prompt", COLOURS["sky"], width=1.9)
+    _box(ax, (0.5, 3.2), "prompt", (1.9, LOW), edge=COLOURS["sky"])
     _arrow(ax, (0.5, 2.78), (0.5, 1.73))
     # a key instead of names in the picture: LoRA stands at seven places
     _key(ax)
@@ -59,7 +60,7 @@ def _stream(ax: Axes) -> None:
     """The residual stream with its two sums, and the names of the two parts that branch off it."""
     ax.text(0.5, -0.5, "tokens", ha="center", va="center", fontsize=10)
     _arrow(ax, (0.5, -0.15), (0.5, 0.87))
-    _box(ax, (0.5, STREAM), "embeddings", "#ffffff", width=3.0)
+    _box(ax, (0.5, STREAM), "embeddings", (3.0, LOW))
     _arrow(ax, (2.0, STREAM), (23.1, STREAM))
     for back in (12.2, 21.5):
         ax.plot([back], [STREAM], "o", ms=15, color="#ffffff", mec=COLOURS["black"], zorder=5)  # over the arrow
@@ -81,13 +82,13 @@ def _wires(ax: Axes) -> None:
 
 def _base(ax: Axes) -> None:
     """The frozen weights and what lies between them."""
-    _box(ax, (3.25, 4.7), "norm", "#ffffff", width=1.3)
-    _box(ax, (13.75, 4.7), "norm", "#ffffff", width=1.3)
-    _box(ax, (8.05, 4.85), "softmax\n(q kᵀ) v", "#ffffff", width=1.75, height=3.7)
-    _box(ax, (17.5, 5.7), "silu", "#ffffff", width=1.1)
-    _box(ax, (17.5, 4.7), "×", "#ffffff", width=0.7)
+    _box(ax, (3.25, 4.7), "norm", (1.3, LOW))
+    _box(ax, (13.75, 4.7), "norm", (1.3, LOW))
+    _box(ax, (8.05, 4.85), "softmax\n(q kᵀ) v", (1.75, 3.7))
+    _box(ax, (17.5, 5.7), "silu", (1.1, LOW))
+    _box(ax, (17.5, 4.7), "×", (0.7, LOW))
     for name, place in LINEARS.items():
-        _box(ax, place, name, "#e5e5e5", width=1.6)
+        _box(ax, place, name, (1.6, LOW), "#e5e5e5")
 
 
 def _beside(ax: Axes, x: float, y: float) -> None:
@@ -97,10 +98,11 @@ def _beside(ax: Axes, x: float, y: float) -> None:
     ax.plot([x + 0.82], [y], "o", ms=8, zorder=3, color=COLOURS["red"], mec="#ffffff")
 
 
-def _box(ax: Axes, place: tuple, text: str, colour: str, width: float = 1.4, height: float = 0.85) -> None:
-    x, y = place
-    edge = COLOURS["black"]
-    ax.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, facecolor=colour, edgecolor=edge, lw=1))
+def _box(ax: Axes, place: tuple, text: str, size: tuple, fill: str = "#ffffff", edge: str | None = None) -> None:
+    """edge: colour of a thick frame, where the text would be hard to read on that colour; else a thin one in black."""
+    (x, y), (width, height) = place, size
+    frame = {"edgecolor": edge or COLOURS["black"], "lw": 3 if edge else 1}
+    ax.add_patch(Rectangle((x - width / 2, y - height / 2), width, height, facecolor=fill, **frame))
     ax.text(x, y, text, ha="center", va="center", fontsize=10)
 
 

@@ -7,7 +7,7 @@ what memory lets through, the other what the processor computes; a step cannot b
 
 from qlora_lab.memory.answers import Machine, step_work
 from qlora_lab.show.explorer import Explorer, fix_layout
-from qlora_lab.show.figure import BESIDE, COLOURS, TITLE, new_figure
+from qlora_lab.show.figure import BESIDE, CLOSE, COLOURS, TITLE, new_figure
 from qlora_lab.show.slider import Slider
 
 ROUND = Machine(20e9, 400e9)  # round numbers near those of a laptop, so that each machine stores the same picture
@@ -50,7 +50,7 @@ class AnswerSpeedExplorer(Explorer):
         }
 
     def draw(self):
-        fig, ax = new_figure(width=BESIDE, height=3.7)
+        fig, ax = new_figure(width=BESIDE, height=3.9)
         ax.set(xlim=(ROWS[0] / 1.3, ROWS[-1] * 1.3), ylim=self._range())
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
@@ -67,7 +67,8 @@ class AnswerSpeedExplorer(Explorer):
         (self.point,) = ax.plot([], [], "o", ms=11, color=COLOURS["orange"], mec=COLOURS["black"])
         self.name = ax.text(0, 0.02, "", transform=ax.get_xaxis_transform())  # y in parts of the axis
         self.title = ax.set_title("0", loc="left", fontsize=TITLE)
-        ax.legend(frameon=False, fontsize=12, loc="lower right")
+        # below the axes, because some state's lines cross every place inside
+        fig.legend(loc="outside lower center", ncols=3, frameon=False, **CLOSE)
         fix_layout(fig)
         return fig, [self.memory, self.processor, self.below, self.ridge, self.point, self.name, self.title]
 

@@ -168,7 +168,7 @@ class BlockSizeExplorer(Explorer):
             for (candidate, plan), place in zip(plans, points, strict=True):
                 name = self.names[candidate].removesuffix(DOUBLE)  # the marker shows it
                 if plan in named:
-                    ax.annotate(for_picture(name), place, (6, 3), textcoords="offset points", fontsize=SMALLEST)
+                    ax.annotate(for_picture(name), place, (6, 6), textcoords="offset points", fontsize=SMALLEST)
         ax.set(xlabel="bits per parameter", ylabel="error, summed over layers")
         ax.legend(frameon=False)
 
@@ -186,10 +186,10 @@ class BlockSizeExplorer(Explorer):
 
     def describe(self, state, result):
         plan = result["plan"]
-        counts = ", ".join(f"{self.names[c]} in {count}" for c, count in result["counts"].items() if count)
+        counts = "; ".join(f"{count} with {self.names[c]}" for c, count in result["counts"].items() if count)
         return (
             f"Budget {state['budget']:.7g} bits per parameter, {plan.bits_per_parameter:.4f} spent: "
-            f"error {plan.error:.4g}, {_gain(self.names, result)}; block size {counts}"
+            f"error {plan.error:.4g}, {_gain(self.names, result)}. Layers by block size: {counts}"
         )
 
     def code(self):

@@ -176,6 +176,10 @@ class Blit:
 
     def frame(self):
         """Return PNG bytes of the figure with its artists as they are now."""
+        return png_bytes(self.pixels())
+
+    def pixels(self):
+        """Return the same as (height, width, 4) uint8, which the next frame overwrites."""
         with DRAWING, matplotlib.rc_context({"text.hinting": "none"}):  # at 144 dpi as sharp, and half of a text's time
             self.canvas.restore_region(self._background())
             pixels = np.asarray(self.canvas.buffer_rgba())
@@ -184,7 +188,7 @@ class Blit:
                     lettering.draw(self.fig, artist, pixels)
                 else:
                     self.fig.draw_artist(artist)
-        return png_bytes(pixels)
+        return pixels
 
     def _background(self):
         axes = self, self._axes()

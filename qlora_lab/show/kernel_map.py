@@ -114,17 +114,15 @@ class KernelMapExplorer(Explorer):
     @staticmethod
     def describe(state, result):
         touched = result["touched"]
-        start = (
-            f"{state['weights']} weights, blocks of {state['block_size']}, tile {state['tile']}: "
-            f"program {state['program']} of {touched.programs} "
-        )
+        start = f"{state['weights']} weights, blocks of {state['block_size']}, tile {state['tile']}: "
         if not touched.words:
-            return f"{start}is not launched"
+            last = touched.programs - 1
+            return f"{start}no program {state['program']} is launched, {last} is the last"
         return (
-            f"{start}loads {_span('word', touched.words)} and {_span('constant', touched.constants)}, and stores "
-            f"{_span('weight', touched.stored)}{IN_DETAIL}{_span('byte', touched.bytes)} and {len(touched.padding)} "
-            f"of padding; of {state['tile']} lanes {len(touched.spare)} decode and do not store, {len(touched.idle)} "
-            "load nothing"
+            f"{start}program {state['program']} of {touched.programs} loads {_span('word', touched.words)} and "
+            f"{_span('constant', touched.constants)}, and stores {_span('weight', touched.stored)}{IN_DETAIL}"
+            f"{_span('byte', touched.bytes)} and {len(touched.padding)} of padding; of {state['tile']} lanes "
+            f"{len(touched.spare)} decode and do not store, {len(touched.idle)} load nothing"
         )
 
 

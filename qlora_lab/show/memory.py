@@ -118,15 +118,15 @@ class MemoryExplorer(Explorer):
             axis.spines["left"].set_visible(False)
         upper.set(xlim=(0, WIDEST), xlabel="GiB at the peak of a step; dashed: cards on sale")
         upper.set_xticks([0, *CARDS], ["0", *map(str, CARDS)])
-        lower.set(xlim=(0, 100), xlabel="% of QLoRA's peak")
         self.bars = stacked(upper, list(METHODS.values()))
         self.strip = stacked(lower, ["QLoRA"])
+        # room above the strip: its numbers stand on white, where no colour takes their contrast in a dark theme
+        lower.set(xlim=(0, 100), ylim=(0.4, -0.9), xlabel="% of QLoRA's peak")
         ends = [[(card, -0.5), (card, len(METHODS) - 0.5)] for card in CARDS]
         cards = upper.add_collection(LineCollection(ends, colors=COLOURS["black"], lw=1, ls="--"))
         box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.5}
         self.peaks = [upper.text(0, y, "", va="center", bbox=box) for y in range(len(METHODS))]
-        self.shares = [lower.text(0, 0, "", ha="center", va="center") for _ in GROUPS]
-        self.shares[list(GROUPS).index("optimizer")].set_color("#ffffff")  # black on dark blue is hard to read
+        self.shares = [lower.text(0, -0.38, "", ha="center", va="bottom") for _ in GROUPS]
         self.title = upper.set_title("QLoRA", loc="left", fontsize=TITLE)
         self.names = key(names, 3, SMALLEST)
         fix_layout(fig)

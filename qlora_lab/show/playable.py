@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import anywidget
-import numpy as np
 from tqdm.auto import tqdm
 
 from qlora_lab.files.out_path import out_replacing
@@ -119,9 +118,7 @@ class Drawn:
         values = explorer.state
         result = explorer.compute(values)
         explorer.update(result)
-        # the PNG is made for nothing, 2 to 4 ms; to read it again would take twice as long
-        explorer._blit.frame()
-        self.frames.add(state, np.asarray(explorer._blit.canvas.buffer_rgba()))
+        self.frames.add(state, explorer._blit.pixels())
         self.texts[state] = explorer.describe(values, result), explorer.code()
         # update() of some explorers tells a control what to show: a page of bytes, or the levels to start from
         self.fields[state] = [_fields(control) for control in self.controls.values()]

@@ -52,7 +52,7 @@ def called_functions(function):
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     names = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)]
     names.sort(key=lambda n: (n.lineno, n.col_offset))  # ast.walk goes level by level
-    called = [_resolve(n, function.__globals__) for n in names]
+    called = [inspect.unwrap(f) for n in names if (f := _resolve(n, function.__globals__))]  # out of a cache
     called = [f for f in called if isinstance(f, FunctionType) and f is not function]
     return [f for f in dict.fromkeys(called) if f.__module__.split(".")[0] == _LIBRARY]
 

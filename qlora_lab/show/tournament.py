@@ -8,9 +8,12 @@ A is the weakest, and stands first in the list. So the judge always reads it fir
 only, and if the first position is worth enough, Elo puts it on top.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
-from qlora_lab.measure.bradley_terry import bradley_terry
+from qlora_lab.measure.bradley_terry import BradleyTerry, bradley_terry
+from qlora_lab.measure.games import Games
 from qlora_lab.measure.simulated_games import simulate
 from qlora_lab.measure.tournament import Rules, elo_of_one_order, scores
 from qlora_lab.show.explorer import Explorer, fix_layout
@@ -22,6 +25,15 @@ TRUTH = {"A": 940.0, "B": 1050.0, "C": 1020.0, "D": 990.0}  # points; their mean
 RESAMPLES = 200  # for an interval that follows a slider: 10 to 20 ms, and its ends wobble by a tenth of its length
 SEED = 1  # of the games: the same draw for every state, so that a slider changes one thing
 LIMITS = (600, 1400)  # points. Few games give intervals that reach farther; an arrow at the edge says so
+
+
+@lru_cache(maxsize=16)  # for a slider that moves back and forth; another order of the games changes none of it
+def played(questions: int, position: int, both_orders: bool) -> tuple[Games, BradleyTerry]:
+    """Draw the games of a state, and rate them with intervals. Without both orders, one half of them is left out."""
+    games = simulate(TRUTH, position=position, questions=questions, seed=SEED)
+    if not both_orders:
+        games = games.where(games.first < games.second)
+    return games, bradley_terry(games, resamples=RESAMPLES)
 
 
 class TournamentExplorer(Explorer):
@@ -38,15 +50,12 @@ class TournamentExplorer(Explorer):
 
     @staticmethod
     def compute(state):
-        games = simulate(TRUTH, position=state["position"], questions=state["questions"], seed=SEED)
-        # the same verdicts as with both orders, less one half of them
-        if not state["both_orders"]:
-            games = games.where(games.first < games.second)
+        games, fit = played(state["questions"], state["position"], state["both_orders"])
         order = np.random.default_rng(state["order"]).permutation(len(games))
         # the readable loop: for one order it is faster than the arrays that play thousands
         points = elo_of_one_order(scores(games, Rules()), order, len(TRUTH), Rules())
         elo = dict(zip(TRUTH, points, strict=True))
-        return {"games": len(games), "elo": elo, "fit": bradley_terry(games, resamples=RESAMPLES)}
+        return {"games": len(games), "elo": elo, "fit": fit}
 
     def draw(self):
         fig, ax = new_figure(width=BESIDE, height=3.6)

@@ -147,7 +147,7 @@ STATIONS = (
     Station("level", "The nearest level takes its place", ("01_codebook",), nearest_codes, pictures.level, _level),
     Station("code", "Only the number of the level is kept", ("01_codebook",), quantize, pictures.code, _code),
     Station("nibble", "A code fits in half a byte", ("02_packing",), unpack, pictures.nibble, _nibble),
-    Station("byte", "Two weights share one byte", ("02_packing", "08_memory"), pack, pictures.byte, _byte),
+    Station("byte", "Two weights share one byte", ("02_packing",), pack, pictures.byte, _byte),
     Station(
         "constant",
         "The constant is quantised as well",
@@ -199,7 +199,7 @@ STATIONS = (
     Station(
         "page",
         "The optimizer keeps the adapter's moments in pages",
-        ("09_paged_optimizer",),
+        ("09_paged_optimizer", "08_memory"),
         Pages.page,
         pictures.page,
         _page,

@@ -15,7 +15,7 @@ from qlora_lab.show.slider import Slider, Steps
 
 ROWS = ("bits", "code", "level", "constant", "weight", "number", "block", "group: code")
 HALVES = ("high half", "low half")
-INKS = (COLOURS["blue"], COLOURS["red"])
+INKS = (COLOURS["blue"], "#bf5400")  # COLOURS["red"], darker: 4.7 : 1 on white, enough for text
 
 
 class XrayExplorer(Explorer):

@@ -73,8 +73,8 @@ MOVES = {  # control, key, part of the new alt text
     ],
     "03_block_size": [
         ("Budget", "ArrowRight", "Budget 4.625 bits per parameter"),
-        ("Budget", "End", "0.0 % less than 32 for all; block size 32 in 210"),
-        ("Budget", "Home", "0.0 % less than 1024 for all; block size 1024 in 210"),
+        ("Budget", "End", "0.0 % less than 32 for all. Layers by block size: 210 with 32"),
+        ("Budget", "Home", "0.0 % less than 1024 for all. Layers by block size: 210 with 1024"),
         ("Reset", "Enter", "Budget 4.5 bits per parameter, 4.5000 spent: "),  # where it was opened
     ],
     "04_double_quant": [
@@ -88,7 +88,7 @@ MOVES = {  # control, key, part of the new alt text
         ("Weights", "ArrowRight", "204 weights"),
         ("Block size", "ArrowLeft", "blocks of 32"),
         ("Tile", "End", "tile 128: program 0 of 2 loads words 0 to 15"),
-        ("Program", "End", "program 7 of 2 is not launched"),
+        ("Program", "End", "no program 7 is launched, 1 is the last"),
         ("Reset", "Enter", "203 weights, blocks of 64, tile 64: program 0 of 4"),
     ],
     "07_lora": [

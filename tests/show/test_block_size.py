@@ -57,13 +57,13 @@ def test_any_state_is_the_best_plan(budget):
 def test_the_sentence_by_hand():
     explorer = BlockSizeExplorer(TWO, budget=4.3125)
     assert explorer.summary() == (
-        "Budget 4.3125 bits per parameter, 4.3125 spent: error 6, 50.0 % less than 256 for all; "
-        "block size 256 in 1, 64 in 1"
+        "Budget 4.3125 bits per parameter, 4.3125 spent: error 6, 50.0 % less than 256 for all. "
+        "Layers by block size: 1 with 256; 1 with 64"
     )
     assert explorer.image.get_array().tolist() == [[1], [0]]  # q has 64
     assert explorer.code() == "BlockSizeExplorer(choices, budget=4.3125)"
     explorer.set(budget=4.125)
-    assert "error 12, 0.0 % less than 256 for all; block size 256 in 2" in explorer.summary()
+    assert "error 12, 0.0 % less than 256 for all. Layers by block size: 2 with 256" in explorer.summary()
 
 
 def test_stops_are_what_uniform_plans_need_and_three_between():
@@ -116,7 +116,8 @@ def test_one_layer_without_any_error():
     """As of a weight that is zero everywhere."""
     explorer = BlockSizeExplorer(choices_of(("lm_head",), [[0.0, 0.0]], sizes(64, 256)), budget=4.125)
     assert explorer.summary() == (
-        "Budget 4.125 bits per parameter, 4.1250 spent: error 0, as much as 256 for all; block size 256 in 1"
+        "Budget 4.125 bits per parameter, 4.1250 spent: error 0, as much as 256 for all. "
+        "Layers by block size: 1 with 256"
     )
 
 

@@ -1,4 +1,4 @@
-"""All text of all pictures: 12 pixels of the page at least, none cut off, none over another one."""
+"""All text of all pictures: 12 pixels of the page at least, none cut off, none over another one, all easy to read."""
 
 import random
 
@@ -126,19 +126,28 @@ def test_pictures_that_a_function_draws(drawn):
         assert faults(fig) == [] and fig.get_figwidth() <= ACROSS
 
 
+HARD = [("pale", "light"), ("crossed", "light"), ("crossed", "dark"), ("on green", "dark")]
+
+
 def test_each_fault_is_found():
     fig, ax = new_figure(width=2, height=2)
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
     fix_layout(fig)  # else it would make room
     ax.text(0.1, 0.5, "small", fontsize=8)
     ax.text(0.1, 0.3, "$10^{3}$")
     ax.text(0.1, 0.1, "one text")
     ax.text(0.15, 0.12, "another")
     ax.text(0.5, 0.8, "a text that is wider than the picture")
+    ax.text(0.1, 0.65, "pale", color="#777777")  # 4.48 : 1 on white
+    ax.text(0.5, 0.65, "crossed")
+    ax.plot([0.4, 1], [0.68, 0.68], "k", lw=2)
+    ax.fill_between([0.3, 0.7], 0.36, 0.48, color="#009e73")
+    ax.text(0.5, 0.42, "on green", ha="center", va="center")
     found = faults(fig)
     assert "'small' has 8 points" in found and "'one text' lies over 'another'" in found
     assert "'a text that is wider than the picture' is cut off" in found
-    assert "'$10^{3}$' has a raised exponent" in found and len(found) == 4
+    assert "'$10^{3}$' has a raised exponent" in found
+    assert {f"{text!r} is hard to read in a {theme} theme" for text, theme in HARD} < set(found) and len(found) == 8
 
 
 def test_an_inch_is_wide_enough():
