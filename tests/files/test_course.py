@@ -40,6 +40,14 @@ def test_solutions_can_be_left_out(source, tmp_path):
     assert names_in(tmp_path / "mine") == {course.FIRST, "01_codebook.ipynb", "README.md", SUMS}
 
 
+def test_a_page_that_is_not_copied_is_named_without_a_link(source, tmp_path):
+    (source / "README.md").write_text("see the [glossary](glossary.md) and the [capstone](../docs/capstone.md)")
+    for _ in range(2):
+        assert course.copy_course(tmp_path / "mine") == []
+        text = (tmp_path / "mine" / "README.md").read_text("utf-8")
+        assert text == "see the [glossary](glossary.md) and the capstone (`docs/capstone.md` in the repository)"
+
+
 def test_a_copy_without_solutions_stays_so_until_they_are_asked_for(source, tmp_path):
     mine = tmp_path / "mine"
     without = {course.FIRST, "01_codebook.ipynb", "README.md", SUMS}
