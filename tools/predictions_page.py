@@ -1,7 +1,8 @@
 """Write docs/predictions.md: every question to predict in the course, its answer and the reason, for teachers.
 
-In: the stored notebooks. Out: the page. Questions and answers are what the cells of `ql.guess` and `.compare` show, and
-reasons are the prose behind "What we saw".
+In: the stored notebooks. Out: the page, by notebook and section. Questions and answers are what the cells of `ql.guess`
+and `.compare` show, and reasons are the prose behind "What we saw". A reason without a guess stands under the question
+that the notebook's prose asks before it; if there is none, the reason is left out.
 """
 
 import ast
@@ -10,6 +11,7 @@ import re
 from pathlib import Path
 
 from qlora_lab.files.replace import replace_text
+from tools.notebook_rules import headings
 from tools.notebooks import UNCOMPARED
 
 ROOT = Path(__file__).parents[1]
@@ -19,13 +21,16 @@ HEAD = f"""# Questions to predict, and their answers
 
 Students record a guess before the cell that measures. This page has all questions, with what the stored notebooks
 measured, for those who [teach the course](teaching.md). What is indented is the explanation that students find below
-the answer. An answer marked with \\* can differ on your machine.
+the answer. An answer marked with \\* can differ on your machine. Questions and explanations are the notebook's own
+words: where they speak of a picture or a table, it is in that section of the notebook.
 
 `{COMMAND}` writes this page; a test fails when it is out of date.
 """
 _ANSWER = re.compile(r"The answer is (.+)\. \(You recorded no guess\.\)")
 _SEEN = re.compile(r"<details>\s*<summary>What we saw</summary>(.*?)</details>", re.S)
-_PREDICT = re.compile(r"^(.*)\*\*Predict(?: first)?:\*\*(.*)$", re.M)
+_PREDICT = re.compile(r"^(.*)\*\*Predict(?: first)?(?::\*\*|\*\*,)(.*)$", re.M)
+_ASKED = re.compile(r"^(?![#<|-]).*\?$", re.M)  # a paragraph that ends with a question
+_KEYS = " Run the next cell, choose an answer and press Record."  # how to guess, which follows one question
 _UNASKED = " Run this cell to guess."
 
 
@@ -38,32 +43,50 @@ def _section(path: Path) -> str:
     """The questions of one notebook, in groups: each ends with its "What we saw"."""
     cells = json.loads(path.read_text("utf-8"))["cells"]
     asked = {}  # variable -> [question, choices, answer, what is told before it]
-    told = ""
-    out = [f"\n## [{path.stem}](../notebooks/{path.name})\n"]
+    told = open_question = ""
+    section = written = ""  # the heading above a cell, and the one above the last group
+    out = []
+
+    def write(*group: str) -> None:
+        nonlocal written
+        out.extend([f"\n### {section}\n"] * (section != written))
+        written = section
+        out.extend(group)
+
     for cell in cells:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code":
             new = _questions(cell, source)
             for question in new.values():
                 question.append(told)
-                told = ""  # of several questions, the first has it
+                told = open_question = ""  # of several questions, the first has it
             asked |= new
             _answer(cell, source, asked)
             continue
-        if predict := _PREDICT.search(source):
-            told = _told(predict)
         if seen := _SEEN.search(source):
             answered = {name: question for name, question in asked.items() if question[2]}
             # others are answered further down
             asked = {name: question for name, question in asked.items() if name not in answered}
-            out += [*map(_row, answered.values()), f"\n{_quoted(_moved(seen[1]))}\n"]
-    out += map(_row, asked.values())  # of a notebook that gives no reason
-    return "".join(out) if len(out) > 1 else ""
+            if answered:
+                write(*map(_row, answered.values()), f"\n{_quoted(_moved(seen[1]))}\n")
+            elif open_question:
+                write(f"\n{_moved(open_question)}\n{_quoted(_moved(seen[1]))}\n")
+            source, open_question = source[seen.end() :], ""
+        if titles := [title for level, title in headings(source) if level > 1]:
+            section, open_question = titles[-1], ""
+            source = source.rpartition(section)[2]
+        if predict := _PREDICT.search(source):
+            told = _told(predict)
+        elif questions := _ASKED.findall(source):
+            open_question = questions[-1]
+    if asked:  # of a notebook that gives no reason
+        write(*map(_row, asked.values()))
+    return f"\n## [{path.stem}](../notebooks/{path.name})\n" + "".join(out) if out else ""
 
 
 def _told(predict: re.Match) -> str:
     """The paragraph that asks, without "Predict first:"."""
-    before, question = predict[1].strip(), predict[2].strip()
+    before, question = predict[1].strip(), predict[2].partition(_KEYS)[0].strip()
     return _moved(f"{before} {question[0].upper()}{question[1:]}".strip())
 
 

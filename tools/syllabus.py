@@ -41,18 +41,21 @@ HEAD = f"""# Syllabus
 One idea, one notebook. The six notebooks of the **spine** tell the whole story, from a weight to a fine-tuned model.
 The **electives** go deeper, in any order that their column "read first" allows. Before you start, you should be able
 to read Python and to multiply matrices, and you should know that training follows a gradient downhill. The terms of
-the field are in the [glossary](glossary.md); each is linked where the course first uses it. Every notebook ends with
-the map of one weight, on which its own station is lit.
+the field are in the [glossary](glossary.md); each is linked where the course first uses it. Every notebook after the
+first ends with the map of one weight, on which its own station is lit.
+
+After the course comes the [capstone](../docs/capstone.md): tune a model on data of your own. Lecturers find plans for
+a lab and for four weeks in [Teaching with this course](../docs/teaching.md).
 
 `{COMMAND}` writes this page from the notebooks; a test fails when it is out of date.
 """
 ESTIMATE = f"""## How the minutes were found
 
-They are estimates: no class has been timed. A notebook's minutes are the words of its prose at {WORDS_A_MINUTE} a
-minute, plus its visible cells at {CELLS_A_MINUTE} a minute, {GUESS} minute for each prediction, {WIDGET} for each
-widget and {EXERCISE} for each exercise. Notebook 10 also trains for {TRAINING["10"]} minutes on two cores. The sum is
-rounded to {STEP} minutes. An appendix is not counted. If you skip the exercises, subtract {EXERCISE} minutes for
-each. The line "Runs in" of a notebook says how long its cells take.
+They are estimates: no class has been timed. The estimate for a notebook allows one minute for each {WORDS_A_MINUTE}
+words of prose and one for each {CELLS_A_MINUTE} visible cells, plus {GUESS} minute for each prediction, {WIDGET} for
+each widget and {EXERCISE} for each exercise. Notebook 10 also trains for {TRAINING["10"]} minutes on two cores. The sum
+is rounded to the nearest {STEP} minutes. An appendix is not counted. If you skip the exercises, subtract {EXERCISE}
+minutes for each. The line "Runs in" of a notebook says how long its cells take.
 """
 
 
@@ -159,8 +162,9 @@ def _path(name: str, parts, course: dict[str, Lesson]) -> str:
 
 
 def _hours(minutes: int) -> str:
-    hours = round(minutes / 30) / 2
-    return f"about {hours:g} hours"
+    """To the minute: parts that were rounded would not add up."""
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left} min" if left else f"{hours} h"
 
 
 def _link(found: Lesson) -> str:

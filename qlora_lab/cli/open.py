@@ -15,7 +15,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         f"(default: a checkout's own notebooks, or else {FOLDER})"
     )
     parser.add_argument("folder", nargs="?", help=where)
-    parser.add_argument("--without-solutions", action="store_true", help="copy no solved exercises")
+    solved = parser.add_mutually_exclusive_group()
+    without = "copy no solved exercises; a folder without them stays so when it is opened again"
+    solved.add_argument("--without-solutions", dest="solutions", action="store_false", default=None, help=without)
+    with_ = "copy the solved exercises, which a new folder gets anyway, to a folder without them"
+    solved.add_argument("--with-solutions", dest="solutions", action="store_true", default=None, help=with_)
     copy = "copy the course and stop, such as to hand it out"
     parser.add_argument("--copy-only", action="store_true", help=copy)
     where = (
@@ -37,7 +41,7 @@ def run(a: argparse.Namespace) -> None:
         folder = course_path("notebooks")
     else:
         folder = Path(FOLDER if a.folder is None else a.folder)
-        for name in copy_course(folder, not a.without_solutions, a.hosted):
+        for name in copy_course(folder, a.solutions, a.hosted):
             print(f"{folder / name} stays as you changed it; delete it to get the course's own again", file=sys.stderr)
     if a.copy_only:
         return

@@ -351,7 +351,7 @@ def network() -> Check:
         ask_hub(KNOWN_MODELS[MODEL].hub_id)
     except Exception as error:  # any error of its network libraries
         said = f"the Hugging Face hub does not answer ({_reason(error, 120)})"
-        return Check("network", WARNING, f"{said}; no notebook needs it")
+        return Check("network", WARNING, f"{said}; no notebook needs it once the model is here")
     return Check("network", OK, "the Hugging Face hub answers; no notebook needs it once the model is here")
 
 

@@ -5,6 +5,7 @@ in a copy tell which notebooks its reader has changed: a later copy leaves those
 """
 
 import hashlib
+import re
 from pathlib import Path
 
 from qlora_lab.files import disk
@@ -15,6 +16,7 @@ from qlora_lab.files.replace import replace_bytes, replacing_folder
 
 FIRST = "00_start_here.ipynb"
 PACKAGED = Path(__file__).parents[1] / "course"
+_DOCS = re.compile(rb"\[([^]]*)\]\(\.\./(docs/\w+\.md)\)")  # a link of the syllabus
 
 
 def is_packaged() -> bool:
@@ -27,28 +29,36 @@ def course_path(*names: str) -> Path:
     return (PACKAGED if is_packaged() else PACKAGED.parents[1]).joinpath(*names)
 
 
-def copy_course(folder: str | Path, solutions: bool = True, hosted: str | None = None) -> list[str]:
+def copy_course(folder: str | Path, solutions: bool | None = None, hosted: str | None = None) -> list[str]:
     """Copy the course to `folder`; return the names of files left alone because the reader has changed them.
 
-    Syllabus and glossary go with the notebooks, which link to them. A file that is still as an earlier call copied it
-    is replaced by a newer one. hosted: an address of a wheel, or a wheel on this machine, which is copied too; each
-    notebook then begins with a cell that installs it (hosted.py). Raises FileExistsError for a folder that holds
-    anything else, OSError for a place that cannot be written, and ValueError for a damaged list of checksums or an
-    address that is not allowed.
+    Syllabus and glossary go with the notebooks, which link to them; links from there to docs become names. A file that
+    is still as an earlier call copied it is replaced by a newer one. solutions: whether the solved exercises go with
+    them; None: unless the folder is a copy that has none, such as one that a teacher handed out. hosted: an address of
+    a wheel, or a wheel on this machine, which is copied too; each notebook then begins with a cell that installs it
+    (hosted.py). Raises FileExistsError for a folder that holds anything else, OSError for a place that cannot be
+    written, and ValueError for a damaged list of checksums or an address that is not allowed.
     """
     folder = out_path(folder)
     source = course_path("notebooks")
+    copied = read_sums(folder / SUMS) if (folder / SUMS).exists() else {}
+    if solutions is None:
+        solutions = FIRST not in copied or (folder / "solutions").exists()
     paths = [*source.glob("*.ipynb"), *source.glob("*.md"), *(source.glob("solutions/*.ipynb") if solutions else ())]
-    contents = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
+    contents = {path.relative_to(source).as_posix(): _content(path) for path in paths}
     if hosted is not None:
         contents = _hosted(contents, hosted)
-    copied = read_sums(folder / SUMS) if (folder / SUMS).exists() else {}
     if FIRST in copied:
         return _update(folder, contents, copied)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds other files than the course: name a new folder")
     with replacing_folder(folder) as new:  # a kill leaves nothing
         return _update(new, contents, {})
+
+
+def _content(path: Path) -> bytes:
+    content = path.read_bytes()
+    return _DOCS.sub(rb"\1 (`\2` in the repository)", content) if path.suffix == ".md" else content
 
 
 def _hosted(contents: dict[str, bytes], where: str) -> dict[str, bytes]:

@@ -40,6 +40,32 @@ def test_solutions_can_be_left_out(source, tmp_path):
     assert names_in(tmp_path / "mine") == {course.FIRST, "01_codebook.ipynb", "README.md", SUMS}
 
 
+def test_a_page_that_is_not_copied_is_named_without_a_link(source, tmp_path):
+    (source / "README.md").write_text("see the [glossary](glossary.md) and the [capstone](../docs/capstone.md)")
+    for _ in range(2):
+        assert course.copy_course(tmp_path / "mine") == []
+        text = (tmp_path / "mine" / "README.md").read_text("utf-8")
+        assert text == "see the [glossary](glossary.md) and the capstone (`docs/capstone.md` in the repository)"
+
+
+def test_a_copy_without_solutions_stays_so_until_they_are_asked_for(source, tmp_path):
+    mine = tmp_path / "mine"
+    without = {course.FIRST, "01_codebook.ipynb", "README.md", SUMS}
+    course.copy_course(mine, solutions=False)
+    (mine / course.FIRST).unlink()  # one file that the reader wants back
+    for _ in range(2):
+        assert course.copy_course(mine) == []
+        assert names_in(mine) == without
+    assert course.copy_course(mine, solutions=True) == []
+    assert names_in(mine) == without | {CHANGED}
+    (mine / CHANGED).unlink()
+    course.copy_course(mine)
+    assert names_in(mine) == without | {CHANGED}  # a copy with solutions keeps them
+    (mine / CHANGED).write_text("my own")
+    assert course.copy_course(mine, solutions=False) == []
+    assert (mine / CHANGED).read_text() == "my own"
+
+
 def test_a_newer_edition_replaces_what_the_reader_has_not_changed(source, tmp_path):
     mine = tmp_path / "mine"
     course.copy_course(mine)
@@ -119,7 +145,17 @@ def test_open_names_what_stays_and_becomes_jupyterlab(source, tmp_path, monkeypa
     assert "--no-browser" not in became[1]
 
 
-def test_a_copy_to_hand_out_starts_nothing(source, tmp_path, monkeypatch):
+def test_a_copy_to_hand_out_starts_nothing_and_students_open_it_without_solutions(source, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("JupyterLab starts"))
-    assert cli.main(["open", str(tmp_path / "mine"), "--copy-only", "--without-solutions"]) == 0
-    assert names_in(tmp_path / "mine") == {course.FIRST, "01_codebook.ipynb", "README.md", SUMS}
+    mine, without = tmp_path / "mine", {course.FIRST, "01_codebook.ipynb", "README.md", SUMS}
+    assert cli.main(["open", str(mine), "--copy-only", "--without-solutions"]) == 0
+    assert names_in(mine) == without
+    assert cli.main(["open", str(mine), "--copy-only"]) == 0
+    assert names_in(mine) == without
+    became = []
+    monkeypatch.setattr(os, "execv", lambda _, command: became.append(command))
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "before")
+    assert cli.main(["open", str(mine)]) == 0
+    assert names_in(mine) == without and len(became) == 1
+    assert cli.main(["open", str(mine), "--copy-only", "--with-solutions"]) == 0
+    assert names_in(mine) == without | {CHANGED}

@@ -76,3 +76,16 @@ def test_a_notebook_by_hand(tmp_path):
     path.write_text(json.dumps({"cells": [dict(cells[0], source=["# How?"])]}))
     with pytest.raises(ValueError, match=r"42_toy\.ipynb has no line '- \*\*Paper section\*\*: \.\.\.'"):
         lesson(path)
+
+
+def minutes(text: str) -> int:
+    hours, left = re.fullmatch(r"(\d+) h(?: (\d+) min)?", text).groups("0")
+    return 60 * int(hours) + int(left)
+
+
+def test_the_parts_of_a_path_add_up(course):
+    for name, parts in PATHS.items():
+        total, listed = re.search(rf"^\*\*{name}\*\*, (.*):\n\n((?:- .*\n)+)", PAGE.read_text("utf-8"), re.M).groups()
+        assert minutes(total) == sum(course[number].minutes for _, numbers in parts for number in numbers)
+        shown = re.findall(r"^- [^:[]+: ([^.]+)\.", listed, re.M)
+        assert sum(map(minutes, shown)) == minutes(total) or len(parts) == 1 and not shown
