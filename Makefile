@@ -17,7 +17,8 @@ lab: $(READY)
 	$(BIN)/qlora-lab open
 
 # every stage runs, even if one fails; `make test STAGES="fast slow"` runs only these
-test: $(READY) chromium $(EVAL)
+test: $(READY)
+	$(MAKE) --no-print-directory -j2 chromium $(EVAL)
 	$(BIN)/python tools/stages.py $(STAGES)
 
 # a real model beside the default one, for tests/test_gemma.py: 242 MB under terms of its own, so not unasked
