@@ -57,9 +57,10 @@ def lab_command(place: Path, browser: bool = True) -> tuple[list[str], dict[str,
 
     Its token stays on.
     """
-    # These settings stop JupyterLab from asking about its news; without an address it calls no one.
     # absolute, so that no folder's name begins like an option
-    command = [sys.executable, "-m", "jupyterlab", str(place.absolute()), "--LabApp.news_url=None"]
+    command = [sys.executable, "-m", "jupyterlab", str(place.absolute())]
+    # These settings stop JupyterLab from asking about its news; without an address it calls no one.
+    command.append("--LabApp.news_url=None")
     command.append(f"--LabServerApp.extra_labextensions_path={SETTINGS / 'labextensions'}")
     if not browser:
         command.append("--no-browser")

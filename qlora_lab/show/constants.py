@@ -29,6 +29,7 @@ N_WEIGHTS = 2**18  # they fill the largest group of the largest blocks
 OUTLIER_EVERY = 2**14  # weights: at block size 64 one constant of 256, one in each group
 NAMES = {"dynamic": "dynamic", "int8": "int8", "e4m3": "E4M3", "e5m2": "E5M2"}
 LEAST, MOST = 1e-3, 1e3  # the axis, logarithmic: % of NF4's error
+HIGH = 5  # the factor on it that a number is high
 
 
 @lru_cache(maxsize=4)  # for a slider that moves back and forth; each holds 1 MB
@@ -132,8 +133,8 @@ class ConstantsExplorer(Explorer):
         moved = [100 * share for share in result["moved"].values()]  # %
         self.bars.set_segments(bars(range(len(moved)), moved, LEAST))
         for text, value in zip(self.values, moved, strict=True):
-            # above the dashed line if the number would stand on it: it is as high as a factor of five
-            text.set_y(115 if 20 < value < 100 else 1.15 * value)
+            # above the dashed line if the number would stand on it
+            text.set_y(115 if 100 / HIGH < 1.15 * value < 115 else 1.15 * value)
             text.set_text(f"{value:.2g}")
         self.note.set_text(f"Squared shift by 8 bits, beside NF4's error of {100 * result['relative_error']:.3g} %")
 

@@ -117,7 +117,7 @@ class KernelMapExplorer(Explorer):
         start = f"{state['weights']} weights, blocks of {state['block_size']}, tile {state['tile']}: "
         if not touched.words:
             last = touched.programs - 1
-            return f"{start}no program {state['program']} is launched, {last} is the last"
+            return f"{start}program {state['program']} is not launched; the last is program {last}"
         return (
             f"{start}program {state['program']} of {touched.programs} loads {_span('word', touched.words)} and "
             f"{_span('constant', touched.constants)}, and stores {_span('weight', touched.stored)}{IN_DETAIL}"

@@ -48,11 +48,16 @@ def source_html(*functions):
 
 
 def called_functions(function):
-    """List the functions of this library that `function` calls by name, in order of appearance, each once."""
+    """List the functions of this library that `function` calls by name, in order of appearance, each once.
+
+    A function that is called through a cache was taken out of `function` for that alone: what it calls counts, too.
+    """
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     names = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)]
     names.sort(key=lambda n: (n.lineno, n.col_offset))  # ast.walk goes level by level
-    called = [inspect.unwrap(f) for n in names if (f := _resolve(n, function.__globals__))]  # out of a cache
+    called = []
+    for f in (_resolve(n, function.__globals__) for n in names):
+        called += [f.__wrapped__, *called_functions(f.__wrapped__)] if hasattr(f, "cache_info") else [f]
     called = [f for f in called if isinstance(f, FunctionType) and f is not function]
     return [f for f in dict.fromkeys(called) if f.__module__.split(".")[0] == _LIBRARY]
 

@@ -36,7 +36,7 @@ LONGEST = {"llama-2-70b": 4096, "llama-3-8b": 8192}  # tokens of a context; the 
 # Limits hold every state, so that axes stay where they are: tests try the extremes. Logarithms, because full
 # fine-tuning would press all other methods into the corner.
 PANELS = {  # field of a result: title, limits of its axis, and its marks with their names
-    "trained": ("trainable parameters", (3e3, 3e13), {1e4: "10 k", 1e7: "10 M", 1e10: "10 G"}),
+    "trained": ("trainable parameters", (3e3, 3e14), {1e4: "10 k", 1e7: "10 M", 1e10: "10 G"}),
     "peak": ("memory of a step, GiB", (1.5 * GIB, 6e4 * GIB), {4 * GIB: "4", 32 * GIB: "32", 256 * GIB: "256"}),
     "work": ("work, base = 1", (0.9, 60), {1: "1", 2: "2", 4: "4", 8: "8", 16: "16"}),
 }

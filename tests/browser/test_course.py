@@ -88,7 +88,7 @@ MOVES = {  # control, key, part of the new alt text
         ("Weights", "ArrowRight", "204 weights"),
         ("Block size", "ArrowLeft", "blocks of 32"),
         ("Tile", "End", "tile 128: program 0 of 2 loads words 0 to 15"),
-        ("Program", "End", "no program 7 is launched, 1 is the last"),
+        ("Program", "End", "program 7 is not launched; the last is program 1"),
         ("Reset", "Enter", "203 weights, blocks of 64, tile 64: program 0 of 4"),
     ],
     "07_lora": [

@@ -15,7 +15,7 @@ from qlora_lab.show.figure import SMALLEST
 EXPONENT = re.compile(r"\^\{|[⁰¹²³⁴-⁹]")  # its letters have 70 % of the size
 ROOM = 0.3  # of a line's height is room above and below its letters: two lines may share it
 CONTRAST = 4.5  # at least, of text with its ground. Source: WCAG 2.2, 1.4.3, which also defines the luminance below
-CROSSED = 0.05  # of a text's box, at most: a line through a number takes more
+CROSSED = 0.05  # of a text's box, at most: a dashed line along a number takes more
 # hue-rotate(180deg). Source: Filter Effects Module Level 1, "feColorMatrix"
 HUE = np.array([[-0.574, 1.430, 0.144], [0.426, 0.430, 0.144], [0.426, 1.430, -0.856]])
 
@@ -44,8 +44,10 @@ def _noted():
         found.append((text.get_text(), text.get_fontsize(), box, np.array(to_rgb(text.get_color()))))
         alpha = text.get_alpha()
         text._alpha = 0  # its letters, not the box behind them; without set_alpha() no artist becomes stale
-        draw(text, renderer)
-        text._alpha = alpha
+        try:
+            draw(text, renderer)
+        finally:
+            text._alpha = alpha
 
     Text.draw = noting
     try:
@@ -86,9 +88,10 @@ def faults(fig, moving=(), kept=None):
             wrong.append(f"{one!r} lies over {other!r}")
     pixels = np.asarray(renderer.buffer_rgba())[::-1, :, :3] / 255  # rows from below, as the boxes count
     for text, _, box, colour in texts:
-        below = pixels[max(0, round(box.y0) + 2) : round(box.y1) - 2, max(0, round(box.x0)) : round(box.x1)]
+        below = pixels[max(0, round(box.y0) + 2) : round(box.y1) - 2, max(0, round(box.x0) + 2) : round(box.x1) - 2]
         for theme, seen in (("light", np.asarray), ("dark", dark)):
             hard = contrast(seen(colour), seen(below)) < CONTRAST
-            if hard.sum() > CROSSED * hard.size:
+            lines = hard.any() and (hard.all(0).any() or hard.all(1).any())  # across the whole box
+            if lines or hard.sum() > CROSSED * hard.size:
                 wrong.append(f"{text!r} is hard to read in a {theme} theme")
     return wrong

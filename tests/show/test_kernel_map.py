@@ -156,7 +156,7 @@ def test_starts_at_an_odd_tail():
 @pytest.mark.long
 def test_a_program_that_is_not_launched_is_said():
     explorer = KernelMapExplorer(program=4)
-    assert explorer.summary().endswith("no program 4 is launched, 3 is the last")
+    assert explorer.summary().endswith("program 4 is not launched; the last is program 3")
     assert explorer.title.get_text() == "This program is not launched"
     assert not any(line.get_text() for line in explorer.lines)
 

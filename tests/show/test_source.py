@@ -6,6 +6,7 @@ from toy import RoundingExplorer, step_width
 from qlora_lab.show import figure
 from qlora_lab.show.figure import img
 from qlora_lab.show.source import called_functions, details_html, show_source, source_html
+from qlora_lab.show.tournament import TournamentExplorer
 
 
 def uses_the_library(png):
@@ -34,6 +35,11 @@ def test_a_builtin_has_no_source():
 def test_called_functions_are_the_librarys_own_each_once():
     assert called_functions(uses_the_library) == [figure.img, figure.picture]
     assert called_functions(RoundingExplorer.compute) == []
+
+
+def test_what_a_cached_function_calls_counts_too():
+    names = [function.__name__ for function in called_functions(TournamentExplorer.compute)]
+    assert names == ["played", "simulate", "bradley_terry", "elo_of_one_order", "scores"]
 
 
 def test_html_is_coloured_and_escaped():
