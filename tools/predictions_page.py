@@ -74,7 +74,7 @@ def _section(path: Path) -> str:
             source, open_question = source[seen.end() :], ""
         if titles := [title for level, title in headings(source) if level > 1]:
             section, open_question = titles[-1], ""
-            source = source.rpartition(section)[2]
+            source = re.split(rf"^#+ {re.escape(section)}$", source, flags=re.M)[-1]
         if predict := _PREDICT.search(source):
             told = _told(predict)
         elif questions := _ASKED.findall(source):
@@ -87,7 +87,7 @@ def _section(path: Path) -> str:
 def _told(predict: re.Match) -> str:
     """The paragraph that asks, without "Predict first:"."""
     before, question = predict[1].strip(), predict[2].partition(_KEYS)[0].strip()
-    return _moved(f"{before} {question[0].upper()}{question[1:]}".strip())
+    return _moved(f"{before} {question[:1].upper()}{question[1:]}".strip())
 
 
 def _questions(cell: dict, source: str) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     solved = parser.add_mutually_exclusive_group()
     without = "copy no solved exercises; a folder without them stays so when it is opened again"
     solved.add_argument("--without-solutions", dest="solutions", action="store_false", default=None, help=without)
-    with_ = "copy the solved exercises, which a new folder gets anyway, to a folder without them"
+    with_ = "add the solved exercises to a folder that has none (a new folder gets them by default)"
     solved.add_argument("--with-solutions", dest="solutions", action="store_true", default=None, help=with_)
     copy = "copy the course and stop, such as to hand it out"
     parser.add_argument("--copy-only", action="store_true", help=copy)
@@ -38,6 +38,8 @@ def run(a: argparse.Namespace) -> None:
     if a.hosted is not None and not a.copy_only:
         raise ValueError("--hosted makes copies for a hosted service, which starts its own Jupyter: add --copy-only")
     if a.folder is None and not is_packaged() and not a.copy_only:
+        if a.solutions is not None:
+            raise ValueError("a checkout opens its own notebooks: name a folder to copy them with or without solutions")
         folder = course_path("notebooks")
     else:
         folder = Path(FOLDER if a.folder is None else a.folder)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from qlora_lab.files import disk
 from qlora_lab.files.checksums import SUMS, as_lines, read_sums
-from qlora_lab.files.hosted import wheel_beside, with_setup
+from qlora_lab.files.hosted import has_setup, wheel_beside, with_setup
 from qlora_lab.files.out_path import out_path
 from qlora_lab.files.replace import replace_bytes, replacing_folder
 
 FIRST = "00_start_here.ipynb"
 PACKAGED = Path(__file__).parents[1] / "course"
-_DOCS = re.compile(rb"\[([^]]*)\]\(\.\./(docs/\w+\.md)\)")  # a link of the syllabus
+_DOCS = re.compile(rb"\[([^]]*)\]\(\.\./(docs/[^)#]+)(?:#[^)]*)?\)")  # a link of the syllabus
 
 
 def is_packaged() -> bool:
@@ -36,14 +36,26 @@ def copy_course(folder: str | Path, solutions: bool | None = None, hosted: str |
     is still as an earlier call copied it is replaced by a newer one. solutions: whether the solved exercises go with
     them; None: unless the folder is a copy that has none, such as one that a teacher handed out. hosted: an address of
     a wheel, or a wheel on this machine, which is copied too; each notebook then begins with a cell that installs it
-    (hosted.py). Raises FileExistsError for a folder that holds anything else, OSError for a place that cannot be
-    written, and ValueError for a damaged list of checksums or an address that is not allowed.
+    (hosted.py). None: a copy that has such cells stays as it is, because its wheel may be older than this course.
+    Raises FileExistsError for a folder that holds anything else, or solutions that were to be left out; OSError for a
+    place that cannot be written; and ValueError for a damaged list of checksums, an address that is not allowed, or
+    `solutions` without `hosted` for a copy that has such cells.
     """
     folder = out_path(folder)
     source = course_path("notebooks")
     copied = read_sums(folder / SUMS) if (folder / SUMS).exists() else {}
+    solved = [name for name in copied if name.startswith("solutions/")]
+    if hosted is None and any(has_setup(folder / name) for name in copied):
+        if solutions is not None:
+            raise ValueError(f"{folder} was copied for a hosted service: name its wheel again (--hosted WHEEL)")
+        return []
     if solutions is None:
-        solutions = FIRST not in copied or (folder / "solutions").exists()
+        # by the list: a reader may have a folder of this name, too
+        solutions = FIRST not in copied or bool(solved) and (folder / "solutions").exists()
+    if not solutions and any((folder / name).exists() for name in solved):
+        raise FileExistsError(
+            f"{folder / 'solutions'} holds solved exercises from an earlier copy: delete it, or name a new folder"
+        )
     paths = [*source.glob("*.ipynb"), *source.glob("*.md"), *(source.glob("solutions/*.ipynb") if solutions else ())]
     contents = {path.relative_to(source).as_posix(): _content(path) for path in paths}
     if hosted is not None:

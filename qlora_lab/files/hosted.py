@@ -70,6 +70,11 @@ def with_setup(notebook: bytes, wheel: str) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def has_setup(file: Path) -> bool:
+    """Tell whether a file is a notebook with the cell in front."""
+    return file.suffix == ".ipynb" and file.is_file() and b'"id": "setup"' in file.read_bytes()
+
+
 def install_unmet() -> None:
     """Install what the library needs and the service lacks, with this environment's pip. The cell calls it.
 

@@ -2,7 +2,7 @@
 
 Both are models: no measurement is in them, and no kernel reaches all of a data sheet. Source of the limits: "Technical
 Specifications per Compute Capability", CUDA C++ Programming Guide. Of the cards: NVIDIA's data sheets of A100 80GB SXM,
-H100 SXM and T4, and the white paper of the Ada generation; rates without sparsity.
+H100 SXM, H200 SXM and T4, and the white paper of the Ada generation; rates without sparsity.
 """
 
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ class Card:
 CARDS = (
     Card("A100", 80, 2039e9, 108, 1.41e9, {"bfloat16": 312e12, "float16": 312e12}),
     Card("H100", 90, 3350e9, 132, 1.98e9, {"bfloat16": 989e12, "float16": 989e12}),
+    Card("H200", 90, 4800e9, 132, 1.98e9, {"bfloat16": 989e12, "float16": 989e12}),
     Card("RTX 4090", 80, 1008e9, 128, 2.52e9, {"bfloat16": 165.2e12, "float16": 165.2e12}),
     Card("T4", 80, 320e9, 40, 1.59e9, {"float16": 65e12}),  # its tensor cores know no bf16
 )

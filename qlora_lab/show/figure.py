@@ -6,7 +6,8 @@ filter of the page turns it dark (DARK).
 
 The rule for text: an inch of a picture takes at least INCH pixels of the page, and no text has fewer points than
 SMALLEST. So no text is below 12 pixels, and all grow with the zoom of the browser. A page that is narrower than the
-picture scrolls it. A picture beside the controls of an explorer is BESIDE inches wide, any other at most ACROSS.
+picture scrolls it. Text has a contrast of 4.5 to 1 with what is below it, in both themes. A picture beside the controls
+of an explorer is BESIDE inches wide, any other at most ACROSS.
 
 The picture's bytes are stored once, in the HTML. An image/png beside it would store them again; alone it has no alt
 text: JupyterLab 4.6, nbconvert's lab template and myst-nb 1.4 do not read {"image/png": {"alt": ...}}.

@@ -41,11 +41,24 @@ def test_solutions_can_be_left_out(source, tmp_path):
 
 
 def test_a_page_that_is_not_copied_is_named_without_a_link(source, tmp_path):
-    (source / "README.md").write_text("see the [glossary](glossary.md) and the [capstone](../docs/capstone.md)")
+    page = (
+        "see the [glossary](glossary.md), the [capstone](../docs/capstone.md) and [a rubric](../docs/a-b.md#the-rubric)"
+    )
+    (source / "README.md").write_text(page)
     for _ in range(2):
         assert course.copy_course(tmp_path / "mine") == []
         text = (tmp_path / "mine" / "README.md").read_text("utf-8")
-        assert text == "see the [glossary](glossary.md) and the capstone (`docs/capstone.md` in the repository)"
+        assert text == (
+            "see the [glossary](glossary.md), the capstone (`docs/capstone.md` in the repository) "
+            "and a rubric (`docs/a-b.md` in the repository)"
+        )
+
+
+def test_no_page_of_a_copy_links_out_of_it(tmp_path):
+    course.copy_course(tmp_path / "mine")
+    pages = {path.name: path.read_text("utf-8") for path in (tmp_path / "mine").glob("*.md")}
+    assert len(pages) > 1
+    assert [name for name, text in pages.items() if "](../" in text] == []
 
 
 def test_a_copy_without_solutions_stays_so_until_they_are_asked_for(source, tmp_path):
@@ -62,8 +75,30 @@ def test_a_copy_without_solutions_stays_so_until_they_are_asked_for(source, tmp_
     course.copy_course(mine)
     assert names_in(mine) == without | {CHANGED}  # a copy with solutions keeps them
     (mine / CHANGED).write_text("my own")
-    assert course.copy_course(mine, solutions=False) == []
+    with pytest.raises(FileExistsError, match="holds solved exercises from an earlier copy: delete it, or name a new"):
+        course.copy_course(mine, solutions=False)
     assert (mine / CHANGED).read_text() == "my own"
+    (mine / CHANGED).unlink()
+    assert course.copy_course(mine, solutions=False) == []
+    assert names_in(mine) == without
+
+
+def test_a_readers_own_folder_of_solutions_brings_none(source, tmp_path):
+    mine = tmp_path / "mine"
+    course.copy_course(mine, solutions=False)
+    (mine / "solutions").mkdir()
+    (mine / "solutions" / "my_own.ipynb").write_text("my own")
+    for solutions in (None, False):
+        assert course.copy_course(mine, solutions) == []
+        assert names_in(mine / "solutions") == {"my_own.ipynb"}
+
+
+@pytest.mark.parametrize("option", ["--with-solutions", "--without-solutions"])
+def test_a_checkout_is_not_copied_without_a_folder(option, monkeypatch, capsys):
+    monkeypatch.setattr(course, "is_packaged", lambda: False)
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("JupyterLab starts"))
+    assert cli.main(["open", option]) == 2
+    assert "name a folder to copy them with or without solutions" in capsys.readouterr().err
 
 
 def test_a_newer_edition_replaces_what_the_reader_has_not_changed(source, tmp_path):
@@ -159,3 +194,12 @@ def test_a_copy_to_hand_out_starts_nothing_and_students_open_it_without_solution
     assert names_in(mine) == without and len(became) == 1
     assert cli.main(["open", str(mine), "--copy-only", "--with-solutions"]) == 0
     assert names_in(mine) == without | {CHANGED}
+
+
+def test_no_folders_name_begins_like_an_option_of_jupyterlab(source, tmp_path, monkeypatch):
+    became = []
+    monkeypatch.setattr(os, "execv", lambda _, command: became.append(command))
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "before")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["open", "--", "-x"]) == 0
+    assert became[0][3] == str(tmp_path / "-x" / course.FIRST)

@@ -1,6 +1,7 @@
 """A copy for a hosted service differs from the course in one cell, which installs what is missing there."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,24 @@ def test_a_wheel_lies_beside_the_notebooks_and_solutions_look_one_folder_up(whee
     before = (mine / course.FIRST).stat().st_mtime_ns
     assert course.copy_course(mine, hosted=str(wheel)) == []  # a second copy writes nothing
     assert (mine / course.FIRST).stat().st_mtime_ns == before
-    assert course.copy_course(mine) == [] and "find_spec" not in sources((mine / course.FIRST).read_bytes())[0]
+
+
+@pytest.mark.parametrize("hosted", [ADDRESS, None])
+def test_a_copy_for_a_hosted_service_stays_one_when_it_is_opened(wheel, tmp_path, hosted, monkeypatch, capsys):
+    mine = tmp_path / "mine"
+    hand_out = ["open", str(mine), "--copy-only", "--without-solutions"]
+    made_with = ["--hosted", hosted or str(wheel)]
+    assert cli.main([*hand_out, *made_with]) == 0
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    became = []
+    monkeypatch.setattr(os, "execv", lambda _, command: became.append(command))
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "before")
+    assert cli.main(["open", str(mine)]) == 0 and len(became) == 1
+    assert cli.main(hand_out) == 2
+    assert "name its wheel again (--hosted WHEEL)" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+    assert cli.main([*hand_out, *made_with]) == 0
+    assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
 
 
 def test_hosted_is_for_copies(tmp_path, capsys):

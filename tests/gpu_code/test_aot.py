@@ -185,15 +185,17 @@ EXAMPLE = aot.Report(
 
 
 def test_roofline_by_hand():
-    (found,) = aot.roofline(EXAMPLE, (4096, 4096))
+    found, faster = aot.roofline(EXAMPLE, (4096, 4096))
+    assert faster.card == "H200" and faster.memory == pytest.approx(found.memory * 3350 / 4800)
     assert found.memory == pytest.approx(2**24 * 2.5625 / 3350e9) and found.bound == "memory"  # 12.8 us
     assert found.issue == pytest.approx(2**24 * 6 / 32 / (4 * 132 * 1.98e9)) and found.product == 0
     product = replace(EXAMPLE, rung="matmul_nf4", mix=EXAMPLE.mix | {"tensor core": 1.0}, tokens=64, least=0.5)
-    (found,) = aot.roofline(product, (1024, 2048), tokens=100)
+    found, faster = aot.roofline(product, (1024, 2048), tokens=100)
+    assert (faster.product, faster.issue) == (found.product, found.issue)
     assert found.product == pytest.approx(2 * 100 * 2**21 / 989e12)
     assert found.memory == pytest.approx((0.5 * 2**21 + 100 * 3072 * 2) / 3350e9)  # the weight once, x and y
     assert found.issue == pytest.approx(2 * 2**21 * 6 / 32 / (4 * 132 * 1.98e9))  # two tiles of tokens
-    (found,) = aot.roofline(replace(product, rung="gemv_nf4", mix=EXAMPLE.mix, tokens=1), (1024, 2048), tokens=100)
+    found, _ = aot.roofline(replace(product, rung="gemv_nf4", mix=EXAMPLE.mix, tokens=1), (1024, 2048), tokens=100)
     assert found.memory == pytest.approx((0.5 * 2**21 + 3072 * 2) / 3350e9) and found.product == 0
     constants = replace(EXAMPLE, rung="double_dequantize", dtype="float32")
     assert aot.roofline(constants)[0].memory == pytest.approx(aot.roofline(EXAMPLE)[0].memory / 64)

@@ -71,7 +71,7 @@ def test_stops_paying(one, other, expected):
 @pytest.mark.parametrize(
     ("decode", "card", "message"),
     [
-        (DECODE, "H200", "card 'H200' is not known: choose from A100, H100, RTX 4090, T4"),
+        (DECODE, "H300", "card 'H300' is not known: choose from A100, H100, H200, RTX 4090, T4"),
         (DECODE, "A100", "compiled for sm_90 and sm_90, but the A100 needs sm_80"),
         (
             report("dequantize_double", 8.0, 2.5, dtype="float32"),

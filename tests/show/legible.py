@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 
 from qlora_lab.show.figure import SMALLEST
@@ -41,8 +41,8 @@ def _noted():
         if not (text.get_visible() and text.get_text().strip()):
             return
         box = text.get_window_extent(renderer)
-        found.append((text.get_text(), text.get_fontsize(), box, np.array(to_rgb(text.get_color()))))
         alpha = text.get_alpha()
+        found.append((text.get_text(), text.get_fontsize(), box, np.array(to_rgba(text.get_color(), alpha))))
         text._alpha = 0  # its letters, not the box behind them; without set_alpha() no artist becomes stale
         try:
             draw(text, renderer)
@@ -89,8 +89,9 @@ def faults(fig, moving=(), kept=None):
     pixels = np.asarray(renderer.buffer_rgba())[::-1, :, :3] / 255  # rows from below, as the boxes count
     for text, _, box, colour in texts:
         below = pixels[max(0, round(box.y0) + 2) : round(box.y1) - 2, max(0, round(box.x0) + 2) : round(box.x1) - 2]
+        ink = colour[3] * colour[:3] + (1 - colour[3]) * below
         for theme, seen in (("light", np.asarray), ("dark", dark)):
-            hard = contrast(seen(colour), seen(below)) < CONTRAST
+            hard = contrast(seen(ink), seen(below)) < CONTRAST
             lines = hard.any() and (hard.all(0).any() or hard.all(1).any())  # across the whole box
             if lines or hard.sum() > CROSSED * hard.size:
                 wrong.append(f"{text!r} is hard to read in a {theme} theme")

@@ -1,6 +1,8 @@
 """All text of all pictures: 12 pixels of the page at least, none cut off, none over another one, all easy to read."""
 
+import importlib
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from qlora_lab.show.answers import AnswerSpeedExplorer
 from qlora_lab.show.block_size import BlockSizeExplorer
 from qlora_lab.show.constants import ConstantsExplorer
 from qlora_lab.show.data_types import CodebookExplorer, OutlierExplorer
-from qlora_lab.show.explorer import fix_layout
+from qlora_lab.show.explorer import Explorer, fix_layout
 from qlora_lab.show.figure import ACROSS, BESIDE, DPI, INCH, SMALLEST, new_figure
 from qlora_lab.show.kernel_map import KernelMapExplorer
 from qlora_lab.show.live import LivePlot
@@ -32,6 +34,7 @@ from qlora_lab.show.tournament import TournamentExplorer
 from qlora_lab.show.xray import XrayExplorer
 from qlora_lab.show.zoo import ZooExplorer
 
+ROOT = Path(__file__).parents[2]
 LAYERS = smollm2_layers()
 
 
@@ -126,7 +129,15 @@ def test_pictures_that_a_function_draws(drawn):
         assert faults(fig) == [] and fig.get_figwidth() <= ACROSS
 
 
-HARD = [("pale", "light"), ("on green", "dark")]
+@pytest.mark.slow
+def test_every_explorer_of_the_course_is_looked_at():
+    for file in (ROOT / "qlora_lab" / "show").glob("*.py"):
+        importlib.import_module(f"qlora_lab.show.{file.stem}")
+    ours = {made for made in Explorer.__subclasses__() if made.__module__.startswith("qlora_lab.")}
+    assert {type(make()) for make in EXPLORERS} | {XrayExplorer, SeeingExplorer} == ours
+
+
+HARD = [("pale", "light"), ("see-through", "light"), ("on green", "dark")]
 HARD += [(text, theme) for text in ("crossed", "a wide text with a line") for theme in ("light", "dark")]
 
 
@@ -140,6 +151,7 @@ def test_each_fault_is_found():
     ax.text(0.15, 0.12, "another")
     ax.text(0.5, 0.8, "a text that is wider than the picture")
     ax.text(0.1, 0.65, "pale", color="#777777")  # 4.48 : 1 on white
+    ax.text(0.02, 0.85, "see-through", alpha=0.5)
     ax.text(0.5, 0.65, "crossed")
     ax.plot([0.4, 1], [0.68, 0.68], "k", lw=2)
     ax.text(0.02, 0.95, "a wide text with a line", fontsize=9)
@@ -150,7 +162,7 @@ def test_each_fault_is_found():
     assert "'small' has 8 points" in found and "'one text' lies over 'another'" in found
     assert "'a text that is wider than the picture' is cut off" in found
     assert "'$10^{3}$' has a raised exponent" in found
-    assert {f"{text!r} is hard to read in a {theme} theme" for text, theme in HARD} < set(found) and len(found) == 10
+    assert {f"{text!r} is hard to read in a {theme} theme" for text, theme in HARD} < set(found) and len(found) == 11
 
 
 def test_an_inch_is_wide_enough():

@@ -55,10 +55,24 @@ ROW = "- How many? **4**\n\n> It is 4.\n"
         ),
         (["## A\n\nA toy.\n\nHow many learn?", ("code", "f()", ""), SEEN], "### A\n\nHow many learn?\n\n> It is 4.\n"),
         (["## A\n\nHow many learn?\n\n## B", ("code", "f()", ""), SEEN], None),
+        (
+            ["## A\n\n**Predict first:** how many of A?", GUESS, ANSWER, SEEN],
+            "### A\n\nHow many of A?\n\n" + ROW,
+        ),
+        (["## A\n\nSee. **Predict first:**", GUESS, ANSWER, SEEN], "### A\n\nSee.\n\n" + ROW),
         (["## A\n\nHow many?", GUESS, ANSWER, SEEN + "\n\nMore.", SEEN], "### A\n\n" + ROW),
         (["## A", GUESS, ANSWER, SEEN + "\n\nAnd why?", SEEN], "### A\n\n" + ROW + "\nAnd why?\n\n> It is 4.\n"),
     ],
-    ids=["colon", "comma", "asked in prose", "asked in another section", "asked no more", "asked after a reason"],
+    ids=[
+        "colon",
+        "comma",
+        "asked in prose",
+        "asked in another section",
+        "names its section",
+        "asks nothing",
+        "asked no more",
+        "asked after a reason",
+    ],
 )
 def test_a_notebook_by_hand(tmp_path, cells, shown):
     made = []
