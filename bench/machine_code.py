@@ -71,7 +71,7 @@ def section(result: dict) -> str:
     versions = result["versions"]
     lines = [
         "These are counts of instructions in compiled code, not times. On "
-        f"{result['date']} Triton {versions['triton']} compiled the kernels for sm_{ARCH} (H100), and {PEER} "
+        f"{result['date']} Triton {versions['triton']} compiled the kernels for sm_{ARCH} (H100, H200), and {PEER} "
         f"{versions[PEER]} was disassembled as installed. A figure is the number of instructions that one thread "
         "executes for each weight of a full tile; for a loop, in one pass. Where the threads of a warp diverge, the "
         "shorter side is counted, for both libraries. Registers, spills and bits (of global loads / stores) "

@@ -74,7 +74,7 @@ def _section(path: Path) -> str:
             source, open_question = source[seen.end() :], ""
         if titles := [title for level, title in headings(source) if level > 1]:
             section, open_question = titles[-1], ""
-            source = re.split(rf"^#+ {re.escape(section)}$", source, flags=re.M)[-1]
+            source = re.split(rf"^#+\s+{re.escape(section)}[ \t]*$", source, flags=re.M)[-1]
         if predict := _PREDICT.search(source):
             told = _told(predict)
         elif questions := _ASKED.findall(source):

@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from pathlib import Path
+
+from qlora_lab.cli.options import one_line
 
 EXAMPLE = "qlora-lab open my-course"
 FOLDER = "qlora-lab-course"
@@ -33,7 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> None:
     """Replace this process by JupyterLab with the first notebook; its token stays on. --copy-only: start nothing."""
     from qlora_lab.doctor.lab import lab_command
-    from qlora_lab.files.course import FIRST, copy_course, course_path, is_packaged
+    from qlora_lab.files.course import FIRST, copy_course, course_path, is_hosted, is_packaged
+    from qlora_lab.files.out_path import out_path
 
     if a.hosted is not None and not a.copy_only:
         raise ValueError("--hosted makes copies for a hosted service, which starts its own Jupyter: add --copy-only")
@@ -42,11 +44,17 @@ def run(a: argparse.Namespace) -> None:
             raise ValueError("a checkout opens its own notebooks: name a folder to copy them with or without solutions")
         folder = course_path("notebooks")
     else:
-        folder = Path(FOLDER if a.folder is None else a.folder)
-        for name in copy_course(folder, a.solutions, a.hosted):
-            print(f"{folder / name} stays as you changed it; delete it to get the course's own again", file=sys.stderr)
+        folder = out_path(FOLDER if a.folder is None else a.folder)
+        as_it_is = is_hosted(folder) and not a.copy_only and a.solutions is None
+        if as_it_is:
+            how = "to update it, copy it again with --copy-only --hosted WHEEL"
+            print(one_line(f"{folder} was copied for a hosted service, and is opened as it is; {how}"), file=sys.stderr)
+        for name in () if as_it_is else copy_course(folder, a.solutions, a.hosted):
+            stays = f"{folder / name} stays as you changed it; delete it to get the course's own again"
+            print(one_line(stays), file=sys.stderr)
     if a.copy_only:
         return
-    command, changes = lab_command(folder / FIRST, browser=not a.no_browser)
+    place = folder / FIRST if (folder / FIRST).exists() else folder
+    command, changes = lab_command(place, browser=not a.no_browser)
     os.environ.update(changes)
     os.execv(sys.executable, command)

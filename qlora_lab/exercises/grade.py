@@ -35,6 +35,7 @@ from qlora_lab.files.strict_json import LIST, SWITCH, TEXT, read_json, whole
 ERROR = "error"  # no verdict: the answer raised an error, did not end, or ended its kernel
 NOBODY = ""  # in the place of an exercise: a cell of the course that belongs to none
 LONGEST = 200  # characters of a line that says why
+SOLUTIONS, CHECKPOINTS = "solutions", ".ipynb_checkpoints"  # folders
 TRIES = 3  # to start a kernel
 START_SECONDS = 300  # for a kernel to answer; it takes two on a quiet machine, and many start at once in a class
 
@@ -76,9 +77,9 @@ class _Run(NamedTuple):
 def find_notebooks(paths: Sequence[str | Path]) -> list[Submission]:
     """Read all notebooks that are named, and those of the course in folders, before any kernel starts.
 
-    In a folder, solutions and JupyterLab's checkpoints are left out, and so are other notebooks, with a warning. Raises
-    ValueError for a file that is damaged or not of the course, and for a folder without a notebook of the course;
-    OSError for one that cannot be read.
+    In a folder, JupyterLab's checkpoints are left out, and so are folders called solutions and other notebooks, both
+    with a warning. Raises ValueError for a file that is damaged or not of the course, and for a folder without a
+    notebook of the course; OSError for one that cannot be read.
     """
     found = []
     for path in paths:
@@ -88,7 +89,13 @@ def find_notebooks(paths: Sequence[str | Path]) -> list[Submission]:
         if not path.is_dir():
             found.append(read_submission(path))
             continue
-        inside = [p for p in sorted(path.rglob("*.ipynb")) if p.is_file() and not _is_aside(p.relative_to(path))]
+        files = [
+            p for p in sorted(path.rglob("*.ipynb")) if p.is_file() and CHECKPOINTS not in p.relative_to(path).parts
+        ]
+        inside = [file for file in files if SOLUTIONS not in file.relative_to(path).parts[:-1]]
+        for solved in sorted({file.parent for file in files} - {file.parent for file in inside}):
+            # a copy of the course has one; a student may have handed in a folder of this name
+            warnings.warn(f"left out: {solved}, as folders of this name hold the course's own answers", stacklevel=2)
         submissions = []
         for notebook in inside:
             try:
@@ -100,10 +107,6 @@ def find_notebooks(paths: Sequence[str | Path]) -> list[Submission]:
             raise ValueError(f"{path} holds no notebook of this course: name a folder of students' notebooks")
         found += submissions
     return found
-
-
-def _is_aside(inside: Path) -> bool:
-    return bool({"solutions", ".ipynb_checkpoints"} & {*inside.parts[:-1]})
 
 
 def grade(submissions: Sequence[Submission], minutes: float = 10, *, progress: bool = True) -> Iterator[Grade]:

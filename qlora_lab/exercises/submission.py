@@ -17,7 +17,7 @@ from typing import NamedTuple
 from qlora_lab.exercises.needed import needed, parsed
 from qlora_lab.files.course import course_path
 from qlora_lab.files.home import expanded
-from qlora_lab.files.strict_json import LIST, read_json, whole
+from qlora_lab.files.strict_json import LIST, Rule, check_keys, read_json
 
 LARGEST = 64 * 2**20  # bytes: the course's own have less than 1 MiB, and a student may have drawn large pictures
 ANSWER, ADDED, COURSE, CHECK = "answer", "added", "course", "check"
@@ -166,7 +166,8 @@ def _checked(statements: list[ast.stmt]) -> str | None:
 
 def _read_cells(path: Path) -> tuple[str, list[Cell]]:
     """Return the first heading of a notebook, and its code cells."""
-    content = read_json(path, _NOTEBOOK, _NOTEBOOK, largest=LARGEST)
+    content = read_json(path, _NOTEBOOK, ("nbformat",), largest=LARGEST)  # an older format has no cells
+    check_keys(content, _NOTEBOOK, str(path), _NOTEBOOK)
     title = ""
     cells = []
     for number, cell in enumerate(content["cells"]):
@@ -183,7 +184,8 @@ def _read_cells(path: Path) -> tuple[str, list[Cell]]:
     return title, cells
 
 
-_NOTEBOOK = {"cells": LIST, "nbformat": whole(4, 4)}
+_FORMAT = Rule("4: open the notebook in JupyterLab and save it", lambda value: value == 4)
+_NOTEBOOK = {"nbformat": _FORMAT, "cells": LIST}
 
 
 def _merged(student: list[Cell], own: list[Cell], exercises: list[Exercise]) -> list[Piece]:

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 from qlora_lab.files.home import expanded
@@ -34,6 +35,7 @@ if importlib.util.find_spec("qlora_lab") is None:
     subprocess.run([*command, wheel], check=True)
     importlib.invalidate_caches()
     importlib.import_module("qlora_lab.files.hosted").install_unmet()"""
+_MARK = CELL.partition("\n")[0].encode()
 # https alone: what the address sends is installed, and run.
 _ADDRESS = re.compile(r"(git\+)?https://[^\s\"'\ud800-\udfff]+")  # a lone surrogate: bytes that are not UTF-8
 _WHEEL = re.compile(r"qlora_lab-[\w.+!]+-py3-none-any\.whl")
@@ -56,6 +58,8 @@ def wheel_beside(where: str) -> Path | None:
         raise ValueError(f"{where!r} {rule}: build one with `pip wheel --no-deps .`")
     if not path.is_file():
         raise FileNotFoundError(f"there is no wheel {path}: build it with `pip wheel --no-deps .`")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is damaged, or no wheel: build it again with `pip wheel --no-deps .`")
     return path
 
 
@@ -71,8 +75,8 @@ def with_setup(notebook: bytes, wheel: str) -> bytes:
 
 
 def has_setup(file: Path) -> bool:
-    """Tell whether a file is a notebook with the cell in front."""
-    return file.suffix == ".ipynb" and file.is_file() and b'"id": "setup"' in file.read_bytes()
+    """Tell whether a file is a notebook with the cell in front, whichever editor has saved it."""
+    return file.suffix == ".ipynb" and file.is_file() and _MARK in file.read_bytes()
 
 
 def install_unmet() -> None:

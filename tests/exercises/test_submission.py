@@ -138,7 +138,10 @@ BAD = {
     "empty": ("", "it is empty"),
     "a list": ("[]", "it must be a JSON object"),
     "no cells": ('{"nbformat": 4}', "has no 'cells': it must be a list"),
-    "an old format": ('{"cells": [], "nbformat": 3}', "has nbformat=3: it must be a whole number from 4 to 4"),
+    "an old format": (
+        '{"cells": [], "nbformat": 3}',
+        "has nbformat=3: it must be 4: open the notebook in Jup",
+    ),
     "a cell that is a text": ('{"cells": ["a"], "nbformat": 4}', "cell 0 has no text; save it in JupyterLab"),
     "a cell without text": ('{"cells": [{"cell_type": "code"}], "nbformat": 4}', "cell 0 has no text"),
     "a cell of numbers": ('{"cells": [{"cell_type": "code", "source": [1]}], "nbformat": 4}', "cell 0 has no text"),

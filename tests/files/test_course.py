@@ -9,6 +9,7 @@ import pytest
 from qlora_lab import cli
 from qlora_lab.files import course
 from qlora_lab.files.checksums import SUMS
+from qlora_lab.files.replace import replace_bytes
 from tests.faults import disk_faults
 
 CHANGED = "solutions/01_codebook.ipynb"
@@ -91,6 +92,19 @@ def test_a_readers_own_folder_of_solutions_brings_none(source, tmp_path):
     for solutions in (None, False):
         assert course.copy_course(mine, solutions) == []
         assert names_in(mine / "solutions") == {"my_own.ipynb"}
+
+
+def test_solutions_that_were_deleted_for_a_copy_without_them_do_not_come_back(source, tmp_path):
+    mine = tmp_path / "mine"
+    course.copy_course(mine)
+    (mine / CHANGED).unlink()  # the folder stays
+    assert course.copy_course(mine, solutions=False) == []
+    assert course.copy_course(mine) == []
+    assert names_in(mine) == {course.FIRST, "01_codebook.ipynb", "README.md", SUMS}
+    (mine / CHANGED).write_text("a student's own")
+    for solutions in (None, False):
+        assert course.copy_course(mine, solutions) == []
+        assert (mine / CHANGED).read_text() == "a student's own"
 
 
 @pytest.mark.parametrize("option", ["--with-solutions", "--without-solutions"])
@@ -203,3 +217,124 @@ def test_no_folders_name_begins_like_an_option_of_jupyterlab(source, tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert cli.main(["open", "--", "-x"]) == 0
     assert became[0][3] == str(tmp_path / "-x" / course.FIRST)
+
+
+def killed(root, number, *args, **options) -> bool:
+    """Copy the course in another process, which ends at its operation of this number. Tells whether it came so far."""
+    if not (child := os.fork()):
+        with disk_faults(root, at=number, fail=lambda *_: os._exit(9)):
+            course.copy_course(*args, **options)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+@pytest.mark.long
+def test_after_a_kill_a_newer_edition_knows_all_files_that_are_ours(source, tmp_path):
+    def edition(number):
+        for name in (course.FIRST, "01_codebook.ipynb", CHANGED):
+            (source / name).write_text(f"edition {number} of {name}")
+
+    for number in range(1, 1000):
+        mine = tmp_path / f"mine-{number}"
+        edition(1)
+        course.copy_course(mine, solutions=False)
+        (mine / "01_codebook.ipynb").write_text("my own")
+        edition(2)
+        alive = not killed(mine, number, mine, solutions=True)
+        if (mine / CHANGED).exists():
+            with pytest.raises(FileExistsError, match="holds solved exercises from an earlier copy"):
+                course.copy_course(mine, solutions=False)
+        edition(3)
+        assert course.copy_course(mine) == ["01_codebook.ipynb"]
+        assert (mine / course.FIRST).read_text() == f"edition 3 of {course.FIRST}"
+        assert (mine / "01_codebook.ipynb").read_text() == "my own"
+        assert names_in(mine) <= names_in(source) | {SUMS}
+        if alive:
+            break
+    assert 10 < number < 999
+
+
+@pytest.mark.long
+def test_after_a_kill_of_the_first_copy_the_next_call_completes_it(source, tmp_path):
+    for number in range(1, 1000):
+        mine = tmp_path / f"mine-{number}"
+        if not killed(tmp_path, number, mine, solutions=False):
+            break
+        assert course.copy_course(mine, solutions=False) == []
+        assert names_in(mine) == {course.FIRST, "01_codebook.ipynb", "README.md", SUMS}
+    assert 10 < number < 999
+
+
+def test_a_folder_is_filled_in_place(source, tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.mkdir(mode=0o750)
+    before = mine.stat()
+    monkeypatch.chdir(mine)
+    monkeypatch.setattr(course, "replace_bytes", saving_beside(mine / "thesis.tex"))
+    assert course.copy_course(".") == []
+    assert (mine.stat().st_ino, mine.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert Path.cwd() == mine and names_in(mine) == names_in(source) | {SUMS, "thesis.tex"}
+
+
+def saving_beside(file):
+    """A writer for the course while somebody saves another file there."""
+
+    def write(target, data):
+        file.write_text("mine")
+        replace_bytes(target, data)
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link", "file instead of solutions"])
+def test_what_no_file_of_ours_can_replace_is_named_before_anything_is_written(source, tmp_path, kind):
+    mine = tmp_path / "mine"
+    course.copy_course(mine, solutions=False)
+    odd = mine / "01_codebook.ipynb"
+    odd.unlink()
+    if kind == "folder":
+        odd.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(odd)
+    elif kind == "dangling link":
+        odd.symlink_to("nowhere")
+    else:
+        odd = mine / "solutions"
+        odd.write_text("mine")
+    (source / course.FIRST).write_text("the second edition")
+    with pytest.raises(OSError, match=f"{odd} is not a f.*: .*move it away"):
+        course.copy_course(mine, solutions=True)
+    assert (mine / course.FIRST).read_text() == f"the first edition of {course.FIRST}"
+
+
+@pytest.mark.parametrize("inside", ["", "course"])
+def test_a_file_is_no_folder(source, tmp_path, inside, capsys):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert cli.main(["open", str(tmp_path / "thesis.tex" / inside), "--copy-only"]) == 2
+    assert f"{tmp_path / 'thesis.tex'} is not a folder: name another one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"no list", None])
+def test_a_damaged_list_says_where_the_notebooks_can_go(source, tmp_path, content):
+    mine = tmp_path / "mine"
+    course.copy_course(mine)
+    (mine / SUMS).unlink()
+    (mine / SUMS).mkdir() if content is None else (mine / SUMS).write_bytes(content)
+    (mine / CHANGED).write_text("my own")
+    with pytest.raises(ValueError, match="is damaged.*: name a new folder, and move your notebooks there"):
+        course.copy_course(mine)
+    course.copy_course(tmp_path / "new")
+    (mine / CHANGED).replace(tmp_path / "new" / CHANGED)
+    assert course.copy_course(tmp_path / "new") == [CHANGED]
+
+
+def test_nothing_is_written_where_all_is_up_to_date(source, tmp_path, monkeypatch):
+    course.copy_course(tmp_path / "mine")
+    monkeypatch.setattr(course, "replace_bytes", lambda *_: pytest.fail("a read-only copy can be opened"))
+    assert course.copy_course(tmp_path / "mine") == []
+
+
+def test_an_empty_name_is_no_folder(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["open", "", "--copy-only"]) == 2
+    assert "the path is empty" in capsys.readouterr().err and not (tmp_path / course.FIRST).exists()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -22,7 +23,8 @@ ADDRESS = "https://example.org/qlora_lab-0.1.0-py3-none-any.whl"
 def wheel(tmp_path) -> Path:
     path = tmp_path / "dist" / "qlora_lab-0.1.0-py3-none-any.whl"
     path.parent.mkdir()
-    path.write_bytes(b"a wheel")
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a wheel", "")
     return path
 
 
@@ -115,7 +117,7 @@ def test_what_is_no_wheel(where, error, message):
 def test_a_wheel_lies_beside_the_notebooks_and_solutions_look_one_folder_up(wheel, tmp_path):
     mine = tmp_path / "mine"
     assert cli.main(["open", str(mine), "--copy-only", "--hosted", str(wheel)]) == 0
-    assert (mine / wheel.name).read_bytes() == b"a wheel"
+    assert (mine / wheel.name).read_bytes() == wheel.read_bytes()
     for name, seen in {course.FIRST: wheel.name, f"solutions/{course.FIRST}": f"../{wheel.name}"}.items():
         assert f'wheel = "{seen}"\n' in sources((mine / name).read_bytes())[0]
     before = (mine / course.FIRST).stat().st_mtime_ns
@@ -133,12 +135,39 @@ def test_a_copy_for_a_hosted_service_stays_one_when_it_is_opened(wheel, tmp_path
     became = []
     monkeypatch.setattr(os, "execv", lambda _, command: became.append(command))
     monkeypatch.setenv("JUPYTER_CONFIG_PATH", "before")
-    assert cli.main(["open", str(mine)]) == 0 and len(became) == 1
+    assert cli.main(["open", str(mine)]) == 0 and str(mine / course.FIRST) in became[0]
+    assert "is opened as it is; to update it, copy it again with --copy-only --hosted" in capsys.readouterr().err
+    assert cli.main(["open", str(mine), "--copy-only"]) == 2
     assert cli.main(hand_out) == 2
     assert "name its wheel again (--hosted WHEEL)" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+    (mine / course.FIRST).unlink()
+    assert cli.main(["open", str(mine)]) == 0 and str(mine) in became[1]  # the folder, where a notebook is missing
     assert cli.main([*hand_out, *made_with]) == 0
     assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("saved", ["without its cell", "by another editor", "without ids"])
+def test_a_copy_for_a_hosted_service_is_known_whichever_notebook_was_saved(tmp_path, saved):
+    mine = tmp_path / "mine"
+    course.copy_course(mine, solutions=False, hosted=ADDRESS)
+    for file in [mine / course.FIRST] if saved == "without its cell" else mine.glob("*.ipynb"):
+        notebook = json.loads(file.read_text("utf-8"))
+        if saved == "without its cell":
+            del notebook["cells"][0]
+        for cell in notebook["cells"] if saved == "without ids" else ():
+            del cell["id"]
+        file.write_text(json.dumps(notebook, separators=(",", ":"), ensure_ascii=True), "utf-8")
+    with pytest.raises(ValueError, match="was copied for a hosted service"):
+        course.copy_course(mine)
+
+
+def test_an_empty_file_is_no_wheel(tmp_path):
+    file = tmp_path / "qlora_lab-1-py3-none-any.whl"
+    file.touch()
+    with pytest.raises(ValueError, match="is damaged, or no wheel: build it again"):
+        course.copy_course(tmp_path / "mine", hosted=str(file))
+    assert not (tmp_path / "mine").exists()
 
 
 def test_hosted_is_for_copies(tmp_path, capsys):

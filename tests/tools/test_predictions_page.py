@@ -59,7 +59,7 @@ ROW = "- How many? **4**\n\n> It is 4.\n"
             ["## A\n\n**Predict first:** how many of A?", GUESS, ANSWER, SEEN],
             "### A\n\nHow many of A?\n\n" + ROW,
         ),
-        (["## A\n\nSee. **Predict first:**", GUESS, ANSWER, SEEN], "### A\n\nSee.\n\n" + ROW),
+        (["Before.\n\n##  A \n\nSee. **Predict first:**", GUESS, ANSWER, SEEN], "### A\n\nSee.\n\n" + ROW),
         (["## A\n\nHow many?", GUESS, ANSWER, SEEN + "\n\nMore.", SEEN], "### A\n\n" + ROW),
         (["## A", GUESS, ANSWER, SEEN + "\n\nAnd why?", SEEN], "### A\n\n" + ROW + "\nAnd why?\n\n> It is 4.\n"),
     ],
