@@ -37,10 +37,16 @@ def test_answers_are_timed_one_after_the_other(monkeypatch):
     }
     row = decode.measure(contenders, 1000, (4, 3), rounds=2)
     assert set(row["contenders"]) == set(contenders) and row["floor"]["median"] == 1e-6
-    assert all(of["first"]["median"] > 0 and of["token"]["median"] > 0 for of in row["contenders"].values())
+    # a token's seconds are a difference: on a busy machine, chance can make those of this small model negative
+    assert all(of["first"]["median"] > 0 and "median" in of["token"] for of in row["contenders"].values())
     prompt = decode.measure(contenders, 1000, (4, 1), rounds=2)
     assert all(set(of) == {"first"} for of in prompt["contenders"].values())
     assert contenders_of.ours(contenders_of.adapted(model), words)([1, 2], 2).keys() == {"first", "rest"}
+
+
+def test_answers_of_two_lengths_separate_the_first_token():
+    answer = contenders_of._in_two_lengths(lambda prompt, tokens: len(prompt) + tokens / 4)
+    assert answer([1, 2], 3) == {"first": 2.25, "rest": 0.5} and answer([1, 2], 1) == {"first": 2.25, "rest": 0}
 
 
 def test_a_program_is_asked_line_by_line():

@@ -14,6 +14,7 @@ Packing is compared if mean_length gives the examples' length; how well they fil
 Not here: bytes (predict.py). On a CPU the card is the machine's memory.
 """
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -76,8 +77,9 @@ class MemoryFit:
         card = f"a card of {self.nbytes / GIB:g} GiB"
         verdict = f"fits on {card}, {self.free / GIB:.2f} GiB to spare" if self.fits else self._shortage(card)
         changes = f"with {', '.join(self.switched)}" if self.switched else "as it is"
-        lines = [f"asked for  {self.asked.setup}", f"           {_gib(self.asked.peak)}"]
-        lines += [f"advised    {self.chosen.setup}", f"           {changes}: {_gib(self.chosen.peak)}, {verdict}"]
+        lines = [_wrapped("asked for", str(self.asked.setup)), _wrapped("", _gib(self.asked.peak))]
+        lines += [_wrapped("advised", str(self.chosen.setup))]
+        lines += [_wrapped("", f"{changes}: {_gib(self.chosen.peak)}, {verdict}")]
         lines += [f"           {name:<12}{_gib(size):>11}" for name, size in self.chosen.groups.items()]
         limits = f"{self.longest:,} tokens in a row of its own, {self.rows:,} rows of the length asked for"
         lines.append(f"at most    {limits}" + f", rank {self.rank:,}" * (self.rank > 0))
@@ -88,6 +90,11 @@ class MemoryFit:
 
     def _shortage(self, card: str) -> str:
         return f"does not fit on {card}: {-self.free / GIB:.2f} GiB are missing"
+
+
+def _wrapped(head: str, text: str) -> str:
+    # a notebook's page breaks longer lines inside words
+    return textwrap.fill(text, 88, initial_indent=f"{head:<11}", subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def fit(model: Any, gpu_gb: float, method: str = "qlora", **setup: Any) -> MemoryFit:

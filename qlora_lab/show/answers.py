@@ -99,10 +99,10 @@ class AnswerSpeedExplorer(Explorer):
     @staticmethod
     def describe(state, result):
         ridge = result["ridge"]
-        where = "memory limits any number of texts" if ridge is None else f"the ridge is at {ridge:.3g} texts"
+        where = " for any number of texts" if ridge is None else f"; the ridge is at {ridge:.3g} texts"
         return (
             f"{_texts(state['rows'])} at once, {state['context']} tokens each, {state['bits']:g} bits per weight: "
-            f"{_said(result)}; {where}"
+            f"{_said(result)}{where}"
         )
 
 
@@ -116,8 +116,8 @@ def _lower(moving: list[float], computing: list[float], corner: tuple[float, flo
 
 def _said(result: dict) -> str:
     step = 1000 * result["step"]  # three digits, and no exponent
-    milliseconds = f"{step:,.0f}" if step >= 100 else f"{step:.3g}"
-    return f"{milliseconds} ms a step, {_rate(result)}: {result['limit']} is the limit"
+    took = f"{step / 1000:.3g} s" if step >= 10_000 else f"{step:,.0f} ms" if step >= 100 else f"{step:.3g} ms"
+    return f"{took} a step, {_rate(result)}: {result['limit']} is the limit"
 
 
 def _rate(result: dict) -> str:

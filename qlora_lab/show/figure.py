@@ -49,9 +49,10 @@ KEPT = 8  # backgrounds of all figures together, of 2 MB each
 BAND = 16  # rows that are deflated together; fewer cost more bytes (16 cost 4 %), and of more, some are unchanged
 # White becomes a dark grey and black a light one. The turn gives each colour its hue back, so that "blue" stays blue.
 # More light keeps orange from brown. Paper is white whatever the theme, hence the screen.
-DARK = """@media screen {
-  [data-jp-theme-light="false"] .qlora-picture img { filter: invert(0.93) hue-rotate(180deg) brightness(1.25); }
-}"""
+DARKER = "invert(0.93) hue-rotate(180deg) brightness(1.25)"
+DARK = f"""@media screen {{
+  [data-jp-theme-light="false"] .qlora-picture img {{ filter: {DARKER}; }}
+}}"""
 DRAWING = threading.RLock()  # rcParams belong to the whole process
 
 

@@ -24,7 +24,7 @@ from qlora_lab.show.control import Control
 from qlora_lab.show.figure import caption
 from qlora_lab.show.play import PLAYER
 from qlora_lab.show.playable import save_text, way_page
-from qlora_lab.show.slider import FOCUS, Button
+from qlora_lab.show.slider import FOCUS, RING, Button
 from qlora_lab.show.source import details_html
 from qlora_lab.show.still import StatusLine, show_over
 from qlora_lab.show.weight_pictures import HEIGHT, OURS, WIDTH, Picture
@@ -138,7 +138,7 @@ class Way(Control):
     _css = f"""{Button._css}
     .qlora-way {{ max-width: 860px; margin: 2px; color: var(--jp-ui-font-color1, inherit);
                   font-size: var(--jp-ui-font-size1, 13px); line-height: 1.5; }}
-    .qlora-way .row {{ position: relative; display: flex; flex-wrap: wrap; gap: 4px 0; }}
+    .qlora-way .row {{ position: relative; display: flex; flex-wrap: wrap; gap: 4px 0; padding: {RING}; }}
     .qlora-way .row button {{ position: relative; flex: 1 0 auto; padding: 22px 4px 4px; border: 0; background: none;
                               color: inherit; font: inherit; font-size: max(12px, 0.93em); cursor: pointer; }}
     .qlora-way .row button::before {{ content: ""; position: absolute; top: 5px; left: calc(50% - 5px); width: 6px;

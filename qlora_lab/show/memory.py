@@ -33,13 +33,14 @@ GROUPS = {  # of the ledger, in its order, with their colours
     "workspace": COLOURS["purple"],
     "runtime": "#999999",
 }
+EDGE = "#666666"  # yellow is faint on white, and in a dark theme
 OPTIMIZERS = {  # "paged" means fully: one page in memory
     "AdamW": {},
     "8-bit AdamW": {"optimizer_bits": 8},
     "paged AdamW": {"optimizer_budget": PAGE_SIZE},
     "paged 8-bit AdamW": {"optimizer_bits": 8, "optimizer_budget": PAGE_SIZE},
 }
-LEAST_LABELLED = 0.06  # share of the stretched bar that a percentage needs
+LEAST_LABELLED = 0.07  # share of the stretched bar that a percentage needs
 Rectangle = list[tuple[float, float]]  # four corners
 
 
@@ -72,7 +73,7 @@ def stacked(ax: Axes, names: list[str]) -> PolyCollection:
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(axis="y", length=0)
     colours = list(GROUPS.values()) * len(names)  # rectangles come bar by bar
-    return ax.add_collection(PolyCollection([], facecolors=colours, edgecolors="#ffffff", lw=0.5))
+    return ax.add_collection(PolyCollection([], facecolors=colours, edgecolors=EDGE, lw=0.5))
 
 
 def key(ax: Axes, columns: int = 4, size: float = 10) -> list[Text]:
@@ -80,7 +81,8 @@ def key(ax: Axes, columns: int = 4, size: float = 10) -> list[Text]:
     places = [(i % columns, i // columns) for i in range(len(GROUPS))]
     ax.set(xlim=(0, columns), ylim=((len(GROUPS) - 1) // columns + 0.6, -0.6))
     ax.set_axis_off()
-    ax.scatter(*zip(*places, strict=True), s=9 * size, marker="s", c=list(GROUPS.values()), clip_on=False)
+    squares = {"s": 9 * size, "marker": "s", "c": list(GROUPS.values()), "edgecolors": EDGE, "lw": 0.5}
+    ax.scatter(*zip(*places, strict=True), clip_on=False, **squares)
     return [ax.text(x + 0.07, y, "", va="center", fontsize=size) for x, y in places]
 
 

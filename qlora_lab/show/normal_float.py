@@ -70,7 +70,7 @@ class NormalFloatExplorer(Explorer):
         self.bars.set_segments(bars(np.arange(len(share)), share))
         self.bars.set_linewidth(200 / len(share))  # points: bars do not overlap at 6 bits
         self.lower.set_xlim(-0.8, len(share) - 0.2)
-        self.lower.set_ylim(0, 250 / len(share))  # depends on bits alone: each width has a background of its own
+        self.lower.set_ylim(0, 330 / len(share))  # depends on bits alone: each width has a background of its own
         self.equal.set_data([-0.8, len(share)], [100 / len(share)] * 2)
         self.note.set_text(f"Use of the codes; dashed: equal. Error {100 * result['use'].relative_error:.3g} %")
 

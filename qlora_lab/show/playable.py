@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from qlora_lab.files.out_path import out_replacing
 from qlora_lab.files.replace import replace_text
 from qlora_lab.show.control import Control
-from qlora_lab.show.figure import IN_DETAIL
+from qlora_lab.show.figure import DARKER, IN_DETAIL
 from qlora_lab.show.frames import ACROSS, TILE, Frames
 from qlora_lab.show.grid import Grid, smallest
 from qlora_lab.show.pane import Pane
@@ -39,7 +39,8 @@ MARK = '<meta name="generator" content="qlora_lab explorer">'  # so that save_ht
 SCRIPT = Path(__file__).with_suffix(".js")
 BASE = set(anywidget.AnyWidget.class_trait_names(sync=True))  # fields that all widgets have
 # light-dark() takes the side that color-scheme chooses: the reader's system, or the page around this one
-_CSS = """
+_CSS = (
+    """
 :root { color-scheme: light dark; --jp-ui-font-color0: light-dark(#000, #fff);
         --jp-ui-font-color1: light-dark(#1f2328, #e6e6e6); --jp-layout-color0: light-dark(#fff, #121212);
         --jp-layout-color2: light-dark(#eee, #343b45); --jp-border-color1: light-dark(#777, #999);
@@ -61,6 +62,12 @@ canvas { max-width: 100%; height: auto; background: #fff; }
 code { font-size: 12px; }
 summary { margin-top: 8px; }
 """
+    + f"""@media screen {{
+  :root[data-theme="dark"] canvas {{ filter: {DARKER}; }}
+  @media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) canvas {{ filter: {DARKER}; }} }}
+}}
+"""
+)
 
 
 class SavedPage(NamedTuple):

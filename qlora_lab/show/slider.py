@@ -17,6 +17,7 @@ from qlora_lab.show.control import Control
 from qlora_lab.show.grid import halved
 
 FOCUS = "outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px;"
+RING = "4px"  # what FOCUS takes around a control; where there is less room, a box of JupyterLab's cuts it off
 MANY = 12  # words: up to this many, a page without a kernel keeps them all
 
 
@@ -64,6 +65,7 @@ class Slider(Control):
     """
     _css = f"""
     .qlora-slider {{ display: grid; grid-template-columns: 1fr auto; column-gap: 12px; margin: 2px 0 10px;
+                     padding: 0 {RING};
                      font-size: var(--jp-ui-font-size1, 13px); color: var(--jp-ui-font-color1, inherit); }}
     .qlora-slider label {{ font-weight: 600; }}
     .qlora-slider span {{ font-variant-numeric: tabular-nums; }}
@@ -141,7 +143,7 @@ class Toggle(Control):
     } };
     """
     _css = f"""
-    .qlora-toggle {{ margin: 2px 0 10px; font-size: var(--jp-ui-font-size1, 13px);
+    .qlora-toggle {{ margin: 2px 0 10px; padding: 0 {RING}; font-size: var(--jp-ui-font-size1, 13px);
                      color: var(--jp-ui-font-color1, inherit); }}
     .qlora-toggle label {{ display: flex; align-items: center; gap: 6px; font-weight: 600; }}
     .qlora-toggle input {{ margin: 0; }}
@@ -187,6 +189,7 @@ class Button(Control):
     } };
     """
     _css = f"""
+    .qlora-button {{ padding: {RING}; }}
     .qlora-button button {{ padding: 4px 12px; font: inherit; color: var(--jp-ui-font-color1, inherit); cursor: pointer;
                             background: var(--jp-layout-color2, #eee); border: 1px solid var(--jp-border-color1, #999);
                             border-radius: 3px; }}

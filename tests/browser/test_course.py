@@ -161,7 +161,7 @@ MOVES = {  # control, key, part of the new alt text
     "15_answers": [
         ("Texts at once", "ArrowRight", "2 texts at once, 128 tokens each, 4.127 bits per weight"),
         ("Texts at once", "End", "256 texts at once, 128 tokens each, 4.127 bits per weight"),
-        ("Context", "End", "memory is the limit; memory limits any number of texts"),
+        ("Context", "End", "memory is the limit for any number of texts"),
         ("Bits per weight", "End", "8192 tokens each, 16 bits per weight"),
         ("Reset", "Enter", "1 text at once, 128 tokens each, 4.127 bits per weight: 187 ms a step"),
     ],

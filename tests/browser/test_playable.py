@@ -23,7 +23,7 @@ from qlora_lab.show.block_size import BlockSizeExplorer
 from qlora_lab.show.constants import ConstantsExplorer
 from qlora_lab.show.data_types import CodebookExplorer, OutlierExplorer
 from qlora_lab.show.explorer import Explorer
-from qlora_lab.show.figure import IN_DETAIL
+from qlora_lab.show.figure import DARKER, IN_DETAIL
 from qlora_lab.show.follow_weight import FollowWeight
 from qlora_lab.show.kernel_map import KernelMapExplorer
 from qlora_lab.show.low_rank import LowRankExplorer
@@ -216,6 +216,7 @@ def test_a_page_can_be_read_in_both_schemes_and_on_a_narrow_screen(scheme, open_
     page.emulate_media(color_scheme=scheme)
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    expect(page.locator("canvas")).to_have_css("filter", "none" if scheme == "light" else DARKER)
     text = page.evaluate(FAINT, "body")
     assert text["seen"] and text["faint"] == []
     page.set_viewport_size({"width": 360, "height": 700})
@@ -261,8 +262,10 @@ def test_a_page_in_a_frame_of_the_site(open_page, tmp_path, monkeypatch):
     expect(way.get_by_role("tab", name="block", exact=True)).to_be_visible()
     body = page.frame_locator("iframe").first.locator("body")
     expect(body).to_have_css("background-color", "rgb(18, 18, 18)")
+    expect(body.locator("canvas")).to_have_css("filter", DARKER)
     page.evaluate("document.documentElement.dataset.theme = 'light'")
     expect(body).to_have_css("background-color", "rgb(255, 255, 255)")
+    expect(body.locator("canvas")).to_have_css("filter", "none")
     expect(body.locator(".said")).to_have_text(MidpointExplorer().summary())
     high, inside = page.locator("iframe").first.bounding_box()["height"], body.bounding_box()["height"]
     assert inside <= high < inside + 20  # no bar to scroll

@@ -31,7 +31,7 @@ def test_the_limit_changes_at_the_ridge():
 def test_a_long_context_has_no_ridge():
     EXPLORER.set(context=8192, rows=256)
     assert EXPLORER.result["ridge"] is None and EXPLORER.result["limit"] == "memory"
-    assert "memory limits any number of texts" in EXPLORER.summary() and not len(EXPLORER.ridge.get_xdata())
+    assert "memory is the limit for any number of texts" in EXPLORER.summary() and not len(EXPLORER.ridge.get_xdata())
 
 
 def test_your_own_machine_and_model():

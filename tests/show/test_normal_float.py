@@ -1,5 +1,7 @@
 """The NormalFloat explorer: what it shows is what the library computes, in every state."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -68,3 +70,13 @@ def test_axes_stand_still_and_no_label_leaves_the_picture():
         assert [ax.get_position().bounds for ax in fig.axes] == places
         shown = fig.get_tightbbox()  # inches
         assert shown.x0 >= 0 and shown.y0 >= 0 and shown.x1 <= fig.bbox_inches.x1 and shown.y1 <= fig.bbox_inches.y1
+
+
+@pytest.mark.long
+def test_no_bar_leaves_the_picture():
+    explorer = NormalFloatExplorer()
+    choices = (range(2, 7), explorer._controls["offset"].choices, (False, True))
+    for bits, offset, symmetric in itertools.product(*choices):
+        explorer.set(bits=bits, offset=offset, symmetric=symmetric)
+        highest = max(end[1] for _, end in explorer.bars.get_segments())
+        assert highest < explorer.lower.get_ylim()[1], explorer.code()
