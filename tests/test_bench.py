@@ -1,6 +1,5 @@
 """The bench runs from end to end, and docs/speed.md says what its JSON says. No test asserts a time."""
 
-import importlib
 import json
 import os
 import sys
@@ -27,8 +26,8 @@ from bench import (
 from bench.render import BEGIN, END, ROWS, find, in_page, table
 from bench.timing import in_turn, peak_bytes
 from qlora_lab.measure.latency import orders
-from qlora_lab.show.explorer import Explorer
 from tests import warm
+from tests.explorers import explorers
 
 ROOT = Path(__file__).parent.parent
 RESULT = json.loads((ROOT / "bench" / "cpu.json").read_text("utf-8"))
@@ -282,8 +281,6 @@ def test_the_bench_of_data_types_runs(monkeypatch, tmp_path, saved_llama, run_be
 
 
 def test_every_explorer_of_the_course_is_timed():
-    for file in (ROOT / "qlora_lab" / "show").glob("*.py"):
-        importlib.import_module(f"qlora_lab.show.{file.stem}")
-    ours = {made.__name__ for made in Explorer.__subclasses__() if made.__module__.startswith("qlora_lab.")}
+    ours = {made.__name__ for made in explorers()}
     assert set(widgets.EXPLORERS) == ours
     assert set(json.loads(widgets.JSON.read_text("utf-8"))["explorers"]) == ours, "run: python bench/widgets.py"

@@ -45,13 +45,15 @@ def run(a: argparse.Namespace) -> None:
         folder = course_path("notebooks")
     else:
         folder = out_path(FOLDER if a.folder is None else a.folder)
-        as_it_is = is_hosted(folder) and not a.copy_only and a.solutions is None
-        if as_it_is:
+        if not a.copy_only and a.solutions is None and is_hosted(folder):
             how = "to update it, copy it again with --copy-only --hosted WHEEL"
-            print(one_line(f"{folder} was copied for a hosted service, and is opened as it is; {how}"), file=sys.stderr)
-        for name in () if as_it_is else copy_course(folder, a.solutions, a.hosted):
-            stays = f"{folder / name} stays as you changed it; delete it to get the course's own again"
-            print(one_line(stays), file=sys.stderr)
+            said = [f"{folder} was copied for a hosted service, and is opened as it is; {how}"]
+        else:
+            changed = copy_course(folder, a.solutions, a.hosted)
+            how = "stays as you changed it; delete it to get the course's own again"
+            said = [f"{folder / name} {how}" for name in changed]
+        for line in said:
+            print(one_line(line), file=sys.stderr)
     if a.copy_only:
         return
     place = folder / FIRST if (folder / FIRST).exists() else folder

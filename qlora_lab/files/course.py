@@ -62,11 +62,12 @@ def copy_course(folder: str | Path, solutions: bool | None = None, hosted: str |
     if solutions is None:
         # by the list: a reader may have a folder of this name, too
         solutions = FIRST not in copied or bool(solved) and (folder / "solutions").exists()
-    if not solutions and any((folder / name).exists() for name in solved):
-        raise FileExistsError(
-            f"{folder / 'solutions'} holds solved exercises from an earlier copy: delete it, or name a new folder"
-        )
-    if not solutions:  # so a later call finds a copy that has none
+    if not solutions:
+        if any((folder / name).exists() for name in solved):
+            raise FileExistsError(
+                f"{folder / 'solutions'} holds solved exercises from an earlier copy: delete it, or name a new folder"
+            )
+        # so a later call finds a copy that has none
         copied = {name: digest for name, digest in copied.items() if name not in solved}
     paths = [*source.glob("*.ipynb"), *source.glob("*.md"), *(source.glob("solutions/*.ipynb") if solutions else ())]
     contents = {path.relative_to(source).as_posix(): _content(path) for path in paths}

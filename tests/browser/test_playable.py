@@ -22,7 +22,6 @@ from qlora_lab.show.answers import AnswerSpeedExplorer
 from qlora_lab.show.block_size import BlockSizeExplorer
 from qlora_lab.show.constants import ConstantsExplorer
 from qlora_lab.show.data_types import CodebookExplorer, OutlierExplorer
-from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.figure import DARKER, IN_DETAIL
 from qlora_lab.show.follow_weight import FollowWeight
 from qlora_lab.show.kernel_map import KernelMapExplorer
@@ -39,6 +38,7 @@ from qlora_lab.show.zoo import ZooExplorer
 from qlora_lab.train.toy_llava import trained_tower
 from tests.browser.controls import EXPLORERS, FOCUSABLE, KIND, by_key
 from tests.browser.theme import FAINT
+from tests.explorers import explorers
 from tests.show.toy_checkpoint import toy_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def open_page(context):
 
 
 def test_every_explorer_is_here(makers):
-    assert set(makers) == {kind.__name__ for kind in Explorer.__subclasses__() if kind.__module__.startswith("qlora")}
+    assert set(makers) == {kind.__name__ for kind in explorers()}
 
 
 NAMES = [*MAKERS, "XrayExplorer", "SeeingExplorer"]

@@ -139,7 +139,7 @@ def test_a_folder_gives_the_course_notebooks_in_it_and_nothing_beside_them(toy_c
     home = paths[1].parent
     told = "left out: .*anna/solutions, as folders of this name hold the course's own answers"
     with (
-        pytest.warns(UserWarning, match="my own.ipynb is not a notebook of this"),
+        pytest.warns(UserWarning, match="left out: .*my own.ipynb is not a notebook of this course"),
         pytest.warns(UserWarning, match=told),
     ):
         assert {found.path for found in find_notebooks([home])} == set(paths)

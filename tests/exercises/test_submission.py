@@ -140,7 +140,7 @@ BAD = {
     "no cells": ('{"nbformat": 4}', "has no 'cells': it must be a list"),
     "an old format": (
         '{"cells": [], "nbformat": 3}',
-        "has nbformat=3: it must be 4: open the notebook in Jup",
+        "has nbformat=3: it must be 4: open the notebook in JupyterLab and save it",
     ),
     "a cell that is a text": ('{"cells": ["a"], "nbformat": 4}', "cell 0 has no text; save it in JupyterLab"),
     "a cell without text": ('{"cells": [{"cell_type": "code"}], "nbformat": 4}', "cell 0 has no text"),

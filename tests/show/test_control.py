@@ -13,7 +13,6 @@ from qlora_lab.show.answers import AnswerSpeedExplorer
 from qlora_lab.show.block_size import BlockSizeExplorer
 from qlora_lab.show.constants import ConstantsExplorer
 from qlora_lab.show.data_types import CodebookExplorer, OutlierExplorer
-from qlora_lab.show.explorer import Explorer
 from qlora_lab.show.hex_page import HexPage
 from qlora_lab.show.kernel_map import KernelMapExplorer
 from qlora_lab.show.levels import Levels
@@ -31,6 +30,7 @@ from qlora_lab.show.survival import SurvivalExplorer
 from qlora_lab.show.tournament import TournamentExplorer
 from qlora_lab.show.xray import XrayExplorer
 from qlora_lab.show.zoo import ZooExplorer
+from tests.explorers import explorers
 
 COURSE = [NormalFloatExplorer, ConstantsExplorer, KernelMapExplorer, OutlierExplorer, CodebookExplorer]
 COURSE += [LowRankExplorer, MemoryExplorer, PageTableExplorer, MidpointExplorer, ZooExplorer, TournamentExplorer]
@@ -92,8 +92,7 @@ def explorer(request, tmp_path):
 
 
 def test_every_explorer_is_tried():
-    own = {one for one in Explorer.__subclasses__() if one.__module__.startswith("qlora_lab.")}
-    assert own == {*OF_DATA, XrayExplorer, *COURSE}
+    assert explorers() == {*OF_DATA, XrayExplorer, *COURSE}
 
 
 @pytest.mark.long

@@ -1,8 +1,6 @@
 """All text of all pictures: 12 pixels of the page at least, none cut off, none over another one, all easy to read."""
 
-import importlib
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from qlora_lab.show.answers import AnswerSpeedExplorer
 from qlora_lab.show.block_size import BlockSizeExplorer
 from qlora_lab.show.constants import ConstantsExplorer
 from qlora_lab.show.data_types import CodebookExplorer, OutlierExplorer
-from qlora_lab.show.explorer import Explorer, fix_layout
+from qlora_lab.show.explorer import fix_layout
 from qlora_lab.show.figure import ACROSS, BESIDE, DPI, INCH, SMALLEST, new_figure
 from qlora_lab.show.kernel_map import KernelMapExplorer
 from qlora_lab.show.live import LivePlot
@@ -33,8 +31,8 @@ from qlora_lab.show.seeing import SeeingExplorer
 from qlora_lab.show.tournament import TournamentExplorer
 from qlora_lab.show.xray import XrayExplorer
 from qlora_lab.show.zoo import ZooExplorer
+from tests.explorers import explorers
 
-ROOT = Path(__file__).parents[2]
 LAYERS = smollm2_layers()
 
 
@@ -131,10 +129,7 @@ def test_pictures_that_a_function_draws(drawn):
 
 @pytest.mark.slow
 def test_every_explorer_of_the_course_is_looked_at():
-    for file in (ROOT / "qlora_lab" / "show").glob("*.py"):
-        importlib.import_module(f"qlora_lab.show.{file.stem}")
-    ours = {made for made in Explorer.__subclasses__() if made.__module__.startswith("qlora_lab.")}
-    assert {type(make()) for make in EXPLORERS} | {XrayExplorer, SeeingExplorer} == ours
+    assert {type(make()) for make in EXPLORERS} | {XrayExplorer, SeeingExplorer} == explorers()
 
 
 HARD = [("pale", "light"), ("see-through", "light"), ("on green", "dark")]
