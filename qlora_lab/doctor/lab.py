@@ -4,7 +4,6 @@ In: an empty folder. Out: three Checks: the server and its token, the extensions
 is asked over a websocket, as the page in a browser asks it. No browser is needed, and no notebook of the course.
 """
 
-import asyncio
 import json
 import os
 import re
@@ -163,15 +162,16 @@ def check_widgets(server: Server) -> Check:
 
 def check_kernel(server: Server, expected_version: str) -> Check:
     """Check that a kernel starts, imports this version of the library, and shows an explorer of the course."""
-    from tornado.httpclient import HTTPClientError  # its own, and no OSError
+    from websocket import WebSocketException, WebSocketTimeoutException
 
     # the usual reason: a kernel called python3 that another environment left in the home folder
     same = "run `python -m ipykernel install --sys-prefix` in the environment of the course"
     try:
-        printed, kinds = asyncio.run(_ask(server, QUESTION))
+        printed, kinds = _ask(server, QUESTION)
         answer = json.loads(printed)
-    except (OSError, RuntimeError, TimeoutError, ValueError, HTTPClientError) as error:
-        reason = str(error) or f"no answer within {KERNEL_SECONDS} s"
+    except (OSError, RuntimeError, ValueError, WebSocketException) as error:
+        late = isinstance(error, (TimeoutError, WebSocketTimeoutException))
+        reason = f"no answer within {KERNEL_SECONDS} s" if late else error
         return Check(KERNEL, PROBLEM, f"a notebook cannot run: {reason}; {same}")
     if answer["version"] != expected_version:
         found = f"the kernel's Python, {answer['python']}, has version {answer['version']} of this library"
@@ -204,44 +204,47 @@ def _status(server: Server, with_token: bool) -> int:
         with _OPEN(_request(asked, "api/contents"), timeout=START_SECONDS) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
-        return error.code
+        with error:  # it holds the connection
+            return error.code
 
 
-async def _ask(server: Server, code: str) -> tuple[str, set[str]]:
+def _ask(server: Server, code: str) -> tuple[str, set[str]]:
     """Run code in a new kernel; return what it prints, and the types of what it shows.
 
-    Raises RuntimeError with the kernel's error, and TimeoutError.
+    Raises RuntimeError with the kernel's error, TimeoutError, and WebSocketException.
     """
     body = json.dumps({"name": "python3"}).encode()
     with _OPEN(_request(server, "api/kernels", "POST", body), timeout=START_SECONDS) as answer:
         kernel = json.loads(answer.read())["id"]
-    return await asyncio.wait_for(_run(server, kernel, code), KERNEL_SECONDS)
+    return _run(server, kernel, code)
 
 
-async def _run(server: Server, kernel: str, code: str) -> tuple[str, set[str]]:
-    from tornado.httpclient import HTTPRequest
-    from tornado.websocket import websocket_connect
+def _run(server: Server, kernel: str, code: str) -> tuple[str, set[str]]:
+    from websocket import create_connection
 
+    end = time.monotonic() + KERNEL_SECONDS
     # as a page does it: JSON in text frames, all channels of the kernel on one connection
     channels = f"{server.address.replace('http', 'ws', 1)}api/kernels/{kernel}/channels"
-    connection = await websocket_connect(HTTPRequest(channels, headers={"Authorization": f"token {server.token}"}))
+    token = [f"Authorization: token {server.token}"]
+    connection = create_connection(channels, KERNEL_SECONDS, header=token, http_no_proxy=["*"])
     number = secrets.token_hex(8)
     header = {"msg_id": number, "msg_type": "execute_request", "session": number, "username": "", "version": "5.3"}
     content = {"code": code, "silent": False, "store_history": False, "allow_stdin": False, "stop_on_error": True}
     message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
     try:
-        await connection.write_message(json.dumps(message))
-        return await _until_idle(connection, number)
+        connection.send(json.dumps(message))
+        return _until_idle(connection, number, end)
     finally:
-        connection.close()  # the kernel itself ends with the server
+        connection.shutdown()  # close() would leave the socket of a connection that the server has closed
 
 
-async def _until_idle(connection, number: str) -> tuple[str, set[str]]:
-    """Collect what answers the message of this number, until the kernel is idle again."""
+def _until_idle(connection, number: str, end: float) -> tuple[str, set[str]]:
+    """Collect what answers the message of this number, until the kernel is idle again. end: a time.monotonic()."""
     printed, kinds = "", set()
-    while True:
-        text = await connection.read_message()
-        if text is None:
+    while (left := end - time.monotonic()) > 0:
+        connection.settimeout(left)
+        text = connection.recv()
+        if not text:
             raise RuntimeError("the connection to the kernel closed")
         answer = json.loads(text) if isinstance(text, str) else {}  # bytes are a widget's buffers
         if answer.get("parent_header", {}).get("msg_id") != number:
@@ -255,3 +258,4 @@ async def _until_idle(connection, number: str) -> tuple[str, set[str]]:
             kinds |= content["data"].keys()
         elif kind == "status" and content["execution_state"] == "idle":
             return printed, kinds  # the reply comes on another channel, and can overtake what was printed
+    raise TimeoutError

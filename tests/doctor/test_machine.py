@@ -1,6 +1,8 @@
 """Each check of a room's machine is forced to fail, and says in one line what is wrong and what to do."""
 
+import asyncio
 import builtins
+import gc
 import json
 import os
 import shutil
@@ -8,15 +10,19 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import urllib.request
 import webbrowser
 from collections import namedtuple
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from huggingface_hub import constants
+from tornado import httpserver, netutil, web, websocket
+from websocket import WebSocketException, WebSocketTimeoutException
 
 import qlora_lab as ql
 from qlora_lab.doctor import free_memory as counting, lab, machine
@@ -328,7 +334,7 @@ def test_a_check_that_breaks_down_keeps_what_was_found(tmp_path, monkeypatch):
 
 
 def told(printed, kinds=(lab.VIEW,)):
-    async def ask(server, code):
+    def ask(server, code):
         if isinstance(printed, Exception):
             raise printed
         return json.dumps({"python": "/usr/bin/python3", "version": ql.__version__} | printed), set(kinds)
@@ -341,6 +347,8 @@ def told(printed, kinds=(lab.VIEW,)):
     [
         (told(RuntimeError("ModuleNotFoundError: No module named 'qlora_lab'")), "No module named 'qlora_lab'; run"),
         (told(TimeoutError()), "no answer within 60 s; run"),
+        (told(WebSocketTimeoutException("timed out")), "no answer within 60 s; run"),
+        (told(WebSocketException("Handshake status 403")), "Handshake status 403; run"),
         (told({"version": "0.0.9"}), f"/usr/bin/python3, has version 0.0.9 of this library, not {ql.__version__}: run"),
         (told({}, ["text/html"]), "its explorers have no live view: run"),
     ],
@@ -409,6 +417,99 @@ def test_a_server_reads_nothing_that_is_typed(tmp_path, monkeypatch):
         for number in (kept, reading, writing):
             os.close(number)
     assert "EOFError" in found.message
+
+
+class Channels(websocket.WebSocketHandler):
+    """A kernel that answers one message, or does not."""
+
+    def initialize(self, kind: str):
+        self.kind = kind
+
+    def prepare(self):
+        if self.kind == "refused":
+            raise web.HTTPError(403)
+
+    def on_message(self, text):
+        if self.kind == "goodbye":
+            self.close()
+        if self.kind == "flood":
+            with suppress(websocket.WebSocketClosedError):
+                self.write_message("{}")
+                asyncio.get_running_loop().call_later(0.01, self.on_message, text)
+        if self.kind == "idle":
+            parent = json.loads(text)["header"]
+            self.write_message({"parent_header": parent, "msg_type": "status", "content": {"execution_state": "idle"}})
+            time.sleep(0.3)  # the whole server: it says goodbye late
+
+
+@contextmanager
+def channels(kind: str):
+    """A server of one kernel, "k", in a thread of its own."""
+    (listening,) = netutil.bind_sockets(0, "127.0.0.1")
+    loop, ends = asyncio.new_event_loop(), asyncio.Event()
+
+    async def serve():
+        server = httpserver.HTTPServer(web.Application([("/api/kernels/k/channels", Channels, {"kind": kind})]))
+        server.add_socket(listening)
+        await ends.wait()
+        server.stop()
+        await server.close_all_connections()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        yield SERVER._replace(address=f"http://127.0.0.1:{listening.getsockname()[1]}/")
+    finally:
+        loop.call_soon_threadsafe(ends.set)
+        thread.join()
+        loop.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [
+        ("idle", nullcontext()),
+        ("silent", pytest.raises((TimeoutError, WebSocketTimeoutException))),
+        ("flood", pytest.raises((TimeoutError, WebSocketTimeoutException))),
+        ("goodbye", pytest.raises(RuntimeError, match="the connection to the kernel closed")),
+        ("refused", pytest.raises(WebSocketException, match="403")),
+    ],
+)
+def test_no_connection_to_a_kernel_stays_open(kind, ends, monkeypatch):
+    """However it ends: a socket left to the garbage collector is a warning at any later moment."""
+    if kind in ("silent", "flood"):
+        monkeypatch.setattr(lab, "KERNEL_SECONDS", 0.5)
+    gc.disable()
+    try:
+        with channels(kind) as server:
+            with ends:
+                assert lab._run(server, "k", "") == ("", set())
+            there = ("127.0.0.1", urlsplit(server.address).port)
+            assert there not in [peer(each) for each in gc.get_objects() if isinstance(each, socket.socket)]
+    finally:
+        gc.enable()
+
+
+def peer(each: socket.socket):
+    with suppress(OSError):  # closed, or not connected
+        return each.getpeername()
+
+
+def test_an_answer_with_an_error_is_closed(monkeypatch):
+    kept, opening = [], lab._OPEN
+
+    def keeping(*words, **options):
+        try:
+            return opening(*words, **options)
+        except urllib.error.HTTPError as error:
+            kept.append(error)
+            raise
+
+    monkeypatch.setattr(lab, "_OPEN", keeping)
+    with answering(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 4\r\n\r\nnone") as server:
+        assert lab._status(server, with_token=False) == 403
+    assert kept[0].closed
 
 
 @pytest.mark.slow
