@@ -148,6 +148,22 @@ def encode_all(
     return kept, EncodeReport(len(kept), len(lengths) - len(kept), longest, tokens, learned, notes, tuple(skipped))
 
 
+def encode_held_out(
+    examples: list[Example],
+    tokenizer: "Tokenizer",
+    max_length: int,
+    progress: bool = True,
+    clock: datetime | None = None,
+) -> list[Encoded]:
+    """Encode examples to evaluate on, as encode_all does. Warns of those of more than `max_length` tokens."""
+    encoded, report = encode_all(examples, tokenizer, max_length, progress=progress, clock=clock)
+    if report.too_long:  # a loss over fewer examples than were given is another figure
+        left_out = f"{report.too_long:,} of {len(examples):,} examples have more than {max_length} tokens"
+        fix = f"max_length={report.longest} counts all (--max-length, which lengthens rows of training too)"
+        warnings.warn(f"{left_out} and do not count in the held-out loss: {fix}", stacklevel=3)
+    return encoded
+
+
 def usable(examples: Iterable[Example], tokenizer: "Tokenizer") -> Examples:
     """Return the examples that can be encoded. Warns of the others; raises ValueError if none is left."""
     template = ChatTemplate(tokenizer)

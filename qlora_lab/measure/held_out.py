@@ -3,7 +3,6 @@
 Measuring changes no weight, no gradient, no random state and no training flag. (In some libraries it does.)
 """
 
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from qlora_lab.data.dataset import IGNORED, Encoded, Prompt, encode_all, prompt_of, to_device
+from qlora_lab.data.dataset import IGNORED, Encoded, Prompt, encode_held_out, prompt_of, to_device
 from qlora_lab.data.examples import Example
 from qlora_lab.data.pictures import check_placeholders, picture_inputs
 from qlora_lab.files.home import expanded
@@ -62,11 +61,7 @@ def held_out(
     """
     check_pair(model, tokenizer)
     check_whole("max_length", max_length)
-    encoded, report = encode_all(examples, tokenizer, max_length, progress=progress)
-    if report.too_long:  # a loss over fewer examples than were given is another figure
-        left_out = f"{report.too_long:,} of {len(examples):,} examples have more than {max_length} tokens"
-        fix = f"max_length={report.longest} counts all (--max-length, which lengthens rows of training too)"
-        warnings.warn(f"{left_out} and do not count in the held-out loss: {fix}", stacklevel=2)
+    encoded = encode_held_out(examples, tokenizer, max_length, progress)
     check_tokens(model, tokenizer, used_tokens(encoded))
     longest = max(len(example.input_ids) for example in encoded)
     check_length(model, longest, "a held-out example", "take shorter ones")

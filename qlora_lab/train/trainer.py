@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from qlora_lab.adapters.adapter import learned, method_of
 from qlora_lab.adapters.peft_format import save_adapter
 from qlora_lab.data.batches import Batches, collate_rows, to_rows
-from qlora_lab.data.dataset import IGNORED, Encoded, encode_all, load_data
+from qlora_lab.data.dataset import IGNORED, Encoded, encode_all, encode_held_out, load_data
 from qlora_lab.data.examples import Examples, last_answer_only
 from qlora_lab.files import disk
 from qlora_lab.files.out_path import check_outside_model, out_folder
@@ -88,7 +88,8 @@ def finetune(
     another origin under one of a run's names; BlockingIOError while another process writes to `out`; FloatingPointError
     for a loss or gradient that is not finite, with step, layer and dtype; OSError for a full disk and OutOfMemory, with
     what is saved; KeyboardInterrupt for Ctrl-C, SIGTERM or SIGHUP, once everything is saved.
-    Warns of examples longer than a model with computed positions was made for.
+    Warns of examples longer than a model with computed positions was made for, and of held-out examples longer than
+    max_length, which are not evaluated.
     """
     asked = {name: options.pop(name) for name in SETTINGS if name in options}
     return Training(model, tokenizer, data, out, Settings(steps=steps, **asked), **options).run()
@@ -145,7 +146,7 @@ class Training:
         self._encoded, encoding = encode_all(drawn, tokenizer, settings.max_length, needed, **how)
         self.report = replace(encoding, skipped=(*examples.skipped, *encoding.skipped))
         held_out = Examples(held_out, skip_bad=skip_bad)
-        self._held_out = encode_all(held_out, tokenizer, settings.max_length, **how)[0] if held_out else []
+        self._held_out = encode_held_out(held_out, tokenizer, settings.max_length, **how) if held_out else []
         self._check_readable(tokenizer)
         self._pad_id = fill_id(model, tokenizer)
 

@@ -1,6 +1,7 @@
 """A plan fits by its own ledger, its limits are limits, and it prefers what changes no bit."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -75,6 +76,19 @@ def test_pages_leave_only_as_far_as_they_must():
     budget = found.settings["optimizer_budget"]
     assert found.switched == ORDER and PAGE_SIZE < budget < predict_memory("llama-7b", r=64).row("moments").predicted
     assert peak(**how, optimizer_budget=budget) <= 6 * GIB < peak(**how, optimizer_budget=budget + PAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "gb", "rows", "phase"),
+    [("llama-7b", 24, 16, "loss"), ("llama-33b", 24, 16, "backward"), ("llama-7b", 8, 1, "update")],
+)
+def test_the_printed_groups_are_those_of_the_peak_and_add_up_to_it(name, gb, rows, phase):
+    """Logits are gone before the update, so a group of another phase would be memory that is never needed at once."""
+    found = fit(name, gb, r=64, length=512, batch_size=rows)
+    assert f'at its peak, in the phase "{phase}":' in str(found)
+    printed = [float(size) for size in re.findall(r"^ {11}[a-z]+ +([\d.]+) GiB$", str(found), re.M)]
+    rounding = 0.005 * (len(printed) + 1)  # two decimals each
+    assert len(printed) >= 5 and sum(printed) == pytest.approx(found.chosen.peak / GIB, abs=rounding)
 
 
 def test_a_65b_model_fits_on_48_gb_as_the_paper_says():

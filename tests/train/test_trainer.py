@@ -158,6 +158,13 @@ def test_a_pad_token_without_an_embedding_changes_no_run(tiny_llama, tokenizer, 
     assert tokenizer.pad_token_id == tiny_llama.config.vocab_size and runs[0] == runs[1]
 
 
+def test_held_out_examples_that_are_too_long_are_counted_in_a_warning(model, tokenizer, tmp_path):
+    """A loss over fewer examples than were given is another figure."""
+    with pytest.warns(UserWarning, match=r"1 of 4 examples have more than 64 tokens and do not count in the held-out"):
+        run = train(model, tokenizer, tmp_path / "run", held_out=EXAMPLES[:3] + LONGER, eval_every=6, max_length=64)
+    assert ql.held_out(model, tokenizer, EXAMPLES[:3]).loss == pytest.approx(run.held_out[-1][1], rel=1e-5)
+
+
 def test_a_token_without_an_embedding_is_named_before_the_first_step(model, tokenizer, tmp_path):
     tokenizer.add_tokens(["<think>"])
     unreadable = Example((("user", "1"), ("assistant", "<think>")))
