@@ -152,15 +152,16 @@ def encode_held_out(
     examples: list[Example],
     tokenizer: "Tokenizer",
     max_length: int,
+    figure: str,
     progress: bool = True,
     clock: datetime | None = None,
 ) -> list[Encoded]:
-    """Encode examples to evaluate on, as encode_all does. Warns of those of more than `max_length` tokens."""
+    """Encode examples for `figure`, as encode_all does. Warns of those that are longer, and so do not count in it."""
     encoded, report = encode_all(examples, tokenizer, max_length, progress=progress, clock=clock)
     if report.too_long:  # a loss over fewer examples than were given is another figure
         left_out = f"{report.too_long:,} of {len(examples):,} examples have more than {max_length} tokens"
         fix = f"max_length={report.longest} counts all (--max-length, which lengthens rows of training too)"
-        warnings.warn(f"{left_out} and do not count in the held-out loss: {fix}", stacklevel=3)
+        warnings.warn(f"{left_out} and do not count in {figure}: {fix}", stacklevel=3)
     return encoded
 
 

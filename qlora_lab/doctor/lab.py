@@ -4,6 +4,7 @@ In: an empty folder. Out: three Checks: the server and its token, the extensions
 is asked over a websocket, as the page in a browser asks it. No browser is needed, and no notebook of the course.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -146,7 +148,7 @@ def check_server(server: Server) -> Check:
 
 def check_widgets(server: Server) -> Check:
     """Check that the page which JupyterLab sends loads the extensions that draw widgets."""
-    with _OPEN(_request(server, "lab"), timeout=START_SECONDS) as answer:
+    with _answer(_request(server, "lab")) as answer:
         page = answer.read().decode()
     if not (settings := _CONFIG.search(page)):
         return Check(WIDGETS, PROBLEM, "JupyterLab's page has no settings to read: report it")
@@ -162,16 +164,15 @@ def check_widgets(server: Server) -> Check:
 
 def check_kernel(server: Server, expected_version: str) -> Check:
     """Check that a kernel starts, imports this version of the library, and shows an explorer of the course."""
-    from websocket import WebSocketException, WebSocketTimeoutException
+    from tornado.httpclient import HTTPClientError  # its own, and no OSError
 
     # the usual reason: a kernel called python3 that another environment left in the home folder
     same = "run `python -m ipykernel install --sys-prefix` in the environment of the course"
     try:
-        printed, kinds = _ask(server, QUESTION)
+        printed, kinds = asyncio.run(_ask(server, QUESTION))
         answer = json.loads(printed)
-    except (OSError, RuntimeError, ValueError, WebSocketException) as error:
-        late = isinstance(error, (TimeoutError, WebSocketTimeoutException))
-        reason = f"no answer within {KERNEL_SECONDS} s" if late else error
+    except (OSError, RuntimeError, TimeoutError, ValueError, HTTPClientError) as error:
+        reason = str(error) or f"no answer within {KERNEL_SECONDS} s"
         return Check(KERNEL, PROBLEM, f"a notebook cannot run: {reason}; {same}")
     if answer["version"] != expected_version:
         found = f"the kernel's Python, {answer['python']}, has version {answer['version']} of this library"
@@ -190,6 +191,17 @@ def _request(server: Server, path: str, method: str = "GET", body: bytes | None 
     return urllib.request.Request(server.address + path, body, headers, method=method)
 
 
+@contextmanager
+def _answer(request: urllib.request.Request) -> Iterator[HTTPResponse]:
+    """Yield what the server answers. Raises HTTPError, which is closed: it holds a connection."""
+    try:
+        with _OPEN(request, timeout=START_SECONDS) as answer:
+            yield answer
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+
+
 def _listens(server: Server) -> bool:
     try:
         return _status(server, with_token=False) > 0
@@ -201,50 +213,56 @@ def _status(server: Server, with_token: bool) -> int:
     """Return the status of a request that reads the list of files, which is not for everybody."""
     asked = server if with_token else server._replace(token=None)
     try:
-        with _OPEN(_request(asked, "api/contents"), timeout=START_SECONDS) as answer:
+        with _answer(_request(asked, "api/contents")) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
-        with error:  # it holds the connection
-            return error.code
+        return error.code
 
 
-def _ask(server: Server, code: str) -> tuple[str, set[str]]:
+async def _ask(server: Server, code: str) -> tuple[str, set[str]]:
     """Run code in a new kernel; return what it prints, and the types of what it shows.
 
-    Raises RuntimeError with the kernel's error, TimeoutError, and WebSocketException.
+    Raises RuntimeError with the kernel's error, and TimeoutError.
     """
     body = json.dumps({"name": "python3"}).encode()
-    with _OPEN(_request(server, "api/kernels", "POST", body), timeout=START_SECONDS) as answer:
+    with _answer(_request(server, "api/kernels", "POST", body)) as answer:
         kernel = json.loads(answer.read())["id"]
-    return _run(server, kernel, code)
+    return await asyncio.wait_for(_run(server, kernel, code), KERNEL_SECONDS)
 
 
-def _run(server: Server, kernel: str, code: str) -> tuple[str, set[str]]:
-    from websocket import create_connection
+async def _run(server: Server, kernel: str, code: str) -> tuple[str, set[str]]:
+    from tornado.httpclient import HTTPRequest
+    from tornado.websocket import websocket_connect
 
-    end = time.monotonic() + KERNEL_SECONDS
     # as a page does it: JSON in text frames, all channels of the kernel on one connection
     channels = f"{server.address.replace('http', 'ws', 1)}api/kernels/{kernel}/channels"
-    token = [f"Authorization: token {server.token}"]
-    connection = create_connection(channels, KERNEL_SECONDS, header=token, http_no_proxy=["*"])
+    messages, closed = asyncio.Queue(), asyncio.Event()
+
+    def receive(message: str | bytes | None) -> None:
+        messages.put_nowait(message)
+        if message is None:
+            closed.set()
+
+    request = HTTPRequest(channels, headers={"Authorization": f"token {server.token}"})
+    connection = await websocket_connect(request, on_message_callback=receive)
     number = secrets.token_hex(8)
     header = {"msg_id": number, "msg_type": "execute_request", "session": number, "username": "", "version": "5.3"}
     content = {"code": code, "silent": False, "store_history": False, "allow_stdin": False, "stop_on_error": True}
     message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
     try:
-        connection.send(json.dumps(message))
-        return _until_idle(connection, number, end)
+        await connection.write_message(json.dumps(message))
+        return await _until_idle(messages, number)
     finally:
-        connection.shutdown()  # close() would leave the socket of a connection that the server has closed
+        connection.close()  # the kernel itself ends with the server
+        await closed.wait()  # for the server's goodbye, or 5 s: the end of the loop would leave the socket open
 
 
-def _until_idle(connection, number: str, end: float) -> tuple[str, set[str]]:
-    """Collect what answers the message of this number, until the kernel is idle again. end: a time.monotonic()."""
+async def _until_idle(messages: asyncio.Queue, number: str) -> tuple[str, set[str]]:
+    """Collect what answers the message of this number, until the kernel is idle again."""
     printed, kinds = "", set()
-    while (left := end - time.monotonic()) > 0:
-        connection.settimeout(left)
-        text = connection.recv()
-        if not text:
+    while True:
+        text = await messages.get()
+        if text is None:
             raise RuntimeError("the connection to the kernel closed")
         answer = json.loads(text) if isinstance(text, str) else {}  # bytes are a widget's buffers
         if answer.get("parent_header", {}).get("msg_id") != number:
@@ -258,4 +276,3 @@ def _until_idle(connection, number: str, end: float) -> tuple[str, set[str]]:
             kinds |= content["data"].keys()
         elif kind == "status" and content["execution_state"] == "idle":
             return printed, kinds  # the reply comes on another channel, and can overtake what was printed
-    raise TimeoutError

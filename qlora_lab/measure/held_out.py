@@ -61,7 +61,7 @@ def held_out(
     """
     check_pair(model, tokenizer)
     check_whole("max_length", max_length)
-    encoded = encode_held_out(examples, tokenizer, max_length, progress)
+    encoded = encode_held_out(examples, tokenizer, max_length, "the held-out loss", progress)
     check_tokens(model, tokenizer, used_tokens(encoded))
     longest = max(len(example.input_ids) for example in encoded)
     check_length(model, longest, "a held-out example", "take shorter ones")

@@ -80,16 +80,14 @@ def finetune(
     options: any field of Settings, such as lr=1e-4 or batch_size=16; resume, overwrite and other_arithmetic, as in
     OutputOptions (run_options.py); and: held_out: data like `data`, for evaluations every `eval_every` steps, which it
     needs. skip_bad: leave out records that cannot be used; Run.data.skipped holds their places and reasons. progress:
-    show progress bars.
-    Training flags and the random state are left as they were.
+    show progress bars. Training flags and the random state are left as they were.
     Raises ValueError for a setting that is not allowed, data without an example, a token without an embedding, an
     example longer than the model's table of positions, packing in a model whose rows leak, `out` in the model's folder,
     or a resume with other settings, data, model or adapter; FileExistsError for an earlier run, and for a file of
     another origin under one of a run's names; BlockingIOError while another process writes to `out`; FloatingPointError
     for a loss or gradient that is not finite, with step, layer and dtype; OSError for a full disk and OutOfMemory, with
     what is saved; KeyboardInterrupt for Ctrl-C, SIGTERM or SIGHUP, once everything is saved.
-    Warns of examples longer than a model with computed positions was made for, and of held-out examples longer than
-    max_length, which are not evaluated.
+    Warns of examples longer than a model with computed positions was made for, and of held-out ones over max_length.
     """
     asked = {name: options.pop(name) for name in SETTINGS if name in options}
     return Training(model, tokenizer, data, out, Settings(steps=steps, **asked), **options).run()
@@ -146,6 +144,7 @@ class Training:
         self._encoded, encoding = encode_all(drawn, tokenizer, settings.max_length, needed, **how)
         self.report = replace(encoding, skipped=(*examples.skipped, *encoding.skipped))
         held_out = Examples(held_out, skip_bad=skip_bad)
+        how["figure"] = "the evaluations during training"
         self._held_out = encode_held_out(held_out, tokenizer, settings.max_length, **how) if held_out else []
         self._check_readable(tokenizer)
         self._pad_id = fill_id(model, tokenizer)

@@ -56,6 +56,18 @@ def test_a_longer_row_in_training_is_also_tested(capsys, tmp_path, folder, data,
 
 
 @pytest.mark.filterwarnings("always")
+def test_evaluations_during_training_tell_what_they_leave_out(capsys, tmp_path, folder, data):
+    """They take rows as long as training's; the tests before and after take 512 tokens."""
+    path = tmp_path / "test.jsonl"
+    path.write_text(TRAIN % (1, 2) + json.dumps({"instruction": "two " * 50, "output": "six"}))
+    options = ["--data", data, "--test-data", path, "--steps", 1, "--r", 2, "--out", tmp_path / "run", "--quiet"]
+    code, _, err = run(capsys, "finetune", "--model", folder, "--max-length", 100, "--eval-every", 1, *options)
+    assert code == 0
+    assert err.count("1 of 2 examples have more than 100 tokens and do not count in the evaluations during") == 1, err
+    assert "held-out loss" not in err
+
+
+@pytest.mark.filterwarnings("always")
 def test_an_adapter_of_another_model_is_told_in_one_line(capsys, tmp_path, folder):
     import qlora_lab as ql
 

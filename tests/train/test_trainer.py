@@ -160,7 +160,9 @@ def test_a_pad_token_without_an_embedding_changes_no_run(tiny_llama, tokenizer, 
 
 def test_held_out_examples_that_are_too_long_are_counted_in_a_warning(model, tokenizer, tmp_path):
     """A loss over fewer examples than were given is another figure."""
-    with pytest.warns(UserWarning, match=r"1 of 4 examples have more than 64 tokens and do not count in the held-out"):
+    with pytest.warns(
+        UserWarning, match=r"1 of 4 examples have more than 64 tokens and do not count in the evaluations"
+    ):
         run = train(model, tokenizer, tmp_path / "run", held_out=EXAMPLES[:3] + LONGER, eval_every=6, max_length=64)
     assert ql.held_out(model, tokenizer, EXAMPLES[:3]).loss == pytest.approx(run.held_out[-1][1], rel=1e-5)
 
