@@ -227,7 +227,7 @@ async def _ask(server: Server, code: str) -> tuple[str, set[str]]:
     body = json.dumps({"name": "python3"}).encode()
     with _answer(_request(server, "api/kernels", "POST", body)) as answer:
         kernel = json.loads(answer.read())["id"]
-    return await asyncio.wait_for(_run(server, kernel, code), KERNEL_SECONDS)
+    return await _run(server, kernel, code)
 
 
 async def _run(server: Server, kernel: str, code: str) -> tuple[str, set[str]]:
@@ -243,7 +243,9 @@ async def _run(server: Server, kernel: str, code: str) -> tuple[str, set[str]]:
         if message is None:
             closed.set()
 
-    request = HTTPRequest(channels, headers={"Authorization": f"token {server.token}"})
+    # the server lets nobody in before the kernel has started; tornado's own limits are 20 s
+    limits = {"connect_timeout": START_SECONDS, "request_timeout": START_SECONDS}
+    request = HTTPRequest(channels, headers={"Authorization": f"token {server.token}"}, **limits)
     connection = await websocket_connect(request, on_message_callback=receive)
     number = secrets.token_hex(8)
     header = {"msg_id": number, "msg_type": "execute_request", "session": number, "username": "", "version": "5.3"}
@@ -251,7 +253,7 @@ async def _run(server: Server, kernel: str, code: str) -> tuple[str, set[str]]:
     message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
     try:
         await connection.write_message(json.dumps(message))
-        return await _until_idle(messages, number)
+        return await asyncio.wait_for(_until_idle(messages, number), KERNEL_SECONDS)
     finally:
         connection.close()  # the kernel itself ends with the server
         await closed.wait()  # for the server's goodbye, or 5 s: the end of the loop would leave the socket open

@@ -80,7 +80,7 @@ class MemoryFit:
         lines = [_wrapped("asked for", str(self.asked.setup)), _wrapped("", _gib(self.asked.peak))]
         lines += [_wrapped("advised", str(self.chosen.setup))]
         lines += [_wrapped("", f"{changes}: {_gib(self.chosen.peak)}, {verdict}")]
-        lines += [_wrapped("", f'at its peak, in the phase "{self.chosen.phase}":')]
+        lines.append(f'           at its peak, in the phase "{self.chosen.phase}":')
         at_once = self.chosen.groups_at(self.chosen.phase)
         lines += [f"           {name:<12}{_gib(size):>11}" for name, size in at_once.items() if size]
         limits = f"{self.longest:,} tokens in a row of its own, {self.rows:,} rows of the length asked for"

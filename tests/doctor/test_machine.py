@@ -422,9 +422,11 @@ class Channels(websocket.WebSocketHandler):
     def initialize(self, kind: str):
         self.kind = kind
 
-    def prepare(self):
+    async def prepare(self):
         if self.kind == "refused":
             raise web.HTTPError(403)
+        if self.kind == "starting":
+            await asyncio.sleep(0.6)
 
     def on_message(self, text):
         if self.kind == "goodbye":
@@ -434,7 +436,7 @@ class Channels(websocket.WebSocketHandler):
                 self.write_message("{}")
                 self.ping()
                 asyncio.get_running_loop().call_later(0.01, self.on_message, text)
-        if self.kind == "idle":
+        if self.kind in ("idle", "starting"):
             parent = json.loads(text)["header"]
             self.write_message({"parent_header": parent, "msg_type": "status", "content": {"execution_state": "idle"}})
             time.sleep(0.3)  # the whole server: it says goodbye late
@@ -458,6 +460,7 @@ def channels(kind: str):
         await ends.wait()
         server.stop()
         await server.close_all_connections()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
@@ -477,6 +480,10 @@ def channels(kind: str):
         ("silent", pytest.raises(TimeoutError)),
         ("flood", pytest.raises(TimeoutError)),
         ("goodbye", pytest.raises(RuntimeError, match="the connection to the kernel closed")),
+        (
+            "starting",
+            pytest.raises((httpclient.HTTPClientError, OSError)),
+        ),  # OSError: the request before, if it is slow
         ("refused", pytest.raises(httpclient.HTTPClientError, match="403")),
     ],
 )
@@ -484,6 +491,8 @@ def test_no_connection_to_a_kernel_stays_open(kind, ends, monkeypatch):
     """However it ends: a socket left to the garbage collector is a warning at any later moment."""
     if kind in ("silent", "flood"):
         monkeypatch.setattr(lab, "KERNEL_SECONDS", 0.5)
+    if kind == "starting":
+        monkeypatch.setattr(lab, "START_SECONDS", 0.3)
     gc.disable()
     try:
         with channels(kind) as server:
