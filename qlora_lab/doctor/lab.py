@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 from qlora_lab.doctor.machine import OK, PROBLEM, WARNING, Check
 
 SERVER, WIDGETS, KERNEL = "JupyterLab", "widgets", "kernel"  # names of the checks
-START_SECONDS = 60  # for the server, on a busy machine, too
-KERNEL_SECONDS = 60  # for a kernel to start, and to import torch and matplotlib
+START_SECONDS = 60  # for the server, and for a kernel, on a busy machine, too
+KERNEL_SECONDS = 60  # for a kernel that has started to import torch and matplotlib
 # Shutting down waits for kernels, so a moment is not enough.
 GRACE = 10  # seconds to end in, once asked
 SETTINGS = Path(__file__).parents[1] / "cli" / "jupyter"

@@ -144,8 +144,8 @@ class Training:
         self._encoded, encoding = encode_all(drawn, tokenizer, settings.max_length, needed, **how)
         self.report = replace(encoding, skipped=(*examples.skipped, *encoding.skipped))
         held_out = Examples(held_out, skip_bad=skip_bad)
-        how["figure"] = "the evaluations during training"
-        self._held_out = encode_held_out(held_out, tokenizer, settings.max_length, **how) if held_out else []
+        figure = "the evaluations during training"
+        self._held_out = encode_held_out(held_out, tokenizer, settings.max_length, figure, **how) if held_out else []
         self._check_readable(tokenizer)
         self._pad_id = fill_id(model, tokenizer)
 
